@@ -1,0 +1,50 @@
+"""Every error that fedtune raises on purpose.
+
+FedtuneError
+├── ConfigError       the configuration asks for something unknown or impossible
+├── DataError         a source, a column, an encoding or a partition cannot be used
+├── ModelError        a backbone or an adapter cannot be loaded, or does not fit the other
+├── CheckpointError   a run directory or a checkpoint is missing, damaged or of another run
+├── PlanError         a client does not understand what the server asks
+├── UpdateError       a client's reply must not count
+│   └── UpdateMismatch    its tensors are not the ones that were asked for
+└── RunError          the run cannot go on
+
+Each message is one sentence: where, what came, what was wanted, what to do. Doors print it and exit with 2; no trace.
+"""
+
+
+class FedtuneError(Exception):
+    """Base of all errors with a sentence for the user."""
+
+
+class ConfigError(FedtuneError):
+    """The configuration asks for something unknown or impossible."""
+
+
+class DataError(FedtuneError):
+    """A source, a column, an encoding or a partition cannot be used."""
+
+
+class ModelError(FedtuneError):
+    """A backbone or an adapter cannot be loaded, or one does not fit the other."""
+
+
+class CheckpointError(FedtuneError):
+    """A run directory or a checkpoint is missing, damaged or of another run."""
+
+
+class PlanError(FedtuneError):
+    """A client does not understand what the server asks."""
+
+
+class UpdateError(FedtuneError):
+    """A client's reply must not count."""
+
+
+class UpdateMismatch(UpdateError):
+    """A reply's tensors are not the ones that were asked for."""
+
+
+class RunError(FedtuneError):
+    """The run cannot go on."""

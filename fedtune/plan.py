@@ -1,0 +1,171 @@
+"""What the server asks of one client in one round, and what comes back.
+
+A `Plan` is one JSON string in the message's ConfigRecord (which takes no None and no nesting). A client refuses, by name, what it does not
+understand. A new strategy should need new Plan values, seldom new client code.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.errors import PlanError, UpdateError
+from fedtune.state import AdapterState
+
+PHASES = ("peft",)
+OPTIMIZERS = ("adamw",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One client's work in one round.
+
+    Args:
+        round: The round, from 1.
+        client: Logical id of the client.
+        base_version: Version of the adapter that the message carries; the update must name the same.
+        phase: What kind of turn this is.
+        train: Patterns (fnmatch) of the tensors to train; the rest stay as sent.
+        send: Patterns of the tensors to send back.
+        steps: Optimiser steps; None goes by `epochs`.
+        epochs: Passes over the client's rows.
+        batch_size: Examples of one micro-batch.
+        accumulate: Micro-batches of one optimiser step.
+        optimizer: Local optimiser, fresh each round.
+        lr: Learning rate of the first step ...
+        lr_last: ... and of the last; between them it is linear. The schedule over rounds is the server's.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Largest gradient norm, over all trained tensors; None leaves it.
+        prox: FedProx μ.
+        seed: Seed of this turn's shuffling and dropout.
+    """
+
+    round: int
+    client: str
+    base_version: int
+    phase: str = "peft"
+    train: tuple[str, ...] = ("*",)
+    send: tuple[str, ...] = ("*",)
+    steps: int | None = None
+    epochs: float | None = 1.0
+    batch_size: int = 16
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    lr_last: float = 1e-3
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    prox: float = 0.0
+    seed: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan that came over the network.
+
+        Raises:
+            PlanError: Not a plan, or it asks for something that this version does not know.
+        """
+        plan = typing.cast(Plan, _read(cls, text, PlanError, "plan"))
+        if plan.phase not in PHASES:
+            raise PlanError(f"plan asks for phase '{plan.phase}', this client knows {', '.join(PHASES)}: update fedtune on the client")
+        if plan.optimizer not in OPTIMIZERS:
+            raise PlanError(f"plan asks for optimizer '{plan.optimizer}', this client knows {', '.join(OPTIMIZERS)}")
+        if plan.steps is None and plan.epochs is None:
+            raise PlanError("plan sets neither steps nor epochs: the client cannot know how much to train")
+        if plan.batch_size < 1 or plan.accumulate < 1 or (plan.steps is not None and plan.steps < 1):
+            raise PlanError(f"plan asks for batch_size={plan.batch_size}, accumulate={plan.accumulate}, steps={plan.steps}: each must be at least 1")
+        return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one client sends back.
+
+    Args:
+        client: Logical id.
+        round: The round it answers.
+        base_version: Version of the adapter that it started from.
+        adapter: The tensors sent, possibly of this client's own rank.
+        examples: Training rows that the client holds and used: the n_k of the weighted mean.
+        metrics: Name → number, such as `loss`.
+        measurements: Name → number that a strategy or the report needs, such as `steps`, `seconds`, `peak_mb`, `virtual_s`.
+        device_class: The client's device class, "" where there is none.
+    """
+
+    client: str
+    round: int
+    base_version: int
+    adapter: AdapterState = field(repr=False)
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    measurements: Mapping[str, float] = field(default_factory=dict)
+    device_class: str = ""
+
+    def to_json(self) -> str:
+        """Everything but the tensors."""
+        return json.dumps({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"})
+
+    @classmethod
+    def from_json(cls, text: str, adapter: AdapterState) -> "Update":
+        """Read an update that came over the network.
+
+        Raises:
+            UpdateError: Not an update, or its numbers cannot be.
+        """
+        update = typing.cast(Update, _read(cls, text, UpdateError, "update", adapter=adapter))
+        if update.examples < 1:
+            raise UpdateError(f"the update counts {update.examples} examples: at least 1 is needed to weigh it")
+        for name, value in {**update.metrics, **update.measurements}.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UpdateError(f"the update's {name} is {value}: only finite numbers count")
+        return update
+
+
+def matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+    """The names that match any of the patterns, in their own order."""
+    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+_KINDS: Mapping[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), type(None): (type(None),)}
+
+
+def _read(kind: Any, text: str, error: type[Exception], what: str, **given: Any) -> Any:
+    """A frozen dataclass from JSON of a peer that may lie: every key known, every value of its type."""
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as bad:
+        raise error(f"the {what} is not JSON: {str(bad)[:80]}") from None
+    if not isinstance(raw, dict):
+        raise error(f"the {what} must be a JSON object, got {type(raw).__name__}")
+    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind) if f.name not in given}
+    if unknown := sorted(set(raw) - set(fields)):
+        raise error(f"the {what} has the unknown field '{unknown[0][:60]}': the peers run different versions of fedtune")
+    values: dict[str, Any] = {}
+    for name, f in fields.items():
+        if name not in raw:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise error(f"the {what} lacks the field '{name}'")
+            continue
+        value, hint = raw[name], hints[name]
+        if hint == tuple[str, ...]:
+            good = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            value = tuple(value) if good else value
+        elif typing.get_origin(hint) is Mapping:
+            good = isinstance(value, dict)
+        else:
+            allowed = [k for part in (typing.get_args(hint) or (hint,)) for k in _KINDS[part]]
+            good = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
+        if not good:
+            raise error(f"the {what}'s {name} is {str(value)[:60]!r}, which is not of its type ({getattr(hint, '__name__', hint)})")
+        values[name] = value
+    return kind(**values, **given)
+
+
+__all__ = ["OPTIMIZERS", "PHASES", "Plan", "Update", "matching"]

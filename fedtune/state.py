@@ -1,0 +1,182 @@
+"""Everything trainable, by name, with the spec that gives it meaning.
+
+Names are canonical: `<module>.lora_A`, `<module>.lora_B` for LoRA, `<module>.<parameter>` for a head, as in the untouched backbone. They do not
+depend on the PEFT library's wrappers, so that state, wire, checkpoint and export agree.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedtune.errors import CheckpointError, UpdateMismatch
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """What the tensors mean.
+
+    Args:
+        method: PEFT method, such as `lora`.
+        base: Fingerprint of the backbone that they belong to; "" where it is not known.
+        version: Server version that they carry: 0 is the start, t the state after round t.
+        ranks: LoRA module → its rank r.
+        scaling: LoRA module → its factor s, such as alpha / r.
+    """
+
+    method: str
+    base: str = ""
+    version: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scaling: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({**dataclasses.asdict(self), "ranks": dict(self.ranks), "scaling": dict(self.scaling)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterSpec":
+        """Raises UpdateMismatch where `text` is no spec."""
+        try:
+            raw = json.loads(text)
+            good = (
+                set(raw) <= {f.name for f in dataclasses.fields(cls)}
+                and isinstance(raw["method"], str)
+                and isinstance(raw.get("base", ""), str)
+                and type(raw.get("version", 0)) is int
+                and all(type(r) is int and r > 0 for r in raw.get("ranks", {}).values())
+                and all(type(s) in (int, float) and math.isfinite(s) for s in raw.get("scaling", {}).values())
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            good, raw = False, {}
+        if not good:
+            raise UpdateMismatch("the adapter's spec cannot be read: it must be the JSON that fedtune writes")
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Ordered `name → tensor` of everything trainable, and nothing else. Tensors are never changed in place."""
+
+    tensors: Mapping[str, Tensor]
+    spec: AdapterSpec
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def replace(self, tensors: Mapping[str, Tensor] | None = None, **spec: Any) -> "AdapterState":
+        """A new state with other tensors, or other fields of the spec."""
+        return AdapterState(self.tensors if tensors is None else tensors, dataclasses.replace(self.spec, **spec))
+
+    def subset(self, names: list[str]) -> "AdapterState":
+        """The state with only these tensors."""
+        return self.replace({n: self.tensors[n] for n in names})
+
+    # -- the wire -------------------------------------------------------------------------------------------------------------------------
+
+    def to_arrays(self) -> ArrayRecord:
+        """As a Flower record. bf16 travels as its uint16 bits, with its dtype in the array's own header: NumPy has no bf16."""
+        return ArrayRecord({name: _to_array(t) for name, t in self.tensors.items()})
+
+    @classmethod
+    def from_arrays(cls, arrays: ArrayRecord, spec: AdapterSpec, expect: "AdapterState | None" = None) -> "AdapterState":
+        """Read a record that came over the network; what it claims is checked before it is decoded.
+
+        Args:
+            arrays: The record.
+            spec: Its spec.
+            expect: Names, shapes and dtypes that it must have.
+
+        Raises:
+            UpdateMismatch: Names the first tensor that is missing, surplus, of another shape or dtype, damaged or not finite.
+        """
+        if expect is not None:
+            if missing := [n for n in expect.tensors if n not in arrays]:
+                raise UpdateMismatch(f"tensor '{missing[0]}' is missing: {len(expect.tensors)} tensors were asked for, {len(arrays)} came")
+            if surplus := [n for n in arrays if n not in expect.tensors]:
+                raise UpdateMismatch(f"tensor '{surplus[0][:80]}' was not asked for")
+            for name, wanted in expect.tensors.items():
+                got = arrays[name]
+                if tuple(got.shape) != tuple(wanted.shape) or got.dtype != _NAMES[wanted.dtype]:
+                    raise UpdateMismatch(
+                        f"tensor '{name}' is {got.dtype} {tuple(got.shape)}, wanted {_NAMES[wanted.dtype]} {tuple(wanted.shape)}:"
+                        " all clients must load the same backbone with the same adapter"
+                    )
+        order = list(expect.tensors) if expect is not None else list(arrays)
+        return cls({name: _from_array(name, arrays[name]) for name in order}, spec)
+
+    # -- the disk -------------------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, spec in its metadata, and flush it to the disk."""
+        save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, {"fedtune": self.spec.to_json(), "order": json.dumps(list(self.tensors))})
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+    @classmethod
+    def load(cls, path: Path) -> "AdapterState":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or not one of ours.
+        """
+        try:
+            with safe_open(path, "pt") as f:
+                meta = f.metadata() or {}
+                if "fedtune" not in meta:
+                    raise CheckpointError(f"{path} is a safetensors file but not a fedtune adapter: its metadata has no 'fedtune' entry")
+                order = json.loads(meta.get("order", "[]")) or list(f.keys())
+                return cls({n: f.get_tensor(n) for n in order}, AdapterSpec.from_json(meta["fedtune"]))
+        except (SafetensorError, OSError, ValueError) as bad:
+            raise CheckpointError(f"cannot read the adapter {path}: {str(bad)[:120]}") from None
+        except UpdateMismatch as bad:
+            raise CheckpointError(f"cannot read the adapter {path}: {bad}") from None
+
+
+def _to_array(tensor: Tensor) -> Array:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is not torch.bfloat16:
+        return Array(tensor.numpy())
+    bits = Array(tensor.view(torch.int16).numpy().view(np.uint16))
+    return Array(dtype="bfloat16", shape=tuple(tensor.shape), stype=bits.stype, data=bits.data)
+
+
+def _from_array(name: str, array: Array) -> Tensor:
+    if array.dtype not in _DTYPES:
+        raise UpdateMismatch(f"tensor '{name[:80]}' has dtype {array.dtype[:40]}: wanted one of {', '.join(_DTYPES)}")
+    stored = "uint16" if array.dtype == "bfloat16" else array.dtype
+    wanted = math.prod(array.shape) * np.dtype(stored).itemsize
+    if not wanted <= len(array.data) <= wanted + 4096:  # np.save puts a short header before the data; anything else is a lie about the shape
+        raise UpdateMismatch(f"tensor '{name[:80]}' brings {len(array.data)} bytes, its shape {tuple(array.shape)} needs {wanted}")
+    try:
+        values = array.numpy()
+        good = isinstance(values, np.ndarray) and values.dtype == np.dtype(stored) and values.shape == tuple(array.shape)
+    except (ValueError, EOFError, OSError, TypeError, SyntaxError, MemoryError, OverflowError):  # what np.load raises on damaged headers
+        good, values = False, np.empty(0)
+    if not good:
+        raise UpdateMismatch(f"tensor '{name[:80]}' is damaged: its bytes are not the {array.dtype} {tuple(array.shape)} that they claim")
+    tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if stored == "uint16" else torch.from_numpy(values)
+    if not torch.isfinite(tensor).all():
+        raise UpdateMismatch(f"tensor '{name[:80]}' has values that are not finite (NaN or infinity)")
+    return tensor

@@ -1,0 +1,4 @@
+"""Engines that run virtual clients, benchmarks, and one file per study."""
+
+if __name__ == "simulations":
+    raise ImportError("import this package as fedtune.simulations: the bare name is not a package of its own")

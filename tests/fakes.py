@@ -1,0 +1,126 @@
+"""A client without a model, for tests of everything between strategy and wire: it adds `step` to each tensor, or misbehaves as told."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune.bridge import Bridge
+from fedtune.clients.declining import declining
+from fedtune.config import Config
+from fedtune.errors import UpdateError
+from fedtune.plan import Plan, Update
+from fedtune.run import RunDirectory
+from fedtune.simulations.grid import InProcessGrid
+from fedtune.state import AdapterSpec, AdapterState
+from fedtune.strategies.fedavg import FedAvg
+from fedtune.strategy import Strategy
+
+
+def lora_state(*, fill: float | None = None, seed: int = 0, version: int = 0) -> AdapterState:
+    """Two LoRA modules of awkward shapes (5→3 of rank 2, 3→7 of rank 1) and a head."""
+    shapes = {"q.lora_A": (2, 5), "q.lora_B": (3, 2), "up.lora_A": (1, 3), "up.lora_B": (7, 1), "head.weight": (4, 7)}
+    gen = torch.Generator().manual_seed(seed)
+    tensors = {n: torch.randn(s, generator=gen) if fill is None else torch.full(s, fill) for n, s in shapes.items()}
+    return AdapterState(tensors, AdapterSpec(method="lora", base="b" * 64, version=version, ranks={"q": 2, "up": 1}, scaling={"q": 2.0, "up": 0.5}))
+
+
+def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | None = None) -> ClientApp:
+    """Client `c` adds its number of examples to each tensor. `faults[c]` is a function (round, update, arrays) → (update, arrays) or raises."""
+    app, ids, faults = ClientApp(), sorted(examples), faults or {}
+
+    def who(context: Context) -> str:
+        return ids[int(context.node_config["partition-id"])]
+
+    @app.query()
+    @declining
+    def hello(message: Message, context: Context) -> Message:
+        said = {"client": who(context), "device_class": "", "examples": examples[who(context)], "held_out": 0, "base": "b" * 64}
+        return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(said)})}), reply_to=message)
+
+    @app.train()
+    @declining
+    def turn(message: Message, context: Context) -> Message:
+        client, plan = who(context), Plan.from_json(str(message.content.config_records["plan"]["json"]))
+        spec = AdapterSpec.from_json(str(message.content.config_records["spec"]["json"]))
+        got = AdapterState.from_arrays(message.content.array_records.pop("adapter"), spec)
+        sent = got.replace({n: t + examples[client] for n, t in got.tensors.items()})
+        update = Update(client=client, round=plan.round, base_version=plan.base_version, adapter=sent, examples=examples[client])
+        arrays, text = sent.to_arrays(), update.to_json()
+        if client in faults:
+            arrays, text = faults[client](plan.round, arrays, text)
+        return Message(RecordDict({"adapter": arrays, "update": ConfigRecord({"json": text, "spec": sent.spec.to_json()})}), reply_to=message)
+
+    @app.evaluate()
+    @declining
+    def score(message: Message, context: Context) -> Message:
+        metrics = {"accuracy": examples[who(context)] / 100}
+        return Message(RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}), reply_to=message)
+
+    return app
+
+
+class Ear:
+    """A watcher that remembers."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.clients: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def round_started(self, round: int, rounds: int, cohort: int) -> None: ...
+
+    def client_done(self, client: str, dropped: str | None) -> None: ...
+
+    def round_done(self, record: dict[str, Any], clients: list[dict[str, Any]]) -> None:
+        self.records.append(record)
+        self.clients.extend(clients)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def bridge(
+    path: Path,
+    app: ClientApp,
+    nodes: int,
+    config: Config,
+    *,
+    strategy: Strategy | None = None,
+    initial: AdapterState | None = None,
+    patience_s: float = 10.0,
+) -> tuple[Bridge, Ear]:
+    """A bridge over fake clients; a run directory that is there is gone on with."""
+    run = RunDirectory(path, config) if (path / "checkpoints").is_dir() else _new(path, config)
+    ear = Ear()
+    made = Bridge(
+        grid=InProcessGrid(app, nodes),
+        strategy=strategy or FedAvg(),
+        config=config,
+        run=run,
+        initial=initial or lora_state(fill=0.0),
+        found=run.newest()[0],
+        metric=("accuracy", True),
+        evaluate=lambda a: {"accuracy": float(a["head.weight"].mean())},
+        watcher=ear,
+        patience_s=patience_s,
+    )
+    return made, ear
+
+
+def _new(path: Path, config: Config) -> RunDirectory:
+    (path / "checkpoints").mkdir(parents=True)
+    return RunDirectory(path, config)
+
+
+def fail(sentence: str) -> Any:
+    """A fault that raises."""
+
+    def act(round: int, arrays: Any, text: str) -> Any:
+        raise UpdateError(sentence)
+
+    return act

@@ -1,0 +1,36 @@
+"""FedAvg on numbers that can be checked by hand."""
+
+import torch
+
+from fedtune.plan import Plan, Update
+from fedtune.state import AdapterSpec, AdapterState
+from fedtune.strategies.fedavg import FedAvg
+
+SPEC = AdapterSpec(method="lora", ranks={"q": 1}, scaling={"q": 1.0})
+
+
+def rank_one(client: str, n: int, a: float, b: float) -> Update:
+    state = AdapterState({"q.lora_A": torch.tensor([[a]]), "q.lora_B": torch.tensor([[b]])}, SPEC)
+    return Update(client=client, round=1, base_version=0, adapter=state, examples=n)
+
+
+def test_factors_are_averaged_apart() -> None:
+    start = FedAvg().start(rank_one("s", 1, 0, 0).adapter)
+    out = FedAvg().aggregate(1, start, iter([rank_one("c1", 1, a=1, b=1), rank_one("c2", 3, a=5, b=5)])).adapter
+    # by hand: A = B = (1*1 + 3*5) / 4 = 4, so B A = 16; the mean of the products would be (1*1 + 3*25) / 4 = 19
+    assert out["q.lora_A"].item() == 4.0 and (out["q.lora_B"] @ out["q.lora_A"]).item() == 16.0
+
+
+def test_one_client_comes_back_bit_for_bit() -> None:
+    gen = torch.Generator().manual_seed(0)
+    state = AdapterState({"q.lora_A": torch.randn(3, 1009, generator=gen), "q.lora_B": torch.randn(7, 3, generator=gen) * 1e-30}, SPEC)
+    update = Update(client="c", round=1, base_version=0, adapter=state, examples=7919)
+    out = FedAvg().aggregate(1, FedAvg().start(state), iter([update])).adapter
+    assert all(torch.equal(out[n], state[n]) for n in state.tensors)
+
+
+def test_every_client_gets_the_state_and_its_own_plan() -> None:
+    state = FedAvg().start(rank_one("s", 1, 0, 0).adapter)
+    plans = [Plan(round=1, client=c, base_version=0) for c in "ab"]
+    given = FedAvg().plan(1, plans, state)
+    assert [given[c].plan for c in "ab"] == plans and all(g.adapter is state.adapter for g in given.values())

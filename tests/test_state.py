@@ -1,0 +1,76 @@
+"""AdapterState over the wire and the disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.fakes import lora_state
+
+from fedtune.errors import CheckpointError, UpdateMismatch
+from fedtune.state import AdapterSpec, AdapterState
+
+
+def awkward() -> AdapterState:
+    gen = torch.Generator().manual_seed(0)
+    tensors = {
+        "z.lora_A": torch.randn(3, 5, generator=gen),
+        "a.lora_B": torch.randn(7, 3, generator=gen).bfloat16(),
+        "bias": torch.randn((), generator=gen).half(),
+        "empty": torch.zeros(0, 4),
+        "view": torch.randn(4, 6, generator=gen).t(),
+    }
+    return AdapterState(tensors, AdapterSpec(method="lora", base="x", version=3, ranks={"z": 3}, scaling={"z": 0.1}))
+
+
+def same(a: AdapterState, b: AdapterState) -> bool:
+    equal = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.tensors.values(), b.tensors.values(), strict=True))
+    return list(a.tensors) == list(b.tensors) and a.spec == b.spec and equal
+
+
+def test_wire_round_trip_keeps_order_dtype_and_bits() -> None:
+    state = awkward()
+    assert same(state, AdapterState.from_arrays(state.to_arrays(), AdapterSpec.from_json(state.spec.to_json()), state))
+
+
+def test_disk_round_trip_keeps_order_dtype_and_bits(tmp_path: Path) -> None:
+    awkward().save(tmp_path / "a.safetensors")
+    assert same(awkward(), AdapterState.load(tmp_path / "a.safetensors"))
+
+
+def test_tensors_cannot_be_replaced_in_place() -> None:
+    with pytest.raises(TypeError):
+        lora_state().tensors["q.lora_A"] = torch.zeros(1)  # type: ignore[index]
+
+
+def test_a_subset_and_its_bytes() -> None:
+    # 2*5 + 3*2 float32 values
+    assert lora_state().subset(["q.lora_A", "q.lora_B"]).nbytes == (10 + 6) * 4
+
+
+def test_damaged_files_speak(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError, match="cannot read the adapter"):
+        AdapterState.load(path)
+    awkward().save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="cannot read the adapter"):
+        AdapterState.load(path)
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="not a fedtune adapter"):
+        AdapterState.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"method": 1}', '{"method": "lora", "x": 1}', '{"method": "lora", "ranks": {"q": 0}}', '{"method": "lora", "scaling": {"q": NaN}}'],
+)
+def test_a_spec_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UpdateMismatch, match="spec cannot be read"):
+        AdapterSpec.from_json(text)
+
+
+def test_a_spec_survives_json() -> None:
+    spec = awkward().spec
+    assert AdapterSpec.from_json(spec.to_json()) == spec and json.loads(spec.to_json())["version"] == 3
