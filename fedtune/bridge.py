@@ -1,0 +1,361 @@
+"""The one bridge that puts any Strategy on Flower's grid.
+
+It samples, sends, waits, checks every reply before it counts, names whoever is dropped, checkpoints after every round, and starts at any round.
+Replies are pulled and folded in the order of logical ids, one at a time: the server's memory is that of one model, and the sum has one order.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune import flower
+from fedtune.config import Config
+from fedtune.errors import RunError, UpdateError, UpdateMismatch
+from fedtune.plan import Plan, Update, matching
+from fedtune.run import Checkpoint, RunDirectory
+from fedtune.seeds import derive_seed
+from fedtune.state import AdapterSpec, AdapterState
+from fedtune.strategy import Assignment, ServerState, Strategy
+
+_POLL_S = 0.05
+
+
+class Watcher(Protocol):
+    """Who is told how the run goes: the terminal, the metrics file, the report."""
+
+    def round_started(self, round: int, rounds: int, cohort: int) -> None: ...
+    def client_done(self, client: str, dropped: str | None) -> None: ...
+    def round_done(self, record: dict[str, Any], clients: list[dict[str, Any]]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Turnout:
+    """What became of one cohort."""
+
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    counted: int = 0
+    examples: int = 0
+    loss: float = 0.0
+
+    def count(self, update: Update) -> None:
+        self.counted += 1
+        self.examples += update.examples
+        self.loss += update.examples * update.metrics.get("train_loss", 0.0)
+
+    def drop(self, client: str, kind: str, why: str) -> None:
+        self.dropped[kind] = self.dropped.get(kind, 0) + 1
+        self.records[client]["dropped"] = f"{kind}: {why}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bridge:
+    """One experiment on one grid.
+
+    Args:
+        grid: Flower's grid, or any other of its shape.
+        strategy: How updates become a state.
+        config: The experiment.
+        run: Where it is kept.
+        initial: The adapter before the first round.
+        found: The checkpoint to go on from; None starts.
+        metric: Name of the primary metric, and whether more is better.
+        evaluate: Global test of an adapter; None where nobody can.
+        watcher: Who is told.
+        patience_s: Seconds to wait for clients to connect and say hello.
+    """
+
+    grid: Grid
+    strategy: Strategy
+    config: Config
+    run: RunDirectory
+    initial: AdapterState
+    found: Checkpoint | None
+    metric: tuple[str, bool]
+    evaluate: Callable[[AdapterState], Mapping[str, float]] | None
+    watcher: Watcher
+    patience_s: float = 300.0
+
+    def loop(self) -> ServerState:
+        """Run all rounds that are left, and return the last state."""
+        nodes = self._hello()
+        found = self.found
+        if found is None:
+            found = Checkpoint(round=0, state=self.strategy.start(self.initial), clients={})
+            record, clients = {"round": 0, "client": None}, {c: {"round": 0, "client": c} for c in nodes}
+            self._score(found.state, nodes, record, clients)
+            self._close(found, record, clients)
+        state, book = found.state, {c: dict(v) for c, v in found.clients.items()}
+        for round in range(found.round + 1, self.config.rounds + 1):
+            started = time.perf_counter()
+            cohort = self._sample(nodes, round)
+            self.watcher.round_started(round, self.config.rounds, len(cohort))
+            state, turnout = self._train(round, cohort, nodes, state)
+            record = self._summary(round, len(cohort), turnout)
+            if round % self.config.eval.every == 0 or round == self.config.rounds:
+                self._score(state, nodes, record, turnout.records)
+            record["seconds"] = time.perf_counter() - started
+            for client in cohort:
+                entry = book.setdefault(client, {"counted": 0, "dropped": 0, "last": None})
+                why = turnout.records[client].get("dropped")
+                entry["dropped" if why else "counted"] += 1
+                entry["last"] = why or f"counted in round {round}"
+            self._close(Checkpoint(round=round, state=state, clients=book), record, turnout.records)
+        return state
+
+    # -- one round ------------------------------------------------------------------------------------------------------------------------
+
+    def _sample(self, nodes: Mapping[str, int], round: int) -> list[str]:
+        ids = sorted(nodes)
+        chosen = random.Random(derive_seed(self.config.seed, "cohort", round)).sample(ids, min(self.config.clients_per_round, len(ids)))
+        return sorted(chosen)
+
+    def _train(self, round: int, cohort: Sequence[str], nodes: Mapping[str, int], state: ServerState) -> tuple[ServerState, Turnout]:
+        plans = [base_plan(self.config, round, client, state.adapter.spec.version) for client in cohort]
+        assignments = self.strategy.plan(round, plans, state)
+        turnout = Turnout()
+        contents = {c: _content(assignments[c].adapter, assignments[c].plan) for c in cohort}
+        for client in cohort:
+            turnout.records[client] = {"round": round, "client": client, "bytes_down": flower.wire_bytes(contents[client])}
+        replies = self._ask("train", round, contents, nodes, turnout)
+        updates = self._checked(replies, assignments, turnout)
+        first = next(updates, None)
+        if first is None:
+            self.watcher.note(f"round {round} does not count: no client sent a good update; the state stays as it was")
+            return state, turnout
+        after = self.strategy.aggregate(round, state, _chain(first, updates))
+        if turnout.counted < self.config.min_clients:
+            self.watcher.note(
+                f"round {round} does not count: {turnout.counted} good updates, min_clients={self.config.min_clients}; the state stays as it was"
+            )
+            return state, turnout
+        return ServerState(adapter=after.adapter.replace(version=round), memory=after.memory), turnout
+
+    def _checked(self, replies: Iterator[tuple[str, Message]], assignments: Mapping[str, Assignment], turnout: Turnout) -> Iterator[Update]:
+        """The good updates, in order; the others are named in the turnout."""
+        deadline = self.config.devices.deadline_s
+        for client, reply in replies:
+            record = turnout.records[client]
+            record["bytes_up"] = flower.wire_bytes(reply.content)
+            try:
+                update = read_update(reply.content, assignments[client])
+            except UpdateError as bad:
+                turnout.drop(client, "refused", str(bad))
+                self.watcher.client_done(client, f"refused: {bad}")
+                continue
+            record.update({"device_class": update.device_class, "examples": update.examples, **update.measurements, **update.metrics})
+            took = update.measurements.get("virtual_s", 0.0)
+            if deadline is not None and took > deadline:
+                turnout.drop(client, "late", f"{took:.1f} s of {deadline:g} s")
+                self.watcher.client_done(client, record["dropped"])
+                continue
+            turnout.count(update)
+            self.watcher.client_done(client, None)
+            yield update
+
+    def _ask(
+        self, kind: str, round: int, contents: Mapping[str, RecordDict], nodes: Mapping[str, int], turnout: Turnout
+    ) -> Iterator[tuple[str, Message]]:
+        """Send each client its content; yield the replies that came, in the order of logical ids; name the clients whose reply did not."""
+        messages = {c: Message(contents[c], nodes[c], kind, group_id=str(round)) for c in sorted(contents)}
+        for client, reply in zip(messages, _replies(self.grid, list(messages.values()), self.config.round_timeout_s), strict=True):
+            if reply is None:
+                why = ("late", f"no reply within {self.config.round_timeout_s:g} s")
+            elif reply.has_error():
+                why = ("failed", (reply.error.reason or f"Flower's error {reply.error.code}").strip().splitlines()[-1][:300])
+            elif "declined" in reply.content.config_records:
+                said = reply.content.config_records["declined"]
+                why = (str(said.get("kind", "failed"))[:20], str(said.get("why", ""))[:500])
+            else:
+                yield client, reply
+                continue
+            turnout.records.setdefault(client, {"round": round, "client": client})
+            turnout.drop(client, *why)
+            self.watcher.client_done(client, ": ".join(why))
+
+    # -- around the rounds ----------------------------------------------------------------------------------------------------------------
+
+    def _hello(self) -> dict[str, int]:
+        """Logical id → node id, learnt from the clients themselves."""
+        nodes: dict[str, int] = {}
+        ids = sorted(self._wait_for_nodes())
+        messages = [Message(RecordDict({"hello": ConfigRecord({"json": "{}"})}), i, "query", group_id="0") for i in ids]
+        failures: list[str] = []
+
+        def leave_out(why: str) -> None:
+            failures.append(why)
+            self.watcher.note(f"left out, {why}")
+
+        for node, reply in zip(ids, _replies(self.grid, messages, self.patience_s), strict=True):
+            if reply is None or reply.has_error() or "declined" in reply.content.config_records:
+                said = "no reply" if reply is None else reply.error.reason if reply.has_error() else reply.content.config_records["declined"]["why"]
+                leave_out(f"node {node}: {said}")
+                continue
+            try:
+                said = json.loads(str(reply.content.config_records["hello"]["json"]))
+                client, base = str(said["client"]), str(said["base"])
+            except (KeyError, ValueError, TypeError):
+                leave_out(f"node {node}: its hello cannot be read")
+                continue
+            if base != self.initial.spec.base:
+                leave_out(f"client {client} holds another backbone ({base[:12]}) than the run ({self.initial.spec.base[:12]})")
+            elif client in nodes:
+                leave_out(f"two nodes call themselves client {client}")
+            else:
+                nodes[client] = node
+        if len(nodes) < self.config.min_clients:
+            raise RunError(
+                f"{len(nodes)} clients can take part, min_clients={self.config.min_clients}: " + ("; ".join(failures[:3]) or "none is connected")
+            )
+        return nodes
+
+    def _wait_for_nodes(self) -> list[int]:
+        """Nodes of the grid; engines that start their clients in the background need a moment."""
+        until = time.monotonic() + self.patience_s
+        nodes: list[int] = []
+        while time.monotonic() < until:
+            before, nodes = nodes, list(self.grid.get_node_ids())
+            if len(nodes) >= self.config.min_clients and len(nodes) == len(before):
+                return nodes
+            time.sleep(_POLL_S)
+        return nodes
+
+    def _score(self, state: ServerState, nodes: Mapping[str, int], record: dict[str, Any], records: dict[str, dict[str, Any]]) -> None:
+        """Add the global metrics, and those of the clients on their own held-out rows."""
+        if self.evaluate is not None:
+            record.update(self.evaluate(state.adapter))
+        asked = sorted(nodes)
+        if 0 <= self.config.eval.clients < len(asked):
+            asked = sorted(random.Random(derive_seed(self.config.seed, "eval")).sample(asked, self.config.eval.clients))
+        content = _content(state.adapter)
+        turnout = Turnout(records={c: {} for c in asked})
+        values = []
+        for client, reply in self._ask("evaluate", record["round"], {c: content for c in asked}, nodes, turnout):
+            metrics = _numbers(str(reply.content.config_records["metrics"]["json"]))
+            records.setdefault(client, {"round": record["round"], "client": client}).update(metrics)
+            if self.metric[0] in metrics:
+                values.append(metrics[self.metric[0]])
+        if values:
+            worst = sorted(values, reverse=not self.metric[1])[: math.ceil(len(values) / 10)]
+            record["clients_mean"] = sum(values) / len(values)
+            record["clients_worst_decile"] = sum(worst) / len(worst)
+
+    def _summary(self, round: int, cohort: int, turnout: Turnout) -> dict[str, Any]:
+        rows = turnout.records.values()
+        record: dict[str, Any] = {"round": round, "client": None, "cohort": cohort, "counted": turnout.counted, "dropped": turnout.dropped}
+        if turnout.examples:
+            record["train_loss"] = turnout.loss / turnout.examples
+        record["bytes_down"] = sum(r.get("bytes_down", 0) for r in rows)
+        record["bytes_up"] = sum(r.get("bytes_up", 0) for r in rows)
+        record["peak_mb"] = max((r.get("peak_mb", 0.0) for r in rows), default=0.0)
+        return record
+
+    def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:
+        """Metrics first: a kill between the two leaves lines of a round that the resume will drop and write again."""
+        self.watcher.round_done(record, [clients[c] for c in sorted(clients)])
+        self.run.save(checkpoint)
+
+
+def base_plan(config: Config, round: int, client: str, version: int) -> Plan:
+    """The config's own plan for a client; a strategy may change it."""
+    c = config.client
+    return Plan(
+        round=round,
+        client=client,
+        base_version=version,
+        steps=c.steps,
+        epochs=c.epochs if c.steps is None else None,
+        batch_size=c.batch_size,
+        accumulate=c.accumulate,
+        lr=c.lr * schedule(config, round - 1),
+        lr_last=c.lr * schedule(config, round),
+        weight_decay=c.weight_decay,
+        clip_norm=c.clip_norm,
+        prox=c.prox,
+        seed=derive_seed(config.seed, "turn", round, client),
+    )
+
+
+def schedule(config: Config, rounds_done: float) -> float:
+    """Learning rate after so many rounds, as a share of the peak: warm-up, then constant, linear or cosine down to `client.lr_end`."""
+    c, warm = config.client, config.client.warmup_rounds
+    if rounds_done < warm:
+        return rounds_done / warm
+    share = min(1.0, (rounds_done - warm) / max(config.rounds - warm, 1e-9))
+    falling = {"constant": 1.0, "linear": 1.0 - share, "cosine": 0.5 + 0.5 * math.cos(math.pi * share)}[c.schedule]
+    return falling if c.schedule == "constant" else c.lr_end + (1.0 - c.lr_end) * falling
+
+
+def read_update(content: RecordDict, assignment: Assignment) -> Update:
+    """Read and check what a client sent against what it was asked for.
+
+    Raises:
+        UpdateError: One sentence with the first thing that is wrong.
+    """
+    plan = assignment.plan
+    try:
+        said = content.config_records["update"]
+        arrays = content.array_records["adapter"]
+        spec, text = str(said["spec"]), str(said["json"])
+    except KeyError as bad:
+        raise UpdateError(f"the reply has no record {bad}: the peers run different versions of fedtune") from None
+    wanted = assignment.adapter.subset(matching(assignment.adapter.tensors, plan.send))
+    got = AdapterSpec.from_json(spec)
+    if (got.method, got.base) != (wanted.spec.method, wanted.spec.base):
+        raise UpdateMismatch(f"the update is {got.method} on backbone {got.base[:12]}, asked was {wanted.spec.method} on {wanted.spec.base[:12]}")
+    if dict(got.ranks) != dict(wanted.spec.ranks) or dict(got.scaling) != dict(wanted.spec.scaling):
+        raise UpdateMismatch("the update's ranks or scaling are not those of the adapter that was sent")
+    update = Update.from_json(text, AdapterState.from_arrays(arrays, got, wanted))
+    for name, came, asked in (
+        ("client", update.client, plan.client),
+        ("round", update.round, plan.round),
+        ("base_version", update.base_version, plan.base_version),
+    ):
+        if came != asked:
+            raise UpdateError(f"the update is for {name} {came}, asked was {asked}: it is stale or not this client's own")
+    return update
+
+
+def _content(adapter: AdapterState, plan: Plan | None = None) -> RecordDict:
+    content = RecordDict({"adapter": adapter.to_arrays(), "spec": ConfigRecord({"json": adapter.spec.to_json()})})
+    if plan is not None:
+        content["plan"] = ConfigRecord({"json": plan.to_json()})
+    return content
+
+
+def _replies(grid: Grid, messages: list[Message], timeout: float | None) -> Iterator[Message | None]:
+    """The reply to each message in turn, None where none came in time. Once the time is up, what has already come is still taken."""
+    ids = list(grid.push_messages(messages))
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    for i in ids:
+        while True:
+            got = list(grid.pull_messages([i]))
+            if got or time.monotonic() > until:
+                yield got[0] if got else None
+                break
+            time.sleep(_POLL_S)
+
+
+def _chain(first: Update, rest: Iterator[Update]) -> Iterator[Update]:
+    yield first
+    yield from rest
+
+
+def _numbers(text: str) -> dict[str, float]:
+    """A client's metrics; what is not a finite number is left out."""
+    try:
+        raw = json.loads(text)
+    except ValueError:
+        return {}
+    return {k: float(v) for k, v in raw.items() if isinstance(v, (int, float)) and math.isfinite(v)} if isinstance(raw, dict) else {}
+
+
+__all__ = ["Bridge", "Watcher", "base_plan", "read_update", "schedule"]

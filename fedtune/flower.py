@@ -1,0 +1,41 @@
+"""The one module that touches what Flower does not promise to keep; `tests/test_flower.py` is its smoke test."""
+
+import logging
+import uuid
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import recorddict_to_proto
+from flwr.supercore.task_identity import TaskIdentity
+
+
+def wire_bytes(content: RecordDict) -> int:
+    """Bytes of `content` as Flower serialises it for the network."""
+    return recorddict_to_proto(content).ByteSize()
+
+
+def identify_process(run_id: int) -> None:
+    """Give this process the identity of the server's task: without one Flower refuses to make messages."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, SUPERLINK_NODE_ID
+
+
+def stamp(message: Message) -> str:
+    """Give a message its id, as a SuperLink would."""
+    message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+    return message.metadata.message_id
+
+
+def copy_message(message: Message) -> Message:
+    """A message whose records can be changed without harm; the arrays' bytes, which cannot be, are shared."""
+    content = RecordDict()
+    for key, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            content[key] = ArrayRecord({n: Array(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=a.data) for n, a in record.items()})
+        else:
+            content[key] = type(record)(dict(record)) if isinstance(record, (ConfigRecord, MetricRecord)) else record
+    return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload]
+
+
+def quiet() -> None:
+    """Silence Flower's own progress lines: fedtune reports, and every cause is in the reply."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)

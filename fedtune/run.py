@@ -1,0 +1,184 @@
+"""The run directory: made exclusively, checkpointed after every round, resumable from the newest good checkpoint.
+
+outputs/<name>/<date-time>-<id>/
+    config.yaml  partition.json  metrics.jsonl  answers.json  report.html  tensorboard/
+    checkpoints/round-0007/{adapter.safetensors, memory.safetensors, checkpoint.json}
+    adapter/     what PeftModel.from_pretrained opens
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedtune.config import Config, from_dict, to_dict
+from fedtune.errors import CheckpointError, FedtuneError, RunError
+from fedtune.state import AdapterState
+from fedtune.strategy import ServerState
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """All that the next round needs.
+
+    Args:
+        round: The round that ended; 0 is before the first.
+        state: The strategy's state.
+        clients: Logical id → what the server keeps of it: rounds counted, rounds dropped and why.
+    """
+
+    round: int
+    state: ServerState
+    clients: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class RunDirectory:
+    """One run on disk. Holds a lock while it is open: two processes never write the same run."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
+        self._lock = open(path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"run {path} is in use by another process: wait for it or stop it first") from None
+
+    @classmethod
+    def create(cls, config: Config) -> "RunDirectory":
+        """Make a new directory for the run and store its config."""
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = Path(config.output_dir) / config.name / f"{stamp}-{secrets.token_hex(3)}"
+        try:
+            path.mkdir(parents=True, exist_ok=False)
+            (path / "checkpoints").mkdir()
+            _write(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        except OSError as bad:
+            raise RunError(f"cannot make the run directory {path}: {bad.strerror}; set output_dir to a folder that can be written") from None
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: Path, *, rounds: int | None = None) -> "RunDirectory":
+        """Open a run to go on with it, by its own config; only `rounds` may differ.
+
+        Raises:
+            CheckpointError: No run there, or its config cannot be read.
+        """
+        config = read_config(path)
+        if rounds is not None:
+            config = dataclasses.replace(config, rounds=rounds)
+            _write(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        return cls(path, config)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint beside its place, flush it, and rename it in: a kill leaves the last good one."""
+        folder = self.path / "checkpoints"
+        target, beside = folder / f"round-{checkpoint.round:04d}", folder / f".round-{checkpoint.round:04d}.tmp"
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            checkpoint.state.adapter.save(beside / "adapter.safetensors")
+            save_file(dict(checkpoint.state.memory), beside / "memory.safetensors")
+            sums = {f.name: _sha256(f) for f in sorted(beside.iterdir())}
+            body = {"format": _FORMAT, "round": checkpoint.round, "sha256": sums, "clients": checkpoint.clients}
+            _write(beside / "checkpoint.json", json.dumps(body))
+            if target.exists():  # a damaged one that the resume skipped
+                shutil.rmtree(target)
+            os.rename(beside, target)
+            _sync_folder(folder)
+        except OSError as bad:
+            raise RunError(f"cannot write the checkpoint {target}: {bad.strerror}; free the disk and resume with resume={self.path}") from None
+        for old in self._checkpoints()[self.config.keep_checkpoints :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest good checkpoint (None where there is none yet), and a sentence for each damaged one that was passed over."""
+        skipped = []
+        for path in self._checkpoints():
+            try:
+                return read_checkpoint(path), skipped
+            except CheckpointError as bad:
+                skipped.append(str(bad))
+        return None, skipped
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small file of the run whole or not at all."""
+        _write(self.path / name, json.dumps(value))
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _checkpoints(self) -> list[Path]:
+        found = (p for p in (self.path / "checkpoints").glob("round-*") if re.fullmatch(r"round-\d{4,}", p.name))
+        return sorted(found, key=lambda p: int(p.name[6:]), reverse=True)
+
+
+def read_config(path: Path) -> Config:
+    """The config that a run directory was made with."""
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run directory {path}: give the folder that holds config.yaml and checkpoints/")
+    try:
+        return from_dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a run directory: it has no config.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as bad:
+        raise CheckpointError(f"cannot read {path / 'config.yaml'}: {str(bad).splitlines()[0]}") from None
+    except FedtuneError as bad:
+        raise CheckpointError(f"cannot use {path / 'config.yaml'}: {bad}") from None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint folder.
+
+    Raises:
+        CheckpointError: It is not whole, or not one of ours.
+    """
+    try:
+        body = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        if body["format"] != _FORMAT:
+            raise CheckpointError(f"checkpoint {path} has format {body['format']}, this fedtune reads {_FORMAT}: use the version that wrote it")
+        for name, wanted in body["sha256"].items():
+            if _sha256(path / name) != wanted:
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
+        memory: dict[str, torch.Tensor] = load_file(path / "memory.safetensors")
+        adapter = AdapterState.load(path / "adapter.safetensors")
+        return Checkpoint(round=body["round"], state=ServerState(adapter=adapter, memory=memory), clients=body["clients"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as bad:
+        raise CheckpointError(f"checkpoint {path} is damaged: {type(bad).__name__} {str(bad)[:80]}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

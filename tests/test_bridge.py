@@ -1,0 +1,202 @@
+"""The bridge over clients without models: what counts, who is dropped and by what name, what survives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from tests.fakes import bridge, fail, fake_client_app, lora_state
+
+from fedtune.bridge import schedule
+from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig
+from fedtune.errors import RunError
+
+
+def config(**changes: Any) -> Config:
+    return Config(**{"rounds": 1, "clients_per_round": 10, **changes})
+
+
+def test_unequal_counts_weigh_the_mean(tmp_path: Path) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, config())
+    state = made.loop()
+    # by hand: client a sends 0 + 1 with weight 1/4, client b sends 0 + 3 with weight 3/4: 2.5
+    for tensor in state.adapter.tensors.values():
+        assert torch.equal(tensor, torch.full_like(tensor, 2.5))
+    assert state.adapter.spec.version == 1
+    assert [r["round"] for r in ear.records] == [0, 1]
+    assert ear.records[1]["counted"] == 2 and ear.records[1]["dropped"] == {}
+    assert ear.records[0]["clients_mean"] == pytest.approx(0.02)
+    assert ear.records[0]["clients_worst_decile"] == pytest.approx(0.01)
+
+
+def swap(change: Any) -> Any:
+    """A fault that changes one array of the reply."""
+
+    def act(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+        return change(arrays), text
+
+    return act
+
+
+def retell(**changes: Any) -> Any:
+    """A fault that changes what the update says of itself."""
+
+    def act(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+        return arrays, json.dumps({**json.loads(text), **changes})
+
+    return act
+
+
+def put(name: str, array: Array) -> Any:
+    return swap(lambda arrays: ArrayRecord({**arrays, name: array}))
+
+
+def lying_shape(arrays: ArrayRecord) -> ArrayRecord:
+    head = arrays["head.weight"]
+    return ArrayRecord({**arrays, "head.weight": Array(dtype=head.dtype, shape=tuple(head.shape), stype=head.stype, data=head.data[:-8])})
+
+
+def pickled(arrays: ArrayRecord) -> ArrayRecord:
+    head = arrays["head.weight"]
+    data = b"\x80\x04cos\nsystem\n" + b"x" * (len(head.data) - 13)
+    return ArrayRecord({**arrays, "head.weight": Array(dtype=head.dtype, shape=tuple(head.shape), stype=head.stype, data=data)})
+
+
+NAN, INF = float("nan"), float("inf")
+FAULTS = [
+    ("nan", put("head.weight", Array(torch.full((4, 7), NAN))), "refused", "tensor 'head.weight' has values that are not finite"),
+    ("inf", put("q.lora_A", Array(torch.full((2, 5), INF))), "refused", "tensor 'q.lora_A' has values that are not finite"),
+    ("transposed", put("q.lora_A", Array(torch.zeros(5, 2))), "refused", "tensor 'q.lora_A' is float32 (5, 2), wanted float32 (2, 5)"),
+    ("dtype", put("q.lora_A", Array(torch.zeros(2, 5, dtype=torch.float64))), "refused", "is float64 (2, 5), wanted float32"),
+    ("surplus", put("extra", Array(torch.zeros(1))), "refused", "tensor 'extra' was not asked for"),
+    ("missing", swap(lambda a: ArrayRecord({k: v for k, v in a.items() if k != "up.lora_B"})), "refused", "tensor 'up.lora_B' is missing"),
+    ("truncated", swap(lying_shape), "refused", "tensor 'head.weight' is damaged"),
+    ("pickled", swap(pickled), "refused", "tensor 'head.weight' is damaged"),
+    ("stale", retell(base_version=-1), "refused", "the update is for base_version -1, asked was 0"),
+    ("other client", retell(client="good"), "refused", "the update is for client good, asked was bad"),
+    ("other round", retell(round=9), "refused", "the update is for round 9, asked was 1"),
+    ("no examples", retell(examples=0), "refused", "the update counts 0 examples"),
+    ("examples as text", retell(examples="many"), "refused", "the update's examples is 'many', which is not of its type"),
+    ("unknown field", retell(surprise=1), "refused", "the update has the unknown field 'surprise'"),
+    ("nan metric", retell(metrics={"loss": NAN}), "refused", "the update's loss is nan"),
+    ("text metric", retell(metrics={"loss": "low"}), "refused", "the update's loss is low"),
+    ("not json", lambda r, a, t: (a, "{"), "refused", "the update is not JSON"),
+    ("a list", lambda r, a, t: (a, "[]"), "refused", "the update must be a JSON object, got list"),
+    ("raises ours", fail("the training loss became nan in step 2 of 5"), "failed", "the training loss became nan in step 2 of 5"),
+]
+
+
+@pytest.mark.parametrize(("fault", "kind", "sentence"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_a_bad_reply_is_dropped_named_and_counted(tmp_path: Path, fault: Any, kind: str, sentence: str) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": fault}), 2, config())
+    state = made.loop()
+    # only the good client counts: 0 + 2
+    assert all(torch.equal(t, torch.full_like(t, 2.0)) for t in state.adapter.tensors.values())
+    assert ear.records[1]["dropped"] == {kind: 1} and ear.records[1]["counted"] == 1
+    bad = next(r for r in ear.clients if r["client"] == "bad" and r["round"] == 1)
+    assert sentence in bad["dropped"] and "\n" not in bad["dropped"]
+
+
+def raising(error: BaseException) -> Any:
+    def act(round: int, arrays: ArrayRecord, text: str) -> Any:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("broken"), "failed: ValueError: broken"),
+        (MemoryError(), "failed: out of memory: lower client.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "failed: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "failed: out of memory"),
+    ],
+    ids=["exception", "memory", "cuda memory", "cpu allocator"],
+)
+def test_a_client_that_breaks_loses_its_round_only(tmp_path: Path, error: Exception, sentence: str) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": raising(error)}), 2, config(rounds=2))
+    state = made.loop()
+    assert state.adapter.spec.version == 2 and [r["counted"] for r in ear.records[1:]] == [1, 1]
+    assert all(sentence in r["dropped"] for r in ear.clients if r["client"] == "bad" and r["round"] > 0)
+
+
+def test_a_round_without_a_quorum_leaves_the_state(tmp_path: Path) -> None:
+    app = fake_client_app({"a": 1, "b": 1, "c": 1}, {"a": fail("no"), "b": fail("no")})
+    made, ear = bridge(tmp_path / "r", app, 3, config(rounds=2, min_clients=2))
+    state = made.loop()
+    assert state.adapter.spec.version == 0 and float(state.adapter["head.weight"].sum()) == 0.0
+    assert "round 1 does not count: 1 good updates, min_clients=2" in ear.notes[0]
+    assert (tmp_path / "r" / "checkpoints" / "round-0002").is_dir()
+
+
+def test_a_round_where_nobody_answers_leaves_the_state(tmp_path: Path) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": fail("no")}), 1, config())
+    assert made.loop().adapter.spec.version == 0
+    assert "no client sent a good update" in ear.notes[0]
+
+
+def test_too_few_clients_is_one_sentence(tmp_path: Path) -> None:
+    made, _ = bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config(min_clients=2), patience_s=0.2)
+    with pytest.raises(RunError, match="1 clients can take part, min_clients=2"):
+        made.loop()
+
+
+def test_clients_of_another_backbone_are_left_out(tmp_path: Path) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config(), initial=lora_state(fill=0.0).replace(base="c" * 64))
+    with pytest.raises(RunError, match="client a holds another backbone"):
+        made.loop()
+
+
+def test_late_replies_are_late_by_the_virtual_clock(tmp_path: Path) -> None:
+    slow = retell(measurements={"virtual_s": 31.0})
+    devices = DevicesConfig(classes={"phone": DeviceClass()}, deadline_s=30.0)
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": slow}), 2, config(devices=devices))
+    state = made.loop()
+    assert float(state.adapter["q.lora_A"][0, 0]) == 1.0 and ear.records[1]["dropped"] == {"late": 1}
+    assert next(r for r in ear.clients if r["client"] == "b" and r["round"] == 1)["dropped"] == "late: 31.0 s of 30 s"
+
+
+def test_cohorts_hang_on_seed_and_round_alone(tmp_path: Path) -> None:
+    clients = {f"c{i:02d}": 1 for i in range(20)}
+    made, _ = bridge(tmp_path / "a", fake_client_app(clients), 20, config(seed=3, clients_per_round=5))
+    nodes = {c: i for i, c in enumerate(clients)}
+    forwards = [made._sample(nodes, r) for r in (1, 2, 3)]
+    backwards = [made._sample(dict(reversed(nodes.items())), r) for r in (3, 2, 1)]
+    assert forwards == backwards[::-1] and len({tuple(c) for c in forwards}) == 3
+    assert all(len(set(c)) == 5 for c in forwards)
+
+
+def test_a_stopped_run_goes_on_to_the_same_state(tmp_path: Path) -> None:
+    clients = {f"c{i}": i + 1 for i in range(6)}
+    whole, _ = bridge(tmp_path / "whole", fake_client_app(clients), 6, config(rounds=5, clients_per_round=3))
+    first, _ = bridge(tmp_path / "part", fake_client_app(clients), 6, config(rounds=2, clients_per_round=3))
+    first.loop()
+    first.run.close()
+    second, ear = bridge(tmp_path / "part", fake_client_app(clients), 6, config(rounds=5, clients_per_round=3))
+    wanted, got = whole.loop(), second.loop()
+    assert [r["round"] for r in ear.records] == [3, 4, 5]
+    assert all(torch.equal(wanted.adapter[n], got.adapter[n]) for n in wanted.adapter.tensors)
+    assert whole.run.newest()[0].clients == second.run.newest()[0].clients
+
+
+def test_bytes_are_those_of_the_wire(tmp_path: Path) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config())
+    made.loop()
+    values = lora_state().nbytes
+    line = next(r for r in ear.clients if r["round"] == 1)
+    # five arrays, each with np.save's 128-byte header, plus names and JSON
+    assert values + 5 * 128 < line["bytes_up"] < values + 5 * 128 + 1500
+    assert ear.records[1]["bytes_up"] == line["bytes_up"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # warm-up over 2 of 10 rounds; then from 1 at round 2 to 0.2 at round 10, its middle is round 6
+    [("constant", [0.0, 0.5, 1.0, 1.0, 1.0]), ("linear", [0.0, 0.5, 1.0, 0.6, 0.2]), ("cosine", [0.0, 0.5, 1.0, 0.6, 0.2])],
+)
+def test_the_schedule_is_the_servers(kind: str, expected: list[float]) -> None:
+    c = config(rounds=10, client=ClientConfig(schedule=kind, warmup_rounds=2, lr_end=0.2))
+    assert [schedule(c, r) for r in (0, 1, 2, 6, 10)] == pytest.approx(expected)
