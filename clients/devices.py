@@ -1,0 +1,26 @@
+"""What a simulated device can do in a round. Its time is virtual, so that a run repeats bit for bit on any machine."""
+
+import random
+
+from fedtune.config import DeviceClass, DevicesConfig
+from fedtune.seeds import derive_seed
+
+
+def is_offline(device: DeviceClass | None, seed: int, round: int, client: str) -> bool:
+    """Whether the device is away in this round: a coin of the class's own weight, tossed anew each round."""
+    if device is None:
+        return False
+    return random.Random(derive_seed(seed, "offline", round, client)).random() < device.offline
+
+
+def virtual_seconds(device: DeviceClass | None, steps: int, nbytes: int) -> float:
+    """Simulated seconds of a turn: `steps` of compute, and `nbytes` over the network in all."""
+    if device is None:
+        return 0.0
+    network = nbytes * 8 / (device.mbit_per_second * 1e6) if device.mbit_per_second else 0.0
+    return steps * device.seconds_per_step + network
+
+
+def device_of(config: DevicesConfig, name: str) -> DeviceClass | None:
+    """The class by its name; None where devices are not simulated."""
+    return config.classes.get(name)

@@ -1,0 +1,110 @@
+"""One client's turn: optimise the trainable tensors of a shared frozen backbone on the client's own rows.
+
+Nothing is built anew but the optimiser: the model, the adapter slot and the encoded rows outlive the turn.
+"""
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtune.clients.meter import peak_mb, reset_peak
+from fedtune.config import TaskConfig
+from fedtune.data import Example, collate
+from fedtune.errors import UpdateError
+from fedtune.models import LiveAdapter, loss_sum
+from fedtune.plan import Plan, matching
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What a turn did: mean training loss a token (or example) over all its steps, steps done, wall seconds, and peak MB."""
+
+    loss: float
+    steps: int
+    seconds: float
+    peak_mb: float
+
+
+def steps_of(plan: Plan, examples: int, max_steps: int | None = None) -> int:
+    """Optimiser steps that the plan asks of a client with so many rows, capped by what its device can do."""
+    steps = plan.steps if plan.steps is not None else math.ceil(examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate))
+    return max(1, min(steps, max_steps or steps))
+
+
+def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless micro-batches of row numbers: each pass a new permutation, its last batch as short as it comes."""
+    rng = random.Random(seed)
+    while True:
+        order = list(range(examples))
+        rng.shuffle(order)
+        yield from (order[i : i + batch_size] for i in range(0, examples, batch_size))
+
+
+def train(live: LiveAdapter, examples: Sequence[Example], plan: Plan, task: TaskConfig, *, pad_id: int, max_steps: int | None = None) -> Turn:
+    """Train the live adapter in place by the plan.
+
+    Args:
+        live: The slot, loaded with the tensors that the turn starts from.
+        examples: The client's training rows, at least one.
+        plan: The server's plan.
+        task: What the loss is.
+        pad_id: Token id of the padding.
+        max_steps: What the device can do.
+
+    Raises:
+        UpdateError: The loss or the gradient is not finite: the turn is lost, and says in which step.
+    """
+    device, start = live.backbone.device, time.perf_counter()
+    reset_peak(device)
+    names = set(matching(live.parameters, plan.train))
+    params = [p for n, p in live.parameters.items() if n in names]
+    for name, p in live.parameters.items():
+        p.requires_grad_(name in names)
+    anchor = [p.detach().clone() for p in params] if plan.prox else []
+    optimizer = torch.optim.AdamW(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    torch.manual_seed(plan.seed)  # dropout draws from the global generator
+    stream = batches(len(examples), plan.batch_size, plan.seed)
+    steps, total, seen = steps_of(plan, len(examples), max_steps), 0.0, 0
+    live.model.train()
+    try:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr + (plan.lr_last - plan.lr) * step / steps
+            micro = [collate([examples[i] for i in next(stream)], pad_id) for _ in range(plan.accumulate)]
+            loss, count = _backward(live, micro, task, device)
+            if not math.isfinite(loss):
+                raise UpdateError(f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr, or set client.clip_norm")
+            if plan.prox:
+                with torch.no_grad():  # the gradient of μ/2·‖w − w_t‖²
+                    for p, w in zip(params, anchor, strict=True):
+                        p.grad = plan.prox * (p - w) if p.grad is None else p.grad.add_(p - w, alpha=plan.prox)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            if not torch.isfinite(norm):
+                raise UpdateError(f"the gradient's norm became {norm.item()} in step {step + 1} of {steps}: lower client.lr")
+            if plan.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(params, plan.clip_norm, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            total, seen = total + loss * count, seen + count
+    finally:
+        live.model.eval()
+        for p in live.parameters.values():
+            p.requires_grad_(True)
+            p.grad = None
+    return Turn(loss=total / max(seen, 1), steps=steps, seconds=time.perf_counter() - start, peak_mb=peak_mb(device))
+
+
+def _backward(live: LiveAdapter, micro: list[dict[str, Tensor]], task: TaskConfig, device: torch.device) -> tuple[float, int]:
+    """Gradients of the mean loss over all micro-batches together, exact whatever their sizes; returns that mean and its count."""
+    counts = [int((b["labels"][..., 1:] != -100).sum()) if task.kind != "classification" else len(b["labels"]) for b in micro]
+    count, mean = max(sum(counts), 1), 0.0
+    for batch in micro:
+        loss, _ = loss_sum(live.model, {k: v.to(device) for k, v in batch.items()}, task)
+        (loss / count).backward()
+        mean += loss.item() / count
+    return mean, sum(counts)

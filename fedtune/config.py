@@ -1,0 +1,280 @@
+"""The typed schema of an experiment, and how a scenario's YAML becomes one.
+
+Every field carries its help text and its bounds; `check` walks them, then refuses combinations that cannot work. Nothing is loaded before.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.errors import ConfigError
+
+
+def opt(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A config field with its help text and the values that it accepts."""
+    rules = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    source: str = opt("nano", "nano: the embedded backbone; hub: a hub name or a local folder", choices=("nano", "hub"))
+    name: str = opt("", "hub name or local folder (source=hub)")
+    revision: str | None = opt(None, "hub revision")
+    init: str = opt("pretrained", "pretrained, or random weights of the same architecture drawn from the run's seed", choices=("pretrained", "random"))
+    precision: str = opt("fp32", "dtype of the frozen backbone", choices=("fp32", "bf16"))
+    device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    trust_remote_code: bool = opt(False, "run code that a hub repository brings along; leave it off")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    source: str = opt("demo", "demo: the built-in homes; hub: a hub data set; local: files", choices=("demo", "hub", "local"))
+    name: str = opt("", "hub data set (source=hub)")
+    subset: str | None = opt(None, "hub configuration name")
+    split: str = opt("train", "hub split to federate")
+    test_split: str | None = opt(None, "hub split for the global test; none takes test_fraction of the training rows")
+    path: str = opt("", "file, folder or glob (source=local)")
+    test_path: str | None = opt(None, "file, folder or glob of the global test")
+    format: str = opt("auto", "file format; auto goes by the file name (.gz is fine)", choices=("auto", "jsonl", "json", "csv", "tsv", "parquet", "text"))
+    encoding: str = opt("utf-8", "text encoding of the files")
+    record_pattern: str | None = opt(None, "regular expression that splits a text file into records; its named groups become columns")
+    client_from_file: bool = opt(False, "each file is a client, named after the file")
+    columns: dict[str, str] = opt({}, "ours → theirs: text, label, prompt, answer, client, device_class")
+    prompt: str | None = opt(None, "prompt template over the file's columns, such as 'Q: {question}\\nA:'")
+    answer: str | None = opt(None, "answer template over the file's columns, such as ' {answer}'")
+    test_fraction: float = opt(0.1, "share of rows kept as the global test where no test file or split is named", ge=0, le=0.9)
+    test_limit: int | None = opt(None, "use at most this many global test rows (a seeded sample)", ge=1)
+    held_out: float = opt(0.2, "share of each client's rows kept to evaluate that client", ge=0, le=0.9)
+    limit: int | None = opt(None, "use at most this many training rows (a seeded sample)", ge=1)
+
+
+@dataclass(kw_only=True)
+class PartitionConfig:
+    kind: str = opt(
+        "natural", "how rows are dealt to clients", choices=("natural", "iid", "dirichlet", "pathological", "size", "prior")
+    )
+    clients: int = opt(10, "number of clients (natural: taken from the data)", ge=1)
+    alpha: float = opt(0.5, "Dirichlet concentration (dirichlet, prior) or skew (size)", gt=0)
+    classes_per_client: int = opt(2, "classes a client holds (pathological)", ge=1)
+    min_examples: int = opt(1, "natural: leave out clients with fewer rows", ge=1)
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    kind: str = opt("instruction", "what is learnt and how it is scored", choices=("causal_lm", "instruction", "classification"))
+    max_length: int = opt(128, "tokens of an example; longer ones are cut", ge=2)
+    max_new_tokens: int = opt(24, "instruction: longest generated answer, in tokens", ge=1)
+    generate: bool = opt(True, "instruction: score exact match by generation; false reports answer loss only")
+    stride_texts: bool = opt(True, "causal_lm: join a client's texts and cut them into blocks of max_length")
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    method: str = opt("lora", "parameter-efficient method", choices=("lora",))
+    rank: int = opt(8, "LoRA rank r", ge=1)
+    alpha: float = opt(16.0, "LoRA alpha; the update is scaled by alpha / rank", gt=0)
+    dropout: float = opt(0.0, "dropout on the adapter's input", ge=0, le=0.9)
+    targets: Any = opt("all-linear", "module names to adapt: all-linear, one name, or a list")
+
+
+@dataclass(kw_only=True)
+class ClientConfig:
+    steps: int | None = opt(None, "optimiser steps a round; none goes by epochs", ge=1)
+    epochs: float | None = opt(1.0, "passes over the client's rows a round", gt=0)
+    batch_size: int = opt(16, "examples of one micro-batch", ge=1)
+    accumulate: int = opt(1, "micro-batches of one optimiser step", ge=1)
+    lr: float = opt(1e-3, "peak learning rate of AdamW", gt=0)
+    lr_end: float = opt(0.1, "last learning rate as a share of the peak", ge=0, le=1)
+    schedule: str = opt("cosine", "learning rate over the rounds", choices=("constant", "linear", "cosine"))
+    warmup_rounds: float = opt(0.0, "rounds over which the learning rate rises from 0", ge=0)
+    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay", ge=0)
+    clip_norm: float | None = opt(1.0, "gradient norm is clipped to this; none leaves it", gt=0)
+    prox: float = opt(0.0, "FedProx μ: adds μ/2·‖w − w_t‖² to the loss", ge=0)
+
+
+@dataclass(kw_only=True)
+class DeviceClass:
+    share: float = opt(1.0, "share of the clients in this class where the data does not say", ge=0)
+    max_examples: int | None = opt(None, "training rows that the device can hold", ge=1)
+    max_steps: int | None = opt(None, "optimiser steps that it can do in a round", ge=1)
+    offline: float = opt(0.0, "chance that it is offline in a round", ge=0, le=1)
+    seconds_per_step: float = opt(0.0, "simulated seconds of one optimiser step", ge=0)
+    mbit_per_second: float = opt(0.0, "simulated bandwidth both ways; 0 is unlimited", ge=0)
+
+
+@dataclass(kw_only=True)
+class DevicesConfig:
+    classes: dict[str, DeviceClass] = opt({}, "device class → what it can do; none: all alike, always on")
+    deadline_s: float | None = opt(None, "simulated seconds after which a reply is late; none waits", gt=0)
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    kind: str = opt("inprocess", "inprocess: one process, one shared backbone; ray: Flower's simulation engine", choices=("inprocess", "ray"))
+    threads: int = opt(0, "torch threads; 0 takes all cores", ge=0)
+    ray_cpus: int = opt(1, "ray: CPUs (and torch threads) of one worker", ge=1)
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    where: str = opt("door", "global test: in the process that started the run, or not at all", choices=("door", "none"))
+    clients: int = opt(-1, "clients that evaluate their held-out rows each round; -1 all, 0 none", ge=-1)
+    every: int = opt(1, "evaluate every so many rounds (the first and the last always)", ge=1)
+    batch_size: int = opt(64, "examples of an evaluation batch", ge=1)
+
+
+@dataclass(kw_only=True)
+class InferenceConfig:
+    export: str = opt("none", "merged model written when the run ends: none, or hf, a Hugging Face folder in RUN/merged", choices=("none", "hf"))
+    samples: int = opt(3, "instruction: test requests answered before and after, for a person to read", ge=0)
+
+
+@dataclass(kw_only=True)
+class Config:
+    name: str = opt("run", "name of the experiment; its folder under output_dir")
+    seed: int = opt(0, "seed of everything random", ge=0)
+    rounds: int = opt(10, "federated rounds", ge=0)
+    clients_per_round: int = opt(10, "clients sampled a round", ge=1)
+    min_clients: int = opt(1, "fewest good updates for a round to count", ge=1)
+    round_timeout_s: float | None = opt(None, "real seconds after which a round closes without the clients that have not answered; none waits", gt=0)
+    resume: str | None = opt(None, "run directory to go on with")
+    output_dir: str = opt("outputs", "where run directories are made")
+    keep_checkpoints: int = opt(3, "newest checkpoints to keep", ge=1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    strategy: Any = opt({"_target_": "fedtune.strategies.fedavg.FedAvg"}, "aggregation strategy: _target_ and its arguments")
+    client: ClientConfig = field(default_factory=ClientConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+def check(config: Config) -> Config:
+    """Return `config` if every value is in its bounds and the whole can work.
+
+    Raises:
+        ConfigError: Names the key, the value, and what was wanted.
+    """
+    _check_fields(config, "")
+    _check_together(config)
+    return config
+
+
+def _check_fields(node: Any, prefix: str) -> None:
+    for f in dataclasses.fields(node):
+        key, value, rules = prefix + f.name, getattr(node, f.name), f.metadata
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, key + ".")
+        elif isinstance(value, dict) and value and all(dataclasses.is_dataclass(v) for v in value.values()):
+            for name, child in value.items():
+                _check_fields(child, f"{key}.{name}.")
+        elif value is not None and rules:
+            if rules["choices"] and value not in rules["choices"]:
+                raise ConfigError(f"{key}={value} is not known: choose one of {', '.join(rules['choices'])}")
+            for word, bound, bad in (
+                ("at least", rules["ge"], lambda v, b: not v >= b),  # `not >=` refuses NaN too
+                ("greater than", rules["gt"], lambda v, b: not v > b),
+                ("at most", rules["le"], lambda v, b: not v <= b),
+            ):
+                if bound is not None and bad(value, bound):
+                    raise ConfigError(f"{key}={value} is out of range: it must be {word} {bound:g}")
+
+
+def _check_together(c: Config) -> None:
+    def refuse(wrong: bool, sentence: str) -> None:
+        if wrong:
+            raise ConfigError(sentence)
+
+    refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
+    refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
+    refuse(c.data.source == "local" and not c.data.path, "data=local needs data.path: a file, a folder or a glob")
+    refuse((c.data.prompt is None) != (c.data.answer is None), "data.prompt and data.answer go together: set both or neither")
+    refuse(c.client.steps is None and c.client.epochs is None, "client.steps and client.epochs are both none: set one of them")
+    refuse(
+        c.min_clients > c.clients_per_round,
+        f"min_clients={c.min_clients} is more than clients_per_round={c.clients_per_round}: no round could count",
+    )
+    refuse(not c.name or "/" in c.name or c.name.startswith("."), f"name='{c.name}' must be a plain folder name")
+    refuse(
+        c.data.source == "demo" and c.task.kind == "causal_lm",
+        "the demo homes are requests with answers: task.kind=causal_lm does not fit data=demo, take task.kind=instruction or classification",
+    )
+    refuse(
+        c.task.kind == "instruction" and c.task.max_new_tokens >= c.task.max_length,
+        f"task.max_new_tokens={c.task.max_new_tokens} leaves no room for a prompt in task.max_length={c.task.max_length}",
+    )
+    refuse(
+        bool(c.devices.classes) and sum(d.share for d in c.devices.classes.values()) <= 0,
+        "devices.classes: every share is 0, so no client could get a class",
+    )
+    refuse(not (isinstance(c.strategy, dict) and "_target_" in c.strategy), "strategy needs a _target_: pick one with strategy=NAME")
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """Every key with its default and help, for `--help` and the docs: `("client.lr", "0.001", "peak learning rate …")`."""
+
+    def walk(node: Any, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
+        for f in dataclasses.fields(node):
+            value = getattr(node, f.name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{prefix}{f.name}.")
+            else:
+                choices = f.metadata["choices"]
+                text = f.metadata["help"] + (f" [{' | '.join(choices)}]" if choices else "")
+                yield prefix + f.name, "none" if value is None else str(value), text
+
+    return list(walk(Config(), ""))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain JSON types: what is stored with a run and sent to the clients."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ConfigError: An unknown key, or a value that is out of bounds.
+    """
+    return check(_build(Config, values, ""))
+
+
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'} must be a mapping, got {type(values).__name__}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(map(str, values)) - set(known)):
+        raise ConfigError(f"unknown config key {prefix}{unknown[0]}: known here are {', '.join(known)}")
+    hints = typing.get_type_hints(kind)
+    out = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
+        elif hint == dict[str, DeviceClass]:
+            value = {k: _build(DeviceClass, v, f"{prefix}{name}.{k}.") for k, v in value.items()}
+        elif hint is not Any:
+            value = _typed(hint, value, prefix + name)
+        out[name] = value
+    return kind(**out)
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(a) or a for a in allowed)
+    if float in plain and type(value) is int:
+        return float(value)
+    if type(value) not in plain:
+        wanted = " or ".join("none" if p is type(None) else p.__name__ for p in plain)
+        raise ConfigError(f"{key}={value!r} has the wrong type: wanted {wanted}")
+    return value

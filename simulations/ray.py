@@ -1,0 +1,36 @@
+"""Virtual clients on Ray, through Flower's own simulation engine, from the same ServerApp and ClientApp."""
+
+import logging
+import os
+
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.simulation import run_simulation
+
+from fedtune.config import EngineConfig
+from fedtune.errors import ConfigError
+
+
+def run_on_ray(server_app: ServerApp, client_app: ClientApp, nodes: int, engine: EngineConfig) -> None:
+    """Run both apps on `nodes` virtual SuperNodes.
+
+    Raises:
+        ConfigError: Ray is not installed, or a worker asks for more CPUs than there are.
+    """
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        raise ConfigError("engine=ray needs Ray: install it with pip install 'fedtune[ray]'") from None
+    cores = os.cpu_count() or 1
+    if engine.ray_cpus > cores:
+        raise ConfigError(f"engine.ray_cpus={engine.ray_cpus} is more than the {cores} cores of this machine: no worker could start")
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    run_simulation(
+        server_app,
+        client_app,
+        num_supernodes=nodes,
+        backend_config={
+            "client_resources": {"num_cpus": engine.ray_cpus, "num_gpus": 0.0},
+            "init_args": {"num_cpus": cores, "logging_level": "error", "log_to_driver": False},
+        },
+    )
