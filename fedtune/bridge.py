@@ -91,6 +91,7 @@ class Bridge:
         if found is None:
             found = Checkpoint(round=0, state=self.strategy.start(self.initial), clients={})
             record, clients = {"round": 0, "client": None}, {c: {"round": 0, "client": c} for c in nodes}
+            self.watcher.round_started(0, self.config.rounds, 0)
             self._score(found.state, nodes, record, clients)
             self._close(found, record, clients)
         state, book = found.state, {c: dict(v) for c, v in found.clients.items()}

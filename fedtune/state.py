@@ -130,7 +130,9 @@ class AdapterState:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, spec in its metadata, and flush it to the disk."""
-        save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, {"fedtune": self.spec.to_json(), "order": json.dumps(list(self.tensors))})
+        # one entry only: safetensors writes several in any order, and equal states should be equal files
+        meta = {"fedtune": json.dumps({"order": list(self.tensors), "spec": self.spec.to_json()})}
+        save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, meta)
         with open(path, "rb+") as f:
             os.fsync(f.fileno())
 
@@ -146,9 +148,9 @@ class AdapterState:
                 meta = f.metadata() or {}
                 if "fedtune" not in meta:
                     raise CheckpointError(f"{path} is a safetensors file but not a fedtune adapter: its metadata has no 'fedtune' entry")
-                order = json.loads(meta.get("order", "[]")) or list(f.keys())
-                return cls({n: f.get_tensor(n) for n in order}, AdapterSpec.from_json(meta["fedtune"]))
-        except (SafetensorError, OSError, ValueError) as bad:
+                said = json.loads(meta["fedtune"])
+                return cls({n: f.get_tensor(n) for n in said["order"]}, AdapterSpec.from_json(said["spec"]))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as bad:
             raise CheckpointError(f"cannot read the adapter {path}: {str(bad)[:120]}") from None
         except UpdateMismatch as bad:
             raise CheckpointError(f"cannot read the adapter {path}: {bad}") from None
