@@ -1,0 +1,173 @@
+"""The source's columns → ours: what the task needs, plus `client`, `device_class` and `label` where there are any."""
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from fedtune.config import Config
+from fedtune.errors import ConfigError, DataError
+
+NEEDED: dict[str, tuple[str, ...]] = {"instruction": ("prompt", "answer"), "classification": ("text", "label"), "causal_lm": ("text",)}
+PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
+OURS = ("prompt", "answer", "text", "label", "client", "device_class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows in our columns.
+
+    Args:
+        columns: Column → one value a row. `label` is a class id, everything else a string.
+        labels: Name of each class id; () if the source has no labels.
+    """
+
+    columns: dict[str, list[Any]]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+def canonical(source: datasets.Dataset, config: Config, what: str, labels: tuple[str, ...] | None = None) -> Table:
+    """`source` in our columns.
+
+    A column is taken from, in this order: the templates `data.prompt` and `data.answer`; `data.columns` (a name, or a template where it
+    holds a brace, such as ``text: '{sentence1} {sentence2}'``); the source's column of the same name.
+
+    Args:
+        source: Rows as they came.
+        config: Task, templates and column names.
+        what: "training" or "test", for messages.
+        labels: Class names that are fixed already (those of the training rows).
+
+    Raises:
+        ConfigError: `data.columns` names a column that we do not have, or a template is malformed.
+        DataError: A column or field is missing, or a row has no value in it.
+    """
+    data, task = config.data, config.task.kind
+    if unknown := sorted(set(data.columns) - set(OURS)):
+        raise ConfigError(f"data.columns.{unknown[0]} is not known: ours are {', '.join(OURS)}")
+    maps: dict[str, str] = {ours: theirs for ours, theirs in data.columns.items() if "{" not in theirs}
+    templates: dict[str, str] = {ours: theirs for ours, theirs in data.columns.items() if "{" in theirs}
+    if data.prompt is not None and data.answer is not None:
+        templates |= {"prompt": data.prompt, "answer": data.answer}
+    out: dict[str, list[Any]] = {}
+    for ours in NEEDED[task]:
+        theirs = maps.get(ours, ours)
+        if ours in templates:
+            out[ours] = fill(templates[ours], source, f"the {ours} template")
+        else:
+            out[ours] = take(source, theirs, ours, what, task, mapped=ours in maps)
+    wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()
+    for ours in ("client", "device_class", "label"):
+        if ours in out or (what == "test" and ours == "label"):
+            continue
+        theirs = maps.get(ours, ours)
+        if ours in templates:
+            out[ours] = fill(templates[ours], source, f"the {ours} template")
+        elif (ours in maps and what == "training") or (theirs in source.column_names and (ours in wanted or _whole(source, theirs))):
+            out[ours] = take(source, theirs, ours, what, task, mapped=True)
+    if "label" in out:
+        own = source.features.get(maps.get("label", "label")) if "label" not in templates else None
+        declared = tuple(own.names) if isinstance(own, datasets.ClassLabel) else None
+        values = names_of(out["label"], declared, what)
+        names = (declared or in_order(values)) if labels is None else labels
+        out["label"] = to_ids(values, names, what)
+    else:
+        names = labels or ()
+    for ours in out:
+        if ours != "label":
+            out[ours] = texts(out[ours], ours, maps.get(ours, ours))
+    if task == "causal_lm":
+        kept = [i for i, text in enumerate(out["text"]) if text.strip()]
+        out = {ours: [values[i] for i in kept] for ours, values in out.items()}
+        if not kept:
+            raise DataError(f"every {what} row has an empty text: see data.columns")
+    return Table(columns=out, labels=names)
+
+
+def _whole(source: datasets.Dataset, column: str) -> bool:
+    """Can this column, for which nobody asked, serve as a label or an id: names or whole numbers, one in every row?"""
+    kinds = ("string", "large_string", "int", "uint", "bool")  # a ClassLabel is int64
+    return str(getattr(source.features[column], "dtype", "")).startswith(kinds) and not source.data.column(column).null_count
+
+
+def take(source: datasets.Dataset, theirs: str, ours: str, what: str, task: str, mapped: bool) -> list[Any]:
+    """The values of one column; None in it is refused with its row number."""
+    present = ", ".join(source.column_names)
+    if theirs not in source.column_names:
+        if mapped:
+            raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.{ours}): there are {present}")
+        templates = " or the templates data.prompt and data.answer" if task == "instruction" else ""
+        raise DataError(f"task.kind={task} needs '{ours}' and the {what} rows have only {present}: set data.columns.{ours}{templates}")
+    values = source.with_format(None)[theirs][:]
+    for number, value in enumerate(values, 1):
+        if value is None:
+            raise DataError(f"{what} row {number} has no '{theirs}': fill it or leave the row out")
+    return values
+
+
+def fill(template: str, source: datasets.Dataset, what: str) -> list[str]:
+    """`template` formatted over every row, by str.format."""
+    try:
+        fields = {name.split(".")[0].split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as bad:
+        raise ConfigError(f"{what} {template!r} is malformed ({bad}): a literal brace is written twice") from None
+    if missing := sorted(fields - set(source.column_names)):
+        raise DataError(f"{what} {template!r} names '{missing[0]}', which the rows do not have: there are {', '.join(source.column_names)}")
+    used = sorted(fields)
+    columns = [source[name][:] for name in used]
+    out = []
+    for number in range(len(source)):
+        row = {name: column[number] for name, column in zip(used, columns, strict=True)}
+        if empty := [name for name, value in row.items() if value is None]:
+            raise DataError(f"{what} {template!r} needs '{empty[0]}', and row {number + 1} has none: fill it or leave the row out")
+        try:
+            out.append(template.format(**row))
+        except (ValueError, IndexError, KeyError, AttributeError, TypeError) as bad:
+            raise DataError(f"{what} {template!r} cannot be filled from row {number + 1} ({type(bad).__name__}: {bad})") from None
+    return out
+
+
+def texts(values: Sequence[Any], ours: str, theirs: str) -> list[str]:
+    """Strings; numbers are written out, lists and mappings are refused."""
+    for value in values:
+        if not isinstance(value, (str, int, float)):
+            kind = type(value).__name__
+            example = f"data.columns.{ours}='{{{theirs}[0]}}'"
+            raise DataError(f"column '{theirs}' holds {kind} values, '{ours}' wants text: name a part of it, such as {example}")
+    return [value if isinstance(value, str) else str(value) for value in values]
+
+
+def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[str]:
+    """The class name of every value; whole numbers are looked up in `declared`, the names of a ClassLabel feature, if there are any."""
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, (bool, int, str)):
+            shown = f"{type(value).__name__} {str(value)[:40]}"
+            raise DataError(f"{what} row {number} has the label {shown}: wanted a name or a whole number; see data.columns.label")
+        if declared is not None and not 0 <= int(value) < len(declared):
+            raise DataError(f"{what} row {number} has class id {value} of {len(declared)} classes: the row has no label")
+    return [str(value) if declared is None else declared[int(value)] for value in values]
+
+
+def in_order(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of the classes in the order of their ids: sorted, by value where all are whole numbers."""
+    unique = set(names)
+    return tuple(sorted(unique, key=int) if all(name.removeprefix("-").isdecimal() for name in unique) else sorted(unique))
+
+
+def to_ids(values: Sequence[str], names: tuple[str, ...], what: str) -> list[int]:
+    """The class id of every value.
+
+    Raises:
+        DataError: A value that is not among `names`.
+    """
+    ids = {name: i for i, name in enumerate(names)}
+    for number, value in enumerate(values, 1):
+        if value not in ids:
+            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+            raise DataError(f"{what} row {number} has the label '{value}', which no training row has: known are {shown}")
+    return [ids[value] for value in values]

@@ -1,0 +1,169 @@
+"""A federation: the rows, who holds which, and the global test.
+
+Source → our columns → global test → partition → each client's own train and held-out rows → device class. Everything random hangs on the
+run's seed and, for what belongs to one client, on its logical id: its split does not change when other clients come or go.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from fedtune.config import Config, DeviceClass
+from fedtune.data.columns import Table, canonical
+from fedtune.data.partition import partition, rows_of_large_clients
+from fedtune.data.sources import read_source
+from fedtune.errors import DataError
+from fedtune.seeds import derive_seed
+
+log = logging.getLogger("fedtune.data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRows:
+    """What one client holds.
+
+    Args:
+        train: (n,) int64 indices into `Federation.rows`.
+        held_out: (m,) int64 indices of the rows that evaluate this client; none of them is in `train`.
+        device_class: Name in `devices.classes`; "" if there are none.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    device_class: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """All rows and who holds which.
+
+    Args:
+        rows: Training rows in our columns.
+        test: The global test, in our columns; may be empty.
+        clients: Logical id → its rows, sorted by id; no client is without training rows.
+        labels: Name of each class id of the column `label` (the task's classes, or only what histograms show); () if there is none.
+    """
+
+    rows: datasets.Dataset
+    test: datasets.Dataset
+    clients: Mapping[str, ClientRows]
+    labels: tuple[str, ...]
+
+    def row_labels(self) -> np.ndarray:
+        """(rows,) int64 class id of every row, for histograms; empty if there are no labels."""
+        return np.asarray(self.rows["label"][:] if self.labels else [], np.int64)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON: labels, test size, and for each client its device class, sizes and label histogram (train and held-out together)."""
+        of_row, clients = self.row_labels(), []
+        for name, client in self.clients.items():
+            held = np.concatenate([client.train, client.held_out])
+            histogram = np.bincount(of_row[held], minlength=len(self.labels)).tolist() if self.labels else []
+            sizes = {"train": len(client.train), "held_out": len(client.held_out)}
+            clients.append({"id": name, "device_class": client.device_class, **sizes, "histogram": histogram})
+        return {"labels": list(self.labels), "clients": clients, "test": len(self.test)}
+
+
+def load_federation(config: Config) -> Federation:
+    """Read, split and deal the data that `config` names.
+
+    Raises:
+        ConfigError: Settings that do not go together.
+        DataError: The data cannot be used; says where and what to do.
+    """
+    config, source, test_source = read_source(config)
+    data, seed = config.data, config.seed
+    table = canonical(source, config, "training")
+    if config.partition.kind == "natural":
+        table = _select(table, rows_of_large_clients(config.partition, table.columns.get("client")))
+    if test_source is not None:
+        tests, order = canonical(test_source, config, "test", table.labels), np.arange(len(table))
+        test_rows = np.arange(len(tests))
+    else:
+        tests = table
+        test_rows, order = split(len(table), data.test_fraction, derive_seed(seed, "test"))
+        if data.test_fraction and not len(test_rows):
+            raise DataError(f"{len(table)} training row is too few to take data.test_fraction={data.test_fraction:g} of it as a test")
+    test_rows = sample(test_rows, data.test_limit, derive_seed(seed, "test_limit"))
+    order = sample(order, data.limit, derive_seed(seed, "limit"))
+    named = set(table.columns.get("client", ()))
+    table, tests = _select(table, order), _select(tests, test_rows)
+    parts = partition(config.partition, len(order), seed, table.columns.get("label"), table.columns.get("client"))
+    if config.partition.kind == "natural" and (gone := len(named.difference(parts))):
+        log.warning("%d clients have all their rows in the global test or beyond data.limit, and are left out", gone)
+    if config.task.kind == "classification" and len(table.labels) < 2:
+        raise DataError(f"every training row has the label '{''.join(table.labels)}': classification needs two classes at least")
+    devices = device_classes(config, parts, table)
+    clients = {name: _client(name, rows, devices[name], config) for name, rows in parts.items()}
+    return Federation(rows=_dataset(table), test=_dataset(tests), clients=clients, labels=table.labels)
+
+
+def split(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(taken, kept) indices, ascending: a seeded `share` of the rows is taken; at least one where share > 0, and one is always kept."""
+    taken = 0 if share == 0 else max(1, int(rows * share + 0.5))
+    taken = min(taken, rows - 1)
+    order = np.random.default_rng(seed).permutation(rows)
+    return np.sort(order[:taken]), np.sort(order[taken:])
+
+
+def sample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """At most `most` of the indices, drawn by the seed, in ascending order."""
+    if most is None or len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
+
+
+def _client(name: str, rows: np.ndarray, device_class: str, config: Config) -> ClientRows:
+    held_out, train = split(len(rows), config.data.held_out, derive_seed(config.seed, "held_out", name))
+    most = config.devices.classes[device_class].max_examples if device_class else None
+    return ClientRows(
+        train=sample(rows[train], most, derive_seed(config.seed, "max_examples", name)), held_out=rows[held_out], device_class=device_class
+    )
+
+
+def device_classes(config: Config, parts: Mapping[str, np.ndarray], table: Table) -> dict[str, str]:
+    """Client → device class: the data's, where clients are natural and the rows say; else dealt by the classes' shares.
+
+    Raises:
+        DataError: A client's rows disagree, or name a class that `devices.classes` does not have.
+    """
+    classes = config.devices.classes
+    if not classes:
+        return dict.fromkeys(parts, "")
+    if config.partition.kind != "natural" or "device_class" not in table.columns:
+        return dict(zip(parts, deal(classes, len(parts), derive_seed(config.seed, "device_class")), strict=True))
+    out = {}
+    for name, rows in parts.items():
+        said = sorted({table.columns["device_class"][i] for i in rows})
+        if len(said) > 1:
+            raise DataError(f"client '{name}' has rows of device_class '{said[0]}' and '{said[1]}': a client is one device")
+        if said[0] not in classes:
+            raise DataError(f"client '{name}' has device_class '{said[0]}', devices.classes has only {', '.join(classes)}")
+        out[name] = said[0]
+    return out
+
+
+def deal(classes: Mapping[str, DeviceClass], clients: int, seed: int) -> list[str]:
+    """One class name a client, in the proportion of the shares (largest remainder), in random order."""
+    names = list(classes)
+    shares = np.array([classes[name].share for name in names], np.float64)
+    wanted = shares / shares.sum() * clients
+    counts = np.floor(wanted).astype(int)
+    for i in np.argsort(counts - wanted, kind="stable")[: clients - counts.sum()]:
+        counts[i] += 1
+    dealt = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+    return [dealt[i] for i in np.random.default_rng(seed).permutation(clients)]
+
+
+def _select(table: Table, rows: np.ndarray) -> Table:
+    chosen = rows.tolist()
+    return Table(columns={name: [values[i] for i in chosen] for name, values in table.columns.items()}, labels=table.labels)
+
+
+def _dataset(table: Table) -> datasets.Dataset:
+    kinds = {name: datasets.Value("int64" if name == "label" else "string") for name in table.columns}
+    return datasets.Dataset.from_dict(table.columns, features=datasets.Features(kinds))

@@ -1,0 +1,49 @@
+"""Hub data sets by name, and folders that `datasets` wrote. Code that a data set brings along is never run: `datasets` 4 cannot."""
+
+from pathlib import Path
+
+import datasets
+
+from fedtune.config import DataConfig
+from fedtune.errors import DataError
+
+
+def read_hub(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """`data.split` of the data set and, where `data.test_split` is set, that split; columns as there.
+
+    Raises:
+        DataError: Not found, no such subset or split, no network.
+    """
+    return load_split(config, config.split), (load_split(config, config.test_split) if config.test_split else None)
+
+
+def load_split(config: DataConfig, split: str) -> datasets.Dataset:
+    what = f"data.name={config.name}" + (f" data.subset={config.subset}" if config.subset else "") + f" split '{split}'"
+    try:
+        if any((Path(config.name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):  # written by save_to_disk
+            found = _saved(config, split)
+        else:
+            found = datasets.load_dataset(config.name, config.subset, split=split)
+    except DataError:
+        raise
+    except Exception as bad:  # the library raises a dozen unrelated classes here: network, HTTP, not found, bad split, bad file
+        reason = str(bad).strip().splitlines()[0][:200] if str(bad).strip() else ""
+        raise DataError(
+            f"cannot load {what}: {type(bad).__name__}: {reason}; check the name, the subset, the split and the network, or use data=local"
+        ) from None
+    if not isinstance(found, datasets.Dataset):
+        raise DataError(f"{what} is a {type(found).__name__}: wanted one split of rows")
+    if not len(found):
+        raise DataError(f"{what} has no rows")
+    return found
+
+
+def _saved(config: DataConfig, split: str) -> datasets.Dataset:
+    found = datasets.load_from_disk(config.name)
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(f"data.name={config.name} has no split '{split}': it holds {', '.join(map(str, found))}")
+        return found[split]
+    if split != config.split:
+        raise DataError(f"data.name={config.name} is a single split: data.test_split={split} is not in it")
+    return found

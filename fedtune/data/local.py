@@ -1,0 +1,238 @@
+"""Local files → rows: jsonl, json (an array), csv, tsv, parquet and text, each also as .gz; a file, a folder or a glob.
+
+Parsed here rather than by `datasets.load_dataset`, which copies every file into a cache under the user's home and does not say which line
+is broken. Files are read whole: what a client trains on fits into memory.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from fedtune.config import DataConfig
+from fedtune.data.records import compile_pattern, lines, matches
+from fedtune.errors import ConfigError, DataError
+
+Rows = list[dict[str, Any]]
+
+SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text"
+}  # fmt: skip
+
+
+def read_local(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The training rows of `data.path` and, where `data.test_path` is set, the test rows; columns as in the files.
+
+    Files of `test_path` that `path` matches too are test files only, so that a folder that holds its own test set can be named as a whole.
+
+    Raises:
+        DataError: Names the file, the line or byte, and what to do.
+    """
+    test_files = find_files(config.test_path, "data.test_path", config) if config.test_path else []
+    held = {file.resolve() for file in test_files}
+    files = [file for file in find_files(config.path, "data.path", config) if file.resolve() not in held]
+    if not files:
+        raise DataError(f"data.path={config.path} holds only test files (data.test_path={config.test_path}): nothing is left to train on")
+    if config.client_from_file:
+        check_stems(files)
+    return read_files(files, config, config.client_from_file), (read_files(test_files, config, False) if test_files else None)
+
+
+def find_files(where: str, key: str, config: DataConfig) -> list[Path]:
+    """The files that a path, folder or glob means, sorted by name; hidden files and, in a folder, files of no known format are left out."""
+    path = Path(where).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not found:
+            pattern = glob.has_magic(str(path))
+            raise DataError(f"{key}={where} {'matches no file' if pattern else 'does not exist'}: give a file, a folder or a glob")
+        return found
+    inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    if config.format == "auto":
+        inside = [file for file in inside if suffix(file) in SUFFIXES]
+        formats = sorted({SUFFIXES[suffix(file)] for file in inside})
+        if len(formats) > 1:
+            raise DataError(f"{key}={where} holds {' and '.join(formats)} files: set data.format or give a glob such as *.{formats[0]}")
+    else:
+        # with a format named, unknown suffixes count; those of another format do not
+        inside = [file for file in inside if SUFFIXES.get(suffix(file), config.format) == config.format]
+    if not inside:
+        raise DataError(f"{key}={where} holds no data file: wanted {', '.join(SUFFIXES)} (or .gz of them), or set data.format")
+    return inside
+
+
+def suffix(file: Path) -> str:
+    """The last suffix in lower case, not counting .gz."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def stem(file: Path) -> str:
+    """The name without suffix and .gz: the client id of `data.client_from_file`."""
+    name = file.name[:-3] if file.name.lower().endswith(".gz") else file.name
+    return Path(name).stem
+
+
+def check_stems(files: list[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for file in files:
+        if (other := seen.setdefault(stem(file), file)) is not file:
+            raise DataError(f"data.client_from_file: {other} and {file} are both client '{stem(file)}': give the files names of their own")
+
+
+def read_files(files: list[Path], config: DataConfig, client_from_file: bool) -> datasets.Dataset:
+    """All rows of the files, one after the other; columns are the union of the files' columns."""
+    rows: Rows = []
+    for file in files:
+        found = read_file(file, config)
+        if client_from_file:
+            if found and "client" in found[0]:
+                raise DataError(f"{file} has a column 'client' of its own: leave data.client_from_file off, or rename the column")
+            for row in found:
+                row["client"] = stem(file)
+        rows += found
+    if not rows:
+        raise DataError(f"{files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''}: no rows in it")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    arrays = {}
+    for name in columns:
+        try:
+            arrays[name] = pa.array([row.get(name) for row in rows])
+        except UnicodeEncodeError as bad:  # JSON may spell half a surrogate pair, which is no text
+            raise DataError(
+                f"{files[0].parent}: column '{name}' holds {bad.object[bad.start]!r}, which is no character: clean the file"
+            ) from None
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as bad:
+            raise DataError(f"{files[0].parent}: column '{name}' mixes types over its rows ({str(bad).splitlines()[0][:100]})") from None
+    return datasets.Dataset(pa.table(arrays))
+
+
+def read_file(file: Path, config: DataConfig) -> Rows:
+    """The rows of one file.
+
+    Raises:
+        DataError: Missing, empty, damaged, of an unknown format, or not in `data.encoding`.
+    """
+    kind = config.format
+    if kind == "auto":
+        kind = SUFFIXES.get(suffix(file), "text" if config.record_pattern else "")
+        if not kind:
+            raise DataError(f"{file}: its name does not tell its format: set data.format to one of {', '.join(READERS)}, parquet")
+    if config.record_pattern and kind != "text":
+        raise ConfigError(f"data.record_pattern splits text, but {file} is {kind}: set data.format=text or leave the pattern out")
+    raw = read_bytes(file)
+    if not raw:
+        raise DataError(f"{file} is empty: wanted {kind} rows")
+    if kind == "parquet":
+        return read_parquet(raw, str(file))
+    text = decode(raw, file, config.encoding)
+    if kind == "text":
+        return matches(text, compile_pattern(config.record_pattern), str(file)) if config.record_pattern else lines(text, str(file))
+    return READERS[kind](text, str(file))
+
+
+def read_bytes(file: Path) -> bytes:
+    try:
+        raw = file.read_bytes()
+        return gzip.decompress(raw) if file.name.lower().endswith(".gz") else raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as bad:
+        raise DataError(f"{file} is not a whole gzip file ({bad}): fetch it again") from None
+    except OSError as bad:
+        raise DataError(f"cannot read {file}: {bad.strerror}") from None
+
+
+def decode(raw: bytes, file: Path, encoding: str) -> str:
+    """Text of the bytes; a byte order mark of UTF-8 is dropped."""
+    try:
+        return raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+    except UnicodeDecodeError as bad:
+        line = raw.count(b"\n", 0, bad.start) + 1
+        marked = raw.startswith((b"\xff\xfe", b"\xfe\xff"))  # the byte order marks of UTF-16
+        hint = "utf-16" if marked else "latin-1" if encoding.lower() in ("utf-8", "utf8") else "utf-8"
+        raise DataError(
+            f"{file}: byte 0x{raw[bad.start]:02x} at offset {bad.start} (line {line}) is not {encoding}:"
+            f" set data.encoding to what the file is in, such as data.encoding={hint}"
+        ) from None
+    except LookupError:
+        raise ConfigError(f"data.encoding={encoding} is not known: wanted a name such as utf-8, latin-1 or cp1252") from None
+
+
+def read_jsonl(text: str, where: str) -> Rows:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            rows.append(_object(_json(line, f"{where} line {number}", "one JSON object a line"), f"{where} line {number}"))
+    return rows
+
+
+def read_json(text: str, where: str) -> Rows:
+    values = _json(text, where, "a JSON array of objects (for one object a line set data.format=jsonl)")
+    if not isinstance(values, list):
+        raise DataError(f"{where} holds a JSON {type(values).__name__}: wanted an array of objects")
+    return [_object(value, f"{where} item {number}") for number, value in enumerate(values, 1)]
+
+
+def _json(text: str, where: str, wanted: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as bad:
+        at = f" at line {bad.lineno}, column {bad.colno}" if isinstance(bad, json.JSONDecodeError) and bad.lineno > 1 else ""
+        reason = bad.msg if isinstance(bad, json.JSONDecodeError) else "nested too deeply"
+        raise DataError(f"{where} is not JSON{at} ({reason}): wanted {wanted}") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f'{where} is a JSON {type(value).__name__}: wanted an object such as {{"text": ...}}')
+    return dict(value)
+
+
+def read_csv(text: str, where: str) -> Rows:
+    """Comma-separated with a header line; quotes as in RFC 4180, so a field may hold commas and line breaks."""
+    csv.field_size_limit(2**30)  # the module's own limit, 128 KB, is shorter than a long document
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records = []
+    try:
+        for record in reader:
+            records.append((reader.line_num, record))
+    except csv.Error as bad:
+        raise DataError(f"{where} line {reader.line_num} is not csv ({bad}): a quote inside a quoted field is written twice") from None
+    return _table([(number, record) for number, record in records if record], where)
+
+
+def read_tsv(text: str, where: str) -> Rows:
+    """Tab-separated with a header line and no quoting, as GLUE and its kin are written: a quote is a quote."""
+    records = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(text.split("\n"), 1)]
+    return _table([(number, record) for number, record in records if record not in ([""], ["\r"])], where)
+
+
+def _table(records: list[tuple[int, list[str]]], where: str) -> Rows:
+    if not records:
+        return []
+    (_, header), *rest = records
+    if doubled := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{where}: two columns are called '{doubled[0]}' in the header line")
+    for number, record in rest:
+        if len(record) != len(header):
+            raise DataError(f"{where} line {number} has {len(record)} fields, the header has {len(header)} ({', '.join(header)[:100]})")
+    return [dict(zip(header, record, strict=True)) for _, record in rest]
+
+
+def read_parquet(raw: bytes, where: str) -> Rows:
+    try:
+        return pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+    except (pa.ArrowException, OSError) as bad:
+        raise DataError(f"{where} is not a parquet file ({str(bad).splitlines()[0][:100]})") from None
+
+
+READERS: dict[str, Callable[[str, str], Rows]] = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv, "tsv": read_tsv, "text": lines}

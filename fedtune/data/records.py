@@ -1,0 +1,52 @@
+"""Plain text → records: one a line, or one a match of a regular expression whose named groups become the columns.
+
+Speeches of a play, client and text: ``(?s)^(?P<client>[^\\n:]+):\\n(?P<text>.+?)(?=\\n\\n|\\Z)``.
+Questions with a label, ``LABEL:fine text``: ``^(?P<label>[A-Z]+):\\S+ (?P<text>.+)$``.
+"""
+
+import logging
+import re
+
+from fedtune.errors import ConfigError, DataError
+
+log = logging.getLogger("fedtune.data")
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """`data.record_pattern`, compiled with re.MULTILINE.
+
+    Raises:
+        ConfigError: It is no regular expression, or has no named group.
+    """
+    try:
+        compiled = re.compile(pattern, re.MULTILINE)
+    except re.error as bad:
+        raise ConfigError(f"data.record_pattern={pattern!r} is not a regular expression: {bad}") from None
+    if not compiled.groupindex:
+        raise ConfigError(f"data.record_pattern={pattern!r} has no named group: name the columns, such as (?P<text>...)")
+    return compiled
+
+
+def lines(text: str, where: str) -> list[dict[str, str | None]]:
+    """One record a line with something in it, in the column `text`."""
+    return [{"text": line} for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def matches(text: str, pattern: re.Pattern[str], where: str) -> list[dict[str, str | None]]:
+    """One record a match; text outside every match is left out, with a note when it is more than white space.
+
+    Raises:
+        DataError: Nothing matches.
+    """
+    text = text.replace("\r\n", "\n")
+    found, outside, end = [], 0, 0
+    for match in pattern.finditer(text):
+        if match.group():  # a pattern such as (?P<text>.*) matches the nothing at the end of each line too
+            found.append(match.groupdict())
+        outside += len(text[end : match.start()].strip())
+        end = match.end()
+    if not found:
+        raise DataError(f"{where}: data.record_pattern={pattern.pattern!r} matches nowhere; the text begins {text[:40]!r}")
+    if outside := outside + len(text[end:].strip()):
+        log.warning("%s: %d of %d characters belong to no record of data.record_pattern and are left out", where, outside, len(text))
+    return found

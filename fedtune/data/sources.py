@@ -1,0 +1,33 @@
+"""Where rows come from: the demo homes, the hub, or local files. Columns are still the source's own; `columns.py` makes them ours."""
+
+import dataclasses
+
+import datasets
+
+from fedtune.config import Config
+from fedtune.data.demo import generate
+from fedtune.data.hub import read_hub
+from fedtune.data.local import read_local
+
+DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
+DEMO_COLUMNS = {"text": "request", "label": "intent"}
+
+
+def read_source(config: Config) -> tuple[Config, datasets.Dataset, datasets.Dataset | None]:
+    """Training rows, test rows (None: to be split off), and the config with the templates and columns that fit the source.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    if config.data.source == "hub":
+        return config, *read_hub(config.data)
+    if config.data.source == "local":
+        return config, *read_local(config.data)
+    data = dataclasses.replace(
+        config.data,
+        prompt=config.data.prompt or DEMO_PROMPT,
+        answer=config.data.answer or DEMO_ANSWER,
+        columns=DEMO_COLUMNS | config.data.columns,
+    )
+    train, test = generate(config.seed, homes=config.data.homes)
+    return dataclasses.replace(config, data=data), datasets.Dataset.from_list(list(train)), datasets.Dataset.from_list(list(test))

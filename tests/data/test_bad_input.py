@@ -1,0 +1,229 @@
+"""Bad input, case by case: what is wrong, and the sentence that says so."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import from_dict
+from fedtune.data import load_federation
+from fedtune.errors import ConfigError, DataError
+
+Q = '{"text": "a", "label": "x"}\n'
+CLS: dict[str, Any] = {"task": {"kind": "classification"}, "partition": {"kind": "iid", "clients": 1}}
+LM: dict[str, Any] = {"task": {"kind": "causal_lm"}, "partition": {"kind": "iid", "clients": 1}}
+ASK: dict[str, Any] = {"task": {"kind": "instruction"}, "partition": {"kind": "iid", "clients": 1}}
+
+
+def data(base: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return base | {"data": values}
+
+
+def dealt(base: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return base | {"partition": values}
+
+
+CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception], str]] = {
+    # name: file name, its content, config, error class, sentence (a regular expression)
+    "missing file": ("a.jsonl", None, CLS, DataError, r"data\.path=.*a\.jsonl does not exist: give a file, a folder or a glob$"),
+    "glob without match": ("*.nothing", None, CLS, DataError, r"data\.path=.*nothing matches no file"),
+    "empty file": ("a.jsonl", "", CLS, DataError, r"a\.jsonl is empty: wanted jsonl rows$"),
+    "only blank lines": ("a.jsonl", "\n\n", CLS, DataError, r"a\.jsonl: no rows in it$"),
+    "header only": ("a.csv", "text,label\n", CLS, DataError, r"a\.csv: no rows in it$"),
+    "broken json line": (
+        "a.jsonl", Q + Q + '{"text": "b", ', CLS,
+        DataError, r"a\.jsonl line 3 is not JSON \(.*\): wanted one JSON object a line$",
+    ),
+    "json line is a list": ("a.jsonl", Q + "[1]", CLS, DataError, r"a\.jsonl line 2 is a JSON list: wanted an object"),
+    "broken json file": (
+        "a.json", '[\n{"text": "a"},\n{]', CLS,
+        DataError, r"a\.json is not JSON at line 3, column 2 .*data\.format=jsonl",
+    ),
+    "json object": ("a.json", "{}", CLS, DataError, r"a\.json holds a JSON dict: wanted an array of objects$"),
+    "deep json": ("a.jsonl", "[" * 200_000, CLS, DataError, r"a\.jsonl line 1 is not JSON \(nested too deeply\)"),
+    "too few fields": ("a.csv", "text,label\na,x\nb\n", CLS, DataError, r"a\.csv line 3 has 1 fields, the header has 2 \(text, label\)$"),
+    "too many fields": ("a.tsv", "text\tlabel\na\tx\ty\n", CLS, DataError, r"a\.tsv line 2 has 3 fields, the header has 2"),
+    "open quote": ("a.csv", 'text,label\n"a,x\n', CLS, DataError, r"a\.csv line 2 is not csv \(unexpected end of data\)"),
+    "doubled column": ("a.csv", "text,text\na,b\n", LM, DataError, r"two columns are called 'text'"),
+    "not parquet": ("a.parquet", b"PAR0" * 9, CLS, DataError, r"a\.parquet is not a parquet file"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(Q.encode() * 99)[:-20], CLS, DataError, r"a\.jsonl\.gz is not a whole gzip file"),
+    "not gzip": ("a.jsonl.gz", Q, CLS, DataError, r"a\.jsonl\.gz is not a whole gzip file"),
+    "unknown format": (
+        "a.xml", "<a/>", CLS,
+        DataError, r"a\.xml: its name does not tell its format: set data\.format to one of jsonl, json",
+    ),
+    "bad encoding": (
+        "a.jsonl", Q.encode() + b'{"text": "caf\xe9"}', CLS, DataError,
+        r"a\.jsonl: byte 0xe9 at offset 41 \(line 2\) is not utf-8: set data\.encoding to what .* such as data\.encoding=latin-1$",
+    ),
+    "unknown encoding": ("a.jsonl", Q, data(CLS, encoding="klingon"), ConfigError, r"data\.encoding=klingon is not known"),
+    "bad pattern": (
+        "a.txt", "x", data(LM, record_pattern="(?P<text>"),
+        ConfigError, r"data\.record_pattern='.*' is not a regular expression",
+    ),
+    "pattern without names": ("a.txt", "x", data(LM, record_pattern="(.+)"), ConfigError, r"has no named group: name the columns"),
+    "pattern without match": (
+        "a.txt", "x", data(LM, record_pattern="^(?P<text>y)$"),
+        DataError, r"a\.txt: .* matches nowhere; the text begins 'x'$",
+    ),
+    "pattern on csv": (
+        "a.csv", "text\nx\n", data(LM, record_pattern="(?P<text>.)"),
+        ConfigError, r"data\.record_pattern splits text, but .*a\.csv is csv",
+    ),
+    "missing column": (
+        "a.jsonl", '{"post": "a"}', LM,
+        DataError, r"task\.kind=causal_lm needs 'text' and the training rows have only post: set data\.columns\.text$",
+    ),
+    "mapped column missing": (
+        "a.jsonl", Q, data(CLS, columns={"label": "intent"}), DataError,
+        r"the training rows have no column 'intent' \(data\.columns\.label\): there are text, label$",
+    ),
+    "unknown column of ours": (
+        "a.jsonl", Q, data(CLS, columns={"lable": "x"}),
+        ConfigError, r"data\.columns\.lable is not known: ours are prompt",
+    ),
+    "no prompt": (
+        "a.jsonl", Q, ASK,
+        DataError, r"needs 'prompt' .* set data\.columns\.prompt or the templates data\.prompt and data\.answer$",
+    ),
+    "template field": (
+        "a.jsonl", Q, data(ASK, prompt="{quesion}", answer="{label}"), DataError,
+        r"the prompt template '\{quesion\}' names 'quesion', which the rows do not have: there are text, label$",
+    ),
+    "template malformed": (
+        "a.jsonl", Q, data(ASK, prompt="{text", answer="{label}"),
+        ConfigError, r"the prompt template '\{text' is malformed",
+    ),
+    "template value missing": (
+        "a.jsonl", Q + '{"text": null, "label": "y"}', data(ASK, prompt="{text}", answer="{label}"), DataError,
+        r"the prompt template '\{text\}' needs 'text', and row 2 has none",
+    ),
+    "template part missing": (
+        "a.jsonl", '{"a": []}', data(ASK, prompt="{a[0]}", answer="x"),
+        DataError, r"cannot be filled from row 1 \(IndexError",
+    ),
+    "label missing in a row": (
+        "a.jsonl", Q + '{"text": "b"}', CLS,
+        DataError, r"training row 2 has no 'label': fill it or leave the row out$",
+    ),
+    "label is a fraction": (
+        "a.jsonl", '{"text": "a", "label": 0.5}', CLS,
+        DataError, r"training row 1 has the label float 0\.5: wanted a name",
+    ),
+    "text is a list": ("a.jsonl", '{"text": ["a"]}', LM, DataError, r"column 'text' holds list values, 'text' wants text"),
+    "only blank texts": ("a.jsonl", '{"text": " "}', LM, DataError, r"every training row has an empty text"),
+    "dirichlet without labels": (
+        "a.txt", "x\ny", dealt(LM, kind="dirichlet", clients=2),
+        DataError, r"partition\.kind=dirichlet deals rows by label",
+    ),
+    "prior without labels": (
+        "a.txt", "x\ny", dealt(LM, kind="prior", clients=2),
+        DataError, r"partition\.kind=prior deals rows by label, and these have none",
+    ),
+    "natural without clients": (
+        "a.jsonl", Q, dealt(CLS, kind="natural"),
+        DataError, r"these rows name none: set data\.columns\.client or data\.client_from",
+    ),
+    "natural with a gap": (
+        "a.jsonl", Q + '{"text": "b", "label": "x", "client": "c"}', dealt(CLS, kind="natural"),
+        DataError, r"row 1 has no 'client'",
+    ),
+    "natural with a blank": (
+        "a.jsonl", '{"text": "b", "label": "x", "client": " "}', dealt(CLS, kind="natural"),
+        DataError, r"row 1 has an empty client",
+    ),
+    "clients all too small": (
+        "a.jsonl", '{"text": "b", "label": "x", "client": "c"}', dealt(CLS, kind="natural", min_examples=2), DataError,
+        r"partition\.min_examples=2 leaves no client: the largest has 1 rows$",
+    ),
+    "more clients than rows": (
+        "a.jsonl", Q * 5, dealt(CLS, kind="iid", clients=5),
+        DataError, r"partition\.clients=5 is more than the 4 training rows",
+    ),
+    "too many classes a client": (
+        "a.jsonl", Q * 5, dealt(CLS, kind="pathological", clients=2, classes_per_client=2),
+        DataError, r"classes_per_client=2 is more than the 1 classes",
+    ),
+    "too few hands for the classes": (
+        "a.csv", "text,label\n" + "".join(f"t,{i}\n" for i in range(20)),
+        data(dealt(CLS, kind="pathological", clients=3, classes_per_client=4), test_fraction=0.0),
+        DataError, r"3 clients of 4 classes can hold 12 of 20",
+    ),
+    "more hands than rows of a class": (
+        "a.csv", "text,label\nt,0\nt,1\nt,1\nt,1\nt,1\nt,1\n",
+        data(dealt(CLS, kind="pathological", clients=4, classes_per_client=1), test_fraction=0.0),
+        DataError, r"not possible with these rows: Label: 0",
+    ),
+    "size too steep": (
+        "a.jsonl", Q * 9, dealt(CLS, kind="size", clients=4, alpha=9.0),
+        DataError, r"partition\.alpha=9 leaves the smallest of 4 clients none",
+    ),
+    "one class": ("a.jsonl", Q * 9, CLS, DataError, r"every training row has the label 'x': classification needs two classes at least$"),
+    "half a surrogate pair": ("a.jsonl", r'{"text": "\ud83d"}', LM, DataError, r"column 'text' holds '\\ud83d', which is no character"),
+    "utf-16": ("a.jsonl", Q.encode("utf-16"), CLS, DataError, r"such as data\.encoding=utf-16$"),
+    "one row and a test": ("a.jsonl", Q, CLS, DataError, r"1 training row is too few to take data\.test_fraction=0\.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
+    name, content, settings, kind, sentence = CASES[case]
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    config = from_dict(settings | {"data": {"source": "local", "path": str(file)} | settings.get("data", {})})
+    with pytest.raises(kind, match=sentence) as caught:
+        load_federation(config)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 260
+
+
+def load(path: Path, **settings: Any) -> None:
+    load_federation(from_dict(CLS | {"data": {"source": "local", "path": str(path)} | settings.pop("data", {})} | settings))
+
+
+def test_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no data file: wanted .jsonl"):
+        load(tmp_path)
+    (tmp_path / "a.csv").write_text("text,label\na,x\n")
+    (tmp_path / "b.jsonl").write_text(Q)
+    with pytest.raises(DataError, match=r"holds csv and jsonl files: set data.format or give a glob such as \*\.csv"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="holds only test files"):
+        load(tmp_path / "a.csv", data={"test_path": str(tmp_path / "a.csv")})
+
+
+def test_two_files_of_one_client(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.ndjson"):
+        (tmp_path / name).write_text(Q)
+    with pytest.raises(DataError, match="are both client 'a': give the files names of their own"):
+        load(tmp_path, data={"client_from_file": True})
+
+
+def test_a_client_column_beside_client_from_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x", "client": "b"}')
+    with pytest.raises(DataError, match="has a column 'client' of its own"):
+        load(tmp_path, data={"client_from_file": True})
+
+
+def test_an_unknown_test_label(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(Q)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "t", "label": "new"}))
+    with pytest.raises(DataError, match="test row 1 has the label 'new', which no training row has: known are x$"):
+        load(tmp_path / "a.jsonl", data={"test_path": str(tmp_path / "t.jsonl")})
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        (["phone", "tablet"], "client 'c' has rows of device_class 'phone' and 'tablet': a client is one device"),
+        (["tablet", "tablet"], "client 'c' has device_class 'tablet', devices.classes has only phone"),
+    ],
+)
+def test_device_classes(tmp_path: Path, classes: list[str], sentence: str) -> None:
+    rows = [{"text": "t", "label": i, "client": "c", "device_class": name} for i, name in enumerate(classes)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=sentence):
+        load(tmp_path / "a.jsonl", partition={"kind": "natural"}, devices={"classes": {"phone": {}}}, data={"test_fraction": 0.0})

@@ -1,0 +1,177 @@
+"""From a config to rows, global test, clients, held-out parts and device classes; on small files, so that the result can be counted."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import DeviceClass, from_dict
+from fedtune.data import Federation, load_federation
+from fedtune.data.federation import deal, split
+
+
+def load(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Federation:
+    (path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    values: dict[str, Any] = {"task": {"kind": "classification"}, "partition": {"kind": "iid", "clients": 4}} | settings
+    return load_federation(from_dict(values | {"data": {"source": "local", "path": str(path / "rows.jsonl")} | settings.get("data", {})}))
+
+
+def plain(n: int = 40) -> list[dict[str, Any]]:
+    return [{"text": f"text {i}", "label": ["no", "yes"][i % 2], "client": f"c{i % 5}"} for i in range(n)]
+
+
+def signature(federation: Federation) -> Any:
+    return {name: (client.train.tolist(), client.held_out.tolist()) for name, client in federation.clients.items()}, federation.test[
+        "text"
+    ][:]
+
+
+def test_test_clients_and_held_out_rows_share_nothing_and_lose_nothing(tmp_path: Path) -> None:
+    got = load(tmp_path, plain(40), data={"test_fraction": 0.1, "held_out": 0.25})
+    assert (len(got.rows), len(got.test)) == (36, 4)
+    dealt = np.concatenate([np.concatenate([c.train, c.held_out]) for c in got.clients.values()])
+    assert sorted(dealt.tolist()) == list(range(36))
+    assert sorted(got.rows["text"][:] + got.test["text"][:]) == sorted(f"text {i}" for i in range(40))
+    # 36 rows to 4 clients: 9 each, of which int(9 * .25 + .5) = 2 are held out
+    assert [(len(c.train), len(c.held_out)) for c in got.clients.values()] == [(7, 2)] * 4
+    assert got.clients["client-000"].train.dtype == np.int64
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    one, same, other = (signature(load(tmp_path, plain(), seed=seed)) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_a_client_s_split_does_not_hang_on_the_others(tmp_path: Path) -> None:
+    settings = {"partition": {"kind": "natural"}, "data": {"test_fraction": 0.0}}
+    rows = sorted(plain(), key=lambda row: row["client"])
+    all_five = load(tmp_path, rows, **settings)
+    first_two = load(tmp_path, rows[:16], **settings)
+    assert list(first_two.clients) == ["c0", "c1"]
+    assert all(all_five.clients[name].held_out.tolist() == client.held_out.tolist() for name, client in first_two.clients.items())
+
+
+def test_clients_of_one_size_hold_out_different_rows(tmp_path: Path) -> None:
+    got = load(tmp_path, sorted(plain(), key=lambda row: row["client"]), partition={"kind": "natural"}, data={"test_fraction": 0.0})
+    places = {tuple(client.held_out - 8 * i) for i, client in enumerate(got.clients.values())}  # each client's 8 rows lie side by side
+    assert len(places) > 1
+
+
+def test_summary(tmp_path: Path) -> None:
+    rows = [{"text": str(i), "label": label, "client": client} for i, (label, client) in enumerate(["nb", "na", "ya", "na"])]
+    got = load(tmp_path, rows, partition={"kind": "natural"}, data={"test_fraction": 0.0, "held_out": 0.4})
+    assert got.summary() == {
+        "labels": ["n", "y"],
+        "test": 0,
+        "clients": [
+            {"id": "a", "device_class": "", "train": 2, "held_out": 1, "histogram": [2, 1]},
+            {"id": "b", "device_class": "", "train": 1, "held_out": 0, "histogram": [1, 0]},  # a single row is trained on
+        ],
+    }
+    json.dumps(got.summary())
+
+
+def test_limits_are_samples(tmp_path: Path) -> None:
+    got = load(tmp_path, plain(), data={"limit": 12, "test_limit": 2})
+    assert (len(got.rows), len(got.test)) == (12, 2)
+    assert not set(got.rows["text"][:]) & set(got.test["text"][:])
+
+
+def test_a_test_file_and_its_labels(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "t", "label": "yes"}')
+    got = load(tmp_path, plain(), data={"test_path": str(tmp_path / "test.jsonl")})
+    assert (len(got.rows), got.test["text"][:], got.test["label"][:]) == (40, ["t"], [1])
+    assert got.labels == ("no", "yes")
+
+
+def test_numeric_labels_are_ordered_by_value(tmp_path: Path) -> None:
+    got = load(tmp_path, [{"text": "t", "label": label} for label in ("10", "9", "-1", "9")], partition={"kind": "iid", "clients": 1})
+    assert got.labels == ("-1", "9", "10")
+
+
+def test_templates_and_columns(tmp_path: Path) -> None:
+    rows = [{"q": f"why {i}", "a": {"text": i}, "kind": "open"} for i in range(10)]
+    data = {"prompt": "Q: {q}\nA:", "answer": " {a[text]}", "columns": {"label": "kind"}, "test_fraction": 0.0}
+    got = load(tmp_path, rows, task={"kind": "instruction"}, data=data)
+    assert got.rows.column_names == ["prompt", "answer", "label"]
+    assert got.labels == ("open",)  # for histograms and label partitions
+    assert ("Q: why 3\nA:", " 3") in zip(got.rows["prompt"][:], got.rows["answer"][:], strict=True)
+    pairs = load(tmp_path, [r | {"label": i % 2} for i, r in enumerate(rows)], data={"columns": {"text": "{q} / {kind}"}})
+    assert "why 3 / open" in pairs.rows["text"][:] + pairs.test["text"][:]
+
+
+def test_blank_texts_are_no_training_rows_of_a_language_model(tmp_path: Path) -> None:
+    got = load(
+        tmp_path, [{"text": t} for t in ("a", "", " \n", "b", "c")], task={"kind": "causal_lm"}, partition={"kind": "iid", "clients": 1}
+    )
+    assert sorted(got.rows["text"][:] + got.test["text"][:]) == ["a", "b", "c"]
+
+
+def test_small_speakers_leave_before_the_test_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"{who} {i}", "client": who} for who, n in (("big", 10), ("ten", 10), ("small", 9)) for i in range(n)]
+    with caplog.at_level(logging.WARNING, "fedtune.data"):
+        got = load(
+            tmp_path, rows, task={"kind": "causal_lm"}, partition={"kind": "natural", "min_examples": 10}, data={"test_fraction": 0.5}
+        )
+    assert list(got.clients) == ["big", "ten"]
+    assert len(got.rows) == len(got.test) == 10
+    assert not [text for text in got.test["text"][:] if text.startswith("small")]
+    assert "1 of 3 clients have fewer than 10 rows" in caplog.text
+
+
+def test_columns_for_which_nobody_asked_may_have_gaps(tmp_path: Path) -> None:
+    rows = [{"text": "a", "client": None, "label": None}, {"text": "b", "client": "x", "label": "y"}] * 5
+    got = load(tmp_path, rows, task={"kind": "causal_lm"})
+    assert got.rows.column_names == ["text"]
+
+
+# -- devices ------------------------------------------------------------------------------------------------------------------------------
+
+CLASSES = {"phone": {"share": 3, "max_examples": 2}, "laptop": {"share": 1}}
+
+
+def test_devices_are_dealt_by_their_shares_and_cap_the_training_rows(tmp_path: Path) -> None:
+    got = load(tmp_path, plain(), devices={"classes": CLASSES}, data={"test_fraction": 0.0})
+    assert sorted(c.device_class for c in got.clients.values()) == ["laptop", "phone", "phone", "phone"]
+    for client in got.clients.values():  # 10 rows a client: 2 held out, 8 to train on
+        assert (len(client.train), len(client.held_out)) == ((2 if client.device_class == "phone" else 8), 2)
+        assert not set(client.train) & set(client.held_out)
+
+
+def test_the_data_says_which_device_a_natural_client_is(tmp_path: Path) -> None:
+    rows = [row | {"device_class": "laptop" if row["client"] == "c1" else "phone"} for row in plain()]
+    got = load(tmp_path, rows, partition={"kind": "natural"}, devices={"classes": CLASSES})
+    assert {name: c.device_class for name, c in got.clients.items()} == dict.fromkeys(["c0", "c2", "c3", "c4"], "phone") | {"c1": "laptop"}
+
+
+def test_largest_remainder() -> None:
+    dealt = deal({"a": DeviceClass(share=0.5), "b": DeviceClass(share=0.3), "c": DeviceClass(share=0.2), "d": DeviceClass(share=0.0)}, 7, 0)
+    # 7 * (.5, .3, .2) = 3.5, 2.1, 1.4: floors 3, 2, 1 and the one left over goes to the largest remainder, a
+    assert sorted(dealt) == list("aaaabbc")
+
+
+@pytest.mark.parametrize(("rows", "share", "taken"), [(1, 0.5, 0), (2, 0.2, 1), (10, 0.25, 3), (10, 0.0, 0), (2, 0.9, 1), (0, 0.5, 0)])
+def test_split_sizes(rows: int, share: float, taken: int) -> None:
+    out, kept = split(rows, share, 0)
+    assert (len(out), len(kept)) == (taken, rows - taken)
+    assert sorted([*out, *kept]) == list(range(rows))
+
+
+# -- the demo -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_homes() -> None:
+    got = load_federation(from_dict({"seed": 3}))
+    assert len(got.clients) >= 20
+    assert got.rows["prompt"][0].startswith("Request: ") and got.rows["prompt"][0].endswith("\nAction:")
+    assert got.rows["answer"][0].startswith(" ")
+    assert len(got.test) >= 200 and len(got.labels) > 5
+    as_classes = load_federation(
+        from_dict({"seed": 3, "task": {"kind": "classification"}, "partition": {"kind": "dirichlet", "clients": 5}})
+    )
+    assert as_classes.labels == got.labels
+    assert max(as_classes.test["label"]) < len(got.labels)

@@ -1,0 +1,133 @@
+"""Every partition is disjoint and complete, follows its seed, and has the shape that its name promises."""
+
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from fedtune.config import PartitionConfig
+from fedtune.data.partition import by_prior, partition, rows_of_large_clients
+from fedtune.errors import DataError
+
+KINDS = ("natural", "iid", "dirichlet", "pathological", "size", "prior")
+
+
+def deal(kind: str, labels: np.ndarray, seed: int = 0, **settings: float) -> dict[str, np.ndarray]:
+    config = PartitionConfig(kind=kind, **settings)  # type: ignore[arg-type]
+    return partition(config, len(labels), seed, labels, [f"home-{label}" for label in labels])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None, database=None, derandomize=True)
+@given(data=st.data())
+def test_every_row_belongs_to_exactly_one_client(kind: str, data: st.DataObject) -> None:
+    labels = np.array(data.draw(st.lists(st.integers(0, 4), min_size=12, max_size=60)))
+    clients, alpha, seed = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([0.01, 0.5, 5.0])), data.draw(st.integers(0, 2**40))
+    try:
+        parts = deal(kind, labels, seed, clients=clients, alpha=alpha, classes_per_client=2)
+    except DataError as refused:
+        assert kind in ("pathological", "size"), refused
+        return
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(labels)))
+    assert all(len(part) for part in parts.values())
+    assert list(parts) == sorted(parts)
+    again = deal(kind, labels, seed, clients=clients, alpha=alpha, classes_per_client=2)
+    assert {name: part.tolist() for name, part in parts.items()} == {name: part.tolist() for name, part in again.items()}
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "size", "prior"])
+def test_another_seed_deals_other_rows(kind: str) -> None:
+    labels = np.arange(100) % 5
+    one, two = (deal(kind, labels, seed, clients=5) for seed in (0, 1))
+    assert {n: p.tolist() for n, p in one.items()} != {n: p.tolist() for n, p in two.items()}
+
+
+def test_natural_clients_are_the_ids_of_the_data() -> None:
+    parts = partition(PartitionConfig(kind="natural"), 5, 0, None, ["zoe", "ada", "zoe", "7", "ada"])
+    assert {name: part.tolist() for name, part in parts.items()} == {"7": [3], "ada": [1, 4], "zoe": [0, 2]}
+
+
+def test_small_natural_clients_are_left_out_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fedtune.data"):
+        rows = rows_of_large_clients(PartitionConfig(min_examples=2), ["a", "b", "a", "c", "c"])
+    assert rows.tolist() == [0, 2, 3, 4]
+    assert "1 of 3 clients have fewer than 2 rows: left out, 1 rows in all" in caplog.text
+
+
+def test_iid_is_even_and_mixed() -> None:
+    parts = deal("iid", np.arange(103) % 2, clients=10)
+    assert sorted(map(len, parts.values())) == [10] * 7 + [11] * 3
+    assert list(parts)[:2] == ["client-000", "client-001"]
+    assert parts["client-000"].tolist() != list(range(11))  # not the first rows of the file
+
+
+def test_ids_grow_with_the_number_of_clients() -> None:
+    assert list(deal("prior", np.zeros(1001, int), clients=1001))[-1] == "client-1000"
+
+
+def test_dirichlet_is_uneven_when_alpha_is_small_and_even_when_it_is_large() -> None:
+    labels = np.arange(1000) % 4
+    shares = {}
+    for alpha in (0.1, 1000.0):
+        parts = deal("dirichlet", labels, clients=5, alpha=alpha)
+        counts = np.array([np.bincount(labels[part], minlength=4) for part in parts.values()])
+        shares[alpha] = (counts / counts.sum(axis=1, keepdims=True)).max(axis=1).mean()
+    assert shares[0.1] > 0.6
+    assert shares[1000.0] < 0.3  # a quarter is perfectly even
+
+
+def test_dirichlet_leaves_out_empty_clients_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fedtune.data"):
+        parts = deal("dirichlet", np.zeros(20, int), clients=20, alpha=0.01)
+    assert len(parts) < 20
+    assert f"{20 - len(parts)} of 20 clients got no rows and are left out" in caplog.text
+
+
+@pytest.mark.parametrize(("clients", "per"), [(5, 2), (10, 2), (7, 3), (2, 10), (3, 4)])
+def test_pathological_clients_hold_their_number_of_classes_and_no_class_is_lost(clients: int, per: int) -> None:
+    labels = np.arange(400) % 10  # the library's own dealing would lose classes at 5 clients of 2
+    for seed in range(8):
+        parts = deal("pathological", labels, seed, clients=clients, classes_per_client=per)
+        held = [np.unique(labels[part]) for part in parts.values()]
+        assert [len(classes) for classes in held] == [per] * clients
+        assert len(np.unique(np.concatenate(held))) == 10
+
+
+def test_size_grows_with_the_power_of_the_client() -> None:
+    parts = deal("size", np.zeros(60, int), clients=3, alpha=1.0)
+    assert list(map(len, parts.values())) == [10, 20, 30]  # 60 * (1, 2, 3) / 6
+    parts = deal("size", np.zeros(140, int), clients=3, alpha=2.0)
+    assert list(map(len, parts.values())) == [10, 40, 90]  # 140 * (1, 4, 9) / 14
+
+
+def test_prior_gives_equal_sizes_and_with_large_alpha_the_class_prior() -> None:
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    parts = by_prior(labels, 10, 1e6, np.random.default_rng(0))
+    counts = np.array([np.bincount(labels[part], minlength=3) for part in parts])
+    assert set(map(len, parts)) == {100}
+    # prior (.6, .3, .1) on 100 rows a client; four standard deviations of a binomial are at most 4 * sqrt(100 * .25) = 20
+    assert_allclose(counts, np.tile([60, 30, 10], (10, 1)), atol=20)
+    assert_allclose(counts.sum(axis=0), [600, 300, 100])
+
+
+def test_prior_with_small_alpha_gives_nearly_one_class_each() -> None:
+    labels = np.arange(1000) % 4
+    parts = by_prior(labels, 4, 0.01, np.random.default_rng(3))
+    largest = [np.bincount(labels[part]).max() / len(part) for part in parts]
+    assert np.mean(largest) > 0.6
+    assert sorted(map(len, parts)) == [250] * 4
+
+
+def test_prior_draws_around_the_classes_shares() -> None:
+    labels, starved = np.repeat([0, 1], [1800, 200]), 0
+    for seed in range(6):
+        starved += sum(labels[part].sum() < 3 for part in by_prior(labels, 20, 1.0, np.random.default_rng(seed)))
+    # q_k ~ Dir(.9, .1) leaves many of the 120 clients almost without the rare class; Dir(1, 1) would leave few (measured: 52 and 15)
+    assert starved > 35
+
+
+def test_prior_sizes_differ_by_one_row_at_most() -> None:
+    assert sorted(map(len, by_prior(np.arange(23) % 3, 4, 0.1, np.random.default_rng(0)))) == [5, 6, 6, 6]
