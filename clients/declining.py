@@ -9,7 +9,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedtune.errors import FedtuneError
 
 Handler = Callable[[Message, Context], Message]
-_MEMORY = "out of memory: lower client.batch_size or task.max_length"
+
+
+class Decline(FedtuneError):
+    """A client does not take part this round; `kind` says in a word why."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
 def declining(handler: Handler) -> Handler:
@@ -19,18 +26,22 @@ def declining(handler: Handler) -> Handler:
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except FedtuneError as bad:
-            return decline(message, "failed", str(bad))
-        except (MemoryError, torch.OutOfMemoryError):
-            return decline(message, "failed", _MEMORY)
         except Exception as bad:  # a device may break in any way; the cause must reach the operator, not end the round
-            oom = isinstance(bad, RuntimeError) and "not enough memory" in str(bad)  # how torch's CPU allocator says it
-            said = _MEMORY if oom else f"{type(bad).__name__}: {bad}"
-            return decline(message, "failed", said)
+            return declined(message, bad)
 
     return handle
 
 
-def decline(message: Message, kind: str, why: str) -> Message:
-    """The reply of a client that does not take part: kind is `offline` or `failed`."""
+def declined(message: Message, bad: Exception) -> Message:
+    """The reply of a client that `bad` kept from its work."""
+    if is_out_of_memory(bad):
+        why = "out of memory: lower client.batch_size or task.max_length"
+    else:
+        why = str(bad) if isinstance(bad, FedtuneError) else f"{type(bad).__name__}: {bad}"
+    kind = bad.kind if isinstance(bad, Decline) else "failed"
     return Message(RecordDict({"declined": ConfigRecord({"kind": kind, "why": why[:500]})}), reply_to=message)
+
+
+def is_out_of_memory(bad: Exception) -> bool:
+    """Whether an error is a want of memory; torch's CPU allocator says so in words only."""
+    return isinstance(bad, (MemoryError, torch.OutOfMemoryError)) or (isinstance(bad, RuntimeError) and "not enough memory" in str(bad))

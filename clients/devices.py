@@ -1,5 +1,6 @@
 """What a simulated device can do in a round. Its time is virtual, so that a run repeats bit for bit on any machine."""
 
+import math
 import random
 
 from fedtune.config import DeviceClass, DevicesConfig
@@ -13,12 +14,13 @@ def is_offline(device: DeviceClass | None, seed: int, round: int, client: str) -
     return random.Random(derive_seed(seed, "offline", round, client)).random() < device.offline
 
 
-def virtual_seconds(device: DeviceClass | None, steps: int, nbytes: int) -> float:
-    """Simulated seconds of a turn: `steps` of compute, and `nbytes` over the network in all."""
+def virtual_seconds(device: DeviceClass | None, steps: int, nbytes: int, *, seed: int, round: int, client: str) -> float:
+    """Simulated seconds of a turn: `steps` of compute, `nbytes` over the network in all, times this round's exp(N(0, jitter²))."""
     if device is None:
         return 0.0
     network = nbytes * 8 / (device.mbit_per_second * 1e6) if device.mbit_per_second else 0.0
-    return steps * device.seconds_per_step + network
+    luck = random.Random(derive_seed(seed, "jitter", round, client)).gauss(0.0, device.jitter)
+    return (steps * device.seconds_per_step + network) * math.exp(luck)
 
 
 def device_of(config: DevicesConfig, name: str) -> DeviceClass | None:

@@ -45,7 +45,9 @@ def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
         yield from (order[i : i + batch_size] for i in range(0, examples, batch_size))
 
 
-def train(live: LiveAdapter, examples: Sequence[Example], plan: Plan, task: TaskConfig, *, pad_id: int, max_steps: int | None = None) -> Turn:
+def train(
+    live: LiveAdapter, examples: Sequence[Example], plan: Plan, task: TaskConfig, *, pad_id: int, max_steps: int | None = None
+) -> Turn:
     """Train the live adapter in place by the plan.
 
     Args:
@@ -78,7 +80,9 @@ def train(live: LiveAdapter, examples: Sequence[Example], plan: Plan, task: Task
             micro = [collate([examples[i] for i in next(stream)], pad_id) for _ in range(plan.accumulate)]
             loss, count = _backward(live, micro, task, device)
             if not math.isfinite(loss):
-                raise UpdateError(f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr, or set client.clip_norm")
+                raise UpdateError(
+                    f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr, or set client.clip_norm"
+                )
             if plan.prox:
                 with torch.no_grad():  # the gradient of μ/2·‖w − w_t‖²
                     for p, w in zip(params, anchor, strict=True):

@@ -18,7 +18,7 @@ from fedtune.clients.app import make_client_app
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import make_strategy
 from fedtune.config import Config, to_dict
-
+from fedtune.errors import CheckpointError
 from fedtune.models import initial_adapter, load_backbone, primary
 from fedtune.models.tasks import generate_answers
 from fedtune.report import MetricsWriter, Progress, print_partition, print_results, read_metrics, write_report
@@ -34,10 +34,7 @@ def simulate(config: Config) -> Path:
     strategy = make_strategy(config)
     space = workspace(json.dumps(to_dict(config)))
     initial = starting_adapter(config, space)
-    if config.resume:
-        run = RunDirectory.open(Path(config.resume), rounds=config.rounds)
-    else:
-        run = RunDirectory.create(config)
+    run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config)
     try:
         run.write_json("partition.json", space.federation.summary())
         state = _run(config, space, strategy, initial, run)
@@ -70,8 +67,11 @@ def make_server_app(serve: Callable[[Grid], None]) -> ServerApp:
 
 def _run(config: Config, space: Workspace, strategy: Strategy, initial: AdapterState, run: RunDirectory) -> ServerState:
     found, damaged = run.newest()
+    if found is None and damaged:
+        raise CheckpointError(f"no checkpoint of {run.path} can be read, so there is nothing to go on from: {damaged[0]}")
+    resumed = found.round if found else -1 if config.resume else None  # -1: it was stopped before round 0 was kept, and starts over
     ended: list[ServerState] = []
-    with Watch(run, found.round if found else None) as watch:
+    with Watch(run, resumed) as watch:
         for sentence in damaged:
             watch.note(f"passed over: {sentence}")
         print_partition(space.federation.summary(), Console(stderr=True))
@@ -97,8 +97,10 @@ def _run(config: Config, space: Workspace, strategy: Strategy, initial: AdapterS
             run_on_ray(make_server_app(serve), make_client_app(config), nodes, config.engine)
         else:
             from fedtune.simulations.grid import InProcessGrid
+            from fedtune.simulations.together import Together
 
-            serve(InProcessGrid(make_client_app(config), nodes))
+            together = None if config.engine.batched == "none" else Together(space, config.engine.batched)
+            serve(InProcessGrid(make_client_app(config), nodes, together))
     return ended[0]
 
 
@@ -150,14 +152,14 @@ def _hand_over(config: Config, space: Workspace, initial: AdapterState, final: A
         print(f"\n{a['request']}\n  before  {a['before']}\n  after   {a['after']}\n  wanted  {a['wanted']}")
     print(f"\nadapter  {run.path / 'adapter'}")
     if merged:
-        print(f"model    {merged}    (answer with it: fedtune generate {merged} \"...\")")
+        print(f'model    {merged}    (answer with it: fedtune generate {merged} "...")')
     print(f"report   {run.path / 'report.html'}")
 
 
 def _answers(
     config: Config, space: Workspace, initial: AdapterState, final: AdapterState, run: RunDirectory, merged: Path | None
 ) -> list[dict[str, str]]:
-    """A few requests of the global test with what the model says before the run and after it; after, the merged model where there is one."""
+    """A few requests of the global test with what the model says before and after the run; after, the merged model where there is one."""
     examples = space.test_examples()
     count = min(config.inference.samples, len(examples))
     chosen = sorted(random.Random(derive_seed(config.seed, "samples")).sample(range(len(examples)), count))

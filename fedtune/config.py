@@ -12,7 +12,9 @@ from typing import Any
 from fedtune.errors import ConfigError
 
 
-def opt(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+def opt(
+    default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
     """A config field with its help text and the values that it accepts."""
     rules = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices}
     if isinstance(default, (dict, list)):
@@ -25,8 +27,11 @@ class ModelConfig:
     source: str = opt("nano", "nano: the embedded backbone; hub: a hub name or a local folder", choices=("nano", "hub"))
     name: str = opt("", "hub name or local folder (source=hub)")
     revision: str | None = opt(None, "hub revision")
-    init: str = opt("pretrained", "pretrained, or random weights of the same architecture drawn from the run's seed", choices=("pretrained", "random"))
+    init: str = opt(
+        "pretrained", "pretrained, or random weights of the same architecture drawn from the run's seed", choices=("pretrained", "random")
+    )
     precision: str = opt("fp32", "dtype of the frozen backbone", choices=("fp32", "bf16"))
+    dropout: bool = opt(False, "keep the frozen backbone's own dropout in training; off, only the adapter's (peft.dropout) is drawn")
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     trust_remote_code: bool = opt(False, "run code that a hub repository brings along; leave it off")
 
@@ -34,13 +39,16 @@ class ModelConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     source: str = opt("demo", "demo: the built-in homes; hub: a hub data set; local: files", choices=("demo", "hub", "local"))
+    homes: int = opt(24, "homes of the demo (source=demo)", ge=1)
     name: str = opt("", "hub data set (source=hub)")
     subset: str | None = opt(None, "hub configuration name")
     split: str = opt("train", "hub split to federate")
     test_split: str | None = opt(None, "hub split for the global test; none takes test_fraction of the training rows")
     path: str = opt("", "file, folder or glob (source=local)")
     test_path: str | None = opt(None, "file, folder or glob of the global test")
-    format: str = opt("auto", "file format; auto goes by the file name (.gz is fine)", choices=("auto", "jsonl", "json", "csv", "tsv", "parquet", "text"))
+    format: str = opt(
+        "auto", "file format; auto goes by the file name (.gz is fine)", choices=("auto", "jsonl", "json", "csv", "tsv", "parquet", "text")
+    )
     encoding: str = opt("utf-8", "text encoding of the files")
     record_pattern: str | None = opt(None, "regular expression that splits a text file into records; its named groups become columns")
     client_from_file: bool = opt(False, "each file is a client, named after the file")
@@ -55,9 +63,7 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class PartitionConfig:
-    kind: str = opt(
-        "natural", "how rows are dealt to clients", choices=("natural", "iid", "dirichlet", "pathological", "size", "prior")
-    )
+    kind: str = opt("natural", "how rows are dealt to clients", choices=("natural", "iid", "dirichlet", "pathological", "size", "prior"))
     clients: int = opt(10, "number of clients (natural: taken from the data)", ge=1)
     alpha: float = opt(0.5, "Dirichlet concentration (dirichlet, prior) or skew (size)", gt=0)
     classes_per_client: int = opt(2, "classes a client holds (pathological)", ge=1)
@@ -105,6 +111,7 @@ class DeviceClass:
     offline: float = opt(0.0, "chance that it is offline in a round", ge=0, le=1)
     seconds_per_step: float = opt(0.0, "simulated seconds of one optimiser step", ge=0)
     mbit_per_second: float = opt(0.0, "simulated bandwidth both ways; 0 is unlimited", ge=0)
+    jitter: float = opt(0.0, "spread of its time from round to round: log-normal, this is sigma", ge=0)
 
 
 @dataclass(kw_only=True)
@@ -115,8 +122,11 @@ class DevicesConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    kind: str = opt("inprocess", "inprocess: one process, one shared backbone; ray: Flower's simulation engine", choices=("inprocess", "ray"))
+    kind: str = opt(
+        "inprocess", "inprocess: one process, one shared backbone; ray: Flower's simulation engine", choices=("inprocess", "ray")
+    )
     threads: int = opt(0, "torch threads; 0 takes all cores", ge=0)
+    batched: str = opt("auto", "inprocess: clients trained at once: auto measures, none trains one after the other, or a number")
     ray_cpus: int = opt(1, "ray: CPUs (and torch threads) of one worker", ge=1)
 
 
@@ -130,7 +140,9 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class InferenceConfig:
-    export: str = opt("none", "merged model written when the run ends: none, or hf, a Hugging Face folder in RUN/merged", choices=("none", "hf"))
+    export: str = opt(
+        "none", "merged model written when the run ends: none, or hf, a Hugging Face folder in RUN/merged", choices=("none", "hf")
+    )
     samples: int = opt(3, "instruction: test requests answered before and after, for a person to read", ge=0)
 
 
@@ -141,7 +153,9 @@ class Config:
     rounds: int = opt(10, "federated rounds", ge=0)
     clients_per_round: int = opt(10, "clients sampled a round", ge=1)
     min_clients: int = opt(1, "fewest good updates for a round to count", ge=1)
-    round_timeout_s: float | None = opt(None, "real seconds after which a round closes without the clients that have not answered; none waits", gt=0)
+    round_timeout_s: float | None = opt(
+        None, "real seconds after which a round closes without the clients that have not answered; none waits", gt=0
+    )
     resume: str | None = opt(None, "run directory to go on with")
     output_dir: str = opt("outputs", "where run directories are made")
     keep_checkpoints: int = opt(3, "newest checkpoints to keep", ge=1)
@@ -206,7 +220,7 @@ def _check_together(c: Config) -> None:
     refuse(not c.name or "/" in c.name or c.name.startswith("."), f"name='{c.name}' must be a plain folder name")
     refuse(
         c.data.source == "demo" and c.task.kind == "causal_lm",
-        "the demo homes are requests with answers: task.kind=causal_lm does not fit data=demo, take task.kind=instruction or classification",
+        "the demo homes are requests with answers: task.kind=causal_lm does not fit data=demo, take task=instruction or classification",
     )
     refuse(
         c.task.kind == "instruction" and c.task.max_new_tokens >= c.task.max_length,
@@ -215,6 +229,10 @@ def _check_together(c: Config) -> None:
     refuse(
         bool(c.devices.classes) and sum(d.share for d in c.devices.classes.values()) <= 0,
         "devices.classes: every share is 0, so no client could get a class",
+    )
+    refuse(
+        c.engine.batched not in ("auto", "none") and not (c.engine.batched.isdecimal() and int(c.engine.batched) > 0),
+        f"engine.batched={c.engine.batched} is not known: choose auto, none, or a number of clients from 1",
     )
     refuse(not (isinstance(c.strategy, dict) and "_target_" in c.strategy), "strategy needs a _target_: pick one with strategy=NAME")
 

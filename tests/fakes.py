@@ -26,11 +26,13 @@ def lora_state(*, fill: float | None = None, seed: int = 0, version: int = 0) ->
     shapes = {"q.lora_A": (2, 5), "q.lora_B": (3, 2), "up.lora_A": (1, 3), "up.lora_B": (7, 1), "head.weight": (4, 7)}
     gen = torch.Generator().manual_seed(seed)
     tensors = {n: torch.randn(s, generator=gen) if fill is None else torch.full(s, fill) for n, s in shapes.items()}
-    return AdapterState(tensors, AdapterSpec(method="lora", base="b" * 64, version=version, ranks={"q": 2, "up": 1}, scaling={"q": 2.0, "up": 0.5}))
+    return AdapterState(
+        tensors, AdapterSpec(method="lora", base="b" * 64, version=version, ranks={"q": 2, "up": 1}, scaling={"q": 2.0, "up": 0.5})
+    )
 
 
 def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | None = None) -> ClientApp:
-    """Client `c` adds its number of examples to each tensor. `faults[c]` is a function (round, update, arrays) → (update, arrays) or raises."""
+    """Client `c` adds its number of examples to each tensor. `faults[c]`: (round, arrays, text) → (arrays, text), or raises."""
     app, ids, faults = ClientApp(), sorted(examples), faults or {}
 
     def who(context: Context) -> str:
@@ -53,7 +55,9 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
         arrays, text = sent.to_arrays(), update.to_json()
         if client in faults:
             arrays, text = faults[client](plan.round, arrays, text)
-        return Message(RecordDict({"adapter": arrays, "update": ConfigRecord({"json": text, "spec": sent.spec.to_json()})}), reply_to=message)
+        return Message(
+            RecordDict({"adapter": arrays, "update": ConfigRecord({"json": text, "spec": sent.spec.to_json()})}), reply_to=message
+        )
 
     @app.evaluate()
     @declining

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
-from tests.fakes import bridge, fail, fake_client_app, lora_state
 
 from fedtune.bridge import schedule
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig
 from fedtune.errors import RunError
+from tests.fakes import bridge, fail, fake_client_app, lora_state
 
 
 def config(**changes: Any) -> Config:
@@ -128,7 +128,7 @@ def test_a_round_without_a_quorum_leaves_the_state(tmp_path: Path) -> None:
     made, ear = bridge(tmp_path / "r", app, 3, config(rounds=2, min_clients=2))
     state = made.loop()
     assert state.adapter.spec.version == 0 and float(state.adapter["head.weight"].sum()) == 0.0
-    assert "round 1 does not count: 1 good updates, min_clients=2" in ear.notes[0]
+    assert "round 1 does not count: 1 good updates of min_clients=2" in ear.notes[0]
     assert (tmp_path / "r" / "checkpoints" / "round-0002").is_dir()
 
 

@@ -44,7 +44,9 @@ def test_a_plan_that_lacks_a_field_is_refused() -> None:
         Plan.from_json('{"round": 1, "base_version": 0}')
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=8))
+@given(
+    st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=8)
+)
 def test_no_json_gets_past(value: object) -> None:
     with pytest.raises(PlanError):
         Plan.from_json(json.dumps(value))
@@ -57,5 +59,16 @@ def test_patterns_choose_in_the_adapters_order() -> None:
 
 def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
     assert derive_seed(0, "cohort", 1) == 7760491698977831147  # the same in every process, version and machine
-    assert len({derive_seed(0, "cohort", 1), derive_seed(0, "cohort", 2), derive_seed(1, "cohort", 1), derive_seed(0, "cohort", "1"), derive_seed(0, "cohort1")}) == 5
+    assert (
+        len(
+            {
+                derive_seed(0, "cohort", 1),
+                derive_seed(0, "cohort", 2),
+                derive_seed(1, "cohort", 1),
+                derive_seed(0, "cohort", "1"),
+                derive_seed(0, "cohort1"),
+            }
+        )
+        == 5
+    )
     assert all(0 <= derive_seed(s) < 2**63 for s in range(100))

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.tiny import tiny_config
 
 from fedtune.config import Config, EvalConfig
 from fedtune.run import read_config
+from tests.tiny import tiny_config
 
 _KILLS, _ROUNDS = 12, 40
 

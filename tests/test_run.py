@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.fakes import lora_state
 
 from fedtune.config import Config
 from fedtune.errors import CheckpointError, RunError
 from fedtune.run import Checkpoint, RunDirectory, read_config
 from fedtune.strategy import ServerState
+from tests.fakes import lora_state
 
 
 def checkpoint(round: int) -> Checkpoint:

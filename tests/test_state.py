@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.fakes import lora_state
 
 from fedtune.errors import CheckpointError, UpdateMismatch
 from fedtune.state import AdapterSpec, AdapterState
+from tests.fakes import lora_state
 
 
 def awkward() -> AdapterState:
@@ -64,7 +64,15 @@ def test_damaged_files_speak(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"method": 1}', '{"method": "lora", "x": 1}', '{"method": "lora", "ranks": {"q": 0}}', '{"method": "lora", "scaling": {"q": NaN}}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"method": 1}',
+        '{"method": "lora", "x": 1}',
+        '{"method": "lora", "ranks": {"q": 0}}',
+        '{"method": "lora", "scaling": {"q": NaN}}',
+    ],
 )
 def test_a_spec_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UpdateMismatch, match="spec cannot be read"):

@@ -24,7 +24,7 @@ from fedtune.config import (
 )
 
 NANO = Path(str(fedtune.models.__file__)).parent / "nano"
-WORDS = "lamp kettle door window garden stairs radio oven cat train river stone".split()
+WORDS = ["lamp", "kettle", "door", "window", "garden", "stairs", "radio", "oven", "cat", "train", "river", "stone"]
 
 
 def tiny_llama(folder: Path, *, seed: int = 0) -> Path:
@@ -56,7 +56,9 @@ def texts(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for i in range(count):
         words = rng.choices(WORDS, k=rng.randint(3, 9))
-        rows.append({"text": " ".join(words), "label": WORDS.index(words[0]) % 3, "client": f"c{i % 4}", "question": words[0], "reply": words[-1]})
+        rows.append(
+            {"text": " ".join(words), "label": WORDS.index(words[0]) % 3, "client": f"c{i % 4}", "question": words[0], "reply": words[-1]}
+        )
     return rows
 
 
@@ -83,7 +85,7 @@ def tiny_config(folder: Path, rows: list[dict[str, Any]] | None = None, **change
         "task": TaskConfig(kind="causal_lm", max_length=16, stride_texts=False),
         "peft": PeftConfig(rank=2, alpha=4.0),
         "client": ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule="constant"),
-        "engine": EngineConfig(threads=1),
+        "engine": EngineConfig(threads=1, batched="none"),
         "eval": EvalConfig(where="none", clients=0),
         "inference": InferenceConfig(samples=0),
     }

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.fakes import bridge as make_bridge
-from tests.tiny import texts, tiny_config
 from transformers import AutoModelForCausalLM
 
 from fedtune.app import starting_adapter
@@ -23,6 +21,8 @@ from fedtune.data import collate
 from fedtune.errors import UpdateError
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
+from tests.fakes import bridge as make_bridge
+from tests.tiny import texts, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,9 @@ def start(space: Workspace) -> AdapterState:
 
 
 def turn(space: Workspace, client: str = "c0", **changes: Any) -> tuple[AdapterState, Any]:
-    plan = dataclasses.replace(Plan(round=1, client=client, base_version=0, steps=3, epochs=None, batch_size=4, lr=1e-2, lr_last=1e-2), **changes)
+    plan = dataclasses.replace(
+        Plan(round=1, client=client, base_version=0, steps=3, epochs=None, batch_size=4, lr=1e-2, lr_last=1e-2), **changes
+    )
     space.live.load(start(space))
     turned = train(space.live, space.examples(client, "train"), plan, space.config.task, pad_id=space.pad_id)
     return space.live.read(version=0), turned
@@ -102,7 +104,9 @@ def test_one_client_with_all_the_data_is_centralised_training(tmp_path: Path) ->
 def test_identical_clients_are_one_client(tmp_path: Path) -> None:
     rows = texts(10)
     copies = [{**row, "client": c} for c in ("a", "b", "c") for row in rows]
-    data = {"client": ClientConfig(steps=3, epochs=None, batch_size=64, lr=1e-2, schedule="constant")}  # one batch holds all: no order to differ in
+    data = {
+        "client": ClientConfig(steps=3, epochs=None, batch_size=64, lr=1e-2, schedule="constant")
+    }  # one batch holds all: no order to differ in
     (tmp_path / "many").mkdir()
     (tmp_path / "one").mkdir()
 
@@ -118,8 +122,7 @@ def test_identical_clients_are_one_client(tmp_path: Path) -> None:
 def test_accumulation_is_exact_over_ragged_micro_batches(space: Workspace) -> None:
     whole, _ = turn(space, batch_size=8, steps=1, clip_norm=None)
     parts, _ = turn(space, batch_size=2, accumulate=4, steps=1, clip_norm=None)
-    # AdamW's first step is lr·sign(g) nearly everywhere, so that a mean of means instead of the mean over all tokens would show in a few entries only:
-    # compare two steps further on as well
+    # AdamW's first step is lr·sign(g) nearly everywhere: a mean of means would show in few entries only, see the next test for the gradient
     assert far(whole, parts) < 1e-4
     assert len({len(e.input_ids) for e in space.examples("c0", "train")}) > 2
 
@@ -152,7 +155,13 @@ def test_every_pass_is_a_new_permutation() -> None:
 
 @pytest.mark.parametrize(
     ("plan", "examples", "cap", "steps"),
-    [({"steps": 7}, 3, None, 7), ({"steps": 7}, 3, 4, 4), ({"epochs": 2.0}, 33, None, 17), ({"epochs": 0.01}, 5, None, 1), ({"epochs": 1.0, "accumulate": 2}, 33, None, 5)],
+    [
+        ({"steps": 7}, 3, None, 7),
+        ({"steps": 7}, 3, 4, 4),
+        ({"epochs": 2.0}, 33, None, 17),
+        ({"epochs": 0.01}, 5, None, 1),
+        ({"epochs": 1.0, "accumulate": 2}, 33, None, 5),
+    ],
 )
 def test_steps(plan: dict[str, Any], examples: int, cap: int | None, steps: int) -> None:
     # 33 rows, 2 passes, batches of 4: 16.5 → 17 steps; with 2 micro-batches a step: 33 / 8 → 5
@@ -200,11 +209,16 @@ def test_a_loss_that_runs_away_is_one_sentence(space: Workspace, monkeypatch: py
     ("error", "sentence"),
     [
         (MemoryError(), "failed: out of memory: lower client.batch_size"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: not enough memory"), "failed: out of memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: not enough memory"),
+            "failed: out of memory",
+        ),
         (ZeroDivisionError("oops"), "failed: ZeroDivisionError: oops"),
     ],
 )
-def test_a_failing_turn_ends_that_clients_round_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str) -> None:
+def test_a_failing_turn_ends_that_clients_round_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
     import fedtune.clients.app as app
 
     real = app.train

@@ -9,12 +9,12 @@ import hydra.utils
 import pytest
 import torch
 import yaml
-from tests.fakes import bridge, fake_client_app, lora_state
 
 import fedtune.conf
 from fedtune.config import Config
 from fedtune.plan import Plan, Update
 from fedtune.strategy import ServerState, Strategy
+from tests.fakes import bridge, fake_client_app, lora_state
 
 CONF = Path(str(fedtune.conf.__file__)).parent / "strategy"
 NAMES = sorted(p.stem for p in CONF.glob("*.yaml"))

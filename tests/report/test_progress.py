@@ -38,7 +38,9 @@ def test_no_terminal_one_plain_line_a_round_and_a_note() -> None:
         progress.client_done("home-2", "late: 41 s of 30 s")
         progress.note("a note")
         progress.round_done(ROUND)
-    assert shown(console) == ("a note\nround 3/20  exact_match 0.412  clients 0.39 (worst decile 0.20)  6/8 counted (1 offline, 1 late)  4.1 s\n")
+    assert shown(console) == (
+        "a note\nround 3/20  exact_match 0.412  clients 0.39 (worst decile 0.20)  6/8 counted (1 offline, 1 late)  4.1 s\n"
+    )
 
 
 def test_the_untuned_backbone_has_no_cohort() -> None:

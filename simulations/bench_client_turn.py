@@ -1,0 +1,162 @@
+"""What the framework costs: client turns in the in-process engine against a bare PyTorch + PEFT loop that does the same steps.
+
+    python -m fedtune.simulations.bench_client_turn --clients 100 --repeats 5
+
+Both sides train the demo's homes on the nano backbone with one thread: the same rows in the same order, the same optimiser steps, the
+same weighted mean. The bare loop has no messages, no checks, no checkpoints, no metrics. The two run in turn (A B A B ...), so that a
+machine whose speed drifts drifts for both; quote the ratio. Memory is the process's high-water mark over one round, in a process of its
+own.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+from fedtune.app import starting_adapter
+from fedtune.bridge import Bridge, base_plan
+from fedtune.clients.app import make_client_app
+from fedtune.clients.meter import peak_mb, reset_peak
+from fedtune.clients.trainer import batches
+from fedtune.clients.workspace import Workspace, workspace
+from fedtune.compose import compose
+from fedtune.config import Config, to_dict
+from fedtune.data import collate
+from fedtune.run import RunDirectory
+from fedtune.simulations.grid import InProcessGrid
+from fedtune.strategies.fedavg import FedAvg
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=100, help="clients of a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a turn (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of rounds to time (default: %(default)s)")
+    parser.add_argument(
+        "--memory", type=int, nargs="*", default=[10, 100, 400], help="cohorts to measure the memory of (default: 10 100 400)"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    config = experiment(args.clients, args.steps)
+    space = workspace(json.dumps(to_dict(config)))
+    for client in space.client_ids:
+        space.examples(client, "train")  # encoded once, for both sides
+    seconds: dict[str, list[float]] = {"bare": [], "fedtune": []}
+    for repeat in range(args.repeats + 1):
+        a, bare_state = timed(bare_round, space)
+        b, our_state = timed(our_round, space)
+        far = max(float((bare_state[n] - our_state[n]).abs().max()) for n in bare_state)
+        assert far < 1e-4, f"the two sides did not do the same work: {far}"
+        if repeat:  # the first pair warms up
+            seconds["bare"].append(a)
+            seconds["fedtune"].append(b)
+    ratios = [a / b for a, b in zip(seconds["bare"], seconds["fedtune"], strict=True)]
+    print(f"{args.clients} clients, {args.steps} steps of {config.client.batch_size} rows, 1 thread, {args.repeats} pairs")
+    print("| side | ms a client turn: median | min | max |\n|---|---|---|---|")
+    for side, values in seconds.items():
+        ms = [1000 * v / args.clients for v in values]
+        print(f"| {side} | {statistics.median(ms):.1f} | {min(ms):.1f} | {max(ms):.1f} |")
+    print(f"throughput, fedtune over bare: median {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})")
+    print("\n| clients a round | peak MB of the round, in process |\n|---|---|")
+    for clients in args.memory:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(f"| {clients} | {pool.apply(memory_of, (clients, args.steps)):.0f} |")
+
+
+def experiment(clients: int, steps: int) -> Config:
+    (job,) = compose(
+        [
+            "devices=none",
+            f"data.homes={clients}",
+            "rounds=1",
+            f"clients_per_round={clients}",
+            f"client.steps={steps}",
+            "client.epochs=null",
+            "client.schedule=constant",
+            "client.warmup_rounds=0",
+            "eval.where=none",
+            "eval.clients=0",
+            "engine.threads=1",
+        ]
+    )
+    return job.config
+
+
+def bare_round(space: Workspace) -> dict[str, torch.Tensor]:
+    """One round as anybody would write it with PyTorch and PEFT: load, train, read, add up."""
+    config, model = space.config, space.live.model
+    named = dict(space.live.parameters)
+    params, start = list(named.values()), starting_adapter(space.config, space)
+    total, examples = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in named.items()}, 0
+    model.train()
+    for client in space.client_ids:
+        rows, plan = space.examples(client, "train"), base_plan(config, 1, client, 0)
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(start[name])
+        optimizer = torch.optim.AdamW(params, lr=plan.lr, weight_decay=plan.weight_decay)
+        order = batches(len(rows), plan.batch_size, plan.seed)
+        for _ in range(plan.steps or 0):
+            model(**collate([rows[i] for i in next(order)], space.pad_id)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, plan.clip_norm or 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, parameter in named.items():
+            total[name] += len(rows) * parameter.detach().double()
+        examples += len(rows)
+    model.eval()
+    return {n: (t / examples).float() for n, t in total.items()}
+
+
+class _Silence:
+    """A watcher that is told nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+def our_round(space: Workspace) -> dict[str, torch.Tensor]:
+    """One round through bridge, messages, ClientApp, checks, aggregation and checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(space.config, output_dir=folder)
+        run = RunDirectory.create(config)
+        bridge = Bridge(
+            grid=InProcessGrid(make_client_app(space.config), len(space.client_ids)),
+            strategy=FedAvg(),
+            config=config,
+            run=run,
+            initial=starting_adapter(config, space),
+            found=None,
+            metric=("exact_match", True),
+            evaluate=None,
+            watcher=_Silence(),  # type: ignore[arg-type]
+        )
+        state = bridge.loop()
+        run.close()
+    return dict(state.adapter.tensors)
+
+
+def timed(call: Any, space: Workspace) -> tuple[float, dict[str, torch.Tensor]]:
+    start = time.perf_counter()
+    out = call(space)
+    return time.perf_counter() - start, out
+
+
+def memory_of(clients: int, steps: int) -> float:
+    torch.set_num_threads(1)
+    space = workspace(json.dumps(to_dict(experiment(clients, steps))))
+    for client in space.client_ids:
+        space.examples(client, "train")
+    reset_peak(torch.device("cpu"))
+    our_round(space)
+    return peak_mb(torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main()
