@@ -1,7 +1,8 @@
 """The one bridge that puts any Strategy on Flower's grid.
 
-It samples, sends, waits, checks every reply before it counts, names whoever is dropped, checkpoints after every round, and starts at any round.
-Replies are pulled and folded in the order of logical ids, one at a time: the server's memory is that of one model, and the sum has one order.
+It samples, sends, waits, checks every reply before it counts, names whoever is dropped, checkpoints after every round, and starts at any
+round. Replies are pulled and folded in the order of logical ids, one at a time: the server's memory is that of one model, and the sum has
+one order.
 """
 
 import json
@@ -134,9 +135,8 @@ class Bridge:
             return state, turnout
         after = self.strategy.aggregate(round, state, _chain(first, updates))
         if turnout.counted < self.config.min_clients:
-            self.watcher.note(
-                f"round {round} does not count: {turnout.counted} good updates, min_clients={self.config.min_clients}; the state stays as it was"
-            )
+            short = f"{turnout.counted} good updates of min_clients={self.config.min_clients}"
+            self.watcher.note(f"round {round} does not count: {short}; the state stays as it was")
             return state, turnout
         return ServerState(adapter=after.adapter.replace(version=round), memory=after.memory), turnout
 
@@ -197,7 +197,13 @@ class Bridge:
 
         for node, reply in zip(ids, _replies(self.grid, messages, self.patience_s), strict=True):
             if reply is None or reply.has_error() or "declined" in reply.content.config_records:
-                said = "no reply" if reply is None else reply.error.reason if reply.has_error() else reply.content.config_records["declined"]["why"]
+                said = (
+                    "no reply"
+                    if reply is None
+                    else reply.error.reason
+                    if reply.has_error()
+                    else reply.content.config_records["declined"]["why"]
+                )
                 leave_out(f"node {node}: {said}")
                 continue
             try:
@@ -214,7 +220,8 @@ class Bridge:
                 nodes[client] = node
         if len(nodes) < self.config.min_clients:
             raise RunError(
-                f"{len(nodes)} clients can take part, min_clients={self.config.min_clients}: " + ("; ".join(failures[:3]) or "none is connected")
+                f"{len(nodes)} clients can take part, min_clients={self.config.min_clients}: "
+                + ("; ".join(failures[:3]) or "none is connected")
             )
         return nodes
 
@@ -311,7 +318,9 @@ def read_update(content: RecordDict, assignment: Assignment) -> Update:
     wanted = assignment.adapter.subset(matching(assignment.adapter.tensors, plan.send))
     got = AdapterSpec.from_json(spec)
     if (got.method, got.base) != (wanted.spec.method, wanted.spec.base):
-        raise UpdateMismatch(f"the update is {got.method} on backbone {got.base[:12]}, asked was {wanted.spec.method} on {wanted.spec.base[:12]}")
+        raise UpdateMismatch(
+            f"the update is {got.method} on backbone {got.base[:12]}, asked was {wanted.spec.method} on {wanted.spec.base[:12]}"
+        )
     if dict(got.ranks) != dict(wanted.spec.ranks) or dict(got.scaling) != dict(wanted.spec.scaling):
         raise UpdateMismatch("the update's ranks or scaling are not those of the adapter that was sent")
     update = Update.from_json(text, AdapterState.from_arrays(arrays, got, wanted))

@@ -30,7 +30,9 @@ def copy_message(message: Message) -> Message:
     content = RecordDict()
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
-            content[key] = ArrayRecord({n: Array(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=a.data) for n, a in record.items()})
+            content[key] = ArrayRecord(
+                {n: Array(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=a.data) for n, a in record.items()}
+            )
         else:
             content[key] = type(record)(dict(record)) if isinstance(record, (ConfigRecord, MetricRecord)) else record
     return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload]

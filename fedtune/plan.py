@@ -80,7 +80,9 @@ class Plan:
         if plan.steps is None and plan.epochs is None:
             raise PlanError("plan sets neither steps nor epochs: the client cannot know how much to train")
         if plan.batch_size < 1 or plan.accumulate < 1 or (plan.steps is not None and plan.steps < 1):
-            raise PlanError(f"plan asks for batch_size={plan.batch_size}, accumulate={plan.accumulate}, steps={plan.steps}: each must be at least 1")
+            raise PlanError(
+                f"plan asks for batch_size={plan.batch_size}, accumulate={plan.accumulate}, steps={plan.steps}: each must be at least 1"
+            )
         return plan
 
 

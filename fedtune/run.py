@@ -53,7 +53,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path, self.config = path, config
-        self._lock = open(path / ".lock", "w")
+        self._lock = open(path / ".lock", "w")  # noqa: SIM115  held as long as the run is
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -69,7 +69,9 @@ class RunDirectory:
             (path / "checkpoints").mkdir()
             _write(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
         except OSError as bad:
-            raise RunError(f"cannot make the run directory {path}: {bad.strerror}; set output_dir to a folder that can be written") from None
+            raise RunError(
+                f"cannot make the run directory {path}: {bad.strerror}; set output_dir to a folder that can be written"
+            ) from None
         return cls(path, config)
 
     @classmethod
@@ -102,7 +104,9 @@ class RunDirectory:
             os.rename(beside, target)
             _sync_folder(folder)
         except OSError as bad:
-            raise RunError(f"cannot write the checkpoint {target}: {bad.strerror}; free the disk and resume with resume={self.path}") from None
+            raise RunError(
+                f"cannot write the checkpoint {target}: {bad.strerror}; free the disk and resume with resume={self.path}"
+            ) from None
         for old in self._checkpoints()[self.config.keep_checkpoints :]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -151,7 +155,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         body = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
         if body["format"] != _FORMAT:
-            raise CheckpointError(f"checkpoint {path} has format {body['format']}, this fedtune reads {_FORMAT}: use the version that wrote it")
+            raise CheckpointError(
+                f"checkpoint {path} has format {body['format']}, this fedtune reads {_FORMAT}: use the version that wrote it"
+            )
         for name, wanted in body["sha256"].items():
             if _sha256(path / name) != wanted:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")

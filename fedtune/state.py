@@ -1,7 +1,7 @@
 """Everything trainable, by name, with the spec that gives it meaning.
 
-Names are canonical: `<module>.lora_A`, `<module>.lora_B` for LoRA, `<module>.<parameter>` for a head, as in the untouched backbone. They do not
-depend on the PEFT library's wrappers, so that state, wire, checkpoint and export agree.
+Names are canonical: `<module>.lora_A`, `<module>.lora_B` for LoRA, `<module>.<parameter>` for a head, as in the untouched backbone. They do
+not depend on the PEFT library's wrappers, so that state, wire, checkpoint and export agree.
 """
 
 import dataclasses
@@ -169,7 +169,9 @@ def _from_array(name: str, array: Array) -> Tensor:
         raise UpdateMismatch(f"tensor '{name[:80]}' has dtype {array.dtype[:40]}: wanted one of {', '.join(_DTYPES)}")
     stored = "uint16" if array.dtype == "bfloat16" else array.dtype
     wanted = math.prod(array.shape) * np.dtype(stored).itemsize
-    if not wanted <= len(array.data) <= wanted + 4096:  # np.save puts a short header before the data; anything else is a lie about the shape
+    if (
+        not wanted <= len(array.data) <= wanted + 4096
+    ):  # np.save puts a short header before the data; anything else is a lie about the shape
         raise UpdateMismatch(f"tensor '{name[:80]}' brings {len(array.data)} bytes, its shape {tuple(array.shape)} needs {wanted}")
     try:
         values = array.numpy()

@@ -43,7 +43,7 @@ class Strategy(Protocol):
         ...
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
-        """Logical id → assignment, one for each plan of the cohort; `plans` carry the config's values, to be changed where the method says so."""
+        """Logical id → assignment, one for each plan of the cohort; `plans` carry the config's values, the method changes what it must."""
         ...
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:

@@ -1,0 +1,172 @@
+"""The merged model as a Hugging Face folder that any program can load."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.config import Config, ModelConfig, TaskConfig, from_dict
+from fedtune.errors import CheckpointError, FedtuneError, ModelError
+from fedtune.inference.adapter_folder import StoredAdapter, read_adapter
+from fedtune.models.backbone import Backbone, load_backbone, quiet
+from fedtune.models.checkpoint import NANO, fingerprint
+
+CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
+
+
+def export_hf(source: Path, out: Path, *, replace: bool = False) -> Path:
+    """Merge an adapter into its float32 backbone, and write config, safetensors and tokenizer.
+
+    Args:
+        source: A run directory, or a PEFT adapter folder whose adapter_config.json names the backbone.
+        out: The folder to write; made whole or not at all.
+        replace: Write over `out` if an export of fedtune is there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: `source` is missing, or is a run that has no adapter yet.
+        ModelError: The adapter or the backbone cannot be used, they do not belong together, or `out` is taken.
+    """
+    source, out = Path(source), Path(out)
+    _check_out(out, replace)
+    config, adapter, labels = _read(source)
+    task = config.task if config else _task(adapter, source)
+    backbone = _backbone(config, adapter, task, source)
+    if adapter.fingerprint and adapter.fingerprint != backbone.fingerprint:
+        raise ModelError(
+            f"the adapter in {source} belongs to the backbone {adapter.fingerprint}, but {backbone.name} is {backbone.fingerprint}:"
+            " give it the checkpoint that it was trained on"
+        )
+    merge(backbone.model, adapter)
+    if labels and task.kind == "classification":
+        backbone.model.config.id2label = dict(enumerate(labels))
+        backbone.model.config.label2id = {label: i for i, label in enumerate(labels)}
+    longest = task.max_new_tokens if config and task.kind == "instruction" else None
+    card = {"task": task.kind, "prompt": _template(config), "max_new_tokens": longest, "base": backbone.fingerprint}
+    _write(backbone, card, out)
+    return out
+
+
+def merge(model: nn.Module, adapter: StoredAdapter) -> None:
+    """W ← W + s·B·A in place, and the head replaced; W must be float32, the sum is taken in float64 and rounded once.
+
+    Raises:
+        ModelError: The adapter names a module that the model lacks, or one of another shape.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, (a, b, scaling) in adapter.factors.items():
+            layer = modules.get(name)
+            if not isinstance(layer, (nn.Linear, Conv1D)):
+                raise ModelError(f"the adapter changes '{name}', which is no linear layer of the backbone: it belongs to another one")
+            delta = scaling * (b.double() @ a.double())
+            if isinstance(layer, Conv1D):  # GPT-2's layer stores W as (in, out)
+                delta = delta.T
+            if delta.shape != layer.weight.shape:
+                shape = tuple(layer.weight.shape)
+                raise ModelError(f"the adapter's '{name}' is {tuple(delta.shape)}, the backbone's {shape}: it belongs to another backbone")
+            if any(layer.weight is m.weight for m in modules.values() if isinstance(m, nn.Embedding)):
+                raise ModelError(f"the adapter changes '{name}', whose weight is tied to the embedding: it cannot be merged")
+            layer.weight.copy_(layer.weight.double() + delta)
+        for name, tensor in adapter.heads.items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise ModelError(f"the adapter's head '{name}' {tuple(tensor.shape)} is not in the backbone: it belongs to another one")
+            parameters[name].copy_(tensor)
+
+
+def _check_out(out: Path, replace: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (replace and (out / CARD).is_file()):
+        raise ModelError(f"{out} exists already: name another folder with --out, or remove it")
+
+
+def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
+    """The run's config (None: a bare adapter folder), the adapter, and the names of a classifier's labels."""
+    if not source.is_dir():
+        raise CheckpointError(f"there is no folder {source}: give a run directory or a PEFT adapter folder")
+    if not (source / "config.yaml").is_file():
+        return None, read_adapter(source), []
+    if not (source / "adapter" / "adapter_config.json").is_file():
+        raise CheckpointError(f"{source} has no adapter/ yet: the run has not ended, go on with resume={source}")
+    try:
+        config = from_dict(yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as bad:
+        raise CheckpointError(f"cannot read {source / 'config.yaml'}: {str(bad).splitlines()[0]}") from None
+    except FedtuneError as bad:
+        raise CheckpointError(f"cannot use {source / 'config.yaml'}: {bad}") from None
+    return config, read_adapter(source / "adapter"), _labels(source / "partition.json")
+
+
+def _labels(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    try:
+        return [str(label) for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"cannot read {path}: it must be the summary that the run wrote") from None
+
+
+def _task(adapter: StoredAdapter, source: Path) -> TaskConfig:
+    kinds = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "classification"}
+    if adapter.task_type not in kinds:
+        raise ModelError(f"{source}: task_type={adapter.task_type} cannot be exported: {' and '.join(kinds)} can")
+    return TaskConfig(kind=kinds[adapter.task_type], max_length=2)
+
+
+def _backbone(config: Config | None, adapter: StoredAdapter, task: TaskConfig, source: Path) -> Backbone:
+    # The last matrix of a head has a row for each class
+    classes = [t.shape[0] for n, t in adapter.heads.items() if t.ndim == 2 and n.endswith("weight")]
+    labels = classes[-1] if classes and task.kind == "classification" else 0
+    if config:
+        model = ModelConfig(**{**vars(config.model), "precision": "fp32", "device": "cpu"})
+        return load_backbone(model, task, num_labels=labels, seed=config.seed)
+    # An adapter of the embedded backbone names the folder of the machine that trained it
+    if adapter.fingerprint and (NANO / "config.json").is_file() and adapter.fingerprint == fingerprint(NANO):
+        return load_backbone(ModelConfig(source="nano", device="cpu"), task, num_labels=labels)
+    if not adapter.base:
+        raise ModelError(f"{source} does not name its backbone: set base_model_name_or_path in its adapter_config.json")
+    return load_backbone(ModelConfig(source="hub", name=adapter.base, device="cpu"), task, num_labels=labels)
+
+
+def _template(config: Config | None) -> str | None:
+    """The run's prompt template, None where prompts come as they are."""
+    if config is None or config.task.kind != "instruction":
+        return None
+    if config.data.prompt is not None:
+        return config.data.prompt
+    if "{" in (column := config.data.columns.get("prompt", "")):
+        return column
+    if config.data.source != "demo":
+        return None
+    from fedtune.data.sources import DEMO_PROMPT  # late: it loads the data libraries
+
+    return DEMO_PROMPT
+
+
+def _write(backbone: Backbone, card: dict[str, Any], out: Path) -> None:
+    beside = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        with quiet():
+            backbone.model.save_pretrained(beside)
+            backbone.tokenizer.save_pretrained(beside)
+        own = backbone.folder / "generation_config.json"  # load_backbone drops sampling defaults; whoever serves the model wants them
+        if own.is_file():
+            shutil.copyfile(own, beside / own.name)
+        (beside / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(beside, out)
+    except OSError as bad:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise ModelError(f"cannot write {out}: {bad.strerror or bad}") from None

@@ -1,0 +1,36 @@
+"""Load and freeze a backbone, give it one live adapter, and compute a task's losses and scores.
+
+Names are imported when they are first used: `import fedtune.models` loads neither torch nor PEFT.
+"""
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedtune.models.adapter import LiveAdapter, initial_adapter
+    from fedtune.models.backbone import Backbone, fingerprint, load_backbone
+    from fedtune.models.tasks import PRIMARY, evaluate, loss_sum, primary
+
+__all__ = ["PRIMARY", "Backbone", "LiveAdapter", "evaluate", "fingerprint", "initial_adapter", "load_backbone", "loss_sum", "primary"]
+
+# PEFT imports bitsandbytes, which tells every user of a CPU that an optional kernel package is not installed
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+_HOME = {
+    "Backbone": "backbone",
+    "fingerprint": "backbone",
+    "load_backbone": "backbone",
+    "LiveAdapter": "adapter",
+    "initial_adapter": "adapter",
+    "PRIMARY": "tasks",
+    "evaluate": "tasks",
+    "loss_sum": "tasks",
+    "primary": "tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedtune.models' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"fedtune.models.{_HOME[name]}"), name)

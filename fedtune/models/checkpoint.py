@@ -1,0 +1,197 @@
+"""A checkpoint's folder on the disk: find it, refuse what is damaged or pickled, and name it by what it holds."""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import ModelConfig
+from fedtune.errors import ModelError
+
+NANO = Path(__file__).parent / "nano"  # the embedded backbone
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+# What of config.json may change when the same weights are saved again, or loaded for another task
+_PASSING = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "num_labels", "id2label", "label2id",
+    "problem_type", "pad_token_id", "_attn_implementation_autoset",
+}  # fmt: skip
+_CHUNK, _CHUNKS = 512, 8
+
+
+def find_folder(config: ModelConfig, *, weights: bool = True) -> Path:
+    """The folder that holds the checkpoint; a hub name is fetched into the hub's cache first.
+
+    Args:
+        config: `source`, `name` and `revision` count.
+        weights: False fetches config.json only, which is all that a server needs.
+
+    Raises:
+        ModelError: No such folder, no such name on the hub, or the hub cannot be reached.
+    """
+    if config.source == "nano":
+        if not (NANO / "config.json").is_file():
+            raise ModelError(f"the embedded backbone is missing from {NANO}: install fedtune again, or take model=hub with a model.name")
+        return NANO
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ModelError(f"model.name={config.name} is a file: give the folder that holds config.json and the safetensors weights")
+    if path.is_absolute() or config.name.startswith(("~", ".")) or config.name.count("/") > 1:
+        raise ModelError(f"model.name={config.name}: there is no such folder; give a local folder or a hub name")
+    return _fetch(config, weights)
+
+
+def _fetch(config: ModelConfig, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    # Root files only and no pickles: sub-folders hold other formats, consolidated* the same weights once more
+    wanted = ["config.json"] if not weights else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    if weights and config.trust_remote_code:
+        wanted.append("*.py")
+    try:
+        found = snapshot_download(config.name, revision=config.revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"])
+    except GatedRepoError:
+        raise ModelError(f"model.name={config.name} is gated on the hub: accept its terms there and log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"model.name={config.name} is neither a local folder nor a public hub repository: check the name") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"model.name={config.name} is no local folder, is not in the hub's cache, and the hub cannot be reached:"
+            " check the name and the network, or give a local folder"
+        ) from None
+    except (HFValidationError, HfHubHTTPError, OSError) as bad:
+        raise ModelError(f"model.name={config.name} cannot be fetched from the hub: {first_line(bad)}") from None
+    return Path(found)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dict.
+
+    Raises:
+        ModelError: It is missing or is not JSON of a Hugging Face model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face model")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as bad:
+        raise ModelError(f"{path} cannot be read as JSON: {first_line(bad)}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise ModelError(f"{path} has no model_type: it is not the config of a Hugging Face model")
+    return raw
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the checkpoint, shards in order of name.
+
+    Raises:
+        ModelError: There are none, some shards are missing, or there are only pickled weights.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            raise ModelError(f"{index} cannot be read: it must be JSON with a weight_map") from None
+        if outside := [n for n in names if Path(n).name != n]:
+            raise ModelError(f"{index} names the shard '{outside[0]}', which is not a plain file name in its folder")
+        if missing := [n for n in names if not (folder / n).is_file()]:
+            raise ModelError(f"{folder} lacks the shard {missing[0]} that its index names: fetch the checkpoint again")
+        return [folder / n for n in names]
+    if pickles := sorted(p.name for pattern in PICKLES for p in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when they are opened: convert them to safetensors first"
+        )
+    raise ModelError(f"{folder} has no weights: model.safetensors (or its shards with model.safetensors.index.json) is wanted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor lies: `dtype` as safetensors spells it, `start` and `size` in bytes of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of the checkpoint by name, from the files' headers alone.
+
+    Raises:
+        ModelError: A file is truncated or is not safetensors.
+    """
+    return sorted((t for path in weight_files(folder) for t in _header(path)), key=lambda t: t.name)
+
+
+def _header(path: Path) -> Iterator[StoredTensor]:
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > min(size, 100_000_000):
+                raise ValueError("the header is longer than the file")
+            raw = json.loads(f.read(length))
+        tensors = [
+            StoredTensor(name=n, dtype=t["dtype"], shape=tuple(t["shape"]), file=path, start=8 + length + t["data_offsets"][0],
+                         size=t["data_offsets"][1] - t["data_offsets"][0])
+            for n, t in raw.items() if n != "__metadata__"
+        ]  # fmt: skip
+        if any(t.size < 0 or not all(type(d) is int and d >= 0 for d in t.shape) for t in tensors):
+            raise ValueError("its header is damaged")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, OSError, RecursionError):
+        raise ModelError(f"{path} is not a safetensors file, or its header is damaged: fetch it again") from None
+    end = max((t.start + t.size for t in tensors), default=8 + length)
+    if end != size:
+        state = "truncated" if size < end else "damaged"
+        raise ModelError(f"{path} has {size} bytes but its header describes {end}: it is {state}, fetch it again")
+    yield from tensors
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A name for the backbone in this folder: 16 hex digits of its config and of sampled bytes of every tensor.
+
+    The same at every precision it is loaded in, and however the tensors are spread over shards; fine-tuned or rounded copies differ.
+
+    Raises:
+        ModelError: The config or the weights are missing or damaged.
+    """
+    folder = Path(folder)
+    tensors = stored_tensors(folder)
+    return digest(read_config(folder), ((f"{t.name} {t.dtype} {list(t.shape)}", sampled(t)) for t in tensors))
+
+
+def digest(config: dict[str, Any], parts: Iterable[tuple[str, bytes]]) -> str:
+    """Hash of a config's lasting values and of `(label, bytes)` pairs."""
+    kept = {k: v for k, v in config.items() if k not in _PASSING}
+    out = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for label, data in parts:
+        out.update(f"\x1f{label}\x1f".encode() + data)
+    return out.hexdigest()[:16]
+
+
+def sampled(tensor: StoredTensor) -> bytes:
+    """A few stretches of a tensor's bytes, spread evenly from its first to its last."""
+    last = tensor.size - _CHUNK
+    offsets = [math.floor(last * i / (_CHUNKS - 1)) for i in range(_CHUNKS)] if last > 0 else [0]
+    with open(tensor.file, "rb") as f:
+        out = b""
+        for offset in offsets:
+            f.seek(tensor.start + offset)
+            out += f.read(min(_CHUNK, tensor.size))
+    return out
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,135 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtune import cli
+from fedtune.config import DataConfig
+from fedtune.errors import ConfigError, FedtuneError, ModelError
+from fedtune.inference import export_hf, generate_text
+from fedtune.inference.generate import wrap
+from fedtune.models import load_backbone
+from tests.inference.test_export import ASK, CLASSES, make_run
+from tests.models.build import checkpoint, hub
+
+TEMPLATE = DataConfig(source="local", path="x", prompt="set {q} to", answer=" {a}")
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, data=TEMPLATE)
+    return export_hf(run, run / "merged")
+
+
+def test_a_bare_request_is_wrapped_and_only_the_continuation_comes_back(merged: Path) -> None:
+    backbone = load_backbone(hub(merged), ASK)
+    ids = backbone.tokenizer("set lamp to").input_ids
+    want: list[int] = []
+    for _ in range(6):  # greedy by hand; the run's max_new_tokens is 6
+        best = int(backbone.model(torch.tensor([ids + want])).logits[0, -1].argmax())
+        if best == backbone.tokenizer.eos_token_id:
+            break
+        want.append(best)
+    text = backbone.tokenizer.decode(want, skip_special_tokens=True)
+    assert text and generate_text(merged, "lamp") == text
+    assert generate_text(merged, "set lamp to") == text  # a whole prompt is left as it is
+    assert generate_text(merged, "lamp", max_new_tokens=1) == backbone.tokenizer.decode(want[:1], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "want"),
+    [(None, "hi", "hi"), ("Request: {r}\nAction:", "hi", "Request: hi\nAction:"), ("Request: {r}", "Request: hi", "Request: hi"),
+     ("{a} {b}", "hi", "hi"), ("{r}!", "hi", "hi!"), ("{{x}} {r}", "a {b} c", "{x} a {b} c")],
+)  # fmt: skip
+def test_wrap(template: str | None, prompt: str, want: str) -> None:
+    assert wrap(prompt, template) == want
+
+
+def test_sampling_follows_the_seed_and_leaves_the_global_generator_alone(merged: Path) -> None:
+    state = torch.get_rng_state()
+    a, b = (generate_text(merged, "lamp", temperature=2.0, seed=1) for _ in range(2))
+    others = {generate_text(merged, "lamp", temperature=2.0, seed=s) for s in range(2, 6)}
+    assert a == b and others - {a} and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_folder_of_anybody_generates_without_a_template(tmp_path: Path) -> None:
+    assert isinstance(generate_text(checkpoint(tmp_path / "m"), "turn on", max_new_tokens=3), str)
+
+
+def test_what_cannot_answer_is_refused(tmp_path: Path, merged: Path) -> None:
+    classifier, _ = make_run(tmp_path / "c", hub(tmp_path / "m"), CLASSES)
+    export_hf(classifier, tmp_path / "labels")
+    cases: list[tuple[Path, dict[str, object], type[FedtuneError], str]] = [
+        (tmp_path / "nowhere", {}, ModelError, "there is no folder"),
+        (merged.parent, {}, ModelError, "is a run directory: write its model with `fedtune export"),
+        (tmp_path / "labels", {}, ModelError, "is a classifier"),
+        (merged, {"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
+        (merged, {"max_new_tokens": 62}, ConfigError, "more than the model's context, 64"),
+        (merged, {"temperature": -1.0}, ConfigError, "temperature=-1.0"),
+        (merged, {"temperature": float("nan")}, ConfigError, "temperature=nan"),
+    ]
+    for folder, options, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            generate_text(folder, "lamp", **options)  # type: ignore[arg-type]
+    (tmp_path / "labels" / "fedtune.json").unlink()  # anybody's classifier
+    with pytest.raises(ModelError, match="is a classifier"):
+        generate_text(tmp_path / "labels", "lamp")
+    (merged / "fedtune.json").write_text("{}")
+    with pytest.raises(ModelError, match="fedtune.json cannot be read"):
+        generate_text(merged, "lamp")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_export_then_generate_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, data=TEMPLATE)
+    capfd.readouterr()
+    assert cli.main(["export", str(run)]) == 0
+    assert capfd.readouterr() == (f"{run / 'merged'}\n", "")
+    assert cli.main(["generate", str(run / "merged"), "lamp", "--max-new-tokens", "4"]) == 0
+    out, err = capfd.readouterr()
+    assert out == generate_text(run / "merged", "lamp", max_new_tokens=4).strip() + "\n" and err == ""
+    assert cli.main(["export", str(run)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("fedtune: ") and err.count("\n") == 1 and "exists already" in err
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "other")]) == 0 and (tmp_path / "other" / "config.json").is_file()
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedtune.inference.generate.generate_text", interrupted)
+    assert cli.main(["generate", str(tmp_path), "x"]) == 130
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules of a fresh process that ran the code."""
+    code += "\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_imports_stay_light() -> None:
+    light = loaded_after("import fedtune.inference, fedtune.models, fedtune.cli")
+    assert not light & {"torch", "transformers", "peft", "flwr", "datasets"}
+
+
+@pytest.mark.slow
+def test_generating_needs_neither_peft_nor_flower() -> None:
+    assert not loaded_after("import fedtune.inference.generate") & {"peft", "flwr", "datasets"}
+
+
+def test_public_names_exist() -> None:
+    import fedtune.inference
+    import fedtune.models
+
+    for module in (fedtune.inference, fedtune.models):
+        assert all(getattr(module, n) is not None for n in module.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fedtune.models.nothing  # type: ignore[attr-defined]  # noqa: B018
