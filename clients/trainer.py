@@ -72,7 +72,8 @@ def train(
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
     stream = batches(len(examples), plan.batch_size, plan.seed)
     steps, total, seen = steps_of(plan, len(examples), max_steps), 0.0, 0
-    live.model.train()
+    if not live.model.training:  # walking hundreds of modules costs milliseconds: the model stays so between turns
+        live.model.train()
     try:
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -96,7 +97,6 @@ def train(
             optimizer.zero_grad()
             total, seen = total + loss * count, seen + count
     finally:
-        live.model.eval()
         for p in live.parameters.values():
             p.requires_grad_(True)
             p.grad = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune import flower
@@ -124,7 +124,9 @@ class Bridge:
         plans = [base_plan(self.config, round, client, state.adapter.spec.version) for client in cohort]
         assignments = self.strategy.plan(round, plans, state)
         turnout = Turnout()
-        contents = {c: _content(assignments[c].adapter, assignments[c].plan) for c in cohort}
+        # encoded once, however many clients get it: the server's memory is that of one model
+        arrays = {id(a.adapter): a.adapter.to_arrays() for a in assignments.values()}
+        contents = {c: _content(assignments[c].adapter, arrays[id(assignments[c].adapter)], assignments[c].plan) for c in cohort}
         for client in cohort:
             turnout.records[client] = {"round": round, "client": client, "bytes_down": flower.wire_bytes(contents[client])}
         replies = self._ask("train", round, contents, nodes, turnout)
@@ -243,7 +245,7 @@ class Bridge:
         asked = sorted(nodes)
         if 0 <= self.config.eval.clients < len(asked):
             asked = sorted(random.Random(derive_seed(self.config.seed, "eval")).sample(asked, self.config.eval.clients))
-        content = _content(state.adapter)
+        content = _content(state.adapter, state.adapter.to_arrays())
         turnout = Turnout(records={c: {} for c in asked})
         values = []
         for client, reply in self._ask("evaluate", record["round"], {c: content for c in asked}, nodes, turnout):
@@ -334,8 +336,8 @@ def read_update(content: RecordDict, assignment: Assignment) -> Update:
     return update
 
 
-def _content(adapter: AdapterState, plan: Plan | None = None) -> RecordDict:
-    content = RecordDict({"adapter": adapter.to_arrays(), "spec": ConfigRecord({"json": adapter.spec.to_json()})})
+def _content(adapter: AdapterState, arrays: ArrayRecord, plan: Plan | None = None) -> RecordDict:
+    content = RecordDict({"adapter": arrays, "spec": ConfigRecord({"json": adapter.spec.to_json()})})
     if plan is not None:
         content["plan"] = ConfigRecord({"json": plan.to_json()})
     return content

@@ -2,8 +2,9 @@
 
 import logging
 import uuid
+from collections import OrderedDict
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import recorddict_to_proto
 from flwr.supercore.task_identity import TaskIdentity
@@ -26,15 +27,13 @@ def stamp(message: Message) -> str:
 
 
 def copy_message(message: Message) -> Message:
-    """A message whose records can be changed without harm; the arrays' bytes, which cannot be, are shared."""
+    """A message whose records can be changed without harm. The arrays themselves, which nobody changes, are shared."""
     content = RecordDict()
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
-            content[key] = ArrayRecord(
-                {n: Array(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=a.data) for n, a in record.items()}
-            )
+            content[key] = ArrayRecord(OrderedDict(record))
         else:
-            content[key] = type(record)(dict(record)) if isinstance(record, (ConfigRecord, MetricRecord)) else record
+            content[key] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else MetricRecord(dict(record))
     return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload]
 
 

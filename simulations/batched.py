@@ -135,7 +135,6 @@ class _Stack:
         micro = [[[c.rows[i] for i in next(c.order)] for c in clients] for _ in range(clients[0].plan.accumulate)]
         counts = [max(1, sum(self._count(group[k]) for group in micro)) for k in range(len(clients))]
         losses = torch.zeros(len(clients), device=self.device)
-        self.live.model.train()
         for group in micro:
             losses += self._backward(group, counts)
         grads = [self.views[n].grad for n in self.names]
@@ -235,6 +234,8 @@ class _Stack:
     def installed(self) -> Iterator[None]:
         """Within it, the model's LoRA layers, head and dropouts work client by client."""
         model, changed = self.live.model, []
+        if not model.training:
+            model.train()
         try:
             for name, module in model.named_modules():
                 name = name.removeprefix("base_model.model.")
@@ -252,7 +253,6 @@ class _Stack:
         finally:
             for module in changed:
                 del module.forward  # the class's own is under it
-            model.eval()
 
     def _lora(self, name: str, module: Any) -> Callable[..., Tensor]:
         base, dropout = module.base_layer, module.lora_dropout["default"]

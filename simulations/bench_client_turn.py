@@ -3,14 +3,15 @@
     python -m fedtune.simulations.bench_client_turn --clients 100 --repeats 5
 
 Both sides train the demo's homes on the nano backbone with one thread: the same rows in the same order, the same optimiser steps, the
-same weighted mean. The bare loop has no messages, no checks, no checkpoints, no metrics. The two run in turn (A B A B ...), so that a
-machine whose speed drifts drifts for both; quote the ratio. Memory is the process's high-water mark over one round, in a process of its
+same weighted mean. The bare loop has no messages, no checks, no checkpoints, no metrics. The sides run in turn (A B C A B C ...), so that a
+machine whose speed drifts drifts for all; quote the ratio. Memory is the process's high-water mark over one round, in a process of its
 own.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -30,6 +31,7 @@ from fedtune.config import Config, to_dict
 from fedtune.data import collate
 from fedtune.run import RunDirectory
 from fedtune.simulations.grid import InProcessGrid
+from fedtune.simulations.together import Together
 from fedtune.strategies.fedavg import FedAvg
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=100, help="clients of a round (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a turn (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of rounds to time (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each side to time (default: %(default)s)")
     parser.add_argument(
         "--memory", type=int, nargs="*", default=[10, 100, 400], help="cohorts to measure the memory of (default: 10 100 400)"
     )
@@ -47,22 +49,30 @@ def main() -> None:
     space = workspace(json.dumps(to_dict(config)))
     for client in space.client_ids:
         space.examples(client, "train")  # encoded once, for both sides
-    seconds: dict[str, list[float]] = {"bare": [], "fedtune": []}
+    sides = {"bare loop": bare_round, "fedtune, one by one": our_round, "fedtune, together": our_round_together}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for repeat in range(args.repeats + 1):
-        a, bare_state = timed(bare_round, space)
-        b, our_state = timed(our_round, space)
-        far = max(float((bare_state[n] - our_state[n]).abs().max()) for n in bare_state)
-        assert far < 1e-4, f"the two sides did not do the same work: {far}"
-        if repeat:  # the first pair warms up
-            seconds["bare"].append(a)
-            seconds["fedtune"].append(b)
-    ratios = [a / b for a, b in zip(seconds["bare"], seconds["fedtune"], strict=True)]
-    print(f"{args.clients} clients, {args.steps} steps of {config.client.batch_size} rows, 1 thread, {args.repeats} pairs")
+        states = {}
+        for side, run in sides.items():
+            start = time.perf_counter()
+            states[side] = run(space)
+            if repeat:  # the first round of each warms up
+                seconds[side].append(time.perf_counter() - start)
+        bare = states["bare loop"]
+        for side, state in states.items():
+            moved, apart = (distance(bare, other) for other in (start_of(space), state))
+            assert apart < 1e-3 * moved, f"{side} did not do the same work: {apart} of {moved}"
+    print(
+        f"{args.clients} clients, {args.steps} steps of {config.client.batch_size} rows, 1 thread, {args.repeats} rounds of each side"
+    )
     print("| side | ms a client turn: median | min | max |\n|---|---|---|---|")
     for side, values in seconds.items():
         ms = [1000 * v / args.clients for v in values]
         print(f"| {side} | {statistics.median(ms):.1f} | {min(ms):.1f} | {max(ms):.1f} |")
-    print(f"throughput, fedtune over bare: median {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})")
+    for side in list(sides)[1:]:
+        ratios = [a / b for a, b in zip(seconds["bare loop"], seconds[side], strict=True)]
+        spread = f"(min {min(ratios):.2f}, max {max(ratios):.2f})"
+        print(f"throughput of {side} over the bare loop: median {statistics.median(ratios):.2f} {spread}")
     print("\n| clients a round | peak MB of the round, in process |\n|---|---|")
     for clients in args.memory:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -121,13 +131,27 @@ class _Silence:
         return lambda *args: None
 
 
-def our_round(space: Workspace) -> dict[str, torch.Tensor]:
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float((a[n] - b[n]).square().sum()) for n in a))
+
+
+def start_of(space: Workspace) -> dict[str, torch.Tensor]:
+    """The adapter that every side starts from."""
+    return dict(starting_adapter(space.config, space).tensors)
+
+
+def our_round_together(space: Workspace) -> dict[str, torch.Tensor]:
+    """As `our_round`, with as many clients at once as `engine.batched=auto` finds best."""
+    return our_round(space, Together(space, "auto"))
+
+
+def our_round(space: Workspace, together: Together | None = None) -> dict[str, torch.Tensor]:
     """One round through bridge, messages, ClientApp, checks, aggregation and checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(space.config, output_dir=folder)
         run = RunDirectory.create(config)
         bridge = Bridge(
-            grid=InProcessGrid(make_client_app(space.config), len(space.client_ids)),
+            grid=InProcessGrid(make_client_app(space.config), len(space.client_ids), together),
             strategy=FedAvg(),
             config=config,
             run=run,
@@ -140,12 +164,6 @@ def our_round(space: Workspace) -> dict[str, torch.Tensor]:
         state = bridge.loop()
         run.close()
     return dict(state.adapter.tensors)
-
-
-def timed(call: Any, space: Workspace) -> tuple[float, dict[str, torch.Tensor]]:
-    start = time.perf_counter()
-    out = call(space)
-    return time.perf_counter() - start, out
 
 
 def memory_of(clients: int, steps: int) -> float:

@@ -4,7 +4,8 @@ A reply is made when it is pulled, so that a cohort of any size needs the memory
 once: the backbone is shared, and the bridge folds each update before it pulls the next.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,7 +15,7 @@ from flwr.supercore.run import Run
 
 from fedtune import flower
 
-Together = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
+Together = Callable[[Iterator[tuple[Message, Context]]], list[Message]]
 
 
 class InProcessGrid(Grid):
@@ -76,9 +77,9 @@ class InProcessGrid(Grid):
     def _answer(self, first: str) -> None:
         """Make the reply to the message `first`, and perhaps to others that wait."""
         if self._together and self._waiting[first].metadata.message_type == "train":
-            start = list(self._waiting).index(first)
-            ids = [i for i, m in list(self._waiting.items())[start:] if m.metadata.message_type == "train"]
-            replies = self._together([(flower.copy_message(self._waiting[i]), self._context(i)) for i in ids])
+            after = itertools.dropwhile(lambda i: i != first, list(self._waiting))
+            ids = (i for i in after if self._waiting[i].metadata.message_type == "train")
+            replies = self._together((flower.copy_message(self._waiting[i]), self._context(i)) for i in ids)
         else:
             replies = [self._one(first)]
         for reply in replies:

@@ -1,12 +1,13 @@
 """Which of a round's turns train at once: between the in-process grid, which has messages, and `batched.py`, which has tensors."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -41,9 +42,9 @@ class Together:
             log.warning("clients train one after the other: %s", reason)
             self._width, self._undecided = 1, False
 
-    def __call__(self, waiting: Sequence[tuple[Message, Context]]) -> list[Message]:
+    def __call__(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
         replies, todo = [], list[Prepared]()
-        for message, context in waiting[: self._width]:
+        for message, context in itertools.islice(waiting, self._width):
             try:
                 ready = prepare(self._space, message, context)
             except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on

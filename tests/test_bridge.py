@@ -179,7 +179,8 @@ def test_a_stopped_run_goes_on_to_the_same_state(tmp_path: Path) -> None:
     wanted, got = whole.loop(), second.loop()
     assert [r["round"] for r in ear.records] == [3, 4, 5]
     assert all(torch.equal(wanted.adapter[n], got.adapter[n]) for n in wanted.adapter.tensors)
-    assert whole.run.newest()[0].clients == second.run.newest()[0].clients
+    kept = [made.run.newest()[0] for made in (whole, second)]
+    assert kept[0] is not None and kept[1] is not None and kept[0].clients == kept[1].clients
 
 
 def test_bytes_are_those_of_the_wire(tmp_path: Path) -> None:

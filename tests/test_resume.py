@@ -31,7 +31,7 @@ def run_and_die(config: Config, after_s: float | None) -> None:
     def loaded(self: object, config: Config) -> None:
         real(self, config)  # type: ignore[arg-type]
         if after_s is not None:
-            threading.Thread(target=lambda: (time.sleep(after_s), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
+            threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     module.Workspace.__init__ = loaded  # type: ignore[method-assign]
     simulate(config)
