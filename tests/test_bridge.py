@@ -1,16 +1,25 @@
 """The bridge over clients without models: what counts, who is dropped and by what name, what survives."""
 
+import dataclasses
+import gc
 import json
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message
 
 from fedtune.bridge import schedule
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig
 from fedtune.errors import RunError
+from fedtune.plan import Update
+from fedtune.simulations.grid import InProcessGrid
+from fedtune.state import AdapterState
+from fedtune.strategies.fedavg import FedAvg
+from fedtune.strategy import ServerState
 from tests.fakes import bridge, fail, fake_client_app, lora_state
 
 
@@ -201,3 +210,47 @@ def test_bytes_are_those_of_the_wire(tmp_path: Path) -> None:
 def test_the_schedule_is_the_servers(kind: str, expected: list[float]) -> None:
     c = config(rounds=10, client=ClientConfig(schedule=kind, warmup_rounds=2, lr_end=0.2))
     assert [schedule(c, r) for r in (0, 1, 2, 6, 10)] == pytest.approx(expected)
+
+
+def test_a_client_that_never_answers_is_late_when_the_round_closes(tmp_path: Path) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3, "c": 5}), 3, config(round_timeout_s=0.3))
+    made = dataclasses.replace(made, grid=Deaf(fake_client_app({"a": 1, "b": 3, "c": 5}), 3))
+    state = made.loop()
+    # by hand: b is lost; (1*1 + 5*5) / 6; c, which answered after b's time was up, still counts
+    assert float(state.adapter["q.lora_A"][0, 0]) == pytest.approx(26 / 6)
+    assert ear.records[1]["dropped"] == {"late": 1} and ear.records[1]["counted"] == 2
+    assert next(r for r in ear.clients if r["client"] == "b" and r["round"] == 1)["dropped"] == "late: no reply within 0.3 s"
+
+
+class Deaf(InProcessGrid):
+    """A grid on which node 2 never answers what it is asked to train."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ids = [i for i in message_ids if not (i in self._waiting and self._is_lost(self._waiting[i]))]
+        return super().pull_messages(ids)
+
+    def _is_lost(self, message: Message) -> bool:
+        return message.metadata.dst_node_id == 2 and message.metadata.message_type == "train"
+
+
+def test_the_server_holds_one_model_however_many_clients(tmp_path: Path) -> None:
+    alive: list[int] = []
+
+    class Counting(FedAvg):
+        def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
+            def watched() -> Iterator[Update]:
+                seen: list[weakref.ref[AdapterState]] = []
+                for update in updates:
+                    seen.append(weakref.ref(update.adapter))
+                    gc.collect()
+                    alive.append(sum(r() is not None for r in seen))
+                    yield update
+                    del update
+
+            return super().aggregate(round, state, watched())
+
+    clients = {f"c{i:02d}": 1 for i in range(12)}
+    made, _ = bridge(tmp_path / "r", fake_client_app(clients), 12, config(clients_per_round=12), strategy=Counting())
+    made.loop()
+    # the one at hand, and the one before it that the loop's variable still names
+    assert len(alive) == 12 and max(alive) <= 3

@@ -1,0 +1,103 @@
+"""What comes out of a whole run: an adapter and a merged model that any program can use, and a directory that tells all."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedtune.app import simulate
+from fedtune.clients.workspace import Workspace
+from fedtune.config import (
+    Config,
+    EvalConfig,
+    InferenceConfig,
+    ModelConfig,
+    PartitionConfig,
+    TaskConfig,
+)
+from fedtune.report import read_metrics
+from fedtune.state import AdapterState
+from tests.tiny import tiny_config
+
+TOKENS = torch.tensor([[5, 9, 301, 44, 12, 700]])
+
+
+def run_logits(config: Config, run: Path) -> torch.Tensor:
+    """The logits of the run's own model: its live backbone with the last adapter."""
+    space = Workspace(config)
+    space.live.load(AdapterState.load(run / "adapter" / "fedtune.safetensors"))
+    with torch.inference_mode():
+        return space.live.model.eval()(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "classification"])
+def test_adapter_and_merged_model_give_the_runs_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    config = tiny_config(tmp_path, task=TaskConfig(kind=kind, max_length=16, stride_texts=False), inference=InferenceConfig(export="hf"))
+    run = simulate(config)
+    wanted = run_logits(config, run)
+    auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
+    labels = {"num_labels": 3} if kind == "classification" else {}
+    base = auto.from_pretrained(config.model.name, **labels)
+    if kind == "classification":
+        base.config.pad_token_id = 0
+    adapted = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    merged = auto.from_pretrained(run / "merged").eval()
+    with torch.inference_mode():
+        assert (adapted(input_ids=TOKENS).logits - wanted).abs().max() < 1e-5
+        assert (merged(input_ids=TOKENS).logits - wanted).abs().max() < 1e-5
+    untouched = auto.from_pretrained(config.model.name, **labels).eval()
+    if kind == "causal_lm":
+        with torch.inference_mode():
+            assert (untouched(input_ids=TOKENS).logits - wanted).abs().max() > 1e-3  # the run did change the model
+
+
+def test_the_directory_tells_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = simulate(tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="door", clients=-1)))
+    names = {p.name for p in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "partition.json", "report.html", "adapter", "checkpoints"} <= names
+    records = read_metrics(run)
+    rounds = [r for r in records if r["client"] is None]
+    assert [r["round"] for r in rounds] == [0, 1, 2]
+    for r in rounds:  # the untuned backbone is round 0, with the same metrics
+        assert {"loss", "perplexity", "clients_mean", "clients_worst_decile"} <= set(r)
+        assert r["clients_worst_decile"] >= r["clients_mean"]  # perplexity: more is worse
+    turn = next(r for r in records if r["round"] == 1 and r["client"] == "c0")
+    assert {"examples", "steps", "train_loss", "perplexity", "seconds", "bytes_up", "bytes_down", "peak_mb"} <= set(turn)
+    partition = json.loads((run / "partition.json").read_text())
+    assert [c["id"] for c in partition["clients"]] == ["c0", "c1", "c2", "c3"]
+
+
+def test_bfloat16_trains_float32_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bf16"))
+    a, b = (AdapterState.load(simulate(c) / "adapter" / "fedtune.safetensors") for c in (config, half))
+    assert all(t.dtype is torch.float32 for t in b.tensors.values())
+    assert a.spec.base == b.spec.base  # one checkpoint, whatever its precision: such clients can meet in one cohort
+    moved = sum(float(t.norm()) for n, t in a.tensors.items() if n.endswith("lora_B"))
+    assert sum(float((a[n] - b[n]).norm()) for n in a.tensors if n.endswith("lora_B")) < 0.5 * moved
+
+
+def test_random_weights_are_drawn_from_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path, rounds=0, eval=EvalConfig(where="door", clients=0))
+    losses = []
+    for seed in (0, 0, 1):
+        model = ModelConfig(source="hub", name=config.model.name, init="random")
+        losses.append(read_metrics(simulate(dataclasses.replace(config, model=model, seed=seed)))[-1]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_one_class_clients_and_clients_with_one_row_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(
+        tmp_path,
+        task=TaskConfig(kind="classification", max_length=16),
+        partition=PartitionConfig(kind="dirichlet", clients=12, alpha=0.05),
+        clients_per_round=12,
+        eval=EvalConfig(where="door", clients=-1),
+    )
+    records = read_metrics(simulate(config))
+    last = records[-1]
+    assert last["round"] == 2 and last["counted"] == last["cohort"] and last["dropped"] == {}
