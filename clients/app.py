@@ -80,10 +80,18 @@ def make_client_app(config: Config) -> ClientApp:
     @declining
     def score(message: Message, context: Context) -> Message:
         space = workspace(config_json)
-        metrics = space.score(_received(message), space.examples(client_of(space, context), "held_out"))
-        return Message(RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}), reply_to=message)
+        (reply,) = score_together(space, [(message, context)])
+        return reply
 
     return app
+
+
+def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """Replies to evaluate messages that all carry the adapter of the first."""
+    rows = [space.examples(client_of(space, context), "held_out") for _, context in asked]
+    found = space.score(_received(asked[0][0]), *rows)
+    replies = [RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}) for metrics in found]
+    return [Message(content, reply_to=message) for content, (message, _) in zip(replies, asked, strict=True)]
 
 
 def prepare(space: Workspace, message: Message, context: Context) -> Prepared:

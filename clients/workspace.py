@@ -1,5 +1,6 @@
 """What a process needs to act as any client of one experiment: one frozen backbone, one adapter slot, the encoded rows."""
 
+import itertools
 import json
 from functools import lru_cache
 
@@ -8,7 +9,8 @@ import torch
 
 from fedtune.config import Config, from_dict
 from fedtune.data import Example, encode, load_federation, pad_id
-from fedtune.models import LiveAdapter, evaluate, load_backbone
+from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.tasks import score_examples, summarise
 from fedtune.state import AdapterState
 
 
@@ -41,19 +43,12 @@ class Workspace:
             self._encoded["", "test"] = encode(test, np.arange(len(test)), self.backbone.tokenizer, self.config.task)
         return self._encoded["", "test"]
 
-    def score(self, state: AdapterState, examples: list[Example]) -> dict[str, float]:
-        """Metrics of the task with this adapter; empty where there are no rows."""
-        if not examples:
-            return {}
+    def score(self, state: AdapterState, *groups: list[Example]) -> list[dict[str, float]]:
+        """Metrics of the task with this adapter for each group of examples, all in the same batches; empty where a group has no rows."""
         self.live.load(state)
-        return evaluate(
-            self.live.model,
-            self.backbone.tokenizer,
-            examples,
-            self.config.task,
-            batch_size=self.config.eval.batch_size,
-            num_labels=self.labels,
-        )
+        task, flat = self.config.task, [e for group in groups for e in group]
+        scores = iter(score_examples(self.live.model, self.backbone.tokenizer, flat, task, batch_size=self.config.eval.batch_size))
+        return [summarise(list(itertools.islice(scores, len(group))), task) if group else {} for group in groups]
 
 
 @lru_cache(maxsize=1)

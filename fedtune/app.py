@@ -85,7 +85,7 @@ def _run(config: Config, space: Workspace, strategy: Strategy, initial: AdapterS
                 initial=initial,
                 found=found,
                 metric=primary(config.task),
-                evaluate=(lambda a: space.score(a, space.test_examples())) if config.eval.where == "door" else None,
+                evaluate=(lambda a: space.score(a, space.test_examples())[0]) if config.eval.where == "door" else None,
                 watcher=watch,
             )
             ended.append(bridge.loop())

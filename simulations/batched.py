@@ -28,10 +28,9 @@ from fedtune.data import Example, collate
 from fedtune.errors import FedtuneError, UpdateError
 from fedtune.models import LiveAdapter
 from fedtune.models.backbone import dropout_rates
+from fedtune.models.tasks import IGNORED, counted_logits
 from fedtune.plan import Plan, matching
 from fedtune.state import AdapterState
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +160,7 @@ class _Stack:
     def _count(self, rows: Sequence[Example]) -> int:
         if self.task.kind == "classification":
             return len(rows)
-        return sum(int((e.labels[1:] != _IGNORED).sum()) for e in rows)
+        return sum(int((e.labels[1:] != IGNORED).sum()) for e in rows)
 
     def _backward(self, group: list[list[Example]], counts: list[int]) -> Tensor:
         """Gradients of every client's own mean loss; returns each client's share of it, (C,)."""
@@ -174,17 +173,14 @@ class _Stack:
         real = torch.tensor([j < n for n in self.rows for j in range(tall)], device=self.device)
         share = (1.0 / torch.tensor(counts, device=self.device)).repeat_interleave(tall)
         self.length = batch["input_ids"].shape[1]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if self.task.kind == "classification":
-            logits = self.live.model(**inputs).logits.float()
-            each = F.cross_entropy(logits, batch["labels"], reduction="none") * share * real
-            owner = torch.arange(len(group), device=self.device).repeat_interleave(tall)
+            row = torch.arange(len(flat), device=self.device)
         else:
-            logits, labels = self.live.model(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
-            counted = (labels != _IGNORED) & real[:, None]
-            row = counted.nonzero()[:, 0]
-            each = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none") * share[row]
-            owner = row // tall
+            batch["labels"][~real] = IGNORED
+            row = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+        logits, labels = counted_logits(self.live.model, batch, self.task)
+        each = F.cross_entropy(logits, labels, reduction="none") * share[row] * real[row]
+        owner = row // tall
         each.sum().backward()
         return torch.zeros(len(group), device=self.device).index_add_(0, owner, each.detach())
 

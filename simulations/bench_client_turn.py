@@ -62,9 +62,7 @@ def main() -> None:
         for side, state in states.items():
             moved, apart = (distance(bare, other) for other in (start_of(space), state))
             assert apart < 1e-3 * moved, f"{side} did not do the same work: {apart} of {moved}"
-    print(
-        f"{args.clients} clients, {args.steps} steps of {config.client.batch_size} rows, 1 thread, {args.repeats} rounds of each side"
-    )
+    print(f"{args.clients} clients, {args.steps} steps of {config.client.batch_size} rows, 1 thread, {args.repeats} rounds of each side")
     print("| side | ms a client turn: median | min | max |\n|---|---|---|---|")
     for side, values in seconds.items():
         ms = [1000 * v / args.clients for v in values]

@@ -26,7 +26,7 @@ class InProcessGrid(Grid):
     Args:
         client_app: Answers one message.
         nodes: How many clients there are.
-        together: Answers some of the train messages that wait, the first of them among those; None answers one after the other.
+        together: Answers some of the messages of one type (train, evaluate) that wait, the first among them; None answers one by one.
     """
 
     def __init__(self, client_app: ClientApp, nodes: int, together: Together | None = None) -> None:
@@ -76,9 +76,10 @@ class InProcessGrid(Grid):
 
     def _answer(self, first: str) -> None:
         """Make the reply to the message `first`, and perhaps to others that wait."""
-        if self._together and self._waiting[first].metadata.message_type == "train":
+        kind = self._waiting[first].metadata.message_type
+        if self._together and kind in ("train", "evaluate"):
             after = itertools.dropwhile(lambda i: i != first, list(self._waiting))
-            ids = (i for i in after if self._waiting[i].metadata.message_type == "train")
+            ids = (i for i in after if self._waiting[i].metadata.message_type == kind)
             replies = self._together((flower.copy_message(self._waiting[i]), self._context(i)) for i in ids)
         else:
             replies = [self._one(first)]

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message
 
-from fedtune.clients.app import Prepared, finish, prepare
+from fedtune.clients.app import Prepared, finish, prepare, score_together
 from fedtune.clients.declining import declined, is_out_of_memory
 from fedtune.clients.trainer import train
 from fedtune.clients.workspace import Workspace
@@ -27,7 +27,7 @@ _BYTES = 1 << 29  # of one flat batch's logits with their gradients
 
 
 class Together:
-    """Answers train messages in batches of clients.
+    """Answers messages in batches of clients.
 
     Args:
         space: The process's workspace.
@@ -43,6 +43,21 @@ class Together:
             self._width, self._undecided = 1, False
 
     def __call__(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
+        first = next(waiting)
+        if first[0].metadata.message_type == "evaluate":
+            return self._score([first, *itertools.islice(waiting, _WIDEST - 1)])
+        return self._turns(itertools.chain([first], waiting))
+
+    def _score(self, asked: list[tuple[Message, Context]]) -> list[Message]:
+        """Evaluate the clients that are to evaluate the same adapter as the first, in the same batches."""
+        wanted = asked[0][0].content.array_records["adapter"]
+        same = [a for a in asked if _is_same(wanted, a[0].content.array_records["adapter"])]
+        try:
+            return score_together(self._space, same)
+        except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
+            return [declined(message, bad) for message, _ in same]
+
+    def _turns(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
         replies, todo = [], list[Prepared]()
         for message, context in itertools.islice(waiting, self._width):
             try:
@@ -108,6 +123,11 @@ class Together:
             if repeat:  # the first warms up
                 ratios.append(alone * len(todo) / (time.perf_counter() - start))
         return statistics.median(ratios) > 1.1
+
+
+def _is_same(a: ArrayRecord, b: ArrayRecord) -> bool:
+    """Whether two messages carry the very same bytes, which the bridge encodes once."""
+    return a.keys() == b.keys() and all(a[n].data is b[n].data for n in a)
 
 
 def _jobs(todo: Sequence[Prepared]) -> list[Job]:

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -35,23 +36,42 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
     Returns:
         Cross-entropy in nats (float32, summed), and the number of counted tokens (or of examples, for classification).
     """
-    logits, labels = _counted(model, batch, task)
+    logits, labels = counted_logits(model, batch, task)
     return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
 
 
-def _counted(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
-    """float32 logits (N, classes) and labels (N,) of everything that counts."""
+def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
+    """float32 logits (N, classes) and labels (N,) of everything that counts, row by row.
+
+    The output layer sees only the positions that have a label: with a large vocabulary, its product and its float32 logits over prompts and
+    padding would cost more than the backbone.
+    """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if task.kind == "classification":
         return model(**inputs).logits.float(), batch["labels"]
-    logits, labels = model(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
+    labels = batch["labels"][:, 1:]
     counts = labels != IGNORED
-    return logits[counts].float(), labels[counts]  # picked out before the cast: padding and prompts cost no float32 copy
+    speaking = F.pad(counts, (0, 1))  # (B, T): the last position predicts nothing that is known
+    head = cast(Any, model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][speaking],))
+    try:
+        return model(**inputs, use_cache=False).logits.float(), labels[counts]
+    finally:
+        hook.remove()
 
 
-def evaluate(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int, num_labels: int = 0
-) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one example says: loss in nats summed over `count` tokens (or itself); its class and the guess; whether its answer is right."""
+
+    loss: float
+    count: int
+    label: int = -1
+    guess: int = -1
+    hit: bool = False
+
+
+def evaluate(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> dict[str, float]:
     """The task's scores on these examples; the model's train or eval mode is as before afterwards.
 
     Returns:
@@ -62,41 +82,57 @@ def evaluate(
     Raises:
         DataError: There is nothing to count.
     """
-    if not examples:
-        raise DataError("there are no examples to evaluate")
-    pad = tokenizer.pad_token_id
+    return summarise(score_examples(model, tokenizer, examples, task, batch_size=batch_size), task)
+
+
+def score_examples(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> list[Score]:
+    """One score an example, in their order: of one client, or of many at once."""
+    scores: list[Score | None] = [None] * len(examples)
+    unsure: list[int] = []
     with _evaluating(model):
-        total, count, guesses, truth = 0.0, 0, [], []
-        decided: dict[int, bool] = {}
         for chunk in _by_length([len(e.input_ids) for e in examples], batch_size):
-            batch = _to_device(collate([examples[i] for i in chunk], pad), model)
-            logits, labels = _counted(model, batch, task)
-            total += F.cross_entropy(logits, labels, reduction="sum").item()
-            count += len(labels)
+            batch = _to_device(collate([examples[i] for i in chunk], tokenizer.pad_token_id), model)
+            logits, labels = counted_logits(model, batch, task)
+            each = F.cross_entropy(logits, labels, reduction="none")
+            guesses = logits.argmax(-1)
             if task.kind == "classification":
-                guesses += logits.argmax(-1).tolist()
-                truth += labels.tolist()
-            elif task.kind == "instruction" and task.generate:
-                sizes = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
-                for i, said, wanted in zip(chunk, logits.argmax(-1).split(sizes), labels.split(sizes), strict=True):
+                for i, loss, label, guess in zip(chunk, each.tolist(), labels.tolist(), guesses.tolist(), strict=True):
+                    scores[i] = Score(loss, 1, label, guess)
+                continue
+            sizes = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
+            for i, losses, said, wanted in zip(chunk, each.split(sizes), guesses.split(sizes), labels.split(sizes), strict=True):
+                verdict: bool | None = False
+                if task.kind == "instruction" and task.generate:
                     verdict = _verdict(said.tolist(), wanted.tolist(), examples[i].answer, tokenizer, task.max_new_tokens)
-                    if verdict is not None:
-                        decided[i] = verdict
-        if not count:
-            raise DataError(f"none of the {len(examples)} examples has a token to score: see task.max_length={task.max_length}")
-        loss = total / count
-        if task.kind == "classification":
-            hits = sum(g == t for g, t in zip(guesses, truth, strict=True))
-            return {"loss": loss, "accuracy": hits / count, "macro_f1": macro_f1(truth, guesses)}
-        scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp overflows a float at 709.8
-        if task.kind == "causal_lm":
-            return {**scores, "tokens": float(count)}
-        if task.generate:
-            open_ones = [e for i, e in enumerate(examples) if i not in decided]
-            answers = generate_answers(model, tokenizer, open_ones, task, batch_size=batch_size)
-            hits = sum(decided.values()) + sum(a == e.answer.strip() for a, e in zip(answers, open_ones, strict=True))
-            scores["exact_match"] = hits / len(examples)
-        return scores
+                if verdict is None:
+                    unsure.append(i)
+                scores[i] = Score(losses.sum().item(), len(losses), hit=bool(verdict))
+        answers = generate_answers(model, tokenizer, [examples[i] for i in unsure], task, batch_size=batch_size)
+    for i, answer in zip(unsure, answers, strict=True):
+        score = scores[i]
+        assert score is not None
+        scores[i] = replace(score, hit=answer == examples[i].answer.strip())
+    return [s for s in scores if s is not None]
+
+
+def summarise(scores: Sequence[Score], task: TaskConfig) -> dict[str, float]:
+    """The metrics of `evaluate` from its examples' scores."""
+    if not scores:
+        raise DataError("there are no examples to evaluate")
+    count = sum(s.count for s in scores)
+    if not count:
+        raise DataError(f"none of the {len(scores)} examples has a token to score: see task.max_length={task.max_length}")
+    loss = math.fsum(s.loss for s in scores) / count
+    if task.kind == "classification":
+        truth, guesses = [s.label for s in scores], [s.guess for s in scores]
+        hits = sum(g == t for g, t in zip(guesses, truth, strict=True))
+        return {"loss": loss, "accuracy": hits / count, "macro_f1": macro_f1(truth, guesses)}
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp overflows a float at 709.8
+    if task.kind == "causal_lm":
+        metrics["tokens"] = float(count)
+    elif task.generate:
+        metrics["exact_match"] = sum(s.hit for s in scores) / len(scores)
+    return metrics
 
 
 def _verdict(said: list[int], wanted: list[int], answer: str, tokenizer: Any, max_new_tokens: int) -> bool | None:

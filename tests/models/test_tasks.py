@@ -178,7 +178,7 @@ def test_evaluate_classification_by_hand(tmp_path: Path) -> None:
     guesses = [int(backbone.model(torch.tensor(e.input_ids[None].astype(np.int64))).logits.argmax()) for e in rows]
     right = [Example(e.input_ids, np.array([g], np.int32)) for e, g in zip(rows, guesses, strict=True)]
     wrong = Example(rows[3].input_ids, np.array([(guesses[3] + 1) % 3], np.int32))
-    scores = evaluate(backbone.model, backbone.tokenizer, [*right[:3], wrong], CLASSES, batch_size=2, num_labels=3)
+    scores = evaluate(backbone.model, backbone.tokenizer, [*right[:3], wrong], CLASSES, batch_size=2)
     assert scores["accuracy"] == 0.75 and set(scores) == {"loss", "accuracy", "macro_f1"}
 
 
@@ -192,12 +192,17 @@ def test_perplexity_of_a_hopeless_model_is_finite() -> None:
     class Hopeless(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.unused = nn.Parameter(torch.zeros(1))
+            self.head = nn.Linear(1, 32)
+            with torch.no_grad():
+                self.head.weight.zero_()
+                self.head.bias.zero_()
+                self.head.bias[0] = 5000.0  # never right: tokens are 3 and up
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
 
         def forward(self, input_ids: torch.Tensor, **_: object) -> object:
-            logits = torch.zeros(*input_ids.shape, 32)
-            logits[..., 0] = 5000.0  # never right: tokens are 3 and up
-            return type("Out", (), {"logits": logits})
+            return type("Out", (), {"logits": self.head(torch.zeros(*input_ids.shape, 1))})
 
     words = type("Words", (), {"pad_token_id": 1})
     scores = evaluate(Hopeless(), words, texts(4), CAUSAL, batch_size=1)

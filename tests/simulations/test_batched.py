@@ -15,7 +15,7 @@ from fedtune.app import simulate, starting_adapter
 from fedtune.clients.app import Prepared
 from fedtune.clients.trainer import train
 from fedtune.clients.workspace import Workspace
-from fedtune.config import DeviceClass, DevicesConfig, EngineConfig, PeftConfig, TaskConfig
+from fedtune.config import DeviceClass, DevicesConfig, EngineConfig, EvalConfig, PeftConfig, TaskConfig
 from fedtune.errors import FedtuneError, UpdateError
 from fedtune.plan import Plan
 from fedtune.simulations.batched import Job, train_together
@@ -130,9 +130,9 @@ def test_a_broken_client_leaves_and_the_others_do_not_notice(space: Workspace) -
 
 
 def test_the_model_is_as_it_was_afterwards(space: Workspace) -> None:
-    before = space.score(jobs(space)[0].start, space.test_examples())
+    before = space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out"))
     train_together(space.live, jobs(space), space.config.task, pad_id=space.pad_id)
-    assert space.score(jobs(space)[0].start, space.test_examples()) == before
+    assert space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out")) == before
 
 
 @pytest.mark.parametrize("p", [0.3])
@@ -148,7 +148,7 @@ def test_a_run_ends_with_the_sequential_adapter(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     devices = DevicesConfig(classes={"phone": DeviceClass(offline=0.3, max_steps=1), "laptop": DeviceClass()})
-    config = tiny_config(tmp_path, rows=ragged(), rounds=3, devices=devices)
+    config = tiny_config(tmp_path, rows=ragged(), rounds=3, devices=devices, eval=EvalConfig(where="door", clients=-1))
     runs = {}
     for mode in ("none", batched):
         path = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched=mode)))
@@ -160,6 +160,9 @@ def test_a_run_ends_with_the_sequential_adapter(
         assert {k: a.get(k) for k in ("round", "client", "steps", "dropped", "counted")} == {
             k: b.get(k) for k in ("round", "client", "steps", "dropped", "counted")
         }
+        assert b.get("loss") == pytest.approx(a.get("loss"), rel=1e-5) and b.get("perplexity") == pytest.approx(
+            a.get("perplexity"), rel=1e-4
+        )
     assert any("offline" in str(x.get("dropped")) for x in lines)
 
 
@@ -182,3 +185,13 @@ def test_too_little_memory_halves_the_batch(space: Workspace, monkeypatch: pytes
     ]
     replies = module.Together(space, "4")._train(todo)
     assert sizes == [4, 2, 1, 1, 2, 1, 1] and all("update" in r.content.config_records for r in replies)
+
+
+def test_clients_evaluated_at_once_have_their_own_metrics(space: Workspace) -> None:
+    state = jobs(space)[0].start
+    groups = [space.examples(c, "train") for c in space.client_ids]
+    together = space.score(state, *groups[:2], [], *groups[2:])
+    assert together.pop(2) == {}
+    for group, metrics in zip(groups, together, strict=True):
+        (alone,) = space.score(state, group)
+        assert metrics.keys() == alone.keys() and all(metrics[k] == pytest.approx(alone[k], rel=1e-5) for k in alone)
