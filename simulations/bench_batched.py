@@ -47,13 +47,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(
-        f"{torch.get_num_threads()} threads, {args.steps} steps, {args.repeats} repeats; turns a second of the bare loop, the others as ratios"
-    )
-    heads = " | ".join(f"C={c}" for c in args.stacks)
-    print(
-        f"| model | batch | bare loop, turns/s | one by one | {heads} | peak MB bare | peak MB widest |\n|{'---|' * (6 + len(args.stacks))}"
-    )
+    print(f"{torch.get_num_threads()} threads, {args.steps} steps a turn, {args.repeats} repeats")
+    columns = ["model", "batch", "bare loop, turns/s", "one by one, ×", *(f"C={c}, ×" for c in args.stacks), "MB bare", "MB widest"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             live, task, vocabulary = backbone(name, Path(folder))
