@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def _hand_over(config: Config, space: Workspace, initial: AdapterState, final: A
         merged = export_hf(run.path, run.path / "merged", replace=True)
     answers = _answers(config, space, initial, final, run, merged) if config.task.kind == "instruction" else []
     write_report(run.path)
-    print_results(read_metrics(run.path), Console(), space.federation.summary())
+    wide = Console() if sys.stdout.isatty() else Console(width=120)  # in a log, Rich's 80 columns would break the tables
+    print_results(read_metrics(run.path), wide, space.federation.summary())
     for a in answers:
         print(f"\n{a['request']}\n  before  {a['before']}\n  after   {a['after']}\n  wanted  {a['wanted']}")
     print(f"\nadapter  {run.path / 'adapter'}")

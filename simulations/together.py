@@ -96,8 +96,8 @@ class Together:
 
         What was measured is kept for this machine, so that the same config gives the same bits the next time.
         """
-        width = min(_allowed(self._space, todo), len(todo))
-        if width < 2:
+        width = _allowed(self._space, todo)
+        if min(width, len(todo)) < 2:
             return 1
         plan, threads = todo[0].plan, torch.get_num_threads()
         key = f"{self._space.backbone.fingerprint[:16]} {plan.batch_size}x{self._space.config.task.max_length} {width} {threads}"
