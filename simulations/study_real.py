@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import statistics
@@ -66,8 +67,9 @@ def settings(study: str, rounds: Sequence[int], inits: Sequence[str], alphas: Se
         )
         return [*(known if "pretrained" in inits else []), *([drawn] if "random" in inits else [])]
     if study == "banking77":
-        rows = [Setting(name=f"Dirichlet alpha = {a:g}", scenario=study, overrides=[f"partition.alpha={a:g}"]) for a in alphas]
-        return [*rows, Setting(name="IID", scenario=study, overrides=["partition=iid"], first_seed_only=True)]
+        skewed = {a: Setting(name=f"Dirichlet alpha = {a:g}", scenario=study, overrides=[f"partition.alpha={a:g}"]) for a in alphas}
+        even = Setting(name="IID", scenario=study, overrides=["partition=iid", "partition.clients=20"])
+        return [even if math.isinf(a) else s for a, s in skewed.items()]
     return [Setting(name="natural, 10 clients", scenario=study)]
 
 
@@ -81,7 +83,9 @@ def run(setting: Setting, seed: int, extra: Sequence[str]) -> Result:
     scores = read_scores(read_metrics(folder))
     if setting.scenario == "shakespeare":
         scores |= marks_aside(job.config, folder)
-    return Result(setting=setting.name, seed=seed, seconds=seconds, scores=scores)
+    result = Result(setting=setting.name, seed=seed, seconds=seconds, scores=scores)
+    print(f"{result}\n{folder}", file=sys.stderr, flush=True)  # what a run found is known before the last has ended
+    return result
 
 
 def read_scores(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
@@ -93,7 +97,8 @@ def read_scores(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
         for when, record in (("before", first), ("after", last)):
             if isinstance(value := record.get(key), (int, float)):
                 out[f"{name} {when}"] = float(value)
-    for key, name in (("clients_mean", "clients' mean"), ("clients_worst_decile", "worst tenth")):
+    what = "accuracy" if "accuracy" in last else "perplexity"
+    for key, name in (("clients_mean", f"clients' {what}"), ("clients_worst_decile", "of the worst tenth")):
         if isinstance(value := last.get(key), (int, float)):
             out[name] = float(value)
     return out
@@ -107,10 +112,8 @@ def marks_aside(config: Config, folder: Path) -> dict[str, float]:
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     words = [dataclasses.replace(e, labels=np.where(np.isin(e.labels, marks), IGNORE, e.labels)) for e in space.test_examples()]
     after = AdapterState.load(folder / "adapter" / "fedtune.safetensors")
-    return {
-        "words before": space.score(starting_adapter(config, space), words)["loss"],
-        "words after": space.score(after, words)["loss"],
-    }
+    (first,), (last,) = space.score(starting_adapter(config, space), words), space.score(after, words)
+    return {"words before": first["loss"], "words after": last["loss"]}
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
@@ -170,7 +173,9 @@ def main() -> None:
         default=["pretrained", "random"],
         help="shakespeare: weights to start from; random runs the longest only, with the first seed (default: both)",
     )
-    parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 1, 10], help="banking77: Dirichlet's alpha (default: 0.1 1 10)")
+    parser.add_argument(
+        "--alphas", type=float, nargs="+", default=[0.1, 1, 10], help="banking77: Dirichlet's alpha, inf is IID (default: 0.1 1 10)"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, such as engine.threads=1")
     parser.add_argument("--out", type=Path, help="file that the Markdown is added to; it is printed in any case")
     args = parser.parse_args()

@@ -41,7 +41,7 @@ def test_scores_are_of_round_0_and_of_the_last_round() -> None:
         {"round": 1, "client": None, "loss": 3.0},
         {"round": 2, "client": None, "loss": 2.0, "clients_mean": 8.0, "clients_worst_decile": 11.0},
     ]
-    assert read_scores(records) == {"nats before": 4.0, "nats after": 2.0, "clients' mean": 8.0, "worst tenth": 11.0}
+    assert read_scores(records) == {"nats before": 4.0, "nats after": 2.0, "clients' perplexity": 8.0, "of the worst tenth": 11.0}
 
 
 def test_shakespeare_stands_beside_the_plain_loop_where_that_was_run() -> None:
