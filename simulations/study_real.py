@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ PLAIN_LOOP = {"pretrained": {0: 4.43, 10: 3.02, 20: 2.92, 40: 2.83}, "random": {
 STUDIES = ("shakespeare", "banking77", "dolly")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
     """One scenario with some overrides, and what its row is called."""
 
@@ -47,7 +46,7 @@ class Setting:
     first_seed_only: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """One run: its setting, its seed, what it cost and what it scored, by column."""
 
@@ -184,10 +183,10 @@ def main() -> None:
         for study in STUDIES if args.study == "all" else [args.study]:
             rows = settings(study, args.rounds, args.inits, args.alphas)
             results = [run(row, seed, args.set) for row in rows for seed in (args.seeds[:1] if row.first_seed_only else args.seeds)]
-            reference = plain_loop(rows) if study == "shakespeare" else None
             total = sum(r.seconds for r in results)
             note = f"{len(results)} runs, {total:.0f} s in all; {hardware()}; mean ± standard deviation over the seeds."
-            text = f"## {study}\n\n```\n{command}\n```\n{note}\n\n{table(results, reference)}\n"
+            made = table(results, plain_loop(rows) if study == "shakespeare" else None)
+            text = f"## {study}\n\n```\n{command}\n```\n{note}\n\n{made}\n"
             print(text)
             if args.out:
                 with args.out.open("a", encoding="utf-8") as f:

@@ -195,3 +195,16 @@ def test_clients_evaluated_at_once_have_their_own_metrics(space: Workspace) -> N
     for group, metrics in zip(groups, together, strict=True):
         (alone,) = space.score(state, group)
         assert metrics.keys() == alone.keys() and all(metrics[k] == pytest.approx(alone[k], rel=1e-5) for k in alone)
+
+
+def test_mixed_ranks_share_a_stack(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    wide, narrow = (Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=r, alpha=4.0))) for r in (3, 2))
+    todo = [j for k, (w, n) in enumerate(zip(jobs(wide), jobs(narrow), strict=True)) for j in [n if k % 2 else w]]
+    together = train_together(wide.live, todo, wide.config.task, pad_id=wide.pad_id)
+    for k, (job, got) in enumerate(zip(todo, together, strict=True)):
+        ((wanted, turn),) = one_by_one(narrow if k % 2 else wide, [job])
+        assert not isinstance(got, FedtuneError) and got[0].spec.ranks == wanted.spec.ranks
+        moved = math.sqrt(sum(float((wanted[n] - job.start[n]).square().sum()) for n in wanted.tensors))
+        apart = math.sqrt(sum(float((wanted[n] - got[0][n]).square().sum()) for n in wanted.tensors))
+        assert apart <= 1e-4 * moved and got[1].steps == turn.steps
