@@ -115,7 +115,7 @@ def make_strategy(config: Config) -> "Strategy":
     plain = {int, float, str, bool, type(None)}  # richer types are the strategy's own to check
     for key, hint in typing.get_type_hints(kind).items():
         if key in args and (hint in plain or set(typing.get_args(hint)) <= plain and isinstance(hint, types.UnionType)):
-            args[key] = schema._typed(hint, args[key], f"strategy.{key}")
+            args[key] = schema.typed(hint, args[key], f"strategy.{key}")
     return typing.cast("Strategy", kind(**args))
 
 

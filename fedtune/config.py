@@ -282,12 +282,13 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
         elif hint == dict[str, DeviceClass]:
             value = {k: _build(DeviceClass, v, f"{prefix}{name}.{k}.") for k, v in value.items()}
         elif hint is not Any:
-            value = _typed(hint, value, prefix + name)
+            value = typed(hint, value, prefix + name)
         out[name] = value
     return kind(**out)
 
 
-def _typed(hint: Any, value: Any, key: str) -> Any:
+def typed(hint: Any, value: Any, key: str) -> Any:
+    """`value` if it is of the type `hint`, a whole number where a float is wanted included; else a ConfigError that names `key`."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(a) or a for a in allowed)
     if float in plain and type(value) is int:

@@ -90,7 +90,7 @@ def baseline_client(rows: list[list[tuple[list[int], list[int]]]], steps: int, b
         from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
         torch.set_num_threads(1)
-        mine: Any = [{"input_ids": i, "labels": w} for i, w in rows[int(message.content.config_records["c"]["i"])]]
+        mine: Any = [{"input_ids": i, "labels": w} for i, w in rows[int(str(message.content.config_records["c"]["i"]))]]
         model = get_peft_model(
             AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         )
