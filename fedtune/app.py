@@ -19,12 +19,14 @@ from fedtune.clients.app import make_client_app
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import make_strategy
 from fedtune.config import Config, to_dict
-from fedtune.errors import CheckpointError
+from fedtune.errors import CheckpointError, ConfigError, Stopped
+from fedtune.inference.export import export_hf, prompt_template
 from fedtune.models import initial_adapter, load_backbone, primary
 from fedtune.models.tasks import generate_answers
-from fedtune.report import MetricsWriter, Progress, print_partition, print_results, read_metrics, write_report
+from fedtune.report import MetricsWriter, Progress, print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.run import RunDirectory
 from fedtune.seeds import derive_seed
+from fedtune.simulations.ray import check_ray, run_on_ray
 from fedtune.state import AdapterState
 from fedtune.strategy import ServerState, Strategy
 
@@ -33,6 +35,8 @@ def simulate(config: Config) -> Path:
     """Run the experiment with virtual clients, or go on with one, and return its run directory."""
     flower.quiet()
     strategy = make_strategy(config)
+    if config.engine.kind == "ray":
+        check_ray(config.engine)
     space = workspace(json.dumps(to_dict(config)))
     initial = starting_adapter(config, space)
     run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config)
@@ -40,9 +44,11 @@ def simulate(config: Config) -> Path:
         run.write_json("partition.json", space.federation.summary())
         state = _run(config, space, strategy, initial, run)
         _hand_over(config, space, initial, state.adapter, run)
-    except BaseException:
+    except BaseException as bad:
         if (run.path / "metrics.jsonl").exists():  # what there is can be looked at, whatever stopped the run
             write_report(run.path)
+        if isinstance(bad, KeyboardInterrupt):
+            raise Stopped(f"stopped; go on with resume={run.path}") from None
         raise
     finally:
         run.close()
@@ -68,13 +74,20 @@ def make_server_app(serve: Callable[[Grid], None]) -> ServerApp:
 
 def _run(config: Config, space: Workspace, strategy: Strategy, initial: AdapterState, run: RunDirectory) -> ServerState:
     found, damaged = run.newest()
+    if found and found.round > config.rounds:
+        raise ConfigError(
+            f"rounds={config.rounds} is less than the {found.round} rounds that {run.path} has done: leave it out or ask for more"
+        )
     if found is None and damaged:
         raise CheckpointError(f"no checkpoint of {run.path} can be read, so there is nothing to go on from: {damaged[0]}")
     resumed = found.round if found else -1 if config.resume else None  # -1: it was stopped before round 0 was kept, and starts over
     ended: list[ServerState] = []
     with Watch(run, resumed) as watch:
+        watch.note(f"run {run.path}")
         for sentence in damaged:
             watch.note(f"passed over: {sentence}")
+        if found and found.round == config.rounds:
+            watch.note(f"all {found.round} rounds are done already: rounds=N with a larger N goes on")
         print_partition(space.federation.summary(), Console(stderr=True))
 
         def serve(grid: Grid) -> None:
@@ -93,8 +106,6 @@ def _run(config: Config, space: Workspace, strategy: Strategy, initial: AdapterS
 
         nodes = len(space.client_ids)
         if config.engine.kind == "ray":
-            from fedtune.simulations.ray import run_on_ray  # Ray is an extra
-
             run_on_ray(make_server_app(serve), make_client_app(config), nodes, config.engine)
         else:
             from fedtune.simulations.grid import InProcessGrid
@@ -141,12 +152,13 @@ def _hand_over(config: Config, space: Workspace, initial: AdapterState, final: A
     space.live.load(final)
     space.live.save_peft(run.path / "adapter")
     final.save(run.path / "adapter" / "fedtune.safetensors")
+    labels, spec = list(space.federation.labels), dataclasses.asdict(final.spec)
+    write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path))
     merged = None
     if config.inference.export == "hf":
-        from fedtune.inference.export import export_hf
-
         merged = export_hf(run.path, run.path / "merged", replace=True)
-    answers = _answers(config, space, initial, final, run, merged) if config.task.kind == "instruction" else []
+    asked = min(config.inference.samples, len(space.federation.test)) if config.task.kind == "instruction" else 0
+    answers = _answers(config, space, initial, final, run, merged, asked) if asked else []
     write_report(run.path)
     wide = Console() if sys.stdout.isatty() else Console(width=120)  # in a log, Rich's 80 columns would break the tables
     print_results(read_metrics(run.path), wide, space.federation.summary())
@@ -154,16 +166,17 @@ def _hand_over(config: Config, space: Workspace, initial: AdapterState, final: A
         print(f"\n{a['request']}\n  before  {a['before']}\n  after   {a['after']}\n  wanted  {a['wanted']}")
     print(f"\nadapter  {run.path / 'adapter'}")
     if merged:
-        print(f'model    {merged}    (answer with it: fedtune generate {merged} "...")')
+        classes = config.task.kind == "classification"
+        how = f"AutoModelForSequenceClassification.from_pretrained('{merged}')" if classes else f'fedtune generate {merged} "..."'
+        print(f"model    {merged}    (use it: {how})")
     print(f"report   {run.path / 'report.html'}")
 
 
 def _answers(
-    config: Config, space: Workspace, initial: AdapterState, final: AdapterState, run: RunDirectory, merged: Path | None
+    config: Config, space: Workspace, initial: AdapterState, final: AdapterState, run: RunDirectory, merged: Path | None, count: int
 ) -> list[dict[str, str]]:
     """A few requests of the global test with what the model says before and after the run; after, the merged model where there is one."""
     examples = space.test_examples()
-    count = min(config.inference.samples, len(examples))
     chosen = sorted(random.Random(derive_seed(config.seed, "samples")).sample(range(len(examples)), count))
     picked = [examples[i] for i in chosen]
     space.live.load(initial)

@@ -67,7 +67,9 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
         CheckpointError: `resume=RUN` is not a run directory.
     """
     conf, overrides = _split(args)
-    if any(o.startswith("resume=") and o not in ("resume=null", "resume=") for o in overrides):
+    if "resume=" in overrides:
+        raise ConfigError("resume= is empty: give the run directory to go on with, such as resume=outputs/NAME/RUN")
+    if any(o.startswith("resume=") and o != "resume=null" for o in overrides):
         return [Job(label="", config=_resumed(conf, overrides, multirun))]
     try:
         with _composer(DEFAULT_SCENARIO if conf is None else conf) as (name, folder):
@@ -221,7 +223,7 @@ def _resumed(conf: str | None, overrides: list[str], multirun: bool) -> Config:
 def _composer(conf: str) -> Iterator[tuple[str, Path | None]]:
     """Hydra set up for one scenario: its config name, and where it is a file of the user's its folder, which may hold groups too."""
     if not conf.endswith((".yaml", ".yml")) and "/" not in conf:
-        if conf not in scenarios():
+        if conf not in scenarios() and conf != _BASE:
             near = difflib.get_close_matches(conf, scenarios(), n=1)
             hint = f"did you mean {near[0]}, of " if near else "choose one of "
             raise ConfigError(f"there is no scenario '{conf}': {hint}{', '.join(scenarios())}; or give the path of a YAML file")

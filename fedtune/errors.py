@@ -48,3 +48,7 @@ class UpdateMismatch(UpdateError):
 
 class RunError(FedtuneError):
     """The run cannot go on."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A person stopped a run that can be gone on with; says how."""

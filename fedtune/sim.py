@@ -7,7 +7,7 @@ from pathlib import Path
 from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, Job, compose, groups, make_strategy, scenarios
 from fedtune.config import reference, to_dict
-from fedtune.errors import ConfigError, FedtuneError
+from fedtune.errors import ConfigError, FedtuneError, Stopped
 
 USAGE = f"""\
 python -m fedtune.sim [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...] [--multirun] [--cfg]
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FedtuneError as error:
         print(f"fedtune: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("fedtune: stopped; go on with resume=RUN", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"fedtune: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)
         return 130
 
 
@@ -81,7 +81,7 @@ def _sweep(jobs: Sequence[Job]) -> int:
             failed += 1
             print(f"fedtune: job {number}: {error}", file=sys.stderr)
             table.add_row(str(number), job.label, "–", f"failed: {error}")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 2 if failed else 0
 
 

@@ -1,5 +1,6 @@
 """Virtual clients on Ray, through Flower's own simulation engine, from the same ServerApp and ClientApp."""
 
+import importlib.util
 import logging
 import os
 
@@ -11,19 +12,23 @@ from fedtune.config import EngineConfig
 from fedtune.errors import ConfigError
 
 
-def run_on_ray(server_app: ServerApp, client_app: ClientApp, nodes: int, engine: EngineConfig) -> None:
-    """Run both apps on `nodes` virtual SuperNodes.
+def check_ray(engine: EngineConfig) -> None:
+    """Whether Ray can run here, before anything is loaded.
 
     Raises:
-        ConfigError: Ray is not installed, or a worker asks for more CPUs than there are.
+        ConfigError: A worker asks for more CPUs than there are, or Ray is not installed.
     """
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise ConfigError("engine=ray needs Ray: install it with pip install 'fedtune[ray]'") from None
     cores = os.cpu_count() or 1
     if engine.ray_cpus > cores:
         raise ConfigError(f"engine.ray_cpus={engine.ray_cpus} is more than the {cores} cores of this machine: no worker could start")
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine=ray needs Ray: install it with pip install 'fedtune[ray]'")
+
+
+def run_on_ray(server_app: ServerApp, client_app: ClientApp, nodes: int, engine: EngineConfig) -> None:
+    """Run both apps on `nodes` virtual SuperNodes."""
+    check_ray(engine)
+    cores = os.cpu_count() or 1
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     run_simulation(
         server_app,

@@ -1,6 +1,7 @@
 """Which of a round's turns train at once: between the in-process grid, which has messages, and `batched.py`, which has tensors."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -100,7 +101,10 @@ class Together:
         if min(width, len(todo)) < 2:
             return 1
         plan, threads = todo[0].plan, torch.get_num_threads()
-        key = f"{self._space.backbone.fingerprint[:16]} {plan.batch_size}x{self._space.config.task.max_length} {width} {threads}"
+        config = self._space.config
+        what = json.dumps([dataclasses.asdict(c) for c in (config.model, config.peft, config.task)], sort_keys=True)
+        marks = self._space.backbone.fingerprint[:16], hashlib.sha256(what.encode()).hexdigest()[:16]
+        key = f"{' '.join(marks)} {plan.batch_size}x{plan.accumulate} {width} clients {threads} threads"
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune" / "batched.json"
         known = _read(path)
         if key not in known:

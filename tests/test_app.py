@@ -19,6 +19,8 @@ from fedtune.config import (
     PartitionConfig,
     TaskConfig,
 )
+from fedtune.errors import Stopped
+from fedtune.inference.export import export_hf
 from fedtune.report import read_metrics
 from fedtune.state import AdapterState
 from tests.tiny import tiny_config
@@ -69,6 +71,29 @@ def test_the_directory_tells_all(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {"examples", "steps", "train_loss", "perplexity", "seconds", "bytes_up", "bytes_down", "peak_mb"} <= set(turn)
     partition = json.loads((run / "partition.json").read_text())
     assert [c["id"] for c in partition["clients"]] == ["c0", "c1", "c2", "c3"]
+
+
+def test_the_adapter_has_a_card_and_exports_as_the_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path, task=TaskConfig(kind="instruction", max_length=32, max_new_tokens=4), rounds=1)
+    config.data.prompt, config.data.answer = "{question} ->", " {reply}"
+    config.eval = EvalConfig(where="door", clients=0)
+    run = simulate(config)
+    card = (run / "adapter" / "README.md").read_text()
+    assert "{question} ->" in card and "PeftModel.from_pretrained" in card and "[More Information Needed]" not in card
+    for source, out in ((run, "a"), (run / "adapter", "b")):
+        export_hf(source, tmp_path / out)
+        assert json.loads((tmp_path / out / "fedtune.json").read_text())["prompt"] == "{question} ->"
+
+
+def test_stopping_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import fedtune.app as app
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "_hand_over", stop)
+    with pytest.raises(Stopped, match=r"stopped; go on with resume=.*outputs/tiny/"):
+        simulate(tiny_config(tmp_path, rounds=1))
 
 
 def test_bfloat16_trains_float32_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,12 @@ def other_backbone(place: Path) -> None:
     tiny_llama(place / "model", seed=5)
 
 
+def edit_rounds(place: Path) -> None:
+    """A run that has done more than will be asked for."""
+    (place / "run/checkpoints/round-0001").rename(place / "run/checkpoints/round-0003")
+    edit_json(place / "run/checkpoints/round-0003/checkpoint.json", round=3)
+
+
 def damage_all_checkpoints(place: Path) -> None:
     for path in (place / "run" / "checkpoints").glob("*/adapter.safetensors"):
         cut(path)
@@ -100,11 +106,13 @@ RESUME = [
     ("no config.yaml", lambda p: (p / "run/config.yaml").unlink(), "not a run directory"),
     ("a config of another version", lambda p: (p / "run/config.yaml").write_text("surprise: 1"), "unknown config key surprise"),
     ("another backbone", other_backbone, "backbone"),
+    ("fewer rounds than are done", lambda p: edit_rounds(p), "rounds=2 is less than the 3 rounds"),
     ("every checkpoint damaged", damage_all_checkpoints, "damaged"),
 ]
 
 EXPORT = [
     ("no adapter", lambda p: shutil.rmtree(p / "run/adapter"), "adapter"),
+    ("a metric that is none", lambda p: (p / "run/config.yaml").write_text("- 1"), "config"),
     ("truncated adapter", lambda p: [cut(f) for f in (p / "run/adapter").glob("*.safetensors")], "adapter"),
     ("another backbone", other_backbone, "backbone"),
     ("no backbone", lambda p: shutil.rmtree(p / "model"), "model"),

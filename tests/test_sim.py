@@ -59,6 +59,7 @@ REFUSED = [
     (["resume=/no/such/run"], "there is no run directory /no/such/run"),
     (["resume=x", "peft.rank=4"], "resume takes the run's own config: leave out peft.rank; only rounds can change"),
     (["resume=x", "conf=dolly"], "leave out conf=dolly"),
+    (["resume="], "resume= is empty: give the run directory to go on with"),
     (["strategy._target_=subprocess.Popen"], "strategy._target_=subprocess.Popen is not a strategy"),
     (["strategy._target_=os.system"], "strategy._target_=os.system is not a strategy"),
     (["strategy._target_=fedtune.strategies.fedavg.FedAvgg"], "strategy._target_=fedtune.strategies.fedavg.FedAvgg cannot be imported"),

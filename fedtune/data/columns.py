@@ -148,6 +148,8 @@ def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str)
         if not isinstance(value, (bool, int, str)):
             shown = f"{type(value).__name__} {str(value)[:40]}"
             raise DataError(f"{what} row {number} has the label {shown}: wanted a name or a whole number; see data.columns.label")
+        if isinstance(value, str) and not value.strip():
+            raise DataError(f"{what} row {number} has an empty label: fill it in or take the row out; see data.columns.label")
         if declared is not None and not 0 <= int(value) < len(declared):
             raise DataError(f"{what} row {number} has class id {value} of {len(declared)} classes: the row has no label")
     return [str(value) if declared is None else declared[int(value)] for value in values]

@@ -50,7 +50,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False) -> Path:
         backbone.model.config.id2label = dict(enumerate(labels))
         backbone.model.config.label2id = {label: i for i, label in enumerate(labels)}
     longest = task.max_new_tokens if config and task.kind == "instruction" else None
-    card = {"task": task.kind, "prompt": _template(config), "max_new_tokens": longest, "base": backbone.fingerprint}
+    card = {"task": task.kind, "prompt": prompt_template(config), "max_new_tokens": longest, "base": backbone.fingerprint}
     _write(backbone, card, out)
     return out
 
@@ -93,6 +93,8 @@ def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
     """The run's config (None: a bare adapter folder), the adapter, and the names of a classifier's labels."""
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}: give a run directory or a PEFT adapter folder")
+    if source.name == "adapter" and (source.parent / "config.yaml").is_file():
+        source = source.parent  # the run knows more than its adapter: the prompt template, the labels' names
     if not (source / "config.yaml").is_file():
         return None, read_adapter(source), []
     if not (source / "adapter" / "adapter_config.json").is_file():
@@ -137,7 +139,7 @@ def _backbone(config: Config | None, adapter: StoredAdapter, task: TaskConfig, s
     return load_backbone(ModelConfig(source="hub", name=adapter.base, device="cpu"), task, num_labels=labels)
 
 
-def _template(config: Config | None) -> str | None:
+def prompt_template(config: Config | None) -> str | None:
     """The run's prompt template, None where prompts come as they are."""
     if config is None or config.task.kind != "instruction":
         return None

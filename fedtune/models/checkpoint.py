@@ -78,6 +78,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is an adapter, not a model: merge it first with fedtune export {folder}")
         raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face model")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
