@@ -154,8 +154,8 @@ def _split(args: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _open(text: str) -> str:
-    """`data.columns.label=x` adds the key where it is not there yet: a mapping of the user's own names has no fixed keys."""
-    return f"++{text}" if text.startswith("data.columns.") else text
+    """`data.columns.label=x`, `data.columns={label: x}` add keys that are not there yet: a mapping of the user's names has no fixed keys."""
+    return f"++{text}" if text.startswith(("data.columns.", "data.columns=")) else text
 
 
 def _parse(text: str) -> Override:

@@ -118,6 +118,12 @@ def test_a_scenario_file_of_ones_own_brings_its_own_groups(tmp_path: Path) -> No
     assert (config.name, config.rounds, config.client.lr, len(config.devices.classes)) == ("mine", 2, 1e-5, 3)
 
 
+@pytest.mark.parametrize("how", [["data.columns={text: story, label: mood}"], ["data.columns.text=story", "data.columns.label=mood"]])
+def test_columns_are_named_without_a_plus(how: list[str]) -> None:
+    config = compose(["conf=base", "data=local", "data.path=my.csv", "task=classification", *how])[0].config
+    assert config.data.columns == {"text": "story", "label": "mood"} and config.devices.classes == {}
+
+
 def test_overrides_beat_the_scenario() -> None:
     args = ["rounds=0", "client.steps=3", "client.epochs=null", "data.columns.label=stars", "peft.targets=[q_proj,v_proj]"]
     config = compose(args)[0].config
