@@ -1,6 +1,7 @@
 """The card of an adapter: what it is, how it came about, how to use it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from fedtune.report.summary import Record, primary_metric, rounds, value
 
 
 def write_card(
-    run_dir: Path, config: dict[str, Any], spec: dict[str, Any], prompt: str | None, labels: list[str], records: list[Record]
+    run_dir: Path, config: dict[str, Any], spec: dict[str, Any], prompt: str | None, labels: list[str], records: Sequence[Record]
 ) -> None:
     """Write `adapter/README.md` over the blank one that PEFT leaves."""
     metric, done = primary_metric(records), rounds(records)
