@@ -154,7 +154,7 @@ def _split(args: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _open(text: str) -> str:
-    """`data.columns.label=x`, `data.columns={label: x}` add keys that are not there yet: a mapping of the user's names has no fixed keys."""
+    """`data.columns.label=x`, `data.columns={label: x}` add keys that are not there yet: a mapping of users' names has no fixed keys."""
     return f"++{text}" if text.startswith(("data.columns.", "data.columns=")) else text
 
 
