@@ -31,7 +31,6 @@ TASKS = {
 
 @pytest.fixture(scope="module", params=list(TASKS))
 def space(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    torch.set_num_threads(1)
     config = tiny_config(
         tmp_path_factory.mktemp(request.param), rows=ragged(), task=TASKS[request.param], peft=PeftConfig(rank=3, alpha=4.0)
     )
@@ -137,7 +136,6 @@ def test_the_model_is_as_it_was_afterwards(space: Workspace) -> None:
 
 @pytest.mark.parametrize("p", [0.3])
 def test_adapter_dropout_draws_from_each_clients_own_seed(tmp_path: Path, p: float) -> None:
-    torch.set_num_threads(1)
     space = Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=3, alpha=4.0, dropout=p)))
     agree(space, jobs(space))
 
@@ -198,7 +196,6 @@ def test_clients_evaluated_at_once_have_their_own_metrics(space: Workspace) -> N
 
 
 def test_mixed_ranks_share_a_stack(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     wide, narrow = (Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=r, alpha=4.0))) for r in (3, 2))
     todo = [j for k, (w, n) in enumerate(zip(jobs(wide), jobs(narrow), strict=True)) for j in [n if k % 2 else w]]
     together = train_together(wide.live, todo, wide.config.task, pad_id=wide.pad_id)

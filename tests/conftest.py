@@ -1,3 +1,5 @@
+"""One torch thread in every test: two are slower where anything else runs, and results must not depend on it."""
+
 from collections.abc import Iterator
 
 import pytest
