@@ -62,7 +62,10 @@ def settings(study: str, rounds: Sequence[int], inits: Sequence[str], alphas: Se
         known = [Setting(name=f"pretrained, {n} rounds", scenario=study, overrides=[f"rounds={n}"]) for n in rounds]
         last = max(rounds)
         drawn = Setting(
-            name=f"random, {last} rounds", scenario=study, overrides=[f"rounds={last}", "model.init=random"], first_seed_only=True
+            name=f"random, {last} rounds",
+            scenario=study,
+            overrides=[f"rounds={last}", "model.init=random", "client.lr=1e-2"],
+            first_seed_only=True,
         )
         return [*(known if "pretrained" in inits else []), *([drawn] if "random" in inits else [])]
     if study == "banking77":
