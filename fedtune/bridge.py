@@ -5,6 +5,7 @@ round. Replies are pulled and folded in the order of logical ids, one at a time:
 one order.
 """
 
+import itertools
 import json
 import math
 import random
@@ -135,7 +136,7 @@ class Bridge:
         if first is None:
             self.watcher.note(f"round {round} does not count: no client sent a good update; the state stays as it was")
             return state, turnout
-        after = self.strategy.aggregate(round, state, _chain(first, updates))
+        after = self.strategy.aggregate(round, state, itertools.chain([first], updates))
         if turnout.counted < self.config.min_clients:
             short = f"{turnout.counted} good updates of min_clients={self.config.min_clients}"
             self.watcher.note(f"round {round} does not count: {short}; the state stays as it was")
@@ -354,11 +355,6 @@ def _replies(grid: Grid, messages: list[Message], timeout: float | None) -> Iter
                 yield got[0] if got else None
                 break
             time.sleep(_POLL_S)
-
-
-def _chain(first: Update, rest: Iterator[Update]) -> Iterator[Update]:
-    yield first
-    yield from rest
 
 
 def _numbers(text: str) -> dict[str, float]:

@@ -97,11 +97,10 @@ class _Stack:
         self.clients = [_Client(job) for job in jobs]
         self.active = list(range(len(jobs)))
         self.results: list[Any] = [None] * len(jobs)
-        self.names, first = list(live.parameters), jobs[0].start
+        self.names = list(live.parameters)
         self.trained = set(matching(self.names, jobs[0].plan.train))
-        self.ranks = [dict(job.start.spec.ranks) for job in jobs]
         self.shapes = {n: self._widest(n, [j.start[n].shape for j in jobs]) for n in self.names}
-        self.specs, self.cut = [job.start for job in jobs], first
+        self.starts = [job.start for job in jobs]
         sizes = [math.prod(self.shapes[n]) for n in self.names]
         self.flat = torch.zeros(len(jobs), sum(sizes), device=self.device)
         for row, job in zip(self.flat, jobs, strict=True):
@@ -208,7 +207,7 @@ class _Stack:
         return norms
 
     def _read(self, k: int) -> AdapterState:
-        start, row = self.specs[self.active[k]], self.flat[k]
+        start, row = self.starts[self.active[k]], self.flat[k]
         tensors = {}
         for n, part in zip(self.names, row.split(self.sizes), strict=True):
             tensors[n] = part.view(self.shapes[n])[tuple(slice(d) for d in start[n].shape)].to("cpu", copy=True).contiguous()

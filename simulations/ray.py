@@ -1,13 +1,13 @@
 """Virtual clients on Ray, through Flower's own simulation engine, from the same ServerApp and ClientApp."""
 
 import importlib.util
-import logging
 import os
 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
 
+from fedtune import flower
 from fedtune.config import EngineConfig
 from fedtune.errors import ConfigError
 
@@ -28,14 +28,13 @@ def check_ray(engine: EngineConfig) -> None:
 def run_on_ray(server_app: ServerApp, client_app: ClientApp, nodes: int, engine: EngineConfig) -> None:
     """Run both apps on `nodes` virtual SuperNodes."""
     check_ray(engine)
-    cores = os.cpu_count() or 1
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    flower.quiet()
     run_simulation(
         server_app,
         client_app,
         num_supernodes=nodes,
         backend_config={
             "client_resources": {"num_cpus": engine.ray_cpus, "num_gpus": 0.0},
-            "init_args": {"num_cpus": cores, "logging_level": "error", "log_to_driver": False},
+            "init_args": {"num_cpus": os.cpu_count() or 1, "logging_level": "error", "log_to_driver": False},
         },
     )
