@@ -8,6 +8,8 @@ FedtuneError
 ├── PlanError         a client does not understand what the server asks
 ├── UpdateError       a client's reply must not count
 │   └── UpdateMismatch    its tensors are not the ones that were asked for
+├── NetworkError      nodes cannot be reached, or may not be let in
+│   └── LinkLost          the SuperLink does not answer any more, or has ended the Flower run
 └── RunError          the run cannot go on
 
 Each message is one sentence: where, what came, what was wanted, what to do. Doors print it and exit with 2; no trace.
@@ -44,6 +46,14 @@ class UpdateError(FedtuneError):
 
 class UpdateMismatch(UpdateError):
     """A reply's tensors are not the ones that were asked for."""
+
+
+class NetworkError(FedtuneError):
+    """Nodes cannot be reached, or may not be let in."""
+
+
+class LinkLost(NetworkError):
+    """The SuperLink does not answer any more, or has ended the Flower run: open a new run, or stop."""
 
 
 class RunError(FedtuneError):

@@ -3,6 +3,7 @@
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.serverapp import Grid
 
 from fedtune import flower
 from fedtune.state import AdapterSpec, AdapterState
@@ -48,3 +49,12 @@ def test_our_arrays_are_flowers_own() -> None:
         )
     back = recorddict_from_proto(recorddict_to_proto(RecordDict({"a": ours})))
     assert torch.equal(AdapterState.from_arrays(back.array_records["a"], AdapterSpec(method="lora"))["w"], tensor)
+
+
+def test_what_the_network_needs_of_flower_is_there() -> None:
+    """Both modules import names that Flower does not promise to keep; what they are used for, tests/network shows."""
+    from fedtune.network import _flwr, _flwr_client
+
+    assert all(hasattr(_flwr, name) for name in _flwr.__all__)
+    assert issubclass(_flwr.HttpGrid, Grid)
+    assert {"PullMessages", "PushMessages", "ActivateNode", "SendNodeHeartbeat"} <= set(dir(_flwr_client.FleetHttpClient))

@@ -12,7 +12,7 @@ import fedtune
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS = {"__version__", "config", "errors", "plan", "promise", "seeds", "state", "strategy", "wire"}
-DOORS = {"sim", "server", "client", "cli"}
+DOORS = {"sim", "server", "client", "cli", "app_flower"}
 MAY_IMPORT = {
     "models": CONTRACTS,
     "data": CONTRACTS,
@@ -20,13 +20,18 @@ MAY_IMPORT = {
     "traffic": CONTRACTS,
     "inference": CONTRACTS | {"models"},
     "report": CONTRACTS,
+    "network": CONTRACTS | {"flower"},
     "strategies": CONTRACTS | {"traffic"},
     "clients": CONTRACTS | {"models", "data", "privacy", "traffic"},
 }
 EXCEPTIONS = {  # file → what it imports against the table, and why
     "fedtune/post.py": {"traffic"},  # what travels is encoded and decoded between bridge and wire,
-    "fedtune/reply.py": {"traffic"},  # so that no strategy and no engine sees it encoded
+    "fedtune/reply.py": {"traffic", "privacy"},  # so that no strategy sees it encoded; and it is held to what it promised
+    "fedtune/report/card.py": {"privacy"},  # what was spent is in the ledgers, also where no record tells of it
     "fedtune/models/tasks.py": {"data"},  # a task's loss and score read the Example and the collation that data defines
+    "fedtune/network/worker.py": {"clients"},  # the process that is the client
+    "fedtune/watch.py": {"report"},  # the bridge's watcher tells the report's writers
+    "fedtune/status.py": {"report"},  # it shows of a run what the report shows, for the terminal
     "fedtune/inference/export.py": {"data"},  # the demo's prompt goes into the exported folder
 }
 BARE = ("strategies", "clients", "simulations", "conf")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from fedtune.data.demo_grammar import DEVICES, INTENTS, MANNERS, ROOMS, VALUES, Intent, in_words, known
 
-DEVICE_CLASSES = ("phone",) * 5 + ("single-board",) * 3 + ("laptop",) * 2  # homes 0-9, homes 10-19, ..., shuffled
+DEVICE_CLASSES = ("phone",) * 4 + ("single-board",) * 3 + ("laptop",) * 2 + ("workstation",)  # homes 0-9, homes 10-19, ..., shuffled
 SMALLEST, LARGEST = 40, 160  # training examples a home
 
 
@@ -26,7 +26,7 @@ class Home:
 
     Args:
         id: Stable logical id, e.g. ``home-007``; home 7 of a seed is the same home whatever the number of homes.
-        device_class: ``phone``, ``single-board`` or ``laptop``.
+        device_class: ``phone``, ``single-board``, ``laptop`` or ``workstation``.
         examples: Training examples, 40 to 160.
         intents: Keys of ``INTENTS`` that this home uses, with their share of its requests (sums to 1).
         rooms: Canonical rooms, with their share of its requests (sums to 1).

@@ -14,9 +14,10 @@ import numpy as np
 
 from fedtune.config import Config, DeviceClass
 from fedtune.data.columns import Table, canonical
+from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
-from fedtune.errors import DataError
+from fedtune.errors import ConfigError, DataError
 from fedtune.seeds import derive_seed
 
 log = logging.getLogger("fedtune.data")
@@ -77,7 +78,7 @@ def load_federation(config: Config) -> Federation:
     """
     config, source, test_source = read_source(config)
     data, seed = config.data, config.seed
-    table = canonical(source, config, "training")
+    table = canonical(source, config, "training", tuple(data.labels) or None)
     if config.partition.kind == "natural":
         table = _select(table, rows_of_large_clients(config.partition, table.columns.get("client")))
     if test_source is not None:
@@ -92,14 +93,46 @@ def load_federation(config: Config) -> Federation:
     order = sample(order, data.limit, derive_seed(seed, "limit"))
     named = set(table.columns.get("client", ()))
     table, tests = _select(table, order), _select(tests, test_rows)
-    parts = partition(config.partition, len(order), seed, table.columns.get("label"), table.columns.get("client"))
+    if config.partition.kind == "one":
+        parts = {str(data.client): np.arange(len(order))}
+    else:
+        parts = partition(config.partition, len(order), seed, table.columns.get("label"), table.columns.get("client"))
     if config.partition.kind == "natural" and (gone := len(named.difference(parts))):
         log.warning("%d clients have all their rows in the global test or beyond data.limit, and are left out", gone)
     if config.task.kind == "classification" and len(table.labels) < 2:
         raise DataError(f"every training row has the label '{''.join(table.labels)}': classification needs two classes at least")
     devices = device_classes(config, parts, table)
+    if data.client is not None:
+        parts = _only(data.client, parts)
     clients = {name: _client(name, rows, devices[name], config) for name, rows in parts.items()}
     return Federation(rows=_dataset(table), test=_dataset(tests), clients=clients, labels=table.labels)
+
+
+def load_test(config: Config) -> Federation:
+    """What a coordinator has of the data: the global test and the names of the classes, and no client.
+
+    Where the training rows are not on this machine, the test is `data.test_path` or none, and the names are `data.labels` or the test's.
+
+    Raises:
+        ConfigError: Settings that do not go together, or nothing that tells the classes.
+        DataError: The data cannot be used.
+    """
+    data = config.data
+    if data.source != "local" or has_files(data.path):
+        whole = load_federation(config)
+        return Federation(rows=whole.rows.select([]), test=whole.test, clients={}, labels=whole.labels)
+    tests = canonical(read_test(data), config, "test", tuple(data.labels) or None) if data.test_path else None
+    labels = tests.labels if tests is not None else tuple(data.labels)
+    if config.task.kind == "classification" and len(labels) < 2:
+        raise ConfigError(
+            "this machine has neither training rows nor a test that would tell the classes: set data.labels to their names in the order of"
+            " their ids, or data.test_path"
+        )
+    nothing = datasets.Dataset.from_dict({})
+    if tests is None:
+        return Federation(rows=nothing, test=nothing, clients={}, labels=labels)
+    chosen = sample(np.arange(len(tests)), data.test_limit, derive_seed(config.seed, "test_limit"))
+    return Federation(rows=nothing, test=_dataset(_select(tests, chosen)), clients={}, labels=labels)
 
 
 def split(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +148,13 @@ def sample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     if most is None or len(rows) <= most:
         return rows
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
+
+
+def _only(client: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if client not in parts:
+        some = ", ".join(list(parts)[:5]) + (" …" if len(parts) > 5 else "")
+        raise DataError(f"client '{client}' has no rows in this scenario: its clients are {some}; take one of these ids, or own rows")
+    return {client: parts[client]}
 
 
 def _client(name: str, rows: np.ndarray, device_class: str, config: Config) -> ClientRows:
@@ -134,6 +174,8 @@ def device_classes(config: Config, parts: Mapping[str, np.ndarray], table: Table
     classes = config.devices.classes
     if not classes:
         return dict.fromkeys(parts, "")
+    if config.data.client is not None and len(classes) == 1:  # a device that knows what it is
+        return dict.fromkeys(parts, *classes)
     if config.partition.kind != "natural" or "device_class" not in table.columns:
         return dict(zip(parts, deal(classes, len(parts), derive_seed(config.seed, "device_class")), strict=True))
     out = {}

@@ -47,6 +47,21 @@ def read_local(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset |
     return read_files(files, config, config.client_from_file), (read_files(test_files, config, False) if test_files else None)
 
 
+def read_test(config: DataConfig) -> datasets.Dataset:
+    """The rows of `data.test_path` alone.
+
+    Raises:
+        DataError: Names the file, the line or byte, and what to do.
+    """
+    return read_files(find_files(str(config.test_path), "data.test_path", config), config, False)
+
+
+def has_files(where: str) -> bool:
+    """Whether a path, folder or glob means any file on this machine."""
+    path = Path(where).expanduser()
+    return bool(where) and (path.exists() or any(glob.iglob(str(path), recursive=True)))
+
+
 def find_files(where: str, key: str, config: DataConfig) -> list[Path]:
     """The files that a path, folder or glob means, sorted by name; hidden files and, in a folder, files of no known format are left out."""
     path = Path(where).expanduser()

@@ -100,11 +100,12 @@ def test_labels_are_skewed() -> None:
 
 
 def test_device_classes_come_in_the_promised_shares() -> None:
-    # by construction of every ten homes: 5 phones, 3 single-board computers, 2 laptops
+    # by construction of every ten homes: 4 phones, 3 single-board computers, 2 laptops, a workstation
     assert Counter(home.device_class for home in demo.homes(3, count=20)) == {
-        "phone": 10,
+        "phone": 8,
         "single-board": 6,
         "laptop": 4,
+        "workstation": 2,
     }
 
 

@@ -1,0 +1,110 @@
+"""The ClientApp of a real device: the experiment comes with the server's hello; the rows, the profile and the folder are the device's own.
+
+What a server may decide is what the experiment is. What it may not: run code that a model repository brings along, read other files than
+the device named, or have the device count its privacy anywhere but in its own folder.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.clients.app import make_client_app
+from fedtune.clients.declining import declining
+from fedtune.config import Config, from_dict
+from fedtune.data.sources import DEMO_ANSWER, DEMO_COLUMNS, DEMO_PROMPT
+from fedtune.errors import ConfigError, PlanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What belongs to the device.
+
+    Args:
+        client: Its logical id.
+        state: Folder of what it keeps between turns, runs and restarts.
+        data: File, folder or glob of its rows; None takes its part of the scenario's own data.
+        device: What it can do: `auto`, the name of one of the scenario's device classes, or a YAML file; None takes every plan as it is.
+    """
+
+    client: str
+    state: Path
+    data: str | None = None
+    device: str | None = None
+
+
+def make_app(settings: Mapping[str, Any]) -> ClientApp:
+    """The ClientApp of this device, for whatever experiment the server's last hello named."""
+    device, app = Device(**{**settings, "state": Path(settings["state"])}), ClientApp()
+    current: list[ClientApp] = []
+
+    @app.query()
+    @declining
+    def hello(message: Message, context: Context) -> Message:
+        config, run = read_hello(message, device)
+        current[:] = [make_client_app(config, device.state / run / "clients")]
+        return current[0](message, context)
+
+    @app.train()
+    @declining
+    def turn(message: Message, context: Context) -> Message:
+        return _taking_part(current)(message, context)
+
+    @app.evaluate()
+    @declining
+    def evaluate(message: Message, context: Context) -> Message:
+        return _taking_part(current)(message, context)
+
+    return app
+
+
+def read_hello(message: Message, device: Device) -> tuple[Config, str]:
+    """The experiment as this device takes part in it, and the name of the run.
+
+    Raises:
+        PlanError: The hello names no experiment.
+        ConfigError: The experiment is not one that this version of fedtune knows, or asks for what a device does not do.
+    """
+    try:
+        said = json.loads(str(message.content.config_records["hello"]["json"]))
+        values, run, labels = dict(said["config"]), str(said["run"]), [str(label) for label in said["labels"]]
+    except (KeyError, TypeError, ValueError):
+        raise PlanError("the server's hello names no experiment: the peers run different versions of fedtune") from None
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", run):
+        raise PlanError(f"the server calls its run '{run[:40]}', which is no plain folder name")
+    return own_config(from_dict(values), device, labels), run
+
+
+def own_config(config: Config, device: Device, labels: list[str]) -> Config:
+    """The server's experiment with this device's rows and profile in it.
+
+    Raises:
+        ConfigError: The experiment asks for what a device does not do.
+    """
+    if config.model.trust_remote_code:
+        raise ConfigError("the server asks to run code that comes with a model (model.trust_remote_code): this device does not do that")
+    data = dataclasses.replace(config.data, client=device.client, labels=labels if config.task.kind == "classification" else [])
+    partition = config.partition
+    if device.data is not None:
+        if data.source == "demo":  # its columns under the names that the demo has
+            data = dataclasses.replace(
+                data, prompt=data.prompt or DEMO_PROMPT, answer=data.answer or DEMO_ANSWER, columns=DEMO_COLUMNS | data.columns
+            )
+        data = dataclasses.replace(
+            data, source="local", path=device.data, test_path=None, test_fraction=0.0, limit=None, client_from_file=False
+        )
+        partition = dataclasses.replace(partition, kind="one")
+    engine = dataclasses.replace(config.engine, kind="inprocess", batched="none")
+    return dataclasses.replace(config, data=data, partition=partition, engine=engine)
+
+
+def _taking_part(current: list[ClientApp]) -> ClientApp:
+    if not current:
+        raise PlanError("the server has not said which experiment this is: it must say hello before it asks for work")
+    return current[0]

@@ -1,0 +1,151 @@
+"""The device's door: `fedtune-client --server host:8080`, which takes part in whatever experiment that server runs.
+
+The process that holds the connection has no torch in it; a child of its has, keeps the model loaded between rounds, and may die without
+taking the node down.
+"""
+
+import argparse
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fedtune import __version__
+from fedtune.errors import ConfigError, FedtuneError
+
+_log = logging.getLogger("fedtune.client")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Take part until stopped; returns the exit code: 2 is a refusal in one sentence, 130 stopped."""
+    args = _parser().parse_args(argv)
+    try:
+        return _main(args)
+    except FedtuneError as error:
+        print(f"fedtune-client: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedtune-client", description="Take part in a server's experiments with this device's own data, until stopped."
+    )
+    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator's address")
+    parser.add_argument(
+        "--data", metavar="PATH", help="this device's rows: a file, a folder or a glob (default: its part of the scenario's own data)"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="PROFILE",
+        help="what this device can do: auto measures it, a name is one of the scenario's device classes, a file is YAML with the keys of one"
+        " (default: take every plan as it is)",
+    )
+    parser.add_argument("--client-id", metavar="ID", help="this client's name (default: the folder of --key, or the host's name)")
+    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="ca.pem of the server (default: the system's CAs)")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="this client's private key, as `fedtune keys` made it")
+    parser.add_argument("--insecure", action="store_true", help="plain HTTP and no key: for trials on one machine")
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help="what is kept between turns and restarts (default: ~/.local/state/fedtune/ID)"
+    )
+    parser.add_argument(
+        "--max-retries", type=int, metavar="N", help="give up after so many failed tries of one call (default: never give up)"
+    )
+    parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
+    return parser
+
+
+def _main(args: argparse.Namespace) -> int:
+    from fedtune.keys import check_private
+    from fedtune.network.executor import Executor
+    from fedtune.network.logs import logging_to
+    from fedtune.network.node import Node
+
+    if args.max_retries is not None and args.max_retries < 0:
+        raise ConfigError(f"--max-retries {args.max_retries} is out of range: it must be at least 0")
+    if args.insecure and (args.key or args.root_certificates):
+        raise ConfigError("--insecure speaks without TLS and keys: leave out --key and --root-certificates, or --insecure")
+    if not args.insecure and args.key is None:
+        raise ConfigError("--key says who this client is: `fedtune keys` makes one; --insecure does without, for trials on one machine")
+    if args.key is not None:
+        check_private(args.key)
+    if args.data is not None:
+        from fedtune.data.local import has_files
+
+        if not has_files(args.data):
+            raise ConfigError(f"--data {args.data} is no file, folder or glob that means any")
+    client = _client_id(args)
+    state = (args.state or Path.home() / ".local/state/fedtune" / client).expanduser().resolve()
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as bad:
+        raise ConfigError(f"cannot keep anything in {state}: {bad.strerror}; give another --state") from None
+    settings: dict[str, Any] = {
+        "client": client,
+        "state": str(state),
+        "data": None if args.data is None else os.path.abspath(Path(args.data).expanduser()),
+        "device": _device(args.device),
+    }
+    executor = Executor(settings, state / "logs" / "worker.log")
+    node = Node(
+        server=args.server,
+        root_certificates=args.root_certificates,
+        key=args.key if not args.insecure else state / "node.key",
+        insecure=args.insecure,
+        answer=executor.answer,
+        max_retries=args.max_retries,
+        told=_tell,
+    )
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if stopping.is_set():  # asked twice: do not wait for the turn at hand
+            executor.stop()
+        stopping.set()
+        node.stop()
+        threading.Thread(target=executor.stop, daemon=True).start()
+
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    with logging_to(state / "logs" / "client.jsonl"):
+        if args.insecure:
+            _tell("WARNING: --insecure: no TLS and no key; whoever sits between can read and change what is sent")
+        _tell(f"client {client}: connecting to {args.server}; what is kept lies in {state}")
+        try:
+            node.serve()
+        finally:
+            executor.stop()
+    return 130 if stopping.is_set() else 0
+
+
+def _client_id(args: argparse.Namespace) -> str:
+    client = args.client_id or (args.key.resolve().parent.name if args.key else socket.gethostname())
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", client):
+        raise ConfigError(f"the client's name is '{client}': letters, digits, dots, dashes and underscores make one; give --client-id")
+    return client
+
+
+def _device(asked: str | None) -> str | None:
+    """`auto`, a name, or the absolute path of a file."""
+    if asked is None or asked == "auto" or not asked.endswith((".yaml", ".yml")):
+        return asked
+    if not Path(asked).expanduser().is_file():
+        raise ConfigError(f"--device {asked}: there is no such file")
+    return os.path.abspath(Path(asked).expanduser())
+
+
+def _tell(text: str) -> None:
+    _log.info(text)
+    print(f"fedtune-client: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

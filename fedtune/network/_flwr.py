@@ -1,0 +1,61 @@
+"""What the server needs of Flower beyond its promises, imported once; `_flwr_client` has the rest. Smoke test: `tests/test_flower.py`."""
+
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import HEARTBEAT_PATIENCE, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.date import now
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, uses_nist_ec_curve, verify_signature
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.supercore.retry import RetryInvoker
+from flwr.supercore.run import Run
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
+from flwr.supercore.utils import uint64_to_int64
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+
+__all__ = [
+    "FLEET_HTTP_PUBLIC_KEY_HEADER",
+    "FLEET_HTTP_SIGNATURE_HEADER",
+    "HEARTBEAT_PATIENCE",
+    "NOOP_ACCOUNT_NAME",
+    "NOOP_FEDERATION_ID",
+    "NOOP_FLWR_AID",
+    "PROTOBUF_REQUEST_TYPES",
+    "TIMESTAMP_HEADER",
+    "Fab",
+    "HttpGrid",
+    "LinkState",
+    "MessageIns",
+    "MessageRes",
+    "NoOpControlAuthnPlugin",
+    "NodeRow",
+    "NodeStatus",
+    "ObjectPushError",
+    "ObjectPushSession",
+    "ObjectPushSessionRoot",
+    "PushMessagesRequest",
+    "RetryInvoker",
+    "Run",
+    "SendTaskHeartbeatRequest",
+    "SuperLinkLifespan",
+    "SuperLinkLifespanConfig",
+    "TaskType",
+    "build_fab_from_files",
+    "bytes_to_public_key",
+    "create_app",
+    "now",
+    "public_key_to_bytes",
+    "uint64_to_int64",
+    "uses_nist_ec_curve",
+    "verify_signature",
+]

@@ -1,0 +1,76 @@
+"""What a client needs of Flower beyond its promises, imported once; `_flwr` has the server's part.
+
+Apart, because Flower's SuperLink (FastAPI, SQLAlchemy) would make each of a client's two processes half again as large.
+"""
+
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.node_pb2 import Node as NodeProto
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    ObjectUnavailableError,
+    pull_and_inflate_object_from_tree,
+    push_object_contents_from_iterable,
+)
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, private_key_to_bytes, public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+__all__ = [
+    "ActivateNodeRequest",
+    "ApiErrorCode",
+    "ConfirmMessageReceivedRequest",
+    "DeactivateNodeRequest",
+    "ErrorCode",
+    "FleetHttpClient",
+    "FlowerError",
+    "GetRunRequest",
+    "MessageProto",
+    "NodeAuthHttpInterceptor",
+    "NodeProto",
+    "ObjectPullError",
+    "ObjectPushError",
+    "ObjectTree",
+    "ObjectUnavailableError",
+    "ProtobufCall",
+    "ProtobufRequestContext",
+    "PullMessagesRequest",
+    "PullObjectRequest",
+    "PushMessagesRequest",
+    "PushObjectRequest",
+    "RegisterNodeFleetRequest",
+    "RuntimeVersionMetadata",
+    "SendNodeHeartbeatRequest",
+    "TaskIdentity",
+    "generate_key_pairs",
+    "get_all_nested_objects",
+    "get_object_tree",
+    "iterate_object_tree",
+    "make_message",
+    "message_from_proto",
+    "message_to_proto",
+    "no_object_id_recompute",
+    "private_key_to_bytes",
+    "public_key_to_bytes",
+    "pull_and_inflate_object_from_tree",
+    "push_object_contents_from_iterable",
+    "remove_content_from_message",
+]

@@ -1,0 +1,123 @@
+"""The server's Grid over the private port: patient with a SuperLink that comes back, cheap to poll, never stuck on half a reply."""
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import httpx
+from flwr.app import Message
+
+from fedtune import flower
+from fedtune.errors import LinkLost, NetworkError
+from fedtune.network import _flwr
+
+_RETRY_S = 0.2
+_BEAT_S = 10.0  # Flower ends a run after 60 s of silence
+_DOUBT_S = 1.0  # how often to ask Flower itself about messages that nobody answered: it makes the errors for nodes that left
+
+
+class Link(Protocol):
+    """What the Grid needs of the SuperLink's handle."""
+
+    @property
+    def private_address(self) -> str: ...
+    @property
+    def failure(self) -> NetworkError | None: ...
+    def ask(self, patience_s: float, **request: Any) -> dict[str, Any]: ...
+
+
+class LinkGrid(_flwr.HttpGrid):
+    """Flower's Grid on one run.
+
+    Args:
+        link: The SuperLink.
+        run_id: The Flower run.
+        token: What proves that this process is its ServerApp.
+        patience_s: Seconds to go on trying where the SuperLink does not answer.
+
+    Every call raises `LinkLost` after that, and where Flower has ended the run; `NetworkError` where the SuperLink refuses.
+    """
+
+    def __init__(self, link: Link, run_id: int, token: str, patience_s: float) -> None:
+        super().__init__(link.private_address, insecure=True, token=token)
+        self._link, self._patience_s = link, patience_s
+        self._retry_invoker = _flwr.RetryInvoker(
+            lambda: itertools.repeat(_RETRY_S),  # type: ignore[arg-type, return-value]
+            (httpx.TransportError, httpx.HTTPStatusError),
+            max_tries=None,
+            max_time=patience_s,
+            jitter=None,
+            should_giveup=self._hopeless,
+        )
+        self._doubted: dict[str, float] = {}
+        self._closed = threading.Event()
+        flower.identify_process(run_id)
+        self.set_run(_flwr.Run.create_empty(run_id))
+        self._connect()
+        self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._beating.start()
+
+    def get_nodes(self) -> Iterable[Any]:
+        with self._in_words("ask who is there"):
+            return super().get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        with self._in_words("send messages"):
+            return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that have come with all their tensors, and Flower's errors for what never will."""
+        due = self._due(list(message_ids))
+        if not due:
+            return []
+        with self._in_words("fetch replies"):
+            replies = list(super().pull_messages(due))
+        for reply in replies:
+            self._doubted.pop(reply.metadata.reply_to_message_id, None)
+        return replies
+
+    def close(self) -> None:
+        """Stop the heartbeat, so that Flower ends the run in its own time, and hang up."""
+        self._closed.set()
+        super().close()
+
+    def _due(self, ids: list[str]) -> list[str]:
+        """Those of the ids that are worth a pull."""
+        if not ids:
+            return []
+        found = self._link.ask(self._patience_s, do="arrived", ids=ids)
+        complete, uploading, now = set(found["complete"]), set(found["uploading"]), time.monotonic()
+        due = [m for m in ids if m in complete or (m not in uploading and now - self._doubted.setdefault(m, now) >= _DOUBT_S)]
+        self._doubted.update((m, now) for m in due)
+        return due
+
+    def _hopeless(self, error: Exception) -> bool:
+        """Whether trying again is of no use."""
+        if self._closed.is_set() or self._link.failure is not None:
+            return True
+        return isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+
+    @contextlib.contextmanager
+    def _in_words(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPStatusError as bad:
+            status = bad.response.status_code
+            if status in (401, 403):
+                raise LinkLost(f"cannot {what}: Flower has ended the run; open a new one") from None
+            raise NetworkError(
+                f"cannot {what}: the SuperLink answers with HTTP {status}; see its log, and whether its disk is full"
+            ) from None
+        except _flwr.ObjectPushError:  # a part was not stored: a full disk, or an answer that a dying SuperLink did not give
+            raise LinkLost(f"cannot {what}: the SuperLink did not keep a part; see its log, and whether its disk is full") from None
+        except httpx.HTTPError as bad:
+            why = self._link.failure or f"the SuperLink did not answer for {self._patience_s:g} s ({bad})"
+            raise LinkLost(f"cannot {what}: {why}") from None
+
+    def _beat(self) -> None:
+        while not self._closed.wait(_BEAT_S):
+            with contextlib.suppress(httpx.HTTPError, RuntimeError, ValueError):  # the next call of the owner says what is wrong
+                self._runtime_client.SendTaskHeartbeat(_flwr.SendTaskHeartbeatRequest())

@@ -1,0 +1,286 @@
+"""The main process's handle on the SuperLink: it starts the child, keeps it alive, and opens Flower runs on it."""
+
+import contextlib
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import LinkLost, NetworkError
+from fedtune.network.grid import LinkGrid
+from fedtune.network.superlink import Task
+
+_START_S, _ANSWER_S, _STOP_S = 120.0, 60.0, 5.0
+_DEATHS, _WITHIN_S = 5, 60.0  # so many deaths in so short a time are no accident
+
+_log = logging.getLogger("fedtune.link")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSettings:
+    """Where the SuperLink listens, whom it lets in, where it keeps its state.
+
+    Args:
+        folder: Its database; made with mode 0700.
+        host: Public address to listen on.
+        port: Public port; 0 takes any free one.
+        certificates: Files of the CA, the server's certificate and its key (PEM); None only with `insecure`.
+        insecure: Plain HTTP and no node keys: anybody may register.
+        allowed_keys: Client name → its public key (OpenSSH or PEM text).
+        max_body_mb: Largest body of one HTTP request; Flower cuts tensors into chunks of 5 MB.
+        log: File of its log, JSON lines; None puts `superlink.jsonl` into the folder.
+    """
+
+    folder: Path
+    host: str
+    port: int
+    certificates: tuple[Path, Path, Path] | None
+    insecure: bool
+    allowed_keys: Mapping[str, str] = field(default_factory=dict)
+    max_body_mb: float = 64.0
+    log: Path | None = None
+
+    @property
+    def log_file(self) -> Path:
+        return self.log or self.folder / "superlink.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSeen:
+    """A node as the SuperLink knows it; `last_seen` in seconds since 1970, 0 where it never came."""
+
+    node_id: int
+    name: str
+    online: bool
+    last_seen: float
+
+
+class _Child:
+    """One life of the SuperLink process."""
+
+    def __init__(self, task: Task) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        errors = Path(task.log).with_suffix(".err")
+        try:
+            errors.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with errors.open("wb") as stderr:
+                errors.chmod(0o600)
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "fedtune.network.superlink"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env={**os.environ, "PYTHONPATH": path, "FLWR_LOG_LEVEL": "WARNING"},
+                    start_new_session=True,  # a Ctrl-C in the terminal reaches only the main process, which then stops it in order
+                )
+        except OSError as bad:
+            raise NetworkError(f"cannot start the SuperLink: {bad.strerror}: {errors}; free the disk or move the run directory") from None
+        self._errors, self._lock, self._rest = errors, threading.Lock(), b""
+        answer = self._talk(task.to_line().encode(), _START_S)
+        if "error" in answer:
+            self.process.wait()
+            self.hang_up()
+            raise NetworkError(answer["error"])
+        self.port, self.private_port = int(answer["port"]), int(answer["private_port"])
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One question, one answer.
+
+        Raises:
+            NetworkError: The process said why it cannot.
+            ConnectionError: It is gone.
+        """
+        answer = self._talk(json.dumps(request).encode() + b"\n", _ANSWER_S)
+        if "error" in answer:
+            raise NetworkError(answer["error"])
+        return answer
+
+    def _talk(self, line: bytes, patience_s: float) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with self._lock:
+            try:
+                self.process.stdin.write(line)
+                self.process.stdin.flush()
+                until = time.monotonic() + patience_s
+                while b"\n" not in self._rest:
+                    if not select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+                        self.process.kill()  # its next answer would be to a question of long ago
+                        raise ConnectionError(f"no answer within {patience_s:g} s")
+                    part = os.read(self.process.stdout.fileno(), 1 << 16)
+                    if not part:
+                        raise ConnectionError(f"it ended; see {self._errors}")
+                    self._rest += part
+            except (OSError, ValueError) as gone:  # a ValueError is a pipe that was closed already
+                raise ConnectionError(str(gone)) from None
+            answer, _, self._rest = self._rest.partition(b"\n")
+        return json.loads(answer)
+
+    def hang_up(self) -> None:
+        """Close the pipes of a child that is gone."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with self._lock:
+            self.process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):  # what was not sent any more
+                self.process.stdin.close()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class SuperLink:
+    """Flower's SuperLink as a child process, which is started again on the same ports and database where it dies alone."""
+
+    def __init__(self, settings: LinkSettings) -> None:
+        if settings.certificates is None and not settings.insecure:
+            raise NetworkError("the server has no certificates: make some with `fedtune keys`, or say --insecure")
+        self._settings = settings
+        self._port, self._private_port = settings.port, 0
+        self._change = threading.Condition()
+        self._child: _Child | None = None
+        self._keeper: threading.Thread | None = None
+        self._failure: NetworkError | None = None
+        self._stopping = False
+        self._grid: LinkGrid | None = None
+
+    def start(self) -> None:
+        """Return when nodes can come; at once where it runs already.
+
+        Raises:
+            NetworkError: It cannot start, with the reason.
+        """
+        with self._change:
+            if self._keeper is None or not self._keeper.is_alive():
+                self._failure, self._stopping = None, False
+                # the kernel ends a child with the thread that made it, so one thread makes them all and stays
+                self._keeper = threading.Thread(target=self._keep, name="superlink", daemon=True)
+                self._keeper.start()
+        self.wait(_START_S)
+
+    def wait(self, patience_s: float) -> None:
+        """Return when the child is up.
+
+        Raises:
+            NetworkError: It gave up, with the reason; LinkLost where it did not come within `patience_s` seconds.
+        """
+        with self._change:
+            self._change.wait_for(lambda: self.alive or self._failure is not None or self._stopping, patience_s)
+            if self._failure is not None:
+                raise type(self._failure)(str(self._failure))
+            if not self.alive:
+                raise LinkLost(f"the SuperLink did not come back within {patience_s:g} s: see {self._settings.log_file}")
+
+    @property
+    def alive(self) -> bool:
+        child = self._child
+        return child is not None and child.process.poll() is None
+
+    @property
+    def failure(self) -> NetworkError | None:
+        """Why it was given up; None while it runs or is being started again."""
+        return self._failure
+
+    @property
+    def port(self) -> int:
+        """The public port."""
+        return self._port
+
+    @property
+    def private_address(self) -> str:
+        """Where the whole of Flower's API is, for this machine only."""
+        return f"127.0.0.1:{self._private_port}"
+
+    def open_run(self, name: str, patience_s: float = 60.0) -> LinkGrid:
+        """A connected Grid on a new Flower run; every older run is ended.
+
+        Raises:
+            LinkLost: The SuperLink did not answer within `patience_s` seconds.
+        """
+        if self._grid is not None:
+            self._grid.close()
+        answer = self.ask(patience_s, do="open_run", name=name)
+        self._grid = LinkGrid(self, answer["run_id"], answer["token"], patience_s)
+        return self._grid
+
+    def nodes(self) -> list[NodeSeen]:
+        """Every node that the SuperLink knows, by name."""
+        return sorted((NodeSeen(**node) for node in self.ask(60.0, do="nodes")["nodes"]), key=lambda n: (n.name, n.node_id))
+
+    def ask(self, patience_s: float, **request: Any) -> dict[str, Any]:
+        """Ask the child; where it is gone, wait for its next life and ask again."""
+        until = time.monotonic() + patience_s
+        while True:
+            self.wait(max(0.0, until - time.monotonic()))
+            try:
+                assert self._child is not None
+                return self._child.ask(**request)
+            except ConnectionError as gone:
+                if time.monotonic() > until:
+                    raise LinkLost(f"the SuperLink does not answer: {gone}") from None
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End the child; the database stays."""
+        with self._change:
+            self._stopping = True
+            self._change.notify_all()
+        if self._grid is not None:
+            self._grid.close()
+        if self._child is not None:
+            self._child.stop()
+        if self._keeper is not None:
+            self._keeper.join(_START_S)
+
+    def _task(self) -> Task:
+        s = self._settings
+        certificate, key = (str(s.certificates[1]), str(s.certificates[2])) if s.certificates and not s.insecure else (None, None)
+        return Task(
+            folder=str(s.folder),
+            log=str(s.log_file),
+            host=s.host,
+            port=self._port,
+            private_port=self._private_port,
+            certificate=certificate,
+            certificate_key=key,
+            allowed_keys=None if s.insecure else dict(s.allowed_keys),
+            max_body=int(s.max_body_mb * 1e6),
+            parent=os.getpid(),
+        )
+
+    def _keep(self) -> None:
+        """Start the child, and again whenever it dies alone."""
+        deaths: deque[float] = deque(maxlen=_DEATHS)
+        try:
+            while not self._stopping:
+                child = _Child(self._task())
+                with self._change:
+                    self._child, self._port, self._private_port = child, child.port, child.private_port
+                    self._change.notify_all()
+                if self._stopping:
+                    child.stop()
+                code = child.process.wait()
+                child.hang_up()
+                if self._stopping:
+                    return
+                _log.warning("the SuperLink ended by itself (%s); it is started again", code)
+                deaths.append(time.monotonic())
+                if len(deaths) == _DEATHS and deaths[-1] - deaths[0] < _WITHIN_S:
+                    raise LinkLost(f"the SuperLink ended {_DEATHS} times within {_WITHIN_S:g} s: see {self._settings.log_file}")
+        except (NetworkError, ConnectionError) as bad:
+            with self._change:
+                self._failure = bad if isinstance(bad, NetworkError) else NetworkError(f"the SuperLink did not start: {bad}")
+                self._change.notify_all()

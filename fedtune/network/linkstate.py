@@ -1,0 +1,167 @@
+"""What the SuperLink process does to Flower's LinkState on its owner's word: who may come in, a new run, what has arrived."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
+from sqlalchemy import delete, select
+
+from fedtune import __version__
+from fedtune.errors import NetworkError
+from fedtune.network import _flwr
+
+_log = logging.getLogger("fedtune.superlink")
+APP = "fedtune/fedtune"  # publisher/name: the only app that a node of ours answers
+
+
+def make_fab() -> _flwr.Fab:
+    """An app bundle of metadata only: its components name modules that every machine has installed; it ships no code."""
+    project = f"""
+[project]
+name = "fedtune"
+version = "{__version__}"
+description = "metadata only"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "fedtune"
+
+[tool.flwr.app.components]
+serverapp = "fedtune.app_flower:server_app"
+clientapp = "fedtune.app_flower:client_app"
+"""
+    content, _ = _flwr.build_fab_from_files({"pyproject.toml": project.encode()})
+    return _flwr.Fab(hashlib.sha256(content).hexdigest(), content, {})
+
+
+def read_keys(allowed: Mapping[str, str]) -> dict[bytes, str]:
+    """Flower's form of each allowed public key → its client.
+
+    Raises:
+        NetworkError: A key cannot be read, is of the wrong kind, or stands for two clients.
+    """
+    found: dict[bytes, str] = {}
+    for name, text in allowed.items():
+        try:
+            raw = text.strip().encode()
+            key = load_pem_public_key(raw) if raw.startswith(b"-----") else load_ssh_public_key(raw)
+        except ValueError:
+            raise NetworkError(f"the public key of client '{name}' cannot be read: make one with `fedtune keys --add {name}`") from None
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not _flwr.uses_nist_ec_curve(key):
+            raise NetworkError(f"the public key of client '{name}' is not of a NIST curve: make one with `fedtune keys --add {name}`")
+        encoded = _flwr.public_key_to_bytes(key)
+        if encoded in found:
+            raise NetworkError(f"clients '{found[encoded]}' and '{name}' have the same public key: each needs its own")
+        found[encoded] = name
+    return found
+
+
+class Registrar:
+    """The owner's hand on the LinkState; each method answers with what JSON can carry.
+
+    Args:
+        state: Flower's LinkState.
+        keys: Public key → client that may come in; None lets anybody register.
+    """
+
+    def __init__(self, state: _flwr.LinkState, keys: Mapping[bytes, str] | None) -> None:
+        self._state, self._keys = state, keys
+
+    def admit(self) -> None:
+        """Register every allowed key, and forget nodes whose key is not allowed any more. Who stays keeps its node id."""
+        if self._keys is None:
+            return
+        known = {node.public_key: node.node_id for node in self._state.get_node_info()}
+        with self._state.session() as session:  # type: ignore[attr-defined]
+            strangers = set(known) - set(self._keys)  # deleted, not unregistered: Flower would never take the key again
+            session.execute(delete(_flwr.NodeRow).where(_flwr.NodeRow.public_key.in_(strangers)))
+        for key in set(self._keys) - set(known):
+            self._state.create_node(_flwr.NOOP_FLWR_AID, _flwr.NOOP_ACCOUNT_NAME, key, 0, name=self._keys[key])
+
+    def open_run(self, name: str) -> dict[str, Any]:
+        """End all older runs with what they left in the database, and start a new one whose ServerApp is the caller."""
+        state = self._state
+        for run in state.get_run_info():
+            if not state.stop_run(run.run_id):
+                state.cleanup_run(run.run_id)
+        fab = make_fab()
+        state.store_fab(fab)
+        run_id = state.create_run(
+            APP,
+            __version__,
+            fab.hash_str,
+            {},
+            _flwr.NOOP_FEDERATION_ID,
+            None,
+            _flwr.NOOP_FLWR_AID,
+            _flwr.TaskType.SERVER_APP,
+            series_description=name,
+        )
+        runs = state.get_run_info(run_ids=[run_id])
+        task_id = (runs[0].primary_task_id if runs else None) or 0
+        token = state.claim_task(task_id)
+        if token is None or not state.activate_task(task_id):
+            raise NetworkError("the SuperLink cannot start a run: see its log")
+        return {"run_id": run_id, "token": token}
+
+    def takeover(self, key: bytes) -> None:
+        """Make room for a node that comes again while its former life still counts as present: it crashed, and was started again.
+
+        Flower would refuse it until the lease of its former life ends (two heartbeats), and would wait for ever for the replies that died
+        with that life. So the lease ends here, and messages that it took and did not answer are deleted: the server is then told that their
+        replies will never come.
+        """
+        node_id = self._state.get_node_id_by_public_key(key)
+        if node_id is None or not self._state.deactivate_node(node_id):
+            return
+        message, reply = _flwr.MessageIns, _flwr.MessageRes
+        taken = select(message.message_id).where(
+            message.dst_node_id == _flwr.uint64_to_int64(node_id),
+            message.delivered_at != "",
+            message.message_id.not_in(select(reply.reply_to_message_id)),
+        )
+        with self._state.session() as session:  # type: ignore[attr-defined]
+            lost = {str(name) for name in session.scalars(taken)}
+        self._state.delete_messages(lost)
+        _log.info(
+            "a node takes over from its former life", extra={"node": node_id, "client": (self._keys or {}).get(key, ""), "lost": len(lost)}
+        )
+
+    def arrived(self, ids: list[str]) -> dict[str, Any]:
+        """Sort messages by what became of their replies.
+
+        Flower hands a reply out as soon as it is announced, and then waits for its tensors, for minutes where its sender died: so a reply
+        that is still being uploaded is `uploading`, and nobody should pull it yet. It is `complete` once all is there. Of the others there
+        is no reply.
+        """
+        reply, root, push = _flwr.MessageRes, _flwr.ObjectPushSessionRoot, _flwr.ObjectPushSession
+        asked = (
+            select(reply.reply_to_message_id, push.pending_count)
+            .outerjoin(root, root.root_object_id == reply.message_id)
+            .outerjoin(
+                push, (push.session_id == root.session_id) & (push.expires_at > _flwr.now())
+            )  # of an expired one Flower makes an error
+            .where(reply.reply_to_message_id.in_(ids))
+        )
+        with self._state.session() as session:  # type: ignore[attr-defined]
+            rows = {str(message): pending or 0 for message, pending in session.execute(asked)}
+        return {"complete": [m for m, n in rows.items() if n == 0], "uploading": [m for m, n in rows.items() if n]}
+
+    def nodes(self) -> dict[str, Any]:
+        """Every node that ever came, and the allowed ones that never did (last_seen 0)."""
+        names = self._keys or {}
+        return {
+            "nodes": [
+                {
+                    "node_id": node.node_id,
+                    "name": names.get(node.public_key, ""),
+                    "online": node.status == _flwr.NodeStatus.ONLINE,
+                    "last_seen": max(0.0, node.online_until - _flwr.HEARTBEAT_PATIENCE * node.heartbeat_interval),
+                }
+                for node in self._state.get_node_info()
+                if node.status != _flwr.NodeStatus.UNREGISTERED
+            ]
+        }

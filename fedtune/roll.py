@@ -1,0 +1,214 @@
+"""Who is there: nodes of Flower's grid, known by the logical ids that they give when they say hello.
+
+A simulation's nodes are there from the start and stay. On a network nodes come late, go, and come back, under the same node id where they
+have keys, under another where they have none: the logical id is what the run knows them by.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.errors import RunError
+from fedtune.reply import read_json
+
+POLL_S = 0.05
+
+
+@dataclass
+class Client:
+    """What the server knows of a connected client.
+
+    Args:
+        node: Flower's node id.
+        device_class: Its class; "" where there is none.
+        examples: Training rows that it said it has.
+        held: Versions of the shifts that its frozen weights carry.
+        remembers: Whether they still will in its next turn.
+        held_out: Rows that it evaluates itself on.
+        rank: LoRA rank that it asks for; None is the config's.
+    """
+
+    node: int
+    device_class: str
+    examples: int
+    held: tuple[int, ...]
+    remembers: bool
+    held_out: int = 0
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome:
+    """How nodes are let in.
+
+    Args:
+        said: What the server says in its hello.
+        patience_s: Seconds to wait for nodes to connect and say hello, and for enough of them to come back.
+        wanted: How many nodes are waited for before the first round; fewer will do once the time is up. None: `min_clients`.
+        names: Asked for the name that each node has proved by its key, under which alone it may take part; None where nodes have no keys.
+        again_s: Seconds after which a node that was refused is asked anew; a simulation's node would say the same for ever.
+    """
+
+    said: Mapping[str, Any] = field(default_factory=dict)
+    patience_s: float = 300.0
+    wanted: int | None = None
+    names: Callable[[], Mapping[int, str]] | None = None
+    again_s: float = math.inf
+
+
+class Listener(Protocol):
+    """Who is told."""
+
+    def client_known(self, client: str, node: int, device_class: str) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Roll:
+    """The clients of a run.
+
+    Args:
+        grid: Flower's grid.
+        base: Fingerprint of the run's backbone; who holds another one is left out.
+        least: Fewest clients that a round can do with.
+        welcome: How nodes are let in.
+        watcher: Who is told of those that come and those that are left out.
+    """
+
+    def __init__(self, grid: Grid, base: str, least: int, welcome: Welcome, watcher: "Listener") -> None:
+        self._grid, self._base, self._least, self._welcome = grid, base, least, welcome
+        self._note, self._known = watcher.note, watcher.client_known
+        self.clients: dict[str, Client] = {}
+        self._nodes: set[int] = set()
+        self._asked: dict[int, str] = {}  # node → message of a hello that is not answered yet
+        self._refused: dict[int, tuple[float, str]] = {}  # node → when, and why
+
+    def gather(self, round: int) -> dict[str, Client]:
+        """Wait for nodes, and for all of them to say hello; who does not is left out by name.
+
+        Raises:
+            RunError: Too few can take part.
+        """
+        until = time.monotonic() + self._welcome.patience_s
+        self._nodes = set(self._wait_for_nodes(until))
+        self._ask(self._nodes, round)
+        for node, i in sorted(self._asked.items()):
+            self._hear(node, next(replies(self._grid, [i], until)))
+        self._asked = {}
+        if len(self.clients) < self._least:
+            raise RunError(self._too_few(len(self.clients), "can take part"))
+        return self.clients
+
+    def present(self, round: int) -> list[str]:
+        """Logical ids of the clients that are connected as the round begins; newcomers are asked, and heard once they have answered.
+
+        Raises:
+            RunError: Too few were connected for as long as the server is patient.
+        """
+        until = time.monotonic() + self._welcome.patience_s
+        while True:
+            now = set(self._grid.get_node_ids())
+            late = {n for n, (when, _) in self._refused.items() if time.monotonic() - when > self._welcome.again_s}
+            self._asked = {n: i for n, i in self._asked.items() if n in now}
+            self._ask((now - self._nodes | late & now) - set(self._asked), round)
+            self._nodes = now
+            for node, i in sorted(self._asked.items()):
+                if (reply := next(replies(self._grid, [i], 0.0))) is not None:
+                    del self._asked[node]
+                    self._hear(node, reply)
+            if len(here := self.here()) >= self._least:
+                return sorted(here)
+            if time.monotonic() > until:
+                raise RunError(self._too_few(len(here), f"were connected for {self._welcome.patience_s:g} s"))
+            time.sleep(POLL_S)
+
+    def here(self) -> dict[str, Client]:
+        """The clients whose nodes were connected when the grid was last asked."""
+        return {c: known for c, known in self.clients.items() if known.node in self._nodes}
+
+    def _ask(self, nodes: set[int], round: int) -> None:
+        ids = sorted(nodes)
+        text = json.dumps({**self._welcome.said, "round": round})
+        messages = [Message(RecordDict({"hello": ConfigRecord({"json": text})}), i, "query", group_id="0") for i in ids]
+        for node, i in zip(ids, self._grid.push_messages(messages) if messages else (), strict=True):
+            self._asked[node] = i
+            self._refused.pop(node, None)
+
+    def _hear(self, node: int, reply: Message | None) -> None:
+        """Let the node in, or say why not."""
+        if reply is None:
+            return self._leave_out(node, f"node {node}: no reply")
+        if reply.has_error() or "declined" in reply.content.config_records:
+            said = reply.error.reason if reply.has_error() else str(reply.content.config_records["declined"].get("why", ""))[:500]
+            return self._leave_out(node, f"node {node}: {said}")
+        try:
+            said = read_json(str(reply.content.config_records["hello"]["json"]))
+            client, base, rank = str(said["client"]), str(said["base"]), said.get("rank")
+            known = Client(
+                node=node,
+                device_class=str(said["device_class"]),
+                examples=int(said["examples"]),
+                held=tuple(map(int, said["shifts"])),
+                remembers=said["remembers"] is True,
+                held_out=int(said["held_out"]),
+                rank=None if rank is None else int(rank),
+            )
+        except (KeyError, ValueError, TypeError):
+            return self._leave_out(node, f"node {node}: its hello cannot be read")
+        if base != self._base:
+            return self._leave_out(node, f"client {client} holds another backbone ({base[:12]}) than the run ({self._base[:12]})")
+        if self._welcome.names is not None and (name := self._welcome.names().get(node, "")) != client:
+            return self._leave_out(
+                node, f"node {node} has the key of '{name}' and calls itself '{client}': set its --client-id, or its key"
+            )
+        other = self.clients.get(client)
+        if other is not None and other.node != node and other.node in self._nodes:
+            return self._leave_out(node, f"two nodes call themselves client {client}")
+        self.clients[client] = known
+        self._known(client, node, known.device_class)
+
+    def _leave_out(self, node: int, why: str) -> None:
+        if self._refused.get(node, (0.0, ""))[1] != why:
+            self._note(f"left out, {why}")
+        self._refused[node] = time.monotonic(), why
+
+    def _too_few(self, count: int, what: str) -> str:
+        whys = [why for _, why in self._refused.values()]
+        return f"{count} clients {what}, min_clients={self._least}: " + ("; ".join(whys[:3]) or "no other is connected")
+
+    def _wait_for_nodes(self, until: float) -> list[int]:
+        """Nodes of the grid; engines that start their clients in the background need a moment."""
+        wanted = max(self._least, self._welcome.wanted or 0)
+        nodes: list[int] = []
+        told = -1
+        while time.monotonic() < until:
+            before, nodes = nodes, list(self._grid.get_node_ids())
+            if len(nodes) >= wanted and len(nodes) == len(before):
+                return nodes
+            if self._welcome.wanted is not None and len(nodes) != told:
+                told = len(nodes)
+                self._note(f"{told} of {wanted} clients are there")
+            time.sleep(POLL_S)
+        return nodes
+
+
+def replies(grid: Grid, ids: Sequence[str | None], until: float) -> Iterator[Message | None]:
+    """The reply to each message in turn, None where none came in time. Once the time is up, what has already come is still taken.
+
+    Args:
+        grid: Flower's grid.
+        ids: Of the messages, in the order in which their replies are wanted; empty or None for one that could not be sent.
+        until: By `time.monotonic`; infinity waits.
+    """
+    for i in ids:
+        while True:
+            got = list(grid.pull_messages([i])) if i else []
+            if got or not i or time.monotonic() > until:
+                yield got[0] if got else None
+                break
+            time.sleep(POLL_S)

@@ -1,0 +1,94 @@
+"""What a single machine loads of a federation: a device its own rows, a coordinator the global test."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import Config, from_dict, to_dict
+from fedtune.data import Federation, load_federation, load_test
+from fedtune.errors import ConfigError, DataError
+
+TEXTS = {"anna": ["a b", "c d", "e f", "g h", "i j"], "bert": ["k l", "m n", "o p"]}
+LABELS = {"anna": ["no", "yes", "no", "yes", "no"], "bert": ["maybe", "maybe", "maybe"]}
+
+
+def write(folder: Path) -> None:
+    folder.mkdir()
+    for name, texts in TEXTS.items():
+        rows = [json.dumps({"text": t, "label": label}) for t, label in zip(texts, LABELS[name], strict=True)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def config(folder: Path, **data: Any) -> Config:
+    values = to_dict(Config())
+    values["data"] |= {"source": "local", "path": str(folder), "client_from_file": True, "test_fraction": 0.0, "held_out": 0.4} | data
+    values["task"]["kind"] = "classification"
+    return from_dict(values)
+
+
+def rows_of(federation: Federation, client: str) -> tuple[list[Any], list[Any]]:
+    held = federation.clients[client]
+    return tuple(  # type: ignore[return-value]
+        [(federation.rows[int(i)]["text"], federation.rows[int(i)]["label"]) for i in part] for part in (held.train, held.held_out)
+    )
+
+
+def test_a_device_with_its_own_file_holds_what_the_simulation_gives_its_client(tmp_path: Path) -> None:
+    write(tmp_path / "all")
+    whole = load_federation(config(tmp_path / "all"))
+    assert whole.labels == ("maybe", "no", "yes")
+    for name in TEXTS:
+        own = config(tmp_path / "all" / f"{name}.jsonl", client=name, labels=list(whole.labels), client_from_file=False)
+        own = dataclasses.replace(own, partition=dataclasses.replace(own.partition, kind="one"))
+        alone = load_federation(own)
+        assert list(alone.clients) == [name]
+        assert rows_of(alone, name) == rows_of(whole, name)
+
+
+def test_without_a_file_of_its_own_a_device_takes_its_part_of_the_scenario(tmp_path: Path) -> None:
+    write(tmp_path / "all")
+    whole, alone = load_federation(config(tmp_path / "all")), load_federation(config(tmp_path / "all", client="bert"))
+    assert list(alone.clients) == ["bert"]
+    assert rows_of(alone, "bert") == rows_of(whole, "bert")
+    with pytest.raises(DataError, match="client 'carl' has no rows in this scenario: its clients are anna, bert"):
+        load_federation(config(tmp_path / "all", client="carl"))
+
+
+def test_a_device_class_does_not_hang_on_who_else_is_loaded() -> None:
+    values = to_dict(Config())
+    values["partition"] |= {"kind": "iid", "clients": 6}
+    values["devices"]["classes"] = {"small": {"share": 0.5}, "large": {"share": 0.5}}
+    whole = load_federation(from_dict(values))
+    values["data"]["client"] = "client-004"
+    alone = load_federation(from_dict(values))
+    assert alone.clients["client-004"].device_class == whole.clients["client-004"].device_class
+    np.testing.assert_array_equal(alone.clients["client-004"].train, whole.clients["client-004"].train)
+
+
+def test_a_coordinator_without_training_rows_has_the_test_and_the_names_of_the_classes(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "a b", "label": "yes"}\n{"text": "c d", "label": "no"}\n')
+    held = load_test(config(tmp_path / "nowhere", test_path=str(tmp_path / "test.jsonl")))
+    assert (held.labels, len(held.test), dict(held.clients)) == (("no", "yes"), 2, {})
+    named = load_test(config(tmp_path / "nowhere", labels=["yes", "no"]))
+    assert (named.labels, len(named.test)) == (("yes", "no"), 0)
+    both = load_test(config(tmp_path / "nowhere", labels=["yes", "no"], test_path=str(tmp_path / "test.jsonl")))
+    assert both.test["label"][:] == [0, 1]
+    with pytest.raises(ConfigError, match="set data.labels"):
+        load_test(config(tmp_path / "nowhere"))
+
+
+def test_a_coordinator_with_the_rows_keeps_no_client(tmp_path: Path) -> None:
+    write(tmp_path / "all")
+    held = load_test(config(tmp_path / "all"))
+    assert (held.labels, dict(held.clients)) == (("maybe", "no", "yes"), {})
+
+
+def test_all_rows_of_one_need_a_name(tmp_path: Path) -> None:
+    values = to_dict(Config())
+    values["partition"]["kind"] = "one"
+    with pytest.raises(ConfigError, match="data.client"):
+        from_dict(values)

@@ -1,0 +1,161 @@
+"""A deployment of real processes on loopback: keys, one server, some clients, each with rows of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedtune.keys import make_keys
+from fedtune.report import read_metrics
+from fedtune.state import AdapterState
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("FEDTUNE_DATA", ROOT / "../shared/data")).resolve()
+STORIES = DATA / "models/stories260k/hf"
+SPEAKERS = DATA / "fed/tinyshakespeare/input.txt"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def write_rows(folder: Path, clients: Sequence[str], lines: int = 40) -> None:
+    """Each client's own part of the plays, a file each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [line for line in SPEAKERS.read_text(encoding="utf-8").splitlines() if line and not line.endswith(":")]
+    for i, name in enumerate(clients):
+        rows = text[i * 2 * lines : i * 2 * lines + lines + 10 * i]  # unequal counts
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+
+
+def settings(rows: Path, clients: Sequence[str], *more: str) -> list[str]:
+    """LoRA on stories260k, as both doors take it."""
+    return [
+        "model=hub",
+        f"model.name={STORIES}",
+        "data=local",
+        f"data.path={rows}",
+        "data.client_from_file=true",
+        "data.test_fraction=0",
+        "task=causal_lm",
+        "task.max_length=32",
+        "devices=none",
+        "strategy=fedavg",
+        "inference=none",
+        "client.steps=3",
+        "client.epochs=null",
+        "client.batch_size=4",
+        "client.lr=1e-2",
+        "peft.rank=4",
+        f"clients_per_round={len(clients)}",
+        f"min_clients={len(clients)}",
+        "rounds=3",
+        "engine.threads=1",
+        *more,
+    ]
+
+
+class Deployment:
+    """Processes of one experiment.
+
+    Args:
+        folder: Of everything.
+        clients: Names.
+        experiment: Settings, as `settings` gives them.
+        secure: TLS and keys, or --insecure.
+        port: Where clients connect; a proxy may stand there.
+        own_rows: Whether each client gets --data with its own file.
+    """
+
+    def __init__(
+        self, folder: Path, clients: Sequence[str], experiment: Sequence[str], *, secure: bool = True, own_rows: bool = True
+    ) -> None:
+        self.folder, self.names, self.experiment, self.secure, self.own_rows = folder, list(clients), list(experiment), secure, own_rows
+        self.run, self.keys, self.rows = folder / "run", folder / "keys", folder / "rows"
+        self.port = free_port()
+        self.server: subprocess.Popen[bytes] | None = None
+        self.clients: dict[str, subprocess.Popen[bytes]] = {}
+        if secure and not self.keys.exists():
+            make_keys(self.keys, ["127.0.0.1"], self.names)
+
+    def start_server(self, *more: str, launcher: Sequence[str] = ("-m", "fedtune.server")) -> subprocess.Popen[bytes]:
+        k = self.keys
+        trust = ["--certificates", k / "ca.pem", k / "server.pem", k / "server.key", "--allowed", k / "allowed.json"]
+        args = [*self.experiment, "--run", self.run, "--address", f"127.0.0.1:{self.port}", *(trust if self.secure else ["--insecure"])]
+        self.server = self._start("server", [*launcher, *args, *more])
+        return self.server
+
+    def start_client(
+        self, name: str, *more: str, port: int | None = None, launcher: Sequence[str] = ("-m", "fedtune.client")
+    ) -> subprocess.Popen[bytes]:
+        k = self.keys / "clients" / name
+        trust = ["--key", k / "key", "--root-certificates", k / "ca.pem"] if self.secure else ["--insecure", "--client-id", name]
+        rows = ["--data", self.rows / f"{name}.jsonl"] if self.own_rows else []
+        args = ["--server", f"127.0.0.1:{port or self.port}", "--state", self.folder / "state" / name, *trust, *rows]
+        self.clients[name] = self._start(name, [*launcher, *args, *more])
+        return self.clients[name]
+
+    def start(self) -> None:
+        self.start_server()
+        for name in self.names:
+            self.start_client(name)
+
+    def finish(self, timeout: float = 300.0) -> int:
+        """The server's exit code."""
+        assert self.server is not None
+        try:
+            return self.server.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the server did not end within {timeout:g} s: {self.said('server')[-2000:]}") from None
+
+    def until(self, event: str, *, count: int = 1, log: str = "server", timeout: float = 120.0) -> None:
+        """Wait until the log has `count` lines of an event."""
+        path = self.run / "logs/server.jsonl" if log == "server" else self.folder / "state" / log / "logs/client.jsonl"
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if path.exists() and path.read_text(encoding="utf-8").count(event) >= count:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"'{event}' did not come {count} times in {path} within {timeout:g} s: {self.said('server')[-2000:]}")
+
+    def said(self, who: str) -> str:
+        return (self.folder / f"{who}.txt").read_text(encoding="utf-8", errors="replace")
+
+    def adapter(self) -> AdapterState:
+        return AdapterState.load(self.run / "adapter" / "fedtune.safetensors")
+
+    def rounds(self) -> list[dict[str, object]]:
+        return [r for r in read_metrics(self.run) if r["client"] is None]
+
+    def stop(self) -> None:
+        for process in filter(None, [self.server, *self.clients.values()]):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in filter(None, [self.server, *self.clients.values()]):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start(self, who: str, args: Sequence[object]) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{who}.txt").open("ab") as out:
+            return subprocess.Popen([sys.executable, *map(str, args)], stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env)
+
+
+@contextmanager
+def deployed(folder: Path, clients: Sequence[str], experiment: Sequence[str], **how: bool) -> Iterator[Deployment]:
+    made = Deployment(folder, clients, experiment, **how)
+    try:
+        yield made
+    finally:
+        made.stop()

@@ -1,0 +1,94 @@
+"""Server and clients as real processes on loopback come to the adapter that the simulation comes to."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fedtune.app import simulate
+from fedtune.compose import compose
+from fedtune.state import AdapterState
+from tests.faults.deployment import STORIES, Deployment, deployed, settings, write_rows
+
+CLIENTS = ("anna", "bert", "carla")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not STORIES.is_dir(), reason="needs FEDTUNE_DATA with models/stories260k and fed/tinyshakespeare"),
+]
+MIXED = (
+    "strategy=flexlora",
+    "devices={classes: {small: {share: 0.5, rank: 2}, large: {share: 0.5}}}",
+)
+
+
+def simulated(folder: Path, experiment: list[str]) -> AdapterState:
+    (job,) = compose([*experiment, f"output_dir={folder / 'simulated'}", "engine.batched=none"])
+    return AdapterState.load(simulate(job.config) / "adapter" / "fedtune.safetensors")
+
+
+def assert_same(found: AdapterState, wanted: AdapterState) -> None:
+    assert list(found.tensors) == list(wanted.tensors)
+    for name, tensor in wanted.tensors.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+    assert any(t.abs().max() > 1e-3 for n, t in found.tensors.items() if n.endswith("lora_B")), "it has learnt something"
+
+
+def test_three_clients_with_tls_and_keys_end_with_the_simulation_s_adapter(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    write_rows(rows, CLIENTS)
+    experiment = settings(rows, CLIENTS)
+    with deployed(tmp_path, CLIENTS, experiment) as made:
+        made.start()
+        assert made.finish() == 0, made.said("server")
+        records = made.rounds()
+        server = psutil.pids()
+    assert [r["counted"] for r in records[1:]] == [3, 3, 3]
+    assert_same(made.adapter(), simulated(tmp_path, experiment))
+    assert (made.run / "report.html").is_file()
+    assert server
+    for who in ("server", *CLIENTS):
+        assert "Traceback" not in made.said(who)
+    secrets_stay_home(made)
+
+
+def secrets_stay_home(made: Deployment) -> None:
+    """No private key in anything that was written, and none readable by others."""
+    keys = [made.keys / "server.key", *(made.keys / "clients" / name / "key" for name in CLIENTS)]
+    bodies = [re.sub(r"-----[^-]+-----|\s", "", key.read_text())[40:100] for key in keys]
+    for key in keys:
+        assert key.stat().st_mode & 0o077 == 0
+    written = [f for f in made.folder.rglob("*") if f.is_file() and made.keys not in f.parents]
+    assert len(written) > 20
+    for file in written:
+        text = re.sub(rb"\s", b"", file.read_bytes())
+        assert b"PRIVATEKEY" not in text, file
+        assert not any(body.encode() in text for body in bodies), file
+
+
+def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    write_rows(rows, CLIENTS)
+    experiment = [*(s for s in settings(rows, CLIENTS) if not s.startswith(("devices", "strategy"))), *MIXED]
+    with deployed(tmp_path, CLIENTS, experiment, own_rows=False) as made:
+        made.start_server()
+        for name in CLIENTS:
+            made.start_client(name, "--device", "scenario")
+        assert made.finish() == 0, made.said("server")
+    assert_same(made.adapter(), simulated(tmp_path, experiment))
+
+
+def test_doors_refuse_in_one_sentence(tmp_path: Path) -> None:
+    for args, sentence in (
+        (["-m", "fedtune.server"], "fedtune-server: --certificates and --allowed say how clients know the server"),
+        (["-m", "fedtune.server", "--insecure", "--address", "8080"], "fedtune-server: --address 8080 is no address"),
+        (["-m", "fedtune.server", "--insecure", "rounds=x"], "fedtune-server: rounds=x has the wrong type"),
+        (["-m", "fedtune.client", "--server", "localhost:1"], "fedtune-client: --key says who this client is"),
+        (["-m", "fedtune.client", "--server", "nowhere", "--insecure", "--state", str(tmp_path)], "fedtune-client: the server's address is"),
+        (["-m", "fedtune.client", "--server", "a:1", "--insecure", "--data", "/nope"], "fedtune-client: --data /nope is no file"),
+    ):
+        done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and done.stderr.startswith(sentence) and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,268 @@
+"""The warm child: what it answers, how it may die, and that nothing of it stays behind."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.network import frames
+from fedtune.network.executor import WORKER, Executor
+from fedtune.network.frames import LARGEST, FrameError, Kind, read_frame, write_frame
+from tests.network.waiting import wait_until
+
+STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
+ROOT = Path(__file__).parents[2]
+
+
+def order(do: str, kind: str = "train", node_id: int = 7, size: int = 3) -> Message:
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 5, 1, 1
+    content = RecordDict({"c": ConfigRecord({"do": do}), "a": ArrayRecord({"w": Array(np.arange(size, dtype=np.float32))})})
+    message = Message(content, node_id, kind)
+    message.metadata.__dict__["_message_id"] = f"{do}-{kind}"
+    return message
+
+
+Make = Callable[..., Executor]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made: list[Executor] = []
+
+    def new(command: tuple[str, ...] = STAND_IN, **more: object) -> Executor:
+        made.append(Executor({"folder": str(tmp_path), "name": "straße", **more}, tmp_path / "logs" / "worker.log", command=command))
+        return made[-1]
+
+    yield new
+    for each in made:
+        each.stop()
+
+
+def said(reply: Message) -> ConfigRecord:
+    assert reply.has_content(), reply.error
+    return reply.content.config_records["said"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# -- a child that lives ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_warm_child_answers_all_and_nothing_that_it_prints_gets_between(make: Make, tmp_path: Path) -> None:
+    child = make()
+    assert child.pid is None  # it starts when the first message comes
+    replies = [child.answer(order(do, kind), 7) for do, kind in (("a", "query"), ("read", "train"), ("c", "evaluate"))]
+    assert [said(r)["seen"] for r in replies] == ["a", "a read", "a read c"] and {said(r)["pid"] for r in replies} == {child.pid}
+    assert said(replies[0])["ids"] == "5 7 5 7"  # run and node of the message, as context and as the process's identity
+    assert said(replies[0])["node"] == "{'partition-id': 0, 'num-partitions': 1}"
+    assert said(replies[0])["settings"] == "straße"
+    assert replies[1].metadata.reply_to_message_id == "read-train" and replies[1].metadata.dst_node_id == 1
+    assert np.array_equal(replies[2].content.array_records["a"]["w"].numpy(), [0, 1, 2])
+    log = (tmp_path / "logs" / "worker.log").read_text()
+    assert log.count("a library prints") == log.count("and one writes") == 3
+    reply = child.answer(order("raise"), 7)
+    assert reply.error.reason == "ValueError: it does not fit" and "Traceback" in (tmp_path / "logs" / "worker.log").read_text()
+    assert child.answer(order("memory"), 7).error.reason == "MemoryError: no room"
+    assert child.answer(order("a", node_id=9), 7).error.reason == "the message is for node 9, this is node 7"
+    assert said(child.answer(order("still"), 7))["lives"] == 1  # none of that cost a child
+
+
+@pytest.mark.slow
+def test_twenty_megabytes_go_through_the_pipes_both_ways(make: Make) -> None:
+    reply = make().answer(order("a", size=5 * 2**20), 7)
+    assert np.array_equal(reply.content.array_records["a"]["w"].numpy(), np.arange(5 * 2**20, dtype=np.float32))
+
+
+# -- a child that dies -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_fresh_child_gets_the_last_hello_and_the_message_once_more(make: Make) -> None:
+    child = make()
+    assert said(child.answer(order("old", "query"), 7))["lives"] == 1
+    assert said(child.answer(order("hello", "query"), 7))["lives"] == 1
+    reply = said(child.answer(order("kill-once 9"), 7))
+    assert reply["lives"] == 2 and reply["seen"] == "hello kill-once 9"
+    assert said(child.answer(order("again", "query"), 7))["seen"] == "hello kill-once 9 again"
+    assert child.pid
+    os.kill(child.pid, signal.SIGKILL)  # between two messages
+    assert said(child.answer(order("after"), 7))["seen"] == "again after"
+
+
+@pytest.mark.slow
+def test_a_message_that_kills_two_children_is_an_error_that_says_how(make: Make) -> None:
+    child = make()
+    for do, how in (
+        ("kill 9", "it was killed by signal 9: perhaps out of memory"),
+        ("exit 3", "it ended with exit code 3"),
+        ("fork", "it was killed by signal 9: perhaps out of memory"),  # though its helper lives on
+    ):
+        reply = child.answer(order(do), 7)
+        assert reply.error.reason == f"the client's worker died 2 times on this message: {how} (its log is worker.log)"
+    assert said(child.answer(order("later"), 7))["lives"] == 7  # a fresh one, after 3 x 2
+
+
+@pytest.mark.slow
+def test_a_child_that_cannot_start_says_why(make: Make) -> None:
+    reply = make(broken=True).answer(order("a"), 7)
+    assert "died 2 times on this message: ImportError: no module named 'torch'" in reply.error.reason
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("raise SystemExit(4)", "it ended with exit code 4"),
+        ("print('Loading the weights ...')", "it does not answer in frames: no frame begins with b'Loading the w'"),
+        ("import os; os.write(1, b'ft1:')", "ended with exit code 0"),
+    ],
+)
+def test_a_child_that_does_not_speak_frames_is_an_error(make: Make, program: str, why: str) -> None:
+    command = (sys.executable, "-S", "-E", "-c", program)
+    assert why in make(command).answer(order("a"), 7).error.reason
+
+
+def test_a_command_that_is_not_there_is_an_error(make: Make) -> None:
+    assert "cannot be started: [Errno 2]" in make(("/no/such/program",)).answer(order("a"), 7).error.reason
+
+
+@pytest.mark.slow
+def test_fedtunes_own_worker_starts_or_says_why(make: Make) -> None:
+    """As it is started in earnest, from any folder; settings without data make it end with a sentence."""
+    reply = make(WORKER).answer(order("a"), 7)
+    assert reply.has_error() and "FrameError" not in reply.error.reason
+
+
+# -- an end ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_stop_ends_a_child_that_hangs_and_its_message_gets_an_error(make: Make) -> None:
+    child, replies = make(), []
+    thread = threading.Thread(target=lambda: replies.append(child.answer(order("hang"), 7)))
+    thread.start()
+    wait_until(lambda: _asleep(child.pid), 60)
+    pid = child.pid
+    child.stop()
+    assert pid and not alive(pid)
+    thread.join(5)
+    assert replies[0].error.reason == "the client was stopped"
+    assert child.answer(order("a"), 7).error.reason == "the client was stopped" and child.pid is None
+
+
+@pytest.mark.slow
+def test_the_child_dies_with_its_node_even_within_a_turn(tmp_path: Path) -> None:
+    program = f"""
+import sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from tests.network.test_executor import Executor, Path, STAND_IN, order
+child = Executor({{"folder": {str(tmp_path)!r}, "name": "x"}}, Path({str(tmp_path)!r}) / "log", command=STAND_IN)
+child.answer(order("a"), 7)
+print(child.pid, flush=True)
+child.answer(order("hang"), 7)
+"""
+    node = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert node.stdout
+    pid = int(node.stdout.readline())
+    wait_until(lambda: _asleep(pid))
+    assert alive(pid)
+    node.kill()
+    node.wait()
+    wait_until(lambda: not alive(pid))
+
+
+def _asleep(pid: int | None) -> bool:
+    """It ignores SIGTERM, which it does when it hangs."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+    ignored = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn"))
+    return bool(ignored >> (signal.SIGTERM - 1) & 1)
+
+
+# -- frames ------------------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=300)), max_size=4))
+def test_frames_come_out_as_they_went_in(sent: list[tuple[Kind, bytes]]) -> None:
+    stream = io.BytesIO()
+    for kind, payload in sent:
+        write_frame(stream, kind, payload)
+    stream.seek(0)
+    assert [read_frame(stream) for _ in sent] == sent and read_frame(stream) is None
+
+
+@given(st.binary(min_size=1, max_size=40))
+def test_a_frame_that_is_cut_is_an_error_wherever_it_is_cut(payload: bytes) -> None:
+    stream = io.BytesIO()
+    write_frame(stream, Kind.MESSAGE, payload)
+    whole = stream.getvalue()
+    for cut in range(1, len(whole)):
+        with pytest.raises(FrameError, match="cut within a frame"):
+            read_frame(io.BytesIO(whole[:cut]))
+
+
+@settings(max_examples=300)
+@given(st.binary(min_size=13, max_size=60))
+def test_random_bytes_are_an_error(noise: bytes) -> None:
+    with pytest.raises(FrameError, match="no frame begins with"):
+        read_frame(io.BytesIO(noise))
+
+
+@given(st.integers(LARGEST + 1, 2**64 - 1))
+def test_a_length_beyond_the_limit_is_refused_before_anything_is_read(size: int) -> None:
+    stream = io.BytesIO(b"ft1:\x02" + size.to_bytes(8, "big") + b"x")
+    with pytest.raises(FrameError, match=f"says that it has {size} bytes, more than the {LARGEST}"):
+        read_frame(stream)
+
+
+def test_an_unknown_kind_is_an_error() -> None:
+    with pytest.raises(FrameError, match="no frame begins with"):
+        read_frame(io.BytesIO(b"ft1:\x09" + bytes(8)))
+
+
+def test_a_payload_beyond_the_limit_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "LARGEST", 10)
+    stream = io.BytesIO()
+    with pytest.raises(FrameError, match="11 bytes do not fit into one frame, which holds 10"):
+        write_frame(stream, Kind.MESSAGE, bytes(11))
+    assert stream.getvalue() == b""
+
+
+@pytest.mark.slow
+def test_a_message_too_large_for_a_frame_is_an_error_reply_and_costs_no_child(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = make()
+    assert said(child.answer(order("a"), 7))["lives"] == 1
+    monkeypatch.setattr(frames, "LARGEST", 1000)
+    assert "too large for the worker" in child.answer(order("a", size=5000), 7).error.reason
+    monkeypatch.undo()
+    assert said(child.answer(order("b"), 7))["lives"] == 1
+
+
+@pytest.mark.slow
+def test_the_worker_is_quiet_about_a_node_that_is_gone_at_once() -> None:
+    done = subprocess.run([*WORKER], stdin=subprocess.DEVNULL, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.slow
+def test_nothing_of_this_room_loads_torch() -> None:
+    program = "import sys, fedtune.network.node, fedtune.network.executor, fedtune.network.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
