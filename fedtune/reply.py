@@ -8,11 +8,14 @@ from flwr.app import RecordDict
 
 from fedtune.errors import UpdateError, UpdateMismatch
 from fedtune.plan import Plan, Update, matching
-from fedtune.promise import verify
+from fedtune.privacy.verify import verify
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategy import Assignment
 from fedtune.traffic import Codec, decode_update
 
+_ADAMW = (1 - 0.9) / (1 - 0.999) ** 0.5
+_SLACK = 1.5  # codecs round what was trained
+_ROUNDING = 1e-3
 OURS = ("round", "client", "dropped", "bytes_up", "bytes_down")  # fields of a client's line that only the server writes
 
 
@@ -57,6 +60,7 @@ def _read_update(content: RecordDict, assignment: Assignment, examples: int | No
     if examples is not None and update.examples != examples:
         raise UpdateError(f"the update counts {update.examples} examples, the client said hello with {examples}: its weight is fixed there")
     _check_numbers(update, plan)
+    _check_reach(update, assignment)
     verify(plan, update.measurements)
     for name, came, asked in (
         ("client", update.client, plan.client),
@@ -79,12 +83,43 @@ def _check_numbers(update: Update, plan: Plan) -> None:
         steps, lr_sum = (update.measurements.get(n, -1.0) for n in ("steps", "lr_sum"))
         if not (steps >= 0 and lr_sum >= 0):
             raise UpdateError("the update's steps and lr_sum must be there and not negative: the peers run different versions of fedtune")
-        if plan.steps is not None and steps > plan.steps:
-            raise UpdateError(f"the update tells of {steps:g} steps, asked were {plan.steps} at most")
+        most = plan.steps
+        if most is None:
+            most = max(1, math.ceil(update.examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate)))
+        if steps > most:
+            raise UpdateError(f"the update tells of {steps:g} steps, asked were {most} at most")
         if lr_sum > steps * max(plan.lr, plan.lr_last) * (1 + 1e-6):
             raise UpdateError(f"the update's lr_sum={lr_sum:g} is more than {steps:g} steps of the plan's learning rate come to")
     if missing := [n for n in plan.measure if not update.metrics.get(n, -1.0) >= 0]:
         raise UpdateError(f"the update's {missing[0]} was asked for, and must be there and not negative")
+
+
+def _check_reach(update: Update, assignment: Assignment) -> None:
+    """No update can be farther away than its steps could have gone: what is, was made up, or the client is broken.
+
+    AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr a step, whatever the gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1),
+    and lr·decay of itself. SGD goes where the gradient says, so that only a clipped one has a bound: lr·clip a step, over all tensors.
+    Noise for privacy and what an earlier update left out are no steps: with them there is no bound.
+    """
+    plan, start = assignment.plan, assignment.adapter
+    if plan.phase == "score" or plan.privacy == "user" or (plan.codec and Codec.from_name(plan.codec).feedback):
+        return
+    if plan.optimizer == "sgd" and (plan.clip_norm is None or assignment.correction or plan.prox or plan.tail_penalty):
+        return
+    reach = update.measurements["lr_sum"]
+    grown = 1.0 + plan.weight_decay * reach
+    for name, tensor in update.adapter.tensors.items():
+        if name not in start.tensors:
+            continue
+        before = start[name][tuple(slice(size) for size in tensor.shape)].float()
+        moved = (tensor.float() - before).abs().max().item() if tensor.numel() else 0.0
+        most = reach * (_ADAMW if plan.optimizer == "adamw" else float(plan.clip_norm or 0.0))
+        limit = _SLACK * grown * (most + plan.weight_decay * reach * before.abs().max().item()) if tensor.numel() else 0.0
+        if moved > limit + _ROUNDING * (1.0 + before.abs().max().item() if tensor.numel() else 0.0):
+            raise UpdateError(
+                f"the update moves an entry of '{name}' by {moved:.3g}, and {update.measurements['steps']:g} steps of the plan could have"
+                f" moved it by {limit:.3g} at most: it was not trained so, and must not count"
+            )
 
 
 def _pruned(sent: AdapterState, got: AdapterSpec) -> AdapterState:

@@ -1,7 +1,8 @@
 """A client without a model, for tests of everything between strategy and wire: it adds `step` to each tensor, or misbehaves as told."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedtune.clients.declining import declining
 from fedtune.config import Config
 from fedtune.errors import UpdateError
 from fedtune.plan import Update, matching
+from fedtune.roll import Welcome
 from fedtune.run import RunDirectory
 from fedtune.simulations.grid import InProcessGrid
 from fedtune.state import AdapterSpec, AdapterState
@@ -92,7 +94,9 @@ class Ear:
         self.clients: list[dict[str, Any]] = []
         self.notes: list[str] = []
 
-    def round_started(self, round: int, rounds: int, cohort: int) -> None: ...
+    def client_known(self, client: str, node: int, device_class: str) -> None: ...
+
+    def round_started(self, round: int, rounds: int, cohort: Sequence[str]) -> None: ...
 
     def client_done(self, client: str, dropped: str | None) -> None: ...
 
@@ -114,7 +118,9 @@ def bridge(
     initial: AdapterState | None = None,
     patience_s: float = 10.0,
 ) -> tuple[Bridge, Ear]:
-    """A bridge over fake clients; a run directory that is there is gone on with."""
+    """A bridge over fake clients, whose steps go far; a run directory that is there is gone on with."""
+    if config.client.lr == Config().client.lr:
+        config = dataclasses.replace(config, client=dataclasses.replace(config.client, lr=100.0, schedule="constant", steps=3))
     run = RunDirectory(path, config) if (path / "checkpoints").is_dir() else _new(path, config)
     ear = Ear()
     made = Bridge(
@@ -127,7 +133,7 @@ def bridge(
         metric=("accuracy", True),
         evaluate=lambda s: {"accuracy": float(s.adapter["head.weight"].mean())},
         watcher=ear,
-        patience_s=patience_s,
+        welcome=Welcome(patience_s=patience_s),
     )
     return made, ear
 

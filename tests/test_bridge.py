@@ -12,8 +12,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedtune import reply
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EvalConfig
-from fedtune.errors import RunError, UpdateMismatch
+from fedtune.errors import RunError, UpdateError, UpdateMismatch
 from fedtune.plan import Plan, Update
 from fedtune.planning import schedule
 from fedtune.reply import read_update
@@ -180,7 +181,7 @@ def test_no_reply_ends_the_run(tmp_path: Path, replies: dict[str, Any]) -> None:
 
 
 def test_a_client_cannot_say_what_the_bridge_writes_of_it(tmp_path: Path) -> None:
-    lie = {"steps": 3, "lr_sum": 0.003, "round": 99, "client": 7, "dropped": 1, "bytes_up": 0, "bytes_down": 0}
+    lie = {"steps": 3, "lr_sum": 300.0, "round": 99, "client": 7, "dropped": 1, "bytes_up": 0, "bytes_down": 0}
     made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": retell(measurements=lie)}), 2, config())
     made.loop()
     mine = next(r for r in ear.clients if r["client"] == "b" and r["round"] == 1)
@@ -200,7 +201,8 @@ class Squares(FedAvg):
 
 def test_a_result_that_overflows_does_not_count(tmp_path: Path) -> None:
     huge = put("head.weight", Array(torch.full((4, 7), 1e30)))  # finite, its square is not
-    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": huge}), 1, config(), strategy=Squares())
+    unclipped = ClientConfig(optimizer="sgd", clip_norm=None)  # goes as far as the gradient says
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": huge}), 1, config(client=unclipped), strategy=Squares())
     state = made.loop()
     assert state.adapter.spec.version == 0 and not state.memory
     assert ear.notes == ["round 1 does not count: 'v' of its result is not finite; the state stays as it was"]
@@ -254,7 +256,7 @@ def test_clients_of_another_backbone_are_left_out(tmp_path: Path) -> None:
 
 
 def test_late_replies_are_late_by_the_virtual_clock(tmp_path: Path) -> None:
-    slow = retell(measurements={"virtual_s": 31.0, "steps": 3, "lr_sum": 0.003})
+    slow = retell(measurements={"virtual_s": 31.0, "steps": 3, "lr_sum": 300.0})
     devices = DevicesConfig(classes={"phone": DeviceClass()}, deadline_s=30.0)
     made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": slow}), 2, config(devices=devices))
     state = made.loop()
@@ -379,13 +381,68 @@ def test_a_client_gets_the_shifts_that_it_missed_and_no_other(tmp_path: Path, mo
     assert all(r["bytes_down"] > 0 for r in ear.records[1:])
 
 
+REACH = 3 * 0.01 * (1 - 0.9) / (1 - 0.999) ** 0.5  # three steps of AdamW at 0.01: 0.0949 an entry
+
+
+@pytest.mark.parametrize(
+    ("moved", "plan", "sentence"),
+    [
+        (REACH, {}, None),
+        (1.6 * REACH, {}, "moves an entry of 'q.lora_A' by 0.152, and 3 steps of the plan could have moved it by 0.142 at most"),
+        (0.03, {"optimizer": "sgd", "clip_norm": 1.0}, None),  # 3 · 0.01 · 1
+        (0.05, {"optimizer": "sgd", "clip_norm": 1.0}, "could have moved it by 0.045 at most"),
+        (1e6, {"optimizer": "sgd", "clip_norm": None}, None),  # nothing bounds it
+        (1.0, {"privacy": "user", "dp_noise": 1.0, "dp_turns": 1}, None),  # mostly noise
+        (1.0, {"codec": "topk=0.1+fp32+feedback"}, None),  # what an earlier update left out comes with it
+    ],
+)
+def test_no_update_is_farther_away_than_its_steps_could_have_gone(moved: float, plan: dict[str, Any], sentence: str | None) -> None:
+    start = lora_state(fill=0.0)
+    asked = Assignment(plan=Plan(round=1, client="a", base_version=0, steps=3, epochs=None, lr=0.01, lr_last=0.01, **plan), adapter=start)
+    sent = start.replace({n: torch.full_like(t, moved) for n, t in start.tensors.items()})
+    update = Update(client="a", round=1, base_version=0, adapter=sent, examples=1, measurements={"steps": 3, "lr_sum": 0.03})
+    if sentence is None:
+        reply._check_reach(update, asked)
+    else:
+        with pytest.raises(UpdateError, match=sentence):
+            reply._check_reach(update, asked)
+
+
+def test_adamw_goes_no_farther_than_the_bound_says_whatever_the_gradients() -> None:
+    """The worst case: after many steps of nothing a huge gradient, and again and again."""
+    w = torch.zeros(1, requires_grad=True)
+    optimizer, farthest = torch.optim.AdamW([w], lr=1.0, weight_decay=0.0), 0.0
+    for step in range(6000):
+        w.grad = torch.full((1,), 1e3 if step % 5000 == 4999 else 0.0)
+        before = w.item()
+        optimizer.step()
+        farthest = max(farthest, abs(w.item() - before))
+    assert 3.0 < farthest <= (1 - 0.9) / (1 - 0.999) ** 0.5
+
+
+def test_steps_are_bounded_by_the_rows_where_the_plan_goes_by_epochs() -> None:
+    start = lora_state(fill=0.0)
+    asked = Assignment(plan=Plan(round=1, client="a", base_version=0, epochs=2.0, batch_size=4), adapter=start)
+    for steps, good in ((5, True), (6, False)):  # 10 rows twice, four at a time: 5 steps
+        update = Update(
+            client="a", round=1, base_version=0, adapter=start, examples=10, measurements={"steps": steps, "lr_sum": steps * 1e-3}
+        )
+        said = ConfigRecord({"json": update.to_json(), "spec": start.spec.to_json()})
+        content = RecordDict({"adapter": start.to_arrays(), "update": said})
+        if good:
+            assert read_update(content, asked, examples=10).measurements["steps"] == 5
+        else:
+            with pytest.raises(UpdateError, match="tells of 6 steps, asked were 5 at most"):
+                read_update(content, asked, examples=10)
+
+
 def test_a_client_may_prune_ranks_only_where_it_was_asked_to() -> None:
     sent, shorter = lora_state(), dict(lora_state().tensors)
     shorter |= {"q.lora_A": torch.ones(1, 5), "q.lora_B": torch.ones(3, 1)}
     pruned = sent.replace(shorter, ranks={"q": 1, "up": 1})
     for penalty in (0.5, 0.0):
-        plan = Plan(round=1, client="a", base_version=0, tail_penalty=penalty)
-        paid = {"steps": 3, "lr_sum": 0.003}
+        plan = Plan(round=1, client="a", base_version=0, tail_penalty=penalty, lr=1.0, lr_last=1.0, steps=3)
+        paid = {"steps": 3, "lr_sum": 3.0}
         update = Update(client="a", round=1, base_version=0, adapter=pruned, examples=1, measurements=paid)
         said = ConfigRecord({"json": update.to_json(), "spec": pruned.spec.to_json()})
         reply = RecordDict({"adapter": pruned.to_arrays(), "update": said})

@@ -47,9 +47,33 @@ def epsilon(spent: Iterable[Spend], delta: float, accountant: str = "prv") -> fl
     return _epsilon(tuple(sorted((noise, rate, n) for (noise, rate), n in steps.items())), delta, accountant)
 
 
+def at_least(cost: Spend, epsilon: float, delta: float) -> bool:
+    """Whether `epsilon` at δ can be the cost of `cost`, and perhaps of more: False where its first sum alone costs more. No accountant is
+    asked, so that a server can hold every reply to it.
+
+    One sum has a closed form, δ(ε) = q · δ_G(ln(1 + (e^ε − 1) / q)) with δ_G(ε) = Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ): Balle et al. 2018,
+    Privacy Amplification by Subsampling, arXiv:1807.01647, theorem 9; Balle & Wang 2018, Improving the Gaussian Mechanism,
+    arXiv:1805.06530, theorem 5.
+    """
+    if not (cost.steps and cost.rate > 0):
+        return epsilon >= 0
+    if cost.noise <= 0:
+        return epsilon == math.inf
+    if epsilon > _WIDEST:
+        return True  # e^ε is out of reach, and nothing is promised any more
+    eps, half = math.log1p(math.expm1(epsilon) / cost.rate), 1 / (2 * cost.noise)
+    far, near = half - eps * cost.noise, -half - eps * cost.noise
+    return cost.rate * (_normal(far) - math.exp(eps) * _normal(near)) <= delta * (1 + 1e-6)
+
+
+def _normal(x: float) -> float:
+    """Φ."""
+    return math.erfc(-x / math.sqrt(2)) / 2
+
+
 @lru_cache(maxsize=4096)
 def solve_noise(epsilon: float, delta: float, rate: float, steps: int, accountant: str = "prv") -> float:
-    """The noise multiplier with which so many steps cost at most ε at δ (and at least ε − .01).
+    """The noise multiplier with which so many steps cost at most ε at δ (and at least ε − .01, or .99 ε).
 
     Raises:
         ConfigError: No noise is enough.
@@ -60,7 +84,7 @@ def solve_noise(epsilon: float, delta: float, rate: float, steps: int, accountan
         with _quiet():
             return get_noise_multiplier(
                 target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant,
-                epsilon_tolerance=min(0.01, epsilon / 20),
+                epsilon_tolerance=min(0.01, epsilon / 100),
             )  # fmt: skip
     except ValueError as bad:
         raise ConfigError(

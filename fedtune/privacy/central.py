@@ -19,7 +19,7 @@ from fedtune.config import Config, PrivacyConfig
 from fedtune.errors import ConfigError
 from fedtune.plan import Plan, Update
 from fedtune.privacy.accounting import Spend, solve_noise
-from fedtune.privacy.ledger import Ledger, ledger_file
+from fedtune.privacy.ledger import Ledger, ledger_file, most_spent
 from fedtune.privacy.noise import source
 from fedtune.privacy.user import PrivateMean, Tracker
 from fedtune.state import AdapterState
@@ -134,7 +134,8 @@ class PrivateCohort(Strategy):
         p = self.privacy
         if p.where == "client":
             return {}
-        most = max((self._ledger(c).epsilon(p.delta, p.accountant) for c in clients), default=0.0)
+        # of all ledgers, and not of `clients`: a run that goes on from an older checkpoint no longer knows who took part since
+        most = most_spent(self.folder, p.delta, p.accountant)
         return {"dp_clip": self.clip(before), "dp_noise": self.noise, "epsilon": most}
 
     def clip(self, state: ServerState) -> float:

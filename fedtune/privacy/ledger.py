@@ -20,6 +20,11 @@ def ledger_file(folder: Path, client: str) -> Path:
     return folder / f"{re.sub(r'[^A-Za-z0-9_-]', lambda m: f'%{ord(m[0]):06x}', client)}.jsonl"
 
 
+def most_spent(folder: Path, delta: float, accountant: str) -> float:
+    """ε at δ of the client that has spent most, of all that have a ledger in `folder`; 0 where nobody has."""
+    return max((Ledger(path).epsilon(delta, accountant) for path in sorted(folder.glob("*.jsonl"))), default=0.0)
+
+
 class Ledger:
     """One client's.
 

@@ -6,7 +6,8 @@
             adapters, biases, all weights), which the hooks miss or, for prompts, get wrong.
     looped  One backward pass a row: right for every model, also where vmap does not run, such as prompts over a quantised backbone.
 
-`way_of` takes the first that gives the loop's gradients on three made-up rows: a wrong gradient norm would make the stated ε false.
+`way_of` takes the first that gives the loop's gradients on three made-up rows: a wrong gradient norm would make the stated ε false. Where
+one row's numbers hang on who else is in the batch, it takes the loop unasked: removing a row would move the others' gradients too.
 
 The loss of a row is the mean over its counted tokens, so that long rows are not clipped for being long.
 """
@@ -49,7 +50,8 @@ def way_of(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Way:
     key = (task.kind, tuple(names))
     if key not in known:
         with torch.random.fork_rng(devices=[]):
-            known[key] = next((way for way in (hooked, mapped) if _right(way, live, names, task)), looped)
+            quick = () if _mixes_rows(live) else (hooked, mapped)
+            known[key] = next((way for way in quick if _right(way, live, names, task)), looped)
     return known[key]
 
 
@@ -152,6 +154,14 @@ def _losses(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig) ->
         return F.cross_entropy(logits, labels, reduction="sum")
     sizes = (batch["labels"][:, 1:] != IGNORED).sum(1)
     return (F.cross_entropy(logits, labels, reduction="none") / sizes.repeat_interleave(sizes)).sum()
+
+
+def _mixes_rows(live: LiveAdapter) -> bool:
+    """Whether a layer looks at the batch as a whole: LLM.int8 (arXiv:2208.07339) takes a feature out of every row's 8-bit product as soon
+    as one row has an outlier there, which made-up rows need not have. On a CPU, bitsandbytes trains through the weights in full instead."""
+    if live.backbone.device.type == "cpu":
+        return False
+    return any(getattr(getattr(m, "state", None), "threshold", 0.0) > 0 for m in live.model.modules())
 
 
 def _right(way: Way, live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.privacy.ledger import most_spent
 from fedtune.report.summary import Record, primary_metric, rounds, value
 
 
@@ -32,7 +33,7 @@ def write_card(
         lines.append(
             f"- {metric} on the global test: {before:.4g} in round {first} (0 is the untuned backbone), {after:.4g} after round {last}"
         )
-    lines += _privacy(config["privacy"], [v for r in records if (v := value(r, "epsilon")) is not None])
+    lines += _privacy(config["privacy"], _spent(run_dir, config["privacy"], records))
     if prompt:
         lines.append(f"- prompt template: `{json.dumps(prompt)}`")
     if classes:
@@ -45,6 +46,16 @@ def write_card(
         "```\n",
     ]
     (run_dir / "adapter" / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _spent(run_dir: Path, p: dict[str, Any], records: Sequence[Record]) -> list[float]:
+    """ε of the clients as far as this machine knows. The run's own ledgers count too: no line was written of a turn that was paid for and
+    whose reply was lost, or of one after the checkpoint that the run has gone on from."""
+    if p["kind"] == "none":
+        return []
+    told = [v for r in records if (v := value(r, "epsilon")) is not None]
+    held = most_spent(run_dir / "privacy", p["delta"], p["accountant"])
+    return [*told, *[held] * (held > 0)]
 
 
 def _privacy(p: dict[str, Any], spent: Sequence[float]) -> list[str]:
@@ -63,12 +74,15 @@ def _privacy(p: dict[str, Any], spent: Sequence[float]) -> list[str]:
         clip = f"a norm that follows the {p['clip_quantile']:g}-quantile, from {p['clip']:g}" if p["adaptive"] else f"norm {p['clip']:g}"
         bound = f"each update clipped to {clip} over all sent tensors, noise added by the {p['where']}"
     accountant = {"prv": "PRV, upper bound", "rdp": "RDP"}[p["accountant"]]
+    told = "metrics that clients report on held-out rows (eval.clients=0 asks for none)"
+    if p["kind"] == "user" and p["where"] == "server":
+        told += ", the training losses that they tell the server, which metrics.jsonl holds"
     lines = [
         f"- privacy: {cost} for the client that spent most; accountant: {accountant}",
         f"- privacy's unit: {unit}",
         f"- privacy's sampling: {how}; row counts are public",
         f"- privacy's clip: {bound}",
-        "- not covered: metrics that clients report on held-out rows (eval.clients=0 asks for none), and what they made people choose",
+        f"- not covered: {told}, and what they made people choose",
     ]
     if not p["secure_rng"]:
         lines.append("- the noise was drawn from the run's seed, a simulation: whoever knows the seed can subtract it")

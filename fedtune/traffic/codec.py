@@ -25,7 +25,7 @@ class Codec:
     The k entries are the largest of all tensors together: no other k lose less of the vector's norm.
 
     Args:
-        values: How numbers are written: fp32, bf16, int8 or nf4.
+        values: How numbers are written: fp32, fp16, bf16, int8 or nf4.
         share: Top-k: the share of all entries that is sent, rounded up to whole ones; 1 sends all.
         stochastic: Round at random, so that the mean of many draws is the number itself.
         feedback: What this update leaves out is added to the client's next.

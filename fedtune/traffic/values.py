@@ -1,4 +1,4 @@
-"""How numbers are written: in full, as bf16, as int8, or as nf4 with a scale for every 64 of them.
+"""How numbers are written: in full, as fp16, as bf16, as int8, or as nf4 with a scale for every 64 of them.
 
 A payload is flat: the numbers of all tensors one after the other in one array, their scales in another. An array of its own for each tensor
 would cost 0.2 kB of headers, more than the numbers of a small factor. Blocks do not cross tensors, whose magnitudes differ: `lengths` says
@@ -18,6 +18,7 @@ from fedtune.errors import UpdateMismatch
 
 BLOCK = 64
 Q, SCALE = "#q", "#scale"
+_LARGEST = torch.finfo(torch.float16).max  # 65,504
 
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero
 NF4 = (
@@ -55,6 +56,32 @@ class FP32:
 
     def decode(self, arrays: Mapping[str, Tensor], lengths: Sequence[int]) -> Tensor:
         return arrays[Q]
+
+
+class FP16:
+    """Half precision: error up to 2⁻¹¹ of the number, stochastic up to 2⁻¹⁰; below 2⁻¹⁴ up to 2⁻²⁵ and 2⁻²⁴, whatever the number."""
+
+    def layout(self, lengths: Sequence[int]) -> dict[str, tuple[torch.dtype, int]]:
+        return {Q: (torch.float16, sum(lengths))}
+
+    def encode(self, flat: Tensor, lengths: Sequence[int], draw: Generator | None) -> dict[str, Tensor]:
+        size = flat.abs()
+        if (size > _LARGEST).any():
+            raise UpdateMismatch(
+                f"a number of the tensors to send is {float(size.max()):.3g}, fp16 ends at {_LARGEST:,.0f}: take bf16 or int8"
+                " (traffic.up, traffic.down)"
+            )
+        if draw is None:
+            return {Q: flat.to(torch.float16)}
+        near = size.to(torch.float16)
+        below = (near.view(torch.int16) - (near.float() > size).to(torch.int16)).view(torch.float16)  # the next is one bit away
+        above = (below.view(torch.int16) + 1).view(torch.float16)  # infinity only from the largest itself, where the chance is 0
+        chance = (size - below.float()) / (above.float() - below.float())
+        chosen = torch.where(torch.rand(size.shape, generator=draw) < chance, above, below)
+        return {Q: torch.copysign(chosen, flat.to(torch.float16))}
+
+    def decode(self, arrays: Mapping[str, Tensor], lengths: Sequence[int]) -> Tensor:
+        return arrays[Q].float()
 
 
 class BF16:
@@ -124,7 +151,7 @@ class NF4Values:
         return torch.tensor(NF4)[codes.long()] * _spread(arrays[SCALE], lengths)
 
 
-VALUES: Mapping[str, Values] = {"fp32": FP32(), "bf16": BF16(), "int8": Int8(), "nf4": NF4Values()}
+VALUES: Mapping[str, Values] = {"fp32": FP32(), "fp16": FP16(), "bf16": BF16(), "int8": Int8(), "nf4": NF4Values()}
 
 
 def _blocks(lengths: Sequence[int]) -> int:

@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +17,18 @@ from flwr.app import RecordDict
 from fedtune.app import simulate
 from fedtune.clients import trainer
 from fedtune.clients.app import make_client_app
-from fedtune.config import Config, EngineConfig, EvalConfig, PrivacyConfig, check
+from fedtune.compose import choices, compose
+from fedtune.config import Config, EngineConfig, EvalConfig, PrivacyConfig, TrafficConfig, check, to_dict
 from fedtune.errors import ConfigError, PlanError, UpdateError
 from fedtune.plan import Plan
 from fedtune.planning import base_plan
 from fedtune.privacy import dpsgd
 from fedtune.privacy.accounting import Spend, epsilon
 from fedtune.privacy.ledger import Ledger, ledger_file
-from fedtune.promise import agree, terms, verify
+from fedtune.privacy.user import moved, norm
+from fedtune.privacy.verify import verify
+from fedtune.promise import agree, terms
+from fedtune.reply import read_update
 from fedtune.report import read_metrics
 from fedtune.run import RunDirectory
 from tests.tiny import tiny_config
@@ -106,6 +115,121 @@ def test_a_run_that_is_stopped_and_goes_on_has_spent_what_it_spent(tmp_path: Pat
     last = [r for r in lines(run) if r["client"] is not None and r["round"] == 2 and "steps" in r]
     for r in last:
         assert r["epsilon"] == epsilon([Spend(noise=1.0, rate=r["dp_sample_rate"], steps=2)] * (counts[str(r["client"])] + 1), 1e-5, "rdp")
+
+
+@pytest.mark.parametrize("privacy", [RECORD, PrivacyConfig(kind="user", clip=0.1, accountant="rdp")], ids=["record", "user at the server"])
+def test_going_on_from_an_older_checkpoint_forgets_no_spending(tmp_path: Path, privacy: PrivacyConfig) -> None:
+    run = simulate(tiny(tmp_path, privacy))  # two rounds, for which epsilon=8 was to last
+    spent = lines(run)[-1]["epsilon"]
+    shutil.rmtree(run / "checkpoints" / "round-0002")
+    config = RunDirectory.open(run)
+    config.close()
+    simulate(dataclasses.replace(config.config, resume=str(run)))
+    rounds = [r for r in lines(run) if r["client"] is None]
+    assert rounds[2]["counted"] == 0 and rounds[2]["dropped"] == {"privacy": 4}  # all is spent, though round 2 is to be done again
+    assert f"(ε, δ) = ({spent:.3g}, 1e-05)" in (run / "adapter" / "README.md").read_text() and 7.5 < spent <= 8.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["before the line", "after the line", "in a step", "before the reply", "before the checkpoint"])
+def test_kill_9_at_any_point_of_a_turn_loses_no_spending(tmp_path: Path, point: str) -> None:
+    privacy = dataclasses.replace(RECORD, epsilon=None, noise=1.0)
+    config, begun = tiny(tmp_path, privacy), tmp_path / "begun"
+    code = f"""
+import json, os, signal
+from pathlib import Path
+from fedtune.app import simulate
+from fedtune.clients import app
+from fedtune.config import from_dict
+from fedtune.privacy.dpsgd import PrivateGradient
+from fedtune.privacy.ledger import Ledger
+from fedtune.run import RunDirectory
+
+def at(kind, name, when, count):  # kill -9 at the count-th call, before it or after it; each step leaves a trace
+    right, calls = getattr(kind, name), []
+    def watched(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "step":
+            with open({str(begun)!r}, "a") as f:
+                f.write("step\\n")
+        out = right(*args, **kwargs)
+        if len(calls) == count and when == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return out
+    setattr(kind, name, watched)
+
+point = {point!r}
+at(PrivateGradient, "step", "after" if point == "in a step" else "never", 13)  # round 2, third client
+if point.endswith("the line"):
+    at(Ledger, "spend", point.split()[0], 7)
+elif point == "before the reply":
+    at(app, "finish", "before", 7)
+elif point == "before the checkpoint":
+    at(RunDirectory, "save", "before", 3)
+simulate(from_dict(json.loads({json.dumps(to_dict(config))!r})))
+"""
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, timeout=600)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    (run,) = (tmp_path / "outputs" / "tiny").iterdir()
+
+    def paid() -> int:
+        return sum(len(Ledger(f).spent()) for f in (run / "privacy").iterdir())
+
+    before, steps = paid(), len(begun.read_text().splitlines())
+    assert before >= -(-steps // 2)  # a turn has two steps, and none was taken that was not paid for
+    assert before == {"before the line": 6, "before the checkpoint": 8}.get(point, 7)
+    simulate(dataclasses.replace(config, resume=str(run)))
+    assert paid() == before + 4  # round 2 is paid for again, by all four
+    turns = {c: len(Ledger(ledger_file(run / "privacy", c)).spent()) for c in ("c0", "c1", "c2", "c3")}
+    rate = next(r["dp_sample_rate"] for r in lines(run) if "dp_sample_rate" in r)
+    most = epsilon([Spend(noise=1.0, rate=rate, steps=2)] * max(turns.values()), 1e-5, "rdp")
+    assert f"(ε, δ) = ({most:.3g}, 1e-05)" in (run / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", choices("traffic"))
+@pytest.mark.parametrize(
+    "privacy", [RECORD, LOCAL, PrivacyConfig(kind="user", clip=0.1, accountant="rdp")], ids=["record", "client", "server"]
+)
+def test_every_codec_goes_with_privacy(tmp_path: Path, privacy: PrivacyConfig, choice: str) -> None:
+    run = simulate(tiny(tmp_path, privacy, traffic=compose([f"traffic={choice}"])[0].config.traffic))
+    rounds = [r for r in lines(run) if r["client"] is None]
+    assert [r["counted"] for r in rounds[1:]] == [4, 4] and rounds[1]["epsilon"] < rounds[2]["epsilon"] <= 8.0
+
+
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """‖Δ_k‖ of each update as the server decodes it, in the order of its coming."""
+    norms: list[float] = []
+
+    def read(content: RecordDict, assignment: Any, **rest: Any) -> Any:
+        update, base = read_update(content, assignment, **rest), assignment.adapter.tensors
+        norms.append(norm(moved(update.adapter.tensors, base)))
+        return update
+
+    monkeypatch.setattr("fedtune.bridge.read_update", read)
+    return norms
+
+
+@pytest.mark.parametrize("up", ["bf16", "int8"])
+def test_a_client_clips_and_adds_noise_before_it_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: str) -> None:
+    norms = seen(monkeypatch)
+    quiet = dataclasses.replace(LOCAL, epsilon=None, noise=1e-6, clip=0.01)
+    simulate(tiny(tmp_path, quiet, rounds=1, traffic=TrafficConfig(up=up)))
+    # without noise worth the name each is of the clip's length, but for the codec's rounding: encoded first, it would be longer
+    assert norms == pytest.approx([0.01] * 4, rel=0.01)
+
+
+def test_what_feedback_brings_late_is_clipped_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = seen(monkeypatch)
+    privacy = PrivacyConfig(kind="user", clip=0.01, noise=1e-6, epsilon=None, accountant="rdp")
+    traffic = TrafficConfig(topk=0.2, error_feedback=True)
+    rounds = [adapter(simulate(tiny(tmp_path, privacy, rounds=n, traffic=traffic))) for n in (0, 1, 2)]
+    steps = [norm(moved(after, before)) for before, after in zip(rounds, rounds[1:], strict=False)]
+    # residuals included, an update is far longer than C = .01; the mean of four, each clipped after decoding, is not
+    assert min(norms) > 0.02 and all(0 < step <= 0.01 * 1.001 for step in steps)
 
 
 def test_a_run_with_noise_at_the_clients(tmp_path: Path) -> None:
@@ -210,6 +334,18 @@ def test_the_bridge_takes_no_update_that_should_have_been_private(changes: dict[
     verify(plan_of(Config()), {})
 
 
+@pytest.mark.parametrize("privacy", [RECORD, LOCAL], ids=["record", "user at the client"])
+def test_an_epsilon_that_the_noise_does_not_give_is_refused(privacy: PrivacyConfig) -> None:
+    plan = plan_of(Config(rounds=2, privacy=privacy))
+    said = {**SAID, "dp_noise": 6.0, **({"dp_sample_rate": 1.0, "dp_steps": 1.0} if privacy.kind == "user" else {})}
+    verify(plan, said)
+    with pytest.raises(UpdateError, match="says epsilon=3 with dp_noise=0.05, of which a single step costs more"):
+        verify(plan, {**said, "dp_noise": 0.05})
+    if privacy.kind == "user":
+        with pytest.raises(UpdateError, match="says 0.2 for dp_sample_rate"):
+            verify(plan, {**said, "dp_sample_rate": 0.2})
+
+
 def test_a_fixed_noise_must_be_the_one_that_was_asked_for() -> None:
     plan = plan_of(Config(privacy=dataclasses.replace(RECORD, noise=1.3, epsilon=None)))
     verify(plan, {**SAID, "epsilon": 99.0})
@@ -251,9 +387,16 @@ def test_a_plan_that_promises_nothing_is_not_understood(changes: dict[str, Any],
         Plan.from_json(text)
 
 
+def test_an_epsilon_without_privacy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="^privacy.epsilon promises nothing with privacy=none: add privacy=record or privacy=user$"):
+        compose(["privacy.epsilon=8", "privacy.delta=1e-5"])
+    assert compose(["privacy=record", "privacy.epsilon=8", "privacy.delta=1e-5"])[0].config.privacy.kind == "record"
+
+
 @pytest.mark.parametrize(
     ("privacy", "sentence"),
     [
+        (PrivacyConfig(kind="record", where="client"), "with privacy=record each client does"),
         (PrivacyConfig(kind="record", epsilon=None), "neither an epsilon to keep nor a noise to add"),
         (PrivacyConfig(kind="record", adaptive=True), "needs privacy=user"),
         (PrivacyConfig(kind="user", adaptive=True, where="client"), "needs privacy.where=server"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opacus import GradSampleModule
+from transformers import Qwen2Config
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
@@ -14,7 +15,7 @@ from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
 from fedtune.models.tasks import IGNORED
 from fedtune.privacy import samples
-from tests.models.build import VOCABULARY, checkpoint, hub
+from tests.models.build import VOCABULARY, checkpoint, hub, llama_config
 
 LM = TaskConfig(kind="causal_lm", max_length=12)
 ANSWERS = TaskConfig(kind="instruction", max_length=12, max_new_tokens=4)
@@ -84,7 +85,9 @@ CASES = [
     ("lora", "gpt2", LM, "hooked"),
     ("lora", "opt", CLASSES, "mapped"),  # its feed-forward layers see all rows as one
     *((m, "roberta", CLASSES, "mapped") for m in ("dora", "ia3", "prompt", "adapter", "ptuning_v2", "full")),
-    *((m, "roberta", CLASSES, "hooked") for m in ("lora", "bitfit")),
+    *((m, "roberta", CLASSES, "hooked") for m in ("lora", "rslora", "bitfit")),
+    ("prefix", "llama", CLASSES, None),  # encoders take no past keys and values
+    ("bitfit", "qwen2", LM, None),
     ("lora", "albert", CLASSES, "hooked"),
     ("lora", "distilbert", CLASSES, "hooked"),
     ("prompt", "llama", CLASSES, None),
@@ -180,3 +183,63 @@ def test_a_prompt_over_a_quantised_backbone_takes_one_pass_a_row(tmp_path: Path)
     assert samples.way_of(live, names, LM) is samples.looped
     with samples.looped(live, names, LM) as grads:
         assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
+
+
+def quantised(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
+    """As `built`, over a backbone whose rows are whole blocks of 64, with biases."""
+    config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
+    settings = hub(checkpoint(folder, "qwen2", config=config), precision=precision, compute="fp32")
+    with quiet():
+        made = load_backbone(settings, task, num_labels=3 if task is CLASSES else 0)
+        live = LiveAdapter(made, PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), task)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in live.parameters.values():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    live.model.train()
+    return live
+
+
+QUANTISED = [  # `full` has nothing that is frozen, and over int8 DoRA finds no scales in PEFT's layer
+    (m, p)
+    for p in ("nf4", "int8")
+    for m in ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit")
+    if (m, p) != ("dora", "int8")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [LM, CLASSES], ids=lambda t: t.kind)
+@pytest.mark.parametrize(("method", "precision"), QUANTISED)
+def test_each_method_over_a_quantised_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, precision: str, task: TaskConfig
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    live, batch = quantised(tmp_path / "m", method, task, precision), rows(task)
+    names = list(live.parameters)
+    wanted = one_by_one(live, batch, task)
+    with samples.way_of(live, names, task)(live, names, task) as grads:
+        got = grads(batch)
+    assert apart(got, wanted) <= 1e-5
+
+
+def test_where_int8_looks_at_the_whole_batch_each_row_has_a_pass_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = pytest.importorskip("bitsandbytes").autograd._functions
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    live = quantised(tmp_path / "m", "lora", LM, "int8")
+    names = list(live.parameters)
+    assert samples.way_of(live, names, LM) is samples.hooked  # on a CPU rows do not meet
+    layer = next(m for n, m in live.model.named_modules() if n.endswith("down_proj.base_layer"))
+    given = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    given[0, 5] = 20.0  # an outlier of the first row, beyond bitsandbytes' threshold of 6
+
+    def on_cuda(x: torch.Tensor) -> torch.Tensor:
+        return functions.MatMul8bitLt.apply(x, layer.weight, None, None, layer.state)
+
+    assert not torch.equal(on_cuda(given)[1:], on_cuda(given[1:]))  # there it changes the others: with it goes more than its own gradient
+    samples._chosen.clear()
+    object.__setattr__(live.backbone, "device", torch.device("cuda"))
+    assert samples._mixes_rows(live)
+    monkeypatch.setattr(samples, "_right", lambda *args: True)
+    assert samples.way_of(live, names, LM) is samples.looped

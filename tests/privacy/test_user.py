@@ -121,6 +121,18 @@ def test_the_noise_belongs_to_the_old_clip_and_both_together_cost_z() -> None:
     assert after < 0.5 and float(out["w"].std()) * cohort == pytest.approx(left * 0.5, rel=0.01)
 
 
+def test_tensors_and_bits_together_cost_what_z_alone_would() -> None:
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    # the bits' noise σ_b = .05 · 40 on a sum that one client moves by ½: a multiplier of 4
+    both, alone = RdpAccountant(), RdpAccountant()
+    both.compose(dp_accounting.GaussianDpEvent(Tracker(noise=0.05).left(1.0, 40)), 50)
+    both.compose(dp_accounting.GaussianDpEvent(0.05 * 40 / 0.5), 50)
+    alone.compose(dp_accounting.GaussianDpEvent(1.0), 50)
+    assert both.get_epsilon(1e-5) == pytest.approx(alone.get_epsilon(1e-5), rel=1e-6)
+
+
 def test_bits_that_cost_more_than_all_are_refused() -> None:
     with pytest.raises(ConfigError, match="raise privacy.bit_noise or clients_per_round"):
         Tracker(noise=0.05).left(2.0, 10)

@@ -14,7 +14,8 @@ from fedtune.errors import PlanError, UpdateMismatch
 from fedtune.traffic import Codec, values
 from fedtune.traffic.values import NF4, VALUES
 
-NAMES = ("fp32", "bf16", "int8", "nf4", "topk=0.05+fp32", "topk=0.3+int8", "topk=0.01+nf4+stochastic", "topk=0.5+bf16+feedback")
+NAMES = ("fp32", "fp16", "bf16", "int8", "nf4", "topk=0.05+fp32", "topk=0.3+int8", "topk=0.01+nf4+stochastic", "topk=0.5+bf16+feedback",
+         "topk=0.5+fp16+stochastic")  # fmt: skip
 SHAPES = st.lists(st.lists(st.integers(0, 13), max_size=3).map(tuple), max_size=4)
 
 
@@ -65,6 +66,24 @@ def test_the_error_is_at_most_half_a_step_and_a_whole_one_if_drawn(name: str) ->
     assert BOUNDS[name] < worst_error(name, True) <= BOUNDS[name] * 2.00001
 
 
+def test_fp16_is_finer_than_bf16_where_it_is_normal_and_even_below() -> None:
+    tensors = {"v": 10.0 ** torch.linspace(-9, 4, 997) * torch.tensor([1.0, -1.0]).repeat(499)[:997]}
+    for stochastic, seen, slack in ((False, 0.9, 1), (True, 1, 2)):
+        codec = Codec(values="fp16", stochastic=stochastic)
+        error = (codec.decode(codec.encode(tensors, 1), tensors)["v"] - tensors["v"]).abs()
+        normal = tensors["v"].abs() >= 2**-14
+        worst = float((error / tensors["v"].abs())[normal].max())
+        assert seen * 2**-11 < worst <= slack * 2**-11 and float(error[~normal].max()) <= slack * 2**-25
+    ends = torch.tensor([65504.0, -65504.0, 0.0, 2**-24, 1.0])
+    assert Codec(values="fp16", stochastic=True).encode({"v": ends})["#q"].tolist() == ends.tolist()  # what it can hold stays
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_what_fp16_cannot_hold_is_refused_and_not_sent_as_infinity(stochastic: bool) -> None:
+    with pytest.raises(UpdateMismatch, match="is 6.55e.04, fp16 ends at 65,504: take bf16 or int8"):
+        Codec(values="fp16", stochastic=stochastic).encode({"v": torch.tensor([1.0, -65510.0])})
+
+
 def test_the_bound_catches_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "round", torch.Tensor.floor)  # int8 rounds down
     assert worst_error("int8", False) > BOUNDS["int8"] * 1.5
@@ -92,13 +111,15 @@ def test_the_code_book_is_that_of_qlora() -> None:
     assert torch.allclose(book / book.abs().max(), torch.tensor(NF4), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "per_entry"), [("fp32", 4.0), ("bf16", 2.0), ("int8", 1 + 4 / 64), ("nf4", 1 / 2 + 4 / 64)])
+@pytest.mark.parametrize(
+    ("name", "per_entry"), [("fp32", 4.0), ("fp16", 2.0), ("bf16", 2.0), ("int8", 1 + 4 / 64), ("nf4", 1 / 2 + 4 / 64)]
+)
 def test_bytes_of_a_parameter(name: str, per_entry: float) -> None:
     like = {"a": torch.empty(64, 128), "b": torch.empty(128, 192)}
     assert Codec(values=name).nbytes(like) == per_entry * (64 * 128 + 128 * 192)  # int8: 1.0625, nf4: 0.5625
     n = 32_768
     k = math.ceil(0.05 * n)  # 1,639; 32,768 // 1,639 = 19: 4 low bits, 1,639·5 + 32,767 // 16 = 10,242 bits
-    numbers = {"fp32": 4 * k, "bf16": 2 * k, "int8": k + 4 * 26, "nf4": 820 + 4 * 26}[name]  # 25.6 blocks
+    numbers = {"fp32": 4 * k, "fp16": 2 * k, "bf16": 2 * k, "int8": k + 4 * 26, "nf4": 820 + 4 * 26}[name]  # 25.6 blocks
     assert Codec(values=name, share=0.05).nbytes(like) == 1281 + numbers
 
 
@@ -115,14 +136,14 @@ def test_top_k_sends_the_largest_of_all_tensors_and_all_of_them_without_loss() -
     assert "#index" not in whole.encode(everything)
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("name", ["fp16", *BOUNDS])
 def test_the_mean_of_many_draws_is_the_number(name: str) -> None:
     numbers = torch.tensor([1.0, 0.7, -0.33, 0.0123, -0.9])  # one block, so that the scale is 1 (or 1 / 127)
     draws = 10_000
     tensors = {f"t{i}": numbers for i in range(draws)}  # each tensor has blocks of its own
     codec = Codec(values=name, stochastic=True)
     mean = flat(codec.decode(codec.encode(tensors, 3), tensors)).view(draws, -1).mean(0)
-    step = {"bf16": 2**-8, "int8": 1 / 127, "nf4": 0.304}[name]
+    step = {"fp16": 2**-11, "bf16": 2**-8, "int8": 1 / 127, "nf4": 0.304}[name]
     assert ((mean - numbers).abs() <= 4 * step / 2 / math.sqrt(draws) + 1e-7).all()  # σ of a draw is at most half a step
     nearest = flat(Codec(values=name).decode(Codec(values=name).encode({"v": numbers}), {"v": numbers}))
     assert ((nearest - numbers).abs() > 5 * step / 2 / math.sqrt(draws)).any()  # rounding to the nearest would not pass

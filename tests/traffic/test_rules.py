@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 
 from fedtune import flower
 from fedtune.compose import compose
@@ -38,6 +39,12 @@ def test_which_codec_a_client_is_asked_for() -> None:
     assert asked(TrafficConfig(up="int8"), phase="score") == ""
     looked = Assignment(plan=Plan(round=1, client="a", base_version=0), adapter=lora_state(), expect=lora_state())
     assert with_codec(TrafficConfig(up="int8"), {"a": looked})["a"].plan.codec == ""
+
+
+@pytest.mark.parametrize("words", [["traffic=topk", "traffic.up=int8"], ["traffic.up=int8", "traffic=topk"],
+                                   ["traffic=int8", "traffic.down=fp32", "traffic.topk=0.05", "traffic.error_feedback=true"]])  # fmt: skip
+def test_choices_compose_in_any_order(words: list[str]) -> None:
+    assert asked(compose(words)[0].config.traffic) == "topk=0.05+int8+feedback"
 
 
 def test_settings_without_an_effect_are_refused() -> None:
@@ -76,16 +83,16 @@ def replied(assignment: Assignment, adapter: AdapterState) -> RecordDict:
         base_version=plan.base_version,
         adapter=adapter,
         examples=3,
-        measurements={"steps": 2, "lr_sum": 0.002},
+        measurements={"steps": 2, "lr_sum": 2.0},
     )
     return RecordDict({"adapter": adapter.to_arrays(), "update": ConfigRecord({"json": update.to_json(), "spec": adapter.spec.to_json()})})
 
 
 def assigned(codec: str) -> Assignment:
-    return Assignment(plan=Plan(round=1, client="a", base_version=0, codec=codec), adapter=lora_state())
+    return Assignment(plan=Plan(round=1, client="a", base_version=0, codec=codec, lr=1.0, lr_last=1.0, steps=2), adapter=lora_state())
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "int8+stochastic", "nf4", "topk=0.2+int8"])
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8+stochastic", "nf4", "topk=0.2+int8"])
 def test_a_reply_is_decoded_before_it_counts(name: str) -> None:
     start, given = lora_state(), assigned(name)
     trained = start.replace({n: t + 0.25 for n, t in start.tensors.items()})
@@ -101,7 +108,7 @@ def test_a_reply_is_decoded_before_it_counts(name: str) -> None:
     assert 0 <= reply_bytes(given) - flower.Meter()(content) < 1000  # what is foreseen is enough, and not much more
 
 
-@pytest.mark.parametrize("down", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("down", ["fp16", "bf16", "int8", "nf4"])
 def test_the_broadcasts_rounding_stays_out_of_the_servers_state(down: str) -> None:
     config, server, first = TrafficConfig(down=down), lora_state(seed=1), lora_state(seed=2)
     given = with_codec(config, {"a": assigned("")})["a"]
@@ -148,6 +155,32 @@ def spent(tmp_path: Path) -> dict[str, float]:
     made, ear = bridge(tmp_path / "free", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
     made.loop()
     return {c["client"]: (c["bytes_up"] + c["bytes_down"]) / 1e6 for c in ear.clients if c["round"] == 1}
+
+
+def test_the_bytes_in_the_metrics_are_those_that_travel(tmp_path: Path) -> None:
+    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
+    grid: Any = made.grid
+    push, pull, down, up = grid.push_messages, grid.pull_messages, dict[int, int](), dict[int, int]()
+
+    def length(message: Any) -> int:
+        return len(recorddict_to_proto(message.content).SerializeToString())
+
+    def pushed(messages: Any) -> Any:
+        sent = list(messages)
+        down.update({m.metadata.dst_node_id: length(m) for m in sent if m.metadata.message_type == "train"})
+        return push(sent)
+
+    def pulled(ids: Any) -> Any:
+        came = list(pull(ids))
+        up.update({m.metadata.src_node_id: length(m) for m in came if m.metadata.message_type == "train"})
+        return came
+
+    grid.push_messages, grid.pull_messages = pushed, pulled
+    made.loop()
+    lines = [c for c in ear.clients if c["round"] == 1]
+    assert sorted(c["bytes_down"] for c in lines) == sorted(down.values()) and sorted(c["bytes_up"] for c in lines) == sorted(up.values())
+    assert len(down) == len(up) == 2
+    assert ear.records[1]["bytes_down"] == sum(down.values()) and ear.records[1]["bytes_up"] == sum(up.values())
 
 
 def test_who_would_need_more_than_the_limit_is_not_asked(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fedtune.run import read_config
 from fedtune.state import AdapterState
 from tests.tiny import tiny_config
 
-UP = {"fp32": 1.0, "bf16": 0.5, "int8": 1.0625 / 4, "nf4": 0.5625 / 4, "topk": 0.24 / 4}  # of fp32's bytes, headers aside
+UP = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 1.0625 / 4, "nf4": 0.5625 / 4, "topk": 0.24 / 4}  # of fp32's bytes, headers aside
 
 
 def traffic(choice: str) -> TrafficConfig:
