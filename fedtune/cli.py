@@ -1,5 +1,7 @@
-"""The `fedtune` command: what to do with a run once it has ended.
+"""The `fedtune` command: what to do before a run on a network, while it goes, and with a run once it has ended.
 
+    fedtune keys --out DIR --server-name HOST --clients a b c
+    fedtune status RUN
     fedtune export RUN
     fedtune generate RUN/merged "turn on the light"
 
@@ -11,7 +13,7 @@ import sys
 from pathlib import Path
 
 from fedtune import __version__
-from fedtune.errors import FedtuneError
+from fedtune.errors import ConfigError, FedtuneError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fedtune", description="Export and try what a federated run has learnt.")
+    parser = argparse.ArgumentParser(prog="fedtune", description="Set up, watch, export and try federated runs.")
     parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -40,7 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the merged model of a run", description=about)
     export.add_argument("source", type=Path, metavar="RUN|ADAPTER", help="run directory, or PEFT adapter folder")
     export.add_argument("--to", choices=["hf"], default="hf", help="format: hf, a Hugging Face folder (default: %(default)s)")
-    export.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: merged, in the given folder)")
+    export.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: merged or requantized, in the given folder)")
+    export.add_argument(
+        "--requantize", action="store_true", help="quantise the merged model again, as the run's backbone was, and tell the error"
+    )
     export.set_defaults(command=_export)
 
     about = "Print how a model goes on from a text."
@@ -51,13 +56,30 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default: %(default)s)")
     generate.set_defaults(command=_generate)
+
+    about = "Make a CA, the server's certificate and a key for each client; or keys for further clients of such a folder."
+    keys = commands.add_parser("keys", help="make certificates and client keys", description=about)
+    keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make, or with --add to add to")
+    keys.add_argument("--server-name", metavar="HOST[,IP...]", help="names that clients reach the server by")
+    keys.add_argument("--clients", nargs="+", metavar="NAME", help="name of each client")
+    keys.add_argument("--add", nargs="+", metavar="NAME", help="further clients for an existing folder")
+    keys.add_argument("--days", type=int, metavar="N", help="how long the certificates are good (default: 3650)")
+    keys.set_defaults(command=_keys)
+
+    about = "Print how a run stands: its server, its clients, what was dropped and why."
+    status = commands.add_parser("status", help="show how a run stands", description=about)
+    status.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run directory")
+    status.add_argument("--control", metavar="127.0.0.1:PORT", help="ask the running server instead")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(command=_status)
     return parser
 
 
 def _export(args: argparse.Namespace) -> str:
     from fedtune.inference.export import beside, export_hf
 
-    out = export_hf(args.source, args.out or args.source / "merged")
+    out = args.out or args.source / ("requantized" if args.requantize else "merged")
+    export_hf(args.source, out, requantize=args.requantize)
     if said := beside(out):
         print(f"fedtune: {said}", file=sys.stderr)
     return str(out)
@@ -68,6 +90,27 @@ def _generate(args: argparse.Namespace) -> str:
 
     text = generate_text(args.model, args.text, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
     return text.strip()
+
+
+def _keys(args: argparse.Namespace) -> str:
+    from fedtune.keys import DAYS, add_clients, make_keys
+
+    if args.add:
+        if extra := [f for f in ("server_name", "clients", "days") if getattr(args, f) is not None]:
+            raise ConfigError(f"--add makes client keys for a folder that is there: leave out --{extra[0].replace('_', '-')}")
+        return add_clients(args.out, args.add)
+    if args.server_name is None or not args.clients:
+        raise ConfigError("a new folder of keys needs --server-name HOST and --clients NAME ...; a further client needs --add NAME")
+    hosts = [host.strip() for host in args.server_name.split(",")]
+    return make_keys(args.out, hosts, args.clients, days=DAYS if args.days is None else args.days)
+
+
+def _status(args: argparse.Namespace) -> str:
+    from fedtune.status import ask, read_status, show
+
+    if (args.run is None) == (args.control is None):
+        raise ConfigError("give either a run directory or --control 127.0.0.1:PORT")
+    return show(ask(args.control) if args.run is None else read_status(args.run), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
                 _check_choices(point, folder)
                 label = " ".join(o for o in point if o.partition("=")[0] in swept)
                 jobs.append(Job(label=label, config=_config(name, point)))
+                _check_private(point, jobs[-1].config)
             return jobs
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as bad:  # ValueError: Hydra's on odd defaults lists
         raise ConfigError(_sentence(bad)) from None
@@ -128,6 +129,8 @@ def make_strategy(config: Config) -> "Strategy":
             f"{name} makes new factors in every round, to which what was left out of an older update cannot be added:"
             " set traffic.error_feedback=false"
         )
+    if kind.from_zero and config.peft.init == "loftq":
+        raise ConfigError(f"{name} takes the adapter that a run begins with for zero, peft.init=loftq does not: take peft.init=default")
     private = config.privacy.kind
     if private != "none" and kind.tells:
         raise ConfigError(f"{name} has clients tell {kind.tells}, which privacy={private} does not cover: take strategy=fedavg")
@@ -190,6 +193,13 @@ def _check_key(override: Override) -> None:
         raise ConfigError(f"{key} has no effect here: fedtune makes its own run directories and logs (see output_dir and name)")
     if not _is_known(key.split("."), Config):
         raise ConfigError(_unknown(key))
+
+
+def _check_private(point: Iterable[str], config: Config) -> None:
+    """Who sets an epsilon believes that there is one."""
+    keys = [o.partition("=")[0].lstrip("+") for o in point]
+    if config.privacy.kind == "none" and (dead := [k for k in keys if k.startswith("privacy.") and k != "privacy.kind"]):
+        raise ConfigError(f"{dead[0]} promises nothing with privacy=none: add privacy=record or privacy=user")
 
 
 def _unknown(key: str) -> str:

@@ -59,12 +59,14 @@ class Strategy(abc.ABC):
             was left out of an older update cannot be added (`traffic.error_feedback`).
         takes_mean: Whether `aggregate` asks no more of the updates than their mean: one update that is the mean of some makes the same
             state as they do. Only then can noise or a secure sum stand between the clients and the method.
+        from_zero: Whether it takes the run's first product B·A for zero, which peft.init=loftq does not keep.
         tells: What it has clients tell beside trained tensors, such as exact losses, which privacy does not reach; "" for nothing.
     """
 
     mixes_ranks: ClassVar[bool] = False
     keeps_basis: ClassVar[bool] = True
     takes_mean: ClassVar[bool] = False
+    from_zero: ClassVar[bool] = False
     tells: ClassVar[str] = ""
 
     def check(self, config: Config) -> None:  # noqa: B027  most methods work with every config

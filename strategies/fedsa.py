@@ -10,6 +10,7 @@ Source: Guo et al. 2025, Selective Aggregation for Low-Rank Adaptation in Federa
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.config import Config
 from fedtune.plan import Plan, matching
@@ -23,6 +24,8 @@ SHARED, OWN = ("*.lora_A",), ("*", "!*.lora_A")
 @dataclass(frozen=True, kw_only=True)
 class FedSA(FedAvg):
     """A ← sum_k p_k A_k with p_k = n_k / sum n; clients train A, B and head, and keep B and head from turn to turn."""
+
+    from_zero: ClassVar[bool] = True  # its server keeps the first B under an A that moves on
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""

@@ -43,6 +43,7 @@ class HetLoRA(Strategy):
     """
 
     mixes_ranks: ClassVar[bool] = True
+    from_zero: ClassVar[bool] = True  # a common first product would outweigh what each client has learnt
     tail_penalty: float = 1e-3
     tail_share: float = 0.99
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedtune.state import AdapterState
 
 OWN = "fedtune.safetensors"
+OVER = "quantised.json"  # says which quantised weights the adapter counts on
 _PREFIX = "base_model.model."
 # Settings that change what a merge has to compute; only these values are plain LoRA
 _PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
@@ -32,6 +33,7 @@ class StoredAdapter:
         heads: Of PEFT's: parameter of the backbone → what replaces it, such as `score.weight`. fedtune's own heads are in the state.
         base: Name or folder of the backbone; "" where the adapter does not say.
         task_type: PEFT's, such as CAUSAL_LM; "" where the adapter does not say.
+        over: `precision` and `compute` of the quantised weights that it counts on (peft.init=loftq); empty where it is for any.
     """
 
     state: "AdapterState"
@@ -39,6 +41,7 @@ class StoredAdapter:
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     base: str = ""
     task_type: str = ""
+    over: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
@@ -59,6 +62,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         shifts=tuple(sorted(shifts, key=lambda s: s.spec.version)),
         base=_text(said.get("base_model_name_or_path")),
         task_type=_text(said.get("task_type")),
+        over=_over(folder),
     )
 
 
@@ -86,7 +90,17 @@ def _read_peft(folder: Path) -> StoredAdapter:
         heads=tensors,
         base=_text(config.get("base_model_name_or_path")),
         task_type=_text(config.get("task_type")),
+        over=_over(folder),
     )
+
+
+def _over(folder: Path) -> dict[str, str]:
+    if not (folder / OVER).is_file():
+        return {}
+    said = _json(folder / OVER)
+    if said.get("precision") not in ("nf4", "int8") or said.get("compute") not in ("bf16", "fp32"):
+        raise ModelError(f"{folder / OVER} cannot be read: it must say the precision and the compute of the adapter's backbone")
+    return {"precision": said["precision"], "compute": said["compute"]}
 
 
 def _text(value: Any) -> str:

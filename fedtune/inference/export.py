@@ -1,20 +1,26 @@
 """The merged model as a Hugging Face folder that any program can load."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedtune.config import Config, ModelConfig, TaskConfig, from_dict
 from fedtune.errors import CheckpointError, FedtuneError, ModelError
-from fedtune.inference.adapter_folder import OWN, StoredAdapter, read_adapter
+from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
+from fedtune.inference.requantise import put_dequantised, requantise, said, text_logits
 from fedtune.models.backbone import Backbone, load_backbone, quiet
-from fedtune.models.checkpoint import NANO, fingerprint
+from fedtune.models.checkpoint import NANO, fingerprint, stored_tensors
 from fedtune.models.methods import mergeable, method
 from fedtune.models.methods.heads import trained_heads
 
@@ -22,38 +28,52 @@ CARD = "fedtune.json"  # beside the model: its task and prompt template; also ma
 BESIDE = "adapter"  # folder of what could not be merged
 
 
-def export_hf(source: Path, out: Path, *, replace: bool = False) -> Path:
-    """Merge an adapter into its float32 backbone, and write config, safetensors and tokenizer.
+def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: bool = False) -> Path:
+    """Merge an adapter into its backbone in float32, and write config, safetensors and tokenizer, in the dtype of the checkpoint.
 
-    What no weights can express (prompts, bottlenecks) is written beside them: `beside` says so.
+    An adapter that began as what quantisation took (peft.init=loftq) is merged into the weights that it was trained over, dequantised; any
+    other into the checkpoint's own, whatever the run's precision. What no weights can express (prompts, bottlenecks) is written beside
+    them. `beside` says so.
 
     Args:
         source: A run directory, or an adapter folder whose adapter_config.json names the backbone.
         out: The folder to write; made whole or not at all.
         replace: Write over `out` if an export of fedtune is there.
+        requantize: Quantise the merged model again, in the run's precision; the card has the error (see `requantise`).
 
     Returns:
         `out`.
 
     Raises:
         CheckpointError: `source` is missing, or is a run that has no adapter yet.
-        ModelError: The adapter or the backbone cannot be used, they do not belong together, or `out` is taken.
+        ModelError: The adapter or the backbone cannot be used, they do not belong together, `out` is taken, or there is no precision to
+            quantise to.
     """
     source, out = Path(source), Path(out)
     _check_out(out, replace)
     config, adapter, labels = _read(source)
     task = config.task if config else _task(adapter, source)
-    backbone = _backbone(config, adapter, task, source)
+    if config and config.peft.init == "loftq" and not adapter.over:
+        raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
+    again = _precision(config, adapter, source) if requantize else {}
+    model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
+    backbone = load_backbone(model, task, **settings)
     mark = adapter.state.spec.base
     if mark and mark != backbone.fingerprint:
         raise ModelError(
             f"the adapter in {source} belongs to the backbone {mark}, but {backbone.name} is {backbone.fingerprint}:"
             " give it the checkpoint that it was trained on"
         )
-    apart = None if mergeable(adapter.state.spec.method) else _apart(source)
+    kind = adapter.state.spec.method
+    apart = None if mergeable(kind) else _apart(source)
     if apart and config is None:
-        kind = adapter.state.spec.method
         raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, and without its run nothing says how it was set up")
+    if apart and requantize:
+        raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, so there is nothing to quantise again")
+    put_heads(backbone.model, adapter, task)
+    before = text_logits(backbone.model, backbone.tokenizer) if requantize else None
+    if adapter.over:
+        put_dequantised(backbone.model, dataclasses.replace(model, **adapter.over), task, **settings)
     merge(backbone.model, adapter, task)
     if labels and task.kind == "classification":
         backbone.model.config.id2label = dict(enumerate(labels))
@@ -62,25 +82,30 @@ def export_hf(source: Path, out: Path, *, replace: bool = False) -> Path:
     card = {"task": task.kind, "prompt": prompt_template(config), "max_new_tokens": longest, "base": backbone.fingerprint}
     if apart and config:
         card["peft"] = vars(config.peft)
-    _write(backbone, card, out, apart)
+    if adapter.over:
+        card["merged_into"] = dict(adapter.over)
+
+    def save(folder: Path) -> dict[str, Any]:
+        if before is not None:
+            return {**card, "quantised": requantise(backbone, folder=folder, before=before, **again)}
+        dtype = torch.float32 if model.init == "random" else stored_dtype(backbone.folder)
+        for parameter in backbone.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        with quiet():
+            backbone.model.save_pretrained(folder)
+        return card
+
+    _write(backbone, save, out, apart)
     return out
 
 
-def merge(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
-    """Put the shifts, the adapter and the head into a float32 backbone, in place; sums are taken in float64 and rounded once.
-
-    Of a method that no weights can express, only the head.
+def put_heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
+    """Put the adapter's head into a float32 backbone, in place.
 
     Raises:
-        ModelError: The adapter names a module that the model lacks, or one of another shape.
+        ModelError: The model lacks it, or has one of another shape.
     """
-    for shift in adapter.shifts:
-        method("lora").merge(model, shift)
-    parameters, own = dict(model.named_parameters()), trained_heads(model, task)
-    heads = {n: t for n, t in adapter.state.tensors.items() if n.split(".")[0] in own and n in parameters}
-    if mergeable(adapter.state.spec.method):
-        rest = adapter.state.subset([n for n in adapter.state.tensors if n not in heads])
-        method(rest.spec.method).merge(model, rest)
+    parameters, heads = dict(model.named_parameters()), _heads(model, adapter, task)
     with torch.no_grad():
         for name, tensor in {**heads, **adapter.heads}.items():
             if name not in parameters or parameters[name].shape != tensor.shape:
@@ -88,14 +113,54 @@ def merge(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> N
             parameters[name].copy_(tensor)
 
 
+def merge(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
+    """Put the shifts and the adapter, but for its head, into a float32 backbone, in place; sums are taken in float64 and rounded once.
+
+    Of a method that no weights can express, nothing.
+
+    Raises:
+        ModelError: The adapter names a module that the model lacks, or one of another shape.
+    """
+    for shift in adapter.shifts:
+        method("lora").merge(model, shift)
+    if mergeable(adapter.state.spec.method):
+        heads = _heads(model, adapter, task)
+        rest = adapter.state.subset([n for n in adapter.state.tensors if n not in heads])
+        method(rest.spec.method).merge(model, rest)
+
+
+def _heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> dict[str, Tensor]:
+    own, known = trained_heads(model, task), {n for n, _ in model.named_parameters()}
+    return {n: t for n, t in adapter.state.tensors.items() if n.split(".")[0] in own and n in known}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """bfloat16 or float16 where most of the checkpoint's numbers are kept in it, else float32."""
+    counts = Counter[str]()
+    for tensor in stored_tensors(folder):
+        counts[tensor.dtype] += math.prod(tensor.shape)
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(counts, key=lambda d: counts[d]), torch.float32)
+
+
 def beside(out: Path) -> str:
-    """One sentence on what lies beside the weights that `export_hf` wrote, and how to use it; "" where the weights are all."""
-    if not (out / BESIDE).is_dir():
-        return ""
-    kind = json.loads((out / CARD).read_text(encoding="utf-8"))["peft"]["method"]
-    peft_opens = (out / BESIDE / "adapter_config.json").is_file()
-    how = f"`fedtune generate` or PeftModel.from_pretrained(model, '{out / BESIDE}')" if peft_opens else "`fedtune generate`"
-    return f"no weights can express peft.method={kind}: {out} is the backbone with the adapter beside it, in {out / BESIDE}; use {how}"
+    """What there is to know of a folder of `export_hf`'s beside its weights, in a sentence each; "" where they are all."""
+    card = json.loads((out / CARD).read_text(encoding="utf-8"))
+    sentences = []
+    if (out / BESIDE).is_dir():
+        kind = card["peft"]["method"]
+        peft_opens = (out / BESIDE / "adapter_config.json").is_file()
+        how = f"`fedtune generate` or PeftModel.from_pretrained(model, '{out / BESIDE}')" if peft_opens else "`fedtune generate`"
+        sentences.append(
+            f"no weights can express peft.method={kind}: {out} is the backbone with the adapter beside it, in {out / BESIDE}; use {how}"
+        )
+    if over := card.get("merged_into"):
+        sentences.append(
+            f"the adapter began as what {over['precision']} took from the backbone (peft.init=loftq), so it is merged into the dequantised"
+            " weights that it was trained over, not into the checkpoint's own"
+        )
+    if figures := card.get("quantised"):
+        sentences.append(said(figures))
+    return "; ".join(sentences)
 
 
 def _check_out(out: Path, replace: bool) -> None:
@@ -140,20 +205,36 @@ def _task(adapter: StoredAdapter, source: Path) -> TaskConfig:
     return TaskConfig(kind=kinds[adapter.task_type], max_length=2)
 
 
-def _backbone(config: Config | None, adapter: StoredAdapter, task: TaskConfig, source: Path) -> Backbone:
+def _model_config(config: Config | None, adapter: StoredAdapter, source: Path) -> ModelConfig:
+    """The backbone in float32, on the CPU."""
+    if config:
+        return dataclasses.replace(config.model, precision="fp32", device="cpu")
+    # An adapter of the embedded backbone names the folder of the machine that trained it
+    if adapter.state.spec.base and (NANO / "config.json").is_file() and adapter.state.spec.base == fingerprint(NANO):
+        return ModelConfig(source="nano", device="cpu")
+    if not adapter.base:
+        raise ModelError(f"{source} does not name its backbone: set base_model_name_or_path in its adapter_config.json")
+    return ModelConfig(source="hub", name=adapter.base, device="cpu")
+
+
+def _settings(config: Config | None, adapter: StoredAdapter, task: TaskConfig) -> dict[str, int]:
     # The last matrix of a head has a row for each class
     tensors = {**adapter.state.tensors, **adapter.heads}
     classes = [t.shape[0] for n, t in tensors.items() if t.ndim == 2 and n.endswith("weight")]
-    labels = classes[-1] if classes and task.kind == "classification" else 0
-    if config:
-        model = ModelConfig(**{**vars(config.model), "precision": "fp32", "device": "cpu"})
-        return load_backbone(model, task, num_labels=labels, seed=config.seed)
-    # An adapter of the embedded backbone names the folder of the machine that trained it
-    if adapter.state.spec.base and (NANO / "config.json").is_file() and adapter.state.spec.base == fingerprint(NANO):
-        return load_backbone(ModelConfig(source="nano", device="cpu"), task, num_labels=labels)
-    if not adapter.base:
-        raise ModelError(f"{source} does not name its backbone: set base_model_name_or_path in its adapter_config.json")
-    return load_backbone(ModelConfig(source="hub", name=adapter.base, device="cpu"), task, num_labels=labels)
+    return {"num_labels": classes[-1] if classes and task.kind == "classification" else 0, "seed": config.seed if config else 0}
+
+
+def _precision(config: Config | None, adapter: StoredAdapter, source: Path) -> dict[str, str]:
+    """`precision` and `compute` of the run's quantised backbone."""
+    if adapter.over:
+        return dict(adapter.over)
+    if config is None:
+        raise ModelError(f"{source}: without its run nothing says which precision to quantise to: give the run directory")
+    if config.model.precision not in ("nf4", "int8"):
+        raise ModelError(
+            f"{source} was trained with model.precision={config.model.precision}, no quantised one to go back to: leave out --requantize"
+        )
+    return {"precision": config.model.precision, "compute": config.model.compute}
 
 
 def prompt_template(config: Config | None) -> str | None:
@@ -175,15 +256,16 @@ def _apart(source: Path) -> Path:
     return source / "adapter" if (source / "adapter").is_dir() else source
 
 
-def _write(backbone: Backbone, card: dict[str, Any], out: Path, apart: Path | None) -> None:
+def _write(backbone: Backbone, save: Callable[[Path], dict[str, Any]], out: Path, apart: Path | None) -> None:
+    """`save` writes config.json and the weights, and returns the card."""
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         if apart:
             shutil.copytree(apart, temporary / BESIDE)
+        card = save(temporary)
         with quiet():
-            backbone.model.save_pretrained(temporary)
             backbone.tokenizer.save_pretrained(temporary)
         own = backbone.folder / "generation_config.json"  # load_backbone drops sampling defaults; whoever serves the model wants them
         if own.is_file():
@@ -193,5 +275,6 @@ def _write(backbone: Backbone, card: dict[str, Any], out: Path, apart: Path | No
             shutil.rmtree(out)
         os.replace(temporary, out)
     except OSError as bad:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ModelError(f"cannot write {out}: {bad.strerror or bad}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -152,7 +152,7 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
 
     Tensors start as the method says (`initial` in its file), those relative to the backbone's own from zero; a head as `load_backbone` with
     this seed has it: read from the checkpoint where its weights are at hand and hold one that fits, drawn otherwise. `spec.base` is "": the
-    caller knows the fingerprint.
+    caller knows the fingerprint. Only peft.init=loftq takes the weights too, one layer at a time.
 
     Raises:
         ModelError: As `load_backbone` and `LiveAdapter`, as far as config.json shows it.
@@ -175,7 +175,12 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
             tensors[name] = how.initial(name, shape, peft, generator, std)
-    return AdapterState(tensors, _spec(attached, peft, ""))
+    state = AdapterState(tensors, _spec(attached, peft, ""))
+    if peft.init == "default":
+        return state
+    from fedtune.models.loftq import make_up  # late: it needs bitsandbytes
+
+    return make_up(state, model, task, num_labels=num_labels, seed=seed)
 
 
 def _spec(attached: Attached, peft: PeftConfig, base: str) -> AdapterSpec:

@@ -28,7 +28,10 @@ from fedtune.models.quiet import quiet
 from fedtune.models.tokens import check_context, load_tokenizer, set_tokens
 from fedtune.seeds import derive_seed
 
-__all__ = ["Backbone", "build_config", "draw", "dropout_rates", "empty_model", "fingerprint", "head_names", "load_backbone", "quiet"]
+__all__ = [
+    "Backbone", "build_config", "draw", "dropout_rates", "empty_model", "fingerprint", "full_tensors", "head_names", "load_backbone",
+    "quiet",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +223,19 @@ def _quantise() -> ModuleType:
         raise ModelError(f"model.precision=nf4 and int8 need bitsandbytes ({first_line(bad)}): install it, or take bf16") from None
 
 
+def full_tensors(
+    config: ModelConfig, task: TaskConfig, hf_config: Any, folder: Path, seed: int, dtype: torch.dtype, early: Collection[str] = ()
+) -> dict[str, Any]:
+    """The backbone's tensors before they are quantised, by their names in the checkpoint, each to be read as `tensors[name][...]`.
+
+    Those of a checkpoint lie on the disk until then; the ones that end as `early` says are read as `dtype`. Random ones are drawn whole.
+    """
+    if config.init == "random":
+        whole = dataclasses.replace(config, precision="fp32")
+        return _random_model(hf_config, task, whole, seed, {"dtype": torch.float32}).state_dict()
+    return dict(lazy_tensors(folder, dtype, early))
+
+
 def _quantised_model(
     folder: Path,
     hf_config: Any,
@@ -233,22 +249,9 @@ def _quantised_model(
     quantise, dtype = _quantise(), settings["dtype"]
     hf_config._attn_implementation = settings.get("attn_implementation", hf_config._attn_implementation)
     bare = empty_model(hf_config, task, trust_remote_code=config.trust_remote_code)
-    ends = {m: n for n, m in bare.named_modules() if m in (bare.get_input_embeddings(), bare.get_output_embeddings())}
-
-    def tensors() -> dict[str, Any]:
-        if config.init == "random":
-            whole = dataclasses.replace(config, precision="fp32")
-            return _random_model(hf_config, task, whole, seed, {"dtype": torch.float32}).state_dict()
-        return lazy_tensors(folder, dtype, [f"{n.rpartition('.')[2]}.weight" for n in ends.values()])
-
-    output = ends.get(cast(nn.Module, bare.get_output_embeddings()))
-    recipe = quantise.Recipe(
-        precision=config.precision,
-        compute=dtype,
-        skip=tuple(dict.fromkeys([*head_names(bare), *([output] if output else []), *quantise.left_whole(bare, config.precision)])),
-        base=mark,
-        model=f"{type(bare).__name__} {getattr(hf_config, 'num_labels', 0)}",
-    )
+    ends = [n for n, m in bare.named_modules() if m in (bare.get_input_embeddings(), bare.get_output_embeddings())]
+    tensors = partial(full_tensors, config, task, hf_config, folder, seed, dtype, [f"{n.rpartition('.')[2]}.weight" for n in ends])
+    recipe = quantise.recipe(bare, config.precision, dtype, mark)
     try:
         with quiet(), torch.random.fork_rng():
             model, fresh = quantise.load_quantised(type(bare), hf_config, tensors, partial(_missing, folder, task), recipe, device)

@@ -36,7 +36,10 @@ from fedtune.errors import ModelError
 from fedtune.models.backbone import head_names
 from fedtune.models.checkpoint import digest, fingerprint, first_line
 
-__all__ = ["KINDS", "Recipe", "cache_root", "compute_dtype", "is_quantised", "left_whole", "load_quantised", "require_kernel", "weight_of"]
+__all__ = [
+    "KINDS", "Recipe", "cache_root", "compute_dtype", "is_quantised", "left_whole", "load_quantised", "quantised", "recipe",
+    "require_kernel", "unique_tensors", "weight_of",
+]  # fmt: skip
 
 KINDS = ("nf4", "int8")
 _BLOCK = 64  # entries of a matrix that share a scale in NF4
@@ -80,6 +83,22 @@ class Recipe:
         """Where it lies in the cache; another version of a library that has a say in the values makes another entry."""
         parts = (self.base, self.precision, str(self.compute), *self.skip, self.model, bnb.__version__, transformers.__version__)
         return cache_root() / f"{self.base}-{self.precision}-{digest({}, [(p, b'') for p in parts])}"
+
+
+def recipe(bare: PreTrainedModel, precision: str, compute: torch.dtype, base: str) -> Recipe:
+    """That of a checkpoint with the fingerprint `base`, from its model without storage.
+
+    Raises:
+        ModelError: Nothing would be quantised.
+    """
+    output = [n for n, m in bare.named_modules() if m is cast(Any, bare.get_output_embeddings())]
+    return Recipe(
+        precision=precision,
+        compute=compute,
+        skip=tuple(dict.fromkeys([*head_names(bare), *output[:1], *left_whole(bare, precision)])),
+        base=base,
+        model=f"{type(bare).__name__} {getattr(bare.config, 'num_labels', 0)}",
+    )
 
 
 def cache_root() -> Path:
@@ -175,6 +194,18 @@ def load_quantised(
     if (model := _kept(kind, hf_config, recipe, device, place)) is None:
         raise ModelError(f"the quantised backbone was written to {place} but cannot be read back: see the disk, or set XDG_CACHE_HOME")
     return model[0], check(*model)
+
+
+def quantised(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """A quantised copy of a float32 model, on the CPU.
+
+    Raises:
+        ModelError: No kernel for the machine.
+    """
+    require_kernel(recipe.precision, recipe.compute, torch.device("cpu"))
+    hf_config = copy.deepcopy(model.config)
+    hf_config.dtype = recipe.compute
+    return _made(type(model), hf_config, model.state_dict(), lambda made, info: [], recipe)[0]
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -281,17 +312,23 @@ def _kept(
     return model, info
 
 
+def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a pre-quantised checkpoint of the model holds: tied weights once, under their first name."""
+    tensors: dict[str, Tensor] = {}
+    seen = set[int]()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.contiguous()
+    return tensors
+
+
 def _write(model: PreTrainedModel, place: Path, fresh: Collection[str]) -> None:
     """As a pre-quantised checkpoint, without the weights that are drawn afresh; there whole or not at all.
 
     transformers' own saving raises NotImplementedError for such a model once it has been loaded.
     """
-    tensors: dict[str, Tensor] = {}
-    seen = set[int]()
-    for name, tensor in model.state_dict().items():
-        if name not in fresh and tensor.data_ptr() not in seen:  # tied weights once, under their first name
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
+    tensors = {n: t for n, t in unique_tensors(model).items() if n not in fresh}
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
     try:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})

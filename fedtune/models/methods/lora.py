@@ -5,6 +5,7 @@ W = W0 + s·B·A with s = alpha / r (rslora: alpha / √r); DoRA: W = m · (W0 +
 Sources: Hu et al. 2021, LoRA, arXiv:2106.09685; Kalajdzievski 2023, rsLoRA, arXiv:2312.03732; Liu et al. 2024, DoRA, arXiv:2402.09353.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +24,8 @@ from fedtune.models.methods import Attached
 from fedtune.models.methods.wrapped import SLOT, matches, named, require, targets, task_settings, transposed, without, wrap, write
 from fedtune.state import AdapterState
 
+_OVER = "quantised.json"  # beside an adapter of LoftQ's: which quantised weights it counts on
+_COMPUTE = {"bfloat16": "bf16", "float32": "fp32"}
 _RENAMED = {
     f".lora_A.{SLOT}.weight": ".lora_A",
     f".lora_B.{SLOT}.weight": ".lora_B",
@@ -54,7 +57,7 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
         parameters=parameters,
         names=names,
         disabled=partial(without, wrapped),
-        save=partial(_save, wrapped),
+        save=partial(_save, wrapped, _OVER if peft.init == "loftq" else ""),
         origin=magnitudes,
         ranks=ranks,
         scaling=scaling,
@@ -115,8 +118,15 @@ def _ranks(model: PreTrainedModel, peft: PeftConfig) -> dict[str, int]:
     return out
 
 
-def _save(wrapped: PeftModel, folder: Path) -> None:
-    """The live scaling may be a client's own, which PEFT's config says as an alpha a module."""
+def _save(wrapped: PeftModel, over: str, folder: Path) -> None:
+    """The live scaling may be a client's own, which PEFT's config says as an alpha a module.
+
+    An adapter that began as what quantisation took means nothing over other weights: the file named `over` says which it counts on.
+    """
+    if over:
+        quantised = cast(Any, wrapped.base_model.model).config.quantization_config.to_dict()
+        said = {"precision": "nf4" if quantised["load_in_4bit"] else "int8", "compute": _COMPUTE[quantised["bnb_4bit_compute_dtype"]]}
+        (folder / over).write_text(json.dumps(said) + "\n", encoding="utf-8")
     config = cast(LoraConfig, wrapped.peft_config[SLOT])
     config.alpha_pattern = {}
     for name, layer in ((n.removeprefix("base_model.model."), cast(Any, m)) for n, m in wrapped.named_modules() if hasattr(m, "lora_A")):
