@@ -14,8 +14,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedtune.clients.body import Body
 from fedtune.clients.declining import Decline, declining
-from fedtune.clients.devices import device_of, is_offline, virtual_seconds
+from fedtune.clients.devices.fitting import Fitted, for_device
 from fedtune.clients.prune import prune
 from fedtune.clients.scores import score
 from fedtune.clients.store import ClientStore
@@ -42,46 +43,56 @@ class Prepared:
 
     Args:
         message: What asked for it.
-        plan: The server's plan.
+        plan: The server's plan, as far as the device can do it.
+        body: What it computes in.
         start: The tensors that it starts from.
         sent_bytes: Bytes of the tensors that came with the message.
         correction: What is added to the gradients.
         examples: The client's training rows.
-        device: The simulated device; None where none is.
-        device_class: Its name.
+        fitted: What the device chose; None where there is none.
+        device_class: Its class's name.
         private: What the turn applies for privacy; None where it applies nothing.
         sent: The tensors that came with the message, decoded: what an encoded reply is the difference from.
     """
 
     message: Message
     plan: Plan
+    body: Body
     start: AdapterState
     sent_bytes: int
     correction: Mapping[str, Tensor]
     examples: Sequence[Example]
-    device: DeviceClass | None
     device_class: str
+    fitted: Fitted | None = None
     private: Applied | None = None
     sent: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def max_steps(self) -> int | None:
-        return self.device.max_steps if self.device else None
+    def micro(self) -> int | None:
+        """Rows at once; a simulated device's are counted, not run."""
+        return None if self.fitted is None or self.fitted.simulated else self.fitted.micro
 
 
-def make_client_app(config: Config, kept: Path | None = None) -> ClientApp:
+def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass | None = None) -> ClientApp:
     """The ClientApp of one experiment.
 
     Args:
         config: The experiment.
         kept: Folder of what clients keep between their turns; None puts it with the temporary files. What they have spent of their privacy
             is kept beside it, in `privacy/`, and nowhere else: without it no private turn is taken.
+        own: Profile of this machine, where it is a real device: it then fits its turns to it, instead of simulating a class.
+
+    Raises:
+        Decline: Nothing fits `own`.
     """
+    if own is not None:
+        config = for_device(config, own)
     config_json = json.dumps(to_dict(config))
     app = ClientApp()
 
     def opened() -> Workspace:
         space = workspace(config_json)
+        space.devices.own = own
         if kept is not None and space.store.folder != kept:
             space.store, space.ledgers = ClientStore(kept, config.keep_checkpoints + 1), kept.with_name("privacy")
         return space
@@ -91,14 +102,15 @@ def make_client_app(config: Config, kept: Path | None = None) -> ClientApp:
     def hello(message: Message, context: Context) -> Message:
         space = opened()
         client = client_of(space, context)
-        rows = space.federation.clients[client]
+        rows, settled = space.federation.clients[client], space.devices.settle(client)
         said = {
             "client": client,
             "device_class": rows.device_class,
+            "rank": settled.rank,
             "examples": len(rows.train),
             "held_out": len(rows.held_out),
             "base": space.backbone.fingerprint,
-            "shifts": list(space.frozen.versions),
+            "shifts": list(space.body(settled.precision).frozen.versions),
             "remembers": config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
         }
         return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(said)})}), reply_to=message)
@@ -121,7 +133,7 @@ def make_client_app(config: Config, kept: Path | None = None) -> ClientApp:
 def take_turn(space: Workspace, todo: Prepared) -> Message:
     """Do one client's turn on its own, and write its reply."""
     plan, task = todo.plan, space.config.task
-    live = space.slot(todo.start)
+    live = todo.body.slot(todo.start)
     live.load(todo.start)
     if plan.phase == "score":
         if not isinstance(live, LiveAdapter):
@@ -137,7 +149,7 @@ def take_turn(space: Workspace, todo: Prepared) -> Message:
         plan,
         task,
         pad_id=space.pad_id,
-        max_steps=todo.max_steps,
+        micro=todo.micro,
         correction=todo.correction,
         ranks=todo.start.spec.ranks,
         private=gradients,
@@ -147,15 +159,16 @@ def take_turn(space: Workspace, todo: Prepared) -> Message:
 
 
 def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """Replies to evaluate messages that all carry the adapter of the first."""
+    """Replies to evaluate messages that all carry the adapter of the first, of clients that compute in the same body."""
     letter = read_letter(asked[0][0].content)
-    space.rebase(letter.base, letter.shifts)
     clients = [client_of(space, context) for _, context in asked]
+    body = space.body_of(clients[0])
+    body.rebase(letter.base, letter.shifts)
     rows = [space.examples(client, "held_out") for client in clients]
     if letter.keep:
-        found = [space.score(space.complete(c, letter), r)[0] for c, r in zip(clients, rows, strict=True)]
+        found = [body.score(space.complete(c, letter), r)[0] for c, r in zip(clients, rows, strict=True)]
     else:
-        found = space.score(letter.adapter, *rows)
+        found = body.score(letter.adapter, *rows)
     replies = [RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}) for metrics in found]
     return [Message(content, reply_to=message) for content, (message, _) in zip(replies, asked, strict=True)]
 
@@ -165,7 +178,7 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
 
     Raises:
         PlanError: The plan is not understood, or is another client's.
-        Decline: The device is offline this round, or its privacy budget is spent.
+        Decline: The device is offline this round, the turn does not fit it, or its privacy budget is spent.
         DataError: The client has nothing to learn from.
         UpdateMismatch: The adapter cannot be read.
     """
@@ -178,9 +191,9 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
         raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
     agree(plan, space.config)
     rows = space.federation.clients[client]
-    device = device_of(space.config.devices, rows.device_class)
-    if is_offline(device, space.config.seed, plan.round, client):
+    if space.devices.is_offline(client, plan.round):
         raise Decline("offline", "the device is offline this round")
+    body = space.body_of(client)
     if plan.codec:
         Codec.from_name(plan.codec)  # known before the work, not after it
     sent_bytes = sum(state.nbytes for state in (letter.adapter, *letter.shifts))
@@ -189,18 +202,25 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
     examples = space.examples(client, "train")
     if not examples:
         raise DataError(f"client {client} has no training row of two tokens or more: nothing to learn from")
-    private = applied(plan, len(examples), steps_of(plan, len(examples), device.max_steps if device else None))
+    start = space.complete(client, letter)
+    sent = sum(start[n].nbytes for n in matching(start.tensors, plan.send))
+    if fits := space.devices.fit(plan, start, sent_bytes + sent):
+        plan, examples, fitted = fits
+    else:
+        fitted = None
+    private = applied(plan, len(examples), steps_of(plan, len(examples)))
     if private is not None and (why := cannot_pay(plan, space.ledger(client), private)):
         raise Decline("privacy", why)
-    space.rebase(letter.base, letter.shifts)
+    body.rebase(letter.base, letter.shifts)
     return Prepared(
         message=message,
         plan=plan,
-        start=space.complete(client, letter),
+        body=body,
+        start=start,
         sent_bytes=sent_bytes,
         correction=letter.correction,
         examples=examples,
-        device=device,
+        fitted=fitted,
         device_class=rows.device_class,
         private=private,
         sent=letter.adapter.tensors,
@@ -231,7 +251,7 @@ def finish(space: Workspace, todo: Prepared, trained: AdapterState, turned: Turn
             sent = sent.replace(noised(sent.tensors, todo.start.tensors, clip=private.clip, noise=private.noise, source=drawn))
             metrics = {}  # exact losses over its rows would tell of them
         measurements |= said(plan, ledger, private)
-    return _reply(space, todo, _encoded(space, todo, sent) if plan.codec else sent, metrics, measurements)
+    return _reply(space, todo, _encoded(space, todo, sent) if plan.codec else sent, metrics, measurements, turned)
 
 
 def _encoded(space: Workspace, todo: Prepared, trained: AdapterState) -> AdapterState:
@@ -254,12 +274,18 @@ def scored(space: Workspace, todo: Prepared, seen: AdapterState) -> Message:
 
 
 def _reply(
-    space: Workspace, todo: Prepared, sent: AdapterState, metrics: Mapping[str, float], measurements: Mapping[str, float]
+    space: Workspace,
+    todo: Prepared,
+    sent: AdapterState,
+    metrics: Mapping[str, float],
+    measurements: Mapping[str, float],
+    turned: Turn | None = None,
 ) -> Message:
-    plan, steps = todo.plan, int(measurements["steps"])
+    plan = todo.plan
     sent = sent.replace(version=plan.base_version)
-    moved = todo.sent_bytes + sent.nbytes
-    took = virtual_seconds(todo.device, steps, moved, seed=space.config.seed, round=plan.round, client=plan.client)
+    if todo.fitted is not None:
+        cost = space.devices.told(plan, todo.examples, todo.fitted, turned, todo.sent_bytes + sent.nbytes)
+        measurements = {**measurements, **cost}
     update = Update(
         client=plan.client,
         round=plan.round,
@@ -267,8 +293,9 @@ def _reply(
         adapter=sent,
         examples=len(space.federation.clients[plan.client].train),
         metrics=metrics,
-        measurements={**measurements, "virtual_s": took},
+        measurements={"virtual_s": 0.0, **measurements},
         device_class=todo.device_class,
+        precision=todo.fitted.choice.precision if todo.fitted else "",
     )
     said = ConfigRecord({"json": update.to_json(), "spec": sent.spec.to_json()})
     return Message(RecordDict({"adapter": sent.to_arrays(), "update": said}), reply_to=todo.message)

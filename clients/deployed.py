@@ -6,6 +6,7 @@ the device named, or have the device count its privacy anywhere but in its own f
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from fedtune.clients.declining import declining
 from fedtune.config import Config, from_dict
 from fedtune.data.sources import DEMO_ANSWER, DEMO_COLUMNS, DEMO_PROMPT
 from fedtune.errors import ConfigError, PlanError
+
+HELLO = "hello.json"  # in the device's folder: the last one that it answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,31 +43,43 @@ class Device:
 
 
 def make_app(settings: Mapping[str, Any]) -> ClientApp:
-    """The ClientApp of this device, for whatever experiment the server's last hello named."""
+    """The ClientApp of this device, for whatever experiment the server's last hello named.
+
+    The hello is kept on disk: a server does not see that a client was away for a moment only, and says nothing anew.
+    """
     device, app = Device(**{**settings, "state": Path(settings["state"])}), ClientApp()
     current: list[ClientApp] = []
+
+    def begin(said: str) -> ClientApp:
+        config, run = read_hello(said, device)
+        current[:] = [make_client_app(config, device.state / run / "clients")]
+        return current[0]
+
+    def going_on() -> ClientApp:
+        return current[0] if current else begin(_kept_hello(device))
 
     @app.query()
     @declining
     def hello(message: Message, context: Context) -> Message:
-        config, run = read_hello(message, device)
-        current[:] = [make_client_app(config, device.state / run / "clients")]
-        return current[0](message, context)
+        said = _said(message)
+        reply = begin(said)(message, context)
+        _keep_hello(device, said)
+        return reply
 
     @app.train()
     @declining
     def turn(message: Message, context: Context) -> Message:
-        return _taking_part(current)(message, context)
+        return going_on()(message, context)
 
     @app.evaluate()
     @declining
     def evaluate(message: Message, context: Context) -> Message:
-        return _taking_part(current)(message, context)
+        return going_on()(message, context)
 
     return app
 
 
-def read_hello(message: Message, device: Device) -> tuple[Config, str]:
+def read_hello(text: str, device: Device) -> tuple[Config, str]:
     """The experiment as this device takes part in it, and the name of the run.
 
     Raises:
@@ -72,7 +87,7 @@ def read_hello(message: Message, device: Device) -> tuple[Config, str]:
         ConfigError: The experiment is not one that this version of fedtune knows, or asks for what a device does not do.
     """
     try:
-        said = json.loads(str(message.content.config_records["hello"]["json"]))
+        said = json.loads(text)
         values, run, labels = dict(said["config"]), str(said["run"]), [str(label) for label in said["labels"]]
     except (KeyError, TypeError, ValueError):
         raise PlanError("the server's hello names no experiment: the peers run different versions of fedtune") from None
@@ -104,7 +119,25 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
     return dataclasses.replace(config, data=data, partition=partition, engine=engine)
 
 
-def _taking_part(current: list[ClientApp]) -> ClientApp:
-    if not current:
-        raise PlanError("the server has not said which experiment this is: it must say hello before it asks for work")
-    return current[0]
+def _said(message: Message) -> str:
+    try:
+        return str(message.content.config_records["hello"]["json"])
+    except KeyError:
+        raise PlanError("the server's hello says nothing: the peers run different versions of fedtune") from None
+
+
+def _keep_hello(device: Device, said: str) -> None:
+    kept = device.state / HELLO
+    beside = kept.with_name(f".{HELLO}.tmp")
+    try:
+        beside.write_text(said, encoding="utf-8")
+        os.replace(beside, kept)
+    except OSError as bad:
+        raise ConfigError(f"cannot keep anything in {device.state}: {bad.strerror}; free the disk or give another --state") from None
+
+
+def _kept_hello(device: Device) -> str:
+    try:
+        return (device.state / HELLO).read_text(encoding="utf-8")
+    except OSError:
+        raise PlanError("the server has not said which experiment this is: it must say hello before it asks for work") from None

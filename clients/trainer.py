@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedtune.clients.declining import Decline, is_out_of_memory
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.config import TaskConfig
 from fedtune.data import Example, collate
@@ -31,23 +32,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """What a turn did: mean training loss a token (or example) over all its steps (None where that would tell of single rows), steps done,
-    wall seconds, and peak MB; where the plan asks for it, the mean loss over all rows before the first step."""
+    wall seconds, and peak MB; where the plan asks for it, the mean loss over all rows before the first step. The memory's mark when it
+    began, the rows that went through the model at once in the end, and how often memory ran out."""
 
     loss: float | None
     steps: int
     seconds: float
     peak_mb: float
     start_loss: float | None = None
+    began_mb: float = 0.0
+    micro: int = 0
+    out_of_memory: int = 0
 
 
-def steps_of(plan: Plan, examples: int, max_steps: int | None = None) -> int:
-    """Optimiser steps that the plan asks of a client with so many rows, capped by what its device can do."""
+def steps_of(plan: Plan, examples: int) -> int:
+    """Optimiser steps that the plan asks of a client with so many rows."""
     steps = plan.steps if plan.steps is not None else math.ceil(examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate))
-    return max(1, min(steps, max_steps or steps))
+    return max(1, steps)
 
 
 def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless micro-batches of row numbers: each pass a new permutation, its last batch as short as it comes."""
+    """Endless batches of row numbers: each pass a new permutation, its last batch as short as it comes."""
     rng = random.Random(seed)
     while True:
         order = list(range(examples))
@@ -67,7 +72,7 @@ def train(
     task: TaskConfig,
     *,
     pad_id: int,
-    max_steps: int | None = None,
+    micro: int | None = None,
     correction: Mapping[str, Tensor] | None = None,
     ranks: Mapping[str, int] | None = None,
     private: Applied | None = None,
@@ -81,7 +86,7 @@ def train(
         plan: The server's plan.
         task: What the loss is.
         pad_id: Token id of the padding.
-        max_steps: What the device can do.
+        micro: Most rows that go through the model at once; None takes a batch whole. Out of memory, it is halved, and the step done again.
         correction: Tensor → what is added to its gradient in every step, before clipping, such as SCAFFOLD's c − c_k.
         ranks: LoRA module → the rank that was loaded, for `plan.tail_penalty`.
         private: DP-SGD: each step's gradient is a noisy sum of clipped ones over a sample of the rows, and no loss is told.
@@ -89,9 +94,11 @@ def train(
 
     Raises:
         UpdateError: The loss or the gradient is not finite: the turn is lost, and says in which step.
+        Decline: A single row is too much for the memory.
     """
     device, start = live.backbone.device, time.perf_counter()
     reset_peak(device)
+    began = peak_mb(device)
     names = set(matching(live.parameters, plan.train))
     params = [p for n, p in live.parameters.items() if n in names]
     extra = [(live.parameters[n], c.to(device)) for n, c in (correction or {}).items() if n in names]
@@ -105,19 +112,21 @@ def train(
     before = _mean_loss(live, examples, plan, task, pad_id) if "start_loss" in plan.measure else None
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
     stream = batches(len(examples), plan.batch_size, plan.seed)
-    steps, total, seen = steps_of(plan, len(examples), max_steps), 0.0, 0
+    steps, total, seen = steps_of(plan, len(examples)), 0.0, 0
+    size, out = min(micro or plan.batch_size, plan.batch_size), 0
     # walking hundreds of modules costs milliseconds: the model stays so between turns. PEFT's wrapper may say so of itself alone
     if not (live.model.training and live.backbone.model.training):
         live.model.train()
     stack = contextlib.ExitStack()
     try:
-        noisy = stack.enter_context(_private(live, examples, plan, task, pad_id, private, secure_rng)) if private else None
+        noisy = stack.enter_context(_private(live, examples, plan, task, pad_id, private, secure_rng, size)) if private else None
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(plan, step, steps)
             if noisy is None:
-                micro = [collate([examples[i] for i in next(stream)], pad_id) for _ in range(plan.accumulate)]
-                loss, count = _backward(live, micro, task, device)
+                rows = [[examples[i] for i in next(stream)] for _ in range(plan.accumulate)]
+                loss, count, size, again = _in_pieces(live, rows, size, task, pad_id, device)
+                out += again
             else:
                 loss, count = 0.0, 0
                 for name, gradient in noisy.step().items():
@@ -148,7 +157,16 @@ def train(
             p.requires_grad_(True)
             p.grad = None
     mean = None if private else total / max(seen, 1)
-    return Turn(loss=mean, steps=steps, seconds=time.perf_counter() - start, peak_mb=peak_mb(device), start_loss=before)
+    return Turn(
+        loss=mean,
+        steps=steps,
+        seconds=time.perf_counter() - start,
+        peak_mb=peak_mb(device),
+        start_loss=before,
+        began_mb=began,
+        micro=size,
+        out_of_memory=out,
+    )
 
 
 def _private(
@@ -159,6 +177,7 @@ def _private(
     pad_id: int,
     applied: Applied,
     secure_rng: bool,
+    at_once: int,
 ) -> "PrivateGradient":
     from fedtune.privacy.dpsgd import PrivateGradient  # Opacus takes a second to load
     from fedtune.privacy.samples import way_of
@@ -174,7 +193,7 @@ def _private(
         clip=applied.clip,
         noise=applied.noise,
         batch=plan.batch_size * plan.accumulate,
-        at_once=plan.batch_size,
+        at_once=at_once,
         source=source(secure_rng, plan.seed, "noise"),
         way=way_of(live, names, task),
     )
@@ -201,6 +220,38 @@ def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan
             total, seen = total + loss.item(), seen + count
     live.model.train()
     return total / max(seen, 1)
+
+
+def _in_pieces(
+    live: LiveAdapter | SparseSlot, batches: list[list[Example]], size: int, task: TaskConfig, pad_id: int, device: torch.device
+) -> tuple[float, int, int, int]:
+    """`_backward` of these batches in pieces of at most `size` rows; out of memory, once more from the start in pieces of half as many,
+    with the same random numbers. Also returns the size that went through, and how often it was halved.
+
+    Raises:
+        Decline: Single rows are too large.
+    """
+    drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    halved = 0
+    while True:
+        pieces = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
+        try:
+            loss, count = _backward(live, [collate(piece, pad_id) for piece in pieces], task, device)
+            return loss, count, size, halved
+        except Exception as bad:
+            if not is_out_of_memory(bad):
+                raise
+        # out of the except clause, whose traceback holds the tensors of the attempt
+        size, halved = max(map(len, pieces)) // 2, halved + 1
+        if not size:
+            width = max(len(e.input_ids) for batch in batches for e in batch)
+            raise Decline("memory", f"out of memory with a single row of {width} tokens: lower task.max_length, or take a smaller backbone")
+        for p in live.parameters.values():
+            p.grad = None
+        torch.set_rng_state(drawn[0])
+        if drawn[1] is not None:
+            torch.cuda.set_rng_state(drawn[1], device)
+            torch.cuda.empty_cache()
 
 
 def _backward(live: LiveAdapter | SparseSlot, micro: list[dict[str, Tensor]], task: TaskConfig, device: torch.device) -> tuple[float, int]:

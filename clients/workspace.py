@@ -1,6 +1,6 @@
-"""What a process needs to act as any client of one experiment: one frozen backbone, one adapter slot, the encoded rows."""
+"""What a process needs to act as any client of one experiment: a frozen backbone a precision, its adapter slot, the encoded rows."""
 
-import itertools
+import dataclasses
 import json
 import secrets
 import shutil
@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from fedtune.clients.body import Body
+from fedtune.clients.devices.fitting import Devices
 from fedtune.clients.lower_layers import LowerLayers
 from fedtune.clients.store import ClientStore
 from fedtune.clients.tokens import Rows, TokenStore
 from fedtune.config import Config, from_dict
-from fedtune.data import Example, encode, load_federation, pad_id
+from fedtune.data import Example, Federation, encode, load_federation, pad_id
 from fedtune.errors import PlanError
-from fedtune.models import LiveAdapter, initial_adapter, load_backbone
+from fedtune.models import Backbone, LiveAdapter, initial_adapter
 from fedtune.models.methods.sparse import SparseSlot
 from fedtune.models.shift import FrozenWeights
-from fedtune.models.tasks import score_examples, summarise
 from fedtune.plan import matching
 from fedtune.privacy.ledger import Ledger, ledger_file
 from fedtune.state import AdapterState
@@ -33,49 +34,91 @@ from fedtune.wire import Letter
 class Workspace:
     """Loaded once a process and kept; set up so that nothing is built anew for a turn.
 
+    Where clients are devices, each computes in the precision that it settled on: there is a body a precision, loaded when it is first
+    needed. That of the config's own is always there; `backbone`, `live` and `frozen` are its.
+
     Attributes:
-        live: The slot of the config's method on the frozen backbone.
-        frozen: The frozen weights, and which shifts have been merged into them.
+        devices: What the clients are, and what fits them.
         store: What the clients keep between their turns; an engine puts it where it outlives the process.
         ledgers: Folder of what they have spent of their privacy; None until an engine says where it outlives the process.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, federation: Federation | None = None) -> None:
         self.config = config
-        self.federation = load_federation(config)
-        labels = len(self.federation.labels) if config.task.kind == "classification" else 0
-        self.backbone = load_backbone(config.model, config.task, num_labels=labels, seed=config.seed)
-        self.live = LiveAdapter(self.backbone, config.peft, config.task)
-        self._sparse: SparseSlot | None = None
-        self._lower = LowerLayers(self.live, config.engine.cache_layers * 1e9) if config.engine.cache_layers else None
-        self.frozen = FrozenWeights(self.backbone.model)
+        self.federation = federation or load_federation(config)
+        self.labels = len(self.federation.labels) if config.task.kind == "classification" else 0
+        self._bodies = {config.model.precision: Body(config, self.labels)}
+        self.devices = Devices(self)
         # of no other process and no other workspace, and gone with this one
         kept = Path(tempfile.gettempdir()) / f"fedtune-clients-{secrets.token_hex(8)}"
         weakref.finalize(self, shutil.rmtree, kept, ignore_errors=True)
         self.store = ClientStore(kept, config.keep_checkpoints + 1)
         self.ledgers: Path | None = None
-        self.labels = labels
         self.pad_id = pad_id(self.backbone.tokenizer)
         self.client_ids = list(self.federation.clients)
-        self._tokens, self._encoded = TokenStore(), dict[tuple[str, str], Rows]()
+        self._tokens, self._encoded = TokenStore(), dict[tuple[str, str, int], Rows]()
 
-    def examples(self, client: str, part: str) -> Sequence[Example]:
-        """A client's encoded rows: part is `train` or `held_out`."""
-        if (client, part) not in self._encoded:
+    @property
+    def own(self) -> Body:
+        """The body of the config's precision."""
+        return self._bodies[self.config.model.precision]
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.own.backbone
+
+    @property
+    def live(self) -> LiveAdapter:
+        """The slot of the config's method."""
+        return self.own.live
+
+    @property
+    def frozen(self) -> FrozenWeights:
+        return self.own.frozen
+
+    @property
+    def _lower(self) -> LowerLayers | None:
+        return self.own.lower
+
+    def body(self, precision: str) -> Body:
+        """The body of this precision, loaded at the first call; all have the same fingerprint, which is the checkpoint's.
+
+        Raises:
+            ModelError: It cannot be loaded so.
+        """
+        if precision not in self._bodies:
+            model = dataclasses.replace(self.config.model, precision=precision)
+            self._bodies[precision] = Body(dataclasses.replace(self.config, model=model), self.labels)
+        return self._bodies[precision]
+
+    def body_of(self, client: str) -> Body:
+        """The body that a client computes in.
+
+        Raises:
+            Decline: Its device can hold none.
+        """
+        return self.body(self.devices.settle(client).precision)
+
+    def examples(self, client: str, part: str, length: int | None = None) -> Sequence[Example]:
+        """A client's encoded rows of at most `length` tokens (None: the task's): part is `train` or `held_out`."""
+        longest = length or self.config.task.max_length
+        if (client, part, longest) not in self._encoded:
             rows = self.federation.clients[client]
             indices = rows.train if part == "train" else rows.held_out
-            self._encoded[client, part] = self._encode(self.federation.rows, indices)
-        return self._encoded[client, part]
+            self._encoded[client, part, longest] = self._encode(self.federation.rows, indices, longest)
+        return self._encoded[client, part, longest]
 
     def test_examples(self) -> Sequence[Example]:
         """The encoded rows of the global test."""
-        if ("", "test") not in self._encoded:
+        key = "", "test", self.config.task.max_length
+        if key not in self._encoded:
             test = self.federation.test
-            self._encoded["", "test"] = self._encode(test, np.arange(len(test)))
-        return self._encoded["", "test"]
+            self._encoded[key] = self._encode(test, np.arange(len(test)), key[2])
+        return self._encoded[key]
 
-    def _encode(self, rows: Dataset, indices: np.ndarray) -> Rows:
-        return self._tokens.add(encode(rows, indices, self.backbone.tokenizer, self.config.task, seq2seq=self.backbone.seq2seq))
+    def _encode(self, rows: Dataset, indices: np.ndarray, longest: int) -> Rows:
+        task = dataclasses.replace(self.config.task, max_length=longest)
+        return self._tokens.add(encode(rows, indices, self.backbone.tokenizer, task, seq2seq=self.backbone.seq2seq))
 
     @cached_property
     def initial(self) -> AdapterState:
@@ -95,22 +138,9 @@ class Workspace:
         return sent.replace({n: kept[n] if kept and n in own else sent[n] if n in sent.tensors else self.initial[n] for n in names})
 
     def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState]) -> None:
-        """Bring the frozen weights to W0 with the shifts of the versions `base` merged in, of which those in `shifts` are at hand.
-
-        Raises:
-            PlanError: One that is missing is not at hand.
-        """
-        if self._lower is not None and self.frozen.versions != base:
-            self._lower.clear()
-        if self.frozen.versions != base[: len(self.frozen.versions)]:  # they carry what this state knows nothing of: back to W0
-            config = self.config
-            fresh = load_backbone(config.model, config.task, num_labels=self.labels, seed=config.seed)
-            self.frozen.reset(fresh.model)
-        at_hand = {s.spec.version: s for s in shifts}
-        for version in base[len(self.frozen.versions) :]:
-            if version not in at_hand:
-                raise PlanError(f"the client lacks what round {version} merged into the frozen weights, and it was not sent along")
-            self.frozen.add(at_hand[version])
+        """`Body.rebase` of the config's own body; back to W0, of all of them."""
+        for body in self._bodies.values() if not base else [self.own]:
+            body.rebase(base, shifts)
 
     def ledger(self, client: str) -> Ledger:
         """What the client has spent.
@@ -123,22 +153,12 @@ class Workspace:
         return Ledger(ledger_file(self.ledgers, client))
 
     def slot(self, state: AdapterState) -> LiveAdapter | SparseSlot:
-        """The live slot that a state of this method is loaded into; the other one stands aside."""
-        if state.spec.method != "sparse":
-            if self._sparse is not None:
-                self._sparse.release()
-            return self.live
-        if self._sparse is None or self._sparse.spec.mask != state.spec.mask:
-            self._sparse = SparseSlot(self.live, state.spec)
-        return self._sparse
+        """`Body.slot` of the config's own body."""
+        return self.own.slot(state)
 
     def score(self, state: AdapterState, *groups: Sequence[Example]) -> list[dict[str, float]]:
-        """Metrics of the task with this adapter for each group of examples, all in the same batches; empty where a group has no rows."""
-        live = self.slot(state)
-        live.load(state)
-        task, flat = self.config.task, [e for group in groups for e in group]
-        scores = iter(score_examples(live.model, self.backbone.tokenizer, flat, task, batch_size=self.config.eval.batch_size))
-        return [summarise(list(itertools.islice(scores, len(group))), task) if group else {} for group in groups]
+        """`Body.score` of the config's own body."""
+        return self.own.score(state, *groups)
 
 
 @lru_cache(maxsize=1)

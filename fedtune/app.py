@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import logging
 import random
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -27,27 +26,73 @@ from fedtune.models import load_backbone, primary
 from fedtune.models.methods import mergeable
 from fedtune.models.tasks import generate_answers
 from fedtune.privacy.central import private_strategy
-from fedtune.report import MetricsWriter, Progress, print_partition, print_results, read_metrics, write_card, write_report
+from fedtune.report import print_partition, print_results, read_metrics, write_card, write_report
+from fedtune.roll import Welcome
 from fedtune.run import RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.simulations.ray import check_ray, run_on_ray, worker_together
 from fedtune.strategy import ServerState, Strategy
+from fedtune.watch import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What an engine plays on.
+
+    Args:
+        config: The experiment.
+        space: What the server's process holds of it.
+        run: Its directory.
+        watch: Who is told.
+        serve: Runs all rounds that are left on a grid; called again, it goes on from the newest checkpoint.
+    """
+
+    config: Config
+    space: Workspace
+    run: RunDirectory
+    watch: Watch
+    serve: Callable[[Grid, Welcome], None]
+
+
+Engine = Callable[[Stage], None]
 
 
 def simulate(config: Config) -> Path:
     """Run the experiment with virtual clients, or go on with one, and return its run directory."""
-    flower.quiet()
-    strategy = make_strategy(config)
     if config.engine.kind == "ray":
         check_ray(config.engine)
-    space = workspace(json.dumps(to_dict(config)))
-    run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config)
+    return conduct(config, _virtual_clients)
+
+
+def conduct(
+    config: Config,
+    engine: Engine,
+    *,
+    at: Path | None = None,
+    space: Workspace | None = None,
+    clients: int | None = None,
+    live: bool = False,
+) -> Path:
+    """Run the experiment, or go on with one, on a grid of any kind, and return its run directory.
+
+    Args:
+        config: The experiment.
+        engine: Finds a grid and serves on it.
+        at: Where a new run's directory is made; None finds a name for it.
+        space: What this process holds of the experiment; None is what every virtual client needs.
+        clients: How many clients there are, which user-level privacy counts on; None is as many as the data has.
+        live: Whether the report is made anew after each round, to be watched in a browser.
+    """
+    flower.quiet()
+    strategy = make_strategy(config)
+    space = space or workspace(json.dumps(to_dict(config)))
+    run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config, at)
     try:
         run.write_json("partition.json", space.federation.summary())
         space.store, space.ledgers = ClientStore(run.path / "clients", config.keep_checkpoints + 1), run.path / "privacy"
-        strategy = private_strategy(config, strategy, len(space.client_ids), run.path / "privacy")
+        strategy = private_strategy(config, strategy, len(space.client_ids) if clients is None else clients, run.path / "privacy")
         space.rebase((), ())  # another run of this process may have left its shifts in, under the same rounds' numbers
-        state = _run(config, space, strategy, run)
+        state = _run(config, space, strategy, run, engine, live)
         _hand_over(config, space, state, run)
     except BaseException as bad:
         if (run.path / "metrics.jsonl").exists():  # what there is can be looked at, whatever stopped the run
@@ -71,7 +116,21 @@ def make_server_app(serve: Callable[[Grid], None]) -> ServerApp:
     return app
 
 
-def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory) -> ServerState:
+def _virtual_clients(stage: Stage) -> None:
+    config, kept, nodes = stage.config, stage.space.store.folder, len(stage.space.client_ids)
+    app = make_client_app(config, kept)
+    if config.engine.kind == "ray":
+        served = make_server_app(lambda grid: stage.serve(grid, Welcome()))
+        run_on_ray(served, app, nodes, config.engine, worker_together(config, kept))
+        return
+    from fedtune.simulations.grid import InProcessGrid
+    from fedtune.simulations.together import Together
+
+    together = None if config.engine.batched == "none" else Together(stage.space, config.engine.batched)
+    stage.serve(InProcessGrid(app, nodes, together), Welcome())
+
+
+def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory, engine: Engine, live: bool) -> ServerState:
     found, damaged = run.newest()
     if found and found.round > config.rounds:
         raise ConfigError(
@@ -81,7 +140,7 @@ def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory
         raise CheckpointError(f"no checkpoint of {run.path} can be read, so there is nothing to go on from: {damaged[0]}")
     resumed = found.round if found else -1 if config.resume else None  # -1: it was stopped before round 0 was kept, and starts over
     ended: list[ServerState] = []
-    with Watch(run, resumed) as watch:
+    with Watch(run.path, resumed, live=live) as watch:
         watch.note(f"run {run.path}")
         for sentence in damaged:
             watch.note(f"passed over: {sentence}")
@@ -93,67 +152,23 @@ def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory
             space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
             return space.score(state.adapter, space.test_examples())[0]
 
-        def serve(grid: Grid) -> None:
+        def serve(grid: Grid, welcome: Welcome) -> None:
             bridge = Bridge(
                 grid=grid,
                 strategy=strategy,
                 config=config,
                 run=run,
                 initial=space.initial,
-                found=found,
+                found=run.newest()[0],
                 metric=primary(config.task),
-                evaluate=test if config.eval.where == "door" else None,
+                evaluate=test if config.eval.where == "door" and len(space.federation.test) else None,
                 watcher=watch,
+                welcome=welcome,
             )
             ended.append(bridge.loop())
 
-        nodes = len(space.client_ids)
-        if config.engine.kind == "ray":
-            run_on_ray(
-                make_server_app(serve),
-                make_client_app(config, space.store.folder),
-                nodes,
-                config.engine,
-                worker_together(config, space.store.folder),
-            )
-        else:
-            from fedtune.simulations.grid import InProcessGrid
-            from fedtune.simulations.together import Together
-
-            together = None if config.engine.batched == "none" else Together(space, config.engine.batched)
-            serve(InProcessGrid(make_client_app(config, space.store.folder), nodes, together))
+        engine(Stage(config=config, space=space, run=run, watch=watch, serve=serve))
     return ended[0]
-
-
-class Watch:
-    """Everybody who is told how a run goes: the terminal, metrics.jsonl, TensorBoard."""
-
-    def __init__(self, run: RunDirectory, resumed: int | None) -> None:
-        self._writer = MetricsWriter(run.path, resumed)
-        self._progress = Progress()
-
-    def __enter__(self) -> "Watch":
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._progress.__exit__(*exc)
-        self._writer.close()
-
-    def round_started(self, round: int, rounds: int, cohort: int) -> None:
-        self._progress.round_started(round, rounds, cohort)
-
-    def client_done(self, client: str, dropped: str | None) -> None:
-        self._progress.client_done(client, dropped)
-
-    def round_done(self, record: dict[str, Any], clients: list[dict[str, Any]]) -> None:
-        for line in (*clients, record):
-            self._writer.write(line)
-        self._progress.round_done(record)
-
-    def note(self, text: str) -> None:
-        logging.getLogger("fedtune").info(text)
-        self._progress.note(text)
 
 
 def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDirectory) -> None:

@@ -10,56 +10,38 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune import flower
 from fedtune.config import Config
-from fedtune.errors import RunError, UpdateError
+from fedtune.errors import UpdateError
 from fedtune.plan import Plan, Update
 from fedtune.planning import base_plan
 from fedtune.post import Letter, check_affordable, excess, write_letters
-from fedtune.reply import OURS, read_json, read_metrics, read_update
+from fedtune.reply import OURS, read_metrics, read_update
+from fedtune.roll import Client, Roll, Welcome, plain, replies
 from fedtune.run import Checkpoint, RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterState
 from fedtune.strategy import Assignment, ServerState, Strategy
 from fedtune.wire import Envelopes
 
-_POLL_S = 0.05
 _PLANNED = 64  # clients of an evaluation that are planned at once: an assignment may hold as much as a model
 
 
 class Watcher(Protocol):
     """Who is told how the run goes: the terminal, the metrics file, the report."""
 
-    def round_started(self, round: int, rounds: int, cohort: int) -> None: ...
+    def client_known(self, client: str, node: int, device_class: str) -> None: ...
+    def round_started(self, round: int, rounds: int, cohort: Sequence[str]) -> None: ...
     def client_done(self, client: str, dropped: str | None) -> None: ...
     def round_done(self, record: dict[str, Any], clients: list[dict[str, Any]]) -> None: ...
     def note(self, text: str) -> None: ...
-
-
-@dataclass
-class Client:
-    """What the bridge knows of a connected client.
-
-    Args:
-        node: Flower's node id.
-        device_class: Its class; "" where there is none.
-        examples: Training rows that it said it has.
-        held: Versions of the shifts that its frozen weights carry.
-        remembers: Whether they still will in its next turn.
-    """
-
-    node: int
-    device_class: str
-    examples: int
-    held: tuple[int, ...]
-    remembers: bool
 
 
 @dataclass
@@ -97,7 +79,7 @@ class Bridge:
         metric: Name of the primary metric, and whether more is better.
         evaluate: Global test of a state; None where nobody can.
         watcher: Who is told.
-        patience_s: Seconds to wait for clients to connect and say hello.
+        welcome: How clients are let in.
     """
 
     grid: Grid
@@ -109,32 +91,34 @@ class Bridge:
     metric: tuple[str, bool]
     evaluate: Callable[[ServerState], Mapping[str, float]] | None
     watcher: Watcher
-    patience_s: float = 300.0
+    welcome: Welcome = Welcome()
 
     def loop(self) -> ServerState:
         """Run all rounds that are left, and return the last state."""
-        clients = self._hello()
         found = self.found
+        done = found.round if found else 0
+        roll = Roll(self.grid, self.initial.spec.base, self.config.min_clients, self.welcome, self.watcher)
+        clients = roll.gather(done + 1)
         if found is None:
             found = Checkpoint(round=0, state=self.strategy.start(self.initial), clients={})
             record, records = {"round": 0, "client": None}, {c: {"round": 0, "client": c} for c in clients}
-            self.watcher.round_started(0, self.config.rounds, 0)
-            self._score(found.state, clients, record, records)
+            self.watcher.round_started(0, self.config.rounds, ())
+            self._score(found.state, roll.here(), record, records)
             self._close(found, record, records)
         state, book = found.state, {c: dict(v) for c, v in found.clients.items()}
         if self.config.traffic.max_mb_per_round is not None and found.round < self.config.rounds:
             check_affordable(self._letters(found.round + 1, sorted(clients), clients, state))
         for round in range(found.round + 1, self.config.rounds + 1):
             started = time.perf_counter()
-            cohort = self._sample(clients, round)
-            self.watcher.round_started(round, self.config.rounds, len(cohort))
+            cohort = self._sample(roll.present(round), round)
+            self.watcher.round_started(round, self.config.rounds, cohort)
             before = state
             state, turnout = self._train(round, cohort, clients, state)
             for note in self.strategy.notes(round, before, state) if state is not before else []:
                 self.watcher.note(note)
             record = self._summary(round, len(cohort), turnout)
             if round % self.config.eval.every == 0 or round == self.config.rounds:
-                self._score(state, clients, record, turnout.records)
+                self._score(state, roll.here(), record, turnout.records)
             record["seconds"] = time.perf_counter() - started
             for client in cohort:
                 entry = book.setdefault(client, {"counted": 0, "dropped": 0, "last": None})
@@ -151,8 +135,8 @@ class Bridge:
 
     # -- one round ------------------------------------------------------------------------------------------------------------------------
 
-    def _sample(self, clients: Mapping[str, Client], round: int) -> list[str]:
-        ids = sorted(clients)
+    def _sample(self, here: Iterable[str], round: int) -> list[str]:
+        ids = sorted(here)
         chosen = random.Random(derive_seed(self.config.seed, "cohort", round)).sample(ids, min(self.config.clients_per_round, len(ids)))
         return sorted(chosen)
 
@@ -191,7 +175,7 @@ class Bridge:
         return write_letters(self.config, round, assignments, {c: clients[c].held for c in ids}, state.shifts, self.initial)
 
     def _plans(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> list[Plan]:
-        return [base_plan(self.config, round, c, state.adapter.spec.version, clients[c].device_class) for c in ids]
+        return [base_plan(self.config, round, c, state.adapter.spec.version, clients[c].rank) for c in ids]
 
     def _checked(
         self,
@@ -210,11 +194,13 @@ class Bridge:
                     raise UpdateError(too_much)
                 update = read_update(reply.content, assignments[client], examples=clients[client].examples)
             except UpdateError as bad:
-                turnout.drop(client, "refused", str(bad))
-                self.watcher.client_done(client, f"refused: {bad}")
+                turnout.drop(client, "refused", plain(bad))
+                self.watcher.client_done(client, record["dropped"])
                 continue
             told = {**update.measurements, **update.metrics, "device_class": update.device_class, "examples": update.examples}
             record.update({name: value for name, value in told.items() if name not in OURS})
+            if update.precision:
+                record["precision"] = update.precision
             took = update.measurements.get("virtual_s", 0.0)
             if deadline is not None and took > deadline:
                 turnout.drop(client, "late", f"{took:.1f} s of {deadline:g} s")
@@ -235,15 +221,19 @@ class Bridge:
     ) -> Iterator[tuple[str, Message]]:
         """Send each client its content; yield the replies that came, in the order of logical ids; name the clients whose reply did not."""
         messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
-        for client, reply in zip(messages, _replies(self.grid, list(messages.values()), self.config.round_timeout_s), strict=True):
+        limit = self.config.round_timeout_s
+        ids = list(self.grid.push_messages(list(messages.values())))
+        until = math.inf if limit is None else time.monotonic() + limit
+        for client, reply in zip(messages, replies(self.grid, ids, until), strict=True):
             if reply is None:
-                why = ("late", f"no reply within {self.config.round_timeout_s:g} s")
+                why = ("late", f"no reply within {limit:g} s")
             elif reply.has_error():
                 said = (reply.error.reason or "").strip() or f"Flower's error {reply.error.code}"
-                why = ("failed", said.splitlines()[-1][:300])
+                why = ("failed", plain(said.splitlines()[-1], 300))
             elif "declined" in reply.content.config_records:
                 said = reply.content.config_records["declined"]
-                why = (str(said.get("kind", "failed"))[:20], str(said.get("why", ""))[:500])
+                kind_of = str(said.get("kind", ""))[:20]
+                why = (kind_of if kind_of.isidentifier() else "failed", plain(said.get("why", "")))
             else:
                 if clients[client].remembers:
                     clients[client].held = tuple(s.spec.version for s in state.shifts)
@@ -256,61 +246,6 @@ class Bridge:
             self.watcher.client_done(client, ": ".join(why))
 
     # -- around the rounds ----------------------------------------------------------------------------------------------------------------
-
-    def _hello(self) -> dict[str, Client]:
-        """Logical id → client, learnt from the clients themselves."""
-        clients: dict[str, Client] = {}
-        ids = sorted(self._wait_for_nodes())
-        messages = [Message(RecordDict({"hello": ConfigRecord({"json": "{}"})}), i, "query", group_id="0") for i in ids]
-        failures: list[str] = []
-
-        def leave_out(why: str) -> None:
-            failures.append(why)
-            self.watcher.note(f"left out, {why}")
-
-        for node, reply in zip(ids, _replies(self.grid, messages, self.patience_s), strict=True):
-            if reply is None or reply.has_error() or "declined" in reply.content.config_records:
-                said = (
-                    "no reply"
-                    if reply is None
-                    else reply.error.reason
-                    if reply.has_error()
-                    else str(reply.content.config_records["declined"].get("why", ""))[:500]
-                )
-                leave_out(f"node {node}: {said}")
-                continue
-            try:
-                said = read_json(str(reply.content.config_records["hello"]["json"]))
-                client, base = str(said["client"]), str(said["base"])
-                known = Client(
-                    node, str(said["device_class"]), int(said["examples"]), tuple(map(int, said["shifts"])), said["remembers"] is True
-                )
-            except (KeyError, ValueError, TypeError):
-                leave_out(f"node {node}: its hello cannot be read")
-                continue
-            if base != self.initial.spec.base:
-                leave_out(f"client {client} holds another backbone ({base[:12]}) than the run ({self.initial.spec.base[:12]})")
-            elif client in clients:
-                leave_out(f"two nodes call themselves client {client}")
-            else:
-                clients[client] = known
-        if len(clients) < self.config.min_clients:
-            raise RunError(
-                f"{len(clients)} clients can take part, min_clients={self.config.min_clients}: "
-                + ("; ".join(failures[:3]) or "none is connected")
-            )
-        return clients
-
-    def _wait_for_nodes(self) -> list[int]:
-        """Nodes of the grid; engines that start their clients in the background need a moment."""
-        until = time.monotonic() + self.patience_s
-        nodes: list[int] = []
-        while time.monotonic() < until:
-            before, nodes = nodes, list(self.grid.get_node_ids())
-            if len(nodes) >= self.config.min_clients and len(nodes) == len(before):
-                return nodes
-            time.sleep(_POLL_S)
-        return nodes
 
     def _score(self, state: ServerState, clients: Mapping[str, Client], record: dict[str, Any], records: dict[str, dict[str, Any]]) -> None:
         """Add the global metrics, and those of the clients on their own held-out rows."""
@@ -366,19 +301,6 @@ def _not_finite(state: ServerState) -> str:
 
 def _shifts_of(content: RecordDict) -> RecordDict:
     return RecordDict({name: record for name, record in content.items() if name.startswith("shift-")})  # type: ignore[arg-type]
-
-
-def _replies(grid: Grid, messages: list[Message], timeout: float | None) -> Iterator[Message | None]:
-    """The reply to each message in turn, None where none came in time. Once the time is up, what has already come is still taken."""
-    ids = list(grid.push_messages(messages))
-    until = math.inf if timeout is None else time.monotonic() + timeout
-    for i in ids:
-        while True:
-            got = list(grid.pull_messages([i]))
-            if got or time.monotonic() > until:
-                yield got[0] if got else None
-                break
-            time.sleep(_POLL_S)
 
 
 __all__ = ["Bridge", "Watcher"]

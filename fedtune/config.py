@@ -76,11 +76,16 @@ class DataConfig:
     test_limit: int | None = opt(None, "use at most this many global test rows (a seeded sample)", ge=1)
     held_out: float = opt(0.2, "share of each client's rows kept to evaluate that client", ge=0, le=0.9)
     limit: int | None = opt(None, "use at most this many training rows (a seeded sample)", ge=1)
+    labels: list[str] = opt([], "classification: class names in the order of their ids, where the rows at hand do not tell them all")
+    client: str | None = opt(None, "the one client whose rows this machine holds (fedtune-client sets it); none: all")
 
 
 @dataclass(kw_only=True)
 class PartitionConfig:
-    kind: str = opt("natural", "how rows are dealt to clients", choices=("natural", "iid", "dirichlet", "pathological", "size", "prior"))
+    kind: str = opt(
+        "natural", "how rows are dealt to clients; one: all are data.client's",
+        choices=("natural", "iid", "dirichlet", "pathological", "size", "prior", "one"),
+    )  # fmt: skip
     clients: int = opt(10, "number of clients (natural: taken from the data)", ge=1)
     alpha: float = opt(0.5, "Dirichlet concentration (dirichlet, prior) or skew (size)", gt=0)
     classes_per_client: int = opt(2, "classes a client holds (pathological)", ge=1)
@@ -103,6 +108,10 @@ class PeftConfig:
     rank_pattern: dict[str, int] = opt({}, "LoRA family: module name (or its last parts) → a rank of its own")
     alpha: float = opt(16.0, "LoRA family: the update is scaled by alpha / rank (rslora: alpha / √rank)", gt=0)
     dropout: float = opt(0.0, "LoRA family: dropout on the adapter's input", ge=0, le=0.9)
+    init: str = opt(
+        "default", "lora, rslora: how A and B start: default changes nothing; loftq makes up for what model.precision=nf4 or int8 rounds",
+        choices=("default", "loftq"),
+    )  # fmt: skip
     targets: Any = opt("all-linear", "LoRA family and ia3: module names to adapt: all-linear, one name, or a list")
     bottleneck: int = opt(16, "adapter: width of the bottleneck", ge=1)
     placement: str = opt(
@@ -131,12 +140,19 @@ class ClientConfig:
 class DeviceClass:
     share: float = opt(1.0, "share of the clients in this class where the data does not say", ge=0)
     max_examples: int | None = opt(None, "training rows that the device can hold", ge=1)
-    max_steps: int | None = opt(None, "optimiser steps that it can do in a round", ge=1)
-    rank: int | None = opt(None, "LoRA rank of its clients, at most peft.rank; none takes peft.rank", ge=1)
     offline: float = opt(0.0, "chance that it is offline in a round", ge=0, le=1)
-    seconds_per_step: float = opt(0.0, "simulated seconds of one optimiser step", ge=0)
-    mbit_per_second: float = opt(0.0, "simulated bandwidth both ways; 0 is unlimited", ge=0)
+    memory_mb: float | None = opt(None, "MB (10⁶ bytes) that training may take, weights included; none is unbounded", gt=0)
+    cores: int = opt(1, "processor cores that train", ge=1)
+    gflops_per_core: float = opt(0.0, "10⁹ operations a second that a core sustains in training; 0 takes no simulated time", ge=0)
+    accelerator: str = opt("none", "what computes in place of the cores", choices=("none", "cuda"))
+    accelerator_gflops: float = opt(0.0, "what it sustains in training; 0 takes no simulated time", ge=0)
+    duty: float = opt(1.0, "share of the time that it may compute: battery, heat", gt=0, le=1)
+    mbit_per_second: float = opt(0.0, "bandwidth both ways; 0 is unlimited", ge=0)
     jitter: float = opt(0.0, "spread of its time from round to round: log-normal, this is sigma", ge=0)
+    precision: str | None = opt(
+        None, "of its frozen backbone; none: the finest that fits, from model.precision down", choices=("fp32", "bf16", "int8", "nf4")
+    )
+    rank: int | None = opt(None, "largest LoRA rank, at most peft.rank; none: what memory and bandwidth allow", ge=1)
 
 
 @dataclass(kw_only=True)
@@ -192,12 +208,14 @@ class EvalConfig:
 @dataclass(kw_only=True)
 class TrafficConfig:
     up: str = opt(
-        "fp32", "numbers of an update, which is sent as its difference from the broadcast", choices=("fp32", "bf16", "int8", "nf4")
+        "fp32",
+        "numbers of an update, which is sent as its difference from the broadcast",
+        choices=("fp32", "fp16", "bf16", "int8", "nf4"),
     )
     down: str = opt(
         "fp32",
         "numbers of a broadcast, which is sent as its difference from the run's first adapter where that is smaller",
-        choices=("fp32", "bf16", "int8", "nf4"),
+        choices=("fp32", "fp16", "bf16", "int8", "nf4"),
     )
     topk: float | None = opt(None, "share of an update's entries that is sent, the largest; none sends all", gt=0, le=1)
     error_feedback: bool = opt(False, "a client adds what an update left out to its next one")
@@ -283,6 +301,7 @@ def _check_together(c: Config) -> None:
     refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
     refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
     refuse(c.data.source == "local" and not c.data.path, "data=local needs data.path: a file, a folder or a glob")
+    refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: whose rows they are")
     refuse((c.data.prompt is None) != (c.data.answer is None), "data.prompt and data.answer go together: set both or neither")
     refuse(c.client.steps is None and c.client.epochs is None, "client.steps and client.epochs are both none: set one of them")
     refuse(
@@ -311,6 +330,7 @@ def _check_together(c: Config) -> None:
         c.engine.batched not in ("auto", "none") and not (c.engine.batched.isdecimal() and int(c.engine.batched) > 0),
         f"engine.batched={c.engine.batched} is not known: choose auto, none, or a number of clients from 1",
     )
+    _check_loftq(c)
     p = c.privacy
     refuse(
         p.kind != "none" and p.epsilon is None and p.noise is None,
@@ -318,19 +338,42 @@ def _check_together(c: Config) -> None:
     )
     refuse(p.adaptive and p.kind != "user", "privacy.adaptive follows whole updates: it needs privacy=user")
     refuse(
+        p.where == "client" and p.kind == "record",
+        "privacy.where=client chooses who adds user-level noise: with privacy=record each client does, leave it out",
+    )
+    refuse(
         p.adaptive and p.where == "client",
         "privacy.adaptive needs privacy.where=server: alone, a client does not know how long the others' updates are",
     )
     t = c.traffic
     refuse(
         t.stochastic and t.up == t.down == "fp32",
-        "traffic.stochastic=true has nothing to round: set traffic.up or traffic.down to bf16, int8 or nf4",
+        "traffic.stochastic=true has nothing to round: set traffic.up or traffic.down to fp16, bf16, int8 or nf4",
     )
     refuse(
         t.error_feedback and t.up == "fp32" and t.topk in (None, 1.0),
         "traffic.error_feedback=true has nothing to feed back, for updates are sent whole: set traffic.topk, or a traffic.up below fp32",
     )
     refuse(not (isinstance(c.strategy, dict) and "_target_" in c.strategy), "strategy needs a _target_: pick one with strategy=NAME")
+
+
+def _check_loftq(c: Config) -> None:
+    if c.peft.init != "loftq":
+        return
+    if c.peft.method not in ("lora", "rslora"):
+        raise ConfigError(f"peft.init=loftq starts the two factors of LoRA, not of peft.method={c.peft.method}: take peft=lora or rslora")
+    if c.model.precision not in ("nf4", "int8"):
+        raise ConfigError(
+            f"peft.init=loftq makes up for quantisation, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"
+        )
+    if c.model.compute == "auto":
+        raise ConfigError(
+            "peft.init=loftq needs the same quantised weights everywhere, model.compute=auto lets each machine choose: take bf16 or fp32"
+        )
+    if c.devices.classes:
+        raise ConfigError(
+            "peft.init=loftq makes up for one precision, and device classes may choose another, where it would be wrong: set devices=none"
+        )
 
 
 def reference() -> list[tuple[str, str, str]]:

@@ -38,7 +38,7 @@ class Plan:
         send: Patterns of the tensors to send back.
         keep: Patterns of the tensors that are the client's own: it goes on with them as it left them in its last turn (in its first, as
             sent or as drawn from the run's seed), and keeps them for its next.
-        rank: LoRA rank that the client's device class asks for; None is the config's. A strategy that can mix ranks heeds it.
+        rank: LoRA rank that the client's device asks for; None is the config's. A strategy that can mix ranks heeds it.
         measure: What to measure beside the usual: `start_loss`, the mean loss over the client's rows before the first step.
         steps: Optimiser steps; None goes by `epochs`.
         epochs: Passes over the client's rows.
@@ -144,6 +144,7 @@ class Update:
         metrics: Name → number, such as `loss`.
         measurements: Name → number that a strategy or the report needs, such as `steps`, `seconds`, `peak_mb`, `virtual_s`.
         device_class: The client's device class, "" where there is none.
+        precision: Of the frozen backbone that a device chose; "" where it is the config's.
     """
 
     client: str
@@ -154,10 +155,12 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     measurements: Mapping[str, float] = field(default_factory=dict)
     device_class: str = ""
+    precision: str = ""
 
     def to_json(self) -> str:
-        """Everything but the tensors."""
-        return json.dumps({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"})
+        """Everything but the tensors, and a precision only where there is one."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"}
+        return json.dumps({n: v for n, v in out.items() if n != "precision" or v})
 
     @classmethod
     def from_json(cls, text: str, adapter: AdapterState) -> "Update":

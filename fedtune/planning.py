@@ -8,14 +8,14 @@ from fedtune.promise import terms
 from fedtune.seeds import derive_seed
 
 
-def base_plan(config: Config, round: int, client: str, version: int, device_class: str = "") -> Plan:
-    """The config's own plan for a client; a strategy may change it."""
-    c, device = config.client, config.devices.classes.get(device_class)
+def base_plan(config: Config, round: int, client: str, version: int, rank: int | None = None) -> Plan:
+    """The config's own plan for a client that asked for this rank when it said hello; a strategy may change it."""
+    c = config.client
     return Plan(
         round=round,
         client=client,
         base_version=version,
-        rank=device.rank if device else None,
+        rank=rank,
         steps=c.steps,
         epochs=c.epochs if c.steps is None else None,
         batch_size=c.batch_size,

@@ -18,6 +18,7 @@ from fedtune.errors import RunError
 from fedtune.reply import read_json
 
 POLL_S = 0.05
+_STRAGGLERS_S = 10.0  # once enough are there: whoever is connected and says nothing does not keep them waiting
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Welcome:
     Args:
         said: What the server says in its hello.
         patience_s: Seconds to wait for nodes to connect and say hello, and for enough of them to come back.
-        wanted: How many nodes are waited for before the first round; fewer will do once the time is up. None: `min_clients`.
+        wanted: How many clients are waited for before the first round; fewer will do once the time is up. None: the nodes are those of an
+            engine, which are all there from the start and of which every one is heard.
         names: Asked for the name that each node has proved by its key, under which alone it may take part; None where nodes have no keys.
         again_s: Seconds after which a node that was refused is asked anew; a simulation's node would say the same for ever.
     """
@@ -85,21 +87,37 @@ class Roll:
         self._note, self._known = watcher.note, watcher.client_known
         self.clients: dict[str, Client] = {}
         self._nodes: set[int] = set()
-        self._asked: dict[int, str] = {}  # node → message of a hello that is not answered yet
+        self._asked: dict[int, tuple[str, float]] = {}  # node → message of a hello that is not answered yet, and when it was sent
         self._refused: dict[int, tuple[float, str]] = {}  # node → when, and why
 
     def gather(self, round: int) -> dict[str, Client]:
         """Wait for nodes, and for all of them to say hello; who does not is left out by name.
 
+        On a network it goes on waiting while those that can take part are too few: a stranger among the first must not end the run.
+
         Raises:
             RunError: Too few can take part.
         """
-        until = time.monotonic() + self._welcome.patience_s
-        self._nodes = set(self._wait_for_nodes(until))
-        self._ask(self._nodes, round)
-        for node, i in sorted(self._asked.items()):
-            self._hear(node, next(replies(self._grid, [i], until)))
-        self._asked = {}
+        began = enough = time.monotonic()
+        wanted, told = max(self._least, self._welcome.wanted or 0), -1
+        while True:
+            before = self._nodes
+            self._look(round)
+            now, here = time.monotonic(), len(self.here())
+            settled = not self._asked and self._nodes == before and len(self._nodes) >= wanted
+            if self._welcome.wanted is None:
+                done = settled
+            else:
+                enough = enough if here >= wanted else now
+                done = here >= wanted and (settled or now - enough > _STRAGGLERS_S)
+                if here != told:
+                    told = here
+                    self._note(f"{told} of {wanted} clients are there")
+            if done or now - began > self._welcome.patience_s:
+                break
+            time.sleep(POLL_S)
+        for node in sorted(self._asked):
+            self._leave_out(node, f"node {node}: no reply")
         if len(self.clients) < self._least:
             raise RunError(self._too_few(len(self.clients), "can take part"))
         return self.clients
@@ -112,20 +130,27 @@ class Roll:
         """
         until = time.monotonic() + self._welcome.patience_s
         while True:
-            now = set(self._grid.get_node_ids())
-            late = {n for n, (when, _) in self._refused.items() if time.monotonic() - when > self._welcome.again_s}
-            self._asked = {n: i for n, i in self._asked.items() if n in now}
-            self._ask((now - self._nodes | late & now) - set(self._asked), round)
-            self._nodes = now
-            for node, i in sorted(self._asked.items()):
-                if (reply := next(replies(self._grid, [i], 0.0))) is not None:
-                    del self._asked[node]
-                    self._hear(node, reply)
+            self._look(round)
             if len(here := self.here()) >= self._least:
                 return sorted(here)
             if time.monotonic() > until:
                 raise RunError(self._too_few(len(here), f"were connected for {self._welcome.patience_s:g} s"))
             time.sleep(POLL_S)
+
+    def _look(self, round: int) -> None:
+        """See who is connected, ask newcomers, and hear those that have answered."""
+        now, at = set(self._grid.get_node_ids()), time.monotonic()
+        self._asked = {n: asked for n, asked in self._asked.items() if n in now}
+        again = {n for n, (when, _) in self._refused.items() if at - when > self._welcome.again_s}
+        if self._welcome.again_s < math.inf:  # a hello that was lost on its way is not delivered again
+            again |= {n for n, (_, when) in self._asked.items() if at - when > self._welcome.patience_s}
+            self._asked = {n: asked for n, asked in self._asked.items() if n not in again}
+        self._ask((now - self._nodes | again & now) - set(self._asked), round)
+        self._nodes = now
+        for node, (i, _) in sorted(self._asked.items()):
+            if (reply := next(replies(self._grid, [i], 0.0))) is not None:
+                del self._asked[node]
+                self._hear(node, reply)
 
     def here(self) -> dict[str, Client]:
         """The clients whose nodes were connected when the grid was last asked."""
@@ -136,29 +161,31 @@ class Roll:
         text = json.dumps({**self._welcome.said, "round": round})
         messages = [Message(RecordDict({"hello": ConfigRecord({"json": text})}), i, "query", group_id="0") for i in ids]
         for node, i in zip(ids, self._grid.push_messages(messages) if messages else (), strict=True):
-            self._asked[node] = i
+            self._asked[node] = i, time.monotonic()
             self._refused.pop(node, None)
 
-    def _hear(self, node: int, reply: Message | None) -> None:
+    def _hear(self, node: int, reply: Message) -> None:
         """Let the node in, or say why not."""
-        if reply is None:
-            return self._leave_out(node, f"node {node}: no reply")
         if reply.has_error() or "declined" in reply.content.config_records:
-            said = reply.error.reason if reply.has_error() else str(reply.content.config_records["declined"].get("why", ""))[:500]
-            return self._leave_out(node, f"node {node}: {said}")
+            said = reply.error.reason if reply.has_error() else reply.content.config_records["declined"].get("why", "")
+            return self._leave_out(node, f"node {node}: {plain(said)}")
         try:
             said = read_json(str(reply.content.config_records["hello"]["json"]))
             client, base, rank = str(said["client"]), str(said["base"]), said.get("rank")
             known = Client(
                 node=node,
-                device_class=str(said["device_class"]),
+                device_class=plain(said["device_class"], 64),
                 examples=int(said["examples"]),
                 held=tuple(map(int, said["shifts"])),
                 remembers=said["remembers"] is True,
                 held_out=int(said["held_out"]),
                 rank=None if rank is None else int(rank),
             )
-        except (KeyError, ValueError, TypeError):
+            if min(known.examples, known.held_out, 0 if known.rank is None else known.rank - 1) < 0:
+                raise ValueError("no such counts")
+            if not client or client != plain(client, 200):
+                raise ValueError("no such name")
+        except (KeyError, ValueError, TypeError, OverflowError):  # JSON knows Infinity
             return self._leave_out(node, f"node {node}: its hello cannot be read")
         if base != self._base:
             return self._leave_out(node, f"client {client} holds another backbone ({base[:12]}) than the run ({self._base[:12]})")
@@ -181,20 +208,10 @@ class Roll:
         whys = [why for _, why in self._refused.values()]
         return f"{count} clients {what}, min_clients={self._least}: " + ("; ".join(whys[:3]) or "no other is connected")
 
-    def _wait_for_nodes(self, until: float) -> list[int]:
-        """Nodes of the grid; engines that start their clients in the background need a moment."""
-        wanted = max(self._least, self._welcome.wanted or 0)
-        nodes: list[int] = []
-        told = -1
-        while time.monotonic() < until:
-            before, nodes = nodes, list(self._grid.get_node_ids())
-            if len(nodes) >= wanted and len(nodes) == len(before):
-                return nodes
-            if self._welcome.wanted is not None and len(nodes) != told:
-                told = len(nodes)
-                self._note(f"{told} of {wanted} clients are there")
-            time.sleep(POLL_S)
-        return nodes
+
+def plain(said: object, longest: int = 500) -> str:
+    """What a peer said, fit for a terminal and a log: no control characters, not too long."""
+    return "".join(c if c.isprintable() else " " for c in str(said or "")[:longest])
 
 
 def replies(grid: Grid, ids: Sequence[str | None], until: float) -> Iterator[Message | None]:

@@ -67,10 +67,10 @@ class RunDirectory:
             raise RunError(f"run {path} is in use by another process: wait for it or stop it first") from None
 
     @classmethod
-    def create(cls, config: Config) -> "RunDirectory":
-        """Make a new directory for the run and store its config."""
+    def create(cls, config: Config, path: Path | None = None) -> "RunDirectory":
+        """Make a new directory for the run (at `path`, or under a name of its own) and store its config."""
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = Path(config.output_dir) / config.name / f"{stamp}-{secrets.token_hex(3)}"
+        path = path or Path(config.output_dir) / config.name / f"{stamp}-{secrets.token_hex(3)}"
         try:
             path.mkdir(parents=True, exist_ok=False)
             (path / "checkpoints").mkdir()

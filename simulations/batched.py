@@ -34,12 +34,11 @@ Result = tuple[AdapterState, Turn] | FedtuneError
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One client's turn: its plan, the tensors it starts from, its rows, what its device can do, and what is added to its gradients."""
+    """One client's turn: its plan, the tensors it starts from, its rows, and what is added to its gradients."""
 
     plan: Plan
     start: AdapterState
     examples: Sequence[Example]
-    max_steps: int | None = None
     correction: Mapping[str, Tensor] | None = None
 
 
@@ -86,7 +85,7 @@ class _Client:
 
     def __init__(self, job: Job) -> None:
         self.job, self.plan, self.rows = job, job.plan, job.examples
-        self.steps = steps_of(job.plan, len(job.examples), job.max_steps)
+        self.steps = steps_of(job.plan, len(job.examples))
         self.order = batches(len(job.examples), job.plan.batch_size, job.plan.seed)
         self.random = torch.Generator().manual_seed(job.plan.seed)  # what torch.manual_seed gives the trainer's dropout
         self.loss, self.seen, self.seconds = 0.0, 0, 0.0

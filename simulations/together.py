@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 
-from fedtune.clients.app import Prepared, finish, prepare, score_together, take_turn
+from fedtune.clients.app import Prepared, client_of, finish, prepare, score_together, take_turn
+from fedtune.clients.body import Body
 from fedtune.clients.declining import declined, is_out_of_memory
 from fedtune.clients.workspace import Workspace
 from fedtune.errors import FedtuneError
 from fedtune.models import LiveAdapter
 from fedtune.simulations.batched import Job, Result, train_together, way_of
+from fedtune.simulations.crowd import Way
 from fedtune.simulations.width import WIDEST, allowed, pays
 
 log = logging.getLogger("fedtune.batched")
@@ -33,17 +35,26 @@ class Together:
 
     def __init__(self, space: Workspace, batched: str) -> None:
         self._space = space
-        self._width = WIDEST if batched == "auto" else int(batched)
-        self._undecided = batched == "auto"
+        self._widest = WIDEST if batched == "auto" else int(batched)
+        self._auto = batched == "auto"
+        self._ways: dict[int, Way | None] = {}
+        self._widths: dict[tuple[object, ...], int] = {}
         self._told: set[str] = set()
-        if space.config.privacy.kind == "record":
-            self._way, why = None, "privacy=record clips the gradient of each row"
-        else:
-            self._way, why = way_of(space.live, space.config.task)
-        if self._way is None:
-            self._tell(f"clients train one after the other: {why}")
-        elif why:
-            log.info("clients are mapped over by torch.func.vmap: %s", why)
+        self._way_of(space.own)
+
+    def _way_of(self, body: Body) -> Way | None:
+        """How clients of this body train at once; None where they cannot, which is said once."""
+        if id(body) not in self._ways:
+            if self._space.config.privacy.kind == "record":
+                way, why = None, "privacy=record clips the gradient of each row"
+            else:
+                way, why = way_of(body.live, self._space.config.task)
+            if way is None:
+                self._tell(f"clients train one after the other: {why}")
+            elif why:
+                log.info("clients are mapped over by torch.func.vmap: %s", why)
+            self._ways[id(body)] = way
+        return self._ways[id(body)]
 
     def __call__(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
         first = next(waiting)
@@ -53,7 +64,7 @@ class Together:
 
     def _score(self, asked: list[tuple[Message, Context]]) -> list[Message]:
         """Evaluate the clients that are to evaluate the same adapter as the first, in the same batches."""
-        same = [a for a in asked if _is_same(asked[0][0], a[0])]
+        same = [a for a in asked if _is_same(asked[0][0], a[0]) and self._precision(a) == self._precision(asked[0])]
         try:
             return score_together(self._space, same)
         except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
@@ -61,9 +72,15 @@ class Together:
                 return [declined(same[0][0], bad)]
         return [reply for one in same for reply in self._score([one])]  # what one client lacks must not cost the others their scores
 
+    def _precision(self, asked: tuple[Message, Context]) -> str:
+        """What the client computes in; where there are no devices, all in the same."""
+        if not self._space.config.devices.classes:
+            return self._space.config.model.precision
+        return self._space.devices.settle(client_of(self._space, asked[1])).precision
+
     def _turns(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
         replies, todo = [], list[Prepared]()
-        for message, context in itertools.islice(waiting, self._width):
+        for message, context in itertools.islice(waiting, self._widest):
             try:
                 ready = prepare(self._space, message, context)
             except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
@@ -71,16 +88,19 @@ class Together:
                 continue
             if ready.plan.phase != "peft":
                 self._tell(f"turns of the phase '{ready.plan.phase}' are taken one after the other")
-            if not todo and (self._way is None or ready.plan.phase != "peft"):
+            if not todo and (self._way_of(ready.body) is None or ready.plan.phase != "peft"):
                 return [*replies, self._one(ready)]
             if not todo or _kind(ready) == _kind(todo[0]):
                 todo.append(ready)
+            if len(todo) >= self._widths.get(_kind(todo[0]), self._widest):
+                break
         if not todo:
             return replies
-        if self._undecided and len(todo) > 1:
-            self._width, self._undecided = self._choose(todo), False
-            log.info("%d clients train at once", self._width)
-        todo = todo[: self._width]
+        kind = _kind(todo[0])
+        if self._auto and kind not in self._widths and len(todo) > 1:
+            self._widths[kind] = self._choose(todo)
+            log.info("%d clients train at once", self._widths[kind])
+        todo = todo[: self._widths.get(kind, self._widest)]
         return replies + (self._train(todo) if len(todo) > 1 else [self._one(todo[0])])  # a stack of one is no faster than the trainer
 
     def _one(self, ready: Prepared) -> Message:
@@ -97,7 +117,7 @@ class Together:
 
     def _train(self, todo: list[Prepared]) -> list[Message]:
         try:
-            results = self._together(_jobs(todo))
+            results = self._together(todo)
         except Exception as bad:
             results, too_large = None, is_out_of_memory(bad) and len(todo) > 1
             if not too_large:
@@ -108,8 +128,9 @@ class Together:
         if not too_large:
             return [self._one(t) for t in todo]
         half = len(todo) // 2
-        self._width = min(self._width, half)
-        log.warning("%d clients at once were too many for the memory: %d from now on", len(todo), self._width)
+        kind = _kind(todo[0])
+        self._widths[kind] = min(self._widths.get(kind, self._widest), half)
+        log.warning("%d clients at once were too many for the memory: %d from now on", len(todo), self._widths[kind])
         return self._train(todo[:half]) + self._train(todo[half:])
 
     def _finish(self, ready: Prepared, result: Result) -> Message:
@@ -120,12 +141,13 @@ class Together:
         except Exception as bad:  # such as a disk that is full when the client keeps its tensors
             return declined(ready.message, bad)
 
-    def _together(self, jobs: list[Job]) -> list[Result]:
-        assert self._way is not None
-        return train_together(self._live(jobs), jobs, self._space.config.task, pad_id=self._space.pad_id, way=self._way)
+    def _together(self, todo: list[Prepared]) -> list[Result]:
+        way = self._way_of(todo[0].body)
+        assert way is not None
+        return train_together(self._live(todo[0]), _jobs(todo), self._space.config.task, pad_id=self._space.pad_id, way=way)
 
-    def _live(self, jobs: list[Job]) -> LiveAdapter:
-        live = self._space.slot(jobs[0].start)
+    def _live(self, first: Prepared) -> LiveAdapter:
+        live = first.body.slot(first.start)
         assert isinstance(live, LiveAdapter)  # of the phase `peft`
         return live
 
@@ -136,21 +158,21 @@ class Together:
 
         What was measured is kept for this machine, so that the same config gives the same bits the next time.
         """
-        assert self._way is not None
-        space, config, jobs = self._space, self._space.config, _jobs(todo)
-        live = self._live(jobs)
+        body, way, jobs = todo[0].body, self._way_of(todo[0].body), _jobs(todo)
+        assert way is not None
+        space, config, live = self._space, body.config, self._live(todo[0])
         width = allowed(live, jobs, config.task)
         if width < 2:
             return 1
         plan, threads = todo[0].plan, torch.get_num_threads()
         what = json.dumps([dataclasses.asdict(c) for c in (config.model, config.peft, config.task)], sort_keys=True)
-        marks = space.backbone.fingerprint[:16], hashlib.sha256(what.encode()).hexdigest()[:16]
+        marks = body.backbone.fingerprint[:16], hashlib.sha256(what.encode()).hexdigest()[:16]
         key = f"{' '.join(marks)} {plan.batch_size}x{plan.accumulate} {width} clients {threads} threads"
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune" / "batched.json"
         known = _read(path)
         if key not in known:
             try:
-                faster = pays(live, jobs[:width], config.task, pad_id=space.pad_id, way=self._way)
+                faster = pays(live, jobs[:width], config.task, pad_id=space.pad_id, way=way)
                 known[key] = width if faster else 1
             except Exception as bad:  # such as a client whose loss overflows: its own turn will name it
                 self._tell(f"clients train one after the other: training at once could not be measured ({type(bad).__name__}: {bad})")
@@ -167,13 +189,13 @@ def _is_same(a: Message, b: Message) -> bool:
 
 
 def _jobs(todo: Sequence[Prepared]) -> list[Job]:
-    return [Job(plan=t.plan, start=t.start, examples=t.examples, max_steps=t.max_steps, correction=t.correction) for t in todo]
+    return [Job(plan=t.plan, start=t.start, examples=t.examples, correction=t.correction) for t in todo]
 
 
 def _kind(ready: Prepared) -> tuple[object, ...]:
     """What turns must have in common to train at once."""
     plan = ready.plan
-    return plan.phase, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
+    return id(ready.body), plan.phase, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
 
 
 def _read(path: Path) -> dict[str, int]:

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from fedtune.clients.trainer import train
+from fedtune.clients.trainer import steps_of, train
 from fedtune.config import TaskConfig
 from fedtune.models import LiveAdapter
 from fedtune.simulations.batched import Job, train_together
@@ -32,15 +32,16 @@ def pays(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: in
     Raises:
         UpdateError: A job's turn fails, such as by a loss that overflows.
     """
+    jobs = [dataclasses.replace(j, plan=dataclasses.replace(j.plan, steps=min(2, steps_of(j.plan, len(j.examples))))) for j in jobs]
     ratios, few = [], jobs[:4]
     for repeat in range(4):
         start = time.perf_counter()
         for j in few:
             live.load(j.start)
-            train(live, j.examples, j.plan, task, pad_id=pad_id, max_steps=2, correction=j.correction, ranks=j.start.spec.ranks)
+            train(live, j.examples, j.plan, task, pad_id=pad_id, correction=j.correction, ranks=j.start.spec.ranks)
         alone = (time.perf_counter() - start) / len(few)
         start = time.perf_counter()
-        train_together(live, [dataclasses.replace(j, max_steps=2) for j in jobs], task, pad_id=pad_id, way=way)
+        train_together(live, jobs, task, pad_id=pad_id, way=way)
         if repeat:  # the first warms up
             ratios.append(alone * len(jobs) / (time.perf_counter() - start))
     return statistics.median(ratios) > 1.1

@@ -66,7 +66,7 @@ REFUSED = [
     (["strategy._target_=os.system"], "strategy._target_=os.system is not a strategy"),
     (["strategy._target_=fedtune.strategies.fedavg.FedAvgg"], "strategy._target_=fedtune.strategies.fedavg.FedAvgg cannot be imported"),
     (["strategy._target_=nowhere.to.be.Found"], "cannot be imported: pick one of strategy=bulyan"),
-    (["+strategy.mu=1"], "strategy FedAvg: got an unexpected keyword argument 'mu'"),
+    (["+strategy.mu=1"], "strategy FlexLoRA: got an unexpected keyword argument 'mu'"),
 ]
 
 
@@ -117,7 +117,7 @@ def test_a_scenario_file_of_ones_own_brings_its_own_groups(tmp_path: Path) -> No
     (tmp_path / "client").mkdir()
     (tmp_path / "client" / "slow.yaml").write_text("lr: 1.0e-5\n")
     config = compose([f"conf={tmp_path}/dolly.yaml", "client=slow", "devices=mixed"])[0].config
-    assert (config.name, config.rounds, config.client.lr, len(config.devices.classes)) == ("mine", 2, 1e-5, 3)
+    assert (config.name, config.rounds, config.client.lr, len(config.devices.classes)) == ("mine", 2, 1e-5, 4)
 
 
 @pytest.mark.parametrize("how", [["data.columns={text: story, label: mood}"], ["data.columns.text=story", "data.columns.label=mood"]])

@@ -257,7 +257,9 @@ class _Linear8bit(bnb.nn.Linear8bitLt):
         if x.device.type != "cpu":
             return super().forward(x)
         if self.weight.CB is not None:
+            scales = self.state.SCB if self.weight.SCB is None else self.weight.SCB  # PEFT's DoRA gives the weight back without them
             self.init_8bit_state()
+            self.state.SCB = scales
         self.state.is_training = True
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return bnb.matmul(x, self.weight, bias=bias, state=self.state)

@@ -22,6 +22,7 @@ from fedtune.report.metrics import read_metrics, write_atomic
 from fedtune.report.page import element as e
 from fedtune.report.plots import Series
 from fedtune.report.summary import (
+    CHOSEN,
     LOWER,
     ClassResult,
     ClientResult,
@@ -31,6 +32,7 @@ from fedtune.report.summary import (
     client_results,
     drops_text,
     duration,
+    megabytes,
     number,
     ordered_drops,
     primary_metric,
@@ -215,10 +217,16 @@ def _class_card(clients: Sequence[ClientResult], metric: str) -> Element:
         ("time", lambda c: duration(c.seconds)),
         ("bytes up", lambda c: size(c.bytes_up)),
         ("bytes down", lambda c: size(c.bytes_down)),
-        ("peak memory", lambda c: "–" if c.peak_mb is None else f"{c.peak_mb:,.0f} MB"),
+        ("peak memory", lambda c: megabytes(c.peak_mb)),
     ]
+    if any(c.chosen for c in classes):
+        measures.insert(-3, ("device time a turn", lambda c: duration(c.device_s)))
+        measures += [(name, lambda c, key=key: c.chosen.get(key) or "–") for key, name in CHOSEN.items()]
     head, rows = ["", *(c.device_class for c in classes)], [[name, *map(tell, classes)] for name, tell in measures]
-    caption = e("p", {"class": "soft"}, f"{_words(metric).capitalize()}: mean over clients. Counted and what follows: turns in a cohort.")
+    said = f"{_words(metric).capitalize()}: mean over clients. Counted and what follows: turns in a cohort."
+    if any(c.chosen for c in classes):
+        said += " From precision on: what devices chose for a turn, the least and the most."
+    caption = e("p", {"class": "soft"}, said)
     return e("div", {"class": "card"}, e("h3", None, "Device classes"), page.table(head, rows), caption)
 
 

@@ -185,7 +185,8 @@ class _Axis:
             return
         low = min(low, 0.0) if zero else low
         if high <= low:
-            low, high = (low, low + 1.0) if zero else (low - 0.5, low + 0.5)
+            half = max(0.5, abs(low) * 1e-6)  # of a huge number, a half is lost in rounding
+            low, high = (low, low + 2 * half) if zero else (low - half, low + half)
         step = _round_step((high - low) / 5)
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         self.ticks = [round(k * step, 12) for k in range(first, last + 1)]

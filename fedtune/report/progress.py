@@ -13,12 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtune.report.summary import (
+    CHOSEN,
     Record,
     best,
     class_results,
     client_results,
     drops_text,
     duration,
+    megabytes,
     number,
     primary_metric,
     rounds,
@@ -189,8 +191,17 @@ def print_results(records: Iterable[Record], console: Console, partition: Mappin
         table.add_column(name, justify="left" if name in ("class", "dropped") else "right")
     for c in classes:
         scores = (f"{number(c.before)} → {number(c.after)}", number(c.worst), str(c.counted))
-        costs = (duration(c.seconds), size(c.bytes_up + c.bytes_down), "–" if c.peak_mb is None else f"{c.peak_mb:,.0f} MB")
+        costs = (duration(c.seconds), size(c.bytes_up + c.bytes_down), megabytes(c.peak_mb))
         table.add_row(escape(c.device_class), str(c.clients), *scores, drops_text(c.dropped) or "none", *costs)
+    console.print(table)
+    chose = [c for c in classes if c.chosen]
+    if not chose:
+        return
+    table = Table(title="What the devices chose, a turn", title_justify="left")
+    for name in ("class", *CHOSEN.values(), "device time"):
+        table.add_column(name, justify="left" if name in ("class", "precision") else "right")
+    for c in chose:
+        table.add_row(escape(c.device_class), *(c.chosen[k] or "–" for k in CHOSEN), duration(c.device_s))
     console.print(table)
 
 

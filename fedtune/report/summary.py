@@ -13,6 +13,15 @@ Record = Mapping[str, Any]
 PRIMARY = ("exact_match", "accuracy", "perplexity", "loss")  # the first that a run reports is what it is judged by
 LOWER = frozenset({"perplexity", "loss", "train_loss"})
 NO_CLASS = "all devices"
+CHOSEN = {  # what a device says of its turn, and what that is called
+    "precision": "precision",
+    "rank": "rank",
+    "micro_batch": "micro-batch",
+    "batch": "batch",
+    "length": "longest row",
+    "steps": "steps",
+    "out_of_memory": "out of memory",
+}
 
 
 def primary_metric(records: Iterable[Record]) -> str:
@@ -83,6 +92,8 @@ class ClientResult:
     bytes_up: float
     bytes_down: float
     peak_mb: float | None
+    device_s: Sequence[float] = ()  # simulated seconds of each turn
+    chosen: Mapping[str, Sequence[float | str]] = field(default_factory=dict)  # key of CHOSEN → what its turns took, in their order
 
 
 def client_results(records: Iterable[Record], metric: str, partition: Mapping[str, Any] | None = None) -> list[ClientResult]:
@@ -111,9 +122,17 @@ def client_results(records: Iterable[Record], metric: str, partition: Mapping[st
                 bytes_up=total(mine, "bytes_up"),
                 bytes_down=total(mine, "bytes_down"),
                 peak_mb=max(peaks) if peaks else None,
+                device_s=[v for t in mine if (v := value(t, "virtual_s"))],
+                chosen=_chosen([t for t in mine if t.get("precision")]),
             )
         )
     return out
+
+
+def _chosen(turns: Sequence[Record]) -> Mapping[str, Sequence[float | str]]:
+    """Of turns of devices that chose: those of others say nothing of it."""
+    out: dict[str, Sequence[float | str]] = {"precision": [str(t["precision"]) for t in turns]}
+    return out | {k: [v for t in turns if (v := value(t, k)) is not None] for k in CHOSEN if k != "precision"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +150,8 @@ class ClassResult:
     bytes_up: float = 0.0
     bytes_down: float = 0.0
     peak_mb: float | None = None
+    device_s: float | None = None  # mean of a turn
+    chosen: Mapping[str, str] = field(default_factory=dict)  # as `span` has it
 
 
 def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassResult]:
@@ -142,6 +163,7 @@ def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassRes
     for name, mine in sorted(groups.items()):
         after = [c.after for c in mine if c.after is not None]
         peaks = [c.peak_mb for c in mine if c.peak_mb is not None]
+        chosen = {k: [v for c in mine for v in c.chosen.get(k, ())] for k in CHOSEN}
         out.append(
             ClassResult(
                 device_class=name,
@@ -155,9 +177,20 @@ def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassRes
                 bytes_up=sum(c.bytes_up for c in mine),
                 bytes_down=sum(c.bytes_down for c in mine),
                 peak_mb=max(peaks) if peaks else None,
+                device_s=mean([s for c in mine for s in c.device_s]),
+                chosen={k: span(v) for k, v in chosen.items()} if chosen["precision"] else {},
             )
         )
     return out
+
+
+def span(values: Sequence[float | str]) -> str:
+    """`2`, `1–4`, `int8, nf4`: what turned up, from the least to the most."""
+    numbers, words = [v for v in values if not isinstance(v, str)], sorted({v for v in values if isinstance(v, str)})
+    if words or not numbers:
+        return ", ".join(words)
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
 def drop_kind(reason: object) -> str:
@@ -194,6 +227,11 @@ def size(v: float | None) -> str:
             return f"{v:.0f} {unit}" if unit == "B" or v >= 100 else f"{v:.1f} {unit}"
         v /= 1000
     return f"{v:.1f} TB"
+
+
+def megabytes(v: float | None) -> str:
+    """MB for people; of small ones two figures are wanted."""
+    return "–" if v is None else f"{v:.1f} MB" if v < 100 else f"{v:,.0f} MB"
 
 
 def duration(v: float | None) -> str:

@@ -147,19 +147,18 @@ def test_every_pass_is_a_new_permutation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "examples", "cap", "steps"),
+    ("plan", "examples", "steps"),
     [
-        ({"steps": 7}, 3, None, 7),
-        ({"steps": 7}, 3, 4, 4),
-        ({"epochs": 2.0}, 33, None, 17),
-        ({"epochs": 0.01}, 5, None, 1),
-        ({"epochs": 1.0, "accumulate": 2}, 33, None, 5),
+        ({"steps": 7}, 3, 7),
+        ({"epochs": 2.0}, 33, 17),
+        ({"epochs": 0.01}, 5, 1),
+        ({"epochs": 1.0, "accumulate": 2}, 33, 5),
     ],
 )
-def test_steps(plan: dict[str, Any], examples: int, cap: int | None, steps: int) -> None:
+def test_steps(plan: dict[str, Any], examples: int, steps: int) -> None:
     # 33 rows, 2 passes, batches of 4: 16.5 → 17 steps; with 2 micro-batches a step: 33 / 8 → 5
     made = Plan(**{"round": 1, "client": "a", "base_version": 0, "steps": None, "epochs": None, "batch_size": 4, **plan})
-    assert steps_of(made, examples, cap) == steps
+    assert steps_of(made, examples) == steps
 
 
 def test_only_what_the_plan_names_is_trained(space: Workspace) -> None:

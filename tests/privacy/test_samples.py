@@ -200,11 +200,10 @@ def quantised(folder: Path, method: str, task: TaskConfig, precision: str) -> Li
     return live
 
 
-QUANTISED = [  # `full` has nothing that is frozen, and over int8 DoRA finds no scales in PEFT's layer
+QUANTISED = [  # `full` has nothing that is frozen
     (m, p)
     for p in ("nf4", "int8")
     for m in ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit")
-    if (m, p) != ("dora", "int8")
 ]
 
 

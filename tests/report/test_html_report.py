@@ -168,3 +168,23 @@ def test_the_worst_decile_is_the_mean_of_the_worst_tenth() -> None:
     assert worst_decile(scores, "perplexity") == 18.5  # (19 + 18) / 2
     assert worst_decile([3.0], "accuracy") == 3.0
     assert worst_decile([], "accuracy") is None
+
+
+def test_the_class_card_says_what_devices_chose(tmp_path: Path) -> None:
+    path = run(tmp_path / "run", clients=3, rounds=1)
+    assert "micro-batch" not in Page(write_report(path).read_text()).text
+    chosen = {
+        "precision": "int8",
+        "rank": 4,
+        "micro_batch": 2,
+        "batch": 16,
+        "length": 64,
+        "steps": 7,
+        "out_of_memory": 0,
+        "virtual_s": 12.5,
+    }
+    with (path / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"round": 1, "client": "home-0000", "device_class": "hub", **chosen}) + "\n")
+    text = Page(write_report(path).read_text()).text
+    for words in ("precision\nint8\n–\n–", "rank\n4\n–\n–", "micro-batch\n2\n–\n–", "device time a turn\n12.5 s\n–\n–"):
+        assert words in text

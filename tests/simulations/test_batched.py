@@ -138,7 +138,7 @@ def test_a_run_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batched: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    devices = DevicesConfig(classes={"phone": DeviceClass(offline=0.3, max_steps=1), "laptop": DeviceClass()})
+    devices = DevicesConfig(classes={"phone": DeviceClass(offline=0.3, gflops_per_core=1e-3), "laptop": DeviceClass()})
     config = tiny_config(tmp_path, rows=ragged(), rounds=3, devices=devices, eval=EvalConfig(where="door", clients=-1))
     runs = {}
     for mode in ("none", batched):
@@ -173,15 +173,15 @@ def test_a_run_of_any_method_ends_with_the_sequential_adapter(
         assert max(float((ends["none"][n] - ends[mode][n]).abs().max()) for n in ends["none"].tensors) < 1e-5
 
 
-def prepared(job: Job, **plan: Any) -> Prepared:
+def prepared(space: Workspace, job: Job, **plan: Any) -> Prepared:
     return Prepared(
         message=Message(RecordDict(), 1, "train"),
         plan=dataclasses.replace(job.plan, **plan),
+        body=space.own,
         start=job.start,
         sent_bytes=0,
         correction={},
         examples=job.examples,
-        device=None,
         device_class="",
     )
 
@@ -191,7 +191,7 @@ def test_other_phases_are_taken_one_by_one(space: Workspace, monkeypatch: pytest
 
     flower.identify_process(run_id=1)
     phases, alone_, at_once = ["score", "sparse", "peft", "peft", "sparse"], [], []
-    waiting = [prepared(job, phase=phase) for job, phase in zip([*jobs(space), jobs(space)[0]], phases, strict=True)]
+    waiting = [prepared(space, job, phase=phase) for job, phase in zip([*jobs(space), jobs(space)[0]], phases, strict=True)]
     monkeypatch.setattr(module, "prepare", lambda space, message, context: waiting[message])
     monkeypatch.setattr(module, "take_turn", lambda space, ready: alone_.append(ready.plan.phase) or [ready])
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: at_once.append([t.plan.phase for t in todo]) or todo)
@@ -245,7 +245,7 @@ def test_too_little_memory_halves_the_batch(space: Workspace, monkeypatch: pytes
         return real(live, jobs, task, **more)
 
     monkeypatch.setattr(module, "train_together", scarce)
-    todo = [prepared(j) for j in jobs(space)]
+    todo = [prepared(space, j) for j in jobs(space)]
     replies = module.Together(space, "4")._train(todo)
     assert sizes == [4, 2, 1, 1, 2, 1, 1] and all("update" in r.content.config_records for r in replies)
 
@@ -254,7 +254,7 @@ def test_a_client_that_cannot_finish_is_declined_alone(space: Workspace, monkeyp
     import fedtune.simulations.together as module
 
     flower.identify_process(run_id=1)
-    todo, real = [prepared(j) for j in jobs(space)], module.finish
+    todo, real = [prepared(space, j) for j in jobs(space)], module.finish
 
     def full(space: Workspace, ready: Prepared, *result: Any) -> Message:
         if ready is todo[1]:
@@ -274,7 +274,7 @@ def test_a_first_client_that_diverges_does_not_end_the_measurement_of_auto(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flower.identify_process(run_id=1)
-    broken = [prepared(j, lr=1e30, lr_last=1e30) for j in jobs(space)]
+    broken = [prepared(space, j, lr=1e30, lr_last=1e30) for j in jobs(space)]
     monkeypatch.setattr(module, "prepare", lambda space, message, context: broken[message])
     with caplog.at_level("WARNING", "fedtune.batched"):
         replies = module.Together(space, "auto")._turns(iter([(i, None) for i in range(4)]))  # type: ignore[arg-type]
@@ -286,7 +286,7 @@ def test_auto_is_not_decided_by_a_client_on_its_own(space: Workspace, monkeypatc
     import fedtune.simulations.together as module
 
     flower.identify_process(run_id=1)
-    todo = [prepared(j) for j in jobs(space)]
+    todo = [prepared(space, j) for j in jobs(space)]
     monkeypatch.setattr(module, "prepare", lambda space, message, context: todo[message])
     monkeypatch.setattr(module.Together, "_choose", lambda self, todo: 4)
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: todo)

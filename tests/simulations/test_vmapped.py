@@ -144,7 +144,8 @@ def test_a_backbone_with_dropout_of_its_own_is_not_mapped(tmp_path: Path) -> Non
 def test_bf16_goes_the_same_way(tmp_path: Path) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM, precision="bf16")
     assert way_of(live, LM)[0] is vmapped.installed
-    todo = [dataclasses.replace(j, max_steps=k + 1) for k, j in enumerate(jobs_of(rows(LM), initial, optimizer="sgd", lr=0.05))]
+    todo = jobs_of(rows(LM), initial, optimizer="sgd", lr=0.05)
+    todo = [dataclasses.replace(j, plan=dataclasses.replace(j.plan, steps=k + 1)) for k, j in enumerate(todo)]
     check(live, todo, LM, pad_id(live.backbone.tokenizer), vmapped.installed, within=0.05)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedtune.clients.trainer import Turn, train
+from fedtune.clients.trainer import Turn, steps_of, train
 from fedtune.config import TaskConfig
 from fedtune.data import Example
 from fedtune.errors import FedtuneError
@@ -37,7 +37,8 @@ def jobs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **chan
             lr_last=2e-3 * k,
             weight_decay=0.01,
         )
-        out.append(Job(plan=dataclasses.replace(plan, **changes), start=start, examples=examples, max_steps=7))
+        plan = dataclasses.replace(plan, **changes)
+        out.append(Job(plan=dataclasses.replace(plan, steps=min(7, steps_of(plan, len(examples)))), start=start, examples=examples))
     return out
 
 
@@ -50,7 +51,6 @@ def alone(live: LiveAdapter, job: Job, task: TaskConfig, pad_id: int) -> tuple[A
         job.plan,
         task,
         pad_id=pad_id,
-        max_steps=job.max_steps,
         correction=job.correction,
         ranks=job.start.spec.ranks,
     )

@@ -1,0 +1,232 @@
+"""Memory and seconds of a turn, before anything is loaded: from the shapes of the model and its adapter.
+
+    memory    weights as they are stored + 16 bytes a trained entry (value, gradient, AdamW's two moments, float32)
+              + what the layers keep of a micro-batch for the backward pass + the largest of that once more: its gradient
+    seconds   (4·P operations a token, 6·P where activations are computed twice) / speed + bytes / bandwidth
+
+What a layer keeps is counted term by term as in Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models,
+arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits), in the dtype that is computed in, and without what a frozen layer
+does not need: its own input, which only the gradient of its weight would. A LoRA factor A keeps its input, in float32.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.config import Config, DeviceClass
+from fedtune.models.backbone import build_config, empty_model, head_names
+from fedtune.models.checkpoint import find_folder
+from fedtune.models.methods import method
+
+STATE = 16  # bytes of a trained float32 entry: itself, its gradient, two moments
+QUANTISED = ("nf4", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What an estimate needs to know of a model with its adapter.
+
+    Args:
+        linear: Linear layer that can be quantised → (out, in).
+        whole: Of them, those that nf4 must leave as they are.
+        rest: Entries of everything else: embeddings, norms, biases.
+        heads: Entries of what is float32 at any precision.
+        tables: Bytes of what is no weight: positions, rotary frequencies.
+        layers, hidden, inner, heads_of, query, words: L, h, the feed-forward width, attention heads, the queries' width, the logits'.
+        gated: Whether the feed-forward block multiplies two branches.
+        classifies: Whether only one position a row has logits.
+        entries: Entries of the adapter at the config's rank, a head's included.
+        per_rank: Those of them that a rank takes.
+        rank: The largest rank of the config; 0 where the method has none.
+        inputs: Sum over the modules with factors of their input widths; `modules`, how many they are.
+        checkpointing: Whether only each layer's input is kept.
+        compute: Precision → dtype that it is computed in.
+    """
+
+    linear: Mapping[str, tuple[int, int]] = field(repr=False)
+    whole: frozenset[str] = frozenset()
+    rest: int = 0
+    heads: int = 0
+    tables: int = 0
+    layers: int
+    hidden: int
+    inner: int
+    heads_of: int
+    query: int
+    words: int
+    gated: bool = True
+    classifies: bool = False
+    entries: int = 0
+    per_rank: int = 0
+    rank: int = 0
+    inputs: int = 0
+    modules: int = 0
+    checkpointing: bool = False
+    compute: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def adapter(self, rank: int | None) -> int:
+        """Entries of the adapter at this rank."""
+        return self.entries - self.per_rank * (self.rank - min(rank or self.rank, self.rank))
+
+    def width_of(self, precision: str) -> int:
+        """Bytes of a number in the dtype that is computed in."""
+        return self.compute[precision].itemsize
+
+
+def weights_bytes(shapes: Shapes, precision: str) -> int:
+    """The frozen weights as they are stored.
+
+    nf4: half a byte an entry, a scale of one byte a block of 64, a float32 scale a 256 of those, two tables; int8: a byte an entry, a
+    float32 scale a row; the rest in the dtype that is computed in.
+    """
+    size, total = shapes.width_of(precision), 4 * shapes.heads + shapes.tables
+    for name, (out, width) in shapes.linear.items():
+        entries = out * width
+        if precision == "int8":
+            total += entries + 4 * out
+        elif precision == "nf4" and name not in shapes.whole:
+            blocks = -(-entries // 64)
+            total += -(-entries // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256)
+        else:
+            total += size * entries
+    return total + size * shapes.rest
+
+
+def unpacked_bytes(shapes: Shapes, precision: str) -> int:
+    """The largest quantised layer as it is multiplied with: dequantised for the moment."""
+    if precision not in QUANTISED:
+        return 0
+    packed = [o * i for n, (o, i) in shapes.linear.items() if precision == "int8" or n not in shapes.whole]
+    return shapes.width_of(precision) * max(packed, default=0)
+
+
+def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int) -> int:
+    """What a micro-batch of `rows` rows of `width` tokens, `counted` of them with a loss, keeps for its backward pass, its largest piece
+    twice."""
+    s, size = shapes, shapes.width_of(precision)
+    tokens = rows * width
+    eager = size == 2  # fedtune.models computes attention so in bf16: its probabilities are kept, in float32 and in bf16
+    scores = s.heads_of * width * 6 if eager else 0
+    norms = 2 * 4 * s.hidden
+    attention = size * (4 * s.query)  # queries, keys and values for every head, the result
+    feed = size * s.inner * (3 if s.gated else 4)
+    # in float32 A keeps what the layer before has made: one copy for modules of one input; in bf16 each makes its own
+    factors = 4 * s.inputs if eager else 4 * min(s.inputs, s.layers * (2 * s.hidden + s.inner))
+    small = 4 * s.modules * min(s.rank, s.hidden)
+    layer = norms + attention + feed + scores + (factors + small) / max(1, s.layers)
+    logits = 4 * s.words * (rows if s.classifies else rows * counted)
+    body = tokens * (size * s.hidden * s.layers + layer if s.checkpointing else s.layers * layer)
+    largest = max(logits, tokens * max(size * s.inner, 4 * s.hidden))
+    return int(body + tokens * 4 * s.hidden + logits + largest)
+
+
+def memory_bytes(shapes: Shapes, precision: str, entries: int, rows: int, width: int, counted: int) -> tuple[int, int]:
+    """(weights, all the rest) of a turn with a trained adapter of so many entries."""
+    rest = STATE * entries + unpacked_bytes(shapes, precision) + kept_bytes(shapes, precision, rows, width, counted)
+    return weights_bytes(shapes, precision), rest
+
+
+def flops(shapes: Shapes, tokens: float) -> float:
+    """Operations of a forward and a backward pass over frozen weights: 4·P a token, 6·P with checkpointing."""
+    parameters = sum(out * width for out, width in shapes.linear.values())
+    return (6 if shapes.checkpointing else 4) * parameters * tokens
+
+
+def speed(device: DeviceClass) -> float:
+    """Operations a second, over the day; 0 is without end."""
+    gflops = device.accelerator_gflops if device.accelerator != "none" else device.cores * device.gflops_per_core
+    return gflops * 1e9 * device.duty
+
+
+def seconds(device: DeviceClass, operations: float, nbytes: float) -> float:
+    """Seconds to compute and to send."""
+    fast = speed(device)
+    network = nbytes * 8 / (device.mbit_per_second * 1e6) if device.mbit_per_second else 0.0
+    return (operations / fast if fast else 0.0) + network
+
+
+def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
+    """The shapes of the config's model and adapter, from config.json alone.
+
+    Raises:
+        ModelError: As `load_backbone` and `LiveAdapter`, as far as config.json shows it.
+    """
+    folder = find_folder(config.model, weights=False)
+    hf = build_config(config.model, config.task, num_labels=num_labels, folder=folder)
+    bare = empty_model(hf, config.task, trust_remote_code=config.model.trust_remote_code)
+    output, classifies = bare.get_output_embeddings(), config.task.kind == "classification"
+    heads = head_names(bare) if classifies else []
+    linear, rest, head = dict[str, tuple[int, int]](), 0, 0
+    for name, module in bare.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head_names(bare):
+            shape = cast(Any, module).weight.shape
+            linear[name] = (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
+    for name, parameter in bare.named_parameters():  # tied weights come once
+        if name.split(".")[0] in heads:
+            head += parameter.numel()
+        elif name.removesuffix(".weight") not in linear:
+            rest += parameter.numel()
+    whole = frozenset(_whole(bare))
+    bare.requires_grad_(False)
+    attached = method(config.peft.method).attach(bare, config.peft, config.task)
+    sizes = {n: p.numel() for n, p in attached.parameters.items()}
+    factors = {m: sum(sizes.get(f"{m}.lora_{x}", 0) for x in "AB") for m in attached.ranks}
+    top = max(attached.ranks.values(), default=0)
+    hidden, count = int(hf.hidden_size), int(hf.num_attention_heads)
+    width = int(getattr(hf, "head_dim", None) or getattr(hf, "d_kv", None) or hidden // count)
+    inner = next((int(v) for n in _INNER if (v := getattr(hf, n, None))), 4 * hidden)
+    kept = [m for m in attached.ranks if m in linear] or ([*linear] if config.peft.method in ("full", "ia3") else [])
+    layers = int(hf.num_hidden_layers) + int(getattr(hf, "num_decoder_layers", None) or 0)
+    return Shapes(
+        linear=linear,
+        whole=whole,
+        rest=rest,
+        heads=head,
+        tables=sum(b.numel() * b.itemsize for b in bare.buffers()),
+        layers=layers,
+        hidden=hidden,
+        inner=inner,
+        heads_of=count,
+        query=count * width,
+        words=num_labels if classifies else int(hf.vocab_size),
+        gated=any(n.endswith("gate_proj") for n in linear),
+        classifies=classifies,
+        entries=sum(sizes.values()),
+        per_rank=sum(n // attached.ranks[m] for m, n in factors.items()),
+        rank=top,
+        inputs=sum(linear[m][1] for m in kept),
+        modules=len(attached.ranks),
+        checkpointing=config.model.checkpointing,
+        compute=_dtypes(config),
+    )
+
+
+_INNER = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff")
+
+
+def _dtypes(config: Config) -> dict[str, torch.dtype]:
+    """Without the quantised ones where bitsandbytes is not there."""
+    cuda = config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
+    out = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    with contextlib.suppress(ImportError):
+        from fedtune.models.quantise import compute_dtype  # a second to load, and only some runs need it
+
+        out |= dict.fromkeys(QUANTISED, compute_dtype(config.model.compute, torch.device("cuda" if cuda else "cpu")))
+    return out
+
+
+def _whole(bare: Any) -> list[str]:
+    """As `fedtune.models.quantise.left_whole` will have it, which says so when such a model is loaded."""
+    heads = head_names(bare)
+    return [
+        n
+        for n, m in bare.named_modules()
+        if isinstance(m, (nn.Linear, Conv1D))
+        and n.split(".")[0] not in heads
+        and (m.weight.shape[0] if isinstance(m, Conv1D) else m.in_features) % 64
+    ]

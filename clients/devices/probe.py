@@ -1,0 +1,91 @@
+"""The memory of a micro-batch, measured by a forward pass: what autograd keeps for the backward pass, each storage once.
+
+A simulated device has no memory of its own to read: this process's holds other clients, other precisions and Python itself.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.config import TaskConfig
+from fedtune.models import LiveAdapter, loss_sum
+from fedtune.models.methods.sparse import SparseSlot
+from fedtune.models.tasks import IGNORED
+
+Slot = LiveAdapter | SparseSlot
+
+
+def stored_bytes(model: nn.Module, without: Iterable[Tensor]) -> int:
+    """Bytes of all parameters and buffers but these, with the scales and tables of quantised ones."""
+    seen, total = {t.untyped_storage().data_ptr() for t in without}, 0
+    for tensor in (t for p in (*model.parameters(), *model.buffers()) for t in _parts(p)):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += tensor.numel() * tensor.element_size()  # of a mapped file's storage, only this tensor's part
+    return total
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    state = getattr(tensor, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    found = [getattr(s, n, None) for s in (state, nested) if s is not None for n in ("absmax", "code")]
+    found.append(getattr(tensor, "SCB", None))
+    return [tensor, *(t for t in found if isinstance(t, Tensor))]
+
+
+def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, width: int, counted: int) -> int:
+    """What a micro-batch of that size keeps, its largest piece twice: the gradient lies beside it.
+
+    The model's parameters are not counted, and nothing of the model or of torch's generators is changed.
+
+    Args:
+        slot: The model.
+        task: What the loss is.
+        names: The trained tensors.
+        rows: Rows of the micro-batch; all of `width` tokens, the last `counted` of which have a loss.
+        width: See there.
+        counted: See there.
+    """
+    model, trained, device = slot.model, set(names), slot.backbone.device
+    batch = _batch(slot, task, rows, width, counted, device)
+    flags = {p: p.requires_grad for p in slot.parameters.values()}
+    own = {t.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) for t in _parts(p)}
+    sizes: dict[int, int] = {}
+    held: list[Tensor] = []  # a storage that were freed could come again under its address
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in sizes:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    training = model.training, slot.backbone.model.training
+    try:
+        for name, p in slot.parameters.items():
+            p.requires_grad_(name in trained)
+        model.train()
+        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss_sum(model, batch, task)
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+        if not all(training):
+            model.train(training[0])
+            slot.backbone.model.train(training[1])
+    return sum(sizes.values()) + max(sizes.values(), default=0)
+
+
+def _batch(slot: Slot, task: TaskConfig, rows: int, width: int, counted: int, device: torch.device) -> dict[str, Tensor]:
+    ids = torch.full((rows, width), 3, device=device)
+    mask = torch.ones_like(ids)
+    if task.kind == "classification":
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(rows, dtype=torch.long, device=device)}
+    if slot.backbone.seq2seq:
+        labels = torch.full((rows, counted + 1), 3, device=device)
+    else:
+        labels = ids.clone()
+        labels[:, : width - counted] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

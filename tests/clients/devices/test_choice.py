@@ -1,0 +1,198 @@
+"""What a device chooses, by hand arithmetic.
+
+The model has 100 linear layers of 100 × 100, 10⁶ entries, and layers that keep nothing but 2 kB a token: a row of 100 tokens takes 0.2 MB.
+The adapter has 12,500 entries: 0.2 MB with gradient and moments. Estimates may fill 0.9 of the memory and 0.75 of the deadline.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.clients.declining import Decline
+from fedtune.clients.devices import Choice, Correction, Shapes, Work, choose, choose_rank, told
+from fedtune.clients.devices.choice import HASTE, ROOM, SHORTEST
+from fedtune.clients.devices.estimate import flops, memory_bytes, seconds, unpacked_bytes, weights_bytes
+from fedtune.config import DeviceClass
+
+LADDER = ["fp32", "bf16", "int8", "nf4"]
+DTYPES = {"fp32": torch.float32, **dict.fromkeys(LADDER[1:], torch.bfloat16)}
+SHAPES = Shapes(
+    linear={str(i): (100, 100) for i in range(100)},
+    layers=0,
+    hidden=250,
+    inner=0,
+    heads_of=0,
+    query=0,
+    words=0,
+    entries=12_500,
+    per_rank=1_000,
+    rank=8,
+    compute=DTYPES,
+)
+WORK = Work(batch=16, steps=12, length=100, longest=100, counted=10, entries=12_500)
+
+
+def pick(device: DeviceClass, work: Work = WORK, **changes: Any) -> Choice:
+    return choose(device, SHAPES, work, **{"rank": 8, "precisions": LADDER, **changes})
+
+
+def test_the_weights_by_hand() -> None:
+    assert weights_bytes(SHAPES, "fp32") == 4_000_000 and weights_bytes(SHAPES, "bf16") == 2_000_000
+    # a byte an entry, 4 bytes a row
+    assert weights_bytes(SHAPES, "int8") == 1_000_000 + 100 * 100 * 4
+    # of each layer: 10⁴/2, ⌈10⁴/64⌉ = 157 scales, one scale of those, tables of 16 and 256 numbers
+    assert weights_bytes(SHAPES, "nf4") == 100 * (5000 + 157 + 4 + 1088)
+    assert unpacked_bytes(SHAPES, "nf4") == 20_000 and unpacked_bytes(SHAPES, "bf16") == 0
+    some = dataclasses.replace(SHAPES, rest=1000, heads=10, whole=frozenset({"0"}))
+    assert weights_bytes(some, "nf4") == 99 * 6249 + 20_000 + 2000 + 40
+
+
+def test_what_a_layer_keeps_by_hand() -> None:
+    one = dataclasses.replace(
+        SHAPES, layers=1, hidden=8, inner=24, heads_of=2, query=8, words=100, inputs=8, modules=1, rank=3, linear={"q": (8, 8)}
+    )
+    # float32, 2 rows of 5 tokens, 3 counted: norms 2·4·8, attention 4·(4·8), feed-forward 4·24·3, A's input 4·8, A's output 4·3 a token
+    layer = 64 + 128 + 288 + 32 + 12
+    logits = 2 * 3 * 100 * 4
+    assert memory_bytes(one, "fp32", 0, 2, 5, 3)[1] == 10 * layer + 10 * 32 + logits + logits
+    # bf16: halves of attention and feed-forward, and attention's probabilities: 2 heads · 5 tokens · (4 + 2)
+    layer = 64 + 64 + 144 + 32 + 12 + 60
+    assert memory_bytes(one, "bf16", 0, 2, 5, 3)[1] == 10 * layer + 10 * 32 + logits + logits
+    # checkpointing keeps the layers' inputs, and one layer while it is computed again
+    assert memory_bytes(dataclasses.replace(one, checkpointing=True), "fp32", 0, 2, 5, 3)[1] == 10 * (32 + 524) + 320 + 2 * logits
+
+
+def test_a_step_and_its_bytes_by_hand() -> None:
+    # 4 operations an entry and token; a fifth more each way where activations are computed twice
+    assert flops(SHAPES, 100) == 4e8 and flops(dataclasses.replace(SHAPES, checkpointing=True), 100) == 6e8
+    assert seconds(DeviceClass(gflops_per_core=0.2, mbit_per_second=4.0), 4e8, 1e6) == pytest.approx(2.0 + 2.0)
+
+
+@pytest.mark.parametrize(
+    ("memory_mb", "precision", "length", "micro"),
+    [
+        (None, "fp32", 100, 16),
+        (8.5, "fp32", 100, 16),  # 4 + 0.2 + 16·0.2 = 7.4 ≤ 7.65
+        (8.0, "fp32", 100, 8),  # 7.4 > 7.2; 8 rows: 5.8
+        (5.0, "fp32", 100, 1),  # 4.4 ≤ 4.5
+        (4.8, "bf16", 100, 8),  # 4.4 > 4.32; 2 + 0.2 + 8·0.2 = 3.8
+        (2.6, "int8", 100, 4),  # 2.4 > 2.34; 1.04 + 0.02 + 0.2 + 4·0.2 = 2.06
+        (1.2, "nf4", 100, 1),  # 1.46 > 1.08; 0.6249 + 0.02 + 0.2 + 0.2 = 1.0449
+        (1.1, "nf4", 50, 1),  # 1.0449 > 0.99; half a row: 0.9449
+        (1.0, "nf4", 25, 1),  # 0.9449 > 0.9; a quarter: 0.8949
+    ],
+)
+def test_what_is_given_up_for_memory(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
+    made = pick(DeviceClass(memory_mb=memory_mb))
+    assert (made.precision, made.length, made.micro, made.batch, made.steps) == (precision, length, micro, 16, 12)
+
+
+def test_a_row_that_does_not_fit_is_declined_with_the_sentence() -> None:
+    with pytest.raises(Decline, match=r"^one row of 25 tokens in nf4 takes 0.9 MB, the device has 0.9 MB: it needs more memory") as bad:
+        pick(DeviceClass(memory_mb=0.9))
+    assert bad.value.kind == "memory"
+    with pytest.raises(Decline, match="one row of 25 tokens in bf16 takes"):  # what the machine cannot do is not tried
+        pick(DeviceClass(memory_mb=1.2), precisions=["fp32", "bf16"])
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "batch", "steps"),
+    [
+        (None, 16, 12),
+        (103.0, 16, 12),  # a step: 16·100·4·10⁶ = 6.4 s; 12 take 76.8 of 77.25
+        (40.0, 16, 4),  # ⌊30 / 6.4⌋
+        (8.0, 8, 1),  # 6.4 > 6; 8 rows: 3.2
+        (1.0, 1, 1),  # 0.4 ≤ 0.75 < 0.8
+    ],
+)
+def test_what_is_given_up_for_the_time(deadline_s: float | None, batch: int, steps: int) -> None:
+    made = pick(DeviceClass(gflops_per_core=1.0), deadline_s=deadline_s)
+    assert (made.batch, made.steps, made.micro, made.precision, made.length) == (batch, steps, batch, "fp32", 100)
+    assert made.seconds == pytest.approx(0.4 * batch * steps)
+
+
+def test_what_takes_too_long_is_declined_with_the_sentence() -> None:
+    with pytest.raises(
+        Decline, match=r"^one step of 1 row takes 0.4 s with the network, the deadline is 0.2 s: it needs a faster dev"
+    ) as bad:
+        pick(DeviceClass(gflops_per_core=1.0), deadline_s=0.2)
+    assert bad.value.kind == "deadline"
+    with pytest.raises(Decline, match=r"takes 1.0 s with the network"):  # 1 MB at 8 Mbit/s
+        pick(DeviceClass(mbit_per_second=8.0), dataclasses.replace(WORK, nbytes=1_000_000), deadline_s=1.0)
+
+
+def test_the_clients_own_rows_decide_and_not_the_longest_that_the_task_allows() -> None:
+    # rows of 30 tokens: 60 kB; 4 + 0.2 + 4·0.06 = 4.44 ≤ 4.5, where rows of 100 allow one
+    made = pick(DeviceClass(memory_mb=5.0), dataclasses.replace(WORK, longest=30))
+    assert (made.precision, made.micro, made.length) == ("fp32", 4, 100)
+
+
+def test_a_correction_changes_the_choice() -> None:
+    # all but the weights doubled: 4 + 0.4 + 8·0.4 = 7.6 > 7.2; 4 rows: 6
+    assert pick(DeviceClass(memory_mb=8.0), correction=Correction(memory=2.0)).micro == 4
+    assert pick(DeviceClass(gflops_per_core=1.0), deadline_s=40.0, correction=Correction(time=2.0)).steps == 2  # ⌊30 / 12.8⌋
+
+
+@pytest.mark.parametrize(
+    ("device", "deadline_s", "rank"),
+    [
+        (DeviceClass(), 1.0, 8),
+        (DeviceClass(mbit_per_second=2.2), 1.0, 4),  # 12,500 entries, 4 bytes, both ways: 0.36 s > 0.25; 8,500: 0.247
+        (DeviceClass(memory_mb=0.8), None, 8),  # 16·12,500 = 0.2 MB
+        (DeviceClass(memory_mb=0.7), None, 4),  # 0.2 > 0.175; 16·8,500 = 0.136
+        (DeviceClass(memory_mb=0.01), None, 1),
+        (DeviceClass(rank=3), None, 2),
+    ],
+)
+def test_the_rank(device: DeviceClass, deadline_s: float | None, rank: int) -> None:
+    assert choose_rank(device, SHAPES, deadline_s) == rank
+
+
+def test_a_method_without_ranks_has_none() -> None:
+    assert choose_rank(DeviceClass(memory_mb=0.01), dataclasses.replace(SHAPES, rank=0, per_rank=0), None) == 0
+
+
+def test_the_line_for_a_person() -> None:
+    device = DeviceClass(memory_mb=3200.0, cores=4, gflops_per_core=2.5)
+    made = Choice(precision="nf4", rank=4, batch=16, micro=2, length=64, steps=9, memory_mb=1234.5, seconds=14.2)
+    assert told(device, made) == (
+        "4 cores, 10 GFLOP/s, 3,200 MB free: nf4, rank 4, 16 rows of at most 64 tokens in micro-batches of 2, 9 steps a round;"
+        " about 1,234 MB and 14.2 s a turn"
+    )
+
+
+@given(
+    st.builds(
+        DeviceClass,
+        memory_mb=st.none() | st.floats(0.01, 20.0),
+        cores=st.integers(1, 8),
+        gflops_per_core=st.floats(0.0, 5.0),
+        duty=st.floats(0.01, 1.0),
+        mbit_per_second=st.floats(0.0, 50.0),
+    ),
+    st.builds(
+        Work, batch=st.integers(1, 40), accumulate=st.integers(1, 4), steps=st.integers(1, 50), length=st.integers(2, 300),
+        longest=st.integers(2, 300), counted=st.integers(1, 300), entries=st.integers(1, 50_000), nbytes=st.integers(0, 10**7),
+    ),
+    st.builds(Correction, memory=st.floats(0.2, 5.0), time=st.floats(0.2, 5.0)),
+    st.none() | st.floats(0.1, 100.0),
+)  # fmt: skip
+def test_whatever_the_profile_the_choice_fits_its_own_estimate_or_declines(
+    device: DeviceClass, work: Work, correction: Correction, deadline_s: float | None
+) -> None:
+    try:
+        made = pick(device, work, correction=correction, deadline_s=deadline_s)
+    except Decline as bad:
+        assert bad.kind in ("memory", "deadline")
+        return
+    width = min(made.length, work.longest)
+    weights, rest = memory_bytes(SHAPES, made.precision, work.entries, made.micro, width, min(work.counted, width))
+    assert device.memory_mb is None or (weights + correction.memory * rest) / 1e6 <= ROOM * device.memory_mb * (1 + 1e-9)
+    took = correction.time * seconds(device, flops(SHAPES, made.steps * made.batch * work.accumulate * width), work.nbytes)
+    assert deadline_s is None or took <= HASTE * deadline_s * (1 + 1e-6)
+    assert 1 <= made.micro <= made.batch <= work.batch and 1 <= made.steps <= work.steps
+    assert made.length == work.length or made.length >= SHORTEST

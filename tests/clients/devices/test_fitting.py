@@ -1,0 +1,231 @@
+"""Whole runs with devices: what is chosen, what running out of memory costs, what a turn teaches the next, what a resume finds."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.app import simulate
+from fedtune.clients.declining import Decline
+from fedtune.clients.devices.choice import Correction
+from fedtune.clients.devices.estimate import memory_bytes, shapes_of
+from fedtune.clients.devices.fitting import for_device
+from fedtune.clients.trainer import Turn
+from fedtune.clients.workspace import Workspace
+from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig
+from fedtune.plan import Plan
+from fedtune.state import AdapterState
+from tests.tiny import tiny_config
+
+PLAN = Plan(round=1, client="c0", base_version=0, steps=4, epochs=None, batch_size=4, lr=1e-2, lr_last=1e-3)
+
+
+def config(path: Path, devices: Mapping[str, DeviceClass], deadline_s: float | None = None, **changes: Any) -> Config:
+    return tiny_config(path, devices=DevicesConfig(classes=dict(devices), deadline_s=deadline_s), **changes)
+
+
+def space_of(path: Path, **profile: Any) -> Workspace:
+    """A workspace whose clients are all of one class; `deadline_s` is the run's."""
+    deadline_s = profile.pop("deadline_s", None)
+    return Workspace(config(path, {"phone": DeviceClass(**profile)}, deadline_s))
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(run: Path) -> AdapterState:
+    return AdapterState.load(run / "adapter" / "fedtune.safetensors")
+
+
+def needs(space: Workspace, precision: str, micro: int, plan: Plan = PLAN) -> float:
+    """MB by the estimate, for the client's own rows."""
+    rows = space.examples(plan.client, "train")
+    width = max(len(e.input_ids) for e in rows)
+    return sum(memory_bytes(space.devices.shapes, precision, space.devices.shapes.entries, micro, width, width - 1)) / 1e6
+
+
+def test_without_devices_nothing_is_chosen(tmp_path: Path) -> None:
+    space = Workspace(tiny_config(tmp_path))
+    assert space.devices.settle("c0").rank is None and space.body_of("c0") is space.own
+    assert space.devices.fit(PLAN, space.initial, 0) is None
+
+
+def test_all_precisions_have_one_fingerprint_and_one_body_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    space = Workspace(tiny_config(tmp_path))
+    bodies = [space.body(p) for p in ("fp32", "bf16")]
+    assert bodies[0] is space.own and space.body("bf16") is bodies[1]
+    assert bodies[0].backbone.fingerprint == bodies[1].backbone.fingerprint
+    assert list(bodies[0].live.parameters) == list(bodies[1].live.parameters)
+    assert bodies[1].weights_bytes < 0.6 * bodies[0].weights_bytes
+
+
+def test_a_large_device_does_what_the_plan_says(tmp_path: Path) -> None:
+    space = space_of(tmp_path)
+    fits = space.devices.fit(PLAN, space.initial, 0)
+    assert fits is not None
+    plan, examples, fitted = fits
+    assert plan == PLAN and examples is space.examples("c0", "train")
+    assert (fitted.choice.precision, fitted.micro, fitted.choice.rank, fitted.out_of_memory) == ("fp32", 4, 2, 0)
+
+
+def test_memory_time_and_rank_shape_the_turn(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    room = 1.02 * needs(space_of(tmp_path / "a"), "fp32", 2) / 0.9
+    space = space_of(tmp_path / "a", memory_mb=room, precision="fp32", gflops_per_core=1e-3, deadline_s=5.0, rank=1)
+    assert space.devices.settle("c0").rank == 1
+    start = space.initial.replace({n: t[:1] if n.endswith("A") else t[:, :1] for n, t in space.initial.tensors.items()})
+    fits = space.devices.fit(PLAN, start.replace(start.tensors, ranks=dict.fromkeys(start.spec.ranks, 1)), 0)
+    assert fits is not None
+    plan, _, fitted = fits
+    assert (plan.batch_size, fitted.micro, fitted.choice.rank) == (4, 2, 1) and 1 <= (plan.steps or 0) < 4 and plan.epochs is None
+
+
+def test_shorter_rows_are_encoded_anew_and_never_lose_their_labels(tmp_path: Path) -> None:
+    space = space_of(tmp_path)
+    short = space.examples("c0", "train", 4)
+    assert max(len(e.input_ids) for e in short) == 4 < max(len(e.input_ids) for e in space.examples("c0", "train"))
+    assert len(short) == len(space.examples("c0", "train")) and all(len(e.labels) == len(e.input_ids) for e in short)
+
+
+def test_a_device_that_runs_out_of_memory_halves_and_says_so(tmp_path: Path) -> None:
+    measured = space_of(tmp_path).devices
+    fits = measured.fit(PLAN, space_of(tmp_path).initial, 0)
+    assert fits is not None and fits[2].rest
+    # room for what two rows take by the estimate, while the client has been taught that it needs hardly anything
+    space = space_of(tmp_path, memory_mb=1.1 * needs(space_of(tmp_path), "fp32", 2), precision="fp32")
+    devices = space.devices
+    plan = dataclasses.replace(PLAN, round=2)
+    devices._write(dataclasses.replace(PLAN, round=1), fits[2], 1, None)
+    fitted = devices.fit(plan, space.initial, 0)
+    assert fitted is not None
+    assert (fitted[2].choice.micro, fitted[2].micro, fitted[2].out_of_memory) == (4, 2, 1)
+    assert fitted[2].weights + fitted[2].rest <= (space.config.devices.classes["phone"].memory_mb or 0) * 1e6
+    told = devices.told(plan, fitted[1], fitted[2], Turn(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
+    assert told["out_of_memory"] == 1 and told["micro_batch"] == 2 and told["peak_mb"] < 10
+    # and the next turn begins with two
+    after = devices.fit(dataclasses.replace(PLAN, round=3), space.initial, 0)
+    assert after is not None and (after[2].choice.micro, after[2].out_of_memory) == (2, 0)
+
+
+def test_one_row_that_runs_out_of_memory_declines_and_teaches(tmp_path: Path) -> None:
+    space = space_of(tmp_path)
+    fits = space.devices.fit(PLAN, space.initial, 0)
+    assert fits is not None
+    weights = space.own.weights_bytes
+    small = space_of(tmp_path, memory_mb=(weights + 20_000) / 1e6 / 0.9, precision="fp32")
+    small.devices._settled["c0"] = space.devices.settle("c0")
+    small.devices._write(PLAN, fits[2], 1, None)
+    plan = dataclasses.replace(PLAN, round=2)
+    with pytest.raises(Decline, match=r"^out of memory with a single row of \d+ tokens: 0\.\d MB of") as bad:
+        small.devices.fit(plan, space.initial, 0)
+    assert bad.value.kind == "memory" and small.devices._read("c0", 3).memory > 0.3 > small.devices._read("c0", 2).memory
+
+
+def test_a_turn_corrects_the_next_one(tmp_path: Path) -> None:
+    # by the longest row some steps are too many; what a turn really took, by its own padding, teaches that more fit
+    space = space_of(tmp_path, gflops_per_core=1e-3, deadline_s=60.0)
+    fits = space.devices.fit(dataclasses.replace(PLAN, steps=50), space.initial, 0)
+    assert fits is not None
+    plan, examples, fitted = fits
+    told = space.devices.told(plan, examples, fitted, Turn(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
+    assert told["virtual_s"] < told["estimated_s"]
+    kept = space.devices._read("c0", 2)
+    assert kept.time == pytest.approx((told["virtual_s"] / told["estimated_s"]) ** 0.5)  # half of what was seen, from 1
+    after = space.devices.fit(dataclasses.replace(PLAN, round=2, steps=50), space.initial, 0)
+    assert after is not None and after[2].used == kept and (after[0].steps or 0) > (plan.steps or 0)
+    assert space.devices._read("c0", 1) == Correction()  # as of that round
+
+
+def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -> None:
+    space = Workspace(tiny_config(tmp_path))
+    space.devices.own = DeviceClass(memory_mb=1000.0, gflops_per_core=1.0, offline=1.0)
+    assert not space.devices.is_offline("c0", 1)  # a coin is for simulations
+    fits = space.devices.fit(PLAN, space.initial, 0)
+    assert fits is not None and not fits[2].simulated and fits[2].micro == 4
+    plan, examples, fitted = fits
+    turned = Turn(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
+    told = space.devices.told(plan, examples, fitted, turned, 0)
+    assert (told["micro_batch"], told["out_of_memory"]) == (2, 1) and "peak_mb" not in told and "virtual_s" not in told
+    width = max(len(e.input_ids) for e in examples)
+    expected = memory_bytes(space.devices.shapes, "fp32", fitted.work.entries, 2, width, width - 1)[1]
+    assert space.devices._read("c0", 2).memory == pytest.approx(10e6 / expected)
+
+
+def test_a_real_device_never_loads_a_finer_backbone_than_it_can_hold(tmp_path: Path) -> None:
+    given = tiny_config(tmp_path)
+    assert for_device(given, DeviceClass()).model.precision == "fp32"
+    weights, rest = memory_bytes(shapes_of(given), "bf16", shapes_of(given).entries, 1, 16, 15)
+    assert for_device(given, DeviceClass(memory_mb=1.01 * (weights + rest) / 0.9e6)).model.precision == "bf16"
+    with pytest.raises(Decline, match="it needs more memory"):
+        for_device(given, DeviceClass(memory_mb=0.01))
+
+
+def mixed(path: Path, **changes: Any) -> Config:
+    """Three classes, of which one is slow, one runs in bf16, and each is late or away now and then."""
+    classes = {
+        "phone": DeviceClass(precision="bf16", gflops_per_core=1e-3, jitter=0.4, offline=0.1),
+        "board": DeviceClass(gflops_per_core=2e-3, jitter=0.2),
+        "laptop": DeviceClass(),
+    }
+    return config(path, classes, 5.0, **changes)
+
+
+def test_what_was_chosen_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = simulate(mixed(tmp_path))
+    turns = [x for x in lines(run) if x.get("precision")]
+    assert {x["precision"] for x in turns} == {"fp32", "bf16"} and {x["device_class"] for x in turns} == {"phone", "board", "laptop"}
+    wanted = ("rank", "batch", "micro_batch", "length", "steps", "out_of_memory", "estimated_mb", "estimated_s", "peak_mb", "virtual_s")
+    assert all(isinstance(x[k], float | int) for x in turns for k in wanted)
+    assert all(0 < x["peak_mb"] < 10 for x in turns)  # the device's, and not this process's
+    assert "What the devices chose" in capsys.readouterr().out
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = simulate(mixed(tmp_path, rounds=4))
+    half = shutil.copytree(whole, tmp_path / "half")
+    for round in (3, 4):
+        shutil.rmtree(half / "checkpoints" / f"round-{round:04d}")
+    shutil.rmtree(half / "adapter")
+    made = dataclasses.replace(mixed(tmp_path, rounds=4), resume=str(half))
+    again = simulate(made)
+    first, second = adapter(whole), adapter(again)
+    assert all(torch.equal(first[n], second[n]) for n in first.tensors)
+    drop = ("seconds", "bytes_up")  # the wall clock, and its digits in the reply
+    assert [{k: v for k, v in x.items() if k not in drop} for x in lines(whole)] == [
+        {k: v for k, v in x.items() if k not in drop} for x in lines(again)
+    ]
+
+
+def test_a_device_that_can_hold_nothing_is_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classes = {"watch": DeviceClass(memory_mb=0.01, precision="fp32"), "laptop": DeviceClass()}
+    with caplog.at_level("INFO", "fedtune"):
+        simulate(config(tmp_path, classes))
+    assert "left out, node" in caplog.text and "it needs more memory, a smaller backbone or a smaller adapter" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batched", ["4", "auto"])
+def test_four_precisions_train_in_one_cohort_at_once_or_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batched: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    classes = {p: DeviceClass(precision=p) for p in ("fp32", "bf16", "int8", "nf4")}
+    nano = ModelConfig(source="nano")
+    given = config(tmp_path, classes, rounds=1, model=nano, client=ClientConfig(steps=2, epochs=None, batch_size=4))
+    given = dataclasses.replace(given, eval=EvalConfig(where="none", clients=0), clients_per_round=8)
+    found = {}
+    for mode in ("none", batched):
+        run = simulate(dataclasses.replace(given, engine=EngineConfig(threads=1, batched=mode)))
+        found[mode] = {x["client"]: x for x in lines(run) if x.get("precision")}
+        assert {x["precision"] for x in found[mode].values()} == set(classes)
+    for client, alone in found["none"].items():
+        within = 1e-4 if alone["precision"] == "fp32" else 0.05
+        assert found[batched][client]["train_loss"] == pytest.approx(alone["train_loss"], rel=within)
+        assert found[batched][client]["peak_mb"] == alone["peak_mb"]

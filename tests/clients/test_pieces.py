@@ -1,0 +1,120 @@
+"""Micro-batches do not change what is learnt, and running out of memory costs no more than a halved one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.clients import trainer
+from fedtune.clients.declining import Decline
+from fedtune.clients.trainer import Turn, train
+from fedtune.clients.workspace import Workspace
+from fedtune.config import DataConfig, PeftConfig, TaskConfig
+from fedtune.plan import Plan
+from fedtune.state import AdapterState
+from tests.tiny import texts, tiny_config
+
+PLAN = Plan(round=1, client="c0", base_version=0, steps=4, epochs=None, batch_size=6, lr=1e-2, lr_last=1e-3, seed=3)
+
+
+def workspace(path: Path, kind: str = "causal_lm", dropout: float = 0.0) -> Workspace:
+    task = TaskConfig(kind=kind, max_length=16, max_new_tokens=4, stride_texts=False)
+    peft = PeftConfig(rank=2, alpha=4.0, dropout=dropout)
+    config = tiny_config(path, texts(60), task=task, peft=peft)
+    columns = {"classification": {"columns": {"label": "label"}}, "instruction": {"prompt": "{question}", "answer": " {reply}"}}
+    data = DataConfig(**{**dataclasses.asdict(config.data), **columns.get(kind, {})})
+    return Workspace(dataclasses.replace(config, data=data))
+
+
+def turn(space: Workspace, micro: int | None, **plan: Any) -> tuple[AdapterState, Turn]:
+    drawn = torch.Generator().manual_seed(0)
+    begin = space.live.read(version=0)
+    begin = begin.replace({n: 0.1 * torch.randn(t.shape, generator=drawn) for n, t in begin.tensors.items()})
+    space.live.load(begin)
+    rows, made = space.examples("c0", "train"), dataclasses.replace(PLAN, **plan)
+    turned = train(space.live, rows, made, space.config.task, pad_id=space.pad_id, micro=micro)
+    return space.live.read(version=0), turned
+
+
+def far(a: AdapterState, b: AdapterState) -> float:
+    return max(float((a[n] - b[n]).abs().max()) for n in a.tensors)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "instruction", "classification"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pieces_leave_the_gradient_of_the_whole(tmp_path: Path, kind: str, accumulate: int) -> None:
+    space = workspace(tmp_path, kind)
+    step = {"steps": 1, "accumulate": accumulate, "optimizer": "sgd", "lr": 1.0, "clip_norm": None}
+    whole, one = turn(space, None, **step)
+    assert len({len(e.input_ids) for e in space.examples("c0", "train")}) > 2  # and so do the counts of a piece
+    for micro in (1, 4):
+        pieces, turned = turn(space, micro, **step)
+        assert far(whole, pieces) < 1e-6 and turned.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+def test_a_micro_batch_as_large_as_the_batch_is_the_same_bits(tmp_path: Path) -> None:
+    space = workspace(tmp_path, dropout=0.2)
+    assert far(turn(space, None)[0], turn(space, 6)[0]) == far(turn(space, None)[0], turn(space, 99)[0]) == 0.0
+
+
+class Small:
+    """A memory that runs out where more than `rows` rows come at once, from the step `since` on, after some of the step was done."""
+
+    def __init__(self, rows: int, since: int, error: Exception) -> None:
+        self.rows, self.since, self.error, self.real, self.batches = rows, since, error, trainer.loss_sum, 0
+
+    def __call__(self, model: Any, batch: dict[str, torch.Tensor], task: TaskConfig) -> Any:
+        out = self.real(model, batch, task)  # dropout was drawn by then
+        self.batches += 1
+        if self.batches > self.since and len(batch["input_ids"]) > self.rows:
+            raise self.error
+        return out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, dropout: float
+) -> None:
+    space = workspace(tmp_path, dropout=dropout)
+    wanted, _ = turn(space, 3, accumulate=2)
+    # from the first piece on: 6 rows are too many, 3 are not; the second attempt draws what the first one drew
+    monkeypatch.setattr(trainer, "loss_sum", Small(3, 0, error))
+    got, turned = turn(space, None, accumulate=2)
+    assert far(wanted, got) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
+
+
+def test_out_of_memory_amid_a_step_drops_what_the_step_had_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, error = workspace(tmp_path), torch.OutOfMemoryError("CUDA out of memory")
+    wanted, _ = turn(space, None, accumulate=2)
+    # the second batch of the first step fails: were the first one's gradient kept, it would count twice
+    monkeypatch.setattr(trainer, "loss_sum", Small(3, 1, error))
+    got, turned = turn(space, None, accumulate=2)
+    assert far(wanted, got) < 1e-5 and (turned.micro, turned.out_of_memory) == (3, 1)
+    monkeypatch.setattr(trainer, "loss_sum", Small(1, 3, error))
+    got, turned = turn(space, 5, accumulate=2)
+    assert far(wanted, got) < 1e-5 and (turned.micro, turned.out_of_memory) == (1, 2)  # 5 → 2 → 1
+
+
+def test_a_single_row_that_is_too_much_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = workspace(tmp_path)
+    monkeypatch.setattr(trainer, "loss_sum", Small(0, 2, MemoryError()))
+    with pytest.raises(Decline, match=r"^out of memory with a single row of \d+ tokens: lower task.max_length, or take") as bad:
+        turn(space, None)
+    assert bad.value.kind == "memory"
+    assert all(p.grad is None and p.requires_grad for p in space.live.parameters.values())
+
+
+def test_other_errors_are_not_taken_for_a_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = workspace(tmp_path)
+    monkeypatch.setattr(trainer, "loss_sum", Small(0, 0, RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        turn(space, None)
