@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedtune.clients.body import Body
 from fedtune.clients.declining import Decline, declining
+from fedtune.clients.devices.choice import told
 from fedtune.clients.devices.fitting import Fitted, for_device
 from fedtune.clients.prune import prune
 from fedtune.clients.scores import score
@@ -113,6 +114,8 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
             "shifts": list(space.body(settled.precision).frozen.versions),
             "remembers": config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
         }
+        if own is not None:
+            said["device"] = told(own, space.devices.first_choice(client))
         return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(said)})}), reply_to=message)
 
     @app.train()

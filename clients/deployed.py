@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.clients.app import make_client_app
 from fedtune.clients.declining import declining
-from fedtune.config import Config, from_dict
+from fedtune.clients.devices import measure_device
+from fedtune.config import Config, DeviceClass, DevicesConfig, from_dict, to_dict
 from fedtune.data.sources import DEMO_ANSWER, DEMO_COLUMNS, DEMO_PROMPT
 from fedtune.errors import ConfigError, PlanError
 
@@ -52,7 +54,8 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
 
     def begin(said: str) -> ClientApp:
         config, run = read_hello(said, device)
-        current[:] = [make_client_app(config, device.state / run / "clients")]
+        own = next(iter(config.devices.classes.values()), None)
+        current[:] = [make_client_app(config, device.state / run / "clients", own)]
         return current[0]
 
     def going_on() -> ClientApp:
@@ -116,7 +119,38 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
         )
         partition = dataclasses.replace(partition, kind="one")
     engine = dataclasses.replace(config.engine, kind="inprocess", batched="none")
-    return dataclasses.replace(config, data=data, partition=partition, engine=engine)
+    devices = DevicesConfig(classes=profile_of(device.device, config))
+    return dataclasses.replace(config, data=data, partition=partition, engine=engine, devices=devices)
+
+
+def profile_of(asked: str | None, config: Config) -> dict[str, DeviceClass]:
+    """This device's profile under its name; empty where it takes every plan as it is.
+
+    Args:
+        asked: As `Device.device`.
+        config: The server's experiment, whose device classes can be named.
+
+    Raises:
+        ConfigError: There is no such class or file, or the file holds something else.
+    """
+    classes = config.devices.classes
+    if asked is None:
+        return {}
+    if asked == "auto":
+        return {"measured": measure_device()}
+    if not asked.endswith((".yaml", ".yml")):
+        if asked not in classes:
+            known = f"the scenario's classes are {', '.join(classes)}" if classes else "the scenario names none"
+            raise ConfigError(f"--device {asked} is no device class: {known}; auto measures, FILE.yaml describes")
+        return {asked: classes[asked]}
+    try:
+        values = yaml.safe_load(Path(asked).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as bad:
+        raise ConfigError(f"cannot read the device profile {asked}: {str(bad).splitlines()[0]}") from None
+    name = Path(asked).stem
+    whole = to_dict(Config())
+    whole["devices"]["classes"] = {name: values}
+    return from_dict(whole).devices.classes
 
 
 def _said(message: Message) -> str:

@@ -5,6 +5,7 @@ taking the node down.
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from flwr.app import Message
 
 from fedtune import __version__
 from fedtune.errors import ConfigError, FedtuneError
@@ -46,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         metavar="PROFILE",
-        help="what this device can do: auto measures it, a name is one of the scenario's device classes, a file is YAML with the keys of one"
+        help="what this device can do: auto measures it, a name is one of the scenario's device classes, FILE.yaml holds the keys of one"
         " (default: take every plan as it is)",
     )
     parser.add_argument("--client-id", metavar="ID", help="this client's name (default: the folder of --key, or the host's name)")
@@ -100,7 +103,7 @@ def _main(args: argparse.Namespace) -> int:
         root_certificates=args.root_certificates,
         key=args.key if not args.insecure else state / "node.key",
         insecure=args.insecure,
-        answer=executor.answer,
+        answer=lambda message, node: _heard(executor.answer(message, node)),
         max_retries=args.max_retries,
         told=_tell,
     )
@@ -124,6 +127,18 @@ def _main(args: argparse.Namespace) -> int:
         finally:
             executor.stop()
     return 130 if stopping.is_set() else 0
+
+
+def _heard(reply: Message) -> Message:
+    """Tell what the worker found of this device and chose, which its hello says."""
+    if not reply.has_error() and (said := reply.content.config_records.get("hello")) is not None:
+        try:
+            device = json.loads(str(said["json"])).get("device")
+        except ValueError:
+            device = None
+        if device:
+            _tell(f"this device: {device}")
+    return reply
 
 
 def _client_id(args: argparse.Namespace) -> str:

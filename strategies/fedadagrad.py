@@ -29,7 +29,7 @@ class FedAdagrad(Strategy):
     """
 
     takes_mean: ClassVar[bool] = True
-    lr: float = 3e-2
+    lr: float = 1e-2
     tau: float = 1e-3
 
     def check(self, config: Config) -> None:

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from fedtune.app import simulate
 from fedtune.compose import compose
+from fedtune.data import load_federation
+from fedtune.report import read_metrics
 from fedtune.state import AdapterState
 from tests.faults.deployment import STORIES, Deployment, deployed, settings, write_rows
 
@@ -19,10 +20,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not STORIES.is_dir(), reason="needs FEDTUNE_DATA with models/stories260k and fed/tinyshakespeare"),
 ]
-MIXED = (
-    "strategy=flexlora",
-    "devices={classes: {small: {share: 0.5, rank: 2}, large: {share: 0.5}}}",
-)
+MIXED = """defaults: [base, override strategy: flexlora, _self_]
+devices: {classes: {small: {share: 0.5, rank: 2}, large: {share: 0.5}}}
+"""
 
 
 def simulated(folder: Path, experiment: list[str]) -> AdapterState:
@@ -45,11 +45,9 @@ def test_three_clients_with_tls_and_keys_end_with_the_simulation_s_adapter(tmp_p
         made.start()
         assert made.finish() == 0, made.said("server")
         records = made.rounds()
-        server = psutil.pids()
     assert [r["counted"] for r in records[1:]] == [3, 3, 3]
     assert_same(made.adapter(), simulated(tmp_path, experiment))
     assert (made.run / "report.html").is_file()
-    assert server
     for who in ("server", *CLIENTS):
         assert "Traceback" not in made.said(who)
     secrets_stay_home(made)
@@ -72,12 +70,19 @@ def secrets_stay_home(made: Deployment) -> None:
 def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     write_rows(rows, CLIENTS)
-    experiment = [*(s for s in settings(rows, CLIENTS) if not s.startswith(("devices", "strategy"))), *MIXED]
+    (scenario := tmp_path / "mixed.yaml").write_text(MIXED)
+    experiment = [f"conf={scenario}", *(s for s in settings(rows, CLIENTS) if not s.startswith(("devices", "strategy")))]
     with deployed(tmp_path, CLIENTS, experiment, own_rows=False) as made:
         made.start_server()
+        (job,) = compose(experiment)
+        classes = {name: client.device_class for name, client in load_federation(job.config).clients.items()}
+        assert set(classes.values()) == {"small", "large"}
         for name in CLIENTS:
-            made.start_client(name, "--device", "scenario")
+            made.start_client(name, "--device", classes[name])
         assert made.finish() == 0, made.said("server")
+        for name in CLIENTS:
+            assert f"this device: 1 core: fp32, rank {2 if classes[name] == 'small' else 4}, 4 rows" in made.said(name)
+    assert {r["device_class"] for r in read_metrics(made.run) if r["client"] and r["round"] == 1} == {"small", "large"}
     assert_same(made.adapter(), simulated(tmp_path, experiment))
 
 
@@ -87,8 +92,11 @@ def test_doors_refuse_in_one_sentence(tmp_path: Path) -> None:
         (["-m", "fedtune.server", "--insecure", "--address", "8080"], "fedtune-server: --address 8080 is no address"),
         (["-m", "fedtune.server", "--insecure", "rounds=x"], "fedtune-server: rounds=x has the wrong type"),
         (["-m", "fedtune.client", "--server", "localhost:1"], "fedtune-client: --key says who this client is"),
-        (["-m", "fedtune.client", "--server", "nowhere", "--insecure", "--state", str(tmp_path)], "fedtune-client: the server's address is"),
-        (["-m", "fedtune.client", "--server", "a:1", "--insecure", "--data", "/nope"], "fedtune-client: --data /nope is no file"),
+        (
+            ["-m", "fedtune.client", "--server", "nowhere", "--insecure", "--state", str(tmp_path)],
+            "fedtune-client: the server's address is",
+        ),
+        (["-m", "fedtune.client", "--server", "a:1", "--insecure", "--data", "/no"], "fedtune-client: --data /no is no file"),
     ):
         done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and done.stderr.startswith(sentence) and done.stderr.count("\n") == 1, done.stderr
