@@ -9,6 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedtune.combinations import check_together
 from fedtune.errors import ConfigError
 
 
@@ -268,7 +269,7 @@ def check(config: Config) -> Config:
         ConfigError: Names the key, the value, and what was wanted.
     """
     _check_fields(config, "")
-    _check_together(config)
+    check_together(config)
     return config
 
 
@@ -291,89 +292,6 @@ def _check_fields(node: Any, prefix: str) -> None:
             ):
                 if bound is not None and bad(value, bound):
                     raise ConfigError(f"{key}={value} is out of range: it must be {word} {bound:g}")
-
-
-def _check_together(c: Config) -> None:
-    def refuse(wrong: bool, sentence: str) -> None:
-        if wrong:
-            raise ConfigError(sentence)
-
-    refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
-    refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
-    refuse(c.data.source == "local" and not c.data.path, "data=local needs data.path: a file, a folder or a glob")
-    refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: whose rows they are")
-    refuse((c.data.prompt is None) != (c.data.answer is None), "data.prompt and data.answer go together: set both or neither")
-    refuse(c.client.steps is None and c.client.epochs is None, "client.steps and client.epochs are both none: set one of them")
-    refuse(
-        c.min_clients > c.clients_per_round,
-        f"min_clients={c.min_clients} is more than clients_per_round={c.clients_per_round}: no round could count",
-    )
-    refuse(not c.name or "/" in c.name or c.name.startswith("."), f"name='{c.name}' must be a plain folder name")
-    refuse(
-        c.data.source == "demo" and c.task.kind == "causal_lm",
-        "the demo homes are requests with answers: task.kind=causal_lm does not fit data=demo, take task=instruction or classification",
-    )
-    refuse(
-        c.task.kind == "instruction" and c.task.max_new_tokens >= c.task.max_length,
-        f"task.max_new_tokens={c.task.max_new_tokens} leaves no room for a prompt in task.max_length={c.task.max_length}",
-    )
-    refuse(
-        bool(c.devices.classes) and sum(d.share for d in c.devices.classes.values()) <= 0,
-        "devices.classes: every share is 0, so no client could get a class",
-    )
-    for name, device in c.devices.classes.items():
-        refuse(
-            device.rank is not None and device.rank > c.peft.rank,
-            f"devices.classes.{name}.rank={device.rank} is more than peft.rank={c.peft.rank}, the largest of the cohort",
-        )
-    refuse(
-        c.engine.batched not in ("auto", "none") and not (c.engine.batched.isdecimal() and int(c.engine.batched) > 0),
-        f"engine.batched={c.engine.batched} is not known: choose auto, none, or a number of clients from 1",
-    )
-    _check_loftq(c)
-    p = c.privacy
-    refuse(
-        p.kind != "none" and p.epsilon is None and p.noise is None,
-        f"privacy={p.kind} has neither an epsilon to keep nor a noise to add: set privacy.epsilon or privacy.noise",
-    )
-    refuse(p.adaptive and p.kind != "user", "privacy.adaptive follows whole updates: it needs privacy=user")
-    refuse(
-        p.where == "client" and p.kind == "record",
-        "privacy.where=client chooses who adds user-level noise: with privacy=record each client does, leave it out",
-    )
-    refuse(
-        p.adaptive and p.where == "client",
-        "privacy.adaptive needs privacy.where=server: alone, a client does not know how long the others' updates are",
-    )
-    t = c.traffic
-    refuse(
-        t.stochastic and t.up == t.down == "fp32",
-        "traffic.stochastic=true has nothing to round: set traffic.up or traffic.down to fp16, bf16, int8 or nf4",
-    )
-    refuse(
-        t.error_feedback and t.up == "fp32" and t.topk in (None, 1.0),
-        "traffic.error_feedback=true has nothing to feed back, for updates are sent whole: set traffic.topk, or a traffic.up below fp32",
-    )
-    refuse(not (isinstance(c.strategy, dict) and "_target_" in c.strategy), "strategy needs a _target_: pick one with strategy=NAME")
-
-
-def _check_loftq(c: Config) -> None:
-    if c.peft.init != "loftq":
-        return
-    if c.peft.method not in ("lora", "rslora"):
-        raise ConfigError(f"peft.init=loftq starts the two factors of LoRA, not of peft.method={c.peft.method}: take peft=lora or rslora")
-    if c.model.precision not in ("nf4", "int8"):
-        raise ConfigError(
-            f"peft.init=loftq makes up for quantisation, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"
-        )
-    if c.model.compute == "auto":
-        raise ConfigError(
-            "peft.init=loftq needs the same quantised weights everywhere, model.compute=auto lets each machine choose: take bf16 or fp32"
-        )
-    if c.devices.classes:
-        raise ConfigError(
-            "peft.init=loftq makes up for one precision, and device classes may choose another, where it would be wrong: set devices=none"
-        )
 
 
 def reference() -> list[tuple[str, str, str]]:

@@ -3,7 +3,7 @@
     fedtune-server [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...] --certificates CA CERTIFICATE KEY --allowed FILE
     fedtune-server [conf=NAME] [KEY=VALUE ...] --insecure
 
-Flower's SuperLink runs in a process of its own (fedtune/network); this one holds the strategy, the bridge, the checkpoints and the terminal.
+Flower's SuperLink runs in a process of its own (fedtune/network); this one holds strategy, bridge, checkpoints and the terminal.
 """
 
 import argparse
@@ -120,8 +120,8 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
         return LinkSettings(folder=Path(), host=host, port=int(port), certificates=None, insecure=True)
     if not args.certificates or not args.allowed:
         raise ConfigError(
-            "--certificates and --allowed say how clients know the server and which may take part: `fedtune keys` makes both; --insecure does"
-            " without, for trials on one machine"
+            "--certificates and --allowed say how clients know the server and which may take part: `fedtune keys` makes both; --insecure"
+            " does without, for trials on one machine"
         )
     if missing := [path for path in args.certificates if not path.is_file()]:
         raise ConfigError(f"there is no file {missing[0]}: `fedtune keys` makes certificates")

@@ -23,6 +23,7 @@ from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import in_bounds
 from fedtune.strategy import Assignment, ServerState, Strategy
 
+QUANTISED = ("nf4", "int8")
 MASKS, MODES = ("random", "gradient"), ("paper", "corrected")
 _VALUES = ("*", "!*.index")  # positions go down only
 
@@ -69,6 +70,14 @@ class SLoRA(Strategy):
         if self.density is not None:
             in_bounds("density", self.density, gt=0, le=1)
         require_method(config, "slora", methods=("lora", "rslora"), why="an SVD gives two factors to start from, and nothing else")
+        classes = config.devices.classes.items()
+        free = [n for n, d in classes if d.precision in QUANTISED or (d.precision is None and d.memory_mb is not None)]
+        if config.model.precision in QUANTISED or free:
+            which = f"devices.classes.{free[0]}.precision" if free else "model.precision"
+            raise ConfigError(
+                f"strategy=slora trains entries of the frozen weights in its first stage, and quantised ones have none: set {which}=bf16"
+                + (", and so for each class, or devices=none" if free else "")
+            )
         if config.rounds < self.last_sparse_round:
             raise ConfigError(f"strategy=slora ends its sparse stage with round {self.last_sparse_round}, rounds={config.rounds}: set more")
 

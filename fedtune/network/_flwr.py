@@ -5,6 +5,7 @@ from flwr.common.constant import HEARTBEAT_PATIENCE, NOOP_ACCOUNT_NAME, NOOP_FLW
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
 from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.date import now
 from flwr.supercore.fab import Fab
@@ -22,6 +23,12 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
+
+
+def patient_database(seconds: float) -> None:
+    """Let whoever finds the database locked wait so long for it. Flower waits 5 s, which a machine with other work to do outlasts."""
+    sql_mixin.SQLITE_PRAGMAS = tuple({**dict(sql_mixin.SQLITE_PRAGMAS), "busy_timeout": str(round(1000 * seconds))}.items())
+
 
 __all__ = [
     "FLEET_HTTP_PUBLIC_KEY_HEADER",
@@ -54,6 +61,7 @@ __all__ = [
     "bytes_to_public_key",
     "create_app",
     "now",
+    "patient_database",
     "public_key_to_bytes",
     "uint64_to_int64",
     "uses_nist_ec_curve",

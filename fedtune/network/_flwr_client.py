@@ -5,7 +5,7 @@ Apart, because Flower's SuperLink (FastAPI, SQLAlchemy) would make each of a cli
 
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import array_record_from_proto, array_record_to_proto, message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -17,6 +17,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node as NodeProto
+from flwr.proto.recorddict_pb2 import ArrayRecord as ArrayRecordProto
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree, no_object_id_recompute
@@ -37,6 +38,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 __all__ = [
     "ActivateNodeRequest",
     "ApiErrorCode",
+    "ArrayRecordProto",
     "ConfirmMessageReceivedRequest",
     "DeactivateNodeRequest",
     "ErrorCode",
@@ -60,6 +62,8 @@ __all__ = [
     "RuntimeVersionMetadata",
     "SendNodeHeartbeatRequest",
     "TaskIdentity",
+    "array_record_from_proto",
+    "array_record_to_proto",
     "generate_key_pairs",
     "get_all_nested_objects",
     "get_object_tree",

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import httpx
-from flwr.app import Message
+from flwr.app import ArrayRecord, Error, Message
 
 from fedtune import flower
 from fedtune.errors import LinkLost, NetworkError
-from fedtune.network import _flwr
+from fedtune.network import _flwr, _flwr_client
+from fedtune.network.pack import pack, unpack
 
 _RETRY_S = 0.2
 _BEAT_S = 10.0  # Flower ends a run after 60 s of silence
@@ -65,8 +66,9 @@ class LinkGrid(_flwr.HttpGrid):
             return super().get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        known: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
         with self._in_words("send messages"):
-            return super().push_messages(messages)
+            return super().push_messages([pack(message, known) for message in messages])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come with all their tensors, and Flower's errors for what never will."""
@@ -77,7 +79,7 @@ class LinkGrid(_flwr.HttpGrid):
             replies = list(super().pull_messages(due))
         for reply in replies:
             self._doubted.pop(reply.metadata.reply_to_message_id, None)
-        return replies
+        return [_opened(reply) for reply in replies]
 
     def close(self) -> None:
         """Stop the heartbeat, so that Flower ends the run in its own time, and hang up."""
@@ -121,3 +123,11 @@ class LinkGrid(_flwr.HttpGrid):
         while not self._closed.wait(_BEAT_S):
             with contextlib.suppress(httpx.HTTPError, RuntimeError, ValueError):  # the next call of the owner says what is wrong
                 self._runtime_client.SendTaskHeartbeat(_flwr.SendTaskHeartbeatRequest())
+
+
+def _opened(reply: Message) -> Message:
+    """A reply as its client wrote it; one that cannot be opened is that client's error."""
+    try:
+        return unpack(reply)
+    except ValueError as bad:
+        return Message(metadata=reply.metadata, error=Error(code=_flwr_client.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=str(bad)))  # type: ignore[call-overload]

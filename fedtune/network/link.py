@@ -98,11 +98,13 @@ class _Child:
 
         Raises:
             NetworkError: The process said why it cannot.
-            ConnectionError: It is gone.
+            ConnectionError: It is gone, or cannot answer now.
         """
         answer = self._talk(json.dumps(request).encode() + b"\n", _ANSWER_S)
         if "error" in answer:
             raise NetworkError(answer["error"])
+        if "busy" in answer:
+            raise ConnectionError(answer["busy"])
         return answer
 
     def _talk(self, line: bytes, patience_s: float) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fedtune.errors import NetworkError
 from fedtune.network import _flwr_client as flwr
 from fedtune.network import fleet
 from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognised
+from fedtune.network.pack import is_packed, pack, unpack
 
 APP = "fedtune/fedtune"
 HEARTBEAT = 10.0  # seconds; a sixth of the lease
@@ -135,7 +136,9 @@ class Node:
             if app == APP:
                 message = self._fetch(head, tree, node)
                 began = time.monotonic()
+                packed, message = is_packed(message), unpack(message)
                 reply = self._reply_to(message, node)
+                reply = pack(reply) if packed else reply
                 seconds = time.monotonic() - began
                 del message
             else:

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from fedtune.errors import NetworkError
 from fedtune.network import _flwr
@@ -35,6 +35,7 @@ from fedtune.network.public import Impatient, PublicPort
 
 CONNECTIONS = 1000  # of the public port; more are told to come back (503)
 BACKLOG = 256
+LOCKED_S = 15.0  # to wait for the database; less than the 20 s that a node waits for an answer
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("fedtune.superlink")
@@ -114,6 +115,7 @@ def _make_app(task: Task, keys: dict[bytes, str] | None) -> FastAPI:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
+        _flwr.patient_database(LOCKED_S)
         config = _flwr.SuperLinkLifespanConfig(
             control_address="",
             health_server_address=None,
@@ -178,6 +180,8 @@ def _answer(registrar: Registrar, request: dict[str, Any]) -> dict[str, Any]:
     except NetworkError as bad:
         return {"error": str(bad)}
     except SQLAlchemyError as bad:
+        if isinstance(bad, OperationalError) and "locked" in str(bad.orig):
+            return {"busy": "its database is busy"}  # a slow machine, or one with much to do: nothing is broken
         _log.exception("database")
         return {"error": f"the SuperLink's database fails: {getattr(bad, 'orig', None) or bad}; free the disk and start again"}
 

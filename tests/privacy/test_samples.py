@@ -201,9 +201,7 @@ def quantised(folder: Path, method: str, task: TaskConfig, precision: str) -> Li
 
 
 QUANTISED = [  # `full` has nothing that is frozen
-    (m, p)
-    for p in ("nf4", "int8")
-    for m in ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit")
+    (m, p) for p in ("nf4", "int8") for m in ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit")
 ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedtune.app import simulate
 from fedtune.compose import compose, make_strategy
-from fedtune.config import Config, EvalConfig, PeftConfig
+from fedtune.config import Config, DeviceClass, DevicesConfig, EvalConfig, ModelConfig, PeftConfig
 from fedtune.errors import ConfigError
 from fedtune.plan import Plan, Update, matching
 from fedtune.report import read_metrics
@@ -203,7 +203,7 @@ def test_memory_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_the_config_gives_rounds_and_seed() -> None:
-    config = compose(["strategy=slora", "rounds=30", "seed=4"])[0].config
+    config = compose(["strategy=slora", "devices=none", "rounds=30", "seed=4"])[0].config
     made = make_strategy(config)
     assert made == SLoRA(rounds=30, seed=4) and isinstance(made, SLoRA) and made.last_sparse_round == 3
 
@@ -217,6 +217,12 @@ def test_the_config_gives_rounds_and_seed() -> None:
         (SLoRA(rounds=9, seed=0, sparse_share=1.5), Config(rounds=9), "strategy.sparse_share=1.5 is out of range"),
         (SLoRA(rounds=9, seed=0), Config(rounds=9, peft=PeftConfig(method="dora")), "does not work with peft.method=dora"),
         (SLoRA(rounds=1, seed=0, mask="gradient"), Config(rounds=1), "ends its sparse stage with round 2, rounds=1"),
+        (SLoRA(rounds=9, seed=0), Config(rounds=9, model=ModelConfig(precision="nf4")), "ones have none: set model.precision=bf16"),
+        (
+            SLoRA(rounds=9, seed=0),
+            Config(rounds=9, devices=DevicesConfig(classes={"big": DeviceClass(), "small": DeviceClass(memory_mb=9.0)})),
+            "set devices.classes.small.precision=bf16, and so for each class, or devices=none",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(strategy: SLoRA, config: Config, words: str) -> None:

@@ -1,0 +1,60 @@
+"""Hundreds of small tensors travel as one, and come out as they went in."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune import flower
+from fedtune.network._flwr_client import get_all_nested_objects
+from fedtune.network.pack import KIND, NAME, is_packed, pack, unpack
+
+
+def message(content: RecordDict) -> Message:
+    flower.identify_process(1)
+    return Message(content, 7, "train", group_id="3")
+
+
+def adapter(count: int, seed: int = 0) -> ArrayRecord:
+    rng = np.random.default_rng(seed)
+    return ArrayRecord({f"layer.{i}.lora_A": Array(rng.normal(size=(2, i + 1)).astype(np.float32)) for i in range(count)})
+
+
+def same(a: Message, b: Message) -> bool:
+    assert a.metadata is b.metadata
+    return list(a.content) == list(b.content) and all(a.content[k] == b.content[k] for k in a.content)
+
+
+@given(st.integers(0, 9), st.integers(0, 9))
+def test_what_is_packed_comes_out_as_it_was_in_its_order(first: int, second: int) -> None:
+    sent = message(RecordDict({"adapter": adapter(first), "plan": ConfigRecord({"json": "{}"}), "shift-1": adapter(second, 1)}))
+    there = pack(sent)
+    assert is_packed(there) == (max(first, second) > 2)
+    back = unpack(there)
+    assert same(back, sent) and list(back.content.array_records["adapter"]) == list(sent.content.array_records["adapter"])
+
+
+def test_an_adapter_of_any_number_of_tensors_is_a_handful_of_objects_that_messages_share() -> None:
+    shared, known = adapter(70), {}
+    a, b = (message(RecordDict({"adapter": shared, "plan": ConfigRecord({"client": c})})) for c in "ab")
+    assert len(get_all_nested_objects(a)) > 140
+    packed = [pack(m, known) for m in (a, b)]
+    assert packed[0].content["adapter"] is packed[1].content["adapter"]
+    # message, record dict's two records, the packed array, its one chunk
+    assert len(get_all_nested_objects(packed[0])) <= 6
+    assert len(a.content.array_records["adapter"]) == 70, "what was given stays as it is"
+
+
+def test_an_error_and_what_is_not_packed_pass() -> None:
+    asked = message(RecordDict({"adapter": adapter(2)}))
+    assert same(unpack(asked), asked)
+    failed = Message(Error(code=1, reason="no"), reply_to=asked)
+    assert pack(failed) is failed and unpack(failed) is failed and not is_packed(failed)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05ab"])
+def test_a_packed_record_that_is_damaged_is_one_sentence(data: bytes) -> None:
+    bad = ArrayRecord({NAME: Array(dtype="uint8", shape=(len(data),), stype=KIND, data=data)})
+    with pytest.raises(ValueError, match="a packed record cannot be read"):
+        unpack(message(RecordDict({"adapter": bad})))
