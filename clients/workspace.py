@@ -48,7 +48,7 @@ class Workspace:
         self.federation = federation or load_federation(config)
         self.labels = len(self.federation.labels) if config.task.kind == "classification" else 0
         self._bodies = {config.model.precision: Body(config, self.labels)}
-        self.devices = Devices(self)
+        self.devices = Devices(self)  # type: ignore[arg-type]  # pyright takes this file and its link in typings/ for two modules
         # of no other process and no other workspace, and gone with this one
         kept = Path(tempfile.gettempdir()) / f"fedtune-clients-{secrets.token_hex(8)}"
         weakref.finalize(self, shutil.rmtree, kept, ignore_errors=True)

@@ -59,7 +59,6 @@ class SLoRA(Strategy):
     def last_sparse_round(self) -> int:
         return max(1, round(self.sparse_share * self.rounds)) + (self.mask == "gradient")
 
-    from_zero: ClassVar[bool] = True  # its sparse stage trains without the first factors
     tells: ClassVar[str] = "what gradients of their rows choose and train outside of peft.method"
 
     def check(self, config: Config) -> None:

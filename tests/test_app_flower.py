@@ -90,6 +90,7 @@ class Superlink:
         bin = str(Path(sys.executable).parent)
         self.env = {**os.environ, "FLWR_HOME": str(home), "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         self.env |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "OMP_NUM_THREADS": "1"}
+        self.env["RAY_worker_niceness"] = "0"  # Ray's own 15 starves the clients where anything else runs
         self._log = (folder / "superlink.log").open("wb")
         serve = [f"{bin}/flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(self.port)]
         self._process = subprocess.Popen(
@@ -98,7 +99,11 @@ class Superlink:
 
     def flwr(self, *args: str) -> dict[str, Any]:
         done = subprocess.run(
-            [f"{sys.executable}", "-m", "flwr.cli.app", *args, "--format", "json"], env=self.env, cwd=ROOT, capture_output=True
+            [sys.executable, "-m", "flwr.cli.app", *args, "--format", "json"],
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            timeout=300,  # what a broken command hangs
         )
         found = done.stdout.decode()
         return json.loads(found[found.index("{") :])
@@ -121,7 +126,7 @@ class Superlink:
             (found,) = (r for r in self.flwr("ls")["runs"] if r["run-id"] == started["run-id"])
             if found["status"].startswith("finished"):
                 return found
-            time.sleep(1.0)
+            time.sleep(3.0)  # to look takes a second of what the run needs
         raise AssertionError("the run does not end")
 
     def close(self) -> None:

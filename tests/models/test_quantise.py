@@ -154,8 +154,11 @@ def test_the_second_start_reads_the_cache(tmp_path: Path, cache: Path, precision
 
 def test_each_setting_has_its_own_entry(tmp_path: Path, cache: Path) -> None:
     folder = wide(tmp_path / "llama")
-    quantised(folder), quantised(folder, compute="bf16"), quantised(folder, init="random")
-    quantised(wide(tmp_path / "other", vocab_size=40)), quantised(folder, task=CLASSES)
+    quantised(folder)
+    quantised(folder, compute="bf16")
+    quantised(folder, init="random")
+    quantised(wide(tmp_path / "other", vocab_size=40))
+    quantised(folder, task=CLASSES)
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 5
 
 
@@ -201,7 +204,8 @@ def test_every_method_trains_as_over_the_dequantised_weights(tmp_path: Path, pre
     plain = dequantised(backbone, folder)
     one, two = LiveAdapter(backbone, peft, LM), LiveAdapter(plain, peft, LM)
     state = random_state(one)
-    one.load(state), two.load(state)
+    one.load(state)
+    two.load(state)
     assert worst(gradients(one), gradients(two)) < 1e-4
 
 
@@ -214,7 +218,8 @@ def test_biases_and_heads_train_too(tmp_path: Path, precision: str, kind: str) -
         plain = dequantised(backbone, folder, task)
         one, two = (LiveAdapter(b, PeftConfig(method="bitfit"), task) for b in (backbone, plain))
         state = random_state(one)
-        one.load(state), two.load(state)
+        one.load(state)
+        two.load(state)
         assert worst(gradients(one, task), gradients(two, task)) < (1e-4 if compute == "fp32" else 0.1)
 
 
@@ -317,7 +322,8 @@ def test_shifts_lie_beside_quantised_layers(tmp_path: Path, precision: str, kind
         for frozen in (mine, theirs):
             frozen.add(shift(one, version, 0.3))
     state = random_state(one)
-    one.load(state), two.load(state)
+    one.load(state)
+    two.load(state)
     assert off(logits(backbone), bare) > 0.1
     assert off(logits(backbone), logits(plain)) < 1e-4
     assert worst(gradients(one), gradients(two)) < 1e-4
