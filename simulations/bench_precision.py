@@ -45,9 +45,9 @@ SIZES = {  # hidden, layers, heads, intermediate, vocabulary
 }
 PRECISIONS = ("fp32", "bf16", "nf4", "int8")
 COLUMNS = ("libraries MB", "weights MB", "activations MB", "first load MB", "first load s", "load MB", "load s", "step MB", "step s")
-TEXT = (  # scenario, metric, its name, how far it may be from fp32's
-    ("shakespeare", "loss", "nats", 0.02),
-    ("banking77", "accuracy", "accuracy", 0.01),
+TEXT = (  # scenario, metric, its name, how far it may be from fp32's, rounds, and every how many the test is scored
+    ("shakespeare", "loss", "nats", 0.02, 10, 1),
+    ("banking77", "accuracy", "accuracy", 0.01, 15, 3),
 )
 
 
@@ -219,9 +219,10 @@ def on_text(args: argparse.Namespace, extra: list[str]) -> None:
     say = sayer(args.out, "Quality on real text")
     say(f"{hardware()}; mean ± standard deviation over the seeds.\n")
     say("| study | precision | before | after | against fp32 | bound | seconds a run |\n|---|---|---|---|---|---|---|")
-    for scenario, key, name, bound in TEXT:
+    for scenario, key, name, bound, rounds, every in TEXT:
         for precision in ("fp32", *(p for p in args.precisions if p != "fp32")):
-            settings = [f"model.precision={precision}", f"model.compute={args.compute}", "eval.every=1", "eval.clients=0"]
+            settings = [f"model.precision={precision}", f"model.compute={args.compute}", f"rounds={rounds}", f"eval.every={every}"]
+            settings.append("eval.clients=0")
             start = time.perf_counter()
             mine = curves[scenario, precision] = [curve([f"conf={scenario}", *settings, f"seed={k}", *extra], key) for k in args.seeds]
             seconds = (time.perf_counter() - start) / len(args.seeds)
@@ -256,7 +257,7 @@ def plot(curves: Mapping[tuple[str, str], list[list[tuple[int, float]]]], path: 
     import matplotlib.pyplot as plt  # late: a cell that measures memory does not need it
 
     figure, axes = plt.subplots(1, len(TEXT), figsize=(5 * len(TEXT), 3.8))
-    for axis, (scenario, _, name, _) in zip(axes, TEXT, strict=True):
+    for axis, (scenario, _, name, *_) in zip(axes, TEXT, strict=True):
         for (study, precision), runs in curves.items():
             if study == scenario:
                 points = [(at[0][0], statistics.fmean(v for _, v in at)) for at in zip(*runs, strict=True)]
