@@ -27,7 +27,8 @@ from flwr.superlink.main import create_app
 
 def patient_database(seconds: float) -> None:
     """Let whoever finds the database locked wait so long for it. Flower waits 5 s, which a machine with other work to do outlasts."""
-    sql_mixin.SQLITE_PRAGMAS = tuple({**dict(sql_mixin.SQLITE_PRAGMAS), "busy_timeout": str(round(1000 * seconds))}.items())
+    used = sql_mixin.__dict__  # the name is not its own, and is read anew for each connection
+    used["SQLITE_PRAGMAS"] = tuple({**dict(used["SQLITE_PRAGMAS"]), "busy_timeout": str(round(1000 * seconds))}.items())
 
 
 __all__ = [

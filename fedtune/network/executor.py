@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 from flwr.app import Error, Message
 
-import fedtune
 from fedtune.network._flwr_client import ErrorCode, MessageProto, message_from_proto, message_to_proto
 from fedtune.network.frames import CutFrame, FrameError, Kind, read_frame, write_frame
 
@@ -113,7 +112,7 @@ class _Child:
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        paths = [str(Path(fedtune.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("ab") as errors:
             try:
                 self._process = subprocess.Popen(

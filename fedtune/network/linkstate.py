@@ -11,10 +11,9 @@ from sqlalchemy import delete, select
 
 from fedtune import __version__
 from fedtune.errors import NetworkError
-from fedtune.network import _flwr
+from fedtune.network import APP, _flwr
 
 _log = logging.getLogger("fedtune.superlink")
-APP = "fedtune/fedtune"  # publisher/name: the only app that a node of ours answers
 
 
 def make_fab() -> _flwr.Fab:

@@ -30,17 +30,23 @@ class JsonLines(logging.Formatter):
 
 @contextmanager
 def logging_to(file: Path) -> Iterator[None]:
-    """Everything that fedtune logs, from `info` up, goes to this file too."""
+    """Everything that fedtune logs, from `info` up, goes to this file, warnings to the terminal too."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handler = RotatingFileHandler(file, maxBytes=_MB * 10**6, backupCount=_KEPT, encoding="utf-8")
     handler.setFormatter(JsonLines())
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
     logger = logging.getLogger("fedtune")
-    before = logger.level
+    before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    logger.propagate = False  # libraries give the root a handler of their own, which would put every line on the terminal
+    for h in (handler, terminal):
+        logger.addHandler(h)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        for h in (handler, terminal):
+            logger.removeHandler(h)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
         handler.close()

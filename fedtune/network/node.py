@@ -21,12 +21,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from flwr.app import Error, Message
 
 from fedtune.errors import NetworkError
+from fedtune.network import APP, fleet
 from fedtune.network import _flwr_client as flwr
-from fedtune.network import fleet
 from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognised
 from fedtune.network.pack import is_packed, pack, unpack
 
-APP = "fedtune/fedtune"
 HEARTBEAT = 10.0  # seconds; a sixth of the lease
 POLL, SLOW_POLL, QUIET = 0.1, 1.0, 60.0  # seconds between two looks; the same once nothing came for QUIET seconds; that
 SHARE = 10  # a look costs the server at most a tenth of the time, however many nodes there are

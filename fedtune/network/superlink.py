@@ -35,6 +35,7 @@ from fedtune.network.public import Impatient, PublicPort
 
 CONNECTIONS = 1000  # of the public port; more are told to come back (503)
 BACKLOG = 256
+LEAVING_S = 3.0  # to wait for the port: a SuperLink whose server was killed ends a moment after it
 LOCKED_S = 15.0  # to wait for the database; less than the 20 s that a node waits for an answer
 _PR_SET_PDEATHSIG = 1
 
@@ -86,20 +87,25 @@ def _die_with(parent: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(BACKLOG)
-    except OSError as bad:
-        sock.close()
-        why = {
-            errno.EADDRINUSE: "the port is in use; stop the other server or give --address",
-            errno.EACCES: "only root may use this port; give --address with one above 1023",
-            errno.EADDRNOTAVAIL: "this machine has no such address; give --address",
-        }.get(bad.errno or 0, f"{bad.strerror or bad}; give --address")
-        raise NetworkError(f"cannot listen on {host}:{port}: {why}") from None
-    return sock
+    until = time.monotonic() + LEAVING_S
+    while True:
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+            sock.listen(BACKLOG)
+            return sock
+        except OSError as bad:
+            sock.close()
+            if bad.errno == errno.EADDRINUSE and time.monotonic() < until:
+                time.sleep(0.1)
+                continue
+            why = {
+                errno.EADDRINUSE: "the port is in use; stop the other server or give --address",
+                errno.EACCES: "only root may use this port; give --address with one above 1023",
+                errno.EADDRNOTAVAIL: "this machine has no such address; give --address",
+            }.get(bad.errno or 0, f"{bad.strerror or bad}; give --address")
+            raise NetworkError(f"cannot listen on {host}:{port}: {why}") from None
 
 
 class _Server(uvicorn.Server):

@@ -1,41 +1,33 @@
 """The SuperLink child with real processes on the loopback: it serves, refuses, dies and comes back."""
 
-import asyncio
-import io
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from flwr.app import Message
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from sqlalchemy import event
 
-from fedtune import flower
 from fedtune.errors import LinkLost, NetworkError
 from fedtune.network import grid as grids
-from fedtune.network.grid import LinkGrid
+from fedtune.network import superlink
 from fedtune.network.link import LinkSettings, SuperLink
-from fedtune.network.linkstate import Registrar, make_fab, read_keys
-from fedtune.network.public import PublicPort
-from fedtune.network.superlink import Task, _answer, _make_app
+from fedtune.network.superlink import _listen
 from tests.network.echo import Echo, certificates, client, large, new_key, private_text, public_text, round_trip, small
+from tests.network.waiting import wait_until
 
 
 def settings(at: Path, /, **changes: object) -> LinkSettings:
@@ -51,156 +43,23 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
     link.stop()
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with all of Flower's tables, which take a second to make."""
-    folder = tmp_path_factory.mktemp("empty")
-    registrar(folder, None)
-    return folder / "superlink.db"
-
-
-def registrar(folder: Path, allowed: dict[str, str] | None, empty: Path | None = None) -> Registrar:
-    if empty is not None:
-        shutil.copy(empty, folder)
-    keys = None if allowed is None else read_keys(allowed)
-    rest: dict[str, Any] = {"host": "", "port": 0, "private_port": 0, "certificate": None, "certificate_key": None}
-    task = Task(folder=str(folder), log="", allowed_keys=allowed, max_body=1, parent=0, **rest)
-    app = _make_app(task, keys)
-    office = Registrar(app.state.linkstate_factory.state(), keys)
-    office.app = app  # type: ignore[attr-defined]
-    return office
-
-
 # -- quick: no process ------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_bundle_is_metadata_only() -> None:
-    with zipfile.ZipFile(io.BytesIO(make_fab().content)) as bundle:
-        assert sorted(bundle.namelist()) == [".info/CONTENT", "pyproject.toml"]  # no code
-        project = bundle.read("pyproject.toml").decode()
-    assert 'publisher = "fedtune"' in project and 'name = "fedtune"' in project and "fedtune.app_flower:" in project
-
-
-def test_an_allowed_key_keeps_its_node_and_a_withdrawn_one_goes(tmp_path: Path, empty: Path) -> None:
-    a, b = public_text(new_key()), public_text(new_key())
-    first = registrar(tmp_path, {"a": a, "b": b}, empty)
-    first.admit()
-    ids = {n["name"]: n["node_id"] for n in first.nodes()["nodes"]}
-    assert set(ids) == {"a", "b"} and not any(n["online"] or n["last_seen"] for n in first.nodes()["nodes"])
-    second = Registrar(first._state, read_keys({"a": a}))
-    second.admit()
-    assert {n["name"]: n["node_id"] for n in second.nodes()["nodes"]} == {"a": ids["a"]}
-    third = Registrar(first._state, read_keys({"a": a, "b": b}))  # taken back: Flower alone would refuse the key for ever
-    third.admit()
-    assert {n["name"] for n in third.nodes()["nodes"]} == {"a", "b"}
-
-
-def test_a_key_that_cannot_serve_is_named(tmp_path: Path) -> None:
-    text = public_text(new_key())
-    for keys, said in (
-        ({"a": "ssh-rsa nonsense"}, "key of client 'a' cannot be read"),
-        ({"a": text, "b": text}, "'a' and 'b' have the same public key"),
-        ({"a": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1v0rJ1W0d4N1m0yqv5c4nq1h2m8m2o3b4k5l6m7n8o"}, "client 'a' is not of a NIST curve"),
-    ):
-        with pytest.raises(NetworkError, match=said):
-            read_keys(keys)
-
-
-def test_a_new_run_ends_the_older_one(tmp_path: Path, empty: Path) -> None:
-    office = registrar(tmp_path, None, empty)
-    first, second = office.open_run("one"), office.open_run("two")
-    assert first["run_id"] != second["run_id"] and first["token"] != second["token"]
-    state = office._state
-    status = state.get_run_status({first["run_id"], second["run_id"]})
-    assert (status[first["run_id"]].status, status[second["run_id"]].status) == ("finished", "running")
-    assert state.get_run_info(run_ids=[second["run_id"]])[0].fab_id == "fedtune/fedtune"
+def test_a_port_that_is_about_to_be_free_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with monkeypatch.context() as patch, pytest.raises(NetworkError, match="the port is in use"):
+            patch.setattr(superlink, "LEAVING_S", 0.0)
+            _listen("127.0.0.1", port)
+        ends = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: taken.close())  # as the server's last life does
+        monkeypatch.setattr(superlink, "time", ends)
+        _listen("127.0.0.1", port).close()
 
 
 def test_without_certificates_one_must_say_insecure(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="no certificates"):
         SuperLink(settings(tmp_path, insecure=False))
-
-
-def test_a_new_life_of_a_node_is_let_in_at_once_and_what_the_old_one_took_is_lost(tmp_path: Path, empty: Path) -> None:
-    key = new_key()
-    office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.admit()
-    state, encoded = office._state, public_key_to_bytes(key.public_key())
-    (node,) = (n["node_id"] for n in office.nodes()["nodes"])
-    run = office.open_run("x")["run_id"]
-    flower.identify_process(run)
-    office.takeover(encoded)  # its first life: nothing to take over
-    assert state.activate_node(node, 30)
-    names = []
-    for value in range(2):
-        message = Message(small(value), node, "train")
-        message.metadata.__dict__["_message_id"] = message.object_id
-        names.append(state.store_message_ins(message))
-    (taken,) = state.get_message_ins(node_id=node, limit=1)
-    assert not state.activate_node(node, 30)  # Flower refuses its second life, for a minute
-    office.takeover(encoded)
-    assert state.activate_node(node, 30)
-    waiting = state.get_message_ids_from_run_id(run)
-    assert waiting == set(names) - {taken.metadata.message_id}  # what it had not taken waits for it
-    (gone,) = state.get_message_res({taken.metadata.message_id}, run)
-    assert gone.has_error() and gone.metadata.reply_to_message_id == taken.metadata.message_id
-
-
-class InProcess:
-    """A SuperLink without its process: what a Grid sees of one."""
-
-    failure = None
-
-    def __init__(self, office: Registrar, port: int) -> None:
-        self.office, self.private_address = office, f"127.0.0.1:{port}"
-
-    def ask(self, patience_s: float, **request: Any) -> dict[str, Any]:
-        return _answer(self.office, request)
-
-
-@pytest.fixture
-def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
-    """Flower's application behind our public port, and private with it, on one port of this process."""
-    office = registrar(tmp_path, None, empty)
-    app, port = office.app, PublicPort(office.app, max_body=10**7, keys=None)  # type: ignore[attr-defined]
-
-    async def both(scope: Any, receive: Any, send: Any) -> None:
-        await (app if scope["path"].startswith("/v1/runtime/") else port)(scope, receive, send)
-
-    server = uvicorn.Server(uvicorn.Config(both, lifespan="off", log_config=None))
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.005)
-        yield InProcess(office, sock.getsockname()[1])
-        server.should_exit = True
-        thread.join(10)
-
-
-def test_a_message_goes_there_and_back(near: InProcess) -> None:
-    grid = LinkGrid(near, **near.ask(0, do="open_run", name="near"), patience_s=20)
-    with Echo(int(near.private_address.partition(":")[2])) as node:
-        assert list(grid.get_node_ids()) == [node.node.node_id]
-        sent = large(1)
-        reply = round_trip(grid, sent, node.node.node_id)
-    np.testing.assert_array_equal(reply.content.array_records["a"]["w"].numpy(), sent.array_records["a"]["w"].numpy())
-    grid.close()
-
-
-def test_a_full_disk_while_running_gives_one_sentence(near: InProcess) -> None:
-    grid = LinkGrid(near, **near.ask(0, do="open_run", name="full"), patience_s=0.5)
-    node = Echo(int(near.private_address.partition(":")[2])).activate()
-
-    def full(connection: Any, _: Any, __: Any) -> None:
-        connection.execute("PRAGMA max_page_count = 1")  # SQLite keeps what it has, and finds no room for more
-
-    event.listen(near.office._state._engine, "checkout", full)  # type: ignore[attr-defined]
-    with pytest.raises(NetworkError, match="^cannot send messages: .*whether its disk is full$"):
-        for value in range(50):
-            grid.push_messages([Message(large(0.5 + value / 100), node, "train")])
-    grid.close()
 
 
 # -- one process for all ----------------------------------------------------------------------------------------------------------------
@@ -367,13 +226,8 @@ time.sleep(600)
     child, port = map(int, parent.stdout.readline().split())
     parent.kill()
     parent.wait()
-    until = time.monotonic() + 10
-    while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0] != "Z":
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        free.bind(("127.0.0.1", port))
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0] == "Z", 10)
+    _listen("127.0.0.1", port).close()  # its threads may hold the port for a moment after that
 
 
 @pytest.mark.slow
