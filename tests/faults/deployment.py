@@ -11,13 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from fedtune.keys import make_keys
 from fedtune.report import read_metrics
 from fedtune.state import AdapterState
+from tests.faults.forking import name_of, popen
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FEDTUNE_DATA", ROOT / "../shared/data")).resolve()
 STORIES = DATA / "models/stories260k/hf"
+MARK = "FEDTUNE_DEPLOYMENT"  # in the environment of every process of a deployment, down to the grandchildren
 SPEAKERS = DATA / "fed/tinyshakespeare/input.txt"
 
 
@@ -26,12 +30,12 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def write_rows(folder: Path, clients: Sequence[str], lines: int = 40) -> None:
-    """Each client's own part of the plays, a file each."""
+def write_rows(folder: Path, clients: Sequence[str], lines: int = 40, growth: int = 10) -> None:
+    """Each client's own part of the plays, a file each; the next client's is `growth` lines longer."""
     folder.mkdir(parents=True, exist_ok=True)
     text = [line for line in SPEAKERS.read_text(encoding="utf-8").splitlines() if line and not line.endswith(":")]
     for i, name in enumerate(clients):
-        rows = text[i * 2 * lines : i * 2 * lines + lines + 10 * i]  # unequal counts
+        rows = text[i * 2 * lines : i * 2 * lines + lines + growth * i]  # unequal counts
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -70,7 +74,6 @@ class Deployment:
         clients: Names.
         experiment: Settings, as `settings` gives them.
         secure: TLS and keys, or --insecure.
-        port: Where clients connect; a proxy may stand there.
         own_rows: Whether each client gets --data with its own file.
     """
 
@@ -134,6 +137,18 @@ class Deployment:
     def rounds(self) -> list[dict[str, object]]:
         return [r for r in read_metrics(self.run) if r["client"] is None]
 
+    def processes(self) -> list[psutil.Process]:
+        """All that run, children and orphans too."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.name() == name_of(str(self.folder)) or process.environ().get(MARK) == str(self.folder)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
     def stop(self) -> None:
         for process in filter(None, [self.server, *self.clients.values()]):
             if process.poll() is None:
@@ -146,10 +161,15 @@ class Deployment:
                 process.wait()
 
     def _start(self, who: str, args: Sequence[object]) -> subprocess.Popen[bytes]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        env = {
+            **os.environ,
+            MARK: str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{who}.txt").open("ab") as out:
-            return subprocess.Popen([sys.executable, *map(str, args)], stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env)
+            return popen()([sys.executable, *map(str, args)], stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env)
 
 
 @contextmanager

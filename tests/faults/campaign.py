@@ -1,0 +1,348 @@
+"""One deployment through many faults: it is held before a round, hurt, healed, and must then count all its clients again.
+
+Each fault is one `Cell`. Afterwards the adapter of every round is compared with that of a replay, so that a fault that spoils a later round
+shows.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedtune.report import read_metrics
+from tests.faults.deployment import ROOT, Deployment, settings, write_rows
+from tests.faults.forking import popen
+from tests.faults.replay import BOUND, counted
+from tests.network.loopback import Link
+
+CLIENTS = ("anna", "bert", "carla")
+HURT = "carla"
+PATIENCE = float(os.environ.get("FEDTUNE_FAULTS_PATIENCE", "240"))  # seconds after which something that must come counts as hung
+POINTS = ("idle", "plan", "training", "uploading", "aggregating", "checkpointing")
+VICTIMS = ("client", "child", "server", "superlink", "both")
+PROCESSES = 8  # server, SuperLink, three clients with a worker each
+OUTSIDE = 75.0  # seconds, past the lease
+DEADLINE = 30.0
+
+
+class Defect(Exception):
+    """What must not happen happened."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault: what is done, and where or how much."""
+
+    kind: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.where}"
+
+
+@dataclass
+class Outcome:
+    """What became of a cell."""
+
+    cell: Cell
+    good: bool = True
+    words: list[str] = field(default_factory=list)
+    rounds: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+
+    def bad(self, why: str) -> None:
+        self.good = False
+        self.words.insert(0, why)
+
+
+def all_cells() -> list[Cell]:
+    cells = [Cell(f"kill-{victim}", point) for point in POINTS for victim in VICTIMS]
+    cells += [Cell(how, seconds) for how in ("cut", "drop") for seconds in ("1", "30", f"{OUTSIDE:g}")]
+    cells += [Cell("lie", kind) for kind in ("nan", "shape", "huge", "stale", "other", "weight")]
+    cells += [Cell("skew", seconds) for seconds in ("-10", "10", "-3600", "3600")]
+    return [*cells, Cell("slow", "client"), Cell("disk", "checkpoint")]
+
+
+class Campaign:
+    """A deployment and the hand that hurts it."""
+
+    def __init__(self, folder: Path, cells: Sequence[Cell], told: Callable[[str], None] = print) -> None:
+        self.folder, self.cells, self.told = folder, list(cells), told
+        self.points = folder / "points"
+        self.points.mkdir(parents=True)
+        write_rows(folder / "rows", CLIENTS)
+        base = [s for s in settings(folder / "rows", CLIENTS) if not s.startswith(("min_clients", "rounds"))]
+        self.experiment = [*base, "min_clients=2", f"rounds={4 * len(cells) + 3}", "keep_checkpoints=1000", "eval.every=5"]
+        slow = any(c.kind == "slow" for c in cells)  # of its own: other cells must not be ended by the round's deadline
+        limit = DEADLINE if slow else 10 * PATIENCE
+        self.made = Deployment(folder, CLIENTS, [*self.experiment, f"round_timeout_s={limit:g}"])
+        self.proxy = Link(self.made.port)
+
+    # -- the campaign ---------------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[Outcome]:
+        """Each cell's outcome; after a cell that hangs, the rest is left for another campaign."""
+        outcomes: list[Outcome] = []
+        try:
+            try:
+                self._set_out()
+            except Defect as bad:
+                return [Outcome(self.cells[0], False, [f"it never began: {bad}"])]
+            for cell in self.cells:
+                outcomes.append(self._one(cell))
+                if not outcomes[-1].good:
+                    break
+            if all(o.good for o in outcomes):
+                self._end(outcomes)
+        finally:
+            self.made.stop()
+            self.proxy.close()
+            time.sleep(1)
+            if (left := self.made.processes()) and outcomes:
+                outcomes[-1].bad(f"left behind: {', '.join(' '.join(p.cmdline()[-3:]) for p in left)}")
+                for process in left:
+                    process.kill()
+        return outcomes
+
+    def _set_out(self) -> None:
+        self._arm("server", "idle")
+        self._start_server()
+        for name in CLIENTS:
+            self._start_client(name)
+        self._wait_held("server", "idle")
+
+    def _one(self, cell: Cell) -> Outcome:
+        out, began, first = Outcome(cell), time.monotonic(), self._newest() + 1
+        sizes = {f: f.stat().st_size for f in self._texts()}
+        try:
+            getattr(self, f"_{cell.kind.split('-')[0]}")(cell, out)
+            self._recover(first)
+        except Defect as bad:
+            out.bad(str(bad))
+        except (OSError, AssertionError, psutil.Error) as bad:
+            out.bad(f"{type(bad).__name__}: {bad}")
+        out.rounds, out.seconds = (first, self._newest()), time.monotonic() - began
+        out.words += self._dropped(out.rounds)
+        said = {f: f.read_bytes()[sizes.get(f, 0) :].decode(errors="replace") for f in self._texts()}
+        if traces := [f.name for f, text in said.items() if "Traceback" in text]:
+            out.bad(f"a trace in {traces[0]}")
+        if len(now := self.made.processes()) > PROCESSES:
+            out.bad(f"{len(now)} processes, {PROCESSES} wanted")
+        self.told(f"{'ok ' if out.good else 'BAD'} {cell}  rounds {out.rounds}  {out.seconds:.0f} s  {'; '.join(out.words)}")
+        return out
+
+    def _end(self, outcomes: Sequence[Outcome]) -> None:
+        """Let it come to its end, and compare every round."""
+        for file in self.points.iterdir():
+            file.unlink()
+        code = self.made.finish(10 * PATIENCE)
+        if code != 0:
+            outcomes[-1].bad(f"exit code {code}: {self.made.said('server').splitlines()[-1]}")
+        turnout, off = counted(self.made.run), self._replayed()
+        for out in outcomes:
+            wrong = [r for r in range(out.rounds[0], out.rounds[1] + 1) if not off.get(r, float("inf")) <= BOUND]
+            if wrong:
+                out.bad(f"round {wrong[0]} is off by {off.get(wrong[0], float('inf')):g} from the replay")
+        if not all(v <= BOUND for v in off.values()) or len(off) != max(turnout) + 1:
+            outcomes[-1].bad(f"{len(off)} rounds compared, off by up to {max(off.values()):g}")
+        records = [r["round"] for r in read_metrics(self.made.run) if r["client"] is None]
+        if records != list(range(max(turnout) + 1)):
+            outcomes[-1].bad(f"metrics.jsonl tells of rounds {records}")
+
+    def _replayed(self) -> dict[int, float]:
+        """Round → difference from the replay, which runs in a process of its own."""
+        command = [sys.executable, "-m", "tests.faults.replay", str(self.made.run), str(self.folder), *self.experiment]
+        with (self.folder / "replay.out").open("w") as errors:
+            process = popen()(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
+            said, _ = process.communicate()
+        if process.returncode:
+            raise Defect(f"the replay failed: {(self.folder / 'replay.out').read_text()[-500:]}")
+        return {int(r): float(off) for r, off in json.loads(said.decode().strip().splitlines()[-1]).items()}
+
+    # -- the faults -----------------------------------------------------------------------------------------------------------------------
+
+    def _kill(self, cell: Cell, out: Outcome) -> None:
+        victim, point = cell.kind.removeprefix("kill-"), cell.where
+        who = (
+            "server"
+            if point in ("idle", "aggregating", "checkpointing") or (point == "plan" and victim not in ("client", "child"))
+            else HURT
+        )
+        if point != "idle":
+            self._arm(who, point)
+            self._release("server", "idle")
+            self._wait_held(who, point)
+        pids = self._victims(victim)
+        self._arm("server", "idle")
+        for process in pids:
+            process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(pids, timeout=20)
+        if victim == "client":
+            self.made.clients[HURT].wait()
+            self._start_client(HURT)
+        if victim in ("server", "both"):
+            assert self.made.server is not None
+            self.made.server.wait()
+            self._start_server()
+        self._release(who, point)
+
+    def _cut(self, cell: Cell, out: Outcome) -> None:
+        self._without_network(self.proxy.cut, cell)
+
+    def _drop(self, cell: Cell, out: Outcome) -> None:
+        self._without_network(self.proxy.hold, cell)
+
+    def _without_network(self, cut: Callable[[], None], cell: Cell) -> None:
+        self._arm(HURT, "training")
+        self._release("server", "idle")
+        self._wait_held(HURT, "training")
+        self._arm("server", "idle")
+        cut()
+        self._release(HURT, "training")
+        time.sleep(float(cell.where))
+        self.proxy.mend()
+
+    def _lie(self, cell: Cell, out: Outcome) -> None:
+        (self.points / f"{HURT}.lie").write_text(cell.where)
+        first = self._newest() + 1
+        self._arm("server", "idle")
+        self._release("server", "idle")
+        self._wait_held("server", "idle")
+        kinds = [str(r.get("dropped", "")) for r in read_metrics(self.made.run) if r["round"] == first and r["client"] == HURT]
+        if not kinds or not kinds[0].startswith("refused"):
+            raise Defect(f"the lie was not refused: {kinds}")
+
+    def _skew(self, cell: Cell, out: Outcome) -> None:
+        self.made.clients[HURT].terminate()
+        self.made.clients[HURT].wait(30)
+        told = len(self.made.said(HURT))
+        self._start_client(HURT, "--skew", cell.where)
+        end = time.monotonic() + PATIENCE
+        while "connected to" not in (said := self.made.said(HURT)[told:]) and "clock" not in said:
+            if time.monotonic() > end:
+                raise Defect(f"a client with a skewed clock says nothing of it: {said[-300:]}")
+            time.sleep(0.1)
+        out.words.append(said.strip().splitlines()[-1])
+        self._arm("server", "idle")
+        self._release("server", "idle")
+        self._wait_held("server", "idle")
+        self.made.clients[HURT].terminate()
+        self.made.clients[HURT].wait(30)
+        self._start_client(HURT)
+
+    def _slow(self, cell: Cell, out: Outcome) -> None:
+        first = self._newest() + 1
+        self._arm(HURT, "training")
+        self._arm("server", "idle")
+        self._release("server", "idle")
+        self._wait_held(HURT, "training")
+        self._wait_held("server", "idle")  # the round is over, and she is still at it
+        if not any("late" in w for w in self._dropped((first, first))):
+            raise Defect("the round did not end as late")
+        self._release(HURT, "training")
+
+    def _disk(self, cell: Cell, out: Outcome) -> None:
+        (self.points / "server.disk").touch()
+        self._arm("server", "idle")
+        self._release("server", "idle")
+        assert self.made.server is not None
+        code = self.made.server.wait(PATIENCE)
+        said = self.made.said("server").strip().splitlines()[-1]
+        out.words.append(said)
+        if code != 2 or not said.startswith("fedtune-server: "):
+            raise Defect(f"a full disk gives exit code {code}")
+        self._start_server()
+
+    # -- hands ----------------------------------------------------------------------------------------------------------------------------
+
+    def _start_server(self) -> None:
+        self.made.start_server("--wait", f"{PATIENCE:g}", launcher=["-m", "tests.faults.launch", "server", str(self.points), "server"])
+
+    def _start_client(self, name: str, *more: str) -> None:
+        port = int(self.proxy.address.rpartition(":")[2]) if name == HURT else None
+        self.made.start_client(name, port=port, launcher=["-m", "tests.faults.launch", name, str(self.points), "client", *more])
+
+    def _victims(self, victim: str) -> list[psutil.Process]:
+        assert self.made.server is not None
+        server, client = psutil.Process(self.made.server.pid), psutil.Process(self.made.clients[HURT].pid)
+        link, child = server.children(), client.children()
+        found = {"client": [client], "child": child, "server": [server], "superlink": link, "both": [server, *link]}[victim]
+        if not found:
+            raise Defect(f"there is no {victim}")
+        return found
+
+    def _arm(self, who: str, point: str) -> None:
+        (self.points / f"{who}.{point}").touch()
+
+    def _release(self, who: str, point: str) -> None:
+        (self.points / f"{who}.{point}.held").unlink(missing_ok=True)
+
+    def _wait_held(self, who: str, point: str) -> None:
+        """Wait until a process has come to a point."""
+        held, end = self.points / f"{who}.{point}.held", time.monotonic() + PATIENCE
+        while not held.exists():
+            if self.made.server is not None and (code := self.made.server.poll()) is not None:
+                raise Defect(f"the server ended with exit code {code}: {self.made.said('server').strip().splitlines()[-1]}")
+            if time.monotonic() > end:
+                raise Defect(f"hung: {who} does not come to '{point}' within {PATIENCE:g} s")
+            time.sleep(0.05)
+        if point == "idle" and int(held.read_text()) != self._newest() + 1:
+            raise Defect(f"round {held.read_text()} begins after the checkpoint of round {self._newest()}")
+
+    def _recover(self, first: int) -> None:
+        """Go on until a round has counted everybody."""
+        while True:
+            self._wait_held("server", "idle")
+            done = self._newest()
+            if done >= first and len(counted(self.made.run)[done]) == len(CLIENTS):
+                return
+            if done >= first + 3:
+                raise Defect("three rounds after the fault not all clients count")
+            self._arm("server", "idle")
+            self._release("server", "idle")
+            self._wait_next(done)
+
+    def _wait_next(self, done: int) -> None:
+        """Wait until the server has passed the point before round `done + 1`."""
+        end = time.monotonic() + PATIENCE
+        while self._newest() <= done:
+            if self.made.server is not None and self.made.server.poll() is not None or time.monotonic() > end:
+                raise Defect(f"round {done + 1} does not end: {self.made.said('server').strip().splitlines()[-1]}")
+            time.sleep(0.05)
+
+    def _newest(self) -> int:
+        found = [int(p.name[6:]) for p in (self.made.run / "checkpoints").glob("round-*")]
+        return max(found, default=-1)
+
+    def _dropped(self, rounds: tuple[int, int]) -> list[str]:
+        rows: list[dict[str, Any]] = read_metrics(self.made.run) if (self.made.run / "metrics.jsonl").exists() else []
+        return [
+            f"round {r['round']}: {r['client']} {r['dropped']}"
+            for r in rows
+            if r["client"] and r.get("dropped") and r["round"] >= rounds[0]
+        ]
+
+    def _texts(self) -> Iterator[Path]:
+        yield from self.folder.glob("*.txt")
+        yield from self.folder.glob("state/*/logs/worker.log")
+        yield from self.folder.glob("run/logs/*.err")
+
+
+@contextmanager
+def watched(campaign: Campaign) -> Iterator[Campaign]:
+    """Nothing of it outlives this."""
+    try:
+        yield campaign
+    finally:
+        with suppress(psutil.Error):
+            for process in campaign.made.processes():
+                process.kill()

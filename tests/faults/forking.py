@@ -1,0 +1,116 @@
+"""Processes without the seconds of their imports: where FEDTUNE_FAULTS_FORK is set, what would be started as `python -m MODULE` is forked.
+
+For machines with little time to spare. Everything else is as with real starts: pids, parents, pipes, signals, sessions.
+"""
+
+import gc
+import logging
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+import types
+import warnings
+from typing import Any
+
+FORK = "FEDTUNE_FAULTS_FORK"
+_parents: list[Any] = []
+
+
+class Forked(subprocess.Popen):
+    """A Popen that forks this process, and runs the module there, where the command is `PYTHON … -m MODULE …`."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:  # type: ignore[override]
+        (_, _, _, _, _, env, _, _, _, stdin, to_stdin, of_stdout, stdout, of_stderr, stderr, *more) = rest
+        start_new_session, process_group = more[-2:]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                if start_new_session:
+                    os.setsid()
+                if process_group == 0:
+                    os.setpgid(0, 0)
+                code = _become(list(args), env, (stdin, stdout, stderr))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                for stream in (sys.stdout, sys.stderr):
+                    stream.flush()
+                os._exit(code)
+        self._child_created = True
+        self._close_pipe_fds(stdin, to_stdin, of_stdout, stdout, of_stderr, stderr)  # type: ignore[attr-defined]
+
+
+def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, int, int]) -> int:
+    gc.disable()  # nothing of the parent's is to be closed by its finaliser: its descriptors' numbers will be others' here
+    for here, given in enumerate(streams):
+        if given >= 0:
+            os.dup2(given, here)
+    os.closerange(3, 4096)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for name in (None, *logging.root.manager.loggerDict):
+        logging.getLogger(name).handlers.clear()
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    _parents.extend((sys.stdin, sys.stdout, sys.stderr))  # whose finalisers would close the descriptors
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    module = command.index("-m") + 1
+    sys.argv = command[module:]
+    name_process(os.environ.get("FEDTUNE_DEPLOYMENT", ""))
+    gc.enable()
+    gc.freeze()
+    warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, about a module that is imported already
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def name_of(folder: str) -> str:
+    """What the processes of a deployment are called: /proc shows a forked one with its parent's first environment."""
+    import hashlib
+
+    return "ft" + hashlib.sha256(folder.encode()).hexdigest()[:10]
+
+
+def name_process(folder: str) -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(15, name_of(folder).encode())
+
+
+def preload() -> None:
+    """Import all that the doors import sooner or later."""
+    from peft import LoraConfig  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
+
+    import fedtune.app
+    import fedtune.client
+    import fedtune.clients.deployed
+    import fedtune.network.board
+    import fedtune.network.executor
+    import fedtune.network.node
+    import fedtune.network.superlink
+    import fedtune.network.worker
+    import fedtune.server
+    import fedtune.strategies.fedavg  # noqa: F401
+
+
+def popen() -> type[subprocess.Popen]:
+    return Forked if os.environ.get(FORK) else subprocess.Popen
+
+
+def fork_from(*modules: types.ModuleType) -> None:
+    """Let these modules' `subprocess.Popen` fork, if that is wanted."""
+    if os.environ.get(FORK):
+        for module in modules:
+            module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[attr-defined]

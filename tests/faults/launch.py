@@ -1,0 +1,176 @@
+"""Starts a door with points at which it can be held, so that it can be killed exactly there. For tests: the product has no such hooks.
+
+    python -m tests.faults.launch WHO FOLDER server|client|worker [--skew SECONDS] ARGUMENTS
+
+A file FOLDER/WHO.POINT arms a point. The first process that comes to it takes the file away, writes the round into
+FOLDER/WHO.POINT.held, and goes on once that is gone. A file WHO.lie makes the client's next update a lie of the kind
+that the file names; one WHO.disk fills the disk.
+"""
+
+import datetime
+import errno
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults.forking import fork_from
+
+
+class Points:
+    """The points of one process."""
+
+    def __init__(self, who: str, folder: Path) -> None:
+        self.who, self.folder = who, folder
+
+    def taken(self, name: str) -> str | None:
+        """What an arming file says, which is then no more; None where there is none."""
+        mine = self.folder / f".{self.who}.{name}.{os.getpid()}"
+        try:
+            (self.folder / f"{self.who}.{name}").rename(mine)
+        except FileNotFoundError:
+            return None
+        said = mine.read_text()
+        mine.unlink()
+        return said
+
+    def at(self, name: str, round: object = "") -> None:
+        """Wait here if this point is armed."""
+        if self.taken(name) is None:
+            return
+        held, beside = self.folder / f"{self.who}.{name}.held", self.folder / f".{self.who}.{name}.new"
+        beside.write_text(str(round))
+        beside.rename(held)
+        while held.exists():
+            time.sleep(0.02)
+
+
+def server(points: Points) -> None:
+    from fedtune import bridge, run
+    from fedtune.network import link
+    from fedtune.network.grid import LinkGrid
+    from fedtune.strategies.fedavg import FedAvg
+
+    fork_from(link)
+    sample, push, aggregate, rename = bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, os.rename
+
+    def sampling(self: Any, here: Any, round: int) -> Any:
+        points.at("idle", round)
+        return sample(self, here, round)
+
+    def pushing(self: Any, messages: Any) -> Any:
+        messages = list(messages)
+        ids = push(self, messages)
+        if messages and messages[0].metadata.message_type == "train":
+            points.at("plan", messages[0].metadata.group_id)
+        return ids
+
+    def aggregating(self: Any, round: int, state: Any, updates: Any) -> Any:
+        def held() -> Any:
+            for i, update in enumerate(updates):
+                if i == 1:  # one is folded already
+                    points.at("aggregating", round)
+                yield update
+
+        return aggregate(self, round, state, held())
+
+    def renaming(old: Any, new: Any, **how: Any) -> None:
+        if Path(new).parent.name == "checkpoints":
+            points.at("checkpointing", Path(new).name)
+            if points.taken("disk") is not None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
+        rename(old, new, **how)
+
+    bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, run.os.rename = sampling, pushing, aggregating, renaming  # type: ignore[method-assign]
+
+
+def client(points: Points) -> None:
+    from fedtune.network import executor, fleet, node
+
+    fork_from(executor)
+    here = [sys.executable, "-m", "tests.faults.launch", points.who, str(points.folder), "worker"]
+    executor.Executor = functools.partial(executor.Executor, command=here)  # type: ignore[misc, assignment]
+    take, send, push = node.Node._take, node.Node._send, fleet.Fleet.push_object
+    sending: list[str] = []
+
+    def taking(self: Any, head: Any, tree: Any) -> None:
+        if head.metadata.message_type == "train":
+            points.at("plan", head.metadata.group_id)
+        take(self, head, tree)
+
+    def replying(self: Any, reply: Any, *more: Any) -> None:
+        sending[:] = [reply.metadata.group_id] if reply.metadata.message_type == "train" else []
+        send(self, reply, *more)
+
+    def pushing(self: Any, *more: Any) -> None:
+        push(self, *more)
+        if sending:  # one part is there, the others are not
+            points.at("uploading", sending[0])
+
+    node.Node._take, node.Node._send, fleet.Fleet.push_object = taking, replying, pushing  # type: ignore[method-assign]
+
+
+def worker(points: Points) -> None:
+    from fedtune.clients import app
+
+    train, reply = app.train, app._reply
+
+    def training(live: Any, examples: Any, plan: Any, *more: Any, **how: Any) -> Any:
+        points.at("training", plan.round)
+        return train(live, examples, plan, *more, **how)
+
+    def replying(space: Any, todo: Any, sent: Any, metrics: Any, measurements: Any, turned: Any = None) -> Any:
+        lie = points.taken("lie")
+        if lie is None:
+            return reply(space, todo, sent, metrics, measurements, turned)
+        name, first = next((n, t) for n, t in sent.tensors.items() if n.endswith("lora_B"))
+        body = {"nan": first * float("nan"), "shape": first[:, :1], "huge": first * 1e6 + 1e6}
+        sent = sent.replace({**sent.tensors, name: body.get(lie, first)})
+        made = reply(space, todo, sent, metrics, measurements, turned)
+        record, plan = made.content.config_records["update"], todo.plan
+        told = {
+            "stale": {"round": plan.round - 1, "base_version": plan.base_version - 1},
+            "other": {"client": "anna"},
+            "weight": {"examples": 10**6},
+        }
+        record["json"] = json.dumps({**json.loads(str(record["json"])), **told.get(lie, {})})
+        return made
+
+    app.train, app._reply = training, replying
+
+
+def skew(seconds: float) -> None:
+    """This process's clock is off by so many seconds."""
+    from flwr.supernode import node_auth_http_interceptor as signer
+
+    wall, now = time.time, vars(signer)["now"]
+    time.time = lambda: wall() + seconds
+    setattr(signer, "now", lambda: now() + datetime.timedelta(seconds=seconds))  # noqa: B010  not a name that Flower gives away
+
+
+def main() -> int:
+    who, folder, door, *args = sys.argv[1:]
+    points = Points(who, Path(folder))
+    if args[:1] == ["--skew"]:
+        skew(float(args[1]))
+        args = args[2:]
+    {"server": server, "client": client, "worker": worker}[door](points)
+    if door == "server":
+        from fedtune.server import main as start
+
+        return start(args)
+    if door == "client":
+        from fedtune.client import main as start
+
+        return start(args)
+    from fedtune.network.worker import main as work
+
+    work()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

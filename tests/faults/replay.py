@@ -1,0 +1,76 @@
+"""What a deployment ought to have come to: the simulation in which exactly those clients took part whose updates it counted.
+
+python -m tests.faults.replay RUN FOLDER SETTING ...      prints round → difference as JSON, in its last line
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.app import Stage, conduct
+from fedtune.clients.app import make_client_app
+from fedtune.clients.declining import Decline, declined
+from fedtune.compose import compose
+from fedtune.report import read_metrics
+from fedtune.roll import Welcome
+from fedtune.simulations.grid import InProcessGrid
+from fedtune.state import AdapterState
+
+BOUND = 1e-5
+
+
+def counted(run: Path) -> dict[int, set[str]]:
+    """Round → clients whose update it counted."""
+    found: dict[int, set[str]] = {}
+    for record in read_metrics(run):
+        turn = found.setdefault(int(record["round"]), set())
+        if record["client"] is not None and "bytes_up" in record and "dropped" not in record:
+            turn.add(record["client"])
+    return found
+
+
+def replay(folder: Path, experiment: Sequence[str], turnout: Mapping[int, Set[str]]) -> Path:
+    """The run directory of that simulation."""
+    (job,) = compose([*experiment, f"output_dir={folder / 'replay'}", "engine.batched=none"])
+
+    def engine(stage: Stage) -> None:
+        inner, names, app = make_client_app(stage.config, stage.space.store.folder), stage.space.client_ids, ClientApp()
+
+        @app.train()
+        def turn(message: Message, context: Context) -> Message:
+            name, round = names[int(context.node_config["partition-id"])], int(message.metadata.group_id)
+            if name not in turnout[round]:
+                return declined(message, Decline("absent", f"it was not counted in round {round}"))
+            return inner(message, context)
+
+        app.query()(inner)
+        app.evaluate()(inner)
+        stage.serve(InProcessGrid(app, len(names)), Welcome())
+
+    return conduct(job.config, engine)
+
+
+def differences(run: Path, wanted: Path) -> dict[int, float]:
+    """Round → largest difference of its checkpoint's adapter from the one of the replay, of rounds that both have kept."""
+    out = {}
+    for folder in sorted((run / "checkpoints").glob("round-*")):
+        other = wanted / "checkpoints" / folder.name
+        if other.is_dir():
+            a, b = AdapterState.load(folder / "adapter.safetensors"), AdapterState.load(other / "adapter.safetensors")
+            same = list(a.tensors) == list(b.tensors)
+            out[int(folder.name[6:])] = max(float(torch.sub(a[n], b[n]).abs().max()) for n in a.tensors) if same else float("inf")
+    return out
+
+
+def main() -> None:
+    run, folder, *experiment = sys.argv[1:]
+    print(json.dumps(differences(Path(run), replay(Path(folder), experiment, counted(Path(run))))))
+
+
+if __name__ == "__main__":
+    main()

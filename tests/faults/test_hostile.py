@@ -1,0 +1,132 @@
+"""Strangers, impostors and liars at a real server, while three honest clients train: each is refused by name, and nothing else notices.
+
+What they can do at the public port alone is in tests/network/test_public_port.py; a hostile server in tests/network/test_node.py.
+"""
+
+import json
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.message_pb2 import Metadata
+from flwr.proto.node_pb2 import Node as NodeProto
+
+from fedtune.keys import make_keys
+from tests.faults.campaign import CLIENTS, Campaign, Cell, watched
+from tests.faults.deployment import STORIES, Deployment, settings, write_rows
+from tests.faults.replay import BOUND, counted, differences, replay
+from tests.network.echo import Echo
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not STORIES.is_dir(), reason="needs FEDTUNE_DATA with models/stories260k and fed/tinyshakespeare"),
+]
+WAIT_S = 600.0
+LIES = ("nan", "shape", "huge", "stale", "other", "weight")
+
+
+def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
+    """Not a number, another shape, a million times too large, of an earlier round, in another's name, with another weight."""
+    with watched(Campaign(tmp_path, [Cell("lie", kind) for kind in LIES])) as campaign:
+        outcomes = campaign.run()
+    assert len(outcomes) == len(LIES) and all(o.good for o in outcomes), outcomes
+    words = [
+        "not finite",
+        "wanted float32",
+        "it was not trained so",
+        "stale or not this client's own",
+        "asked was carla",
+        "its weight is fixed",
+    ]
+    for out, sentence in zip(outcomes, words, strict=True):
+        assert any("carla refused: " in w and sentence in w for w in out.words), out
+
+
+def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp_path: Path) -> None:
+    others = ("mallory", "moll")  # their keys are allowed, what they do with them is not
+    write_rows(tmp_path / "rows", [*CLIENTS, *others])
+    experiment = settings(tmp_path / "rows", CLIENTS, "round_timeout_s=600")
+    points = tmp_path / "points"
+    points.mkdir()
+    (points / "server.idle").touch()
+    made = Deployment(tmp_path, [*CLIENTS, *others], experiment)
+    try:
+        made.start_server("--wait", f"{WAIT_S:g}", launcher=["-m", "tests.faults.launch", "server", str(points), "server"])
+        made.start_client("mallory", "--client-id", "anna")  # among the first
+        for name in CLIENTS:
+            made.start_client(name)
+        made.until("hello", count=3, timeout=WAIT_S)
+        wait_for((points / "server.idle.held").exists)
+        refused = intrude(made, tmp_path)
+        (points / "server.idle.held").unlink()
+        assert made.finish(WAIT_S) == 0, made.said("server")
+    finally:
+        made.stop()
+    turnout = counted(made.run)
+    assert [turnout[r] for r in (1, 2, 3)] == [set(CLIENTS)] * 3
+    assert max(differences(made.run, replay(tmp_path, experiment, turnout)).values()) <= BOUND
+    log = (made.run / "logs/server.jsonl").read_text()
+    assert "has the key of 'mallory' and calls itself 'anna'" in log
+    seen = [json.loads(line) for line in (made.run / "logs/superlink.jsonl").read_text().splitlines()]
+    assert set(refused) <= {str(line.get("why")) for line in seen}
+    for who in ("server", *CLIENTS, "mallory", "dora"):
+        assert "Traceback" not in made.said(who)
+
+
+def intrude(made: Deployment, folder: Path) -> list[str]:
+    """Try everything; returns what the SuperLink's log must say of it."""
+    trust, at = ssl.create_default_context(cafile=str(made.keys / "ca.pem")), f"127.0.0.1:{made.port}"
+    with httpx.Client(base_url=f"https://{at}", verify=trust, timeout=20) as nobody:
+        assert nobody.post("/v1/fleet/pull-messages", content=b"").status_code == 401
+        for path in ("/v1/control/list-runs", "/v1/runtime/push-messages", "/docs", "/openapi.json", "/v1/fleet/../control/start-run"):
+            assert nobody.post(path).status_code == 404
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://{at}/health", timeout=20)
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"https://{at}/health", timeout=20)  # the system's CAs do not know it
+
+    make_keys(folder / "elsewhere", ["127.0.0.1"], ["dora"])
+    key = folder / "elsewhere/clients/dora/key"
+    made.names.append("dora")
+    (made.keys / "clients/dora").mkdir(mode=0o700)
+    for name, source in (("key", key), ("ca.pem", made.keys / "ca.pem")):
+        (made.keys / "clients/dora" / name).write_bytes(source.read_bytes())
+    (made.keys / "clients/dora/key").chmod(0o600)
+    (made.rows / "dora.jsonl").write_text('{"text": "a"}\n')
+    dora = made.start_client("dora", "--max-retries", "1")
+    assert dora.wait(WAIT_S) == 2
+    assert "does not know the key" in made.said("dora").splitlines()[-1]
+
+    private = load_pem_private_key((made.keys / "clients/moll/key").read_bytes(), None)
+    moll = Echo(made.port, private, made.keys / "ca.pem")  # type: ignore[arg-type]
+    mine, anna = moll.activate(), node_of(made, "anna")
+    assert refusal(lambda: moll.client.PullMessages(PullMessagesRequest(node=NodeProto(node_id=anna)))) in (401, 403)
+    head = Metadata(run_id=1, src_node_id=anna, dst_node_id=1, reply_to_message_id="m", message_type="train", ttl=60.0)
+    forged = PushMessagesRequest(node=NodeProto(node_id=mine), messages_list=[MessageProto(metadata=head)])
+    assert refusal(lambda: moll.client.PushMessages(forged)) == 403
+    moll.client.close()
+    return ["no node key", "no such path here", "a node key that is not on the list", f"node {mine} pushes in the name of node {anna}"]
+
+
+def node_of(made: Deployment, client: str) -> int:
+    lines = map(json.loads, (made.run / "logs/server.jsonl").read_text().splitlines())
+    return next(int(line["node"]) for line in lines if line["event"] == "hello" and line["client"] == client)
+
+
+def refusal(call: Callable[[], object]) -> int:
+    with pytest.raises(httpx.HTTPStatusError) as said:
+        call()
+    return said.value.response.status_code
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

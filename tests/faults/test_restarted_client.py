@@ -1,0 +1,59 @@
+"""A client that was killed and started again at once is told nothing anew: it goes on by the hello that it kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune import flower
+from fedtune.clients.deployed import HELLO, make_app
+from fedtune.clients.workspace import Workspace
+from fedtune.config import to_dict
+from fedtune.wire import Envelopes
+from tests.tiny import tiny_config
+
+
+def ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
+    flower.identify_process(1)
+    where: dict[str, Any] = {"partition-id": 0, "num-partitions": 1}
+    context = Context(run_id=1, node_id=7, node_config=where, state=RecordDict(), run_config={})
+    return app(Message(content, 7, kind), context).content
+
+
+def why(content: RecordDict) -> str:
+    return str(content.config_records["declined"]["why"]) if "declined" in content.config_records else ""
+
+
+def test_it_goes_on_by_the_hello_that_it_kept(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    settings = {"client": "anna", "state": str(tmp_path / "state"), "data": str(tmp_path / "rows.jsonl"), "device": None}
+    (tmp_path / "state").mkdir()
+    evaluation = Envelopes(0, ()).write(Workspace(config).initial, held=())
+    hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
+
+    assert "it must say hello before" in why(ask(make_app(settings), "evaluate", evaluation))
+    first = make_app(settings)
+    assert why(ask(first, "query", hello)) == ""
+    before = ask(first, "evaluate", evaluation)
+    assert why(before) == ""
+    after = ask(make_app(settings), "evaluate", evaluation)  # another process, as far as the app knows
+    assert after.config_records["metrics"] == before.config_records["metrics"]
+
+
+def test_a_hello_that_was_refused_is_not_kept(tmp_path: Path) -> None:
+    app = make_app({"client": "anna", "state": str(tmp_path), "data": None, "device": None})
+    assert "no experiment" in why(ask(app, "query", RecordDict({"hello": ConfigRecord({"json": "{}"})})))
+    assert "says nothing" in why(ask(app, "query", RecordDict({})))
+    assert not (tmp_path / HELLO).exists()
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path)
+    app = make_app({"client": "anna", "state": str(tmp_path / "gone"), "data": str(tmp_path / "rows.jsonl"), "device": None})
+    hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
+    assert why(ask(app, "query", hello)).startswith(
+        f"cannot keep anything in {tmp_path / 'gone'}: No such file or directory; free the disk"
+    )

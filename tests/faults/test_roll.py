@@ -1,0 +1,129 @@
+"""Who is let in where nodes come late, say nothing, or are not who they say they are."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedtune import flower, roll
+from fedtune.errors import RunError
+from fedtune.roll import Roll, Welcome
+
+Said = Callable[[int], dict[str, Any] | str | None]
+HELLO = {"base": "b", "device_class": "", "examples": 3, "held_out": 1, "shifts": [], "remembers": True}
+
+
+class Nodes:
+    """A grid of nodes that are there from some time on, and say what they are told to say; None says nothing."""
+
+    def __init__(self, said: Said, come: dict[int, float]) -> None:
+        flower.identify_process(1)
+        self._said, self._come, self._began = said, come, time.monotonic()
+        self.asked: list[int] = []
+        self._sent: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [n for n, after in self._come.items() if time.monotonic() - self._began >= after]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterator[str]:
+        for message in messages:
+            self.asked.append(message.metadata.dst_node_id)
+            name = flower.stamp(message)
+            self._sent[name] = message
+            yield name
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        out = []
+        for i in ids:
+            said = self._said(self._sent[i].metadata.dst_node_id)
+            if said is not None:
+                text = said if isinstance(said, str) else json.dumps({**HELLO, **said})
+                out.append(Message(RecordDict({"hello": ConfigRecord({"json": text})}), reply_to=self._sent[i]))
+        return out
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.known: list[str] = []
+
+    def client_known(self, client: str, node: int, device_class: str) -> None:
+        self.known.append(client)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def made(said: Said, come: dict[int, float], least: int = 2, **welcome: Any) -> tuple[Roll, Nodes, Notes]:
+    grid, notes = Nodes(said, come), Notes()
+    return Roll(grid, "b", least, Welcome(**{"patience_s": 0.4, "again_s": math.inf, **welcome}), notes), grid, notes  # type: ignore[arg-type]
+
+
+def named(node: int) -> dict[str, Any]:
+    return {"client": f"c{node}"}
+
+
+def test_those_who_are_there_will_do_once_the_time_is_up() -> None:
+    at_door, _, _ = made(named, {1: 0.0, 2: 0.0}, wanted=3)
+    assert sorted(at_door.gather(1)) == ["c1", "c2"]
+
+
+def test_nobody_waits_where_all_have_come() -> None:
+    began = time.monotonic()
+    at_door, _, _ = made(named, {1: 0.0, 2: 0.1, 3: 0.2}, wanted=3, patience_s=20.0)
+    assert sorted(at_door.gather(1)) == ["c1", "c2", "c3"] and time.monotonic() - began < 20.0
+
+
+def test_a_stranger_among_the_first_does_not_end_the_run() -> None:
+    keys = {1: "mallory", 2: "c2", 3: "c3"}
+    at_door, _, notes = made(named, {1: 0.0, 2: 0.0, 3: 0.2}, wanted=2, patience_s=20.0, names=lambda: keys)
+    assert sorted(at_door.gather(1)) == ["c2", "c3"]
+    assert notes.notes.count("left out, node 1 has the key of 'mallory' and calls itself 'c1': set its --client-id, or its key") == 1
+
+
+def test_a_node_that_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll, "_STRAGGLERS_S", 0.1)
+    at_door, _, notes = made(lambda n: None if n == 1 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, wanted=2, patience_s=20.0)
+    assert sorted(at_door.gather(1)) == ["c2", "c3"]
+    assert "left out, node 1: no reply" in notes.notes
+
+
+def test_an_engine_s_nodes_are_all_heard_and_too_few_are_too_few_at_once() -> None:
+    at_door, _, _ = made(named, {1: 0.0, 2: 0.0, 3: 0.0}, least=1, patience_s=20.0)
+    assert sorted(at_door.gather(1)) == ["c1", "c2", "c3"]
+    at_door, _, _ = made(lambda n: {"client": f"c{n}", "base": "x"}, {1: 0.0, 2: 0.0}, patience_s=20.0)
+    with pytest.raises(RunError, match="0 clients can take part, min_clients=2: client c1 holds another backbone"):
+        at_door.gather(1)
+
+
+def test_a_hello_that_was_lost_is_said_again() -> None:
+    asked: list[int] = []
+    at_door, grid, _ = made(lambda n: None if n == 3 and asked.count(3) < 2 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, wanted=2, again_s=5.0)
+    grid.asked = asked
+    at_door.gather(1)
+    end = time.monotonic() + 10
+    while "c3" not in at_door.clients and time.monotonic() < end:
+        at_door.present(1)
+    assert asked.count(3) == 2 and "c3" in at_door.clients and asked.count(1) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        json.dumps({**HELLO, "client": "c3"}).replace('"examples": 3', '"examples": Infinity'),
+        {"client": "c3", "examples": -5},
+        {"client": "c3", "held_out": -1},
+        {"client": "c3", "rank": 0},
+        {"client": "c3", "shifts": 7},
+        "[1]",
+        "[" * 10000,
+    ],
+)
+def test_a_hello_that_makes_no_sense_is_left_out_by_name(said: Any) -> None:
+    at_door, _, notes = made(lambda n: said if n == 3 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, patience_s=20.0)
+    assert sorted(at_door.gather(1)) == ["c1", "c2"]
+    assert notes.notes == ["left out, node 3: its hello cannot be read"]
