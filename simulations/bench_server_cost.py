@@ -2,11 +2,12 @@
 
     python -m fedtune.simulations.bench_server_cost --clients 1000 --mb 10 --out server_cost
 
-Each strategy gets what its clients would send in round 1: LoRA of rank 16 on q and v of as many layers of width 1024 as the size asks for,
-or the part of it that the method sends (phase sparse: SLoRA's masked entries). Updates are made one at a time and forgotten by the stream:
-windows of one buffer of noise, copied, so that an update that is kept costs its memory. Draining the stream alone is timed as a third
-side, and its seconds are taken off both others. The three sides run in turn (A B C A B C ...), so that a machine whose speed drifts drifts
-for all; quote the ratio. The bare mean adds n · w in float32; ours add in float64, so that a client alone comes back bit for bit.
+Each strategy gets what its clients would send in round 1: LoRA of rank 16 on q and v of as many layers of width 1024 as the size asks for
+(FedPepTAO, without its scores: a prompt of 32 tokens a layer), or the part of it that the method sends (phase sparse: SLoRA's masked
+entries). Updates are made one at a time and forgotten by the stream: windows of one buffer of noise, copied, so that an update that is kept
+costs its memory. Draining the stream alone is timed as a third side, and its seconds are taken off both others. The three sides run in turn
+(A B C A B C ...), so that a machine whose speed drifts drifts for all; quote the ratio. The bare mean adds n · w in float32; ours add in
+float64, so that a client alone comes back bit for bit.
 
 Memory is the high-water mark of a pass above what the process held before it (freed memory is given back to the system first). `in
 updates` says how many updates that is: a few where the method folds the stream, the cohort where it must see all at once. A method that
@@ -36,7 +37,8 @@ from fedtune.plan import Plan, Update, matching
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategy import Strategy
 
-WIDTH, RANK = 1024, 16
+WIDTH, RANK, TOKENS = 1024, 16, 32
+PROMPTS = ("fedpeptao",)  # it exchanges prompts, and nothing else
 _WINDOWS, _STRIDE = 8191, 997
 _FIRST, _STEP = 16, 4  # enough clients for every robust rule
 _CPU = torch.device("cpu")
@@ -91,17 +93,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     flower.quiet()
-    adapter, rows, refused, console = whole_adapter(args.mb), [], {}, Console()
+    rows, refused, console = [], {}, Console()
     for name in args.strategies:
         try:
             strategy = strategy_of(name, args.clients)
+            adapter = whole_adapter(args.mb, prompts=name in PROMPTS)
             stream = Stream(strategy, adapter)
             clients, why = affordable(stream, args.clients, args.max_gb * 1e3, args.max_s)
             rows.append(measure(name, stream, clients, args.repeats, why))
             console.print(f"{name}: {rows[-1].seconds:.2f} s, {rows[-1].peak_mb:.0f} MB, {clients:,} clients")
         except FedtuneError as no:
             refused[name] = str(no)
-    title = f"{args.clients:,} clients, {adapter.nbytes / 1e6:.1f} MB adapters, {args.threads} threads, {args.repeats} repeats"
+    size = whole_adapter(args.mb).nbytes / 1e6
+    title = f"{args.clients:,} clients, {size:.1f} MB adapters, {args.threads} threads, {args.repeats} repeats"
     console.print(table(title, rows))
     remarks = [f"* {r.strategy}: {r.note}" for r in rows if r.note] + [f"not measured: {n}: {why}" for n, why in refused.items()]
     console.print(*remarks, sep="\n", highlight=False)
@@ -115,19 +119,25 @@ def strategy_of(name: str, clients: int) -> Strategy:
     """The strategy as its file in conf/strategy has it, in an experiment that suits it as far as any LoRA experiment can.
 
     Raises:
-        ConfigError: The method does not take LoRA updates, or not of so many clients.
+        ConfigError: The method does not take updates of so many clients.
     """
     sgd = ["client.optimizer=sgd", "client.clip_norm=null"]  # what reads gradients off the steps asks for it, the others take it
     cohort = [f"clients_per_round={clients}", f"min_clients={clients}", "rounds=100"]
-    (job,) = compose(["devices=none", "peft=lora", f"peft.rank={RANK}", f"strategy={name}", *cohort, *sgd])
+    method = ["peft=ptuning_v2", "strategy.ratio=1"] if name in PROMPTS else ["peft=lora", f"peft.rank={RANK}"]
+    (job,) = compose(["devices=none", *method, f"strategy={name}", *cohort, *sgd])
     return make_strategy(job.config)
 
 
-def whole_adapter(mb: float) -> AdapterState:
-    """LoRA on q and v of as many layers as come closest to `mb`, at least one; 10 MB are 38 layers. A is drawn, B is zero."""
+def whole_adapter(mb: float, *, prompts: bool = False) -> AdapterState:
+    """LoRA on q and v of as many layers as come closest to `mb`, at least one; 10 MB are 38 layers. A is drawn, B is zero. Or a prompt a
+    layer, keys and values of `TOKENS` tokens."""
     layers = max(1, round(mb * 1e6 / (4 * 2 * RANK * (WIDTH + WIDTH))))
-    modules = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(layers) for p in "qv"]
     generator, tensors = torch.Generator().manual_seed(0), {}
+    if prompts:
+        layers = max(1, round(mb * 1e6 / (4 * TOKENS * 2 * WIDTH)))
+        tensors = {f"layers.{i}.prompt": torch.randn(TOKENS, 2 * WIDTH, generator=generator) for i in range(layers)}
+        return AdapterState(tensors, AdapterSpec(method="ptuning_v2"))
+    modules = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(layers) for p in "qv"]
     for module in modules:
         tensors[f"{module}.lora_A"] = torch.randn(RANK, WIDTH, generator=generator) / WIDTH**0.5
         tensors[f"{module}.lora_B"] = torch.zeros(WIDTH, RANK)

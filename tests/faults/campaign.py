@@ -81,7 +81,7 @@ class Campaign:
         self.points.mkdir(parents=True)
         write_rows(folder / "rows", CLIENTS)
         base = [s for s in settings(folder / "rows", CLIENTS) if not s.startswith(("min_clients", "rounds"))]
-        self.experiment = [*base, "min_clients=2", f"rounds={4 * len(cells) + 3}", "keep_checkpoints=1000", "eval.every=5"]
+        self.experiment = [*base, "min_clients=2", "rounds=1000", "client.schedule=constant", "keep_checkpoints=1000", "eval.every=5"]
         slow = any(c.kind == "slow" for c in cells)  # of its own: other cells must not be ended by the round's deadline
         limit = DEADLINE if slow else 10 * PATIENCE
         self.made = Deployment(folder, CLIENTS, [*self.experiment, f"round_timeout_s={limit:g}"])
@@ -141,10 +141,17 @@ class Campaign:
         return out
 
     def _end(self, outcomes: Sequence[Outcome]) -> None:
-        """Let it come to its end, and compare every round."""
+        """Stop it as a service is stopped, let it come to its end in one round more, and compare every round."""
+        assert self.made.server is not None
+        self.made.server.terminate()
+        if (code := self.made.server.wait(PATIENCE)) != 130:
+            outcomes[-1].bad(f"SIGTERM gives exit code {code}")
         for file in self.points.iterdir():
             file.unlink()
-        code = self.made.finish(10 * PATIENCE)
+        self.experiment = [s for s in self.experiment if not s.startswith("rounds=")] + [f"rounds={self._newest() + 1}"]
+        self.made.experiment = self.experiment
+        self._start_server()
+        code = self.made.finish(PATIENCE)
         if code != 0:
             outcomes[-1].bad(f"exit code {code}: {self.made.said('server').splitlines()[-1]}")
         turnout, off = counted(self.made.run), self._replayed()

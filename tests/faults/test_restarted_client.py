@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -50,10 +49,9 @@ def test_a_hello_that_was_refused_is_not_kept(tmp_path: Path) -> None:
     assert not (tmp_path / HELLO).exists()
 
 
-def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     app = make_app({"client": "anna", "state": str(tmp_path / "gone"), "data": str(tmp_path / "rows.jsonl"), "device": None})
     hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
-    assert why(ask(app, "query", hello)).startswith(
-        f"cannot keep anything in {tmp_path / 'gone'}: No such file or directory; free the disk"
-    )
+    said = why(ask(app, "query", hello))
+    assert said.startswith(f"cannot keep anything in {tmp_path / 'gone'}: No such file or directory; free the disk")

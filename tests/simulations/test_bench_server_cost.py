@@ -58,17 +58,22 @@ def test_a_cohort_that_does_not_fit_shrinks_with_a_note() -> None:
     assert clients == 16 and why.startswith("1,000 clients would take") and why.endswith("shown are 16")
 
 
-def test_what_takes_no_lora_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="fedpeptao"):
-        strategy_of("fedpeptao", 8)
+def test_what_needs_more_clients_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="bulyan"):
+        strategy_of("bulyan", 3)
+
+
+def test_prompts_are_as_large_as_lora() -> None:
+    assert whole_adapter(10.0, prompts=True).nbytes == pytest.approx(10e6, rel=0.02)
+    assert list(whole_adapter(0.3, prompts=True).tensors) == ["layers.0.prompt"]
 
 
 def test_a_tiny_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cost"
-    main(["--clients", "9", "--mb", "0.3", "--repeats", "1", "--strategies", "fedavg", "hetlora", "krum", "fedpeptao", "--out", str(out)])
+    main(["--clients", "6", "--mb", "0.3", "--repeats", "1", "--strategies", "fedavg", "hetlora", "fedpeptao", "bulyan", "--out", str(out)])
     said = json.loads(out.with_suffix(".json").read_text())
-    assert [r["strategy"] for r in said["rows"]] == ["fedavg", "hetlora", "krum"] and list(said["not_measured"]) == ["fedpeptao"]
-    assert all(r["clients"] == 9 and r["update_mb"] == pytest.approx(0.262, abs=0.001) and r["seconds"] >= 0 for r in said["rows"])
+    assert [r["strategy"] for r in said["rows"]] == ["fedavg", "hetlora", "fedpeptao"] and list(said["not_measured"]) == ["bulyan"]
+    assert all(r["clients"] == 6 and r["update_mb"] == pytest.approx(0.262, abs=0.001) and r["seconds"] >= 0 for r in said["rows"])
     lines = out.with_suffix(".md").read_text().splitlines()
-    assert sum(line.startswith("| ") for line in lines) == 4 and lines[-1].startswith("not measured: fedpeptao")
-    assert "not measured: fedpeptao" in capsys.readouterr().out
+    assert sum(line.startswith("| ") for line in lines) == 4 and lines[-1].startswith("not measured: bulyan")
+    assert "not measured: bulyan" in capsys.readouterr().out
