@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import Metadata
@@ -103,7 +103,7 @@ def intrude(made: Deployment, folder: Path) -> list[str]:
     assert dora.wait(WAIT_S) == 2
     assert "does not know the key" in made.said("dora").splitlines()[-1]
 
-    private = load_pem_private_key((made.keys / "clients/moll/key").read_bytes(), None)
+    private = load_ssh_private_key((made.keys / "clients/moll/key").read_bytes(), None)
     moll = Echo(made.port, private, made.keys / "ca.pem")  # type: ignore[arg-type]
     mine, anna = moll.activate(), node_of(made, "anna")
     assert refusal(lambda: moll.client.PullMessages(PullMessagesRequest(node=NodeProto(node_id=anna)))) in (401, 403)
