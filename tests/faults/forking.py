@@ -56,6 +56,7 @@ def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, 
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for name in (None, *logging.root.manager.loggerDict):
         logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
