@@ -261,9 +261,9 @@ def _cause(bad: BaseException, wanted: type[_Cause]) -> _Cause | None:
     return seen
 
 
-def _ahead(response: httpx.Response, clock: Callable[[], float] = time.time) -> float:
+def _ahead(response: httpx.Response, clock: Callable[[], float] | None = None) -> float:
     """Seconds by which this machine's clock is ahead of the server's; 0 where the server does not say."""
     try:
-        return clock() - parsedate_to_datetime(response.headers["date"]).timestamp()
+        return (clock or time.time)() - parsedate_to_datetime(response.headers["date"]).timestamp()
     except (KeyError, ValueError):
         return 0.0

@@ -146,8 +146,11 @@ def skew(seconds: float) -> None:
     """This process's clock is off by so many seconds."""
     from flwr.supernode import node_auth_http_interceptor as signer
 
+    from fedtune.network import fleet
+
     wall, now = time.time, vars(signer)["now"]
     time.time = lambda: wall() + seconds
+    fleet._ahead.__defaults__ = (time.time,)  # bound already where the process was forked
     setattr(signer, "now", lambda: now() + datetime.timedelta(seconds=seconds))  # noqa: B010  not a name that Flower gives away
 
 
