@@ -57,6 +57,25 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default: %(default)s)")
     generate.set_defaults(command=_generate)
 
+    about = "Distil a small draft model from a merged one, for speculative decoding (`fedtune generate --draft`)."
+    draft = commands.add_parser("draft", help="make a small model that drafts for the tuned one", description=about)
+    draft.add_argument(
+        "model", type=Path, metavar="MODEL|RUN", help="folder that `fedtune export` wrote, or a run (merged first where it is not)"
+    )
+    draft.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: draft, beside the model)")
+    draft.add_argument(
+        "--text", type=Path, metavar="FILE", help="a text a line, or .jsonl with text, or prompt and response (default: it writes them)"
+    )
+    draft.add_argument("--layers", type=int, metavar="N", help="layers of the draft (default: a quarter of the model's)")
+    draft.add_argument("--steps", type=int, default=400, metavar="N", help="training steps (default: %(default)s)")
+    draft.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts a step (default: %(default)s)")
+    draft.add_argument("--length", type=int, default=128, metavar="N", help="longest text in tokens (default: %(default)s)")
+    draft.add_argument("--lr", type=float, default=1e-3, metavar="RATE", help="peak learning rate (default: %(default)s)")
+    share = "share of the steps on texts that the draft writes itself (default: %(default)s)"
+    draft.add_argument("--on-policy", type=float, default=0.5, metavar="SHARE", help=share)
+    draft.add_argument("--seed", type=int, default=0, metavar="S", help="of texts and sampling (default: %(default)s)")
+    draft.set_defaults(command=_draft)
+
     about = "Make a CA, the server's certificate and a key for each client; or keys for further clients of such a folder."
     keys = commands.add_parser("keys", help="make certificates and client keys", description=about)
     keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make, or with --add to add to")
@@ -90,6 +109,37 @@ def _generate(args: argparse.Namespace) -> str:
 
     text = generate_text(args.model, args.text, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
     return text.strip()
+
+
+def _draft(args: argparse.Namespace) -> str:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fedtune.inference.distil import Distillation, distil
+    from fedtune.inference.export import export_hf
+
+    settings = ("layers", "steps", "batch_size", "length", "lr", "on_policy", "seed")
+    how = Distillation(**{name: getattr(args, name) for name in settings})
+    model, out = args.model, args.out
+    if (model / "config.yaml").is_file() and not (model / "config.json").is_file():
+        model, out = model / "merged", out or model / "draft"
+        if not model.is_dir():
+            export_hf(args.model, model)
+    out = out or model.parent / "draft"
+    columns = (
+        TextColumn("distilling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[nats]:.3f} nats"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("", total=how.steps, nats=float("nan"))
+        figures = distil(model, out, text=args.text, how=how, tell=lambda step, nats: bar.update(row, completed=step, nats=nats))
+    before, now = figures["acceptance_before"], figures["acceptance"]
+    told = f"{100 * figures['parameters'] / figures['of']:.0f} % of the parameters; the model accepts {100 * now:.0f} % of its tokens"
+    print(f"fedtune: {told} at temperature 1 ({100 * before:.0f} % before)", file=sys.stderr)
+    return str(out)
 
 
 def _keys(args: argparse.Namespace) -> str:
