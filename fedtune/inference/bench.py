@@ -1,0 +1,290 @@
+"""How fast a model is on this machine, and how near to what its memory can give: `fedtune bench MODEL`.
+
+Decoding one sequence reads every weight once a token, so the memory bandwidth over the bytes read is the most tokens a second that a machine
+can give; the bandwidth is measured beside the model, by summing an array that no cache holds.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fedtune.errors import ConfigError, DataError
+from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.decoder import parameters_held
+from fedtune.inference.engine.generate import Generation, Report, Speculation
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.speculate import Drafter
+from fedtune.inference.engine.speculate.draft import DraftModel
+from fedtune.inference.engine.speculate.early_exit import EarlyExit
+from fedtune.inference.engine.speculate.lookup import Lookup
+from fedtune.seeds import derive_seed
+
+ARRAY = 256 << 20  # bytes summed to measure the bandwidth: more than any cache of a device that runs this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """What was measured; lists hold one figure a repeat.
+
+    Attributes:
+        load_s: Seconds from the folder to a model that is ready.
+        prefill: Tokens a second of the prompt.
+        decode: Tokens a second after it, one at a time.
+        first_token_ms: From the prompt's tokens to the first new one.
+        peak_mb: High-water mark of this process's resident memory, libraries too, in 10^6 bytes.
+        weights_mb: Bytes of the weights that a token reads, in 10^6.
+        bandwidth: Measured, in 10^9 bytes a second.
+        limit: Tokens a second that the bandwidth allows.
+        share: Median decode over the limit.
+        speculation: By its way ("none" is plain decoding of the same answers): tokens a second, share of the drafted tokens that were kept
+            (acceptance), and tokens a pass.
+    """
+
+    model: str
+    kind: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    load_s: float
+    prefill: list[float]
+    decode: list[float]
+    first_token_ms: list[float]
+    peak_mb: float
+    weights_mb: float
+    bandwidth: float
+    limit: float
+    share: float
+    speculation: dict[str, dict[str, float]]
+
+
+def bench(
+    folder: Path,
+    *,
+    kind: str | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    repeats: int = 5,
+    seed: int = 0,
+    draft: Path | None = None,
+    speculate: bool = False,
+    text: Path | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Speeds:
+    """Measure a model.
+
+    Args:
+        folder: An edge package or a Hugging Face folder.
+        kind: fp32, bf16, int8 or int4; None takes the model's own.
+        prompt_tokens: Of each repeat, random ones.
+        new_tokens: Greedy ones after them.
+        repeats: After one that warms up.
+        seed: Of the prompts.
+        draft: A draft model, whose speculation is measured too.
+        speculate: Measure prompt lookup and early exit.
+        text: File whose lines begin the answers of speculation; None takes texts that the model samples.
+        tell: Called with what is being measured.
+
+    Raises:
+        ConfigError: A number is out of range, or prompt and new tokens are more than the model's context.
+        ModelError: The model cannot be opened, or is not one that the engine runs.
+    """
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is out of range: it must be at least 1")
+    tell("loading")
+    start = time.perf_counter()
+    engine = load_engine(folder, kind)
+    load_s = time.perf_counter() - start
+    if prompt_tokens + new_tokens > engine.shape.context:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's context, {engine.shape.context}: take fewer"
+        )
+    numbers = torch.Generator().manual_seed(derive_seed(seed, "bench"))
+    prefill, decode, first = [], [], []
+    for repeat in range(repeats + 1):
+        tell(f"repeat {repeat} of {repeats}" if repeat else "warming up")
+        ids = torch.randint(engine.shape.vocab, (prompt_tokens,), generator=numbers)
+        took, rest = one_answer(engine, ids, new_tokens)
+        if repeat:
+            prefill.append(prompt_tokens / took)
+            first.append(1000 * took)
+            decode.append(new_tokens / rest)
+    ways: dict[str, Drafter] = {"lookup": Lookup(), "early exit": EarlyExit()} if speculate else {}
+    memory = peak_mb()  # of the model alone
+    if draft:
+        ways["draft"] = DraftModel(load_engine(draft, kind), engine)
+    seen = speculation(engine, ways, prompts(engine, text, repeats, prompt_tokens, seed), new_tokens, tell) if ways else {}
+    tell("bandwidth")
+    weights, speed = bytes_read(engine), bandwidth()
+    return Speeds(
+        model=str(folder),
+        kind=kind or "as stored",
+        threads=torch.get_num_threads(),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        load_s=load_s,
+        prefill=prefill,
+        decode=decode,
+        first_token_ms=first,
+        peak_mb=memory,
+        weights_mb=weights / 1e6,
+        bandwidth=speed / 1e9,
+        limit=speed / weights,
+        share=statistics.median(decode) * weights / speed,
+        speculation=seen,
+    )
+
+
+def one_answer(engine: Engine, ids: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds to the first new token, and of `new` greedy ones after it."""
+    cache = engine.cache(limit=len(ids) + new)
+    engine.start(cache)
+    start = time.perf_counter()
+    token = engine.decoder.forward(ids, [Span(cache, len(ids))]).argmax(-1)
+    middle = time.perf_counter()
+    for _ in range(new):
+        token = engine.decoder.forward(token, [Span(cache, 1)]).argmax(-1)
+    return middle - start, time.perf_counter() - middle
+
+
+def prompts(engine: Engine, text: Path | None, count: int, length: int, seed: int) -> list[list[int]]:
+    """Token rows to begin answers with: lines of the file, else what the model samples at temperature 1.
+
+    Raises:
+        DataError: The file cannot be read, or has no line.
+    """
+    if text is None:
+        begin = (
+            [derive_seed(seed, "prompt", i) % engine.text.size for i in range(count)]
+            if engine.text.bos is None
+            else [engine.text.bos] * count
+        )
+        how = [Sampling(temperature=1.0, seed=derive_seed(seed, "prompt", i)) for i in range(count)]
+        answers = [Generation(engine, [first], one, length) for first, one in zip(begin, how, strict=True)]
+        return [[first, *(piece.token for piece in answer)] for first, answer in zip(begin, answers, strict=True)]
+    try:
+        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as bad:
+        raise DataError(f"cannot read {text}: {getattr(bad, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    if not lines:
+        raise DataError(f"{text} has no text: give a line for each prompt")
+    return [engine.text.encode(lines[i % len(lines)])[:length] for i in range(count)]
+
+
+def speculation(
+    engine: Engine, ways: Mapping[str, Drafter], rows: Sequence[list[int]], new: int, tell: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """Greedy answers to the same prompts without speculation and in each way, in turn."""
+    drafters: dict[str, Speculation | None] = {"none": None, **{way: Speculation(drafter) for way, drafter in ways.items()}}
+    reports: dict[str, list[Report]] = {way: [] for way in drafters}
+    for i, row in enumerate(rows, 1):
+        for way, how in drafters.items():
+            tell(f"speculation, {way}: answer {i} of {len(rows)}")
+            answer = Generation(engine, row, Sampling(), new, speculation=how)
+            for _ in answer:
+                pass
+            reports[way].append(answer.report)
+    return {
+        way: {
+            "tok_s": statistics.median(r.speed for r in seen),
+            "acceptance": sum(r.accepted for r in seen) / max(1, sum(r.drafted for r in seen)),
+            "tokens_a_pass": sum(r.tokens - 1 for r in seen) / max(1, sum(r.passes for r in seen)),
+        }
+        for way, seen in reports.items()
+    }
+
+
+def bytes_read(engine: Engine) -> int:
+    """Bytes of weights that one token reads: all but the embedding table, of which it reads a row."""
+    held = parameters_held(engine.decoder)
+    return held["linears"] + held["head"]
+
+
+def bandwidth(repeats: int = 5) -> float:
+    """Bytes a second at which torch's threads read memory: the best of some sums over an array that no cache holds."""
+    array = torch.ones(ARRAY // 4)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        array.sum()
+        seconds.append(time.perf_counter() - start)
+    return array.nbytes / min(seconds[1:])
+
+
+def peak_mb() -> float:
+    """High-water mark of this process's resident memory, in 10^6 bytes."""
+    import resource  # late: not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def table(speeds: Speeds) -> str:
+    """A line a figure, with the least and the greatest where it was taken several times."""
+
+    def several(values: Sequence[float], unit: str) -> str:
+        return f"{statistics.median(values):.1f} {unit} ({min(values):.1f}–{max(values):.1f})"
+
+    rows = {
+        "model": f"{speeds.model}, {speeds.kind}, {speeds.threads} threads",
+        f"prefill, {speeds.prompt_tokens} tokens": several(speeds.prefill, "tok/s"),
+        f"decode, {speeds.new_tokens} tokens": several(speeds.decode, "tok/s"),
+        "first token": several(speeds.first_token_ms, "ms"),
+        "load": f"{speeds.load_s:.2f} s",
+        "peak memory": f"{speeds.peak_mb:.0f} MB, of which weights {speeds.weights_mb:.0f} MB a token",
+        "bandwidth limit": f"{speeds.limit:.1f} tok/s at {speeds.bandwidth:.1f} GB/s; decode reaches {100 * speeds.share:.0f} %",
+    }
+    for way, seen in speeds.speculation.items():
+        kept = f"; {100 * seen['acceptance']:.0f} % of drafted tokens kept, {seen['tokens_a_pass']:.2f} tokens a pass"
+        rows[f"speculation, {way}"] = f"{seen['tok_s']:.1f} tok/s{kept if way != 'none' else ''}"
+    width = max(len(name) for name in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def write(speeds: Speeds, out: Path) -> None:
+    """`bench.json` and `bench.png` in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps(asdict(speeds), indent=1) + "\n", encoding="utf-8")
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    ways = {way: [seen["tok_s"]] for way, seen in speeds.speculation.items() if way != "none"}
+    bars = {"decode": speeds.decode, **ways}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1, 2])
+    for axis, shown in ((left, {"prefill": speeds.prefill}), (right, bars)):
+        middle = [statistics.median(v) for v in shown.values()]
+        spread = [
+            [m - min(v) for m, v in zip(middle, shown.values(), strict=True)],
+            [max(v) - m for m, v in zip(middle, shown.values(), strict=True)],
+        ]
+        drawn = axis.bar(list(shown), middle, yerr=spread, capsize=4, width=0.6)
+        axis.bar_label(drawn, fmt="%.0f", padding=2)
+        axis.set_ylabel("tokens a second")
+        axis.margins(y=0.15)
+    right.axhline(speeds.limit, linestyle="--", color="0.4")
+    right.annotate("memory bandwidth, one token a pass", (0.02, speeds.limit), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    figure.suptitle(f"{Path(speeds.model).name}, {speeds.kind}, {speeds.threads} threads", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(out / "bench.png", dpi=110)
+    plt.close(figure)
+
+
+def threads(wanted: int | None) -> None:
+    """Set torch's threads; None leaves them.
+
+    Raises:
+        ConfigError: Fewer than one, or more than four times the cores.
+    """
+    most = 4 * (os.cpu_count() or 1)
+    if wanted is not None and not 1 <= wanted <= most:
+        raise ConfigError(f"threads={wanted} is out of range: it must be from 1 to {most}")
+    if wanted is not None:
+        torch.set_num_threads(wanted)
