@@ -5,9 +5,13 @@ import subprocess
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from fedtune.inference.edge import export_edge
+from fedtune.inference.gguf import export_gguf
 
 SIZES = {  # hidden, layers, heads, key-value heads, intermediate
     "125m": (768, 12, 12, 12, 2560),
@@ -37,14 +41,20 @@ def build(size: str, root: Path) -> Path:
         vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Bytes, one merge (llama.cpp wants some), and names for the other tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: i for i, word in enumerate(["<s>", *alphabet, *(f"<{i}>" for i in range(VOCABULARY - len(alphabet) - 1))])}
-    tokenizer = Tokenizer(BPE(vocab=words, merges=[]))
+    words = ["<s>", *alphabet, pair := alphabet[0] + alphabet[1]]
+    words += [f"<{i}>" for i in range(VOCABULARY - len(words))]
+    tokenizer = Tokenizer(BPE(vocab={word: i for i, word in enumerate(words)}, merges=[(pair[0], pair[1])]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}))
-    return folder
 
 
 def openvino(folder: Path, bits: int, python: str) -> Path:
@@ -59,9 +69,20 @@ def openvino(folder: Path, bits: int, python: str) -> Path:
 
 def package(folder: Path, kind: str) -> Path:
     """This engine's edge package, rounded to nearest; made once."""
-    raise NotImplementedError
+    out = folder.with_name(f"{folder.name}-edge-{kind}")
+    return out if out.is_dir() else export_edge(idle_adapter(folder), out, quantize=kind)
 
 
 def gguf(folder: Path, kind: str) -> Path:
-    """A GGUF file; made once."""
-    raise NotImplementedError
+    """llama.cpp's file; made once."""
+    out = folder.with_name(f"{folder.name}-{kind}.gguf")
+    return out if out.is_file() else export_gguf(idle_adapter(folder), out, kind=kind)
+
+
+def idle_adapter(folder: Path) -> Path:
+    """An adapter of the model that adds nothing: what is exported is a run or an adapter."""
+    out = folder.with_name(f"{folder.name}-adapter")
+    if not out.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(out)
+    return out
