@@ -40,7 +40,7 @@ def build(size: str, root: Path) -> Path:
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inner,
         vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     write_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}))
     return folder
@@ -84,5 +84,5 @@ def idle_adapter(folder: Path) -> Path:
     out = folder.with_name(f"{folder.name}-adapter")
     if not out.is_dir():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(out)
+        get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(str(out))
     return out

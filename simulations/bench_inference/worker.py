@@ -95,7 +95,7 @@ class LlamaCpp:
     """llama.cpp through its Python bindings; the model is read into huge pages, not mapped."""
 
     def __init__(self, model: Path, kind: str, threads: int, context: int) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports] - of the peers' interpreter
         import numpy
 
         self.api, self.numpy, self.length = llama_cpp, numpy, 0
@@ -145,7 +145,7 @@ class OpenVino:
 
     def __init__(self, model: Path, kind: str, threads: int, context: int) -> None:
         import numpy
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         self.ov, self.numpy, self.threads, self.folder = openvino, numpy, threads, model
         self.whole: Any = None
