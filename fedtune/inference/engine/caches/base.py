@@ -1,0 +1,150 @@
+"""What the decoder asks of a cache, and how several sequences share one pass.
+
+A pass runs over flat rows: the tokens of all its spans, one span after the other. Linears see all rows at once; attention goes span by
+span, so sequences of different lengths need no padding.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fedtune.errors import FedtuneError
+from fedtune.inference.engine.rope import Rope
+from fedtune.inference.engine.shape import Shape
+
+
+class CacheError(FedtuneError):
+    """A cache is full, or cannot do what was asked of it."""
+
+
+@dataclass(slots=True)
+class Span:
+    """One sequence's share of a pass.
+
+    Args:
+        cache: The sequence's keys and values so far.
+        n: Its tokens in this pass; rows stand in the order of the spans.
+        keep: Rows from the end whose logits are wanted; None wants all, 0 none.
+        adapter: Name of a separate LoRA adapter for these rows; None is the model itself.
+    """
+
+    cache: "Cache"
+    n: int
+    keep: int | None = 1
+    adapter: str | None = None
+
+
+class Cache(ABC):
+    """Keys and values of ONE sequence in all layers.
+
+    Attributes:
+        length: Tokens so far, which is the absolute position of the next one.
+        limit: Most tokens.
+        resumable: After `crop` the entries of the layers that have run are still in place, so that a pass that stopped early can be
+            gone on with from its hidden states (`Decoder.run(..., first=E)`).
+    """
+
+    resumable: bool = False
+
+    def __init__(self, shape: Shape, limit: int) -> None:
+        if limit < 1:
+            raise CacheError(f"a cache for {limit} tokens is of no use: the limit must be at least 1")
+        self.shape = shape
+        self.limit = limit
+        self.length = 0
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """Store k and v at positions length..length+n-1 and attend causally, within the layer's window (`shape.windows[layer]`).
+
+        Args:
+            q: [n, H, D] float32, not yet rotated.
+            k: [n, Hkv, D] float32, not yet rotated.
+            v: [n, Hkv, D] float32.
+
+        Returns:
+            [n, H, D] float32.
+
+        Raises:
+            CacheError: The cache would hold more than `limit` tokens.
+        """
+
+    def advance(self, n: int) -> None:
+        """After the last layer of a pass: the n stored tokens count. The decoder calls it once a span."""
+        self.length += n
+
+    def can_crop_to(self, length: int) -> bool:
+        """Whether `crop(length)` would work."""
+        return 0 <= length <= self.length
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on.
+
+        Raises:
+            CacheError: The cache has let go of what it would need.
+        """
+        if not self.can_crop_to(length):
+            raise CacheError(f"the cache holds {self.length} tokens and cannot go back to {length}: start the sequence again")
+        self.length = length
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held now."""
+
+    def room(self, n: int) -> None:
+        """Raise CacheError where n more tokens would be too many."""
+        if self.length + n > self.limit:
+            raise CacheError(
+                f"{self.length} + {n} tokens are more than the cache's limit of {self.limit}: shorten the text or raise the limit"
+            )
+
+    @staticmethod
+    def attend_many(layer: int, spans: Sequence[Span], q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """`attend` for all spans of a pass: q [rows, H, D], k, v [rows, Hkv, D] -> [rows, H, D].
+
+        The decoder calls it on the class of the first span's cache if all are of that class, else on `Cache`.
+        """
+        if len(spans) == 1:
+            return spans[0].cache.attend(layer, q, k, v, rope)
+        out = torch.empty_like(q)
+        at = 0
+        for span in spans:
+            rows = slice(at, at + span.n)
+            out[rows] = span.cache.attend(layer, q[rows], k[rows], v[rows], rope)
+            at += span.n
+        return out
+
+
+def causal_mask(n: int, held: int, window: int | None) -> Tensor:
+    """[n, held] bool: query i stands at position held - n + i and sees itself and what is before it, at most `window` tokens in all."""
+    behind = torch.arange(held - n, held).unsqueeze(1) - torch.arange(held)
+    seen = behind >= 0
+    return seen if window is None else seen & (behind < window)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Grouped-query attention over keys that lie ready.
+
+    Args:
+        q: [n, H, D].
+        k, v: [Hkv, T, D], of q's dtype.
+        mask: [n, T] bool, or None where every query sees every key.
+        causal: In place of a mask where n = T.
+
+    Returns:
+        [n, H, D].
+    """
+    n, heads, width = q.shape
+    groups = heads // k.shape[0]
+    if n == 1:  # the query heads of a group become rows of one product
+        out = scaled_dot_product_attention(q.view(1, -1, groups, width), k.unsqueeze(0), v.unsqueeze(0))
+        return out.view(1, heads, width)
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, is_causal=causal, enable_gqa=groups > 1
+    )
+    return out.squeeze(0).transpose(0, 1)

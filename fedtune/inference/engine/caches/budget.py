@@ -1,0 +1,133 @@
+"""The best cache that so many bytes allow.
+
+From what loses nothing to what forgets: full, the model's own sliding window where every layer has one, 8, 4 and 2 bits, a window with
+sinks. A policy is taken if it holds all the tokens that are wanted; the last one holds what fits.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from fedtune.errors import ConfigError
+from fedtune.inference.engine.caches.base import Cache
+from fedtune.inference.engine.caches.full import FullCache
+from fedtune.inference.engine.caches.kivi import KiviCache
+from fedtune.inference.engine.caches.window import WindowCache
+from fedtune.inference.engine.shape import Shape
+
+SINKS = 4
+SMALLEST = 32  # tokens of a window that still says something
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "64MB", "1.5 GiB", "800k" or "65536".
+
+    Raises:
+        ConfigError: It is no size above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text, re.IGNORECASE | re.ASCII)
+    size = int(float(found[1]) * UNITS[(found[2] or "").upper()]) if found and len(found[1]) <= 20 else 0
+    if size < 1:
+        raise ConfigError(f"{text!r} is no size in memory: write for example 64MB, 1.5GiB or 65536")
+    return size
+
+
+def show_size(size: int) -> str:
+    """
+    >>> show_size(64_000_000), show_size(1536), show_size(12)
+    ('64.0 MB', '1.5 kB', '12 B')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A cache for a model, not yet made.
+
+    Args:
+        shape: Of the model.
+        tokens: Most tokens of the text.
+        policy: full, window, kivi8, kivi4 or kivi2.
+        window, sinks: Of the policy window.
+        dtype: Of what is not in codes.
+    """
+
+    shape: Shape
+    tokens: int
+    policy: str = "full"
+    window: int = 1024
+    sinks: int = SINKS
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("full", "window", "kivi8", "kivi4", "kivi2"):
+            raise ConfigError(f"there is no cache policy {self.policy!r}: choose full, window, kivi8, kivi4 or kivi2")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache when it holds all its tokens."""
+        shape, tokens = self.shape, self.tokens
+        if self.policy == "full":
+            return _token(shape, self.dtype) * tokens
+        if self.policy == "window":
+            return WindowCache.bytes_for(shape, tokens, self.window, self.sinks, dtype=self.dtype)
+        return KiviCache.bytes_for(shape, tokens, int(self.policy[4:]), dtype=self.dtype)
+
+    def build(self) -> Cache:
+        """An empty cache."""
+        if self.policy == "full":
+            return FullCache(self.shape, self.tokens, self.dtype)
+        if self.policy == "window":
+            return WindowCache(self.shape, self.tokens, self.window, self.sinks, dtype=self.dtype)
+        return KiviCache(self.shape, self.tokens, int(self.policy[4:]), dtype=self.dtype)
+
+    @property
+    def sentence(self) -> str:
+        """What it is, for a person."""
+        if self.policy == "full":
+            what = "every key and value in full"
+        elif self.policy != "window":
+            what = f"keys and values in {self.policy[4:]} bits, the newest 128 tokens in full"
+        elif self.sinks:
+            what = f"the first {self.sinks} and the newest {self.window} tokens, the rest forgotten"
+        else:
+            what = f"the model's own window of {self.window} tokens"
+        return f"cache: {what}; {show_size(self.nbytes)} for a text of {self.tokens} tokens"
+
+
+def choose(shape: Shape, tokens: int, budget: int, dtype: torch.dtype = torch.float32) -> Choice:
+    """The first policy that holds `tokens` tokens in `budget` bytes, or else the longest window.
+
+    Raises:
+        ConfigError: Not even a short window fits.
+    """
+    own = max((w or tokens for w in shape.windows), default=tokens)
+    whole = [Choice(shape=shape, tokens=tokens, dtype=dtype)]
+    if own < tokens:
+        whole.append(Choice(shape=shape, tokens=tokens, policy="window", window=own, sinks=0, dtype=dtype))
+    whole += [Choice(shape=shape, tokens=tokens, policy=f"kivi{bits}", dtype=dtype) for bits in (8, 4, 2)]
+    for choice in whole:
+        if choice.nbytes <= budget:
+            return choice
+    fewest = min((w for w in shape.windows if w is not None), default=tokens)
+    sinks = min(SINKS, fewest - 1)
+    empty = Choice(shape=shape, tokens=tokens, policy="window", window=1, sinks=sinks, dtype=dtype)
+    window = 1 + (budget - empty.nbytes) // _token(shape, dtype)
+    if window < SMALLEST:
+        least = Choice(shape=shape, tokens=tokens, policy="window", window=SMALLEST, sinks=sinks, dtype=dtype).nbytes
+        least = min([least, *(choice.nbytes for choice in whole)])
+        raise ConfigError(
+            f"a cache of {show_size(budget)} is too small for this model: give at least {show_size(least)} "
+            f"for a text of {tokens} tokens, or ask for a shorter text"
+        )
+    return Choice(shape=shape, tokens=tokens, policy="window", window=window, sinks=sinks, dtype=dtype)
+
+
+def _token(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of one token in full."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize

@@ -1,0 +1,245 @@
+"""Keys and values in 8, 4 or 2 bits, the newest tokens in full.
+
+Keys are quantised per channel over groups of tokens, values per token over groups of channels: outliers of keys sit in a few channels,
+values have none. A group is quantised once, when it leaves the window of `residual` newest tokens, and never again.
+
+What a query sees hangs on its position alone: the one at p sees tokens before g * floor((p + 1 - residual) / g) through their codes and
+the rest in full, whether it came in a prefill, in decode or in a speculative pass. (KIVI's own prefill attends in full precision; then a
+text's logits hang on how it was cut into passes, and speculation could not be lossless.) The price is `undo` more tokens in full.
+
+Source: Liu et al. 2024, KIVI, arXiv:2402.02750, algorithm 1. Keys are quantised after RoPE, as there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtune.inference.engine.caches.base import Cache, CacheError
+from fedtune.inference.engine.caches.packing import WIDTHS, decode, encode, grid, group_size, spread
+from fedtune.inference.engine.rope import Rope
+from fedtune.inference.engine.shape import Shape
+
+BLOCK = 1 << 18  # numbers that are dequantised at once: what a core's own cache holds
+SCORES = 1 << 22  # attention weights alive at once
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Codes of tokens 0..done-1 by groups of g; the newest tokens, from position first on, in full."""
+
+    first: int
+    done: int
+    keys: Tensor  # [Hkv, room, D]
+    values: Tensor
+    key_codes: Tensor  # [Hkv, G, g * bits / 8, D] uint8
+    key_low: Tensor  # [Hkv, G, 1, D] float16
+    key_scale: Tensor
+    value_codes: Tensor  # [Hkv, G, g * bits / 8, D] uint8
+    value_low: Tensor  # [Hkv, G, g, channel groups] float16
+    value_scale: Tensor
+
+    def packed(self) -> tuple[Tensor, ...]:
+        return self.key_codes, self.key_low, self.key_scale, self.value_codes, self.value_low, self.value_scale
+
+    def grow(self, groups: int) -> None:
+        held = self.done // (self.value_low.shape[2])
+        bigger = []
+        for t in self.packed():
+            new = t.new_empty(t.shape[0], groups, *t.shape[2:])
+            new[:, :held] = t[:, :held]
+            bigger.append(new)
+        self.key_codes, self.key_low, self.key_scale, self.value_codes, self.value_low, self.value_scale = bigger
+
+
+class KiviCache(Cache):
+    """Quantised keys and values behind a window in full precision.
+
+    Args:
+        limit: Most tokens.
+        bits: 8, 4 or 2.
+        residual: Newest tokens that every query sees in full, itself included.
+        group: Tokens of a key group and most channels of a value group; None takes min(32, head_dim), down to whole bytes.
+        undo: Tokens that `crop` can always take back.
+        dtype: Of the newest tokens: float32 or bfloat16.
+
+    Raises:
+        CacheError: Numbers that do not fit each other.
+    """
+
+    resumable = True
+
+    def __init__(
+        self,
+        shape: Shape,
+        limit: int,
+        bits: int = 4,
+        *,
+        residual: int = 128,
+        group: int | None = None,
+        undo: int = 32,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(shape, limit)
+        if bits not in WIDTHS:
+            raise CacheError(f"a cache cannot be kept in {bits} bits: choose 8, 4 or 2")
+        self.bits, self.residual, self.undo, self.dtype = bits, residual, undo, dtype
+        self.group = _group(shape, bits, group)
+        if residual < 1 or undo < 0:
+            raise CacheError(f"residual={residual} must be at least 1 and undo={undo} at least 0")
+        self._size = group_size(shape.head_dim, group or 32)
+        self._layers: list[_Layer] = []
+
+    @staticmethod
+    def bytes_for(
+        shape: Shape,
+        tokens: int,
+        bits: int,
+        *,
+        residual: int = 128,
+        group: int | None = None,
+        undo: int = 32,
+        dtype: torch.dtype = torch.float32,
+    ) -> int:
+        """Bytes of a cache that is full of so many tokens; `nbytes` is never more."""
+        g, width = _group(shape, bits, group), shape.head_dim
+        groups = max(0, tokens - residual) // g
+        codes = 2 * groups * (g * bits // 8) * width
+        grids = 2 * 2 * groups * (width + g * -(-width // group_size(width, group or 32)))
+        newest = 2 * min(tokens, residual + undo + g - 1) * width * dtype.itemsize
+        return shape.layers * shape.kv_heads * (codes + grids + newest)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for layer in self._layers for t in (layer.keys, layer.values, *layer.packed()))
+
+    def can_crop_to(self, length: int) -> bool:
+        """Within `undo` of the longest the cache has been, or while nothing is quantised."""
+        return super().can_crop_to(length) and all(layer.first <= self._seen_as_codes(length) for layer in self._layers)
+
+    def crop(self, length: int) -> None:
+        if super().can_crop_to(length) and not self.can_crop_to(length):
+            raise CacheError(
+                f"the {self.bits}-bit cache of {self.length} tokens cannot go back to {length}, only {self.undo} tokens: "
+                "the newest after that are kept as codes alone (start the sequence again, or raise undo)"
+            )
+        super().crop(length)
+        for layer in self._layers:
+            layer.done = min(layer.done, length // self.group * self.group)  # a forgotten token's group is made anew, from full rows
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        self.room(q.shape[0])
+        while len(self._layers) < self.shape.layers:
+            self._layers.append(self._empty())
+        store, start, end = self._layers[layer], self.length, self.length + q.shape[0]
+        keys = self._newest(store, store.keys, rope.rotate(k, start), end)
+        values = self._newest(store, store.values, v, end)
+        self._quantise(store, keys, values, self._seen_as_codes(end - 1))
+        q = rope.rotate(q, start) * self.shape.head_dim**-0.5
+        out = torch.empty_like(q)
+        rows = max(1, SCORES // (self.shape.heads * end))
+        for a in range(0, q.shape[0], rows):
+            b = min(a + rows, q.shape[0])
+            out[a:b] = self._rows(store, q[a:b], start + a, keys, values, self.shape.windows[layer])
+        first = max(store.first, min(self._seen_as_codes(end - self.undo), store.done))
+        if first > store.first or keys is not store.keys:
+            for buffer, now in ((store.keys, keys), (store.values, values)):
+                kept = now[:, first - store.first : end - store.first]
+                buffer[:, : end - first] = kept.clone() if now is buffer else kept  # they may overlap
+            store.first = first
+        return out
+
+    def _seen_as_codes(self, position: int) -> int:
+        """Tokens that the query at `position` sees through their codes: all before this one."""
+        return max(0, position + 1 - self.residual) // self.group * self.group
+
+    def _empty(self) -> _Layer:
+        heads, width, g = self.shape.kv_heads, self.shape.head_dim, self.group
+        room = min(self.limit, self.residual + self.undo + g - 1)
+        packed = torch.empty(heads, 0, g * self.bits // 8, width, dtype=torch.uint8)
+        low = torch.empty(heads, 0, 1, width, dtype=torch.float16)
+        value_low = torch.empty(heads, 0, g, -(-width // self._size), dtype=torch.float16)
+        newest = torch.empty(heads, room, width, dtype=self.dtype)
+        return _Layer(0, 0, newest, newest.clone(), packed, low, low.clone(), packed.clone(), value_low, value_low.clone())
+
+    def _newest(self, store: _Layer, buffer: Tensor, new: Tensor, end: int) -> Tensor:
+        """[Hkv, >= end - first, D]: the buffer with the new rows [n, Hkv, D] in it, or a longer tensor for the time of this pass."""
+        rows, at = new.transpose(0, 1), self.length - store.first
+        if end - store.first > buffer.shape[1]:
+            return torch.cat([buffer[:, :at], rows.to(self.dtype)], 1)
+        buffer[:, at : end - store.first] = rows
+        return buffer
+
+    def _quantise(self, store: _Layer, keys: Tensor, values: Tensor, upto: int) -> None:
+        """Codes for the groups between `done` and `upto`, from the full rows that begin at position `first`."""
+        g, done = self.group, store.done
+        if upto <= done:
+            return
+        if upto // g > store.key_codes.shape[1]:
+            store.grow(min(max(0, self.limit - self.residual) // g, max(4, 2 * store.key_codes.shape[1], upto // g)))
+        for a, b in self._blocks(done, upto):  # no float32 copy of a long prompt
+            at, rows = slice(a // g, b // g), slice(a - store.first, b - store.first)
+            x = keys[:, rows].float().unflatten(1, (-1, g))
+            low, scale = grid(x, 2, self.bits)
+            store.key_low[:, at], store.key_scale[:, at], store.key_codes[:, at] = low, scale, encode(x, low, scale, self.bits)
+            x = values[:, rows].float().unflatten(1, (-1, g))
+            pairs = [grid(part, 3, self.bits) for part in x.split(self._size, 3)]
+            low, scale = (torch.cat(parts, 3) for parts in zip(*pairs, strict=True))
+            store.value_low[:, at], store.value_scale[:, at] = low, scale
+            store.value_codes[:, at] = encode(x, self._spread(low), self._spread(scale), self.bits)
+        store.done = upto
+
+    def _rows(self, store: _Layer, q: Tensor, start: int, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """Attention of q [n, H, D] from position `start` on: one softmax over scores against codes, then against full rows."""
+        n, heads, width = q.shape
+        end, g = start + n, self.group
+        low, high = self._seen_as_codes(start), self._seen_as_codes(end - 1)
+        begin = 0 if window is None else min(max(0, start - window + 1), low) // g * g
+        q = q.transpose(0, 1).reshape(keys.shape[0], -1, width)  # rows of a key head: its query heads, each with n positions
+        full = slice(low - store.first, end - store.first)
+        scores = q.new_empty(*q.shape[:2], high - begin + end - low)
+        for a, b in self._blocks(begin, high):
+            scores[..., a - begin : b - begin] = q @ self._keys(store, a // g, b // g).transpose(1, 2)
+        scores[..., high - begin :] = q @ keys[:, full].float().transpose(1, 2)
+        if n > 1 or window is not None:
+            seen = self._seen(start, end, begin, low, high, window)
+            scores.unflatten(1, (-1, n)).masked_fill_(~seen, -torch.inf)
+        weights = scores.softmax(-1)
+        out = weights[..., high - begin :] @ values[:, full].float()
+        for a, b in self._blocks(begin, high):
+            out.baddbmm_(weights[..., a - begin : b - begin], self._values(store, a // g, b // g))
+        return out.view(heads, n, width).transpose(0, 1)
+
+    def _seen(self, start: int, end: int, begin: int, low: int, high: int, window: int | None) -> Tensor:
+        """[n, columns] bool. Columns are tokens begin..high-1 as codes, then low..end-1 in full; a query sees each token in one form."""
+        at = torch.arange(start, end).unsqueeze(1)
+        edge = (at + 1 - self.residual).clamp_min(0) // self.group * self.group
+        codes, full = torch.arange(begin, high), torch.arange(low, end)
+        seen = torch.cat([codes < edge, (full >= edge) & (full <= at)], 1)
+        return seen if window is None else seen & (at - torch.cat([codes, full]) < window)
+
+    def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Tokens begin..end-1, both edges of groups, in stretches of so many that a layer's keys fill a block."""
+        step = max(1, BLOCK // (self.shape.kv_heads * self.shape.head_dim * self.group)) * self.group
+        return ((a, min(a + step, end)) for a in range(begin, end, step))
+
+    def _keys(self, store: _Layer, a: int, b: int) -> Tensor:
+        """[Hkv, tokens, D] float32 of key groups a..b-1."""
+        return decode(store.key_codes[:, a:b], store.key_low[:, a:b], store.key_scale[:, a:b], self.bits).flatten(1, 2)
+
+    def _values(self, store: _Layer, a: int, b: int) -> Tensor:
+        low, scale = self._spread(store.value_low[:, a:b]), self._spread(store.value_scale[:, a:b])
+        return decode(store.value_codes[:, a:b], low, scale, self.bits).flatten(1, 2)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return spread(x, self._size, self.shape.head_dim)
+
+
+def _group(shape: Shape, bits: int, group: int | None) -> int:
+    """Tokens of a key group: a whole number of packed bytes."""
+    whole = 8 // bits
+    g = (min(32, shape.head_dim) if group is None else group) // whole * whole
+    if g < 1:
+        raise CacheError(f"group={group} does not fill a byte at {bits} bits: give at least {whole}")
+    return g

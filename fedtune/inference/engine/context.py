@@ -1,0 +1,86 @@
+"""A cache together with the tokens that it holds: a text that begins alike is not computed again."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedtune.inference.engine.caches.base import Cache, Span
+
+if TYPE_CHECKING:
+    from fedtune.inference.engine.load import Engine
+
+CHUNK = 512  # tokens of a pass: a longer prompt runs in several, which bounds the memory of hidden states and masks
+
+
+class Context:
+    """One sequence's state.
+
+    Args:
+        engine: Of the model.
+        make: Gives an empty cache; asked again where a cache cannot go back far enough.
+        adapter: Name of a separate adapter; None is the model itself.
+
+    Attributes:
+        cache: Holds the model's virtual tokens, then `ids`.
+        ids: Tokens in the cache.
+    """
+
+    def __init__(self, engine: "Engine", make: Callable[[], Cache] | None = None, *, adapter: str | None = None) -> None:
+        self.engine = engine
+        self.adapter = adapter
+        self._make = make or engine.cache
+        self._begin()
+
+    def _begin(self) -> None:
+        self.cache = self._make()
+        self.engine.start(self.cache)
+        self.virtual = self.cache.length
+        self.ids: list[int] = []
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+        return self.cache.limit - self.cache.length
+
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Keep the longest beginning that is also one of `ids`, all but the last of them at most; returns its length."""
+        kept = common(self.ids, ids[:-1])
+        if not self.crop(kept):
+            self._begin()
+            kept = 0
+        return kept
+
+    def crop(self, length: int) -> bool:
+        """Keep the first tokens; False, and nothing changed, where the cache has let go of what that would need."""
+        if length != len(self.ids):
+            if not self.cache.can_crop_to(self.virtual + length):
+                return False
+            self.cache.crop(self.virtual + length)
+            del self.ids[length:]
+        return True
+
+    def run(self, tokens: Sequence[int], keep: int = 1) -> Tensor:
+        """Add at least one token; returns the logits of the last `keep` of them, (keep, V) float32."""
+        for at in range(0, len(tokens), CHUNK):
+            last = at + CHUNK >= len(tokens)
+            part = list(tokens[at : at + CHUNK])
+            if not last and at + CHUNK > len(tokens) - keep:
+                raise ValueError(f"only rows of the last pass can be kept, and {keep} are more than it has")
+            span = Span(self.cache, len(part), keep=keep if last else 0, adapter=self.adapter)
+            logits = self.engine.decoder.forward(torch.tensor(part), [span])
+            self.ids.extend(part)
+        return logits
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning; slices are compared, as most of two turns' tokens are alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

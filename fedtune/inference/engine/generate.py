@@ -1,0 +1,260 @@
+"""Write an answer token by token, or several tokens a pass where guesses are kept."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.context import Context
+from fedtune.inference.engine.decoder import Decoder
+from fedtune.inference.engine.linear import Bf16, Fp32, Int4, Int8, Linear
+from fedtune.inference.engine.sample import Sampler, Sampling, Uniforms
+from fedtune.inference.engine.speculate import Drafter
+from fedtune.inference.engine.speculate.adapt import Adapt
+from fedtune.inference.engine.speculate.verify import verify, verify_greedy
+from fedtune.inference.engine.text import StopStrings, Stream
+
+if TYPE_CHECKING:
+    from fedtune.inference.engine.load import Engine
+
+# Two scores closer than this fraction of the largest may change places between a pass over several tokens and decoding: four steps of the
+# least exact numbers that a kind's products take. float32 sums in another order are too close to matter
+ROUNDING: dict[type[Linear], float] = {Fp32: 0.0, Bf16: 2**-6, Int8: 2**-5, Int4: 2**-6}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token adds to an answer.
+
+    Args:
+        token: Its id.
+        text: Certain now; may be empty.
+        logprob: Of the token by the model itself, natural logarithm; None unless asked for.
+        rivals: The likeliest tokens and their logarithms, best first, as many as asked for.
+        end: Why the answer ends here: "stop" (an end token or a stop string) or "length"; None where it goes on.
+    """
+
+    token: int
+    text: str
+    logprob: float | None = None
+    rivals: tuple[tuple[int, float], ...] = ()
+    end: Literal["stop", "length"] | None = None
+
+
+@dataclass
+class Report:
+    """Figures of an answer; seconds by the clock that was given.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        reused: Of these, held by the context already.
+        tokens: Of the answer.
+        prefill_seconds, decode_seconds: To the first token, and from there on.
+        passes: Of the model after the first token.
+        drafted, accepted: Guesses that were checked, and kept.
+        draft_seconds: Of decode_seconds, spent on guessing.
+        close: Positions of the answer that were decided by a pass with guesses though the two best scores lay closer than ROUNDING of the
+            model's linears: only there may a greedy answer differ from plain decoding. Always empty in fp32.
+    """
+
+    prompt: int = 0
+    reused: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_seconds: float = 0.0
+    close: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance(self) -> float:
+        """Kept guesses of all that were checked; 0 where none were."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second after the first."""
+        return (self.tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Speculation:
+    """How tokens are guessed, and how many; keep it between answers, with what it has measured."""
+
+    drafter: Drafter
+    adapt: Adapt = field(default_factory=Adapt)
+
+
+class Generation:
+    """An answer that is being written: iterate over its pieces; stop whenever, the context stays sound.
+
+    Args:
+        engine: The model.
+        prompt: Text, encoded as in training, or tokens.
+        sampling: How to draw.
+        max_new_tokens: Longest answer; None goes on until the context is full.
+        context: Of the turns before; what it holds of the prompt is not computed again. None begins a full cache.
+        speculation: None decodes plainly.
+        logprobs: Tell each token's log-probability, and so many rivals; None tells none.
+
+    Other arguments:
+        clock: Seconds; the number of guesses depends on it.
+
+    Raises:
+        ConfigError: The answer does not fit, or the prompt is empty.
+        ModelError: The tokens are not the model's.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = 64,
+        *,
+        context: Context | None = None,
+        speculation: Speculation | None = None,
+        logprobs: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.report = Report()
+        self.context = context or Context(engine)
+        self._sampling = sampling or Sampling()
+        self._ids = engine.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not self._ids:
+            raise ConfigError("the prompt has no tokens: give some")
+        vocabulary = engine.shape.vocab
+        if wrong := [t for t in self._ids if not 0 <= t < vocabulary]:
+            raise ModelError(f"the token {wrong[0]} is none of the model's {vocabulary}: its tokenizer belongs to another model")
+        virtual, limit = self.context.virtual, self.context.cache.limit
+        length = limit - virtual - len(self._ids) if max_new_tokens is None else max_new_tokens
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens} is out of range: it must be at least 1")
+        if length < 1 or virtual + len(self._ids) + length > limit:
+            raise ConfigError(
+                f"the prompt's {virtual + len(self._ids)} tokens and {max(length, 1)} new ones are more than the model's context, {limit}:"
+                " shorten one"
+            )
+        self._length = length
+        self._speculation = speculation
+        self._logprobs = logprobs
+        self._clock = clock
+        self._ends = engine.text.ends
+        self._sampler = Sampler(self._sampling, self._ids, vocabulary)
+        self._accepts = Uniforms(self._sampling.seed, "accept")
+        self._stream, self._stops = Stream(engine.text), StopStrings(self._sampling.stop)
+        self._rounding = _rounding(engine.decoder)
+        self._undo = getattr(self.context.cache, "undo", None)
+
+    def __iter__(self) -> Iterator[Piece]:
+        begun = self._clock()
+        new = self._prefill()
+        self.report.prefill_seconds = self._clock() - begun
+        while True:
+            for token, row in new:
+                piece = self._piece(token, row)
+                yield piece
+                if piece.end:
+                    return
+            begun = self._clock()
+            new = self._step()
+            self.report.decode_seconds += self._clock() - begun
+
+    @torch.inference_mode()
+    def _prefill(self) -> list[tuple[int, Tensor]]:
+        report, context = self.report, self.context
+        report.prompt = len(self._ids)
+        report.reused = context.rewind(self._ids)
+        logits = context.run(self._ids[report.reused :])
+        if self._speculation:
+            self._speculation.drafter.begin(self._sampling, context)
+        return self._take([self._sampler.next(logits)], logits)
+
+    @torch.inference_mode()
+    def _step(self) -> list[tuple[int, Tensor]]:
+        """One pass: the new tokens, each with the logits (V,) that it comes from."""
+        begun = self._clock()
+        self.report.passes += 1
+        speculation, left = self._speculation, self._length - self._sampler.count
+        grade = speculation.drafter.grade(self._ids) if speculation else None
+        wanted = min(speculation.adapt.count(grade), left - 1, self.context.room - 1) if speculation and grade is not None else 0
+        if self._undo is not None:
+            wanted = min(wanted, self._undo - 1)
+        if speculation and grade is not None and wanted > 0:
+            seen = self._sampler.seen()
+            draft = speculation.drafter.draft(self._ids, wanted, None if seen is None else seen[0], self._sampler.count)
+            if draft.tokens:
+                drafted = self._clock()
+                out = self._check(draft.tokens, draft.q)
+                now, guesses = self._clock(), len(draft.tokens)
+                speculation.adapt.verified(guesses, len(out) - 1, drafted - begun, now - drafted, grade)
+                self.report.drafted += guesses
+                self.report.accepted += len(out) - 1
+                self.report.draft_seconds += drafted - begun
+                return out
+        logits = self.context.run(self._ids[-1:])
+        out = self._take([self._sampler.next(logits)], logits)
+        if speculation:
+            speculation.adapt.plain(self._clock() - begun)
+        return out
+
+    def _check(self, drafted: list[int], q: Tensor | None) -> list[tuple[int, Tensor]]:
+        """Run the guesses, keep what may stay, and the token after it."""
+        guesses, sampler, at = len(drafted), self._sampler, self._sampler.count
+        logits = self.context.run([self._ids[-1], *drafted], keep=guesses + 1)
+        if self._sampling.greedy:
+            scores = sampler.scores(logits, drafted)
+            kept, token = verify_greedy(scores.argmax(-1).tolist(), drafted)
+            if self._rounding:
+                best = scores[: kept + 1].topk(2).values
+                near = best[:, 0] - best[:, 1] <= self._rounding * scores[: kept + 1].abs().amax(-1)
+                self.report.close += [at + i for i in near.nonzero().flatten().tolist()]
+        else:
+            p = sampler.probabilities(logits, drafted)
+            accept, draws = self._accepts(at, guesses), sampler.uniforms(at, guesses + 1)
+            one, two = verify(p[None], torch.tensor([drafted]), None if q is None else q[None], accept[None], draws[None])
+            kept, token = int(one), int(two)
+        self.context.crop(len(self._ids) + kept)
+        return self._take([*drafted[:kept], token], logits)
+
+    def _take(self, tokens: list[int], logits: Tensor) -> list[tuple[int, Tensor]]:
+        for token in tokens:
+            self._sampler.take(token)
+        self._ids += tokens
+        return list(zip(tokens, logits, strict=False))
+
+    def _piece(self, token: int, row: Tensor) -> Piece:
+        self.report.tokens += 1
+        logprob, rivals = None, ()
+        if self._logprobs is not None:
+            logs = row.float().log_softmax(-1)
+            best = logs.topk(min(self._logprobs, len(logs)))
+            logprob, rivals = float(logs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        end: Literal["stop", "length"] | None = None
+        if token in self._ends:
+            end, text = "stop", ""
+        else:
+            text = self._stops.push(self._stream.push(token))
+            end = "stop" if self._stops.stopped else "length" if self.report.tokens >= self._length else None
+        if end and not self._stops.stopped:
+            text += self._stops.push(self._stream.finish())
+            if self._stops.stopped:
+                end = "stop"
+            text += self._stops.finish()
+        return Piece(token, text, logprob, rivals, end)
+
+
+def _rounding(decoder: Decoder) -> float:
+    kinds = {type(linear) for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)}
+    return max(ROUNDING[kind] for kind in kinds | {type(decoder.head)})
+
+
+def generate(engine: "Engine", prompt: str | Sequence[int], sampling: Sampling | None = None, max_new_tokens: int | None = 64) -> str:
+    """The whole answer, decoded plainly; see `Generation` for more."""
+    return "".join(piece.text for piece in Generation(engine, prompt, sampling, max_new_tokens))

@@ -1,0 +1,277 @@
+"""The seam of the engine: a linear layer in one of four kinds. A native kernel would be a fifth.
+
+Every kind takes float32 rows and gives float32 rows; what happens between is its own affair. Portable tensors are how packages hold a
+linear; packing turns them into what is fastest on this machine.
+
+| kind | portable tensors, besides an optional `bias` [N] float32 |
+|---|---|
+| fp32 | `weight` [N, K] float32 |
+| bf16 | `weight` [N, K] bfloat16 |
+| int8 | `packed` [N, K] int8 in -127..127, `scale` [N] float32; w = packed * scale |
+| int4 | `packed` [N, ceil(K/2)] uint8, `scale` and `zero` [N, ceil(K/g)] bfloat16; w = (q - 8) * scale + zero |
+
+int4's q are 0..15, two a byte, the even column in the low half; the last of a row's groups of g columns may be shorter.
+
+What a kind's product may differ by, relative to the exact product with its dequantised weights: bf16 and int4 round x, y and (int4) w to
+8 bits; int8 rounds each row of x to 255 steps between -max|x| and max|x|.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from fedtune.errors import ModelError
+
+KINDS = ("fp32", "bf16", "int8", "int4")
+GROUPS = (32, 64, 128, 256)  # columns that share an int4 scale: all that torch's kernel takes
+DENSE = 96  # rows from which int4 is faster dequantised (where there is AMX: 60); fixed, since results must not hang on a clock
+_CHUNK = 1 << 21  # weights that are unpacked at a time
+
+
+class Linear(ABC):
+    """y = x W^T + b.
+
+    Attributes:
+        n_in, n_out: K and N.
+        nbytes: Of the packed weights with all that belongs to them.
+    """
+
+    n_in: int
+    n_out: int
+    nbytes: int
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, K] float32 -> [n, N] float32, a tensor of its own."""
+
+
+class Fp32(Linear):
+    """Plain float32; the weight may lie in a mapped file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._weight, self._bias = tensors["weight"].float(), tensors.get("bias")
+        self.n_out, self.n_in = self._weight.shape
+        self.nbytes = self._weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self._weight, self._bias)
+
+
+class Bf16(Linear):
+    """bfloat16 in oneDNN's blocked layout, float32 sums."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        weight, self._bias = tensors["weight"].bfloat16(), tensors.get("bias")
+        self.n_out, self.n_in = weight.shape
+        self.nbytes = weight.nbytes
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if _packs_bf16() else None
+        self._plain = weight if self._packed is None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.bfloat16()
+        if self._packed is None:
+            y = linear(x, self._plain).float()  # pyright: ignore[reportArgumentType]
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "").float()
+        return y if self._bias is None else y.add_(self._bias)
+
+
+class Int8(Linear):
+    """8-bit weights with one scale a row, 8-bit activations with one scale a row that is found anew each time; sums are exact.
+
+    The kernel takes one activation scale for all rows: it is given 1, and the rows' own scales follow on its float32 result. Activations
+    go in as unsigned numbers around 128: oneDNN has signed ones fast only where there is AMX, else its reference code is 400 times slower.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        packed, self._scale, self._bias = tensors["packed"], tensors["scale"].contiguous(), tensors.get("bias")
+        self.n_out, self.n_in = packed.shape
+        self.nbytes = packed.nbytes + self._scale.nbytes
+        self._packed = torch.ops.onednn.qlinear_prepack(packed.contiguous(), None)
+        self._zeros = torch.zeros(self.n_out, dtype=torch.int32)
+        self._steps = 127 if _has_vnni() else 63  # without VNNI two products are added in 16 bits, which must hold them
+        self._middle = torch.tensor(self._steps + 1.5)  # the half rounds: what follows cuts off
+
+    def __call__(self, x: Tensor) -> Tensor:
+        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp_min_(1e-30).mul_(1 / self._steps)
+        codes = torch.addcdiv(self._middle, x, step).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, self._steps + 1, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.mul_(step) if self._bias is None else torch.addcmul(self._bias, y, step)
+
+
+class Int4(Linear):
+    """4-bit weights, a scale and a zero for each group of a row's columns, bfloat16 activations.
+
+    Rows are filled up to a multiple of 64, columns to whole groups, with weights that are 0. Few rows of x go through torch's tinygemm;
+    many (`DENSE`) through a bfloat16 product with weights that are dequantised a chunk at a time.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], n_in: int, group: int) -> None:
+        scale, zero, self._bias = tensors["scale"], tensors["zero"], tensors.get("bias")
+        n_out, groups = scale.shape
+        self.n_in, self.n_out, self._group = n_in, n_out, group
+        self._short, rows = groups * group - n_in, -n_out % _WIDE
+        self._packed = torch.empty(n_out + rows, (n_in + self._short) // 2, dtype=torch.uint8)
+        step = _few(n_in)
+        for at in range(0, n_out, step):  # the packer wants whole numbers of 32 bits
+            codes = _nibbles(tensors["packed"][at : at + step])[:, :n_in].int()
+            codes = pad(codes, (0, self._short, 0, -codes.shape[0] % _WIDE), value=8)
+            self._packed[at : at + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        # [groups, N, 2]; columns that fill up the last group meet activations that are 0
+        self._scales = torch.stack([pad(t.bfloat16(), (0, 0, 0, rows)).T for t in (scale, zero)], -1).contiguous()
+        self.nbytes = self._packed.nbytes + self._scales.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.bfloat16()
+        if self._short:
+            x = pad(x, (0, self._short))
+        if x.shape[0] < DENSE or not _known_layout():
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, self._group, self._scales)[:, : self.n_out].float()
+        else:
+            y = self._dense(x)
+        return y if self._bias is None else y.add_(self._bias)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], self.n_out, dtype=torch.float32)
+        step = _few(x.shape[1])
+        for at in range(0, self.n_out, step):
+            y[:, at : at + step] = (x @ self._columns(at, at + step))[:, : self.n_out - at]
+        return y
+
+    def _columns(self, first: int, end: int) -> Tensor:
+        """Rows first..end-1 of the weight, transposed: [K, end - first] bfloat16."""
+        packed = _blocks(self._packed)[first // _WIDE : end // _WIDE].transpose(0, 1)  # [K, blocks, 32]
+        whole = torch.empty(*packed.shape[:2], _WIDE, dtype=torch.bfloat16)
+        for half, codes in enumerate((packed & 15, packed >> 4)):  # made signed while they are bytes, which are quick
+            whole[..., half * _WIDE // 2 : (half + 1) * _WIDE // 2] = codes.view(torch.int8).sub_(8)
+        scale, zero = (t.contiguous().unsqueeze(1) for t in self._scales[:, first:end].unbind(-1))  # [groups, 1, n]
+        grouped = whole.view(scale.shape[0], self._group, -1)
+        return torch.addcmul(zero, grouped, scale, out=grouped).view(packed.shape[0], -1)
+
+
+def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, group: int = 32, name: str = "a linear") -> Linear:
+    """Pack portable tensors for this machine.
+
+    Args:
+        kind: One of `KINDS`.
+        tensors: As in the table above.
+        n_in: K.
+        group: Columns that share an int4 scale; int8 has one scale a row, 0.
+        name: For messages.
+
+    Raises:
+        ModelError: An unknown kind, a group that it cannot run, or tensors that do not make a linear of it.
+    """
+    parts = {"fp32": ("weight",), "bf16": ("weight",), "int8": ("packed", "scale"), "int4": ("packed", "scale", "zero")}.get(kind)
+    if parts is None:
+        raise ModelError(f"{name} is of kind {kind!r}: the engine knows {', '.join(KINDS)}")
+    if missing := [p for p in parts if p not in tensors]:
+        raise ModelError(f"{name} lacks its {missing[0]}, which {kind} needs: export the model again")
+    if kind == "int4" and group not in GROUPS:
+        raise ModelError(f"{name} has int4 groups of {group} columns: the engine runs {', '.join(map(str, GROUPS))}; export it again")
+    if kind == "int8" and tensors["scale"].dim() != 1:
+        raise ModelError(f"{name} has several int8 scales a row: the engine runs one a row; export the model with group 0")
+    n_out = tensors[parts[0]].shape[0]
+    groups = math.ceil(n_in / group) if group else 0
+    sizes = {
+        "weight": (n_out, n_in),
+        "packed": (n_out, n_in if kind == "int8" else math.ceil(n_in / 2)),
+        "scale": (n_out,) if kind == "int8" else (n_out, groups),
+        "zero": (n_out, groups),
+        "bias": (n_out,),
+    }
+    for part, tensor in tensors.items():
+        if tuple(tensor.shape) != sizes.get(part):
+            raise ModelError(f"{name} has a {part} of shape {tuple(tensor.shape)}, {kind} wants {sizes.get(part)}: export the model again")
+    if "bias" in tensors:
+        tensors = {**tensors, "bias": tensors["bias"].float()}
+    if kind == "int4":
+        return Int4(tensors, n_in, group)
+    return {"fp32": Fp32, "bf16": Bf16, "int8": Int8}[kind](tensors)
+
+
+def portable(kind: str, weight: Tensor, *, group: int = 32) -> dict[str, Tensor]:
+    """The portable tensors of a weight [N, K] of any float dtype, rounded to nearest where the kind is quantised."""
+    if kind == "fp32":
+        return {"weight": weight.float()}
+    if kind == "bf16":
+        return {"weight": weight.bfloat16()}
+    if kind not in KINDS or (kind == "int4" and group not in GROUPS):
+        raise ModelError(f"there is no kind {kind!r} with groups of {group}: the engine knows {', '.join(KINDS)}, int4 of {GROUPS}")
+    parts = [_int8(w.float()) if kind == "int8" else _int4(w.float(), group) for w in weight.split(_few(weight.shape[1]))]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _int8(weight: Tensor) -> dict[str, Tensor]:
+    scale = _or_one(weight.abs().amax(1) / 127)
+    return {"packed": (weight / scale.unsqueeze(1)).round_().to(torch.int8), "scale": scale}
+
+
+def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
+    n_in = weight.shape[1]
+    grouped = torch.cat([weight, weight[:, -1:].expand(-1, -n_in % group)], 1).unflatten(1, (-1, group))  # what is added changes no extreme
+    low, high = grouped.amin(2), grouped.amax(2)
+    scale = _or_one(((high - low) / 15).bfloat16().float())  # rounded before the codes are chosen, which make up for it
+    zero = ((low + high + scale) / 2).bfloat16().float()  # codes -8..7: the middle of the range lies half a step below
+    codes = ((grouped - zero.unsqueeze(2)) / scale.unsqueeze(2)).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)[:, :n_in]
+    codes = pad(codes, (0, n_in % 2))
+    return {"packed": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale.bfloat16(), "zero": zero.bfloat16()}
+
+
+def _few(n_in: int) -> int:
+    """Rows to work on at a time, so that what is unpacked stays small beside what is packed."""
+    return max(_WIDE, _CHUNK // n_in // _WIDE * _WIDE)
+
+
+def dequantised(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, group: int = 32) -> Tensor:
+    """The weight [N, K] float32 that portable tensors stand for."""
+    if kind in ("fp32", "bf16"):
+        return tensors["weight"].float()
+    if kind == "int8":
+        return tensors["packed"].float() * tensors["scale"].unsqueeze(1)
+    scale, zero = (tensors[part].float().repeat_interleave(group, 1)[:, :n_in] for part in ("scale", "zero"))
+    return (_nibbles(tensors["packed"])[:, :n_in].float() - 8) * scale + zero
+
+
+def _or_one(scale: Tensor) -> Tensor:
+    """A group of equal numbers needs no steps, and no division by 0."""
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """uint8 [N, b] -> uint8 [N, 2b] of 0..15."""
+    return torch.stack([packed & 15, packed >> 4], 2).flatten(1)
+
+
+_WIDE = 64  # rows that torch packs together where there is AVX-512
+
+
+def _blocks(packed: Tensor) -> Tensor:
+    """[N/64, K, 32]: byte j of a block's column holds row j in its low half and row j + 32 in its high half."""
+    return packed.view(torch.uint8).view(packed.shape[0] // _WIDE, -1, _WIDE // 2)
+
+
+@cache
+def _known_layout() -> bool:
+    """Whether torch packs int4 here as `_blocks` says: the layout is its own affair, and another where there is no AVX-512."""
+    codes = torch.randint(0, 16, (2 * _WIDE, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    packed = _blocks(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+    found = torch.cat([packed & 15, packed >> 4], -1).transpose(1, 2).reshape(codes.shape)
+    return torch.equal(found.int(), codes)
+
+
+@cache
+def _packs_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def _has_vnni() -> bool:
+    return torch.cpu._is_vnni_supported()

@@ -1,0 +1,309 @@
+"""The edge package: a folder that holds a decoder as the engine runs it, its tokenizer, and a card that says where it comes from.
+
+    config.json  tokenizer files    as Hugging Face writes them
+    fedtune.json                    the card: task, prompt template, provenance, metric, privacy, quantisation
+    package.json                    {"format": 1, "linears": {name: {"kind", "group", "shape"}}}
+    weights-{f32,bf16,int8,int4}.safetensors    one file for each group of dtypes
+    adapters/NAME.safetensors       LoRA factors that stay apart, chosen for each request
+
+Tensors have their Hugging Face names. A quantised linear's weight is `<name>.weight.packed` with `.scale` and, int4, `.zero`, as in
+`fedtune.inference.quantise.rtn`. Query, key and value of a layer lie one behind another in their file, and so do gate and up. Virtual
+tokens are `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], keys as the cache holds them: nothing rotates them.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.inference.engine.shape import Shape, read_shape
+
+__all__ = ["ADAPTERS", "FORMAT", "PACKAGE", "Package", "StoredLinear", "is_package", "linear_tensors", "read_package", "tensor_shapes"]
+
+FORMAT = 1
+PACKAGE, CARD, ADAPTERS = "package.json", "fedtune.json", "adapters"
+FILES = {torch.float32: "weights-f32", torch.bfloat16: "weights-bf16", torch.int8: "weights-int8", torch.uint8: "weights-int4"}
+Kind = Literal["fp32", "bf16", "int8", "int4"]
+KINDS = ("fp32", "bf16", "int8", "int4")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+_JSON, _HEADER = 1 << 24, 1 << 25  # bytes: no config, card or header of ours comes near, and parsing takes some times as much memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLinear:
+    """How a linear's weight [N, K] is kept; `group` columns share a scale, 0: a row (int8) or nothing (fp32, bf16)."""
+
+    kind: Kind
+    group: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package whose files are checked and mapped; a matrix is read from the disk when it is used.
+
+    Attributes:
+        config: config.json.
+        shape: What it says.
+        card: fedtune.json.
+        linears: Name without `.weight` → how it is kept.
+        tensors: Name → tensor, mapped anew each time that it is asked for: its pages go when the tensor goes. Not to be changed.
+        adapters: Name → module → A [r, K] and B [N, r], float32; y += x Aᵀ Bᵀ, the scaling is in B.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shape: Shape
+    card: dict[str, Any]
+    linears: Mapping[str, StoredLinear]
+    tensors: "StoredTensors"
+    adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def linear(self, name: str) -> dict[str, Tensor]:
+        """Its tensors: `weight`, or `packed`, `scale` and, int4, `zero`; and `bias` where it has one."""
+        parts = {"weight": "weight", "weight.packed": "packed", "weight.scale": "scale", "weight.zero": "zero", "bias": "bias"}
+        return {short: self.tensors[f"{name}.{part}"] for part, short in parts.items() if f"{name}.{part}" in self.tensors.specs}
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of safetensors files by name, each memory-mapped when it is asked for.
+
+    Attributes:
+        specs: Name → dtype and shape, from the files' headers.
+    """
+
+    def __init__(self) -> None:
+        self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._files: dict[str, Path] = {}
+
+    def add(self, path: Path, dtype: torch.dtype) -> None:
+        """Take in a file whose tensors must all be of this dtype.
+
+        Raises:
+            ModelError: The file is damaged, has a tensor of another dtype, or one that another file has.
+        """
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(name)
+                if _DTYPES.get(part.get_dtype()) != dtype:
+                    raise ModelError(f"{path}: '{name:.80}' is {part.get_dtype()}, which does not belong there: the package is damaged")
+                if name in self._files:
+                    raise ModelError(f"{path.parent} holds '{name:.80}' twice: export the model again")
+                self._files[name], self.specs[name] = path, (dtype, tuple(part.get_shape()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with open(path, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+        if length > _HEADER:
+            raise ModelError(f"{path} claims a header of {length} bytes: it is damaged")
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, struct.error, RuntimeError, ValueError, OverflowError, MemoryError) as bad:
+        raise ModelError(f"{path} cannot be read ({str(bad).splitlines()[0][:80] if str(bad) else 'too large'}): it is damaged") from None
+
+
+def is_package(folder: Path) -> bool:
+    """Whether the folder holds an edge package; a damaged one is one too."""
+    return (folder / PACKAGE).is_file()
+
+
+def read_package(folder: Path) -> Package:
+    """Open and check a package.
+
+    Names, shapes, dtypes and sizes must be those that its config calls for; scales, norms, biases, virtual tokens and adapters are finite.
+
+    Raises:
+        ModelError: A file is missing or damaged, or they do not belong together.
+    """
+    folder = Path(folder)
+    config, card, said = (read_object(folder / name) for name in ("config.json", CARD, PACKAGE))
+    _check_card(card, folder / CARD)
+    shape = read_shape(config)
+    if said.get("format") != FORMAT:
+        raise ModelError(f"{folder / PACKAGE} has the format {said.get('format')!r:.40}, this fedtune reads {FORMAT}: export it again")
+    tensors = StoredTensors()
+    for path in sorted(folder.glob("weights-*.safetensors")):
+        dtype = next((d for d, stem in FILES.items() if stem == path.stem), None)
+        if dtype is None:
+            raise ModelError(f"{path} is no file of a package: take it away, or export the model again")
+        tensors.add(path, dtype)
+    if shape.layers > len(tensors):  # before a table of all its layers is made
+        raise ModelError(f"{folder / 'config.json'} asks for {shape.layers} layers, more than the package has tensors: export it again")
+    linears = _linears(said.get("linears"), shape, folder / PACKAGE)
+    _check(folder, shape, linears, tensors)
+    paths = sorted((folder / ADAPTERS).glob("*.safetensors"))
+    adapters = {path.stem: _adapter(path, shape, card.get("base")) for path in paths}
+    return Package(folder=folder, config=config, shape=shape, card=card, linears=linears, tensors=tensors, adapters=adapters)
+
+
+def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of such a decoder and their shapes, in the order of a package's files; of a tied one no `lm_head.weight`."""
+    d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
+    yield "model.embed_tokens.weight", (shape.vocab, d)
+    for layer in range(shape.layers):
+        at = f"model.layers.{layer}"
+        yield f"{at}.input_layernorm.weight", (d,)
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            yield f"{at}.self_attn.{name}_proj.weight", (rows, d)
+        if shape.qkv_bias:
+            for name, rows in (("q", q), ("k", kv), ("v", kv)):
+                yield f"{at}.self_attn.{name}_proj.bias", (rows,)
+        if shape.qk_norm:
+            yield f"{at}.self_attn.q_norm.weight", (shape.head_dim,)
+            yield f"{at}.self_attn.k_norm.weight", (shape.head_dim,)
+        yield f"{at}.self_attn.o_proj.weight", (d, q)
+        if shape.o_bias:
+            yield f"{at}.self_attn.o_proj.bias", (d,)
+        yield f"{at}.post_attention_layernorm.weight", (d,)
+        for name, (rows, columns) in (("gate", (inner, d)), ("up", (inner, d)), ("down", (d, inner))):
+            yield f"{at}.mlp.{name}_proj.weight", (rows, columns)
+        if shape.mlp_bias:
+            for name, rows in (("gate", inner), ("up", inner), ("down", d)):
+                yield f"{at}.mlp.{name}_proj.bias", (rows,)
+    yield "model.norm.weight", (d,)
+    if not shape.tied:
+        yield "lm_head.weight", (shape.vocab, d)
+
+
+def linear_tensors(name: str, linear: StoredLinear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a linear's weight consists of in the files: name → dtype and shape."""
+    (rows, columns), weight = linear.shape, f"{name}.weight"
+    if linear.kind in ("fp32", "bf16"):
+        return {weight: (torch.float32 if linear.kind == "fp32" else torch.bfloat16, (rows, columns))}
+    if linear.kind == "int8":
+        scales = (rows, math.ceil(columns / linear.group)) if linear.group else (rows,)
+        return {f"{weight}.packed": (torch.int8, (rows, columns)), f"{weight}.scale": (torch.float32, scales)}
+    groups = (rows, math.ceil(columns / linear.group))
+    packed = {f"{weight}.packed": (torch.uint8, (rows, math.ceil(columns / 2)))}
+    return packed | {f"{weight}.{part}": (torch.bfloat16, groups) for part in ("scale", "zero")}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ModelError: It is missing, too large, or something else.
+    """
+    try:
+        if path.stat().st_size > _JSON:
+            raise ModelError(f"{path} is larger than {_JSON >> 20} MB, which no package's is: it is damaged")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: give a folder that `fedtune export --to edge` wrote") from None
+    except (OSError, ValueError, RecursionError) as bad:
+        raise ModelError(f"{path} cannot be read as JSON ({str(bad)[:80]}): it is damaged") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} must hold a JSON object: it is damaged")
+    return found
+
+
+def _check_card(card: dict[str, Any], path: Path) -> None:
+    kinds = {"task": (str,), "prompt": (str, type(None)), "max_new_tokens": (int, type(None)), "base": (str,)}
+    if odd := [k for k, types in kinds.items() if not isinstance(card.get(k), types) or isinstance(card.get(k), bool)]:
+        raise ModelError(f"{path}: '{odd[0]}' is missing or of a wrong kind: export the model again")
+
+
+def _linears(said: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
+    """The linears of such a decoder as package.json keeps them; the head of a tied one has no entry."""
+    sizes = {n.removesuffix(".weight"): s for n, s in tensor_shapes(shape) if is_linear(n)}
+    if not isinstance(said, dict) or said.keys() != sizes.keys():
+        raise ModelError(f"{path} does not name the linears that config.json calls for: export the model again")
+    out = {}
+    for name, size in sizes.items():
+        entry = said[name] if isinstance(said[name], dict) else {}
+        kind, group, kept = entry.get("kind"), entry.get("group"), entry.get("shape")
+        groups = {"int4": (32, 64, 128, 256), "int8": range(size[1] + 1)}.get(str(kind), (0,))
+        if kind not in KINDS or type(group) is not int or group not in groups or kept != list(size):
+            raise ModelError(f"{path} keeps '{name}' as {entry!s:.80}, which cannot be for {size}: export the model again")
+        out[name] = StoredLinear(kind=kind, group=group, shape=(size[0], size[1]))
+    return out
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor of that name is a linear's weight."""
+    return name == "lm_head.weight" or name.endswith("_proj.weight")
+
+
+def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tensors: StoredTensors) -> None:
+    wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
+    for name, size in tensor_shapes(shape):
+        if is_linear(name):
+            for part, (dtype, own) in linear_tensors(name.removesuffix(".weight"), linears[name.removesuffix(".weight")]).items():
+                wanted[part] = (dtype,), own
+        else:
+            wanted[name] = (torch.float32, torch.bfloat16) if len(size) == 2 else (torch.float32,), size
+    wanted |= {name: ((torch.float32,), size) for name, size in _virtual(shape, tensors).items()}
+    if missing := [n for n in wanted if n not in tensors.specs]:
+        raise ModelError(f"{folder} lacks the tensor '{missing[0]}' ({len(missing)} such) that its config calls for: export it again")
+    if surplus := [n for n in tensors if n not in wanted]:
+        raise ModelError(f"{folder} holds '{surplus[0]:.80}', which its config does not call for: export the model again")
+    for name, (dtypes, size) in wanted.items():
+        dtype, found = tensors.specs[name]
+        if dtype not in dtypes or found != size:
+            said = f"{str(dtype)[6:]} {found}, its config calls for {str(dtypes[0])[6:]} {size}"
+            raise ModelError(f"{folder}: '{name}' is {said}: export the model again")
+        # the large matrices stay on the disk until they are used
+        if (name.endswith((".scale", ".zero")) or len(size) != 2 or name == "prompt.embeds") and not torch.isfinite(tensors[name]).all():
+            raise ModelError(f"{folder}: '{name}' holds numbers that are not finite: the package is damaged")
+
+
+def _virtual(shape: Shape, tensors: StoredTensors) -> dict[str, tuple[int, ...]]:
+    """Shapes of the virtual tokens' tensors, whose count t the tensors themselves say."""
+    found = {n: tensors.specs[n][1] for n in ("prompt.embeds", "prefix.k") if n in tensors.specs}
+    if len(size := found.get("prompt.embeds", ())) == 2 and size[0]:
+        return {"prompt.embeds": (size[0], shape.hidden)}
+    if len(size := found.get("prefix.k", ())) == 4 and size[1]:
+        size = (shape.layers, size[1], shape.kv_heads, shape.head_dim)
+        return {"prefix.k": size, "prefix.v": size}
+    return {}  # what there is of them is then surplus
+
+
+def _adapter(path: Path, shape: Shape, base: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module → A and B of an adapter that is kept apart."""
+    stored = StoredTensors()
+    stored.add(path, torch.float32)
+    try:
+        with _opened(path) as file:
+            said = json.loads((file.metadata() or {})["fedtune"])["base"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ModelError(f"{path} is no adapter of a package: its metadata does not name a backbone") from None
+    if said != base:
+        raise ModelError(f"{path} belongs to the backbone {said!s:.40}, the package to {base}: take an adapter of the same one")
+    sizes = {n.removesuffix(".weight"): s for n, s in tensor_shapes(shape) if is_linear(n)}
+    out = {}
+    for module in sorted({n.rpartition(".")[0] for n in stored}):
+        (_, a), (_, b) = (stored.specs.get(f"{module}.lora_{x}", (None, ())) for x in "AB")
+        rank = a[0] if len(a) == 2 else 0
+        if not rank or module not in sizes or a != (rank, sizes[module][1]) or b != (sizes[module][0], rank):
+            raise ModelError(f"{path}: the factors of '{module:.80}' do not fit the decoder: it belongs to another one, or is damaged")
+        out[module] = (stored[f"{module}.lora_A"], stored[f"{module}.lora_B"])
+        if not all(torch.isfinite(t).all() for t in out[module]):
+            raise ModelError(f"{path}: the factors of '{module}' hold numbers that are not finite: the adapter is damaged")
+    if 2 * len(out) != len(stored):
+        raise ModelError(f"{path} holds more than the factors of an adapter: it is damaged")
+    return out

@@ -1,0 +1,143 @@
+"""Rotary position embeddings as one complex product.
+
+The rows of query and key weights are put in pairs at load (`pairs`), so that a head is D/2 complex numbers and a rotation is a product
+with exp(i * position * frequency). Attention only takes dot products of queries and keys, which no common order of channels changes.
+
+Sources: Su et al. 2021, RoFormer, arXiv:2104.09864; YaRN, Peng et al. 2023, arXiv:2309.00071; Llama 3's scaling and dynamic NTK as in
+transformers' modeling_rope_utils (whose numbers these are).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedtune.inference.engine.shape import RopeShape, Shape
+
+
+class Rope:
+    """Tables of exp(i * position * frequency), grown when a later position is asked for."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._rope, self._width = shape.rope, shape.head_dim
+        self._freqs, self._factor = frequencies(shape.rope, shape.head_dim)
+        self._known = int(shape.rope.get("max_position_embeddings")) if shape.rope.kind == "dynamic" else None
+        self._table = torch.empty(0, 1, shape.head_dim // 2, dtype=torch.complex64)
+        self._last: tuple[int, int, Tensor] | None = None
+
+    def rows(self, start: int, n: int) -> Tensor:
+        """[n, 1, D/2] complex64 for positions start..start+n-1."""
+        if self._last is None or self._last[0] != start or self._last[1] != n:  # the same for every layer of a pass
+            self._last = start, n, self._rows(start, n)
+        return self._last[2]
+
+    def rotate(self, x: Tensor, positions: Tensor | int) -> Tensor:
+        """Turn each head of x by its position.
+
+        Args:
+            x: [n, H, D] float32, channels in pairs.
+            positions: [n] whole numbers, or the first of n positions that follow each other.
+
+        Returns:
+            [n, H, D] float32, a new tensor.
+        """
+        if isinstance(positions, int):
+            rows = self.rows(positions, x.shape[0])
+        else:
+            last = int(positions.max()) + 1
+            rows = self.rows(0, last)[positions] if self._known and last > self._known else self._upto(last)[positions]
+        return as_real(as_complex(x) * rows)
+
+    def unrotate(self, x: Tensor, start: int) -> Tensor:
+        """What `rotate(…, start)` makes x of: for keys that some other program has rotated, or never wants rotated."""
+        return as_real(as_complex(x.float().contiguous()) * self.rows(start, x.shape[0]).conj()) / self._factor**2
+
+    def _rows(self, start: int, n: int) -> Tensor:
+        if self._known and start + n > self._known:  # dynamic: the base hangs on how long the text is by now
+            return self._make(frequencies(self._rope, self._width, start + n)[0], start, n)
+        return self._upto(start + n)[start : start + n]
+
+    def _upto(self, length: int) -> Tensor:
+        held = self._table.shape[0]
+        if held < length:
+            self._table = self._make(self._freqs, 0, max(256, 2 * held, length))
+        return self._table
+
+    def _make(self, freqs: Tensor, start: int, n: int) -> Tensor:
+        angles = torch.arange(start, start + n, dtype=torch.float32).unsqueeze(1) * freqs
+        return torch.polar(torch.full_like(angles, self._factor), angles).unsqueeze(1)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """[n, H, D] float32, channels in pairs, as [n, H, D/2] complex64: a view."""
+    n, heads, width = x.shape
+    return torch.view_as_complex(x.view(n, heads, width // 2, 2))
+
+
+def as_real(x: Tensor) -> Tensor:
+    """The way back, a view of a tensor whose numbers lie in order."""
+    n, heads, half = x.shape
+    return torch.view_as_real(x).view(n, heads, 2 * half)
+
+
+def pairs(heads: int, width: int) -> Tensor:
+    """[heads * width] row order that puts channels i and i + width/2 of each head side by side.
+
+    >>> pairs(1, 6).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    within = torch.arange(width).view(2, -1).T.reshape(1, -1)
+    return (torch.arange(heads).unsqueeze(1) * width + within).flatten()
+
+
+def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple[Tensor, float]:
+    """[width/2] float32 radians a position, and the factor on queries and keys.
+
+    Args:
+        rope: Base and scaling.
+        width: head_dim.
+        length: Tokens so far; only dynamic scaling looks at it, beyond the model's context.
+    """
+    steps = torch.arange(0, width, 2, dtype=torch.float32) / width
+    if rope.kind == "dynamic":
+        factor, context = rope.get("factor"), rope.get("max_position_embeddings")
+        grown = factor * max(length or 0, context) / context - (factor - 1)
+        return 1.0 / (rope.theta * grown ** (width / (width - 2))) ** steps, 1.0
+    plain = 1.0 / rope.theta**steps
+    if rope.kind == "linear":
+        return plain / rope.get("factor"), 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, plain), 1.0
+    if rope.kind == "yarn":
+        return _yarn(rope, width, steps)
+    return plain, 1.0
+
+
+def _llama3(rope: RopeShape, plain: Tensor) -> Tensor:
+    """Long waves are slowed by the factor, short ones kept, those between blended."""
+    factor, low, high = (rope.get(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = rope.get("original_max_position_embeddings") * plain / (2 * math.pi)  # in the original context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * plain / factor + blend * plain
+
+
+def _yarn(rope: RopeShape, width: int, steps: Tensor) -> tuple[Tensor, float]:
+    original = rope.get("original_max_position_embeddings")
+    factor = rope.get("factor") or rope.get("max_position_embeddings") / original
+
+    def channel(turns: float) -> float:  # the channel that makes so many turns in the original context
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = channel(rope.get("beta_fast", 32)), channel(rope.get("beta_slow", 1))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    slowed = ((torch.arange(width // 2) - low) / ((high - low) or 0.001)).clamp(0, 1)
+    plain = 1.0 / rope.theta**steps
+
+    def grown(mscale: float = 1.0) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scale, whole = rope.get("mscale"), rope.get("mscale_all_dim")
+    attention = rope.get("attention_factor") or (grown(scale) / grown(whole) if scale and whole else grown())
+    return plain / factor * slowed + plain * (1 - slowed), float(attention)

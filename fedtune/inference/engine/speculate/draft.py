@@ -1,0 +1,54 @@
+"""A smaller model of the same tokenizer guesses.
+
+Source: Leviathan et al. 2023, arXiv:2211.17192; `fedtune draft` distils such a model from a larger one.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.inference.engine.context import Context
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.speculate import Draft, Drafter, Guesser
+
+if TYPE_CHECKING:
+    from fedtune.inference.engine.load import Engine
+
+
+class DraftModel(Drafter):
+    """Keeps its own cache beside the text, and goes back in it where guesses failed.
+
+    Args:
+        engine: The small model.
+        target: The model that it guesses for.
+
+    Raises:
+        ModelError: Their tokenizers are not the same.
+    """
+
+    name = "draft"
+
+    def __init__(self, engine: "Engine", target: "Engine") -> None:
+        if not engine.text.same_as(target.text):
+            raise ModelError(
+                f"{engine.folder} cannot draft for {target.folder}: their tokenizers differ; distil a draft model with `fedtune draft`"
+            )
+        self._own = Context(engine)
+        self._vocabulary = target.shape.vocab
+
+    def begin(self, sampling: Sampling, context: Context) -> None:
+        self._guesser = Guesser(sampling, self._vocabulary)
+
+    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+        self._own.rewind(ids)
+        missing = list(ids[len(self._own.ids) :])
+        count = min(count, self._own.room - len(missing) + 1)  # the last guess is not run
+        if count < 1 or max(missing) >= self._own.engine.shape.vocab:
+            return Draft([])  # its context is full, or the text holds a token that only the larger model's table has
+
+        def step(token: int | None) -> Tensor:
+            return self._own.run(missing if token is None else [token])
+
+        return self._guesser.write(step, count, seen, position)

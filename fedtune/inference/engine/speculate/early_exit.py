@@ -1,0 +1,52 @@
+"""The model's own first layers guess: leave after layer E through the final norm and the head.
+
+The first layers' keys and values of the text are those of the model itself; those of the guesses are forgotten before the check. A
+checkpoint that was not trained for it guesses poorly, and is found out by `adapt`.
+
+Source: Elhoushi et al. 2024, LayerSkip, arXiv:2404.16710; Zhang et al. 2024, Draft & Verify, arXiv:2309.08168.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ConfigError
+from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.context import Context
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.speculate import Draft, Drafter, Guesser
+
+
+class EarlyExit(Drafter):
+    """Guesses by the first layers.
+
+    Args:
+        layers: E; None takes half of them.
+    """
+
+    name = "early-exit"
+
+    def __init__(self, layers: int | None = None) -> None:
+        self._asked = layers
+
+    def begin(self, sampling: Sampling, context: Context) -> None:
+        depth = context.engine.shape.layers
+        self._layers = max(1, depth // 2) if self._asked is None else self._asked
+        if not 0 < self._layers < depth:
+            raise ConfigError(f"an early exit after layer {self._layers} of {depth} saves nothing: leave before the last one")
+        self._context = context
+        self._guesser = Guesser(sampling, context.engine.shape.vocab)
+
+    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+        cache, decoder = self._context.cache, self._context.engine.decoder
+        span = Span(cache, 1, adapter=self._context.adapter)
+        begun = cache.length
+
+        def step(token: int | None) -> Tensor:
+            return decoder.forward(torch.tensor([ids[-1] if token is None else token]), [span], layers=self._layers)
+
+        try:
+            return self._guesser.write(step, count, seen, position)
+        finally:
+            cache.crop(begun)

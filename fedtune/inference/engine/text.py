@@ -1,0 +1,262 @@
+"""A folder's tokenizer: text to tokens as in training, tokens to text as they come, and the chat template."""
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from fedtune.errors import ConfigError, ModelError
+
+_MOST = 1 << 24  # ids; no vocabulary comes near
+_UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
+
+
+class Text:
+    """The tokenizer of a model; `read_text` makes it from a folder.
+
+    Args:
+        tokenizer: Of the `tokenizers` library.
+        bos: The token that texts begin with, as in training; None where they begin with their own first token.
+        ends: Tokens that end an answer.
+        template: Jinja chat template; None where there is none.
+        names: Special tokens that a chat template may name, such as {"bos_token": "<s>"}.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, bos: int | None, ends: frozenset[int], template: str | None, names: Mapping[str, str]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.bos = bos
+        self.ends = ends
+        self.template = template
+        self._names = dict(names)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(i for i, token in added.items() if token.special)
+        self.size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # highest id, and one
+        decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+        parts = decoder.get("decoders", [decoder])
+        falls_back = any(part.get("type") == "ByteFallback" for part in parts)
+        found = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in range(256)] if falls_back else []
+        self.bytes = frozenset(i for i in found if i is not None)  # tokens that stand for one byte each
+
+    def encode(self, text: str, *, begin: bool = True) -> list[int]:
+        """Tokens of a text; with `begin`, begun as texts were in training.
+
+        Raises:
+            ConfigError: There is nothing to begin an answer from.
+        """
+        lead = [self.bos] if begin and self.bos is not None else []
+        ids = lead + self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise ConfigError("the prompt is empty and the tokenizer has no token to begin with: give some text")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the tokens, without special ones."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Messages {"role", "content"} in the model's chat template, up to where the answer begins; encode it with begin=False.
+
+        Raises:
+            ModelError: There is no template, or it cannot be run.
+            ConfigError: The template refuses the messages.
+        """
+        if self.template is None:
+            raise ModelError("the model has no chat template: give it a prompt instead")
+        return _render(self.template, messages, self._names)
+
+    def same_as(self, other: "Text") -> bool:
+        """Whether both give the same ids to the same tokens."""
+        return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+
+class Stream:
+    """Text of tokens as they come: what `push` and `finish` return joins to `decode` of them all, and never splits a character.
+
+    Text is held back while it could still change: at the end of an unfinished character, and inside a run of byte tokens, which decodes as
+    one. Each step decodes only the tokens since the last two pieces: the earlier of them shows whether the later begins with a space.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._ids: list[int] = []
+        self._shown = ""  # decode(_ids[:_done]), and out already
+        self._done = 0
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        if token in self._text.special:
+            return ""
+        self._ids.append(token)
+        if token in self._text.bytes:
+            return ""
+        whole = self._text.decode(self._ids)
+        if whole.endswith(_UNFINISHED) or not whole.startswith(self._shown):
+            return ""
+        out = whole[len(self._shown) :]
+        if context := self._text.decode(self._ids[self._done :]):  # an empty one would not show that the next token is not the first
+            self._ids, self._shown = self._ids[self._done :], context
+        else:
+            self._shown = whole
+        self._done = len(self._ids)
+        return out
+
+    def finish(self) -> str:
+        """What was held back."""
+        whole = self._text.decode(self._ids)
+        self._done, out = len(self._ids), whole[len(self._shown) :]
+        self._shown = whole
+        return out
+
+
+class StopStrings:
+    """Holds back text that may be the beginning of a stop string, and ends the text before the first one that comes."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to belong to the answer; nothing once `stopped`."""
+        if self.stopped:
+            return ""
+        held = self._held + text
+        if found := [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]:
+            self.stopped, self._held = True, ""
+            return held[: min(found)[1]]  # the first to be complete, so that it does not matter how the text comes in pieces
+        longest = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - longest :]
+        return held[: len(held) - longest]
+
+    def finish(self) -> str:
+        """What was held back, and is no stop string after all."""
+        out, self._held = self._held, ""
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that begins the stop string and is not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def wrap(prompt: str, template: str | None) -> str:
+    """A bare request in the run's template, where it has just one field; what begins as the template does is a whole prompt already."""
+    if not template:
+        return prompt
+    parts = list(string.Formatter().parse(template))
+    fields = [name for _, name, _, _ in parts if name is not None]
+    if len(fields) != 1 or (parts[0][0] and prompt.startswith(parts[0][0])):
+        return prompt
+    return "".join(text + (prompt if name is not None else "") for text, name, _, _ in parts)
+
+
+def read_text(folder: Path) -> Text:
+    """The tokenizer of a Hugging Face folder or an edge package.
+
+    Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja, and of config.json and
+    generation_config.json the tokens that end an answer.
+
+    Raises:
+        ModelError: tokenizer.json is missing, or a file is damaged.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no tokenizer.json: save its tokenizer in the fast format of the tokenizers library")
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        begun = tokenizer.encode("").ids
+        highest = max(tokenizer.get_vocab().values(), default=0)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as bad:  # the Rust side raises plain Exception, and panics beneath BaseException
+        raise ModelError(f"{path} cannot be read ({_line(bad)}): it is damaged, or of another version") from None
+    if highest >= _MOST:  # writing the tokenizer out takes memory for every id up to the highest
+        raise ModelError(f"{path} has a token with the id {highest}: it is damaged")
+    config = _json(folder / "tokenizer_config.json")
+    names = {k: v for k in (*_json(folder / "special_tokens_map.json").items(), *config.items()) for k, v in [_named(*k)] if v}
+    specials = [t for t in names.values() if tokenizer.token_to_id(t) is not None]
+    tokenizer.add_special_tokens(specials)  # some are in the vocabulary without being marked
+    bos = tokenizer.token_to_id(names["bos_token"]) if "bos_token" in names else None
+    explicit = "add_bos_token" in config or "add_eos_token" in config
+    begins = bool(config.get("add_bos_token")) if explicit else begun[:1] == [bos]
+    eos = tokenizer.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    return Text(
+        tokenizer,
+        bos=bos if begins else None,
+        ends=frozenset({eos} - {None}) | _ends(folder),  # type: ignore[arg-type]
+        template=_template(folder, config),
+        names=names,
+    )
+
+
+def _named(key: str, value: Any) -> tuple[str, str]:
+    """("bos_token", "<s>") of a config's entry, written plainly or as an added token; ("", "") of others."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return (key, value) if key.endswith("_token") and isinstance(value, str) else (key, "")
+
+
+def _ends(folder: Path) -> frozenset[int]:
+    """eos_token_id of generation_config.json, else of config.json: a token or several."""
+    own = _json(folder / "generation_config.json")
+    value = own.get("eos_token_id", _json(folder / "config.json").get("eos_token_id"))
+    ids = value if isinstance(value, list) else [value]
+    return frozenset(i for i in ids if type(i) is int and i >= 0)
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            raise ModelError(f"{path} cannot be read: it must be a Jinja template in UTF-8") from None
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    import jinja2  # late: few need it
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"the model's chat template refuses the messages: {message}")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = refuse
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(messages=[dict(m) for m in messages], add_generation_prompt=True, **names)
+    except ConfigError:
+        raise
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as bad:
+        raise ModelError(f"the model's chat template cannot be run: {_line(bad)}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} cannot be read: it must be a JSON object")
+    return found
+
+
+def _line(bad: BaseException) -> str:
+    lines = str(bad).strip().splitlines()
+    return lines[0][:120] if lines else type(bad).__name__

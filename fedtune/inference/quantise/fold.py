@@ -1,0 +1,65 @@
+"""Move a scale of each channel from a linear's inputs into what makes them; in exact arithmetic the model stays the same.
+
+    x → diag(s)⁻¹ x    a norm's weight, or the rows of the linear before
+    W → W diag(s)      every linear that reads x
+
+What makes the inputs of a layer of the Llama family: the norms for q, k, v and for gate, up; `up` for `down`, since act(gate) * up is
+linear in up; `v` for `o`, since attention mixes tokens and not channels. Where several query heads share one of v's heads, their channels
+must share a scale, so they do.
+
+Source: SmoothQuant (arXiv:2211.10438) eq. 3 and AWQ (arXiv:2306.00978) §3.2 fold the same way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["FOLDS", "Fold", "folded"]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A point where a scale can move: `source`'s outputs are what each of `readers` reads. Names are of one layer, without `.weight`."""
+
+    source: str
+    readers: tuple[str, ...]
+
+
+FOLDS = (
+    Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Fold("self_attn.v_proj", ("self_attn.o_proj",)),
+    Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    Fold("mlp.up_proj", ("mlp.down_proj",)),
+)
+
+
+def tied(values: Tensor, shared: int, width: int) -> Tensor:
+    """Mean over the query heads that read one key-value head: [Hkv * shared * width] -> the same shape, equal where shared."""
+    return values if shared == 1 else values.view(-1, shared, width).mean(1, keepdim=True).expand(-1, shared, -1).reshape(-1)
+
+
+def folded(layer: Mapping[str, Tensor], fold: Fold, scale: Tensor, width: int = 1) -> dict[str, Tensor]:
+    """The layer's tensors that change, float32; the given ones are left alone.
+
+    Args:
+        layer: Tensors of one layer by name (`mlp.up_proj.weight`, `.bias` …).
+        scale: [K] of the readers' inputs, positive; equal over the query heads that share a key-value head.
+        width: Of a head, where `source` has fewer outputs than the readers have inputs.
+    """
+    weight = layer[f"{fold.source}.weight"].float()
+    shared = scale.numel() // weight.shape[0]
+    own = scale.view(-1, shared, width)[:, 0].reshape(-1) if shared > 1 else scale
+    out = {f"{fold.source}.weight": weight / (own if weight.dim() == 1 else own[:, None])}
+    if (bias := layer.get(f"{fold.source}.bias")) is not None:
+        out[f"{fold.source}.bias"] = bias.float() / own
+    for reader in fold.readers:
+        out[f"{reader}.weight"] = layer[f"{reader}.weight"].float() * scale
+    return out
+
+
+def within(scale: Tensor) -> Tensor:
+    """The scale with what would break a weight (0, not finite) replaced by 1, and √(max · min) = 1."""
+    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+    return scale / (scale.max() * scale.min()).sqrt()

@@ -1,0 +1,207 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.inference.engine.caches.base import Cache, CacheError
+from fedtune.inference.engine.caches.full import FullCache
+from fedtune.inference.engine.caches.kivi import KiviCache
+from fedtune.inference.engine.caches.paged import PagedCache, PagedPool
+from fedtune.inference.engine.caches.prefix import KeptCaches, PagedCaches
+from fedtune.inference.engine.rope import Rope
+from tests.inference.engine.caches.reference import passes, shape, tokens
+
+SHAPE = shape(layers=2, heads=4, kv_heads=2, head_dim=6)
+ROPE = Rope(SHAPE)
+WORDS = {name: tokens(SHAPE, 9, seed=i) for i, name in enumerate((None, "a", "b"))}  # an adapter gives the same ids other keys
+
+
+def run(cache: Cache, ids: Sequence[int], adapter: str | None = None) -> torch.Tensor:
+    """What ids beyond those the cache holds attend to, all in one pass."""
+    q, k, v = (t[:, list(ids)] for t in WORDS[adapter])
+    return passes(cache, ROPE, (q, k, v), [len(ids) - cache.length], cache.length)
+
+
+def right(ids: Sequence[int], new: int, adapter: str | None = None) -> torch.Tensor:
+    return run(FullCache(SHAPE, 99), ids, adapter)[:, -new:]
+
+
+def kept(cache: Cache, ids: list[int]) -> Cache:
+    run(cache, ids)
+    return cache
+
+
+def test_a_turn_goes_on_from_the_last_one() -> None:
+    store = KeptCaches()
+    store.put([1, 2, 3, 4], kept(FullCache(SHAPE, 20), [1, 2, 3, 4]))
+    found = store.take([1, 2, 3, 7, 8])
+    assert found is not None and found[1] == 3 == found[0].length
+    torch.testing.assert_close(run(found[0], [1, 2, 3, 7, 8]), right([1, 2, 3, 7, 8], 2), atol=1e-5, rtol=1e-5)
+    assert store.take([1, 2, 3]) is None  # taken is taken
+
+
+def test_the_longest_beginning_wins_and_never_the_whole_text() -> None:
+    store = KeptCaches()
+    for ids in ([1, 2], [1, 2, 3, 4, 5], [1, 3]):
+        store.put(ids, kept(FullCache(SHAPE, 20), ids))
+    found = store.take([1, 2, 3, 4])
+    assert found is not None and found[1] == 3  # the fourth must be computed for its logits
+    assert store.take([2, 1]) is None and store.take([1]) is None
+
+
+def test_adapters_are_kept_apart() -> None:
+    store = KeptCaches()
+    store.put([1, 2, 3], kept(FullCache(SHAPE, 20), [1, 2, 3]), "a")
+    assert store.take([1, 2, 3, 4]) is None and store.take([1, 2, 3, 4], "b") is None
+    assert store.take([1, 2, 3, 4], "a") is not None
+
+
+def test_a_cache_that_cannot_go_back_is_left_alone() -> None:
+    ids = [i % 9 for i in range(30)]
+    store = KeptCaches()
+    store.put(ids, kept(KiviCache(SHAPE, 40, 4, residual=4, undo=2), ids))
+    assert store.take([*ids[:20], 8, 8]) is None
+    found = store.take([*ids[:29], 8])
+    assert found is not None and found[1] == 29
+
+
+def test_virtual_tokens_before_the_text_stay() -> None:
+    cache = kept(FullCache(SHAPE, 20), [7, 8, 1, 2, 3])  # two virtual tokens
+    store = KeptCaches()
+    store.put([1, 2, 3], cache)
+    found = store.take([1, 2, 5])
+    assert found is not None and (found[1], found[0].length) == (2, 4)
+    with pytest.raises(CacheError, match="a cache of 4 tokens was kept as one of 5"):
+        store.put([1, 2, 3, 4, 5], cache)
+
+
+def test_the_one_not_used_for_longest_goes_first() -> None:
+    store = KeptCaches(most=2)
+    for ids in ([1, 1], [2, 2], [3, 3]):
+        store.put(ids, kept(FullCache(SHAPE, 2), ids))
+    assert store.take([1, 1, 1]) is None
+    assert store.take([2, 2, 2]) is not None and store.take([3, 3, 3]) is not None
+    one = kept(FullCache(SHAPE, 2), [4, 4])
+    small = KeptCaches(most_bytes=2 * one.nbytes)
+    for ids in ([4, 4], [5, 5], [6, 6]):
+        small.put(ids, kept(FullCache(SHAPE, 2), ids))
+    assert small.nbytes == 2 * one.nbytes and small.take([4, 4, 4]) is None
+    small.clear()
+    assert small.nbytes == 0
+
+
+def opened(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> PagedCache:
+    cache = caches.open(ids, adapter)
+    assert isinstance(cache, PagedCache)
+    return cache
+
+
+def served(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> int:
+    """One request from beginning to end; how many of its tokens were there already."""
+    cache = opened(caches, ids, adapter)
+    found = cache.length
+    got = run(cache, ids, adapter)
+    torch.testing.assert_close(got, right(ids, len(ids) - found, adapter), atol=1e-5, rtol=1e-5)
+    caches.close(cache, ids, adapter)
+    return found
+
+
+def test_requests_share_blocks_of_what_they_begin_with() -> None:
+    caches = PagedCaches(PagedPool(SHAPE, 20, 4))
+    assert served(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]) == 0
+    assert len(caches.tree) == 2 and caches.pool.free == 18
+    assert served(caches, [1, 2, 3, 4, 5, 6, 7, 8, 2, 2]) == 8
+    assert served(caches, [1, 2, 3, 4, 5, 6, 0, 0, 0]) == 6  # two of the second block's four; it is copied before it is written
+    assert served(caches, [1, 2, 3, 4, 5, 6, 7, 8]) == 7  # never all
+    assert served(caches, [2, 2, 3, 4, 5]) == 0
+    assert served(caches, [1, 2, 3, 4, 5], "a") == 0
+    assert served(caches, [1, 2, 3, 4, 5], "a") == 4
+    caches.tree.clear()
+    assert caches.pool.free == 20
+
+
+def test_two_at_once_hold_the_same_blocks() -> None:
+    caches = PagedCaches(PagedPool(SHAPE, 20, 4))
+    served(caches, [1, 2, 3, 4, 5, 6, 7, 8])
+    one, two = opened(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]), opened(caches, [1, 2, 3, 4, 5, 6, 7, 8, 2])
+    assert one.table[:2] == two.table[:2] and one.table[2] != two.table[2] and caches.pool.holders(one.table[0]) == 3
+
+
+def test_the_blocks_not_used_for_longest_go_first_and_those_in_use_stay() -> None:
+    caches = PagedCaches(PagedPool(SHAPE, 6, 2))
+    served(caches, [1, 1, 1, 1])
+    served(caches, [2, 2, 2, 2])
+    served(caches, [1, 1, 1, 1, 3])  # now [2, 2, 2, 2] is the older
+    held = opened(caches, [1, 1, 5])
+    assert held.length == 2 and caches.pool.free == 1 and caches.pool.room() == 4  # all but [1, 1] of the tree's four, and one free
+    served(caches, [4, 4, 4, 4])  # needs one block more than is free: the end of [2, 2, 2, 2] goes
+    assert served(caches, [2, 2, 2, 2, 2]) == 2
+    assert served(caches, [1, 1, 1, 1, 1]) in (2, 4)
+    assert caches.open([7] * 12) is None and held.table
+    caches.close(held, [1, 1], None)
+
+
+def test_no_room_opens_nothing_and_loses_nothing() -> None:
+    caches = PagedCaches(PagedPool(SHAPE, 4, 2))
+    one = opened(caches, [1, 2, 3, 4, 5])
+    assert caches.open([6, 7, 8]) is None and caches.pool.free == 1
+    assert caches.reserve(one, 7) and caches.pool.free == 0 and caches.open([6]) is None
+    caches.close(one, [])
+    assert caches.pool.free == 4
+    with pytest.raises(CacheError, match="sequences of 9 tokens do not fit in 4 blocks of 2: ask for at most 8"):
+        PagedCaches(PagedPool(SHAPE, 4, 2), 9)
+
+
+def test_sequences_with_virtual_tokens_share_nothing() -> None:
+    caches = PagedCaches(PagedPool(SHAPE, 9, 2), virtual=2)
+    for _ in range(2):
+        cache = opened(caches, [1, 2, 3])
+        assert cache.length == 0 and len(cache.table) == 3
+        run(cache, [7, 8, 1, 2, 3])
+        caches.close(cache, [1, 2, 3])
+    assert caches.pool.free == 9
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_whoever_comes_in_whatever_order_nothing_is_lost_or_mixed_up(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 4))
+    caches = PagedCaches(PagedPool(SHAPE, 12, size), 12)
+    running: list[tuple[PagedCache, list[int], str | None]] = []
+    for _ in range(data.draw(st.integers(1, 14))):
+        act = data.draw(st.sampled_from(["come", "come", "go", "step"]))
+        if act == "come":
+            ids = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=12))
+            adapter = data.draw(st.sampled_from([None, "a"]))
+            cache = caches.open(ids, adapter)
+            if cache is None:
+                assert caches.pool.room() < 12
+                continue
+            assert isinstance(cache, PagedCache) and cache.length < len(ids)
+            found = cache.length
+            torch.testing.assert_close(run(cache, ids, adapter), right(ids, len(ids) - found, adapter), atol=1e-5, rtol=1e-5)
+            running.append((cache, ids, adapter))
+        elif running and act == "go":
+            caches.close(*running.pop(data.draw(st.integers(0, len(running) - 1))))
+        elif running:
+            cache, ids, adapter = data.draw(st.sampled_from(running))
+            if len(ids) < 12 and caches.reserve(cache, 1):
+                ids.append(data.draw(st.integers(0, 1)))
+                torch.testing.assert_close(run(cache, ids, adapter), right(ids, 1, adapter), atol=1e-5, rtol=1e-5)
+        held = [block for cache, *_ in running for block in cache.table]
+        own = [node.block for node in caches.tree._nodes]
+        assert len(set(own)) == len(own) and caches.pool.free == 12 - len({*held, *own})
+        assert all(caches.pool.holders(b) == (held + own).count(b) for b in range(1, 13))
+        nodes = list(caches.tree._nodes)
+        for i, node in enumerate(nodes):  # what `evict` and `evictable` rely on
+            parent = node.parent
+            if parent is not None and parent.parent is not None:
+                assert parent in nodes[i:]
+                assert caches.pool.holders(node.block) == 1 or caches.pool.holders(parent.block) > 1
+    for cache, ids, adapter in running:
+        caches.close(cache, ids, adapter)
+    assert caches.pool.room() == 12
+    caches.tree.evict(12)
+    assert caches.pool.free == 12

@@ -1,0 +1,253 @@
+"""Logits against transformers in float32, for every shape that the engine runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.inference.engine.caches.base import Cache, CacheError, Span, attention, causal_mask
+from fedtune.inference.engine.caches.full import FIRST, FullCache
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.lora import make_lora
+from tests.inference.engine.tiny import SHAPES, VOCAB, tiny_model
+
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-5}
+
+
+def both(name: str, folder: Path) -> tuple[Any, Engine]:
+    return tiny_model(name, folder), load_engine(folder)
+
+
+def some_ids(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(model: Any, ids: Tensor, **more: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids[None], **more).logits[0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_full_pass(name: str, tmp_path: Path) -> None:
+    model, engine = both(name, tmp_path)
+    ids = some_ids(41)
+    cache = engine.cache(limit=41)
+    found = engine.decoder.forward(ids, [Span(cache, 41, keep=None)])
+    assert found.dtype == torch.float32 and cache.length == 41
+    torch.testing.assert_close(found, theirs(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_by_one_and_in_chunks(name: str, tmp_path: Path) -> None:
+    model, engine = both(name, tmp_path)
+    ids = some_ids(30, 1)
+    for sizes in ([1] * 30, [11, 1, 7, 2, 9]):
+        state, cache, want, found, at = None, engine.cache(limit=30), [], [], 0
+        for n in sizes:  # transformers too goes step by step: dynamic scaling turns old keys as they were turned then
+            with torch.no_grad():
+                step = model(ids[None, at : at + n], past_key_values=state, use_cache=True)
+            state = step.past_key_values
+            want.append(step.logits[0])
+            found.append(engine.decoder.forward(ids[at : at + n], [Span(cache, n, keep=None)]))
+            at += n
+        torch.testing.assert_close(torch.cat(found), torch.cat(want), **CLOSE)
+
+
+@pytest.mark.parametrize("name", [n for n in SHAPES if n != "llama_dynamic"])  # there transformers scales a batch by its longest text
+def test_ragged_spans_are_a_padded_batch(name: str, tmp_path: Path) -> None:
+    model, engine = both(name, tmp_path)
+    lengths = [13, 1, 22]
+    texts = [some_ids(n, seed) for seed, n in enumerate(lengths)]
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask).logits
+    caches = [engine.cache(limit=22) for _ in texts]
+    found = engine.decoder.forward(torch.cat(texts), [Span(c, len(t), keep=None) for c, t in zip(caches, texts, strict=True)])
+    torch.testing.assert_close(found, torch.cat([row[:n] for row, n in zip(logits, lengths, strict=True)]), **CLOSE)
+    # one more pass: a sequence that goes on by one, one by nine, and the rows that were asked for
+    more = [some_ids(1, 7), some_ids(9, 8)]
+    found = engine.decoder.forward(torch.cat(more), [Span(caches[0], 1), Span(caches[1], 9, keep=2)])
+    want = torch.cat([theirs(model, torch.cat([texts[0], more[0]]))[-1:], theirs(model, torch.cat([texts[1], more[1]]))[-2:]])
+    torch.testing.assert_close(found, want, **CLOSE)
+    assert [c.length for c in caches] == [14, 10, 22]
+
+
+def test_a_cache_goes_back_and_on(tmp_path: Path) -> None:
+    model, engine = both("mistral", tmp_path)
+    ids, cache = some_ids(40), engine.cache(limit=100)
+    engine.decoder.forward(ids, [Span(cache, 40)])
+    cache.crop(9)
+    found = engine.decoder.forward(ids[9:30] + 0, [Span(cache, 21, keep=None)])
+    torch.testing.assert_close(found, theirs(model, ids[:30])[9:], **CLOSE)
+    with pytest.raises(CacheError, match="cannot go back to 31"):
+        cache.crop(31)
+
+
+def test_buffers_double_up_to_the_limit(tmp_path: Path) -> None:
+    model, engine = both("llama", tmp_path)
+    shape, cache, ids = engine.shape, engine.cache(limit=150), some_ids(150)
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+    assert cache.nbytes == 0
+    for at, held in ((10, FIRST), (FIRST + 1, 2 * FIRST), (150, 150)):
+        found = engine.decoder.forward(ids[cache.length : at], [Span(cache, at - cache.length)])
+        assert cache.nbytes == held * token
+        torch.testing.assert_close(found, theirs(model, ids[:at])[-1:], **CLOSE)
+    with pytest.raises(CacheError, match="limit of 150"):
+        engine.decoder.forward(ids[:1], [Span(cache, 1)])
+    assert cache.length == 150
+
+
+def test_a_bfloat16_cache_is_half_as_large_and_close(tmp_path: Path) -> None:
+    model, engine = both("qwen3", tmp_path)
+    cache, ids = FullCache(engine.shape, 64, torch.bfloat16), some_ids(40)
+    found = torch.cat([engine.decoder.forward(part, [Span(cache, len(part), keep=None)]) for part in ids.split(23)])
+    assert 2 * cache.nbytes == 64 * 2 * 3 * 2 * 12 * 4
+    want = theirs(model, ids)
+    assert float((found - want).norm() / want.norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_window", "qwen3_biases"])
+def test_an_early_exit_and_going_on_from_it(name: str, tmp_path: Path) -> None:
+    model, engine = both(name, tmp_path)
+    decoder, ids, early = engine.decoder, some_ids(20), 2
+    shallow = tiny_model(name, tmp_path / "shallow")  # the same weights, and the first layers alone
+    shallow.model.layers = shallow.model.layers[:early]
+    shallow.config.num_hidden_layers = shallow.model.config.num_hidden_layers = early
+    cache = engine.cache(limit=30)
+    assert cache.resumable
+    decoder.forward(ids[:12], [Span(cache, 12)])
+    exits, states = [], []
+    for i in range(12, 20):  # token by token, as a draft is written
+        hidden = decoder.run(decoder.embed(ids[i : i + 1]), [Span(cache, 1)], last=early)
+        states.append(hidden)
+        exits.append(decoder.logits(hidden))
+    torch.testing.assert_close(torch.cat(exits), theirs(shallow, ids)[12:], **CLOSE)
+    cache.crop(12)  # the other layers, all drafted tokens at once
+    found = decoder.logits(decoder.run(torch.cat(states), [Span(cache, 8, keep=None)], first=early))
+    torch.testing.assert_close(found, theirs(model, ids)[12:], **CLOSE)
+    assert cache.length == 20
+    found = decoder.forward(ids[:3], [Span(cache, 3)], layers=None)
+    torch.testing.assert_close(found, theirs(model, torch.cat([ids, ids[:3]]))[-1:], **CLOSE)
+
+
+def test_embeddings_in_place_of_ids(tmp_path: Path) -> None:
+    _, engine = both("llama", tmp_path)
+    ids = some_ids(6)
+    one, other = (engine.cache(limit=6) for _ in range(2))
+    found = engine.decoder.forward(None, [Span(one, 6)], embeds=engine.decoder.embed(ids))
+    assert torch.equal(found, engine.decoder.forward(ids, [Span(other, 6)]))
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    _, engine = both("llama", tmp_path)
+    ids = some_ids(9)
+
+    def kept(*keep: int | None) -> Tensor:
+        return engine.decoder.forward(ids, [Span(engine.cache(limit=9), n, keep=k) for n, k in zip((4, 5), keep, strict=True)])
+
+    whole = kept(None, None)
+    assert whole.shape == (9, VOCAB)
+    for keep, rows in (((1, 1), [3, 8]), ((0, 2), [7, 8]), ((None, 0), [0, 1, 2, 3]), ((9, 1), [0, 1, 2, 3, 8]), ((0, 0), [])):
+        torch.testing.assert_close(kept(*keep), whole[rows])
+
+
+FACTORS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def factors(model: Any, seed: int, modules: tuple[str, ...] = FACTORS) -> dict[str, tuple[Tensor, Tensor]]:
+    numbers = torch.Generator().manual_seed(seed)
+    out = {}
+    for layer in range(2):  # not the last
+        for i, module in enumerate(modules):
+            rows, columns = model.get_submodule(f"model.layers.{layer}.{module}").weight.shape
+            a, b = torch.randn(1 + i % 3, columns, generator=numbers), torch.randn(rows, 1 + i % 3, generator=numbers)
+            out[f"model.layers.{layer}.{module}"] = a * 0.2, b * 0.2
+    return out
+
+
+def merged(name: str, folder: Path, changes: dict[str, tuple[Tensor, Tensor]]) -> Any:
+    model = tiny_model(name, folder)
+    with torch.no_grad():
+        for module, (a, b) in changes.items():
+            model.get_submodule(module).weight.add_(b @ a)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama_biases", "qwen3"])
+def test_each_span_has_its_own_adapter(name: str, tmp_path: Path) -> None:
+    model, engine = both(name, tmp_path)
+    changes = {"tall": factors(model, 1), "short": factors(model, 2, FACTORS[1:2])}
+    for adapter, change in changes.items():
+        engine.add_adapter(adapter, change)
+    wanted = {None: model} | {adapter: merged(name, tmp_path / adapter, change) for adapter, change in changes.items()}
+    order = ["short", None, "tall", "tall", None]
+    texts = [some_ids(3 + i, i) for i in range(5)]
+    caches = [engine.cache(limit=40) for _ in texts]
+    found = engine.decoder.forward(
+        torch.cat(texts), [Span(c, len(t), keep=None, adapter=a) for c, t, a in zip(caches, texts, order, strict=True)]
+    )
+    want = [theirs(wanted[adapter], text) for adapter, text in zip(order, texts, strict=True)]
+    torch.testing.assert_close(found, torch.cat(want), **CLOSE)
+    assert float((want[0] - theirs(model, texts[0])).abs().max()) > 0.01  # the smaller adapter is seen
+    with pytest.raises(ModelError, match="no adapter named 'wide'; it holds: tall, short"):
+        engine.decoder.forward(texts[0], [Span(engine.cache(limit=9), 3, adapter="wide")])
+
+
+def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    model, engine = both("llama", tmp_path)
+    good = factors(model, 0)
+    a, b = good["model.layers.1.mlp.up_proj"]
+    for module, pair, said in (
+        ("lm_head", (a, b), "'lm_head'"),
+        ("model.layers.3.mlp.up_proj", (a, b), r"layers\.3"),
+        ("model.layers.1.mlp.up_proj", (a[:, 1:], b), r"does not fit 'model\.layers\.1\.mlp\.up_proj' of \(80, 48\)"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            make_lora(engine.shape, {module: pair}, "mine")
+
+
+def test_rows_that_belong_to_no_span_and_unknown_tokens_are_refused(tmp_path: Path) -> None:
+    _, engine = both("llama", tmp_path)
+    decoder, cache = engine.decoder, engine.cache(limit=9)
+    with pytest.raises(ModelError, match="5 rows came for spans of"):
+        decoder.forward(some_ids(5), [Span(cache, 3), Span(cache, 1)])
+    with pytest.raises(ModelError, match=r"not in 0\.\.100"):
+        decoder.forward(torch.tensor([VOCAB]), [Span(cache, 1)])
+    with pytest.raises(ModelError, match="has 3 layers"):
+        decoder.forward(torch.tensor([1]), [Span(cache, 1)], layers=4)
+    with pytest.raises(ModelError, match="needs ids or embeds"):
+        decoder.forward(None, [Span(cache, 1)])
+    with pytest.raises(CacheError, match="at least 1"):
+        engine.cache(limit=-1)
+    assert cache.length == 0
+
+
+def test_masks() -> None:
+    # two queries, at positions 2 and 3 of four keys; a window of two sees itself and the one before
+    assert causal_mask(2, 4, None).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert causal_mask(2, 4, 2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_query_heads_share_their_groups_keys() -> None:
+    q, k, v = torch.randn(1, 6, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    for head in range(6):
+        weights = torch.softmax(k[head // 3] @ q[0, head] / 2, 0)
+        torch.testing.assert_close(attention(q, k, v, None)[0, head], weights @ v[head // 3])
+
+
+def test_caches_of_different_kinds_share_a_pass(tmp_path: Path) -> None:
+    class Other(FullCache):
+        """The same cache under another name."""
+
+    _, engine = both("llama", tmp_path)
+    ids = some_ids(8)
+
+    def run(*caches: Cache) -> Tensor:
+        return engine.decoder.forward(ids, [Span(cache, 4) for cache in caches])
+
+    a, b = FullCache(engine.shape, 9), FullCache(engine.shape, 9)
+    assert torch.equal(run(a, Other(engine.shape, 9)), run(FullCache(engine.shape, 9), b))

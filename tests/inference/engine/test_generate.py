@@ -1,0 +1,341 @@
+"""Answers of tiny random decoders: as transformers', and the same with speculation as without."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.caches.base import Cache
+from fedtune.inference.engine.caches.kivi import KiviCache
+from fedtune.inference.engine.caches.window import WindowCache
+from fedtune.inference.engine.context import Context, common
+from fedtune.inference.engine.generate import Generation, Speculation, generate
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.sample import Sampler, Sampling
+from fedtune.inference.engine.speculate import Draft, Drafter
+from fedtune.inference.engine.speculate.adapt import Adapt
+from fedtune.inference.engine.speculate.draft import DraftModel
+from fedtune.inference.engine.speculate.early_exit import EarlyExit
+from fedtune.inference.engine.speculate.lookup import Lookup
+from tests.inference.engine.tiny import VOCAB, tiny_model
+
+WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(2, VOCAB))]
+
+
+def build(folder: Path, name: str = "llama", *, seed: int = 0, words: Sequence[str] = WORDS) -> tuple[Engine, Any]:
+    """An engine and the same model in transformers; end token </s>."""
+    model = tiny_model(name, folder, seed=seed)
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<s>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok.add_special_tokens(["<s>", "</s>"])
+    tok.save(str(folder / "tokenizer.json"))
+    return load_engine(folder), model
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Any]:
+    return build(tmp_path_factory.mktemp("target") / "m")
+
+
+@pytest.fixture(scope="module")
+def engine(pair: tuple[Engine, Any]) -> Engine:
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return build(tmp_path_factory.mktemp("draft") / "m", "qwen3", seed=5)[0]
+
+
+class Scribble(Drafter):
+    """Guesses at random, drawn from a random distribution where it says one."""
+
+    name = "random"
+
+    def __init__(self, sure: bool = False) -> None:
+        self._generator, self._sure = torch.Generator().manual_seed(3), sure
+
+    def begin(self, sampling: Sampling, context: Context) -> None:
+        self._sure = self._sure or sampling.greedy
+
+    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+        q = (3 * torch.randn(count, VOCAB, generator=self._generator)).softmax(-1)
+        tokens = torch.multinomial(q, 1, generator=self._generator).flatten().tolist()
+        return Draft(tokens, None if self._sure else q)
+
+
+class Oracle(Drafter):
+    """Knows the answer, but for every fifth token."""
+
+    name = "oracle"
+
+    def __init__(self, answer: list[int], prompt: int) -> None:
+        self._answer, self._prompt = answer, prompt
+
+    def begin(self, sampling: Sampling, context: Context) -> None:
+        pass
+
+    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+        rest = self._answer[len(ids) - self._prompt :][:count]
+        return Draft([(t + (len(ids) + i) % 5 // 4) % VOCAB for i, t in enumerate(rest)])
+
+
+def drafter(kind: str, engine: Engine, small: Engine) -> Drafter:
+    makes = {"lookup": Lookup, "draft": lambda: DraftModel(small, engine), "early-exit": EarlyExit, "random": Scribble}
+    return makes[kind]()
+
+
+KINDS = ["lookup", "draft", "early-exit", "random"]
+
+
+def prompts(count: int, *, seed: int = 0, longest: int = 12) -> list[list[int]]:
+    rng = random.Random(seed)
+    few = [rng.choices(range(2, VOCAB), k=5) for _ in range(count)]  # few words, so that endings come again
+    return [rng.choices(words, k=rng.randint(1, longest)) for words in few]
+
+
+def tokens(run: Generation) -> list[int]:
+    return [piece.token for piece in run]
+
+
+# -- plain decoding -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.4}])
+def test_greedy_text_is_that_of_transformers(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    engine, model = build(tmp_path / "m", name)
+    for ids in prompts(3):
+        with torch.inference_mode():
+            theirs = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=1, pad_token_id=1, **options)
+        assert tokens(Generation(engine, ids, Sampling(**options), 20)) == theirs[0, len(ids) :].tolist()
+
+
+def test_a_text_prompt_and_its_pieces(engine: Engine) -> None:
+    run = Generation(engine, "w5 w6 w7", max_new_tokens=6)
+    pieces = list(run)
+    assert [p.end for p in pieces] == [None] * 5 + ["length"]
+    text = "".join(p.text for p in pieces)
+    assert text == engine.text.decode([p.token for p in pieces]) == generate(engine, "w5 w6 w7", max_new_tokens=6)
+    report = run.report
+    assert (report.prompt, report.reused, report.tokens, report.passes, report.drafted) == (3, 0, 6, 5, 0)
+
+
+def test_an_end_token_ends_the_answer_and_gives_no_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = tokens(Generation(engine, [5, 6], max_new_tokens=8))
+    at = next(i for i in range(1, 8) if answer[i] not in answer[:i])
+    monkeypatch.setattr(engine.text, "ends", frozenset({answer[at]}))
+    pieces = list(Generation(engine, [5, 6], max_new_tokens=8))
+    assert [p.token for p in pieces] == answer[: at + 1] and pieces[-1].end == "stop" and pieces[-1].text == ""
+
+
+def test_a_stop_string_across_tokens_never_leaks(engine: Engine) -> None:
+    whole = generate(engine, [5, 6], max_new_tokens=8)
+    words = whole.split()
+    stop = words[2][-1] + " " + words[3][0]  # from inside one token into the next
+    pieces = list(Generation(engine, [5, 6], Sampling(stop=(stop,)), 8))
+    assert "".join(p.text for p in pieces) == whole[: whole.find(stop)] and pieces[-1].end == "stop"
+    assert len(pieces) <= 4
+
+
+def test_logprobs_are_the_models_own(pair: tuple[Engine, Any]) -> None:
+    engine, model = pair
+    pieces = list(Generation(engine, [5, 6, 7], Sampling(temperature=2.0, top_k=7), 5, logprobs=3))
+    ids = [5, 6, 7, *(p.token for p in pieces)]
+    with torch.inference_mode():
+        logs = model(torch.tensor([ids])).logits[0, 2:-1].float().log_softmax(-1)
+    for piece, row in zip(pieces, logs, strict=True):
+        assert piece.logprob == pytest.approx(float(row[piece.token]), abs=1e-4)
+        assert [i for i, _ in piece.rivals] == row.topk(3).indices.tolist()
+    assert all(p.logprob is None and not p.rivals for p in Generation(engine, [5], max_new_tokens=2))
+
+
+def test_what_does_not_fit_is_refused(engine: Engine) -> None:
+    for ids, length, words in [([5] * 60, 5, "more than the model's context, 64"), ([5], 0, "max_new_tokens=0"), ([], 3, "no tokens"),
+                               ([5] * 64, None, "more than the model's context")]:  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            Generation(engine, ids, max_new_tokens=length)
+    with pytest.raises(ModelError, match="the token 101 is none of the model's 101"):
+        Generation(engine, [VOCAB], Sampling(repetition_penalty=1.1), 3)
+    assert len(tokens(Generation(engine, [5] * 61, max_new_tokens=None))) == 3  # until the context is full
+
+
+def test_sampling_is_the_seeds(engine: Engine) -> None:
+    def text(seed: int) -> list[int]:
+        return tokens(Generation(engine, [5, 6], Sampling(temperature=1.5, seed=seed), 12))
+
+    state = torch.get_rng_state()
+    assert text(1) == text(1) and len({tuple(text(s)) for s in range(4)}) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# -- turns --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_turn_computes_only_what_is_new(engine: Engine) -> None:
+    context = Context(engine)
+    first = Generation(engine, [5, 6, 7], max_new_tokens=4, context=context)
+    answer = tokens(first)
+    turn = [5, 6, 7, *answer, 9, 10]
+    second = Generation(engine, turn, max_new_tokens=4, context=context)
+    assert tokens(second) == tokens(Generation(engine, turn, max_new_tokens=4))
+    assert second.report.reused == 6  # three of the prompt, all of the answer but its last token, which no pass had seen
+    same = Generation(engine, turn, max_new_tokens=4, context=context)
+    assert tokens(same) == tokens(Generation(engine, turn, max_new_tokens=4)) and same.report.reused == len(turn) - 1
+    other = Generation(engine, [8, 9], max_new_tokens=4, context=context)
+    assert tokens(other) == tokens(Generation(engine, [8, 9], max_new_tokens=4)) and other.report.reused == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_is_cut_off_leaves_a_sound_context(engine: Engine, small: Engine, kind: str) -> None:
+    context, speculation = Context(engine), Speculation(drafter(kind, engine, small), Adapt(fixed=3))
+    for ids in prompts(4, seed=2):
+        for i, piece in enumerate(Generation(engine, ids, max_new_tokens=12, context=context, speculation=speculation)):
+            assert len(context.ids) == context.cache.length and piece.end is None
+            if i == 4:
+                break
+        turn = [*ids, 9]
+        got = tokens(Generation(engine, turn, max_new_tokens=6, context=context, speculation=speculation))
+        assert got == tokens(Generation(engine, turn, max_new_tokens=6))
+
+
+def test_common_beginnings() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = ([rng.randint(0, 1) for _ in range(rng.randint(0, 9))] for _ in range(2))
+        assert common(a, b) == next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def test_a_long_prompt_runs_in_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = tokens(Generation(engine, [5, 6, 7, 8, 9, 10, 11, 12], max_new_tokens=5))
+    monkeypatch.setattr("fedtune.inference.engine.context.CHUNK", 3)
+    assert tokens(Generation(engine, [5, 6, 7, 8, 9, 10, 11, 12], max_new_tokens=5)) == want
+
+
+# -- speculation --------------------------------------------------------------------------------------------------------------------------
+
+
+def compare(engine: Engine, small: Engine, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16) -> tuple[int, int]:
+    """Every prompt's answer with and without speculation; returns guesses and kept ones."""
+    speculation, drafted, accepted = Speculation(drafter(kind, engine, small), adapt), 0, 0
+    for ids in prompts(count):
+        run = Generation(engine, ids, sampling, length, speculation=speculation)
+        assert tokens(run) == tokens(Generation(engine, ids, sampling, length))
+        assert run.report.close == []
+        drafted, accepted = drafted + run.report.drafted, accepted + run.report.accepted
+    return drafted, accepted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
+def test_greedy_answers_are_the_same_token_for_token(engine: Engine, small: Engine, kind: str, options: dict[str, Any]) -> None:
+    drafted, _ = compare(engine, small, kind, 12, Sampling(**options), Adapt(fixed=4))
+    assert drafted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guesses", [1, 4, 10, None])
+def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, kind: str, guesses: int | None) -> None:
+    drafted, accepted = compare(engine, small, kind, 200, Sampling(), Adapt(fixed=guesses), 24)
+    assert drafted > (200 if guesses else 0) and (accepted > 0 or kind == "random" or not guesses)
+
+
+def test_sure_guesses_keep_the_text_of_the_seed(engine: Engine, small: Engine) -> None:
+    for seed in range(4):
+        sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=seed)
+        compare(engine, small, "lookup", 4, sampling, Adapt(fixed=1 + seed))
+        ids = [5, 6]
+        plain = tokens(Generation(engine, ids, sampling, 12))
+        scribbled = Generation(engine, ids, sampling, 12, speculation=Speculation(Scribble(sure=True), Adapt(fixed=3)))
+        assert tokens(scribbled) == plain
+
+
+def test_guesses_count_as_seen_for_the_rows_after_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = Sampling(repetition_penalty=1.6)
+    answer = tokens(Generation(engine, [5, 6], sampling, 40))
+
+    def speculative() -> list[int]:
+        return tokens(Generation(engine, [5, 6], sampling, 40, speculation=Speculation(Oracle(answer, 2), Adapt(fixed=6))))
+
+    assert speculative() == answer
+    own = Sampler.seen
+    monkeypatch.setattr(Sampler, "seen", lambda self, drafted=(): cast(Tensor, own(self)).repeat(1 + len(drafted), 1))
+    assert speculative() != answer
+
+
+def test_good_guesses_save_passes_and_the_text_stays(engine: Engine) -> None:
+    plain = Generation(engine, [5, 6], max_new_tokens=40)
+    answer = tokens(plain)
+    run = Generation(engine, [5, 6], max_new_tokens=40, speculation=Speculation(Oracle(answer, 2), Adapt(fixed=6)))
+    assert tokens(run) == answer and run.report.passes < 16 < plain.report.passes == 39
+    assert run.report.tokens == 1 + run.report.passes + run.report.accepted
+
+
+def test_the_number_of_guesses_follows_the_clock_that_is_given(engine: Engine) -> None:
+    answer = tokens(Generation(engine, [5, 6], max_new_tokens=40))
+
+    def passes(step: float) -> tuple[int, int]:
+        time = iter(range(10**6))
+        run = Generation(engine, [5, 6], max_new_tokens=40, speculation=Speculation(Oracle(answer, 2)), clock=lambda: step * next(time))
+        assert tokens(run) == answer
+        return run.report.passes, run.report.drafted
+
+    assert passes(1.0) == passes(1.0) == passes(3.0)  # every pass costs the same: what counts is the ratio
+    assert passes(1.0)[0] < 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_tokens_of_a_full_context_are_guessed_without_overflow(engine: Engine, small: Engine, kind: str) -> None:
+    ids = prompts(1, longest=3)[0]
+    run = Generation(engine, ids, max_new_tokens=None, speculation=Speculation(drafter(kind, engine, small), Adapt(fixed=10)))
+    assert tokens(run) == tokens(Generation(engine, ids, max_new_tokens=None)) and run.report.tokens == 64 - len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["window", "kivi4"])
+def test_other_caches_go_back_as_far_as_guesses_need(engine: Engine, small: Engine, kind: str, policy: str) -> None:
+    def make() -> Cache:
+        if policy == "window":
+            return WindowCache(engine.shape, 64, 10, 2, undo=6)
+        return KiviCache(engine.shape, 64, 4, residual=8, group=4, undo=6)
+
+    for ids in prompts(3, seed=1):
+        plain = tokens(Generation(engine, ids, max_new_tokens=40, context=Context(engine, make)))
+        speculation = Speculation(drafter(kind, engine, small), Adapt(fixed=10))  # more than the cache takes back
+        assert tokens(Generation(engine, ids, max_new_tokens=40, context=Context(engine, make), speculation=speculation)) == plain
+
+
+def test_a_draft_model_must_have_the_same_tokenizer(tmp_path: Path, engine: Engine) -> None:
+    other, _ = build(tmp_path / "other", words=["<s>", "</s>", *(f"v{i}" for i in range(2, VOCAB))])
+    with pytest.raises(ModelError, match="cannot draft for .*: their tokenizers differ"):
+        DraftModel(other, engine)
+
+
+@pytest.mark.parametrize("width", [97, 110])
+def test_a_draft_model_may_have_a_narrower_or_wider_table(
+    engine: Engine, small: Engine, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = type(small.decoder).forward
+
+    def resized(self: Any, *args: Any, **more: Any) -> Tensor:
+        out = forward(self, *args, **more)
+        if self is not small.decoder:
+            return out
+        return out[:, :width] if width < VOCAB else torch.nn.functional.pad(out, (0, width - VOCAB), value=99.0)
+
+    monkeypatch.setattr(type(small.decoder), "forward", resized)
+    assert compare(engine, small, "draft", 3, Sampling(), Adapt(fixed=3))[0] > 0
+    sampled = Generation(engine, [5], Sampling(temperature=1.0), 10, speculation=Speculation(DraftModel(small, engine), Adapt(fixed=3)))
+    assert max(tokens(sampled)) < VOCAB
+
+
+def test_an_exit_after_all_layers_is_refused(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="an early exit after layer 3 of 3 saves nothing"):
+        tokens(Generation(engine, [5], max_new_tokens=3, speculation=Speculation(EarlyExit(3))))

@@ -1,0 +1,50 @@
+"""The engine runs on a device that has torch, safetensors and tokenizers, and little else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedtune.inference.engine as engine
+
+ROOT = Path(str(engine.__file__)).parent
+FILES = sorted(ROOT.rglob("*.py"))
+LIBRARIES = {"torch", "safetensors", "tokenizers"}
+OURS = ("fedtune.errors", "fedtune.seeds", "fedtune.inference.engine")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_file_imports_anything_else_when_it_is_imported(file: Path) -> None:
+    allowed = sys.stdlib_module_names | LIBRARIES
+    for name in _imported(ast.parse(file.read_text()).body):
+        assert name.startswith(OURS) if name.split(".")[0] == "fedtune" else name.split(".")[0] in allowed, f"{file.name} imports {name}"
+
+
+def _imported(body: list[ast.stmt]) -> list[str]:
+    """Modules that a module's own statements import: not those of functions, nor of type checkers."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test) or isinstance(node, ast.Try):
+            found += _imported(node.body)
+    return found
+
+
+@pytest.mark.slow
+def test_importing_the_engine_loads_neither_transformers_nor_peft_nor_flower() -> None:
+    modules = [".".join(("fedtune.inference.engine", *f.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for f in FILES]
+    lines = [
+        "import sys, torch, safetensors, tokenizers",
+        "before = set(sys.modules)",
+        f"for name in {modules!r}: __import__(name)",
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}",
+        "print(sorted(new - set(sys.stdlib_module_names) - {'torch', 'safetensors', 'tokenizers', 'fedtune'}))",
+        "print(sorted({'transformers', 'peft', 'flwr', 'datasets', 'bitsandbytes', 'jinja2', 'fastapi'} & set(sys.modules)))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=ROOT.parents[2])
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]

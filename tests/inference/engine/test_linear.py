@@ -1,0 +1,153 @@
+"""Each kind against a float product with the weights that its portable tensors stand for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.inference.engine import linear
+from fedtune.inference.engine.linear import KINDS, dequantised, linear_from_tensors, portable
+
+# ‖y - x Wᵀ‖ / ‖x Wᵀ‖ with the dequantised W: rounding of x, y and int4's w to 8 bits of mantissa; of x to 255 steps of its largest
+BOUND = {"fp32": 1e-6, "bf16": 0.004, "int8": 0.012, "int4": 0.005}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (101, 48), (192, 172), (64, 256), (1, 33)])
+def test_the_product_is_that_of_the_dequantised_weights(kind: str, n_out: int, n_in: int) -> None:
+    torch.manual_seed(n_out)
+    for group in (32, 64) if kind == "int4" else (32,):
+        tensors = portable(kind, torch.randn(n_out, n_in) + 0.1, group=group)
+        made, weight = linear_from_tensors(kind, tensors, n_in=n_in, group=group), dequantised(kind, tensors, n_in=n_in, group=group)
+        assert (made.n_in, made.n_out) == (n_in, n_out)
+        for rows in (1, 3, 5, linear.DENSE, linear.DENSE + 7):
+            x = torch.randn(rows, n_in) * torch.logspace(-3, 2, rows)[:, None]  # each row has its own size
+            y = made(x)
+            assert y.dtype == torch.float32 and y.shape == (rows, n_out)
+            if n_out == 1:  # a single number may cancel
+                torch.testing.assert_close(y, x @ weight.T, atol=BOUND[kind] * float(x.norm() * weight.norm()), rtol=0)
+            else:
+                assert relative(y / x.norm(dim=1, keepdim=True), x @ weight.T / x.norm(dim=1, keepdim=True)) < BOUND[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_is_added_unrounded_and_rows_do_not_touch_each_other(kind: str) -> None:
+    tensors, bias = portable(kind, torch.randn(50, 40)), torch.randn(50) * 1000
+    plain, biased = (linear_from_tensors(kind, t, n_in=40) for t in (tensors, tensors | {"bias": bias}))
+    x = torch.randn(4, 40)
+    torch.testing.assert_close(biased(x), plain(x) + bias, rtol=1e-6, atol=1e-4)
+    assert torch.equal(plain(torch.zeros(2, 40)), torch.zeros(2, 50))
+    mixed = torch.stack([x[0], x[0] * 1e6])
+    assert relative(plain(mixed)[:1], plain(x[:1])) < 1e-6
+
+
+def test_int8_by_hand() -> None:
+    tensors = portable("int8", torch.tensor([[1.27, -0.64, 0.0], [0.0, 0.0, 0.0]]))
+    # the largest, 1.27, is 127 steps of 0.01; a row of zeros has steps of 1
+    assert tensors["packed"].tolist() == [[127, -64, 0], [0, 0, 0]]
+    torch.testing.assert_close(tensors["scale"], torch.tensor([0.01, 1.0]))
+    y = linear_from_tensors("int8", tensors, n_in=3)(torch.tensor([[127.0, -127.0, 5.0]]))
+    torch.testing.assert_close(y, torch.tensor([[127 * 1.27 + 127 * 0.64, 0.0]]))  # x is whole steps of 1: exact
+
+
+def test_int4_by_hand() -> None:
+    weight = torch.arange(16.0).repeat(2)[None] / 4 - 1  # -1, -0.75 .. 2.75: sixteen steps of 1/4, all of them bfloat16 numbers
+    tensors = portable("int4", weight)
+    # w = (q - 8) / 4 + zero and q = 0 is -1: zero = 1; the even column lies in the low half: 0 | 1 << 4, 2 | 3 << 4 ..
+    assert tensors["scale"].tolist() == [[0.25]] and tensors["zero"].tolist() == [[1.0]]
+    assert tensors["packed"][0, :3].tolist() == [0x10, 0x32, 0x54]
+    assert torch.equal(dequantised("int4", tensors, n_in=32), weight)
+    x = torch.zeros(2, 32)
+    x[0, 1], x[1, 15] = 1, 2
+    assert linear_from_tensors("int4", tensors, n_in=32)(x).tolist() == [[-0.75], [5.5]]
+
+
+@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from([32, 64]), st.floats(-3, 3))
+def test_rounding_to_the_nearest_is_within_half_a_step(n_out: int, n_in: int, group: int, shift: float) -> None:
+    weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(n_out * 1000 + n_in)) + shift
+    int8 = portable("int8", weight)
+    assert bool(((dequantised("int8", int8, n_in=n_in) - weight).abs() <= int8["scale"][:, None] * 0.5001).all())
+    int4 = portable("int4", weight, group=group)
+    step = int4["scale"].float().repeat_interleave(group, 1)[:, :n_in]
+    # scale and zero are themselves rounded to 8 bits, which may push the ends out by 15/2 · 2⁻⁸ steps and |zero| · 2⁻⁹
+    slack = step * (0.5 + 15 / 512) + int4["zero"].float().abs().repeat_interleave(group, 1)[:, :n_in] / 256 + 1e-6
+    assert bool(((dequantised("int4", int4, n_in=n_in, group=group) - weight).abs() <= slack).all())
+
+
+def test_many_rows_and_few_take_two_ways_to_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_CHUNK", 64 * 96)  # several chunks, the last not full
+    made = linear_from_tensors("int4", portable("int4", torch.randn(150, 80)), n_in=80)
+    x = torch.randn(linear.DENSE + 1, 80)
+    dense = made(x)
+    assert relative(dense, torch.cat([made(x[:35]), made(x[35:])])) < 0.005
+    monkeypatch.setattr(linear, "_known_layout", lambda: False)  # a machine that packs otherwise: the kernel takes them all
+    assert not torch.equal(made(x), dense) and relative(made(x), dense) < 0.005
+
+
+def test_a_machine_without_vnni_takes_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, x = portable("int8", torch.randn(30, 64)), torch.randn(3, 64)
+    want = x @ dequantised("int8", tensors, n_in=64).T
+    monkeypatch.setattr(linear, "_has_vnni", lambda: False)
+    made = linear_from_tensors("int8", tensors, n_in=64)
+    assert isinstance(made, linear.Int8)
+    assert 0.002 < relative(made(x), want) < 0.024
+    assert made._middle + made._steps < 128  # two products of 127 · 127 fit 16 bits
+
+
+def test_a_machine_without_packed_bf16_multiplies_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, x = portable("bf16", torch.randn(30, 20)), torch.randn(3, 20)
+    monkeypatch.setattr(linear, "_packs_bf16", lambda: False)
+    assert relative(linear_from_tensors("bf16", tensors, n_in=20)(x), x @ tensors["weight"].float().T) < BOUND["bf16"]
+
+
+@pytest.mark.parametrize("change", ["swapped halves", "no zero", "other offset"])
+def test_the_bounds_would_see_a_wrong_formula(change: str) -> None:
+    tensors = portable("int4", torch.randn(64, 64) + 0.5)
+    weight = dequantised("int4", tensors, n_in=64)
+    wrong = dict(tensors)
+    if change == "swapped halves":
+        wrong["packed"] = tensors["packed"] << 4 | tensors["packed"] >> 4
+    elif change == "no zero":
+        wrong["zero"] = torch.zeros_like(tensors["zero"])
+    else:
+        wrong["zero"] = tensors["zero"] + tensors["scale"] / 2
+    x = torch.randn(4, 64)
+    assert relative(linear_from_tensors("int4", wrong, n_in=64)(x), x @ weight.T) > 5 * BOUND["int4"]
+
+
+def test_nbytes_are_those_of_the_packed_form() -> None:
+    weight = torch.randn(128, 256)
+    made = {kind: linear_from_tensors(kind, portable(kind, weight), n_in=256).nbytes for kind in KINDS}
+    # int4: half a byte a weight, and 4 bytes for each 32 of them
+    assert made == {"fp32": 131072, "bf16": 65536, "int8": 32768 + 512, "int4": 16384 + 4096}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("int5", {}, "int5"),
+        ("int4", {"zero": None}, "lacks its zero"),
+        ("int4", {"packed": torch.zeros(3, 5, dtype=torch.uint8)}, r"packed of shape \(3, 5\)"),
+        ("int8", {"scale": torch.ones(3, 2)}, "several int8 scales"),
+        ("fp32", {"bias": torch.ones(4)}, "bias of shape"),
+    ],
+)
+def test_tensors_that_make_no_linear_are_named(kind: str, changes: dict[str, Tensor | None], said: str) -> None:
+    tensors = portable(kind if kind in KINDS else "fp32", torch.randn(3, 64))
+    tensors = {k: v for k, v in {**tensors, **changes}.items() if v is not None}
+    with pytest.raises(ModelError, match=said) as caught:
+        linear_from_tensors(kind, tensors, n_in=64, name="layer 7's gate")
+    assert "layer 7's gate" in str(caught.value)
+
+
+def test_groups_that_the_kernel_does_not_take_are_refused() -> None:
+    with pytest.raises(ModelError, match="48"):
+        portable("int4", torch.randn(3, 96), group=48)
+    with pytest.raises(ModelError, match="groups of 16"):
+        linear_from_tensors("int4", portable("int4", torch.randn(3, 64)), n_in=64, group=16)

@@ -1,0 +1,67 @@
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedtune.inference.engine.rope import Rope, frequencies, pairs
+from fedtune.inference.engine.shape import read_shape
+from tests.inference.engine.tiny import SHAPES
+
+
+def theirs(name: str) -> Any:
+    """transformers' own rotary embedding of a tiny model."""
+    return AutoModelForCausalLM.from_config(SHAPES[name]()).model.rotary_emb
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_linear", "llama_dynamic", "llama3", "llama_yarn", "llama_yarn_mscale", "qwen3"])
+def test_the_tables_are_those_of_transformers(name: str) -> None:
+    shape = read_shape(SHAPES[name]().to_dict())
+    n = shape.context + 9 if shape.rope.kind == "dynamic" else 40
+    cos, sin = theirs(name)(torch.zeros(1), torch.arange(n)[None])
+    rows = Rope(shape).rows(0, n)[:, 0]
+    half = shape.head_dim // 2
+    torch.testing.assert_close(rows.real, cos[0, :, :half], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rows.imag, sin[0, :, :half], atol=1e-6, rtol=1e-6)
+
+
+def test_channels_that_rotate_together_stand_side_by_side() -> None:
+    # two heads of four channels: 0 turns with 2 and 1 with 3 in each
+    assert pairs(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_a_rotation_is_the_rotate_half_of_the_paper() -> None:
+    shape = read_shape(SHAPES["llama"]().to_dict())
+    rope, order = Rope(shape), pairs(1, shape.head_dim)
+    x = torch.randn(5, 3, shape.head_dim)
+    angles = torch.arange(7, 12)[:, None] * frequencies(shape.rope, shape.head_dim)[0]
+    cos, sin = (torch.cat([t, t], 1)[:, None] for t in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, -1)
+    want = x * cos + torch.cat([-second, first], -1) * sin
+    torch.testing.assert_close(rope.rotate(x[..., order], 7), want[..., order])
+    torch.testing.assert_close(rope.rotate(x[..., order], torch.arange(7, 12)), want[..., order])
+
+
+def test_positions_may_come_in_any_order_and_grow() -> None:
+    rope = Rope(read_shape(SHAPES["llama3"]().to_dict()))
+    x = torch.randn(4, 2, 12)
+    at = torch.tensor([900, 3, 3, 0])
+    want = torch.cat([rope.rotate(x[i : i + 1], int(p)) for i, p in enumerate(at)])
+    assert torch.equal(Rope(read_shape(SHAPES["llama3"]().to_dict())).rotate(x, at), want)
+    assert torch.equal(rope.rotate(x[3:], 0), x[3:])  # position 0 turns nothing
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_yarn_mscale"])
+def test_unrotate_is_the_way_back(name: str) -> None:
+    rope = Rope(read_shape(SHAPES[name]().to_dict()))
+    x = torch.randn(6, 2, 12)
+    torch.testing.assert_close(rope.rotate(rope.unrotate(x, 4), 4), x)
+
+
+def test_only_dynamic_scaling_looks_at_the_length_and_only_beyond_the_context() -> None:
+    dynamic = Rope(read_shape(SHAPES["llama_dynamic"]().to_dict()))  # context 16
+    assert torch.equal(dynamic.rows(3, 1), dynamic.rows(0, 16)[3:4])
+    assert not torch.allclose(dynamic.rows(0, 17)[3:4], dynamic.rows(3, 1))
+    at = torch.tensor([2, 16])
+    x = torch.randn(2, 1, 12)
+    torch.testing.assert_close(dynamic.rotate(x, at), dynamic.rotate(torch.cat([x[:1].expand(16, 1, 12), x[1:]]), 0)[at])

@@ -1,0 +1,86 @@
+from typing import Any
+
+import pytest
+
+from fedtune.errors import ModelError
+from fedtune.inference.engine.shape import Unsupported, read_shape
+from tests.inference.engine.tiny import SHAPES
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "vocab_size": 101,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_tiny_shape_is_read(name: str) -> None:
+    config = SHAPES[name]()
+    shape = read_shape(config.to_dict())
+    assert (shape.hidden, shape.layers, shape.heads) == (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+    assert shape.kv_heads == config.num_key_value_heads and shape.tied == config.tie_word_embeddings
+    assert len(shape.windows) == shape.layers and shape.eos == (1,) and shape.bos == 0
+
+
+def test_what_an_old_llama_config_leaves_out() -> None:
+    shape = read_shape(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 500.0, "eos_token_id": [3, 5]})
+    assert (shape.kv_heads, shape.head_dim, shape.context, shape.eps) == (6, 8, 2048, 1e-6)
+    assert (shape.rope.kind, shape.rope.theta, shape.rope.get("factor")) == ("linear", 500.0, 2)
+    assert shape.eos == (3, 5) and shape.bos is None and not shape.tied and not shape.qkv_bias
+
+
+def test_windows() -> None:
+    qwen = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 4}
+    assert read_shape(qwen).windows == (None,) * 3  # Qwen2 keeps the number and does not use it
+    assert read_shape(qwen | {"use_sliding_window": True, "max_window_layers": 2}).windows == (None, None, 4)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert read_shape(qwen | {"use_sliding_window": True, "layer_types": kinds}).windows == (4, None, 4)
+    mistral = LLAMA | {"model_type": "mistral", "num_key_value_heads": 2}
+    assert read_shape(mistral).windows == (4096,) * 3 and read_shape(mistral | {"sliding_window": None}).windows == (None,) * 3
+    assert read_shape(LLAMA | {"sliding_window": 4}).windows == (None,) * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"head_dim": 7}, "head_dim=7"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model_type": "qwen3", "num_key_value_heads": 2, "use_sliding_window": True, "layer_types": ["mamba"] * 3}, "mamba"),
+    ],
+)
+def test_what_the_engine_does_not_run_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Unsupported, match=said):
+        read_shape(LLAMA | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"vocab_size": 2**40}, "vocab_size"),
+        ({"num_key_value_heads": 4}, "4 key heads"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1.0}}, "beta_fast=-1.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": float("inf")}}, "factor=inf"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": "x"}}, "original_max_position"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}}, "below"),
+    ],
+)
+def test_an_impossible_size_is_one_sentence(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        read_shape(LLAMA | changes)

@@ -1,0 +1,306 @@
+"""The mathematics of speculation, without a model."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedtune.inference.engine.sample import Uniforms, draw
+from fedtune.inference.engine.speculate import verify as verify_module
+from fedtune.inference.engine.speculate.adapt import Adapt, Costs, expected_tokens
+from fedtune.inference.engine.speculate.lookup import Lookup
+from fedtune.inference.engine.speculate.verify import residual, verify, verify_greedy
+
+# -- prompt lookup ------------------------------------------------------------------------------------------------------------------------
+
+
+def guess(text: str, count: int = 10) -> str:
+    return "".join(map(chr, Lookup().draft([ord(c) for c in text], count, None, 0).tokens))
+
+
+def test_the_last_earlier_place_that_ends_alike_is_copied() -> None:
+    assert guess("abcdeabxyzab", 3) == "xyz"  # after the later "ab", not "cde"
+    assert guess("abcdxb", 2) == "cd"  # no earlier "xb": after the "b"
+    assert guess("1abcd2bcx3abc", 1) == "d"  # after the "abc", though a "bc" came later
+    assert [Lookup().grade([ord(c) for c in text]) for text in ("abcd", "abxb", "xabyab", "abcyabc", "")] == [None, 1, 2, 3, None]
+    assert guess("abcd") == "" and guess("") == "" and guess("a") == ""
+    assert guess("xaxbxcx", 1) == "c"
+
+
+def test_a_repetition_goes_on_beyond_the_end_of_the_text() -> None:
+    assert guess("abcabc", 10) == "abcabcabca"
+    assert guess("aa", 4) == "aaaa"
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.data())
+@settings(max_examples=100, deadline=None)
+def test_an_index_that_grows_with_the_text_finds_what_a_fresh_one_finds(ids: list[int], data: st.DataObject) -> None:
+    growing = Lookup()
+    for end in sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=8))):
+        assert growing.draft(ids[:end], 7, None, 0).tokens == Lookup().draft(ids[:end], 7, None, 0).tokens
+        assert growing.grade(ids[:end]) == Lookup().grade(ids[:end])
+
+
+# -- verification -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_by_hand() -> None:
+    p = torch.tensor([[[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0]]])
+    q = torch.tensor([[[0.2, 0.8, 0.0], [0.5, 0.5, 0.0]]])
+    draws = torch.tensor([[0.7, 0.0, 0.9]], dtype=torch.float64)
+
+    def run(drafted: list[int], accept: list[float]) -> list[int]:
+        kept, token = verify(p, torch.tensor([drafted]), q, torch.tensor([accept]), draws)
+        return [int(kept), int(token)]
+
+    # p/q = .2/.8 at the first guess: kept below .25; the residual is (.3, 0, .3), whose quantile .7 is token 2
+    assert run([1, 0], [0.26, 0.0]) == [0, 2]
+    # then .1/.5: kept below .2; the residual (0, 0, .8) leaves only token 2
+    assert run([1, 0], [0.24, 0.3]) == [1, 2]
+    assert run([1, 0], [0.24, 0.1]) == [2, 1]  # all kept: one more from p
+    assert run([0, 0], [0.999, 0.1]) == [2, 1]  # p/q = .5/.2 > 1: always kept
+
+
+def test_nothing_left_over_means_the_models_own_distribution() -> None:
+    p = torch.tensor([0.25, 0.75])
+    assert residual(p, p).tolist() == [0.25, 0.75]
+    assert residual(p, torch.tensor([0.5, 0.5])).tolist() == [0.0, 0.25]
+
+
+def test_greedy_keeps_what_the_model_would_have_written() -> None:
+    assert verify_greedy([4, 5, 6], [4, 5]) == (2, 6)
+    assert verify_greedy([4, 5, 6], [4, 9]) == (1, 5)
+    assert verify_greedy([4, 5, 6], [9, 5]) == (0, 4)
+
+
+@given(seed=st.integers(0, 10**6), guesses=st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_sure_guesses_leave_the_text_of_the_seed_unchanged(seed: int, guesses: int) -> None:
+    torch.manual_seed(seed)
+    p = (torch.randn(1, guesses + 1, 5) * 2).softmax(-1)
+    u = torch.rand(1, guesses + 1, dtype=torch.float64)
+    plain = draw(p[0], u[0]).tolist()
+    drafted = torch.randint(0, 5, (1, guesses))
+    kept, token = verify(p, drafted, None, torch.rand(1, guesses), u)
+    assert drafted[0, : int(kept)].tolist() + [int(token)] == plain[: int(kept) + 1]
+
+
+V, GUESSES, TRIALS = 4, 2, 100_000
+
+
+def stub_model() -> Tensor:
+    """p(next | text) of a model over four tokens for every text of at most two: rows by `row`."""
+    return (torch.randn(1 + V + V * V, V, generator=torch.Generator().manual_seed(0)) * 1.5).softmax(-1)
+
+
+def row(texts: Tensor) -> Tensor:
+    """(B, n) texts → (B,) rows of the stub's table."""
+    out = torch.zeros(len(texts), dtype=torch.int64)
+    for i in range(texts.shape[1]):
+        out = out * V + texts[:, i]
+    return out + sum(V**i for i in range(texts.shape[1]))
+
+
+def speculate(p: Tensor, q: Tensor | None, seed: int) -> Tensor:
+    """(TRIALS, 3) texts written by speculation from the stub's table p; the guesses come from the table q, or are always (1, 2)."""
+    accept, draws, guess_draws = (
+        torch.rand(TRIALS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)) for i in range(3)
+    )
+    text = torch.empty(TRIALS, 0, dtype=torch.int64)
+    drafted = torch.empty(TRIALS, 0, dtype=torch.int64)
+    rows: list[Tensor] = []
+    for i in range(GUESSES):
+        rows.append(torch.zeros(TRIALS, V) if q is None else q[row(drafted)])
+        guess = torch.full((TRIALS,), 1 + i) if q is None else draw(rows[-1], guess_draws[:, i])
+        drafted = torch.cat([drafted, guess.unsqueeze(1)], 1)
+    target = torch.stack([p[row(drafted[:, :i])] for i in range(GUESSES + 1)], 1)
+    kept, token = verify_module.verify(target, drafted, None if q is None else torch.stack(rows, 1), accept[:, :GUESSES], draws)
+    # what a step leaves open is drawn plainly: the text must be as the model's, wherever the step ended
+    out = torch.zeros(TRIALS, 3, dtype=torch.int64)
+    for i in range(3):
+        text = out[:, :i]
+        fresh = draw(p[row(text)], torch.rand(TRIALS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 100 + i)))
+        own = drafted[:, i] if i < GUESSES else token
+        out[:, i] = torch.where(kept > i, own, torch.where(kept == i, token, fresh))
+    return out
+
+
+def chi_square(texts: Tensor, p: Tensor) -> tuple[float, int]:
+    """Statistic and degrees of freedom of (n, 3) texts against the exact probabilities of all of them."""
+    whole = torch.tensor(list(itertools.product(range(V), repeat=3)))
+    exact = torch.ones(len(whole), dtype=torch.float64)
+    for i in range(3):
+        exact *= p[row(whole[:, :i])].double().gather(1, whole[:, i : i + 1]).squeeze(1)
+    exact *= len(texts) / exact.sum()
+    counts = ((texts[:, 0] * V + texts[:, 1]) * V + texts[:, 2]).bincount(minlength=V**3)
+    rare = exact < 5  # pooled, as the test asks
+    observed = torch.cat([counts[~rare], counts[rare].sum().view(1)]).double()
+    wanted = torch.cat([exact[~rare], exact[rare].sum().view(1)])
+    keep = wanted > 0
+    return float(((observed - wanted)[keep] ** 2 / wanted[keep]).sum()), int(keep.sum()) - 1
+
+
+def critical(freedom: int) -> float:
+    """Quantile .9999 of chi-square, by Wilson and Hilferty."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def drafts() -> dict[str, Tensor | None]:
+    p = stub_model()
+    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(9))
+    return {
+        "good": (p.log() + 0.3 * noise).softmax(-1),
+        "random": (2 * noise).softmax(-1),
+        "same": p,
+        "sharp": (3 * p.log()).softmax(-1),
+        "disjoint": torch.nn.functional.one_hot(p.argmin(-1), V).float(),
+        "lookup": None,
+    }
+
+
+@pytest.mark.parametrize("kind", drafts())
+def test_texts_are_distributed_as_the_model_writes_them(kind: str) -> None:
+    p, q = stub_model(), drafts()[kind]
+    statistic, freedom = chi_square(speculate(p, q, 11), p)
+    assert freedom > 40 and statistic < critical(freedom)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda p, q: p,  # the model's distribution in place of the residual
+        lambda p, q: (q - p).clamp(min=0) + 1e-12,
+        lambda p, q: (p - q).abs(),
+        lambda p, q: (p - 0.8 * q).clamp(min=0),
+    ],
+)
+def test_a_wrong_residual_is_caught(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q = stub_model(), drafts()["good"]
+    monkeypatch.setattr(verify_module, "residual", wrong)
+    statistic, freedom = chi_square(speculate(p, q, 11), p)
+    assert statistic > 1.5 * critical(freedom)
+
+
+def test_a_wrong_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q = stub_model(), drafts()["good"]
+    assert q is not None
+    texts = speculate(p, (q * 1.3).clamp(max=1), 11)  # kept less often than p/q
+    statistic, freedom = chi_square(texts, p)
+    assert statistic > 1.5 * critical(freedom)
+
+
+def test_acceptance_is_one_minus_the_total_variation() -> None:
+    # sum over x of q(x) min(1, p(x)/q(x)) = sum of min(p, q)
+    p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    n = 100_000
+    drafted = draw(q.expand(n, 3), Uniforms(1, "a")(0, n)).unsqueeze(1)
+    accept, draws = Uniforms(2, "b")(0, n).unsqueeze(1), Uniforms(3, "c")(0, 2 * n).view(n, 2)
+    kept, _ = verify(p.expand(n, 2, 3), drafted, q.expand(n, 1, 3), accept, draws)
+    assert abs(float(kept.double().mean()) - 0.6) < 0.006  # four standard deviations
+
+
+# -- how many guesses ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_expected_tokens_by_hand() -> None:
+    assert expected_tokens(0.5, 2) == 1.75  # 1 + 1/2 + 1/4
+    assert expected_tokens(1.0, 3) == 4
+    assert expected_tokens(0.8, 5) == pytest.approx((1 - 0.8**6) / (1 - 0.8))
+
+
+def test_costs_are_the_least_measured_and_interpolated() -> None:
+    costs = Costs()
+    costs.add(1, 5.0)
+    assert costs.table(3) == [0, 5.0, 5.0, 5.0]  # hope, until it is measured
+    costs.add(1, 2.0)
+    costs.add(3, 4.0)
+    assert costs.table(5) == [0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    for _ in range(4):
+        costs.add(1, 3.0)
+    assert costs.table(3) == [0, 3.0, 3.5, 4.0]  # old ones are forgotten
+    costs.add(5, 1.0)
+    assert costs.table(7) == [0, 3.0, 3.5, 4.0, 2.5, 1.0, 1.0, 1.0]  # never falls below what was measured
+
+
+def run_steps(adapt: Adapt, steps: int, cost: dict[int, float], acceptance: float, draft: float = 0.0) -> list[int]:
+    """Feed made-up measurements; every 1/(1 - acceptance)-th guess fails."""
+    out, owed = [], 0.0
+    for _ in range(steps):
+        n = adapt.count()
+        out.append(n)
+        if n == 0:
+            adapt.plain(cost[1])
+            continue
+        kept = 0
+        for _ in range(n):
+            owed += 1 - acceptance
+            if owed >= 1 - 1e-9:
+                owed -= 1
+                break
+            kept += 1
+        adapt.verified(n, kept, n * draft, cost[n + 1])
+    return out
+
+
+FLAT = {n: 1.0 for n in range(1, 12)}
+STEEP = {n: float(n) for n in range(1, 12)}
+
+
+def test_cheap_passes_and_good_guesses_make_long_drafts() -> None:
+    counts = run_steps(Adapt(), 40, FLAT, 0.9)
+    assert counts[0] == 0 and set(counts[5:31]) == {10}  # the first step measures c(1)
+
+
+def test_short_drafts_where_guesses_fail_or_cost() -> None:
+    counts = run_steps(Adapt(), 60, {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}, 0.5)
+    # by hand: (1 - .5^(g+1)) / .5 / (1 + .1 g) is 1.36, 1.46, 1.44, 1.38 for g = 1 ... 4
+    late = [n for n in counts[20:] if n]
+    assert late and max(late) <= 3
+
+
+def test_guessing_is_switched_off_where_it_costs_and_tried_again_ever_more_rarely() -> None:
+    counts = run_steps(Adapt(), 3000, STEEP, 0.3)
+    tries = [i for i in range(1, len(counts)) if counts[i] and not counts[i - 1]]
+    gaps = [b - a for a, b in itertools.pairwise(tries)]
+    assert len(tries) >= 4 and all(b > 1.5 * a for a, b in itertools.pairwise(gaps[:5]))
+    assert sum(map(bool, counts)) < 40  # of 3000 steps
+
+
+def test_it_comes_back_when_the_text_becomes_easy() -> None:
+    adapt = Adapt()
+    cost = {n: 1 + 0.2 * (n - 1) for n in range(1, 12)}
+    run_steps(adapt, 100, cost, 0.0)
+    assert adapt.paused()
+    counts = run_steps(adapt, 600, cost, 0.95)
+    assert sum(map(bool, counts[-100:])) > 90
+
+
+def test_each_grade_has_its_own_acceptance_and_pauses() -> None:
+    adapt = Adapt()
+    cost = {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}
+    tried = {1: 0, 3: 0}
+    for _ in range(100):
+        for grade in tried:
+            if n := adapt.count(grade):
+                adapt.verified(n, n if grade == 3 else 0, 0.0, cost[n + 1], grade)
+                tried[grade] += 1
+            else:
+                adapt.plain(cost[1])
+    # four attempts at most fit into 100 steps with pauses of 16, 32 and 64 between them; each is given up after six guesses at the latest
+    assert tried[1] <= 24 and tried[3] >= 90 and adapt.acceptance(3) > 0.95 and not adapt.paused(3)
+
+
+def test_an_expensive_draft_is_not_worth_it() -> None:
+    counts = run_steps(Adapt(), 400, FLAT, 0.5, draft=1.2)
+    assert sum(map(bool, counts[-200:])) < 10
+
+
+def test_the_same_measurements_give_the_same_choices() -> None:
+    assert run_steps(Adapt(), 500, STEEP, 0.8, 0.1) == run_steps(Adapt(), 500, STEEP, 0.8, 0.1)
+
+
+def test_a_fixed_number_is_kept() -> None:
+    assert run_steps(Adapt(fixed=3), 50, STEEP, 0.0) == [3] * 50

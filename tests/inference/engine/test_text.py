@@ -1,0 +1,304 @@
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.text import StopStrings, Stream, Text, read_text, wrap
+from tests.tiny import NANO
+
+DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama 2: spaces as ▁, unknown characters as bytes, the first space is cut."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abcde,é", "▁a", "ab", "▁▁"]
+    tok = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(words)}, [("▁", "a"), ("a", "b"), ("▁", "▁")], unk_token="<unk>", byte_fallback=True)
+    )
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tok.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tok
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2: every byte a character, and merges that begin with a space or end in the middle of one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "a"), ("b", "c"), ("ð", "Ł"), ("ðŁ", "ĺ"), ("a", "ð")]
+    words = alphabet + ["".join(m) for m in merges] + ["<|end|>"]
+    tok = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(["<|end|>"])
+    return tok
+
+
+def words() -> Tokenizer:
+    """One token a word and no decoder: the library joins them with spaces."""
+    return Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "turn", "on", "the", "light"])}, unk_token="<unk>"))
+
+
+def word_pieces() -> Tokenizer:
+    tok = Tokenizer(
+        models.WordPiece({w: i for i, w in enumerate(["[UNK]", "do", "##ing", "##n", "not", ".", "n't", "a"])}, unk_token="[UNK]")
+    )
+    tok.decoder = decoders.WordPiece()
+    return tok
+
+
+TOKENIZERS = {"byte_fallback": byte_fallback, "byte_level": byte_level, "words": words, "word_pieces": word_pieces}
+TEXTS = {name: Text(make(), bos=None, ends=frozenset(), template=None, names={}) for name, make in TOKENIZERS.items()}
+
+
+def streamed(text: Text, ids: list[int]) -> list[str]:
+    stream = Stream(text)
+    return [*map(stream.push, ids), stream.finish()]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_pieces_join_to_the_whole_text(name: str, data: st.DataObject) -> None:
+    text = TEXTS[name]
+    ids = data.draw(st.lists(st.integers(0, text.size - 1), max_size=30))
+    assert "".join(streamed(text, ids)) == text.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["byte_fallback", "byte_level"])
+@given(said=st.text("ab c,é→😀👩🏽‍🚀e\u0301", max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_no_piece_holds_half_a_character(name: str, said: str) -> None:
+    text = TEXTS[name]
+    ids = text.encode("a" + said)
+    pieces = streamed(text, ids)
+    assert "".join(pieces) == "a" + said and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_emoji_of_four_byte_tokens_comes_at_once_and_text_before_it_does_not_wait() -> None:
+    text = TEXTS["byte_level"]
+    ids = text.encode("b 😁c")
+    assert [text.tokenizer.id_to_token(i) for i in ids] == ["b", "Ġ", "ðŁĺ", "ģ", "c"]
+    assert streamed(text, ids) == ["b", " ", "", "😁", "c", ""]
+    # a run of byte tokens decodes as one: it waits for its end
+    text = TEXTS["byte_fallback"]
+    ids = text.encode("b😁c")
+    assert len(ids) == 7 and streamed(text, ids) == ["", "b", "", "", "", "", "😁c", ""]
+
+
+def test_spaces_that_belong_to_tokens_are_kept() -> None:
+    text = TEXTS["byte_fallback"]
+    spaced = "a a  b"
+    assert "".join(streamed(text, text.encode(spaced))) == spaced
+    long = text.encode("a b c d e " * 40)
+    stream = Stream(text)
+    assert "".join(map(stream.push, long)) == "a b c d e " * 40
+    assert len(stream._ids) < 5  # each step decodes a few tokens, not all
+
+
+def test_special_tokens_give_no_text_and_break_no_character() -> None:
+    text = TEXTS["byte_level"]
+    end = max(text.special)
+    ids = text.encode("😁")
+    assert "".join(streamed(text, [end, *ids[:1], end, *ids[1:], end])) == "😁"
+
+
+# -- stop strings -------------------------------------------------------------------------------------------------------------------------
+
+
+def stop(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
+    watch = StopStrings(stops)
+    out = [watch.push(piece) for piece in pieces]
+    return [*out, watch.finish()], watch.stopped
+
+
+def test_stop_strings_by_hand() -> None:
+    assert stop(["END"], ["abE", "N", "Dx"]) == (["ab", "", "", ""], True)
+    assert stop(["END"], ["abE", "N", "x"]) == (["ab", "", "ENx", ""], False)
+    assert stop(["END"], ["abE", "N"]) == (["ab", "", "EN"], False)
+    assert stop(["b", "abc"], ["a", "bc"]) == (["", "a", ""], True)  # the first that is complete ends it
+    assert stop(["aab"], ["aaab"]) == (["a", ""], True)
+    assert stop([], ["a", "b"]) == (["a", "b", ""], False)
+
+
+@given(
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    pieces=st.lists(st.text("abc", max_size=4), max_size=12),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(stops: list[str], pieces: list[str]) -> None:
+    out, stopped = stop(stops, pieces)
+    whole = "".join(pieces)
+    ends = [i + len(s) for s in stops for i in [whole.find(s)] if i >= 0]
+    assert stopped == bool(ends) and "".join(out) == "".join(stop(stops, list(whole))[0])
+    for i in range(1, len(out) + 1):  # nothing that is out can belong to a stop string
+        assert not any(s in "".join(out[:i]) for s in stops)
+    if not stopped:
+        assert "".join(out) == whole
+    else:
+        assert whole.startswith("".join(out)) and any(whole[len("".join(out)) :].startswith(s) for s in stops)
+
+
+# -- folders ------------------------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, tok: Tokenizer, **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "bos"),
+    [({}, None), ({"bos_token": "<s>"}, None), ({"bos_token": "<s>", "add_bos_token": True}, 1),
+     ({"bos_token": {"content": "<s>"}, "add_bos_token": True, "eos_token": "</s>"}, 1),
+     ({"bos_token": "<s>", "add_bos_token": False}, None)],
+)  # fmt: skip
+def test_texts_begin_as_transformers_begins_them(tmp_path: Path, config: dict[str, Any], bos: int | None) -> None:
+    text = read_text(save(tmp_path / "m", byte_fallback(), **config))
+    assert text.bos == bos
+    plain = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items()}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "m" / "tokenizer.json"), **plain)
+    assert theirs("ab a").input_ids == text.encode("ab a")
+
+
+def test_the_end_tokens_are_the_tokenizers_and_the_models(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", byte_fallback(), eos_token="</s>")
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    assert read_text(folder).ends == {2, 7}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert read_text(folder).ends == {2, 5, 6}
+
+
+def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no tokenizer.json"):
+        read_text(tmp_path)
+    good = save(tmp_path / "m", byte_fallback())
+    for name, content in [
+        ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{"), ("generation_config.json", "[" * 100_000),
+        ("special_tokens_map.json", "nul"), ("chat_template.jinja", None),
+    ]:  # fmt: skip
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        (folder / name).write_bytes(b"\xff\xfe\x00" if content is None else content.encode())
+        with pytest.raises(ModelError, match=name) as bad:
+            read_text(folder)
+        assert "\n" not in str(bad.value)
+    rng = random.Random(0)
+    whole = (good / "tokenizer.json").read_bytes()
+    said = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            at, kind = rng.randrange(len(data)), rng.random()
+            if kind < 0.4:
+                data[at] = rng.randrange(256)
+            elif kind < 0.7:
+                del data[at : at + rng.randint(1, 400)]
+            else:
+                data[at:at] = rng.choice([b"null", b"-1", b"1e99", b'""', b"[]", b"{}"])
+        (good / "tokenizer.json").write_bytes(data)
+        try:
+            text = read_text(good)
+            text.decode(text.encode("ab é→", begin=False))
+        except (ModelError, ConfigError) as bad:
+            assert "\n" not in str(bad)
+            said += 1
+    assert said > 75
+
+
+# -- chat templates -----------------------------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("where", ["file", "config", "named"])
+def test_a_chat_template_gives_what_transformers_gives(tmp_path: Path, where: str) -> None:
+    several = [{"name": "tools", "template": "no"}, {"name": "default", "template": CHATML}]
+    config = {"file": {}, "config": {"chat_template": CHATML}, "named": {"chat_template": several}}[where]
+    folder = save(tmp_path / "m", byte_fallback(), bos_token="<s>", **config)
+    if where == "file":
+        (folder / "chat_template.jinja").write_text(CHATML)
+    messages = [{"role": "user", "content": "a 😀"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>")
+    text = read_text(folder)
+    assert text.chat(messages) == theirs.apply_chat_template(messages, chat_template=CHATML, tokenize=False, add_generation_prompt=True)
+    assert text.encode(text.chat(messages), begin=False)[0] == 1
+
+
+def test_a_template_is_sandboxed_and_its_faults_are_one_sentence(tmp_path: Path) -> None:
+    def chat(template: str) -> str:
+        return read_text(save(tmp_path / "m", byte_fallback(), chat_template=template)).chat([{"role": "user", "content": "hi"}])
+
+    with pytest.raises(ConfigError, match="refuses the messages: roles must alternate"):
+        chat("{{ raise_exception('roles must alternate') }}")
+    for bad in ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for %}", "{{ 1 / 0 }}", "{{ messages.append(1) }}", "{{ x.y }}",
+                "{% for i in range(10**9) %}{% endfor %}", "{% include '/etc/passwd' %}"]:  # fmt: skip
+        with pytest.raises(ModelError, match="chat template cannot be run") as told:
+            chat(bad)
+        assert "\n" not in str(told.value)
+    with pytest.raises(ModelError, match="no chat template"):
+        TEXTS["words"].chat([])
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_wrap_is_for_one_field() -> None:
+    assert wrap("hi", "Q: {q}\nA:") == "Q: hi\nA:" and wrap("Q: hi", "Q: {q}") == "Q: hi" and wrap("hi", None) == "hi"
+
+
+def test_an_empty_prompt_needs_a_token_to_begin_with() -> None:
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        TEXTS["words"].encode("")
+
+
+def test_only_the_same_vocabulary_is_the_same() -> None:
+    assert TEXTS["words"].same_as(TEXTS["words"]) and not TEXTS["words"].same_as(TEXTS["word_pieces"])
+
+
+def agree(folder: Path, samples: list[str]) -> None:
+    theirs, ours = AutoTokenizer.from_pretrained(folder), read_text(folder)
+    lead = [theirs.bos_token_id] if theirs("").input_ids[:1] == [theirs.bos_token_id] else []
+    for sample in samples:
+        ids = lead + theirs(sample, add_special_tokens=False).input_ids
+        assert ours.encode(sample) == ids and ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert "".join(streamed(ours, ids)) == ours.decode(ids)
+
+
+SAMPLES = ["Once upon a time", " two  spaces ", "naïve café → 😀👩🏽‍🚀", "tab\tnew\nline", "</s> in the text"]
+
+
+def test_the_nano_tokenizer_as_in_transformers() -> None:
+    agree(NANO, SAMPLES)
+
+
+@pytest.mark.skipif(not (DATA / "models").is_dir(), reason="needs FEDTUNE_DATA with models")
+@pytest.mark.parametrize("name", ["stories260k", "babyllama_tok105"])
+def test_real_tokenizers_as_in_transformers(name: str) -> None:
+    agree(DATA / "models" / name / "hf", SAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "tokenizers/gpt2").is_dir(), reason="needs FEDTUNE_DATA with tokenizers/gpt2")
+def test_every_emoji_through_gpt2s_tokenizer() -> None:
+    tok = Tokenizer(models.BPE.from_file(str(DATA / "tokenizers/gpt2/vocab.json"), str(DATA / "tokenizers/gpt2/merges.txt")))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = Text(tok, bos=None, ends=frozenset(), template=None, names={})
+    for begin in range(0x1F300, 0x1FAFF, 16):
+        said = "x " + " and ".join(map(chr, range(begin, begin + 16)))
+        pieces = streamed(text, text.encode(said))
+        assert "".join(pieces) == said and not any("\ufffd" in piece for piece in pieces)

@@ -1,0 +1,85 @@
+"""Random decoders of every supported shape, a few thousand parameters each, saved as Hugging Face folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 101
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,  # not hidden / heads
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+
+def _rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **numbers}}
+
+
+def _make(of: Callable[..., PreTrainedConfig], **changes: Any) -> Callable[[], PreTrainedConfig]:
+    return lambda: of(**{**SIZES, **changes})
+
+
+SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": _make(LlamaConfig),
+    "llama_one_kv": _make(LlamaConfig, num_key_value_heads=1, tie_word_embeddings=True),
+    "llama_mha": _make(LlamaConfig, num_key_value_heads=6, head_dim=8, rms_norm_eps=1e-5),
+    "llama_biases": _make(LlamaConfig, attention_bias=True, mlp_bias=True),
+    "llama3": _make(
+        LlamaConfig, **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+    ),
+    "llama_linear": _make(LlamaConfig, **_rope("linear", factor=2.5)),
+    "llama_dynamic": _make(LlamaConfig, max_position_embeddings=16, **_rope("dynamic", factor=3.0)),
+    "llama_yarn": _make(LlamaConfig, **_rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama_yarn_mscale": _make(
+        LlamaConfig,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.3, beta_fast=8.0, truncate=False),
+    ),
+    "smollm": _make(LlamaConfig, num_attention_heads=9, num_key_value_heads=3, hidden_size=54, head_dim=6, tie_word_embeddings=True),
+    "tinyllama": _make(LlamaConfig, num_attention_heads=8, num_key_value_heads=1, head_dim=None),
+    "qwen2": _make(Qwen2Config, head_dim=8, tie_word_embeddings=True),
+    "qwen2_window": _make(Qwen2Config, head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen2_layer_types": _make(
+        Qwen2Config,
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen3": _make(Qwen3Config, tie_word_embeddings=True),
+    "qwen3_biases": _make(Qwen3Config, attention_bias=True, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "mistral": _make(MistralConfig, sliding_window=6),
+    "mistral_whole": _make(MistralConfig, sliding_window=None),
+}
+
+
+def tiny_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A random model of a shape, saved in the folder and given back for comparison; biases and norms are not left at 0 and 1."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(SHAPES[name](), attn_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (0.2 if key.endswith("bias") else 0.15))
+    model.save_pretrained(folder)
+    return model
