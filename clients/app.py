@@ -4,11 +4,14 @@ A turn is `prepare` (read the message, may this device take part?), training or 
 many clients at once calls the two ends itself; the messages are the same.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -25,7 +28,7 @@ from fedtune.clients.trainer import Turn, lr_at, steps_of, train
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import Config, DeviceClass, to_dict
 from fedtune.data import Example
-from fedtune.errors import DataError, PlanError
+from fedtune.errors import DataError, FedtuneError, PlanError
 from fedtune.models import LiveAdapter
 from fedtune.plan import Plan, Update, matching
 from fedtune.privacy.noise import source
@@ -36,6 +39,9 @@ from fedtune.seeds import derive_seed
 from fedtune.state import AdapterState
 from fedtune.traffic import Codec, decode_broadcast, encode_update
 from fedtune.wire import read_letter
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +139,30 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
     return app
 
 
+def _telling(who: Callable[P, tuple[Workspace, str]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let what goes wrong in a step of a turn say what the client has spent of its privacy: an earlier reply may be lost."""
+
+    def wrap(step: Callable[P, R]) -> Callable[P, R]:
+        @wraps(step)
+        def told(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return step(*args, **kwargs)
+            except Exception as bad:
+                space, client = who(*args, **kwargs)
+                away = isinstance(bad, Decline) and bad.kind == "offline"  # it stands for a device that says nothing
+                if space.ledgers is not None and not away:
+                    privacy = space.config.privacy
+                    with contextlib.suppress(FedtuneError):  # a ledger that cannot be read: what went wrong is told all the same
+                        if (ledger := space.ledger(client)).spent():
+                            cast(Any, bad).epsilon = ledger.epsilon(privacy.delta, privacy.accountant)
+                raise
+
+        return told
+
+    return wrap
+
+
+@_telling(lambda space, todo: (space, todo.plan.client))
 def take_turn(space: Workspace, todo: Prepared) -> Message:
     """Do one client's turn on its own, and write its reply."""
     plan, task = todo.plan, space.config.task
@@ -176,6 +206,7 @@ def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -
     return [Message(content, reply_to=message) for content, (message, _) in zip(replies, asked, strict=True)]
 
 
+@_telling(lambda space, message, context: (space, client_of(space, context)))
 def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
     """Read a train message.
 

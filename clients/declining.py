@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, cast
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -33,13 +34,16 @@ def declining(handler: Handler) -> Handler:
 
 
 def declined(message: Message, bad: Exception) -> Message:
-    """The reply of a client that `bad` kept from its work."""
+    """The reply of a client that `bad` kept from its work; it carries the `epsilon` that `bad` has, what the client has spent so far."""
     if is_out_of_memory(bad):
         why = "out of memory: lower client.batch_size or task.max_length"
     else:
         why = str(bad) if isinstance(bad, FedtuneError) else f"{type(bad).__name__}: {bad}"
     kind = bad.kind if isinstance(bad, Decline) else "failed"
-    return Message(RecordDict({"declined": ConfigRecord({"kind": kind, "why": why[:500]})}), reply_to=message)
+    said: dict[str, str | float] = {"kind": kind, "why": why[:500]}
+    if (spent := getattr(bad, "epsilon", None)) is not None:
+        said["epsilon"] = float(spent)
+    return Message(RecordDict({"declined": ConfigRecord(cast(Any, said))}), reply_to=message)
 
 
 def is_out_of_memory(bad: Exception) -> bool:

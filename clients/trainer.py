@@ -131,6 +131,7 @@ def train(
                 loss, count = 0.0, 0
                 for name, gradient in noisy.step().items():
                     live.parameters[name].grad = gradient
+                size, out = noisy.at_once, noisy.out_of_memory
             if not math.isfinite(loss):
                 raise UpdateError(
                     f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr, or set client.clip_norm"

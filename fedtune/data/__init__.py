@@ -2,6 +2,5 @@
 
 from fedtune.data.encode import Example, collate, encode, pad_id, prompts
 from fedtune.data.federation import ClientRows, Federation, load_federation, load_test
-from fedtune.data.partition import partition
 
-__all__ = ["ClientRows", "Example", "Federation", "collate", "encode", "load_federation", "load_test", "pad_id", "partition", "prompts"]
+__all__ = ["ClientRows", "Example", "Federation", "collate", "encode", "load_federation", "load_test", "pad_id", "prompts"]

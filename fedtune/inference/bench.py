@@ -1,7 +1,7 @@
 """How fast a model is on this machine, and how near to what its memory can give: `fedtune bench MODEL`.
 
-Decoding one sequence reads every weight once a token, so the memory bandwidth over the bytes read is the most tokens a second that a machine
-can give; the bandwidth is measured beside the model, by summing an array that no cache holds.
+Decoding one sequence reads every weight once a token, so memory bandwidth over bytes read is the most tokens a second that a machine can
+give; the bandwidth is measured beside the model, by summing an array that no cache holds.
 """
 
 import json

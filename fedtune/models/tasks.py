@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fedtune.config import TaskConfig
 from fedtune.data.encode import Example, collate, prompts
@@ -17,6 +18,7 @@ from fedtune.errors import DataError
 from fedtune.models.backbone import is_seq2seq
 
 PRIMARY = {"causal_lm": "perplexity", "instruction": "exact_match", "classification": "accuracy"}
+_PIECE = 1 << 22  # logits that are float32 at once in training
 IGNORED = -100  # the label of a position that does not count
 
 
@@ -38,8 +40,18 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
     Returns:
         Cross-entropy in nats (float32, summed), and the number of counted tokens (or of examples, for classification).
     """
-    logits, labels = counted_logits(model, batch, task)
-    return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+    logits, labels = _counted(model, batch, task)
+    if logits.dtype == torch.float32:
+        return _nats(logits, labels), len(labels)
+    # in narrow logits, the float32 copy and its log-softmax would be most of what a step needs at its end: they are made a piece at a time
+    rows = max(1, _PIECE // logits.shape[-1])
+    pieces = zip(logits.split(rows), labels.split(rows), strict=True)
+    losses = [checkpoint(_nats, some, wanted, use_reentrant=False, preserve_rng_state=False) for some, wanted in pieces]
+    return torch.stack(losses).sum(), len(labels)
+
+
+def _nats(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
@@ -48,9 +60,15 @@ def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConf
     The output layer sees only the positions that have a label: with a large vocabulary, its product and its float32 logits over prompts and
     padding would cost more than the backbone.
     """
+    logits, labels = _counted(model, batch, task)
+    return logits.float(), labels
+
+
+def _counted(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
+    """`counted_logits` in the dtype that the model gives them in."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if task.kind == "classification":
-        return model(**inputs).logits.float(), batch["labels"]
+        return model(**inputs).logits, batch["labels"]
     labels = batch["labels"][:, 1:]
     counts = labels != IGNORED
     if _is_seq2seq(model):  # the decoder reads its start token and the answer
@@ -60,7 +78,7 @@ def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConf
     length = labels.shape[1] + 1  # virtual tokens, which a prompt puts before the sequence, drop out
     hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, -length:][speaking],))
     try:
-        return model(**inputs, use_cache=False).logits.float(), labels[counts]
+        return model(**inputs, use_cache=False).logits, labels[counts]
     finally:
         hook.remove()
 

@@ -10,15 +10,18 @@ Source: Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv:1607.0
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fedtune.clients.declining import Decline, is_out_of_memory
 from fedtune.config import TaskConfig
 from fedtune.models import LiveAdapter
 from fedtune.privacy.noise import Source
-from fedtune.privacy.samples import Way
+
+if TYPE_CHECKING:  # it loads Opacus, which counting rows does not need
+    from fedtune.privacy.samples import Way
 
 
 def sampling_rate(examples: int, batch: int) -> float:
@@ -53,7 +56,7 @@ class PrivateGradient:
         clip: C.
         noise: σ, a multiple of C.
         batch: B, the expected number of rows of a step.
-        at_once: Most rows of one pass; a sample that is larger is taken in turns.
+        at_once: Most rows of one pass; a sample that is larger is taken in turns. Out of memory, it is halved.
         source: Of sampling and noise.
         way: How gradients of single rows are found.
     """
@@ -61,10 +64,11 @@ class PrivateGradient:
     def __init__(
         self, live: LiveAdapter, names: Sequence[str], task: TaskConfig, *, rows: int,
         batch_of: Callable[[Sequence[int]], Mapping[str, Tensor]], clip: float, noise: float, batch: int, at_once: int, source: Source,
-        way: Way,
+        way: "Way",
     ) -> None:  # fmt: skip
         self._live, self._names, self._rows, self._batch_of = live, list(names), rows, batch_of
-        self._clip, self._noise, self._at_once, self._source = clip, noise, at_once, source
+        self._clip, self._noise, self._source = clip, noise, source
+        self.at_once, self.out_of_memory = at_once, 0
         self._ready = way(live, self._names, task)
         self.rate = sampling_rate(rows, batch)
         self._expected = self.rate * rows
@@ -77,15 +81,14 @@ class PrivateGradient:
         self._ready.__exit__(*exc)
 
     def step(self) -> dict[str, Tensor]:
-        """Name → the next gradient, as the parameters stand now; like them in dtype and device."""
+        """Name → the next gradient, as the parameters stand now; like them in dtype and device.
+
+        Raises:
+            Decline: A single row is too much for the memory.
+        """
         live = self._live
-        total = {n: torch.zeros(live.parameters[n].shape, dtype=torch.float64) for n in self._names}
         chosen = self._source.chosen(self._rows, self.rate)
-        for at in range(0, len(chosen), self._at_once):
-            batch = self._batch_of(chosen[at : at + self._at_once])
-            found = self._grads({n: t.to(live.backbone.device) for n, t in batch.items()})
-            for n, g in clipped_sum(found, self._clip).items():
-                total[n] += g.cpu()
+        total = self._total(chosen)
         std = self._noise * self._clip
         for n, t in total.items():
             t += self._source.normal(tuple(t.shape), std)
@@ -93,3 +96,35 @@ class PrivateGradient:
             if (rank := live.spec.ranks.get(module)) is not None and factor in ("lora_A", "lora_B"):
                 (t[rank:] if factor == "lora_A" else t[:, rank:]).zero_()  # what lies beyond the loaded rank is no parameter
         return {n: (t / self._expected).to(live.parameters[n]) for n, t in total.items()}
+
+    def _total(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """The clipped sum over the sample, float64. Out of memory, the pass is done again in pieces of half as many rows: what is drawn for
+        the step does not change, and what was paid for it stays paid."""
+        live, at = self._live, 0
+        total = {n: torch.zeros(live.parameters[n].shape, dtype=torch.float64) for n in self._names}
+        while at < len(chosen):
+            rows = chosen[at : at + self.at_once]
+            drawn = torch.get_rng_state()
+            try:
+                batch = {n: t.to(live.backbone.device) for n, t in self._batch_of(rows).items()}
+                found = {n: g.cpu() for n, g in clipped_sum(self._grads(batch), self._clip).items()}
+            except Exception as bad:
+                if not is_out_of_memory(bad):
+                    raise
+                found = None  # out of the except clause, whose traceback holds the tensors of the attempt
+            if found is None:
+                self._halve(len(rows))
+                torch.set_rng_state(drawn)
+                continue
+            for n, g in found.items():
+                total[n] += g
+            at += len(rows)
+        return total
+
+    def _halve(self, rows: int) -> None:
+        self.out_of_memory += 1
+        if not (half := rows // 2):
+            raise Decline("memory", "out of memory with a single row in a private turn: lower task.max_length, or take a smaller backbone")
+        self.at_once = half
+        if self._live.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()

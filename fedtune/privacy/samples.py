@@ -91,6 +91,9 @@ def hooked(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterato
                         got = "none" if found is None else "several" if isinstance(found, list) else f"{found.shape[0]}"
                         raise ModelError(f"the gradients of '{n}' are not one a row: {rows} rows, {got} gradients")
                     out[n] = found
+            except BaseException:
+                _forget(live)
+                raise
             finally:
                 module.set_grad_sample_to_none()
                 for p in live.parameters.values():
@@ -104,10 +107,18 @@ def hooked(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterato
             for p in live.model.parameters():
                 if hasattr(p, "_forward_counter"):
                     del p._forward_counter
-            for m in live.model.modules():
-                for left in ("activations", "max_batch_len"):  # of a pass that broke off
-                    if left in m.__dict__:
-                        delattr(m, left)
+            _forget(live)
+
+
+def _forget(live: LiveAdapter) -> None:
+    """Drop what Opacus' hooks hold of a pass that broke off, which the next pass would take for its own."""
+    for p in live.model.parameters():
+        if hasattr(p, "_forward_counter"):
+            p._forward_counter = 0
+    for m in live.model.modules():
+        for left in ("activations", "max_batch_len"):
+            if left in m.__dict__:
+                delattr(m, left)
 
 
 @contextlib.contextmanager

@@ -38,14 +38,27 @@ def write_card(
         lines.append(f"- prompt template: `{json.dumps(prompt)}`")
     if classes:
         lines.append(f"- labels, in the order of their ids: {', '.join(labels)}")
-    lines += [
+    lines += _use(config, auto, folder, size)
+    (run_dir / "adapter" / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _use(config: dict[str, Any], auto: str, folder: str, size: str) -> list[str]:
+    """How to load it. What began as what quantisation took is for the dequantised weights, which only an export has."""
+    if config["peft"]["init"] == "loftq":
+        precision = config["model"]["precision"]
+        return [
+            f"- trained over the backbone's {precision} weights, as what they lack (peft.init=loftq): over the checkpoint's own weights it"
+            " would count that twice. `fedtune export` merges it into the dequantised ones:",
+            "\n```sh\nfedtune export path/to/this/run --out merged\n```",
+            f'\n```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("merged")\n```\n',
+        ]
+    return [
         "\n```python",
         f"from peft import PeftModel\nfrom transformers import {auto}\n",
         f"base = {auto}.from_pretrained({folder!r}{size})",
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         "```\n",
     ]
-    (run_dir / "adapter" / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _spent(run_dir: Path, p: dict[str, Any], records: Sequence[Record]) -> list[float]:

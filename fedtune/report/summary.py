@@ -115,7 +115,7 @@ def client_results(records: Iterable[Record], metric: str, partition: Mapping[st
                 device_class=classes[-1] if classes else str(named.get("device_class") or NO_CLASS),
                 before=scores[0][1] if scores and scores[0][0] == 0 else None,
                 after=scores[-1][1] if scores and scores[-1][0] > 0 else None,
-                counted=sum(not t.get("dropped") and value(t, "steps") is not None for t in mine),
+                counted=sum("staleness" in t or (not t.get("dropped") and value(t, "steps") is not None) for t in mine),
                 dropped=Counter(drop_kind(t["dropped"]) for t in mine if t.get("dropped")),
                 train=int(named["train"]) if "train" in named else (examples[-1] if examples else None),
                 seconds=total(mine, "seconds"),

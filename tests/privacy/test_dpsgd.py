@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.clients.declining import Decline
 from fedtune.data import Example, collate
 from fedtune.privacy import samples
 from fedtune.privacy.dpsgd import PrivateGradient, clipped_sum, sampling_rate
@@ -119,6 +120,54 @@ def test_the_sample_may_be_larger_than_a_pass_and_the_ways_agree(tmp_path: Path)
         got = gradient(tmp_path / way.__name__, rows, way=way, at_once=2, source=Chosen(*range(9)))
         for n, g in wanted.items():
             torch.testing.assert_close(got[n], g, rtol=1e-4, atol=1e-7)
+
+
+class Small:
+    """A memory that runs out, after the forward pass, where more than `rows` rows come at once, from the pass `since` on."""
+
+    def __init__(self, rows: int, since: int = 0) -> None:
+        self.rows, self.since, self.real, self.sizes = rows, since, samples._losses, list[int]()
+
+    def __call__(self, live: Any, batch: Any, task: Any) -> torch.Tensor:
+        out = self.real(live, batch, task)
+        self.sizes.append(len(batch["labels"]))
+        if len(self.sizes) > self.since and self.sizes[-1] > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return out
+
+
+@pytest.mark.parametrize("since", [0, 1])
+def test_out_of_memory_halves_the_pass_and_keeps_sample_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: int) -> None:
+    rows, settings = examples(20), {"noise": 1.3, "batch": 12, "way": samples.hooked}
+    with opened(tmp_path / "a", rows, at_once=6, **settings) as whole:
+        wanted = [whole.step(), whole.step()]
+    small = Small(3, since)
+    monkeypatch.setattr(samples, "_losses", small)
+    with opened(tmp_path / "b", rows, at_once=6, **settings) as made:
+        got = [made.step(), made.step()]
+    # what went through before is kept, and nothing is counted twice
+    tried, again = small.sizes[since : since + 2]
+    assert made.out_of_memory == 1 and tried > 3 and again == made.at_once == tried // 2
+    for before, after in zip(wanted, got, strict=True):
+        for n, g in before.items():
+            torch.testing.assert_close(after[n], g, rtol=1e-4, atol=1e-6)
+
+
+def test_a_single_private_row_that_is_too_much_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "_losses", Small(0))
+    with opened(tmp_path, examples(6), way=samples.hooked, source=Chosen(0, 1, 2, 3, 4)) as made:
+        with pytest.raises(Decline, match=r"^out of memory with a single row in a private turn") as bad:
+            made.step()
+        assert bad.value.kind == "memory" and made.out_of_memory == 2  # 3 → 1 → none
+
+
+def test_another_error_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> torch.Tensor:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(samples, "_losses", broken)
+    with opened(tmp_path, examples(6), source=Chosen(0, 1)) as made, pytest.raises(ValueError, match="broken"):
+        made.step()
 
 
 def test_a_client_with_few_rows_takes_them_all(tmp_path: Path) -> None:

@@ -89,6 +89,34 @@ def test_a_client_that_has_spent_all_stays_away_and_says_so(tmp_path: Path, priv
     assert rounds[2]["counted"] == 0 and rounds[2]["dropped"] == {"privacy": 4} and rounds[2]["epsilon"] <= 8.0
 
 
+def test_a_turn_that_was_paid_for_and_broke_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, taken = dpsgd.PrivateGradient.step, []
+
+    def breaks(self: dpsgd.PrivateGradient) -> dict[str, torch.Tensor]:
+        taken.append(1)
+        if len(taken) == 2:  # the first client's second step of round 1
+            raise ValueError("broken")
+        return right(self)
+
+    monkeypatch.setattr(dpsgd.PrivateGradient, "step", breaks)
+    run = simulate(tiny(tmp_path, dataclasses.replace(RECORD, epsilon=None, noise=1.0)))
+    (lost,) = [r for r in lines(run) if r.get("dropped") == "failed: ValueError: broken"]
+    (others,) = {r["dp_sample_rate"] for r in lines(run) if "dp_sample_rate" in r}  # all have as many rows
+    cost = Spend(noise=1.0, rate=others, steps=2)
+    assert lost["epsilon"] == epsilon([cost], 1e-5, "rdp")
+    (after,) = [r for r in lines(run) if r["client"] == lost["client"] and r["round"] == 2 and "steps" in r]
+    assert after["epsilon"] == epsilon([cost, cost], 1e-5, "rdp")
+
+
+@pytest.mark.parametrize(("said", "told"), [(1.5, 1.5), (-1.0, None), (float("nan"), None), (float("inf"), None), ("1", None)])
+def test_what_a_client_that_declines_has_spent_is_a_number(said: Any, told: float | None) -> None:
+    from flwr.app import ConfigRecord, Message
+
+    from fedtune.bridge import _spent
+
+    assert _spent(Message(RecordDict({"declined": ConfigRecord({"epsilon": said})}), 0, "train")) == told
+
+
 def test_a_run_that_is_stopped_and_goes_on_has_spent_what_it_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     privacy = dataclasses.replace(RECORD, epsilon=None, noise=1.0)
     whole = adapter(simulate(tiny(tmp_path, privacy)))

@@ -185,6 +185,20 @@ def test_a_prompt_over_a_quantised_backbone_takes_one_pass_a_row(tmp_path: Path)
         assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
 
 
+def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
+    live = LiveAdapter(load_backbone(hub(checkpoint(tmp_path / "m"), precision="bf16"), LM), PeftConfig(rank=3), LM)
+    with torch.no_grad():
+        for p in live.parameters.values():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    live.model.train()
+    names, batch = list(live.parameters), rows(LM)
+    assert samples.way_of(live, names, LM) is samples.hooked
+    with samples.looped(live, names, LM) as grads:
+        wanted = grads(batch)
+    with samples.hooked(live, names, LM) as grads:
+        assert apart(grads(batch), wanted) < 0.03
+
+
 def quantised(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
     """As `built`, over a backbone whose rows are whole blocks of 64, with biases."""
     config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)

@@ -49,6 +49,8 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
     )
     wrapped = wrap(model, config)
     config.target_modules = sorted(config.target_modules or [])  # PEFT makes it a set, whose order in the file would vary
+    if model.dtype != torch.float32 and not config.use_dora:
+        _multiply_narrow(wrapped)
     parameters, names = named(wrapped, _RENAMED)
     magnitudes = {n: p.detach().clone() for n, p in parameters.items() if n.endswith(".lora_magnitude")}
     scaling = {m: peft.alpha / (math.sqrt(r) if peft.method == "rslora" else r) for m, r in ranks.items()}
@@ -102,6 +104,21 @@ def linear(modules: Mapping[str, nn.Module], name: str) -> Any:
     if any(layer.weight is m.weight for m in modules.values() if isinstance(m, nn.Embedding)):
         raise ModelError(f"the adapter changes '{name}', whose weight is tied to the embedding: it cannot be merged")
     return layer
+
+
+def _multiply_narrow(wrapped: PeftModel) -> None:
+    """Let A and B, which stay float32, be multiplied in the dtype of the layer's input, as QLoRA does (arXiv:2305.14314, section 3).
+
+    PEFT casts the input up instead, and each layer keeps its own float32 copy for the backward pass; here, layers share what they read.
+    """
+    for layer in (cast(Any, m) for m in wrapped.modules() if hasattr(m, "lora_A")):
+        layer.cast_input_dtype_enabled = False
+        for factor in (layer.lora_A[SLOT], layer.lora_B[SLOT]):
+            factor.forward = partial(_product, factor)  # not a subclass: Opacus knows layers by their class
+
+
+def _product(factor: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, factor.weight.to(x.dtype))
 
 
 def _ranks(model: PreTrainedModel, peft: PeftConfig) -> dict[str, int]:
