@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedtune.clients.body import Body
-from fedtune.clients.declining import Decline, declining
+from fedtune.clients.declining import declining
 from fedtune.clients.devices.choice import told
 from fedtune.clients.devices.fitting import Fitted, for_device
 from fedtune.clients.prune import prune
@@ -28,7 +28,7 @@ from fedtune.clients.trainer import Turn, lr_at, steps_of, train
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import Config, DeviceClass, to_dict
 from fedtune.data import Example
-from fedtune.errors import DataError, FedtuneError, PlanError
+from fedtune.errors import DataError, Decline, FedtuneError, PlanError
 from fedtune.models import LiveAdapter
 from fedtune.plan import Plan, Update, matching
 from fedtune.privacy.noise import source

@@ -4,20 +4,12 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, cast
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import Decline, FedtuneError
+from fedtune.models.memory import is_out_of_memory
 
 Handler = Callable[[Message, Context], Message]
-
-
-class Decline(FedtuneError):
-    """A client does not take part this round; `kind` says in a word why."""
-
-    def __init__(self, kind: str, why: str) -> None:
-        super().__init__(why)
-        self.kind = kind
 
 
 def declining(handler: Handler) -> Handler:
@@ -44,9 +36,3 @@ def declined(message: Message, bad: Exception) -> Message:
     if (spent := getattr(bad, "epsilon", None)) is not None:
         said["epsilon"] = float(spent)
     return Message(RecordDict({"declined": ConfigRecord(cast(Any, said))}), reply_to=message)
-
-
-def is_out_of_memory(bad: Exception) -> bool:
-    """Whether an error is a want of memory; torch's CPU allocator says so in words only."""
-    words = ("not enough memory", "can't allocate memory")
-    return isinstance(bad, (MemoryError, torch.OutOfMemoryError)) or (isinstance(bad, RuntimeError) and any(w in str(bad) for w in words))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedtune.clients.declining import Decline, is_out_of_memory
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.config import TaskConfig
 from fedtune.data import Example, collate
-from fedtune.errors import UpdateError
+from fedtune.errors import Decline, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
+from fedtune.models.memory import is_out_of_memory
 from fedtune.models.methods.sparse import SparseSlot
 from fedtune.plan import Plan, matching
 from fedtune.privacy.noise import source

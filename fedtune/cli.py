@@ -4,6 +4,8 @@
     fedtune status RUN
     fedtune export RUN
     fedtune generate RUN/merged "turn on the light"
+    fedtune chat RUN/merged
+    fedtune serve RUN/merged
 
 Text and paths go to stdout; what went wrong is one line on stderr, with exit code 2.
 """
@@ -11,6 +13,7 @@ Text and paths go to stdout; what went wrong is one line on stderr, with exit co
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from fedtune import __version__
 from fedtune.errors import ConfigError, FedtuneError
@@ -21,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         # Each command imports what it needs, so that --help needs no torch
-        print(args.command(args), flush=True)
+        if (said := args.command(args)) is not None:
+            print(said, flush=True)
         return 0
     except FedtuneError as bad:
         print(f"fedtune: {bad}", file=sys.stderr)
@@ -38,14 +42,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    about = "Merge a run's adapter into its backbone and write the model."
+    about = "Merge a run's adapter into its backbone and write the model: for other programs, for the engine on a device, or for llama.cpp."
     export = commands.add_parser("export", help="write the merged model of a run", description=about)
     export.add_argument("source", type=Path, metavar="RUN|ADAPTER", help="run directory, or PEFT adapter folder")
-    export.add_argument("--to", choices=["hf"], default="hf", help="format: hf, a Hugging Face folder (default: %(default)s)")
-    export.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: merged or requantized, in the given folder)")
     export.add_argument(
-        "--requantize", action="store_true", help="quantise the merged model again, as the run's backbone was, and tell the error"
+        "--to",
+        choices=["hf", "edge", "gguf"],
+        default="hf",
+        help="format: hf, a Hugging Face folder; edge, a package for fedtune's engine; gguf, a file for llama.cpp (default: %(default)s)",
     )
+    export.add_argument(
+        "--out", type=Path, metavar="PATH", help="folder or file to write (default: in the given folder, named by its format)"
+    )
+    export.add_argument(
+        "--requantize", action="store_true", help="hf: quantise the merged model again, as the run's backbone was, and tell the error"
+    )
+    export.add_argument("--quantize", choices=["int8", "int4"], help="edge: keep weights as int8 or int4 (default: as the checkpoint does)")
+    export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: how to quantise (default: rtn)")
+    export.add_argument("--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and the perplexity")
+    export.add_argument("--separate", action="store_true", help="edge: keep a LoRA adapter apart, to be chosen for each request")
+    export.add_argument("--gguf-type", choices=["f16", "q8_0", "q4_0"], help="gguf: how weights are kept (default: f16)")
     export.set_defaults(command=_export)
 
     about = "Print how a model goes on from a text."
@@ -53,9 +69,50 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", type=Path, metavar="MODEL", help="folder that `fedtune export` wrote, or any Hugging Face folder")
     generate.add_argument("text", help="a request, wrapped in the run's prompt template; or a whole prompt")
     generate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the run's, else 64)")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default: %(default)s)")
+    _sampling_options(generate)
     generate.set_defaults(command=_generate)
+
+    about = "Talk to a model in the terminal, or answer a request a line of a pipe. Ctrl-C ends an answer, Ctrl-D the talk."
+    chat = commands.add_parser("chat", help="talk to a model", description=about)
+    chat.add_argument("model", type=Path, metavar="MODEL", help="edge package, or Hugging Face folder of a Llama-family decoder")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told first, where its chat template has a place for it")
+    chat.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the run's, else 256)")
+    _sampling_options(chat)
+    chat.set_defaults(command=_chat)
+
+    about = "Answer requests over HTTP in OpenAI's protocol, and show a page to try the model. Ctrl-C ends it, once answers have ended."
+    serve = commands.add_parser("serve", help="answer requests over HTTP", description=about)
+    serve.add_argument("model", type=Path, metavar="MODEL", help="edge package, or Hugging Face folder of a Llama-family decoder")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: %(default)s)")
+    serve.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys that may call, one a line (default: variable FEDTUNE_API_KEY, else anybody)"
+    )
+    serve.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="how weights are kept in memory (default: as stored)")
+    serve.add_argument("--kv-budget", metavar="SIZE", help="memory for keys and values, such as 64MB (default: at most 512MiB)")
+    serve.add_argument("--max-concurrent", type=int, default=16, metavar="N", help="requests under way at once (default: %(default)s)")
+    serve.add_argument("--queue", type=int, default=64, metavar="N", help="further requests that may wait (default: %(default)s)")
+    serve.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default: %(default)s)")
+    serve.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer in tokens (default: %(default)s)")
+    serve.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds that a request may take (default: %(default)s)")
+    serve.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds for answers to end on a stop (default: %(default)s)")
+    serve.add_argument("--adapters", nargs="+", default=[], metavar="NAME=FOLDER", help="LoRA adapters, chosen by a request's model")
+    serve.set_defaults(command=_serve)
+
+    about = "Measure a model on this machine: prefill, decode, first token, memory, and how near that is to what the memory can give."
+    bench = commands.add_parser("bench", help="measure how fast a model is here", description=about)
+    bench.add_argument("model", type=Path, metavar="MODEL", help="edge package or Hugging Face folder")
+    bench.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="how weights are kept (default: as the model is stored)")
+    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of the prompt (default: %(default)s)")
+    bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens after it (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="after one that warms up (default: %(default)s)")
+    bench.add_argument("--threads", type=int, metavar="N", help="default: torch's own")
+    bench.add_argument("--speculate", action="store_true", help="measure prompt lookup and early exit too")
+    bench.add_argument("--draft", type=Path, metavar="DIR", help="measure this draft model too")
+    bench.add_argument("--text", type=Path, metavar="FILE", help="lines that begin the answers of speculation (default: it samples some)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.png there")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(command=_bench)
 
     about = "Distil a small draft model from a merged one, for speculative decoding (`fedtune generate --draft`)."
     draft = commands.add_parser("draft", help="make a small model that drafts for the tuned one", description=about)
@@ -94,21 +151,82 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _export(args: argparse.Namespace) -> str:
-    from fedtune.inference.export import beside, export_hf
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    """What `generate` and `chat` share."""
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P (default: 1, all)")
+    command.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from those P times as likely as the best (default: 0)")
+    command.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: fewer tokens of the text (default: 1)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default: %(default)s)")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
+    command.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="how weights are kept in memory (default: as stored)")
+    command.add_argument("--kv-budget", metavar="SIZE", help="memory for keys and values, such as 64MB (default: what the text needs)")
+    command.add_argument("--draft", type=Path, metavar="FOLDER", help="small model that guesses tokens for the large one to check")
+    command.add_argument(
+        "--speculate",
+        choices=["auto", "none", "lookup", "early-exit", "draft"],
+        default="auto",
+        help="how tokens are guessed: auto, by the draft model where one is given, else by lookup in the text, and only while it pays",
+    )
+    command.add_argument("--adapter", metavar="NAME|FOLDER", help="LoRA adapter that stays apart: one of the package's, or a folder")
 
-    out = args.out or args.source / ("requantized" if args.requantize else "merged")
-    export_hf(args.source, out, requantize=args.requantize)
-    if said := beside(out):
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kind", "kv_budget", "draft")
+    return {n: getattr(args, n) for n in (*names, "speculate", "adapter")} | {"stop": tuple(args.stop)}
+
+
+def _export(args: argparse.Namespace) -> str:
+    of = {"requantize": "hf", "quantize": "edge", "method": "edge", "calibrate": "edge", "separate": "edge", "gguf_type": "gguf"}
+    if odd := [name for name, to in of.items() if getattr(args, name) and to != args.to]:
+        raise ConfigError(f"--{odd[0].replace('_', '-')} goes with --to {of[odd[0]]}, not with --to {args.to}: leave it out")
+    if args.to == "gguf":
+        from fedtune.inference.gguf import export_gguf
+
+        kind = args.gguf_type or "f16"
+        return str(export_gguf(args.source, args.out or args.source / f"model-{kind}.gguf", kind=kind))
+    if args.to == "edge":
+        from fedtune.inference.edge import export_edge, told
+
+        out = args.out or args.source / (f"edge-{args.quantize}" if args.quantize else "edge")
+        export_edge(args.source, out, quantize=args.quantize, method=args.method, calibrate=args.calibrate, separate=args.separate)
+        said = told(out)
+    else:
+        from fedtune.inference.export import beside, export_hf
+
+        out = args.out or args.source / ("requantized" if args.requantize else "merged")
+        export_hf(args.source, out, requantize=args.requantize)
+        said = beside(out)
+    if said:
         print(f"fedtune: {said}", file=sys.stderr)
     return str(out)
 
 
 def _generate(args: argparse.Namespace) -> str:
-    from fedtune.inference.generate import generate_text
+    from fedtune.inference.generate import Stripped, generate_text
 
-    text = generate_text(args.model, args.text, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-    return text.strip()
+    generate_text(args.model, args.text, **_sampling(args), write=Stripped(sys.stdout).write)
+    return ""  # it is out already, as it came
+
+
+def _bench(args: argparse.Namespace) -> str:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fedtune.inference.bench import bench, table, threads, write
+
+    threads(args.threads)
+    names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")
+    with Console(stderr=True).status("measuring") as line:
+        speeds = bench(args.model, tell=line.update, **{name: getattr(args, name) for name in names})
+    if args.out:
+        write(speeds, args.out)
+    return json.dumps(asdict(speeds), indent=1) if args.json else table(speeds)
 
 
 def _draft(args: argparse.Namespace) -> str:
@@ -140,6 +258,32 @@ def _draft(args: argparse.Namespace) -> str:
     told = f"{100 * figures['parameters'] / figures['of']:.0f} % of the parameters; the model accepts {100 * now:.0f} % of its tokens"
     print(f"fedtune: {told} at temperature 1 ({100 * before:.0f} % before)", file=sys.stderr)
     return str(out)
+
+
+def _serve(args: argparse.Namespace) -> str:
+    from fedtune.inference.engine.caches.budget import parse_size
+    from fedtune.inference.serve.limits import ApiKeys, Limits
+    from fedtune.inference.serve.start import named, serve
+
+    serve(
+        args.model,
+        host=args.host,
+        port=args.port,
+        keys=ApiKeys.find(args.api_key_file),
+        limits=Limits(max_body=args.max_body, max_tokens=args.max_tokens, timeout=args.timeout, grace=args.grace),
+        kind=args.kind,
+        kv_budget=None if args.kv_budget is None else parse_size(args.kv_budget),
+        max_concurrent=args.max_concurrent,
+        queue=args.queue,
+        adapters=named(args.adapters),
+    )
+    return "stopped"
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from fedtune.inference.chat import talk
+
+    talk(args.model, system=args.system, **_sampling(args))
 
 
 def _keys(args: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ FedtuneError
 │   └── UpdateMismatch    its tensors are not the ones that were asked for
 ├── NetworkError      nodes cannot be reached, or may not be let in
 │   └── LinkLost          the SuperLink does not answer any more, or has ended the Flower run
+├── Decline           a client does not take part in a round
 └── RunError          the run cannot go on
 
 Each message is one sentence: where, what came, what was wanted, what to do. Doors print it and exit with 2; no trace.
@@ -54,6 +55,14 @@ class NetworkError(FedtuneError):
 
 class LinkLost(NetworkError):
     """The SuperLink does not answer any more, or has ended the Flower run: open a new run, or stop."""
+
+
+class Decline(FedtuneError):
+    """A client does not take part this round; `kind` says in a word why."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
 class RunError(FedtuneError):

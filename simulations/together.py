@@ -14,10 +14,11 @@ from flwr.app import Context, Message
 
 from fedtune.clients.app import Prepared, client_of, finish, prepare, score_together, take_turn
 from fedtune.clients.body import Body
-from fedtune.clients.declining import declined, is_out_of_memory
+from fedtune.clients.declining import declined
 from fedtune.clients.workspace import Workspace
 from fedtune.errors import FedtuneError
 from fedtune.models import LiveAdapter
+from fedtune.models.memory import is_out_of_memory
 from fedtune.simulations.batched import Job, Result, train_together, way_of
 from fedtune.simulations.crowd import Way
 from fedtune.simulations.width import WIDEST, allowed, pays

@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedtune.clients.declining import Decline
 from fedtune.clients.devices.estimate import STATE, Shapes, flops, memory_bytes, seconds
 from fedtune.config import DeviceClass
+from fedtune.errors import Decline
 
 SHORTEST = 16  # tokens: below that a row says too little
 ROOM, HASTE = 0.9, 0.75  # shares of memory and deadline that an estimate may fill: it is one

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedtune.clients.declining import Decline
 from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Choice, Correction, Work, choose, choose_rank
 from fedtune.clients.devices.estimate import QUANTISED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
@@ -22,7 +21,7 @@ from fedtune.clients.devices.simulate import is_offline, virtual_seconds
 from fedtune.clients.trainer import Turn, batches, steps_of
 from fedtune.config import Config, DeviceClass
 from fedtune.data import Example
-from fedtune.errors import ModelError
+from fedtune.errors import Decline, ModelError
 from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan, matching
 from fedtune.state import AdapterSpec, AdapterState

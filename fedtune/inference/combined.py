@@ -34,7 +34,7 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
     ranks = {}
     for module in adapter.spec.ranks:
         states = [s for s in (adapter, *shifts) if module in s.spec.scaling]
-        a, b = _stack([(s.spec.scaling[module], s[f"{module}.lora_A"].double(), s[f"{module}.lora_B"].double()) for s in states])
+        a, b = stack([(s.spec.scaling[module], s[f"{module}.lora_A"].double(), s[f"{module}.lora_B"].double()) for s in states])
         ranks[module] = len(a)
         weights[f"{_PREFIX}{module}.lora_A.weight"], weights[f"{_PREFIX}{module}.lora_B.weight"] = a.float(), b.float()
     # PEFT reads the keys as regular expressions that a module's name must end with
@@ -44,7 +44,7 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _stack(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def stack(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(R, in) and (out, R) with R at most min(in, out) and B·A = Σ s·B_i·A_i."""
     a, b = torch.cat([s * a for s, a, _ in parts]), torch.cat([b for _, _, b in parts], 1)
     if len(a) <= min(a.shape[1], len(b)):

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ConfigError, DataError, ModelError
-from fedtune.inference.export import _check_out as check_out
-from fedtune.inference.export import _write as write_folder
-from fedtune.inference.generate import _card as read_card
-from fedtune.inference.generate import wrap
+from fedtune.inference.engine.text import wrap
+from fedtune.inference.export import CARD, check_out, new_folder, write_tokenizer
+from fedtune.inference.generate import read_card
 from fedtune.models.backbone import Backbone, load_backbone, quiet
 from fedtune.seeds import derive_seed
 
@@ -93,12 +92,10 @@ def distil(
         DataError: The texts cannot be read or are too few.
         ConfigError: More layers than the model has.
     """
-    check_out(out, False)
+    check_out(out)
     card = read_card(folder)
-    if card.get("task") == "classification" or "peft" in card:
-        raise ModelError(
-            f"{folder} {'is a classifier' if 'peft' not in card else 'keeps its adapter beside it'}: only a merged causal model drafts"
-        )
+    if "peft" in card:
+        raise ModelError(f"{folder} keeps its adapter beside it: only a merged model can be drafted for")
     teacher = load_backbone(ModelConfig(source="hub", name=str(folder)), TaskConfig(kind="causal_lm", max_length=2))
     if teacher.seq2seq:
         raise ModelError(f"{folder} reads its prompt in an encoder: only a causal model drafts")
@@ -131,12 +128,11 @@ def distil(
     )
     kept |= {"draft_of": teacher.fingerprint, "distilled": {**figures, **dataclasses.asdict(how), "text": text.name if text else None}}
 
-    def save(to: Path) -> dict[str, Any]:
+    with new_folder(out) as to:
         with quiet():
             student.to(stored(teacher)).save_pretrained(to)
-        return kept
-
-    write_folder(dataclasses.replace(teacher, model=student), save, out, None)
+        write_tokenizer(teacher.tokenizer, teacher.folder, to)
+        (to / CARD).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return figures
 
 

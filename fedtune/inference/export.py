@@ -6,7 +6,9 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,67 @@ from fedtune.config import Config, ModelConfig, TaskConfig, from_dict
 from fedtune.errors import CheckpointError, FedtuneError, ModelError
 from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.inference.requantise import put_dequantised, requantise, said, text_logits
-from fedtune.models.backbone import Backbone, load_backbone, quiet
+from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import NANO, fingerprint, stored_tensors
 from fedtune.models.methods import mergeable, method
 from fedtune.models.methods.heads import trained_heads
 
 CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
 BESIDE = "adapter"  # folder of what could not be merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What an export begins with.
+
+    Args:
+        source: The run directory or adapter folder.
+        config: The run's; None for a bare adapter folder.
+        adapter: What was trained.
+        labels: Names of a classifier's classes.
+        task: The run's, or the one that the adapter says.
+        model: The backbone, in float32 on the CPU.
+        settings: Of `load_backbone`.
+    """
+
+    source: Path
+    config: Config | None
+    adapter: StoredAdapter
+    labels: list[str]
+    task: TaskConfig
+    model: ModelConfig
+    settings: dict[str, int]
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Task, prompt template and longest answer, as whoever runs the model must know them."""
+        longest = self.task.max_new_tokens if self.config and self.task.kind == "instruction" else None
+        return {"task": self.task.kind, "prompt": prompt_template(self.config), "max_new_tokens": longest}
+
+
+def read_origin(source: Path) -> Origin:
+    """Read a run directory or an adapter folder; the backbone's weights are not opened.
+
+    Raises:
+        CheckpointError: `source` is missing, or is a run that has no adapter yet.
+        ModelError: The adapter cannot be used.
+    """
+    config, adapter, labels = _read(source)
+    task = config.task if config else _task(adapter, source)
+    if config and config.peft.init == "loftq" and not adapter.over:
+        raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
+    model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
+    return Origin(source=source, config=config, adapter=adapter, labels=labels, task=task, model=model, settings=settings)
+
+
+def check_base(origin: Origin, fingerprint: str, name: str) -> None:
+    """Raises ModelError where the adapter belongs to another backbone than the one with this fingerprint."""
+    mark = origin.adapter.state.spec.base
+    if mark and mark != fingerprint:
+        raise ModelError(
+            f"the adapter in {origin.source} belongs to the backbone {mark}, but {name} is {fingerprint}:"
+            " give it the checkpoint that it was trained on"
+        )
 
 
 def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: bool = False) -> Path:
@@ -50,20 +106,12 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
             quantise to.
     """
     source, out = Path(source), Path(out)
-    _check_out(out, replace)
-    config, adapter, labels = _read(source)
-    task = config.task if config else _task(adapter, source)
-    if config and config.peft.init == "loftq" and not adapter.over:
-        raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
+    check_out(out, replace)
+    origin = read_origin(source)
+    config, adapter, task, model = origin.config, origin.adapter, origin.task, origin.model
     again = _precision(config, adapter, source) if requantize else {}
-    model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
-    backbone = load_backbone(model, task, **settings)
-    mark = adapter.state.spec.base
-    if mark and mark != backbone.fingerprint:
-        raise ModelError(
-            f"the adapter in {source} belongs to the backbone {mark}, but {backbone.name} is {backbone.fingerprint}:"
-            " give it the checkpoint that it was trained on"
-        )
+    backbone = load_backbone(model, task, **origin.settings)
+    check_base(origin, backbone.fingerprint, backbone.name)
     kind = adapter.state.spec.method
     apart = None if mergeable(kind) else _apart(source)
     if apart and config is None:
@@ -72,31 +120,37 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, so there is nothing to quantise again")
     put_heads(backbone.model, adapter, task)
     before = text_logits(backbone.model, backbone.tokenizer) if requantize else None
-    if adapter.over:
-        put_dequantised(backbone.model, dataclasses.replace(model, **adapter.over), task, **settings)
-    merge(backbone.model, adapter, task)
-    if labels and task.kind == "classification":
-        backbone.model.config.id2label = dict(enumerate(labels))
-        backbone.model.config.label2id = {label: i for i, label in enumerate(labels)}
-    longest = task.max_new_tokens if config and task.kind == "instruction" else None
-    card = {"task": task.kind, "prompt": prompt_template(config), "max_new_tokens": longest, "base": backbone.fingerprint}
+    put_adapter(backbone.model, origin)
+    if origin.labels and task.kind == "classification":
+        backbone.model.config.id2label = dict(enumerate(origin.labels))
+        backbone.model.config.label2id = {label: i for i, label in enumerate(origin.labels)}
+    card = {**origin.card, "base": backbone.fingerprint}
     if apart and config:
         card["peft"] = vars(config.peft)
     if adapter.over:
         card["merged_into"] = dict(adapter.over)
-
-    def save(folder: Path) -> dict[str, Any]:
+    with new_folder(out) as temporary:
+        if apart:
+            shutil.copytree(apart, temporary / BESIDE)
         if before is not None:
-            return {**card, "quantised": requantise(backbone, folder=folder, before=before, **again)}
-        dtype = torch.float32 if model.init == "random" else stored_dtype(backbone.folder)
-        for parameter in backbone.model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        with quiet():
-            backbone.model.save_pretrained(folder)
-        return card
-
-    _write(backbone, save, out, apart)
+            card["quantised"] = requantise(backbone, folder=temporary, before=before, **again)
+        else:
+            dtype = torch.float32 if model.init == "random" else stored_dtype(backbone.folder)
+            for parameter in backbone.model.parameters():
+                parameter.data = parameter.data.to(dtype)
+            with quiet():
+                backbone.model.save_pretrained(temporary)
+        write_tokenizer(backbone.tokenizer, backbone.folder, temporary)
+        (temporary / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return out
+
+
+def put_adapter(model: PreTrainedModel, origin: Origin) -> None:
+    """Merge the adapter, but for its head, into a float32 backbone, in place; where it counts on quantised weights, into those."""
+    adapter, task = origin.adapter, origin.task
+    if adapter.over:
+        put_dequantised(model, dataclasses.replace(origin.model, **adapter.over), task, **origin.settings)
+    merge(model, adapter, task)
 
 
 def put_heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
@@ -163,7 +217,8 @@ def beside(out: Path) -> str:
     return "; ".join(sentences)
 
 
-def _check_out(out: Path, replace: bool) -> None:
+def check_out(out: Path, replace: bool = False) -> None:
+    """Raises ModelError where `out` holds something, but for an export that may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (replace and (out / CARD).is_file()):
@@ -256,21 +311,27 @@ def _apart(source: Path) -> Path:
     return source / "adapter" if (source / "adapter").is_dir() else source
 
 
-def _write(backbone: Backbone, save: Callable[[Path], dict[str, Any]], out: Path, apart: Path | None) -> None:
-    """`save` writes config.json and the weights, and returns the card."""
+def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
+    """The tokenizer's files, and the generation_config.json of the backbone's folder."""
+    with quiet():
+        tokenizer.save_pretrained(out)
+    own = folder / "generation_config.json"  # load_backbone drops sampling defaults; whoever serves the model wants them
+    if own.is_file():
+        shutil.copyfile(own, out / own.name)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when it is whole, or is gone.
+
+    Raises:
+        ModelError: The disk does not take it.
+    """
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        if apart:
-            shutil.copytree(apart, temporary / BESIDE)
-        card = save(temporary)
-        with quiet():
-            backbone.tokenizer.save_pretrained(temporary)
-        own = backbone.folder / "generation_config.json"  # load_backbone drops sampling defaults; whoever serves the model wants them
-        if own.is_file():
-            shutil.copyfile(own, temporary / own.name)
-        (temporary / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        yield temporary
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)

@@ -1,36 +1,107 @@
-"""Answer from an exported model, by transformers."""
+"""Answer from a model: by fedtune's engine where it runs the architecture, else by transformers."""
 
 import json
-import string
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
-
-from fedtune.config import ModelConfig, PeftConfig, TaskConfig
+from fedtune.config import PeftConfig
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.adapter_folder import OWN
-from fedtune.inference.export import BESIDE, CARD
-from fedtune.models.backbone import Backbone, load_backbone
+from fedtune.inference.engine.caches.budget import choose, parse_size
+from fedtune.inference.engine.context import Context
+from fedtune.inference.engine.generate import Generation, Speculation
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.package import CARD, is_package
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.shape import Unsupported, read_shape
+from fedtune.inference.engine.text import wrap
 from fedtune.models.checkpoint import read_config
-from fedtune.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from fedtune.inference.engine.load import Engine
+
+__all__ = ["Stripped", "engine_cannot", "generate_text", "open_context", "open_speculation", "read_card", "wrap"]
+
+LENGTH = 64  # tokens of an answer where neither the caller nor the run says
 
 
-def generate_text(folder: Path, prompt: str, *, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
+def generate_text(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    kind: str | None = None,
+    kv_budget: str | None = None,
+    speculate: str = "auto",
+    draft: Path | None = None,
+    adapter: str | None = None,
+    write: Callable[[str], object] | None = None,
+) -> str:
     """The model's continuation of the prompt, without the prompt.
 
     Args:
-        folder: A Hugging Face folder; one that fedtune exported wraps a bare request in the run's prompt template.
+        folder: An edge package or a Hugging Face folder; one that fedtune exported wraps a bare request in the run's prompt template.
         prompt: The request, or the whole prompt.
         max_new_tokens: Longest answer; None takes the run's own, or 64.
-        temperature: 0 is greedy.
-        seed: Of the sampling.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed, stop: As in `Sampling`; temperature 0 is greedy.
+        write: Told the text piece by piece as it comes.
+
+    Other arguments:
+        kind: Keep weights as fp32, bf16, int8 or int4; None as they are stored.
+        kv_budget: Most memory of keys and values, such as "64MB".
+        speculate: auto, none, lookup, early-exit or draft (see `open_speculation`).
+        draft: Folder of a draft model.
+        adapter: A LoRA adapter that stays apart: the name of the package's, or a folder.
 
     Raises:
         ConfigError: A number is out of range, or the prompt leaves no room in the model's context.
         ModelError: The folder cannot be loaded, or holds a classifier.
     """
     folder = Path(folder)
+    card = read_card(folder)
+    length = max_new_tokens if max_new_tokens is not None else card.get("max_new_tokens") or LENGTH
+    if length < 1:
+        raise ConfigError(f"max_new_tokens={length} is out of range: it must be at least 1")
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop)
+    )
+    if why := engine_cannot(folder, card):
+        wanted = {"kind": kind, "kv-budget": kv_budget, "draft": draft, "adapter": adapter, "speculate": speculate not in ("auto", "none")}
+        if asked := [name for name, value in wanted.items() if value]:
+            raise ConfigError(f"{folder} is run by transformers, which knows no --{asked[0]}: leave it out ({why})")
+        print(f"fedtune: transformers runs this model: {why}", file=sys.stderr)
+        from fedtune.inference.generate_transformers import generate_by_transformers  # late: it loads transformers
+
+        text = generate_by_transformers(folder, card, wrap(prompt, card.get("prompt")), sampling, length)
+        if write:
+            write(text)
+        return text
+    engine = load_engine(folder, kind)
+    speculation = open_speculation(engine, speculate, draft)
+    ids = engine.text.encode(wrap(prompt, card.get("prompt")))
+    context = open_context(engine, kv_budget, adapter, tokens=len(ids) + length)
+    pieces: list[str] = []
+    for piece in Generation(engine, ids, sampling, length, context=context, speculation=speculation):
+        pieces.append(piece.text)
+        if write:
+            write(piece.text)
+    return "".join(pieces)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """fedtune.json of a folder that can answer, {} where there is none.
+
+    Raises:
+        ModelError: There is no such folder, it is a run or a classifier, or the card is damaged.
+    """
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}: give a model that `fedtune export` wrote")
     if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
@@ -38,50 +109,89 @@ def generate_text(folder: Path, prompt: str, *, max_new_tokens: int | None = Non
     card = _card(folder)
     if card.get("task") == "classification" or any("Classification" in a for a in read_config(folder).get("architectures") or []):
         raise ModelError(f"{folder} is a classifier: it gives labels, no text")
-    length = max_new_tokens if max_new_tokens is not None else card.get("max_new_tokens") or 64
-    if length < 1:
-        raise ConfigError(f"max_new_tokens={length} is out of range: it must be at least 1")
-    if not temperature >= 0 or temperature == float("inf"):
-        raise ConfigError(f"temperature={temperature} is out of range: it must be at least 0 and finite")
-    encodes = bool(read_config(folder).get("is_encoder_decoder"))
-    task = TaskConfig(kind=card.get("task") or ("instruction" if encodes else "causal_lm"), max_length=2, generate=False)
-    backbone = load_backbone(ModelConfig(source="hub", name=str(folder)), task)
-    model = _with_adapter(backbone, card, folder, task) if "peft" in card else backbone.model
-    ids = _tokens(backbone.tokenizer, wrap(prompt, card.get("prompt")), ended=backbone.seq2seq)
-    context = getattr(backbone.model.config, "max_position_embeddings", None)
-    virtual = card.get("peft", {}).get("tokens", 0) if card.get("peft", {}).get("method") in ("prompt", "prefix", "ptuning_v2") else 0
-    if context and virtual + len(ids) + length > context:
-        raise ConfigError(
-            f"the prompt's {virtual + len(ids)} tokens and {length} new ones are more than the model's context, {context}: shorten one"
-        )
-    inputs = torch.tensor([ids], device=backbone.device)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    with torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "generate"))
-        out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=length, **sampling)  # pyright: ignore
-    begun = 1 if backbone.seq2seq else len(ids)  # the decoder's start token, or the prompt
-    return backbone.tokenizer.decode(out[0, begun:], skip_special_tokens=True)
+    return card
 
 
-def _with_adapter(backbone: Backbone, card: dict[str, Any], folder: Path, task: TaskConfig) -> Any:
-    """The backbone with the adapter that could not be merged."""
-    from fedtune.models.adapter import LiveAdapter  # late: they load PEFT and Flower, which a merged model does not need
-    from fedtune.state import AdapterState
+def engine_cannot(folder: Path, card: dict[str, Any]) -> str:
+    """Why the engine does not run a folder; "" where it does."""
+    if is_package(folder):
+        return ""
+    if "peft" in card:
+        return f"its adapter ({card['peft'].get('method')}) lies beside the weights"
+    if not (folder / "tokenizer.json").is_file():
+        return "it has no tokenizer.json"
+    try:
+        read_shape(read_config(folder))
+    except Unsupported as bad:
+        return str(bad)
+    return ""
 
-    live = LiveAdapter(backbone, PeftConfig(**card["peft"]), task)
-    live.load(AdapterState.load(folder / BESIDE / OWN).replace(base=""))
-    return live.model
+
+def open_context(engine: "Engine", kv_budget: str | None, adapter: str | None, *, tokens: int | None = None) -> Context:
+    """An empty context of at most `tokens` tokens (None: the model's), whose cache is the best that the budget allows.
+
+    What the budget chose is told on stderr.
+
+    Raises:
+        ConfigError: The budget is no size, or too small.
+        ModelError: There is no such adapter.
+    """
+    if adapter is not None and adapter not in engine.adapters:
+        from fedtune.inference.serve.adapters import add_adapter  # late: few need it
+
+        if not Path(adapter).is_dir():
+            known = ", ".join(engine.adapters) or "none"
+            raise ModelError(f"{engine.folder} holds no adapter '{adapter}' (it has: {known}), and there is no folder of that name")
+        add_adapter(engine, adapter, Path(adapter))
+    if kv_budget is None:
+        return Context(engine, adapter=adapter)
+    longest = engine.shape.context if tokens is None else min(engine.virtual + tokens, engine.shape.context)
+    chosen = choose(engine.shape, longest, parse_size(kv_budget))
+    print(f"fedtune: {chosen.sentence}", file=sys.stderr)
+    return Context(engine, chosen.build, adapter=adapter)
 
 
-def wrap(prompt: str, template: str | None) -> str:
-    """A bare request in the run's template, where it has just one field; what begins as the template does is a whole prompt already."""
-    if not template:
-        return prompt
-    parts = list(string.Formatter().parse(template))
-    fields = [name for _, name, _, _ in parts if name is not None]
-    if len(fields) != 1 or (parts[0][0] and prompt.startswith(parts[0][0])):
-        return prompt
-    return "".join(text + (prompt if name is not None else "") for text, name, _, _ in parts)
+def open_speculation(engine: "Engine", speculate: str, draft: Path | None) -> Speculation | None:
+    """How to guess tokens: auto takes the draft model where one is given, else prompt lookup; either only while it pays.
+
+    Raises:
+        ConfigError: draft without a draft model, or a draft model with something else.
+        ModelError: The draft model cannot be loaded, or has another tokenizer.
+    """
+    from fedtune.inference.engine.speculate.draft import DraftModel
+    from fedtune.inference.engine.speculate.early_exit import EarlyExit
+    from fedtune.inference.engine.speculate.lookup import Lookup
+
+    if draft is not None and speculate not in ("auto", "draft"):
+        raise ConfigError(f"--draft {draft} is not used by --speculate {speculate}: leave one out")
+    if draft is not None:
+        return Speculation(DraftModel(load_engine(draft), engine))
+    if speculate == "draft":
+        raise ConfigError("--speculate draft needs a draft model: name its folder with --draft (`fedtune draft` makes one)")
+    makes = {"auto": Lookup, "lookup": Lookup, "early-exit": EarlyExit, "none": None}
+    if speculate not in makes:
+        raise ConfigError(f"speculate={speculate} is unknown: choose auto, none, lookup, early-exit or draft")
+    make = makes[speculate]
+    return Speculation(make()) if make else None
+
+
+class Stripped:
+    """Writes text as it comes, without the white space around it all."""
+
+    def __init__(self, to: IO[str]) -> None:
+        self._to = to
+        self._held = ""
+        self._begun = False
+
+    def write(self, text: str) -> None:
+        """White space waits for what follows it."""
+        text = self._held + text
+        text = text if self._begun else text.lstrip()
+        shown = text.rstrip()
+        self._begun, self._held = self._begun or bool(shown), text[len(shown) :]
+        if shown:
+            self._to.write(shown)
+            self._to.flush()
 
 
 def _card(folder: Path) -> dict[str, Any]:
@@ -97,17 +207,6 @@ def _card(folder: Path) -> dict[str, Any]:
         ):
             PeftConfig(**card.get("peft", {}))
             return card
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ModelError(f"{folder / CARD} cannot be read: export the model again")
-
-
-def _tokens(tokenizer: Any, text: str, *, ended: bool) -> list[int]:
-    """As in training: begun as the tokenizer begins texts, and ended for an encoder only."""
-    begun = tokenizer("").input_ids
-    lead = [tokenizer.bos_token_id] if begun and begun[0] == tokenizer.bos_token_id else []
-    end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token_id is not None else []
-    ids = lead + tokenizer(text, add_special_tokens=False).input_ids + end
-    if not ids:
-        raise ConfigError("the prompt is empty and the tokenizer has no token to begin with: give some text")
-    return ids

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedtune.clients.declining import Decline, is_out_of_memory
 from fedtune.config import TaskConfig
+from fedtune.errors import Decline
 from fedtune.models import LiveAdapter
+from fedtune.models.memory import is_out_of_memory
 from fedtune.privacy.noise import Source
 
 if TYPE_CHECKING:  # it loads Opacus, which counting rows does not need

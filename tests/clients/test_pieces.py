@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedtune.clients import trainer
-from fedtune.clients.declining import Decline
 from fedtune.clients.trainer import Turn, train
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DataConfig, PeftConfig, TaskConfig
+from fedtune.errors import Decline
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
 from tests.tiny import texts, tiny_config

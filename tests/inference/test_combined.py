@@ -81,7 +81,7 @@ def test_a_module_that_no_shift_names_stays_as_it_is(tmp_path: Path) -> None:
 def test_a_wrong_stack_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     from fedtune.inference import combined
 
-    right = combined._stack
+    right = combined.stack
 
     def stack(parts: list[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         if wrong == "dropped":
@@ -91,7 +91,7 @@ def test_a_wrong_stack_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         a, b = right(parts)
         return a.flip(0), b
 
-    monkeypatch.setattr(combined, "_stack", stack)
+    monkeypatch.setattr(combined, "stack", stack)
     live, opened = folded(tmp_path, "gpt2", CAUSAL, (2, 5))
     assert apart(live, opened) > 1e-3
 

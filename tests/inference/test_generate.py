@@ -14,7 +14,7 @@ from fedtune.config import DataConfig
 from fedtune.data import encode
 from fedtune.errors import ConfigError, FedtuneError, ModelError
 from fedtune.inference import export_hf, generate_text
-from fedtune.inference.generate import wrap
+from fedtune.inference.generate import Stripped, wrap
 from fedtune.models import load_backbone
 from fedtune.models.tasks import generate_answers
 from tests.inference.test_export import ASK, CLASSES, make_run
@@ -111,6 +111,59 @@ def test_what_cannot_answer_is_refused(tmp_path: Path, merged: Path) -> None:
         generate_text(merged, "lamp")
 
 
+def test_the_engine_samples_as_it_is_asked_to(merged: Path) -> None:
+    whole = generate_text(merged, "lamp", max_new_tokens=8)
+    pieces: list[str] = []
+    assert generate_text(merged, "lamp", max_new_tokens=8, write=pieces.append) == whole == "".join(pieces) and len(pieces) > 1
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):  # each leaves only the likeliest token
+        assert generate_text(merged, "lamp", max_new_tokens=8, temperature=3.0, **options) == whole  # type: ignore[arg-type]
+    for speculate in ("none", "lookup", "early-exit"):
+        assert generate_text(merged, "lamp", max_new_tokens=8, speculate=speculate) == whole
+    assert generate_text(merged, "lamp", max_new_tokens=8, draft=merged) == whole
+    assert generate_text(merged, "lamp", max_new_tokens=8, kind="fp32", kv_budget="1MB") == whole
+    assert generate_text(merged, "lamp", max_new_tokens=8, repetition_penalty=50.0) != whole
+    stop = whole.split()[1]
+    assert generate_text(merged, "lamp", max_new_tokens=8, stop=(stop,)) == whole[: whole.find(stop)]
+
+
+def test_other_architectures_are_run_by_transformers_which_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint(tmp_path / "m", "gpt2", seed=2)
+    capsys.readouterr()
+    whole = generate_text(folder, "turn on", max_new_tokens=8)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("fedtune: transformers runs this model: the engine does not run model_type='gpt2'")
+    pieces: list[str] = []
+    options: dict[str, Any] = {"temperature": 2.0, "top_k": 1, "top_p": 0.9, "min_p": 0.1}
+    assert generate_text(folder, "turn on", max_new_tokens=8, write=pieces.append, **options) == whole == "".join(pieces)
+    assert generate_text(folder, "turn on", max_new_tokens=8, repetition_penalty=50.0) != whole
+    stop = whole.split()[1]
+    assert generate_text(folder, "turn on", max_new_tokens=8, stop=(stop,)) == whole[: whole.find(stop)]
+    for asked in ({"kind": "int8"}, {"kv_budget": "1MB"}, {"draft": folder}, {"speculate": "lookup"}, {"adapter": "x"}):
+        with pytest.raises(ConfigError, match="is run by transformers, which knows no --"):
+            generate_text(folder, "turn on", **asked)  # type: ignore[arg-type]
+
+
+def test_options_of_the_engine_that_cannot_be_are_refused(tmp_path: Path, merged: Path) -> None:
+    other = checkpoint(tmp_path / "other")
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"]["green"] = vocabulary["model"]["vocab"].pop("blue")
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    cases: list[tuple[dict[str, object], type[FedtuneError], str]] = [
+        ({"speculate": "draft"}, ConfigError, "needs a draft model"),
+        ({"speculate": "lookup", "draft": merged}, ConfigError, "is not used by --speculate lookup"),
+        ({"speculate": "magic"}, ConfigError, "speculate=magic is unknown"),
+        ({"draft": other}, ModelError, "their tokenizers differ"),
+        ({"adapter": "nobody"}, ModelError, "holds no adapter 'nobody'"),
+        ({"kv_budget": "lots"}, ConfigError, "'lots' is no size"),
+        ({"top_p": 0.0}, ConfigError, "top_p=0.0"),
+        ({"stop": ("",)}, ConfigError, "stop string is empty"),
+    ]
+    for options, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            generate_text(merged, "lamp", **options)  # type: ignore[arg-type]
+
+
 # -- the command ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +179,29 @@ def test_export_then_generate_on_the_command_line(tmp_path: Path, capfd: pytest.
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("fedtune: ") and err.count("\n") == 1 and "exists already" in err
     assert cli.main(["export", str(run), "--out", str(tmp_path / "other")]) == 0 and (tmp_path / "other" / "config.json").is_file()
+
+
+def test_the_text_comes_as_it_is_written_without_the_space_around_it() -> None:
+    class Log(list[str]):
+        write, flush = list.append, lambda self: None
+
+    out: Any = Log()
+    stripped = Stripped(out)
+    for piece in ["", " \n", " a", " ", "\n", "b c ", "", "d", " \n "]:
+        stripped.write(piece)
+    assert out == ["a", " \nb c", " d"]
+
+
+def test_options_on_the_command_line(merged: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    given = ["--temperature", "2", "--top-k", "9", "--top-p", ".9", "--min-p", ".01", "--repetition-penalty", "1.1", "--seed", "3"]
+    asked: dict[str, Any] = {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 3}
+    more = ["--kind", "fp32", "--kv-budget", "1MB", "--speculate", "lookup", "--stop", "lamp", "--stop", "red", "--max-new-tokens", "9"]
+    want = generate_text(merged, "kettle", **asked, stop=("lamp", "red"), max_new_tokens=9)
+    capfd.readouterr()
+    assert cli.main(["generate", str(merged), "kettle", *given, *more]) == 0
+    out, err = capfd.readouterr()
+    assert out == want.strip() + "\n" and err.startswith("fedtune: cache: ") and err.count("\n") == 1
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -151,7 +227,7 @@ def test_imports_stay_light() -> None:
 
 @pytest.mark.slow
 def test_generating_needs_neither_peft_nor_flower() -> None:
-    assert not loaded_after("import fedtune.inference.generate") & {"peft", "flwr", "datasets"}
+    assert not loaded_after("import fedtune.inference.generate, fedtune.inference.chat") & {"transformers", "peft", "flwr", "datasets"}
 
 
 def test_public_names_exist() -> None:

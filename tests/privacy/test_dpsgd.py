@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.clients.declining import Decline
 from fedtune.data import Example, collate
+from fedtune.errors import Decline
 from fedtune.privacy import samples
 from fedtune.privacy.dpsgd import PrivateGradient, clipped_sum, sampling_rate
 from fedtune.privacy.noise import Seeded

@@ -252,7 +252,7 @@ class Generation:
 
 def _rounding(decoder: Decoder) -> float:
     kinds = {type(linear) for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)}
-    return max(ROUNDING[kind] for kind in kinds | {type(decoder.head)})
+    return max(ROUNDING.get(kind, max(ROUNDING.values())) for kind in kinds | {type(decoder.head)})
 
 
 def generate(engine: "Engine", prompt: str | Sequence[int], sampling: Sampling | None = None, max_new_tokens: int | None = 64) -> str:

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.clients.declining import Decline
 from fedtune.clients.devices import Choice, Correction, Shapes, Work, choose, choose_rank, told
 from fedtune.clients.devices.choice import HASTE, ROOM, SHORTEST
 from fedtune.clients.devices.estimate import flops, memory_bytes, seconds, unpacked_bytes, weights_bytes
 from fedtune.config import DeviceClass
+from fedtune.errors import Decline
 
 LADDER = ["fp32", "bf16", "int8", "nf4"]
 DTYPES = {"fp32": torch.float32, **dict.fromkeys(LADDER[1:], torch.bfloat16)}

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fedtune.app import simulate
-from fedtune.clients.declining import Decline
 from fedtune.clients.devices.choice import Correction
 from fedtune.clients.devices.estimate import memory_bytes, shapes_of
 from fedtune.clients.devices.fitting import for_device
 from fedtune.clients.trainer import Turn
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig
+from fedtune.errors import Decline
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
 from tests.tiny import tiny_config

@@ -13,6 +13,7 @@ _DECAY = 0.9  # of the acceptance's memory, a verification
 _TRIALS = 3  # verifications before an attempt is judged
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # steps until the next attempt
 _REFRESH = 32  # verifications after which one plain step measures c(1) again
+_WORTH = 1.05  # expected gain below which guessing is switched off: what is measured is not exact
 _HOPE, _WEIGHT = 0.7, 0.5  # acceptance taken for granted when an attempt begins, and how many guesses that weighs as much as
 
 
@@ -115,7 +116,7 @@ class Adapt:
         gain, guesses = self.best(grade)
         if state.left > 0:
             return guesses
-        if gain > 1:
+        if gain > _WORTH:
             state.interval = 0
             return guesses
         state.interval = min(2 * state.interval, _LONGEST_PAUSE) or _FIRST_PAUSE

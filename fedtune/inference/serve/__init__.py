@@ -1,0 +1,1 @@
+"""A server that speaks OpenAI's protocol, for the engine in this package."""

@@ -1,0 +1,51 @@
+"""LoRA adapters that stay apart from the model and are chosen by a request's `model`."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.load import Engine
+from fedtune.inference.engine.package import tensor_shapes
+from fedtune.inference.engine.shape import Shape
+
+LORA = ("lora", "rslora")
+
+
+def add_adapter(engine: Engine, name: str, folder: Path) -> None:
+    """Let requests choose the adapter of a folder by this name.
+
+    Raises:
+        ConfigError: The name is taken.
+        ModelError: The folder holds no LoRA adapter, or one of another model.
+    """
+    if name in engine.adapters:
+        raise ConfigError(f"the model brings an adapter named '{name}' itself: give this one another name")
+    engine.add_adapter(name, factors(folder, engine.shape))
+
+
+def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module → A [r, K] and B [N, r], float32, the scaling in B; what was merged into the backbone on the way is one more summand.
+
+    Raises:
+        ModelError: As documented above.
+    """
+    from fedtune.inference.adapter_folder import read_adapter  # late: they load Flower, which a server without adapters does not need
+    from fedtune.inference.combined import stack
+
+    if not folder.is_dir():
+        raise ModelError(f"there is no adapter folder {folder}")
+    stored = read_adapter(folder)
+    states, sizes = (stored.state, *stored.shifts), dict(tensor_shapes(shape))
+    if stored.state.spec.method not in LORA:
+        raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA can stay apart from the model")
+    if stored.heads or stored.over:
+        raise ModelError(f"{folder} changes more than LoRA's factors: merge it with `fedtune export`")
+    out: dict[str, tuple[Tensor, Tensor]] = {}
+    for module in dict.fromkeys(m for s in states for m in s.spec.scaling):
+        mine = [s for s in states if module in s.spec.scaling]
+        a, b = stack([(s.spec.scaling[module], s[f"{module}.lora_A"].double(), s[f"{module}.lora_B"].double()) for s in mine])
+        if sizes.get(f"{module}.weight") != (len(b), a.shape[1]):
+            raise ModelError(f"{folder} changes '{module}' by {(len(b), a.shape[1])}, which does not fit: it belongs to another backbone")
+        out[module] = (a.float(), b.float())
+    return out

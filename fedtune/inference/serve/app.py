@@ -1,0 +1,155 @@
+"""The HTTP application: OpenAI's routes, `/health`, and a page to try the model at `/`."""
+
+import asyncio
+import base64
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, check_room, teller, whole
+from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_json
+from fedtune.inference.serve.offer import Offer, make_job
+from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused, Shape, read
+
+NOT_HERE = {
+    404: ("there is no such path here", "not_found"),
+    405: ("this path does not take that method", "method_not_allowed"),
+}
+
+
+def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys, *, local: bool) -> FastAPI:
+    """The application over a scheduler that runs.
+
+    Args:
+        local: It is bound to a loopback address and asks for no key, so that requests must name localhost.
+    """
+    app = FastAPI(title="fedtune", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    page, policy = _page()
+
+    async def let_in(request: Request) -> None:
+        if local:
+            check_host(request)
+        keys.check(request)
+
+    async def answer(request: Request, kind: type[AskedCompletion] | type[AskedChat]) -> Response:
+        arrived = time.monotonic()
+        await let_in(request)
+        check_room(scheduler)  # before the body is read, and again when it is taken
+        asked = read(kind, await read_json(request, limits))
+        adapter = offer.adapter(asked.model)
+        ids = await asyncio.to_thread(offer.tokens, asked)  # a long prompt takes a while
+        under_way = Answer(scheduler, make_job(asked, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout))
+        chat = kind is AskedChat
+        shape = Shape(
+            chat=chat,
+            id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
+            model=asked.model,
+            usage_in_stream=asked.wants_usage,
+        )
+        tell = teller(offer.text) if asked.tops is not None else None
+        under_way.begin()
+        if asked.stream:
+            return EventStream(under_way, shape, tell, limits.timeout)
+        return await whole(request, under_way, shape, tell)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await answer(request, AskedCompletion)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, AskedChat)
+
+    began = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        more = {"context": scheduler.limit, "max_tokens": limits.max_tokens, "chat": offer.chats, "turns": offer.text.template is not None}
+        return {"id": name, "object": "model", "created": began, "owned_by": "fedtune", **more}
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        await let_in(request)
+        return JSONResponse({"object": "list", "data": [card(name) for name in offer.models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        await let_in(request)
+        offer.adapter(name)
+        return JSONResponse(card(name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        running, waiting = scheduler.load
+        state = "stopping" if scheduler.draining else "ok"
+        figures = {"running": running, "waiting": waiting, "passes": scheduler.passes, "preempted": scheduler.preempted}
+        return JSONResponse({"status": state, **figures}, status_code=503 if scheduler.draining else 200)
+
+    @app.get("/")
+    async def try_it(request: Request) -> Response:
+        if local:
+            check_host(request)
+        return Response(page, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+
+    app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(HTTPException, _not_here)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _broken)
+    app.add_middleware(_Plain)
+    return app
+
+
+async def _refused(request: Request, why: Any) -> Response:
+    return JSONResponse(why.body(), status_code=why.status, headers=why.headers())
+
+
+async def _not_here(request: Request, why: Any) -> Response:
+    message, code = NOT_HERE.get(why.status_code, ("the request cannot be served", None))
+    return JSONResponse(Refused(why.status_code, message, code=code).body(), status_code=why.status_code, headers=why.headers)
+
+
+async def _gone(request: Request, why: Any) -> Response:
+    return Response(status_code=GONE)
+
+
+async def _broken(request: Request, why: Exception) -> Response:
+    return JSONResponse(Refused(500, "the server failed on this request: its log says why").body(), status_code=500)
+
+
+class _Plain:
+    """Headers for every answer: no guessing of types, nothing kept; and nothing but HTTP."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        async def plain(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"), (b"referrer-policy", b"no-referrer")]
+                message["headers"] = [*message.get("headers", []), *extra]
+            await send(message)
+
+        await self._app(scope, receive, plain)
+
+
+def _page() -> tuple[bytes, str]:
+    """The page to try the model, and a policy that lets it run its own script and style, speak to this server, and do nothing else."""
+    text = (files("fedtune.inference.serve") / "page.html").read_text(encoding="utf-8")
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in found)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text.encode(), policy

@@ -1,0 +1,115 @@
+"""What is served, and what a request makes of it: a prompt in tokens, and a job for the scheduler."""
+
+import secrets
+from dataclasses import dataclass
+
+from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.text import Text, wrap
+from fedtune.inference.serve.limits import Limits
+from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused
+
+COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+TOO_LONG = "context_length_exceeded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What is served.
+
+    Args:
+        name: Of the model itself.
+        text: Its tokenizer and chat template.
+        adapters: Names of separate adapters; each is a model to clients.
+        prompt: The run's prompt template, which wraps a single message where there is no chat template.
+        answer: Tokens of an answer where a chat names no limit; None takes as many as may be.
+    """
+
+    name: str
+    text: Text
+    adapters: tuple[str, ...] = ()
+    prompt: str | None = None
+    answer: int | None = None
+
+    @property
+    def chats(self) -> bool:
+        return self.text.template is not None or self.prompt is not None
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter behind a model's name; None is the model itself. Raises Refused (404)."""
+        if model == self.name:
+            return None
+        if model in self.adapters:
+            return model
+        raise Refused(404, f"there is no model of that name here: ask for {', '.join(self.models)}", code="model_not_found", param="model")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.name, *self.adapters)
+
+    def tokens(self, asked: AskedCompletion | AskedChat) -> list[int]:
+        """The prompt. Raises Refused (400)."""
+        try:
+            if isinstance(asked, AskedChat):
+                return self._chat([message.plain() for message in asked.messages])
+            return asked.prompt if isinstance(asked.prompt, list) else self.text.encode(asked.prompt)
+        except (ConfigError, ModelError) as bad:
+            raise Refused(400, str(bad), code="invalid_value", param="messages" if isinstance(asked, AskedChat) else "prompt") from None
+
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if self.text.template is not None:
+            return self.text.encode(self.text.chat(messages), begin=False)
+        if self.prompt is None:
+            raise ConfigError("this model has no chat template: use /v1/completions")
+        if [message["role"] for message in messages] != ["user"]:
+            raise ConfigError("this model was tuned on single requests: send one message of the role 'user'")
+        return self.text.encode(wrap(messages[0]["content"], self.prompt))
+
+
+def make_job(
+    asked: AskedCompletion | AskedChat, ids: list[int], adapter: str | None, offer: Offer, limits: Limits, context: int, deadline: float
+) -> Job:
+    room = context - len(ids)
+    if room < 1:
+        raise Refused(
+            400,
+            f"the prompt's {len(ids)} tokens leave no room in the model's context of {context}: shorten it",
+            code=TOO_LONG,
+        )
+    count = asked.limit
+    if count is None:  # a limit of ours may shorten an answer for which none was asked
+        count = COMPLETION_TOKENS if isinstance(asked, AskedCompletion) else offer.answer or limits.max_tokens
+        count = min(count, limits.max_tokens, room)
+    elif count > limits.max_tokens:
+        raise Refused(400, f"{count} new tokens are more than the {limits.max_tokens} of this server: ask for fewer", param="max_tokens")
+    elif count > room:
+        raise Refused(
+            400,
+            f"the prompt's {len(ids)} tokens and {count} new ones are more than the model's context of {context}: shorten one",
+            code=TOO_LONG,
+        )
+    sampling = Sampling(
+        temperature=1.0 if asked.temperature is None else float(asked.temperature),
+        top_k=asked.top_k or 0,
+        top_p=1.0 if asked.top_p is None else float(asked.top_p),
+        min_p=float(asked.min_p or 0.0),
+        repetition_penalty=1.0 if asked.repetition_penalty is None else float(asked.repetition_penalty),
+        seed=secrets.randbits(63) if asked.seed is None else asked.seed,  # without a seed, every answer is another
+        stop=asked.stops,
+    )
+    joins = isinstance(asked, AskedCompletion)
+    return Job(
+        ids=ids,
+        sampling=sampling,
+        max_new_tokens=count,
+        deliver=_nobody,
+        joins=joins,
+        adapter=adapter,
+        rivals=asked.tops,
+        deadline=deadline,
+    )
+
+
+def _nobody(out: Output) -> None:
+    """Stands in until the answer begins."""

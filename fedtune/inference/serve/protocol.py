@@ -1,0 +1,341 @@
+"""What clients may ask and what they get back: OpenAI's `/v1/completions` and `/v1/chat/completions`.
+
+A field that would change the answer and that this server cannot honour is refused by a sentence, never passed over; fields that only carry
+book-keeping (`user`, `metadata`, `store` …) are taken and left alone.
+
+Source: OpenAI API reference, "Completions" and "Chat".
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+INT64 = 2**63 - 1
+STOPS = 16
+COLDEST = 1e-3  # logits divided by much less overflow
+
+
+class Refused(Exception):
+    """A request that gets no answer; `body()` says why in OpenAI's shape.
+
+    Args:
+        status: Of HTTP.
+        message: One sentence: what came, what to do.
+        code: What a program may look at.
+        param: The field that is to blame.
+        retry_after: Seconds after which another try may pay.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Asked(BaseModel):
+    """What both routes share."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, le=INT64)] | None = None
+    stop: str | list[str] | None = None
+    # further than OpenAI; under the names that vLLM, llama.cpp and transformers share
+    top_k: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    # one value of each is honoured
+    n: Literal[1] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    # book-keeping
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _texts(cls, stop: Any) -> Any:
+        texts = stop if isinstance(stop, list) else [stop]
+        if stop is not None and (len(texts) > STOPS or not all(isinstance(text, str) and text for text in texts)):
+            raise ValueError(f"'stop' must be one text or at most {STOPS}, none of them empty")
+        return stop
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm(cls, temperature: float | None) -> float | None:
+        if temperature is not None and 0 < temperature < COLDEST:
+            raise ValueError(f"'temperature' must be 0, which is greedy, or at least {COLDEST}")
+        return temperature
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "_Asked":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' needs 'stream': true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class AskedCompletion(_Asked):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[int]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, prompt: Any) -> Any:
+        if isinstance(prompt, str):
+            return prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+            return prompt[0]
+        if isinstance(prompt, list) and prompt and all(type(token) is int and 0 <= token < 2**31 for token in prompt):
+            return prompt
+        raise ValueError("'prompt' must be one text or one list of token ids: send further prompts as further requests")
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def tops(self) -> int | None:
+        """How many alternatives to tell per token; None tells no log-probability at all."""
+        return self.logprobs
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(max_length=1024)]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it: `developer` is OpenAI's newer word for `system`."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class _ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text"]
+
+
+class AskedChat(_Asked):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: _ResponseFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _chat_consistent(self) -> "AskedChat":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("'max_tokens' and 'max_completion_tokens' disagree: give one of them")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def tops(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def read(kind: type[T], payload: object) -> T:
+    """The request that a parsed body holds.
+
+    Raises:
+        Refused: 400 with a sentence about the first thing that is wrong.
+    """
+    if not isinstance(payload, dict):
+        raise Refused(400, f"the body must be a JSON object, but it is {_name(payload)}", code="invalid_type")
+    try:
+        return kind.model_validate(payload)
+    except ValidationError as bad:
+        # a union reports each of its branches: the deepest is the one that was meant
+        first = max(bad.errors(include_url=False), key=lambda e: len(e["loc"]))
+        raise _sentence(first) from None
+
+
+UNSUPPORTED = {
+    "n": "this server gives one answer a request: leave out 'n' or give 1",
+    "best_of": "this server gives one answer a request: leave out 'best_of' or give 1",
+    "presence_penalty": "this server has no presence penalty: leave it out; 'repetition_penalty' is there",
+    "frequency_penalty": "this server has no frequency penalty: leave it out; 'repetition_penalty' is there",
+    "logit_bias": "this server takes no 'logit_bias': leave it out",
+    "echo": "this server does not repeat the prompt: leave out 'echo'",
+    "suffix": "this server does not fill in the middle: leave out 'suffix'",
+    "tools": "this server calls no tools: leave out 'tools'",
+    "tool_choice": "this server calls no tools: leave out 'tool_choice'",
+    "response_format": "this server answers in plain text alone: leave out 'response_format'",
+    "modalities": "this server answers in plain text alone: leave out 'modalities'",
+}
+
+
+def _sentence(error: Any) -> Refused:
+    # locations also hold the names of a union's branches, such as list[constrained-str]
+    where = [part for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "list"))]
+    param = _short("".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")) or None
+    if error["type"] == "extra_forbidden":
+        name = _short(str(error["loc"][-1]))
+        return Refused(400, f"this server knows no field '{name}': leave it out", code="unknown_parameter", param=name)
+    if where and where[0] in UNSUPPORTED:
+        return Refused(400, UNSUPPORTED[where[0]], code="unsupported_parameter", param=param)
+    if error["type"] == "missing":
+        return Refused(400, f"the field '{param}' is missing", code="missing_required_parameter", param=param)
+    if error["type"] == "value_error":
+        return Refused(400, str(error["ctx"]["error"]), code="invalid_value", param=param)
+    message = error["msg"][:1].lower() + error["msg"][1:].replace(" after validation", "")
+    return Refused(400, f"the field '{param}' is wrong: {message}", code="invalid_value", param=param)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _name(value: object) -> str:
+    return {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token of an answer and its best rivals; natural logarithms."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(kw_only=True)
+class Shape:
+    """Puts pieces of one answer into the shape of its route.
+
+    Other arguments:
+        made: Unix time at which the request came.
+    """
+
+    chat: bool
+    id: str
+    model: str
+    usage_in_stream: bool = False
+    made: int = field(default_factory=lambda: int(time.time()))
+    _offset: int = 0  # characters told so far, for `text_offset`
+
+    def opening(self) -> list[bytes]:
+        """What a stream begins with."""
+        return [self._chunk({"role": "assistant", "content": ""}, None, None)] if self.chat else []
+
+    def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
+        return self._chunk({"content": text} if self.chat else text, logprobs, None)
+
+    def closing(self, finish: str, usage: dict[str, Any]) -> list[bytes]:
+        """What a stream ends with."""
+        out = [self._chunk({} if self.chat else "", None, finish)]
+        if self.usage_in_stream:
+            out.append(event(self._envelope(streaming=True) | {"choices": [], "usage": usage}))
+        return [*out, b"data: [DONE]\n\n"]
+
+    def whole(self, text: str, logprobs: Sequence[TokenLogprob] | None, finish: str, usage: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": self._logprobs(logprobs)}
+        choice |= {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        return self._envelope(streaming=False) | {"choices": [choice], "usage": usage}
+
+    def _chunk(self, what: Any, logprobs: Sequence[TokenLogprob] | None, finish: str | None) -> bytes:
+        choice = {"index": 0, "delta" if self.chat else "text": what, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
+        return event(self._envelope(streaming=True) | {"choices": [choice]} | ({"usage": None} if self.usage_in_stream else {}))
+
+    def _envelope(self, *, streaming: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if streaming else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.made, "model": self.model}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if tokens is None:
+            return None
+        if self.chat:
+            return {"content": [_told(t.token, t.logprob) | {"top_logprobs": [_told(*rival) for rival in t.top]} for t in tokens]}
+        offsets = []
+        for t in tokens:
+            offsets.append(self._offset)
+            self._offset += len(t.token)
+        return {
+            "tokens": [t.token for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [dict(t.top) for t in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _told(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def event(payload: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(payload, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n\n"
+
+
+def usage(prompt: int, answer: int, *, cached: int = 0) -> dict[str, Any]:
+    """OpenAI's `usage`, in tokens; `cached` of the prompt's came from an earlier request."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

@@ -1,0 +1,131 @@
+"""A server over a tiny random model, in a thread of this process, and what it serves."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedtune.inference.engine.caches.base import Cache, Span
+from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.schedule import Caches, Decodes, Scheduler
+from fedtune.inference.engine.text import Text
+from fedtune.inference.serve.app import create_app
+from fedtune.inference.serve.limits import ApiKeys, Limits
+from fedtune.inference.serve.offer import Offer
+from fedtune.inference.serve.server import Server, listen, url
+from fedtune.inference.serve.start import make_caches
+from tests.tiny import tiny_llama
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def tiny_model(folder: Path, *, context: int = 512, chat: bool = True) -> Path:
+    """`tiny_llama` with a longer context, and a chat template."""
+    tiny_llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    if chat:
+        (folder / "chat_template.jinja").write_text(CHAT)
+    return folder
+
+
+def make_scheduler(engine: Engine, caches: Caches | None = None, pace: float = 0.0, **options: Any) -> Scheduler:
+    """Other arguments: pace, seconds that each pass takes longer."""
+    caches = caches or Separate(engine.cache, engine.shape.context)
+    decoder = Paced(engine.decoder, pace) if pace else engine.decoder
+    return Scheduler(decoder, engine.text, caches, engine.shape.vocab, virtual=engine.virtual, begin=engine.start, **options)
+
+
+class Separate:
+    """A buffer for each sequence, as `make` gives it: what a single request would use."""
+
+    def __init__(self, make: Callable[[], Cache], limit: int) -> None:
+        self._make, self.limit = make, limit
+
+    def open(self, ids: Sequence[int], adapter: str | None) -> Cache | None:
+        return self._make()
+
+    def reserve(self, cache: Cache, n: int) -> bool:
+        return True
+
+    def close(self, cache: Cache, ids: Sequence[int], adapter: str | None) -> None:
+        """The buffer goes with the sequence."""
+
+
+class Paced:
+    """A decoder that takes its time."""
+
+    def __init__(self, decoder: Decodes, seconds: float) -> None:
+        self._decoder, self._seconds = decoder, seconds
+
+    def forward(self, ids: Tensor, spans: Sequence[Span]) -> Tensor:
+        time.sleep(self._seconds)
+        return self._decoder.forward(ids, spans)
+
+
+def alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **job: Any) -> list[Output]:
+    """The answer of a scheduler that has nothing else to do."""
+    outputs: list[Output] = []
+    scheduler = make_scheduler(engine)
+    scheduler.submit(Job(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **job))
+    while scheduler.step():
+        pass
+    return outputs
+
+
+def continuation(text: Text, prompt: Sequence[int], answer: Sequence[int], stops: Sequence[str] = ()) -> str:
+    """What the answer adds to the prompt's text, up to the first stop string."""
+    added = text.decode([*prompt, *answer])[len(text.decode(prompt)) :]
+    return added[: min((added.index(stop) for stop in stops if stop in added), default=len(added))]
+
+
+def text_of(outputs: list[Output]) -> str:
+    return "".join(out.text for out in outputs)
+
+
+@dataclass
+class Served:
+    url: str
+    engine: Engine
+    scheduler: Scheduler
+    server: Server
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def raw(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+
+@contextlib.contextmanager
+def served(
+    model: Path | Engine, *, limits: Limits | None = None, keys: tuple[str, ...] = (), prompt: str | None = None, **options: Any
+) -> Iterator[Served]:
+    """Serve a model as "tiny" until the block ends."""
+    engine = load_engine(model) if isinstance(model, Path) else model
+    scheduler = make_scheduler(engine, make_caches(engine, None, options.get("max_running", 16)), **options)
+    offer = Offer(name="tiny", text=engine.text, adapters=tuple(engine.adapters), prompt=prompt)
+    limits = limits or Limits(grace=5)
+    app = create_app(scheduler, offer, limits, ApiKeys(keys), local=not keys)
+    server = Server(app, scheduler, grace=limits.grace, connections=512)
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
+    thread.start()
+    try:
+        yield Served(url(listener), engine, scheduler, server)
+    finally:
+        server.stop()
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive(), "the server does not stop"

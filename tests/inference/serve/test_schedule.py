@@ -1,0 +1,354 @@
+"""Requests that share passes answer as if each were alone."""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from fedtune.errors import ConfigError
+from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.jobs import Busy, Job, Output, Stopping
+from fedtune.inference.engine.load import Engine
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.schedule import Scheduler
+from fedtune.inference.engine.text import Text
+from fedtune.seeds import derive_seed
+from tests.inference.serve.served import alone, make_scheduler, text_of
+
+V, END = 40, 0
+WORDS = Text(Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1")), bos=None, ends=frozenset({END}), template=None, names={})
+
+
+class Tape:
+    """A cache that is just the tokens it has seen."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.blocks = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+class Oracle:
+    """A decoder whose logits hang on every token of the sequence and their order: one lost or doubled changes all that follows."""
+
+    def __init__(self, *, endless: bool = False) -> None:
+        self.rows: list[list[int]] = []  # of each pass
+        self._never = torch.tensor([END] if endless else [], dtype=torch.long)
+
+    def forward(self, ids: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        self.rows.append([span.n for span in spans])
+        out, rest = [], ids.tolist()
+        for span in spans:
+            tape: Any = span.cache
+            tape.tokens += rest[: span.n]
+            rest = rest[span.n :]
+            if span.keep:
+                generator = torch.Generator().manual_seed(derive_seed("oracle", span.adapter or "", *tape.tokens))
+                out.append((3 * torch.randn(V, generator=generator)).index_fill(0, self._never, -torch.inf))
+        assert not rest
+        return torch.stack(out) if out else torch.empty(0, V)
+
+
+class Blocks:
+    """A pool of blocks of 4 tokens; keeps what ended for others to begin with."""
+
+    def __init__(self, blocks: int = 10**6, limit: int = 64) -> None:
+        self.free, self.limit = blocks, limit
+        self.kept: list[tuple[str | None, list[int]]] = []
+        assert 4 * blocks >= limit
+
+    def open(self, ids: Sequence[int], adapter: str | None) -> Tape | None:
+        tape = Tape()
+        shared = [old for whose, old in self.kept if whose == adapter and old and old == list(ids[: len(old)]) and len(old) < len(ids)]
+        tape.tokens = list(max(shared, key=len, default=[]))
+        if not self.reserve(tape, len(ids) - tape.length):
+            return None
+        return tape
+
+    def reserve(self, tape: Tape, n: int) -> bool:
+        more = -(-(tape.length + n) // 4) - tape.blocks
+        if more > self.free:
+            return False
+        self.free -= more
+        tape.blocks += more
+        return True
+
+    def close(self, tape: Tape, ids: Sequence[int], adapter: str | None) -> None:
+        assert tape.tokens == list(ids)
+        self.free += tape.blocks
+        self.kept.append((adapter, list(ids)))
+
+
+def scheduler(pool: Blocks | None = None, decoder: Oracle | None = None, **options: Any) -> Scheduler:
+    return Scheduler(decoder or Oracle(), WORDS, pool or Blocks(), V, **options)  # type: ignore[arg-type]
+
+
+def job(ids: Sequence[int], count: int = 8, *, seed: int = 0, outputs: list[Output] | None = None, **more: Any) -> Job:
+    sink = [] if outputs is None else outputs
+    return Job(ids=ids, sampling=Sampling(temperature=float(seed % 3), seed=seed), max_new_tokens=count, deliver=sink.append, **more)
+
+
+def finish(made: Scheduler) -> None:
+    while made.step():
+        pass
+
+
+def answer(ids: Sequence[int], count: int, seed: int, adapter: str | None = None) -> tuple[str, str | None]:
+    """What a request alone gets."""
+    outputs: list[Output] = []
+    made = scheduler()
+    made.submit(job(ids, count, seed=seed, outputs=outputs, adapter=adapter))
+    finish(made)
+    return text_of(outputs), outputs[-1].end
+
+
+REQUEST = st.tuples(
+    st.lists(st.integers(1, V - 1), min_size=1, max_size=20), st.integers(1, 12), st.integers(0, 9), st.sampled_from([None, "a"])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(st.tuples(REQUEST, st.integers(0, 6), st.booleans()), min_size=1, max_size=7),
+    blocks=st.integers(8, 14),
+    running=st.integers(1, 4),
+    rows=st.integers(1, 9),
+)
+def test_batched_is_alone_whoever_comes_or_goes_and_however_scarce_the_room(
+    requests: list[Any], blocks: int, running: int, rows: int
+) -> None:
+    pool = Blocks(blocks, limit=32)
+    made = scheduler(pool, max_running=running, rows=rows)
+    heard: list[list[Output]] = []
+    gone: list[Job] = []
+    for (ids, count, seed, adapter), wait, leaves in requests:
+        for _ in range(wait):
+            made.step()
+        for left in gone:
+            made.cancel(left)
+        heard.append([])
+        asked = job(ids, count, seed=seed, outputs=heard[-1], adapter=adapter)
+        made.submit(asked)
+        gone += [asked] if leaves else []
+    finish(made)
+    assert made.load == (0, 0)
+    assert pool.free == blocks  # no block is lost
+    for ((ids, count, seed, adapter), _, leaves), outputs in zip(requests, heard, strict=True):
+        text, end = answer(ids, count, seed, adapter)
+        if leaves:
+            assert text.startswith(text_of(outputs))
+        else:
+            assert (text_of(outputs), outputs[-1].end) == (text, end)
+            assert [out.end for out in outputs[:-1]] == [None] * (len(outputs) - 1)
+
+
+def test_out_of_blocks_the_youngest_is_computed_again() -> None:
+    # 8 blocks of 4 tokens; two sequences of 4 + 24 tokens need 7 each at their ends
+    pool = Blocks(8, limit=32)
+    made = scheduler(pool)
+    heard: list[list[Output]] = [[], []]
+    for i in (0, 1):
+        made.submit(job([5, 6, 7, 8 + i], 24, outputs=heard[i], seed=3 * i + 1))
+    finish(made)
+    assert made.preempted > 0
+    assert [text_of(outputs) for outputs in heard] == [answer([5, 6, 7, 8 + i], 24, 3 * i + 1)[0] for i in (0, 1)]
+
+
+def test_a_long_prompt_stalls_nobody() -> None:
+    decoder = Oracle(endless=True)
+    made = scheduler(decoder=decoder, max_running=4, rows=8)
+    first: list[Output] = []
+    made.submit(job([3], 30, outputs=first, rivals=0))
+    made.step()
+    assert len(first) == 1
+    made.submit(job([4] * 40, 2))
+    for passed in range(1, 7):
+        made.step()
+        assert len(first) == 1 + passed  # a token in every pass
+    # by hand: 8 rows, of which the first request takes one: 40 = 5 x 7 + 5
+    assert decoder.rows[1:7] == [[1, 7]] * 5 + [[1, 5]]
+
+
+def test_a_beginning_that_was_seen_is_not_computed_again() -> None:
+    decoder, pool = Oracle(), Blocks()
+    made = scheduler(pool, decoder)
+    made.submit(job([3, 4, 5], 1))
+    finish(made)
+    again = job([3, 4, 5, 6], 4, seed=2, outputs=(outputs := []))
+    made.submit(again)
+    finish(made)
+    assert again.cached == 3
+    assert decoder.rows[:2] == [[3], [1]]
+    assert text_of(outputs) == answer([3, 4, 5, 6], 4, 2)[0]
+    other = job([3, 4, 5, 6], 1, adapter="a")  # another adapter's keys and values are others
+    made.submit(other)
+    finish(made)
+    assert other.cached == 0
+
+
+@pytest.mark.parametrize("prompt", [[3, 4], [3] * 30, [END], []])
+def test_an_answer_joins_its_prompt_or_stands_alone(prompt: list[int]) -> None:
+    texts = []
+    for joins in (False, True):
+        outputs: list[Output] = []
+        made = scheduler(decoder=Oracle(endless=True))
+        made.submit(job([*prompt, 5], 4, outputs=outputs, joins=joins))
+        finish(made)
+        texts.append(text_of(outputs))
+    assert texts[0].startswith("w")
+    assert texts[1] == " " + texts[0]  # words are joined by spaces, and the prompt's last word stands before the first
+
+
+def test_limits_of_the_queue() -> None:
+    made = scheduler(max_running=1, max_waiting=1)
+    running, waiting = job([1]), job([2])
+    made.submit(running)
+    made.step()
+    made.submit(waiting)
+    assert made.full
+    with pytest.raises(Busy, match="2 requests are under way"):
+        made.submit(job([3]))
+    made.cancel(waiting)
+    assert made.load == (1, 0)
+    made.submit(job([3]))
+    made.drain()
+    with pytest.raises(Stopping):
+        made.submit(job([3]))
+    finish(made)
+    assert made.load == (0, 0)
+
+
+@pytest.mark.parametrize(("ids", "count"), [([], 1), ([1] * 60, 5), ([V], 1), ([-1], 1), ([1], 0)])
+def test_what_does_not_fit_is_refused(ids: list[int], count: int) -> None:
+    with pytest.raises(ConfigError):
+        scheduler().submit(job(ids, count))
+
+
+def test_time_runs_out_running_and_waiting() -> None:
+    made = scheduler(max_running=1)
+    heard: list[list[Output]] = [[], [], []]
+    made.submit(job([1], 40, seed=1, outputs=heard[0], deadline=time.monotonic() + 0.05))
+    made.submit(job([2], 40, outputs=heard[1], deadline=0.0))
+    made.submit(job([3], 3, seed=4, outputs=heard[2]))
+    made.step()
+    assert heard[1][-1].end == "timeout"
+    time.sleep(0.06)
+    finish(made)
+    assert heard[0][-1].end in ("timeout", "stop")
+    assert text_of(heard[2]) == answer([3], 3, 4)[0]
+
+
+def test_a_failing_pass_fails_its_requests_and_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    class Shaky(Oracle):
+        def forward(self, ids: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+            if 13 in ids.tolist():
+                raise ArithmeticError("bad luck")
+            return super().forward(ids, spans)
+
+    pool = Blocks(100)
+    made = scheduler(pool, Shaky())
+    worker = threading.Thread(target=made.run)
+    ended = [threading.Event(), threading.Event()]
+    heard: list[list[Output]] = [[], []]
+
+    def sink(i: int) -> Any:
+        return lambda out: (heard[i].append(out), out.end and ended[i].set())
+
+    made.submit(Job(ids=[13], sampling=Sampling(), max_new_tokens=3, deliver=sink(0)))
+    worker.start()
+    assert ended[0].wait(10)
+    made.submit(Job(ids=[12], sampling=Sampling(temperature=1.0, seed=1), max_new_tokens=3, deliver=sink(1)))
+    assert ended[1].wait(10)
+    made.close()
+    worker.join(10)
+    assert heard[0][-1].end == "failed"
+    assert "bad luck" in caplog.text
+    assert heard[1][-1].end in ("length", "stop")
+    assert pool.free == 100
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_fail_their_own_request(temperature: float) -> None:
+    class Broken(Oracle):
+        def forward(self, ids: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+            rows = super().forward(ids, spans)
+            return torch.stack([row * torch.nan if span.adapter else row for row, span in zip(rows, spans, strict=True)])
+
+    made = scheduler(decoder=Broken())
+    heard: list[list[Output]] = [[], []]
+    for outputs, adapter in zip(heard, ("a", None), strict=True):
+        way = Sampling(temperature=temperature, seed=4)
+        made.submit(Job(ids=[3], sampling=way, max_new_tokens=6, deliver=outputs.append, adapter=adapter))
+    finish(made)
+    assert [outputs[-1].end for outputs in heard][0] == "failed"
+    other: list[Output] = []
+    single = scheduler()
+    single.submit(Job(ids=[3], sampling=Sampling(temperature=temperature, seed=4), max_new_tokens=6, deliver=other.append))
+    finish(single)
+    assert text_of(heard[1]) == text_of(other)
+
+
+def test_closing_ends_what_is_under_way() -> None:
+    made = scheduler(max_running=1)
+    heard: list[list[Output]] = [[], []]
+    for i in (0, 1):
+        made.submit(job([1 + i], 5, outputs=heard[i]))
+    made.close()
+    made.run()
+    assert [outputs[-1].end for outputs in heard] == ["stopping", "stopping"]
+
+
+def test_who_listens_no_more_costs_nothing() -> None:
+    def broken(out: Output) -> None:
+        raise RuntimeError("the loop is closed")
+
+    made = scheduler()
+    made.submit(Job(ids=[1], sampling=Sampling(temperature=1.0), max_new_tokens=20, deliver=broken))
+    made.step()
+    made.step()
+    assert made.load == (0, 0)
+
+
+def test_the_real_decoder_gives_a_batch_what_it_gives_each(engine: Engine) -> None:
+    prompts = ["turn on the light", "good morning", "the kettle and the radio in the kitchen, please, and then", "a", "stop", "warm"]
+    ways = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=5),
+        Sampling(temperature=0.7, top_p=0.9, seed=6),
+        Sampling(repetition_penalty=1.3),
+        Sampling(temperature=1.2, top_k=20, seed=2, stop=("e",)),
+        Sampling(temperature=1.0, min_p=0.5, seed=9),
+    ]
+    ids = [engine.text.encode(prompt) for prompt in prompts]
+    made = make_scheduler(engine, max_running=4, rows=8)
+    heard: list[list[Output]] = [[] for _ in prompts]
+    for i, way in enumerate(ways):
+        made.submit(Job(ids=ids[i], sampling=way, max_new_tokens=20, deliver=heard[i].append, rivals=2))
+        made.step()
+    finish(made)
+    for i, way in enumerate(ways):
+        single = alone(engine, ids[i], way, 20, rivals=2)
+        assert [out.token for out in heard[i]] == [out.token for out in single]
+        assert text_of(heard[i]) == text_of(single)
+        for batched, one in zip(heard[i], single, strict=True):
+            assert batched.logprob == pytest.approx(one.logprob, abs=1e-4)
+            assert one.rivals[0][1] >= one.rivals[1][1]
+
+
+def test_held_back_text_comes_with_the_end(engine: Engine) -> None:
+    ids = engine.text.encode("turn on")
+    plain = text_of(alone(engine, ids, Sampling(), 6))
+    # a stop string that begins like the answer's end, but goes on otherwise, holds text back until the end
+    outputs = alone(engine, ids, Sampling(stop=(plain[-2:] + "~~~",)), 6)
+    assert text_of(outputs) == plain
+    assert outputs[-1].end == "length"

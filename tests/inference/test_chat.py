@@ -1,0 +1,145 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune import cli
+from fedtune.errors import ConfigError, FedtuneError, ModelError
+from fedtune.inference.chat import Talk, talk
+from fedtune.inference.engine.context import Context
+from fedtune.inference.engine.generate import generate
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.generate import open_speculation
+from tests.models.build import checkpoint
+from tests.tiny import tiny_llama
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a tokenizer that knows every byte."""
+    return tiny_llama(tmp_path / "m")
+
+
+def templated(folder: Path) -> Engine:
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return load_engine(folder)
+
+
+def said(conversation: Talk, request: str) -> str:
+    return "".join(conversation.answer(request))
+
+
+def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) -> None:
+    engine = templated(folder)
+    conversation = Talk(Context(engine), Sampling(), 4, system="be brief")
+    first = said(conversation, "hi")
+    prompt = "<system>be brief<user>hi<assistant>"
+    assert first == generate(engine, engine.text.encode(prompt, begin=False), max_new_tokens=4)
+    second = said(conversation, "and")
+    prompt += f"{first}<user>and<assistant>"
+    assert second == generate(engine, engine.text.encode(prompt, begin=False), max_new_tokens=4)
+    assert conversation.report.reused >= len(engine.text.encode("<system>be brief<user>hi<assistant>", begin=False)) - 1
+    assert [m["content"] for m in conversation.messages] == ["hi", first, "and", second]
+
+
+def test_without_a_template_the_text_goes_on(folder: Path) -> None:
+    engine = load_engine(folder)
+    conversation = Talk(Context(engine), Sampling(), 3, prompt="Q: {q} A:")
+    first = said(conversation, "hi")
+    assert first == generate(engine, "Q: hi A:", max_new_tokens=3)
+    assert said(conversation, "so") == generate(engine, f"Q: hi A:{first}\nQ: so A:", max_new_tokens=3)
+    with pytest.raises(ConfigError, match="no place for a system message"):
+        Talk(Context(engine), Sampling(), 3, system="x")
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -> None:
+    engine = templated(folder)
+    conversation = Talk(Context(engine), Sampling(), 8, speculation=open_speculation(engine, "auto", None))
+    for i in range(6):
+        said(conversation, f"turn {i}")
+        assert conversation.messages[-2]["content"] == f"turn {i}"
+    assert conversation.forgotten > 0 and len(conversation.messages) < 12
+    with pytest.raises(ConfigError, match="more than the model's context, 64"):
+        said(conversation, "long " * 100)
+
+
+def test_an_answer_that_is_cut_off_was_said(folder: Path) -> None:
+    engine = templated(folder)
+    conversation = Talk(Context(engine), Sampling(), 20)
+    answer = conversation.answer("hi")
+    begun = next(answer) + next(answer)
+    answer.close()
+    assert conversation.messages[-1]["content"] == begun
+    fresh = Talk(Context(engine), Sampling(), 5)
+    fresh.messages = list(conversation.messages)
+    conversation._length = 5
+    assert said(conversation, "go on") == said(fresh, "go on")
+
+
+# -- the command --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = templated(folder)
+    conversation = Talk(Context(engine), Sampling(), 4)
+    want = [said(conversation, "hi").strip(), said(conversation, "and").strip()]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  and\n"))
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr() == ("".join(f"{answer}\n" for answer in want), "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 100 + "\nhi\n"))
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0  # what does not fit is told, and the talk goes on
+    out, err = capsys.readouterr()
+    assert out == want[0] + "\n" and "more than the model's context" in err and err.count("\n") == 1
+
+
+def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:
+    cases: list[tuple[Path, dict[str, Any], type[FedtuneError], str]] = [
+        (tmp_path / "nowhere", {}, ModelError, "there is no folder"),
+        (checkpoint(tmp_path / "gpt2", "gpt2"), {}, ModelError, "cannot chat: the engine does not run model_type='gpt2'"),
+        (folder, {"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
+        (folder, {"temperature": -1.0}, ConfigError, "temperature=-1.0"),
+        (folder, {"system": "x"}, ConfigError, "no chat template"),
+        (folder, {"speculate": "draft"}, ConfigError, "needs a draft model"),
+        (folder, {"kv_budget": "3"}, ConfigError, "too small"),
+    ]
+    for model, options, kind, words in cases:
+        with pytest.raises(kind, match=words):
+            talk(model, read=io.StringIO("hi\n"), write=io.StringIO(), **options)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_answer_and_not_the_talk(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000, "eos_token_id": None}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in tokens.items() if k != "eos_token"}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedtune.cli", "chat", str(folder), "--max-new-tokens", "50000", "--speculate", "none"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert process.stdin and process.stdout and process.stderr
+    try:
+        for _ in range(2):
+            process.stdin.write("hi\n")
+            process.stdin.flush()
+            assert process.stdout.read(1)  # it has begun, and would go on for minutes
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            while process.stdout.read(1) != "\n":
+                pass
+        process.stdin.close()
+        assert process.wait(60) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
