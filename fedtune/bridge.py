@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedtune import flower
 from fedtune.config import Config
 from fedtune.errors import UpdateError
+from fedtune.late import Awaited, Late, Latecomers, caught_up, difference
 from fedtune.plan import Plan, Update
 from fedtune.planning import base_plan
 from fedtune.post import Letter, check_affordable, excess, write_letters
@@ -53,6 +54,12 @@ class Turnout:
     counted: int = 0
     examples: int = 0
     loss: float = 0.0
+    late: dict[str, int] = field(default_factory=dict)  # client whose late reply counts → how many rounds late
+
+    @property
+    def good(self) -> int:
+        """Updates that count, late ones too."""
+        return self.counted + len(self.late)
 
     def count(self, update: Update) -> None:
         self.counted += 1
@@ -106,14 +113,15 @@ class Bridge:
             self._score(found.state, roll.here(), record, records)
             self._close(found, record, records)
         state, book = found.state, {c: dict(v) for c, v in found.clients.items()}
+        late = Latecomers(self.config, found.late)
         if self.config.traffic.max_mb_per_round is not None and found.round < self.config.rounds:
             check_affordable(self._letters(found.round + 1, sorted(clients), clients, state))
         for round in range(found.round + 1, self.config.rounds + 1):
             started = time.perf_counter()
-            cohort = self._sample(roll.present(round), round)
+            cohort = self._sample(self._free(roll.present(round), late.busy(round)), round)
             self.watcher.round_started(round, self.config.rounds, cohort)
             before = state
-            state, turnout = self._train(round, cohort, clients, state)
+            state, turnout = self._train(round, cohort, clients, state, late)
             for note in self.strategy.notes(round, before, state) if state is not before else []:
                 self.watcher.note(note)
             record = self._summary(round, len(cohort), turnout)
@@ -127,10 +135,15 @@ class Bridge:
                 entry["last"] = why or f"counted in round {round}"
                 if "epsilon" in turnout.records[client]:
                     entry["epsilon"] = turnout.records[client]["epsilon"]
+            for client, rounds in turnout.late.items():
+                book[client]["counted"] += 1
+                book[client]["last"] = f"counted in round {round}, {rounds} late"
+                if "epsilon" in turnout.records[client]:
+                    book[client]["epsilon"] = turnout.records[client]["epsilon"]
             if spent := [entry["epsilon"] for entry in book.values() if "epsilon" in entry]:
                 record["epsilon"] = max(spent)  # of the client that has spent most
             record.update(self.strategy.figures(round, before, state, sorted(book)))
-            self._close(Checkpoint(round=round, state=state, clients=book), record, turnout.records)
+            self._close(Checkpoint(round=round, state=state, clients=book, late=late.kept), record, turnout.records)
         return state
 
     # -- one round ------------------------------------------------------------------------------------------------------------------------
@@ -140,7 +153,14 @@ class Bridge:
         chosen = random.Random(derive_seed(self.config.seed, "cohort", round)).sample(ids, min(self.config.clients_per_round, len(ids)))
         return sorted(chosen)
 
-    def _train(self, round: int, cohort: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> tuple[ServerState, Turnout]:
+    def _free(self, here: Sequence[str], busy: set[str]) -> Sequence[str]:
+        """Who is not at an older turn; everybody where these are too few."""
+        free = [c for c in here if c not in busy]
+        return free if len(free) >= self.config.min_clients else here
+
+    def _train(
+        self, round: int, cohort: Sequence[str], clients: Mapping[str, Client], state: ServerState, late: Latecomers
+    ) -> tuple[ServerState, Turnout]:
         turnout = Turnout()
         for client, why in self.strategy.left_out(round, cohort).items():
             turnout.records[client] = {"round": round, "client": client}
@@ -154,15 +174,18 @@ class Bridge:
                 turnout.drop(client, "traffic", letter.too_much)
                 self.watcher.client_done(client, f"traffic: {letter.too_much}")
         contents = {c: letter.content for c, letter in letters.items() if not letter.too_much}
-        replies = self._ask("train", round, contents, clients, turnout, state)
-        updates = self._checked(replies, {c: letter.assignment for c, letter in letters.items()}, clients, turnout)
+        replies = self._ask(
+            "train", round, contents, clients, turnout, state, lambda c, i: late.expect(_awaited(letters[c], i, clients[c]))
+        )
+        checked = self._checked(replies, {c: letter.assignment for c, letter in letters.items()}, clients, turnout, late)
+        updates = itertools.chain(checked, self._belated(round, state, turnout, late))
         first = next(updates, None)
         if first is None:
             self.watcher.note(f"round {round} does not count: no client sent a good update; the state stays as it was")
             return state, turnout
         after = self.strategy.aggregate(round, state, itertools.chain([first], updates))
-        if turnout.counted < self.config.min_clients:
-            short = f"{turnout.counted} good updates of min_clients={self.config.min_clients}"
+        if turnout.good < self.config.min_clients:
+            short = f"{turnout.good} good updates of min_clients={self.config.min_clients}"
             self.watcher.note(f"round {round} does not count: {short}; the state stays as it was")
             return state, turnout
         if broken := _not_finite(after):
@@ -183,32 +206,78 @@ class Bridge:
         assignments: Mapping[str, Assignment],
         clients: Mapping[str, Client],
         turnout: Turnout,
+        late: Latecomers,
     ) -> Iterator[Update]:
         """The good updates, in order; the others are named in the turnout."""
         deadline = self.config.devices.deadline_s
         for client, reply in replies:
             record = turnout.records[client]
-            record["bytes_up"] = flower.Meter()(reply.content)
             try:
-                if too_much := excess(self.config.traffic.max_mb_per_round, record["bytes_down"], record["bytes_up"]):
-                    raise UpdateError(too_much)
-                update = read_update(reply.content, assignments[client], examples=clients[client].examples)
+                update = self._read(reply, assignments[client], clients[client].examples, record["bytes_down"], record)
             except UpdateError as bad:
                 turnout.drop(client, "refused", plain(bad))
                 self.watcher.client_done(client, record["dropped"])
                 continue
-            told = {**update.measurements, **update.metrics, "device_class": update.device_class, "examples": update.examples}
-            record.update({name: value for name, value in told.items() if name not in OURS})
-            if update.precision:
-                record["precision"] = update.precision
             took = update.measurements.get("virtual_s", 0.0)
             if deadline is not None and took > deadline:
                 turnout.drop(client, "late", f"{took:.1f} s of {deadline:g} s")
+                late.keep(update, assignments[client], took)
                 self.watcher.client_done(client, record["dropped"])
                 continue
             turnout.count(update)
             self.watcher.client_done(client, None)
             yield update
+
+    def _read(self, reply: Message, assignment: Assignment, examples: int, bytes_down: int, record: dict[str, Any]) -> Update:
+        """A reply, checked, with what it says in the client's line. Raises UpdateError."""
+        up = flower.Meter()(reply.content)
+        record["bytes_up"] = record.get("bytes_up", 0) + up
+        if too_much := excess(self.config.traffic.max_mb_per_round, bytes_down, up):
+            raise UpdateError(too_much)
+        update = read_update(reply.content, assignment, examples=examples)
+        told = {**update.measurements, **update.metrics, "device_class": update.device_class, "examples": update.examples}
+        record.update({name: value for name, value in told.items() if name not in OURS})
+        if update.precision:
+            record["precision"] = update.precision
+        return update
+
+    def _belated(self, round: int, state: ServerState, turnout: Turnout, late: Latecomers) -> Iterator[Update]:
+        """Replies to earlier rounds that are there now, moved onto the state of today: of each client one, and none beside a newer one."""
+        newer = {c for c, record in turnout.records.items() if "dropped" not in record}
+        for one in itertools.chain(late.take(round), self._arrived(round, newer, turnout, late)):
+            client, asked = one.update.client, one.update.round
+            if client in newer:
+                self._leave_out(round, client, asked, "left out: a newer one of it counts", turnout)
+                continue
+            newer.add(client)
+            record = turnout.records.setdefault(client, {"round": round, "client": client})
+            turnout.late[client] = record["staleness"] = round - asked
+            yield caught_up(one, state.adapter, round - asked)
+
+    def _arrived(self, round: int, newer: Collection[str], turnout: Turnout, late: Latecomers) -> Iterator[Late]:
+        """Good replies to messages of earlier rounds that have come by now; nobody waits for them."""
+        for awaited in late.awaited():
+            plan = awaited.assignment.plan
+            if plan.round == round or (reply := next(replies(self.grid, [awaited.message], 0.0))) is None:
+                continue
+            late.came(awaited)
+            if reply.has_error() or "declined" in reply.content.config_records:
+                continue  # it was named as late in its own round
+            if plan.client in newer:
+                self._leave_out(round, plan.client, plan.round, "left out: a newer one of it counts", turnout)
+                continue
+            record = turnout.records.setdefault(plan.client, {"round": round, "client": plan.client})
+            try:
+                update = self._read(reply, awaited.assignment, awaited.examples, awaited.nbytes, record)
+            except UpdateError as bad:
+                self._leave_out(round, plan.client, plan.round, f"refused: {plain(bad)}", turnout)
+                continue
+            yield Late(update=difference(update, awaited.assignment.adapter), due=round)
+
+    def _leave_out(self, round: int, client: str, asked: int, why: str, turnout: Turnout) -> None:
+        record = turnout.records.setdefault(client, {"round": round, "client": client})
+        record["late"] = f"its reply to round {asked} is {why}"
+        self.watcher.note(f"client {client}: {record['late']}")
 
     def _ask(
         self,
@@ -218,15 +287,21 @@ class Bridge:
         clients: Mapping[str, Client],
         turnout: Turnout,
         state: ServerState,
+        unanswered: Callable[[str, str], None] = lambda client, message: None,
     ) -> Iterator[tuple[str, Message]]:
-        """Send each client its content; yield the replies that came, in the order of logical ids; name the clients whose reply did not."""
+        """Send each client its content; yield the replies that came, in the order of logical ids; name the clients whose reply did not.
+
+        `unanswered` is told of a client whose reply may still come, and of the message's id.
+        """
         messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
         limit = self.config.round_timeout_s
         ids = list(self.grid.push_messages(list(messages.values())))
         until = math.inf if limit is None else time.monotonic() + limit
-        for client, reply in zip(messages, replies(self.grid, ids, until), strict=True):
+        for client, i, reply in zip(messages, ids, replies(self.grid, ids, until), strict=True):
             if reply is None:
                 why = ("late", f"no reply within {limit:g} s")
+                if i:  # it was sent
+                    unanswered(client, i)
             elif reply.has_error():
                 said = (reply.error.reason or "").strip() or f"Flower's error {reply.error.code}"
                 why = ("failed", plain(said.splitlines()[-1], 300))
@@ -241,7 +316,9 @@ class Bridge:
                 continue
             if reply is not None and why[0] == "failed":
                 clients[client].held = ()  # a device that broke may have started anew: then it has nothing any more
-            turnout.records.setdefault(client, {"round": round, "client": client})
+            record = turnout.records.setdefault(client, {"round": round, "client": client})
+            if reply is not None and not reply.has_error() and (spent := _spent(reply)) is not None:
+                record["epsilon"] = spent
             turnout.drop(client, *why)
             self.watcher.client_done(client, ": ".join(why))
 
@@ -279,6 +356,10 @@ class Bridge:
     def _summary(self, round: int, cohort: int, turnout: Turnout) -> dict[str, Any]:
         rows = turnout.records.values()
         record: dict[str, Any] = {"round": round, "client": None, "cohort": cohort, "counted": turnout.counted, "dropped": turnout.dropped}
+        if self.config.late == "use":
+            record["late_used"] = len(turnout.late)
+        if turnout.late:
+            record["staleness"] = sum(turnout.late.values()) / len(turnout.late)  # rounds, their mean
         if turnout.examples:
             record["train_loss"] = turnout.loss / turnout.examples
         record["bytes_down"] = sum(r.get("bytes_down", 0) for r in rows)
@@ -290,6 +371,16 @@ class Bridge:
         """Metrics first: a kill between the two leaves lines of a round that the resume will drop and write again."""
         self.watcher.round_done(record, [clients[c] for c in sorted(clients)])
         self.run.save(checkpoint)
+
+
+def _awaited(letter: Letter, message: str, client: Client) -> Awaited:
+    return Awaited(message=message, assignment=letter.assignment, examples=client.examples, nbytes=letter.nbytes)
+
+
+def _spent(declined: Message) -> float | None:
+    """What a client that declines says that it has spent: a reply that it paid for may have been lost."""
+    said = declined.content.config_records["declined"].get("epsilon")
+    return said if isinstance(said, float) and 0 <= said < math.inf else None
 
 
 def _not_finite(state: ServerState) -> str:

@@ -45,8 +45,16 @@ def check_together(c: "Config") -> None:
         c.engine.batched not in ("auto", "none") and not (c.engine.batched.isdecimal() and int(c.engine.batched) > 0),
         f"engine.batched={c.engine.batched} is not known: choose auto, none, or a number of clients from 1",
     )
+    refuse(
+        c.late == "use" and c.round_timeout_s is None and c.devices.deadline_s is None,
+        "late=use has nothing to use, for rounds wait for everybody: set round_timeout_s, or devices.deadline_s in a simulation",
+    )
     _check_loftq(c)
     p = c.privacy
+    refuse(
+        c.late == "use" and p.kind == "user",
+        "late=use and privacy=user do not go together: the noise of a round is for the clients that it was planned with; take late=drop",
+    )
     refuse(
         p.kind != "none" and p.epsilon is None and p.noise is None,
         f"privacy={p.kind} has neither an epsilon to keep nor a noise to add: set privacy.epsilon or privacy.noise",

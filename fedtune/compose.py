@@ -131,6 +131,8 @@ def make_strategy(config: Config) -> "Strategy":
         )
     if kind.from_zero and config.peft.init == "loftq":
         raise ConfigError(f"{name} takes the adapter that a run begins with for zero, peft.init=loftq does not: take peft.init=default")
+    if config.late == "use" and not kind.takes_late:
+        raise ConfigError(f"{name} cannot use an update of an older version: set late=drop, or take strategy=fedavg")
     private = config.privacy.kind
     if private != "none" and kind.tells:
         raise ConfigError(f"{name} has clients tell {kind.tells}, which privacy={private} does not cover: take strategy=fedavg")

@@ -244,6 +244,12 @@ class Config:
     round_timeout_s: float | None = opt(
         None, "real seconds after which a round closes without the clients that have not answered; none waits", gt=0
     )
+    late: str = opt(
+        "drop",
+        "replies that come after their round: drop, or use each in a later one by what it adds, scaled by 1/√(1 + rounds late)",
+        choices=("drop", "use"),
+    )
+    max_staleness: int = opt(3, "late=use: most rounds that a reply may be late and still count", ge=1)
     resume: str | None = opt(None, "run directory to go on with")
     output_dir: str = opt("outputs", "where run directories are made")
     keep_checkpoints: int = opt(3, "newest checkpoints to keep", ge=1)

@@ -2,7 +2,7 @@
 
 outputs/<name>/<date-time>-<id>/
     config.yaml  partition.json  metrics.jsonl  answers.json  report.html  tensorboard/
-    checkpoints/round-0007/{adapter.safetensors, memory.safetensors, checkpoint.json}
+    checkpoints/round-0007/{adapter.safetensors, memory.safetensors, checkpoint.json}, late.safetensors where late replies wait
     shifts/      what was merged into the frozen weights, a file a round; checkpoints name those that they need
     clients/     what simulated clients keep between their turns
     adapter/     what PeftModel.from_pretrained opens
@@ -29,10 +29,13 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.config import Config, from_dict, to_dict
 from fedtune.errors import CheckpointError, FedtuneError, RunError
+from fedtune.late import Late
+from fedtune.plan import Update
 from fedtune.state import AdapterState
 from fedtune.strategy import ServerState
 
 _FORMAT = 2
+_LATE = "late.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +46,13 @@ class Checkpoint:
         round: The round that ended; 0 is before the first.
         state: The strategy's state.
         clients: Logical id → what the server keeps of it: rounds counted, rounds dropped and why.
+        late: Updates that wait for a later round.
     """
 
     round: int
     state: ServerState
     clients: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    late: tuple[Late, ...] = ()
 
 
 class RunDirectory:
@@ -110,10 +115,14 @@ class RunDirectory:
             beside.mkdir()
             checkpoint.state.adapter.save(beside / "adapter.safetensors")
             save_file(dict(checkpoint.state.memory), beside / "memory.safetensors")
+            if checkpoint.late:
+                save_file(_tensors_of(checkpoint.late), beside / _LATE)
             sums = {f.name: _sha256(f) for f in sorted(beside.iterdir())}
             sums |= {f"../../shifts/{_shift_file(s)}": self._keep(s) for s in checkpoint.state.shifts}
             body = {"format": _FORMAT, "round": checkpoint.round, "sha256": sums, "clients": checkpoint.clients}
             body["shifts"] = [s.spec.version for s in checkpoint.state.shifts]
+            if checkpoint.late:
+                body["late"] = [{"due": one.due, "update": one.update.to_json()} for one in checkpoint.late]
             _write(beside / "checkpoint.json", json.dumps(body))
             if target.exists():  # a damaged one that the resume skipped
                 shutil.rmtree(target)
@@ -193,9 +202,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
         adapter = AdapterState.load(path / "adapter.safetensors")
         files = [path.parent.parent / "shifts" / f"{int(version):04d}.safetensors" for version in body["shifts"]]
         state = ServerState(adapter=adapter, memory=memory, shifts=tuple(map(AdapterState.load, files)))
-        return Checkpoint(round=body["round"], state=state, clients=body["clients"])
+        late = _read_late(path, body["late"], adapter) if "late" in body else ()
+        return Checkpoint(round=body["round"], state=state, clients=body["clients"], late=late)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as bad:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(bad).__name__} {str(bad)[:80]}") from None
+
+
+def _tensors_of(late: tuple[Late, ...]) -> dict[str, torch.Tensor]:
+    return {f"{i}/{name}": tensor.contiguous() for i, one in enumerate(late) for name, tensor in one.update.adapter.tensors.items()}
+
+
+def _read_late(path: Path, body: list[dict[str, Any]], adapter: AdapterState) -> tuple[Late, ...]:
+    found = load_file(path / _LATE)
+    each = [{n: found[f"{i}/{n}"] for n in adapter.tensors if f"{i}/{n}" in found} for i in range(len(body))]
+    return tuple(
+        Late(update=Update.from_json(said["update"], adapter.replace(tensors)), due=int(said["due"]))
+        for said, tensors in zip(body, each, strict=True)
+    )
 
 
 def _shift_file(shift: AdapterState) -> str:

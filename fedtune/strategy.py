@@ -59,6 +59,9 @@ class Strategy(abc.ABC):
             was left out of an older update cannot be added (`traffic.error_feedback`).
         takes_mean: Whether `aggregate` asks no more of the updates than their mean: one update that is the mean of some makes the same
             state as they do. Only then can noise or a secure sum stand between the clients and the method.
+        takes_late: Whether an update of an older version may count in a later round by what it adds (fedtune/late.py): so where `aggregate`
+            takes a mean of tensors of the run's one adapter, and all send the same ones in all rounds. A subclass that plans or aggregates
+            otherwise says so again.
         from_zero: Whether it takes the run's first product B·A for zero, which peft.init=loftq does not keep.
         tells: What it has clients tell beside trained tensors, such as exact losses, which privacy does not reach; "" for nothing.
     """
@@ -66,6 +69,7 @@ class Strategy(abc.ABC):
     mixes_ranks: ClassVar[bool] = False
     keeps_basis: ClassVar[bool] = True
     takes_mean: ClassVar[bool] = False
+    takes_late: ClassVar[bool] = False
     from_zero: ClassVar[bool] = False
     tells: ClassVar[str] = ""
 

@@ -29,6 +29,7 @@ class FedAdagrad(Strategy):
     """
 
     takes_mean: ClassVar[bool] = True
+    takes_late: ClassVar[bool] = True
     lr: float = 1e-2
     tau: float = 1e-3
 

@@ -21,6 +21,7 @@ class FedAvg(Strategy):
     """w ← sum_k p_k w_k with p_k = n_k / sum n, tensor by tensor; what nobody sends stays. The memory of one model in float64."""
 
     takes_mean: ClassVar[bool] = True
+    takes_late: ClassVar[bool] = True
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         mean = Mean()

@@ -32,6 +32,7 @@ class FedAvgM(Strategy):
     """
 
     takes_mean: ClassVar[bool] = True
+    takes_late: ClassVar[bool] = True
     lr: float = 1.0
     momentum: float = 0.5
 

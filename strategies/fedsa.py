@@ -25,6 +25,7 @@ SHARED, OWN = ("*.lora_A",), ("*", "!*.lora_A")
 class FedSA(FedAvg):
     """A ← sum_k p_k A_k with p_k = n_k / sum n; clients train A, B and head, and keep B and head from turn to turn."""
 
+    takes_late: ClassVar[bool] = False  # the B that a client keeps moves on while an A of its is late
     from_zero: ClassVar[bool] = True  # its server keeps the first B under an A that moves on
 
     def check(self, config: Config) -> None:

@@ -32,6 +32,7 @@ class FedYogi(Strategy):
     """
 
     takes_mean: ClassVar[bool] = True
+    takes_late: ClassVar[bool] = True
     lr: float = 1e-2
     beta_1: float = 0.9
     beta_2: float = 0.99

@@ -11,6 +11,7 @@ Source: Chen et al. 2025, Robust Federated Finetuning of LLMs via Alternating Op
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -27,6 +28,8 @@ class RoLoRA(FedAvg):
 
     Memory: `turns`, the rounds that have counted.
     """
+
+    takes_late: ClassVar[bool] = False  # the factor that moves is another one by then
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""

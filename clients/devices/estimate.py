@@ -6,7 +6,7 @@
 
 What a layer keeps is counted term by term as in Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models,
 arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits), in the dtype that is computed in, and without what a frozen layer
-does not need: its own input, which only the gradient of its weight would. A LoRA factor A keeps its input, in float32.
+does not need: its own input, which only the gradient of its weight would. A LoRA factor A keeps its input.
 """
 
 import contextlib
@@ -115,9 +115,10 @@ def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: i
     norms = 2 * 4 * s.hidden
     attention = size * (4 * s.query)  # queries, keys and values for every head, the result
     feed = size * s.inner * (3 if s.gated else 4)
-    # in float32 A keeps what the layer before has made: one copy for modules of one input; in bf16 each makes its own
-    factors = 4 * s.inputs if eager else 4 * min(s.inputs, s.layers * (2 * s.hidden + s.inner))
-    small = 4 * s.modules * min(s.rank, s.hidden)
+    factors = size * min(
+        s.inputs, s.layers * (2 * s.hidden + s.inner)
+    )  # A keeps what the layer before has made: one for modules of one input
+    small = size * s.modules * min(s.rank, s.hidden)
     layer = norms + attention + feed + scores + (factors + small) / max(1, s.layers)
     logits = 4 * s.words * (rows if s.classifies else rows * counted)
     body = tokens * (size * s.hidden * s.layers + layer if s.checkpointing else s.layers * layer)

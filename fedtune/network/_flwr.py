@@ -1,5 +1,8 @@
 """What the server needs of Flower beyond its promises, imported once; `_flwr_client` has the rest. Smoke test: `tests/test_flower.py`."""
 
+import math
+import time
+
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import HEARTBEAT_PATIENCE, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import PushMessagesRequest
@@ -7,6 +10,7 @@ from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.corestate.sql_corestate import SqlCoreState
 from flwr.supercore.date import now
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
@@ -29,6 +33,24 @@ def patient_database(seconds: float) -> None:
     """Let whoever finds the database locked wait so long for it. Flower waits 5 s, which a machine with other work to do outlasts."""
     used = sql_mixin.__dict__  # the name is not its own, and is read anew for each connection
     used["SQLITE_PRAGMAS"] = tuple({**dict(used["SQLITE_PRAGMAS"]), "busy_timeout": str(round(1000 * seconds))}.items())
+
+
+_end_silent_tasks = SqlCoreState._cleanup_expired_task_tokens
+
+
+def seldom_end_silent_tasks(seconds: float) -> None:
+    """Let Flower look once in so many seconds for tasks that are silent, of which it wants to hear each minute.
+
+    It does at nearly every request, with an UPDATE that locks the database: all other requests then stand in line.
+    """
+
+    def seldom(self: SqlCoreState) -> None:
+        at = time.monotonic()
+        if at - vars(self).get("_fedtune_looked", -math.inf) >= seconds:
+            vars(self)["_fedtune_looked"] = at
+            _end_silent_tasks(self)
+
+    SqlCoreState._cleanup_expired_task_tokens = seldom  # type: ignore[method-assign]
 
 
 __all__ = [
@@ -64,6 +86,7 @@ __all__ = [
     "now",
     "patient_database",
     "public_key_to_bytes",
+    "seldom_end_silent_tasks",
     "uint64_to_int64",
     "uses_nist_ec_curve",
     "verify_signature",

@@ -5,7 +5,14 @@ Apart, because Flower's SuperLink (FastAPI, SQLAlchemy) would make each of a cli
 
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import array_record_from_proto, array_record_to_proto, message_from_proto, message_to_proto
+from flwr.common.serde import (
+    array_record_from_proto,
+    array_record_to_proto,
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -18,6 +25,7 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, Pu
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node as NodeProto
 from flwr.proto.recorddict_pb2 import ArrayRecord as ArrayRecordProto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree, no_object_id_recompute
@@ -58,6 +66,7 @@ __all__ = [
     "PullObjectRequest",
     "PushMessagesRequest",
     "PushObjectRequest",
+    "RecordDictProto",
     "RegisterNodeFleetRequest",
     "RuntimeVersionMetadata",
     "SendNodeHeartbeatRequest",
@@ -76,5 +85,7 @@ __all__ = [
     "public_key_to_bytes",
     "pull_and_inflate_object_from_tree",
     "push_object_contents_from_iterable",
+    "recorddict_from_proto",
+    "recorddict_to_proto",
     "remove_content_from_message",
 ]

@@ -4,6 +4,7 @@ Flower's own connection ends the process when the server refuses it; here every 
 operator, and what to do about it is for the caller to say.
 """
 
+import secrets
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
 
 from fedtune.network import _flwr_client as flwr
+from fedtune.network.lives import LIFE
+from fedtune.network.pace import PACE, read_pace
 
 LEASE = 60.0  # seconds that the server keeps a node's place after its last heartbeat: two of Flower's intervals
 AHEAD, BEHIND = 5.0, 305.0  # seconds by which Flower lets a client's clock be off
@@ -52,6 +55,10 @@ class Occupied(Trouble):
     patience = 5.0
 
 
+class Taken(Unrecognised):
+    """Another process with the same key has the node's place."""
+
+
 class Refused(Trouble):
     """The server will not do this, however often it is asked."""
 
@@ -60,15 +67,20 @@ class RunOver(Trouble):
     """The run that this is about does not take messages any more."""
 
 
-class _Version:
-    """Says which Flower this is. Flower's own interceptor ends the process where the server minds."""
+class _Headers:
+    """Says which Flower this is, and which process, and hears how often to look. Flower's own ends the process where the server minds."""
+
+    pace = 0.0
 
     def __init__(self) -> None:
         self._headers = dict(flwr.RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
+        self._headers[LIFE] = secrets.token_hex(16)
 
     def intercept(self, context: flwr.ProtobufRequestContext, call_next: flwr.ProtobufCall) -> httpx.Response:
         context.request.headers.update(self._headers)
-        return call_next(context)
+        response = call_next(context)
+        self.pace = read_pace(response.headers.get(PACE, ""))
+        return response
 
 
 class Fleet:
@@ -87,9 +99,10 @@ class Fleet:
     def __init__(self, server: str, tls: ssl.SSLContext | None, authority: str, key: EllipticCurvePrivateKey, key_name: str) -> None:
         self.server, self._insecure, self._authority, self._key_name = server, tls is None, authority, key_name
         self._public_key = flwr.public_key_to_bytes(key.public_key())
+        self._headers = _Headers()
         self._client = flwr.FleetHttpClient(
             f"{'http' if tls is None else 'https'}://{server}",
-            interceptors=[_Version(), flwr.NodeAuthHttpInterceptor(key, key.public_key())],
+            interceptors=[self._headers, flwr.NodeAuthHttpInterceptor(key, key.public_key())],
             verify=tls or False,
             timeout=_SLOW,  # type: ignore[arg-type]  # handed on to httpx as it is
         )
@@ -181,6 +194,11 @@ class Fleet:
         self._client.close()
 
     @property
+    def pace(self) -> float:
+        """Seconds between two looks that the server asks for; 0 where it does not say."""
+        return self._headers.pace
+
+    @property
     def _node(self) -> flwr.NodeProto:
         return flwr.NodeProto(node_id=self.node_id)
 
@@ -222,6 +240,10 @@ class Fleet:
                     f"this machine's clock is {abs(ahead):.0f} s {way} that of {self.server}, which refuses it: set the clock"
                 )
             return Unrecognised(f"{self.server} does not know the key {self._key_name}: add its public half to the allowed keys there")
+        if status == 409 and error is None:
+            return Taken(
+                f"another process is connected to {self.server} with the key {self._key_name}: stop one of them, or give each its own key"
+            )
         if code == flwr.ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
             return RunOver("the run is over")
         if code in (flwr.ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, flwr.ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE):

@@ -7,7 +7,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 
 from fedtune import __version__
 from fedtune.errors import NetworkError
@@ -110,17 +110,18 @@ class Registrar:
         """Make room for a node that comes again while its former life still counts as present: it crashed, and was started again.
 
         Flower would refuse it until the lease of its former life ends (two heartbeats), and would wait for ever for the replies that died
-        with that life. So the lease ends here, and messages that it took and did not answer are deleted: the server is then told that their
-        replies will never come.
+        with that life, or for minutes for one that it was sending. So the lease ends here, and messages that it took and did not answer to
+        the end are deleted: the server is then told that their replies will never come.
         """
         node_id = self._state.get_node_id_by_public_key(key)
         if node_id is None or not self._state.deactivate_node(node_id):
             return
-        message, reply = _flwr.MessageIns, _flwr.MessageRes
+        message = _flwr.MessageIns
+        answered = _uploads(_flwr.MessageRes.reply_to_message_id).where(func.coalesce(_flwr.ObjectPushSession.pending_count, 0) == 0)
         taken = select(message.message_id).where(
             message.dst_node_id == _flwr.uint64_to_int64(node_id),
             message.delivered_at != "",
-            message.message_id.not_in(select(reply.reply_to_message_id)),
+            message.message_id.not_in(answered),
         )
         with self._state.session() as session:  # type: ignore[attr-defined]
             lost = {str(name) for name in session.scalars(taken)}
@@ -133,21 +134,19 @@ class Registrar:
         """Sort messages by what became of their replies.
 
         Flower hands a reply out as soon as it is announced, and then waits for its tensors, for minutes where its sender died: so a reply
-        that is still being uploaded is `uploading`, and nobody should pull it yet. It is `complete` once all is there. Of the others there
-        is no reply.
+        that is still being uploaded is `uploading`, and nobody should pull it yet. It is `complete` once all is there. Of others there is
+        no reply, nor will there be one where a sender's lease has ended meanwhile: Flower says so to whoever pulls.
         """
-        reply, root, push = _flwr.MessageRes, _flwr.ObjectPushSessionRoot, _flwr.ObjectPushSession
+        reply, node = _flwr.MessageRes, _flwr.NodeRow
         asked = (
-            select(reply.reply_to_message_id, push.pending_count)
-            .outerjoin(root, root.root_object_id == reply.message_id)
-            .outerjoin(
-                push, (push.session_id == root.session_id) & (push.expires_at > _flwr.now())
-            )  # of an expired one Flower makes an error
+            _uploads(reply.reply_to_message_id, _flwr.ObjectPushSession.pending_count, node.online_until)
+            .outerjoin(node, node.node_id == reply.src_node_id)
             .where(reply.reply_to_message_id.in_(ids))
         )
         with self._state.session() as session:  # type: ignore[attr-defined]
-            rows = {str(message): pending or 0 for message, pending in session.execute(asked)}
-        return {"complete": [m for m, n in rows.items() if n == 0], "uploading": [m for m, n in rows.items() if n]}
+            rows = [(str(message), pending or 0, until or 0.0) for message, pending, until in session.execute(asked)]
+        now = _flwr.now().timestamp()
+        return {"complete": [m for m, n, _ in rows if n == 0], "uploading": [m for m, n, until in rows if n and until > now]}
 
     def nodes(self) -> dict[str, Any]:
         """Every node that ever came, and the allowed ones that never did (last_seen 0)."""
@@ -164,3 +163,14 @@ class Registrar:
                 if node.status != _flwr.NodeStatus.UNREGISTERED
             ]
         }
+
+
+def _uploads(*what: Any) -> Any:
+    """A query over replies, each with its upload where that is not over; of one that has expired Flower makes an error by itself."""
+    reply, root, push = _flwr.MessageRes, _flwr.ObjectPushSessionRoot, _flwr.ObjectPushSession
+    return (
+        select(*what)
+        .select_from(reply)
+        .outerjoin(root, root.root_object_id == reply.message_id)
+        .outerjoin(push, (push.session_id == root.session_id) & (push.expires_at > _flwr.now()))
+    )

@@ -28,7 +28,7 @@ from fedtune.network.pack import is_packed, pack, unpack
 
 HEARTBEAT = 10.0  # seconds; a sixth of the lease
 POLL, SLOW_POLL, QUIET = 0.1, 1.0, 60.0  # seconds between two looks; the same once nothing came for QUIET seconds; that
-SHARE = 10  # a look costs the server at most a tenth of the time, however many nodes there are
+SHARE = 10  # a look that takes long is a sign of a server that has much to do
 FIRST_PAUSE = 0.5  # seconds before a failed call is tried again; doubles
 FAULTS = 8  # answers of "internal error" after which one message is given up
 SESSIONS = 5  # times that a reply is announced anew where the server has forgotten the session
@@ -124,7 +124,7 @@ class Node:
                 busy = time.monotonic()
                 continue
             quiet, cost = time.monotonic() - busy > QUIET, time.monotonic() - began
-            self._wait(min(SLOW_POLL, max(SLOW_POLL if quiet else POLL, SHARE * cost)))
+            self._wait(max(self._fleet.pace, min(SLOW_POLL, max(SLOW_POLL if quiet else POLL, SHARE * cost))))
 
     def _take(self, head: Message, tree: flwr.ObjectTree) -> None:
         """Fetch a message's content, have it answered, and send the reply."""

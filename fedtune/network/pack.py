@@ -1,16 +1,19 @@
 """Many small tensors as one: Flower sends each array of a record in two requests of its own, and an adapter has hundreds of arrays.
 
 A record's arrays travel as one array of bytes, which Flower cuts into chunks of 5 MB. A record that several messages share stays one, which
-Flower stores once. Whoever was sent packed records answers with packed ones, so that peers that know nothing of this get what they sent.
+Flower stores once. All of a small message travels as one record: there a request costs more than what it carries. Whoever was sent
+packed records answers with packed ones, so that peers that know nothing of this get what they sent.
 """
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from google.protobuf.message import DecodeError
 
 from fedtune.network import _flwr_client as flwr
 
 KIND, NAME = "fedtune.packed", "packed"
+WHOLE = "fedtune.whole"
 _FEW = 2  # arrays that are as quick as they are
+_SMALL = 300_000  # bytes of arrays, up to which a message is worth storing once for each client
 _MOST = 1_000_000_000  # bytes; protobuf writes no more than 2 GiB
 
 
@@ -23,6 +26,9 @@ def pack(message: Message, known: dict[int, tuple[ArrayRecord, ArrayRecord]] | N
     """
     if message.has_error():
         return message
+    if _is_small(message.content):
+        data = flwr.recorddict_to_proto(message.content).SerializeToString(deterministic=True)
+        return flwr.make_message(metadata=message.metadata, content=RecordDict({WHOLE: ConfigRecord({NAME: data})}))
     known = {} if known is None else known
     content = RecordDict()
     for name, record in message.content.items():
@@ -38,6 +44,8 @@ def unpack(message: Message) -> Message:
     """
     if message.has_error() or not is_packed(message):
         return message
+    if WHOLE in message.content:
+        return flwr.make_message(metadata=message.metadata, content=_opened(message.content[WHOLE]))
     content = RecordDict()
     for name, record in message.content.items():
         content[name] = _unpacked(record) if isinstance(record, ArrayRecord) and _is_packed(record) else record
@@ -46,7 +54,22 @@ def unpack(message: Message) -> Message:
 
 def is_packed(message: Message) -> bool:
     """Whether any of its records is packed."""
-    return message.has_content() and any(_is_packed(record) for record in message.content.array_records.values())
+    if not message.has_content():
+        return False
+    return WHOLE in message.content or any(_is_packed(record) for record in message.content.array_records.values())
+
+
+def _is_small(content: RecordDict) -> bool:
+    arrays = content.array_records.values()
+    return bool(arrays) and sum(len(array.data) for record in arrays for array in record.values()) <= _SMALL
+
+
+def _opened(record: object) -> RecordDict:
+    data = record.get(NAME) if isinstance(record, ConfigRecord) else None
+    try:
+        return flwr.recorddict_from_proto(flwr.RecordDictProto.FromString(data))  # type: ignore[arg-type]
+    except (DecodeError, TypeError, ValueError, KeyError, AttributeError) as bad:
+        raise ValueError(f"a packed message cannot be read: {bad}") from None
 
 
 def _packed(record: ArrayRecord, known: dict[int, tuple[ArrayRecord, ArrayRecord]]) -> ArrayRecord:

@@ -17,6 +17,8 @@ from google.protobuf.message import DecodeError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.network import _flwr
+from fedtune.network.lives import LIFE, Lives
+from fedtune.network.pace import PACE, Pace
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -25,7 +27,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HEALTH = "/health"
 PUSH = "/v1/fleet/push-messages"
-ACTIVATE = "/v1/fleet/activate-node"
+ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
 OPEN = frozenset({("GET", HEALTH), ("HEAD", HEALTH)}) | {r for r in _flwr.PROTOBUF_REQUEST_TYPES if r[1].startswith("/v1/fleet/")}
 PACE_S, PACE_BYTES = 20.0, 16 * 1024  # an unfinished request must bring this much in this time
 
@@ -46,7 +48,8 @@ class PublicPort:
     def __init__(
         self, app: App, *, max_body: int, keys: Collection[bytes] | None, takeover: Callable[[bytes], None] = lambda _: None
     ) -> None:
-        self._app, self._max_body, self._keys, self._takeover = app, max_body, keys, takeover
+        self._app, self._max_body, self._keys, self._takeover, self._lives = app, max_body, keys, takeover, Lives()
+        self._pace = Pace()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["method"], scope["path"]) not in OPEN:
@@ -56,6 +59,15 @@ class PublicPort:
         headers = dict(scope["headers"])
         if self._keys is not None and (why := _stranger(headers, self._keys)):
             return await self._refuse(scope, send, 401, why)
+        if self._keys is not None and not self._may_speak(headers, scope["path"]):
+            return await self._refuse(scope, send, 409, "another process has this key and its place")
+        pace = self._pace.told(headers.get(_KEY, b""))
+
+        async def paced(event: MutableMapping[str, Any]) -> None:
+            if event["type"] == "http.response.start":
+                event = {**event, "headers": [*event.get("headers", ()), (PACE.encode(), f"{pace:.3f}".encode())]}
+            await send(event)
+
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self._max_body:
             return await self._refuse(scope, send, 413, f"a body of {declared.decode('latin-1')} bytes, more than {self._max_body}")
@@ -78,7 +90,12 @@ class PublicPort:
         async def replay() -> MutableMapping[str, Any]:
             return next(parts, None) or await receive()
 
-        return await self._app(scope, replay, send)
+        return await self._app(scope, replay, paced)
+
+    def _may_speak(self, headers: dict[bytes, bytes], path: str) -> bool:
+        """Whether this is the one process that has the place of its key, which `_stranger` has checked."""
+        life = headers.get(LIFE.encode(), b"").decode("latin-1")[:100]
+        return self._lives.may_speak(headers[_KEY], life, activates=path == ACTIVATE, leaves=path == DEACTIVATE)
 
     async def _refuse(self, scope: Scope, send: Send, status: int, why: str) -> None:
         if scope["type"] != "http":

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import anyio.to_thread
 import uvicorn
 from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
@@ -35,8 +36,12 @@ from fedtune.network.public import Impatient, PublicPort
 
 CONNECTIONS = 1000  # of the public port; more are told to come back (503)
 BACKLOG = 256
+THREADS = (
+    1  # at Flower's requests: nearly each writes to the database, and SQLite lets those that find it locked sleep, for up to 0.1 s a time
+)
 LEAVING_S = 3.0  # to wait for the port: a SuperLink whose server was killed ends a moment after it
 LOCKED_S = 15.0  # to wait for the database; less than the 20 s that a node waits for an answer
+SILENT_S = 2.0  # between two looks for tasks that have gone silent, which is a matter of a minute
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("fedtune.superlink")
@@ -122,6 +127,7 @@ def _make_app(task: Task, keys: dict[bytes, str] | None) -> FastAPI:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
         _flwr.patient_database(LOCKED_S)
+        _flwr.seldom_end_silent_tasks(SILENT_S)
         config = _flwr.SuperLinkLifespanConfig(
             control_address="",
             health_server_address=None,
@@ -201,6 +207,7 @@ def _converse(registrar: Registrar, questions: TextIO, answers: TextIO, servers:
 
 
 async def _serve(task: Task, answers: TextIO) -> None:
+    anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
     keys = None if task.allowed_keys is None else read_keys(task.allowed_keys)
     doors = [_listen(task.host, task.port), _listen("127.0.0.1", task.private_port)]
     app = _make_app(task, keys)

@@ -14,8 +14,9 @@ from flwr.clientapp import ClientApp
 
 from fedtune.app import Stage, conduct
 from fedtune.clients.app import make_client_app
-from fedtune.clients.declining import Decline, declined
+from fedtune.clients.declining import declined
 from fedtune.compose import compose
+from fedtune.errors import Decline
 from fedtune.report import read_metrics
 from fedtune.roll import Welcome
 from fedtune.simulations.grid import InProcessGrid

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import uvicorn
 from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from sqlalchemy import event, text
 
@@ -23,8 +24,8 @@ from fedtune.errors import NetworkError
 from fedtune.network.grid import LinkGrid
 from fedtune.network.linkstate import Registrar, make_fab, read_keys
 from fedtune.network.public import PublicPort
-from fedtune.network.superlink import LOCKED_S, Task, _answer, _make_app
-from tests.network.echo import Echo, large, new_key, public_text, round_trip, small
+from fedtune.network.superlink import LOCKED_S, SILENT_S, Task, _answer, _make_app
+from tests.network.echo import Echo, Key, large, new_key, public_text, round_trip, small
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,65 @@ def test_a_new_life_of_a_node_is_let_in_at_once_and_what_the_old_one_took_is_los
     assert waiting == set(names) - {taken.metadata.message_id}  # what it had not taken waits for it
     (gone,) = state.get_message_res({taken.metadata.message_id}, run)
     assert gone.has_error() and gone.metadata.reply_to_message_id == taken.metadata.message_id
+
+
+def test_a_request_takes_no_lock_only_to_look_for_silent_tasks(tmp_path: Path, empty: Path) -> None:
+    office = registrar(tmp_path, None, empty)
+    run, state = office.open_run("x")["run_id"], office._state
+    state.get_run_status({run})
+    told: list[str] = []
+    event.listen(state._engine, "before_cursor_execute", lambda c, cursor, statement, *_: told.append(statement))  # type: ignore[attr-defined]
+    assert state.get_run_status({run})[run].status == "running"
+    assert told and not any(statement.startswith(("UPDATE", "DELETE")) for statement in told)
+    vars(state)["_fedtune_looked"] -= SILENT_S
+    with state.session() as session:
+        session.execute(text("UPDATE task SET active_until = '2000-01-01 00:00:00'"))
+    assert state.get_run_status({run})[run].status == "finished"  # its ServerApp was not heard for long
+
+
+def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
+    """A message whose reply was announced and half sent: its id, its run, its node."""
+    state, (node,) = office._state, (n["node_id"] for n in office.nodes()["nodes"])
+    run = office.open_run("x")["run_id"]
+    flower.identify_process(run)
+    assert state.activate_node(node, 30)
+    message = Message(small(1), node, "train")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    state.store_message_ins(message)
+    (taken,) = state.get_message_ins(node_id=node, limit=1)
+    reply = Message(small(2), reply_to=taken)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    session = state.start_session(run)
+    state.preregister_object_tree(get_object_tree(reply), session)
+    assert state.store_message_res(reply) is not None
+    name, parts = taken.metadata.message_id, get_all_nested_objects(reply)
+    first = next(iter(parts))
+    assert state.store_object(run, session, first, parts[first].deflate())
+    assert office.arrived([name]) == {"complete": [], "uploading": [name]}
+    return name, run, node
+
+
+def test_a_reply_that_its_sender_died_over_is_lost_with_its_new_life(tmp_path: Path, empty: Path) -> None:
+    key = new_key()
+    office = registrar(tmp_path, {"a": public_text(key)}, empty)
+    office.admit()
+    name, run, node = half_sent(office, key)
+    office.takeover(public_key_to_bytes(key.public_key()))
+    assert office.arrived([name]) == {"complete": [], "uploading": []}  # and not for the 180 s that Flower keeps half a reply
+    (gone,) = office._state.get_message_res({name}, run)
+    assert gone.has_error() and gone.metadata.reply_to_message_id == name
+
+
+def test_half_a_reply_of_a_node_whose_lease_has_ended_is_awaited_no_more(tmp_path: Path, empty: Path) -> None:
+    key = new_key()
+    office = registrar(tmp_path, {"a": public_text(key)}, empty)
+    office.admit()
+    name, run, node = half_sent(office, key)
+    with office._state.session() as session:  # type: ignore[attr-defined]
+        session.execute(text("UPDATE node SET online_until = 1.0"))  # long ago
+    assert office.arrived([name]) == {"complete": [], "uploading": []}
+    (gone,) = office._state.get_message_res({name}, run)
+    assert gone.has_error() and "Unavailable" in str(gone.error.reason)
 
 
 class InProcess:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune import flower
+from fedtune.network import pack as packing
 from fedtune.network._flwr_client import get_all_nested_objects
-from fedtune.network.pack import KIND, NAME, is_packed, pack, unpack
+from fedtune.network.pack import KIND, NAME, WHOLE, is_packed, pack, unpack
 
 
 def message(content: RecordDict) -> Message:
@@ -26,16 +27,30 @@ def same(a: Message, b: Message) -> bool:
     return list(a.content) == list(b.content) and all(a.content[k] == b.content[k] for k in a.content)
 
 
-@given(st.integers(0, 9), st.integers(0, 9))
-def test_what_is_packed_comes_out_as_it_was_in_its_order(first: int, second: int) -> None:
+@given(st.integers(0, 9), st.integers(0, 9), st.booleans())
+def test_what_is_packed_comes_out_as_it_was_in_its_order(first: int, second: int, small: bool) -> None:
     sent = message(RecordDict({"adapter": adapter(first), "plan": ConfigRecord({"json": "{}"}), "shift-1": adapter(second, 1)}))
-    there = pack(sent)
-    assert is_packed(there) == (max(first, second) > 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_SMALL", 10**6 if small else -1)
+        there = pack(sent)
+    assert is_packed(there) == (small or max(first, second) > 2) and (WHOLE in there.content) == small
     back = unpack(there)
     assert same(back, sent) and list(back.content.array_records["adapter"]) == list(sent.content.array_records["adapter"])
 
 
-def test_an_adapter_of_any_number_of_tensors_is_a_handful_of_objects_that_messages_share() -> None:
+def test_a_small_message_is_three_objects() -> None:
+    sent = message(RecordDict({"adapter": adapter(70), "spec": ConfigRecord({"json": "{}"}), "plan": ConfigRecord({"json": "{}"})}))
+    assert len(get_all_nested_objects(sent)) > 140
+    assert len(get_all_nested_objects(pack(sent))) == 3  # the message, its record dict, and the one record in it
+
+
+def test_what_holds_no_tensors_is_not_packed() -> None:
+    asked = message(RecordDict({"hello": ConfigRecord({"json": "{}"})}))
+    assert not is_packed(pack(asked)) and same(pack(asked), asked)
+
+
+def test_an_adapter_of_any_number_of_tensors_is_a_handful_of_objects_that_messages_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_SMALL", 1000)  # bytes, as if these were many
     shared, known = adapter(70), {}
     a, b = (message(RecordDict({"adapter": shared, "plan": ConfigRecord({"client": c})})) for c in "ab")
     assert len(get_all_nested_objects(a)) > 140
@@ -58,3 +73,19 @@ def test_a_packed_record_that_is_damaged_is_one_sentence(data: bytes) -> None:
     bad = ArrayRecord({NAME: Array(dtype="uint8", shape=(len(data),), stype=KIND, data=data)})
     with pytest.raises(ValueError, match="a packed record cannot be read"):
         unpack(message(RecordDict({"adapter": bad})))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        ConfigRecord({NAME: b"\xff\xff"}),
+        ConfigRecord({NAME: b"\x0a\x03\x0a\x01a"}),
+        ConfigRecord({NAME: "text"}),
+        ConfigRecord({}),
+        adapter(1),
+    ],
+    ids=["no protobuf", "no record in it", "text", "nothing", "arrays"],
+)
+def test_a_packed_message_that_is_damaged_is_one_sentence(record: ConfigRecord | ArrayRecord) -> None:
+    with pytest.raises(ValueError, match="a packed message cannot be read"):
+        unpack(message(RecordDict({WHOLE: record})))

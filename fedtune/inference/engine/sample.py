@@ -14,6 +14,9 @@ from fedtune.errors import ConfigError
 from fedtune.seeds import derive_seed
 
 
+_COLD = 1e-3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How an answer is drawn.
@@ -45,7 +48,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         }
         for name, (good, wanted) in checks.items():
             if not good:
@@ -77,6 +80,8 @@ def scores(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Te
         out = torch.where(seen, punished, out)
     if sampling.greedy:
         return out
+    if sampling.temperature < _COLD:  # else the quotient overflows, and no token would have a finite score
+        out = out - out.amax(-1, keepdim=True)
     out = out / sampling.temperature
     if sampling.top_k and sampling.top_k < out.shape[-1]:
         out = out.masked_fill(out < out.topk(sampling.top_k).values[:, -1:], -math.inf)

@@ -59,8 +59,8 @@ def test_what_a_layer_keeps_by_hand() -> None:
     layer = 64 + 128 + 288 + 32 + 12
     logits = 2 * 3 * 100 * 4
     assert memory_bytes(one, "fp32", 0, 2, 5, 3)[1] == 10 * layer + 10 * 32 + logits + logits
-    # bf16: halves of attention and feed-forward, and attention's probabilities: 2 heads · 5 tokens · (4 + 2)
-    layer = 64 + 64 + 144 + 32 + 12 + 60
+    # bf16: halves of attention, feed-forward and the factors' inputs, and attention's probabilities: 2 heads · 5 tokens · (4 + 2)
+    layer = 64 + 64 + 144 + 16 + 6 + 60
     assert memory_bytes(one, "bf16", 0, 2, 5, 3)[1] == 10 * layer + 10 * 32 + logits + logits
     # checkpointing keeps the layers' inputs, and one layer while it is computed again
     assert memory_bytes(dataclasses.replace(one, checkpointing=True), "fp32", 0, 2, 5, 3)[1] == 10 * (32 + 524) + 320 + 2 * logits

@@ -1,0 +1,80 @@
+"""A client that is too slow for its round, over a real network: its update counts in a later one, as in the simulation."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.app import Stage, conduct
+from fedtune.clients.app import make_client_app
+from fedtune.compose import compose
+from fedtune.report import read_metrics
+from fedtune.roll import Welcome
+from fedtune.simulations.grid import InProcessGrid
+from tests.faults.deployment import STORIES, deployed, settings, write_rows
+from tests.faults.replay import BOUND, differences
+
+CLIENTS, SLOW, ROUNDS, DEADLINE_S = ("anna", "bert", "carla"), "bert", 8, 20.0
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not STORIES.is_dir(), reason="needs FEDTUNE_DATA with models/stories260k and fed/tinyshakespeare"),
+]
+
+
+def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
+    """The simulation in which the client's first reply is so many rounds late."""
+    (job,) = compose([*experiment, f"output_dir={folder}", "engine.batched=none", "devices.deadline_s=1"])
+
+    def engine(stage: Stage) -> None:
+        inner, names, app = make_client_app(stage.config, stage.space.store.folder), stage.space.client_ids, ClientApp()
+
+        @app.train()
+        def turn(message: Message, context: Context) -> Message:
+            reply = inner(message, context)
+            if names[int(context.node_config["partition-id"])] == SLOW and message.metadata.group_id == "1":
+                record = reply.content.config_records["update"]
+                said = json.loads(str(record["json"]))
+                said["measurements"]["virtual_s"] = staleness + 0.5
+                record["json"] = json.dumps(said)
+            return reply
+
+        app.query()(inner)
+        app.evaluate()(inner)
+        stage.serve(InProcessGrid(app, len(names)), Welcome())
+
+    return conduct(job.config, engine)
+
+
+def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", CLIENTS)
+    usual = [s for s in settings(tmp_path / "rows", CLIENTS) if not s.startswith(("rounds", "min_clients"))]
+    experiment = [*usual, f"rounds={ROUNDS}", "min_clients=2", "late=use", f"max_staleness={ROUNDS}", f"round_timeout_s={DEADLINE_S:g}"]
+    experiment += ["keep_checkpoints=100", "eval.clients=0", "client.schedule=constant"]
+    points = tmp_path / "points"
+    points.mkdir()
+    (points / f"{SLOW}.training").touch()
+    with deployed(tmp_path, CLIENTS, experiment) as made:
+        made.start_server()
+        for name in CLIENTS:
+            made.start_client(name, launcher=["-m", "tests.faults.launch", name, str(points), "client"])
+        end = time.monotonic() + 120
+        while not (made.run / "metrics.jsonl").exists() or not any(r["round"] == 1 for r in made.rounds()):
+            assert time.monotonic() < end, made.said("server")[-2000:]
+            time.sleep(0.05)
+        (points / f"{SLOW}.training.held").unlink()  # the first round is over
+        assert made.finish() == 0, made.said("server")[-2000:]
+        rows = {(r["round"], r["client"]): r for r in read_metrics(made.run)}
+        assert rows[1, SLOW]["dropped"] == f"late: no reply within {DEADLINE_S:g} s"
+        (used,) = [r for r in rows.values() if r["client"] == SLOW and "staleness" in r]
+        assert used["round"] == 1 + used["staleness"] and used["steps"] == 3 and used["bytes_up"] > 0
+        assert rows[used["round"], None]["late_used"] == 1
+        assert [rows[r, None]["cohort"] for r in range(1, ROUNDS + 1)] == [
+            3,
+            *[2] * used["staleness"],
+            *[3] * (ROUNDS - 1 - used["staleness"]),
+        ]
+        off = differences(made.run, simulated(tmp_path / "wanted", experiment, int(used["staleness"])))
+    assert set(off) == set(range(ROUNDS + 1)) and max(off.values()) <= BOUND, off

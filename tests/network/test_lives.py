@@ -1,0 +1,74 @@
+"""One key, two processes: a client that was started again gets its place at once, a second machine is refused by name."""
+
+import httpx
+
+from fedtune.network.lives import LIFE, QUIET_S, Lives
+from fedtune.network.public import ACTIVATE, DEACTIVATE, PublicPort
+from tests.network.echo import new_key, public_key_to_bytes
+from tests.network.running import Start
+from tests.network.test_public_port import Inside, call, signed
+
+KEY, PULL = b"key", "/v1/fleet/pull-messages"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_client_that_crashed_and_was_started_again_is_let_in_at_once() -> None:
+    lives = Lives(Clock())
+    assert lives.may_speak(KEY, "first", activates=True) and lives.may_speak(KEY, "first", activates=False)
+    for life in ("second", "third"):
+        assert lives.may_speak(KEY, life, activates=True) and lives.may_speak(KEY, life, activates=False)
+
+
+def test_a_second_machine_is_refused_as_long_as_the_first_is_heard() -> None:
+    clock = Clock()
+    lives = Lives(clock)
+    assert lives.may_speak(KEY, "first", activates=True)
+    assert lives.may_speak(KEY, "second", activates=True)  # the first may be dead
+    clock.now = 10.0
+    assert lives.may_speak(KEY, "first", activates=False)  # it is not
+    assert not lives.may_speak(KEY, "second", activates=False) and not lives.may_speak(KEY, "second", activates=True)
+    clock.now += QUIET_S - 0.1
+    assert not lives.may_speak(KEY, "second", activates=True)
+    clock.now += 0.2
+    assert lives.may_speak(KEY, "second", activates=True) and lives.may_speak(KEY, "second", activates=False)
+    assert lives.may_speak(b"another", "first", activates=False)  # each key has a place of its own
+
+
+def test_who_leaves_late_takes_nothing_back() -> None:
+    lives = Lives(Clock())
+    assert lives.may_speak(KEY, "first", activates=True) and lives.may_speak(KEY, "second", activates=True)
+    assert not lives.may_speak(KEY, "first", activates=False, leaves=True)
+    assert lives.may_speak(KEY, "second", activates=False)
+
+
+def test_after_a_restart_of_the_server_the_first_that_speaks_has_the_place() -> None:
+    lives = Lives(Clock())
+    assert lives.may_speak(KEY, "first", activates=False)
+    assert not lives.may_speak(KEY, "second", activates=False) and lives.may_speak(KEY, "first", activates=False)
+
+
+def test_the_public_port_refuses_the_second_before_it_reads_a_body() -> None:
+    inside, key = Inside(), new_key()
+    public = public_key_to_bytes(key.public_key())
+    came: list[bytes] = []
+    port = PublicPort(inside, max_body=1000, keys={public}, takeover=came.append)
+
+    def ask(path: str, life: str) -> int:
+        return call(port, path, [b""], headers={**signed(key), LIFE: life})[0]
+
+    assert [ask(ACTIVATE, "first"), ask(ACTIVATE, "second"), ask(PULL, "first")] == [200, 200, 200]
+    assert [ask(PULL, "second"), ask(ACTIVATE, "second"), ask(DEACTIVATE, "second"), ask(PULL, "first")] == [409, 409, 409, 200]
+    assert came == [public, public]
+    assert call(port, PULL, [b""], headers=signed(key))[0] == 200  # a stock SuperNode names no life
+
+
+def test_the_second_is_told_what_to_do(running: Start) -> None:
+    response = httpx.Response(409, request=httpx.Request("POST", "http://x"))
+    said = str(running("127.0.0.1:1", max_retries=0).node._fleet._status(response))
+    assert said.startswith("another process is connected to 127.0.0.1:1 with the key") and said.endswith("give each its own key")
