@@ -129,7 +129,7 @@ def test_a_request_takes_no_lock_only_to_look_for_silent_tasks(tmp_path: Path, e
     assert state.get_run_status({run})[run].status == "running"
     assert told and not any(statement.startswith(("UPDATE", "DELETE")) for statement in told)
     vars(state)["_fedtune_looked"] -= SILENT_S
-    with state.session() as session:
+    with state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE task SET active_until = '2000-01-01 00:00:00'"))
     assert state.get_run_status({run})[run].status == "finished"  # its ServerApp was not heard for long
 

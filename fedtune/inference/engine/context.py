@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Cache, Span
+from fedtune.inference.engine.caches.prefix import common
 
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
@@ -72,15 +73,3 @@ class Context:
             logits = self.engine.decoder.forward(torch.tensor(part), [span])
             self.ids.extend(part)
         return logits
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning; slices are compared, as most of two turns' tokens are alike."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

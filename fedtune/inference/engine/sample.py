@@ -13,8 +13,7 @@ from torch import Tensor
 from fedtune.errors import ConfigError
 from fedtune.seeds import derive_seed
 
-
-_COLD = 1e-3
+_COLD, _FLOOR = 1e-3, 1e-30  # float32 has nothing much below the floor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def scores(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Te
         return out
     if sampling.temperature < _COLD:  # else the quotient overflows, and no token would have a finite score
         out = out - out.amax(-1, keepdim=True)
-    out = out / sampling.temperature
+    out = out / max(sampling.temperature, _FLOOR)
     if sampling.top_k and sampling.top_k < out.shape[-1]:
         out = out.masked_fill(out < out.topk(sampling.top_k).values[:, -1:], -math.inf)
     if sampling.top_p < 1:

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -120,3 +121,9 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Sampling(**options)
+
+
+def test_as_cold_as_numbers_go_is_greedy() -> None:
+    logits = torch.tensor([[3.0, -2.0, 5.0, 4.999]])
+    assert probabilities(logits, Sampling(temperature=5e-324)).tolist() == [[0.0, 0.0, 1.0, 0.0]]
+    assert probabilities(logits, Sampling(temperature=9e-4))[0, 2] == pytest.approx(1 / (1 + math.exp(-0.001 / 9e-4)), rel=1e-3)

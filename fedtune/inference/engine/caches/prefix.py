@@ -1,8 +1,7 @@
 """What was computed for a beginning of a text serves the next text that begins alike.
 
-`KeptCaches` keeps whole caches of any kind between the turns of a conversation; one taken is its taker's alone. `PrefixTree` keeps blocks
-of a paged pool, which any number of sequences share at once. Both compare token ids, never hashes of them, and keep adapters apart: the
-same ids give other keys and values under another adapter.
+`PrefixTree` keeps blocks of a paged pool, which any number of sequences share at once. It compares token ids, never hashes of them, and
+keeps adapters apart: the same ids give other keys and values under another adapter.
 
 Source: the tree is Zheng et al. 2024, SGLang's RadixAttention, arXiv:2312.07104, section 3, over blocks.
 """
@@ -16,70 +15,15 @@ from fedtune.inference.engine.caches.paged import OutOfBlocks, PagedCache, Paged
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that two texts begin with alike.
-
-    >>> common([5, 6, 7], [5, 6, 8, 9])
-    2
-    """
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-class KeptCaches:
-    """Caches of ended turns; the one not used for longest goes first.
-
-    Args:
-        most: Caches to keep.
-        most_bytes: Of all of them together; None sets no bound.
-    """
-
-    def __init__(self, most: int = 4, most_bytes: int | None = None) -> None:
-        self._most, self._most_bytes = most, most_bytes
-        self._kept: list[tuple[list[int], str | None, Cache]] = []  # the newest last
-
-    @property
-    def nbytes(self) -> int:
-        return sum(cache.nbytes for _, _, cache in self._kept)
-
-    def put(self, ids: Sequence[int], cache: Cache, adapter: str | None = None) -> None:
-        """Keep a cache whose last tokens are `ids`; what lies before them (virtual tokens) is part of every text.
-
-        Raises:
-            CacheError: The cache holds fewer tokens.
-        """
-        if len(ids) > cache.length:
-            raise CacheError(f"a cache of {cache.length} tokens was kept as one of {len(ids)}: leave out the tokens that no pass has seen")
-        self._kept.append((list(ids), adapter, cache))
-        while self._kept and (len(self._kept) > self._most or (self._most_bytes is not None and self.nbytes > self._most_bytes)):
-            self._drop(self._kept.pop(0)[2])
-
-    def take(self, ids: Sequence[int], adapter: str | None = None) -> tuple[Cache, int] | None:
-        """The kept cache that has most of the beginning of `ids`, cropped to it, and how many of them it holds: never all.
-
-        A cache that cannot go back so far (a window that has moved on, codes) is left where it is. None: there is none.
-        """
-        best, most = None, 0
-        for i, (kept, name, cache) in enumerate(self._kept):
-            if name == adapter:
-                same = min(common(kept, ids), len(ids) - 1)
-                if same > most and cache.can_crop_to(cache.length - len(kept) + same):
-                    best, most = i, same
-        if best is None:
-            return None
-        kept, _, cache = self._kept.pop(best)
-        cache.crop(cache.length - len(kept) + most)
-        return cache, most
-
-    def clear(self) -> None:
-        while self._kept:
-            self._drop(self._kept.pop()[2])
-
-    @staticmethod
-    def _drop(cache: Cache) -> None:
-        if isinstance(cache, PagedCache):
-            cache.free()
+    """Length of the longest common beginning; slices are compared, as most of two turns' tokens are alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +60,7 @@ class PrefixTree:
                 last, held = node, held + size
                 blocks.append(node.block)
         if last is not None:
-            rest = ids[held : held + size]
+            rest = tuple(ids[held : held + size])
             near = max(last.children.values(), key=lambda child: common(child.ids, rest), default=None)
             if near is not None and (some := common(near.ids, rest)):
                 last, held = near, held + some

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from fedtune.inference.engine.caches.base import Cache, CacheError
 from fedtune.inference.engine.caches.full import FullCache
-from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.paged import PagedCache, PagedPool
-from fedtune.inference.engine.caches.prefix import KeptCaches, PagedCaches
+from fedtune.inference.engine.caches.prefix import PagedCaches
 from fedtune.inference.engine.rope import Rope
 from tests.inference.engine.caches.reference import passes, shape, tokens
 
@@ -26,70 +25,6 @@ def run(cache: Cache, ids: Sequence[int], adapter: str | None = None) -> torch.T
 
 def right(ids: Sequence[int], new: int, adapter: str | None = None) -> torch.Tensor:
     return run(FullCache(SHAPE, 99), ids, adapter)[:, -new:]
-
-
-def kept(cache: Cache, ids: list[int]) -> Cache:
-    run(cache, ids)
-    return cache
-
-
-def test_a_turn_goes_on_from_the_last_one() -> None:
-    store = KeptCaches()
-    store.put([1, 2, 3, 4], kept(FullCache(SHAPE, 20), [1, 2, 3, 4]))
-    found = store.take([1, 2, 3, 7, 8])
-    assert found is not None and found[1] == 3 == found[0].length
-    torch.testing.assert_close(run(found[0], [1, 2, 3, 7, 8]), right([1, 2, 3, 7, 8], 2), atol=1e-5, rtol=1e-5)
-    assert store.take([1, 2, 3]) is None  # taken is taken
-
-
-def test_the_longest_beginning_wins_and_never_the_whole_text() -> None:
-    store = KeptCaches()
-    for ids in ([1, 2], [1, 2, 3, 4, 5], [1, 3]):
-        store.put(ids, kept(FullCache(SHAPE, 20), ids))
-    found = store.take([1, 2, 3, 4])
-    assert found is not None and found[1] == 3  # the fourth must be computed for its logits
-    assert store.take([2, 1]) is None and store.take([1]) is None
-
-
-def test_adapters_are_kept_apart() -> None:
-    store = KeptCaches()
-    store.put([1, 2, 3], kept(FullCache(SHAPE, 20), [1, 2, 3]), "a")
-    assert store.take([1, 2, 3, 4]) is None and store.take([1, 2, 3, 4], "b") is None
-    assert store.take([1, 2, 3, 4], "a") is not None
-
-
-def test_a_cache_that_cannot_go_back_is_left_alone() -> None:
-    ids = [i % 9 for i in range(30)]
-    store = KeptCaches()
-    store.put(ids, kept(KiviCache(SHAPE, 40, 4, residual=4, undo=2), ids))
-    assert store.take([*ids[:20], 8, 8]) is None
-    found = store.take([*ids[:29], 8])
-    assert found is not None and found[1] == 29
-
-
-def test_virtual_tokens_before_the_text_stay() -> None:
-    cache = kept(FullCache(SHAPE, 20), [7, 8, 1, 2, 3])  # two virtual tokens
-    store = KeptCaches()
-    store.put([1, 2, 3], cache)
-    found = store.take([1, 2, 5])
-    assert found is not None and (found[1], found[0].length) == (2, 4)
-    with pytest.raises(CacheError, match="a cache of 4 tokens was kept as one of 5"):
-        store.put([1, 2, 3, 4, 5], cache)
-
-
-def test_the_one_not_used_for_longest_goes_first() -> None:
-    store = KeptCaches(most=2)
-    for ids in ([1, 1], [2, 2], [3, 3]):
-        store.put(ids, kept(FullCache(SHAPE, 2), ids))
-    assert store.take([1, 1, 1]) is None
-    assert store.take([2, 2, 2]) is not None and store.take([3, 3, 3]) is not None
-    one = kept(FullCache(SHAPE, 2), [4, 4])
-    small = KeptCaches(most_bytes=2 * one.nbytes)
-    for ids in ([4, 4], [5, 5], [6, 6]):
-        small.put(ids, kept(FullCache(SHAPE, 2), ids))
-    assert small.nbytes == 2 * one.nbytes and small.take([4, 4, 4]) is None
-    small.clear()
-    assert small.nbytes == 0
 
 
 def opened(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> PagedCache:
