@@ -17,12 +17,12 @@ from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.text import Text, read_text
 from fedtune.inference.export import check_out, new_folder, write_tokenizer
-from fedtune.inference.measured import streamed_perplexity
+from fedtune.inference.measured import streamed_score
 from fedtune.inference.merged import Merged, MergedTensor, read_merged
 from fedtune.inference.provenance import provenance
 from fedtune.inference.quantise.calibrate import LENGTH, calibration, read_texts
 from fedtune.inference.quantise.model import Recipe, quantise_model
-from fedtune.inference.quantise.perplexity import Score, of_engine, perplexity
+from fedtune.inference.quantise.perplexity import Piece, Score, answers, of_engine, score, windows
 from fedtune.inference.quantise.rtn import GROUP, QuantisedLinear, packed, quantise_rtn
 from fedtune.models.tokens import load_tokenizer
 
@@ -80,15 +80,15 @@ def export_edge(
     with new_folder(out) as folder:
         write_tokenizer(tokenizer, merged.folder, folder)
         text = read_text(folder)  # what the engine cannot read is told here, not on the device
-        seen, held = _texts(merged, text, calibrate) if recipe else ((), None)
+        seen, held = _texts(merged, text, calibrate) if recipe else ((), [])
         card = _card(merged)
         if recipe is None:
             write_weights(folder, merged, card)
         else:
             before = _before(merged, held, tokenizer)
             figures = _write_quantised(folder, merged, recipe, seen, card)
-            if held is not None and before is not None:
-                after = perplexity(of_engine(load_engine(folder)), held, window=_window(merged))
+            if before:
+                after = score(of_engine(load_engine(folder)), held)
                 said = "calibrate" if calibrate else "the run's global test"
                 found = {"before": before.perplexity, "after": after.perplexity, "tokens": after.tokens, "text": said}
                 figures["perplexity"] = found
@@ -140,43 +140,45 @@ def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe:
     writer.close(_config(merged, recipe), card)
 
 
-def _texts(merged: Merged, text: Text, calibrate: Path | None) -> tuple[Sequence[Tensor], Tensor | None]:
-    """Sequences to calibrate with, and a text to measure on; None where there is none."""
+def _texts(merged: Merged, text: Text, calibrate: Path | None) -> tuple[Sequence[Tensor], list[Piece]]:
+    """Sequences to calibrate with, and what to measure on: none where there is none."""
     seed = merged.origin.config.seed if merged.origin.config else 0
     if calibrate:
         made = calibration(read_texts(calibrate), text.encode, length=min(LENGTH, _window(merged)), seed=seed)
-        return made.sequences, made.held
-    ids: list[int] = []
-    for row in _of_test(merged.origin.config) if merged.origin.config else []:
-        ids += [*text.encode(row), *sorted(text.ends)[:1]] if row.strip() else []  # ended, as in training
-        if len(ids) >= _HELD:
-            break
-    return (), torch.tensor(ids[:_HELD]) if len(ids) > 1 else None
+        return made.sequences, list(windows(made.held, _window(merged)))
+    return (), _of_test(merged.origin.config, text, _window(merged)) if merged.origin.config else []
 
 
-def _of_test(config: Config) -> list[str]:
-    """The rows of a run's global test, an answer behind its prompt; none where its data are not here."""
+def _of_test(config: Config, text: Text, window: int) -> list[Piece]:
+    """The rows of a run's global test, of which an answer is scored behind its prompt; none where its data are not here."""
     from fedtune.data.federation import load_test  # late: it loads the data libraries
 
     try:
         rows = load_test(config).test
     except (ConfigError, DataError):
         return []
+    end = sorted(text.ends)[:1]  # of each row, as in training
     if "prompt" in rows.column_names:
-        return [prompt + answer for prompt, answer in zip(rows["prompt"][:], rows["answer"][:], strict=True)]
-    return list(rows["text"][:]) if "text" in rows.column_names else []
+        pairs = ((p, a) for p, a in zip(rows["prompt"][:], rows["answer"][:], strict=True) if p and a)
+        return answers(((text.encode(p), [*text.encode(a, begin=False), *end]) for p, a in pairs), _HELD, window)
+    ids: list[int] = []
+    for row in rows["text"][:] if "text" in rows.column_names else ():
+        ids += [*text.encode(row), *end] if row.strip() else []
+        if len(ids) >= _HELD:
+            break
+    return list(windows(torch.tensor(ids[:_HELD]), window)) if len(ids) > 1 else []
 
 
-def _before(merged: Merged, held: Tensor | None, tokenizer: Any) -> Score | None:
-    """Perplexity of the merged weights; a prefix, which no layer alone can have, goes through the engine."""
-    if held is None:
+def _before(merged: Merged, held: list[Piece], tokenizer: Any) -> Score | None:
+    """Of the merged weights; a prefix, which no layer alone can have, goes through the engine."""
+    if not held:
         return None
     if "prefix.k" not in merged.virtual:
-        return streamed_perplexity(merged, held, window=_window(merged))
+        return streamed_score(merged, held)
     with tempfile.TemporaryDirectory() as plain:
         write_tokenizer(tokenizer, merged.folder, Path(plain))
         write_weights(Path(plain), merged, _card(merged))
-        return perplexity(of_engine(load_engine(Path(plain), "fp32")), held, window=_window(merged))
+        return score(of_engine(load_engine(Path(plain), "fp32")), held)
 
 
 def _window(merged: Merged) -> int:

@@ -1,7 +1,9 @@
 """The perplexity of a merged model before it is quantised, layer after layer in float32: the model is never whole in memory.
 
-Windows, strides and what is scored are those of `fedtune.inference.quantise.perplexity`.
+What is scored is what `fedtune.inference.quantise.perplexity` scores.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,40 +11,27 @@ from torch import Tensor
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.merged import Merged
 from fedtune.inference.quantise.layers import pass_layer
-from fedtune.inference.quantise.perplexity import Score
+from fedtune.inference.quantise.perplexity import Piece, Score
 
-__all__ = ["streamed_perplexity"]
+__all__ = ["streamed_score"]
 
 _STRETCH = 1 << 22  # logits that are made at once
 
 
 @torch.inference_mode()
-def streamed_perplexity(merged: Merged, ids: Tensor, *, window: int) -> Score:
-    """How well the merged weights foretell a text, in windows every half window; virtual tokens of a prompt stand before each.
-
-    Args:
-        ids: [n] of the whole text, at least 2.
-        window: Most tokens that the model sees, virtual ones not counted.
-    """
-    pieces, news, scored = [], [], 1  # `perplexity` has the same loop
-    for begin in range(0, ids.numel(), max(window // 2, 1)):
-        pieces.append(ids[begin : begin + window])
-        news.append(begin + len(pieces[-1]) - scored)
-        scored += news[-1]
-        if scored == ids.numel():
-            break
-    embeds = _embeddings(merged, ids)
+def streamed_score(merged: Merged, pieces: Sequence[Piece]) -> Score:
+    """How well the merged weights foretell the last tokens of each piece; virtual tokens of a prompt stand before each."""
+    embeds = _embeddings(merged, torch.cat([ids for ids, _ in pieces])).split([len(ids) for ids, _ in pieces])
     prompt = merged.virtual.get("prompt.embeds", torch.empty(0, merged.shape.hidden))
-    starts = range(0, ids.numel(), max(window // 2, 1))
-    hidden = [torch.cat([prompt, embeds[s : s + len(p)]]) for s, p in zip(starts, pieces, strict=False)]
+    hidden = [torch.cat([prompt, one]) for one in embeds]
     sizes = dict(tensor_shapes(merged.shape))
     for index in range(merged.shape.layers):
         at = f"model.layers.{index}."
         tensors = {n[len(at) :]: merged.tensors[n].read(torch.float32) for n in sizes if n.startswith(at)}
         hidden = pass_layer(merged.shape, index, tensors, hidden)
     norm = merged.tensors["model.norm.weight"].read(torch.float32)
-    last = torch.cat([h[-new - 1 : -1] for h, new in zip(hidden, news, strict=True)])
-    wanted = torch.cat([p[-new:] for p, new in zip(pieces, news, strict=True)])
+    last = torch.cat([h[-new - 1 : -1] for h, (_, new) in zip(hidden, pieces, strict=True)])
+    wanted = torch.cat([ids[-new:] for ids, new in pieces])
     return Score(_nats(merged, torch.rms_norm(last, (merged.shape.hidden,), norm, merged.shape.eps), wanted), len(wanted))
 
 

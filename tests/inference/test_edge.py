@@ -23,9 +23,9 @@ from fedtune.inference.engine.package import Package, read_package, tensor_shape
 from fedtune.inference.engine.package_writer import TensorFile
 from fedtune.inference.engine.shape import Unsupported, read_shape
 from fedtune.inference.export import export_hf
-from fedtune.inference.measured import streamed_perplexity
+from fedtune.inference.measured import streamed_score
 from fedtune.inference.merged import read_merged
-from fedtune.inference.quantise.perplexity import of_engine, perplexity
+from fedtune.inference.quantise.perplexity import of_engine, perplexity, windows
 from fedtune.inference.quantise.rtn import QuantisedLinear, dequantise
 from fedtune.models import LiveAdapter
 from fedtune.models.backbone import quiet
@@ -258,7 +258,7 @@ def test_the_perplexity_before_is_that_of_the_whole_model(tmp_path: Path, tie: b
     for method in ("lora", "prompt"):
         run, live = make_run(tmp_path / method, hub(save(tmp_path / f"m-{method}", config)), CAUSAL, method=method)
         ids = torch.randint(3, 35, (51,), generator=torch.Generator().manual_seed(2))
-        found = streamed_perplexity(read_merged(run), ids, window=9)
+        found = streamed_score(read_merged(run), list(windows(ids, 9)))
 
         def logits(piece: torch.Tensor, live: LiveAdapter = live) -> torch.Tensor:
             return live.model(piece[None], attention_mask=torch.ones(1, len(piece))).logits[0, -len(piece) :]

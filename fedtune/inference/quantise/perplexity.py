@@ -1,13 +1,14 @@
 """Perplexity on held-out text, defined alike for every model: windows of `window` tokens every `stride`, each token scored once.
 
 A token is scored in the first window that holds it, given all that stands before it there: at least window − stride tokens, but in the
-first window. The very first token has nothing before it and is not scored.
+first window. The very first token has nothing before it and is not scored. Of requests and answers each answer is scored, behind its own
+request (`answers`).
 
 Source: the strided evaluation of transformers' documentation ("Perplexity of fixed-length models").
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,10 @@ from fedtune.errors import DataError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine
 
-__all__ = ["Score", "of_engine", "perplexity", "windows"]
+__all__ = ["Piece", "Score", "answers", "of_engine", "perplexity", "score", "windows"]
 
 Logits = Callable[[Tensor], Tensor]  # ids [n] of one sequence → logits [n, V]
+Piece = tuple[Tensor, int]  # ids [n] that the model sees, and how many of the last are scored, fewer than n
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class Score:
         return math.exp(self.nats)
 
 
-@torch.inference_mode()
 def perplexity(model: Logits, ids: Tensor, *, window: int, stride: int | None = None) -> Score:
     """How well a model foretells a text.
 
@@ -48,11 +49,32 @@ def perplexity(model: Logits, ids: Tensor, *, window: int, stride: int | None = 
     Raises:
         DataError: The text is too short, or the windows do not make sense.
     """
-    nats = sum(_nats(model(piece), piece, new) for piece, new in windows(ids, window, stride))
-    return Score(nats / (ids.numel() - 1), ids.numel() - 1)
+    return score(model, windows(ids, window, stride))
 
 
-def windows(ids: Tensor, window: int, stride: int | None = None) -> Iterator[tuple[Tensor, int]]:
+@torch.inference_mode()
+def score(model: Logits, pieces: Iterable[Piece]) -> Score:
+    """How well a model foretells the last tokens of each piece, all tokens counted alike."""
+    nats, tokens = 0.0, 0
+    for piece, new in pieces:
+        nats, tokens = nats + _nats(model(piece), piece, new), tokens + new
+    return Score(nats / tokens, tokens)
+
+
+def answers(rows: Iterable[tuple[Sequence[int], Sequence[int]]], most: int, window: int) -> list[Piece]:
+    """Pieces of (request, answer) token rows, until `most` tokens are scored; a row longer than the window is left out."""
+    out: list[Piece] = []
+    left = most
+    for request, answer in rows:
+        if left <= 0:
+            break
+        if request and answer and len(request) + len(answer) <= window:
+            out.append((torch.tensor([*request, *answer]), len(answer)))
+            left -= len(answer)
+    return out
+
+
+def windows(ids: Tensor, window: int, stride: int | None = None) -> Iterator[Piece]:
     """The pieces of a text, each with how many of its last tokens are scored in it; raises as `perplexity`."""
     stride = stride or max(window // 2, 1)
     if ids.numel() < 2 or window < 2 or not 0 < stride < window:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtune.errors import DataError
 from fedtune.inference.engine.load import load_engine
-from fedtune.inference.quantise.perplexity import of_engine, perplexity, windows
+from fedtune.inference.quantise.perplexity import answers, of_engine, perplexity, score, windows
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 
@@ -62,3 +62,16 @@ def test_the_engine_is_scored_as_its_own_logits_say(tmp_path: Path) -> None:
 def test_what_cannot_be_scored_is_refused(tokens: int, window: int, stride: int | None) -> None:
     with pytest.raises(DataError, match="windows that overlap"):
         perplexity(lambda ids: torch.zeros(len(ids), 3), torch.zeros(tokens, dtype=torch.long), window=window, stride=stride)
+
+
+def test_of_requests_and_answers_only_the_answers_are_scored() -> None:
+    rows = [([1, 2], [3]), ([1] * 9, [2]), ([], [1]), ([1], []), ([2], [0, 1]), ([1], [2])]
+    pieces = answers(rows, 3, window=9)
+    assert [(ids.tolist(), new) for ids, new in pieces] == [([1, 2, 3], 1), ([2, 0, 1], 2)]  # the second is too long, the last one too many
+
+    def model(ids: torch.Tensor) -> torch.Tensor:  # of four tokens, gives the one that comes after its own number half of the probability
+        return torch.log(torch.full((len(ids), 4), 1 / 6) + torch.nn.functional.one_hot((ids + 1) % 4, 4) / 3)
+
+    # after 2 comes 3: 1/2; after 2 a 0: 1/6; after 0 a 1: 1/2
+    found = score(model, pieces)
+    assert found.tokens == 3 and found.perplexity == pytest.approx((2 * 6 * 2) ** (1 / 3))
