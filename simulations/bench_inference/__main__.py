@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -81,17 +82,22 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="where models are kept (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write; a .json and a .png lie beside it")
     args = parser.parse_args()
-    lines = [f"`{' '.join(sys.argv[1:])}`; {hardware()}; {args.threads} threads, {args.rounds} rounds\n"]
+    lines = ["# This engine and its peers\n", f"```\npython -m fedtune.simulations.bench_inference {shlex.join(told(sys.argv[1:]))}\n```\n"]
+    lines.append(f"{hardware()}; {args.threads} threads, {args.rounds} rounds in turn; medians, with the least and the greatest.\n")
     kept = {}
+    seen: dict[str, list[Side]] = {}
     for size in args.sizes:
         chosen = [s for s in args.sides if args.peers or not s.startswith(("openvino", "llama.cpp"))]
         with workers(size, chosen, args) as sides:
             measure(sides, args.rounds, args.prompt, args.tokens)
         lines += [f"\n## {size}\n", table(sides, args.prompt, args.tokens)]
+        seen[size] = sides
         kept[size] = {s.name: {"load_s": s.load_s, **s.seconds, **s.memory, "error": s.error} for s in sides}
         print(lines[-1], flush=True)
     if args.out:
+        lines.append(f"\n![speeds]({args.out.with_suffix('.png').name})")
         args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        plot(seen, args.prompt, args.tokens, args.out.with_suffix(".png"))
         args.out.with_suffix(".json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
@@ -174,6 +180,36 @@ def table(sides: Sequence[Side], prompt: int, tokens: int) -> str:
         costs = [f"{statistics.median(side.seconds[f'verify {n}']) / one:.2f}" for n in VERIFY]
         rows.append(f"| {side.name} | {' | '.join(rates)} | {side.memory['peak_mb']:.0f} | {side.load_s:.1f} | {' | '.join(costs)} |")
     return "\n".join(rows)
+
+
+def plot(seen: Mapping[str, Sequence[Side]], prompt: int, tokens: int, path: Path) -> None:
+    """A row a size: prefill and decode of each side."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(seen), 2, figsize=(11, 0.6 + 3.2 * len(seen)), squeeze=False)
+    for row, (size, sides) in zip(axes, seen.items(), strict=True):
+        good = [s for s in sides if not s.error]
+        colours = ["tab:blue" if s.name in OURS else "0.65" for s in good]
+        for axis, what, n in ((row[0], "prefill", prompt), (row[1], "decode", tokens)):
+            bars = axis.barh([s.name for s in good], [n / statistics.median(s.seconds[what]) for s in good], color=colours)
+            axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+            axis.invert_yaxis()
+            axis.margins(x=0.12)
+            axis.set(title=f"{size}: {what}", xlabel="tokens a second")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def told(arguments: Sequence[str]) -> list[str]:
+    """The command line without this machine's paths."""
+    return [
+        "PYTHON" if before == "--peers" else "FOLDER" if before == "--models" else a
+        for before, a in zip(["", *arguments], arguments, strict=False)
+    ]
 
 
 def speed(seconds: Sequence[float], tokens: int) -> str:
