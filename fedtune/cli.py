@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--quantize", choices=["int8", "int4"], help="edge: keep weights as int8 or int4 (default: as the checkpoint does)")
     export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: how to quantise (default: rtn)")
-    export.add_argument("--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and the perplexity")
+    export.add_argument(
+        "--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and the perplexity: a RUN, .txt or .jsonl"
+    )
     export.add_argument("--separate", action="store_true", help="edge: keep a LoRA adapter apart, to be chosen for each request")
     export.add_argument("--gguf-type", choices=["f16", "q8_0", "q4_0"], help="gguf: how weights are kept (default: f16)")
     export.set_defaults(command=_export)
@@ -183,6 +185,12 @@ def _export(args: argparse.Namespace) -> str:
     of = {"requantize": "hf", "quantize": "edge", "method": "edge", "calibrate": "edge", "separate": "edge", "gguf_type": "gguf"}
     if odd := [name for name, to in of.items() if getattr(args, name) and to != args.to]:
         raise ConfigError(f"--{odd[0].replace('_', '-')} goes with --to {of[odd[0]]}, not with --to {args.to}: leave it out")
+    if args.method and not args.quantize:
+        raise ConfigError(f"--method {args.method} needs --quantize int8 or int4")
+    if args.method in ("gptq", "awq", "smoothquant") and not args.calibrate:
+        raise ConfigError(f"--method {args.method} needs text: give --calibrate RUN, a .txt file or rows of JSON")
+    if args.method == "smoothquant" and args.quantize != "int8":
+        raise ConfigError("--method smoothquant is for --quantize int8: its activations are rounded too")
     if args.to == "gguf":
         from fedtune.inference.gguf import export_gguf
 
@@ -283,7 +291,9 @@ def _serve(args: argparse.Namespace) -> str:
 def _chat(args: argparse.Namespace) -> None:
     from fedtune.inference.chat import talk
 
-    talk(args.model, system=args.system, **_sampling(args))
+    failed = talk(args.model, system=args.system, **_sampling(args))
+    if failed:
+        raise ConfigError(f"{failed} of the requests could not be answered: their lines are empty")
 
 
 def _keys(args: argparse.Namespace) -> str:

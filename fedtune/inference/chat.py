@@ -114,11 +114,14 @@ def talk(
     read: IO[str] | None = None,
     write: IO[str] | None = None,
     **sampling: Any,
-) -> None:
+) -> int:
     """Answer each line of `read` (stdin) on `write` (stdout) until it ends; other arguments as in `generate_text`.
 
-    A terminal gets a prompt, on stderr. Ctrl-C ends an answer, and does nothing between answers. A request that does not fit is told on
-    stderr, and the talk goes on.
+    A terminal gets a prompt, on stderr. Ctrl-C ends an answer, and does nothing between answers. A request that cannot be answered is told
+    on stderr, and the talk goes on; in a pipe, it and an empty line have an empty line for an answer.
+
+    Returns:
+        How many requests of a pipe could not be answered.
 
     Raises:
         ConfigError: An option is out of range.
@@ -137,7 +140,11 @@ def talk(
     context = open_context(engine, kv_budget, adapter)
     speculation = open_speculation(engine, speculate, draft)
     conversation = Talk(context, chosen, length, prompt=card.get("prompt"), system=system, speculation=speculation)
+    failed, terminal = 0, source.isatty()
     for line in _lines(source):
+        if not line:
+            print(file=out, flush=True)
+            continue
         forgotten = conversation.forgotten
         try:
             with _interruptible() as interrupted:
@@ -149,14 +156,18 @@ def talk(
                             break
         except FedtuneError as bad:
             print(f"fedtune: {bad}", file=sys.stderr)
+            if not terminal:
+                failed += 1
+                print(file=out, flush=True)
             continue
         print(file=out, flush=True)
         if conversation.forgotten > forgotten:
             print(f"fedtune: the context is full: {conversation.forgotten} of the first turns are forgotten", file=sys.stderr)
+    return failed
 
 
 def _lines(read: IO[str]) -> Iterator[str]:
-    """Requests, without empty ones; a terminal is prompted, and Ctrl-C there begins the line again."""
+    """Requests, a terminal's without empty ones; it is prompted, and Ctrl-C there begins the line again."""
     terminal = read.isatty()
     while True:
         if terminal:
@@ -170,7 +181,7 @@ def _lines(read: IO[str]) -> Iterator[str]:
             continue
         if not line:
             return
-        if line.strip():
+        if line.strip() or not terminal:
             yield line.strip()
 
 

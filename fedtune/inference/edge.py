@@ -199,6 +199,8 @@ def told(out: Path) -> str:
         sentences.append(card["whole"])
     if card.get("from_float16"):
         sentences.append("the checkpoint is float16, which the engine does not run: the package has bfloat16, three bits less")
+    if apart := sorted(f.stem for f in (out / "adapters").glob("*.safetensors")):
+        sentences.append(f"the adapter lies apart, and the model answers untuned without it: ask with --adapter {apart[0]}")
     if f := card.get("quantised"):
         sentences.append(
             f"quantised to {f['kind']} by {f['method']}: the weights are off by {f['weights_mean']:.1%} in the mean and"

@@ -73,6 +73,8 @@ def generate_text(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop)
     )
+    if card.get("prompt") and not prompt.strip():
+        raise ConfigError("the request is empty: give some text")
     if why := engine_cannot(folder, card):
         wanted = {"kind": kind, "kv-budget": kv_budget, "draft": draft, "adapter": adapter, "speculate": speculate not in ("auto", "none")}
         if asked := [name for name, value in wanted.items() if value]:

@@ -95,11 +95,15 @@ def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.Captur
     want = [said(conversation, "hi").strip(), said(conversation, "and").strip()]
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  and\n"))
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0
-    assert capsys.readouterr() == ("".join(f"{answer}\n" for answer in want), "")
+    assert capsys.readouterr() == (f"{want[0]}\n\n{want[1]}\n", "")  # an empty line for the empty one
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 100 + "\nhi\n"))
-    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0  # what does not fit is told, and the talk goes on
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2  # what does not fit is told, and the talk goes on
     out, err = capsys.readouterr()
-    assert out == want[0] + "\n" and "more than the model's context" in err and err.count("\n") == 1
+    assert out == "\n" + want[0] + "\n" and "more than the model's context" in err and "1 of the requests could not" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff\nhi\n"))  # bytes that are no UTF-8, as Python reads them
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "\n" + want[0] + "\n" and "the text is not UTF-8" in err
 
 
 def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:

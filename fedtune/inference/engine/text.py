@@ -46,8 +46,12 @@ class Text:
         """Tokens of a text; with `begin`, begun as texts were in training.
 
         Raises:
-            ConfigError: There is nothing to begin an answer from.
+            ConfigError: There is nothing to begin an answer from, or the text holds bytes that are no UTF-8.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # what Python makes of such bytes on a command line or a pipe
+            raise ConfigError("the text is not UTF-8: give it in that encoding") from None
         lead = [self.bos] if begin and self.bos is not None else []
         ids = lead + self.tokenizer.encode(text, add_special_tokens=False).ids
         if not ids:

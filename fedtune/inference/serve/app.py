@@ -72,7 +72,12 @@ def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys
     began = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
-        more = {"context": scheduler.limit, "max_tokens": limits.max_tokens, "chat": offer.chats, "turns": offer.text.template is not None}
+        more = {
+            "context": scheduler.limit,
+            "max_tokens": min(limits.max_tokens, scheduler.limit),
+            "chat": offer.chats,
+            "turns": offer.text.template is not None,
+        }
         return {"id": name, "object": "model", "created": began, "owned_by": "fedtune", **more}
 
     @app.get("/v1/models")
