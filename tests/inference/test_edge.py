@@ -424,6 +424,8 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
         (["--to", "edge", "--gguf-type", "q8_0"], "--gguf-type goes with --to gguf, not with --to edge"),
         (["--to", "edge", "--requantize"], "--requantize goes with --to hf"),
         (["--to", "edge", "--quantize", "int4", "--method", "smoothquant", "--calibrate", "x"], "smoothquant makes activations fit int8"),
+        (["--to", "edge", "--method", "rtn"], "--method rtn needs --quantize"),
+        (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
