@@ -133,11 +133,10 @@ class Bridge:
                 why = turnout.records[client].get("dropped")
                 entry["dropped" if why else "counted"] += 1
                 entry["last"] = why or f"counted in round {round}"
-                if "epsilon" in turnout.records[client]:
-                    entry["epsilon"] = turnout.records[client]["epsilon"]
             for client, rounds in turnout.late.items():
                 book[client]["counted"] += 1
                 book[client]["last"] = f"counted in round {round}, {rounds} late"
+            for client in (*cohort, *turnout.late):
                 if "epsilon" in turnout.records[client]:
                     book[client]["epsilon"] = turnout.records[client]["epsilon"]
             if spent := [entry["epsilon"] for entry in book.values() if "epsilon" in entry]:

@@ -189,8 +189,6 @@ def _export(args: argparse.Namespace) -> str:
         raise ConfigError(f"--method {args.method} needs --quantize int8 or int4")
     if args.method in ("gptq", "awq", "smoothquant") and not args.calibrate:
         raise ConfigError(f"--method {args.method} needs text: give --calibrate RUN, a .txt file or rows of JSON")
-    if args.method == "smoothquant" and args.quantize != "int8":
-        raise ConfigError("smoothquant makes activations fit int8 and int4 does not round them: take --method awq or gptq")
     if args.to == "gguf":
         from fedtune.inference.gguf import export_gguf
 
