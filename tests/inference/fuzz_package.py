@@ -1,6 +1,7 @@
 """Damage edge packages in many ways and open them: `python -m tests.inference.fuzz_package COUNT [SEED]`.
 
 Each must open and run as a whole model does, or be refused by a FedtuneError of one sentence; the process may not take more than a GB.
+Half of them are damaged by accident, so that what the export has sealed must not open; the other half have digests that fit.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from fedtune.errors import FedtuneError
 from fedtune.inference.edge import export_edge
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.package import sealed
+from tests.inference.sealing import seal_again
 from tests.inference.test_export import CAUSAL, make_run
 from tests.models.build import checkpoint, hub, llama_config
 
@@ -162,8 +166,14 @@ def fuzz(count: int, seed: int, folder: Path) -> Counter[str]:
         whole, how = file.read_bytes(), rng.choice(OF[file.suffix])
         damaged = how(whole, rng)
         file.write_bytes(damaged)
+        manifest = (roots[file] / "package.json").read_bytes()
+        accident = rng.random() < 0.5
+        if not accident:
+            with suppress(ValueError, TypeError, RecursionError):  # of a manifest that was damaged itself
+                seal_again(roots[file])
         try:
             use(roots[file])
+            assert not (accident and damaged != whole and sealed(file.name)), f"case {i}: {how.__name__} of {file.name} was not noticed"
             out["opened"] += 1
         except FedtuneError as bad:
             assert "\n" not in str(bad) and len(str(bad)) < 600, f"case {i}, {how.__name__} of {file.name}: {str(bad)[:900]}"
@@ -172,6 +182,8 @@ def fuzz(count: int, seed: int, folder: Path) -> Counter[str]:
             shutil.copyfile(file, folder / f"case-{i}-{file.name}")
             raise AssertionError(f"case {i} of seed {seed}, {how.__name__} of {roots[file].name}/{file.name}: {bad!r:.300}") from bad
         finally:
+            if not accident:
+                (roots[file] / "package.json").write_bytes(manifest)
             file.write_bytes(whole)
     return out
 

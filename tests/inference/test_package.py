@@ -1,6 +1,7 @@
 import json
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedtune.inference.engine.package_writer import PackageWriter, TensorFile
 from fedtune.inference.engine.shape import Shape, read_shape
 from fedtune.models.backbone import quiet
 from tests.inference.engine.tiny import SHAPES
+from tests.inference.sealing import seal_again
 
 CARD = {"task": "causal_lm", "prompt": None, "max_new_tokens": None, "base": "0123456789abcdef"}
 
@@ -149,7 +151,7 @@ UP = "model.layers.0.mlp.up_proj"
 BAD = {
     "no card": (lambda p: (p / "fedtune.json").unlink(), "fedtune.json is missing: give a folder that"),
     "card": (lambda p: edit(p / "fedtune.json", prompt=3), "'prompt' is missing or of a wrong kind"),
-    "another format": (lambda p: edit(p / "package.json", format=2), "has the format 2, this fedtune reads 1"),
+    "another format": (lambda p: edit(p / "package.json", format=1), "has the format 1, this fedtune reads 2"),
     "a list": (lambda p: (p / "package.json").write_text("[]"), "must hold a JSON object"),
     "deep": (lambda p: (p / "config.json").write_text("[" * 100_000), "cannot be read as JSON"),
     "large": (lambda p: (p / "config.json").write_text(" " * (1 << 24) + "{}"), "is larger than 16 MB"),
@@ -157,6 +159,7 @@ BAD = {
     "more layers": (lambda p: edit(p / "config.json", num_hidden_layers=4), "does not name the linears that config.json calls for"),
     "kind": (lambda p: kept_as(p, kind="int3"), "which cannot be for"),
     "group": (lambda p: kept_as(p, group=33), "which cannot be for"),
+    "int8 in groups": (lambda p: kept_as(p, kind="int8", group=32), "'group': 32, .*which cannot be for"),
     "another kind": (lambda p: kept_as(p, kind="bf16", group=0), "lacks the tensor 'model.layers.0.mlp.up_proj.weight'"),
     "missing": (lambda p: change(p, "f32", **{NORM: None}), f"lacks the tensor '{NORM}'"),
     "surplus": (lambda p: change(p, "f32", extra=torch.ones(1)), "holds 'extra', which its config does not call for"),
@@ -190,9 +193,30 @@ def test_a_damaged_package_gets_one_sentence(tmp_path: Path, name: str) -> None:
     write(tmp_path / "p")
     spoil, said = BAD[name]
     spoil(tmp_path / "p")
+    with suppress(ValueError, TypeError, RecursionError):  # where package.json itself is what was spoilt
+        seal_again(tmp_path / "p")
     with pytest.raises(ModelError, match=said) as bad:
         read_package(tmp_path / "p")
     assert "\n" not in str(bad.value)
+
+
+@pytest.mark.parametrize("stem", ["config.json", "weights-f32.safetensors", "weights-bf16.safetensors", "weights-int4.safetensors"])
+def test_a_flipped_bit_is_found_in_every_file_of_the_export(tmp_path: Path, stem: str) -> None:
+    write(tmp_path / "p")
+    raw = bytearray((tmp_path / "p" / stem).read_bytes())
+    raw[-3] ^= 1
+    (tmp_path / "p" / stem).write_bytes(raw)
+    with pytest.raises(ModelError, match=f"{stem} (is not what the export wrote|cannot be read)"):
+        read_package(tmp_path / "p")
+    if stem != "config.json":
+        read_package(tmp_path / "p", seen=True)  # weights that lie ready are not read through again
+
+
+def test_files_that_come_or_go_are_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "p")
+    (tmp_path / "p" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="one is missing or was added"):
+        read_package(tmp_path / "p")
 
 
 def shape_of(name: str) -> Shape:

@@ -20,6 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,33 +31,50 @@ from fedtune.errors import ModelError
 KINDS = ("fp32", "bf16", "int8", "int4")
 GROUPS = (32, 64, 128, 256)  # columns that share an int4 scale: all that torch's kernel takes
 DENSE = 96  # rows from which int4 is faster dequantised (where there is AMX: 60); fixed, since results must not hang on a clock
-_CHUNK = 1 << 21  # weights that are unpacked at a time
+_CHUNK = 1 << 20  # weights that are unpacked at a time
+_TINY = torch.tensor(1e-30)  # a row of zeros has no largest number to divide by
 
 
 class Linear(ABC):
     """y = x W^T + b.
 
     Attributes:
+        kind: One of `KINDS`.
         n_in, n_out: K and N.
-        nbytes: Of the packed weights with all that belongs to them.
+        group: Columns that share an int4 scale; 0 for other kinds.
+        parts: What it runs from, as `pack` made it.
+        mapped: The memory in which `parts` lie, where that is not their own.
     """
 
-    n_in: int
-    n_out: int
-    nbytes: int
+    kind: ClassVar[str]
+
+    def __init__(self, parts: Mapping[str, Tensor], *, n_in: int, n_out: int, group: int = 0) -> None:
+        self.parts, self.n_in, self.n_out, self.group = dict(parts), n_in, n_out, group
+        self.mapped: Tensor | None = None
+        self._bias = parts.get("bias")
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """[n, K] float32 -> [n, N] float32, a tensor of its own."""
 
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights with all that belongs to them but the bias."""
+        return sum(size_of(tensor) for name, tensor in self.parts.items() if name != "bias")
+
 
 class Fp32(Linear):
-    """Plain float32; the weight may lie in a mapped file."""
+    """Plain float32."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._weight, self._bias = tensors["weight"].float(), tensors.get("bias")
-        self.n_out, self.n_in = self._weight.shape
-        self.nbytes = self._weight.nbytes
+    kind = "fp32"
+
+    def __init__(self, parts: Mapping[str, Tensor], *, n_in: int, n_out: int, group: int = 0) -> None:
+        super().__init__(parts, n_in=n_in, n_out=n_out)
+        self._weight = parts["weight"]
+
+    @staticmethod
+    def pack(tensors: Mapping[str, Tensor], n_in: int, group: int) -> dict[str, Tensor]:
+        return {**tensors, "weight": tensors["weight"].float()}
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self._weight, self._bias)
@@ -65,19 +83,26 @@ class Fp32(Linear):
 class Bf16(Linear):
     """bfloat16 in oneDNN's blocked layout, float32 sums."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        weight, self._bias = tensors["weight"].bfloat16(), tensors.get("bias")
-        self.n_out, self.n_in = weight.shape
-        self.nbytes = weight.nbytes
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if _packs_bf16() else None
-        self._plain = weight if self._packed is None else None
+    kind = "bf16"
+
+    def __init__(self, parts: Mapping[str, Tensor], *, n_in: int, n_out: int, group: int = 0) -> None:
+        super().__init__(parts, n_in=n_in, n_out=n_out)
+        self._packed, self._plain = parts.get("packed"), parts.get("weight")
+
+    @staticmethod
+    def pack(tensors: Mapping[str, Tensor], n_in: int, group: int) -> dict[str, Tensor]:
+        out = dict(tensors)
+        weight = out.pop("weight").bfloat16()
+        if _packs_bf16():
+            return {**out, "packed": torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)}
+        return {**out, "weight": weight}
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.bfloat16()
+        rows, x = x.shape[0], _stepped(x.bfloat16())
         if self._packed is None:
-            y = linear(x, self._plain).float()  # pyright: ignore[reportArgumentType]
+            y = linear(x, self._plain)[:rows].float()  # pyright: ignore[reportArgumentType]
         else:
-            y = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "").float()
+            y = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")[:rows].float()
         return y if self._bias is None else y.add_(self._bias)
 
 
@@ -88,21 +113,26 @@ class Int8(Linear):
     go in as unsigned numbers around 128: oneDNN has signed ones fast only where there is AMX, else its reference code is 400 times slower.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        packed, self._scale, self._bias = tensors["packed"], tensors["scale"].contiguous(), tensors.get("bias")
-        self.n_out, self.n_in = packed.shape
-        self.nbytes = packed.nbytes + self._scale.nbytes
-        self._packed = torch.ops.onednn.qlinear_prepack(packed.contiguous(), None)
-        self._zeros = torch.zeros(self.n_out, dtype=torch.int32)
+    kind = "int8"
+
+    def __init__(self, parts: Mapping[str, Tensor], *, n_in: int, n_out: int, group: int = 0) -> None:
+        super().__init__(parts, n_in=n_in, n_out=n_out)
+        self._packed, self._scale = parts["packed"], parts["scale"]
+        self._zeros = torch.zeros(n_out, dtype=torch.int32)
         self._steps = 127 if _has_vnni() else 63  # without VNNI two products are added in 16 bits, which must hold them
-        self._middle = torch.tensor(self._steps + 1.5)  # the half rounds: what follows cuts off
+
+    @staticmethod
+    def pack(tensors: Mapping[str, Tensor], n_in: int, group: int) -> dict[str, Tensor]:
+        packed = torch.ops.onednn.qlinear_prepack(tensors["packed"].contiguous(), None)
+        return {**tensors, "packed": packed, "scale": tensors["scale"].contiguous()}
 
     def __call__(self, x: Tensor) -> Tensor:
-        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp_min_(1e-30).mul_(1 / self._steps)
-        codes = torch.addcdiv(self._middle, x, step).to(torch.uint8)
+        # torch has vectorised each of these passes; a row norm takes 20 times as long, one with a broadcast constant 4 times
+        step = torch.add(_TINY, x.abs().amax(-1, keepdim=True), alpha=1 / self._steps)
+        codes = _stepped(torch.div(x, step).add_(self._steps + 1.5).to(torch.uint8))  # the half rounds: what follows cuts off
         y = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, self._steps + 1, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        )[: x.shape[0]]
         return y.mul_(step) if self._bias is None else torch.addcmul(self._bias, y, step)
 
 
@@ -113,36 +143,44 @@ class Int4(Linear):
     many (`DENSE`) through a bfloat16 product with weights that are dequantised a chunk at a time.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], n_in: int, group: int) -> None:
-        scale, zero, self._bias = tensors["scale"], tensors["zero"], tensors.get("bias")
+    kind = "int4"
+
+    def __init__(self, parts: Mapping[str, Tensor], *, n_in: int, n_out: int, group: int = 0) -> None:
+        super().__init__(parts, n_in=n_in, n_out=n_out, group=group)
+        self._packed, self._scales = parts["packed"], parts["scales"]
+        self._short, self._filled = -n_in % group, -n_out % _WIDE > 0
+
+    @staticmethod
+    def pack(tensors: Mapping[str, Tensor], n_in: int, group: int) -> dict[str, Tensor]:
+        scale, zero = tensors["scale"], tensors["zero"]
         n_out, groups = scale.shape
-        self.n_in, self.n_out, self._group = n_in, n_out, group
-        self._short, rows = groups * group - n_in, -n_out % _WIDE
-        self._packed = torch.empty(n_out + rows, (n_in + self._short) // 2, dtype=torch.uint8)
+        short, rows = groups * group - n_in, -n_out % _WIDE
+        packed = torch.empty(n_out + rows, (n_in + short) // 2, dtype=torch.uint8)
         step = _few(n_in)
         for at in range(0, n_out, step):  # the packer wants whole numbers of 32 bits
             codes = _nibbles(tensors["packed"][at : at + step])[:, :n_in].int()
-            codes = pad(codes, (0, self._short, 0, -codes.shape[0] % _WIDE), value=8)
-            self._packed[at : at + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            codes = pad(codes, (0, short, 0, -codes.shape[0] % _WIDE), value=8)
+            packed[at : at + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         # [groups, N, 2]; columns that fill up the last group meet activations that are 0
-        self._scales = torch.stack([pad(t.bfloat16(), (0, 0, 0, rows)).T for t in (scale, zero)], -1).contiguous()
-        self.nbytes = self._packed.nbytes + self._scales.nbytes
+        scales = torch.stack([pad(t.bfloat16(), (0, 0, 0, rows)).T for t in (scale, zero)], -1).contiguous()
+        return {"packed": packed, "scales": scales, **({"bias": tensors["bias"]} if "bias" in tensors else {})}
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.bfloat16()
         if self._short:
             x = pad(x, (0, self._short))
         if x.shape[0] < DENSE or not _known_layout():
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, self._group, self._scales)[:, : self.n_out].float()
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, self.group, self._scales)
+            y = (y[:, : self.n_out] if self._filled else y).float()
         else:
             y = self._dense(x)
         return y if self._bias is None else y.add_(self._bias)
 
     def _dense(self, x: Tensor) -> Tensor:
-        y = x.new_empty(x.shape[0], self.n_out, dtype=torch.float32)
-        step = _few(x.shape[1])
+        rows, x = x.shape[0], _stepped(x)
+        y, step = x.new_empty(rows, self.n_out, dtype=torch.float32), _few(x.shape[1])
         for at in range(0, self.n_out, step):
-            y[:, at : at + step] = (x @ self._columns(at, at + step))[:, : self.n_out - at]
+            y[:, at : at + step] = (x @ self._columns(at, at + step))[:rows, : self.n_out - at]
         return y
 
     def _columns(self, first: int, end: int) -> Tensor:
@@ -152,8 +190,16 @@ class Int4(Linear):
         for half, codes in enumerate((packed & 15, packed >> 4)):  # made signed while they are bytes, which are quick
             whole[..., half * _WIDE // 2 : (half + 1) * _WIDE // 2] = codes.view(torch.int8).sub_(8)
         scale, zero = (t.contiguous().unsqueeze(1) for t in self._scales[:, first:end].unbind(-1))  # [groups, 1, n]
-        grouped = whole.view(scale.shape[0], self._group, -1)
+        grouped = whole.view(scale.shape[0], self.group, -1)
         return torch.addcmul(zero, grouped, scale, out=grouped).view(packed.shape[0], -1)
+
+
+CLASSES = {made.kind: made for made in (Fp32, Bf16, Int8, Int4)}  # `pack` turns portable tensors into the parts that each takes
+
+
+def size_of(part: Tensor) -> int:
+    """Bytes of a part, plain or in oneDNN's own layout."""
+    return torch.ops.mkldnn._nbytes(part) if part.is_mkldnn else part.nbytes
 
 
 def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, group: int = 32, name: str = "a linear") -> Linear:
@@ -176,8 +222,6 @@ def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, 
         raise ModelError(f"{name} lacks its {missing[0]}, which {kind} needs: export the model again")
     if kind == "int4" and group not in GROUPS:
         raise ModelError(f"{name} has int4 groups of {group} columns: the engine runs {', '.join(map(str, GROUPS))}; export it again")
-    if kind == "int8" and tensors["scale"].dim() != 1:
-        raise ModelError(f"{name} has several int8 scales a row: the engine runs one a row; export the model with group 0")
     n_out = tensors[parts[0]].shape[0]
     groups = math.ceil(n_in / group) if group else 0
     sizes = {
@@ -192,9 +236,8 @@ def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, 
             raise ModelError(f"{name} has a {part} of shape {tuple(tensor.shape)}, {kind} wants {sizes.get(part)}: export the model again")
     if "bias" in tensors:
         tensors = {**tensors, "bias": tensors["bias"].float()}
-    if kind == "int4":
-        return Int4(tensors, n_in, group)
-    return {"fp32": Fp32, "bf16": Bf16, "int8": Int8}[kind](tensors)
+    made = CLASSES[kind]
+    return made(made.pack(tensors, n_in, group), n_in=n_in, n_out=n_out, group=group if kind == "int4" else 0)
 
 
 def portable(kind: str, weight: Tensor, *, group: int = 32) -> dict[str, Tensor]:
@@ -219,10 +262,21 @@ def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
     grouped = torch.cat([weight, weight[:, -1:].expand(-1, -n_in % group)], 1).unflatten(1, (-1, group))  # what is added changes no extreme
     low, high = grouped.amin(2), grouped.amax(2)
     scale = _or_one(((high - low) / 15).bfloat16().float())  # rounded before the codes are chosen, which make up for it
-    zero = ((low + high + scale) / 2).bfloat16().float()  # codes -8..7: the middle of the range lies half a step below
+    middle = torch.where(high > low, (low + high + scale) / 2, low)  # codes -8..7: that of the range lies half a step below
+    zero = middle.bfloat16().float()
     codes = ((grouped - zero.unsqueeze(2)) / scale.unsqueeze(2)).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)[:, :n_in]
     codes = pad(codes, (0, n_in % 2))
     return {"packed": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale.bfloat16(), "zero": zero.bfloat16()}
+
+
+def _stepped(x: Tensor) -> Tensor:
+    """[n, K] with rows of zeros up to one of few numbers of rows.
+
+    oneDNN compiles a kernel for each number that it meets, in milliseconds and some 0.4 MB, and keeps 1,024 of them.
+    """
+    rows = x.shape[0]
+    more = 0 if rows <= 8 else -rows % (16 if rows <= 128 else 64)
+    return pad(x, (0, 0, 0, more)) if more else x
 
 
 def _few(n_in: int) -> int:

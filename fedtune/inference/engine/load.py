@@ -1,11 +1,11 @@
 """Open a Hugging Face folder or an edge package.
 
-Files are memory-mapped. What is not packed is used where it lies; what is packed is read one layer at a time, and its file's pages are
+Files are memory-mapped. What is not packed is used where it lies; what is packed is read one linear at a time, and its file's pages are
 let go before the next.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
 from fedtune.inference.engine.decoder import Decoder, Layer
 from fedtune.inference.engine.linear import KINDS, Linear, dequantised, linear_from_tensors, portable
 from fedtune.inference.engine.lora import Lora, make_lora
-from fedtune.inference.engine.package import Package, is_package, read_package
+from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, read_shape
 
@@ -93,13 +94,14 @@ class Engine:
             cache.advance(n)
 
 
-def load_engine(folder: Path | str, kind: str | None = None) -> Engine:
-    """Open a model.
+def load_engine(folder: Path | str, kind: str | None = None, *, keep: bool = True) -> Engine:
+    """Open a model. Large packages, and whatever is quantised as it is opened, are packed once and mapped from then on (`ready`).
 
     Args:
         folder: A Hugging Face folder or an edge package.
         kind: fp32, bf16, int8 or int4 (rounded to nearest in groups of 32; the head in int8, since its logits are worth 8 bits). None
             keeps what is stored. A package that is quantised opens as it is, or dequantised as fp32 or bf16.
+        keep: Whether packed weights may be kept on the disk; False for a folder that will be gone.
 
     Raises:
         Unsupported: The engine does not run this architecture.
@@ -109,20 +111,40 @@ def load_engine(folder: Path | str, kind: str | None = None) -> Engine:
     if kind is not None and kind not in KINDS:
         raise ModelError(f"there is no kind {kind!r}: choose {', '.join(KINDS)}")
     with torch.inference_mode():
-        if is_package(folder):
-            package = read_package(folder)
-            tensors = package.tensors
-            engine = Engine(folder, _decoder(package.shape, _Packed(package), kind), package.card)
-            engine.prompt = tensors["prompt.embeds"].float() if "prompt.embeds" in tensors else None
-            engine.prefix = (tensors["prefix.k"].float(), tensors["prefix.v"].float()) if "prefix.k" in tensors else None
-            for name, factors in package.adapters.items():
-                engine.add_adapter(name, factors)
-            return engine
-        shape = read_shape(read_json(folder / "config.json"))
-        card = read_json(folder / "fedtune.json") if (folder / "fedtune.json").is_file() else {}
-        if "peft" in card:
-            raise Unsupported(f"{folder} keeps an adapter beside its weights: export it with `--to edge` for the engine")
-        return Engine(folder, _decoder(shape, _Mapped(folder), kind), card)
+        return _package(folder, kind, keep) if is_package(folder) else _hugging_face(folder, kind, keep)
+
+
+def _package(folder: Path, kind: str | None, keep: bool) -> Engine:
+    where = ready.place(folder, kind, [folder / PACKAGE, folder / "config.json", *folder.glob("weights-*.safetensors")]) if keep else None
+    linears = ready.open_ready(where) if where else None
+    package = read_package(folder, seen=linears is not None)
+    source, tensors = _Packed(package), package.tensors
+    decoder = _decoder(package.shape, source, _linears(where, linears, _Packing(package.shape, source, kind)))
+    engine = Engine(folder, decoder, package.card)
+    engine.prompt = tensors["prompt.embeds"].float() if "prompt.embeds" in tensors else None
+    engine.prefix = (tensors["prefix.k"].float(), tensors["prefix.v"].float()) if "prefix.k" in tensors else None
+    for name, factors in package.adapters.items():
+        engine.add_adapter(name, factors)
+    return engine
+
+
+def _hugging_face(folder: Path, kind: str | None, keep: bool) -> Engine:
+    shape = read_shape(read_json(folder / "config.json"))
+    card = read_json(folder / "fedtune.json") if (folder / "fedtune.json").is_file() else {}
+    if "peft" in card:
+        raise Unsupported(f"{folder} keeps an adapter beside its weights: export it with `--to edge` for the engine")
+    source = _Mapped(folder)
+    quantises = keep and kind in ("int8", "int4")
+    where = ready.place(folder, kind, [folder / "config.json", *_files(folder)]) if quantises else None
+    linears = ready.open_ready(where) if where else None
+    return Engine(folder, _decoder(shape, source, _linears(where, linears, _Packing(shape, source, kind))), card)
+
+
+def _linears(where: ready.Place | None, found: dict[str, Linear] | None, packing: "_Packing") -> Callable[[str], Linear]:
+    """The linears that lie ready, which are written now if they do not; packed in memory where they cannot be kept."""
+    if where and not found and ready.write_ready(where, packing.every()):
+        found = ready.open_ready(where)
+    return found.__getitem__ if found else packing
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -172,8 +194,6 @@ class _Packed:
             return stored.kind, stored.group, tensors
         if stored.kind in ("int8", "int4") and kind in ("int8", "int4"):
             raise ModelError(f"{self._package.folder} holds '{name}' in {stored.kind}, which {kind} would round once more: export it again")
-        if stored.kind == "int8" and stored.group:
-            raise ModelError(f"{self._package.folder} holds '{name}' in int8 with groups: the engine runs one scale a row; export it again")
         weight = dequantised(stored.kind, tensors, n_in=size[1], group=stored.group)
         return kind, GROUP, portable(kind, weight, group=GROUP)
 
@@ -234,60 +254,84 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(named.values()))]
 
 
-def _decoder(shape: Shape, source: _Source, kind: str | None) -> Decoder:
+NAMES = ("qkv", "o", "gate_up", "down")  # of a layer's linears
+
+
+def _decoder(shape: Shape, source: _Source, linear: Callable[[str], Linear]) -> Decoder:
     embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
-    layers = [_layer(shape, source, kind, i) for i in range(shape.layers)]
+    layers = [_layer(shape, source, linear, i) for i in range(shape.layers)]
     norm = source.tensor("model.norm.weight", (shape.hidden,)).float()
-    if shape.tied:
-        own = kind or source.stored_kind("model.layers.0.self_attn.q_proj")
-        own = "int8" if own == "int4" else own
-        head = linear_from_tensors(own, portable(own, embed), n_in=shape.hidden, name="lm_head")
-    else:
-        own = kind or source.stored_kind("lm_head")
-        own = "int8" if own == "int4" and source.stored_kind("lm_head") != "int4" else own
-        own, group, tensors = source.linear("lm_head", (shape.vocab, shape.hidden), own)
-        head = linear_from_tensors(own, tensors, n_in=shape.hidden, group=group, name="lm_head")
-    return Decoder(shape, embed, layers, norm, head)
+    return Decoder(shape, embed, layers, norm, linear("head"))
 
 
-def _layer(shape: Shape, source: _Source, kind: str | None, i: int) -> Layer:
-    at = f"model.layers.{i}."
-    d, inner, width = shape.hidden, shape.intermediate, shape.head_dim
-    q, kv = shape.heads * width, shape.kv_heads * width
+def _layer(shape: Shape, source: _Source, linear: Callable[[str], Linear], i: int) -> Layer:
+    at, turned = f"model.layers.{i}.", pairs(1, shape.head_dim)
 
     def norm(name: str, size: int) -> Tensor:
         return source.tensor(f"{at}{name}.weight", (size,)).float()
 
-    def fused(*parts: tuple[str, int, Tensor | None], n_in: int, bias: bool) -> Linear:
+    qkv, o, gate_up, down = (linear(f"layers.{i}.{name}") for name in NAMES)
+    return Layer(
+        norm=norm("input_layernorm", shape.hidden),
+        qkv=qkv,
+        o=o,
+        q_norm=norm("self_attn.q_norm", shape.head_dim)[turned] if shape.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", shape.head_dim)[turned] if shape.qk_norm else None,
+        mlp_norm=norm("post_attention_layernorm", shape.hidden),
+        gate_up=gate_up,
+        down=down,
+    )
+
+
+class _Packing:
+    """Packs a decoder's linears from their source, each when it is asked for."""
+
+    def __init__(self, shape: Shape, source: _Source, kind: str | None) -> None:
+        self._shape, self._source, self._kind = shape, source, kind
+
+    def every(self) -> Iterator[tuple[str, Linear]]:
+        for name in (*(f"layers.{i}.{name}" for i in range(self._shape.layers) for name in NAMES), "head"):
+            yield name, self(name)
+
+    def __call__(self, name: str) -> Linear:
+        if name == "head":
+            return self._head()
+        shape, (_, i, short) = self._shape, name.split(".")
+        at, d, inner, width = f"model.layers.{i}.", shape.hidden, shape.intermediate, shape.head_dim
+        q, kv = shape.heads * width, shape.kv_heads * width
+        if short == "qkv":
+            turned = [("q", q, pairs(shape.heads, width)), ("k", kv, pairs(shape.kv_heads, width)), ("v", kv, None)]
+            return self._fused([(f"{at}self_attn.{x}_proj", size, order) for x, size, order in turned], n_in=d, bias=shape.qkv_bias)
+        if short == "o":
+            return self._fused([(f"{at}self_attn.o_proj", d, None)], n_in=q, bias=shape.o_bias)
+        if short == "down":
+            return self._fused([(f"{at}mlp.down_proj", d, None)], n_in=inner, bias=shape.mlp_bias)
+        return self._fused([(f"{at}mlp.{x}_proj", inner, None) for x in ("gate", "up")], n_in=d, bias=shape.mlp_bias)
+
+    def _fused(self, parts: Sequence[tuple[str, int, Tensor | None]], *, n_in: int, bias: bool) -> Linear:
+        """One linear of several: name, rows and their new order, of each."""
         found: list[Stored] = []
-        for short, size, order in parts:
-            name = at + short
-            own, group, tensors = source.linear(name, (size, n_in), kind or source.stored_kind(name))
+        for name, size, order in parts:
+            own, group, tensors = self._source.linear(name, (size, n_in), self._kind or self._source.stored_kind(name))
             if bias:
-                tensors["bias"] = source.tensor(f"{name}.bias", (size,)).float()
+                tensors["bias"] = self._source.tensor(f"{name}.bias", (size,)).float()
             found.append((own, group, tensors if order is None else {key: t[order] for key, t in tensors.items()}))
         own, group, whole = found[0]
         if any(other[:2] != (own, group) for other in found[1:]):
-            raise ModelError(f"{at}{parts[0][0]} and what runs with it are of different kinds: export the model again")
+            raise ModelError(f"{parts[0][0]} and what runs with it are of different kinds: export the model again")
         if len(found) > 1:
             whole = {key: torch.cat([tensors[key] for *_, tensors in found]) for key in whole}
             found.clear()
-        return linear_from_tensors(own, whole, n_in=n_in, group=group, name=at + parts[0][0])
+        return linear_from_tensors(own, whole, n_in=n_in, group=group, name=parts[0][0])
 
-    turned = pairs(1, width)
-    return Layer(
-        norm=norm("input_layernorm", d),
-        qkv=fused(
-            ("self_attn.q_proj", q, pairs(shape.heads, width)),
-            ("self_attn.k_proj", kv, pairs(shape.kv_heads, width)),
-            ("self_attn.v_proj", kv, None),
-            n_in=d,
-            bias=shape.qkv_bias,
-        ),
-        o=fused(("self_attn.o_proj", d, None), n_in=q, bias=shape.o_bias),
-        q_norm=norm("self_attn.q_norm", width)[turned] if shape.qk_norm else None,
-        k_norm=norm("self_attn.k_norm", width)[turned] if shape.qk_norm else None,
-        mlp_norm=norm("post_attention_layernorm", d),
-        gate_up=fused(("mlp.gate_proj", inner, None), ("mlp.up_proj", inner, None), n_in=d, bias=shape.mlp_bias),
-        down=fused(("mlp.down_proj", d, None), n_in=inner, bias=shape.mlp_bias),
-    )
+    def _head(self) -> Linear:
+        shape, source, kind = self._shape, self._source, self._kind
+        if shape.tied:
+            embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
+            own = kind or source.stored_kind("model.layers.0.self_attn.q_proj")
+            own = "int8" if own == "int4" else own
+            return linear_from_tensors(own, portable(own, embed), n_in=shape.hidden, name="lm_head")
+        own = kind or source.stored_kind("lm_head")
+        own = "int8" if own == "int4" and source.stored_kind("lm_head") != "int4" else own
+        own, group, tensors = source.linear("lm_head", (shape.vocab, shape.hidden), own)
+        return linear_from_tensors(own, tensors, n_in=shape.hidden, group=group, name="lm_head")

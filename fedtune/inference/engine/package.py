@@ -2,7 +2,7 @@
 
     config.json  tokenizer files    as Hugging Face writes them
     fedtune.json                    the card: task, prompt template, provenance, metric, privacy, quantisation
-    package.json                    {"format": 1, "linears": {name: {"kind", "group", "shape"}}}
+    package.json                    {"format": 2, "linears": {name: {"kind", "group", "shape"}}, "sha256": {file: digest}}
     weights-{f32,bf16,int8,int4}.safetensors    one file for each group of dtypes
     adapters/NAME.safetensors       LoRA factors that stay apart, chosen for each request
 
@@ -11,6 +11,7 @@ Tensors have their Hugging Face names. A quantised linear's weight is `<name>.we
 tokens are `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], keys as the cache holds them: nothing rotates them.
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -27,9 +28,21 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.engine.shape import Shape, read_shape
 
-__all__ = ["ADAPTERS", "FORMAT", "PACKAGE", "Package", "StoredLinear", "is_package", "linear_tensors", "read_package", "tensor_shapes"]
+__all__ = [
+    "ADAPTERS",
+    "FORMAT",
+    "PACKAGE",
+    "Package",
+    "StoredLinear",
+    "digest",
+    "is_package",
+    "linear_tensors",
+    "read_package",
+    "sealed",
+    "tensor_shapes",
+]
 
-FORMAT = 1
+FORMAT = 2
 PACKAGE, CARD, ADAPTERS = "package.json", "fedtune.json", "adapters"
 FILES = {torch.float32: "weights-f32", torch.bfloat16: "weights-bf16", torch.int8: "weights-int8", torch.uint8: "weights-int4"}
 Kind = Literal["fp32", "bf16", "int8", "int4"]
@@ -40,7 +53,7 @@ _JSON, _HEADER = 1 << 24, 1 << 25  # bytes: no config, card or header of ours co
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLinear:
-    """How a linear's weight [N, K] is kept; `group` columns share a scale, 0: a row (int8) or nothing (fp32, bf16)."""
+    """How a linear's weight [N, K] is kept; `group` columns share an int4 scale, and is 0 of the other kinds: int8 has one a row."""
 
     kind: Kind
     group: int
@@ -132,10 +145,26 @@ def is_package(folder: Path) -> bool:
     return (folder / PACKAGE).is_file()
 
 
-def read_package(folder: Path) -> Package:
+def sealed(name: str) -> bool:
+    """Whether a package says what must be in a file of this name; the rest (card, chat template, adapters) may be changed by hand."""
+    return name in ("config.json", "tokenizer.json") or name.startswith("weights-")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_package(folder: Path, *, seen: bool = False) -> Package:
     """Open and check a package.
 
-    Names, shapes, dtypes and sizes must be those that its config calls for; scales, norms, biases, virtual tokens and adapters are finite.
+    Names, shapes, dtypes and sizes must be those that its config calls for; scales, norms, biases, virtual tokens and adapters are finite;
+    files are those that were written.
+
+    Args:
+        folder: Where it lies.
+        seen: Its weights were checked before, and their files are the same: they are not read through.
 
     Raises:
         ModelError: A file is missing or damaged, or they do not belong together.
@@ -152,10 +181,11 @@ def read_package(folder: Path) -> Package:
         if dtype is None:
             raise ModelError(f"{path} is no file of a package: take it away, or export the model again")
         tensors.add(path, dtype)
+    _check_seal(folder, said.get("sha256"), seen)
     if shape.layers > len(tensors):  # before a table of all its layers is made
         raise ModelError(f"{folder / 'config.json'} asks for {shape.layers} layers, more than the package has tensors: export it again")
     linears = _linears(said.get("linears"), shape, folder / PACKAGE)
-    _check(folder, shape, linears, tensors)
+    _check(folder, shape, linears, tensors, seen)
     paths = sorted((folder / ADAPTERS).glob("*.safetensors"))
     adapters = {path.stem: _adapter(path, shape, card.get("base")) for path in paths}
     return Package(folder=folder, config=config, shape=shape, card=card, linears=linears, tensors=tensors, adapters=adapters)
@@ -196,8 +226,7 @@ def linear_tensors(name: str, linear: StoredLinear) -> dict[str, tuple[torch.dty
     if linear.kind in ("fp32", "bf16"):
         return {weight: (torch.float32 if linear.kind == "fp32" else torch.bfloat16, (rows, columns))}
     if linear.kind == "int8":
-        scales = (rows, math.ceil(columns / linear.group)) if linear.group else (rows,)
-        return {f"{weight}.packed": (torch.int8, (rows, columns)), f"{weight}.scale": (torch.float32, scales)}
+        return {f"{weight}.packed": (torch.int8, (rows, columns)), f"{weight}.scale": (torch.float32, (rows,))}
     groups = (rows, math.ceil(columns / linear.group))
     packed = {f"{weight}.packed": (torch.uint8, (rows, math.ceil(columns / 2)))}
     return packed | {f"{weight}.{part}": (torch.bfloat16, groups) for part in ("scale", "zero")}
@@ -237,7 +266,7 @@ def _linears(said: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
     for name, size in sizes.items():
         entry = said[name] if isinstance(said[name], dict) else {}
         kind, group, kept = entry.get("kind"), entry.get("group"), entry.get("shape")
-        groups = {"int4": (32, 64, 128, 256), "int8": range(size[1] + 1)}.get(str(kind), (0,))
+        groups = (32, 64, 128, 256) if kind == "int4" else (0,)
         if kind not in KINDS or type(group) is not int or group not in groups or kept != list(size):
             raise ModelError(f"{path} keeps '{name}' as {entry!s:.80}, which cannot be for {size}: export the model again")
         out[name] = StoredLinear(kind=kind, group=group, shape=(size[0], size[1]))
@@ -249,7 +278,16 @@ def is_linear(name: str) -> bool:
     return name == "lm_head.weight" or name.endswith("_proj.weight")
 
 
-def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tensors: StoredTensors) -> None:
+def _check_seal(folder: Path, said: Any, seen: bool) -> None:
+    here = {path.name for path in folder.iterdir() if path.is_file() and sealed(path.name)}
+    if not isinstance(said, dict) or said.keys() != here:
+        raise ModelError(f"{folder / PACKAGE} does not name the files that are in {folder}: one is missing or was added, export it again")
+    for name in sorted(here):
+        if not (seen and name.startswith("weights-")) and digest(folder / name) != said[name]:
+            raise ModelError(f"{folder / name} is not what the export wrote: it is damaged, copy the package anew or export it again")
+
+
+def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tensors: StoredTensors, seen: bool) -> None:
     wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
     for name, size in tensor_shapes(shape):
         if is_linear(name):
@@ -268,6 +306,8 @@ def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tens
             said = f"{str(dtype)[6:]} {found}, its config calls for {str(dtypes[0])[6:]} {size}"
             raise ModelError(f"{folder}: '{name}' is {said}: export the model again")
         # the large matrices stay on the disk until they are used
+        if seen:
+            continue
         if (name.endswith((".scale", ".zero")) or len(size) != 2 or name == "prompt.embeds") and not torch.isfinite(tensors[name]).all():
             raise ModelError(f"{folder}: '{name}' holds numbers that are not finite: the package is damaged")
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.package import ADAPTERS, CARD, FILES, FORMAT, PACKAGE, StoredLinear, linear_tensors
+from fedtune.inference.engine.package import ADAPTERS, CARD, FILES, FORMAT, PACKAGE, StoredLinear, digest, linear_tensors, sealed
 
 __all__ = ["PackageWriter", "TensorFile"]
 
@@ -93,9 +93,14 @@ class PackageWriter:
         file.close()
 
     def close(self, config: Mapping[str, Any], card: Mapping[str, Any]) -> None:
-        """Write config.json, the card and package.json when all tensors are in."""
+        """Write config.json, the card and package.json when all tensors, and the tokenizer's files, are in."""
         for file in self._files.values():
             file.close()
         linears = {n: {"kind": x.kind, "group": x.group, "shape": list(x.shape)} for n, x in self._linears.items()}
-        for name, body in (("config.json", config), (CARD, card), (PACKAGE, {"format": FORMAT, "linears": linears})):
-            (self.folder / name).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        for name, body in (("config.json", config), (CARD, card)):
+            self._write(name, body)
+        seals = {path.name: digest(path) for path in sorted(self.folder.iterdir()) if path.is_file() and sealed(path.name)}
+        self._write(PACKAGE, {"format": FORMAT, "linears": linears, "sha256": seals})
+
+    def _write(self, name: str, body: Mapping[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

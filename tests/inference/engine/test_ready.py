@@ -1,0 +1,183 @@
+"""Weights that are packed once and mapped from then on."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedtune.errors import ModelError
+from fedtune.inference.engine import linear, ready
+from fedtune.inference.engine.linear import KINDS, linear_from_tensors, portable
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
+from tests.inference.engine.test_load import logits, packaged
+from tests.inference.engine.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not can_wrap(), reason="this torch cannot map packed weights")
+
+
+@pytest.fixture(autouse=True)
+def _kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(ready, "LEAST", 0)
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "fedtune" / "ready").glob("*/weights.bin"))
+
+
+def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pack(*_: object) -> dict[str, Tensor]:
+        raise AssertionError("packed again")
+
+    for made in linear.CLASSES.values():
+        monkeypatch.setattr(made, "pack", staticmethod(pack))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (192, 172), (1, 33), (128, 64)])
+def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in: int) -> None:
+    torch.manual_seed(n_in)
+    made = linear_from_tensors(kind, portable(kind, torch.randn(n_out, n_in)), n_in=n_in)
+    if not made.parts.get("packed", torch.ones(1)).is_mkldnn:
+        pytest.skip("this CPU multiplies plain bfloat16")
+    packed = made.parts["packed"]
+    memory = raw_bytes(packed).clone()
+    again = type(made)({**made.parts, "packed": wrap_bytes(memory, layout_of(packed), packed.shape, packed.dtype)}, n_in=n_in, n_out=n_out)
+    for rows in (1, 5, 130):
+        x = torch.randn(rows, n_in)
+        assert torch.equal(made(x), again(x))
+    assert torch.ops.mkldnn.data_ptr(again.parts["packed"]) == memory.data_ptr()  # wrapped, not copied
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_package_is_packed_once_and_answers_alike(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged(tmp_path / "edge", "qwen3_biases", kind)
+    wanted = logits(load_engine(tmp_path / "edge", keep=False))
+    assert not kept(tmp_path)
+    assert torch.equal(logits(load_engine(tmp_path / "edge")), wanted)
+    assert len(kept(tmp_path)) == 1
+    no_packing(monkeypatch)
+    engine = load_engine(tmp_path / "edge")
+    assert torch.equal(logits(engine), wanted) and engine.decoder.head.mapped is not None
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_folder_that_is_quantised_as_it_opens(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("qwen2_window", tmp_path / "hf")
+    wanted = logits(load_engine(tmp_path / "hf", kind))
+    assert len(kept(tmp_path)) == 1
+    load_engine(tmp_path / "hf", "fp32")
+    assert len(kept(tmp_path)) == 1  # which is mapped where it lies
+    no_packing(monkeypatch)
+    assert torch.equal(logits(load_engine(tmp_path / "hf", kind)), wanted)
+
+
+def test_what_was_made_from_something_else_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged(tmp_path / "edge", "llama", "int8")
+    load_engine(tmp_path / "edge")
+    (first,) = kept(tmp_path)
+    made = first.stat().st_mtime_ns
+    os.utime(tmp_path / "edge" / "weights-int8.safetensors", ns=(1, 1))  # as another export would
+    load_engine(tmp_path / "edge")
+    (second,) = kept(tmp_path)
+    assert second == first and second.stat().st_mtime_ns > made
+    monkeypatch.setattr(ready, "_FEATURES", (lambda: "another CPU",))
+    monkeypatch.setattr(torch, "__version__", "9.9.0")
+    load_engine(tmp_path / "edge")
+    said = json.loads((first.parent / "index.json").read_text())["made_from"]
+    assert said["torch"] == "9.9.0" and said["cpu"][2:] == [True]
+
+
+@pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset"])
+def test_what_is_damaged_is_made_anew(damage: str, tmp_path: Path) -> None:
+    packaged(tmp_path / "edge", "llama", "int8")
+    wanted = logits(load_engine(tmp_path / "edge"))
+    (weights,) = kept(tmp_path)
+    index = weights.with_name("index.json")
+    said = json.loads(index.read_text())
+    if damage == "no index":
+        index.unlink()
+    elif damage == "no JSON":
+        index.write_text("[1")
+    elif damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        if damage == "layout":
+            said["layouts"][0] = "ff" + said["layouts"][0][2:]
+        else:
+            said["linears"]["head"]["parts"]["packed"]["at"] = 1 << 40
+        index.write_text(json.dumps(said))
+    assert torch.equal(logits(load_engine(tmp_path / "edge")), wanted)
+    again = json.loads(index.read_text())
+    assert again["linears"]["head"]["parts"]["packed"]["at"] < again["size"]
+
+
+def test_a_disk_that_takes_nothing_is_told_of_and_the_model_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    packaged(tmp_path / "edge", "llama", "int4")
+    (tmp_path / "cache").write_text("a file, no folder")
+    with caplog.at_level(logging.WARNING):
+        engine = load_engine(tmp_path / "edge")
+    assert "the model is packed anew at each start" in caplog.text and logits(engine).shape[0] == 19
+
+
+def test_what_was_made_from_a_folder_that_is_gone_goes_too(tmp_path: Path) -> None:
+    packaged(tmp_path / "one", "llama", "int4")
+    load_engine(tmp_path / "one")
+    (gone,) = kept(tmp_path)
+    (tmp_path / "one").rename(tmp_path / "two")
+    load_engine(tmp_path / "two")
+    assert len(kept(tmp_path)) == 1 and kept(tmp_path) != [gone]
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    packaged(tmp_path / "edge", "llama", "int4")
+    (tmp_path / "edge" / "config.json").unlink()
+    with pytest.raises(ModelError, match="config.json is missing"):
+        load_engine(tmp_path / "edge")
+
+
+def test_small_models_are_packed_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ready, "LEAST", 1 << 26)
+    packaged(tmp_path / "edge", "llama", "int4")
+    assert load_engine(tmp_path / "edge").decoder.head.mapped is None and not kept(tmp_path)
+
+
+OPEN = """
+import sys, torch
+from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.load import load_engine
+def anonymous():
+    said = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(said["RssAnon"].split()[0]) << 10, int(said["RssFile"].split()[0]) << 10
+before = anonymous()
+engine = load_engine(*sys.argv[1:])
+opened = anonymous()
+engine.decoder.forward(torch.arange(2), [Span(engine.cache(limit=8), 2)])
+weights = sum(linear.nbytes for layer in engine.decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
+print(opened[0] - before[0], opened[1] - before[1], anonymous()[0] - before[0], anonymous()[1] - opened[1], weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_mapped_weights_come_into_memory_as_they_are_used(kind: str, tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=300, hidden_size=1024, intermediate_size=6144, num_hidden_layers=3, num_attention_heads=16)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, str(tmp_path / "hf"), kind], capture_output=True, text=True, check=True, timeout=120
+        )
+        found.append([int(number) for number in done.stdout.split()])
+    own, mapped, used, paged_in, weights = found[1]
+    assert own < 0.1 * weights and mapped < 0.5 * weights  # nothing is packed, hardly anything is read
+    assert used < 0.3 * weights and paged_in > 0.9 * weights  # a pass reads it all, and copies nothing
