@@ -2,10 +2,10 @@
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.study_quantise --out docs
 
-Every row is an edge package that is written, opened by the engine and run in its own arithmetic; only int8 in groups, which the engine does
-not run, is measured dequantised. Calibration text and held-out text are different parts of the same text. KL is the mean over held-out
-tokens of KL(p ‖ q) between the float32 model's next-token distribution and the row's: it cannot fall below 0 by luck, as perplexity can
-fall below the float32 model's where the text is not what the model was trained on.
+Every row is an edge package that is written, opened by the engine and run in its own arithmetic. Calibration text and held-out text are
+different parts of the same text. KL is the mean over held-out tokens of KL(p ‖ q) between the float32 model's next-token distribution and
+the row's: it cannot fall below 0 by luck, as perplexity can fall below the float32 model's where the text is not what the model was trained
+on.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from fedtune.inference.engine.shape import read_shape
 from fedtune.inference.quantise.calibrate import Calibration, calibration, read_texts
 from fedtune.inference.quantise.model import Recipe, quantise_model
 from fedtune.inference.quantise.perplexity import of_engine, windows
-from fedtune.inference.quantise.rtn import QuantisedLinear, dequantise
+from fedtune.inference.quantise.rtn import QuantisedLinear
 from fedtune.simulations.study_real import hardware
 
 MODELS = ("stories260k", "babyllama_tok105")
@@ -41,7 +41,6 @@ ROWS: Mapping[str, Recipe] = {
     "int8, activations too (a8w8), RTN": Recipe(kind="int8", group=0),
     "int8, activations too, SmoothQuant": Recipe(kind="int8", group=0, method="smoothquant"),
     "int8, activations too, GPTQ": Recipe(kind="int8", group=0, method="gptq"),
-    "int8 weights in groups of 32, RTN": Recipe(kind="int8", group=32),
     "int4 in groups of 32, RTN": Recipe(),
     "int4 in groups of 32, AWQ": Recipe(method="awq"),
     "int4 in groups of 32, GPTQ": Recipe(method="gptq"),
@@ -69,21 +68,16 @@ def write_package(folder: Path, model: Path, recipe: Recipe, text: Sequence[Tens
     made = dict(quantise_model(shape, lambda name, first, last: stored[name][first:last], recipe, text))
     quantised = {n.removesuffix(".weight"): q for n, q in made.items() if isinstance(q, QuantisedLinear)}
     plain = {n: t for n, t in made.items() if isinstance(t, Tensor)} | {"model.embed_tokens.weight": stored["model.embed_tokens.weight"]}
-    tensors = {n: {"weight": dequantise(q)} if q.kind == "int8" and q.group else q.tensors for n, q in quantised.items()}
-    linears = {n: _stored(q, "weight" in tensors[n]) for n, q in quantised.items()}
+    sizes = {n: (q.tensors["packed"].shape[0], q.columns) for n, q in quantised.items()}
+    linears = {n: StoredLinear(kind=q.kind, group=q.group, shape=sizes[n]) for n, q in quantised.items()}
     writer = PackageWriter(folder, {n: (t.dtype, tuple(t.shape)) for n, t in plain.items()}, linears)
     for name, tensor in plain.items():
         writer.put(name, tensor)
-    for name, parts in tensors.items():
-        writer.put_linear(name, parts)
+    for name, one in quantised.items():
+        writer.put_linear(name, one.tensors)
     writer.close({**config, "tie_word_embeddings": False}, {"task": "causal_lm", "prompt": None, "max_new_tokens": None, "base": "study"})
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears.values())
     return 8 * sum(t.nbytes for q in quantised.values() for t in q.tensors.values()) / weights
-
-
-def _stored(linear: QuantisedLinear, whole: bool) -> StoredLinear:
-    shape = (linear.tensors["packed"].shape[0], linear.columns)
-    return StoredLinear(kind="fp32" if whole else linear.kind, group=0 if whole else linear.group, shape=shape)
 
 
 def logs(engine: Engine, held: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,7 +111,7 @@ def study(model: Path, text: Path, seeds: Sequence[int], tokens: int, rows: Mapp
             sequences = cut(model, text, seed, tokens)[1].sequences
             with tempfile.TemporaryDirectory() as folder:
                 bits = write_package(Path(folder), model, recipe, sequences)
-                found = measure(load_engine(Path(folder)), first.held, reference, bits)
+                found = measure(load_engine(Path(folder), keep=False), first.held, reference, bits)
             out.setdefault(name, []).append(found)
     return out
 

@@ -1,8 +1,6 @@
 """The edge package of a run: what the engine runs on a device, with the card that says where it comes from."""
 
 import json
-import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,23 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.inference.engine.load import load_engine
-from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear, linear_tensors, read_object
+from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear, read_object
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.text import Text, read_text
 from fedtune.inference.export import check_out, new_folder, write_tokenizer
 from fedtune.inference.measured import streamed_score
 from fedtune.inference.merged import Merged, MergedTensor, read_merged
 from fedtune.inference.provenance import provenance
-from fedtune.inference.quantise.calibrate import LENGTH, calibration, read_texts
-from fedtune.inference.quantise.model import Recipe, quantise_model
-from fedtune.inference.quantise.perplexity import Piece, Score, answers, of_engine, score, windows
-from fedtune.inference.quantise.rtn import GROUP, QuantisedLinear, packed, quantise_rtn
+from fedtune.inference.quantise.calibrate import LENGTH, beyond_privacy, calibration, read_texts
+from fedtune.inference.quantise.heap import give_back
+from fedtune.inference.quantise.model import FOLDING, Recipe, quantise_model
+from fedtune.inference.quantise.perplexity import Piece, answers, engine_score, windows
+from fedtune.inference.quantise.rtn import GROUP, QuantisedLinear
 from fedtune.models.tokens import load_tokenizer
 
 __all__ = ["export_edge", "told"]
 
 _HELD = 8192  # tokens of a run's test that are measured on
-_STRETCH = 1 << 19  # entries that are quantised at once: rounding takes some float32 copies of them
 
 
 def export_edge(
@@ -42,12 +40,12 @@ def export_edge(
     separate: bool = False,
     replace: bool = False,
 ) -> Path:
-    """Merge an adapter into its decoder tensor by tensor, quantise it, and write the package.
+    """Merge an adapter into its decoder tensor by tensor, or take a whole model as it is; quantise it, and write the package.
 
     The perplexity before and after quantising is that of text held out from `calibrate`, else of the run's global test where it is here.
 
     Args:
-        source: A run directory, or an adapter folder whose adapter_config.json names the backbone.
+        source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a whole model.
         out: The folder to write; made whole or not at all.
         quantize: int8 or int4; None keeps the checkpoint's precision.
         method: rtn, gptq, awq or smoothquant; None is rtn.
@@ -73,6 +71,11 @@ def export_edge(
     recipe = Recipe(kind=quantize, group=GROUP if quantize == "int4" else 0, method=method or "rtn") if quantize else None  # pyright: ignore
     if recipe and recipe.method != "rtn" and not calibrate:
         raise ConfigError(f"--method {recipe.method} looks at what the layers read: give it text with --calibrate, or take rtn")
+    if separate and recipe and recipe.method in FOLDING:
+        raise ConfigError(
+            f"--method {recipe.method} moves scales from layer to layer, of which an adapter that lies apart knows nothing: take rtn or"
+            " gptq, or leave out --separate"
+        )
     merged = read_merged(source, separate=separate)
     tokenizer = load_tokenizer(merged.folder, merged.origin.model)
     if len(tokenizer) > merged.shape.vocab:
@@ -82,13 +85,16 @@ def export_edge(
         text = read_text(folder)  # what the engine cannot read is told here, not on the device
         seen, held = _texts(merged, text, calibrate) if recipe else ((), [])
         card = _card(merged)
+        if calibrate and (beyond := beyond_privacy(calibrate)):
+            card["beyond_privacy"] = beyond
         if recipe is None:
             write_weights(folder, merged, card)
         else:
-            before = _before(merged, held, tokenizer)
+            before = streamed_score(merged, held, folder) if held else None
             figures = _write_quantised(folder, merged, recipe, seen, card)
             if before:
-                after = score(of_engine(load_engine(folder)), held)
+                give_back()
+                after = engine_score(load_engine(folder, keep=False), held)
                 said = "calibrate" if calibrate else "the run's global test"
                 found = {"before": before.perplexity, "after": after.perplexity, "tokens": after.tokens, "text": said}
                 figures["perplexity"] = found
@@ -106,25 +112,20 @@ def write_weights(folder: Path, merged: Merged, card: dict[str, Any]) -> None:
 
 def _write_quantised(folder: Path, merged: Merged, recipe: Recipe, seen: Sequence[Tensor], card: dict[str, Any]) -> dict[str, Any]:
     """Likewise, quantised; returns what the card says of it."""
-    writer, linears = _begin(folder, merged, recipe)
+    writer, _ = _begin(folder, merged, recipe)
     errors = dict[str, float]()
     table = "model.embed_tokens.weight"
     writer.put(table, merged.tensors[table].read(_plain(merged, table, recipe)))
-    if recipe.method == "rtn":
-        for name, tensor in _tensors(merged, recipe).items():
-            module = name.removesuffix(".weight")
-            if module in linears:
-                tensors, errors[module] = _rounded(tensor, linears[module])
-                writer.put_linear(module, tensors)
-            elif name != table:
-                writer.put(name, tensor.read(torch.float32))
-    else:
-        for name, made in quantise_model(merged.shape, lambda n, a, b: merged.tensors[n].rows(a, b, torch.float32), recipe, seen):
-            if isinstance(made, QuantisedLinear):
-                errors[name.removesuffix(".weight")] = made.error
-                writer.put_linear(name.removesuffix(".weight"), made.tensors)
-            else:
-                writer.put(name, made)
+
+    def read(name: str, first: int, last: int) -> Tensor:
+        return merged.tensors[name].rows(first, last, torch.float32)
+
+    for name, made in quantise_model(merged.shape, read, recipe, seen, merged.virtual, folder):
+        if isinstance(made, QuantisedLinear):
+            errors[name.removesuffix(".weight")] = made.error
+            writer.put_linear(name.removesuffix(".weight"), made.tensors)
+        else:
+            writer.put(name, made)
     _finish(writer, merged, card, recipe)
     worst = max(errors, key=lambda n: errors[n])
     mean = sum(errors.values()) / len(errors)
@@ -169,18 +170,6 @@ def _of_test(config: Config, text: Text, window: int) -> list[Piece]:
     return list(windows(torch.tensor(ids[:_HELD]), window)) if len(ids) > 1 else []
 
 
-def _before(merged: Merged, held: list[Piece], tokenizer: Any) -> Score | None:
-    """Of the merged weights; a prefix, which no layer alone can have, goes through the engine."""
-    if not held:
-        return None
-    if "prefix.k" not in merged.virtual:
-        return streamed_score(merged, held)
-    with tempfile.TemporaryDirectory() as plain:
-        write_tokenizer(tokenizer, merged.folder, Path(plain))
-        write_weights(Path(plain), merged, _card(merged))
-        return score(of_engine(load_engine(Path(plain), "fp32")), held)
-
-
 def _window(merged: Merged) -> int:
     """Tokens that the model sees at once when it is measured."""
     held = sum(t.shape[1] if t.dim() == 4 else t.shape[0] for n, t in merged.virtual.items() if n != "prefix.v")
@@ -195,8 +184,7 @@ def merged_dtype(merged: Merged) -> torch.dtype:
 def told(out: Path) -> str:
     """What there is to know of a package beside its path, in a sentence each; "" where there is nothing."""
     card, sentences = read_object(out / CARD), []
-    if card.get("whole"):
-        sentences.append(card["whole"])
+    sentences += [card[key] for key in ("whole", "beyond_privacy") if card.get(key)]
     if card.get("from_float16"):
         sentences.append("the checkpoint is float16, which the engine does not run: the package has bfloat16, three bits less")
     if apart := sorted(f.stem for f in (out / "adapters").glob("*.safetensors")):
@@ -243,24 +231,6 @@ def _plain(merged: Merged, name: str, recipe: Recipe | None) -> torch.dtype:
     if len(merged.tensors[name].shape) != 2:
         return torch.float32
     return torch.bfloat16 if recipe else merged_dtype(merged)
-
-
-def _rounded(tensor: MergedTensor, linear: StoredLinear) -> tuple[dict[str, Tensor], float]:
-    """A linear's weight rounded to nearest, and ‖Q(W) − W‖ / ‖W‖."""
-    (rows, columns), kind, off, size = linear.shape, linear.kind, 0.0, 0.0
-    assert kind in ("int8", "int4")
-    # made first, and not joined at the end: parts that are kept between temporary ones would tear holes into the heap
-    out = {n.rpartition(".")[2]: torch.empty(shape, dtype=dtype) for n, (dtype, shape) in linear_tensors("", linear).items()}
-    step = max(_STRETCH // columns, 1)
-    for first in range(0, rows, step):
-        weight = tensor.rows(first, min(first + step, rows), torch.float32)
-        grid, codes = quantise_rtn(weight, kind, linear.group)
-        part = packed(grid, codes, weight)
-        for key, values in part.tensors.items():
-            out[key][first : first + len(weight)] = values
-        own = float(weight.norm()) ** 2
-        off, size = off + part.error**2 * own, size + own
-    return out, math.sqrt(off / size) if size else 0.0
 
 
 def _config(merged: Merged, recipe: Recipe | None) -> dict[str, Any]:

@@ -10,21 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from fedtune.config import Config, ModelConfig, TaskConfig, from_dict
 from fedtune.errors import CheckpointError, FedtuneError, ModelError
 from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
-from fedtune.inference.requantise import put_dequantised, requantise, said, text_logits
+from fedtune.inference.outline import merged_tensors, read_outline, write_merged
+from fedtune.inference.requantise import requantise, said, text_logits
+from fedtune.inference.whole import in_memory, parted, put_adapter, put_heads, save, why_whole
+from fedtune.inference.whole_model import is_whole, read_whole
 from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import NANO, fingerprint, stored_tensors
-from fedtune.models.methods import mergeable, method
-from fedtune.models.methods.heads import trained_heads
+from fedtune.models.methods import mergeable
+
+if TYPE_CHECKING:
+    pass
 
 CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
 BESIDE = "adapter"  # folder of what could not be merged
@@ -35,13 +38,14 @@ class Origin:
     """What an export begins with.
 
     Args:
-        source: The run directory or adapter folder.
-        config: The run's; None for a bare adapter folder.
-        adapter: What was trained.
+        source: The run directory, the adapter folder, or a model that is whole already.
+        config: The run's; None for a bare adapter folder or model.
+        adapter: What was trained; of a whole model nothing.
         labels: Names of a classifier's classes.
         task: The run's, or the one that the adapter says.
         model: The backbone, in float32 on the CPU.
         settings: Of `load_backbone`.
+        whole: A whole model's own card, {} where it has none; None of anything else.
     """
 
     source: Path
@@ -50,28 +54,36 @@ class Origin:
     labels: list[str]
     task: TaskConfig
     model: ModelConfig
-    settings: dict[str, int]
+    settings: dict[str, Any]
+    whole: dict[str, Any] | None = None
 
     @property
     def card(self) -> dict[str, Any]:
         """Task, prompt template and longest answer, as whoever runs the model must know them."""
+        if self.whole is not None:
+            own = self.whole or {"task": self.task.kind, "prompt": None, "max_new_tokens": None}
+            return {name: own[name] for name in ("task", "prompt", "max_new_tokens")}
         longest = self.task.max_new_tokens if self.config and self.task.kind == "instruction" else None
         return {"task": self.task.kind, "prompt": prompt_template(self.config), "max_new_tokens": longest}
 
 
 def read_origin(source: Path) -> Origin:
-    """Read a run directory or an adapter folder; the backbone's weights are not opened.
+    """Read a run directory, an adapter folder, or a model that is whole already; no weights of a backbone are opened.
 
     Raises:
         CheckpointError: `source` is missing, or is a run that has no adapter yet.
-        ModelError: The adapter cannot be used.
+        ModelError: The adapter cannot be used, or as `read_whole`.
     """
-    config, adapter, labels = _read(source)
+    whole = None
+    if is_whole(source):
+        (adapter, whole), config, labels = read_whole(source), None, []
+    else:
+        config, adapter, labels = _read(source)
     task = config.task if config else _task(adapter, source)
     if config and config.peft.init == "loftq" and not adapter.over:
         raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
     model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
-    return Origin(source=source, config=config, adapter=adapter, labels=labels, task=task, model=model, settings=settings)
+    return Origin(source=source, config=config, adapter=adapter, labels=labels, task=task, model=model, settings=settings, whole=whole)
 
 
 def check_base(origin: Origin, fingerprint: str, name: str) -> None:
@@ -85,7 +97,10 @@ def check_base(origin: Origin, fingerprint: str, name: str) -> None:
 
 
 def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: bool = False) -> Path:
-    """Merge an adapter into its backbone in float32, and write config, safetensors and tokenizer, in the dtype of the checkpoint.
+    """Merge an adapter into its backbone tensor by tensor, and write config, safetensors and tokenizer, in the dtype of the checkpoint.
+
+    Sums are taken in float64 and rounded once. Of the few models that cannot be read so, the whole is in memory, in float32; `beside`
+    says it, and why.
 
     An adapter that began as what quantisation took (peft.init=loftq) is merged into the weights that it was trained over, dequantised; any
     other into the checkpoint's own, whatever the run's precision. What no weights can express (prompts, bottlenecks) is written beside
@@ -108,9 +123,15 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     source, out = Path(source), Path(out)
     check_out(out, replace)
     origin = read_origin(source)
+    if origin.whole is not None:
+        raise ModelError(f"{source} is a whole model already: write it with --to edge or gguf")
     config, adapter, task, model = origin.config, origin.adapter, origin.task, origin.model
     again = _precision(config, adapter, source) if requantize else {}
-    backbone = load_backbone(model, task, **origin.settings)
+    whole = "it is to be quantised again (--requantize)" if requantize else why_whole(origin)
+    outline = None if whole else read_outline(model, task, **origin.settings)
+    if outline and outline.odd:
+        whole, outline = outline.odd, None
+    backbone = outline.backbone if outline else load_backbone(model, task, **origin.settings)
     check_base(origin, backbone.fingerprint, backbone.name)
     kind = adapter.state.spec.method
     apart = None if mergeable(kind) else _apart(source)
@@ -118,9 +139,14 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, and without its run nothing says how it was set up")
     if apart and requantize:
         raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, so there is nothing to quantise again")
-    put_heads(backbone.model, adapter, task)
-    before = text_logits(backbone.model, backbone.tokenizer) if requantize else None
-    put_adapter(backbone.model, origin)
+    before, tensors = None, {}
+    if outline:
+        heads, state = parted(backbone.model, adapter, task)
+        tensors = merged_tensors(outline, state, adapter.shifts, heads)
+    else:
+        put_heads(backbone.model, adapter, task)
+        before = text_logits(backbone.model, backbone.tokenizer) if requantize else None
+        put_adapter(backbone.model, origin)
     if origin.labels and task.kind == "classification":
         backbone.model.config.id2label = dict(enumerate(origin.labels))
         backbone.model.config.label2id = {label: i for i, label in enumerate(origin.labels)}
@@ -129,6 +155,8 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         card["peft"] = vars(config.peft)
     if adapter.over:
         card["merged_into"] = dict(adapter.over)
+    if whole:
+        card["whole"] = in_memory(whole)
     with new_folder(out) as temporary:
         if apart:
             shutil.copytree(apart, temporary / BESIDE)
@@ -136,56 +164,13 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
             card["quantised"] = requantise(backbone, folder=temporary, before=before, **again)
         else:
             dtype = torch.float32 if model.init == "random" else stored_dtype(backbone.folder)
-            for parameter in backbone.model.parameters():
-                parameter.data = parameter.data.to(dtype)
-            with quiet():
-                backbone.model.save_pretrained(temporary)
+            if outline:
+                write_merged(backbone.model, tensors, dtype, temporary)
+            else:
+                save(backbone.model, dtype, temporary)
         write_tokenizer(backbone.tokenizer, backbone.folder, temporary)
         (temporary / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return out
-
-
-def put_adapter(model: PreTrainedModel, origin: Origin) -> None:
-    """Merge the adapter, but for its head, into a float32 backbone, in place; where it counts on quantised weights, into those."""
-    adapter, task = origin.adapter, origin.task
-    if adapter.over:
-        put_dequantised(model, dataclasses.replace(origin.model, **adapter.over), task, **origin.settings)
-    merge(model, adapter, task)
-
-
-def put_heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
-    """Put the adapter's head into a float32 backbone, in place.
-
-    Raises:
-        ModelError: The model lacks it, or has one of another shape.
-    """
-    parameters, heads = dict(model.named_parameters()), _heads(model, adapter, task)
-    with torch.no_grad():
-        for name, tensor in {**heads, **adapter.heads}.items():
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                raise ModelError(f"the adapter's head '{name}' {tuple(tensor.shape)} is not in the backbone: it belongs to another one")
-            parameters[name].copy_(tensor)
-
-
-def merge(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
-    """Put the shifts and the adapter, but for its head, into a float32 backbone, in place; sums are taken in float64 and rounded once.
-
-    Of a method that no weights can express, nothing.
-
-    Raises:
-        ModelError: The adapter names a module that the model lacks, or one of another shape.
-    """
-    for shift in adapter.shifts:
-        method("lora").merge(model, shift)
-    if mergeable(adapter.state.spec.method):
-        heads = _heads(model, adapter, task)
-        rest = adapter.state.subset([n for n in adapter.state.tensors if n not in heads])
-        method(rest.spec.method).merge(model, rest)
-
-
-def _heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> dict[str, Tensor]:
-    own, known = trained_heads(model, task), {n for n, _ in model.named_parameters()}
-    return {n: t for n, t in adapter.state.tensors.items() if n.split(".")[0] in own and n in known}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -207,6 +192,8 @@ def beside(out: Path) -> str:
         sentences.append(
             f"no weights can express peft.method={kind}: {out} is the backbone with the adapter beside it, in {out / BESIDE}; use {how}"
         )
+    if whole := card.get("whole"):
+        sentences.append(whole)
     if over := card.get("merged_into"):
         sentences.append(
             f"the adapter began as what {over['precision']} took from the backbone (peft.init=loftq), so it is merged into the dequantised"
@@ -228,7 +215,7 @@ def check_out(out: Path, replace: bool = False) -> None:
 def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
     """The run's config (None: a bare adapter folder), the adapter, and the names of a classifier's labels."""
     if not source.is_dir():
-        raise CheckpointError(f"there is no folder {source}: give a run directory or a PEFT adapter folder")
+        raise CheckpointError(f"there is no folder {source}: give a run directory, a PEFT adapter folder or a model")
     if source.name == "adapter" and (source.parent / "config.yaml").is_file():
         source = source.parent  # the run knows more than its adapter: the prompt template, the labels' names
     if not (source / "config.yaml").is_file():
@@ -272,7 +259,7 @@ def _model_config(config: Config | None, adapter: StoredAdapter, source: Path) -
     return ModelConfig(source="hub", name=adapter.base, device="cpu")
 
 
-def _settings(config: Config | None, adapter: StoredAdapter, task: TaskConfig) -> dict[str, int]:
+def _settings(config: Config | None, adapter: StoredAdapter, task: TaskConfig) -> dict[str, Any]:
     # The last matrix of a head has a row for each class
     tensors = {**adapter.state.tensors, **adapter.heads}
     classes = [t.shape[0] for n, t in tensors.items() if t.ndim == 2 and n.endswith("weight")]

@@ -40,7 +40,7 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
     are no multiple of 32 is f16.
 
     Args:
-        source: A run directory, or an adapter folder whose adapter_config.json names the backbone.
+        source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a whole model.
         out: The file to write; made whole or not at all.
         kind: One of `TYPES`.
         replace: Write over `out`.
@@ -99,14 +99,16 @@ def _check(merged: Merged) -> None:
         raise ModelError(f"{source}: llama.cpp's qwen3 has no attention biases: use --to edge or hf")
     if shape.rope.kind == "yarn" and any(shape.rope.get(n) is not None for n in ("attention_factor", "mscale", "mscale_all_dim")):
         raise ModelError(f"{source}: llama.cpp works out YaRN's attention factor by itself, the model sets its own: use --to edge or hf")
+    if shape.rope.kind == "yarn" and not shape.rope.get("truncate", True):
+        raise ModelError(f"{source}: llama.cpp rounds the range of YaRN's ramp, this model (truncate=false) does not: use --to edge or hf")
 
 
 def _describe(writer: "GGUFWriter", card: dict[str, Any], kind: str) -> None:
     from gguf import LlamaFileType
 
     came, types = card["provenance"], {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-    writer.add_name(str(came.get("name", "adapter")))
-    writer.add_description(f"exported by fedtune: {came['method']}, round {came['round']}")
+    writer.add_name(str(came.get("name") or came.get("model") or "adapter"))
+    writer.add_description("exported by fedtune" + (f": {came['method']}, round {came['round']}" if "method" in came else ""))
     writer.add_file_type(LlamaFileType[types[kind]])
     writer.add_quantization_version(2)  # ggml's, of its block formats
     writer.add_string("fedtune.card", json.dumps(card))
@@ -131,7 +133,8 @@ def _sizes(writer: "GGUFWriter", shape: Shape) -> None:
     # dynamic scaling begins beyond the context, and llama3's is a tensor
     if shape.rope.kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if shape.rope.kind == "linear" else RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(shape.rope.get("factor", 1.0)))
+        factor = shape.rope.get("factor") or shape.context / shape.rope.get("original_max_position_embeddings")  # YaRN's may go unsaid
+        writer.add_rope_scaling_factor(float(factor))
     if shape.rope.kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(shape.rope.get("original_max_position_embeddings")))
         writer.add_rope_scaling_yarn_beta_fast(float(shape.rope.get("beta_fast", 32.0)))

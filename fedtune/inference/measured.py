@@ -4,54 +4,63 @@ What is scored is what `fedtune.inference.quantise.perplexity` scores.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.merged import Merged
-from fedtune.inference.quantise.layers import pass_layer
+from fedtune.inference.quantise.heap import give_back
+from fedtune.inference.quantise.hidden import Hidden
+from fedtune.inference.quantise.layers import embedded, pass_layer, prefix_of
 from fedtune.inference.quantise.perplexity import Piece, Score
+from fedtune.inference.quantise.weights import Weights
 
 __all__ = ["streamed_score"]
 
-_STRETCH = 1 << 22  # logits that are made at once
+_TABLE, _LOGITS = 1 << 20, 1 << 19  # numbers of the head that are read at once, and logits that are made
 
 
 @torch.inference_mode()
-def streamed_score(merged: Merged, pieces: Sequence[Piece]) -> Score:
-    """How well the merged weights foretell the last tokens of each piece; virtual tokens of a prompt stand before each."""
-    embeds = _embeddings(merged, torch.cat([ids for ids, _ in pieces])).split([len(ids) for ids, _ in pieces])
-    prompt = merged.virtual.get("prompt.embeds", torch.empty(0, merged.shape.hidden))
-    hidden = [torch.cat([prompt, one]) for one in embeds]
-    sizes = dict(tensor_shapes(merged.shape))
-    for index in range(merged.shape.layers):
+def streamed_score(merged: Merged, pieces: Sequence[Piece], scratch: Path | None = None) -> Score:
+    """How well the merged weights foretell the last tokens of each piece, behind the model's virtual tokens.
+
+    Args:
+        scratch: As `quantise_model`'s.
+    """
+
+    def read(name: str, first: int, last: int) -> Tensor:
+        return merged.tensors[name].rows(first, last, torch.float32)
+
+    shape, sizes = merged.shape, dict(tensor_shapes(merged.shape))
+    hidden = embedded(shape, read, [ids for ids, _ in pieces], merged.virtual.get("prompt.embeds"), scratch)
+    for index in range(shape.layers):
         at = f"model.layers.{index}."
-        tensors = {n[len(at) :]: merged.tensors[n].read(torch.float32) for n in sizes if n.startswith(at)}
-        hidden = pass_layer(merged.shape, index, tensors, hidden)
+        weights = Weights({n[len(at) :]: n for n in sizes if n.startswith(at)}, sizes, read)
+        pass_layer(shape, index, weights, hidden, prefix_of(merged.virtual, index))
+        give_back()
     norm = merged.tensors["model.norm.weight"].read(torch.float32)
-    last = torch.cat([h[-new - 1 : -1] for h, (_, new) in zip(hidden, pieces, strict=True)])
-    wanted = torch.cat([ids[-new:] for ids, new in pieces])
-    return Score(_nats(merged, torch.rms_norm(last, (merged.shape.hidden,), norm, merged.shape.eps), wanted), len(wanted))
+    last, first = Hidden([new for _, new in pieces], shape.hidden, scratch), 0
+    for h, (_, new) in zip(hidden, pieces, strict=True):
+        last.put(first, torch.rms_norm(h[-new - 1 : -1], (shape.hidden,), norm, shape.eps))
+        first += new
+    return Score(_nats(merged, last, torch.cat([ids[-new:] for ids, new in pieces])), first)
 
 
-def _embeddings(merged: Merged, ids: Tensor) -> Tensor:
-    table, out = merged.tensors["model.embed_tokens.weight"], torch.empty(len(ids), merged.shape.hidden)
-    step = max(_STRETCH // merged.shape.hidden, 1)
-    for first in range(0, merged.shape.vocab, step):
-        chosen = (ids >= first) & (ids < first + step)
-        out[chosen] = table.rows(first, min(first + step, merged.shape.vocab), torch.float32)[ids[chosen] - first]
-    return out
-
-
-def _nats(merged: Merged, hidden: Tensor, wanted: Tensor) -> float:
-    """Mean of log Σ exp z − z[wanted] of hidden states [n, d], over a part of the vocabulary at a time."""
-    head = merged.tensors["model.embed_tokens.weight" if merged.shape.tied else "lm_head.weight"]
-    total, own = torch.full((len(hidden),), -torch.inf, dtype=torch.float64), torch.empty(len(hidden), dtype=torch.float64)
-    step = max(_STRETCH // max(len(hidden), merged.shape.hidden), 1)
-    for first in range(0, merged.shape.vocab, step):
-        z = (hidden @ head.rows(first, min(first + step, merged.shape.vocab), torch.float32).T).double()
-        total = torch.logaddexp(total, z.logsumexp(1))
-        here = ((wanted >= first) & (wanted < first + step)).nonzero()[:, 0]
-        own[here] = z[here, wanted[here] - first]
+def _nats(merged: Merged, hidden: Hidden, wanted: Tensor) -> float:
+    """Mean of log Σ exp z − z[wanted] of hidden states, over a part of the vocabulary and of the tokens at a time."""
+    shape, n = merged.shape, len(wanted)
+    head = merged.tensors["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
+    total, own = torch.full((n,), -torch.inf, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    step = max(_TABLE // shape.hidden, 1)
+    rows = max(_LOGITS // min(step, shape.vocab), 1)
+    for first in range(0, shape.vocab, step):
+        table = head.rows(first, min(first + step, shape.vocab), torch.float32)
+        for a in range(0, n, rows):
+            b = min(a + rows, n)
+            z = (hidden.rows(a, b) @ table.T).double()
+            total[a:b] = torch.logaddexp(total[a:b], z.logsumexp(1))
+            here = ((wanted[a:b] >= first) & (wanted[a:b] < first + len(table))).nonzero()[:, 0]
+            own[a + here] = z[here, wanted[a + here] - first]
     return float((total - own).mean())

@@ -1,63 +1,26 @@
-"""A merged decoder read tensor by tensor: checkpoint and adapter lie on the disk, and never a whole model in memory.
-
-The arithmetic is that of `fedtune.models.methods.*.merge`, on some rows of a weight at a time: sums in float64, rounded once, straight to
-the dtype that is asked for.
-"""
+"""A merged decoder read tensor by tensor: checkpoint and adapter lie on the disk, and never a whole model in memory."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.combined import stack
+from fedtune.inference.edits import LORA, edits_of
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape, read_shape
-from fedtune.inference.export import Origin, check_base, put_adapter, put_heads, read_origin
+from fedtune.inference.export import Origin, check_base, read_origin
+from fedtune.inference.merged_tensor import DTYPES, Edit, MergedTensor
+from fedtune.inference.whole import in_memory, put_adapter, put_heads, why_whole
 from fedtune.models.backbone import load_backbone
-from fedtune.models.checkpoint import StoredTensor, find_folder, fingerprint, read_config, stored_tensors
+from fedtune.models.checkpoint import find_folder, fingerprint, read_config, stored_tensors
 
-__all__ = ["Merged", "MergedTensor", "read_merged"]
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_STRETCH = 1 << 19  # entries that are summed in float64 at once
-_LORA = ("lora", "rslora", "dora")
-Edit = Callable[[Tensor, int, int], Tensor]  # rows a..b of a tensor, float64 → the same rows, changed
-
-
-class MergedTensor:
-    """One tensor of the merged model.
-
-    Args:
-        kept: Where the checkpoint has it, or the tensor itself.
-        edits: What the adapter and the shifts do to it, in order.
-    """
-
-    def __init__(self, kept: StoredTensor | Tensor, edits: tuple[Edit, ...] = ()) -> None:
-        self._kept, self._edits = kept, edits
-        self.shape = tuple(kept.shape)
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Its merged values, in memory of their own."""
-        return self.rows(0, self.shape[0], dtype)
-
-    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows `first` to `last` of them (of a vector, entries)."""
-        out = torch.empty(last - first, *self.shape[1:], dtype=dtype)
-        step = max(_STRETCH // math.prod(self.shape[1:]), 1)
-        for a in range(first, last, step):
-            b = min(a + step, last)
-            part = self._kept[a:b] if isinstance(self._kept, Tensor) else _read(self._kept, a, b)
-            if self._edits:
-                part = part.double()
-                for edit in self._edits:
-                    part = edit(part, a, b)
-            out[a - first : b - first] = part
-        return out
+__all__ = ["Merged", "read_merged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +53,10 @@ class Merged:
 
 
 def read_merged(source: Path, *, separate: bool = False) -> Merged:
-    """Open a run or adapter folder of a Llama-family decoder.
+    """Open a run or adapter folder of a Llama-family decoder, or the decoder itself.
 
     Args:
-        source: As `export_hf` takes it.
+        source: As `read_origin` takes it.
         separate: Leave a LoRA adapter out of the weights, in `apart`.
 
     Raises:
@@ -107,21 +70,18 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
     folder = find_folder(origin.model)
     config = read_config(folder)
     shape = read_shape(config)
-    drawn = origin.model.init == "random"
-    whole = ""
-    if drawn or adapter.over:
-        why = "was drawn at random (model.init=random)" if drawn else "is a quantised one, dequantised (peft.init=loftq)"
-        whole = f"the backbone {why}, so the model was merged as a whole in memory"
+    whole = why_whole(origin)
     if separate and (state.spec.method not in ("lora", "rslora") or whole):
         raise ModelError(f"{source}: only a plain LoRA adapter over the checkpoint's own weights can stay separate: leave out --separate")
     virtual = _virtual(state.tensors, state.spec.method, shape)
-    if not virtual and state.spec.method not in (*_LORA, "ia3", "bitfit", "full"):
+    if not virtual and state.spec.method not in (*LORA, "ia3", "bitfit", "full"):
         raise ModelError(f"{source}: the engine cannot run peft.method={state.spec.method}, which is no change of weights: use --to hf")
     if whole:
         mark, tensors, dtype = _in_memory(origin, shape)
     else:
         mark = fingerprint(folder)
-        tensors, dtype = _stored(folder, shape, {} if separate else _edits(origin, shape, config))
+        edits = {} if separate else edits_of(state, adapter.shifts, adapter.heads, dict(tensor_shapes(shape)))
+        tensors, dtype = _stored(folder, shape, edits)
     check_base(origin, mark, str(folder))
     return Merged(
         origin=origin,
@@ -133,22 +93,8 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
         dtype=dtype,
         virtual=virtual,
         apart=_apart(origin, shape) if separate else {},
-        whole=whole,
+        whole=in_memory(whole) if whole else "",
     )
-
-
-def _read(stored: StoredTensor, first: int, last: int) -> Tensor:
-    """Rows of a tensor, read and not mapped: pages of a mapped file would count as memory too."""
-    out = torch.empty(last - first, *stored.shape[1:], dtype=_DTYPES[stored.dtype])
-    row = stored.size // stored.shape[0]
-    with open(stored.file, "rb", buffering=0) as f:
-        f.seek(stored.start + first * row)
-        view = memoryview(cast(Any, out.flatten().view(torch.uint8).numpy()))
-        while view and (got := f.readinto(view)):
-            view = view[got:]
-    if view:
-        raise ModelError(f"{stored.file} ends within '{stored.name}': it is truncated, fetch it again")
-    return out
 
 
 def _stored(folder: Path, shape: Shape, edits: Mapping[str, list[Edit]]) -> tuple[dict[str, MergedTensor], torch.dtype]:
@@ -160,15 +106,13 @@ def _stored(folder: Path, shape: Shape, edits: Mapping[str, list[Edit]]) -> tupl
         if stored is None or stored.shape != size:
             what = "is missing from" if stored is None else "has another shape in"
             raise ModelError(f"the weight '{name}' {what} {folder}: config.json and the weights do not belong together")
-        if stored.dtype not in _DTYPES or stored.size != math.prod(size) * _DTYPES[stored.dtype].itemsize:
+        if stored.dtype not in DTYPES or stored.size != math.prod(size) * DTYPES[stored.dtype].itemsize:
             raise ModelError(
                 f"the weight '{name}' in {folder} is {stored.dtype}, wanted numbers of 16 or 32 bits: the checkpoint is damaged"
             )
         sizes[stored.dtype] = sizes.get(stored.dtype, 0) + math.prod(size)
-        out[name] = MergedTensor(stored, tuple(edits.get(name, ())))
-    if odd := [n for n in edits if n not in out]:
-        raise ModelError(f"the adapter changes '{odd[0]}', which the backbone in {folder} has not: it belongs to another one")
-    return out, _DTYPES[max(sizes, key=lambda d: sizes[d])]
+        out[name] = MergedTensor(stored, edits.get(name, ()))
+    return out, DTYPES[max(sizes, key=lambda d: sizes[d])]
 
 
 def _in_memory(origin: Origin, shape: Shape) -> tuple[str, dict[str, MergedTensor], torch.dtype]:
@@ -177,75 +121,6 @@ def _in_memory(origin: Origin, shape: Shape) -> tuple[str, dict[str, MergedTenso
     put_adapter(backbone.model, origin)
     own = backbone.model.state_dict()
     return backbone.fingerprint, {n: MergedTensor(own[n]) for n, _ in tensor_shapes(shape)}, torch.float32
-
-
-def _edits(origin: Origin, shape: Shape, config: dict[str, Any]) -> dict[str, list[Edit]]:
-    """Tensor → what is done to it, in the order in which `put_heads` and `merge` do it.
-
-    Raises:
-        ModelError: The adapter's tensors do not fit.
-    """
-    sizes, out = dict(tensor_shapes(shape)), dict[str, list[Edit]]()
-
-    def add(name: str, found: tuple[int, ...] | None, edit: Edit) -> None:
-        if name not in sizes:
-            raise ModelError(f"the adapter changes '{name}', which the backbone has not: it belongs to another one")
-        if found not in (None, sizes[name]):
-            raise ModelError(f"the adapter's '{name}' is {found}, the backbone's {sizes[name]}: it belongs to another backbone")
-        out.setdefault(name, []).append(edit)
-
-    for name, tensor in origin.adapter.heads.items():
-        add(name, tuple(tensor.shape), _replaced(tensor))
-    state = origin.adapter.state
-    for some in (*origin.adapter.shifts, *([state] if state.spec.method in _LORA else [])):
-        for module in [n.removesuffix(".lora_A") for n in some.tensors if n.endswith(".lora_A")]:
-            a, b = some[f"{module}.lora_A"], some[f"{module}.lora_B"]
-            magnitude = some.tensors.get(f"{module}.lora_magnitude")
-            add(f"{module}.weight", (len(b), a.shape[1]), _low_rank(a, b, some.spec.scaling[module], magnitude))
-        odd = [n for n in some.tensors if not n.endswith((".lora_A", ".lora_B", ".lora_magnitude"))]
-        if odd:
-            raise ModelError(f"the adapter's '{odd[0]}' is neither a LoRA factor nor in the backbone: it belongs to another one")
-    if state.spec.method == "ia3":
-        for name, factor in state.tensors.items():
-            weight, bias = f"{name.removesuffix('.ia3')}.weight", f"{name.removesuffix('.ia3')}.bias"
-            rows, columns = (sizes.get(weight) or (0, 0))[:2]
-            if tuple(factor.shape) not in ((rows, 1), (1, columns)):
-                raise ModelError(
-                    f"the adapter's '{name}' is {tuple(factor.shape)}, the backbone's layer {(rows, columns)}: it belongs to another"
-                )
-            add(weight, None, _scaled(factor))
-            if factor.shape[1] == 1 and bias in sizes:
-                add(bias, None, _scaled(factor[:, 0]))
-    if state.spec.method in ("bitfit", "full"):
-        for name, delta in state.tensors.items():
-            add(name, tuple(delta.shape), _added(delta))
-    return out
-
-
-def _replaced(tensor: Tensor) -> Edit:
-    return lambda rows, first, last: tensor[first:last].double()
-
-
-def _added(delta: Tensor) -> Edit:
-    return lambda rows, first, last: rows + delta[first:last].double()
-
-
-def _scaled(factor: Tensor) -> Edit:
-    """A factor a row, (out, 1) or (out,), or a factor a column, (1, in)."""
-    by_row = factor.dim() == 1 or factor.shape[1] == 1
-    return lambda rows, first, last: rows * (factor[first:last] if by_row else factor).double()
-
-
-def _low_rank(a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None) -> Edit:
-    """W + s·B·A; with a magnitude (DoRA), its rows rescaled to ‖W‖ + magnitude."""
-
-    def edit(rows: Tensor, first: int, last: int) -> Tensor:
-        changed = rows + scaling * (b[first:last].double() @ a.double())
-        if magnitude is None:
-            return changed
-        return changed * ((rows.norm(dim=1) + magnitude[first:last].double()) / changed.norm(dim=1))[:, None]
-
-    return edit
 
 
 def _virtual(tensors: Mapping[str, Tensor], kind: str, shape: Shape) -> dict[str, Tensor]:

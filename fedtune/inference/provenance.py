@@ -15,7 +15,7 @@ _PRIMARY = ("exact_match", "accuracy", "perplexity", "loss")  # as in report.sum
 
 
 def provenance(origin: Origin) -> dict[str, Any]:
-    """`provenance`, `metric` and `privacy` of the card; of a bare adapter folder only what its spec says.
+    """`provenance`, `metric` and `privacy` of the card; of a bare adapter folder only what its spec says, of a whole model its name.
 
     The metric is the global test's (else the clients' mean) in the adapter's round. ε is that of the client that spent most: the adapter's
     README knows the ledgers too, metrics.jsonl only the turns that were told.
@@ -24,6 +24,8 @@ def provenance(origin: Origin) -> dict[str, Any]:
         CheckpointError: metrics.jsonl is damaged.
     """
     spec, config = origin.adapter.state.spec, origin.config
+    if origin.whole is not None:
+        return {"provenance": {"model": origin.source.resolve().name}, "metric": None, "privacy": None}
     came: dict[str, Any] = {"method": spec.method, "round": spec.version, "base": spec.base}
     if config is None:
         return {"provenance": came, "metric": None, "privacy": None}

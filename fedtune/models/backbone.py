@@ -60,7 +60,9 @@ class Backbone:
         return is_seq2seq(self.model.config)
 
 
-def load_backbone(config: ModelConfig, task: TaskConfig, *, num_labels: int = 0, seed: int = 0) -> Backbone:
+def load_backbone(
+    config: ModelConfig, task: TaskConfig, *, num_labels: int = 0, seed: int = 0, outline: Mapping[str, Tensor] | None = None
+) -> Backbone:
     """Load, check, freeze.
 
     Args:
@@ -68,6 +70,8 @@ def load_backbone(config: ModelConfig, task: TaskConfig, *, num_labels: int = 0,
         task: `kind` decides the model class; `max_length` must fit the context.
         num_labels: Classes (classification only, where it must be at least 2).
         seed: The run's seed: draws the weights of `init=random`, and a classification head that the checkpoint lacks.
+        outline: Float32 tensors on the meta device that stand for the checkpoint's, by its names: the model is then made of them and lies
+            there too, without weights, but with everything checked. Of a pretrained backbone in float32 only.
 
     Raises:
         ModelError: The checkpoint is missing, damaged, pickled, of an unknown architecture, or does not fit the task.
@@ -75,14 +79,14 @@ def load_backbone(config: ModelConfig, task: TaskConfig, *, num_labels: int = 0,
     folder = find_folder(config)
     hf_config = build_config(config, task, num_labels=num_labels, folder=folder)
     tokenizer = load_tokenizer(folder, config)
-    device = _device(config.device)
+    device = torch.device("meta") if outline else _device(config.device)
     settings = _settings(config, device)
     drawn = config.init == "random"  # a fingerprint reads every header, so that a truncated file is refused before anything is loaded
     mark = digest(read_config(folder), [("random", str(seed).encode())]) if drawn else fingerprint(folder)
     if config.precision in ("nf4", "int8"):
         model = _quantised_model(folder, hf_config, task, config, seed, mark, device, settings)
     else:
-        make = _random_model if drawn else partial(_pretrained_model, folder)
+        make = _random_model if drawn else partial(_outlined_model, folder, outline) if outline else partial(_pretrained_model, folder)
         model = cast(Any, make(hf_config, task, config, seed, settings)).to(device)
     if settings["dtype"] is torch.bfloat16:
         _keep_heads_in_fp32(model)
@@ -280,6 +284,28 @@ def _pretrained_model(
     except Exception as bad:  # transformers, safetensors and remote code raise what they like
         raise ModelError(f"the weights in {folder} cannot be loaded: {first_line(bad)}") from None
     _draw_heads(model, _missing(folder, task, model, info), hf_config, seed)
+    return model
+
+
+def _outlined_model(
+    folder: Path, outline: Mapping[str, Tensor], hf_config: Any, task: TaskConfig, config: ModelConfig, seed: int, settings: dict[str, Any]
+) -> PreTrainedModel:
+    """Through transformers' own loading, so that names, ties and what is missing are as ever."""
+    kind = type(empty_model(hf_config, task, trust_remote_code=config.trust_remote_code))
+    try:
+        with quiet(), torch.random.fork_rng():
+            model, info = cast(Any, kind).from_pretrained(
+                None,
+                config=hf_config,
+                state_dict=dict(outline),
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # judged below
+                **settings,
+            )
+    except Exception as bad:  # transformers and remote code raise what they like
+        raise ModelError(f"the weights in {folder} cannot be loaded: {first_line(bad)}") from None
+    _missing(folder, task, model, info)
     return model
 
 

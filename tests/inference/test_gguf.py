@@ -290,6 +290,26 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
         read_vocabulary(tmp_path / "ranks", AutoTokenizer.from_pretrained(tmp_path / "ranks"), VOCAB)
 
 
+def yarn(folder: Path, **changes: Any) -> Path:
+    """A run over a model of YaRN whose rope_parameters are changed."""
+    path = shaped(folder / "m", "llama_yarn") / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] |= changes
+    path.write_text(json.dumps(config))
+    return make_run(folder / "run", hub(path.parent), SHORT)[0]
+
+
+def test_a_ramp_of_yarn_that_llama_cpp_would_round_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="truncate=false"):
+        export_gguf(yarn(tmp_path, truncate=False), tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_factor_of_yarn_that_goes_unsaid_is_worked_out(tmp_path: Path) -> None:
+    said, _ = read(export_gguf(yarn(tmp_path, factor=None), tmp_path / "m.gguf"))
+    assert said["llama.rope.scaling.factor"] == 4 == 64 / said["llama.rope.scaling.original_context_length"]  # the model's context is 64
+
+
 def test_what_gguf_cannot_say_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, shape, method, task, said in [
         ("a", "llama", "prompt", CAUSAL, "no place for the virtual tokens of prompt"),

@@ -52,7 +52,6 @@ def test_orderings_on_real_text() -> None:
     rows = {
         "a8w8": Recipe(kind="int8", group=0),
         "smoothquant": Recipe(kind="int8", group=0, method="smoothquant"),
-        "int8 groups": Recipe(kind="int8", group=32),
         "rtn": Recipe(),
         "awq": Recipe(method="awq"),
         "gptq": Recipe(method="gptq"),
@@ -61,9 +60,9 @@ def test_orderings_on_real_text() -> None:
     found = study(DATA / "models/stories260k/hf", DATA / "lm/wikitext-2/valid.txt", [0], 4096, rows)
     kl = {name: several[0].kl for name, several in found.items()}
     assert abs(kl["fp32"]) < 1e-6
-    assert kl["fp32"] < kl["bf16"] < kl["int8 groups"] < kl["a8w8"] < kl["gptq"] < kl["awq"] < kl["rtn"] < kl["rtn 128"], kl
+    assert kl["fp32"] < kl["bf16"] < kl["a8w8"] < kl["gptq"] < kl["awq"] < kl["rtn"] < kl["rtn 128"], kl
     # measured over 8192 tokens and two draws: .0048; .0046 ± .0002; .145 ± .001 against .247
     assert kl["a8w8"] < 0.01 and kl["smoothquant"] < 1.1 * kl["a8w8"] and kl["gptq"] < 0.7 * kl["rtn"], kl
     nats = {name: several[0].nats - found["fp32"][0].nats for name, several in found.items()}
-    assert all(abs(nats[name]) < 0.01 for name in ("bf16", "a8w8", "smoothquant", "int8 groups")), nats
+    assert all(abs(nats[name]) < 0.01 for name in ("bf16", "a8w8", "smoothquant")), nats
     assert abs(nats["gptq"]) < 0.1 and abs(nats["rtn"]) < 0.15, nats

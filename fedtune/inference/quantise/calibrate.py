@@ -1,6 +1,7 @@
 """Calibration text: from files or a run's data to sequences of tokens, a part of which is held out for the perplexity."""
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from fedtune.config import DataConfig, from_dict
+from fedtune.config import Config, DataConfig, from_dict
 from fedtune.errors import DataError
 from fedtune.seeds import derive_seed
 
-__all__ = ["Calibration", "calibration", "read_texts"]
+__all__ = ["Calibration", "beyond_privacy", "calibration", "read_texts"]
 
 LENGTH, COUNT, HELD = 256, 128, 1 / 8  # tokens a sequence, sequences, share of the pieces that is held out
 
@@ -52,17 +53,17 @@ def calibration(
     Raises:
         DataError: There is less text than two pieces of 2 tokens.
     """
-    ids: list[int] = []
+    ids = array("i")  # a text's ints would be nine times as large
     enough = 16 * (count * length + held)  # no need to encode a library
     for text in texts:
         if text.strip():
-            ids += encode(text)
+            ids.extend(encode(text))
         if len(ids) >= enough:
             break
     length = min(length, len(ids) // 2)
     if length < 2:
         raise DataError(f"the calibration text has {len(ids)} tokens: some thousands are wanted")
-    pieces = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    pieces = torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
     kept = len(pieces) - max(round(HELD * len(pieces)), 1)
     drawn = torch.randperm(kept, generator=torch.Generator().manual_seed(derive_seed(seed, "calibration")))[:count].sort().values
     return Calibration(tuple(pieces[drawn]), pieces[kept:].flatten()[:held])
@@ -72,8 +73,7 @@ def read_texts(where: Path | str) -> list[str]:
     """The texts of a file, a folder of files or a run's data.
 
     txt: a text ends at a blank line. jsonl, json, csv, tsv, parquet: of each row its column `text`, else all its strings, a line each.
-    A run: its clients' training rows where this machine has them, an answer behind its prompt. Those are seen without the noise of a
-    private run, so what is calibrated on them is outside its guarantee.
+    A run: its clients' training rows where this machine has them, an answer behind its prompt; of a private one see `beyond_privacy`.
 
     Raises:
         DataError, ConfigError: Nothing is there, or it cannot be read.
@@ -82,7 +82,7 @@ def read_texts(where: Path | str) -> list[str]:
 
     path = Path(where).expanduser()
     if (path / "config.yaml").is_file():
-        return _of_run(path / "config.yaml")
+        return _of_run(_read_config(path / "config.yaml"))
     config = DataConfig(source="local", path=str(where))
     out: list[str] = []
     for file in find_files(str(where), "calibration text", config):
@@ -97,13 +97,33 @@ def read_texts(where: Path | str) -> list[str]:
     return out
 
 
-def _of_run(path: Path) -> list[str]:
-    from fedtune.data.federation import load_federation
+def beyond_privacy(where: Path | str) -> str:
+    """What must be told of a package that is calibrated on this, in a sentence: a private run's rows are read without its noise.
 
+    "" of anything else.
+
+    Raises:
+        DataError, ConfigError: The run's config.yaml cannot be read.
+    """
+    path = Path(where).expanduser() / "config.yaml"
+    if not path.is_file() or (config := _read_config(path)).privacy.kind == "none":
+        return ""
+    return (
+        f"the calibration text is training rows of '{config.name}', a private run (privacy.kind={config.privacy.kind}), read without its"
+        " noise: what the package took from them lies outside ε"
+    )
+
+
+def _read_config(path: Path) -> Config:
     try:
-        config = from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError):
         raise DataError(f"{path} cannot be read: give the text itself to calibrate with") from None
+
+
+def _of_run(config: Config) -> list[str]:
+    from fedtune.data.federation import load_federation
+
     federation = load_federation(config)
     rows = federation.rows.select(sorted(int(i) for client in federation.clients.values() for i in client.train))
     if "prompt" in rows.column_names:

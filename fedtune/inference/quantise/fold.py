@@ -10,13 +10,15 @@ must share a scale, so they do.
 Source: SmoothQuant (arXiv:2211.10438) eq. 3 and AWQ (arXiv:2306.00978) §3.2 fold the same way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["FOLDS", "Fold", "folded"]
+__all__ = ["FOLDS", "Change", "Fold", "changes"]
+
+Change = Callable[[Tensor, int, int], Tensor]  # rows a..b of a tensor, float32 → the same rows, changed
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,25 @@ def tied(values: Tensor, shared: int, width: int) -> Tensor:
     return values if shared == 1 else values.view(-1, shared, width).mean(1, keepdim=True).expand(-1, shared, -1).reshape(-1)
 
 
-def folded(layer: Mapping[str, Tensor], fold: Fold, scale: Tensor, width: int = 1) -> dict[str, Tensor]:
-    """The layer's tensors that change, float32; the given ones are left alone.
+def changes(fold: Fold, scale: Tensor, rows: int, width: int = 1) -> dict[str, Change]:
+    """What a fold does to each tensor of its layer, by name; where `source` has no bias, there is one that changes nothing that is there.
 
     Args:
-        layer: Tensors of one layer by name (`mlp.up_proj.weight`, `.bias` …).
         scale: [K] of the readers' inputs, positive; equal over the query heads that share a key-value head.
+        rows: Outputs of `source`.
         width: Of a head, where `source` has fewer outputs than the readers have inputs.
     """
-    weight = layer[f"{fold.source}.weight"].float()
-    shared = scale.numel() // weight.shape[0]
+    shared = scale.numel() // rows
     own = scale.view(-1, shared, width)[:, 0].reshape(-1) if shared > 1 else scale
-    out = {f"{fold.source}.weight": weight / (own if weight.dim() == 1 else own[:, None])}
-    if (bias := layer.get(f"{fold.source}.bias")) is not None:
-        out[f"{fold.source}.bias"] = bias.float() / own
-    for reader in fold.readers:
-        out[f"{reader}.weight"] = layer[f"{reader}.weight"].float() * scale
-    return out
+
+    def divided(part: Tensor, first: int, last: int) -> Tensor:
+        return part / (own[first:last] if part.dim() == 1 else own[first:last, None])
+
+    return {
+        f"{fold.source}.weight": divided,
+        f"{fold.source}.bias": divided,
+        **{f"{reader}.weight": lambda part, first, last: part * scale for reader in fold.readers},
+    }
 
 
 def within(scale: Tensor) -> Tensor:

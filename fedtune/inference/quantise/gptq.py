@@ -16,7 +16,14 @@ __all__ = ["quantise_gptq"]
 
 
 def quantise_gptq(
-    weight: Tensor, hessian: Tensor, kind: Kind, group: int = GROUP, *, damp: float = 0.01, block: int = 128
+    weight: Tensor,
+    hessian: Tensor,
+    kind: Kind,
+    group: int = GROUP,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    factor: Tensor | None = None,
 ) -> tuple[Grid, Tensor]:
     """Grid and codes [N, K] of a weight [N, K], given how its inputs vary together.
 
@@ -27,6 +34,7 @@ def quantise_gptq(
 
     Other arguments:
         damp: Share of the mean of H's diagonal that is added to it (the paper's 1 %); ten times more where H stays singular.
+        factor: Of `inverse_factor`, where several weights share their inputs.
         block: Columns whose errors reach the columns beyond them in one product; it changes nothing but the time.
 
     Raises:
@@ -35,8 +43,8 @@ def quantise_gptq(
     rows, columns = weight.shape
     if hessian.shape != (columns, columns):
         raise ModelError(f"a weight of {columns} columns needs a Hessian of as many rows and columns, not {tuple(hessian.shape)}")
-    factor = inverse_factor(hessian, damp)
-    weight = weight.float().clone()
+    factor = inverse_factor(hessian, damp) if factor is None else factor
+    weight = weight.to(torch.float32, copy=True)
     width = group or columns
     grid = fit_grid(weight, kind, group)  # of a row that is one group it is the final one
     codes = torch.empty(rows, columns)
@@ -57,7 +65,7 @@ def quantise_gptq(
     return grid, codes
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damp: float = 0.01) -> Tensor:
     """Upper triangular U with UᵀU = (H + damp · mean(diag H) · I)⁻¹, [K, K]."""
     mean = float(hessian.diagonal().mean())
     if not mean >= 0 or mean == float("inf"):
@@ -66,8 +74,12 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         damped = hessian.float().clone()
         damped.diagonal().add_(damp * more * mean or 1.0)  # no input at all: any diagonal gives round-to-nearest
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # of a wide layer each of these is larger than its weights
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not failed:
                 return upper
     raise ModelError("the inputs of a layer vary too little to invert their Hessian: calibrate with more text, or use method=awq or rtn")

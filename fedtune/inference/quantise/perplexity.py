@@ -19,8 +19,9 @@ from fedtune.errors import DataError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine
 
-__all__ = ["Piece", "Score", "answers", "of_engine", "perplexity", "score", "windows"]
+__all__ = ["Piece", "Score", "answers", "engine_score", "of_engine", "perplexity", "score", "windows"]
 
+_STRETCH, _ROWS = 1 << 19, 128  # logits that are made at once, and tokens of a pass
 Logits = Callable[[Tensor], Tensor]  # ids [n] of one sequence → logits [n, V]
 Piece = tuple[Tensor, int]  # ids [n] that the model sees, and how many of the last are scored, fewer than n
 
@@ -100,6 +101,21 @@ def of_engine(engine: Engine) -> Logits:
         return engine.decoder.forward(ids, [Span(cache, len(ids), keep=None)])
 
     return logits
+
+
+@torch.inference_mode()
+def engine_score(engine: Engine, pieces: Iterable[Piece]) -> Score:
+    """`score(of_engine(engine), pieces)`, some tokens at a time, whose sums a kind may round otherwise, and some of their logits."""
+    nats, tokens, step = 0.0, 0, max(_STRETCH // engine.shape.vocab, 1)
+    for piece, new in pieces:
+        cache = engine.cache(limit=engine.virtual + len(piece))
+        engine.start(cache)
+        parts = (engine.decoder.embed(ids) for ids in piece.split(_ROWS))
+        hidden = torch.cat([engine.decoder.run(part, [Span(cache, len(part))]) for part in parts])[-new - 1 : -1]
+        for rows, ids in zip(hidden.split(step), piece[-new:].long().split(step), strict=True):
+            nats += float(cross_entropy(engine.decoder.logits(rows), ids, reduction="sum"))
+        tokens += new
+    return Score(nats / tokens, tokens)
 
 
 def _nats(logits: Tensor, piece: Tensor, new: int) -> float:

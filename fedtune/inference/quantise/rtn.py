@@ -1,7 +1,7 @@
 """Round to the nearest point of a grid: the number formats that the engine's linears read, and the plainest way to get there.
 
     int4   w ~ (q - 8) * scale + zero    q in 0..15, scale and zero for each row and group of columns: torch's `_weight_int4pack_mm_for_cpu`
-    int8   w ~ q * scale                 q in -127..127, scale for each row (a8w8), or for each row and group
+    int8   w ~ q * scale                 q in -127..127, scale for each row (a8w8)
 
 The last group of a row may be shorter than the others: 172 columns in groups of 32 are five groups and one of 12.
 """
@@ -29,6 +29,7 @@ __all__ = [
 
 Kind = Literal["int4", "int8"]
 GROUP = 32  # the finest that the int4 kernel takes
+_STRETCH = 1 << 17  # weights that are unpacked at once
 INT4_GROUPS = (32, 64, 128, 256)  # all that it takes
 
 
@@ -73,9 +74,9 @@ class QuantisedLinear:
     """A linear's weight in the portable form that packages hold.
 
     Attributes:
-        kind, group: As in `Grid`; group 0 says that int8 has one scale a row.
+        kind, group: As in `Grid`; int8's group is 0, a whole row.
         tensors: int4: `packed` uint8 [N, ceil(K / 2)], the even column in the low nibble; `scale`, `zero` bfloat16 [N, ceil(K / group)].
-            int8: `packed` int8 [N, K]; `scale` float32 [N], or [N, ceil(K / group)] with groups.
+            int8: `packed` int8 [N, K]; `scale` float32 [N].
         columns: K.
         error: ‖Q(W) − W‖ / ‖W‖ (Frobenius).
         output_error: ‖X Q(W)ᵀ − X Wᵀ‖ / ‖X Wᵀ‖ over the calibration text's inputs X; None without them.
@@ -94,15 +95,15 @@ def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
 
     Args:
         weight: [N, K] float32, finite.
-        group: Columns; 0: a row is one group (int8 only).
+        group: Columns; of int8 0: a row is one group.
 
     Raises:
         ModelError: The kernel takes no such group, or the weight is not finite.
     """
     if kind == "int4" and group not in INT4_GROUPS:
         raise ModelError(f"int4 takes groups of {', '.join(map(str, INT4_GROUPS))} columns, not {group}")
-    if kind == "int8" and group < 0:
-        raise ModelError(f"int8 takes groups of some columns, or 0 for one scale a row, not {group}")
+    if kind == "int8" and group:
+        raise ModelError(f"int8 has one scale a row, which is group 0, and not one for {group} columns")
     if not torch.isfinite(weight).all():
         raise ModelError(f"a weight {tuple(weight.shape)} holds numbers that are not finite: train or merge the model again")
     group = group or weight.shape[1]
@@ -127,14 +128,13 @@ def quantise_rtn(weight: Tensor, kind: Kind, group: int = GROUP) -> tuple[Grid, 
 
 def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None = None) -> QuantisedLinear:
     """The portable form of a weight [N, K] and its codes [N, K]."""
-    rows = grid.group == codes.shape[1] and grid.kind == "int8"
     if grid.kind == "int4":
         tensors = {"packed": pack_int4(codes + 8), "scale": grid.scale.bfloat16(), "zero": grid.zero.bfloat16()}
     else:
-        tensors = {"packed": codes.to(torch.int8), "scale": grid.scale[:, 0].clone() if rows else grid.scale.clone()}
+        tensors = {"packed": codes.to(torch.int8), "scale": grid.scale[:, 0].clone()}
     return QuantisedLinear(
         kind=grid.kind,
-        group=0 if rows else grid.group,
+        group=grid.group if grid.kind == "int4" else 0,
         tensors=tensors,
         columns=codes.shape[1],
         error=relative_error(grid.values(codes), weight),
@@ -144,14 +144,17 @@ def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None
 
 def dequantise(linear: QuantisedLinear) -> Tensor:
     """The weight that a portable form stands for, [N, K] float32."""
-    tensors, columns = linear.tensors, linear.columns
-    scale = tensors["scale"].float()
-    if linear.kind == "int8":
-        scale = scale[:, None] if scale.dim() == 1 else scale
-        grid = Grid(kind="int8", group=linear.group or columns, scale=scale, zero=torch.zeros_like(scale))
-        return grid.values(tensors["packed"].float())
-    grid = Grid(kind="int4", group=linear.group, scale=scale, zero=tensors["zero"].float())
-    return grid.values(unpack_int4(tensors["packed"], columns).float() - 8)
+    packed, columns = linear.tensors["packed"], linear.columns
+    out = torch.empty(len(packed), columns)
+    for first in range(0, len(packed), step := max(_STRETCH // columns, 1)):
+        part = {name: tensor[first : first + step] for name, tensor in linear.tensors.items()}
+        scale = part["scale"].float()
+        if linear.kind == "int8":
+            torch.mul(part["packed"], scale[:, None], out=out[first : first + step])
+        else:
+            grid = Grid(kind="int4", group=linear.group, scale=scale, zero=part["zero"].float())
+            out[first : first + step] = grid.values(unpack_int4(part["packed"], columns).float() - 8)
+    return out
 
 
 def pack_int4(codes: Tensor) -> Tensor:

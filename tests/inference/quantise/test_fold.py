@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
-from fedtune.inference.quantise.fold import FOLDS, Fold, folded, tied, within
+from fedtune.inference.quantise.fold import FOLDS, Fold, changes, tied, within
 from fedtune.inference.quantise.rtn import relative_error
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
@@ -20,6 +20,12 @@ def logits(folder: Path) -> Tensor:
     engine = load_engine(folder, "fp32")
     ids = torch.randint(0, VOCAB, (23,), generator=torch.Generator().manual_seed(3))
     return engine.decoder.forward(ids, [Span(engine.cache(), len(ids), keep=None)])
+
+
+def folded(layer: dict[str, Tensor], fold: Fold, scale: Tensor, width: int = 1) -> dict[str, Tensor]:
+    """The tensors that a fold changes."""
+    found = changes(fold, scale, layer[f"{fold.source}.weight"].shape[0], width)
+    return {n: change(layer[n], 0, len(layer[n])) for n, change in found.items() if n in layer}
 
 
 def fold_all(folder: Path, readers_only: bool = False) -> None:

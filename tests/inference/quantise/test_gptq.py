@@ -9,7 +9,7 @@ from fedtune.inference.quantise.awq import output_loss
 from fedtune.inference.quantise.gptq import inverse_factor, quantise_gptq
 from fedtune.inference.quantise.rtn import Grid, Kind, quantise_rtn
 
-FORMS: list[tuple[Kind, int]] = [("int4", 32), ("int4", 64), ("int8", 0), ("int8", 32), ("int8", 7)]
+FORMS: list[tuple[Kind, int]] = [("int4", 32), ("int4", 64), ("int8", 0)]
 
 
 def layer(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:

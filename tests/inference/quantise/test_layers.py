@@ -40,7 +40,7 @@ def test_the_stats_are_of_what_the_linears_read(tmp_path: Path) -> None:
     for name, modules in FUSED.items():
         for module in modules:
             assert layer[f"{module}.weight"].shape[1] == len(stats[name].mean)
-    x = torch.rms_norm(torch.cat(hidden), (shape.hidden,), layer["input_layernorm.weight"], shape.eps)
+    x = torch.rms_norm(torch.cat(list(hidden)), (shape.hidden,), layer["input_layernorm.weight"], shape.eps)
     assert torch.allclose(stats["qkv"].hessian, x.T @ x / 29, atol=1e-5)
     assert torch.allclose(stats["qkv"].mean, x.abs().mean(0), atol=1e-6)
     assert torch.allclose(stats["qkv"].greatest, x.abs().amax(0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtune.errors import DataError
 from fedtune.inference.engine.load import load_engine
-from fedtune.inference.quantise.perplexity import answers, of_engine, perplexity, score, windows
+from fedtune.inference.quantise.perplexity import answers, engine_score, of_engine, perplexity, score, windows
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 
@@ -75,3 +75,14 @@ def test_of_requests_and_answers_only_the_answers_are_scored() -> None:
     # after 2 comes 3: 1/2; after 2 a 0: 1/6; after 0 a 1: 1/2
     found = score(model, pieces)
     assert found.tokens == 3 and found.perplexity == pytest.approx((2 * 6 * 2) ** (1 / 3))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_an_engine_is_scored_in_parts(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.inference.quantise.perplexity._ROWS", 5)
+    monkeypatch.setattr("fedtune.inference.quantise.perplexity._STRETCH", 2 * VOCAB)
+    tiny_model("qwen3", tmp_path)
+    engine = load_engine(tmp_path, kind)
+    pieces = list(windows(torch.randint(0, VOCAB, (43,), generator=torch.Generator().manual_seed(4)), 12))
+    found, whole = engine_score(engine, pieces), score(of_engine(engine), pieces)
+    assert found.tokens == whole.tokens == 42 and abs(found.nats - whole.nats) < 1e-4

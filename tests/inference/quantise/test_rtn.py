@@ -19,7 +19,7 @@ from fedtune.inference.quantise.rtn import (
 )
 
 SHAPES = [(3, 64), (5, 172), (2, 33), (4, 12), (1, 1)]  # rows, columns: whole groups, a short last one, fewer than a group
-FORMS = [("int4", 32), ("int4", 64), ("int8", 0), ("int8", 32), ("int8", 7)]
+FORMS = [("int4", 32), ("int4", 64), ("int8", 0)]
 
 
 def random(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -46,8 +46,6 @@ def test_int8_by_hand() -> None:
     out = made(weight, "int8", 0)
     assert out.tensors["packed"].tolist() == [[-127, 50, 1], [0, 0, 0]]  # 50.4 and 0.6 steps of a tenth
     assert torch.allclose(out.tensors["scale"], torch.tensor([0.1, 1.0]))
-    grouped = made(weight, "int8", 2)  # the second group is one column
-    assert grouped.tensors["packed"].tolist() == [[-127, 50, 127], [0, 0, 0]] and grouped.tensors["scale"].shape == (2, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,7 +98,7 @@ def test_a_constant_group_is_exact() -> None:
 
 def test_finer_grids_lose_less() -> None:
     weight = random(16, 256)
-    errors = [made(weight, *form).error for form in (("int8", 32), ("int8", 0), ("int4", 32), ("int4", 128))]
+    errors = [made(weight, *form).error for form in (("int8", 0), ("int4", 32), ("int4", 128))]
     assert errors == sorted(errors)
 
 
@@ -112,7 +110,9 @@ def test_the_weight_stays_as_it_was() -> None:
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize(("kind", "group", "said"), [("int4", 16, "32, 64, 128, 256"), ("int4", 0, "not 0"), ("int8", -1, "not -1")])
+@pytest.mark.parametrize(
+    ("kind", "group", "said"), [("int4", 16, "32, 64, 128, 256"), ("int4", 0, "not 0"), ("int8", 32, "one scale a row")]
+)
 def test_groups_that_no_kernel_takes_are_refused(kind: str, group: int, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         fit_grid(random(2, 64), kind, group)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,80 @@
+"""One tensor of a merged model: what the checkpoint has on the disk, with what an adapter does to it, read a stretch at a time.
+
+The arithmetic is that of `fedtune.models.methods.*.merge`: sums in float64, rounded once, straight to the dtype that is asked for.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.models.checkpoint import StoredTensor
+
+__all__ = ["DTYPES", "Edit", "MergedTensor"]
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
+_STRETCH = 1 << 18  # entries that are summed in float64 at once
+Edit = Callable[[Tensor, int, int], Tensor]  # rows a..b of a tensor, float64 → the same rows, changed
+
+
+class MergedTensor:
+    """One tensor of the merged model.
+
+    Args:
+        kept: Where the checkpoint has it, or the tensor itself.
+        edits: What the adapter and the shifts do to it, in order.
+        transposed: It is kept as (in, out), as GPT-2's linear layers are, and the edits' rows are its columns.
+    """
+
+    def __init__(self, kept: StoredTensor | Tensor, edits: Sequence[Edit] = (), transposed: bool = False) -> None:
+        self._kept, self._edits = kept, tuple(edits)
+        self._transposed = transposed and bool(edits)
+        self.shape = tuple(kept.shape)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Its merged values, in memory of their own."""
+        return self._columns(dtype) if self._transposed else self.rows(0, self.shape[0], dtype)
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows `first` to `last` of them (of a vector, entries)."""
+        assert not self._transposed
+        out = torch.empty(last - first, *self.shape[1:], dtype=dtype)
+        step = max(_STRETCH // math.prod(self.shape[1:]), 1)
+        for a in range(first, last, step):
+            b = min(a + step, last)
+            out[a - first : b - first] = self._edited(self._plain(a, b), a, b)
+        return out
+
+    def _columns(self, dtype: torch.dtype) -> Tensor:
+        whole = self._plain(0, self.shape[0])
+        out = whole if whole.dtype == dtype and whole is not self._kept else torch.empty(self.shape, dtype=dtype)
+        step = max(_STRETCH // self.shape[0], 1)
+        for a in range(0, self.shape[1], step):
+            b = min(a + step, self.shape[1])
+            out[:, a:b] = self._edited(whole[:, a:b].T, a, b).T
+        return out
+
+    def _edited(self, part: Tensor, first: int, last: int) -> Tensor:
+        if self._edits:
+            part = part.double()
+            for edit in self._edits:
+                part = edit(part, first, last)
+        return part
+
+    def _plain(self, first: int, last: int) -> Tensor:
+        """Rows of a tensor, read and not mapped: pages of a mapped file would count as memory too."""
+        if isinstance(self._kept, Tensor):
+            return self._kept if (first, last) == (0, self.shape[0]) else self._kept[first:last]
+        stored = self._kept
+        out = torch.empty(last - first, *stored.shape[1:], dtype=DTYPES[stored.dtype])
+        with open(stored.file, "rb", buffering=0) as f:
+            f.seek(stored.start + first * (stored.size // stored.shape[0]))
+            view = memoryview(cast(Any, out.flatten().view(torch.uint8).numpy()))
+            while view and (got := f.readinto(view)):
+                view = view[got:]
+        if view:
+            raise ModelError(f"{stored.file} ends within '{stored.name}': it is truncated, fetch it again")
+        return out
