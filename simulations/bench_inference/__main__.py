@@ -9,7 +9,8 @@ process's high-water mark after the rounds, with Python and libraries; pages of 
 
 PYTHON is an interpreter that has openvino, optimum-intel and llama-cpp-python (built without AMX where that crashes); without it this
 engine and transformers run alone. Peers run at their best settings that we know: llama.cpp without mmap and with huge pages, OpenVINO's
-latency hint and a head for the last row only, torch's with huge pages. All get the same number of threads.
+latency hint and a head for the last row only, transformers with huge pages; this engine runs as its commands do. All get the same number
+of threads.
 """
 
 import argparse
@@ -110,7 +111,8 @@ def workers(size: str, names: Sequence[str], args: argparse.Namespace) -> Iterat
         for name in names:
             context = args.prompt + args.tokens + 64
             command = [*arguments(name, folder, args.peers), "--threads", str(args.threads), "--context", str(context)]
-            environment = {**os.environ, **HUGE, "OMP_NUM_THREADS": str(args.threads)}
+            huge = {} if name in OURS else HUGE
+            environment = {**os.environ, **huge, "OMP_NUM_THREADS": str(args.threads)}
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
             sides.append(side := Side(name, process))
             side.load_s = side.hear().get("load_s", float("nan"))

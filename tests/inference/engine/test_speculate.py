@@ -222,7 +222,7 @@ def test_costs_are_the_least_measured_and_interpolated() -> None:
         costs.add(1, 3.0)
     assert costs.table(3) == [0, 3.0, 3.5, 4.0]  # old ones are forgotten
     costs.add(5, 1.0)
-    assert costs.table(7) == [0, 3.0, 3.5, 4.0, 2.5, 1.0, 1.0, 1.0]  # never falls below what was measured
+    assert costs.table(7) == [0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]  # fewer tokens take no longer, and more no less than what was measured
 
 
 def run_steps(adapt: Adapt, steps: int, cost: dict[int, float], acceptance: float, draft: float = 0.0) -> list[int]:
@@ -252,6 +252,39 @@ STEEP = {n: float(n) for n in range(1, 12)}
 def test_cheap_passes_and_good_guesses_make_long_drafts() -> None:
     counts = run_steps(Adapt(), 40, FLAT, 0.9)
     assert counts[0] == 0 and set(counts[5:31]) == {10}  # the first step measures c(1)
+
+
+def test_a_size_that_was_slow_once_is_used_again() -> None:
+    adapt = Adapt()
+    for n, seconds in ((1, 1.0), (2, 1.1), (3, 9.0), (6, 1.5)):  # something else ran while three tokens were checked for the first time
+        adapt.costs.add(n, seconds)
+    assert adapt.costs.table(6) == pytest.approx([0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
+    counts = run_steps(adapt, 60, {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}, 0.5)
+    assert counts.count(2) > 20  # the best, see below
+    costs = Costs()
+    for n, seconds in ((1, 1.0), (2, 1.9), (2, 2.0), (6, 2.0)):  # twice measured is believed
+        costs.add(n, seconds)
+    assert costs.table(2) == [0, 1.0, 1.9]
+
+
+def test_an_attempt_feels_its_way_to_long_drafts() -> None:
+    counts = run_steps(Adapt(), 12, STEEP, 0.9)
+    assert max(counts[:3]) == 2  # of c(1) alone nothing follows for passes of more than three tokens
+    counts = run_steps(Adapt(), 12, FLAT, 0.9)
+    assert [n for n in counts if n][:3] == [2, 8, 10]
+
+
+def test_an_attempt_ends_at_once_where_even_good_guesses_would_not_pay() -> None:
+    counts = run_steps(Adapt(), 400, STEEP, 0.3)
+    runs = [len(list(same)) for tried, same in itertools.groupby(map(bool, counts)) if tried]
+    assert len(runs) >= 4 and set(runs) == {1}  # 1.7 tokens for a pass of two
+
+
+def test_a_slow_first_verification_does_not_end_all_attempts() -> None:
+    adapt = Adapt()
+    run_steps(adapt, 1, FLAT, 0.9)
+    run_steps(adapt, 1, {n: 30.0 for n in FLAT}, 0.9)
+    assert run_steps(adapt, 80, FLAT, 0.9)[-20:] == [10] * 20
 
 
 def test_short_drafts_where_guesses_fail_or_cost() -> None:

@@ -140,6 +140,27 @@ def test_a_wrong_residual_in_the_loop_is_caught(stubs: tuple[Any, Any], monkeypa
     assert value > critical(freedom)
 
 
+def test_a_draft_model_reads_a_long_text_before_it_guesses(tmp_path: Path) -> None:
+    target, draft = build(tmp_path / "a")[0], build(tmp_path / "b", seed=4)[0]
+    ids = [2 + i % 7 for i in range(40)]
+    drafter = DraftModel(draft, target)
+    drafter.begin(Sampling(), Context(target))
+    assert drafter.draft(ids, 3, None, 0).tokens == []  # what the text takes to read is no cost of a guess
+    late = drafter.draft([*ids, 5], 3, None, 1).tokens
+    fresh = DraftModel(draft, target)
+    fresh.begin(Sampling(), Context(target))
+    own = [p.token for p in Generation(draft, [*ids, 5], Sampling(), 3)]
+    assert late == own and len(late) == 3
+    assert fresh.draft(ids[:20], 2, None, 0).tokens == [
+        p.token for p in Generation(draft, ids[:20], Sampling(), 2)
+    ]  # a short one is no matter
+    passes = []
+    for speculation in (None, Speculation(DraftModel(draft, target), Adapt(fixed=2))):
+        run = Generation(target, ids, max_new_tokens=12, speculation=speculation)
+        passes.append(tokens(run))
+    assert passes[0] == passes[1] and run.report.drafted > 0
+
+
 # -- real weights -------------------------------------------------------------------------------------------------------------------------
 
 

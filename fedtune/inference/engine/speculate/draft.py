@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
 
+_BEHIND = 32  # tokens that it may have to read before it guesses; to read more, as at the beginning, is no part of what a guess costs
+
+
 class DraftModel(Drafter):
-    """Keeps its own cache beside the text, and goes back in it where guesses failed.
+    """Keeps its own cache beside the text, and goes back in it where guesses failed. A long text is read first, in a call without guesses.
 
     Args:
         engine: The small model.
@@ -44,6 +47,9 @@ class DraftModel(Drafter):
     def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
         self._own.rewind(ids)
         missing = list(ids[len(self._own.ids) :])
+        if len(missing) > _BEHIND and max(missing) < self._own.engine.shape.vocab and len(missing) <= self._own.room:
+            self._own.run(missing)
+            return Draft([])
         count = min(count, self._own.room - len(missing) + 1)  # the last guess is not run
         if count < 1 or max(missing) >= self._own.engine.shape.vocab:
             return Draft([])  # its context is full, or the text holds a token that only the larger model's table has
