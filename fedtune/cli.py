@@ -43,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     about = "Merge a run's adapter into its backbone and write the model: for other programs, for the engine on a device, or for llama.cpp."
-    export = commands.add_parser("export", help="write the merged model of a run", description=about)
-    export.add_argument("source", type=Path, metavar="RUN|ADAPTER", help="run directory, or PEFT adapter folder")
+    export = commands.add_parser("export", help="write the merged model of a run, or a model for a device", description=about)
+    export.add_argument("source", type=Path, metavar="RUN|ADAPTER|MODEL", help="run directory, PEFT adapter folder, or whole model")
     export.add_argument(
         "--to",
         choices=["hf", "edge", "gguf"],
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Talk to a model in the terminal, or answer a request a line of a pipe. Ctrl-C ends an answer, Ctrl-D the talk."
     chat = commands.add_parser("chat", help="talk to a model", description=about)
-    chat.add_argument("model", type=Path, metavar="MODEL", help="edge package, or Hugging Face folder of a Llama-family decoder")
+    chat.add_argument("model", type=Path, metavar="MODEL", help="folder that `fedtune export` wrote, or any Hugging Face folder")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told first, where its chat template has a place for it")
     chat.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the run's, else 256)")
     _sampling_options(chat)
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Answer requests over HTTP in OpenAI's protocol, and show a page to try the model. Ctrl-C ends it, once answers have ended."
     serve = commands.add_parser("serve", help="answer requests over HTTP", description=about)
-    serve.add_argument("model", type=Path, metavar="MODEL", help="edge package, or Hugging Face folder of a Llama-family decoder")
+    serve.add_argument("model", type=Path, metavar="MODEL", help="folder that `fedtune export` wrote, or any Hugging Face folder")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
     serve.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: %(default)s)")
     serve.add_argument(
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="how weights are kept in memory (default: as stored)")
     serve.add_argument("--kv-budget", metavar="SIZE", help="memory for keys and values, such as 64MB (default: at most 512MiB)")
-    serve.add_argument("--max-concurrent", type=int, default=16, metavar="N", help="requests under way at once (default: %(default)s)")
+    serve.add_argument("--max-concurrent", type=int, metavar="N", help="requests under way at once (default: 16)")
     serve.add_argument("--queue", type=int, default=64, metavar="N", help="further requests that may wait (default: %(default)s)")
     serve.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default: %(default)s)")
     serve.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer in tokens (default: %(default)s)")
@@ -176,7 +176,13 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--adapter", metavar="NAME|FOLDER", help="LoRA adapter that stays apart: one of the package's, or a folder")
 
 
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} is out of range: it must be at least 0")
+
+
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    _check_seed(args.seed)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kind", "kv_budget", "draft")
     return {n: getattr(args, n) for n in (*names, "speculate", "adapter")} | {"stop": tuple(args.stop)}
 
@@ -225,7 +231,11 @@ def _bench(args: argparse.Namespace) -> str:
     from rich.console import Console
 
     from fedtune.inference.bench import bench, table, threads, write
+    from fedtune.inference.generate import check_folder, read_card
 
+    read_card(args.model)
+    if args.draft:
+        check_folder(args.draft)
     threads(args.threads)
     names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")
     with Console(stderr=True).status("measuring") as line:
@@ -242,6 +252,7 @@ def _draft(args: argparse.Namespace) -> str:
     from fedtune.inference.distil import Distillation, distil
     from fedtune.inference.export import export_hf
 
+    _check_seed(args.seed)
     settings = ("layers", "steps", "batch_size", "length", "lr", "on_policy", "seed")
     how = Distillation(**{name: getattr(args, name) for name in settings})
     model, out = args.model, args.out
@@ -257,7 +268,8 @@ def _draft(args: argparse.Namespace) -> str:
         TextColumn("{task.fields[nats]:.3f} nats"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)  # where nobody looks, rich would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bar:
         row = bar.add_task("", total=how.steps, nats=float("nan"))
         figures = distil(model, out, text=args.text, how=how, tell=lambda step, nats: bar.update(row, completed=step, nats=nats))
     before, now = figures["acceptance_before"], figures["acceptance"]

@@ -35,16 +35,16 @@ class Speeds:
 
     Attributes:
         load_s: Seconds from the folder to a model that is ready.
-        prefill: Tokens a second of the prompt.
-        decode: Tokens a second after it, one at a time.
+        prefill_tok_per_s: Of the prompt.
+        decode_tok_per_s: After it, one at a time.
         first_token_ms: From the prompt's tokens to the first new one.
         peak_mb: High-water mark of this process's resident memory, libraries too, in 10^6 bytes.
         weights_mb: Bytes of the weights that a token reads, in 10^6.
-        bandwidth: Measured, in 10^9 bytes a second.
-        limit: Tokens a second that the bandwidth allows.
-        share: Median decode over the limit.
-        speculation: By its way ("none" is plain decoding of the same answers): tokens a second, share of the drafted tokens that were kept
-            (acceptance), and tokens a pass.
+        bandwidth_gb_per_s: Measured, in 10^9 bytes a second.
+        limit_tok_per_s: What the bandwidth allows.
+        share_of_limit: Median decode over the limit.
+        speculation: By its way ("none" is plain decoding of the same answers): `tok_per_s`, `acceptance`, the share of the drafted tokens
+            that were kept, and `tokens_per_pass`.
     """
 
     model: str
@@ -53,14 +53,14 @@ class Speeds:
     prompt_tokens: int
     new_tokens: int
     load_s: float
-    prefill: list[float]
-    decode: list[float]
+    prefill_tok_per_s: list[float]
+    decode_tok_per_s: list[float]
     first_token_ms: list[float]
     peak_mb: float
     weights_mb: float
-    bandwidth: float
-    limit: float
-    share: float
+    bandwidth_gb_per_s: float
+    limit_tok_per_s: float
+    share_of_limit: float
     speculation: dict[str, dict[str, float]]
 
 
@@ -130,14 +130,14 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         load_s=load_s,
-        prefill=prefill,
-        decode=decode,
+        prefill_tok_per_s=prefill,
+        decode_tok_per_s=decode,
         first_token_ms=first,
         peak_mb=memory,
         weights_mb=weights / 1e6,
-        bandwidth=speed / 1e9,
-        limit=speed / weights,
-        share=statistics.median(decode) * weights / speed,
+        bandwidth_gb_per_s=speed / 1e9,
+        limit_tok_per_s=speed / weights,
+        share_of_limit=statistics.median(decode) * weights / speed,
         speculation=seen,
     )
 
@@ -193,9 +193,9 @@ def speculation(
             reports[way].append(answer.report)
     return {
         way: {
-            "tok_s": statistics.median(r.speed for r in seen),
+            "tok_per_s": statistics.median(r.speed for r in seen),
             "acceptance": sum(r.accepted for r in seen) / max(1, sum(r.drafted for r in seen)),
-            "tokens_a_pass": sum(r.tokens - 1 for r in seen) / max(1, sum(r.passes for r in seen)),
+            "tokens_per_pass": sum(r.tokens - 1 for r in seen) / max(1, sum(r.passes for r in seen)),
         }
         for way, seen in reports.items()
     }
@@ -233,16 +233,17 @@ def table(speeds: Speeds) -> str:
 
     rows = {
         "model": f"{speeds.model}, {speeds.kind}, {speeds.threads} thread{'s' * (speeds.threads > 1)}",
-        f"prefill, {speeds.prompt_tokens} tokens": several(speeds.prefill, "tok/s"),
-        f"decode, {speeds.new_tokens} tokens": several(speeds.decode, "tok/s"),
+        f"prefill, {speeds.prompt_tokens} tokens": several(speeds.prefill_tok_per_s, "tok/s"),
+        f"decode, {speeds.new_tokens} tokens": several(speeds.decode_tok_per_s, "tok/s"),
         "first token": several(speeds.first_token_ms, "ms"),
         "load": f"{speeds.load_s:.2f} s",
         "peak memory": f"{speeds.peak_mb:.0f} MB, libraries too; a token reads {speeds.weights_mb:.1f} MB of weights",
-        "bandwidth limit": f"{speeds.limit:.1f} tok/s at {speeds.bandwidth:.1f} GB/s; decode reaches {100 * speeds.share:.0f} %",
+        "bandwidth limit": f"{speeds.limit_tok_per_s:.1f} tok/s at {speeds.bandwidth_gb_per_s:.1f} GB/s; "
+        f"decode reaches {100 * speeds.share_of_limit:.0f} %",
     }
     for way, seen in speeds.speculation.items():
-        kept = f"; {100 * seen['acceptance']:.0f} % of drafted tokens kept, {seen['tokens_a_pass']:.2f} tokens a pass"
-        rows[f"speculation, {way}"] = f"{seen['tok_s']:.1f} tok/s{kept if way != 'none' else ''}"
+        kept = f"; {100 * seen['acceptance']:.0f} % of drafted tokens kept, {seen['tokens_per_pass']:.2f} tokens a pass"
+        rows[f"speculation, {way}"] = f"{seen['tok_per_s']:.1f} tok/s{kept if way != 'none' else ''}"
     width = max(len(name) for name in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
@@ -256,10 +257,10 @@ def write(speeds: Speeds, out: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    bars = {("no speculation" if way == "none" else way): [seen["tok_s"]] for way, seen in speeds.speculation.items()}
-    bars = {"decode": speeds.decode, **bars}
+    bars = {("no speculation" if way == "none" else way): [seen["tok_per_s"]] for way, seen in speeds.speculation.items()}
+    bars = {"decode": speeds.decode_tok_per_s, **bars}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1, 2])
-    for axis, shown in ((left, {"prefill": speeds.prefill}), (right, bars)):
+    for axis, shown in ((left, {"prefill": speeds.prefill_tok_per_s}), (right, bars)):
         middle = [statistics.median(v) for v in shown.values()]
         spread = [
             [m - min(v) for m, v in zip(middle, shown.values(), strict=True)],
@@ -270,9 +271,9 @@ def write(speeds: Speeds, out: Path) -> None:
         axis.set_ylabel("tokens a second")
         axis.margins(y=0.15)
     top = max(max(v) for v in bars.values())
-    if speeds.limit < 4 * top:
-        right.axhline(speeds.limit, linestyle="--", color="0.4")
-    right.set_title(f"memory bandwidth allows {speeds.limit:.0f} with one token a pass", fontsize=8)
+    if speeds.limit_tok_per_s < 4 * top:
+        right.axhline(speeds.limit_tok_per_s, linestyle="--", color="0.4")
+    right.set_title(f"memory bandwidth allows {speeds.limit_tok_per_s:.0f} with one token a pass", fontsize=8)
     figure.suptitle(f"{Path(speeds.model).name}, {speeds.kind}, {speeds.threads} thread{'s' * (speeds.threads > 1)}", fontsize=10)
     figure.tight_layout()
     figure.savefig(out / "bench.png", dpi=110)

@@ -5,19 +5,64 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation, Report, Speculation
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.sample import Sampling
-from fedtune.inference.engine.shape import Unsupported
-from fedtune.inference.generate import Stripped, engine_cannot, open_context, open_speculation, read_card, wrap
+from fedtune.inference.engine.text import Text
+from fedtune.inference.generate import Stripped, falls_back, open_context, open_speculation, read_card, wrap
 
-__all__ = ["Talk", "talk"]
+__all__ = ["ByEngine", "Talk", "talk"]
 
 LENGTH = 256  # tokens of an answer where neither the caller nor the run says
+
+
+class Writes(Protocol):
+    """What writes a talk's answers: `ByEngine`, or transformers one by one.
+
+    Attributes:
+        text: The model's tokenizer.
+        limit: Most tokens of a prompt and its answer.
+        single: Whether each request stands alone, so that no turns stand before it.
+    """
+
+    @property
+    def text(self) -> Text: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def single(self) -> bool: ...
+    def write(self, ids: Sequence[int], sampling: Sampling, length: int) -> Generator[str, None, None]: ...
+
+
+class ByEngine:
+    """The engine, which keeps what its cache holds of the turns before.
+
+    Args:
+        context: Empty; its engine answers.
+        speculation: None decodes plainly.
+
+    Attributes:
+        report: Figures of the last answer.
+    """
+
+    single = False
+
+    def __init__(self, context: Context, speculation: Speculation | None = None) -> None:
+        self._context, self._speculation = context, speculation
+        self.text: Text = context.engine.text
+        self.limit = context.cache.limit - context.virtual
+        self.report = Report()
+
+    def write(self, ids: Sequence[int], sampling: Sampling, length: int) -> Generator[str, None, None]:
+        """As `Generation`, text alone."""
+        run = Generation(self._context.engine, ids, sampling, length, context=self._context, speculation=self._speculation)
+        self.report = run.report
+        for piece in run:
+            yield piece.text
 
 
 class Talk:
@@ -27,41 +72,28 @@ class Talk:
     it has one, and the answer after it. The oldest turns are forgotten when the context is full.
 
     Args:
-        context: Empty; its engine answers.
+        writer: What answers.
         sampling: How to draw.
         length: Longest answer in tokens.
         prompt: The run's prompt template.
         system: What the model is told first.
-        speculation: None decodes plainly.
 
     Attributes:
         messages: {"role", "content"} so far.
         forgotten: Turns that the context had no room for any more.
-        report: Figures of the last answer.
 
     Raises:
         ConfigError: `system` without a chat template.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        sampling: Sampling,
-        length: int,
-        *,
-        prompt: str | None = None,
-        system: str | None = None,
-        speculation: Speculation | None = None,
-    ) -> None:
-        self._context, self._sampling, self._length = context, sampling, length
-        self._text = context.engine.text
-        self._prompt, self._speculation = prompt, speculation
+    def __init__(self, writer: Writes, sampling: Sampling, length: int, *, prompt: str | None = None, system: str | None = None) -> None:
+        self._writer, self._sampling, self._length = writer, sampling, length
+        self._prompt, self._text = prompt, writer.text
         if system is not None and self._text.template is None:
             raise ConfigError("the model has no chat template, so there is no place for a system message: leave it out")
         self._system = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[dict[str, str]] = []
         self.forgotten = 0
-        self.report = Report()
 
     def answer(self, request: str) -> Generator[str, None, None]:
         """The answer, piece by piece; stop whenever: what has come so far is what was said.
@@ -69,30 +101,25 @@ class Talk:
         Raises:
             ConfigError: The request does not fit into the context.
         """
-        asked = {"role": "user", "content": request}
+        asked, limit = {"role": "user", "content": request}, self._writer.limit
+        if self._writer.single:
+            self.messages = []
         while True:
             ids = self._encode([*self.messages, asked])
-            room = self._context.cache.limit - self._context.virtual - len(ids)
-            if room >= min(self._length, self._context.cache.limit // 4) or not self.messages:
+            room = limit - len(ids)
+            if room >= min(self._length, limit // 4) or not self.messages:
                 break
             self.messages = self.messages[2:]
             self.forgotten += 1
-        run = Generation(
-            self._context.engine,
-            ids,
-            self._sampling,
-            max(1, min(self._length, room)),
-            context=self._context,
-            speculation=self._speculation,
-        )
-        self.report = run.report
         said: list[str] = []
-        try:
-            for piece in run:
-                said.append(piece.text)
-                yield piece.text
-        finally:
-            self.messages += [asked, {"role": "assistant", "content": "".join(said)}]
+        with closing(self._writer.write(ids, self._sampling, max(1, min(self._length, room)))) as pieces:
+            try:
+                for text in pieces:
+                    said.append(text)
+                    yield text
+            finally:
+                if said:  # else it was refused
+                    self.messages += [asked, {"role": "assistant", "content": "".join(said)}]
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if self._text.template is not None:
@@ -124,8 +151,7 @@ def talk(
         How many requests of a pipe could not be answered.
 
     Raises:
-        ConfigError: An option is out of range.
-        Unsupported: The engine does not run the model.
+        ConfigError: An option is out of range, or none of those that transformers has where it runs the model.
         ModelError: The folder cannot be loaded.
     """
     source, out, folder = read or sys.stdin, write or sys.stdout, Path(folder)
@@ -134,12 +160,18 @@ def talk(
     if length < 1:
         raise ConfigError(f"max_new_tokens={length} is out of range: it must be at least 1")
     chosen = Sampling(**sampling)
-    if why := engine_cannot(folder, card):
-        raise Unsupported(f"{folder} cannot chat: {why}; `fedtune generate` answers single requests")
-    engine = load_engine(folder, kind)
-    context = open_context(engine, kv_budget, adapter)
-    speculation = open_speculation(engine, speculate, draft)
-    conversation = Talk(context, chosen, length, prompt=card.get("prompt"), system=system, speculation=speculation)
+    guesses = None if speculate in ("auto", "none") else speculate
+    writer: Writes
+    if falls_back(folder, card, kind=kind, kv_budget=kv_budget, draft=draft, adapter=adapter, speculate=guesses):
+        from fedtune.inference.generate_transformers import load_model  # late: it loads transformers
+        from fedtune.inference.one_by_one import OneByOne
+
+        writer = OneByOne(load_model(folder, card))
+    else:
+        engine = load_engine(folder, kind)
+        context = open_context(engine, kv_budget, adapter)
+        writer = ByEngine(context, open_speculation(engine, speculate, draft))
+    conversation = Talk(writer, chosen, length, prompt=card.get("prompt"), system=system)
     failed, terminal = 0, source.isatty()
     for line in _lines(source):
         if not line:

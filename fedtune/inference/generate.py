@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ from fedtune.models.checkpoint import read_config
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
-__all__ = ["Stripped", "engine_cannot", "generate_text", "open_context", "open_speculation", "read_card", "wrap"]
+__all__ = [
+    "Stripped", "check_folder", "engine_cannot", "falls_back", "generate_text", "open_context", "open_speculation", "read_card", "wrap",
+]  # fmt: skip
 
 LENGTH = 64  # tokens of an answer where neither the caller nor the run says
 
@@ -75,27 +78,36 @@ def generate_text(
     )
     if card.get("prompt") and not prompt.strip():
         raise ConfigError("the request is empty: give some text")
-    if why := engine_cannot(folder, card):
-        wanted = {"kind": kind, "kv-budget": kv_budget, "draft": draft, "adapter": adapter, "speculate": speculate not in ("auto", "none")}
-        if asked := [name for name, value in wanted.items() if value]:
-            raise ConfigError(f"{folder} is run by transformers, which knows no --{asked[0]}: leave it out ({why})")
-        print(f"fedtune: transformers runs this model: {why}", file=sys.stderr)
-        from fedtune.inference.generate_transformers import generate_by_transformers  # late: it loads transformers
+    guesses = None if speculate in ("auto", "none") else speculate
+    if falls_back(folder, card, kind=kind, kv_budget=kv_budget, draft=draft, adapter=adapter, speculate=guesses):
+        from fedtune.inference.generate_transformers import load_model  # late: it loads transformers
+        from fedtune.inference.one_by_one import OneByOne
 
-        text = generate_by_transformers(folder, card, wrap(prompt, card.get("prompt")), sampling, length)
-        if write:
-            write(text)
-        return text
-    engine = load_engine(folder, kind)
-    speculation = open_speculation(engine, speculate, draft)
-    ids = engine.text.encode(wrap(prompt, card.get("prompt")))
-    context = open_context(engine, kv_budget, adapter, tokens=len(ids) + length)
+        one = OneByOne(load_model(folder, card), unstated=sys.maxsize)
+        texts: Generator[str, None, None] = one.write(one.text.encode(wrap(prompt, card.get("prompt"))), sampling, length)
+    else:
+        engine = load_engine(folder, kind)
+        speculation = open_speculation(engine, speculate, draft)
+        ids = engine.text.encode(wrap(prompt, card.get("prompt")))
+        chosen: list[str] = []
+        context = open_context(engine, kv_budget, adapter, tokens=len(ids) + length, tell=chosen.append)
+        answer = Generation(engine, ids, sampling, length, context=context, speculation=speculation)
+        for sentence in chosen:  # not before it is sure that there will be an answer
+            _tell(sentence)
+        texts = (piece.text for piece in answer)
     pieces: list[str] = []
-    for piece in Generation(engine, ids, sampling, length, context=context, speculation=speculation):
-        pieces.append(piece.text)
-        if write:
-            write(piece.text)
+    with closing(texts):  # what writes must end with what reads
+        for text in texts:
+            pieces.append(text)
+            if write:
+                write(text)
     return "".join(pieces)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ModelError where there is no such folder."""
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}: give a model that `fedtune export` wrote")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -104,14 +116,33 @@ def read_card(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: There is no such folder, it is a run or a classifier, or the card is damaged.
     """
-    if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}: give a model that `fedtune export` wrote")
+    check_folder(folder)
     if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
         raise ModelError(f"{folder} is a run directory: write its model with `fedtune export {folder}` and give that folder")
     card = _card(folder)
     if card.get("task") == "classification" or any("Classification" in a for a in read_config(folder).get("architectures") or []):
         raise ModelError(f"{folder} is a classifier: it gives labels, no text")
     return card
+
+
+def falls_back(folder: Path, card: dict[str, Any], **options: object) -> bool:
+    """Whether transformers runs a folder, since the engine does not; that and why is told on stderr.
+
+    Args:
+        folder: Of the model.
+        card: What `read_card` gives.
+        options: Of the command, by name, which only the engine has; None where they are not given.
+
+    Raises:
+        ConfigError: One of them is given, and transformers runs the folder.
+    """
+    why = engine_cannot(folder, card)
+    if not why:
+        return False
+    if asked := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"{folder} is run by transformers, which knows no --{asked[0].replace('_', '-')}: leave it out ({why})")
+    _tell(f"transformers runs this model: {why}")
+    return True
 
 
 def engine_cannot(folder: Path, card: dict[str, Any]) -> str:
@@ -129,10 +160,21 @@ def engine_cannot(folder: Path, card: dict[str, Any]) -> str:
     return ""
 
 
-def open_context(engine: "Engine", kv_budget: str | None, adapter: str | None, *, tokens: int | None = None) -> Context:
+def _tell(sentence: str) -> None:
+    print(f"fedtune: {sentence}", file=sys.stderr, flush=True)
+
+
+def open_context(
+    engine: "Engine",
+    kv_budget: str | None,
+    adapter: str | None,
+    *,
+    tokens: int | None = None,
+    tell: Callable[[str], object] = _tell,
+) -> Context:
     """An empty context of at most `tokens` tokens (None: the model's), whose cache is the best that the budget allows.
 
-    What the budget chose is told on stderr.
+    What the budget chose is told: on stderr, where nothing else is wanted.
 
     Raises:
         ConfigError: The budget is no size, or too small.
@@ -149,7 +191,7 @@ def open_context(engine: "Engine", kv_budget: str | None, adapter: str | None, *
         return Context(engine, adapter=adapter)
     longest = engine.shape.context if tokens is None else min(engine.virtual + tokens, engine.shape.context)
     chosen = choose(engine.shape, longest, parse_size(kv_budget))
-    print(f"fedtune: {chosen.sentence}", file=sys.stderr)
+    tell(chosen.sentence)
     return Context(engine, chosen.build, adapter=adapter)
 
 
@@ -167,6 +209,7 @@ def open_speculation(engine: "Engine", speculate: str, draft: Path | None) -> Sp
     if draft is not None and speculate not in ("auto", "draft"):
         raise ConfigError(f"--draft {draft} is not used by --speculate {speculate}: leave one out")
     if draft is not None:
+        check_folder(draft)
         return Speculation(DraftModel(load_engine(draft), engine))
     if speculate == "draft":
         raise ConfigError("--speculate draft needs a draft model: name its folder with --draft (`fedtune draft` makes one)")

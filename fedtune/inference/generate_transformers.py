@@ -1,61 +1,135 @@
-"""Answer by `transformers.generate`: architectures that the engine does not run, and adapters that lie beside their model."""
+"""Models that transformers runs: architectures that the engine does not know, and adapters that lie beside their model."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedtune.config import ModelConfig, PeftConfig, TaskConfig
 from fedtune.errors import ConfigError
 from fedtune.inference.adapter_folder import OWN
-from fedtune.inference.engine.sample import Sampling
-from fedtune.inference.engine.text import StopStrings
+from fedtune.inference.engine.text import Text
 from fedtune.inference.export import BESIDE
 from fedtune.models.backbone import Backbone, load_backbone
 from fedtune.models.checkpoint import read_config
-from fedtune.seeds import derive_seed
+from fedtune.models.quiet import quiet
 
-__all__ = ["generate_by_transformers"]
+__all__ = ["HubModel", "HubText", "load_model"]
+
+VIRTUAL = ("prompt", "prefix", "ptuning_v2")  # methods whose tokens stand before every text
 
 
-def generate_by_transformers(folder: Path, card: dict[str, Any], prompt: str, sampling: Sampling, length: int) -> str:
-    """The continuation of a whole prompt, of at most `length` tokens.
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A model that `transformers.generate` runs.
+
+    Args:
+        model: Of transformers, or of PEFT around one.
+        text: Its tokenizer.
+        vocabulary: V, the width of its logits.
+        context: Most tokens of a prompt and its answer, beside the adapter's virtual ones; None where config.json names no most.
+        seq2seq: Whether an encoder reads the prompt, so that the answer is a text of its own.
+    """
+
+    model: Any
+    text: "HubText"
+    vocabulary: int
+    context: int | None
+    seq2seq: bool
+
+    def write(self, ids: Sequence[int], most: int, choose: Callable[[Tensor], int | None]) -> None:
+        """Run `model.generate` on a prompt.
+
+        Args:
+            ids: Of the whole prompt.
+            most: Longest answer in tokens.
+            choose: Told the logits (V,) of each position, float32 on the CPU; says which token comes there, or None to end.
+        """
+        inputs = torch.tensor([list(ids)], device=self.model.device)
+        chosen: list[int | None] = []
+
+        def force(_: Tensor, scores: Tensor) -> Tensor:
+            chosen.append(token := choose(scores[0].cpu()))
+            return scores if token is None else torch.full_like(scores, -torch.inf).index_fill_(1, scores.new_tensor([token]).long(), 0.0)
+
+        def ended(written: Tensor, _: Any, **__: Any) -> Tensor:
+            return torch.tensor([chosen[-1] is None], device=written.device)
+
+        with torch.inference_mode(), quiet():
+            self.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=most,
+                do_sample=False,
+                logits_processor=[force],
+                stopping_criteria=[ended],
+            )
+
+
+class HubText(Text):
+    """A tokenizer of transformers, which need not come from a tokenizer.json: as in training, and ended for an encoder.
+
+    Args:
+        tokenizer: Of transformers.
+        ends: Tokens that end an answer.
+        closes: Whether a prompt ends with the end token.
+    """
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], *, closes: bool) -> None:  # Text's own wants the tokenizers library's
+        self.tokenizer = tokenizer
+        self.ends = ends
+        found = tokenizer.chat_template
+        self.template = found.get("default") if isinstance(found, dict) else found
+        self._names = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        begun = tokenizer("").input_ids
+        self.bos = tokenizer.bos_token_id if begun and begun[0] == tokenizer.bos_token_id else None
+        self._end = [tokenizer.eos_token_id] if closes and tokenizer.eos_token_id is not None else []
+        self.special = frozenset(tokenizer.all_special_ids)
+        self.size = len(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self.bytes = frozenset(vocabulary[name] for b in range(256) if (name := f"<0x{b:02X}>") in vocabulary)
+
+    def encode(self, text: str, *, begin: bool = True) -> list[int]:
+        """As `Text.encode`."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError("the text is not UTF-8: give it in that encoding") from None
+        lead = [self.bos] if begin and self.bos is not None else []
+        ids = lead + self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids + self._end
+        if not ids:
+            raise ConfigError("the prompt is empty and the tokenizer has no token to begin with: give some text")
+        return ids
+
+
+def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
+    """Open a Hugging Face folder with the adapter that lies beside it, if one does.
+
+    Args:
+        folder: Of the model.
+        card: Its fedtune.json, {} where there is none.
 
     Raises:
-        ConfigError: The prompt leaves no room in the model's context.
         ModelError: The folder cannot be loaded.
     """
     encodes = bool(read_config(folder).get("is_encoder_decoder"))
     task = TaskConfig(kind=card.get("task") or ("instruction" if encodes else "causal_lm"), max_length=2, generate=False)
     backbone = load_backbone(ModelConfig(source="hub", name=str(folder)), task)
-    model = _with_adapter(backbone, card, folder, task) if "peft" in card else backbone.model
-    ids = _tokens(backbone.tokenizer, prompt, ended=backbone.seq2seq)
-    context = getattr(backbone.model.config, "max_position_embeddings", None)
-    virtual = card.get("peft", {}).get("tokens", 0) if card.get("peft", {}).get("method") in ("prompt", "prefix", "ptuning_v2") else 0
-    if context and virtual + len(ids) + length > context:
-        raise ConfigError(
-            f"the prompt's {virtual + len(ids)} tokens and {length} new ones are more than the model's context, {context}: shorten one"
-        )
-    inputs = torch.tensor([ids], device=backbone.device)
-    options: dict[str, Any] = {"do_sample": False}
-    if not sampling.greedy:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        options |= {"min_p": sampling.min_p} if sampling.min_p else {}
-    if sampling.repetition_penalty != 1:
-        options["repetition_penalty"] = float(sampling.repetition_penalty)
-    begun = 1 if backbone.seq2seq else len(ids)  # the decoder's start token, or the prompt
-
-    def stopped(written: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
-        text = backbone.tokenizer.decode(written[0, begun:], skip_special_tokens=True)
-        return torch.tensor([any(stop in text for stop in sampling.stop)])
-
-    if sampling.stop:  # transformers' own stop strings fail where a token by itself is no text
-        options["stopping_criteria"] = [stopped]
-    with torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(derive_seed(sampling.seed, "generate"))
-        out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=length, **options)  # pyright: ignore
-    stops = StopStrings(sampling.stop)
-    return stops.push(backbone.tokenizer.decode(out[0, begun:], skip_special_tokens=True)) + stops.finish()
+    peft = card.get("peft", {})
+    model: Any = _with_adapter(backbone, card, folder, task) if peft else backbone.model
+    base: Any = backbone.model
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    ends = base.generation_config.eos_token_id or []
+    return HubModel(
+        model=model,
+        text=HubText(backbone.tokenizer, frozenset(ends if isinstance(ends, list) else [ends]), closes=backbone.seq2seq),
+        vocabulary=len(base.get_input_embeddings().weight),
+        context=context - (peft.get("tokens", 0) if peft.get("method") in VIRTUAL else 0) if isinstance(context, int) else None,
+        seq2seq=backbone.seq2seq,
+    )
 
 
 def _with_adapter(backbone: Backbone, card: dict[str, Any], folder: Path, task: TaskConfig) -> Any:
@@ -65,15 +139,5 @@ def _with_adapter(backbone: Backbone, card: dict[str, Any], folder: Path, task: 
 
     live = LiveAdapter(backbone, PeftConfig(**card["peft"]), task)
     live.load(AdapterState.load(folder / BESIDE / OWN).replace(base=""))
+    live.model.eval()
     return live.model
-
-
-def _tokens(tokenizer: Any, text: str, *, ended: bool) -> list[int]:
-    """As in training: begun as the tokenizer begins texts, and ended for an encoder only."""
-    begun = tokenizer("").input_ids
-    lead = [tokenizer.bos_token_id] if begun and begun[0] == tokenizer.bos_token_id else []
-    end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token_id is not None else []
-    ids = lead + tokenizer(text, add_special_tokens=False).input_ids + end
-    if not ids:
-        raise ConfigError("the prompt is empty and the tokenizer has no token to begin with: give some text")
-    return ids

@@ -28,11 +28,11 @@ def quick(**settings: object) -> Speeds:
 def test_the_figures_hang_together() -> None:
     told: list[str] = []
     speeds = quick(tell=told.append)
-    assert len(speeds.prefill) == len(speeds.decode) == len(speeds.first_token_ms) == 2  # without the one that warms up
-    for rate, ms in zip(speeds.prefill, speeds.first_token_ms, strict=True):
+    assert len(speeds.prefill_tok_per_s) == len(speeds.decode_tok_per_s) == len(speeds.first_token_ms) == 2  # without the one that warms up
+    for rate, ms in zip(speeds.prefill_tok_per_s, speeds.first_token_ms, strict=True):
         assert rate * ms == pytest.approx(9 * 1000)
-    assert speeds.limit == pytest.approx(speeds.bandwidth * 1e3 / speeds.weights_mb)
-    assert speeds.share == pytest.approx(statistics.median(speeds.decode) / speeds.limit)
+    assert speeds.limit_tok_per_s == pytest.approx(speeds.bandwidth_gb_per_s * 1e3 / speeds.weights_mb)
+    assert speeds.share_of_limit == pytest.approx(statistics.median(speeds.decode_tok_per_s) / speeds.limit_tok_per_s)
     assert speeds.peak_mb > speeds.weights_mb > 0 and speeds.speculation == {}
     assert told[0] == "loading" and "warming up" in told and told[-1] == "bandwidth"
 
@@ -48,8 +48,8 @@ def test_speculation_is_measured_against_the_same_answers(tmp_path: Path) -> Non
     text.write_text("turn on the light in the hall\n\nturn off the light in the hall\n")
     speeds = quick(speculate=True, draft=NANO, text=text)
     assert list(speeds.speculation) == ["none", "lookup", "early exit", "draft"]
-    assert speeds.speculation["none"]["tokens_a_pass"] == 1 and speeds.speculation["none"]["acceptance"] == 0
-    assert all(0 <= seen["acceptance"] <= 1 and seen["tok_s"] > 0 for seen in speeds.speculation.values())
+    assert speeds.speculation["none"]["tokens_per_pass"] == 1 and speeds.speculation["none"]["acceptance"] == 0
+    assert all(0 <= seen["acceptance"] <= 1 and seen["tok_per_s"] > 0 for seen in speeds.speculation.values())
     assert speeds.speculation["draft"]["acceptance"] in (0, 1)  # the model drafts for itself, if drafting was tried at all
     shown = table(speeds)
     assert "speculation, early exit" in shown and "prefill, 9 tokens" in shown
@@ -92,9 +92,9 @@ def test_the_bandwidth_is_a_number() -> None:
 
 
 def test_json_and_plot(tmp_path: Path) -> None:
-    speeds = replace(quick(), speculation={"none": {"tok_s": 9.0}, "lookup": {"tok_s": 12.0}})
+    speeds = replace(quick(), speculation={"none": {"tok_per_s": 9.0}, "lookup": {"tok_per_s": 12.0}})
     write(speeds, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())["share"] == speeds.share
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["share_of_limit"] == speeds.share_of_limit
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -103,6 +103,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert "bandwidth limit" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 5
+    said = json.loads(capsys.readouterr().out)
+    assert said["prompt_tokens"] == 5
+    # each figure says what it is in, as its line of the table does
+    units = ("_tok_per_s", "_gb_per_s", "_ms", "_mb", "_s", "_tokens", "_of_limit")
+    assert {name for name in said if not name.endswith(units)} == {"model", "kind", "threads", "speculation"}
     assert main([*arguments, "--repeats", "0"]) == 2
     assert "repeats=0" in capsys.readouterr().err

@@ -12,12 +12,12 @@ import pytest
 
 from fedtune import cli
 from fedtune.errors import ConfigError, FedtuneError, ModelError
-from fedtune.inference.chat import Talk, talk
+from fedtune.inference.chat import ByEngine, Talk, talk
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import generate
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampling
-from fedtune.inference.generate import open_speculation
+from fedtune.inference.generate import generate_text, open_speculation
 from tests.models.build import checkpoint
 from tests.tiny import tiny_llama
 
@@ -41,30 +41,31 @@ def said(conversation: Talk, request: str) -> str:
 
 def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) -> None:
     engine = templated(folder)
-    conversation = Talk(Context(engine), Sampling(), 4, system="be brief")
+    writer = ByEngine(Context(engine))
+    conversation = Talk(writer, Sampling(), 4, system="be brief")
     first = said(conversation, "hi")
     prompt = "<system>be brief<user>hi<assistant>"
     assert first == generate(engine, engine.text.encode(prompt, begin=False), max_new_tokens=4)
     second = said(conversation, "and")
     prompt += f"{first}<user>and<assistant>"
     assert second == generate(engine, engine.text.encode(prompt, begin=False), max_new_tokens=4)
-    assert conversation.report.reused >= len(engine.text.encode("<system>be brief<user>hi<assistant>", begin=False)) - 1
+    assert writer.report.reused >= len(engine.text.encode("<system>be brief<user>hi<assistant>", begin=False)) - 1
     assert [m["content"] for m in conversation.messages] == ["hi", first, "and", second]
 
 
 def test_without_a_template_the_text_goes_on(folder: Path) -> None:
     engine = load_engine(folder)
-    conversation = Talk(Context(engine), Sampling(), 3, prompt="Q: {q} A:")
+    conversation = Talk(ByEngine(Context(engine)), Sampling(), 3, prompt="Q: {q} A:")
     first = said(conversation, "hi")
     assert first == generate(engine, "Q: hi A:", max_new_tokens=3)
     assert said(conversation, "so") == generate(engine, f"Q: hi A:{first}\nQ: so A:", max_new_tokens=3)
     with pytest.raises(ConfigError, match="no place for a system message"):
-        Talk(Context(engine), Sampling(), 3, system="x")
+        Talk(ByEngine(Context(engine)), Sampling(), 3, system="x")
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -> None:
     engine = templated(folder)
-    conversation = Talk(Context(engine), Sampling(), 8, speculation=open_speculation(engine, "auto", None))
+    conversation = Talk(ByEngine(Context(engine), open_speculation(engine, "auto", None)), Sampling(), 8)
     for i in range(6):
         said(conversation, f"turn {i}")
         assert conversation.messages[-2]["content"] == f"turn {i}"
@@ -75,12 +76,12 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -
 
 def test_an_answer_that_is_cut_off_was_said(folder: Path) -> None:
     engine = templated(folder)
-    conversation = Talk(Context(engine), Sampling(), 20)
+    conversation = Talk(ByEngine(Context(engine)), Sampling(), 20)
     answer = conversation.answer("hi")
     begun = next(answer) + next(answer)
     answer.close()
     assert conversation.messages[-1]["content"] == begun
-    fresh = Talk(Context(engine), Sampling(), 5)
+    fresh = Talk(ByEngine(Context(engine)), Sampling(), 5)
     fresh.messages = list(conversation.messages)
     conversation._length = 5
     assert said(conversation, "go on") == said(fresh, "go on")
@@ -91,7 +92,7 @@ def test_an_answer_that_is_cut_off_was_said(folder: Path) -> None:
 
 def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = templated(folder)
-    conversation = Talk(Context(engine), Sampling(), 4)
+    conversation = Talk(ByEngine(Context(engine)), Sampling(), 4)
     want = [said(conversation, "hi").strip(), said(conversation, "and").strip()]
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  and\n"))
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0
@@ -109,7 +110,7 @@ def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.Captur
 def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:
     cases: list[tuple[Path, dict[str, Any], type[FedtuneError], str]] = [
         (tmp_path / "nowhere", {}, ModelError, "there is no folder"),
-        (checkpoint(tmp_path / "gpt2", "gpt2"), {}, ModelError, "cannot chat: the engine does not run model_type='gpt2'"),
+        (checkpoint(tmp_path / "gpt2", "gpt2"), {"kind": "int8"}, ConfigError, "knows no --kind: leave it out .the engine does not run"),
         (folder, {"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
         (folder, {"temperature": -1.0}, ConfigError, "temperature=-1.0"),
         (folder, {"system": "x"}, ConfigError, "no chat template"),
@@ -119,6 +120,38 @@ def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:
     for model, options, kind, words in cases:
         with pytest.raises(kind, match=words):
             talk(model, read=io.StringIO("hi\n"), write=io.StringIO(), **options)
+
+
+def test_transformers_talks_where_the_engine_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path / "gpt2", "gpt2", seed=2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("turn on\nthe\n" + "turn " * 70 + "\nlamp\n"))
+    capsys.readouterr()
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "6"]) == 2
+    out, err = capsys.readouterr()
+    texts, answers = ["turn on", "the", "lamp"], [line for line in out.splitlines() if line]
+    assert err.count("transformers runs this model: the engine does not run model_type='gpt2'") == 1
+    assert "the prompt's 70 tokens and 1 new ones are more than the model's context, 64" in err and out.splitlines()[2] == ""
+    said = ""
+    for text, answer in zip(texts, answers, strict=True):  # no template: the text goes on
+        said += ("\n" if said else "") + text
+        whole = generate_text(folder, said, max_new_tokens=6)
+        assert answer == whole.strip()
+        said += whole
+        if text == "the":
+            said = ""  # the line that was too long has pushed the turns out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("turn on\n"))
+    assert cli.main(["chat", str(folder), "--system", "x"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_takes_each_request_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = checkpoint(tmp_path / "t5", "t5", seed=3), io.StringIO()
+    requests = ["turn on", "the lamp", "turn on"]
+    talk(folder, read=io.StringIO("\n".join(requests) + "\n"), write=out, max_new_tokens=5, temperature=2.0, seed=1)
+    wanted = [generate_text(folder, request, max_new_tokens=5, temperature=2.0, seed=1).strip() for request in requests]
+    assert out.getvalue().splitlines() == wanted and wanted[0] and wanted[0] != wanted[1]
 
 
 @pytest.mark.slow

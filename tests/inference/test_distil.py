@@ -159,6 +159,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "12",
     ]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "draft")
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "draft")
+    assert [line[:9] for line in said.err.split("\n")] == ["fedtune: ", ""]  # one sentence, and no empty line before it
     assert main(arguments) == 2  # it is there already
     assert "exists already" in capsys.readouterr().err

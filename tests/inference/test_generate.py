@@ -144,6 +144,14 @@ def test_other_architectures_are_run_by_transformers_which_is_said(tmp_path: Pat
             generate_text(folder, "turn on", **asked)  # type: ignore[arg-type]
 
 
+def test_a_budget_is_told_only_where_there_is_an_answer(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="more than the model's context"):
+        generate_text(merged, "lamp", max_new_tokens=100_000, kv_budget="1MB")
+    assert capsys.readouterr().err == ""
+    generate_text(merged, "lamp", max_new_tokens=3, kv_budget="1MB")
+    assert capsys.readouterr().err.startswith("fedtune: cache: every key and value in full; ")
+
+
 def test_options_of_the_engine_that_cannot_be_are_refused(tmp_path: Path, merged: Path) -> None:
     other = checkpoint(tmp_path / "other")
     vocabulary = json.loads((other / "tokenizer.json").read_text())
@@ -202,6 +210,34 @@ def test_options_on_the_command_line(merged: Path, capfd: pytest.CaptureFixture[
     assert cli.main(["generate", str(merged), "kettle", *given, *more]) == 0
     out, err = capfd.readouterr()
     assert out == want.strip() + "\n" and err.startswith("fedtune: cache: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "NO", "x"], ["chat", "NO"], ["serve", "NO", "--port", "0"], ["bench", "NO"], ["draft", "NO"], ["export", "NO"],
+                ["generate", "YES", "x", "--draft", "NO"], ["bench", "YES", "--draft", "NO"]]
+)  # fmt: skip
+def test_a_folder_that_is_not_there_is_named_alike(
+    tmp_path: Path, merged: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    folder = tmp_path / "nowhere"
+    wanted = "a run directory, a PEFT adapter folder or a model" if command[0] == "export" else "a model that `fedtune export` wrote"
+    assert cli.main([{"NO": str(folder), "YES": str(merged)}.get(word, word) for word in command]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"fedtune: there is no folder {folder}: give {wanted}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["serve", "RUN", "--port", "0"], ["bench", "RUN"], ["chat", "RUN"]])
+def test_a_run_is_no_model_yet(merged: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert cli.main([str(merged.parent) if word == "RUN" else word for word in command]) == 2
+    assert f"{merged.parent} is a run directory: write its model with `fedtune export {merged.parent}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "NO", "x"], ["chat", "NO"], ["draft", "NO"]])
+def test_a_seed_below_zero_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "--seed", "-1"]) == 2
+    assert capsys.readouterr() == ("", "fedtune: --seed -1 is out of range: it must be at least 0\n")
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

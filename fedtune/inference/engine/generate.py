@@ -150,7 +150,7 @@ class Generation:
         self._accepts = Uniforms(self._sampling.seed, "accept")
         self._stream, self._stops = Stream(engine.text), StopStrings(self._sampling.stop)
         self._rounding = _rounding(engine.decoder)
-        self._undo = getattr(self.context.cache, "undo", None)
+        self._undo = self.context.cache.undo
 
     def __iter__(self) -> Iterator[Piece]:
         begun = self._clock()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -46,10 +47,18 @@ def check_room(scheduler: Schedules) -> None:
 
 
 class Answer:
-    """A job as the event loop sees it; `cancel` it whatever happens."""
+    """A job as the event loop sees it; `cancel` it whatever happens.
 
-    def __init__(self, scheduler: Schedules, job: Job) -> None:
+    Args:
+        scheduler: Takes the job.
+        job: One request.
+        trims: Leave out the white space that the answer begins with: after a prompt template the first token brings the space before its
+            word, which belongs to no message.
+    """
+
+    def __init__(self, scheduler: Schedules, job: Job, *, trims: bool = False) -> None:
         self.job = job
+        self._trims = trims
         self._scheduler = scheduler
         self._queue: asyncio.Queue[Output] = asyncio.Queue()  # no longer than the answer
 
@@ -79,6 +88,9 @@ class Answer:
                     "stopping": Refused(503, "the server stops and could not end this answer: ask again", code="stopping", retry_after=5),
                     "failed": Refused(500, "the engine failed on this request: the server's log says why", code="engine_failed"),
                 }[out.end]
+            if self._trims:
+                out = replace(out, text=out.text.lstrip())
+                self._trims = not out.text
             yield out
             if out.end is not None:
                 return

@@ -47,8 +47,9 @@ def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys
         asked = read(kind, await read_json(request, limits))
         adapter = offer.adapter(asked.model)
         ids = await asyncio.to_thread(offer.tokens, asked)  # a long prompt takes a while
-        under_way = Answer(scheduler, make_job(asked, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout))
         chat = kind is AskedChat
+        job = make_job(asked, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
+        under_way = Answer(scheduler, job, trims=chat)
         shape = Shape(
             chat=chat,
             id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.caches.budget import show_size
@@ -13,6 +14,8 @@ from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.schedule import Caches, Scheduler
+from fedtune.inference.engine.text import Text
+from fedtune.inference.generate import falls_back, read_card
 from fedtune.inference.serve.adapters import add_adapter
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import KEY_VARIABLE, ApiKeys, Limits
@@ -20,6 +23,7 @@ from fedtune.inference.serve.offer import Offer
 from fedtune.inference.serve.server import Server, is_loopback, listen, url
 
 BUDGET = 1 << 29  # bytes of keys and values where none are given
+CONCURRENT = 16  # requests under way where no number is given
 LEAST = 32  # tokens of a context that is of any use
 
 
@@ -32,44 +36,67 @@ def serve(
     limits: Limits,
     kind: str | None = None,
     kv_budget: int | None = None,
-    max_concurrent: int = 16,
+    max_concurrent: int | None = None,
     queue: int = 64,
     adapters: Mapping[str, Path] | None = None,
 ) -> None:
     """Load a model and answer until SIGTERM or Ctrl-C. The address goes to stdout, everything else to stderr.
 
     Raises:
-        ModelError: The model cannot be loaded, or the engine does not run it.
-        ConfigError: A number is impossible, or the keys and values do not fit in the budget.
+        ModelError: The model cannot be loaded, or generates no text.
+        ConfigError: A number is impossible, the keys and values do not fit in the budget, or transformers runs the model and an option is
+            the engine's alone.
         NetworkError: The address cannot be had.
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up in the middle
     listener = listen(host, port)  # first: a port that is taken should not cost the loading of a model
     with listener:
-        engine = load_engine(model, kind)
-        for name, folder in (adapters or {}).items():
-            add_adapter(engine, name, folder)
-        caches = make_caches(engine, kv_budget, max_concurrent)
-        scheduler = make_scheduler(engine, caches, max_concurrent=max_concurrent, queue=queue)
-        offer = Offer(
-            name=model.resolve().name,
-            text=engine.text,
-            adapters=tuple(engine.adapters),
-            prompt=engine.card.get("prompt"),
-            answer=engine.card.get("max_new_tokens"),
-        )
+        card = read_card(model)
+        if falls_back(model, card, kind=kind, kv_budget=kv_budget, max_concurrent=max_concurrent, adapters=adapters or None):
+            scheduler, offer, said = by_transformers(model, card, queue)
+            under_way = 1
+        else:
+            under_way = CONCURRENT if max_concurrent is None else max_concurrent
+            scheduler, offer, said = by_engine(model, kind, kv_budget, under_way, queue, adapters or {})
         app = create_app(scheduler, offer, limits, keys, local=is_loopback(listener) and not keys)
         warn_of_strangers(listener, keyed=bool(keys))
-        pool = caches.pool
-        print(
-            f"fedtune: {', '.join(offer.models)}: {max_concurrent} requests at once, {queue} waiting, up to {scheduler.limit} tokens each; "
-            f"keys and values: at most {show_size(pool.nbytes)} for {pool.blocks * pool.block} tokens",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"fedtune: {', '.join(offer.models)}: {said}", file=sys.stderr, flush=True)
         print(url(listener), flush=True)
-        Server(app, scheduler, grace=limits.grace, connections=4 * (max_concurrent + queue) + 64).serve_on(listener)
+        Server(app, scheduler, grace=limits.grace, connections=4 * (under_way + queue) + 64).serve_on(listener)
+
+
+def by_engine(
+    model: Path, kind: str | None, kv_budget: int | None, max_concurrent: int, queue: int, adapters: Mapping[str, Path]
+) -> tuple[Scheduler, Offer, str]:
+    """The engine over a model, what it offers, and a sentence about it; raises as `serve`."""
+    engine = load_engine(model, kind)
+    for name, folder in adapters.items():
+        add_adapter(engine, name, folder)
+    caches = make_caches(engine, kv_budget, max_concurrent)
+    scheduler = make_scheduler(engine, caches, max_concurrent=max_concurrent, queue=queue)
+    pool = caches.pool
+    return (
+        scheduler,
+        make_offer(model, engine.card, engine.text, tuple(engine.adapters)),
+        f"{max_concurrent} requests at once, {queue} waiting, up to {scheduler.limit} tokens each; "
+        f"keys and values: at most {show_size(pool.nbytes)} for {pool.blocks * pool.block} tokens",
+    )
+
+
+def by_transformers(model: Path, card: dict[str, Any], queue: int) -> tuple[Scheduler, Offer, str]:
+    """transformers over a model, what it offers, and a sentence about it; raises as `serve`."""
+    from fedtune.inference.generate_transformers import load_model  # late: it loads transformers
+    from fedtune.inference.one_by_one import OneByOne
+
+    scheduler = OneByOne(load_model(model, card), max_waiting=queue)
+    said = f"one request after the other, {queue} waiting, up to {scheduler.limit} tokens each"
+    return scheduler, make_offer(model, card, scheduler.text), said
+
+
+def make_offer(model: Path, card: Mapping[str, Any], text: Text, adapters: tuple[str, ...] = ()) -> Offer:
+    """What a folder's card says of its prompts and answers, under the folder's name."""
+    return Offer(name=model.resolve().name, text=text, adapters=adapters, prompt=card.get("prompt"), answer=card.get("max_new_tokens"))
 
 
 def make_caches(engine: Engine, budget: int | None, max_concurrent: int) -> PagedCaches:

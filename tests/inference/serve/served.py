@@ -116,6 +116,13 @@ def served(
     engine = load_engine(model) if isinstance(model, Path) else model
     scheduler = make_scheduler(engine, make_caches(engine, None, options.get("max_running", 16)), **options)
     offer = Offer(name="tiny", text=engine.text, adapters=tuple(engine.adapters), prompt=prompt)
+    with over(scheduler, offer, limits, keys) as (where, server):
+        yield Served(where, engine, scheduler, server)
+
+
+@contextlib.contextmanager
+def over(scheduler: Scheduler, offer: Offer, limits: Limits | None = None, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, Server]]:
+    """A server over a scheduler, and its address."""
     limits = limits or Limits(grace=5)
     app = create_app(scheduler, offer, limits, ApiKeys(keys), local=not keys)
     server = Server(app, scheduler, grace=limits.grace, connections=512)
@@ -123,7 +130,7 @@ def served(
     thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
     thread.start()
     try:
-        yield Served(url(listener), engine, scheduler, server)
+        yield url(listener), server
     finally:
         server.stop()
         server.stop()

@@ -1,9 +1,10 @@
 """Many clients at once, for minutes: nothing lost, nothing garbled, memory flat.
 
-    python -m tests.inference.serve.soak --seconds 300 --clients 32 [--model FOLDER]
+    python -m tests.inference.serve.soak --seconds 300 --clients 32 [--model FOLDER] [--kind int8]
 
 Starts `fedtune serve` and lets the clients ask, most of them streaming; some hang up in the middle. Each answer must be the one that the
-request gets alone, and what a client had read when it hung up must be the beginning of that.
+request gets alone, and what a client had read when it hung up must be the beginning of that. In kinds that round, requests are greedy, and
+an answer may part from the other where the two best scores lie closer than the rounding; such close calls are counted apart.
 """
 
 import argparse
@@ -28,8 +29,9 @@ import psutil
 
 from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.generate import Generation
-from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampling
+from tests.inference.serve.rounding import bound, lead, parted
 from tests.inference.serve.served import continuation, tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -49,6 +51,9 @@ class Case:
     text: str = ""
     end: str | None = None
     tokens: int = 0
+    prompt: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)  # the answer's tokens as the server tells them, where it is asked to
 
 
 @dataclass
@@ -61,6 +66,8 @@ class Tally:
     preempted: int = 0
     lost: list[str] = field(default_factory=list)
     garbled: list[str] = field(default_factory=list)
+    parted: list[tuple[Case, int, str]] = field(default_factory=list)  # at which token an answer is another: to be judged
+    close: list[float] = field(default_factory=list)  # leads of the tokens there, where rounding could have decided
     rss: list[tuple[float, float]] = field(default_factory=list)  # seconds, MB
 
     @property
@@ -77,24 +84,27 @@ class Tally:
         return (
             f"{seconds:.0f} s: {self.whole} whole answers, {self.left} hung up on, {self.refused} times told to come back, "
             f"{self.tokens / seconds:.0f} tok/s in {self.passes} passes, {self.preempted} times out of blocks; "
-            f"lost {len(self.lost)}, garbled {len(self.garbled)}; "
+            f"lost {len(self.lost)}, different {len(self.garbled)}, different at a close call {len(self.close)}; "
             f"server's RSS {' → '.join(f'{mb:.1f}' for mb in marks)} MB at 0, 25, 50, 75, 100 % of the time, "
             f"{self.drift:+.2f} MB a minute over the second half"
         )
 
 
-def cases(model: Path, seed: int = 0) -> tuple[list[Case], int]:
+def cases(model: Path, engine: Engine, seed: int = 0) -> tuple[list[Case], int]:
     """Requests with their answers, and the bytes of a pool that holds not even half of what 16 of them may need."""
-    rng, engine, out = random.Random(seed), load_engine(model, "fp32"), []
+    rng, rounds, out = random.Random(seed), bound(engine) > 0, []
     for i in range(MANY):
         prompt = " ".join(rng.sample(BEGINNINGS, rng.choice([1, 1, 2, 6])))
         ask = {"prompt": prompt, "max_tokens": rng.choice([4, 16, 48, 96]), "seed": i, "temperature": rng.choice([0.0, 0.0, 0.7, 1.0])}
+        ask |= {"temperature": 0.0, "logprobs": 0} if rounds else {}
         ask |= {"top_p": 0.9} if rng.random() < 0.3 else {}
         ask |= {"stop": ["."]} if rng.random() < 0.2 else {}
         way = Sampling(temperature=ask["temperature"], seed=i, top_p=ask.get("top_p", 1.0), stop=tuple(ask.get("stop", ())))
         pieces = list(Generation(engine, prompt, way, ask["max_tokens"]))
-        text = continuation(engine.text, engine.text.encode(prompt), [piece.token for piece in pieces], way.stop)
-        out.append(Case({"model": model.name, **ask}, text, pieces[-1].end, len(pieces)))
+        ids, answer = engine.text.encode(prompt), [piece.token for piece in pieces]
+        words = [engine.text.tokenizer.decode([token], skip_special_tokens=False) for token in answer] if rounds else []
+        text = continuation(engine.text, ids, answer, way.stop)
+        out.append(Case({"model": model.name, **ask}, text, pieces[-1].end, len(pieces), ids, answer, words))
     return out, PagedPool.bytes_for(engine.shape, BLOCKS - 1)
 
 
@@ -137,12 +147,14 @@ async def _whole(line: httpx.AsyncClient, case: Case, tally: Tally, what: str) -
         return await _come_back(tally)
     got = answer.json()
     choice = got["choices"][0]
-    _judge(case, choice["text"], choice["finish_reason"], got["usage"]["completion_tokens"], tally, what)
+    words = choice["logprobs"]["tokens"] if case.words else []
+    _judge(case, choice["text"], choice["finish_reason"], got["usage"]["completion_tokens"], words, tally, what)
 
 
 async def _stream(line: httpx.AsyncClient, case: Case, tally: Tally, what: str, *, leave_after: int | None) -> None:
     ask = case.ask | {"stream": True, "stream_options": {"include_usage": True}}
     text, end, tokens, done, chunks = "", None, 0, False, 0
+    words: list[str] = []
     async with line.stream("POST", "/v1/completions", json=ask) as answer:
         if answer.status_code == 429:
             await answer.aread()
@@ -159,23 +171,28 @@ async def _stream(line: httpx.AsyncClient, case: Case, tally: Tally, what: str, 
                 return
             for choice in chunk["choices"]:
                 text, end = text + choice["text"], choice["finish_reason"] or end
+                words += (choice["logprobs"] or {}).get("tokens", [])
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
             chunks += 1
             if leave_after is not None and chunks > leave_after:
                 tally.left += 1
-                if not case.text.startswith(text):
+                if (at := parted(case.words, words)) is not None:
+                    tally.parted.append((case, at, what))
+                elif not case.text.startswith(text):
                     tally.garbled.append(f"{what}: {text!r} does not begin {case.text!r}")
                 return
     if not done:
         tally.lost.append(f"{what}: the stream ended early")
     else:
-        _judge(case, text, end, tokens, tally, what)
+        _judge(case, text, end, tokens, words, tally, what)
 
 
-def _judge(case: Case, text: str, end: str | None, tokens: int, tally: Tally, what: str) -> None:
+def _judge(case: Case, text: str, end: str | None, tokens: int, words: list[str], tally: Tally, what: str) -> None:
     tally.whole += 1
     tally.tokens += tokens
-    if (text, end, tokens) != (case.text, case.end, case.tokens):
+    if (at := parted(case.words, words)) is not None:
+        tally.parted.append((case, at, what))
+    elif (text, end, tokens) != (case.text, case.end, case.tokens):
         tally.garbled.append(f"{what}: {(text, end, tokens)} is not {(case.text, case.end, case.tokens)}")
 
 
@@ -201,10 +218,11 @@ async def _all(url: str, process: subprocess.Popen[str], known: list[Case], clie
     return tally
 
 
-def soak(model: Path, *, seconds: float, clients: int, seed: int = 0) -> Tally:
+def soak(model: Path, *, seconds: float, clients: int, seed: int = 0, kind: str = "fp32") -> Tally:
     """Serve the model and let clients ask; the queue is short enough to be full now and then, the pool so small that sequences yield."""
-    known, budget = cases(model, seed)
-    options = ("--kind", "fp32", "--max-concurrent", "16", "--queue", "12", "--timeout", "100", "--kv-budget", str(budget))
+    engine = load_engine(model, kind)
+    known, budget = cases(model, engine, seed)
+    options = ("--kind", kind, "--max-concurrent", "16", "--queue", "12", "--timeout", "100", "--kv-budget", str(budget))
     with server(model, *options) as (url, process):
         tally = asyncio.run(_all(url, process, known, clients, seconds, seed))
         for _ in range(100):  # whoever hung up last is noticed within moments
@@ -217,6 +235,14 @@ def soak(model: Path, *, seconds: float, clients: int, seed: int = 0) -> Tally:
             tally.lost.append(f"work without a client goes on: {state}")
     if process.returncode != 0:
         tally.lost.append(f"the server ended with code {process.returncode}")
+    leads: dict[tuple[int, int], float] = {}
+    for case, at, what in tally.parted:
+        if (id(case), at) not in leads:
+            leads[id(case), at] = lead(engine, case.prompt, case.answer, at)
+        if (gap := leads[id(case), at]) <= bound(engine):
+            tally.close.append(gap)
+        else:
+            tally.garbled.append(f"{what}: another token at {at}, where the best leads by {gap:.4f} of the largest score")
     return tally
 
 
@@ -226,10 +252,11 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="default: a tiny random one")
+    parser.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], default="fp32", help="how weights are kept")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or tiny_model(Path(folder) / "tiny")
-        tally = soak(model, seconds=args.seconds, clients=args.clients, seed=args.seed)
+        tally = soak(model, seconds=args.seconds, clients=args.clients, seed=args.seed, kind=args.kind)
     print(tally.report(args.seconds))
     for line in [*tally.lost, *tally.garbled][:10]:
         print(line[:600])

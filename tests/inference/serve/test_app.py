@@ -11,11 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.inference.engine.jobs import Job
+from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.serve.answer import PATIENCE_S, Answer, EventStream
-from fedtune.inference.serve.limits import Limits
+from fedtune.inference.serve.app import create_app
+from fedtune.inference.serve.limits import ApiKeys, Limits
+from fedtune.inference.serve.offer import Offer
 from fedtune.inference.serve.protocol import Shape
 from tests.inference.serve.served import Served, alone, served, text_of
 
@@ -65,8 +67,41 @@ def test_a_chat_goes_through_the_template(here: Served) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     answer = post(here, {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 5}, "chat/completions").json()
     ids = here.engine.text.encode("system: be brief\nuser: hello\nassistant:", begin=False)
-    assert answer["choices"][0]["message"]["content"] == text_of(alone(here.engine, ids, Sampling(), 5))
+    assert answer["choices"][0]["message"]["content"] == text_of(alone(here.engine, ids, Sampling(), 5)).lstrip()
     assert answer["usage"]["prompt_tokens"] == len(ids)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("pieces", "chat"),
+    [
+        ([" on", " and", " off "], "on and off "),
+        (["", " ", "\n", "  on", "", "\n off"], "on\n off"),
+        (["on", " off"], "on off"),
+        ([" ", " "], ""),
+    ],
+)
+def test_a_chat_answer_does_not_begin_with_the_space_of_its_first_word(engine: Engine, pieces: list[str], chat: str, stream: bool) -> None:
+    def submit(job: Job) -> None:
+        for i, piece in enumerate(pieces):
+            job.deliver(Output(piece, 5, end="length" if i == len(pieces) - 1 else None))
+
+    scheduler: Any = SimpleNamespace(submit=submit, cancel=lambda job: None, full=False, draining=False, limit=512)
+    app = create_app(scheduler, Offer(name="tiny", text=engine.text), Limits(), ApiKeys(), local=False)
+
+    async def ask(path: str, **more: Any) -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            answer = await client.post(f"/v1/{path}", json={"model": "tiny", "stream": stream, **more})
+        if not stream:
+            choice = answer.json()["choices"][0]
+            return choice.get("text", choice.get("message", {}).get("content"))
+        chunks = [json.loads(line[6:])["choices"][0] for line in answer.text.split("\n\n") if line and line != "data: [DONE]"]
+        parts = [chunk["text"] if "text" in chunk else chunk["delta"].get("content") for chunk in chunks]
+        assert all(parts[i] for i in range(1, len(parts) - 1))  # nothing but the opening and the closing is empty
+        return "".join(part or "" for part in parts)
+
+    assert asyncio.run(ask("chat/completions", messages=[{"role": "user", "content": "a"}])) == chat
+    assert asyncio.run(ask("completions", prompt="a")) == "".join(pieces)
 
 
 def test_without_a_seed_answers_differ(here: Served) -> None:
@@ -155,7 +190,7 @@ def test_a_single_request_model_takes_one_message(tmp_path: Any, engine: Engine)
     with served(plain, prompt="Request: {text}\nAction:") as server:
         answer = post(server, chat, "chat/completions").json()
         ids = text.encode("Request: warm\nAction:")
-        assert answer["choices"][0]["message"]["content"] == text_of(alone(plain, ids, Sampling(), 4))
+        assert answer["choices"][0]["message"]["content"] == text_of(alone(plain, ids, Sampling(), 4)).lstrip()
         two = chat | {"messages": [*chat["messages"], *chat["messages"]]}
         assert "send one message" in post(server, two, "chat/completions").json()["error"]["message"]
     with served(plain) as server:

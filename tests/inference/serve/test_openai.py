@@ -48,7 +48,7 @@ def test_completions(here: Served, client: openai.OpenAI) -> None:
 def test_chats(here: Served, client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     ids = here.engine.text.encode("user: hello\nassistant:", begin=False)
-    wanted = text_of(alone(here.engine, ids, Sampling(temperature=0.9, top_p=0.8, seed=7), 10))
+    wanted = text_of(alone(here.engine, ids, Sampling(temperature=0.9, top_p=0.8, seed=7), 10)).lstrip()
     ask = {"model": "tiny", "messages": messages, "temperature": 0.9, "top_p": 0.8, "seed": 7, "max_completion_tokens": 10}
     answer = client.chat.completions.create(**ask, logprobs=True, top_logprobs=1)  # type: ignore[arg-type]
     assert answer.choices[0].message.content == wanted

@@ -68,12 +68,14 @@ def _chats(server: Served, page: Page) -> None:
     ask(page, "hello", tokens="6")
     page.wait("document.querySelectorAll('.figures').length === 1 && !document.querySelector('.busy')")
     ids = server.engine.text.encode("user: hello\nassistant:", begin=False)
-    first = text_of(alone(server.engine, ids, Sampling(), 6))
+    first = text_of(alone(server.engine, ids, Sampling(), 6)).lstrip()
     assert page.run("[...document.querySelectorAll('.turn')].map((turn) => turn.textContent)") == ["hello", first]
     ask(page, "more")
     page.wait("document.querySelectorAll('.figures').length === 2 && !document.querySelector('.busy')")
     ids = server.engine.text.encode(f"user: hello\nassistant: {first}\nuser: more\nassistant:", begin=False)
-    assert page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == text_of(alone(server.engine, ids, Sampling(), 6))
+    assert (
+        page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == text_of(alone(server.engine, ids, Sampling(), 6)).lstrip()
+    )
 
 
 def _escapes(server: Served, page: Page) -> None:

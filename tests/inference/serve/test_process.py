@@ -61,10 +61,12 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_soak(tmp_path: Path) -> None:
-    tally = soak(tiny_model(tmp_path / "tiny"), seconds=20, clients=32)
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_a_soak(tmp_path: Path, kind: str) -> None:
+    tally = soak(tiny_model(tmp_path / "tiny"), seconds=20, clients=32, kind=kind)
     assert not tally.lost
     assert not tally.garbled
+    assert kind != "fp32" or not tally.parted
     assert tally.whole > 10
     assert tally.left > 0
     assert tally.preempted > 0

@@ -69,6 +69,7 @@ class KiviCache(Cache):
     """
 
     resumable = True
+    undo: int
 
     def __init__(
         self,

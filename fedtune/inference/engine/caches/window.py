@@ -33,6 +33,7 @@ class WindowCache(Cache):
     """
 
     resumable = True
+    undo: int
 
     def __init__(
         self, shape: Shape, limit: int, window: int, sinks: int = 4, *, undo: int = 32, dtype: torch.dtype = torch.float32

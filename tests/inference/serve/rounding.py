@@ -1,0 +1,32 @@
+"""Where an answer given in a batch may differ from the one that the request gets alone: only where rounding could have decided."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedtune.inference.engine.context import Context
+from fedtune.inference.engine.generate import _rounding
+from fedtune.inference.engine.load import Engine
+
+
+def parted(one: Sequence[object], other: Sequence[object]) -> int | None:
+    """The first place at which two sequences differ; None where one begins the other."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+
+
+def lead(engine: Engine, prompt: Sequence[int], answer: Sequence[int], at: int, other: int | None = None) -> float:
+    """How far the score of a greedy answer's token number `at` lies above another's (None: the second best), decoded alone, as a fraction
+    of the largest."""
+    context = Context(engine)
+    with torch.inference_mode():
+        row = context.run(prompt)[0]
+        for token in answer[:at]:
+            row = context.run([token])[0]
+    best = row.topk(2).values
+    assert row[answer[at]] == best[0], "the answer is not the greedy one"
+    return float((best[0] - (best[1] if other is None else row[other])) / row.abs().max())
+
+
+def bound(engine: Engine) -> float:
+    """The lead up to which `Report.close` counts a choice as one that rounding could have decided; 0 in float32."""
+    return _rounding(engine.decoder)

@@ -1,0 +1,63 @@
+"""Greedy answers in batches against those to single requests, in every kind of weights. Run with -s for the counts."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from fedtune.inference.engine.caches.paged import PagedPool
+from fedtune.inference.engine.caches.prefix import PagedCaches
+from fedtune.inference.engine.generate import Generation
+from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.sample import Sampling
+from tests.inference.serve.rounding import bound, lead, parted
+from tests.inference.serve.served import make_scheduler, tiny_model
+from tests.inference.serve.soak import BEGINNINGS
+
+MANY, LONG = 120, 40  # requests, tokens of an answer
+BLOCKS = 30  # of 16 tokens: sequences give up their room, and are computed again in other passes
+
+
+def folder_of(name: str, own: Path) -> Path:
+    if name == "tiny":
+        return tiny_model(own / "tiny")
+    found = Path(os.environ.get("FEDTUNE_DATA", "/nowhere")) / "models" / name / "hf"
+    if not (found / "config.json").is_file():
+        pytest.skip(f"FEDTUNE_DATA names no folder with models/{name}/hf")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["tiny", "stories260k", "babyllama_tok105"])
+def test_a_batch_differs_only_where_rounding_could_have_decided(name: str, kind: str, tmp_path: Path) -> None:
+    engine, rng = load_engine(folder_of(name, tmp_path), kind), random.Random(0)
+    texts: dict[str, None] = {}  # all different, as the differences should be
+    while len(texts) < MANY:
+        texts[" ".join(rng.sample(BEGINNINGS, rng.choice([1, 2, 3, 4])))] = None
+    prompts = [engine.text.encode(text) for text in texts]
+    longest = min(engine.shape.context, BLOCKS * 16)
+    assert all(len(ids) + LONG <= longest for ids in prompts)
+    made = make_scheduler(engine, PagedCaches(PagedPool(engine.shape, BLOCKS, 16), longest), max_running=16, max_waiting=MANY)
+    heard: list[list[Output]] = [[] for _ in prompts]
+    for ids, outputs in zip(prompts, heard, strict=True):
+        made.submit(Job(ids=ids, sampling=Sampling(), max_new_tokens=LONG, deliver=outputs.append, rivals=0))
+        if rng.random() < 0.4:
+            made.step()
+    while made.step():
+        pass
+    leads: list[float] = []
+    for ids, outputs in zip(prompts, heard, strict=True):
+        one = [piece.token for piece in Generation(engine, ids, Sampling(), LONG)]
+        batched = [out.token for out in outputs if out.token is not None]
+        if (at := parted(one, batched)) is None:
+            assert one == batched  # neither is only the other's beginning
+        else:
+            leads.append(lead(engine, ids, one, at, batched[at]))
+    largest = f", the widest lead {max(leads):.4f}" if leads else ""
+    print(f"\n{name} {kind}: {len(leads)} of {MANY} differ{largest} (bound {bound(engine):.4f}); {made.preempted} gave up their blocks")
+    assert all(gap <= bound(engine) for gap in leads)
+    assert kind != "fp32" or not leads
+    assert made.preempted > 0
