@@ -31,7 +31,7 @@ from fedtune.errors import ModelError
 KINDS = ("fp32", "bf16", "int8", "int4")
 GROUPS = (32, 64, 128, 256)  # columns that share an int4 scale: all that torch's kernel takes
 DENSE = 96  # rows from which int4 is faster dequantised (where there is AMX: 60); fixed, since results must not hang on a clock
-_CHUNK = 1 << 20  # weights that are unpacked at a time
+_CHUNK = 1 << 21  # weights that are unpacked at a time
 _TINY = torch.tensor(1e-30)  # a row of zeros has no largest number to divide by
 
 
