@@ -97,7 +97,7 @@ def test_refusals_are_the_clients_own_errors(here: Served, client: openai.OpenAI
 def test_a_full_queue_is_a_rate_limit_and_the_client_comes_back(engine: Engine) -> None:
     with served(engine, max_running=1, max_waiting=0, pace=0.01) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        with client.completions.create(model="tiny", prompt="a", max_tokens=40, stream=True) as first:
+        with client.completions.create(model="tiny", prompt="a", max_tokens=400, stream=True) as first:
             next(iter(first))
             with pytest.raises(openai.RateLimitError) as full:
                 client.completions.create(model="tiny", prompt="a")
