@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -25,9 +25,6 @@ from fedtune.inference.whole_model import is_whole, read_whole
 from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import NANO, fingerprint, stored_tensors
 from fedtune.models.methods import mergeable
-
-if TYPE_CHECKING:
-    pass
 
 CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
 BESIDE = "adapter"  # folder of what could not be merged

@@ -5,12 +5,12 @@ The arithmetic is that of `fedtune.models.methods.*.merge`: sums in float64, rou
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine.package_writer import as_bytes
 from fedtune.models.checkpoint import StoredTensor
 
 __all__ = ["DTYPES", "Edit", "MergedTensor"]
@@ -72,7 +72,7 @@ class MergedTensor:
         out = torch.empty(last - first, *stored.shape[1:], dtype=DTYPES[stored.dtype])
         with open(stored.file, "rb", buffering=0) as f:
             f.seek(stored.start + first * (stored.size // stored.shape[0]))
-            view = memoryview(cast(Any, out.flatten().view(torch.uint8).numpy()))
+            view = as_bytes(out)
             while view and (got := f.readinto(view)):
                 view = view[got:]
         if view:

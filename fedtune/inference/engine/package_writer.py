@@ -12,10 +12,15 @@ from torch import Tensor
 
 from fedtune.inference.engine.package import ADAPTERS, CARD, FILES, FORMAT, PACKAGE, StoredLinear, digest, linear_tensors, sealed
 
-__all__ = ["PackageWriter", "TensorFile"]
+__all__ = ["PackageWriter", "TensorFile", "as_bytes"]
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Its numbers as they lie in a file; of a contiguous tensor its own memory, to be read into."""
+    return memoryview(cast(Any, tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
 
 class TensorFile:
@@ -46,7 +51,7 @@ class TensorFile:
         dtype, shape = self._specs[name]
         assert tensor.dtype == dtype and tuple(tensor.shape) == shape, f"{name}: {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}"
         self._file.seek(self._begin + self._starts.pop(name))
-        self._file.write(memoryview(cast(Any, tensor.contiguous().flatten().view(torch.uint8).numpy())))
+        self._file.write(as_bytes(tensor))
 
     def close(self) -> None:
         assert not self._starts, f"{self.path} lacks {next(iter(self._starts))}"

@@ -18,19 +18,21 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.inference.engine.linear import CLASSES, Linear
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
+from fedtune.inference.engine.package_writer import as_bytes
 
-__all__ = ["Place", "cache_root", "open_ready", "place", "write_ready"]
+__all__ = ["Place", "open_ready", "place", "write_ready"]
 
 LEAST = 1 << 26  # bytes of a model's files from which it pays
 _ALIGNED = 64
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.uint8)}
+_FEATURES = (torch.cpu._is_vnni_supported, torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
 _log = logging.getLogger(__name__)
 
 
@@ -47,11 +49,6 @@ class Place:
     made_from: dict[str, Any]
 
 
-def cache_root() -> Path:
-    """The folder of packed models."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune" / "ready"
-
-
 def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None:
     """Of a model folder that is opened as `kind`; None where it is too small to matter, or this torch cannot map packed weights."""
     folder = folder.resolve()
@@ -66,10 +63,8 @@ def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None
         "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability(), *(bool(has()) for has in _FEATURES)],
     }
     key = hashlib.sha256(json.dumps([str(folder), kind]).encode()).hexdigest()[:20]
-    return Place(cache_root() / key, made_from)
-
-
-_FEATURES = (torch.cpu._is_vnni_supported, torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Place(cache / "fedtune" / "ready" / key, made_from)
 
 
 def open_ready(place: Place) -> dict[str, Linear] | None:
@@ -138,11 +133,11 @@ def _written(file: Any, linears: Iterable[tuple[str, Linear]]) -> dict[str, Any]
                 if described not in layouts:
                     layouts.append(described)
                 layout = layouts.index(described)
-            memory = raw_bytes(tensor) if tensor.is_mkldnn else tensor.contiguous().flatten().view(torch.uint8)
-            file.write(memoryview(cast(Any, memory.numpy())))
-            file.write(bytes(-len(memory) % _ALIGNED))
+            memory = as_bytes(raw_bytes(tensor) if tensor.is_mkldnn else tensor)
+            file.write(memory)
+            file.write(more := bytes(-len(memory) % _ALIGNED))
             parts[part] = {"at": at, "bytes": len(memory), "dtype": str(tensor.dtype), "shape": list(tensor.shape), "layout": layout}
-            at += len(memory) + -len(memory) % _ALIGNED
+            at += len(memory) + len(more)
         said[name] = {"kind": made.kind, "n_in": made.n_in, "n_out": made.n_out, "group": made.group, "parts": parts}
     return {"linears": said, "layouts": layouts, "size": at}
 

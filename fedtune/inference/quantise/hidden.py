@@ -6,12 +6,13 @@ import weakref
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine.package_writer import as_bytes
 
 __all__ = ["Hidden"]
 
@@ -47,7 +48,7 @@ class Hidden(Sequence[Tensor]):
     def rows(self, first: int, last: int) -> Tensor:
         """Rows of all sequences, one after the other."""
         out = torch.empty(last - first, self.width)
-        view, at = _bytes(out), 4 * first * self.width
+        view, at = as_bytes(out), 4 * first * self.width
         while view and (got := os.preadv(self._file.fileno(), [view], at)):
             view, at = view[got:], at + got
         if view:
@@ -56,7 +57,7 @@ class Hidden(Sequence[Tensor]):
 
     def put(self, first: int, rows: Tensor) -> None:
         """Write rows [n, d] from row `first` on."""
-        view, at = _bytes(rows), 4 * first * self.width
+        view, at = as_bytes(rows), 4 * first * self.width
         while view:
             done = os.pwrite(self._file.fileno(), view, at)
             view, at = view[done:], at + done
@@ -71,7 +72,3 @@ class Hidden(Sequence[Tensor]):
             lengths.append(end - start)
         if lengths:
             yield first, lengths
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(cast(Any, tensor.contiguous().flatten().view(torch.uint8).numpy()))
