@@ -35,7 +35,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
 def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """One pad token for tokenizer, config and generation; generation stops at any eos.
 
-    It may be eos: attention and labels are masked by position, not by its id.
+    It may be eos: attention and labels are masked by position, not by its id. A config that numbers positions from its pad id keeps it.
     """
     size = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > size:
@@ -52,8 +52,9 @@ def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer in {folder} has neither a pad nor an eos token: name one in its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.pad_token_id = tokenizer.pad_token_id
+    if not _positions_start_at_padding(model):  # there the config's pad id is part of the architecture, and a merged model keeps it
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         # Greedy must be greedy: a checkpoint's repetition penalty or sampling defaults would creep into every generate()
         own = cast(GenerationConfig, model.generation_config).eos_token_id
@@ -64,6 +65,15 @@ def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         )
+
+
+def _positions_start_at_padding(model: PreTrainedModel) -> bool:
+    """Whether the model numbers its positions from its pad id, as RoBERTa and XLM-R do: another id in the config would shift them."""
+    return any(
+        getattr(module, "padding_idx", None) is not None
+        for name, module in model.named_modules()
+        if name.endswith(("position_embeddings", "embed_positions"))
+    )
 
 
 def check_context(model: PreTrainedModel, task: TaskConfig, folder: Path) -> None:

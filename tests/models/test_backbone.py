@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ModelError
@@ -156,6 +156,20 @@ def test_a_bf16_classifier_keeps_its_head_in_float32(tmp_path: Path) -> None:
         head = next(m for n, m in backbone.model.named_children() if n in ("score", "classifier"))
         assert all(p.dtype is torch.float32 for p in head.parameters())
         assert backbone.model(token_ids()).logits.dtype is torch.float32
+
+
+def test_a_saved_model_keeps_its_positions_where_the_tokenizer_pads_with_another_token(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "m", "roberta")
+    config = json.loads((folder / "config.json").read_text())
+    backbone = load_backbone(hub(folder), CLASSES, num_labels=3)
+    assert backbone.tokenizer.pad_token_id != 3
+    # RoBERTa's first position is pad_token_id + 1: with pad_token_id = 3 the rows start at position 4
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 3}))
+    backbone = load_backbone(hub(folder), CLASSES, num_labels=3)
+    backbone.model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    ids = token_ids()
+    assert torch.equal(again(ids).logits, backbone.model.eval()(ids).logits)
 
 
 # -- encoder-decoders -------------------------------------------------------------------------------------------------------------------
