@@ -46,3 +46,20 @@ def enough_clients(config: Config, strategy: str, needed: int, why: str) -> None
             f"strategy={strategy} needs {why} = {needed} good updates in every round that counts, min_clients={config.min_clients}:"
             f" set min_clients={needed}"
         )
+
+
+def whole_updates(config: Config, strategy: str, otherwise: str = "") -> None:
+    """Raises ConfigError where an update reaches the server other than as it was trained; a rounded broadcast does no harm.
+
+    Args:
+        config: The experiment.
+        strategy: Name of the strategy.
+        otherwise: What else can be done, such as a setting that allows it.
+    """
+    t = config.traffic
+    if t.up != "fp32" or t.topk not in (None, 1.0):
+        topk = "none" if t.topk is None else f"{t.topk:g}"
+        raise ConfigError(
+            f"strategy={strategy} reads control variates off the clients' updates, which need whole updates, but traffic.up={t.up} and"
+            f" traffic.topk={topk}: set traffic.up=fp32 traffic.topk=null{otherwise}"
+        )

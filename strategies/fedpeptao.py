@@ -39,7 +39,7 @@ from fedtune.plan import Plan, Update
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies._flower import measured
 from fedtune.strategies._mean import Mean
-from fedtune.strategies._require import in_bounds
+from fedtune.strategies._require import in_bounds, whole_updates
 from fedtune.strategy import Assignment, ServerState, Strategy
 
 _DECAY, _LEAST_LR = 0.99, 1e-4  # of η_s, a round
@@ -91,6 +91,8 @@ class FedPepTAO(Strategy):
         in_bounds("score_rows", self.score_rows, ge=2)  # rows are compared with each other
         in_bounds("server_lr", self.server_lr, ge=0)
         in_bounds("momentum", self.momentum, ge=0, lt=1)
+        if self.server_lr:
+            whole_updates(config, "fedpeptao", ", or strategy.server_lr=0, which leaves the plain mean")
         refuse(
             0 < rounds <= before,
             f"fedpeptao selects layers after {before} rounds of scoring and warm-up, rounds={rounds} ends before:"

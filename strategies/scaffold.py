@@ -18,7 +18,7 @@ from fedtune.config import Config
 from fedtune.plan import Plan, Update
 from fedtune.strategies._flower import doubles, measured
 from fedtune.strategies._mean import Mean
-from fedtune.strategies._require import in_bounds, plain_sgd
+from fedtune.strategies._require import in_bounds, plain_sgd, whole_updates
 from fedtune.strategy import Assignment, ServerState, Strategy
 
 
@@ -45,6 +45,7 @@ class SCAFFOLD(Strategy):
     def check(self, config: Config) -> None:
         in_bounds("lr", self.lr, gt=0)
         plain_sgd(config, "scaffold")
+        whole_updates(config, "scaffold")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         given = {}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.clients.app import make_client_app
 from fedtune.clients.workspace import workspace
-from fedtune.config import ClientConfig, Config, EvalConfig, PeftConfig, TaskConfig, to_dict
+from fedtune.config import ClientConfig, Config, EvalConfig, PeftConfig, TaskConfig, TrafficConfig, to_dict
 from fedtune.errors import ConfigError, UpdateError
 from fedtune.plan import Plan, Update, matching
 from fedtune.run import RunDirectory
@@ -323,6 +323,14 @@ def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int
 def test_what_makes_no_sense_is_one_sentence(settings: dict[str, Any], rounds: int, method: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         FedPepTAO(**settings).check(Config(rounds=rounds, peft=PeftConfig(method=method)))
+
+
+@pytest.mark.parametrize("traffic", [TrafficConfig(up="int8"), TrafficConfig(topk=0.01)])
+def test_a_drift_is_not_read_off_an_update_that_is_not_what_the_client_trained(traffic: TrafficConfig) -> None:
+    config = Config(rounds=13, peft=PeftConfig(method="ptuning_v2"), traffic=traffic)
+    with pytest.raises(ConfigError, match="set traffic.up=fp32 traffic.topk=null, or strategy.server_lr=0"):
+        FedPepTAO().check(config)
+    FedPepTAO(server_lr=0.0).check(config)  # as the sentence says: no drift is read
 
 
 def test_what_makes_sense_passes() -> None:
