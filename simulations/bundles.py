@@ -155,7 +155,9 @@ def _answer(together: Together, bundle: Message, context: Context) -> Message:
 
 
 def _shares(messages: Sequence[Message], workers: int) -> Iterator[list[Message]]:
-    """As many like shares as workers, or a multiple, none too large; in order."""
+    """As many like shares as workers, or a multiple, none too large; in order. No messages make no shares."""
+    if not messages:
+        return iter(())
     count = workers * math.ceil(len(messages) / (workers * LARGEST))
     edges = [round(k * len(messages) / count) for k in range(count + 1)]
     return (list(messages[a:b]) for a, b in zip(edges, edges[1:], strict=False) if b > a)

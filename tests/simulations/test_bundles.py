@@ -64,6 +64,12 @@ def test_shares_are_alike_and_not_too_large() -> None:
     assert sizes == [[2, 2], [2, 3], [1], [25, 25, 25, 25]]
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_round_without_messages_sends_no_bundle(workers: int) -> None:
+    grid = Counting(fake_client_app({}), 1)
+    assert not list(BundlingGrid(grid, lambda: workers).push_messages([])) and not list(bundles._shares([], workers))
+
+
 def test_a_record_that_many_get_is_packed_once() -> None:
     shared = AdapterState({"w": torch.zeros(3)}, AdapterSpec(method="lora")).to_arrays()
     contents = [RecordDict({"adapter": shared, "plan": ConfigRecord({"k": k})}) for k in range(3)]
