@@ -96,6 +96,7 @@ def _listen(host: str, port: int) -> socket.socket:
     while True:
         sock = socket.socket(family)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no answer waits 40 ms for an ACK
         try:
             sock.bind((host, port))
             sock.listen(BACKLOG)

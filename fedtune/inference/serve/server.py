@@ -27,7 +27,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"port={port} is out of range: it must be from 0 (any that is free) to 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=512)
+        listener = socket.create_server(address[:2], family=family, backlog=512)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no answer waits 40 ms for an ACK
+        return listener
     except (OSError, UnicodeError) as bad:
         why = getattr(bad, "strerror", None) or bad
         raise NetworkError(f"cannot listen on {host}:{port}: {why}; give another --host or --port") from None
