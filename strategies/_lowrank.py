@@ -55,6 +55,20 @@ class Cohort:
         total = sum(n for n, _ in self._sent)
         return [(n / total * x.spec.scaling[module], x[f"{module}.lora_A"], x[f"{module}.lora_B"]) for n, x in self._sent]
 
+    def missed(self, adapter: AdapterState, module: str) -> list[Term]:
+        """Σ p_k (D − P_{r_k}(D)), the part of the present product D = s·B·A that clients of smaller ranks were not sent.
+
+        P_r(D) is the product of the first r components, as `at_rank` sends it. Component i is weighted by the share of the clients with
+        r_k ≤ i. At most one term: none where every client has the slot's rank, or D = 0.
+        """
+        total, rank = sum(n for n, _ in self._sent), adapter.spec.ranks[module]
+        share = torch.zeros(rank, dtype=torch.float64)
+        for n, sent in self._sent:
+            share[sent.spec.ranks[module] :] += n / total
+        if not share.any() or not adapter[f"{module}.lora_B"].any():
+            return []
+        return [(adapter.spec.scaling[module], share[:, None] * adapter[f"{module}.lora_A"].double(), adapter[f"{module}.lora_B"])]
+
     def mean(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Σ p_k w_k of what is averaged, with the dtypes of `like`."""
         return self._mean.of(like)

@@ -1,12 +1,17 @@
 """LoRA of mixed ranks through the singular value decomposition of the averaged update.
 
-    D = Σ_k p_k s_k B_k A_k = U S Vᵀ;    client k gets A = V_{r_k}ᵀ and B = U_{r_k} S_{r_k} / s_k
+    D ← D + Σ_k p_k (s_k B_k A_k − P_{r_k}(D)) = U S Vᵀ;    client k gets P_{r_k}(D): A = V_{r_k}ᵀ and B = U_{r_k} S_{r_k} / s_k
 
-D is exact; a client's part of it is the best of its rank, off by √(Σ_{i > r_k} σ_i²) in the Frobenius norm. With DoRA, D is the mean of
-the directions' updates, and the magnitudes are averaged.
+P_r keeps the first r components, so each client's change counts from what it was sent. The sum is exact; the slot's rank truncates it, and
+a client's part of D is the best of its rank, off by √(Σ_{i > r_k} σ_i²) in the Frobenius norm. With DoRA, D is the sum of the directions'
+updates, and the magnitudes are averaged.
+
+The paper sums products, D ← Σ_k p_k s_k B_k A_k. At equal ranks that is the same. At mixed ranks it takes what a small client was never
+sent for zero: even where nobody trains, component i decays by the weight of the clients with r_k < i, each round (Wu et al. 2026,
+arXiv:2602.13486, call it rank collapse).
 
 Source: Bai et al. 2024, Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources (FlexLoRA),
-arXiv:2402.11505. There D is formed dense; here it stays in factors.
+arXiv:2402.11505. There D is formed dense; here it stays in factors. The sum of changes is ours.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,5 +52,5 @@ def _decompose(cohort: Cohort, adapter: AdapterState, module: str) -> Pair:
     # The present A with B = 0 adds nothing to D but directions of σ = 0: were D's rank below r (a cohort of small devices), rows of A and
     # columns of B would both be 0, and no gradient could ever move them again.
     idle = (1.0, adapter[f"{module}.lora_A"], torch.zeros_like(adapter[f"{module}.lora_B"]))
-    a, b = truncate(stack([*cohort.terms(module), idle]), adapter.spec.ranks[module])
+    a, b = truncate(stack([*cohort.terms(module), *cohort.missed(adapter, module), idle]), adapter.spec.ranks[module])
     return a, b / adapter.spec.scaling[module]

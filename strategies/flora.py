@@ -6,7 +6,8 @@ Averaging A and B apart does not average B·A. Stacking does, and lets each clie
 
 The price is what goes down: each round adds a shift of rank Σ r_k, which every client gets once. It is sent as it came while that rank is
 at most min(in, out), and as the same matrix at its true rank where it is more. Older shifts are never joined: a client may hold some of
-them. After the fresh start A has no gradient while B = 0, so its first step moves B alone.
+them. After the fresh start A has no gradient while B = 0, so its first step moves B alone. Where the run's first B is not 0
+(peft.init=loftq), the part of its product that clients of smaller ranks were not sent is merged with theirs, so that it is not lost.
 
 Source: Wang et al. 2024, FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, arXiv:2409.05976,
 eq. 5.
@@ -71,7 +72,7 @@ class FLoRA(Strategy):
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         adapter, seed, cohort = state.adapter, int(state.memory["seed"]), Cohort.of(updates)
-        merged = {m: _merge(cohort.terms(m)) for m in adapter.spec.ranks}
+        merged = {m: _merge([*cohort.terms(m), *cohort.missed(adapter, m)]) for m in adapter.spec.ranks}
         new = {m: _fresh(adapter, m, derive_seed(seed, "flora", round, m)) for m in adapter.spec.ranks}
         return ServerState(
             adapter=with_factors(adapter, new, cohort.mean(adapter.tensors)),

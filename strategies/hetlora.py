@@ -1,13 +1,16 @@
 """HetLoRA: each device trains the rank that it can, and says by the size of its product how much it counts.
 
-Down: a client of rank r_k gets the first r_k rows of A and columns of B. Up: its factors are zero-padded to the slot's rank and averaged
-with the weights ‖B_k A_k‖_F / Z. Ranks prune themselves: the client's loss carries λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖, and where a turn made that
-product smaller, the client goes on with rank ⌊γr⌋, in later rounds too.
+Down: a client of rank r_k gets the first r_k rows of A and columns of B. Up: row i of A and column i of B are averaged over the clients
+with r_k ≥ i, with weights in proportion to ‖B_k A_k‖_F; where there is no such client, both stay as they were. Ranks prune themselves: the
+client's loss carries λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖, and where a turn made that product smaller, the client goes on with rank ⌊γr⌋, in later
+rounds too.
 
-Source: Cho et al. 2024, Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024, arXiv:2401.06432.
+The paper (`variant: paper`) zero-pads the factors to the slot's rank and averages over all clients. Component i then shrinks by the weight
+of the clients with r_k < i each round, even where nobody trains, and with mixed ranks the last components vanish (rank collapse, Wu et al.
+2026, arXiv:2602.13486).
 Ours, where the paper writes of one matrix or leaves it open: each module has its own weights and its own rank; heads are averaged by
 examples; the scaling s is the slot's own at every rank, so that cutting leaves the rest of the product as it was; a row of A that nobody
-trained stays as it was (its column of B is zero, as padding says: were both zero, no gradient would move them ever again).
+trained stays as it was (in the paper's form its column of B is zero, as padding says: were both zero, no gradient would move them again).
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedtune.config import Config
+from fedtune.errors import ConfigError
 from fedtune.plan import Plan, Update
 from fedtune.state import AdapterState
 from fedtune.strategies._lowrank import FACTORS, norm, require_method
@@ -33,23 +37,27 @@ _FAINT = 1e-30  # weight of a product that is zero: beside others it counts for 
 
 @dataclass(frozen=True, kw_only=True)
 class HetLoRA(Strategy):
-    """A ← sum_k w_k pad(A_k), B ← sum_k w_k pad(B_k) with w_k = ‖B_k A_k‖_F / sum ‖B A‖_F, module by module; not exact.
+    """A[i] ← sum_k w_k A_k[i] / sum_k w_k over the clients with r_k > i, w_k = ‖B_k A_k‖_F; B[:, i] likewise, module by module; not exact.
 
     A_k (r_k, in), B_k (out, r_k)  ->  A (r, in), B (out, r),  r_k <= r = the slot's rank. The memory of one model in float64.
 
     Args:
+        variant: `covered`, as above; or `paper`: a client counts for the components that it lacks too, with zeros.
         tail_penalty: λ of rank self-pruning; 0 switches it off.
         tail_share: γ, the share of the rank that pruning keeps, in (0, 1).
     """
 
     mixes_ranks: ClassVar[bool] = True
     from_zero: ClassVar[bool] = True  # a common first product would outweigh what each client has learnt
+    variant: str = "covered"
     tail_penalty: float = 1e-3
     tail_share: float = 0.99
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA, or a setting out of range."""
         require_method(config, "hetlora", methods=("lora", "rslora"), why="it cuts, pads and weighs LoRA's A and B")
+        if self.variant not in ("covered", "paper"):
+            raise ConfigError(f"strategy.variant={self.variant} is not known: choose covered or paper")
         in_bounds("tail_penalty", self.tail_penalty, ge=0)
         in_bounds("tail_share", self.tail_share, gt=0, lt=1)
 
@@ -67,24 +75,53 @@ class HetLoRA(Strategy):
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         spec, memory = state.adapter.spec, dict(state.memory)
-        heads, factors = Mean(), {module: Mean() for module in spec.ranks}
-        trained = dict.fromkeys(spec.ranks, 0)  # rows of A that somebody trained
+        heads, factors = Mean(), {module: _Components(state.adapter, module) for module in spec.ranks}
         for update in updates:
             own = update.adapter
             heads.add({n: t for n, t in own.tensors.items() if not n.endswith(FACTORS)}, update.examples)
-            for module, mean in factors.items():
-                a, b = padded(own, module, spec.ranks[module], spec.scaling[module])
-                mean.add({f"{module}.lora_A": a, f"{module}.lora_B": b}, max(norm((1.0, a, b)), _FAINT))
-                trained[module] = max(trained[module], own.spec.ranks[module])
+            for components in factors.values():
+                components.add(own, padding_counts=self.variant == "paper")
             if self.tail_penalty:
                 memory[f"rank/{update.client}"] = torch.tensor([own.spec.ranks[m] for m in sorted(spec.ranks)], dtype=torch.int32)
-        tensors = dict(state.adapter.tensors)
-        for mean in (heads, *factors.values()):
-            tensors.update(mean.of(state.adapter.tensors))
-        for module, top in trained.items():
-            a = f"{module}.lora_A"
-            tensors[a] = torch.cat([tensors[a][:top], state.adapter[a][top:]])
+        tensors = {**state.adapter.tensors, **heads.of(state.adapter.tensors)}
+        for components in factors.values():
+            tensors.update(components.mean())
         return dataclasses.replace(state, adapter=state.adapter.replace(tensors), memory=memory)
+
+
+class _Components:
+    """The weighted means of one module's rows of A and columns of B, each over the clients that count for it; float64.
+
+    Args:
+        adapter: The global adapter, whose rows and columns stay where no client counts.
+        module: Name of the module.
+    """
+
+    def __init__(self, adapter: AdapterState, module: str) -> None:
+        self._adapter, self._module = adapter, module
+        self._a, self._b = (torch.zeros_like(adapter[module + f], dtype=torch.float64) for f in FACTORS)  # (r, in), (out, r)
+        self._weight = torch.zeros(len(self._a), dtype=torch.float64)
+        self._trained = 0  # rows of A that some client trained
+
+    def add(self, own: AdapterState, *, padding_counts: bool) -> None:
+        """Add one client's factors; with `padding_counts` it counts for the components beyond its rank too, with zeros."""
+        rank, spec = own.spec.ranks[self._module], self._adapter.spec
+        a, b = padded(own, self._module, spec.ranks[self._module], spec.scaling[self._module])
+        weight = max(norm((1.0, a, b)), _FAINT)
+        self._a.add_(a, alpha=weight)
+        self._b.add_(b, alpha=weight)
+        self._weight[: None if padding_counts else rank] += weight
+        self._trained = max(self._trained, rank)
+
+    def mean(self) -> dict[str, Tensor]:
+        """Both factors by name, in the adapter's dtypes."""
+        names = [self._module + f for f in FACTORS]
+        old_a, old_b = (self._adapter[n] for n in names)
+        known = self._weight > 0
+        weight = torch.where(known, self._weight, 1.0)
+        a = torch.where(known[:, None], (self._a / weight[:, None]).to(old_a.dtype), old_a)
+        b = torch.where(known, (self._b / weight).to(old_b.dtype), old_b)
+        return dict(zip(names, (torch.cat([a[: self._trained], old_a[self._trained :]]), b), strict=True))
 
 
 def ranks_of(plan: Plan, state: ServerState) -> dict[str, int]:

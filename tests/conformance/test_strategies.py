@@ -114,6 +114,40 @@ def test_one_client_is_the_identity(name: str, strategy: Strategy) -> None:
     assert torch.allclose(whole(after), product(own), atol=1e-6) != (name in SERVER_STEPS), SERVER_STEPS.get(name)
 
 
+@pytest.mark.parametrize("ranks", [(4, 4, 4, 4, 4, 4, 4), (1, 1, 1, 4, 4, 4, 4), (1, 2, 3, 1, 2, 1, 1)])
+def test_if_nobody_trains_nothing_changes(name: str, strategy: Strategy, ranks: tuple[int, ...]) -> None:
+    if len(set(ranks)) > 1 and not strategy.mixes_ranks:
+        pytest.skip("takes clients of one rank")
+    state = begin = strategy.start(wide())
+    for round in (1, 2, 3):
+        plans = [Plan(round=round, client=f"c{i}", base_version=round - 1, rank=r) for i, r in enumerate(ranks)]
+        given = strategy.plan(round, plans, state)
+        made = [
+            Update(
+                client=p.client,
+                round=round,
+                base_version=round - 1,
+                adapter=given[p.client].adapter.subset(matching(given[p.client].adapter.tensors, given[p.client].plan.send)),
+                examples=1 + 3 * i,
+                metrics={"train_loss": 1.0, "start_loss": 1.0},
+                measurements={"steps": 3, "lr_sum": 0.3},
+            )
+            for i, p in enumerate(plans)
+        ]
+        state = strategy.aggregate(round, state, iter(made))
+    assert torch.allclose(whole(state), whole(begin), atol=1e-5)
+
+
+def wide() -> AdapterState:
+    """An adapter of rank 4 that does add to the weights: B is not 0."""
+    gen, base = torch.Generator().manual_seed(5), lora_state(seed=5)
+    tensors = dict(base.tensors)
+    for module, rows, columns in (("q", 3, 5), ("up", 7, 3)):
+        tensors[f"{module}.lora_A"] = torch.randn(4, columns, generator=gen)
+        tensors[f"{module}.lora_B"] = torch.randn(rows, 4, generator=gen)
+    return base.replace(tensors, ranks={"q": 4, "up": 4})
+
+
 def test_identical_clients_are_one_client(name: str, strategy: Strategy) -> None:
     state = strategy.start(START)
     (alone,), _ = updates(strategy, state, [5])

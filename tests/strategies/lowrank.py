@@ -31,6 +31,12 @@ def adapter(seed: int = 0, *, rank: int = 2, alpha: float = 3.0, method: str = "
     return AdapterState(tensors, spec)
 
 
+def still(rank: int, method: str = "lora") -> AdapterState:
+    """A global adapter that adds nothing to the weights: B = 0."""
+    state = adapter(rank=rank, method=method)
+    return state.replace({n: t * (not n.endswith("_B")) for n, t in state.tensors.items()})
+
+
 def cohort(ranks: Sequence[int] = (2, 2, 2), counts: Sequence[int] = (1, 7, 40), *, seed: int = 1, alpha: float = 3.0) -> list[Update]:
     """Clients with factors of their own, far from each other; s_k = alpha / r_k, so that ranks differ in scaling too."""
     return [

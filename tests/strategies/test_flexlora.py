@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +13,23 @@ from hypothesis import strategies as st
 
 from fedtune.config import METHODS, Config, PeftConfig
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan
+from fedtune.plan import Plan, Update
+from fedtune.state import AdapterState
 from fedtune.strategies import _lowrank, flexlora
 from fedtune.strategies.flexlora import FlexLoRA
-from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, swapped_when_square
+from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, still, swapped_when_square
+
+
+def changes(before: AdapterState, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+    """Module → D + Σ p_k (s_k B_k A_k − P_{r_k}(D)), dense and slow: what the method owes before it truncates."""
+    total, own = sum(u.examples for u in updates), delta(before)
+    out = {m: own[m].clone() for m in SHAPES}
+    for u in updates:
+        for m in SHAPES:
+            r, s = u.adapter.spec.ranks[m], before.spec.scaling[m]
+            sent = s * before[f"{m}.lora_B"][:, :r].double() @ before[f"{m}.lora_A"][:r].double()
+            out[m] += u.examples / total * (delta(u.adapter)[m] - sent)
+    return out
 
 
 def tail(matrix: torch.Tensor, rank: int) -> float:
@@ -28,11 +42,12 @@ def tail(matrix: torch.Tensor, rank: int) -> float:
     rank=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_each_client_is_off_by_the_tail_of_the_mean(clients: list[tuple[int, int]], rank: int, seed: int) -> None:
+def test_each_client_is_off_by_the_tail_of_the_sum_of_changes(clients: list[tuple[int, int]], rank: int, seed: int) -> None:
     updates = cohort([r for r, _ in clients], [n for _, n in clients], seed=seed)
-    after = FlexLoRA().aggregate(1, FlexLoRA().start(adapter(rank=4)), iter(updates))
+    before = adapter(rank=4)
+    after = FlexLoRA().aggregate(1, FlexLoRA().start(before), iter(updates))
     (given,) = FlexLoRA().plan(2, [Plan(round=2, client="c", base_version=1, rank=rank)], after).values()
-    got, wanted = delta(given.adapter), mean(updates)
+    got, wanted = delta(given.adapter), changes(before, updates)
     for module, matrix in wanted.items():
         assert given.adapter.spec.scaling[module] == pytest.approx(3.0 / rank)  # alpha / r_k
         error = float((got[module] - matrix).norm())
@@ -41,11 +56,19 @@ def test_each_client_is_off_by_the_tail_of_the_mean(clients: list[tuple[int, int
 
 def test_exact_where_the_rank_suffices() -> None:
     updates = cohort([1, 2, 1])
-    after = FlexLoRA().aggregate(1, FlexLoRA().start(adapter(rank=4)), iter(updates))
+    after = FlexLoRA().aggregate(1, FlexLoRA().start(still(4)), iter(updates))
     assert_equal(change(after), mean(updates))
     for module in ("up", "square"):  # A has orthonormal rows, and B columns of falling norm
         a, b = after.adapter[f"{module}.lora_A"], after.adapter[f"{module}.lora_B"]
         assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-6) and torch.equal(b.norm(dim=0), b.norm(dim=0).sort(descending=True).values)
+
+
+def test_equal_ranks_are_summed_as_in_the_paper() -> None:
+    updates = cohort([4, 4, 4])
+    for seed in (0, 9):  # Σ p_k s_k B_k A_k, whatever the round began with
+        got = change(FlexLoRA().aggregate(1, FlexLoRA().start(adapter(seed, rank=4)), iter(updates)))
+        for module, matrix in mean(updates).items():
+            assert abs(float((got[module] - matrix).norm()) - tail(matrix, 4)) <= 1e-6 * float(matrix.norm())
 
 
 def test_one_client_keeps_its_own_update() -> None:
@@ -62,7 +85,7 @@ def test_the_order_of_clients_changes_nothing() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 def test_a_round_of_small_devices_leaves_no_direction_dead(method: str) -> None:
-    start = FlexLoRA().start(adapter(rank=4, method=method))
+    start = FlexLoRA().start(still(4, method))
     after = FlexLoRA().aggregate(1, start, iter(cohort([1], [3]))).adapter
     for module in ("up", "square"):
         a, b = after[f"{module}.lora_A"], after[f"{module}.lora_B"]
@@ -99,6 +122,6 @@ def test_only_methods_with_factors_are_taken(method: str) -> None:
 )
 def test_a_wrong_sum_is_caught(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flexlora, "stack", wrong)
-    after = FlexLoRA().aggregate(1, FlexLoRA().start(adapter(rank=4)), iter(cohort([1, 2, 1])))
+    after = FlexLoRA().aggregate(1, FlexLoRA().start(still(4)), iter(cohort([1, 2, 1])))
     with pytest.raises(AssertionError, match="is off by"):
         assert_equal(change(after), mean(cohort([1, 2, 1])))

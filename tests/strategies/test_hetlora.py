@@ -40,21 +40,25 @@ def dense(adapter: AdapterState, name: str = "q") -> Tensor:
 # -- the server's half --------------------------------------------------------------------------------------------------------------------
 
 
-def by_hand() -> float:
+def by_hand(variant: str = "paper") -> float:
     """How far the aggregate of a rank-1 and a rank-2 client is from arithmetic on paper."""
     state = HetLoRA().start(module([[9.0, 9.0, 9.0], [9.0, 9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]]))
     small = update("a", module([[1.0, 0.0, 0.0]], [[3.0], [0.0]]), n=1000)  # ‖BA‖ = 3; its examples do not count
     large = update("b", module([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]], [[0.0, 0.0], [0.0, 0.5]]))  # BA = [[0 0 0], [0 0 1]]: 1
-    out = HetLoRA().aggregate(1, state, iter([small, large])).adapter
+    out = HetLoRA(variant=variant).aggregate(1, state, iter([small, large])).adapter
     # weights 3/4 and 1/4: A = [[.75 .25 0], [0 0 .5]], B = [[2.25 0], [0 .125]]
     a, b = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.5]]), torch.tensor([[2.25, 0.0], [0.0, 0.125]])
+    if variant == "covered":  # the second component is the large client's alone
+        a[1], b[:, 1] = torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.0, 0.5])
     return max(float((out["q.lora_A"] - a).abs().max()), float((out["q.lora_B"] - b).abs().max()))
 
 
-def test_a_small_and_a_large_client_by_hand() -> None:
-    assert by_hand() == 0.0
+@pytest.mark.parametrize("variant", ["covered", "paper"])
+def test_a_small_and_a_large_client_by_hand(variant: str) -> None:
+    assert by_hand(variant) == 0.0
 
 
+@pytest.mark.parametrize("variant", ["covered", "paper"])
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -63,9 +67,9 @@ def test_a_small_and_a_large_client_by_hand() -> None:
         lambda term: float(term[1].norm() * term[2].norm()),  # ‖B‖‖A‖, the easy mistake
     ],
 )
-def test_the_check_notices_wrong_weights(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_notices_wrong_weights(variant: str, wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hetlora, "norm", wrong)
-    assert by_hand() > 0.01
+    assert by_hand(variant) > 0.01
 
 
 def test_heads_are_averaged_by_examples() -> None:
@@ -104,11 +108,12 @@ def test_zero_products_count_alike_and_beside_others_for_nothing() -> None:
     assert (one["q.lora_A"].item(), one["q.lora_B"].item()) == (3.0, 5.0)
 
 
-def test_rows_that_nobody_trained_can_still_learn() -> None:
+@pytest.mark.parametrize(("variant", "column"), [("covered", 6.0), ("paper", 0.0)])
+def test_rows_that_nobody_trained_can_still_learn(variant: str, column: float) -> None:
     state = HetLoRA().start(module([[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]))
-    out = HetLoRA().aggregate(1, state, iter([update("a", module([[7.0, 8.0]], [[9.0]]))])).adapter
+    out = HetLoRA(variant=variant).aggregate(1, state, iter([update("a", module([[7.0, 8.0]], [[9.0]]))])).adapter
     assert out["q.lora_A"].tolist() == [[7.0, 8.0], [3.0, 4.0]]  # zeros here and in B would have no gradient ever again
-    assert out["q.lora_B"].tolist() == [[9.0, 0.0]]
+    assert out["q.lora_B"].tolist() == [[9.0, column]]
 
 
 # -- down to the clients, and pruning ------------------------------------------------------------------------------------------------------
@@ -169,6 +174,7 @@ def test_rounds_over_the_wire(tmp_path: Path) -> None:
     ("strategy", "config", "sentence"),
     [
         (HetLoRA(), Config(peft=PeftConfig(method="dora")), "strategy=hetlora does not work with peft.method=dora"),
+        (HetLoRA(variant="x"), Config(), "strategy.variant=x is not known: choose covered or paper"),
         (HetLoRA(tail_penalty=-1.0), Config(), "tail_penalty=-1.0"),
         (HetLoRA(tail_penalty=math.nan), Config(), "tail_penalty=nan"),
         (HetLoRA(tail_share=1.0), Config(), "tail_share=1.0"),
