@@ -2,6 +2,7 @@
 
     fedtune keys --out DIR --server-name HOST --clients a b c
     fedtune status RUN
+    fedtune compare RUN RUN ...
     fedtune export RUN
     fedtune generate RUN/merged "turn on the light"
     fedtune chat RUN/merged
@@ -143,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("--add", nargs="+", metavar="NAME", help="further clients for an existing folder")
     keys.add_argument("--days", type=int, metavar="N", help="how long the certificates are good (default: 3650)")
     keys.set_defaults(command=_keys)
+
+    about = "Put finished runs side by side: mean and standard deviation over seeds, differences seed by seed, Markdown, CSV and a plot."
+    compare = commands.add_parser("compare", help="compare finished runs", description=about)
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the first one's setting is compared with")
+    compare.add_argument("--metric", metavar="NAME", help="what to judge by, such as loss (default: the metric that the runs report)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="write compare.md, compare.csv and compare.png there")
+    compare.set_defaults(command=_compare)
 
     about = "Print how a run stands: its server, its clients, what was dropped and why."
     status = commands.add_parser("status", help="show how a run stands", description=about)
@@ -317,6 +325,18 @@ def _keys(args: argparse.Namespace) -> str:
         raise ConfigError("a new folder of keys needs --server-name HOST and --clients NAME ...; a further client needs --add NAME")
     hosts = [host.strip() for host in args.server_name.split(",")]
     return make_keys(args.out, hosts, args.clients, days=DAYS if args.days is None else args.days)
+
+
+def _compare(args: argparse.Namespace) -> str | None:
+    from fedtune.report import compare
+    from fedtune.run import read_config
+
+    found = compare.compare({path: read_config(path) for path in args.runs}, args.metric)
+    compare.show(found)
+    if args.out is None:
+        return None
+    compare.write(found, args.out)
+    return str(args.out)
 
 
 def _status(args: argparse.Namespace) -> str:

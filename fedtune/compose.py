@@ -49,10 +49,12 @@ class Job:
     Args:
         label: The swept overrides that set it apart from its sisters; "" where there are none.
         config: Its checked config.
+        fixed: The overrides that it shares with all jobs of its sweep.
     """
 
     label: str
     config: Config
+    fixed: str = ""
 
 
 def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
@@ -84,8 +86,8 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
             jobs = []
             for point in points:
                 _check_choices(point, folder)
-                label = " ".join(o for o in point if o.partition("=")[0] in swept)
-                jobs.append(Job(label=label, config=_config(name, point)))
+                label, fixed = (" ".join(o for o in point if (o.partition("=")[0] in swept) == yes) for yes in (True, False))
+                jobs.append(Job(label=label, config=_config(name, point), fixed=fixed))
                 _check_private(point, jobs[-1].config)
             return jobs
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as bad:  # ValueError: Hydra's on odd defaults lists

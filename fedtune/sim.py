@@ -1,12 +1,14 @@
 """The simulation door: `python -m fedtune.sim conf=heterogeneous strategy=fedavg peft.rank=16`."""
 
+import datetime
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, Job, compose, groups, make_strategy, scenarios
-from fedtune.config import reference, to_dict
+from fedtune.config import Config, reference, to_dict
 from fedtune.errors import ConfigError, FedtuneError, Stopped
 
 USAGE = f"""\
@@ -18,7 +20,7 @@ python -m fedtune.sim resume=RUN [rounds=N]
   GROUP=CHOICE   take another file of a group, such as devices=none
   KEY=VALUE      set one value, such as rounds=3 or client.lr=2e-3
   resume=RUN     go on with the run directory RUN, from its newest good checkpoint
-  -m, --multirun run every combination of KEY=A,B,C
+  -m, --multirun run every combination of KEY=A,B,C that has not finished yet, and compare them
   --cfg          print the composed config and stop
   --version, -h, --help
 """
@@ -64,35 +66,48 @@ def _main(argv: list[str]) -> int:
 
 
 def _sweep(jobs: Sequence[Job]) -> int:
-    """Run job after job, then print what became of each; one that fails does not stop the others."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Run job after job, then compare what came of them; one that fails does not stop the others, one that has finished is not repeated."""
     from fedtune.app import simulate
+    from fedtune.report import compare
+    from fedtune.run import read_config
 
-    table = Table("job", "settings", "run", "result", title="Sweep")
-    failed = 0
+    done: list[Path] = []
+    failed: list[str] = []
     for number, job in enumerate(jobs, start=1):
         print(f"fedtune: job {number} of {len(jobs)}: {job.label}")
         try:
-            path = simulate(job.config)
-            table.add_row(str(number), job.label, str(path), _result(path))
+            if (path := _finished(job.config)) is not None:
+                print(f"fedtune: job {number} has finished before, in {path}: delete that folder to run it again")
+            else:
+                path = simulate(job.config)
+            done.append(path)
         except FedtuneError as error:
-            failed += 1
+            failed.append(f"job {number} ({job.label}): {error}")
             print(f"fedtune: job {number}: {error}", file=sys.stderr)
-            table.add_row(str(number), job.label, "–", f"failed: {error}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if done:
+        first = jobs[0]
+        out = Path(first.config.output_dir) / first.config.name / f"sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        found = compare.compare({path: read_config(path) for path in done})
+        compare.write(found, out, first.fixed)
+        compare.show(found, first.fixed)
+        print(f"sweep    {out}")
+    for sentence in failed:
+        print(f"failed   {sentence}")
     return 2 if failed else 0
 
 
-def _result(path: Path) -> str:
-    """The last value of the metric that the run is judged by."""
-    from fedtune.report import read_metrics, summary
+def _finished(config: Config) -> Path | None:
+    """The directory of a finished run with exactly this config, None where there is none."""
+    from fedtune.report import compare
+    from fedtune.run import read_config
 
-    records = read_metrics(path)
-    metric = summary.primary_metric(records)
-    last = [v for r in summary.rounds(records) if (v := summary.value(r, metric)) is not None]
-    return f"{metric} {last[-1]:.4g}" if last else "–"
+    for path in sorted(p.parent for p in (Path(config.output_dir) / config.name).glob("*/config.yaml")):
+        try:
+            if read_config(path) == config and compare.finished(path, config):
+                return path
+        except FedtuneError:  # another version's, or damaged: not this run
+            continue
+    return None
 
 
 def help_text() -> str:

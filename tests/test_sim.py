@@ -144,22 +144,55 @@ def test_a_sweep_is_every_combination() -> None:
     ]
 
 
-def test_a_sweep_goes_on_after_a_failed_job_and_says_so(
+def finish(config: Config, path: Path, value: float) -> Path:
+    """A run directory as a finished run leaves it, as far as a sweep looks at it."""
+    (path / "adapter").mkdir(parents=True)
+    (path / "adapter" / "README.md").write_text("")
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    lines = [f'{{"round": {r}, "client": null, "exact_match": {value * r / config.rounds}}}' for r in range(config.rounds + 1)]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_sweep_goes_on_after_a_failed_job_and_skips_finished_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ran: list[tuple[int, int]] = []
+
     def simulate(config: Config) -> Path:
-        if config.rounds == 1:
+        ran.append((config.rounds, config.seed))
+        if config.rounds == 1 and len(ran) == 1:
             raise RunError("nobody came")
-        lines = ['{"round": 0, "client": null, "exact_match": 0.25}', '{"round": 1, "client": null, "exact_match": 0.75}']
-        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        return tmp_path
+        return finish(config, tmp_path / config.name / f"run-{len(ran)}", config.rounds / 4 + config.seed / 10)
 
     monkeypatch.setattr(fedtune.app, "simulate", simulate)
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(["rounds=1,2", "--multirun"]) == 2
+    sweep = ["rounds=1,2", "seed=0,1", "eval.clients=0", "inference=none", f"output_dir={tmp_path}", "--multirun"]
+    assert main(sweep) == 2
     out, err = capsys.readouterr()
-    assert "fedtune: job 1: nobody came\n" in err
-    assert "failed: nobody came" in out and "exact_match 0.75" in out
+    assert "fedtune: job 1: nobody came\n" in err and "failed   job 1 (rounds=1 seed=0): nobody came" in out
+    assert ran == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    # rounds=2: .5 and .6, so .55 ± .071; only seed 1 is common: .6 - .35 = .25
+    assert "0.550 ± 0.071" in out and "+0.250 (1)" in out and "eval.clients=0 inference=none" in " ".join(out.split())
+    assert all(len(line) <= 80 for line in out.splitlines() if "±" in line)
+    assert main(sweep) == 0  # what had finished is not run again
+    assert ran[4:] == [(1, 0)] and "job 2 has finished before, in" in capsys.readouterr().out
+    (found,) = [p for p in (tmp_path / "heterogeneous").glob("sweep-*") if "rounds=1,0," in (p / "compare.csv").read_text()]
+    assert sorted(p.name for p in found.iterdir()) == ["compare.csv", "compare.md", "compare.png"]
+
+
+def test_an_unfinished_run_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[Path] = []
+
+    def simulate(config: Config) -> Path:
+        ran.append(finish(config, tmp_path / config.name / f"run-{len(ran)}", 0.5))
+        return ran[-1]
+
+    monkeypatch.setattr(fedtune.app, "simulate", simulate)
+    sweep = ["rounds=2", "seed=0,1", "inference=none", f"output_dir={tmp_path}", "--multirun"]
+    assert main(sweep) == 0 and len(ran) == 2
+    (ran[0] / "metrics.jsonl").write_text('{"round": 1, "client": null, "exact_match": 0.1}\n')  # stopped in round 2
+    (ran[1] / "adapter" / "README.md").unlink()  # stopped while it wrote its adapter
+    assert main(sweep) == 0 and len(ran) == 4
 
 
 def test_resume_takes_the_runs_own_config(tmp_path: Path) -> None:
