@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
@@ -30,6 +30,8 @@ from fedtune.run import Checkpoint, RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterState
 from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.turnout import Turnout
+from fedtune.weights import heaviest, share_of
 from fedtune.wire import Envelopes
 
 _PLANNED = 64  # clients of an evaluation that are planned at once: an assignment may hold as much as a model
@@ -43,33 +45,6 @@ class Watcher(Protocol):
     def client_done(self, client: str, dropped: str | None) -> None: ...
     def round_done(self, record: dict[str, Any], clients: list[dict[str, Any]]) -> None: ...
     def note(self, text: str) -> None: ...
-
-
-@dataclass
-class Turnout:
-    """What became of one cohort."""
-
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    counted: int = 0
-    examples: int = 0
-    loss: float = 0.0
-    late: dict[str, int] = field(default_factory=dict)  # client whose late reply counts → how many rounds late
-
-    @property
-    def good(self) -> int:
-        """Updates that count, late ones too."""
-        return self.counted + len(self.late)
-
-    def count(self, update: Update) -> None:
-        self.counted += 1
-        if "train_loss" in update.metrics:
-            self.examples += update.examples
-            self.loss += update.examples * update.metrics["train_loss"]
-
-    def drop(self, client: str, kind: str, why: str) -> None:
-        self.dropped[kind] = self.dropped.get(kind, 0) + 1
-        self.records[client]["dropped"] = f"{kind}: {why}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +79,13 @@ class Bridge:
         """Run all rounds that are left, and return the last state."""
         found = self.found
         done = found.round if found else 0
-        roll = Roll(self.grid, self.initial.spec.base, self.config.min_clients, self.welcome, self.watcher)
+        weights = self.config.weights
+        roll = Roll(self.grid, self.initial.spec.base, self.config.min_clients, self.welcome, self.watcher, weights.max_examples)
+        if share := share_of(weights, self.config.clients_per_round, engine=self.welcome.wanted is None):
+            self.watcher.note(
+                f"a client counts at most {float(share):.3g} of a round of {self.config.clients_per_round} (weights.max_share), and may say"
+                f" that it has {weights.max_examples} examples (weights.max_examples)"
+            )
         clients = roll.gather(done + 1)
         if found is None:
             found = Checkpoint(round=0, state=self.strategy.start(self.initial), clients={})
@@ -173,11 +154,12 @@ class Bridge:
                 turnout.drop(client, "traffic", letter.too_much)
                 self.watcher.client_done(client, f"traffic: {letter.too_much}")
         contents = {c: letter.content for c, letter in letters.items() if not letter.too_much}
+        turnout.heaviest = self._heaviest(round, contents, clients)
         replies = self._ask(
             "train", round, contents, clients, turnout, state, lambda c, i: late.expect(_awaited(letters[c], i, clients[c]))
         )
         checked = self._checked(replies, {c: letter.assignment for c, letter in letters.items()}, clients, turnout, late)
-        updates = itertools.chain(checked, self._belated(round, state, turnout, late))
+        updates = map(turnout.weigh, itertools.chain(checked, self._belated(round, state, turnout, late)))
         first = next(updates, None)
         if first is None:
             self.watcher.note(f"round {round} does not count: no client sent a good update; the state stays as it was")
@@ -191,6 +173,14 @@ class Bridge:
             self.watcher.note(f"round {round} does not count: '{broken}' of its result is not finite; the state stays as it was")
             return state, turnout
         return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), turnout
+
+    def _heaviest(self, round: int, cohort: Collection[str], clients: Mapping[str, Client]) -> int | None:
+        share = share_of(self.config.weights, len(cohort), engine=self.welcome.wanted is None)
+        if share is None or not (most := heaviest((clients[c].examples for c in cohort), share)):
+            return None
+        for client in (c for c in cohort if clients[c].examples > most):
+            self.watcher.note(f"round {round}: client {client} counts {most} of its {clients[client].examples} examples: weights.max_share")
+        return most
 
     def _letters(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, Letter]:
         assignments = self.strategy.plan(round, self._plans(round, ids, clients, state), state)
@@ -223,7 +213,6 @@ class Bridge:
                 late.keep(update, assignments[client], took)
                 self.watcher.client_done(client, record["dropped"])
                 continue
-            turnout.count(update)
             self.watcher.client_done(client, None)
             yield update
 

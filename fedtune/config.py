@@ -207,6 +207,18 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class WeightsConfig:
+    max_examples: int = opt(100_000, "rows that a client may say it has; one that says more is left out", ge=1)
+    max_share: float | None = opt(
+        None,
+        "largest share of a round's weight that one client may have (an equal share at least); none: on a network three equal shares and at"
+        " most 0.5, in a simulation, where nobody can lie about its rows, no bound",
+        gt=0,
+        le=1,
+    )
+
+
+@dataclass(kw_only=True)
 class TrafficConfig:
     up: str = opt(
         "fp32",
@@ -264,6 +276,7 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 

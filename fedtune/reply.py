@@ -16,7 +16,16 @@ from fedtune.traffic import Codec, decode_update
 _ADAMW = (1 - 0.9) / (1 - 0.999) ** 0.5
 _SLACK = 1.5  # codecs round what was trained
 _ROUNDING = 1e-3
-OURS = ("round", "client", "dropped", "bytes_up", "bytes_down", "staleness", "late")  # of a client's line, only the server writes them
+OURS = (
+    "round",
+    "client",
+    "dropped",
+    "bytes_up",
+    "bytes_down",
+    "staleness",
+    "late",
+    "weight",
+)  # of a client's line, only the server writes them
 
 
 def read_update(content: RecordDict, assignment: Assignment, *, examples: int | None = None) -> Update:

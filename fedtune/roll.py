@@ -80,10 +80,11 @@ class Roll:
         least: Fewest clients that a round can do with.
         welcome: How nodes are let in.
         watcher: Who is told of those that come and those that are left out.
+        most: Largest number of rows that a client may say it has.
     """
 
-    def __init__(self, grid: Grid, base: str, least: int, welcome: Welcome, watcher: "Listener") -> None:
-        self._grid, self._base, self._least, self._welcome = grid, base, least, welcome
+    def __init__(self, grid: Grid, base: str, least: int, welcome: Welcome, watcher: "Listener", most: int) -> None:
+        self._grid, self._base, self._least, self._welcome, self._most = grid, base, least, welcome, most
         self._note, self._known = watcher.note, watcher.client_known
         self.clients: dict[str, Client] = {}
         self._nodes: set[int] = set()
@@ -192,6 +193,12 @@ class Roll:
         if self._welcome.names is not None and (name := self._welcome.names().get(node, "")) != client:
             return self._leave_out(
                 node, f"node {node} has the key of '{name}' and calls itself '{client}': set its --client-id, or its key"
+            )
+        if (rows := max(known.examples, known.held_out)) > self._most:
+            return self._leave_out(
+                node,
+                f"client {client} says that it has {min(rows, 10**12)} rows, at most weights.max_examples={self._most} are believed: raise"
+                " that on the server if it does",
             )
         other = self.clients.get(client)
         if other is not None and other.node != node and other.node in self._nodes:

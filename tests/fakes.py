@@ -117,6 +117,7 @@ def bridge(
     strategy: Strategy | None = None,
     initial: AdapterState | None = None,
     patience_s: float = 10.0,
+    wanted: int | None = None,
 ) -> tuple[Bridge, Ear]:
     """A bridge over fake clients, whose steps go far; a run directory that is there is gone on with."""
     if config.client.lr == Config().client.lr:
@@ -133,7 +134,7 @@ def bridge(
         metric=("accuracy", True),
         evaluate=lambda s: {"accuracy": float(s.adapter["head.weight"].mean())},
         watcher=ear,
-        welcome=Welcome(patience_s=patience_s),
+        welcome=Welcome(patience_s=patience_s, wanted=wanted),
     )
     return made, ear
 

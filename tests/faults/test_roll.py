@@ -60,7 +60,7 @@ class Notes:
 
 def made(said: Said, come: dict[int, float], least: int = 2, **welcome: Any) -> tuple[Roll, Nodes, Notes]:
     grid, notes = Nodes(said, come), Notes()
-    return Roll(grid, "b", least, Welcome(**{"patience_s": 0.4, "again_s": math.inf, **welcome}), notes), grid, notes  # type: ignore[arg-type]
+    return Roll(grid, "b", least, Welcome(**{"patience_s": 0.4, "again_s": math.inf, **welcome}), notes, 1000), grid, notes  # type: ignore[arg-type]
 
 
 def named(node: int) -> dict[str, Any]:
@@ -127,3 +127,10 @@ def test_a_hello_that_makes_no_sense_is_left_out_by_name(said: Any) -> None:
     at_door, _, notes = made(lambda n: said if n == 3 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, patience_s=20.0)
     assert sorted(at_door.gather(1)) == ["c1", "c2"]
     assert notes.notes == ["left out, node 3: its hello cannot be read"]
+
+
+@pytest.mark.parametrize("claim", [{"examples": 1e9}, {"examples": 1001}, {"held_out": 10**400}])
+def test_a_hello_cannot_claim_more_rows_than_are_believed(claim: dict[str, Any]) -> None:
+    roll, _, notes = made(lambda n: {**named(n), **claim} if n == 3 else {**named(n), "examples": 1000}, {1: 0.0, 2: 0.0, 3: 0.0})
+    assert sorted(roll.gather(1)) == ["c1", "c2"]
+    assert len(notes.notes) == 1 and "at most weights.max_examples=1000 are believed" in notes.notes[0]
