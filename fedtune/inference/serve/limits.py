@@ -19,7 +19,7 @@ from fedtune.inference.serve.protocol import Refused
 
 KEY_VARIABLE = "FEDTUNE_API_KEY"
 BODY_S = 30.0  # a request must have come in full by then
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{0,5})?", re.IGNORECASE | re.ASCII)  # a whole Host header
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
@@ -105,9 +105,7 @@ def check_host(request: Request) -> None:
 
     A page of somewhere else can let its own name point to 127.0.0.1 and then read what the server here answers (DNS rebinding).
     """
-    host = request.headers.get("host", "")
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if name.lower() not in LOOPBACK:
+    if not LOOPBACK.fullmatch(request.headers.get("host", "")):
         raise Refused(403, "this server answers to localhost alone: start it with an API key or another --host", code="wrong_host")
 
 

@@ -160,10 +160,11 @@ def test_bodies_must_be_json_and_small(here: Served) -> None:
     assert httpx.post(url, content=chunked, headers={"content-type": "application/json; charset=utf-8"}).status_code == 200
 
 
-def test_a_name_of_elsewhere_gets_nothing(here: Served) -> None:
+@pytest.mark.parametrize("host", ["evil.example", "localhost:evil.example", "[::1]evil.example"])
+def test_a_name_of_elsewhere_gets_nothing(here: Served, host: str) -> None:
     for path in ("/", "/v1/models"):
-        assert httpx.get(here.url + path, headers={"host": "evil.example"}).status_code == 403
-    assert post(here, ASK, headers={"host": "evil.example"}).status_code == 403
+        assert httpx.get(here.url + path, headers={"host": host}).status_code == 403
+    assert post(here, ASK, headers={"host": host}).status_code == 403
 
 
 def test_keys(engine: Engine) -> None:

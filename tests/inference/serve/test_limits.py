@@ -106,7 +106,7 @@ def test_keys_are_compared_in_constant_time_and_all_of_them(monkeypatch: pytest.
     assert [len(a) == len(b) == 32 for a, b in compared] == [True] * 3
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:80", "LOCALHOST"])
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "localhost:", "127.0.0.1:1", "[::1]:80", "LOCALHOST"])
 def test_local_names(host: str) -> None:
     check_host(request(host=host))
 
@@ -116,6 +116,31 @@ def test_names_of_elsewhere_are_refused(host: str) -> None:
     with pytest.raises(Refused) as refused:
         check_host(request(host=host))
     assert refused.value.status == 403
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost:evil.example", "[::1]evil.example", "[::1].evil.example", "127.0.0.1:80@evil.example", "localhost:1:2", "[::1]:80:90"),
+        *("[::1", "::1", "[localhost]", "localhost:-1", "localhost:٣", "localhost:123456", "localhost /", "localhost\n"),
+    ],
+)
+def test_a_host_header_is_judged_as_a_whole(host: str) -> None:
+    raw = Request({"type": "http", "headers": [(b"host", host.encode())]})
+    with pytest.raises(Refused) as refused:
+        check_host(raw)
+    assert refused.value.status == 403
+
+
+@given(st.sampled_from(["localhost", "127.0.0.1", "[::1]"]), st.text(st.characters(codec="ascii"), min_size=1, max_size=8))
+def test_nothing_but_a_port_may_follow_a_local_name(name: str, rest: str) -> None:
+    is_port = rest[0] == ":" and (rest[1:].isdecimal() or rest == ":") and len(rest) <= 6
+    try:
+        check_host(request(host=name + rest))
+    except Refused:
+        assert not is_port
+    else:
+        assert is_port
 
 
 @pytest.mark.parametrize("wrong", [{"max_body": 0}, {"max_tokens": 0}, {"timeout": 0.0}, {"timeout": float("nan")}, {"grace": -1.0}])
