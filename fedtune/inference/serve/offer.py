@@ -82,7 +82,10 @@ def make_job(
         count = COMPLETION_TOKENS if isinstance(asked, AskedCompletion) else offer.answer or limits.max_tokens
         count = min(count, limits.max_tokens, room)
     elif count > limits.max_tokens:
-        raise Refused(400, f"{count} new tokens are more than the {limits.max_tokens} of this server: ask for fewer", param="max_tokens")
+        more = f", or start it with --max-tokens {count}" if count <= room else ""
+        raise Refused(
+            400, f"{count} new tokens are more than the {limits.max_tokens} of this server: ask for fewer{more}", param="max_tokens"
+        )
     elif count > room:
         raise Refused(
             400,
@@ -90,9 +93,9 @@ def make_job(
             code=TOO_LONG,
         )
     sampling = Sampling(
-        temperature=1.0 if asked.temperature is None else float(asked.temperature),
+        temperature=0.0 if asked.top_p == 0 else 1.0 if asked.temperature is None else float(asked.temperature),  # the likeliest is left
         top_k=asked.top_k or 0,
-        top_p=1.0 if asked.top_p is None else float(asked.top_p),
+        top_p=float(asked.top_p or 1.0),
         min_p=float(asked.min_p or 0.0),
         repetition_penalty=1.0 if asked.repetition_penalty is None else float(asked.repetition_penalty),
         seed=secrets.randbits(63) if asked.seed is None else asked.seed,  # without a seed, every answer is another

@@ -1,7 +1,8 @@
 """What clients may ask and what they get back: OpenAI's `/v1/completions` and `/v1/chat/completions`.
 
-A field that would change the answer and that this server cannot honour is refused by a sentence, never passed over; fields that only carry
-book-keeping (`user`, `metadata`, `store` …) are taken and left alone.
+A field that would change the answer and that this server cannot honour is refused by a sentence, never passed over.
+A value without effect is taken, and so are fields that only carry book-keeping (`user`, `metadata`, `store` …).
+Every optional field may be null, and every answer may come back as a message.
 
 Source: OpenAI API reference, "Completions" and "Chat".
 """
@@ -44,23 +45,34 @@ class Refused(Exception):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _Object(BaseModel):
+    """A JSON object of a request: no unknown fields, no conversions, and null in an optional field means that it is left out."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = {name for name, info in cls.model_fields.items() if not info.is_required()}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
+
+
+class StreamOptions(_Object):
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class _Asked(BaseModel):
+class _Asked(_Object):
     """What both routes share."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64)] | None = None
     stop: str | list[str] | None = None
     # further than OpenAI; under the names that vLLM, llama.cpp and transformers share
@@ -79,6 +91,9 @@ class _Asked(BaseModel):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+    prediction: Any = None  # a guess at the answer, which may only make it come sooner
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -142,17 +157,33 @@ class AskedCompletion(_Asked):
         return self.logprobs
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+_Empty = Annotated[list[Any], Field(max_length=0)]
+
+
+class TextPart(_Object):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class ChatMessage(_Object):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(max_length=1024)]
     name: str | None = None
+    # of answers, as clients send them back
+    refusal: Literal[""] | None = None
+    annotations: _Empty | None = None
+    audio: None = None
+    parsed: None = None  # not of the API: the openai client's streaming helper adds it
+    function_call: None = None
+    tool_calls: _Empty | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answer_without_text(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("role") == "assistant" and values.get("content") is None:
+            return values | {"content": ""}
+        return values
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it: `developer` is OpenAI's newer word for `system`."""
@@ -160,8 +191,7 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _ResponseFormat(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _ResponseFormat(_Object):
     type: Literal["text"]
 
 
@@ -173,13 +203,23 @@ class AskedChat(_Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: _ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    tools: _Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None  # of no tools
+    functions: _Empty | None = None
+    function_call: Literal["none", "auto"] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: None = None
+    moderation: None = None
 
     @model_validator(mode="after")
     def _chat_consistent(self) -> "AskedChat":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.messages[-1].role == "assistant":
+            raise ValueError("this server does not continue an assistant's message: end 'messages' with one of another role")
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("'max_tokens' and 'max_completion_tokens' disagree: give one of them")
@@ -213,6 +253,9 @@ def read(kind: type[T], payload: object) -> T:
         raise _sentence(first) from None
 
 
+_NO_TOOLS = "this server calls no tools: leave out '{}'"
+_NO_ADVICE = "this server cannot change how a model thinks or how much it says: leave out '{}'"
+_TEXT_ALONE = "this server answers in plain text alone: leave out '{}'"
 UNSUPPORTED = {
     "n": "this server gives one answer a request: leave out 'n' or give 1",
     "best_of": "this server gives one answer a request: leave out 'best_of' or give 1",
@@ -221,10 +264,14 @@ UNSUPPORTED = {
     "logit_bias": "this server takes no 'logit_bias': leave it out",
     "echo": "this server does not repeat the prompt: leave out 'echo'",
     "suffix": "this server does not fill in the middle: leave out 'suffix'",
-    "tools": "this server calls no tools: leave out 'tools'",
-    "tool_choice": "this server calls no tools: leave out 'tool_choice'",
-    "response_format": "this server answers in plain text alone: leave out 'response_format'",
-    "modalities": "this server answers in plain text alone: leave out 'modalities'",
+    "include_obfuscation": "this server does not pad its streams: leave out 'include_obfuscation'",
+    "moderation": "this server moderates nothing: leave out 'moderation'",
+    "web_search_options": "this server searches nothing: leave out 'web_search_options'",
+    "refusal": "this server takes no 'refusal': put its text into 'content'",
+    "annotations": "this server takes no 'annotations': leave them out",
+    **dict.fromkeys(("tools", "tool_choice", "tool_calls", "parallel_tool_calls", "functions", "function_call"), _NO_TOOLS),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), _NO_ADVICE),
+    **dict.fromkeys(("response_format", "modalities", "audio"), _TEXT_ALONE),
 }
 
 
@@ -232,11 +279,12 @@ def _sentence(error: Any) -> Refused:
     # locations also hold the names of a union's branches, such as list[constrained-str]
     where = [part for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "list"))]
     param = _short("".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")) or None
+    known = next((part for part in where if part in UNSUPPORTED), None)
+    if known is not None:
+        return Refused(400, UNSUPPORTED[known].format(known), code="unsupported_parameter", param=param)
     if error["type"] == "extra_forbidden":
         name = _short(str(error["loc"][-1]))
         return Refused(400, f"this server knows no field '{name}': leave it out", code="unknown_parameter", param=name)
-    if where and where[0] in UNSUPPORTED:
-        return Refused(400, UNSUPPORTED[where[0]], code="unsupported_parameter", param=param)
     if error["type"] == "missing":
         return Refused(400, f"the field '{param}' is missing", code="missing_required_parameter", param=param)
     if error["type"] == "value_error":

@@ -134,7 +134,7 @@ def test_routes(here: Served) -> None:
     ("change", "status", "why"),
     [
         ({"model": "other"}, 404, "ask for tiny"),
-        ({"max_tokens": 2000}, 400, "more than the 1024 of this server"),
+        ({"max_tokens": 2000}, 400, "more than the 1024 of this server: ask for fewer"),
         ({"prompt": "a" * 5000}, 400, "leave no room in the model's context of 512"),
         ({"prompt": "a", "max_tokens": 600}, 400, "are more than the model's context of 512"),
         ({"prompt": [5, 2000]}, 400, "holds a token that is none"),
@@ -144,6 +144,15 @@ def test_routes(here: Served) -> None:
 def test_what_cannot_be_answered(here: Served, change: dict[str, Any], status: int, why: str) -> None:
     answer = post(here, ASK | change)
     assert (answer.status_code, why in answer.json()["error"]["message"]) == (status, True)
+
+
+def test_a_limit_of_the_servers_own_names_its_option(engine: Engine) -> None:
+    with served(engine, limits=Limits(max_tokens=10, grace=1)) as server:
+        refused = post(server, ASK | {"max_tokens": 11}).json()["error"]
+        assert refused["message"] == "11 new tokens are more than the 10 of this server: ask for fewer, or start it with --max-tokens 11"
+        beyond = post(server, ASK | {"max_tokens": 5000}).json()["error"]
+        assert beyond["message"].endswith("ask for fewer")  # the model's context holds no more either
+        assert post(server, ASK | {"max_tokens": 10}).status_code == 200
 
 
 def test_bodies_must_be_json_and_small(here: Served) -> None:

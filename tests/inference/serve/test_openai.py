@@ -1,6 +1,8 @@
 """The real `openai` client."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -58,6 +60,31 @@ def test_chats(here: Served, client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
     assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason
+
+
+def test_answers_are_fed_back_in_every_form_that_the_client_gives_them(here: Served, client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tiny", "temperature": 0, "max_tokens": 4}
+    first: Any = [{"role": "user", "content": "hello"}]
+    answer = client.chat.completions.create(messages=first, **ask)
+    raw = client.chat.completions.with_raw_response.create(messages=first, **ask)
+    stop = answer.choices[0].message.content[1:3]  # the helper raises where an answer is cut by its length
+    with client.chat.completions.stream(messages=first, stop=stop, **ask) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    message = answer.choices[0].message
+    forms = [message, message.model_dump(), message.to_dict(), json.loads(raw.text)["choices"][0]["message"], streamed]
+    for form in forms:
+        again = client.chat.completions.create(messages=[*first, form, *first], **ask)
+        said = streamed.content if form is streamed else message.content
+        prompt = f"user: hello\nassistant: {said}\nuser: hello\nassistant:"
+        assert again.usage.prompt_tokens == len(here.engine.text.encode(prompt, begin=False))
+    plain = client.completions.create(prompt="hello", **ask)
+    assert client.completions.create(prompt="hello" + plain.choices[0].text, **ask).choices[0].finish_reason == "length"
+
+
+def test_top_p_of_zero_leaves_the_likeliest_token(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tiny", "prompt": "warm", "max_tokens": 12}
+    greedy = client.completions.create(temperature=0, **ask).choices[0].text
+    assert [client.completions.create(temperature=1.5, top_p=0, **ask).choices[0].text for _ in range(2)] == [greedy, greedy]
 
 
 def test_the_streaming_helper(client: openai.OpenAI) -> None:

@@ -1,11 +1,14 @@
 """What may be asked, what is refused and by which sentence, and the shapes of answers."""
 
 import json
-from typing import Any
+from typing import Any, Required, get_origin, get_type_hints
 
 import pytest
+from openai.types import chat as openai_chat
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as CompletionParams
 
-from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused, Shape, TokenLogprob, read, usage
+from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, ChatMessage, Refused, Shape, TextPart, TokenLogprob, read, usage
 
 
 def asked(**more: Any) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def chat(**more: Any) -> dict[str, Any]:
             "'repetition_penalty' is wrong: input should be greater than or equal to 0.01",
             "repetition_penalty",
         ),
-        (asked(top_p=0), "'top_p' is wrong: input should be greater than 0", "top_p"),
+        (asked(top_p=-0.1), "'top_p' is wrong: input should be greater than or equal to 0", "top_p"),
         (asked(seed=2**64), "'seed' is wrong", "seed"),
         (asked(seed=1.5), "'seed' is wrong", "seed"),
         (asked(max_tokens=0), "'max_tokens' is wrong: input should be greater than or equal to 1", "max_tokens"),
@@ -58,6 +61,14 @@ def chat(**more: Any) -> dict[str, Any]:
         (asked(frequency_penalty=-1), "no frequency penalty", "frequency_penalty"),
         (asked(logprobs=21), "'logprobs' is wrong", "logprobs"),
         (asked(colour="red"), "this server knows no field 'colour': leave it out", "colour"),
+        (asked(temprature=None), "this server knows no field 'temprature': leave it out", "temprature"),
+        (asked(prompt=None), "'prompt' must be one text", "prompt"),
+        (asked(model=None), "'model' is wrong: input should be a valid string", "model"),
+        (
+            asked(stream=True, stream_options={"include_obfuscation": True}),
+            "does not pad its streams: leave out 'include_obfuscation'",
+            "stream_options.include_obfuscation",
+        ),
     ],
 )
 def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, param: str | None) -> None:
@@ -84,6 +95,24 @@ def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, pa
         (chat(response_format={"type": "json_object"}), "answers in plain text alone"),
         (chat(modalities=["audio"]), "answers in plain text alone"),
         (chat(prompt="a"), "knows no field 'prompt'"),
+        (chat(messages=None), "'messages' is wrong"),
+        (chat(messages=[{"role": None, "content": "a"}]), "'messages[0].role' is wrong"),
+        (chat(messages=[{"role": "user", "content": "a", "nmae": None}]), "knows no field 'nmae'"),
+        (chat(messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]), "'messages[0].content[0].text' is wrong"),
+        (chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]), "calls no tools: leave out 'tool_calls'"),
+        (chat(messages=[{"role": "assistant", "content": None, "function_call": {}}]), "calls no tools: leave out 'function_call'"),
+        (chat(messages=[{"role": "assistant", "content": None, "refusal": "no"}]), "'refusal': put its text into 'content'"),
+        (chat(messages=[{"role": "assistant", "content": "a", "audio": {"id": "1"}}]), "plain text alone: leave out 'audio'"),
+        (
+            chat(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
+            "does not continue an assistant's message: end 'messages' with one of another role",
+        ),
+        (chat(functions=[{"name": "f"}]), "calls no tools: leave out 'functions'"),
+        (chat(tool_choice="required"), "calls no tools: leave out 'tool_choice'"),
+        (chat(reasoning_effort="high"), "leave out 'reasoning_effort'"),
+        (chat(verbosity="low"), "leave out 'verbosity'"),
+        (chat(web_search_options={}), "searches nothing"),
+        (chat(moderation={"model": "m"}), "moderates nothing"),
     ],
 )
 def test_chats_are_refused_by_one_sentence(payload: Any, sentence: str) -> None:
@@ -96,6 +125,79 @@ def test_what_changes_nothing_is_taken() -> None:
     harmless: dict[str, Any] = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "u", "stop": None}
     assert read(AskedCompletion, asked(**harmless, best_of=1, echo=False, suffix=None)).stops == ()
     assert read(AskedChat, chat(**harmless, tools=[], response_format={"type": "text"}, store=False)).limit is None
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        *(
+            {"tools": []},
+            {"functions": []},
+            {"tool_choice": "none"},
+            {"tool_choice": "auto"},
+            {"function_call": "none"},
+            {"top_logprobs": 0},
+        ),
+        *({"parallel_tool_calls": True}, {"parallel_tool_calls": False}, {"reasoning_effort": "none"}, {"verbosity": "medium"}),
+        *({"logprobs": False}, {"modalities": ["text"]}, {"response_format": {"type": "text"}}, {"service_tier": "auto"}, {"stop": []}),
+        *({"prediction": {"type": "content", "content": "a"}}, {"prompt_cache_retention": "24h"}, {"prompt_cache_options": {"ttl": "30m"}}),
+    ],
+)
+def test_a_chat_field_without_effect_is_taken(neutral: dict[str, Any]) -> None:
+    one, two = read(AskedChat, chat(**neutral)), read(AskedChat, chat())
+    assert (one.stops, one.limit, one.tops, one.messages) == (two.stops, two.limit, two.tops, two.messages)
+
+
+def optional(kind: Any) -> list[str]:
+    """Names of a typed dictionary of the openai package that a caller may leave out."""
+    return [name for name, hint in get_type_hints(kind, include_extras=True).items() if get_origin(hint) is not Required]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "good"), [(AskedChat, ChatParams, chat()), (AskedCompletion, CompletionParams, asked())])
+def test_every_optional_field_of_a_request_may_be_null(ours: Any, theirs: Any, good: dict[str, Any]) -> None:
+    names = {*optional(theirs), *(name for name, field in ours.model_fields.items() if not field.is_required())}
+    assert len(names) > 15
+    for name in names:
+        assert read(ours, good | {name: None}) == read(ours, good), name
+    assert read(ours, good | dict.fromkeys(names)) == read(ours, good)
+
+
+def test_every_optional_field_within_a_request_may_be_null() -> None:
+    options: dict[str, None] = dict.fromkeys(optional(openai_chat.ChatCompletionStreamOptionsParam))
+    assert len(options) >= 2
+    assert not read(AskedChat, chat(stream=True, stream_options=options)).wants_usage
+    parts: dict[str, None] = dict.fromkeys([*optional(openai_chat.ChatCompletionContentPartTextParam), *optional_of(TextPart)])
+    kinds = {
+        "system": openai_chat.ChatCompletionSystemMessageParam,
+        "developer": openai_chat.ChatCompletionDeveloperMessageParam,
+        "assistant": openai_chat.ChatCompletionAssistantMessageParam,
+        "user": openai_chat.ChatCompletionUserMessageParam,
+    }
+    last = {"role": "user", "content": "a"}
+    for role, kind in kinds.items():
+        message = {"role": role, "content": [{"type": "text", "text": "b"} | parts]} | dict.fromkeys(
+            name for name in [*optional(kind), *optional_of(ChatMessage)] if name != "content"
+        )
+        assert read(AskedChat, chat(messages=[message, last])).messages[0].plain()["content"] == "b"
+    for empty in ({"role": "assistant"}, {"role": "assistant", "content": None, "tool_calls": [], "annotations": [], "refusal": ""}):
+        assert read(AskedChat, chat(messages=[empty, last])).messages[0].plain() == {"role": "assistant", "content": ""}
+
+
+def optional_of(kind: Any) -> list[str]:
+    return [name for name, field in kind.model_fields.items() if not field.is_required()]
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\n", "naïve 😀 \ufffd", "{{ x }}</s>\x00"])
+def test_an_answer_may_come_back_as_a_message(text: str) -> None:
+    whole = json.loads(json.dumps(Shape(chat=True, id="c", model="m").whole(text, None, "stop", usage(1, 1))))
+    message = whole["choices"][0]["message"]
+    parsed = openai_chat.ChatCompletion.model_validate(whole).choices[0].message
+    streamed = {"role": "assistant", "content": ""}
+    for event in events([*(shape := Shape(chat=True, id="c", model="m")).opening(), shape.piece(text, None)]):
+        streamed |= {"content": streamed["content"] + event["choices"][0]["delta"]["content"]}
+    for form in (message, parsed.model_dump(), parsed.model_dump(exclude_unset=True), streamed):
+        read_back = read(AskedChat, chat(messages=[{"role": "user", "content": "a"}, form, {"role": "user", "content": "b"}]))
+        assert read_back.messages[1].plain() == {"role": "assistant", "content": text}
 
 
 def test_fields_arrive() -> None:
