@@ -15,6 +15,7 @@ import numpy as np
 from fedtune.config import Config, DeviceClass
 from fedtune.data.columns import Table, canonical
 from fedtune.data.local import has_files, read_test
+from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
 from fedtune.errors import ConfigError, DataError
 from fedtune.seeds import derive_seed
@@ -79,8 +80,6 @@ def load_federation(config: Config) -> Federation:
     data, seed = config.data, config.seed
     table = canonical(source, config, "training", tuple(data.labels) or None)
     if config.partition.kind == "natural":
-        from fedtune.data.partition import rows_of_large_clients
-
         table = _select(table, rows_of_large_clients(config.partition, table.columns.get("client")))
     if test_source is not None:
         tests, order = canonical(test_source, config, "test", table.labels), np.arange(len(table))
@@ -97,8 +96,6 @@ def load_federation(config: Config) -> Federation:
     if config.partition.kind == "one":
         parts = {str(data.client): np.arange(len(order))}
     else:
-        from fedtune.data.partition import partition  # flwr-datasets takes 50 MB, and a device has its own rows only
-
         parts = partition(config.partition, len(order), seed, table.columns.get("label"), table.columns.get("client"))
     if config.partition.kind == "natural" and (gone := len(named.difference(parts))):
         log.warning("%d clients have all their rows in the global test or beyond data.limit, and are left out", gone)

@@ -1,26 +1,17 @@
-"""Which rows each client holds: IID, Dirichlet, pathological, size-skewed, natural ids (flwr-datasets), and FedPETuning's per-client prior.
+"""Which rows each client holds: IID, Dirichlet, pathological, size-skewed, natural ids, and FedPETuning's per-client prior.
 
-Every partition is disjoint and complete: each row belongs to exactly one client.
-Sources: Dirichlet over clients per class, Hsu et al. 2019, arXiv:1909.06335, as flwr-datasets does it; pathological, McMahan et al. 2017,
-arXiv:1602.05629; per-client prior, Zhang et al. 2023, FedPETuning, arXiv:2212.10025.
+Every partition is disjoint and complete: each row belongs to exactly one client. Except for natural ids, the order of the rows in the
+source decides nothing: the rows, or the rows of each class, are permuted first.
+Sources: Dirichlet over clients per class, Yurochkin et al. 2019, arXiv:1905.12022 (Hsu et al. 2019, arXiv:1909.06335, draw each client's
+class mix instead); pathological, McMahan et al. 2017, arXiv:1602.05629, there as shards of sorted rows; per-client prior, Zhang et al.
+2023, FedPETuning, arXiv:2212.10025.
 """
 
-import contextlib
-import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
 
-import datasets
 import numpy as np
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IdToSizeFncPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
 
 from fedtune.config import PartitionConfig
 from fedtune.errors import DataError
@@ -51,35 +42,23 @@ def partition(
     if config.clients > rows:
         raise DataError(f"partition.clients={config.clients} is more than the {rows} training rows: take fewer clients or more rows")
     key = np.zeros(rows, np.int64) if labels is None else np.asarray(labels, np.int64)
-    generator_seed = derive_seed(seed, "partition", config.kind)
+    rng = np.random.default_rng(derive_seed(seed, "partition", config.kind))
     if config.kind == "prior":
-        parts = by_prior(key, config.clients, config.alpha, np.random.default_rng(generator_seed))
+        parts = by_prior(key, config.clients, config.alpha, rng)
     elif config.kind == "dirichlet":
-        # no minimum size: a minimum makes flwr-datasets redraw until it is met, which bends the distribution and gives up after ten tries.
-        # Not self-balancing: with small alpha its renormalisation divides by zero.
-        free = {"min_partition_size": 0, "self_balancing": False, "shuffle": False}
-        dealer = DirichletPartitioner(config.clients, "key", config.alpha, **free, seed=generator_seed)
-        parts = _dealt(dealer, key, config.clients)
+        parts = by_class(key, config.clients, config.alpha, rng)
     elif config.kind == "pathological":
-        parts = _dealt(_pathological(config, key, generator_seed), key, config.clients)
+        parts = by_hands(key, config.clients, config.classes_per_client, rng)
+    elif config.kind == "size":
+        parts = by_size(rows, config.clients, config.alpha, rng)
     else:
-        parts = _shuffled(config, rows, generator_seed)
+        parts = np.array_split(rng.permutation(rows), config.clients)
     width = max(3, len(str(config.clients - 1)))
     named = {f"client-{i:0{width}d}": np.sort(part) for i, part in enumerate(parts)}
     if empty := [name for name, part in named.items() if not len(part)]:
         some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
         log.warning("%d of %d clients got no rows and are left out: %s", len(empty), len(named), some)
     return {name: part for name, part in named.items() if len(part)}
-
-
-def _dealt(dealer: Partitioner, key: Sequence[str] | np.ndarray, clients: int) -> list[np.ndarray]:
-    """The parts as row indices: the partitioner only sees the row numbers and what it partitions by."""
-    dealer.dataset = datasets.Dataset.from_dict({"row": np.arange(len(key)), "key": key})
-    try:
-        return [np.asarray(dealer.load_partition(i)["row"][:], np.int64) for i in range(clients)]
-    except ValueError as bad:
-        reason = str(bad).splitlines()[0].split(". ")[0]  # its first sentence; the rest speaks of the library's own options
-        raise DataError(f"this partition is not possible with these rows: {reason}; take fewer clients or another partition.kind") from None
 
 
 def rows_of_large_clients(config: PartitionConfig, clients: Sequence[str] | None) -> np.ndarray:
@@ -112,58 +91,113 @@ def _named(clients: Sequence[str] | None) -> Sequence[str]:
 
 
 def _natural(clients: Sequence[str] | None) -> dict[str, np.ndarray]:
-    named, dealer = _named(clients), NaturalIdPartitioner("key")
-    with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar
-        parts = _dealt(dealer, named, len(set(named)))
-    return {name: np.sort(parts[i]) for i, name in sorted(dealer.partition_id_to_natural_id.items(), key=lambda item: item[1])}
+    parts: dict[str, list[int]] = {}
+    for row, name in enumerate(_named(clients)):
+        parts.setdefault(name, []).append(row)
+    return {name: np.array(parts[name], np.int64) for name in sorted(parts)}
 
 
-def _shuffled(config: PartitionConfig, rows: int, seed: int) -> list[np.ndarray]:
-    """iid and size: flwr-datasets deals consecutive rows here, so they are shuffled first."""
-    order = np.random.default_rng(seed).permutation(rows)
-    if config.kind == "iid":
-        dealer: Partitioner = IidPartitioner(config.clients)
-    else:  # client i of 1..n holds rows in proportion to i^alpha: 1 is linear, 2 is square
-        dealer = IdToSizeFncPartitioner(config.clients, lambda ids: ids**config.alpha)
-        smallest = int(rows / (np.arange(1, config.clients + 1) ** config.alpha).sum())
-        if smallest < 1:
-            raise DataError(
-                f"partition.alpha={config.alpha:g} leaves the smallest of {config.clients} clients none of {rows} rows: take a smaller one"
-            )
-    return [order[part] for part in _dealt(dealer, np.zeros(rows, np.int64), config.clients)]
+def apportion(total: int, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Split `total` in proportion to `shares` by largest remainder; equal remainders are ordered by `rng`, not by position.
 
+    Args:
+        total: Number of items.
+        shares: (n,) weights, at least one above 0.
+        rng: The generator that orders equal remainders.
 
-class _Deck(PathologicalPartitioner):
-    """Classes are dealt from shuffled decks, so that every class is held by someone, and as evenly as can be.
-
-    The library's own ways either leave out classes when there are fewer clients than classes, or draw with replacement over the clients and
-    leave out some by chance: their rows would be lost.
+    Returns:
+        (n,) int64 counts that sum to `total`; each is less than 1 away from its exact share.
     """
-
-    def _determine_partition_id_to_unique_labels(self) -> None:
-        self._unique_labels = sorted(self.dataset.unique(self._partition_by))
-        deck: list[int] = []
-        for client in range(self._num_partitions):
-            hand: list[int] = []
-            while len(hand) < self._num_classes_per_partition:
-                fresh = [i for i, label in enumerate(deck) if label not in hand]
-                if fresh:
-                    hand.append(deck.pop(fresh[0]))
-                else:
-                    deck += self._rng.permutation(self._unique_labels).tolist()
-            self._partition_id_to_unique_labels[client] = hand
+    wanted = shares / shares.sum() * total
+    counts = np.floor(wanted).astype(np.int64)
+    order = rng.permutation(len(shares))
+    largest = order[np.argsort((counts - wanted)[order], kind="stable")]
+    counts[largest[: total - counts.sum()]] += 1
+    return counts
 
 
-def _pathological(config: PartitionConfig, key: np.ndarray, seed: int) -> PathologicalPartitioner:
-    classes, per = len(np.unique(key)), config.classes_per_client
-    if per > classes:
-        raise DataError(f"partition.classes_per_client={per} is more than the {classes} classes of the training rows")
-    if config.clients * per < classes:
+def by_size(rows: int, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Rows at random; client i of 1..n holds a number of them in proportion to i^alpha.
+
+    Raises:
+        DataError: The smallest client would get less than one row.
+    """
+    with np.errstate(over="ignore"):  # a share may be infinite: then the smallest client gets nothing
+        shares = np.arange(1, clients + 1) ** float(alpha)
+    if rows / shares.sum() < 1:
+        raise DataError(f"partition.alpha={alpha:g} leaves the smallest of {clients} clients none of {rows} rows: take a smaller one")
+    return _cut(rng.permutation(rows), apportion(rows, shares, rng))
+
+
+def by_class(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each class is permuted and dealt over the clients by its own p_c ~ Dir(alpha, ..., alpha), by largest remainder.
+
+    No client has a minimum size: to redraw until each has one would bend the distribution.
+
+    Args:
+        labels: (rows,) class ids.
+        clients: Number of clients, some of which may get no row.
+        alpha: Concentration; infinity gives every client the same share of every class.
+        rng: The generator that all draws come from.
+    """
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        pile = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(clients, alpha)) if np.isfinite(alpha) else np.ones(clients)
+        for part, dealt in zip(parts, _cut(pile, apportion(len(pile), shares, rng)), strict=True):
+            part.append(dealt)
+    return [np.concatenate(part) for part in parts]
+
+
+def by_hands(labels: np.ndarray, clients: int, per: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each client holds `per` classes; a class is permuted and split evenly over the clients that hold it.
+
+    Classes are dealt from shuffled decks, so that every class is held by someone, and as evenly as can be.
+
+    Args:
+        labels: (rows,) class ids.
+        clients: Number of clients.
+        per: Classes a client.
+        rng: The generator that all draws come from.
+
+    Raises:
+        DataError: There are fewer classes than `per`, more than the clients can hold, or a class has fewer rows than clients that hold it.
+    """
+    classes = np.unique(labels).tolist()
+    if per > len(classes):
+        raise DataError(f"partition.classes_per_client={per} is more than the {len(classes)} classes of the training rows")
+    if clients * per < len(classes):
         raise DataError(
-            f"partition.kind=pathological: {config.clients} clients of {per} classes can hold {config.clients * per} of {classes}:"
+            f"partition.kind=pathological: {clients} clients of {per} classes can hold {clients * per} of {len(classes)}:"
             " raise partition.clients or partition.classes_per_client"
         )
-    return _Deck(config.clients, "key", per, shuffle=False, seed=seed)
+    deck: list[int] = []
+    hands: list[list[int]] = []
+    for _ in range(clients):
+        hand: list[int] = []
+        while len(hand) < per:
+            fresh = [i for i, label in enumerate(deck) if label not in hand]
+            if fresh:
+                hand.append(deck.pop(fresh[0]))
+            else:
+                deck += rng.permutation(classes).tolist()
+        hands.append(hand)
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for label in classes:
+        pile = rng.permutation(np.flatnonzero(labels == label))
+        holders = np.array([client for client, hand in enumerate(hands) if label in hand])
+        if len(pile) < len(holders):
+            raise DataError(
+                f"partition.kind=pathological deals class {label} to {len(holders)} clients, and it has {len(pile)} rows:"
+                " take fewer clients or another partition.kind"
+            )
+        for client, dealt in zip(holders, _cut(pile, apportion(len(pile), np.ones(len(holders)), rng)), strict=True):
+            parts[client].append(dealt)
+    return [np.concatenate(part) for part in parts]
+
+
+def _cut(rows: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    return np.split(rows, np.cumsum(counts)[:-1])
 
 
 def by_prior(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
@@ -181,7 +215,8 @@ def by_prior(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Gene
     classes, key = np.unique(labels, return_inverse=True)
     piles = [rng.permutation(np.flatnonzero(key == c)).tolist() for c in range(len(classes))]
     left = np.array([len(pile) for pile in piles], np.float64)
-    mixes = rng.dirichlet(alpha * left / left.sum(), size=clients)
+    prior = left / left.sum()
+    mixes = rng.dirichlet(alpha * prior, size=clients) if np.isfinite(alpha) else np.tile(prior, (clients, 1))
     turns = rng.permutation(np.arange(len(labels)) % clients)
     draws = rng.random(len(labels))
     parts: list[list[int]] = [[] for _ in range(clients)]

@@ -154,7 +154,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     "more hands than rows of a class": (
         "a.csv", "text,label\nt,0\nt,1\nt,1\nt,1\nt,1\nt,1\n",
         data(dealt(CLS, kind="pathological", clients=4, classes_per_client=1), test_fraction=0.0),
-        DataError, r"not possible with these rows: Label: 0",
+        DataError, r"pathological deals class 0 to 2 clients, and it has 1 rows: take fewer clients",
     ),
     "size too steep": (
         "a.jsonl", Q * 9, dealt(CLS, kind="size", clients=4, alpha=9.0),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from fedtune.config import PartitionConfig
-from fedtune.data.partition import by_prior, partition, rows_of_large_clients
+from fedtune.data.partition import apportion, by_prior, partition, rows_of_large_clients
 from fedtune.errors import DataError
 
 KINDS = ("natural", "iid", "dirichlet", "pathological", "size", "prior")
@@ -68,6 +68,50 @@ def test_ids_grow_with_the_number_of_clients() -> None:
     assert list(deal("prior", np.zeros(1001, int), clients=1001))[-1] == "client-1000"
 
 
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "size", "prior"])
+@pytest.mark.parametrize("classes", [1, 5])
+def test_the_order_of_the_source_decides_nothing(kind: str, classes: int) -> None:
+    labels = np.arange(2000) % classes  # sorted by topic: a class's first rows are one topic, its last another
+    parts = deal(kind, labels, clients=8, alpha=0.01 if kind == "size" else float("inf"), classes_per_client=1)
+    assert len(parts) == 8
+    for part in parts.values():
+        # the mean of n uniform places is 1000 +- 2000 / sqrt(12 n) (ids in order would be up to 875 away); four deviations
+        assert abs(part.mean() - 1000) < 4 * 2000 / np.sqrt(12 * len(part))
+
+
+@pytest.mark.parametrize(("kind", "rows", "per_class", "clients", "alpha"), [
+    ("dirichlet", 1001, 13, 10, 10.0),  # the last client once got what 77 floored shares had left over: 14 % more rows than the others
+    ("dirichlet", 1001, 13, 10, float("inf")),
+    ("dirichlet", 4, 2, 4, float("inf")),
+    ("pathological", 130, 13, 10, 1.0),  # 13 rows to two clients: the first of them once got 7, always
+])  # fmt: skip
+def test_the_place_of_a_client_decides_nothing_about_its_size(kind: str, rows: int, per_class: int, clients: int, alpha: float) -> None:
+    labels = np.repeat(np.arange(rows // per_class), per_class)
+    sizes = np.zeros((60, clients))
+    for seed in range(60):
+        for name, part in deal(kind, labels, seed, clients=clients, alpha=alpha, classes_per_client=2).items():
+            sizes[seed, int(name.removeprefix("client-"))] = len(part)
+    assert_allclose(sizes.sum(axis=1), rows)
+    deviation = max(sizes.std() / np.sqrt(60), 1 / 60)
+    assert np.abs(sizes.mean(axis=0) - rows / clients).max() < 4 * deviation, sizes.mean(axis=0)
+
+
+def test_apportion_gives_what_is_left_to_the_largest_remainders() -> None:
+    rng = np.random.default_rng(0)
+    # 7 * (.5, .3, .2) = 3.5, 2.1, 1.4: floors 3, 2, 1, and the one left over goes to the first
+    assert apportion(7, np.array([5.0, 3.0, 2.0]), rng).tolist() == [4, 2, 1]
+    assert apportion(0, np.array([5.0, 3.0]), rng).tolist() == [0, 0]
+    drawn = {tuple(apportion(1, np.ones(3), rng).tolist()) for _ in range(40)}
+    assert drawn == {(1, 0, 0), (0, 1, 0), (0, 0, 1)}  # a tie is drawn
+
+
+def test_infinite_alpha_deals_every_class_evenly() -> None:
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    for kind in ("dirichlet", "prior"):
+        counts = np.array([np.bincount(labels[p], minlength=3) for p in deal(kind, labels, clients=10, alpha=float("inf")).values()])
+        assert_allclose(counts, np.tile([60, 30, 10], (10, 1)), atol=0 if kind == "dirichlet" else 20)
+
+
 def test_dirichlet_is_uneven_when_alpha_is_small_and_even_when_it_is_large() -> None:
     labels = np.arange(1000) % 4
     shares = {}
@@ -101,6 +145,8 @@ def test_size_grows_with_the_power_of_the_client() -> None:
     assert list(map(len, parts.values())) == [10, 20, 30]  # 60 * (1, 2, 3) / 6
     parts = deal("size", np.zeros(140, int), clients=3, alpha=2.0)
     assert list(map(len, parts.values())) == [10, 40, 90]  # 140 * (1, 4, 9) / 14
+    parts = deal("size", np.zeros(63, int), clients=3, alpha=0.0001)
+    assert list(map(len, parts.values())) == [21, 21, 21]  # 20.998, 21.001, 21.001: what floors leave over went to the last client
 
 
 def test_prior_gives_equal_sizes_and_with_large_alpha_the_class_prior() -> None:
