@@ -4,6 +4,7 @@ Every field carries its help text and its bounds; `check` walks them, then refus
 """
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ def opt(
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=rules)
     return field(default=default, metadata=rules)
+
+
+def template_text(template: str) -> str:
+    r"""The template with `\n`, `\t` and `\\`, which a shell passes as two characters, as a line break, a tab and a backslash."""
+    marks = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: marks[found[1]], template)
 
 
 METHODS = ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit", "full")

@@ -1,13 +1,17 @@
 """The source's columns → ours: what the task needs, plus `client`, `device_class` and `label` where there are any."""
 
+import datetime
+import decimal
+import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
-from fedtune.config import Config
+from fedtune.config import Config, DataConfig, template_text
+from fedtune.data.local import Columns
 from fedtune.errors import ConfigError, DataError
 
 NEEDED: dict[str, tuple[str, ...]] = {"instruction": ("prompt", "answer"), "classification": ("text", "label"), "causal_lm": ("text",)}
@@ -50,10 +54,7 @@ def canonical(source: datasets.Dataset, config: Config, what: str, labels: tuple
     data, task = config.data, config.task.kind
     if unknown := sorted(set(data.columns) - set(OURS)):
         raise ConfigError(f"data.columns.{unknown[0]} is not known: ours are {', '.join(OURS)}")
-    maps: dict[str, str] = {ours: theirs for ours, theirs in data.columns.items() if "{" not in theirs}
-    templates: dict[str, str] = {ours: theirs for ours, theirs in data.columns.items() if "{" in theirs}
-    if data.prompt is not None and data.answer is not None:
-        templates |= {"prompt": data.prompt, "answer": data.answer}
+    maps, templates = mapping(data)
     out: dict[str, list[Any]] = {}
     for ours in NEEDED[task]:
         theirs = maps.get(ours, ours)
@@ -81,12 +82,41 @@ def canonical(source: datasets.Dataset, config: Config, what: str, labels: tuple
     for ours in out:
         if ours != "label":
             out[ours] = texts(out[ours], ours, maps.get(ours, ours))
+    for ours in out.keys() & {"client", "device_class"}:  # a blank that nobody sees makes no other client
+        out[ours] = [value.strip() for value in out[ours]]
     if task == "causal_lm":
         kept = [i for i, text in enumerate(out["text"]) if text.strip()]
         out = {ours: [values[i] for i in kept] for ours, values in out.items()}
         if not kept:
             raise DataError(f"every {what} row has an empty text: see data.columns")
     return Table(columns=out, labels=names)
+
+
+def mapping(data: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Our column → the source's column, and our column → template."""
+    maps = {ours: theirs for ours, theirs in data.columns.items() if "{" not in theirs}
+    templates = {ours: template_text(theirs) for ours, theirs in data.columns.items() if "{" in theirs}
+    if data.prompt is not None and data.answer is not None:
+        templates |= {"prompt": template_text(data.prompt), "answer": template_text(data.answer)}
+    return maps, templates
+
+
+def read_columns(config: Config) -> Columns:
+    """The source's columns that the task, the partition, `data.columns` and the templates name, and those that are used where they can be.
+
+    Nothing looks at any other column.
+    """
+    maps, templates = mapping(config.data)
+    asked = {*NEEDED[config.task.kind], *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
+    asked |= set(maps.values())
+    for ours, template in templates.items():
+        asked |= fields(template, f"the {ours} template")
+    return Columns(frozenset(asked), frozenset({"client", "device_class", "label"} - asked))
+
+
+def class_names(data: DataConfig) -> tuple[str, ...]:
+    """`data.labels` as labels are read: without blanks at their ends."""
+    return tuple(name.strip() for name in data.labels)
 
 
 def _whole(source: datasets.Dataset, column: str) -> bool:
@@ -110,15 +140,34 @@ def take(source: datasets.Dataset, theirs: str, ours: str, what: str, task: str,
     return values
 
 
-def fill(template: str, source: datasets.Dataset, what: str) -> list[str]:
-    """`template` formatted over every row, by str.format."""
+def fields(template: str, what: str) -> set[str]:
+    """The columns that a template names.
+
+    Raises:
+        ConfigError: It is malformed.
+    """
     try:
-        fields = {name.split(".")[0].split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        return {name.split(".")[0].split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as bad:
         raise ConfigError(f"{what} {template!r} is malformed ({bad}): a literal brace is written twice") from None
-    if missing := sorted(fields - set(source.column_names)):
+
+
+class _Values(string.Formatter):
+    """str.format over values that have a text of their own."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        value, used = super().get_field(field_name, args, kwargs)
+        if not has_text(value):
+            raise DataError(f"'{field_name}' is {_shown(value)}: {_advice(field_name, value)}")
+        return value, used
+
+
+def fill(template: str, source: datasets.Dataset, what: str) -> list[str]:
+    """`template` formatted over every row, by str.format; a field without a text of its own is refused."""
+    named = fields(template, what)
+    if missing := sorted(named - set(source.column_names)):
         raise DataError(f"{what} {template!r} names '{missing[0]}', which the rows do not have: there are {', '.join(source.column_names)}")
-    used = sorted(fields)
+    used, formatter = sorted(named), _Values()
     columns = [source[name][:] for name in used]
     out = []
     for number in range(len(source)):
@@ -126,24 +175,50 @@ def fill(template: str, source: datasets.Dataset, what: str) -> list[str]:
         if empty := [name for name, value in row.items() if value is None]:
             raise DataError(f"{what} {template!r} needs '{empty[0]}', and row {number + 1} has none: fill it or leave the row out")
         try:
-            out.append(template.format(**row))
+            out.append(formatter.vformat(template, (), row))
+        except DataError as bad:
+            raise DataError(f"{what} {template!r} cannot be filled from row {number + 1}: {bad}") from None
         except (ValueError, IndexError, KeyError, AttributeError, TypeError) as bad:
             raise DataError(f"{what} {template!r} cannot be filled from row {number + 1} ({type(bad).__name__}: {bad})") from None
     return out
 
 
+def has_text(value: Any) -> bool:
+    """Whether a value has a text of its own: a string, a finite number, a date or a time; not what only Python would write so."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (str, int, decimal.Decimal, datetime.date, datetime.time))
+
+
+def _shown(value: Any) -> str:
+    return "empty" if value is None else f"no number ({value})" if isinstance(value, float) else f"a {type(value).__name__}"
+
+
+def _advice(field: str, value: Any) -> str:
+    """What to name instead of a field that holds `value`: a part of it that has a text, if there is one."""
+    inner, path = value, field
+    while isinstance(inner, (Mapping, list)) and inner:
+        key: Any = 0 if isinstance(inner, list) else next((k for k in ("content", "text", "value") if k in inner), next(iter(inner)))
+        inner, path = inner[key], f"{path}[{key}]"
+    return f"name a part that is text, such as '{{{path}}}'" if path != field and has_text(inner) else "fill it or leave the row out"
+
+
 def texts(values: Sequence[Any], ours: str, theirs: str) -> list[str]:
-    """Strings; numbers are written out, lists and mappings are refused."""
-    for value in values:
-        if not isinstance(value, (str, int, float)):
-            kind = type(value).__name__
-            example = f"data.columns.{ours}='{{{theirs}[0]}}'"
-            raise DataError(f"column '{theirs}' holds {kind} values, '{ours}' wants text: name a part of it, such as {example}")
+    """Strings; numbers and dates are written out, lists, mappings and numbers that are none are refused."""
+    for number, value in enumerate(values, 1):
+        if isinstance(value, (Mapping, list)):
+            advice = _advice(theirs, value).replace("such as ", f"such as data.columns.{ours}=")
+            raise DataError(f"column '{theirs}' holds {type(value).__name__} values, '{ours}' wants text: {advice}")
+        if not has_text(value):
+            raise DataError(f"row {number} of column '{theirs}' is {_shown(value)}, '{ours}' wants text: fill it or leave the row out")
     return [value if isinstance(value, str) else str(value) for value in values]
 
 
 def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[str]:
-    """The class name of every value; whole numbers are looked up in `declared`, the names of a ClassLabel feature, if there are any."""
+    """The class name of every value, without blanks at its ends.
+
+    Whole numbers are looked up in `declared`, the names of a ClassLabel feature, if there are any.
+    """
     for number, value in enumerate(values, 1):
         if not isinstance(value, (bool, int, str)):
             shown = f"{type(value).__name__} {str(value)[:40]}"
@@ -152,13 +227,13 @@ def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str)
             raise DataError(f"{what} row {number} has an empty label: fill it in or take the row out; see data.columns.label")
         if declared is not None and not 0 <= int(value) < len(declared):
             raise DataError(f"{what} row {number} has class id {value} of {len(declared)} classes: the row has no label")
-    return [str(value) if declared is None else declared[int(value)] for value in values]
+    return [str(value).strip() if declared is None else declared[int(value)] for value in values]
 
 
 def in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of the classes in the order of their ids: sorted, by value where all are whole numbers."""
-    unique = set(names)
-    return tuple(sorted(unique, key=int) if all(name.removeprefix("-").isdecimal() for name in unique) else sorted(unique))
+    """The names of the classes in the order of their ids: sorted, by value, then by text, where all are whole numbers."""
+    unique = sorted(set(names))
+    return tuple(sorted(unique, key=int) if all(name.removeprefix("-").isdecimal() for name in unique) else unique)
 
 
 def to_ids(values: Sequence[str], names: tuple[str, ...], what: str) -> list[int]:

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from fedtune.config import Config, DeviceClass
-from fedtune.data.columns import Table, canonical
+from fedtune.data.columns import Table, canonical, class_names, read_columns
 from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
@@ -78,7 +78,7 @@ def load_federation(config: Config) -> Federation:
     """
     config, source, test_source = read_source(config)
     data, seed = config.data, config.seed
-    table = canonical(source, config, "training", tuple(data.labels) or None)
+    table = canonical(source, config, "training", class_names(data) or None)
     if config.partition.kind == "natural":
         table = _select(table, rows_of_large_clients(config.partition, table.columns.get("client")))
     if test_source is not None:
@@ -121,8 +121,9 @@ def load_test(config: Config) -> Federation:
     if data.source != "local" or has_files(data.path):
         whole = load_federation(config)
         return Federation(rows=whole.rows.select([]), test=whole.test, clients={}, labels=whole.labels)
-    tests = canonical(read_test(data), config, "test", tuple(data.labels) or None) if data.test_path else None
-    labels = tests.labels if tests is not None else tuple(data.labels)
+    labels = class_names(data)
+    tests = canonical(read_test(data, read_columns(config)), config, "test", labels or None) if data.test_path else None
+    labels = labels if tests is None else tests.labels
     if config.task.kind == "classification" and len(labels) < 2:
         raise ConfigError(
             "this machine has neither training rows nor a test that would tell the classes: set data.labels to their names in the order of"

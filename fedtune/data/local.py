@@ -11,6 +11,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,23 @@ SUFFIXES = {
 }  # fmt: skip
 
 
-def read_local(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file are read.
+
+    Args:
+        asked: What the task or the settings name: refused if it cannot be read.
+        optional: What is used where it can be: left empty if it cannot be read.
+    """
+
+    asked: frozenset[str]
+    optional: frozenset[str] = frozenset()
+
+
+def read_local(config: DataConfig, columns: Columns | None = None) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The training rows of `data.path` and, where `data.test_path` is set, the test rows; columns as in the files.
 
+    Columns that `columns` does not name keep their names and hold nothing; None reads all.
     Files of `test_path` that `path` matches too are test files only, so that a folder that holds its own test set can be named as a whole.
 
     Raises:
@@ -44,16 +59,17 @@ def read_local(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset |
         raise DataError(f"data.path={config.path} holds only test files (data.test_path={config.test_path}): nothing is left to train on")
     if config.client_from_file:
         check_stems(files)
-    return read_files(files, config, config.client_from_file), (read_files(test_files, config, False) if test_files else None)
+    tests = read_files(test_files, config, False, columns) if test_files else None
+    return read_files(files, config, config.client_from_file, columns), tests
 
 
-def read_test(config: DataConfig) -> datasets.Dataset:
+def read_test(config: DataConfig, columns: Columns | None = None) -> datasets.Dataset:
     """The rows of `data.test_path` alone.
 
     Raises:
         DataError: Names the file, the line or byte, and what to do.
     """
-    return read_files(find_files(str(config.test_path), "data.test_path", config), config, False)
+    return read_files(find_files(str(config.test_path), "data.test_path", config), config, False, columns)
 
 
 def has_files(where: str) -> bool:
@@ -95,7 +111,7 @@ def suffix(file: Path) -> str:
 def stem(file: Path) -> str:
     """The name without suffix and .gz: the client id of `data.client_from_file`."""
     name = file.name[:-3] if file.name.lower().endswith(".gz") else file.name
-    return Path(name).stem
+    return Path(name).stem.strip()
 
 
 def check_stems(files: list[Path]) -> None:
@@ -105,8 +121,8 @@ def check_stems(files: list[Path]) -> None:
             raise DataError(f"data.client_from_file: {other} and {file} are both client '{stem(file)}': give the files names of their own")
 
 
-def read_files(files: list[Path], config: DataConfig, client_from_file: bool) -> datasets.Dataset:
-    """All rows of the files, one after the other; columns are the union of the files' columns."""
+def read_files(files: list[Path], config: DataConfig, client_from_file: bool, read: Columns | None = None) -> datasets.Dataset:
+    """All rows of the files, one after the other; columns are the union of the files' columns, empty where `read` does not name them."""
     rows: Rows = []
     for file in files:
         found = read_file(file, config)
@@ -118,17 +134,19 @@ def read_files(files: list[Path], config: DataConfig, client_from_file: bool) ->
         rows += found
     if not rows:
         raise DataError(f"{files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''}: no rows in it")
-    columns = dict.fromkeys(name for row in rows for name in row)
+    where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
     arrays = {}
-    for name in columns:
+    for name in dict.fromkeys(name for row in rows for name in row):
         try:
-            arrays[name] = pa.array([row.get(name) for row in rows])
+            unread = read is not None and name not in read.asked | read.optional
+            arrays[name] = pa.nulls(len(rows)) if unread else pa.array([row.get(name) for row in rows])
         except UnicodeEncodeError as bad:  # JSON may spell half a surrogate pair, which is no text
-            raise DataError(
-                f"{files[0].parent}: column '{name}' holds {bad.object[bad.start]!r}, which is no character: clean the file"
-            ) from None
+            raise DataError(f"{where}: column '{name}' holds {bad.object[bad.start]!r}, which is no character: clean the file") from None
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as bad:
-            raise DataError(f"{files[0].parent}: column '{name}' mixes types over its rows ({str(bad).splitlines()[0][:100]})") from None
+            if read is None or name in read.asked:
+                reason = str(bad).splitlines()[0][:100]
+                raise DataError(f"{where}: column '{name}' mixes types over its rows ({reason}): write all its values alike") from None
+            arrays[name] = pa.nulls(len(rows))
     return datasets.Dataset(pa.table(arrays))
 
 
@@ -173,13 +191,21 @@ def decode(raw: bytes, file: Path, encoding: str) -> str:
     except UnicodeDecodeError as bad:
         line = raw.count(b"\n", 0, bad.start) + 1
         marked = raw.startswith((b"\xff\xfe", b"\xfe\xff"))  # the byte order marks of UTF-16
-        hint = "utf-16" if marked else "latin-1" if encoding.lower() in ("utf-8", "utf8") else "utf-8"
+        hint = "utf-16" if marked else next((name for name in ("utf-8", "cp1252") if _decodes(raw, name)), "latin-1")
         raise DataError(
             f"{file}: byte 0x{raw[bad.start]:02x} at offset {bad.start} (line {line}) is not {encoding}:"
             f" set data.encoding to what the file is in, such as data.encoding={hint}"
         ) from None
     except LookupError:
         raise ConfigError(f"data.encoding={encoding} is not known: wanted a name such as utf-8, latin-1 or cp1252") from None
+
+
+def _decodes(raw: bytes, encoding: str) -> bool:
+    try:
+        raw.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def read_jsonl(text: str, where: str) -> Rows:

@@ -5,6 +5,7 @@ import dataclasses
 import datasets
 
 from fedtune.config import Config
+from fedtune.data.columns import read_columns
 from fedtune.data.demo import generate
 from fedtune.data.hub import read_hub
 from fedtune.data.local import read_local
@@ -22,7 +23,7 @@ def read_source(config: Config) -> tuple[Config, datasets.Dataset, datasets.Data
     if config.data.source == "hub":
         return config, *read_hub(config.data)
     if config.data.source == "local":
-        return config, *read_local(config.data)
+        return config, *read_local(config.data, read_columns(config))
     data = dataclasses.replace(
         config.data,
         prompt=config.data.prompt or DEMO_PROMPT,

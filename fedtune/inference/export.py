@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from fedtune.config import Config, ModelConfig, TaskConfig, from_dict
+from fedtune.config import Config, ModelConfig, TaskConfig, from_dict, template_text
 from fedtune.errors import CheckpointError, FedtuneError, ModelError
 from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.inference.outline import merged_tensors, read_outline, write_merged
@@ -281,9 +281,9 @@ def prompt_template(config: Config | None) -> str | None:
     if config is None or config.task.kind != "instruction":
         return None
     if config.data.prompt is not None:
-        return config.data.prompt
+        return template_text(config.data.prompt)
     if "{" in (column := config.data.columns.get("prompt", "")):
-        return column
+        return template_text(column)
     if config.data.source != "demo":
         return None
     from fedtune.data.sources import DEMO_PROMPT  # late: it loads the data libraries

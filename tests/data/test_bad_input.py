@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtune.config import from_dict
-from fedtune.data import load_federation
+from fedtune.data import Federation, load_federation
 from fedtune.errors import ConfigError, DataError
 
 Q = '{"text": "a", "label": "x"}\n'
@@ -56,7 +57,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "bad encoding": (
         "a.jsonl", Q.encode() + b'{"text": "caf\xe9"}', CLS, DataError,
-        r"a\.jsonl: byte 0xe9 at offset 41 \(line 2\) is not utf-8: set data\.encoding to what .* such as data\.encoding=latin-1$",
+        r"a\.jsonl: byte 0xe9 at offset 41 \(line 2\) is not utf-8: set data\.encoding to what .* such as data\.encoding=cp1252$",
     ),
     "unknown encoding": ("a.jsonl", Q, data(CLS, encoding="klingon"), ConfigError, r"data\.encoding=klingon is not known"),
     "bad pattern": (
@@ -113,6 +114,22 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
         DataError, r"training row 1 has the label float 0\.5: wanted a name",
     ),
     "text is a list": ("a.jsonl", '{"text": ["a"]}', LM, DataError, r"column 'text' holds list values, 'text' wants text"),
+    "text is no number": ("a.jsonl", '{"text": NaN}', LM, DataError, r"row 1 of column 'text' is no number \(nan\), 'text' wants text"),
+    "a template takes no number": (
+        "a.jsonl", '{"q": NaN, "a": "b"}', data(ASK, prompt="{q}", answer="{a}"),
+        DataError, r"the prompt template '\{q\}' cannot be filled from row 1: 'q' is no number \(nan\): fill it or leave the row out$",
+    ),
+    "a template takes an empty part": (
+        "a.jsonl", '{"q": {"x": null, "y": "z"}, "a": "b"}', data(ASK, prompt="{q[x]}", answer="{a}"),
+        DataError, r"the prompt template '\{q\[x\]\}' cannot be filled from row 1: 'q\[x\]' is empty: fill it",
+    ),
+    "a template takes a method": (
+        "a.jsonl", '{"q": "x", "a": "b"}', data(ASK, prompt="{q.upper}", answer="{a}"), DataError, r"'q\.upper' is a builtin_function",
+    ),
+    "bytes of no table": ("a.jsonl", b'{"text": "\x81"}', LM, DataError, r"such as data\.encoding=latin-1$"),
+    "cp1252 read as utf-16": (
+        "a.jsonl", b'{"text": "a\x93"}\n', data(LM, encoding="utf-16"), DataError, r"such as data\.encoding=cp1252$",
+    ),
     "only blank texts": ("a.jsonl", '{"text": " "}', LM, DataError, r"every training row has an empty text"),
     "dirichlet without labels": (
         "a.txt", "x\ny", dealt(LM, kind="dirichlet", clients=2),
@@ -180,8 +197,8 @@ def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
     assert len(str(caught.value).replace(str(tmp_path), "")) < 260
 
 
-def load(path: Path, **settings: Any) -> None:
-    load_federation(from_dict(CLS | {"data": {"source": "local", "path": str(path)} | settings.pop("data", {})} | settings))
+def load(path: Path, **settings: Any) -> Federation:
+    return load_federation(from_dict(CLS | {"data": {"source": "local", "path": str(path)} | settings.pop("data", {})} | settings))
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -227,3 +244,26 @@ def test_device_classes(tmp_path: Path, classes: list[str], sentence: str) -> No
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match=sentence):
         load(tmp_path / "a.jsonl", partition={"kind": "natural"}, devices={"classes": {"phone": {}}}, data={"test_fraction": 0.0})
+
+
+CHAT = [{"m": [{"role": "user", "content": f"why {i}?"}, {"role": "assistant", "content": "so"}], "label": "ab"[i % 2]} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("template", "key"),
+    [("{m}", "prompt"), ("Q: {m[0]}", "prompt"), ("{m!s}", "prompt"), ("{m}", "answer"), ("m", "columns"), ("{m}", "columns")],
+)
+def test_a_hint_for_a_value_without_text_leads_to_text(tmp_path: Path, template: str, key: str) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, CHAT)))
+
+    def settings(template: str) -> dict[str, Any]:
+        if key == "columns":
+            return data(CLS, columns={"text": template})
+        return data(ASK, **({"prompt": "x", "answer": "y", "columns": {}} | {key: template}))
+
+    with pytest.raises(DataError, match="name a part that is text") as refused:
+        load(tmp_path / "a.jsonl", **settings(template))
+    hint = re.findall(r"such as (?:data\.columns\.text=)?'([^']+)'$", str(refused.value))
+    assert hint == ["{m[0][content]}"]
+    rows = load(tmp_path / "a.jsonl", **settings(hint[0])).rows
+    assert rows[{"columns": "text"}.get(key, key)][0].startswith("why ")

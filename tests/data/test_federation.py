@@ -2,15 +2,19 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedtune.config import DeviceClass, from_dict
+from fedtune.config import DataConfig, DeviceClass, from_dict
 from fedtune.data import Federation, load_federation
+from fedtune.data.columns import in_order
 from fedtune.data.federation import deal, split
+from fedtune.errors import DataError
+from fedtune.inference.export import prompt_template
 
 
 def load(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Federation:
@@ -91,6 +95,62 @@ def test_a_test_file_and_its_labels(tmp_path: Path) -> None:
 def test_numeric_labels_are_ordered_by_value(tmp_path: Path) -> None:
     got = load(tmp_path, [{"text": "t", "label": label} for label in ("10", "9", "-1", "9")], partition={"kind": "iid", "clients": 1})
     assert got.labels == ("-1", "9", "10")
+
+
+def test_labels_of_one_value_are_ordered_by_their_text() -> None:
+    names = [zeros + str(value) for value in range(1, 6) for zeros in ("000", "00", "0", "")]
+    assert in_order(names[::-1]) == tuple(names)  # a set alone would order equal values by the process's hash seed
+    assert in_order(["1", "x", "01", "1"]) == ("01", "1", "x")
+
+
+def test_blanks_at_the_ends_make_no_other_class_and_no_other_client(tmp_path: Path) -> None:
+    rows = [
+        {"text": "t", "label": label, "client": client, "device_class": device}
+        for label, client, device in [("x", "a", "phone"), ("x ", "a ", "phone "), ("\u00a0y", "\ta", "phone"), ("y", "b", "phone")]
+    ]
+    settings = {"partition": {"kind": "natural"}, "devices": {"classes": {"phone": {}}}}
+    got = load(tmp_path, rows, data={"test_fraction": 0.0}, **settings)
+    assert got.labels == ("x", "y")
+    assert list(got.clients) == ["a", "b"]
+    (tmp_path / "test.jsonl").write_text('{"text": "t", "label": "y\\t"}')
+    got = load(tmp_path, rows, data={"test_path": str(tmp_path / "test.jsonl"), "labels": ["y ", "x"]}, **settings)
+    assert (got.labels, got.test["label"][:]) == (("y", "x"), [0])
+
+
+@pytest.mark.parametrize("blank", [" ", "\u00a0"])
+def test_a_file_named_with_a_blank_is_the_same_client(tmp_path: Path, blank: str) -> None:
+    for i, name in enumerate(("ann", f"ann{blank}")):
+        (tmp_path / f"{name}.txt").write_text(f"row {i}\n")
+    with pytest.raises(DataError, match="are both client 'ann'"):
+        load_federation(from_dict(
+            {"task": {"kind": "causal_lm"}, "data": {"source": "local", "path": str(tmp_path), "client_from_file": True}}
+        ))  # fmt: skip
+
+
+def test_a_template_spells_its_line_breaks_as_the_help_does(tmp_path: Path) -> None:
+    shown = re.findall(r"such as '(.+)'", DataConfig.__dataclass_fields__["prompt"].metadata["help"])
+    assert shown == [r"Q: {question}\nA:"]
+    rows = [{"question": f"why {i}", "a": "so"} for i in range(4)]
+    data = {"prompt": shown[0], "answer": r" {a}\\n\tb", "columns": {"client": r"c\n{a}"}, "test_fraction": 0.0}
+    got = load(tmp_path, rows, task={"kind": "instruction"}, partition={"kind": "natural"}, data=data)
+    assert got.rows["prompt"][0] == "Q: why 0\nA:"
+    assert got.rows["answer"][0] == " so\\n\tb"  # two backslashes are one
+    assert list(got.clients) == ["c\nso"]
+    assert prompt_template(from_dict({"data": data})) == "Q: {question}\nA:"  # what the export's card shows
+
+
+def test_a_column_for_which_nobody_asked_may_hold_anything(tmp_path: Path) -> None:
+    odd = [{"id": 1, "label": 1, "meta": "\ud83d"}, {"id": "b", "label": "y", "meta": 2}, {"id": [3], "label": "z", "meta": {}}]
+    rows = [{"text": "abc"[i]} | odd[i] for i in range(3)]
+    one = {"partition": {"kind": "iid", "clients": 1}, "data": {"test_fraction": 0.0}}
+    got = load(tmp_path, rows, task={"kind": "causal_lm"}, **one)
+    assert got.rows.column_names == ["text"]
+    with pytest.raises(DataError, match=r"rows\.jsonl: column 'label' mixes types over its rows .*: write all its values alike"):
+        load(tmp_path, rows, data={"test_fraction": 0.0})
+    with pytest.raises(DataError, match=r"rows\.jsonl: column 'id' mixes types"):
+        load(tmp_path, rows, task={"kind": "causal_lm"}, data={"columns": {"client": "id"}})
+    with pytest.raises(DataError, match=r"data\.columns\.text\): there are text, id, label, meta$"):  # all names are there to choose from
+        load(tmp_path, rows, task={"kind": "causal_lm"}, data={"columns": {"text": "body"}})
 
 
 def test_templates_and_columns(tmp_path: Path) -> None:
