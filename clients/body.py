@@ -11,6 +11,7 @@ from fedtune.data import Example
 from fedtune.errors import PlanError
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.methods.sparse import SparseSlot
+from fedtune.models.probe import probe
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.tasks import score_examples, summarise
 from fedtune.state import AdapterState
@@ -34,6 +35,7 @@ class Body:
         self.config, self._labels = config, labels
         self.backbone = load_backbone(config.model, config.task, num_labels=labels, seed=config.seed)
         self.live = LiveAdapter(self.backbone, config.peft, config.task)
+        probe(self.live, config.task)
         self._sparse: SparseSlot | None = None
         self.lower = LowerLayers(self.live, config.engine.cache_layers * 1e9) if config.engine.cache_layers else None
         self.frozen = FrozenWeights(self.backbone.model)

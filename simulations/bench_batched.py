@@ -145,7 +145,7 @@ def backbone(name: str, folder: Path, precision: str, method: str) -> tuple[Live
     loaded, peft = load_backbone(model, task, num_labels=labels), PeftConfig(method=method, rank=8)
     live = LiveAdapter(loaded, peft, task)
     live.load(initial_adapter(model, task, peft, num_labels=labels, seed=0))
-    return live, task, int(loaded.model.config.vocab_size)
+    return live, task, int(loaded.model.config.get_text_config().vocab_size)
 
 
 def made_up(clients: int, rows: int, length: int, vocabulary: int, task: TaskConfig, steps: int) -> list[tuple[Plan, list[Example]]]:
@@ -200,7 +200,7 @@ def measure(
     if way is None:
         raise ConfigError(f"there is nothing to compare: {why}")
     rows, length = jobs[0].plan.batch_size, len(jobs[0].examples[0].input_ids)
-    classes = 1 if task.kind == "classification" else int(live.backbone.model.config.vocab_size)
+    classes = 1 if task.kind == "classification" else int(live.backbone.model.config.get_text_config().vocab_size)
     turn = min(seconds(lambda: bare(live, jobs[:1], task)) for _ in range(2))
 
     def affordable(side: str, turns: float) -> bool:

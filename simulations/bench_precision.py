@@ -160,7 +160,7 @@ def cell(args: argparse.Namespace) -> None:
     out["weights MB"] = sum(t.nbytes for t in (*backbone.model.parameters(), *backbone.model.buffers())) / 1e6
     if args.part == "step":
         live = LiveAdapter(backbone, PeftConfig(rank=8), task)
-        rng, words = np.random.default_rng(0), backbone.model.config.vocab_size
+        rng, words = np.random.default_rng(0), backbone.model.config.get_text_config().vocab_size
         drawn = [rng.integers(3, words, length).astype(np.int32) for _ in range(rows)]
         plan = Plan(round=1, client="0", base_version=0, steps=1, batch_size=rows, lr=1e-4, lr_last=1e-4, seed=0)
         seconds = []

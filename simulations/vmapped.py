@@ -153,6 +153,6 @@ def _probe(live: LiveAdapter, task: TaskConfig) -> dict[str, Tensor]:
     device, size = live.backbone.device, int(cast(Any, live.backbone.model.get_input_embeddings()).num_embeddings)
     ids = torch.tensor(list(itertools.islice(itertools.cycle(range(min(5, size - 1), size)), 16)), device=device).view(4, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]], device=device)
-    ids = ids.masked_fill(mask == 0, int(live.backbone.model.config.pad_token_id or 0))
+    ids = ids.masked_fill(mask == 0, int(live.backbone.model.config.get_text_config().pad_token_id or 0))
     labels = torch.zeros(4, dtype=torch.long, device=device) if task.kind == "classification" else ids.masked_fill(mask == 0, IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

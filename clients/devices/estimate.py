@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.config import Config, DeviceClass
 from fedtune.models.backbone import build_config, empty_model, head_names
 from fedtune.models.checkpoint import find_folder
-from fedtune.models.methods import method
+from fedtune.models.methods import attach
+from fedtune.models.parts import is_linear
 
 STATE = 16  # bytes of a trained float32 entry: itself, its gradient, two moments
 QUANTISED = ("nf4", "int8")
@@ -158,8 +159,9 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         ModelError: As `load_backbone` and `LiveAdapter`, as far as config.json shows it.
     """
     folder = find_folder(config.model, weights=False)
-    hf = build_config(config.model, config.task, num_labels=num_labels, folder=folder)
-    bare = empty_model(hf, config.task, trust_remote_code=config.model.trust_remote_code)
+    whole_config = build_config(config.model, config.task, num_labels=num_labels, folder=folder)
+    hf = whole_config.get_text_config()
+    bare = empty_model(whole_config, config.task, trust_remote_code=config.model.trust_remote_code)
     output, classifies = bare.get_output_embeddings(), config.task.kind == "classification"
     heads = head_names(bare) if classifies else []
     linear, rest, head = dict[str, tuple[int, int]](), 0, 0
@@ -174,7 +176,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
             rest += parameter.numel()
     whole = frozenset(_whole(bare))
     bare.requires_grad_(False)
-    attached = method(config.peft.method).attach(bare, config.peft, config.task)
+    attached = attach(bare, config.peft, config.task)
     sizes = {n: p.numel() for n, p in attached.parameters.items()}
     factors = {m: sum(sizes.get(f"{m}.lora_{x}", 0) for x in "AB") for m in attached.ranks}
     top = max(attached.ranks.values(), default=0)
@@ -229,5 +231,5 @@ def _whole(bare: Any) -> list[str]:
         for n, m in bare.named_modules()
         if isinstance(m, (nn.Linear, Conv1D))
         and n.split(".")[0] not in heads
-        and (m.weight.shape[0] if isinstance(m, Conv1D) else m.in_features) % 64
+        and (not is_linear(m) or (m.weight.shape[0] if isinstance(m, Conv1D) else m.in_features) % 64)
     ]

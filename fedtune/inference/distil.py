@@ -99,9 +99,9 @@ def distil(
     teacher = load_backbone(ModelConfig(source="hub", name=str(folder)), TaskConfig(kind="causal_lm", max_length=2))
     if teacher.seq2seq:
         raise ModelError(f"{folder} reads its prompt in an encoder: only a causal model drafts")
-    context = getattr(teacher.model.config, "max_position_embeddings", None) or how.length
+    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or how.length
     how = dataclasses.replace(how, length=min(how.length, context))
-    student = fewer_layers(teacher.model, how.layers or max(1, teacher.model.config.num_hidden_layers // 4))
+    student = fewer_layers(teacher.model, how.layers or max(1, teacher.model.config.get_text_config().num_hidden_layers // 4))
     rows = read_texts(text, teacher.tokenizer, card.get("prompt"), how.length) if text else None
     generator = random.Random(derive_seed(how.seed, "distil"))
     if rows is not None:
@@ -143,7 +143,7 @@ def fewer_layers(model: Any, layers: int) -> Any:
         ConfigError: The model has no more layers than that.
         ModelError: Its layers are not to be found.
     """
-    depth = model.config.num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     if layers >= depth:
         raise ConfigError(f"layers={layers} makes no draft of a model of {depth} layers: take fewer")
     stacks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
@@ -151,9 +151,10 @@ def fewer_layers(model: Any, layers: int) -> Any:
         raise ModelError(f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers, one was wanted: it cannot be drafted for")
     kept = [round(i * (depth - 1) / max(1, layers - 1)) for i in range(layers)]
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    if types := getattr(config, "layer_types", None):
-        config.layer_types = [types[i] for i in kept]
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = [types[i] for i in kept]
     small = type(model)(config)
     renamed = {f"{stacks[0]}.{old}.": f"{stacks[0]}.{new}." for new, old in enumerate(kept)}
     tensors = {}

@@ -104,7 +104,7 @@ def said(figures: dict[str, Any]) -> str:
 
 def text_logits(model: PreTrainedModel, tokenizer: Any) -> Tensor:
     """The model's logits of the probe text, float64."""
-    longest = getattr(model.config, "max_position_embeddings", None) or 512
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
     ids = torch.tensor([tokenizer(PROBE).input_ids[: min(longest - 2, 512)]])  # RoBERTa's positions begin at 2
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "is_encoder_decoder", False):

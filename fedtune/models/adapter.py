@@ -6,6 +6,7 @@ own state dicts (3-6 ms, and they lose parts of some methods). PEFT's formats ar
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,12 +20,14 @@ from fedtune.config import ModelConfig, PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.backbone import Backbone, build_config, draw, empty_model, initializer_range
 from fedtune.models.checkpoint import find_folder, stored_tensors
-from fedtune.models.methods import Attached, method
+from fedtune.models.methods import Attached, attach, method
 from fedtune.models.methods.heads import trained_heads
+from fedtune.models.parts import other_weights
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterSpec, AdapterState
 
 _FACTORS = (".lora_A", ".lora_B")
+_LOG = logging.getLogger(__name__)
 
 
 class LiveAdapter:
@@ -49,7 +52,8 @@ class LiveAdapter:
     def __init__(self, backbone: Backbone, peft: PeftConfig, task: TaskConfig) -> None:
         if getattr(backbone.model, "_carries_adapter", False):
             raise ModelError("this backbone carries an adapter already: load the backbone again, or use the adapter that it has")
-        self._attached = attached = method(peft.method).attach(backbone.model, peft, task)
+        _report_untrained(backbone.model, peft)
+        self._attached = attached = attach(backbone.model, peft, task)
         cast(Any, backbone.model)._carries_adapter = True
         self.model = cast(Any, attached.model)
         for config in getattr(self.model, "peft_config", {}).values():
@@ -162,7 +166,7 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
     bare = empty_model(hf_config, task, trust_remote_code=model.trust_remote_code)
     bare.requires_grad_(False)
     heads, how, std = trained_heads(bare, task), method(peft.method), initializer_range(hf_config)
-    attached = how.attach(bare, peft, task)
+    attached = attach(bare, peft, task)
     shapes = {n: tuple(p.shape) for n, p in attached.parameters.items()}
     head = {n: s for n, s in shapes.items() if n.split(".")[0] in heads}
     stored = _stored_head(folder, head) if head and model.init == "pretrained" else {}
@@ -181,6 +185,15 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
     from fedtune.models.loftq import make_up  # late: it needs bitsandbytes
 
     return make_up(state, model, task, num_labels=num_labels, seed=seed)
+
+
+def _report_untrained(model: nn.Module, peft: PeftConfig) -> None:
+    """Log which large weights all-linear leaves alone, because they are no linear layers."""
+    if peft.targets == "all-linear" and peft.method in ("lora", "rslora", "dora") and (found := other_weights(model))[1]:
+        _LOG.warning(
+            "peft.targets=all-linear adapts linear layers only: %.0f %% of the weights, such as '%s', are none and stay as they are",
+            100 * found[0], found[1],
+        )  # fmt: skip
 
 
 def _spec(attached: Attached, peft: PeftConfig, base: str) -> AdapterSpec:

@@ -22,7 +22,7 @@ from transformers import (
 
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ModelError
-from fedtune.models.checkpoint import digest, find_folder, fingerprint, first_line, read_config
+from fedtune.models.checkpoint import digest, find_folder, fingerprint, first_line, read_config, refuse_quantized, stored_tensors
 from fedtune.models.lazy import lazy_tensors
 from fedtune.models.quiet import quiet
 from fedtune.models.tokens import check_context, load_tokenizer, set_tokens
@@ -108,6 +108,7 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
         ModelError: Unknown architecture, or one that cannot do the task.
     """
     kind = read_config(folder)["model_type"]
+    refuse_quantized(folder)
     extra = {}
     if task.kind == "classification":
         if num_labels < 2:
@@ -176,7 +177,7 @@ def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
 
 
 def initializer_range(hf_config: Any) -> float:
-    return float(getattr(hf_config, "initializer_range", None) or 0.02)
+    return float(getattr(hf_config.get_text_config(), "initializer_range", None) or 0.02)
 
 
 def _auto_class(task: TaskConfig, hf_config: Any) -> Any:
@@ -256,9 +257,14 @@ def _quantised_model(
     ends = [n for n, m in bare.named_modules() if m in (bare.get_input_embeddings(), bare.get_output_embeddings())]
     tensors = partial(full_tensors, config, task, hf_config, folder, seed, dtype, [f"{n.rpartition('.')[2]}.weight" for n in ends])
     recipe = quantise.recipe(bare, config.precision, dtype, mark)
+    if config.init == "pretrained":  # a pooler that is to be set must not be packed
+        stored = [t.name for t in stored_tensors(folder)]
+        lacking = [n.rpartition(".")[0] for n in _poolers(bare) if not any(f".{n}".endswith(f".{s}") for s in stored)]
+        recipe = dataclasses.replace(recipe, skip=tuple(dict.fromkeys([*recipe.skip, *lacking])))
     try:
         with quiet(), torch.random.fork_rng():
-            model, fresh = quantise.load_quantised(type(bare), hf_config, tensors, partial(_missing, folder, task), recipe, device)
+            own = _own_config(bare, hf_config)
+            model, fresh = quantise.load_quantised(type(bare), own, tensors, partial(_missing, folder, task), recipe, device)
     except ModelError:
         raise
     except Exception as bad:  # transformers, bitsandbytes and remote code raise what they like
@@ -291,12 +297,12 @@ def _outlined_model(
     folder: Path, outline: Mapping[str, Tensor], hf_config: Any, task: TaskConfig, config: ModelConfig, seed: int, settings: dict[str, Any]
 ) -> PreTrainedModel:
     """Through transformers' own loading, so that names, ties and what is missing are as ever."""
-    kind = type(empty_model(hf_config, task, trust_remote_code=config.trust_remote_code))
+    bare = empty_model(hf_config, task, trust_remote_code=config.trust_remote_code)
     try:
         with quiet(), torch.random.fork_rng():
-            model, info = cast(Any, kind).from_pretrained(
+            model, info = cast(Any, type(bare)).from_pretrained(
                 None,
-                config=hf_config,
+                config=_own_config(bare, hf_config),
                 state_dict=dict(outline),
                 device_map={"": "meta"},
                 output_loading_info=True,
@@ -309,6 +315,11 @@ def _outlined_model(
     return model
 
 
+def _own_config(bare: PreTrainedModel, hf_config: Any) -> Any:
+    """The config that the model's class takes: of some composite checkpoints, transformers makes the text model alone."""
+    return hf_config if type(bare.config) is type(hf_config) else hf_config.get_text_config()
+
+
 def _missing(folder: Path, task: TaskConfig, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:
     """Weights of a head that the checkpoint has not, or not in this shape.
 
@@ -318,12 +329,29 @@ def _missing(folder: Path, task: TaskConfig, model: PreTrainedModel, info: Mappi
     mismatched = {m[0] for m in info["mismatched_keys"]}
     fresh = sorted(set(info["missing_keys"]) | mismatched)
     heads = head_names(model) if task.kind == "classification" else []
-    if wrong := [n for n in fresh if n.split(".")[0] not in heads]:
+    poolers = sorted(set(info["missing_keys"]).intersection(_poolers(model))) if heads else []
+    _set_poolers(model, poolers)
+    if wrong := [n for n in fresh if n.split(".")[0] not in heads and n not in poolers]:
         what = "has another shape in" if wrong[0] in mismatched else "is missing from"
         raise ModelError(f"the weight '{wrong[0]}' {what} {folder} ({len(wrong)} such): config.json and the weights do not belong together")
     # All of a head or nothing of it: a fresh projection on top of somebody's trained one would be neither
-    redrawn = {n.split(".")[0] for n in fresh}
+    redrawn = {n.split(".")[0] for n in fresh if n not in poolers}
     return [n for n, _ in model.named_parameters() if n.split(".")[0] in redrawn]
+
+
+def _poolers(model: nn.Module) -> list[str]:
+    """Weights and biases of the square layer with which BERT's body ends; a body from masked-LM pre-training has none."""
+    heads = head_names(model)
+    found = [(n, p) for n, p in model.named_parameters() if ".pooler." in n and n.split(".")[0] not in heads]
+    return [n for n, p in found if p.ndim == 1 or p.shape[0] == p.shape[1]]
+
+
+def _set_poolers(model: nn.Module, names: Collection[str]) -> None:
+    """The identity in place of a pooler that the checkpoint lacks: it is frozen, and must not mix what the body gives."""
+    with torch.no_grad():
+        for name in names:
+            parameter = model.get_parameter(name)
+            parameter.copy_(torch.eye(len(parameter)) if parameter.ndim == 2 else torch.zeros(len(parameter)))
 
 
 def _draw_heads(model: PreTrainedModel, fresh: Collection[str], hf_config: Any, seed: int) -> None:

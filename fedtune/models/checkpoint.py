@@ -90,6 +90,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def refuse_quantized(folder: Path) -> None:
+    """Raise ModelError where the checkpoint's weights are packed in few bits already: nothing exact could be trained over or exported."""
+    raw = read_config(folder)
+    found = raw.get("quantization_config") or next(
+        (c["quantization_config"] for c in raw.values() if isinstance(c, dict) and c.get("quantization_config")), None
+    )
+    if found:
+        how = found.get("quant_method") if isinstance(found, dict) else None
+        raise ModelError(
+            f"{folder} is quantized already ({how or 'quantization_config'}): give the checkpoint from before that;"
+            " model.precision=nf4 quantizes it while it is read"
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the checkpoint, shards in order of name.
 

@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import ModelError
 from fedtune.models.backbone import head_names
 from fedtune.models.checkpoint import digest, fingerprint, first_line
+from fedtune.models.parts import is_linear, other_weights
 
 __all__ = [
     "KINDS", "Recipe", "cache_root", "compute_dtype", "is_quantised", "left_whole", "load_quantised", "quantised", "recipe",
@@ -140,7 +141,12 @@ def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
         for n, m in bare.named_modules()
         if isinstance(m, (nn.Linear, Conv1D)) and n.split(".")[0] not in heads
     }
-    odd = [n for n, size in rows.items() if size % _BLOCK] if precision == "nf4" else []
+    special = [n for n in rows if not is_linear(bare.get_submodule(n))]  # bitsandbytes would replace a router, which returns more
+    odd = [n for n, size in rows.items() if size % _BLOCK and n not in special] if precision == "nf4" else []
+    share, stacked = other_weights(bare)
+    if stacked:
+        _LOG.warning("model.precision=%s: %.0f %% of the weights, such as '%s', are no linear layers and are not quantized", precision,
+                     100 * share, stacked)  # fmt: skip
     if odd and len(odd) == len(rows):
         raise ModelError(
             f"model.precision=nf4: no layer of this backbone has rows of a whole number of blocks of {_BLOCK} ('{odd[0]}':"
@@ -149,7 +155,7 @@ def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
     if odd:
         what = f"{len(odd)} of {len(rows)} linear layers stay as they are, such as '{odd[0]}'"
         _LOG.warning("model.precision=nf4: %s: their rows of %d are no whole number of blocks of %d", what, rows[odd[0]], _BLOCK)
-    return odd
+    return [*special, *odd]
 
 
 def load_quantised(

@@ -40,7 +40,7 @@ def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     size = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > size:
         raise ModelError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {size}: they do not belong together")
-    own_pad = model.config.pad_token_id
+    own_pad = model.config.get_text_config().pad_token_id  # of a composite config, such as Gemma 3's, only its text part has one
     if (
         tokenizer.pad_token_id is None
         and getattr(model.config, "is_encoder_decoder", False)

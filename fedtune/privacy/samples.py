@@ -201,7 +201,7 @@ def _right(way: Way, live: LiveAdapter, names: Sequence[str], task: TaskConfig) 
 
 def _probe(live: LiveAdapter, task: TaskConfig) -> dict[str, Tensor]:
     """Rows of 5, 3 and 4 tokens, each with one end token, its last."""
-    device, config = live.backbone.device, cast(Any, live.backbone.model.config)
+    device, config = live.backbone.device, cast(Any, live.backbone.model.config).get_text_config()
     size = int(cast(Any, live.backbone.model.get_input_embeddings()).num_embeddings)
     pad = int(config.pad_token_id or 0)
     ends = config.eos_token_id if isinstance(config.eos_token_id, int) else None

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fedtune.errors import FedtuneError, ModelError
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
     from transformers import PreTrainedModel
@@ -94,6 +96,24 @@ class Method(Protocol):
 def method(name: str) -> Method:
     """The file of a method; loads torch and PEFT."""
     return importlib.import_module(f"fedtune.models.methods.{_HOME[name]}")  # pyright: ignore[reportReturnType]
+
+
+def attach(model: "PreTrainedModel", peft: "PeftConfig", task: "TaskConfig") -> Attached:
+    """Attach the method that peft.method names; whatever goes wrong becomes a sentence.
+
+    Raises:
+        ModelError: The method, its targets or PEFT's own rules do not fit the architecture.
+    """
+    try:
+        return method(peft.method).attach(model, peft, task)
+    except FedtuneError:
+        raise
+    except Exception as bad:  # PEFT's own rules for an architecture, and the model's code, raise what they like
+        said = (str(bad).strip().splitlines() or [type(bad).__name__])[0]
+        raise ModelError(
+            f"peft.method={peft.method} with peft.targets={peft.targets} does not fit the architecture '{model.config.model_type}':"
+            f" {said.rstrip('.')}: name other layers in peft.targets, or take another peft.method"
+        ) from None
 
 
 def mergeable(name: str) -> bool:

@@ -15,6 +15,7 @@ from fedtune.models.methods import Attached
 from fedtune.models.methods.full import initial, merge  # relative to the backbone's own tensors, as in full fine-tuning
 from fedtune.models.methods.heads import train_head, trained_heads
 from fedtune.models.methods.own import untouched
+from fedtune.models.parts import text_prefix
 
 __all__ = ["attach", "initial", "merge"]
 
@@ -26,7 +27,8 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
         ModelError: The backbone has no bias.
     """
     heads = trained_heads(model, task)
-    biases = [n for n, _ in model.named_parameters() if n.endswith(".bias") and n.split(".")[0] not in heads]
+    prefix = text_prefix(model)
+    biases = [n for n, _ in model.named_parameters() if n.endswith(".bias") and n.startswith(prefix) and n.split(".")[0] not in heads]
     if not biases:
         kind = model.config.model_type
         raise ModelError(f"peft.method=bitfit trains biases and this '{kind}' has none: take peft=lora, or a backbone with biases")

@@ -9,17 +9,19 @@ from fedtune.errors import ModelError
 from fedtune.models.methods import Attached
 from fedtune.models.methods.heads import train_head
 from fedtune.models.methods.own import untouched
+from fedtune.models.parts import text_prefix
 from fedtune.state import AdapterState
 
 
 def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Train every parameter; tied and shared ones count once, under their first name.
+    """Train every parameter of the text part; tied and shared ones count once, under their first name.
 
     Raises:
         ModelError: The backbone is not in float32.
     """
     head = train_head(model, task)
-    own = {n: p for n, p in model.named_parameters() if n not in head}
+    prefix = text_prefix(model)
+    own = {n: p for n, p in model.named_parameters() if n not in head and n.startswith(prefix)}
     for name, parameter in own.items():
         # meta: a server that learns names and shapes, in whatever dtype config.json names
         if parameter.dtype is not torch.float32 and parameter.device.type != "meta":

@@ -37,7 +37,7 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
     chosen = _defaults(model) if peft.targets == "all-linear" else targets(model, peft.targets)
     last = [m for m in chosen if any(matches(m, n) for n in (*FEEDFORWARD.get(model.config.model_type, ()), *_LAST))]
     config = IA3Config(**task_settings(model, task), target_modules=chosen, feedforward_modules=last, fan_in_fan_out=transposed(model))
-    wrapped = wrap(model, config)
+    wrapped = wrap(model, config, chosen)
     # PEFT makes them sets, whose order in the file would vary
     config.target_modules, config.feedforward_modules = sorted(chosen), sorted(last)
     parameters, names = named(wrapped, {f".ia3_l.{SLOT}": ".ia3"})

@@ -47,7 +47,7 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
         use_dora=peft.method == "dora",
         fan_in_fan_out=transposed(model),
     )
-    wrapped = wrap(model, config)
+    wrapped = wrap(model, config, ranks)
     config.target_modules = sorted(config.target_modules or [])  # PEFT makes it a set, whose order in the file would vary
     if model.dtype != torch.float32 and not config.use_dora:
         _multiply_narrow(wrapped)

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
+from fedtune.models.backbone import initializer_range
 from fedtune.models.methods import Attached
 from fedtune.models.methods.heads import train_head
 from fedtune.models.methods.own import Switch, fill, untouched
@@ -80,7 +81,7 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
     if kind == "albert":
         model.base_model.register_forward_pre_hook(_restart)
     parameters = {n: parameters[n] for n in sorted(parameters, key=_order)}
-    fill(parameters, initial, peft, float(getattr(model.config, "initializer_range", None) or 0.02))
+    fill(parameters, initial, peft, initializer_range(model.config))
     heads = train_head(model, task)
 
     def save(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """What the methods share that PEFT implements: wrapping, canonical names, the untouched backbone, the folder."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.config import TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.backbone import head_names, quiet
+from fedtune.models.parts import is_linear, text_prefix
 
 SLOT = "default"
 
@@ -27,11 +29,29 @@ def task_settings(model: PreTrainedModel, task: TaskConfig) -> dict[str, Any]:
     return {"task_type": TaskType.SEQ_CLS, "modules_to_save": heads}
 
 
-def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """PEFT's model around ours, trainables in float32, with nothing drawn from the global generator."""
+def wrap(model: PreTrainedModel, config: PeftConfig, modules: Collection[str] = ()) -> PeftModel:
+    """PEFT's model around ours, trainables in float32, with nothing drawn from the global generator.
+
+    Args:
+        model: The backbone.
+        config: PEFT's settings.
+        modules: Full names of all the modules that it must adapt.
+
+    Raises:
+        ModelError: PEFT adapted other modules than these: it renames targets for some architectures.
+    """
+    kind = model.config.model_type
     with quiet(), torch.random.fork_rng():  # PEFT draws from the global generator; a state is loaded over it anyhow
         torch.manual_seed(0)
         wrapped = cast(PeftModel, get_peft_model(model, config))
+    adapted = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)}
+    if odd := sorted(adapted.symmetric_difference(modules), key=lambda n: (n in adapted, n)):
+        did = "adapts" if odd[0] in adapted else "does not adapt"
+        wanted = ",".join(dict.fromkeys(n.rpartition(".")[2] for n in modules if n in adapted))
+        raise ModelError(
+            f"peft.targets asks for {len(modules)} layers of the architecture '{kind}', but PEFT {did} '{odd[0]}' ({len(odd)} such):"
+            f" set peft.targets=[{wanted}]"
+        )
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -66,9 +86,9 @@ def write(wrapped: PeftModel, folder: Path) -> None:
 
 
 def linear_modules(model: nn.Module) -> list[str]:
-    """Modules that can be adapted: linear layers but for the output layer and a classifier's head."""
-    heads = head_names(model)  # of a causal LM: its output layer
-    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and n.split(".")[0] not in heads]
+    """Modules that can be adapted: linear layers of the text part but for the output layer and a classifier's head."""
+    heads, prefix = head_names(model), text_prefix(model)  # of a causal LM: its output layer
+    return [n for n, m in model.named_modules() if is_linear(m) and n.startswith(prefix) and n.split(".")[0] not in heads]
 
 
 def targets(model: PreTrainedModel, wanted: Any) -> list[str]:

@@ -1,0 +1,47 @@
+"""Which parts of a backbone an adapter can reach: its text part, its linear layers, and what is neither."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["is_linear", "other_weights", "text_prefix"]
+
+_LARGE = 0.05  # a share of the weights from which they are worth a word
+
+
+def text_prefix(model: nn.Module) -> str:
+    """The prefix of the names in the language model of a composite one, such as `model.language_model.`; "" where all of it reads text.
+
+    The other parts, such as a vision tower, get no gradient from text.
+    """
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return ""
+    decoder = cast(PreTrainedModel, model).get_decoder()
+    return next((f"{n}." for n, m in model.named_modules() if m is decoder and n), "")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module maps x to W·x + b and does no more; a router that is a subclass and returns a tuple does more."""
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or not module.weight.is_floating_point()  # a quantised layer has its own kernel
+
+
+def other_weights(model: nn.Module) -> tuple[float, str]:
+    """The share of the text part's weights that lie in matrices which are no linear layers, such as stacked experts, and one name.
+
+    (0, "") where they are few. Embeddings do not count.
+    """
+    prefix = text_prefix(model)
+    known = {id(p) for m in model.modules() if is_linear(m) or isinstance(m, nn.Embedding) for p in cast(Any, m).parameters(recurse=False)}
+    output = cast(PreTrainedModel, model).get_output_embeddings()
+    known |= {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
+    own = [(n, p) for n, p in model.named_parameters() if n.startswith(prefix)]
+    rest: list[tuple[str, Tensor]] = [(n, p) for n, p in own if p.ndim >= 2 and id(p) not in known]
+    share = sum(p.numel() for _, p in rest) / max(1, sum(p.numel() for _, p in own))
+    return (share, max(rest, key=lambda each: each[1].numel())[0]) if share >= _LARGE else (0.0, "")

@@ -1,0 +1,136 @@
+"""One small step on an architecture that no test covers: does it train, do padding and the future stay unread, does the gradient
+reach everything?
+
+Such a model would otherwise fail in its first turn, or learn the wrong thing without a word.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fedtune.config import TaskConfig
+from fedtune.errors import FedtuneError, ModelError
+from fedtune.models.adapter import LiveAdapter
+from fedtune.models.checkpoint import first_line
+from fedtune.models.quiet import quiet
+from fedtune.models.tasks import IGNORED, counted_logits, loss_sum
+
+__all__ = ["TESTED", "probe"]
+
+# config.model_type of the architectures that the tests train with every method
+TESTED = frozenset({"llama", "qwen2", "qwen3", "gpt2", "opt", "bert", "roberta", "distilbert", "albert", "t5"})
+_LENGTHS = (6, 2, 4)
+
+
+def probe(live: LiveAdapter, task: TaskConfig) -> None:
+    """Do nothing for an architecture in `TESTED`; else try the live adapter on three rows, and leave it as it was.
+
+    Raises:
+        ModelError: The step fails, a trainable tensor gets no gradient, or logits depend on padding or on tokens that come later.
+    """
+    kind = live.backbone.model.config.model_type
+    if kind in TESTED:
+        return
+    where = f"the architecture '{kind}' with peft.method={live.spec.method} and task.kind={task.kind}"
+    training = {m: m.training for m in live.model.modules()}  # PEFT's wrapper may say otherwise than what is in it
+    try:
+        with quiet(), torch.random.fork_rng(devices=[live.backbone.device] if live.backbone.device.type == "cuda" else []):
+            unreached = _unreached(live, task)
+            off, ahead = _padding_effect(live, task), _future_effect(live, task)
+    except FedtuneError:
+        raise
+    except Exception as bad:  # the model's own code, remote code and PEFT raise what they like
+        raise ModelError(
+            f"{where} cannot do a training step: {first_line(bad)}: name other layers in peft.targets, or take another peft.method"
+        ) from None
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter in live.parameters.values():
+            parameter.grad = None
+    if unreached:
+        raise ModelError(
+            f"{where}: no gradient reaches '{unreached[0]}' ({len(unreached)} of {len(live.parameters)} trainable tensors):"
+            " leave its layer out of peft.targets"
+        )
+    within = 1e-3 if live.backbone.model.dtype is torch.float32 else 0.1
+    if ahead > within:
+        raise ModelError(
+            f"{where}: a token's logits change by {ahead:.1%} with the tokens after it, so it is no causal model: take another backbone"
+        )
+    if off > within:
+        raise ModelError(
+            f"{where}: a row's logits change by {off:.1%} with the padding beside it, so it would learn from padding:"
+            " take another backbone or another task.kind"
+        )
+
+
+def _unreached(live: LiveAdapter, task: TaskConfig) -> list[str]:
+    """Names of trainable tensors without a gradient; an expert may be without one, because only some rows are routed to it."""
+    live.model.train()
+    loss, count = loss_sum(live.model, _batch(live, task, range(len(_LENGTHS))), task)
+    (loss / max(count, 1)).backward()
+    return [n for n, p in live.parameters.items() if p.grad is None and ".experts." not in n]
+
+
+def _padding_effect(live: LiveAdapter, task: TaskConfig) -> float:
+    """The largest relative change of a row's logits between a padded batch and the row alone; rows of answers are generated too."""
+    live.model.eval()
+    rows = range(len(_LENGTHS))
+    with torch.no_grad():
+        together = counted_logits(live.model, _batch(live, task, rows), task)[0]
+        alone = torch.cat([counted_logits(live.model, _batch(live, task, [i]), task)[0] for i in rows])
+        pairs = [(together, alone)]
+        if task.kind == "instruction" and task.generate:
+            pairs.append((_next_logits(live, rows), torch.cat([_next_logits(live, [i]) for i in rows])))
+    return max(_change(a, b) for a, b in pairs)
+
+
+def _future_effect(live: LiveAdapter, task: TaskConfig) -> float:
+    """The largest relative change of a causal model's logits with the tokens after; 0 where the model may read them."""
+    if task.kind == "classification" or live.backbone.seq2seq:
+        return 0.0
+    live.model.eval()
+    whole = _batch(live, task, [0])
+    part = {k: v[:, :-2] for k, v in whole.items()}
+    with torch.no_grad():
+        early = counted_logits(live.model, part, task)[0]
+        return _change(counted_logits(live.model, whole, task)[0][: len(early)], early)
+
+
+def _change(a: Tensor, b: Tensor) -> float:
+    """The largest relative difference of two rows of logits (N, classes)."""
+    return ((a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-12)).max().item()
+
+
+def _next_logits(live: LiveAdapter, rows: Any) -> Tensor:
+    """Logits of the token after each prompt, padded on the left, as `generate_answers` does it."""
+    ids, mask = _ids(live, rows, left=True)
+    out = cast(Any, live.model).generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True
+    )
+    return out.logits[0].float()
+
+
+def _batch(live: LiveAdapter, task: TaskConfig, rows: Any) -> dict[str, Tensor]:
+    ids, mask = _ids(live, rows, left=False)
+    if task.kind == "classification":
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(len(ids), dtype=torch.long, device=ids.device)}
+    labels = torch.where(mask == 0, IGNORED, ids)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _ids(live: LiveAdapter, rows: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (rows, longest) of rows without special tokens."""
+    tokenizer, device = live.backbone.tokenizer, live.backbone.device
+    special = set(tokenizer.all_special_ids)
+    plain = [i for i in range(min(len(tokenizer), len(special) + 64)) if i not in special] or [0]
+    lists = [[plain[(7 * i + 3 * j) % len(plain)] for j in range(_LENGTHS[i])] for i in rows]
+    width = max(map(len, lists))
+    ids = torch.full((len(lists), width), int(tokenizer.pad_token_id), device=device)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(lists):
+        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, place], mask[row, place] = torch.tensor(tokens, device=device), 1
+    return ids, mask
