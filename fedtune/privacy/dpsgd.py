@@ -4,7 +4,8 @@
                g ← ( Σ_i g_i · min(1, C / ‖g_i‖) + N(0, σ²C²I) ) / B            ‖·‖ over all trained tensors together
 
 An empty sample is a step of noise alone. What is done with g afterwards (AdamW, proximal and correction terms, the schedule) looks at no
-row again, and costs nothing. Adding or removing one row of the client moves the sum by at most C; row counts are taken as public.
+row again, and costs nothing. The adjacency is zero-out: neighbors differ in one row of the client, whose gradient is replaced by zero. This
+moves the sum by at most C. The row count n_k is the same for both, so that q and the division by B are too; it is taken as public.
 
 Source: Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv:1607.00133, algorithm 1.
 """

@@ -7,7 +7,8 @@
     looped  One backward pass a row: right for every model, also where vmap does not run, such as prompts over a quantised backbone.
 
 `way_of` takes the first that gives the loop's gradients on three made-up rows: a wrong gradient norm would make the stated ε false. Where
-one row's numbers hang on who else is in the batch, it takes the loop unasked: removing a row would move the others' gradients too.
+one row's numbers hang on who else is in the batch, it takes the loop unasked: neighboring data sets would differ in more
+than that row's gradient.
 
 The loss of a row is the mean over its counted tokens, so that long rows are not clipped for being long.
 """

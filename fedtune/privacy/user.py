@@ -4,8 +4,9 @@
     server:  Δ ← ( Σ_k Δ_k + N(0, (zC)²I) ) / m        m: the cohort that was planned, whoever came; every client weighs the same
     client:  Δ_k ← Δ_k + N(0, (zC)²I), before it leaves
 
-A client in or out of the sum moves it by at most C. At the client, where the peer sees each Δ_k, the neighbour is a client with any other
-data: it moves by up to 2C, so that what is counted is z / 2.
+At the server the adjacency is zero-out: neighbors differ in one client, whose Δ_k is replaced by zero, with m the same for both. This moves
+the sum by at most C. At the client, where the peer sees each Δ_k, the neighbor is a client with any other data: it moves by up to 2C, so
+that what is counted is z / 2.
 
 Adaptive C tracks the γ-quantile of the norms:
 

@@ -77,12 +77,16 @@ def _privacy(p: dict[str, Any], spent: Sequence[float]) -> list[str]:
         return ["- privacy: no differential privacy"]
     cost = f"(ε, δ) = ({max(spent):.3g}, {p['delta']:g})" if spent else f"no private turn was taken (δ = {p['delta']:g})"
     if p["kind"] == "record":
-        unit = "one training row of a client (one block of text where task.stride_texts joins texts), added or removed"
+        unit = (
+            "one training row of a client (one block of text where task.stride_texts joins texts), its contribution replaced by zero;"
+            " the number of rows n is fixed (zero-out adjacency)"
+        )
         how = "Poisson sampling of each step's rows; a client's cost is that of the turns it took, with no gain from who was sampled"
         bound = f"each row's gradient clipped to norm {p['clip']:g} over all trained tensors (DP-SGD)"
     else:
         local = p["where"] == "client"
-        unit = "one client with all its rows, " + ("replaced by any other" if local else "added or removed")
+        zeroed = "its contribution replaced by zero; the planned cohort m is fixed (zero-out adjacency)"
+        unit = "one client with all its rows, " + ("replaced by any other" if local else zeroed)
         how = "fixed-size cohorts, known to the server: no amplification by sampling is claimed; a client pays for each turn that counts"
         clip = f"a norm that follows the {p['clip_quantile']:g}-quantile, from {p['clip']:g}" if p["adaptive"] else f"norm {p['clip']:g}"
         bound = f"each update clipped to {clip} over all sent tensors, noise added by the {p['where']}"

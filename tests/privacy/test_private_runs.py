@@ -276,8 +276,24 @@ def test_a_run_with_noise_at_the_server(tmp_path: Path) -> None:
     run = simulate(tiny(tmp_path, privacy, eval=EvalConfig(where="none", clients=-1)))
     rounds = [r for r in lines(run) if r["client"] is None]
     assert rounds[2]["counted"] == 4 and 0 < rounds[1]["epsilon"] < rounds[2]["epsilon"] <= 8.0 and rounds[1]["dp_clip"] == 0.1
-    assert "added or removed" in (run / "adapter" / "README.md").read_text()
     assert not any("dp_noise" in r for r in lines(run) if r["client"] is not None)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "unit"),
+    [
+        (RECORD, "its contribution replaced by zero; the number of rows n is fixed (zero-out adjacency)"),
+        (PrivacyConfig(kind="user"), "its contribution replaced by zero; the planned cohort m is fixed (zero-out adjacency)"),
+        (LOCAL, "one client with all its rows, replaced by any other"),
+    ],
+    ids=["record", "user at the server", "user at the client"],
+)
+def test_the_card_states_the_adjacency_that_is_proven(privacy: PrivacyConfig, unit: str) -> None:
+    from fedtune.report.card import _privacy
+
+    (line,) = [s for s in _privacy(to_dict(Config(privacy=privacy))["privacy"], [1.0]) if "privacy's unit" in s]
+    # a row more or less would change q = B / n and the division by it, a client more or less the division by m: neither is covered
+    assert line.endswith(unit) and "added" not in line and "removed" not in line
 
 
 def test_clients_at_once_take_their_private_turns_one_after_the_other(tmp_path: Path) -> None:
