@@ -10,16 +10,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from fedtune.app import simulate
 from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
 from fedtune.clients.store import ClientStore
 from fedtune.clients.trainer import batches, steps_of, train
 from fedtune.clients.workspace import Workspace, workspace
-from fedtune.config import ClientConfig, Config, DataConfig, PartitionConfig, to_dict
+from fedtune.config import ClientConfig, Config, DataConfig, PartitionConfig, check, to_dict
 from fedtune.data import collate
 from fedtune.errors import PlanError, UpdateError
 from fedtune.models import loss_sum
 from fedtune.plan import Plan
+from fedtune.report import read_metrics
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.wire import Letter
 from tests.fakes import bridge as make_bridge
@@ -159,6 +161,26 @@ def test_steps(plan: dict[str, Any], examples: int, steps: int) -> None:
     # 33 rows, 2 passes, batches of 4: 16.5 → 17 steps; with 2 micro-batches a step: 33 / 8 → 5
     made = Plan(**{"round": 1, "client": "a", "base_version": 0, "steps": None, "epochs": None, "batch_size": 4, **plan})
     assert steps_of(made, examples) == steps
+
+
+@pytest.mark.parametrize(("schedule", "sums"), [("constant", (0.02, 0.02)), ("linear", (0.0175, 0.0075))])
+def test_the_sum_of_the_rates_follows_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, sums: tuple[float, float]
+) -> None:
+    applied, right = list[float](), torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW) -> Any:
+        applied.append(self.param_groups[0]["lr"])
+        return right(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    client = ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule=schedule, lr_end=0.0)
+    run = simulate(check(tiny_config(tmp_path, client=client)))
+    told = [r["lr_sum"] for r in read_metrics(run) if r["client"] is not None and r["round"] > 0]
+    # by hand, two rounds of two steps from .01 down to 0: .01 + .0075 and .005 + .0025
+    assert told == pytest.approx([sums[0]] * 4 + [sums[1]] * 4)
+    # what is told is what the optimiser went by: SCAFFOLD, FedNova and the bound on an update's length divide by it
+    assert told == pytest.approx([sum(applied[i : i + 2]) for i in range(0, len(applied), 2)])
 
 
 def test_only_what_the_plan_names_is_trained(space: Workspace) -> None:

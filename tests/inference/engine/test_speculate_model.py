@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import fedtune.inference.engine.generate as generate_module
+import fedtune.inference.engine.speculate as speculate_module
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation, Speculation
@@ -121,6 +123,28 @@ SHAPED = {"temperature": 1.3, "top_k": 3, "top_p": 0.95, "repetition_penalty": 1
 def test_answers_follow_the_models_distribution(stubs: tuple[Any, Any], kind: str) -> None:
     value, freedom, _ = statistic(stubs[0], drafters(stubs)[kind], SHAPED, 400)
     assert value < critical(freedom)
+
+
+@pytest.mark.parametrize("kind", ["draft", "early-exit"])
+def test_guesses_acceptance_and_residual_are_drawn_apart(stubs: tuple[Any, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: dict[str, set[float]] = {"guess": set(), "accept": set(), "draws": set()}
+    right, drawn = generate_module.verify, speculate_module.draw
+
+    def watched(p: Any, drafted: Any, q: Any, accept: Any, draws: Any) -> Any:
+        numbers["accept"] |= set(accept.flatten().tolist())
+        numbers["draws"] |= set(draws.flatten().tolist())
+        return right(p, drafted, q, accept, draws)
+
+    def guessed(p: Any, u: Any) -> Any:
+        numbers["guess"] |= set(u.flatten().tolist())
+        return drawn(p, u)
+
+    monkeypatch.setattr(generate_module, "verify", watched)
+    monkeypatch.setattr(speculate_module, "draw", guessed)
+    statistic(stubs[0], drafters(stubs)[kind], SHAPED, 20)
+    assert all(len(found) > 20 for found in numbers.values())
+    # a number that decides twice makes what follows a refusal depend on it: algorithm 1 draws each on its own
+    assert len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
 
 
 @pytest.mark.slow

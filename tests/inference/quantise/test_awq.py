@@ -30,6 +30,19 @@ def test_outlier_channels_are_rounded_finer(kind: Kind, group: int, bound: float
     assert scale[::17].min() > scale[1::17].max()
 
 
+def test_the_grid_is_twenty_exponents_from_0_to_19_20(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def rounded(weight: Tensor, kind: Kind, group: int) -> object:
+        tried.append(float(weight[0, 1] / weight[0, 0]))
+        return quantise_rtn(weight, kind, group)
+
+    monkeypatch.setattr("fedtune.inference.quantise.awq.quantise_rtn", rounded)
+    awq_scale([torch.ones(1, 32)], torch.tensor([1.0, 4.0] * 16), torch.eye(32), "int4", 32)
+    # by hand: channels of mean 1 and 4 are scaled apart by 4^a, a = 0, .05, …, .95
+    assert tried == pytest.approx([4 ** (i / 20) for i in range(20)], rel=1e-5)
+
+
 def test_it_is_never_worse_than_plain_rounding() -> None:
     weight, inputs = layer(outliers=1.0)
     hessian = inputs.T @ inputs / len(inputs)

@@ -1,0 +1,113 @@
+"""What a private turn draws and counts: noise of its own in each turn, the rate of a whole step, the sensitivity of a client."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+from torch import Tensor
+
+from fedtune.app import simulate
+from fedtune.config import ClientConfig, Config, PrivacyConfig, check
+from fedtune.errors import UpdateError
+from fedtune.planning import base_plan
+from fedtune.privacy.accounting import Spend, epsilon, solve_noise
+from fedtune.privacy.central import private_strategy
+from fedtune.privacy.dpsgd import PrivateGradient
+from fedtune.privacy.turn import applied
+from fedtune.privacy.user import moved
+from fedtune.privacy.verify import verify
+from fedtune.reply import read_update
+from fedtune.report import read_metrics
+from fedtune.strategies.fedavg import FedAvg
+from tests.fakes import lora_state
+from tests.privacy.test_central import update
+from tests.tiny import tiny_config
+
+RECORD = PrivacyConfig(kind="record", epsilon=8.0, clip=0.5, accountant="rdp")
+LOCAL = PrivacyConfig(kind="user", where="client", epsilon=8.0, clip=0.5, accountant="rdp")
+
+
+def apart(drawn: list[Tensor]) -> float:
+    """The least distance of two of them, as a multiple of what independent ones of their size have on average."""
+    return min(float((a - b).norm() / (a.norm() ** 2 + b.norm() ** 2).sqrt()) for a, b in itertools.combinations(drawn, 2))
+
+
+@pytest.mark.parametrize("kind", ["record", "user"])
+def test_every_client_round_and_step_draws_noise_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    # the noise is a thousand times what the rows can do: two results that share their noise are the same to three digits
+    loud = dataclasses.replace(RECORD if kind == "record" else LOCAL, epsilon=None, noise=1000.0, clip=1e-3)
+    drawn, right = list[Tensor](), PrivateGradient.step
+
+    def step(self: PrivateGradient) -> dict[str, Tensor]:
+        out = right(self)
+        drawn.append(torch.cat([t.flatten().double() for t in out.values()]))
+        return out
+
+    def read(content: RecordDict, assignment: Any, **rest: Any) -> Any:
+        got = read_update(content, assignment, **rest)
+        drawn.append(torch.cat([t.flatten() for t in moved(got.adapter.tensors, assignment.adapter.tensors).values()]))
+        return got
+
+    if kind == "record":
+        monkeypatch.setattr(PrivateGradient, "step", step)
+    else:
+        monkeypatch.setattr("fedtune.bridge.read_update", read)
+    simulate(check(tiny_config(tmp_path, privacy=loud)))
+    assert len(drawn) == (16 if kind == "record" else 8)  # four clients, two rounds, and two steps each
+    assert apart(drawn) > 0.8
+
+
+def test_the_server_draws_other_noise_in_each_round_and_run(tmp_path: Path) -> None:
+    made = Config(rounds=3, clients_per_round=4, privacy=PrivacyConfig(kind="user", clip=1.0, noise=1.0, epsilon=None))
+    sent, drawn = [update("a", lora_state(fill=0.0))], list[Tensor]()
+    for seed, round in itertools.product((0, 1), (1, 2, 3)):
+        around = private_strategy(dataclasses.replace(made, seed=seed), FedAvg(), 4, tmp_path / f"{seed}-{round}")
+        after = around.aggregate(round, around.start(lora_state(fill=0.0)), sent)
+        drawn.append(torch.cat([t.flatten() for t in after.adapter.tensors.values()]))
+    assert apart(drawn) > 0.5  # few entries
+
+
+def test_every_turn_has_a_seed_of_its_own() -> None:
+    turns = list(itertools.product((0, 1), (1, 2, 3), ("a", "b", "c0", "c1")))
+    seeds = {base_plan(Config(seed=seed), round, client, 0).seed for seed, round, client in turns}
+    assert len(seeds) == len(turns) == 24
+
+
+def test_the_sampling_rate_is_that_of_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, right = list[float](), PrivateGradient.step
+
+    def step(self: PrivateGradient) -> dict[str, Tensor]:
+        rates.append(self.rate)
+        return right(self)
+
+    monkeypatch.setattr(PrivateGradient, "step", step)
+    client = ClientConfig(steps=2, epochs=None, batch_size=2, accumulate=2, lr=1e-2, schedule="constant")
+    run = simulate(check(tiny_config(tmp_path, privacy=RECORD, client=client, rounds=1)))
+    told = [r["dp_sample_rate"] for r in read_metrics(run) if r["client"] is not None and r["round"] == 1]
+    # two batches of two of a client's eight rows make a step: q = 4 / 8, in what is drawn and in what is counted
+    assert told == [0.5] * 4 and rates == [0.5] * 8
+
+
+def test_a_clients_own_noise_counts_half() -> None:
+    plan = base_plan(Config(rounds=2, privacy=dataclasses.replace(LOCAL, epsilon=None, noise=6.0)), 1, "c0", 0)
+    fixed = applied(plan, 8, 2)
+    # any other data of a client moves its update by up to 2C: noise of 6C is 3 times that
+    assert fixed is not None and fixed.noise == 6.0 and fixed.cost == Spend(noise=3.0, rate=1.0, steps=1)
+    solved = applied(base_plan(Config(rounds=2, privacy=LOCAL), 1, "c0", 0), 8, 2)
+    alone = solve_noise(8.0, 1e-5, 1.0, 2, "rdp")
+    assert solved is not None and solved.noise == 2 * alone and solved.cost == Spend(noise=alone, rate=1.0, steps=1)
+    record = applied(base_plan(Config(rounds=2, privacy=dataclasses.replace(RECORD, epsilon=None, noise=6.0)), 1, "c0", 0), 100, 2)
+    assert record is not None and record.noise == record.cost.noise == 6.0 and record.cost.steps == 2
+
+
+def test_an_epsilon_of_sensitivity_c_is_refused_at_the_client() -> None:
+    plan = base_plan(Config(rounds=2, privacy=LOCAL), 1, "c0", 0)
+    said = {"steps": 2.0, "dp_clip": 0.5, "dp_noise": 6.0, "dp_sample_rate": 1.0, "dp_steps": 1.0}
+    right, half = (epsilon([Spend(noise=z, rate=1.0, steps=1)], 1e-5) for z in (3.0, 6.0))
+    verify(plan, {**said, "epsilon": right})
+    with pytest.raises(UpdateError, match="of which a single step costs more"):
+        verify(plan, {**said, "epsilon": half})
