@@ -33,7 +33,7 @@ class ClientStore:
         Raises:
             CheckpointError: It cannot be written.
         """
-        path = self._folder(client) / f"round-{round:04d}.safetensors"
+        path = self.folder_of(client) / f"round-{round:04d}.safetensors"
         try:
             self.folder.mkdir(0o700, parents=True, exist_ok=True)  # what clients hold is private
             path.parent.mkdir(exist_ok=True)
@@ -49,12 +49,23 @@ class ClientStore:
         """A store of something else of the same clients; its folder is in this one's, under a name that no client's folder can have."""
         return ClientStore(self.folder / f".{name}", self._rounds)
 
-    def _files(self, client: str) -> list[Path]:
-        return sorted(self._folder(client).glob("round-*.safetensors"), key=_round)
+    def clients(self) -> list[str]:
+        """Ids of the clients that have kept something, in order."""
+        folders = self.folder.glob("*") if self.folder.is_dir() else ()
+        return sorted(client_id(path.name) for path in folders if path.name[0] != "." and any(path.glob("round-*.safetensors")))
 
-    def _folder(self, client: str) -> Path:
+    def folder_of(self, client: str) -> Path:
+        """Where the client's files lie."""
         # a client's id may be any text; what is no plain name is told apart by its code points
         return self.folder / re.sub(r"[^A-Za-z0-9_-]", lambda m: f"%{ord(m[0]):06x}", client)
+
+    def _files(self, client: str) -> list[Path]:
+        return sorted(self.folder_of(client).glob("round-*.safetensors"), key=_round)
+
+
+def client_id(folder: str) -> str:
+    """The id of the client whose folder has this name."""
+    return re.sub(r"%([0-9a-f]{6})", lambda m: chr(int(m[1], 16)), folder)
 
 
 def _round(path: Path) -> int:

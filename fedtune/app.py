@@ -22,6 +22,7 @@ from fedtune.config import Config, to_dict
 from fedtune.errors import CheckpointError, ConfigError, RunError, Stopped
 from fedtune.inference.combined import fold_shifts
 from fedtune.inference.export import beside, export_hf, prompt_template
+from fedtune.inference.personal import global_note
 from fedtune.models import load_backbone, primary
 from fedtune.models.methods import mergeable
 from fedtune.models.tasks import generate_answers
@@ -189,7 +190,8 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
     if state.shifts:
         fold_shifts(folder, final, state.shifts)
     labels, spec = list(space.federation.labels), dataclasses.asdict(final.spec)
-    write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path))
+    note = global_note(run.path, final)
+    write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path), note)
     merged = None
     if config.inference.export == "hf":
         merged = export_hf(run.path, run.path / "merged", replace=True)

@@ -45,7 +45,12 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Merge a run's adapter into its backbone and write the model: for other programs, for the engine on a device, or for llama.cpp."
     export = commands.add_parser("export", help="write the merged model of a run, or a model for a device", description=about)
-    export.add_argument("source", type=Path, metavar="RUN|ADAPTER|MODEL", help="run directory, PEFT adapter folder, or whole model")
+    export.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN|RUN/clients/ID|ADAPTER|MODEL",
+        help="run directory, a client's folder in it (its personal model), PEFT adapter folder, or whole model",
+    )
     export.add_argument(
         "--to",
         choices=["hf", "edge", "gguf"],
@@ -204,11 +209,13 @@ def _export(args: argparse.Namespace) -> str:
     if args.method in ("gptq", "awq", "smoothquant") and not args.calibrate:
         raise ConfigError(f"--method {args.method} needs text: give --calibrate RUN, a .txt file or rows of JSON")
     if args.to == "gguf":
-        from fedtune.inference.gguf import export_gguf
+        from fedtune.inference.gguf import describe_gguf, export_gguf
 
         kind = args.gguf_type or "f16"
-        return str(export_gguf(args.source, args.out or args.source / f"model-{kind}.gguf", kind=kind))
-    if args.to == "edge":
+        out = args.out or args.source / f"model-{kind}.gguf"
+        export_gguf(args.source, out, kind=kind)
+        said = describe_gguf(out)
+    elif args.to == "edge":
         from fedtune.inference.edge import export_edge, told
 
         out = args.out or args.source / (f"edge-{args.quantize}" if args.quantize else "edge")

@@ -34,6 +34,7 @@ EXCEPTIONS = {  # file → what it imports against the table, and why
     "fedtune/status.py": {"report"},  # it shows of a run what the report shows, for the terminal
     "fedtune/inference/quantise/calibrate.py": {"data"},  # text of any file that a run could read, or of the run itself
     "fedtune/inference/edge.py": {"data"},  # the perplexity of what is exported is that of the run's own test
+    "fedtune/inference/personal.py": {"clients"},  # a personal model is the global adapter with what a client's store keeps
     "fedtune/inference/export.py": {"data"},  # the demo's prompt goes into the exported folder
 }
 BARE = ("strategies", "clients", "simulations", "conf")

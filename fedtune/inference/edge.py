@@ -184,7 +184,7 @@ def merged_dtype(merged: Merged) -> torch.dtype:
 def told(out: Path) -> str:
     """What there is to know of a package beside its path, in a sentence each; "" where there is nothing."""
     card, sentences = read_object(out / CARD), []
-    sentences += [card[key] for key in ("whole", "beyond_privacy") if card.get(key)]
+    sentences += [card[key] for key in ("note", "whole", "beyond_privacy") if card.get(key)]
     if card.get("from_float16"):
         sentences.append("the checkpoint is float16, which the engine does not run: the package has bfloat16, three bits less")
     if apart := sorted(f.stem for f in (out / "adapters").glob("*.safetensors")):

@@ -19,6 +19,7 @@ from fedtune.config import Config, ModelConfig, TaskConfig, from_dict, template_
 from fedtune.errors import CheckpointError, FedtuneError, ModelError
 from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.inference.outline import merged_tensors, read_outline, write_merged
+from fedtune.inference.personal import client_of, complete, global_note
 from fedtune.inference.requantise import requantise, said, text_logits
 from fedtune.inference.whole import in_memory, parted, put_adapter, put_heads, save, why_whole
 from fedtune.inference.whole_model import is_whole, read_whole
@@ -43,6 +44,9 @@ class Origin:
         model: The backbone, in float32 on the CPU.
         settings: Of `load_backbone`.
         whole: A whole model's own card, {} where it has none; None of anything else.
+        run: The run directory; None of a bare adapter folder or model.
+        client: Whose personal model it is; None of the global one.
+        note: What a global adapter is not; "" where it is all that was trained.
     """
 
     source: Path
@@ -53,6 +57,9 @@ class Origin:
     model: ModelConfig
     settings: dict[str, Any]
     whole: dict[str, Any] | None = None
+    run: Path | None = None
+    client: str | None = None
+    note: str = ""
 
     @property
     def card(self) -> dict[str, Any]:
@@ -61,26 +68,46 @@ class Origin:
             own = self.whole or {"task": self.task.kind, "prompt": None, "max_new_tokens": None}
             return {name: own[name] for name in ("task", "prompt", "max_new_tokens")}
         longest = self.task.max_new_tokens if self.config and self.task.kind == "instruction" else None
-        return {"task": self.task.kind, "prompt": prompt_template(self.config), "max_new_tokens": longest}
+        about = {"client": self.client, "note": self.note or None}
+        card = {"task": self.task.kind, "prompt": prompt_template(self.config), "max_new_tokens": longest}
+        return {**card, **{name: value for name, value in about.items() if value is not None}}
 
 
 def read_origin(source: Path) -> Origin:
-    """Read a run directory, an adapter folder, or a model that is whole already; no weights of a backbone are opened.
+    """Read a run directory, a client's folder in it, an adapter folder, or a model that is whole already; no weights of a backbone are
+    opened.
 
     Raises:
-        CheckpointError: `source` is missing, or is a run that has no adapter yet.
+        CheckpointError: `source` is missing, is a run that has no adapter yet, or is of a client that keeps nothing.
         ModelError: The adapter cannot be used, or as `read_whole`.
     """
-    whole = None
+    whole, run, client, note = None, None, None, ""
     if is_whole(source):
         (adapter, whole), config, labels = read_whole(source), None, []
     else:
-        config, adapter, labels = _read(source)
+        run, client = client_of(source) or (_run_of(source), None)
+        config, adapter, labels = _read(run or source)
+        if run and client is not None:
+            adapter = complete(adapter, run, client)
+        else:
+            note = global_note(run, adapter.state)
     task = config.task if config else _task(adapter, source)
     if config and config.peft.init == "loftq" and not adapter.over:
         raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
     model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
-    return Origin(source=source, config=config, adapter=adapter, labels=labels, task=task, model=model, settings=settings, whole=whole)
+    return Origin(
+        source=source,
+        config=config,
+        adapter=adapter,
+        labels=labels,
+        task=task,
+        model=model,
+        settings=settings,
+        whole=whole,
+        run=run,
+        client=client,
+        note=note,
+    )
 
 
 def check_base(origin: Origin, fingerprint: str, name: str) -> None:
@@ -104,7 +131,8 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     them. `beside` says so.
 
     Args:
-        source: A run directory, or an adapter folder whose adapter_config.json names the backbone.
+        source: A run directory, a client's folder in it (RUN/clients/ID: its personal model), or an adapter folder whose
+            adapter_config.json names the backbone.
         out: The folder to write; made whole or not at all.
         replace: Write over `out` if an export of fedtune is there.
         requantize: Quantise the merged model again, in the run's precision; the card has the error (see `requantise`).
@@ -189,8 +217,7 @@ def beside(out: Path) -> str:
         sentences.append(
             f"no weights can express peft.method={kind}: {out} is the backbone with the adapter beside it, in {out / BESIDE}; use {how}"
         )
-    if whole := card.get("whole"):
-        sentences.append(whole)
+    sentences += [card[name] for name in ("note", "whole") if card.get(name)]
     if over := card.get("merged_into"):
         sentences.append(
             f"the adapter began as what {over['precision']} took from the backbone (peft.init=loftq), so it is merged into the dequantised"
@@ -209,12 +236,17 @@ def check_out(out: Path, replace: bool = False) -> None:
         raise ModelError(f"{out} exists already: name another folder with --out, or remove it")
 
 
+def _run_of(source: Path) -> Path | None:
+    """The run directory that `source` is or lies in; None of a bare adapter folder."""
+    if source.name == "adapter" and (source.parent / "config.yaml").is_file():
+        return source.parent  # the run knows more than its adapter: the prompt template, the labels' names
+    return source if (source / "config.yaml").is_file() else None
+
+
 def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
     """The run's config (None: a bare adapter folder), the adapter, and the names of a classifier's labels."""
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}: give a run directory, a PEFT adapter folder or a model")
-    if source.name == "adapter" and (source.parent / "config.yaml").is_file():
-        source = source.parent  # the run knows more than its adapter: the prompt template, the labels' names
     if not (source / "config.yaml").is_file():
         return None, read_adapter(source), []
     if not any((source / "adapter" / name).is_file() for name in (OWN, "adapter_config.json")):

@@ -26,10 +26,11 @@ from fedtune.models.tokens import load_tokenizer
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-__all__ = ["TYPES", "export_gguf"]
+__all__ = ["TYPES", "describe_gguf", "export_gguf"]
 
 TYPES = ("f16", "q8_0", "q4_0")
 _ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_CARD = "fedtune.card"  # the metadata's entry that has the card as JSON
 _ROWS = 1 << 19  # entries that are quantised at once
 
 
@@ -80,6 +81,12 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
     return out
 
 
+def describe_gguf(out: Path) -> str:
+    """What there is to know of a file of `export_gguf`'s beside its path, in a sentence each; "" where there is nothing."""
+    card = json.loads(_library().GGUFReader(out).fields[_CARD].contents())
+    return "; ".join(card[name] for name in ("note",) if card.get(name))
+
+
 def _library() -> Any:
     try:
         import gguf  # late: an optional part of fedtune
@@ -111,7 +118,7 @@ def _describe(writer: "GGUFWriter", card: dict[str, Any], kind: str) -> None:
     writer.add_description("exported by fedtune" + (f": {came['method']}, round {came['round']}" if "method" in came else ""))
     writer.add_file_type(LlamaFileType[types[kind]])
     writer.add_quantization_version(2)  # ggml's, of its block formats
-    writer.add_string("fedtune.card", json.dumps(card))
+    writer.add_string(_CARD, json.dumps(card))
 
 
 def _sizes(writer: "GGUFWriter", shape: Shape) -> None:

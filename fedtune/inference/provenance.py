@@ -17,8 +17,8 @@ _PRIMARY = ("exact_match", "accuracy", "perplexity", "loss")  # as in report.sum
 def provenance(origin: Origin) -> dict[str, Any]:
     """`provenance`, `metric` and `privacy` of the card; of a bare adapter folder only what its spec says, of a whole model its name.
 
-    The metric is the global test's (else the clients' mean) in the adapter's round. ε is that of the client that spent most: the adapter's
-    README knows the ledgers too, metrics.jsonl only the turns that were told.
+    The metric is the global test's (else the clients' mean) in the adapter's round; of a personal model, the client's own. ε is that of the
+    client that spent most: the adapter's README knows the ledgers too, metrics.jsonl only the turns that were told.
 
     Raises:
         CheckpointError: metrics.jsonl is damaged.
@@ -29,7 +29,7 @@ def provenance(origin: Origin) -> dict[str, Any]:
     came: dict[str, Any] = {"method": spec.method, "round": spec.version, "base": spec.base}
     if config is None:
         return {"provenance": came, "metric": None, "privacy": None}
-    run = origin.source.parent if origin.source.name == "adapter" and not (origin.source / "config.yaml").is_file() else origin.source
+    run = origin.run or origin.source
     came |= {
         "run": run.resolve().name,
         "name": config.name,
@@ -46,7 +46,7 @@ def provenance(origin: Origin) -> dict[str, Any]:
         told = [v for r in records if (v := _number(r, "epsilon")) is not None]
         spent = max([*told, *_on_the_card(run / "adapter" / "README.md")], default=None)
         privacy = {"kind": config.privacy.kind, "unit": unit, "epsilon": spent, "delta": config.privacy.delta}
-    return {"provenance": came, "metric": _metric(records, spec.version), "privacy": privacy}
+    return {"provenance": came, "metric": _metric(records, spec.version, origin.client), "privacy": privacy}
 
 
 def _model(name: str) -> str:
@@ -54,9 +54,11 @@ def _model(name: str) -> str:
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).is_dir() else name
 
 
-def _metric(records: list[dict[str, Any]], version: int) -> dict[str, Any] | None:
-    """Name, value and round of what the run is judged by: of the adapter's round, or of the last before it that was evaluated."""
-    for mine in ([r for r in records if r.get("client") is None], [r for r in records if r.get("client") is not None]):
+def _metric(records: list[dict[str, Any]], version: int, client: str | None) -> dict[str, Any] | None:
+    """Name, value and round of what the run, or the client, is judged by: of the adapter's round, or of the last one evaluated before."""
+    every = [r for r in records if r.get("client") is not None]
+    of_client = [r for r in every if r["client"] == client]
+    for mine in ([r for r in records if r.get("client") is None], every) if client is None else (of_client,):
         for name in _PRIMARY:
             found = [(r["round"], v) for r in mine if r["round"] <= version and (v := _number(r, name)) is not None]
             if found:

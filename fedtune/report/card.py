@@ -10,9 +10,15 @@ from fedtune.report.summary import Record, primary_metric, rounds, value
 
 
 def write_card(
-    run_dir: Path, config: dict[str, Any], spec: dict[str, Any], prompt: str | None, labels: list[str], records: Sequence[Record]
+    run_dir: Path,
+    config: dict[str, Any],
+    spec: dict[str, Any],
+    prompt: str | None,
+    labels: list[str],
+    records: Sequence[Record],
+    note: str = "",
 ) -> None:
-    """Write `adapter/README.md` over the blank one that PEFT leaves."""
+    """Write `adapter/README.md` over the blank one that PEFT leaves; `note` is what the adapter is not."""
     metric, done = primary_metric(records), rounds(records)
     scores = [(r["round"], v) for r in done if (v := value(r, metric)) is not None]
     classes = config["task"]["kind"] == "classification"
@@ -28,6 +34,8 @@ def write_card(
         f"- strategy: `{config['strategy']['_target_']}`, {config['rounds']} rounds of up to {config['clients_per_round']} clients",
         f"- seed: {config['seed']}; every setting is in the run's config.yaml",
     ]
+    if note:
+        lines.append(f"- {note}")
     if scores:
         (first, before), (last, after) = scores[0], scores[-1]
         lines.append(
