@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.config import ModelConfig, PeftConfig, TaskConfig
 from fedtune.errors import ConfigError
 from fedtune.inference.adapter_folder import OWN
-from fedtune.inference.engine.text import Text
+from fedtune.inference.engine.text import Text, decoder_kinds
 from fedtune.inference.export import BESIDE
 from fedtune.models.backbone import Backbone, load_backbone
 from fedtune.models.checkpoint import read_config
@@ -91,6 +91,12 @@ class HubText(Text):
         self.size = len(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self.bytes = frozenset(vocabulary[name] for b in range(256) if (name := f"<0x{b:02X}>") in vocabulary)
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers written in Python have none
+        self.by_letters = backend is not None and "ByteLevel" in decoder_kinds(backend)
+
+    def name(self, token: int) -> str:
+        """As `Text.name`."""
+        return self.tokenizer.convert_ids_to_tokens(token) or ""
 
     def encode(self, text: str, *, begin: bool = True) -> list[int]:
         """As `Text.encode`."""

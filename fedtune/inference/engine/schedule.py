@@ -24,7 +24,6 @@ from fedtune.inference.engine.jobs import Busy, End, Job, Output, Stopping
 from fedtune.inference.engine.sample import Sampler
 from fedtune.inference.engine.text import StopStrings, Stream, Text
 
-TAIL = 8  # tokens of the prompt that show how its text and the answer's join
 _log = logging.getLogger("fedtune.inference")
 
 
@@ -58,12 +57,7 @@ class _Sequence:
         self.tokens = list(job.ids)
         self.cache: Cache | None = None
         self.sampler = Sampler(job.sampling, job.ids, vocabulary)
-        self.stream, self.stops = Stream(text), StopStrings(job.sampling.stop)
-        tail = job.ids[-TAIL:] if job.joins else []
-        if tail and not text.decode(tail).endswith("\ufffd"):  # a character that the prompt leaves open is not the answer's to end
-            for token in tail:
-                self.stream.push(token)
-            self.stream.finish()
+        self.stream, self.stops = Stream(text, job.ids if job.joins else ()), StopStrings(job.sampling.stop)
 
     @property
     def held(self) -> int:

@@ -12,6 +12,9 @@ from fedtune.errors import ConfigError, ModelError
 
 _MOST = 1 << 24  # ids; no vocabulary comes near
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
+_TAIL = 8  # tokens of the prompt that show how its text and the answer's join
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as themselves
+_LETTERS = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PLAIN}))}
 
 
 class Text:
@@ -36,11 +39,10 @@ class Text:
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
         self.size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # highest id, and one
-        decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-        parts = decoder.get("decoders", [decoder])
-        falls_back = any(part.get("type") == "ByteFallback" for part in parts)
-        found = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in range(256)] if falls_back else []
+        kinds = decoder_kinds(tokenizer)
+        found = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in range(256)] if "ByteFallback" in kinds else []
         self.bytes = frozenset(i for i in found if i is not None)  # tokens that stand for one byte each
+        self.by_letters = "ByteLevel" in kinds  # tokens are bytes, each written as a letter of GPT-2's alphabet
 
     def encode(self, text: str, *, begin: bool = True) -> list[int]:
         """Tokens of a text; with `begin`, begun as texts were in training.
@@ -61,6 +63,21 @@ class Text:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the tokens, without special ones."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def name(self, token: int) -> str:
+        """A token as the vocabulary writes it."""
+        return self.tokenizer.id_to_token(token) or ""
+
+    def raw(self, token: int) -> bytes | None:
+        """The bytes that a token adds to a text; None where they depend on its neighbors."""
+        name = self.name(token)
+        if token in self.special:
+            return b""
+        if token in self.bytes:
+            return bytes([int(name[3:5], 16)])
+        if not self.by_letters:
+            return None
+        return bytes(_LETTERS[c] for c in name) if all(c in _LETTERS for c in name) else name.encode()
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Messages {"role", "content"} in the model's chat template, up to where the answer begins; encode it with begin=False.
@@ -83,13 +100,27 @@ class Stream:
 
     Text is held back while it could still change: at the end of an unfinished character, and inside a run of byte tokens, which decodes as
     one. Each step decodes only the tokens since the last two pieces: the earlier of them shows whether the later begins with a space.
+
+    Args:
+        text: The tokenizer.
+        before: Tokens of a text that goes on with these, so that a space between the two belongs to them.
     """
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, before: Sequence[int] = ()) -> None:
         self._text = text
         self._ids: list[int] = []
         self._shown = ""  # decode(_ids[:_done]), and out already
         self._done = 0
+        tail = before[-_TAIL:]
+        if tail and not text.decode(tail).endswith(_UNFINISHED):  # a character that is left open is not the answer's to end
+            for token in tail:
+                self.push(token)
+            self.finish()
+
+    def peek(self, token: int) -> str:
+        """The text of a token, were it the one that follows what is certain."""
+        whole = self._text.decode([*self._ids[: self._done], token])
+        return whole[len(self._shown) :] if whole.startswith(self._shown) else self._text.decode([token])
 
     def push(self, token: int) -> str:
         """The text that is certain now."""
@@ -141,6 +172,12 @@ class StopStrings:
         """What was held back, and is no stop string after all."""
         out, self._held = self._held, ""
         return out
+
+
+def decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
+    """Types of the parts of a tokenizer's decoder, such as "ByteLevel"."""
+    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
+    return frozenset(part.get("type", "") for part in decoder.get("decoders", [decoder]))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.jobs import Busy, Job, Output, Stopping
-from fedtune.inference.engine.text import Text
 from fedtune.inference.serve.limits import gone
-from fedtune.inference.serve.protocol import Refused, Shape, TokenLogprob, event, usage
+from fedtune.inference.serve.logprobs import Teller
+from fedtune.inference.serve.protocol import Refused, Shape, event, usage
 
 RETRY_S = 1
 PATIENCE_S = 5.0  # longer than the scheduler's own time-out, which says what has happened
@@ -102,33 +102,16 @@ class Answer:
         self._scheduler.cancel(self.job)
 
 
-Tell = Callable[[Output], list[TokenLogprob]]
-
-
-def teller(text: Text) -> Tell:
-    """Puts the log-probabilities of an output into words."""
-
-    def word(token: int) -> str:
-        return text.tokenizer.decode([token], skip_special_tokens=False)
-
-    def tell(out: Output) -> list[TokenLogprob]:
-        if out.token is None or out.logprob is None:
-            return []
-        return [TokenLogprob(word(out.token), out.logprob, tuple((word(token), value) for token, value in out.rivals))]
-
-    return tell
-
-
-async def whole(request: Request, under_way: Answer, shape: Shape, tell: Tell | None) -> Response:
+async def whole(request: Request, under_way: Answer, shape: Shape, teller: Teller | None) -> Response:
     """The answer in one piece; if the client hangs up before, the work ends."""
 
     async def collect() -> Response:
         parts, told, end = [], [], "stop"
         async for out in under_way.outputs():
             parts.append(out.text)
-            told += tell(out) if tell else []
+            told += teller.push(out) if teller else []
             end = out.end or end
-        return JSONResponse(shape.whole("".join(parts), told if tell else None, end, under_way.usage()))
+        return JSONResponse(shape.whole("".join(parts), told if teller else None, end, under_way.usage()))
 
     work, left = asyncio.create_task(collect()), asyncio.create_task(gone(request))
     try:
@@ -143,8 +126,8 @@ async def whole(request: Request, under_way: Answer, shape: Shape, tell: Tell | 
 class EventStream(StreamingResponse):
     """Server-sent events; a client that hangs up, or does not read for too long, ends the work."""
 
-    def __init__(self, under_way: Answer, shape: Shape, tell: Tell | None, timeout: float) -> None:
-        super().__init__(self._events(under_way, shape, tell), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    def __init__(self, under_way: Answer, shape: Shape, teller: Teller | None, timeout: float) -> None:
+        super().__init__(self._events(under_way, shape, teller), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
         self._under_way, self._patience = under_way, timeout + PATIENCE_S
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -157,12 +140,12 @@ class EventStream(StreamingResponse):
             self._under_way.cancel()
 
     @staticmethod
-    async def _events(under_way: Answer, shape: Shape, tell: Tell | None) -> AsyncIterator[bytes]:
+    async def _events(under_way: Answer, shape: Shape, teller: Teller | None) -> AsyncIterator[bytes]:
         for chunk in shape.opening():
             yield chunk
         try:
             async for out in under_way.outputs():
-                told = tell(out) if tell else None
+                told = teller.push(out) if teller else None
                 if out.text or told:
                     yield shape.piece(out.text, told)
                 if out.end is not None:

@@ -15,8 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, check_room, teller, whole
+from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, check_room, whole
 from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_json
+from fedtune.inference.serve.logprobs import Teller
 from fedtune.inference.serve.offer import Offer, make_job
 from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused, Shape, read
 
@@ -56,11 +57,11 @@ def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys
             model=asked.model,
             usage_in_stream=asked.wants_usage,
         )
-        tell = teller(offer.text) if asked.tops is not None else None
         under_way.begin()
+        teller = None if asked.tops is None else Teller(offer.text, job.ids if job.joins else (), trims=chat)
         if asked.stream:
-            return EventStream(under_way, shape, tell, limits.timeout)
-        return await whole(request, under_way, shape, tell)
+            return EventStream(under_way, shape, teller, limits.timeout)
+        return await whole(request, under_way, shape, teller)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

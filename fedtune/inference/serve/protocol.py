@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedtune.inference.serve.logprobs import TokenLogprob
+
 INT64 = 2**63 - 1
 STOPS = 16
 COLDEST = 1e-3  # logits divided by much less overflow
@@ -301,15 +303,6 @@ def _name(value: object) -> str:
     return {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
-    """One token of an answer and its best rivals; natural logarithms."""
-
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
 @dataclass(kw_only=True)
 class Shape:
     """Puts pieces of one answer into the shape of its route.
@@ -357,7 +350,7 @@ class Shape:
         if tokens is None:
             return None
         if self.chat:
-            return {"content": [_told(t.token, t.logprob) | {"top_logprobs": [_told(*rival) for rival in t.top]} for t in tokens]}
+            return {"content": [_describe(t) | {"top_logprobs": [_describe(rival) for rival in t.top]} for t in tokens]}
         offsets = []
         for t in tokens:
             offsets.append(self._offset)
@@ -365,13 +358,13 @@ class Shape:
         return {
             "tokens": [t.token for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens],
+            "top_logprobs": [{rival.token: rival.logprob for rival in t.top} for t in tokens],
             "text_offset": offsets,
         }
 
 
-def _told(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+def _describe(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.token, "logprob": token.logprob, "bytes": None if token.raw is None else list(token.raw)}
 
 
 def event(payload: dict[str, Any]) -> bytes:

@@ -8,7 +8,8 @@ from openai.types import chat as openai_chat
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as CompletionParams
 
-from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, ChatMessage, Refused, Shape, TextPart, TokenLogprob, read, usage
+from fedtune.inference.serve.logprobs import TokenLogprob
+from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, ChatMessage, Refused, Shape, TextPart, read, usage
 
 
 def asked(**more: Any) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def events(chunks: list[bytes]) -> list[Any]:
 
 def test_a_completion_stream() -> None:
     shape = Shape(chat=False, id="cmpl-1", model="m", made=7, usage_in_stream=True)
-    told = [TokenLogprob("héé", -0.5, (("héé", -0.5), ("x", -1.0)))]
+    told = [TokenLogprob("héé", -0.5, "héé".encode(), (TokenLogprob("héé", -0.5, "héé".encode()), TokenLogprob("x", -1.0, b"x")))]
     got = events([*shape.opening(), shape.piece("héé", told), shape.piece("\n", told), *shape.closing("stop", usage(3, 2))])
     assert [c if c == "[DONE]" else [choice["text"] for choice in c["choices"]] for c in got] == [["héé"], ["\n"], [""], [], "[DONE]"]
     assert [c["choices"][0]["finish_reason"] for c in got[:3]] == [None, None, "stop"]
@@ -234,7 +235,7 @@ def test_a_completion_stream() -> None:
 
 def test_a_chat_stream_and_a_whole_chat() -> None:
     shape = Shape(chat=True, id="c", model="m")
-    got = events([*shape.opening(), shape.piece("a", [TokenLogprob("a", -1.0)]), *shape.closing("length", usage(1, 1))])
+    got = events([*shape.opening(), shape.piece("a", [TokenLogprob("a", -1.0, b"a")]), *shape.closing("length", usage(1, 1))])
     assert [c["choices"][0]["delta"] for c in got[:3]] == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
     assert "usage" not in got[0]
     assert got[1]["choices"][0]["logprobs"]["content"] == [{"token": "a", "logprob": -1.0, "bytes": [97], "top_logprobs": []}]

@@ -1,0 +1,192 @@
+"""Tokens that are told with log-probabilities join to the text that is sent, and their bytes to its UTF-8."""
+
+import json
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.load import Engine
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.schedule import Scheduler
+from fedtune.inference.engine.text import Text
+from fedtune.inference.generate_transformers import HubText
+from fedtune.inference.serve.logprobs import Teller, TokenLogprob
+from tests.inference.engine.test_text import TOKENIZERS
+from tests.inference.serve.served import Served, served
+
+TEXTS = {name: Text(make(), bos=None, ends=frozenset({2}), template=None, names={}) for name, make in TOKENIZERS.items()}
+
+
+def answer(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...] = (), rivals: int = 0) -> tuple[Job, list[Output]]:
+    """A scheduler's outputs for an answer of these tokens; the rivals of each are the token itself and its neighbors."""
+    outputs: list[Output] = []
+    job = Job(
+        ids=before or [0],
+        sampling=Sampling(stop=stop),
+        max_new_tokens=len(ids),
+        deliver=outputs.append,
+        joins=bool(before),
+        rivals=rivals,
+    )
+
+    def forward(_: Any, spans: Any) -> torch.Tensor:
+        for span in spans:
+            span.cache.length += span.n
+        logits = -torch.arange(text.size, dtype=torch.float32).roll(ids[job.answered])
+        return logits[None]
+
+    caches: Any = SimpleNamespace(
+        limit=10_000, open=lambda ids, adapter: SimpleNamespace(length=0), reserve=lambda cache, n: True, close=lambda *of: None
+    )
+    decoder: Any = SimpleNamespace(forward=forward)
+    scheduler = Scheduler(decoder, text, caches, text.size, rows=10_000)
+    scheduler.submit(job)
+    while scheduler.step():
+        pass
+    return job, outputs
+
+
+def tell(text: Text, outputs: list[Output], job: Job, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
+    """What a client gets: the text, and the tokens, of which none comes before its text."""
+    teller, sent, told, trimming = Teller(text, job.ids if job.joins else (), trims=trims), "", list[TokenLogprob](), trims
+    for out in outputs:
+        piece = out.text.lstrip() if trimming else out.text
+        trimming = trimming and not piece
+        sent += piece
+        told += teller.push(Output(piece, out.token, out.logprob, out.rivals, out.end))
+        assert sent.startswith("".join(token.token for token in told))
+    return sent, told
+
+
+def token(text: Text, name: str) -> int:
+    found = text.tokenizer.token_to_id(name)
+    assert found is not None
+    return found
+
+
+def check(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...], trims: bool, rivals: int = 3) -> list[TokenLogprob]:
+    job, outputs = answer(text, ids, before=before, stop=stop, rivals=min(rivals, text.size))
+    sent, told = tell(text, outputs, job, trims=trims)
+    assert "".join(token.token for token in told) == sent
+    assert b"".join(token.raw or b"" for token in told) == sent.encode()
+    assert [token.logprob for token in told] == [out.logprob for out in outputs if out.token is not None]
+    for entry, out in zip(told, [out for out in outputs if out.token is not None], strict=True):
+        names = [rival.token for rival in entry.top]
+        assert len(set(names)) == len(names) == len(out.rivals)
+        assert entry.top[0].token == entry.token  # the token itself, under the same name
+    return told
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_any_tokens_join_to_their_text(name: str, data: st.DataObject) -> None:
+    text = TEXTS[name]
+    ids = st.lists(st.integers(0, text.size - 1), min_size=1, max_size=20)
+    before = data.draw(st.just([]) | ids)
+    stop = data.draw(st.just(()) | st.tuples(st.sampled_from(["a", "b ", "ab", "\ufffd", "on the"])))
+    check(text, data.draw(ids), before=before, stop=stop, trims=data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("name", ["byte_fallback", "byte_level"])
+@given(said=st.text("ab c,é→😀👩🏽‍🚀e\u0301\u3000 ", min_size=1, max_size=12), trims=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_characters_of_several_tokens_join(name: str, said: str, trims: bool) -> None:
+    text = TEXTS[name]
+    told = check(text, text.encode(said), before=text.encode("a"), stop=(), trims=trims)
+    assert not any("\ufffd" in token.token for token in told)
+
+
+def test_an_emoji_of_four_tokens_by_hand() -> None:
+    text = TEXTS["byte_fallback"]
+    ids = [token(text, t) for t in ("▁a", "▁", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "b", "</s>")]
+    told = check(text, ids, before=[token(text, "b")], stop=(), trims=False)
+    assert [token.token for token in told] == [" a", " ", "", "", "", "😀", "b", ""]
+    assert [token.raw for token in told] == [b" a", b" ", b"\xf0", b"\x9f", b"\x98", b"\x80", b"b", b""]
+    # the rivals of a byte are other bytes: no two of them have the same name
+    assert [rival.token for rival in told[3].top] == ["", "bytes:\\xa0", "bytes:\\xa1"]
+    # at the beginning of an answer that stands alone, the first space is no text
+    assert [t.token for t in check(text, ids[:1], before=[], stop=(), trims=False)] == ["a"]
+
+
+def test_bytes_that_are_no_character_join_as_they_are_shown() -> None:
+    text = TEXTS["byte_level"]
+    ids = [token(text, t) for t in ("ð", "Ł", "b", "ð")]
+    told = check(text, ids, before=[], stop=(), trims=False)
+    assert "".join(token.token for token in told) == "\ufffdb\ufffd"
+
+
+def test_what_is_cut_off_has_no_text() -> None:
+    text = TEXTS["byte_level"]
+    ids = text.encode("  ab c bc ab")
+    told = check(text, ids, before=[], stop=("c b",), trims=True)
+    assert "".join(token.token for token in told) == "ab "
+    job, outputs = answer(text, text.encode("abc"), before=[], stop=("cab",))
+    assert tell(text, outputs, job)[0] == "abc"  # held back for a stop string that does not come
+
+
+def test_rivals_with_the_same_text_have_names_of_their_own() -> None:
+    text = TEXTS["byte_fallback"]
+    plain, byte = token(text, "b"), token(text, "<0x62>")
+    for chosen, rest in ((plain, byte), (byte, plain)):
+        out = Output("b", chosen, -0.1, ((chosen, -0.1), (rest, -2.0), (2, -3.0)), "length")
+        (told,) = Teller(text).push(out)
+        assert [(t.token, t.raw) for t in told.top] == [("b", b"b"), (f"token_id:{rest}", b"b"), ("</s>", None)]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_of_transformers_has_the_same_bytes(name: str) -> None:
+    ours, theirs = TEXTS[name], HubText(PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[name]()), frozenset({2}), closes=False)
+    assert [theirs.raw(i) for i in range(ours.size) if i not in ours.special] == [
+        ours.raw(i) for i in range(ours.size) if i not in ours.special
+    ]
+
+
+# -- over the server ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def here(engine: Engine) -> Iterator[Served]:
+    with served(engine) as server:
+        yield server
+
+
+def ask(here: Served, *, chat: bool, stream: bool, **more: Any) -> tuple[str, list[Any]]:
+    """The text and the `logprobs` of each choice."""
+    path = "chat/completions" if chat else "completions"
+    what: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "top_logprobs": 9}
+    body = {"model": "tiny", "stream": stream, **(what if chat else {"prompt": "turn on", "logprobs": 9}), **more}
+    got = httpx.post(f"{here.url}/v1/{path}", json=body, timeout=20)
+    lines = [line[6:] for line in got.text.split("\n\n") if line and line != "data: [DONE]"] if stream else [got.text]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    parts = [c["text"] if "text" in c else c.get("delta", c.get("message")).get("content") or "" for c in choices]
+    return "".join(parts), [c["logprobs"] for c in choices if c["logprobs"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_offsets_and_bytes_over_the_server(here: Served, stream: bool, seed: int) -> None:
+    letters = random.Random(seed).sample("etaoin", 2)
+    for stop in (None, "".join(letters), letters[0]):
+        options: dict[str, Any] = {"temperature": 1.5, "seed": seed, "max_tokens": 60, "stop": stop, "stream": stream}
+        text, found = ask(here, chat=False, **options)
+        tokens = [token for logprobs in found for token in logprobs["tokens"]]
+        offsets = [at for logprobs in found for at in logprobs["text_offset"]]
+        tops = [top for logprobs in found for top in logprobs["top_logprobs"]]
+        assert "".join(tokens) == text
+        assert [text[at : at + len(token)] for at, token in zip(offsets, tokens, strict=True)] == tokens
+        assert all(len(top) == 9 for top in tops) and len(tops) == len(tokens)
+        said, found = ask(here, chat=True, **options)
+        entries = [entry for logprobs in found for entry in logprobs["content"]]
+        assert "".join(entry["token"] for entry in entries) == said
+        assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == said
+        assert all(len({rival["token"] for rival in entry["top_logprobs"]}) == 9 for entry in entries)
