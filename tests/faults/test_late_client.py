@@ -52,7 +52,7 @@ def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Pa
     write_rows(tmp_path / "rows", CLIENTS)
     usual = [s for s in settings(tmp_path / "rows", CLIENTS) if not s.startswith(("rounds", "min_clients"))]
     experiment = [*usual, f"rounds={ROUNDS}", "min_clients=2", "late=use", f"max_staleness={ROUNDS}", f"round_timeout_s={DEADLINE_S:g}"]
-    experiment += ["keep_checkpoints=100", "eval.clients=0", "client.schedule=constant"]
+    experiment += ["keep_checkpoints=100", "eval.clients=0", "client.schedule=constant", "weights.max_share=1"]
     points = tmp_path / "points"
     points.mkdir()
     (points / f"{SLOW}.training").touch()
