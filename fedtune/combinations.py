@@ -15,7 +15,6 @@ def check_together(c: "Config") -> None:
 
     refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
     refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
-    refuse(c.data.source == "local" and not c.data.path, "data=local needs data.path: a file, a folder or a glob")
     refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: whose rows they are")
     refuse((c.data.prompt is None) != (c.data.answer is None), "data.prompt and data.answer go together: set both or neither")
     refuse(c.client.steps is None and c.client.epochs is None, "client.steps and client.epochs are both none: set one of them")

@@ -78,7 +78,7 @@ def canonical(source: datasets.Dataset, config: Config, what: str, labels: tuple
         names = (declared or in_order(values)) if labels is None else labels
         out["label"] = to_ids(values, names, what)
     else:
-        names = labels or ()
+        names = ()
     for ours in out:
         if ours != "label":
             out[ours] = texts(out[ours], ours, maps.get(ours, ours))

@@ -4,6 +4,7 @@ Source → our columns → global test → partition → each client's own train
 run's seed and, for what belongs to one client, on its logical id: its split does not change when other clients come or go.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 
 from fedtune.config import Config, DeviceClass
-from fedtune.data.columns import Table, canonical, class_names, read_columns
+from fedtune.data.columns import NEEDED, Table, canonical, class_names, read_columns
 from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
@@ -56,7 +57,7 @@ class Federation:
 
     def row_labels(self) -> np.ndarray:
         """(rows,) int64 class id of every row, for histograms; empty if there are no labels."""
-        return np.asarray(self.rows["label"][:] if self.labels else [], np.int64)
+        return np.asarray(self.rows["label"][:] if "label" in self.rows.column_names else [], np.int64)
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON: labels, test size, and for each client its device class, sizes and label histogram (train and held-out together)."""
@@ -76,10 +77,27 @@ def load_federation(config: Config) -> Federation:
         ConfigError: Settings that do not go together.
         DataError: The data cannot be used; says where and what to do.
     """
+    config, table, tests = _read(config)
+    data, seed = config.data, config.seed
+    if config.partition.kind == "one":
+        parts = {str(data.client): np.arange(len(table))}
+    else:
+        parts = partition(config.partition, len(table), seed, table.columns.get("label"), table.columns.get("client"))
+    _check_classes(config, table.labels)
+    devices = device_classes(config, parts, table)
+    if data.client is not None:
+        parts = _only(data.client, parts)
+    clients = {name: _client(name, rows, devices[name], config) for name, rows in parts.items()}
+    return Federation(rows=_dataset(table), test=_dataset(tests), clients=clients, labels=table.labels)
+
+
+def _read(config: Config) -> tuple[Config, Table, Table]:
+    """The config that fits the source, the training rows and the global test; small natural clients leave before the test is taken."""
     config, source, test_source = read_source(config)
     data, seed = config.data, config.seed
     table = canonical(source, config, "training", class_names(data) or None)
-    if config.partition.kind == "natural":
+    natural = config.partition.kind == "natural"
+    if natural:
         table = _select(table, rows_of_large_clients(config.partition, table.columns.get("client")))
     if test_source is not None:
         tests, order = canonical(test_source, config, "test", table.labels), np.arange(len(table))
@@ -93,23 +111,18 @@ def load_federation(config: Config) -> Federation:
     order = sample(order, data.limit, derive_seed(seed, "limit"))
     named = set(table.columns.get("client", ()))
     table, tests = _select(table, order), _select(tests, test_rows)
-    if config.partition.kind == "one":
-        parts = {str(data.client): np.arange(len(order))}
-    else:
-        parts = partition(config.partition, len(order), seed, table.columns.get("label"), table.columns.get("client"))
-    if config.partition.kind == "natural" and (gone := len(named.difference(parts))):
+    if natural and (gone := len(named.difference(table.columns["client"]))):
         log.warning("%d clients have all their rows in the global test or beyond data.limit, and are left out", gone)
-    if config.task.kind == "classification" and len(table.labels) < 2:
-        raise DataError(f"every training row has the label '{''.join(table.labels)}': classification needs two classes at least")
-    devices = device_classes(config, parts, table)
-    if data.client is not None:
-        parts = _only(data.client, parts)
-    clients = {name: _client(name, rows, devices[name], config) for name, rows in parts.items()}
-    return Federation(rows=_dataset(table), test=_dataset(tests), clients=clients, labels=table.labels)
+    return config, table, tests
+
+
+def _check_classes(config: Config, labels: tuple[str, ...]) -> None:
+    if config.task.kind == "classification" and len(labels) < 2:
+        raise DataError(f"every training row has the label '{''.join(labels)}': classification needs two classes at least")
 
 
 def load_test(config: Config) -> Federation:
-    """What a coordinator has of the data: the global test and the names of the classes, and no client.
+    """What a coordinator has of the data: the global test and the names of the classes, and no client. Nothing is dealt.
 
     Where the training rows are not on this machine, the test is `data.test_path` or none, and the names are `data.labels` or the test's.
 
@@ -119,21 +132,30 @@ def load_test(config: Config) -> Federation:
     """
     data = config.data
     if data.source != "local" or has_files(data.path):
-        whole = load_federation(config)
-        return Federation(rows=whole.rows.select([]), test=whole.test, clients={}, labels=whole.labels)
+        if config.partition.min_examples == 1:  # then the clients do not decide which rows are the test
+            config = dataclasses.replace(config, partition=dataclasses.replace(config.partition, kind="iid"))
+        tests = _read(config)[2]
+        _check_classes(config, tests.labels)
+        return _coordinator(tests)
+    if data.path:
+        log.warning("data.path=%s is not on this machine: the server has no training rows, each client needs its own", data.path)
     labels = class_names(data)
-    tests = canonical(read_test(data, read_columns(config)), config, "test", labels or None) if data.test_path else None
-    labels = labels if tests is None else tests.labels
-    if config.task.kind == "classification" and len(labels) < 2:
+    if data.test_path:
+        tests = canonical(read_test(data, read_columns(config)), config, "test", labels or None)
+        chosen = sample(np.arange(len(tests)), data.test_limit, derive_seed(config.seed, "test_limit"))
+        tests = _select(tests, chosen)
+    else:
+        tests = Table(columns={ours: [] for ours in NEEDED[config.task.kind]}, labels=labels)
+    if config.task.kind == "classification" and len(tests.labels) < 2:
         raise ConfigError(
             "this machine has neither training rows nor a test that would tell the classes: set data.labels to their names in the order of"
             " their ids, or data.test_path"
         )
-    nothing = datasets.Dataset.from_dict({})
-    if tests is None:
-        return Federation(rows=nothing, test=nothing, clients={}, labels=labels)
-    chosen = sample(np.arange(len(tests)), data.test_limit, derive_seed(config.seed, "test_limit"))
-    return Federation(rows=nothing, test=_dataset(_select(tests, chosen)), clients={}, labels=labels)
+    return _coordinator(tests)
+
+
+def _coordinator(tests: Table) -> Federation:
+    return Federation(rows=_dataset(_select(tests, np.arange(0))), test=_dataset(tests), clients={}, labels=tests.labels)
 
 
 def split(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -50,8 +50,11 @@ def read_local(config: DataConfig, columns: Columns | None = None) -> tuple[data
     Files of `test_path` that `path` matches too are test files only, so that a folder that holds its own test set can be named as a whole.
 
     Raises:
+        ConfigError: `data.path` is not set.
         DataError: Names the file, the line or byte, and what to do.
     """
+    if not config.path:
+        raise ConfigError("data=local needs data.path: a file, a folder or a glob")
     test_files = find_files(config.test_path, "data.test_path", config) if config.test_path else []
     held = {file.resolve() for file in test_files}
     files = [file for file in find_files(config.path, "data.path", config) if file.resolve() not in held]

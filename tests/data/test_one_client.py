@@ -1,6 +1,7 @@
 """What a single machine loads of a federation: a device its own rows, a coordinator the global test."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def test_a_device_class_does_not_hang_on_who_else_is_loaded() -> None:
     np.testing.assert_array_equal(alone.clients["client-004"].train, whole.clients["client-004"].train)
 
 
-def test_a_coordinator_without_training_rows_has_the_test_and_the_names_of_the_classes(tmp_path: Path) -> None:
+def test_a_coordinator_without_training_rows_has_the_test_and_the_names_of_the_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "a b", "label": "yes"}\n{"text": "c d", "label": "no"}\n')
     held = load_test(config(tmp_path / "nowhere", test_path=str(tmp_path / "test.jsonl")))
     assert (held.labels, len(held.test), dict(held.clients)) == (("no", "yes"), 2, {})
@@ -77,8 +80,60 @@ def test_a_coordinator_without_training_rows_has_the_test_and_the_names_of_the_c
     assert (named.labels, len(named.test)) == (("yes", "no"), 0)
     both = load_test(config(tmp_path / "nowhere", labels=["yes", "no"], test_path=str(tmp_path / "test.jsonl")))
     assert both.test["label"][:] == [0, 1]
+    assert "nowhere is not on this machine: the server has no training rows" in caplog.text
     with pytest.raises(ConfigError, match="set data.labels"):
         load_test(config(tmp_path / "nowhere"))
+
+
+ROW = {"text": "a b", "label": "no", "prompt": "a", "answer": "b"}
+
+
+@pytest.mark.parametrize("task", ["classification", "instruction", "causal_lm"])
+@pytest.mark.parametrize("kind", ["natural", "iid", "dirichlet", "pathological", "size", "prior"])
+def test_a_coordinator_needs_neither_rows_nor_a_partition(tmp_path: Path, task: str, kind: str) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text("\n".join(json.dumps(ROW | {"label": label}) for label in ("no", "yes")))
+    for path, test_path, labels in itertools.product(("", "nowhere", str(test)), (None, str(test)), ([], ["no", "yes"])):
+        if path == str(test) == test_path:
+            continue  # the rows are all test
+        values = to_dict(Config())
+        values["data"] |= {"source": "local", "path": path, "test_path": test_path, "labels": labels, "test_fraction": 0.5}
+        values["task"]["kind"], values["partition"]["kind"] = task, kind
+        if task == "classification" and path != str(test) and test_path is None and not labels:
+            with pytest.raises(ConfigError, match="set data.labels"):
+                load_test(from_dict(values))
+            continue
+        held = load_test(from_dict(values))
+        assert len(held.test) == (2 if test_path else 1 if path == str(test) else 0)
+        assert set(held.test.column_names) >= {"classification": {"text", "label"}, "instruction": {"prompt", "answer"}}.get(task, {"text"})
+        assert held.summary() == {"labels": list(held.labels), "clients": [], "test": len(held.test)}
+        assert held.row_labels().shape == (0,)
+        if task == "classification":
+            assert held.labels == ("no", "yes")
+            assert [held.labels[i] for i in held.test["label"][:]] in (["no", "yes"], ["no"], ["yes"], [])
+
+
+def test_a_simulation_without_a_path_says_so() -> None:
+    with pytest.raises(ConfigError, match="data=local needs data.path: a file, a folder or a glob"):
+        load_federation(from_dict({"data": {"source": "local"}}))
+
+
+def test_a_coordinator_takes_the_test_that_a_simulation_takes(tmp_path: Path) -> None:
+    write(tmp_path / "all")
+    for kind, least in (("natural", 1), ("natural", 4), ("iid", 1), ("dirichlet", 1)):
+        values = to_dict(config(tmp_path / "all", test_fraction=0.4, labels=["maybe", "no", "yes"]))
+        values["partition"] |= {"kind": kind, "min_examples": least, "clients": 2}
+        assert load_test(from_dict(values)).test[:] == load_federation(from_dict(values)).test[:]
+
+
+def test_class_names_without_a_label_column_are_no_histogram(tmp_path: Path) -> None:
+    write(tmp_path / "all")
+    values = to_dict(config(tmp_path / "all", labels=["no", "yes"], columns={"label": "kind"}))
+    values["task"]["kind"] = "causal_lm"
+    del values["data"]["columns"]["label"]
+    for file in (tmp_path / "all").iterdir():
+        file.write_text('{"text": "a"}\n' * 3)
+    assert [c["histogram"] for c in load_federation(from_dict(values)).summary()["clients"]] == [[], []]
 
 
 def test_a_coordinator_with_the_rows_keeps_no_client(tmp_path: Path) -> None:

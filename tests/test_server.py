@@ -1,0 +1,68 @@
+"""What `fedtune-server` needs to start: settings, a backbone, and no training rows."""
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fedtune.server
+from fedtune.app import Stage
+from fedtune.clients.app import make_client_app
+from fedtune.config import Config, EvalConfig, InferenceConfig, PartitionConfig, TaskConfig, to_dict
+from fedtune.report import read_metrics
+from fedtune.roll import Welcome
+from fedtune.simulations.grid import InProcessGrid
+from tests.tiny import tiny_config
+
+TASKS = {
+    "causal_lm": TaskConfig(kind="causal_lm", max_length=16),
+    "instruction": TaskConfig(kind="instruction", max_length=16, max_new_tokens=4),
+    "classification": TaskConfig(kind="classification", max_length=16),
+}
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`fedtune-server` with these settings over the experiment of `config`; its clients are virtual and have rows."""
+
+    def run(config: Config, *settings: str) -> int:
+        def rounds(stage: Stage, link: object, wait_s: float) -> None:
+            assert not stage.space.client_ids
+            stage.serve(InProcessGrid(make_client_app(config, tmp_path / "kept"), 4), Welcome())
+
+        monkeypatch.setattr(fedtune.server, "serve", rounds)
+        values: dict[str, Any] = {k: v for k, v in to_dict(config).items() if k != "resume"}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values | {"defaults": ["base", "_self_"]}))
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            return fedtune.server.main([f"conf={tmp_path / 'mine.yaml'}", *settings, "--insecure", "--run", str(tmp_path / "run")])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run
+
+
+@pytest.mark.parametrize(("test", "dealt"), [("data.test_path=null", "dirichlet"), ("the test file", "natural")])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_server_needs_no_training_rows(
+    tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str], task: str, dealt: str, test: str
+) -> None:
+    columns = {"prompt": "question", "answer": "reply"} if task == "instruction" else {}
+    config = tiny_config(
+        tmp_path, rounds=1, task=TASKS[task], eval=EvalConfig(), inference=InferenceConfig(samples=2),
+        partition=PartitionConfig(kind=dealt, clients=4),
+    )  # fmt: skip
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, columns=columns, labels=["0", "1", "2"]))
+    if dealt == "dirichlet":
+        config.data.columns["label"] = "label"
+    settings = [test] if test.startswith("data") else []
+    assert serve(config, "data.path=''", "partition.clients=1000", *settings) == 0, capsys.readouterr().err
+    rounds = [line for line in read_metrics(tmp_path / "run") if line["client"] is None]
+    assert [line.get("counted") for line in rounds[1:]] == [4]
+    assert ("loss" in rounds[-1]) == (not settings)
+    assert json.loads((tmp_path / "run" / "partition.json").read_text())["clients"] == []
