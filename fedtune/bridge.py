@@ -23,9 +23,9 @@ from fedtune.errors import UpdateError
 from fedtune.late import Awaited, Late, Latecomers, caught_up, difference
 from fedtune.plan import Plan, Update
 from fedtune.planning import base_plan
-from fedtune.post import Letter, check_affordable, excess, write_letters
+from fedtune.post import Letter, check_affordable, excess, most_bytes, write_letters
 from fedtune.reply import OURS, read_metrics, read_update
-from fedtune.roll import Client, Roll, Welcome, plain, replies
+from fedtune.roll import FEW_BYTES, Client, Roll, Welcome, plain, push, replies
 from fedtune.run import Checkpoint, RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterState
@@ -156,7 +156,14 @@ class Bridge:
         contents = {c: letter.content for c, letter in letters.items() if not letter.too_much}
         turnout.heaviest = self._heaviest(round, contents, clients)
         replies = self._ask(
-            "train", round, contents, clients, turnout, state, lambda c, i: late.expect(_awaited(letters[c], i, clients[c]))
+            "train",
+            round,
+            contents,
+            clients,
+            turnout,
+            state,
+            lambda c, i: late.expect(_awaited(letters[c], i, clients[c])),
+            most=lambda c: most_bytes(letters[c].assignment),
         )
         checked = self._checked(replies, {c: letter.assignment for c, letter in letters.items()}, clients, turnout, late)
         updates = map(turnout.weigh, itertools.chain(checked, self._belated(round, state, turnout, late)))
@@ -276,14 +283,17 @@ class Bridge:
         turnout: Turnout,
         state: ServerState,
         unanswered: Callable[[str, str], None] = lambda client, message: None,
+        most: Callable[[str], int] = lambda client: FEW_BYTES,
     ) -> Iterator[tuple[str, Message]]:
         """Send each client its content; yield the replies that came, in the order of logical ids; name the clients whose reply did not.
 
-        `unanswered` is told of a client whose reply may still come, and of the message's id.
+        `unanswered` is told of a client whose reply may still come, and of the message's id; `most` says how many bytes a client's reply
+        may take.
         """
         messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
         limit = self.config.round_timeout_s
-        ids = list(self.grid.push_messages(list(messages.values())))
+        asked = list(messages)
+        ids = push(self.grid, list(messages.values()), lambda i: most(asked[i]))
         until = math.inf if limit is None else time.monotonic() + limit
         for client, i, reply in zip(messages, ids, replies(self.grid, ids, until), strict=True):
             if reply is None:

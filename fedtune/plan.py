@@ -21,6 +21,7 @@ OPTIMIZERS = ("adamw", "sgd")
 MEASURES = ("start_loss",)
 PRIVACIES = ("none", "record", "user")
 ACCOUNTANTS = ("prv", "rdp")
+MOST_NUMBERS, LONGEST_NAME = 64, 64  # of what a client says about itself: every line of the metrics holds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +173,21 @@ class Update:
         update = typing.cast(Update, _read(cls, text, UpdateError, "update", adapter=adapter))
         if update.examples < 1:
             raise UpdateError(f"the update counts {update.examples} examples: at least 1 is needed to weigh it")
+        if len(update.metrics) + len(update.measurements) > MOST_NUMBERS:
+            count = len(update.metrics) + len(update.measurements)
+            raise UpdateError(f"the update reports {count} numbers, at most {MOST_NUMBERS} are allowed: report fewer metrics")
+        for name in (*update.metrics, *update.measurements, update.device_class, update.precision):
+            if not short(name):
+                raise UpdateError(f"the update has the name {name[:20]!r}…, wanted are at most {LONGEST_NAME} printable characters")
         for name, value in {**update.metrics, **update.measurements}.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UpdateError(f"the update's {name} is {value}: only finite numbers count")
         return update
+
+
+def short(name: str) -> bool:
+    """Whether a peer's name for something is fit for a log and a table."""
+    return len(name) <= LONGEST_NAME and name.isprintable()
 
 
 def matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
@@ -223,4 +235,16 @@ def _read(kind: Any, text: str, error: type[Exception], what: str, **given: Any)
     return kind(**values, **given)
 
 
-__all__ = ["ACCOUNTANTS", "MEASURES", "OPTIMIZERS", "PHASES", "PRIVACIES", "Plan", "Update", "matching"]
+__all__ = [
+    "ACCOUNTANTS",
+    "LONGEST_NAME",
+    "MEASURES",
+    "MOST_NUMBERS",
+    "OPTIMIZERS",
+    "PHASES",
+    "PRIVACIES",
+    "Plan",
+    "Update",
+    "matching",
+    "short",
+]

@@ -9,6 +9,7 @@ from fedtune import flower
 from fedtune.config import Config
 from fedtune.errors import ConfigError
 from fedtune.reply import wanted
+from fedtune.roll import FEW_BYTES
 from fedtune.state import AdapterState
 from fedtune.strategy import Assignment
 from fedtune.traffic import blank_reply, broadcaster, with_codec
@@ -75,6 +76,11 @@ def reply_bytes(assignment: Assignment) -> int:
     blank = blank_reply(assignment.plan.codec, wanted(assignment))
     said = ConfigRecord({"json": " " * _WORDS, "spec": blank.spec.to_json()})
     return flower.Meter()(RecordDict({"adapter": blank.to_arrays(), "update": said}))
+
+
+def most_bytes(assignment: Assignment) -> int:
+    """The largest reply that is worth fetching: a good one with room for how the network packs it."""
+    return round(1.25 * reply_bytes(assignment)) + FEW_BYTES
 
 
 def excess(limit_mb: float | None, down: int, up: int) -> str:

@@ -1,5 +1,6 @@
 """What a client's reply says, read and checked before it counts: nothing that a peer claims is taken on trust."""
 
+import itertools
 import json
 import math
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedtune.errors import UpdateError, UpdateMismatch
-from fedtune.plan import Plan, Update, matching
+from fedtune.plan import MOST_NUMBERS, Plan, Update, matching, short
 from fedtune.privacy.verify import verify
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategy import Assignment
@@ -144,10 +145,11 @@ def _pruned(sent: AdapterState, got: AdapterSpec) -> AdapterState:
 
 
 def read_metrics(content: RecordDict) -> dict[str, float]:
-    """A client's metrics; what is not a finite number is left out."""
+    """A client's metrics; what is not a finite number is left out, and so is what has no short name or comes after too many others."""
     try:
         raw = read_json(str(content.config_records["metrics"]["json"]))
-        return {k: float(v) for k, v in raw.items() if k not in OURS and isinstance(v, (int, float)) and math.isfinite(v)}
+        some = itertools.islice(raw.items(), MOST_NUMBERS)
+        return {k: float(v) for k, v in some if k not in OURS and short(k) and isinstance(v, (int, float)) and math.isfinite(v)}
     except (KeyError, ValueError, AttributeError, OverflowError):
         return {}
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,6 +18,7 @@ from fedtune.errors import RunError
 from fedtune.reply import read_json
 
 POLL_S = 0.05
+FEW_BYTES = 1_000_000  # of a reply that holds no tensors
 _STRAGGLERS_S = 10.0  # once enough are there: whoever is connected and says nothing does not keep them waiting
 
 
@@ -62,6 +63,13 @@ class Welcome:
     wanted: int | None = None
     names: Callable[[], Mapping[int, str]] | None = None
     again_s: float = math.inf
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A grid that can refuse a large reply before it fetches it; replies of an engine are in this machine already."""
+
+    def push_bounded(self, messages: Sequence[Message], most: Sequence[int]) -> Sequence[str]: ...
 
 
 class Listener(Protocol):
@@ -161,7 +169,7 @@ class Roll:
         ids = sorted(nodes)
         text = json.dumps({**self._welcome.said, "round": round})
         messages = [Message(RecordDict({"hello": ConfigRecord({"json": text})}), i, "query", group_id="0") for i in ids]
-        for node, i in zip(ids, self._grid.push_messages(messages) if messages else (), strict=True):
+        for node, i in zip(ids, push(self._grid, messages, lambda _: FEW_BYTES) if messages else (), strict=True):
             self._asked[node] = i, time.monotonic()
             self._refused.pop(node, None)
 
@@ -219,6 +227,19 @@ class Roll:
 def plain(said: object, longest: int = 500) -> str:
     """What a peer said, fit for a terminal and a log: no control characters, not too long."""
     return "".join(c if c.isprintable() else " " for c in str(said or "")[:longest])
+
+
+def push(grid: Grid, messages: Sequence[Message], most: Callable[[int], int]) -> Sequence[str]:
+    """Send messages, and get their ids.
+
+    Args:
+        grid: Flower's grid.
+        messages: At least one.
+        most: Position of a message → bytes that its reply may take; asked only where the grid can tell before it fetches a reply.
+    """
+    if isinstance(grid, Bounded):
+        return grid.push_bounded(messages, [most(i) for i in range(len(messages))])
+    return list(grid.push_messages(messages))
 
 
 def replies(grid: Grid, ids: Sequence[str | None], until: float) -> Iterator[Message | None]:

@@ -98,6 +98,10 @@ FAULTS = [
     ("unknown field", retell(surprise=1), "refused", "the update has the unknown field 'surprise'"),
     ("nan metric", retell(metrics={"loss": NAN}), "refused", "the update's loss is nan"),
     ("text metric", retell(metrics={"loss": "low"}), "refused", "the update's loss is low"),
+    ("many metrics", retell(metrics={f"m{i}": 1.0 for i in range(100_000)}), "refused", "numbers, at most 64 are allowed"),
+    ("a long name", retell(metrics={"m" * 65: 1.0}), "refused", "wanted are at most 64 printable characters"),
+    ("a name that moves the cursor", retell(measurements={"\x1b[2J": 1.0}), "refused", "wanted are at most 64 printable characters"),
+    ("a long device class", retell(device_class="d" * 65), "refused", "wanted are at most 64 printable characters"),
     ("a huge metric", retell(metrics={"train_loss": 10**400}), "refused", "the update has a number that is too large to count with"),
     ("a huge count", retell(examples=10**400), "refused", "the update has a number that is too large to count with"),
     ("not json", lambda r, a, t: (a, "{"), "refused", "the update is not JSON"),
@@ -453,3 +457,9 @@ def test_a_client_may_prune_ranks_only_where_it_was_asked_to() -> None:
         else:
             with pytest.raises(UpdateMismatch, match="ranks or scaling are not those"):
                 read_update(reply, Assignment(plan=plan, adapter=sent))
+
+
+def test_of_a_client_s_evaluation_so_many_numbers_with_short_names_are_kept() -> None:
+    told = {"accuracy": 0.5, "m" * 65: 1.0, "x\n": 1.0, "round": 3} | {f"m{i}": 1.0 for i in range(1000)}
+    kept = reply.read_metrics(RecordDict({"metrics": ConfigRecord({"json": json.dumps(told)})}))
+    assert kept == {"accuracy": 0.5} | {f"m{i}": 1.0 for i in range(60)}

@@ -13,6 +13,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.corestate.sql_corestate import SqlCoreState
 from flwr.supercore.date import now
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, uses_nist_ec_curve, verify_signature
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
@@ -21,6 +22,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
+from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -70,12 +72,14 @@ __all__ = [
     "NoOpControlAuthnPlugin",
     "NodeRow",
     "NodeStatus",
+    "ObjectChild",
     "ObjectPushError",
     "ObjectPushSession",
     "ObjectPushSessionRoot",
     "PushMessagesRequest",
     "RetryInvoker",
     "Run",
+    "StoredObject",
     "SendTaskHeartbeatRequest",
     "SuperLinkLifespan",
     "SuperLinkLifespanConfig",
@@ -83,6 +87,7 @@ __all__ = [
     "build_fab_from_files",
     "bytes_to_public_key",
     "create_app",
+    "get_object_head_values_from_object_content",
     "now",
     "patient_database",
     "public_key_to_bytes",

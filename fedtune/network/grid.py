@@ -4,11 +4,11 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import httpx
-from flwr.app import ArrayRecord, Error, Message
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
 
 from fedtune import flower
 from fedtune.errors import LinkLost, NetworkError
@@ -17,7 +17,8 @@ from fedtune.network.pack import pack, unpack
 
 _RETRY_S = 0.2
 _BEAT_S = 10.0  # Flower ends a run after 60 s of silence
-_DOUBT_S = 1.0  # how often to ask Flower itself about messages that nobody answered: it makes the errors for nodes that left
+_DOUBT_S = 1.0  # for which a message must seem lost before Flower is asked for its error: a node that starts anew is away for a moment
+_MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)  # what Flower raises where objects do not fit
 
 
 class Link(Protocol):
@@ -54,6 +55,7 @@ class LinkGrid(_flwr.HttpGrid):
             should_giveup=self._hopeless,
         )
         self._doubted: dict[str, float] = {}
+        self._most: dict[str, int] = {}  # message → bytes that its reply may take
         self._closed = threading.Event()
         flower.identify_process(run_id)
         self.set_run(_flwr.Run.create_empty(run_id))
@@ -74,15 +76,24 @@ class LinkGrid(_flwr.HttpGrid):
                 ids += super().push_messages([pack(message, known)]) or [""]  # Flower gives no id to what is too large
         return ids
 
+    def push_bounded(self, messages: Sequence[Message], most: Sequence[int]) -> Sequence[str]:
+        """Send messages, of which no reply may be larger than so many bytes: a larger one is refused before it is fetched."""
+        ids = list(self.push_messages(messages))
+        self._most.update({i: size for i, size in zip(ids, most, strict=True) if i})
+        return ids
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come with all their tensors, and Flower's errors for what never will."""
-        due = self._due(list(message_ids))
-        if not due:
-            return []
-        with self._in_words("fetch replies"):
-            replies = list(super().pull_messages(due))
+        due, replies = self._due(list(message_ids))
+        for message in due:  # each alone: what cannot be put together costs nobody else's reply
+            try:
+                with self._in_words("fetch replies"):
+                    replies += super().pull_messages([message])
+            except _MALFORMED as bad:
+                replies.append(self._refused(message, f"its reply cannot be read ({bad!r:.80})"))
         for reply in replies:
             self._doubted.pop(reply.metadata.reply_to_message_id, None)
+            self._most.pop(reply.metadata.reply_to_message_id, None)
         return [_opened(reply) for reply in replies]
 
     def close(self) -> None:
@@ -90,15 +101,27 @@ class LinkGrid(_flwr.HttpGrid):
         self._closed.set()
         super().close()
 
-    def _due(self, ids: list[str]) -> list[str]:
-        """Those of the ids that are worth a pull."""
+    def _due(self, ids: list[str]) -> tuple[list[str], list[Message]]:
+        """Those of the ids that are worth a pull, and refusals of replies that are too large for one."""
         if not ids:
-            return []
-        found = self._link.ask(self._patience_s, do="arrived", ids=ids)
-        complete, uploading, now = set(found["complete"]), set(found["uploading"]), time.monotonic()
-        due = [m for m in ids if m in complete or (m not in uploading and now - self._doubted.setdefault(m, now) >= _DOUBT_S)]
-        self._doubted.update((m, now) for m in due)
-        return due
+            return [], []
+        most = {i: self._most[i] for i in ids if i in self._most}
+        found = self._link.ask(self._patience_s, do="arrived", ids=ids, most=most)
+        now, lost = time.monotonic(), set(found["lost"])
+        self._doubted = {m: since for m, since in self._doubted.items() if m in lost or m not in ids}
+        given_up = {m for m in lost if now - self._doubted.setdefault(m, now) >= _DOUBT_S}
+        due = [m for m in ids if m in given_up or m in found["complete"]]
+        large = {
+            m: f"its reply of {n / 1e6:.3g} MB is larger than the {most[m] / 1e6:.3g} MB that were asked for"
+            for m, n in found["large"].items()
+        }
+        return due, [self._refused(m, why) for m, why in large.items()]
+
+    def _refused(self, message: str, why: str) -> Message:
+        """What stands for a reply that is not taken."""
+        node, run = self.node.node_id, self.run.run_id
+        about = Metadata(run, "", node, node, message, "", time.time(), 0.0, "query")
+        return _flwr_client.make_message(metadata=about, content=RecordDict({"declined": ConfigRecord({"kind": "refused", "why": why})}))
 
     def _hopeless(self, error: Exception) -> bool:
         """Whether trying again is of no use."""

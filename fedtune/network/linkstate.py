@@ -12,6 +12,7 @@ from sqlalchemy import delete, func, select
 from fedtune import __version__
 from fedtune.errors import NetworkError
 from fedtune.network import APP, _flwr
+from fedtune.network.sizes import opened_size
 
 _log = logging.getLogger("fedtune.superlink")
 
@@ -130,8 +131,11 @@ class Registrar:
             "a node takes over from its former life", extra={"node": node_id, "client": (self._keys or {}).get(key, ""), "lost": len(lost)}
         )
 
-    def arrived(self, ids: list[str]) -> dict[str, Any]:
+    def arrived(self, ids: list[str], most: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Sort messages by what became of their replies.
+
+        A reply that is larger than `most` says of its message is forgotten, with its tensors: it is `large`, with its size. Of a
+        message that is `lost` there is no reply, and its node is gone or the message is.
 
         Flower hands a reply out as soon as it is announced, and then waits for its tensors, for minutes where its sender died: so a reply
         that is still being uploaded is `uploading`, and nobody should pull it yet. It is `complete` once all is there. Of others there is
@@ -146,7 +150,39 @@ class Registrar:
         with self._state.session() as session:  # type: ignore[attr-defined]
             rows = [(str(message), pending or 0, until or 0.0) for message, pending, until in session.execute(asked)]
         now = _flwr.now().timestamp()
-        return {"complete": [m for m, n, _ in rows if n == 0], "uploading": [m for m, n, until in rows if n and until > now]}
+        complete, large = [m for m, n, _ in rows if n == 0], self._too_large([m for m, n, _ in rows if n == 0], most or {})
+        uploading = [m for m, n, until in rows if n and until > now]
+        silent = [m for m in ids if m not in {*complete, *uploading}]
+        return {
+            "complete": [m for m in complete if m not in large],
+            "uploading": uploading,
+            "large": large,
+            "lost": self._lost(silent, now),
+        }
+
+    def _lost(self, silent: list[str], now: float) -> list[str]:
+        message, node = _flwr.MessageIns, _flwr.NodeRow
+        hoped = (
+            select(message.message_id)
+            .join(node, node.node_id == message.dst_node_id)
+            .where(message.message_id.in_(silent), message.created_at + message.ttl > now, node.online_until >= now)
+        )
+        with self._state.session() as session:  # type: ignore[attr-defined]
+            waiting = {str(name) for name in session.scalars(hoped)}
+        return [m for m in silent if m not in waiting]
+
+    def _too_large(self, complete: list[str], most: Mapping[str, int]) -> dict[str, int]:
+        reply, found, forgotten = _flwr.MessageRes, dict[str, int](), list[str]()
+        asked = select(reply.reply_to_message_id, reply.message_id).where(reply.reply_to_message_id.in_([m for m in complete if m in most]))
+        with self._state.session() as session:  # type: ignore[attr-defined]
+            for message, name in [(str(m), str(n)) for m, n in session.execute(asked)]:
+                if (size := opened_size(session, name, most[message])) > most[message]:
+                    found[message] = size
+                    forgotten.append(name)
+        self._state.delete_messages(set(found))
+        for name in forgotten:
+            self._state.object_store.delete(name)
+        return found
 
     def nodes(self) -> dict[str, Any]:
         """Every node that ever came, and the allowed ones that never did (last_seen 0)."""

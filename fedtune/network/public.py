@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.network import _flwr
+from fedtune.network.bodies import Bodies, Body
 from fedtune.network.lives import LIFE, Lives
 from fedtune.network.pace import PACE, Pace
 
@@ -40,7 +41,7 @@ class PublicPort:
 
     Args:
         app: Flower's application.
-        max_body: Largest body of a request, in bytes.
+        max_body: Largest body of a request, in bytes, and of all requests together that one key has under way.
         keys: Public keys (Flower's PEM bytes) that may call; None lets anybody in.
         takeover: Told the public key of a node that comes (again), before Flower hears of it.
     """
@@ -49,7 +50,7 @@ class PublicPort:
         self, app: App, *, max_body: int, keys: Collection[bytes] | None, takeover: Callable[[bytes], None] = lambda _: None
     ) -> None:
         self._app, self._max_body, self._keys, self._takeover, self._lives = app, max_body, keys, takeover, Lives()
-        self._pace = Pace()
+        self._pace, self._bodies = Pace(), Bodies(max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["method"], scope["path"]) not in OPEN:
@@ -71,7 +72,12 @@ class PublicPort:
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self._max_body:
             return await self._refuse(scope, send, 413, f"a body of {declared.decode('latin-1')} bytes, more than {self._max_body}")
-        body = bytearray()
+        with self._bodies.of(headers.get(_KEY, b"")) as room:
+            await self._hand_on(scope, receive, send, paced, room)
+
+    async def _hand_on(self, scope: Scope, receive: Receive, send: Send, paced: Send, room: Body) -> None:
+        """Read a request's body and give it to Flower."""
+        headers, body = dict(scope["headers"]), bytearray()
         while True:
             part = await receive()
             if part["type"] != "http.request":
@@ -79,6 +85,8 @@ class PublicPort:
             body += part.get("body", b"")
             if len(body) > self._max_body:
                 return await self._refuse(scope, send, 413, f"a body of more than {self._max_body} bytes")
+            if not room.grow(len(part.get("body", b""))):
+                return await self._refuse(scope, send, 429, f"more than {self._max_body} bytes under way of one key")
             if not part.get("more_body", False):
                 break
         if scope["path"] == PUSH and (why := _forged(bytes(body))):

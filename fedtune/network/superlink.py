@@ -185,7 +185,7 @@ def _answer(registrar: Registrar, request: dict[str, Any]) -> dict[str, Any]:
             case "open_run":
                 return registrar.open_run(request["name"])
             case "arrived":
-                return registrar.arrived(request["ids"])
+                return registrar.arrived(request["ids"], request.get("most"))
             case "nodes":
                 return registrar.nodes()
             case unknown:

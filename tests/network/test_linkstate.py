@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.superlink.grid import HttpGrid
 from sqlalchemy import event, text
 
 from fedtune import flower
@@ -152,7 +153,7 @@ def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
     name, parts = taken.metadata.message_id, get_all_nested_objects(reply)
     first = next(iter(parts))
     assert state.store_object(run, session, first, parts[first].deflate())
-    assert office.arrived([name]) == {"complete": [], "uploading": [name]}
+    assert office.arrived([name]) == {"complete": [], "uploading": [name], "large": {}, "lost": []}
     return name, run, node
 
 
@@ -162,7 +163,12 @@ def test_a_reply_that_its_sender_died_over_is_lost_with_its_new_life(tmp_path: P
     office.admit()
     name, run, node = half_sent(office, key)
     office.takeover(public_key_to_bytes(key.public_key()))
-    assert office.arrived([name]) == {"complete": [], "uploading": []}  # and not for the 180 s that Flower keeps half a reply
+    assert office.arrived([name]) == {
+        "complete": [],
+        "uploading": [],
+        "large": {},
+        "lost": [name],
+    }  # and not for the 180 s that Flower keeps half a reply
     (gone,) = office._state.get_message_res({name}, run)
     assert gone.has_error() and gone.metadata.reply_to_message_id == name
 
@@ -174,7 +180,7 @@ def test_half_a_reply_of_a_node_whose_lease_has_ended_is_awaited_no_more(tmp_pat
     name, run, node = half_sent(office, key)
     with office._state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE node SET online_until = 1.0"))  # long ago
-    assert office.arrived([name]) == {"complete": [], "uploading": []}
+    assert office.arrived([name]) == {"complete": [], "uploading": [], "large": {}, "lost": [name]}
     (gone,) = office._state.get_message_res({name}, run)
     assert gone.has_error() and "Unavailable" in str(gone.error.reason)
 
@@ -195,7 +201,7 @@ class InProcess:
 def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
     """Flower's application behind our public port, and private with it, on one port of this process."""
     office = registrar(tmp_path, None, empty)
-    app, port = office.app, PublicPort(office.app, max_body=10**7, keys=None)  # type: ignore[attr-defined]
+    app, port = office.app, PublicPort(office.app, max_body=2 * 10**7, keys=None)  # type: ignore[attr-defined]
 
     async def both(scope: Any, receive: Any, send: Any) -> None:
         await (app if scope["path"].startswith("/v1/runtime/") else port)(scope, receive, send)
@@ -219,6 +225,46 @@ def test_a_message_goes_there_and_back(near: InProcess) -> None:
         sent = large(1)
         reply = round_trip(grid, sent, node.node.node_id)
     np.testing.assert_array_equal(reply.content.array_records["a"]["w"].numpy(), sent.array_records["a"]["w"].numpy())
+    grid.close()
+
+
+CHUNK = 5 * 1024 * 1024
+ZEROS = RecordDict({"a": ArrayRecord({"w": Array(np.zeros(4 * CHUNK // 8))})})  # three chunks are the same one
+
+
+@pytest.mark.parametrize(("content", "most"), [(large(3), 2_000_000), (ZEROS, 3 * CHUNK)], ids=["large", "a chunk four times"])
+def test_a_reply_larger_than_was_asked_for_is_refused_before_it_is_fetched(
+    near: InProcess, monkeypatch: pytest.MonkeyPatch, content: RecordDict, most: int
+) -> None:
+    grid = LinkGrid(near, **near.ask(0, do="open_run", name="large"), patience_s=20)
+    fetched: list[Any] = []
+    monkeypatch.setattr(HttpGrid, "pull_messages", lambda self, ids, pull=HttpGrid.pull_messages: fetched.append(ids) or pull(self, ids))
+    with Echo(int(near.private_address.partition(":")[2])) as node:
+        where = node.node.node_id
+        ids = grid.push_bounded([Message(content, where, "train"), Message(small(1), where, "train")], [most, 2_000_000])
+        got: list[Message] = []
+        until = time.monotonic() + 20
+        while len(got) < 2 and time.monotonic() < until:
+            had = {reply.metadata.reply_to_message_id for reply in got}
+            got += [reply for i in ids if i not in had for reply in grid.pull_messages([i])]
+    refused, good = sorted(got, key=lambda reply: ids.index(reply.metadata.reply_to_message_id))
+    assert f"MB is larger than the {most / 1e6:.3g} MB that were asked for" in str(refused.content.config_records["declined"]["why"])
+    assert good.content.config_records["c"]["value"] == 1
+    assert [ids[0]] not in fetched
+    assert near.office._state.object_store.get(ids[0]) in (None, b"")  # type: ignore[attr-defined]
+    grid.close()
+
+
+def test_a_reply_that_cannot_be_put_together_is_its_client_s_own_fault(near: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = LinkGrid(near, **near.ask(0, do="open_run", name="odd"), patience_s=20)
+
+    def broken(*_: Any) -> Any:
+        raise KeyError("arraychunk_ids")
+
+    with Echo(int(near.private_address.partition(":")[2])) as node:
+        monkeypatch.setattr(HttpGrid, "pull_messages", broken)
+        reply = round_trip(grid, small(1), node.node.node_id)
+    assert "its reply cannot be read (KeyError('arraychunk_ids'))" in str(reply.content.config_records["declined"]["why"])
     grid.close()
 
 

@@ -114,6 +114,47 @@ def test_the_open_paths_are_fleet_and_health_and_no_other(app: Any) -> None:
     assert inside.bodies == []
 
 
+def test_the_bodies_of_one_caller_are_bounded_in_sum() -> None:
+    """Four requests of 400 bytes at once, of 1000 that one caller may have under way: two get in, and what they took is free again."""
+    inside, caller = Inside(), {FLEET_HTTP_PUBLIC_KEY_HEADER: "a"}
+    port = PublicPort(inside, max_body=MAX, keys=None)
+
+    def scope(headers: dict[str, str]) -> Any:
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        return {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": raw, "client": ("192.0.2.1", 9)}
+
+    async def at_once() -> list[int]:
+        held, statuses = asyncio.Event(), list[int]()
+
+        async def one(headers: dict[str, str]) -> None:
+            sent = False
+
+            async def receive() -> Any:
+                nonlocal sent
+                if sent:
+                    await held.wait()
+                    return {"type": "http.request", "body": b"", "more_body": False}
+                sent = True
+                return {"type": "http.request", "body": b"x" * 400, "more_body": True}
+
+            async def send(event: Any) -> None:
+                if "status" in event:
+                    statuses.append(event["status"])
+
+            await port(scope(headers), receive, send)
+
+        tasks = [asyncio.create_task(one(caller)) for _ in range(4)] + [asyncio.create_task(one({FLEET_HTTP_PUBLIC_KEY_HEADER: "b"}))]
+        for _ in range(100):
+            await asyncio.sleep(0)
+        held.set()
+        await asyncio.gather(*tasks)
+        return statuses
+
+    assert asyncio.run(at_once()) == [429, 429, 200, 200, 200]
+    assert len(inside.bodies) == 3
+    assert call(port, "/v1/fleet/push-object", [b"x" * 900], headers=caller) == (200, 1)
+
+
 def test_a_large_body_is_refused_before_it_is_read() -> None:
     inside = Inside()
     port = PublicPort(inside, max_body=MAX, keys=None)

@@ -88,7 +88,7 @@ def test_half_a_reply_waits_for_its_other_half(link: SuperLink) -> None:
     with Echo(link.port, halt=lambda: bool(go.wait(20))) as node:
         names = list(grid.push_messages([Message(small(5), node.node.node_id, "train")]))
         until = time.monotonic() + 20
-        while link.ask(5, do="arrived", ids=names) != {"complete": [], "uploading": names}:
+        while link.ask(5, do="arrived", ids=names) != {"complete": [], "uploading": names, "large": {}, "lost": []}:
             assert time.monotonic() < until
             time.sleep(0.05)
         time.sleep(grids._DOUBT_S + 0.1)
