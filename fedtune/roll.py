@@ -151,7 +151,7 @@ class Roll:
         now, at = set(self._grid.get_node_ids()), time.monotonic()
         self._asked = {n: asked for n, asked in self._asked.items() if n in now}
         again = {n for n, (when, _) in self._refused.items() if at - when > self._welcome.again_s}
-        if self._welcome.again_s < math.inf:  # a hello that was lost on its way is not delivered again
+        if self._welcome.again_s < math.inf:  # a hello that is lost on its way is delivered once more, not twice
             again |= {n for n, (_, when) in self._asked.items() if at - when > self._welcome.patience_s}
             self._asked = {n: asked for n, asked in self._asked.items() if n not in again}
         self._ask((now - self._nodes | again & now) - set(self._asked), round)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 
 from fedtune import __version__
 from fedtune.errors import NetworkError
@@ -69,6 +69,7 @@ class Registrar:
 
     def __init__(self, state: _flwr.LinkState, keys: Mapping[bytes, str] | None) -> None:
         self._state, self._keys = state, keys
+        self._redelivered: set[str] = set()  # messages that were lost on their way once, and are not answered yet
 
     def admit(self) -> None:
         """Register every allowed key, and forget nodes whose key is not allowed any more. Who stays keeps its node id."""
@@ -117,6 +118,31 @@ class Registrar:
         node_id = self._state.get_node_id_by_public_key(key)
         if node_id is None or not self._state.deactivate_node(node_id):
             return
+        lost = self._unanswered(node_id)
+        self._state.delete_messages(lost)
+        _log.info(
+            "a node takes over from its former life", extra={"node": node_id, "client": (self._keys or {}).get(key, ""), "lost": len(lost)}
+        )
+
+    def idle(self, key: bytes) -> None:
+        """Find what was lost on its way to or in a node that asks for its next message, which it does when it holds none.
+
+        A message of which every part is still here never reached it: the answer that brought it was lost. It is delivered once more. Any
+        other will not be answered: it is deleted, so that the server hears of it now and not at the end of the round.
+        """
+        node_id = self._state.get_node_id_by_public_key(key)
+        if node_id is None or not (lost := self._unanswered(node_id)):
+            return
+        again = {m for m in lost - self._announced(lost) - self._redelivered if self._state.object_store.get(m) is not None}
+        with self._state.session() as session:  # type: ignore[attr-defined]
+            session.execute(update(_flwr.MessageIns).where(_flwr.MessageIns.message_id.in_(again)).values(delivered_at=""))
+        self._redelivered = {m for m in self._redelivered if m in lost} | again
+        self._state.delete_messages(lost - again)
+        about = {"node": node_id, "client": (self._keys or {}).get(key, "")}
+        _log.info("a node has lost messages", extra={**about, "again": len(again), "lost": len(lost - again)})
+
+    def _unanswered(self, node_id: int) -> set[str]:
+        """Messages that a node took and did not answer to the end."""
         message = _flwr.MessageIns
         answered = _uploads(_flwr.MessageRes.reply_to_message_id).where(func.coalesce(_flwr.ObjectPushSession.pending_count, 0) == 0)
         taken = select(message.message_id).where(
@@ -125,11 +151,13 @@ class Registrar:
             message.message_id.not_in(answered),
         )
         with self._state.session() as session:  # type: ignore[attr-defined]
-            lost = {str(name) for name in session.scalars(taken)}
-        self._state.delete_messages(lost)
-        _log.info(
-            "a node takes over from its former life", extra={"node": node_id, "client": (self._keys or {}).get(key, ""), "lost": len(lost)}
-        )
+            return {str(name) for name in session.scalars(taken)}
+
+    def _announced(self, messages: set[str]) -> set[str]:
+        """Those of the messages of which a reply has begun to come."""
+        reply = _flwr.MessageRes.reply_to_message_id
+        with self._state.session() as session:  # type: ignore[attr-defined]
+            return {str(name) for name in session.scalars(select(reply).where(reply.in_(messages)))}
 
     def arrived(self, ids: list[str], most: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Sort messages by what became of their replies.

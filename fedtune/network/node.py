@@ -3,8 +3,8 @@
 A SuperNode of our own over Flower's Fleet API. Flower's gives up where the server refuses it, fetches the app's code and waits three
 seconds between two looks; this one goes on until it is told to stop, runs only the fedtune that is installed, and looks ten times a second.
 
-Delivery is at most once: a message whose head was lost on its way here is not sent again by Flower's server, and its round goes on without
-this client.
+It answers one message after the other and asks for the next when it holds none. So the server knows which messages were lost on their way:
+it delivers each of them once more (`linkstate.Registrar.idle`), and goes on without this client where one is lost again.
 """
 
 import os

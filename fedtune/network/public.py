@@ -10,6 +10,7 @@ import logging
 from base64 import b64decode
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import h11
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -27,7 +28,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HEALTH = "/health"
-PUSH = "/v1/fleet/push-messages"
+PULL, PUSH = "/v1/fleet/pull-messages", "/v1/fleet/push-messages"
 ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
 OPEN = frozenset({("GET", HEALTH), ("HEAD", HEALTH)}) | {r for r in _flwr.PROTOBUF_REQUEST_TYPES if r[1].startswith("/v1/fleet/")}
 PACE_S, PACE_BYTES = 20.0, 16 * 1024  # an unfinished request must bring this much in this time
@@ -43,13 +44,22 @@ class PublicPort:
         app: Flower's application.
         max_body: Largest body of a request, in bytes, and of all requests together that one key has under way.
         keys: Public keys (Flower's PEM bytes) that may call; None lets anybody in.
-        takeover: Told the public key of a node that comes (again), before Flower hears of it.
+        takeover: Called with the public key of a node that comes (again), before Flower hears of it.
+        idle: Called with the public key of a node of ours that asks for a message, likewise: it answers one after the other.
     """
 
     def __init__(
-        self, app: App, *, max_body: int, keys: Collection[bytes] | None, takeover: Callable[[bytes], None] = lambda _: None
+        self,
+        app: App,
+        *,
+        max_body: int,
+        keys: Collection[bytes] | None,
+        takeover: Callable[[bytes], None] = lambda _: None,
+        idle: Callable[[bytes], None] = lambda _: None,
     ) -> None:
-        self._app, self._max_body, self._keys, self._takeover, self._lives = app, max_body, keys, takeover, Lives()
+        self._app, self._max_body, self._keys, self._lives = app, max_body, keys, Lives()
+        self._calls = {ACTIVATE: takeover, PULL: idle}
+        self._turns = WeakValueDictionary[bytes, asyncio.Lock]()
         self._pace, self._bodies = Pace(), Bodies(max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,14 +101,20 @@ class PublicPort:
                 break
         if scope["path"] == PUSH and (why := _forged(bytes(body))):
             return await self._refuse(scope, send, 403, why)
-        if scope["path"] == ACTIVATE and not _stranger(headers, None):
-            await asyncio.to_thread(self._takeover, b64decode(headers[_KEY]))
         parts = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
         async def replay() -> MutableMapping[str, Any]:
             return next(parts, None) or await receive()
 
-        return await self._app(scope, replay, paced)
+        call = self._calls.get(scope["path"])
+        if scope["path"] == PULL and LIFE.encode() not in headers:
+            call = None  # Flower's own SuperNode asks for the next message while it is at one
+        if not call or _stranger(headers, None):
+            return await self._app(scope, replay, paced)
+        key = b64decode(headers[_KEY])
+        async with self._turns.setdefault(key, asyncio.Lock()):  # a node that asks again may be ahead of its first request
+            await asyncio.to_thread(call, key)
+            return await self._app(scope, replay, paced)
 
     def _may_speak(self, headers: dict[bytes, bytes], path: str) -> bool:
         """Whether this is the one process that has the place of its key, which `_stranger` has checked."""

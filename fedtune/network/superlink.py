@@ -163,7 +163,7 @@ def _servers(task: Task, app: FastAPI, keys: dict[bytes, str] | None, registrar:
     quiet: dict[str, Any] = {"log_config": None, "access_log": False, "http": Impatient, "ws": "none", "loop": "asyncio"}
     quiet |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 2}
     public = uvicorn.Config(
-        PublicPort(app, max_body=task.max_body, keys=keys, takeover=registrar.takeover),
+        PublicPort(app, max_body=task.max_body, keys=keys, takeover=registrar.takeover, idle=registrar.idle),
         lifespan="off",
         limit_concurrency=CONNECTIONS,
         ssl_certfile=task.certificate,

@@ -22,11 +22,14 @@ from sqlalchemy import event, text
 
 from fedtune import flower
 from fedtune.errors import NetworkError
+from fedtune.network import node
+from fedtune.network.fleet import Fleet, Refused, Unreachable
 from fedtune.network.grid import LinkGrid
 from fedtune.network.linkstate import Registrar, make_fab, read_keys
 from fedtune.network.public import PublicPort
 from fedtune.network.superlink import LOCKED_S, SILENT_S, Task, _answer, _make_app
 from tests.network.echo import Echo, Key, large, new_key, public_text, round_trip, small
+from tests.network.running import Start
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +204,7 @@ class InProcess:
 def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
     """Flower's application behind our public port, and private with it, on one port of this process."""
     office = registrar(tmp_path, None, empty)
-    app, port = office.app, PublicPort(office.app, max_body=2 * 10**7, keys=None)  # type: ignore[attr-defined]
+    app, port = office.app, PublicPort(office.app, max_body=2 * 10**7, keys=None, idle=office.idle)  # type: ignore[attr-defined]
 
     async def both(scope: Any, receive: Any, send: Any) -> None:
         await (app if scope["path"].startswith("/v1/runtime/") else port)(scope, receive, send)
@@ -266,6 +269,58 @@ def test_a_reply_that_cannot_be_put_together_is_its_client_s_own_fault(near: InP
         reply = round_trip(grid, small(1), node.node.node_id)
     assert "its reply cannot be read (KeyError('arraychunk_ids'))" in str(reply.content.config_records["declined"]["why"])
     grid.close()
+
+
+@pytest.mark.parametrize(("lost", "answered"), [(1, [7]), (2, [])])
+def test_a_message_whose_delivery_is_lost_is_delivered_once_more(
+    near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, lost: int, answered: list[int]
+) -> None:
+    seen, pull, losses = list[int](), Fleet.pull, iter(range(lost))
+
+    def lossy(self: Fleet) -> Any:
+        if (found := pull(self)) is not None and next(losses, None) is not None:
+            raise Unreachable("the answer was lost")
+        return found
+
+    def answer(message: Message, node: int) -> Message:
+        seen.append(int(str(message.content.config_records["c"]["value"])))
+        return Message(message.content, reply_to=message)
+
+    monkeypatch.setattr(Fleet, "pull", lossy)
+    grid = LinkGrid(near, **near.ask(0, do="open_run", name="lossy"), patience_s=20)
+    reply = round_trip(grid, small(7), running(near.private_address, answer).id, patience_s=15)
+    assert seen == answered and reply.has_error() is not bool(answered)  # twice lost: said at once, not at the end of the round
+    grid.close()
+
+
+@pytest.mark.parametrize("fault", ["in the message", "in the reply"])
+def test_a_message_that_its_node_drops_is_not_waited_for(
+    near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise Refused("it cannot be sent") if fault == "in the reply" else ValueError("it cannot be read")
+
+    monkeypatch.setattr(Fleet, "push_object", broken) if fault == "in the reply" else monkeypatch.setattr(node, "unpack", broken)
+    grid = LinkGrid(near, **near.ask(0, do="open_run", name="odd"), patience_s=20)
+    client = running(near.private_address)
+    reply = round_trip(grid, small(7), client.id, patience_s=15)
+    assert reply.has_error() and client.heard("dropped")
+    grid.close()
+
+
+def test_a_node_at_work_loses_nothing_however_often_it_is_heard(tmp_path: Path, empty: Path) -> None:
+    """Only a look for the next message says that a node is idle; an answered message and one that waits for its turn are let be."""
+    key = new_key()
+    office = registrar(tmp_path, {"a": public_text(key)}, empty)
+    office.admit()
+    name, run, place = half_sent(office, key)
+    waiting = Message(small(3), place, "train")
+    waiting.metadata.__dict__["_message_id"] = waiting.object_id
+    office._state.store_message_ins(waiting)
+    office.idle(public_key_to_bytes(new_key().public_key()))  # another's look
+    assert office._state.get_message_ids_from_run_id(run) == {name, waiting.object_id}
+    office.idle(public_key_to_bytes(key.public_key()))  # half a reply, and nobody sends the rest
+    assert office._state.get_message_ids_from_run_id(run) == {waiting.object_id}
 
 
 def test_a_full_disk_while_running_gives_one_sentence(near: InProcess) -> None:

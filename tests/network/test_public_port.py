@@ -20,7 +20,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 
 from fedtune.network import _flwr, public
 from fedtune.network.link import LinkSettings, SuperLink
-from fedtune.network.public import ACTIVATE, OPEN, PUSH, Impatient, PublicPort
+from fedtune.network.lives import LIFE
+from fedtune.network.public import ACTIVATE, OPEN, PULL, PUSH, Impatient, PublicPort
 from fedtune.network.superlink import Task, _make_app
 from tests.network.echo import Echo, Key, new_key, round_trip, small
 
@@ -210,6 +211,45 @@ def test_a_node_that_comes_is_announced_only_by_its_own_signature() -> None:
         assert call(port, ACTIVATE, [b""], headers=signed(key))[0] == 200
         assert came == [public_key_to_bytes(key.public_key())]
         came.clear()
+
+
+def test_only_a_node_of_ours_says_by_a_look_that_it_is_idle() -> None:
+    """Flower's own SuperNode, which names no life, looks for the next message while it is at one."""
+    idle: list[bytes] = []
+    key, other = new_key(), new_key()
+    for keys in (None, {public_key_to_bytes(key.public_key())}):
+        port = PublicPort(Inside(), max_body=MAX, keys=keys, idle=idle.append)
+        life = {LIFE: "one"}
+        for path, headers in ((PULL, signed(key)), (PULL, signed(other, claimed=key) | life), (PUSH, signed(key) | life)):
+            call(port, path, [b""], headers=headers)
+        assert idle == []
+        assert call(port, PULL, [b""], headers=signed(key) | life)[0] == 200
+        assert idle == [public_key_to_bytes(key.public_key())]
+        idle.clear()
+
+
+def test_two_looks_of_one_node_do_not_overtake_each_other() -> None:
+    """The node gave its first request up: what that takes out is lost, and only a look after it may find so."""
+    order: list[str] = []
+    headers = [(name.lower().encode(), value.encode()) for name, value in (signed(new_key()) | {LIFE: "one"}).items()]
+    scope = {"type": "http", "method": "POST", "path": PULL, "headers": headers, "client": ("192.0.2.1", 9)}
+
+    async def flower(scope: Any, receive: Any, send: Any) -> None:
+        order.append("flower begins")
+        await asyncio.sleep(0.05)
+        order.append("flower ends")
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(event: Any) -> None: ...
+
+    async def both() -> None:
+        port = PublicPort(flower, max_body=MAX, keys=None, idle=lambda _: order.append("looked"))
+        await asyncio.gather(port(scope, receive, send), port(scope, receive, send))
+
+    asyncio.run(both())
+    assert order == ["looked", "flower begins", "flower ends"] * 2
 
 
 @pytest.mark.parametrize("host", ["link", "x/v1/runtime/push-object?", "x/health#"])
