@@ -1,4 +1,4 @@
-"""FedPepTAO: exchange only the prompts of some layers, and correct the server's momentum for the drift of the clients.
+"""FedPepTAO: exchange only the prompts of some layers, and correct the server's step for the drift of the clients.
 
 Four phases, all of them rounds of the one run. What the state holds decides, not the round's number: a round that did not count is done
 again.
@@ -8,18 +8,28 @@ again.
     hessian   1 round     clients estimate from the curvature at the warmed-up prompts which share ρ_k of it matters: ρ = mean ρ_k
     partial   the others  S = the ⌈ρL⌉ layers that come first by score; clients train on, but only S (and a head) travels
 
-Partial round t of the rule, over the tensors of S and the head (w_i: client i's, τ_i its steps, η its learning rate, m clients of N):
+Partial round t, over the tensors of S and the head (w_i: client i's, τ_i its steps, η its learning rate, p_i its weight, m clients of N):
 
-    w̄ = Σ p_i w_i,   Δ_t = w_{t-1} − w̄
-    c_i⁺ = c_i − c + (w_{t-1} − w_i) / (τ_i η),   c⁺ = c + (m/N) Σ (τ_i / Σ τ) (c_i⁺ − c_i)
-    t = 1:  w_t = w̄
-    t ≥ 2:  g = Δ_{t-1} − Δ_t,   η_s ← max(.99 η_s, 1e-4),   v_i = βv + (1−β)g + c⁺ − c_i⁺,   v ← Σ p_i v_i,   w_t = w̄ − η_s v
+    w̄ = Σ p_i w_i,   Δ_t = w_{t-1} − w̄,   u_i = (w_{t-1} − w_i) / (τ_i η),   t = 1: w_t = w̄
+
+    variant  c_i⁺            c⁺                                        g                            w_t, t ≥ 2
+    scaled   u_i             mean of the c_i of clients that have one  Δ_{t-1}/T_{t-1} − Δ_t/T_t    w̄ − κ T_t v,   T_t = Σ p_i τ_i η
+    paper    c_i − c + u_i   c + (m/N) Σ (τ_i / Σ τ) (c_i⁺ − c_i)      Δ_{t-1} − Δ_t                w̄ − η_s v,     η_s ← max(.99 η_s, 1e-4)
+
+    v_i = βv + (1−β)g + c⁺ − c_i⁺,   v ← Σ p_i v_i
+
+`paper` diverges as soon as the client's rate is not the paper's, for two reasons. c⁺ − c_i⁺ has the units of a gradient, of order 1 for
+each number under AdamW, so η_s·v moves each by up to η_s a round however small η is. And c_i adds up u_i − c over the rounds: SCAFFOLD,
+where the formula is from, adds c − c_i to the client's steps, so that its sum is the client's gradient; here no client corrects its steps,
+and the sum grows with every turn. `scaled`, our mend, keeps all of v in gradient units, moves by a share κ of the cohort's own step, which
+falls with the clients' rate, and takes u_i for c_i.
 
 A client goes on with its own prompts in the layers outside S. So that they are the warmed-up ones, its first partial turn brings all
-layers, every later one brings S alone.
+layers, every later one brings S alone. The global model has these layers as the warm-up left them: clients' own scores are the method's.
 
 Source: Che et al. 2023, Federated Learning of Large Language Models with Parameter-Efficient Prompt Tuning and Adaptive Optimization, EMNLP
-2023, arXiv:2310.15080; its public code, https://github.com/llm-eff/FedPepTAO, ranks the most redundant layers first.
+2023, arXiv:2310.15080; its public code, https://github.com/llm-eff/FedPepTAO, ranks the most redundant layers first, has no warm-up before
+the partial rounds, decays η_s before its first use, and scores each client with its own layers.
 Ours, where these leave it open: τ_i η is the sum of the learning rates that the client really used; N is the number of clients that have
 answered so far, in any phase; warm-up knows neither c nor v.
 """
@@ -42,16 +52,18 @@ from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import in_bounds, whole_updates
 from fedtune.strategy import Assignment, ServerState, Strategy
 
-_DECAY, _LEAST_LR = 0.99, 1e-4  # of η_s, a round
+_VARIANTS = ("scaled", "paper", "code")
+_DECAY, _LEAST_LR = 0.99, 1e-4  # of η_s, a round, in the paper's rule
 _PACE = ("steps", "lr_sum")  # τ_i and τ_i η, as a client measures them
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedPepTAO(Strategy):
-    """Partial prompt tuning with a drift-corrected server momentum; a prompt a layer, named `*.prompt` in the order of the layers.
+    """Partial prompt tuning with a drift-corrected server step; a prompt a layer, named `*.prompt` in the order of the layers.
 
-    Memory: `layers` (L,), scores; `warmups`, `ratio`, `server_lr`; `seen/<client>`, 1 once it has had a partial turn; and of each tensor
-    exchanged `c/<client>/<tensor>`, `drift/<tensor>` (c), `v/<tensor>`, `delta/<tensor>` (Δ_{t-1}): in all, clients + 3 times a payload.
+    Memory: `layers` (L,), scores; `warmups`, `ratio`, and of the paper's rule `server_lr`; `seen/<client>`, 1 once it has had a partial
+    turn; and of each tensor exchanged `c/<client>/<tensor>`, `drift/<tensor>` (c), `v/<tensor>`, `delta/<tensor>` (Δ_{t-1}): in all,
+    clients + 3 times a payload.
 
     Args:
         ratio: ρ, the share of the layers to exchange, in (0, 1]; None lets the clients estimate it. With 1 nothing needs a score.
@@ -59,10 +71,11 @@ class FedPepTAO(Strategy):
         warmup_rounds: Rounds that train and exchange all layers.
         score_rows: Rows of the batch that a client scores or estimates with; one that holds fewer takes all it has.
         personal: Whether clients train the layers outside S on, each for itself; otherwise they leave these as the warm-up left them.
-        server_lr: η_s of the first momentum step; 0 leaves the plain mean.
+        server_lr: κ, a share of the cohort's own step; with `paper` and `code` η_s before the first partial round, in the units of a
+            client's rate. 0 leaves the plain mean.
         momentum: β, in [0, 1).
-        variant: `paper`, as above; or `code`: in the public code all clients of a round write to one buffer, so that v_i starts from
-            v_{i-1} (here in the order of logical ids) instead of v.
+        variant: `scaled` or `paper`, as above; or `code`: `paper`, but in the public code all clients of a round write to one buffer, so
+            that v_i starts from v_{i-1} (here in the order of logical ids) instead of v.
     """
 
     ratio: float | None = None
@@ -70,9 +83,9 @@ class FedPepTAO(Strategy):
     warmup_rounds: int = 10
     score_rows: int = 16
     personal: bool = True
-    server_lr: float = 0.05
+    server_lr: float = 0.1
     momentum: float = 0.9
-    variant: str = "paper"
+    variant: str = "scaled"
 
     tells: ClassVar[str] = "scores of their rows"
 
@@ -84,7 +97,7 @@ class FedPepTAO(Strategy):
         method, rounds, before = config.peft.method, config.rounds, self.rounds_before_partial
         refuse(method != "ptuning_v2", f"fedpeptao exchanges a prompt a layer, peft.method={method} has none: set peft=ptuning_v2")
         refuse(self.order not in ("redundant", "diverse"), f"strategy.order={self.order} is not known: choose redundant or diverse")
-        refuse(self.variant not in ("paper", "code"), f"strategy.variant={self.variant} is not known: choose paper or code")
+        refuse(self.variant not in _VARIANTS, f"strategy.variant={self.variant} is not known: choose scaled, paper or code")
         if self.ratio is not None:
             in_bounds("ratio", self.ratio, gt=0, le=1)
         in_bounds("warmup_rounds", self.warmup_rounds, ge=0)
@@ -169,9 +182,9 @@ class FedPepTAO(Strategy):
     def _aggregate_partial(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         local = self.local(state)
         old = {n: t.double() for n, t in state.adapter.tensors.items() if n not in local}
-        memory, mean, change = dict(state.memory), Mean(), Mean()
-        c = _recall(memory, "drift", old)
-        examples: dict[str, int] = {}
+        memory, mean, pace, change = dict(state.memory), Mean(), 0.0, Mean()
+        scaled, c = self.variant == "scaled", _recall(memory, "drift", old)
+        known, examples = _number_with(memory, "c/", old), dict[str, int]()
         for update in updates:
             client, w = update.client, update.adapter.tensors
             mean.add(w, update.examples)
@@ -179,17 +192,19 @@ class FedPepTAO(Strategy):
             examples[client] = update.examples
             if self.server_lr:
                 own, steps, lr_sum = _recall(memory, f"c/{client}", old), *(measured(update, update.measurements, n) for n in _PACE)
+                pace += update.examples * lr_sum
                 # rates that sum to 0, as in the first step of a warm-up, have moved nothing: nothing is known of the drift
-                new = {n: own[n] - c[n] + (old[n] - w[n].double()) / lr_sum for n in old} if lr_sum else own
-                change.add({n: new[n] - own[n] for n in old}, max(steps, 1))
+                moved = {n: (old[n] - w[n].double()) / lr_sum for n in old} if lr_sum else None
+                new = own if moved is None else moved if scaled else {n: own[n] - c[n] + moved[n] for n in old}
+                change.add({n: new[n] - own[n] for n in old}, 1 if scaled else max(steps, 1))
                 _store(memory, f"c/{client}", new, state.adapter)
         average = mean.of(old)
         if self.server_lr:
-            clients = sum(n.startswith("seen/") for n in memory)
-            moved = change.of(old)
-            c = {n: c[n] + len(examples) / clients * moved[n] for n in old}
+            clients = _number_with(memory, "c/", old) if scaled else sum(n.startswith("seen/") for n in memory)
+            before, moved = known / clients if scaled else 1.0, change.of(old)
+            c = {n: before * c[n] + len(examples) / clients * moved[n] for n in old}
             _store(memory, "drift", c, state.adapter)
-            average = self._step(average, old, c, examples, memory, state.adapter)
+            average = self._step(average, old, c, examples, pace / mean.weight, memory, state.adapter)
         tensors = {n: average[n].to(t.dtype) if n in average else t for n, t in state.adapter.tensors.items()}
         return dataclasses.replace(state, adapter=state.adapter.replace(tensors), memory=memory)
 
@@ -199,17 +214,20 @@ class FedPepTAO(Strategy):
         old: Mapping[str, Tensor],
         c: Mapping[str, Tensor],
         examples: Mapping[str, int],
+        pace: float,
         memory: dict[str, Tensor],
         like: AdapterState,
     ) -> dict[str, Tensor]:
-        """w̄ → w_t, by the momentum that `memory` holds and gets."""
-        delta = {n: old[n] - average[n] for n in old}
-        if "server_lr" not in memory:  # t = 1: there is no Δ_{t-1} yet
-            memory["server_lr"] = torch.tensor(self.server_lr, dtype=torch.float64)
-            _store(memory, "delta", delta, like)
+        """w̄ → w_t, by the momentum that `memory` holds and gets; `pace` is the cohort's τη."""
+        if pace == 0 and self.variant == "scaled":  # nobody has moved
             return average
-        lr = max(_DECAY * _number(memory, "server_lr"), _LEAST_LR)
+        unit, lr = (pace, self.server_lr * pace) if self.variant == "scaled" else (1.0, self._server_lr(memory))
+        delta = {n: (old[n] - average[n]) / unit for n in old}
+        first = not _number_with(memory, "delta/", old)
         before, v = _recall(memory, "delta", old), _recall(memory, "v", old)
+        _store(memory, "delta", delta, like)
+        if first:  # t = 1: there is no Δ_{t-1} yet
+            return average
         g = {n: before[n] - delta[n] for n in old}
         carried, mean = v, Mean()
         for client in sorted(examples):
@@ -217,10 +235,15 @@ class FedPepTAO(Strategy):
             carried = {n: self.momentum * start[n] + (1 - self.momentum) * g[n] + c[n] - own[n] for n in old}
             mean.add(carried, examples[client])
         v = mean.of(old)
-        memory["server_lr"] = torch.tensor(lr, dtype=torch.float64)
-        _store(memory, "delta", delta, like)
         _store(memory, "v", v, like)
         return {n: average[n] - lr * v[n] for n in old}
+
+    def _server_lr(self, memory: dict[str, Tensor]) -> float:
+        """η_s of the paper's rule, which falls from round to round; `memory` gets it."""
+        last = memory.get("server_lr")
+        lr = self.server_lr if last is None else max(_DECAY * last.item(), _LEAST_LR)
+        memory["server_lr"] = torch.tensor(lr, dtype=torch.float64)
+        return lr
 
     def notes(self, round: int, before: ServerState, after: ServerState) -> list[str]:
         if self.phase(before) == "partial" or self.phase(after) != "partial":
@@ -245,6 +268,12 @@ def _reply(phase: str, adapter: AdapterState) -> AdapterState:
 def _number(memory: Mapping[str, Tensor], name: str) -> float:
     """A number of the memory, 0 where it is not there yet."""
     return float(memory[name]) if name in memory else 0.0
+
+
+def _number_with(memory: Mapping[str, Tensor], what: str, like: Mapping[str, Tensor]) -> int:
+    """How many states of this kind the memory holds: one tensor of them is counted."""
+    name = next(iter(like))
+    return sum(n.startswith(what) and n.endswith(f"/{name}") for n in memory)
 
 
 def _recall(memory: Mapping[str, Tensor], what: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

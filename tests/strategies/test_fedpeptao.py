@@ -211,6 +211,61 @@ def test_two_rounds_by_hand() -> None:
     check_by_hand("paper", v=-0.75, w=2.07425)
 
 
+def test_two_rounds_in_units_of_the_clients_step_by_hand() -> None:
+    first, second = two_rounds("scaled")
+    one, two = ({n: t.item() for n, t in s.memory.items()} for s in (first, second))
+    # t = 1: u_a = (0 − 1)/.5, u_b = (0 − 2)/1.5, c is their mean; T = (.5 + 3·1.5)/4 = 1.25, Δ/T = −1.75/1.25
+    assert [one["c/a/l.prompt"], one["c/b/l.prompt"], one["drift/l.prompt"]] == pytest.approx([-2.0, -4 / 3, -5 / 3])
+    assert first.adapter["l.prompt"].item() == pytest.approx(1.75) and one["delta/l.prompt"] == pytest.approx(-1.4)
+    # t = 2: u_a = −1/.5, u_b = 0; Δ/T = −.25/1.25; g = −1.4 + .2; v_a = −.6 − 1 + 2, v_b = −.6 − 1; v = (.4 − 3·1.6)/4
+    assert [two["c/a/l.prompt"], two["c/b/l.prompt"], two["drift/l.prompt"]] == pytest.approx([-2.0, 0.0, -1.0])
+    assert two["delta/l.prompt"] == pytest.approx(-0.2) and two["v/l.prompt"] == pytest.approx(-1.1)
+    assert second.adapter["l.prompt"].item() == pytest.approx(2.1375)  # 2 + .1·1.25·1.1
+    assert "server_lr" not in two
+
+
+def opposites(variant: str, rate: float, rounds: int = 60) -> list[float]:
+    """Where the server goes where three clients pull up and three down, all by `rate` a step, and a sample of two is of one kind."""
+    strategy = FedPepTAO(ratio=1.0, warmup_rounds=0, variant=variant)
+    state = strategy.start(AdapterState({"l.prompt": torch.zeros(1, dtype=torch.float64)}, SPEC))
+    pull, path = {"a": 1, "b": 1, "c": 1, "x": -1, "y": -1, "z": -1}, []
+    for round in range(1, rounds + 1):
+        w = state.adapter["l.prompt"].item()
+        cohort = ("ab", "xy", "bc", "yz", "ca", "zx")[round % 6]
+        state = strategy.aggregate(round, state, iter([scalar(c, 1, w + 4 * rate * pull[c], 4, 4 * rate) for c in cohort]))
+        path.append(state.adapter["l.prompt"].item())
+    return path
+
+
+@pytest.mark.parametrize("rate", [4e-2, 8e-3, 1e-5])
+def test_the_server_moves_in_units_of_the_clients_step_and_no_further(rate: float) -> None:
+    path = opposites("scaled", rate)
+    assert max(abs(w) for w in path) < 3 * 4 * rate  # the clients' pulls cancel; nobody moves more than 4 steps a round
+    assert path == pytest.approx([w * rate / 4e-2 for w in opposites("scaled", 4e-2)])
+
+
+def test_the_paper_s_server_rate_does_not_follow_the_clients() -> None:
+    assert max(abs(w) for w in opposites("paper", 8e-3)) > 3 * 4 * 8e-3  # or the test above could not fail
+
+
+def test_c_is_the_mean_of_the_clients_that_have_one() -> None:
+    strategy = FedPepTAO(ratio=1.0, warmup_rounds=1)
+    start = strategy.start(AdapterState({"l.prompt": torch.zeros(1, dtype=torch.float64)}, SPEC))
+    state = strategy.aggregate(1, start, iter([scalar(c, 1, 0.0, 1, 0.5) for c in "abcd"]))
+    for round, moves in enumerate(({"a": 1.0}, {"b": 3.0, "c": 5.0}, {"a": 9.0, "b": 3.0}), 2):
+        w = state.adapter["l.prompt"].item()
+        state = strategy.aggregate(round, state, iter([scalar(c, 1, w - m, 1, 0.5) for c, m in moves.items()]))
+    assert state.memory["drift/l.prompt"].item() == pytest.approx((9 + 3 + 5) / 3 / 0.5)  # d has trained in the warm-up only
+
+
+def test_rates_of_zero_move_nothing() -> None:
+    strategy = FedPepTAO(ratio=1.0, warmup_rounds=0)
+    state = strategy.start(AdapterState({"l.prompt": torch.ones(1, dtype=torch.float64)}, SPEC))
+    for round in (1, 2, 3):
+        state = strategy.aggregate(round, state, iter([scalar(c, 1, 1.0, 1, 0.0) for c in "ab"]))
+    assert state.adapter["l.prompt"].item() == 1.0
+
+
 def test_the_public_code_hands_the_momentum_from_client_to_client() -> None:
     # v_a = 1.25 as above; v_b = .5·1.25 − 17/12 = −19/24; v = (1.25 − 3·19/24)/4 = −.28125; w = 2 + .099·.28125
     check_by_hand("code", v=-0.28125, w=2.02784375)
@@ -220,8 +275,8 @@ def no_learning_rate(update: Update, values: Mapping[str, float], name: str) -> 
     return values["steps"]
 
 
-def sign_of_c(self: FedPepTAO, average: Any, old: Any, c: Any, examples: Any, memory: Any, like: Any) -> Any:
-    return STEP(self, average, old, {n: -t for n, t in c.items()}, examples, memory, like)
+def sign_of_c(self: FedPepTAO, average: Any, old: Any, c: Any, *others: Any) -> Any:
+    return STEP(self, average, old, {n: -t for n, t in c.items()}, *others)
 
 
 STEP = FedPepTAO._step
@@ -241,7 +296,7 @@ def test_the_check_by_hand_catches_a_wrong_formula(
 
 
 def test_c_moves_by_the_share_of_the_clients_that_have_answered() -> None:
-    strategy = FedPepTAO(ratio=0.5, warmup_rounds=0)
+    strategy = FedPepTAO(ratio=0.5, warmup_rounds=0, variant="paper")
     start = ServerState(adapter=AdapterState({"l.prompt": torch.zeros(1), "m.prompt": torch.zeros(1)}, SPEC))
     state = strategy.aggregate(1, start, iter([seen(c, 1, layers=[2.0, 1.0]) for c in "abcd"]))
     state = strategy.aggregate(2, state, iter([scalar("a", 1, 1.0, 1, 0.5)]))
@@ -251,7 +306,7 @@ def test_c_moves_by_the_share_of_the_clients_that_have_answered() -> None:
 
 
 def test_the_server_s_rate_falls_to_its_floor() -> None:
-    states = run(FedPepTAO(ratio=1.0, warmup_rounds=1, server_lr=1.03e-4), [{"a": 1}] * 7)
+    states = run(FedPepTAO(ratio=1.0, warmup_rounds=1, server_lr=1.03e-4, variant="paper"), [{"a": 1}] * 7)
     rates = [s.memory["server_lr"].item() for s in states[2:]]
     assert rates == pytest.approx([1.03e-4, 1.0197e-4, 1.009503e-4, 1e-4, 1e-4, 1e-4])
 
@@ -278,7 +333,7 @@ def same(a: ServerState, b: ServerState, atol: float = 0.0) -> bool:
     return first.keys() == second.keys() and kept.keys() == other.keys() and all(torch.allclose(x, y, rtol=0, atol=atol) for x, y in pairs)
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("variant", ["scaled", "paper", "code"])
 @pytest.mark.parametrize("stop", range(8))
 def test_a_restart_goes_on_exactly(tmp_path: Path, variant: str, stop: int) -> None:
     strategy = FedPepTAO(warmup_rounds=2, variant=variant)
@@ -292,7 +347,7 @@ def test_a_restart_goes_on_exactly(tmp_path: Path, variant: str, stop: int) -> N
     assert same(state, whole[-1]) and strategy.phase(state) == "partial" and "v/score.weight" in state.memory
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("variant", ["scaled", "paper", "code"])
 @pytest.mark.parametrize("round", range(1, 8))
 def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int) -> None:
     strategy = FedPepTAO(warmup_rounds=2, variant=variant)
