@@ -274,9 +274,9 @@ def finish(space: Workspace, todo: Prepared, trained: AdapterState, turned: Turn
     measurements = {
         "steps": turned.steps,
         "lr_sum": sum(lr_at(plan, step, turned.steps) for step in range(turned.steps)),
-        "seconds": turned.seconds,
-        "peak_mb": turned.peak_mb,
     }
+    if plan.privacy == "none":  # both depend on how long the rows are, and on which were sampled
+        measurements |= {"seconds": turned.seconds, "peak_mb": turned.peak_mb}
     if (private := todo.private) is not None:
         ledger = space.ledger(plan.client)
         if plan.privacy == "user":

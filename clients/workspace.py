@@ -27,6 +27,7 @@ from fedtune.models.methods.sparse import SparseSlot
 from fedtune.models.shift import FrozenWeights
 from fedtune.plan import matching
 from fedtune.privacy.ledger import Ledger, ledger_file
+from fedtune.promise import terms
 from fedtune.state import AdapterState
 from fedtune.wire import Letter
 
@@ -105,7 +106,9 @@ class Workspace:
         if (client, part, longest) not in self._encoded:
             rows = self.federation.clients[client]
             indices = rows.train if part == "train" else rows.held_out
-            self._encoded[client, part, longest] = self._encode(self.federation.rows, indices, longest)
+            # a private turn's steps, rate and ε follow from the count of its examples, which must not follow from what is in them
+            private = part == "train" and terms(self.config)["privacy"] != "none"
+            self._encoded[client, part, longest] = self._encode(self.federation.rows, indices, longest, keep_short=private)
         return self._encoded[client, part, longest]
 
     def test_examples(self) -> Sequence[Example]:
@@ -116,9 +119,10 @@ class Workspace:
             self._encoded[key] = self._encode(test, np.arange(len(test)), key[2])
         return self._encoded[key]
 
-    def _encode(self, rows: Dataset, indices: np.ndarray, longest: int) -> Rows:
+    def _encode(self, rows: Dataset, indices: np.ndarray, longest: int, keep_short: bool = False) -> Rows:
         task = dataclasses.replace(self.config.task, max_length=longest)
-        return self._tokens.add(encode(rows, indices, self.backbone.tokenizer, task, seq2seq=self.backbone.seq2seq))
+        backbone = self.backbone
+        return self._tokens.add(encode(rows, indices, backbone.tokenizer, task, seq2seq=backbone.seq2seq, keep_short=keep_short))
 
     @cached_property
     def initial(self) -> AdapterState:

@@ -362,7 +362,8 @@ class Bridge:
             record["train_loss"] = turnout.loss / turnout.examples
         record["bytes_down"] = sum(r.get("bytes_down", 0) for r in rows)
         record["bytes_up"] = sum(r.get("bytes_up", 0) for r in rows)
-        record["peak_mb"] = max((r.get("peak_mb", 0.0) for r in rows), default=0.0)
+        if peaks := [r["peak_mb"] for r in rows if "peak_mb" in r]:  # a private turn keeps it to itself
+            record["peak_mb"] = max(peaks)
         return record
 
     def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:

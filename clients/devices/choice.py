@@ -30,8 +30,8 @@ class Work:
         accumulate: See there.
         steps: Optimiser steps.
         length: Longest row that the task allows, in tokens.
-        longest: The client's longest row.
-        counted: The most tokens of a row that have a loss.
+        longest: The client's longest row; in a private turn `length`.
+        counted: The most tokens of a row that have a loss; in a private turn the most that `length` allows.
         entries: Entries of the adapter that is trained.
         nbytes: Bytes that are received and sent.
     """

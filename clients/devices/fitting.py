@@ -3,6 +3,9 @@
 Precision and rank are chosen once, for the longest row that the task allows; batch, micro-batch, length and steps in each turn, for the
 client's own rows and with what its last turns have taught. A simulated device's memory is that of the probe: its micro-batches are counted
 and not run, since pieces of a batch leave the batch's gradient.
+
+In a private turn the peer sees what was chosen, and ε depends on batch and steps. All of it then comes from public bounds: every row counts
+as one of `task.max_length` tokens, the row count is public, and nothing that was measured on rows is reported or taught to the next turn.
 """
 
 import dataclasses
@@ -19,11 +22,12 @@ from fedtune.clients.devices.choice import Choice, Correction, Work, choose, cho
 from fedtune.clients.devices.estimate import QUANTISED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
 from fedtune.clients.devices.simulate import is_offline, virtual_seconds
 from fedtune.clients.trainer import Turn, batches, steps_of
-from fedtune.config import Config, DeviceClass
+from fedtune.config import Config, DeviceClass, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
 from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan, matching
+from fedtune.promise import terms
 from fedtune.state import AdapterSpec, AdapterState
 
 if TYPE_CHECKING:
@@ -117,11 +121,12 @@ class Devices:
         config, c, device = self._space.config, self._space.config.client, self.of(client)
         assert device is not None
         plan = Plan(
-            round=1, client=client, base_version=0, steps=c.steps, epochs=c.epochs, batch_size=c.batch_size, accumulate=c.accumulate
-        )
+            round=1, client=client, base_version=0, steps=c.steps, epochs=c.epochs, batch_size=c.batch_size, accumulate=c.accumulate,
+            **terms(config),  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
         settled, examples = self.settle(client), self._space.examples(client, "train")
         entries = self.shapes.adapter(settled.rank)
-        work = _work(plan, examples, config.task.max_length, entries, 2 * 4 * entries)
+        work = _work(plan, examples, config.task, entries, 2 * 4 * entries)
         kept = {"rank": settled.rank or 0, "precisions": [settled.precision], "deadline_s": self.deadline_s}
         return choose(device, self.shapes, work, **kept)  # pyright: ignore[reportArgumentType]
 
@@ -150,7 +155,7 @@ class Devices:
         task, settled, used = space.config.task, self.settle(client), self._read(client, plan.round)
         examples = space.examples(client, "train")
         entries = sum(start[n].numel() for n in matching(start.tensors, plan.train))
-        work = _work(plan, examples, task.max_length, entries, nbytes)
+        work = _work(plan, examples, task, entries, nbytes)
         rank = max(start.spec.ranks.values(), default=0)
         kept = {"rank": rank, "precisions": [settled.precision], "correction": used, "deadline_s": self.deadline_s}
         choice = choose(device, self.shapes, work, **kept)  # pyright: ignore[reportArgumentType]
@@ -208,7 +213,8 @@ class Devices:
             moved: Bytes that came and went.
         """
         choice, steps = fitted.choice, turned.steps if turned else 0
-        micro, out = (turned.micro, turned.out_of_memory) if turned and not fitted.simulated else (fitted.micro, fitted.out_of_memory)
+        measured = turned if turned and not fitted.simulated and plan.privacy == "none" else None
+        micro, out = (measured.micro, measured.out_of_memory) if measured else (fitted.micro, fitted.out_of_memory)
         fitted = dataclasses.replace(fitted, micro=micro)
         said = {
             "rank": choice.rank,
@@ -221,12 +227,13 @@ class Devices:
         }
         rest, took = fitted.rest, turned.seconds if turned else 0.0
         if fitted.simulated:
-            operations = flops(self.shapes, _tokens(plan, examples, steps))
+            tokens = _tokens(plan, examples, steps, self._width(fitted))
+            operations = flops(self.shapes, tokens)
             took = virtual_seconds(fitted.device, operations, moved, seed=self._space.config.seed, round=plan.round, client=plan.client)
             said |= {"virtual_s": took, "peak_mb": (fitted.weights + rest) / 1e6}
-        elif turned:
-            rest = int((turned.peak_mb - turned.began_mb) * 1e6)
-        if steps:
+        elif measured:
+            rest = int((measured.peak_mb - measured.began_mb) * 1e6)
+        if steps and (fitted.simulated or measured):
             self._write(plan, fitted, rest, took)
         return {name: float(value) for name, value in said.items()}
 
@@ -310,25 +317,30 @@ def _require(precision: str, config: Config, shapes: Shapes) -> None:
     require_kernel(precision, shapes.compute[precision], torch.device("cuda" if cuda else "cpu"))
 
 
-def _work(plan: Plan, examples: Sequence[Example], length: int, entries: int, nbytes: int) -> Work:
-    counts = [int((e.labels[1:] != IGNORED).sum()) for e in examples]  # of a class there is none, and none is needed
+def _work(plan: Plan, examples: Sequence[Example], task: TaskConfig, entries: int, nbytes: int) -> Work:
+    length = task.max_length
+    if plan.privacy == "none":
+        longest = max(len(e.input_ids) for e in examples)
+        counted = max(1, *(int((e.labels[1:] != IGNORED).sum()) for e in examples))  # of a class there is none, and none is needed
+    else:
+        longest, counted = length, 1 if task.kind == "classification" else max(1, length - 1)
     return Work(
         batch=plan.batch_size,
         accumulate=plan.accumulate,
         steps=steps_of(plan, len(examples)),
         length=length,
-        longest=max(len(e.input_ids) for e in examples),
-        counted=max(1, *counts),
+        longest=longest,
+        counted=counted,
         entries=entries,
         nbytes=nbytes,
     )
 
 
-def _tokens(plan: Plan, examples: Sequence[Example], steps: int) -> float:
-    """Tokens that go through the model in the turn, padding included: of private turns, whose samples are secret, the expected number."""
+def _tokens(plan: Plan, examples: Sequence[Example], steps: int, width: int) -> float:
+    """Tokens that go through the model in the turn, padding included: of private turns, whose rows are secret, those of full rows."""
+    if plan.privacy != "none":
+        return float(steps * plan.batch_size * plan.accumulate * width)
     lengths = [len(e.input_ids) for e in examples]
-    if plan.privacy == "record":
-        return steps * plan.batch_size * plan.accumulate * sum(lengths) / len(lengths)
     stream = batches(len(lengths), plan.batch_size, plan.seed)
     some = (next(stream) for _ in range(steps * plan.accumulate))
     return float(sum(len(batch) * max(lengths[i] for i in batch) for batch in some))

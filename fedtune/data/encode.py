@@ -33,13 +33,16 @@ class Example:
     answer: str = ""
 
 
-def encode(rows: datasets.Dataset, indices: np.ndarray, tokenizer: Any, task: TaskConfig, *, seq2seq: bool = False) -> list[Example]:
+def encode(
+    rows: datasets.Dataset, indices: np.ndarray, tokenizer: Any, task: TaskConfig, *, seq2seq: bool = False, keep_short: bool = False
+) -> list[Example]:
     """The rows at `indices` as examples of at most `task.max_length` tokens.
 
     instruction: prompt + answer + end token, loss on the answer and the end. Too long: the prompt loses its beginning, but one token of it
     stays; an answer that is longer still loses its end.
     causal_lm: texts, each with its end token, joined in the order of `indices` and cut into blocks (`stride_texts`), or one text an
-    example, cut. What has fewer than two tokens can teach nothing and is left out, so the list may be empty.
+    example, cut. What has fewer than two tokens can teach nothing and is left out, so the list may be empty; `keep_short` keeps
+    it as an example without a loss, so that the count of examples does not tell how long a text is.
     classification: one text an example, cut, with the tokeniser's special tokens.
     seq2seq (an encoder-decoder, T5): of an instruction, prompt and answer each have `task.max_length` tokens of their own, and each its end
     token; a text to classify has one end token, its last, where T5 looks.
@@ -58,7 +61,7 @@ def encode(rows: datasets.Dataset, indices: np.ndarray, tokenizer: Any, task: Ta
         return _instructions(chosen["prompt"][:], chosen["answer"][:], tokenizer, task.max_length)
     if task.kind == "classification":
         return _classes(chosen["text"][:], chosen["label"][:], tokenizer, task.max_length, ended=seq2seq)
-    return _texts(chosen["text"][:], tokenizer, task)
+    return _texts(chosen["text"][:], tokenizer, task, keep_short)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -127,15 +130,16 @@ def _classes(texts: list[str], classes: list[int], tokenizer: Any, longest: int,
     return [Example(np.array(ids or [first], np.int32), np.array([label], np.int32)) for ids, label in zip(coded, classes, strict=True)]
 
 
-def _texts(texts: list[str], tokenizer: Any, task: TaskConfig) -> list[Example]:
+def _texts(texts: list[str], tokenizer: Any, task: TaskConfig, keep_short: bool) -> list[Example]:
     lead, end = _lead(tokenizer), _end(tokenizer)
-    coded = [lead + ids + end for ids in _tokens(texts, tokenizer) if ids]
+    coded = [lead + ids + end if ids else [] for ids in _tokens(texts, tokenizer)]
     if task.stride_texts:
         joined = np.array([i for ids in coded for i in ids], np.int32)
         pieces = [joined[at : at + task.max_length] for at in range(0, len(joined), task.max_length)]
     else:
         pieces = [np.array(ids[: task.max_length], np.int32) for ids in coded]
-    return [Example(ids, ids) for ids in pieces if len(ids) >= 2]
+    silent = Example(np.full(2, _first(tokenizer), np.int32), np.full(2, IGNORE, np.int32))
+    return [Example(ids, ids) if len(ids) >= 2 else silent for ids in pieces if keep_short or len(ids) >= 2]
 
 
 def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"] = "right") -> dict[str, Tensor]:

@@ -101,11 +101,13 @@ def _privacy(p: dict[str, Any], spent: Sequence[float]) -> list[str]:
     accountant = {"prv": "PRV, upper bound", "rdp": "RDP"}[p["accountant"]]
     told = "metrics that clients report on held-out rows (eval.clients=0 asks for none)"
     if p["kind"] == "user" and p["where"] == "server":
-        told += ", the training losses that they tell the server, which metrics.jsonl holds"
+        told += ", what they tell the server of their training (losses, device, memory, time), which metrics.jsonl holds"
+    else:
+        told += ", when a reply arrives, whether and why a turn fails"
     lines = [
         f"- privacy: {cost} for the client that spent most; accountant: {accountant}",
         f"- privacy's unit: {unit}",
-        f"- privacy's sampling: {how}; row counts are public",
+        f"- privacy's sampling: {how}; counts of rows, and of blocks of text, are public",
         f"- privacy's clip: {bound}",
         f"- not covered: {told}, and what they made people choose",
     ]

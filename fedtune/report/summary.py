@@ -73,6 +73,12 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def known_sum(values: Iterable[float | None]) -> float | None:
+    """Sum of the values that are known; None where none is."""
+    known = [v for v in values if v is not None]
+    return sum(known) if known else None
+
+
 def total(rows: Iterable[Record], key: str) -> float:
     return sum(value(r, key) or 0.0 for r in rows)
 
@@ -88,7 +94,7 @@ class ClientResult:
     counted: int  # turns that trained and were not dropped
     dropped: Counter[str]  # why → turns
     train: int | None  # rows
-    seconds: float
+    seconds: float | None  # None where no turn said: a private one keeps it to itself
     bytes_up: float
     bytes_down: float
     peak_mb: float | None
@@ -118,7 +124,7 @@ def client_results(records: Iterable[Record], metric: str, partition: Mapping[st
                 counted=sum("staleness" in t or (not t.get("dropped") and value(t, "steps") is not None) for t in mine),
                 dropped=Counter(drop_kind(t["dropped"]) for t in mine if t.get("dropped")),
                 train=int(named["train"]) if "train" in named else (examples[-1] if examples else None),
-                seconds=total(mine, "seconds"),
+                seconds=known_sum(value(t, "seconds") for t in mine),
                 bytes_up=total(mine, "bytes_up"),
                 bytes_down=total(mine, "bytes_down"),
                 peak_mb=max(peaks) if peaks else None,
@@ -146,7 +152,7 @@ class ClassResult:
     worst: float | None  # mean of the worst tenth of the clients
     counted: int
     dropped: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
+    seconds: float | None = None
     bytes_up: float = 0.0
     bytes_down: float = 0.0
     peak_mb: float | None = None
@@ -173,7 +179,7 @@ def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassRes
                 worst=worst_decile(after, metric),
                 counted=sum(c.counted for c in mine),
                 dropped=sum((c.dropped for c in mine), Counter()),
-                seconds=sum(c.seconds for c in mine),
+                seconds=known_sum(c.seconds for c in mine),
                 bytes_up=sum(c.bytes_up for c in mine),
                 bytes_down=sum(c.bytes_down for c in mine),
                 peak_mb=max(peaks) if peaks else None,
