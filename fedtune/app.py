@@ -191,7 +191,7 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
         fold_shifts(folder, final, state.shifts)
     labels, spec = list(space.federation.labels), dataclasses.asdict(final.spec)
     note = global_note(run.path, final)
-    write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path), note)
+    write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path), space.backbone, note)
     merged = None
     if config.inference.export == "hf":
         merged = export_hf(run.path, run.path / "merged", replace=True)

@@ -45,6 +45,7 @@ class Backbone:
         name: What another program loads it by: the hub name, or the folder.
         folder: Where its files lie.
         device: Where its weights lie.
+        completed: Weights that the checkpoint lacks and that are set to the identity.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,7 @@ class Backbone:
     name: str
     folder: Path
     device: torch.device
+    completed: tuple[str, ...] = ()
 
     @property
     def seq2seq(self) -> bool:
@@ -94,11 +96,12 @@ def load_backbone(
     model.eval()
     if config.checkpointing:
         checkpoint_activations(model)
+    completed = () if drawn else _lacking(model, folder)
     set_tokens(model, tokenizer, folder)
     check_context(model, task, folder)
     name = config.name if config.source == "hub" and not Path(config.name).expanduser().is_dir() else str(folder)
     model.config._name_or_path = name  # what an adapter's folder says that it belongs to
-    return Backbone(model=model, tokenizer=tokenizer, fingerprint=mark, name=name, folder=folder, device=device)
+    return Backbone(model=model, tokenizer=tokenizer, fingerprint=mark, name=name, folder=folder, device=device, completed=completed)
 
 
 def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, folder: Path) -> Any:
@@ -258,8 +261,7 @@ def _quantised_model(
     tensors = partial(full_tensors, config, task, hf_config, folder, seed, dtype, [f"{n.rpartition('.')[2]}.weight" for n in ends])
     recipe = quantise.recipe(bare, config.precision, dtype, mark)
     if config.init == "pretrained":  # a pooler that is to be set must not be packed
-        stored = [t.name for t in stored_tensors(folder)]
-        lacking = [n.rpartition(".")[0] for n in _poolers(bare) if not any(f".{n}".endswith(f".{s}") for s in stored)]
+        lacking = [n.rpartition(".")[0] for n in _lacking(bare, folder)]
         recipe = dataclasses.replace(recipe, skip=tuple(dict.fromkeys([*recipe.skip, *lacking])))
     try:
         with quiet(), torch.random.fork_rng():
@@ -344,6 +346,13 @@ def _poolers(model: nn.Module) -> list[str]:
     heads = head_names(model)
     found = [(n, p) for n, p in model.named_parameters() if ".pooler." in n and n.split(".")[0] not in heads]
     return [n for n, p in found if p.ndim == 1 or p.shape[0] == p.shape[1]]
+
+
+def _lacking(model: nn.Module, folder: Path) -> tuple[str, ...]:
+    """The poolers that the checkpoint lacks; transformers prefixes the names of a bare body's tensors."""
+    poolers = _poolers(model)
+    stored = [t.name for t in stored_tensors(folder)] if poolers else []
+    return tuple(n for n in poolers if not any(f".{n}".endswith(f".{s}") for s in stored))
 
 
 def _set_poolers(model: nn.Module, names: Collection[str]) -> None:

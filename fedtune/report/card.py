@@ -3,10 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.privacy.ledger import most_spent
+from fedtune.report.snippet import how_to_load
 from fedtune.report.summary import Record, primary_metric, rounds, value
+
+if TYPE_CHECKING:
+    from fedtune.models import Backbone
 
 
 def write_card(
@@ -16,16 +20,20 @@ def write_card(
     prompt: str | None,
     labels: list[str],
     records: Sequence[Record],
+    backbone: "Backbone",
     note: str = "",
 ) -> None:
-    """Write `adapter/README.md` over the blank one that PEFT leaves; `note` is what the adapter is not."""
+    """Write `adapter/README.md` over the blank one that PEFT leaves.
+
+    Args:
+        run_dir: Its `adapter/` is written already.
+        config, spec, prompt, labels, records, backbone: Of the run.
+        note: What the adapter is not; "" for nothing.
+    """
     metric, done = primary_metric(records), rounds(records)
     scores = [(r["round"], v) for r in done if (v := value(r, metric)) is not None]
     classes = config["task"]["kind"] == "classification"
-    auto = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
     base = config["model"]["name"] or "fedtune's embedded backbone (fedtune/models/nano)"
-    folder = config["model"]["name"] or "path/to/fedtune/models/nano"
-    size = f", num_labels={len(labels)}" if classes else ""
     lines = [
         "---\nlibrary_name: peft\n---",
         f"# {config['name']}: {config['peft']['method']} adapter, federated",
@@ -46,27 +54,8 @@ def write_card(
         lines.append(f"- prompt template: `{json.dumps(prompt)}`")
     if classes:
         lines.append(f"- labels, in the order of their ids: {', '.join(labels)}")
-    lines += _use(config, auto, folder, size)
+    lines += how_to_load(run_dir / "adapter", config, backbone, len(labels) if classes else 0)
     (run_dir / "adapter" / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _use(config: dict[str, Any], auto: str, folder: str, size: str) -> list[str]:
-    """How to load it. What began as what quantisation took is for the dequantised weights, which only an export has."""
-    if config["peft"]["init"] == "loftq":
-        precision = config["model"]["precision"]
-        return [
-            f"- trained over the backbone's {precision} weights, as what they lack (peft.init=loftq): over the checkpoint's own weights it"
-            " would count that twice. `fedtune export` merges it into the dequantised ones:",
-            "\n```sh\nfedtune export path/to/this/run --out merged\n```",
-            f'\n```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("merged")\n```\n',
-        ]
-    return [
-        "\n```python",
-        f"from peft import PeftModel\nfrom transformers import {auto}\n",
-        f"base = {auto}.from_pretrained({folder!r}{size})",
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
-        "```\n",
-    ]
 
 
 def _spent(run_dir: Path, p: dict[str, Any], records: Sequence[Record]) -> list[float]:
