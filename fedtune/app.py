@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,8 +197,7 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
     asked = min(config.inference.samples, len(space.federation.test)) if config.task.kind == "instruction" else 0
     answers = _answers(config, space, state, run, merged, asked) if asked else []
     write_report(run.path)
-    wide = Console() if sys.stdout.isatty() else Console(width=120)  # in a log, Rich's 80 columns would break the tables
-    print_results(read_metrics(run.path), wide, space.federation.summary())
+    print_results(read_metrics(run.path), Console(), space.federation.summary())
     for a in answers:
         print(f"\n{a['request']}\n  before  {a['before']}\n  after   {a['after']}\n  wanted  {a['wanted']}")
     print(f"\nadapter  {run.path / 'adapter'}")

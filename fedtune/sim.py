@@ -3,6 +3,7 @@
 import datetime
 import secrets
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +13,17 @@ from fedtune.config import Config, reference, to_dict
 from fedtune.errors import ConfigError, FedtuneError, Stopped
 
 USAGE = f"""\
-python -m fedtune.sim [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...] [--multirun] [--cfg]
+python -m fedtune.sim [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...]
+                      [--multirun] [--cfg]
 python -m fedtune.sim resume=RUN [rounds=N]
 
   conf=NAME      the scenario; {DEFAULT_SCENARIO} where none is named
   conf=FILE      a scenario file of your own; groups in its folder are found too
   GROUP=CHOICE   take another file of a group, such as devices=none
   KEY=VALUE      set one value, such as rounds=3 or client.lr=2e-3
-  resume=RUN     go on with the run directory RUN, from its newest good checkpoint
-  -m, --multirun run every combination of KEY=A,B,C that has not finished yet, and compare them
+  resume=RUN     go on with the run directory RUN, from its newest checkpoint
+  -m, --multirun run every combination of KEY=A,B,C that has not finished yet,
+                 and compare them
   --cfg          print the composed config and stop
   --version, -h, --help
 """
@@ -111,18 +114,22 @@ def _finished(config: Config) -> Path | None:
 
 
 def help_text() -> str:
-    """All that a user can ask for: usage, scenarios, groups with their choices, every key with its default."""
-    rows = reference()
-    lines = [USAGE, "Scenarios (conf=NAME)", *(f"  {name:<16}{what}" for name, what in scenarios().items()), ""]
-    lines += ["Groups (GROUP=CHOICE)", *(f"  {name:<16}{', '.join(found)}" for name, found in groups().items()), ""]
-    width = max(len(key) for key, _, _ in rows)
-    lines += ["Keys (KEY=VALUE), default, meaning", *(f"  {key:<{width}}  {_short(default):<16}  {help}" for key, default, help in rows)]
+    """All that a user can ask for, in 80 columns: usage, scenarios, groups with their choices, every key with its default."""
+
+    def entry(name: str, text: str) -> str:
+        return _wrapped(f"  {name:<16}{text}", indent=18)
+
+    lines = [USAGE, "Scenarios (conf=NAME)", *(entry(name, what) for name, what in scenarios().items()), ""]
+    lines += ["Groups (GROUP=CHOICE)", *(entry(name, ", ".join(found)) for name, found in groups().items()), ""]
+    lines += ["Keys (KEY=VALUE) with their defaults"]
+    for key, default, help in reference():
+        default = "null" if default == "none" else default  # as it is typed; no key's default is the word none
+        lines += [_wrapped(f"  {key} = {default}".rstrip(), indent=6), _wrapped(f"      {help}", indent=6)]
     return "\n".join(lines)
 
 
-def _short(default: str) -> str:
-    default = "null" if default == "none" else default  # as it is typed; no key's default is the word none
-    return default if len(default) <= 16 else default[:15] + "…"
+def _wrapped(line: str, indent: int) -> str:
+    return textwrap.fill(line, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

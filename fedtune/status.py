@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fedtune.errors import CheckpointError, ConfigError, NetworkError
 from fedtune.report.metrics import read_metrics
 from fedtune.report.summary import client_results, drops_text, duration, primary_metric, size
+from fedtune.report.tables import print_table
 
 FRESH_S = 15.0  # a server that has not written for longer is no longer at work, whoever has its process id by now
 _ASK_S = 5.0
@@ -129,29 +128,38 @@ def ask(control: str) -> dict[str, Any]:
 # -- for people ---------------------------------------------------------------------------------------------------------------------------
 
 
-def show(status: Mapping[str, Any], *, as_json: bool = False, now: float | None = None) -> str:
-    """The status as text, or as JSON. `now` is what "ago" is counted from, in seconds since 1970; None is the clock."""
+def show(status: Mapping[str, Any], *, as_json: bool = False, now: float | None = None, width: int | None = None) -> str:
+    """The status as text, or as JSON.
+
+    Args:
+        status: What `read_status` or `ask` gives.
+        as_json: JSON in place of text.
+        now: What "ago" is counted from, in seconds since 1970; None is the clock.
+        width: Columns of the table; None is the terminal's, and 80 where there is none.
+    """
     if as_json:
         return json.dumps(status, indent=1)
     now = time.time() if now is None else now
-    table = Table("client", "device", "seen", "counted", "dropped", "up", "down", "ε", "last result", box=None, padding=(0, 2, 0, 0))
+    rows = []
     for n in status["nodes"]:
         spent = n.get("epsilon")
-        cells = [
-            n.get("client") or f"node {n.get('node')}",
-            n.get("device_class") or "",
-            _seen(n, now),
-            "–" if n["counted"] is None else str(n["counted"]),
-            drops_text(n["dropped"]),
-            size(n["bytes_up"]),
-            size(n["bytes_down"]),
-            "" if spent is None else f"{spent:.2f}",
-            n.get("last") or "",
-        ]
-        table.add_row(*(escape(str(c)) for c in cells))
-    console = Console(width=160, color_system=None, highlight=False)
+        rows.append(
+            [
+                str(n.get("client") or f"node {n.get('node')}"),
+                str(n.get("device_class") or ""),
+                _seen(n, now),
+                "–" if n["counted"] is None else str(n["counted"]),
+                drops_text(n["dropped"]),
+                size(n["bytes_up"]),
+                size(n["bytes_down"]),
+                "" if spent is None else f"{spent:.2f}",
+                str(n.get("last") or ""),
+            ]
+        )
+    console = Console(width=width, color_system=None, highlight=False)
     with console.capture() as shown:
-        console.print(table)
+        header = ["client", "device", "seen", "counted", "dropped", "up", "down", "ε", "last result"]
+        print_table(console, header, rows, left=["device", "seen"], wrap=["dropped", "last result"], box=None)
     lines = [_headline(status), ""] + [line.rstrip() for line in shown.get().splitlines()]
     if not status["nodes"]:
         lines[2:] = ["no client has been there yet"]

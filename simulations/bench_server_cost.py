@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fedtune import flower
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.compose import choices, compose, make_strategy
 from fedtune.errors import FedtuneError
 from fedtune.plan import Plan, Update, matching
+from fedtune.report.tables import print_table
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategy import Strategy
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             refused[name] = str(no)
     size = whole_adapter(args.mb).nbytes / 1e6
     title = f"{args.clients:,} clients, {size:.1f} MB adapters, {args.threads} threads, {args.repeats} repeats"
-    console.print(table(title, rows))
+    print_table(console, COLUMNS, [row.cells() for row in rows], title=title)
     remarks = [f"* {r.strategy}: {r.note}" for r in rows if r.note] + [f"not measured: {n}: {why}" for n, why in refused.items()]
     console.print(*remarks, sep="\n", highlight=False)
     if args.out:
@@ -265,16 +265,6 @@ def measure(name: str, stream: Stream, clients: int, repeats: int, note: str) ->
         numpy_peak_mb=peaks["numpy"],
         note="; ".join(n for n in (note, "" if stream.phase == "peft" else f"phase {stream.phase}") if n),
     )
-
-
-def table(title: str, rows: Sequence[Row]) -> Table:
-    out = Table(title=title)
-    for column in COLUMNS:
-        first = column == "strategy"
-        out.add_column(column, justify="left" if first else "right", no_wrap=first)
-    for row in rows:
-        out.add_row(*row.cells())
-    return out
 
 
 def markdown(title: str, rows: Sequence[Row], remarks: Sequence[str]) -> str:

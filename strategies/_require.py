@@ -37,14 +37,12 @@ def plain_sgd(config: Config, strategy: str, otherwise: str = "") -> None:
 
 def enough_clients(config: Config, strategy: str, needed: int, why: str) -> None:
     """Raises ConfigError where a round could count with too few clients for the method's promise to hold."""
-    if config.clients_per_round < needed:
+    settings = {"clients_per_round": config.clients_per_round, "min_clients": config.min_clients}
+    if short := {name: value for name, value in settings.items() if value < needed}:
+        has = " and ".join(f"{name}={value}" for name, value in short.items())
         raise ConfigError(
-            f"strategy={strategy} needs {why} = {needed} clients, clients_per_round={config.clients_per_round}: sample more, or lower it"
-        )
-    if config.min_clients < needed:
-        raise ConfigError(
-            f"strategy={strategy} needs {why} = {needed} good updates in every round that counts, min_clients={config.min_clients}:"
-            f" set min_clients={needed}"
+            f"strategy={strategy} needs {why} = {needed} good updates in every round that counts, but {has}:"
+            f" set {' '.join(f'{name}={needed}' for name in short)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,36 @@ def test_each_strategy_file_has_its_yaml_and_each_yaml_its_file() -> None:
             make_strategy(one(f"strategy={name}"))
         except ConfigError as refused:  # ... and its sentence names one of those overrides at least
             assert set(words) & set(str(refused).split()), refused
+
+
+@pytest.mark.parametrize("more", [[], ["clients_per_round=3"], ["clients_per_round=4", "min_clients=2"], ["client=default"]])
+@pytest.mark.parametrize("name", choices("strategy"))
+def test_what_a_refusal_asks_for_is_enough(name: str, more: list[str]) -> None:
+    args = [f"strategy={name}", *more]
+    try:
+        make_strategy(one(*args))
+    except ConfigError as refused:
+        advice = str(refused).rpartition(": set ")[2].rpartition(", or ")[2]  # the last of several ways out
+        asked = re.findall(r"[a-z_.]+=[\w.]+", advice)
+        make_strategy(one(*args, *asked))  # followed once, not twice
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fednova"])
+def test_a_strategy_of_plain_sgd_brings_it(name: str) -> None:
+    for args in ((), ("client.optimizer=sgd",), ("client.optimizer=sgd", "client.clip_norm=null", "client.lr=0.5")):
+        config = one(f"strategy={name}", *args)
+        make_strategy(config)
+        assert (config.client.optimizer, config.client.clip_norm) == ("sgd", None)
+    assert one(f"strategy={name}", "client=default").client.optimizer == "adamw"  # whoever names one decides
+
+
+def test_the_commands_in_the_readme_work() -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line.partition(" -m fedtune.sim ")[2], comments=True) for line in lines if " -m fedtune.sim " in line]
+    assert len(commands) > 5
+    for words in commands:
+        make_strategy(one(*words))
 
 
 def test_shakespeare_splits_into_speeches() -> None:

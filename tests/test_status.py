@@ -75,13 +75,15 @@ def test_a_running_server(tmp_path: Path) -> None:
         "online": 2,
         "epsilon": 1.25,
     }
-    shown = show(status, now=NOW)
+    shown = show(status, now=NOW, width=160)
     assert "is running at 0.0.0.0:8080: round 3 of 5, waiting for b" in shown
     rows = {line.split()[0]: line for line in shown.splitlines() if line.split()[:1] in (["a"], ["b"], ["[c]"])}
     assert "online" in rows["a"] and "1.5 kB" in rows["a"] and "4.0 kB" in rows["a"] and "1.25" in rows["a"]
     assert "1 min 30 s ago" in rows["b"] and "1 late" in rows["b"] and "no reply within 9 s" in rows["b"]
     assert "online" in rows["[c]"]  # what a client calls itself is text, not markup
     assert "2 of 3 clients; turns: 3 counted, dropped: 1 late; 2.5 kB up, 8.0 kB down; ε up to 1.25" in shown
+    wide, narrow = (show(status, now=NOW, width=w).split("\n\n")[1] for w in (160, 80))  # between the headline and the totals
+    assert max(map(len, wide.splitlines())) > 80 >= max(map(len, narrow.splitlines())) and set(wide.split()) == set(narrow.split())
 
 
 def test_a_server_that_died_says_how_to_go_on(tmp_path: Path) -> None:

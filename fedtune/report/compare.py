@@ -172,14 +172,15 @@ def spread(values: Sequence[float], *, sign: bool = False) -> str:
 def show(comparison: Comparison, fixed: str = "") -> None:
     """Print the settings by letter, then the table, which fits 80 columns."""
     from rich.console import Console
-    from rich.table import Table
+
+    from fedtune.report.tables import print_table
 
     console = Console(width=None if sys.stdout.isatty() else 80)
-    table = Table("", "seeds", comparison.metric, "difference (pairs)", "worst tenth", "MB up", box=None, pad_edge=False)
+    rows = []
     for number, (label, *cells) in enumerate(comparison.rows(), start=1):
         console.print(f"{number:>2}  {label}", highlight=False, markup=False)
-        table.add_row(f"{number:>2}", *cells[:5])
-    console.print(table)
+        rows.append([f"{number:>2}", *cells])
+    print_table(console, ["", *comparison.header[1:]], rows, box=None)
     for note in [*comparison.notes(), *([f"The same in all: {fixed}"] if fixed else [])]:
         console.print(note, style="dim", highlight=False, markup=False)
 

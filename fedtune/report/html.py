@@ -4,6 +4,7 @@ Built as an element tree, so that whatever a run holds (client ids, model answer
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,7 +67,7 @@ def write_report(run_dir: Path) -> Path:
         "main",
         None,
         *_headline(title, run_dir, lines, clients, metric, (config or {}).get("rounds")),
-        *_answers(answers or []),
+        *_answers(answers or [], judged=any(value(r, "exact_match") is not None for r in records)),
         *_curves(lines, metric),
         *_clients(clients, metric, colours),
         *_costs(lines),
@@ -96,9 +97,9 @@ def _headline(
 ) -> list[Element]:
     done = [r for r in lines if r["round"] > 0]
     first = lines[0] if lines and lines[0]["round"] == 0 else None
-    last = done[-1] if done else None
     here = any(value(r, metric) is not None for r in lines) or all(value(r, "clients_mean") is None for r in lines)
     key = metric if here else "clients_mean"
+    last = next((r for r in reversed(done) if key in r), done[-1] if done else None)  # the last that was evaluated
     top = best(done, metric)
     up, down, seconds = total(lines, "bytes_up"), total(lines, "bytes_down"), total(lines, "seconds")
     count = f"{len(done)}" if planned in (None, len(done)) else f"{len(done)} of {planned}"
@@ -136,14 +137,15 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
     share = metric not in LOWER
 
     def column(key: str) -> list[float | None]:
-        return [value(r, key) for r in lines]
+        """Null, which metrics.jsonl has for NaN and infinity, is NaN again; a round that was not evaluated has no such key."""
+        return [math.nan if key in r and r[key] is None else value(r, key) for r in lines]
 
     def figure(title: str, candidates: Iterable[Series], caption: str, log: bool = False) -> Element | None:
-        series = [s for s in candidates if any(y is not None for y in s.ys)]
+        series = [s for s in candidates if any(y is not None and y == y for y in s.ys)]
         if not series:
             return None
         chart = plots.line_chart(xs, series, title=title, zero=share and not log and title != "Loss", log=log)
-        last = {s.name: next((y for y in reversed(s.ys) if y is not None), None) for s in series}
+        last = {s.name: next((y for y in reversed(s.ys) if y is not None and y == y), None) for s in series}
         return page.figure(title, chart, caption, [(f"{s.name} {number(last[s.name])}", s.colour) for s in series])
 
     scores = [
@@ -287,7 +289,8 @@ def _partition(partition: Mapping[str, Any] | None, colours: Mapping[str, int]) 
     return [e("h2", None, "Partition"), e("div", {"class": "pair"}, *figures)]
 
 
-def _answers(answers: Sequence[Mapping[str, Any]]) -> list[Element]:
+def _answers(answers: Sequence[Mapping[str, Any]], judged: bool) -> list[Element]:
+    """The answers side by side; right and wrong are marked where the run is judged by exact match."""
     if not answers:
         return []
     columns = {"request": "request", "wanted": "wanted", "before": "untuned", "after": "tuned and merged"}
@@ -297,7 +300,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> list[Element]:
         cells = []
         for key, name in columns.items():
             right = texts[key].strip() == texts["wanted"].strip()
-            verdict = "" if key in ("request", "wanted") else "good" if right else "bad"
+            verdict = "" if key in ("request", "wanted") or not judged else "good" if right else "bad"
             mark = {"good": "✓ ", "bad": "✗ ", "": None}[verdict]
             text = texts[key] if key == "request" else e("code", None, texts[key])
             cells.append(e("td", {"data-name": name, "class": verdict}, mark, text))

@@ -20,7 +20,7 @@ MAX_MAP_ROWS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """A named line or stack: `ys` by the chart's common xs, None where there is no value."""
+    """A named line or stack: `ys` by the chart's common xs; None where nothing was measured, NaN where what was measured is no number."""
 
     name: str
     ys: Sequence[float | None]
@@ -30,17 +30,29 @@ class Series:
 def line_chart(
     xs: Sequence[int], series: Sequence[Series], *, title: str, unit: str = "", zero: bool = False, log: bool = False
 ) -> Element:
-    """Lines over rounds; `zero` starts the axis at 0, `log` takes powers of ten where the values span more than one."""
-    values = [y for s in series for y in s.ys if y is not None]
+    """Lines over rounds, which join points across rounds without a measurement and break at NaN.
+
+    Args:
+        xs: The rounds.
+        series: The lines.
+        title: What the chart shows.
+        unit: Of the values.
+        zero: Start the axis at 0.
+        log: Take powers of ten where the values span more than one.
+    """
+    values = [y for s in series for y in s.ys if y is not None and y == y]
     log = log and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
     axis = _Axis(values, zero=zero, log=log, top=H - BOTTOM, bottom=TOP)
     svg, x = _frame(title, axis, xs, unit)
     for s in series:
-        points = [(x(a), axis(b), a, b) for a, b in zip(xs, s.ys, strict=True) if b is not None]
-        known = [None if b is None else (x(a), axis(b)) for a, b in zip(xs, s.ys, strict=True)]
-        path = " ".join(f"{'L' if i and known[i - 1] else 'M'}{p[0]:.1f} {p[1]:.1f}" for i, p in enumerate(known) if p)
+        measured = [(a, b) for a, b in zip(xs, s.ys, strict=True) if b is not None]
+        points = [(x(a), axis(b), a, b) for a, b in measured if b == b]
+        path, pen = "", "M"
+        for a, b in measured:
+            path += f"{pen}{x(a):.1f} {axis(b):.1f} " if b == b else ""
+            pen = "L" if b == b else "M"
         style = {"fill": "none", "stroke": colour(s.colour), "stroke-width": 2, "stroke-linejoin": "round", "stroke-linecap": "round"}
-        svg.append(element("path", {"d": path, **style}))
+        svg.append(element("path", {"d": path.rstrip(), **style}))
         if len(points) <= 60:
             for px, py, a, b in points:
                 dot = {"cx": px, "cy": py, "r": 3 if len(points) <= 30 else 2, "fill": colour(s.colour), "class": "dot"}

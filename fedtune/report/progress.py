@@ -10,7 +10,6 @@ from typing import Any, Self
 from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from fedtune.report.summary import (
     CHOSEN,
@@ -28,6 +27,7 @@ from fedtune.report.summary import (
     total,
     value,
 )
+from fedtune.report.tables import print_table
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MAX_ROWS, _MAX_BINS = 30, 24
@@ -128,21 +128,20 @@ def print_partition(summary: Mapping[str, Any], console: Console) -> None:
     """
     clients, labels = list(summary.get("clients", [])), list(summary.get("labels") or [])
     bins = min(len(labels), _MAX_BINS)
-    table = Table(title="Partition", title_justify="left", show_footer=True)
-    table.add_column("client", f"{len(clients)} clients")
-    table.add_column("class", f"{len({c.get('device_class') for c in clients})} classes" if clients else "")
-    table.add_column("train", f"{sum(c.get('train', 0) for c in clients):,}", justify="right")
-    table.add_column("held out", f"{sum(c.get('held_out', 0) for c in clients):,}", justify="right")
+    counts = [f"{sum(c.get(part, 0) for c in clients):,}" for part in ("train", "held_out")]
+    kinds = f"{len({c.get('device_class') for c in clients})} classes" if clients else ""
+    header, footer = ["client", "class", "train", "held out"], [f"{len(clients)} clients", kinds, *counts]
     if labels:
         pooled = [sum(col) for col in zip(*(c["histogram"] for c in clients if c.get("histogram")), strict=True)]
-        name = f"{len(labels)} labels" + (f" in {bins} bins" if bins < len(labels) else "")
-        table.add_column(name, histogram(pooled, bins), no_wrap=True)
+        header.append(f"{len(labels)} labels" + (f" in {bins} bins" if bins < len(labels) else ""))
+        footer.append(histogram(pooled, bins))
+    rows = []
     for c in clients[:_MAX_ROWS]:
-        row = [escape(str(c["id"])), escape(str(c.get("device_class") or "–")), f"{c.get('train', 0):,}", f"{c.get('held_out', 0):,}"]
-        table.add_row(*row, *([histogram(c.get("histogram") or [], bins)] if labels else []))
+        row = [str(c["id"]), str(c.get("device_class") or "–"), f"{c.get('train', 0):,}", f"{c.get('held_out', 0):,}"]
+        rows.append([*row, *([histogram(c.get("histogram") or [], bins)] if labels else [])])
     if len(clients) > _MAX_ROWS:
-        table.add_row(f"... and {len(clients) - _MAX_ROWS} more")
-    console.print(table)
+        rows.append([f"... and {len(clients) - _MAX_ROWS} more", *[""] * (len(header) - 1)])
+    print_table(console, header, rows, title="Partition", left=["class", *header[4:]], footer=footer)
     if labels and len(labels) <= 12:
         console.print(f"labels: {', '.join(map(str, labels))}", markup=False, highlight=False)
     if summary.get("test") is not None:
@@ -172,37 +171,30 @@ def print_results(records: Iterable[Record], console: Console, partition: Mappin
     if not lines:
         console.print("no round was finished: there are no results yet", highlight=False)
         return
-    table = Table(title="Results", title_justify="left")
-    for name in ("", metric, "clients mean", "worst decile", "loss", "bytes up", "bytes down", "time"):
-        table.add_column(name, justify="right" if name else "left")
     done = [r for r in lines if r["round"] > 0]
+    shown = []
     if lines[0]["round"] == 0:
-        table.add_row("round 0 (untuned)", *_cells(lines[:1], lines[0], metric))
+        shown.append(["round 0 (untuned)", *_cells(lines[:1], lines[0], metric)])
     if done and (top := best(done, metric)) is not None and top is not done[-1]:
-        table.add_row(f"round {top['round']} (best)", *_cells([r for r in done if r["round"] <= top["round"]], top, metric))
+        shown.append([f"round {top['round']} (best)", *_cells([r for r in done if r["round"] <= top["round"]], top, metric)])
     if done:
-        table.add_row(f"round {done[-1]['round']} (last)", *_cells(done, done[-1], metric))
-    console.print(table)
+        shown.append([f"round {done[-1]['round']} (last)", *_cells(done, done[-1], metric)])
+    header = ["", metric, "clients mean", "worst decile", "loss", "bytes up", "bytes down", "time"]
+    print_table(console, header, shown, title="Results")
     classes = class_results(client_results(rows, metric, partition), metric)
     if not classes:
         return
-    table = Table(title="Device classes", title_justify="left")
-    for name in ("class", "clients", f"{metric}: before → after", "worst decile", "turns", "dropped", "time", "traffic", "peak"):
-        table.add_column(name, justify="left" if name in ("class", "dropped") else "right")
+    shown = []
     for c in classes:
         scores = (f"{number(c.before)} → {number(c.after)}", number(c.worst), str(c.counted))
         costs = (duration(c.seconds), size(c.bytes_up + c.bytes_down), megabytes(c.peak_mb))
-        table.add_row(escape(c.device_class), str(c.clients), *scores, drops_text(c.dropped) or "none", *costs)
-    console.print(table)
-    chose = [c for c in classes if c.chosen]
-    if not chose:
-        return
-    table = Table(title="What the devices chose, a turn", title_justify="left")
-    for name in ("class", *CHOSEN.values(), "device time"):
-        table.add_column(name, justify="left" if name in ("class", "precision") else "right")
-    for c in chose:
-        table.add_row(escape(c.device_class), *(c.chosen[k] or "–" for k in CHOSEN), duration(c.device_s))
-    console.print(table)
+        shown.append([c.device_class, str(c.clients), *scores, drops_text(c.dropped) or "none", *costs])
+    header = ["class", "clients", f"{metric}: before → after", "worst decile", "turns", "dropped", "time", "traffic", "peak"]
+    print_table(console, header, shown, title="Device classes", wrap=["dropped"])
+    if chose := [c for c in classes if c.chosen]:
+        shown = [[c.device_class, *(c.chosen[k] or "–" for k in CHOSEN), duration(c.device_s)] for c in chose]
+        header = ["class", *CHOSEN.values(), "device time"]
+        print_table(console, header, shown, title="What the devices chose, a turn", wrap=["precision"])
 
 
 def _cells(spent: Sequence[Record], row: Record, metric: str) -> list[str]:

@@ -188,3 +188,39 @@ def test_the_class_card_says_what_devices_chose(tmp_path: Path) -> None:
     text = Page(write_report(path).read_text()).text
     for words in ("precision\nint8\n–\n–", "rank\n4\n–\n–", "micro-batch\n2\n–\n–", "device time a turn\n12.5 s\n–\n–"):
         assert words in text
+
+
+def gaps(path: Path, metric: str, values: dict[int, float | None], last: int) -> str:
+    """report.html of a run that was evaluated in some of its rounds."""
+    path.mkdir()
+    lines = [{"round": r, "client": None, "train_loss": 1.0, **({metric: values[r]} if r in values else {})} for r in range(last + 1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return write_report(path).read_text(encoding="utf-8")
+
+
+def strokes(html: str, title: str) -> list[str]:
+    """The commands (M: move, L: line) of each line of a chart."""
+    (chart,) = re.findall(rf'<svg[^>]*aria-label="{title}".*?</svg>', html, re.S)
+    return [re.sub(r"[^ML]", "", d) for d in re.findall(r'<path d="([^"]*)" fill="none"', chart)]
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "accuracy", "perplexity"])
+def test_a_line_joins_points_across_rounds_that_were_not_evaluated(tmp_path: Path, metric: str) -> None:
+    html = gaps(tmp_path / "r", metric, {0: 0.25, 5: 0.5, 10: 0.75}, last=12)
+    title = metric.replace("_", " ").capitalize()
+    assert strokes(html, title) == ["MLL"] and strokes(html, "Loss") == ["M" + "L" * 12]
+    assert "0.250 → 0.750" in Page(html).text and "untuned → round 10" in Page(html).text  # not a dash, while a run goes on
+
+
+def test_a_line_breaks_where_the_value_is_no_number(tmp_path: Path) -> None:
+    html = gaps(tmp_path / "r", "exact_match", {0: 0.25, 2: 0.5, 4: None, 6: 0.5, 8: 0.75}, last=8)
+    assert strokes(html, "Exact match") == ["MLML"]
+
+
+@pytest.mark.parametrize(("metric", "marks"), [("exact_match", True), ("loss", False)])
+def test_answers_are_marked_where_exact_match_is_scored(tmp_path: Path, metric: str, marks: bool) -> None:
+    page = Page(write_report(run(tmp_path / "r", metric)).read_text(encoding="utf-8"))
+    assert "the the" in page.text  # the answers are there
+    assert ("✗" in page.text, "✓" in page.text) == (marks, marks)
+    classes = {attrs.get("class") for tag, attrs in page.tags if tag == "td"}
+    assert ({"good", "bad"} <= classes) == marks and ("bad" in classes) == marks

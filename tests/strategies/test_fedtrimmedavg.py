@@ -71,9 +71,9 @@ def test_a_minority_of_any_size_of_lie_stays_within_the_honest() -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="strategy.beta=0.5 is out of range"):
         FedTrimmedAvg(beta=0.5).check(Config())
-    with pytest.raises(ConfigError, match="needs 1/beta = 5 clients, clients_per_round=4: sample more"):
+    with pytest.raises(ConfigError, match="clients_per_round=4 and min_clients=1: set clients_per_round=5 min_clients=5"):
         FedTrimmedAvg().check(Config(clients_per_round=4))
-    with pytest.raises(ConfigError, match="1/beta = 5 good updates in every round that counts, min_clients=1: set min_clients=5"):
+    with pytest.raises(ConfigError, match="1/beta = 5 good updates in every round that counts, but min_clients=1: set min_clients=5"):
         FedTrimmedAvg().check(Config())
     FedTrimmedAvg().check(Config(min_clients=5))
     FedTrimmedAvg(beta=0.0).check(Config())

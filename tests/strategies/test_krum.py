@@ -51,7 +51,7 @@ def test_distances_between_factors_would_choose_the_liar(monkeypatch: pytest.Mon
 def test_too_few_clients_are_refused() -> None:
     with pytest.raises(ConfigError, match="strategy=krum needs 2·malicious \\+ 3 = 5 good updates .*: set min_clients=5"):
         Krum().check(Config())
-    with pytest.raises(ConfigError, match="needs 2·malicious \\+ 3 = 13 clients, clients_per_round=10"):
+    with pytest.raises(ConfigError, match="clients_per_round=10 and min_clients=1: set clients_per_round=13 min_clients=13"):
         Krum(malicious=5).check(Config())
     with pytest.raises(ConfigError, match="strategy.malicious=-1 is out of range"):
         Krum(malicious=-1).check(Config())
