@@ -28,9 +28,10 @@ from fedtune.reply import OURS, read_metrics, read_update
 from fedtune.roll import FEW_BYTES, Client, Roll, Welcome, plain, push, replies
 from fedtune.run import Checkpoint, RunDirectory
 from fedtune.seeds import derive_seed
+from fedtune.silence import forget, miss, resting
 from fedtune.state import AdapterState
 from fedtune.strategy import Assignment, ServerState, Strategy
-from fedtune.turnout import Turnout
+from fedtune.turnout import Turnout, epsilon_of, refusal
 from fedtune.weights import heaviest, share_of
 from fedtune.wire import Envelopes
 
@@ -99,7 +100,9 @@ class Bridge:
             check_affordable(self._letters(found.round + 1, sorted(clients), clients, state))
         for round in range(found.round + 1, self.config.rounds + 1):
             started = time.perf_counter()
-            cohort = self._sample(self._free(roll.present(round), late.busy(round)), round)
+            here, busy = roll.present(round), late.busy(round)
+            busy |= resting(self.grid, {c: clients[c] for c in here if c not in busy}, round, self.watcher.note)
+            cohort = self._sample(self._free(here, busy), round)
             self.watcher.round_started(round, self.config.rounds, cohort)
             before = state
             state, turnout = self._train(round, cohort, clients, state, late)
@@ -134,7 +137,7 @@ class Bridge:
         return sorted(chosen)
 
     def _free(self, here: Sequence[str], busy: set[str]) -> Sequence[str]:
-        """Who is not at an older turn; everybody where these are too few."""
+        """Who is not at an older turn, nor sits out for one; everybody where these are too few."""
         free = [c for c in here if c not in busy]
         return free if len(free) >= self.config.min_clients else here
 
@@ -166,7 +169,7 @@ class Bridge:
             most=lambda c: most_bytes(letters[c].assignment),
         )
         checked = self._checked(replies, {c: letter.assignment for c, letter in letters.items()}, clients, turnout, late)
-        updates = map(turnout.weigh, itertools.chain(checked, self._belated(round, state, turnout, late)))
+        updates = map(turnout.weigh, itertools.chain(checked, self._belated(round, state, clients, turnout, late)))
         first = next(updates, None)
         if first is None:
             self.watcher.note(f"round {round} does not count: no client sent a good update; the state stays as it was")
@@ -236,10 +239,12 @@ class Bridge:
             record["precision"] = update.precision
         return update
 
-    def _belated(self, round: int, state: ServerState, turnout: Turnout, late: Latecomers) -> Iterator[Update]:
+    def _belated(
+        self, round: int, state: ServerState, clients: Mapping[str, Client], turnout: Turnout, late: Latecomers
+    ) -> Iterator[Update]:
         """Replies to earlier rounds that are there now, moved onto the state of today: of each client one, and none beside a newer one."""
         newer = {c for c, record in turnout.records.items() if "dropped" not in record}
-        for one in itertools.chain(late.take(round), self._arrived(round, newer, turnout, late)):
+        for one in itertools.chain(late.take(round), self._arrived(round, newer, clients, turnout, late)):
             client, asked = one.update.client, one.update.round
             if client in newer:
                 self._leave_out(round, client, asked, "left out: a newer one of it counts", turnout)
@@ -249,13 +254,17 @@ class Bridge:
             turnout.late[client] = record["staleness"] = round - asked
             yield caught_up(one, state.adapter, round - asked)
 
-    def _arrived(self, round: int, newer: Collection[str], turnout: Turnout, late: Latecomers) -> Iterator[Late]:
+    def _arrived(
+        self, round: int, newer: Collection[str], clients: Mapping[str, Client], turnout: Turnout, late: Latecomers
+    ) -> Iterator[Late]:
         """Good replies to messages of earlier rounds that have come by now; nobody waits for them."""
         for awaited in late.awaited():
             plan = awaited.assignment.plan
             if plan.round == round or (reply := next(replies(self.grid, [awaited.message], 0.0))) is None:
                 continue
             late.came(awaited)
+            if plan.client in clients:
+                forget(clients[plan.client])
             if reply.has_error() or "declined" in reply.content.config_records:
                 continue  # it was named as late in its own round
             if plan.client in newer:
@@ -300,22 +309,20 @@ class Bridge:
                 why = ("late", f"no reply within {limit:g} s")
                 if i:  # it was sent
                     unanswered(client, i)
-            elif reply.has_error():
-                said = (reply.error.reason or "").strip() or f"Flower's error {reply.error.code}"
-                why = ("failed", plain(said.splitlines()[-1], 300))
-            elif "declined" in reply.content.config_records:
-                said = reply.content.config_records["declined"]
-                kind_of = str(said.get("kind", ""))[:20]
-                why = (kind_of if kind_of.isidentifier() else "failed", plain(said.get("why", "")))
+                    miss(client, clients[client], round, i, self.watcher.note)
             else:
-                if clients[client].remembers:
-                    clients[client].held = tuple(s.spec.version for s in state.shifts)
-                yield client, reply
-                continue
-            if reply is not None and why[0] == "failed":
-                clients[client].held = ()  # a device that broke may have started anew: then it has nothing any more
+                if kind == "train":
+                    forget(clients[client])
+                why = refusal(reply)
+                if why is None:
+                    if clients[client].remembers:
+                        clients[client].held = tuple(s.spec.version for s in state.shifts)
+                    yield client, reply
+                    continue
+                if why[0] == "failed":
+                    clients[client].held = ()  # a device that broke may have started anew: then it has nothing any more
             record = turnout.records.setdefault(client, {"round": round, "client": client})
-            if reply is not None and not reply.has_error() and (spent := _spent(reply)) is not None:
+            if reply is not None and (spent := epsilon_of(reply)) is not None:
                 record["epsilon"] = spent
             turnout.drop(client, *why)
             self.watcher.client_done(client, ": ".join(why))
@@ -326,7 +333,7 @@ class Bridge:
         """Add the global metrics, and those of the clients on their own held-out rows."""
         if self.evaluate is not None:
             record.update(self.evaluate(state))
-        asked = sorted(clients)
+        asked = sorted(c for c in clients if not clients[c].owes)
         if 0 <= self.config.eval.clients < len(asked):
             asked = sorted(random.Random(derive_seed(self.config.seed, "eval")).sample(asked, self.config.eval.clients))
         # a client's own tensors are those that it would go on with in the next round
@@ -374,12 +381,6 @@ class Bridge:
 
 def _awaited(letter: Letter, message: str, client: Client) -> Awaited:
     return Awaited(message=message, assignment=letter.assignment, examples=client.examples, nbytes=letter.nbytes)
-
-
-def _spent(declined: Message) -> float | None:
-    """What a client that declines says that it has spent: a reply that it paid for may have been lost."""
-    said = declined.content.config_records["declined"].get("epsilon")
-    return said if isinstance(said, float) and 0 <= said < math.inf else None
 
 
 def _not_finite(state: ServerState) -> str:

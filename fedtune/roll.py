@@ -34,6 +34,9 @@ class Client:
         remembers: Whether they still will in its next turn.
         held_out: Rows that it evaluates itself on.
         rank: LoRA rank that it asks for; None is the config's.
+        missed: Replies in a row that did not come in their round (fedtune/silence.py).
+        back: Round before which it is not asked again.
+        owes: Id of the message that it has not answered; "" where there is none.
     """
 
     node: int
@@ -43,6 +46,9 @@ class Client:
     remembers: bool
     held_out: int = 0
     rank: int | None = None
+    missed: int = 0
+    back: int = 0
+    owes: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

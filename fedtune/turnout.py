@@ -1,10 +1,14 @@
 """What became of one cohort in one round."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from flwr.app import Message
+
 from fedtune.plan import Update
+from fedtune.roll import plain
 
 
 @dataclass
@@ -47,3 +51,23 @@ class Turnout:
     def drop(self, client: str, kind: str, why: str) -> None:
         self.dropped[kind] = self.dropped.get(kind, 0) + 1
         self.records[client]["dropped"] = f"{kind}: {why}"
+
+
+def refusal(reply: Message) -> tuple[str, str] | None:
+    """Why a reply holds no result, its kind and a sentence; None where it may hold one."""
+    if reply.has_error():
+        said = (reply.error.reason or "").strip() or f"Flower's error {reply.error.code}"
+        return "failed", plain(said.splitlines()[-1], 300)
+    if "declined" not in reply.content.config_records:
+        return None
+    declined = reply.content.config_records["declined"]
+    kind = str(declined.get("kind", ""))[:20]
+    return kind if kind.isidentifier() else "failed", plain(declined.get("why", ""))
+
+
+def epsilon_of(reply: Message) -> float | None:
+    """What a client that declines says that it has spent: a reply that it paid for may have been lost."""
+    if reply.has_error():
+        return None
+    said = reply.content.config_records["declined"].get("epsilon")
+    return said if isinstance(said, float) and 0 <= said < math.inf else None
