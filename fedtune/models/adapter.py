@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fedtune.checkpoint_files import has_weights
 from fedtune.config import ModelConfig, PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.backbone import Backbone, build_config, draw, empty_model, initializer_range
-from fedtune.models.checkpoint import find_folder, stored_tensors
+from fedtune.models.checkpoint import find_folder, read_config, stored_tensors
 from fedtune.models.methods import Attached, attach, method
 from fedtune.models.methods.heads import trained_heads
 from fedtune.models.parts import other_weights
@@ -202,7 +203,7 @@ def _spec(attached: Attached, peft: PeftConfig, base: str) -> AdapterSpec:
 
 def _stored_head(folder: Path, heads: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The checkpoint's own head, where all of it is there and fits."""
-    if not any((folder / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json")):
+    if not has_weights(folder, read_config(folder)):
         return {}
     found = {t.name: t for t in stored_tensors(folder) if t.name in heads}
     if any(n not in found or found[n].shape != shape for n, shape in heads.items()):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.checkpoint_files import weight_files
 from fedtune.config import ModelConfig
 from fedtune.errors import ModelError
 
 NANO = Path(__file__).parent / "nano"  # the embedded backbone
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 # What of config.json may change when the same weights are saved again, or loaded for another task
 _PASSING = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "num_labels", "id2label", "label2id",
@@ -104,32 +104,6 @@ def refuse_quantized(folder: Path) -> None:
         )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint, shards in order of name.
-
-    Raises:
-        ModelError: There are none, some shards are missing, or there are only pickled weights.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
-            raise ModelError(f"{index} cannot be read: it must be JSON with a weight_map") from None
-        if outside := [n for n in names if Path(n).name != n]:
-            raise ModelError(f"{index} names the shard '{outside[0]}', which is not a plain file name in its folder")
-        if missing := [n for n in names if not (folder / n).is_file()]:
-            raise ModelError(f"{folder} lacks the shard {missing[0]} that its index names: fetch the checkpoint again")
-        return [folder / n for n in names]
-    if pickles := sorted(p.name for pattern in PICKLES for p in folder.glob(pattern)):
-        raise ModelError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when they are opened: convert them to safetensors first"
-        )
-    raise ModelError(f"{folder} has no weights: model.safetensors (or its shards with model.safetensors.index.json) is wanted")
-
-
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """Where one tensor lies: `dtype` as safetensors spells it, `start` and `size` in bytes of the file."""
@@ -146,9 +120,9 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     """Every tensor of the checkpoint by name, from the files' headers alone.
 
     Raises:
-        ModelError: A file is truncated or is not safetensors.
+        ModelError: As `weight_files`, or a file is truncated or is not safetensors.
     """
-    return sorted((t for path in weight_files(folder) for t in _header(path)), key=lambda t: t.name)
+    return sorted((t for path in weight_files(folder, read_config(folder)) for t in _header(path)), key=lambda t: t.name)
 
 
 def _header(path: Path) -> Iterator[StoredTensor]:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedtune.checkpoint_files import weight_files
 from fedtune.errors import ModelError
 from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.base import Cache, Span
@@ -129,13 +130,14 @@ def _package(folder: Path, kind: str | None, keep: bool) -> Engine:
 
 
 def _hugging_face(folder: Path, kind: str | None, keep: bool) -> Engine:
-    shape = read_shape(read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    shape, files = read_shape(config), weight_files(folder, config)
     card = read_json(folder / "fedtune.json") if (folder / "fedtune.json").is_file() else {}
     if "peft" in card:
         raise Unsupported(f"{folder} keeps an adapter beside its weights: export it with `--to edge` for the engine")
-    source = _Mapped(folder)
+    source = _Mapped(folder, files)
     quantises = keep and kind in ("int8", "int4")
-    where = ready.place(folder, kind, [folder / "config.json", *_files(folder)]) if quantises else None
+    where = ready.place(folder, kind, [folder / "config.json", *files]) if quantises else None
     linears = ready.open_ready(where) if where else None
     return Engine(folder, _decoder(shape, source, _linears(where, linears, _Packing(shape, source, kind))), card)
 
@@ -201,10 +203,10 @@ class _Packed:
 class _Mapped:
     """The safetensors files of a Hugging Face folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self._folder = folder
         self._where: dict[str, Path] = {}
-        for file in _files(folder):
+        for file in files:
             with _opened(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a handle is no dict
                     self._where[name] = file
@@ -238,20 +240,6 @@ def _opened(file: Path) -> Iterator[Any]:
             yield handle
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{file} is no sound safetensors file ({str(error).splitlines()[0]:.80}): export the model again") from None
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files that the index names, or all of them."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{folder} holds no .safetensors file: give a merged model, as `fedtune export` writes it")
-        return files
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
-        raise ModelError(f"{index} has no weight_map of file names: export the model again")
-    return [folder / name for name in sorted(set(named.values()))]
 
 
 NAMES = ("qkv", "o", "gate_up", "down")  # of a layer's linears
