@@ -1,5 +1,6 @@
 """A folder's tokenizer: text to tokens as in training, tokens to text as they come, and the chat template."""
 
+import contextlib
 import json
 import string
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.template import render
 
 _MOST = 1 << 24  # ids; no vocabulary comes near
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
@@ -88,7 +90,17 @@ class Text:
         """
         if self.template is None:
             raise ModelError("the model has no chat template: give it a prompt instead")
-        return _render(self.template, messages, self._names)
+        return render(self.template, messages, self._names)
+
+    def check_template(self) -> None:
+        """Render the chat template, where there is one, for a single message; one that refuses this message may take others.
+
+        Raises:
+            ModelError: It cannot be run.
+        """
+        if self.template is not None:
+            with contextlib.suppress(ConfigError):
+                self.chat([{"role": "user", "content": "hello"}])
 
     def same_as(self, other: "Text") -> bool:
         """Whether both give the same ids to the same tokens."""
@@ -223,6 +235,7 @@ def read_text(folder: Path) -> Text:
         raise ModelError(f"{path} has a token with the id {highest}: it is damaged")
     config = _json(folder / "tokenizer_config.json")
     names = {k: v for k in (*_json(folder / "special_tokens_map.json").items(), *config.items()) for k, v in [_named(*k)] if v}
+    names |= _extra(config.get("extra_special_tokens"))
     specials = [t for t in names.values() if tokenizer.token_to_id(t) is not None]
     tokenizer.add_special_tokens(specials)  # some are in the vocabulary without being marked
     bos = tokenizer.token_to_id(names["bos_token"]) if "bos_token" in names else None
@@ -239,10 +252,19 @@ def read_text(folder: Path) -> Text:
 
 
 def _named(key: str, value: Any) -> tuple[str, str]:
-    """("bos_token", "<s>") of a config's entry, written plainly or as an added token; ("", "") of others."""
+    """("bos_token", "<s>") of a config's entry, written plainly or as an added token; no text for others."""
+    return key, _content(value) if key.endswith("_token") else ""
+
+
+def _content(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("content")
-    return (key, value) if key.endswith("_token") and isinstance(value, str) else (key, "")
+    return value if isinstance(value, str) else ""
+
+
+def _extra(tokens: Any) -> dict[str, str]:
+    """Tokens of the model's own, such as {"image_token": "<image>"}; a list of them has no names."""
+    return {k: v for k, token in tokens.items() if (v := _content(token))} if isinstance(tokens, dict) else {}
 
 
 def _ends(folder: Path) -> frozenset[int]:
@@ -265,25 +287,6 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
-
-
-def _render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    import jinja2  # late: few need it
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise ConfigError(f"the model's chat template refuses the messages: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = refuse
-    try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=[dict(m) for m in messages], add_generation_prompt=True, **names)
-    except ConfigError:
-        raise
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as bad:
-        raise ModelError(f"the model's chat template cannot be run: {_line(bad)}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

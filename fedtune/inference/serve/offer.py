@@ -1,5 +1,6 @@
 """What is served, and what a request makes of it: a prompt in tokens, and a job for the scheduler."""
 
+import logging
 import secrets
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 TOO_LONG = "context_length_exceeded"
+_log = logging.getLogger("fedtune.serve")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +51,16 @@ class Offer:
         return (self.name, *self.adapters)
 
     def tokens(self, asked: AskedCompletion | AskedChat) -> list[int]:
-        """The prompt. Raises Refused (400)."""
+        """The prompt. Raises Refused: 400, or 500 where the model's chat template fails on messages that it should take."""
         try:
             if isinstance(asked, AskedChat):
                 return self._chat([message.plain() for message in asked.messages])
             return asked.prompt if isinstance(asked.prompt, list) else self.text.encode(asked.prompt)
-        except (ConfigError, ModelError) as bad:
+        except ConfigError as bad:
             raise Refused(400, str(bad), code="invalid_value", param="messages" if isinstance(asked, AskedChat) else "prompt") from None
+        except ModelError as bad:
+            _log.warning("%s", bad)
+            raise Refused(500, str(bad), code="template_failed", param="messages") from None
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self.text.template is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.budget import show_size
 from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
@@ -95,7 +95,15 @@ def by_transformers(model: Path, card: dict[str, Any], queue: int) -> tuple[Sche
 
 
 def make_offer(model: Path, card: Mapping[str, Any], text: Text, adapters: tuple[str, ...] = ()) -> Offer:
-    """What a folder's card says of its prompts and answers, under the folder's name."""
+    """What a folder's card says of its prompts and answers, under the folder's name.
+
+    Raises:
+        ModelError: The chat template cannot be run: the operator hears of it, not each client.
+    """
+    try:
+        text.check_template()
+    except ModelError as bad:
+        raise ModelError(f"{model}: {bad}: mend or remove its chat template") from None
     return Offer(name=model.resolve().name, text=text, adapters=adapters, prompt=card.get("prompt"), answer=card.get("max_new_tokens"))
 
 

@@ -71,6 +71,26 @@ def test_a_chat_goes_through_the_template(here: Served) -> None:
     assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
+def test_a_template_that_fails_later_is_the_servers_fault_and_one_that_refuses_the_clients(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}{{ 1 / (messages | length - 2) }}"
+    old, engine.text.template = engine.text.template, picky
+    try:
+        with served(engine) as server:
+            user, system = {"role": "user", "content": "hello"}, {"role": "system", "content": "be brief"}
+            chat = {"model": "tiny", "max_tokens": 2}
+            assert post(server, chat | {"messages": [user]}, "chat/completions").status_code == 200
+            for messages, status, why in [([system, user], 400, "no system message"), ([user, user], 500, "division by zero")]:
+                refused = post(server, chat | {"messages": messages}, "chat/completions")
+                assert refused.status_code == status and why in refused.json()["error"]["message"]
+    finally:
+        engine.text.template = old
+    assert [record.message for record in caplog.records if "template" in record.message] == [
+        "the model's chat template cannot be run: division by zero"
+    ]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("pieces", "chat"),

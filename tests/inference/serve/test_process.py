@@ -15,7 +15,7 @@ import pytest
 from fedtune.cli import main
 from fedtune.errors import ConfigError, NetworkError
 from fedtune.inference.engine.load import Engine
-from fedtune.inference.serve.server import is_loopback, listen, url
+from fedtune.inference.serve.server import Server, is_loopback, listen, url
 from fedtune.inference.serve.start import make_caches, named, warn_of_strangers
 from tests.inference.serve.served import tiny_model
 from tests.inference.serve.soak import ROOT, server, soak
@@ -85,6 +85,18 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path, capsys: pytest.Captur
         lines, ["config.json", "port=99999", "'many'", "cannot read the API keys", "NAME=FOLDER", "timeout=0.0"], strict=True
     ):
         assert line.startswith("fedtune: ") and what in line
+
+
+def test_a_chat_template_that_cannot_run_is_told_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "serve_on", lambda *_: None)
+    model = tiny_model(tmp_path / "tiny")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}")
+    capsys.readouterr()
+    assert main(["serve", str(model), "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedtune: ") and "tiny: the model's chat template cannot be run: Unexpected end of template" in line
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -1,0 +1,145 @@
+"""The process that renders chat templates: reads requests as lines of JSON, answers each by a line, and ends with its input.
+
+A template comes with its model, and a few words of one can loop for ever or fill the memory. Python cannot stop a thread, so a process of
+its own renders: the system ends it after too long, and too much memory is an error there. It is a script that imports nothing of ours, so
+that it takes 20 MB; it stays, so that a rendering takes 0.1 ms beside the template's own time.
+
+Source: transformers' `utils/chat_template_utils.py`, whose environment this is.
+"""
+
+import json
+import signal
+import sys
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+SECONDS = 2.0  # of the CPU, for one rendering
+PATIENCE_S = 30.0  # by the clock, on a machine that does other work
+MEMORY = 1 << 29  # bytes of address space
+LENGTH = 1 << 24  # characters of a rendered chat
+
+
+def main() -> None:
+    """Answer {"template", "variables", "seconds" of the CPU} by {"text"}, {"refused": why} or {"fault": why} until the input ends."""
+    _bound_memory()
+    for limit in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(limit, signal.SIG_DFL)  # ends the process
+    compiled = lru_cache(maxsize=4)(compile_template)
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+        try:
+            asked = json.loads(line)
+            signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
+            template, refused = compiled(asked["template"])
+            refused.clear()
+            answer = json.dumps(_render(template, refused, asked["variables"]))
+        except ImportError as bad:
+            answer = json.dumps({"fault": f"{bad}: install jinja2"})
+        except MemoryError:
+            answer = json.dumps({"fault": f"it takes more than {MEMORY >> 20} MB of memory"})
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(answer, flush=True)
+
+
+def _bound_memory() -> None:
+    import resource  # late: Windows has none
+
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    except (OSError, ValueError) as bad:  # macOS takes no bound below what a process reserves
+        print(f"fedtune: this system does not bound the memory of a chat template: {bad}", file=sys.stderr, flush=True)
+
+
+def _render(template: Any, refused: list[str], variables: dict[str, Any]) -> dict[str, str]:
+    try:
+        if isinstance(template, Exception):
+            raise template
+        text = template.render(**variables)
+    except MemoryError:
+        raise
+    except Exception as bad:  # whatever a template may raise is its fault, and told in a line
+        return {"refused": refused[0]} if refused else {"fault": _line(bad)}
+    return {"text": text} if len(text) <= LENGTH else {"fault": f"its text has more than {LENGTH} characters"}
+
+
+def compile_template(source: str) -> tuple[Any, list[str]]:
+    """A template that `render`s, or the exception that says why there is none; and a list of what it has refused by `raise_exception`."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    refused: list[str] = []
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what the assistant has written; it renders as its body."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
+
+        def _write(self, caller: Any) -> str:
+            return caller()
+
+    class Dict:
+        """`dict` without a way to Python's own class."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    class Namespace(jinja2.utils.Namespace):
+        """`namespace` without names that begin with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805, so that `namespace(self=...)` works
+            values = dict(*args[1:], **kwargs)
+            for name in values:
+                Namespace._check(name)
+            jinja2.utils.Namespace.__init__(args[0], values)
+
+        def __setitem__(self, name: Any, value: Any) -> None:
+            Namespace._check(name)
+            super().__setitem__(name, value)
+
+        @staticmethod
+        def _check(name: Any) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace takes no name that begins with an underscore, such as {name!r}")
+
+    def refuse(message: str) -> None:
+        refused.append(_line(message))
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+        "dict": Dict(),
+        "namespace": Namespace,
+    }
+    try:
+        return environment.from_string(source), refused
+    except MemoryError:
+        raise
+    except Exception as bad:
+        return bad, refused
+
+
+def _line(bad: object) -> str:
+    lines = str(bad).strip().splitlines()
+    return lines[0][:120] if lines else type(bad).__name__
+
+
+if __name__ == "__main__":
+    main()
