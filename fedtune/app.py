@@ -193,7 +193,7 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
     write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path), space.backbone, note)
     merged = None
     if config.inference.export == "hf":
-        merged = export_hf(run.path, run.path / "merged", replace=True)
+        merged = export_hf(run.path, run.path / "merged", replace=True, trust_remote_code=config.model.trust_remote_code)
     asked = min(config.inference.samples, len(space.federation.test)) if config.task.kind == "instruction" else 0
     answers = _answers(config, space, state, run, merged, asked) if asked else []
     write_report(run.path)

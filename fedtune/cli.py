@@ -19,6 +19,8 @@ from typing import Any
 from fedtune import __version__
 from fedtune.errors import ConfigError, FedtuneError
 
+_TRUST = "run code that the model's folder brings along; no file of a run allows it"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--requantize", action="store_true", help="hf: quantise the merged model again, as the run's backbone was, and tell the error"
     )
+    export.add_argument("--trust-remote-code", action="store_true", help=f"hf: {_TRUST}")
     export.add_argument("--quantize", choices=["int8", "int4"], help="edge: keep weights as int8 or int4 (default: as the checkpoint does)")
     export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: how to quantise (default: rtn)")
     export.add_argument(
@@ -139,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     share = "share of the steps on texts that the draft writes itself (default: %(default)s)"
     draft.add_argument("--on-policy", type=float, default=0.5, metavar="SHARE", help=share)
     draft.add_argument("--seed", type=int, default=0, metavar="S", help="of texts and sampling (default: %(default)s)")
+    draft.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
     draft.set_defaults(command=_draft)
 
     about = "Make a CA, the server's certificate and a key for each client; or keys for further clients of such a folder."
@@ -201,7 +205,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> str:
-    of = {"requantize": "hf", "quantize": "edge", "method": "edge", "calibrate": "edge", "separate": "edge", "gguf_type": "gguf"}
+    flags = {"hf": ["requantize", "trust_remote_code"], "edge": ["quantize", "method", "calibrate", "separate"], "gguf": ["gguf_type"]}
+    of = {name: to for to, names in flags.items() for name in names}
     if odd := [name for name, to in of.items() if getattr(args, name) and to != args.to]:
         raise ConfigError(f"--{odd[0].replace('_', '-')} goes with --to {of[odd[0]]}, not with --to {args.to}: leave it out")
     if args.method and not args.quantize:
@@ -225,7 +230,7 @@ def _export(args: argparse.Namespace) -> str:
         from fedtune.inference.export import beside, export_hf
 
         out = args.out or args.source / ("requantized" if args.requantize else "merged")
-        export_hf(args.source, out, requantize=args.requantize)
+        export_hf(args.source, out, requantize=args.requantize, trust_remote_code=args.trust_remote_code)
         said = beside(out)
     if said:
         print(f"fedtune: {said}", file=sys.stderr)
@@ -274,7 +279,7 @@ def _draft(args: argparse.Namespace) -> str:
     if (model / "config.yaml").is_file() and not (model / "config.json").is_file():
         model, out = model / "merged", out or model / "draft"
         if not model.is_dir():
-            export_hf(args.model, model)
+            export_hf(args.model, model, trust_remote_code=args.trust_remote_code)
     out = out or model.parent / "draft"
     columns = (
         TextColumn("distilling"),
@@ -286,7 +291,14 @@ def _draft(args: argparse.Namespace) -> str:
     console = Console(stderr=True)  # where nobody looks, rich would leave an empty line
     with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bar:
         row = bar.add_task("", total=how.steps, nats=float("nan"))
-        figures = distil(model, out, text=args.text, how=how, tell=lambda step, nats: bar.update(row, completed=step, nats=nats))
+        figures = distil(
+            model,
+            out,
+            text=args.text,
+            how=how,
+            trust_remote_code=args.trust_remote_code,
+            tell=lambda step, nats: bar.update(row, completed=step, nats=nats),
+        )
     before, now = figures["acceptance_before"], figures["acceptance"]
     told = f"{100 * figures['parameters'] / figures['of']:.0f} % of the parameters; the model accepts {100 * now:.0f} % of its tokens"
     print(f"fedtune: {told} at temperature 1 ({100 * before:.0f} % before)", file=sys.stderr)
@@ -336,7 +348,7 @@ def _keys(args: argparse.Namespace) -> str:
 
 def _compare(args: argparse.Namespace) -> str | None:
     from fedtune.report import compare
-    from fedtune.run import read_config
+    from fedtune.run_config import read_config
 
     found = compare.compare({path: read_config(path) for path in args.runs}, args.metric)
     compare.show(found)

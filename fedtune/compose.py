@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedtune import config as schema
 from fedtune.config import Config, check, reference
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.run_config import read_config
 
 if TYPE_CHECKING:  # imports torch
     from fedtune.strategy import Strategy
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # imports torch
 DEFAULT_SCENARIO = "heterogeneous"
 _BASE = "base"  # conf/base.yaml: the schema and a choice for every group, which every scenario starts from
 _CONF = "fedtune.conf"
+_OWN_STRATEGIES = "fedtune.strategies."  # with the dot of a sub-module: `fedtune.` alone also finds folders beside a checkout's packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
     """Compose and check the jobs that `args` ask for: one, or with `multirun` one for each point of the sweep.
 
     Args:
-        args: `conf=NAME`, `conf=path/to/file.yaml`, or nothing; then Hydra overrides. Or `resume=RUN`, alone or with `rounds=N`.
+        args: `conf=NAME`, `conf=path/to/file.yaml`, or nothing; then Hydra overrides. Or `resume=RUN`, alone or with `rounds=N` and with
+            what allows the run code that is not fedtune's: `model.trust_remote_code=true`, `strategy._target_=CLASS`.
         multirun: Whether `a=1,2` sweeps.
 
     Raises:
@@ -234,17 +237,33 @@ def _check_choices(point: Iterable[str], folder: Path | None) -> None:
 
 def _resumed(conf: str | None, overrides: list[str], multirun: bool) -> Config:
     given = {key: value for key, _, value in (o.partition("=") for o in overrides)}
-    others = [f"conf={conf}"] * (conf is not None) + [k for k in given if k not in ("resume", "rounds")] + ["--multirun"] * multirun
+    allowed = ("resume", "rounds", "model.trust_remote_code", "strategy._target_")
+    others = [f"conf={conf}"] * (conf is not None) + [k for k in given if k not in allowed] + ["--multirun"] * multirun
     if others:
         raise ConfigError(f"resume takes the run's own config: leave out {others[0]}; only rounds can change")
-    from fedtune.run import read_config  # imports torch
-
     config = dataclasses.replace(read_config(Path(given["resume"])), resume=given["resume"])
     if "rounds" in given:
         if not given["rounds"].isdecimal():
             raise ConfigError(f"rounds={given['rounds']} has the wrong type: wanted a whole number")
         config.rounds = int(given["rounds"])
+    if (trust := given.get("model.trust_remote_code", "false").lower()) not in ("true", "false"):
+        raise ConfigError(f"model.trust_remote_code={trust} has the wrong type: wanted true or false")
+    config.model.trust_remote_code = trust == "true"
+    _check_target(config, given.get("strategy._target_"))
     return check(config)
+
+
+def _check_target(config: Config, today: str | None) -> None:
+    """Raises ConfigError where a run's config.yaml names a class outside fedtune that today's command line does not name: importing it
+    runs its code."""
+    target = str(config.strategy["_target_"])
+    if today not in (None, target):
+        raise ConfigError(f"resume takes the run's own strategy, {target}, not strategy._target_={today}: leave it out")
+    if today is None and not target.startswith(_OWN_STRATEGIES):
+        raise ConfigError(
+            f"the strategy of {config.resume} is {target}, which is not part of fedtune: read its code, then allow it with"
+            f" strategy._target_={target}"
+        )
 
 
 # -- Hydra --------------------------------------------------------------------------------------------------------------------------------

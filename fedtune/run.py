@@ -27,10 +27,11 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedtune.config import Config, from_dict, to_dict
-from fedtune.errors import CheckpointError, FedtuneError, RunError
+from fedtune.config import Config, to_dict
+from fedtune.errors import CheckpointError, RunError
 from fedtune.late import Late
 from fedtune.plan import Update
+from fedtune.run_config import read_config
 from fedtune.state import AdapterState
 from fedtune.strategy import ServerState
 
@@ -167,20 +168,6 @@ class RunDirectory:
     def _checkpoints(self) -> list[Path]:
         found = (p for p in (self.path / "checkpoints").glob("round-*") if re.fullmatch(r"round-\d{4,}", p.name))
         return sorted(found, key=lambda p: int(p.name[6:]), reverse=True)
-
-
-def read_config(path: Path) -> Config:
-    """The config that a run directory was made with."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no run directory {path}: give the folder that holds config.yaml and checkpoints/")
-    try:
-        return from_dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a run directory: it has no config.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as bad:
-        raise CheckpointError(f"cannot read {path / 'config.yaml'}: {str(bad).splitlines()[0]}") from None
-    except FedtuneError as bad:
-        raise CheckpointError(f"cannot use {path / 'config.yaml'}: {bad}") from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

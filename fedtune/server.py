@@ -21,6 +21,7 @@ from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, compose, make_strategy
 from fedtune.config import Config, to_dict
 from fedtune.errors import ConfigError, FedtuneError, LinkLost, NetworkError, Stopped
+from fedtune.run_config import read_config
 
 if TYPE_CHECKING:
     from fedtune.app import Stage
@@ -80,7 +81,7 @@ def _main(args: argparse.Namespace) -> int:
     if odd := [s for s in settings if "=" not in s]:
         raise ConfigError(f"'{odd[0]}' is no setting: write KEY=VALUE, such as conf=heterogeneous or rounds=5")
     if args.run is not None and (args.run / "config.yaml").is_file():  # a service that starts again goes on
-        settings = [f"resume={args.run}", *(s for s in settings if s.startswith("rounds="))]
+        settings = _resumption(args.run, settings)
     (job,) = compose(settings)
     config = _for_a_network(job.config)
     make_strategy(config)
@@ -93,6 +94,17 @@ def _main(args: argparse.Namespace) -> int:
     clients = len(link.allowed_keys) or config.clients_per_round
     conduct(config, lambda stage: serve(stage, link, args.wait), at=args.run, space=space, clients=clients, live=True)
     return 0
+
+
+def _resumption(run: Path, settings: list[str]) -> list[str]:
+    """The settings that go on with `run`. Of today's, `rounds` counts, and what allows code that is not fedtune's."""
+    today = compose(settings)[0].config
+    again = [f"resume={run}", *(s for s in settings if s.startswith("rounds="))]
+    if today.model.trust_remote_code:
+        again.append("model.trust_remote_code=true")
+    if read_config(run).strategy["_target_"] == (target := today.strategy["_target_"]):
+        again.append(f"strategy._target_={target}")
+    return again
 
 
 def _for_a_network(config: Config) -> Config:

@@ -1,5 +1,6 @@
 """The simulation door: `python -m fedtune.sim conf=heterogeneous strategy=fedavg peft.rank=16`."""
 
+import dataclasses
 import datetime
 import secrets
 import sys
@@ -11,17 +12,21 @@ from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, Job, compose, groups, make_strategy, scenarios
 from fedtune.config import Config, reference, to_dict
 from fedtune.errors import ConfigError, FedtuneError, Stopped
+from fedtune.run_config import read_config
 
 USAGE = f"""\
 python -m fedtune.sim [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...]
                       [--multirun] [--cfg]
-python -m fedtune.sim resume=RUN [rounds=N]
+python -m fedtune.sim resume=RUN [rounds=N] [model.trust_remote_code=true]
+                      [strategy._target_=CLASS]
 
   conf=NAME      the scenario; {DEFAULT_SCENARIO} where none is named
   conf=FILE      a scenario file of your own; groups in its folder are found too
   GROUP=CHOICE   take another file of a group, such as devices=none
   KEY=VALUE      set one value, such as rounds=3 or client.lr=2e-3
-  resume=RUN     go on with the run directory RUN, from its newest checkpoint
+  resume=RUN     go on with the run directory RUN, from its newest good
+                 checkpoint; code that is not fedtune's (a model's own, or a
+                 strategy class) is run only if this command allows it
   -m, --multirun run every combination of KEY=A,B,C that has not finished yet,
                  and compare them
   --cfg          print the composed config and stop
@@ -72,7 +77,6 @@ def _sweep(jobs: Sequence[Job]) -> int:
     """Run job after job, then compare what came of them; one that fails does not stop the others, one that has finished is not repeated."""
     from fedtune.app import simulate
     from fedtune.report import compare
-    from fedtune.run import read_config
 
     done: list[Path] = []
     failed: list[str] = []
@@ -102,11 +106,11 @@ def _sweep(jobs: Sequence[Job]) -> int:
 def _finished(config: Config) -> Path | None:
     """The directory of a finished run with exactly this config, None where there is none."""
     from fedtune.report import compare
-    from fedtune.run import read_config
 
+    wanted = dataclasses.replace(config, model=dataclasses.replace(config.model, trust_remote_code=False))  # as read_config reads it
     for path in sorted(p.parent for p in (Path(config.output_dir) / config.name).glob("*/config.yaml")):
         try:
-            if read_config(path) == config and compare.finished(path, config):
+            if read_config(path) == wanted and compare.finished(path, config):
                 return path
         except FedtuneError:  # another version's, or damaged: not this run
             continue

@@ -11,7 +11,20 @@ import pytest
 import fedtune
 
 ROOT = Path(__file__).parents[1]
-CONTRACTS = {"__version__", "checkpoint_files", "combinations", "config", "errors", "plan", "promise", "seeds", "state", "strategy", "wire"}
+CONTRACTS = {
+    "__version__",
+    "checkpoint_files",
+    "combinations",
+    "config",
+    "errors",
+    "plan",
+    "promise",
+    "run_config",
+    "seeds",
+    "state",
+    "strategy",
+    "wire",
+}
 DOORS = {"sim", "server", "client", "cli", "app_flower"}
 MAY_IMPORT = {
     "models": CONTRACTS,

@@ -166,7 +166,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_skips_finished_ones(
         return finish(config, tmp_path / config.name / f"run-{len(ran)}", config.rounds / 4 + config.seed / 10)
 
     monkeypatch.setattr(fedtune.app, "simulate", simulate)
-    sweep = ["rounds=1,2", "seed=0,1", "eval.clients=0", "inference=none", f"output_dir={tmp_path}", "--multirun"]
+    sweep = ["rounds=1,2", "seed=0,1", "eval.clients=0", "inference=none", "model.trust_remote_code=true", f"output_dir={tmp_path}", "-m"]
     assert main(sweep) == 2
     out, err = capsys.readouterr()
     assert "fedtune: job 1: nobody came\n" in err and "failed   job 1 (rounds=1 seed=0): nobody came" in out

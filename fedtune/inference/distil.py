@@ -73,6 +73,7 @@ def distil(
     *,
     text: Path | None = None,
     how: Distillation = Distillation(),  # noqa: B008 - frozen
+    trust_remote_code: bool = False,
     tell: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
     """Make a draft of a model and write it as a Hugging Face folder that `fedtune generate --draft` takes.
@@ -82,6 +83,7 @@ def distil(
         out: The folder to write; made whole or not at all.
         text: Texts to train on, one a line, or rows of JSON with `text` or with `prompt` and `response`; None lets the model write them.
         how: The draft's size and its training.
+        trust_remote_code: Whether code in the model's folder may run.
         tell: Called with each step's number and divergence in nats a token.
 
     Returns:
@@ -96,7 +98,8 @@ def distil(
     card = read_card(folder)
     if "peft" in card:
         raise ModelError(f"{folder} keeps its adapter beside it: only a merged model can be drafted for")
-    teacher = load_backbone(ModelConfig(source="hub", name=str(folder)), TaskConfig(kind="causal_lm", max_length=2))
+    model = ModelConfig(source="hub", name=str(folder), trust_remote_code=trust_remote_code)
+    teacher = load_backbone(model, TaskConfig(kind="causal_lm", max_length=2))
     if teacher.seq2seq:
         raise ModelError(f"{folder} reads its prompt in an encoder: only a causal model drafts")
     context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or how.length

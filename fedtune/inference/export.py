@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from fedtune.config import Config, ModelConfig, TaskConfig, from_dict, template_text
-from fedtune.errors import CheckpointError, FedtuneError, ModelError
+from fedtune.config import Config, ModelConfig, TaskConfig, template_text
+from fedtune.errors import CheckpointError, ModelError
 from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.inference.outline import merged_tensors, read_outline, write_merged
 from fedtune.inference.personal import client_of, complete, global_note
@@ -26,6 +25,7 @@ from fedtune.inference.whole_model import is_whole, read_whole
 from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import NANO, fingerprint, stored_tensors
 from fedtune.models.methods import mergeable
+from fedtune.run_config import read_config
 
 CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
 BESIDE = "adapter"  # folder of what could not be merged
@@ -73,9 +73,13 @@ class Origin:
         return {**card, **{name: value for name, value in about.items() if value is not None}}
 
 
-def read_origin(source: Path) -> Origin:
+def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
     """Read a run directory, a client's folder in it, an adapter folder, or a model that is whole already; no weights of a backbone are
     opened.
+
+    Args:
+        source: The folder.
+        trust_remote_code: Whether code in the backbone's folder may run; nothing in `source` allows it.
 
     Raises:
         CheckpointError: `source` is missing, is a run that has no adapter yet, or is of a client that keeps nothing.
@@ -95,6 +99,7 @@ def read_origin(source: Path) -> Origin:
     if config and config.peft.init == "loftq" and not adapter.over:
         raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
     model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
+    model.trust_remote_code = trust_remote_code
     return Origin(
         source=source,
         config=config,
@@ -120,7 +125,7 @@ def check_base(origin: Origin, fingerprint: str, name: str) -> None:
         )
 
 
-def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: bool = False) -> Path:
+def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: bool = False, trust_remote_code: bool = False) -> Path:
     """Merge an adapter into its backbone tensor by tensor, and write config, safetensors and tokenizer, in the dtype of the checkpoint.
 
     Sums are taken in float64 and rounded once. Of the few models that cannot be read so, the whole is in memory, in float32; `beside`
@@ -136,6 +141,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         out: The folder to write; made whole or not at all.
         replace: Write over `out` if an export of fedtune is there.
         requantize: Quantise the merged model again, in the run's precision; the card has the error (see `requantise`).
+        trust_remote_code: As in `read_origin`.
 
     Returns:
         `out`.
@@ -147,7 +153,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     """
     source, out = Path(source), Path(out)
     check_out(out, replace)
-    origin = read_origin(source)
+    origin = read_origin(source, trust_remote_code=trust_remote_code)
     if origin.whole is not None:
         raise ModelError(f"{source} is a whole model already: write it with --to edge or gguf")
     config, adapter, task, model = origin.config, origin.adapter, origin.task, origin.model
@@ -251,13 +257,7 @@ def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
         return None, read_adapter(source), []
     if not any((source / "adapter" / name).is_file() for name in (OWN, "adapter_config.json")):
         raise CheckpointError(f"{source} has no adapter/ yet: the run has not ended, go on with resume={source}")
-    try:
-        config = from_dict(yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as bad:
-        raise CheckpointError(f"cannot read {source / 'config.yaml'}: {str(bad).splitlines()[0]}") from None
-    except FedtuneError as bad:
-        raise CheckpointError(f"cannot use {source / 'config.yaml'}: {bad}") from None
-    return config, read_adapter(source / "adapter"), _labels(source / "partition.json")
+    return read_config(source), read_adapter(source / "adapter"), _labels(source / "partition.json")
 
 
 def _labels(path: Path) -> list[str]:

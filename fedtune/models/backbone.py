@@ -122,7 +122,10 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
             out = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **extra)
     except Exception as bad:  # transformers raises whatever its config classes and their validators raise
         if "trust_remote_code" in str(bad):
-            raise ModelError(f"{folder} brings its own code: read it, then allow it with model.trust_remote_code=true") from None
+            raise ModelError(
+                f"{folder} brings its own code: read it, then allow it with model.trust_remote_code=true, also after resume=RUN, or with"
+                " --trust-remote-code of `fedtune export` and `fedtune draft`"
+            ) from None
         if "model type" in str(bad) or isinstance(bad, KeyError):
             raise ModelError(f"{folder} is of the architecture '{kind}', which this version of transformers does not know") from None
         raise ModelError(f"{folder / 'config.json'} is not a valid '{kind}' config: {first_line(bad)}") from None

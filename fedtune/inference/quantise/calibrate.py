@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from fedtune.config import Config, DataConfig, from_dict
-from fedtune.errors import DataError
+from fedtune.config import Config, DataConfig
+from fedtune.errors import CheckpointError, DataError
+from fedtune.run_config import read_config
 from fedtune.seeds import derive_seed
 
 __all__ = ["Calibration", "beyond_privacy", "calibration", "read_texts"]
@@ -76,13 +76,13 @@ def read_texts(where: Path | str) -> list[str]:
     A run: its clients' training rows where this machine has them, an answer behind its prompt; of a private one see `beyond_privacy`.
 
     Raises:
-        DataError, ConfigError: Nothing is there, or it cannot be read.
+        DataError: Nothing is there, or it cannot be read.
     """
     from fedtune.data.local import decode, find_files, read_bytes, read_file, suffix  # late: it loads `datasets`
 
     path = Path(where).expanduser()
     if (path / "config.yaml").is_file():
-        return _of_run(_read_config(path / "config.yaml"))
+        return _of_run(_config_of(path))
     config = DataConfig(source="local", path=str(where))
     out: list[str] = []
     for file in find_files(str(where), "calibration text", config):
@@ -103,10 +103,10 @@ def beyond_privacy(where: Path | str) -> str:
     "" of anything else.
 
     Raises:
-        DataError, ConfigError: The run's config.yaml cannot be read.
+        DataError: The run's config.yaml cannot be read.
     """
-    path = Path(where).expanduser() / "config.yaml"
-    if not path.is_file() or (config := _read_config(path)).privacy.kind == "none":
+    path = Path(where).expanduser()
+    if not (path / "config.yaml").is_file() or (config := _config_of(path)).privacy.kind == "none":
         return ""
     return (
         f"the calibration text is training rows of '{config.name}', a private run (privacy.kind={config.privacy.kind}), read without its"
@@ -114,11 +114,11 @@ def beyond_privacy(where: Path | str) -> str:
     )
 
 
-def _read_config(path: Path) -> Config:
+def _config_of(run: Path) -> Config:
     try:
-        return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
-        raise DataError(f"{path} cannot be read: give the text itself to calibrate with") from None
+        return read_config(run)
+    except CheckpointError as bad:
+        raise DataError(f"{bad}; give the text itself to calibrate with") from None
 
 
 def _of_run(config: Config) -> list[str]:

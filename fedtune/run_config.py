@@ -1,0 +1,30 @@
+"""The config that a run directory holds, read without trust in it: a run may come from another machine."""
+
+from pathlib import Path
+
+import yaml
+
+from fedtune.config import Config, from_dict
+from fedtune.errors import CheckpointError, FedtuneError
+
+
+def read_config(path: Path) -> Config:
+    """Read the config that a run directory was made with; the only reader of its config.yaml as a Config.
+
+    model.trust_remote_code is always false in it: only today's command line may allow code.
+
+    Raises:
+        CheckpointError: No run there, or its config cannot be read.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run directory {path}: give the folder that holds config.yaml and checkpoints/")
+    try:
+        config = from_dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a run directory: it has no config.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as bad:
+        raise CheckpointError(f"cannot read {path / 'config.yaml'}: {str(bad).splitlines()[0]}") from None
+    except FedtuneError as bad:
+        raise CheckpointError(f"cannot use {path / 'config.yaml'}: {bad}") from None
+    config.model.trust_remote_code = False
+    return config
