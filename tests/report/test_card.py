@@ -154,6 +154,6 @@ NOT_COVERED = {
 def test_the_card_lists_what_privacy_does_not_cover(tmp_path: Path, kind: str, where: str) -> None:
     (tmp_path / "adapter").mkdir()
     config = dataclasses.replace(Config(), privacy=PrivacyConfig(kind=kind, where=where, epsilon=8.0))
-    write_card(tmp_path, to_dict(config), {"base": "abc"}, None, [], [])
+    write_card(tmp_path, to_dict(config), {"base": "abc"}, None, [], [], load_backbone(ModelConfig(device="cpu"), CAUSAL))
     (line,) = [x for x in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8").splitlines() if "not covered" in x]
     assert [x for x in NOT_COVERED[kind, where] if x not in line] == []
