@@ -74,7 +74,9 @@ class DataConfig:
     format: str = opt(
         "auto", "file format; auto goes by the file name (.gz is fine)", choices=("auto", "jsonl", "json", "csv", "tsv", "parquet", "text")
     )
-    encoding: str = opt("utf-8", "text encoding of the files")
+    encoding: str = opt(
+        "auto", "text encoding of the files, such as latin-1; auto: what a byte order mark says, else UTF-8, else (csv, tsv) Windows-1252"
+    )
     record_pattern: str | None = opt(None, "regular expression that splits a text file into records; its named groups become columns")
     client_from_file: bool = opt(False, "each file is a client, named after the file")
     columns: dict[str, str] = opt({}, "ours → theirs: text, label, prompt, answer, client, device_class")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, compose, make_strategy
 from fedtune.config import Config, to_dict
+from fedtune.data import check_coordinator_data
 from fedtune.errors import ConfigError, FedtuneError, LinkLost, NetworkError, Stopped
 from fedtune.run_config import read_config
 
@@ -84,6 +85,7 @@ def _main(args: argparse.Namespace) -> int:
         settings = _resumption(args.run, settings)
     (job,) = compose(settings)
     config = _for_a_network(job.config)
+    check_coordinator_data(config)
     make_strategy(config)
     link = link_settings(args)
     from fedtune.app import conduct  # torch and the rest: only once all this is good

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, Job, compose, groups, make_strategy, scenarios
 from fedtune.config import Config, reference, to_dict
+from fedtune.data import check_data
 from fedtune.errors import ConfigError, FedtuneError, Stopped
 from fedtune.run_config import read_config
 
@@ -63,6 +64,8 @@ def _main(argv: list[str]) -> int:
 
         print("---\n".join(yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True) for job in jobs), end="")
         return 0
+    for job in jobs:  # a bad file or column takes no time to be refused
+        check_data(job.config)
     for job in jobs:
         make_strategy(job.config)  # a bad strategy is refused before the first job of a sweep, not after it
     from fedtune.app import simulate  # torch and the rest: only once the config is good

@@ -27,7 +27,7 @@ from fedtune.app import simulate
 from fedtune.clients.workspace import workspace
 from fedtune.compose import compose
 from fedtune.config import Config, to_dict
-from fedtune.data.encode import IGNORE
+from fedtune.data.examples import IGNORE
 from fedtune.errors import FedtuneError
 from fedtune.report import read_metrics
 from fedtune.state import AdapterState

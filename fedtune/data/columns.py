@@ -4,15 +4,16 @@ import datetime
 import decimal
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from fedtune.config import Config, DataConfig, template_text
 from fedtune.data.local import Columns
 from fedtune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # a command that only checks names starts without it
+    import datasets
 
 NEEDED: dict[str, tuple[str, ...]] = {"instruction": ("prompt", "answer"), "classification": ("text", "label"), "causal_lm": ("text",)}
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
@@ -35,7 +36,7 @@ class Table:
         return len(next(iter(self.columns.values())))
 
 
-def canonical(source: datasets.Dataset, config: Config, what: str, labels: tuple[str, ...] | None = None) -> Table:
+def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tuple[str, ...] | None = None) -> Table:
     """`source` in our columns.
 
     A column is taken from, in this order: the templates `data.prompt` and `data.answer`; `data.columns` (a name, or a template where it
@@ -52,28 +53,23 @@ def canonical(source: datasets.Dataset, config: Config, what: str, labels: tuple
         DataError: A column or field is missing, or a row has no value in it.
     """
     data, task = config.data, config.task.kind
-    if unknown := sorted(set(data.columns) - set(OURS)):
-        raise ConfigError(f"data.columns.{unknown[0]} is not known: ours are {', '.join(OURS)}")
+    check_names(source.column_names, config, what)
     maps, templates = mapping(data)
     out: dict[str, list[Any]] = {}
     for ours in NEEDED[task]:
-        theirs = maps.get(ours, ours)
-        if ours in templates:
-            out[ours] = fill(templates[ours], source, f"the {ours} template")
-        else:
-            out[ours] = take(source, theirs, ours, what, task, mapped=ours in maps)
+        out[ours] = _values(source, ours, maps, templates, what)
     wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()
     for ours in ("client", "device_class", "label"):
         if ours in out or (what == "test" and ours == "label"):
             continue
         theirs = maps.get(ours, ours)
-        if ours in templates:
-            out[ours] = fill(templates[ours], source, f"the {ours} template")
-        elif (ours in maps and what == "training") or (theirs in source.column_names and (ours in wanted or _whole(source, theirs))):
-            out[ours] = take(source, theirs, ours, what, task, mapped=True)
+        asked = ours in templates or (ours in maps and what == "training")
+        if asked or (theirs in source.column_names and (ours in wanted or _whole(source, theirs))):
+            out[ours] = _values(source, ours, maps, templates, what)
     if "label" in out:
         own = source.features.get(maps.get("label", "label")) if "label" not in templates else None
-        declared = tuple(own.names) if isinstance(own, datasets.ClassLabel) else None
+        named = getattr(own, "names", None)  # a ClassLabel's
+        declared = None if named is None else tuple(named)
         values = names_of(out["label"], declared, what)
         names = (declared or in_order(values)) if labels is None else labels
         out["label"] = to_ids(values, names, what)
@@ -92,8 +88,56 @@ def canonical(source: datasets.Dataset, config: Config, what: str, labels: tuple
     return Table(columns=out, labels=names)
 
 
+def check_names(present: Collection[str], config: Config, what: str) -> None:
+    """Refuse a source whose columns cannot give ours.
+
+    Args:
+        present: The source's columns.
+        config: Task, partition, templates and column names.
+        what: "training" or "test".
+
+    Raises:
+        ConfigError: `data.columns` names a column that we do not have, or a template is malformed.
+        DataError: A column is missing.
+    """
+    task, there = config.task.kind, ", ".join(present)
+    maps, templates = mapping(config.data)
+    for ours in OURS:
+        theirs = maps.get(ours, ours)
+        if ours in templates and (ours in NEEDED[task] or ours in ("client", "device_class") or (ours == "label" and what == "training")):
+            if missing := sorted(fields(templates[ours], f"the {ours} template") - set(present)):
+                template = templates[ours]
+                raise DataError(f"the {ours} template {template!r} names '{missing[0]}', which the rows do not have: there are {there}")
+        elif theirs in present or ours in templates:
+            continue
+        elif ours in maps and (ours in NEEDED[task] or (what == "training" and ours in ("client", "device_class", "label"))):
+            raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.{ours}): there are {there}")
+        elif ours in NEEDED[task]:
+            more = " or the templates data.prompt and data.answer" if task == "instruction" else ""
+            raise DataError(f"task.kind={task} needs '{ours}' and the {what} rows have only {there}: set data.columns.{ours}{more}")
+        elif what == "training" and ours in PARTITION_BY.get(config.partition.kind, ()):
+            raise no_clients() if ours == "client" else no_labels(config.partition.kind)
+
+
+def no_clients() -> DataError:
+    return DataError(
+        "partition.kind=natural takes the clients from the data, and these rows name none:"
+        " set data.columns.client or data.client_from_file=true, or take partition.kind=iid"
+    )
+
+
+def no_labels(kind: str) -> DataError:
+    return DataError(f"partition.kind={kind} deals rows by label, and these have none: set data.columns.label or take iid")
+
+
 def mapping(data: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """Our column → the source's column, and our column → template."""
+    """Our column → the source's column, and our column → template.
+
+    Raises:
+        ConfigError: `data.columns` names a column that we do not have.
+    """
+    if unknown := sorted(set(data.columns) - set(OURS)):
+        raise ConfigError(f"data.columns.{unknown[0]} is not known: ours are {', '.join(OURS)}")
     maps = {ours: theirs for ours, theirs in data.columns.items() if "{" not in theirs}
     templates = {ours: template_text(theirs) for ours, theirs in data.columns.items() if "{" in theirs}
     if data.prompt is not None and data.answer is not None:
@@ -119,20 +163,17 @@ def class_names(data: DataConfig) -> tuple[str, ...]:
     return tuple(name.strip() for name in data.labels)
 
 
-def _whole(source: datasets.Dataset, column: str) -> bool:
+def _whole(source: "datasets.Dataset", column: str) -> bool:
     """Can this column, for which nobody asked, serve as a label or an id: names or whole numbers, one in every row?"""
     kinds = ("string", "large_string", "int", "uint", "bool")  # a ClassLabel is int64
     return str(getattr(source.features[column], "dtype", "")).startswith(kinds) and not source.data.column(column).null_count
 
 
-def take(source: datasets.Dataset, theirs: str, ours: str, what: str, task: str, mapped: bool) -> list[Any]:
-    """The values of one column; None in it is refused with its row number."""
-    present = ", ".join(source.column_names)
-    if theirs not in source.column_names:
-        if mapped:
-            raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.{ours}): there are {present}")
-        templates = " or the templates data.prompt and data.answer" if task == "instruction" else ""
-        raise DataError(f"task.kind={task} needs '{ours}' and the {what} rows have only {present}: set data.columns.{ours}{templates}")
+def _values(source: "datasets.Dataset", ours: str, maps: Mapping[str, str], templates: Mapping[str, str], what: str) -> list[Any]:
+    """One of our columns; a row without a value is refused with its number."""
+    if ours in templates:
+        return fill(templates[ours], source, f"the {ours} template")
+    theirs = maps.get(ours, ours)
     values = source.with_format(None)[theirs][:]
     for number, value in enumerate(values, 1):
         if value is None:
@@ -162,12 +203,9 @@ class _Values(string.Formatter):
         return value, used
 
 
-def fill(template: str, source: datasets.Dataset, what: str) -> list[str]:
+def fill(template: str, source: "datasets.Dataset", what: str) -> list[str]:
     """`template` formatted over every row, by str.format; a field without a text of its own is refused."""
-    named = fields(template, what)
-    if missing := sorted(named - set(source.column_names)):
-        raise DataError(f"{what} {template!r} names '{missing[0]}', which the rows do not have: there are {', '.join(source.column_names)}")
-    used, formatter = sorted(named), _Values()
+    used, formatter = sorted(fields(template, what)), _Values()
     columns = [source[name][:] for name in used]
     out = []
     for number in range(len(source)):

@@ -4,7 +4,6 @@ Source → our columns → global test → partition → each client's own train
 run's seed and, for what belongs to one client, on its logical id: its split does not change when other clients come or go.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ import datasets
 import numpy as np
 
 from fedtune.config import Config, DeviceClass
+from fedtune.data.check import no_classes, undealt
 from fedtune.data.columns import NEEDED, Table, canonical, class_names, read_columns
 from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import DataError
 from fedtune.seeds import derive_seed
 
 log = logging.getLogger("fedtune.data")
@@ -132,9 +132,7 @@ def load_test(config: Config) -> Federation:
     """
     data = config.data
     if data.source != "local" or has_files(data.path):
-        if config.partition.min_examples == 1:  # then the clients do not decide which rows are the test
-            config = dataclasses.replace(config, partition=dataclasses.replace(config.partition, kind="iid"))
-        tests = _read(config)[2]
+        tests = _read(undealt(config))[2]
         _check_classes(config, tests.labels)
         return _coordinator(tests)
     if data.path:
@@ -147,10 +145,7 @@ def load_test(config: Config) -> Federation:
     else:
         tests = Table(columns={ours: [] for ours in NEEDED[config.task.kind]}, labels=labels)
     if config.task.kind == "classification" and len(tests.labels) < 2:
-        raise ConfigError(
-            "this machine has neither training rows nor a test that would tell the classes: set data.labels to their names in the order of"
-            " their ids, or data.test_path"
-        )
+        raise no_classes()
     return _coordinator(tests)
 
 

@@ -4,24 +4,24 @@ Parsed here rather than by `datasets.load_dataset`, which copies every file into
 is broken. Files are read whole: what a client trains on fits into memory.
 """
 
-import csv
 import glob
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow as pa
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any
 
 from fedtune.config import DataConfig
+from fedtune.data.decoding import decode
 from fedtune.data.records import compile_pattern, lines, matches
+from fedtune.data.tables import read_csv, read_tsv
 from fedtune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # a command that only looks at files starts without it
+    import datasets
 
 Rows = list[dict[str, Any]]
 
@@ -42,8 +42,12 @@ class Columns:
     asked: frozenset[str]
     optional: frozenset[str] = frozenset()
 
+    @property
+    def used(self) -> frozenset[str]:
+        return self.asked | self.optional
 
-def read_local(config: DataConfig, columns: Columns | None = None) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+
+def read_local(config: DataConfig, columns: Columns | None = None) -> "tuple[datasets.Dataset, datasets.Dataset | None]":
     """The training rows of `data.path` and, where `data.test_path` is set, the test rows; columns as in the files.
 
     Columns that `columns` does not name keep their names and hold nothing; None reads all.
@@ -52,6 +56,18 @@ def read_local(config: DataConfig, columns: Columns | None = None) -> tuple[data
     Raises:
         ConfigError: `data.path` is not set.
         DataError: Names the file, the line or byte, and what to do.
+    """
+    files, test_files = local_files(config)
+    tests = read_files(test_files, config, False, columns) if test_files else None
+    return read_files(files, config, config.client_from_file, columns), tests
+
+
+def local_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
+    """The training files and the test files; what `data.test_path` means is no training file.
+
+    Raises:
+        ConfigError: `data.path` is not set.
+        DataError: There is no such file, or none is left to train on.
     """
     if not config.path:
         raise ConfigError("data=local needs data.path: a file, a folder or a glob")
@@ -62,11 +78,10 @@ def read_local(config: DataConfig, columns: Columns | None = None) -> tuple[data
         raise DataError(f"data.path={config.path} holds only test files (data.test_path={config.test_path}): nothing is left to train on")
     if config.client_from_file:
         check_stems(files)
-    tests = read_files(test_files, config, False, columns) if test_files else None
-    return read_files(files, config, config.client_from_file, columns), tests
+    return files, test_files
 
 
-def read_test(config: DataConfig, columns: Columns | None = None) -> datasets.Dataset:
+def read_test(config: DataConfig, columns: Columns | None = None) -> "datasets.Dataset":
     """The rows of `data.test_path` alone.
 
     Raises:
@@ -124,11 +139,14 @@ def check_stems(files: list[Path]) -> None:
             raise DataError(f"data.client_from_file: {other} and {file} are both client '{stem(file)}': give the files names of their own")
 
 
-def read_files(files: list[Path], config: DataConfig, client_from_file: bool, read: Columns | None = None) -> datasets.Dataset:
+def read_files(files: list[Path], config: DataConfig, client_from_file: bool, read: Columns | None = None) -> "datasets.Dataset":
     """All rows of the files, one after the other; columns are the union of the files' columns, empty where `read` does not name them."""
+    import datasets
+    import pyarrow as pa
+
     rows: Rows = []
     for file in files:
-        found = read_file(file, config)
+        found = read_file(file, config, None if read is None else read.used)
         if client_from_file:
             if found and "client" in found[0]:
                 raise DataError(f"{file} has a column 'client' of its own: leave data.client_from_file off, or rename the column")
@@ -141,7 +159,7 @@ def read_files(files: list[Path], config: DataConfig, client_from_file: bool, re
     arrays = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
-            unread = read is not None and name not in read.asked | read.optional
+            unread = read is not None and name not in read.used
             arrays[name] = pa.nulls(len(rows)) if unread else pa.array([row.get(name) for row in rows])
         except UnicodeEncodeError as bad:  # JSON may spell half a surrogate pair, which is no text
             raise DataError(f"{where}: column '{name}' holds {bad.object[bad.start]!r}, which is no character: clean the file") from None
@@ -153,28 +171,48 @@ def read_files(files: list[Path], config: DataConfig, client_from_file: bool, re
     return datasets.Dataset(pa.table(arrays))
 
 
-def read_file(file: Path, config: DataConfig) -> Rows:
+def read_file(file: Path, config: DataConfig, used: Collection[str] | None = None) -> Rows:
     """The rows of one file.
+
+    Args:
+        file: Its name.
+        config: Format, encoding and pattern.
+        used: The columns that are used: of a file that can be read by column, the others are None. None is all of them.
 
     Raises:
         DataError: Missing, empty, damaged, of an unknown format, or not in `data.encoding`.
+    """
+    kind = format_of(file, config)
+    raw = read_bytes(file)
+    if not raw:
+        raise DataError(f"{file} is empty: wanted {kind} rows")
+    if kind == "parquet":
+        return read_parquet(raw, str(file), used)
+    text = decode(raw, file, config.encoding, table=kind in TABLES)
+    if kind in TABLES:
+        return TABLES[kind](text, str(file), used)
+    if kind == "text":
+        return matches(text, compile_pattern(config.record_pattern), str(file)) if config.record_pattern else lines(text, str(file))
+    return READERS[kind](text, str(file))
+
+
+def format_of(file: Path, config: DataConfig) -> str:
+    """What a file is read as: `data.format`, or what its name says.
+
+    Raises:
+        ConfigError: `data.record_pattern` does not go with it.
+        DataError: Its name does not say.
     """
     kind = config.format
     if kind == "auto":
         kind = SUFFIXES.get(suffix(file), "text" if config.record_pattern else "")
         if not kind:
-            raise DataError(f"{file}: its name does not tell its format: set data.format to one of {', '.join(READERS)}, parquet")
+            raise DataError(
+                f"{file}: its name does not tell its format: set data.format to one of {', '.join(dict.fromkeys(SUFFIXES.values()))}"
+            )
     if config.record_pattern and kind != "text":
         raise ConfigError(f"data.record_pattern splits text, but {file} is {kind}: set data.format=text or leave the pattern out")
-    raw = read_bytes(file)
-    if not raw:
-        raise DataError(f"{file} is empty: wanted {kind} rows")
-    if kind == "parquet":
-        return read_parquet(raw, str(file))
-    text = decode(raw, file, config.encoding)
-    if kind == "text":
-        return matches(text, compile_pattern(config.record_pattern), str(file)) if config.record_pattern else lines(text, str(file))
-    return READERS[kind](text, str(file))
+    return kind
 
 
 def read_bytes(file: Path) -> bytes:
@@ -185,30 +223,6 @@ def read_bytes(file: Path) -> bytes:
         raise DataError(f"{file} is not a whole gzip file ({bad}): fetch it again") from None
     except OSError as bad:
         raise DataError(f"cannot read {file}: {bad.strerror}") from None
-
-
-def decode(raw: bytes, file: Path, encoding: str) -> str:
-    """Text of the bytes; a byte order mark of UTF-8 is dropped."""
-    try:
-        return raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
-    except UnicodeDecodeError as bad:
-        line = raw.count(b"\n", 0, bad.start) + 1
-        marked = raw.startswith((b"\xff\xfe", b"\xfe\xff"))  # the byte order marks of UTF-16
-        hint = "utf-16" if marked else next((name for name in ("utf-8", "cp1252") if _decodes(raw, name)), "latin-1")
-        raise DataError(
-            f"{file}: byte 0x{raw[bad.start]:02x} at offset {bad.start} (line {line}) is not {encoding}:"
-            f" set data.encoding to what the file is in, such as data.encoding={hint}"
-        ) from None
-    except LookupError:
-        raise ConfigError(f"data.encoding={encoding} is not known: wanted a name such as utf-8, latin-1 or cp1252") from None
-
-
-def _decodes(raw: bytes, encoding: str) -> bool:
-    try:
-        raw.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def read_jsonl(text: str, where: str) -> Rows:
@@ -241,42 +255,18 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def read_csv(text: str, where: str) -> Rows:
-    """Comma-separated with a header line; quotes as in RFC 4180, so a field may hold commas and line breaks."""
-    csv.field_size_limit(2**30)  # the module's own limit, 128 KB, is shorter than a long document
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    records = []
+def read_parquet(raw: bytes, where: str, used: Collection[str] | None = None) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet
+
     try:
-        for record in reader:
-            records.append((reader.line_num, record))
-    except csv.Error as bad:
-        raise DataError(f"{where} line {reader.line_num} is not csv ({bad}): a quote inside a quoted field is written twice") from None
-    return _table([(number, record) for number, record in records if record], where)
-
-
-def read_tsv(text: str, where: str) -> Rows:
-    """Tab-separated with a header line and no quoting, as GLUE and its kin are written: a quote is a quote."""
-    records = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(text.split("\n"), 1)]
-    return _table([(number, record) for number, record in records if record not in ([""], ["\r"])], where)
-
-
-def _table(records: list[tuple[int, list[str]]], where: str) -> Rows:
-    if not records:
-        return []
-    (_, header), *rest = records
-    if doubled := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{where}: two columns are called '{doubled[0]}' in the header line")
-    for number, record in rest:
-        if len(record) != len(header):
-            raise DataError(f"{where} line {number} has {len(record)} fields, the header has {len(header)} ({', '.join(header)[:100]})")
-    return [dict(zip(header, record, strict=True)) for _, record in rest]
-
-
-def read_parquet(raw: bytes, where: str) -> Rows:
-    try:
-        return pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(raw))
+        names = file.schema_arrow.names
+        rows = file.read([name for name in names if used is None or name in used]).to_pylist()
+        return [{name: row.get(name) for name in names} for row in rows]
     except (pa.ArrowException, OSError) as bad:
         raise DataError(f"{where} is not a parquet file ({str(bad).splitlines()[0][:100]})") from None
 
 
-READERS: dict[str, Callable[[str, str], Rows]] = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv, "tsv": read_tsv, "text": lines}
+TABLES = {"csv": read_csv, "tsv": read_tsv}
+READERS: dict[str, Callable[[str, str], Rows]] = {"jsonl": read_jsonl, "json": read_json}

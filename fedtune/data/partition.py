@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedtune.config import PartitionConfig
+from fedtune.data.columns import no_clients, no_labels
 from fedtune.errors import DataError
 from fedtune.seeds import derive_seed
 
@@ -38,7 +39,7 @@ def partition(
     if config.kind == "natural":
         return _natural(clients)
     if config.kind in ("dirichlet", "pathological", "prior") and labels is None:
-        raise DataError(f"partition.kind={config.kind} deals rows by label, and these have none: set data.columns.label or take iid")
+        raise no_labels(config.kind)
     if config.clients > rows:
         raise DataError(f"partition.clients={config.clients} is more than the {rows} training rows: take fewer clients or more rows")
     key = np.zeros(rows, np.int64) if labels is None else np.asarray(labels, np.int64)
@@ -80,10 +81,7 @@ def rows_of_large_clients(config: PartitionConfig, clients: Sequence[str] | None
 
 def _named(clients: Sequence[str] | None) -> Sequence[str]:
     if clients is None:
-        raise DataError(
-            "partition.kind=natural takes the clients from the data, and these rows name none:"
-            " set data.columns.client or data.client_from_file=true, or take partition.kind=iid"
-        )
+        raise no_clients()
     for number, name in enumerate(clients, 1):
         if not name.strip():
             raise DataError(f"training row {number} has an empty client: give every row a client, or take partition.kind=iid")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedtune.config import TaskConfig
-from fedtune.data.encode import Example, collate, prompts
+from fedtune.data.examples import Example, collate, prompts
 from fedtune.errors import DataError
 from fedtune.models.backbone import is_seq2seq
 

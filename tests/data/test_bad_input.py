@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedtune.config import from_dict
-from fedtune.data import Federation, load_federation
-from fedtune.errors import ConfigError, DataError
+from fedtune.data import Federation, check_data, load_federation
+from fedtune.errors import ConfigError, DataError, FedtuneError
 
 Q = '{"text": "a", "label": "x"}\n'
 CLS: dict[str, Any] = {"task": {"kind": "classification"}, "partition": {"kind": "iid", "clients": 1}}
@@ -179,7 +179,18 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "one class": ("a.jsonl", Q * 9, CLS, DataError, r"every training row has the label 'x': classification needs two classes at least$"),
     "half a surrogate pair": ("a.jsonl", r'{"text": "\ud83d"}', LM, DataError, r"column 'text' holds '\\ud83d', which is no character"),
-    "utf-16": ("a.jsonl", Q.encode("utf-16"), CLS, DataError, r"such as data\.encoding=utf-16$"),
+    "utf-16": ("a.jsonl", Q.encode("utf-16"), data(CLS, encoding="utf-8"), DataError, r"such as data\.encoding=utf-16$"),
+    "cyrillic is not read as Windows-1252": (
+        "a.csv", "text,label\nпривет,positive\n".encode("cp1251"), CLS, DataError, r"is not utf-8: .* such as data\.encoding=cp1251$",
+    ),
+    "chinese is not read as Windows-1252": (
+        "a.csv", "text,label\n今天天气很好,positive\n".encode("gb18030"), CLS, DataError, r"is not utf-8: set data\.encoding",
+    ),
+    "a delimiter in a name": (
+        "a.csv", "text;amount, EUR\na;1,5\n", CLS, DataError,
+        r"needs 'label' and the training rows have only text, amount, EUR: set data\.columns\.label$",
+    ),
+    "a doubled column that blanks hide": ("a.csv", "text, text\na,b\n", LM, DataError, r"two columns are called 'text'"),
     "one row and a test": ("a.jsonl", Q, CLS, DataError, r"1 training row is too few to take data\.test_fraction=0\.1"),
 }  # fmt: skip
 
@@ -195,6 +206,10 @@ def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
         load_federation(config)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value).replace(str(tmp_path), "")) < 260
+    try:  # what is refused without a library is refused in the same words
+        check_data(config)
+    except FedtuneError as early:
+        assert (type(early), str(early)) == (caught.type, str(caught.value)) or case == "broken json file"  # it has no label, too
 
 
 def load(path: Path, **settings: Any) -> Federation:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from fedtune.config import METHODS, PeftConfig, TaskConfig
-from fedtune.data.encode import Example
+from fedtune.data.examples import Example
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum
 from fedtune.models.backbone import Backbone, quiet

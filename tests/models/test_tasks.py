@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedtune.config import PeftConfig, TaskConfig
-from fedtune.data.encode import Example, collate
+from fedtune.data.examples import Example, collate
 from fedtune.errors import DataError
 from fedtune.models import Backbone, LiveAdapter, evaluate, load_backbone, loss_sum, primary
 from fedtune.models.tasks import _verdict, generate_answers, macro_f1

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config, DataConfig
+from fedtune.data.decoding import decode
+from fedtune.data.local import find_files, read_bytes, read_file, suffix
 from fedtune.errors import CheckpointError, DataError
 from fedtune.run_config import read_config
 from fedtune.seeds import derive_seed
@@ -78,8 +80,6 @@ def read_texts(where: Path | str) -> list[str]:
     Raises:
         DataError: Nothing is there, or it cannot be read.
     """
-    from fedtune.data.local import decode, find_files, read_bytes, read_file, suffix  # late: it loads `datasets`
-
     path = Path(where).expanduser()
     if (path / "config.yaml").is_file():
         return _of_run(_config_of(path))

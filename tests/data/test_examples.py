@@ -9,7 +9,7 @@ from datasets import Dataset
 from numpy.testing import assert_array_equal
 
 from fedtune.config import TaskConfig
-from fedtune.data.encode import Example, collate, encode, pad_id, prompts
+from fedtune.data.examples import Example, collate, encode, pad_id, prompts
 from fedtune.errors import DataError
 from tests.data.words import word_tokenizer
 
