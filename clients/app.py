@@ -38,7 +38,7 @@ from fedtune.promise import agree
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterState
 from fedtune.traffic import Codec, decode_broadcast, encode_update
-from fedtune.wire import read_letter
+from fedtune.wire import Letter, read_letter, read_offer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,6 +124,12 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
             said["device"] = told(own, space.devices.first_choice(client))
         return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(said)})}), reply_to=message)
 
+    @app.query("offer")
+    @declining
+    def offer(message: Message, context: Context) -> Message:
+        weigh(opened(), message, context)
+        return Message(RecordDict({"offer": ConfigRecord({"accepted": True})}), reply_to=message)
+
     @app.train()
     @declining
     def turn(message: Message, context: Context) -> Message:
@@ -196,7 +202,7 @@ def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -
     letter = read_letter(asked[0][0].content)
     clients = [client_of(space, context) for _, context in asked]
     body = space.body_of(clients[0])
-    body.rebase(letter.base, letter.shifts)
+    body.rebase(letter.base, letter.shifts, letter.snapshot)
     rows = [space.examples(client, "held_out") for client in clients]
     if letter.keep:
         found = [body.score(space.complete(c, letter), r)[0] for c, r in zip(clients, rows, strict=True)]
@@ -216,23 +222,53 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
         DataError: The client has nothing to learn from.
         UpdateMismatch: The adapter cannot be read.
     """
-    client = client_of(space, context)
     letter = read_letter(message.content)
+    sent_bytes = letter.nbytes
+    if letter.encoding:
+        letter = dataclasses.replace(letter, adapter=decode_broadcast(letter.encoding, letter.adapter, space.initial.tensors))
+    body, start, plan, examples, fitted, private = _fitted(space, client_of(space, context), letter, sent_bytes)
+    body.rebase(letter.base, letter.shifts, letter.snapshot)
+    return Prepared(
+        message=message,
+        plan=plan,
+        body=body,
+        start=start,
+        sent_bytes=sent_bytes,
+        correction=letter.correction,
+        examples=examples,
+        fitted=fitted,
+        device_class=space.federation.clients[plan.client].device_class,
+        private=private,
+        sent=letter.adapter.tensors,
+    )
+
+
+@_telling(lambda space, message, context: (space, client_of(space, context)))
+def weigh(space: Workspace, message: Message, context: Context) -> None:
+    """Read the offer of a train message whose tensors have not been sent.
+
+    Raises:
+        FedtuneError: What `prepare` would raise, for the message's size or for anything else that is known without its tensors.
+    """
+    letter, nbytes = read_offer(message.content)
+    _fitted(space, client_of(space, context), letter, nbytes)
+
+
+def _fitted(
+    space: Workspace, client: str, letter: Letter, sent_bytes: int
+) -> tuple[Body, AdapterState, Plan, Sequence[Example], Fitted | None, Applied | None]:
+    """What a client computes in, what it starts from, the plan and the rows as they fit its device, and what it applies for privacy."""
     plan = letter.plan
     if plan is None:
         raise PlanError("the message asks to train without a plan: the peers run different versions of fedtune")
     if plan.client != client:
         raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
     agree(plan, space.config)
-    rows = space.federation.clients[client]
     if space.devices.is_offline(client, plan.round):
         raise Decline("offline", "the device is offline this round")
     body = space.body_of(client)
     if plan.codec:
         Codec.from_name(plan.codec)  # known before the work, not after it
-    sent_bytes = sum(state.nbytes for state in (letter.adapter, *letter.shifts))
-    if letter.encoding:
-        letter = dataclasses.replace(letter, adapter=decode_broadcast(letter.encoding, letter.adapter, space.initial.tensors))
     examples = space.examples(client, "train")
     if not examples:
         raise DataError(f"client {client} has no training row of two tokens or more: nothing to learn from")
@@ -245,20 +281,7 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
     private = applied(plan, len(examples), steps_of(plan, len(examples)))
     if private is not None and (why := cannot_pay(plan, space.ledger(client), private)):
         raise Decline("privacy", why)
-    body.rebase(letter.base, letter.shifts)
-    return Prepared(
-        message=message,
-        plan=plan,
-        body=body,
-        start=start,
-        sent_bytes=sent_bytes,
-        correction=letter.correction,
-        examples=examples,
-        fitted=fitted,
-        device_class=rows.device_class,
-        private=private,
-        sent=letter.adapter.tensors,
-    )
+    return body, start, plan, examples, fitted, private
 
 
 def finish(space: Workspace, todo: Prepared, trained: AdapterState, turned: Turn) -> Message:

@@ -45,8 +45,10 @@ class Body:
         """Bytes of the frozen weights as they are stored."""
         return stored_bytes(self.live.model, self.live.parameters.values())
 
-    def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState]) -> None:
+    def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState], snapshot: AdapterState | None = None) -> None:
         """Bring the frozen weights to W0 with the shifts of the versions `base` merged in, of which those in `shifts` are at hand.
+
+        `snapshot` is what all of them have added to some weights, which the shifts at hand then lack.
 
         Raises:
             PlanError: One that is missing is not at hand.
@@ -58,10 +60,12 @@ class Body:
             fresh = load_backbone(config.model, config.task, num_labels=self._labels, seed=config.seed)
             self.frozen.reset(fresh.model)
         at_hand = {s.spec.version: s for s in shifts}
-        for version in base[len(self.frozen.versions) :]:
+        lacking = base[len(self.frozen.versions) :]
+        for version in lacking:
             if version not in at_hand:
                 raise PlanError(f"the client lacks what round {version} merged into the frozen weights, and it was not sent along")
-            self.frozen.add(at_hand[version])
+        if lacking:
+            self.frozen.add(*(at_hand[version] for version in lacking), snapshot=snapshot)
 
     def slot(self, state: AdapterState) -> LiveAdapter | SparseSlot:
         """The live slot that a state of this method is loaded into; the other one stands aside."""

@@ -142,7 +142,7 @@ class Workspace:
         return sent.replace({n: kept[n] if kept and n in own else sent[n] if n in sent.tensors else self.initial[n] for n in names})
 
     def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState]) -> None:
-        """`Body.rebase` of the config's own body; back to W0, of all of them."""
+        """`Body.rebase` of the config's own body with shifts alone; back to W0, of all of them."""
         for body in self._bodies.values() if not base else [self.own]:
             body.rebase(base, shifts)
 

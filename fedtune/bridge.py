@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
@@ -29,11 +29,12 @@ from fedtune.roll import FEW_BYTES, Client, Roll, Welcome, plain, push, replies
 from fedtune.run import Checkpoint, RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.silence import forget, miss, resting
+from fedtune.snapshot import Snapshots
 from fedtune.state import AdapterState
 from fedtune.strategy import Assignment, ServerState, Strategy
 from fedtune.turnout import Turnout, epsilon_of, refusal
 from fedtune.weights import heaviest, share_of
-from fedtune.wire import Envelopes
+from fedtune.wire import OFFER, Envelopes
 
 _PLANNED = 64  # clients of an evaluation that are planned at once: an assignment may hold as much as a model
 
@@ -63,6 +64,7 @@ class Bridge:
         evaluate: Global test of a state; None where nobody can.
         watcher: Who is told.
         welcome: How clients are let in.
+        snapshots: The sums of what has been merged into the frozen weights.
     """
 
     grid: Grid
@@ -75,6 +77,7 @@ class Bridge:
     evaluate: Callable[[ServerState], Mapping[str, float]] | None
     watcher: Watcher
     welcome: Welcome = Welcome()
+    snapshots: Snapshots = field(default_factory=Snapshots)
 
     def loop(self) -> ServerState:
         """Run all rounds that are left, and return the last state."""
@@ -108,7 +111,7 @@ class Bridge:
             state, turnout = self._train(round, cohort, clients, state, late)
             for note in self.strategy.notes(round, before, state) if state is not before else []:
                 self.watcher.note(note)
-            record = self._summary(round, len(cohort), turnout)
+            record = turnout.summary(round, len(cohort), may_be_late=self.config.late == "use")
             if round % self.config.eval.every == 0 or round == self.config.rounds:
                 self._score(state, roll.here(), record, turnout.records)
             record["seconds"] = time.perf_counter() - started
@@ -156,7 +159,8 @@ class Bridge:
             if letter.too_much:
                 turnout.drop(client, "traffic", letter.too_much)
                 self.watcher.client_done(client, f"traffic: {letter.too_much}")
-        contents = {c: letter.content for c, letter in letters.items() if not letter.too_much}
+        until = self._until()
+        contents = self._accepted(round, {c: letters[c] for c in letters if not letters[c].too_much}, clients, turnout, state, until)
         turnout.heaviest = self._heaviest(round, contents, clients)
         replies = self._ask(
             "train",
@@ -165,6 +169,7 @@ class Bridge:
             clients,
             turnout,
             state,
+            until,
             lambda c, i: late.expect(_awaited(letters[c], i, clients[c])),
             most=lambda c: most_bytes(letters[c].assignment),
         )
@@ -184,6 +189,18 @@ class Bridge:
             return state, turnout
         return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), turnout
 
+    def _accepted(
+        self, round: int, letters: Mapping[str, Letter], clients: Mapping[str, Client], turnout: Turnout, state: ServerState, until: float
+    ) -> dict[str, RecordDict]:
+        """What is sent: to a client that lacks shifts only once it has said that a message of that size fits it."""
+        offers = {c: letter.offer for c, letter in letters.items() if letter.offer is not None}
+        for client in offers:
+            turnout.records[client]["bytes_down"] = flower.Meter()(offers[client])
+        accepted = [c for c, _ in self._ask(OFFER, round, offers, clients, turnout, state, until)] if offers else []
+        for client in accepted:
+            turnout.records[client]["bytes_down"] = letters[client].nbytes
+        return {c: letter.content for c, letter in letters.items() if c in accepted or c not in offers}
+
     def _heaviest(self, round: int, cohort: Collection[str], clients: Mapping[str, Client]) -> int | None:
         share = share_of(self.config.weights, len(cohort), engine=self.welcome.wanted is None)
         if share is None or not (most := heaviest((clients[c].examples for c in cohort), share)):
@@ -194,7 +211,8 @@ class Bridge:
 
     def _letters(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, Letter]:
         assignments = self.strategy.plan(round, self._plans(round, ids, clients, state), state)
-        return write_letters(self.config, round, assignments, {c: clients[c].held for c in ids}, state.shifts, self.initial)
+        snapshot = self.snapshots.of(state.shifts)
+        return write_letters(self.config, round, assignments, {c: clients[c].held for c in ids}, state.shifts, self.initial, snapshot)
 
     def _plans(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> list[Plan]:
         return [base_plan(self.config, round, c, state.adapter.spec.version, clients[c].rank) for c in ids]
@@ -291,6 +309,7 @@ class Bridge:
         clients: Mapping[str, Client],
         turnout: Turnout,
         state: ServerState,
+        until: float,
         unanswered: Callable[[str, str], None] = lambda client, message: None,
         most: Callable[[str], int] = lambda client: FEW_BYTES,
     ) -> Iterator[tuple[str, Message]]:
@@ -300,13 +319,11 @@ class Bridge:
         may take.
         """
         messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
-        limit = self.config.round_timeout_s
         asked = list(messages)
         ids = push(self.grid, list(messages.values()), lambda i: most(asked[i]))
-        until = math.inf if limit is None else time.monotonic() + limit
         for client, i, reply in zip(messages, ids, replies(self.grid, ids, until), strict=True):
             if reply is None:
-                why = ("late", f"no reply within {limit:g} s")
+                why = ("late", f"no reply within {self.config.round_timeout_s:g} s")
                 if i:  # it was sent
                     unanswered(client, i)
                     miss(client, clients[client], round, i, self.watcher.note)
@@ -315,7 +332,7 @@ class Bridge:
                     forget(clients[client])
                 why = refusal(reply)
                 if why is None:
-                    if clients[client].remembers:
+                    if clients[client].remembers and kind != OFFER:
                         clients[client].held = tuple(s.spec.version for s in state.shifts)
                     yield client, reply
                     continue
@@ -326,6 +343,11 @@ class Bridge:
                 record["epsilon"] = spent
             turnout.drop(client, *why)
             self.watcher.client_done(client, ": ".join(why))
+
+    def _until(self) -> float:
+        """When the replies to what is sent now must be there, by `time.monotonic`."""
+        limit = self.config.round_timeout_s
+        return math.inf if limit is None else time.monotonic() + limit
 
     # -- around the rounds ----------------------------------------------------------------------------------------------------------------
 
@@ -338,7 +360,7 @@ class Bridge:
             asked = sorted(random.Random(derive_seed(self.config.seed, "eval")).sample(asked, self.config.eval.clients))
         # a client's own tensors are those that it would go on with in the next round
         round = record["round"]
-        envelopes, contents = Envelopes(round, state.shifts), {}
+        envelopes, contents = Envelopes(round, state.shifts, snapshot=self.snapshots.of(state.shifts)), {}
         for i in range(0, len(asked), _PLANNED):
             some = asked[i : i + _PLANNED]
             coming = self.strategy.plan(round + 1, self._plans(round + 1, some, clients, state), state)
@@ -348,7 +370,7 @@ class Bridge:
         record["bytes_down"] = record.get("bytes_down", 0) + sum(meter(_shifts_of(content)) for content in contents.values())
         turnout = Turnout(records={c: {} for c in asked})
         values = []
-        for client, reply in self._ask("evaluate", round, contents, clients, turnout, state):
+        for client, reply in self._ask("evaluate", round, contents, clients, turnout, state, self._until()):
             metrics = read_metrics(reply.content)
             records.setdefault(client, {"round": round, "client": client}).update(metrics)
             if self.metric[0] in metrics:
@@ -357,21 +379,6 @@ class Bridge:
             worst = sorted(values, reverse=not self.metric[1])[: math.ceil(len(values) / 10)]
             record["clients_mean"] = sum(values) / len(values)
             record["clients_worst_decile"] = sum(worst) / len(worst)
-
-    def _summary(self, round: int, cohort: int, turnout: Turnout) -> dict[str, Any]:
-        rows = turnout.records.values()
-        record: dict[str, Any] = {"round": round, "client": None, "cohort": cohort, "counted": turnout.counted, "dropped": turnout.dropped}
-        if self.config.late == "use":
-            record["late_used"] = len(turnout.late)
-        if turnout.late:
-            record["staleness"] = sum(turnout.late.values()) / len(turnout.late)  # rounds, their mean
-        if turnout.examples:
-            record["train_loss"] = turnout.loss / turnout.examples
-        record["bytes_down"] = sum(r.get("bytes_down", 0) for r in rows)
-        record["bytes_up"] = sum(r.get("bytes_up", 0) for r in rows)
-        if peaks := [r["peak_mb"] for r in rows if "peak_mb" in r]:  # a private turn keeps it to itself
-            record["peak_mb"] = max(peaks)
-        return record
 
     def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:
         """Metrics first: a kill between the two leaves lines of a round that the resume will drop and write again."""
@@ -391,7 +398,7 @@ def _not_finite(state: ServerState) -> str:
 
 
 def _shifts_of(content: RecordDict) -> RecordDict:
-    return RecordDict({name: record for name, record in content.items() if name.startswith("shift-")})  # type: ignore[arg-type]
+    return RecordDict({name: record for name, record in content.items() if name.startswith(("shift-", "snapshot"))})  # type: ignore[arg-type]
 
 
 __all__ = ["Bridge", "Watcher"]

@@ -25,12 +25,14 @@ class Letter:
     Args:
         assignment: What it asks, the reply's codec included.
         content: What travels.
-        nbytes: Bytes of it on the network.
+        offer: What goes before it and is answered first; None where nothing does.
+        nbytes: Bytes of both on the network.
         too_much: Why it must not be sent; "" where it may.
     """
 
     assignment: Assignment
     content: RecordDict
+    offer: RecordDict | None
     nbytes: int
     too_much: str
 
@@ -42,6 +44,7 @@ def write_letters(
     held: Mapping[str, Sequence[int]],
     shifts: Sequence[AdapterState],
     first: AdapterState,
+    snapshot: AdapterState | None = None,
 ) -> dict[str, Letter]:
     """The messages of a round, in the order of logical ids.
 
@@ -52,15 +55,17 @@ def write_letters(
         held: Logical id → versions of the shifts that it has.
         shifts: What has been merged into the frozen weights.
         first: The run's first adapter.
+        snapshot: The sum of the shifts, for the weights where that is smaller than their factors.
     """
     meter, limit = flower.Meter(), config.traffic.max_mb_per_round
-    envelopes = Envelopes(round, shifts, broadcaster(config.traffic, first, config.seed, round))
+    envelopes = Envelopes(round, shifts, broadcaster(config.traffic, first, config.seed, round), snapshot)
     out = {}
     for client, given in sorted(with_codec(config.traffic, assignments).items()):
         content = envelopes.write(given.adapter, held=held[client], keep=given.plan.keep, plan=given.plan, correction=given.correction)
-        down = meter(content)
+        offer = envelopes.offer(content, given.adapter, held[client])
+        down = meter(content) + (meter(offer) if offer else 0)
         too_much = "" if limit is None else excess(limit, down, reply_bytes(given))
-        out[client] = Letter(assignment=given, content=content, nbytes=down, too_much=too_much)
+        out[client] = Letter(assignment=given, content=content, offer=offer, nbytes=down, too_much=too_much)
     return out
 
 

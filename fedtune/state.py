@@ -108,6 +108,10 @@ class AdapterState:
         """The state with only these tensors."""
         return self.replace({n: self.tensors[n] for n in names})
 
+    def product(self, module: str) -> Tensor:
+        """s·B·A of a LoRA module (out, in), in float32: what all that merge it add, so that all add the same."""
+        return self.spec.scaling[module] * (self[f"{module}.lora_B"].float() @ self[f"{module}.lora_A"].float())
+
     # -- the wire -------------------------------------------------------------------------------------------------------------------------
 
     def to_arrays(self) -> ArrayRecord:

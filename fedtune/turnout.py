@@ -52,6 +52,22 @@ class Turnout:
         self.dropped[kind] = self.dropped.get(kind, 0) + 1
         self.records[client]["dropped"] = f"{kind}: {why}"
 
+    def summary(self, round: int, cohort: int, *, may_be_late: bool) -> dict[str, Any]:
+        """The round's own line of the metrics, for a cohort of so many."""
+        rows = self.records.values()
+        record: dict[str, Any] = {"round": round, "client": None, "cohort": cohort, "counted": self.counted, "dropped": self.dropped}
+        if may_be_late:
+            record["late_used"] = len(self.late)
+        if self.late:
+            record["staleness"] = sum(self.late.values()) / len(self.late)  # rounds, their mean
+        if self.examples:
+            record["train_loss"] = self.loss / self.examples
+        record["bytes_down"] = sum(r.get("bytes_down", 0) for r in rows)
+        record["bytes_up"] = sum(r.get("bytes_up", 0) for r in rows)
+        if peaks := [r["peak_mb"] for r in rows if "peak_mb" in r]:  # a private turn keeps it to itself
+            record["peak_mb"] = max(peaks)
+        return record
+
 
 def refusal(reply: Message) -> tuple[str, str] | None:
     """Why a reply holds no result, its kind and a sentence; None where it may hold one."""

@@ -7,18 +7,28 @@ frame       ConfigRecord    the round, what the frozen weights must have had mer
 plan        ConfigRecord    what to do (train messages only)
 correction  ArrayRecord     what is added to the gradients, where there is any
 shift-V     ArrayRecord     what was merged into the frozen weights in round V, where the client lacks it
+snapshot    ArrayRecord     what all rounds have merged into some of the weights, where that is smaller than the shifts that the client
+                            lacks; these then lack those weights
+
+An offer goes before a message that brings shifts: `spec`, `frame` and `plan` as above, and no tensors. The client declines what does not
+fit its device, or says that the message may come.
+
+offer       ConfigRecord    the bytes of the message's tensors, and the shapes of `adapter`
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedtune.errors import PlanError
 from fedtune.plan import Plan
 from fedtune.state import AdapterSpec, AdapterState
+
+OFFER = "query.offer"  # the type of the message that carries an offer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +40,7 @@ class Letter:
         adapter: The tensors that were sent.
         base: Versions of all shifts that the frozen weights must carry, in order.
         shifts: Those of them that came along.
+        snapshot: What all of them have added to the weights that it names; the shifts then lack these.
         keep: Patterns of the tensors that are the client's own.
         encoding: What `adapter` is where it is encoded, for fedtune.traffic to read; "" where it is as it stands.
         plan: What to do; None in an evaluation.
@@ -40,10 +51,16 @@ class Letter:
     adapter: AdapterState
     base: tuple[int, ...] = ()
     shifts: tuple[AdapterState, ...] = ()
+    snapshot: AdapterState | None = None
     keep: tuple[str, ...] = ()
     encoding: str = ""
     plan: Plan | None = None
     correction: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that came."""
+        return sum(state.nbytes for state in (self.adapter, *self.shifts, self.snapshot) if state is not None)
 
 
 class Envelopes:
@@ -53,12 +70,20 @@ class Envelopes:
         round: The round.
         shifts: What has been merged into the frozen weights.
         encode: Adapter → what travels in its place, and the text that says what that is; None sends adapters as they are.
+        snapshot: The sum of all shifts, for the weights where that is smaller than their factors.
     """
 
     def __init__(
-        self, round: int, shifts: Sequence[AdapterState], encode: Callable[[AdapterState], tuple[AdapterState, str]] | None = None
+        self,
+        round: int,
+        shifts: Sequence[AdapterState],
+        encode: Callable[[AdapterState], tuple[AdapterState, str]] | None = None,
+        snapshot: AdapterState | None = None,
     ) -> None:
-        self._round, self._shifts, self._encode = round, tuple(shifts), encode
+        self._round, self._shifts, self._encode, self._snapshot = round, tuple(shifts), encode, snapshot
+        self._base = tuple(s.spec.version for s in self._shifts)
+        summed = {n.removesuffix(".weight") for n in snapshot.tensors} if snapshot else set[str]()
+        self._rest = [_without(s, summed) for s in self._shifts] if summed else []
         self._adapters: dict[int, tuple[AdapterState, AdapterState, str]] = {}  # the state is kept, so that its id stays its own
         self._encoded: dict[int, tuple[AdapterState, ArrayRecord]] = {}
 
@@ -73,7 +98,7 @@ class Envelopes:
     ) -> RecordDict:
         """The content of one message, to a client that holds the shifts of these versions."""
         sent, encoding = self._sent(adapter)
-        frame = {"round": self._round, "base": [s.spec.version for s in self._shifts], "keep": list(keep), "encoding": encoding}
+        frame = {"round": self._round, "base": list(self._base), "keep": list(keep), "encoding": encoding}
         content = RecordDict(
             {"adapter": self._arrays(sent), "spec": _text(adapter.spec.to_json()), "frame": _text(json.dumps(frame))}  # type: ignore[arg-type]
         )
@@ -81,11 +106,26 @@ class Envelopes:
             content["plan"] = _text(plan.to_json())
         if correction:
             content["correction"] = AdapterState(correction, adapter.spec).to_arrays()
-        for shift in self._shifts:
-            if shift.spec.version not in held:
-                name = f"shift-{shift.spec.version}"
-                content[name], content[f"{name}-spec"] = self._arrays(shift), _text(shift.spec.to_json())
+        for name, state in self._missing(held):
+            content[name], content[f"{name}-spec"] = self._arrays(state), _text(state.spec.to_json())
         return content
+
+    def offer(self, content: RecordDict, adapter: AdapterState, held: Sequence[int]) -> RecordDict | None:
+        """What goes before the message `content` with this adapter, to a client that holds `held`; None where it brings no shift."""
+        if not (shifts := self._missing(held)):
+            return None
+        nbytes = self._sent(adapter)[0].nbytes + sum(state.nbytes for _, state in shifts)
+        said = {"bytes": nbytes, "shapes": {n: list(t.shape) for n, t in adapter.tensors.items()}}
+        return RecordDict({**{name: content[name] for name in ("spec", "frame", "plan")}, "offer": _text(json.dumps(said))})  # type: ignore[arg-type]
+
+    def _missing(self, held: Sequence[int]) -> list[tuple[str, AdapterState]]:
+        """The records that bring the weights from these versions to now: the missing shifts, or the snapshot if that is less."""
+        has = len(held) if tuple(held) == self._base[: len(held)] else 0  # weights that carry anything else go back to W0
+        shifts = [(f"shift-{s.spec.version}", s) for s in self._shifts[has:]]
+        if self._snapshot is None or not shifts:
+            return shifts
+        short = [("snapshot", self._snapshot), *((f"shift-{s.spec.version}", s) for s in self._rest[has:])]
+        return min(shifts, short, key=lambda records: sum(state.nbytes for _, state in records))
 
     def _sent(self, adapter: AdapterState) -> tuple[AdapterState, str]:
         if self._encode is None or not adapter.tensors:
@@ -110,16 +150,15 @@ def read_letter(content: RecordDict) -> Letter:
     try:
         frame = json.loads(_said(content, "frame"))
         spec = AdapterSpec.from_json(_said(content, "spec"))
-        sent = [f"shift-{v}" for v in frame["base"] if f"shift-{v}" in content.array_records]
-        shifts = [
-            AdapterState.from_arrays(content.array_records[name], AdapterSpec.from_json(_said(content, f"{name}-spec"))) for name in sent
-        ]
+        sent = [n for n in ("snapshot", *(f"shift-{v}" for v in frame["base"])) if n in content.array_records]
+        states = {n: AdapterState.from_arrays(content.array_records[n], AdapterSpec.from_json(_said(content, f"{n}-spec"))) for n in sent}
         correction = content.array_records.get("correction")
         return Letter(
             round=int(frame["round"]),
             adapter=AdapterState.from_arrays(content.array_records["adapter"], spec),
             base=tuple(frame["base"]),
-            shifts=tuple(shifts),
+            snapshot=states.pop("snapshot", None),
+            shifts=tuple(states.values()),
             keep=tuple(frame["keep"]),
             encoding=str(frame["encoding"]),
             plan=Plan.from_json(_said(content, "plan")) if "plan" in content.config_records else None,
@@ -127,6 +166,31 @@ def read_letter(content: RecordDict) -> Letter:
         )
     except (KeyError, ValueError, TypeError) as bad:
         raise PlanError(f"the server's message cannot be read ({bad!r:.80}): the peers run different versions of fedtune") from None
+
+
+def read_offer(content: RecordDict) -> tuple[Letter, int]:
+    """The message that an offer announces, its tensors zeros of the announced shapes, and the bytes of its tensors.
+
+    Raises:
+        PlanError: It is not an offer of this version of fedtune, or its plan is not understood.
+    """
+    try:
+        frame, said = json.loads(_said(content, "frame")), json.loads(_said(content, "offer"))
+        tensors = {str(n): torch.zeros(()).expand([int(d) for d in shape]) for n, shape in said["shapes"].items()}
+        plan, nbytes = Plan.from_json(_said(content, "plan")), int(said["bytes"])
+        if nbytes < 0:
+            raise ValueError("no such number of bytes")
+        adapter = AdapterState(tensors, AdapterSpec.from_json(_said(content, "spec")))
+        return Letter(round=int(frame["round"]), adapter=adapter, keep=tuple(frame["keep"]), plan=plan), nbytes
+    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as bad:
+        raise PlanError(f"the server's offer cannot be read ({bad!r:.80}): the peers run different versions of fedtune") from None
+
+
+def _without(shift: AdapterState, modules: set[str]) -> AdapterState:
+    """The shift of the other modules."""
+    names = [m for m in shift.spec.ranks if m not in modules]
+    tensors = {n: t for n, t in shift.tensors.items() if n.rpartition(".")[0] in names}
+    return shift.replace(tensors, ranks={m: shift.spec.ranks[m] for m in names}, scaling={m: shift.spec.scaling[m] for m in names})
 
 
 def _text(json_text: str) -> ConfigRecord:

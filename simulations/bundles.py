@@ -127,6 +127,8 @@ def unbundling(app: ClientApp, together: Callable[[], Together]) -> ClientApp:
             reply.content["partition"] = ConfigRecord({"id": int(context.node_config["partition-id"])})
         return reply
 
+    outer.query("offer")(app)
+
     def turns(message: Message, context: Context) -> Message:
         if "clients" not in message.content.config_records:
             return app(message, context)

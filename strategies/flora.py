@@ -4,9 +4,10 @@ Averaging A and B apart does not average B·A. Stacking does, and lets each clie
 
     W += Σ_k p_k s_k B_k A_k = [B_1 … B_K] [p_1 s_1 A_1; …; p_K s_K A_K],    then a fresh A, and B = 0.
 
-The price is what goes down: each round adds a shift of rank Σ r_k, which every client gets once. It is sent as it came while that rank is
-at most min(in, out), and as the same matrix at its true rank where it is more. Older shifts are never joined: a client may hold some of
-them. After the fresh start A has no gradient while B = 0, so its first step moves B alone. Where the run's first B is not 0
+The price is what goes down: each round adds a shift of rank Σ r_k, which every client gets once. It is kept as it came while that rank is
+at most min(in, out), and as the same matrix at its true rank where it is more. A client that lacks more than a weight matrix has numbers
+gets the sum of all shifts of that matrix instead (fedtune/snapshot.py), and declines it before it is sent where it does not fit. After the
+fresh start A has no gradient while B = 0, so its first step moves B alone. Where the run's first B is not 0
 (peft.init=loftq), the part of its product that clients of smaller ranks were not sent is merged with theirs, so that it is not lost.
 
 Source: Wang et al. 2024, FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, arXiv:2409.05976,

@@ -21,7 +21,7 @@ from fedtune.simulations.grid import InProcessGrid
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategy import Strategy
-from fedtune.wire import read_letter
+from fedtune.wire import read_letter, read_offer
 
 
 def lora_state(*, fill: float | None = None, seed: int = 0, version: int = 0) -> AdapterState:
@@ -50,6 +50,12 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
         said = {"client": who(context), "device_class": "", "examples": examples[who(context)], "held_out": 0, "base": "b" * 64}
         said |= {"shifts": [], "remembers": True}
         return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(said)})}), reply_to=message)
+
+    @app.query("offer")
+    @declining
+    def offer(message: Message, context: Context) -> Message:
+        read_offer(message.content)
+        return Message(RecordDict({"offer": ConfigRecord({"accepted": True})}), reply_to=message)
 
     @app.train()
     @declining

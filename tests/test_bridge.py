@@ -212,13 +212,18 @@ def test_a_result_that_overflows_does_not_count(tmp_path: Path) -> None:
     assert ear.notes == ["round 1 does not count: 'v' of its result is not finite; the state stays as it was"]
 
 
+def shifts_in(message: Message) -> set[str]:
+    """Rounds whose shifts come along; a snapshot stands in for some of their matrices, as tests/test_snapshot.py shows."""
+    return {n for n in message.content.array_records if n not in ("adapter", "snapshot")}
+
+
 def test_a_device_that_broke_is_sent_all_shifts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[set[str]] = []
     push = InProcessGrid.push_messages
 
     def listen(self: InProcessGrid, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
-        sent.extend({n for n in m.content.array_records if n != "adapter"} for m in messages if m.metadata.message_type == "train")
+        sent.extend(shifts_in(m) for m in messages if m.metadata.message_type == "train")
         return push(self, messages)
 
     def once(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
@@ -362,7 +367,7 @@ def test_a_client_gets_the_shifts_that_it_missed_and_no_other(tmp_path: Path, mo
     def listen(self: InProcessGrid, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
         for m in messages:
-            sent.append((f"{m.metadata.message_type} {m.metadata.dst_node_id}", {n for n in m.content.array_records if n != "adapter"}))
+            sent.append((f"{m.metadata.message_type} {m.metadata.dst_node_id}", shifts_in(m)))
         return push(self, messages)
 
     monkeypatch.setattr(InProcessGrid, "push_messages", listen)

@@ -1,4 +1,4 @@
-"""Merging a shift into the frozen weights of a live model: W ← W + s·B·A."""
+"""Merging shifts into the frozen weights of a live model: W = W0 + Σ s·B·A."""
 
 from typing import cast
 
@@ -14,8 +14,9 @@ from fedtune.state import AdapterState
 class FrozenWeights:
     """The linear weights of a backbone that shifts are merged into.
 
-    A low-precision weight would lose small shifts to rounding: of a bf16 one, a float32 master takes them and is rounded once; a quantised
-    one stays as it is and has them beside it.
+    Of each that is changed W0 and the sum Σ s·B·A are kept beside it, the sum in float32: a low-precision weight would lose small shifts to
+    rounding, and weights that get the sum at once must be those that got the shifts one by one. A quantised weight stays as it is and has
+    the shifts beside it.
 
     Args:
         model: The backbone, with or without an adapter of PEFT's around its layers.
@@ -28,8 +29,8 @@ class FrozenWeights:
         self._modules = _linears(model)
         floating = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
         self._dtype = next(floating, torch.float32)  # of the frozen weights that are not quantised: what the layers compute in
-        self._masters: dict[str, Tensor] = {}
-        self._changed: set[str] = set()
+        self._first: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
         self._branches: dict[str, SideBranch] = {}
         self.versions: tuple[int, ...] = ()
 
@@ -39,51 +40,79 @@ class FrozenWeights:
         for branch in self._branches.values():
             branch.remove()
         with torch.no_grad():
-            for name in self._changed:
+            for name in self._sums:
                 cast(Tensor, self._modules[name].weight).copy_(cast(Tensor, own[name].weight))
-        self._masters, self._changed, self._branches, self.versions = {}, set(), {}, ()
+        self._first, self._sums, self._branches, self.versions = {}, {}, {}, ()
 
-    def add(self, shift: AdapterState) -> None:
-        """Merge one shift, whole or not at all.
+    def add(self, *shifts: AdapterState, snapshot: AdapterState | None = None) -> None:
+        """Merge shifts, oldest first, and then take a snapshot for the sum of all; all of them or nothing.
+
+        Args:
+            shifts: Of method `lora`; those that come with a snapshot lack what it has.
+            snapshot: `<module>.weight` (out, in): what all shifts so far and these have added.
 
         Raises:
-            ModelError: It names a module that is no linear layer of the backbone, or one of another shape.
+            ModelError: One names a module that is no linear layer of the backbone, or one of another shape.
         """
-        layers = {module: self._checked(module, shift) for module in shift.spec.scaling}
+        for shift in shifts:
+            for module in shift.spec.scaling:
+                self._check_factors(module, shift)
+        sums = {name.removesuffix(".weight"): total for name, total in snapshot.tensors.items()} if snapshot else {}
+        for module, total in sums.items():
+            self._check(module, tuple(total.shape))
         with torch.no_grad():
-            for module, layer in layers.items():
-                weight = cast(Tensor, layer.weight)
-                a, b = shift[f"{module}.lora_A"].to(weight.device).float(), shift[f"{module}.lora_B"].to(weight.device).float()
-                if not weight.is_floating_point():
-                    if module not in self._branches:
-                        self._branches[module] = SideBranch(layer, self._dtype)
-                    self._branches[module].add(a, shift.spec.scaling[module] * b)
-                    continue
-                delta = shift.spec.scaling[module] * (b @ a)
-                delta = delta.T if isinstance(layer, Conv1D) else delta  # GPT-2's layer stores W as (in, out)
-                self._changed.add(module)
-                if weight.dtype == torch.float32:
-                    weight.add_(delta)
+            for shift in shifts:
+                for module in shift.spec.scaling:
+                    if (branch := self._branch(module)) is not None:
+                        branch.add(shift)
+                    else:
+                        self._move(module, self._sum(module).add_(shift.product(module).to(self._sum(module).device)))
+            for module, total in sums.items():
+                if (branch := self._branch(module)) is not None:
+                    branch.replace(total)
                 else:
-                    master = self._masters.setdefault(module, weight.float())
-                    weight.copy_(master.add_(delta))
-        self.versions = (*self.versions, shift.spec.version)
+                    self._move(module, self._sum(module).copy_(total))
+        self.versions = (*self.versions, *(s.spec.version for s in shifts))
 
-    def _checked(self, module: str, shift: AdapterState) -> nn.Module:
+    def _branch(self, module: str) -> SideBranch | None:
+        """What a quantised layer has beside it; None of another."""
+        layer = self._modules[module]
+        if cast(Tensor, layer.weight).is_floating_point():
+            return None
+        if module not in self._branches:
+            self._branches[module] = SideBranch(layer, self._dtype, module)
+        return self._branches[module]
+
+    def _sum(self, module: str) -> Tensor:
+        if module not in self._sums:
+            weight = cast(Tensor, self._modules[module].weight)
+            self._first[module] = weight.detach().clone()
+            shape = weight.T.shape if isinstance(self._modules[module], Conv1D) else weight.shape  # GPT-2's layer stores W as (in, out)
+            self._sums[module] = torch.zeros(shape, device=weight.device)
+        return self._sums[module]
+
+    def _move(self, module: str, total: Tensor) -> None:
+        layer, first = self._modules[module], self._first[module]
+        cast(Tensor, layer.weight).copy_(first.float() + (total.T if isinstance(layer, Conv1D) else total))
+
+    def _check_factors(self, module: str, shift: AdapterState) -> None:
+        self._check(module)
+        a, b = shift.tensors.get(f"{module}.lora_A"), shift.tensors.get(f"{module}.lora_B")
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            raise ModelError(f"a shift's factors A and B of '{module}' do not fit each other: the shift is damaged")
+        self._check(module, (len(b), a.shape[1]))
+
+    def _check(self, module: str, shape: tuple[int, ...] | None = None) -> None:
+        """Raises ModelError where the backbone has no such linear layer, or one that is not (out, in) = `shape`."""
         layer = self._modules.get(module)
         if not isinstance(layer, (nn.Linear, Conv1D)):
             raise ModelError(f"a shift changes '{module}', which is no linear layer of this backbone: load the same checkpoint")
         weight = cast(Tensor, layer.weight)
-        a, b = shift.tensors.get(f"{module}.lora_A"), shift.tensors.get(f"{module}.lora_B")
-        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise ModelError(f"a shift's factors A and B of '{module}' do not fit each other: the shift is damaged")
-        shape = (len(b), a.shape[1])
-        shape = shape[::-1] if isinstance(layer, Conv1D) else shape
+        shape = shape[::-1] if shape is not None and isinstance(layer, Conv1D) else shape
         # a 4-bit weight is packed: its layer knows what it stands for
         own = tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
-        if shape != own:
+        if shape not in (None, own):
             raise ModelError(f"a shift changes '{module}' by {shape}, the backbone's is {own}: load the same checkpoint")
-        return layer
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

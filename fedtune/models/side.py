@@ -9,36 +9,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtune.state import AdapterState
+
 __all__ = ["SideBranch"]
 
 
 class SideBranch:
     """A forward hook on the layer that adds the shifts' part.
 
-    They are kept as factors in the dtype that the layer computes in, 16 bits where it has them: a factor's rounding is relative, and loses
-    nothing however small the shift. Where the factors would be larger than the matrix, their sum is kept instead, in float32.
+    The layer computes with their factors in its own dtype, 16 bits where it has them: a factor's rounding is relative, and loses nothing
+    however small the shift. Where the factors would be larger than the matrix, their sum is kept instead, in float32. It is the sum of the
+    shifts as they came, so that it does not matter which of them a client got one by one.
 
     Args:
         layer: A quantised linear layer, (in) → (out).
         dtype: What it computes in.
+        module: Its name in the shifts.
     """
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, module: str) -> None:
         weight: Any = layer.weight
+        self._module, self._shifts = module, list[AdapterState]()
         self._a = torch.empty(0, int(layer.in_features), dtype=dtype, device=weight.device)  # type: ignore[arg-type]
         self._b = torch.empty(int(layer.out_features), 0, dtype=dtype, device=weight.device)  # type: ignore[arg-type]
         self._dense: Tensor | None = None
         self._handle = layer.register_forward_hook(self)
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Add b·a: a (R, in), b (out, R) with its scaling in it."""
+    def add(self, shift: AdapterState) -> None:
+        """Add s·B·A of the shift: A (R, in), B (out, R)."""
         if self._dense is not None:
-            self._dense += b.to(self._dense) @ a.to(self._dense)
+            self._dense += shift.product(self._module).to(self._dense.device)
             return
+        a, b = shift[f"{self._module}.lora_A"], shift.spec.scaling[self._module] * shift[f"{self._module}.lora_B"].float()
+        self._shifts.append(shift)
         self._a, self._b = torch.cat([self._a, a.to(self._a)]), torch.cat([self._b, b.to(self._b)], dim=1)
         if self._a.numel() + self._b.numel() > len(self._b) * self._a.shape[1]:
-            self._dense = self._b.float() @ self._a.float()
-            self._a, self._b = self._a[:0], self._b[:, :0]
+            total = torch.zeros(len(self._b), self._a.shape[1])
+            for one in self._shifts:
+                total += one.product(self._module)
+            self.replace(total)
+
+    def replace(self, total: Tensor) -> None:
+        """Take `total` (out, in) for the sum of all shifts so far."""
+        self._dense = total.to(self._a.device, torch.float32, copy=True)
+        self._a, self._b, self._shifts = self._a[:0], self._b[:, :0], []
 
     def remove(self) -> None:
         """Take it off the layer."""

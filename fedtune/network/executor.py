@@ -75,7 +75,7 @@ class Executor:
             except FrameError as bad:
                 return _error(message, f"the message is too large for the worker: {bad}")
             else:
-                if message.metadata.message_type.split(".")[0] == HELLO and not reply.has_error():
+                if message.metadata.message_type in (HELLO, f"{HELLO}.default") and not reply.has_error():
                     self._hello = payload
                 return reply
         if self._stopped.is_set():
