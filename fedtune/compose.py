@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,26 +108,25 @@ def make_strategy(config: Config) -> "Strategy":
 
     args = dict(config.strategy)
     target = str(args.pop("_target_"))
-    module, _, name = target.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name, None) if module else None
-    except (ImportError, ValueError):  # ValueError: a relative or empty name
-        kind = None
-    if kind is None:
-        known = "|".join(choices("strategy"))
-        raise ConfigError(f"strategy._target_={target} cannot be imported: pick one of strategy={known}, or name a class of yours")
+    kind = _imported(target, config)
     if not inspect.isclass(kind) or not issubclass(kind, Strategy):
         raise ConfigError(f"strategy._target_={target} is not a strategy: it must be a subclass of fedtune.strategy.Strategy")
+    name = kind.__name__
     try:
         inspect.signature(kind).bind(**args)
     except TypeError as bad:
         known = ", ".join(inspect.signature(kind).parameters) or "none"
         raise ConfigError(f"strategy {name}: {bad} (its arguments: {known})") from None
     plain = {int, float, str, bool, type(None)}  # richer types are the strategy's own to check
-    for key, hint in typing.get_type_hints(kind).items():
-        if key in args and (hint in plain or set(typing.get_args(hint)) <= plain and isinstance(hint, types.UnionType)):
-            args[key] = schema.typed(hint, args[key], f"strategy.{key}")
-    strategy = kind(**args)
+    try:
+        for key, hint in typing.get_type_hints(kind).items():
+            if key in args and (hint in plain or set(typing.get_args(hint)) <= plain and isinstance(hint, types.UnionType)):
+                args[key] = schema.typed(hint, args[key], f"strategy.{key}")
+        strategy = kind(**args)
+    except FedtuneError:
+        raise
+    except Exception as bad:  # whatever a class of the user's raises, such as TypeError where `aggregate` is missing
+        raise ConfigError(f"strategy._target_={target} cannot be made: {_raised(bad)}") from None
     if not kind.mixes_ranks and any(device.rank not in (None, config.peft.rank) for device in config.devices.classes.values()):
         raise ConfigError(f"{name} needs one rank: leave out devices.classes.*.rank, or take a strategy that mixes ranks, such as flexlora")
     if not kind.keeps_basis and config.traffic.error_feedback:
@@ -145,6 +145,43 @@ def make_strategy(config: Config) -> "Strategy":
         raise ConfigError(f"{name} needs each client's own update, privacy=user shows it their noised mean only: take strategy=fedavg")
     strategy.check(config)
     return strategy
+
+
+def _imported(target: str, config: Config) -> object:
+    """What `package.module.Class` names: in an installed package, or in a module of the working directory, which comes last."""
+    module, _, name = target.rpartition(".")
+    if "" not in sys.path:  # `python -m` looks in the working directory; the commands that pip installs do not
+        sys.path.append("")
+    try:
+        if config.resume:  # which code runs is not a run directory's to say
+            _refuse_code_of(Path(config.resume), module, target)
+        found = getattr(importlib.import_module(module), name, None) if module else None
+        why = f"there is no {name} in {module}" if module else "it names no module"
+    except FedtuneError:
+        raise
+    except Exception as bad:  # whatever a module of the user's raises while it is imported
+        found, why = None, _raised(bad)
+    if found is None:
+        known = "|".join(choices("strategy"))
+        raise ConfigError(
+            f"strategy._target_={target} cannot be imported: pick one of strategy={known}, or name a class of an installed package or of a"
+            f" module in the working directory ({why})"
+        )
+    return found
+
+
+def _refuse_code_of(run: Path, module: str, target: str) -> None:
+    """Raises ConfigError where a part of the dotted name lies in the run directory; nothing of it has been imported then."""
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        spec = importlib.util.find_spec(".".join(parts[:i]))
+        places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]
+        if any(Path(place).resolve().is_relative_to(run.resolve()) for place in places if place):
+            raise ConfigError(f"strategy._target_={target} names code inside the run directory {run}: keep the module outside of it")
+
+
+def _raised(bad: Exception) -> str:
+    return f"{type(bad).__name__}: {bad}".splitlines()[0].strip().removesuffix(":")
 
 
 def scenarios() -> dict[str, str]:
