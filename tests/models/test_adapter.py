@@ -64,6 +64,7 @@ def test_names_are_those_of_the_untouched_backbone(tmp_path: Path) -> None:
     live = make(tmp_path / "m", "llama", CLASSES)
     bare = load_backbone(hub(tmp_path / "m"), CLASSES, num_labels=3).model
     modules = dict(bare.named_modules())
+    assert {n.rpartition(".")[2] for n in live.parameters} == {"lora_A", "lora_B", "weight"}
     for name, p in live.parameters.items():
         if name.endswith(".lora_A"):
             assert p.shape == (3, modules[name.removesuffix(".lora_A")].in_features)

@@ -98,10 +98,15 @@ CASES = [
 ]
 
 
+def hooks(live: LiveAdapter) -> dict[str, tuple[int, int, int]]:
+    """Module → its hooks, by kind."""
+    return {n: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for n, m in live.model.named_modules()}
+
+
 @pytest.mark.parametrize(("method", "kind", "task", "way"), CASES, ids=[f"{m}-{k}-{t.kind}" for m, k, t, _ in CASES])
 def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
     live = built(tmp_path / "m", kind, method, task)
-    names, batch = list(live.parameters), rows(task, live.backbone.seq2seq)
+    names, batch, before = list(live.parameters), rows(task, live.backbone.seq2seq), hooks(live)
     chosen = samples.way_of(live, names, task)
     if way is not None:
         assert chosen.__name__ == way
@@ -113,7 +118,7 @@ def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, w
     assert apart(got, wanted) <= 1e-6 and apart(again, wanted) <= 1e-6
     # nothing is left behind
     assert all(p.grad is None and getattr(p, "grad_sample", None) is None for p in live.parameters.values())
-    assert not any(m._forward_hooks for n, m in live.model.named_modules() if "lora" in n)
+    assert hooks(live) == before and len(before) > 10
 
 
 def test_the_loop_is_the_loop(tmp_path: Path) -> None:

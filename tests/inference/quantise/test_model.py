@@ -50,8 +50,9 @@ def test_all_tensors_come_and_those_of_the_linears_are_quantised(tmp_path: Path,
     sizes = dict(tensor_shapes(shape)) | {"lm_head.weight": (shape.vocab, shape.hidden)}
     assert set(out) == set(sizes) - {"model.embed_tokens.weight"}
     for key, value in out.items():
+        assert isinstance(value, QuantisedLinear) == key.endswith(("_proj.weight", "lm_head.weight"))
         if isinstance(value, QuantisedLinear):
-            assert key.endswith(("_proj.weight", "lm_head.weight")) and (value.tensors["packed"].shape[0], value.columns) == sizes[key]
+            assert (value.tensors["packed"].shape[0], value.columns) == sizes[key]
             assert value.kind == ("int8" if key == "lm_head.weight" else recipe.kind)
             assert 0 < value.error < (0.15 if value.kind == "int4" else 0.02)
         else:
@@ -61,12 +62,14 @@ def test_all_tensors_come_and_those_of_the_linears_are_quantised(tmp_path: Path,
 
 def test_rtn_needs_no_text_and_reads_one_tensor_at_a_time(tmp_path: Path) -> None:
     shape, read, tensors = opened(tmp_path, "llama")
-    seen: list[str] = []
+    seen, quantised = list[str](), set[str]()
     for name, value in quantise_model(shape, lambda n, a, b: (seen.append(n), read(n, a, b))[1], Recipe()):
         assert seen[-1] == name or name in ("model.norm.weight", "lm_head.weight")
         if isinstance(value, QuantisedLinear):
+            quantised.add(name)
             wanted = quantise_linear(tensors[name], Recipe().of_head if name == "lm_head.weight" else Recipe())
             assert all(torch.equal(value.tensors[k], wanted.tensors[k]) for k in wanted.tensors) and value.output_error is None
+    assert quantised == {n for n, _ in tensor_shapes(shape) if n.endswith("_proj.weight")} | {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
