@@ -1,7 +1,7 @@
 """The ClientApp of a real device: the experiment comes with the server's hello; the rows, the profile and the folder are the device's own.
 
-What a server may decide is what the experiment is. What it may not: run code that a model repository brings along, read other files than
-the device named, or have the device count its privacy anywhere but in its own folder.
+What a server may decide is what the experiment is. What it may not: run code that a model repository brings along, have the device open a
+path that was not given on the device itself, or have it count its privacy anywhere but in its own folder.
 """
 
 import dataclasses
@@ -20,10 +20,12 @@ from flwr.clientapp import ClientApp
 from fedtune.clients.app import make_client_app
 from fedtune.clients.declining import declining
 from fedtune.clients.devices import measure_device
-from fedtune.config import Config, DeviceClass, DevicesConfig, from_dict, to_dict
+from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from_dict, to_dict
 from fedtune.data.sources import DEMO_ANSWER, DEMO_COLUMNS, DEMO_PROMPT
 from fedtune.errors import ConfigError, PlanError
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
 HELLO = "hello.json"  # in the device's folder: the last one that it answered
 
 
@@ -34,13 +36,15 @@ class Device:
     Args:
         client: Its logical id.
         state: Folder of what it keeps between turns, runs and restarts.
-        data: File, folder or glob of its rows; None takes its part of the scenario's own data.
+        data: File, folder or glob of its rows; None takes its part of the built-in demo and takes part in nothing else.
+        model: Folder of the backbone; None takes the built-in one, or fetches it from the hub by the server's name for it.
         device: What it can do: `auto`, the name of one of the scenario's device classes, or a YAML file; None takes every plan as it is.
     """
 
     client: str
     state: Path
     data: str | None = None
+    model: str | None = None
     device: str | None = None
 
 
@@ -107,20 +111,58 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
     """
     if config.model.trust_remote_code:
         raise ConfigError("the server asks to run code that comes with a model (model.trust_remote_code): this device does not do that")
-    data = dataclasses.replace(config.data, client=device.client, labels=labels if config.task.kind == "classification" else [])
+    data = dataclasses.replace(
+        config.data,
+        client=device.client,
+        labels=labels if config.task.kind == "classification" else [],
+        path=device.data or "",
+        test_path=None,
+    )
     partition = config.partition
+    if device.data is None and data.source != "demo":  # not of the hub either: its data sets can point at files of this device
+        raise ConfigError(
+            f"the server's rows are its own (data.source={data.source}), and this device opens no file that only a server names: give this"
+            " device's rows with --data"
+        )
     if device.data is not None:
         if data.source == "demo":  # its columns under the names that the demo has
             data = dataclasses.replace(
                 data, prompt=data.prompt or DEMO_PROMPT, answer=data.answer or DEMO_ANSWER, columns=DEMO_COLUMNS | data.columns
             )
-        data = dataclasses.replace(
-            data, source="local", path=device.data, test_path=None, test_fraction=0.0, limit=None, client_from_file=False
-        )
+        data = dataclasses.replace(data, source="local", test_fraction=0.0, limit=None, client_from_file=False)
         partition = dataclasses.replace(partition, kind="one")
     engine = dataclasses.replace(config.engine, kind="inprocess", batched="none")
     devices = DevicesConfig(classes=profile_of(device.device, config))
-    return dataclasses.replace(config, data=data, partition=partition, engine=engine, devices=devices)
+    model, own = _own_model(config.model, device), Config()
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=data,
+        partition=partition,
+        engine=engine,
+        devices=devices,
+        resume=None,
+        output_dir=own.output_dir,
+    )
+
+
+def _own_model(model: ModelConfig, device: Device) -> ModelConfig:
+    """The server's backbone where this device has it: in the folder given here, or under a name that only the hub can mean.
+
+    Raises:
+        ConfigError: The server's name is, or could be, a path on this device.
+    """
+    if model.source != "hub":
+        return model
+    if device.model is not None:
+        return dataclasses.replace(model, name=device.model, revision=None)
+    for key, value, wanted in (("name", model.name, _HUB_NAME), ("revision", model.revision or "main", _REVISION)):
+        if not wanted.fullmatch(value) or ".." in value or (key == "name" and Path(value).exists()):
+            raise ConfigError(
+                f"the server says model.{key}={value[:80]}, which is or could be a path on this device, and it opens none that only a"
+                " server names: give the folder of the backbone with --model"
+            )
+    return model
 
 
 def profile_of(asked: str | None, config: Config) -> dict[str, DeviceClass]:

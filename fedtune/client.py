@@ -44,7 +44,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator's address")
     parser.add_argument(
-        "--data", metavar="PATH", help="this device's rows: a file, a folder or a glob (default: its part of the scenario's own data)"
+        "--data",
+        metavar="PATH",
+        help="this device's rows: a file, a folder or a glob (default: its part of the built-in demo); a server cannot name others",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="the backbone's folder on this device (default: the built-in one, or the hub's by the server's name); servers name no folder",
     )
     parser.add_argument(
         "--device",
@@ -85,6 +93,8 @@ def _main(args: argparse.Namespace) -> int:
 
         if not has_files(args.data):
             raise ConfigError(f"--data {args.data} is no file, folder or glob that means any")
+    if args.model is not None and not args.model.expanduser().is_dir():
+        raise ConfigError(f"--model {args.model}: there is no such folder")
     client = _client_id(args)
     state = (args.state or Path.home() / ".local/state/fedtune" / client).expanduser().resolve()
     try:
@@ -95,6 +105,7 @@ def _main(args: argparse.Namespace) -> int:
         "client": client,
         "state": str(state),
         "data": None if args.data is None else os.path.abspath(Path(args.data).expanduser()),
+        "model": None if args.model is None else os.path.abspath(args.model.expanduser()),
         "device": _device(args.device),
     }
     executor = Executor(settings, state / "logs" / "worker.log")

@@ -81,6 +81,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is an adapter, not a model: merge it first with fedtune export {folder}")
         raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face model")
+    if (folder / "adapter_config.json").is_file():  # transformers would load the backbone that the adapter names, wherever that is
+        raise ModelError(f"{folder} holds a model and an adapter beside it (adapter_config.json): move the adapter to a folder of its own")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as bad:

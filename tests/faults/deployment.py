@@ -74,13 +74,10 @@ class Deployment:
         clients: Names.
         experiment: Settings, as `settings` gives them.
         secure: TLS and keys, or --insecure.
-        own_rows: Whether each client gets --data with its own file.
     """
 
-    def __init__(
-        self, folder: Path, clients: Sequence[str], experiment: Sequence[str], *, secure: bool = True, own_rows: bool = True
-    ) -> None:
-        self.folder, self.names, self.experiment, self.secure, self.own_rows = folder, list(clients), list(experiment), secure, own_rows
+    def __init__(self, folder: Path, clients: Sequence[str], experiment: Sequence[str], *, secure: bool = True) -> None:
+        self.folder, self.names, self.experiment, self.secure = folder, list(clients), list(experiment), secure
         self.run, self.keys, self.rows = folder / "run", folder / "keys", folder / "rows"
         self.port = free_port()
         self.server: subprocess.Popen[bytes] | None = None
@@ -100,8 +97,10 @@ class Deployment:
     ) -> subprocess.Popen[bytes]:
         k = self.keys / "clients" / name
         trust = ["--key", k / "key", "--root-certificates", k / "ca.pem"] if self.secure else ["--insecure", "--client-id", name]
-        rows = ["--data", self.rows / f"{name}.jsonl"] if self.own_rows else []
-        args = ["--server", f"127.0.0.1:{port or self.port}", "--state", self.folder / "state" / name, *trust, *rows]
+        own = ["--data", self.rows / f"{name}.jsonl"]
+        model = next((s.removeprefix("model.name=") for s in self.experiment if s.startswith("model.name=")), None)
+        own += ["--model", model] if model else []
+        args = ["--server", f"127.0.0.1:{port or self.port}", "--state", self.folder / "state" / name, *trust, *own]
         self.clients[name] = self._start(name, [*launcher, *args, *more])
         return self.clients[name]
 

@@ -28,7 +28,13 @@ def why(content: RecordDict) -> str:
 
 def test_it_goes_on_by_the_hello_that_it_kept(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    settings = {"client": "anna", "state": str(tmp_path / "state"), "data": str(tmp_path / "rows.jsonl"), "device": None}
+    settings = {
+        "client": "anna",
+        "state": str(tmp_path / "state"),
+        "data": str(tmp_path / "rows.jsonl"),
+        "model": str(tmp_path / "model"),
+        "device": None,
+    }
     (tmp_path / "state").mkdir()
     evaluation = Envelopes(0, ()).write(Workspace(config).initial, held=())
     hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
@@ -51,7 +57,15 @@ def test_a_hello_that_was_refused_is_not_kept(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    app = make_app({"client": "anna", "state": str(tmp_path / "gone"), "data": str(tmp_path / "rows.jsonl"), "device": None})
+    app = make_app(
+        {
+            "client": "anna",
+            "state": str(tmp_path / "gone"),
+            "data": str(tmp_path / "rows.jsonl"),
+            "model": str(tmp_path / "model"),
+            "device": None,
+        }
+    )
     hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
     said = why(ask(app, "query", hello))
     assert said.startswith(f"cannot keep anything in {tmp_path / 'gone'}: No such file or directory; free the disk")

@@ -72,7 +72,7 @@ def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> No
     write_rows(rows, CLIENTS)
     (scenario := tmp_path / "mixed.yaml").write_text(MIXED)
     experiment = [f"conf={scenario}", *(s for s in settings(rows, CLIENTS) if not s.startswith(("devices", "strategy")))]
-    with deployed(tmp_path, CLIENTS, experiment, own_rows=False) as made:
+    with deployed(tmp_path, CLIENTS, experiment) as made:
         made.start_server()
         (job,) = compose(experiment)
         classes = {name: client.device_class for name, client in load_federation(job.config).clients.items()}

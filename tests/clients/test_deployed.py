@@ -1,0 +1,159 @@
+"""A device opens no path that only a server names, whatever key of the experiment names it."""
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.clients.deployed import Device, read_hello
+from fedtune.config import Config, DataConfig, ModelConfig, PartitionConfig, to_dict
+from fedtune.data import load_federation
+from fedtune.errors import FedtuneError, ModelError
+from fedtune.models import checkpoint
+from tests.tiny import texts, tiny_llama, write_rows
+
+OPENED: list[str] = []
+_recording = False
+
+
+def _record(event: str, args: tuple[Any, ...]) -> None:
+    if _recording and event in ("open", "os.listdir", "os.scandir") and args and isinstance(args[0], str | Path):
+        OPENED.append(str(Path(args[0]).absolute()))
+
+
+sys.addaudithook(_record)  # Python cannot take it away again; it does nothing while nobody records
+
+
+def opened(call: Callable[[], object]) -> list[str]:
+    """The paths that a call opens or lists; a refusal ends it early."""
+    global _recording
+    OPENED.clear()
+    _recording = True
+    try:
+        call()
+    except FedtuneError:
+        pass
+    finally:
+        _recording = False
+    return OPENED
+
+
+def free_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the experiment that takes any text."""
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        hint = hints[f.name]
+        kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {typing.get_origin(hint) or hint}
+        if dataclasses.is_dataclass(hint):
+            yield from free_keys(typing.cast(type, hint), f"{prefix}{f.name}.")
+        elif kinds & {str} and not f.metadata["choices"]:
+            yield prefix + f.name
+
+
+USED: set[tuple[Device, str]] = set()  # what a hello comes to that was read already, so that each is read once
+KEYS = sorted(free_keys())
+
+
+def test_the_keys_are_found() -> None:
+    assert {"model.name", "model.revision", "data.name", "data.path", "data.test_path", "data.subset", "output_dir", "resume"} < set(KEYS)
+
+
+@pytest.fixture
+def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with rows, a data set and a model that belong to the device and were not given to fedtune; it is the working directory."""
+    folder = tiny_llama(tmp_path / "secret")
+    for name in ("train.jsonl", "test.jsonl"):
+        write_rows(folder / name, texts(20))
+    tiny_llama(folder / "org" / "model")
+    monkeypatch.chdir(folder)
+
+    def no_hub(config: ModelConfig, weights: bool) -> Path:
+        raise ModelError("no network")
+
+    monkeypatch.setattr(checkpoint, "_fetch", no_hub)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder
+
+
+def hello(config: Config, changes: dict[str, str]) -> str:
+    values = to_dict(config)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        node = values
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return json.dumps({"config": values, "run": "r", "labels": []})
+
+
+def use(said: str, device: Device) -> None:
+    """Read rows and backbone as a client does after a hello."""
+    config, _ = read_hello(said, device)
+    what = device, str((config.data, config.model, config.partition))
+    if what in USED:
+        return
+    USED.add(what)
+    load_federation(config)
+    checkpoint.read_config(checkpoint.find_folder(config.model))
+
+
+@pytest.mark.parametrize(
+    ("rows_from", "model_from", "given"),
+    [("demo", "nano", False), ("local", "nano", False), ("hub", "nano", False), ("demo", "hub", False), ("local", "hub", True)],
+)
+def test_no_key_of_a_hello_opens_a_path(tmp_path: Path, secret: Path, rows_from: str, model_from: str, given: bool) -> None:
+    model = tiny_llama(tmp_path / "own")
+    rows = write_rows(tmp_path / "own.jsonl", texts(4))
+    data = DataConfig(source=rows_from, homes=1, path="theirs.jsonl", name="a/b", prompt="{question}", answer="{reply}")
+    config = Config(data=data, model=ModelConfig(source=model_from, name="a/b"), partition=PartitionConfig(kind="iid", clients=1))
+    device = Device(client="home-000", state=tmp_path)
+    if given:
+        device = dataclasses.replace(device, data=str(rows), model=str(model))
+        assert {str(rows), f"{model}/config.json"} < set(opened(partial(use, hello(config, {}), device)))
+    for key in KEYS:
+        # a bare builder name makes `datasets` read the working directory; a name with a folder of that name here opens it
+        for value in (str(secret), f"{secret}/train.jsonl", "org/model", "json"):
+            said = hello(config, {key: value})
+            assert not [path for path in opened(partial(use, said, device)) if path.startswith(str(secret))], f"{key}={value}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"data.source": "local", "data.path": "/etc/passwd"},
+            "opens no file that only a server names: give this device's rows with --data",
+        ),
+        ({"data.source": "hub", "data.name": "ag_news"}, "opens no file that only a server names: give this device's rows with --data"),
+        ({"model.source": "hub", "model.name": "/models/llama"}, "the server says model.name=/models/llama.*with --model"),
+        ({"model.source": "hub", "model.name": "org/model"}, "the server says model.name=org/model.*with --model"),
+        ({"model.source": "hub", "model.name": "a/b", "model.revision": "../../x"}, r"the server says model.revision=\.\./\.\./x"),
+    ],
+)
+def test_a_refusal_says_what_to_give(tmp_path: Path, secret: Path, changes: dict[str, str], sentence: str) -> None:
+    with pytest.raises(FedtuneError, match=sentence):
+        read_hello(hello(Config(), changes), Device(client="home-000", state=tmp_path))
+
+
+def test_what_is_given_is_used(tmp_path: Path, secret: Path) -> None:
+    device = Device(client="a", state=tmp_path, data="rows.jsonl", model=str(secret / "org" / "model"))
+    config, _ = read_hello(hello(Config(), {"model.source": "hub", "model.name": "/theirs", "model.revision": "main"}), device)
+    assert (config.data.source, config.data.path, config.data.test_path) == ("local", "rows.jsonl", None)
+    assert (config.model.name, config.model.revision) == (device.model, None)
+    config, _ = read_hello(hello(Config(), {"model.source": "hub", "model.name": "Qwen/Qwen2.5-0.5B"}), Device(client="a", state=tmp_path))
+    assert config.model.name == "Qwen/Qwen2.5-0.5B"  # the hub's: nothing here has this name
+
+
+def test_an_adapter_beside_a_model_names_no_backbone_of_its_own(secret: Path, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "fetched")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(secret)}))
+    with pytest.raises(ModelError, match="holds a model and an adapter beside it"):
+        checkpoint.read_config(folder)
