@@ -31,6 +31,7 @@ from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
 from fedtune.models import LiveAdapter
 from fedtune.plan import Plan, Update, matching
+from fedtune.privacy.ledger import ledgers_in
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied, applied, cannot_pay, said
 from fedtune.privacy.user import noised
@@ -101,7 +102,7 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
         space = workspace(config_json)
         space.devices.own = own
         if kept is not None and space.store.folder != kept:
-            space.store, space.ledgers = ClientStore(kept, config.keep_checkpoints + 1), kept.with_name("privacy")
+            space.store, space.ledgers = ClientStore(kept, config.keep_checkpoints + 1), ledgers_in(kept.with_name("privacy"))
         return space
 
     @app.query()

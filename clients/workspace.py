@@ -6,7 +6,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from fedtune.models import Backbone, LiveAdapter, initial_adapter
 from fedtune.models.methods.sparse import SparseSlot
 from fedtune.models.shift import FrozenWeights
 from fedtune.plan import matching
-from fedtune.privacy.ledger import Ledger, ledger_file
+from fedtune.privacy.ledger import Ledger
 from fedtune.promise import terms
 from fedtune.state import AdapterState
 from fedtune.wire import Letter
@@ -41,7 +41,7 @@ class Workspace:
     Attributes:
         devices: What the clients are, and what fits them.
         store: What the clients keep between their turns; an engine puts it where it outlives the process.
-        ledgers: Folder of what they have spent of their privacy; None until an engine says where it outlives the process.
+        ledgers: Client → what it has spent of its privacy; None until an engine says where it outlives the process.
     """
 
     def __init__(self, config: Config, federation: Federation | None = None) -> None:
@@ -54,7 +54,7 @@ class Workspace:
         kept = Path(tempfile.gettempdir()) / f"fedtune-clients-{secrets.token_hex(8)}"
         weakref.finalize(self, shutil.rmtree, kept, ignore_errors=True)
         self.store = ClientStore(kept, config.keep_checkpoints + 1)
-        self.ledgers: Path | None = None
+        self.ledgers: Callable[[str], Ledger] | None = None
         self.pad_id = pad_id(self.backbone.tokenizer)
         self.client_ids = list(self.federation.clients)
         self._tokens, self._encoded = TokenStore(), dict[tuple[str, str, int], Rows]()
@@ -154,7 +154,7 @@ class Workspace:
         """
         if self.ledgers is None:
             raise PlanError("the plan asks for privacy and this client has no folder to count it in: what it has spent would be forgotten")
-        return Ledger(ledger_file(self.ledgers, client))
+        return self.ledgers(client)
 
     def slot(self, state: AdapterState) -> LiveAdapter | SparseSlot:
         """`Body.slot` of the config's own body."""

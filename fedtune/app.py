@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from rich.console import Console
 
 from fedtune import flower
@@ -26,11 +25,12 @@ from fedtune.models import load_backbone, primary
 from fedtune.models.methods import mergeable
 from fedtune.models.tasks import generate_answers
 from fedtune.privacy.central import private_strategy
+from fedtune.privacy.ledger import ledgers_in
 from fedtune.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.roll import Welcome
 from fedtune.run import RunDirectory
 from fedtune.seeds import derive_seed
-from fedtune.simulations.ray import check_ray, run_on_ray, worker_together
+from fedtune.simulations.ray import check_ray, ray_grid
 from fedtune.strategy import ServerState, Strategy
 from fedtune.watch import Watch
 
@@ -89,7 +89,7 @@ def conduct(
     run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config, at)
     try:
         run.write_json("partition.json", space.federation.summary())
-        space.store, space.ledgers = ClientStore(run.path / "clients", config.keep_checkpoints + 1), run.path / "privacy"
+        space.store, space.ledgers = ClientStore(run.path / "clients", config.keep_checkpoints + 1), ledgers_in(run.path / "privacy")
         strategy = private_strategy(config, strategy, len(space.client_ids) if clients is None else clients, run.path / "privacy")
         space.rebase((), ())  # another run of this process may have left its shifts in, under the same rounds' numbers
         state = _run(config, space, strategy, run, engine, live)
@@ -105,29 +105,17 @@ def conduct(
     return run.path
 
 
-def make_server_app(serve: Callable[[Grid], None]) -> ServerApp:
-    """The ServerApp: hands Flower's grid to the bridge."""
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        serve(grid)
-
-    return app
-
-
 def _virtual_clients(stage: Stage) -> None:
-    config, kept, nodes = stage.config, stage.space.store.folder, len(stage.space.client_ids)
-    app = make_client_app(config, kept)
+    config, nodes = stage.config, len(stage.space.client_ids)
     if config.engine.kind == "ray":
-        served = make_server_app(lambda grid: stage.serve(grid, Welcome()))
-        run_on_ray(served, app, nodes, config.engine, worker_together(config, kept))
+        with ray_grid(config, stage.run.path, nodes, stage.watch.note) as grid:
+            stage.serve(grid, Welcome())
         return
     from fedtune.simulations.grid import InProcessGrid
     from fedtune.simulations.together import Together
 
     together = None if config.engine.batched == "none" else Together(stage.space, config.engine.batched)
-    stage.serve(InProcessGrid(app, nodes, together), Welcome())
+    stage.serve(InProcessGrid(make_client_app(config, stage.space.store.folder), nodes, together), Welcome())
 
 
 def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory, engine: Engine, live: bool) -> ServerState:

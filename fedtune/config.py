@@ -197,11 +197,15 @@ class PrivacyConfig:
 @dataclass(kw_only=True)
 class EngineConfig:
     kind: str = opt(
-        "inprocess", "inprocess: one process, one shared backbone; ray: Flower's simulation engine", choices=("inprocess", "ray")
+        "inprocess",
+        "inprocess: one process, one shared backbone; ray: a process a worker, on one machine or more",
+        choices=("inprocess", "ray"),
     )
     threads: int = opt(0, "torch threads; 0 takes all cores", ge=0)
     batched: str = opt("auto", "clients trained at once in a process: auto measures, none trains one after the other, or a number")
     ray_cpus: int = opt(1, "ray: CPUs (and torch threads) of one worker", ge=1)
+    ray_gpus: float = opt(0.0, "ray: GPUs of one worker; 0.5 lets two share one", ge=0)
+    ray_address: str = opt("", "ray: HOST:PORT of a cluster that this machine has joined (auto finds it); empty starts Ray on this machine")
     cache_layers: float = opt(
         0.0, "GB of temporary disk for the training rows' activations below the lowest adapter (see peft.targets); 0 keeps none", ge=0
     )

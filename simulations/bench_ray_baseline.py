@@ -23,14 +23,15 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
 
+from fedtune import flower
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.workspace import workspace
-from fedtune.config import EngineConfig, to_dict
+from fedtune.config import to_dict
 from fedtune.data import Example
 from fedtune.models.quiet import quiet
 from fedtune.simulations.bench_client_turn import experiment, our_round_together
-from fedtune.simulations.ray import run_on_ray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,16 @@ def baseline(recipe: Recipe, rounds: Sequence[Round], workers: int) -> list[Cost
                 rows = [(e.input_ids.tolist(), e.labels.tolist()) for e in examples[: recipe.steps * work.batch]]
                 Path(folder, f"{number}-{k}.json").write_text(json.dumps(rows))
         each = max(1, (os.cpu_count() or 1) // workers)  # cores that Ray sets aside for a worker
-        run_on_ray(server, client_app(recipe, Path(folder)), clients, EngineConfig(kind="ray", ray_cpus=each))
+        flower.quiet()
+        run_simulation(
+            server,
+            client_app(recipe, Path(folder)),
+            num_supernodes=clients,
+            backend_config={
+                "client_resources": {"num_cpus": each, "num_gpus": 0.0},
+                "init_args": {"num_cpus": os.cpu_count() or 1, "logging_level": "error", "log_to_driver": False},
+            },
+        )
     return costs
 
 

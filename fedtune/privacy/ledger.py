@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from fedtune.privacy.accounting import Spend, epsilon
 def ledger_file(folder: Path, client: str) -> Path:
     """The ledger of a client in `folder`; its id may be any text, and what is no plain name is told apart by its code points."""
     return folder / f"{re.sub(r'[^A-Za-z0-9_-]', lambda m: f'%{ord(m[0]):06x}', client)}.jsonl"
+
+
+def ledgers_in(folder: Path) -> Callable[[str], "Ledger"]:
+    """Client → its ledger in `folder`."""
+    return lambda client: Ledger(ledger_file(folder, client))
 
 
 def most_spent(folder: Path, delta: float, accountant: str) -> float:
