@@ -7,7 +7,6 @@ path that was not given on the device itself, or have it count its privacy anywh
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedtune.clients.devices import measure_device
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from_dict, to_dict
 from fedtune.data.sources import DEMO_ANSWER, DEMO_COLUMNS, DEMO_PROMPT
 from fedtune.errors import ConfigError, PlanError
+from fedtune.ids import is_run_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
@@ -98,7 +98,7 @@ def read_hello(text: str, device: Device) -> tuple[Config, str]:
         values, run, labels = dict(said["config"]), str(said["run"]), [str(label) for label in said["labels"]]
     except (KeyError, TypeError, ValueError):
         raise PlanError("the server's hello names no experiment: the peers run different versions of fedtune") from None
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", run):
+    if not is_run_name(run):
         raise PlanError(f"the server calls its run '{run[:40]}', which is no plain folder name")
     return own_config(from_dict(values), device, labels), run
 

@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 from fedtune.errors import CheckpointError
+from fedtune.ids import file_name
 from fedtune.state import AdapterState
+
+_ID = "id"  # file with the client's id, in a folder whose name is too short for it
 
 
 class ClientStore:
@@ -37,6 +40,8 @@ class ClientStore:
         try:
             self.folder.mkdir(0o700, parents=True, exist_ok=True)  # what clients hold is private
             path.parent.mkdir(exist_ok=True)
+            if "." in path.parent.name:  # which does not tell the whole id
+                (path.parent / _ID).write_text(client, encoding="utf-8")
             beside = path.with_name(f".{path.name}.tmp")
             state.save(beside)
             beside.replace(path)
@@ -52,20 +57,28 @@ class ClientStore:
     def clients(self) -> list[str]:
         """Ids of the clients that have kept something, in order."""
         folders = self.folder.glob("*") if self.folder.is_dir() else ()
-        return sorted(client_id(path.name) for path in folders if path.name[0] != "." and any(path.glob("round-*.safetensors")))
+        return sorted(client_id(path) for path in folders if path.name[0] != "." and any(path.glob("round-*.safetensors")))
 
     def folder_of(self, client: str) -> Path:
         """Where the client's files lie."""
-        # a client's id may be any text; what is no plain name is told apart by its code points
-        return self.folder / re.sub(r"[^A-Za-z0-9_-]", lambda m: f"%{ord(m[0]):06x}", client)
+        return self.folder / file_name(client)
 
     def _files(self, client: str) -> list[Path]:
         return sorted(self.folder_of(client).glob("round-*.safetensors"), key=_round)
 
 
-def client_id(folder: str) -> str:
-    """The id of the client whose folder has this name."""
-    return re.sub(r"%([0-9a-f]{6})", lambda m: chr(int(m[1], 16)), folder)
+def client_id(folder: Path) -> str:
+    """The id of the client whose folder this is.
+
+    Raises:
+        CheckpointError: The folder's name does not tell the whole id, and its file cannot be read.
+    """
+    if "." not in folder.name:
+        return re.sub(r"%([0-9a-f]{6})", lambda m: chr(int(m[1], 16)), folder.name)
+    try:
+        return (folder / _ID).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as bad:
+        raise CheckpointError(f"{folder} is no folder of a client: {folder / _ID} cannot be read ({bad})") from None
 
 
 def _round(path: Path) -> int:

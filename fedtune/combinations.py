@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedtune.errors import ConfigError
+from fedtune.ids import LONGEST_NAME, flaw, short, shown
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -16,6 +17,8 @@ def check_together(c: "Config") -> None:
     refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
     refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
     refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: whose rows they are")
+    if c.data.client is not None and (wrong := flaw(c.data.client)):
+        raise ConfigError(f"data.client='{shown(c.data.client)}' {wrong}: give the client another id")
     refuse((c.data.prompt is None) != (c.data.answer is None), "data.prompt and data.answer go together: set both or neither")
     refuse(c.client.steps is None and c.client.epochs is None, "client.steps and client.epochs are both none: set one of them")
     refuse(
@@ -36,6 +39,10 @@ def check_together(c: "Config") -> None:
         "devices.classes: every share is 0, so no client could get a class",
     )
     for name, device in c.devices.classes.items():
+        refuse(
+            not short(name),
+            f"the name of the device class '{shown(name)}' is unfit for tables: take at most {LONGEST_NAME} printable characters",
+        )
         refuse(
             device.rank is not None and device.rank > c.peft.rank,
             f"devices.classes.{name}.rank={device.rank} is more than peft.rank={c.peft.rank}, the largest of the cohort",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedtune.errors import PlanError, UpdateError
+from fedtune.ids import LONGEST_NAME, short
 from fedtune.state import AdapterState
 
 PHASES = ("peft", "sparse", "score")
@@ -21,7 +22,7 @@ OPTIMIZERS = ("adamw", "sgd")
 MEASURES = ("start_loss",)
 PRIVACIES = ("none", "record", "user")
 ACCOUNTANTS = ("prv", "rdp")
-MOST_NUMBERS, LONGEST_NAME = 64, 64  # of what a client says about itself: every line of the metrics holds it
+MOST_NUMBERS = 64  # of what a client says about itself: every line of the metrics holds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +184,6 @@ class Update:
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UpdateError(f"the update's {name} is {value}: only finite numbers count")
         return update
-
-
-def short(name: str) -> bool:
-    """Whether a peer's name for something is fit for a log and a table."""
-    return len(name) <= LONGEST_NAME and name.isprintable()
 
 
 def matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:

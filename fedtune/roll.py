@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import RunError
+from fedtune.ids import flaw, shown
 from fedtune.reply import read_json
 
 POLL_S = 0.05
@@ -198,10 +199,10 @@ class Roll:
             )
             if min(known.examples, known.held_out, 0 if known.rank is None else known.rank - 1) < 0:
                 raise ValueError("no such counts")
-            if not client or client != plain(client, 200):
-                raise ValueError("no such name")
         except (KeyError, ValueError, TypeError, OverflowError):  # JSON knows Infinity
             return self._leave_out(node, f"node {node}: its hello cannot be read")
+        if wrong := flaw(client):
+            return self._leave_out(node, f"node {node}: its client id '{shown(client)}' {wrong}: give it another")
         if base != self._base:
             return self._leave_out(node, f"client {client} holds another backbone ({base[:12]}) than the run ({self._base[:12]})")
         if self._welcome.names is not None and (name := self._welcome.names().get(node, "")) != client:

@@ -22,6 +22,7 @@ from fedtune.compose import DEFAULT_SCENARIO, compose, make_strategy
 from fedtune.config import Config, to_dict
 from fedtune.data import check_coordinator_data
 from fedtune.errors import ConfigError, FedtuneError, LinkLost, NetworkError, Stopped
+from fedtune.ids import is_run_name
 from fedtune.run_config import read_config
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ def _main(args: argparse.Namespace) -> int:
     (job,) = compose(settings)
     config = _for_a_network(job.config)
     check_coordinator_data(config)
+    if (run := args.run or (Path(config.resume) if config.resume else None)) and not is_run_name(run.resolve().name):
+        raise ConfigError(
+            f"clients name a folder after the run, which '{run.resolve().name}' is unfit for: name it with letters, digits, dots, dashes"
+            " and underscores"
+        )
     make_strategy(config)
     link = link_settings(args)
     from fedtune.app import conduct  # torch and the rest: only once all this is good
@@ -157,7 +163,7 @@ def serve(stage: "Stage", settings: "LinkSettings", wait_s: float) -> None:
     link = SuperLink(dataclasses.replace(settings, folder=run / "superlink", log=run / "logs" / "superlink.jsonl"))
     names = _Names(link) if not settings.insecure else None
     welcome = Welcome(
-        said={"config": _told(config), "run": run.name, "labels": list(stage.space.federation.labels)},
+        said={"config": _told(config), "run": run.resolve().name, "labels": list(stage.space.federation.labels)},
         patience_s=wait_s,
         wanted=min(config.clients_per_round, len(settings.allowed_keys) or config.clients_per_round),
         again_s=_AGAIN_S,

@@ -17,6 +17,7 @@ CONTRACTS = {
     "combinations",
     "config",
     "errors",
+    "ids",
     "plan",
     "promise",
     "run_config",

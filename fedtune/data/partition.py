@@ -16,6 +16,7 @@ import numpy as np
 from fedtune.config import PartitionConfig
 from fedtune.data.columns import no_clients, no_labels
 from fedtune.errors import DataError
+from fedtune.ids import flaw, shown
 from fedtune.seeds import derive_seed
 
 log = logging.getLogger("fedtune.data")
@@ -82,9 +83,12 @@ def rows_of_large_clients(config: PartitionConfig, clients: Sequence[str] | None
 def _named(clients: Sequence[str] | None) -> Sequence[str]:
     if clients is None:
         raise no_clients()
-    for number, name in enumerate(clients, 1):
+    if bad := {name: wrong for name in dict.fromkeys(clients) if (wrong := flaw(name))}:
+        name = next(iter(bad))
+        row = f"training row {list(clients).index(name) + 1}"
         if not name.strip():
-            raise DataError(f"training row {number} has an empty client: give every row a client, or take partition.kind=iid")
+            raise DataError(f"{row} has an empty client: give every row a client, or take partition.kind=iid")
+        raise DataError(f"the client id '{shown(name)}' of {row} {bad[name]}: give it another, or take partition.kind=iid")
     return clients
 
 

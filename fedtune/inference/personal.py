@@ -23,7 +23,7 @@ def client_of(source: Path) -> tuple[Path, str] | None:
     run = source.parent.parent
     if source.parent.name != "clients" or not (run / "config.yaml").is_file():
         return None
-    return run, client_id(source.name)
+    return run, client_id(source)
 
 
 def complete(adapter: StoredAdapter, run: Path, client: str) -> StoredAdapter:

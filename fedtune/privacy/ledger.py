@@ -7,18 +7,18 @@ taken again after a kill is paid for again. Only where a kill cut the line itsel
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from fedtune.errors import CheckpointError
+from fedtune.ids import file_name
 from fedtune.privacy.accounting import Spend, epsilon
 
 
 def ledger_file(folder: Path, client: str) -> Path:
-    """The ledger of a client in `folder`; its id may be any text, and what is no plain name is told apart by its code points."""
-    return folder / f"{re.sub(r'[^A-Za-z0-9_-]', lambda m: f'%{ord(m[0]):06x}', client)}.jsonl"
+    """The ledger of a client in `folder`."""
+    return folder / f"{file_name(client)}.jsonl"
 
 
 def ledgers_in(folder: Path) -> Callable[[str], "Ledger"]:

@@ -28,10 +28,11 @@ def test_the_newest_before_a_round_is_read_and_old_ones_go(tmp_path: Path) -> No
 
 def test_clients_of_any_name_have_folders_of_their_own(tmp_path: Path) -> None:
     store = ClientStore(tmp_path / "clients", rounds=2)
-    names = ["a/b", "a_b", "..", "TITUS ANDRONICUS", "ä", "a%2fb", "a%00002fb", "\x12e", "\u012e"]
+    names = ["я" * 150, "я" * 149 + "ю", "a/b", "a_b", "..", "TITUS ANDRONICUS", "ä", "a%2fb", "a%00002fb", "\x12e", "\u012e"]
     for i, name in enumerate(names):
         store.write(name, 1, kept(i))
     assert [float(store.read(name, 2)["q.lora_B"][0, 0]) for name in names] == list(range(len(names)))  # type: ignore[index]
+    assert store.clients() == sorted(names)
     assert len(list((tmp_path / "clients").iterdir())) == len(names) and [f.name for f in tmp_path.iterdir()] == ["clients"]
 
 

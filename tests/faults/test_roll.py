@@ -129,6 +129,21 @@ def test_a_hello_that_makes_no_sense_is_left_out_by_name(said: Any) -> None:
     assert notes.notes == ["left out, node 3: its hello cannot be read"]
 
 
+@pytest.mark.parametrize(
+    ("client", "why"),
+    [
+        ("x" * 201, "its client id '" + "x" * 40 + "…' has 201 characters, at most 200 are allowed"),
+        ("a\tb", "its client id 'a b' holds a character that cannot be printed (U+0009)"),
+        ("a\u00a0b", "its client id 'a b' holds a character that cannot be printed (U+00A0)"),
+        ("", "its client id '' is empty"),
+    ],
+)
+def test_a_hello_with_an_id_that_no_table_can_show_is_left_out_for_that(client: str, why: str) -> None:
+    roll, _, notes = made(lambda n: {**named(n), "client": client} if n == 3 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, patience_s=20.0)
+    assert sorted(roll.gather(1)) == ["c1", "c2"]
+    assert notes.notes == [f"left out, node 3: {why}: give it another"]
+
+
 @pytest.mark.parametrize("claim", [{"examples": 1e9}, {"examples": 1001}, {"held_out": 10**400}])
 def test_a_hello_cannot_claim_more_rows_than_are_believed(claim: dict[str, Any]) -> None:
     roll, _, notes = made(lambda n: {**named(n), **claim} if n == 3 else {**named(n), "examples": 1000}, {1: 0.0, 2: 0.0, 3: 0.0})
