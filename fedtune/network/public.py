@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.network import _flwr
 from fedtune.network.bodies import Bodies, Body
+from fedtune.network.door import Peer
 from fedtune.network.lives import LIFE, Lives
 from fedtune.network.pace import PACE, Pace
 
@@ -46,6 +47,7 @@ class PublicPort:
         keys: Public keys (Flower's PEM bytes) that may call; None lets anybody in.
         takeover: Called with the public key of a node that comes (again), before Flower hears of it.
         idle: Called with the public key of a node of ours that asks for a message, likewise: it answers one after the other.
+        welcome: Called with the address and port of a connection whose caller may call.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class PublicPort:
         keys: Collection[bytes] | None,
         takeover: Callable[[bytes], None] = lambda _: None,
         idle: Callable[[bytes], None] = lambda _: None,
+        welcome: Callable[[Peer], None] = lambda _: None,
     ) -> None:
-        self._app, self._max_body, self._keys, self._lives = app, max_body, keys, Lives()
+        self._app, self._max_body, self._keys, self._lives, self._welcome = app, max_body, keys, Lives(), welcome
         self._calls = {ACTIVATE: takeover, PULL: idle}
         self._turns = WeakValueDictionary[bytes, asyncio.Lock]()
         self._pace, self._bodies = Pace(), Bodies(max_body)
@@ -70,6 +73,8 @@ class PublicPort:
         headers = dict(scope["headers"])
         if self._keys is not None and (why := _stranger(headers, self._keys)):
             return await self._refuse(scope, send, 401, why)
+        if client := scope.get("client"):
+            self._welcome((str(client[0]), int(client[1])))
         if self._keys is not None and not self._may_speak(headers, scope["path"]):
             return await self._refuse(scope, send, 409, "another process has this key and its place")
         pace = self._pace.told(headers.get(_KEY, b""))

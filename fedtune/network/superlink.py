@@ -12,6 +12,7 @@ import json
 import logging
 import logging.handlers
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -30,11 +31,13 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from fedtune.errors import NetworkError
 from fedtune.network import _flwr
+from fedtune.network.door import Door, Guests
 from fedtune.network.linkstate import Registrar, read_keys
 from fedtune.network.logs import JsonLines
 from fedtune.network.public import Impatient, PublicPort
 
-CONNECTIONS = 1000  # of the public port; more are told to come back (503)
+CONNECTIONS = 1000  # of the public port; more are refused
+FILES = 4 * CONNECTIONS  # open at once: connections, and what serving each of them opens
 BACKLOG = 256
 THREADS = (
     1  # at Flower's requests: nearly each writes to the database, and SQLite lets those that find it locked sleep, for up to 0.1 s a time
@@ -77,6 +80,14 @@ def _log_to(file: Path) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
+def _allow_files() -> None:
+    """Raise the limit of open files to `FILES`, or as far as it goes: many systems set it to 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _die_with(parent: int) -> None:
     """Let the kernel end this process with its parent; where it cannot (no Linux), a watch does within a second."""
     with contextlib.suppress(OSError, AttributeError):
@@ -90,11 +101,12 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, guests: Guests | None = None) -> socket.socket:
+    """A listening socket; one with `guests` refuses whom they refuse."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     until = time.monotonic() + LEAVING_S
     while True:
-        sock = socket.socket(family)
+        sock = socket.socket(family) if guests is None else Door(family, guests)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no answer waits 40 ms for an ACK
         try:
@@ -159,11 +171,11 @@ def _make_app(task: Task, keys: dict[bytes, str] | None) -> FastAPI:
         raise NetworkError(f"cannot keep the SuperLink's database in {folder}: {why}; free the disk or move the run directory") from None
 
 
-def _servers(task: Task, app: FastAPI, keys: dict[bytes, str] | None, registrar: Registrar) -> tuple[_Server, _Server]:
+def _servers(task: Task, app: FastAPI, keys: dict[bytes, str] | None, registrar: Registrar, guests: Guests) -> tuple[_Server, _Server]:
     quiet: dict[str, Any] = {"log_config": None, "access_log": False, "http": Impatient, "ws": "none", "loop": "asyncio"}
     quiet |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 2}
     public = uvicorn.Config(
-        PublicPort(app, max_body=task.max_body, keys=keys, takeover=registrar.takeover, idle=registrar.idle),
+        PublicPort(app, max_body=task.max_body, keys=keys, takeover=registrar.takeover, idle=registrar.idle, welcome=guests.welcome),
         lifespan="off",
         limit_concurrency=CONNECTIONS,
         ssl_certfile=task.certificate,
@@ -210,11 +222,12 @@ def _converse(registrar: Registrar, questions: TextIO, answers: TextIO, servers:
 async def _serve(task: Task, answers: TextIO) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
     keys = None if task.allowed_keys is None else read_keys(task.allowed_keys)
-    doors = [_listen(task.host, task.port), _listen("127.0.0.1", task.private_port)]
+    guests = Guests(CONNECTIONS)
+    doors = [_listen(task.host, task.port, guests), _listen("127.0.0.1", task.private_port)]
     app = _make_app(task, keys)
     registrar = Registrar(app.state.linkstate_factory.state(), keys)
     registrar.admit()
-    servers = _servers(task, app, keys, registrar)
+    servers = _servers(task, app, keys, registrar, guests)
 
     def stop() -> None:
         for server in servers:
@@ -238,6 +251,7 @@ def main() -> None:
     os.dup2(2, 1)  # whoever prints by mistake must not be taken for an answer
     task = Task(**json.loads(sys.stdin.readline()))
     _die_with(task.parent)
+    _allow_files()
     try:
         _log_to(Path(task.log))
         asyncio.run(_serve(task, answers))

@@ -15,6 +15,7 @@ import yaml
 
 from fedtune import cli, client, server
 from fedtune.compose import compose
+from fedtune.network.superlink import CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "packaging"
@@ -62,6 +63,7 @@ def test_a_unit_starts_its_door_with_flags_that_it_has(path: Path) -> None:
     assert {p.name for p in map(Path, words) if str(p).startswith("/creds/")} == handed
     if path.stem == "fedtune-server":
         assert args.run == Path("/var/lib/fedtune-server/run") and not args.insecure  # a restart goes on with the same run
+        assert int(said["LimitNOFILE"][0]) > 2 * CONNECTIONS
     else:
         assert args.state == Path("/var/lib/fedtune-client") and not args.insecure and args.max_retries is None
     assert said["StateDirectory"] == [path.stem] and said["Restart"] == ["on-failure"]
@@ -156,7 +158,7 @@ def test_its_commands_are_ones_that_the_doors_understand() -> None:
     args = parse(["fedtune-server", *found["server"]["command"]])
     compose(args.settings)  # the scenario and its keys exist
     assert {p.parent for p in (*args.certificates, args.allowed)} == {keys.out} and not args.insecure
-    assert str(args.run).startswith("/var/lib/fedtune")
+    assert str(args.run).startswith("/var/lib/fedtune") and found["server"]["ulimits"]["nofile"] > 2 * CONNECTIONS
     for name in sorted(set(found) - {"keys", "server"}):
         asked = parse(["fedtune-client", *found[name]["command"]])
         assert asked.client_id == name and name in keys.clients and asked.server == f"{keys.server_name}:8080"
