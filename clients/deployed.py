@@ -7,6 +7,7 @@ path that was not given on the device itself, or have it count its privacy anywh
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
