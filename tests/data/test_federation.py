@@ -131,11 +131,11 @@ def test_a_template_spells_its_line_breaks_as_the_help_does(tmp_path: Path) -> N
     shown = re.findall(r"such as '(.+)'", DataConfig.__dataclass_fields__["prompt"].metadata["help"])
     assert shown == [r"Q: {question}\nA:"]
     rows = [{"question": f"why {i}", "a": "so"} for i in range(4)]
-    data = {"prompt": shown[0], "answer": r" {a}\\n\tb", "columns": {"client": r"c\n{a}"}, "test_fraction": 0.0}
+    data = {"prompt": shown[0], "answer": r" {a}\\n\tb", "columns": {"client": r"c\\{a}"}, "test_fraction": 0.0}
     got = load(tmp_path, rows, task={"kind": "instruction"}, partition={"kind": "natural"}, data=data)
     assert got.rows["prompt"][0] == "Q: why 0\nA:"
     assert got.rows["answer"][0] == " so\\n\tb"  # two backslashes are one
-    assert list(got.clients) == ["c\nso"]
+    assert list(got.clients) == ["c\\so"]
     assert prompt_template(from_dict({"data": data})) == "Q: {question}\nA:"  # what the export's card shows
 
 
