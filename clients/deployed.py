@@ -21,7 +21,7 @@ from fedtune.clients.app import make_client_app
 from fedtune.clients.declining import declining
 from fedtune.clients.devices import measure_device
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from_dict, to_dict
-from fedtune.data.sources import DEMO_ANSWER, DEMO_COLUMNS, DEMO_PROMPT
+from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, PlanError
 from fedtune.ids import is_run_name
 
@@ -127,10 +127,9 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
         )
     if device.data is not None:
         if data.source == "demo":  # its columns under the names that the demo has
-            data = dataclasses.replace(
-                data, prompt=data.prompt or DEMO_PROMPT, answer=data.answer or DEMO_ANSWER, columns=DEMO_COLUMNS | data.columns
-            )
-        data = dataclasses.replace(data, source="local", test_fraction=0.0, limit=None, client_from_file=False)
+            data = demo_columns(data)
+        columns = own_rows_columns(dataclasses.replace(config, data=data))
+        data = dataclasses.replace(data, source="local", test_fraction=0.0, limit=None, client_from_file=False, columns=columns)
         partition = dataclasses.replace(partition, kind="one")
     engine = dataclasses.replace(config.engine, kind="inprocess", batched="none")
     devices = DevicesConfig(classes=profile_of(device.device, config))

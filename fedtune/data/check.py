@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config
-from fedtune.data.columns import check_names, class_names, read_columns
+from fedtune.data.columns import check_names, class_names, demo_columns, read_columns
 from fedtune.data.decoding import decode, sniff
+from fedtune.data.demo import generate
 from fedtune.data.local import find_files, format_of, has_files, local_files, read_bytes
 from fedtune.data.records import compile_pattern
 from fedtune.data.tables import header
@@ -24,12 +25,15 @@ _HEAD = 1 << 20  # bytes, in which a header line is looked for
 
 
 def check_data(config: Config) -> None:
-    """Refuse local files that cannot give what the config asks for.
+    """Refuse local files, and columns of the demo, that cannot give what the config asks for.
 
     Raises:
         ConfigError: Settings that do not go together.
         DataError: A file or a column is missing.
     """
+    if config.data.source == "demo":
+        names = list(next(iter(generate(config.seed, homes=1, test_size=0)[0])))
+        check_names(names, dataclasses.replace(config, data=demo_columns(config.data)), "training")
     if config.data.source != "local":
         return
     files, tests = local_files(config.data)

@@ -1,5 +1,6 @@
 """The source's columns → ours: what the task needs, plus `client`, `device_class` and `label` where there are any."""
 
+import dataclasses
 import datetime
 import decimal
 import math
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # a command that only checks names starts without it
 
 NEEDED: dict[str, tuple[str, ...]] = {"instruction": ("prompt", "answer"), "classification": ("text", "label"), "causal_lm": ("text",)}
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
+DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
+DEMO_COLUMNS = {"text": "request", "label": "intent"}
 OURS = ("prompt", "answer", "text", "label", "client", "device_class")
 
 
@@ -143,6 +146,17 @@ def mapping(data: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
     if data.prompt is not None and data.answer is not None:
         templates |= {"prompt": template_text(data.prompt), "answer": template_text(data.answer)}
     return maps, templates
+
+
+def demo_columns(data: DataConfig) -> DataConfig:
+    """The settings with the templates and columns that fit the demo's rows, where they name none."""
+    prompt, answer = data.prompt or DEMO_PROMPT, data.answer or DEMO_ANSWER
+    return dataclasses.replace(data, prompt=prompt, answer=answer, columns=DEMO_COLUMNS | data.columns)
+
+
+def own_rows_columns(config: Config) -> dict[str, str]:
+    """Of `data.columns`, what a device's own rows must have: what the task uses. Nothing of them is dealt, so no label or client is."""
+    return {ours: theirs for ours, theirs in config.data.columns.items() if ours in NEEDED[config.task.kind]}
 
 
 def read_columns(config: Config) -> Columns:

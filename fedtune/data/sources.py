@@ -5,13 +5,10 @@ import dataclasses
 import datasets
 
 from fedtune.config import Config
-from fedtune.data.columns import read_columns
+from fedtune.data.columns import demo_columns, read_columns
 from fedtune.data.demo import generate
 from fedtune.data.hub import read_hub
 from fedtune.data.local import read_local
-
-DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
-DEMO_COLUMNS = {"text": "request", "label": "intent"}
 
 
 def read_source(config: Config) -> tuple[Config, datasets.Dataset, datasets.Dataset | None]:
@@ -24,11 +21,5 @@ def read_source(config: Config) -> tuple[Config, datasets.Dataset, datasets.Data
         return config, *read_hub(config.data)
     if config.data.source == "local":
         return config, *read_local(config.data, read_columns(config))
-    data = dataclasses.replace(
-        config.data,
-        prompt=config.data.prompt or DEMO_PROMPT,
-        answer=config.data.answer or DEMO_ANSWER,
-        columns=DEMO_COLUMNS | config.data.columns,
-    )
-    train, test = generate(config.seed, homes=config.data.homes)
-    return dataclasses.replace(config, data=data), datasets.Dataset.from_list(list(train)), datasets.Dataset.from_list(list(test))
+    train, test = (datasets.Dataset.from_list(rows) for rows in generate(config.seed, homes=config.data.homes))
+    return dataclasses.replace(config, data=demo_columns(config.data)), train, test

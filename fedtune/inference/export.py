@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedtune.config import Config, ModelConfig, TaskConfig, template_text
+from fedtune.data.columns import DEMO_PROMPT
 from fedtune.errors import CheckpointError, ModelError
 from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.inference.outline import merged_tensors, read_outline, write_merged
@@ -318,8 +319,6 @@ def prompt_template(config: Config | None) -> str | None:
         return template_text(column)
     if config.data.source != "demo":
         return None
-    from fedtune.data.sources import DEMO_PROMPT  # late: it loads the data libraries
-
     return DEMO_PROMPT
 
 
