@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedtune.clients.body import Body
-from fedtune.clients.declining import declining
+from fedtune.clients.declining import declining, naming
 from fedtune.clients.devices.choice import told
 from fedtune.clients.devices.fitting import Fitted, for_device
 from fedtune.clients.prune import prune
@@ -110,7 +110,9 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
     def hello(message: Message, context: Context) -> Message:
         space = opened()
         client = client_of(space, context)
-        rows, settled = space.federation.clients[client], space.devices.settle(client)
+        with naming(client):
+            rows, settled = space.federation.clients[client], space.devices.settle(client)
+            body = space.body(settled.precision)
         said = {
             "client": client,
             "device_class": rows.device_class,
@@ -118,7 +120,7 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
             "examples": len(rows.train),
             "held_out": len(rows.held_out),
             "base": space.backbone.fingerprint,
-            "shifts": list(space.body(settled.precision).frozen.versions),
+            "shifts": list(body.frozen.versions),
             "remembers": config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
         }
         if own is not None:

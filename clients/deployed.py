@@ -18,7 +18,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.clients.app import make_client_app
-from fedtune.clients.declining import declining
+from fedtune.clients.declining import declining, naming
 from fedtune.clients.devices import measure_device
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from_dict, to_dict
 from fedtune.data.columns import demo_columns, own_rows_columns
@@ -69,9 +69,10 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
     @app.query()
     @declining
     def hello(message: Message, context: Context) -> Message:
-        said = _said(message)
-        reply = begin(said)(message, context)
-        _keep_hello(device, said)
+        with naming(device.client):
+            said = _said(message)
+            reply = begin(said)(message, context)
+            _keep_hello(device, said)
         return reply
 
     @app.train()

@@ -5,7 +5,6 @@ taking the node down.
 """
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -13,7 +12,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -114,7 +114,7 @@ def _main(args: argparse.Namespace) -> int:
         root_certificates=args.root_certificates,
         key=args.key if not args.insecure else state / "node.key",
         insecure=args.insecure,
-        answer=lambda message, node: _heard(executor.answer(message, node)),
+        answer=lambda message, node: _recorded(message, lambda: executor.answer(message, node)),
         max_retries=args.max_retries,
         told=_tell,
     )
@@ -140,15 +140,14 @@ def _main(args: argparse.Namespace) -> int:
     return 130 if stopping.is_set() else 0
 
 
-def _heard(reply: Message) -> Message:
-    """Tell what the worker found of this device and chose, which its hello says."""
-    if not reply.has_error() and (said := reply.content.config_records.get("hello")) is not None:
-        try:
-            device = json.loads(str(said["json"])).get("device")
-        except ValueError:
-            device = None
-        if device:
-            _tell(f"this device: {device}")
+def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
+    """Answer a message, and put into the log what was asked and what came of it."""
+    from fedtune.network.diary import describe
+
+    began = time.monotonic()
+    reply = answer()
+    sentence, fields = describe(message, reply, time.monotonic() - began)
+    _tell(sentence, **fields)
     return reply
 
 
@@ -168,8 +167,8 @@ def _device(asked: str | None) -> str | None:
     return os.path.abspath(Path(asked).expanduser())
 
 
-def _tell(text: str) -> None:
-    _log.info(text)
+def _tell(text: str, **fields: Any) -> None:
+    _log.info(text, extra=fields)
     print(f"fedtune-client: {text}", file=sys.stderr, flush=True)
 
 

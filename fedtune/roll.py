@@ -133,7 +133,7 @@ class Roll:
                 break
             time.sleep(POLL_S)
         for node in sorted(self._asked):
-            self._leave_out(node, f"node {node}: no reply")
+            self._leave_out(node, f"{self._who(node)}: no reply")
         if len(self.clients) < self._least:
             raise RunError(self._too_few(len(self.clients), "can take part"))
         return self.clients
@@ -183,8 +183,9 @@ class Roll:
     def _hear(self, node: int, reply: Message) -> None:
         """Let the node in, or say why not."""
         if reply.has_error() or "declined" in reply.content.config_records:
-            said = reply.error.reason if reply.has_error() else reply.content.config_records["declined"].get("why", "")
-            return self._leave_out(node, f"node {node}: {plain(said)}")
+            declined = {} if reply.has_error() else reply.content.config_records["declined"]
+            said = reply.error.reason if reply.has_error() else declined.get("why", "")
+            return self._leave_out(node, f"{self._who(node, str(declined.get('client', '')))}: {plain(said)}")
         try:
             said = read_json(str(reply.content.config_records["hello"]["json"]))
             client, base, rank = str(said["client"]), str(said["base"]), said.get("rank")
@@ -200,15 +201,14 @@ class Roll:
             if min(known.examples, known.held_out, 0 if known.rank is None else known.rank - 1) < 0:
                 raise ValueError("no such counts")
         except (KeyError, ValueError, TypeError, OverflowError):  # JSON knows Infinity
-            return self._leave_out(node, f"node {node}: its hello cannot be read")
+            return self._leave_out(node, f"{self._who(node)}: its hello cannot be read")
         if wrong := flaw(client):
-            return self._leave_out(node, f"node {node}: its client id '{shown(client)}' {wrong}: give it another")
+            return self._leave_out(node, f"{self._who(node)}: its client id '{shown(client)}' {wrong}: give it another")
         if base != self._base:
             return self._leave_out(node, f"client {client} holds another backbone ({base[:12]}) than the run ({self._base[:12]})")
         if self._welcome.names is not None and (name := self._welcome.names().get(node, "")) != client:
-            return self._leave_out(
-                node, f"node {node} has the key of '{name}' and calls itself '{client}': set its --client-id, or its key"
-            )
+            who = "a client" if name else f"node {node}"
+            return self._leave_out(node, f"{who} has the key of '{name}' and calls itself '{client}': set its --client-id, or its key")
         if (rows := max(known.examples, known.held_out)) > self._most:
             return self._leave_out(
                 node,
@@ -220,6 +220,14 @@ class Roll:
             return self._leave_out(node, f"two nodes call themselves client {client}")
         self.clients[client] = known
         self._known(client, node, known.device_class)
+
+    def _who(self, node: int, claimed: str = "") -> str:
+        """A node's client, as it is known: by its key, by an earlier hello, by what it claims; else the node's number."""
+        if self._welcome.names is not None:
+            name = self._welcome.names().get(node, "")
+        else:
+            name = next((c for c, known in self.clients.items() if known.node == node), plain(claimed, 200))
+        return f"client {name}" if name else f"node {node}"
 
     def _leave_out(self, node: int, why: str) -> None:
         if self._refused.get(node, (0.0, ""))[1] != why:

@@ -58,7 +58,7 @@ class Executor:
     def answer(self, message: Message, node_id: int) -> Message:
         """The child's reply, or an error reply where two children died of the message."""
         if message.metadata.dst_node_id != node_id:
-            return _error(message, f"the message is for node {message.metadata.dst_node_id}, this is node {node_id}")
+            return _error(message, "the message is for another node than this client's: the server mixes up its clients")
         try:
             payload = message_to_proto(message).SerializeToString()
         except ValueError as bad:  # protobuf writes no more than 2 GiB

@@ -262,7 +262,7 @@ class Node:
             self._outside_since = 0.0
             if self._fleet.node_id != before:
                 self._apps.clear()
-                self._told(f"connected to {self._fleet.server} as node {self._fleet.node_id}")
+                self._told(f"connected to {self._fleet.server}")
 
     def _beat(self) -> None:
         pause = HEARTBEAT

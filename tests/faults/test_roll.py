@@ -41,6 +41,10 @@ class Nodes:
         for i in ids:
             said = self._said(self._sent[i].metadata.dst_node_id)
             if said is not None:
+                if isinstance(said, dict) and "declined" in said:
+                    declined = {"kind": "failed", "why": said["declined"], **{k: v for k, v in said.items() if k == "client"}}
+                    out.append(Message(RecordDict({"declined": ConfigRecord(declined)}), reply_to=self._sent[i]))
+                    continue
                 text = said if isinstance(said, str) else json.dumps({**HELLO, **said})
                 out.append(Message(RecordDict({"hello": ConfigRecord({"json": text})}), reply_to=self._sent[i]))
         return out
@@ -82,7 +86,7 @@ def test_a_stranger_among_the_first_does_not_end_the_run() -> None:
     keys = {1: "mallory", 2: "c2", 3: "c3"}
     at_door, _, notes = made(named, {1: 0.0, 2: 0.0, 3: 0.2}, wanted=2, patience_s=20.0, names=lambda: keys)
     assert sorted(at_door.gather(1)) == ["c2", "c3"]
-    assert notes.notes.count("left out, node 1 has the key of 'mallory' and calls itself 'c1': set its --client-id, or its key") == 1
+    assert notes.notes.count("left out, a client has the key of 'mallory' and calls itself 'c1': set its --client-id, or its key") == 1
 
 
 def test_a_node_that_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +94,27 @@ def test_a_node_that_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.Monke
     at_door, _, notes = made(lambda n: None if n == 1 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, wanted=2, patience_s=20.0)
     assert sorted(at_door.gather(1)) == ["c2", "c3"]
     assert "left out, node 1: no reply" in notes.notes
+
+
+@pytest.mark.parametrize("said", ["{", {"declined": "no rows"}, None])
+def test_whoever_is_left_out_has_its_name_where_its_key_tells_it(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll, "_STRAGGLERS_S", 0.1)
+    node, keys = 4611686018427387904, {4611686018427387904: "anna", 2: "c2"}
+    answer = lambda n: said if n == node else named(n)  # noqa: E731
+    at_door, _, notes = made(answer, {node: 0.0, 2: 0.0}, 1, wanted=1, patience_s=2.0, names=lambda: keys)
+    at_door.gather(1)
+    left = [n for n in notes.notes if n.startswith("left out")]
+    assert left and all(n.startswith("left out, client anna: ") and str(node) not in n for n in left)
+
+
+def test_without_keys_a_decline_brings_the_name_and_a_known_client_keeps_its_own() -> None:
+    answers: dict[int, list[Any]] = {7: [{"declined": "no rows", "client": "bo\x1bb"}], 8: [named(8), "{"]}
+    at_door, _, notes = made(lambda n: answers[n].pop(0), {7: 0.0, 8: 0.0}, 1, patience_s=2.0)
+    at_door.gather(1)
+    at_door._refused[8] = -math.inf, ""  # asked anew, as after a restart
+    at_door._nodes.discard(8)
+    at_door.present(2)
+    assert notes.notes == ["left out, client bo b: no rows", "left out, client c8: its hello cannot be read"]
 
 
 def test_an_engine_s_nodes_are_all_heard_and_too_few_are_too_few_at_once() -> None:

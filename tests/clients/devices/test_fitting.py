@@ -207,7 +207,7 @@ def test_a_device_that_can_hold_nothing_is_left_out_by_name(tmp_path: Path, capl
     classes = {"watch": DeviceClass(memory_mb=0.01, precision="fp32"), "laptop": DeviceClass()}
     with caplog.at_level("INFO", "fedtune"):
         simulate(config(tmp_path, classes))
-    assert "left out, node" in caplog.text and "it needs more memory, a smaller backbone or a smaller adapter" in caplog.text
+    assert "left out, client" in caplog.text and "it needs more memory, a smaller backbone or a smaller adapter" in caplog.text
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""What a client's log says of its turns: one sentence for a person, and the same as fields."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Message, RecordDict
+
+
+def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dict[str, Any]]:
+    """A sentence about what was asked and answered, and its figures for the log.
+
+    Args:
+        message: What the server asked.
+        reply: This client's answer.
+        seconds: How long the answer took.
+
+    Returns:
+        For a turn its round, steps, seconds, loss and bytes, as far as the plan allows them; for a refusal its reason.
+    """
+    kind, group = message.metadata.message_type.split(".")[0], message.metadata.group_id
+    if kind == "query":
+        what, fields = "", {}
+    else:
+        what, fields = (f"round {group}: ", {"round": int(group)}) if group.isdecimal() else ("", {})
+    if reply.has_error():
+        return f"{what}could not answer: {reply.error.reason}", {**fields, "why": reply.error.reason}
+    if (declined := reply.content.config_records.get("declined")) is not None:
+        why, sort = str(declined.get("why", "")), str(declined.get("kind", "failed"))
+        verb = {"query": "cannot take part", "evaluate": "did not evaluate"}.get(kind, "did not train")
+        return f"{what}{verb} ({sort}): {why}", {**fields, "declined": sort, "why": why}
+    if kind == "query":
+        run, said = _json(message.content, "hello").get("run"), _json(reply.content, "hello")
+        rows = f"{said.get('examples', 0)} rows to train on and {said.get('held_out', 0)} held out"
+        device = f"; this device: {said['device']}" if said.get("device") else ""
+        return f"takes part in run {_short(run)} as client {said.get('client')}, with {rows}{device}", {"run": _short(run)}
+    fields |= {"seconds": round(seconds, 3), "bytes_down": tensor_bytes(message.content), "bytes_up": tensor_bytes(reply.content)}
+    traffic = f"{fields['bytes_down'] / 1e6:.2f} MB down, {fields['bytes_up'] / 1e6:.2f} MB up"
+    if kind == "evaluate":
+        metrics = _json(reply.content, "metrics")
+        scores = ", ".join(f"{name} {v:.4g}" for name, v in sorted(metrics.items()) if isinstance(v, (int, float)))
+        return f"{what}evaluated in {seconds:.1f} s: {scores or 'no figures'}; {traffic}", {**fields, **metrics}
+    update = _json(reply.content, "update")
+    steps, loss = update.get("measurements", {}).get("steps", 0), update.get("metrics", {}).get("train_loss")
+    done = f"trained {steps:g} steps" if steps else "looked at its rows without a step"
+    told = "" if loss is None else f", loss {loss:.4g}"
+    return f"{what}{done} in {seconds:.1f} s{told}; {traffic}", {**fields, "steps": steps, "loss": loss}
+
+
+def tensor_bytes(content: RecordDict) -> int:
+    """Bytes of the tensors in a message."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def _json(content: RecordDict, name: str) -> Mapping[str, Any]:
+    """A record's JSON object; empty where there is none."""
+    try:
+        found = json.loads(str(content.config_records[name]["json"]))
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _short(said: object) -> str:
+    """A name that a server gave, fit for a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(said or "")[:200])
