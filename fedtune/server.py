@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="conf=NAME | KEY=VALUE", help=f"the experiment (default: conf={DEFAULT_SCENARIO})")
     parser.add_argument("--address", default="0.0.0.0:8080", metavar="HOST:PORT", help="where clients connect (default: %(default)s)")
     parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="the run's directory: made if there is none, gone on with if it holds a run (for services)"
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="the run's directory: made if there is none, gone on with, by its own settings, if it holds a run (for services)",
     )
     parser.add_argument(
         "--certificates", nargs=3, type=Path, metavar=("CA", "CERTIFICATE", "KEY"), help="PEM files for TLS: ca.pem server.pem server.key"
@@ -82,6 +85,8 @@ def _main(args: argparse.Namespace) -> int:
     settings = list(args.settings)
     if odd := [s for s in settings if "=" not in s]:
         raise ConfigError(f"'{odd[0]}' is no setting: write KEY=VALUE, such as conf=heterogeneous or rounds=5")
+    if args.run is not None and (idle := [s for s in settings if s.startswith(("resume=", "output_dir="))]):
+        raise ConfigError(f"--run {args.run} says which run this is and where it is kept: leave out {idle[0]}, or --run")
     if args.run is not None and (args.run / "config.yaml").is_file():  # a service that starts again goes on
         settings = _resumption(args.run, settings)
     (job,) = compose(settings)
@@ -105,14 +110,47 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _resumption(run: Path, settings: list[str]) -> list[str]:
-    """The settings that go on with `run`. Of today's, `rounds` counts, and what allows code that is not fedtune's."""
-    today = compose(settings)[0].config
+    """The settings that go on with `run`. Of today's, `rounds` counts, and what allows code that is not fedtune's.
+
+    Raises:
+        ConfigError: Another setting is not the one that the run has.
+    """
+    today, kept = compose(settings)[0].config, read_config(run)
+    _check_same(run, settings, today, kept)
     again = [f"resume={run}", *(s for s in settings if s.startswith("rounds="))]
     if today.model.trust_remote_code:
         again.append("model.trust_remote_code=true")
-    if read_config(run).strategy["_target_"] == (target := today.strategy["_target_"]):
+    if kept.strategy["_target_"] == (target := today.strategy["_target_"]):
         again.append(f"strategy._target_={target}")
     return again
+
+
+def _check_same(run: Path, settings: list[str], today: Config, kept: Config) -> None:
+    """A service starts again with the command that it was first started with; what that asks for and the run is not, must not pass unsaid.
+
+    What only the scenario's file says is named and not refused: another version of fedtune may say it otherwise.
+    """
+    asked, has = _flat(to_dict(_for_a_network(today))), _flat(to_dict(kept))
+    changed = sorted(k for k in asked.keys() | has.keys() if asked.get(k) != has.get(k) and k not in ("rounds", "model.trust_remote_code"))
+    given = [s.partition("=")[0].lstrip("+~") for s in settings]
+    for key in (k for k in changed if any(k == g or k.startswith(f"{g}.") for g in given)):
+        raise ConfigError(
+            f"the run in {run} has {key}={has.get(key)}, and {key}={asked.get(key)} is asked for: only rounds can change;"
+            " leave that setting out, or give another --run for another run"
+        )
+    if changed and (conf := [s for s in settings if s.startswith("conf=")]):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        print(
+            f"fedtune-server: the run in {run} keeps its own settings, {conf[0]} has other {', '.join(changed[:3])}{more}", file=sys.stderr
+        )
+
+
+def _flat(values: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{under}{key}.") if isinstance(value, dict) else {f"{under}{key}": value}
+    return found
 
 
 def _for_a_network(config: Config) -> Config:

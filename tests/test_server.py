@@ -66,3 +66,26 @@ def test_a_server_needs_no_training_rows(
     assert [line.get("counted") for line in rounds[1:]] == [4]
     assert ("loss" in rounds[-1]) == (not settings)
     assert json.loads((tmp_path / "run" / "partition.json").read_text())["clients"] == []
+
+
+def test_a_run_that_is_gone_on_with_ignores_no_setting_silently(
+    tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = tiny_config(tmp_path, rounds=1), tmp_path / "run"
+    command = ["client.lr=0.03125", "data.columns.text=text"]
+    assert serve(config, *command) == 0
+    capsys.readouterr()
+    assert serve(config, *command, "rounds=2") == 0
+    assert "fedtune-server: " not in capsys.readouterr().err  # the same command again, as a service gives it, and rounds
+    for settings, sentence in (
+        (["client.lr=0.5"], f"the run in {run} has client.lr=0.03125, and client.lr=0.5 is asked for: only rounds can change"),
+        (["client={lr: 0.25}"], "has client.lr=0.03125, and client.lr=0.25 is asked for"),
+        (["round_timeout_s=7"], "has round_timeout_s=600.0, and round_timeout_s=7"),
+        (["output_dir=elsewhere"], f"--run {run} says which run this is and where it is kept: leave out output_dir=elsewhere"),
+        ([f"resume={run}"], f"--run {run} says which run this is and where it is kept: leave out resume={run}"),
+    ):
+        assert serve(config, *settings) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("fedtune-server: ") and sentence in said
+    assert serve(dataclasses.replace(config, min_clients=3), *command) == 0  # the scenario's file says it otherwise now
+    assert f"the run in {run} keeps its own settings, conf={tmp_path / 'mine.yaml'} has other min_clients\n" in capsys.readouterr().err
