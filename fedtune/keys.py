@@ -1,16 +1,15 @@
-"""`fedtune keys`: the certificates and node keys of a first deployment, and the checks that the doors make of such files.
+"""`fedtune keys`: the certificates and node keys of a deployment, and the checks that the doors make of such files.
 
     DIR/ca.pem  server.pem  server.key      what clients trust, and what the server proves itself with (TLS)
+    DIR/ca.key                              what signs the next server.pem; it never goes to the server
     DIR/allowed.json                        client name → its public key: who may take part
     DIR/clients/NAME/{key, key.pub, ca.pem} what a client proves itself with (Flower's node authentication)
 
-Node keys are on the curve P-256, in OpenSSH's form, which is the one form of a private key that Flower's SuperNode reads. The key of the CA
-is never written: nobody, the holder of DIR included, can make a second server that the clients trust.
+Node keys are on the curve P-256, in OpenSSH's form, which is the one form of a private key that Flower's SuperNode reads. Whoever has the
+key of the CA can make a second server that the clients trust: DIR stays with the operator, and ca.key may be kept apart from it.
 """
 
-import datetime
 import fcntl
-import ipaddress
 import json
 import os
 import re
@@ -23,15 +22,15 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedtune.certificates import make_ca, names_of, sign_server, subject_names
 from fedtune.errors import ConfigError
 
 DAYS = 3650  # a client trusts this one CA: the day it ends, every device needs a visit
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*")
+_PEM = serialization.Encoding.PEM
 
 
 def make_keys(out: Path, hosts: Sequence[str], clients: Sequence[str], *, days: int = DAYS) -> str:
@@ -41,7 +40,7 @@ def make_keys(out: Path, hosts: Sequence[str], clients: Sequence[str], *, days: 
         out: Folder to make; there is none yet, or it is empty.
         hosts: Names and IP addresses that clients reach the server by; localhost is always among them.
         clients: Name of each client.
-        days: How long the certificates are good.
+        days: How long the server's certificate is good; the CA's is for as long, and for `DAYS` at least.
 
     Returns:
         What to copy where, and how to start both sides.
@@ -49,22 +48,24 @@ def make_keys(out: Path, hosts: Sequence[str], clients: Sequence[str], *, days: 
     Raises:
         ConfigError: A name cannot be used, or `out` holds something or cannot be written.
     """
-    names = _subject_names(hosts)
+    names = subject_names(hosts)
     _check_clients(clients)
-    if not 1 <= days <= 36500:
-        raise ConfigError(f"--days {days} is out of bounds: certificates are good for 1 to 36500 days")
+    _check_days(days)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and keys are never overwritten: give another --out, or add a client with --add NAME")
-    ca, certificate, key = _certificates(names, days)
+    authority, ca_key = make_ca(max(days, DAYS))
+    certificate, key = sign_server(authority, ca_key, names, days)
+    ca = authority.public_bytes(_PEM)
     with _beside(out) as folder:
         _write(folder / "ca.pem", ca, 0o644)
-        _write(folder / "server.pem", certificate, 0o644)
-        _write(folder / "server.key", key, 0o600)
+        _write(folder / "ca.key", _private(ca_key), 0o600)
+        _write(folder / "server.pem", certificate.public_bytes(_PEM), 0o644)
+        _write(folder / "server.key", _private(key), 0o600)
         (folder / "clients").mkdir(mode=0o700)
         allowed = {name: _make_client(folder / "clients" / name, name, ca) for name in clients}
         _write(folder / "allowed.json", _as_json(allowed), 0o644)
-    until = datetime.date.today() + datetime.timedelta(days=days)
-    return _what_next(out, hosts[0], list(clients), f"Keys for {len(clients)} clients in {out}; the certificates are good until {until}.")
+    until = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
+    return _what_next(out, hosts[0], list(clients), f"Keys for {len(clients)} clients in {out}; the server's certificate ends on {until}.")
 
 
 def add_clients(out: Path, clients: Sequence[str]) -> str:
@@ -77,30 +78,92 @@ def add_clients(out: Path, clients: Sequence[str]) -> str:
         ConfigError: No such folder, or a name that cannot be used or is taken.
     """
     _check_clients(clients)
-    try:
-        ca = (out / "ca.pem").read_bytes()
-        handle = os.open(out, os.O_RDONLY)
-    except OSError as bad:
-        raise ConfigError(f"{out} is no folder of fedtune keys ({bad.strerror}): make one with --server-name and --clients") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # two who add at once would lose one of the two
-        allowed = read_allowed(out / "allowed.json")
+    with _changing(out) as (ca, allowed):
         for name in clients:
             if name in allowed:
-                raise ConfigError(f"client {name} has a key already, and keys are never overwritten: take another name")
+                raise ConfigError(f"client {name} has a key already, and keys are never overwritten: take another name, or --rotate {name}")
             if (out / "clients" / name).exists():
                 raise ConfigError(f"{out / 'clients' / name} is there but {name} is not allowed: remove that folder, or take another name")
         for name in clients:
             with _beside(out / "clients" / name) as folder:
                 allowed[name] = _fill_client(folder, name, ca)
-        beside = out / f".allowed.{secrets.token_hex(4)}.tmp"
-        _write(beside, _as_json(allowed), 0o644)
-        os.replace(beside, out / "allowed.json")
-    except OSError as bad:
-        raise ConfigError(f"cannot write in {out}: {bad.strerror}") from None
-    finally:
-        os.close(handle)
-    return _what_next(out, "HOST", list(clients), f"Keys for {len(clients)} more clients in {out}.", added=True)
+    return _what_next(out, "HOST", list(clients), f"Keys for {len(clients)} more clients in {out}.", changed=True)
+
+
+def rotate_clients(out: Path, clients: Sequence[str]) -> str:
+    """Make new key pairs for clients whose old ones are lost, known to others, or old; the old ones count no more.
+
+    Returns:
+        What to copy where.
+
+    Raises:
+        ConfigError: No such folder, or a client that has no key there.
+    """
+    _check_clients(clients)
+    with _changing(out) as (ca, allowed):
+        _check_known(clients, allowed, f"make it one with --add {clients[0]}")
+        for name in clients:
+            with _beside(out / "clients" / name) as folder:
+                allowed[name] = _fill_client(folder, name, ca)
+                shutil.rmtree(out / "clients" / name, ignore_errors=True)
+    return _what_next(
+        out, "HOST", list(clients), f"New keys for {len(clients)} clients in {out}; their old ones are refused.", changed=True
+    )
+
+
+def remove_clients(out: Path, clients: Sequence[str]) -> str:
+    """Take clients off the list of those that may take part, and delete what is there of their keys.
+
+    Returns:
+        What to copy where.
+
+    Raises:
+        ConfigError: No such folder, a client that has no key there, or nobody would be left.
+    """
+    _check_clients(clients)
+    with _changing(out) as (_, allowed):
+        _check_known(clients, allowed, f"{out / 'allowed.json'} names those that do")
+        if not set(allowed) - set(clients):
+            raise ConfigError("nobody would be left, and a server with an empty list does not start: add a client first, with --add NAME")
+        for name in clients:
+            del allowed[name]
+    for name in clients:
+        shutil.rmtree(out / "clients" / name, ignore_errors=True)
+    return f"{len(clients)} clients may not take part any more.\n\n{_to_server(out)}"
+
+
+def renew_server(out: Path, hosts: Sequence[str], *, days: int = DAYS, ca_key: Path | None = None) -> str:
+    """Make a new certificate and key of the server, which all clients trust as they are.
+
+    Args:
+        out: Folder that `make_keys` made.
+        hosts: Names and IP addresses that clients reach the server by; none takes those of the present certificate.
+        days: How long the certificate is good, at most as long as the CA's.
+        ca_key: Where the CA's key is; None takes the one in `out`.
+
+    Returns:
+        What to copy where.
+
+    Raises:
+        ConfigError: No such folder, or the CA's key is not there or another CA's.
+    """
+    _check_days(days)
+    signer = ca_key or out / "ca.key"
+    with _changing(out) as (ca, _):
+        authority = x509.load_pem_x509_certificate(ca)
+        if not signer.exists():
+            raise ConfigError(f"there is no {signer}: give the CA's key with --ca-key FILE; a folder made without one needs a new --out")
+        check_private(signer)
+        private = serialization.load_pem_private_key(signer.read_bytes(), None)
+        if not isinstance(private, ec.EllipticCurvePrivateKey) or private.public_key() != authority.public_key():
+            raise ConfigError(f"{signer} is not the key of {out / 'ca.pem'}: give the one that was made with it, with --ca-key FILE")
+        names = subject_names(hosts) if hosts else names_of(x509.load_pem_x509_certificate((out / "server.pem").read_bytes()))
+        certificate, key = sign_server(authority, private, names, days)
+        _replace(out / "server.key", _private(key), 0o600)
+        _replace(out / "server.pem", certificate.public_bytes(_PEM), 0o644)
+    head = f"A new certificate of the server, which ends on {certificate.not_valid_after_utc:%Y-%m-%d}."
+    then = "  then restart it; clients come back by themselves, with the ca.pem that they have"
+    return f"{head}\n\nTo the server, from {out}: server.pem server.key\n{then}"
 
 
 # -- what the doors check -----------------------------------------------------------------------------------------------------------------
@@ -168,55 +231,8 @@ def _public_key(text: object, where: str) -> ec.EllipticCurvePublicKey:
 # -- making them --------------------------------------------------------------------------------------------------------------------------
 
 
-def _certificates(names: Sequence[x509.GeneralName], days: int) -> tuple[bytes, bytes, bytes]:
-    """PEM of a new CA, of a server certificate that it signed, and of the server's key."""
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"fedtune CA {secrets.token_hex(4)}")])
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune server")])
-    now = datetime.datetime.now(datetime.UTC)
-
-    def certificate(
-        name: x509.Name, public: ec.EllipticCurvePublicKey, uses: Sequence[tuple[x509.ExtensionType, bool]]
-    ) -> x509.Certificate:
-        built = x509.CertificateBuilder().subject_name(name).issuer_name(issuer).public_key(public)
-        built = built.serial_number(x509.random_serial_number())
-        built = built.not_valid_before(now - datetime.timedelta(days=1))  # a device's clock may be behind
-        built = built.not_valid_after(now + datetime.timedelta(days=days))
-        for use, critical in uses:
-            built = built.add_extension(use, critical)
-        return built.sign(ca_key, hashes.SHA256())
-
-    own = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
-    ca = certificate(issuer, ca_key.public_key(), [(x509.BasicConstraints(True, 0), True), (_may(signs=True), True), (own, False)])
-    signed = certificate(
-        subject,
-        key.public_key(),
-        [
-            (x509.BasicConstraints(False, None), True),
-            (_may(signs=False), True),
-            (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
-            (x509.SubjectAlternativeName(names), False),
-            (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
-            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), False),
-        ],
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return ca.public_bytes(pem), signed.public_bytes(pem), private
-
-
-def _may(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def _make_client(folder: Path, name: str, ca: bytes) -> str:
@@ -235,22 +251,6 @@ def _fill_client(folder: Path, name: str, ca: bytes) -> str:
     return public
 
 
-def _subject_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
-    """Names of the server for its certificate, each once, with those of the machine itself."""
-    found: dict[str, x509.GeneralName] = {}
-    for host in (*hosts, "localhost", "127.0.0.1", "::1"):
-        try:
-            address = ipaddress.ip_address(host)
-            found[str(address)] = x509.IPAddress(address)
-        except ValueError:
-            if not _HOST.fullmatch(host) or re.fullmatch(r"[\d.]+", host):
-                raise ConfigError(f"--server-name '{host}' is neither a host name nor an IP address: give HOST[,IP...], no port") from None
-            found[host.lower()] = x509.DNSName(host.lower())
-    if not hosts:
-        raise ConfigError("--server-name is missing: give the host name or IP address that clients reach the server by")
-    return list(found.values())
-
-
 def _check_clients(names: Sequence[str]) -> None:
     if not names:
         raise ConfigError("no client is named: give --clients NAME NAME ...")
@@ -259,6 +259,16 @@ def _check_clients(names: Sequence[str]) -> None:
             raise ConfigError(f"'{name[:80]}' cannot name a client: letters, digits, '.', '_' and '-', a letter or digit first, 64 at most")
         if name in names[:i]:
             raise ConfigError(f"client {name} is named twice: each client needs a name of its own")
+
+
+def _check_known(names: Sequence[str], allowed: dict[str, str], otherwise: str) -> None:
+    if unknown := [name for name in names if name not in allowed]:
+        raise ConfigError(f"client {unknown[0]} has no key here: {otherwise}")
+
+
+def _check_days(days: int) -> None:
+    if not 1 <= days <= 36500:
+        raise ConfigError(f"--days {days} is out of bounds: certificates are good for 1 to 36500 days")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -272,6 +282,31 @@ def _as_json(allowed: dict[str, str]) -> bytes:
 
 
 # -- on disk ------------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _changing(out: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
+    """The CA's certificate and the list of the allowed of a folder, which is written back where it was changed; one at a time.
+
+    Raises:
+        ConfigError: No such folder, or it cannot be written.
+    """
+    try:
+        ca = (out / "ca.pem").read_bytes()
+        handle = os.open(out, os.O_RDONLY)
+    except OSError as bad:
+        raise ConfigError(f"{out} is no folder of fedtune keys ({bad.strerror}): make one with --server-name and --clients") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # of two changes at once one would be lost
+        allowed = read_allowed(out / "allowed.json")
+        before = dict(allowed)
+        yield ca, allowed
+        if allowed != before:
+            _replace(out / "allowed.json", _as_json(allowed), 0o644)
+    except OSError as bad:
+        raise ConfigError(f"cannot write in {out}: {bad.strerror}") from None
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -298,16 +333,32 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         os.fsync(f.fileno())
 
 
-def _what_next(out: Path, host: str, clients: Sequence[str], head: str, *, added: bool = False) -> str:
+def _replace(path: Path, data: bytes, mode: int) -> None:
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    _write(beside, data, mode)
+    os.replace(beside, path)
+
+
+def _what_next(out: Path, host: str, clients: Sequence[str], head: str, *, changed: bool = False) -> str:
     host = f"[{host}]" if ":" in host else host
-    files = "allowed.json" if added else "ca.pem server.pem server.key allowed.json"
-    lines = [head, "", f"To the server, from {out}: {files}"]
-    if added:
-        lines.append("  then restart it; the other clients come back by themselves")
+    lines = [head, ""]
+    if changed:
+        lines.append(_to_server(out))
     else:
+        lines.append(f"To the server, from {out}: ca.pem server.pem server.key allowed.json")
         lines.append("  fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json")
     shown = clients[0] if len(clients) == 1 else "NAME"
     lines += ["", f"To each client, from {out / 'clients' / shown}, by a safe way: key ca.pem"]
     lines.append(f"  fedtune-client --server {host}:8080 --client-id {shown} --root-certificates ca.pem --key key --data PATH")
     lines += ["", f"Then delete the copies in {out / 'clients'}: a client's key is its own."]
+    if not changed:
+        lines.append(
+            f"Keep {out / 'ca.key'} off the server: it signs the next certificate (--renew-server), and whoever has it can pass for one."
+        )
     return "\n".join(lines)
+
+
+def _to_server(out: Path) -> str:
+    return (
+        f"To the server, from {out}: allowed.json\n  in place of the file that --allowed names; a server that runs reads it within seconds"
+    )

@@ -7,6 +7,7 @@ Flower's SuperLink runs in a process of its own (fedtune/network); this one hold
 """
 
 import argparse
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -68,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--certificates", nargs=3, type=Path, metavar=("CA", "CERTIFICATE", "KEY"), help="PEM files for TLS: ca.pem server.pem server.key"
     )
-    parser.add_argument("--allowed", type=Path, metavar="FILE", help="allowed.json: the public keys of the clients that may take part")
+    parser.add_argument(
+        "--allowed",
+        type=Path,
+        metavar="FILE",
+        help="allowed.json: the public keys of the clients that may take part; read again when it changes",
+    )
     parser.add_argument("--insecure", action="store_true", help="plain HTTP, and anybody may take part: for trials on one machine")
     parser.add_argument(
         "--wait",
@@ -186,12 +192,20 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
     check_private(args.certificates[2])
     allowed = read_allowed(args.allowed)
     return LinkSettings(
-        folder=Path(), host=host, port=int(port), certificates=tuple(args.certificates), insecure=False, allowed_keys=allowed
+        folder=Path(),
+        host=host,
+        port=int(port),
+        certificates=tuple(args.certificates),
+        insecure=False,
+        allowed_keys=allowed,
+        allowed_file=args.allowed,
     )
 
 
 def serve(stage: "Stage", settings: "LinkSettings", wait_s: float) -> None:
     """Bring the SuperLink up and run all rounds on it; where it is lost, bring it up again and go on from the last checkpoint."""
+    from fedtune.keys import read_allowed
+    from fedtune.network.allowed import Allowed
     from fedtune.network.board import FILE, Board
     from fedtune.network.link import SuperLink
     from fedtune.network.logs import logging_to
@@ -213,7 +227,10 @@ def serve(stage: "Stage", settings: "LinkSettings", wait_s: float) -> None:
             if settings.insecure:
                 watch.note("WARNING: --insecure: no TLS and no keys; whoever reaches this port can read and change the training")
             watch.note(f"listening on {settings.host}:{link.port}; a round lasts {config.round_timeout_s:g} s at most")
-            with Board(run / FILE, _Status(stage, link, f"{settings.host}:{link.port}")) as board:
+            with contextlib.ExitStack() as open_:
+                board = open_.enter_context(Board(run / FILE, _Status(stage, link, f"{settings.host}:{link.port}")))
+                if settings.allowed_file is not None:
+                    open_.enter_context(Allowed(settings.allowed_file, settings.allowed_keys, read_allowed, link.allow, watch.note))
                 watch.note(f"report {run / 'report.html'}   status: fedtune status {run}   or --control {board.control}")
                 _serve(stage, link, welcome)
         finally:

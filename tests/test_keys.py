@@ -1,7 +1,9 @@
 """Keys of a deployment: that they verify, that nobody else can read them, and that nothing is ever overwritten."""
 
+import datetime
 import json
 import os
+import shutil
 import socket
 import ssl
 import stat
@@ -9,13 +11,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from flwr.supercore.primitives.asymmetric import sign_message, uses_nist_ec_curve, verify_signature
 
 from fedtune import keys
 from fedtune.cli import main
 from fedtune.errors import ConfigError
-from fedtune.keys import add_clients, check_private, make_keys, read_allowed
+from fedtune.keys import add_clients, check_private, make_keys, read_allowed, remove_clients, renew_server, rotate_clients
+
+SECRET = ("key", "server.key", "ca.key")
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +71,11 @@ def test_another_ca_is_not_trusted(made: Path, tmp_path: Path) -> None:
         shake(made, tmp_path / "other" / "ca.pem", "fed.example.org")
 
 
-def test_modes_and_no_key_of_the_ca(made: Path) -> None:
+def test_modes_and_private_keys(made: Path) -> None:
     everything = sorted(p.relative_to(made).as_posix() for p in made.rglob("*"))
     files = [
         "allowed.json",
+        "ca.key",
         "ca.pem",
         *(f"clients/{c}/{f}" for c in "ab" for f in ("ca.pem", "key", "key.pub")),
         "server.key",
@@ -77,9 +83,9 @@ def test_modes_and_no_key_of_the_ca(made: Path) -> None:
     ]
     assert everything == sorted([*files, "clients", "clients/a", "clients/b"])
     for path in (made, *made.rglob("*")):
-        private = path.is_dir() or path.name in ("key", "server.key")
+        private = path.is_dir() or path.name in SECRET
         assert not private or stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
-        assert path.is_dir() or (b"PRIVATE KEY" in path.read_bytes()) == (path.name in ("key", "server.key"))
+        assert path.is_dir() or (b"PRIVATE KEY" in path.read_bytes()) == (path.name in SECRET)
 
 
 def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +99,7 @@ def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pyte
         make_keys(tmp_path / "keys", ["h"], ["a"])
     finally:
         os.umask(before)
-    assert len(opened) == 7 and {stat.S_IMODE(mode) for mode in opened.values()} == {0o600}
+    assert len(opened) == 8 and {stat.S_IMODE(mode) for mode in opened.values()} == {0o600}
 
 
 def test_flower_takes_the_node_keys(made: Path) -> None:
@@ -139,11 +145,13 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
     out = tmp_path / "keys"
     assert main(["keys", "--out", str(out), "--server-name", "fed.example.org,192.0.2.7", "--clients", "a", "b"]) == 0
     assert main(["keys", "--out", str(out), "--add", "c"]) == 0
+    assert main(["keys", "--out", str(out), "--rotate", "c"]) == 0
+    assert main(["keys", "--out", str(out), "--renew-server"]) == 0
     said = "".join(capfd.readouterr())
     assert "PRIVATE" not in said and "fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json" in said
     assert "--server fed.example.org:8080" in said
-    secret = [p for p in out.rglob("*") if p.name in ("key", "server.key")]
-    assert len(secret) == 4
+    secret = [p for p in out.rglob("*") if p.name in SECRET]
+    assert len(secret) == 5
     for line in (line for p in secret for line in p.read_text().splitlines()):
         assert line not in said
     (out / "server.key").write_text((out / "server.key").read_text()[:60])
@@ -166,6 +174,14 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
         (["--server-name", "h"], "needs --server-name HOST and --clients"),
         (["--add", "a"], "no folder of fedtune keys"),
         (["--add", "a", "--days", "3"], "leave out --days"),
+        (["--rotate", "a", "--clients", "b"], "leave out --clients"),
+        (["--remove", "a", "--ca-key", "x"], "leave out --ca-key"),
+        (["--renew-server", "--clients", "b"], "leave out --clients"),
+        (["--renew-server", "--days", "0"], "1 to 36500"),
+        (["--rotate", "a"], "no folder of fedtune keys"),
+        (["--remove", "a"], "no folder of fedtune keys"),
+        (["--renew-server"], "no folder of fedtune keys"),
+        (["--server-name", "h", "--clients", "a", "--ca-key", "x"], "leave out --ca-key"),
     ],
 )
 def test_refusals_make_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], why: str) -> None:
@@ -216,3 +232,77 @@ def test_a_folder_that_was_left_half_added_is_named(tmp_path: Path) -> None:
     (tmp_path / "keys" / "clients" / "b").mkdir()
     with pytest.raises(ConfigError, match="b is not allowed: remove that folder"):
         add_clients(tmp_path / "keys", ["b"])
+
+
+def test_rotate_replaces_the_key_of_that_client_only(tmp_path: Path) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a", "b"])
+    old, files = read_allowed(out / "allowed.json"), {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    said = rotate_clients(out, ["a"])
+    assert "a/key" not in said and f"from {out / 'clients' / 'a'}" in said and "their old ones are refused" in said
+    new = read_allowed(out / "allowed.json")
+    assert new["b"] == old["b"] and new["a"] != old["a"]
+    assert (out / "clients" / "a" / "key.pub").read_text() == new["a"] + "\n"
+    assert stat.S_IMODE((out / "clients" / "a" / "key").stat().st_mode) == 0o600
+    changed = {p.relative_to(out).as_posix() for p, data in files.items() if p.read_bytes() != data}
+    assert changed == {"allowed.json", "clients/a/key", "clients/a/key.pub"} and {p for p in out.rglob("*") if p.is_file()} == set(files)
+    shutil.rmtree(out / "clients")  # the copies were deleted, as they should be
+    (out / "clients").mkdir()
+    rotate_clients(out, ["a"])
+    assert (out / "clients" / "a" / "key").is_file() and read_allowed(out / "allowed.json")["b"] == old["b"]
+
+
+def test_remove_takes_clients_off_the_list_and_never_the_last(tmp_path: Path) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a", "b", "c"])
+    old = read_allowed(out / "allowed.json")
+    assert "allowed.json" in remove_clients(out, ["a", "c"])
+    assert read_allowed(out / "allowed.json") == {"b": old["b"]} and [p.name for p in (out / "clients").iterdir()] == ["b"]
+    for change, names, why in (
+        (remove_clients, ["b"], "nobody would be left"),
+        (remove_clients, ["b", "x"], "client x has no key here"),
+        (rotate_clients, ["b", "a"], "client a has no key here: make it one with --add"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            change(out, names)
+    assert read_allowed(out / "allowed.json") == {"b": old["b"]}
+    add_clients(out, ["a"])  # the name is free again
+    assert set(read_allowed(out / "allowed.json")) == {"a", "b"}
+
+
+def test_a_renewed_server_is_trusted_by_the_clients_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["fed.example.org"], ["a"], days=30)
+    trusted = tmp_path / "ca.pem"
+    shutil.copy(out / "clients" / "a" / "ca.pem", trusted)
+    before = (out / "server.pem").read_bytes(), (out / "server.key").read_bytes()
+    assert main(["keys", "--out", str(out), "--renew-server"]) == 0
+    assert "server.pem server.key" in capsys.readouterr().out
+    assert before[0] != (out / "server.pem").read_bytes() and before[1] != (out / "server.key").read_bytes()
+    assert shake(out, trusted, "fed.example.org") == shake(out, trusted, "127.0.0.1") == "TLSv1.3"
+    (out / "ca.key").rename(tmp_path / "kept.key")  # off this machine, as it may be
+    with pytest.raises(ConfigError, match="there is no .*ca.key: give the CA's key with --ca-key FILE"):
+        renew_server(out, [])
+    assert (
+        main(["keys", "--out", str(out), "--renew-server", "--server-name", "new.example.org", "--ca-key", str(tmp_path / "kept.key")]) == 0
+    )
+    assert shake(out, trusted, "new.example.org") == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake(out, trusted, "fed.example.org")
+
+
+def test_only_the_ca_s_own_key_signs_and_no_longer_than_it_lasts(tmp_path: Path) -> None:
+    out, other = tmp_path / "keys", tmp_path / "other"
+    make_keys(out, ["h"], ["a"], days=30)
+    make_keys(other, ["h"], ["a"])
+    before = (out / "server.pem").read_bytes()
+    with pytest.raises(ConfigError, match="is not the key of .*ca.pem"):
+        renew_server(out, [], ca_key=other / "ca.key")
+    (other / "ca.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="open to others"):
+        renew_server(out, [], ca_key=other / "ca.key")
+    assert (out / "server.pem").read_bytes() == before
+    renew_server(out, [], days=36500)
+    ends = [x509.load_pem_x509_certificate((out / f"{name}.pem").read_bytes()).not_valid_after_utc for name in ("server", "ca")]
+    assert ends[0] == ends[1]  # and the CA outlives a server's certificate of 30 days
+    assert (ends[1] - datetime.datetime.now(datetime.UTC)).days > 3600

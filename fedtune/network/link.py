@@ -1,6 +1,7 @@
 """The main process's handle on the SuperLink: it starts the child, keeps it alive, and opens Flower runs on it."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ class LinkSettings:
         certificates: Files of the CA, the server's certificate and its key (PEM); None only with `insecure`.
         insecure: Plain HTTP and no node keys: anybody may register.
         allowed_keys: Client name → its public key (OpenSSH or PEM text).
+        allowed_file: Where they were read, to be read again when it changes; None where they stay.
         max_body_mb: Largest body of one HTTP request; Flower cuts tensors into chunks of 5 MB.
         log: File of its log, JSON lines; None puts `superlink.jsonl` into the folder.
     """
@@ -46,6 +48,7 @@ class LinkSettings:
     certificates: tuple[Path, Path, Path] | None
     insecure: bool
     allowed_keys: Mapping[str, str] = field(default_factory=dict)
+    allowed_file: Path | None = None
     max_body_mb: float = 64.0
     log: Path | None = None
 
@@ -221,6 +224,15 @@ class SuperLink:
     def nodes(self) -> list[NodeSeen]:
         """Every node that the SuperLink knows, by name."""
         return sorted((NodeSeen(**node) for node in self.ask(60.0, do="nodes")["nodes"]), key=lambda n: (n.name, n.node_id))
+
+    def allow(self, keys: Mapping[str, str]) -> None:
+        """Let these clients in, by name and public key, and no others from now on.
+
+        Raises:
+            NetworkError: A key cannot be used; nothing has changed then.
+        """
+        self.ask(_ANSWER_S, do="allow", keys=dict(keys))
+        self._settings = dataclasses.replace(self._settings, allowed_keys=dict(keys))
 
     def ask(self, patience_s: float, **request: Any) -> dict[str, Any]:
         """Ask the child; where it is gone, wait for its next life and ask again."""

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
 from sqlalchemy import delete, func, select, update
@@ -48,7 +49,7 @@ def read_keys(allowed: Mapping[str, str]) -> dict[bytes, str]:
         try:
             raw = text.strip().encode()
             key = load_pem_public_key(raw) if raw.startswith(b"-----") else load_ssh_public_key(raw)
-        except ValueError:
+        except (ValueError, UnsupportedAlgorithm):
             raise NetworkError(f"the public key of client '{name}' cannot be read: make one with `fedtune keys --add {name}`") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or not _flwr.uses_nist_ec_curve(key):
             raise NetworkError(f"the public key of client '{name}' is not of a NIST curve: make one with `fedtune keys --add {name}`")
@@ -64,10 +65,10 @@ class Registrar:
 
     Args:
         state: Flower's LinkState.
-        keys: Public key → client that may come in; None lets anybody register.
+        keys: Public key → client that may come in, which `allow` changes in place; None lets anybody register.
     """
 
-    def __init__(self, state: _flwr.LinkState, keys: Mapping[bytes, str] | None) -> None:
+    def __init__(self, state: _flwr.LinkState, keys: dict[bytes, str] | None) -> None:
         self._state, self._keys = state, keys
         self._redelivered: set[str] = set()  # messages that were lost on their way once, and are not answered yet
 
@@ -81,6 +82,21 @@ class Registrar:
             session.execute(delete(_flwr.NodeRow).where(_flwr.NodeRow.public_key.in_(strangers)))
         for key in set(self._keys) - set(known):
             self._state.create_node(_flwr.NOOP_FLWR_AID, _flwr.NOOP_ACCOUNT_NAME, key, 0, name=self._keys[key])
+
+    def allow(self, allowed: Mapping[str, str]) -> dict[str, Any]:
+        """Let these clients in, by name and public key, and no others from now on.
+
+        Raises:
+            NetworkError: A key cannot be used, or the server asks for no keys; nothing has changed then.
+        """
+        keys = read_keys(allowed)
+        if self._keys is None:
+            raise NetworkError("this server asks for no keys: nobody can be taken off the list of those that it has not got")
+        for key in set(self._keys) - set(keys):
+            del self._keys[key]
+        self._keys.update(keys)
+        self.admit()
+        return {"allowed": len(keys)}
 
     def open_run(self, name: str) -> dict[str, Any]:
         """End all older runs with what they left in the database, and start a new one whose ServerApp is the caller."""

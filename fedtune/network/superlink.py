@@ -200,6 +200,8 @@ def _answer(registrar: Registrar, request: dict[str, Any]) -> dict[str, Any]:
                 return registrar.arrived(request["ids"], request.get("most"))
             case "nodes":
                 return registrar.nodes()
+            case "allow":
+                return registrar.allow(request["keys"])
             case unknown:
                 return {"error": f"the SuperLink process knows no '{unknown}'"}
     except NetworkError as bad:

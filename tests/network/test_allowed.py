@@ -1,0 +1,114 @@
+"""The list of allowed clients is read while the server runs: added, removed and rotated keys count from the next request on."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedtune.errors import LinkLost, NetworkError
+from fedtune.keys import read_allowed
+from fedtune.network import allowed
+from fedtune.network.allowed import Allowed
+from fedtune.network.public import PULL, PublicPort
+from tests.network.echo import Key, new_key, public_text
+from tests.network.test_linkstate import empty, registrar  # noqa: F401
+from tests.network.test_public_port import MAX, Inside, call, signed
+from tests.network.waiting import wait_until
+
+A, B, C = new_key(), new_key(), new_key()
+
+
+def names(**keys: Key) -> dict[str, str]:
+    return {name: public_text(key) for name, key in keys.items()}
+
+
+class Server:
+    """What the watcher tells of a file."""
+
+    def __init__(self, file: Path, first: Mapping[str, str]) -> None:
+        self.file, self.lists, self.notes, self.away = file, list[Mapping[str, str]](), list[str](), False
+        self.write(json.dumps(dict(first)))
+        self.watcher = Allowed(file, first, read_allowed, self.change, self.notes.append)
+
+    def change(self, keys: Mapping[str, str]) -> None:
+        if self.away:
+            raise LinkLost("it does not answer")
+        self.lists.append(keys)
+
+    def write(self, text: str) -> None:
+        """As an operator copies it: beside, and renamed into its place."""
+        beside = self.file.with_suffix(".tmp")
+        beside.write_text(text)
+        os.replace(beside, self.file)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return Server(tmp_path / "allowed.json", names(a=A, b=B))
+
+
+def test_each_change_of_the_file_is_told_once(server: Server) -> None:
+    server.watcher.look()
+    assert not server.lists and not server.notes
+    server.write(json.dumps(names(a=C, c=B)))
+    for _ in range(3):
+        server.watcher.look()
+    assert server.lists == [names(a=C, c=B)]
+    assert server.notes == [f"{server.file} has changed: c added; b removed; a with a new key"]
+
+
+def test_a_list_that_cannot_be_used_leaves_the_one_before_it(server: Server) -> None:
+    for text in ("{", "{}", json.dumps({"a": "no key"})):
+        server.write(text)
+        server.watcher.look()
+        server.watcher.look()
+    server.file.unlink()
+    server.watcher.look()
+    assert not server.lists and len(server.notes) == 4
+    assert all(note.endswith("; the 2 clients that were allowed before are allowed still") for note in server.notes)
+    server.write(json.dumps(names(a=A)))
+    server.watcher.look()
+    assert server.lists == [names(a=A)]
+
+
+def test_a_change_while_the_superlink_is_away_is_made_later(server: Server) -> None:
+    server.away = True
+    server.write(json.dumps(names(a=A)))
+    server.watcher.look()
+    assert not server.lists and not server.notes
+    server.away = False
+    server.watcher.look()
+    assert server.lists == [names(a=A)]
+
+
+def test_the_file_is_looked_at_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allowed, "LOOK_S", 0.01)
+    with server.watcher:
+        server.write(json.dumps(names(a=A)))
+        wait_until(lambda: server.lists)
+    assert not server.watcher._thread.is_alive()
+
+
+def test_keys_come_and_go_while_the_port_is_open(tmp_path: Path, empty: Path) -> None:  # noqa: F811
+    office = registrar(tmp_path, names(a=A, b=B), empty)
+    office.admit()
+    port = PublicPort(Inside(), max_body=MAX, keys=office._keys)
+
+    def statuses() -> list[int]:
+        return [call(port, PULL, [b""], headers=signed(key))[0] for key in (A, B, C)]
+
+    ids = {n["name"]: n["node_id"] for n in office.nodes()["nodes"]}
+    assert statuses() == [200, 200, 401]
+    office.allow(names(a=A, b=C))  # b's key was rotated
+    assert statuses() == [200, 401, 200]
+    now = {n["name"]: n["node_id"] for n in office.nodes()["nodes"]}
+    assert now["a"] == ids["a"] and set(now) == {"a", "b"} and now["b"] != ids["b"]
+    assert office._state.get_node_id_by_public_key(public_key_to_bytes(B.public_key())) is None
+    office.allow(names(a=A))
+    assert statuses() == [200, 401, 401]
+    with pytest.raises(NetworkError, match="cannot be read"):
+        office.allow({"a": "no key"})
+    assert statuses() == [200, 401, 401]
