@@ -128,6 +128,7 @@ class PeftConfig:
         "pfeiffer", "adapter: after the feed-forward block (pfeiffer), or after attention too (houlsby)", choices=("pfeiffer", "houlsby")
     )
     tokens: int = opt(20, "prefix, prompt, ptuning_v2: virtual tokens", ge=1)
+    lr_ratio: float = opt(1.0, "learning rate that suits the method, as a multiple of LoRA's (client.lora_lr)", gt=0)
 
 
 @dataclass(kw_only=True)
@@ -137,7 +138,8 @@ class ClientConfig:
     batch_size: int = opt(16, "examples of one micro-batch", ge=1)
     accumulate: int = opt(1, "micro-batches of one optimiser step", ge=1)
     optimizer: str = opt("adamw", "local optimiser, fresh each round", choices=("adamw", "sgd"))
-    lr: float = opt(1e-3, "peak learning rate", gt=0)
+    lora_lr: float = opt(1e-3, "peak learning rate that suits LoRA on this backbone and this task", gt=0)
+    lr: float = opt(1e-3, "peak learning rate; where none is given, client.lora_lr times peft.lr_ratio", gt=0)
     lr_end: float = opt(0.1, "last learning rate as a share of the peak", ge=0, le=1)
     schedule: str = opt("cosine", "learning rate over the rounds", choices=("constant", "linear", "cosine"))
     warmup_rounds: float = opt(0.0, "rounds over which the learning rate rises from 0", ge=0)
