@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.engine.caches.base import Cache
+from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.context import Context, common
@@ -336,6 +336,37 @@ def test_a_draft_model_may_have_a_narrower_or_wider_table(
     assert max(tokens(sampled)) < VOCAB
 
 
-def test_an_exit_after_all_layers_is_refused(engine: Engine) -> None:
-    with pytest.raises(ConfigError, match="an early exit after layer 3 of 3 saves nothing"):
-        tokens(Generation(engine, [5], max_new_tokens=3, speculation=Speculation(EarlyExit(3))))
+def test_a_draft_model_guesses_what_it_says_of_the_text(engine: Engine, small: Engine) -> None:
+    drafter, ids = DraftModel(small, engine), [5, 3, 9, 4]
+    drafter.begin(Sampling(), Context(engine))
+
+    def said(text: list[int]) -> int:
+        return int(small.decoder.forward(torch.tensor(text), [Span(small.cache(), len(text))]).argmax(-1))
+
+    for count in (1, 3):  # the second time, over a cache that holds the text and the first guess
+        guessed = list[int]()
+        for _ in range(count):
+            guessed.append(said([*ids, *guessed]))
+        assert drafter.draft(ids, count, None, 0).tokens == guessed
+    ids += [7, 2]  # the guesses were wrong
+    assert drafter.draft(ids, 1, None, 2).tokens == [said(ids)]
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_an_exit_after_no_layer_or_all_is_refused(engine: Engine, layers: int) -> None:
+    with pytest.raises(ConfigError, match=f"an early exit after layer {layers} of 3 saves nothing"):
+        tokens(Generation(engine, [5], max_new_tokens=3, speculation=Speculation(EarlyExit(layers))))
+
+
+@pytest.mark.parametrize(("asked", "layers"), [(None, 1), (2, 2)])  # half of three, or what was asked
+def test_an_early_exit_guesses_what_its_layers_say_of_the_text(engine: Engine, asked: int | None, layers: int) -> None:
+    ids, guessed, context = [5, 3, 9, 4], list[int](), Context(engine)
+    context.run(ids[:-1])
+    drafter = EarlyExit(asked)
+    drafter.begin(Sampling(), context)
+    for _ in range(3):
+        text, cache = [*ids, *guessed], engine.cache()
+        # the first layers alone, over the whole text
+        guessed.append(int(engine.decoder.forward(torch.tensor(text), [Span(cache, len(text))], layers=layers).argmax(-1)))
+    assert drafter.draft(ids, 3, None, 0).tokens == guessed
+    assert context.cache.length == 3  # as it was: the guesses are taken back

@@ -337,3 +337,22 @@ def test_the_same_measurements_give_the_same_choices() -> None:
 
 def test_a_fixed_number_is_kept() -> None:
     assert run_steps(Adapt(fixed=3), 50, STEEP, 0.0) == [3] * 50
+
+
+def test_the_unit_of_time_changes_no_choice() -> None:
+    slow, fast = ({n: unit * (1 + 0.1 * (n - 1)) for n in range(1, 12)} for unit in (8.0, 2.0**-10))
+    assert run_steps(Adapt(), 200, slow, 0.5) == run_steps(Adapt(), 200, fast, 0.5)
+
+
+def test_an_attempt_has_three_verifications() -> None:
+    cost = {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}  # good guesses would pay
+    counts = run_steps(Adapt(), 40, cost, 0.0)
+    # the first step measures c(1); after the three no guess stayed, and the pause is 16 steps
+    assert [bool(n) for n in counts[:24]] == [False, *[True] * 3, *[False] * 17, *[True] * 3]
+
+
+def test_a_table_grows_with_what_is_asked_of_it() -> None:
+    costs = Costs()
+    costs.add(1, 2.0)
+    costs.add(2, 3.0)
+    assert [costs.table(most)[-1] for most in (0, 1, 2, 3)] == [0.0, 2.0, 3.0, 4.0] and costs.largest == 2
