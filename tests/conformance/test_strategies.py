@@ -190,6 +190,18 @@ def test_mixed_ranks_are_mixed_or_refused(name: str) -> None:
         make_strategy(config)
 
 
+@pytest.mark.parametrize("name", choices("strategy"))
+def test_who_takes_the_first_product_for_zero_refuses_loftq(name: str) -> None:
+    method = ["peft=ptuning_v2", "rounds=30"] if name == "fedpeptao" else []
+    config = compose([f"strategy={name}", *NEEDS.get(name, []), *method])[0].config
+    config.peft.init, said = "loftq", ""
+    try:
+        make_strategy(config)
+    except ConfigError as bad:
+        said = str(bad)
+    assert ("takes the adapter that a run begins with for zero, peft.init=loftq does not" in said) == (name in ("fedsa", "hetlora"))
+
+
 def test_every_client_gets_an_assignment_of_its_own(strategy: Strategy) -> None:
     state = strategy.start(START)
     given = strategy.plan(3, [Plan(round=3, client=c, base_version=2) for c in ("a", "b")], state)

@@ -132,8 +132,9 @@ def test_a_fresh_a_is_kaiming_and_hangs_on_round_module_and_the_first_adapter() 
     first = fresh(1, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, fresh(1, 0), strict=True))
     assert not any(torch.equal(a, b) for other in (fresh(2, 0), fresh(1, 1)) for a, b in zip(first, other, strict=True))
-    for a, (_, columns) in zip(first, SHAPES.values(), strict=True):
-        assert 0.5 / math.sqrt(columns) < a.abs().max() <= 1 / math.sqrt(columns)  # kaiming_uniform(a=√5) is U(±1/√in)
+    draws = [fresh(round, 0) for round in range(1, 21)]
+    for a, (_, columns) in zip(zip(*draws, strict=True), SHAPES.values(), strict=True):
+        assert 0.97 / math.sqrt(columns) < torch.stack(a).abs().max() <= 1 / math.sqrt(columns)  # kaiming_uniform(a=√5) is U(±1/√in)
 
 
 def test_what_a_cohort_may_stack_is_checked_before_the_run() -> None:
