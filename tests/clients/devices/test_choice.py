@@ -91,6 +91,14 @@ def test_what_is_given_up_for_memory(memory_mb: float | None, precision: str, le
     assert (made.precision, made.length, made.micro, made.batch, made.steps) == (precision, length, micro, 16, 12)
 
 
+def test_the_shortest_length_is_taken_and_none_below_it() -> None:
+    work = dataclasses.replace(WORK, length=2 * SHORTEST, longest=2 * SHORTEST)
+    # nf4 without a row takes 0.8449 MB; a row of 32 tokens 0.064, of 16 0.032, of 8 0.016
+    assert pick(DeviceClass(memory_mb=0.99), work).length == SHORTEST  # 0.9089 > 0.891 ≥ 0.8769
+    with pytest.raises(Decline, match=f"one row of {SHORTEST} tokens in nf4"):
+        pick(DeviceClass(memory_mb=0.96), work)  # 0.8769 > 0.864, which 8 tokens would fit
+
+
 def test_a_row_that_does_not_fit_is_declined_with_the_sentence() -> None:
     with pytest.raises(Decline, match=r"^one row of 25 tokens in nf4 takes 0.9 MB, the device has 0.9 MB: it needs more memory") as bad:
         pick(DeviceClass(memory_mb=0.9))

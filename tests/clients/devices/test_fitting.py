@@ -147,7 +147,7 @@ def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -
     space = Workspace(tiny_config(tmp_path))
     space.devices.own = DeviceClass(memory_mb=1000.0, gflops_per_core=1.0, offline=1.0)
     assert not space.devices.is_offline("c0", 1)  # a coin is for simulations
-    fits = space.devices.fit(PLAN, space.initial, 0)
+    fits = space.devices.fit(dataclasses.replace(PLAN, accumulate=2), space.initial, 0)
     assert fits is not None and not fits[2].simulated and fits[2].micro == 4
     plan, examples, fitted = fits
     turned = Turn(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
@@ -156,6 +156,8 @@ def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -
     width = max(len(e.input_ids) for e in examples)
     expected = memory_bytes(space.devices.shapes, "fp32", fitted.work.entries, 2, width, width - 1)[1]
     assert space.devices._read("c0", 2).memory == pytest.approx(10e6 / expected)
+    space.devices.told(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn teaches too
+    assert space.devices._read("c0", 2).time == pytest.approx((0.25 / told["estimated_s"]) ** 0.5)
 
 
 def test_a_real_device_never_loads_a_finer_backbone_than_it_can_hold(tmp_path: Path) -> None:

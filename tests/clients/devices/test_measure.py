@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from fedtune.clients.devices import measure_device
+from fedtune.clients.devices import measure, measure_device
 from fedtune.clients.devices.measure import free_bytes
 
 
@@ -24,6 +25,8 @@ def test_memory_is_the_least_of_what_the_system_and_the_control_group_leave(tmp_
     write(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", "1500000\n")
     write(tmp_path, "sys/fs/cgroup/memory/memory.usage_in_bytes", "500000\n")
     assert free_bytes(tmp_path) == 1_000_000
+    if not torch.cuda.is_available():
+        assert measure_device(tmp_path).memory_mb == 1.0
 
 
 def test_this_machine_has_memory_cores_and_speed() -> None:
@@ -31,3 +34,16 @@ def test_this_machine_has_memory_cores_and_speed() -> None:
     assert found.memory_mb and found.memory_mb > 1 and found.cores >= 1
     cuda = torch.cuda.is_available()
     assert (found.accelerator_gflops if cuda else found.gflops_per_core) > 0 and found.accelerator == ("cuda" if cuda else "none")
+
+
+def test_the_speed_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, product = [0.0], torch.mm
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        clock[0] += 0.001
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    # a product of n × n matrices has 2 n³ operations, and takes a millisecond
+    assert measure._gflops(torch.device("cpu")) == pytest.approx(2 * measure._SIZE**3 / 1e-3 / 1e9, rel=0.01)

@@ -16,6 +16,7 @@ from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantise import model as module
+from fedtune.inference.quantise.hidden import Hidden
 from fedtune.inference.quantise.layers import Read
 from fedtune.inference.quantise.model import METHODS, Recipe, quantise_linear, quantise_model
 from fedtune.inference.quantise.rtn import QuantisedLinear
@@ -107,6 +108,31 @@ def test_only_one_layer_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [n.split(".")[2] for n in order if "layers" in n] == sorted(n.split(".")[2] for n in order if "layers" in n)
     # each tensor of its own is read to be observed, and to be rounded (awq: and for its search); 7 linears, 2 norms, 4 Hessians
     assert all(len(refs) >= 2 * 7 + 2 * 2 + 4 for refs in alive.values())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_layer_is_calibrated_on_what_the_quantised_ones_before_it_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    shape, read, _ = opened(tmp_path, "llama")
+    whole, met = module.observe, list[Tensor]()
+
+    def observing(shape: Shape, index: int, tensors: Any, hidden: Any, *rest: Any) -> Any:
+        met.append(torch.cat([h.clone() for h in hidden]))
+        return whole(shape, index, tensors, hidden, *rest)
+
+    monkeypatch.setattr(module, "observe", observing)
+    out = made(shape, read, Recipe(method=method))  # pyright: ignore[reportArgumentType]
+    assert len(met) == shape.layers == 3
+    for index in (0, 1):
+        at = f"model.layers.{index}."
+        hidden = Hidden([20] * 6, shape.hidden)
+        hidden.put(0, met[index])
+        layer = {n.removeprefix(at): v for n, v in out.items() if n.startswith(at)}
+        after = module.pass_layer(
+            shape, index, {n: module.dequantise(v) if isinstance(v, QuantisedLinear) else v for n, v in layer.items()}, hidden
+        )
+        assert torch.allclose(met[index + 1], torch.cat(list(after)), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [{}, {"group": 64}, INT8], ids=str)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.quantise.rtn import (
+    Kind,
     QuantisedLinear,
     dequantise,
     fit_grid,
@@ -124,3 +125,10 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     weight[1, 3] = bad
     with pytest.raises(ModelError, match="not finite"):
         fit_grid(weight, "int8", 0)
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("int4", -8, 7), ("int8", -127, 127)])
+def test_a_weight_beyond_the_grid_takes_its_last_point(kind: Kind, least: int, most: int) -> None:
+    weight = torch.tensor([[-1.0, 1.0, 0.5, -0.25]])
+    codes = fit_grid(weight, kind, 32 if kind == "int4" else 0).codes(100 * weight)  # as weights that make up for earlier errors may lie
+    assert (codes.min(), codes.max()) == (least, most)
