@@ -82,7 +82,7 @@ def export_edge(
         raise ModelError(f"the tokenizer in {merged.folder} has {len(tokenizer)} tokens, the model only {merged.shape.vocab}")
     with new_folder(out) as folder:
         write_tokenizer(tokenizer, merged.folder, folder)
-        text = read_text(folder)  # what the engine cannot read is told here, not on the device
+        text = read_text(folder, saved=True)  # what the engine cannot read is told here, not on the device
         seen, held = _texts(merged, text, calibrate) if recipe else ((), [])
         card = _card(merged)
         if calibrate and (beyond := beyond_privacy(calibrate)):

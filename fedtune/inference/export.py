@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from fedtune.config import Config, ModelConfig, TaskConfig, template_text
 from fedtune.data.columns import DEMO_PROMPT
@@ -327,12 +328,44 @@ def _apart(source: Path) -> Path:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
-    """The tokenizer's files, and the generation_config.json of the backbone's folder."""
+    """The tokenizer's files, and the generation_config.json of the backbone's folder.
+
+    transformers does not save every argument of a tokenizer's class, such as Llama's `legacy`, and makes some classes anew from what it
+    saved: where the folder of a model would be read back as another tokenizer, it says that tokenizer.json is to be taken as it is.
+
+    Raises:
+        ModelError: It is read back as another tokenizer all the same.
+    """
     with quiet():
         tokenizer.save_pretrained(out)
     own = folder / "generation_config.json"  # load_backbone drops sampling defaults; whoever serves the model wants them
     if own.is_file():
         shutil.copyfile(own, out / own.name)
+    if not (out / "config.json").is_file() or not (out / "tokenizer.json").is_file() or _reads_back(tokenizer, out):
+        return
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(
+        json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    if not _reads_back(tokenizer, out):
+        raise ModelError(
+            f"transformers saves the tokenizer of {folder} so that it gives other tokens when it is read again: export it with --to edge"
+        )
+
+
+def _reads_back(tokenizer: Any, out: Path) -> bool:
+    """Whether transformers makes the same tokenizer of what it saved."""
+    with quiet():
+        again = AutoTokenizer.from_pretrained(out)
+    return _parts(again) == _parts(tokenizer)
+
+
+def _parts(tokenizer: Any) -> dict[str, Any]:
+    """All that decides about token ids: not how batches are padded and cut, nor a post-processor that adds nothing."""
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = tokenizer("").input_ids
+    return {k: v for k, v in raw.items() if k not in ("padding", "truncation", "post_processor")} | {"added": added}
 
 
 @contextmanager

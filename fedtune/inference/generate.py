@@ -17,6 +17,7 @@ from fedtune.inference.engine.package import CARD, is_package
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.shape import Unsupported, read_shape
 from fedtune.inference.engine.text import wrap
+from fedtune.inference.engine.tokenizer import check_tokenizer
 from fedtune.models.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def engine_cannot(folder: Path, card: dict[str, Any]) -> str:
         return "it has no tokenizer.json"
     try:
         read_shape(read_config(folder))
+        check_tokenizer(folder)
     except Unsupported as bad:
         return str(bad)
     return ""

@@ -58,7 +58,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     Raises:
         ModelError: It is damaged, or of a kind that llama.cpp does not have.
     """
-    text = read_text(folder)
+    text = read_text(folder, saved=True)
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))  # sound: read_text has parsed it
     model = raw["model"]
     if model.get("type") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):

@@ -68,7 +68,7 @@ class Engine:
         """The folder's tokeniser (`Text`)."""
         from fedtune.inference.engine.text import read_text  # late: a decoder of ids needs none
 
-        return read_text(self.folder)
+        return read_text(self.folder, saved=is_package(self.folder))
 
     @property
     def virtual(self) -> int:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.template import render
+from fedtune.inference.engine.tokenizer import read_object, read_tokenizer
 
-_MOST = 1 << 24  # ids; no vocabulary comes near
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
 _TAIL = 8  # tokens of the prompt that show how its text and the answer's join
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as themselves
@@ -208,69 +208,36 @@ def wrap(prompt: str, template: str | None) -> str:
     return "".join(text + (prompt if name is not None else "") for text, name, _, _ in parts)
 
 
-def read_text(folder: Path) -> Text:
+def read_text(folder: Path, *, saved: bool = False) -> Text:
     """The tokenizer of a Hugging Face folder or an edge package.
 
-    Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja, and of config.json and
-    generation_config.json the tokens that end an answer.
+    A text begins with the bos token where tokenizer.json's own post-processor puts it there: transformers passes over `add_bos_token`.
+
+    Args:
+        folder: Holds tokenizer.json; of its configs, what `read_tokenizer` reads, the chat template and the tokens that end an answer.
+        saved: As `read_tokenizer` has it: the files are those of an edge package.
 
     Raises:
+        Unsupported: The tokenizer is of a class whose rules the engine does not know.
         ModelError: tokenizer.json is missing, or a file is damaged.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} has no tokenizer.json: save its tokenizer in the fast format of the tokenizers library")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        begun = tokenizer.encode("").ids
-        highest = max(tokenizer.get_vocab().values(), default=0)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as bad:  # the Rust side raises plain Exception, and panics beneath BaseException
-        raise ModelError(f"{path} cannot be read ({_line(bad)}): it is damaged, or of another version") from None
-    if highest >= _MOST:  # writing the tokenizer out takes memory for every id up to the highest
-        raise ModelError(f"{path} has a token with the id {highest}: it is damaged")
-    config = _json(folder / "tokenizer_config.json")
-    names = {k: v for k in (*_json(folder / "special_tokens_map.json").items(), *config.items()) for k, v in [_named(*k)] if v}
-    names |= _extra(config.get("extra_special_tokens"))
-    specials = [t for t in names.values() if tokenizer.token_to_id(t) is not None]
-    tokenizer.add_special_tokens(specials)  # some are in the vocabulary without being marked
-    bos = tokenizer.token_to_id(names["bos_token"]) if "bos_token" in names else None
-    explicit = "add_bos_token" in config or "add_eos_token" in config
-    begins = bool(config.get("add_bos_token")) if explicit else begun[:1] == [bos]
-    eos = tokenizer.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    made = read_tokenizer(folder, saved=saved)
+    tokenizer, names = made.tokenizer, made.names
+    bos, eos = (tokenizer.token_to_id(names[n]) if n in names else None for n in ("bos_token", "eos_token"))
     return Text(
         tokenizer,
-        bos=bos if begins else None,
+        bos=bos if bos is not None and made.begun[:1] == [bos] else None,
         ends=frozenset({eos} - {None}) | _ends(folder),  # type: ignore[arg-type]
-        template=_template(folder, config),
+        template=_template(folder, read_object(folder / "tokenizer_config.json")),
         names=names,
     )
 
 
-def _named(key: str, value: Any) -> tuple[str, str]:
-    """("bos_token", "<s>") of a config's entry, written plainly or as an added token; no text for others."""
-    return key, _content(value) if key.endswith("_token") else ""
-
-
-def _content(value: Any) -> str:
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""
-
-
-def _extra(tokens: Any) -> dict[str, str]:
-    """Tokens of the model's own, such as {"image_token": "<image>"}; a list of them has no names."""
-    return {k: v for k, token in tokens.items() if (v := _content(token))} if isinstance(tokens, dict) else {}
-
-
 def _ends(folder: Path) -> frozenset[int]:
     """eos_token_id of generation_config.json, else of config.json: a token or several."""
-    own = _json(folder / "generation_config.json")
-    value = own.get("eos_token_id", _json(folder / "config.json").get("eos_token_id"))
+    own = read_object(folder / "generation_config.json")
+    value = own.get("eos_token_id", read_object(folder / "config.json").get("eos_token_id"))
     ids = value if isinstance(value, list) else [value]
     return frozenset(i for i in ids if type(i) is int and i >= 0)
 
@@ -287,20 +254,3 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} cannot be read: it must be a JSON object")
-    return found
-
-
-def _line(bad: BaseException) -> str:
-    lines = str(bad).strip().splitlines()
-    return lines[0][:120] if lines else type(bad).__name__

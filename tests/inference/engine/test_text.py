@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedtune.errors import ConfigError, ModelError
@@ -157,18 +157,32 @@ def save(folder: Path, tok: Tokenizer, **config: Any) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize(
-    ("config", "bos"),
-    [({}, None), ({"bos_token": "<s>"}, None), ({"bos_token": "<s>", "add_bos_token": True}, 1),
-     ({"bos_token": {"content": "<s>"}, "add_bos_token": True, "eos_token": "</s>"}, 1),
-     ({"bos_token": "<s>", "add_bos_token": False}, None)],
+    "config",
+    [{}, {"bos_token": "<s>"}, {"bos_token": "<s>", "add_bos_token": True}, {"bos_token": "<s>", "add_bos_token": False},
+     {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "add_bos_token": True, "eos_token": "</s>"}],
 )  # fmt: skip
-def test_texts_begin_as_transformers_begins_them(tmp_path: Path, config: dict[str, Any], bos: int | None) -> None:
-    text = read_text(save(tmp_path / "m", byte_fallback(), **config))
-    assert text.bos == bos
-    plain = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items()}
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "m" / "tokenizer.json"), **plain)
-    assert theirs("ab a").input_ids == text.encode("ab a")
+def test_texts_begin_as_transformers_begins_them(tmp_path: Path, config: dict[str, Any], begun: bool) -> None:
+    """The post-processor of tokenizer.json decides: `from_pretrained` drops add_bos_token where there is one."""
+    tok = byte_fallback()
+    if begun:
+        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+    folder = save(tmp_path / "m", tok, **config)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    text, theirs = read_text(folder), AutoTokenizer.from_pretrained(folder)
+    assert text.bos == (1 if begun and config else None)  # without a name <s> is any token that the post-processor writes
+    if config or not begun:
+        assert theirs("ab a").input_ids == text.encode("ab a")
+
+
+def test_a_special_token_that_is_neither_text_nor_an_added_token_is_refused_as_by_transformers(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", byte_fallback(), bos_token={"content": "<s>"})
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(TypeError, match="Special token bos_token has to be either str or AddedToken"):
+        AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(ModelError, match="neither a token's text nor an added token"):
+        read_text(folder)
 
 
 def test_the_end_tokens_are_the_tokenizers_and_the_models(tmp_path: Path) -> None:
