@@ -90,6 +90,7 @@ class HubText(Text):
         self.special = frozenset(tokenizer.all_special_ids)
         self.size = len(tokenizer)
         vocabulary = tokenizer.get_vocab()
+        self.longest = max(map(len, vocabulary), default=0)
         self.bytes = frozenset(vocabulary[name] for b in range(256) if (name := f"<0x{b:02X}>") in vocabulary)
         backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers written in Python have none
         self.by_letters = backend is not None and "ByteLevel" in decoder_kinds(backend)

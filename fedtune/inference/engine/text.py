@@ -40,7 +40,9 @@ class Text:
         self._names = dict(names)
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
-        self.size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # highest id, and one
+        vocabulary = tokenizer.get_vocab()
+        self.size = 1 + max(vocabulary.values(), default=-1)  # highest id, and one
+        self.longest = max(map(len, vocabulary), default=0)  # characters that a token stands for at most
         kinds = decoder_kinds(tokenizer)
         found = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in range(256)] if "ByteFallback" in kinds else []
         self.bytes = frozenset(i for i in found if i is not None)  # tokens that stand for one byte each
@@ -57,7 +59,8 @@ class Text:
         except UnicodeEncodeError:  # what Python makes of such bytes on a command line or a pipe
             raise ConfigError("the text is not UTF-8: give it in that encoding") from None
         lead = [self.bos] if begin and self.bos is not None else []
-        ids = lead + self.tokenizer.encode(text, add_special_tokens=False).ids
+        # `encode` keeps Python's lock and makes offsets: a megabyte would stop every other thread for two seconds
+        ids = lead + self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if not ids:
             raise ConfigError("the prompt is empty and the tokenizer has no token to begin with: give some text")
         return ids

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.jobs import Busy, Job, Output, Stopping
-from fedtune.inference.serve.limits import gone
+from fedtune.inference.serve.limits import while_there
 from fedtune.inference.serve.logprobs import Teller
 from fedtune.inference.serve.protocol import Refused, Shape, event, usage
 
@@ -103,7 +103,7 @@ class Answer:
 
 
 async def whole(request: Request, under_way: Answer, shape: Shape, teller: Teller | None) -> Response:
-    """The answer in one piece; if the client hangs up before, the work ends."""
+    """The answer in one piece; if the client hangs up before, the work ends. Raises ClientDisconnect."""
 
     async def collect() -> Response:
         parts, told, end = [], [], "stop"
@@ -113,14 +113,10 @@ async def whole(request: Request, under_way: Answer, shape: Shape, teller: Telle
             end = out.end or end
         return JSONResponse(shape.whole("".join(parts), told if teller else None, end, under_way.usage()))
 
-    work, left = asyncio.create_task(collect()), asyncio.create_task(gone(request))
     try:
-        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
-        return await work if work.done() else Response(status_code=GONE)
+        return await while_there(request, collect())
     finally:
         under_way.cancel()
-        work.cancel()
-        left.cancel()
 
 
 class EventStream(StreamingResponse):

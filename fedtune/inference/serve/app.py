@@ -1,6 +1,5 @@
 """The HTTP application: OpenAI's routes, `/health`, and a page to try the model at `/`."""
 
-import asyncio
 import base64
 import hashlib
 import re
@@ -19,6 +18,7 @@ from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules,
 from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_json
 from fedtune.inference.serve.logprobs import Teller
 from fedtune.inference.serve.offer import Offer, make_job
+from fedtune.inference.serve.prompts import Prompts
 from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused, Shape, read
 
 NOT_HERE = {
@@ -35,6 +35,7 @@ def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys
     """
     app = FastAPI(title="fedtune", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     page, policy = _page()
+    prompts = Prompts(offer, scheduler.limit)
 
     async def let_in(request: Request) -> None:
         if local:
@@ -47,7 +48,7 @@ def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys
         check_room(scheduler)  # before the body is read, and again when it is taken
         asked = read(kind, await read_json(request, limits))
         adapter = offer.adapter(asked.model)
-        ids = await asyncio.to_thread(offer.tokens, asked)  # a long prompt takes a while
+        ids = await prompts.tokens(request, asked, arrived + limits.timeout)
         chat = kind is AskedChat
         job = make_job(asked, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
         under_way = Answer(scheduler, job, trims=chat)

@@ -6,10 +6,11 @@ import hmac
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,7 +21,10 @@ from fedtune.inference.serve.protocol import Refused
 KEY_VARIABLE = "FEDTUNE_API_KEY"
 BODY_S = 30.0  # a request must have come in full by then
 LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{0,5})?", re.IGNORECASE | re.ASCII)  # a whole Host header
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+T = TypeVar("T")
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # in JSON
+_STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
+_NO_BRACKETS = bytes(set(range(256)) - set(_STEPS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +145,9 @@ def parse(body: bytes, max_depth: int) -> Any:
     Raises:
         Refused: 400.
     """
-    depth = 0
-    for match in _STRUCTURE.finditer(body):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
-        if depth > max_depth:
-            raise Refused(400, f"the body nests deeper than {max_depth} lists and objects", code="invalid_json")
+    brackets = _TEXT.sub(b"", body).translate(None, _NO_BRACKETS)
+    if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > max_depth:
+        raise Refused(400, f"the body nests deeper than {max_depth} lists and objects", code="invalid_json")
     try:
         text = body.decode("utf-8")
         payload = json.loads(text, parse_constant=_no_number, parse_float=_finite)
@@ -181,8 +183,25 @@ def _finite(digits: str) -> float:
     return value
 
 
-async def gone(request: Request) -> None:
-    """Returns when the client has hung up; call it once the body has been read."""
+async def while_there(request: Request, work: Awaitable[T]) -> T:
+    """What the work returns, unless the client hangs up first: then the work is canceled. Call it once the body has been read.
+
+    Raises:
+        ClientDisconnect: The client has gone.
+    """
+    under_way, left = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((under_way, left), return_when=asyncio.FIRST_COMPLETED)
+        if not under_way.done():
+            raise ClientDisconnect
+        return await under_way
+    finally:
+        under_way.cancel()
+        left.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has hung up."""
     while True:
         try:
             message = await request.receive()

@@ -50,26 +50,33 @@ class Offer:
     def models(self) -> tuple[str, ...]:
         return (self.name, *self.adapters)
 
-    def tokens(self, asked: AskedCompletion | AskedChat) -> list[int]:
+    def check_length(self, characters: int, context: int) -> None:
+        """Raises Refused (400) where so many characters cannot fit into a context of so many tokens, were each the longest there is."""
+        if characters > context * self.text.longest:
+            raise Refused(400, f"the prompt's {characters} characters are too many for {context} tokens: shorten it", code=TOO_LONG)
+
+    def tokens(self, asked: AskedCompletion | AskedChat, context: int) -> list[int]:
         """The prompt. Raises Refused: 400, or 500 where the model's chat template fails on messages that it should take."""
         try:
-            if isinstance(asked, AskedChat):
-                return self._chat([message.plain() for message in asked.messages])
-            return asked.prompt if isinstance(asked.prompt, list) else self.text.encode(asked.prompt)
+            if not isinstance(asked, AskedChat):
+                return asked.prompt if isinstance(asked.prompt, list) else self.text.encode(asked.prompt)
+            prompt = self._chat([message.plain() for message in asked.messages])
+            self.check_length(len(prompt), context)  # a template may write more than the messages
+            return self.text.encode(prompt, begin=self.text.template is None)
         except ConfigError as bad:
             raise Refused(400, str(bad), code="invalid_value", param="messages" if isinstance(asked, AskedChat) else "prompt") from None
         except ModelError as bad:
             _log.warning("%s", bad)
             raise Refused(500, str(bad), code="template_failed", param="messages") from None
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def _chat(self, messages: list[dict[str, str]]) -> str:
         if self.text.template is not None:
-            return self.text.encode(self.text.chat(messages), begin=False)
+            return self.text.chat(messages)
         if self.prompt is None:
             raise ConfigError("this model has no chat template: use /v1/completions")
         if [message["role"] for message in messages] != ["user"]:
             raise ConfigError("this model was tuned on single requests: send one message of the role 'user'")
-        return self.text.encode(wrap(messages[0]["content"], self.prompt))
+        return wrap(messages[0]["content"], self.prompt)
 
 
 def make_job(

@@ -150,6 +150,11 @@ class AskedCompletion(_Asked):
         raise ValueError("'prompt' must be one text or one list of token ids: send further prompts as further requests")
 
     @property
+    def characters(self) -> int:
+        """Of the prompt; none where it comes in tokens."""
+        return len(self.prompt) if isinstance(self.prompt, str) else 0
+
+    @property
     def limit(self) -> int | None:
         return self.max_tokens
 
@@ -226,6 +231,11 @@ class AskedChat(_Asked):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("'max_tokens' and 'max_completion_tokens' disagree: give one of them")
         return self
+
+    @property
+    def characters(self) -> int:
+        """Of all messages."""
+        return sum(len(message.plain()["content"]) for message in self.messages)
 
     @property
     def limit(self) -> int | None:
