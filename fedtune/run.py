@@ -37,6 +37,7 @@ from fedtune.strategy import ServerState
 
 _FORMAT = 2
 _LATE = "late.safetensors"
+_BEGINNING = {".lock", "checkpoints", ".config.yaml.tmp", "lost+found"}  # what a start leaves that ends before the config is stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +75,40 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: Config, path: Path | None = None) -> "RunDirectory":
-        """Make a new directory for the run (at `path`, or under a name of its own) and store its config."""
+        """Make a directory for a new run (at `path`, or under a name of its own) and store its config.
+
+        The config comes last and whole: what a start left that was killed before it holds nothing and is used again, as is an empty folder.
+
+        Raises:
+            RunError: Another process has it open, there is a run in it or something else, or it cannot be written.
+        """
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         path = path or Path(config.output_dir) / config.name / f"{stamp}-{secrets.token_hex(3)}"
         try:
-            path.mkdir(parents=True, exist_ok=False)
-            (path / "checkpoints").mkdir()
-            _write(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, config)  # with the lock: of two that begin at once one makes the run
+            try:
+                run._begin()
+            except BaseException:
+                run.close()
+                raise
         except OSError as bad:
             raise RunError(
-                f"cannot make the run directory {path}: {bad.strerror}; set output_dir to a folder that can be written"
+                f"cannot make the run directory {path}: {bad.strerror}; free the disk, or set output_dir to a folder that can be"
+                " written (of a server: --run)"
             ) from None
-        return cls(path, config)
+        return run
+
+    def _begin(self) -> None:
+        """Store the config, where nothing but an unfinished start lies here."""
+        if (self.path / "config.yaml").exists():
+            raise RunError(f"there is a run in {self.path} already: go on with resume={self.path}, or give another folder")
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        if others := sorted(p.name for p in (*self.path.iterdir(), *folder.iterdir()) if p.name not in _BEGINNING):
+            raise RunError(f"{self.path} holds {others[0]} and no run (no config.yaml): give an empty folder or a new one")
+        _write(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True))
+        _sync_folder(self.path)
 
     @classmethod
     def open(cls, path: Path, *, rounds: int | None = None) -> "RunDirectory":

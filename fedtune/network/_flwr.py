@@ -3,6 +3,7 @@
 import math
 import time
 
+from alembic.script import ScriptDirectory
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import HEARTBEAT_PATIENCE, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import PushMessagesRequest
@@ -19,6 +20,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.retry import RetryInvoker
 from flwr.supercore.run import Run
+from flwr.supercore.state.alembic.utils import ALEMBIC_DIR, run_migrations
 from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
@@ -29,6 +31,11 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
+
+
+def newest_migrations() -> set[str]:
+    """What a database that is whole says in `alembic_version`."""
+    return set(ScriptDirectory(str(ALEMBIC_DIR)).get_heads())
 
 
 def patient_database(seconds: float) -> None:
@@ -88,9 +95,11 @@ __all__ = [
     "bytes_to_public_key",
     "create_app",
     "get_object_head_values_from_object_content",
+    "newest_migrations",
     "now",
     "patient_database",
     "public_key_to_bytes",
+    "run_migrations",
     "seldom_end_silent_tasks",
     "uint64_to_int64",
     "uses_nist_ec_curve",

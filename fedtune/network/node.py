@@ -9,6 +9,7 @@ it delivers each of them once more (`linkstate.Registrar.idle`), and goes on wit
 
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -296,8 +297,10 @@ def _identity(key: Path | None, insecure: bool) -> tuple[EllipticCurvePrivateKey
         if insecure and not key.exists():
             key.parent.mkdir(parents=True, exist_ok=True)
             made = flwr.private_key_to_bytes(flwr.generate_key_pairs()[0])
-            with open(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            beside = key.with_name(f".{key.name}.{secrets.token_hex(4)}.tmp")  # renamed in: a kill leaves no half of a key
+            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(made)
+            beside.rename(key)
         data = key.read_bytes()
     except OSError as bad:
         raise NetworkError(f"the key {key} cannot be read: {bad.strerror or bad}") from None

@@ -16,6 +16,7 @@ import resource
 import secrets
 import signal
 import socket
+import sqlite3
 import ssl
 import sys
 import threading
@@ -31,6 +32,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from fedtune.errors import NetworkError
 from fedtune.network import _flwr
+from fedtune.network.database import make_database
 from fedtune.network.door import Door, Guests
 from fedtune.network.linkstate import Registrar, read_keys
 from fedtune.network.logs import JsonLines
@@ -134,11 +136,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _make_app(task: Task, keys: dict[bytes, str] | None) -> FastAPI:
+def _make_app(task: Task, keys: dict[bytes, str] | None) -> tuple[FastAPI, Registrar]:
+    """Flower's application on its database, and the hand on it once all allowed keys are in."""
     folder = Path(task.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
+        database = folder / "superlink.db"
+        make_database(database, LOCKED_S)
         _flwr.patient_database(LOCKED_S)
         _flwr.seldom_end_silent_tasks(SILENT_S)
         config = _flwr.SuperLinkLifespanConfig(
@@ -161,12 +166,15 @@ def _make_app(task: Task, keys: dict[bytes, str] | None) -> FastAPI:
             ssl_ca_certfile=None,
             ssl_certfile=None,
             ssl_keyfile=None,
-            database=str(folder / "superlink.db"),
+            database=str(database),
             isolation="process",
             runtime_dependency_install=False,
         )
-        return _flwr.create_app(config, _flwr.SuperLinkLifespan)
-    except (SQLAlchemyError, OSError) as bad:
+        app = _flwr.create_app(config, _flwr.SuperLinkLifespan)
+        registrar = Registrar(app.state.linkstate_factory.state(), keys)
+        registrar.admit()
+        return app, registrar
+    except (SQLAlchemyError, sqlite3.Error, OSError) as bad:
         why = getattr(bad, "orig", None) or getattr(bad, "strerror", None) or bad
         raise NetworkError(f"cannot keep the SuperLink's database in {folder}: {why}; free the disk or move the run directory") from None
 
@@ -226,9 +234,7 @@ async def _serve(task: Task, answers: TextIO) -> None:
     keys = None if task.allowed_keys is None else read_keys(task.allowed_keys)
     guests = Guests(CONNECTIONS)
     doors = [_listen(task.host, task.port, guests), _listen("127.0.0.1", task.private_port)]
-    app = _make_app(task, keys)
-    registrar = Registrar(app.state.linkstate_factory.state(), keys)
-    registrar.admit()
+    app, registrar = _make_app(task, keys)
     servers = _servers(task, app, keys, registrar, guests)
 
     def stop() -> None:

@@ -1,0 +1,62 @@
+"""The SuperLink's database: made beside its place and renamed in, so that a kill or a full disk leaves none or a whole one.
+
+It holds what the clients' nodes are called and the messages of the run at hand, and a new start ends that run anyway: one that is not whole
+is thrown away, and nodes register again.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from sqlalchemy import create_engine
+
+from fedtune.network import _flwr
+
+_log = logging.getLogger("fedtune.superlink")
+
+
+def make_database(path: Path, patience_s: float) -> None:
+    """Return when a whole database of this version of Flower is at `path`.
+
+    Args:
+        path: Its file, in a folder that exists; no other process uses it.
+        patience_s: Seconds to wait for one that is locked.
+
+    Raises:
+        SQLAlchemyError, sqlite3.Error, OSError: It cannot be written or read.
+    """
+    if path.exists():
+        if is_whole(path, patience_s):
+            return
+        _log.warning("the database is not whole or of another version: it is made again", extra={"why": str(path)})
+    beside = path.with_name(f".{path.name}.tmp")
+    for file in (*_files(beside), *_files(path)):
+        file.unlink(missing_ok=True)
+    engine = create_engine(f"sqlite:///{beside}")
+    try:
+        _flwr.run_migrations(engine)
+    finally:
+        engine.dispose()
+    beside.rename(path)
+
+
+def is_whole(path: Path, patience_s: float) -> bool:
+    """Whether all of Flower's migrations have run on the database.
+
+    Raises:
+        sqlite3.OperationalError: Another process has it locked.
+    """
+    wanted = _flwr.newest_migrations()
+    try:
+        with closing(sqlite3.connect(path, timeout=patience_s)) as opened:
+            return {name for (name,) in opened.execute("SELECT version_num FROM alembic_version")} == wanted
+    except sqlite3.DatabaseError as bad:
+        if "locked" in str(bad):
+            raise
+        return False  # no such table, or no database
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (path.with_name(path.name + end) for end in ("", "-wal", "-shm", "-journal"))
