@@ -197,8 +197,13 @@ def load_quantised(
             made, fresh = _made(kind, hf_config, tensors(), check, recipe)
         return cast(PreTrainedModel, nn.Module.to(made, device)), fresh
     del made  # what was just made leaves memory before the file is mapped
-    if (model := _kept(kind, hf_config, recipe, device, place)) is None:
-        raise ModelError(f"the quantised backbone was written to {place} but cannot be read back: see the disk, or set XDG_CACHE_HOME")
+    try:
+        model = _read(kind, hf_config, recipe, device, place)
+    except Exception as bad:  # some architectures' own code fails on packed weights
+        raise ModelError(
+            f"the quantised backbone was written to {place} but cannot be read back ({first_line(bad)}): take model.precision=bf16 or fp32,"
+            " or see the disk"
+        ) from None
     return model[0], check(*model)
 
 
@@ -305,17 +310,23 @@ def _kept(
     """From the cache, memory-mapped on a CPU; None where nothing whole is there."""
     if not place.is_dir():
         return None
-    config = copy.deepcopy(hf_config)
-    config.quantization_config = recipe.config().to_dict()
     try:
-        if json.loads((place / _MARK).read_text(encoding="utf-8"))["mark"] != fingerprint(place):
-            raise ModelError("its bytes are not those that were written")
-        model, info = cast(Any, kind).from_pretrained(
-            place, output_loading_info=True, config=config, use_safetensors=True, device_map={"": device}, dtype=recipe.compute
-        )
+        return _read(kind, hf_config, recipe, device, place)
     except Exception as bad:  # whatever transformers and bitsandbytes make of a damaged file
         _LOG.warning("the quantised backbone in %s cannot be used (%s): it is made again", place, first_line(bad))
         return None
+
+
+def _read(
+    kind: type[PreTrainedModel], hf_config: Any, recipe: Recipe, device: torch.device, place: Path
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    config = copy.deepcopy(hf_config)
+    config.quantization_config = recipe.config().to_dict()
+    if json.loads((place / _MARK).read_text(encoding="utf-8"))["mark"] != fingerprint(place):
+        raise ModelError("its bytes are not those that were written")
+    model, info = cast(Any, kind).from_pretrained(
+        place, output_loading_info=True, config=config, use_safetensors=True, device_map={"": device}, dtype=recipe.compute
+    )
     _steady(model)
     return model, info
 

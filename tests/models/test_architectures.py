@@ -176,6 +176,14 @@ def test_experts_that_nf4_leaves_are_named(tmp_path: Path, caplog: pytest.LogCap
     assert "model.precision=nf4" in line and "experts" in line
 
 
+def test_a_model_whose_code_fails_on_packed_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = checkpoint(tmp_path / "m", config=llama4())  # its code draws packed weights as if they were numbers
+    with pytest.raises(ModelError, match=r"cannot be read back \(.*\): take model.precision=bf16 or fp32, or see the disk$") as caught:
+        load_backbone(hub(folder, precision="int8", compute="fp32"), CAUSAL)
+    assert "not implemented" in str(caught.value)
+
+
 def test_a_router_is_no_target(tmp_path: Path) -> None:
     slot = live(checkpoint(tmp_path / "m", config=llama4()), CAUSAL)
     probe(slot, CAUSAL)
@@ -205,6 +213,22 @@ def test_what_a_models_code_raises_in_a_step_is_a_sentence(tmp_path: Path) -> No
 def test_a_model_that_reads_what_it_must_not_is_refused(tmp_path: Path, task: TaskConfig, says: str) -> None:
     with pytest.raises(ModelError, match=f"'xlnet' with peft.method=lora and task.kind={task.kind}: .*{says}"):
         probe(live(checkpoint(tmp_path / "m", config=xlnet()), task), task)
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "method", "advice"),
+    [
+        (xlnet, CLASSES, "full", "trainable tensors\\): take peft=lora$"),  # it has no peft.targets
+        (xlnet, CLASSES, "lora", "take another backbone or another task.kind$"),
+        (gemma3, WRITES, "prompt", "take another backbone, another task.kind or peft=lora$"),  # the padding follows virtual tokens
+    ],
+)
+def test_a_refusal_advises_what_the_method_has(
+    tmp_path: Path, config: Callable[[], Any], task: TaskConfig, method: str, advice: str
+) -> None:
+    folder = composite(tmp_path / "m", config()) if config is gemma3 else checkpoint(tmp_path / "m", config=config())
+    with pytest.raises(ModelError, match=advice):
+        probe(live(folder, task, PeftConfig(method=method, tokens=3)), task)
 
 
 def test_a_tensor_without_a_gradient_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

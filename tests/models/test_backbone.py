@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, XGLMConfig
 
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models import fingerprint, load_backbone
 from fedtune.models.backbone import head_names
 from fedtune.models.checkpoint import stored_tensors
-from tests.models.build import checkpoint, hub, llama_config, token_ids, tokenizer
+from tests.models.build import VOCABULARY, checkpoint, hub, llama_config, token_ids, tokenizer
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=32), TaskConfig(kind="classification", max_length=32)
 STORIES = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[2] / "../shared/data")) / "models/stories260k/hf"
@@ -171,6 +171,21 @@ def test_a_saved_model_keeps_its_positions_where_the_tokenizer_pads_with_another
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     ids = token_ids()
     assert torch.equal(again(ids).logits, backbone.model.eval()(ids).logits)
+
+
+def test_a_decoder_that_numbers_positions_from_its_pad_id_keeps_them_too(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.3}
+    config = XGLMConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=3, **sizes)
+    folder = checkpoint(tmp_path / "m", config=config)
+    before = AutoModelForCausalLM.from_pretrained(folder).eval()
+    backbone = load_backbone(hub(folder), TaskConfig(kind="causal_lm", max_length=16))
+    assert backbone.tokenizer.pad_token_id != 3
+    backbone.model.save_pretrained(tmp_path / "saved")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = token_ids()
+    assert torch.equal(before(ids).logits, after(ids).logits) and torch.equal(before(ids).logits, backbone.model.eval()(ids).logits)
+    after.config.pad_token_id = backbone.tokenizer.pad_token_id  # what must not be written: its positions would be others
+    assert not torch.allclose(type(after)(after.config).model.embed_positions.weights, before.model.embed_positions.weights)
 
 
 # -- encoder-decoders -------------------------------------------------------------------------------------------------------------------
