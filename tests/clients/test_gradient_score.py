@@ -56,6 +56,19 @@ def test_a_bf16_backbone_answers_in_float32(tmp_path: Path) -> None:
     assert all(t.dtype == torch.float32 and t.isfinite().all() and t.any() for t in seen.tensors.values())
 
 
+def test_a_single_entry_that_overflows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, whole = make(tmp_path / "m"), torch.autograd.grad
+
+    def grad(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        found = [g.clone() for g in whole(*args, **kwargs)]
+        found[-1].view(-1)[0] = torch.inf
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with pytest.raises(UpdateError, match="^the gradient of 'model.layers.1.* is not finite"):
+        score(live, ROWS, PLAN, TASK, pad_id=2)
+
+
 def test_what_overflows_is_named(tmp_path: Path) -> None:
     live = make(tmp_path / "m")
     with torch.no_grad():

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedtune.app import simulate
 from fedtune.clients.devices.choice import Correction
 from fedtune.clients.devices.estimate import memory_bytes, shapes_of
-from fedtune.clients.devices.fitting import for_device
+from fedtune.clients.devices.fitting import _tokens, for_device
 from fedtune.clients.trainer import Turn
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig
+from fedtune.data import Example
 from fedtune.errors import Decline
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
@@ -141,6 +143,13 @@ def test_a_turn_corrects_the_next_one(tmp_path: Path) -> None:
     after = space.devices.fit(dataclasses.replace(PLAN, round=2, steps=50), space.initial, 0)
     assert after is not None and after[2].used == kept and (after[0].steps or 0) > (plan.steps or 0)
     assert space.devices._read("c0", 1) == Correction()  # as of that round
+
+
+def test_tokens_of_a_turn_by_hand() -> None:
+    rows = [Example(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in (2, 3, 5, 7)]
+    plan = dataclasses.replace(PLAN, batch_size=4, accumulate=3)
+    assert _tokens(plan, rows, 2, 16) == 2 * 3 * 4 * 7  # six batches of all four rows, each padded to the longest
+    assert _tokens(dataclasses.replace(plan, privacy="record"), rows, 2, 16) == 2 * 3 * 4 * 16
 
 
 def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -> None:
