@@ -31,6 +31,7 @@ from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
 from fedtune.models import LiveAdapter
 from fedtune.plan import Plan, Update, matching
+from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import ledgers_in
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied, applied, cannot_pay, said
@@ -81,7 +82,7 @@ class Prepared:
         return None if self.fitted is None or self.fitted.simulated else self.fitted.micro
 
 
-def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass | None = None) -> ClientApp:
+def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass | None = None, floor: Floor | None = None) -> ClientApp:
     """The ClientApp of one experiment.
 
     Args:
@@ -89,6 +90,7 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
         kept: Folder of what clients keep between their turns; None puts it with the temporary files. What they have spent of their privacy
             is kept beside it, in `privacy/`, and nowhere else: without it no private turn is taken.
         own: Profile of this machine, where it is a real device: it then fits its turns to it, instead of simulating a class.
+        floor: The least privacy that this device accepts; None accepts any.
 
     Raises:
         Decline: Nothing fits `own`.
@@ -100,7 +102,7 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
 
     def opened() -> Workspace:
         space = workspace(config_json)
-        space.devices.own = own
+        space.devices.own, space.floor = own, floor
         if kept is not None and space.store.folder != kept:
             space.store, space.ledgers = ClientStore(kept, config.keep_checkpoints + 1), ledgers_in(kept.with_name("privacy"))
         return space
@@ -142,6 +144,8 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
     @app.evaluate()
     @declining
     def evaluate(message: Message, context: Context) -> Message:
+        if floor is not None:
+            raise Decline("privacy", "this device tells no exact scores of its rows (--min-privacy): set eval.clients=0")
         (reply,) = score_together(opened(), [(message, context)])
         return reply
 
@@ -267,6 +271,8 @@ def _fitted(
     if plan.client != client:
         raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
     agree(plan, space.config)
+    if space.floor is not None:
+        space.floor.check(plan.privacy)
     if space.devices.is_offline(client, plan.round):
         raise Decline("offline", "the device is offline this round")
     body = space.body_of(client)
@@ -282,6 +288,8 @@ def _fitted(
     else:
         fitted = None
     private = applied(plan, len(examples), steps_of(plan, len(examples)))
+    if private is not None and space.floor is not None:
+        space.floor.check_budget(private)
     if private is not None and (why := cannot_pay(plan, space.ledger(client), private)):
         raise Decline("privacy", why)
     return body, start, plan, examples, fitted, private

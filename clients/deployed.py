@@ -24,6 +24,8 @@ from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from
 from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, PlanError
 from fedtune.ids import is_run_name
+from fedtune.privacy.floor import Floor
+from fedtune.promise import terms
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
@@ -39,6 +41,9 @@ class Device:
         state: Folder of what it keeps between turns, runs and restarts.
         data: File, folder or glob of its rows; None takes its part of the built-in demo and takes part in nothing else.
         model: Folder of the backbone; None takes the built-in one, or fetches it from the hub by the server's name for it.
+        min_privacy: Least privacy that a turn must apply on the device, `record` or `user`; None takes the server's word.
+        max_epsilon: Most that all turns may cost together, in every run; None bounds nothing.
+        delta: δ of `max_epsilon`.
         device: What it can do: `auto`, the name of one of the scenario's device classes, or a YAML file; None takes every plan as it is.
     """
 
@@ -46,6 +51,9 @@ class Device:
     state: Path
     data: str | None = None
     model: str | None = None
+    min_privacy: str | None = None
+    max_epsilon: float | None = None
+    delta: float = 1e-5
     device: str | None = None
 
 
@@ -55,12 +63,12 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
     The hello is kept on disk: a server does not see that a client was away for a moment only, and says nothing anew.
     """
     device, app = Device(**{**settings, "state": Path(settings["state"])}), ClientApp()
-    current: list[ClientApp] = []
+    current, floor = list[ClientApp](), floor_of(device)
 
     def begin(said: str) -> ClientApp:
         config, run = read_hello(said, device)
         own = next(iter(config.devices.classes.values()), None)
-        current[:] = [make_client_app(config, device.state / run / "clients", own)]
+        current[:] = [make_client_app(config, device.state / run / "clients", own, floor)]
         return current[0]
 
     def going_on() -> ClientApp:
@@ -110,9 +118,14 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
 
     Raises:
         ConfigError: The experiment asks for what a device does not do.
+        Decline: It promises less privacy than the device accepts.
     """
     if config.model.trust_remote_code:
         raise ConfigError("the server asks to run code that comes with a model (model.trust_remote_code): this device does not do that")
+    if (floor := floor_of(device)) is not None:
+        floor.check(str(terms(config)["privacy"]))
+        # drawn from the run's seed, the noise could be subtracted again by the server, which knows it
+        config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, secure_rng=True))
     data = dataclasses.replace(
         config.data,
         client=device.client,
@@ -164,6 +177,13 @@ def _own_model(model: ModelConfig, device: Device) -> ModelConfig:
                 " server names: give the folder of the backbone with --model"
             )
     return model
+
+
+def floor_of(device: Device) -> Floor | None:
+    """The least privacy that the device accepts; None where its operator set none."""
+    if device.min_privacy is None:
+        return None
+    return Floor(kind=device.min_privacy, epsilon=device.max_epsilon, delta=device.delta, client=device.client, runs=device.state)
 
 
 def profile_of(asked: str | None, config: Config) -> dict[str, DeviceClass]:

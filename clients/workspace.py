@@ -26,6 +26,7 @@ from fedtune.models import Backbone, LiveAdapter, initial_adapter
 from fedtune.models.methods.sparse import SparseSlot
 from fedtune.models.shift import FrozenWeights
 from fedtune.plan import matching
+from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import Ledger
 from fedtune.promise import terms
 from fedtune.state import AdapterState
@@ -42,6 +43,7 @@ class Workspace:
         devices: What the clients are, and what fits them.
         store: What the clients keep between their turns; an engine puts it where it outlives the process.
         ledgers: Client → what it has spent of its privacy; None until an engine says where it outlives the process.
+        floor: The least privacy that this machine's operator accepts; None in a simulation.
     """
 
     def __init__(self, config: Config, federation: Federation | None = None) -> None:
@@ -55,6 +57,7 @@ class Workspace:
         weakref.finalize(self, shutil.rmtree, kept, ignore_errors=True)
         self.store = ClientStore(kept, config.keep_checkpoints + 1)
         self.ledgers: Callable[[str], Ledger] | None = None
+        self.floor: Floor | None = None
         self.pad_id = pad_id(self.backbone.tokenizer)
         self.client_ids = list(self.federation.clients)
         self._tokens, self._encoded = TokenStore(), dict[tuple[str, str, int], Rows]()

@@ -65,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", type=Path, metavar="FILE", help="this client's private key, as `fedtune keys` made it")
     parser.add_argument("--insecure", action="store_true", help="plain HTTP and no key: for trials on one machine")
     parser.add_argument(
+        "--min-privacy",
+        choices=["record", "user"],
+        help="least privacy that this device applies to what it sends, whatever the server says: record hides each of its rows, user all of"
+        " them; it then draws its noise itself, evaluates nothing, and refuses other turns (default: as the server says)",
+    )
+    parser.add_argument(
+        "--max-epsilon",
+        type=float,
+        metavar="E",
+        help="most that this device gives up over all turns of all runs, as ε at --delta; further turns are refused. Needs --min-privacy",
+    )
+    parser.add_argument("--delta", type=float, default=1e-5, metavar="D", help="δ of --max-epsilon (default: %(default)g)")
+    parser.add_argument(
         "--state", type=Path, metavar="DIR", help="what is kept between turns and restarts (default: ~/.local/state/fedtune/ID)"
     )
     parser.add_argument(
@@ -93,6 +106,12 @@ def _main(args: argparse.Namespace) -> int:
 
         if not has_files(args.data):
             raise ConfigError(f"--data {args.data} is no file, folder or glob that means any")
+    if args.max_epsilon is not None and args.min_privacy is None:
+        raise ConfigError("--max-epsilon counts what private turns cost: say with --min-privacy record or user that others are refused")
+    if args.max_epsilon is not None and not args.max_epsilon > 0:
+        raise ConfigError(f"--max-epsilon {args.max_epsilon:g} is out of range: it must be greater than 0")
+    if not 0 < args.delta < 1:
+        raise ConfigError(f"--delta {args.delta:g} is out of range: it must be between 0 and 1")
     if args.model is not None and not args.model.expanduser().is_dir():
         raise ConfigError(f"--model {args.model}: there is no such folder")
     client = _client_id(args)
@@ -106,6 +125,9 @@ def _main(args: argparse.Namespace) -> int:
         "state": str(state),
         "data": None if args.data is None else os.path.abspath(Path(args.data).expanduser()),
         "model": None if args.model is None else os.path.abspath(args.model.expanduser()),
+        "min_privacy": args.min_privacy,
+        "max_epsilon": args.max_epsilon,
+        "delta": args.delta,
         "device": _device(args.device),
     }
     executor = Executor(settings, state / "logs" / "worker.log")
