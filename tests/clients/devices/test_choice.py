@@ -123,6 +123,11 @@ def test_what_is_given_up_for_the_time(deadline_s: float | None, batch: int, ste
     assert made.seconds == pytest.approx(0.4 * batch * steps)
 
 
+def test_rows_of_half_the_length_take_half_the_time() -> None:
+    made = pick(DeviceClass(gflops_per_core=1.0), dataclasses.replace(WORK, longest=50))
+    assert (made.length, made.seconds) == (100, pytest.approx(0.2 * 16 * 12))
+
+
 def test_what_takes_too_long_is_declined_with_the_sentence() -> None:
     with pytest.raises(
         Decline, match=r"^one step of 1 row takes 0.4 s with the network, the deadline is 0.2 s: it needs a faster dev"
