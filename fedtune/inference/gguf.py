@@ -69,6 +69,8 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
             folder = Path(made)
             write_tokenizer(tokenizer, merged.folder, folder)
             vocabulary = read_vocabulary(folder, tokenizer, merged.shape.vocab)
+            if vocabulary.differs:
+                card["tokenizer"] = vocabulary.differs
             writer = library.GGUFWriter(folder / "model.gguf", _ARCH[merged.shape.family])
             _describe(writer, card, kind)
             _sizes(writer, merged.shape)
@@ -84,7 +86,7 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
 def describe_gguf(out: Path) -> str:
     """What there is to know of a file of `export_gguf`'s beside its path, in a sentence each; "" where there is nothing."""
     card = json.loads(_library().GGUFReader(out).fields[_CARD].contents())
-    return "; ".join(card[name] for name in ("note",) if card.get(name))
+    return "; ".join(card[name] for name in ("note", "tokenizer") if card.get(name))
 
 
 def _library() -> Any:

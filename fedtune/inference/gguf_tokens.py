@@ -5,9 +5,12 @@ the merges say as a rank. Byte-level BPE is its `gpt2`, with one of the ways to 
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import AddedToken
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.text import read_text
@@ -34,6 +37,7 @@ class Vocabulary:
         begins: Whether a text begins with `bos`.
         ids: `bos`, `eos`, `unk`, `pad` → id, as far as there are such.
         template: Jinja chat template.
+        differs: Where llama.cpp gives a text other tokens than transformers, since GGUF has no word for it; "" where nowhere.
     """
 
     model: str
@@ -46,6 +50,7 @@ class Vocabulary:
     begins: bool
     ids: dict[str, int]
     template: str | None
+    differs: str
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
@@ -79,6 +84,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     pairs = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
     spaced = _sentencepiece(raw)
     common: dict[str, Any] = {"tokens": tokens, "ids": ids, "begins": text.bos is not None, "template": text.template}
+    common["differs"] = _differs(raw, text.tokenizer.get_added_tokens_decoder().values())
     if spaced is None:
         pre = _pre(raw, folder)
         return Vocabulary(model="gpt2", pre=pre, types=types, scores=[], merges=[" ".join(p) for p in pairs], space=False, **common)
@@ -88,6 +94,18 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
         types[i] = BYTE
     scores = _scores(tokens, known, pairs, folder)
     return Vocabulary(model="llama", pre="", types=types, scores=scores, merges=[], space=spaced, **common)
+
+
+def _differs(raw: dict[str, Any], added: Iterable[AddedToken]) -> str:
+    """llama.cpp puts its space before every piece of text, at the beginning and behind special tokens, whatever the piece begins with."""
+    pre, said = raw.get("pre_tokenizer") or {}, []
+    if pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never":
+        said.append("text that begins with a space gets a second one")
+        if pre.get("prepend_scheme", "always") == "first":
+            said.append("text behind a special token, such as a chat's turns, gets a space that is meant for the first text only")
+    if odd := [t.content for t in added if t.lstrip or t.rstrip or t.single_word]:
+        said.append(f"white space and words beside '{odd[0]}' ({len(odd)} such) are left as they are, which this tokenizer heeds")
+    return f"llama.cpp gives some texts other tokens than transformers, which GGUF cannot express: {'; '.join(said)}" if said else ""
 
 
 def _sentencepiece(raw: dict[str, Any]) -> bool | None:

@@ -18,11 +18,11 @@ def _flagged() -> list[AddedToken]:
     ]
 
 
-def pieces(scheme: str | None = None) -> Tokenizer:
+def pieces(scheme: str | None = None, *, flagged: bool = True) -> Tokenizer:
     """SentencePiece's BPE with bytes; by a Metaspace of this scheme, or by the older way: a normalizer that puts a space before texts."""
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     words = ["<unk>", "<s>", "</s>", *bytes_, *"▁abcdehi12", "▁a", "ab", "▁ab", "hi", "▁hi", "12", "ea", "c1"]
-    merges = [("▁", "a"), ("a", "b"), ("▁", "ab"), ("h", "i"), ("▁", "hi"), ("1", "2"), ("e", "a"), ("c", "1")]
+    merges = [("▁", "a"), ("a", "b"), ("▁", "ab"), ("▁a", "b"), ("h", "i"), ("▁", "hi"), ("1", "2"), ("e", "a"), ("c", "1")]
     out = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if scheme is None:
         out.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -30,7 +30,7 @@ def pieces(scheme: str | None = None) -> Tokenizer:
         out.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     out.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     out.add_special_tokens(["<unk>", "<s>", "</s>"])
-    out.add_tokens(_flagged())
+    out.add_tokens(_flagged() if flagged else [])
     return out
 
 
