@@ -5,7 +5,6 @@ path that was not given on the device itself, or have it count its privacy anywh
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -24,6 +22,7 @@ from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from
 from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, PlanError
 from fedtune.ids import is_run_name
+from fedtune.parsing import parse_json, parse_yaml, read_text
 from fedtune.privacy.floor import Floor
 from fedtune.promise import terms
 
@@ -104,7 +103,7 @@ def read_hello(text: str, device: Device) -> tuple[Config, str]:
         ConfigError: The experiment is not one that this version of fedtune knows, or asks for what a device does not do.
     """
     try:
-        said = json.loads(text)
+        said = parse_json(text)
         values, run, labels = dict(said["config"]), str(said["run"]), [str(label) for label in said["labels"]]
     except (KeyError, TypeError, ValueError):
         raise PlanError("the server's hello names no experiment: the peers run different versions of fedtune") from None
@@ -207,8 +206,8 @@ def profile_of(asked: str | None, config: Config) -> dict[str, DeviceClass]:
             raise ConfigError(f"--device {asked} is no device class: {known}; auto measures, FILE.yaml describes")
         return {asked: classes[asked]}
     try:
-        values = yaml.safe_load(Path(asked).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as bad:
+        values = parse_yaml(read_text(Path(asked)))
+    except (OSError, ValueError) as bad:
         raise ConfigError(f"cannot read the device profile {asked}: {str(bad).splitlines()[0]}") from None
     name = Path(asked).stem
     whole = to_dict(Config())
@@ -235,6 +234,6 @@ def _keep_hello(device: Device, said: str) -> None:
 
 def _kept_hello(device: Device) -> str:
     try:
-        return (device.state / HELLO).read_text(encoding="utf-8")
+        return read_text(device.state / HELLO)
     except OSError:
         raise PlanError("the server has not said which experiment this is: it must say hello before it asks for work") from None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fedtune.errors import CheckpointError
 from fedtune.ids import file_name
+from fedtune.parsing import read_text
 from fedtune.state import AdapterState
 
 _ID = "id"  # file with the client's id, in a folder whose name is too short for it
@@ -76,7 +77,7 @@ def client_id(folder: Path) -> str:
     if "." not in folder.name:
         return re.sub(r"%([0-9a-f]{6})", lambda m: chr(int(m[1], 16)), folder.name)
     try:
-        return (folder / _ID).read_text(encoding="utf-8")
+        return read_text(folder / _ID)
     except (OSError, UnicodeDecodeError) as bad:
         raise CheckpointError(f"{folder} is no folder of a client: {folder / _ID} cannot be read ({bad})") from None
 

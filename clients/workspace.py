@@ -1,7 +1,6 @@
 """What a process needs to act as any client of one experiment: a frozen backbone a precision, its adapter slot, the encoded rows."""
 
 import dataclasses
-import json
 import secrets
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from fedtune.errors import PlanError
 from fedtune.models import Backbone, LiveAdapter, initial_adapter
 from fedtune.models.methods.sparse import SparseSlot
 from fedtune.models.shift import FrozenWeights
+from fedtune.parsing import parse_json
 from fedtune.plan import matching
 from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import Ledger
@@ -171,7 +171,7 @@ class Workspace:
 @lru_cache(maxsize=1)
 def workspace(config_json: str) -> Workspace:
     """The process's workspace for this experiment, loaded at the first call."""
-    config = from_dict(json.loads(config_json))
+    config = from_dict(parse_json(config_json))
     threads = config.engine.ray_cpus if config.engine.kind == "ray" else config.engine.threads
     if threads:
         torch.set_num_threads(threads)

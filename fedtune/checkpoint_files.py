@@ -4,11 +4,11 @@ The rule is transformers': the file that config.json names as `transformers_weig
 `model.safetensors.index.json`. An index beside `model.safetensors` is left over from an earlier save and counts for nothing.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ModelError
+from fedtune.parsing import parse_json, read_text
 
 __all__ = ["has_weights", "weight_files"]
 
@@ -52,7 +52,7 @@ def has_weights(folder: Path, config: dict[str, Any]) -> bool:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(read_text(index))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         raise ModelError(f"{index} cannot be read: it must be JSON with a weight_map of file names") from None

@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedtune import config as schema
 from fedtune.config import Config, check, reference
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.parsing import read_text, reason
 from fedtune.run_config import read_config
 
 if TYPE_CHECKING:  # imports torch
@@ -96,6 +97,8 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
             return jobs
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as bad:  # ValueError: Hydra's on odd defaults lists
         raise ConfigError(_sentence(bad)) from None
+    except RecursionError as bad:
+        raise ConfigError(f"the scenario or a setting of the command line is {reason(bad)}: write it flat") from None
 
 
 def make_strategy(config: Config) -> "Strategy":
@@ -322,7 +325,7 @@ def _composer(conf: str) -> Iterator[tuple[str, Path | None]]:
         known = ", ".join(scenarios())
         raise ConfigError(f"there is no scenario file {conf}: give the path of a file that ends in .yaml, or one of {known}")
     try:
-        path.read_text(encoding="utf-8")
+        read_text(path)
     except (OSError, UnicodeDecodeError) as bad:
         raise ConfigError(f"cannot read the scenario file {conf}: {bad}") from None
     with hydra.initialize_config_dir(str(path.parent), version_base="1.3"):
@@ -360,7 +363,7 @@ def _sentence(bad: BaseException) -> str:
             if "is not a subclass of DeviceClass" in text:
                 return f"there is no device class '{key}' here: add classes in a YAML file, as conf/devices/mixed.yaml does"
             return f"{key}: {text}"
-    return _first_line(str(bad))
+    return _first_line(reason(bad))
 
 
 def _first_line(text: str) -> str:

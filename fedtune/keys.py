@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.certificates import make_ca, names_of, sign_server, subject_names
 from fedtune.errors import ConfigError
+from fedtune.parsing import content_of, parse_json, read_text
 
 DAYS = 3650  # a client trusts this one CA: the day it ends, every device needs a visit
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -176,7 +177,7 @@ def read_allowed(path: Path) -> dict[str, str]:
         ConfigError: The file cannot be read, or a name or a key in it cannot be used.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        found = parse_json(read_text(path), object_pairs_hook=_unique)
     except OSError as bad:
         raise ConfigError(f"cannot read the list of allowed clients {path}: {bad.strerror}; `fedtune keys` makes one") from None
     except ValueError as bad:
@@ -201,7 +202,7 @@ def check_private(path: Path) -> None:
     """
     try:
         found = path.stat()
-        data = path.read_bytes()
+        data = content_of(path)
     except OSError as bad:
         raise ConfigError(f"cannot read the private key {path}: {bad.strerror}") from None
     shut = stat.S_IRWXG | stat.S_IRWXO

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedtune.errors import PlanError, UpdateError
 from fedtune.ids import LONGEST_NAME, short
+from fedtune.parsing import parse_json
 from fedtune.state import AdapterState
 
 PHASES = ("peft", "sparse", "score")
@@ -202,7 +203,7 @@ _KINDS: Mapping[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str:
 def _read(kind: Any, text: str, error: type[Exception], what: str, **given: Any) -> Any:
     """A frozen dataclass from JSON of a peer that may lie: every key known, every value of its type."""
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
     except (ValueError, RecursionError) as bad:
         raise error(f"the {what} is not JSON: {str(bad)[:80]}") from None
     if not isinstance(raw, dict):

@@ -1,13 +1,13 @@
 """What a client's reply says, read and checked before it counts: nothing that a peer claims is taken on trust."""
 
 import itertools
-import json
 import math
 from typing import Any
 
 from flwr.app import RecordDict
 
 from fedtune.errors import UpdateError, UpdateMismatch
+from fedtune.parsing import parse_json
 from fedtune.plan import MOST_NUMBERS, Plan, Update, matching, short
 from fedtune.privacy.verify import verify
 from fedtune.state import AdapterSpec, AdapterState
@@ -157,6 +157,6 @@ def read_metrics(content: RecordDict) -> dict[str, float]:
 def read_json(text: str) -> Any:
     """Raises ValueError, also where the text is nested so deeply that Python gives up."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from fedtune.config import Config, to_dict
 from fedtune.errors import CheckpointError, RunError
 from fedtune.late import Late
+from fedtune.parsing import parse_json, read_text
 from fedtune.plan import Update
 from fedtune.run_config import read_config
 from fedtune.state import AdapterState
@@ -200,7 +201,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: It is not whole, or not one of ours.
     """
     try:
-        body = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        body = parse_json(read_text(path / "checkpoint.json"))
         if body["format"] != _FORMAT:
             raise CheckpointError(
                 f"checkpoint {path} has format {body['format']}, this fedtune reads {_FORMAT}: use the version that wrote it"

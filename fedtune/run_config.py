@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import yaml
-
 from fedtune.config import Config, from_dict
 from fedtune.errors import CheckpointError, FedtuneError
+from fedtune.parsing import parse_yaml, read_text
 
 
 def read_config(path: Path) -> Config:
@@ -19,10 +18,10 @@ def read_config(path: Path) -> Config:
     if not path.is_dir():
         raise CheckpointError(f"there is no run directory {path}: give the folder that holds config.yaml and checkpoints/")
     try:
-        config = from_dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        config = from_dict(parse_yaml(read_text(path / "config.yaml")))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a run directory: it has no config.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as bad:
+    except (ValueError, OSError) as bad:
         raise CheckpointError(f"cannot read {path / 'config.yaml'}: {str(bad).splitlines()[0]}") from None
     except FedtuneError as bad:
         raise CheckpointError(f"cannot use {path / 'config.yaml'}: {bad}") from None

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtune.errors import CheckpointError, UpdateMismatch
+from fedtune.parsing import parse_json
 from fedtune.seeds import derive_seed
 
 _DTYPES = {
@@ -66,7 +67,7 @@ class AdapterSpec:
     def from_json(cls, text: str) -> "AdapterSpec":
         """Raises UpdateMismatch where `text` is no spec."""
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             good = (
                 set(raw) <= {f.name for f in dataclasses.fields(cls)}
                 and isinstance(raw["method"], str)
@@ -167,7 +168,7 @@ class AdapterState:
                 meta = f.metadata() or {}
                 if "fedtune" not in meta:
                     raise CheckpointError(f"{path} is a safetensors file but not a fedtune adapter: its metadata has no 'fedtune' entry")
-                said = json.loads(meta["fedtune"])
+                said = parse_json(meta["fedtune"])
                 return cls({n: f.get_tensor(n) for n in said["order"]}, AdapterSpec.from_json(said["spec"]))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as bad:
             raise CheckpointError(f"cannot read the adapter {path}: {str(bad)[:120]}") from None

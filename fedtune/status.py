@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from fedtune.errors import CheckpointError, ConfigError, NetworkError
+from fedtune.parsing import parse_json, parse_yaml, read_text
 from fedtune.report.metrics import read_metrics
 from fedtune.report.summary import client_results, drops_text, duration, primary_metric, size
 from fedtune.report.tables import print_table
@@ -95,7 +95,7 @@ def ask(control: str) -> dict[str, Any]:
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
         with opener.open(f"http://{control}/fedtune/status", timeout=_ASK_S) as answer:
-            live = json.loads(answer.read(1 << 24))
+            live = parse_json(answer.read(1 << 24))
         if not isinstance(live, dict) or "nodes" not in live:
             raise ValueError("no nodes")
     except urllib.error.HTTPError as bad:
@@ -256,14 +256,14 @@ def _book(run: Path) -> tuple[int, Mapping[str, Mapping[str, Any]]]:
 
 def _rounds(run: Path) -> int:
     try:
-        return int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["rounds"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return int(parse_yaml(read_text(run / "config.yaml"))["rounds"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{run / 'config.yaml'} cannot be read: it does not say how many rounds the run has") from None
 
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

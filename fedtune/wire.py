@@ -25,6 +25,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedtune.errors import PlanError
+from fedtune.parsing import parse_json
 from fedtune.plan import Plan
 from fedtune.state import AdapterSpec, AdapterState
 
@@ -148,7 +149,7 @@ def read_letter(content: RecordDict) -> Letter:
         UpdateMismatch: Its tensors cannot be read.
     """
     try:
-        frame = json.loads(_said(content, "frame"))
+        frame = parse_json(_said(content, "frame"))
         spec = AdapterSpec.from_json(_said(content, "spec"))
         sent = [n for n in ("snapshot", *(f"shift-{v}" for v in frame["base"])) if n in content.array_records]
         states = {n: AdapterState.from_arrays(content.array_records[n], AdapterSpec.from_json(_said(content, f"{n}-spec"))) for n in sent}
@@ -175,7 +176,7 @@ def read_offer(content: RecordDict) -> tuple[Letter, int]:
         PlanError: It is not an offer of this version of fedtune, or its plan is not understood.
     """
     try:
-        frame, said = json.loads(_said(content, "frame")), json.loads(_said(content, "offer"))
+        frame, said = parse_json(_said(content, "frame")), parse_json(_said(content, "offer"))
         tensors = {str(n): torch.zeros(()).expand([int(d) for d in shape]) for n, shape in said["shapes"].items()}
         plan, nbytes = Plan.from_json(_said(content, "plan")), int(said["bytes"])
         if nbytes < 0:

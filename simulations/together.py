@@ -19,6 +19,7 @@ from fedtune.clients.workspace import Workspace
 from fedtune.errors import FedtuneError
 from fedtune.models import LiveAdapter
 from fedtune.models.memory import is_out_of_memory
+from fedtune.parsing import parse_json, read_text
 from fedtune.simulations.batched import Job, Result, train_together, way_of
 from fedtune.simulations.crowd import Way
 from fedtune.simulations.width import WIDEST, allowed, pays
@@ -201,7 +202,7 @@ def _kind(ready: Prepared) -> tuple[object, ...]:
 
 def _read(path: Path) -> dict[str, int]:
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(read_text(path))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -18,6 +18,7 @@ CONTRACTS = {
     "config",
     "errors",
     "ids",
+    "parsing",
     "plan",
     "promise",
     "run_config",
@@ -114,3 +115,17 @@ def test_a_bare_name_cannot_be_imported(name: str, monkeypatch: pytest.MonkeyPat
 def test_the_public_names() -> None:
     assert fedtune.__version__.count(".") == 2
     assert {f.name for f in (ROOT / "typings" / "fedtune").iterdir()} == set(BARE)
+
+
+def test_only_one_module_parses_json_and_yaml() -> None:
+    """Python's parsers raise what their callers do not expect; `fedtune.parsing` gives a ValueError with a short reason."""
+    own = {"parsing.py", "page.py"}
+    looked, found = 0, []
+    for _, file in files():
+        if file.name in own or file.name.startswith(("bench_", "study_")) or "bench_inference" in file.parts:
+            continue
+        looked += 1
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load", "yaml.safe_load", "yaml.load"):
+                found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert looked > 100 and not found, f"use fedtune.parsing: {found}"

@@ -20,6 +20,7 @@ from fedtune.data.local import find_files, format_of, has_files, local_files, re
 from fedtune.data.records import compile_pattern
 from fedtune.data.tables import header
 from fedtune.errors import ConfigError
+from fedtune.parsing import parse_json
 
 _HEAD = 1 << 20  # bytes, in which a header line is looked for
 
@@ -137,7 +138,7 @@ def _keys(text: str, kind: str, asked: Collection[str]) -> list[str] | None:
 
 def _objects(text: str, kind: str) -> Iterator[dict[str, Any]]:
     if kind == "jsonl":
-        yield from (json.loads(line) for line in text.split("\n") if line.strip())
+        yield from (parse_json(line) for line in text.split("\n") if line.strip())
         return
     decoder, at = json.JSONDecoder(), text.index("[") + 1
     while True:

@@ -19,6 +19,7 @@ from fedtune.data.decoding import decode
 from fedtune.data.records import compile_pattern, lines, matches
 from fedtune.data.tables import read_csv, read_tsv
 from fedtune.errors import ConfigError, DataError
+from fedtune.parsing import content_of, parse_json
 
 if TYPE_CHECKING:  # a command that only looks at files starts without it
     import datasets
@@ -217,7 +218,7 @@ def format_of(file: Path, config: DataConfig) -> str:
 
 def read_bytes(file: Path) -> bytes:
     try:
-        raw = file.read_bytes()
+        raw = content_of(file)
         return gzip.decompress(raw) if file.name.lower().endswith(".gz") else raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as bad:
         raise DataError(f"{file} is not a whole gzip file ({bad}): fetch it again") from None
@@ -242,10 +243,10 @@ def read_json(text: str, where: str) -> Rows:
 
 def _json(text: str, where: str, wanted: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as bad:
+        return parse_json(text)
+    except ValueError as bad:
         at = f" at line {bad.lineno}, column {bad.colno}" if isinstance(bad, json.JSONDecodeError) and bad.lineno > 1 else ""
-        reason = bad.msg if isinstance(bad, json.JSONDecodeError) else "nested too deeply"
+        reason = bad.msg if isinstance(bad, json.JSONDecodeError) else str(bad)
         raise DataError(f"{where} is not JSON{at} ({reason}): wanted {wanted}") from None
 
 

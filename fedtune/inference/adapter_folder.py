@@ -1,6 +1,5 @@
 """Read an adapter from its folder: fedtune's own tensors where they are there, else plain LoRA as PEFT writes it, without PEFT."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.parsing import parse_json, read_text
 
 if TYPE_CHECKING:
     from fedtune.state import AdapterState
@@ -109,7 +109,7 @@ def _text(value: Any) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
     except (ValueError, OSError):
         found = None
     if not isinstance(found, dict):
@@ -122,7 +122,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{folder} is neither a run directory (config.yaml) nor a PEFT adapter (adapter_config.json)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_text(path))
         kind = config["peft_type"]
         patterns = {**(config.get("alpha_pattern") or {}), **(config.get("rank_pattern") or {})}
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.parsing import parse_json, read_text
 from fedtune.state import AdapterState
 
 _PREFIX = "base_model.model."
@@ -30,7 +31,7 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
     """
     if odd := [m for s in shifts for m in s.spec.scaling if m not in adapter.spec.ranks]:
         raise ModelError(f"a shift changes '{odd[0]}', which the adapter in {folder} does not adapt: they belong to different runs")
-    weights, config = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+    weights, config = load_file(folder / "adapter_model.safetensors"), parse_json(read_text(folder / "adapter_config.json"))
     ranks = {}
     for module in adapter.spec.ranks:
         states = [s for s in (adapter, *shifts) if module in s.spec.scaling]

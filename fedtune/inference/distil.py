@@ -29,6 +29,8 @@ from fedtune.inference.engine.text import wrap
 from fedtune.inference.export import CARD, check_out, new_folder, write_tokenizer
 from fedtune.inference.generate import read_card
 from fedtune.models.backbone import Backbone, load_backbone, quiet
+from fedtune.parsing import parse_json
+from fedtune.parsing import read_text as text_of
 from fedtune.seeds import derive_seed
 
 HELD_OUT = 0.1  # share of the given texts, and at least one, that only measures
@@ -287,7 +289,7 @@ def read_texts(path: Path, tokenizer: Any, template: str | None, length: int) ->
         DataError: The file cannot be read, or a row lacks its fields.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in text_of(path).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as bad:
         raise DataError(f"cannot read {path}: {getattr(bad, 'strerror', None) or 'it is not UTF-8 text'}") from None
     begun = tokenizer("").input_ids
@@ -303,7 +305,7 @@ def read_texts(path: Path, tokenizer: Any, template: str | None, length: int) ->
 
 def _of_json(line: str, template: str | None, where: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         if isinstance(row.get("text"), str):
             return row["text"]
         if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):

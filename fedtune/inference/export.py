@@ -27,6 +27,7 @@ from fedtune.inference.whole_model import is_whole, read_whole
 from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import NANO, fingerprint, stored_tensors
 from fedtune.models.methods import mergeable
+from fedtune.parsing import parse_json, read_text
 from fedtune.run_config import read_config
 
 CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
@@ -216,7 +217,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def beside(out: Path) -> str:
     """What there is to know of a folder of `export_hf`'s beside its weights, in a sentence each; "" where they are all."""
-    card = json.loads((out / CARD).read_text(encoding="utf-8"))
+    card = parse_json(read_text(out / CARD))
     sentences = []
     if (out / BESIDE).is_dir():
         kind = card["peft"]["method"]
@@ -266,7 +267,7 @@ def _labels(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        return [str(label) for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
+        return [str(label) for label in parse_json(read_text(path))["labels"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"cannot read {path}: it must be the summary that the run wrote") from None
 
@@ -344,7 +345,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
     if not (out / "config.json").is_file() or not (out / "tokenizer.json").is_file() or _reads_back(tokenizer, out):
         return
     path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(read_text(path))
     path.write_text(
         json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
@@ -363,7 +364,7 @@ def _reads_back(tokenizer: Any, out: Path) -> bool:
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
     """All that decides about token ids: not how batches are padded and cut, nor a post-processor that adds nothing."""
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    raw = parse_json(tokenizer.backend_tokenizer.to_str())
     added = tokenizer("").input_ids
     return {k: v for k, v in raw.items() if k not in ("padding", "truncation", "post_processor")} | {"added": added}
 

@@ -1,6 +1,5 @@
 """Answer from a model: by fedtune's engine where it runs the architecture, else by transformers."""
 
-import json
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -19,6 +18,7 @@ from fedtune.inference.engine.shape import Unsupported, read_shape
 from fedtune.inference.engine.text import wrap
 from fedtune.inference.engine.tokenizer import check_tokenizer
 from fedtune.models.checkpoint import read_config
+from fedtune.parsing import parse_json, read_text
 
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
@@ -245,7 +245,7 @@ def _card(folder: Path) -> dict[str, Any]:
     if not (folder / CARD).is_file():
         return {}
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = parse_json(read_text(folder / CARD))
         kinds = ("causal_lm", "instruction", "classification")
         if (
             isinstance(card["max_new_tokens"], (int, type(None)))

@@ -22,6 +22,7 @@ from fedtune.inference.gguf_tokens import Vocabulary, read_vocabulary
 from fedtune.inference.merged import Merged, read_merged
 from fedtune.inference.provenance import provenance
 from fedtune.models.tokens import load_tokenizer
+from fedtune.parsing import parse_json
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -85,7 +86,7 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
 
 def describe_gguf(out: Path) -> str:
     """What there is to know of a file of `export_gguf`'s beside its path, in a sentence each; "" where there is nothing."""
-    card = json.loads(_library().GGUFReader(out).fields[_CARD].contents())
+    card = parse_json(_library().GGUFReader(out).fields[_CARD].contents())
     return "; ".join(card[name] for name in ("note", "tokenizer") if card.get(name))
 
 

@@ -4,7 +4,6 @@ SentencePiece's BPE (`▁` for a space, bytes as <0xNN>) is llama.cpp's `llama`,
 the merges say as a rank. Byte-level BPE is its `gpt2`, with one of the ways to split a text that llama.cpp knows by name.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from tokenizers import AddedToken
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.text import read_text
+from fedtune.parsing import parse_json
+from fedtune.parsing import read_text as text_of
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
@@ -64,7 +65,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
         ModelError: It is damaged, or of a kind that llama.cpp does not have.
     """
     text = read_text(folder, saved=True)
-    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))  # sound: read_text has parsed it
+    raw = parse_json(text_of(folder / "tokenizer.json"))  # sound: read_text has parsed it
     model = raw["model"]
     if model.get("type") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ModelError(

@@ -1,6 +1,5 @@
 """What a run's own files say of where its model comes from, for the card of what is exported."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from fedtune.errors import CheckpointError
 from fedtune.inference.export import Origin
+from fedtune.parsing import content_of, parse_json, read_text
 
 __all__ = ["provenance"]
 
@@ -71,13 +71,13 @@ def _metric(records: list[dict[str, Any]], version: int, client: str | None) -> 
 def _records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
+    lines = content_of(path).split(b"\n")
     out = []
     for i, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict) or type(record.get("round")) is not int:
                 raise ValueError("not an object with a round")
         except ValueError as bad:
@@ -97,5 +97,5 @@ def _on_the_card(path: Path) -> list[float]:
     """ε as `report.card` writes it, to three digits."""
     if not path.is_file():
         return []
-    found = re.search(r"privacy: \(ε, δ\) = \(([0-9.e+-]+), ", path.read_text(encoding="utf-8"))
+    found = re.search(r"privacy: \(ε, δ\) = \(([0-9.e+-]+), ", read_text(path))
     return [float(found[1])] if found else []

@@ -12,6 +12,7 @@ from typing import Any
 from fedtune.checkpoint_files import weight_files
 from fedtune.config import ModelConfig
 from fedtune.errors import ModelError
+from fedtune.parsing import parse_json, read_text
 
 NANO = Path(__file__).parent / "nano"  # the embedded backbone
 # What of config.json may change when the same weights are saved again, or loaded for another task
@@ -84,7 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file():  # transformers would load the backbone that the adapter names, wherever that is
         raise ModelError(f"{folder} holds a model and an adapter beside it (adapter_config.json): move the adapter to a folder of its own")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(read_text(path))
     except (ValueError, OSError) as bad:
         raise ModelError(f"{path} cannot be read as JSON: {first_line(bad)}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
@@ -134,7 +135,7 @@ def _header(path: Path) -> Iterator[StoredTensor]:
             (length,) = struct.unpack("<Q", f.read(8))
             if length > min(size, 100_000_000):
                 raise ValueError("the header is longer than the file")
-            raw = json.loads(f.read(length))
+            raw = parse_json(f.read(length))
         tensors = [
             StoredTensor(name=n, dtype=t["dtype"], shape=tuple(t["shape"]), file=path, start=8 + length + t["data_offsets"][0],
                          size=t["data_offsets"][1] - t["data_offsets"][0])

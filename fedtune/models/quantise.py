@@ -36,6 +36,7 @@ from fedtune.errors import ModelError
 from fedtune.models.backbone import head_names
 from fedtune.models.checkpoint import digest, fingerprint, first_line
 from fedtune.models.parts import is_linear, other_weights
+from fedtune.parsing import parse_json, read_text
 
 __all__ = [
     "KINDS", "Recipe", "cache_root", "compute_dtype", "is_quantised", "left_whole", "load_quantised", "quantised", "recipe",
@@ -322,7 +323,7 @@ def _read(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     config = copy.deepcopy(hf_config)
     config.quantization_config = recipe.config().to_dict()
-    if json.loads((place / _MARK).read_text(encoding="utf-8"))["mark"] != fingerprint(place):
+    if parse_json(read_text(place / _MARK))["mark"] != fingerprint(place):
         raise ModelError("its bytes are not those that were written")
     model, info = cast(Any, kind).from_pretrained(
         place, output_loading_info=True, config=config, use_safetensors=True, device_map={"": device}, dtype=recipe.compute

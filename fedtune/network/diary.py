@@ -1,10 +1,11 @@
 """What a client's log says of its turns: one sentence for a person, and the same as fields."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from flwr.app import Message, RecordDict
+
+from fedtune.parsing import parse_json
 
 
 def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dict[str, Any]]:
@@ -55,7 +56,7 @@ def tensor_bytes(content: RecordDict) -> int:
 def _json(content: RecordDict, name: str) -> Mapping[str, Any]:
     """A record's JSON object; empty where there is none."""
     try:
-        found = json.loads(str(content.config_records[name]["json"]))
+        found = parse_json(str(content.config_records[name]["json"]))
     except (KeyError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -19,6 +19,7 @@ from typing import Any
 from fedtune.errors import LinkLost, NetworkError
 from fedtune.network.grid import LinkGrid
 from fedtune.network.superlink import Task
+from fedtune.parsing import parse_json
 
 _START_S, _ANSWER_S, _STOP_S = 120.0, 60.0, 5.0
 _DEATHS, _WITHIN_S = 5, 60.0  # so many deaths in so short a time are no accident
@@ -128,7 +129,7 @@ class _Child:
             except (OSError, ValueError) as gone:  # a ValueError is a pipe that was closed already
                 raise ConnectionError(str(gone)) from None
             answer, _, self._rest = self._rest.partition(b"\n")
-        return json.loads(answer)
+        return parse_json(answer)
 
     def hang_up(self) -> None:
         """Close the pipes of a child that is gone."""

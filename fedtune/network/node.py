@@ -26,6 +26,7 @@ from fedtune.network import APP, fleet
 from fedtune.network import _flwr_client as flwr
 from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognised
 from fedtune.network.pack import is_packed, pack, unpack
+from fedtune.parsing import content_of
 
 HEARTBEAT = 10.0  # seconds; a sixth of the lease
 POLL, SLOW_POLL, QUIET = 0.1, 1.0, 60.0  # seconds between two looks; the same once nothing came for QUIET seconds; that
@@ -301,7 +302,7 @@ def _identity(key: Path | None, insecure: bool) -> tuple[EllipticCurvePrivateKey
             with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(made)
             beside.rename(key)
-        data = key.read_bytes()
+        data = content_of(key)
     except OSError as bad:
         raise NetworkError(f"the key {key} cannot be read: {bad.strerror or bad}") from None
     try:

@@ -4,13 +4,13 @@ Flower stores a reply as a tree of objects, each of them once. A parent names it
 5 MB, named a thousand times, is an array of 5 GB for whoever puts it together. So each child counts as often as it is named.
 """
 
-import json
 from collections import Counter
 from typing import Any
 
 from sqlalchemy import func, literal, select
 
 from fedtune.network import _flwr
+from fedtune.parsing import parse_json
 
 _LARGEST = 10**18  # bytes: a tree of names can claim more than a float holds
 
@@ -48,9 +48,9 @@ def _named(content: bytes) -> Counter[str]:
     try:
         kind, children, length = _flwr.get_object_head_values_from_object_content(content)
         if kind == "Array":
-            return Counter(children[i] for i in json.loads(content[len(content) - length :])["arraychunk_ids"])
+            return Counter(children[i] for i in parse_json(content[len(content) - length :])["arraychunk_ids"])
         if kind in ("ArrayRecord", "RecordDict"):
-            return Counter(json.loads(content[len(content) - length :]).values())
+            return Counter(parse_json(content[len(content) - length :]).values())
         return Counter(children)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return Counter()

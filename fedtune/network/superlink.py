@@ -37,6 +37,7 @@ from fedtune.network.door import Door, Guests
 from fedtune.network.linkstate import Registrar, read_keys
 from fedtune.network.logs import JsonLines
 from fedtune.network.public import Impatient, PublicPort
+from fedtune.parsing import parse_json
 
 CONNECTIONS = 1000  # of the public port; more are refused
 FILES = 4 * CONNECTIONS  # open at once: connections, and what serving each of them opens
@@ -224,7 +225,7 @@ def _answer(registrar: Registrar, request: dict[str, Any]) -> dict[str, Any]:
 def _converse(registrar: Registrar, questions: TextIO, answers: TextIO, servers: tuple[_Server, _Server]) -> None:
     """Answer until the input ends; then stop."""
     for line in questions:
-        print(json.dumps(_answer(registrar, json.loads(line))), file=answers, flush=True)
+        print(json.dumps(_answer(registrar, parse_json(line))), file=answers, flush=True)
     for server in servers:
         server.should_exit = True
 
@@ -257,7 +258,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, who decides
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whoever prints by mistake must not be taken for an answer
-    task = Task(**json.loads(sys.stdin.readline()))
+    task = Task(**parse_json(sys.stdin.readline()))
     _die_with(task.parent)
     _allow_files()
     try:

@@ -7,7 +7,6 @@ descriptor of their own, so that a stray print cannot break them. A worker never
 """
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.network._flwr_client import ErrorCode, MessageProto, TaskIdentity, message_from_proto, message_to_proto
 from fedtune.network.frames import FrameError, Kind, read_frame, write_frame
+from fedtune.parsing import parse_json
 
 NODE_CONFIG = {"partition-id": 0, "num-partitions": 1}  # a device holds its own data, not a part of somebody's
 _PR_SET_PDEATHSIG = 1
@@ -84,7 +84,7 @@ def _settings(requests: BinaryIO) -> Mapping[str, Any]:
     kind, payload = frame
     if kind is not Kind.SETTINGS:
         raise FrameError(f"a worker's first frame must hold its settings, and this is {kind.name}")
-    return json.loads(payload)
+    return parse_json(payload)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedtune.errors import CheckpointError
 from fedtune.ids import file_name
+from fedtune.parsing import content_of, parse_json
 from fedtune.privacy.accounting import Spend, epsilon
 
 
@@ -48,7 +49,7 @@ class Ledger:
             CheckpointError: A line cannot be read: what was spent is not known, so that nothing more may be.
         """
         try:
-            text = self.path.read_bytes()
+            text = content_of(self.path)
         except FileNotFoundError:
             return []
         except OSError as bad:
@@ -85,7 +86,7 @@ class Ledger:
 
     def _line(self, number: int, line: bytes) -> Spend:
         try:
-            said = json.loads(line)
+            said = parse_json(line)
             cost = Spend(noise=float(said["noise"]), rate=float(said["rate"]), steps=int(said["steps"]))
             good = 0 <= cost.noise < math.inf and 0 <= cost.rate <= 1 and cost.steps >= 0
         except (ValueError, KeyError, TypeError):

@@ -3,7 +3,6 @@
 Built as an element tree, so that whatever a run holds (client ids, model answers) is escaped by the serialiser.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-import yaml
-
 from fedtune import __version__
 from fedtune.errors import CheckpointError
+from fedtune.parsing import parse_json, parse_yaml, read_text
 from fedtune.report import page, plots
 from fedtune.report.metrics import read_metrics, write_atomic
 from fedtune.report.page import element as e
@@ -55,9 +53,9 @@ def write_report(run_dir: Path) -> Path:
         CheckpointError: No metrics.jsonl, or one of the files is damaged.
     """
     records = read_metrics(run_dir)
-    config = _read(run_dir / "config.yaml", yaml.safe_load, dict)
-    partition = _read(run_dir / "partition.json", json.loads, dict)
-    answers = _read(run_dir / "answers.json", json.loads, list)
+    config = _read(run_dir / "config.yaml", parse_yaml, dict)
+    partition = _read(run_dir / "partition.json", parse_json, dict)
+    answers = _read(run_dir / "answers.json", parse_json, list)
     metric, lines = primary_metric(records), rounds(records)
     clients = client_results(records, metric, partition)
     names = sorted({c.device_class for c in clients})
@@ -84,8 +82,8 @@ def _read(path: Path, parse: Callable[[str], Any], kind: type) -> Any:
     if not path.exists():
         return None
     try:
-        found = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = parse(read_text(path))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}): restore it or move it away") from error
     if not isinstance(found, kind):
         raise CheckpointError(f"{path} should hold a {kind.__name__}, not a {type(found).__name__}: restore it or move it away")

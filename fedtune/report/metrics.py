@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import CheckpointError
+from fedtune.parsing import content_of, parse_json
 from fedtune.report.summary import LOWER, NO_CLASS, PRIMARY, value
 
 FILE = "metrics.jsonl"
@@ -88,14 +89,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = run_dir / FILE
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = content_of(path).split(b"\n")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): is {run_dir} a run directory?") from error
     last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
     records = []
     for i, line in enumerate(lines[: last + 1]):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict) or not isinstance(record.get("round"), int):
                 raise ValueError("not an object with a round")
         except ValueError as error:  # covers JSON and UTF-8 errors

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import PlanError
+from fedtune.parsing import parse_json
 from fedtune.state import AdapterState
 from fedtune.traffic.codec import Codec
 
@@ -50,7 +51,7 @@ def decode_broadcast(text: str, got: AdapterState, first: Mapping[str, Tensor]) 
         UpdateMismatch: What came is not what the JSON says.
     """
     try:
-        said = json.loads(text)
+        said = parse_json(text)
         codec = Codec.from_name(said["codec"])
         like = {str(n): torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for n, dtype, shape, _ in said["tensors"]}
         differs = [str(n) for n, _, _, d in said["tensors"] if d is True]

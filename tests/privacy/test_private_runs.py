@@ -112,9 +112,9 @@ def test_a_turn_that_was_paid_for_and_broke_is_told_of(tmp_path: Path, monkeypat
 def test_what_a_client_that_declines_has_spent_is_a_number(said: Any, told: float | None) -> None:
     from flwr.app import ConfigRecord, Message
 
-    from fedtune.bridge import _spent
+    from fedtune.turnout import epsilon_of
 
-    assert _spent(Message(RecordDict({"declined": ConfigRecord({"epsilon": said})}), 0, "train")) == told
+    assert epsilon_of(Message(RecordDict({"declined": ConfigRecord({"epsilon": said})}), 0, "train")) == told
 
 
 def test_a_run_that_is_stopped_and_goes_on_has_spent_what_it_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -165,17 +167,12 @@ def test_a_machine_holds_as_many_workers_as_its_scarcer_resource_allows() -> Non
 def test_a_cluster_that_loses_a_machine_in_a_round_ends_with_the_same_adapter(tmp_path: Path, private: bool) -> None:
     """Two machines, one of which dies while it trains. FedSA keeps B at the clients, a private run counts what they spend: both must be
     where any worker reaches them."""
-    pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
-    import threading
-    import time
-
-    import ray
-    from ray.cluster_utils import Cluster
-
+    ray = pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
     config = tiny_config(tmp_path, rounds=6, eval=EvalConfig(where="none", clients=0))
     config = fedsa(config) if not private else with_privacy(config)
     wanted = simulate(config)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         second = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
@@ -208,15 +205,13 @@ def test_a_cluster_that_loses_a_machine_in_a_round_ends_with_the_same_adapter(tm
 
 @pytest.mark.slow
 def test_workers_get_gpus_where_they_ask_for_them(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
-    import ray
-    from ray.cluster_utils import Cluster
-
+    ray = pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
     from fedtune.errors import ConfigError
     from fedtune.simulations.ray import ray_grid as opened
 
     config = tiny_config(tmp_path, engine=EngineConfig(kind="ray", ray_gpus=1, ray_address="", batched="none"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
     try:
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, ray_address=cluster.address))
         with opened(config, tmp_path, 4, print) as grid:

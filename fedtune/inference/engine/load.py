@@ -4,7 +4,6 @@ Files are memory-mapped. What is not packed is used where it lies; what is packe
 let go before the next.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ from fedtune.inference.engine.lora import Lora, make_lora
 from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, read_shape
+from fedtune.parsing import parse_json
+from fedtune.parsing import read_text as text_of
 
 GROUP = 32  # columns that share a scale where int4 is made here
 FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # dtype in a file → kind that keeps it
@@ -152,7 +153,7 @@ def _linears(where: ready.Place | None, found: dict[str, Linear] | None, packing
 def read_json(file: Path) -> dict[str, Any]:
     """An object of a small JSON file, or ModelError."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(text_of(file))
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror}): give a model folder") from None
     except (ValueError, RecursionError):

@@ -12,7 +12,6 @@ tokens are `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], 
 """
 
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.shape import Shape, read_shape
+from fedtune.parsing import parse_json, read_text
 
 __all__ = [
     "ADAPTERS",
@@ -241,7 +241,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _JSON:
             raise ModelError(f"{path} is larger than {_JSON >> 20} MB, which no package's is: it is damaged")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: give a folder that `fedtune export --to edge` wrote") from None
     except (OSError, ValueError, RecursionError) as bad:
@@ -329,7 +329,7 @@ def _adapter(path: Path, shape: Shape, base: Any) -> dict[str, tuple[Tensor, Ten
     stored.add(path, torch.float32)
     try:
         with _opened(path) as file:
-            said = json.loads((file.metadata() or {})["fedtune"])["base"]
+            said = parse_json((file.metadata() or {})["fedtune"])["base"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ModelError(f"{path} is no adapter of a package: its metadata does not name a backbone") from None
     if said != base:

@@ -26,6 +26,7 @@ from torch import Tensor
 from fedtune.inference.engine.linear import CLASSES, Linear
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
 from fedtune.inference.engine.package_writer import as_bytes
+from fedtune.parsing import parse_json, read_text
 
 __all__ = ["Place", "open_ready", "place", "write_ready"]
 
@@ -70,7 +71,7 @@ def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None
 def open_ready(place: Place) -> dict[str, Linear] | None:
     """The linears by name, mapped; None where they were not made yet, or from something else."""
     try:
-        index = json.loads((place.path / "index.json").read_text("utf-8"))
+        index = parse_json(read_text(place.path / "index.json"))
         if index["made_from"] != place.made_from or index["seal"] != _seal(index["linears"], index["layouts"], index["size"]):
             return None
         if (place.path / "weights.bin").stat().st_size != index["size"]:
@@ -154,7 +155,7 @@ def _forget_the_gone(root: Path) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
     for index in root.glob("*/index.json"):
         try:
-            gone = not Path(json.loads(index.read_text("utf-8"))["made_from"]["folder"]).exists()
+            gone = not Path(parse_json(read_text(index))["made_from"]["folder"]).exists()
         except (OSError, ValueError, KeyError, TypeError):
             gone = True
         if gone:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine import template_process
+from fedtune.parsing import parse_json
 
 _FAULT = "the model's chat template cannot be run: "
 
@@ -56,7 +57,7 @@ class _Process:
                 self._stop()
                 raise
             if answer.endswith(b"\n"):
-                return json.loads(answer)
+                return parse_json(answer)
             code = self._stop()
         bounds = {signal.SIGPROF: request["seconds"], signal.SIGALRM: template_process.PATIENCE_S}
         if -code in bounds:

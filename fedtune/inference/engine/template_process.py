@@ -14,6 +14,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from fedtune.parsing import parse_json
+
 SECONDS = 2.0  # of the CPU, for one rendering
 PATIENCE_S = 30.0  # by the clock, on a machine that does other work
 MEMORY = 1 << 29  # bytes of address space
@@ -29,7 +31,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
         try:
-            asked = json.loads(line)
+            asked = parse_json(line)
             signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
             template, refused = compiled(asked["template"])
             refused.clear()

@@ -1,7 +1,6 @@
 """A folder's tokenizer: text to tokens as in training, tokens to text as they come, and the chat template."""
 
 import contextlib
-import json
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from tokenizers import Tokenizer
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.template import render
 from fedtune.inference.engine.tokenizer import read_object, read_tokenizer
+from fedtune.parsing import parse_json
+from fedtune.parsing import read_text as text_of
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
 _TAIL = 8  # tokens of the prompt that show how its text and the answer's join
@@ -191,7 +192,7 @@ class StopStrings:
 
 def decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
     """Types of the parts of a tokenizer's decoder, such as "ByteLevel"."""
-    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
+    decoder = parse_json(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
     return frozenset(part.get("type", "") for part in decoder.get("decoders", [decoder]))
 
 
@@ -249,7 +250,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return text_of(path)
         except (OSError, ValueError):
             raise ModelError(f"{path} cannot be read: it must be a Jinja template in UTF-8") from None
     found = config.get("chat_template")

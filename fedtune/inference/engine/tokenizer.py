@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.shape import Unsupported
+from fedtune.parsing import parse_json, read_text
 
 __all__ = ["Made", "check_tokenizer", "read_object", "read_tokenizer"]
 
@@ -65,8 +66,8 @@ def read_tokenizer(folder: Path, *, saved: bool) -> Made:
     config = read_object(folder / "tokenizer_config.json")
     kind = "" if saved else _kind(folder, config)
     try:
-        stored = path.read_text(encoding="utf-8")
-        raw = json.loads(stored)
+        stored = read_text(path)
+        raw = parse_json(stored)
         if kind and raw["model"].get("type") != "BPE":
             raise ModelError(
                 f"{path} holds a {raw['model'].get('type')} model, and a {kind} is made of BPE: set tokenizer_class to"
@@ -120,7 +121,7 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _by_bytes(folder: Path) -> bool:
     try:
-        return '"ByteLevel"' in (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return '"ByteLevel"' in read_text(folder / "tokenizer.json")
     except (OSError, ValueError):
         return False  # told when it is read
 
@@ -247,7 +248,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

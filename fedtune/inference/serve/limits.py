@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.errors import ConfigError
 from fedtune.inference.serve.protocol import Refused
+from fedtune.parsing import parse_json, read_text
 
 KEY_VARIABLE = "FEDTUNE_API_KEY"
 BODY_S = 30.0  # a request must have come in full by then
@@ -80,7 +81,7 @@ class ApiKeys:
         else:
             where = str(file)
             try:
-                lines = file.read_text(encoding="utf-8").splitlines()
+                lines = read_text(file).splitlines()
             except (OSError, ValueError) as bad:
                 why = getattr(bad, "strerror", None) or "it is not UTF-8 text"
                 raise ConfigError(f"cannot read the API keys in {where}: {why}") from None
@@ -150,7 +151,7 @@ def parse(body: bytes, max_depth: int) -> Any:
         raise Refused(400, f"the body nests deeper than {max_depth} lists and objects", code="invalid_json")
     try:
         text = body.decode("utf-8")
-        payload = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        payload = parse_json(text, parse_constant=_no_number, parse_float=_finite)
     except UnicodeDecodeError as bad:
         raise Refused(400, f"the body is not UTF-8: byte {bad.start} is wrong", code="invalid_json") from None
     except json.JSONDecodeError as bad:
