@@ -47,6 +47,20 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     return run
 
 
+def test_a_classification_server_without_rows_starts_by_either_advice(
+    tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, rounds=1, task=TASKS["classification"])
+    config.data.labels = ["0", "1", "2"]
+    bare = ["data.path=''", "data.labels=[]", "data.test_path=null"]
+    assert serve(config, *bare) == 2
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith("set data.labels to their names in the order of their ids, or data.test_path")
+    assert serve(config, *bare[:1], "data.labels=['0','1','2']", *bare[2:]) == 0
+    (tmp_path / "run").rename(tmp_path / "first")
+    assert serve(config, *bare[:2], f"data.test_path={tmp_path / 'test.jsonl'}") == 0
+
+
 @pytest.mark.parametrize(("test", "dealt"), [("data.test_path=null", "dirichlet"), ("the test file", "natural")])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_server_needs_no_training_rows(

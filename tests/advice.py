@@ -1,0 +1,64 @@
+"""The advice in fedtune's own sentences: errors, notes, help and cards, as the source spells them."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("fedtune", "clients", "strategies")
+HOLE = "\0"  # stands for a value that is known only when the sentence is printed
+SETTING = re.compile(r"(?<![\w./\0+-])([a-z_]+(?:\.(?:_target_|[a-z_]+|\0))*)=([^\s,;:)'\"`|\]]*)")
+_ONE = r"[a-z_]+(?:\.[a-z_]+)*=[^\s,;:)]+"
+_OTHER = r"(?:,? or (?!take|set|add|give|name|leave|raise)\w+(?![\w.=]))*"
+FOLLOWS = re.compile(rf"\b(?:set|take|add|give|pick|choose|or|such as)(?: one of)? ({_ONE}(?: {_ONE})*)({_OTHER})")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text of more than one word in the source.
+
+    Args:
+        where: File and line.
+        text: With a `HOLE` for each value.
+    """
+
+    where: str
+    text: str
+
+
+def sentences() -> Iterator[Sentence]:
+    """All texts that the program may print; docstrings are for those that read the source."""
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for line, text in _texts(ast.parse(file.read_text(encoding="utf-8"))):
+                if " " in text.strip():
+                    yield Sentence(f"{file.relative_to(ROOT)}:{line}", text)
+
+
+def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+            skipped.add(id(node.body[0].value))  # type: ignore[attr-defined]
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            skipped |= {id(part) for part in ast.walk(node)}
+            yield node.lineno, "".join(str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def ways(sentence: str) -> list[str]:
+    """The settings that a printed sentence tells to try, each of which is one way out.
+
+    `task=instruction or classification` is two ways, `traffic.up=fp32 traffic.topk=null` is one of two settings.
+    """
+    found = []
+    for settings, more in FOLLOWS.findall(sentence):
+        key, _, value = settings.partition("=")
+        found += [f"{key}={one}" for one in value.split("|")] if " " not in settings else [settings]
+        found += [f"{key}={other}" for other in re.findall(r"or (\w+)", more)]
+    return [way for way in found if not re.search(r"=(N|NAME|RUN|FILE|VALUE|CLASS)\b", way)]

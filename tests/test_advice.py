@@ -1,0 +1,177 @@
+"""What fedtune tells a person to do can be done: every setting, flag and command that it names exists, and following it leads on."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedtune import cli, client, server
+from fedtune.compose import _is_known, choices, compose, make_strategy
+from fedtune.config import Config, from_dict, to_dict
+from fedtune.data import load_federation
+from fedtune.errors import ConfigError, FedtuneError
+from tests.advice import HOLE, SETTING, sentences, ways
+from tests.data.test_bad_input import CASES
+from tests.test_sim import REFUSED
+
+SENTENCES = list(sentences())
+OTHERS = {
+    "--federation-config",
+    "--ink",
+    "--good",
+    "--muted",
+    "--soft",
+    "--bad",
+    "--rule",
+    "--page",
+    "--card",
+}  # Flower's, and colors of the report
+NEEDS = {"model=hub": ["model.name=x"], "data=hub": ["data.name=x"], "data=local": ["data.path=x"]}
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))  # type: ignore[return-value]
+
+
+COMMANDS = subcommands(cli._parser())
+DOORS = {"fedtune-server": server._parser(), "fedtune-client": client._parser(), "fedtune": cli._parser()}
+
+
+def advised() -> Iterator[tuple[str, str, str]]:
+    for sentence in SENTENCES:
+        for key, value in SETTING.findall(sentence.text):
+            yield sentence.where, key, value
+
+
+def test_there_is_advice() -> None:
+    assert len(SENTENCES) > 1000 and len(list(advised())) > 200
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    roots = to_dict(Config()).keys() | {"conf"}
+    arguments = {name for choice in choices("strategy") for name in compose([f"strategy={choice}"])[0].config.strategy}
+    wrong = []
+    for where, key, _ in advised():
+        path = key.replace(HOLE, "text").split(".")
+        if path[0] not in roots:
+            continue
+        known = path[0] == "conf" or _is_known(path, Config) or key.startswith("data.columns.")
+        if path[0] == "strategy" and len(path) > 1:
+            known = path[1] in arguments | {"text"}
+        if not known and HOLE not in key:
+            wrong.append(f"{where}: {key}")
+    assert not wrong
+
+
+def test_every_value_that_is_named_can_be_set() -> None:
+    roots, wrong, tried = to_dict(Config()).keys(), [], set()
+    for where, key, value in advised():
+        value = value.rstrip(".")
+        if HOLE in key + value or not value or re.fullmatch(r"[A-Z]+|%s|\S*[\[\]|+]\S*", value) or key.split(".")[0] not in roots:
+            continue
+        if key.startswith("strategy.") or key == "resume" or (setting := f"{key}={value}") in tried:
+            continue
+        tried.add(setting)
+        try:
+            compose([*NEEDS.get(setting, []), setting])
+        except ConfigError as bad:
+            if re.search(r"unknown config key|is not known|wrong type|out of range|cannot read", str(bad)):
+                wrong.append(f"{where}: {setting}: {bad}")
+    assert not wrong
+    assert len(tried) > 40
+
+
+def test_every_flag_that_is_named_exists() -> None:
+    known = {"--help", "--version", "--multirun", "--cfg"} | OTHERS
+    for parser in (*DOORS.values(), *COMMANDS.values()):
+        known |= parser._option_string_actions.keys()
+    named = {(s.where, flag) for s in SENTENCES for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", s.text)}
+    assert len(named) > 50
+    assert not [f"{where}: {flag}" for where, flag in sorted(named) if flag not in known]
+
+
+def test_every_command_that_is_named_takes_its_flags() -> None:
+    seen, wrong = set(), []
+    for s in SENTENCES:
+        for door, rest in re.findall(r"(?:`|\b(?:with|run|by|use it:|status:) )(fedtune(?:-server|-client)?)\b([^`\n(]*)", s.text):
+            name = next(iter(rest.split()), "")
+            if door == "fedtune" and name not in COMMANDS:
+                if name and HOLE not in name:
+                    wrong.append(f"{s.where}: {door} {name}")
+                continue
+            parser = COMMANDS[name] if door == "fedtune" else DOORS[door]
+            seen.add((door, name if door == "fedtune" else ""))
+            flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)
+            wrong += [f"{s.where}: {door} {name} {flag}" for flag in flags if flag not in parser._option_string_actions]
+    assert not wrong
+    assert {("fedtune", "keys"), ("fedtune", "export")} <= seen
+
+
+COMBINATIONS = [
+    ["task=causal_lm"], ["peft.init=loftq", "peft=ia3"], ["peft.init=loftq"],
+    ["peft.init=loftq", "model.precision=nf4", "model.compute=auto"],
+    ["peft.init=loftq", "model.precision=nf4"], ["late=use"], ["late=use", "privacy=user", "round_timeout_s=9"],
+    ["privacy=record", "privacy.epsilon=null"], ["privacy=record", "privacy.adaptive=true"], ["privacy=record", "privacy.where=client"],
+    ["privacy=user", "privacy.adaptive=true", "privacy.where=client"], ["privacy.epsilon=3"], ["traffic.stochastic=true"],
+    ["traffic.error_feedback=true"], ["traffic=topk", "strategy=flora"], ["strategy=fedavg"], ["strategy=flora", "privacy=user"],
+    ["strategy=scaffold", "privacy=record", "devices=none"], ["strategy=scaffold", "traffic=topk", "devices=none"],
+    ["strategy=fedpeptao", "traffic=topk", "devices=none"], ["strategy=flora", "late=use", "round_timeout_s=9"], ["strategy=slora"],
+    ["strategy=fedsa", "privacy=user", "devices=none"], ["strategy=krum", "min_clients=1", "devices=none"], ["strategy=scaffold"],
+    ["strategy=fednova"], ["strategy=fedpeptao"], ["strategy=flora", "peft=ia3"], ["strategy=flexlora", "peft=prefix"],
+    ["strategy=hetlora", "peft=adapter"], ["strategy=fedex", "peft=ia3", "devices=none"], ["strategy=fedsa", "peft=ia3", "devices=none"],
+    ["strategy=ffa_lora", "peft=ia3", "devices=none"], ["data.prompt=x", "data.answer=null"], ["devices.deadline_s=1", "devices=none"],
+    *([f"strategy={choice}"] for choice in choices("strategy")),
+]  # fmt: skip
+
+
+def refusal(args: list[str]) -> str:
+    """What is said against these settings; "" if nothing is."""
+    try:
+        make_strategy(compose([a for a in args if a != "-m"], multirun="-m" in args)[0].config)
+    except FedtuneError as bad:
+        return str(bad)
+    return ""
+
+
+@pytest.mark.parametrize("args", [*COMBINATIONS, *(args for args, _ in REFUSED if args[0][:2] != "--")], ids=" ".join)
+def test_each_way_out_of_a_refusal_leads_out_of_it(args: list[str]) -> None:
+    said = refusal(args)
+    for way in ways(said) if not said.startswith("cannot read") else ():
+        keys = [setting.partition("=")[0] for setting in way.split(" ")]
+        same = {*keys, *(f"{key}.{end}" for key in keys for end in ("kind", "method", "_target_"))}
+        kept = [a for a in args if a.lstrip("+").partition("=")[0] not in same]
+        then = refusal([*kept, *way.split(" ")])
+        assert then != said and not re.search("unknown|is not known|wrong type|out of range", then), f"{said}\n{way} leads to: {then}"
+
+
+def test_ways_are_found_in_refusals() -> None:
+    assert ways("task.kind=causal_lm does not fit data=demo, take task=instruction or classification") == [
+        "task=instruction", "task=classification"
+    ]  # fmt: skip
+    assert ways("set traffic.up=fp32 traffic.topk=null") == ["traffic.up=fp32 traffic.topk=null"]
+    assert ways(refusal(["peft=ia3"])) and ways(refusal(["privacy.epsilon=3"])) and ways(refusal(["strategy=scaffold", "traffic=topk"]))
+
+
+@pytest.mark.parametrize("case", [case for case, (*_, sentence) in CASES.items() if "=" in sentence])
+def test_each_way_out_of_bad_data_leads_out_of_it(tmp_path: Path, case: str) -> None:
+    name, content, settings, _, _ = CASES[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def said(*more: str) -> str:
+        values = settings | {"data": {"source": "local", "path": str(tmp_path / name)} | settings.get("data", {})}
+        for way in more:
+            key, _, value = way.partition("=")
+            group, _, field = key.partition(".")
+            values = values | {group: values.get(group, {}) | {field: {"true": True}.get(value, value)}}
+        try:
+            load_federation(from_dict(values))
+        except FedtuneError as bad:
+            return str(bad)
+        return ""
+
+    for way in ways(said()):
+        if "." in way.partition("=")[0]:
+            assert said(way) != said(), f"{said()}\n{way} leads to the same"
