@@ -260,6 +260,7 @@ def test_the_difference_of_half_precision_loses_nothing() -> None:
 
 def as_configured(name: str) -> Strategy:
     args = yaml.safe_load((ROOT / "conf/strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
+    args.pop("defaults", None)
     module, _, kind = args.pop("_target_").rpartition(".")
     return getattr(importlib.import_module(module), kind)(**args)
 

@@ -201,7 +201,7 @@ class Space:
     """As much of a workspace as an offer is read with; its devices accept up to `most` bytes."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.ledgers, self.client_ids = most, None, ["c"]
+        self.most, self.ledgers, self.floor, self.client_ids = most, None, None, ["c"]
         self.config, self.devices, self.asked = config(), self, list[int]()
 
     def is_offline(self, client: str, round: int) -> bool:

@@ -124,7 +124,7 @@ def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
     """
     encodes = bool(read_config(folder).get("is_encoder_decoder"))
     task = TaskConfig(kind=card.get("task") or ("instruction" if encodes else "causal_lm"), max_length=2, generate=False)
-    backbone = load_backbone(ModelConfig(source="hub", name=str(folder)), task)
+    backbone = load_backbone(ModelConfig(source="hub", name=str(folder)), task, packed=True)
     peft = card.get("peft", {})
     model: Any = _with_adapter(backbone, card, folder, task) if peft else backbone.model
     base: Any = backbone.model

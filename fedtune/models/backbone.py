@@ -63,7 +63,13 @@ class Backbone:
 
 
 def load_backbone(
-    config: ModelConfig, task: TaskConfig, *, num_labels: int = 0, seed: int = 0, outline: Mapping[str, Tensor] | None = None
+    config: ModelConfig,
+    task: TaskConfig,
+    *,
+    num_labels: int = 0,
+    seed: int = 0,
+    outline: Mapping[str, Tensor] | None = None,
+    packed: bool = False,
 ) -> Backbone:
     """Load, check, freeze.
 
@@ -74,12 +80,13 @@ def load_backbone(
         seed: The run's seed: draws the weights of `init=random`, and a classification head that the checkpoint lacks.
         outline: Float32 tensors on the meta device that stand for the checkpoint's, by its names: the model is then made of them and lies
             there too, without weights, but with everything checked. Of a pretrained backbone in float32 only.
+        packed: Whether weights may be quantized already: to answer with them, never to train over them or to export them.
 
     Raises:
         ModelError: The checkpoint is missing, damaged, pickled, of an unknown architecture, or does not fit the task.
     """
     folder = find_folder(config)
-    hf_config = build_config(config, task, num_labels=num_labels, folder=folder)
+    hf_config = build_config(config, task, num_labels=num_labels, folder=folder, packed=packed)
     tokenizer = load_tokenizer(folder, config)
     device = torch.device("meta") if outline else _device(config.device)
     settings = _settings(config, device)
@@ -104,14 +111,15 @@ def load_backbone(
     return Backbone(model=model, tokenizer=tokenizer, fingerprint=mark, name=name, folder=folder, device=device, completed=completed)
 
 
-def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, folder: Path) -> Any:
+def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, folder: Path, packed: bool = False) -> Any:
     """The transformers config of the backbone for this task, from config.json alone.
 
     Raises:
         ModelError: Unknown architecture, or one that cannot do the task.
     """
     kind = read_config(folder)["model_type"]
-    refuse_quantized(folder)
+    if not packed:
+        refuse_quantized(folder)
     extra = {}
     if task.kind == "classification":
         if num_labels < 2:

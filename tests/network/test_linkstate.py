@@ -46,8 +46,7 @@ def registrar(folder: Path, allowed: dict[str, str] | None, empty: Path | None =
     keys = None if allowed is None else read_keys(allowed)
     rest: dict[str, Any] = {"host": "", "port": 0, "private_port": 0, "certificate": None, "certificate_key": None}
     task = Task(folder=str(folder), log="", allowed_keys=allowed, max_body=1, parent=0, **rest)
-    app = _make_app(task, keys)
-    office = Registrar(app.state.linkstate_factory.state(), keys)
+    app, office = _make_app(task, keys)
     office.app = app  # type: ignore[attr-defined]
     return office
 

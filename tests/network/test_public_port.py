@@ -46,7 +46,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Any:
             parent=0,
         ),
         None,
-    )
+    )[0]
 
 
 class Inside:

@@ -41,6 +41,7 @@ def strategies() -> list[Strategy]:
     found = []
     for name in choices("strategy"):
         args = yaml.safe_load((ROOT / "conf/strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
+        args.pop("defaults", None)
         module, _, kind = args.pop("_target_").rpartition(".")
         found.append(getattr(importlib.import_module(module), kind)(**args))
     return found

@@ -79,4 +79,4 @@ def test_a_run_s_tables_fit_eighty_columns() -> None:
 def test_help_fits_eighty_columns_and_shows_every_default() -> None:
     text = help_text()
     assert max(map(cell_len, text.splitlines())) <= 80 and "…" not in text
-    assert "  client.lr = 0.001\n      peak learning rate\n" in text and "fedtune.strategies.fedavg.FedAvg" in text
+    assert "  client.lora_lr = 0.001\n      peak learning rate" in text and "fedtune.strategies.fedavg.FedAvg" in text

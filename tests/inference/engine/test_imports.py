@@ -12,7 +12,7 @@ import fedtune.inference.engine as engine
 ROOT = Path(str(engine.__file__)).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LIBRARIES = {"torch", "safetensors", "tokenizers"}
-OURS = ("fedtune.checkpoint_files", "fedtune.errors", "fedtune.seeds", "fedtune.inference.engine")
+OURS = ("fedtune.checkpoint_files", "fedtune.errors", "fedtune.parsing", "fedtune.seeds", "fedtune.inference.engine")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
