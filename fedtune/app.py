@@ -1,5 +1,6 @@
 """One experiment from its config to its run directory, on any engine: the ServerApp that every door runs."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -17,7 +18,7 @@ from fedtune.clients.store import ClientStore
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import make_strategy
 from fedtune.config import Config, to_dict
-from fedtune.errors import CheckpointError, ConfigError, RunError, Stopped
+from fedtune.errors import CheckpointError, ConfigError, FedtuneError, RunError, Stopped, disk_trouble
 from fedtune.inference.combined import fold_shifts
 from fedtune.inference.export import beside, export_hf, prompt_template
 from fedtune.inference.personal import global_note
@@ -96,9 +97,12 @@ def conduct(
         _hand_over(config, space, state, run)
     except BaseException as bad:
         if (run.path / "metrics.jsonl").exists():  # what there is can be looked at, whatever stopped the run
-            write_report(run.path)
+            with contextlib.suppress(FedtuneError, OSError):  # and where it cannot, the first cause is told all the same
+                write_report(run.path)
         if isinstance(bad, KeyboardInterrupt):
             raise Stopped(f"stopped; go on with resume={run.path}") from None
+        if (why := disk_trouble(bad)) is not None:
+            raise RunError(f"{why}: free the disk and go on with resume={run.path}") from None
         raise
     finally:
         run.close()

@@ -21,7 +21,7 @@ from typing import Any
 from flwr.app import Message
 
 from fedtune import __version__
-from fedtune.errors import ConfigError, FedtuneError
+from fedtune.errors import ConfigError, FedtuneError, disk_trouble
 
 _log = logging.getLogger("fedtune.client")
 
@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(args)
     except FedtuneError as error:
         print(f"fedtune-client: {error}", file=sys.stderr)
+        return 2
+    except Exception as bad:
+        if (why := disk_trouble(bad)) is None:
+            raise
+        print(f"fedtune-client: {why}: free the disk and start again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -16,6 +16,11 @@ FedtuneError
 Each message is one sentence: where, what came, what was wanted, what to do. Doors print it and exit with 2; no trace.
 """
 
+import errno
+import re
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
 
 class FedtuneError(Exception):
     """Base of all errors with a sentence for the user."""
@@ -71,3 +76,12 @@ class RunError(FedtuneError):
 
 class Stopped(KeyboardInterrupt):
     """A person stopped a run that can be gone on with; says how."""
+
+
+def disk_trouble(bad: BaseException) -> str | None:
+    """What the disk refuses, where an exception of any library's says that it does: full, over its quota, read-only or broken."""
+    if isinstance(bad, OSError) and bad.errno in _DISK:
+        return f"{bad.filename or 'a file'} cannot be written ({bad.strerror})"
+    if (said := re.search(r"([^:]+) \(os error (\d+)\)", str(bad))) and int(said[2]) in _DISK:  # what safetensors makes of it
+        return f"a file cannot be written ({said[1].strip()})"
+    return None

@@ -22,7 +22,7 @@ from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, compose, make_strategy
 from fedtune.config import Config, to_dict
 from fedtune.data import check_coordinator_data
-from fedtune.errors import ConfigError, FedtuneError, LinkLost, NetworkError, Stopped
+from fedtune.errors import ConfigError, FedtuneError, LinkLost, NetworkError, Stopped, disk_trouble
 from fedtune.ids import is_run_name
 from fedtune.run_config import read_config
 
@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(args)
     except FedtuneError as error:
         print(f"fedtune-server: {error}", file=sys.stderr)
+        return 2
+    except Exception as bad:
+        if (why := disk_trouble(bad)) is None:
+            raise
+        print(f"fedtune-server: {why}: free the disk and start again", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"fedtune-server: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)

@@ -12,7 +12,7 @@ from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, Job, compose, groups, make_strategy, scenarios
 from fedtune.config import Config, reference, to_dict
 from fedtune.data import check_data
-from fedtune.errors import ConfigError, FedtuneError, Stopped
+from fedtune.errors import ConfigError, FedtuneError, Stopped, disk_trouble
 from fedtune.run_config import read_config
 
 USAGE = f"""\
@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except FedtuneError as error:
         print(f"fedtune: {error}", file=sys.stderr)
+        return 2
+    except Exception as bad:
+        if (why := disk_trouble(bad)) is None:
+            raise
+        print(f"fedtune: {why}: free the disk and start again", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"fedtune: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)

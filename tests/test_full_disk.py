@@ -1,0 +1,88 @@
+"""A disk that is full, from any file operation of a run on: one sentence; and once there is room, the run ends as if nothing had been."""
+
+import dataclasses
+import errno
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from fedtune.app import simulate
+from fedtune.config import Config, EvalConfig
+from fedtune.errors import CheckpointError, FedtuneError, disk_trouble
+from fedtune.run_config import read_config
+from tests.test_starts import DISK, Killed
+from tests.tiny import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b cannot be written (No space left on device)"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file cannot be written (Disk quota exceeded)"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "a file cannot be written (No space left on device)",
+        ),
+        (OSError(errno.ENOENT, "No such file or directory", "/a"), None),
+        (SafetensorError("I/O error: No such file or directory (os error 2)"), None),
+        (ValueError("28"), None),
+    ],
+)
+def test_it_is_known_whoever_says_it(bad: Exception, said: str | None) -> None:
+    assert disk_trouble(bad) == said
+
+
+def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
+    """Each operation, growing more than by one so that a test may end, and a run of its own to stop there."""
+    for step in count():
+        operations = step if step < 6 else 6 + (step - 6) * 5
+        yield operations, dataclasses.replace(config, output_dir=str(folder / str(operations)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [OSError, Killed], ids=["disk full", "killed"])
+def test_a_run_is_one_sentence_and_goes_on(tmp_path: Path, stop: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="door", clients=2))
+    wanted = (simulate(config) / "adapter" / "fedtune.safetensors").read_bytes()
+    stopped = 0
+    for operations, mine in points(config, tmp_path / "runs"):
+        folder = Path(mine.output_dir)
+        folder.mkdir(parents=True)
+        if not DISK.stops(lambda _: simulate(mine), folder, operations, stop):  # noqa: B023  called here
+            break
+        stopped += 1
+        try:
+            (path,) = (folder / mine.name).iterdir()
+            path = simulate(dataclasses.replace(read_config(path), resume=str(path)))
+        except (FileNotFoundError, ValueError, CheckpointError):  # nothing, or no config yet: a run that had not begun is begun again
+            path = simulate(mine)
+        assert (path / "adapter" / "fedtune.safetensors").read_bytes() == wanted, operations
+    assert stopped >= 10
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("door", ["sim", "cli", "server", "client"])
+def test_a_door_says_it_where_nothing_else_did(door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib
+
+    module = importlib.import_module(f"fedtune.{door}")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/x")
+
+    if door == "cli":
+        monkeypatch.setattr(module, "_parser", lambda: type("P", (), {"parse_args": lambda *_: type("A", (), {"command": full})}))
+    else:
+        monkeypatch.setattr(module, "_main", full)
+    argv = {"sim": [], "cli": [], "server": ["conf=base", "--insecure"], "client": ["--server", "127.0.0.1:1", "--insecure"]}[door]
+    assert module.main(argv) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("/x cannot be written (No space left on device): free the disk and start again") and "\n" not in said
+
+
+def test_a_sentence_of_ours_is_not_hidden() -> None:
+    assert disk_trouble(FedtuneError("No space left on device")) is None
