@@ -36,7 +36,7 @@ _AGAIN_S = 15.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve what the arguments ask for; returns the exit code: 2 is a refusal in one sentence, 130 stopped."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     try:
         signal.signal(signal.SIGTERM, _stop)
         return _main(args)

@@ -103,3 +103,10 @@ def test_a_run_that_is_gone_on_with_ignores_no_setting_silently(
         assert said.startswith("fedtune-server: ") and sentence in said
     assert serve(dataclasses.replace(config, min_clients=3), *command) == 0  # the scenario's file says it otherwise now
     assert f"the run in {run} keeps its own settings, conf={tmp_path / 'mine.yaml'} has other min_clients\n" in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_and_after_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(fedtune.server, "_main", lambda args: seen.append((args.settings, args.insecure)) or 0)
+    assert fedtune.server.main(["conf=base", "--insecure", "rounds=5"]) == 0
+    assert seen == [(["conf=base", "rounds=5"], True)]
