@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
-from fedtune.errors import ConfigError, FedtuneError, disk_trouble
+from fedtune.errors import ConfigError, sentence
 
 _TRUST = "run code that the model's folder brings along; no file of a run allows it"
 
@@ -30,16 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         if (said := args.command(args)) is not None:
             print(said, flush=True)
         return 0
-    except FedtuneError as bad:
-        print(f"fedtune: {bad}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `fedtune ... | head`
         sys.stderr.close()
         return 141
     except Exception as bad:
-        if (why := disk_trouble(bad)) is None:
-            raise
-        print(f"fedtune: {why}: free the disk and start again", file=sys.stderr)
+        print(f"fedtune: {sentence(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -21,7 +21,7 @@ from typing import Any
 from flwr.app import Message
 
 from fedtune import __version__
-from fedtune.errors import ConfigError, FedtuneError, disk_trouble
+from fedtune.errors import ConfigError, sentence
 
 _log = logging.getLogger("fedtune.client")
 
@@ -31,13 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _main(args)
-    except FedtuneError as error:
-        print(f"fedtune-client: {error}", file=sys.stderr)
-        return 2
     except Exception as bad:
-        if (why := disk_trouble(bad)) is None:
-            raise
-        print(f"fedtune-client: {why}: free the disk and start again", file=sys.stderr)
+        print(f"fedtune-client: {sentence(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -85,3 +85,12 @@ def disk_trouble(bad: BaseException) -> str | None:
     if (said := re.search(r"([^:]+) \(os error (\d+)\)", str(bad))) and int(said[2]) in _DISK:  # what safetensors makes of it
         return f"a file cannot be written ({said[1].strip()})"
     return None
+
+
+def sentence(bad: Exception) -> str:
+    """What a door prints of an exception before it exits with 2; one that has no sentence is raised again: it is a fault of fedtune's."""
+    if isinstance(bad, FedtuneError):
+        return str(bad)
+    if (why := disk_trouble(bad)) is not None:
+        return f"{why}: free the disk and start again"
+    raise bad

@@ -22,7 +22,7 @@ from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, compose, make_strategy
 from fedtune.config import Config, to_dict
 from fedtune.data import check_coordinator_data
-from fedtune.errors import ConfigError, FedtuneError, LinkLost, NetworkError, Stopped, disk_trouble
+from fedtune.errors import ConfigError, LinkLost, NetworkError, Stopped, sentence
 from fedtune.ids import is_run_name
 from fedtune.run_config import read_config
 
@@ -40,13 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGTERM, _stop)
         return _main(args)
-    except FedtuneError as error:
-        print(f"fedtune-server: {error}", file=sys.stderr)
-        return 2
     except Exception as bad:
-        if (why := disk_trouble(bad)) is None:
-            raise
-        print(f"fedtune-server: {why}: free the disk and start again", file=sys.stderr)
+        print(f"fedtune-server: {sentence(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"fedtune-server: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)

@@ -12,7 +12,7 @@ from fedtune import __version__
 from fedtune.compose import DEFAULT_SCENARIO, Job, compose, groups, make_strategy, scenarios
 from fedtune.config import Config, reference, to_dict
 from fedtune.data import check_data
-from fedtune.errors import ConfigError, FedtuneError, Stopped, disk_trouble
+from fedtune.errors import ConfigError, FedtuneError, Stopped, sentence
 from fedtune.run_config import read_config
 
 USAGE = f"""\
@@ -39,13 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what the arguments (default: the process's own) ask for; returns the exit code: 2 is a refusal in one sentence, 130 stopped."""
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
-    except FedtuneError as error:
-        print(f"fedtune: {error}", file=sys.stderr)
-        return 2
     except Exception as bad:
-        if (why := disk_trouble(bad)) is None:
-            raise
-        print(f"fedtune: {why}: free the disk and start again", file=sys.stderr)
+        print(f"fedtune: {sentence(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"fedtune: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)
@@ -106,8 +101,8 @@ def _sweep(jobs: Sequence[Job]) -> int:
         compare.write(found, out, first.fixed)
         compare.show(found, first.fixed)
         print(f"sweep    {out}")
-    for sentence in failed:
-        print(f"failed   {sentence}")
+    for one in failed:
+        print(f"failed   {one}")
     return 2 if failed else 0
 
 

@@ -18,28 +18,12 @@ from fedtune import flower
 Together = Callable[[Iterator[tuple[Message, Context]]], list[Message]]
 
 
-class InProcessGrid(Grid):
-    """`nodes` virtual clients behind Flower's Grid. Node i + 1 holds partition i.
+class VirtualGrid(Grid):
+    """`nodes` virtual clients behind Flower's Grid, however they are run. Node i + 1 holds partition i."""
 
-    Messages are copied on their way in: clients pop from the records that they get.
-
-    Args:
-        client_app: Answers one message.
-        nodes: How many clients there are.
-        together: Answers some of the messages of one type (train, evaluate) that wait, the first among them; None answers one by one.
-    """
-
-    def __init__(self, client_app: ClientApp, nodes: int, together: Together | None = None) -> None:
-        self._app, self._together = client_app, together
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
         self._run = Run.create_empty(run_id=1)
-        self._contexts = {
-            i + 1: Context(
-                run_id=1, node_id=i + 1, node_config={"partition-id": i, "num-partitions": nodes}, state=RecordDict(), run_config={}
-            )
-            for i in range(nodes)
-        }
-        self._waiting: dict[str, Message] = {}
-        self._ready: dict[str, Message] = {}
         flower.identify_process(run_id=1)
 
     def set_run(self, run: Run) -> None:
@@ -53,7 +37,31 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
+        return range(1, self._nodes + 1)
+
+
+class InProcessGrid(VirtualGrid):
+    """All of them in this process.
+
+    Messages are copied on their way in: clients pop from the records that they get.
+
+    Args:
+        client_app: Answers one message.
+        nodes: How many clients there are.
+        together: Answers some of the messages of one type (train, evaluate) that wait, the first among them; None answers one by one.
+    """
+
+    def __init__(self, client_app: ClientApp, nodes: int, together: Together | None = None) -> None:
+        super().__init__(nodes)
+        self._app, self._together = client_app, together
+        self._contexts = {
+            i + 1: Context(
+                run_id=1, node_id=i + 1, node_config={"partition-id": i, "num-partitions": nodes}, state=RecordDict(), run_config={}
+            )
+            for i in range(nodes)
+        }
+        self._waiting: dict[str, Message] = {}
+        self._ready: dict[str, Message] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []

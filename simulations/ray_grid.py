@@ -14,19 +14,18 @@ from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedtune import flower
 from fedtune.errors import RunError
+from fedtune.simulations.grid import VirtualGrid
 
 LARGEST = 32  # clients of a share: with more, a worker's replies would need too much memory at once
 DEATHS = 3  # workers that a message may cost
 _WAIT_S, _SAY_S, _PATIENCE_S = 1.0, 30.0, 600.0
 
 
-class WorkerGrid(Grid):
-    """`nodes` virtual clients behind Flower's Grid. Node i + 1 holds partition i.
+class WorkerGrid(VirtualGrid):
+    """All of them with workers.
 
     Args:
         ray: The module: `wait`, `get` and `exceptions` are used.
@@ -40,8 +39,8 @@ class WorkerGrid(Grid):
     def __init__(
         self, ray: Any, hire: Callable[[int], Any | None], nodes: int, *, together: bool, note: Callable[[str], None] = lambda _: None
     ) -> None:
-        self._ray, self._hire, self._nodes, self._together, self._note = ray, hire, nodes, together, note
-        self._run = Run.create_empty(run_id=1)
+        super().__init__(nodes)
+        self._ray, self._hire, self._together, self._note = ray, hire, together, note
         self._waiting: deque[Message] = deque()
         self._known: set[str] = set()  # ids of the messages that wait or are with a worker
         self._starting: dict[Any, Any] = {}  # call → worker
@@ -51,20 +50,6 @@ class WorkerGrid(Grid):
         self._ready: dict[str, Message] = {}
         self._unfit: list[tuple[Any, str]] = []
         self._alone_since: float | None = None
-        flower.identify_process(run_id=1)
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return range(1, self._nodes + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
