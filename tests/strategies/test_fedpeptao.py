@@ -124,6 +124,26 @@ def test_selection_takes_the_first_by_score(order: str, ratio: float, kept: set[
     assert local == [n for i, n in enumerate(PROMPTS) if i not in kept]
 
 
+@pytest.mark.parametrize("variant", ["scaled", "paper", "code"])
+@pytest.mark.parametrize("personal", [True, False])
+def test_if_nobody_trains_nothing_changes(variant: str, personal: bool) -> None:
+    """Rates that are not 0, and tensors that stay: through all phases, with newcomers and clients of several sizes."""
+    strategy = FedPepTAO(warmup_rounds=2, variant=variant, personal=personal, server_lr=0.5)
+    state = start = strategy.start(adapter())
+    for round, cohort in enumerate([{"a": 1, "b": 7}] * 5 + [{"a": 1, "c": 3}, {"b": 7, "c": 3, "d": 2}], 1):
+        plans = [Plan(round=round, client=c, base_version=round - 1) for c in sorted(cohort)]
+        given = strategy.plan(round, plans, state)
+        replies = []
+        for client, assignment in given.items():
+            made = reply(assignment, cohort[client])  # scores are scores; tensors come back as they were sent
+            held = assignment.adapter.subset(matching(assignment.adapter.tensors, assignment.plan.send))
+            replies.append(made if assignment.expect is not None else dataclasses.replace(made, adapter=held))
+        state = strategy.aggregate(round, state, iter(replies))
+    assert strategy.phase(state) == "partial" and 0 < len(strategy.local(state)) < len(PROMPTS)
+    for name, tensor in start.adapter.tensors.items():
+        torch.testing.assert_close(state.adapter[name], tensor, rtol=0, atol=1e-6)
+
+
 # -- what travels -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,20 @@ def keeps_everything(dense: Tensor, rank: int) -> bool:
     return bool((left - moved).abs().max() < scale and (left.norm() - tail).abs() < scale)
 
 
+@pytest.mark.parametrize("mode", ["corrected", "paper"])
+def test_if_nobody_trains_nothing_changes(mode: str) -> None:
+    """Sparse values stay 0, the switch makes B = 0, and LoRA rounds bring back what they were sent: W is moved by nothing, the head neither."""
+    strategy = SLoRA(rounds=20, seed=0, density=0.5, mode=mode)
+    state = strategy.start(lora({"q": (2, 3), "v": (4, 3)}, rank=2))
+    for round in range(1, 6):
+        state = strategy.aggregate(round, state, iter([reply(strategy, state, c, n, {}, round) for c, n in (("a", 1), ("b", 6))]))
+    assert state.adapter.spec.method == "lora"
+    for module in ("q", "v"):
+        moved = sum((product(s, module) for s in state.shifts), product(state.adapter, module))
+        assert moved.abs().max() == 0, module
+    assert state.adapter["score.weight"].abs().max() == 0 and state.adapter["q.lora_A"].abs().max() > 0
+
+
 def test_values_are_averaged_by_examples() -> None:
     strategy = SLoRA(rounds=20, seed=0, density=0.5)  # 10 % of 20: rounds 1 and 2 are sparse
     state = strategy.start(lora({"q": (2, 3)}))
