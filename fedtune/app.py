@@ -18,7 +18,7 @@ from fedtune.clients.store import ClientStore
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import make_strategy
 from fedtune.config import Config, to_dict
-from fedtune.errors import CheckpointError, ConfigError, FedtuneError, RunError, Stopped, disk_trouble
+from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_trouble
 from fedtune.inference.combined import fold_shifts
 from fedtune.inference.export import beside, export_hf, prompt_template
 from fedtune.inference.personal import global_note
@@ -124,10 +124,6 @@ def _virtual_clients(stage: Stage) -> None:
 
 def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory, engine: Engine, live: bool) -> ServerState:
     found, damaged = run.newest()
-    if found and found.round > config.rounds:
-        raise ConfigError(
-            f"rounds={config.rounds} is less than the {found.round} rounds that {run.path} has done: leave it out or ask for more"
-        )
     if found is None and damaged:
         raise CheckpointError(f"no checkpoint of {run.path} can be read, so there is nothing to go on from: {damaged[0]}")
     resumed = found.round if found else -1 if config.resume else None  # -1: it was stopped before round 0 was kept, and starts over

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedtune.config import Config, to_dict
-from fedtune.errors import CheckpointError, RunError
+from fedtune.errors import CheckpointError, ConfigError, RunError
 from fedtune.late import Late
 from fedtune.parsing import parse_json, read_text
 from fedtune.plan import Update
@@ -117,6 +117,7 @@ class RunDirectory:
 
         Raises:
             CheckpointError: No run there, or its config cannot be read.
+            ConfigError: More rounds are done already.
             RunError: Another process has it open, or it cannot be written.
         """
         config = read_config(path)
@@ -124,6 +125,9 @@ class RunDirectory:
             return cls(path, config)
         config = dataclasses.replace(config, rounds=rounds)
         run = cls(path, config)  # first the lock: another process may be writing this run
+        if (found := run.newest()[0]) and found.round > rounds:  # before it is written: the advice is to leave it out
+            run.close()
+            raise ConfigError(f"rounds={rounds} is less than the {found.round} rounds that {path} has done: leave it out or ask for more")
         try:
             _write(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
         except OSError as bad:

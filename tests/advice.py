@@ -62,3 +62,33 @@ def ways(sentence: str) -> list[str]:
         found += [f"{key}={one}" for one in value.split("|")] if " " not in settings else [settings]
         found += [f"{key}={other}" for other in re.findall(r"or (\w+)", more)]
     return [way for way in found if not re.search(r"=(N|NAME|RUN|FILE|VALUE|CLASS)\b", way)]
+
+
+_VERBS = (
+    "add|allow|ask|calibrate|check|chmod|choose|convert|copy|delete|distil|end|export|fetch|fill|finish|free|give|go on|install|keep|"
+    "leave|load|lower|make|mend|merge|move|name|open|pip install|put|raise|read|remove|restart|restore|resume|run|save|say|see|send|set|"
+    "shorten|start|stop|take|train|try|update|use|wait|write"
+)
+_TELLS = re.compile(
+    rf"(?:[:;,(] |\b(?:or|and|then) )(?:then )?(?:{_VERBS})\b(?! is)|^(?:give|see|take|keep|then) |\bneeds --|`fedtune|\bresume=\0"
+    r"|^  fedtune-|^fedtune generate|^(?:make|make it) one|^python -m |^fedtune-server |rounds=N",
+    re.I,
+)
+
+
+def advice(parts: tuple[str, ...]) -> list[Sentence]:
+    """The sentences in these parts of the source that tell their reader to do something; what describes an option is left out."""
+    described = set(_descriptions())
+    return [s for s in sentences() if s.where.startswith(parts) and _TELLS.search(s.text) and s.where not in described]
+
+
+def _descriptions() -> Iterator[str]:
+    """Where the texts of --help stand: what an option is, not what to do about something."""
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                texts = [k.value for k in node.keywords if k.arg in ("help", "description", "epilog")] if isinstance(node, ast.Call) else []
+                if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] in (["about"], ["USAGE"]):
+                    texts.append(node.value)
+                lines = {each.lineno for text in texts for each in ast.walk(text) if isinstance(each, ast.expr)}
+                yield from (f"{file.relative_to(ROOT)}:{line}" for line in lines)

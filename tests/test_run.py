@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedtune.config import Config
-from fedtune.errors import CheckpointError, RunError
+from fedtune.errors import CheckpointError, ConfigError, RunError
 from fedtune.run import Checkpoint, RunDirectory, read_config
 from fedtune.strategy import ServerState
 from tests.fakes import lora_state
@@ -50,6 +50,15 @@ def test_a_run_in_use_is_not_opened_twice(run: RunDirectory) -> None:
 def test_only_rounds_change_on_resume(run: RunDirectory) -> None:
     run.close()
     assert RunDirectory.open(run.path, rounds=99).config.rounds == 99 and read_config(run.path).rounds == 99
+
+
+def test_fewer_rounds_than_are_done_change_nothing_so_that_they_can_be_left_out(run: RunDirectory) -> None:
+    run.save(checkpoint(3))
+    run.close()
+    with pytest.raises(ConfigError, match="rounds=2 is less than the 3 rounds that .* has done: leave it out or ask for more"):
+        RunDirectory.open(run.path, rounds=2)
+    assert read_config(run.path).rounds == run.config.rounds
+    RunDirectory.open(run.path, rounds=3).close()
 
 
 @pytest.mark.parametrize("victim", ["adapter.safetensors", "memory.safetensors", "checkpoint.json"])

@@ -1,0 +1,200 @@
+"""The advice of the server's, the client's and the other commands' own flags."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from fedtune.config import to_dict
+from fedtune.network.board import Board
+from tests.advised.keys import client_of, folder, quiet_client, quiet_server, server_of
+from tests.advised.rows import Place, command, composed, follows, ways
+
+SERVER = "fedtune-server --run {here}/run --insecure "
+CLIENT = "fedtune-client --server localhost:1 --state {here}/state --client-id a "
+
+
+def keys_and_quiet(place: Place) -> dict[str, str]:
+    quiet_client(place)
+    quiet_server(place)
+    return folder(place)
+
+
+command("speaks without TLS and keys", CLIENT + "--insecure --key {a}/key --root-certificates {a}/ca.pem", ready=keys_and_quiet)
+command("--max-epsilon counts what private turns cost", CLIENT + "--insecure --max-epsilon 3", ready=quiet_client)
+command("cannot keep anything in {}: {}; give another --state", CLIENT + "--insecure --state /proc/no",
+        ready=quiet_client, state="{here}/other")  # fmt: skip
+command("letters, digits, dots, dashes and underscores make one; give --client-id", CLIENT + "--insecure --client-id 'a b'",
+        ready=quiet_client, client_id="ab")  # fmt: skip
+command("serves without TLS and keys", SERVER + "--certificates {keys}/ca.pem {keys}/server.pem {keys}/server.key"
+        " --allowed {keys}/allowed.json", ready=keys_and_quiet)  # fmt: skip
+command("give either a run directory or --control 127.0.0.1:PORT", "fedtune status", ready=lambda place: _board(place), control="{control}")
+
+
+def _board(place: Place) -> dict[str, str]:
+    board = Board(place.folder / "server.json", lambda: {"run": str(place.folder), "nodes": [], "rounds": 2, "round": 1})
+    board.__enter__()
+    place.patch.setattr(Board, "__del__", lambda self: self.__exit__(None, None, None), raising=False)
+    return {"control": board.control}
+
+
+@follows("--key says who this client is: `fedtune keys` makes one; --insecure does without")
+def _(place: Place) -> Iterator[str]:
+    quiet_client(place)
+    bare = ["fedtune-client", "--server", "localhost:1", "--client-id", "a", "--state", str(place.folder / "state")]
+    yield place.run(*bare)
+    yield place.run("fedtune", "keys", "--out", place.folder / "keys", "--server-name", "h", "--clients", "a")
+    yield place.run(*client_of({"a": str(place.folder / "keys/clients/a")}, place.folder / "state"))
+    yield place.run(*bare, "--insecure")
+
+
+@follows("--certificates and --allowed say how clients know the server")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    bare = ["fedtune-server", "--run", str(place.folder / "run")]
+    yield place.run(*bare)
+    yield place.run("fedtune", "keys", "--out", place.folder / "keys", "--server-name", "h", "--clients", "a")
+    yield place.run(*server_of({"keys": str(place.folder / "keys")}, place.folder / "run"))
+    yield place.run(*bare, "--insecure")
+
+
+@follows("there is no file {}: `fedtune keys` makes certificates")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    keys = folder(place)
+    (place.folder / "keys/server.pem").unlink()
+    yield place.run(*server_of(keys, place.folder / "run"))
+    yield place.run("fedtune", "keys", "--out", place.folder / "new", "--server-name", "h", "--clients", "a")
+    yield place.run(*server_of({"keys": str(place.folder / "new")}, place.folder / "run"))
+
+
+@follows("is no setting: write KEY=VALUE, such as")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
+    said = place.run(*bare, "rounds")
+    yield said
+    for setting in said.rpartition("such as ")[2].strip().split(" or "):
+        yield place.run(*bare, setting)
+
+
+@follows("engine={} is for simulations: leave it out here")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
+    yield place.run(*bare, "engine=ray")
+    yield place.run(*bare)
+
+
+@follows("is no address: write HOST:PORT, such as")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
+    said = place.run(*bare, "--address", "8080")
+    yield said
+    yield place.run(*bare, "--address", said.split()[-1])
+
+
+@follows("clients name a folder after the run, which '{}' is unfit for")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    yield place.run("fedtune-server", "--run", place.folder / "my run", "--insecure")
+    yield place.run("fedtune-server", "--run", place.folder / "My.run-1_a", "--insecure")
+
+
+def a_run(path: Path, *settings: str, served: bool = False, done: int = 1, pid: int = 0) -> Path:
+    """A run directory as far as a door reads it."""
+    path.mkdir()
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(composed(["rounds=2", *settings])[0].config)))
+    for number in range(done + 1):
+        (path / "checkpoints" / f"round-{number:04d}").mkdir(parents=True)
+        (path / "checkpoints" / f"round-{number:04d}" / "checkpoint.json").write_text(json.dumps({"round": number, "clients": {}}))
+    if served:
+        (path / "server.json").write_text(json.dumps({"pid": pid, "run": str(path), "nodes": [], "rounds": 2, "round": done}))
+    return path
+
+
+@follows("says which run this is and where it is kept: leave out {}, or --run")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    run = a_run(place.folder / "kept")
+    argv = ["fedtune-server", f"resume={run}", "--run", str(run), "--insecure"]
+    said = place.run(*argv)
+    yield said
+    for out in said.rpartition("leave out ")[2].strip().split(", or "):
+        (way,) = ways(f"x: leave out {out}", argv, {}) if out.startswith("--") else [[word for word in argv if word != out]]
+        yield place.run(*way)
+
+
+@follows("leave that setting out, or give another --run for another run")
+def _(place: Place) -> Iterator[str]:
+    quiet_server(place)
+    run = a_run(place.folder / "kept", "round_timeout_s=600")
+    yield place.run("fedtune-server", "--insecure", "--run", run, "seed=7")
+    yield place.run("fedtune-server", "--insecure", "--run", run)
+    yield place.run("fedtune-server", "--insecure", "--run", place.folder / "other", "seed=7")
+
+
+# -- runs, looked at ----------------------------------------------------------------------------------------------------------------------
+
+
+@follows("there is no run {}: give the folder that holds config.yaml and checkpoints/")
+def _(place: Place) -> Iterator[str]:
+    run = a_run(place.folder / "run")
+    yield place.run("fedtune", "status", run / "adapter")
+    yield place.run("fedtune", "status", next(p.parent for p in place.folder.rglob("config.yaml") if (p.parent / "checkpoints").is_dir()))
+
+
+@follows("there is no run directory {}: give the folder that holds config.yaml and checkpoints/")
+def _(place: Place) -> Iterator[str]:
+    quiet_run(place)
+    run = a_run(place.folder / "run")
+    yield place.run("fedtune.sim", f"resume={place.folder}/rnu")
+    yield place.run("fedtune.sim", f"resume={run}")
+
+
+def quiet_run(place: Place) -> None:
+    """Simulations that stop as soon as they would begin."""
+    place.patch.setattr("fedtune.app.simulate", lambda config: Path(config.resume or "a run"))
+
+
+@follows("{} is stopped: {} of {} rounds are kept; go on with {}")
+def _(place: Place) -> Iterator[str]:
+    yield from _go_on(place, a_run(place.folder / "run"))
+
+
+@follows("python -m fedtune.sim resume={}")
+def _(place: Place) -> Iterator[str]:
+    yield from _go_on(place, a_run(place.folder / "run"))
+
+
+@follows("fedtune-server --run {} and the flags for its keys")
+def _(place: Place) -> Iterator[str]:
+    yield from _go_on(place, a_run(place.folder / "served", served=True))
+
+
+@follows("if it hangs, stop it and go on with {}")
+def _(place: Place) -> Iterator[str]:
+    run = a_run(place.folder / "served", served=True, pid=os.getpid())
+    os.utime(run / "server.json", (1e9, 1e9))
+    yield from _go_on(place, run)
+
+
+def _go_on(place: Place, run: Path) -> Iterator[str]:
+    """Take the command that `fedtune status` prints and start it."""
+    quiet_run(place)
+    keys_and_quiet(place) if not (place.folder / "keys").exists() else None
+    assert not place.run("fedtune", "status", run)
+    said = " ".join(place.printed.split())
+    yield said
+    line = said.partition("go on with ")[2]
+    if line.startswith("python -m "):
+        (name, setting) = line.removeprefix("python -m ").split()[:2]
+        yield place.run(name, setting)
+        return
+    start, more = line.partition(" and ")[::2]
+    assert more.startswith("the flags for its keys")
+    flags = server_of({"keys": str(place.folder / "keys")}, run)[3:]
+    yield place.run(*start.split(), *flags)

@@ -1,0 +1,26 @@
+"""The advice of the commands that read and write models."""
+
+from pathlib import Path
+
+from tests.advised.rows import Place, command
+from tests.inference.test_export import CAUSAL, make_run
+from tests.models.build import checkpoint, hub
+
+
+def run_of(place: Place, task: object = CAUSAL, kind: str = "llama", **how: str) -> Path:
+    """A run, as far as an export reads it, with an adapter over a tiny random backbone; kept, so no row writes into it."""
+    name = "-".join(map(str, (kind, getattr(task, "kind", ""), *how.values())))
+    made = place.keep(name, lambda path: make_run(path / "run", hub(checkpoint(path / "m", kind)), task, **how))  # type: ignore[arg-type]
+    return made / "run"
+
+
+def lora(place: Place) -> dict[str, str]:
+    (place.folder / "text.txt").write_text("turn on the light in the kitchen\n" * 40)
+    return {"run": str(run_of(place))}
+
+
+EXPORT = "fedtune export {run} --out {here}/out "
+command("goes with --to {}, not with --to {}: leave it out", EXPORT + "--to edge --requantize", ready=lora)
+command("--method {} needs --quantize int8 or int4", EXPORT + "--to edge --method rtn", ready=lora)
+command("--method {} needs text: give --calibrate", EXPORT + "--to edge --quantize int8 --method awq",
+        ready=lora, calibrate="{here}/text.txt")  # fmt: skip

@@ -1,0 +1,196 @@
+"""Rows of advice that tests follow: where a sentence is met, and what is done as it says."""
+
+import copy
+import functools
+import importlib
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune import cli, client, server, sim
+from fedtune.compose import Job, compose
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+_PROSE = {"or", "to", "of", "makes", "does", "without", "where"}
+_CHOICES = re.compile(r"(?: [a-z][a-z0-9_-]*(?:,? or [a-z][a-z0-9_-]*)*)?")
+
+
+@dataclass
+class Place:
+    """Where a row is followed.
+
+    Args:
+        folder: An empty folder.
+        patch: Takes back what it changes.
+        output: What the process prints.
+        kept: Folder of what several rows use; see `keep`.
+    """
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    output: pytest.CaptureFixture[str]
+    kept: Path
+
+    def keep(self, name: str, make: Callable[[Path], Any]) -> Path:
+        """Something that is made once, by `make(path)`; rows that change it work on a copy."""
+        path = self.kept / name
+        if not path.exists():
+            make(path)
+        return path
+
+    def run(self, *argv: str | Path) -> str:
+        """What a command says against these arguments; "" if it does what is asked."""
+        name, *rest = map(str, argv)
+        door = {"fedtune": cli.main, "fedtune-server": server.main, "fedtune-client": client.main, "fedtune.sim": sim.main}[name]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.output.readouterr()
+        try:
+            code = door(rest)
+        except SystemExit as end:  # argparse
+            code = int(str(end.code or 0))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = self.output.readouterr()
+        self.printed, self.warned = out, err
+        assert (code == 0) or err, f"{argv} ends with {code} and says nothing"
+        return err if code else ""
+
+
+@functools.cache
+def _composed(settings: tuple[str, ...]) -> list[Job]:
+    return compose(list(settings))
+
+
+def composed(settings: Sequence[str]) -> list[Job]:
+    """`compose`, which takes half a second, once for the same settings."""
+    return copy.deepcopy(_composed(tuple(settings)))
+
+
+Follow = Callable[[Place], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sentence and how it is followed.
+
+    Args:
+        says: Part of the sentence in the source that no other has, {} for each value.
+        follow: Yields what is printed first, and after each way of doing what it says what is printed then, "" if nothing.
+        slow: Whether it takes more than a few tenths of a second.
+        library: What must be installed for it.
+    """
+
+    says: str
+    follow: Follow
+    slow: bool = False
+    library: str = ""
+
+
+ROWS: list[Row] = []
+
+
+def follows(says: str, *, slow: bool = False, library: str = "") -> Callable[[Follow], Follow]:
+    """Enter a function into the table; see `Row`."""
+
+    def enter(follow: Follow) -> Follow:
+        ROWS.append(Row(says, follow, slow, library))
+        return follow
+
+    return enter
+
+
+def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None, slow: bool = False, **values: str) -> None:
+    """Enter a command line whose refusal names flags to add, change or leave out.
+
+    Args:
+        says: As in `Row`.
+        line: The command; {a_name} is the path that `ready`'s mapping gives it, {here} the empty folder, whose out/ each way finds
+            empty.
+        ready: Makes what the command needs; may return the paths in it by name.
+        values: What to give a flag that the sentence names without a value, by the flag's name: `out="{here}/another"`.
+    """
+
+    def follow(place: Place) -> Iterator[str]:
+        names = {"here": str(place.folder), **((ready(place) or {}) if ready else {})}
+        given = {f"--{name.replace('_', '-')}": value.format(**names) for name, value in values.items()}
+        argv = shlex.split(line.format(**names))
+        said = place.run(*argv)
+        yield said
+        found = ways(said, argv, given)
+        assert found, f"nothing to follow in: {said}"
+        for way in found:
+            yield _insist(place, way, given, said)
+
+    ROWS.append(Row(says, follow, slow))
+
+
+def _insist(place: Place, argv: list[str], given: Mapping[str, str], first: str, more: int = 3) -> str:
+    """What is said in the end where the advice of further refusals is followed, too."""
+    shutil.rmtree(place.folder / "out", ignore_errors=True)  # what another way has written
+    said = place.run(*argv)
+    if said and said != first and more:
+        for way in ways(said, argv, given):
+            if not _insist(place, way, given, first, more - 1):
+                return ""
+    return said
+
+
+def ways(said: str, argv: list[str], given: Mapping[str, str]) -> list[list[str]]:
+    """The command lines that a refusal tells to try instead.
+
+    `leave out --a and --b, or --c` are two, `use --to edge or hf` are two; a flag without a value takes that of `given`.
+    """
+    if clash := re.search(r"argument (--\S+): not allowed with argument (--\S+)", said):
+        return [_without(argv, clash[2])]
+    advice = max(said.rpartition(": ")[2], said.rpartition("; ")[2], key=lambda part: bool(FLAG.search(part) or "leave" in part))
+    advice = said.split(": ", 2)[-1] if not FLAG.search(advice) and "leave" not in advice else advice
+    advice = advice.rpartition(" needs ")[2]
+    found: list[list[str]] = []
+    for words in re.findall(r"leave out ((?:--[a-z-]+(?:, or | and )?)+)", advice):
+        found += [_without(argv, *FLAG.findall(part)) for part in words.split(", or ")]
+        advice = advice.replace(words, "")
+    if re.search(r"leave (?:it|one) out", advice):
+        found += [_without(argv, flag) for flag in FLAG.findall(said)[: 2 if "leave one out" in advice else 1]]
+    for match in FLAG.finditer(advice):
+        flag, choices = match.group(), _CHOICES.match(advice, match.end())
+        words = re.findall(r"[a-z][a-z0-9_-]*", choices.group() if choices else "")
+        kept = [word for word in words if word not in _PROSE]
+        values = kept if kept and flag not in given else [given[flag]] if flag in given else []
+        assert values, f"the row gives no value for {flag}: {said}"
+        found += [[*_without(argv, flag), flag, *shlex.split(value)] for value in values]
+    return found
+
+
+def _without(argv: list[str], *flags: str) -> list[str]:
+    kept, skips = [], False
+    for word in argv:
+        skips = word in flags or (skips and not word.startswith("--"))
+        kept += [] if skips else [word]
+    return kept
+
+
+def raised(call: Callable[[], Any]) -> str:
+    """The sentence that a call is refused with, "" if it is not; for what no command reaches."""
+    from fedtune.errors import FedtuneError
+
+    try:
+        call()
+    except FedtuneError as bad:
+        return str(bad)
+    return ""
+
+
+def load_tables() -> list[Row]:
+    """All rows, from the modules of this folder."""
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        if file.stem not in ("__init__", "rows"):
+            importlib.import_module(f"tests.advised.{file.stem}")
+    return ROWS

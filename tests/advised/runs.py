@@ -1,0 +1,315 @@
+"""The advice of runs that stop, of runs gone on with, and of `fedtune compare`."""
+
+import errno
+import fcntl
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune.config import EvalConfig, InferenceConfig, TaskConfig, from_dict, to_dict
+from fedtune.errors import UpdateError
+from fedtune.report import MetricsWriter, compare, write_report
+from fedtune.run import RunDirectory
+from tests.advised.keys import quiet_server
+from tests.advised.rows import Place, command, composed, follows, raised
+from tests.tiny import tiny_config
+
+
+def finished(path: Path, *settings: str, done: int = 2, metric: str = "accuracy") -> Path:
+    """A run as far as `fedtune compare` reads it."""
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(composed(["rounds=2", *settings])[0].config)))
+    lines = [{"round": r, "client": None, metric: r / 2, "loss": 1.0, "seconds": 3.0} for r in range(done + 1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def pair(place: Place) -> dict[str, str]:
+    made = {"one": finished(place.folder / "one"), "two": finished(place.folder / "two", "seed=1", metric="exact_match")}
+    return {name: str(path) for name, path in made.items()}
+
+
+command("choose one that all have with --metric", "fedtune compare {one} {two}", ready=pair, metric="loss")
+command("does not report {}: choose another --metric", "fedtune compare {one} --metric perplexity", ready=pair, metric="loss")
+
+
+@follows("cannot write the comparison to {}: {}; choose another folder")
+def _(place: Place) -> Iterator[str]:
+    run = finished(place.folder / "one")
+    yield place.run("fedtune", "compare", run, "--out", "/proc/no")
+    yield place.run("fedtune", "compare", run, "--out", place.folder / "other")
+
+
+@follows("there is no run to compare: give run directories")
+def _(place: Place) -> Iterator[str]:
+    run = finished(place.folder / "outputs/heterogeneous/one")
+    yield raised(lambda: compare.compare({}))  # the command line asks for one first
+    yield place.run("fedtune", "compare", *run.parent.glob("*"))
+
+
+@follows("have the same settings and seed {}: leave one out")
+def _(place: Place) -> Iterator[str]:
+    twins = [finished(place.folder / name) for name in ("a", "b")]
+    yield place.run("fedtune", "compare", *twins)
+    for twin in twins:
+        yield place.run("fedtune", "compare", twin)
+
+
+@follows("{} line {} is damaged ({}): restore it or delete that line")
+def _(place: Place) -> Iterator[str]:
+    run = finished(place.folder / "run")
+    whole = (run / "metrics.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    lines.insert(1, "{\n")
+    (run / "metrics.jsonl").write_text("".join(lines))
+    said = place.run("fedtune", "compare", run)
+    yield said
+    del lines[int(re.findall(r" line (\d+) ", said)[0]) - 1]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    yield place.run("fedtune", "compare", run)
+    (run / "metrics.jsonl").write_text(whole)
+    yield place.run("fedtune", "compare", run)
+
+
+# -- real runs, of one or two rounds on a tiny backbone ----------------------------------------------------------------------------------
+
+
+def scenario(place: Place) -> str:
+    """The scenario file of a tiny experiment."""
+
+    def make(path: Path) -> None:
+        task, columns = TaskConfig(kind="instruction", max_length=32, max_new_tokens=4), {"prompt": "question", "answer": "reply"}
+        inference = InferenceConfig(samples=1, export="hf")
+        config = tiny_config(path, rounds=1, task=task, eval=EvalConfig(where="door", clients=0), inference=inference)
+        config.data.columns = columns
+        values = {k: v for k, v in to_dict(config).items() if k not in ("resume", "output_dir", "strategy")}
+        (path / "mine.yaml").write_text(yaml.safe_dump(values | {"defaults": ["base", "_self_"]}))
+
+    return f"conf={place.keep('tiny', make)}/mine.yaml"
+
+
+def simulate(place: Place, *settings: str) -> str:
+    return place.run("fedtune.sim", scenario(place), f"output_dir={place.folder}", *settings)
+
+
+def ended(place: Place) -> Path:
+    """A copy of a run of one round."""
+
+    def make(path: Path) -> None:
+        assert not place.run("fedtune.sim", scenario(place), f"output_dir={path}")
+        (path / "printed").write_text(place.printed)
+
+    made = place.keep("ended", make)
+    (run,) = (p.parent for p in made.rglob("config.yaml") if "merged" not in p.parts)
+    return Path(shutil.copytree(run, place.folder / "ended"))
+
+
+def setting_of(said: str, name: str = "resume") -> str:
+    """The setting as it is printed."""
+    found = re.search(rf"\b{name}=[^\s,;:]+", " ".join(said.split()).replace(f"{name}= ", f"{name}="))
+    assert found, said
+    return found.group()
+
+
+@follows("has done {} of {} rounds: finish it with resume={}, or leave it out", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("rounds: 1\n", "rounds: 2\n", 1))
+    one = finished(place.folder / "one", metric="exact_match")
+    said = place.run("fedtune", "compare", run, one)
+    yield said
+    yield place.run("fedtune", "compare", one)
+    yield place.run("fedtune.sim", setting_of(said))
+    yield place.run("fedtune", "compare", run)
+
+
+@follows("rounds={} is less than the {} rounds that {} has done: leave it out or ask for more", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    yield place.run("fedtune.sim", f"resume={run}", "rounds=0")
+    yield place.run("fedtune.sim", f"resume={run}")
+    yield place.run("fedtune.sim", f"resume={run}", "rounds=2")
+
+
+@follows("all {} rounds are done already: rounds=N with a larger N goes on", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    notes: list[str] = []
+    place.patch.setattr("fedtune.watch.Watch.note", lambda self, text: notes.append(text))
+    place.run("fedtune.sim", f"resume={run}")
+    yield "\n".join(notes)
+    notes.clear()
+    yield place.run("fedtune.sim", f"resume={run}", "rounds=2") or "".join(n for n in notes if "done already" in n)
+
+
+@follows('fedtune generate {} "..."')
+def _(place: Place) -> Iterator[str]:
+    ended(place)
+    printed = (place.kept / "ended/printed").read_text()
+    yield printed
+    (line,) = re.findall(r"use it: (fedtune generate .*)\)", printed)
+    yield place.run(*shlex.split(line))
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
+    """What is said while something does not work; it works again after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, how, raising=False)
+        return place.run(*argv) if argv else simulate(place)
+
+
+@follows("stopped; go on with resume={}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    said = _broken(place, "fedtune.bridge.Bridge.loop", _interrupt)
+    yield said
+    yield place.run("fedtune.sim", setting_of(said))
+
+
+@follows("{}: free the disk and go on with resume={}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    said = _broken(place, "fedtune.app.write_card", _full)
+    yield said
+    yield place.run("fedtune.sim", setting_of(said))
+
+
+@follows("cannot write the checkpoint {}: {}; free the disk and resume with resume={}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    said = _broken(place, "fedtune.run.save_file", _full)
+    yield said
+    yield place.run("fedtune.sim", setting_of(said))
+
+
+@follows("cannot write {}: {}; make the run's folder writable", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    yield _broken(place, "fedtune.run._write", _full, "fedtune.sim", f"resume={run}")
+    yield place.run("fedtune.sim", f"resume={run}")
+
+
+@follows("cannot open the run {}: {}; make the run's folder writable", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    yield _broken(place, "fedtune.run.open", _full, "fedtune.sim", f"resume={run}")
+    yield place.run("fedtune.sim", f"resume={run}")
+
+
+@follows("run {} is in use by another process: wait for it or stop it first", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield place.run("fedtune.sim", f"resume={run}")
+    yield place.run("fedtune.sim", f"resume={run}")
+
+
+def a_server(place: Place, at: Path) -> str:
+    """A server that makes its run's directory and stops."""
+    quiet_server(place)
+    place.patch.setattr("fedtune.app.conduct", lambda config, engine, at, **more: RunDirectory.create(config, at).close())
+    return place.run("fedtune-server", "--insecure", "--run", at)
+
+
+@follows("cannot make the run directory {}: {}; free the disk, or set output_dir")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setattr("fedtune.app.simulate", lambda config: RunDirectory.create(config).close())
+    yield place.run("fedtune.sim", "output_dir=/proc/no")
+    yield place.run("fedtune.sim", f"output_dir={place.folder}")
+    assert "(of a server: --run)" in a_server(place, Path("/proc/no"))
+    yield a_server(place, place.folder / "run")
+
+
+@follows("and no run (no config.yaml): give an empty folder or a new one")
+def _(place: Place) -> Iterator[str]:
+    for name in ("full", "empty"):
+        (place.folder / name).mkdir()
+    (place.folder / "full/letter.txt").write_text("dear")
+    for name in ("full", "empty", "new"):
+        yield a_server(place, place.folder / name)
+
+
+@follows("there is a run in {} already: go on with resume={}, or give another folder", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+    said = raised(lambda: RunDirectory.create(config, run))  # a server goes on by itself; of two that begin at once one meets this
+    yield said
+    yield place.run("fedtune.sim", setting_of(said))
+    yield raised(lambda: RunDirectory.create(config, place.folder / "another").close())
+
+
+@follows("{} already exists: a new run needs a directory of its own, or go on with resume={}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = ended(place)
+    said = raised(lambda: MetricsWriter(run, None))  # a run directory is looked at before
+    yield said
+    yield place.run("fedtune.sim", setting_of(said))
+    yield raised(lambda: MetricsWriter(place.folder, None).close())
+
+
+def _page(run: Path) -> str:
+    return raised(lambda: write_report(run))
+
+
+@follows("{} cannot be read ({}): restore it or move it away")
+def _(place: Place) -> Iterator[str]:
+    run = finished(place.folder / "run")
+    (run / "partition.json").write_text("{")
+    yield _page(run)
+    (run / "partition.json").rename(place.folder / "away")
+    yield _page(run)
+
+
+@follows("{} should hold a {}, not a {}: restore it or move it away")
+def _(place: Place) -> Iterator[str]:
+    run = finished(place.folder / "run")
+    (run / "answers.json").write_text("{}")
+    yield _page(run)
+    (run / "answers.json").rename(place.folder / "away")
+    yield _page(run)
+
+
+@follows("fedtune: job {} has finished before, in {}: delete that folder to run it again", slow=True)
+def _(place: Place) -> Iterator[str]:
+    assert not simulate(place, "seed=3")
+    argv = ["fedtune.sim", scenario(place), f"output_dir={place.folder}", "seed=3,4", "-m"]
+    place.run(*argv)
+    said = " ".join(place.printed.split())
+    yield said
+    (path,) = re.findall(r"before, in (\S+): delete", said)
+    shutil.rmtree(path)
+    yield place.run(*argv) or "".join(line for line in place.printed.splitlines() if path in line)
+
+
+@follows("unknown flag {}: see --help")
+def _(place: Place) -> Iterator[str]:
+    said = place.run("fedtune.sim", "--run")
+    yield said
+    yield place.run("fedtune.sim", said.split()[-1])
+
+
+def _unusable(*_: Any, **__: Any) -> None:
+    raise UpdateError("unusable")
+
+
+@follows("the run ended in its {} stage, with no {} adapter yet: resume={} rounds=N", slow=True)
+def _(place: Place) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedtune.bridge.read_update", _unusable)
+        said = simulate(place, "strategy=slora", "rounds=1")
+    yield said
+    yield place.run("fedtune.sim", setting_of(said), setting_of(said, "rounds").replace("N", "4"))

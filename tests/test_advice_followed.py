@@ -1,0 +1,72 @@
+"""Whoever does what a refusal says is refused no more: each sentence is met where a user meets it, and followed as it is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.advice import HOLE, Sentence, advice
+from tests.advised.rows import Place, Row, load_tables
+
+PARTS = (
+    "fedtune/keys.py",
+    "fedtune/certificates.py",
+    "fedtune/cli.py",
+    "fedtune/server.py",
+    "fedtune/client.py",
+    "fedtune/status.py",
+    "fedtune/run.py",
+    "fedtune/run_config.py",
+    "fedtune/app.py",
+    "fedtune/sim.py",
+    "fedtune/report/compare.py",
+    "fedtune/report/html.py",
+    "fedtune/report/metrics.py",
+)
+NOT_FOLLOWED = {  # part of a sentence → why no test can do as it says
+    "use the version that wrote it": "there is one version of fedtune here",
+}
+ROWS = load_tables()
+ADVICE = advice(PARTS)
+
+
+def shown(sentence: Sentence) -> str:
+    return sentence.text.replace(HOLE, "{}")
+
+
+def texts_of(says: str) -> set[str]:
+    """The sentences that a row is about: one, which may stand at several places."""
+    return {sentence.text for sentence in ADVICE if says in shown(sentence)}
+
+
+def test_all_advice_is_followed() -> None:
+    assert len(ADVICE) > 70
+    missing = [f"{s.where}: {shown(s)}" for s in ADVICE if not any(says in shown(s) for says in (*(r.says for r in ROWS), *NOT_FOLLOWED))]
+    assert not missing, "\n".join(missing)
+
+
+def test_each_row_is_about_one_sentence() -> None:
+    assert not {says: found for says in (*(row.says for row in ROWS), *NOT_FOLLOWED) if len(found := texts_of(says)) != 1}
+    assert len(NOT_FOLLOWED) < len(ROWS) / 10
+    assert all(len(reason.split()) > 3 for reason in NOT_FOLLOWED.values())
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: Path) -> Place:
+    return Place(tmp_path, monkeypatch, capsys, kept)
+
+
+@pytest.mark.parametrize("row", [pytest.param(r, marks=[pytest.mark.slow] if r.slow else [], id=r.says[:60]) for r in ROWS])
+def test_following_the_advice_ends_the_complaint(row: Row, place: Place) -> None:
+    if row.library:
+        pytest.importorskip(row.library)
+    (text,) = texts_of(row.says)
+    said, *then = row.follow(place)
+    assert re.search(".*".join(map(re.escape, text.split(HOLE))), said, re.S), f"another sentence: {said}"
+    assert then, "nothing was followed"
+    assert then == [""] * len(then)
