@@ -50,9 +50,9 @@ def read_keys(allowed: Mapping[str, str]) -> dict[bytes, str]:
             raw = text.strip().encode()
             key = load_pem_public_key(raw) if raw.startswith(b"-----") else load_ssh_public_key(raw)
         except (ValueError, UnsupportedAlgorithm):
-            raise NetworkError(f"the public key of client '{name}' cannot be read: make one with `fedtune keys --add {name}`") from None
+            raise NetworkError(f"the public key of client '{name}' cannot be read: take the text of clients/{name}/key.pub") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or not _flwr.uses_nist_ec_curve(key):
-            raise NetworkError(f"the public key of client '{name}' is not of a NIST curve: make one with `fedtune keys --add {name}`")
+            raise NetworkError(f"the public key of client '{name}' is not of a NIST curve: take the text of clients/{name}/key.pub")
         encoded = _flwr.public_key_to_bytes(key)
         if encoded in found:
             raise NetworkError(f"clients '{found[encoded]}' and '{name}' have the same public key: each needs its own")
