@@ -90,7 +90,13 @@ class _Child:
         except OSError as bad:
             raise NetworkError(f"cannot start the SuperLink: {bad.strerror}: {errors}; free the disk or move the run directory") from None
         self._errors, self._lock, self._rest = errors, threading.Lock(), b""
-        answer = self._talk(task.to_line().encode(), _START_S)
+        try:
+            answer = self._talk(task.to_line().encode(), _START_S)
+        except ConnectionError:
+            self.process.kill()
+            self.process.wait()
+            self.hang_up()
+            raise
         if "error" in answer:
             self.process.wait()
             self.hang_up()
@@ -126,6 +132,8 @@ class _Child:
                     if not part:
                         raise ConnectionError(f"it ended; see {self._errors}")
                     self._rest += part
+            except BrokenPipeError:
+                raise ConnectionError(f"it ended; see {self._errors}") from None
             except (OSError, ValueError) as gone:  # a ValueError is a pipe that was closed already
                 raise ConnectionError(str(gone)) from None
             answer, _, self._rest = self._rest.partition(b"\n")

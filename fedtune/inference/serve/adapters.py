@@ -46,7 +46,8 @@ def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
     states, sizes = (stored.state, *stored.shifts), dict(tensor_shapes(shape))
     if stored.state.spec.method not in LORA:
         raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA can stay apart from the model")
-    if stored.heads or stored.over:
+    more = [name for name in stored.state.tensors if not name.endswith((".lora_A", ".lora_B"))]  # a classifier's head
+    if stored.heads or stored.over or more:
         raise ModelError(f"{folder} changes more than LoRA's factors: merge it with `fedtune export`")
     out: dict[str, tuple[Tensor, Tensor]] = {}
     for module in dict.fromkeys(m for s in states for m in s.spec.scaling):

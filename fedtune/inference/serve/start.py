@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.engine.caches.budget import show_size
+from fedtune.inference.engine.caches.budget import show_least, show_size
 from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
 from fedtune.inference.engine.load import Engine, load_engine
@@ -121,7 +121,7 @@ def make_caches(engine: Engine, budget: int | None, max_concurrent: int) -> Page
     wanted = min(engine.virtual + LEAST, shape.context)
     if limit < wanted:
         least = (1 + -(-wanted // size)) * one
-        raise ConfigError(f"--kv-budget {show_size(budget)} is too small for this model: give at least {show_size(least)}")
+        raise ConfigError(f"--kv-budget {show_size(budget)} is too small for this model: give at least {show_least(least)}")
     return PagedCaches(PagedPool(shape, blocks, size), limit, virtual=engine.virtual)
 
 

@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
         ConfigError: It is no size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text, re.IGNORECASE | re.ASCII)
-    size = int(float(found[1]) * UNITS[(found[2] or "").upper()]) if found and len(found[1]) <= 20 else 0
+    size = round(float(found[1]) * UNITS[(found[2] or "").upper()]) if found and len(found[1]) <= 20 else 0
     if size < 1:
         raise ConfigError(f"{text!r} is no size in memory: write for example 64MB, 1.5GiB or 65536")
     return size
@@ -43,6 +43,19 @@ def show_size(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size} B"
+
+
+def show_least(size: int) -> str:
+    """A size that is enough once it is typed: rounded up, and one word.
+
+    >>> show_least(64_000_001), show_least(9_216), show_least(12)
+    ('64.1MB', '9.3kB', '12B')
+    """
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            tenths = -(-size * 10 // unit)
+            return f"{tenths // 10}.{tenths % 10}{name}"
+    return f"{size}B"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +135,7 @@ def choose(shape: Shape, tokens: int, budget: int, dtype: torch.dtype = torch.fl
         least = Choice(shape=shape, tokens=tokens, policy="window", window=SMALLEST, sinks=sinks, dtype=dtype).nbytes
         least = min([least, *(choice.nbytes for choice in whole)])
         raise ConfigError(
-            f"a cache of {show_size(budget)} is too small for this model: give at least {show_size(least)} "
+            f"a cache of {show_size(budget)} is too small for this model: give at least {show_least(least)} "
             f"for a text of {tokens} tokens, or ask for a shorter text"
         )
     return Choice(shape=shape, tokens=tokens, policy="window", window=window, sinks=sinks, dtype=dtype)

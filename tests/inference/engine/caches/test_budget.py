@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import ConfigError
-from fedtune.inference.engine.caches.budget import Choice, choose, parse_size
+from fedtune.inference.engine.caches.budget import Choice, choose, parse_size, show_least
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.window import WindowCache
@@ -90,11 +90,11 @@ def test_the_sentences() -> None:
 
 def test_what_is_refused_says_what_would_do() -> None:
     with pytest.raises(
-        ConfigError, match="a cache of 60.0 kB is too small for this model: give at least 68.6 kB for a text of 4096 tokens"
+        ConfigError, match="a cache of 60.0 kB is too small for this model: give at least 68.7kB for a text of 4096 tokens"
     ):
         choose(SHAPE, TEXT, 60_000)  # 4 + 32 - 1 + 32 = 67 tokens of 1 kB
     assert choose(SHAPE, TEXT, 68_608).window == 32
-    with pytest.raises(ConfigError, match="give at least 10.2 kB for a text of 10 tokens"):
+    with pytest.raises(ConfigError, match="give at least 10.3kB for a text of 10 tokens"):
         choose(SHAPE, 10, 10_239)
     with pytest.raises(ConfigError, match="there is no cache policy 'h2o'"):
         Choice(shape=SHAPE, tokens=10, policy="h2o")
@@ -105,3 +105,8 @@ def test_every_policy_builds_its_cache() -> None:
     for policy, kind in kinds.items():
         cache = Choice(shape=SHAPE, tokens=77, policy=policy).build()
         assert type(cache) is kind and cache.limit == 77
+
+
+@pytest.mark.parametrize("size", [1, 999, 1000, 1001, 9_216, 9_299, 64_100_000, 64_000_001, 999_999, 999_950_001, 3 * 2**30 + 1])
+def test_a_least_size_is_enough_once_it_is_typed(size: int) -> None:
+    assert size <= parse_size(show_least(size)) <= size * 1.1 and " " not in show_least(size)

@@ -1,0 +1,107 @@
+"""The advice of `fedtune serve` to its operator."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.advised.models import run_of
+from tests.advised.rows import Place, command, follows
+from tests.advised.serving import engine_of
+from tests.inference.serve.served import tiny_model
+from tests.inference.test_export import CLASSES
+
+
+def quiet_serve(place: Place) -> dict[str, str]:
+    """Servers that end as soon as they would take requests; the model, and an adapter for it."""
+    place.patch.setattr("fedtune.inference.serve.server.Server.serve_on", lambda self, listener: None)
+    engine_of(place)
+    return {"model": str(place.kept / "served")}
+
+
+SERVE = "fedtune serve {model} --port 0 "
+
+
+@follows("is too small for this model: give at least {}")
+def _(place: Place) -> Iterator[str]:
+    model = quiet_serve(place)["model"]
+    serve = ["fedtune", "serve", model, "--port", "0", "--kv-budget"]
+    refusal = place.run(*serve, "1kB")
+    yield refusal
+    yield place.run(*serve, *refusal.rpartition("at least ")[2].split())
+
+
+command("cannot listen on {}:{}: {}; give another --host or --port", "fedtune serve {model} --host 203.0.113.1 --port 0",
+        ready=quiet_serve, host="127.0.0.1", port="0 --host 127.0.0.1")  # fmt: skip
+
+
+@follows("mend or remove its chat template")
+def _(place: Place) -> Iterator[str]:
+    quiet_serve(place)
+    model = tiny_model(place.folder / "model")
+    template = model / "chat_template.jinja"
+    whole = template.read_text()
+    template.write_text("{{ 1 / 0 }}")
+    yield place.run("fedtune", "serve", model, "--port", "0")
+    template.write_text(whole)
+    yield place.run("fedtune", "serve", model, "--port", "0")
+    template.unlink()
+    yield place.run("fedtune", "serve", model, "--port", "0")
+
+
+# -- adapters that requests choose --------------------------------------------------------------------------------------------------------
+
+
+def package(place: Place, name: str, *flags: str) -> Path:
+    """An edge package of a run, and its run's adapter."""
+    out = place.keep(name, lambda path: place.run("fedtune", "export", run_of(place), "--to", "edge", "--out", path, *flags))
+    assert out.is_dir()
+    return out
+
+
+def with_adapters(place: Place, model: Path, *named: str) -> str:
+    return place.run("fedtune", "serve", model, "--port", "0", "--adapters", *named)
+
+
+@follows("--adapters {} is wrong: write NAME=FOLDER")
+def _(place: Place) -> Iterator[str]:
+    quiet_serve(place)
+    model, adapter = package(place, "plain"), run_of(place) / "adapter"
+    yield with_adapters(place, model, str(adapter))
+    yield with_adapters(place, model, f"a-name.of_1={adapter}")
+
+
+@follows("--adapters names '{}' twice: give each adapter its own name")
+def _(place: Place) -> Iterator[str]:
+    quiet_serve(place)
+    model, adapter = package(place, "plain"), run_of(place) / "adapter"
+    yield with_adapters(place, model, f"one={adapter}", f"one={adapter}")
+    yield with_adapters(place, model, f"one={adapter}", f"two={adapter}")
+
+
+@follows("the model brings an adapter named '{}' itself: give this one another name")
+def _(place: Place) -> Iterator[str]:
+    quiet_serve(place)
+    model, adapter = package(place, "apart", "--separate"), run_of(place) / "adapter"
+    (own,) = (path.stem for path in (model / "adapters").iterdir())
+    yield with_adapters(place, model, f"{own}={adapter}")
+    yield with_adapters(place, model, f"other={adapter}")
+
+
+@follows("nothing: export the model with --method rtn or gptq")
+def _(place: Place) -> Iterator[str]:
+    quiet_serve(place)
+    (place.folder / "text.txt").write_text("turn on the light in the kitchen\n" * 40)
+    flags = ["--quantize", "int8", "--calibrate", str(place.folder / "text.txt"), "--method"]
+    adapter = run_of(place) / "adapter"
+    refusal = with_adapters(place, package(place, "folded", *flags, "awq"), f"one={adapter}")
+    yield refusal
+    for method in refusal.rpartition("--method ")[2].strip().split(" or "):
+        yield with_adapters(place, package(place, method, *flags, method), f"one={adapter}")
+
+
+@follows("changes more than LoRA's factors: merge it with `fedtune export`")
+def _(place: Place) -> Iterator[str]:
+    quiet_serve(place)
+    run = Path(shutil.copytree(run_of(place, CLASSES), place.folder / "run"))
+    yield with_adapters(place, package(place, "plain"), f"one={run / 'adapter'}")
+    yield place.run("fedtune", "export", run / "adapter", "--out", place.folder / "out")

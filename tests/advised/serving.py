@@ -1,0 +1,333 @@
+"""The advice of `fedtune serve`, to its operator and to its clients."""
+
+import asyncio
+import functools
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+
+from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.serve.app import create_app
+from fedtune.inference.serve.limits import ApiKeys, Limits
+from fedtune.inference.serve.offer import Offer
+from tests.advised.rows import ROWS, Place, Row, follows
+from tests.inference.serve.served import served, tiny_model
+
+ASK: dict[str, Any] = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 2}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 2}
+
+
+@functools.cache
+def _loaded(folder: Path) -> Engine:
+    return load_engine(folder)
+
+
+def engine_of(place: Place) -> Engine:
+    return _loaded(place.keep("served", lambda path: tiny_model(path, context=128)))
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def said(answer: httpx.Response) -> str:
+    """The sentence of a refusal, "" of an answer."""
+    return answer.json()["error"]["message"] if answer.is_error else ""
+
+
+def post(url: str, body: Any, **more: Any) -> str:
+    path = "chat/completions" if "messages" in body else "completions"
+    return said(httpx.post(f"{url}/v1/{path}", json=body, timeout=20, **more))
+
+
+# -- one field too many -------------------------------------------------------------------------------------------------------------------
+
+FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the request, and what is wrong in it
+    "gives one answer a request: leave out 'n' or give 1": (CHAT, {"n": 2}),
+    "gives one answer a request: leave out 'best_of' or give 1": (ASK, {"best_of": 2}),
+    "has no presence penalty: leave it out; 'repetition_penalty' is there": (CHAT, {"presence_penalty": 0.5}),
+    "has no frequency penalty: leave it out; 'repetition_penalty' is there": (ASK, {"frequency_penalty": 0.5}),
+    "takes no 'logit_bias': leave it out": (ASK, {"logit_bias": {"5": 1}}),
+    "does not repeat the prompt: leave out 'echo'": (ASK, {"echo": True}),
+    "does not fill in the middle: leave out 'suffix'": (ASK, {"suffix": "on"}),
+    "does not pad its streams: leave out 'include_obfuscation'": (
+        ASK | {"stream": True},
+        {"stream_options": {"include_obfuscation": True}},
+    ),
+    "moderates nothing: leave out 'moderation'": (CHAT, {"moderation": {"model": "x"}}),
+    "searches nothing: leave out 'web_search_options'": (CHAT, {"web_search_options": {"x": 1}}),
+    "calls no tools: leave out '{}'": (CHAT, {"tools": [{"type": "function"}]}),
+    "cannot change how a model thinks or how much it says: leave out '{}'": (CHAT, {"verbosity": "high"}),
+    "answers in plain text alone: leave out '{}'": (CHAT, {"response_format": {"type": "json_object"}}),
+    "knows no field '{}': leave it out": (CHAT, {"colour": "red"}),
+    "'max_tokens' and 'max_completion_tokens' disagree: give one of them": (CHAT, {"max_completion_tokens": 3}),
+}
+
+
+def _less(body: dict[str, Any], field: str) -> dict[str, Any]:
+    """The body without this field, wherever it is."""
+    return {name: _less(value, field) if isinstance(value, dict) else value for name, value in body.items() if name != field}
+
+
+def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
+    def follow(place: Place) -> Iterator[str]:
+        with served(engine_of(place)) as server:
+            refusal = post(server.url, right | wrong)
+            yield refusal
+            named = re.findall(r"'(\w+)'", refusal.rpartition(": ")[2].partition(";")[0])
+            for field in named or (wrong if "leave it" in refusal else [*wrong, "max_tokens"]):
+                yield post(server.url, _less(right | wrong, field))
+            if "give 1" in refusal:
+                yield post(server.url, right | dict.fromkeys(wrong, 1))
+            if "'repetition_penalty' is there" in refusal:
+                yield post(server.url, right | {"repetition_penalty": 1.1})
+
+    return follow
+
+
+ROWS.extend(Row(sentence, _field(right, wrong)) for sentence, (right, wrong) in FIELDS.items())
+
+
+@follows("takes no 'refusal': put its text into 'content'")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        first = CHAT["messages"]
+        yield post(server.url, CHAT | {"messages": [*first, {"role": "assistant", "refusal": "no", "content": None}, *first]})
+        yield post(server.url, CHAT | {"messages": [*first, {"role": "assistant", "content": "no"}, *first]})
+
+
+@follows("takes no 'annotations': leave them out")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        message = CHAT["messages"][0]
+        answer = {"role": "assistant", "content": "no"}
+        yield post(server.url, CHAT | {"messages": [message, answer | {"annotations": [{"type": "url"}]}, message]})
+        yield post(server.url, CHAT | {"messages": [message, answer, message]})
+
+
+@follows("does not continue an assistant's message: end 'messages' with one of another role")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        begun = [*CHAT["messages"], {"role": "assistant", "content": "I"}]
+        yield post(server.url, CHAT | {"messages": begun})
+        yield post(server.url, CHAT | {"messages": [*begun, *CHAT["messages"]]})
+
+
+@follows("'prompt' must be one text or one list of token ids: send further prompts as further requests")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        yield post(server.url, ASK | {"prompt": ["turn on", "turn off"]})
+        for prompt in ("turn on", "turn off"):
+            yield post(server.url, ASK | {"prompt": prompt})
+
+
+# -- too long, too many, not allowed ------------------------------------------------------------------------------------------------------
+
+
+@follows("this server wants an API key: send 'Authorization: Bearer KEY'")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place), keys=("secret",)) as server:
+        refusal = post(server.url, ASK)
+        yield refusal
+        name, value = re.findall(r"'(\w+): (.*)'", refusal)[0]
+        yield post(server.url, ASK, headers={name: value.replace("KEY", "secret")})
+
+
+@follows("this server answers to localhost alone: start it with an API key or another --host")
+def _(place: Place) -> Iterator[str]:
+    started: list[Any] = []
+    place.patch.setattr("fedtune.inference.serve.server.Server.serve_on", lambda self, listener: started.append(self.config.app))
+    engine_of(place)
+    serve = ["fedtune", "serve", str(place.kept / "served"), "--port", "0"]
+    (place.folder / "keys").write_text("secret")
+    for flags in ([], ["--api-key-file", str(place.folder / "keys")], ["--host", "0.0.0.0"]):  # noqa: S104
+        assert not place.run(*serve, *flags)
+        yield said(_over(started.pop(), headers={"Host": "device.example.org", "Authorization": "Bearer secret"}))
+
+
+def _over(app: Any, body: Any = None, **more: Any) -> httpx.Response:
+    """The answer to a completion, or without a body to the question which models there are."""
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            if body is None:
+                return await client.get("/v1/models", **more)
+            return await client.post("/v1/completions", json=body, **more)
+
+    return asyncio.run(ask())
+
+
+@follows("the body is larger than {} bytes: shorten it or raise --max-body")
+def _(place: Place) -> Iterator[str]:
+    long = ASK | {"stop": ["x" * 390]}
+    with served(engine_of(place), limits=Limits(max_body=400, grace=5)) as server:
+        yield post(server.url, long)
+        yield post(server.url, ASK)
+    with served(engine_of(place), limits=Limits(max_body=800, grace=5)) as server:
+        yield post(server.url, long)
+
+
+@follows("the body must be JSON: send 'Content-Type: application/json'")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        refusal = said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK)))
+        yield refusal
+        name, value = re.findall(r"'([\w-]+): (.*)'", refusal)[0]
+        yield said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK), headers={name: value}))
+
+
+@follows("the body holds half a surrogate pair (\\ud800 to \\udfff): send whole characters")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        for prompt in ("turn \ud83d on", "turn \U0001f600 on"):
+            yield said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK | {"prompt": prompt}), headers=_JSON))
+
+
+@follows("the body did not come in time: send it at once")
+def _(place: Place) -> Iterator[str]:
+    body = json.dumps(ASK).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    place.patch.setattr("fedtune.inference.serve.limits.BODY_S", 0.2)
+    with served(engine_of(place)) as server:
+        for parts in ((head.encode(), body[:5]), (head.encode() + body,)):
+            with server.raw() as line:
+                for part in parts:
+                    line.sendall(part)
+                answer = line.recv(1 << 16).decode()
+            yield "" if " 200 " in answer else answer
+
+
+@follows("there is no model of that name here: ask for {}")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        refusal = post(server.url, ASK | {"model": "gpt"})
+        yield refusal
+        yield post(server.url, ASK | {"model": refusal.rpartition("ask for ")[2]})
+
+
+@follows("characters are too many for {} tokens: shorten it")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        yield post(server.url, ASK | {"prompt": "light " * 5000})
+        yield post(server.url, ASK | {"prompt": "light"})
+
+
+@follows("tokens leave no room in the model's context of {}: shorten it")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        yield post(server.url, ASK | {"prompt": [5] * 128})
+        yield post(server.url, ASK | {"prompt": [5] * 100})
+
+
+@follows("and {} new ones are more than the model's context of {}: shorten one")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place)) as server:
+        yield post(server.url, ASK | {"prompt": [5] * 127})
+        yield post(server.url, ASK | {"prompt": [5] * 100})
+        yield post(server.url, ASK | {"prompt": [5] * 127, "max_tokens": 1})
+
+
+def _fewer(place: Place) -> Iterator[str]:
+    with served(engine_of(place), limits=Limits(max_tokens=4, grace=5)) as server:
+        refusal = post(server.url, ASK | {"max_tokens": 9})
+        yield refusal
+        yield post(server.url, ASK | {"max_tokens": 4})
+    most = re.findall(r"start it with --max-tokens (\d+)", refusal)[0]
+    with served(engine_of(place), limits=Limits(max_tokens=int(most), grace=5)) as server:
+        yield post(server.url, ASK | {"max_tokens": 9})
+
+
+follows("new tokens are more than the {} of this server: ask for fewer{}")(_fewer)
+follows(", or start it with --max-tokens {}")(_fewer)
+
+
+def _without_template(place: Place, prompt: str | None) -> Iterator[str]:
+    engine = load_engine(place.keep("bare", lambda path: tiny_model(path, context=128, chat=False)))
+    with served(engine, prompt=prompt) as server:
+        system = {"role": "system", "content": "be brief"}
+        yield post(server.url, CHAT | {"messages": [system, *CHAT["messages"]]})
+        yield post(server.url, ASK if prompt is None else CHAT)
+
+
+@follows("this model has no chat template: use /v1/completions")
+def _(place: Place) -> Iterator[str]:
+    yield from _without_template(place, None)
+
+
+@follows("this model was tuned on single requests: send one message of the role 'user'")
+def _(place: Place) -> Iterator[str]:
+    yield from _without_template(place, "Request: {x}\nAction:")
+
+
+# -- not now ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _later(place: Place, **first: Any) -> Iterator[str]:
+    """What is said while the scheduler is so, and once it is not."""
+    plain: dict[str, Any] = {"cancel": lambda job: None, "full": False, "draining": False, "limit": 512, "load": (0, 0)}
+
+    def submit(job: Job) -> None:
+        job.deliver(Output(" on", 5, end="length"))
+
+    for changes in (first, {}):
+        scheduler: Any = SimpleNamespace(**plain | {"submit": submit} | changes)
+        app = create_app(scheduler, Offer(name="tiny", text=engine_of(place).text), Limits(), ApiKeys(), local=False)
+        yield said(_over(app, ASK))
+
+
+def _ends(how: str) -> Any:
+    return lambda job: job.deliver(Output("", None, end=how))  # type: ignore[arg-type]
+
+
+@follows("the server is stopping: ask again when it is back")
+def _(place: Place) -> Iterator[str]:
+    yield from _later(place, draining=True)
+
+
+@follows("as many requests wait as may wait: ask again later")
+def _(place: Place) -> Iterator[str]:
+    yield from _later(place, full=True)
+
+
+@follows("the answer took longer than this server allows: ask for fewer tokens")
+def _(place: Place) -> Iterator[str]:
+    with served(engine_of(place), limits=Limits(timeout=0.4, grace=5), pace=0.05) as server:
+        yield post(server.url, ASK | {"max_tokens": 60})
+        yield post(server.url, ASK | {"max_tokens": 1})
+
+
+@follows("the server stops and could not end this answer: ask again")
+def _(place: Place) -> Iterator[str]:
+    yield from _later(place, submit=_ends("stopping"))
+
+
+@follows("as many long prompts wait as may wait: ask again later")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setattr("fedtune.inference.serve.prompts.LONG", 3)
+    with served(engine_of(place)) as server:
+        place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 0)  # as where others wait
+        yield post(server.url, ASK)
+        place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 1)
+        yield post(server.url, ASK)
+
+
+@follows("the prompt waited longer than this server allows: ask again later")
+def _(place: Place) -> Iterator[str]:
+    tokens, slow = Offer.tokens, [True]
+
+    def late(self: Offer, asked: Any, context: int) -> list[int]:
+        time.sleep(0.6 if slow else 0)
+        return tokens(self, asked, context)
+
+    place.patch.setattr(Offer, "tokens", late)
+    with served(engine_of(place), limits=Limits(timeout=0.4, grace=5)) as server:
+        yield post(server.url, ASK)
+        slow.clear()
+        yield post(server.url, ASK)
