@@ -247,14 +247,18 @@ def _ends(folder: Path) -> frozenset[int]:
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+    """The template that transformers takes for a chat without tools: of several, the one named default. A file overrules the config."""
+    named = {"default": folder / "chat_template.jinja", **{p.stem: p for p in (folder / "additional_chat_templates").glob("*.jinja")}}
+    files = {name: path for name, path in named.items() if path.is_file()}
+    if files:
+        path = files.get("default")
         try:
-            return text_of(path)
+            return text_of(path) if path else None
         except (OSError, ValueError):
             raise ModelError(f"{path} cannot be read: it must be a Jinja template in UTF-8") from None
     found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
+    if isinstance(found, list):
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+    if isinstance(found, dict):
+        found = found.get("default")
     return found if isinstance(found, str) else None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.text import StopStrings, Stream, Text, read_text, wrap
@@ -239,18 +239,38 @@ CHATML = (
 )
 
 
-@pytest.mark.parametrize("where", ["file", "config", "named"])
-def test_a_chat_template_gives_what_transformers_gives(tmp_path: Path, where: str) -> None:
-    several = [{"name": "tools", "template": "no"}, {"name": "default", "template": CHATML}]
-    config = {"file": {}, "config": {"chat_template": CHATML}, "named": {"chat_template": several}}[where]
-    folder = save(tmp_path / "m", byte_fallback(), bos_token="<s>", **config)
-    if where == "file":
-        (folder / "chat_template.jinja").write_text(CHATML)
+TOOLS = "{{ raise_exception('for a chat with tools') }}"
+WHERE: dict[str, tuple[Any, dict[str, str]]] = {  # chat_template of tokenizer_config.json, files
+    "file": (None, {"chat_template.jinja": CHATML}),
+    "config": (CHATML, {}),
+    "named": ([{"name": "tool_use", "template": TOOLS}, {"name": "default", "template": CHATML}], {}),
+    "mapping": ({"tool_use": TOOLS, "default": CHATML}, {}),
+    "file over config": (TOOLS, {"chat_template.jinja": CHATML}),
+    "beside": (TOOLS, {"chat_template.jinja": CHATML, "additional_chat_templates/tool_use.jinja": TOOLS}),
+    "beside as default": (None, {"chat_template.jinja": TOOLS, "additional_chat_templates/default.jinja": CHATML}),
+    "none": (None, {}),
+    "none named default": ([{"name": "tool_use", "template": CHATML}], {}),
+    "no default beside": (CHATML, {"additional_chat_templates/tool_use.jinja": CHATML}),
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_folder_has_the_chat_template_that_transformers_finds(tmp_path: Path, where: str) -> None:
+    config, files = WHERE[where]
+    folder = save(tmp_path / "m", byte_fallback(), bos_token="<s>", chat_template=config)
+    for name, source in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(source)
     messages = [{"role": "user", "content": "a 😀"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>")
-    text = read_text(folder)
-    assert text.chat(messages) == theirs.apply_chat_template(messages, chat_template=CHATML, tokenize=False, add_generation_prompt=True)
-    assert text.encode(text.chat(messages), begin=False)[0] == 1
+    text, theirs = read_text(folder), AutoTokenizer.from_pretrained(folder)
+    if where.startswith("no"):  # a model that has none, or none for a chat without tools
+        with pytest.raises(ValueError, match="chat template"):
+            theirs.apply_chat_template(messages, tokenize=False)
+        with pytest.raises(ModelError, match="no chat template"):
+            text.chat(messages)
+    else:
+        assert text.chat(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text.encode(text.chat(messages), begin=False)[0] == 1
 
 
 def test_a_template_is_sandboxed_and_its_faults_are_one_sentence(tmp_path: Path) -> None:
