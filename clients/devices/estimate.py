@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import Config, DeviceClass
-from fedtune.models.backbone import build_config, empty_model, head_names
+from fedtune.models.backbone import build_config, empty_model, head_names, pick_device
 from fedtune.models.checkpoint import find_folder
 from fedtune.models.methods import attach
 from fedtune.models.parts import is_linear
@@ -214,12 +214,11 @@ _INNER = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff")
 
 def _dtypes(config: Config) -> dict[str, torch.dtype]:
     """Without the quantised ones where bitsandbytes is not there."""
-    cuda = config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
     out = {"fp32": torch.float32, "bf16": torch.bfloat16}
     with contextlib.suppress(ImportError):
         from fedtune.models.quantise import compute_dtype  # a second to load, and only some runs need it
 
-        out |= dict.fromkeys(QUANTISED, compute_dtype(config.model.compute, torch.device("cuda" if cuda else "cpu")))
+        out |= dict.fromkeys(QUANTISED, compute_dtype(config.model.compute, pick_device(config.model.device)))
     return out
 
 

@@ -25,6 +25,7 @@ from fedtune.clients.trainer import Turn, batches, steps_of
 from fedtune.config import Config, DeviceClass, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
+from fedtune.models.backbone import pick_device
 from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan, matching
 from fedtune.promise import terms
@@ -313,8 +314,7 @@ def _require(precision: str, config: Config, shapes: Shapes) -> None:
         raise ModelError("model.precision=nf4: no layer of this backbone has rows of a whole number of blocks of 64: take int8 or bf16")
     from fedtune.models.quantise import require_kernel
 
-    cuda = config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
-    require_kernel(precision, shapes.compute[precision], torch.device("cuda" if cuda else "cpu"))
+    require_kernel(precision, shapes.compute[precision], pick_device(config.model.device))
 
 
 def _work(plan: Plan, examples: Sequence[Example], task: TaskConfig, entries: int, nbytes: int) -> Work:

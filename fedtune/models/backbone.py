@@ -88,7 +88,7 @@ def load_backbone(
     folder = find_folder(config)
     hf_config = build_config(config, task, num_labels=num_labels, folder=folder, packed=packed)
     tokenizer = load_tokenizer(folder, config)
-    device = torch.device("meta") if outline else _device(config.device)
+    device = torch.device("meta") if outline else pick_device(config.device)
     settings = _settings(config, device)
     drawn = config.init == "random"  # a fingerprint reads every header, so that a truncated file is refused before anything is loaded
     mark = digest(read_config(folder), [("random", str(seed).encode())]) if drawn else fingerprint(folder)
@@ -200,7 +200,8 @@ def _auto_class(task: TaskConfig, hf_config: Any) -> Any:
     return AutoModelForSeq2SeqLM if is_seq2seq(hf_config) else AutoModelForCausalLM
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """Raises ModelError where `name` is cuda and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device=cuda, but torch sees no CUDA device: take model.device=auto or cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

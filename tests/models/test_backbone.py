@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models import fingerprint, load_backbone
-from fedtune.models.backbone import head_names
+from fedtune.models.backbone import head_names, pick_device
 from fedtune.models.checkpoint import stored_tensors
 from tests.models.build import VOCABULARY, checkpoint, hub, llama_config, token_ids, tokenizer
 
@@ -341,3 +341,12 @@ def test_real_weights_load_as_decoder_and_as_classifier() -> None:
     assert backbone.model(ids, labels=ids).loss.item() < 1.5  # the model was trained on such; untrained: ln 512 = 6.2
     classifier = load_backbone(hub(STORIES), CLASSES, num_labels=6)
     assert classifier.model(ids).logits.shape == (1, 6) and classifier.fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "device"),
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cuda", True, "cuda"), ("cpu", True, "cpu"), ("cpu", False, "cpu")],
+)
+def test_the_device_that_is_meant(monkeypatch: pytest.MonkeyPatch, name: str, there: bool, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert pick_device(name) == torch.device(device)

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from fedtune.app import simulate
+from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Correction
 from fedtune.clients.devices.estimate import memory_bytes, shapes_of
 from fedtune.clients.devices.fitting import _tokens, for_device
 from fedtune.clients.trainer import Turn
 from fedtune.clients.workspace import Workspace
-from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig
+from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline
+from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
 from tests.tiny import tiny_config
@@ -240,3 +242,32 @@ def test_four_precisions_train_in_one_cohort_at_once_or_one_by_one(
         within = 1e-4 if alone["precision"] == "fp32" else 0.05
         assert found[batched][client]["train_loss"] == pytest.approx(alone["train_loss"], rel=within)
         assert found[batched][client]["peak_mb"] == alone["peak_mb"]
+
+
+def test_what_travels_is_what_comes_and_what_goes(tmp_path: Path) -> None:
+    run = simulate(config(tmp_path, dict.fromkeys(("phone", "board", "laptop"), DeviceClass(mbit_per_second=0.5))))
+    turns = [x for x in lines(run) if x.get("precision")]
+    one_way = sum(t.nbytes for t in adapter(run).tensors.values())
+    # computing takes no time, and the network as long before the turn as after it: 2 · 8 bits a byte, 0.5 Mbit a second
+    assert turns and all(x["estimated_s"] == x["virtual_s"] == pytest.approx(2 * 8 * one_way / 0.5e6) for x in turns)
+
+
+def test_the_probe_is_asked_for_the_turns_own_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = TaskConfig(kind="instruction", max_length=16, max_new_tokens=1, stride_texts=False)
+    given = config(tmp_path, {"phone": DeviceClass(), "board": DeviceClass(), "laptop": DeviceClass()}, task=task)
+    given = dataclasses.replace(given, data=dataclasses.replace(given.data, prompt="{question}", answer=" {reply}"))
+    space = Workspace(given)
+    asked = list[tuple[int, int, int]]()
+    monkeypatch.setattr(probe, "kept_bytes", lambda slot, task, names, *size: asked.append(size) or 1)
+    rows = [Example(np.zeros(5, np.int32), np.array([IGNORED] * 4 + [3], np.int32))] * 8  # one token of five has a loss
+    monkeypatch.setattr(space, "examples", lambda *_: rows)
+    assert space.devices.fit(PLAN, space.initial, 0) is not None and asked == [(4, 5, 1)]
+
+
+def test_the_rank_of_a_turn_is_the_largest_of_its_layers(tmp_path: Path) -> None:
+    space = space_of(tmp_path)
+    ranks = dict(space.initial.spec.ranks)
+    first = next(iter(ranks))
+    tensors = {n: (t[:1] if n.endswith("A") else t[:, :1]) if n.startswith(f"{first}.") else t for n, t in space.initial.tensors.items()}
+    fits = space.devices.fit(PLAN, space.initial.replace(tensors, ranks={**ranks, first: 1}), 0)
+    assert fits is not None and fits[2].choice.rank == 2

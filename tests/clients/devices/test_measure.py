@@ -47,3 +47,20 @@ def test_the_speed_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     # a product of n × n matrices has 2 n³ operations, and takes a millisecond
     assert measure._gflops(torch.device("cpu")) == pytest.approx(2 * measure._SIZE**3 / 1e-3 / 1e9, rel=0.01)
+
+
+def test_a_machine_with_a_gpu_tells_its_memory_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3_000_000, 8_000_000))
+    monkeypatch.setattr(measure, "_gflops", lambda device: {"cuda": 7.0}[device.type])
+    found = measure_device()
+    assert (found.memory_mb, found.accelerator, found.accelerator_gflops, found.gflops_per_core) == (3.0, "cuda", 7.0, 0.0)
+
+
+def test_cores_where_the_system_does_not_say_which_a_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "_gflops", lambda device: 6.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.delattr(measure.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 5)
+    assert (measure_device().cores, measure_device().gflops_per_core) == (5, 3.0)  # measured over two threads

@@ -2,15 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
 from fedtune.clients.devices import probe
 from fedtune.clients.devices.estimate import kept_bytes, shapes_of, weights_bytes
 from fedtune.config import Config, ModelConfig, PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.tasks import IGNORED
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, llama_config
 
 WITHIN = 2.0
@@ -93,3 +96,57 @@ def test_layers_of_odd_rows_stay_whole_in_the_estimate_as_they_do_in_the_model(t
     # 64·40 entries in bf16 or float32, and not in four bits
     packed = 64 * 40 // 2 + 40 + 4 + 4 * 272
     assert weights_bytes(shapes, "nf4") - weights_bytes(none, "nf4") == 2 * (64 * 40 * shapes.width_of("nf4") - packed)
+
+
+def test_bytes_of_a_model_by_hand() -> None:
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
+    two.weight = one.weight
+    model = nn.Sequential(one, two)
+    assert probe.stored_bytes(model, []) == 4 * (2 * 3 + 2)  # a tied weight once
+    assert probe.stored_bytes(model, [cast(nn.Parameter, one.bias)]) == 4 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [("llama", [[IGNORED, IGNORED, 3, 3, 3]] * 2), ("t5", [[3, 3, 3, 3]] * 2), ("bert", [0, 0])],  # T5's answers are rows of their own
+)
+def test_a_micro_batch_of_five_tokens_with_three_counted(tmp_path: Path, kind: str, labels: list[list[int]] | list[int]) -> None:
+    task = CLASSES if kind == "bert" else TaskConfig(kind="instruction", max_length=32, generate=False)
+    live = LiveAdapter(load_backbone(hub(checkpoint(tmp_path / "model", kind)), task, num_labels=3), PeftConfig(rank=3), task)
+    batch = probe._batch(live, task, 2, 5, 3, torch.device("cpu"))
+    assert batch["labels"].tolist() == labels and batch["input_ids"].tolist() == [[3] * 5] * 2 == (3 * batch["attention_mask"]).tolist()
+    assert probe.kept_bytes(live, task, live.parameters, 2, 5, 3) > 0
+
+
+def test_the_shapes_of_a_tiny_llama_by_hand(tmp_path: Path) -> None:
+    model = hub(checkpoint(tmp_path / "model"))
+    peft = PeftConfig(rank=3, targets=["q_proj", "down_proj"])
+    shapes = shapes_of(Config(model=model, task=LM, peft=peft))
+    # h 16, feed-forward 24, 4 heads of 4 that share 2 keys, 2 layers, 32 words
+    assert {n.removeprefix("model.layers.1."): s for n, s in shapes.linear.items() if ".1." in n} == {
+        "self_attn.q_proj": (16, 16),
+        "self_attn.k_proj": (8, 16),
+        "self_attn.v_proj": (8, 16),
+        "self_attn.o_proj": (16, 16),
+        "mlp.gate_proj": (24, 16),
+        "mlp.up_proj": (24, 16),
+        "mlp.down_proj": (16, 24),
+    }
+    assert (shapes.layers, shapes.hidden, shapes.inner, shapes.heads_of, shapes.query, shapes.words) == (2, 16, 24, 4, 16, 32)
+    assert (shapes.gated, shapes.classifies, shapes.heads, shapes.rest) == (True, False, 0, 32 * 16 + 5 * 16)  # embeddings and norms
+    # factors of q (16 + 16 a rank) and of down (24 + 16) in two layers
+    assert (shapes.rank, shapes.modules, shapes.inputs, shapes.per_rank, shapes.entries) == (3, 4, 2 * (16 + 24), 2 * (32 + 40), 3 * 144)
+
+
+def test_methods_without_factors_have_no_rank_and_some_read_every_layer(tmp_path: Path) -> None:
+    model = hub(checkpoint(tmp_path / "model"))
+    found = {m: shapes_of(Config(model=model, task=LM, peft=PeftConfig(method=m))) for m in ("full", "ia3", "prompt")}
+    every = 2 * (6 * 16 + 24)  # the inputs of seven layers, twice
+    assert all((s.rank, s.per_rank) == (0, 0) for s in found.values())
+    assert {m: s.inputs for m, s in found.items()} == {"full": every, "ia3": every, "prompt": 0}
+
+
+def test_a_seq2seqs_layers_are_those_of_both_sides(tmp_path: Path) -> None:
+    task = TaskConfig(kind="instruction", max_length=32, generate=False)
+    shapes = shapes_of(Config(model=hub(checkpoint(tmp_path / "model", "t5")), task=task))
+    assert (shapes.layers, shapes.query, shapes.inner) == (2 + 2, 2 * 6, 24)
