@@ -227,3 +227,16 @@ def test_memory_survives_a_checkpoint_and_bad_updates_are_dropped(strategy: Stra
     run(tmp_path / "part", 1)
     got, _ = run(tmp_path / "part", 3)
     assert same(snapshot(wanted), snapshot(got))
+
+
+@pytest.mark.parametrize("name", choices("strategy"))
+def test_a_setting_below_zero_or_no_number_is_refused_by_name(name: str) -> None:
+    """No method has a setting for which they mean anything; `rounds` and `seed` are the run's, and checked as such."""
+    method = ["peft=ptuning_v2", "rounds=30"] if name == "fedpeptao" else []
+    config = compose([f"strategy={name}", "inference=none", "devices=none", *NEEDS.get(name, []), *method])[0].config
+    strategy: Any = make_strategy(config)  # a dataclass, as all are
+    settings = {f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy) if f.init and f.name not in ("rounds", "seed")}
+    for field in (n for n, value in settings.items() if type(value) in (int, float)):
+        for bad in (-1, math.nan):
+            with pytest.raises(ConfigError, match=rf"^strategy\.{field}={bad} (is out of range: it )?must be "):
+                dataclasses.replace(strategy, **{field: bad}).check(config)

@@ -35,6 +35,11 @@ def test_two_rounds_by_hand() -> None:
     assert two.adapter["w"].item() == 6.5
 
 
+def test_c_of_a_single_client_is_its_own() -> None:
+    out = SCAFFOLD().aggregate(1, ServerState(adapter=plain(0.0)), [update("a", plain(1.0), lr_sum=0.5)])
+    assert {n: t.item() for n, t in out.memory.items()} == {"c_k/a/w": -2.0, "c/w": -2.0}  # (0 − 1) / .5
+
+
 def test_c_is_the_mean_of_the_clients_seen_however_they_take_part() -> None:
     method, state = SCAFFOLD(lr=0.5), ServerState(adapter=drawn(0))
     for round, cohort in enumerate(("ab", "bc", "ad", "abcd", "c"), 1):

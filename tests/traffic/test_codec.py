@@ -149,7 +149,7 @@ def test_the_mean_of_many_draws_is_the_number(name: str) -> None:
     assert ((nearest - numbers).abs() > 5 * step / 2 / math.sqrt(draws)).any()  # rounding to the nearest would not pass
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "topk=1e-05+int8"])
 def test_a_name_says_all_of_it(name: str) -> None:
     assert Codec.from_name(name).name == name
 
@@ -185,6 +185,31 @@ def test_a_damaged_payload_is_refused_with_a_sentence(change: Any, sentence: str
     codec, tensors = Codec(values="int8", share=0.1), random_tensors([(5, 11)])
     with pytest.raises(UpdateMismatch, match=sentence):
         codec.decode(change(codec.encode(tensors)), tensors)
+
+
+@pytest.mark.parametrize(
+    ("values", "array", "bad", "sentence"),
+    [
+        ("fp32", "#q", math.inf, "the update's numbers are not finite"),
+        ("int8", "#q", -128, "the update's int8 codes are damaged"),
+        ("int8", "#scale", 3.4e38, "the update's numbers are not finite"),
+        ("int8", "#scale", math.nan, "the update's scales are damaged"),
+        ("nf4", "#scale", -1.0, "the update's scales are damaged"),
+    ],
+)
+def test_one_damaged_number_of_many_is_enough(values: str, array: str, bad: float, sentence: str) -> None:
+    codec, tensors = Codec(values=values), random_tensors([(5, 40)])  # four blocks
+    arrays = codec.encode(tensors)
+    arrays[array][1] = bad
+    with pytest.raises(UpdateMismatch, match=sentence):
+        codec.decode(arrays, tensors)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("values", VALUES)
+def test_a_block_of_zeros_comes_back(values: str, stochastic: bool) -> None:
+    codec, tensors = Codec(values=values, stochastic=stochastic and values != "fp32"), {"a": torch.cat([torch.ones(64), torch.zeros(64)])}
+    assert torch.equal(codec.decode(codec.encode(tensors), tensors)["a"], tensors["a"])
 
 
 def test_what_is_not_finite_is_not_encoded() -> None:
