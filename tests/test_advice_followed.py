@@ -24,6 +24,12 @@ PARTS = (
     "fedtune/report/metrics.py",
     "fedtune/network/",
     "fedtune/inference/serve/",
+    "fedtune/inference/export.py",
+    "fedtune/inference/edge.py",
+    "fedtune/inference/merged.py",
+    "fedtune/inference/whole_model.py",
+    "fedtune/inference/personal.py",
+    "fedtune/inference/generate.py",
 )
 NOT_FOLLOWED = {  # part of a sentence → why no test can do as it says
     "use the version that wrote it": "there is one version of fedtune here",
@@ -41,12 +47,14 @@ def shown(sentence: Sentence) -> str:
 
 def texts_of(says: str) -> set[str]:
     """The sentences that a row is about: one, which may stand at several places."""
-    return {sentence.text for sentence in ADVICE if says in shown(sentence)}
+    found = {sentence.text for sentence in ADVICE if says in shown(sentence)}
+    return {text for text in found if text == says} or found
 
 
 def test_all_advice_is_followed() -> None:
-    assert len(ADVICE) > 140
-    missing = [f"{s.where}: {shown(s)}" for s in ADVICE if not any(says in shown(s) for says in (*(r.says for r in ROWS), *NOT_FOLLOWED))]
+    assert len(ADVICE) > 180
+    told = set[str]().union(*(texts_of(says) for says in (*(row.says for row in ROWS), *NOT_FOLLOWED)))
+    missing = [f"{s.where}: {shown(s)}" for s in ADVICE if s.text not in told]
     assert not missing, "\n".join(missing)
 
 

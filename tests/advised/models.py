@@ -1,16 +1,18 @@
 """The advice of the commands that read and write models."""
 
 from pathlib import Path
+from typing import Any
 
+from fedtune.config import TaskConfig
 from tests.advised.rows import Place, command
 from tests.inference.test_export import CAUSAL, make_run
 from tests.models.build import checkpoint, hub
 
 
-def run_of(place: Place, task: object = CAUSAL, kind: str = "llama", **how: str) -> Path:
+def run_of(place: Place, task: TaskConfig = CAUSAL, kind: str = "llama", **how: Any) -> Path:
     """A run, as far as an export reads it, with an adapter over a tiny random backbone; kept, so no row writes into it."""
-    name = "-".join(map(str, (kind, getattr(task, "kind", ""), *how.values())))
-    made = place.keep(name, lambda path: make_run(path / "run", hub(checkpoint(path / "m", kind)), task, **how))  # type: ignore[arg-type]
+    name = "-".join(map(str, (kind, task.kind, *how.values()))).replace("/", "")[:200]
+    made = place.keep(name, lambda path: make_run(path / "run", hub(checkpoint(path / "m", kind)), task, **how))
     return made / "run"
 
 

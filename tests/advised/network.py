@@ -78,7 +78,7 @@ def _task(at: Path, **changes: Any) -> superlink.Task:
     return superlink.Task(**plain | changes)
 
 
-@follows("cannot keep the SuperLink's database in {}: {}; free the disk or move the run directory")
+@follows("cannot keep the SuperLink's database in {}: {}; free the disk or move the run directory", slow=True)
 def _(place: Place) -> Iterator[str]:
     yield raised(lambda: superlink._make_app(_task(Path("/proc/no")), None))
     yield raised(lambda: superlink._make_app(_task(place.folder / "moved"), None))

@@ -150,6 +150,7 @@ def ways(said: str, argv: list[str], given: Mapping[str, str]) -> list[list[str]
     """
     if clash := re.search(r"argument (--\S+): not allowed with argument (--\S+)", said):
         return [_without(argv, clash[2])]
+    said = re.sub(r" \([^()]*\)", "", said)  # reasons
     advice = max(said.rpartition(": ")[2], said.rpartition("; ")[2], key=lambda part: bool(FLAG.search(part) or "leave" in part))
     advice = said.split(": ", 2)[-1] if not FLAG.search(advice) and "leave" not in advice else advice
     advice = advice.rpartition(" needs ")[2]
