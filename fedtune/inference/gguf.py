@@ -7,6 +7,7 @@ so the rows of its queries and keys change places; `qwen2` and `qwen3` keep them
 import json
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ TYPES = ("f16", "q8_0", "q4_0")
 _ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _CARD = "fedtune.card"  # the metadata's entry that has the card as JSON
 _ROWS = 1 << 19  # entries that are quantised at once
+_FLAGGING = re.compile("(?i)(?<=phi)-?(?=3)|(?<=modern)-(?=bert)")  # a name with it has llama.cpp set flags of tokens that may not exist
 
 
 def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = False) -> Path:
@@ -117,7 +119,7 @@ def _describe(writer: "GGUFWriter", card: dict[str, Any], kind: str) -> None:
     from gguf import LlamaFileType
 
     came, types = card["provenance"], {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-    writer.add_name(str(came.get("name") or came.get("model") or "adapter"))
+    writer.add_name(_FLAGGING.sub(" ", str(came.get("name") or came.get("model") or "adapter")))
     writer.add_description("exported by fedtune" + (f": {came['method']}, round {came['round']}" if "method" in came else ""))
     writer.add_file_type(LlamaFileType[types[kind]])
     writer.add_quantization_version(2)  # ggml's, of its block formats

@@ -4,22 +4,19 @@ SentencePiece's BPE (`▁` for a space, bytes as <0xNN>) is llama.cpp's `llama`,
 the merges say as a rank. Byte-level BPE is its `gpt2`, with one of the ways to split a text that llama.cpp knows by name.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
-
 from fedtune.errors import ModelError
 from fedtune.inference.engine.text import read_text
+from fedtune.inference.gguf_texts import SPACE, describe_texts, list_steps
 from fedtune.parsing import parse_json
 from fedtune.parsing import read_text as text_of
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
-_SPACE = "▁"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}  # a Split's regular expression → llama.cpp's name
 
@@ -85,48 +82,37 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     pairs = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
     spaced = _sentencepiece(raw)
     common: dict[str, Any] = {"tokens": tokens, "ids": ids, "begins": text.bos is not None, "template": text.template}
-    common["differs"] = _differs(raw, text.tokenizer.get_added_tokens_decoder().values())
     if spaced is None:
         pre = _pre(raw, folder)
+        common["differs"] = describe_texts(raw, text.tokenizer, None)
         return Vocabulary(model="gpt2", pre=pre, types=types, scores=[], merges=[" ".join(p) for p in pairs], space=False, **common)
     if "unk" in ids:
         types[ids["unk"]] = UNKNOWN
     for i in text.bytes:
         types[i] = BYTE
     scores = _scores(tokens, known, pairs, folder)
+    common["differs"] = describe_texts(raw, text.tokenizer, {t: scores[i] for t, i in sorted(known.items(), key=lambda item: item[1])})
     return Vocabulary(model="llama", pre="", types=types, scores=scores, merges=[], space=spaced, **common)
-
-
-def _differs(raw: dict[str, Any], added: Iterable[AddedToken]) -> str:
-    """llama.cpp puts its space before every piece of text, at the beginning and behind special tokens, whatever the piece begins with."""
-    pre, said = raw.get("pre_tokenizer") or {}, []
-    if pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never":
-        said.append("text that begins with a space gets a second one")
-        if pre.get("prepend_scheme", "always") == "first":
-            said.append("text behind a special token, such as a chat's turns, gets a space that is meant for the first text only")
-    if odd := [t.content for t in added if t.lstrip or t.rstrip or t.single_word]:
-        said.append(f"white space and words beside '{odd[0]}' ({len(odd)} such) are left as they are, which this tokenizer heeds")
-    return f"llama.cpp gives some texts other tokens than transformers, which GGUF cannot express: {'; '.join(said)}" if said else ""
 
 
 def _sentencepiece(raw: dict[str, Any]) -> bool | None:
     """Whether SentencePiece's BPE puts a space before a text; None where the tokenizer is not SentencePiece's."""
-    steps = _steps(raw.get("normalizer"), "normalizers")
+    steps = list_steps(raw.get("normalizer"), "normalizers")
     kinds = [s["type"] for s in steps]
-    replaced = any(s["type"] == "Replace" and s.get("content") == _SPACE and s.get("pattern") == {"String": " "} for s in steps)
+    replaced = any(s["type"] == "Replace" and s.get("content") == SPACE and s.get("pattern") == {"String": " "} for s in steps)
     pre = raw.get("pre_tokenizer")
     if replaced and set(kinds) <= {"Prepend", "Replace"} and pre is None:
         return "Prepend" in kinds
-    if not steps and pre and pre["type"] == "Metaspace" and not pre.get("split", True) and pre.get("replacement") == _SPACE:
+    if not steps and pre and pre["type"] == "Metaspace" and not pre.get("split", True) and pre.get("replacement") == SPACE:
         return pre.get("prepend_scheme", "always") != "never"
     return None
 
 
 def _pre(raw: dict[str, Any], folder: Path) -> str:
     """llama.cpp's name of how a byte-level tokenizer splits a text."""
-    steps = _steps(raw.get("pre_tokenizer"), "pretokenizers")
+    steps = list_steps(raw.get("pre_tokenizer"), "pretokenizers")
     kinds = [s["type"] for s in steps]
-    normal = [s["type"] for s in _steps(raw.get("normalizer"), "normalizers")]
+    normal = [s["type"] for s in list_steps(raw.get("normalizer"), "normalizers")]
     found = ""
     if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
         own = steps[-1].get("use_regex", True)
@@ -136,20 +122,14 @@ def _pre(raw: dict[str, Any], folder: Path) -> str:
             found = "smollm"
         elif kinds == ["Split", "ByteLevel"] and not own:
             found = _SPLITS.get(str(steps[0].get("pattern", {}).get("Regex")), "")
-    # llama.cpp takes a whole word that is in the vocabulary before any merge for llama-bpe only. It normalises nothing: its own converter
-    # leaves out Qwen's NFC too, which changes only texts that are not composed yet
+    # llama.cpp takes a whole word that is in the vocabulary before any merge for llama-bpe only. It normalises nothing, Qwen's NFC
+    # neither, which `describe_texts` tells
     fits = bool(raw["model"].get("ignore_merges")) == (found == "llama-bpe") and normal in ([], ["NFC"])
     if not found or not fits:
         raise ModelError(
             f"{folder}: llama.cpp has no name for the way that this tokenizer splits a text ({', '.join(kinds) or 'none'}): use --to hf"
         )
     return found
-
-
-def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    return part[inner] if part["type"] == "Sequence" else [part]
 
 
 def _scores(tokens: list[str], known: dict[str, int], pairs: list[tuple[str, ...]], folder: Path) -> list[float]:

@@ -5,10 +5,8 @@ llama.cpp is looked for as the module `llama_cpp` of this interpreter, or of the
 
 import functools
 import importlib.util
-import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +23,12 @@ from fedtune.inference import gguf as ours
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import read_shape
 from fedtune.inference.export import export_hf
-from fedtune.inference.gguf import describe_gguf, export_gguf
-from fedtune.inference.gguf_tokens import CONTROL, UNKNOWN, UNUSED, USER, Vocabulary, read_vocabulary
+from fedtune.inference.gguf import export_gguf
+from fedtune.inference.gguf_tokens import read_vocabulary
 from fedtune.models.backbone import quiet
 from tests.inference.engine.tiny import SHAPES, VOCAB
 from tests.inference.test_export import CAUSAL, CLASSES, STORIES, make_run
-from tests.inference.tokenizer_table import pieces
-from tests.models.build import checkpoint, hub, llama_config
+from tests.models.build import checkpoint, hub
 
 gguf = pytest.importorskip("gguf")
 BABY = STORIES.parents[1] / "babyllama_tok105/hf"
@@ -249,53 +246,6 @@ def test_scores_join_as_merges_do(tmp_path: Path) -> None:
         assert split(text) == tokenizer(text, add_special_tokens=False).input_ids
 
 
-CHATS = [
-    "hi ab 12", "ab", "a b  ab", "hi\n a", "café 😀 hi", "<s>hi</s>ab", "<s>hi ab</s>\nhi", "</s><s>ab", "hi</s> ab", "<s> hi", " hi ab",
-    "  hi", "\nhi", "<s>ab</s> <s> hi",
-]  # fmt: skip
-
-
-def as_llama_cpp(own: Vocabulary, text: str) -> list[int]:
-    """llama.cpp's `llama_vocab::impl::tokenize` for SentencePiece with special tokens parsed: a space before each piece of text, then pairs
-    joined by the best score, the leftmost of equals, then bytes."""
-    special = {t: i for i, t in enumerate(own.tokens) if own.types[i] in (CONTROL, USER, UNKNOWN)}
-    known = {t: i for i, t in enumerate(own.tokens) if own.types[i] != UNUSED}
-    out = []
-    for piece in re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text):
-        if piece in special or not piece:
-            out += [special[piece]] if piece else []
-            continue
-        parts = list((" " * own.space + piece).replace(" ", "▁"))
-        while joined := [(own.scores[known[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in known]:
-            at = -max(joined)[1]
-            parts[at : at + 2] = ["".join(parts[at : at + 2])]
-        for part in parts:
-            out += [known[part]] if part in known else [known[f"<0x{b:02X}>"] for b in part.encode()]
-    return out
-
-
-@pytest.mark.parametrize(
-    ("scheme", "others"), [(None, set()), ("never", set()), ("always", {8, 9, 10, 11, 13}), ("first", {5, 6, 7, 8, 9, 10, 11, 13})]
-)
-def test_what_llama_cpp_makes_of_special_tokens_and_chats_is_the_same_or_told(tmp_path: Path, scheme: str | None, others: set[int]) -> None:
-    made = pieces(scheme, flagged=False)
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    own = read_vocabulary(tmp_path, theirs, len(theirs))
-    differ = {i for i, t in enumerate(CHATS) if as_llama_cpp(own, t) != theirs(t, add_special_tokens=False).input_ids}
-    assert differ == others and bool(own.differs) == bool(others)
-    assert ("a second one" in own.differs) == (scheme in ("always", "first"))
-    assert ("behind a special token" in own.differs) == (scheme == "first")
-
-
-def test_an_export_says_which_texts_get_other_tokens(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "m", config=llama_config(vocab_size=400))
-    PreTrainedTokenizerFast(tokenizer_object=pieces("first"), bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    said = describe_gguf(export_gguf(folder, tmp_path / "m.gguf"))
-    for part in ("which GGUF cannot express", "gets a second one", "behind a special token", "beside '<|user|>' (3 such)"):
-        assert part in said
-
-
 @pytest.mark.parametrize("split", ["gpt-2", "smollm"])
 def test_byte_level_tokenizers_keep_their_merges(tmp_path: Path, split: str) -> None:
     byte_level(tmp_path, split)
@@ -304,6 +254,14 @@ def test_byte_level_tokenizers_keep_their_merges(tmp_path: Path, split: str) -> 
     assert (own.model, own.pre, own.merges, own.begins) == ("gpt2", split, ["t h", "th e"], False)
     assert own.ids == {"bos": 0, "eos": 1} and own.types[:3] == [3, 3, 1]
     assert own.tokens[94:] == [f"[PAD{i}]" for i in range(94, 101)] and own.types[94:] == [5] * 7
+
+
+@pytest.mark.parametrize("name", ["my-phi-3-llama", "Phi3x", "modern-bert-qwen"])
+def test_no_name_makes_llama_cpp_change_tokens(tmp_path: Path, name: str) -> None:
+    """By these it sets flags of tokens that it takes for granted, and reads no file that lacks them."""
+    said, _ = read(export_gguf(shaped(tmp_path / name, "llama"), tmp_path / "m.gguf"))
+    found = said["general.name"].lower()
+    assert found.endswith(name.lower()[-5:]) and not any(known in found for known in ("phi-3", "phi3", "modern-bert"))
 
 
 def test_a_chat_template_goes_along(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def pieces(scheme: str | None = None, *, flagged: bool = True) -> Tokenizer:
     return out
 
 
-def by_bytes(before: Any, *, use_regex: bool, ignore_merges: bool = False) -> Tokenizer:
+def by_bytes(before: Any, *, use_regex: bool, ignore_merges: bool = False, flagged: bool = True) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "a"), ("h", "i"), ("1", "2"), ("Ġ", "hi"), ("e", "a"), ("c", "1")]
     words = [*alphabet, *map("".join, merges), "<|endoftext|>"]
@@ -42,7 +42,7 @@ def by_bytes(before: Any, *, use_regex: bool, ignore_merges: bool = False) -> To
     out.pre_tokenizer = pre_tokenizers.Sequence([before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
     out.decoder = decoders.ByteLevel()
     out.add_special_tokens(["<|endoftext|>", "<s>", "</s>"])
-    out.add_tokens(_flagged())
+    out.add_tokens(_flagged() if flagged else [])
     return out
 
 
