@@ -261,6 +261,12 @@ def test_the_start_loss_is_that_of_all_rows_before_the_first_step(space: Workspa
     assert turned.start_loss == pytest.approx(loss.item() / count, rel=1e-5) and turn(space)[1].start_loss is None
 
 
+def test_the_loss_of_a_turn_is_the_mean_over_its_tokens(space: Workspace) -> None:
+    # one pass over all rows, none of which moves anything
+    _, turned = turn(space, lr=0.0, lr_last=0.0, steps=None, epochs=1, batch_size=3, measure=("start_loss",))
+    assert turned.steps > 1 and turned.loss == pytest.approx(turned.start_loss, rel=1e-5)
+
+
 def test_a_loss_that_runs_away_is_one_sentence(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def nan_loss(*args: Any) -> tuple[torch.Tensor, int]:
         return torch.tensor(float("nan"), requires_grad=True), 1

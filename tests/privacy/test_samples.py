@@ -1,6 +1,7 @@
 """Gradients of single rows equal a loop of backward passes, one row each, for every PEFT method."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,3 +260,12 @@ def test_where_int8_looks_at_the_whole_batch_each_row_has_a_pass_of_its_own(tmp_
     assert samples._mixes_rows(live)
     monkeypatch.setattr(samples, "_right", lambda *args: True)
     assert samples.way_of(live, names, LM) is samples.looped
+
+
+def test_a_tensor_that_a_row_does_not_use_has_a_gradient_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, idle = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    live: Any = SimpleNamespace(parameters={"used": used, "idle": idle})
+    monkeypatch.setattr(samples, "_losses", lambda live, batch, task: (live.parameters["used"] * batch["labels"]).sum())
+    with samples.looped(live, ["used", "idle"], LM) as grads:
+        found = grads({"labels": torch.tensor([3.0, 5.0])})
+    assert found["used"].tolist() == [[3, 3], [5, 5]] and found["idle"].tolist() == [[0, 0, 0]] * 2
