@@ -240,3 +240,12 @@ def test_a_setting_below_zero_or_no_number_is_refused_by_name(name: str) -> None
         for bad in (-1, math.nan):
             with pytest.raises(ConfigError, match=rf"^strategy\.{field}={bad} (is out of range: it )?must be "):
                 dataclasses.replace(strategy, **{field: bad}).check(config)
+
+
+@pytest.mark.parametrize("name", choices("strategy"))
+def test_the_class_and_its_yaml_have_the_same_defaults(name: str) -> None:
+    method = ["peft=ptuning_v2", "rounds=30"] if name == "fedpeptao" else []
+    config = compose([f"strategy={name}", "inference=none", "devices=none", *NEEDS.get(name, []), *method])[0].config
+    strategy: Any = make_strategy(config)
+    fields = [f for f in dataclasses.fields(strategy) if f.default is not dataclasses.MISSING]
+    assert {f.name: getattr(strategy, f.name) for f in fields} == {f.name: f.default for f in fields}
