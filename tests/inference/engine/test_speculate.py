@@ -265,6 +265,12 @@ def test_a_size_that_was_slow_once_is_used_again() -> None:
     for n, seconds in ((1, 1.0), (2, 1.9), (2, 2.0), (6, 2.0)):  # twice measured is believed
         costs.add(n, seconds)
     assert costs.table(2) == [0, 1.0, 1.9]
+    costs = Costs()
+    for n, seconds in ((1, 1.0), (2, 1.9), (6, 2.0)):
+        costs.add(n, seconds)
+    assert costs.table(2) == [0, 1.0, 1.2]  # on the line from 1 to 6
+    costs.add(2, 2.0)
+    assert costs.table(2) == [0, 1.0, 1.9]  # at once
 
 
 def test_an_attempt_feels_its_way_to_long_drafts() -> None:
