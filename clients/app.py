@@ -21,15 +21,16 @@ from fedtune.clients.body import Body
 from fedtune.clients.declining import declining, naming
 from fedtune.clients.devices.choice import told
 from fedtune.clients.devices.fitting import Fitted, for_device
-from fedtune.clients.prune import prune
-from fedtune.clients.scores import score
+from fedtune.clients.steps import lr_at, steps_of
 from fedtune.clients.store import ClientStore
-from fedtune.clients.trainer import Turn, lr_at, steps_of, train
+from fedtune.clients.trainer import Trained, train
+from fedtune.clients.turns import Turn, Work, check_private, make, turn_of
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import Config, DeviceClass, to_dict
 from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
 from fedtune.models import LiveAdapter
+from fedtune.models.methods.sparse import SparseSlot
 from fedtune.plan import Plan, Update, matching
 from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import ledgers_in
@@ -56,7 +57,8 @@ class Prepared:
         body: What it computes in.
         start: The tensors that it starts from.
         sent_bytes: Bytes of the tensors that came with the message.
-        correction: What is added to the gradients.
+        turn: What the method's client half does.
+        extra: Tensors that the server sent for it.
         examples: The client's training rows.
         fitted: What the device chose; None where there is none.
         device_class: Its class's name.
@@ -69,7 +71,8 @@ class Prepared:
     body: Body
     start: AdapterState
     sent_bytes: int
-    correction: Mapping[str, Tensor]
+    turn: Turn
+    extra: Mapping[str, Tensor]
     examples: Sequence[Example]
     device_class: str
     fitted: Fitted | None = None
@@ -178,30 +181,41 @@ def _telling(who: Callable[P, tuple[Workspace, str]]) -> Callable[[Callable[P, R
 @_telling(lambda space, todo: (space, todo.plan.client))
 def take_turn(space: Workspace, todo: Prepared) -> Message:
     """Do one client's turn on its own, and write its reply."""
-    plan, task = todo.plan, space.config.task
-    live = todo.body.slot(todo.start)
+    plan, live = todo.plan, todo.body.slot(todo.start)
     live.load(todo.start)
-    if plan.phase == "score":
-        if not isinstance(live, LiveAdapter):
-            raise PlanError("the plan asks for a score of the sparse stage: a score turn looks at an adapter of peft.method")
-        return scored(space, todo, score(live, todo.examples, plan, task, pad_id=space.pad_id))
+    work = work_of(space, todo, live)
+    if not todo.turn.trains:
+        return _reply(space, todo, todo.turn.observe(work), {}, {"steps": 0})
     gradients = None
     if plan.privacy == "record" and todo.private is not None:
         space.ledger(plan.client).spend(plan.round, todo.private.cost)
         gradients = todo.private
-    turned = train(
-        live,
-        todo.examples,
-        plan,
-        task,
+    done = train(work, todo.turn, micro=todo.micro, private=gradients, secure_rng=space.config.privacy.secure_rng)
+    return finish(space, todo, live.read(version=plan.base_version), done)
+
+
+def work_of(space: Workspace, todo: Prepared, live: LiveAdapter | SparseSlot) -> Work:
+    """The turn as the method's client half sees it."""
+    plan, store = todo.plan, space.store.beside(f"turn-{todo.plan.turn}")
+
+    def again(start: AdapterState, turn: Turn) -> AdapterState:
+        live.load(start)
+        train(dataclasses.replace(work, start=start), turn, micro=todo.micro)
+        return live.read(version=plan.base_version)
+
+    work = Work(
+        live=live,
+        start=todo.start,
+        plan=plan,
+        task=space.config.task,
+        examples=todo.examples,
         pad_id=space.pad_id,
-        micro=todo.micro,
-        correction=todo.correction,
-        ranks=todo.start.spec.ranks,
-        private=gradients,
-        secure_rng=space.config.privacy.secure_rng,
+        extra=todo.extra,
+        recall=lambda: store.read(plan.client, plan.round),
+        keep=lambda state: store.write(plan.client, plan.round, state),
+        again=again if plan.privacy == "none" else None,
     )
-    return finish(space, todo, live.read(version=plan.base_version), turned)
+    return work
 
 
 def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
@@ -211,8 +225,11 @@ def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -
     body = space.body_of(clients[0])
     body.rebase(letter.base, letter.shifts, letter.snapshot)
     rows = [space.examples(client, "held_out") for client in clients]
-    if letter.keep:
-        found = [body.score(space.complete(c, letter), r)[0] for c, r in zip(clients, rows, strict=True)]
+    turn = make(letter.turn, letter.params)
+    if letter.keep or type(turn).personal is not Turn.personal:
+        store = space.store.beside(f"turn-{letter.turn}")  # an evaluation comes after the round's own turn
+        own = [turn.personal(space.complete(c, letter), store.read(c, letter.round + 1)) for c in clients]
+        found = [body.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
     else:
         found = body.score(letter.adapter, *rows)
     replies = [RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}) for metrics in found]
@@ -241,7 +258,8 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
         body=body,
         start=start,
         sent_bytes=sent_bytes,
-        correction=letter.correction,
+        turn=turn_of(plan),
+        extra=letter.extra,
         examples=examples,
         fitted=fitted,
         device_class=space.federation.clients[plan.client].device_class,
@@ -271,6 +289,7 @@ def _fitted(
     if plan.client != client:
         raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
     agree(plan, space.config)
+    check_private(plan)
     if space.floor is not None:
         space.floor.check(plan.privacy)
     if space.devices.is_offline(client, plan.round):
@@ -295,11 +314,10 @@ def _fitted(
     return body, start, plan, examples, fitted, private
 
 
-def finish(space: Workspace, todo: Prepared, trained: AdapterState, turned: Turn) -> Message:
+def finish(space: Workspace, todo: Prepared, trained: AdapterState, turned: Trained) -> Message:
     """The reply to a train message: what the plan asks to be sent, and what the turn cost; what it asks to be kept is kept."""
     plan = todo.plan
-    if plan.tail_penalty:
-        trained = prune(todo.start, trained, plan.tail_share)
+    trained = todo.turn.finish(work_of(space, todo, todo.body.slot(todo.start)), trained)
     if kept := matching(trained.tensors, plan.keep):
         space.store.write(plan.client, plan.round, trained.subset(kept))
     sent = trained.subset(matching(trained.tensors, plan.send))
@@ -336,18 +354,13 @@ def _encoded(space: Workspace, todo: Prepared, trained: AdapterState) -> Adapter
     return sent
 
 
-def scored(space: Workspace, todo: Prepared, seen: AdapterState) -> Message:
-    """The reply to a score message."""
-    return _reply(space, todo, seen, {}, {"steps": 0})
-
-
 def _reply(
     space: Workspace,
     todo: Prepared,
     sent: AdapterState,
     metrics: Mapping[str, float],
     measurements: Mapping[str, float],
-    turned: Turn | None = None,
+    turned: Trained | None = None,
 ) -> Message:
     plan = todo.plan
     sent = sent.replace(version=plan.base_version)

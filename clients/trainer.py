@@ -5,9 +5,8 @@ Nothing is built anew but the optimiser: the model, the adapter slot and the enc
 
 import contextlib
 import math
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fedtune.clients.meter import peak_mb, reset_peak
+from fedtune.clients.steps import batches, lr_at, steps_of
+from fedtune.clients.turns import Turn, Work, turn_of
 from fedtune.config import TaskConfig
 from fedtune.data import Example, collate
 from fedtune.errors import Decline, UpdateError
@@ -30,10 +31,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What a turn did: mean training loss a token (or example) over all its steps (None where that would tell of single rows), steps done,
-    wall seconds, and peak MB; where the plan asks for it, the mean loss over all rows before the first step. The memory's mark when it
-    began, the rows that went through the model at once in the end, and how often memory ran out."""
+class Trained:
+    """What training did.
+
+    Args:
+        loss: Mean training loss a token (or example) over all steps; None where that would tell of single rows.
+        steps: Optimiser steps.
+        seconds: Wall time.
+        peak_mb: Peak of the process's memory, or of the GPU's.
+        start_loss: Mean loss over all rows before the first step; None where the plan does not ask for it.
+        began_mb: The memory's mark when training began.
+        micro: Rows that went through the model at once in the end.
+        out_of_memory: How often memory ran out.
+    """
 
     loss: float | None
     steps: int
@@ -45,50 +55,20 @@ class Turn:
     out_of_memory: int = 0
 
 
-def steps_of(plan: Plan, examples: int) -> int:
-    """Optimiser steps that the plan asks of a client with so many rows."""
-    steps = plan.steps if plan.steps is not None else math.ceil(examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate))
-    return max(1, steps)
-
-
-def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers: each pass a new permutation, its last batch as short as it comes."""
-    rng = random.Random(seed)
-    while True:
-        order = list(range(examples))
-        rng.shuffle(order)
-        yield from (order[i : i + batch_size] for i in range(0, examples, batch_size))
-
-
-def lr_at(plan: Plan, step: int, steps: int) -> float:
-    """Learning rate of a step, from 0."""
-    return plan.lr + (plan.lr_last - plan.lr) * step / steps
-
-
 def train(
-    live: LiveAdapter | SparseSlot,
-    examples: Sequence[Example],
-    plan: Plan,
-    task: TaskConfig,
+    work: Work,
+    turn: Turn | None = None,
     *,
-    pad_id: int,
     micro: int | None = None,
-    correction: Mapping[str, Tensor] | None = None,
-    ranks: Mapping[str, int] | None = None,
     private: Applied | None = None,
     secure_rng: bool = False,
-) -> Turn:
-    """Train the live adapter in place by the plan.
+) -> Trained:
+    """Train the live adapter of `work` in place by its plan.
 
     Args:
-        live: The slot, loaded with the tensors that the turn starts from.
-        examples: The client's training rows, at least one.
-        plan: The server's plan.
-        task: What the loss is.
-        pad_id: Token id of the padding.
+        work: The slot, loaded with the tensors that the turn starts from, the plan and the rows.
+        turn: What the method does beside; None is the plan's turn.
         micro: Most rows that go through the model at once; None takes a batch whole. Out of memory, it is halved, and the step done again.
-        correction: Tensor → what is added to its gradient in every step, before clipping, such as SCAFFOLD's c − c_k.
-        ranks: LoRA module → the rank that was loaded, for `plan.tail_penalty`.
         private: DP-SGD: each step's gradient is a noisy sum of clipped ones over a sample of the rows, and no loss is told.
         secure_rng: Whether its noise and samples come from the operating system.
 
@@ -96,15 +76,16 @@ def train(
         UpdateError: The loss or the gradient is not finite: the turn is lost, and says in which step.
         Decline: A single row is too much for the memory.
     """
+    live, examples, plan, task, pad_id = work.live, work.examples, work.plan, work.task, work.pad_id
+    turn = turn or turn_of(plan)
     device, start = live.backbone.device, time.perf_counter()
     reset_peak(device)
     began = peak_mb(device)
     names = set(matching(live.parameters, plan.train))
     params = [p for n, p in live.parameters.items() if n in names]
-    extra = [(live.parameters[n], c.to(device)) for n, c in (correction or {}).items() if n in names]
     for name, p in live.parameters.items():
         p.requires_grad_(name in names)
-    anchor = [p.detach().clone() for p in params] if plan.prox else []
+    memory = turn.begin(work)
     if plan.optimizer == "adamw":
         optimizer = torch.optim.AdamW(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
     else:  # without momentum, SGD's decay is the decoupled one
@@ -136,14 +117,7 @@ def train(
                 raise UpdateError(
                     f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr, or set client.clip_norm"
                 )
-            if plan.prox:
-                with torch.no_grad():  # the gradient of μ/2·‖w − w_t‖²
-                    for p, w in zip(params, anchor, strict=True):
-                        p.grad = plan.prox * (p - w) if p.grad is None else p.grad.add_(p - w, alpha=plan.prox)
-            if plan.tail_penalty:
-                (plan.tail_penalty * tail_norms(live.parameters, ranks or {}, plan.tail_share)).backward()
-            for p, c in extra:
-                p.grad = c.clone() if p.grad is None else p.grad.add_(c)
+            turn.step(work, memory)
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             if not torch.isfinite(norm):
                 raise UpdateError(f"the gradient's norm became {norm.item()} in step {step + 1} of {steps}: lower client.lr")
@@ -158,7 +132,7 @@ def train(
             p.requires_grad_(True)
             p.grad = None
     mean = None if private else total / max(seen, 1)
-    return Turn(
+    return Trained(
         loss=mean,
         steps=steps,
         seconds=time.perf_counter() - start,
@@ -183,7 +157,7 @@ def _private(
     from fedtune.privacy.dpsgd import PrivateGradient  # Opacus takes a second to load
     from fedtune.privacy.samples import way_of
 
-    assert isinstance(live, LiveAdapter)  # of the phase `peft`: the client agreed to no other
+    assert isinstance(live, LiveAdapter)  # of a turn that privacy covers: the client agreed to no other
     names = matching(live.parameters, plan.train)
     return PrivateGradient(
         live,
@@ -198,16 +172,6 @@ def _private(
         source=source(secure_rng, plan.seed, "noise"),
         way=way_of(live, names, task),
     )
-
-
-def tail_norms(tensors: Mapping[str, Tensor], ranks: Mapping[str, int], share: float) -> Tensor:
-    """HetLoRA's Σ over modules of ‖B[:, m:r]‖·‖A[m:r]‖ with m = ⌊share·r⌋ (arXiv:2401.06432, eq. 4)."""
-    total = torch.zeros(())
-    for module, rank in ranks.items():
-        a, b = tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]
-        tail = slice(math.floor(share * rank), rank)
-        total = total.to(a.device) + torch.linalg.norm(b[:, tail]) * torch.linalg.norm(a[tail])
-    return total
 
 
 def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan: Plan, task: TaskConfig, pad_id: int) -> float:

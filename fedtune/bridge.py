@@ -364,7 +364,7 @@ class Bridge:
         for i in range(0, len(asked), _PLANNED):
             some = asked[i : i + _PLANNED]
             coming = self.strategy.plan(round + 1, self._plans(round + 1, some, clients, state), state)
-            contents |= {c: envelopes.write(state.adapter, held=clients[c].held, keep=coming[c].plan.keep) for c in some}
+            contents |= {c: envelopes.write(state.adapter, held=clients[c].held, coming=coming[c].plan) for c in some}
         # an evaluation is not the method's traffic, but shifts that it brings need not be sent again
         meter = flower.Meter()
         record["bytes_down"] = record.get("bytes_down", 0) + sum(meter(_shifts_of(content)) for content in contents.values())

@@ -8,17 +8,16 @@ import dataclasses
 import fnmatch
 import json
 import math
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from fedtune.errors import PlanError, UpdateError
+from fedtune.errors import ConfigError, PlanError, UpdateError
 from fedtune.ids import LONGEST_NAME, short
-from fedtune.parsing import parse_json
+from fedtune.reading import SCALAR as Scalar
+from fedtune.reading import read_object
 from fedtune.state import AdapterState
 
-PHASES = ("peft", "sparse", "score")
+PLAIN = "plain"  # the turn that only trains
 OPTIMIZERS = ("adamw", "sgd")
 MEASURES = ("start_loss",)
 PRIVACIES = ("none", "record", "user")
@@ -34,9 +33,8 @@ class Plan:
         round: The round, from 1.
         client: Logical id of the client.
         base_version: Version of the adapter that the message carries; the update must name the same.
-        phase: What kind of turn this is: train the method of the config (`peft`), train masked backbone weights (`sparse`), or only look
-            and send back what was seen (`score`).
-        score: What a `score` turn looks at; the client knows its scores by name.
+        turn: What the client does beside plain training, or instead of it: the name of a turn in `clients/turns/`.
+        params: Parameters of the turn, by name; the turn's class says which there are.
         train: Patterns of the tensors to train, as `matching` reads them; the rest stay as sent.
         send: Patterns of the tensors to send back.
         keep: Patterns of the tensors that are the client's own: it goes on with them as it left them in its last turn (in its first, as
@@ -52,10 +50,6 @@ class Plan:
         lr_last: ... and of the last; between them it is linear. The schedule over rounds is the server's.
         weight_decay: Decoupled weight decay (both optimisers).
         clip_norm: Largest gradient norm, over all trained tensors; None leaves it.
-        prox: FedProx μ.
-        tail_penalty: HetLoRA λ: adds λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖ of every LoRA module to the loss. Where the turn has made the product
-            smaller, the client prunes the module to rank ⌊γr⌋ and sends that; 0 does neither.
-        tail_share: HetLoRA γ.
         codec: How the reply is encoded, such as `topk=0.05+int8`, as the difference from what was sent; "" sends the tensors as they are.
         privacy: What the client does for it: nothing, DP-SGD (`record`), or its own noise on its clipped update (`user`).
         dp_clip: Largest norm of a row's gradient, or of the update.
@@ -70,8 +64,8 @@ class Plan:
     round: int
     client: str
     base_version: int
-    phase: str = "peft"
-    score: str = ""
+    turn: str = PLAIN
+    params: Mapping[str, Scalar] = field(default_factory=dict)
     train: tuple[str, ...] = ("*",)
     send: tuple[str, ...] = ("*",)
     keep: tuple[str, ...] = ()
@@ -86,9 +80,6 @@ class Plan:
     lr_last: float = 1e-3
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
-    prox: float = 0.0
-    tail_penalty: float = 0.0
-    tail_share: float = 0.99
     codec: str = ""
     privacy: str = "none"
     dp_clip: float = 1.0
@@ -98,6 +89,18 @@ class Plan:
     dp_turns: int = 1
     dp_accountant: str = "prv"
     seed: int = 0
+
+    def with_turn(self, turn: str, **params: Scalar) -> "Plan":
+        """The plan with another turn.
+
+        Raises:
+            ConfigError: The plan has a turn already, such as the proximal one of `client.prox`.
+        """
+        if self.turn not in (PLAIN, turn):
+            raise ConfigError(
+                f"the strategy's clients take the turn '{turn}', and the config asks for the turn '{self.turn}': leave client.prox at 0"
+            )
+        return dataclasses.replace(self, turn=turn, params=params)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -109,9 +112,7 @@ class Plan:
         Raises:
             PlanError: Not a plan, or it asks for something that this version does not know.
         """
-        plan = typing.cast(Plan, _read(cls, text, PlanError, "plan"))
-        if plan.phase not in PHASES:
-            raise PlanError(f"plan asks for phase '{plan.phase}', this client knows {', '.join(PHASES)}: update fedtune on the client")
+        plan = read_object(cls, text, PlanError, "plan")
         if plan.optimizer not in OPTIMIZERS:
             raise PlanError(f"plan asks for optimizer '{plan.optimizer}', this client knows {', '.join(OPTIMIZERS)}")
         for name, known in (("privacy", PRIVACIES), ("dp_accountant", ACCOUNTANTS)):
@@ -172,7 +173,7 @@ class Update:
         Raises:
             UpdateError: Not an update, or its numbers cannot be.
         """
-        update = typing.cast(Update, _read(cls, text, UpdateError, "update", adapter=adapter))
+        update = read_object(cls, text, UpdateError, "update", adapter=adapter)
         if update.examples < 1:
             raise UpdateError(f"the update counts {update.examples} examples: at least 1 is needed to weigh it")
         if len(update.metrics) + len(update.measurements) > MOST_NUMBERS:
@@ -197,50 +198,16 @@ def matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
     return [n for n in names if match(n, wanted) and not match(n, unwanted)]
 
 
-_KINDS: Mapping[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), type(None): (type(None),)}
-
-
-def _read(kind: Any, text: str, error: type[Exception], what: str, **given: Any) -> Any:
-    """A frozen dataclass from JSON of a peer that may lie: every key known, every value of its type."""
-    try:
-        raw = parse_json(text)
-    except (ValueError, RecursionError) as bad:
-        raise error(f"the {what} is not JSON: {str(bad)[:80]}") from None
-    if not isinstance(raw, dict):
-        raise error(f"the {what} must be a JSON object, got {type(raw).__name__}")
-    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind) if f.name not in given}
-    if unknown := sorted(set(raw) - set(fields)):
-        raise error(f"the {what} has the unknown field '{unknown[0][:60]}': the peers run different versions of fedtune")
-    values: dict[str, Any] = {}
-    for name, f in fields.items():
-        if name not in raw:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise error(f"the {what} lacks the field '{name}'")
-            continue
-        value, hint = raw[name], hints[name]
-        if hint == tuple[str, ...]:
-            good = isinstance(value, list) and all(isinstance(v, str) for v in value)
-            value = tuple(value) if good else value
-        elif typing.get_origin(hint) is Mapping:
-            good = isinstance(value, dict)
-        else:
-            allowed = [k for part in (typing.get_args(hint) or (hint,)) for k in _KINDS[part]]
-            good = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
-        if not good:
-            raise error(f"the {what}'s {name} is {str(value)[:60]!r}, which is not of its type ({getattr(hint, '__name__', hint)})")
-        values[name] = value
-    return kind(**values, **given)
-
-
 __all__ = [
     "ACCOUNTANTS",
     "LONGEST_NAME",
     "MEASURES",
     "MOST_NUMBERS",
     "OPTIMIZERS",
-    "PHASES",
+    "PLAIN",
     "PRIVACIES",
     "Plan",
+    "Scalar",
     "Update",
     "matching",
     "short",

@@ -3,7 +3,7 @@
 import math
 
 from fedtune.config import Config
-from fedtune.plan import Plan
+from fedtune.plan import PLAIN, Plan
 from fedtune.promise import terms
 from fedtune.seeds import derive_seed
 
@@ -25,7 +25,8 @@ def base_plan(config: Config, round: int, client: str, version: int, rank: int |
         lr_last=c.lr * schedule(config, round),
         weight_decay=c.weight_decay,
         clip_norm=None if config.privacy.kind == "record" else c.clip_norm,  # each row's gradient is clipped instead
-        prox=c.prox,
+        turn="fedprox" if c.prox else PLAIN,
+        params={"mu": c.prox} if c.prox else {},
         seed=derive_seed(config.seed, "turn", round, client),
         **terms(config),  # pyright: ignore[reportArgumentType]
     )

@@ -31,11 +31,9 @@ def terms(config: Config) -> dict[str, str | float | int | None]:
 
 
 def agree(plan: Plan, config: Config) -> None:
-    """Raises PlanError where the plan is not what this client's own config says, or asks for what privacy does not reach."""
+    """Raises PlanError where the plan is not what this client's own config says, or asks for an exact loss."""
     for name, own in terms(config).items():
         if (asked := getattr(plan, name)) != own:
             raise PlanError(f"the plan asks for {name}={asked}, this client's own config says {own}: set privacy alike on both ends")
-    if plan.privacy != "none" and plan.phase != "peft":
-        raise PlanError(f"the plan asks for a turn of the phase '{plan.phase}', which privacy={plan.privacy} does not cover")
     if plan.privacy == "record" and plan.measure:
         raise PlanError(f"the plan asks to measure {plan.measure[0]}, an exact loss over the client's rows: privacy=record tells none")

@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 
 from fedtune.errors import UpdateError, UpdateMismatch
 from fedtune.parsing import parse_json
-from fedtune.plan import MOST_NUMBERS, Plan, Update, matching, short
+from fedtune.plan import MOST_NUMBERS, Update, matching, short
 from fedtune.privacy.verify import verify
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategy import Assignment
@@ -55,7 +55,7 @@ def _read_update(content: RecordDict, assignment: Assignment, examples: int | No
     except KeyError as bad:
         raise UpdateError(f"the reply has no record {bad}: the peers run different versions of fedtune") from None
     due, got = wanted(assignment), AdapterSpec.from_json(spec)
-    if plan.tail_penalty:
+    if assignment.may_prune:
         due = _pruned(due, got)
     if (got.method, got.base) != (due.spec.method, due.spec.base):
         raise UpdateMismatch(f"the update is {got.method} on backbone {got.base[:12]}, asked was {due.spec.method} on {due.spec.base[:12]}")
@@ -69,7 +69,7 @@ def _read_update(content: RecordDict, assignment: Assignment, examples: int | No
     float(update.examples)  # strategies weigh with it
     if examples is not None and update.examples != examples:
         raise UpdateError(f"the update counts {update.examples} examples, the client said hello with {examples}: its weight is fixed there")
-    _check_numbers(update, plan)
+    _check_numbers(update, assignment)
     _check_reach(update, assignment)
     verify(plan, update.measurements)
     for name, came, asked in (
@@ -87,9 +87,10 @@ def wanted(assignment: Assignment) -> AdapterState:
     return assignment.expect or assignment.adapter.subset(matching(assignment.adapter.tensors, assignment.plan.send))
 
 
-def _check_numbers(update: Update, plan: Plan) -> None:
+def _check_numbers(update: Update, assignment: Assignment) -> None:
     """What strategies count with must be there, and possible, whatever the client says."""
-    if plan.phase != "score":
+    plan = assignment.plan
+    if assignment.expect is None:
         steps, lr_sum = (update.measurements.get(n, -1.0) for n in ("steps", "lr_sum"))
         if not (steps >= 0 and lr_sum >= 0):
             raise UpdateError("the update's steps and lr_sum must be there and not negative: the peers run different versions of fedtune")
@@ -108,13 +109,14 @@ def _check_reach(update: Update, assignment: Assignment) -> None:
     """No update can be farther away than its steps could have gone: what is, was made up, or the client is broken.
 
     AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr a step, whatever the gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1),
-    and lr·decay of itself. SGD goes where the gradient says, so that only a clipped one has a bound: lr·clip a step, over all tensors.
+    and lr·decay of itself. SGD goes where the gradient says, so that only a clipped one has a bound: lr·clip a step, over all tensors
+    and with all that a turn adds.
     Noise for privacy and what an earlier update left out are no steps: with them there is no bound.
     """
     plan, start = assignment.plan, assignment.adapter
-    if plan.phase == "score" or plan.privacy == "user" or (plan.codec and Codec.from_name(plan.codec).feedback):
+    if assignment.expect is not None or plan.privacy == "user" or (plan.codec and Codec.from_name(plan.codec).feedback):
         return
-    if plan.optimizer == "sgd" and (plan.clip_norm is None or assignment.correction or plan.prox or plan.tail_penalty):
+    if plan.optimizer == "sgd" and plan.clip_norm is None:
         return
     reach = update.measurements["lr_sum"]
     grown = 1.0 + plan.weight_decay * reach

@@ -37,14 +37,16 @@ class Assignment:
         plan: Its plan.
         adapter: The tensors that it is sent, possibly of its own ranks. What is left out it has already: its own (`plan.keep`), or the
             run's first adapter, which it draws from the seed.
-        correction: Name of a trained tensor → what is added to its gradient in every step, such as SCAFFOLD's c − c_k.
-        expect: What the reply must look like, where that is not the part of `adapter` that `plan.send` names.
+        extra: Tensors that the plan's turn needs beside the adapter, under names of the adapter's, such as SCAFFOLD's c − c_k.
+        expect: What the reply must look like, where it holds what the client measured instead of what it trained; else None.
+        may_prune: Whether the reply may hold fewer ranks of a module than `adapter` does.
     """
 
     plan: Plan
     adapter: AdapterState
-    correction: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
     expect: AdapterState | None = None
+    may_prune: bool = False
 
 
 class Strategy(abc.ABC):

@@ -2,10 +2,10 @@
 
 adapter     ArrayRecord     the tensors that the client is sent
 spec        ConfigRecord    what they mean
-frame       ConfigRecord    the round, what the frozen weights must have had merged into them, which tensors are the client's own, and
-                            how `adapter` is encoded
+frame       ConfigRecord    the round, what the frozen weights must have had merged into them, which tensors are the client's own, how
+                            `adapter` is encoded, and in an evaluation the turn whose personal adapter is meant
 plan        ConfigRecord    what to do (train messages only)
-correction  ArrayRecord     what is added to the gradients, where there is any
+extra       ArrayRecord     what the plan's turn needs beside the adapter, where it needs anything
 shift-V     ArrayRecord     what was merged into the frozen weights in round V, where the client lacks it
 snapshot    ArrayRecord     what all rounds have merged into some of the weights, where that is smaller than the shifts that the client
                             lacks; these then lack those weights
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedtune.errors import PlanError
 from fedtune.parsing import parse_json
-from fedtune.plan import Plan
+from fedtune.plan import PLAIN, Plan, Scalar
 from fedtune.state import AdapterSpec, AdapterState
 
 OFFER = "query.offer"  # the type of the message that carries an offer
@@ -45,7 +45,9 @@ class Letter:
         keep: Patterns of the tensors that are the client's own.
         encoding: What `adapter` is where it is encoded, for fedtune.traffic to read; "" where it is as it stands.
         plan: What to do; None in an evaluation.
-        correction: Tensor → what is added to its gradient.
+        turn: Evaluation: the turn that the client takes next, which knows the adapter that the client uses itself.
+        params: Its parameters.
+        extra: Tensors that the plan's turn needs beside the adapter.
     """
 
     round: int
@@ -56,7 +58,9 @@ class Letter:
     keep: tuple[str, ...] = ()
     encoding: str = ""
     plan: Plan | None = None
-    correction: Mapping[str, Tensor] = field(default_factory=dict)
+    turn: str = PLAIN
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -95,18 +99,24 @@ class Envelopes:
         held: Sequence[int],
         keep: tuple[str, ...] = (),
         plan: Plan | None = None,
-        correction: Mapping[str, Tensor] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
+        coming: Plan | None = None,
     ) -> RecordDict:
-        """The content of one message, to a client that holds the shifts of these versions."""
+        """The content of one message, to a client that holds the shifts of these versions.
+
+        A message to train has a `plan`; one to evaluate has the plan that is `coming` next.
+        """
         sent, encoding = self._sent(adapter)
         frame = {"round": self._round, "base": list(self._base), "keep": list(keep), "encoding": encoding}
+        if coming is not None:
+            frame |= {"keep": list(coming.keep), "turn": coming.turn, "params": dict(coming.params)}
         content = RecordDict(
             {"adapter": self._arrays(sent), "spec": _text(adapter.spec.to_json()), "frame": _text(json.dumps(frame))}  # type: ignore[arg-type]
         )
         if plan is not None:
             content["plan"] = _text(plan.to_json())
-        if correction:
-            content["correction"] = AdapterState(correction, adapter.spec).to_arrays()
+        if extra:
+            content["extra"] = AdapterState(extra, adapter.spec).to_arrays()
         for name, state in self._missing(held):
             content[name], content[f"{name}-spec"] = self._arrays(state), _text(state.spec.to_json())
         return content
@@ -153,7 +163,7 @@ def read_letter(content: RecordDict) -> Letter:
         spec = AdapterSpec.from_json(_said(content, "spec"))
         sent = [n for n in ("snapshot", *(f"shift-{v}" for v in frame["base"])) if n in content.array_records]
         states = {n: AdapterState.from_arrays(content.array_records[n], AdapterSpec.from_json(_said(content, f"{n}-spec"))) for n in sent}
-        correction = content.array_records.get("correction")
+        extra = content.array_records.get("extra")
         return Letter(
             round=int(frame["round"]),
             adapter=AdapterState.from_arrays(content.array_records["adapter"], spec),
@@ -163,7 +173,9 @@ def read_letter(content: RecordDict) -> Letter:
             keep=tuple(frame["keep"]),
             encoding=str(frame["encoding"]),
             plan=Plan.from_json(_said(content, "plan")) if "plan" in content.config_records else None,
-            correction=AdapterState.from_arrays(correction, spec).tensors if correction else {},
+            turn=str(frame.get("turn", PLAIN)),
+            params=dict(frame.get("params", {})),
+            extra=AdapterState.from_arrays(extra, spec).tensors if extra else {},
         )
     except (KeyError, ValueError, TypeError) as bad:
         raise PlanError(f"the server's message cannot be read ({bad!r:.80}): the peers run different versions of fedtune") from None

@@ -3,7 +3,7 @@
 C clients differ in a few trainable tensors only, so their micro-batches go through the backbone as one flat batch; how its layers tell the
 clients apart, `stacked.py` (LoRA and heads) and `vmapped.py` (the rest) say. Each client's loss is divided by its own count, so one
 backward pass leaves in each client's slice just that client's gradient. The tensors of all clients are one flat matrix (C, P): clipping,
-learning rate, AdamW or SGD, proximal term, corrections and penalties work row by row.
+learning rate, AdamW or SGD work row by row, and what a method's clients do beside, its turn's batched form.
 
 What a turn is, `clients/trainer.py` says; this must agree with it to rounding, and the tests hold it to that.
 """
@@ -11,14 +11,16 @@ What a turn is, `clients/trainer.py` says; this must agree with it to rounding, 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.clients.meter import peak_mb, reset_peak
-from fedtune.clients.trainer import Turn, batches, lr_at, steps_of
+from fedtune.clients.steps import batches, lr_at, steps_of
+from fedtune.clients.trainer import Trained
+from fedtune.clients.turns import Batch, batch_of, turn_of
 from fedtune.config import TaskConfig
 from fedtune.data import Example, collate
 from fedtune.errors import FedtuneError, UpdateError
@@ -29,17 +31,17 @@ from fedtune.simulations import stacked, vmapped
 from fedtune.simulations.crowd import Crowd, Forward, Way
 from fedtune.state import AdapterState
 
-Result = tuple[AdapterState, Turn] | FedtuneError
+Result = tuple[AdapterState, Trained] | FedtuneError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One client's turn: its plan, the tensors it starts from, its rows, and what is added to its gradients."""
+    """One client's turn: its plan, the tensors it starts from, its rows, and what the server sent for the turn beside the adapter."""
 
     plan: Plan
     start: AdapterState
     examples: Sequence[Example]
-    correction: Mapping[str, Tensor] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def way_of(live: LiveAdapter, task: TaskConfig) -> tuple[Way | None, str]:
@@ -56,7 +58,7 @@ def way_of(live: LiveAdapter, task: TaskConfig) -> tuple[Way | None, str]:
 def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: int, way: Way = stacked.installed) -> list[Result]:
     """Each job's trained tensors (all of them, on the CPU) and its turn, in the order of the jobs; or why that job failed.
 
-    Jobs may differ in everything but `plan.train`, optimiser, batch size and accumulation; a client that is done leaves the stack.
+    Jobs may differ in all but the turn, `plan.train`, optimiser, batch size and accumulation; a client that is done leaves the stack.
     """
     reset_peak(live.backbone.device)
     stack = _Stack(live, jobs, task, pad_id)
@@ -73,7 +75,7 @@ def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, 
         if client.trained is None:
             out.append(client.failed or UpdateError("the turn came to nothing"))
             continue
-        turn = Turn(
+        turn = Trained(
             loss=client.loss / max(client.seen, 1), steps=client.steps, seconds=client.seconds, peak_mb=peak, start_loss=client.start_loss
         )
         out.append((client.trained, turn))
@@ -107,20 +109,41 @@ class _Stack:
         trained = set(matching(self.names, jobs[0].plan.train))
         self.shapes = {n: self._widest([j.start[n].shape for j in jobs]) for n in self.names}
         self.sizes = [math.prod(self.shapes[n]) for n in self.names]
-        self.trained = [n in trained for n in self.names]
-        marks = [torch.full((s,), float(t)) for t, s in zip(self.trained, self.sizes, strict=True)]
+        self.is_trained = [n in trained for n in self.names]
+        marks = [torch.full((s,), float(t)) for t, s in zip(self.is_trained, self.sizes, strict=True)]
         self.mask = torch.cat(marks).to(self.device)
         self.flat = self._laid([j.start.tensors for j in jobs])
         for n, part in zip(self.names, self.flat.split(self.sizes, dim=1), strict=True):
             if n in live.origin:  # a state is relative to the backbone's own value
                 part += live.origin[n].to(self.device).flatten()
-        kept = {"anchor": any(j.plan.prox for j in jobs), "second": jobs[0].plan.optimizer == "adamw"}
-        self.anchor = self.flat.clone() if kept["anchor"] else None
-        self.first = torch.zeros_like(self.flat) if kept["second"] else None
-        self.second = torch.zeros_like(self.flat) if kept["second"] else None
-        self.correction = self._laid([j.correction or {} for j in jobs]) * self.mask if any(j.correction for j in jobs) else None
+        adam = jobs[0].plan.optimizer == "adamw"
+        self.first = torch.zeros_like(self.flat) if adam else None
+        self.second = torch.zeros_like(self.flat) if adam else None
         self.done = 0
         self._look()
+        self.turns = (batch_of(jobs[0].plan) or Batch)([turn_of(j.plan) for j in jobs], self)
+
+    # what a turn's batched form sees
+
+    @property
+    def rows(self) -> list[int]:
+        return self.active
+
+    @property
+    def views(self) -> Mapping[str, Tensor]:
+        return self.crowd.views
+
+    @property
+    def starts(self) -> list[AdapterState]:
+        return [c.job.start for c in self.clients]
+
+    @property
+    def extras(self) -> list[Mapping[str, Tensor]]:
+        return [c.job.extra for c in self.clients]
+
+    @property
+    def trained(self) -> list[str]:
+        return [n for n, trained in zip(self.names, self.is_trained, strict=True) if trained]
 
     @staticmethod
     def _widest(shapes: list[torch.Size]) -> tuple[int, ...]:
@@ -141,7 +164,7 @@ class _Stack:
         self.crowd.generators = [c.random for c in clients]
         scaling = self.live.spec.scaling
         self.crowd.scaling = {m: torch.tensor([c.job.start.spec.scaling[m] for c in clients], device=self.device) for m in scaling}
-        for n, part, trained in zip(self.names, self.flat.split(self.sizes, dim=1), self.trained, strict=True):
+        for n, part, trained in zip(self.names, self.flat.split(self.sizes, dim=1), self.is_trained, strict=True):
             self.crowd.views[n] = part.view(len(clients), *self.shapes[n]).detach().requires_grad_(trained)
 
     # -- one step -------------------------------------------------------------------------------------------------------------------------
@@ -172,8 +195,7 @@ class _Stack:
             total, each = self._losses(group, counts)
             total.backward()
             losses += each
-        if any(c.plan.tail_penalty for c in clients):
-            self._tails(clients).backward()
+        self.turns.step(self)
         norms = self._update(self._gradient(), clients)
         seconds = (time.perf_counter() - began) / len(clients)
         leaving = []
@@ -219,18 +241,6 @@ class _Stack:
         each = F.cross_entropy(logits, labels, reduction="none") * share[owner] * real[row]
         return each.sum(), torch.zeros(len(group), device=self.device).index_add_(0, owner, each.detach())
 
-    def _tails(self, clients: list[_Client]) -> Tensor:
-        """HetLoRA's penalty of all clients, each with its own λ, rank and tail; as `trainer.tail_norms`."""
-        total = torch.zeros((), device=self.device)
-        weight = torch.tensor([c.plan.tail_penalty for c in clients], device=self.device)
-        for module in self.live.spec.ranks:
-            a, b = self.crowd.views[f"{module}.lora_A"], self.crowd.views[f"{module}.lora_B"]
-            first = torch.tensor([math.floor(c.plan.tail_share * c.job.start.spec.ranks[module]) for c in clients], device=self.device)
-            tail = (torch.arange(a.shape[1], device=self.device) >= first[:, None]).to(a.dtype)  # (C, r); beyond a client's rank are zeros
-            norms = torch.linalg.vector_norm(b * tail[:, None], dim=(1, 2)) * torch.linalg.vector_norm(a * tail[:, :, None], dim=(1, 2))
-            total = total + (weight * norms).sum()
-        return total
-
     def _gradient(self) -> Tensor:
         views = [self.crowd.views[n] for n in self.names]
         return torch.cat([torch.zeros_like(v).flatten(1) if v.grad is None else v.grad.flatten(1) for v in views], 1)
@@ -242,10 +252,6 @@ class _Stack:
             return torch.tensor(values, device=self.device)[:, None]
 
         plans, t = [c.plan for c in clients], self.done + 1
-        if self.anchor is not None:
-            grad = grad + column([p.prox for p in plans]) * (self.flat - self.anchor) * self.mask
-        if self.correction is not None:
-            grad = grad + self.correction
         norms = grad.norm(dim=1)
         clip = column([math.inf if p.clip_norm is None else p.clip_norm for p in plans])
         grad = grad * (clip / (norms[:, None] + 1e-6)).clamp(max=1.0)
@@ -275,7 +281,7 @@ class _Stack:
             return
         keep = torch.tensor([k for k in range(len(self.active)) if k not in leaving], dtype=torch.long, device=self.device)
         self.active = [self.active[k] for k in keep.tolist()]
-        for name in ("flat", "anchor", "first", "second", "correction"):
+        for name in ("flat", "first", "second"):
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, rows[keep].contiguous())
         self._look()

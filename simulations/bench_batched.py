@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.trainer import train
+from fedtune.clients.turns import Work
 from fedtune.compose import compose
 from fedtune.config import ModelConfig, PeftConfig, TaskConfig
 from fedtune.data import Example, collate
@@ -314,7 +315,7 @@ def bare(live: LiveAdapter, jobs: list[Job], task: TaskConfig) -> None:
 def alone(live: LiveAdapter, jobs: list[Job], task: TaskConfig) -> None:
     for job in jobs:
         live.load(job.start)
-        train(live, job.examples, job.plan, task, pad_id=0)
+        train(Work(live=live, start=job.start, plan=job.plan, task=task, examples=job.examples, pad_id=0))
         live.read(version=0)
 
 

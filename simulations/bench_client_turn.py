@@ -23,7 +23,7 @@ import torch
 from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
 from fedtune.clients.meter import peak_mb, reset_peak
-from fedtune.clients.trainer import batches
+from fedtune.clients.steps import batches
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import compose
 from fedtune.config import Config, to_dict

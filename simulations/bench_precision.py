@@ -136,6 +136,7 @@ def cell(args: argparse.Namespace) -> None:
         return
     from fedtune.clients.meter import peak_mb, reset_peak
     from fedtune.clients.trainer import train
+    from fedtune.clients.turns import Work
     from fedtune.config import ModelConfig, PeftConfig, TaskConfig
     from fedtune.data import Example
     from fedtune.models import LiveAdapter, load_backbone
@@ -163,10 +164,12 @@ def cell(args: argparse.Namespace) -> None:
         rng, words = np.random.default_rng(0), backbone.model.config.get_text_config().vocab_size
         drawn = [rng.integers(3, words, length).astype(np.int32) for _ in range(rows)]
         plan = Plan(round=1, client="0", base_version=0, steps=1, batch_size=rows, lr=1e-4, lr_last=1e-4, seed=0)
+        examples = [Example(d, d) for d in drawn]
+        work = Work(live=live, start=live.read(version=0), plan=plan, task=task, examples=examples, pad_id=1)
         seconds = []
         reset_peak(cpu)
         for _ in range(args.steps):
-            seconds.append(train(live, [Example(d, d) for d in drawn], plan, task, pad_id=1).seconds)
+            seconds.append(train(work).seconds)
             # `train` begins a new mark at each turn; all of them train the same
         out |= {"step MB": peak_mb(cpu), "step s": statistics.median(seconds[1:] or seconds)}
         out["activations MB"] = kept_mb(live, [Example(d, d) for d in drawn], task)

@@ -32,7 +32,7 @@ from fedtune import flower
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.compose import choices, compose, make_strategy
 from fedtune.errors import FedtuneError
-from fedtune.plan import Plan, Update, matching
+from fedtune.plan import PLAIN, Plan, Update, matching
 from fedtune.report.tables import print_table
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategy import Strategy
@@ -156,7 +156,7 @@ class Stream:
         self.strategy, self.state = strategy, strategy.start(adapter)
         plan = Plan(round=1, client="c00000", base_version=0, optimizer="sgd", clip_norm=None)
         given = strategy.plan(1, [plan], self.state)[plan.client]
-        self.phase = given.plan.phase
+        self.turn = given.plan.turn
         self.wanted = given.expect or given.adapter.subset(matching(given.adapter.tensors, given.plan.send))
         count = sum(t.numel() for t in self.wanted.tensors.values())
         self._noise = 0.02 * torch.randn(count + _WINDOWS, generator=torch.Generator().manual_seed(1))
@@ -263,7 +263,7 @@ def measure(name: str, stream: Stream, clients: int, repeats: int, note: str) ->
         ratio=statistics.median(ratios) if ratios else None,
         peak_mb=peaks["ours"],
         numpy_peak_mb=peaks["numpy"],
-        note="; ".join(n for n in (note, "" if stream.phase == "peft" else f"phase {stream.phase}") if n),
+        note="; ".join(n for n in (note, "" if stream.turn == PLAIN else f"turn {stream.turn}") if n),
     )
 
 

@@ -88,9 +88,10 @@ class Together:
             except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
                 replies.append(declined(message, bad))
                 continue
-            if ready.plan.phase != "peft":
-                self._tell(f"turns of the phase '{ready.plan.phase}' are taken one after the other")
-            if not todo and (self._way_of(ready.body) is None or ready.plan.phase != "peft"):
+            alone = ready.turn.batch is None
+            if alone:
+                self._tell(f"clients take the turn '{ready.plan.turn}' one after the other: it has no batched form")
+            if not todo and (alone or self._way_of(ready.body) is None):
                 return [*replies, self._one(ready)]
             if not todo or _kind(ready) == _kind(todo[0]):
                 todo.append(ready)
@@ -191,13 +192,13 @@ def _is_same(a: Message, b: Message) -> bool:
 
 
 def _jobs(todo: Sequence[Prepared]) -> list[Job]:
-    return [Job(plan=t.plan, start=t.start, examples=t.examples, correction=t.correction) for t in todo]
+    return [Job(plan=t.plan, start=t.start, examples=t.examples, extra=t.extra) for t in todo]
 
 
 def _kind(ready: Prepared) -> tuple[object, ...]:
     """What turns must have in common to train at once."""
     plan = ready.plan
-    return id(ready.body), plan.phase, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
+    return id(ready.body), plan.turn, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
 
 
 def _read(path: Path) -> dict[str, int]:

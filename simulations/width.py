@@ -5,7 +5,9 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from fedtune.clients.trainer import steps_of, train
+from fedtune.clients.steps import steps_of
+from fedtune.clients.trainer import train
+from fedtune.clients.turns import Work
 from fedtune.config import TaskConfig
 from fedtune.models import LiveAdapter
 from fedtune.simulations.batched import Job, train_together
@@ -38,7 +40,7 @@ def pays(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: in
         start = time.perf_counter()
         for j in few:
             live.load(j.start)
-            train(live, j.examples, j.plan, task, pad_id=pad_id, correction=j.correction, ranks=j.start.spec.ranks)
+            train(Work(live=live, start=j.start, plan=j.plan, task=task, examples=j.examples, pad_id=pad_id, extra=j.extra))
         alone = (time.perf_counter() - start) / len(few)
         start = time.perf_counter()
         train_together(live, jobs, task, pad_id=pad_id, way=way)

@@ -145,7 +145,7 @@ class FedPepTAO(Strategy):
         if phase == "partial":
             return self._plan_partial(plans, state)
         sent = adapter.subset([]) if phase == "layers" else adapter  # layers are scored without prompts
-        ask = {"phase": "score", "score": phase, "batch_size": self.score_rows}
+        ask = {"turn": "fedpeptao", "params": {"stage": phase}, "batch_size": self.score_rows}  # nothing is trained: no client.prox either
         return {p.client: Assignment(plan=dataclasses.replace(p, **ask), adapter=sent, expect=_reply(phase, adapter)) for p in plans}
 
     def _plan_partial(self, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:

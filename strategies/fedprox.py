@@ -3,7 +3,6 @@
 Source: Li et al. 2020, Federated Optimization in Heterogeneous Networks, arXiv:1812.06127, algorithm 2.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,4 +34,4 @@ class FedProx(FedAvg):
             )
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
-        return {p.client: Assignment(plan=dataclasses.replace(p, prox=self.mu), adapter=state.adapter) for p in plans}
+        return {p.client: Assignment(plan=p.with_turn("fedprox", mu=self.mu), adapter=state.adapter) for p in plans}

@@ -69,8 +69,9 @@ class HetLoRA(Strategy):
             key = tuple(ranks.values())
             if key not in cuts:
                 cuts[key] = truncated(state.adapter, ranks)
-            pruning = dataclasses.replace(plan, tail_penalty=self.tail_penalty, tail_share=self.tail_share)
-            given[plan.client] = Assignment(plan=pruning, adapter=cuts[key])
+            if self.tail_penalty:
+                plan = plan.with_turn("hetlora", penalty=self.tail_penalty, share=self.tail_share)
+            given[plan.client] = Assignment(plan=plan, adapter=cuts[key], may_prune=bool(self.tail_penalty))
         return given
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:

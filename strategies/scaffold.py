@@ -52,7 +52,7 @@ class SCAFFOLD(Strategy):
         for plan in plans:
             c, own = _mean_control(state), _control(state, plan.client)
             correction = {} if own is None else {n: c[n] - own[n] for n in c}
-            given[plan.client] = Assignment(plan=plan, adapter=state.adapter, correction=correction)
+            given[plan.client] = Assignment(plan=plan.with_turn("scaffold"), adapter=state.adapter, extra=correction)
         return given
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:

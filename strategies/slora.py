@@ -93,9 +93,9 @@ class SLoRA(Strategy):
         if not shapes:
             return super().plan(round, plans, state)
         if state.adapter.spec.method == "sparse":
-            turns = [dataclasses.replace(plan, phase="sparse", send=_VALUES) for plan in plans]
+            turns = [dataclasses.replace(plan.with_turn("slora", stage="sparse"), send=_VALUES) for plan in plans]
             return {turn.client: Assignment(plan=turn, adapter=state.adapter) for turn in turns}
-        turns = [dataclasses.replace(plan, phase="score", score="gradient") for plan in plans]
+        turns = [plan.with_turn("slora", stage="gradient") for plan in plans]
         dense = {f"{m}.gradient": torch.zeros(()).expand(shape) for m, shape in shapes.items()}  # a shape without storage
         nothing, expect = state.adapter.subset([]), state.adapter.replace(dense)
         return {turn.client: Assignment(plan=turn, adapter=nothing, expect=expect) for turn in turns}

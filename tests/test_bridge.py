@@ -449,16 +449,16 @@ def test_a_client_may_prune_ranks_only_where_it_was_asked_to() -> None:
     sent, shorter = lora_state(), dict(lora_state().tensors)
     shorter |= {"q.lora_A": torch.ones(1, 5), "q.lora_B": torch.ones(3, 1)}
     pruned = sent.replace(shorter, ranks={"q": 1, "up": 1})
-    for penalty in (0.5, 0.0):
-        plan = Plan(round=1, client="a", base_version=0, tail_penalty=penalty, lr=1.0, lr_last=1.0, steps=3)
+    for may in (True, False):
+        plan = Plan(round=1, client="a", base_version=0, lr=1.0, lr_last=1.0, steps=3)
         paid = {"steps": 3, "lr_sum": 3.0}
         update = Update(client="a", round=1, base_version=0, adapter=pruned, examples=1, measurements=paid)
         said = ConfigRecord({"json": update.to_json(), "spec": pruned.spec.to_json()})
         reply = RecordDict({"adapter": pruned.to_arrays(), "update": said})
-        if penalty:
-            assert read_update(reply, Assignment(plan=plan, adapter=sent)).adapter.spec.ranks == {"q": 1, "up": 1}
+        if may:
+            assert read_update(reply, Assignment(plan=plan, adapter=sent, may_prune=True)).adapter.spec.ranks == {"q": 1, "up": 1}
             with pytest.raises(UpdateMismatch, match="ranks or scaling are not those"):  # more than it was sent
-                read_update(reply, Assignment(plan=plan, adapter=pruned.replace(ranks={"q": 0, "up": 1})))
+                read_update(reply, Assignment(plan=plan, adapter=pruned.replace(ranks={"q": 0, "up": 1}), may_prune=True))
         else:
             with pytest.raises(UpdateMismatch, match="ranks or scaling are not those"):
                 read_update(reply, Assignment(plan=plan, adapter=sent))

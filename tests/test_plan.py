@@ -22,7 +22,7 @@ def test_a_plan_survives_json() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"phase": "sparse-9"}, "plan asks for phase 'sparse-9', this client knows peft"),
+        ({"params": {"mu": [1]}}, "the plan's params is"),
         ({"optimizer": "lion"}, "plan asks for optimizer 'lion'"),
         ({"teleport": 1}, "the plan has the unknown field 'teleport'"),
         ({"steps": None, "epochs": None}, "neither steps nor epochs"),

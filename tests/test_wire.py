@@ -19,14 +19,14 @@ def shift(version: int) -> AdapterState:
 
 
 def test_a_letter_reads_as_it_was_written() -> None:
-    adapter, correction = lora_state(seed=1), {"head.weight": torch.full((4, 7), 0.5)}
+    adapter, extra = lora_state(seed=1), {"head.weight": torch.full((4, 7), 0.5)}
     envelopes = Envelopes(4, [shift(1), shift(2), shift(3)])
-    content = envelopes.write(adapter, held=(1, 2), keep=PLAN.keep, plan=PLAN, correction=correction)
-    assert set(content.array_records) == {"adapter", "correction", "shift-3"}  # of the shifts only the one that is missing
+    content = envelopes.write(adapter, held=(1, 2), keep=PLAN.keep, plan=PLAN, extra=extra)
+    assert set(content.array_records) == {"adapter", "extra", "shift-3"}  # of the shifts only the one that is missing
     letter = read_letter(content)
     assert (letter.round, letter.base, letter.keep, letter.plan) == (4, (1, 2, 3), ("*.lora_B",), PLAN)
     assert letter.adapter.spec == adapter.spec and all(torch.equal(letter.adapter[n], t) for n, t in adapter.tensors.items())
-    assert torch.equal(letter.correction["head.weight"], correction["head.weight"])
+    assert torch.equal(letter.extra["head.weight"], extra["head.weight"])
     assert [s.spec for s in letter.shifts] == [shift(3).spec] and torch.equal(letter.shifts[0]["q.lora_A"], shift(3)["q.lora_A"])
 
 

@@ -21,7 +21,8 @@ from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Choice, Correction, Work, choose, choose_rank
 from fedtune.clients.devices.estimate import QUANTISED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
 from fedtune.clients.devices.simulate import is_offline, virtual_seconds
-from fedtune.clients.trainer import Turn, batches, steps_of
+from fedtune.clients.steps import batches, steps_of
+from fedtune.clients.trainer import Trained
 from fedtune.config import Config, DeviceClass, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
@@ -203,7 +204,7 @@ class Devices:
     def _width(fitted: Fitted) -> int:
         return min(fitted.choice.length, fitted.work.longest)
 
-    def told(self, plan: Plan, examples: Sequence[Example], fitted: Fitted, turned: Turn | None, moved: int) -> dict[str, float]:
+    def told(self, plan: Plan, examples: Sequence[Example], fitted: Fitted, turned: Trained | None, moved: int) -> dict[str, float]:
         """What the update says of the device's turn; what was measured against what was estimated is kept for its next.
 
         Args:

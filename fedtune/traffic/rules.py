@@ -16,7 +16,7 @@ from fedtune.traffic.codec import Codec
 def with_codec(config: TrafficConfig, assignments: Mapping[str, Assignment]) -> dict[str, Assignment]:
     """The assignments, each of which names the codec of its reply.
 
-    Scores, and whatever is not a trained tensor that was sent, come back as they are. Where only the broadcast is encoded, the reply is
+    What a client measured comes back as it is. Where only the broadcast is encoded, the reply is
     still a difference: the broadcast's rounding would get into the server's state otherwise.
     """
     rounds = config.stochastic and config.up != "fp32"
@@ -25,7 +25,7 @@ def with_codec(config: TrafficConfig, assignments: Mapping[str, Assignment]) -> 
         return dict(assignments)
     return {
         client: given
-        if given.expect is not None or given.plan.phase == "score"
+        if given.expect is not None
         else dataclasses.replace(given, plan=dataclasses.replace(given.plan, codec=up.name))
         for client, given in assignments.items()
     }

@@ -6,17 +6,19 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fedtune.clients.scores import score
-from fedtune.clients.trainer import batches
+from fedtune.clients.steps import batches
+from fedtune.clients.turns import turn_of
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.data import Example, collate
 from fedtune.errors import ModelError, UpdateError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum
 from fedtune.plan import Plan
+from fedtune.state import AdapterState
 from tests.models.build import checkpoint, hub, token_ids
+from tests.working import work
 
 TASK, PEFT = TaskConfig(kind="causal_lm", max_length=32), PeftConfig(rank=3, alpha=12.0, dropout=0.5)
-PLAN = Plan(round=1, client="c", base_version=4, phase="score", score="gradient", batch_size=4, seed=9)
+PLAN = Plan(round=1, client="c", base_version=4, turn="slora", params={"stage": "gradient"}, batch_size=4, seed=9)
 ROWS = [Example(input_ids=i, labels=i) for i in token_ids(7, 8, seed=3).int().numpy()]
 
 
@@ -27,12 +29,16 @@ def make(folder: Path, kind: str = "llama", **changes: Any) -> LiveAdapter:
     return live
 
 
+def measure(live: LiveAdapter, rows: list[Example] = ROWS) -> AdapterState:
+    return turn_of(PLAN).observe(work(live, rows, PLAN, TASK, 2))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_it_is_the_gradient_of_one_batch_in_the_orientation_of_lora(tmp_path: Path, kind: str) -> None:
     live = make(tmp_path / "m", kind)
     before = {n: (p.clone(), p.requires_grad) for n, p in live.model.named_parameters()}
     live.model.train()
-    seen = score(live, ROWS, PLAN, TASK, pad_id=2)
+    seen = measure(live)
     bare = load_backbone(hub(tmp_path / "m"), TASK).model
     weights = {n: cast(Any, bare.get_submodule(n)).weight.requires_grad_(True) for n in live.spec.ranks}
     chosen = next(batches(7, 4, 9))
@@ -52,7 +58,7 @@ def test_it_is_the_gradient_of_one_batch_in_the_orientation_of_lora(tmp_path: Pa
 
 
 def test_a_bf16_backbone_answers_in_float32(tmp_path: Path) -> None:
-    seen = score(make(tmp_path / "m", precision="bf16"), ROWS[:1], PLAN, TASK, pad_id=2)
+    seen = measure(make(tmp_path / "m", precision="bf16"), ROWS[:1])
     assert all(t.dtype == torch.float32 and t.isfinite().all() and t.any() for t in seen.tensors.values())
 
 
@@ -66,7 +72,7 @@ def test_a_single_entry_that_overflows_is_refused(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
     with pytest.raises(UpdateError, match="^the gradient of 'model.layers.1.* is not finite"):
-        score(live, ROWS, PLAN, TASK, pad_id=2)
+        measure(live)
 
 
 def test_what_overflows_is_named(tmp_path: Path) -> None:
@@ -74,7 +80,7 @@ def test_what_overflows_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         live.model.get_input_embeddings().weight.mul_(torch.nan)
     with pytest.raises(UpdateError, match="gradient of 'model.layers.0.self_attn.q_proj' is not finite"):
-        score(live, ROWS, PLAN, TASK, pad_id=2)
+        measure(live)
 
 
 def test_other_targets_are_refused(tmp_path: Path) -> None:
@@ -82,4 +88,4 @@ def test_other_targets_are_refused(tmp_path: Path) -> None:
     layer = next(m for m in live.model.modules() if hasattr(m, "base_layer"))
     layer.base_layer = torch.nn.Bilinear(2, 2, 2)
     with pytest.raises(ModelError, match="has no floating-point matrix to train"):
-        score(live, ROWS, PLAN, TASK, pad_id=2)
+        measure(live)

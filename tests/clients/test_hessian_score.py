@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedtune.clients.scores import hessian
-from fedtune.clients.scores.hessian import hessian_product, settled_share, share_above, spectrum
+from fedtune.clients.turns import fedpeptao as hessian
+from fedtune.clients.turns import turn_of
+from fedtune.clients.turns.fedpeptao import hessian_product, settled_share, share_above, spectrum
 from fedtune.clients.workspace import Workspace
 from fedtune.config import PeftConfig
 from fedtune.data import collate
@@ -18,8 +19,9 @@ from fedtune.errors import ModelError, UpdateError
 from fedtune.models import loss_sum
 from fedtune.plan import Plan
 from tests.tiny import tiny_config
+from tests.working import work_in
 
-PLAN = Plan(round=1, client="c0", base_version=0, phase="score", score="hessian", batch_size=6, seed=3)
+PLAN = Plan(round=1, client="c0", base_version=0, turn="fedpeptao", params={"stage": "hessian"}, batch_size=6, seed=3)
 
 
 def signs(size: int, seed: int = 0) -> Tensor:
@@ -152,10 +154,10 @@ def test_the_ratio_of_a_backbone_is_that_of_its_dense_hessian(space: Workspace, 
     monkeypatch.setattr(hessian, "_STEP", 1e-5)
     examples, live = space.examples("c0", "train")[:6], space.live
     live.model.train()
-    seen = hessian.score(live, examples, PLAN, space.config.task, pad_id=space.pad_id)
+    seen = turn_of(PLAN).observe(work_in(space, PLAN, examples=examples))
     assert (seen.spec.method, seen["ratio"].shape, seen["ratio"].dtype) == ("scores", (1,), torch.float64)
     assert live.model.training and all(p.requires_grad and p.grad is None for p in live.parameters.values())
-    again = hessian.score(live, examples, PLAN, space.config.task, pad_id=space.pad_id)
+    again = turn_of(PLAN).observe(work_in(space, PLAN, examples=examples))
     assert torch.equal(seen["ratio"], again["ratio"]) and 0.0 <= seen["ratio"].item() <= 1.0
 
     params = list(live.parameters.values())
@@ -177,4 +179,4 @@ def test_the_ratio_of_a_backbone_is_that_of_its_dense_hessian(space: Workspace, 
 def test_an_adapter_without_prompts_is_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
     space = Workspace(tiny_config(tmp_path_factory.mktemp("lora")))
     with pytest.raises(ModelError, match="the adapter's method is 'lora': set peft=ptuning_v2"):
-        hessian.score(space.live, space.examples("c0", "train"), PLAN, space.config.task, pad_id=space.pad_id)
+        turn_of(PLAN).observe(work_in(space, PLAN))

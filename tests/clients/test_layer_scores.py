@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel
 
-from fedtune.clients.scores import hessian, layers
-from fedtune.clients.scores.layers import redundancy
+from fedtune.clients.turns import turn_of
+from fedtune.clients.turns.fedpeptao import redundancy
 from fedtune.clients.workspace import Workspace
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.plan import Plan
+from fedtune.state import AdapterState
 from tests.models.build import ENCODERS, checkpoint, hub
 from tests.tiny import tiny_config
+from tests.working import work, work_in
 
-PLAN = Plan(round=1, client="c0", base_version=0, phase="score", score="layers", batch_size=6, seed=3)
+PLAN = Plan(round=1, client="c0", base_version=0, turn="fedpeptao", params={"stage": "layers"}, batch_size=6, seed=3)
 
 
 def test_orthonormal_rows_give_one_a_row() -> None:
@@ -70,6 +73,11 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(tiny_config(tmp_path_factory.mktemp("layers"), peft=PeftConfig(method="ptuning_v2", tokens=3)))
 
 
+def measure(space: Workspace, examples: Sequence[Example], **changes: Any) -> AdapterState:
+    plan = dataclasses.replace(PLAN, **changes)
+    return turn_of(plan).observe(work_in(space, plan, examples=examples))
+
+
 def by_hand(space: Workspace, rows: Sequence[Example]) -> list[float]:
     """Each row alone through a fresh model, padded by zeros afterwards; cosines one by one."""
     model = AutoModel.from_pretrained(space.config.model.name).eval()
@@ -95,11 +103,11 @@ def test_scores_of_a_backbone_are_those_of_the_bare_one(space: Workspace) -> Non
         for p in space.live.parameters.values():  # prompts that would show
             p.normal_(0.0, 3.0, generator=torch.Generator().manual_seed(0))
     space.live.model.train()
-    seen = layers.score(space.live, examples, PLAN, space.config.task, pad_id=space.pad_id)
+    seen = measure(space, examples)
     assert seen["layers"].tolist() == pytest.approx(by_hand(space, examples), rel=1e-4)
     assert (seen.spec.method, seen.spec.base, seen["layers"].dtype) == ("scores", space.live.spec.base, torch.float64)
     assert space.live.model.training and all(p.requires_grad and p.grad is None for p in space.live.parameters.values())
-    shuffled = layers.score(space.live, examples[::-1], dataclasses.replace(PLAN, seed=8), space.config.task, pad_id=space.pad_id)
+    shuffled = measure(space, examples[::-1], seed=8)
     assert shuffled["layers"].tolist() == pytest.approx(seen["layers"].tolist(), rel=1e-4)
 
 
@@ -118,12 +126,13 @@ def test_every_architecture_has_a_score_for_each_prompt(tmp_path: Path, kind: st
         labels = [r[-2:] if kind == "t5" else [-100] * (len(r) - 2) + r[-2:] for r in rows]
         examples = [Example(np.array(r, np.int32), np.array(y, np.int32), len(r) - 2, "x") for r, y in zip(rows, labels, strict=True)]
     pad = 2 if kind == "t5" else 1  # the end token must be no padding to T5, which looks for it
-    for score in (layers.score, hessian.score):
-        (seen,) = score(live, examples, PLAN, config, pad_id=pad).tensors.values()
-        again = score(live, examples[::-1], PLAN, config, pad_id=pad)
-        wanted = sum(n.endswith(".prompt") for n in live.parameters) if score is layers.score else 1
+    for stage in ("layers", "hessian"):
+        plan = dataclasses.replace(PLAN, params={"stage": stage})
+        (seen,) = turn_of(plan).observe(work(live, examples, plan, config, pad)).tensors.values()
+        again = turn_of(plan).observe(work(live, examples[::-1], plan, config, pad))
+        wanted = sum(n.endswith(".prompt") for n in live.parameters) if stage == "layers" else 1
         assert seen.shape == (wanted,) and bool(torch.isfinite(seen).all())
-        if score is layers.score:
+        if stage == "layers":
             assert again["layers"].tolist() == pytest.approx(seen.tolist(), rel=1e-3)
 
 
@@ -131,8 +140,7 @@ def test_a_batch_is_of_the_plan_s_size_and_seed(space: Workspace) -> None:
     examples = space.examples("c0", "train")
 
     def scores(**changes: int) -> list[float]:
-        plan = dataclasses.replace(PLAN, **{"batch_size": 3, **changes})
-        return layers.score(space.live, examples, plan, space.config.task, pad_id=space.pad_id)["layers"].tolist()
+        return measure(space, examples, **{"batch_size": 3, **changes})["layers"].tolist()
 
     assert scores() == scores() and scores() != scores(seed=4) and scores() != scores(batch_size=4)
 
@@ -140,4 +148,4 @@ def test_a_batch_is_of_the_plan_s_size_and_seed(space: Workspace) -> None:
 def test_an_adapter_without_a_prompt_a_layer_is_one_sentence(tmp_path: Path) -> None:
     space = Workspace(tiny_config(tmp_path))
     with pytest.raises(ModelError, match="the output of 2 layers, the adapter has 0 prompts: set peft=ptuning_v2"):
-        layers.score(space.live, space.examples("c0", "train"), PLAN, space.config.task, pad_id=space.pad_id)
+        measure(space, space.examples("c0", "train"))

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from fedtune.clients import trainer
-from fedtune.clients.trainer import Turn, train
+from fedtune.clients.trainer import Trained, train
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DataConfig, PeftConfig, TaskConfig
 from fedtune.errors import Decline
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
 from tests.tiny import texts, tiny_config
+from tests.working import work_in
 
 PLAN = Plan(round=1, client="c0", base_version=0, steps=4, epochs=None, batch_size=6, lr=1e-2, lr_last=1e-3, seed=3)
 
@@ -28,13 +29,13 @@ def workspace(path: Path, kind: str = "causal_lm", dropout: float = 0.0) -> Work
     return Workspace(dataclasses.replace(config, data=data))
 
 
-def turn(space: Workspace, micro: int | None, **plan: Any) -> tuple[AdapterState, Turn]:
+def turn(space: Workspace, micro: int | None, **plan: Any) -> tuple[AdapterState, Trained]:
     drawn = torch.Generator().manual_seed(0)
     begin = space.live.read(version=0)
     begin = begin.replace({n: 0.1 * torch.randn(t.shape, generator=drawn) for n, t in begin.tensors.items()})
     space.live.load(begin)
     rows, made = space.examples("c0", "train"), dataclasses.replace(PLAN, **plan)
-    turned = train(space.live, rows, made, space.config.task, pad_id=space.pad_id, micro=micro)
+    turned = train(work_in(space, made, examples=rows), micro=micro)
     return space.live.read(version=0), turned
 
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from fedtune.app import simulate
 from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
+from fedtune.clients.steps import batches, steps_of
 from fedtune.clients.store import ClientStore
-from fedtune.clients.trainer import batches, steps_of, train
+from fedtune.clients.trainer import train
+from fedtune.clients.turns import Work
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import ClientConfig, Config, DataConfig, PartitionConfig, check, to_dict
 from fedtune.data import collate
@@ -26,6 +28,7 @@ from fedtune.state import AdapterSpec, AdapterState
 from fedtune.wire import Letter
 from tests.fakes import bridge as make_bridge
 from tests.tiny import texts, tiny_config
+from tests.working import work_in
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def turn(space: Workspace, client: str = "c0", **changes: Any) -> tuple[AdapterS
         Plan(round=1, client=client, base_version=0, steps=3, epochs=None, batch_size=4, lr=1e-2, lr_last=1e-2), **changes
     )
     space.live.load(start(space))
-    turned = train(space.live, space.examples(client, "train"), plan, space.config.task, pad_id=space.pad_id)
+    turned = train(work_in(space, plan))
     return space.live.read(version=0), turned
 
 
@@ -198,16 +201,20 @@ def test_the_backbone_is_never_touched(space: Workspace) -> None:
     assert len(frozen) > 10 and all(torch.equal(p, before[n]) for n, p in frozen.items())
 
 
+def prox(mu: float) -> dict[str, Any]:
+    return {"turn": "fedprox", "params": {"mu": mu}}
+
+
 def test_prox_holds_the_weights_near_the_start(space: Workspace) -> None:
     begin = start(space)
-    ends = [turn(space, steps=8, prox=mu)[0] for mu in (0.0, 1.0, 100.0)]
+    ends = [turn(space, steps=8, **prox(mu))[0] for mu in (0.0, 1.0, 100.0)]
     moved = [sum(float((end[n] - begin[n]).norm()) for n in begin.tensors) for end in ends]
     assert moved[0] > moved[1] > moved[2]
 
 
 def test_the_gradient_of_prox_by_hand(space: Workspace) -> None:
     # at the anchor itself the proximal term has no gradient: the first step is the same with and without it
-    assert far(turn(space, steps=1, prox=0.0)[0], turn(space, steps=1, prox=10.0)[0]) == 0.0
+    assert far(turn(space, steps=1)[0], turn(space, steps=1, **prox(10.0))[0]) == 0.0
 
 
 def gradients(space: Workspace, examples: int = 4) -> dict[str, torch.Tensor]:
@@ -229,9 +236,8 @@ def test_sgd_a_correction_and_decay_by_hand(space: Workspace) -> None:
     correction = {n: torch.full_like(t, 0.3) for n, t in begin.tensors.items() if n.endswith("lora_B")}
     plan = Plan(round=1, client="c0", base_version=0, steps=1, epochs=None, batch_size=4, lr=0.1, lr_last=0.1)
     plan = dataclasses.replace(plan, optimizer="sgd", weight_decay=0.5, clip_norm=None)
-    rows = space.examples("c0", "train")
     space.live.load(begin)
-    train(space.live, rows, plan, space.config.task, pad_id=space.pad_id, correction=correction)
+    train(work_in(space, dataclasses.replace(plan, turn="scaffold"), extra=correction))
     after = space.live.read(version=0)
     for name, w in begin.tensors.items():
         wanted = w * (1 - 0.1 * 0.5) - 0.1 * (grad[name] + correction.get(name, torch.zeros(())))
@@ -242,9 +248,9 @@ def test_the_tail_penalty_by_hand(space: Workspace) -> None:
     # rank 2, share .5: the tail is row 1 of A and column 1 of B; d(λ‖b‖‖a‖)/da = λ‖b‖·a/‖a‖
     begin, grad = start(space), gradients(space)
     plan = Plan(round=1, client="c0", base_version=0, steps=1, epochs=None, batch_size=4, lr=0.1, lr_last=0.1)
-    plan = dataclasses.replace(plan, optimizer="sgd", clip_norm=None, tail_penalty=0.7, tail_share=0.5)
+    plan = dataclasses.replace(plan, optimizer="sgd", clip_norm=None, turn="hetlora", params={"penalty": 0.7, "share": 0.5})
     space.live.load(begin)
-    train(space.live, space.examples("c0", "train"), plan, space.config.task, pad_id=space.pad_id, ranks=begin.spec.ranks)
+    train(work_in(space, plan, start=begin))
     after, module = space.live.read(version=0), next(iter(begin.spec.ranks))
     a, b = begin[f"{module}.lora_A"][1], begin[f"{module}.lora_B"][:, 1]
     wanted = begin[f"{module}.lora_A"] - 0.1 * grad[f"{module}.lora_A"]
@@ -295,10 +301,10 @@ def test_a_failing_turn_ends_that_clients_round_only(
 
     real = app.train
 
-    def breaking(live: Any, examples: Any, plan: Plan, task: Any, **more: Any) -> Any:
-        if plan.client == "c1":
+    def breaking(work: Work, *more: Any, **how: Any) -> Any:
+        if work.plan.client == "c1":
             raise error
-        return real(live, examples, plan, task, **more)
+        return real(work, *more, **how)
 
     monkeypatch.setattr(app, "train", breaking)
     config = tiny_config(tmp_path)

@@ -118,9 +118,9 @@ def worker(points: Points) -> None:
 
     train, reply = app.train, app._reply
 
-    def training(live: Any, examples: Any, plan: Any, *more: Any, **how: Any) -> Any:
-        points.at("training", plan.round)
-        return train(live, examples, plan, *more, **how)
+    def training(work: Any, *more: Any, **how: Any) -> Any:
+        points.at("training", work.plan.round)
+        return train(work, *more, **how)
 
     def replying(space: Any, todo: Any, sent: Any, metrics: Any, measurements: Any, turned: Any = None) -> Any:
         lie = points.taken("lie")

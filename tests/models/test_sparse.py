@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.clients.trainer import batches, train
+from fedtune.clients.steps import batches
+from fedtune.clients.trainer import train
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.data import Example, collate
 from fedtune.errors import ModelError
@@ -20,6 +21,7 @@ from fedtune.plan import Plan, Update
 from fedtune.state import AdapterState, random_mask
 from fedtune.strategies.slora import SLoRA
 from tests.models.build import checkpoint, hub, token_ids
+from tests.working import work
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=32), TaskConfig(kind="classification", max_length=32)
 PEFT = PeftConfig(rank=3, alpha=12.0)
@@ -109,7 +111,7 @@ def test_off_the_mask_nothing_changes_with_weight_decay_on(tmp_path: Path, kind:
     slot.load(state)
     before = {n: p.clone() for n, p in slot.model.named_parameters() if n not in slot.names.values()}
     matrices = {n: effective(m) for n, m in linears(live).items()}
-    turned = train(cast(Any, slot), rows(9, task), plan(weight_decay=0.1), task, pad_id=2)
+    turned = train(work(slot, rows(9, task), plan(weight_decay=0.1), task))
     assert turned.steps == 3
     assert all(torch.equal(p, before[n]) for n, p in slot.model.named_parameters() if n in before)
     for name, linear in linears(live).items():
@@ -174,9 +176,9 @@ def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path
     live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL, density=1.0)
     server, slot, updates, wanted = strategy(density=1.0, rounds=20), SparseSlot(live, state.spec), [], []
     for client, count in (("a", 9), ("b", 5)):
-        work = plan(weight_decay=0.1, seed=count)
+        asked = plan(weight_decay=0.1, seed=count)
         slot.load(state)
-        train(cast(Any, slot), rows(count, CAUSAL), work, CAUSAL, pad_id=2)
+        train(work(slot, rows(count, CAUSAL), asked, CAUSAL))
         updates.append(Update(client=client, round=1, base_version=0, adapter=slot.read(0), examples=count))
         bare = load_backbone(hub(tmp_path / "m"), CAUSAL).model.train()
         weights = {n: bare.get_submodule(n).weight for n in linears(live)}
@@ -221,7 +223,7 @@ def test_a_bf16_backbone_trains_float32_values(tmp_path: Path) -> None:
     slot.load(state)
     name = next(iter(linears(live)))
     before = effective(linears(live)[name])
-    train(cast(Any, slot), rows(9, CAUSAL), plan(weight_decay=0.1), CAUSAL, pad_id=2)
+    train(work(slot, rows(9, CAUSAL), plan(weight_decay=0.1), CAUSAL))
     after = slot.read(1)
     assert before.dtype == torch.bfloat16 and all(t.dtype == torch.float32 and t.any() for t in after.tensors.values())
     changed = (effective(linears(live)[name]) != before).flatten().nonzero().flatten()

@@ -17,6 +17,7 @@ from flwr.app import RecordDict
 from fedtune.app import simulate
 from fedtune.clients import trainer
 from fedtune.clients.app import make_client_app
+from fedtune.clients.turns import check_private
 from fedtune.compose import choices, compose
 from fedtune.config import Config, EngineConfig, EvalConfig, PrivacyConfig, TrafficConfig, check, to_dict
 from fedtune.errors import ConfigError, PlanError, UpdateError
@@ -32,6 +33,7 @@ from fedtune.reply import read_update
 from fedtune.report import read_metrics
 from fedtune.run import RunDirectory
 from tests.tiny import tiny_config
+from tests.working import work_in
 
 RECORD = PrivacyConfig(kind="record", epsilon=8.0, clip=0.5, accountant="rdp")
 LOCAL = PrivacyConfig(kind="user", where="client", epsilon=8.0, clip=0.5, accountant="rdp")
@@ -315,7 +317,7 @@ def test_a_smaller_rank_gets_no_noise_beyond_it(tmp_path: Path) -> None:
     space.live.load(small)
     client = space.client_ids[0]
     rows, plan = space.examples(client, "train"), base_plan(config, 1, client, 0)
-    trainer.train(space.live, rows, plan, config.task, pad_id=space.pad_id, private=applied(plan, len(rows), 2))
+    trainer.train(work_in(space, plan), private=applied(plan, len(rows), 2))
     for n, p in space.live.parameters.items():
         beyond = p[1:] if n.endswith("lora_A") else p[:, 1:]
         assert not beyond.any() and p.any()
@@ -338,16 +340,19 @@ def plan_of(config: Config) -> Plan:
         ({"dp_epsilon": 80.0}, "dp_epsilon=80.0, this client's own config says 8.0"),
         ({"dp_noise": 0.01}, "dp_noise=0.01, this client's own config says None"),
         ({"dp_turns": 1}, "dp_turns=1, this client's own config says 2"),
-        ({"phase": "score"}, "the phase 'score', which privacy=record does not cover"),
-        ({"phase": "sparse"}, "the phase 'sparse', which privacy=record does not cover"),
+        ({"turn": "fedpeptao", "params": {"stage": "layers"}}, "the turn 'fedpeptao', which privacy=record does not cover"),
+        ({"turn": "slora", "params": {"stage": "sparse"}}, "the turn 'slora', which privacy=record does not cover"),
         ({"measure": ("start_loss",)}, "to measure start_loss, an exact loss"),
     ],
 )
 def test_a_client_takes_no_plan_that_is_less_private_than_its_own_config(changes: dict[str, Any], sentence: str) -> None:
     config = Config(rounds=2, privacy=RECORD)
     agree(plan_of(config), config)
+    check_private(plan_of(config))
     with pytest.raises(PlanError, match=sentence):
-        agree(dataclasses.replace(plan_of(config), **changes), config)
+        plan = dataclasses.replace(plan_of(config), **changes)
+        agree(plan, config)
+        check_private(plan)
 
 
 def test_an_open_client_takes_no_part_in_privacy_that_it_would_not_apply() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fedtune.app import simulate
 from fedtune.clients.devices.choice import told
-from fedtune.clients.trainer import Turn
+from fedtune.clients.trainer import Trained
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, PrivacyConfig, TaskConfig, check
 from fedtune.planning import base_plan
@@ -61,7 +61,7 @@ def turn(config: Config, own: DeviceClass | None, spent: float) -> dict[str, Any
         assert fits is not None
         plan, examples, fitted = fits
         private = applied(plan, len(examples), plan.steps or 0)
-        did = Turn(loss=None, steps=plan.steps or 0, seconds=spent, peak_mb=spent / 10, began_mb=0.1, micro=int(spent), out_of_memory=1)
+        did = Trained(loss=None, steps=plan.steps or 0, seconds=spent, peak_mb=spent / 10, began_mb=0.1, micro=int(spent), out_of_memory=1)
         out[f"turn {round}"] = plan, fitted.choice, private, space.devices.told(plan, examples, fitted, did, 1000)
     return out
 

@@ -13,6 +13,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedtune import flower
 from fedtune.app import simulate
 from fedtune.clients.app import Prepared
+from fedtune.clients.turns import turn_of
+from fedtune.clients.turns.scaffold import Corrected
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DeviceClass, DevicesConfig, EngineConfig, EvalConfig, PeftConfig, TaskConfig
 from fedtune.errors import CheckpointError, FedtuneError, UpdateError
@@ -67,10 +69,10 @@ def agree(space: Workspace, todo: list[Job]) -> None:
         {"accumulate": 2},
         {"clip_norm": 0.05},
         {"clip_norm": None},
-        {"prox": 0.5},
+        {"turn": "fedprox", "params": {"mu": 0.5}},
         {"train": ("*.lora_B", "*weight")},
         {"optimizer": "sgd", "lr": 0.3},
-        {"tail_penalty": 0.3, "tail_share": 0.5},
+        {"turn": "hetlora", "params": {"penalty": 0.3, "share": 0.5}},
         {"measure": ("start_loss",)},
     ],
     ids=["ragged", "accumulated", "clipped", "unclipped", "proximal", "partly trained", "sgd", "tails", "measured"],
@@ -82,19 +84,25 @@ def test_each_update_is_the_sequential_one(space: Workspace, changes: dict[str, 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_corrections_are_each_clients_own(space: Workspace, optimizer: str) -> None:
     todo = []
-    for k, job in enumerate(jobs(space, optimizer=optimizer)):
+    for k, job in enumerate(jobs(space, optimizer=optimizer, turn="scaffold")):
         gen = torch.Generator().manual_seed(k)
         extra = {n: 0.02 * torch.randn(t.shape, generator=gen) for n, t in job.start.tensors.items()}
-        todo.append(dataclasses.replace(job, correction=extra if k else None))  # the first has none
+        todo.append(dataclasses.replace(job, extra=extra if k else {}))  # the first has none
     agree(space, todo)
 
 
-def test_plans_of_one_stack_may_differ(space: Workspace) -> None:
+@pytest.mark.parametrize(("turn", "params"), [("fedprox", {"mu": 0.3}), ("hetlora", {"penalty": 0.2, "share": 0.4})])
+def test_plans_of_one_stack_may_differ(space: Workspace, turn: str, params: dict[str, float]) -> None:
+    first = next(iter(params))
     mixed = [
         dataclasses.replace(
             j,
             plan=dataclasses.replace(
-                j.plan, prox=0.3 * k, clip_norm=None if k == 2 else 0.1 * (k + 1), lr=1e-3 * (k + 1), tail_penalty=0.2 * k, tail_share=0.4
+                j.plan,
+                turn=turn,
+                params=params | {first: k * params[first]},
+                clip_norm=None if k == 2 else 0.1 * (k + 1),
+                lr=1e-3 * (k + 1),
             ),
         )
         for k, j in enumerate(jobs(space))
@@ -180,33 +188,37 @@ def prepared(space: Workspace, job: Job, **plan: Any) -> Prepared:
         body=space.own,
         start=job.start,
         sent_bytes=0,
-        correction={},
+        turn=turn_of(dataclasses.replace(job.plan, **plan)),
+        extra={},
         examples=job.examples,
         device_class="",
     )
 
 
-def test_other_phases_are_taken_one_by_one(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_without_a_batched_form_are_taken_one_by_one(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     import fedtune.simulations.together as module
 
     flower.identify_process(run_id=1)
-    phases, alone_, at_once = ["score", "sparse", "peft", "peft", "sparse"], [], []
-    waiting = [prepared(space, job, phase=phase) for job, phase in zip([*jobs(space), jobs(space)[0]], phases, strict=True)]
+    turns, alone_, at_once = ["fedpeptao", "slora", "plain", "plain", "slora"], [], []
+    params = {"fedpeptao": {"stage": "layers"}, "slora": {"stage": "sparse"}, "plain": {}}
+    todo = zip([*jobs(space), jobs(space)[0]], turns, strict=True)
+    waiting = [prepared(space, job, turn=turn, params=params[turn]) for job, turn in todo]
     monkeypatch.setattr(module, "prepare", lambda space, message, context: waiting[message])
-    monkeypatch.setattr(module, "take_turn", lambda space, ready: alone_.append(ready.plan.phase) or [ready])
-    monkeypatch.setattr(module.Together, "_train", lambda self, todo: at_once.append([t.plan.phase for t in todo]) or todo)
+    monkeypatch.setattr(module, "take_turn", lambda space, ready: alone_.append(ready.plan.turn) or [ready])
+    monkeypatch.setattr(module.Together, "_train", lambda self, todo: at_once.append([t.plan.turn for t in todo]) or todo)
     together, left = module.Together(space, "4"), list(range(5))
     while left:
         first = left[0]
         done = together._turns(iter([(i, None) for i in left]))  # type: ignore[arg-type]
         left = left[len(done) :]
         assert first not in left
-    assert alone_ == ["score", "sparse", "sparse"] and at_once == [["peft", "peft"]]
+    assert alone_ == ["fedpeptao", "slora", "slora"] and at_once == [["plain", "plain"]]
 
 
 @pytest.mark.parametrize("broken", ["count", "neighbour", "scaling", "correction"])
 def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    todo = [dataclasses.replace(j, correction={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in jobs(space)]
+    scaffold = jobs(space, turn="scaffold")
+    todo = [dataclasses.replace(j, extra={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in scaffold]
     if broken == "count":  # a mean over one token more
         count = batched._Stack._count
         monkeypatch.setattr(batched._Stack, "_count", lambda self, rows: count(self, rows) + 1)
@@ -221,12 +233,11 @@ def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.M
         update = batched._Stack._update
 
         def late(self: Any, grad: Any, clients: Any) -> Any:
-            kept, self.correction = self.correction, None
             norms = update(self, grad, clients)
-            self.flat -= 1e-3 * kept
-            self.correction = kept
+            self.flat -= 1e-3 * 0.01
             return norms
 
+        monkeypatch.setattr(Corrected, "step", lambda self, stack: None)
         monkeypatch.setattr(batched._Stack, "_update", late)
     with pytest.raises(AssertionError):
         agree(space, todo)

@@ -13,6 +13,7 @@ from fedtune.simulations.batched import way_of
 from tests.models.build import checkpoint, hub, llama_config
 from tests.simulations.test_vmapped import LM, rows
 from tests.simulations.turns import check, jobs_of
+from tests.working import work
 
 quantise = pytest.importorskip("fedtune.models.quantise", exc_type=ImportError)
 
@@ -36,7 +37,7 @@ def test_each_update_is_the_sequential_one(tmp_path: Path, precision: str) -> No
     assert way_of(live, LM)[0] is stacked.installed
     todo = jobs_of(rows(LM), live.read(version=0))
     live.load(todo[0].start)
-    train(live, todo[0].examples, todo[0].plan, LM, pad_id=1)
+    train(work(live, todo[0].examples, todo[0].plan, LM, 1))
     check(live, todo, LM, 1)
 
 

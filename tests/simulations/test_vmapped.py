@@ -96,7 +96,7 @@ def test_heads_of_any_depth_are_stacked_by_hand(tmp_path: Path, kind: str, metho
     [
         {"accumulate": 2},
         {"clip_norm": 0.05},
-        {"prox": 0.5},
+        {"turn": "fedprox", "params": {"mu": 0.5}},
         {"optimizer": "sgd", "lr": 0.1},
         {"measure": ("start_loss",)},
         {"train": ("*.lora_B", "*.lora_magnitude")},

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fedtune.clients.trainer import Turn, steps_of, train
+from fedtune.clients.steps import steps_of
+from fedtune.clients.trainer import Trained, train
 from fedtune.config import TaskConfig
 from fedtune.data import Example
 from fedtune.errors import FedtuneError
@@ -17,6 +18,7 @@ from fedtune.simulations import stacked
 from fedtune.simulations.batched import Job, train_together
 from fedtune.simulations.crowd import Way
 from fedtune.state import AdapterState
+from tests.working import work
 
 
 def jobs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **changes: Any) -> list[Job]:
@@ -42,18 +44,10 @@ def jobs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **chan
     return out
 
 
-def alone(live: LiveAdapter, job: Job, task: TaskConfig, pad_id: int) -> tuple[AdapterState, Turn]:
+def alone(live: LiveAdapter, job: Job, task: TaskConfig, pad_id: int) -> tuple[AdapterState, Trained]:
     """What the trainer makes of a job."""
     live.load(job.start)
-    turn = train(
-        live,
-        job.examples,
-        job.plan,
-        task,
-        pad_id=pad_id,
-        correction=job.correction,
-        ranks=job.start.spec.ranks,
-    )
+    turn = train(work(live, job.examples, job.plan, task, pad_id, start=job.start, extra=job.extra))
     return live.read(version=0), turn
 
 

@@ -83,12 +83,12 @@ def test_score_turns_say_what_they_want_and_change_no_weight() -> None:
     strategy, state = FedPepTAO(warmup_rounds=0, score_rows=9), ServerState(adapter=adapter())
     after, given = one_round(strategy, 1, state, {"a": 1, "b": 3})
     ask = given["a"]
-    assert (ask.plan.phase, ask.plan.score, ask.plan.batch_size, ask.plan.client) == ("score", "layers", 9, "a")
+    assert (ask.plan.turn, ask.plan.params, ask.plan.batch_size, ask.plan.client) == ("fedpeptao", {"stage": "layers"}, 9, "a")
     assert ask.expect is not None and ask.expect["layers"].shape == (11,) and ask.expect.spec.method == "scores" and not ask.adapter.tensors
     assert all(torch.equal(after.adapter[n], state.adapter[n]) for n in state.adapter.tensors)
     last, given = one_round(strategy, 2, after, {"a": 1, "b": 3})
     ask = given["b"]
-    assert (ask.plan.phase, ask.plan.score) == ("score", "hessian") and ask.adapter is after.adapter
+    assert (ask.plan.turn, ask.plan.params) == ("fedpeptao", {"stage": "hessian"}) and ask.adapter is after.adapter
     assert ask.expect is not None and ask.expect["ratio"].shape == (1,)
     assert all(torch.equal(last.adapter[n], state.adapter[n]) for n in state.adapter.tensors)
 

@@ -18,12 +18,13 @@ from fedtune.strategies.fedprox import FedProx
 from fedtune.strategy import ServerState, Strategy
 from tests.strategies.updates import drawn, plain, update
 from tests.tiny import tiny_config
+from tests.working import work_in
 
 
 def test_the_plan_carries_mu_and_nothing_else() -> None:
     state, plans = ServerState(adapter=drawn(0)), [Plan(round=2, client=c, base_version=1, lr=0.5) for c in "ab"]
     given = FedProx(mu=0.3).plan(2, plans, state)
-    assert [given[p.client].plan for p in plans] == [dataclasses.replace(p, prox=0.3) for p in plans]
+    assert [given[p.client].plan for p in plans] == [dataclasses.replace(p, turn="fedprox", params={"mu": 0.3}) for p in plans]
     assert all(g.adapter is state.adapter for g in given.values())
 
 
@@ -33,7 +34,7 @@ def check_by_hand() -> None:
     given = method.plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
 
     def best(client: str, target: float) -> AdapterState:
-        mu, w = given[client].plan.prox, given[client].adapter["w"].item()
+        mu, w = float(given[client].plan.params.get("mu") or 0.0), given[client].adapter["w"].item()
         return plain((target + mu * w) / (1 + mu))
 
     out = method.aggregate(1, state, iter([update("a", best("a", 0.0), 1), update("b", best("b", 8.0), 3)]))
@@ -69,9 +70,9 @@ def off_by(space: Workspace, mu: float, told: float) -> float:
 
     def after(steps: int, prox: float) -> AdapterState:
         plan = Plan(round=1, client="c0", base_version=0, steps=steps, epochs=None, batch_size=4, lr=0.1, lr_last=0.1)
-        plan = dataclasses.replace(plan, optimizer="sgd", clip_norm=None, prox=prox)
+        plan = dataclasses.replace(plan, optimizer="sgd", clip_norm=None, turn="fedprox", params={"mu": prox})
         space.live.load(begin)
-        train(space.live, space.examples("c0", "train"), plan, space.config.task, pad_id=space.pad_id)
+        train(work_in(space, plan))
         return space.live.read(version=0)
 
     one, two, held = after(1, 0.0), after(2, 0.0), after(2, told)

@@ -22,13 +22,13 @@ def plans(*clients: str) -> list[Plan]:
 
 def test_two_rounds_by_hand() -> None:
     method, state = SCAFFOLD(), ServerState(adapter=plain(0.0))
-    assert all(not a.correction for a in method.plan(1, plans("a", "b"), state).values())  # c = c_k = 0: nothing to send
+    assert all(not a.extra for a in method.plan(1, plans("a", "b"), state).values())  # c = c_k = 0: nothing to send
     one = method.aggregate(1, state, [update("a", plain(1.0), 50, lr_sum=0.5), update("b", plain(3.0), 1, lr_sum=0.5)])
     # uniform: w = 2. c_a = (0 − 1) / .5 = −2, c_b = (0 − 3) / .5 = −6, c = (−2 − 6) / 2 = −4
     assert one.adapter["w"].item() == 2.0
     assert {n: t.item() for n, t in one.memory.items()} == {"c_k/a/w": -2.0, "c_k/b/w": -6.0, "c/w": -4.0}
     given = method.plan(2, plans("a", "b", "new"), one)
-    assert given["a"].correction["w"].item() == -2.0 and given["b"].correction["w"].item() == 2.0 and not given["new"].correction
+    assert given["a"].extra["w"].item() == -2.0 and given["b"].extra["w"].item() == 2.0 and not given["new"].extra
     two = method.aggregate(2, one, [update("a", plain(5.0), lr_sum=1.5), update("new", plain(8.0), lr_sum=1.0)])
     # c_a⁺ = −2 + 4 + (2 − 5) / 1.5 = 0; a newcomer's c_k is c: c_new⁺ = (2 − 8) / 1 = −6; c = (0 − 6 − 6) / 3 = −4, the mean of all three
     assert {n: t.item() for n, t in two.memory.items()} == {"c_k/a/w": 0.0, "c_k/b/w": -6.0, "c_k/new/w": -6.0, "c/w": -4.0}
@@ -64,7 +64,7 @@ def test_identical_clients_at_full_participation_need_no_correction() -> None:
     for round in range(1, 4):
         state = method.aggregate(round, state, [update(c, drawn(round), lr_sum=0.3) for c in "abc"])
         for given in method.plan(round + 1, plans(*"abc"), state).values():
-            assert all(t.abs().max() < 1e-5 for t in given.correction.values())
+            assert all(t.abs().max() < 1e-5 for t in given.extra.values())
 
 
 TARGETS = {"a": (1.0, 4.0), "b": (10.0, 1.0)}  # F_k(w) = curvature / 2 · (w − target)²: client → (target, curvature)
@@ -78,7 +78,7 @@ def descend(given: Mapping[str, Assignment], lr: float, last: float, steps: int)
         target, curvature = TARGETS[client]
         w, rates = assignment.adapter["w"].clone(), [lr + (last - lr) * s / steps for s in range(steps)]
         for rate in rates:
-            w = w - rate * (curvature * (w - target) + assignment.correction.get("w", torch.zeros(1)))
+            w = w - rate * (curvature * (w - target) + assignment.extra.get("w", torch.zeros(1)))
         made.append(update(client, assignment.adapter.replace({"w": w}), lr_sum=sum(rates)))
     return made
 
@@ -103,7 +103,7 @@ def test_a_correction_of_the_wrong_sign_or_size_would_be_caught(monkeypatch: pyt
     def flipped(self: SCAFFOLD, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:
         given = own(self, round, plans, state)
         return {
-            c: Assignment(plan=a.plan, adapter=a.adapter, correction={n: -t for n, t in a.correction.items()}) for c, a in given.items()
+            c: Assignment(plan=a.plan, adapter=a.adapter, extra={n: -t for n, t in a.extra.items()}) for c, a in given.items()
         }
 
     with monkeypatch.context() as patch:

@@ -71,7 +71,7 @@ def keeps_everything(dense: Tensor, rank: int) -> bool:
 
 @pytest.mark.parametrize("mode", ["corrected", "paper"])
 def test_if_nobody_trains_nothing_changes(mode: str) -> None:
-    """Sparse values stay 0, the switch makes B = 0, and LoRA rounds bring back what they were sent: W is moved by nothing, the head neither."""
+    """Sparse values stay 0, the switch makes B = 0, and LoRA rounds bring back what they were sent."""
     strategy = SLoRA(rounds=20, seed=0, density=0.5, mode=mode)
     state = strategy.start(lora({"q": (2, 3), "v": (4, 3)}, rank=2))
     for round in range(1, 6):
@@ -162,7 +162,8 @@ def test_payloads_hold_the_masked_entries_and_the_head() -> None:
     shapes = {"q": (30, 50), "up": (70, 30)}
     state = SLoRA(rounds=9, seed=0).start(lora(shapes, rank=2))
     plan, given = sent(SLoRA(rounds=9, seed=0), state)
-    assert plan.phase == "sparse" and list(given.adapter.tensors) == ["q.sparse", "up.sparse", "score.weight"]
+    assert (plan.turn, plan.params) == ("slora", {"stage": "sparse"})
+    assert list(given.adapter.tensors) == ["q.sparse", "up.sparse", "score.weight"]
     # 1 % of 1500 and of 2100 entries, and 2 of the head, in float32
     assert given.adapter.nbytes == (15 + 21 + 2) * 4
     assert matching(given.adapter.tensors, plan.send) == list(given.adapter.tensors) and given.expect is None
@@ -175,7 +176,7 @@ def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     state = strategy.start(lora({"q": (2, 3)}))
     assert state.adapter.spec.method == "lora" and strategy.last_sparse_round == 2  # one round to look, one of 10 % of 10
     plan, asked = sent(strategy, state)
-    assert (plan.phase, plan.score) == ("score", "gradient") and not asked.adapter.tensors
+    assert (plan.turn, plan.params) == ("slora", {"stage": "gradient"}) and not asked.adapter.tensors
     assert {n: t.shape for n, t in asked.expect.tensors.items()} == {"q.gradient": (2, 3)} and asked.expect.spec == state.adapter.spec
     one = reply(strategy, state, "c1", 1, {"q.gradient": [[9, 0, 0], [0, 0, 4]]})
     two = reply(strategy, state, "c2", 3, {"q.gradient": [[0, 3, 0], [2, 0, 1]]})
@@ -183,7 +184,7 @@ def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     # by hand, times 4: [[9, 9, 0], [6, 0, 7]]; round(.34 * 6) = 2 entries
     assert after.adapter["q.index"].tolist() == [0, 1] and after.adapter["q.index"].dtype == torch.int32
     plan, given = sent(strategy, after, 2)
-    assert (plan.phase, given.adapter.spec.mask) == ("sparse", "")
+    assert (plan.turn, given.adapter.spec.mask) == ("slora", "")
     assert list(given.adapter.tensors) == ["q.index", "q.sparse", "score.weight"]
     assert matching(given.adapter.tensors, plan.send) == ["q.sparse", "score.weight"]
     done = strategy.aggregate(2, after, iter([reply(strategy, after, "c", 1, {"q.sparse": [3, 4]}, 2)]))
@@ -198,7 +199,7 @@ def test_a_lost_round_is_made_up_for_and_then_it_is_fedavg() -> None:
     assert after.adapter.spec.method == "rslora" and after.adapter.spec.mask == "" and set(after.memory) == {"energy/q"}
     assert "keeps 100% of the energy" in strategy.notes(4, state, after)[0] and "q 100%" in strategy.notes(4, state, after)[0]
     plan, given = sent(strategy, after, 5)
-    assert plan.phase == "peft" and given.adapter is after.adapter
+    assert plan.turn == "plain" and given.adapter is after.adapter
     ones, fives = ({n: torch.full(t.shape, v) for n, t in after.adapter.tensors.items()} for v in (1.0, 5.0))
     last = strategy.aggregate(5, after, iter([reply(strategy, after, "a", 1, ones, 5), reply(strategy, after, "b", 3, fives, 5)]))
     assert all(t.eq(4).all() for t in last.adapter.tensors.values())  # (1*1 + 3*5) / 4

@@ -36,7 +36,6 @@ def test_which_codec_a_client_is_asked_for() -> None:
     assert (
         asked(TrafficConfig(down="int8", stochastic=True)) == "fp32"
     )  # a difference, so that the broadcast's rounding stays with the client
-    assert asked(TrafficConfig(up="int8"), phase="score") == ""
     looked = Assignment(plan=Plan(round=1, client="a", base_version=0), adapter=lora_state(), expect=lora_state())
     assert with_codec(TrafficConfig(up="int8"), {"a": looked})["a"].plan.codec == ""
 

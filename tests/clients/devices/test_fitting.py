@@ -16,7 +16,7 @@ from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Correction
 from fedtune.clients.devices.estimate import memory_bytes, shapes_of
 from fedtune.clients.devices.fitting import _tokens, for_device
-from fedtune.clients.trainer import Turn
+from fedtune.clients.trainer import Trained
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig, TaskConfig
 from fedtune.data import Example
@@ -111,7 +111,7 @@ def test_a_device_that_runs_out_of_memory_halves_and_says_so(tmp_path: Path) -> 
     assert fitted is not None
     assert (fitted[2].choice.micro, fitted[2].micro, fitted[2].out_of_memory) == (4, 2, 1)
     assert fitted[2].weights + fitted[2].rest <= (space.config.devices.classes["phone"].memory_mb or 0) * 1e6
-    told = devices.told(plan, fitted[1], fitted[2], Turn(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
+    told = devices.told(plan, fitted[1], fitted[2], Trained(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
     assert told["out_of_memory"] == 1 and told["micro_batch"] == 2 and told["peak_mb"] < 10
     # and the next turn begins with two
     after = devices.fit(dataclasses.replace(PLAN, round=3), space.initial, 0)
@@ -138,7 +138,7 @@ def test_a_turn_corrects_the_next_one(tmp_path: Path) -> None:
     fits = space.devices.fit(dataclasses.replace(PLAN, steps=50), space.initial, 0)
     assert fits is not None
     plan, examples, fitted = fits
-    told = space.devices.told(plan, examples, fitted, Turn(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
+    told = space.devices.told(plan, examples, fitted, Trained(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
     assert told["virtual_s"] < told["estimated_s"]
     kept = space.devices._read("c0", 2)
     assert kept.time == pytest.approx((told["virtual_s"] / told["estimated_s"]) ** 0.5)  # half of what was seen, from 1
@@ -161,7 +161,7 @@ def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -
     fits = space.devices.fit(dataclasses.replace(PLAN, accumulate=2), space.initial, 0)
     assert fits is not None and not fits[2].simulated and fits[2].micro == 4
     plan, examples, fitted = fits
-    turned = Turn(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
+    turned = Trained(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
     told = space.devices.told(plan, examples, fitted, turned, 0)
     assert (told["micro_batch"], told["out_of_memory"]) == (2, 1) and "peak_mb" not in told and "virtual_s" not in told
     width = max(len(e.input_ids) for e in examples)

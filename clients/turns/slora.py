@@ -1,32 +1,52 @@
-"""Where a client's loss is steepest in the frozen weights: |∇W| of one batch for every matrix that LoRA adapts.
+"""SLoRA's first stage: train entries of the frozen matrices under a mask, and look where the loss is steepest to choose the mask.
 
-Source: SLoRA's data-driven mask; Babakniya et al. 2023, arXiv:2308.06522.
+Source: Babakniya et al. 2023, SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models, arXiv:2308.06522, section 4.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.clients.trainer import batches
-from fedtune.config import TaskConfig
-from fedtune.data import Example, collate
-from fedtune.errors import UpdateError
+from fedtune.clients.steps import batches
+from fedtune.clients.turns.base import Turn, Work
+from fedtune.data import collate
+from fedtune.errors import PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.methods.sparse import frozen_linear, lora_layers
-from fedtune.plan import Plan
 from fedtune.state import AdapterState
 
 
-def score(live: LiveAdapter, examples: Sequence[Example], plan: Plan, task: TaskConfig, *, pad_id: int) -> AdapterState:
+@dataclass(frozen=True, kw_only=True)
+class SLoRA(Turn):
+    """Trains masked entries, or looks for the entries that the mask should hold.
+
+    Args:
+        stage: `sparse`: train what the slot of method `sparse` holds; `gradient`: measure |∇W| of each matrix that LoRA adapts.
+    """
+
+    stage: str
+
+    def check(self) -> None:
+        if self.stage not in ("sparse", "gradient"):
+            raise PlanError(f"the plan asks for stage '{self.stage[:60]}' of the turn 'slora': this client knows sparse and gradient")
+
+    @property
+    def trains(self) -> bool:
+        return self.stage == "sparse"
+
+    def observe(self, work: Work) -> AdapterState:
+        if not isinstance(work.live, LiveAdapter):
+            raise PlanError("the plan asks for gradients of the sparse stage: the turn 'slora' measures them with a LoRA adapter")
+        return steepest(work.live, work)
+
+
+def steepest(live: LiveAdapter, work: Work) -> AdapterState:
     """The size of each entry's gradient in the mean loss of one batch, without dropout.
 
     Args:
         live: A LoRA adapter as it starts, B = 0, so that the model is the backbone.
-        examples: The client's rows; the batch is the first `plan.batch_size` of their shuffle by `plan.seed`.
-        plan: The server's plan.
-        task: What the loss is.
-        pad_id: Token id of the padding.
+        work: The turn; the batch is the first `plan.batch_size` rows of their shuffle by `plan.seed`.
 
     Returns:
         `<module>.gradient` (out, in) float32 for each module, dense.
@@ -35,6 +55,7 @@ def score(live: LiveAdapter, examples: Sequence[Example], plan: Plan, task: Task
         UpdateError: A gradient is not finite.
         ModelError: A module is no linear layer with floating-point weights.
     """
+    plan, examples, task, pad_id = work.plan, work.examples, work.task, work.pad_id
     linears = {name: frozen_linear(name, layer) for name, layer in lora_layers(live.model).items()}
     chosen = next(batches(len(examples), plan.batch_size, plan.seed))
     batch = {k: v.to(live.backbone.device) for k, v in collate([examples[i] for i in chosen], pad_id).items()}

@@ -2,8 +2,7 @@
 
 import torch
 
-from fedtune.clients.prune import prune
-from fedtune.clients.trainer import tail_norms
+from fedtune.clients.turns.hetlora import prune, tail_norms
 from fedtune.state import AdapterSpec, AdapterState
 
 

@@ -1,0 +1,114 @@
+"""The client half of a method: found by name, its parameters checked, and a new one needs no other file of the client."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtune.app import simulate
+from fedtune.clients import turns
+from fedtune.clients.store import ClientStore
+from fedtune.clients.turns import Turn, Work, find, turn_of
+from fedtune.clients.turns.fedprox import FedProx
+from fedtune.config import EvalConfig
+from fedtune.errors import ConfigError, PlanError
+from fedtune.plan import Plan, Scalar
+from fedtune.state import AdapterState
+from fedtune.strategies.fedavg import FedAvg
+from fedtune.strategy import Assignment, ServerState
+from tests.tiny import tiny_config
+
+PLAN = Plan(round=1, client="c0", base_version=0)
+FILES = sorted(p.stem for p in Path(str(turns.__file__)).parent.glob("[a-z]*.py") if p.stem != "base")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_a_turn_of_its_name(name: str) -> None:
+    kind = find(name)
+    assert kind.__module__ == f"fedtune.clients.turns.{name}" and dataclasses.is_dataclass(kind)
+    assert kind.batch is None or issubclass(kind.batch, turns.Batch)
+
+
+@pytest.mark.parametrize(
+    ("turn", "params", "sentence"),
+    [
+        ("dito", {}, "the plan asks for the turn 'dito', which this client does not have: update fedtune on the client"),
+        ("base", {}, "the turn 'base', which this client does not have"),
+        ("os.path", {}, "the turn 'os.path', which this client does not have"),
+        ("../app", {}, "the turn '../app', which this client does not have"),
+        ("fedprox", {"nu": 1.0}, "the turn fedprox has the unknown field 'nu'"),
+        ("fedprox", {}, "the turn fedprox lacks the field 'mu'"),
+        ("fedprox", {"mu": "1"}, "the turn fedprox's mu is '1', which is not of its type"),
+        ("fedprox", {"mu": -1.0}, "with mu=-1: it must not be negative"),
+        ("hetlora", {"penalty": 0.1, "share": 1.0}, "share must lie between 0 and 1"),
+        ("slora", {"stage": "dense"}, "this client knows sparse and gradient"),
+        ("fedpeptao", {"stage": "heads"}, "this client knows layers and hessian"),
+    ],
+)
+def test_what_a_client_does_not_know_is_refused_by_name(turn: str, params: dict[str, Scalar], sentence: str) -> None:
+    with pytest.raises(PlanError) as bad:
+        turn_of(dataclasses.replace(PLAN, turn=turn, params=params))
+    assert sentence in str(bad.value)
+
+
+def test_a_strategy_does_not_take_the_turn_of_the_config_away() -> None:
+    prox = PLAN.with_turn("fedprox", mu=0.1)
+    assert prox.with_turn("fedprox", mu=0.2).params == {"mu": 0.2}
+    with pytest.raises(ConfigError, match="take the turn 'scaffold', and the config asks for the turn 'fedprox': leave client.prox at 0"):
+        prox.with_turn("scaffold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personal(Turn):
+    """Ditto's client half: beside the turn, a personal adapter is trained and held near the one that was sent."""
+
+    mu: float
+
+    def finish(self, work: Work, trained: AdapterState) -> AdapterState:
+        assert work.again is not None and work.keep is not None
+        kept = work.recall() or work.start
+        work.keep(work.again(kept, FedProx(mu=self.mu)))
+        return trained
+
+    def personal(self, given: AdapterState, kept: AdapterState | None) -> AdapterState:
+        return kept or given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ditto(FedAvg):
+    """FedAvg whose clients take the turn `personal`."""
+
+    def plan(self, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:  # type: ignore[override]
+        return {p.client: Assignment(plan=p.with_turn("personal", mu=0.5), adapter=state.adapter) for p in plans}
+
+
+@pytest.mark.parametrize("batched", ["none", "2"])
+def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str) -> None:
+    monkeypatch.setitem(turns._REGISTERED, "personal", Personal)
+    config = tiny_config(tmp_path, eval=EvalConfig(where="none", clients=-1), rounds=3, strategy={"_target_": f"{__name__}.Ditto"})
+    monkeypatch.setattr("fedtune.app.make_strategy", lambda config: Ditto())
+    monkeypatch.setattr("fedtune.compose.make_strategy", lambda config: Ditto())
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, batched=batched))
+    ditto = simulate(config)
+    monkeypatch.setattr("fedtune.app.make_strategy", lambda config: FedAvg())
+    fedavg = simulate(config)
+    # what is shared is as it is without
+    one, two = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (ditto, fedavg))
+    assert all(torch.allclose(one[n], two[n], atol=1e-6) for n in one.tensors)
+    store = ClientStore(ditto / "clients", 3).beside("turn-personal")
+    assert store.clients() == ["c0", "c1", "c2", "c3"]
+    kept = [store.read(c, 4) for c in store.clients()]
+    assert all(k is not None and any(not torch.equal(k[n], one[n]) for n in one.tensors) for k in kept)
+    # the clients' scores are those of their own adapters
+    lines = [[json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (ditto, fedavg)]
+    losses = [[x["loss"] for x in some if x.get("client") == "c0" and x["round"] == 3 and "loss" in x] for some in lines]
+    assert losses[0] and losses[0] != losses[1]
+    # a run that goes on from an older checkpoint finds what was true then
+    before = {c: store.read(c, 2) for c in store.clients()}
+    monkeypatch.setattr("fedtune.app.make_strategy", lambda config: Ditto())
+    simulate(dataclasses.replace(config, resume=str(ditto), rounds=4))
+    assert all(torch.equal(store.read(c, 2)[n], before[c][n]) for c in before if before[c] is not None for n in one.tensors)  # type: ignore[index]
+    assert all(store.read(c, 5) is not None for c in store.clients())

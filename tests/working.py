@@ -1,0 +1,22 @@
+"""A turn's work by hand: what `clients/app.py` makes of a message."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedtune.clients.turns import Work
+from fedtune.clients.workspace import Workspace
+from fedtune.config import TaskConfig
+from fedtune.data import Example
+from fedtune.plan import Plan
+
+
+def work(live: Any, examples: Sequence[Example], plan: Plan, task: TaskConfig, pad_id: int = 2, **more: Any) -> Work:
+    """The work of a slot that is loaded already; it starts from what the slot holds."""
+    start = more.pop("start", None) or live.read(version=plan.base_version)
+    return Work(live=live, start=start, plan=plan, task=task, examples=examples, pad_id=pad_id, **more)
+
+
+def work_in(space: Workspace, plan: Plan, **more: Any) -> Work:
+    """The work of a workspace's own slot on the training rows of the plan's client."""
+    rows = more.pop("examples", None) or space.examples(plan.client, "train")
+    return work(space.live, rows, plan, space.config.task, space.pad_id, **more)
