@@ -21,6 +21,7 @@ CONTRACTS = {
     "parsing",
     "plan",
     "promise",
+    "reading",
     "run_config",
     "seeds",
     "state",

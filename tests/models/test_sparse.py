@@ -56,7 +56,7 @@ def rows(count: int, task: TaskConfig) -> list[Example]:
 
 
 def plan(**changes: Any) -> Plan:
-    values: dict[str, Any] = {"phase": "sparse", "steps": 3, "epochs": None, "batch_size": 4, "clip_norm": None}
+    values: dict[str, Any] = {"turn": "slora", "params": {"stage": "sparse"}, "steps": 3, "epochs": None, "batch_size": 4, "clip_norm": None}
     values |= {"lr": 1e-2, "lr_last": 1e-2}
     return Plan(round=1, client="c", base_version=0, **{**values, **changes})
 
@@ -183,8 +183,8 @@ def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path
         bare = load_backbone(hub(tmp_path / "m"), CAUSAL).model.train()
         weights = {n: bare.get_submodule(n).weight for n in linears(live)}
         start = {n: cast(Tensor, w).detach().clone() for n, w in weights.items()}
-        optimizer = torch.optim.AdamW([w.requires_grad_(True) for w in weights.values()], lr=work.lr, weight_decay=0.1)  # type: ignore[union-attr]
-        order = batches(count, 4, work.seed)
+        optimizer = torch.optim.AdamW([w.requires_grad_(True) for w in weights.values()], lr=asked.lr, weight_decay=0.1)  # type: ignore[union-attr]
+        order = batches(count, 4, asked.seed)
         for _ in range(3):
             loss, tokens = loss_sum(bare, collate([rows(count, CAUSAL)[i] for i in next(order)], 2), CAUSAL)
             (loss / tokens).backward()
