@@ -19,13 +19,13 @@ from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import make_strategy
 from fedtune.config import Config, to_dict
 from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_trouble
+from fedtune.exchange import Exchange, make_exchange
 from fedtune.inference.combined import fold_shifts
 from fedtune.inference.export import beside, export_hf, prompt_template
 from fedtune.inference.personal import global_note
 from fedtune.models import load_backbone, primary
 from fedtune.models.methods import mergeable
 from fedtune.models.tasks import generate_answers
-from fedtune.privacy.central import private_strategy
 from fedtune.privacy.ledger import ledgers_in
 from fedtune.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.roll import Welcome
@@ -91,9 +91,9 @@ def conduct(
     try:
         run.write_json("partition.json", space.federation.summary())
         space.store, space.ledgers = ClientStore(run.path / "clients", config.keep_checkpoints + 1), ledgers_in(run.path / "privacy")
-        strategy = private_strategy(config, strategy, len(space.client_ids) if clients is None else clients, run.path / "privacy")
+        exchange = make_exchange(config, len(space.client_ids) if clients is None else clients, run.path / "privacy")
         space.rebase((), ())  # another run of this process may have left its shifts in, under the same rounds' numbers
-        state = _run(config, space, strategy, run, engine, live)
+        state = _run(config, space, strategy, exchange, run, engine, live)
         _hand_over(config, space, state, run)
     except BaseException as bad:
         if (run.path / "metrics.jsonl").exists():  # what there is can be looked at, whatever stopped the run
@@ -122,7 +122,9 @@ def _virtual_clients(stage: Stage) -> None:
     stage.serve(InProcessGrid(make_client_app(config, stage.space.store.folder), nodes, together), Welcome())
 
 
-def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory, engine: Engine, live: bool) -> ServerState:
+def _run(
+    config: Config, space: Workspace, strategy: Strategy, exchange: Exchange, run: RunDirectory, engine: Engine, live: bool
+) -> ServerState:
     found, damaged = run.newest()
     if found is None and damaged:
         raise CheckpointError(f"no checkpoint of {run.path} can be read, so there is nothing to go on from: {damaged[0]}")
@@ -144,6 +146,7 @@ def _run(config: Config, space: Workspace, strategy: Strategy, run: RunDirectory
             bridge = Bridge(
                 grid=grid,
                 strategy=strategy,
+                exchange=exchange,
                 config=config,
                 run=run,
                 initial=space.initial,

@@ -1,52 +1,41 @@
-"""The one bridge that puts any Strategy on Flower's grid.
+"""The one bridge that puts any Strategy on Flower's grid: it samples cohorts, runs rounds, has clients evaluate, and checkpoints.
 
-It samples, sends, waits, checks every reply before it counts, names whoever is dropped, checkpoints after every round, and starts at any
-round. Replies are pulled and folded in the order of logical ids, one at a time: the server's memory is that of one model, and the sum has
-one order.
+It starts at any round. What happens in one round is in round.py.
 """
 
 import dataclasses
-import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedtune import flower
 from fedtune.config import Config
-from fedtune.errors import UpdateError
-from fedtune.late import Awaited, Late, Latecomers, caught_up, difference
-from fedtune.plan import Plan, Update
+from fedtune.courier import Courier, Watcher
+from fedtune.exchange import Exchange, NoUpdates
+from fedtune.late import Latecomers
+from fedtune.plan import Plan
 from fedtune.planning import base_plan
-from fedtune.post import Letter, check_affordable, excess, most_bytes, write_letters
-from fedtune.reply import OURS, read_metrics, read_update
-from fedtune.roll import FEW_BYTES, Client, Roll, Welcome, plain, push, replies
+from fedtune.post import Letter, check_affordable, write_letters
+from fedtune.reply import read_metrics
+from fedtune.roll import Client, Roll, Welcome
+from fedtune.round import Round
 from fedtune.run import Checkpoint, RunDirectory
 from fedtune.seeds import derive_seed
-from fedtune.silence import forget, miss, resting
+from fedtune.silence import resting
 from fedtune.snapshot import Snapshots
 from fedtune.state import AdapterState
-from fedtune.strategy import Assignment, ServerState, Strategy
-from fedtune.turnout import Turnout, epsilon_of, refusal
-from fedtune.weights import heaviest, share_of
-from fedtune.wire import OFFER, Envelopes
+from fedtune.strategy import ServerState, Strategy
+from fedtune.turnout import Turnout
+from fedtune.weights import share_of
+from fedtune.wire import Envelopes
 
 _PLANNED = 64  # clients of an evaluation that are planned at once: an assignment may hold as much as a model
-
-
-class Watcher(Protocol):
-    """Who is told how the run goes: the terminal, the metrics file, the report."""
-
-    def client_known(self, client: str, node: int, device_class: str) -> None: ...
-    def round_started(self, round: int, rounds: int, cohort: Sequence[str]) -> None: ...
-    def client_done(self, client: str, dropped: str | None) -> None: ...
-    def round_done(self, record: dict[str, Any], clients: list[dict[str, Any]]) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +45,7 @@ class Bridge:
     Args:
         grid: Flower's grid, or any other of its shape.
         strategy: How updates become a state.
+        exchange: Which messages make up a round, and what the strategy gets to see.
         config: The experiment.
         run: Where it is kept.
         initial: The adapter before the first round.
@@ -69,6 +59,7 @@ class Bridge:
 
     grid: Grid
     strategy: Strategy
+    exchange: Exchange
     config: Config
     run: RunDirectory
     initial: AdapterState
@@ -78,6 +69,10 @@ class Bridge:
     watcher: Watcher
     welcome: Welcome = Welcome()
     snapshots: Snapshots = field(default_factory=Snapshots)
+
+    @property
+    def courier(self) -> Courier:
+        return Courier(grid=self.grid, timeout_s=self.config.round_timeout_s, watcher=self.watcher)
 
     def loop(self) -> ServerState:
         """Run all rounds that are left, and return the last state."""
@@ -92,7 +87,8 @@ class Bridge:
             )
         clients = roll.gather(done + 1)
         if found is None:
-            found = Checkpoint(round=0, state=self.strategy.start(self.initial), clients={})
+            started = dataclasses.replace(self.strategy.start(self.initial), exchange=self.exchange.start())
+            found = Checkpoint(round=0, state=started, clients={})
             record, records = {"round": 0, "client": None}, {c: {"round": 0, "client": c} for c in clients}
             self.watcher.round_started(0, self.config.rounds, ())
             self._score(found.state, roll.here(), record, records)
@@ -128,7 +124,7 @@ class Bridge:
                     book[client]["epsilon"] = turnout.records[client]["epsilon"]
             if spent := [entry["epsilon"] for entry in book.values() if "epsilon" in entry]:
                 record["epsilon"] = max(spent)  # of the client that has spent most
-            record.update(self.strategy.figures(round, before, state, sorted(book)))
+            record.update(self.exchange.figures(round, before, state))
             self._close(Checkpoint(round=round, state=state, clients=book, late=late.kept), record, turnout.records)
         return state
 
@@ -147,67 +143,23 @@ class Bridge:
     def _train(
         self, round: int, cohort: Sequence[str], clients: Mapping[str, Client], state: ServerState, late: Latecomers
     ) -> tuple[ServerState, Turnout]:
-        turnout = Turnout()
-        for client, why in self.strategy.left_out(round, cohort).items():
-            turnout.records[client] = {"round": round, "client": client}
-            turnout.drop(client, "privacy", why)
-            self.watcher.client_done(client, f"privacy: {why}")
-        cohort = [c for c in cohort if c not in turnout.records]
-        letters = self._letters(round, cohort, clients, state)
-        for client, letter in letters.items():
-            turnout.records[client] = {"round": round, "client": client, "bytes_down": 0 if letter.too_much else letter.nbytes}
-            if letter.too_much:
-                turnout.drop(client, "traffic", letter.too_much)
-                self.watcher.client_done(client, f"traffic: {letter.too_much}")
-        until = self._until()
-        contents = self._accepted(round, {c: letters[c] for c in letters if not letters[c].too_much}, clients, turnout, state, until)
-        turnout.heaviest = self._heaviest(round, contents, clients)
-        replies = self._ask(
-            "train",
-            round,
-            contents,
-            clients,
-            turnout,
-            state,
-            until,
-            lambda c, i: late.expect(_awaited(letters[c], i, clients[c])),
-            most=lambda c: most_bytes(letters[c].assignment),
-        )
-        checked = self._checked(replies, {c: letter.assignment for c, letter in letters.items()}, clients, turnout, late)
-        updates = map(turnout.weigh, itertools.chain(checked, self._belated(round, state, clients, turnout, late)))
-        first = next(updates, None)
-        if first is None:
-            self.watcher.note(f"round {round} does not count: no client sent a good update; the state stays as it was")
-            return state, turnout
-        after = self.strategy.aggregate(round, state, itertools.chain([first], updates))
-        if turnout.good < self.config.min_clients:
-            short = f"{turnout.good} good updates of min_clients={self.config.min_clients}"
-            self.watcher.note(f"round {round} does not count: {short}; the state stays as it was")
-            return state, turnout
+        one = Round(round, self.config, self.courier, clients, state, late, self.welcome.wanted is not None)
+        asked = one.leave_out(self.exchange, cohort)
+        one.address(self._letters(round, asked, clients, state))
+
+        def does_not_count(why: str) -> tuple[ServerState, Turnout]:
+            self.watcher.note(f"round {round} does not count: {why}; the state stays as it was")
+            return state, one.turnout
+
+        try:
+            after = self.exchange.run(round, state, self.strategy, one)
+        except NoUpdates:
+            return does_not_count("no client sent a good update")
+        if one.turnout.good < self.config.min_clients:
+            return does_not_count(f"{one.turnout.good} good updates of min_clients={self.config.min_clients}")
         if broken := _not_finite(after):
-            self.watcher.note(f"round {round} does not count: '{broken}' of its result is not finite; the state stays as it was")
-            return state, turnout
-        return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), turnout
-
-    def _accepted(
-        self, round: int, letters: Mapping[str, Letter], clients: Mapping[str, Client], turnout: Turnout, state: ServerState, until: float
-    ) -> dict[str, RecordDict]:
-        """What is sent: to a client that lacks shifts only once it has said that a message of that size fits it."""
-        offers = {c: letter.offer for c, letter in letters.items() if letter.offer is not None}
-        for client in offers:
-            turnout.records[client]["bytes_down"] = flower.Meter()(offers[client])
-        accepted = [c for c, _ in self._ask(OFFER, round, offers, clients, turnout, state, until)] if offers else []
-        for client in accepted:
-            turnout.records[client]["bytes_down"] = letters[client].nbytes
-        return {c: letter.content for c, letter in letters.items() if c in accepted or c not in offers}
-
-    def _heaviest(self, round: int, cohort: Collection[str], clients: Mapping[str, Client]) -> int | None:
-        share = share_of(self.config.weights, len(cohort), engine=self.welcome.wanted is None)
-        if share is None or not (most := heaviest((clients[c].examples for c in cohort), share)):
-            return None
-        for client in (c for c in cohort if clients[c].examples > most):
-            self.watcher.note(f"round {round}: client {client} counts {most} of its {clients[client].examples} examples: weights.max_share")
-        return most
+            return does_not_count(f"'{broken}' of its result is not finite")
+        return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), one.turnout
 
     def _letters(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, Letter]:
         assignments = self.strategy.plan(round, self._plans(round, ids, clients, state), state)
@@ -216,138 +168,6 @@ class Bridge:
 
     def _plans(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> list[Plan]:
         return [base_plan(self.config, round, c, state.adapter.spec.version, clients[c].rank) for c in ids]
-
-    def _checked(
-        self,
-        replies: Iterator[tuple[str, Message]],
-        assignments: Mapping[str, Assignment],
-        clients: Mapping[str, Client],
-        turnout: Turnout,
-        late: Latecomers,
-    ) -> Iterator[Update]:
-        """The good updates, in order; the others are named in the turnout."""
-        deadline = self.config.devices.deadline_s
-        for client, reply in replies:
-            record = turnout.records[client]
-            try:
-                update = self._read(reply, assignments[client], clients[client].examples, record["bytes_down"], record)
-            except UpdateError as bad:
-                turnout.drop(client, "refused", plain(bad))
-                self.watcher.client_done(client, record["dropped"])
-                continue
-            took = update.measurements.get("virtual_s", 0.0)
-            if deadline is not None and took > deadline:
-                turnout.drop(client, "late", f"{took:.1f} s of {deadline:g} s")
-                late.keep(update, assignments[client], took)
-                self.watcher.client_done(client, record["dropped"])
-                continue
-            self.watcher.client_done(client, None)
-            yield update
-
-    def _read(self, reply: Message, assignment: Assignment, examples: int, bytes_down: int, record: dict[str, Any]) -> Update:
-        """A reply, checked, with what it says in the client's line. Raises UpdateError."""
-        up = flower.Meter()(reply.content)
-        record["bytes_up"] = record.get("bytes_up", 0) + up
-        if too_much := excess(self.config.traffic.max_mb_per_round, bytes_down, up):
-            raise UpdateError(too_much)
-        update = read_update(reply.content, assignment, examples=examples)
-        told = {**update.measurements, **update.metrics, "device_class": update.device_class, "examples": update.examples}
-        record.update({name: value for name, value in told.items() if name not in OURS})
-        if update.precision:
-            record["precision"] = update.precision
-        return update
-
-    def _belated(
-        self, round: int, state: ServerState, clients: Mapping[str, Client], turnout: Turnout, late: Latecomers
-    ) -> Iterator[Update]:
-        """Replies to earlier rounds that are there now, moved onto the state of today: of each client one, and none beside a newer one."""
-        newer = {c for c, record in turnout.records.items() if "dropped" not in record}
-        for one in itertools.chain(late.take(round), self._arrived(round, newer, clients, turnout, late)):
-            client, asked = one.update.client, one.update.round
-            if client in newer:
-                self._leave_out(round, client, asked, "left out: a newer one of it counts", turnout)
-                continue
-            newer.add(client)
-            record = turnout.records.setdefault(client, {"round": round, "client": client})
-            turnout.late[client] = record["staleness"] = round - asked
-            yield caught_up(one, state.adapter, round - asked)
-
-    def _arrived(
-        self, round: int, newer: Collection[str], clients: Mapping[str, Client], turnout: Turnout, late: Latecomers
-    ) -> Iterator[Late]:
-        """Good replies to messages of earlier rounds that have come by now; nobody waits for them."""
-        for awaited in late.awaited():
-            plan = awaited.assignment.plan
-            if plan.round == round or (reply := next(replies(self.grid, [awaited.message], 0.0))) is None:
-                continue
-            late.came(awaited)
-            if plan.client in clients:
-                forget(clients[plan.client])
-            if reply.has_error() or "declined" in reply.content.config_records:
-                continue  # it was named as late in its own round
-            if plan.client in newer:
-                self._leave_out(round, plan.client, plan.round, "left out: a newer one of it counts", turnout)
-                continue
-            record = turnout.records.setdefault(plan.client, {"round": round, "client": plan.client})
-            try:
-                update = self._read(reply, awaited.assignment, awaited.examples, awaited.nbytes, record)
-            except UpdateError as bad:
-                self._leave_out(round, plan.client, plan.round, f"refused: {plain(bad)}", turnout)
-                continue
-            yield Late(update=difference(update, awaited.assignment.adapter), due=round)
-
-    def _leave_out(self, round: int, client: str, asked: int, why: str, turnout: Turnout) -> None:
-        record = turnout.records.setdefault(client, {"round": round, "client": client})
-        record["late"] = f"its reply to round {asked} is {why}"
-        self.watcher.note(f"client {client}: {record['late']}")
-
-    def _ask(
-        self,
-        kind: str,
-        round: int,
-        contents: Mapping[str, RecordDict],
-        clients: Mapping[str, Client],
-        turnout: Turnout,
-        state: ServerState,
-        until: float,
-        unanswered: Callable[[str, str], None] = lambda client, message: None,
-        most: Callable[[str], int] = lambda client: FEW_BYTES,
-    ) -> Iterator[tuple[str, Message]]:
-        """Send each client its content; yield the replies that came, in the order of logical ids; name the clients whose reply did not.
-
-        `unanswered` is told of a client whose reply may still come, and of the message's id; `most` says how many bytes a client's reply
-        may take.
-        """
-        messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
-        asked = list(messages)
-        ids = push(self.grid, list(messages.values()), lambda i: most(asked[i]))
-        for client, i, reply in zip(messages, ids, replies(self.grid, ids, until), strict=True):
-            if reply is None:
-                why = ("late", f"no reply within {self.config.round_timeout_s:g} s")
-                if i:  # it was sent
-                    unanswered(client, i)
-                    miss(client, clients[client], round, i, self.watcher.note)
-            else:
-                if kind == "train":
-                    forget(clients[client])
-                why = refusal(reply)
-                if why is None:
-                    if clients[client].remembers and kind != OFFER:
-                        clients[client].held = tuple(s.spec.version for s in state.shifts)
-                    yield client, reply
-                    continue
-                if why[0] == "failed":
-                    clients[client].held = ()  # a device that broke may have started anew: then it has nothing any more
-            record = turnout.records.setdefault(client, {"round": round, "client": client})
-            if reply is not None and (spent := epsilon_of(reply)) is not None:
-                record["epsilon"] = spent
-            turnout.drop(client, *why)
-            self.watcher.client_done(client, ": ".join(why))
-
-    def _until(self) -> float:
-        """When the replies to what is sent now must be there, by `time.monotonic`."""
-        limit = self.config.round_timeout_s
-        return math.inf if limit is None else time.monotonic() + limit
 
     # -- around the rounds ----------------------------------------------------------------------------------------------------------------
 
@@ -370,7 +190,8 @@ class Bridge:
         record["bytes_down"] = record.get("bytes_down", 0) + sum(meter(_shifts_of(content)) for content in contents.values())
         turnout = Turnout(records={c: {} for c in asked})
         values = []
-        for client, reply in self._ask("evaluate", round, contents, clients, turnout, state, self._until()):
+        versions = tuple(s.spec.version for s in state.shifts)
+        for client, reply in self.courier.ask("evaluate", round, contents, clients, turnout, versions, self.courier.until()):
             metrics = read_metrics(reply.content)
             records.setdefault(client, {"round": round, "client": client}).update(metrics)
             if self.metric[0] in metrics:
@@ -386,13 +207,9 @@ class Bridge:
         self.run.save(checkpoint)
 
 
-def _awaited(letter: Letter, message: str, client: Client) -> Awaited:
-    return Awaited(message=message, assignment=letter.assignment, examples=client.examples, nbytes=letter.nbytes)
-
-
 def _not_finite(state: ServerState) -> str:
     """The first tensor that finite updates have overflowed, such as the square of one that a client made huge; "" where there is none."""
-    groups = (state.adapter.tensors, state.memory, *(s.tensors for s in state.shifts[-1:]))
+    groups = (state.adapter.tensors, state.memory, state.exchange, *(s.tensors for s in state.shifts[-1:]))
     found = (n for tensors in groups for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all())
     return next(found, "")
 

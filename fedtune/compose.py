@@ -38,7 +38,7 @@ from fedtune.parsing import read_text, reason
 from fedtune.run_config import read_config
 
 if TYPE_CHECKING:  # imports torch
-    from fedtune.strategy import Strategy
+    from fedtune.strategy import Requirements, Strategy
 
 DEFAULT_SCENARIO = "heterogeneous"
 _BASE = "base"  # conf/base.yaml: the schema and a choice for every group, which every scenario starts from
@@ -130,24 +130,29 @@ def make_strategy(config: Config) -> "Strategy":
         raise
     except Exception as bad:  # whatever a class of the user's raises, such as TypeError where `aggregate` is missing
         raise ConfigError(f"strategy._target_={target} cannot be made: {_raised(bad)}") from None
-    if not kind.mixes_ranks and any(device.rank not in (None, config.peft.rank) for device in config.devices.classes.values()):
+    _check_requirements(name, kind.requirements, config)
+    strategy.check(config)
+    return strategy
+
+
+def _check_requirements(name: str, needs: "Requirements", config: Config) -> None:
+    """Raises ConfigError where the config asks for what the strategy does not allow."""
+    if not needs.mixes_ranks and any(device.rank not in (None, config.peft.rank) for device in config.devices.classes.values()):
         raise ConfigError(f"{name} needs one rank: leave out devices.classes.*.rank, or take a strategy that mixes ranks, such as flexlora")
-    if not kind.keeps_basis and config.traffic.error_feedback:
+    if not needs.keeps_basis and config.traffic.error_feedback:
         raise ConfigError(
             f"{name} makes new factors in every round, to which what was left out of an older update cannot be added:"
             " set traffic.error_feedback=false"
         )
-    if kind.from_zero and config.peft.init == "loftq":
+    if needs.assumes_zero_init and config.peft.init == "loftq":
         raise ConfigError(f"{name} takes the adapter that a run begins with for zero, peft.init=loftq does not: take peft.init=default")
-    if config.late == "use" and not kind.takes_late:
+    if config.late == "use" and not needs.accepts_stale:
         raise ConfigError(f"{name} cannot use an update of an older version: set late=drop, or take strategy=fedavg")
     private = config.privacy.kind
-    if private != "none" and kind.tells:
-        raise ConfigError(f"{name} has clients tell {kind.tells}, which privacy={private} does not cover: take strategy=fedavg")
-    if private == "user" and not kind.takes_mean:
+    if private != "none" and needs.extra_disclosure:
+        raise ConfigError(f"{name} has clients tell {needs.extra_disclosure}, which privacy={private} does not cover: take strategy=fedavg")
+    if private == "user" and not needs.needs_only_mean:
         raise ConfigError(f"{name} needs each client's own update, privacy=user shows it their noised mean only: take strategy=fedavg")
-    strategy.check(config)
-    return strategy
 
 
 def _imported(target: str, config: Config) -> object:

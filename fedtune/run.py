@@ -2,7 +2,8 @@
 
 outputs/<name>/<date-time>-<id>/
     config.yaml  partition.json  metrics.jsonl  answers.json  report.html  tensorboard/
-    checkpoints/round-0007/{adapter.safetensors, memory.safetensors, checkpoint.json}, late.safetensors where late replies wait
+    checkpoints/round-0007/{adapter.safetensors, memory.safetensors, checkpoint.json}; late.safetensors where late replies wait,
+                 exchange.safetensors where the exchange keeps something
     shifts/      what was merged into the frozen weights, a file a round; checkpoints name those that they need
     clients/     what simulated clients keep between their turns
     adapter/     what PeftModel.from_pretrained opens
@@ -38,6 +39,8 @@ from fedtune.strategy import ServerState
 
 _FORMAT = 2
 _LATE = "late.safetensors"
+_EXCHANGE = "exchange.safetensors"
+_OLD_CLIP = "privacy.clip"  # where version 0.1 kept the clip norm of privacy=user
 _BEGINNING = {".lock", "checkpoints", ".config.yaml.tmp", "lost+found"}  # what a start leaves that ends before the config is stored
 
 
@@ -144,6 +147,8 @@ class RunDirectory:
             beside.mkdir()
             checkpoint.state.adapter.save(beside / "adapter.safetensors")
             save_file(dict(checkpoint.state.memory), beside / "memory.safetensors")
+            if checkpoint.state.exchange:
+                save_file(dict(checkpoint.state.exchange), beside / _EXCHANGE)
             if checkpoint.late:
                 save_file(_tensors_of(checkpoint.late), beside / _LATE)
             sums = {f.name: _sha256(f) for f in sorted(beside.iterdir())}
@@ -214,9 +219,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if _sha256(path / name) != wanted:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         memory: dict[str, torch.Tensor] = load_file(path / "memory.safetensors")
+        exchange = load_file(path / _EXCHANGE) if _EXCHANGE in body["sha256"] else {}
+        if _OLD_CLIP in memory:
+            exchange = {"clip": memory.pop(_OLD_CLIP)}
         adapter = AdapterState.load(path / "adapter.safetensors")
         files = [path.parent.parent / "shifts" / f"{int(version):04d}.safetensors" for version in body["shifts"]]
-        state = ServerState(adapter=adapter, memory=memory, shifts=tuple(map(AdapterState.load, files)))
+        state = ServerState(adapter=adapter, memory=memory, exchange=exchange, shifts=tuple(map(AdapterState.load, files)))
         late = _read_late(path, body["late"], adapter) if "late" in body else ()
         return Checkpoint(round=body["round"], state=state, clients=body["clients"], late=late)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as bad:

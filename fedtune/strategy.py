@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ class ServerState:
     Args:
         adapter: The global adapter: what is evaluated, checkpointed and exported.
         memory: The strategy's own tensors, such as momenta; it never leaves the server.
+        exchange: The exchange's own tensors, such as an adaptive clip norm.
         shifts: What has been merged into the frozen weights so far, oldest first: W = W0 + Σ s·B·A over all of them. Each is a state of
             method `lora` whose `spec.version` is the round that made it. Clients, evaluation and export apply them; the bridge sends a
             client those that it has missed.
@@ -26,6 +27,7 @@ class ServerState:
 
     adapter: AdapterState
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    exchange: Mapping[str, Tensor] = field(default_factory=dict)
     shifts: tuple[AdapterState, ...] = ()
 
 
@@ -49,6 +51,30 @@ class Assignment:
     may_prune: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """What a strategy allows, and what it needs of a run. The defaults are the safe ones; a subclass of a strategy declares its own.
+
+    Args:
+        mixes_ranks: `plan` follows the ranks that device classes ask for.
+        keeps_basis: A tensor's entries mean the same from round to round. False where each round makes new factors, to which what an
+            older update left out cannot be added (`traffic.error_feedback`).
+        needs_only_mean: `aggregate` depends on the updates only through their weighted mean, and the strategy has `aggregate_mean`.
+            Required by user-level privacy and secure aggregation.
+        accepts_stale: An update of an older version may count in a later round by what it adds (fedtune/late.py): `aggregate` takes a
+            mean of tensors of the run's one adapter, and all clients send the same tensors in all rounds.
+        assumes_zero_init: Assumes B·A = 0 before round 1, so that peft.init=loftq is rejected.
+        extra_disclosure: What clients report besides trained tensors, such as exact losses; not covered by differential privacy.
+    """
+
+    mixes_ranks: bool = False
+    keeps_basis: bool = False
+    needs_only_mean: bool = False
+    accepts_stale: bool = False
+    assumes_zero_init: bool = True
+    extra_disclosure: str = ""
+
+
 class Strategy(abc.ABC):
     """One aggregation method.
 
@@ -56,24 +82,15 @@ class Strategy(abc.ABC):
     `aggregate` takes an iterable and should fold it as it comes, so that the server's memory stays that of one model.
 
     Attributes:
-        mixes_ranks: Whether `plan` heeds the ranks of device classes; a config that sets them is refused where it does not.
-        keeps_basis: Whether a tensor's entries mean the same from round to round; not so where each round makes new factors, to which what
-            was left out of an older update cannot be added (`traffic.error_feedback`).
-        takes_mean: Whether `aggregate` asks no more of the updates than their mean: one update that is the mean of some makes the same
-            state as they do. Only then can noise or a secure sum stand between the clients and the method.
-        takes_late: Whether an update of an older version may count in a later round by what it adds (fedtune/late.py): so where `aggregate`
-            takes a mean of tensors of the run's one adapter, and all send the same ones in all rounds. A subclass that plans or aggregates
-            otherwise says so again.
-        from_zero: Whether it takes the run's first product B·A for zero, which peft.init=loftq does not keep.
-        tells: What it has clients tell beside trained tensors, such as exact losses, which privacy does not reach; "" for nothing.
+        requirements: Declared by each class for itself, not inherited.
     """
 
-    mixes_ranks: ClassVar[bool] = False
-    keeps_basis: ClassVar[bool] = True
-    takes_mean: ClassVar[bool] = False
-    takes_late: ClassVar[bool] = False
-    from_zero: ClassVar[bool] = False
-    tells: ClassVar[str] = ""
+    requirements: ClassVar[Requirements] = Requirements()
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "requirements" not in vars(cls):  # a subclass may plan or aggregate otherwise: what its parent declares is not known of it
+            cls.requirements = Requirements()
 
     def check(self, config: Config) -> None:  # noqa: B027  most methods work with every config
         """Raises ConfigError, before anything is loaded, where the method makes no sense with this config."""
@@ -90,13 +107,12 @@ class Strategy(abc.ABC):
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The state after the round. The bridge calls it with at least one update and has checked each; it sets `adapter.spec.version`."""
 
-    def left_out(self, round: int, clients: Sequence[str]) -> Mapping[str, str]:
-        """Clients of the cohort that must not be asked this round → why, such as a budget that is spent."""
-        return {}
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
+        """The state after a round of which only the mean of the updates is known: trained tensors by name, float64.
 
-    def figures(self, round: int, before: ServerState, after: ServerState, clients: Sequence[str]) -> Mapping[str, float]:
-        """Numbers for the round's line of the metrics; `clients` are all that have been asked in the run so far."""
-        return {}
+        Where `requirements.needs_only_mean`, it is what `aggregate` does with the weighted mean.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs each client's own update")
 
     def notes(self, round: int, before: ServerState, after: ServerState) -> list[str]:
         """Sentences about the round for a person to read; the bridge asks after each round that counts."""

@@ -92,8 +92,8 @@ def to_remember(what: str, values: Mapping[str, NDArray] | None) -> dict[str, Te
     return {f"{what}/{n}": torch.from_numpy(np.array(v)).float() for n, v in (values or {}).items()}
 
 
-def fed_opt(by: flower.FedAdam | flower.FedYogi | flower.FedAdagrad, state: ServerState, updates: Iterable[Update]) -> ServerState:
-    """A round of Flower's FedOpt family: one server step along the mean change Δ = w̄ − w.
+def fed_opt(by: flower.FedAdam | flower.FedYogi | flower.FedAdagrad, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
+    """A round of Flower's FedOpt family: one server step along the mean change Δ = w̄ − w, where `mean` is w̄ in float64.
 
     Memory: `m/<tensor>` and `v/<tensor>`, the moments, and `t`, the steps since they were 0. Flower's FedAdam corrects its bias by the
     exponent (round it is told) + 1, which is Adam's own if it is told the steps taken before.
@@ -102,7 +102,7 @@ def fed_opt(by: flower.FedAdam | flower.FedYogi | flower.FedAdagrad, state: Serv
     taken = int(state.memory.get("t", torch.tensor(0)))
     by.current_arrays = numpy(now)
     by.m_t, by.v_t = remembered(state.memory, "m", now), remembered(state.memory, "v", now)
-    adapter = aggregated(by, taken, [reply(mean_of(updates, now), 1)], state.adapter)
+    adapter = aggregated(by, taken, [reply(mean, 1)], state.adapter)
     moments = to_remember("v", by.v_t) | (to_remember("m", by.m_t) if by.beta_1 else {})  # β₁ = 0 forgets m
     memory = {"t": torch.tensor(taken + 1), **moments}
     return dataclasses.replace(state, adapter=adapter or state.adapter, memory=memory)

@@ -1,9 +1,13 @@
 """The weighted mean that nearly every method takes of something, folded one update at a time."""
 
-from collections.abc import Mapping
+import abc
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from fedtune.plan import Update
+from fedtune.strategy import ServerState, Strategy
 
 
 class Mean:
@@ -27,3 +31,16 @@ class Mean:
     def of(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean of what was added, in the order of `like` and with its dtypes; names that nobody brought are left out."""
         return {n: (self._total[n] / self.weight).to(t.dtype) for n, t in like.items() if n in self._total}
+
+
+class MeanStrategy(Strategy):
+    """A strategy that needs only the weighted mean of the updates, with p_k = n_k / Σ n: it defines `aggregate_mean`."""
+
+    @abc.abstractmethod
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState: ...
+
+    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        mean = Mean()
+        for update in updates:
+            mean.add(update.adapter.tensors, update.examples)
+        return self.aggregate_mean(round, state, mean.of({n: t.double() for n, t in state.adapter.tensors.items()}))

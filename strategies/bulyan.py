@@ -6,6 +6,7 @@ Source: El Mhamdi, Guerraoui, Rouault 2018, The Hidden Vulnerability of Distribu
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
@@ -14,7 +15,7 @@ from fedtune.plan import Update
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
 from fedtune.strategies._require import enough_clients, in_bounds
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Bulyan(Strategy):
     Args:
         malicious: f, how many clients of a round may be malicious.
     """
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     malicious: int = 1
 

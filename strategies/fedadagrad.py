@@ -3,21 +3,22 @@
 Source: Reddi et al. 2021, Adaptive Federated Optimization, arXiv:2003.00295, algorithm 2 (FedAdagrad) with β₁ = 0.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
+from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Update
 from fedtune.strategies import _flower
+from fedtune.strategies._mean import MeanStrategy
 from fedtune.strategies._require import in_bounds
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAdagrad(Strategy):
+class FedAdagrad(MeanStrategy):
     """v ← v + Δ², w ← w + η·Δ / (√v + τ), with Δ = w̄ − w.
 
     The first step is η for every parameter that moved, later ones shrink as 1 / √t. For LoRA all of this is on the factors. A method that
@@ -28,8 +29,9 @@ class FedAdagrad(Strategy):
         tau: τ: parameters whose mean change is well below it move in proportion to the change.
     """
 
-    takes_mean: ClassVar[bool] = True
-    takes_late: ClassVar[bool] = True
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     lr: float = 1e-2
     tau: float = 1e-3
 
@@ -37,5 +39,5 @@ class FedAdagrad(Strategy):
         in_bounds("lr", self.lr, gt=0)
         in_bounds("tau", self.tau, gt=0)
 
-    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        return _flower.fed_opt(flower.FedAdagrad(eta=self.lr, tau=self.tau), state, updates)
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
+        return _flower.fed_opt(flower.FedAdagrad(eta=self.lr, tau=self.tau), state, mean)

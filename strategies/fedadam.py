@@ -4,21 +4,22 @@ Source: Reddi et al. 2021, Adaptive Federated Optimization, arXiv:2003.00295, al
 for the bias correction, which algorithm 2 leaves out and Flower adds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
+from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Update
 from fedtune.strategies import _flower
+from fedtune.strategies._mean import MeanStrategy
 from fedtune.strategies._require import in_bounds
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAdam(Strategy):
+class FedAdam(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ², w ← w + η_t·m / (√v + τ), with Δ = w̄ − w.
 
     η_t = η·√(1 − β₂ᵗ) / (1 − β₁ᵗ), t the steps since the moments were 0, so that the first step is as long as any (Flower told its own
@@ -32,8 +33,9 @@ class FedAdam(Strategy):
         tau: τ: parameters whose mean change is well below it move in proportion to the change.
     """
 
-    takes_mean: ClassVar[bool] = True
-    takes_late: ClassVar[bool] = True
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     lr: float = 1e-2
     beta_1: float = 0.9
     beta_2: float = 0.99
@@ -45,6 +47,6 @@ class FedAdam(Strategy):
         in_bounds("beta_2", self.beta_2, ge=0, lt=1)
         in_bounds("tau", self.tau, gt=0)
 
-    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         by = flower.FedAdam(eta=self.lr, beta_1=self.beta_1, beta_2=self.beta_2, tau=self.tau)
-        return _flower.fed_opt(by, state, updates)
+        return _flower.fed_opt(by, state, mean)

@@ -7,25 +7,24 @@ Zhang et al. 2023, Towards Building the Federated GPT (FedIT), arXiv:2305.05644.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.plan import Update
-from fedtune.strategies._mean import Mean
-from fedtune.strategy import ServerState, Strategy
+from torch import Tensor
+
+from fedtune.strategies._mean import MeanStrategy
+from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg(Strategy):
+class FedAvg(MeanStrategy):
     """w ← sum_k p_k w_k with p_k = n_k / sum n, tensor by tensor; what nobody sends stays. The memory of one model in float64."""
 
-    takes_mean: ClassVar[bool] = True
-    takes_late: ClassVar[bool] = True
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
 
-    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        mean = Mean()
-        for update in updates:
-            mean.add(update.adapter.tensors, update.examples)
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         old = state.adapter.tensors
-        return dataclasses.replace(state, adapter=state.adapter.replace({**old, **mean.of(old)}))
+        return dataclasses.replace(state, adapter=state.adapter.replace({**old, **{n: t.to(old[n].dtype) for n, t in mean.items()}}))

@@ -7,21 +7,22 @@ section 5: v ← βv + Δ, w ← w − η_s·v, with Δ = w − sum_k p_k w_k.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
+from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Update
 from fedtune.strategies import _flower
+from fedtune.strategies._mean import MeanStrategy
 from fedtune.strategies._require import in_bounds
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgM(Strategy):
+class FedAvgM(MeanStrategy):
     """w ← w − η_s·v with v ← βv + (w − w̄); β = 0, η_s = 1 is FedAvg. Memory: `momentum/<tensor>`, v.
 
     A method that re-factorises the adapter (SVD, fresh A) makes v meaningless: it belongs to the old coordinates.
@@ -31,8 +32,9 @@ class FedAvgM(Strategy):
         momentum: β.
     """
 
-    takes_mean: ClassVar[bool] = True
-    takes_late: ClassVar[bool] = True
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     lr: float = 1.0
     momentum: float = 0.5
 
@@ -40,12 +42,12 @@ class FedAvgM(Strategy):
         in_bounds("lr", self.lr, gt=0)
         in_bounds("momentum", self.momentum, ge=0, lt=1)
 
-    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         now = _flower.doubles(state.adapter.tensors)
         by = flower.FedAvgM(server_learning_rate=self.lr, server_momentum=self.momentum)
         by.current_arrays = _flower.arrays(now)
         before = _flower.remembered(state.memory, "momentum", now)
         by.momentum_vector = list(before.values()) if before else None
-        adapter = _flower.aggregated(by, round, [_flower.reply(_flower.mean_of(updates, now), 1)], state.adapter)
+        adapter = _flower.aggregated(by, round, [_flower.reply(mean, 1)], state.adapter)
         after = dict(zip(now, by.momentum_vector or [], strict=False))
         return dataclasses.replace(state, adapter=adapter or state.adapter, memory=_flower.to_remember("momentum", after))

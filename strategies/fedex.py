@@ -8,16 +8,19 @@ There the residual is one dense matrix a layer; here it travels as factors of it
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies._lowrank import Cohort, compact, require_method, shift
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedEx(Strategy):
     """A_k (r, in), B_k (out, r)  →  the adapter Ā, B̄ and a shift by the residual; heads by the weighted mean."""
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""

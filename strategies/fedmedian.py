@@ -6,12 +6,13 @@ Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Towards Optimal 
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
 from fedtune.plan import Update
 from fedtune.strategies import _flower
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class FedMedian(Strategy):
     factors. Holds all models of a round in memory. The median of one or two clients is their mean, and protects from nobody: `min_clients`
     says how many must answer.
     """
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         replies = [_flower.reply(u.adapter.tensors, u.examples) for u in _flower.cohort(state, updates)]

@@ -9,13 +9,14 @@ Source: Wang et al. 2020, Tackling the Objective Inconsistency Problem in Hetero
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies._flower import doubles, measured
 from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import plain_sgd
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class FedNova(Strategy):
         heuristic: Allow other local optimisers and clipping. With AdamW the steps are still normalised by their number, but a client's
             changes are no longer sums of gradients, and the paper's result does not hold.
     """
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     heuristic: bool = False
 

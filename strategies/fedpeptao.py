@@ -50,7 +50,7 @@ from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies._flower import measured
 from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import in_bounds, whole_updates
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _VARIANTS = ("scaled", "paper", "code")
 _DECAY, _LEAST_LR = 0.99, 1e-4  # of η_s, a round, in the paper's rule
@@ -87,7 +87,7 @@ class FedPepTAO(Strategy):
     momentum: float = 0.9
     variant: str = "scaled"
 
-    tells: ClassVar[str] = "scores of their rows"
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False, extra_disclosure="scores of their rows")
 
     def check(self, config: Config) -> None:
         def refuse(wrong: bool, sentence: str) -> None:

@@ -5,13 +5,14 @@ Source: Li et al. 2020, Federated Optimization in Heterogeneous Networks, arXiv:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.config import Config
 from fedtune.errors import ConfigError
 from fedtune.plan import Plan
 from fedtune.strategies._require import in_bounds
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, ServerState
+from fedtune.strategy import Assignment, Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class FedProx(FedAvg):
         mu: μ, per unit of squared distance in the parameters; 0 is FedAvg.
     """
 
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     mu: float = 0.01
 
     def check(self, config: Config) -> None:

@@ -16,7 +16,7 @@ from fedtune.config import Config
 from fedtune.plan import Plan, matching
 from fedtune.strategies._lowrank import require_method
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, ServerState
+from fedtune.strategy import Assignment, Requirements, ServerState
 
 SHARED, OWN = ("*.lora_A",), ("*", "!*.lora_A")
 
@@ -25,8 +25,8 @@ SHARED, OWN = ("*.lora_A",), ("*", "!*.lora_A")
 class FedSA(FedAvg):
     """A ← sum_k p_k A_k with p_k = n_k / sum n; clients train A, B and head, and keep B and head from turn to turn."""
 
-    takes_late: ClassVar[bool] = False  # the B that a client keeps moves on while an A of its is late
-    from_zero: ClassVar[bool] = True  # its server keeps the first B under an A that moves on
+    # stale: the B that a client keeps moves on while an A of its is late; zero: the server keeps the first B under an A that moves on
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""

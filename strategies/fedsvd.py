@@ -10,28 +10,29 @@ Source: Lee et al. 2025, FedSVD: Adaptive Orthogonalization for Private Federate
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from fedtune.config import Config
-from fedtune.plan import Plan, Update, matching
+from fedtune.plan import Plan, matching
 from fedtune.strategies._lowrank import require_method, stack, truncate, with_factors
-from fedtune.strategies._mean import Mean
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategies._mean import MeanStrategy
+from fedtune.strategy import Assignment, Requirements, ServerState
 
 TRAINED = ("*", "!*.lora_A")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedSVD(Strategy):
+class FedSVD(MeanStrategy):
     """B_k (out, r)  →  B̄ (out, r), then both factors from the SVD of B̄ A; heads by the weighted mean.
 
     A goes down each round, since each round changes it; it never goes up.
     """
 
-    takes_mean: ClassVar[bool] = True
-    keeps_basis: ClassVar[bool] = False
+    requirements: ClassVar[Requirements] = Requirements(needs_only_mean=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method without factors."""
@@ -40,12 +41,9 @@ class FedSVD(Strategy):
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         return {p.client: Assignment(plan=dataclasses.replace(p, train=TRAINED, send=TRAINED), adapter=state.adapter) for p in plans}
 
-    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        adapter, mean = state.adapter, Mean()
-        for update in updates:
-            sent = update.adapter
-            mean.add(sent.subset(matching(sent.tensors, TRAINED)).tensors, update.examples)
-        means = mean.of(adapter.tensors)
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
+        adapter = state.adapter
+        means = {n: mean[n].to(adapter[n].dtype) for n in matching(mean, TRAINED)}
         products = {m: (1.0, adapter[f"{m}.lora_A"], means[f"{m}.lora_B"]) for m in adapter.spec.ranks}
         turned = {m: truncate(stack([term]), adapter.spec.ranks[m]) for m, term in products.items() if term[2].any()}
-        return ServerState(adapter=with_factors(adapter, turned, means), memory=state.memory, shifts=state.shifts)
+        return dataclasses.replace(state, adapter=with_factors(adapter, turned, means))

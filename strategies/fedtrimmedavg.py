@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
@@ -14,7 +15,7 @@ from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies import _flower
 from fedtune.strategies._require import enough_clients, in_bounds
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class FedTrimmedAvg(Strategy):
         beta: β, the share cut off at either end, from 0 to below ½. A round that counts needs 1/β good updates: with fewer nothing would
             be cut.
     """
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     beta: float = 0.2
 

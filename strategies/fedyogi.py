@@ -3,21 +3,22 @@
 Source: Reddi et al. 2021, Adaptive Federated Optimization, arXiv:2003.00295, algorithm 2 (FedYogi).
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
+from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Update
 from fedtune.strategies import _flower
+from fedtune.strategies._mean import MeanStrategy
 from fedtune.strategies._require import in_bounds
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedYogi(Strategy):
+class FedYogi(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← v − (1 − β₂)Δ²·sign(v − Δ²), w ← w + η·m / (√v + τ), with Δ = w̄ − w.
 
     v grows and shrinks by steps of the same size, where Adam's forgets a large Δ² at once. There is no bias correction: from v = 0 the
@@ -31,8 +32,9 @@ class FedYogi(Strategy):
         tau: τ: parameters whose mean change is well below it move in proportion to the change.
     """
 
-    takes_mean: ClassVar[bool] = True
-    takes_late: ClassVar[bool] = True
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     lr: float = 1e-2
     beta_1: float = 0.9
     beta_2: float = 0.99
@@ -44,6 +46,6 @@ class FedYogi(Strategy):
         in_bounds("beta_2", self.beta_2, ge=0, lt=1)
         in_bounds("tau", self.tau, gt=0)
 
-    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         by = flower.FedYogi(eta=self.lr, beta_1=self.beta_1, beta_2=self.beta_2, tau=self.tau)
-        return _flower.fed_opt(by, state, updates)
+        return _flower.fed_opt(by, state, mean)

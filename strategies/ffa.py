@@ -9,12 +9,13 @@ Source: Sun et al. 2024, Improving LoRA in Privacy-preserving Federated Learning
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.config import Config
 from fedtune.plan import Plan, matching
 from fedtune.strategies._lowrank import require_method
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, ServerState
+from fedtune.strategy import Assignment, Requirements, ServerState
 
 ALL_BUT_A = ("*", "!*.lora_A")
 
@@ -22,6 +23,10 @@ ALL_BUT_A = ("*", "!*.lora_A")
 @dataclass(frozen=True, kw_only=True)
 class FFA(FedAvg):
     """B ← sum_k p_k B_k with p_k = n_k / sum n; heads likewise; A stays as the seed drew it."""
+
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""

@@ -24,15 +24,14 @@ from fedtune.config import Config
 from fedtune.plan import Plan, Update
 from fedtune.state import AdapterState
 from fedtune.strategies._lowrank import Cohort, Pair, assign, require_method, stack, truncate, with_factors
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLoRA(Strategy):
     """A_k (r_k, in), B_k (out, r_k)  →  A (r, in), B (out, r) of the config's rank, by falling σ; heads by the weighted mean."""
 
-    mixes_ranks: ClassVar[bool] = True
-    keeps_basis: ClassVar[bool] = False
+    requirements: ClassVar[Requirements] = Requirements(mixes_ranks=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method without factors."""

@@ -29,7 +29,7 @@ from fedtune.plan import Plan, Update
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterState
 from fedtune.strategies._lowrank import Cohort, Pair, Term, assign, compact, require_method, shift, stack, with_factors
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class FLoRA(Strategy):
         max_rank: Largest R that a full cohort may come to, in rows of A; None accepts any.
     """
 
-    mixes_ranks: ClassVar[bool] = True
-    keeps_basis: ClassVar[bool] = False
+    requirements: ClassVar[Requirements] = Requirements(mixes_ranks=True, assumes_zero_init=False)
     max_rank: int | None = None
 
     def check(self, config: Config) -> None:

@@ -30,7 +30,7 @@ from fedtune.state import AdapterState
 from fedtune.strategies._lowrank import FACTORS, norm, require_method
 from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import in_bounds
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _FAINT = 1e-30  # weight of a product that is zero: beside others it counts for nothing, and where all are zero, all count alike
 
@@ -47,8 +47,7 @@ class HetLoRA(Strategy):
         tail_share: γ, the share of the rank that pruning keeps, in (0, 1).
     """
 
-    mixes_ranks: ClassVar[bool] = True
-    from_zero: ClassVar[bool] = True  # a common first product would outweigh what each client has learnt
+    requirements: ClassVar[Requirements] = Requirements(mixes_ranks=True, keeps_basis=True)
     variant: str = "covered"
     tail_penalty: float = 1e-3
     tail_share: float = 0.99

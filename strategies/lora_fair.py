@@ -11,6 +11,7 @@ is found by gradient steps on a similarity with the same penalty; here the error
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fedtune.config import Config
 from fedtune.errors import ConfigError
 from fedtune.plan import Update
 from fedtune.strategies._lowrank import Cohort, Pair, require_method, stack
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class LoRAFair(Strategy):
     Args:
         ridge: λ, in the units of Ā Āᵀ (about 1/3 on its diagonal where A is as LoRA draws it): more keeps B nearer to B̄.
     """
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     ridge: float = 0.01
 

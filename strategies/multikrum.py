@@ -6,13 +6,14 @@ Source: Blanchard et al. 2017, Machine Learning with Adversaries: Byzantine Tole
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
 from fedtune.strategies._require import enough_clients, in_bounds
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class MultiKrum(Strategy):
         malicious: f, how many clients of a round may be malicious.
         select: m, how many to average; the promise needs n ≥ 2f + 3 and m ≤ n − f − 2.
     """
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     malicious: int = 1
     select: int = 3

@@ -14,7 +14,7 @@ from fedtune.config import Config
 from fedtune.plan import Plan, Update
 from fedtune.strategies import _flower
 from fedtune.strategies._require import in_bounds
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _LOSS = "start_loss"  # F_k(w): the loss of the model that the client was sent, before it trains
 
@@ -35,7 +35,9 @@ class QFedAvg(Strategy):
     q: float = 0.1
     lr: float = 1.0
 
-    tells: ClassVar[str] = "an exact loss over their rows"
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, assumes_zero_init=False, extra_disclosure="an exact loss over their rows"
+    )
 
     def check(self, config: Config) -> None:
         in_bounds("q", self.q, ge=0)

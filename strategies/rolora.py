@@ -9,17 +9,18 @@ Source: Chen et al. 2025, Robust Federated Finetuning of LLMs via Alternating Op
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Plan, Update
+from fedtune.plan import Plan
 from fedtune.strategies._lowrank import require_method
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, ServerState
+from fedtune.strategy import Assignment, Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class RoLoRA(FedAvg):
     Memory: `turns`, the rounds that have counted.
     """
 
-    takes_late: ClassVar[bool] = False  # the factor that moves is another one by then
+    # stale: the factor that moves is another one by then
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""
@@ -41,8 +43,8 @@ class RoLoRA(FedAvg):
         moving = ("*", "!*.lora_B") if _turns(state) % 2 else ("*", "!*.lora_A")
         return {p.client: Assignment(plan=dataclasses.replace(p, train=moving, send=moving), adapter=state.adapter) for p in plans}
 
-    def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        after = super().aggregate(round, state, updates)
+    def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
+        after = super().aggregate_mean(round, state, mean)
         return dataclasses.replace(after, memory={"turns": torch.tensor(_turns(state) + 1)})
 
 

@@ -10,6 +10,7 @@ II).
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fedtune.plan import Plan, Update
 from fedtune.strategies._flower import doubles, measured
 from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import in_bounds, plain_sgd, whole_updates
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class SCAFFOLD(Strategy):
     Args:
         lr: Server learning rate η_s.
     """
+
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
 
     lr: float = 1.0
 

@@ -21,7 +21,7 @@ from fedtune.state import AdapterState, random_mask
 from fedtune.strategies._lowrank import FACTORS, Pair, require_method, shift
 from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import in_bounds
-from fedtune.strategy import Assignment, ServerState, Strategy
+from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 QUANTISED = ("nf4", "int8")
 MASKS, MODES = ("random", "gradient"), ("paper", "corrected")
@@ -59,7 +59,9 @@ class SLoRA(Strategy):
     def last_sparse_round(self) -> int:
         return max(1, round(self.sparse_share * self.rounds)) + (self.mask == "gradient")
 
-    tells: ClassVar[str] = "what gradients of their rows choose and train outside of peft.method"
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, assumes_zero_init=False, extra_disclosure="what gradients of their rows choose and train outside of peft.method"
+    )
 
     def check(self, config: Config) -> None:
         for name, choices in (("mask", MASKS), ("mode", MODES)):

@@ -14,6 +14,7 @@ from fedtune.bridge import Bridge
 from fedtune.clients.declining import declining
 from fedtune.config import Config
 from fedtune.errors import UpdateError
+from fedtune.exchange import Exchange, Plain
 from fedtune.plan import Update, matching
 from fedtune.roll import Welcome
 from fedtune.run import RunDirectory
@@ -121,6 +122,7 @@ def bridge(
     config: Config,
     *,
     strategy: Strategy | None = None,
+    exchange: Exchange | None = None,
     initial: AdapterState | None = None,
     patience_s: float = 10.0,
     wanted: int | None = None,
@@ -133,6 +135,7 @@ def bridge(
     made = Bridge(
         grid=InProcessGrid(app, nodes),
         strategy=strategy or FedAvg(),
+        exchange=exchange or Plain(),
         config=config,
         run=run,
         initial=initial or lora_state(fill=0.0),

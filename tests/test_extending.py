@@ -1,5 +1,6 @@
 """docs/extending.md: its strategy and its scenario, outside the repository, in each command."""
 
+import dataclasses
 import inspect
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 from fedtune.compose import compose, make_strategy
 from fedtune.config import Config
 from fedtune.errors import ConfigError
-from fedtune.strategy import ServerState, Strategy
+from fedtune.strategy import Requirements, ServerState, Strategy
 from tests.network.loopback import free_port
 from tests.strategies.updates import drawn, update
 
@@ -55,9 +56,10 @@ def test_the_document_has_the_signatures_of_the_base_class() -> None:
     assert sorted(name for name, _, _ in written) == sorted(methods)
     for name, args, result in written:
         plain = str(inspect.signature(methods[name], eval_str=False)).replace("collections.abc.", "")
-        assert re.sub(r"(fedtune|collections)(\.\w+)*\.", "", plain).replace("'", "") == f"({args}) -> {result}", name
-    attributes = re.search(r"class attributes\n\((.*?)\)", DOC)
-    assert attributes and set(re.findall(r"\w+", attributes[1])) == {n for n in Strategy.__annotations__}
+        assert re.sub(r"(fedtune|collections|torch)(\.\w+)*\.", "", plain).replace("'", "") == f"({args}) -> {result}", name
+    assert list(Strategy.__annotations__) == ["requirements"]
+    fields = re.search(r"with the fields\n\((.*?)\)", DOC, re.S)
+    assert fields and re.findall(r"\w+", fields[1]) == [f.name for f in dataclasses.fields(Requirements)]
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ TAKES = {"fedadagrad", "fedadam", "fedavg", "fedavgm", "fedprox", "fedyogi", "ff
 
 def test_who_takes_late_replies() -> None:
     """Means of the one adapter's tensors, the same ones in every round; the rest hang on the version, the cohort or the order."""
-    assert {n for n, s in STRATEGIES if s.takes_late} == TAKES
+    assert {n for n, s in STRATEGIES if s.requirements.accepts_stale} == TAKES
 
 
 @pytest.mark.parametrize(("name", "strategy"), [p for p in STRATEGIES if p[0] in TAKES], ids=sorted(TAKES))

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "data": CONTRACTS,
     "privacy": CONTRACTS | {"models"},
     "traffic": CONTRACTS,
+    "exchange": CONTRACTS | {"privacy"},
     "inference": CONTRACTS | {"models"},
     "report": CONTRACTS,
     "network": CONTRACTS | {"flower"},
@@ -42,6 +43,8 @@ MAY_IMPORT = {
 }
 EXCEPTIONS = {  # file → what it imports against the table, and why
     "fedtune/post.py": {"traffic"},  # what travels is encoded and decoded between bridge and wire,
+    "fedtune/bridge.py": {"exchange"},  # the round loop plays the exchange that it is given,
+    "fedtune/round.py": {"exchange"},  # and is its channel
     "fedtune/reply.py": {"traffic", "privacy"},  # so that no strategy sees it encoded; and it is held to what it promised
     # what was spent is in the ledgers, also where no record tells of it; and the backbone says how it is loaded
     "fedtune/report/card.py": {"privacy", "models"},

@@ -23,7 +23,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedtune.errors import ConfigError
@@ -89,13 +88,37 @@ def noised(after: Mapping[str, Tensor], before: Mapping[str, Tensor], *, clip: f
     return {n: (before[n].double() + t + drawn[n]).to(after[n].dtype) for n, t in delta.items()}
 
 
-class PrivateMean:
-    """The private mean of one round, folded one client at a time; float64, the memory of one model.
+class SumOverCohort:
+    """(Σ_k Δ_k) / m, folded one client at a time, where m is the cohort that was planned; float64, the memory of one model.
+
+    Args:
+        before: What the clients started from.
+        cohort: m.
+    """
+
+    def __init__(self, before: Mapping[str, Tensor], cohort: int) -> None:
+        self._before, self._cohort, self._total = before, cohort, dict[str, Tensor]()
+
+    def add(self, after: Mapping[str, Tensor]) -> None:
+        """Add what one client sent; each must send the same names."""
+        self._add(moved(after, self._before))
+
+    def _add(self, delta: Mapping[str, Tensor]) -> None:
+        for n, t in delta.items():
+            self._total[n] = self._total[n] + t if n in self._total else t
+
+    def mean(self) -> dict[str, Tensor]:
+        """The tensors after the round, rounded to the dtype of `before`, float64."""
+        return {n: (self._before[n].double() + t / self._cohort).to(self._before[n].dtype).double() for n, t in self._total.items()}
+
+
+class PrivateMean(SumOverCohort):
+    """The private mean of one round: clipped, with noise on the sum.
 
     Args:
         before: What the clients started from.
         clip: C.
-        noise: z; 0 where the clients have added their own.
+        noise: z.
         cohort: m.
         source: Of the noise.
         tracker: Follows the norms; None keeps C.
@@ -104,25 +127,22 @@ class PrivateMean:
     def __init__(
         self, before: Mapping[str, Tensor], *, clip: float, noise: float, cohort: int, source: Source, tracker: Tracker | None = None
     ) -> None:
-        self._before, self._clip, self._cohort, self._source, self._tracker = before, clip, cohort, source, tracker
+        super().__init__(before, cohort)
+        self._clip, self._source, self._tracker = clip, source, tracker
         self._std = clip * (tracker.left(noise, cohort) if tracker else noise) if noise else 0.0
-        self._total: dict[str, Tensor] = {}
         self.came = self.under = 0
 
     def add(self, after: Mapping[str, Tensor]) -> None:
-        """Add what one client sent; each must send the same names."""
         delta = moved(after, self._before)
         self.came += 1
         self.under += norm(delta) <= self._clip
-        for n, t in clipped(delta, self._clip).items():
-            self._total[n] = self._total[n] + t if n in self._total else t
+        self._add(clipped(delta, self._clip))
 
     def close(self) -> tuple[dict[str, Tensor], float]:
-        """The tensors after the round, like `before` in dtype, and the next round's C."""
-        out = {}
-        for n, t in self._total.items():
-            drawn = self._source.normal(tuple(t.shape), self._std) if self._std else torch.zeros((), dtype=torch.float64)
-            out[n] = (self._before[n].double() + (t + drawn) / self._cohort).to(self._before[n].dtype)
+        """The tensors after the round as `mean` gives them, with their noise, and the next round's C."""
+        if self._std:
+            self._total = {n: t + self._source.normal(tuple(t.shape), self._std) for n, t in self._total.items()}
+        out = self.mean()
         if self._tracker is None:
             return out, self._clip
         return out, self._tracker.next(self._clip, self.under, self.came, self._cohort, self._source)

@@ -116,7 +116,7 @@ def test_one_client_is_the_identity(name: str, strategy: Strategy) -> None:
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4, 4, 4, 4, 4), (1, 1, 1, 4, 4, 4, 4), (1, 2, 3, 1, 2, 1, 1)])
 def test_if_nobody_trains_nothing_changes(name: str, strategy: Strategy, ranks: tuple[int, ...]) -> None:
-    if len(set(ranks)) > 1 and not strategy.mixes_ranks:
+    if len(set(ranks)) > 1 and not strategy.requirements.mixes_ranks:
         pytest.skip("takes clients of one rank")
     state = begin = strategy.start(wide())
     for round in (1, 2, 3):

@@ -56,7 +56,8 @@ def rows(count: int, task: TaskConfig) -> list[Example]:
 
 
 def plan(**changes: Any) -> Plan:
-    values: dict[str, Any] = {"turn": "slora", "params": {"stage": "sparse"}, "steps": 3, "epochs": None, "batch_size": 4, "clip_norm": None}
+    values: dict[str, Any] = {"turn": "slora", "params": {"stage": "sparse"}, "steps": 3, "epochs": None, "batch_size": 4}
+    values |= {"clip_norm": None}
     values |= {"lr": 1e-2, "lr_last": 1e-2}
     return Plan(round=1, client="c", base_version=0, **{**values, **changes})
 

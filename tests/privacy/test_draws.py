@@ -13,9 +13,9 @@ from torch import Tensor
 from fedtune.app import simulate
 from fedtune.config import ClientConfig, Config, PrivacyConfig, check
 from fedtune.errors import UpdateError
+from fedtune.exchange import make_exchange
 from fedtune.planning import base_plan
 from fedtune.privacy.accounting import Spend, epsilon, solve_noise
-from fedtune.privacy.central import private_strategy
 from fedtune.privacy.dpsgd import PrivateGradient
 from fedtune.privacy.turn import applied
 from fedtune.privacy.user import moved
@@ -23,8 +23,10 @@ from fedtune.privacy.verify import verify
 from fedtune.reply import read_update
 from fedtune.report import read_metrics
 from fedtune.strategies.fedavg import FedAvg
+from fedtune.strategy import ServerState
+from tests.exchange.channel import Sent
+from tests.exchange.test_central_dp import update
 from tests.fakes import lora_state
-from tests.privacy.test_central import update
 from tests.tiny import tiny_config
 
 RECORD = PrivacyConfig(kind="record", epsilon=8.0, clip=0.5, accountant="rdp")
@@ -55,7 +57,7 @@ def test_every_client_round_and_step_draws_noise_of_its_own(tmp_path: Path, monk
     if kind == "record":
         monkeypatch.setattr(PrivateGradient, "step", step)
     else:
-        monkeypatch.setattr("fedtune.bridge.read_update", read)
+        monkeypatch.setattr("fedtune.round.read_update", read)
     simulate(check(tiny_config(tmp_path, privacy=loud)))
     assert len(drawn) == (16 if kind == "record" else 8)  # four clients, two rounds, and two steps each
     assert apart(drawn) > 0.8
@@ -65,8 +67,9 @@ def test_the_server_draws_other_noise_in_each_round_and_run(tmp_path: Path) -> N
     made = Config(rounds=3, clients_per_round=4, privacy=PrivacyConfig(kind="user", clip=1.0, noise=1.0, epsilon=None))
     sent, drawn = [update("a", lora_state(fill=0.0))], list[Tensor]()
     for seed, round in itertools.product((0, 1), (1, 2, 3)):
-        around = private_strategy(dataclasses.replace(made, seed=seed), FedAvg(), 4, tmp_path / f"{seed}-{round}")
-        after = around.aggregate(round, around.start(lora_state(fill=0.0)), sent)
+        exchange = make_exchange(dataclasses.replace(made, seed=seed), 4, tmp_path / f"{seed}-{round}")
+        begin = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
+        after = exchange.run(round, begin, FedAvg(), Sent(sent))
         drawn.append(torch.cat([t.flatten() for t in after.adapter.tensors.values()]))
     assert apart(drawn) > 0.5  # few entries
 

@@ -239,7 +239,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         norms.append(norm(moved(update.adapter.tensors, base)))
         return update
 
-    monkeypatch.setattr("fedtune.bridge.read_update", read)
+    monkeypatch.setattr("fedtune.round.read_update", read)
     return norms
 
 

@@ -9,7 +9,7 @@ from flwr.serverapp import strategy as flower
 
 from fedtune.config import Config
 from fedtune.errors import ConfigError
-from fedtune.strategies import _flower
+from fedtune.strategies import _flower, _mean
 from fedtune.strategies import fedadagrad as module
 from fedtune.strategies.fedadagrad import FedAdagrad
 from fedtune.strategy import ServerState
@@ -31,12 +31,15 @@ def test_two_rounds_by_hand() -> None:
     check_by_hand()
 
 
+ADD = _mean.Mean.add
+
+
 @pytest.mark.parametrize(
     ("where", "name", "wrong"),
     [
         pytest.param(_flower, "remembered", lambda memory, what, names: None, id="v forgotten"),
         pytest.param(module.flower, "FedAdagrad", lambda eta, tau: flower.FedAdam(eta=eta, beta_1=0.0, tau=tau), id="Adam's v"),
-        pytest.param(_flower, "mean_of", lambda updates, like: dict(list(updates)[-1].adapter.tensors), id="weights dropped"),
+        pytest.param(_mean.Mean, "add", lambda self, tensors, weight: ADD(self, tensors, 1.0), id="weights dropped"),
     ],
 )
 def test_a_wrong_formula_is_caught(where: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,15 @@ import yaml
 from fedtune.compose import choices, compose, make_strategy
 from fedtune.config import Config, PrivacyConfig
 from fedtune.errors import ConfigError
+from fedtune.exchange import CentralDP, make_exchange
 from fedtune.plan import Plan, Update, matching
 from fedtune.privacy.accounting import Spend, epsilon
-from fedtune.privacy.central import PrivateCohort, private_strategy
 from fedtune.privacy.ledger import Ledger, ledger_file
 from fedtune.state import AdapterState
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
 from fedtune.strategy import ServerState, Strategy
+from tests.exchange.channel import Sent
 from tests.fakes import bridge, fake_client_app, lora_state
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,8 @@ def config(rounds: int = 1, cohort: int = 10, **privacy: Any) -> Config:
 
 
 def run(path: Path, made: Config, clients: dict[str, int], strategy: Strategy | None = None) -> tuple[ServerState, Any]:
-    around = private_strategy(made, strategy or FedAvg(), len(clients), path / "privacy")
-    at, ear = bridge(path / "r", fake_client_app(clients), len(clients), made, strategy=around)
+    exchange = make_exchange(made, len(clients), path / "privacy")
+    at, ear = bridge(path / "r", fake_client_app(clients), len(clients), made, strategy=strategy, exchange=exchange)
     return at.loop(), ear
 
 
@@ -57,7 +58,7 @@ def update(client: str, adapter: AdapterState, examples: int = 5) -> Update:
 ALL = {type(s).__name__: s for s in strategies()}
 
 
-@pytest.mark.parametrize("name", [n for n, s in ALL.items() if s.takes_mean])
+@pytest.mark.parametrize("name", [n for n, s in ALL.items() if s.requirements.needs_only_mean])
 def test_a_strategy_that_takes_means_sees_no_more(name: str) -> None:
     strategy, base = ALL[name], lora_state(seed=3)
     state = strategy.start(base)
@@ -65,16 +66,16 @@ def test_a_strategy_that_takes_means_sees_no_more(name: str) -> None:
         given = strategy.plan(round, [Plan(round=round, client=c, base_version=0) for c in "abc"], state)
         send = given["a"].plan.send
         sent = [base.replace({n: t + k for n, t in state.adapter.subset(matching(base.tensors, send)).tensors.items()}) for k in (1, 2, 6)]
-        mean = sent[0].replace({n: torch.stack([s[n].double() for s in sent]).mean(0).float() for n in sent[0].tensors})
+        mean = {n: torch.stack([s[n].double() for s in sent]).mean(0) for n in sent[0].tensors}
         many = strategy.aggregate(round, state, [update(c, s) for c, s in zip("abc", sent, strict=True)])
-        one = strategy.aggregate(round, state, [update("", mean, 1)])
+        one = strategy.aggregate_mean(round, state, mean)
         for n, t in many.adapter.tensors.items():
             torch.testing.assert_close(one.adapter[n], t, rtol=1e-4, atol=1e-5)
         state = many
 
 
 def test_a_strategy_that_needs_each_update_is_not_marked() -> None:
-    assert {n for n, s in ALL.items() if s.takes_mean} == {
+    assert {n for n, s in ALL.items() if s.requirements.needs_only_mean} == {
         "FedAvg", "FedProx", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FFA", "RoLoRA", "FedSA", "FedSVD"
     }  # fmt: skip
     median, state = FedMedian(), ServerState(adapter=lora_state(fill=0.0))
@@ -111,7 +112,7 @@ def test_the_strategies_run_and_remember(tmp_path: Path, name: str) -> None:
     made = config(3, 2, clip=0.5, noise=0.3, epsilon=None, adaptive=True, bit_noise=0.4)
     state, ear = run(tmp_path, made, {"a": 1, "b": 3, "c": 11}, ALL[name])
     assert state.adapter.spec.version == 3 and [r["counted"] for r in ear.records[1:]] == [2, 2, 2]
-    clips = [r["dp_clip"] for r in ear.records[1:]] + [float(state.memory["privacy.clip"])]
+    clips = [r["dp_clip"] for r in ear.records[1:]] + [float(state.exchange["clip"])]
     assert clips[0] == 0.5 and len(set(clips)) == 4
 
 
@@ -148,27 +149,29 @@ def test_who_has_spent_all_is_asked_no_more_and_the_rest_go_on(tmp_path: Path) -
 def test_a_round_taken_again_after_a_kill_is_paid_again(tmp_path: Path) -> None:
     made = config(2, 2, clip=1.0, noise=2.0, epsilon=None)
     run(tmp_path, made, {"a": 1, "b": 3})
-    around = private_strategy(made, FedAvg(), 2, tmp_path / "privacy")
-    assert isinstance(around, PrivateCohort)
-    state = around.start(lora_state(fill=0.0))
-    sent = [update("a", lora_state(fill=1.0))]
-    again = around.aggregate(2, state, sent)
+    exchange = make_exchange(made, 2, tmp_path / "privacy")
+    assert isinstance(exchange, CentralDP)
+    state = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
+    sent = Sent([update("a", lora_state(fill=1.0))])
+    again = exchange.run(2, state, FedAvg(), sent)
     assert len(Ledger(ledger_file(tmp_path / "privacy", "a")).spent()) == 3
     # and the same round draws the same noise
-    twice = around.aggregate(2, state, sent)
+    twice = exchange.run(2, state, FedAvg(), sent)
     assert all(torch.equal(t, twice.adapter[n]) for n, t in again.adapter.tensors.items())
-    fresh = dataclasses.replace(around, privacy=dataclasses.replace(around.privacy, secure_rng=True)).aggregate(2, state, sent)
+    secure = dataclasses.replace(exchange, privacy=dataclasses.replace(exchange.privacy, secure_rng=True))
+    fresh = secure.run(2, state, FedAvg(), sent)
     assert not torch.equal(fresh.adapter["head.weight"], again.adapter["head.weight"])
 
 
 def test_spending_comes_before_the_state_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    around = private_strategy(config(clip=1.0, noise=2.0, epsilon=None), FedAvg(), 2, tmp_path)
-    monkeypatch.setattr(FedAvg, "aggregate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    exchange = make_exchange(config(clip=1.0, noise=2.0, epsilon=None), 2, tmp_path)
+    monkeypatch.setattr(FedAvg, "aggregate_mean", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        around.aggregate(1, around.start(lora_state(fill=0.0)), [update("a", lora_state(fill=1.0))])
+        state = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
+        exchange.run(1, state, FedAvg(), Sent([update("a", lora_state(fill=1.0))]))
     assert len(Ledger(ledger_file(tmp_path, "a")).spent()) == 1
 
 
 def test_bits_that_cost_too_much_are_refused_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="raise privacy.bit_noise"):
-        private_strategy(config(2, 2, noise=2.0, adaptive=True), FedAvg(), 2, tmp_path)
+        make_exchange(config(2, 2, noise=2.0, adaptive=True), 2, tmp_path)

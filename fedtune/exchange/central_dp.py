@@ -1,0 +1,106 @@
+"""User-level privacy at the server: clipped updates, their noised mean, and nothing else reaches the strategy.
+
+Between the decoded updates and the strategy stands only a sum, which secure aggregation can take over. Cohorts are of a fixed size and
+known to the server, so that no amplification by sampling is claimed: a client pays in full for each round that its update counts in, and
+not for others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedtune.config import PrivacyConfig
+from fedtune.exchange.base import Channel, Exchange
+from fedtune.privacy.accounting import Spend, solve_noise
+from fedtune.privacy.ledger import Ledger, ledger_file, most_spent
+from fedtune.privacy.noise import source
+from fedtune.privacy.user import PrivateMean, Tracker
+from fedtune.strategy import ServerState, Strategy
+
+CLIP = "clip"  # in ServerState.exchange: the C of the next round
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralDP(Exchange):
+    """Δ ← ( Σ_k clip(Δ_k) + N(0, (zC)²I) ) / m; every client weighs the same. See fedtune/privacy/user.py.
+
+    Args:
+        privacy: What is asked for.
+        cohort: m, the clients that a round is planned with.
+        rounds: Of the run: how many turns a client may have at most.
+        seed: The run's.
+        folder: Of the ledgers.
+    """
+
+    privacy: PrivacyConfig
+    cohort: int
+    rounds: int
+    seed: int
+    folder: Path
+
+    @property
+    def noise(self) -> float:
+        """z."""
+        p = self.privacy
+        if p.noise is not None:
+            return p.noise
+        assert p.epsilon is not None  # the config's check
+        return solve_noise(p.epsilon, p.delta, 1.0, max(1, p.turns or self.rounds), p.accountant)
+
+    @property
+    def tracker(self) -> Tracker:
+        p = self.privacy
+        return Tracker(quantile=p.clip_quantile, rate=p.clip_rate, noise=p.bit_noise)
+
+    def start(self) -> Mapping[str, Tensor]:
+        return {CLIP: torch.tensor(self.privacy.clip, dtype=torch.float64)}
+
+    def left_out(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
+        """Clients whose budget another turn would exceed."""
+        p, out = self.privacy, dict[str, tuple[str, str]]()
+        if p.epsilon is None:
+            return out
+        for client in clients:
+            coming = self._ledger(client).epsilon(p.delta, p.accountant, self._cost())
+            if coming > p.epsilon:
+                out[client] = "privacy", f"another turn would cost ε = {coming:.3f}, more than privacy.epsilon={p.epsilon:g}"
+        return out
+
+    def run(self, round: int, state: ServerState, strategy: Strategy, channel: Channel) -> ServerState:
+        """What the round costs is on the disk before the strategy sees the mean."""
+        p = self.privacy
+        mean = PrivateMean(
+            state.adapter.tensors,
+            clip=self.clip(state),
+            noise=self.noise,
+            cohort=self.cohort,
+            source=source(p.secure_rng, self.seed, "privacy", round),
+            tracker=self.tracker if p.adaptive else None,
+        )
+        for update in channel.train():
+            self._ledger(update.client).spend(round, self._cost())
+            mean.add(update.adapter.tensors)
+        tensors, clip = mean.close()
+        after = strategy.aggregate_mean(round, state, tensors)
+        kept = {CLIP: torch.tensor(clip if p.adaptive else p.clip, dtype=torch.float64)}
+        return ServerState(adapter=after.adapter, memory=after.memory, exchange=kept, shifts=after.shifts)
+
+    def figures(self, round: int, before: ServerState, after: ServerState) -> Mapping[str, float]:
+        """C and z of the round, and the ε of the client that has spent most so far."""
+        p = self.privacy
+        # of all ledgers: a run that goes on from an older checkpoint no longer knows who took part since
+        most = most_spent(self.folder, p.delta, p.accountant)
+        return {"dp_clip": self.clip(before), "dp_noise": self.noise, "epsilon": most}
+
+    def clip(self, state: ServerState) -> float:
+        """C of the next round."""
+        return float(state.exchange[CLIP])
+
+    def _cost(self) -> Spend:
+        return Spend(noise=self.noise, rate=1.0, steps=1)
+
+    def _ledger(self, client: str) -> Ledger:
+        return Ledger(ledger_file(self.folder, client))

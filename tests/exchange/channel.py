@@ -1,0 +1,23 @@
+"""A channel for tests of exchanges alone."""
+
+from collections.abc import Iterator, Mapping
+
+from flwr.app import RecordDict
+
+from fedtune.exchange import NoUpdates
+from fedtune.plan import Update
+
+
+class Sent:
+    """A channel whose updates are there already."""
+
+    def __init__(self, updates: list[Update]) -> None:
+        self._updates, self.cohort = updates, [u.client for u in updates]
+
+    def ask(self, stage: str, contents: Mapping[str, RecordDict]) -> Iterator[tuple[str, RecordDict]]:
+        raise NotImplementedError
+
+    def train(self) -> Iterator[Update]:
+        if not self._updates:
+            raise NoUpdates
+        return iter(self._updates)
