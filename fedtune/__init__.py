@@ -1,8 +1,10 @@
 """Federated parameter-efficient fine-tuning of language models: simulate, deploy, run at the edge."""
 
+import importlib
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 for _name, _value in {
     # set before Flower and Ray are imported anywhere: nothing that runs here reports home
@@ -20,3 +22,54 @@ if not (_here / "strategies").is_dir() and (_here.parent / "strategies").is_dir(
     __path__.append(str(_here.parent))  # a checkout or an app bundle: the sub-packages sit beside this folder
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # imported when they are first used, so that `import fedtune` loads nothing
+    from fedtune.clients.turns import Turn, Work
+    from fedtune.config import Config
+    from fedtune.errors import FedtuneError
+    from fedtune.inference import export_hf, generate_text
+    from fedtune.inference.engine.load import load_engine
+    from fedtune.library import Result, configure, load_run, run
+    from fedtune.plan import Plan, Update
+    from fedtune.state import AdapterState
+    from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
+
+__all__ = [
+    "AdapterState",
+    "Assignment",
+    "Config",
+    "FedtuneError",
+    "Plan",
+    "Requirements",
+    "Result",
+    "ServerState",
+    "Strategy",
+    "Turn",
+    "Update",
+    "Work",
+    "configure",
+    "export_hf",
+    "generate_text",
+    "load_engine",
+    "load_run",
+    "run",
+]
+
+_HOMES = {
+    "clients.turns": ("Turn", "Work"),
+    "config": ("Config",),
+    "errors": ("FedtuneError",),
+    "inference": ("export_hf", "generate_text"),
+    "inference.engine.load": ("load_engine",),
+    "library": ("Result", "configure", "load_run", "run"),
+    "plan": ("Plan", "Update"),
+    "state": ("AdapterState",),
+    "strategy": ("Assignment", "Requirements", "ServerState", "Strategy"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"fedtune.{module}"), name)
+    raise AttributeError(f"module 'fedtune' has no attribute '{name}'")

@@ -16,7 +16,7 @@ from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
 from fedtune.clients.store import ClientStore
 from fedtune.clients.workspace import Workspace, workspace
-from fedtune.compose import make_strategy
+from fedtune.compose import check_strategy, make_strategy
 from fedtune.config import Config, to_dict
 from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_trouble
 from fedtune.exchange import Exchange, make_exchange
@@ -29,7 +29,7 @@ from fedtune.models.tasks import generate_answers
 from fedtune.privacy.ledger import ledgers_in
 from fedtune.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.roll import Welcome
-from fedtune.run import RunDirectory
+from fedtune.runs.directory import RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.simulations.ray import check_ray, ray_grid
 from fedtune.strategy import ServerState, Strategy
@@ -58,11 +58,11 @@ class Stage:
 Engine = Callable[[Stage], None]
 
 
-def simulate(config: Config) -> Path:
-    """Run the experiment with virtual clients, or go on with one, and return its run directory."""
+def simulate(config: Config, strategy: Strategy | None = None) -> Path:
+    """Run the experiment with virtual clients, or go on with one, and return its run directory; `strategy` stands for the config's."""
     if config.engine.kind == "ray":
         check_ray(config.engine)
-    return conduct(config, _virtual_clients)
+    return conduct(config, _virtual_clients, strategy=strategy)
 
 
 def conduct(
@@ -73,6 +73,7 @@ def conduct(
     space: Workspace | None = None,
     clients: int | None = None,
     live: bool = False,
+    strategy: Strategy | None = None,
 ) -> Path:
     """Run the experiment, or go on with one, on a grid of any kind, and return its run directory.
 
@@ -83,9 +84,13 @@ def conduct(
         space: What this process holds of the experiment; None is what every virtual client needs.
         clients: How many clients there are, which user-level privacy counts on; None is as many as the data has.
         live: Whether the report is made anew after each round, to be watched in a browser.
+        strategy: How updates become a state; None is the config's.
     """
     flower.quiet()
-    strategy = make_strategy(config)
+    if strategy is None:
+        strategy = make_strategy(config)
+    else:
+        check_strategy(strategy, config)
     space = space or workspace(json.dumps(to_dict(config)))
     run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config, at)
     try:

@@ -25,7 +25,7 @@ from fedtune.post import Letter, check_affordable, write_letters
 from fedtune.reply import read_metrics
 from fedtune.roll import Client, Roll, Welcome
 from fedtune.round import Round
-from fedtune.run import Checkpoint, RunDirectory
+from fedtune.runs.directory import Checkpoint, RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.silence import resting
 from fedtune.snapshot import Snapshots

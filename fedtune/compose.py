@@ -38,7 +38,7 @@ from fedtune.parsing import read_text, reason
 from fedtune.run_config import read_config
 
 if TYPE_CHECKING:  # imports torch
-    from fedtune.strategy import Requirements, Strategy
+    from fedtune.strategy import Strategy
 
 DEFAULT_SCENARIO = "heterogeneous"
 _BASE = "base"  # conf/base.yaml: the schema and a choice for every group, which every scenario starts from
@@ -130,13 +130,13 @@ def make_strategy(config: Config) -> "Strategy":
         raise
     except Exception as bad:  # whatever a class of the user's raises, such as TypeError where `aggregate` is missing
         raise ConfigError(f"strategy._target_={target} cannot be made: {_raised(bad)}") from None
-    _check_requirements(name, kind.requirements, config)
-    strategy.check(config)
+    check_strategy(strategy, config)
     return strategy
 
 
-def _check_requirements(name: str, needs: "Requirements", config: Config) -> None:
-    """Raises ConfigError where the config asks for what the strategy does not allow."""
+def check_strategy(strategy: "Strategy", config: Config) -> None:
+    """Raises ConfigError where the config asks for what the strategy does not allow, or the method makes no sense with it."""
+    name, needs = type(strategy).__name__, strategy.requirements
     if not needs.mixes_ranks and any(device.rank not in (None, config.peft.rank) for device in config.devices.classes.values()):
         raise ConfigError(f"{name} needs one rank: leave out devices.classes.*.rank, or take a strategy that mixes ranks, such as flexlora")
     if not needs.keeps_basis and config.traffic.error_feedback:
@@ -153,6 +153,7 @@ def _check_requirements(name: str, needs: "Requirements", config: Config) -> Non
         raise ConfigError(f"{name} has clients tell {needs.extra_disclosure}, which privacy={private} does not cover: take strategy=fedavg")
     if private == "user" and not needs.needs_only_mean:
         raise ConfigError(f"{name} needs each client's own update, privacy=user shows it their noised mean only: take strategy=fedavg")
+    strategy.check(config)
 
 
 def _imported(target: str, config: Config) -> object:

@@ -29,7 +29,7 @@ from fedtune.compose import compose
 from fedtune.config import Config, to_dict
 from fedtune.data import collate
 from fedtune.planning import base_plan
-from fedtune.run import RunDirectory
+from fedtune.runs.directory import RunDirectory
 from fedtune.simulations.grid import InProcessGrid
 from fedtune.simulations.together import Together
 from fedtune.strategies.fedavg import FedAvg

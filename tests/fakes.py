@@ -17,7 +17,7 @@ from fedtune.errors import UpdateError
 from fedtune.exchange import Exchange, Plain
 from fedtune.plan import Update, matching
 from fedtune.roll import Welcome
-from fedtune.run import RunDirectory
+from fedtune.runs.directory import RunDirectory
 from fedtune.simulations.grid import InProcessGrid
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies.fedavg import FedAvg

@@ -15,7 +15,7 @@ PARTS = (
     "fedtune/server.py",
     "fedtune/client.py",
     "fedtune/status.py",
-    "fedtune/run.py",
+    "fedtune/runs/directory.py",
     "fedtune/run_config.py",
     "fedtune/app.py",
     "fedtune/sim.py",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.config import Config, EvalConfig
-from fedtune.run import read_config
+from fedtune.runs.directory import read_config
 from tests.tiny import tiny_config
 
 _KILLS, _ROUNDS = 12, 40

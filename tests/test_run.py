@@ -8,7 +8,7 @@ import torch
 
 from fedtune.config import Config
 from fedtune.errors import CheckpointError, ConfigError, RunError
-from fedtune.run import Checkpoint, RunDirectory, read_config
+from fedtune.runs.directory import Checkpoint, RunDirectory, read_config
 from fedtune.strategy import ServerState
 from tests.fakes import lora_state
 

@@ -16,8 +16,8 @@ from fedtune.errors import FedtuneError, RunError
 from fedtune.keys import make_keys, read_allowed
 from fedtune.network.database import is_whole, make_database
 from fedtune.network.node import _identity
-from fedtune.run import RunDirectory
 from fedtune.run_config import read_config
+from fedtune.runs.directory import RunDirectory
 
 Make = Callable[[Path], object]
 

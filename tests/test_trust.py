@@ -17,8 +17,8 @@ from fedtune.compose import compose
 from fedtune.config import Config, InferenceConfig, ModelConfig
 from fedtune.errors import FedtuneError
 from fedtune.inference.quantise.calibrate import beyond_privacy, read_texts
-from fedtune.run import RunDirectory
 from fedtune.run_config import read_config
+from fedtune.runs.directory import RunDirectory
 from fedtune.server import main as server
 from fedtune.sim import main as sim
 from tests.tiny import tiny_config

@@ -10,17 +10,28 @@ import re
 from collections.abc import Mapping
 
 from fedtune.clients.turns.base import Batch, Stack, Turn, Work
-from fedtune.errors import PlanError
+from fedtune.errors import ConfigError, PlanError
 from fedtune.plan import Plan, Scalar
 from fedtune.reading import read_fields
 
 _REGISTERED: dict[str, type[Turn]] = {}
 _NO_TURN = {"base"}
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def register(name: str, kind: type[Turn]) -> None:
-    """Make a turn that is written elsewhere, such as in a notebook, known to the clients of this process."""
+    """Make a turn that is written elsewhere, such as in a notebook, known to the clients of this process.
+
+    Raises:
+        ConfigError: The name is one of fedtune's own turns, or no name.
+    """
+    if not _NAME.fullmatch(name) or _is_own(name):
+        raise ConfigError(f"a turn cannot be called '{name}': take a name of small letters, digits and _ that fedtune has no turn of")
     _REGISTERED[name] = kind
+
+
+def _is_own(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and name not in _NO_TURN and importlib.util.find_spec(f"{__name__}.{name}") is not None
 
 
 def find(name: str) -> type[Turn]:
@@ -31,8 +42,8 @@ def find(name: str) -> type[Turn]:
     """
     if name in _REGISTERED:
         return _REGISTERED[name]
-    dotted = f"{__name__}.{name}"
-    if re.fullmatch(r"[a-z][a-z0-9_]*", name) and name not in _NO_TURN and importlib.util.find_spec(dotted):
+    if _is_own(name):
+        dotted = f"{__name__}.{name}"
         module = importlib.import_module(dotted)
         kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Turn) and k.__module__ == dotted]
         return kinds[0]

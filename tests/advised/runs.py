@@ -16,7 +16,7 @@ import yaml
 from fedtune.config import EvalConfig, InferenceConfig, TaskConfig, from_dict, to_dict
 from fedtune.errors import UpdateError
 from fedtune.report import MetricsWriter, compare, write_report
-from fedtune.run import RunDirectory
+from fedtune.runs.directory import RunDirectory
 from tests.advised.keys import quiet_server
 from tests.advised.rows import Place, command, composed, follows, raised
 from tests.tiny import tiny_config
@@ -189,7 +189,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("cannot write the checkpoint {}: {}; free the disk and resume with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = _broken(place, "fedtune.run.save_file", _full)
+    said = _broken(place, "fedtune.runs.directory.save_file", _full)
     yield said
     yield place.run("fedtune.sim", setting_of(said))
 
@@ -197,14 +197,14 @@ def _(place: Place) -> Iterator[str]:
 @follows("cannot write {}: {}; make the run's folder writable", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
-    yield _broken(place, "fedtune.run._write", _full, "fedtune.sim", f"resume={run}")
+    yield _broken(place, "fedtune.runs.directory._write", _full, "fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 
 @follows("cannot open the run {}: {}; make the run's folder writable", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
-    yield _broken(place, "fedtune.run.open", _full, "fedtune.sim", f"resume={run}")
+    yield _broken(place, "fedtune.runs.directory.open", _full, "fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 

@@ -24,7 +24,7 @@ from fedtune.config import METHODS, ClientConfig, Config, DataConfig, EngineConf
 from fedtune.errors import FedtuneError
 from fedtune.inference.export import export_hf
 from fedtune.plan import Update
-from fedtune.run import read_checkpoint
+from fedtune.runs.directory import read_checkpoint
 from fedtune.simulations.grid import InProcessGrid
 from fedtune.state import AdapterState
 from fedtune.strategy import ServerState

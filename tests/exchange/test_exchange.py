@@ -16,7 +16,7 @@ from fedtune.config import Config, PrivacyConfig
 from fedtune.errors import Decline
 from fedtune.exchange import CentralDP, Channel, Exchange, LocalDP, NoUpdates, Plain, make_exchange
 from fedtune.plan import Update
-from fedtune.run import read_checkpoint
+from fedtune.runs.directory import read_checkpoint
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
 from fedtune.strategy import ServerState, Strategy

@@ -49,9 +49,10 @@ class Points:
 
 
 def server(points: Points) -> None:
-    from fedtune import bridge, run
+    from fedtune import bridge
     from fedtune.network import link
     from fedtune.network.grid import LinkGrid
+    from fedtune.runs import directory as run
     from fedtune.strategies.fedavg import FedAvg
 
     fork_from(link)

@@ -31,7 +31,7 @@ from fedtune.privacy.verify import verify
 from fedtune.promise import agree, terms
 from fedtune.reply import read_update
 from fedtune.report import read_metrics
-from fedtune.run import RunDirectory
+from fedtune.runs.directory import RunDirectory
 from tests.tiny import tiny_config
 from tests.working import work_in
 
@@ -173,7 +173,7 @@ from fedtune.clients import app
 from fedtune.config import from_dict
 from fedtune.privacy.dpsgd import PrivateGradient
 from fedtune.privacy.ledger import Ledger
-from fedtune.run import RunDirectory
+from fedtune.runs.directory import RunDirectory
 
 def at(kind, name, when, count):  # kill -9 at the count-th call, before it or after it; each step leaves a trace
     right, calls = getattr(kind, name), []

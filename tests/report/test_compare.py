@@ -14,7 +14,7 @@ from fedtune.config import to_dict
 from fedtune.errors import CheckpointError, ConfigError
 from fedtune.report import compare as module
 from fedtune.report.compare import Comparison, markdown, spread, table_csv
-from fedtune.run import read_config
+from fedtune.runs.directory import read_config
 
 
 def run(

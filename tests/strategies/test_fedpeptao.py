@@ -17,7 +17,7 @@ from fedtune.clients.workspace import workspace
 from fedtune.config import ClientConfig, Config, EvalConfig, PeftConfig, TaskConfig, TrafficConfig, to_dict
 from fedtune.errors import ConfigError, UpdateError
 from fedtune.plan import Plan, Update, matching
-from fedtune.run import RunDirectory
+from fedtune.runs.directory import RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import fedpeptao

@@ -11,7 +11,7 @@ import torch
 from fedtune.app import simulate
 from fedtune.compose import choices, compose
 from fedtune.config import PeftConfig, TrafficConfig
-from fedtune.run import read_config
+from fedtune.runs.directory import read_config
 from fedtune.state import AdapterState
 from tests.tiny import tiny_config
 
