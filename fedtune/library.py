@@ -60,7 +60,7 @@ class Result:
 
         file = self.path / "adapter" / "fedtune.safetensors"
         if not file.is_file():
-            raise CheckpointError(f"{self.path} has no adapter yet: go on with fedtune.run(fedtune.configure('resume={self.path}'))")
+            raise CheckpointError(f"{self.path} has no adapter yet: go on with resume={self.path}")
         return AdapterState.load(file)
 
     @property

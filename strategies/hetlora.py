@@ -3,11 +3,14 @@
 Down: a client of rank r_k gets the first r_k rows of A and columns of B. Up: row i of A and column i of B are averaged over the clients
 with r_k ≥ i, with weights in proportion to ‖B_k A_k‖_F; where there is no such client, both stay as they were. Ranks prune themselves: the
 client's loss carries λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖, and where a turn made that product smaller, the client goes on with rank ⌊γr⌋, in later
-rounds too.
+rounds too, where λ > 0.
 
 The paper (`variant: paper`) zero-pads the factors to the slot's rank and averages over all clients. Component i then shrinks by the weight
 of the clients with r_k < i each round, even where nobody trains, and with mixed ranks the last components vanish (rank collapse, Wu et al.
 2026, arXiv:2602.13486).
+The paper prunes (λ > 0). With `covered` that is not the default: in the paper's form the server's zeros keep the last components small,
+so that turns make them larger and seldom prune; without these zeros ranks fall every few turns, and what is learned with them.
+
 Ours, where the paper writes of one matrix or leaves it open: each module has its own weights and its own rank; heads are averaged by
 examples; the scaling s is the slot's own at every rank, so that cutting leaves the rest of the product as it was; a row of A that nobody
 trained stays as it was (in the paper's form its column of B is zero, as padding says: were both zero, no gradient would move them again).
@@ -43,13 +46,13 @@ class HetLoRA(Strategy):
 
     Args:
         variant: `covered`, as above; or `paper`: a client counts for the components that it lacks too, with zeros.
-        tail_penalty: λ of rank self-pruning; 0 switches it off.
+        tail_penalty: λ of rank self-pruning; 0 switches it off, the paper has 1e-3.
         tail_share: γ, the share of the rank that pruning keeps, in (0, 1).
     """
 
     requirements: ClassVar[Requirements] = Requirements(mixes_ranks=True, keeps_basis=True)
     variant: str = "covered"
-    tail_penalty: float = 1e-3
+    tail_penalty: float = 0.0
     tail_share: float = 0.99
 
     def check(self, config: Config) -> None:

@@ -124,7 +124,7 @@ def test_a_run_is_stopped_and_the_process_lives_on(tmp_path: Path) -> None:
     path = str(stop.value).partition("resume=")[2]
     part = fedtune.load_run(path)
     assert [r["round"] for r in part.rounds] == [0, 1]
-    with pytest.raises(CheckpointError, match="has no adapter yet: go on with fedtune.run"):
+    with pytest.raises(CheckpointError, match="has no adapter yet: go on with resume="):
         _ = part.adapter
     on = fedtune.run(dataclasses.replace(part.config, resume=path), strategy=Uniform(), turns=turns)
     assert str(on.path) == path and far(on.adapter, whole.adapter) == 0.0

@@ -142,7 +142,7 @@ def test_cutting_what_padding_added_is_the_identity() -> None:
 
 
 def test_a_pruned_rank_is_remembered_for_good(tmp_path: Path) -> None:
-    strategy, state = HetLoRA(), HetLoRA().start(lora_state())
+    strategy, state = HetLoRA(tail_penalty=1e-3), HetLoRA().start(lora_state())
     pruned = truncated(lora_state(seed=2), {"q": 1, "up": 1})
     state = strategy.aggregate(1, state, iter([update("a", pruned), update("b", lora_state(seed=3))]))
     assert dict(state.adapter.spec.ranks) == {"q": 2, "up": 1}  # the slot's own
@@ -164,7 +164,7 @@ def test_without_pruning_nothing_is_remembered() -> None:
 
 def test_rounds_over_the_wire(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
-    made, ear = bridge(tmp_path / "run", fake_client_app({"a": 2, "b": 2}), 2, config, strategy=HetLoRA(), initial=lora_state(fill=0.0))
+    made, ear = bridge(tmp_path / "run", fake_client_app({"a": 2, "b": 2}), 2, config, strategy=HetLoRA(tail_penalty=1e-3), initial=lora_state(fill=0.0))
     state = made.loop()
     assert [r["dropped"] for r in ear.records[1:]] == [{}, {}]
     assert all(bool((t == 4.0).all()) for t in state.adapter.tensors.values())  # two equal clients add 2 a round
