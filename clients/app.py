@@ -30,7 +30,7 @@ from fedtune.config import Config, DeviceClass, to_dict
 from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
 from fedtune.models import LiveAdapter
-from fedtune.models.methods.sparse import SparseSlot
+from fedtune.models.sparse import SparseSlot
 from fedtune.plan import Plan, Update, matching
 from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import ledgers_in

@@ -10,9 +10,9 @@ from fedtune.config import Config
 from fedtune.data import Example
 from fedtune.errors import PlanError
 from fedtune.models import LiveAdapter, load_backbone
-from fedtune.models.methods.sparse import SparseSlot
 from fedtune.models.probe import probe
 from fedtune.models.shift import FrozenWeights
+from fedtune.models.sparse import SparseSlot
 from fedtune.models.tasks import score_examples, summarise
 from fedtune.state import AdapterState
 

@@ -21,7 +21,7 @@ from fedtune.data import Example, collate
 from fedtune.errors import Decline, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.memory import is_out_of_memory
-from fedtune.models.methods.sparse import SparseSlot
+from fedtune.models.sparse import SparseSlot
 from fedtune.plan import Plan, matching
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied

@@ -22,8 +22,8 @@ from fedtune.config import Config, from_dict
 from fedtune.data import Example, Federation, encode, load_federation, pad_id
 from fedtune.errors import PlanError
 from fedtune.models import Backbone, LiveAdapter, initial_adapter
-from fedtune.models.methods.sparse import SparseSlot
 from fedtune.models.shift import FrozenWeights
+from fedtune.models.sparse import SparseSlot
 from fedtune.parsing import parse_json
 from fedtune.plan import matching
 from fedtune.privacy.floor import Floor

@@ -89,8 +89,6 @@ def check_together(c: "Config") -> None:
 def _check_loftq(c: "Config") -> None:
     if c.peft.init != "loftq":
         return
-    if c.peft.method not in ("lora", "rslora"):
-        raise ConfigError(f"peft.init=loftq starts the two factors of LoRA, not of peft.method={c.peft.method}: take peft=lora or rslora")
     if c.model.precision not in ("nf4", "int8"):
         raise ConfigError(
             f"peft.init=loftq makes up for quantisation, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"

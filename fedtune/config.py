@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedtune.combinations import check_together
@@ -37,7 +38,12 @@ def template_text(template: str) -> str:
     return re.sub(r"\\([nt\\])", lambda found: marks[found[1]], template)
 
 
-METHODS = ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit", "full")
+def method_names(folder: Path) -> tuple[str, ...]:
+    """The PEFT methods whose files are in this folder; files that methods share begin with `_`."""
+    return tuple(sorted(file.stem for file in folder.glob("[a-z]*.py")))
+
+
+METHODS = method_names(Path(__file__).parent / "models" / "methods")
 
 
 @dataclass(kw_only=True)

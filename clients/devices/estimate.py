@@ -183,7 +183,6 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
     hidden, count = int(hf.hidden_size), int(hf.num_attention_heads)
     width = int(getattr(hf, "head_dim", None) or getattr(hf, "d_kv", None) or hidden // count)
     inner = next((int(v) for n in _INNER if (v := getattr(hf, n, None))), 4 * hidden)
-    kept = [m for m in attached.ranks if m in linear] or ([*linear] if config.peft.method in ("full", "ia3") else [])
     layers = int(hf.num_hidden_layers) + int(getattr(hf, "num_decoder_layers", None) or 0)
     return Shapes(
         linear=linear,
@@ -202,7 +201,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         entries=sum(sizes.values()),
         per_rank=sum(n // attached.ranks[m] for m, n in factors.items()),
         rank=top,
-        inputs=sum(linear[m][1] for m in kept),
+        inputs=sum(linear[m][1] for m in attached.keeps_inputs if m in linear),
         modules=len(attached.ranks),
         checkpointing=config.model.checkpointing,
         compute=_dtypes(config),

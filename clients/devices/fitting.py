@@ -27,6 +27,7 @@ from fedtune.config import Config, DeviceClass, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
 from fedtune.models.backbone import pick_device
+from fedtune.models.methods import method
 from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan, matching
 from fedtune.promise import terms
@@ -291,8 +292,8 @@ def precisions(config: Config, device: DeviceClass, shapes: Shapes) -> list[str]
     Raises:
         ModelError: The profile asks for one that they cannot.
     """
-    finest, full = config.model.precision, config.peft.method == "full"
-    wanted = [device.precision] if device.precision else [finest] if full else list(LADDER[LADDER.index(finest) :])
+    finest, fixed = config.model.precision, method(config.peft.method).fp32_only
+    wanted = [device.precision] if device.precision else [finest] if fixed else list(LADDER[LADDER.index(finest) :])
     out, why = list[str](), ""
     for precision in wanted:
         try:

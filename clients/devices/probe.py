@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedtune.config import TaskConfig
 from fedtune.models import LiveAdapter, loss_sum
-from fedtune.models.methods.sparse import SparseSlot
+from fedtune.models.sparse import SparseSlot
 from fedtune.models.tasks import IGNORED
 
 Slot = LiveAdapter | SparseSlot

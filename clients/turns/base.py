@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtune.config import TaskConfig
 from fedtune.data import Example
 from fedtune.models import LiveAdapter
-from fedtune.models.methods.sparse import SparseSlot
+from fedtune.models.sparse import SparseSlot
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
 

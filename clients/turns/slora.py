@@ -13,7 +13,7 @@ from fedtune.clients.turns.base import Turn, Work
 from fedtune.data import collate
 from fedtune.errors import PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
-from fedtune.models.methods.sparse import frozen_linear, lora_layers
+from fedtune.models.sparse import frozen_linear, lora_layers
 from fedtune.state import AdapterState
 
 

@@ -176,7 +176,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     before, tensors = None, {}
     if outline:
         heads, state = parted(backbone.model, adapter, task)
-        tensors = merged_tensors(outline, state, adapter.shifts, heads)
+        tensors = merged_tensors(outline, (*adapter.shifts, *([] if apart else [state])), heads)
     else:
         put_heads(backbone.model, adapter, task)
         before = text_logits(backbone.model, backbone.tokenizer) if requantize else None

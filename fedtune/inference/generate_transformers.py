@@ -15,11 +15,10 @@ from fedtune.inference.engine.text import Text, decoder_kinds
 from fedtune.inference.export import BESIDE
 from fedtune.models.backbone import Backbone, load_backbone
 from fedtune.models.checkpoint import read_config
+from fedtune.models.methods import method
 from fedtune.models.quiet import quiet
 
 __all__ = ["HubModel", "HubText", "load_model"]
-
-VIRTUAL = ("prompt", "prefix", "ptuning_v2")  # methods whose tokens stand before every text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +127,14 @@ def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
     peft = card.get("peft", {})
     model: Any = _with_adapter(backbone, card, folder, task) if peft else backbone.model
     base: Any = backbone.model
+    virtual = PeftConfig(**peft).tokens if peft and method(PeftConfig(**peft).method).virtual else 0
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     ends = base.generation_config.eos_token_id or []
     return HubModel(
         model=model,
         text=HubText(backbone.tokenizer, frozenset(ends if isinstance(ends, list) else [ends]), closes=backbone.seq2seq),
         vocabulary=len(base.get_input_embeddings().weight),
-        context=context - (peft.get("tokens", 0) if peft.get("method") in VIRTUAL else 0) if isinstance(context, int) else None,
+        context=context - virtual if isinstance(context, int) else None,
         seq2seq=backbone.seq2seq,
     )
 

@@ -4,21 +4,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.combined import stack
-from fedtune.inference.edits import LORA, edits_of
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape, read_shape
 from fedtune.inference.export import Origin, check_base, read_origin
-from fedtune.inference.merged_tensor import DTYPES, Edit, MergedTensor
+from fedtune.inference.merged_tensor import DTYPES, MergedTensor
 from fedtune.inference.whole import in_memory, put_adapter, put_heads, why_whole
 from fedtune.models.backbone import load_backbone
 from fedtune.models.checkpoint import find_folder, fingerprint, read_config, stored_tensors
+from fedtune.models.edits import edits_of
+from fedtune.models.methods import Edit, method
+
+if TYPE_CHECKING:
+    from fedtune.state import AdapterState
 
 __all__ = ["Merged", "read_merged"]
 
@@ -71,16 +75,18 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
     config = read_config(folder)
     shape = read_shape(config)
     whole = why_whole(origin)
-    if separate and (state.spec.method not in ("lora", "rslora") or whole):
+    how = method(state.spec.method)
+    if separate and (not how.separable or whole):
         raise ModelError(f"{source}: only a plain LoRA adapter over the checkpoint's own weights can stay separate: leave out --separate")
-    virtual = _virtual(state.tensors, state.spec.method, shape)
-    if not virtual and state.spec.method not in (*LORA, "ia3", "bitfit", "full"):
-        raise ModelError(f"{source}: the engine cannot run peft.method={state.spec.method}, which is no change of weights: use --to hf")
+    if how.edits is None and how.virtual is None:
+        raise ModelError(f"{source}: the engine cannot run peft.method={state.spec.method}: {how.beside}; use --to hf")
+    virtual = _virtual(state, shape)
     if whole:
         mark, tensors, dtype = _in_memory(origin, shape)
     else:
         mark = fingerprint(folder)
-        edits = {} if separate else edits_of(state, adapter.shifts, adapter.heads, dict(tensor_shapes(shape)))
+        states = (*adapter.shifts, *([state] if how.edits else []))  # of the others, the virtual tokens go along
+        edits = {} if separate else edits_of(states, adapter.heads, dict(tensor_shapes(shape)))
         tensors, dtype = _stored(folder, shape, edits)
     check_base(origin, mark, str(folder))
     return Merged(
@@ -123,21 +129,13 @@ def _in_memory(origin: Origin, shape: Shape) -> tuple[str, dict[str, MergedTenso
     return backbone.fingerprint, {n: MergedTensor(own[n]) for n, _ in tensor_shapes(shape)}, torch.float32
 
 
-def _virtual(tensors: Mapping[str, Tensor], kind: str, shape: Shape) -> dict[str, Tensor]:
-    """What a method of virtual tokens has learnt, as a package holds it; PEFT's prefix is (t, layers · key and value · Hkv · D)."""
-    layers, heads, width = shape.layers, shape.kv_heads, shape.head_dim
+def _virtual(state: "AdapterState", shape: Shape) -> dict[str, Tensor]:
+    """The learnt tokens of a method that has some."""
+    how, kind = method(state.spec.method), state.spec.method
     try:
-        if kind == "prompt":
-            return {"prompt.embeds": tensors["prompt"].float().view(-1, shape.hidden)}
-        if kind == "prefix":
-            both = tensors["prefix"].float().view(-1, layers, 2, heads, width).permute(2, 1, 0, 3, 4)
-        elif kind == "ptuning_v2":
-            both = torch.stack([tensors[f"layers.{i}.prompt"].float().unflatten(2, (heads, width)) for i in range(layers)], 1)
-        else:
-            return {}
+        return how.virtual(state, shape) if how.virtual else {}
     except (KeyError, RuntimeError):
         raise ModelError(f"the adapter's virtual tokens (peft.method={kind}) do not fit the backbone: they belong to another one") from None
-    return {"prefix.k": both[0].contiguous(), "prefix.v": both[1].contiguous()}
 
 
 def _apart(origin: Origin, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,10 +1,11 @@
 """One tensor of a merged model: what the checkpoint has on the disk, with what an adapter does to it, read a stretch at a time.
 
-The arithmetic is that of `fedtune.models.methods.*.merge`: sums in float64, rounded once, straight to the dtype that is asked for.
+The arithmetic is each method's own, in its file in `fedtune.models.methods`. Sums are taken in float64 and rounded once, straight to the
+dtype that is asked for.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.engine.package_writer import as_bytes
 from fedtune.models.checkpoint import StoredTensor
+from fedtune.models.methods import Edit
 
-__all__ = ["DTYPES", "Edit", "MergedTensor"]
+__all__ = ["DTYPES", "MergedTensor"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 _STRETCH = 1 << 18  # entries that are summed in float64 at once
-Edit = Callable[[Tensor, int, int], Tensor]  # rows a..b of a tensor, float64 → the same rows, changed
 
 
 class MergedTensor:

@@ -17,16 +17,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import ModelConfig, TaskConfig
-from fedtune.inference.edits import edits_of
 from fedtune.inference.engine.package_writer import TensorFile
 from fedtune.inference.merged_tensor import DTYPES, MergedTensor
 from fedtune.models.backbone import Backbone, draw, head_names, initializer_range, load_backbone, quiet
 from fedtune.models.checkpoint import StoredTensor, find_folder, stored_tensors
-from fedtune.models.methods import mergeable
-from fedtune.models.methods.lora import linear
+from fedtune.models.edits import edits_of
+from fedtune.models.merge import linear, transposed_weights
 
 if TYPE_CHECKING:
     from fedtune.state import AdapterState
@@ -86,25 +84,17 @@ def read_outline(model: ModelConfig, task: TaskConfig, *, num_labels: int, seed:
     return Outline(backbone=backbone, kept=kept, odd=why)
 
 
-def merged_tensors(
-    outline: Outline, state: "AdapterState", shifts: "Collection[AdapterState]", heads: Mapping[str, Tensor]
-) -> dict[str, MergedTensor]:
+def merged_tensors(outline: Outline, states: "Collection[AdapterState]", heads: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
     """Parameter → its merged values, in the order of the model; the arguments are those of `edits_of`.
 
     Raises:
-        ModelError: The adapter does not fit the backbone.
+        ModelError: As `edits_of`.
     """
     model = outline.backbone.model
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    for some in (*shifts, *([state] if mergeable(state.spec.method) else [])):
-        for name in some.tensors:
-            module, _, part = name.rpartition(".")
-            if part in ("lora_A", "ia3"):
-                linear(modules, module)
-    transposed = {f"{n}.weight" for n, m in modules.items() if isinstance(m, Conv1D)}
+    modules, parameters, turned = dict(model.named_modules()), dict(model.named_parameters()), transposed_weights(model)
     sizes = {n: tuple(p.shape) for n, p in parameters.items()}
-    edits = edits_of(state, shifts, heads, sizes, transposed)
-    return {n: MergedTensor(outline.kept[n], edits.get(n, ()), n in transposed) for n in parameters}
+    edits = edits_of(states, heads, sizes, turned, lambda module: linear(modules, module))
+    return {n: MergedTensor(outline.kept[n], edits.get(n, ()), n in turned) for n in parameters}
 
 
 def write_merged(model: PreTrainedModel, tensors: Mapping[str, MergedTensor], dtype: torch.dtype, folder: Path) -> None:

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from fedtune.errors import CheckpointError, ModelError
 from fedtune.inference.adapter_folder import StoredAdapter
+from fedtune.models.methods import method
 
 if TYPE_CHECKING:
     from fedtune.state import AdapterState
 
 __all__ = ["client_of", "complete", "global_note"]
-
-_FROM_ZERO = ("full", "bitfit")  # their tensors are differences from the backbone's own
 
 
 def client_of(source: Path) -> tuple[Path, str] | None:
@@ -57,23 +56,18 @@ def global_note(run: Path | None, state: "AdapterState") -> str:
     """
     from fedtune.clients.store import ClientStore
 
+    idle = method(state.spec.method).idle(state)
     some = ClientStore(run / "clients", 1).clients() if run else []
     if some and run:
         example = ClientStore(run / "clients", 1).folder_of(some[0])
-        what = "the untouched backbone" if _changes_nothing(state) else "the part that all clients share"
+        what = "the untouched backbone" if idle else "the part that all clients share"
         return (
             f"each of {len(some)} clients keeps tensors of its own, and this model has none of them: it is {what}; export a client's"
             f" personal model with `fedtune export {example}`"
         )
-    if _changes_nothing(state):
+    if idle:
         return (
             "the adapter changes no weight, so the model is the untouched backbone: nothing was trained, or the strategy leaves what was"
             " trained with the clients"
         )
     return ""
-
-
-def _changes_nothing(state: "AdapterState") -> bool:
-    if state.spec.ranks:
-        return all(not state[f"{m}.lora_A"].any() or not state[f"{m}.lora_B"].any() for m in state.spec.ranks)
-    return bool(state.tensors) and state.spec.method in _FROM_ZERO and not any(t.any() for t in state.tensors.values())

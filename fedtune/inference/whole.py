@@ -13,14 +13,15 @@ from fedtune.errors import ModelError
 from fedtune.inference.adapter_folder import StoredAdapter
 from fedtune.inference.requantise import put_dequantised
 from fedtune.models.backbone import quiet
-from fedtune.models.methods import mergeable, method
-from fedtune.models.methods.heads import trained_heads
+from fedtune.models.merge import merge
+from fedtune.models.methods import mergeable
+from fedtune.models.methods._heads import trained_heads
 
 if TYPE_CHECKING:
     from fedtune.inference.export import Origin
     from fedtune.state import AdapterState
 
-__all__ = ["in_memory", "merge", "parted", "put_adapter", "put_heads", "save", "why_whole"]
+__all__ = ["in_memory", "parted", "put_adapter", "put_heads", "save", "why_whole"]
 
 
 def why_whole(origin: "Origin") -> str:
@@ -44,11 +45,19 @@ def save(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
 
 
 def put_adapter(model: PreTrainedModel, origin: "Origin") -> None:
-    """Merge the adapter, but for its head, into a float32 backbone, in place; where it counts on quantised weights, into those."""
+    """Merge the shifts and the adapter, but for its head, into a float32 backbone, in place; where it counts on quantised weights, into
+    those. An adapter that no weights can express is left out: `export_hf` puts it beside the model.
+
+    Raises:
+        ModelError: The adapter names a module that the model lacks, or one of another shape.
+    """
     adapter, task = origin.adapter, origin.task
     if adapter.over:
         put_dequantised(model, dataclasses.replace(origin.model, **adapter.over), task, **origin.settings)
-    merge(model, adapter, task)
+    for shift in adapter.shifts:
+        merge(model, shift)
+    if mergeable(adapter.state.spec.method):
+        merge(model, parted(model, adapter, task)[1])
 
 
 def put_heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
@@ -63,21 +72,6 @@ def put_heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) 
             if name not in parameters or parameters[name].shape != tensor.shape:
                 raise ModelError(f"the adapter's head '{name}' {tuple(tensor.shape)} is not in the backbone: it belongs to another one")
             parameters[name].copy_(tensor)
-
-
-def merge(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
-    """Put the shifts and the adapter, but for its head, into a float32 backbone, in place; sums are taken in float64 and rounded once.
-
-    Of a method that no weights can express, nothing.
-
-    Raises:
-        ModelError: The adapter names a module that the model lacks, or one of another shape.
-    """
-    for shift in adapter.shifts:
-        method("lora").merge(model, shift)
-    if mergeable(adapter.state.spec.method):
-        _, rest = parted(model, adapter, task)
-        method(rest.spec.method).merge(model, rest)
 
 
 def parted(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> "tuple[dict[str, Tensor], AdapterState]":

@@ -22,7 +22,7 @@ from fedtune.errors import ModelError
 from fedtune.models.backbone import Backbone, build_config, draw, empty_model, initializer_range
 from fedtune.models.checkpoint import find_folder, read_config, stored_tensors
 from fedtune.models.methods import Attached, attach, method
-from fedtune.models.methods.heads import trained_heads
+from fedtune.models.methods._heads import trained_heads
 from fedtune.models.parts import other_weights
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterSpec, AdapterState
@@ -53,8 +53,10 @@ class LiveAdapter:
     def __init__(self, backbone: Backbone, peft: PeftConfig, task: TaskConfig) -> None:
         if getattr(backbone.model, "_carries_adapter", False):
             raise ModelError("this backbone carries an adapter already: load the backbone again, or use the adapter that it has")
-        _report_untrained(backbone.model, peft)
+        untrained = other_weights(backbone.model)
         self._attached = attached = attach(backbone.model, peft, task)
+        if attached.ranks and peft.targets == "all-linear":
+            _report_untrained(*untrained)
         cast(Any, backbone.model)._carries_adapter = True
         self.model = cast(Any, attached.model)
         for config in getattr(self.model, "peft_config", {}).values():
@@ -188,12 +190,12 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
     return make_up(state, model, task, num_labels=num_labels, seed=seed)
 
 
-def _report_untrained(model: nn.Module, peft: PeftConfig) -> None:
+def _report_untrained(share: float, name: str) -> None:
     """Log which large weights all-linear leaves alone, because they are no linear layers."""
-    if peft.targets == "all-linear" and peft.method in ("lora", "rslora", "dora") and (found := other_weights(model))[1]:
+    if name:
         _LOG.warning(
             "peft.targets=all-linear adapts linear layers only: %.0f %% of the weights, such as '%s', are none and stay as they are",
-            100 * found[0], found[1],
+            100 * share, name,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["is_linear", "other_weights", "text_prefix"]
+__all__ = ["is_linear", "linear_layers", "other_weights", "text_prefix"]
 
 _LARGE = 0.05  # a share of the weights from which they are worth a word
 
@@ -30,6 +30,11 @@ def is_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     return type(module).forward is nn.Linear.forward or not module.weight.is_floating_point()  # a quantised layer has its own kernel
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of all the linear layers, in whatever part."""
+    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
 
 
 def other_weights(model: nn.Module) -> tuple[float, str]:

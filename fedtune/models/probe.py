@@ -13,6 +13,7 @@ from fedtune.config import TaskConfig
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.adapter import LiveAdapter
 from fedtune.models.checkpoint import first_line
+from fedtune.models.methods import method
 from fedtune.models.quiet import quiet
 from fedtune.models.tasks import IGNORED, counted_logits, loss_sum
 
@@ -52,7 +53,7 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
     if unreached:
         raise ModelError(
             f"{where}: no gradient reaches '{unreached[0]}' ({len(unreached)} of {len(live.parameters)} trainable tensors):"
-            f" {'leave its layer out of peft.targets' if live.spec.ranks or live.spec.method == 'ia3' else 'take peft=lora'}"
+            f" {'leave its layer out of peft.targets' if method(live.spec.method).targeted else 'take peft=lora'}"
         )
     within = 1e-3 if live.backbone.model.dtype is torch.float32 else 0.1
     if ahead > within:
@@ -60,7 +61,7 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
             f"{where}: a token's logits change by {ahead:.1%} with the tokens after it, so it is no causal model: take another backbone"
         )
     if off > within:
-        virtual = live.spec.method in ("prompt", "prefix", "ptuning_v2")  # padding lies between the virtual tokens and the text
+        virtual = method(live.spec.method).virtual is not None  # padding lies between the virtual tokens and the text
         raise ModelError(
             f"{where}: a row's logits change by {off:.1%} with the padding beside it, so it would learn from padding:"
             f" take another backbone{', ' if virtual else ' or '}another task.kind{' or peft=lora' if virtual else ''}"

@@ -33,8 +33,9 @@ from transformers import (
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.backbone import quiet
-from fedtune.models.methods import Attached, bottleneck, full, method, prompt_layers
-from fedtune.models.methods.prompt_layers import _Shift
+from fedtune.models.merge import merge
+from fedtune.models.methods import Attached, adapter, full, method, ptuning_v2
+from fedtune.models.methods.ptuning_v2 import _Shift
 from fedtune.state import AdapterSpec, AdapterState
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)
@@ -341,16 +342,16 @@ def test_a_decoders_prompts_open_as_pefts_prefix_tuning(kind: str, task: TaskCon
 
 def test_keys_for_values_and_a_lost_residual_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutations: the checks by hand above say something."""
-    real = prompt_layers._LayerPrompts.next
-    monkeypatch.setattr(prompt_layers._LayerPrompts, "next", lambda self: real(self)[::-1])
+    real = ptuning_v2._LayerPrompts.next
+    monkeypatch.setattr(ptuning_v2._LayerPrompts, "next", lambda self: real(self)[::-1])
     with pytest.raises(AssertionError):
         test_a_prompt_is_seen_as_keys_and_values_by_hand("sdpa")
-    whole = bottleneck._Adapt.__call__
-    monkeypatch.setattr(bottleneck._Adapt, "__call__", lambda self, module, args, y: whole(self, module, args, y) - y)
+    whole = adapter._Adapt.__call__
+    monkeypatch.setattr(adapter._Adapt, "__call__", lambda self, module, args, y: whole(self, module, args, y) - y)
     with pytest.raises(AssertionError):
         test_an_adapter_by_hand()
-    merge = full.merge
-    monkeypatch.setattr(full, "merge", lambda model, state: merge(model, state.replace({n: -t for n, t in state.tensors.items()})))
+    edits = full.edits
+    monkeypatch.setattr(full, "edits", lambda state, sizes: edits(state.replace({n: -t for n, t in state.tensors.items()}), sizes))
     with pytest.raises(AssertionError):
         test_merged_weights_are_the_trained_ones("gpt2", FULL)
 
@@ -421,7 +422,7 @@ def test_prompts_leave_the_models_own_config_alone() -> None:
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="sdpa or eager attention, the model has 'flash_attention_2'"):
         q = torch.zeros(1, 4, 2, 4)
-        prompt_layers._attend(model.get_submodule("model.layers.0.self_attn"), q, q, q, None)
+        ptuning_v2._attend(model.get_submodule("model.layers.0.self_attn"), q, q, q, None)
 
 
 # -- biases and all weights -------------------------------------------------------------------------------------------------------------
@@ -452,10 +453,10 @@ def test_merged_weights_are_the_trained_ones(kind: str, peft: PeftConfig) -> Non
             with torch.no_grad():
                 parameter += 0.01 * (i + 1)
     delta = AdapterState({n: (live.parameters[n] - o).detach() for n, o in live.origin.items()}, AdapterSpec(method=peft.method))
-    method(peft.method).merge(bare, delta)
+    merge(bare, delta)
     torch.testing.assert_close(logits(bare, task), logits(live.model, task), rtol=1e-5, atol=1e-5)
     with pytest.raises(ModelError, match="'nowhere.bias' .* is not a tensor of the backbone"):
-        method(peft.method).merge(bare, delta.replace({"nowhere.bias": torch.zeros(2)}))
+        merge(bare, delta.replace({"nowhere.bias": torch.zeros(2)}))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from fedtune.clients.trainer import train
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.data import Example, collate
 from fedtune.errors import ModelError
-from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum
-from fedtune.models.methods import sparse
-from fedtune.models.methods.sparse import SparseSlot
+from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum, sparse
 from fedtune.models.shift import FrozenWeights
+from fedtune.models.sparse import SparseSlot
 from fedtune.plan import Plan, Update
 from fedtune.state import AdapterState, random_mask
 from fedtune.strategies.slora import SLoRA

@@ -9,8 +9,7 @@ from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantise.model import FOLDING
-
-LORA = ("lora", "rslora")
+from fedtune.models.methods import method
 
 
 def add_adapter(engine: Engine, name: str, folder: Path) -> None:
@@ -44,7 +43,7 @@ def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
         raise ModelError(f"there is no adapter folder {folder}")
     stored = read_adapter(folder)
     states, sizes = (stored.state, *stored.shifts), dict(tensor_shapes(shape))
-    if stored.state.spec.method not in LORA:
+    if not method(stored.state.spec.method).separable:
         raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA can stay apart from the model")
     more = [name for name in stored.state.tensors if not name.endswith((".lora_A", ".lora_B"))]  # a classifier's head
     if stored.heads or stored.over or more:

@@ -1,33 +1,33 @@
-"""PEFT methods, one file a family. Each attaches to a model in place, names what it trains, and says how it is handed off."""
+"""PEFT methods: `peft.method=NAME` is the file NAME.py of this folder.
 
+A method's file attaches the method to a model and says what the rest of fedtune must know of it.
+
+A method is added with its file and `conf/peft/NAME.yaml`; nothing else lists methods. Files that methods share begin with `_`. A method's
+file loads neither PEFT nor transformers before `attach` is called, so that inference can ask it what an adapter does to a weight.
+"""
+
+import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fedtune.config import METHODS, PeftConfig, TaskConfig
 from fedtune.errors import FedtuneError, ModelError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
     from transformers import PreTrainedModel
 
-    from fedtune.config import PeftConfig, TaskConfig
     from fedtune.state import AdapterState
 
-_HOME = {
-    "lora": "lora",
-    "rslora": "lora",
-    "dora": "lora",
-    "ia3": "ia3",
-    "prompt": "prompt",
-    "prefix": "prefix",
-    "adapter": "bottleneck",
-    "ptuning_v2": "prompt_layers",
-    "bitfit": "bitfit",
-    "full": "full",
-}
+__all__ = ["SLOT", "Attached", "Change", "DecoderShape", "Edit", "Method", "attach", "mergeable", "method", "swapped"]
+
+SLOT = "default"  # PEFT's name of the one adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Attached:
             have none.
         ranks: LoRA family: module → rank.
         scaling: LoRA family: module → factor s.
+        keeps_inputs: Modules of the backbone whose input a training step keeps for the backward pass; for estimates of memory.
     """
 
     model: "nn.Module"
@@ -55,57 +56,109 @@ class Attached:
     origin: "Mapping[str, Tensor]" = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
     scaling: Mapping[str, float] = field(default_factory=dict)
+    keeps_inputs: Iterable[str] = ()
 
 
-class Method(Protocol):
-    """What the file of a method offers, as functions."""
+# Rows a to b of a tensor, float64 → the same rows, changed. Rows of a linear layer's weight are outputs, also where it is kept as (in, out)
+Edit = Callable[["Tensor", int, int], "Tensor"]
 
-    def attach(self, model: "PreTrainedModel", peft: "PeftConfig", task: "TaskConfig") -> Attached:
-        """Change the model in place.
 
-        The model may lie on the meta device, to learn names and shapes without weights. Every parameter of the model is frozen before.
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What an adapter does to one tensor of its backbone.
 
-        Raises:
-            ModelError: The method makes no sense on this architecture or task.
-        """
-        ...
+    Args:
+        name: Of the tensor.
+        shape: That the adapter expects it to have; of a linear layer's weight, (out, in).
+        edit: Its arithmetic, on some rows at a time.
+        linear: It must be the weight of a linear layer that is not tied to the embedding.
+    """
 
-    def initial(self, name: str, shape: tuple[int, ...], peft: "PeftConfig", generator: "Generator", std: float) -> "Tensor":
-        """Version 0 of a tensor that is neither of a head nor relative to an origin, float32, from its name and shape alone.
+    name: str
+    shape: tuple[int, ...]
+    edit: Edit
+    linear: bool = False
 
-        Args:
-            name: Canonical.
-            shape: Its shape.
-            peft: Method and settings.
-            generator: This tensor's own.
-            std: The architecture's initializer_range.
-        """
-        ...
 
-    def merge(self, model: "PreTrainedModel", state: "AdapterState") -> None:
-        """Put a state (without head) into the weights of a bare float32 backbone, in place; sums in float64, rounded once.
+class DecoderShape(Protocol):
+    """The sizes of a decoder that virtual tokens depend on."""
 
-        A method that no weights can express has no `merge`: then the backbone is exported with the adapter beside it.
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
-        Raises:
-            ModelError: The state names what the model lacks, or has another shape.
-        """
-        ...
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What the file of a method offers, under these names. Those with a default may be missing, but for one of `edits` and `beside`.
+
+    Args:
+        attach: Changes a model in place: (model, peft, task) → `Attached`. The model may lie on the meta device, to learn names and shapes
+            without weights; every parameter of it is frozen before. Raises ModelError where the method makes no sense on this architecture
+            or task.
+        initial: Version 0 of a tensor that is neither of a head nor relative to an origin, float32, from its name and shape alone:
+            (canonical name, shape, peft, generator of this tensor's own, the architecture's initializer_range) → tensor.
+        edits: How the method changes the backbone's weights: (state without its head, tensor of the backbone → shape, linear weights as
+            (out, in)) → changes. Merges and exports of every format follow from it alone. A tensor of the state that has the name of one
+            of the backbone's is turned to the same layout before.
+        beside: Why no weights can express the method, as the end of a sentence: then an export has the adapter beside the model.
+        virtual: Learnt tokens, as an edge package has them: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
+            `prefix.v` (layers, t, kv_heads, head_dim), float32. None: the method has no virtual tokens.
+        idle: Whether a state changes no weight at all.
+        inits: Values of peft.init that it can begin with.
+        targeted: peft.targets chooses its layers.
+        separable: All that it does is W + s·B·A, so that the factors may stay apart from the weights.
+        fp32_only: The backbone must be in float32, because its own weights are trained.
+    """
+
+    attach: "Callable[[PreTrainedModel, PeftConfig, TaskConfig], Attached]"
+    initial: "Callable[[str, tuple[int, ...], PeftConfig, Generator, float], Tensor]"
+    edits: "Callable[[AdapterState, Mapping[str, tuple[int, ...]]], Iterable[Change]] | None" = None
+    beside: str = ""
+    virtual: "Callable[[AdapterState, DecoderShape], dict[str, Tensor]] | None" = None
+    idle: "Callable[[AdapterState], bool]" = lambda state: False
+    inits: tuple[str, ...] = ("default",)
+    targeted: bool = False
+    separable: bool = False
+    fp32_only: bool = False
 
 
 def method(name: str) -> Method:
-    """The file of a method; loads torch and PEFT."""
-    return importlib.import_module(f"fedtune.models.methods.{_HOME[name]}")  # pyright: ignore[reportReturnType]
+    """What the file of a method offers; loads torch.
+
+    Raises:
+        ModelError: There is no such method, or its file does not say whether weights can express it.
+    """
+    dotted = f"{__name__}.{name}"
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or importlib.util.find_spec(dotted) is None:
+        raise ModelError(f"there is no PEFT method '{name[:60]}' here, only {', '.join(METHODS)}: update fedtune")
+    module = importlib.import_module(dotted)
+    found = Method(**{f.name: getattr(module, f.name) for f in dataclasses.fields(Method) if hasattr(module, f.name)})
+    if (found.edits is None) == (not found.beside):
+        raise ModelError(
+            f"{module.__file__} must define either `edits`, how the method changes weights, or `beside`, why weights cannot express it:"
+            f" it defines {'both' if found.beside else 'neither'}"
+        )
+    return found
 
 
-def attach(model: "PreTrainedModel", peft: "PeftConfig", task: "TaskConfig") -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """Attach the method that peft.method names; whatever goes wrong becomes a sentence.
 
     Raises:
-        ModelError: The method, its targets or PEFT's own rules do not fit the architecture.
+        ModelError: The method, its targets, its start or PEFT's own rules do not fit the architecture.
     """
+    how = method(peft.method)
+    if peft.init not in how.inits:
+        others = [name for name in METHODS if peft.init in method(name).inits]
+        raise ModelError(f"peft.method={peft.method} cannot begin with peft.init={peft.init}: take peft={' or '.join(others)}")
     try:
-        return method(peft.method).attach(model, peft, task)
+        return how.attach(model, peft, task)
     except FedtuneError:
         raise
     except Exception as bad:  # PEFT's own rules for an architecture, and the model's code, raise what they like
@@ -118,7 +171,7 @@ def attach(model: "PreTrainedModel", peft: "PeftConfig", task: "TaskConfig") -> 
 
 def mergeable(name: str) -> bool:
     """Whether weights alone can express the method."""
-    return hasattr(method(name), "merge")
+    return method(name).edits is not None
 
 
 @contextmanager

@@ -4,28 +4,33 @@ Source: Ben Zaken et al. 2022, BitFit: Simple Parameter-efficient Fine-tuning fo
 arXiv:2106.10199.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
-from transformers import PreTrainedModel
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.methods import Attached
-from fedtune.models.methods.full import initial, merge  # relative to the backbone's own tensors, as in full fine-tuning
-from fedtune.models.methods.heads import train_head, trained_heads
-from fedtune.models.methods.own import untouched
-from fedtune.models.parts import text_prefix
+from fedtune.models.methods._own import untouched
+from fedtune.models.methods.full import edits, idle, initial  # relative to the backbone's own tensors, as in full fine-tuning
 
-__all__ = ["attach", "initial", "merge"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["attach", "edits", "idle", "initial"]
 
 
-def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """Train every bias; over a bf16 backbone a float32 master of it, which each forward pass rounds.
 
     Raises:
         ModelError: The backbone has no bias.
     """
+    from fedtune.models.methods._heads import train_head, trained_heads  # late: they load transformers
+    from fedtune.models.parts import text_prefix
+
     heads = trained_heads(model, task)
     prefix = text_prefix(model)
     biases = [n for n, _ in model.named_parameters() if n.endswith(".bias") and n.startswith(prefix) and n.split(".")[0] not in heads]

@@ -1,24 +1,33 @@
 """Full fine-tuning: every weight of the backbone is trained. The baseline that the other methods are measured against."""
 
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
-from fedtune.models.methods import Attached
-from fedtune.models.methods.heads import train_head
-from fedtune.models.methods.own import untouched
-from fedtune.models.parts import text_prefix
-from fedtune.state import AdapterState
+from fedtune.models.methods import Attached, Change, Edit
+from fedtune.models.methods._own import untouched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedtune.state import AdapterState
+
+fp32_only = True
 
 
-def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """Train every parameter of the text part; tied and shared ones count once, under their first name.
 
     Raises:
         ModelError: The backbone is not in float32.
     """
+    from fedtune.models.methods._heads import train_head  # late: they load transformers
+    from fedtune.models.parts import linear_layers, text_prefix
+
     head = train_head(model, task)
     prefix = text_prefix(model)
     own = {n: p for n, p in model.named_parameters() if n not in head and n.startswith(prefix)}
@@ -33,7 +42,10 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
     origin = {n: p.detach().clone() for n, p in own.items()}
     before = {p: origin[n] for n, p in own.items()} | {p: p.detach().clone() for p in head.values()}
     parameters = own | head
-    return Attached(model=model, parameters=parameters, names={n: n for n in parameters}, disabled=untouched(before), origin=origin)
+    return Attached(
+        model=model, parameters=parameters, names={n: n for n in parameters}, disabled=untouched(before), origin=origin,
+        keeps_inputs=linear_layers(model),
+    )  # fmt: skip
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torch.Generator, std: float) -> Tensor:
@@ -41,16 +53,16 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torc
     return torch.zeros(shape)
 
 
-def merge(model: PreTrainedModel, state: AdapterState) -> None:
-    """W ← W + Δ, summed in float64 and rounded once.
-
-    Raises:
-        ModelError: The state names what the model lacks, or has another shape.
-    """
-    own = dict(model.named_parameters())
+def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterator[Change]:
+    """W ← W + Δ."""
     for name, delta in state.tensors.items():
-        if name not in own or own[name].shape != delta.shape:
-            raise ModelError(f"the state's '{name}' {tuple(delta.shape)} is not a tensor of the backbone: load the same checkpoint")
-    with torch.no_grad():
-        for name, delta in state.tensors.items():
-            own[name].copy_(own[name].double() + delta.double())
+        yield Change(name=name, shape=tuple(delta.shape), edit=_added(delta))
+
+
+def idle(state: "AdapterState") -> bool:
+    """No weight has moved."""
+    return bool(state.tensors) and not any(t.any() for t in state.tensors.values())
+
+
+def _added(delta: Tensor) -> Edit:
+    return lambda rows, first, last: rows + delta[first:last].double()

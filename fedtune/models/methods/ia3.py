@@ -3,37 +3,41 @@
 Source: Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning, arXiv:2205.05638.
 """
 
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from peft import IA3Config
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-)
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
-)
 from torch import Generator, Tensor
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
-from fedtune.models.methods import Attached
-from fedtune.models.methods.lora import linear
-from fedtune.models.methods.wrapped import SLOT, linear_modules, matches, named, targets, task_settings, transposed, without, wrap, write
-from fedtune.state import AdapterState
+from fedtune.models.methods import SLOT, Attached, Change, Edit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedtune.state import AdapterState
+
+targeted = True
 
 # Names of architectures that PEFT has no entry for
 _KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin")
 _LAST = ("down_proj", "fc2", "lin2", "output.dense", "ffn_output", "dense_4h_to_h", "wo", "w2", "mlp.c_proj", "fc_out")
 
 
-def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """`<module>.ia3` is (out, 1), or (1, in) for the last layer of a feed-forward block; it starts at one.
 
     targets=all-linear takes PEFT's modules for the architecture, else keys, values and the last feed-forward layers by their usual names.
     """
+    from peft import IA3Config  # late: they load PEFT
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+
+    from fedtune.models.methods._wrapped import matches, named, targets, task_settings, transposed, without, wrap, write
+    from fedtune.models.parts import linear_layers
+
+    keeps = linear_layers(model)
     chosen = _defaults(model) if peft.targets == "all-linear" else targets(model, peft.targets)
     last = [m for m in chosen if any(matches(m, n) for n in (*FEEDFORWARD.get(model.config.model_type, ()), *_LAST))]
     config = IA3Config(**task_settings(model, task), target_modules=chosen, feedforward_modules=last, fan_in_fan_out=transposed(model))
@@ -41,7 +45,14 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
     # PEFT makes them sets, whose order in the file would vary
     config.target_modules, config.feedforward_modules = sorted(chosen), sorted(last)
     parameters, names = named(wrapped, {f".ia3_l.{SLOT}": ".ia3"})
-    return Attached(model=wrapped, parameters=parameters, names=names, disabled=partial(without, wrapped), save=partial(write, wrapped))
+    return Attached(
+        model=wrapped,
+        parameters=parameters,
+        names=names,
+        disabled=partial(without, wrapped),
+        save=partial(write, wrapped),
+        keeps_inputs=keeps,
+    )
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Generator, std: float) -> Tensor:
@@ -49,24 +60,30 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Gene
     return torch.ones(shape)
 
 
-def merge(model: PreTrainedModel, state: AdapterState) -> None:
+def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterator[Change]:
     """Columns of W scaled by a (1, in) factor; rows of W and the bias by an (out, 1) one."""
-    modules = dict(model.named_modules())
     for name, factor in state.tensors.items():
-        layer = linear(modules, name.removesuffix(".ia3"))
-        weight = layer.weight.detach().double()
-        weight, factor = weight.T if isinstance(layer, Conv1D) else weight, factor.double().to(weight.device)
-        if factor.shape not in ((weight.shape[0], 1), (1, weight.shape[1])):
-            shapes = f"{tuple(factor.shape)}, the backbone's layer {tuple(weight.shape)}"
-            raise ModelError(f"the adapter's '{name}' is {shapes}: it belongs to another backbone")
-        changed = weight * factor
-        with torch.no_grad():
-            layer.weight.copy_(changed.T if isinstance(layer, Conv1D) else changed)
-            if factor.shape[1] == 1 and layer.bias is not None:
-                layer.bias.copy_(layer.bias.double() * factor[:, 0])
+        weight, bias = f"{name.removesuffix('.ia3')}.weight", f"{name.removesuffix('.ia3')}.bias"
+        size = sizes.get(weight, (0, 0))  # none: the change of it below is refused
+        if weight in sizes and (len(size) != 2 or tuple(factor.shape) not in ((size[0], 1), (1, size[1]))):
+            found = tuple(factor.shape)
+            raise ModelError(f"the adapter's '{name}' is {found}, the backbone's layer {size}: it belongs to another backbone")
+        yield Change(name=weight, shape=size, edit=_scaled(factor), linear=True)
+        if bias in sizes and factor.shape[1] == 1:
+            yield Change(name=bias, shape=sizes[bias], edit=_scaled(factor[:, 0]))
 
 
-def _defaults(model: PreTrainedModel) -> list[str]:
+def _scaled(factor: Tensor) -> Edit:
+    """A factor a row, (out, 1) or (out,), or a factor a column, (1, in)."""
+    by_row = factor.shape[1:] in ((), (1,))
+    return lambda rows, first, last: rows * (factor[first:last] if by_row else factor).double()
+
+
+def _defaults(model: "PreTrainedModel") -> list[str]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+    from fedtune.models.methods._wrapped import linear_modules, matches
+
     kind, known = model.config.model_type, linear_modules(model)
     wanted = TARGETS.get(kind, (*_KEYS_VALUES, *_LAST))
     found = [m for m in known if any(matches(m, n) for n in wanted)]

@@ -4,21 +4,31 @@ Source: Li & Liang 2021, Prefix-Tuning, arXiv:2101.00190, without the reparametr
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PrefixTuningConfig
 from torch import Generator, Tensor
-from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
-from fedtune.models.methods import Attached
+from fedtune.models.methods import SLOT, Attached, DecoderShape
 from fedtune.models.methods.prompt import heads_of, refuse_encoder_decoder, require_room, untouched
-from fedtune.models.methods.wrapped import SLOT, named, task_settings, wrap, write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedtune.state import AdapterState
+
+beside = "its keys and values stand before those of the text"
 
 
-def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """`prefix` is (tokens, layers · 2 · width of a layer's keys)."""
+    from peft import PrefixTuningConfig  # late: they load PEFT and transformers
+    from transformers import AutoModelForMaskedLM
+
+    from fedtune.models.methods._wrapped import named, task_settings, wrap, write
+
     kind = model.config.model_type
     if type(model.config) in AutoModelForMaskedLM._model_mapping and not getattr(model.config, "is_decoder", False):  # type: ignore
         raise ModelError(f"peft.method=prefix: '{kind}' is an encoder, which takes no past keys and values: choose prompt or ptuning_v2")
@@ -42,3 +52,9 @@ def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attach
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Generator, std: float) -> Tensor:
     """Normal with the architecture's own initializer_range."""
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
+    """Keys and values of each layer; PEFT's prefix is (t, layers · key and value · kv_heads · head_dim)."""
+    both = state["prefix"].float().view(-1, shape.layers, 2, shape.kv_heads, shape.head_dim).permute(2, 1, 0, 3, 4)
+    return {"prefix.k": both[0].contiguous(), "prefix.v": both[1].contiguous()}

@@ -8,22 +8,30 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel, PromptTuningConfig
 from torch import Generator, Tensor, nn
-from transformers import PreTrainedModel
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
-from fedtune.models.methods import Attached, swapped
-from fedtune.models.methods.heads import trained_heads
-from fedtune.models.methods.wrapped import SLOT, named, task_settings, wrap, write
+from fedtune.models.methods import SLOT, Attached, DecoderShape, swapped
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from fedtune.state import AdapterState
+
+beside = "its virtual tokens stand before the text"
 
 
-def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """`prompt` is (tokens, width of an embedding)."""
+    from peft import PromptTuningConfig  # late: they load PEFT
+
+    from fedtune.models.methods._wrapped import named, task_settings, wrap, write
+
     refuse_encoder_decoder(model, peft, task)
     require_room(model, peft, task)
     embedding = cast(nn.Embedding, model.get_input_embeddings())
@@ -57,7 +65,12 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Gene
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def refuse_encoder_decoder(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> None:
+def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
+    """The embeddings of the tokens."""
+    return {"prompt.embeds": state["prompt"].float().view(-1, shape.hidden)}
+
+
+def refuse_encoder_decoder(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> None:
     """Raises ModelError for an encoder-decoder's classifier: transformers gives it neither embeddings nor a past."""
     kind = model.config.model_type
     if task.kind == "classification" and getattr(model.config, "is_encoder_decoder", False):
@@ -66,7 +79,7 @@ def refuse_encoder_decoder(model: PreTrainedModel, peft: PeftConfig, task: TaskC
         )
 
 
-def require_room(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> None:
+def require_room(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> None:
     """Raises ModelError where virtual tokens and an example do not fit the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int) or context < 1:
@@ -83,14 +96,16 @@ def require_room(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> 
         )
 
 
-def heads_of(model: PreTrainedModel, task: TaskConfig) -> dict[str, Tensor]:
+def heads_of(model: "PreTrainedModel", task: TaskConfig) -> dict[str, Tensor]:
     """A copy of a classifier's head as it was loaded."""
+    from fedtune.models.methods._heads import trained_heads
+
     heads = trained_heads(model, task)
     return {n: p.detach().clone() for n, p in model.named_parameters() if n.split(".")[0] in heads}
 
 
 @contextmanager
-def untouched(wrapped: PeftModel, parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> Iterator[None]:
+def untouched(wrapped: "PeftModel", parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> Iterator[None]:
     """Without virtual tokens, and with the head as it was: PEFT's own context leaves the head trained, and fails on classifiers."""
     base = cast(Any, wrapped.base_model)
     with swapped({parameters[n]: t.float() for n, t in before.items()}):
@@ -118,7 +133,7 @@ class _Known(logging.Filter):
         return "will not detect padding tokens in `inputs_embeds`" not in record.getMessage()
 
 
-def _pool_by_mask(model: PreTrainedModel) -> None:
+def _pool_by_mask(model: "PreTrainedModel") -> None:
     """Let a decoder's classifier read the last token that is not padding.
 
     It finds that token in input_ids; PEFT gives it embeddings only, and it would read the last position, often padding.

@@ -17,23 +17,25 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft import PrefixTuningConfig, TaskType
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
-from fedtune.models.backbone import initializer_range
-from fedtune.models.methods import Attached
-from fedtune.models.methods.heads import train_head
-from fedtune.models.methods.own import Switch, fill, untouched
+from fedtune.models.methods import Attached, DecoderShape
+from fedtune.models.methods._own import Switch, fill, untouched
 from fedtune.models.methods.prompt import require_room
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedtune.state import AdapterState
+
+beside = "its keys and values stand before those of the text"
 _DECODER, _ENCODER = (r"\.self_attn$", r"rotary_emb$"), (r"\.attention\.self$", "")
 # architecture → its self-attention modules; of a decoder, the module that is given the tokens' positions
 _PLACES = {
@@ -53,12 +55,18 @@ _PLACES = {
 _NAME = "fedtune_layer_prompts"  # in transformers' attention interface
 
 
-def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """A prompt for each application of each self-attention, float32 over a backbone of any precision.
 
     Raises:
         ModelError: The architecture's attention is not known, or the prompt leaves no room in the context.
     """
+    from transformers import AttentionInterface  # late: it loads transformers
+
+    from fedtune.models.backbone import initializer_range
+    from fedtune.models.methods._heads import train_head
+
+    AttentionInterface.register(_NAME, _attend)
     kind = model.config.model_type
     if kind not in _PLACES:
         raise ModelError(f"peft.method=ptuning_v2 does not know the attention of '{kind}': it knows {', '.join(_PLACES)}; take peft=prefix")
@@ -101,11 +109,18 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torc
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
+def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
+    """Keys and values of each layer."""
+    prompts = [state[f"layers.{i}.prompt"].float().unflatten(2, (shape.kv_heads, shape.head_dim)) for i in range(shape.layers)]
+    both = torch.stack(prompts, 1)  # (2, layers, t, kv_heads, head_dim)
+    return {"prefix.k": both[0].contiguous(), "prefix.v": both[1].contiguous()}
+
+
 def _order(name: str) -> tuple[bool, int]:
     return name.startswith("decoder."), int(name.split(".")[-2])
 
 
-def _applications(model: PreTrainedModel, attentions: list[str]) -> dict[str, list[int]]:
+def _applications(model: "PreTrainedModel", attentions: list[str]) -> dict[str, list[int]]:
     """Attention module → at which depths it is applied: one, but for ALBERT, whose groups repeat."""
     if model.config.model_type != "albert":
         return {name: [depth] for depth, name in enumerate(attentions)}
@@ -150,6 +165,8 @@ def _attend(
     Raises:
         ModelError: The model's attention implementation takes no explicit mask.
     """
+    from transformers import AttentionInterface
+
     prompts: _LayerPrompts = module.prompts
     real = prompts.config._attn_implementation
     if real not in ("sdpa", "eager"):
@@ -168,9 +185,6 @@ def _attend(
     before = [p.to(key.dtype).expand(len(key), -1, -1, -1) for p in prompts.next()]
     key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
     return inner(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(_NAME, _attend)
 
 
 class _Shift:
@@ -195,9 +209,11 @@ def _restart(model: nn.Module, args: Any) -> None:
 
 
 def _save_prefix(
-    folder: Path, model: PreTrainedModel, task: TaskConfig, prompts: Mapping[str, Tensor], heads: Mapping[str, Tensor]
+    folder: Path, model: "PreTrainedModel", task: TaskConfig, prompts: Mapping[str, Tensor], heads: Mapping[str, Tensor]
 ) -> None:
     """PEFT's prefix tuning: one (tokens, layers · 2 · width) matrix, each row key and value of the layers in turn."""
+    from peft import PrefixTuningConfig, TaskType
+
     config: Any = model.config
     folder.mkdir(parents=True, exist_ok=True)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

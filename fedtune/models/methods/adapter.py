@@ -10,19 +10,21 @@ et al. 2020, AdapterFusion, arXiv:2005.00247 (after the feed-forward only).
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.methods import Attached
-from fedtune.models.methods.heads import train_head
-from fedtune.models.methods.own import Switch, fill, untouched
+from fedtune.models.methods._own import Switch, fill, untouched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+beside = "there is a non-linearity between its two layers"
 
 _LLAMA = (r"\.mlp\.down_proj$", r"\.self_attn\.o_proj$")
 _BERT = (r"(?<!attention)\.output\.dense$", r"\.attention\.output\.dense$")
@@ -43,12 +45,16 @@ _OUTPUTS = {
 }
 
 
-def attach(model: PreTrainedModel, peft: PeftConfig, task: TaskConfig) -> Attached:
+def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """Adapters as `<module>.adapter_down.*` and `<module>.adapter_up.*`, float32 over a backbone of any precision.
 
     Raises:
         ModelError: The architecture's blocks are not known.
     """
+    from transformers.pytorch_utils import Conv1D  # late: it loads transformers
+
+    from fedtune.models.methods._heads import train_head
+
     kind = model.config.model_type
     if kind not in _OUTPUTS:
         known = ", ".join(_OUTPUTS)

@@ -15,9 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.config import TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.backbone import head_names, quiet
+from fedtune.models.methods import SLOT
 from fedtune.models.parts import is_linear, text_prefix
-
-SLOT = "default"
 
 
 def task_settings(model: PreTrainedModel, task: TaskConfig) -> dict[str, Any]:
