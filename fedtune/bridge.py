@@ -4,7 +4,6 @@ It starts at any round. What happens in one round is in round.py.
 """
 
 import dataclasses
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from fedtune.reply import read_metrics
 from fedtune.roll import Client, Roll, Welcome
 from fedtune.round import Round
 from fedtune.runs.directory import Checkpoint, RunDirectory
+from fedtune.scores import worst_decile
 from fedtune.seeds import derive_seed
 from fedtune.silence import resting
 from fedtune.snapshot import Snapshots
@@ -197,9 +197,8 @@ class Bridge:
             if self.metric[0] in metrics:
                 values.append(metrics[self.metric[0]])
         if values:
-            worst = sorted(values, reverse=not self.metric[1])[: math.ceil(len(values) / 10)]
             record["clients_mean"] = sum(values) / len(values)
-            record["clients_worst_decile"] = sum(worst) / len(worst)
+            record["clients_worst_decile"] = worst_decile(values, higher_is_better=self.metric[1])
 
     def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:
         """Metrics first: a kill between the two leaves lines of a round that the resume will drop and write again."""

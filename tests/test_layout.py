@@ -23,6 +23,7 @@ CONTRACTS = {
     "promise",
     "reading",
     "run_config",
+    "scores",
     "seeds",
     "state",
     "strategy",

@@ -18,6 +18,7 @@ from fedtune.config import Config, to_dict
 from fedtune.errors import ConfigError
 from fedtune.report import summary
 from fedtune.report.metrics import read_metrics, write_atomic
+from fedtune.scores import worst_decile
 
 _APART = frozenset({"seed", "name", "output_dir", "resume"})  # what may differ within one setting
 _COLUMNS = ("worst tenth", "MB up", "MB down", "seconds")
@@ -53,7 +54,7 @@ class Finished:
         rows = summary.rounds(self.records)
         return {
             metric: last[-1] if last else None,
-            "worst tenth": summary.worst_decile(after, metric),
+            "worst tenth": worst_decile(after, higher_is_better=metric not in summary.LOWER),
             "MB up": summary.total(rows, "bytes_up") / 1e6,
             "MB down": summary.total(rows, "bytes_down") / 1e6,
             "seconds": summary.total(rows, "seconds"),

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedtune.scores import worst_decile
+
 Record = Mapping[str, Any]
 
 PRIMARY = ("exact_match", "accuracy", "perplexity", "loss")  # the first that a run reports is what it is judged by
@@ -61,12 +63,6 @@ def best(rows: Sequence[Record], metric: str) -> Record | None:
     if not scored:
         return None
     return (min if metric in LOWER else max)(scored, key=lambda r: value(r, metric) or 0.0)
-
-
-def worst_decile(values: Sequence[float], metric: str) -> float | None:
-    """Mean of the worst tenth (at least one value) of `values`; None of none."""
-    ranked = sorted(values, reverse=metric in LOWER)[: max(1, len(values) // 10)]
-    return mean(ranked)
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -149,7 +145,7 @@ class ClassResult:
     clients: int
     before: float | None
     after: float | None
-    worst: float | None  # mean of the worst tenth of the clients
+    worst: float | None  # the clients' worst decile
     counted: int
     dropped: Counter[str] = field(default_factory=Counter)
     seconds: float | None = None
@@ -176,7 +172,7 @@ def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassRes
                 clients=len(mine),
                 before=mean([c.before for c in mine if c.before is not None]),
                 after=mean(after),
-                worst=worst_decile(after, metric),
+                worst=worst_decile(after, higher_is_better=metric not in LOWER),
                 counted=sum(c.counted for c in mine),
                 dropped=sum((c.dropped for c in mine), Counter()),
                 seconds=known_sum(c.seconds for c in mine),

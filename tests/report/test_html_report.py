@@ -11,7 +11,7 @@ import yaml
 
 from fedtune.errors import CheckpointError
 from fedtune.report import write_report
-from fedtune.report.summary import client_results, worst_decile
+from fedtune.report.summary import class_results, client_results
 
 VOID = {"meta", "br", "link", "img", "input"}
 
@@ -162,12 +162,11 @@ def test_the_last_evaluation_of_a_client_counts_and_round_0_is_its_start() -> No
     assert (found.before, found.after) == (0.1, 0.4)
 
 
-def test_the_worst_decile_is_the_mean_of_the_worst_tenth() -> None:
-    scores = [float(v) for v in range(20)]
-    assert worst_decile(scores, "accuracy") == 0.5  # (0 + 1) / 2
-    assert worst_decile(scores, "perplexity") == 18.5  # (19 + 18) / 2
-    assert worst_decile([3.0], "accuracy") == 3.0
-    assert worst_decile([], "accuracy") is None
+@pytest.mark.parametrize(("metric", "wanted"), [("accuracy", 0.5), ("perplexity", 9.5)])
+def test_a_class_of_eleven_clients_has_two_in_its_worst_decile(metric: str, wanted: float) -> None:
+    lines = [{"round": 1, "client": f"c{i:02}", metric: float(i)} for i in range(11)]
+    (found,) = class_results(client_results(lines, metric), metric)
+    assert found.worst == wanted  # by hand: ⌈11/10⌉ = 2 clients, (0 + 1) / 2 or (10 + 9) / 2
 
 
 def test_the_class_card_says_what_devices_chose(tmp_path: Path) -> None:
