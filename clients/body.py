@@ -10,11 +10,12 @@ from fedtune.config import Config
 from fedtune.data import Example
 from fedtune.errors import PlanError
 from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.evaluation import score_examples
 from fedtune.models.probe import probe
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
-from fedtune.models.tasks import score_examples, summarise
 from fedtune.state import AdapterState
+from fedtune.task import task_of
 
 
 class Body:
@@ -22,7 +23,7 @@ class Body:
 
     Args:
         config: The experiment, with this body's precision.
-        labels: Classes.
+        labels: Outputs of the task's head; 0 without one.
 
     Attributes:
         backbone: Frozen.
@@ -83,4 +84,4 @@ class Body:
         live.load(state)
         task, flat = self.config.task, [e for group in groups for e in group]
         scores = iter(score_examples(live.model, self.backbone.tokenizer, flat, task, batch_size=self.config.eval.batch_size))
-        return [summarise(list(itertools.islice(scores, len(group))), task) if group else {} for group in groups]
+        return [task_of(task).summarize(list(itertools.islice(scores, len(group)))) if group else {} for group in groups]

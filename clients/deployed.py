@@ -25,6 +25,7 @@ from fedtune.ids import is_run_name
 from fedtune.parsing import parse_json, parse_yaml, read_text
 from fedtune.privacy.floor import Floor
 from fedtune.promise import terms
+from fedtune.task import task_of
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
@@ -128,7 +129,7 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
     data = dataclasses.replace(
         config.data,
         client=device.client,
-        labels=labels if config.task.kind == "classification" else [],
+        labels=labels if task_of(config.task).classes else [],
         path=device.data or "",
         test_path=None,
     )

@@ -11,7 +11,8 @@ import numpy as np
 from fedtune.data import Example
 
 _FIRST = 1 << 20  # bytes; the file doubles when it is full, and what was never written takes no room on the disk
-_COLUMNS = 7  # of a row's entry: where its ids, labels and answer begin and how long they are; tokens of its prompt
+_COLUMNS = 8  # of a row's entry: where its ids, labels and answer begin and how long they are; tokens of its prompt; dtype of its labels
+_LABELS = (np.int32, np.float32)
 
 
 class Spill:
@@ -53,8 +54,9 @@ class TokenStore(Spill):
             answer = e.answer.encode()
             ids, labels = self.write(e.input_ids.astype(np.int32).tobytes()), -1
             if e.labels is not e.input_ids:  # in causal LM they are one array
-                labels = self.write(e.labels.astype(np.int32).tobytes())
-            entry[:] = ids, len(e.input_ids), labels, len(e.labels), self.write(answer), len(answer), e.prompt_length
+                labels = self.write(e.labels.tobytes())
+            kind = _LABELS.index(e.labels.dtype.type)
+            entry[:] = ids, len(e.input_ids), labels, len(e.labels), self.write(answer), len(answer), e.prompt_length, kind
         return Rows(self, self.write(entries.tobytes()), len(examples))
 
 
@@ -79,7 +81,7 @@ class Rows(Sequence[Example]):
         if not -self._count <= index < self._count:
             raise IndexError(f"row {index} of {self._count}")
         entry = self._store.array(self._at + 8 * _COLUMNS * (index % self._count), _COLUMNS, np.int64)
-        ids_at, ids, labels_at, labels, answer_at, answer, prompt = entry.tolist()
+        ids_at, ids, labels_at, labels, answer_at, answer, prompt, kind = entry.tolist()
         tokens = self._store.array(ids_at, ids, np.int32)
-        wanted = tokens if labels_at < 0 else self._store.array(labels_at, labels, np.int32)
+        wanted = tokens if labels_at < 0 else self._store.array(labels_at, labels, _LABELS[kind])
         return Example(tokens, wanted, prompt, self._store.array(answer_at, answer, np.uint8).tobytes().decode())

@@ -25,6 +25,7 @@ from fedtune.models.sparse import SparseSlot
 from fedtune.plan import Plan, matching
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.privacy.dpsgd import PrivateGradient
@@ -221,7 +222,7 @@ def _in_pieces(
 
 def _backward(live: LiveAdapter | SparseSlot, micro: list[dict[str, Tensor]], task: TaskConfig, device: torch.device) -> tuple[float, int]:
     """Gradients of the mean loss over all micro-batches together, exact whatever their sizes; returns that mean and its count."""
-    counts = [int((b["labels"][..., 1:] != -100).sum()) if task.kind != "classification" else len(b["labels"]) for b in micro]
+    counts = [int(task_of(task).counts(batch).sum()) for batch in micro]
     count, mean = max(sum(counts), 1), 0.0
     for batch in micro:
         loss, _ = loss_sum(live.model, {k: v.to(device) for k, v in batch.items()}, task)

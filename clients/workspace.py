@@ -30,6 +30,7 @@ from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import Ledger
 from fedtune.promise import terms
 from fedtune.state import AdapterState
+from fedtune.task import task_of
 from fedtune.wire import Letter
 
 
@@ -49,7 +50,7 @@ class Workspace:
     def __init__(self, config: Config, federation: Federation | None = None) -> None:
         self.config = config
         self.federation = federation or load_federation(config)
-        self.labels = len(self.federation.labels) if config.task.kind == "classification" else 0
+        self.labels = task_of(config.task).outputs(len(self.federation.labels))
         self._bodies = {config.model.precision: Body(config, self.labels)}
         self.devices = Devices(self)  # type: ignore[arg-type]  # pyright takes this file and its link in typings/ for two modules
         # of no other process and no other workspace, and gone with this one

@@ -23,9 +23,9 @@ from fedtune.exchange import Exchange, make_exchange
 from fedtune.inference.combined import fold_shifts
 from fedtune.inference.export import beside, export_hf, prompt_template
 from fedtune.inference.personal import global_note
-from fedtune.models import load_backbone, primary
+from fedtune.models import load_backbone
+from fedtune.models.evaluation import generate_answers
 from fedtune.models.methods import mergeable
-from fedtune.models.tasks import generate_answers
 from fedtune.privacy.ledger import ledgers_in
 from fedtune.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.roll import Welcome
@@ -33,6 +33,7 @@ from fedtune.runs.directory import RunDirectory
 from fedtune.seeds import derive_seed
 from fedtune.simulations.ray import check_ray, ray_grid
 from fedtune.strategy import ServerState, Strategy
+from fedtune.task import task_of
 from fedtune.watch import Watch
 
 
@@ -156,7 +157,7 @@ def _run(
                 run=run,
                 initial=space.initial,
                 found=run.newest()[0],
-                metric=primary(config.task),
+                metric=task_of(config.task).primary,
                 evaluate=test if config.eval.where == "door" and len(space.federation.test) else None,
                 watcher=watch,
                 welcome=welcome,
@@ -169,7 +170,7 @@ def _run(
 
 def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDirectory) -> None:
     """Write what comes out of a run, and show it."""
-    final, folder = state.adapter, run.path / "adapter"
+    final, folder, task = state.adapter, run.path / "adapter", task_of(config.task)
     if final.spec.method != config.peft.method:  # too many rounds did not count
         raise RunError(
             f"the run ended in its {final.spec.method} stage, with no {config.peft.method} adapter yet: resume={run.path} rounds=N"
@@ -190,7 +191,7 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
     merged = None
     if config.inference.export == "hf":
         merged = export_hf(run.path, run.path / "merged", replace=True, trust_remote_code=config.model.trust_remote_code)
-    asked = min(config.inference.samples, len(space.federation.test)) if config.task.kind == "instruction" else 0
+    asked = min(config.inference.samples, len(space.federation.test)) if task.prompted else 0
     answers = _answers(config, space, state, run, merged, asked) if asked else []
     write_report(run.path)
     print_results(read_metrics(run.path), Console(), space.federation.summary())
@@ -198,8 +199,8 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
         print(f"\n{a['request']}\n  before  {a['before']}\n  after   {a['after']}\n  wanted  {a['wanted']}")
     print(f"\nadapter  {run.path / 'adapter'}")
     if merged:
-        classes = config.task.kind == "classification"
-        how = f"AutoModelForSequenceClassification.from_pretrained('{merged}')" if classes else f'fedtune generate {merged} "..."'
+        auto = task.auto_class(space.backbone.seq2seq)
+        how = f'fedtune generate {merged} "..."' if task.gives_text else f"{auto}.from_pretrained('{merged}')"
         print(f"model    {merged}    (use it: {how})")
         if said := beside(merged):
             print(f"         {said}")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.errors import ConfigError
 from fedtune.ids import LONGEST_NAME, flaw, short, shown
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -26,14 +27,7 @@ def check_together(c: "Config") -> None:
         f"min_clients={c.min_clients} is more than clients_per_round={c.clients_per_round}: no round could count",
     )
     refuse(not c.name or "/" in c.name or c.name.startswith("."), f"name='{c.name}' must be a plain folder name")
-    refuse(
-        c.data.source == "demo" and c.task.kind == "causal_lm",
-        "the demo homes are requests with answers: task.kind=causal_lm does not fit data=demo, take task=instruction or classification",
-    )
-    refuse(
-        c.task.kind == "instruction" and c.task.max_new_tokens >= c.task.max_length,
-        f"task.max_new_tokens={c.task.max_new_tokens} leaves no room for a prompt in task.max_length={c.task.max_length}",
-    )
+    task_of(c.task).check(c)
     refuse(
         bool(c.devices.classes) and sum(d.share for d in c.devices.classes.values()) <= 0,
         "devices.classes: every share is 0, so no client could get a class",

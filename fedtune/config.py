@@ -7,12 +7,14 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedtune.combinations import check_together
 from fedtune.errors import ConfigError
+from fedtune.registry import TASKS
 
 
 def opt(
@@ -23,9 +25,9 @@ def opt(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = (),
 ) -> Any:
-    """A config field with its help text and the values that it accepts."""
+    """A config field with its help text and the values that it accepts; choices that lie in a folder are found when they are asked for."""
     rules = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=rules)
@@ -110,7 +112,7 @@ class PartitionConfig:
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    kind: str = opt("instruction", "what is learnt and how it is scored", choices=("causal_lm", "instruction", "classification"))
+    kind: str = opt("instruction", "what is learnt and how it is scored", choices=TASKS.names)
     max_length: int = opt(128, "tokens of an example; longer ones are cut", ge=2)
     max_new_tokens: int = opt(24, "instruction: longest generated answer, in tokens", ge=1)
     generate: bool = opt(True, "instruction: score exact match by generation; false reports answer loss only")
@@ -322,8 +324,8 @@ def _check_fields(node: Any, prefix: str) -> None:
             for name, child in value.items():
                 _check_fields(child, f"{key}.{name}.")
         elif value is not None and rules:
-            if rules["choices"] and value not in rules["choices"]:
-                raise ConfigError(f"{key}={value} is not known: choose one of {', '.join(rules['choices'])}")
+            if (known := _choices(rules)) and value not in known:
+                raise ConfigError(f"{key}={value} is not known: choose one of {', '.join(known)}")
             for word, bound, bad in (
                 ("at least", rules["ge"], lambda v, b: not v >= b),  # `not >=` refuses NaN too
                 ("greater than", rules["gt"], lambda v, b: not v > b),
@@ -332,6 +334,12 @@ def _check_fields(node: Any, prefix: str) -> None:
             ):
                 if bound is not None and bad(value, bound):
                     raise ConfigError(f"{key}={value} is out of range: it must be {word} {bound:g}")
+
+
+def _choices(rules: Mapping[str, Any]) -> tuple[str, ...]:
+    """The values that a field is restricted to; () where there is no such list."""
+    choices = rules["choices"]
+    return typing.cast(tuple[str, ...], choices() if callable(choices) else choices)
 
 
 def reference() -> list[tuple[str, str, str]]:
@@ -343,7 +351,7 @@ def reference() -> list[tuple[str, str, str]]:
             if dataclasses.is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
             else:
-                choices = f.metadata["choices"]
+                choices = _choices(f.metadata)
                 text = f.metadata["help"] + (f" [{' | '.join(choices)}]" if choices else "")
                 yield prefix + f.name, "none" if value is None else str(value), text
 

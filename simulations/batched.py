@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.clients.meter import peak_mb, reset_peak
@@ -25,11 +24,11 @@ from fedtune.config import TaskConfig
 from fedtune.data import Example, collate
 from fedtune.errors import FedtuneError, UpdateError
 from fedtune.models import LiveAdapter
-from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan, matching
 from fedtune.simulations import stacked, vmapped
 from fedtune.simulations.crowd import Crowd, Forward, Way
 from fedtune.state import AdapterState
+from fedtune.task import task_of
 
 Result = tuple[AdapterState, Trained] | FedtuneError
 
@@ -215,9 +214,8 @@ class _Stack:
         self._leave(leaving)
 
     def _count(self, rows: Sequence[Example]) -> int:
-        if self.task.kind == "classification":
-            return len(rows)
-        return sum(int((e.labels[1:] != IGNORED).sum()) for e in rows)
+        task = task_of(self.task)
+        return sum(task.count(e) for e in rows)
 
     def _losses(self, group: list[list[Example]], counts: list[int]) -> tuple[Tensor, Tensor]:
         """The sum over clients of each one's summed loss over its count, and that of each alone, (C,), without its graph."""
@@ -230,15 +228,13 @@ class _Stack:
         batch = {k: v.to(self.device) for k, v in collate(flat, self.pad_id).items()}
         self.crowd.length = batch["input_ids"].shape[1]
         real = torch.tensor([j < n for n in self.crowd.rows for j in range(tall)], device=self.device)
-        if self.task.kind == "classification":
-            row = torch.arange(len(flat), device=self.device)
-        else:
-            batch["labels"][~real] = IGNORED
-            row = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-        logits, labels = self.forward(batch, self.task)
+        task = task_of(self.task)
+        task.silence(batch, ~real)
+        row = task.counts(batch).nonzero()[:, 0]
+        logits, targets = self.forward(batch, self.task)
         share = 1.0 / torch.tensor(counts, device=self.device).clamp(min=1)
         owner = row // tall
-        each = F.cross_entropy(logits, labels, reduction="none") * share[owner] * real[row]
+        each = task.loss(logits, targets, "none") * share[owner] * real[row]
         return each.sum(), torch.zeros(len(group), device=self.device).index_add_(0, owner, each.detach())
 
     def _gradient(self) -> Tensor:

@@ -43,6 +43,7 @@ from fedtune.simulations.batched import Job, train_together, way_of
 from fedtune.simulations.bench_ray_baseline import Cost, Recipe, Round, baseline
 from fedtune.simulations.crowd import Way
 from fedtune.simulations.width import WIDEST, allowed, pays
+from fedtune.task import task_of
 
 _LLAMAS = {  # hidden, layers, heads, intermediate, vocabulary
     "llama17m": (384, 6, 6, 1024, 16000),
@@ -156,7 +157,7 @@ def made_up(clients: int, rows: int, length: int, vocabulary: int, task: TaskCon
         examples = []
         for _ in range(rows * steps):
             ids = rng.integers(3, vocabulary, length).astype(np.int32)
-            labels = rng.integers(0, _LABELS, 1).astype(np.int32) if task.kind == "classification" else ids
+            labels = rng.integers(0, _LABELS, 1).astype(np.int32) if task_of(task).head else ids
             examples.append(Example(input_ids=ids, labels=labels, prompt_length=0, answer=""))
         plan = Plan(round=1, client=str(k), base_version=0, steps=steps, epochs=None, batch_size=rows, lr=1e-3, lr_last=1e-3, seed=k)
         out.append((plan, examples))
@@ -167,7 +168,7 @@ def on_ray(live: LiveAdapter, task: TaskConfig, works: list[list[tuple[Plan, lis
     """What each shape costs on Ray."""
     recipe = Recipe(
         folder=str(live.backbone.folder),
-        labels=_LABELS if task.kind == "classification" else 0,
+        labels=_LABELS if task_of(task).head else 0,
         dtype=live.backbone.model.dtype,
         steps=args.steps,
     )
@@ -201,7 +202,7 @@ def measure(
     if way is None:
         raise ConfigError(f"there is nothing to compare: {why}")
     rows, length = jobs[0].plan.batch_size, len(jobs[0].examples[0].input_ids)
-    classes = 1 if task.kind == "classification" else int(live.backbone.model.config.get_text_config().vocab_size)
+    classes = 1 if task_of(task).head else int(live.backbone.model.config.get_text_config().vocab_size)
     turn = min(seconds(lambda: bare(live, jobs[:1], task)) for _ in range(2))
 
     def affordable(side: str, turns: float) -> bool:

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from fedtune.models import LiveAdapter
-from fedtune.models.tasks import counted_logits
+from fedtune.models.losses import counted_logits
 from fedtune.simulations.crowd import Crowd, Forward, shared_dropout
 
 

@@ -27,10 +27,10 @@ from fedtune.app import simulate
 from fedtune.clients.workspace import workspace
 from fedtune.compose import compose
 from fedtune.config import Config, to_dict
-from fedtune.data.examples import IGNORE
 from fedtune.errors import FedtuneError
 from fedtune.report import read_metrics
 from fedtune.state import AdapterState
+from fedtune.task import IGNORED
 
 PLAIN_LOOP = {"pretrained": {0: 4.43, 10: 3.02, 20: 2.92, 40: 2.83}, "random": {0: 6.25, 40: 5.92}}  # nats; random: taken as 40 rounds
 STUDIES = ("shakespeare", "banking77", "dolly")
@@ -112,7 +112,7 @@ def marks_aside(config: Config, folder: Path) -> dict[str, float]:
     space = workspace(json.dumps(to_dict(config)))  # the run's own, still loaded
     tokenizer = space.backbone.tokenizer
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    words = [dataclasses.replace(e, labels=np.where(np.isin(e.labels, marks), IGNORE, e.labels)) for e in space.test_examples()]
+    words = [dataclasses.replace(e, labels=np.where(np.isin(e.labels, marks), IGNORED, e.labels)) for e in space.test_examples()]
     after = AdapterState.load(folder / "adapter" / "fedtune.safetensors")
     (first,), (last,) = space.score(space.initial, words), space.score(after, words)
     return {"words before": first["loss"], "words after": last["loss"]}

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtune.config import TaskConfig
 from fedtune.models import LiveAdapter
+from fedtune.models.losses import counted_logits
 from fedtune.models.masks import masks_from_shapes
 from fedtune.models.methods import swapped
-from fedtune.models.tasks import IGNORED, counted_logits
 from fedtune.simulations.crowd import Crowd, Forward, shared_dropout
+from fedtune.task import task_of
 
 
 def why_not(live: LiveAdapter, task: TaskConfig) -> str | None:
@@ -70,38 +70,26 @@ def installed(live: LiveAdapter, crowd: Crowd) -> Iterator[Forward]:
 def _forward(
     live: LiveAdapter, crowd: Crowd, layers: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor], task: TaskConfig
 ) -> tuple[Tensor, Tensor]:
-    c, classify, labels = len(crowd), task.kind == "classification", batch["labels"]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if classify:
-        counts = torch.ones(c, 1, 1, dtype=torch.bool)
-    else:
-        counts = labels[:, 1:].view(c, -1, labels.shape[1] - 1) != IGNORED
-        if live.backbone.seq2seq:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            inputs["decoder_input_ids"] = cast(Any, live.model).prepare_decoder_input_ids_from_labels(shifted)
-    where, real = _places(counts)  # the output layer sees only what has a label; vmap wants as many places of each client
+    c, kind = len(crowd), task_of(task)
+    inputs, counts = kind.inputs(live.model, batch), kind.counts(batch)
+    # the output layer sees only what has a target; vmap wants as many places of each client
+    where, real = _places(counts.view(c, -1, counts.shape[1]))
 
     def one(mine: dict[str, Tensor], factors: dict[str, Tensor], inputs: dict[str, Tensor], where: Tensor) -> Tensor:
         for m, s in factors.items():
             layers[m]["default"] = s
         named = {live.names[n]: t for n, t in mine.items()}
-        if classify:
-            return functional_call(live.model, named, (), inputs).logits
-        length = labels.shape[1]  # virtual tokens come first and drop out; the last position predicts nothing that is known
-        head = cast(Any, live.model).get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, -length:][:, :-1].flatten(0, 1)[where],))
-        try:
-            return functional_call(live.model, named, (), {**inputs, "use_cache": False}).logits
-        finally:
-            hook.remove()
+
+        def call(**more: Any) -> Any:
+            return functional_call(live.model, named, (), {**inputs, **more})
+
+        return kind.logits(live.model, call, counts.shape[1], lambda hidden: hidden.flatten(0, 1)[where])
 
     inputs = {n: t.view(c, -1, t.shape[1]) for n, t in inputs.items()}
     with masks_from_shapes(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # attention kernels are looped over the clients
         logits = torch.vmap(one, randomness="error")(crowd.views, crowd.scaling, inputs, where).float()
-    if classify:
-        return logits.flatten(0, 1), labels
-    return logits[real], labels[:, 1:][counts.flatten(0, 1)]
+    return logits[real], kind.targets(batch)[counts]
 
 
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,5 +142,4 @@ def _probe(live: LiveAdapter, task: TaskConfig) -> dict[str, Tensor]:
     ids = torch.tensor(list(itertools.islice(itertools.cycle(range(min(5, size - 1), size)), 16)), device=device).view(4, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]], device=device)
     ids = ids.masked_fill(mask == 0, int(live.backbone.model.config.get_text_config().pad_token_id or 0))
-    labels = torch.zeros(4, dtype=torch.long, device=device) if task.kind == "classification" else ids.masked_fill(mask == 0, IGNORED)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids, "attention_mask": mask, "labels": task_of(task).example_labels(ids, mask)}

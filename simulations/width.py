@@ -12,6 +12,7 @@ from fedtune.config import TaskConfig
 from fedtune.models import LiveAdapter
 from fedtune.simulations.batched import Job, train_together
 from fedtune.simulations.crowd import Way
+from fedtune.task import task_of
 
 WIDEST = 32  # clients
 _TOKENS = 1024  # of one flat batch: where bench_batched found the best ratio on two cores, for models of 1 to 20 M parameters
@@ -23,7 +24,7 @@ def allowed(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig) -> int:
     """The most clients whose flat batch is not too long to pay, and fits the memory."""
     lengths = [len(e.input_ids) for j in jobs for e in j.examples]
     tokens = max(1, round(jobs[0].plan.batch_size * statistics.mean(lengths)))
-    words = 1 if task.kind == "classification" else int(live.backbone.model.config.get_text_config().vocab_size)
+    words = 1 if task_of(task).head else int(live.backbone.model.config.get_text_config().vocab_size)
     state = sum(p.numel() for p in live.parameters.values()) * 4 * 6  # tensors, moments, anchor, gradients, float32
     return min(WIDEST, max(1, _TOKENS // tokens), max(1, _BYTES // (tokens * words * 4 * 3)), max(1, _STATE // state))
 

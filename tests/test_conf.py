@@ -10,6 +10,7 @@ import pytest
 from fedtune.compose import choices, compose, groups, make_strategy, scenarios
 from fedtune.config import Config, from_dict, reference, to_dict
 from fedtune.errors import ConfigError
+from fedtune.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -54,6 +55,10 @@ def test_each_choice_changes_what_it_is_named_after() -> None:
     assert not one("devices=none").devices.classes
     for choice in ("mixed", "edge"):
         assert set(one(f"devices={choice}").devices.classes) == {"phone", "single-board", "laptop", "workstation"}
+
+
+def test_each_task_file_has_its_yaml() -> None:
+    assert TASKS.names() == tuple(sorted(choices("task")))
 
 
 def test_every_folder_is_a_group_and_base_chooses_in_each() -> None:

@@ -23,6 +23,7 @@ from fedtune.models.backbone import build_config, empty_model, head_names, pick_
 from fedtune.models.checkpoint import find_folder
 from fedtune.models.methods import attach
 from fedtune.models.parts import is_linear
+from fedtune.task import task_of
 
 STATE = 16  # bytes of a trained float32 entry: itself, its gradient, two moments
 QUANTISED = ("nf4", "int8")
@@ -162,7 +163,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
     whole_config = build_config(config.model, config.task, num_labels=num_labels, folder=folder)
     hf = whole_config.get_text_config()
     bare = empty_model(whole_config, config.task, trust_remote_code=config.model.trust_remote_code)
-    output, classifies = bare.get_output_embeddings(), config.task.kind == "classification"
+    output, classifies = bare.get_output_embeddings(), task_of(config.task).head
     heads = head_names(bare) if classifies else []
     linear, rest, head = dict[str, tuple[int, int]](), 0, 0
     for name, module in bare.named_modules():

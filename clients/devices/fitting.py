@@ -28,10 +28,10 @@ from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
 from fedtune.models.backbone import pick_device
 from fedtune.models.methods import method
-from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan, matching
 from fedtune.promise import terms
 from fedtune.state import AdapterSpec, AdapterState
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.clients.workspace import Workspace
@@ -267,7 +267,7 @@ def settle(config: Config, device: DeviceClass, shapes: Shapes, deadline_s: floa
         ModelError: The profile asks for a precision that machine, architecture or method cannot do.
     """
     rank, length = choose_rank(device, shapes, deadline_s), config.task.max_length
-    counted = min(length - 1, config.task.max_new_tokens) if config.task.kind == "instruction" else length - 1
+    counted = task_of(config.task).usual_targets(length)
     entries = shapes.adapter(rank)
     work = Work(batch=config.client.batch_size, steps=1, length=length, longest=length, counted=counted, entries=entries)
     choice = choose(device, shapes, work, rank=rank, precisions=precisions(config, device, shapes))
@@ -281,7 +281,7 @@ def for_device(config: Config, device: DeviceClass) -> Config:
         Decline: Nothing fits its memory.
         ModelError: As `settle`.
     """
-    labels = max(2, len(config.data.labels)) if config.task.kind == "classification" else 0
+    labels = task_of(config.task).outputs(max(2, len(config.data.labels)))
     chosen = settle(config, device, shapes_of(config, labels), config.round_timeout_s)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=chosen.precision))
 
@@ -323,9 +323,9 @@ def _work(plan: Plan, examples: Sequence[Example], task: TaskConfig, entries: in
     length = task.max_length
     if plan.privacy == "none":
         longest = max(len(e.input_ids) for e in examples)
-        counted = max(1, *(int((e.labels[1:] != IGNORED).sum()) for e in examples))  # of a class there is none, and none is needed
+        counted = max(1, *(task_of(task).count(e) for e in examples))
     else:
-        longest, counted = length, 1 if task.kind == "classification" else max(1, length - 1)
+        longest, counted = length, task_of(task).most_targets(length)
     return Work(
         batch=plan.batch_size,
         accumulate=plan.accumulate,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedtune.config import TaskConfig
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.sparse import SparseSlot
-from fedtune.models.tasks import IGNORED
+from fedtune.task import task_of
 
 Slot = LiveAdapter | SparseSlot
 
@@ -81,11 +81,8 @@ def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, wi
 def _batch(slot: Slot, task: TaskConfig, rows: int, width: int, counted: int, device: torch.device) -> dict[str, Tensor]:
     ids = torch.full((rows, width), 3, device=device)
     mask = torch.ones_like(ids)
-    if task.kind == "classification":
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(rows, dtype=torch.long, device=device)}
-    if slot.backbone.seq2seq:
-        labels = torch.full((rows, counted + 1), 3, device=device)
-    else:
-        labels = ids.clone()
-        labels[:, : width - counted] = IGNORED
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if slot.backbone.seq2seq:  # the answer is a row of its own
+        answer = torch.full((rows, counted + 1), 3, device=device)
+        return {"input_ids": ids, "attention_mask": mask, "labels": task_of(task).example_labels(answer, torch.ones_like(answer))}
+    last = torch.arange(width, device=device).expand(rows, width) >= width - counted
+    return {"input_ids": ids, "attention_mask": mask, "labels": task_of(task).example_labels(ids, last)}

@@ -28,9 +28,9 @@ from fedtune.config import TaskConfig
 from fedtune.data import collate
 from fedtune.errors import ModelError, PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
-from fedtune.models.tasks import IGNORED
 from fedtune.seeds import derive_seed
 from fedtune.state import AdapterSpec, AdapterState
+from fedtune.task import task_of
 
 _FLOOR = 1e-5
 STEPS = 50  # of Lanczos
@@ -134,7 +134,7 @@ def hidden_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], task: Ta
     real = batch["attention_mask"].bool()
     if not model.config.is_encoder_decoder:
         return [_flat(h, real) for h in found[0].hidden_states[1:]]
-    answer = real if task.kind == "classification" else batch["labels"] != IGNORED
+    answer = task_of(task).decoder_mask(batch)
     sides = (found[0].encoder_hidden_states, real), (found[0].decoder_hidden_states, answer)
     return [_flat(h, mask) for states, mask in sides for h in states[1:]]
 

@@ -21,6 +21,7 @@ from fedtune.data.records import compile_pattern
 from fedtune.data.tables import header
 from fedtune.errors import ConfigError
 from fedtune.parsing import parse_json
+from fedtune.task import task_of
 
 _HEAD = 1 << 20  # bytes, in which a header line is looked for
 
@@ -54,7 +55,7 @@ def check_coordinator_data(config: Config) -> None:
     if data.source == "local" and not has_files(data.path):
         if data.test_path:
             _check_files(find_files(data.test_path, "data.test_path", data), config, "test")
-        elif config.task.kind == "classification" and len(class_names(data)) < 2:
+        elif task_of(config.task).classes and len(class_names(data)) < 2:
             raise no_classes()
         return
     check_data(undealt(config))

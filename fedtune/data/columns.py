@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config import Config, DataConfig, template_text
 from fedtune.data.local import Columns
 from fedtune.errors import ConfigError, DataError
+from fedtune.task import Task, task_of, tasks
 
 if TYPE_CHECKING:  # a command that only checks names starts without it
     import datasets
 
-NEEDED: dict[str, tuple[str, ...]] = {"instruction": ("prompt", "answer"), "classification": ("text", "label"), "causal_lm": ("text",)}
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
 DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
 DEMO_COLUMNS = {"text": "request", "label": "intent"}
-OURS = ("prompt", "answer", "text", "label", "client", "device_class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Table:
     """Rows in our columns.
 
     Args:
-        columns: Column → one value a row. `label` is a class id, everything else a string.
+        columns: Column → one value a row. `label` is a class id; what the task's own columns hold, the task says; the others are strings.
         labels: Name of each class id; () if the source has no labels.
     """
 
@@ -55,11 +54,11 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
         ConfigError: `data.columns` names a column that we do not have, or a template is malformed.
         DataError: A column or field is missing, or a row has no value in it.
     """
-    data, task = config.data, config.task.kind
+    data, task = config.data, task_of(config.task)
     check_names(source.column_names, config, what)
     maps, templates = mapping(data)
     out: dict[str, list[Any]] = {}
-    for ours in NEEDED[task]:
+    for ours in task.columns:
         out[ours] = _values(source, ours, maps, templates, what)
     wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()
     for ours in ("client", "device_class", "label"):
@@ -79,15 +78,16 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
     else:
         names = ()
     for ours in out:
-        if ours != "label":
-            out[ours] = texts(out[ours], ours, maps.get(ours, ours))
+        theirs, kind = maps.get(ours, ours), task.columns.get(ours, "text")
+        if ours != "label" and kind in _READ:
+            out[ours] = _READ[kind](out[ours], ours, theirs)
     for ours in out.keys() & {"client", "device_class"}:  # a blank that nobody sees makes no other client
         out[ours] = [value.strip() for value in out[ours]]
-    if task == "causal_lm":
-        kept = [i for i, text in enumerate(out["text"]) if text.strip()]
+    for blank in task.drops_blank:
+        kept = [i for i, text in enumerate(out[blank]) if text.strip()]
         out = {ours: [values[i] for i in kept] for ours, values in out.items()}
         if not kept:
-            raise DataError(f"every {what} row has an empty text: see data.columns")
+            raise DataError(f"every {what} row has an empty {blank}: see data.columns")
     return Table(columns=out, labels=names)
 
 
@@ -103,21 +103,21 @@ def check_names(present: Collection[str], config: Config, what: str) -> None:
         ConfigError: `data.columns` names a column that we do not have, or a template is malformed.
         DataError: A column is missing.
     """
-    task, there = config.task.kind, ", ".join(present)
+    task, there = task_of(config.task), ", ".join(present)
     maps, templates = mapping(config.data)
-    for ours in OURS:
+    for ours in dict.fromkeys((*task.columns, *known_columns())):
         theirs = maps.get(ours, ours)
-        if ours in templates and (ours in NEEDED[task] or ours in ("client", "device_class") or (ours == "label" and what == "training")):
+        if ours in templates and (ours in task.columns or ours in ("client", "device_class") or (ours == "label" and what == "training")):
             if missing := sorted(fields(templates[ours], f"the {ours} template") - set(present)):
                 template = templates[ours]
                 raise DataError(f"the {ours} template {template!r} names '{missing[0]}', which the rows do not have: there are {there}")
         elif theirs in present or ours in templates:
             continue
-        elif ours in maps and (ours in NEEDED[task] or (what == "training" and ours in ("client", "device_class", "label"))):
+        elif ours in maps and (ours in task.columns or (what == "training" and ours in ("client", "device_class", "label"))):
             raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.{ours}): there are {there}")
-        elif ours in NEEDED[task]:
-            more = " or the templates data.prompt and data.answer" if task == "instruction" else ""
-            raise DataError(f"task.kind={task} needs '{ours}' and the {what} rows have only {there}: set data.columns.{ours}{more}")
+        elif ours in task.columns:
+            kind, more = config.task.kind, task.columns_hint
+            raise DataError(f"task.kind={kind} needs '{ours}' and the {what} rows have only {there}: set data.columns.{ours}{more}")
         elif what == "training" and ours in PARTITION_BY.get(config.partition.kind, ()):
             raise no_clients() if ours == "client" else no_labels(config.partition.kind)
 
@@ -133,14 +133,19 @@ def no_labels(kind: str) -> DataError:
     return DataError(f"partition.kind={kind} deals rows by label, and these have none: set data.columns.label or take iid")
 
 
+def known_columns() -> tuple[str, ...]:
+    """The columns of every task, then those that say who holds a row."""
+    return tuple(dict.fromkeys([*(column for task in tasks().values() for column in task.columns), "client", "device_class"]))
+
+
 def mapping(data: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
     """Our column → the source's column, and our column → template.
 
     Raises:
         ConfigError: `data.columns` names a column that we do not have.
     """
-    if unknown := sorted(set(data.columns) - set(OURS)):
-        raise ConfigError(f"data.columns.{unknown[0]} is not known: ours are {', '.join(OURS)}")
+    if unknown := sorted(set(data.columns) - set(known := known_columns())):
+        raise ConfigError(f"data.columns.{unknown[0]} is not known: ours are {', '.join(known)}")
     maps = {ours: theirs for ours, theirs in data.columns.items() if "{" not in theirs}
     templates = {ours: template_text(theirs) for ours, theirs in data.columns.items() if "{" in theirs}
     if data.prompt is not None and data.answer is not None:
@@ -156,7 +161,7 @@ def demo_columns(data: DataConfig) -> DataConfig:
 
 def own_rows_columns(config: Config) -> dict[str, str]:
     """Of `data.columns`, what a device's own rows must have: what the task uses. Nothing of them is dealt, so no label or client is."""
-    return {ours: theirs for ours, theirs in config.data.columns.items() if ours in NEEDED[config.task.kind]}
+    return {ours: theirs for ours, theirs in config.data.columns.items() if ours in task_of(config.task).columns}
 
 
 def read_columns(config: Config) -> Columns:
@@ -165,7 +170,7 @@ def read_columns(config: Config) -> Columns:
     Nothing looks at any other column.
     """
     maps, templates = mapping(config.data)
-    asked = {*NEEDED[config.task.kind], *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
+    asked = {*task_of(config.task).columns, *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
     asked |= set(maps.values())
     for ours, template in templates.items():
         asked |= fields(template, f"the {ours} template")
@@ -264,6 +269,35 @@ def texts(values: Sequence[Any], ours: str, theirs: str) -> list[str]:
         if not has_text(value):
             raise DataError(f"row {number} of column '{theirs}' is {_shown(value)}, '{ours}' wants text: fill it or leave the row out")
     return [value if isinstance(value, str) else str(value) for value in values]
+
+
+def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
+    """Finite numbers; a text that spells one is read."""
+    out = []
+    for number, value in enumerate(values, 1):
+        try:
+            out.append(float(value))
+        except (TypeError, ValueError, OverflowError):
+            out.append(math.nan)
+        if not math.isfinite(out[-1]):
+            raise DataError(
+                f"row {number} of column '{theirs}' is {str(value)[:40]!r}, '{ours}' wants a number: correct it or leave the row out"
+            )
+    return out
+
+
+_READ = {"text": texts, "number": numbers}  # what a column of that kind is made of; `raw` stays as it came
+
+
+def features(columns: Mapping[str, Any], task: Task) -> "datasets.Features | None":
+    """The types of a table's columns; None where one of them is raw, whose type its values say."""
+    import datasets
+
+    kinds = {ours: "class" if ours == "label" else task.columns.get(ours, "text") for ours in columns}
+    if "raw" in kinds.values():
+        return None
+    types = {"text": "string", "class": "int64", "number": "float64"}
+    return datasets.Features({ours: datasets.Value(types[kind]) for ours, kind in kinds.items()})
 
 
 def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[str]:

@@ -14,12 +14,13 @@ import numpy as np
 
 from fedtune.config import Config, DeviceClass
 from fedtune.data.check import no_classes, undealt
-from fedtune.data.columns import NEEDED, Table, canonical, class_names, read_columns
+from fedtune.data.columns import Table, canonical, class_names, features, read_columns
 from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
 from fedtune.errors import DataError
 from fedtune.seeds import derive_seed
+from fedtune.task import Task, task_of
 
 log = logging.getLogger("fedtune.data")
 
@@ -88,7 +89,8 @@ def load_federation(config: Config) -> Federation:
     if data.client is not None:
         parts = _only(data.client, parts)
     clients = {name: _client(name, rows, devices[name], config) for name, rows in parts.items()}
-    return Federation(rows=_dataset(table), test=_dataset(tests), clients=clients, labels=table.labels)
+    task = task_of(config.task)
+    return Federation(rows=_dataset(table, task), test=_dataset(tests, task), clients=clients, labels=table.labels)
 
 
 def _read(config: Config) -> tuple[Config, Table, Table]:
@@ -117,8 +119,8 @@ def _read(config: Config) -> tuple[Config, Table, Table]:
 
 
 def _check_classes(config: Config, labels: tuple[str, ...]) -> None:
-    if config.task.kind == "classification" and len(labels) < 2:
-        raise DataError(f"every training row has the label '{''.join(labels)}': classification needs two classes at least")
+    if task_of(config.task).classes and len(labels) < 2:
+        raise DataError(f"every training row has the label '{''.join(labels)}': {config.task.kind} needs two classes at least")
 
 
 def load_test(config: Config) -> Federation:
@@ -134,7 +136,7 @@ def load_test(config: Config) -> Federation:
     if data.source != "local" or has_files(data.path):
         tests = _read(undealt(config))[2]
         _check_classes(config, tests.labels)
-        return _coordinator(tests)
+        return _coordinator(tests, task_of(config.task))
     if data.path:
         log.warning("data.path=%s is not on this machine: the server has no training rows, each client needs its own", data.path)
     labels = class_names(data)
@@ -143,14 +145,15 @@ def load_test(config: Config) -> Federation:
         chosen = sample(np.arange(len(tests)), data.test_limit, derive_seed(config.seed, "test_limit"))
         tests = _select(tests, chosen)
     else:
-        tests = Table(columns={ours: [] for ours in NEEDED[config.task.kind]}, labels=labels)
-    if config.task.kind == "classification" and len(tests.labels) < 2:
+        tests = Table(columns={ours: [] for ours in task_of(config.task).columns}, labels=labels)
+    if task_of(config.task).classes and len(tests.labels) < 2:
         raise no_classes()
-    return _coordinator(tests)
+    return _coordinator(tests, task_of(config.task))
 
 
-def _coordinator(tests: Table) -> Federation:
-    return Federation(rows=_dataset(_select(tests, np.arange(0))), test=_dataset(tests), clients={}, labels=tests.labels)
+def _coordinator(tests: Table, task: Task) -> Federation:
+    rows = _dataset(_select(tests, np.arange(0)), task)
+    return Federation(rows=rows, test=_dataset(tests, task), clients={}, labels=tests.labels)
 
 
 def split(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +227,5 @@ def _select(table: Table, rows: np.ndarray) -> Table:
     return Table(columns={name: [values[i] for i in chosen] for name, values in table.columns.items()}, labels=table.labels)
 
 
-def _dataset(table: Table) -> datasets.Dataset:
-    kinds = {name: datasets.Value("int64" if name == "label" else "string") for name in table.columns}
-    return datasets.Dataset.from_dict(table.columns, features=datasets.Features(kinds))
+def _dataset(table: Table, task: Task) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(table.columns, features=features(table.columns, task))

@@ -29,6 +29,7 @@ from fedtune.models.checkpoint import NANO, fingerprint, stored_tensors
 from fedtune.models.methods import mergeable
 from fedtune.parsing import parse_json, read_text
 from fedtune.run_config import read_config
+from fedtune.task import adapter_tasks, task_of
 
 CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
 BESIDE = "adapter"  # folder of what could not be merged
@@ -70,7 +71,7 @@ class Origin:
         if self.whole is not None:
             own = self.whole or {"task": self.task.kind, "prompt": None, "max_new_tokens": None}
             return {name: own[name] for name in ("task", "prompt", "max_new_tokens")}
-        longest = self.task.max_new_tokens if self.config and self.task.kind == "instruction" else None
+        longest = self.task.max_new_tokens if self.config and task_of(self.task).prompted else None
         about = {"client": self.client, "note": self.note or None}
         card = {"task": self.task.kind, "prompt": prompt_template(self.config), "max_new_tokens": longest}
         return {**card, **{name: value for name, value in about.items() if value is not None}}
@@ -181,7 +182,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         put_heads(backbone.model, adapter, task)
         before = text_logits(backbone.model, backbone.tokenizer) if requantize else None
         put_adapter(backbone.model, origin)
-    if origin.labels and task.kind == "classification":
+    if origin.labels and task_of(task).classes:
         backbone.model.config.id2label = dict(enumerate(origin.labels))
         backbone.model.config.label2id = {label: i for i, label in enumerate(origin.labels)}
     card = {**origin.card, "base": backbone.fingerprint}
@@ -273,7 +274,7 @@ def _labels(path: Path) -> list[str]:
 
 
 def _task(adapter: StoredAdapter, source: Path) -> TaskConfig:
-    kinds = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "instruction", "SEQ_CLS": "classification"}
+    kinds = adapter_tasks()
     if adapter.task_type not in kinds:
         raise ModelError(f"{source}: task_type={adapter.task_type or 'unknown'} cannot be exported: {', '.join(kinds)} can")
     return TaskConfig(kind=kinds[adapter.task_type], max_length=2)
@@ -295,7 +296,7 @@ def _settings(config: Config | None, adapter: StoredAdapter, task: TaskConfig) -
     # The last matrix of a head has a row for each class
     tensors = {**adapter.state.tensors, **adapter.heads}
     classes = [t.shape[0] for n, t in tensors.items() if t.ndim == 2 and n.endswith("weight")]
-    return {"num_labels": classes[-1] if classes and task.kind == "classification" else 0, "seed": config.seed if config else 0}
+    return {"num_labels": classes[-1] if classes and task_of(task).head else 0, "seed": config.seed if config else 0}
 
 
 def _precision(config: Config | None, adapter: StoredAdapter, source: Path) -> dict[str, str]:
@@ -313,7 +314,7 @@ def _precision(config: Config | None, adapter: StoredAdapter, source: Path) -> d
 
 def prompt_template(config: Config | None) -> str | None:
     """The run's prompt template, None where prompts come as they are."""
-    if config is None or config.task.kind != "instruction":
+    if config is None or not task_of(config.task).prompted:
         return None
     if config.data.prompt is not None:
         return template_text(config.data.prompt)

@@ -19,6 +19,8 @@ from fedtune.inference.engine.text import wrap
 from fedtune.inference.engine.tokenizer import check_tokenizer
 from fedtune.models.checkpoint import read_config
 from fedtune.parsing import parse_json, read_text
+from fedtune.registry import TASKS
+from fedtune.task import adapter_tasks, find
 
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
@@ -121,8 +123,12 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
         raise ModelError(f"{folder} is a run directory: write its model with `fedtune export {folder}` and give that folder")
     card = _card(folder)
-    if card.get("task") == "classification" or any("Classification" in a for a in read_config(folder).get("architectures") or []):
-        raise ModelError(f"{folder} is a classifier: it gives labels, no text")
+    classifies = any("Classification" in a for a in read_config(folder).get("architectures") or [])
+    name = card.get("task")
+    if classifies and (name is None or find(name).gives_text):
+        name = adapter_tasks()["SEQ_CLS"]
+    if name is not None and not (kind := find(name)).gives_text:
+        raise ModelError(f"{folder} is {kind.noun}: it gives {kind.gives}, no text")
     return card
 
 
@@ -246,11 +252,10 @@ def _card(folder: Path) -> dict[str, Any]:
         return {}
     try:
         card = parse_json(read_text(folder / CARD))
-        kinds = ("causal_lm", "instruction", "classification")
         if (
             isinstance(card["max_new_tokens"], (int, type(None)))
             and isinstance(card["prompt"], (str, type(None)))
-            and card["task"] in kinds
+            and card["task"] in TASKS.names()
         ):
             PeftConfig(**card.get("peft", {}))
             return card

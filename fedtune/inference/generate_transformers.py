@@ -17,6 +17,7 @@ from fedtune.models.backbone import Backbone, load_backbone
 from fedtune.models.checkpoint import read_config
 from fedtune.models.methods import method
 from fedtune.models.quiet import quiet
+from fedtune.task import adapter_tasks
 
 __all__ = ["HubModel", "HubText", "load_model"]
 
@@ -122,7 +123,7 @@ def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
         ModelError: The folder cannot be loaded.
     """
     encodes = bool(read_config(folder).get("is_encoder_decoder"))
-    task = TaskConfig(kind=card.get("task") or ("instruction" if encodes else "causal_lm"), max_length=2, generate=False)
+    task = TaskConfig(kind=card.get("task") or adapter_tasks()["SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM"], max_length=2, generate=False)
     backbone = load_backbone(ModelConfig(source="hub", name=str(folder)), task, packed=True)
     peft = card.get("peft", {})
     model: Any = _with_adapter(backbone, card, folder, task) if peft else backbone.model

@@ -23,6 +23,7 @@ from fedtune.models.methods import Edit, method
 
 if TYPE_CHECKING:
     from fedtune.state import AdapterState
+from fedtune.task import task_of
 
 __all__ = ["Merged", "read_merged"]
 
@@ -69,8 +70,8 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
     """
     origin = read_origin(Path(source))
     state, adapter = origin.adapter.state, origin.adapter
-    if origin.task.kind == "classification":
-        raise ModelError(f"{source} is a classifier, which generates no text: export it with --to hf")
+    if not (task := task_of(origin.task)).gives_text:
+        raise ModelError(f"{source} is {task.noun}, which generates no text: export it with --to hf")
     folder = find_folder(origin.model)
     config = read_config(folder)
     shape = read_shape(config)

@@ -25,6 +25,7 @@ from fedtune.models.backbone import Backbone, draw, head_names, initializer_rang
 from fedtune.models.checkpoint import StoredTensor, find_folder, stored_tensors
 from fedtune.models.edits import edits_of
 from fedtune.models.merge import linear, transposed_weights
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.state import AdapterState
@@ -73,7 +74,7 @@ def read_outline(model: ModelConfig, task: TaskConfig, *, num_labels: int, seed:
             lost.append(name)
         else:
             kept[name] = own
-    heads = head_names(bare) if task.kind == "classification" else []
+    heads = head_names(bare) if task_of(task).head else []
     fresh = {n.split(".")[0] for n in lost}.intersection(heads)  # all of a head is drawn, or nothing of it
     for name, parameter in parameters.items():
         if name.split(".")[0] in fresh:

@@ -8,10 +8,9 @@ from typing import Any
 from fedtune.errors import CheckpointError
 from fedtune.inference.export import Origin
 from fedtune.parsing import content_of, parse_json, read_text
+from fedtune.task import metrics
 
 __all__ = ["provenance"]
-
-_PRIMARY = ("exact_match", "accuracy", "perplexity", "loss")  # as in report.summary: the first that a run reports is what it is judged by
 
 
 def provenance(origin: Origin) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def _metric(records: list[dict[str, Any]], version: int, client: str | None) -> 
     every = [r for r in records if r.get("client") is not None]
     of_client = [r for r in every if r["client"] == client]
     for mine in ([r for r in records if r.get("client") is None], every) if client is None else (of_client,):
-        for name in _PRIMARY:
+        for name in metrics():
             found = [(r["round"], v) for r in mine if r["round"] <= version and (v := _number(r, name)) is not None]
             if found:
                 last = max(when for when, _ in found)

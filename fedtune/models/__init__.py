@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedtune.models.adapter import LiveAdapter, initial_adapter
     from fedtune.models.backbone import Backbone, fingerprint, load_backbone
-    from fedtune.models.tasks import PRIMARY, evaluate, loss_sum, primary
+    from fedtune.models.evaluation import evaluate
+    from fedtune.models.losses import loss_sum
 
-__all__ = ["PRIMARY", "Backbone", "LiveAdapter", "evaluate", "fingerprint", "initial_adapter", "load_backbone", "loss_sum", "primary"]
+__all__ = ["Backbone", "LiveAdapter", "evaluate", "fingerprint", "initial_adapter", "load_backbone", "loss_sum"]
 
 # PEFT imports bitsandbytes, which tells every user of a CPU that an optional kernel package is not installed
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -23,10 +24,8 @@ _HOME = {
     "load_backbone": "backbone",
     "LiveAdapter": "adapter",
     "initial_adapter": "adapter",
-    "PRIMARY": "tasks",
-    "evaluate": "tasks",
-    "loss_sum": "tasks",
-    "primary": "tasks",
+    "evaluate": "evaluation",
+    "loss_sum": "losses",
 }
 
 

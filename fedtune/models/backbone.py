@@ -10,15 +10,9 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ModelError
@@ -27,6 +21,7 @@ from fedtune.models.lazy import lazy_tensors
 from fedtune.models.quiet import quiet
 from fedtune.models.tokens import check_context, load_tokenizer, set_tokens
 from fedtune.seeds import derive_seed
+from fedtune.task import task_of, tasks
 
 __all__ = [
     "Backbone", "build_config", "draw", "dropout_rates", "empty_model", "fingerprint", "full_tensors", "head_names", "load_backbone",
@@ -76,7 +71,7 @@ def load_backbone(
     Args:
         config: Which backbone, its precision and device.
         task: `kind` decides the model class; `max_length` must fit the context.
-        num_labels: Classes (classification only, where it must be at least 2).
+        num_labels: Outputs of the task's head (`Task.outputs`); 0 without one.
         seed: The run's seed: draws the weights of `init=random`, and a classification head that the checkpoint lacks.
         outline: Float32 tensors on the meta device that stand for the checkpoint's, by its names: the model is then made of them and lies
             there too, without weights, but with everything checked. Of a pretrained backbone in float32 only.
@@ -120,11 +115,8 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
     kind = read_config(folder)["model_type"]
     if not packed:
         refuse_quantized(folder)
-    extra = {}
-    if task.kind == "classification":
-        if num_labels < 2:
-            raise ModelError(f"a classifier needs at least 2 classes, the data has {num_labels}")
-        extra = {"num_labels": num_labels, "problem_type": "single_label_classification"}
+    wanted = task_of(task)
+    extra = wanted.model_settings(num_labels)
     try:
         with quiet():
             out = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **extra)
@@ -139,12 +131,11 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
         raise ModelError(f"{folder / 'config.json'} is not a valid '{kind}' config: {first_line(bad)}") from None
     if is_seq2seq(out) and kind != "t5":
         raise ModelError(
-            f"{folder} is an encoder-decoder ('{kind}'): of these T5 is supported, and decoders, and encoders for classification"
+            f"{folder} is an encoder-decoder ('{kind}'): of these T5 is supported, and decoders, and encoders for {_names(head=True)}"
         )
-    if is_seq2seq(out) and task.kind == "causal_lm":
-        raise ModelError(
-            f"'{kind}' is an encoder-decoder and cannot do task.kind=causal_lm: take instruction or classification, or a decoder"
-        )
+    if is_seq2seq(out) and not wanted.encoder_decoder:
+        others = _names(encoder_decoder=True)
+        raise ModelError(f"'{kind}' is an encoder-decoder and cannot do task.kind={task.kind}: take {others}, or a decoder")
     if not config.dropout:
         for name in dropout_rates(out):
             setattr(out, name, 0.0)
@@ -153,9 +144,14 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
     if type(out) not in _auto_class(task, out)._model_mapping:
         raise ModelError(f"the architecture '{kind}' has no model for task.kind={task.kind} in transformers")
     # transformers offers encoders as causal LMs too (BertLMHeadModel), which makes sense only with is_decoder
-    if task.kind != "classification" and type(out) in AutoModelForMaskedLM._model_mapping and not getattr(out, "is_decoder", False):
-        raise ModelError(f"'{kind}' is an encoder and cannot do task.kind={task.kind}: take task.kind=classification, or a decoder")
+    if not wanted.head and type(out) in AutoModelForMaskedLM._model_mapping and not getattr(out, "is_decoder", False):
+        raise ModelError(f"'{kind}' is an encoder and cannot do task.kind={task.kind}: take task.kind={_names(head=True)}, or a decoder")
     return out
+
+
+def _names(**attributes: bool) -> str:
+    """The names of the tasks that have these attributes, for a sentence."""
+    return " or ".join(name for name, task in tasks().items() if all(getattr(task, a) == value for a, value in attributes.items()))
 
 
 def is_seq2seq(hf_config: Any) -> bool:
@@ -195,9 +191,7 @@ def initializer_range(hf_config: Any) -> float:
 
 
 def _auto_class(task: TaskConfig, hf_config: Any) -> Any:
-    if task.kind == "classification":
-        return AutoModelForSequenceClassification
-    return AutoModelForSeq2SeqLM if is_seq2seq(hf_config) else AutoModelForCausalLM
+    return getattr(transformers, task_of(task).auto_class(is_seq2seq(hf_config)))
 
 
 def pick_device(name: str) -> torch.device:
@@ -342,7 +336,7 @@ def _missing(folder: Path, task: TaskConfig, model: PreTrainedModel, info: Mappi
     """
     mismatched = {m[0] for m in info["mismatched_keys"]}
     fresh = sorted(set(info["missing_keys"]) | mismatched)
-    heads = head_names(model) if task.kind == "classification" else []
+    heads = head_names(model) if task_of(task).head else []
     poolers = sorted(set(info["missing_keys"]).intersection(_poolers(model))) if heads else []
     _set_poolers(model, poolers)
     if wrong := [n for n in fresh if n.split(".")[0] not in heads and n not in poolers]:
@@ -387,7 +381,7 @@ def _random_model(hf_config: Any, task: TaskConfig, config: ModelConfig, seed: i
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "backbone"))
         model = _auto_class(task, hf_config).from_config(hf_config, trust_remote_code=config.trust_remote_code, dtype=torch.float32, **rest)
-    heads = head_names(model) if task.kind == "classification" else []
+    heads = head_names(model) if task_of(task).head else []
     _draw_heads(model, [n for n, _ in model.named_parameters() if n.split(".")[0] in heads], hf_config, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(settings["dtype"])  # not model.to: rotary frequencies, which are buffers, stay float32

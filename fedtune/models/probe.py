@@ -13,9 +13,10 @@ from fedtune.config import TaskConfig
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.adapter import LiveAdapter
 from fedtune.models.checkpoint import first_line
+from fedtune.models.losses import counted_logits, loss_sum
 from fedtune.models.methods import method
 from fedtune.models.quiet import quiet
-from fedtune.models.tasks import IGNORED, counted_logits, loss_sum
+from fedtune.task import task_of
 
 __all__ = ["TESTED", "probe"]
 
@@ -84,14 +85,14 @@ def _padding_effect(live: LiveAdapter, task: TaskConfig) -> float:
         together = counted_logits(live.model, _batch(live, task, rows), task)[0]
         alone = torch.cat([counted_logits(live.model, _batch(live, task, [i]), task)[0] for i in rows])
         pairs = [(together, alone)]
-        if task.kind == "instruction" and task.generate:
+        if task_of(task).answer_tokens:
             pairs.append((_next_logits(live, rows), torch.cat([_next_logits(live, [i]) for i in rows])))
     return max(_change(a, b) for a, b in pairs)
 
 
 def _future_effect(live: LiveAdapter, task: TaskConfig) -> float:
     """The largest relative change of a causal model's logits with the tokens after; 0 where the model may read them."""
-    if task.kind == "classification" or live.backbone.seq2seq:
+    if task_of(task).head or live.backbone.seq2seq:
         return 0.0
     live.model.eval()
     whole = _batch(live, task, [0])
@@ -117,10 +118,7 @@ def _next_logits(live: LiveAdapter, rows: Any) -> Tensor:
 
 def _batch(live: LiveAdapter, task: TaskConfig, rows: Any) -> dict[str, Tensor]:
     ids, mask = _ids(live, rows, left=False)
-    if task.kind == "classification":
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(len(ids), dtype=torch.long, device=ids.device)}
-    labels = torch.where(mask == 0, IGNORED, ids)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids, "attention_mask": mask, "labels": task_of(task).example_labels(ids, mask)}
 
 
 def _ids(live: LiveAdapter, rows: Any, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.checkpoint import first_line
 from fedtune.models.quiet import quiet
+from fedtune.task import task_of
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"
@@ -86,7 +87,7 @@ def check_context(model: PreTrainedModel, task: TaskConfig, folder: Path) -> Non
             context -= module.padding_idx + 1  # RoBERTa counts positions from its padding index
     if task.max_length > context:
         raise ModelError(f"task.max_length={task.max_length} is more than the context of {folder.name}, {context} tokens: make it smaller")
-    if task.kind == "instruction" and task.generate and task.max_length + task.max_new_tokens > context:
+    if task.max_length + task_of(task).answer_tokens > context:
         raise ModelError(
             f"task.max_length={task.max_length} with task.max_new_tokens={task.max_new_tokens} is more than the context of {folder.name},"
             f" {context} tokens: make one of them smaller"

@@ -20,7 +20,6 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from opacus import GradSampleModule
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -28,9 +27,10 @@ from torch.func import functional_call, grad
 from fedtune.config import TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter
+from fedtune.models.losses import counted_logits
 from fedtune.models.masks import masks_from_shapes
 from fedtune.models.methods import swapped
-from fedtune.models.tasks import IGNORED, counted_logits
+from fedtune.task import task_of
 
 Grads = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Way = Callable[[LiveAdapter, Sequence[str], TaskConfig], contextlib.AbstractContextManager[Grads]]
@@ -125,32 +125,27 @@ def _forget(live: LiveAdapter) -> None:
 @contextlib.contextmanager
 def mapped(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterator[Grads]:
     """torch.func's vmap over the rows."""
+    kind, places = task_of(task), 0
 
     def loss(trained: dict[str, Tensor], row: dict[str, Tensor]) -> Tensor:
         named = {live.names[n]: t for n, t in trained.items()}
-        inputs = {n: row[n][None] for n in ("input_ids", "attention_mask", "decoder_input_ids") if n in row}
-        if task.kind == "classification":
-            return F.cross_entropy(functional_call(live.model, named, (), inputs).logits.float(), row["labels"][None])
-        head, where = cast(Any, live.model).get_output_embeddings(), row["where"]
-        # virtual tokens come first and drop out; the last position predicts nothing that is known
-        hook = head.register_forward_pre_hook(lambda module, args: (args[0][0, -row["labels"].shape[0] :][where],))
-        try:
-            logits = functional_call(live.model, named, (), {**inputs, "use_cache": False}).logits.float()
-        finally:
-            hook.remove()
-        return (F.cross_entropy(logits, row["answers"], reduction="none") * row["weights"]).sum()
+        inputs = {n: t[None] for n, t in row.items() if n not in ("where", "targets", "weights")}
+
+        def call(**more: Any) -> Any:
+            return functional_call(live.model, named, (), {**inputs, **more})
+
+        logits = kind.logits(live.model, call, places, lambda hidden: hidden[0][row["where"]]).float()
+        return (kind.loss(logits, row["targets"], "none") * row["weights"]).sum()
 
     def grads(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows = dict(batch)
-        if task.kind != "classification":
-            labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (B, T): what each position is to predict
-            if live.backbone.seq2seq:
-                rows["decoder_input_ids"] = cast(Any, live.model).prepare_decoder_input_ids_from_labels(labels)
-            counts = labels != IGNORED
-            most = max(1, int(counts.sum(1).max()))
-            rows["where"] = counts.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # as many of each row, filled up
-            rows["answers"] = labels.gather(1, rows["where"]).clamp(min=0)
-            rows["weights"] = counts.gather(1, rows["where"]) / counts.sum(1, keepdim=True).clamp(min=1)
+        nonlocal places
+        rows, counts, targets = kind.inputs(live.model, batch), kind.counts(batch), kind.targets(batch)
+        places, row = counts.shape[1], torch.arange(len(counts), device=counts.device)[:, None]
+        most = max(1, int(counts.sum(1).max()))
+        where = counts.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # as many of each row, filled up
+        real, chosen = counts[row, where], targets[row, where]
+        rows["where"], rows["weights"] = where, real / counts.sum(1, keepdim=True).clamp(min=1)
+        rows["targets"] = chosen.where(real.view(*real.shape, *[1] * (chosen.ndim - 2)), 0)
         trained = {n: live.parameters[n].detach() for n in names}
         with masks_from_shapes(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # attention kernels are looped over the rows
@@ -161,11 +156,10 @@ def mapped(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterato
 
 def _losses(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig) -> Tensor:
     """The sum over the rows of each row's mean loss."""
-    logits, labels = counted_logits(live.model, batch, task)
-    if task.kind == "classification":
-        return F.cross_entropy(logits, labels, reduction="sum")
-    sizes = (batch["labels"][:, 1:] != IGNORED).sum(1)
-    return (F.cross_entropy(logits, labels, reduction="none") / sizes.repeat_interleave(sizes)).sum()
+    kind = task_of(task)
+    logits, targets = counted_logits(live.model, batch, task)
+    sizes = kind.counts(batch).sum(1)
+    return (kind.loss(logits, targets, "none") / sizes.repeat_interleave(sizes)).sum()
 
 
 def _mixes_rows(live: LiveAdapter) -> bool:
@@ -212,5 +206,4 @@ def _probe(live: LiveAdapter, task: TaskConfig) -> dict[str, Tensor]:
     if ends is not None:
         ids[torch.arange(_ROWS), mask.sum(1) - 1] = ends
     ids = ids.masked_fill(mask == 0, pad)
-    labels = torch.zeros(_ROWS, dtype=torch.long, device=device) if task.kind == "classification" else ids.masked_fill(mask == 0, IGNORED)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids, "attention_mask": mask, "labels": task_of(task).example_labels(ids, mask)}

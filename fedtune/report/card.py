@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config import TaskConfig
 from fedtune.privacy.ledger import most_spent
 from fedtune.report.snippet import how_to_load
 from fedtune.report.summary import Record, primary_metric, rounds, value
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.models import Backbone
@@ -32,7 +34,7 @@ def write_card(
     """
     metric, done = primary_metric(records), rounds(records)
     scores = [(r["round"], v) for r in done if (v := value(r, metric)) is not None]
-    classes = config["task"]["kind"] == "classification"
+    task = task_of(TaskConfig(**config["task"]))
     base = config["model"]["name"] or "fedtune's embedded backbone (fedtune/models/nano)"
     lines = [
         "---\nlibrary_name: peft\n---",
@@ -52,9 +54,9 @@ def write_card(
     lines += _privacy(config["privacy"], _spent(run_dir, config["privacy"], records))
     if prompt:
         lines.append(f"- prompt template: `{json.dumps(prompt)}`")
-    if classes:
+    if task.classes:
         lines.append(f"- labels, in the order of their ids: {', '.join(labels)}")
-    lines += how_to_load(run_dir / "adapter", config, backbone, len(labels) if classes else 0)
+    lines += how_to_load(run_dir / "adapter", config, backbone, task.outputs(len(labels)))
     (run_dir / "adapter" / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 

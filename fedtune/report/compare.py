@@ -19,6 +19,7 @@ from fedtune.errors import ConfigError
 from fedtune.report import summary
 from fedtune.report.metrics import read_metrics, write_atomic
 from fedtune.scores import worst_decile
+from fedtune.task import higher_is_better
 
 _APART = frozenset({"seed", "name", "output_dir", "resume"})  # what may differ within one setting
 _COLUMNS = ("worst tenth", "MB up", "MB down", "seconds")
@@ -54,7 +55,7 @@ class Finished:
         rows = summary.rounds(self.records)
         return {
             metric: last[-1] if last else None,
-            "worst tenth": worst_decile(after, higher_is_better=metric not in summary.LOWER),
+            "worst tenth": worst_decile(after, higher_is_better=higher_is_better(metric)),
             "MB up": summary.total(rows, "bytes_up") / 1e6,
             "MB down": summary.total(rows, "bytes_down") / 1e6,
             "seconds": summary.total(rows, "seconds"),
@@ -115,7 +116,7 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """What the table leaves unsaid."""
-        better = "lower" if self.metric in summary.LOWER else "higher"
+        better = "higher" if higher_is_better(self.metric) else "lower"
         out = [f"{self.metric} after the last round, {better} is better: mean ± standard deviation over seeds."]
         if len(self.settings) > 1:
             out.append(f"Differences are from the first setting, {self.settings[0].label}, seed by seed.")

@@ -22,7 +22,6 @@ from fedtune.report.page import element as e
 from fedtune.report.plots import Series
 from fedtune.report.summary import (
     CHOSEN,
-    LOWER,
     ClassResult,
     ClientResult,
     Record,
@@ -40,6 +39,7 @@ from fedtune.report.summary import (
     total,
     value,
 )
+from fedtune.task import higher_is_better
 
 _SECRET = {"key", "token", "secret", "password", "passphrase", "credential", "credentials", "apikey"}  # words of a config key
 
@@ -103,7 +103,7 @@ def _headline(
     count = f"{len(done)}" if planned in (None, len(done)) else f"{len(done)} of {planned}"
     change = f"{number(value(first, key))} → {number(value(last, key))}" if last else number(value(first, key))
     note = f"untuned → round {last['round']}" if last else "no tuned round finished yet"
-    note += "; lower is better" if metric in LOWER else "; higher is better"
+    note += "; higher is better" if higher_is_better(metric) else "; lower is better"
     if top is not None and last is not None and top["round"] != last["round"]:
         note += f"; best {number(value(top, metric))} in round {top['round']}"
     n = len({c.device_class for c in clients})
@@ -132,7 +132,7 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
     if not lines:
         return []
     xs = [int(r["round"]) for r in lines]
-    share = metric not in LOWER
+    share = higher_is_better(metric)
 
     def column(key: str) -> list[float | None]:
         """Null, which metrics.jsonl has for NaN and infinity, is NaN again; a round that was not evaluated has no such key."""
@@ -153,7 +153,7 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
         Series(name="worst tenth of clients", ys=column("clients_worst_decile"), colour=2),
     ]
     losses = [Series(name="global test", ys=column("loss"), colour=1), Series(name="training", ys=column("train_loss"), colour=2)]
-    caption = "Round 0 is the untuned backbone. " + ("Lower is better." if metric in LOWER else "Higher is better.")
+    caption = "Round 0 is the untuned backbone. " + ("Higher is better." if higher_is_better(metric) else "Lower is better.")
     figures = [
         figure(_words(metric).capitalize(), scores, caption, metric == "perplexity") if metric != "loss" else None,
         figure("Loss", losses if metric != "loss" else [*losses, *scores[1:]], "Mean over tokens or examples; lower is better."),

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedtune.errors import CheckpointError
 from fedtune.parsing import content_of, parse_json
-from fedtune.report.summary import LOWER, NO_CLASS, PRIMARY, value
+from fedtune.report.summary import NO_CLASS, value
+from fedtune.task import metrics
 
 FILE = "metrics.jsonl"
 
@@ -72,12 +73,14 @@ class MetricsWriter:
         self._board.flush()
 
     def _flush_turns(self) -> None:
+        scored = metrics()
         for device_class, turns in self._turns.items():
             for key in sorted({k for t in turns for k in t} - {"round", "client"}):
                 if values := [v for t in turns if (v := value(t, key)) is not None]:
                     self._board.add_scalar(f"clients/{device_class}/{key}/mean", sum(values) / len(values), self._round)
-                    if key in (*PRIMARY, "macro_f1"):
-                        self._board.add_scalar(f"clients/{device_class}/{key}/worst", (max if key in LOWER else min)(values), self._round)
+                    if key in scored:
+                        worst = (min if scored[key] else max)(values)
+                        self._board.add_scalar(f"clients/{device_class}/{key}/worst", worst, self._round)
         self._turns = {}
 
 

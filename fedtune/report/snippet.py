@@ -3,28 +3,32 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config import ModelConfig, PeftConfig, TaskConfig
+from fedtune.task import task_of
+
 if TYPE_CHECKING:
     from fedtune.models import Backbone
 
 
-def how_to_load(adapter: Path, config: dict[str, Any], backbone: "Backbone", classes: int) -> list[str]:
+def how_to_load(adapter: Path, config: dict[str, Any], backbone: "Backbone", outputs: int) -> list[str]:
     """Markdown lines: PEFT over the checkpoint where that is what was trained, else an export, else fedtune itself.
 
     Args:
         adapter: The folder that `save_peft` wrote.
         config: The run's.
         backbone: The run's.
-        classes: Of a classifier; 0 of any other task.
+        outputs: Of the task's head; 0 without one.
     """
     from fedtune.models.methods import mergeable  # late: a report of a finished run needs no models
 
     method, trusted = config["peft"]["method"], ", trust_remote_code=True" * config["model"]["trust_remote_code"]
-    auto = f"AutoModelFor{'SequenceClassification' if classes else 'Seq2SeqLM' if backbone.seq2seq else 'CausalLM'}"
+    task = task_of(TaskConfig(**config["task"]))
+    auto = task.auto_class(backbone.seq2seq)
     why = _why_not_peft(adapter, config, backbone)
     if not why:
-        return _with_peft(config, backbone, auto, trusted, classes)
+        return _with_peft(config, backbone, auto, trusted, outputs)
     if not mergeable(method):
-        return _with_fedtune(why, config, classes)
+        return _with_fedtune(why, config, outputs)
     return [
         f"- {why}. `fedtune export` writes the model with the adapter in its weights:",
         "\n```sh\nfedtune export path/to/this/run --out merged\n```",
@@ -46,31 +50,29 @@ def _why_not_peft(adapter: Path, config: dict[str, Any], backbone: "Backbone") -
     return "" if (adapter / "adapter_config.json").is_file() else f"PEFT cannot open what peft.method={config['peft']['method']} trains"
 
 
-def _with_peft(config: dict[str, Any], backbone: "Backbone", auto: str, trusted: str, classes: int) -> list[str]:
+def _with_peft(config: dict[str, Any], backbone: "Backbone", auto: str, trusted: str, outputs: int) -> list[str]:
     from fedtune.models.checkpoint import read_config
 
     model = config["model"]
     name = backbone.name if model["source"] == "hub" else "path/to/fedtune/models/nano"
-    given = f", num_labels={classes}" * bool(classes) + f", revision={model['revision']!r}" * bool(model["revision"]) + trusted
+    given = f", num_labels={outputs}" * bool(outputs) + f", revision={model['revision']!r}" * bool(model["revision"]) + trusted
     lines = [f"from peft import PeftModel\nfrom transformers import {auto}\n", f"base = {auto}.from_pretrained({name!r}{given})"]
     stored, pad = read_config(backbone.folder), backbone.model.config.get_text_config().pad_token_id
-    if classes and stored.get("text_config", stored).get("pad_token_id") != pad:  # a decoder classifies at the last token before padding
+    if outputs and stored.get("text_config", stored).get("pad_token_id") != pad:  # a decoder classifies at the last token before padding
         lines.append(f"base.config.get_text_config().pad_token_id = {pad}")
     return ["\n```python", *lines, 'model = PeftModel.from_pretrained(base, "path/to/this/folder")', "```\n"]
 
 
-def _with_fedtune(why: str, config: dict[str, Any], classes: int) -> list[str]:
-    from fedtune.config import ModelConfig, PeftConfig, TaskConfig
-
+def _with_fedtune(why: str, config: dict[str, Any], outputs: int) -> list[str]:
     def call(default: ModelConfig | PeftConfig | TaskConfig, values: dict[str, Any]) -> str:
         given = [f"{name}={value!r}" for name, value in values.items() if value != getattr(default, name)]
         return f"{type(default).__name__}({', '.join(given)})"
 
-    size = f", num_labels={classes}" if classes else ""
+    size = f", num_labels={outputs}" if outputs else ""
     seed = f", seed={config['seed']}" if config["model"]["init"] == "random" else ""
     return [
         f"- {why}, and no weights can express it: load it with fedtune"
-        + ("" if classes else ", or use `fedtune export` and `fedtune generate` on what that writes"),
+        + ("" if outputs else ", or use `fedtune export` and `fedtune generate` on what that writes"),
         "\n```python",
         "from pathlib import Path\n",
         "from fedtune.config import ModelConfig, PeftConfig, TaskConfig",

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedtune.scores import worst_decile
+from fedtune.task import higher_is_better, metrics
 
 Record = Mapping[str, Any]
 
-PRIMARY = ("exact_match", "accuracy", "perplexity", "loss")  # the first that a run reports is what it is judged by
-LOWER = frozenset({"perplexity", "loss", "train_loss"})
 NO_CLASS = "all devices"
 CHOSEN = {  # what a device says of its turn, and what that is called
     "precision": "precision",
@@ -30,7 +29,7 @@ def primary_metric(records: Iterable[Record]) -> str:
     """The name of the metric that the run is judged by; round lines count before client lines, "loss" where nothing is reported."""
     rows = list(records)
     for group in (rounds(rows), turns(rows)):
-        for name in PRIMARY:
+        for name in metrics():
             if any(value(r, name) is not None for r in group):
                 return name
     return "loss"
@@ -62,7 +61,7 @@ def best(rows: Sequence[Record], metric: str) -> Record | None:
     scored = [r for r in rows if value(r, metric) is not None]
     if not scored:
         return None
-    return (min if metric in LOWER else max)(scored, key=lambda r: value(r, metric) or 0.0)
+    return (max if higher_is_better(metric) else min)(scored, key=lambda r: value(r, metric) or 0.0)
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -172,7 +171,7 @@ def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassRes
                 clients=len(mine),
                 before=mean([c.before for c in mine if c.before is not None]),
                 after=mean(after),
-                worst=worst_decile(after, higher_is_better=metric not in LOWER),
+                worst=worst_decile(after, higher_is_better=higher_is_better(metric)),
                 counted=sum(c.counted for c in mine),
                 dropped=sum((c.dropped for c in mine), Counter()),
                 seconds=known_sum(c.seconds for c in mine),

@@ -83,7 +83,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "unknown column of ours": (
         "a.jsonl", Q, data(CLS, columns={"lable": "x"}),
-        ConfigError, r"data\.columns\.lable is not known: ours are prompt",
+        ConfigError, r"data\.columns\.lable is not known: ours are text, label, prompt, answer, client",
     ),
     "no prompt": (
         "a.jsonl", Q, ASK,

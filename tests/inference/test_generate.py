@@ -16,7 +16,7 @@ from fedtune.errors import ConfigError, FedtuneError, ModelError
 from fedtune.inference import export_hf, generate_text
 from fedtune.inference.generate import Stripped, wrap
 from fedtune.models import load_backbone
-from fedtune.models.tasks import generate_answers
+from fedtune.models.evaluation import generate_answers
 from tests.inference.test_export import ASK, CLASSES, make_run
 from tests.models.build import checkpoint, hub
 

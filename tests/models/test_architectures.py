@@ -20,9 +20,9 @@ from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import quiet
 from fedtune.models.checkpoint import stored_tensors
+from fedtune.models.losses import loss_sum
 from fedtune.models.methods import attach
 from fedtune.models.probe import TESTED, probe
-from fedtune.models.tasks import loss_sum
 from tests.models.build import CONFIGS, VOCABULARY, checkpoint, hub, token_ids, tokenizer
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)

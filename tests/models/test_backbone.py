@@ -232,7 +232,7 @@ def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "cannot be read as JSON"), ("[]", "no model_type"), ('{"model_type": "martian"}', "architecture 'martian'"),
-     ('{"model_type": "t5"}', "'t5' is an encoder-decoder and cannot do task.kind=causal_lm: take instruction or classification"),
+     ('{"model_type": "t5"}', "'t5' is an encoder-decoder and cannot do task.kind=causal_lm: take classification or instruction"),
      ('{"model_type": "bart"}', r"encoder-decoder \('bart'\): of these T5 is supported"),
      ('{"model_type": "vit"}', "no model for task.kind=causal_lm"),
      ('{"model_type": "bert"}', "is an encoder and cannot do task.kind=causal_lm"),

@@ -14,8 +14,9 @@ from fedtune.data.examples import Example
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum
 from fedtune.models.backbone import Backbone, quiet
+from fedtune.models.evaluation import generate_answers
+from fedtune.models.losses import counted_logits
 from fedtune.models.methods import mergeable, method
-from fedtune.models.tasks import counted_logits, generate_answers
 from fedtune.state import AdapterState
 from tests.models.build import ENCODERS, checkpoint, hub, token_ids, tokenizer
 

@@ -404,7 +404,7 @@ def test_a_float32_backbone_multiplies_as_peft_does(tmp_path: Path) -> None:
 
 
 def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtune.models import tasks
+    from fedtune.models import losses
 
     live = LiveAdapter(load_backbone(hub(wide(tmp_path / "llama"), precision="bf16"), LM), PeftConfig(rank=2), LM)
     live.load(random_state(live))
@@ -416,7 +416,7 @@ def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest
         return loss.item(), torch.cat([g.flatten() for g in grads])
 
     whole, wanted = found()
-    monkeypatch.setattr(tasks, "_PIECE", 4 * live.backbone.model.config.vocab_size)  # 7 pieces, the last of 3 rows
+    monkeypatch.setattr(losses, "_PIECE", 4 * live.backbone.model.config.vocab_size)  # 7 pieces, the last of 3 rows
     pieces, got = found()
     assert pieces == pytest.approx(whole, rel=1e-6) and torch.equal(got, wanted)
 

@@ -11,8 +11,11 @@ from torch import nn
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.data.examples import Example, collate
 from fedtune.errors import DataError
-from fedtune.models import Backbone, LiveAdapter, evaluate, load_backbone, loss_sum, primary
-from fedtune.models.tasks import _verdict, generate_answers, macro_f1
+from fedtune.models import Backbone, LiveAdapter, evaluate, load_backbone, loss_sum
+from fedtune.models.evaluation import generate_answers
+from fedtune.models.tasks.classification import macro_f1
+from fedtune.models.tasks.instruction import verdict
+from fedtune.task import task_of
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 CAUSAL = TaskConfig(kind="causal_lm", max_length=32)
@@ -179,7 +182,7 @@ def test_only_generation_tells_where_other_tokens_may_spell_the_answer() -> None
             return "".join(pieces[i] for i in ids)
 
     wanted = [1, 2, 0]  # "abc", as "ab" + "c"
-    for said, longest, verdict in (
+    for said, longest, expected in (
         ([1, 2, 0], 6, True),
         ([3, 2, 0], 6, None),  # begins with "a": may still become "abc"
         ([1, 5, 0], 6, None),  # half a character
@@ -188,7 +191,7 @@ def test_only_generation_tells_where_other_tokens_may_spell_the_answer() -> None
         ([1, 0, 0], 6, False),  # ends at "ab"
         ([1, 2, 0], 2, None),  # generation would be cut
     ):
-        assert _verdict(said, wanted, " abc", Words(), longest) is verdict, said
+        assert verdict(said, wanted, " abc", Words(), longest) is expected, said
 
 
 def test_generation_stops_at_any_end_token_and_ignores_the_sampling_defaults_of_a_checkpoint(tmp_path: Path) -> None:
@@ -268,7 +271,7 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_primary_metrics() -> None:
-    assert primary(CAUSAL) == ("perplexity", False)
-    assert primary(INSTRUCTION) == ("exact_match", True)
-    assert primary(TaskConfig(kind="instruction", generate=False)) == ("perplexity", False)
-    assert primary(CLASSES) == ("accuracy", True)
+    assert task_of(CAUSAL).primary == ("perplexity", False)
+    assert task_of(INSTRUCTION).primary == ("exact_match", True)
+    assert task_of(TaskConfig(kind="instruction", generate=False)).primary == ("perplexity", False)
+    assert task_of(CLASSES).primary == ("accuracy", True)

@@ -14,8 +14,8 @@ from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
-from fedtune.models.tasks import IGNORED
 from fedtune.privacy import samples
+from fedtune.task import IGNORED
 from tests.models.build import VOCABULARY, checkpoint, hub, llama_config
 
 LM = TaskConfig(kind="causal_lm", max_length=12)

@@ -21,9 +21,9 @@ from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline
-from fedtune.models.tasks import IGNORED
 from fedtune.plan import Plan
 from fedtune.state import AdapterState
+from fedtune.task import IGNORED
 from tests.tiny import tiny_config
 
 PLAN = Plan(round=1, client="c0", base_version=0, steps=4, epochs=None, batch_size=4, lr=1e-2, lr_last=1e-3)

@@ -13,7 +13,7 @@ from fedtune.clients.devices.estimate import kept_bytes, shapes_of, weights_byte
 from fedtune.config import Config, ModelConfig, PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
-from fedtune.models.tasks import IGNORED
+from fedtune.task import IGNORED
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, llama_config
 
 WITHIN = 2.0

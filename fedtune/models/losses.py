@@ -1,0 +1,55 @@
+"""The loss of a batch, and the logits that it is taken from; which of them count, and how, the task says."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fedtune.config import TaskConfig
+from fedtune.task import task_of
+
+_PIECE = 1 << 22  # logits that are float32 at once in training
+
+
+def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, int]:
+    """Summed loss and how much it sums over, so that accumulation over unequal micro-batches is exact.
+
+    Args:
+        model: Gives `logits`.
+        batch: What `collate` gives.
+        task: Its kind says what the loss is.
+
+    Returns:
+        The loss (float32, summed), and the number of targets.
+    """
+    (logits, targets), kind = _counted(model, batch, task), task_of(task)
+    if logits.dtype == torch.float32:
+        return kind.loss(logits, targets, "sum"), len(targets)
+    # in narrow logits, the float32 copy and its log-softmax would be most of what a step needs at its end: they are made a piece at a time
+    rows = max(1, _PIECE // logits.shape[-1])
+
+    def piece(some: Tensor, wanted: Tensor) -> Tensor:
+        return kind.loss(some.float(), wanted, "sum")
+
+    pieces = zip(logits.split(rows), targets.split(rows), strict=True)
+    losses = [checkpoint(piece, some, wanted, use_reentrant=False, preserve_rng_state=False) for some, wanted in pieces]
+    return torch.stack(losses).sum(), len(targets)
+
+
+def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
+    """float32 logits (N, …) and targets (N, …) of everything that has a target, row by row."""
+    logits, targets = _counted(model, batch, task)
+    return logits.float(), targets
+
+
+def _counted(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
+    """`counted_logits` in the dtype that the model gives them in."""
+    kind = task_of(task)
+    counts, inputs = kind.counts(batch), kind.inputs(model, batch)
+
+    def call(**more: Any) -> Any:
+        return model(**inputs, **more)
+
+    return kind.logits(model, call, counts.shape[1], lambda hidden: hidden[counts]), kind.targets(batch)[counts]

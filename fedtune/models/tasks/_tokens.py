@@ -1,0 +1,86 @@
+"""A task whose targets are tokens that the model's output layer predicts from those before them."""
+
+import abc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedtune.task import IGNORED, Example, Score, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TokenTask(Task, abc.ABC):
+    """A subclass says what its columns are and which of a row's tokens are targets.
+
+    The P places of a row are the positions of its labels but the first: nothing predicts that one.
+    """
+
+    head = False
+    gives_text = True
+
+    def outputs(self, labels: int) -> int:
+        return 0
+
+    def most_targets(self, length: int) -> int:
+        return max(1, length - 1)
+
+    def auto_class(self, encoder_decoder: bool) -> str:
+        return "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+
+    def peft_type(self, encoder_decoder: bool) -> str:
+        return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+
+    def example_labels(self, ids: "Tensor", mask: "Tensor") -> "Tensor":
+        return ids.masked_fill(mask == 0, IGNORED)
+
+    def count(self, example: Example) -> int:
+        return int((example.labels[1:] != IGNORED).sum())
+
+    def counts(self, batch: "Mapping[str, Tensor]") -> "Tensor":
+        return batch["labels"][:, 1:] != IGNORED
+
+    def targets(self, batch: "Mapping[str, Tensor]") -> "Tensor":
+        return batch["labels"][:, 1:]
+
+    def silence(self, batch: "dict[str, Tensor]", rows: "Tensor") -> None:
+        batch["labels"][rows] = IGNORED
+
+    def decoder_mask(self, batch: "Mapping[str, Tensor]") -> "Tensor":
+        return batch["labels"] != IGNORED
+
+    def inputs(self, model: Any, batch: "Mapping[str, Tensor]") -> "dict[str, Any]":
+        from torch.nn.functional import pad
+
+        out = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # the decoder reads its start token and the answer
+            shifted = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+            out["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(shifted)
+        return out
+
+    def logits(self, model: Any, call: Callable[..., Any], places: int, choose: "Callable[[Tensor], Tensor]") -> "Tensor":
+        """The output layer sees only the chosen places: with a large vocabulary, its product and its float32 logits over prompts and
+        padding would cost more than the backbone. Virtual tokens, which a prompt puts before the sequence, drop out, and the last position
+        predicts nothing that is known."""
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, args: (choose(args[0][:, -places - 1 : -1]),))
+        try:
+            return call(use_cache=False).logits
+        finally:
+            hook.remove()
+
+    def loss(self, logits: "Tensor", targets: "Tensor", reduction: str) -> "Tensor":
+        """Cross-entropy in nats."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(logits, targets, reduction=reduction)
+
+    def score(self, logits: "Tensor", targets: "Tensor", sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
+        each = self.loss(logits, targets, "none")
+        return [Score(losses.sum().item(), len(losses)) for losses in each.split(list(sizes))]
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; finite, for exp overflows a float at 709.8."""
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,64 @@
+"""Classes that are found by name: each in the module of that name in one folder, or registered by whoever wrote it elsewhere."""
+
+import importlib
+import importlib.util
+import pkgutil
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Registry:
+    """The classes of one kind.
+
+    Args:
+        package: Dotted name of the folder. Modules whose names begin with an underscore are shared code.
+    """
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self._registered: dict[str, type] = {}
+        self._found: dict[str, type] = {}
+
+    def names(self) -> tuple[str, ...]:
+        """Every name, sorted. Imports none of the modules."""
+        spec = importlib.util.find_spec(self._package)
+        places = spec.submodule_search_locations if spec else None
+        in_folder = {m.name for m in pkgutil.iter_modules(places or []) if not m.name.startswith("_")}
+        return tuple(sorted(in_folder | self._registered.keys()))
+
+    def register(self, name: str, kind: type) -> None:
+        """Make a class that lies elsewhere, such as in a notebook, known to this process."""
+        self._registered[name] = kind
+
+    def remove(self, name: str) -> None:
+        """Forget a registered class."""
+        del self._registered[name]
+
+    def find(self, name: str, base: type[T]) -> type[T]:
+        """The class of this name.
+
+        Args:
+            name: One of `names`.
+            base: What it must be a subclass of.
+
+        Raises:
+            KeyError: There is no such name.
+            TypeError: The module does not define exactly one subclass of `base`.
+        """
+        kind = self._registered.get(name) or self._found.get(name)
+        if kind is None:
+            if name not in self.names():
+                raise KeyError(name)
+            dotted = f"{self._package}.{name}"
+            module = importlib.import_module(dotted)
+            kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, base) and k.__module__ == dotted]
+            if len(kinds) != 1:
+                raise TypeError(f"{dotted} defines {len(kinds)} subclasses of {base.__name__}: define exactly one")
+            kind = self._found[name] = kinds[0]
+        if not issubclass(kind, base):
+            raise TypeError(f"{kind.__name__}, registered as '{name}', is not a subclass of {base.__name__}")
+        return kind
+
+
+TASKS = Registry("fedtune.models.tasks")
