@@ -5,11 +5,12 @@ from transformers import PreTrainedModel
 
 from fedtune.config import TaskConfig
 from fedtune.models.backbone import head_names
+from fedtune.task import task_of
 
 
 def trained_heads(model: nn.Module, task: TaskConfig) -> list[str]:
     """Top-level modules of the bare model that are trained whole: a classifier's head, such as `score`; none for other tasks."""
-    return head_names(model) if task.kind == "classification" else []
+    return head_names(model) if task_of(task).head else []
 
 
 def train_head(model: PreTrainedModel, task: TaskConfig) -> dict[str, nn.Parameter]:

@@ -17,15 +17,16 @@ from fedtune.errors import ModelError
 from fedtune.models.backbone import head_names, quiet
 from fedtune.models.methods import SLOT
 from fedtune.models.parts import is_linear, text_prefix
+from fedtune.task import task_of
 
 
 def task_settings(model: PreTrainedModel, task: TaskConfig) -> dict[str, Any]:
     """PEFT's task type, and what of a classifier's head PEFT does not train by itself."""
-    if task.kind != "classification":
-        encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-        return {"task_type": TaskType.SEQ_2_SEQ_LM if encoder_decoder else TaskType.CAUSAL_LM}
-    heads = [h for h in head_names(model) if h not in ("classifier", "score")]  # PEFT adds these two by itself
-    return {"task_type": TaskType.SEQ_CLS, "modules_to_save": heads}
+    kind = task_of(task)
+    settings: dict[str, Any] = {"task_type": TaskType[kind.peft_type(getattr(model.config, "is_encoder_decoder", False))]}
+    if kind.head:
+        settings["modules_to_save"] = [h for h in head_names(model) if h not in ("classifier", "score")]  # PEFT adds these two by itself
+    return settings
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig, modules: Collection[str] = ()) -> PeftModel:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.methods import SLOT, Attached, DecoderShape, swapped
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,7 +49,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     wrapped.word_embeddings = embedding  # PEFT guesses it from the shapes of the weights
     if any(n.startswith("score.") for n in before):
         _pool_by_mask(model)
-    if task.kind != "classification" and "position_ids" in inspect.signature(model.forward).parameters:
+    if not task_of(task).head and "position_ids" in inspect.signature(model.forward).parameters:
         model.register_forward_pre_hook(_count_positions, with_kwargs=True)
     parameters, names = named(wrapped, {f"prompt_encoder.{SLOT}.embedding.weight": "prompt"})
     return Attached(
@@ -73,7 +74,7 @@ def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
 def refuse_encoder_decoder(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> None:
     """Raises ModelError for an encoder-decoder's classifier: transformers gives it neither embeddings nor a past."""
     kind = model.config.model_type
-    if task.kind == "classification" and getattr(model.config, "is_encoder_decoder", False):
+    if task_of(task).head and getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
             f"peft.method={peft.method}: the classifier of the encoder-decoder '{kind}' takes token ids only: choose ptuning_v2 or lora"
         )
@@ -87,7 +88,7 @@ def require_room(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             context -= module.padding_idx + 1  # RoBERTa counts positions from its padding index
-    answer = task.max_new_tokens if task.kind == "instruction" and task.generate else 0
+    answer = task_of(task).answer_tokens
     if peft.tokens + task.max_length + answer > context:
         more = f" and task.max_new_tokens={answer}" if answer else ""
         raise ModelError(

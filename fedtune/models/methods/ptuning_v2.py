@@ -29,6 +29,7 @@ from fedtune.errors import ModelError
 from fedtune.models.methods import Attached, DecoderShape
 from fedtune.models.methods._own import Switch, fill, untouched
 from fedtune.models.methods.prompt import require_room
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,7 +220,7 @@ def _save_prefix(
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = next(iter(prompts.values())).shape[-1]
     PrefixTuningConfig(
-        task_type=TaskType.SEQ_CLS if task.kind == "classification" else TaskType.CAUSAL_LM,
+        task_type=TaskType[task_of(task).peft_type(False)],
         base_model_name_or_path=config._name_or_path or None,
         num_virtual_tokens=next(iter(prompts.values())).shape[1],
         num_layers=len(prompts),

@@ -1,0 +1,200 @@
+"""A task that is written in this file alone runs: two rounds, evaluation, report, card, export, private and batched training."""
+
+import ast
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import mse_loss
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fedtune.app import simulate
+from fedtune.config import Config, DataConfig, EngineConfig, EvalConfig, InferenceConfig, TaskConfig, check, reference
+from fedtune.data import Example, load_federation
+from fedtune.data.examples import whole_texts
+from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.inference.generate import read_card
+from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.tasks._rows import RowTask
+from fedtune.privacy.samples import hooked, looped, mapped
+from fedtune.registry import TASKS
+from fedtune.report import read_metrics
+from fedtune.report.summary import primary_metric
+from fedtune.state import AdapterState
+from fedtune.task import Score, find, higher_is_better, metrics, task_of, tasks
+from tests.tiny import texts, tiny_config
+
+
+class Regression(RowTask):
+    """A number for each text: mean squared error, scored by the mean absolute error."""
+
+    columns = {"text": "text", "target": "number"}
+    metrics = {"mae": False}
+    noun, gives = "a regressor", "numbers"
+
+    def outputs(self, labels: int) -> int:
+        return 1
+
+    def model_settings(self, outputs: int) -> dict[str, Any]:
+        return {"num_labels": outputs, "problem_type": "regression"}
+
+    def encode(self, rows: Dataset, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+        coded = whole_texts(rows["text"][:], tokenizer, self.settings.max_length, one_end=encoder_decoder)
+        return [Example(ids, np.array([number], np.float32)) for ids, number in zip(coded, rows["target"][:], strict=True)]
+
+    def example_labels(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.linspace(-1.0, 1.0, len(ids), device=ids.device)
+
+    def loss(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return mse_loss(logits.squeeze(-1), targets, reduction=reduction)
+
+    def score(self, logits: Tensor, targets: Tensor, sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
+        off = (logits.squeeze(-1) - targets).tolist()
+        return [Score(d * d, 1, abs(d)) for d in off]
+
+    def measure(self, scores: Sequence[Score], loss: float) -> dict[str, float]:
+        return {"mae": math.fsum(s.detail for s in scores) / len(scores)}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    TASKS.register("regression", Regression)
+    yield
+    TASKS.remove("regression")
+
+
+def experiment(folder: Path, **changes: Any) -> Config:
+    """Texts with a number: half a point for each word beyond the fifth, as a fraction."""
+    rows = [{"text": r["text"], "client": r["client"], "points": (len(r["text"].split()) - 5) / 2} for r in texts(24)]
+    values: dict[str, Any] = {
+        "task": TaskConfig(kind="regression", max_length=16),
+        "eval": EvalConfig(where="door", clients=-1),
+        **changes,
+    }
+    config = tiny_config(folder, rows, **values)
+    data = {"path": config.data.path, "test_path": None, "test_fraction": 0.2, "columns": {"target": "points"}}
+    return check(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
+
+
+def test_two_rounds_end_in_a_report_a_card_and_a_model_that_transformers_loads(tmp_path: Path) -> None:
+    run = simulate(experiment(tmp_path, inference=InferenceConfig(export="hf")))
+    records = read_metrics(run)
+    rounds = [r for r in records if r.get("client") is None]
+    assert [r["round"] for r in rounds] == [0, 1, 2] and all({"loss", "mae", "clients_mean"} <= set(r) for r in rounds)
+    assert all(r["mae"] ** 2 <= r["loss"] * (1 + 1e-6) for r in rounds)  # by Jensen, and not by chance another number
+    assert rounds[-1]["clients_worst_decile"] >= rounds[-1]["clients_mean"]  # lower is better
+    assert primary_metric(records) == "mae" and not higher_is_better("mae")
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert "lower is better" in html and "mae" in html
+    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "task: regression" in card and "mae on the global test" in card and "labels, in the order" not in card
+    assert "AutoModelForSequenceClassification" in card and "num_labels=1" in card
+    assert json.loads((run / "merged" / "fedtune.json").read_text())["task"] == "regression"
+    with pytest.raises(ModelError, match="is a regressor: it gives numbers, no text"):
+        read_card(run / "merged")
+    # the exported model gives the numbers of the trained adapter
+    model = AutoModelForSequenceClassification.from_pretrained(run / "merged").eval()
+    tokens = AutoTokenizer.from_pretrained(run / "merged")("lamp kettle door", return_tensors="pt").input_ids
+    config = experiment(tmp_path)
+    backbone = load_backbone(config.model, config.task, num_labels=1, seed=config.seed)
+    live = LiveAdapter(backbone, config.peft, config.task)
+    live.load(AdapterState.load(run / "adapter" / "fedtune.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, live.model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_clients_that_train_at_once_end_where_they_end_alone(tmp_path: Path) -> None:
+    def adapter(batched: str) -> AdapterState:
+        run = simulate(experiment(tmp_path, engine=EngineConfig(threads=1, batched=batched), rounds=1))
+        return AdapterState.load(run / "adapter" / "fedtune.safetensors")
+
+    alone, together = adapter("none"), adapter("4")
+    for name, tensor in alone.tensors.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_single_rows_have_the_gradients_of_the_loop(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    live = LiveAdapter(load_backbone(config.model, config.task, num_labels=1), config.peft, config.task)
+    names, task = list(live.parameters), task_of(config.task)
+    for name in names:
+        torch.nn.init.normal_(live.parameters[name], std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6], [4, 5, 9, 9]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    batch: Mapping[str, Tensor] = {"input_ids": ids, "attention_mask": mask, "labels": task.example_labels(ids, mask)}
+    live.model.train()
+    found = []
+    for way in (looped, hooked, mapped):
+        with way(live, names, config.task) as grads:
+            found.append(grads(batch))
+    for other in found[1:]:
+        for name in names:
+            torch.testing.assert_close(other[name], found[0][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_registered_task_is_a_choice_and_a_name_that_is_none_is_refused() -> None:
+    (choices,) = [text for key, _, text in reference() if key == "task.kind"]
+    assert choices.endswith("[causal_lm | classification | instruction | regression]")
+    with pytest.raises(ConfigError, match=r"task\.kind=ranking is not known: choose one of causal_lm, .*, regression"):
+        check(Config(task=TaskConfig(kind="ranking")))
+    with pytest.raises(ConfigError, match=r"task\.kind=_rows is not known"):
+        find("_rows")
+
+
+@pytest.mark.parametrize("value", ["many", None, float("inf"), [1]])
+def test_a_value_that_is_no_number_is_refused(tmp_path: Path, value: object) -> None:
+    config = tiny_config(tmp_path, [{"text": "lamp", "client": "a", "target": 1.5}, {"text": "door", "client": "a", "target": value}])
+    data = DataConfig(source="local", path=config.data.path)
+    with pytest.raises(DataError, match="target"):
+        load_federation(dataclasses.replace(config, task=TaskConfig(kind="regression", max_length=8), data=data))
+
+
+# -- the metrics of all tasks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "classification", "instruction", "regression"])
+def test_a_report_judges_by_the_task_s_own_primary_metric(name: str) -> None:
+    assert set(tasks()) == {"causal_lm", "classification", "instruction", "regression"}
+    task = task_of(TaskConfig(kind=name))
+    record = {"round": 1, "client": None, "loss": 1.0, **dict.fromkeys(reversed([*task.metrics]), 0.5)}
+    assert primary_metric([record]) == task.primary[0] and higher_is_better(task.primary[0]) == task.primary[1]
+
+
+def test_tasks_that_contradict_each_other_about_a_metric_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Regression, "metrics", {"accuracy": False})
+    with pytest.raises(ConfigError, match="about whether higher accuracy is better"):
+        metrics()
+    monkeypatch.setattr(Regression, "metrics", {"macro_f1": True, "accuracy": True})
+    with pytest.raises(ConfigError, match="rank the metrics .* in different orders"):
+        metrics()
+
+
+def test_no_file_asks_which_task_it_is() -> None:
+    """Whatever differs between tasks is an attribute or a method of the task: a comparison with a name would leave new tasks out."""
+    root, looked, found = Path(__file__).parents[2], 0, []
+    for file in (f for folder in ("fedtune", "clients", "simulations", "strategies") for f in (root / folder).rglob("*.py")):
+        looked += 1
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                names = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & {"causal_lm", "classification", "instruction"}
+                found += [f"{file.relative_to(root)}:{node.lineno}"] if names else []
+    assert looked > 100 and not found, found
+
+
+def test_a_task_s_names_need_no_torch() -> None:
+    code = (
+        "import sys; from fedtune.config import Config, check; from fedtune.task import metrics; check(Config()); metrics()\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr + done.stdout
