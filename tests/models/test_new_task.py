@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedtune.app import simulate
@@ -66,11 +66,54 @@ class Regression(RowTask):
         return {"mae": math.fsum(s.detail for s in scores) / len(scores)}
 
 
+class Tags(RowTask):
+    """Some of three tags for each text, in a list as the source has it."""
+
+    columns = {"text": "text", "tags": "raw"}
+    metrics = {"tags_right": True}
+
+    def outputs(self, labels: int) -> int:
+        return 3
+
+    def model_settings(self, outputs: int) -> dict[str, Any]:
+        return {"num_labels": outputs, "problem_type": "multi_label_classification"}
+
+    def encode(self, rows: Dataset, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+        coded = whole_texts(rows["text"][:], tokenizer, self.settings.max_length, one_end=encoder_decoder)
+        hot = [np.isin(np.arange(3), tags).astype(np.float32) for tags in rows["tags"][:]]
+        return [Example(ids, tags) for ids, tags in zip(coded, hot, strict=True)]
+
+    def example_labels(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.eye(3, device=ids.device)[torch.arange(len(ids)) % 3]
+
+    def loss(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        each = binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+        return each.sum() if reduction == "sum" else each
+
+    def score(self, logits: Tensor, targets: Tensor, sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
+        right = ((logits > 0) == (targets > 0.5)).float().mean(-1)
+        each = self.loss(logits, targets, "none")
+        return [Score(loss, 1, hit) for loss, hit in zip(each.tolist(), right.tolist(), strict=True)]
+
+    def measure(self, scores: Sequence[Score], loss: float) -> dict[str, float]:
+        return {"tags_right": math.fsum(s.detail for s in scores) / len(scores)}
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     TASKS.register("regression", Regression)
     yield
     TASKS.remove("regression")
+
+
+def test_rows_may_hold_lists_and_targets_may_be_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS._registered, "tags", Tags)
+    rows = [{**r, "tags": sorted({0, i % 3})} for i, r in enumerate(texts(24))]
+    config = tiny_config(tmp_path, rows, task=TaskConfig(kind="tags", max_length=16), eval=EvalConfig(where="none", clients=-1), rounds=1)
+    config = check(dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None)))
+    assert load_federation(config).rows["tags"][:3] == [[0], [0, 1], [0, 2]]
+    (first, last) = [r for r in read_metrics(simulate(config)) if r.get("client") is None]
+    assert {"clients_mean"} <= set(first) and last["counted"] == 4 and 0 < last["clients_mean"] <= 1
 
 
 def experiment(folder: Path, **changes: Any) -> Config:
