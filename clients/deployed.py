@@ -5,7 +5,6 @@ path that was not given on the device itself, or have it count its privacy anywh
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fedtune.clients.devices import measure_device
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from_dict, to_dict
 from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, PlanError
+from fedtune.files import write_text
 from fedtune.ids import is_run_name
 from fedtune.parsing import parse_json, parse_yaml, read_text
 from fedtune.privacy.floor import Floor
@@ -224,11 +224,8 @@ def _said(message: Message) -> str:
 
 
 def _keep_hello(device: Device, said: str) -> None:
-    kept = device.state / HELLO
-    beside = kept.with_name(f".{HELLO}.tmp")
     try:
-        beside.write_text(said, encoding="utf-8")
-        os.replace(beside, kept)
+        write_text(device.state / HELLO, said, durable=False)
     except OSError as bad:
         raise ConfigError(f"cannot keep anything in {device.state}: {bad.strerror}; free the disk or give another --state") from None
 

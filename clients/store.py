@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from fedtune.errors import CheckpointError
+from fedtune.files import new_file, write_text
 from fedtune.ids import file_name
 from fedtune.parsing import read_text
 from fedtune.state import AdapterState
@@ -42,10 +43,9 @@ class ClientStore:
             self.folder.mkdir(0o700, parents=True, exist_ok=True)  # what clients hold is private
             path.parent.mkdir(exist_ok=True)
             if "." in path.parent.name:  # which does not tell the whole id
-                (path.parent / _ID).write_text(client, encoding="utf-8")
-            beside = path.with_name(f".{path.name}.tmp")
-            state.save(beside)
-            beside.replace(path)
+                write_text(path.parent / _ID, client, durable=False)
+            with new_file(path, durable=False) as beside:
+                state.save(beside)
             for old in self._files(client)[: -self._rounds]:
                 old.unlink()
         except OSError as bad:

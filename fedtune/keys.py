@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.certificates import make_ca, names_of, sign_server, subject_names
 from fedtune.errors import ConfigError
+from fedtune.files import new_folder, write_bytes
 from fedtune.parsing import content_of, parse_json, read_text
 
 DAYS = 3650  # a client trusts this one CA: the day it ends, every device needs a visit
@@ -57,14 +57,14 @@ def make_keys(out: Path, hosts: Sequence[str], clients: Sequence[str], *, days: 
     authority, ca_key = make_ca(max(days, DAYS))
     certificate, key = sign_server(authority, ca_key, names, days)
     ca = authority.public_bytes(_PEM)
-    with _beside(out) as folder:
-        _write(folder / "ca.pem", ca, 0o644)
-        _write(folder / "ca.key", _private(ca_key), 0o600)
-        _write(folder / "server.pem", certificate.public_bytes(_PEM), 0o644)
-        _write(folder / "server.key", _private(key), 0o600)
+    with _key_folder(out) as folder:
+        write_bytes(folder / "ca.pem", ca, mode=0o644)
+        write_bytes(folder / "ca.key", _private(ca_key), mode=0o600)
+        write_bytes(folder / "server.pem", certificate.public_bytes(_PEM), mode=0o644)
+        write_bytes(folder / "server.key", _private(key), mode=0o600)
         (folder / "clients").mkdir(mode=0o700)
         allowed = {name: _make_client(folder / "clients" / name, name, ca) for name in clients}
-        _write(folder / "allowed.json", _as_json(allowed), 0o644)
+        write_bytes(folder / "allowed.json", _as_json(allowed), mode=0o644)
     until = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
     return _what_next(out, hosts[0], list(clients), f"Keys for {len(clients)} clients in {out}; the server's certificate ends on {until}.")
 
@@ -86,7 +86,7 @@ def add_clients(out: Path, clients: Sequence[str]) -> str:
             if (out / "clients" / name).exists():
                 raise ConfigError(f"{out / 'clients' / name} is there but {name} is not allowed: remove that folder, or take another name")
         for name in clients:
-            with _beside(out / "clients" / name) as folder:
+            with _key_folder(out / "clients" / name) as folder:
                 allowed[name] = _fill_client(folder, name, ca)
     return _what_next(out, "HOST", list(clients), f"Keys for {len(clients)} more clients in {out}.", changed=True)
 
@@ -104,9 +104,8 @@ def rotate_clients(out: Path, clients: Sequence[str]) -> str:
     with _changing(out) as (ca, allowed):
         _check_known(clients, allowed, f"make it one with --add {clients[0]}")
         for name in clients:
-            with _beside(out / "clients" / name) as folder:
+            with _key_folder(out / "clients" / name, replace=True) as folder:
                 allowed[name] = _fill_client(folder, name, ca)
-                shutil.rmtree(out / "clients" / name, ignore_errors=True)
     return _what_next(
         out, "HOST", list(clients), f"New keys for {len(clients)} clients in {out}; their old ones are refused.", changed=True
     )
@@ -160,8 +159,8 @@ def renew_server(out: Path, hosts: Sequence[str], *, days: int = DAYS, ca_key: P
             raise ConfigError(f"{signer} is not the key of {out / 'ca.pem'}: give the one that was made with it, with --ca-key FILE")
         names = subject_names(hosts) if hosts else names_of(x509.load_pem_x509_certificate((out / "server.pem").read_bytes()))
         certificate, key = sign_server(authority, private, names, days)
-        _replace(out / "server.key", _private(key), 0o600)
-        _replace(out / "server.pem", certificate.public_bytes(_PEM), 0o644)
+        write_bytes(out / "server.key", _private(key), mode=0o600)
+        write_bytes(out / "server.pem", certificate.public_bytes(_PEM), mode=0o644)
     head = f"A new certificate of the server, which ends on {certificate.not_valid_after_utc:%Y-%m-%d}."
     then = "  then restart it; clients come back by themselves, with the ca.pem that they have"
     return f"{head}\n\nTo the server, from {out}: server.pem server.key\n{then}"
@@ -246,9 +245,9 @@ def _fill_client(folder: Path, name: str, ca: bytes) -> str:
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode() + f" {name}"
-    _write(folder / "key", private, 0o600)
-    _write(folder / "key.pub", f"{public}\n".encode(), 0o644)
-    _write(folder / "ca.pem", ca, 0o644)
+    write_bytes(folder / "key", private, mode=0o600)
+    write_bytes(folder / "key.pub", f"{public}\n".encode(), mode=0o644)
+    write_bytes(folder / "ca.pem", ca, mode=0o644)
     return public
 
 
@@ -303,7 +302,7 @@ def _changing(out: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
         before = dict(allowed)
         yield ca, allowed
         if allowed != before:
-            _replace(out / "allowed.json", _as_json(allowed), 0o644)
+            write_bytes(out / "allowed.json", _as_json(allowed), mode=0o644)
     except OSError as bad:
         raise ConfigError(f"cannot write in {out}: {bad.strerror}") from None
     finally:
@@ -311,33 +310,14 @@ def _changing(out: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A new folder of mode 0700 that takes its place when all is in it."""
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+def _key_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder of mode 0700 that takes its place when everything is in it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        beside.mkdir(mode=0o700)
-        yield beside
-        os.rename(beside, target)
+        with new_folder(target, mode=0o700, replace=replace, shared=True) as folder:
+            yield folder
     except OSError as bad:
         raise ConfigError(f"cannot make {target}: {bad.strerror}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """Write a new file that never, not even for a moment, has a wider mode."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fchmod(f.fileno(), mode)
-        os.fsync(f.fileno())
-
-
-def _replace(path: Path, data: bytes, mode: int) -> None:
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    _write(beside, data, mode)
-    os.replace(beside, path)
 
 
 def _what_next(out: Path, host: str, clients: Sequence[str], head: str, *, changed: bool = False) -> str:

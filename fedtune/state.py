@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtune.errors import CheckpointError, UpdateMismatch
+from fedtune.files import flush
 from fedtune.parsing import parse_json
 from fedtune.seeds import derive_seed
 
@@ -153,8 +153,7 @@ class AdapterState:
         # one entry only: safetensors writes several in any order, and equal states should be equal files
         meta = {"fedtune": json.dumps({"order": list(self.tensors), "spec": self.spec.to_json()})}
         save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, meta)
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+        flush(path)
 
     @classmethod
     def load(cls, path: Path) -> "AdapterState":

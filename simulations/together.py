@@ -17,6 +17,7 @@ from fedtune.clients.body import Body
 from fedtune.clients.declining import declined
 from fedtune.clients.workspace import Workspace
 from fedtune.errors import FedtuneError
+from fedtune.files import write_text
 from fedtune.models import LiveAdapter
 from fedtune.models.memory import is_out_of_memory
 from fedtune.parsing import parse_json, read_text
@@ -212,8 +213,6 @@ def _read(path: Path) -> dict[str, int]:
 def _write(path: Path, known: dict[str, int]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(known))
-        os.replace(beside, path)
+        write_text(path, json.dumps(known), durable=False, shared=True)
     except OSError as bad:
         log.warning("cannot keep the measured batch of clients in %s (%s): it will be measured again", path, bad.strerror)

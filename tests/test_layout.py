@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ CONTRACTS = {
     "combinations",
     "config",
     "errors",
+    "files",
     "ids",
     "parsing",
     "plan",
@@ -135,3 +137,50 @@ def test_only_one_module_parses_json_and_yaml() -> None:
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load", "yaml.safe_load", "yaml.load"):
                 found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert looked > 100 and not found, f"use fedtune.parsing: {found}"
+
+
+def renames(node: ast.AST) -> bool:
+    """Whether this puts a file in the place of another, flushes one, or makes up a name beside one."""
+    if isinstance(node, ast.Attribute):
+        whole = ast.unparse(node)
+        return node.attr in ("rename", "renames", "fsync") or whole in ("os.replace", "shutil.move", "tempfile.mkdtemp", "tempfile.mkstemp")
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str) and node.value.endswith(".tmp") and not node.value.startswith(".config")
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "dataclasses.replace":
+        return False
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace" and len(node.args) == 1:
+        where = ast.unparse(node.args[0]) + " " + ast.unparse(node.func.value)
+        return bool(re.search(r"path|place\b|target|file|folder|beside|temporary|tmp| / ", where, re.IGNORECASE))
+    return False
+
+
+def test_only_one_module_writes_beside_and_renames() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        for _, file in files()
+        if file != ROOT / "fedtune" / "files.py"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if renames(node)
+    ]
+    assert not found, f"use fedtune.files: {found}"
+
+
+@pytest.mark.parametrize(
+    ("text", "forbidden"),
+    [
+        ("os.replace(a, b)", True),
+        ("os.rename(a, b)", True),
+        ("a.rename(b)", True),
+        ("beside.replace(kept)", True),
+        ("x.replace(self.path)", True),
+        ("x.replace(folder / 'a')", True),
+        ("shutil.move(a, b)", True),
+        ("f'.{name}.tmp'", True),
+        ("os.fsync(f.fileno())", True),
+        ("state.adapter.replace(tensors)", False),
+        ("text.replace('a', 'b')", False),
+        ("dataclasses.replace(config, out=out)", False),
+    ],
+)
+def test_that_rule_sees_what_it_forbids(text: str, forbidden: bool) -> None:
+    assert any(renames(node) for node in ast.walk(ast.parse(text))) == forbidden

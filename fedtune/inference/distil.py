@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.inference.engine.text import wrap
-from fedtune.inference.export import CARD, check_out, new_folder, write_tokenizer
+from fedtune.inference.export import CARD, check_out, export_folder, write_tokenizer
 from fedtune.inference.generate import read_card
 from fedtune.models.backbone import Backbone, load_backbone, quiet
 from fedtune.parsing import parse_json
@@ -133,7 +133,7 @@ def distil(
     )
     kept |= {"draft_of": teacher.fingerprint, "distilled": {**figures, **dataclasses.asdict(how), "text": text.name if text else None}}
 
-    with new_folder(out) as to:
+    with export_folder(out) as to:
         with quiet():
             student.to(stored(teacher)).save_pretrained(to)
         write_tokenizer(teacher.tokenizer, teacher.folder, to)

@@ -14,7 +14,7 @@ from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear, read_object
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.text import Text, read_text
-from fedtune.inference.export import check_out, new_folder, write_tokenizer
+from fedtune.inference.export import check_out, export_folder, write_tokenizer
 from fedtune.inference.measured import streamed_score
 from fedtune.inference.merged import Merged, MergedTensor, read_merged
 from fedtune.inference.provenance import provenance
@@ -80,7 +80,7 @@ def export_edge(
     tokenizer = load_tokenizer(merged.folder, merged.origin.model)
     if len(tokenizer) > merged.shape.vocab:
         raise ModelError(f"the tokenizer in {merged.folder} has {len(tokenizer)} tokens, the model only {merged.shape.vocab}")
-    with new_folder(out) as folder:
+    with export_folder(out) as folder:
         write_tokenizer(tokenizer, merged.folder, folder)
         text = read_text(folder, saved=True)  # what the engine cannot read is told here, not on the device
         seen, held = _texts(merged, text, calibrate) if recipe else ((), [])

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer
 from fedtune.config import Config, ModelConfig, TaskConfig, template_text
 from fedtune.data.columns import DEMO_PROMPT
 from fedtune.errors import CheckpointError, ModelError
+from fedtune.files import new_folder
 from fedtune.inference.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.inference.outline import merged_tensors, read_outline, write_merged
 from fedtune.inference.personal import client_of, complete, global_note
@@ -192,7 +192,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         card["merged_into"] = dict(adapter.over)
     if whole:
         card["whole"] = in_memory(whole)
-    with new_folder(out) as temporary:
+    with export_folder(out) as temporary:
         if apart:
             shutil.copytree(apart, temporary / BESIDE)
         if before is not None:
@@ -371,21 +371,15 @@ def _parts(tokenizer: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def export_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when it is whole, or is gone.
 
     Raises:
         ModelError: The disk does not take it.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(out, replace=True, durable=False) as folder:
+            yield folder
     except OSError as bad:
         raise ModelError(f"cannot write {out}: {bad.strerror or bad}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

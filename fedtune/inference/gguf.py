@@ -6,7 +6,6 @@ so the rows of its queries and keys change places; `qwen2` and `qwen3` keep them
 
 import json
 import math
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from fedtune.errors import ModelError
+from fedtune.files import new_file
 from fedtune.inference.engine.rope import frequencies, pairs
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.export import write_tokenizer
@@ -68,19 +68,18 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
     card = {**merged.origin.card, "base": merged.fingerprint, **provenance(merged.origin)}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as made:
+        with new_file(out, durable=False) as beside, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as made:
             folder = Path(made)
             write_tokenizer(tokenizer, merged.folder, folder)
             vocabulary = read_vocabulary(folder, tokenizer, merged.shape.vocab)
             if vocabulary.differs:
                 card["tokenizer"] = vocabulary.differs
-            writer = library.GGUFWriter(folder / "model.gguf", _ARCH[merged.shape.family])
+            writer = library.GGUFWriter(beside, _ARCH[merged.shape.family])
             _describe(writer, card, kind)
             _sizes(writer, merged.shape)
             _vocabulary(writer, vocabulary)
             _tensors(writer, merged, kind)
             writer.close()
-            os.replace(folder / "model.gguf", out)
     except OSError as bad:
         raise ModelError(f"cannot write {out}: {bad.strerror or bad}") from None
     return out

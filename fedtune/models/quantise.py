@@ -14,8 +14,6 @@ import copy
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +31,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ModelError
+from fedtune.files import new_folder
 from fedtune.models.backbone import head_names
 from fedtune.models.checkpoint import digest, fingerprint, first_line
 from fedtune.models.parts import is_linear, other_weights
@@ -349,12 +348,7 @@ def _write(model: PreTrainedModel, place: Path, fresh: Collection[str]) -> None:
     transformers' own saving raises NotImplementedError for such a model once it has been loaded.
     """
     tensors = {n: t for n, t in unique_tensors(model).items() if n not in fresh}
-    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
-    try:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps({"model_type": model.config.model_type}) + "\n", encoding="utf-8")
-        (temporary / _MARK).write_text(json.dumps({"mark": fingerprint(temporary)}) + "\n", encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(place, mode=0o700, replace=True, durable=False) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": model.config.model_type}) + "\n", encoding="utf-8")
+        (folder / _MARK).write_text(json.dumps({"mark": fingerprint(folder)}) + "\n", encoding="utf-8")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedtune.files import write_text
+
 PATH = "/fedtune/status"
 FILE = "server.json"
 _EVERY_S = 1.0
@@ -58,9 +60,7 @@ class Board:
     def _write(self) -> None:
         try:
             self._last = {"pid": os.getpid(), "control": self.control, "at": time.time(), **self._look()}
-            beside = self._file.with_name(f".{self._file.name}.tmp")
-            beside.write_text(json.dumps(self._last), encoding="utf-8")
-            os.replace(beside, self._file)
+            write_text(self._file, json.dumps(self._last), durable=False)
         except Exception:  # noqa: S110  a status that cannot be had or written is no reason to disturb a run
             return
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine
 
+from fedtune.files import new_file
 from fedtune.network import _flwr
 
 _log = logging.getLogger("fedtune.superlink")
@@ -31,15 +32,14 @@ def make_database(path: Path, patience_s: float) -> None:
         if is_whole(path, patience_s):
             return
         _log.warning("the database is not whole or of another version: it is made again", extra={"why": str(path)})
-    beside = path.with_name(f".{path.name}.tmp")
-    for file in (*_files(beside), *_files(path)):
-        file.unlink(missing_ok=True)
-    engine = create_engine(f"sqlite:///{beside}")
-    try:
-        _flwr.run_migrations(engine)
-    finally:
-        engine.dispose()
-    beside.rename(path)
+    with new_file(path, durable=False) as beside:
+        for file in (*_files(beside), *_files(path)):
+            file.unlink(missing_ok=True)
+        engine = create_engine(f"sqlite:///{beside}")
+        try:
+            _flwr.run_migrations(engine)
+        finally:
+            engine.dispose()
 
 
 def is_whole(path: Path, patience_s: float) -> bool:

@@ -7,9 +7,7 @@ It answers one message after the other and asks for the next when it holds none.
 it delivers each of them once more (`linkstate.Registrar.idle`), and goes on without this client where one is lost again.
 """
 
-import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from flwr.app import Error, Message
 
 from fedtune.errors import NetworkError
+from fedtune.files import write_bytes
 from fedtune.network import APP, fleet
 from fedtune.network import _flwr_client as flwr
 from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognised
@@ -298,10 +297,7 @@ def _identity(key: Path | None, insecure: bool) -> tuple[EllipticCurvePrivateKey
         if insecure and not key.exists():
             key.parent.mkdir(parents=True, exist_ok=True)
             made = flwr.private_key_to_bytes(flwr.generate_key_pairs()[0])
-            beside = key.with_name(f".{key.name}.{secrets.token_hex(4)}.tmp")  # renamed in: a kill leaves no half of a key
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(made)
-            beside.rename(key)
+            write_bytes(key, made, mode=0o600, durable=False, shared=True)
         data = content_of(key)
     except OSError as bad:
         raise NetworkError(f"the key {key} cannot be read: {bad.strerror or bad}") from None

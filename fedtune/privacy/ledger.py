@@ -6,12 +6,12 @@ taken again after a kill is paid for again. Only where a kill cut the line itsel
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from fedtune.errors import CheckpointError
+from fedtune.files import flush
 from fedtune.ids import file_name
 from fedtune.parsing import content_of, parse_json
 from fedtune.privacy.accounting import Spend, epsilon
@@ -70,13 +70,8 @@ class Ledger:
                 whole = file.read().rfind(b"\n") + 1
                 file.truncate(whole)
                 file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # a new file's name must survive too
-            finally:
-                os.close(folder)
+            flush(self.path)
+            flush(self.path.parent)  # a new file's name must survive too
         except OSError as bad:
             raise CheckpointError(f"the privacy ledger {self.path} cannot be written ({bad.strerror}); free the disk") from None
 

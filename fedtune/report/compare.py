@@ -16,8 +16,9 @@ from typing import Any
 
 from fedtune.config import Config, to_dict
 from fedtune.errors import ConfigError
+from fedtune.files import write_text
 from fedtune.report import summary
-from fedtune.report.metrics import read_metrics, write_atomic
+from fedtune.report.metrics import read_metrics
 from fedtune.scores import worst_decile
 from fedtune.task import higher_is_better
 
@@ -215,8 +216,8 @@ def write(comparison: Comparison, folder: Path, fixed: str = "") -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "compare.md", markdown(comparison, fixed))
-        write_atomic(folder / "compare.csv", table_csv(comparison))
+        write_text(folder / "compare.md", markdown(comparison, fixed))
+        write_text(folder / "compare.csv", table_csv(comparison))
         _plot(comparison, folder / "compare.png")
     except OSError as bad:
         raise ConfigError(f"cannot write the comparison to {folder}: {bad.strerror or bad}; choose another folder") from None

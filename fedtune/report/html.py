@@ -15,9 +15,10 @@ from xml.etree.ElementTree import Element
 
 from fedtune import __version__
 from fedtune.errors import CheckpointError
+from fedtune.files import write_text
 from fedtune.parsing import parse_json, parse_yaml, read_text
 from fedtune.report import page, plots
-from fedtune.report.metrics import read_metrics, write_atomic
+from fedtune.report.metrics import read_metrics
 from fedtune.report.page import element as e
 from fedtune.report.plots import Series
 from fedtune.report.summary import (
@@ -73,7 +74,7 @@ def write_report(run_dir: Path) -> Path:
         *_config(config or {}),
     )
     path = run_dir / "report.html"
-    write_atomic(path, page.render(f"{title} · fedtune", body))
+    write_text(path, page.render(f"{title} · fedtune", body))
     return path
 
 

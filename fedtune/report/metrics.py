@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import CheckpointError
+from fedtune.files import write_text
 from fedtune.parsing import content_of, parse_json
 from fedtune.report.summary import NO_CLASS, value
 from fedtune.task import metrics
@@ -38,7 +39,7 @@ class MetricsWriter:
             raise CheckpointError(f"{path} already exists: a new run needs a directory of its own, or go on with resume={run_dir}")
         if resume_round is not None and path.exists():
             kept = [r for r in read_metrics(run_dir) if int(r["round"]) <= resume_round]
-            write_atomic(path, "".join(map(_line, kept)))
+            write_text(path, "".join(map(_line, kept)))
             replay = [r for r in kept if int(r["round"]) == resume_round]
         self._board = _summary_writer(run_dir, resume_round)
         self._round, self._turns = -1, {}
@@ -108,16 +109,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path} line {i + 1} is damaged ({error}): restore it or delete that line") from error
         records.append(record)
     return records
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that a kill leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as f:
-        f.write(text.encode("utf-8", "replace"))  # a model's answer may hold half a surrogate pair
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
 
 
 def _line(record: Mapping[str, Any]) -> str:

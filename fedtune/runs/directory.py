@@ -14,7 +14,6 @@ import datetime
 import fcntl
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.config import Config, to_dict
 from fedtune.errors import CheckpointError, ConfigError, RunError
+from fedtune.files import new_file, new_folder, write_text
 from fedtune.late import Late
 from fedtune.parsing import parse_json, read_text
 from fedtune.plan import Update
@@ -111,8 +111,10 @@ class RunDirectory:
         folder.mkdir(exist_ok=True)
         if others := sorted(p.name for p in (*self.path.iterdir(), *folder.iterdir()) if p.name not in _BEGINNING):
             raise RunError(f"{self.path} holds {others[0]} and no run (no config.yaml): give an empty folder or a new one")
-        _write(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True))
-        _sync_folder(self.path)
+        self._write_config()
+
+    def _write_config(self) -> None:
+        write_text(self.path / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True))
 
     @classmethod
     def open(cls, path: Path, *, rounds: int | None = None) -> "RunDirectory":
@@ -132,7 +134,7 @@ class RunDirectory:
             run.close()
             raise ConfigError(f"rounds={rounds} is less than the {found.round} rounds that {path} has done: leave it out or ask for more")
         try:
-            _write(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+            run._write_config()
         except OSError as bad:
             run.close()
             raise RunError(f"cannot write {path / 'config.yaml'}: {bad.strerror}; make the run's folder writable") from None
@@ -140,28 +142,22 @@ class RunDirectory:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint beside its place, flush it, and rename it in: a kill leaves the last good one."""
-        folder = self.path / "checkpoints"
-        target, beside = folder / f"round-{checkpoint.round:04d}", folder / f".round-{checkpoint.round:04d}.tmp"
+        target = self.path / "checkpoints" / f"round-{checkpoint.round:04d}"
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            checkpoint.state.adapter.save(beside / "adapter.safetensors")
-            save_file(dict(checkpoint.state.memory), beside / "memory.safetensors")
-            if checkpoint.state.exchange:
-                save_file(dict(checkpoint.state.exchange), beside / _EXCHANGE)
-            if checkpoint.late:
-                save_file(_tensors_of(checkpoint.late), beside / _LATE)
-            sums = {f.name: _sha256(f) for f in sorted(beside.iterdir())}
-            sums |= {f"../../shifts/{_shift_file(s)}": self._keep(s) for s in checkpoint.state.shifts}
-            body = {"format": _FORMAT, "round": checkpoint.round, "sha256": sums, "clients": checkpoint.clients}
-            body["shifts"] = [s.spec.version for s in checkpoint.state.shifts]
-            if checkpoint.late:
-                body["late"] = [{"due": one.due, "update": one.update.to_json()} for one in checkpoint.late]
-            _write(beside / "checkpoint.json", json.dumps(body))
-            if target.exists():  # a damaged one that the resume skipped
-                shutil.rmtree(target)
-            os.rename(beside, target)
-            _sync_folder(folder)
+            with new_folder(target, replace=True) as folder:  # a damaged one that the resume skipped is replaced
+                checkpoint.state.adapter.save(folder / "adapter.safetensors")
+                save_file(dict(checkpoint.state.memory), folder / "memory.safetensors")
+                if checkpoint.state.exchange:
+                    save_file(dict(checkpoint.state.exchange), folder / _EXCHANGE)
+                if checkpoint.late:
+                    save_file(_tensors_of(checkpoint.late), folder / _LATE)
+                sums = {f.name: _sha256(f) for f in sorted(folder.iterdir())}
+                sums |= {f"../../shifts/{_shift_file(s)}": self._keep(s) for s in checkpoint.state.shifts}
+                body = {"format": _FORMAT, "round": checkpoint.round, "sha256": sums, "clients": checkpoint.clients}
+                body["shifts"] = [s.spec.version for s in checkpoint.state.shifts]
+                if checkpoint.late:
+                    body["late"] = [{"due": one.due, "update": one.update.to_json()} for one in checkpoint.late]
+                (folder / "checkpoint.json").write_text(json.dumps(body), encoding="utf-8")
         except OSError as bad:
             raise RunError(
                 f"cannot write the checkpoint {target}: {bad.strerror}; free the disk and resume with resume={self.path}"
@@ -174,10 +170,8 @@ class RunDirectory:
         path = self.path / "shifts" / _shift_file(shift)
         if path not in self._kept:
             path.parent.mkdir(exist_ok=True)
-            beside = path.with_name(f".{path.name}.tmp")
-            shift.save(beside)
-            os.replace(beside, path)
-            _sync_folder(path.parent)
+            with new_file(path) as beside:
+                shift.save(beside)
             self._kept[path] = _sha256(path)
         return self._kept[path]
 
@@ -193,7 +187,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small file of the run whole or not at all."""
-        _write(self.path / name, json.dumps(value))
+        write_text(self.path / name, json.dumps(value))
 
     def close(self) -> None:
         self._lock.close()
@@ -246,23 +240,6 @@ def _read_late(path: Path, body: list[dict[str, Any]], adapter: AdapterState) ->
 
 def _shift_file(shift: AdapterState) -> str:
     return f"{shift.spec.version:04d}.safetensors"
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

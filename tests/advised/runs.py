@@ -197,7 +197,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("cannot write {}: {}; make the run's folder writable", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
-    yield _broken(place, "fedtune.runs.directory._write", _full, "fedtune.sim", f"resume={run}")
+    yield _broken(place, "fedtune.runs.directory.write_text", _full, "fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 

@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtune.files import new_folder
 from fedtune.inference.engine.linear import CLASSES, Linear
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
 from fedtune.inference.engine.package_writer import as_bytes
@@ -103,22 +103,16 @@ def write_ready(place: Place, linears: Iterable[tuple[str, Linear]]) -> bool:
         linears: Name and linear, each made when it is asked for and let go when it is written.
     """
     _forget_the_gone(place.path.parent)
-    temporary = None
     try:
         place.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".", dir=place.path.parent))
-        with open(temporary / "weights.bin", "wb") as file:
-            index = _written(file, linears)
-        body = {"made_from": place.made_from, **index, "seal": _seal(index["linears"], index["layouts"], index["size"])}
-        (temporary / "index.json").write_text(json.dumps(body), encoding="utf-8")
-        shutil.rmtree(place.path, ignore_errors=True)
-        os.replace(temporary, place.path)
+        with new_folder(place.path, mode=0o700, replace=True, durable=False, shared=True) as folder:
+            with open(folder / "weights.bin", "wb") as file:
+                index = _written(file, linears)
+            body = {"made_from": place.made_from, **index, "seal": _seal(index["linears"], index["layouts"], index["size"])}
+            (folder / "index.json").write_text(json.dumps(body), encoding="utf-8")
     except OSError as bad:
         _log.warning("%s takes no packed weights (%s): the model is packed anew at each start", place.path.parent, bad.strerror or bad)
         return False
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
     _log.warning("packed for this CPU once: %d MB in %s, which later starts map", index["size"] >> 20, place.path)
     return True
 
