@@ -29,6 +29,7 @@ from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import Config, DeviceClass, to_dict
 from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
+from fedtune.hello import ClientHello
 from fedtune.models import LiveAdapter
 from fedtune.models.sparse import SparseSlot
 from fedtune.plan import Plan, Update, matching
@@ -118,19 +119,18 @@ def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass |
         with naming(client):
             rows, settled = space.federation.clients[client], space.devices.settle(client)
             body = space.body(settled.precision)
-        said = {
-            "client": client,
-            "device_class": rows.device_class,
-            "rank": settled.rank,
-            "examples": len(rows.train),
-            "held_out": len(rows.held_out),
-            "base": space.backbone.fingerprint,
-            "shifts": list(body.frozen.versions),
-            "remembers": config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
-        }
-        if own is not None:
-            said["device"] = told(own, space.devices.first_choice(client))
-        return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(said)})}), reply_to=message)
+        said = ClientHello(
+            client=client,
+            device_class=rows.device_class,
+            rank=settled.rank,
+            examples=len(rows.train),
+            held_out=len(rows.held_out),
+            base=space.backbone.fingerprint,
+            shifts=body.frozen.versions,
+            remembers=config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
+            device="" if own is None else told(own, space.devices.first_choice(client)),
+        )
+        return Message(RecordDict({"hello": ConfigRecord({"json": said.to_json()})}), reply_to=message)
 
     @app.query("offer")
     @declining

@@ -21,8 +21,9 @@ from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from
 from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, PlanError
 from fedtune.files import write_text
+from fedtune.hello import ServerHello
 from fedtune.ids import is_run_name
-from fedtune.parsing import parse_json, parse_yaml, read_text
+from fedtune.parsing import parse_yaml, read_text
 from fedtune.privacy.floor import Floor
 from fedtune.promise import terms
 from fedtune.task import task_of
@@ -103,14 +104,10 @@ def read_hello(text: str, device: Device) -> tuple[Config, str]:
         PlanError: The hello names no experiment.
         ConfigError: The experiment is not one that this version of fedtune knows, or asks for what a device does not do.
     """
-    try:
-        said = parse_json(text)
-        values, run, labels = dict(said["config"]), str(said["run"]), [str(label) for label in said["labels"]]
-    except (KeyError, TypeError, ValueError):
-        raise PlanError("the server's hello names no experiment: the peers run different versions of fedtune") from None
-    if not is_run_name(run):
-        raise PlanError(f"the server calls its run '{run[:40]}', which is no plain folder name")
-    return own_config(from_dict(values), device, labels), run
+    hello = ServerHello.from_json(text)
+    if not is_run_name(hello.run):
+        raise PlanError(f"the server calls its run '{hello.run[:40]}', which is no plain folder name")
+    return own_config(from_dict(dict(hello.config)), device, list(hello.labels)), hello.run
 
 
 def own_config(config: Config, device: Device, labels: list[str]) -> Config:

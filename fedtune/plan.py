@@ -7,7 +7,6 @@ understand. A new strategy should need new Plan values, seldom new client code.
 import dataclasses
 import fnmatch
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -172,6 +171,7 @@ class Update:
 
         Raises:
             UpdateError: Not an update, or its numbers cannot be.
+            OverflowError: A whole number is too large for a float.
         """
         update = read_object(cls, text, UpdateError, "update", adapter=adapter)
         if update.examples < 1:
@@ -182,9 +182,8 @@ class Update:
         for name in (*update.metrics, *update.measurements, update.device_class, update.precision):
             if not short(name):
                 raise UpdateError(f"the update has the name {name[:20]!r}…, wanted are at most {LONGEST_NAME} printable characters")
-        for name, value in {**update.metrics, **update.measurements}.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UpdateError(f"the update's {name} is {value}: only finite numbers count")
+        for number in (update.examples, *update.metrics.values(), *update.measurements.values()):
+            float(number)
         return update
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from typing import Any
 
 from flwr.app import RecordDict
 
@@ -66,7 +65,6 @@ def _read_update(content: RecordDict, assignment: Assignment, examples: int | No
     else:
         adapter = AdapterState.from_arrays(arrays, got, due)
     update = Update.from_json(text, adapter)
-    float(update.examples)  # strategies weigh with it
     if examples is not None and update.examples != examples:
         raise UpdateError(f"the update counts {update.examples} examples, the client said hello with {examples}: its weight is fixed there")
     _check_numbers(update, assignment)
@@ -149,16 +147,8 @@ def _pruned(sent: AdapterState, got: AdapterSpec) -> AdapterState:
 def read_metrics(content: RecordDict) -> dict[str, float]:
     """A client's metrics; what is not a finite number is left out, and so is what has no short name or comes after too many others."""
     try:
-        raw = read_json(str(content.config_records["metrics"]["json"]))
+        raw = parse_json(str(content.config_records["metrics"]["json"]))
         some = itertools.islice(raw.items(), MOST_NUMBERS)
         return {k: float(v) for k, v in some if k not in OURS and short(k) and isinstance(v, (int, float)) and math.isfinite(v)}
     except (KeyError, ValueError, AttributeError, OverflowError):
         return {}
-
-
-def read_json(text: str) -> Any:
-    """Raises ValueError, also where the text is nested so deeply that Python gives up."""
-    try:
-        return parse_json(text)
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None

@@ -15,8 +15,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import RunError
+from fedtune.hello import ClientHello
 from fedtune.ids import flaw, shown
-from fedtune.reply import read_json
 
 POLL_S = 0.05
 FEW_BYTES = 1_000_000  # of a reply that holds no tensors
@@ -187,29 +187,18 @@ class Roll:
             said = reply.error.reason if reply.has_error() else declined.get("why", "")
             return self._leave_out(node, f"{self._who(node, str(declined.get('client', '')))}: {plain(said)}")
         try:
-            said = read_json(str(reply.content.config_records["hello"]["json"]))
-            client, base, rank = str(said["client"]), str(said["base"]), said.get("rank")
-            known = Client(
-                node=node,
-                device_class=plain(said["device_class"], 64),
-                examples=int(said["examples"]),
-                held=tuple(map(int, said["shifts"])),
-                remembers=said["remembers"] is True,
-                held_out=int(said["held_out"]),
-                rank=None if rank is None else int(rank),
-            )
-            if min(known.examples, known.held_out, 0 if known.rank is None else known.rank - 1) < 0:
-                raise ValueError("no such counts")
-        except (KeyError, ValueError, TypeError, OverflowError):  # JSON knows Infinity
+            hello = ClientHello.from_json(str(reply.content.config_records["hello"]["json"]))
+        except (KeyError, ValueError):
             return self._leave_out(node, f"{self._who(node)}: its hello cannot be read")
+        client = hello.client
         if wrong := flaw(client):
             return self._leave_out(node, f"{self._who(node)}: its client id '{shown(client)}' {wrong}: give it another")
-        if base != self._base:
-            return self._leave_out(node, f"client {client} holds another backbone ({base[:12]}) than the run ({self._base[:12]})")
+        if hello.base != self._base:
+            return self._leave_out(node, f"client {client} holds another backbone ({hello.base[:12]}) than the run ({self._base[:12]})")
         if self._welcome.names is not None and (name := self._welcome.names().get(node, "")) != client:
             who = "a client" if name else f"node {node}"
             return self._leave_out(node, f"{who} has the key of '{name}' and calls itself '{client}': set its --client-id, or its key")
-        if (rows := max(known.examples, known.held_out)) > self._most:
+        if (rows := max(hello.examples, hello.held_out)) > self._most:
             return self._leave_out(
                 node,
                 f"client {client} says that it has {min(rows, 10**12)} rows, at most weights.max_examples={self._most} are believed: raise"
@@ -218,8 +207,16 @@ class Roll:
         other = self.clients.get(client)
         if other is not None and other.node != node and other.node in self._nodes:
             return self._leave_out(node, f"two nodes call themselves client {client}")
-        self.clients[client] = known
-        self._known(client, node, known.device_class)
+        self.clients[client] = Client(
+            node=node,
+            device_class=plain(hello.device_class, 64),
+            examples=hello.examples,
+            held_out=hello.held_out,
+            held=hello.shifts,
+            remembers=hello.remembers,
+            rank=hello.rank,
+        )
+        self._known(client, node, self.clients[client].device_class)
 
     def _who(self, node: int, claimed: str = "") -> str:
         """A node's client, as it is known: by its key, by an earlier hello, by what it claims; else the node's number."""

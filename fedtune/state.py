@@ -26,6 +26,7 @@ from torch import Tensor
 from fedtune.errors import CheckpointError, UpdateMismatch
 from fedtune.files import flush
 from fedtune.parsing import parse_json
+from fedtune.reading import read_object
 from fedtune.seeds import derive_seed
 
 _DTYPES = {
@@ -66,22 +67,10 @@ class AdapterSpec:
     @classmethod
     def from_json(cls, text: str) -> "AdapterSpec":
         """Raises UpdateMismatch where `text` is no spec."""
-        try:
-            raw = parse_json(text)
-            good = (
-                set(raw) <= {f.name for f in dataclasses.fields(cls)}
-                and isinstance(raw["method"], str)
-                and isinstance(raw.get("base", ""), str)
-                and isinstance(raw.get("mask", ""), str)
-                and type(raw.get("version", 0)) is int
-                and all(type(r) is int and r > 0 for r in raw.get("ranks", {}).values())
-                and all(type(s) in (int, float) and math.isfinite(s) for s in raw.get("scaling", {}).values())
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            good, raw = False, {}
-        if not good:
-            raise UpdateMismatch("the adapter's spec cannot be read: it must be the JSON that fedtune writes")
-        return cls(**raw)
+        spec = read_object(cls, text, UpdateMismatch, "adapter's spec")
+        if low := [module for module, rank in spec.ranks.items() if rank < 1]:
+            raise UpdateMismatch(f"the adapter's spec gives '{low[0][:80]}' the rank {spec.ranks[low[0]]}: a rank is at least 1")
+        return spec
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedtune.errors import PlanError
-from fedtune.parsing import parse_json
 from fedtune.plan import PLAIN, Plan, Scalar
+from fedtune.reading import read_object
 from fedtune.state import AdapterSpec, AdapterState
 
 OFFER = "query.offer"  # the type of the message that carries an offer
@@ -66,6 +66,26 @@ class Letter:
     def nbytes(self) -> int:
         """Bytes of the tensors that came."""
         return sum(state.nbytes for state in (self.adapter, *self.shifts, self.snapshot) if state is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """The record `frame`; its fields are those of `Letter`."""
+
+    round: int
+    base: tuple[int, ...]
+    keep: tuple[str, ...]
+    encoding: str
+    turn: str = PLAIN
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Offer:
+    """The record `offer`."""
+
+    bytes: int
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 class Envelopes:
@@ -159,26 +179,26 @@ def read_letter(content: RecordDict) -> Letter:
         UpdateMismatch: Its tensors cannot be read.
     """
     try:
-        frame = parse_json(_said(content, "frame"))
+        frame = read_object(_Frame, _said(content, "frame"), ValueError, "frame")
         spec = AdapterSpec.from_json(_said(content, "spec"))
-        sent = [n for n in ("snapshot", *(f"shift-{v}" for v in frame["base"])) if n in content.array_records]
+        sent = [n for n in ("snapshot", *(f"shift-{v}" for v in frame.base)) if n in content.array_records]
         states = {n: AdapterState.from_arrays(content.array_records[n], AdapterSpec.from_json(_said(content, f"{n}-spec"))) for n in sent}
         extra = content.array_records.get("extra")
         return Letter(
-            round=int(frame["round"]),
+            round=frame.round,
             adapter=AdapterState.from_arrays(content.array_records["adapter"], spec),
-            base=tuple(frame["base"]),
+            base=frame.base,
             snapshot=states.pop("snapshot", None),
             shifts=tuple(states.values()),
-            keep=tuple(frame["keep"]),
-            encoding=str(frame["encoding"]),
+            keep=frame.keep,
+            encoding=frame.encoding,
             plan=Plan.from_json(_said(content, "plan")) if "plan" in content.config_records else None,
-            turn=str(frame.get("turn", PLAIN)),
-            params=dict(frame.get("params", {})),
+            turn=frame.turn,
+            params=frame.params,
             extra=AdapterState.from_arrays(extra, spec).tensors if extra else {},
         )
     except (KeyError, ValueError, TypeError) as bad:
-        raise PlanError(f"the server's message cannot be read ({bad!r:.80}): the peers run different versions of fedtune") from None
+        raise PlanError(f"the server's message cannot be read ({bad!s:.120}): the peers run different versions of fedtune") from None
 
 
 def read_offer(content: RecordDict) -> tuple[Letter, int]:
@@ -188,15 +208,15 @@ def read_offer(content: RecordDict) -> tuple[Letter, int]:
         PlanError: It is not an offer of this version of fedtune, or its plan is not understood.
     """
     try:
-        frame, said = parse_json(_said(content, "frame")), parse_json(_said(content, "offer"))
-        tensors = {str(n): torch.zeros(()).expand([int(d) for d in shape]) for n, shape in said["shapes"].items()}
-        plan, nbytes = Plan.from_json(_said(content, "plan")), int(said["bytes"])
-        if nbytes < 0:
-            raise ValueError("no such number of bytes")
+        frame = read_object(_Frame, _said(content, "frame"), ValueError, "frame")
+        offer = read_object(_Offer, _said(content, "offer"), ValueError, "offer")
+        if min(offer.bytes, *(d for shape in offer.shapes.values() for d in shape), 0) < 0:
+            raise ValueError("it has a negative size")
+        tensors = {name: torch.zeros(()).expand(shape) for name, shape in offer.shapes.items()}
         adapter = AdapterState(tensors, AdapterSpec.from_json(_said(content, "spec")))
-        return Letter(round=int(frame["round"]), adapter=adapter, keep=tuple(frame["keep"]), plan=plan), nbytes
+        return Letter(round=frame.round, adapter=adapter, keep=frame.keep, plan=Plan.from_json(_said(content, "plan"))), offer.bytes
     except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as bad:
-        raise PlanError(f"the server's offer cannot be read ({bad!r:.80}): the peers run different versions of fedtune") from None
+        raise PlanError(f"the server's offer cannot be read ({bad!s:.120}): the peers run different versions of fedtune") from None
 
 
 def _without(shift: AdapterState, modules: set[str]) -> AdapterState:
@@ -211,4 +231,7 @@ def _text(json_text: str) -> ConfigRecord:
 
 
 def _said(content: RecordDict, name: str) -> str:
-    return str(content.config_records[name]["json"])
+    try:
+        return str(content.config_records[name]["json"])
+    except KeyError:
+        raise ValueError(f"it has no record '{name}'") from None

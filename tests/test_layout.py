@@ -19,6 +19,7 @@ CONTRACTS = {
     "config",
     "errors",
     "files",
+    "hello",
     "ids",
     "parsing",
     "plan",

@@ -22,7 +22,7 @@ def test_a_plan_survives_json() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"params": {"mu": [1]}}, "the plan's params is"),
+        ({"params": {"mu": [1]}}, "the plan's mu is \\[1\\]"),
         ({"optimizer": "lion"}, "plan asks for optimizer 'lion'"),
         ({"teleport": 1}, "the plan has the unknown field 'teleport'"),
         ({"steps": None, "epochs": None}, "neither steps nor epochs"),

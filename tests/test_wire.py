@@ -46,5 +46,5 @@ def test_what_is_no_letter_of_ours_is_refused_by_name() -> None:
     ):
         with raises(PlanError, match="the server's message cannot be read"):
             read_letter(RecordDict(broken))  # type: ignore[arg-type]
-    with raises(UpdateMismatch, match="spec cannot be read"):
+    with raises(UpdateMismatch, match="the adapter's spec lacks the field 'method'"):
         read_letter(RecordDict({**content, "spec": ConfigRecord({"json": "{}"})}))  # type: ignore[dict-item]

@@ -5,13 +5,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.parsing import parse_json, read_text
+from fedtune.reading import read_fields
 
 if TYPE_CHECKING:
     from fedtune.state import AdapterState
@@ -94,13 +95,23 @@ def _read_peft(folder: Path) -> StoredAdapter:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Over:
+    """The quantised weights that an adapter was trained over."""
+
+    precision: Literal["nf4", "int8"]
+    compute: Literal["bf16", "fp32"]
+
+
 def _over(folder: Path) -> dict[str, str]:
     if not (folder / OVER).is_file():
         return {}
-    said = _json(folder / OVER)
-    if said.get("precision") not in ("nf4", "int8") or said.get("compute") not in ("bf16", "fp32"):
-        raise ModelError(f"{folder / OVER} cannot be read: it must say the precision and the compute of the adapter's backbone")
-    return {"precision": said["precision"], "compute": said["compute"]}
+    try:
+        return read_fields(_Over, _json(folder / OVER), ValueError, "file", others=True)
+    except ValueError as bad:
+        raise ModelError(
+            f"{folder / OVER} cannot be read: {bad}; it must say the precision and the compute of the adapter's backbone"
+        ) from None
 
 
 def _text(value: Any) -> str:

@@ -7,14 +7,15 @@ taken again after a kill is paid for again. Only where a kill cut the line itsel
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedtune.errors import CheckpointError
 from fedtune.files import flush
 from fedtune.ids import file_name
-from fedtune.parsing import content_of, parse_json
+from fedtune.parsing import content_of
 from fedtune.privacy.accounting import Spend, epsilon
+from fedtune.reading import read_object
 
 
 def ledger_file(folder: Path, client: str) -> Path:
@@ -30,6 +31,13 @@ def ledgers_in(folder: Path) -> Callable[[str], "Ledger"]:
 def most_spent(folder: Path, delta: float, accountant: str) -> float:
     """ε at δ of the client that has spent most, of all that have a ledger in `folder`; 0 where nobody has."""
     return max((Ledger(path).epsilon(delta, accountant) for path in sorted(folder.glob("*.jsonl"))), default=0.0)
+
+
+@dataclass(frozen=True)
+class _Turn(Spend):
+    """A line: what a turn cost."""
+
+    round: int
 
 
 class Ledger:
@@ -81,10 +89,10 @@ class Ledger:
 
     def _line(self, number: int, line: bytes) -> Spend:
         try:
-            said = parse_json(line)
-            cost = Spend(noise=float(said["noise"]), rate=float(said["rate"]), steps=int(said["steps"]))
+            said = read_object(_Turn, line, ValueError, "line")
+            cost = Spend(noise=float(said.noise), rate=float(said.rate), steps=said.steps)
             good = 0 <= cost.noise < math.inf and 0 <= cost.rate <= 1 and cost.steps >= 0
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, OverflowError):
             good, cost = False, Spend(noise=0.0, rate=1.0, steps=1)
         if not good:
             raise CheckpointError(

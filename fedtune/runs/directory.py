@@ -33,6 +33,7 @@ from fedtune.files import new_file, new_folder, write_text
 from fedtune.late import Late
 from fedtune.parsing import parse_json, read_text
 from fedtune.plan import Update
+from fedtune.reading import read_fields
 from fedtune.run_config import read_config
 from fedtune.state import AdapterState
 from fedtune.strategy import ServerState
@@ -59,6 +60,25 @@ class Checkpoint:
     state: ServerState
     clients: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     late: tuple[Late, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Waiting:
+    """What checkpoint.json holds of an update that waits."""
+
+    due: int
+    update: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """checkpoint.json: the checksum of each file by its path, and what lies in no other file."""
+
+    round: int
+    sha256: Mapping[str, str]
+    clients: Mapping[str, Mapping[str, Any]]
+    shifts: tuple[int, ...]
+    late: tuple[_Waiting, ...] = ()
 
 
 class RunDirectory:
@@ -209,18 +229,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"checkpoint {path} has format {body['format']}, this fedtune reads {_FORMAT}: use the version that wrote it"
             )
-        for name, wanted in body["sha256"].items():
+        saved = _Saved(**read_fields(_Saved, body, ValueError, "checkpoint", others=True))
+        for name, wanted in saved.sha256.items():
             if _sha256(path / name) != wanted:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         memory: dict[str, torch.Tensor] = load_file(path / "memory.safetensors")
-        exchange = load_file(path / _EXCHANGE) if _EXCHANGE in body["sha256"] else {}
+        exchange = load_file(path / _EXCHANGE) if _EXCHANGE in saved.sha256 else {}
         if _OLD_CLIP in memory:
             exchange = {"clip": memory.pop(_OLD_CLIP)}
         adapter = AdapterState.load(path / "adapter.safetensors")
-        files = [path.parent.parent / "shifts" / f"{int(version):04d}.safetensors" for version in body["shifts"]]
+        files = [path.parent.parent / "shifts" / f"{version:04d}.safetensors" for version in saved.shifts]
         state = ServerState(adapter=adapter, memory=memory, exchange=exchange, shifts=tuple(map(AdapterState.load, files)))
-        late = _read_late(path, body["late"], adapter) if "late" in body else ()
-        return Checkpoint(round=body["round"], state=state, clients=body["clients"], late=late)
+        late = _read_late(path, saved.late, adapter) if saved.late else ()
+        return Checkpoint(round=saved.round, state=state, clients=saved.clients, late=late)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as bad:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(bad).__name__} {str(bad)[:80]}") from None
 
@@ -229,12 +250,11 @@ def _tensors_of(late: tuple[Late, ...]) -> dict[str, torch.Tensor]:
     return {f"{i}/{name}": tensor.contiguous() for i, one in enumerate(late) for name, tensor in one.update.adapter.tensors.items()}
 
 
-def _read_late(path: Path, body: list[dict[str, Any]], adapter: AdapterState) -> tuple[Late, ...]:
+def _read_late(path: Path, waiting: tuple[_Waiting, ...], adapter: AdapterState) -> tuple[Late, ...]:
     found = load_file(path / _LATE)
-    each = [{n: found[f"{i}/{n}"] for n in adapter.tensors if f"{i}/{n}" in found} for i in range(len(body))]
+    each = [{n: found[f"{i}/{n}"] for n in adapter.tensors if f"{i}/{n}" in found} for i in range(len(waiting))]
     return tuple(
-        Late(update=Update.from_json(said["update"], adapter.replace(tensors)), due=int(said["due"]))
-        for said, tensors in zip(body, each, strict=True)
+        Late(update=Update.from_json(one.update, adapter.replace(tensors)), due=one.due) for one, tensors in zip(waiting, each, strict=True)
     )
 
 

@@ -6,14 +6,23 @@ the server need not know what each client holds. It is taken from the server's o
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import PlanError
-from fedtune.parsing import parse_json
+from fedtune.reading import read_object
 from fedtune.state import AdapterState
 from fedtune.traffic.codec import Codec
+
+
+@dataclass(frozen=True)
+class _Broadcast:
+    """What is encoded how: the codec's name, and of each tensor name, dtype, shape, and whether it is the difference."""
+
+    codec: str
+    tensors: tuple[tuple[str, str, tuple[int, ...], bool], ...]
 
 
 def encode_broadcast(codec: Codec, adapter: AdapterState, first: Mapping[str, Tensor], seed: int) -> tuple[AdapterState, str]:
@@ -51,14 +60,13 @@ def decode_broadcast(text: str, got: AdapterState, first: Mapping[str, Tensor]) 
         UpdateMismatch: What came is not what the JSON says.
     """
     try:
-        said = parse_json(text)
-        codec = Codec.from_name(said["codec"])
-        like = {str(n): torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for n, dtype, shape, _ in said["tensors"]}
-        differs = [str(n) for n, _, _, d in said["tensors"] if d is True]
+        said = read_object(_Broadcast, text, ValueError, "broadcast")
+        codec = Codec.from_name(said.codec)
+        like = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, dtype, shape, _ in said.tensors}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as bad:
-        raise PlanError(f"the server's broadcast cannot be read ({bad!r:.80}): the peers run different versions of fedtune") from None
+        raise PlanError(f"the server's broadcast cannot be read ({bad!s:.120}): the peers run different versions of fedtune") from None
     came = codec.decode(got.tensors, like)
-    for name in differs:
+    for name in (name for name, _, _, differs in said.tensors if differs):
         if name not in first or first[name].shape != came[name].shape:
             raise PlanError(
                 f"the server sent how '{name[:80]}' differs from the run's first adapter, which has no such tensor at this client"

@@ -169,7 +169,7 @@ def test_a_hello_with_an_id_that_no_table_can_show_is_left_out_for_that(client: 
     assert notes.notes == [f"left out, node 3: {why}: give it another"]
 
 
-@pytest.mark.parametrize("claim", [{"examples": 1e9}, {"examples": 1001}, {"held_out": 10**400}])
+@pytest.mark.parametrize("claim", [{"examples": 10**9}, {"examples": 1001}, {"held_out": 10**400}])
 def test_a_hello_cannot_claim_more_rows_than_are_believed(claim: dict[str, Any]) -> None:
     roll, _, notes = made(lambda n: {**named(n), **claim} if n == 3 else {**named(n), "examples": 1000}, {1: 0.0, 2: 0.0, 3: 0.0})
     assert sorted(roll.gather(1)) == ["c1", "c2"]

@@ -27,6 +27,7 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.engine.shape import Shape, read_shape
 from fedtune.parsing import parse_json, read_text
+from fedtune.reading import read_fields
 
 __all__ = [
     "ADAPTERS",
@@ -46,9 +47,18 @@ FORMAT = 2
 PACKAGE, CARD, ADAPTERS = "package.json", "fedtune.json", "adapters"
 FILES = {torch.float32: "weights-f32", torch.bfloat16: "weights-bf16", torch.int8: "weights-int8", torch.uint8: "weights-int4"}
 Kind = Literal["fp32", "bf16", "int8", "int4"]
-KINDS = ("fp32", "bf16", "int8", "int4")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 _JSON, _HEADER = 1 << 24, 1 << 25  # bytes: no config, card or header of ours comes near, and parsing takes some times as much memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Card:
+    """What the engine needs of the card; the rest is for people."""
+
+    task: str
+    base: str
+    prompt: str | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +262,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_card(card: dict[str, Any], path: Path) -> None:
-    kinds = {"task": (str,), "prompt": (str, type(None)), "max_new_tokens": (int, type(None)), "base": (str,)}
-    if odd := [k for k, types in kinds.items() if not isinstance(card.get(k), types) or isinstance(card.get(k), bool)]:
-        raise ModelError(f"{path}: '{odd[0]}' is missing or of a wrong kind: export the model again")
+    try:
+        read_fields(_Card, card, ValueError, "card", others=True)
+    except ValueError as bad:
+        raise ModelError(f"{path} cannot be used: {bad}; export the model again") from None
 
 
 def _linears(said: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
@@ -264,12 +275,13 @@ def _linears(said: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
         raise ModelError(f"{path} does not name the linears that config.json calls for: export the model again")
     out = {}
     for name, size in sizes.items():
-        entry = said[name] if isinstance(said[name], dict) else {}
-        kind, group, kept = entry.get("kind"), entry.get("group"), entry.get("shape")
-        groups = (32, 64, 128, 256) if kind == "int4" else (0,)
-        if kind not in KINDS or type(group) is not int or group not in groups or kept != list(size):
-            raise ModelError(f"{path} keeps '{name}' as {entry!s:.80}, which cannot be for {size}: export the model again")
-        out[name] = StoredLinear(kind=kind, group=group, shape=(size[0], size[1]))
+        try:
+            stored = StoredLinear(**read_fields(StoredLinear, said[name], ValueError, "linear"))
+        except ValueError:
+            stored = None
+        if stored is None or stored.group not in ((32, 64, 128, 256) if stored.kind == "int4" else (0,)) or stored.shape != size:
+            raise ModelError(f"{path} keeps '{name}' as {said[name]!s:.80}, which cannot be for {size}: export the model again")
+        out[name] = stored
     return out
 
 
