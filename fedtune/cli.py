@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
+from fedtune.bounds import require
 from fedtune.errors import ConfigError, sentence
 
 _TRUST = "run code that the model's folder brings along; no file of a run allows it"
@@ -199,8 +200,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
 
 
 def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise ConfigError(f"--seed {seed} is out of range: it must be at least 0")
+    require("--seed", seed, ge=0)
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

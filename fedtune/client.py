@@ -21,6 +21,7 @@ from typing import Any
 from flwr.app import Message
 
 from fedtune import __version__
+from fedtune.bounds import require
 from fedtune.errors import ConfigError, sentence
 
 _log = logging.getLogger("fedtune.client")
@@ -93,8 +94,7 @@ def _main(args: argparse.Namespace) -> int:
     from fedtune.network.logs import logging_to
     from fedtune.network.node import Node
 
-    if args.max_retries is not None and args.max_retries < 0:
-        raise ConfigError(f"--max-retries {args.max_retries} is out of range: it must be at least 0")
+    require("--max-retries", args.max_retries, ge=0)
     if args.insecure and (args.key or args.root_certificates):
         raise ConfigError("--insecure speaks without TLS and keys: leave out --key and --root-certificates, or --insecure")
     if not args.insecure and args.key is None:
@@ -108,10 +108,8 @@ def _main(args: argparse.Namespace) -> int:
             raise ConfigError(f"--data {args.data} is no file, folder or glob that means any")
     if args.max_epsilon is not None and args.min_privacy is None:
         raise ConfigError("--max-epsilon counts what private turns cost: say with --min-privacy record or user that others are refused")
-    if args.max_epsilon is not None and not args.max_epsilon > 0:
-        raise ConfigError(f"--max-epsilon {args.max_epsilon:g} is out of range: it must be greater than 0")
-    if not 0 < args.delta < 1:
-        raise ConfigError(f"--delta {args.delta:g} is out of range: it must be between 0 and 1")
+    require("--max-epsilon", args.max_epsilon, gt=0)
+    require("--delta", args.delta, gt=0, lt=1)
     if args.model is not None and not args.model.expanduser().is_dir():
         raise ConfigError(f"--model {args.model}: there is no such folder")
     client = _client_id(args)

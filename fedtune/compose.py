@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedtune import config as schema
+from fedtune.bounds import require
 from fedtune.config import Config, check, reference
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.parsing import read_text, reason
@@ -277,8 +278,8 @@ def _check_choices(point: Iterable[str], folder: Path | None) -> None:
         group, value = override.key_or_group, override.value()
         known = choices(group, *([folder] if folder else []))
         if known and not isinstance(value, dict) and not override.is_delete():  # a mapping sets keys of the group
-            for wrong in (v for v in (value if isinstance(value, list) else [value]) if v not in known):
-                raise ConfigError(f"{group}={'null' if wrong is None else wrong} is not known: choose one of {', '.join(known)}")
+            for chosen in value if isinstance(value, list) else [value]:
+                require(group, "null" if chosen is None else chosen, choices=known)
 
 
 def _resumed(conf: str | None, overrides: list[str], multirun: bool) -> Config:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedtune.bounds import require
 from fedtune.combinations import check_together
 from fedtune.errors import ConfigError
 from fedtune.registry import TASKS
@@ -323,17 +324,9 @@ def _check_fields(node: Any, prefix: str) -> None:
         elif isinstance(value, dict) and value and all(dataclasses.is_dataclass(v) for v in value.values()):
             for name, child in value.items():
                 _check_fields(child, f"{key}.{name}.")
-        elif value is not None and rules:
-            if (known := _choices(rules)) and value not in known:
-                raise ConfigError(f"{key}={value} is not known: choose one of {', '.join(known)}")
-            for word, bound, bad in (
-                ("at least", rules["ge"], lambda v, b: not v >= b),  # `not >=` refuses NaN too
-                ("greater than", rules["gt"], lambda v, b: not v > b),
-                ("at most", rules["le"], lambda v, b: not v <= b),
-                ("less than", rules["lt"], lambda v, b: not v < b),
-            ):
-                if bound is not None and bad(value, bound):
-                    raise ConfigError(f"{key}={value} is out of range: it must be {word} {bound:g}")
+        elif rules:
+            limits = {name: bound for name, bound in rules.items() if name not in ("help", "choices")}
+            require(key, value, **limits, choices=_choices(rules))
 
 
 def _choices(rules: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedtune.bounds import require
 from fedtune.errors import PlanError
 from fedtune.reading import read_object
 
@@ -67,6 +68,6 @@ class ClientHello:
     def from_json(cls, text: str) -> "ClientHello":
         """Raises ValueError where `text` is no hello, or a count is impossible."""
         hello = read_object(cls, text, ValueError, "hello")
-        if min(hello.examples, hello.held_out) < 0 or (hello.rank is not None and hello.rank < 1):
-            raise ValueError("the hello's counts must not be negative, and its rank at least 1")
+        for name, least in (("examples", 0), ("held_out", 0), ("rank", 1)):
+            require(f"the hello's {name}", getattr(hello, name), ValueError, ge=least)
         return hello

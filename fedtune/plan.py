@@ -9,7 +9,9 @@ import fnmatch
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from fedtune.bounds import require
 from fedtune.errors import ConfigError, PlanError, UpdateError
 from fedtune.ids import LONGEST_NAME, short
 from fedtune.reading import SCALAR as Scalar
@@ -21,6 +23,21 @@ OPTIMIZERS = ("adamw", "sgd")
 MEASURES = ("start_loss",)
 PRIVACIES = ("none", "record", "user")
 ACCOUNTANTS = ("prv", "rdp")
+_BOUNDS: dict[str, Any] = {
+    "optimizer": {"choices": OPTIMIZERS},
+    "privacy": {"choices": PRIVACIES},
+    "dp_accountant": {"choices": ACCOUNTANTS},
+    "batch_size": {"ge": 1},
+    "accumulate": {"ge": 1},
+    "steps": {"ge": 1},
+}
+_PRIVATE: dict[str, Any] = {  # of a plan that asks for privacy
+    "dp_clip": {"gt": 0},
+    "dp_noise": {"gt": 0},
+    "dp_epsilon": {"gt": 0},
+    "dp_delta": {"gt": 0, "lt": 1},
+    "dp_turns": {"ge": 1},
+}
 MOST_NUMBERS = 64  # of what a client says about itself: every line of the metrics holds it
 
 
@@ -112,25 +129,14 @@ class Plan:
             PlanError: Not a plan, or it asks for something that this version does not know.
         """
         plan = read_object(cls, text, PlanError, "plan")
-        if plan.optimizer not in OPTIMIZERS:
-            raise PlanError(f"plan asks for optimizer '{plan.optimizer}', this client knows {', '.join(OPTIMIZERS)}")
-        for name, known in (("privacy", PRIVACIES), ("dp_accountant", ACCOUNTANTS)):
-            if getattr(plan, name) not in known:
-                raise PlanError(f"plan asks for {name}='{getattr(plan, name)}', this client knows {', '.join(known)}: update fedtune on it")
-        numbers = (plan.dp_clip, plan.dp_delta, *(v for v in (plan.dp_noise, plan.dp_epsilon) if v is not None))
-        if plan.privacy != "none" and (not all(v > 0 for v in numbers) or len(numbers) < 3 or plan.dp_delta >= 1 or plan.dp_turns < 1):
-            raise PlanError(
-                f"plan asks for privacy={plan.privacy} with clip {plan.dp_clip}, noise {plan.dp_noise}, epsilon {plan.dp_epsilon}, delta"
-                f" {plan.dp_delta} over {plan.dp_turns} turns, which promises nothing"
-            )
-        if unknown := [m for m in plan.measure if m not in MEASURES]:
-            raise PlanError(f"plan asks to measure '{unknown[0]}', this client knows {', '.join(MEASURES)}: update fedtune on the client")
+        for name, bounds in (_BOUNDS | (_PRIVATE if plan.privacy != "none" else {})).items():
+            require(f"the plan's {name}", getattr(plan, name), PlanError, **bounds)
+        if plan.privacy != "none" and plan.dp_noise is None and plan.dp_epsilon is None:
+            raise PlanError(f"the plan asks for privacy={plan.privacy} with neither noise nor epsilon, which promises nothing")
+        for measure in plan.measure:
+            require("the plan's measure", measure, PlanError, choices=MEASURES)
         if plan.steps is None and plan.epochs is None:
             raise PlanError("plan sets neither steps nor epochs: the client cannot know how much to train")
-        if plan.batch_size < 1 or plan.accumulate < 1 or (plan.steps is not None and plan.steps < 1):
-            raise PlanError(
-                f"plan asks for batch_size={plan.batch_size}, accumulate={plan.accumulate}, steps={plan.steps}: each must be at least 1"
-            )
         return plan
 
 
@@ -174,8 +180,7 @@ class Update:
             OverflowError: A whole number is too large for a float.
         """
         update = read_object(cls, text, UpdateError, "update", adapter=adapter)
-        if update.examples < 1:
-            raise UpdateError(f"the update counts {update.examples} examples: at least 1 is needed to weigh it")
+        require("the update's examples", update.examples, UpdateError, ge=1)
         if len(update.metrics) + len(update.measurements) > MOST_NUMBERS:
             count = len(update.metrics) + len(update.measurements)
             raise UpdateError(f"the update reports {count} numbers, at most {MOST_NUMBERS} are allowed: report fewer metrics")

@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.errors import CheckpointError, UpdateMismatch
 from fedtune.files import flush
+from fedtune.ids import shown
 from fedtune.parsing import parse_json
 from fedtune.reading import read_object
 from fedtune.seeds import derive_seed
@@ -68,8 +70,8 @@ class AdapterSpec:
     def from_json(cls, text: str) -> "AdapterSpec":
         """Raises UpdateMismatch where `text` is no spec."""
         spec = read_object(cls, text, UpdateMismatch, "adapter's spec")
-        if low := [module for module, rank in spec.ranks.items() if rank < 1]:
-            raise UpdateMismatch(f"the adapter's spec gives '{low[0][:80]}' the rank {spec.ranks[low[0]]}: a rank is at least 1")
+        for module, rank in spec.ranks.items():
+            require(f"the rank of '{shown(module)}' in the adapter's spec", rank, UpdateMismatch, ge=1)
         return spec
 
 

@@ -4,20 +4,6 @@ from fedtune.config import Config
 from fedtune.errors import ConfigError
 
 
-def in_bounds(
-    name: str, value: float, *, ge: float | None = None, gt: float | None = None, lt: float | None = None, le: float | None = None
-) -> None:
-    """Raises ConfigError where the strategy's setting `name` is out of its bounds; NaN is out of all of them."""
-    for word, bound, good in (
-        ("at least", ge, lambda v, b: v >= b),
-        ("greater than", gt, lambda v, b: v > b),
-        ("less than", lt, lambda v, b: v < b),
-        ("at most", le, lambda v, b: v <= b),
-    ):
-        if bound is not None and not good(value, bound):
-            raise ConfigError(f"strategy.{name}={value} is out of range: it must be {word} {bound:g}")
-
-
 def plain_sgd(config: Config, strategy: str, otherwise: str = "") -> None:
     """Raises ConfigError where a client's step is not its learning rate times a gradient.
 

@@ -10,11 +10,12 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
-from fedtune.strategies._require import enough_clients, in_bounds
+from fedtune.strategies._require import enough_clients
 from fedtune.strategy import Requirements, ServerState, Strategy
 
 
@@ -36,7 +37,7 @@ class Bulyan(Strategy):
     malicious: int = 1
 
     def check(self, config: Config) -> None:
-        in_bounds("malicious", self.malicious, ge=0)
+        require("strategy.malicious", self.malicious, ge=0)
         enough_clients(config, "bulyan", 4 * self.malicious + 3, "4·malicious + 3")
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:

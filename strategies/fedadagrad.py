@@ -10,10 +10,10 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategies._require import in_bounds
 from fedtune.strategy import Requirements, ServerState
 
 
@@ -29,15 +29,13 @@ class FedAdagrad(MeanStrategy):
         tau: τ: parameters whose mean change is well below it move in proportion to the change.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
-    )
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
     lr: float = 1e-2
     tau: float = 1e-3
 
     def check(self, config: Config) -> None:
-        in_bounds("lr", self.lr, gt=0)
-        in_bounds("tau", self.tau, gt=0)
+        require("strategy.lr", self.lr, gt=0)
+        require("strategy.tau", self.tau, gt=0)
 
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         return _flower.fed_opt(flower.FedAdagrad(eta=self.lr, tau=self.tau), state, mean)

@@ -14,10 +14,10 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategies._require import in_bounds
 from fedtune.strategy import Requirements, ServerState
 
 
@@ -32,15 +32,13 @@ class FedAvgM(MeanStrategy):
         momentum: β.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
-    )
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
     lr: float = 1.0
     momentum: float = 0.5
 
     def check(self, config: Config) -> None:
-        in_bounds("lr", self.lr, gt=0)
-        in_bounds("momentum", self.momentum, ge=0, lt=1)
+        require("strategy.lr", self.lr, gt=0)
+        require("strategy.momentum", self.momentum, ge=0, lt=1)
 
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         now = _flower.doubles(state.adapter.tensors)

@@ -43,13 +43,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.errors import ConfigError
 from fedtune.plan import Plan, Update
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies._flower import measured
 from fedtune.strategies._mean import Mean
-from fedtune.strategies._require import in_bounds, whole_updates
+from fedtune.strategies._require import whole_updates
 from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _VARIANTS = ("scaled", "paper", "code")
@@ -98,12 +99,11 @@ class FedPepTAO(Strategy):
         refuse(method != "ptuning_v2", f"fedpeptao exchanges a prompt a layer, peft.method={method} has none: set peft=ptuning_v2")
         refuse(self.order not in ("redundant", "diverse"), f"strategy.order={self.order} is not known: choose redundant or diverse")
         refuse(self.variant not in _VARIANTS, f"strategy.variant={self.variant} is not known: choose scaled, paper or code")
-        if self.ratio is not None:
-            in_bounds("ratio", self.ratio, gt=0, le=1)
-        in_bounds("warmup_rounds", self.warmup_rounds, ge=0)
-        in_bounds("score_rows", self.score_rows, ge=2)  # rows are compared with each other
-        in_bounds("server_lr", self.server_lr, ge=0)
-        in_bounds("momentum", self.momentum, ge=0, lt=1)
+        require("strategy.ratio", self.ratio, gt=0, le=1)
+        require("strategy.warmup_rounds", self.warmup_rounds, ge=0)
+        require("strategy.score_rows", self.score_rows, ge=2)  # rows are compared with each other
+        require("strategy.server_lr", self.server_lr, ge=0)
+        require("strategy.momentum", self.momentum, ge=0, lt=1)
         if self.server_lr:
             whole_updates(config, "fedpeptao", ", or strategy.server_lr=0, which leaves the plain mean")
         refuse(

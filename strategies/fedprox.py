@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.errors import ConfigError
 from fedtune.plan import Plan
-from fedtune.strategies._require import in_bounds
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategy import Assignment, Requirements, ServerState
 
@@ -25,13 +25,11 @@ class FedProx(FedAvg):
         mu: μ, per unit of squared distance in the parameters; 0 is FedAvg.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
-    )
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
     mu: float = 0.01
 
     def check(self, config: Config) -> None:
-        in_bounds("mu", self.mu, ge=0)
+        require("strategy.mu", self.mu, ge=0)
         if config.client.prox not in (0.0, self.mu):
             raise ConfigError(
                 f"strategy.mu={self.mu:g} and client.prox={config.client.prox:g} both set the proximal weight: leave client.prox at 0"

@@ -11,10 +11,11 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies import _flower
-from fedtune.strategies._require import enough_clients, in_bounds
+from fedtune.strategies._require import enough_clients
 from fedtune.strategy import Requirements, ServerState, Strategy
 
 
@@ -35,7 +36,7 @@ class FedTrimmedAvg(Strategy):
     beta: float = 0.2
 
     def check(self, config: Config) -> None:
-        in_bounds("beta", self.beta, ge=0, lt=0.5)
+        require("strategy.beta", self.beta, ge=0, lt=0.5)
         if self.beta:  # with fewer, nobody would be cut off, and one liar would do
             enough_clients(config, "fedtrimmedavg", math.ceil(1 / self.beta), "1/beta")
 

@@ -10,10 +10,10 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategies._require import in_bounds
 from fedtune.strategy import Requirements, ServerState
 
 
@@ -32,19 +32,17 @@ class FedYogi(MeanStrategy):
         tau: τ: parameters whose mean change is well below it move in proportion to the change.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
-    )
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
     lr: float = 1e-2
     beta_1: float = 0.9
     beta_2: float = 0.99
     tau: float = 1e-3
 
     def check(self, config: Config) -> None:
-        in_bounds("lr", self.lr, gt=0)
-        in_bounds("beta_1", self.beta_1, ge=0, lt=1)
-        in_bounds("beta_2", self.beta_2, ge=0, lt=1)
-        in_bounds("tau", self.tau, gt=0)
+        require("strategy.lr", self.lr, gt=0)
+        require("strategy.beta_1", self.beta_1, ge=0, lt=1)
+        require("strategy.beta_2", self.beta_2, ge=0, lt=1)
+        require("strategy.tau", self.tau, gt=0)
 
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         by = flower.FedYogi(eta=self.lr, beta_1=self.beta_1, beta_2=self.beta_2, tau=self.tau)

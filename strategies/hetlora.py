@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.errors import ConfigError
 from fedtune.plan import Plan, Update
 from fedtune.state import AdapterState
 from fedtune.strategies._lowrank import FACTORS, norm, require_method
 from fedtune.strategies._mean import Mean
-from fedtune.strategies._require import in_bounds
 from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _FAINT = 1e-30  # weight of a product that is zero: beside others it counts for nothing, and where all are zero, all count alike
@@ -60,8 +60,8 @@ class HetLoRA(Strategy):
         require_method(config, "hetlora", methods=("lora", "rslora"), why="it cuts, pads and weighs LoRA's A and B")
         if self.variant not in ("covered", "paper"):
             raise ConfigError(f"strategy.variant={self.variant} is not known: choose covered or paper")
-        in_bounds("tail_penalty", self.tail_penalty, ge=0)
-        in_bounds("tail_share", self.tail_share, gt=0, lt=1)
+        require("strategy.tail_penalty", self.tail_penalty, ge=0)
+        require("strategy.tail_share", self.tail_share, gt=0, lt=1)
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         cuts: dict[tuple[int, ...], AdapterState] = {}  # one adapter for all clients of the same ranks: it is encoded once

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
-from fedtune.strategies._require import enough_clients, in_bounds
+from fedtune.strategies._require import enough_clients
 from fedtune.strategy import Requirements, ServerState, Strategy
 
 
@@ -32,7 +33,7 @@ class Krum(Strategy):
     malicious: int = 1
 
     def check(self, config: Config) -> None:
-        in_bounds("malicious", self.malicious, ge=0)
+        require("strategy.malicious", self.malicious, ge=0)
         enough_clients(config, "krum", 2 * self.malicious + 3, "2·malicious + 3")
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
-from fedtune.strategies._require import enough_clients, in_bounds
+from fedtune.strategies._require import enough_clients
 from fedtune.strategy import Requirements, ServerState, Strategy
 
 
@@ -34,8 +35,8 @@ class MultiKrum(Strategy):
     select: int = 3
 
     def check(self, config: Config) -> None:
-        in_bounds("malicious", self.malicious, ge=0)
-        in_bounds("select", self.select, ge=1)
+        require("strategy.malicious", self.malicious, ge=0)
+        require("strategy.select", self.select, ge=1)
         # the larger of the two bounds at once, so that nobody raises min_clients twice
         bounds = {"2·malicious + 3": 2 * self.malicious + 3, "malicious + select + 2": self.malicious + self.select + 2}
         why = max(bounds, key=lambda name: bounds[name])

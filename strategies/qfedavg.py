@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.plan import Plan, Update
 from fedtune.strategies import _flower
-from fedtune.strategies._require import in_bounds
 from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _LOSS = "start_loss"  # F_k(w): the loss of the model that the client was sent, before it trains
@@ -40,8 +40,8 @@ class QFedAvg(Strategy):
     )
 
     def check(self, config: Config) -> None:
-        in_bounds("q", self.q, ge=0)
-        in_bounds("lr", self.lr, gt=0)
+        require("strategy.q", self.q, ge=0)
+        require("strategy.lr", self.lr, gt=0)
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         return {

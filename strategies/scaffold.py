@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.plan import Plan, Update
 from fedtune.strategies._flower import doubles, measured
 from fedtune.strategies._mean import Mean
-from fedtune.strategies._require import in_bounds, plain_sgd, whole_updates
+from fedtune.strategies._require import plain_sgd, whole_updates
 from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 
@@ -46,7 +47,7 @@ class SCAFFOLD(Strategy):
     lr: float = 1.0
 
     def check(self, config: Config) -> None:
-        in_bounds("lr", self.lr, gt=0)
+        require("strategy.lr", self.lr, gt=0)
         plain_sgd(config, "scaffold")
         whole_updates(config, "scaffold")
 

@@ -14,13 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.errors import ConfigError
 from fedtune.plan import Plan, Update
 from fedtune.state import AdapterState, random_mask
 from fedtune.strategies._lowrank import FACTORS, Pair, require_method, shift
 from fedtune.strategies._mean import Mean
-from fedtune.strategies._require import in_bounds
 from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 QUANTISED = ("nf4", "int8")
@@ -65,11 +65,9 @@ class SLoRA(Strategy):
 
     def check(self, config: Config) -> None:
         for name, choices in (("mask", MASKS), ("mode", MODES)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"strategy.{name}={getattr(self, name)} is not known: choose one of {', '.join(choices)}")
-        in_bounds("sparse_share", self.sparse_share, ge=0, le=1)
-        if self.density is not None:
-            in_bounds("density", self.density, gt=0, le=1)
+            require(f"strategy.{name}", getattr(self, name), choices=choices)
+        require("strategy.sparse_share", self.sparse_share, ge=0, le=1)
+        require("strategy.density", self.density, gt=0, le=1)
         require_method(config, "slora", methods=("lora", "rslora"), why="an SVD gives two factors to start from, and nothing else")
         classes = config.devices.classes.items()
         free = [n for n, d in classes if d.precision in QUANTISED or (d.precision is None and d.memory_mb is not None)]

@@ -93,7 +93,7 @@ FAULTS = [
     ("stale", retell(base_version=-1), "refused", "the update is for base_version -1, asked was 0"),
     ("other client", retell(client="good"), "refused", "the update is for client good, asked was bad"),
     ("other round", retell(round=9), "refused", "the update is for round 9, asked was 1"),
-    ("no examples", retell(examples=0), "refused", "the update counts 0 examples"),
+    ("no examples", retell(examples=0), "refused", "the update's examples=0 is out of range: it must be at least 1"),
     ("examples as text", retell(examples="many"), "refused", "the update's examples is 'many', which is not of its type"),
     ("unknown field", retell(surprise=1), "refused", "the update has the unknown field 'surprise'"),
     ("nan metric", retell(metrics={"loss": NAN}), "refused", "the update's loss is nan"),

@@ -14,6 +14,7 @@ import fedtune
 ROOT = Path(__file__).parents[1]
 CONTRACTS = {
     "__version__",
+    "bounds",
     "checkpoint_files",
     "combinations",
     "config",
@@ -185,3 +186,15 @@ def test_only_one_module_writes_beside_and_renames() -> None:
 )
 def test_that_rule_sees_what_it_forbids(text: str, forbidden: bool) -> None:
     assert any(renames(node) for node in ast.walk(ast.parse(text))) == forbidden
+
+
+def test_only_one_module_judges_bounds() -> None:
+    sentence = "is out of range: it must be|is not known: choose one of"
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for _, file in files()
+        if file != ROOT / "fedtune" / "bounds.py"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(sentence, node.value)
+    ]
+    assert not found, f"use fedtune.bounds.require: {found}"

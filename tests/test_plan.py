@@ -23,10 +23,10 @@ def test_a_plan_survives_json() -> None:
     ("change", "sentence"),
     [
         ({"params": {"mu": [1]}}, "the plan's mu is \\[1\\]"),
-        ({"optimizer": "lion"}, "plan asks for optimizer 'lion'"),
+        ({"optimizer": "lion"}, "the plan's optimizer=lion is not known: choose one of adamw, sgd"),
         ({"teleport": 1}, "the plan has the unknown field 'teleport'"),
         ({"steps": None, "epochs": None}, "neither steps nor epochs"),
-        ({"steps": 0}, "each must be at least 1"),
+        ({"steps": 0}, "the plan's steps=0 is out of range: it must be at least 1"),
         ({"batch_size": "8"}, "the plan's batch_size is '8', which is not of its type"),
         ({"lr": float("nan")}, "the plan's lr is 'nan'"),
         ({"round": True}, "the plan's round is 'True'"),

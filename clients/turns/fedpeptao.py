@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from fedtune.bounds import require
 from fedtune.clients.steps import batches
 from fedtune.clients.turns.base import Turn, Work
 from fedtune.config import TaskConfig
@@ -49,8 +50,7 @@ class FedPepTAO(Turn):
     stage: str
 
     def check(self) -> None:
-        if self.stage not in ("layers", "hessian"):
-            raise PlanError(f"the plan asks for stage '{self.stage[:60]}' of the turn 'fedpeptao': this client knows layers and hessian")
+        require("the turn's stage", self.stage, PlanError, choices=("layers", "hessian"))
 
     @property
     def trains(self) -> bool:

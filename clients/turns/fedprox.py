@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.clients.turns.base import Batch, Stack, Turn, Work, add_gradient
 from fedtune.errors import PlanError
 from fedtune.plan import matching
@@ -43,8 +44,7 @@ class FedProx(Turn):
     mu: float
 
     def check(self) -> None:
-        if self.mu < 0:
-            raise PlanError(f"the plan asks for the turn 'fedprox' with mu={self.mu:g}: it must not be negative")
+        require("the turn's mu", self.mu, PlanError, ge=0)
 
     def begin(self, work: Work) -> list[tuple[Tensor, Tensor]]:
         names = matching(work.live.parameters, work.plan.train)

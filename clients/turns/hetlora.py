@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.clients.turns.base import Batch, Stack, Turn, Work
 from fedtune.errors import PlanError
 from fedtune.state import AdapterState
@@ -50,11 +51,8 @@ class HetLoRA(Turn):
     share: float
 
     def check(self) -> None:
-        if not (self.penalty >= 0 and 0 < self.share < 1):
-            raise PlanError(
-                f"the plan asks for the turn 'hetlora' with penalty={self.penalty:g} and share={self.share:g}: penalty must not be"
-                " negative, and share must lie between 0 and 1"
-            )
+        require("the turn's penalty", self.penalty, PlanError, ge=0)
+        require("the turn's share", self.share, PlanError, gt=0, lt=1)
 
     def step(self, work: Work, memory: None) -> None:
         (self.penalty * tail_norms(work.live.parameters, work.start.spec.ranks, self.share)).backward()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.bounds import require
 from fedtune.clients.steps import batches
 from fedtune.clients.turns.base import Turn, Work
 from fedtune.data import collate
@@ -28,8 +29,7 @@ class SLoRA(Turn):
     stage: str
 
     def check(self) -> None:
-        if self.stage not in ("sparse", "gradient"):
-            raise PlanError(f"the plan asks for stage '{self.stage[:60]}' of the turn 'slora': this client knows sparse and gradient")
+        require("the turn's stage", self.stage, PlanError, choices=("sparse", "gradient"))
 
     @property
     def trains(self) -> bool:

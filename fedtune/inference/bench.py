@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fedtune.bounds import require
 from fedtune.errors import ConfigError, DataError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.decoder import parameters_held
@@ -96,8 +97,7 @@ def bench(
         ModelError: The model cannot be opened, or is not one that the engine runs.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} is out of range: it must be at least 1")
+        require(name, value, ge=1)
     tell("loading")
     start = time.perf_counter()
     engine = load_engine(folder, kind)
@@ -286,8 +286,6 @@ def threads(wanted: int | None) -> None:
     Raises:
         ConfigError: Fewer than one, or more than four times the cores.
     """
-    most = 4 * (os.cpu_count() or 1)
-    if wanted is not None and not 1 <= wanted <= most:
-        raise ConfigError(f"threads={wanted} is out of range: it must be from 1 to {most}")
+    require("threads", wanted, ge=1, le=4 * (os.cpu_count() or 1))
     if wanted is not None:
         torch.set_num_threads(wanted)

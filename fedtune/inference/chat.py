@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from fedtune.bounds import require
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation, Report, Speculation
@@ -157,8 +158,7 @@ def talk(
     source, out, folder = read or sys.stdin, write or sys.stdout, Path(folder)
     card = read_card(folder)
     length = max_new_tokens if max_new_tokens is not None else card.get("max_new_tokens") or LENGTH
-    if length < 1:
-        raise ConfigError(f"max_new_tokens={length} is out of range: it must be at least 1")
+    require("max_new_tokens", length, ge=1)
     chosen = Sampling(**sampling)
     guesses = None if speculate in ("auto", "none") else speculate
     writer: Writes

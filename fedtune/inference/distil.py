@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtune.bounds import require
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.inference.engine.text import wrap
@@ -61,12 +62,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 1), ("steps", 1), ("batch_size", 1), ("length", 8)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{name}={value} is out of range: it must be at least {least}")
-        if not 0 <= self.on_policy <= 1:
-            raise ConfigError(f"on_policy={self.on_policy} is out of range: it is a share, from 0 to 1")
-        if not 0 < self.lr < 1:
-            raise ConfigError(f"lr={self.lr} is out of range: it must be above 0 and below 1")
+            require(name, getattr(self, name), ge=least)
+        require("on_policy", self.on_policy, ge=0, le=1)
+        require("lr", self.lr, gt=0, lt=1)
 
 
 def distil(

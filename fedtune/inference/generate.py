@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fedtune.bounds import require
 from fedtune.config import PeftConfig
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.budget import choose, parse_size
@@ -74,8 +75,7 @@ def generate_text(
     folder = Path(folder)
     card = read_card(folder)
     length = max_new_tokens if max_new_tokens is not None else card.get("max_new_tokens") or LENGTH
-    if length < 1:
-        raise ConfigError(f"max_new_tokens={length} is out of range: it must be at least 1")
+    require("max_new_tokens", length, ge=1)
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop)
     )

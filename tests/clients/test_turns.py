@@ -42,10 +42,10 @@ def test_a_file_is_a_turn_of_its_name(name: str) -> None:
         ("fedprox", {"nu": 1.0}, "the turn fedprox has the unknown field 'nu'"),
         ("fedprox", {}, "the turn fedprox lacks the field 'mu'"),
         ("fedprox", {"mu": "1"}, "the turn fedprox's mu is '1', which is not of its type"),
-        ("fedprox", {"mu": -1.0}, "with mu=-1: it must not be negative"),
-        ("hetlora", {"penalty": 0.1, "share": 1.0}, "share must lie between 0 and 1"),
-        ("slora", {"stage": "dense"}, "this client knows sparse and gradient"),
-        ("fedpeptao", {"stage": "heads"}, "this client knows layers and hessian"),
+        ("fedprox", {"mu": -1.0}, "the turn's mu=-1.0 is out of range: it must be at least 0"),
+        ("hetlora", {"penalty": 0.1, "share": 1.0}, "the turn's share=1.0 is out of range: it must be less than 1"),
+        ("slora", {"stage": "dense"}, "the turn's stage=dense is not known: choose one of sparse, gradient"),
+        ("fedpeptao", {"stage": "heads"}, "the turn's stage=heads is not known: choose one of layers, hessian"),
     ],
 )
 def test_what_a_client_does_not_know_is_refused_by_name(turn: str, params: dict[str, Scalar], sentence: str) -> None:

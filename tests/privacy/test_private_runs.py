@@ -422,13 +422,13 @@ def test_no_ledger_no_private_turn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"privacy": "secret"}, "privacy='secret', this client knows none, record, user"),
-        ({"dp_accountant": "gdp"}, "dp_accountant='gdp'"),
-        ({"dp_clip": 0.0}, "promises nothing"),
-        ({"dp_noise": -1.0}, "promises nothing"),
+        ({"privacy": "secret"}, "the plan's privacy=secret is not known: choose one of none, record, user"),
+        ({"dp_accountant": "gdp"}, "the plan's dp_accountant=gdp is not known: choose one of prv, rdp"),
+        ({"dp_clip": 0.0}, "the plan's dp_clip=0.0 is out of range: it must be greater than 0"),
+        ({"dp_noise": -1.0}, "the plan's dp_noise=-1.0 is out of range: it must be greater than 0"),
         ({"dp_epsilon": None}, "promises nothing"),
-        ({"dp_delta": 1.0}, "promises nothing"),
-        ({"dp_turns": 0}, "promises nothing"),
+        ({"dp_delta": 1.0}, "the plan's dp_delta=1.0 is out of range: it must be less than 1"),
+        ({"dp_turns": 0}, "the plan's dp_turns=0 is out of range: it must be at least 1"),
     ],
 )
 def test_a_plan_that_promises_nothing_is_not_understood(changes: dict[str, Any], sentence: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.decoder import Decoder
@@ -134,8 +135,7 @@ class Generation:
             raise ModelError(f"the token {wrong[0]} is none of the model's {vocabulary}: its tokenizer belongs to another model")
         virtual, limit = self.context.virtual, self.context.cache.limit
         length = limit - virtual - len(self._ids) if max_new_tokens is None else max_new_tokens
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={max_new_tokens} is out of range: it must be at least 1")
+        require("max_new_tokens", max_new_tokens, ge=1)
         if length < 1 or virtual + len(self._ids) + length > limit:
             raise ConfigError(
                 f"the prompt's {virtual + len(self._ids)} tokens and {max(length, 1)} new ones are more than the model's context, {limit}:"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtune.bounds import require
 from fedtune.errors import ConfigError
 from fedtune.seeds import derive_seed
 
@@ -42,16 +43,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
-        }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ConfigError(f"{name}={getattr(self, name)} is out of range: it must be {wanted}")
+        require("temperature", self.temperature, ge=0, lt=math.inf)
+        require("top_k", self.top_k, ge=0)
+        require("top_p", self.top_p, gt=0, le=1)
+        require("min_p", self.min_p, ge=0, le=1)
+        require("repetition_penalty", self.repetition_penalty, ge=0.01, le=100)
         if not all(self.stop):
             raise ConfigError("a stop string is empty: every text contains it; leave it out")
 

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import math
 import os
 import re
 from collections.abc import Awaitable, Iterable
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedtune.bounds import require
 from fedtune.errors import ConfigError
 from fedtune.inference.serve.protocol import Refused
 from fedtune.parsing import parse_json, read_text
@@ -48,11 +50,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_body", "max_depth", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is out of range: it must be at least 1")
-        for name, least in (("timeout", 0.001), ("grace", 0.0)):
-            if not least <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name}={getattr(self, name)} is out of range: it must be a finite number of seconds above 0")
+            require(name, getattr(self, name), ge=1)
+        require("timeout", self.timeout, ge=0.001, lt=math.inf)
+        require("grace", self.grace, ge=0, lt=math.inf)
 
 
 class ApiKeys:

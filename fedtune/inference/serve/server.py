@@ -9,7 +9,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from fedtune.errors import ConfigError, NetworkError
+from fedtune.bounds import require
+from fedtune.errors import NetworkError
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.limits import Impatient
 
@@ -23,8 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
         NetworkError: The address cannot be had.
         ConfigError: The port is none.
     """
-    if not 0 <= port < 65536:
-        raise ConfigError(f"port={port} is out of range: it must be from 0 (any that is free) to 65535")
+    require("port", port, ge=0, le=65535)  # 0 is any that is free
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family, backlog=512)
