@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.errors import ConfigError
 from fedtune.ids import LONGEST_NAME, flaw, short, shown
+from fedtune.method_files import METHODS, inits_of
 from fedtune.task import task_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def check_together(c: "Config") -> None:
 def _check_loftq(c: "Config") -> None:
     if c.peft.init != "loftq":
         return
+    if c.peft.init not in inits_of(c.peft.method):
+        others = " or ".join(name for name in METHODS if c.peft.init in inits_of(name))
+        raise ConfigError(f"peft.init=loftq starts the two factors of LoRA, not of peft.method={c.peft.method}: take peft={others}")
     if c.model.precision not in ("nf4", "int8"):
         raise ConfigError(
             f"peft.init=loftq makes up for quantisation, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"

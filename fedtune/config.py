@@ -9,12 +9,12 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fedtune.bounds import require
 from fedtune.combinations import check_together
 from fedtune.errors import ConfigError
+from fedtune.method_files import METHODS
 from fedtune.registry import TASKS
 
 
@@ -39,14 +39,6 @@ def template_text(template: str) -> str:
     r"""The template with `\n`, `\t` and `\\`, which a shell passes as two characters, as a line break, a tab and a backslash."""
     marks = {"n": "\n", "t": "\t", "\\": "\\"}
     return re.sub(r"\\([nt\\])", lambda found: marks[found[1]], template)
-
-
-def method_names(folder: Path) -> tuple[str, ...]:
-    """The PEFT methods whose files are in this folder; files that methods share begin with `_`."""
-    return tuple(sorted(file.stem for file in folder.glob("[a-z]*.py")))
-
-
-METHODS = method_names(Path(__file__).parent / "models" / "methods")
 
 
 @dataclass(kw_only=True)

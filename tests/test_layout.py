@@ -22,6 +22,7 @@ CONTRACTS = {
     "files",
     "hello",
     "ids",
+    "method_files",
     "parsing",
     "plan",
     "promise",

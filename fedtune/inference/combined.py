@@ -1,7 +1,7 @@
-"""One PEFT adapter for a run that merged shifts into the frozen weights: W0 + Σ shifts + adapter, for the untouched backbone."""
+"""One pair of factors a module for an adapter and the shifts that its run merged into the frozen weights: W0 + Σ shifts + adapter."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.models.methods import method
 from fedtune.parsing import parse_json, read_text
 from fedtune.state import AdapterState
 
@@ -43,6 +44,34 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
     config.update({"rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def combined_factors(states: Sequence[AdapterState], sizes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module → A (R, in) and B (out, R), float32, the scalings in A, of all the states together.
+
+    Args:
+        states: The adapter and the shifts.
+        sizes: Tensor of the backbone → its shape.
+        what: The adapter, for messages.
+
+    Raises:
+        ModelError: A state holds more than factors, or they do not fit the backbone.
+    """
+    parts = dict[str, list[tuple[float, Tensor, Tensor]]]()
+    for state in states:
+        how = method(state.spec.method).factors
+        mine = how(state) if how else {}
+        if len(state.tensors) != 2 * len(mine):
+            raise ModelError(f"{what} changes more than LoRA's factors: merge it with `fedtune export`")
+        for module, (scaling, a, b) in mine.items():
+            parts.setdefault(module, []).append((scaling, a.double(), b.double()))
+    out = {}
+    for module, some in parts.items():
+        a, b = stack(some)
+        if sizes.get(f"{module}.weight") != (len(b), a.shape[1]):
+            raise ModelError(f"{what} changes '{module}' by {(len(b), a.shape[1])}, which does not fit: it belongs to another backbone")
+        out[module] = (a.float(), b.float())
+    return out
 
 
 def stack(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.inference.combined import stack
+from fedtune.inference.combined import combined_factors
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape, read_shape
 from fedtune.inference.export import Origin, check_base, read_origin
@@ -77,7 +77,7 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
     shape = read_shape(config)
     whole = why_whole(origin)
     how = method(state.spec.method)
-    if separate and (not how.separable or whole):
+    if separate and (how.factors is None or whole):
         raise ModelError(f"{source}: only a plain LoRA adapter over the checkpoint's own weights can stay separate: leave out --separate")
     if how.edits is None and how.virtual is None:
         raise ModelError(f"{source}: the engine cannot run peft.method={state.spec.method}: {how.beside}; use --to hf")
@@ -141,15 +141,6 @@ def _virtual(state: "AdapterState", shape: Shape) -> dict[str, Tensor]:
 
 def _apart(origin: Origin, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
     """The adapter and the shifts of each module as one pair of factors."""
-    states, sizes, out = (origin.adapter.state, *origin.adapter.shifts), dict(tensor_shapes(shape)), {}
     if origin.adapter.heads:
         raise ModelError(f"{origin.source}: the adapter trains '{next(iter(origin.adapter.heads))}' too: leave out --separate")
-    for module in dict.fromkeys(m for s in states for m in s.spec.scaling):
-        mine = [s for s in states if module in s.spec.scaling]
-        a, b = stack([(s.spec.scaling[module], s[f"{module}.lora_A"].double(), s[f"{module}.lora_B"].double()) for s in mine])
-        if sizes.get(f"{module}.weight") != (len(b), a.shape[1]):
-            raise ModelError(
-                f"the adapter changes '{module}' by {(len(b), a.shape[1])}, which does not fit: it belongs to another backbone"
-            )
-        out[module] = (a.float(), b.float())
-    return out
+    return combined_factors((origin.adapter.state, *origin.adapter.shifts), dict(tensor_shapes(shape)), f"the adapter in {origin.source}")

@@ -15,12 +15,15 @@ import pytest
 import torch
 
 import fedtune.models.methods as methods
-from fedtune.config import METHODS, PeftConfig, method_names
+from fedtune.config import METHODS, PeftConfig
 from fedtune.errors import ModelError
 from fedtune.inference.edge import export_edge
+from fedtune.inference.engine.package import read_package
 from fedtune.inference.export import beside, export_hf
 from fedtune.inference.gguf import export_gguf
-from fedtune.models import LiveAdapter, initial_adapter
+from fedtune.inference.serve.adapters import factors
+from fedtune.method_files import inits_of, method_names
+from fedtune.models import LiveAdapter
 from fedtune.models.merge import merge
 from tests.inference.packages import engine_logits, opened
 from tests.inference.test_export import CAUSAL, make_run
@@ -58,6 +61,10 @@ def edits(state, sizes):
         def edit(rows, first, last, u=u, v=v):
             return rows + torch.outer(u[first:last], v)
         yield Change(name=f"{name}.weight", shape=(len(u), len(v)), edit=edit, linear=True)
+"""
+FACTORS = """
+def factors(state):
+    return {n[:-2]: (1.0, state[n[:-1] + "v"][None], state[n][:, None]) for n in state.tensors if n.endswith(".u")}
 """
 BESIDE = '\nbeside = "it lives in a hook"\n'
 
@@ -115,6 +122,17 @@ def test_a_new_method_is_in_the_weights_of_an_edge_package(tmp_path: Path, add: 
     assert not torch.allclose(wanted, bare, atol=1e-2)
     with pytest.raises(ModelError, match="leave out --separate"):
         export_edge(run, run / "apart", separate=True)
+
+
+def test_a_new_method_of_factors_can_stay_apart(tmp_path: Path, add: Add) -> None:
+    add("outer", ATTACHED + EDITS + FACTORS)
+    run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="outer")
+    wanted, bare = logits(live)
+    out, ids = export_edge(run, run / "apart", separate=True), token_ids(1)[0]
+    torch.testing.assert_close(engine_logits(out, ids, "run"), wanted[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(engine_logits(out, ids), bare[0], rtol=0, atol=1e-4)
+    served = factors(run / "adapter", read_package(out).shape)
+    assert all(torch.equal(b @ a, live.parameters[f"{m}.u"][:, None] * live.parameters[f"{m}.v"]) for m, (a, b) in served.items())
 
 
 def test_a_new_method_is_in_the_weights_of_a_gguf_file(tmp_path: Path, add: Add) -> None:
@@ -175,12 +193,6 @@ def test_a_method_that_is_not_there_is_a_sentence() -> None:
             methods.method(name)
 
 
-def test_a_start_that_a_method_does_not_know_is_a_sentence(tmp_path: Path) -> None:
-    peft = PeftConfig(method="ia3", init="loftq")
-    with pytest.raises(ModelError, match="peft.method=ia3 cannot begin with peft.init=loftq: take peft=lora or rslora$"):
-        initial_adapter(hub(checkpoint(tmp_path / "m")), CAUSAL, peft, num_labels=0, seed=0)
-
-
 # -- the folder is the list ---------------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +203,13 @@ def test_the_methods_are_the_files_of_the_folder(tmp_path: Path) -> None:
     files = {f.stem for f in (ROOT / "fedtune" / "models" / "methods").glob("*.py") if f.name[0] != "_"}
     assert files == set(METHODS) == {f.stem for f in (ROOT / "conf" / "peft").glob("*.yaml")}
     assert next(f for f in dataclasses.fields(PeftConfig) if f.name == "method").metadata["choices"] == METHODS
+
+
+def test_a_method_says_how_it_can_begin(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text('1 / 0\ninits = ("default", "loftq")\n')  # read and not run
+    assert inits_of("mine", tmp_path) == ("default", "loftq")
+    assert {name for name in METHODS if "loftq" in inits_of(name)} == {"lora", "rslora"}
+    assert inits_of("dora") == ("default",)
 
 
 def lists_of_methods(text: str) -> list[int]:

@@ -31,28 +31,19 @@ def add_adapter(engine: Engine, name: str, folder: Path) -> None:
 
 
 def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → A [r, K] and B [N, r], float32, the scaling in B; what was merged into the backbone on the way is one more summand.
+    """Module → A [r, K] and B [N, r], float32, the scaling in A; what was merged into the backbone on the way is one more summand.
 
     Raises:
         ModelError: As documented above.
     """
     from fedtune.inference.adapter_folder import read_adapter  # late: they load Flower, which a server without adapters does not need
-    from fedtune.inference.combined import stack
+    from fedtune.inference.combined import combined_factors
 
     if not folder.is_dir():
         raise ModelError(f"there is no adapter folder {folder}")
     stored = read_adapter(folder)
-    states, sizes = (stored.state, *stored.shifts), dict(tensor_shapes(shape))
-    if not method(stored.state.spec.method).separable:
+    if method(stored.state.spec.method).factors is None:
         raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA can stay apart from the model")
-    more = [name for name in stored.state.tensors if not name.endswith((".lora_A", ".lora_B"))]  # a classifier's head
-    if stored.heads or stored.over or more:
+    if stored.heads or stored.over:
         raise ModelError(f"{folder} changes more than LoRA's factors: merge it with `fedtune export`")
-    out: dict[str, tuple[Tensor, Tensor]] = {}
-    for module in dict.fromkeys(m for s in states for m in s.spec.scaling):
-        mine = [s for s in states if module in s.spec.scaling]
-        a, b = stack([(s.spec.scaling[module], s[f"{module}.lora_A"].double(), s[f"{module}.lora_B"].double()) for s in mine])
-        if sizes.get(f"{module}.weight") != (len(b), a.shape[1]):
-            raise ModelError(f"{folder} changes '{module}' by {(len(b), a.shape[1])}, which does not fit: it belongs to another backbone")
-        out[module] = (a.float(), b.float())
-    return out
+    return combined_factors((stored.state, *stored.shifts), dict(tensor_shapes(shape)), str(folder))

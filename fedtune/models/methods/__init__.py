@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedtune.config import METHODS, PeftConfig, TaskConfig
+from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import FedtuneError, ModelError
+from fedtune.method_files import METHODS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -97,6 +98,9 @@ class DecoderShape(Protocol):
 class Method:
     """What the file of a method offers, under these names. Those with a default may be missing, but for one of `edits` and `beside`.
 
+    A file whose method begins otherwise than with peft.init=default too has the constant `inits` besides, a tuple of strings, which
+    `fedtune.method_files` reads.
+
     Args:
         attach: Changes a model in place: (model, peft, task) → `Attached`. The model may lie on the meta device, to learn names and shapes
             without weights; every parameter of it is frozen before. Raises ModelError where the method makes no sense on this architecture
@@ -109,10 +113,10 @@ class Method:
         beside: Why no weights can express the method, as the end of a sentence: then an export has the adapter beside the model.
         virtual: Learnt tokens, as an edge package has them: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
             `prefix.v` (layers, t, kv_heads, head_dim), float32. None: the method has no virtual tokens.
+        factors: Of a method that does W + s·B·A and no more, so that the factors may stay apart from the weights: state → module → s,
+            A (r, in) and B (out, r), which is all that the state holds but for a head. None: it does something else.
         idle: Whether a state changes no weight at all.
-        inits: Values of peft.init that it can begin with.
         targeted: peft.targets chooses its layers.
-        separable: All that it does is W + s·B·A, so that the factors may stay apart from the weights.
         fp32_only: The backbone must be in float32, because its own weights are trained.
     """
 
@@ -121,10 +125,9 @@ class Method:
     edits: "Callable[[AdapterState, Mapping[str, tuple[int, ...]]], Iterable[Change]] | None" = None
     beside: str = ""
     virtual: "Callable[[AdapterState, DecoderShape], dict[str, Tensor]] | None" = None
+    factors: "Callable[[AdapterState], dict[str, tuple[float, Tensor, Tensor]]] | None" = None
     idle: "Callable[[AdapterState], bool]" = lambda state: False
-    inits: tuple[str, ...] = ("default",)
     targeted: bool = False
-    separable: bool = False
     fp32_only: bool = False
 
 
@@ -151,12 +154,9 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     """Attach the method that peft.method names; whatever goes wrong becomes a sentence.
 
     Raises:
-        ModelError: The method, its targets, its start or PEFT's own rules do not fit the architecture.
+        ModelError: The method, its targets or PEFT's own rules do not fit the architecture.
     """
     how = method(peft.method)
-    if peft.init not in how.inits:
-        others = [name for name in METHODS if peft.init in method(name).inits]
-        raise ModelError(f"peft.method={peft.method} cannot begin with peft.init={peft.init}: take peft={' or '.join(others)}")
     try:
         return how.attach(model, peft, task)
     except FedtuneError:

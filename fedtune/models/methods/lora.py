@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 inits = ("default", "loftq")
 targeted = True
-separable = True
 
 _OVER = "quantised.json"  # beside an adapter of LoftQ's: which quantised weights it counts on
 _COMPUTE = {"bfloat16": "bf16", "float32": "fp32"}
@@ -105,6 +104,11 @@ def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterat
         a, b = state[f"{module}.lora_A"], state[f"{module}.lora_B"]
         edit = _low_rank(a, b, state.spec.scaling[module], state.tensors.get(f"{module}.lora_magnitude"))
         yield Change(name=f"{module}.weight", shape=(len(b), a.shape[1]), edit=edit, linear=True)
+
+
+def factors(state: "AdapterState") -> dict[str, tuple[float, Tensor, Tensor]]:
+    """s, A and B of each module."""
+    return {m: (s, state[f"{m}.lora_A"], state[f"{m}.lora_B"]) for m, s in state.spec.scaling.items()}
 
 
 def idle(state: "AdapterState") -> bool:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.models.methods import Attached
-from fedtune.models.methods.lora import attach_factors, edits, idle, initial, inits, separable, targeted
+from fedtune.models.methods.lora import attach_factors, edits, factors, idle, initial, targeted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["attach", "edits", "idle", "initial", "inits", "separable", "targeted"]
+__all__ = ["attach", "edits", "factors", "idle", "initial", "targeted"]
+
+inits = ("default", "loftq")
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
