@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -20,21 +19,17 @@ from torch import Tensor
 from fedtune.clients.body import Body
 from fedtune.clients.declining import declining, naming
 from fedtune.clients.devices.choice import told
-from fedtune.clients.devices.fitting import Fitted, for_device
+from fedtune.clients.devices.fitting import Fitted
+from fedtune.clients.host import ClientHost
 from fedtune.clients.steps import lr_at, steps_of
-from fedtune.clients.store import ClientStore
 from fedtune.clients.trainer import Trained, train
 from fedtune.clients.turns import Turn, Work, check_private, make, turn_of
-from fedtune.clients.workspace import Workspace, workspace
-from fedtune.config import Config, DeviceClass, to_dict
 from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
 from fedtune.hello import ClientHello
 from fedtune.models import LiveAdapter
 from fedtune.models.sparse import SparseSlot
 from fedtune.plan import Plan, Update, matching
-from fedtune.privacy.floor import Floor
-from fedtune.privacy.ledger import ledgers_in
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied, applied, cannot_pay, said
 from fedtune.privacy.user import noised
@@ -86,76 +81,53 @@ class Prepared:
         return None if self.fitted is None or self.fitted.simulated else self.fitted.micro
 
 
-def make_client_app(config: Config, kept: Path | None = None, own: DeviceClass | None = None, floor: Floor | None = None) -> ClientApp:
-    """The ClientApp of one experiment.
-
-    Args:
-        config: The experiment.
-        kept: Folder of what clients keep between their turns; None puts it with the temporary files. What they have spent of their privacy
-            is kept beside it, in `privacy/`, and nowhere else: without it no private turn is taken.
-        own: Profile of this machine, where it is a real device: it then fits its turns to it, instead of simulating a class.
-        floor: The least privacy that this device accepts; None accepts any.
-
-    Raises:
-        Decline: Nothing fits `own`.
-    """
-    if own is not None:
-        config = for_device(config, own)
-    config_json = json.dumps(to_dict(config))
+def make_client_app(host: ClientHost) -> ClientApp:
+    """The ClientApp of one experiment, whose clients this host is."""
     app = ClientApp()
-
-    def opened() -> Workspace:
-        space = workspace(config_json)
-        space.devices.own, space.floor = own, floor
-        if kept is not None and space.store.folder != kept:
-            space.store, space.ledgers = ClientStore(kept, config.keep_checkpoints + 1), ledgers_in(kept.with_name("privacy"))
-        return space
 
     @app.query()
     @declining
     def hello(message: Message, context: Context) -> Message:
-        space = opened()
-        client = client_of(space, context)
+        client = client_of(host, context)
         with naming(client):
-            rows, settled = space.federation.clients[client], space.devices.settle(client)
-            body = space.body(settled.precision)
+            rows, settled = host.space.federation.clients[client], host.devices.settle(client)
+            body = host.space.body(settled.precision)
         said = ClientHello(
             client=client,
             device_class=rows.device_class,
             rank=settled.rank,
             examples=len(rows.train),
             held_out=len(rows.held_out),
-            base=space.backbone.fingerprint,
+            base=host.space.backbone.fingerprint,
             shifts=body.frozen.versions,
-            remembers=config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
-            device="" if own is None else told(own, space.devices.first_choice(client)),
+            remembers=host.config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
+            device="" if host.device is None else told(host.device, host.devices.first_choice(client)),
         )
         return Message(RecordDict({"hello": ConfigRecord({"json": said.to_json()})}), reply_to=message)
 
     @app.query("offer")
     @declining
     def offer(message: Message, context: Context) -> Message:
-        weigh(opened(), message, context)
+        weigh(host, message, context)
         return Message(RecordDict({"offer": ConfigRecord({"accepted": True})}), reply_to=message)
 
     @app.train()
     @declining
     def turn(message: Message, context: Context) -> Message:
-        space = opened()
-        return take_turn(space, prepare(space, message, context))
+        return take_turn(host, prepare(host, message, context))
 
     @app.evaluate()
     @declining
     def evaluate(message: Message, context: Context) -> Message:
-        if floor is not None:
+        if host.floor is not None:
             raise Decline("privacy", "this device tells no exact scores of its rows (--min-privacy): set eval.clients=0")
-        (reply,) = score_together(opened(), [(message, context)])
+        (reply,) = score_together(host, [(message, context)])
         return reply
 
     return app
 
 
-def _telling(who: Callable[P, tuple[Workspace, str]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def _telling(who: Callable[P, tuple[ClientHost, str]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let what goes wrong in a step of a turn say what the client has spent of its privacy: an earlier reply may be lost."""
 
     def wrap(step: Callable[P, R]) -> Callable[P, R]:
@@ -164,12 +136,12 @@ def _telling(who: Callable[P, tuple[Workspace, str]]) -> Callable[[Callable[P, R
             try:
                 return step(*args, **kwargs)
             except Exception as bad:
-                space, client = who(*args, **kwargs)
+                host, client = who(*args, **kwargs)
                 away = isinstance(bad, Decline) and bad.kind == "offline"  # it stands for a device that says nothing
-                if space.ledgers is not None and not away:
-                    privacy = space.config.privacy
+                if host.storage.ledgers is not None and not away:
+                    privacy = host.config.privacy
                     with contextlib.suppress(FedtuneError):  # a ledger that cannot be read: what went wrong is told all the same
-                        if (ledger := space.ledger(client)).spent():
+                        if (ledger := host.ledger(client)).spent():
                             cast(Any, bad).epsilon = ledger.epsilon(privacy.delta, privacy.accountant)
                 raise
 
@@ -178,25 +150,25 @@ def _telling(who: Callable[P, tuple[Workspace, str]]) -> Callable[[Callable[P, R
     return wrap
 
 
-@_telling(lambda space, todo: (space, todo.plan.client))
-def take_turn(space: Workspace, todo: Prepared) -> Message:
+@_telling(lambda host, todo: (host, todo.plan.client))
+def take_turn(host: ClientHost, todo: Prepared) -> Message:
     """Do one client's turn on its own, and write its reply."""
     plan, live = todo.plan, todo.body.slot(todo.start)
     live.load(todo.start)
-    work = work_of(space, todo, live)
+    work = work_of(host, todo, live)
     if not todo.turn.trains:
-        return _reply(space, todo, todo.turn.observe(work), {}, {"steps": 0})
+        return _reply(host, todo, todo.turn.observe(work), {}, {"steps": 0})
     gradients = None
     if plan.privacy == "record" and todo.private is not None:
-        space.ledger(plan.client).spend(plan.round, todo.private.cost)
+        host.ledger(plan.client).spend(plan.round, todo.private.cost)
         gradients = todo.private
-    done = train(work, todo.turn, micro=todo.micro, private=gradients, secure_rng=space.config.privacy.secure_rng)
-    return finish(space, todo, live.read(version=plan.base_version), done)
+    done = train(work, todo.turn, micro=todo.micro, private=gradients, secure_rng=host.config.privacy.secure_rng)
+    return finish(host, todo, live.read(version=plan.base_version), done)
 
 
-def work_of(space: Workspace, todo: Prepared, live: LiveAdapter | SparseSlot) -> Work:
+def work_of(host: ClientHost, todo: Prepared, live: LiveAdapter | SparseSlot) -> Work:
     """The turn as the method's client half sees it."""
-    plan, store = todo.plan, space.store.beside(f"turn-{todo.plan.turn}")
+    plan, store = todo.plan, host.storage.store.beside(f"turn-{todo.plan.turn}")
 
     def again(start: AdapterState, turn: Turn) -> AdapterState:
         live.load(start)
@@ -207,9 +179,9 @@ def work_of(space: Workspace, todo: Prepared, live: LiveAdapter | SparseSlot) ->
         live=live,
         start=todo.start,
         plan=plan,
-        task=space.config.task,
+        task=host.config.task,
         examples=todo.examples,
-        pad_id=space.pad_id,
+        pad_id=host.space.pad_id,
         extra=todo.extra,
         recall=lambda: store.read(plan.client, plan.round),
         keep=lambda state: store.write(plan.client, plan.round, state),
@@ -218,17 +190,17 @@ def work_of(space: Workspace, todo: Prepared, live: LiveAdapter | SparseSlot) ->
     return work
 
 
-def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+def score_together(host: ClientHost, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
     """Replies to evaluate messages that all carry the adapter of the first, of clients that compute in the same body."""
     letter = read_letter(asked[0][0].content)
-    clients = [client_of(space, context) for _, context in asked]
-    body = space.body_of(clients[0])
+    clients = [client_of(host, context) for _, context in asked]
+    body = host.body_of(clients[0])
     body.rebase(letter.base, letter.shifts, letter.snapshot)
-    rows = [space.examples(client, "held_out") for client in clients]
+    rows = [host.space.examples(client, "held_out") for client in clients]
     turn = make(letter.turn, letter.params)
     if letter.keep or type(turn).personal is not Turn.personal:
-        store = space.store.beside(f"turn-{letter.turn}")  # an evaluation comes after the round's own turn
-        own = [turn.personal(space.complete(c, letter), store.read(c, letter.round + 1)) for c in clients]
+        store = host.storage.store.beside(f"turn-{letter.turn}")  # an evaluation comes after the round's own turn
+        own = [turn.personal(host.complete(c, letter), store.read(c, letter.round + 1)) for c in clients]
         found = [body.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
     else:
         found = body.score(letter.adapter, *rows)
@@ -236,8 +208,8 @@ def score_together(space: Workspace, asked: Sequence[tuple[Message, Context]]) -
     return [Message(content, reply_to=message) for content, (message, _) in zip(replies, asked, strict=True)]
 
 
-@_telling(lambda space, message, context: (space, client_of(space, context)))
-def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
+@_telling(lambda host, message, context: (host, client_of(host, context)))
+def prepare(host: ClientHost, message: Message, context: Context) -> Prepared:
     """Read a train message.
 
     Raises:
@@ -249,8 +221,8 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
     letter = read_letter(message.content)
     sent_bytes = letter.nbytes
     if letter.encoding:
-        letter = dataclasses.replace(letter, adapter=decode_broadcast(letter.encoding, letter.adapter, space.initial.tensors))
-    body, start, plan, examples, fitted, private = _fitted(space, client_of(space, context), letter, sent_bytes)
+        letter = dataclasses.replace(letter, adapter=decode_broadcast(letter.encoding, letter.adapter, host.space.initial.tensors))
+    body, start, plan, examples, fitted, private = _fitted(host, client_of(host, context), letter, sent_bytes)
     body.rebase(letter.base, letter.shifts, letter.snapshot)
     return Prepared(
         message=message,
@@ -262,25 +234,25 @@ def prepare(space: Workspace, message: Message, context: Context) -> Prepared:
         extra=letter.extra,
         examples=examples,
         fitted=fitted,
-        device_class=space.federation.clients[plan.client].device_class,
+        device_class=host.space.federation.clients[plan.client].device_class,
         private=private,
         sent=letter.adapter.tensors,
     )
 
 
-@_telling(lambda space, message, context: (space, client_of(space, context)))
-def weigh(space: Workspace, message: Message, context: Context) -> None:
+@_telling(lambda host, message, context: (host, client_of(host, context)))
+def weigh(host: ClientHost, message: Message, context: Context) -> None:
     """Read the offer of a train message whose tensors have not been sent.
 
     Raises:
         FedtuneError: What `prepare` would raise, for the message's size or for anything else that is known without its tensors.
     """
     letter, nbytes = read_offer(message.content)
-    _fitted(space, client_of(space, context), letter, nbytes)
+    _fitted(host, client_of(host, context), letter, nbytes)
 
 
 def _fitted(
-    space: Workspace, client: str, letter: Letter, sent_bytes: int
+    host: ClientHost, client: str, letter: Letter, sent_bytes: int
 ) -> tuple[Body, AdapterState, Plan, Sequence[Example], Fitted | None, Applied | None]:
     """What a client computes in, what it starts from, the plan and the rows as they fit its device, and what it applies for privacy."""
     plan = letter.plan
@@ -288,38 +260,38 @@ def _fitted(
         raise PlanError("the message asks to train without a plan: the peers run different versions of fedtune")
     if plan.client != client:
         raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
-    agree(plan, space.config)
+    agree(plan, host.config)
     check_private(plan)
-    if space.floor is not None:
-        space.floor.check(plan.privacy)
-    if space.devices.is_offline(client, plan.round):
+    if host.floor is not None:
+        host.floor.check(plan.privacy)
+    if host.devices.is_offline(client, plan.round):
         raise Decline("offline", "the device is offline this round")
-    body = space.body_of(client)
+    body = host.body_of(client)
     if plan.codec:
         Codec.from_name(plan.codec)  # known before the work, not after it
-    examples = space.examples(client, "train")
+    examples = host.space.examples(client, "train")
     if not examples:
         raise DataError(f"client {client} has no training row of two tokens or more: nothing to learn from")
-    start = space.complete(client, letter)
+    start = host.complete(client, letter)
     sent = sum(start[n].nbytes for n in matching(start.tensors, plan.send))
-    if fits := space.devices.fit(plan, start, sent_bytes + sent):
+    if fits := host.devices.fit(plan, start, sent_bytes + sent):
         plan, examples, fitted = fits
     else:
         fitted = None
     private = applied(plan, len(examples), steps_of(plan, len(examples)))
-    if private is not None and space.floor is not None:
-        space.floor.check_budget(private)
-    if private is not None and (why := cannot_pay(plan, space.ledger(client), private)):
+    if private is not None and host.floor is not None:
+        host.floor.check_budget(private)
+    if private is not None and (why := cannot_pay(plan, host.ledger(client), private)):
         raise Decline("privacy", why)
     return body, start, plan, examples, fitted, private
 
 
-def finish(space: Workspace, todo: Prepared, trained: AdapterState, turned: Trained) -> Message:
+def finish(host: ClientHost, todo: Prepared, trained: AdapterState, turned: Trained) -> Message:
     """The reply to a train message: what the plan asks to be sent, and what the turn cost; what it asks to be kept is kept."""
     plan = todo.plan
-    trained = todo.turn.finish(work_of(space, todo, todo.body.slot(todo.start)), trained)
+    trained = todo.turn.finish(work_of(host, todo, todo.body.slot(todo.start)), trained)
     if kept := matching(trained.tensors, plan.keep):
-        space.store.write(plan.client, plan.round, trained.subset(kept))
+        host.storage.store.write(plan.client, plan.round, trained.subset(kept))
     sent = trained.subset(matching(trained.tensors, plan.send))
     losses = {"train_loss": turned.loss, "start_loss": turned.start_loss}
     metrics = {name: loss for name, loss in losses.items() if loss is not None}
@@ -330,22 +302,22 @@ def finish(space: Workspace, todo: Prepared, trained: AdapterState, turned: Trai
     if plan.privacy == "none":  # both depend on how long the rows are, and on which were sampled
         measurements |= {"seconds": turned.seconds, "peak_mb": turned.peak_mb}
     if (private := todo.private) is not None:
-        ledger = space.ledger(plan.client)
+        ledger = host.ledger(plan.client)
         if plan.privacy == "user":
             ledger.spend(plan.round, private.cost)
-            drawn = source(space.config.privacy.secure_rng, plan.seed, "noise")
+            drawn = source(host.config.privacy.secure_rng, plan.seed, "noise")
             sent = sent.replace(noised(sent.tensors, todo.start.tensors, clip=private.clip, noise=private.noise, source=drawn))
             metrics = {}  # exact losses over its rows would tell of them
         measurements |= said(plan, ledger, private)
-    return _reply(space, todo, _encoded(space, todo, sent) if plan.codec else sent, metrics, measurements, turned)
+    return _reply(host, todo, _encoded(host, todo, sent) if plan.codec else sent, metrics, measurements, turned)
 
 
-def _encoded(space: Workspace, todo: Prepared, trained: AdapterState) -> AdapterState:
+def _encoded(host: ClientHost, todo: Prepared, trained: AdapterState) -> AdapterState:
     """What travels in place of the trained tensors; what it leaves out is kept for the client's next turn, where the codec says so."""
     plan, codec = todo.plan, Codec.from_name(todo.plan.codec)
     if missing := [n for n in trained.tensors if n not in todo.sent]:
         raise PlanError(f"the plan asks how '{missing[0]}' differs from what was sent, and nothing was: the peers differ in their versions")
-    store = space.store.beside("residuals")
+    store = host.storage.store.beside("residuals")
     kept = store.read(plan.client, plan.round) if codec.feedback else None
     before = kept.tensors if kept and kept.spec.method == trained.spec.method else {}
     sent, left = encode_update(codec, trained, todo.sent, before, derive_seed(plan.seed, "codec"))
@@ -355,7 +327,7 @@ def _encoded(space: Workspace, todo: Prepared, trained: AdapterState) -> Adapter
 
 
 def _reply(
-    space: Workspace,
+    host: ClientHost,
     todo: Prepared,
     sent: AdapterState,
     metrics: Mapping[str, float],
@@ -365,14 +337,14 @@ def _reply(
     plan = todo.plan
     sent = sent.replace(version=plan.base_version)
     if todo.fitted is not None:
-        cost = space.devices.told(plan, todo.examples, todo.fitted, turned, todo.sent_bytes + sent.nbytes)
+        cost = host.devices.told(plan, todo.examples, todo.fitted, turned, todo.sent_bytes + sent.nbytes)
         measurements = {**measurements, **cost}
     update = Update(
         client=plan.client,
         round=plan.round,
         base_version=plan.base_version,
         adapter=sent,
-        examples=len(space.federation.clients[plan.client].train),
+        examples=len(host.space.federation.clients[plan.client].train),
         metrics=metrics,
         measurements={"virtual_s": 0.0, **measurements},
         device_class=todo.device_class,
@@ -382,6 +354,6 @@ def _reply(
     return Message(RecordDict({"adapter": sent.to_arrays(), "update": said}), reply_to=todo.message)
 
 
-def client_of(space: Workspace, context: Context) -> str:
+def client_of(host: ClientHost, context: Context) -> str:
     """The logical id of the node's client."""
-    return space.client_ids[int(context.node_config["partition-id"])]
+    return host.space.client_ids[int(context.node_config["partition-id"])]

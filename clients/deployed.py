@@ -17,6 +17,10 @@ from flwr.clientapp import ClientApp
 from fedtune.clients.app import make_client_app
 from fedtune.clients.declining import declining, naming
 from fedtune.clients.devices import measure_device
+from fedtune.clients.devices.fitting import for_device
+from fedtune.clients.host import ClientHost
+from fedtune.clients.store import Storage
+from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from_dict, to_dict
 from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, PlanError
@@ -64,16 +68,21 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
     The hello is kept on disk: a server does not see that a client was away for a moment only, and says nothing anew.
     """
     device, app = Device(**{**settings, "state": Path(settings["state"])}), ClientApp()
-    current, floor = list[ClientApp](), floor_of(device)
+    current, floor = list[tuple[str, ClientHost, ClientApp]](), floor_of(device)
 
     def begin(said: str) -> ClientApp:
         config, run = read_hello(said, device)
         own = next(iter(config.devices.classes.values()), None)
-        current[:] = [make_client_app(config, device.state / run / "clients", own, floor)]
-        return current[0]
+        if own is not None:
+            config = for_device(config, own)
+        loaded = _loaded(config, run, *current[0][:2]) if current else None
+        current.clear()  # what it has loaded makes room
+        host = ClientHost(config, Storage.in_folder(device.state / run / "clients", config), own, floor, loaded)
+        current.append((run, host, make_client_app(host)))
+        return current[0][2]
 
     def going_on() -> ClientApp:
-        return current[0] if current else begin(_kept_hello(device))
+        return current[0][2] if current else begin(_kept_hello(device))
 
     @app.query()
     @declining
@@ -95,6 +104,15 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
         return going_on()(message, context)
 
     return app
+
+
+def _loaded(config: Config, run: str, before: str, host: ClientHost) -> Workspace | None:
+    """What the host of the run `before` has loaded, where it can be used for this one; None where something else must be loaded."""
+    if host.config != config:
+        return None
+    if run != before:
+        host.space.rebase((), ())  # the other run's shifts have the same rounds' numbers
+    return host.space
 
 
 def read_hello(text: str, device: Device) -> tuple[Config, str]:

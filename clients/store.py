@@ -1,12 +1,20 @@
-"""What a client keeps between its turns: the tensors that a plan calls its own, such as FedSA's B."""
+"""What a client keeps between its turns: the tensors that a plan calls its own, such as FedSA's B, and what it spent of its privacy."""
 
 import re
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.config import Config
 from fedtune.errors import CheckpointError
 from fedtune.files import new_file, write_text
 from fedtune.ids import file_name
 from fedtune.parsing import read_text
+from fedtune.privacy.ledger import Ledger, ledgers_in
 from fedtune.state import AdapterState
 
 _ID = "id"  # file with the client's id, in a folder whose name is too short for it
@@ -66,6 +74,32 @@ class ClientStore:
 
     def _files(self, client: str) -> list[Path]:
         return sorted(self.folder_of(client).glob("round-*.safetensors"), key=_round)
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Where clients keep everything between their turns.
+
+    Args:
+        store: Their tensors.
+        ledgers: Client → what it has spent of its privacy. None is no place that outlives the process: then no private turn is taken.
+    """
+
+    store: ClientStore
+    ledgers: Callable[[str], Ledger] | None = None
+
+    @classmethod
+    def in_folder(cls, folder: Path, config: Config) -> "Storage":
+        """Tensors in `folder`, and ledgers beside it in `privacy/`."""
+        return cls(ClientStore(folder, config.keep_checkpoints + 1), ledgers_in(folder.with_name("privacy")))
+
+    @classmethod
+    def temporary(cls, config: Config) -> "Storage":
+        """Among the temporary files, of no other process, and removed with this storage."""
+        folder = Path(tempfile.gettempdir()) / f"fedtune-clients-{secrets.token_hex(8)}"
+        storage = cls(ClientStore(folder, config.keep_checkpoints + 1))
+        weakref.finalize(storage, shutil.rmtree, folder, ignore_errors=True)
+        return storage
 
 
 def client_id(folder: Path) -> str:

@@ -1,37 +1,25 @@
 """What a process needs to act as any client of one experiment: a frozen backbone a precision, its adapter slot, the encoded rows."""
 
 import dataclasses
-import secrets
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 
 from fedtune.clients.body import Body
-from fedtune.clients.devices.fitting import Devices
 from fedtune.clients.lower_layers import LowerLayers
-from fedtune.clients.store import ClientStore
 from fedtune.clients.tokens import Rows, TokenStore
 from fedtune.config import Config, from_dict
 from fedtune.data import Example, Federation, encode, load_federation, pad_id
-from fedtune.errors import PlanError
 from fedtune.models import Backbone, LiveAdapter, initial_adapter
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
 from fedtune.parsing import parse_json
-from fedtune.plan import matching
-from fedtune.privacy.floor import Floor
-from fedtune.privacy.ledger import Ledger
 from fedtune.promise import terms
 from fedtune.state import AdapterState
 from fedtune.task import task_of
-from fedtune.wire import Letter
 
 
 class Workspace:
@@ -39,12 +27,6 @@ class Workspace:
 
     Where clients are devices, each computes in the precision that it settled on: there is a body a precision, loaded when it is first
     needed. That of the config's own is always there; `backbone`, `live` and `frozen` are its.
-
-    Attributes:
-        devices: What the clients are, and what fits them.
-        store: What the clients keep between their turns; an engine puts it where it outlives the process.
-        ledgers: Client → what it has spent of its privacy; None until an engine says where it outlives the process.
-        floor: The least privacy that this machine's operator accepts; None in a simulation.
     """
 
     def __init__(self, config: Config, federation: Federation | None = None) -> None:
@@ -52,13 +34,6 @@ class Workspace:
         self.federation = federation or load_federation(config)
         self.labels = task_of(config.task).outputs(len(self.federation.labels))
         self._bodies = {config.model.precision: Body(config, self.labels)}
-        self.devices = Devices(self)  # type: ignore[arg-type]  # pyright takes this file and its link in typings/ for two modules
-        # of no other process and no other workspace, and gone with this one
-        kept = Path(tempfile.gettempdir()) / f"fedtune-clients-{secrets.token_hex(8)}"
-        weakref.finalize(self, shutil.rmtree, kept, ignore_errors=True)
-        self.store = ClientStore(kept, config.keep_checkpoints + 1)
-        self.ledgers: Callable[[str], Ledger] | None = None
-        self.floor: Floor | None = None
         self.pad_id = pad_id(self.backbone.tokenizer)
         self.client_ids = list(self.federation.clients)
         self._tokens, self._encoded = TokenStore(), dict[tuple[str, str, int], Rows]()
@@ -96,14 +71,6 @@ class Workspace:
             self._bodies[precision] = Body(dataclasses.replace(self.config, model=model), self.labels)
         return self._bodies[precision]
 
-    def body_of(self, client: str) -> Body:
-        """The body that a client computes in.
-
-        Raises:
-            Decline: Its device can hold none.
-        """
-        return self.body(self.devices.settle(client).precision)
-
     def examples(self, client: str, part: str, length: int | None = None) -> Sequence[Example]:
         """A client's encoded rows of at most `length` tokens (None: the task's): part is `train` or `held_out`."""
         longest = length or self.config.task.max_length
@@ -135,30 +102,10 @@ class Workspace:
         drawn = initial_adapter(config.model, config.task, config.peft, num_labels=self.labels, seed=config.seed)
         return drawn.replace(base=self.backbone.fingerprint)
 
-    def complete(self, client: str, letter: Letter) -> AdapterState:
-        """What a client goes on from: its own tensors before those that it was sent before those that it draws from the run's seed."""
-        sent, names = letter.adapter, list(self.live.parameters)
-        # an evaluation comes after the round's own turn
-        kept = self.store.read(client, letter.round + (letter.plan is None)) if letter.keep else None
-        own = set(matching(kept.tensors, letter.keep)) if kept else set()
-        if sent.spec.method != self.live.spec.method or (not own and all(n in sent.tensors for n in names)):
-            return sent
-        return sent.replace({n: kept[n] if kept and n in own else sent[n] if n in sent.tensors else self.initial[n] for n in names})
-
     def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState]) -> None:
         """`Body.rebase` of the config's own body with shifts alone; back to W0, of all of them."""
         for body in self._bodies.values() if not base else [self.own]:
             body.rebase(base, shifts)
-
-    def ledger(self, client: str) -> Ledger:
-        """What the client has spent.
-
-        Raises:
-            PlanError: There is no place for it that outlives the process.
-        """
-        if self.ledgers is None:
-            raise PlanError("the plan asks for privacy and this client has no folder to count it in: what it has spent would be forgotten")
-        return self.ledgers(client)
 
     def slot(self, state: AdapterState) -> LiveAdapter | SparseSlot:
         """`Body.slot` of the config's own body."""
@@ -169,11 +116,15 @@ class Workspace:
         return self.own.score(state, *groups)
 
 
-@lru_cache(maxsize=1)
-def workspace(config_json: str) -> Workspace:
-    """The process's workspace for this experiment, loaded at the first call."""
-    config = from_dict(parse_json(config_json))
+def load_workspace(config: Config) -> Workspace:
+    """The experiment's workspace, loaded anew, and torch's threads set as the config says."""
     threads = config.engine.ray_cpus if config.engine.kind == "ray" else config.engine.threads
     if threads:
         torch.set_num_threads(threads)
     return Workspace(config)
+
+
+@lru_cache(maxsize=1)
+def workspace(config_json: str) -> Workspace:
+    """The workspace of this experiment that the process loaded last, so that a further run of the same experiment loads nothing."""
+    return load_workspace(from_dict(parse_json(config_json)))

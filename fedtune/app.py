@@ -14,7 +14,8 @@ from rich.console import Console
 from fedtune import flower
 from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
-from fedtune.clients.store import ClientStore
+from fedtune.clients.host import ClientHost
+from fedtune.clients.store import Storage
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import check_strategy, make_strategy
 from fedtune.config import Config, to_dict
@@ -26,7 +27,6 @@ from fedtune.inference.personal import global_note
 from fedtune.models import load_backbone
 from fedtune.models.evaluation import generate_answers
 from fedtune.models.methods import mergeable
-from fedtune.privacy.ledger import ledgers_in
 from fedtune.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.roll import Welcome
 from fedtune.runs.directory import RunDirectory
@@ -96,7 +96,6 @@ def conduct(
     run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config, at)
     try:
         run.write_json("partition.json", space.federation.summary())
-        space.store, space.ledgers = ClientStore(run.path / "clients", config.keep_checkpoints + 1), ledgers_in(run.path / "privacy")
         exchange = make_exchange(config, len(space.client_ids) if clients is None else clients, run.path / "privacy")
         space.rebase((), ())  # another run of this process may have left its shifts in, under the same rounds' numbers
         state = _run(config, space, strategy, exchange, run, engine, live)
@@ -124,8 +123,14 @@ def _virtual_clients(stage: Stage) -> None:
     from fedtune.simulations.grid import InProcessGrid
     from fedtune.simulations.together import Together
 
-    together = None if config.engine.batched == "none" else Together(stage.space, config.engine.batched)
-    stage.serve(InProcessGrid(make_client_app(config, stage.space.store.folder), nodes, together), Welcome())
+    host = host_of(stage)
+    together = None if config.engine.batched == "none" else Together(host, config.engine.batched)
+    stage.serve(InProcessGrid(make_client_app(host), nodes, together), Welcome())
+
+
+def host_of(stage: Stage) -> ClientHost:
+    """The host of a run's virtual clients in this process, with what the run has loaded."""
+    return ClientHost(stage.config, Storage.in_folder(stage.run.path / "clients", stage.config), loaded=stage.space)
 
 
 def _run(

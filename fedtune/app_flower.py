@@ -72,9 +72,11 @@ def _answer(message: Message, context: Context) -> Message:
 def _client(conf: str, overrides: str, run_id: int) -> ClientApp:
     """This process's client of one Flower run."""
     from fedtune.clients.app import make_client_app
+    from fedtune.clients.host import ClientHost
+    from fedtune.clients.store import Storage
 
     config = _config(conf, overrides)
-    return make_client_app(config, _folder(config, run_id) / "clients")
+    return make_client_app(ClientHost(config, Storage.in_folder(_folder(config, run_id) / "clients", config)))
 
 
 def _count(grid: Grid, clients: int) -> None:

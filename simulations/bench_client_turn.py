@@ -22,8 +22,10 @@ import torch
 
 from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
+from fedtune.clients.host import ClientHost
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.steps import batches
+from fedtune.clients.store import Storage
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.compose import compose
 from fedtune.config import Config, to_dict
@@ -140,16 +142,18 @@ def start_of(space: Workspace) -> dict[str, torch.Tensor]:
 
 def our_round_together(space: Workspace) -> dict[str, torch.Tensor]:
     """As `our_round`, with as many clients at once as `engine.batched=auto` finds best."""
-    return our_round(space, Together(space, "auto"))
+    return our_round(space, "auto")
 
 
-def our_round(space: Workspace, together: Together | None = None) -> dict[str, torch.Tensor]:
+def our_round(space: Workspace, batched: str = "none") -> dict[str, torch.Tensor]:
     """One round through bridge, messages, ClientApp, checks, aggregation and checkpoint."""
+    host = ClientHost(space.config, Storage.temporary(space.config), loaded=space)
+    together = None if batched == "none" else Together(host, batched)
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(space.config, output_dir=folder)
         run = RunDirectory.create(config)
         bridge = Bridge(
-            grid=InProcessGrid(make_client_app(space.config), len(space.client_ids), together),
+            grid=InProcessGrid(make_client_app(host), len(space.client_ids), together),
             strategy=FedAvg(),
             config=config,
             run=run,

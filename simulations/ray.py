@@ -21,10 +21,11 @@ from flwr.app import Error, Message, RecordDict
 
 from fedtune import flower
 from fedtune.clients.app import make_client_app
-from fedtune.clients.store import ClientStore
-from fedtune.clients.workspace import workspace
-from fedtune.config import Config, EngineConfig, to_dict
+from fedtune.clients.host import ClientHost
+from fedtune.clients.store import ClientStore, Storage
+from fedtune.config import Config, EngineConfig, from_dict, to_dict
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.parsing import parse_json
 from fedtune.privacy.accounting import Spend
 from fedtune.privacy.ledger import Ledger, ledgers_in
 from fedtune.simulations.grid import InProcessGrid
@@ -137,16 +138,16 @@ class Worker:
         """Load the data and the backbone; what is wrong with them on this machine, in a sentence."""
         flower.quiet()
         try:
-            space = workspace(self._config)
+            host = ClientHost(from_dict(parse_json(self._config)), Storage(KeptStore(self._kept), self._kept.ledger))
+            host.space  # noqa: B018  loads it
         except FedtuneError as bad:
             return f"a worker on {socket.gethostname()} cannot take part: {bad}"
-        space.store, space.ledgers = KeptStore(self._kept), self._kept.ledger
         together = None
-        if space.config.engine.batched != "none":
+        if host.config.engine.batched != "none":
             from fedtune.simulations.together import Together
 
-            together = Together(space, space.config.engine.batched)
-        self._grid = InProcessGrid(make_client_app(space.config), self._nodes, together)
+            together = Together(host, host.config.engine.batched)
+        self._grid = InProcessGrid(make_client_app(host), self._nodes, together)
         return None
 
     def answer(self, messages: Sequence[Message]) -> list[RecordDict | Error]:

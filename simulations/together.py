@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from fedtune.clients.app import Prepared, client_of, finish, prepare, score_together, take_turn
 from fedtune.clients.body import Body
 from fedtune.clients.declining import declined
-from fedtune.clients.workspace import Workspace
+from fedtune.clients.host import ClientHost
 from fedtune.errors import FedtuneError
 from fedtune.files import write_text
 from fedtune.models import LiveAdapter
@@ -32,26 +32,26 @@ class Together:
     """Answers messages in batches of clients.
 
     Args:
-        space: The process's workspace.
+        host: Whose clients they are.
         batched: `auto` or a number of clients.
     """
 
-    def __init__(self, space: Workspace, batched: str) -> None:
-        self._space = space
+    def __init__(self, host: ClientHost, batched: str) -> None:
+        self._host = host
         self._widest = WIDEST if batched == "auto" else int(batched)
         self._auto = batched == "auto"
         self._ways: dict[int, Way | None] = {}
         self._widths: dict[tuple[object, ...], int] = {}
         self._told: set[str] = set()
-        self._way_of(space.own)
+        self._way_of(host.space.own)
 
     def _way_of(self, body: Body) -> Way | None:
         """How clients of this body train at once; None where they cannot, which is said once."""
         if id(body) not in self._ways:
-            if self._space.config.privacy.kind == "record":
+            if self._host.config.privacy.kind == "record":
                 way, why = None, "privacy=record clips the gradient of each row"
             else:
-                way, why = way_of(body.live, self._space.config.task)
+                way, why = way_of(body.live, self._host.config.task)
             if way is None:
                 self._tell(f"clients train one after the other: {why}")
             elif why:
@@ -69,7 +69,7 @@ class Together:
         """Evaluate the clients that are to evaluate the same adapter as the first, in the same batches."""
         same = [a for a in asked if _is_same(asked[0][0], a[0]) and self._precision(a) == self._precision(asked[0])]
         try:
-            return score_together(self._space, same)
+            return score_together(self._host, same)
         except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
             if len(same) == 1:
                 return [declined(same[0][0], bad)]
@@ -77,15 +77,15 @@ class Together:
 
     def _precision(self, asked: tuple[Message, Context]) -> str:
         """What the client computes in; where there are no devices, all in the same."""
-        if not self._space.config.devices.classes:
-            return self._space.config.model.precision
-        return self._space.devices.settle(client_of(self._space, asked[1])).precision
+        if not self._host.config.devices.classes:
+            return self._host.config.model.precision
+        return self._host.devices.settle(client_of(self._host, asked[1])).precision
 
     def _turns(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
         replies, todo = [], list[Prepared]()
         for message, context in itertools.islice(waiting, self._widest):
             try:
-                ready = prepare(self._space, message, context)
+                ready = prepare(self._host, message, context)
             except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
                 replies.append(declined(message, bad))
                 continue
@@ -109,7 +109,7 @@ class Together:
 
     def _one(self, ready: Prepared) -> Message:
         try:
-            return take_turn(self._space, ready)
+            return take_turn(self._host, ready)
         except Exception as bad:
             return declined(ready.message, bad)
 
@@ -141,14 +141,14 @@ class Together:
         if isinstance(result, FedtuneError):
             return declined(ready.message, result)
         try:
-            return finish(self._space, ready, *result)
+            return finish(self._host, ready, *result)
         except Exception as bad:  # such as a disk that is full when the client keeps its tensors
             return declined(ready.message, bad)
 
     def _together(self, todo: list[Prepared]) -> list[Result]:
         way = self._way_of(todo[0].body)
         assert way is not None
-        return train_together(self._live(todo[0]), _jobs(todo), self._space.config.task, pad_id=self._space.pad_id, way=way)
+        return train_together(self._live(todo[0]), _jobs(todo), self._host.config.task, pad_id=self._host.space.pad_id, way=way)
 
     def _live(self, first: Prepared) -> LiveAdapter:
         live = first.body.slot(first.start)
@@ -164,7 +164,7 @@ class Together:
         """
         body, way, jobs = todo[0].body, self._way_of(todo[0].body), _jobs(todo)
         assert way is not None
-        space, config, live = self._space, body.config, self._live(todo[0])
+        space, config, live = self._host.space, body.config, self._live(todo[0])
         width = allowed(live, jobs, config.task)
         if width < 2:
             return 1

@@ -13,6 +13,8 @@ import yaml
 import fedtune.server
 from fedtune.app import Stage
 from fedtune.clients.app import make_client_app
+from fedtune.clients.host import ClientHost
+from fedtune.clients.store import Storage
 from fedtune.config import Config, EvalConfig, InferenceConfig, PartitionConfig, TaskConfig, to_dict
 from fedtune.report import read_metrics
 from fedtune.roll import Welcome
@@ -33,7 +35,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     def run(config: Config, *settings: str) -> int:
         def rounds(stage: Stage, link: object, wait_s: float) -> None:
             assert not stage.space.client_ids
-            stage.serve(InProcessGrid(make_client_app(config, tmp_path / "kept"), 4), Welcome())
+            stage.serve(InProcessGrid(make_client_app(ClientHost(config, Storage.in_folder(tmp_path / "kept", config))), 4), Welcome())
 
         monkeypatch.setattr(fedtune.server, "serve", rounds)
         values: dict[str, Any] = {k: v for k, v in to_dict(config).items() if k != "resume"}

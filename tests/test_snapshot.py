@@ -198,11 +198,12 @@ def test_who_declines_an_offer_is_sent_no_tensor(tmp_path: Path, monkeypatch: py
 
 
 class Space:
-    """As much of a workspace as an offer is read with; its devices accept up to `most` bytes."""
+    """As much of a host as an offer is read with; its devices accept up to `most` bytes."""
 
     def __init__(self, most: int) -> None:
         self.most, self.ledgers, self.floor, self.client_ids = most, None, None, ["c"]
-        self.config, self.devices, self.asked = config(), self, list[int]()
+        self.config, self.asked = config(), list[int]()
+        self.devices = self.space = self.storage = self
 
     def is_offline(self, client: str, round: int) -> bool:
         return False

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fedtune.clients.host import ClientHost
+from fedtune.clients.store import Storage
 from fedtune.clients.turns import Work
 from fedtune.clients.workspace import Workspace
-from fedtune.config import TaskConfig
+from fedtune.config import Config, DeviceClass, TaskConfig
 from fedtune.data import Example
 from fedtune.plan import Plan
 
@@ -14,6 +16,11 @@ def work(live: Any, examples: Sequence[Example], plan: Plan, task: TaskConfig, p
     """The work of a slot that is loaded already; it starts from what the slot holds."""
     start = more.pop("start", None) or live.read(version=plan.base_version)
     return Work(live=live, start=start, plan=plan, task=task, examples=examples, pad_id=pad_id, **more)
+
+
+def host_for(config: Config, device: DeviceClass | None = None, loaded: Workspace | None = None) -> ClientHost:
+    """A host whose clients keep things among the temporary files."""
+    return ClientHost(config, Storage.temporary(config), device, loaded=loaded)
 
 
 def work_in(space: Workspace, plan: Plan, **more: Any) -> Work:

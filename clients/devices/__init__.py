@@ -5,7 +5,7 @@ choice.py     profile, shapes and plan → precision, rank, batch, micro-batch, 
 measure.py    the profile of the machine that this runs on
 probe.py      the memory of a micro-batch, measured
 simulate.py   the coin and the clock of a simulated device
-fitting.py    all of it together, for the client of a workspace
+fitting.py    all of it together, for the clients of a host
 """
 
 from fedtune.clients.devices.choice import Choice, Correction, Work, choose, choose_rank, told

@@ -10,10 +10,9 @@ as one of `task.max_length` tokens, the row count is public, and nothing that wa
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +21,9 @@ from fedtune.clients.devices.choice import Choice, Correction, Work, choose, cho
 from fedtune.clients.devices.estimate import QUANTISED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
 from fedtune.clients.devices.simulate import is_offline, virtual_seconds
 from fedtune.clients.steps import batches, steps_of
+from fedtune.clients.store import ClientStore
 from fedtune.clients.trainer import Trained
+from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
@@ -32,9 +33,6 @@ from fedtune.plan import Plan, matching
 from fedtune.promise import terms
 from fedtune.state import AdapterSpec, AdapterState
 from fedtune.task import task_of
-
-if TYPE_CHECKING:
-    from fedtune.clients.workspace import Workspace
 
 LADDER = ("fp32", "bf16", "int8", "nf4")  # from the finest
 
@@ -75,34 +73,40 @@ class Fitted:
 
 
 class Devices:
-    """The devices of a workspace's clients.
+    """The devices of a host's clients.
 
-    Attributes:
-        own: The profile of this machine, where it acts as one client and a door has measured it; None simulates the config's classes.
+    Args:
+        config: The experiment.
+        store: Where the clients keep what their last turns have taught.
+        device: The profile of this machine, where it acts as one client; None simulates the config's classes.
+        space: Gives what is loaded.
     """
 
-    def __init__(self, space: "Workspace") -> None:
-        self._space = space
-        self.own: DeviceClass | None = None
+    def __init__(self, config: Config, store: ClientStore, device: DeviceClass | None, space: Callable[[], Workspace]) -> None:
+        self._config, self._store, self._device, self._open = config, store.beside("devices"), device, space
         self._settled: dict[str, Settled] = {}
         self._probed: dict[tuple[object, ...], int] = {}
 
+    @property
+    def _space(self) -> Workspace:
+        return self._open()
+
     def of(self, client: str) -> DeviceClass | None:
         """The client's profile; None where devices are neither simulated nor measured."""
-        return self.own or self._space.config.devices.classes.get(self._space.federation.clients[client].device_class)
+        return self._device or self._config.devices.classes.get(self._space.federation.clients[client].device_class)
 
     def is_offline(self, client: str, round: int) -> bool:
         """Whether a simulated device is away."""
-        return self.own is None and is_offline(self.of(client), self._space.config.seed, round, client)
+        return self._device is None and is_offline(self.of(client), self._config.seed, round, client)
 
     @cached_property
     def shapes(self) -> Shapes:
-        return shapes_of(self._space.config, self._space.labels)
+        return shapes_of(self._config, self._space.labels)
 
     @property
     def deadline_s(self) -> float | None:
-        config = self._space.config
-        return config.devices.deadline_s if self.own is None else config.round_timeout_s
+        config = self._config
+        return config.devices.deadline_s if self._device is None else config.round_timeout_s
 
     def settle(self, client: str) -> Settled:
         """Precision and rank of the client, the same whenever it is asked.
@@ -121,7 +125,7 @@ class Devices:
         Raises:
             Decline: Nothing fits.
         """
-        config, c, device = self._space.config, self._space.config.client, self.of(client)
+        config, c, device = self._config, self._config.client, self.of(client)
         assert device is not None
         plan = Plan(
             round=1, client=client, base_version=0, steps=c.steps, epochs=c.epochs, batch_size=c.batch_size, accumulate=c.accumulate,
@@ -134,7 +138,7 @@ class Devices:
         return choose(device, self.shapes, work, **kept)  # pyright: ignore[reportArgumentType]
 
     def _chosen(self, client: str) -> Settled:
-        config, device = self._space.config, self.of(client)
+        config, device = self._config, self.of(client)
         if device is None:
             return Settled(precision=config.model.precision)
         return settle(config, device, self.shapes, self.deadline_s)
@@ -165,7 +169,7 @@ class Devices:
         if choice.length < work.longest:
             examples = space.examples(client, "train", choice.length)
         plan = dataclasses.replace(plan, batch_size=choice.batch, steps=choice.steps, epochs=None)
-        fitted = Fitted(device=device, choice=choice, work=work, used=used, simulated=self.own is None, micro=choice.micro)
+        fitted = Fitted(device=device, choice=choice, work=work, used=used, simulated=self._device is None, micro=choice.micro)
         return plan, examples, self._measured(plan, start, fitted) if fitted.simulated else fitted
 
     def _measured(self, plan: Plan, start: AdapterState, fitted: Fitted) -> Fitted:
@@ -198,7 +202,7 @@ class Devices:
             body = self._space.body(fitted.choice.precision)
             slot = body.slot(start)
             names = matching(slot.parameters, plan.train)
-            self._probed[key] = probe.kept_bytes(slot, self._space.config.task, names, micro, width, counted)
+            self._probed[key] = probe.kept_bytes(slot, self._config.task, names, micro, width, counted)
         return self._probed[key]
 
     @staticmethod
@@ -232,7 +236,7 @@ class Devices:
         if fitted.simulated:
             tokens = _tokens(plan, examples, steps, self._width(fitted))
             operations = flops(self.shapes, tokens)
-            took = virtual_seconds(fitted.device, operations, moved, seed=self._space.config.seed, round=plan.round, client=plan.client)
+            took = virtual_seconds(fitted.device, operations, moved, seed=self._config.seed, round=plan.round, client=plan.client)
             said |= {"virtual_s": took, "peak_mb": (fitted.weights + rest) / 1e6}
         elif measured:
             rest = int((measured.peak_mb - measured.began_mb) * 1e6)
@@ -243,7 +247,7 @@ class Devices:
     # -- what turns teach -----------------------------------------------------------------------------------------------------------------
 
     def _read(self, client: str, round: int) -> Correction:
-        kept = self._space.store.beside("devices").read(client, round)
+        kept = self._store.read(client, round)
         return Correction(memory=float(kept["memory"]), time=float(kept["time"])) if kept else Correction()
 
     def _write(self, plan: Plan, fitted: Fitted, rest: int, took: float | None) -> None:
@@ -256,7 +260,7 @@ class Devices:
             if (raw := seconds(fitted.device, flops(self.shapes, tokens), work.nbytes)) > 0 and took > 0:
                 time = math.sqrt(time * took / raw)
         values = {"memory": torch.tensor(memory, dtype=torch.float64), "time": torch.tensor(time, dtype=torch.float64)}
-        self._space.store.beside("devices").write(plan.client, plan.round, AdapterState(values, AdapterSpec(method="device")))
+        self._store.write(plan.client, plan.round, AdapterState(values, AdapterSpec(method="device")))
 
 
 def settle(config: Config, device: DeviceClass, shapes: Shapes, deadline_s: float | None) -> Settled:

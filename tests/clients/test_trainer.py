@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from fedtune.app import simulate
 from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
+from fedtune.clients.host import ClientHost
 from fedtune.clients.steps import batches, steps_of
-from fedtune.clients.store import ClientStore
+from fedtune.clients.store import ClientStore, Storage
 from fedtune.clients.trainer import train
 from fedtune.clients.turns import Work
 from fedtune.clients.workspace import Workspace, workspace
@@ -28,7 +29,7 @@ from fedtune.state import AdapterSpec, AdapterState
 from fedtune.wire import Letter
 from tests.fakes import bridge as make_bridge
 from tests.tiny import texts, tiny_config
-from tests.working import work_in
+from tests.working import host_for, work_in
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def bare_loop(space: Workspace, rounds: int, seeds: list[int], client: ClientCon
 def federate(config: Config, path: Path) -> tuple[AdapterState, list[int]]:
     """Run the whole way round: bridge, messages, ClientApp; returns the last adapter and the seed of each turn of the first client."""
     space = workspace(json.dumps(to_dict(config)))
-    made, _ = make_bridge(path, make_client_app(config), len(space.client_ids), config, initial=space.initial)
+    made, _ = make_bridge(path, make_client_app(host_for(config, loaded=space)), len(space.client_ids), config, initial=space.initial)
     made = dataclasses.replace(made, evaluate=None)
     assert isinstance(made, Bridge)
     from fedtune.planning import base_plan
@@ -309,7 +310,7 @@ def test_a_failing_turn_ends_that_clients_round_only(
     monkeypatch.setattr(app, "train", breaking)
     config = tiny_config(tmp_path)
     space = workspace(json.dumps(to_dict(config)))
-    made, ear = make_bridge(tmp_path / "r", make_client_app(config), 4, config, initial=space.initial)
+    made, ear = make_bridge(tmp_path / "r", make_client_app(host_for(config, loaded=space)), 4, config, initial=space.initial)
     state = dataclasses.replace(made, evaluate=None).loop()
     assert state.adapter.spec.version == 2 and [r["counted"] for r in ear.records[1:]] == [3, 3]
     assert all(sentence in r["dropped"] for r in ear.clients if r["client"] == "c1" and r["round"])
@@ -352,17 +353,18 @@ def test_shifts_are_merged_once_replayed_after_a_gap_and_taken_back(tmp_path: Pa
 
 
 def test_a_client_goes_on_with_its_own_then_what_it_is_sent_then_what_it_draws(tmp_path: Path) -> None:
-    space = Workspace(tiny_config(tmp_path))
-    space.store = ClientStore(tmp_path / "clients", 2)
+    config = tiny_config(tmp_path)
+    host = ClientHost(config, Storage(ClientStore(tmp_path / "clients", 2)))
+    space = host.space
     full = space.initial.replace({n: torch.full_like(t, 5.0) for n, t in space.initial.tensors.items()})
     sent = full.subset([n for n in full.tensors if n.endswith("lora_A")])
     letter = Letter(round=3, adapter=sent, keep=("*.lora_B",), plan=Plan(round=3, client="c0", base_version=2))
-    first = space.complete("c0", letter)
+    first = host.complete("c0", letter)
     assert list(first.tensors) == list(space.live.parameters)
     assert all(torch.equal(t, full[n] if n.endswith("lora_A") else space.initial[n]) for n, t in first.tensors.items())
-    space.store.write("c0", 3, full.subset([n for n in full.tensors if n.endswith("lora_B")]))
-    assert torch.equal(space.complete("c0", letter)[n := next(n for n in full.tensors if n.endswith("lora_B"))], space.initial[n])
+    host.storage.store.write("c0", 3, full.subset([n for n in full.tensors if n.endswith("lora_B")]))
+    assert torch.equal(host.complete("c0", letter)[n := next(n for n in full.tensors if n.endswith("lora_B"))], space.initial[n])
     evaluation = dataclasses.replace(letter, plan=None)  # comes after the round's turn
-    assert all(torch.equal(t, full[n]) for n, t in space.complete("c0", evaluation).tensors.items())
-    assert torch.equal(space.complete("c1", evaluation)[n], space.initial[n])
-    assert space.complete("c0", Letter(round=3, adapter=full)) is full
+    assert all(torch.equal(t, full[n]) for n, t in host.complete("c0", evaluation).tensors.items())
+    assert torch.equal(host.complete("c1", evaluation)[n], space.initial[n])
+    assert host.complete("c0", Letter(round=3, adapter=full)) is full

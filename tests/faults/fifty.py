@@ -27,6 +27,7 @@ from fedtune.plan import Update
 from fedtune.report import read_metrics
 from fedtune.wire import read_letter
 from tests.faults.deployment import Deployment, deployed, settings, write_rows
+from tests.working import host_for
 
 
 @dataclass
@@ -114,7 +115,7 @@ def measure(folder: Path, clients: int, rounds: int, *, idle: bool = False, pati
     write_rows(folder / "rows", names, lines=20, growth=1)
     keep = [s for s in settings(folder / "rows", names) if not s.startswith(("client.steps", "rounds"))]
     experiment = [*keep, "client.steps=1", f"rounds={rounds}", "eval.clients=0", "data.held_out=0", "round_timeout_s=600"]
-    app = make_client_app(compose([*experiment, "engine.batched=none"])[0].config)
+    app = make_client_app(host_for(compose([*experiment, "engine.batched=none"])[0].config))
     found = Figures()
     with deployed(folder, names, experiment) as made:
         server = made.start_server("--wait", f"{patience_s:g}")

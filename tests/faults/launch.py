@@ -123,14 +123,14 @@ def worker(points: Points) -> None:
         points.at("training", work.plan.round)
         return train(work, *more, **how)
 
-    def replying(space: Any, todo: Any, sent: Any, metrics: Any, measurements: Any, turned: Any = None) -> Any:
+    def replying(host: Any, todo: Any, sent: Any, metrics: Any, measurements: Any, turned: Any = None) -> Any:
         lie = points.taken("lie")
         if lie is None:
-            return reply(space, todo, sent, metrics, measurements, turned)
+            return reply(host, todo, sent, metrics, measurements, turned)
         name, first = next((n, t) for n, t in sent.tensors.items() if n.endswith("lora_B"))
         body = {"nan": first * float("nan"), "shape": first[:, :1], "huge": first * 1e6 + 1e6}
         sent = sent.replace({**sent.tensors, name: body.get(lie, first)})
-        made = reply(space, todo, sent, metrics, measurements, turned)
+        made = reply(host, todo, sent, metrics, measurements, turned)
         record, plan = made.content.config_records["update"], todo.plan
         told = {
             "stale": {"round": plan.round - 1, "base_version": plan.base_version - 1},

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.app import Stage, conduct
+from fedtune.app import Stage, conduct, host_of
 from fedtune.clients.app import make_client_app
 from fedtune.clients.declining import declined
 from fedtune.compose import compose
@@ -40,7 +40,7 @@ def replay(folder: Path, experiment: Sequence[str], turnout: Mapping[int, Set[st
     (job,) = compose([*experiment, f"output_dir={folder / 'replay'}", "engine.batched=none"])
 
     def engine(stage: Stage) -> None:
-        inner, names, app = make_client_app(stage.config, stage.space.store.folder), stage.space.client_ids, ClientApp()
+        inner, names, app = make_client_app(host_of(stage)), stage.space.client_ids, ClientApp()
 
         @app.train()
         def turn(message: Message, context: Context) -> Message:

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.app import Stage, conduct
+from fedtune.app import Stage, conduct, host_of
 from fedtune.clients.app import make_client_app
 from fedtune.compose import compose
 from fedtune.report import read_metrics
@@ -29,7 +29,7 @@ def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
     (job,) = compose([*experiment, f"output_dir={folder}", "engine.batched=none", "devices.deadline_s=1"])
 
     def engine(stage: Stage) -> None:
-        inner, names, app = make_client_app(stage.config, stage.space.store.folder), stage.space.client_ids, ClientApp()
+        inner, names, app = make_client_app(host_of(stage)), stage.space.client_ids, ClientApp()
 
         @app.train()
         def turn(message: Message, context: Context) -> Message:

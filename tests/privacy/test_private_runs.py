@@ -33,7 +33,7 @@ from fedtune.reply import read_update
 from fedtune.report import read_metrics
 from fedtune.runs.directory import RunDirectory
 from tests.tiny import tiny_config
-from tests.working import work_in
+from tests.working import host_for, work_in
 
 RECORD = PrivacyConfig(kind="record", epsilon=8.0, clip=0.5, accountant="rdp")
 LOCAL = PrivacyConfig(kind="user", where="client", epsilon=8.0, clip=0.5, accountant="rdp")
@@ -411,12 +411,10 @@ def test_an_update_without_its_clip_is_dropped_by_name(tmp_path: Path, monkeypat
 
 
 def test_no_ledger_no_private_turn(tmp_path: Path) -> None:
-    from fedtune.clients.workspace import Workspace
-
-    space = Workspace(tiny(tmp_path, RECORD))
+    host = host_for(tiny(tmp_path, RECORD))
     with pytest.raises(PlanError, match="what it has spent would be forgotten"):
-        space.ledger("c0")
-    assert make_client_app(space.config) and RecordDict() is not None
+        host.ledger("c0")
+    assert make_client_app(host) and RecordDict() is not None
 
 
 @pytest.mark.parametrize(

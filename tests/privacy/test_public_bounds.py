@@ -15,6 +15,7 @@ from fedtune.planning import base_plan
 from fedtune.privacy.turn import applied
 from fedtune.report import read_metrics
 from tests.tiny import texts, tiny_config
+from tests.working import host_for
 
 PRIVATE = {
     "record": PrivacyConfig(kind="record", epsilon=8.0, clip=0.5, accountant="rdp"),
@@ -51,18 +52,17 @@ def widths(config: Config) -> list[int]:
 
 def turn(config: Config, own: DeviceClass | None, spent: float) -> dict[str, Any]:
     """All that a device says of itself and of three turns, which took `spent` seconds and a tenth as many MB, in `spent` rows at once."""
-    space = Workspace(config)
-    space.devices.own = own
-    profile = space.devices.of("c0")
+    host = host_for(config, own)
+    profile = host.devices.of("c0")
     assert profile is not None
-    out: dict[str, Any] = {"hello": told(profile, space.devices.first_choice("c0"))}
+    out: dict[str, Any] = {"hello": told(profile, host.devices.first_choice("c0"))}
     for round in (1, 2, 3):
-        fits = space.devices.fit(base_plan(config, round, "c0", 0), space.initial, 1000)
+        fits = host.devices.fit(base_plan(config, round, "c0", 0), host.space.initial, 1000)
         assert fits is not None
         plan, examples, fitted = fits
         private = applied(plan, len(examples), plan.steps or 0)
         did = Trained(loss=None, steps=plan.steps or 0, seconds=spent, peak_mb=spent / 10, began_mb=0.1, micro=int(spent), out_of_memory=1)
-        out[f"turn {round}"] = plan, fitted.choice, private, space.devices.told(plan, examples, fitted, did, 1000)
+        out[f"turn {round}"] = plan, fitted.choice, private, host.devices.told(plan, examples, fitted, did, 1000)
     return out
 
 

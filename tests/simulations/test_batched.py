@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedtune import flower
 from fedtune.app import simulate
 from fedtune.clients.app import Prepared
+from fedtune.clients.host import ClientHost
 from fedtune.clients.turns import turn_of
 from fedtune.clients.turns.scaffold import Corrected
 from fedtune.clients.workspace import Workspace
@@ -24,6 +25,7 @@ from fedtune.state import AdapterState
 from fedtune.wire import Envelopes
 from tests.simulations.turns import alone, check, jobs_of
 from tests.tiny import texts, tiny_config
+from tests.working import host_for
 
 TASKS = {
     "causal_lm": TaskConfig(kind="causal_lm", max_length=16, stride_texts=False),
@@ -203,10 +205,10 @@ def test_turns_without_a_batched_form_are_taken_one_by_one(space: Workspace, mon
     params = {"fedpeptao": {"stage": "layers"}, "slora": {"stage": "sparse"}, "plain": {}}
     todo = zip([*jobs(space), jobs(space)[0]], turns, strict=True)
     waiting = [prepared(space, job, turn=turn, params=params[turn]) for job, turn in todo]
-    monkeypatch.setattr(module, "prepare", lambda space, message, context: waiting[message])
-    monkeypatch.setattr(module, "take_turn", lambda space, ready: alone_.append(ready.plan.turn) or [ready])
+    monkeypatch.setattr(module, "prepare", lambda host, message, context: waiting[message])
+    monkeypatch.setattr(module, "take_turn", lambda host, ready: alone_.append(ready.plan.turn) or [ready])
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: at_once.append([t.plan.turn for t in todo]) or todo)
-    together, left = module.Together(space, "4"), list(range(5))
+    together, left = module.Together(host_for(space.config, loaded=space), "4"), list(range(5))
     while left:
         first = left[0]
         done = together._turns(iter([(i, None) for i in left]))  # type: ignore[arg-type]
@@ -257,7 +259,7 @@ def test_too_little_memory_halves_the_batch(space: Workspace, monkeypatch: pytes
 
     monkeypatch.setattr(module, "train_together", scarce)
     todo = [prepared(space, j) for j in jobs(space)]
-    replies = module.Together(space, "4")._train(todo)
+    replies = module.Together(host_for(space.config, loaded=space), "4")._train(todo)
     assert sizes == [4, 2, 1, 1, 2, 1, 1] and all("update" in r.content.config_records for r in replies)
 
 
@@ -267,13 +269,13 @@ def test_a_client_that_cannot_finish_is_declined_alone(space: Workspace, monkeyp
     flower.identify_process(run_id=1)
     todo, real = [prepared(space, j) for j in jobs(space)], module.finish
 
-    def full(space: Workspace, ready: Prepared, *result: Any) -> Message:
+    def full(host: ClientHost, ready: Prepared, *result: Any) -> Message:
         if ready is todo[1]:
             raise CheckpointError("client c1 cannot keep its tensors: free the disk")
-        return real(space, ready, *result)
+        return real(host, ready, *result)
 
     monkeypatch.setattr(module, "finish", full)
-    replies = module.Together(space, "4")._train(todo)
+    replies = module.Together(host_for(space.config, loaded=space), "4")._train(todo)
     said = [r.content.config_records.get("declined", {}).get("why", "") for r in replies]
     assert said == ["", "client c1 cannot keep its tensors: free the disk", "", ""]
 
@@ -286,9 +288,9 @@ def test_a_first_client_that_diverges_does_not_end_the_measurement_of_auto(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flower.identify_process(run_id=1)
     broken = [prepared(space, j, lr=1e30, lr_last=1e30) for j in jobs(space)]
-    monkeypatch.setattr(module, "prepare", lambda space, message, context: broken[message])
+    monkeypatch.setattr(module, "prepare", lambda host, message, context: broken[message])
     with caplog.at_level("WARNING", "fedtune.batched"):
-        replies = module.Together(space, "auto")._turns(iter([(i, None) for i in range(4)]))  # type: ignore[arg-type]
+        replies = module.Together(host_for(space.config, loaded=space), "auto")._turns(iter([(i, None) for i in range(4)]))  # type: ignore[arg-type]
     assert "training at once could not be measured (UpdateError" in caplog.text and not list(tmp_path.rglob("*.json"))
     assert "became" in str(replies[0].content.config_records["declined"]["why"])
 
@@ -298,10 +300,10 @@ def test_auto_is_not_decided_by_a_client_on_its_own(space: Workspace, monkeypatc
 
     flower.identify_process(run_id=1)
     todo = [prepared(space, j) for j in jobs(space)]
-    monkeypatch.setattr(module, "prepare", lambda space, message, context: todo[message])
+    monkeypatch.setattr(module, "prepare", lambda host, message, context: todo[message])
     monkeypatch.setattr(module.Together, "_choose", lambda self, todo: 4)
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: todo)
-    together = module.Together(space, "auto")
+    together = module.Together(host_for(space.config, loaded=space), "auto")
     assert len(together._turns(iter([(0, None)]))) == 1  # type: ignore[arg-type]
     assert len(together._turns(iter([(i, None) for i in range(4)]))) == 4  # type: ignore[arg-type]
 
@@ -333,14 +335,14 @@ def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace
     contents = [envelopes.write(space.initial, held=(), keep=keep) for keep in ((), (), ("*.lora_B",), ())]
     messages = [Message(content, node, "evaluate") for node, content in enumerate(contents, 1)]
 
-    def score(space: Workspace, asked: Any) -> list[Message]:
+    def score(host: ClientHost, asked: Any) -> list[Message]:
         groups.append([message.metadata.dst_node_id for message, _ in asked])
         if 2 in groups[-1]:
             raise CheckpointError("client 2's file is damaged")
         return [Message(RecordDict({"metrics": ConfigRecord({"json": "{}"})}), reply_to=message) for message, _ in asked]
 
     monkeypatch.setattr(module, "score_together", score)
-    replies = module.Together(space, "4")._score([(m, None) for m in messages])  # type: ignore[arg-type]
+    replies = module.Together(host_for(space.config, loaded=space), "4")._score([(m, None) for m in messages])  # type: ignore[arg-type]
     assert groups == [[1, 2, 4], [1], [2], [4]]  # node 3 keeps a part of its own
     assert ["declined" in r.content.config_records for r in replies] == [False, True, False]
 

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedtune.clients.app import make_client_app
+from fedtune.clients.host import ClientHost
+from fedtune.clients.store import Storage
 from fedtune.clients.workspace import workspace
 from fedtune.config import ClientConfig, Config, EvalConfig, PeftConfig, TaskConfig, TrafficConfig, to_dict
 from fedtune.errors import ConfigError, UpdateError
@@ -436,7 +438,7 @@ CAME: dict[int, dict[str, list[str]]] = {}
 
 def federate(path: Path, config: Config, strategy: FedPepTAO) -> tuple[ServerState, Ear]:
     space = workspace(json.dumps(to_dict(config)))
-    app = make_client_app(config, path / "clients")
+    app = make_client_app(ClientHost(config, Storage.in_folder(path / "clients", config), loaded=space))
     made, ear = bridge(path, app, len(space.client_ids), config, strategy=strategy, initial=space.initial)
     state = dataclasses.replace(made, evaluate=None, metric=("accuracy", True)).loop()
     made.run.close()
@@ -479,7 +481,8 @@ def test_one_command_does_all_of_it(config: Config, tmp_path: Path, personal: bo
         met |= CAME[round].keys()
     before = RunDirectory(tmp_path / "r", config).newest()[0]
     assert before is not None and torch.equal(before.state.adapter[local], state.adapter[local])
-    own = [s[local] for c in sorted(met) if (s := space.store.read(c, 8)) is not None]
+    store = Storage.in_folder(tmp_path / "r" / "clients", config).store
+    own = [s[local] for c in sorted(met) if (s := store.read(c, 8)) is not None]
     assert len(own) == len(met) == 4
     # the clients' own layers went on from what the warm-up left, or stayed there
     assert all(torch.equal(t, state.adapter[local]) is not personal for t in own)

@@ -16,8 +16,8 @@ from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Correction
 from fedtune.clients.devices.estimate import memory_bytes, shapes_of
 from fedtune.clients.devices.fitting import _tokens, for_device
+from fedtune.clients.host import ClientHost
 from fedtune.clients.trainer import Trained
-from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig, TaskConfig
 from fedtune.data import Example
 from fedtune.errors import Decline
@@ -25,6 +25,7 @@ from fedtune.plan import Plan
 from fedtune.state import AdapterState
 from fedtune.task import IGNORED
 from tests.tiny import tiny_config
+from tests.working import host_for
 
 PLAN = Plan(round=1, client="c0", base_version=0, steps=4, epochs=None, batch_size=4, lr=1e-2, lr_last=1e-3)
 
@@ -33,10 +34,10 @@ def config(path: Path, devices: Mapping[str, DeviceClass], deadline_s: float | N
     return tiny_config(path, devices=DevicesConfig(classes=dict(devices), deadline_s=deadline_s), **changes)
 
 
-def space_of(path: Path, **profile: Any) -> Workspace:
-    """A workspace whose clients are all of one class; `deadline_s` is the run's."""
+def host_in(path: Path, **profile: Any) -> ClientHost:
+    """A host whose clients are all of one class; `deadline_s` is the run's."""
     deadline_s = profile.pop("deadline_s", None)
-    return Workspace(config(path, {"phone": DeviceClass(**profile)}, deadline_s))
+    return host_for(config(path, {"phone": DeviceClass(**profile)}, deadline_s))
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -47,104 +48,104 @@ def adapter(run: Path) -> AdapterState:
     return AdapterState.load(run / "adapter" / "fedtune.safetensors")
 
 
-def needs(space: Workspace, precision: str, micro: int, plan: Plan = PLAN) -> float:
+def needs(host: ClientHost, precision: str, micro: int, plan: Plan = PLAN) -> float:
     """MB by the estimate, for the client's own rows."""
-    rows = space.examples(plan.client, "train")
+    rows = host.space.examples(plan.client, "train")
     width = max(len(e.input_ids) for e in rows)
-    return sum(memory_bytes(space.devices.shapes, precision, space.devices.shapes.entries, micro, width, width - 1)) / 1e6
+    return sum(memory_bytes(host.devices.shapes, precision, host.devices.shapes.entries, micro, width, width - 1)) / 1e6
 
 
 def test_without_devices_nothing_is_chosen(tmp_path: Path) -> None:
-    space = Workspace(tiny_config(tmp_path))
-    assert space.devices.settle("c0").rank is None and space.body_of("c0") is space.own
-    assert space.devices.fit(PLAN, space.initial, 0) is None
+    host = host_for(tiny_config(tmp_path))
+    assert host.devices.settle("c0").rank is None and host.body_of("c0") is host.space.own
+    assert host.devices.fit(PLAN, host.space.initial, 0) is None
 
 
 def test_all_precisions_have_one_fingerprint_and_one_body_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    space = Workspace(tiny_config(tmp_path))
-    bodies = [space.body(p) for p in ("fp32", "bf16")]
-    assert bodies[0] is space.own and space.body("bf16") is bodies[1]
+    host = host_for(tiny_config(tmp_path))
+    bodies = [host.space.body(p) for p in ("fp32", "bf16")]
+    assert bodies[0] is host.space.own and host.space.body("bf16") is bodies[1]
     assert bodies[0].backbone.fingerprint == bodies[1].backbone.fingerprint
     assert list(bodies[0].live.parameters) == list(bodies[1].live.parameters)
     assert bodies[1].weights_bytes < 0.6 * bodies[0].weights_bytes
 
 
 def test_a_large_device_does_what_the_plan_says(tmp_path: Path) -> None:
-    space = space_of(tmp_path)
-    fits = space.devices.fit(PLAN, space.initial, 0)
+    host = host_in(tmp_path)
+    fits = host.devices.fit(PLAN, host.space.initial, 0)
     assert fits is not None
     plan, examples, fitted = fits
-    assert plan == PLAN and examples is space.examples("c0", "train")
+    assert plan == PLAN and examples is host.space.examples("c0", "train")
     assert (fitted.choice.precision, fitted.micro, fitted.choice.rank, fitted.out_of_memory) == ("fp32", 4, 2, 0)
 
 
 def test_memory_time_and_rank_shape_the_turn(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    room = 1.02 * needs(space_of(tmp_path / "a"), "fp32", 2) / 0.9
-    space = space_of(tmp_path / "a", memory_mb=room, precision="fp32", gflops_per_core=1e-3, deadline_s=5.0, rank=1)
-    assert space.devices.settle("c0").rank == 1
-    start = space.initial.replace({n: t[:1] if n.endswith("A") else t[:, :1] for n, t in space.initial.tensors.items()})
-    fits = space.devices.fit(PLAN, start.replace(start.tensors, ranks=dict.fromkeys(start.spec.ranks, 1)), 0)
+    room = 1.02 * needs(host_in(tmp_path / "a"), "fp32", 2) / 0.9
+    host = host_in(tmp_path / "a", memory_mb=room, precision="fp32", gflops_per_core=1e-3, deadline_s=5.0, rank=1)
+    assert host.devices.settle("c0").rank == 1
+    start = host.space.initial.replace({n: t[:1] if n.endswith("A") else t[:, :1] for n, t in host.space.initial.tensors.items()})
+    fits = host.devices.fit(PLAN, start.replace(start.tensors, ranks=dict.fromkeys(start.spec.ranks, 1)), 0)
     assert fits is not None
     plan, _, fitted = fits
     assert (plan.batch_size, fitted.micro, fitted.choice.rank) == (4, 2, 1) and 1 <= (plan.steps or 0) < 4 and plan.epochs is None
 
 
 def test_shorter_rows_are_encoded_anew_and_never_lose_their_labels(tmp_path: Path) -> None:
-    space = space_of(tmp_path)
-    short = space.examples("c0", "train", 4)
-    assert max(len(e.input_ids) for e in short) == 4 < max(len(e.input_ids) for e in space.examples("c0", "train"))
-    assert len(short) == len(space.examples("c0", "train")) and all(len(e.labels) == len(e.input_ids) for e in short)
+    host = host_in(tmp_path)
+    short = host.space.examples("c0", "train", 4)
+    assert max(len(e.input_ids) for e in short) == 4 < max(len(e.input_ids) for e in host.space.examples("c0", "train"))
+    assert len(short) == len(host.space.examples("c0", "train")) and all(len(e.labels) == len(e.input_ids) for e in short)
 
 
 def test_a_device_that_runs_out_of_memory_halves_and_says_so(tmp_path: Path) -> None:
-    measured = space_of(tmp_path).devices
-    fits = measured.fit(PLAN, space_of(tmp_path).initial, 0)
+    measured = host_in(tmp_path).devices
+    fits = measured.fit(PLAN, host_in(tmp_path).space.initial, 0)
     assert fits is not None and fits[2].rest
     # room for what two rows take by the estimate, while the client has been taught that it needs hardly anything
-    space = space_of(tmp_path, memory_mb=1.1 * needs(space_of(tmp_path), "fp32", 2), precision="fp32")
-    devices = space.devices
+    host = host_in(tmp_path, memory_mb=1.1 * needs(host_in(tmp_path), "fp32", 2), precision="fp32")
+    devices = host.devices
     plan = dataclasses.replace(PLAN, round=2)
     devices._write(dataclasses.replace(PLAN, round=1), fits[2], 1, None)
-    fitted = devices.fit(plan, space.initial, 0)
+    fitted = devices.fit(plan, host.space.initial, 0)
     assert fitted is not None
     assert (fitted[2].choice.micro, fitted[2].micro, fitted[2].out_of_memory) == (4, 2, 1)
-    assert fitted[2].weights + fitted[2].rest <= (space.config.devices.classes["phone"].memory_mb or 0) * 1e6
+    assert fitted[2].weights + fitted[2].rest <= (host.config.devices.classes["phone"].memory_mb or 0) * 1e6
     told = devices.told(plan, fitted[1], fitted[2], Trained(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
     assert told["out_of_memory"] == 1 and told["micro_batch"] == 2 and told["peak_mb"] < 10
     # and the next turn begins with two
-    after = devices.fit(dataclasses.replace(PLAN, round=3), space.initial, 0)
+    after = devices.fit(dataclasses.replace(PLAN, round=3), host.space.initial, 0)
     assert after is not None and (after[2].choice.micro, after[2].out_of_memory) == (2, 0)
 
 
 def test_one_row_that_runs_out_of_memory_declines_and_teaches(tmp_path: Path) -> None:
-    space = space_of(tmp_path)
-    fits = space.devices.fit(PLAN, space.initial, 0)
+    host = host_in(tmp_path)
+    fits = host.devices.fit(PLAN, host.space.initial, 0)
     assert fits is not None
-    weights = space.own.weights_bytes
-    small = space_of(tmp_path, memory_mb=(weights + 20_000) / 1e6 / 0.9, precision="fp32")
-    small.devices._settled["c0"] = space.devices.settle("c0")
+    weights = host.space.own.weights_bytes
+    small = host_in(tmp_path, memory_mb=(weights + 20_000) / 1e6 / 0.9, precision="fp32")
+    small.devices._settled["c0"] = host.devices.settle("c0")
     small.devices._write(PLAN, fits[2], 1, None)
     plan = dataclasses.replace(PLAN, round=2)
     with pytest.raises(Decline, match=r"^out of memory with a single row of \d+ tokens: 0\.\d MB of") as bad:
-        small.devices.fit(plan, space.initial, 0)
+        small.devices.fit(plan, host.space.initial, 0)
     assert bad.value.kind == "memory" and small.devices._read("c0", 3).memory > 0.3 > small.devices._read("c0", 2).memory
 
 
 def test_a_turn_corrects_the_next_one(tmp_path: Path) -> None:
     # by the longest row some steps are too many; what a turn really took, by its own padding, teaches that more fit
-    space = space_of(tmp_path, gflops_per_core=1e-3, deadline_s=60.0)
-    fits = space.devices.fit(dataclasses.replace(PLAN, steps=50), space.initial, 0)
+    host = host_in(tmp_path, gflops_per_core=1e-3, deadline_s=60.0)
+    fits = host.devices.fit(dataclasses.replace(PLAN, steps=50), host.space.initial, 0)
     assert fits is not None
     plan, examples, fitted = fits
-    told = space.devices.told(plan, examples, fitted, Trained(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
+    told = host.devices.told(plan, examples, fitted, Trained(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
     assert told["virtual_s"] < told["estimated_s"]
-    kept = space.devices._read("c0", 2)
+    kept = host.devices._read("c0", 2)
     assert kept.time == pytest.approx((told["virtual_s"] / told["estimated_s"]) ** 0.5)  # half of what was seen, from 1
-    after = space.devices.fit(dataclasses.replace(PLAN, round=2, steps=50), space.initial, 0)
+    after = host.devices.fit(dataclasses.replace(PLAN, round=2, steps=50), host.space.initial, 0)
     assert after is not None and after[2].used == kept and (after[0].steps or 0) > (plan.steps or 0)
-    assert space.devices._read("c0", 1) == Correction()  # as of that round
+    assert host.devices._read("c0", 1) == Correction()  # as of that round
 
 
 def test_tokens_of_a_turn_by_hand() -> None:
@@ -155,20 +156,19 @@ def test_tokens_of_a_turn_by_hand() -> None:
 
 
 def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -> None:
-    space = Workspace(tiny_config(tmp_path))
-    space.devices.own = DeviceClass(memory_mb=1000.0, gflops_per_core=1.0, offline=1.0)
-    assert not space.devices.is_offline("c0", 1)  # a coin is for simulations
-    fits = space.devices.fit(dataclasses.replace(PLAN, accumulate=2), space.initial, 0)
+    host = host_for(tiny_config(tmp_path), DeviceClass(memory_mb=1000.0, gflops_per_core=1.0, offline=1.0))
+    assert not host.devices.is_offline("c0", 1)  # a coin is for simulations
+    fits = host.devices.fit(dataclasses.replace(PLAN, accumulate=2), host.space.initial, 0)
     assert fits is not None and not fits[2].simulated and fits[2].micro == 4
     plan, examples, fitted = fits
     turned = Trained(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
-    told = space.devices.told(plan, examples, fitted, turned, 0)
+    told = host.devices.told(plan, examples, fitted, turned, 0)
     assert (told["micro_batch"], told["out_of_memory"]) == (2, 1) and "peak_mb" not in told and "virtual_s" not in told
     width = max(len(e.input_ids) for e in examples)
-    expected = memory_bytes(space.devices.shapes, "fp32", fitted.work.entries, 2, width, width - 1)[1]
-    assert space.devices._read("c0", 2).memory == pytest.approx(10e6 / expected)
-    space.devices.told(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn teaches too
-    assert space.devices._read("c0", 2).time == pytest.approx((0.25 / told["estimated_s"]) ** 0.5)
+    expected = memory_bytes(host.devices.shapes, "fp32", fitted.work.entries, 2, width, width - 1)[1]
+    assert host.devices._read("c0", 2).memory == pytest.approx(10e6 / expected)
+    host.devices.told(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn teaches too
+    assert host.devices._read("c0", 2).time == pytest.approx((0.25 / told["estimated_s"]) ** 0.5)
 
 
 def test_a_real_device_never_loads_a_finer_backbone_than_it_can_hold(tmp_path: Path) -> None:
@@ -256,18 +256,20 @@ def test_the_probe_is_asked_for_the_turns_own_micro_batch(tmp_path: Path, monkey
     task = TaskConfig(kind="instruction", max_length=16, max_new_tokens=1, stride_texts=False)
     given = config(tmp_path, {"phone": DeviceClass(), "board": DeviceClass(), "laptop": DeviceClass()}, task=task)
     given = dataclasses.replace(given, data=dataclasses.replace(given.data, prompt="{question}", answer=" {reply}"))
-    space = Workspace(given)
+    host = host_for(given)
     asked = list[tuple[int, int, int]]()
     monkeypatch.setattr(probe, "kept_bytes", lambda slot, task, names, *size: asked.append(size) or 1)
     rows = [Example(np.zeros(5, np.int32), np.array([IGNORED] * 4 + [3], np.int32))] * 8  # one token of five has a loss
-    monkeypatch.setattr(space, "examples", lambda *_: rows)
-    assert space.devices.fit(PLAN, space.initial, 0) is not None and asked == [(4, 5, 1)]
+    monkeypatch.setattr(host.space, "examples", lambda *_: rows)
+    assert host.devices.fit(PLAN, host.space.initial, 0) is not None and asked == [(4, 5, 1)]
 
 
 def test_the_rank_of_a_turn_is_the_largest_of_its_layers(tmp_path: Path) -> None:
-    space = space_of(tmp_path)
-    ranks = dict(space.initial.spec.ranks)
+    host = host_in(tmp_path)
+    ranks = dict(host.space.initial.spec.ranks)
     first = next(iter(ranks))
-    tensors = {n: (t[:1] if n.endswith("A") else t[:, :1]) if n.startswith(f"{first}.") else t for n, t in space.initial.tensors.items()}
-    fits = space.devices.fit(PLAN, space.initial.replace(tensors, ranks={**ranks, first: 1}), 0)
+    tensors = {
+        n: (t[:1] if n.endswith("A") else t[:, :1]) if n.startswith(f"{first}.") else t for n, t in host.space.initial.tensors.items()
+    }
+    fits = host.devices.fit(PLAN, host.space.initial.replace(tensors, ranks={**ranks, first: 1}), 0)
     assert fits is not None and fits[2].choice.rank == 2
