@@ -27,6 +27,10 @@ class Registry:
         in_folder = {m.name for m in pkgutil.iter_modules(places or []) if not m.name.startswith("_")}
         return tuple(sorted(in_folder | self._registered.keys()))
 
+    def is_own(self, name: str) -> bool:
+        """Whether a name is that of a module of the folder, and not only registered."""
+        return name not in self._registered
+
     def register(self, name: str, kind: type) -> None:
         """Make a class that lies elsewhere, such as in a notebook, known to this process."""
         self._registered[name] = kind

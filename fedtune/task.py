@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fedtune.bounds import require
 from fedtune.errors import ConfigError, DataError
 from fedtune.registry import TASKS
 
@@ -250,10 +251,8 @@ def find(name: str) -> type[Task]:
     Raises:
         ConfigError: There is no such task.
     """
-    try:
-        return TASKS.find(name, Task)
-    except KeyError:
-        raise ConfigError(f"task.kind={name[:60]} is not known: choose one of {', '.join(TASKS.names())}") from None
+    require("task.kind", name, choices=TASKS.names())
+    return TASKS.find(name, Task)
 
 
 def task_of(settings: "TaskConfig") -> Task:

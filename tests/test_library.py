@@ -15,6 +15,7 @@ import fedtune
 from fedtune import AdapterState, Assignment, Config, Plan, Requirements, ServerState, Strategy, Turn, Update, Work
 from fedtune.clients import turns as all_turns
 from fedtune.errors import CheckpointError, ConfigError, Stopped
+from fedtune.registry import Registry
 from tests.tiny import tiny_config
 
 NAMES = [
@@ -100,7 +101,7 @@ class Uniform(Strategy):
 
 @pytest.fixture(autouse=True)
 def no_turns_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(all_turns, "_REGISTERED", {})
+    monkeypatch.setattr(all_turns, "TURNS", Registry("fedtune.clients.turns"))
 
 
 def far(a: AdapterState, b: AdapterState) -> float:

@@ -1,37 +1,29 @@
 """The client half of a method, one paper a file: what its clients do in a turn beside plain training, or instead of it.
 
-A plan names the turn and gives its parameters. `find` looks for a class that was registered under the name, then for the `Turn` subclass in
-the module of that name in this folder. A name from a server leads nowhere else.
+A plan names the turn and gives its parameters: a class that this process has registered, or the `Turn` of the module of that name in this
+folder. A name from a server leads nowhere else.
 """
 
-import importlib
-import importlib.util
-import re
 from collections.abc import Mapping
 
-from fedtune.clients.turns.base import Batch, Stack, Turn, Work
+from fedtune.clients.turns._base import Batch, Stack, Turn, Work
 from fedtune.errors import ConfigError, PlanError
 from fedtune.plan import Plan, Scalar
 from fedtune.reading import read_fields
+from fedtune.registry import Registry
 
-_REGISTERED: dict[str, type[Turn]] = {}
-_NO_TURN = {"base"}
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+TURNS = Registry(__name__)
 
 
 def register(name: str, kind: type[Turn]) -> None:
     """Make a turn that is written elsewhere, such as in a notebook, known to the clients of this process.
 
     Raises:
-        ConfigError: The name is one of fedtune's own turns, or no name.
+        ConfigError: The name is one of fedtune's own turns.
     """
-    if not _NAME.fullmatch(name) or _is_own(name):
-        raise ConfigError(f"a turn cannot be called '{name}': take a name of small letters, digits and _ that fedtune has no turn of")
-    _REGISTERED[name] = kind
-
-
-def _is_own(name: str) -> bool:
-    return bool(_NAME.fullmatch(name)) and name not in _NO_TURN and importlib.util.find_spec(f"{__name__}.{name}") is not None
+    if name in TURNS.names() and TURNS.is_own(name):
+        raise ConfigError(f"a turn cannot be called '{name}', for fedtune has one of that name: give it another")
+    TURNS.register(name, kind)
 
 
 def find(name: str) -> type[Turn]:
@@ -40,14 +32,11 @@ def find(name: str) -> type[Turn]:
     Raises:
         PlanError: This client has no such turn.
     """
-    if name in _REGISTERED:
-        return _REGISTERED[name]
-    if _is_own(name):
-        dotted = f"{__name__}.{name}"
-        module = importlib.import_module(dotted)
-        kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Turn) and k.__module__ == dotted]
-        return kinds[0]
-    raise PlanError(f"the plan asks for the turn '{name[:60]}', which this client does not have: update fedtune on the client")
+    try:
+        return TURNS.find(name, Turn)
+    except KeyError:
+        asked = f"the plan asks for the turn '{name[:60]}'"
+        raise PlanError(f"{asked}, which this client does not have: update fedtune on the client") from None
 
 
 def turn_of(plan: Plan) -> Turn:
@@ -82,4 +71,4 @@ def batch_of(plan: Plan) -> type[Batch] | None:
     return find(plan.turn).batch
 
 
-__all__ = ["Batch", "Stack", "Turn", "Work", "batch_of", "check_private", "find", "make", "register", "turn_of"]
+__all__ = ["TURNS", "Batch", "Stack", "Turn", "Work", "batch_of", "check_private", "find", "make", "register", "turn_of"]

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from fedtune.bounds import require
 from fedtune.clients.steps import batches
-from fedtune.clients.turns.base import Turn, Work
+from fedtune.clients.turns._base import Turn, Work
 from fedtune.config import TaskConfig
 from fedtune.data import collate
 from fedtune.errors import ModelError, PlanError, UpdateError

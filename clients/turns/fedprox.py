@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtune.bounds import require
-from fedtune.clients.turns.base import Batch, Stack, Turn, Work, add_gradient
+from fedtune.clients.turns._base import Batch, Stack, Turn, Work, add_gradient
 from fedtune.errors import PlanError
 from fedtune.plan import matching
 

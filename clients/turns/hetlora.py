@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtune.bounds import require
-from fedtune.clients.turns.base import Batch, Stack, Turn, Work
+from fedtune.clients.turns._base import Batch, Stack, Turn, Work
 from fedtune.errors import PlanError
 from fedtune.state import AdapterState
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.clients.turns.base import Batch, Turn
+from fedtune.clients.turns._base import Batch, Turn
 
 
 @dataclass(frozen=True, kw_only=True)

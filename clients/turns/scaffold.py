@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.clients.turns.base import Batch, Stack, Turn, Work, add_gradient
+from fedtune.clients.turns._base import Batch, Stack, Turn, Work, add_gradient
 from fedtune.plan import matching
 
 

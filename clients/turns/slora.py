@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.bounds import require
 from fedtune.clients.steps import batches
-from fedtune.clients.turns.base import Turn, Work
+from fedtune.clients.turns._base import Turn, Work
 from fedtune.data import collate
 from fedtune.errors import PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum

@@ -16,13 +16,14 @@ from fedtune.clients.turns.fedprox import FedProx
 from fedtune.config import EvalConfig
 from fedtune.errors import ConfigError, PlanError
 from fedtune.plan import Plan, Scalar
+from fedtune.registry import Registry
 from fedtune.state import AdapterState
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategy import Assignment, ServerState
 from tests.tiny import tiny_config
 
 PLAN = Plan(round=1, client="c0", base_version=0)
-FILES = sorted(p.stem for p in Path(str(turns.__file__)).parent.glob("[a-z]*.py") if p.stem != "base")
+FILES = sorted(p.stem for p in Path(str(turns.__file__)).parent.glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -87,7 +88,8 @@ class Ditto(FedAvg):
 
 @pytest.mark.parametrize("batched", ["none", "2"])
 def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str) -> None:
-    monkeypatch.setitem(turns._REGISTERED, "personal", Personal)
+    monkeypatch.setattr(turns, "TURNS", Registry("fedtune.clients.turns"))
+    turns.register("personal", Personal)
     config = tiny_config(tmp_path, eval=EvalConfig(where="none", clients=-1), rounds=3, strategy={"_target_": f"{__name__}.Ditto"})
     monkeypatch.setattr("fedtune.app.make_strategy", lambda config: Ditto())
     monkeypatch.setattr("fedtune.compose.make_strategy", lambda config: Ditto())
