@@ -1,7 +1,7 @@
 """The values that a setting, a parameter of a turn or a field of a plan may have: one judge for all, and one form of sentence."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 from fedtune.errors import ConfigError
@@ -17,7 +17,7 @@ def require(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
 ) -> None:
     """Check one value. None is a value that was not set, and is allowed; NaN is out of all bounds.
 

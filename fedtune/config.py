@@ -7,7 +7,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,9 @@ def opt(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
-    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = (),
+    choices: Collection[str] = (),
 ) -> Any:
-    """A config field with its help text and the values that it accepts; choices that lie in a folder are found when they are asked for."""
+    """A config field with its help text and the values that it accepts."""
     rules = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=rules)
@@ -105,7 +105,7 @@ class PartitionConfig:
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    kind: str = opt("instruction", "what is learnt and how it is scored", choices=TASKS.names)
+    kind: str = opt("instruction", "what is learnt and how it is scored", choices=TASKS)
     max_length: int = opt(128, "tokens of an example; longer ones are cut", ge=2)
     max_new_tokens: int = opt(24, "instruction: longest generated answer, in tokens", ge=1)
     generate: bool = opt(True, "instruction: score exact match by generation; false reports answer loss only")
@@ -317,14 +317,7 @@ def _check_fields(node: Any, prefix: str) -> None:
             for name, child in value.items():
                 _check_fields(child, f"{key}.{name}.")
         elif rules:
-            limits = {name: bound for name, bound in rules.items() if name not in ("help", "choices")}
-            require(key, value, **limits, choices=_choices(rules))
-
-
-def _choices(rules: Mapping[str, Any]) -> tuple[str, ...]:
-    """The values that a field is restricted to; () where there is no such list."""
-    choices = rules["choices"]
-    return typing.cast(tuple[str, ...], choices() if callable(choices) else choices)
+            require(key, value, **{name: bound for name, bound in rules.items() if name != "help"})
 
 
 def reference() -> list[tuple[str, str, str]]:
@@ -336,7 +329,7 @@ def reference() -> list[tuple[str, str, str]]:
             if dataclasses.is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
             else:
-                choices = _choices(f.metadata)
+                choices = f.metadata["choices"]
                 text = f.metadata["help"] + (f" [{' | '.join(choices)}]" if choices else "")
                 yield prefix + f.name, "none" if value is None else str(value), text
 

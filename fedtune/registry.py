@@ -3,13 +3,14 @@
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Registry:
-    """The classes of one kind.
+class Registry(Collection[str]):
+    """The classes of one kind; as a collection, their names.
 
     Args:
         package: Dotted name of the folder. Modules whose names begin with an underscore are shared code.
@@ -26,6 +27,15 @@ class Registry:
         places = spec.submodule_search_locations if spec else None
         in_folder = {m.name for m in pkgutil.iter_modules(places or []) if not m.name.startswith("_")}
         return tuple(sorted(in_folder | self._registered.keys()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
 
     def is_own(self, name: str) -> bool:
         """Whether a name is that of a module of the folder, and not only registered."""
@@ -52,7 +62,7 @@ class Registry:
         """
         kind = self._registered.get(name) or self._found.get(name)
         if kind is None:
-            if name not in self.names():
+            if name not in self:
                 raise KeyError(name)
             dotted = f"{self._package}.{name}"
             module = importlib.import_module(dotted)

@@ -266,7 +266,12 @@ def task_of(settings: "TaskConfig") -> Task:
 
 def tasks() -> dict[str, type[Task]]:
     """Every task by its name."""
-    return {name: find(name) for name in TASKS.names()}
+    return {name: find(name) for name in TASKS}
+
+
+def tasks_with(**attributes: bool) -> str:
+    """The names of the tasks that have these attributes, for a sentence: "classification or instruction"."""
+    return " or ".join(name for name, task in tasks().items() if all(getattr(task, a) == value for a, value in attributes.items()))
 
 
 def adapter_tasks() -> dict[str, str]:

@@ -255,7 +255,7 @@ def _card(folder: Path) -> dict[str, Any]:
         if (
             isinstance(card["max_new_tokens"], (int, type(None)))
             and isinstance(card["prompt"], (str, type(None)))
-            and card["task"] in TASKS.names()
+            and card["task"] in TASKS
         ):
             PeftConfig(**card.get("peft", {}))
             return card

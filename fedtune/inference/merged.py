@@ -20,10 +20,10 @@ from fedtune.models.backbone import load_backbone
 from fedtune.models.checkpoint import find_folder, fingerprint, read_config, stored_tensors
 from fedtune.models.edits import edits_of
 from fedtune.models.methods import Edit, method
+from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.state import AdapterState
-from fedtune.task import task_of
 
 __all__ = ["Merged", "read_merged"]
 

@@ -21,7 +21,7 @@ from fedtune.models.lazy import lazy_tensors
 from fedtune.models.quiet import quiet
 from fedtune.models.tokens import check_context, load_tokenizer, set_tokens
 from fedtune.seeds import derive_seed
-from fedtune.task import task_of, tasks
+from fedtune.task import task_of, tasks_with
 
 __all__ = [
     "Backbone", "build_config", "draw", "dropout_rates", "empty_model", "fingerprint", "full_tensors", "head_names", "load_backbone",
@@ -129,12 +129,11 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
         if "model type" in str(bad) or isinstance(bad, KeyError):
             raise ModelError(f"{folder} is of the architecture '{kind}', which this version of transformers does not know") from None
         raise ModelError(f"{folder / 'config.json'} is not a valid '{kind}' config: {first_line(bad)}") from None
+    heads = tasks_with(head=True)
     if is_seq2seq(out) and kind != "t5":
-        raise ModelError(
-            f"{folder} is an encoder-decoder ('{kind}'): of these T5 is supported, and decoders, and encoders for {_names(head=True)}"
-        )
+        raise ModelError(f"{folder} is an encoder-decoder ('{kind}'): of these T5 is supported, and decoders, and encoders for {heads}")
     if is_seq2seq(out) and not wanted.encoder_decoder:
-        others = _names(encoder_decoder=True)
+        others = tasks_with(encoder_decoder=True)
         raise ModelError(f"'{kind}' is an encoder-decoder and cannot do task.kind={task.kind}: take {others}, or a decoder")
     if not config.dropout:
         for name in dropout_rates(out):
@@ -145,13 +144,8 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
         raise ModelError(f"the architecture '{kind}' has no model for task.kind={task.kind} in transformers")
     # transformers offers encoders as causal LMs too (BertLMHeadModel), which makes sense only with is_decoder
     if not wanted.head and type(out) in AutoModelForMaskedLM._model_mapping and not getattr(out, "is_decoder", False):
-        raise ModelError(f"'{kind}' is an encoder and cannot do task.kind={task.kind}: take task.kind={_names(head=True)}, or a decoder")
+        raise ModelError(f"'{kind}' is an encoder and cannot do task.kind={task.kind}: take task.kind={heads}, or a decoder")
     return out
-
-
-def _names(**attributes: bool) -> str:
-    """The names of the tasks that have these attributes, for a sentence."""
-    return " or ".join(name for name, task in tasks().items() if all(getattr(task, a) == value for a, value in attributes.items()))
 
 
 def is_seq2seq(hf_config: Any) -> bool:
