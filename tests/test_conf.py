@@ -135,7 +135,7 @@ def test_each_peft_method_has_a_rate_of_its_own(method: str) -> None:
     text = (CONF / "peft" / f"{method}.yaml").read_text(encoding="utf-8")
     found = re.search(r"^lr_ratio: (\S+) +# (.*)$", text, re.M)
     assert found, "each method says how its learning rate compares with LoRA's"
-    assert "seeds 0 and 1" in found[2] or "not measured" in found[2]
+    assert "docs/log.md" in found[2] or "not measured" in found[2]
     scenarios = {"heterogeneous": 8e-3, "dolly": 1e-2, "shakespeare": 2e-2, "base": 1e-3}
     for conf, lora in scenarios.items():
         config = one(f"conf={conf}", f"peft={method}")
@@ -145,7 +145,7 @@ def test_each_peft_method_has_a_rate_of_its_own(method: str) -> None:
 
 
 def test_prompts_do_not_train_at_loras_rate() -> None:
-    assert one("strategy=fedpeptao", "peft=ptuning_v2", "rounds=30").client.lr > 0.1  # at LoRA's 8e-3 they end at exact match 0
+    assert one("strategy=fedpeptao", "peft=ptuning_v2", "rounds=30").client.lr > 0.05  # at LoRA's 8e-3 they end at exact match 0
     assert one("peft=full").client.lr < 8e-3
 
 

@@ -9,13 +9,14 @@ import ssl
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from flwr.supercore.primitives.asymmetric import sign_message, uses_nist_ec_curve, verify_signature
 
-from fedtune import keys
+from fedtune import files, keys
 from fedtune.cli import main
 from fedtune.errors import ConfigError
 from fedtune.keys import add_clients, check_private, make_keys, read_allowed, remove_clients, renew_server, rotate_clients
@@ -91,15 +92,21 @@ def test_modes_and_private_keys(made: Path) -> None:
 def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.umask(0)  # nothing that the process is started with may open a key
     opened: dict[str, int] = {}
-    real = os.fdopen
-    monkeypatch.setattr(
-        keys.os, "fdopen", lambda fd, how: opened.update({os.readlink(f"/proc/self/fd/{fd}"): os.fstat(fd).st_mode}) or real(fd, how)
-    )
+    real = os.open
+
+    def opening(path: Path, flags: int, *mode: int, **how: Any) -> int:
+        handle = real(path, flags, *mode, **how)
+        if flags & os.O_CREAT:
+            opened[str(path)] = os.fstat(handle).st_mode
+        return handle
+
+    monkeypatch.setattr(files.os, "open", opening)
     try:
         make_keys(tmp_path / "keys", ["h"], ["a"])
     finally:
         os.umask(before)
-    assert len(opened) == 8 and {stat.S_IMODE(mode) for mode in opened.values()} == {0o600}
+    modes = {Path(path).name: stat.S_IMODE(mode) for path, mode in opened.items()}
+    assert len(opened) == 8 and set(modes.values()) == {0o600}, modes
 
 
 def test_flower_takes_the_node_keys(made: Path) -> None:

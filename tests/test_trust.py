@@ -144,7 +144,8 @@ def test_a_service_that_starts_again_keeps_what_its_command_line_allows(tmp_path
 def test_only_these_files_make_a_config_from_a_file_or_a_message() -> None:
     readers = {
         "fedtune/run_config.py",  # a run directory: without trust
-        "clients/workspace.py",  # what this process's own config was turned into, for its workers
+        "clients/workspace.py",  # what this process's own config was turned into, for its workers,
+        "simulations/ray.py",  # and for Ray's
         "clients/deployed.py",  # a server's hello: refused where it asks for trust
     }
     root = Path(__file__).parents[1]

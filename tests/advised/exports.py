@@ -37,9 +37,9 @@ def export(place: Place, source: Path, *flags: str) -> str:
 
 command("no quantised one to go back to: leave out --requantize", EXPORT + "--requantize", ready=lora)
 command("is of use only where weights are quantised: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
-command("is a classifier, which generates no text: export it with --to hf", EXPORT + "--to edge", ready=run_with(task=CLASSES))
+command("which generates no text: export it with --to hf", EXPORT + "--to edge", ready=run_with(task=CLASSES))
 command("can stay separate: leave out --separate", EXPORT + "--to edge --separate", ready=run_with("prompt"))
-command("which is no change of weights: use --to hf", EXPORT + "--to edge", ready=run_with("adapter"))
+command("the engine cannot run peft.method=", EXPORT + "--to edge", ready=run_with("adapter"))
 
 
 @follows("belongs to the backbone {}, but {} is {}: give it the checkpoint that it was trained on")
