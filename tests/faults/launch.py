@@ -49,14 +49,13 @@ class Points:
 
 
 def server(points: Points) -> None:
-    from fedtune import bridge
+    from fedtune import bridge, files
     from fedtune.network import link
     from fedtune.network.grid import LinkGrid
-    from fedtune.runs import directory as run
     from fedtune.strategies.fedavg import FedAvg
 
     fork_from(link)
-    sample, push, aggregate, rename = bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, os.rename
+    sample, push, aggregate, rename = bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, os.replace
 
     def sampling(self: Any, here: Any, round: int) -> Any:
         points.at("idle", round)
@@ -85,7 +84,7 @@ def server(points: Points) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
         rename(old, new, **how)
 
-    bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, run.os.rename = sampling, pushing, aggregating, renaming  # type: ignore[method-assign]
+    bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, files.os.replace = sampling, pushing, aggregating, renaming  # type: ignore[method-assign]
 
 
 def client(points: Points) -> None:
