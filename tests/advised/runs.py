@@ -309,7 +309,7 @@ def _unusable(*_: Any, **__: Any) -> None:
 @follows("the run ended in its {} stage, with no {} adapter yet: resume={} rounds=N", slow=True)
 def _(place: Place) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedtune.bridge.read_update", _unusable)
+        patch.setattr("fedtune.round.read_update", _unusable)
         said = simulate(place, "strategy=slora", "rounds=1")
     yield said
     yield place.run("fedtune.sim", setting_of(said), setting_of(said, "rounds").replace("N", "4"))
