@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import http.client
 import json
 import re
 import time
@@ -200,8 +201,10 @@ def _(place: Place) -> Iterator[str]:
             with server.raw() as line:
                 for part in parts:
                     line.sendall(part)
-                answer = line.recv(1 << 16).decode()
-            yield "" if " 200 " in answer else answer
+                answer = http.client.HTTPResponse(line)  # head and body come in packets of their own
+                answer.begin()
+                body_of = answer.read().decode()
+            yield "" if answer.status == 200 else body_of
 
 
 @follows("there is no model of that name here: ask for {}")
