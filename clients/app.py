@@ -222,7 +222,7 @@ def prepare(host: ClientHost, message: Message, context: Context) -> Prepared:
     sent_bytes = letter.nbytes
     if letter.encoding:
         letter = dataclasses.replace(letter, adapter=decode_broadcast(letter.encoding, letter.adapter, host.space.initial.tensors))
-    body, start, plan, examples, fitted, private = _fitted(host, client_of(host, context), letter, sent_bytes)
+    body, start, plan, turn, examples, fitted, private = _fitted(host, client_of(host, context), letter, sent_bytes)
     body.rebase(letter.base, letter.shifts, letter.snapshot)
     return Prepared(
         message=message,
@@ -230,7 +230,7 @@ def prepare(host: ClientHost, message: Message, context: Context) -> Prepared:
         body=body,
         start=start,
         sent_bytes=sent_bytes,
-        turn=turn_of(plan),
+        turn=turn,
         extra=letter.extra,
         examples=examples,
         fitted=fitted,
@@ -253,14 +253,15 @@ def weigh(host: ClientHost, message: Message, context: Context) -> None:
 
 def _fitted(
     host: ClientHost, client: str, letter: Letter, sent_bytes: int
-) -> tuple[Body, AdapterState, Plan, Sequence[Example], Fitted | None, Applied | None]:
-    """What a client computes in, what it starts from, the plan and the rows as they fit its device, and what it applies for privacy."""
+) -> tuple[Body, AdapterState, Plan, Turn, Sequence[Example], Fitted | None, Applied | None]:
+    """What a client computes in and starts from; the plan, its turn and the rows as they fit its device; what it applies for privacy."""
     plan = letter.plan
     if plan is None:
         raise PlanError("the message asks to train without a plan: the peers run different versions of fedtune")
     if plan.client != client:
         raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
     agree(plan, host.config)
+    turn = turn_of(plan)
     check_private(plan)
     if host.floor is not None:
         host.floor.check(plan.privacy)
@@ -283,7 +284,7 @@ def _fitted(
         host.floor.check_budget(private)
     if private is not None and (why := cannot_pay(plan, host.ledger(client), private)):
         raise Decline("privacy", why)
-    return body, start, plan, examples, fitted, private
+    return body, start, plan, turn, examples, fitted, private
 
 
 def finish(host: ClientHost, todo: Prepared, trained: AdapterState, turned: Trained) -> Message:

@@ -1,7 +1,7 @@
 """A host: one process, or a part of one, that acts as clients of one experiment.
 
-Whoever starts a process makes its host: the simulation, a Ray worker, a device. All that the clients keep and count is in the host's hands,
-so that two hosts of one process share nothing.
+The simulation, a Ray worker and a device each create a host when they start. A host owns all that its clients keep and count, so that two
+hosts in one process share nothing.
 """
 
 from dataclasses import dataclass

@@ -117,7 +117,7 @@ class Workspace:
 
 
 def load_workspace(config: Config) -> Workspace:
-    """The experiment's workspace, loaded anew, and torch's threads set as the config says."""
+    """Load the experiment's workspace, and set torch's threads as the config says."""
     threads = config.engine.ray_cpus if config.engine.kind == "ray" else config.engine.threads
     if threads:
         torch.set_num_threads(threads)

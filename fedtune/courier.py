@@ -1,4 +1,4 @@
-"""Messages to clients and their replies: sent, waited for, and whoever does not answer is named."""
+"""Sends messages to clients, waits for their replies, and names the clients that do not answer."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from fedtune.wire import OFFER
 
 
 class Watcher(Protocol):
-    """Who is told how the run goes: the terminal, the metrics file, the report."""
+    """Receives the events of a run, for the terminal, the metrics file and the report."""
 
     def client_known(self, client: str, node: int, device_class: str) -> None: ...
     def round_started(self, round: int, rounds: int, cohort: Sequence[str]) -> None: ...
@@ -32,7 +32,7 @@ class Courier:
     Args:
         grid: Flower's grid, or any other of its shape.
         timeout_s: How long a reply may take; None waits.
-        watcher: Who is told.
+        watcher: Receives the events.
     """
 
     grid: Grid
@@ -65,7 +65,7 @@ class Courier:
             turnout: Gets the clients whose reply did not come or holds no result.
             versions: Of the shifts that a client holds once it has answered.
             until: When the replies must be there.
-            unanswered: Is told of a client whose reply may still come, and of the message's id.
+            unanswered: Called with a client whose reply may still come, and the id of the message.
             most: How many bytes a client's reply may take.
         """
         messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
@@ -87,7 +87,7 @@ class Courier:
                     yield client, reply
                     continue
                 if why[0] == "failed":
-                    clients[client].held = ()  # a device that broke may have started anew: then it has nothing any more
+                    clients[client].held = ()  # a device that failed may have restarted, and then holds nothing
             record = turnout.records.setdefault(client, {"round": round, "client": client})
             if reply is not None and (spent := epsilon_of(reply)) is not None:
                 record["epsilon"] = spent

@@ -61,7 +61,7 @@ def write_letters(
     envelopes = Envelopes(round, shifts, broadcaster(config.traffic, first, config.seed, round), snapshot)
     out = {}
     for client, given in sorted(with_codec(config.traffic, assignments).items()):
-        content = envelopes.write(given.adapter, held=held[client], keep=given.plan.keep, plan=given.plan, extra=given.extra)
+        content = envelopes.write(given.adapter, held=held[client], plan=given.plan, extra=given.extra)
         offer = envelopes.offer(content, given.adapter, held[client])
         down = meter(content) + (meter(offer) if offer else 0)
         too_much = "" if limit is None else excess(limit, down, reply_bytes(given))

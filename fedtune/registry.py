@@ -23,10 +23,13 @@ class Registry(Collection[str]):
 
     def names(self) -> tuple[str, ...]:
         """Every name, sorted. Imports none of the modules."""
+        return tuple(sorted(self.own() | self._registered.keys()))
+
+    def own(self) -> set[str]:
+        """Names of the folder's own modules."""
         spec = importlib.util.find_spec(self._package)
         places = spec.submodule_search_locations if spec else None
-        in_folder = {m.name for m in pkgutil.iter_modules(places or []) if not m.name.startswith("_")}
-        return tuple(sorted(in_folder | self._registered.keys()))
+        return {m.name for m in pkgutil.iter_modules(places or []) if not m.name.startswith("_")}
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
@@ -36,10 +39,6 @@ class Registry(Collection[str]):
 
     def __len__(self) -> int:
         return len(self.names())
-
-    def is_own(self, name: str) -> bool:
-        """Whether a name is that of a module of the folder, and not only registered."""
-        return name not in self._registered
 
     def register(self, name: str, kind: type) -> None:
         """Make a class that lies elsewhere, such as in a notebook, known to this process."""

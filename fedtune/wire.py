@@ -117,7 +117,6 @@ class Envelopes:
         adapter: AdapterState,
         *,
         held: Sequence[int],
-        keep: tuple[str, ...] = (),
         plan: Plan | None = None,
         extra: Mapping[str, Tensor] | None = None,
         coming: Plan | None = None,
@@ -127,9 +126,10 @@ class Envelopes:
         A message to train has a `plan`; one to evaluate has the plan that is `coming` next.
         """
         sent, encoding = self._sent(adapter)
-        frame = {"round": self._round, "base": list(self._base), "keep": list(keep), "encoding": encoding}
+        meant = plan or coming
+        frame = {"round": self._round, "base": list(self._base), "keep": list(meant.keep) if meant else [], "encoding": encoding}
         if coming is not None:
-            frame |= {"keep": list(coming.keep), "turn": coming.turn, "params": dict(coming.params)}
+            frame |= {"turn": coming.turn, "params": dict(coming.params)}
         content = RecordDict(
             {"adapter": self._arrays(sent), "spec": _text(adapter.spec.to_json()), "frame": _text(json.dumps(frame))}  # type: ignore[arg-type]
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedtune.errors import UpdateError, UpdateMismatch
 from fedtune.plan import Update
 from fedtune.state import AdapterState
-from fedtune.strategies._mean import Mean
+from fedtune.strategies._mean import doubles
 from fedtune.strategy import ServerState
 
 _EXAMPLES = "num-examples"  # the key under which Flower's classes look for weights
@@ -67,18 +67,6 @@ def aggregated(by: flower.FedAvg, round: int, replies: Sequence[Message], like: 
     if record is None:
         return None
     return like.replace({n: torch.from_numpy(np.array(record[n].numpy())).to(t.dtype) for n, t in like.tensors.items()})
-
-
-def mean_of(updates: Iterable[Update], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Σ p_k w_k with p_k = n_k / Σ n, with the dtypes of `like`, folded one update at a time."""
-    mean = Mean()
-    for update in updates:
-        mean.add(update.adapter.tensors, update.examples)
-    return mean.of(like)
-
-
-def doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.double() for n, t in tensors.items()}
 
 
 def remembered(memory: Mapping[str, Tensor], what: str, names: Iterable[str]) -> dict[str, NDArray] | None:

@@ -33,6 +33,18 @@ class Mean:
         return {n: (self._total[n] / self.weight).to(t.dtype) for n, t in like.items() if n in self._total}
 
 
+def mean_of(updates: Iterable[Update], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Σ p_k w_k with p_k = n_k / Σ n, with the dtypes of `like`, folded one update at a time."""
+    mean = Mean()
+    for update in updates:
+        mean.add(update.adapter.tensors, update.examples)
+    return mean.of(like)
+
+
+def doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.double() for n, t in tensors.items()}
+
+
 class MeanStrategy(Strategy):
     """A strategy that needs only the weighted mean of the updates, with p_k = n_k / Σ n: it defines `aggregate_mean`."""
 
@@ -40,7 +52,4 @@ class MeanStrategy(Strategy):
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState: ...
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        mean = Mean()
-        for update in updates:
-            mean.add(update.adapter.tensors, update.examples)
-        return self.aggregate_mean(round, state, mean.of({n: t.double() for n, t in state.adapter.tensors.items()}))
+        return self.aggregate_mean(round, state, mean_of(updates, doubles(state.adapter.tensors)))

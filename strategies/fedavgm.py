@@ -17,7 +17,7 @@ from torch import Tensor
 from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.strategies import _flower
-from fedtune.strategies._mean import MeanStrategy
+from fedtune.strategies._mean import MeanStrategy, doubles
 from fedtune.strategy import Requirements, ServerState
 
 
@@ -41,7 +41,7 @@ class FedAvgM(MeanStrategy):
         require("strategy.momentum", self.momentum, ge=0, lt=1)
 
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
-        now = _flower.doubles(state.adapter.tensors)
+        now = doubles(state.adapter.tensors)
         by = flower.FedAvgM(server_learning_rate=self.lr, server_momentum=self.momentum)
         by.current_arrays = _flower.arrays(now)
         before = _flower.remembered(state.memory, "momentum", now)

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from fedtune.config import Config
 from fedtune.plan import Update
-from fedtune.strategies._flower import doubles, measured
-from fedtune.strategies._mean import Mean
+from fedtune.strategies._flower import measured
+from fedtune.strategies._mean import Mean, doubles
 from fedtune.strategies._require import plain_sgd
 from fedtune.strategy import Requirements, ServerState, Strategy
 

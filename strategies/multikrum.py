@@ -13,6 +13,7 @@ from fedtune.config import Config
 from fedtune.plan import Update
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
+from fedtune.strategies._mean import mean_of
 from fedtune.strategies._require import enough_clients
 from fedtune.strategy import Requirements, ServerState, Strategy
 
@@ -46,5 +47,5 @@ class MultiKrum(Strategy):
         cohort = _flower.cohort(state, updates)
         apart = distances([u.adapter for u in cohort], state.adapter)
         chosen = krum(apart, malicious=self.malicious, select=self.select)
-        mean = _flower.mean_of((cohort[i] for i in sorted(chosen)), state.adapter.tensors)
+        mean = mean_of((cohort[i] for i in sorted(chosen)), state.adapter.tensors)
         return dataclasses.replace(state, adapter=state.adapter.replace(mean))

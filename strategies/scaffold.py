@@ -18,8 +18,8 @@ from torch import Tensor
 from fedtune.bounds import require
 from fedtune.config import Config
 from fedtune.plan import Plan, Update
-from fedtune.strategies._flower import doubles, measured
-from fedtune.strategies._mean import Mean
+from fedtune.strategies._flower import measured
+from fedtune.strategies._mean import Mean, doubles
 from fedtune.strategies._require import plain_sgd, whole_updates
 from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 

@@ -21,7 +21,7 @@ def shift(version: int) -> AdapterState:
 def test_a_letter_reads_as_it_was_written() -> None:
     adapter, extra = lora_state(seed=1), {"head.weight": torch.full((4, 7), 0.5)}
     envelopes = Envelopes(4, [shift(1), shift(2), shift(3)])
-    content = envelopes.write(adapter, held=(1, 2), keep=PLAN.keep, plan=PLAN, extra=extra)
+    content = envelopes.write(adapter, held=(1, 2), plan=PLAN, extra=extra)
     assert set(content.array_records) == {"adapter", "extra", "shift-3"}  # of the shifts only the one that is missing
     letter = read_letter(content)
     assert (letter.round, letter.base, letter.keep, letter.plan) == (4, (1, 2, 3), ("*.lora_B",), PLAN)

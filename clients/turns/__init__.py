@@ -21,7 +21,7 @@ def register(name: str, kind: type[Turn]) -> None:
     Raises:
         ConfigError: The name is one of fedtune's own turns.
     """
-    if name in TURNS.names() and TURNS.is_own(name):
+    if name in TURNS.own():
         raise ConfigError(f"a turn cannot be called '{name}', for fedtune has one of that name: give it another")
     TURNS.register(name, kind)
 

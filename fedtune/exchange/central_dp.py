@@ -5,6 +5,7 @@ known to the server, so that no amplification by sampling is claimed: a client p
 not for others.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class CentralDP(Exchange):
         tensors, clip = mean.close()
         after = strategy.aggregate_mean(round, state, tensors)
         kept = {CLIP: torch.tensor(clip if p.adaptive else p.clip, dtype=torch.float64)}
-        return ServerState(adapter=after.adapter, memory=after.memory, exchange=kept, shifts=after.shifts)
+        return dataclasses.replace(after, exchange=kept)
 
     def figures(self, round: int, before: ServerState, after: ServerState) -> Mapping[str, float]:
         """C and z of the round, and the ε of the client that has spent most so far."""

@@ -34,7 +34,7 @@ def ask(host: ClientHost, kind: str, content: RecordDict, client: int = 0) -> Me
 
 def train(host: ClientHost, config: Config, adapter: AdapterState, **changes: object) -> Message:
     plan = dataclasses.replace(base_plan(config, 1, "c0", 0), **changes)  # type: ignore[arg-type]
-    return ask(host, "train", Envelopes(1, ()).write(adapter, held=(), keep=plan.keep, plan=plan))
+    return ask(host, "train", Envelopes(1, ()).write(adapter, held=(), plan=plan))
 
 
 def test_two_hosts_of_one_process_do_not_touch_each_other(tmp_path: Path) -> None:

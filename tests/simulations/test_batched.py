@@ -19,6 +19,7 @@ from fedtune.clients.turns.scaffold import Corrected
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DeviceClass, DevicesConfig, EngineConfig, EvalConfig, PeftConfig, TaskConfig
 from fedtune.errors import CheckpointError, FedtuneError, UpdateError
+from fedtune.plan import Plan
 from fedtune.simulations import batched, stacked
 from fedtune.simulations.batched import Job, train_together
 from fedtune.state import AdapterState
@@ -332,7 +333,8 @@ def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace
 
     flower.identify_process(run_id=1)
     envelopes, groups = Envelopes(1, ()), []
-    contents = [envelopes.write(space.initial, held=(), keep=keep) for keep in ((), (), ("*.lora_B",), ())]
+    plans = [Plan(round=2, client="c0", base_version=1, keep=keep) for keep in ((), (), ("*.lora_B",), ())]
+    contents = [envelopes.write(space.initial, held=(), coming=plan) for plan in plans]
     messages = [Message(content, node, "evaluate") for node, content in enumerate(contents, 1)]
 
     def score(host: ClientHost, asked: Any) -> list[Message]:
