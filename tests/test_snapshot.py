@@ -1,5 +1,6 @@
 """A newcomer's weights are those of a client that was always there, for fewer bytes; a message's size is told before its tensors go."""
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,16 @@ def test_a_device_judges_by_the_announced_size() -> None:
     assert fits.asked == [both_ways]
     with pytest.raises(Decline, match="too much"):
         weigh(small, message, context)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("turn", "params", "sentence"),
+    [("nobody_s", {}, "nobody_s"), ("fedprox", {"nu": 1.0}, "nu"), ("fedprox", {"mu": -1.0}, "mu=-1")],
+)
+def test_a_turn_that_a_client_cannot_take_is_refused_before_tensors_are_sent(turn: str, params: dict[str, float], sentence: str) -> None:
+    plan = dataclasses.replace(base_plan(config(), 8, "c", 7), turn=turn, params=params)
+    envelopes, context = Envelopes(8, SHIFTS), type("Context", (), {"node_config": {"partition-id": 0}})()
+    offer = envelopes.offer(envelopes.write(lora_state(), held=(), plan=plan), lora_state(), ())
+    assert offer is not None
+    with pytest.raises(PlanError, match=sentence):
+        weigh(Space(10**9), Message(offer, 1, OFFER), context)  # type: ignore[arg-type]
