@@ -121,8 +121,9 @@ def test_a_strategy_of_plain_sgd_brings_it(name: str) -> None:
     assert one(f"strategy={name}", "client=default").client.optimizer == "adamw"  # whoever names one decides
 
 
-def test_the_commands_in_the_readme_work() -> None:
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+def test_the_commands_in_readme_and_docs_work() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", "").splitlines()
     commands = [shlex.split(line.partition(" -m fedtune.sim ")[2], comments=True) for line in lines if " -m fedtune.sim " in line]
     assert len(commands) > 5

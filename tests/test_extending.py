@@ -1,4 +1,4 @@
-"""docs/extending.md: its strategy and its scenario, outside the repository, in each command."""
+"""CONTRIBUTING.md, "A strategy": its strategy and its scenario, outside the repository, in each command."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,8 @@ from fedtune.strategy import Requirements, ServerState, Strategy
 from tests.network.loopback import free_port
 from tests.strategies.updates import drawn, update
 
-DOC = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOC = PAGE.partition("\n## A strategy\n")[2].partition("\n## ")[0]
 
 
 @pytest.fixture
