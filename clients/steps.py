@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterator
 
-from fedtune.plan import Plan
+from fedtune.contracts.plan import Plan
 
 
 def steps_of(plan: Plan, examples: int) -> int:

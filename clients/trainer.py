@@ -17,15 +17,15 @@ from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.steps import batches, lr_at, steps_of
 from fedtune.clients.turns import Turn, Work, turn_of
 from fedtune.config import TaskConfig
+from fedtune.contracts.plan import Plan, matching
+from fedtune.contracts.task import task_of
 from fedtune.data import Example, collate
 from fedtune.errors import Decline, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.memory import is_out_of_memory
 from fedtune.models.sparse import SparseSlot
-from fedtune.plan import Plan, matching
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied
-from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.privacy.dpsgd import PrivateGradient

@@ -11,11 +11,11 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
-from fedtune.plan import Update
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.config import Config
-from fedtune.plan import Update
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies._flower import measured
 from fedtune.strategies._mean import Mean, doubles
 from fedtune.strategies._require import plain_sgd
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

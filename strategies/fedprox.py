@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
-from fedtune.bounds import require
 from fedtune.config import Config
-from fedtune.plan import Plan, Update
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _LOSS = "start_loss"  # F_k(w): the loss of the model that the client was sent, before it trains
 

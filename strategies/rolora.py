@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Plan
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.strategies._lowrank import require_method
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterState, random_mask
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterState, random_mask
 from fedtune.strategies._lowrank import FACTORS, Pair, require_method, shift
 from fedtune.strategies._mean import Mean
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 QUANTISED = ("nf4", "int8")
 MASKS, MODES = ("random", "gradient"), ("paper", "corrected")

@@ -19,11 +19,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import Config, DeviceClass
+from fedtune.contracts.task import task_of
 from fedtune.models.backbone import build_config, empty_model, head_names, pick_device
 from fedtune.models.checkpoint import find_folder
 from fedtune.models.methods import attach
 from fedtune.models.parts import is_linear
-from fedtune.task import task_of
 
 STATE = 16  # bytes of a trained float32 entry: itself, its gradient, two moments
 QUANTISED = ("nf4", "int8")
@@ -216,14 +216,14 @@ def _dtypes(config: Config) -> dict[str, torch.dtype]:
     """Without the quantised ones where bitsandbytes is not there."""
     out = {"fp32": torch.float32, "bf16": torch.bfloat16}
     with contextlib.suppress(ImportError):
-        from fedtune.models.quantise import compute_dtype  # a second to load, and only some runs need it
+        from fedtune.models.quantize import compute_dtype  # a second to load, and only some runs need it
 
         out |= dict.fromkeys(QUANTISED, compute_dtype(config.model.compute, pick_device(config.model.device)))
     return out
 
 
 def _whole(bare: Any) -> list[str]:
-    """As `fedtune.models.quantise.left_whole` will have it, which says so when such a model is loaded."""
+    """As `fedtune.models.quantize.left_whole` will have it, which says so when such a model is loaded."""
     heads = head_names(bare)
     return [
         n

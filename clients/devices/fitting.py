@@ -25,14 +25,14 @@ from fedtune.clients.store import ClientStore
 from fedtune.clients.trainer import Trained
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, TaskConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, matching
+from fedtune.contracts.privacy_terms import terms
+from fedtune.contracts.task import task_of
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
 from fedtune.models.backbone import pick_device
 from fedtune.models.methods import method
-from fedtune.plan import Plan, matching
-from fedtune.promise import terms
-from fedtune.state import AdapterSpec, AdapterState
-from fedtune.task import task_of
 
 LADDER = ("fp32", "bf16", "int8", "nf4")  # from the finest
 
@@ -318,7 +318,7 @@ def _require(precision: str, config: Config, shapes: Shapes) -> None:
         raise ModelError(f"model.precision={precision} needs bitsandbytes: install it, or take bf16")
     if precision == "nf4" and not shapes.linear.keys() - shapes.whole:
         raise ModelError("model.precision=nf4: no layer of this backbone has rows of a whole number of blocks of 64: take int8 or bf16")
-    from fedtune.models.quantise import require_kernel
+    from fedtune.models.quantize import require_kernel
 
     require_kernel(precision, shapes.compute[precision], pick_device(config.model.device))
 

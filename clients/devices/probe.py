@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.sparse import SparseSlot
-from fedtune.task import task_of
 
 Slot = LiveAdapter | SparseSlot
 

@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from fedtune.bounds import require
 from fedtune.clients.steps import batches
 from fedtune.clients.turns._base import Turn, Work
 from fedtune.config import TaskConfig
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.task import task_of
 from fedtune.data import collate
 from fedtune.errors import ModelError, PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
-from fedtune.seeds import derive_seed
-from fedtune.state import AdapterSpec, AdapterState
-from fedtune.task import task_of
 
 _FLOOR = 1e-5
 STEPS = 50  # of Lanczos

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedtune.config import PartitionConfig
+from fedtune.contracts.seeds import derive_seed
 from fedtune.data.columns import no_clients, no_labels
 from fedtune.errors import DataError
-from fedtune.ids import flaw, shown
-from fedtune.seeds import derive_seed
+from fedtune.storage.ids import flaw, shown
 
 log = logging.getLogger("fedtune.data")
 

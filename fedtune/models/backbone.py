@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from fedtune.config import ModelConfig, TaskConfig
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.task import task_of, tasks_with
 from fedtune.errors import ModelError
 from fedtune.models.checkpoint import digest, find_folder, fingerprint, first_line, read_config, refuse_quantized, stored_tensors
 from fedtune.models.lazy import lazy_tensors
 from fedtune.models.quiet import quiet
 from fedtune.models.tokens import check_context, load_tokenizer, set_tokens
-from fedtune.seeds import derive_seed
-from fedtune.task import task_of, tasks_with
 
 __all__ = [
     "Backbone", "build_config", "draw", "dropout_rates", "empty_model", "fingerprint", "full_tensors", "head_names", "load_backbone",
@@ -226,7 +226,7 @@ def _settings(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 def _quantise() -> ModuleType:
     """Late, because it loads bitsandbytes, which not every run needs and not every machine has."""
     try:
-        return importlib.import_module("fedtune.models.quantise")
+        return importlib.import_module("fedtune.models.quantize")
     except ImportError as bad:
         raise ModelError(f"model.precision=nf4 and int8 need bitsandbytes ({first_line(bad)}): install it, or take bf16") from None
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import Score, task_of
 from fedtune.data.examples import Example, collate, prompts
 from fedtune.models.backbone import is_seq2seq
 from fedtune.models.losses import counted_logits
-from fedtune.task import Score, task_of
 
 
 def evaluate(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> dict[str, float]:

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import ModelConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import ModelError
 from fedtune.models.backbone import build_config, empty_model, full_tensors, load_backbone
 from fedtune.models.checkpoint import find_folder
-from fedtune.state import AdapterState
 
 __all__ = ["factors", "make_up"]
 
@@ -44,7 +44,7 @@ def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_la
     Raises:
         ModelError: As `load_backbone`; the checkpoint names its weights otherwise than the model; no layer that is adapted is quantised.
     """
-    from fedtune.models.quantise import is_quantised, weight_of  # late: it loads bitsandbytes
+    from fedtune.models.quantize import is_quantised, weight_of  # late: it loads bitsandbytes
 
     here = dataclasses.replace(model, device="cpu")
     coarse = load_backbone(here, task, num_labels=num_labels, seed=seed).model

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import ModelError
 from fedtune.models.side import SideBranch
-from fedtune.state import AdapterState
 
 
 class FrozenWeights:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.state import AdapterState
+from fedtune.contracts.adapter_state import AdapterState
 
 __all__ = ["SideBranch"]
 

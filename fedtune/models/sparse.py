@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState, random_mask
 from fedtune.errors import ModelError
 from fedtune.models.adapter import LiveAdapter
-from fedtune.state import AdapterSpec, AdapterState, random_mask
 
 _PREFIX = "base_model.model."
 

@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from flwr.app import Error, Message
 
 from fedtune.errors import NetworkError
-from fedtune.files import write_bytes
 from fedtune.network import APP, fleet
 from fedtune.network import _flwr_client as flwr
 from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognised
 from fedtune.network.pack import is_packed, pack, unpack
-from fedtune.parsing import content_of
+from fedtune.storage.atomic import write_bytes
+from fedtune.storage.parsing import content_of
 
 HEARTBEAT = 10.0  # seconds; a sixth of the lease
 POLL, SLOW_POLL, QUIET = 0.1, 1.0, 60.0  # seconds between two looks; the same once nothing came for QUIET seconds; that

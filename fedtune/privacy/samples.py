@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter
 from fedtune.models.losses import counted_logits
 from fedtune.models.masks import masks_from_shapes
 from fedtune.models.methods import swapped
-from fedtune.task import task_of
 
 Grads = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Way = Callable[[LiveAdapter, Sequence[str], TaskConfig], contextlib.AbstractContextManager[Grads]]

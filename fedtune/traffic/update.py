@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import UpdateMismatch
-from fedtune.state import AdapterState
 from fedtune.traffic.codec import Codec
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from fedtune.config import DataConfig, TaskConfig
-from fedtune.inference.edge import export_edge
+from fedtune.export.edge import export_edge
 from fedtune.inference.generate import generate_text
 from tests.advised.models import lora, run_of
 from tests.advised.operators import package
 from tests.advised.rows import Place, command, follows, raised
 from tests.advised.runs import ended, setting_of
+from tests.export.test_huggingface import ASK as ASKS
+from tests.export.test_huggingface import CAUSAL, CLASSES, make_run
+from tests.export.test_personal import personal_run
 from tests.inference.serve.served import tiny_model
-from tests.inference.test_export import ASK as ASKS
-from tests.inference.test_export import CAUSAL, CLASSES, make_run
-from tests.inference.test_personal import personal_run
 from tests.models.build import checkpoint, hub, llama_config
 
 EXPORT = "fedtune export {run} --out {here}/out "
@@ -107,7 +107,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("so that it gives other tokens when it is read again: export it with --to edge")
 def _(place: Place) -> Iterator[str]:
-    place.patch.setattr("fedtune.inference.export._reads_back", lambda *_: False)
+    place.patch.setattr("fedtune.export.huggingface._reads_back", lambda *_: False)
     run = place.keep("nano words", lambda path: make_run(path / "run", hub(tiny_model(path / "m")), CAUSAL)) / "run"
     yield export(place, run)
     yield export(place, run, "--to", "edge")
@@ -147,8 +147,8 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("without its run nothing says which precision to quantise to: give the run directory", library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    from tests.inference.test_requantise import make_run as quantised_run
-    from tests.models.test_quantise import wide
+    from tests.export.test_requantize import make_run as quantised_run
+    from tests.models.test_quantize import wide
 
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
     run, _ = quantised_run(place.folder / "run", wide(place.folder / "m"))

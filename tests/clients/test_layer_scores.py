@@ -17,11 +17,11 @@ from fedtune.clients.turns import turn_of
 from fedtune.clients.turns.fedpeptao import redundancy
 from fedtune.clients.workspace import Workspace
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
 from fedtune.data import Example
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
 from tests.models.build import ENCODERS, checkpoint, hub
 from tests.tiny import tiny_config
 from tests.working import work, work_in

@@ -10,8 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fedtune.app import simulate
-from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
 from fedtune.clients.host import ClientHost
 from fedtune.clients.steps import batches, steps_of
@@ -20,13 +18,15 @@ from fedtune.clients.trainer import train
 from fedtune.clients.turns import Work
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import ClientConfig, Config, DataConfig, PartitionConfig, check, to_dict
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.wire import Letter
 from fedtune.data import collate
 from fedtune.errors import PlanError, UpdateError
+from fedtune.experiment import simulate
 from fedtune.models import loss_sum
-from fedtune.plan import Plan
-from fedtune.report import read_metrics
-from fedtune.state import AdapterSpec, AdapterState
-from fedtune.wire import Letter
+from fedtune.rounds.bridge import Bridge
+from fedtune.runs.report import read_metrics
 from tests.fakes import bridge as make_bridge
 from tests.tiny import texts, tiny_config
 from tests.working import host_for, work_in
@@ -85,7 +85,7 @@ def federate(config: Config, path: Path) -> tuple[AdapterState, list[int]]:
     made, _ = make_bridge(path, make_client_app(host_for(config, loaded=space)), len(space.client_ids), config, initial=space.initial)
     made = dataclasses.replace(made, evaluate=None)
     assert isinstance(made, Bridge)
-    from fedtune.planning import base_plan
+    from fedtune.rounds.planning import base_plan
 
     return made.loop().adapter, [base_plan(config, r, space.client_ids[0], r - 1).seed for r in range(1, config.rounds + 1)]
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedtune.compose import choices, compose, make_strategy
 from fedtune.config import Config
+from fedtune.config.compose import choices, compose
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.state import AdapterState
-from fedtune.strategy import ServerState, Strategy
+from fedtune.rounds.find_strategy import make_strategy
 from tests.fakes import bridge, fake_client_app, lora_state
 
 NEED_A_MODEL = {"slora": "its first stage trains the backbone's own weights", "fedpeptao": "it scores layers, and its tensors are prompts"}

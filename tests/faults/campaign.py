@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from fedtune.report import read_metrics
+from fedtune.runs.report import read_metrics
 from tests.faults.deployment import ROOT, Deployment, settings, write_rows
 from tests.faults.forking import popen
 from tests.faults.replay import BOUND, counted

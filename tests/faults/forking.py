@@ -94,15 +94,15 @@ def preload() -> None:
     from peft import LoraConfig  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
 
-    import fedtune.app
-    import fedtune.client
+    import fedtune.cli.client
+    import fedtune.cli.server
     import fedtune.clients.deployed
-    import fedtune.network.board
+    import fedtune.experiment
     import fedtune.network.executor
     import fedtune.network.node
+    import fedtune.network.status_server
     import fedtune.network.superlink
     import fedtune.network.worker
-    import fedtune.server
     import fedtune.strategies.fedavg  # noqa: F401
 
 

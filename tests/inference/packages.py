@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import Package
-from fedtune.inference.quantise.rtn import QuantisedLinear, dequantise
+from fedtune.inference.quantize.rtn import QuantisedLinear, dequantise
 from fedtune.models import LiveAdapter
 from fedtune.models.backbone import quiet
 from fedtune.models.checkpoint import NANO
 from fedtune.models.shift import FrozenWeights
-from fedtune.state import AdapterSpec, AdapterState
 from tests.models.build import checkpoint
 
 

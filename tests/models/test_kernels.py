@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-quantise = pytest.importorskip("fedtune.models.quantise", exc_type=ImportError)
+quantise = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
 CPU = torch.device("cpu")
 why_not = quantise._why_not.__wrapped__  # without its cache
 WORKING = [p for p in quantise.KINDS if not why_not(p, torch.float32, CPU)]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.app import simulate
-from fedtune.compose import make_strategy
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, PeftConfig, check
 from fedtune.errors import ConfigError, ModelError
+from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loftq
+from fedtune.rounds.find_strategy import make_strategy
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_quantise import KINDS, LM, cache, linears, logits, off, quantise, quantised, wide  # noqa: F401  cache: a fixture
+from tests.models.test_quantize import KINDS, LM, cache, linears, logits, off, quantise, quantised, wide  # noqa: F401  cache: a fixture
 from tests.tiny import tiny_config
 
 PEFT = PeftConfig(rank=5, alpha=20.0, init="loftq", rank_pattern={"down_proj": 3, "v_proj": 2})

@@ -11,11 +11,11 @@ from opacus import GradSampleModule
 from transformers import Qwen2Config
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.task import IGNORED
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
 from fedtune.privacy import samples
-from fedtune.task import IGNORED
 from tests.models.build import VOCABULARY, checkpoint, hub, llama_config
 
 LM = TaskConfig(kind="causal_lm", max_length=12)

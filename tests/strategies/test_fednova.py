@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import ClientConfig, Config
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError, UpdateError
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fednova import FedNova
-from fedtune.strategy import ServerState, Strategy
 from tests.strategies.updates import close, drawn, plain, update
 
 

@@ -10,12 +10,12 @@ import torch
 from fedtune.clients.trainer import train
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
 from fedtune.strategies import _mean
 from fedtune.strategies.fedprox import FedProx
-from fedtune.strategy import ServerState, Strategy
 from tests.strategies.updates import drawn, plain, update
 from tests.tiny import tiny_config
 from tests.working import work_in

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import METHODS, Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterState
 from fedtune.strategies import _lowrank, flexlora
 from fedtune.strategies.flexlora import FlexLoRA
 from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, still, swapped_when_square

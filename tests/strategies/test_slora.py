@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedtune.app import simulate
-from fedtune.compose import compose, make_strategy
 from fedtune.config import Config, DeviceClass, DevicesConfig, EvalConfig, ModelConfig, PeftConfig
+from fedtune.config.compose import compose
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState, random_mask
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.report import read_metrics
-from fedtune.state import AdapterSpec, AdapterState, random_mask
+from fedtune.experiment import simulate
+from fedtune.rounds.find_strategy import make_strategy
+from fedtune.runs.report import read_metrics
 from fedtune.strategies import slora
 from fedtune.strategies.slora import SLoRA
-from fedtune.strategy import ServerState
 from tests.tiny import tiny_config
 
 

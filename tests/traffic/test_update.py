@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import UpdateMismatch
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.traffic import Codec, decode_update, encode_update
 
 CODECS = ("topk=0.05+fp32", "topk=0.1+int8", "topk=0.2+nf4", "int8", "nf4", "bf16", "fp16", "topk=0.1+int8+stochastic")

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedtune.checkpoint_files import weight_files
 from fedtune.errors import ModelError
 from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.base import Cache, Span
@@ -26,8 +25,9 @@ from fedtune.inference.engine.lora import Lora, make_lora
 from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, read_shape
-from fedtune.parsing import parse_json
-from fedtune.parsing import read_text as text_of
+from fedtune.storage.checkpoint_files import weight_files
+from fedtune.storage.parsing import parse_json
+from fedtune.storage.parsing import read_text as text_of
 
 GROUP = 32  # columns that share a scale where int4 is made here
 FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # dtype in a file → kind that keeps it

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.config.method_files import METHODS
 from fedtune.errors import FedtuneError, ModelError
-from fedtune.method_files import METHODS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 __all__ = ["SLOT", "Attached", "Change", "DecoderShape", "Edit", "Method", "attach", "mergeable", "method", "swapped"]
 
@@ -99,7 +99,7 @@ class Method:
     """What the file of a method offers, under these names. Those with a default may be missing, but for one of `edits` and `beside`.
 
     A file whose method begins otherwise than with peft.init=default too has the constant `inits` besides, a tuple of strings, which
-    `fedtune.method_files` reads.
+    `fedtune.config.method_files` reads.
 
     Args:
         attach: Changes a model in place: (model, peft, task) → `Attached`. The model may lie on the meta device, to learn names and shapes

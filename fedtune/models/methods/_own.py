@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import PeftConfig
+from fedtune.contracts.seeds import derive_seed
 from fedtune.models.methods import swapped
-from fedtune.seeds import derive_seed
 
 
 class Switch:

@@ -17,7 +17,7 @@ from fedtune.models.methods import SLOT, Attached, Change, Edit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 targeted = True
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 inits = ("default", "loftq")
 targeted = True

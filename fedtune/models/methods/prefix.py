@@ -17,7 +17,7 @@ from fedtune.models.methods.prompt import heads_of, refuse_encoder_decoder, requ
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 beside = "its keys and values stand before those of the text"
 

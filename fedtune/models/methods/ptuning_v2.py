@@ -25,16 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.models.methods import Attached, DecoderShape
 from fedtune.models.methods._own import Switch, fill, untouched
 from fedtune.models.methods.prompt import require_room
-from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 beside = "its keys and values stand before those of the text"
 _DECODER, _ENCODER = (r"\.self_attn$", r"rotary_emb$"), (r"\.attention\.self$", "")

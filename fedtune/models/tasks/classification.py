@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedtune.contracts.task import Example, Score
 from fedtune.errors import ModelError
 from fedtune.models.tasks._rows import RowTask
-from fedtune.task import Example, Score
 
 if TYPE_CHECKING:
     import datasets

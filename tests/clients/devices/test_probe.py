@@ -11,9 +11,9 @@ from torch import nn
 from fedtune.clients.devices import probe
 from fedtune.clients.devices.estimate import kept_bytes, shapes_of, weights_bytes
 from fedtune.config import Config, ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.task import IGNORED
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
-from fedtune.task import IGNORED
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, llama_config
 
 WITHIN = 2.0
