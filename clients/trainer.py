@@ -1,6 +1,6 @@
-"""One client's turn: optimise the trainable tensors of a shared frozen backbone on the client's own rows.
+"""One client's turn: optimize the trainable tensors of a shared frozen backbone on the client's own rows.
 
-Nothing is built anew but the optimiser: the model, the adapter slot and the encoded rows outlive the turn.
+Nothing is built anew but the optimizer: the model, the adapter slot and the encoded rows outlive the turn.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Trained:
 
     Args:
         loss: Mean training loss a token (or example) over all steps; None where that would tell of single rows.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         seconds: Wall time.
         peak_mb: Peak of the process's memory, or of the GPU's.
         start_loss: Mean loss over all rows before the first step; None where the plan does not ask for it.

@@ -41,7 +41,7 @@ class Result:
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """One row a round, from 0: what was counted, what travelled, and scores where the round was evaluated."""
+        """One row a round, from 0: what was counted, what traveled, and scores where the round was evaluated."""
         return [row for row in self._metrics() if row.get("client") is None]
 
     @property

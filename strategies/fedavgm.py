@@ -25,7 +25,7 @@ from fedtune.strategies._mean import MeanStrategy, doubles
 class FedAvgM(MeanStrategy):
     """w ← w − η_s·v with v ← βv + (w − w̄); β = 0, η_s = 1 is FedAvg. Memory: `momentum/<tensor>`, v.
 
-    A method that re-factorises the adapter (SVD, fresh A) makes v meaningless: it belongs to the old coordinates.
+    A method that re-factorizes the adapter (SVD, fresh A) makes v meaningless: it belongs to the old coordinates.
 
     Args:
         lr: Server learning rate η_s. In the long run a constant Δ moves w by η_s / (1 − β) times Δ a round.

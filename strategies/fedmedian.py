@@ -1,6 +1,6 @@
 """Coordinate-wise median, by Flower's own class.
 
-Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option I.
+Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Toward Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option I.
 """
 
 import dataclasses

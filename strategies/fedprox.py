@@ -17,7 +17,7 @@ from fedtune.strategies.fedavg import FedAvg
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx(FedAvg):
-    """Clients minimise F_k(w) + μ/2·‖w − w_t‖², over all tensors that they train; the server takes the weighted mean.
+    """Clients minimize F_k(w) + μ/2·‖w − w_t‖², over all tensors that they train; the server takes the weighted mean.
 
     For LoRA the term holds the factors, not their product. `mu` is the one place to set it: a config with another `client.prox` is refused.
 

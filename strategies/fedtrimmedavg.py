@@ -1,6 +1,6 @@
 """Coordinate-wise trimmed mean, by Flower's own class.
 
-Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option II.
+Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Toward Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option II.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ class FedYogi(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← v − (1 − β₂)Δ²·sign(v − Δ²), w ← w + η·m / (√v + τ), with Δ = w̄ − w.
 
     v grows and shrinks by steps of the same size, where Adam's forgets a large Δ² at once. There is no bias correction: from v = 0 the
-    first step is (1 − β₁) / √(1 − β₂) of η. For LoRA all of this is on the factors. A method that re-factorises the adapter must start
+    first step is (1 − β₁) / √(1 − β₂) of η. For LoRA all of this is on the factors. A method that re-factorizes the adapter must start
     the moments anew: they belong to the old coordinates.
 
     Args:

@@ -21,7 +21,7 @@ from fedtune.strategies._require import enough_clients
 class Krum(Strategy):
     """w ← w_k of the client k with the least sum of squared distances to its n − f − 2 closest others.
 
-    On LoRA the distances are those of s·B·A, module by module (heads: of the tensors), so that nobody can hide behind another factorisation
+    On LoRA the distances are those of s·B·A, module by module (heads: of the tensors), so that nobody can hide behind another factorization
     of the same update; that is why Flower's class, which compares the factors, is not used. Holds all models of a round in memory.
 
     Args:

@@ -29,7 +29,7 @@ class QFedAvg(Strategy):
     Args:
         q: q.
         lr: 1 / L, L an estimate of the Lipschitz constant of the gradient. With plain SGD the paper takes the client's learning rate. An
-            adaptive optimiser moves further than rate times gradient, and such an L would all but stop the model.
+            adaptive optimizer moves further than rate times gradient, and such an L would all but stop the model.
     """
 
     q: float = 0.1

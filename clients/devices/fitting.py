@@ -18,7 +18,7 @@ import torch
 
 from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Choice, Correction, Work, choose, choose_rank
-from fedtune.clients.devices.estimate import QUANTISED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
+from fedtune.clients.devices.estimate import QUANTIZED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
 from fedtune.clients.devices.simulate import is_offline, virtual_seconds
 from fedtune.clients.steps import batches, steps_of
 from fedtune.clients.store import ClientStore
@@ -312,7 +312,7 @@ def precisions(config: Config, device: DeviceClass, shapes: Shapes) -> list[str]
 
 def _require(precision: str, config: Config, shapes: Shapes) -> None:
     """Raises ModelError where the backbone cannot be stored so."""
-    if precision not in QUANTISED:
+    if precision not in QUANTIZED:
         return
     if precision not in shapes.compute:
         raise ModelError(f"model.precision={precision} needs bitsandbytes: install it, or take bf16")

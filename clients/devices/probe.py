@@ -17,7 +17,7 @@ Slot = LiveAdapter | SparseSlot
 
 
 def stored_bytes(model: nn.Module, without: Iterable[Tensor]) -> int:
-    """Bytes of all parameters and buffers but these, with the scales and tables of quantised ones."""
+    """Bytes of all parameters and buffers but these, with the scales and tables of quantized ones."""
     seen, total = {t.untyped_storage().data_ptr() for t in without}, 0
     for tensor in (t for p in (*model.parameters(), *model.buffers()) for t in _parts(p)):
         storage = tensor.untyped_storage()

@@ -163,7 +163,7 @@ def hessian_product(loss: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor]
 
 
 def spectrum(times: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Gauss quadrature of a symmetric operator's spectral density, by Lanczos with full re-orthogonalisation.
+    """Gauss quadrature of a symmetric operator's spectral density, by Lanczos with full re-orthogonalization.
 
     Args:
         times: v (P,) → Hv (P,).

@@ -35,7 +35,7 @@ def _run(args: argparse.Namespace) -> str:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fedtune.export.distill import Distillation, distil
+    from fedtune.export.distill import Distillation, distill
     from fedtune.export.huggingface import export_hf
 
     check_seed(args.seed)
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> str:
     console = Console(stderr=True)  # where nobody looks, rich would leave an empty line
     with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bar:
         row = bar.add_task("", total=how.steps, nats=float("nan"))
-        figures = distil(
+        figures = distill(
             model,
             out,
             text=args.text,

@@ -29,11 +29,11 @@ def add(commands: Any) -> None:
         "--out", type=Path, metavar="PATH", help="folder or file to write (default: in the given folder, named by its format)"
     )
     export.add_argument(
-        "--requantize", action="store_true", help="hf: quantise the merged model again, as the run's backbone was, and tell the error"
+        "--requantize", action="store_true", help="hf: quantize the merged model again, as the run's backbone was, and tell the error"
     )
     export.add_argument("--trust-remote-code", action="store_true", help=f"hf: {TRUST}")
     export.add_argument("--quantize", choices=["int8", "int4"], help="edge: keep weights as int8 or int4 (default: as the checkpoint does)")
-    export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: how to quantise (default: rtn)")
+    export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: how to quantize (default: rtn)")
     export.add_argument(
         "--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and the perplexity: a RUN, .txt or .jsonl"
     )

@@ -113,11 +113,11 @@ def _check_loftq(c: Config) -> None:
         raise ConfigError(f"peft.init=loftq starts the two factors of LoRA, not of peft.method={c.peft.method}: take peft={others}")
     if c.model.precision not in ("nf4", "int8"):
         raise ConfigError(
-            f"peft.init=loftq makes up for quantisation, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"
+            f"peft.init=loftq makes up for quantization, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"
         )
     if c.model.compute == "auto":
         raise ConfigError(
-            "peft.init=loftq needs the same quantised weights everywhere, model.compute=auto lets each machine choose: take bf16 or fp32"
+            "peft.init=loftq needs the same quantized weights everywhere, model.compute=auto lets each machine choose: take bf16 or fp32"
         )
     if c.devices.classes:
         raise ConfigError(

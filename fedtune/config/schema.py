@@ -46,7 +46,7 @@ class ModelConfig:
         "fp32", "of the frozen backbone; nf4 (4 bits) and int8: its linear layers, by bitsandbytes", choices=("fp32", "bf16", "nf4", "int8")
     )
     compute: str = opt(
-        "auto", "precision=nf4 or int8: dtype of the products and of what is not quantised; auto: bf16 where the machine multiplies in it",
+        "auto", "precision=nf4 or int8: dtype of the products and of what is not quantized; auto: bf16 where the machine multiplies in it",
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
     checkpointing: bool = opt(False, "compute activations again in the backward pass instead of keeping them: less memory, slower steps")
@@ -98,7 +98,7 @@ class PartitionConfig:
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    kind: str = opt("instruction", "what is learnt and how it is scored", choices=TASKS)
+    kind: str = opt("instruction", "what is learned and how it is scored", choices=TASKS)
     max_length: int = opt(128, "tokens of an example; longer ones are cut", ge=2)
     max_new_tokens: int = opt(24, "instruction: longest generated answer, in tokens", ge=1)
     generate: bool = opt(True, "instruction: score exact match by generation; false reports answer loss only")
@@ -127,11 +127,11 @@ class PeftConfig:
 
 @dataclass(kw_only=True)
 class ClientConfig:
-    steps: int | None = opt(None, "optimiser steps a round; none goes by epochs", ge=1)
+    steps: int | None = opt(None, "optimizer steps a round; none goes by epochs", ge=1)
     epochs: float | None = opt(1.0, "passes over the client's rows a round", gt=0)
     batch_size: int = opt(16, "examples of one micro-batch", ge=1)
-    accumulate: int = opt(1, "micro-batches of one optimiser step", ge=1)
-    optimizer: str = opt("adamw", "local optimiser, fresh each round", choices=("adamw", "sgd"))
+    accumulate: int = opt(1, "micro-batches of one optimizer step", ge=1)
+    optimizer: str = opt("adamw", "local optimizer, fresh each round", choices=("adamw", "sgd"))
     lora_lr: float = opt(1e-3, "peak learning rate that suits LoRA on this backbone and this task", gt=0)
     lr: float = opt(1e-3, "peak learning rate; where none is given, client.lora_lr times peft.lr_ratio", gt=0)
     lr_end: float = opt(0.1, "last learning rate as a share of the peak", ge=0, le=1)

@@ -11,13 +11,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 
 class Meter:
-    """Bytes of contents as Flower serialises them for the network; a record that many contents share is serialised once."""
+    """Bytes of contents as Flower serializes them for the network; a record that many contents share is serialized once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], tuple[object, int]] = {}  # the record is kept, so that its id stays its own
 
     def __call__(self, content: RecordDict) -> int:
-        return sum(self._size(name, record) for name, record in content.items())  # items are serialised one after the other
+        return sum(self._size(name, record) for name, record in content.items())  # items are serialized one after the other
 
     def _size(self, name: str, record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
         key = name, id(record)

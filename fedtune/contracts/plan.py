@@ -57,14 +57,14 @@ class Plan:
             sent or as drawn from the run's seed), and keeps them for its next.
         rank: LoRA rank that the client's device asks for; None is the config's. A strategy that can mix ranks heeds it.
         measure: What to measure beside the usual: `start_loss`, the mean loss over the client's rows before the first step.
-        steps: Optimiser steps; None goes by `epochs`.
+        steps: Optimizer steps; None goes by `epochs`.
         epochs: Passes over the client's rows.
         batch_size: Examples of one micro-batch.
-        accumulate: Micro-batches of one optimiser step.
-        optimizer: Local optimiser, fresh each round: AdamW, or plain SGD.
+        accumulate: Micro-batches of one optimizer step.
+        optimizer: Local optimizer, fresh each round: AdamW, or plain SGD.
         lr: Learning rate of the first step ...
         lr_last: ... and of the last; between them it is linear. The schedule over rounds is the server's.
-        weight_decay: Decoupled weight decay (both optimisers).
+        weight_decay: Decoupled weight decay (both optimizers).
         clip_norm: Largest gradient norm, over all trained tensors; None leaves it.
         codec: How the reply is encoded, such as `topk=0.05+int8`, as the difference from what was sent; "" sends the tensors as they are.
         privacy: What the client does for it: nothing, DP-SGD (`record`), or its own noise on its clipped update (`user`).

@@ -127,7 +127,7 @@ def _beginning(file: Path, encoding: str) -> str:
 def _keys(text: str, kind: str, asked: Collection[str]) -> list[str] | None:
     """The keys of the first objects that together have all the columns asked for; of all objects, where none has one of them."""
     absent = {name for name in asked if json.dumps(name) not in text and json.dumps(name, ensure_ascii=False) not in text}
-    if absent and "\\u" in text:  # it may be spelt by escapes
+    if absent and "\\u" in text:  # it may be spelled by escapes
         return None
     found = dict[str, None]()
     for value in _objects(text, kind):

@@ -205,7 +205,7 @@ def _cut(rows: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
 def by_prior(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Equal sizes; client k draws its classes from q_k ~ Dir(alpha · class prior), without replacement.
 
-    Clients take turns in random order, row by row. A class with no rows left drops out of every q_k, which is renormalised; a client
+    Clients take turns in random order, row by row. A class with no rows left drops out of every q_k, which is renormalized; a client
     none of whose classes is left draws from what there is, in proportion.
 
     Args:

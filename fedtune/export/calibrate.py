@@ -23,7 +23,7 @@ LENGTH, COUNT, HELD = 256, 128, 1 / 8  # tokens a sequence, sequences, share of 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to look at while quantising, and text to measure on that was not looked at.
+    """Text to look at while quantizing, and text to measure on that was not looked at.
 
     Args:
         sequences: Each [n] int64.

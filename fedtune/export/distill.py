@@ -67,7 +67,7 @@ class Distillation:
         require("lr", self.lr, gt=0, lt=1)
 
 
-def distil(
+def distill(
     folder: Path,
     out: Path,
     *,

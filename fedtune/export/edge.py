@@ -20,9 +20,9 @@ from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.text import Text, read_text
 from fedtune.inference.quantize.heap import give_back
-from fedtune.inference.quantize.model import FOLDING, Recipe, quantise_model
+from fedtune.inference.quantize.model import FOLDING, Recipe, quantize_model
 from fedtune.inference.quantize.perplexity import Piece, answers, engine_score, windows
-from fedtune.inference.quantize.rtn import GROUP, QuantisedLinear
+from fedtune.inference.quantize.rtn import GROUP, QuantizedLinear
 from fedtune.models.tokens import load_tokenizer
 
 __all__ = ["export_edge", "told"]
@@ -40,9 +40,9 @@ def export_edge(
     separate: bool = False,
     replace: bool = False,
 ) -> Path:
-    """Merge an adapter into its decoder tensor by tensor, or take a whole model as it is; quantise it, and write the package.
+    """Merge an adapter into its decoder tensor by tensor, or take a whole model as it is; quantize it, and write the package.
 
-    The perplexity before and after quantising is that of text held out from `calibrate`, else of the run's global test where it is here.
+    The perplexity before and after quantizing is that of text held out from `calibrate`, else of the run's global test where it is here.
 
     Args:
         source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a whole model.
@@ -66,7 +66,7 @@ def export_edge(
     check_out(out, replace)
     if not quantize and (method or calibrate):
         raise ConfigError(
-            f"--{'method' if method else 'calibrate'} is of use only where weights are quantised: add --quantize int8 or int4"
+            f"--{'method' if method else 'calibrate'} is of use only where weights are quantized: add --quantize int8 or int4"
         )
     recipe = Recipe(kind=quantize, group=GROUP if quantize == "int4" else 0, method=method or "rtn") if quantize else None  # pyright: ignore
     if recipe and recipe.method != "rtn" and not calibrate:
@@ -91,7 +91,7 @@ def export_edge(
             write_weights(folder, merged, card)
         else:
             before = streamed_score(merged, held, folder) if held else None
-            figures = _write_quantised(folder, merged, recipe, seen, card)
+            figures = _write_quantized(folder, merged, recipe, seen, card)
             if before:
                 give_back()
                 after = engine_score(load_engine(folder, keep=False), held)
@@ -110,8 +110,8 @@ def write_weights(folder: Path, merged: Merged, card: dict[str, Any]) -> None:
     _finish(writer, merged, card, None)
 
 
-def _write_quantised(folder: Path, merged: Merged, recipe: Recipe, seen: Sequence[Tensor], card: dict[str, Any]) -> dict[str, Any]:
-    """Likewise, quantised; returns what the card says of it."""
+def _write_quantized(folder: Path, merged: Merged, recipe: Recipe, seen: Sequence[Tensor], card: dict[str, Any]) -> dict[str, Any]:
+    """Likewise, quantized; returns what the card says of it."""
     writer, _ = _begin(folder, merged, recipe)
     errors = dict[str, float]()
     table = "model.embed_tokens.weight"
@@ -120,8 +120,8 @@ def _write_quantised(folder: Path, merged: Merged, recipe: Recipe, seen: Sequenc
     def read(name: str, first: int, last: int) -> Tensor:
         return merged.tensors[name].rows(first, last, torch.float32)
 
-    for name, made in quantise_model(merged.shape, read, recipe, seen, merged.virtual, folder):
-        if isinstance(made, QuantisedLinear):
+    for name, made in quantize_model(merged.shape, read, recipe, seen, merged.virtual, folder):
+        if isinstance(made, QuantizedLinear):
             errors[name.removesuffix(".weight")] = made.error
             writer.put_linear(name.removesuffix(".weight"), made.tensors)
         else:
@@ -191,7 +191,7 @@ def told(out: Path) -> str:
         sentences.append(f"the adapter lies apart, and the model answers untuned without it: ask with --adapter {apart[0]}")
     if f := card.get("quantised"):
         sentences.append(
-            f"quantised to {f['kind']} by {f['method']}: the weights are off by {f['weights_mean']:.1%} in the mean and"
+            f"quantized to {f['kind']} by {f['method']}: the weights are off by {f['weights_mean']:.1%} in the mean and"
             f" {f['weights_max']:.1%} at most ('{f['worst']}')"
         )
         if p := f.get("perplexity"):
@@ -210,7 +210,7 @@ def _begin(folder: Path, merged: Merged, recipe: Recipe | None) -> tuple[Package
 
 
 def _tensors(merged: Merged, recipe: Recipe | None) -> Mapping[str, MergedTensor]:
-    """The package's: where the head is the embedding table, a quantised package has a quantised copy of it, which every token needs whole;
+    """The package's: where the head is the embedding table, a quantized package has a quantized copy of it, which every token needs whole;
     of the table itself, which stays on the disk, a token needs one row."""
     if recipe and merged.shape.tied:
         return {**merged.tensors, "lm_head.weight": merged.tensors["model.embed_tokens.weight"]}

@@ -1,6 +1,6 @@
 """A run's merged decoder as a GGUF file, for llama.cpp and what is built on it.
 
-Written by the `gguf` library, tensor by tensor. What llama.cpp calls `llama` rotates neighbouring pairs where transformers rotates halves,
+Written by the `gguf` library, tensor by tensor. What llama.cpp calls `llama` rotates neighboring pairs where transformers rotates halves,
 so the rows of its queries and keys change places; `qwen2` and `qwen3` keep them.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["TYPES", "describe_gguf", "export_gguf"]
 TYPES = ("f16", "q8_0", "q4_0")
 _ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _CARD = "fedtune.card"  # the metadata's entry that has the card as JSON
-_ROWS = 1 << 19  # entries that are quantised at once
+_ROWS = 1 << 19  # entries that are quantized at once
 _FLAGGING = re.compile("(?i)(?<=phi)-?(?=3)|(?<=modern)-(?=bert)")  # a name with it has llama.cpp set flags of tokens that may not exist
 
 
@@ -208,7 +208,7 @@ def _tensors(writer: "GGUFWriter", merged: Merged, kind: str) -> None:
 
 
 def _stored(size: tuple[int, ...], kind: "GGMLQuantizationType") -> tuple[tuple[int, ...], type]:
-    """Shape and dtype of a tensor's array: of a quantised one, bytes."""
+    """Shape and dtype of a tensor's array: of a quantized one, bytes."""
     import gguf
 
     plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}

@@ -80,7 +80,7 @@ def _joined(raw: Mapping[str, Any], added: Iterable[AddedToken], scores: Mapping
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault(tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)), rank)
     whole_words = bool(model.get("ignore_merges"))
-    apart = {t.content for t in added if SPACE not in t.content} | {*BYTES}  # cut out of a text beforehand, or never spelt
+    apart = {t.content for t in added if SPACE not in t.content} | {*BYTES}  # cut out of a text beforehand, or never spelled
 
     def by_merges(left: str, right: str) -> float | None:
         return ranks.get((left, right))

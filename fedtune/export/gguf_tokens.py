@@ -1,4 +1,4 @@
-"""A tokenizer.json as the vocabulary of a GGUF file, where llama.cpp has a model of the same behaviour.
+"""A tokenizer.json as the vocabulary of a GGUF file, where llama.cpp has a model of the same behavior.
 
 SentencePiece's BPE (`▁` for a space, bytes as <0xNN>) is llama.cpp's `llama`, which joins the pair whose token has the highest score: what
 the merges say as a rank. Byte-level BPE is its `gpt2`, with one of the ways to split a text that llama.cpp knows by name.
@@ -122,7 +122,7 @@ def _pre(raw: dict[str, Any], folder: Path) -> str:
             found = "smollm"
         elif kinds == ["Split", "ByteLevel"] and not own:
             found = _SPLITS.get(str(steps[0].get("pattern", {}).get("Regex")), "")
-    # llama.cpp takes a whole word that is in the vocabulary before any merge for llama-bpe only. It normalises nothing, Qwen's NFC
+    # llama.cpp takes a whole word that is in the vocabulary before any merge for llama-bpe only. It normalizes nothing, Qwen's NFC
     # neither, which `describe_texts` tells
     fits = bool(raw["model"].get("ignore_merges")) == (found == "llama-bpe") and normal in ([], ["NFC"])
     if not found or not fits:

@@ -17,7 +17,7 @@ from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.export.origin import check_base, read_origin
 from fedtune.export.outline import merged_tensors, read_outline, write_merged
-from fedtune.export.requantize import requantise, said, text_logits
+from fedtune.export.requantize import quantize_again, said, text_logits
 from fedtune.export.whole import in_memory, parted, put_adapter, put_heads, save, why_whole
 from fedtune.models.adapter_folder import BESIDE, StoredAdapter
 from fedtune.models.backbone import load_backbone, quiet
@@ -35,7 +35,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     Sums are taken in float64 and rounded once. Of the few models that cannot be read so, the whole is in memory, in float32; `beside`
     says it, and why.
 
-    An adapter that began as what quantisation took (peft.init=loftq) is merged into the weights that it was trained over, dequantised; any
+    An adapter that began as what quantization took (peft.init=loftq) is merged into the weights that it was trained over, dequantized; any
     other into the checkpoint's own, whatever the run's precision. What no weights can express (prompts, bottlenecks) is written beside
     them. `beside` says so.
 
@@ -44,7 +44,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
             adapter_config.json names the backbone.
         out: The folder to write; made whole or not at all.
         replace: Write over `out` if an export of fedtune is there.
-        requantize: Quantise the merged model again, in the run's precision; the card has the error (see `requantise`).
+        requantize: Quantize the merged model again, in the run's precision; the card has the error (see `quantize_again`).
         trust_remote_code: As in `read_origin`.
 
     Returns:
@@ -53,7 +53,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     Raises:
         CheckpointError: `source` is missing, or is a run that has no adapter yet.
         ModelError: The adapter or the backbone cannot be used, they do not belong together, `out` is taken, or there is no precision to
-            quantise to.
+            quantize to.
     """
     source, out = Path(source), Path(out)
     check_out(out, replace)
@@ -62,7 +62,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         raise ModelError(f"{source} is a whole model already: write it with --to edge or gguf")
     config, adapter, task, model = origin.config, origin.adapter, origin.task, origin.model
     again = _precision(config, adapter, source) if requantize else {}
-    whole = "it is to be quantised again (--requantize)" if requantize else why_whole(origin)
+    whole = "it is to be quantized again (--requantize)" if requantize else why_whole(origin)
     outline = None if whole else read_outline(model, task, **origin.settings)
     if outline and outline.odd:
         whole, outline = outline.odd, None
@@ -73,7 +73,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     if apart and config is None:
         raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, and without its run nothing says how it was set up")
     if apart and requantize:
-        raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, so there is nothing to quantise again")
+        raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, so there is nothing to quantize again")
     before, tensors = None, {}
     if outline:
         heads, state = parted(backbone.model, adapter, task)
@@ -96,7 +96,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         if apart:
             shutil.copytree(apart, temporary / BESIDE)
         if before is not None:
-            card["quantised"] = requantise(backbone, folder=temporary, before=before, **again)
+            card["quantised"] = quantize_again(backbone, folder=temporary, before=before, **again)
         else:
             dtype = torch.float32 if model.init == "random" else stored_dtype(backbone.folder)
             if outline:
@@ -130,7 +130,7 @@ def beside(out: Path) -> str:
     sentences += [card[name] for name in ("note", "whole") if card.get(name)]
     if over := card.get("merged_into"):
         sentences.append(
-            f"the adapter began as what {over['precision']} took from the backbone (peft.init=loftq), so it is merged into the dequantised"
+            f"the adapter began as what {over['precision']} took from the backbone (peft.init=loftq), so it is merged into the dequantized"
             " weights that it was trained over, not into the checkpoint's own"
         )
     if figures := card.get("quantised"):
@@ -147,14 +147,14 @@ def check_out(out: Path, replace: bool = False) -> None:
 
 
 def _precision(config: Config | None, adapter: StoredAdapter, source: Path) -> dict[str, str]:
-    """`precision` and `compute` of the run's quantised backbone."""
+    """`precision` and `compute` of the run's quantized backbone."""
     if adapter.over:
         return dict(adapter.over)
     if config is None:
-        raise ModelError(f"{source}: without its run nothing says which precision to quantise to: give the run directory")
+        raise ModelError(f"{source}: without its run nothing says which precision to quantize to: give the run directory")
     if config.model.precision not in ("nf4", "int8"):
         raise ModelError(
-            f"{source} was trained with model.precision={config.model.precision}, no quantised one to go back to: leave out --requantize"
+            f"{source} was trained with model.precision={config.model.precision}, no quantized one to go back to: leave out --requantize"
         )
     return {"precision": config.model.precision, "compute": config.model.compute}
 

@@ -1,4 +1,4 @@
-"""The perplexity of a merged model before it is quantised, layer after layer in float32: the model is never whole in memory.
+"""The perplexity of a merged model before it is quantized, layer after layer in float32: the model is never whole in memory.
 
 What is scored is what `fedtune.inference.quantize.perplexity` scores.
 """
@@ -27,7 +27,7 @@ def streamed_score(merged: Merged, pieces: Sequence[Piece], scratch: Path | None
     """How well the merged weights foretell the last tokens of each piece, behind the model's virtual tokens.
 
     Args:
-        scratch: As `quantise_model`'s.
+        scratch: As `quantize_model`'s.
     """
 
     def read(name: str, first: int, last: int) -> Tensor:

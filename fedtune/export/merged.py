@@ -131,7 +131,7 @@ def _in_memory(origin: Origin, shape: Shape) -> tuple[str, dict[str, MergedTenso
 
 
 def _virtual(state: "AdapterState", shape: Shape) -> dict[str, Tensor]:
-    """The learnt tokens of a method that has some."""
+    """The learned tokens of a method that has some."""
     how, kind = method(state.spec.method), state.spec.method
     try:
         return how.virtual(state, shape) if how.virtual else {}

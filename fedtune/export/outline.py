@@ -102,7 +102,7 @@ def write_merged(model: PreTrainedModel, tensors: Mapping[str, MergedTensor], dt
     """What `save_pretrained` would write, a tensor at a time.
 
     Args:
-        model: On the meta device; spoilt afterwards.
+        model: On the meta device; spoilt afterward.
         tensors: Its parameters.
         dtype: What they are kept in.
         folder: Exists.

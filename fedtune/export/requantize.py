@@ -1,6 +1,6 @@
-"""Merged weights and quantised ones: what an adapter was trained over, and quantising the merged model again, with the error measured.
+"""Merged weights and quantized ones: what an adapter was trained over, and quantizing the merged model again, with the error measured.
 
-Quantising rounds away what is small beside a weight, which an adapter may be: so the error is told beside what the run itself changed.
+Quantizing rounds away what is small beside a weight, which an adapter may be: so the error is told beside what the run itself changed.
 """
 
 import dataclasses
@@ -18,30 +18,30 @@ from fedtune.errors import ModelError
 from fedtune.models.backbone import Backbone, load_backbone, quiet
 from fedtune.models.checkpoint import first_line
 
-__all__ = ["PROBE", "put_dequantised", "requantise", "said", "text_logits"]
+__all__ = ["PROBE", "put_dequantized", "quantize_again", "said", "text_logits"]
 
 PROBE = "Turn on the light in the kitchen, and then tell me about the small dog that found its way home through the snow."
 
 
-def put_dequantised(model: PreTrainedModel, config: ModelConfig, task: TaskConfig, *, num_labels: int, seed: int) -> None:
-    """Give a float32 model the weights that the layers of its quantised one, as `config` says, stand for; in place.
+def put_dequantized(model: PreTrainedModel, config: ModelConfig, task: TaskConfig, *, num_labels: int, seed: int) -> None:
+    """Give a float32 model the weights that the layers of its quantized one, as `config` says, stand for; in place.
 
     Raises:
         ModelError: As `load_backbone`.
     """
-    from fedtune.models.quantize import is_quantised, weight_of  # late: it loads bitsandbytes
+    from fedtune.models.quantize import is_quantized, weight_of  # late: it loads bitsandbytes
 
     coarse = load_backbone(dataclasses.replace(config, device="cpu"), task, num_labels=num_labels, seed=seed).model
     own = dict(model.named_modules())
     with torch.no_grad():
         for name, layer in coarse.named_modules():
-            if is_quantised(layer):
+            if is_quantized(layer):
                 weight = weight_of(layer)
                 cast(Tensor, own[name].weight).copy_(weight.T if isinstance(own[name], Conv1D) else weight)
 
 
-def requantise(merged: Backbone, precision: str, compute: str, folder: Path, before: Tensor) -> dict[str, Any]:
-    """Write a quantised copy of a merged float32 model that plain transformers opens, and measure that file.
+def quantize_again(merged: Backbone, precision: str, compute: str, folder: Path, before: Tensor) -> dict[str, Any]:
+    """Write a quantized copy of a merged float32 model that plain transformers opens, and measure that file.
 
     Args:
         merged: Adapter and all.
@@ -51,20 +51,20 @@ def requantise(merged: Backbone, precision: str, compute: str, folder: Path, bef
         before: `text_logits` of the checkpoint without the run's adapter, with the head that the run trained.
 
     Returns:
-        precision, compute; ‖Q(W) − W‖ / ‖W‖ (Frobenius) over the quantised layers: `weights_mean`, `weights_max` and its layer `worst`; of
-        the probe's logits, relative to the merged model's: `logits` by quantising, `adapter` by all that the run learnt.
+        precision, compute; ‖Q(W) − W‖ / ‖W‖ (Frobenius) over the quantized layers: `weights_mean`, `weights_max` and its layer `worst`; of
+        the probe's logits, relative to the merged model's: `logits` by quantizing, `adapter` by all that the run learned.
 
     Raises:
-        ModelError: It cannot be quantised, or what was written cannot be opened.
+        ModelError: It cannot be quantized, or what was written cannot be opened.
     """
-    from fedtune.models import quantize as quantise  # late: it loads bitsandbytes
+    from fedtune.models import quantize as quantize  # late: it loads bitsandbytes
 
     model, cpu = merged.model, torch.device("cpu")
-    dtype = quantise.compute_dtype(compute, cpu)
+    dtype = quantize.compute_dtype(compute, cpu)
     try:
         with quiet(), torch.random.fork_rng():
-            made = quantise.quantised(model, quantise.recipe(model, precision, dtype, merged.fingerprint))
-            save_file(quantise.unique_tensors(made), folder / "model.safetensors", metadata={"format": "pt"})
+            made = quantize.quantized(model, quantize.recipe(model, precision, dtype, merged.fingerprint))
+            save_file(quantize.unique_tensors(made), folder / "model.safetensors", metadata={"format": "pt"})
             made.config.architectures = [type(model).__name__]
             made.config.save_pretrained(folder)
             del made
@@ -72,12 +72,12 @@ def requantise(merged: Backbone, precision: str, compute: str, folder: Path, bef
     except (ModelError, OSError):
         raise
     except Exception as bad:  # whatever transformers and bitsandbytes raise
-        raise ModelError(f"the merged model cannot be quantised again: {first_line(bad)}; export it without --requantize") from None
+        raise ModelError(f"the merged model cannot be quantized again: {first_line(bad)}; export it without --requantize") from None
     if lost := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise ModelError(f"the quantised model was written but '{lost[0]}' cannot be read back: export it without --requantize")
+        raise ModelError(f"the quantized model was written but '{lost[0]}' cannot be read back: export it without --requantize")
     own = dict(model.named_modules())
     # before the logits: an evaluation packs 4-bit weights into another layout
-    errors = {n: _off(quantise.weight_of(m).double(), _weight(own[n])) for n, m in opened.named_modules() if quantise.is_quantised(m)}
+    errors = {n: _off(quantize.weight_of(m).double(), _weight(own[n])) for n, m in opened.named_modules() if quantize.is_quantized(m)}
     worst, exact = max(errors, key=lambda n: errors[n]), text_logits(model, merged.tokenizer)
     return {
         "precision": precision,
@@ -92,12 +92,12 @@ def requantise(merged: Backbone, precision: str, compute: str, folder: Path, bef
 
 
 def said(figures: dict[str, Any]) -> str:
-    """The figures of `requantise` as one sentence."""
+    """The figures of `quantize_again` as one sentence."""
     f = figures
-    lost = "; that is no less, so what was learnt may be lost: export without --requantize" if f["logits"] >= f["adapter"] else ""
+    lost = "; that is no less, so what was learned may be lost: export without --requantize" if f["logits"] >= f["adapter"] else ""
     return (
-        f"merged and quantised again to {f['precision']}: the weights are off by {f['weights_mean']:.1%} in the mean and"
-        f" {f['weights_max']:.1%} at most ('{f['worst']}'), the logits of a probe text by {f['logits']:.1%}, where what the run learnt"
+        f"merged and quantized again to {f['precision']}: the weights are off by {f['weights_mean']:.1%} in the mean and"
+        f" {f['weights_max']:.1%} at most ('{f['worst']}'), the logits of a probe text by {f['logits']:.1%}, where what the run learned"
         f" changes them by {f['adapter']:.1%}{lost}"
     )
 

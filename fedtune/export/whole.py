@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fedtune.config import TaskConfig
 from fedtune.errors import ModelError
-from fedtune.export.requantize import put_dequantised
+from fedtune.export.requantize import put_dequantized
 from fedtune.models.adapter_folder import StoredAdapter
 from fedtune.models.backbone import quiet
 from fedtune.models.merge import merge
@@ -28,7 +28,7 @@ def why_whole(origin: "Origin") -> str:
     """Why the backbone's weights are not what lies in the checkpoint; "" where they are."""
     if origin.model.init == "random":
         return "the backbone was drawn at random (model.init=random)"
-    return "the backbone is a quantised one, dequantised (peft.init=loftq)" if origin.adapter.over else ""
+    return "the backbone is a quantized one, dequantized (peft.init=loftq)" if origin.adapter.over else ""
 
 
 def in_memory(why: str) -> str:
@@ -45,7 +45,7 @@ def save(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
 
 
 def put_adapter(model: PreTrainedModel, origin: "Origin") -> None:
-    """Merge the shifts and the adapter, but for its head, into a float32 backbone, in place; where it counts on quantised weights, into
+    """Merge the shifts and the adapter, but for its head, into a float32 backbone, in place; where it counts on quantized weights, into
     those. An adapter that no weights can express is left out: `export_hf` puts it beside the model.
 
     Raises:
@@ -53,7 +53,7 @@ def put_adapter(model: PreTrainedModel, origin: "Origin") -> None:
     """
     adapter, task = origin.adapter, origin.task
     if adapter.over:
-        put_dequantised(model, dataclasses.replace(origin.model, **adapter.over), task, **origin.settings)
+        put_dequantized(model, dataclasses.replace(origin.model, **adapter.over), task, **origin.settings)
     for shift in adapter.shifts:
         merge(model, shift)
     if mergeable(adapter.state.spec.method):

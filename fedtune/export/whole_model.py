@@ -21,7 +21,7 @@ def read_whole(folder: Path) -> tuple[StoredAdapter, dict[str, Any]]:
     """An adapter that changes nothing, and the model's fedtune.json, {} where it has none.
 
     Raises:
-        ModelError: It is an edge package, a classifier or quantised, keeps an adapter beside its weights, or has a damaged card or config.
+        ModelError: It is an edge package, a classifier or quantized, keeps an adapter beside its weights, or has a damaged card or config.
     """
     from fedtune.contracts.adapter_state import AdapterSpec, AdapterState  # late: it loads Flower
 
@@ -30,8 +30,8 @@ def read_whole(folder: Path) -> tuple[StoredAdapter, dict[str, Any]]:
     card = read_card(folder)
     if "peft" in card:
         raise ModelError(f"{folder} keeps its adapter beside its weights: give the run that it was exported from")
-    if quantised := read_config(folder).get("quantization_config"):
-        how = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise ModelError(f"{folder} is quantised already ({how or 'quantization_config'}): give the model from before that")
+    if quantized := read_config(folder).get("quantization_config"):
+        how = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise ModelError(f"{folder} is quantized already ({how or 'quantization_config'}): give the model from before that")
     state = AdapterState({}, AdapterSpec(method="full"))
     return StoredAdapter(state=state, base=str(folder), task_type="CAUSAL_LM"), card

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OWN = "fedtune.safetensors"
 BESIDE = "adapter"  # folder, beside an exported backbone, of an adapter that no weights can express
-OVER = "quantised.json"  # says which quantised weights the adapter counts on
+OVER = "quantised.json"  # says which quantized weights the adapter counts on
 _PREFIX = "base_model.model."
 # Settings that change what a merge has to compute; only these values are plain LoRA
 _PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
@@ -35,7 +35,7 @@ class StoredAdapter:
         heads: Of PEFT's: parameter of the backbone → what replaces it, such as `score.weight`. fedtune's own heads are in the state.
         base: Name or folder of the backbone; "" where the adapter does not say.
         task_type: PEFT's, such as CAUSAL_LM; "" where the adapter does not say.
-        over: `precision` and `compute` of the quantised weights that it counts on (peft.init=loftq); empty where it is for any.
+        over: `precision` and `compute` of the quantized weights that it counts on (peft.init=loftq); empty where it is for any.
     """
 
     state: "AdapterState"
@@ -98,7 +98,7 @@ def _read_peft(folder: Path) -> StoredAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class _Over:
-    """The quantised weights that an adapter was trained over."""
+    """The quantized weights that an adapter was trained over."""
 
     precision: Literal["nf4", "int8"]
     compute: Literal["bf16", "fp32"]

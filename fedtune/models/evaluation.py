@@ -15,7 +15,7 @@ from fedtune.models.losses import counted_logits
 
 
 def evaluate(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> dict[str, float]:
-    """The loss and the task's metrics on these examples; the model's train or eval mode is as before afterwards.
+    """The loss and the task's metrics on these examples; the model's train or eval mode is as before afterward.
 
     Raises:
         DataError: There is nothing to count.

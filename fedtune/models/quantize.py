@@ -1,13 +1,13 @@
-"""Frozen backbones in 4 and 8 bits: NF4 with double quantisation, and LLM.int8, by bitsandbytes, on CPU and CUDA.
+"""Frozen backbones in 4 and 8 bits: NF4 with double quantization, and LLM.int8, by bitsandbytes, on CPU and CUDA.
 
-The checkpoint is read a tensor at a time and quantised as it comes, so that the full-precision model is never in memory, and the result
-is kept on the disk as a pre-quantised checkpoint. The model that is used is always the one opened from there: memory-mapped, so that a
+The checkpoint is read a tensor at a time and quantized as it comes, so that the full-precision model is never in memory, and the result
+is kept on the disk as a pre-quantized checkpoint. The model that is used is always the one opened from there: memory-mapped, so that a
 second start is quick and the processes of one machine share it.
 
-Linear layers are quantised, but for classifier heads and the output layer. Norms and embeddings are stored in the dtype that is computed
+Linear layers are quantized, but for classifier heads and the output layer. Norms and embeddings are stored in the dtype that is computed
 in: they are frozen and compute in float32 inside, so that PEFT's float32 copies of them would only double the activations.
 
-Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314 (NF4, double quantisation); Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.
+Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314 (NF4, double quantization); Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.
 """
 
 import copy
@@ -38,7 +38,7 @@ from fedtune.storage.atomic import new_folder
 from fedtune.storage.parsing import parse_json, read_text
 
 __all__ = [
-    "KINDS", "Recipe", "cache_root", "compute_dtype", "is_quantised", "left_whole", "load_quantised", "quantised", "recipe",
+    "KINDS", "Recipe", "cache_root", "compute_dtype", "is_quantized", "left_whole", "load_quantized", "quantized", "recipe",
     "require_kernel", "unique_tensors", "weight_of",
 ]  # fmt: skip
 
@@ -53,11 +53,11 @@ Check = Callable[[PreTrainedModel, dict[str, Any]], list[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a checkpoint is quantised.
+    """How a checkpoint is quantized.
 
     Args:
         precision: `nf4` or `int8`.
-        compute: What a quantised layer multiplies in, and everything else is stored in.
+        compute: What a quantized layer multiplies in, and everything else is stored in.
         skip: Modules that stay as they are: heads, the output layer.
         base: The checkpoint's fingerprint.
         model: The class of the model and what else tells one from another, such as the number of labels.
@@ -90,7 +90,7 @@ def recipe(bare: PreTrainedModel, precision: str, compute: torch.dtype, base: st
     """That of a checkpoint with the fingerprint `base`, from its model without storage.
 
     Raises:
-        ModelError: Nothing would be quantised.
+        ModelError: Nothing would be quantized.
     """
     output = [n for n, m in bare.named_modules() if m is cast(Any, bare.get_output_embeddings())]
     return Recipe(
@@ -103,7 +103,7 @@ def recipe(bare: PreTrainedModel, precision: str, compute: torch.dtype, base: st
 
 
 def cache_root() -> Path:
-    """The folder of quantised backbones."""
+    """The folder of quantized backbones."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune" / "quantised"
 
 
@@ -127,13 +127,13 @@ def require_kernel(precision: str, compute: torch.dtype, device: torch.device) -
 
 
 def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
-    """Linear layers of the backbone that cannot be quantised rightly, and so stay as they are; says so.
+    """Linear layers of the backbone that cannot be quantized rightly, and so stay as they are; says so.
 
-    bitsandbytes' CPU kernel (0.50) begins a block of 64 with each row, its quantisation does not: where rows are no whole number of blocks,
-    most of the matrix would come back with a neighbour's scale.
+    bitsandbytes' CPU kernel (0.50) begins a block of 64 with each row, its quantization does not: where rows are no whole number of blocks,
+    most of the matrix would come back with a neighbor's scale.
 
     Raises:
-        ModelError: Nothing would be quantised.
+        ModelError: Nothing would be quantized.
     """
     heads = head_names(bare)
     rows = {
@@ -158,7 +158,7 @@ def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
     return [*special, *odd]
 
 
-def load_quantised(
+def load_quantized(
     kind: type[PreTrainedModel],
     hf_config: Any,
     tensors: Callable[[], Mapping[str, Any]],
@@ -166,14 +166,14 @@ def load_quantised(
     recipe: Recipe,
     device: torch.device,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The quantised model, not yet frozen, from the cache; made there where it is missing or damaged.
+    """The quantized model, not yet frozen, from the cache; made there where it is missing or damaged.
 
     Args:
         kind: Class of the model.
         hf_config: Of the model, with the attention that it shall use.
         tensors: The checkpoint's tensors, such as `lazy_tensors` gives; called only where they are needed.
         check: Names of the weights that the checkpoint lacks, or an error where it may not; given the model and the loading info.
-        recipe: How it is quantised.
+        recipe: How it is quantized.
         device: Where it goes.
 
     Returns:
@@ -186,13 +186,13 @@ def load_quantised(
     place, made, fresh = recipe.folder(), None, list[str]()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{place}.lock"):  # of many workers that start at once, one quantises
+        with FileLock(f"{place}.lock"):  # of many workers that start at once, one quantizes
             if (model := _kept(kind, hf_config, recipe, device, place)) is not None:
                 return model[0], check(*model)
             made, fresh = _made(kind, hf_config, tensors(), check, recipe)
             _write(made, place, fresh)
     except OSError as bad:
-        _LOG.warning("no quantised backbone can be kept in %s (%s): it is made anew at each start", place, bad.strerror or bad)
+        _LOG.warning("no quantized backbone can be kept in %s (%s): it is made anew at each start", place, bad.strerror or bad)
         if made is None:
             made, fresh = _made(kind, hf_config, tensors(), check, recipe)
         return cast(PreTrainedModel, nn.Module.to(made, device)), fresh
@@ -201,14 +201,14 @@ def load_quantised(
         model = _read(kind, hf_config, recipe, device, place)
     except Exception as bad:  # some architectures' own code fails on packed weights
         raise ModelError(
-            f"the quantised backbone was written to {place} but cannot be read back ({first_line(bad)}): take model.precision=bf16 or fp32,"
+            f"the quantized backbone was written to {place} but cannot be read back ({first_line(bad)}): take model.precision=bf16 or fp32,"
             " or see the disk"
         ) from None
     return model[0], check(*model)
 
 
-def quantised(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """A quantised copy of a float32 model, on the CPU.
+def quantized(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """A quantized copy of a float32 model, on the CPU.
 
     Raises:
         ModelError: No kernel for the machine.
@@ -219,14 +219,14 @@ def quantised(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     return _made(type(model), hf_config, model.state_dict(), lambda made, info: [], recipe)[0]
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether the module's weight is stored in 4 or 8 bits."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and not weight.is_floating_point()
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight that a quantised layer stands for, (out, in) float32."""
+    """The weight that a quantized layer stands for, (out, in) float32."""
     weight = cast(Any, module.weight)
     if getattr(weight, "quant_state", None) is not None:
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
@@ -289,7 +289,7 @@ def _steady(model: nn.Module) -> None:
 def _made(
     kind: type[PreTrainedModel], hf_config: Any, tensors: Mapping[str, Any], check: Check, recipe: Recipe
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Quantised from the checkpoint's tensors; on the CPU whatever the device, so that every machine has the same values."""
+    """Quantized from the checkpoint's tensors; on the CPU whatever the device, so that every machine has the same values."""
     model, info = cast(Any, kind).from_pretrained(
         None,
         output_loading_info=True,
@@ -313,7 +313,7 @@ def _kept(
     try:
         return _read(kind, hf_config, recipe, device, place)
     except Exception as bad:  # whatever transformers and bitsandbytes make of a damaged file
-        _LOG.warning("the quantised backbone in %s cannot be used (%s): it is made again", place, first_line(bad))
+        _LOG.warning("the quantized backbone in %s cannot be used (%s): it is made again", place, first_line(bad))
         return None
 
 
@@ -332,7 +332,7 @@ def _read(
 
 
 def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a pre-quantised checkpoint of the model holds: tied weights once, under their first name."""
+    """What a pre-quantized checkpoint of the model holds: tied weights once, under their first name."""
     tensors: dict[str, Tensor] = {}
     seen = set[int]()
     for name, tensor in model.state_dict().items():
@@ -343,7 +343,7 @@ def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _write(model: PreTrainedModel, place: Path, fresh: Collection[str]) -> None:
-    """As a pre-quantised checkpoint, without the weights that are drawn afresh; there whole or not at all.
+    """As a pre-quantized checkpoint, without the weights that are drawn afresh; there whole or not at all.
 
     transformers' own saving raises NotImplementedError for such a model once it has been loaded.
     """

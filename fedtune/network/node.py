@@ -22,7 +22,7 @@ from flwr.app import Error, Message
 from fedtune.errors import NetworkError
 from fedtune.network import APP, fleet
 from fedtune.network import _flwr_client as flwr
-from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognised
+from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognized
 from fedtune.network.pack import is_packed, pack, unpack
 from fedtune.storage.atomic import write_bytes
 from fedtune.storage.parsing import content_of
@@ -231,13 +231,13 @@ class Node:
                 raise
             except Trouble as bad:
                 turns += 1
-                if isinstance(bad, Unrecognised) and turns == 1:
+                if isinstance(bad, Unrecognized) and turns == 1:
                     lost = True  # a server that was started anew: nothing to speak of if it takes the node again
                     continue
                 faults += isinstance(bad, Faulty)
                 if node and (faults > FAULTS or (isinstance(bad, Refused) and not lost)):
                     raise Refused(str(bad)) from None
-                lost = lost or isinstance(bad, Unrecognised)
+                lost = lost or isinstance(bad, Unrecognized)
                 self._complain(bad)
                 tries += not isinstance(bad, Occupied)  # a lease ends by itself
                 if self._max_retries is not None and tries > self._max_retries:

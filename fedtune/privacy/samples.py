@@ -4,7 +4,7 @@
             the weight of a layer that is called with the rows in its first dimension (LoRA, heads).
     mapped  torch.func: vmap over the rows of the gradient of the model as a function of the trained tensors (prompts, DoRA, (IA)³,
             adapters, biases, all weights), which the hooks miss or, for prompts, get wrong.
-    looped  One backward pass a row: right for every model, also where vmap does not run, such as prompts over a quantised backbone.
+    looped  One backward pass a row: right for every model, also where vmap does not run, such as prompts over a quantized backbone.
 
 `way_of` takes the first that gives the loop's gradients on three made-up rows: a wrong gradient norm would make the stated ε false. Where
 one row's numbers hang on who else is in the batch, it takes the loop unasked: neighboring data sets would differ in more

@@ -4,7 +4,7 @@ What a client adds to the version that it was sent can be added to a later versi
 
     w_k ← w_t + Δ_k / √(1 + s),   Δ_k = w_k − w_τ,   s = t − τ
 
-The strategy gets that w_k with the weight n_k as any other, so that its mean moves by Σ p_k Δ_k / √(1 + s_k): a server optimiser sees
+The strategy gets that w_k with the weight n_k as any other, so that its mean moves by Σ p_k Δ_k / √(1 + s_k): a server optimizer sees
 FedBuff's step, and an update that is in time (s = 0) is what it was. s counts rounds, also those that did not count.
 
 Source: Nguyen et al. 2022, Federated Learning with Buffered Asynchronous Aggregation, arXiv:2106.06639 (FedBuff, which scales so); Xie,

@@ -4,7 +4,7 @@
     python -m fedtune.simulations.benchmarks.batched --models llama124m --shapes 8x256 --steps 1 --repeats 2 --precisions bf16
     python -m fedtune.simulations.benchmarks.batched --models minilm --shapes 4x32 --precisions fp32 --ray 100
 
-Every side takes the same optimiser steps on the same made-up tokens: a bare loop over clients (transformers' loss, PEFT's LoRA r=8 on all
+Every side takes the same optimizer steps on the same made-up tokens: a bare loop over clients (transformers' loss, PEFT's LoRA r=8 on all
 linear layers, AdamW, clipping), our trainer one client after the other, our stack of C clients, and what `engine.batched=auto` would do: it
 decides before the row is timed, and its column repeats that of the width it chose. The sides run in turn; the table gives the median of
 each side's ratio to the bare loop of the same repeat, and the peak memory of each. Weights are random but for MiniLM (package
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stacks", nargs="+", type=int, default=[1, 4, 8, 16, 32], help="clients trained at once")
     parser.add_argument("--method", default="lora", help="PEFT method (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of all sides, after one that warms up (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 takes all cores")
     parser.add_argument("--logits-gb", type=float, default=2.0, help="most GB of a stack's logits with gradients (default: %(default)s)")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
     python -m fedtune.simulations.benchmarks.client_turn --clients 100 --repeats 5
 
-Both sides train the demo's homes on the nano backbone with one thread: the same rows in the same order, the same optimiser steps, the
+Both sides train the demo's homes on the nano backbone with one thread: the same rows in the same order, the same optimizer steps, the
 same weighted mean. The bare loop has no messages, no checks, no checkpoints, no metrics. The sides run in turn (A B C A B C ...), so that a
 machine whose speed drifts drifts for all; quote the ratio. Memory is the process's high-water mark over one round, in a process of its
 own.
@@ -40,7 +40,7 @@ from fedtune.strategies.fedavg import FedAvg
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=100, help="clients of a round (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each side to time (default: %(default)s)")
     parser.add_argument(
         "--memory", type=int, nargs="*", default=[10, 100, 400], help="cohorts to measure the memory of (default: 10 100 400)"

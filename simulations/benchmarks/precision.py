@@ -5,7 +5,7 @@
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.precision --text --seeds 0 1 --out docs/precision.md
 
 Weights are random, the architecture is Llama's, LoRA r=8 on all linear layers. Each cell is a process of its own; "first load" makes the
-cache of a quantised backbone, "load" is a later start. Peaks are the process's high-water mark of resident memory, of which "libraries" is
+cache of a quantized backbone, "load" is a later start. Peaks are the process's high-water mark of resident memory, of which "libraries" is
 what Python, PyTorch and the rest take before anything is loaded; pages of a mapped file count, though the system may take them back.
 "weights" is the bytes of the backbone's tensors, "activations" of what a forward pass keeps for the backward one. The step of the model
 "tiny" is what the runtime takes whatever the model: the last column is the ratio to fp32 of what each needs above that.

@@ -42,7 +42,7 @@ class Recipe:
         folder: The checkpoint.
         labels: Classes; 0 is a causal LM.
         dtype: Of the backbone.
-        steps: Optimiser steps of a turn.
+        steps: Optimizer steps of a turn.
     """
 
     folder: str
@@ -70,7 +70,7 @@ class Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=100, help="clients of the round (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="rounds of each side (default: %(default)s)")
     args = parser.parse_args()

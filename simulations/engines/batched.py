@@ -57,7 +57,7 @@ def way_of(live: LiveAdapter, task: TaskConfig) -> tuple[Way | None, str]:
 def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: int, way: Way = stacked.installed) -> list[Result]:
     """Each job's trained tensors (all of them, on the CPU) and its turn, in the order of the jobs; or why that job failed.
 
-    Jobs may differ in all but the turn, `plan.train`, optimiser, batch size and accumulation; a client that is done leaves the stack.
+    Jobs may differ in all but the turn, `plan.train`, optimizer, batch size and accumulation; a client that is done leaves the stack.
     """
     reset_peak(live.backbone.device)
     stack = _Stack(live, jobs, task, pad_id)
@@ -185,7 +185,7 @@ class _Stack:
             client.start_loss = loss if client in asked else None
 
     def step(self) -> None:
-        """One optimiser step of every active client; those that are done or broken leave."""
+        """One optimizer step of every active client; those that are done or broken leave."""
         began, clients = time.perf_counter(), [self.clients[i] for i in self.active]
         micro = [[[c.rows[i] for i in next(c.order)] for c in clients] for _ in range(clients[0].plan.accumulate)]
         counts = [sum(self._count(group[k]) for group in micro) for k in range(len(clients))]
@@ -242,7 +242,7 @@ class _Stack:
         return torch.cat([torch.zeros_like(v).flatten(1) if v.grad is None else v.grad.flatten(1) for v in views], 1)
 
     def _update(self, grad: Tensor, clients: list[_Client]) -> Tensor:
-        """The optimiser on all clients at once, each with its own numbers; returns the gradient norms before clipping, (C,)."""
+        """The optimizer on all clients at once, each with its own numbers; returns the gradient norms before clipping, (C,)."""
 
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, device=self.device)[:, None]

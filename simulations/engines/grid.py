@@ -1,4 +1,4 @@
-"""Flower's Grid in one process: virtual nodes run the same ClientApp on the same messages, and nothing is serialised twice.
+"""Flower's Grid in one process: virtual nodes run the same ClientApp on the same messages, and nothing is serialized twice.
 
 A reply is made when it is pulled, so that a cohort of any size needs the memory of one client, or of one batch of clients that train at
 once: the backbone is shared, and the bridge folds each update before it pulls the next.

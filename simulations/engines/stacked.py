@@ -1,7 +1,7 @@
 """LoRA and heads by hand: one flat batch through the frozen backbone, each client's delta one slice of a batched product.
 
-x (C, B·T, in) @ Aᵀ (C, in, r) @ Bᵀ (C, r, out). Rows of different clients never meet in the backbone, so whatever its layers are (quantised
-ones too, whose weights are then dequantised once for all clients), they run as they are.
+x (C, B·T, in) @ Aᵀ (C, in, r) @ Bᵀ (C, r, out). Rows of different clients never meet in the backbone, so whatever its layers are (quantized
+ones too, whose weights are then dequantized once for all clients), they run as they are.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -27,10 +27,10 @@ def why_not(live: LiveAdapter, task: TaskConfig) -> str | None:
     """Why this model cannot be mapped over clients; None where two clients of two ragged rows give what one after the other give."""
     if drawn := shared_dropout(live):
         return drawn
-    if quantised := [
+    if quantized := [
         type(m).__name__ for m in live.model.modules() if any(c.__module__.startswith("bitsandbytes") for c in type(m).__mro__)
     ]:
-        return f"torch.func.vmap does not run through quantised layers ({quantised[0]})"
+        return f"torch.func.vmap does not run through quantized layers ({quantized[0]})"
     crowd = Crowd(generators=[torch.Generator(), torch.Generator()], rows=[2, 2], widths=[4, 4], length=4, training=False)
     crowd.views = {n: torch.stack([p.detach(), p.detach() * 1.25]) for n, p in live.parameters.items()}
     crowd.scaling = {m: torch.full((2,), s, device=live.backbone.device) for m, s in live.spec.scaling.items()}
@@ -125,7 +125,7 @@ def _dropout(crowd: Crowd, p: float) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """As `eval()`, which would repack quantised layers."""
+    """As `eval()`, which would repack quantized layers."""
     rates = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     try:
         for module in rates:

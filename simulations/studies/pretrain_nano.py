@@ -55,7 +55,7 @@ def train_tokenizer(documents: Iterator[str], vocabulary: int) -> PreTrainedToke
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention and tied embeddings, fp32, freshly initialised."""
+    """A Llama with grouped-query attention and tied embeddings, fp32, freshly initialized."""
     pad, bos, eos = (tokenizer.get_vocab()[token] for token in (PAD, BOS, EOS))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -106,7 +106,7 @@ def pretrain(
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
     model.train()
     log: list[tuple[int, float, float]] = []
     start, step, total = time.perf_counter(), 0, 0.0
@@ -116,14 +116,14 @@ def pretrain(
         if done >= 1:
             return log
         scale = min(1.0, (done + 1e-3) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * scale
         ids = next(data)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         step, total = step + 1, total + loss.item()
         if step % every == 0:
             log.append((step, total / every, time.perf_counter() - start))
@@ -158,7 +158,7 @@ def write_log(
         "hidden, feed-forward": f"{shape.hidden_size}, {shape.intermediate_size}",
         "heads": f"{shape.num_attention_heads} over {shape.num_key_value_heads} key/value heads",
         "vocabulary, context": f"{shape.vocab_size}, {CONTEXT} tokens",
-        "optimiser": f"AdamW, peak lr {args.lr}, warm-up {WARM_UP:.0%}, cosine to 1 %",
+        "optimizer": f"AdamW, peak lr {args.lr}, warm-up {WARM_UP:.0%}, cosine to 1 %",
         "batch": f"{args.batch} x {CONTEXT} tokens",
         "steps, tokens": f"{steps}, {steps * args.batch * CONTEXT:,}",
         "seconds": f"{seconds:.0f}",
@@ -176,12 +176,12 @@ def write_log(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train tokeniser and model, write the folder, and say where."""
+    """Train tokenizer and model, write the folder, and say where."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded backbone (a small Llama) on generated text.")
     parser.add_argument("--out", type=Path, default=Path("fedtune/models/nano"), help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of text, initial weights and order (%(default)s)")
     ends = parser.add_mutually_exclusive_group()
-    ends.add_argument("--steps", type=int, default=None, help="optimiser steps; repeatable (default: 2200)")
+    ends.add_argument("--steps", type=int, default=None, help="optimizer steps; repeatable (default: 2200)")
     ends.add_argument("--minutes", type=float, default=None, help="let the clock end the run instead; not repeatable")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, of 256 tokens (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")

@@ -1,4 +1,4 @@
-"""What quantising costs on real text: two pretrained checkpoints, each number format and each method of rounding.
+"""What quantizing costs on real text: two pretrained checkpoints, each number format and each method of rounding.
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.quantize --out docs
 
@@ -28,9 +28,9 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.package import StoredLinear
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.shape import read_shape
-from fedtune.inference.quantize.model import Recipe, quantise_model
+from fedtune.inference.quantize.model import Recipe, quantize_model
 from fedtune.inference.quantize.perplexity import of_engine, windows
-from fedtune.inference.quantize.rtn import QuantisedLinear
+from fedtune.inference.quantize.rtn import QuantizedLinear
 from fedtune.simulations.studies.real import hardware
 
 MODELS = ("stories260k", "babyllama_tok105")
@@ -62,22 +62,22 @@ class Found:
 
 
 def write_package(folder: Path, model: Path, recipe: Recipe, text: Sequence[Tensor]) -> float:
-    """Quantise a Hugging Face folder into an edge package; returns bits a weight of its quantised linears."""
+    """Quantize a Hugging Face folder into an edge package; returns bits a weight of its quantized linears."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     shape, stored = read_shape(config), load_file(model / "model.safetensors")
-    made = dict(quantise_model(shape, lambda name, first, last: stored[name][first:last], recipe, text))
-    quantised = {n.removesuffix(".weight"): q for n, q in made.items() if isinstance(q, QuantisedLinear)}
+    made = dict(quantize_model(shape, lambda name, first, last: stored[name][first:last], recipe, text))
+    quantized = {n.removesuffix(".weight"): q for n, q in made.items() if isinstance(q, QuantizedLinear)}
     plain = {n: t for n, t in made.items() if isinstance(t, Tensor)} | {"model.embed_tokens.weight": stored["model.embed_tokens.weight"]}
-    sizes = {n: (q.tensors["packed"].shape[0], q.columns) for n, q in quantised.items()}
-    linears = {n: StoredLinear(kind=q.kind, group=q.group, shape=sizes[n]) for n, q in quantised.items()}
+    sizes = {n: (q.tensors["packed"].shape[0], q.columns) for n, q in quantized.items()}
+    linears = {n: StoredLinear(kind=q.kind, group=q.group, shape=sizes[n]) for n, q in quantized.items()}
     writer = PackageWriter(folder, {n: (t.dtype, tuple(t.shape)) for n, t in plain.items()}, linears)
     for name, tensor in plain.items():
         writer.put(name, tensor)
-    for name, one in quantised.items():
+    for name, one in quantized.items():
         writer.put_linear(name, one.tensors)
     writer.close({**config, "tie_word_embeddings": False}, {"task": "causal_lm", "prompt": None, "max_new_tokens": None, "base": "study"})
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears.values())
-    return 8 * sum(t.nbytes for q in quantised.values() for t in q.tensors.values()) / weights
+    return 8 * sum(t.nbytes for q in quantized.values() for t in q.tensors.values()) / weights
 
 
 def logs(engine: Engine, held: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="draws of calibration text (default: 0 1)")
     parser.add_argument("--tokens", type=int, default=8192, help="most held-out tokens (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder that study-quantise.md is written to")
+    parser.add_argument("--out", type=Path, help="folder that study-quantize.md is written to")
     args = parser.parse_args()
     data = Path(os.environ.get("FEDTUNE_DATA", "data"))
     parts = []
@@ -148,15 +148,15 @@ def main() -> None:
                 parts.append(f"## {name} on {text}\n\n{size}.\n\n{table(study(model, data / file, args.seeds, args.tokens))}\n")
                 print(parts[-1], flush=True)
     except FedtuneError as bad:
-        sys.exit(f"study_quantise: {bad}")
+        sys.exit(f"study_quantize: {bad}")
     command = "FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.quantize"
     command += f" --seeds {' '.join(map(str, args.seeds))} --tokens {args.tokens} --out docs"
     if args.out:
         about = (__doc__ or "").split("\n\n", 2)[2].strip().replace("\n", " ")
-        head = f"# Quantisation: perplexity and distance from float32\n\n```\n{command}\n```\n\n{about}\n\n"
+        head = f"# Quantization: perplexity and distance from float32\n\n```\n{command}\n```\n\n{about}\n\n"
         head += f"{hardware()}; one calibration draw a seed. Means over the seeds, ± standard deviation.\n\n"
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "study-quantise.md").write_text(head + "\n".join(parts), encoding="utf-8")
+        (args.out / "study-quantize.md").write_text(head + "\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

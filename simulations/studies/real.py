@@ -108,7 +108,7 @@ def read_scores(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
 
 def marks_aside(config: Config, folder: Path) -> dict[str, float]:
     """Nats on the test's words alone: not on the begin and end marks between speeches, which the untuned model never saw so and which are
-    easily learnt."""
+    easily learned."""
     space = workspace(json.dumps(to_dict(config)))  # the run's own, still loaded
     tokenizer = space.backbone.tokenizer
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]

@@ -35,8 +35,8 @@ def export(place: Place, source: Path, *flags: str) -> str:
 
 # -- what cannot be exported so -----------------------------------------------------------------------------------------------------------
 
-command("no quantised one to go back to: leave out --requantize", EXPORT + "--requantize", ready=lora)
-command("is of use only where weights are quantised: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
+command("no quantized one to go back to: leave out --requantize", EXPORT + "--requantize", ready=lora)
+command("is of use only where weights are quantized: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
 command("which generates no text: export it with --to hf", EXPORT + "--to edge", ready=run_with(task=CLASSES))
 command("can stay separate: leave out --separate", EXPORT + "--to edge --separate", ready=run_with("prompt"))
 command("the engine cannot run peft.method=", EXPORT + "--to edge", ready=run_with("adapter"))
@@ -145,13 +145,13 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, adapter, "--to", "edge")
 
 
-@follows("without its run nothing says which precision to quantise to: give the run directory", library="bitsandbytes")
+@follows("without its run nothing says which precision to quantize to: give the run directory", library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    from tests.export.test_requantize import make_run as quantised_run
+    from tests.export.test_requantize import make_run as quantized_run
     from tests.models.test_quantize import wide
 
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
-    run, _ = quantised_run(place.folder / "run", wide(place.folder / "m"))
+    run, _ = quantized_run(place.folder / "run", wide(place.folder / "m"))
     adapter = Path(shutil.copytree(run / "adapter", place.folder / "adapter"))
     yield export(place, adapter, "--requantize")
     yield export(place, run, "--requantize")
@@ -243,7 +243,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, "--to", "edge")
 
 
-@follows("is quantised already ({}): give the model from before that")
+@follows("is quantized already ({}): give the model from before that")
 def _(place: Place) -> Iterator[str]:
     model = Path(shutil.copytree(run_of(place).parent / "m", place.folder / "m"))
     config = json.loads((model / "config.json").read_text())

@@ -87,7 +87,7 @@ SIM = [
     ("truncated weights", lambda p: cut(p / "model/model.safetensors"), [], "model.safetensors"),
     ("a tensor is missing", lambda p: drop_tensor(p / "model"), [], "q_proj"),
     ("pickled weights only", lambda p: to_pickle(p / "model"), [], "safetensors"),
-    ("no tokeniser", lambda p: [(p / "model" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], [], "tokeni"),
+    ("no tokenizer", lambda p: [(p / "model" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], [], "tokeni"),
     ("no data file", lambda p: (p / "rows.jsonl").unlink(), [], "rows.jsonl"),
     ("empty data file", lambda p: (p / "rows.jsonl").write_text(""), [], "rows.jsonl"),
     ("a broken line", lambda p: (p / "rows.jsonl").write_text('{"text": "a", "client": "c"}\n{"text": \n'), [], "line 2"),

@@ -79,7 +79,7 @@ def measure(space: Workspace, examples: Sequence[Example], **changes: Any) -> Ad
 
 
 def by_hand(space: Workspace, rows: Sequence[Example]) -> list[float]:
-    """Each row alone through a fresh model, padded by zeros afterwards; cosines one by one."""
+    """Each row alone through a fresh model, padded by zeros afterward; cosines one by one."""
     model = AutoModel.from_pretrained(space.config.model.name).eval()
     length = max(len(e.input_ids) for e in rows)
     outputs = []

@@ -1,4 +1,4 @@
-"""Micro-batches do not change what is learnt, and running out of memory costs no more than a halved one."""
+"""Micro-batches do not change what is learned, and running out of memory costs no more than a halved one."""
 
 import dataclasses
 from pathlib import Path

@@ -57,7 +57,7 @@ def far(a: AdapterState, b: AdapterState) -> float:
 
 
 def bare_loop(space: Workspace, rounds: int, seeds: list[int], client: ClientConfig) -> dict[str, torch.Tensor]:
-    """Centralised training, written as anybody would: transformers' own loss, PEFT's own model, one optimiser a round."""
+    """Centralized training, written as anybody would: transformers' own loss, PEFT's own model, one optimizer a round."""
     model = AutoModelForCausalLM.from_pretrained(space.config.model.name)
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets)).train()
@@ -90,7 +90,7 @@ def federate(config: Config, path: Path) -> tuple[AdapterState, list[int]]:
     return made.loop().adapter, [base_plan(config, r, space.client_ids[0], r - 1).seed for r in range(1, config.rounds + 1)]
 
 
-def test_one_client_with_all_the_data_is_centralised_training(tmp_path: Path) -> None:
+def test_one_client_with_all_the_data_is_centralized_training(tmp_path: Path) -> None:
     client = ClientConfig(steps=4, epochs=None, batch_size=4, lr=1e-2, schedule="constant", clip_norm=0.5, weight_decay=0.01)
     config = tiny_config(tmp_path, partition=PartitionConfig(kind="iid", clients=1), rounds=3, clients_per_round=1, client=client)
     for rounds in (1, 2, 3):
@@ -183,7 +183,7 @@ def test_the_sum_of_the_rates_follows_the_schedule(
     told = [r["lr_sum"] for r in read_metrics(run) if r["client"] is not None and r["round"] > 0]
     # by hand, two rounds of two steps from .01 down to 0: .01 + .0075 and .005 + .0025
     assert told == pytest.approx([sums[0]] * 4 + [sums[1]] * 4)
-    # what is told is what the optimiser went by: SCAFFOLD, FedNova and the bound on an update's length divide by it
+    # what is told is what the optimizer went by: SCAFFOLD, FedNova and the bound on an update's length divide by it
     assert told == pytest.approx([sum(applied[i : i + 2]) for i in range(0, len(applied), 2)])
 
 

@@ -26,9 +26,9 @@ from tests.fakes import bridge, fake_client_app, lora_state
 NEED_A_MODEL = {"slora": "its first stage trains the backbone's own weights", "fedpeptao": "it scores layers, and its tensors are prompts"}
 NAMES = [n for n in choices("strategy") if n not in NEED_A_MODEL]
 SERVER_STEPS = {  # the new state is not the mean of what came back, and why
-    "fedadam": "normalised steps",
-    "fedyogi": "normalised steps",
-    "fedadagrad": "normalised steps",
+    "fedadam": "normalized steps",
+    "fedyogi": "normalized steps",
+    "fedadagrad": "normalized steps",
     "qfedavg": "steps by the clients' losses",
 }
 NOT_ALONE = {  # needs a cohort

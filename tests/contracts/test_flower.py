@@ -13,7 +13,7 @@ def content() -> RecordDict:
     return RecordDict({"a": ArrayRecord({"w": Array(torch.ones(3, 2))}), "c": ConfigRecord({"json": "{}"}), "m": MetricRecord({"x": 1.5})})
 
 
-def test_metered_bytes_are_those_of_the_serialised_message() -> None:
+def test_metered_bytes_are_those_of_the_serialized_message() -> None:
     meter, shared = flower.Meter(), content()
     assert meter(shared) == meter(shared) == len(recorddict_to_proto(content()).SerializeToString())
 

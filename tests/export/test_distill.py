@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.cli.main import main
 from fedtune.errors import ConfigError, DataError, ModelError
-from fedtune.export.distill import Distillation, acceptance, distil, fewer_layers, pad, read_texts, split, write
+from fedtune.export.distill import Distillation, acceptance, distill, fewer_layers, pad, read_texts, split, write
 from fedtune.models.checkpoint import NANO
 
 QUICK = Distillation(steps=12, batch_size=4, length=16, layers=1)
@@ -99,8 +99,8 @@ def test_a_draft_learns_and_the_same_seed_gives_the_same(tmp_path: Path, on_poli
     )
     how = Distillation(steps=12, batch_size=4, length=16, layers=1, on_policy=on_policy)
     seen: list[tuple[int, float]] = []
-    figures = distil(NANO, tmp_path / "a", text=text if given else None, how=how, tell=lambda step, value: seen.append((step, value)))
-    again = distil(NANO, tmp_path / "b", text=text if given else None, how=how)
+    figures = distill(NANO, tmp_path / "a", text=text if given else None, how=how, tell=lambda step, value: seen.append((step, value)))
+    again = distill(NANO, tmp_path / "b", text=text if given else None, how=how)
     assert figures == again and figures["acceptance"] > figures["acceptance_before"]
     assert [step for step, _ in seen] == list(range(1, 13)) and seen[-1][1] < seen[0][1]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
@@ -140,7 +140,7 @@ def test_a_classifier_drafts_nothing(tmp_path: Path) -> None:
     (tmp_path / "fedtune.json").write_text(json.dumps({"task": "classification", "prompt": None, "max_new_tokens": None}))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="classifier"):
-        distil(tmp_path, tmp_path / "out", how=QUICK)
+        distill(tmp_path, tmp_path / "out", how=QUICK)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

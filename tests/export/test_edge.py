@@ -123,7 +123,7 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
         ([], "merged", ""),
         (["--to", "edge"], "edge", ""),
         (["--to", "edge", "--quantize", "int4", "--method", "gptq", "--calibrate", str(tmp_path / "text.txt")], "edge-int4",
-         "quantised to int4 by gptq: the weights are off by"),
+         "quantized to int4 by gptq: the weights are off by"),
         (["--to", "gguf"], "model-f16.gguf", ""),
     ]:  # fmt: skip
         assert main(["export", str(run), *arguments]) == 0

@@ -1,4 +1,4 @@
-"""Packages of the edge, quantised: how near they are, and what is told of it."""
+"""Packages of the edge, quantized: how near they are, and what is told of it."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from tests.models.build import checkpoint, hub, llama_config
 
 @pytest.mark.parametrize(("quantize", "most"), [("int8", 0.01), ("int4", 0.12)])
 @pytest.mark.parametrize("tie", [True, False])
-def test_quantised_weights_are_near_the_merged_ones(tmp_path: Path, quantize: str, most: float, tie: bool) -> None:
+def test_quantized_weights_are_near_the_merged_ones(tmp_path: Path, quantize: str, most: float, tie: bool) -> None:
     config = llama_config(Qwen3Config, **AWKWARD, tie_word_embeddings=tie)
     run, _ = make_run(tmp_path / "run", hub(save(tmp_path / "m", config)), CAUSAL)
     exact = read_package(export_edge(run, run / "edge"))

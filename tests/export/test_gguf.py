@@ -97,7 +97,7 @@ def transformers_says(folder: Path, ids: list[int], new: int = 0) -> tuple[torch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_llama_cpp_tokenises_and_goes_on_as_transformers(tmp_path: Path, name: str) -> None:
+def test_llama_cpp_tokenizes_and_goes_on_as_transformers(tmp_path: Path, name: str) -> None:
     run, _ = make_run(tmp_path / "run", real(name), CAUSAL, std=0.02)
     merged = export_hf(run, run / "merged")
     with quiet():
@@ -210,7 +210,7 @@ def test_the_file_holds_the_merged_tensors(tmp_path: Path, shape: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("q8_0", 8.5), ("q4_0", 4.5)])
-def test_matrices_are_quantised_where_their_columns_allow(tmp_path: Path, kind: str, bits: float) -> None:
+def test_matrices_are_quantized_where_their_columns_allow(tmp_path: Path, kind: str, bits: float) -> None:
     run, _ = make_run(tmp_path / "run", real("stories260k"), CAUSAL, std=0.02)
     path = export_gguf(run, run / "m.gguf", kind=kind)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}

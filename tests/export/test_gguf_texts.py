@@ -65,7 +65,7 @@ def composed() -> Tokenizer:
 ALL = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
 SPACES = "gets a second one"
 FIRST = "meant for the first text only"
-SPELT = "merges do not make there"
+SPELLED = "merges do not make there"
 NORMALIZED = "changes and adds spaces first"
 ENDS = "ends llama.cpp with an error"
 BYTES = "becomes the tokens of its bytes"
@@ -78,15 +78,15 @@ PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiec
     "added": (lambda: plain("never", "<tool>"), []),
     "added, legacy": (lambda: plain(None, "<tool>", "<|x|>"), ["'<tool>' (2 such) is found", NORMALIZED]),
     "added as it is, legacy": (lambda: plain(None, AddedToken("<tool>", normalized=False)), []),
-    "added spaces": (lambda: plain("never", "▁▁"), ["spells '▁▁' (1 such)", SPELT]),
-    "added spaces, legacy": (lambda: plain(None, AddedToken("▁▁", normalized=False)), ["spells '▁▁' (1 such)", SPELT]),
+    "added spaces": (lambda: plain("never", "▁▁"), ["spells '▁▁' (1 such)", SPELLED]),
+    "added spaces, legacy": (lambda: plain(None, AddedToken("▁▁", normalized=False)), ["spells '▁▁' (1 such)", SPELLED]),
     "added blanks": (lambda: plain("never", "  "), []),
     "added blanks, legacy": (lambda: plain(None, "  "), ["'  ' (1 such) is found", NORMALIZED]),
     "all merges": (lambda: letters(ALL), []),
     "merges that no text lacks": (lambda: letters(ALL[:3]), []),
-    "merges that come too late": (lambda: letters([ALL[1], ALL[0], ALL[2]]), ["spells 'abc' (1 such)", SPELT]),
-    "no merges of some": (lambda: letters(ALL[:1]), ["spells 'bc' (2 such)", SPELT]),
-    "whole words": (lambda: letters(ALL[:1], ignore_merges=True), ["spells 'bc' (2 such)", SPELT]),
+    "merges that come too late": (lambda: letters([ALL[1], ALL[0], ALL[2]]), ["spells 'abc' (1 such)", SPELLED]),
+    "no merges of some": (lambda: letters(ALL[:1]), ["spells 'bc' (2 such)", SPELLED]),
+    "whole words": (lambda: letters(ALL[:1], ignore_merges=True), ["spells 'bc' (2 such)", SPELLED]),
     "whole words by merges": (lambda: letters(ALL, ignore_merges=True), []),
     "bytes that are not used": (lambda: letters(ALL, byte_fallback=False), [BYTES]),
     "no bytes": (lambda: letters(ALL, bytes_=False), [ENDS]),
@@ -167,7 +167,7 @@ def test_of_byte_level_tokenizers_flags_and_composing_are_told(tmp_path: Path, n
 def check(differs: str, told: list[str]) -> None:
     """That every part is there, and the sentence has no others."""
     assert all(part in differs for part in told) and (told or not differs)
-    for other in {SPACES, FIRST, SPELT, NORMALIZED, ENDS, BYTES, "beside", "NFC"}:
+    for other in {SPACES, FIRST, SPELLED, NORMALIZED, ENDS, BYTES, "beside", "NFC"}:
         assert (other in differs) == any(other in part for part in told), other
 
 

@@ -84,7 +84,7 @@ def test_an_adapter_of_the_embedded_backbone_finds_it_on_another_machine(tmp_pat
     torch.testing.assert_close(opened(token_ids()).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
 
 
-def test_patterns_and_rank_stabilised_scaling_of_other_peoples_adapters(tmp_path: Path) -> None:
+def test_patterns_and_rank_stabilized_scaling_of_other_peoples_adapters(tmp_path: Path) -> None:
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)  # PEFT draws the factors
         base = AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path / "m"))
@@ -152,7 +152,7 @@ BAD = {
     "not ended": (lambda r: shutil.rmtree(r / "adapter"), "has no adapter/ yet"),
     "yaml": (lambda r: (r / "config.yaml").write_text("a: [b"), "cannot read .*config.yaml"),
     "yaml kind": (lambda r: (r / "config.yaml").write_text("3"), "cannot use .*config.yaml"),
-    "unknown key": (lambda r: (r / "config.yaml").write_text("colour: red"), "unknown config key colour"),
+    "unknown key": (lambda r: (r / "config.yaml").write_text("color: red"), "unknown config key color"),
     "labels": (lambda r: (r / "partition.json").write_text("[]"), "cannot read .*partition.json"),
     "spec": (lambda r: (r / "adapter/fedtune.safetensors").write_bytes(b"x"), "cannot read the adapter .*fedtune.safetensors"),
     "shift": (lambda r: (r / "adapter/shift-0001.safetensors").write_bytes(b"x"), "cannot read the adapter .*shift-0001"),

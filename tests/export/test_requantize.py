@@ -1,4 +1,4 @@
-"""Exports of adapters that were trained over quantised weights: merged in 16 or 32 bits, or quantised again with the error told."""
+"""Exports of adapters that were trained over quantized weights: merged in 16 or 32 bits, or quantized again with the error told."""
 
 import json
 import math
@@ -21,11 +21,11 @@ from fedtune.inference import generate_text
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import quiet
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantised, logits, off, quantise, random_state, wide  # noqa: F401
+from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized, logits, off, quantize, random_state, wide  # noqa: F401
 
 
 def make_run(folder: Path, model: Path, precision: str = "nf4", task: TaskConfig = LM, **peft: Any) -> tuple[Path, LiveAdapter]:
-    """A run over a quantised backbone as far as the export reads it, and its adapter."""
+    """A run over a quantized backbone as far as the export reads it, and its adapter."""
     chosen = PeftConfig(**{"rank": 3, **peft})
     config = hub(model, precision=precision, compute="fp32")
     live = LiveAdapter(load_backbone(config, task, num_labels=3, seed=5), chosen, task)
@@ -66,7 +66,7 @@ def test_what_began_with_loftq_is_merged_into_what_it_was_trained_over(tmp_path:
             (run / "config.yaml").unlink()
         merged = load_backbone(hub(export_hf(source, out)), LM)
         assert off(logits(merged), logits(live.backbone)) < 1e-4
-        assert "merged into the dequantised weights that it was trained over" in beside(out)
+        assert "merged into the dequantized weights that it was trained over" in beside(out)
         wrong = exact(model, live)  # the residual twice
         assert off(logits(wrong.backbone), logits(live.backbone)) > 1e-2
 
@@ -83,7 +83,7 @@ def test_a_damaged_note_on_the_backbone_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "kind"), [("nf4", "llama"), ("int8", "llama"), ("nf4", "gpt2")])
 def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision: str, kind: str) -> None:
-    if why := quantise._why_not(precision, torch.float32, torch.device("cpu")):
+    if why := quantize._why_not(precision, torch.float32, torch.device("cpu")):
         pytest.skip(f"no {precision} kernel here: {why}")
     model = wide(tmp_path / "m", kind)
     run, live = make_run(tmp_path / "run", model, precision)
@@ -92,13 +92,13 @@ def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision
     assert {told["precision"], told["compute"]} == {precision, "fp32"}
     with quiet():
         opened = AutoModelForCausalLM.from_pretrained(out)
-    layers = {n: m for n, m in opened.named_modules() if quantise.is_quantised(m)}
+    layers = {n: m for n, m in opened.named_modules() if quantize.is_quantized(m)}
     want, plain = exact(model, live), load_backbone(hub(export_hf(run, tmp_path / "merged")), LM)
     own = dict(plain.model.named_modules())
     errors = {}
     for name, layer in layers.items():
         weight = own[name].get_parameter("weight")
-        errors[name] = off(quantise.weight_of(layer), weight if kind == "llama" else weight.T)
+        errors[name] = off(quantize.weight_of(layer), weight if kind == "llama" else weight.T)
     assert len(errors) == (14 if kind == "llama" else 8)
     assert math.isclose(max(errors.values()), told["weights_max"], rel_tol=1e-4)
     assert math.isclose(sum(errors.values()) / len(errors), told["weights_mean"], rel_tol=1e-4)
@@ -120,7 +120,7 @@ def test_a_classifier_keeps_its_head_whole(tmp_path: Path) -> None:
 
 def test_it_says_where_the_adapter_may_be_lost() -> None:
     figures = {"precision": "nf4", "weights_mean": 0.1, "weights_max": 0.2, "worst": "q", "logits": 0.3, "adapter": 0.1}
-    assert "what was learnt may be lost" in said(figures)
+    assert "what was learned may be lost" in said(figures)
     assert "lost" not in said({**figures, "adapter": 0.9})
 
 
@@ -136,7 +136,7 @@ def test_there_must_be_a_precision_to_go_back_to(tmp_path: Path, capsys: pytest.
     stored["model"]["precision"] = "fp32"
     (run / "config.yaml").write_text(yaml.safe_dump(stored))
     assert main(["export", str(run), "--requantize"]) == 2
-    assert "model.precision=fp32, no quantised one to go back to" in capsys.readouterr().err
+    assert "model.precision=fp32, no quantized one to go back to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

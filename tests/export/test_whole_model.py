@@ -38,7 +38,7 @@ def test_a_model_is_packaged_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("quantize", "method"), [("int8", None), ("int4", "gptq")])
-def test_it_is_quantised_and_calibrated_as_a_run_is(tmp_path: Path, quantize: str, method: str | None) -> None:
+def test_it_is_quantized_and_calibrated_as_a_run_is(tmp_path: Path, quantize: str, method: str | None) -> None:
     model, text = checkpoint(tmp_path / "m"), tmp_path / "text.txt"
     text.write_text("turn on the light in a room\n\nset the heat in the kitchen to two\n\n" * 30)
     out = export_edge(model, tmp_path / "edge", quantize=quantize, method=method, calibrate=text)
@@ -69,7 +69,7 @@ def test_gguf(tmp_path: Path) -> None:
     assert json.loads(said["fedtune.card"])["provenance"] == {"model": "m"}
 
 
-def quantised(folder: Path) -> Path:
+def quantized(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     return folder
@@ -83,7 +83,7 @@ def test_what_is_no_plain_model_is_refused(tmp_path: Path) -> None:
         "an edge package already": export_edge(model, tmp_path / "package"),
         "keeps its adapter beside its weights": export_hf(beside, tmp_path / "apart"),
         "is a classifier": export_hf(classes, tmp_path / "classifier"),
-        r"is quantised already \(gptq\)": quantised(checkpoint(tmp_path / "quantised")),
+        r"is quantized already \(gptq\)": quantized(checkpoint(tmp_path / "quantised")),
     }
     for said, folder in cases.items():
         with pytest.raises(ModelError, match=said):

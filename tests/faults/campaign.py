@@ -1,6 +1,6 @@
 """One deployment through many faults: it is held before a round, hurt, healed, and must then count all its clients again.
 
-Each fault is one `Cell`. Afterwards the adapter of every round is compared with that of a replay, so that a fault that spoils a later round
+Each fault is one `Cell`. Afterward the adapter of every round is compared with that of a replay, so that a fault that spoils a later round
 shows.
 """
 

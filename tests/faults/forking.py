@@ -47,7 +47,7 @@ class Forked(subprocess.Popen):
 
 
 def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, int, int]) -> int:
-    gc.disable()  # nothing of the parent's is to be closed by its finaliser: its descriptors' numbers will be others' here
+    gc.disable()  # nothing of the parent's is to be closed by its finalizer: its descriptors' numbers will be others' here
     for here, given in enumerate(streams):
         if given >= 0:
             os.dup2(given, here)
@@ -60,7 +60,7 @@ def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, 
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
-    _parents.extend((sys.stdin, sys.stdout, sys.stderr))  # whose finalisers would close the descriptors
+    _parents.extend((sys.stdin, sys.stdout, sys.stderr))  # whose finalizers would close the descriptors
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     module = command.index("-m") + 1

@@ -1,4 +1,4 @@
-"""Quantised frozen backbones: what is quantised, what is kept on the disk, and that training through them is training."""
+"""Quantized frozen backbones: what is quantized, what is kept on the disk, and that training through them is training."""
 
 import argparse
 import dataclasses
@@ -23,14 +23,14 @@ from fedtune.simulations.benchmarks.precision import in_process
 from fedtune.simulations.engines.batched import way_of
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, token_ids
 
-quantise = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
+quantize = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
 CPU = torch.device("cpu")
 LM = TaskConfig(kind="causal_lm", max_length=16)
 CLASSES = TaskConfig(kind="classification", max_length=16)
 KINDS = [
     pytest.param(p, marks=pytest.mark.skipif(bool(why), reason=f"no {p} kernel here: {why}"))
-    for p in quantise.KINDS
-    if (why := quantise._why_not(p, torch.float32, CPU)) is not None
+    for p in quantize.KINDS
+    if (why := quantize._why_not(p, torch.float32, CPU)) is not None
 ]
 PACKS = cast(bool, torch.cpu._is_avx512_bf16_supported())
 
@@ -41,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "cache" / "fedtune" / "quantised"
 
 
-def quantised(folder: Path, precision: str = "nf4", task: TaskConfig = LM, *, compute: str = "fp32", **changes: Any) -> Backbone:
+def quantized(folder: Path, precision: str = "nf4", task: TaskConfig = LM, *, compute: str = "fp32", **changes: Any) -> Backbone:
     return load_backbone(hub(folder, precision=precision, compute=compute, **changes), task, num_labels=3)
 
 
@@ -80,14 +80,14 @@ def off(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def dequantised(backbone: Backbone, folder: Path, task: TaskConfig = LM) -> Backbone:
-    """The float32 backbone with the weights that the quantised one stands for."""
+def dequantized(backbone: Backbone, folder: Path, task: TaskConfig = LM) -> Backbone:
+    """The float32 backbone with the weights that the quantized one stands for."""
     plain = load_backbone(hub(folder), task, num_labels=3)
     own = linears(plain.model)
     with torch.no_grad():
         for name, layer in linears(backbone.model).items():
-            if quantise.is_quantised(layer):
-                weight = quantise.weight_of(layer)
+            if quantize.is_quantized(layer):
+                weight = quantize.weight_of(layer)
                 own[name].weight.copy_(weight.T if isinstance(own[name], Conv1D) else weight)
     return plain
 
@@ -118,55 +118,55 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     folder, task = wide(tmp_path / kind, kind), task_of(kind)
-    plain, backbone = load_backbone(hub(folder), task, num_labels=3), quantised(folder, precision, task)
+    plain, backbone = load_backbone(hub(folder), task, num_labels=3), quantized(folder, precision, task)
     own, found = linears(plain.model), linears(backbone.model)
     assert found.keys() == own.keys()
-    whole = {n for n, m in found.items() if not quantise.is_quantised(m)}
+    whole = {n for n, m in found.items() if not quantize.is_quantized(m)}
     # classifiers and the output layer; T5's wo, whose code reads its weight's dtype; what is fed by an embedding of 8
     also = (".wo", *((".project_in", ".embedding_hidden_mapping_in") if precision == "nf4" else ()))
     heads = {n for n in own if n.split(".")[0] in ("classifier", "pre_classifier", "lm_head")}
     assert whole == heads | {n for n in own if n.endswith(also)}
     for name in found.keys() - whole:
         weight = own[name].weight.T if isinstance(own[name], Conv1D) else own[name].weight
-        assert off(quantise.weight_of(found[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
+        assert off(quantize.weight_of(found[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
     assert not any(p.requires_grad or p.is_meta for p in backbone.model.parameters())
-    assert off(logits(backbone), logits(dequantised(backbone, folder, task))) < 1e-4
+    assert off(logits(backbone), logits(dequantized(backbone, folder, task))) < 1e-4
     assert backbone.fingerprint == plain.fingerprint  # adapters go between precisions
 
 
 def test_rows_of_no_whole_number_of_blocks_stay_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = wide(tmp_path / "llama", intermediate_size=172)
     with caplog.at_level(logging.WARNING):
-        backbone = quantised(folder)
+        backbone = quantized(folder)
     assert "2 of 14 linear layers stay as they are, such as 'model.layers.0.mlp.down_proj': their rows of 172" in caplog.text
-    assert off(logits(backbone), logits(dequantised(backbone, folder))) < 1e-4
+    assert off(logits(backbone), logits(dequantized(backbone, folder))) < 1e-4
     with pytest.raises(ModelError, match=r"no layer of this backbone has rows of a whole number of blocks of 64 .*: take int8 or bf16"):
-        quantised(checkpoint(tmp_path / "small"))
+        quantized(checkpoint(tmp_path / "small"))
 
 
 @pytest.mark.parametrize("precision", KINDS)
 def test_the_second_start_reads_the_cache(tmp_path: Path, cache: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = wide(tmp_path / "bert", "bert")
-    first = logits(quantised(folder, precision, CLASSES))
+    first = logits(quantized(folder, precision, CLASSES))
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1 and not list(cache.glob(".new-*"))
-    monkeypatch.setattr(quantise, "_made", None)
-    assert torch.equal(logits(quantised(folder, precision, CLASSES)), first)  # heads, which are not kept, are drawn from the seed again
+    monkeypatch.setattr(quantize, "_made", None)
+    assert torch.equal(logits(quantized(folder, precision, CLASSES)), first)  # heads, which are not kept, are drawn from the seed again
 
 
 def test_each_setting_has_its_own_entry(tmp_path: Path, cache: Path) -> None:
     folder = wide(tmp_path / "llama")
-    quantised(folder)
-    quantised(folder, compute="bf16")
-    quantised(folder, init="random")
-    quantised(wide(tmp_path / "other", vocab_size=40))
-    quantised(folder, task=CLASSES)
+    quantized(folder)
+    quantized(folder, compute="bf16")
+    quantized(folder, init="random")
+    quantized(wide(tmp_path / "other", vocab_size=40))
+    quantized(folder, task=CLASSES)
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 5
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed", "no mark"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     folder = wide(tmp_path / "llama")
-    first = logits(quantised(folder))
+    first = logits(quantized(folder))
     [entry] = [p for p in cache.iterdir() if p.is_dir()]
     file = entry / "model.safetensors"
     raw = bytearray(file.read_bytes())
@@ -178,10 +178,10 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Path, how: str, ca
         raw[-1] ^= 1
         file.write_bytes(raw)
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(logits(quantised(folder)), first)
+        assert torch.equal(logits(quantized(folder)), first)
     assert "cannot be used" in caplog.text and "it is made again" in caplog.text
     caplog.clear()
-    quantised(folder)
+    quantized(folder)
     assert not caplog.text
 
 
@@ -189,20 +189,20 @@ def test_without_a_place_for_the_cache_it_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = wide(tmp_path / "llama")
-    first = logits(quantised(folder))
+    first = logits(quantized(folder))
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(logits(quantised(folder)), first)
+        assert torch.equal(logits(quantized(folder)), first)
     assert "made anew at each start" in caplog.text
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "bitfit")])
 @pytest.mark.parametrize("precision", KINDS)
-def test_every_method_trains_as_over_the_dequantised_weights(tmp_path: Path, precision: str, method: str) -> None:
+def test_every_method_trains_as_over_the_dequantized_weights(tmp_path: Path, precision: str, method: str) -> None:
     folder = wide(tmp_path / "llama")
-    backbone, peft = quantised(folder, precision), PeftConfig(method=method, rank=3, tokens=4, bottleneck=5)
-    plain = dequantised(backbone, folder)
+    backbone, peft = quantized(folder, precision), PeftConfig(method=method, rank=3, tokens=4, bottleneck=5)
+    plain = dequantized(backbone, folder)
     one, two = LiveAdapter(backbone, peft, LM), LiveAdapter(plain, peft, LM)
     state = random_state(one)
     one.load(state)
@@ -215,8 +215,8 @@ def test_every_method_trains_as_over_the_dequantised_weights(tmp_path: Path, pre
 def test_biases_and_heads_train_too(tmp_path: Path, precision: str, kind: str) -> None:
     folder, task = wide(tmp_path / kind, kind), CLASSES if kind in ENCODERS else LM
     for compute in ("fp32", "bf16"):
-        backbone = quantised(folder, precision, task, compute=compute)
-        plain = dequantised(backbone, folder, task)
+        backbone = quantized(folder, precision, task, compute=compute)
+        plain = dequantized(backbone, folder, task)
         one, two = (LiveAdapter(b, PeftConfig(method="bitfit"), task) for b in (backbone, plain))
         state = random_state(one)
         one.load(state)
@@ -226,13 +226,13 @@ def test_biases_and_heads_train_too(tmp_path: Path, precision: str, kind: str) -
 
 def test_full_fine_tuning_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"peft.method=full trains the weights themselves.*take model.precision=fp32"):
-        LiveAdapter(quantised(wide(tmp_path / "llama")), PeftConfig(method="full"), LM)
+        LiveAdapter(quantized(wide(tmp_path / "llama")), PeftConfig(method="full"), LM)
 
 
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_an_evaluation_leaves_the_gradients_as_they_were(tmp_path: Path, precision: str, compute: str) -> None:
-    live = LiveAdapter(quantised(wide(tmp_path / "llama"), precision, compute=compute), PeftConfig(rank=3), LM)
+    live = LiveAdapter(quantized(wide(tmp_path / "llama"), precision, compute=compute), PeftConfig(rank=3), LM)
     live.load(random_state(live))
     before = gradients(live)
     live.model.eval()
@@ -244,7 +244,7 @@ def test_an_evaluation_leaves_the_gradients_as_they_were(tmp_path: Path, precisi
 @pytest.mark.skipif(not PACKS, reason="this CPU has no layout that a layer would pack itself into")
 def test_the_packing_would_show(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The mutation: with what `_steady` turns off, the test above fails."""
-    live = LiveAdapter(quantised(wide(tmp_path / "llama")), PeftConfig(), LM)
+    live = LiveAdapter(quantized(wide(tmp_path / "llama")), PeftConfig(), LM)
     live.load(random_state(live))
     before = gradients(live)
     for module in live.model.modules():
@@ -257,12 +257,12 @@ def test_the_packing_would_show(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_one_sentence_where_there_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantise, "_why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
+    monkeypatch.setattr(quantize, "_why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
     with pytest.raises(ModelError, match=r"^model.precision=nf4: .* this machine's cpu \(no symbol\); take model.precision=int8 or bf16$"):
-        quantised(wide(tmp_path / "llama"))
-    monkeypatch.setattr(quantise, "_why_not", lambda *_: "no symbol")
+        quantized(wide(tmp_path / "llama"))
+    monkeypatch.setattr(quantize, "_why_not", lambda *_: "no symbol")
     with pytest.raises(ModelError, match=r"take model.precision=bf16$"):
-        quantised(wide(tmp_path / "llama2"))
+        quantized(wide(tmp_path / "llama2"))
 
 
 def test_what_is_missing_from_the_checkpoint_is_refused_and_not_kept(tmp_path: Path, cache: Path) -> None:
@@ -270,7 +270,7 @@ def test_what_is_missing_from_the_checkpoint_is_refused_and_not_kept(tmp_path: P
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 3}))
     with pytest.raises(ModelError, match=r"'model.layers.2.input_layernorm.weight' is missing from .* do not belong together"):
-        quantised(folder)
+        quantized(folder)
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
 
@@ -279,7 +279,7 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path, precision: str) -> No
     folder = wide(tmp_path / "llama")
     states, found = [], []
     for on in (False, True):
-        live = LiveAdapter(quantised(folder, precision, checkpointing=on), PeftConfig(rank=3), LM)
+        live = LiveAdapter(quantized(folder, precision, checkpointing=on), PeftConfig(rank=3), LM)
         states.append(random_state(live))
         live.load(states[0])
         found.append(gradients(live))
@@ -317,10 +317,10 @@ def shift(live: LiveAdapter, version: int, size: float) -> AdapterState:
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("rank", [2, 40])  # 40: two shifts' factors are larger than the matrices
-def test_shifts_lie_beside_quantised_layers(tmp_path: Path, precision: str, kind: str, rank: int) -> None:
+def test_shifts_lie_beside_quantized_layers(tmp_path: Path, precision: str, kind: str, rank: int) -> None:
     folder = wide(tmp_path / kind, kind)
-    backbone = quantised(folder, precision)
-    plain = dequantised(backbone, folder)
+    backbone = quantized(folder, precision)
+    plain = dequantized(backbone, folder)
     bare = logits(backbone)
     one, two = LiveAdapter(backbone, PeftConfig(rank=rank), LM), LiveAdapter(plain, PeftConfig(rank=rank), LM)
     mine, theirs = FrozenWeights(backbone.model), FrozenWeights(plain.model)
@@ -333,14 +333,14 @@ def test_shifts_lie_beside_quantised_layers(tmp_path: Path, precision: str, kind
     assert off(logits(backbone), bare) > 0.1
     assert off(logits(backbone), logits(plain)) < 1e-4
     assert worst(gradients(one), gradients(two)) < 1e-4
-    mine.reset(quantised(folder, precision).model)
+    mine.reset(quantized(folder, precision).model)
     with one.disabled():
         assert torch.equal(logits(backbone), bare) and mine.versions == ()
 
 
 def test_no_shift_is_too_small_for_four_bits(tmp_path: Path) -> None:
     folder = wide(tmp_path / "llama")
-    backbone = quantised(folder, compute="bf16")
+    backbone = quantized(folder, compute="bf16")
     live, frozen = LiveAdapter(backbone, PeftConfig(rank=2), LM), FrozenWeights(backbone.model)
     layer = live.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer
     x = torch.randn(5, 64, dtype=torch.bfloat16)
@@ -355,7 +355,7 @@ def test_no_shift_is_too_small_for_four_bits(tmp_path: Path) -> None:
 
 
 def narrow(folder: Path, precision: str) -> LiveAdapter:
-    live = LiveAdapter(quantised(folder, precision, compute="bf16"), PeftConfig(rank=3), LM)
+    live = LiveAdapter(quantized(folder, precision, compute="bf16"), PeftConfig(rank=3), LM)
     live.load(random_state(live))
     live.model.train()
     return live
@@ -423,7 +423,7 @@ def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_shift_of_another_shape_is_refused(tmp_path: Path) -> None:
-    backbone = quantised(wide(tmp_path / "llama"))
+    backbone = quantized(wide(tmp_path / "llama"))
     live, frozen = LiveAdapter(backbone, PeftConfig(rank=2), LM), FrozenWeights(backbone.model)
     module = "model.layers.0.mlp.up_proj"
     good = shift(live, 1, 0.1)
@@ -439,7 +439,7 @@ def test_what_was_trained_over_nf4_is_merged_into_float32(tmp_path: Path) -> Non
     from fedtune.export.huggingface import export_hf
 
     folder = wide(tmp_path / "llama")
-    live = LiveAdapter(quantised(folder), PeftConfig(rank=3), LM)
+    live = LiveAdapter(quantized(folder), PeftConfig(rank=3), LM)
     state = random_state(live)
     live.load(state)
     live.save_peft(tmp_path / "adapter")
@@ -452,8 +452,8 @@ def test_what_was_trained_over_nf4_is_merged_into_float32(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_quantising_needs_no_whole_model_in_memory(tmp_path: Path) -> None:
-    """124 M parameters, 495 MB in float32: a process of its own quantises them with well under the whole of them in memory (measured: 180
+def test_quantizing_needs_no_whole_model_in_memory(tmp_path: Path) -> None:
+    """124 M parameters, 495 MB in float32: a process of its own quantizes them with well under the whole of them in memory (measured: 180
     to 320 MB, pages of the mapped checkpoint included, which the system may take back); a second one maps what was written, and takes no
     more than that (about 0.8 bytes each, with the embeddings in 16 bits)."""
     args = argparse.Namespace(compute="bf16", shape="2x32", steps=1, threads=1, checkpointing=False)

@@ -34,7 +34,7 @@ def assert_same(found: AdapterState, wanted: AdapterState) -> None:
     assert list(found.tensors) == list(wanted.tensors)
     for name, tensor in wanted.tensors.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
-    assert any(t.abs().max() > 1e-3 for n, t in found.tensors.items() if n.endswith("lora_B")), "it has learnt something"
+    assert any(t.abs().max() > 1e-3 for n, t in found.tensors.items() if n.endswith("lora_B")), "it has learned something"
 
 
 def test_three_clients_with_tls_and_keys_end_with_the_simulation_s_adapter(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_client_cannot_say_what_the_bridge_writes_of_it(tmp_path: Path) -> Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Squares(FedAvg):
-    """Keeps the square of what it is sent, as adaptive server optimisers do."""
+    """Keeps the square of what it is sent, as adaptive server optimizers do."""
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         after = super().aggregate(round, state, updates)

@@ -42,7 +42,7 @@ def shift(version: int, rank: int = 2, scaling: float = 0.7) -> AdapterState:
 SHIFTS = [shift(v) for v in range(1, 8)]  # of q, 30 numbers, two factors of rank 2 are 44; of up, 1,200, they are 140 a round
 
 
-class Quantised(nn.Linear):
+class Quantized(nn.Linear):
     """Its weight is integers; it computes in bf16."""
 
     def __init__(self, narrow: int, wide: int) -> None:
@@ -58,7 +58,7 @@ def model(kind: str) -> nn.ModuleDict:
     dtype = torch.bfloat16 if kind in ("bf16", "quantised") else torch.float32
     layers: dict[str, Any] = {}
     for module, (wide, narrow) in SIZES.items():
-        made = {"conv": lambda w=wide, n=narrow: Conv1D(w, n), "quantised": lambda w=wide, n=narrow: Quantised(n, w)}
+        made = {"conv": lambda w=wide, n=narrow: Conv1D(w, n), "quantised": lambda w=wide, n=narrow: Quantized(n, w)}
         layers[module] = made.get(kind, lambda w=wide, n=narrow: nn.Linear(n, w, bias=False))()
     out = nn.ModuleDict(layers)
     out["norm"] = nn.LayerNorm(3, dtype=dtype)

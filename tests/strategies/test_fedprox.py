@@ -29,7 +29,7 @@ def test_the_plan_carries_mu_and_nothing_else() -> None:
 
 
 def check_by_hand() -> None:
-    """Two clients that minimise ½(w − target)² + μ/2·(w − w_t)² to the end: w = (target + μ·w_t) / (1 + μ)."""
+    """Two clients that minimize ½(w − target)² + μ/2·(w − w_t)² to the end: w = (target + μ·w_t) / (1 + μ)."""
     method, state = FedProx(mu=1.0), ServerState(adapter=plain(4.0))
     given = method.plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
 

@@ -133,7 +133,7 @@ def test_the_check_of_the_switch_sees_a_wrong_formula(monkeypatch: pytest.Monkey
         assert not keeps_everything(dense, 2), wrong.__name__
 
 
-def test_directions_that_the_sparse_stage_left_empty_can_still_be_learnt() -> None:
+def test_directions_that_the_sparse_stage_left_empty_can_still_be_learned() -> None:
     dense = torch.zeros(3, 4)
     dense[1, 2] = 5.0
     after = switched(dense, rank=3).adapter

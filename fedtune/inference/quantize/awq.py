@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtune.inference.quantize.fold import tied, within
-from fedtune.inference.quantize.rtn import GROUP, Kind, quantise_rtn
+from fedtune.inference.quantize.rtn import GROUP, Kind, quantize_rtn
 
 __all__ = ["awq_scale", "output_loss"]
 
@@ -39,7 +39,7 @@ def awq_scale(
     losses = [0.0] * STEPS
     for weight in weights:
         for step, scale in enumerate(scales):
-            grid, codes = quantise_rtn(weight * scale, kind, group)
+            grid, codes = quantize_rtn(weight * scale, kind, group)
             losses[step] += output_loss(grid.values(codes) / scale - weight, hessian)
     finite = [step for step in range(STEPS) if losses[step] < float("inf")]
     return scales[min(finite, key=lambda step: losses[step])] if finite else torch.ones_like(size)

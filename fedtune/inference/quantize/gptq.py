@@ -12,10 +12,10 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.quantize.rtn import GROUP, Grid, Kind, fit_grid
 
-__all__ = ["quantise_gptq"]
+__all__ = ["quantize_gptq"]
 
 
-def quantise_gptq(
+def quantize_gptq(
     weight: Tensor,
     hessian: Tensor,
     kind: Kind,
@@ -69,7 +69,7 @@ def inverse_factor(hessian: Tensor, damp: float = 0.01) -> Tensor:
     """Upper triangular U with UᵀU = (H + damp · mean(diag H) · I)⁻¹, [K, K]."""
     mean = float(hessian.diagonal().mean())
     if not mean >= 0 or mean == float("inf"):
-        raise ModelError("the calibration text gave activations that are not finite: check the model, or quantise with method=rtn")
+        raise ModelError("the calibration text gave activations that are not finite: check the model, or quantize with method=rtn")
     for more in (1, 10, 100):
         damped = hessian.float().clone()
         damped.diagonal().add_(damp * more * mean or 1.0)  # no input at all: any diagonal gives round-to-nearest

@@ -1,6 +1,6 @@
-"""Quantise a decoder layer by layer: of weights one layer is in memory, of the calibration text what passes it at once.
+"""Quantize a decoder layer by layer: of weights one layer is in memory, of the calibration text what passes it at once.
 
-What a layer is calibrated on has passed the quantised layers before it, so that later ones make up for them.
+What a layer is calibrated on has passed the quantized layers before it, so that later ones make up for them.
 
 With d hidden, f intermediate channels and P weights in a layer, method=gptq, awq and smoothquant take at most about
 4 (3 d² + 3 f² + P) bytes, and what comes out of a layer; the text's hidden states lie on the disk. method=rtn takes no text, and rows.
@@ -20,15 +20,15 @@ from fedtune.inference.engine.package import StoredLinear, is_linear, linear_ten
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.awq import awq_scale, output_loss
 from fedtune.inference.quantize.fold import FOLDS, Fold
-from fedtune.inference.quantize.gptq import inverse_factor, quantise_gptq
+from fedtune.inference.quantize.gptq import inverse_factor, quantize_gptq
 from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import FUSED, Stats, Watch, embedded, observe, pass_layer, prefix_of
-from fedtune.inference.quantize.rtn import GROUP, Kind, QuantisedLinear, dequantise, packed, quantise_rtn
+from fedtune.inference.quantize.rtn import GROUP, Kind, QuantizedLinear, dequantize, packed, quantize_rtn
 from fedtune.inference.quantize.smoothquant import smooth_scale
 from fedtune.inference.quantize.weights import Read, Weights
 
-__all__ = ["FOLDING", "METHODS", "Method", "Recipe", "quantise_linear", "quantise_model", "quantise_rows"]
+__all__ = ["FOLDING", "METHODS", "Method", "Recipe", "quantize_linear", "quantize_model", "quantize_rows"]
 
 Method = Literal["rtn", "gptq", "awq", "smoothquant"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq", "awq", "smoothquant")
@@ -39,7 +39,7 @@ _GPTQ = 1 << 21  # likewise by gptq
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is quantised.
+    """How a model is quantized.
 
     Args:
         kind: Of all linears but the head.
@@ -55,7 +55,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ConfigError(f"there is no quantisation method '{self.method}': choose from {', '.join(METHODS)}")
+            raise ConfigError(f"there is no quantization method '{self.method}': choose from {', '.join(METHODS)}")
         if self.method == "smoothquant" and self.kind != "int8":
             raise ConfigError(f"smoothquant makes activations fit int8 and {self.kind} does not round them: take method=awq or gptq")
 
@@ -65,18 +65,18 @@ class Recipe:
         return replace(self, kind=self.head, group=GROUP if self.head == "int4" else 0)
 
 
-def quantise_linear(weight: Tensor, recipe: Recipe, stats: Stats | None = None) -> QuantisedLinear:
+def quantize_linear(weight: Tensor, recipe: Recipe, stats: Stats | None = None) -> QuantizedLinear:
     """A weight [N, K] in the portable form; what awq and smoothquant fold is folded already, so that they round to nearest.
 
     Raises:
-        ModelError: As `fit_grid` and `quantise_gptq`; or gptq without `stats`.
+        ModelError: As `fit_grid` and `quantize_gptq`; or gptq without `stats`.
     """
-    return quantise_rows(lambda first, last: weight[first:last], (weight.shape[0], weight.shape[1]), recipe, stats)
+    return quantize_rows(lambda first, last: weight[first:last], (weight.shape[0], weight.shape[1]), recipe, stats)
 
 
-def quantise_rows(
+def quantize_rows(
     read: Callable[[int, int], Tensor], size: tuple[int, int], recipe: Recipe, stats: Stats | None = None, *, most: int = _GPTQ
-) -> QuantisedLinear:
+) -> QuantizedLinear:
     """Likewise a weight of which only some rows are read at once.
 
     Args:
@@ -95,9 +95,9 @@ def quantise_rows(
     for first in range(0, size[0], step := max((_STRETCH if gptq is None else most) // size[1], 1)):
         part = read(first, min(first + step, size[0])).float()
         if gptq is not None:
-            grid, codes = quantise_gptq(part, gptq.hessian, recipe.kind, recipe.group, factor=factor)
+            grid, codes = quantize_gptq(part, gptq.hessian, recipe.kind, recipe.group, factor=factor)
         else:
-            grid, codes = quantise_rtn(part, recipe.kind, recipe.group)
+            grid, codes = quantize_rtn(part, recipe.kind, recipe.group)
         for a in range(0, len(part), few := max(_STRETCH // size[1], 1)):
             b = min(a + few, len(part))
             own, kept = replace(grid, scale=grid.scale[a:b], zero=grid.zero[a:b]), part[a:b]
@@ -110,18 +110,18 @@ def quantise_rows(
             off, whole = off + made.error**2 * norm, whole + norm
     found = None if stats is None else (lost / energy) ** 0.5 if energy else 0.0
     error = (off / whole) ** 0.5 if whole else 0.0
-    return QuantisedLinear(kind=recipe.kind, group=recipe.group, tensors=out, columns=size[1], error=error, output_error=found)
+    return QuantizedLinear(kind=recipe.kind, group=recipe.group, tensors=out, columns=size[1], error=error, output_error=found)
 
 
 class _Made(Mapping[str, Tensor]):
-    """What the tensors of a quantised layer stand for, made when they are asked for."""
+    """What the tensors of a quantized layer stand for, made when they are asked for."""
 
-    def __init__(self, made: Mapping[str, Tensor | QuantisedLinear]) -> None:
+    def __init__(self, made: Mapping[str, Tensor | QuantizedLinear]) -> None:
         self._made = made
 
     def __getitem__(self, name: str) -> Tensor:
         found = self._made[name]
-        return dequantise(found) if isinstance(found, QuantisedLinear) else found
+        return dequantize(found) if isinstance(found, QuantizedLinear) else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
@@ -131,18 +131,18 @@ class _Made(Mapping[str, Tensor]):
 
 
 @torch.inference_mode()
-def quantise_model(
+def quantize_model(
     shape: Shape,
     read: Read,
     recipe: Recipe,
     text: Sequence[Tensor] = (),
     virtual: Mapping[str, Tensor] | None = None,
     scratch: Path | None = None,
-) -> Iterator[tuple[str, Tensor | QuantisedLinear]]:
-    """Every tensor of a decoder but its embedding table, layer after layer: linears' weights quantised, the rest float32.
+) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
+    """Every tensor of a decoder but its embedding table, layer after layer: linears' weights quantized, the rest float32.
 
     The rest may have changed: awq and smoothquant fold scales into norms and biases. Of a tied model too there is an `lm_head.weight`,
-    a quantised table of its own.
+    a quantized table of its own.
 
     Args:
         read: Gives rows of a tensor under its Hugging Face name.
@@ -153,7 +153,7 @@ def quantise_model(
 
     Raises:
         ConfigError: The method needs text and there is none.
-        ModelError: As `quantise_linear`, or a token is not in the table.
+        ModelError: As `quantize_linear`, or a token is not in the table.
     """
     if recipe.method != "rtn" and not text:
         raise ConfigError(f"method={recipe.method} looks at what the layers read: give it calibration text, or take method=rtn")
@@ -173,10 +173,10 @@ def quantise_model(
         give_back()  # what a layer leaves behind would lie beside all that comes
         for fold in folds:
             _fold(fold, weights, stats, recipe, shape.head_dim)
-        out: dict[str, Tensor | QuantisedLinear] = {}
+        out: dict[str, Tensor | QuantizedLinear] = {}
         for name in weights:
             own = stats.pop(name.removesuffix(".weight")) if is_linear(name) else None
-            out[name] = quantise_rows(partial(weights.rows, name), _matrix(weights.sizes[name]), recipe, own) if own else weights[name]
+            out[name] = quantize_rows(partial(weights.rows, name), _matrix(weights.sizes[name]), recipe, own) if own else weights[name]
             del own
             give_back()
         pass_layer(shape, index, _Made(out), hidden, prefix)
@@ -189,11 +189,11 @@ def _matrix(size: tuple[int, ...]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _plain(name: str, read: Read, size: tuple[int, ...], recipe: Recipe) -> Tensor | QuantisedLinear:
-    return quantise_rows(partial(read, name), _matrix(size), recipe) if is_linear(name) else read(name, 0, size[0]).float()
+def _plain(name: str, read: Read, size: tuple[int, ...], recipe: Recipe) -> Tensor | QuantizedLinear:
+    return quantize_rows(partial(read, name), _matrix(size), recipe) if is_linear(name) else read(name, 0, size[0]).float()
 
 
-def _head(shape: Shape, read: Read, recipe: Recipe, hidden: Hidden | None, before: int) -> Iterator[tuple[str, Tensor | QuantisedLinear]]:
+def _head(shape: Shape, read: Read, recipe: Recipe, hidden: Hidden | None, before: int) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
     """The final norm, and the head after it; of each sequence the first states, of virtual tokens, count for nothing: none asks for their
     logits."""
     recipe, source = recipe.of_head, "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
@@ -208,7 +208,7 @@ def _head(shape: Shape, read: Read, recipe: Recipe, hidden: Hidden | None, befor
         _fold(Fold("norm", ("lm_head",)), weights, stats, recipe, 1)
     yield "model.norm.weight", weights["norm.weight"]
     most = min(_GPTQ, shape.hidden * shape.intermediate)  # no more than of a layer
-    yield "lm_head.weight", quantise_rows(partial(weights.rows, "lm_head.weight"), size, recipe, stats.get("lm_head"), most=most)
+    yield "lm_head.weight", quantize_rows(partial(weights.rows, "lm_head.weight"), size, recipe, stats.get("lm_head"), most=most)
 
 
 def _fold(fold: Fold, weights: Weights, stats: dict[str, Stats], recipe: Recipe, width: int) -> None:

@@ -18,11 +18,11 @@ __all__ = [
     "GROUP",
     "Grid",
     "Kind",
-    "QuantisedLinear",
-    "dequantise",
+    "QuantizedLinear",
+    "dequantize",
     "fit_grid",
     "pack_int4",
-    "quantise_rtn",
+    "quantize_rtn",
     "relative_error",
     "unpack_int4",
 ]
@@ -70,7 +70,7 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantisedLinear:
+class QuantizedLinear:
     """A linear's weight in the portable form that packages hold.
 
     Attributes:
@@ -120,19 +120,19 @@ def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
     return Grid(kind=kind, group=group, scale=torch.where(step > 0, step, 1.0), zero=zero)  # a constant group needs no steps
 
 
-def quantise_rtn(weight: Tensor, kind: Kind, group: int = GROUP) -> tuple[Grid, Tensor]:
+def quantize_rtn(weight: Tensor, kind: Kind, group: int = GROUP) -> tuple[Grid, Tensor]:
     """Grid and codes [N, K] of the weight, each number rounded by itself; raises as `fit_grid`."""
     grid = fit_grid(weight, kind, group)
     return grid, grid.codes(weight.float())
 
 
-def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None = None) -> QuantisedLinear:
+def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None = None) -> QuantizedLinear:
     """The portable form of a weight [N, K] and its codes [N, K]."""
     if grid.kind == "int4":
         tensors = {"packed": pack_int4(codes + 8), "scale": grid.scale.bfloat16(), "zero": grid.zero.bfloat16()}
     else:
         tensors = {"packed": codes.to(torch.int8), "scale": grid.scale[:, 0].clone()}
-    return QuantisedLinear(
+    return QuantizedLinear(
         kind=grid.kind,
         group=grid.group if grid.kind == "int4" else 0,
         tensors=tensors,
@@ -142,7 +142,7 @@ def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None
     )
 
 
-def dequantise(linear: QuantisedLinear) -> Tensor:
+def dequantize(linear: QuantizedLinear) -> Tensor:
     """The weight that a portable form stands for, [N, K] float32."""
     packed, columns = linear.tensors["packed"], linear.columns
     out = torch.empty(len(packed), columns)

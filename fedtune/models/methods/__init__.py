@@ -111,7 +111,7 @@ class Method:
             (out, in)) → changes. Merges and exports of every format follow from it alone. A tensor of the state that has the name of one
             of the backbone's is turned to the same layout before.
         beside: Why no weights can express the method, as the end of a sentence: then an export has the adapter beside the model.
-        virtual: Learnt tokens, as an edge package has them: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
+        virtual: Learned tokens, as an edge package has them: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
             `prefix.v` (layers, t, kv_heads, head_dim), float32. None: the method has no virtual tokens.
         factors: Of a method that does W + s·B·A and no more, so that the factors may stay apart from the weights: state → module → s,
             A (r, in) and B (out, r), which is all that the state holds but for a head. None: it does something else.
@@ -176,7 +176,7 @@ def mergeable(name: str) -> bool:
 
 @contextmanager
 def swapped(values: "Mapping[nn.Parameter, Tensor]") -> Iterator[None]:
-    """Within it, the parameters hold these values; afterwards their own."""
+    """Within it, the parameters hold these values; afterward their own."""
     kept = {p: p.data for p in values}
     try:
         for parameter, value in values.items():

@@ -31,7 +31,7 @@ def fill(
     parameters: Mapping[str, nn.Parameter], initial: Callable[[str, tuple[int, ...], PeftConfig, torch.Generator, float], Tensor],
     peft: PeftConfig, std: float,
 ) -> None:  # fmt: skip
-    """Values as a server with seed 0 would draw them, so that nobody trains on uninitialised memory; a state is loaded over them."""
+    """Values as a server with seed 0 would draw them, so that nobody trains on uninitialized memory; a state is loaded over them."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             generator = torch.Generator().manual_seed(derive_seed(0, "init", name))

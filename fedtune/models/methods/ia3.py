@@ -1,4 +1,4 @@
-"""(IA)³: a learnt factor for each output of keys and values, and for each input of the feed-forward block's last layer.
+"""(IA)³: a learned factor for each output of keys and values, and for each input of the feed-forward block's last layer.
 
 Source: Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning, arXiv:2205.05638.
 """

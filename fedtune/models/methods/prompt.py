@@ -1,4 +1,4 @@
-"""Prompt tuning: virtual tokens before the sequence, whose embeddings are learnt.
+"""Prompt tuning: virtual tokens before the sequence, whose embeddings are learned.
 
 Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
 """

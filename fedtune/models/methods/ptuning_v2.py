@@ -7,7 +7,7 @@ layers by name; the others act on. A layer that is applied many times (ALBERT) h
 
 The prompts enter at the attention function, through transformers' attention interface, after the key/value cache: so encoders, training and
 generation go the same way, and nothing of a prompt is ever cached. A decoder's tokens count their positions from n, as behind a cached
-prefix: what is learnt opens in PEFT as prefix tuning with the same logits. An encoder's tokens stay at their positions.
+prefix: what is learned opens in PEFT as prefix tuning with the same logits. An encoder's tokens stay at their positions.
 
 Source: Liu et al. 2022, P-Tuning v2, arXiv:2110.07602; Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190.
 """

@@ -1,6 +1,6 @@
 """report.html: one file with a run's outcome, curves, clients, traffic, partition, answers and config; no scripts, nothing from elsewhere.
 
-Built as an element tree, so that whatever a run holds (client ids, model answers) is escaped by the serialiser.
+Built as an element tree, so that whatever a run holds (client ids, model answers) is escaped by the serializer.
 """
 
 import math
@@ -60,7 +60,7 @@ def write_report(run_dir: Path) -> Path:
     metric, lines = primary_metric(records), rounds(records)
     clients = client_results(records, metric, partition)
     names = sorted({c.device_class for c in clients})
-    colours = {name: i for i, name in enumerate(names, 1)}
+    colors = {name: i for i, name in enumerate(names, 1)}
     title = str((config or {}).get("name") or run_dir.name)
     body = e(
         "main",
@@ -68,9 +68,9 @@ def write_report(run_dir: Path) -> Path:
         *_headline(title, run_dir, lines, clients, metric, (config or {}).get("rounds")),
         *_answers(answers or [], judged=any(value(r, "exact_match") is not None for r in records)),
         *_curves(lines, metric),
-        *_clients(clients, metric, colours),
+        *_clients(clients, metric, colors),
         *_costs(lines),
-        *_partition(partition, colours),
+        *_partition(partition, colors),
         *_config(config or {}),
     )
     path = run_dir / "report.html"
@@ -145,32 +145,32 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
             return None
         chart = plots.line_chart(xs, series, title=title, zero=share and not log and title != "Loss", log=log)
         last = {s.name: next((y for y in reversed(s.ys) if y is not None and y == y), None) for s in series}
-        return page.figure(title, chart, caption, [(f"{s.name} {number(last[s.name])}", s.colour) for s in series])
+        return page.figure(title, chart, caption, [(f"{s.name} {number(last[s.name])}", s.color) for s in series])
 
     scores = [
-        Series(name="global test", ys=column(metric), colour=1),
-        *([Series(name="global macro-F1", ys=column("macro_f1"), colour=4)] if metric == "accuracy" else []),
-        Series(name="clients' mean", ys=column("clients_mean"), colour=3),
-        Series(name="worst tenth of clients", ys=column("clients_worst_decile"), colour=2),
+        Series(name="global test", ys=column(metric), color=1),
+        *([Series(name="global macro-F1", ys=column("macro_f1"), color=4)] if metric == "accuracy" else []),
+        Series(name="clients' mean", ys=column("clients_mean"), color=3),
+        Series(name="worst tenth of clients", ys=column("clients_worst_decile"), color=2),
     ]
-    losses = [Series(name="global test", ys=column("loss"), colour=1), Series(name="training", ys=column("train_loss"), colour=2)]
+    losses = [Series(name="global test", ys=column("loss"), color=1), Series(name="training", ys=column("train_loss"), color=2)]
     caption = "Round 0 is the untuned backbone. " + ("Higher is better." if higher_is_better(metric) else "Lower is better.")
     figures = [
         figure(_words(metric).capitalize(), scores, caption, metric == "perplexity") if metric != "loss" else None,
         figure("Loss", losses if metric != "loss" else [*losses, *scores[1:]], "Mean over tokens or examples; lower is better."),
     ]
-    spent = Series(name="ε of the client that has spent most", ys=column("epsilon"), colour=5)
+    spent = Series(name="ε of the client that has spent most", ys=column("epsilon"), color=5)
     figures.append(figure("Privacy spent", [spent], "At the δ, and for the unit, that the adapter's card names; lower is more private."))
     shown = [f for f in figures if f is not None]
     return [e("h2", None, "Learning"), e("div", {"class": "pair"}, *shown)] if shown else []
 
 
-def _clients(clients: Sequence[ClientResult], metric: str, colours: Mapping[str, int]) -> list[Element]:
+def _clients(clients: Sequence[ClientResult], metric: str, colors: Mapping[str, int]) -> list[Element]:
     if not clients:
         return []
     tuned = any(c.after is not None for c in clients)
     groups = []
-    for name, slot in colours.items():
+    for name, slot in colors.items():
         mine = [c for c in clients if c.device_class == name]
         pairs = [(c.client, v) for c in mine if (v := c.after if tuned else c.before) is not None]
         before = [c.before for c in mine if c.before is not None]
@@ -237,13 +237,13 @@ def _costs(lines: Sequence[Record]) -> list[Element]:
     up, down = [value(r, "bytes_up") or 0.0 for r in done], [value(r, "bytes_down") or 0.0 for r in done]
     if any(up) or any(down):
         scale, unit = _scale(max(a + b for a, b in zip(up, down, strict=True)))
-        stacks = [Series(name="up", ys=[v / scale for v in up], colour=1), Series(name="down", ys=[v / scale for v in down], colour=3)]
+        stacks = [Series(name="up", ys=[v / scale for v in up], color=1), Series(name="down", ys=[v / scale for v in down], color=3)]
         chart = plots.stacked_bars(xs, stacks, title=f"Traffic a round, {unit}", unit=f" {unit}")
         legend = [(f"up {size(sum(up))}", 1), (f"down {size(sum(down))}", 3)]
         figures.append(page.figure("Traffic a round", chart, "As the wire carries it, all clients of the round.", legend))
         scale, unit = _scale(sum(up) + sum(down))
         sums = [[v / scale for v in accumulate(ys)] for ys in (up, down)]
-        stacks = [Series(name="up", ys=sums[0], colour=1), Series(name="down", ys=sums[1], colour=3)]
+        stacks = [Series(name="up", ys=sums[0], color=1), Series(name="down", ys=sums[1], color=3)]
         chart = plots.stacked_bars(xs, stacks, title=f"Traffic so far, {unit}", unit=f" {unit}")
         figures.append(page.figure("Traffic so far", chart, "Sum over rounds.", legend))
     if any(r.get("cohort") for r in done):
@@ -252,29 +252,29 @@ def _costs(lines: Sequence[Record]) -> list[Element]:
         palette = {"offline": None, "late": 4, "failed": 8}
         spare = iter((7, 5, 2, 3, 6))
         slots = {k: palette[k] if k in palette else next(spare, None) for k in kinds}
-        stacks = [Series(name="counted", ys=[value(r, "counted") for r in done], colour=1)]
-        stacks += [Series(name=k, ys=[float(d.get(k, 0)) for d in drops], colour=slots[k]) for k in kinds]
-        legend = [(f"{s.name} {sum(y or 0 for y in s.ys):,.0f}", s.colour) for s in stacks]
+        stacks = [Series(name="counted", ys=[value(r, "counted") for r in done], color=1)]
+        stacks += [Series(name=k, ys=[float(d.get(k, 0)) for d in drops], color=slots[k]) for k in kinds]
+        legend = [(f"{s.name} {sum(y or 0 for y in s.ys):,.0f}", s.color) for s in stacks]
         chart = plots.stacked_bars(xs, stacks, title="Clients of a round")
         figures.append(page.figure("Cohort outcome", chart, "Clients sampled a round.", legend))
     seconds = [value(r, "seconds") for r in done]
     if any(seconds):
-        chart = plots.stacked_bars(xs, [Series(name="time", ys=seconds, colour=1)], title="Seconds a round", unit=" s")
+        chart = plots.stacked_bars(xs, [Series(name="time", ys=seconds, color=1)], title="Seconds a round", unit=" s")
         figures.append(page.figure("Time a round", chart, "Wall clock of the process that started the run."))
     return [e("h2", None, "Cost"), e("div", {"class": "pair"}, *figures)] if figures else []
 
 
-def _partition(partition: Mapping[str, Any] | None, colours: Mapping[str, int]) -> list[Element]:
+def _partition(partition: Mapping[str, Any] | None, colors: Mapping[str, int]) -> list[Element]:
     clients = list((partition or {}).get("clients", []))
     if not partition or not clients:
         return []
     labels = [str(n) for n in partition.get("labels") or []]
     ranked = sorted(clients, key=lambda c: (-c.get("train", 0), str(c["id"])))
-    items = [(str(c["id"]), float(c.get("train", 0)), colours.get(str(c.get("device_class")))) for c in ranked]
+    items = [(str(c["id"]), float(c.get("train", 0)), colors.get(str(c.get("device_class")))) for c in ranked]
     train, held = sum(c.get("train", 0) for c in clients), sum(c.get("held_out", 0) for c in clients)
     caption = f"{train:,} rows to train, {held:,} held out, {partition.get('test', 0):,} in the global test."
     present = {str(c.get("device_class")) for c in clients}
-    legend = [(name, slot) for name, slot in colours.items() if name in present]
+    legend = [(name, slot) for name, slot in colors.items() if name in present]
     figures = [page.figure("Training rows per client", plots.ranked_bars(items, title="Training rows per client"), caption, legend)]
     if labels and any(c.get("histogram") for c in clients):
         n = min(len(ranked), plots.MAX_MAP_ROWS)
@@ -283,7 +283,7 @@ def _partition(partition: Mapping[str, Any] | None, colours: Mapping[str, int]) 
         note = f"{n} of {len(ranked):,} clients, evenly from the largest to the smallest. " if n < len(ranked) else ""
         chart = plots.heat_map(rows, labels, title="Labels per client")
         figures.insert(
-            0, page.figure("Labels per client", chart, note + "The stronger the colour, the larger the label's share of the client's rows.")
+            0, page.figure("Labels per client", chart, note + "The stronger the color, the larger the label's share of the client's rows.")
         )
     return [e("h2", None, "Partition"), e("div", {"class": "pair"}, *figures)]
 

@@ -1,6 +1,6 @@
 """The pieces that report.html is made of: elements, tiles, figures, tables, the page around them.
 
-Everything is an element tree, so that whatever a run holds (client ids, model answers) is escaped by the serialiser.
+Everything is an element tree, so that whatever a run holds (client ids, model answers) is escaped by the serializer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from fedtune.runs.report.style import CSS
 
 
 def element(tag: str, attributes: Mapping[str, object] | None = None, *children: Element | str | None) -> Element:
-    """An element with text and elements as children, None left out; the serialiser escapes both text and attributes."""
+    """An element with text and elements as children, None left out; the serializer escapes both text and attributes."""
     out = Element(tag, {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in (attributes or {}).items()})
     for child in children:
         if isinstance(child, Element):
@@ -22,8 +22,8 @@ def element(tag: str, attributes: Mapping[str, object] | None = None, *children:
     return out
 
 
-def colour(index: int | None) -> str:
-    """CSS colour of a palette slot; beyond eight everything is grey, since a ninth hue could not be told apart."""
+def color(index: int | None) -> str:
+    """CSS color of a palette slot; beyond eight everything is gray, since a ninth hue could not be told apart."""
     return f"var(--s{index})" if index is not None and 1 <= index <= 8 else "var(--muted)"
 
 
@@ -43,8 +43,8 @@ def tile(label: str, value: str, note: str, *, main: bool = False) -> Element:
 
 
 def figure(title: str, chart: Element, caption: str, legend: Sequence[tuple[str, int | None]] = ()) -> Element:
-    """A chart with its title, legend of (name, colour) and caption."""
-    keys = [element("span", None, element("i", {"style": f"background:{colour(slot)}"}), name) for name, slot in legend]
+    """A chart with its title, legend of (name, color) and caption."""
+    keys = [element("span", None, element("i", {"style": f"background:{color(slot)}"}), name) for name, slot in legend]
     return element(
         "figure", None, element("h3", None, title), element("div", {"class": "legend"}, *keys), chart, element("figcaption", None, caption)
     )

@@ -1,6 +1,6 @@
-"""Charts as inline SVG elements, drawn by hand: they follow the page's light or dark colours, weigh little and need no library.
+"""Charts as inline SVG elements, drawn by hand: they follow the page's light or dark colors, weigh little and need no library.
 
-Every chart is W wide, so that it stays legible at the width of a phone; colours are the CSS variables --s1 … --s8 of `style.py`. Marks
+Every chart is W wide, so that it stays legible at the width of a phone; colors are the CSS variables --s1 … --s8 of `style.py`. Marks
 carry a <title>, which browsers show on hover.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from fedtune.runs.report.page import colour, element
+from fedtune.runs.report.page import color, element
 from fedtune.runs.report.summary import number
 
 W, H = 460, 250
@@ -24,7 +24,7 @@ class Series:
 
     name: str
     ys: Sequence[float | None]
-    colour: int | None = None  # 1 to 8; None is the muted grey
+    color: int | None = None  # 1 to 8; None is the muted gray
 
 
 def line_chart(
@@ -51,11 +51,11 @@ def line_chart(
         for a, b in measured:
             path += f"{pen}{x(a):.1f} {axis(b):.1f} " if b == b else ""
             pen = "L" if b == b else "M"
-        style = {"fill": "none", "stroke": colour(s.colour), "stroke-width": 2, "stroke-linejoin": "round", "stroke-linecap": "round"}
+        style = {"fill": "none", "stroke": color(s.color), "stroke-width": 2, "stroke-linejoin": "round", "stroke-linecap": "round"}
         svg.append(element("path", {"d": path.rstrip(), **style}))
         if len(points) <= 60:
             for px, py, a, b in points:
-                dot = {"cx": px, "cy": py, "r": 3 if len(points) <= 30 else 2, "fill": colour(s.colour), "class": "dot"}
+                dot = {"cx": px, "cy": py, "r": 3 if len(points) <= 30 else 2, "fill": color(s.color), "class": "dot"}
                 svg.append(element("circle", dot, element("title", None, f"{s.name}, round {a}: {number(b)}{unit}")))
     return svg
 
@@ -81,9 +81,9 @@ def stacked_bars(xs: Sequence[int], series: Sequence[Series], *, title: str, uni
             whole += "" if hover else path
             if hover:
                 name = f"{s.name}, round {a}: {number(y, 0 if y == int(y) else 2)}{unit}"
-                svg.append(element("path", {"d": path, "fill": colour(s.colour)}, element("title", None, name)))
+                svg.append(element("path", {"d": path, "fill": color(s.color)}, element("title", None, name)))
         if whole:
-            svg.append(element("path", {"d": whole, "fill": colour(s.colour)}))
+            svg.append(element("path", {"d": whole, "fill": color(s.color)}))
     return svg
 
 
@@ -91,7 +91,7 @@ def swarm(groups: Sequence[tuple[str, int | None, Sequence[tuple[str, float]], f
     """A dot a client along the metric, a row a group.
 
     Args:
-        groups: Name, colour, (client, value) pairs and the group's mean before the run, which is drawn as a dashed tick.
+        groups: Name, color, (client, value) pairs and the group's mean before the run, which is drawn as a dashed tick.
         title: What the chart shows.
         log: Logarithmic axis where the values span more than a power of ten.
     """
@@ -120,12 +120,12 @@ def swarm(groups: Sequence[tuple[str, int | None, Sequence[tuple[str, float]], f
             k = bins[slot_x] = bins.get(slot_x, 0) + 1
             py = middle + pitch * (k // 2) * (1 if k % 2 else -1)
             if len(values) <= MAX_HOVER:
-                dot = {"cx": axis(v), "cy": py, "r": r, "fill": colour(slot), "class": "dot"}
+                dot = {"cx": axis(v), "cy": py, "r": r, "fill": color(slot), "class": "dot"}
                 svg.append(element("circle", dot, element("title", None, f"{client}: {number(v)}")))
             else:
                 path += f"M{axis(v) - r:.1f} {py:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0"
         if path:
-            svg.append(element("path", {"d": path, "fill": colour(slot), "fill-opacity": "0.75"}))
+            svg.append(element("path", {"d": path, "fill": color(slot), "fill-opacity": "0.75"}))
         mean = sum(v for _, v in pairs) / len(pairs) if pairs else None
         for at, style, what in ((before, "before", "mean before"), (mean, "after", "mean after")):
             if at is not None:
@@ -148,7 +148,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str],
         for j, n in enumerate(counts):
             if n > 0:
                 box = {"x": round(left + width * j, 1), "y": y, "width": max(0.8, round(width - min(1, width / 5), 1)), "height": cell - 1}
-                tone = {"fill": colour(1), "fill-opacity": f"{0.1 + 0.9 * n / whole / top_share:.2f}"}
+                tone = {"fill": color(1), "fill-opacity": f"{0.1 + 0.9 * n / whole / top_share:.2f}"}
                 text = f"{client}, {labels[j]}: {n:g} of {whole:g}"
                 svg.append(element("rect", {**box, **tone}, element("title", None, text)))
     svg.append(element("path", {"d": f"M{left} {top}V{top + cell * len(rows)}H{W - 8}", "class": "axis"}))
@@ -165,7 +165,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str],
 
 
 def ranked_bars(items: Sequence[tuple[str, float, int | None]], *, title: str) -> Element:
-    """A bar an item (name, value, colour) from the largest to the smallest."""
+    """A bar an item (name, value, color) from the largest to the smallest."""
     ranked = sorted(items, key=lambda p: (-p[1], p[0]))
     axis = _Axis([v for _, v, _ in ranked], zero=True, log=False, top=H - BOTTOM, bottom=TOP)
     svg, x = _frame(title, axis, list(range(1, len(ranked) + 1)), "", bars=True, below="clients, by size")
@@ -175,11 +175,11 @@ def ranked_bars(items: Sequence[tuple[str, float, int | None]], *, title: str) -
         left, right = x(i + 1) - width / 2, x(i + 1) + width / 2 - min(1.0, width / 5)
         path = f"M{left:.1f} {axis(v):.1f}H{right:.1f}V{axis(0):.1f}H{left:.1f}z"
         if len(ranked) <= MAX_HOVER:
-            svg.append(element("path", {"d": path, "fill": colour(slot)}, element("title", None, f"{name}: {v:,.0f}")))
+            svg.append(element("path", {"d": path, "fill": color(slot)}, element("title", None, f"{name}: {v:,.0f}")))
         else:
             merged[slot] = merged.get(slot, "") + path
     for slot, path in merged.items():
-        svg.append(element("path", {"d": path, "fill": colour(slot)}))
+        svg.append(element("path", {"d": path, "fill": color(slot)}))
     return svg
 
 

@@ -149,7 +149,7 @@ def print_partition(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def histogram(counts: Sequence[float], bins: int) -> str:
-    """A bar a label (`·` is zero), the highest full height; more labels than bins: neighbours are added up."""
+    """A bar a label (`·` is zero), the highest full height; more labels than bins: neighbors are added up."""
     if not counts or not bins:
         return ""
     edges = [len(counts) * i // bins for i in range(bins + 1)]

@@ -195,9 +195,9 @@ def plot(seen: Mapping[str, Sequence[Side]], prompt: int, tokens: int, path: Pat
     figure, axes = plt.subplots(len(seen), 2, figsize=(11, 0.6 + 3.2 * len(seen)), squeeze=False)
     for row, (size, sides) in zip(axes, seen.items(), strict=True):
         good = [s for s in sides if not s.error]
-        colours = ["tab:blue" if s.name in OURS else "0.65" for s in good]
+        colors = ["tab:blue" if s.name in OURS else "0.65" for s in good]
         for axis, what, n in ((row[0], "prefill", prompt), (row[1], "decode", tokens)):
-            bars = axis.barh([s.name for s in good], [n / statistics.median(s.seconds[what]) for s in good], color=colours)
+            bars = axis.barh([s.name for s in good], [n / statistics.median(s.seconds[what]) for s in good], color=colors)
             axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
             axis.invert_yaxis()
             axis.margins(x=0.12)

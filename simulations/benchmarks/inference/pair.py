@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.errors import DataError
-from fedtune.export.distill import Distillation, distil
+from fedtune.export.distill import Distillation, distill
 from fedtune.inference.engine.generate import Generation
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampling
@@ -71,7 +71,7 @@ def draft_of(model: Path, data: Path, out: Path, how: Distillation = DRAFT, rows
     """The draft of a model, as `fedtune draft` makes it; made once."""
     if not (out / "config.json").is_file():
         text = learn_from(load_engine(model, "fp32"), data, out.with_name(f"{out.name}.jsonl"), rows)
-        distil(model, out, text=text, how=how)
+        distill(model, out, text=text, how=how)
     return out
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedtune.inference.quantize.awq import awq_scale, output_loss
-from fedtune.inference.quantize.rtn import Kind, quantise_rtn
+from fedtune.inference.quantize.rtn import Kind, quantize_rtn
 
 
 def layer(columns: int = 80, outliers: float = 30.0) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def layer(columns: int = 80, outliers: float = 30.0) -> tuple[Tensor, Tensor]:
 
 
 def loss(weight: Tensor, scale: Tensor, hessian: Tensor, kind: Kind, group: int) -> float:
-    grid, codes = quantise_rtn(weight * scale, kind, group)
+    grid, codes = quantize_rtn(weight * scale, kind, group)
     return output_loss(grid.values(codes) / scale - weight, hessian)
 
 
@@ -35,9 +35,9 @@ def test_the_grid_is_twenty_exponents_from_0_to_19_20(monkeypatch: pytest.Monkey
 
     def rounded(weight: Tensor, kind: Kind, group: int) -> object:
         tried.append(float(weight[0, 1] / weight[0, 0]))
-        return quantise_rtn(weight, kind, group)
+        return quantize_rtn(weight, kind, group)
 
-    monkeypatch.setattr("fedtune.inference.quantize.awq.quantise_rtn", rounded)
+    monkeypatch.setattr("fedtune.inference.quantize.awq.quantize_rtn", rounded)
     awq_scale([torch.ones(1, 32)], torch.tensor([1.0, 4.0] * 16), torch.eye(32), "int4", 32)
     # by hand: channels of mean 1 and 4 are scaled apart by 4^a, a = 0, .05, …, .95
     assert tried == pytest.approx([4 ** (i / 20) for i in range(20)], rel=1e-5)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.quantize.awq import output_loss
-from fedtune.inference.quantize.gptq import inverse_factor, quantise_gptq
-from fedtune.inference.quantize.rtn import Grid, Kind, quantise_rtn
+from fedtune.inference.quantize.gptq import inverse_factor, quantize_gptq
+from fedtune.inference.quantize.rtn import Grid, Kind, quantize_rtn
 
 FORMS: list[tuple[Kind, int]] = [("int4", 32), ("int4", 64), ("int8", 0)]
 
@@ -28,7 +28,7 @@ def loss(made: tuple[Grid, Tensor], weight: Tensor, hessian: Tensor) -> float:
 @pytest.mark.parametrize(("rows", "columns"), [(40, 172), (7, 96), (24, 77)])
 def test_the_outputs_are_nearer_than_by_rounding(kind: Kind, group: int, rows: int, columns: int) -> None:
     weight, hessian = layer(rows, columns)
-    ratio = loss(quantise_gptq(weight, hessian, kind, group), weight, hessian) / loss(quantise_rtn(weight, kind, group), weight, hessian)
+    ratio = loss(quantize_gptq(weight, hessian, kind, group), weight, hessian) / loss(quantize_rtn(weight, kind, group), weight, hessian)
     assert ratio < 0.75  # .44 to .61 here
 
 
@@ -36,7 +36,7 @@ def test_the_outputs_are_nearer_than_by_rounding(kind: Kind, group: int, rows: i
 def test_channels_that_do_not_vary_together_give_round_to_nearest(kind: Kind, group: int) -> None:
     weight, _ = layer(5, 77)
     for diagonal in (torch.ones(77), torch.arange(77.0), torch.zeros(77)):
-        (grid, codes), (plain, nearest) = quantise_gptq(weight, torch.diag(diagonal), kind, group), quantise_rtn(weight, kind, group)
+        (grid, codes), (plain, nearest) = quantize_gptq(weight, torch.diag(diagonal), kind, group), quantize_rtn(weight, kind, group)
         assert torch.equal(codes, nearest)
         assert torch.equal(grid.scale, plain.scale) and torch.equal(grid.zero, plain.zero)
 
@@ -46,16 +46,16 @@ def test_two_columns_by_hand() -> None:
     weight, c = torch.tensor([[12.7, 0.34, 0.0]]), 0.8  # the first column fixes the grid: steps of a tenth
     hessian = torch.tensor([[1.0, 0, 0], [0, 1.0, c], [0, c, 1.0]])
     weight[0, 2] = 0.03
-    _, codes = quantise_gptq(weight, hessian, "int8", 0, damp=1e-6)
+    _, codes = quantize_gptq(weight, hessian, "int8", 0, damp=1e-6)
     # 0.34 → 0.3, so the last should be 0.03 + 0.8 * 0.04 = 0.062 → 0.1; by itself 0.03 → 0
     assert codes.tolist() == [[127, 3, 1]]
-    assert quantise_rtn(weight, "int8", 0)[1].tolist() == [[127, 3, 0]]
+    assert quantize_rtn(weight, "int8", 0)[1].tolist() == [[127, 3, 0]]
 
 
 def test_blocks_change_nothing() -> None:
     weight, hessian = layer(6, 172)
     for kind, group in FORMS:
-        whole, by_parts = (quantise_gptq(weight, hessian, kind, group, block=b) for b in (1024, 32))
+        whole, by_parts = (quantize_gptq(weight, hessian, kind, group, block=b) for b in (1024, 32))
         assert (whole[1] != by_parts[1]).float().mean() < 0.01  # sums in another order may tip a tie
         assert loss(by_parts, weight, hessian) == pytest.approx(loss(whole, weight, hessian), rel=0.02)
 
@@ -72,21 +72,21 @@ def test_inputs_of_few_tokens_still_work() -> None:
     inputs = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))  # rank 3 of 96
     weight, _ = layer(5, 96)
     hessian = inputs.T @ inputs / 3
-    assert loss(quantise_gptq(weight, hessian, "int4"), weight, hessian) < loss(quantise_rtn(weight, "int4"), weight, hessian)
+    assert loss(quantize_gptq(weight, hessian, "int4"), weight, hessian) < loss(quantize_rtn(weight, "int4"), weight, hessian)
 
 
 def test_nothing_given_is_changed() -> None:
     weight, hessian = layer(4, 40)
     before = weight.clone(), hessian.clone()
-    quantise_gptq(weight, hessian, "int4")
+    quantize_gptq(weight, hessian, "int4")
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
 def test_a_hessian_that_does_not_fit_is_refused() -> None:
     weight, hessian = layer(4, 40)
     with pytest.raises(ModelError, match="40 columns"):
-        quantise_gptq(weight, hessian[:3], "int4")
+        quantize_gptq(weight, hessian[:3], "int4")
     with pytest.raises(ModelError, match="not finite"):
-        quantise_gptq(weight, hessian * float("nan"), "int4")
+        quantize_gptq(weight, hessian * float("nan"), "int4")
     with pytest.raises(ModelError, match="vary too little"):
-        quantise_gptq(weight, torch.full((40, 40), 10.0).fill_diagonal_(1), "int4")  # no product of a matrix with itself
+        quantize_gptq(weight, torch.full((40, 40), 10.0).fill_diagonal_(1), "int4")  # no product of a matrix with itself

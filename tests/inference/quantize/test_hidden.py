@@ -1,4 +1,4 @@
-"""What lies on the disk while a model is quantised is what was put there, and weights that are read again are the same weights."""
+"""What lies on the disk while a model is quantized is what was put there, and weights that are read again are the same weights."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from fedtune.inference.quantize.fold import FOLDS, Fold
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import embedded
-from fedtune.inference.quantize.model import Recipe, quantise_linear, quantise_rows
-from fedtune.inference.quantize.rtn import dequantise
+from fedtune.inference.quantize.model import Recipe, quantize_linear, quantize_rows
+from fedtune.inference.quantize.rtn import dequantize
 from fedtune.inference.quantize.weights import Weights
 from tests.inference.engine.tiny import VOCAB
 from tests.inference.quantize.test_model import opened
@@ -66,14 +66,14 @@ def test_folds_stay_with_the_weights_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_rows_that_are_read_apart_are_quantised_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_read_apart_are_quantized_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(13, 44, generator=torch.Generator().manual_seed(0))
     recipe = Recipe(kind=kind, group=32 if kind == "int4" else 0)  # pyright: ignore[reportArgumentType]
-    whole = quantise_linear(weight, recipe)
+    whole = quantize_linear(weight, recipe)
     for module in ("model", "rtn"):
         monkeypatch.setattr(f"fedtune.inference.quantize.{module}._STRETCH", 100)
     seen: list[tuple[int, int]] = []
-    parts = quantise_rows(lambda a, b: (seen.append((a, b)), weight[a:b])[1], (13, 44), recipe)
+    parts = quantize_rows(lambda a, b: (seen.append((a, b)), weight[a:b])[1], (13, 44), recipe)
     assert seen == [(a, min(a + 2, 13)) for a in range(0, 13, 2)]
     assert all(torch.equal(parts.tensors[k], t) for k, t in whole.tensors.items()) and parts.error == pytest.approx(whole.error)
-    assert torch.equal(dequantise(parts), dequantise(whole)) and (dequantise(parts) - weight).abs().max() < 0.5
+    assert torch.equal(dequantize(parts), dequantize(whole)) and (dequantize(parts) - weight).abs().max() < 0.5

@@ -18,8 +18,8 @@ from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize import model as module
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import Read
-from fedtune.inference.quantize.model import METHODS, Recipe, quantise_linear, quantise_model
-from fedtune.inference.quantize.rtn import QuantisedLinear
+from fedtune.inference.quantize.model import METHODS, Recipe, quantize_linear, quantize_model
+from fedtune.inference.quantize.rtn import QuantizedLinear
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 INT8: dict[str, Any] = {"kind": "int8", "group": 0}
@@ -37,13 +37,13 @@ def text(count: int = 6, length: int = 20) -> list[Tensor]:
     return [torch.randint(0, VOCAB, (length,), generator=draws) for _ in range(count)]
 
 
-def made(shape: Shape, read: Read, recipe: Recipe) -> dict[str, Tensor | QuantisedLinear]:
-    return dict(quantise_model(shape, read, recipe, text()))
+def made(shape: Shape, read: Read, recipe: Recipe) -> dict[str, Tensor | QuantizedLinear]:
+    return dict(quantize_model(shape, read, recipe, text()))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama_one_kv", "llama_biases", "qwen3", "mistral"])
-def test_all_tensors_come_and_those_of_the_linears_are_quantised(tmp_path: Path, name: str, method: str) -> None:
+def test_all_tensors_come_and_those_of_the_linears_are_quantized(tmp_path: Path, name: str, method: str) -> None:
     shape, read, tensors = opened(tmp_path, name)
     before = {n: t.clone() for n, t in tensors.items()}
     recipe = Recipe(kind="int8", group=0, method="smoothquant") if method == "smoothquant" else Recipe(method=method)  # pyright: ignore
@@ -51,8 +51,8 @@ def test_all_tensors_come_and_those_of_the_linears_are_quantised(tmp_path: Path,
     sizes = dict(tensor_shapes(shape)) | {"lm_head.weight": (shape.vocab, shape.hidden)}
     assert set(out) == set(sizes) - {"model.embed_tokens.weight"}
     for key, value in out.items():
-        assert isinstance(value, QuantisedLinear) == key.endswith(("_proj.weight", "lm_head.weight"))
-        if isinstance(value, QuantisedLinear):
+        assert isinstance(value, QuantizedLinear) == key.endswith(("_proj.weight", "lm_head.weight"))
+        if isinstance(value, QuantizedLinear):
             assert (value.tensors["packed"].shape[0], value.columns) == sizes[key]
             assert value.kind == ("int8" if key == "lm_head.weight" else recipe.kind)
             assert 0 < value.error < (0.15 if value.kind == "int4" else 0.02)
@@ -63,14 +63,14 @@ def test_all_tensors_come_and_those_of_the_linears_are_quantised(tmp_path: Path,
 
 def test_rtn_needs_no_text_and_reads_one_tensor_at_a_time(tmp_path: Path) -> None:
     shape, read, tensors = opened(tmp_path, "llama")
-    seen, quantised = list[str](), set[str]()
-    for name, value in quantise_model(shape, lambda n, a, b: (seen.append(n), read(n, a, b))[1], Recipe()):
+    seen, quantized = list[str](), set[str]()
+    for name, value in quantize_model(shape, lambda n, a, b: (seen.append(n), read(n, a, b))[1], Recipe()):
         assert seen[-1] == name or name in ("model.norm.weight", "lm_head.weight")
-        if isinstance(value, QuantisedLinear):
-            quantised.add(name)
-            wanted = quantise_linear(tensors[name], Recipe().of_head if name == "lm_head.weight" else Recipe())
+        if isinstance(value, QuantizedLinear):
+            quantized.add(name)
+            wanted = quantize_linear(tensors[name], Recipe().of_head if name == "lm_head.weight" else Recipe())
             assert all(torch.equal(value.tensors[k], wanted.tensors[k]) for k in wanted.tensors) and value.output_error is None
-    assert quantised == {n for n, _ in tensor_shapes(shape) if n.endswith("_proj.weight")} | {"lm_head.weight"}
+    assert quantized == {n for n, _ in tensor_shapes(shape) if n.endswith("_proj.weight")} | {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -101,7 +101,7 @@ def test_only_one_layer_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(module, "observe", observing)
     order = []
-    for name, value in quantise_model(shape, reading, Recipe(method=method), text()):  # pyright: ignore[reportArgumentType]
+    for name, value in quantize_model(shape, reading, Recipe(method=method), text()):  # pyright: ignore[reportArgumentType]
         order.append(name)
         del value
     assert most == {0: 0, 1: 0, 2: 0}
@@ -111,7 +111,7 @@ def test_only_one_layer_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_layer_is_calibrated_on_what_the_quantised_ones_before_it_give(
+def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     shape, read, _ = opened(tmp_path, "llama")
@@ -130,7 +130,7 @@ def test_a_layer_is_calibrated_on_what_the_quantised_ones_before_it_give(
         hidden.put(0, met[index])
         layer = {n.removeprefix(at): v for n, v in out.items() if n.startswith(at)}
         after = module.pass_layer(
-            shape, index, {n: module.dequantise(v) if isinstance(v, QuantisedLinear) else v for n, v in layer.items()}, hidden
+            shape, index, {n: module.dequantize(v) if isinstance(v, QuantizedLinear) else v for n, v in layer.items()}, hidden
         )
         assert torch.allclose(met[index + 1], torch.cat(list(after)), atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_calibrated_layers_are_nearer_on_the_text_they_saw(tmp_path: Path, form:
     shape, read, tensors = opened(tmp_path, "qwen2")
     layer = {n.removeprefix(FIRST): t for n, t in tensors.items() if n.startswith(FIRST)}
     stats = module.observe(shape, 0, layer, module.embedded(shape, read, text()))
-    plain = {m: quantise_linear(layer[f"{m}.weight"], Recipe(**form), stats[f]) for f, ms in module.FUSED.items() for m in ms}
+    plain = {m: quantize_linear(layer[f"{m}.weight"], Recipe(**form), stats[f]) for f, ms in module.FUSED.items() for m in ms}
     gptq, again, awq = (first_layer(shape, read, Recipe(method=m, **form)) for m in ("gptq", "gptq", "awq"))
     rounded = {m: q.output_error or 0 for m, q in plain.items()}
     assert all((gptq[m].output_error or 1) < rounded[m] for m in rounded)
@@ -150,10 +150,10 @@ def test_calibrated_layers_are_nearer_on_the_text_they_saw(tmp_path: Path, form:
     assert all(torch.equal(gptq[m].tensors[k], t) for m in gptq for k, t in again[m].tensors.items())
 
 
-def first_layer(shape: Shape, read: Read, recipe: Recipe) -> dict[str, QuantisedLinear]:
+def first_layer(shape: Shape, read: Read, recipe: Recipe) -> dict[str, QuantizedLinear]:
     """Linears of the first layer, which all methods calibrate on the same inputs."""
-    parts = itertools.takewhile(lambda part: part[0].startswith(FIRST), quantise_model(shape, read, recipe, text()))
-    return {n.removeprefix(FIRST).removesuffix(".weight"): q for n, q in parts if isinstance(q, QuantisedLinear)}
+    parts = itertools.takewhile(lambda part: part[0].startswith(FIRST), quantize_model(shape, read, recipe, text()))
+    return {n.removeprefix(FIRST).removesuffix(".weight"): q for n, q in parts if isinstance(q, QuantizedLinear)}
 
 
 def test_rows_are_worked_on_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,10 +161,10 @@ def test_rows_are_worked_on_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(99, 48, generator=torch.Generator().manual_seed(1))
     stats = module.Stats(hessian=x.T @ x / 99, mean=x.abs().mean(0), greatest=x.abs().amax(0))
     for recipe in (Recipe(method="gptq"), Recipe(**INT8)):
-        whole = quantise_linear(weight, recipe, stats)
+        whole = quantize_linear(weight, recipe, stats)
         with monkeypatch.context() as patch:
             patch.setattr(module, "_STRETCH", 480)
-            parts = quantise_linear(weight, recipe, stats)
+            parts = quantize_linear(weight, recipe, stats)
         assert all(torch.equal(whole.tensors[k], parts.tensors[k]) for k in whole.tensors)
         assert parts.error == pytest.approx(whole.error) and parts.output_error == pytest.approx(whole.output_error)
 
@@ -176,8 +176,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         Recipe(method="smoothquant")
     shape, read, _ = opened(tmp_path, "llama")
     with pytest.raises(ConfigError, match="give it calibration text"):
-        next(quantise_model(shape, read, Recipe(method="awq")))
+        next(quantize_model(shape, read, Recipe(method="awq")))
     with pytest.raises(ModelError, match="outside the model's"):
-        next(quantise_model(shape, read, Recipe(method="awq"), [torch.tensor([VOCAB])]))
+        next(quantize_model(shape, read, Recipe(method="awq"), [torch.tensor([VOCAB])]))
     with pytest.raises(ModelError, match="give it calibration text"):
-        quantise_linear(torch.zeros(2, 32), Recipe(method="gptq"))
+        quantize_linear(torch.zeros(2, 32), Recipe(method="gptq"))

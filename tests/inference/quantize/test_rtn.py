@@ -9,12 +9,12 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.quantize.rtn import (
     Kind,
-    QuantisedLinear,
-    dequantise,
+    QuantizedLinear,
+    dequantize,
     fit_grid,
     pack_int4,
     packed,
-    quantise_rtn,
+    quantize_rtn,
     relative_error,
     unpack_int4,
 )
@@ -27,8 +27,8 @@ def random(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def made(weight: Tensor, kind: str, group: int) -> QuantisedLinear:
-    return packed(*quantise_rtn(weight, kind, group), weight)  # pyright: ignore[reportArgumentType]
+def made(weight: Tensor, kind: str, group: int) -> QuantizedLinear:
+    return packed(*quantize_rtn(weight, kind, group), weight)  # pyright: ignore[reportArgumentType]
 
 
 def test_int4_by_hand() -> None:
@@ -37,7 +37,7 @@ def test_int4_by_hand() -> None:
     out = made(weight, "int4", 32)
     assert out.tensors["scale"].tolist() == [[0.25]] and out.tensors["zero"].tolist() == [[1.0]]
     assert unpack_int4(out.tensors["packed"], 4).tolist() == [[0, 15, 5, 8]]
-    assert dequantise(out).tolist() == [[-1.0, 2.75, 0.25, 1.0]]
+    assert dequantize(out).tolist() == [[-1.0, 2.75, 0.25, 1.0]]
     # the only error is 0.05, over ‖w‖² = 1 + 7.5625 + 0.09 + 1
     assert out.error == pytest.approx(0.05 / 9.6525**0.5, rel=1e-5)
 
@@ -53,14 +53,14 @@ def test_int8_by_hand() -> None:
 @pytest.mark.parametrize(("kind", "group"), FORMS)
 def test_no_weight_is_off_by_more_than_half_a_step(shape: tuple[int, int], kind: str, group: int) -> None:
     weight = random(*shape)
-    grid, codes = quantise_rtn(weight, kind, group)  # pyright: ignore[reportArgumentType]
+    grid, codes = quantize_rtn(weight, kind, group)  # pyright: ignore[reportArgumentType]
     at = torch.arange(shape[1]) // (group or shape[1])
     # int4: beyond half a step an end of the range may be off by the bfloat16 rounding of scale and zero, 2**-9 of each
     slack = 2.0**-9 * (8 * grid.scale + grid.zero.abs()) if kind == "int4" else 1e-6 * grid.scale
     assert ((grid.values(codes) - weight).abs() <= (grid.scale / 2 + slack)[:, at]).all()
     out = packed(grid, codes, weight)
-    assert torch.equal(dequantise(out), grid.values(codes))
-    assert out.error == pytest.approx(relative_error(dequantise(out), weight))
+    assert torch.equal(dequantize(out), grid.values(codes))
+    assert out.error == pytest.approx(relative_error(dequantize(out), weight))
 
 
 @settings(max_examples=30, deadline=None)
@@ -85,16 +85,16 @@ def test_the_kernel_reads_the_same_weight(group: int) -> None:
     found = torch.ops.aten._weight_int4pack_mm_for_cpu(
         inputs.bfloat16(), torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), group, grids
     )
-    wanted = inputs.bfloat16().float() @ dequantise(out).T
+    wanted = inputs.bfloat16().float() @ dequantize(out).T
     assert relative_error(found, wanted) < 2.0**-8  # bfloat16 sums
     # a zero on the other side of q = 8 would be far off
-    assert relative_error(inputs @ (dequantise(out) + out.tensors["scale"].float()[:, :1]).T, wanted) > 0.05
+    assert relative_error(inputs @ (dequantize(out) + out.tensors["scale"].float()[:, :1]).T, wanted) > 0.05
 
 
 def test_a_constant_group_is_exact() -> None:
     weight = torch.tensor([[0.5] * 70, [0.0] * 70])
     for kind, group in FORMS:
-        assert torch.allclose(dequantise(made(weight, kind, group)), weight, atol=1e-7), (kind, group)
+        assert torch.allclose(dequantize(made(weight, kind, group)), weight, atol=1e-7), (kind, group)
 
 
 def test_finer_grids_lose_less() -> None:

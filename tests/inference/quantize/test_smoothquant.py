@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from fedtune.inference.engine.linear import linear_from_tensors
-from fedtune.inference.quantize.rtn import packed, quantise_rtn, relative_error
+from fedtune.inference.quantize.rtn import packed, quantize_rtn, relative_error
 from fedtune.inference.quantize.smoothquant import smooth_scale
 
 
 def a8w8(inputs: Tensor, weight: Tensor) -> Tensor:
-    made = packed(*quantise_rtn(weight, "int8", 0), weight)
+    made = packed(*quantize_rtn(weight, "int8", 0), weight)
     return linear_from_tensors("int8", made.tensors, n_in=weight.shape[1])(inputs)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.quantize.layers import Watched, embedded, observe, pass_layer, prefix_of
-from fedtune.inference.quantize.model import Recipe, quantise_model
-from fedtune.inference.quantize.rtn import QuantisedLinear, dequantise, relative_error
+from fedtune.inference.quantize.model import Recipe, quantize_model
+from fedtune.inference.quantize.rtn import QuantizedLinear, dequantize, relative_error
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 LENGTHS = (13, 1, 17)
@@ -74,7 +74,7 @@ def test_calibration_sees_what_the_linears_of_the_model_read(tmp_path: Path, mon
         return found
 
     monkeypatch.setattr("fedtune.inference.quantize.model.observe", observing)
-    list(quantise_model(engine.shape, lambda n, a, b: tensors[n][a:b], Recipe(method="gptq"), texts(*LENGTHS), virtual))
+    list(quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], Recipe(method="gptq"), texts(*LENGTHS), virtual))
     engine.decoder.layers[0].down = watched = Watched(engine.decoder.layers[0].down)
     for ids in texts(*LENGTHS):
         out_of(engine, ids)  # a prompt's own rows are read too, once a text
@@ -85,20 +85,20 @@ def test_calibration_sees_what_the_linears_of_the_model_read(tmp_path: Path, mon
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_the_quantised_model_behind_its_virtual_tokens_is_still_near(tmp_path: Path, kind: str, method: str) -> None:
+def test_the_quantized_model_behind_its_virtual_tokens_is_still_near(tmp_path: Path, kind: str, method: str) -> None:
     """Folding through the values' linear would leave the prefix's own values where they were: another model."""
     engine, tensors, virtual = opened(tmp_path, "llama_one_kv", kind)
     (ids,) = texts(19)
     wanted = out_of(engine, ids)
     recipe = Recipe(kind="int8", group=0, method=method)  # pyright: ignore[reportArgumentType]
-    for name, made in quantise_model(engine.shape, lambda n, a, b: tensors[n][a:b], recipe, texts(*LENGTHS), virtual):
-        tensors[name] = dequantise(made) if isinstance(made, QuantisedLinear) else made
-    found = quantised(tmp_path / "q", tensors, engine)
+    for name, made in quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], recipe, texts(*LENGTHS), virtual):
+        tensors[name] = dequantize(made) if isinstance(made, QuantizedLinear) else made
+    found = quantized(tmp_path / "q", tensors, engine)
     # rounding costs .020 to .033 of these random weights; folding through the values, which leaves the prefix's, .15 and .22
     assert relative_error(out_of(found, ids), wanted) < 0.05
 
 
-def quantised(folder: Path, tensors: dict[str, Tensor], engine: Engine) -> Engine:
+def quantized(folder: Path, tensors: dict[str, Tensor], engine: Engine) -> Engine:
     """The engine of these tensors, untied, with the virtual tokens of another."""
     folder.mkdir()
     config = json.loads((engine.folder / "config.json").read_text())

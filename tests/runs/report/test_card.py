@@ -35,7 +35,7 @@ def test_an_adapter_is_loaded_over_the_checkpoint(tmp_path: Path) -> None:
     assert "base = AutoModelForCausalLM.from_pretrained(" in text and 'PeftModel.from_pretrained(base, "path/to/this/folder")' in text
 
 
-def test_what_began_as_what_quantisation_took_is_not(tmp_path: Path) -> None:
+def test_what_began_as_what_quantization_took_is_not(tmp_path: Path) -> None:
     text = card(tmp_path, init="loftq")
     assert "PeftModel" not in text and "fedtune export path/to/this/run --out merged" in text
     assert 'AutoModelForCausalLM.from_pretrained("merged")' in text and "trained over the backbone's nf4 weights" in text

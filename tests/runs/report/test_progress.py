@@ -97,7 +97,7 @@ def test_thirty_clients_are_all_shown_and_none_is_fine() -> None:
         print_partition(summary, plain())
 
 
-def test_a_histogram_pools_neighbours_when_there_are_more_labels_than_bins() -> None:
+def test_a_histogram_pools_neighbors_when_there_are_more_labels_than_bins() -> None:
     assert histogram([0, 4, 8], 3) == "·▅█"  # 8 * 4/8 = 4, the fifth block
     assert histogram([1, 1, 0, 0, 4, 0], 3) == "▅·█"  # 2, 0, 4
     assert histogram([0, 0], 2) == "··"

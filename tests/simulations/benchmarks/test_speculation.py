@@ -38,8 +38,8 @@ def test_prompts_are_held_out_words(engine: Engine, data: Path) -> None:
     assert all(len(ids) == 20 for ids in held) and not any("<unk>" in text for text in texts)
     assert [("wiki" in text, "Shak" in text) for text in texts[:2]] == [(True, False), (False, True)]
     numbers = [int(w) for text in texts for w in text.split()[1:-1] if w.isdigit()]
-    learnt = [engine.text.decode(ids) for ids in pair.prompts(engine, data, 40, held=False, length=20)]
-    others = [int(w) for text in learnt for w in text.split()[1:-1] if w.isdigit()]
+    learned = [engine.text.decode(ids) for ids in pair.prompts(engine, data, 40, held=False, length=20)]
+    others = [int(w) for text in learned for w in text.split()[1:-1] if w.isdigit()]
     assert min(numbers) > max(others) > 2000  # the last tenth, and what is before it
 
 

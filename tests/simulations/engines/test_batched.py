@@ -132,7 +132,7 @@ def test_a_broken_client_leaves_and_the_others_do_not_notice(space: Workspace) -
         assert all(torch.allclose(state[0][n], wanted[n], atol=1e-5) for n in wanted.tensors)
 
 
-def test_the_model_is_as_it_was_afterwards(space: Workspace) -> None:
+def test_the_model_is_as_it_was_afterward(space: Workspace) -> None:
     before = space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out"))
     train_together(space.live, jobs(space), space.config.task, pad_id=space.pad_id)
     assert space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out")) == before
@@ -218,14 +218,14 @@ def test_turns_without_a_batched_form_are_taken_one_by_one(space: Workspace, mon
     assert alone_ == ["fedpeptao", "slora", "slora"] and at_once == [["plain", "plain"]]
 
 
-@pytest.mark.parametrize("broken", ["count", "neighbour", "scaling", "correction"])
+@pytest.mark.parametrize("broken", ["count", "neighbor", "scaling", "correction"])
 def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     scaffold = jobs(space, turn="scaffold")
     todo = [dataclasses.replace(j, extra={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in scaffold]
     if broken == "count":  # a mean over one token more
         count = batched._Stack._count
         monkeypatch.setattr(batched._Stack, "_count", lambda self, rows: count(self, rows) + 1)
-    elif broken == "neighbour":  # a client's rows meet the next one's adapter
+    elif broken == "neighbor":  # a client's rows meet the next one's adapter
         split = stacked._split
         monkeypatch.setattr(stacked, "_split", lambda crowd, x: split(crowd, x).roll(1, 0))
     elif broken == "scaling":

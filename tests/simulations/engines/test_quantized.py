@@ -1,4 +1,4 @@
-"""Clients trained at once over quantised frozen layers: dequantised once for all of them, and still each client's own update."""
+"""Clients trained at once over quantized frozen layers: dequantized once for all of them, and still each client's own update."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.simulations.engines.test_vmapped import LM, rows
 from tests.simulations.engines.turns import check, jobs_of
 from tests.working import work
 
-quantise = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
+quantize = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +23,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def quantised(folder: Path, precision: str, method: str = "lora") -> LiveAdapter:
-    if why := quantise._why_not(precision, torch.float32, torch.device("cpu")):
+def quantized(folder: Path, precision: str, method: str = "lora") -> LiveAdapter:
+    if why := quantize._why_not(precision, torch.float32, torch.device("cpu")):
         pytest.skip(f"bitsandbytes has no {precision} kernel here: {why}")
     path = checkpoint(folder / "model", config=llama_config(hidden_size=64, intermediate_size=128, head_dim=32))
     backbone = load_backbone(hub(path, precision=precision, compute="fp32"), LM)
     return LiveAdapter(backbone, PeftConfig(method=method, rank=3), LM)
 
 
-@pytest.mark.parametrize("precision", quantise.KINDS)
+@pytest.mark.parametrize("precision", quantize.KINDS)
 def test_each_update_is_the_sequential_one(tmp_path: Path, precision: str) -> None:
-    live = quantised(tmp_path, precision)
+    live = quantized(tmp_path, precision)
     assert way_of(live, LM)[0] is stacked.installed
     todo = jobs_of(rows(LM), live.read(version=0))
     live.load(todo[0].start)
@@ -41,7 +41,7 @@ def test_each_update_is_the_sequential_one(tmp_path: Path, precision: str) -> No
     check(live, todo, LM, 1)
 
 
-@pytest.mark.parametrize("precision", quantise.KINDS)
+@pytest.mark.parametrize("precision", quantize.KINDS)
 def test_vmap_says_that_it_cannot(tmp_path: Path, precision: str) -> None:
-    way, why = way_of(quantised(tmp_path, precision, "dora"), LM)
-    assert way is None and "quantised layers" in why
+    way, why = way_of(quantized(tmp_path, precision, "dora"), LM)
+    assert way is None and "quantized layers" in why

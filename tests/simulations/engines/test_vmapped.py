@@ -149,7 +149,7 @@ def test_bf16_goes_the_same_way(tmp_path: Path) -> None:
     check(live, todo, LM, pad_id(live.backbone.tokenizer), vmapped.installed, within=0.05)
 
 
-def test_the_model_is_as_it_was_afterwards(tmp_path: Path) -> None:
+def test_the_model_is_as_it_was_afterward(tmp_path: Path) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(method="dora", rank=3, dropout=0.2), LM)
     live.load(initial)
     ids = torch.arange(3, 13).view(2, 5)

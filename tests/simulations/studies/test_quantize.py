@@ -1,4 +1,4 @@
-"""The study of quantisation: its table, its packages, and its orderings on real weights and text where those are at hand."""
+"""The study of quantization: its table, its packages, and its orderings on real weights and text where those are at hand."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_the_table_has_means_and_spreads() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_engine_runs_what_was_quantised(tmp_path: Path, row: str) -> None:
+def test_the_engine_runs_what_was_quantized(tmp_path: Path, row: str) -> None:
     for folder in ("model", "package"):
         (tmp_path / folder).mkdir()
     tiny_model("qwen2", tmp_path / "model")  # tied, with biases, three query heads to a key-value head

@@ -112,7 +112,7 @@ def test_what_a_sequence_left_behind_reaches_nobody() -> None:
     torch.testing.assert_close(got, passes(FullCache(SHAPE, 40), ROPE, QKV, [6]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_broken_neighbour_stays_alone() -> None:
+def test_a_broken_neighbor_stays_alone() -> None:
     pool = PagedPool(SHAPE, 20, 4)
     good, broken = pool.cache(), pool.cache()
     passes(good, ROPE, QKV, [3])
