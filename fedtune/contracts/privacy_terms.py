@@ -5,13 +5,9 @@ should have been private and does not say that it is (fedtune/privacy/verify.py)
 set up wrongly, which would otherwise train in the open without a word.
 """
 
-from collections.abc import Mapping
-
 from fedtune.config import Config
 from fedtune.contracts.plan import Plan
 from fedtune.errors import PlanError
-
-Terms = Mapping[str, str | float | int | None]
 
 
 def terms(config: Config) -> dict[str, str | float | int | None]:

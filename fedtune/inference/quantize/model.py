@@ -28,7 +28,7 @@ from fedtune.inference.quantize.rtn import GROUP, Kind, QuantizedLinear, dequant
 from fedtune.inference.quantize.smoothquant import smooth_scale
 from fedtune.inference.quantize.weights import Read, Weights
 
-__all__ = ["FOLDING", "METHODS", "Method", "Recipe", "quantize_linear", "quantize_model", "quantize_rows"]
+__all__ = ["FOLDING", "METHODS", "Method", "Recipe", "quantize_model", "quantize_rows"]
 
 Method = Literal["rtn", "gptq", "awq", "smoothquant"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq", "awq", "smoothquant")
@@ -65,19 +65,11 @@ class Recipe:
         return replace(self, kind=self.head, group=GROUP if self.head == "int4" else 0)
 
 
-def quantize_linear(weight: Tensor, recipe: Recipe, stats: Stats | None = None) -> QuantizedLinear:
-    """A weight [N, K] in the portable form; what awq and smoothquant fold is folded already, so that they round to nearest.
-
-    Raises:
-        ModelError: As `fit_grid` and `quantize_gptq`; or gptq without `stats`.
-    """
-    return quantize_rows(lambda first, last: weight[first:last], (weight.shape[0], weight.shape[1]), recipe, stats)
-
-
 def quantize_rows(
     read: Callable[[int, int], Tensor], size: tuple[int, int], recipe: Recipe, stats: Stats | None = None, *, most: int = _GPTQ
 ) -> QuantizedLinear:
-    """Likewise a weight of which only some rows are read at once.
+    """A weight [N, K] in the portable form, of which only some rows are read at once. Weights that awq and smoothquant fold are folded
+    already, so that they are rounded to nearest.
 
     Args:
         read: Rows `first` to `last` of the weight.
@@ -153,7 +145,7 @@ def quantize_model(
 
     Raises:
         ConfigError: The method needs text and there is none.
-        ModelError: As `quantize_linear`, or a token is not in the table.
+        ModelError: As `quantize_rows`, or a token is not in the table.
     """
     if recipe.method != "rtn" and not text:
         raise ConfigError(f"method={recipe.method} looks at what the layers read: give it calibration text, or take method=rtn")

@@ -60,10 +60,6 @@ class Grid:
         scale, zero = self._of(first, codes.shape[1])
         return codes * scale + zero
 
-    def nearest(self, weight: Tensor, first: int = 0) -> Tensor:
-        """The grid's points nearest to columns `first`.. of the weight, [N, k] -> [N, k]."""
-        return self.values(self.codes(weight, first), first)
-
     def _of(self, first: int, n: int) -> tuple[Tensor, Tensor]:
         at = torch.arange(first, first + n) // self.group
         return self.scale[:, at], self.zero[:, at]

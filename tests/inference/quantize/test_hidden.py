@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from fedtune.inference.quantize.fold import FOLDS, Fold
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import embedded
-from fedtune.inference.quantize.model import Recipe, quantize_linear, quantize_rows
+from fedtune.inference.quantize.model import Recipe, quantize_rows
 from fedtune.inference.quantize.rtn import dequantize
 from fedtune.inference.quantize.weights import Weights
 from tests.inference.engine.tiny import VOCAB
 from tests.inference.quantize.test_model import opened
+from tests.inference.quantize.whole import quantize_linear
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 12))

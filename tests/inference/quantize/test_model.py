@@ -18,9 +18,10 @@ from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize import model as module
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import Read
-from fedtune.inference.quantize.model import METHODS, Recipe, quantize_linear, quantize_model
+from fedtune.inference.quantize.model import METHODS, Recipe, quantize_model
 from fedtune.inference.quantize.rtn import QuantizedLinear
 from tests.inference.engine.tiny import VOCAB, tiny_model
+from tests.inference.quantize.whole import quantize_linear
 
 INT8: dict[str, Any] = {"kind": "int8", "group": 0}
 FIRST = "model.layers.0."

@@ -68,7 +68,6 @@ class KiviCache(Cache):
         CacheError: Numbers that do not fit each other.
     """
 
-    resumable = True
     undo: int
 
     def __init__(
