@@ -16,28 +16,28 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedtune.clients.body import Body
 from fedtune.clients.declining import declining, naming
 from fedtune.clients.devices.choice import told
 from fedtune.clients.devices.fitting import Fitted
 from fedtune.clients.host import ClientHost
+from fedtune.clients.loaded_model import Body
 from fedtune.clients.steps import lr_at, steps_of
 from fedtune.clients.trainer import Trained, train
 from fedtune.clients.turns import Turn, Work, check_private, make, turn_of
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.hello import ClientHello
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.privacy_terms import agree
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.wire import Letter, read_letter, read_offer
 from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
-from fedtune.hello import ClientHello
 from fedtune.models import LiveAdapter
 from fedtune.models.sparse import SparseSlot
-from fedtune.plan import Plan, Update, matching
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied, applied, cannot_pay, said
 from fedtune.privacy.user import noised
-from fedtune.promise import agree
-from fedtune.seeds import derive_seed
-from fedtune.state import AdapterState
 from fedtune.traffic import Codec, decode_broadcast, encode_update
-from fedtune.wire import Letter, read_letter, read_offer
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -22,15 +22,15 @@ from fedtune.clients.host import ClientHost
 from fedtune.clients.store import Storage
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, from_dict, to_dict
+from fedtune.contracts.hello import ServerHello
+from fedtune.contracts.privacy_terms import terms
+from fedtune.contracts.task import task_of
 from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, PlanError
-from fedtune.files import write_text
-from fedtune.hello import ServerHello
-from fedtune.ids import is_run_name
-from fedtune.parsing import parse_yaml, read_text
 from fedtune.privacy.floor import Floor
-from fedtune.promise import terms
-from fedtune.task import task_of
+from fedtune.storage.atomic import write_text
+from fedtune.storage.ids import is_run_name
+from fedtune.storage.parsing import parse_yaml, read_text
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)

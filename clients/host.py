@@ -7,17 +7,17 @@ hosts in one process share nothing.
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedtune.clients.body import Body
 from fedtune.clients.devices.fitting import Devices
+from fedtune.clients.loaded_model import Body
 from fedtune.clients.store import Storage
 from fedtune.clients.workspace import Workspace, load_workspace
 from fedtune.config import Config, DeviceClass
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import matching
+from fedtune.contracts.wire import Letter
 from fedtune.errors import PlanError
-from fedtune.plan import matching
 from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import Ledger
-from fedtune.state import AdapterState
-from fedtune.wire import Letter
 
 
 @dataclass(frozen=True, eq=False)

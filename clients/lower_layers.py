@@ -1,7 +1,7 @@
 """A cache of what the layers below the lowest adapter make of each training row.
 
 Where adapters sit in the top k layers only, nothing below them ever changes, and no gradient goes there: the state of a row that enters
-the lowest trained layer is computed once a run and read from a mapped file afterwards, whoever trains on the row and in whatever round.
+the lowest trained layer is computed once a run and read from a mapped file afterward, whoever trains on the row and in whatever round.
 Rows are known by their tokens, so that trainer and stack need to know nothing of it.
 """
 

@@ -4,11 +4,11 @@ import math
 import random
 from collections.abc import Iterator
 
-from fedtune.plan import Plan
+from fedtune.contracts.plan import Plan
 
 
 def steps_of(plan: Plan, examples: int) -> int:
-    """Optimiser steps that the plan asks of a client with so many rows."""
+    """Optimizer steps that the plan asks of a client with so many rows."""
     steps = plan.steps if plan.steps is not None else math.ceil(examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate))
     return max(1, steps)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.config import Config
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import CheckpointError
-from fedtune.files import new_file, write_text
-from fedtune.ids import file_name
-from fedtune.parsing import read_text
 from fedtune.privacy.ledger import Ledger, ledgers_in
-from fedtune.state import AdapterState
+from fedtune.storage.atomic import new_file, write_text
+from fedtune.storage.ids import file_name
+from fedtune.storage.parsing import read_text
 
 _ID = "id"  # file with the client's id, in a folder whose name is too short for it
 

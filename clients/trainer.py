@@ -1,6 +1,6 @@
-"""One client's turn: optimise the trainable tensors of a shared frozen backbone on the client's own rows.
+"""One client's turn: optimize the trainable tensors of a shared frozen backbone on the client's own rows.
 
-Nothing is built anew but the optimiser: the model, the adapter slot and the encoded rows outlive the turn.
+Nothing is built anew but the optimizer: the model, the adapter slot and the encoded rows outlive the turn.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.steps import batches, lr_at, steps_of
 from fedtune.clients.turns import Turn, Work, turn_of
 from fedtune.config import TaskConfig
+from fedtune.contracts.plan import Plan, matching
+from fedtune.contracts.task import task_of
 from fedtune.data import Example, collate
 from fedtune.errors import Decline, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.memory import is_out_of_memory
 from fedtune.models.sparse import SparseSlot
-from fedtune.plan import Plan, matching
 from fedtune.privacy.noise import source
 from fedtune.privacy.turn import Applied
-from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from fedtune.privacy.dpsgd import PrivateGradient
@@ -37,7 +37,7 @@ class Trained:
 
     Args:
         loss: Mean training loss a token (or example) over all steps; None where that would tell of single rows.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         seconds: Wall time.
         peak_mb: Peak of the process's memory, or of the GPU's.
         start_loss: Mean loss over all rows before the first step; None where the plan does not ask for it.

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from fedtune.clients.body import Body
+from fedtune.clients.loaded_model import Body
 from fedtune.clients.lower_layers import LowerLayers
 from fedtune.clients.tokens import Rows, TokenStore
 from fedtune.config import Config, from_dict
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.privacy_terms import terms
+from fedtune.contracts.task import task_of
 from fedtune.data import Example, Federation, encode, load_federation, pad_id
 from fedtune.models import Backbone, LiveAdapter, initial_adapter
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
-from fedtune.parsing import parse_json
-from fedtune.promise import terms
-from fedtune.state import AdapterState
-from fedtune.task import task_of
+from fedtune.storage.parsing import parse_json
 
 
 class Workspace:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedtune.version import __version__ as __version__
+
 for _name, _value in {
     # set before Flower and Ray are imported anywhere: nothing that runs here reports home
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -21,18 +23,17 @@ _here = Path(__file__).resolve().parent
 if not (_here / "strategies").is_dir() and (_here.parent / "strategies").is_dir():
     __path__.append(str(_here.parent))  # a checkout or an app bundle: the sub-packages sit beside this folder
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:  # imported when they are first used, so that `import fedtune` loads nothing
     from fedtune.clients.turns import Turn, Work
     from fedtune.config import Config
+    from fedtune.contracts.adapter_state import AdapterState
+    from fedtune.contracts.plan import Plan, Update
+    from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
     from fedtune.errors import FedtuneError
-    from fedtune.inference import export_hf, generate_text
+    from fedtune.export import export_hf
+    from fedtune.inference import generate_text
     from fedtune.inference.engine.load import load_engine
     from fedtune.library import Result, configure, load_run, run
-    from fedtune.plan import Plan, Update
-    from fedtune.state import AdapterState
-    from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 __all__ = [
     "AdapterState",
@@ -58,13 +59,14 @@ __all__ = [
 _HOMES = {
     "clients.turns": ("Turn", "Work"),
     "config": ("Config",),
+    "contracts.adapter_state": ("AdapterState",),
+    "contracts.plan": ("Plan", "Update"),
+    "contracts.strategy": ("Assignment", "Requirements", "ServerState", "Strategy"),
     "errors": ("FedtuneError",),
-    "inference": ("export_hf", "generate_text"),
+    "export": ("export_hf",),
+    "inference": ("generate_text",),
     "inference.engine.load": ("load_engine",),
     "library": ("Result", "configure", "load_run", "run"),
-    "plan": ("Plan", "Update"),
-    "state": ("AdapterState",),
-    "strategy": ("Assignment", "Requirements", "ServerState", "Strategy"),
 }
 
 

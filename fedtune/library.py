@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.compose import compose
 from fedtune.config import Config, check
+from fedtune.config.compose import compose
+from fedtune.config.stored import read_config
 from fedtune.errors import CheckpointError, ConfigError
-from fedtune.run_config import read_config
 
 if TYPE_CHECKING:  # these import torch
     from fedtune.clients.turns import Turn
-    from fedtune.state import AdapterState
-    from fedtune.strategy import Strategy
+    from fedtune.contracts.adapter_state import AdapterState
+    from fedtune.contracts.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Result:
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """One row a round, from 0: what was counted, what travelled, and scores where the round was evaluated."""
+        """One row a round, from 0: what was counted, what traveled, and scores where the round was evaluated."""
         return [row for row in self._metrics() if row.get("client") is None]
 
     @property
@@ -56,7 +56,7 @@ class Result:
         Raises:
             CheckpointError: The run has not ended yet.
         """
-        from fedtune.state import AdapterState
+        from fedtune.contracts.adapter_state import AdapterState
 
         file = self.path / "adapter" / "fedtune.safetensors"
         if not file.is_file():
@@ -69,7 +69,7 @@ class Result:
         return self.path / "report.html"
 
     def _metrics(self) -> list[dict[str, Any]]:
-        from fedtune.report import read_metrics
+        from fedtune.runs.report import read_metrics
 
         return read_metrics(self.path)
 
@@ -98,8 +98,8 @@ def run(config: Config, *, strategy: "Strategy | None" = None, turns: "Mapping[s
     Raises:
         FedtuneError: The experiment cannot be run; one sentence says why.
     """
-    from fedtune.app import simulate
     from fedtune.clients.turns import register
+    from fedtune.experiment import simulate
 
     if turns and config.engine.kind == "ray":
         raise ConfigError("turns that are written in this process are not known to Ray's workers: set engine=inprocess")

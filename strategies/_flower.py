@@ -20,11 +20,11 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import UpdateError, UpdateMismatch
-from fedtune.plan import Update
-from fedtune.state import AdapterState
 from fedtune.strategies._mean import doubles
-from fedtune.strategy import ServerState
 
 _EXAMPLES = "num-examples"  # the key under which Flower's classes look for weights
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedtune.state import AdapterState
+from fedtune.contracts.adapter_state import AdapterState
 
 
 def distances(adapters: Sequence[AdapterState], origin: AdapterState) -> Tensor:

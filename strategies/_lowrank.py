@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import Assignment
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies._mean import Mean
-from fedtune.strategy import Assignment
 
 FACTORS = (".lora_A", ".lora_B")
 Term = tuple[float, Tensor, Tensor]

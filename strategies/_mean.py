@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedtune.plan import Update
-from fedtune.strategy import ServerState, Strategy
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import ServerState, Strategy
 
 
 class Mean:

@@ -10,13 +10,13 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
-from fedtune.bounds import require
 from fedtune.config import Config
-from fedtune.plan import Update
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
 from fedtune.strategies._require import enough_clients
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class FedAdagrad(MeanStrategy):
     """v ← v + Δ², w ← w + η·Δ / (√v + τ), with Δ = w̄ − w.
 
     The first step is η for every parameter that moved, later ones shrink as 1 / √t. For LoRA all of this is on the factors. A method that
-    re-factorises the adapter must start v anew: it belongs to the old coordinates.
+    re-factorizes the adapter must start v anew: it belongs to the old coordinates.
 
     Args:
         lr: Server learning rate η: how far a parameter moves in the first round, whatever the clients' own steps.

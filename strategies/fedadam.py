@@ -11,11 +11,11 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class FedAdam(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ², w ← w + η_t·m / (√v + τ), with Δ = w̄ − w.
 
     η_t = η·√(1 − β₂ᵗ) / (1 − β₁ᵗ), t the steps since the moments were 0, so that the first step is as long as any (Flower told its own
-    round would take t + 1, and make the first step .74 of Adam's). For LoRA all of this is on the factors. A method that re-factorises
+    round would take t + 1, and make the first step .74 of Adam's). For LoRA all of this is on the factors. A method that re-factorizes
     the adapter must start the moments anew: they belong to the old coordinates.
 
     Args:

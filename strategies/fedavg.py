@@ -3,7 +3,7 @@
 For LoRA this is FedIT: A and B are averaged apart, so the product is off by sum_k p_k (B_k - B̄)(A_k - Ā).
 
 Source: McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data, arXiv:1602.05629, algorithm 1;
-Zhang et al. 2023, Towards Building the Federated GPT (FedIT), arXiv:2305.05644.
+Zhang et al. 2023, Toward Building the Federated GPT (FedIT), arXiv:2305.05644.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)

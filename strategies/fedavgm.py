@@ -14,18 +14,18 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy, doubles
-from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgM(MeanStrategy):
     """w ← w − η_s·v with v ← βv + (w − w̄); β = 0, η_s = 1 is FedAvg. Memory: `momentum/<tensor>`, v.
 
-    A method that re-factorises the adapter (SVD, fresh A) makes v meaningless: it belongs to the old coordinates.
+    A method that re-factorizes the adapter (SVD, fresh A) makes v meaningless: it belongs to the old coordinates.
 
     Args:
         lr: Server learning rate η_s. In the long run a constant Δ moves w by η_s / (1 − β) times Δ a round.

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.config import Config
-from fedtune.plan import Update
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies._lowrank import Cohort, compact, require_method, shift
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

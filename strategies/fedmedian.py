@@ -1,6 +1,6 @@
 """Coordinate-wise median, by Flower's own class.
 
-Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option I.
+Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Toward Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option I.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
-from fedtune.plan import Update
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """FedNova: clients that did more steps do not count for more.
 
-Where clients do different numbers of steps, the mean of their models minimises a mixture of their losses weighted by those steps. FedNova
-averages their steps normalised, and takes the mean length.
+Where clients do different numbers of steps, the mean of their models minimizes a mixture of their losses weighted by those steps. FedNova
+averages their steps normalized, and takes the mean length.
 
 Source: Wang et al. 2020, Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization, arXiv:2007.07481, eq. 8.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.config import Config
-from fedtune.plan import Update
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies._flower import measured
 from fedtune.strategies._mean import Mean, doubles
 from fedtune.strategies._require import plain_sgd
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class FedNova(Strategy):
     left out, an error of about τη(λ + μ)/2 of the length.
 
     Args:
-        heuristic: Allow other local optimisers and clipping. With AdamW the steps are still normalised by their number, but a client's
+        heuristic: Allow other local optimizers and clipping. With AdamW the steps are still normalized by their number, but a client's
             changes are no longer sums of gradients, and the paper's result does not hold.
     """
 
@@ -38,7 +38,7 @@ class FedNova(Strategy):
 
     def check(self, config: Config) -> None:
         if not self.heuristic:
-            plain_sgd(config, "fednova", ", or strategy.heuristic=true to normalise AdamW's steps without the paper's guarantee")
+            plain_sgd(config, "fednova", ", or strategy.heuristic=true to normalize AdamW's steps without the paper's guarantee")
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         w, d, length = state.adapter.tensors, Mean(), 0.0

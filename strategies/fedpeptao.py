@@ -43,15 +43,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies._flower import measured
 from fedtune.strategies._mean import Mean
 from fedtune.strategies._require import whole_updates
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _VARIANTS = ("scaled", "paper", "code")
 _DECAY, _LEAST_LR = 0.99, 1e-4  # of η_s, a round, in the paper's rule

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx(FedAvg):
-    """Clients minimise F_k(w) + μ/2·‖w − w_t‖², over all tensors that they train; the server takes the weighted mean.
+    """Clients minimize F_k(w) + μ/2·‖w − w_t‖², over all tensors that they train; the server takes the weighted mean.
 
     For LoRA the term holds the factors, not their product. `mu` is the one place to set it: a config with another `client.prox` is refused.
 

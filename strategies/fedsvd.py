@@ -17,10 +17,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Plan, matching
+from fedtune.contracts.plan import Plan, matching
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.strategies._lowrank import require_method, stack, truncate, with_factors
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategy import Assignment, Requirements, ServerState
 
 TRAINED = ("*", "!*.lora_A")
 

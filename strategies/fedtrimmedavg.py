@@ -1,6 +1,6 @@
 """Coordinate-wise trimmed mean, by Flower's own class.
 
-Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option II.
+Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Toward Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option II.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
-from fedtune.bounds import require
 from fedtune.config import Config
-from fedtune.plan import Update
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
 from fedtune.strategies._require import enough_clients
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import ClassVar
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.strategies import _flower
 from fedtune.strategies._mean import MeanStrategy
-from fedtune.strategy import Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class FedYogi(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← v − (1 − β₂)Δ²·sign(v − Δ²), w ← w + η·m / (√v + τ), with Δ = w̄ − w.
 
     v grows and shrinks by steps of the same size, where Adam's forgets a large Δ² at once. There is no bias correction: from v = 0 the
-    first step is (1 − β₁) / √(1 − β₂) of η. For LoRA all of this is on the factors. A method that re-factorises the adapter must start
+    first step is (1 − β₁) / √(1 − β₂) of η. For LoRA all of this is on the factors. A method that re-factorizes the adapter must start
     the moments anew: they belong to the old coordinates.
 
     Args:

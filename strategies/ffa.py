@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.config import Config
-from fedtune.plan import Plan, matching
+from fedtune.contracts.plan import Plan, matching
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.strategies._lowrank import require_method
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, Requirements, ServerState
 
 ALL_BUT_A = ("*", "!*.lora_A")
 

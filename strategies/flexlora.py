@@ -21,10 +21,10 @@ from typing import ClassVar
 import torch
 
 from fedtune.config import Config
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterState
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.strategies._lowrank import Cohort, Pair, assign, require_method, stack, truncate, with_factors
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

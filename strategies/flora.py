@@ -6,8 +6,8 @@ Averaging A and B apart does not average B·A. Stacking does, and lets each clie
 
 The price is what goes down: each round adds a shift of rank Σ r_k, which every client gets once. It is kept as it came while that rank is
 at most min(in, out), and as the same matrix at its true rank where it is more. A client that lacks more than a weight matrix has numbers
-gets the sum of all shifts of that matrix instead (fedtune/snapshot.py), and declines it before it is sent where it does not fit. After the
-fresh start A has no gradient while B = 0, so its first step moves B alone. Where the run's first B is not 0
+gets the sum of all shifts of that matrix instead (fedtune/rounds/snapshot.py), and declines it before it is sent where it does not fit.
+After the fresh start A has no gradient while B = 0, so its first step moves B alone. Where the run's first B is not 0
 (peft.init=loftq), the part of its product that clients of smaller ranks were not sent is merged with theirs, so that it is not lost.
 
 Source: Wang et al. 2024, FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, arXiv:2409.05976,
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import Config
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.seeds import derive_seed
-from fedtune.state import AdapterState
 from fedtune.strategies._lowrank import Cohort, Pair, Term, assign, compact, require_method, shift, stack, with_factors
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterState
 from fedtune.strategies._lowrank import FACTORS, norm, require_method
 from fedtune.strategies._mean import Mean
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _FAINT = 1e-30  # weight of a product that is zero: beside others it counts for nothing, and where all are zero, all count alike
 

@@ -8,20 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.bounds import require
 from fedtune.config import Config
-from fedtune.plan import Update
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum
 from fedtune.strategies._require import enough_clients
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Krum(Strategy):
     """w ← w_k of the client k with the least sum of squared distances to its n − f − 2 closest others.
 
-    On LoRA the distances are those of s·B·A, module by module (heads: of the tensors), so that nobody can hide behind another factorisation
+    On LoRA the distances are those of s·B·A, module by module (heads: of the tensors), so that nobody can hide behind another factorization
     of the same update; that is why Flower's class, which compares the factors, is not used. Holds all models of a round in memory.
 
     Args:

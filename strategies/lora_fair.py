@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Update
 from fedtune.strategies._lowrank import Cohort, Pair, require_method, stack
-from fedtune.strategy import Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

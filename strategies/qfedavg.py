@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from flwr.serverapp import strategy as flower
 
-from fedtune.bounds import require
 from fedtune.config import Config
-from fedtune.plan import Plan, Update
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 _LOSS = "start_loss"  # F_k(w): the loss of the model that the client was sent, before it trains
 
@@ -29,7 +29,7 @@ class QFedAvg(Strategy):
     Args:
         q: q.
         lr: 1 / L, L an estimate of the Lipschitz constant of the gradient. With plain SGD the paper takes the client's learning rate. An
-            adaptive optimiser moves further than rate times gradient, and such an L would all but stop the model.
+            adaptive optimizer moves further than rate times gradient, and such an L would all but stop the model.
     """
 
     q: float = 0.1

@@ -2,7 +2,7 @@
 
 Odd rounds train B under the common A, even rounds A under the common B. B goes first: it starts at zero, and under B = 0 the gradient of A
 is zero. So only rounds that count are counted: after one that does not, the same half is trained again. Half the factors' bytes go up. Down
-goes the whole adapter: a client that missed the round before lacks the half that was trained then. The local optimiser is fresh each round,
+goes the whole adapter: a client that missed the round before lacks the half that was trained then. The local optimizer is fresh each round,
 as the paper asks at each change of sides.
 
 Source: Chen et al. 2025, Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, NeurIPS 2025, arXiv:2502.01755.
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.plan import Plan
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.strategies._lowrank import require_method
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, Requirements, ServerState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
-from fedtune.plan import Plan, Update
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.strategies._flower import measured
 from fedtune.strategies._mean import Mean, doubles
 from fedtune.strategies._require import plain_sgd, whole_updates
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """SLoRA: a sparse stage finds where LoRA should start.
 
 Stage 1 trains a few entries of the frozen matrices, under a mask that all clients share; stage 2 is federated LoRA, started from the SVD of
-what stage 1 learnt. Only the masked entries travel, as differences to the frozen weights, so that the server needs no backbone.
+what stage 1 learned. Only the masked entries travel, as differences to the frozen weights, so that the server needs no backbone.
 
 Source: Babakniya et al. 2023, SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models, arXiv:2308.06522, section 4.
 """
@@ -14,16 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.config import Config
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterState, random_mask
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterState, random_mask
 from fedtune.strategies._lowrank import FACTORS, Pair, require_method, shift
 from fedtune.strategies._mean import Mean
-from fedtune.strategy import Assignment, Requirements, ServerState, Strategy
 
-QUANTISED = ("nf4", "int8")
+QUANTIZED = ("nf4", "int8")
 MASKS, MODES = ("random", "gradient"), ("paper", "corrected")
 _VALUES = ("*", "!*.index")  # positions go down only
 
@@ -70,11 +70,11 @@ class SLoRA(Strategy):
         require("strategy.density", self.density, gt=0, le=1)
         require_method(config, "slora", methods=("lora", "rslora"), why="an SVD gives two factors to start from, and nothing else")
         classes = config.devices.classes.items()
-        free = [n for n, d in classes if d.precision in QUANTISED or (d.precision is None and d.memory_mb is not None)]
-        if config.model.precision in QUANTISED or free:
+        free = [n for n, d in classes if d.precision in QUANTIZED or (d.precision is None and d.memory_mb is not None)]
+        if config.model.precision in QUANTIZED or free:
             which = f"devices.classes.{free[0]}.precision" if free else "model.precision"
             raise ConfigError(
-                f"strategy=slora trains entries of the frozen weights in its first stage, and quantised ones have none: set {which}=bf16"
+                f"strategy=slora trains entries of the frozen weights in its first stage, and quantized ones have none: set {which}=bf16"
                 + (", and so for each class, or devices=none" if free else "")
             )
         if config.rounds < self.last_sparse_round:

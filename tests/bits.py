@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fedtune.app import simulate
-from fedtune.compose import compose
+from fedtune.config.compose import compose
+from fedtune.experiment import simulate
 from tests.tiny import texts, tiny_llama, write_rows
 
 NANO = ["conf=heterogeneous", "rounds=3", "clients_per_round=4", "min_clients=1", "client.steps=2", "eval.clients=2", "eval.where=none"]

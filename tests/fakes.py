@@ -10,19 +10,19 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.bridge import Bridge
 from fedtune.clients.declining import declining
 from fedtune.config import Config
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Update, matching
+from fedtune.contracts.strategy import Strategy
+from fedtune.contracts.wire import read_letter, read_offer
 from fedtune.errors import UpdateError
 from fedtune.exchange import Exchange, Plain
-from fedtune.plan import Update, matching
-from fedtune.roll import Welcome
+from fedtune.rounds.bridge import Bridge
+from fedtune.rounds.membership import Welcome
 from fedtune.runs.directory import RunDirectory
-from fedtune.simulations.grid import InProcessGrid
-from fedtune.state import AdapterSpec, AdapterState
+from fedtune.simulations.engines.grid import InProcessGrid
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Strategy
-from fedtune.wire import read_letter, read_offer
 
 
 def lora_state(*, fill: float | None = None, seed: int = 0, version: int = 0) -> AdapterState:

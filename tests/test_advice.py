@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import cli, client, server
-from fedtune.compose import _is_known, choices, compose, make_strategy
+from fedtune.cli import client, server
+from fedtune.cli import main as cli
 from fedtune.config import Config, from_dict, to_dict
+from fedtune.config.compose import _is_known, choices, compose
 from fedtune.data import load_federation
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.rounds.find_strategy import make_strategy
 from tests.advice import HOLE, SETTING, sentences, ways
+from tests.cli.test_simulate import REFUSED
 from tests.data.test_bad_input import CASES
-from tests.test_sim import REFUSED
 
 SENTENCES = list(sentences())
 OTHERS = {

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.compose import compose, make_strategy
 from fedtune.config import Config
+from fedtune.config.compose import compose
+from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.strategy import Requirements, ServerState, Strategy
+from fedtune.rounds.find_strategy import make_strategy
 from tests.network.loopback import free_port
 from tests.strategies.updates import drawn, update
 
@@ -70,7 +71,7 @@ def test_the_document_has_the_signatures_of_the_base_class() -> None:
         ("elsewhere.X", r"cannot be imported: .* \(ModuleNotFoundError: No module named 'elsewhere'\)"),
         ("broken.X", r"cannot be imported: .* \(ZeroDivisionError: division by zero\)"),
         ("broken", r"cannot be imported: .* \(it names no module\)"),
-        ("mine.Update", "is not a strategy: it must be a subclass of fedtune.strategy.Strategy"),
+        ("mine.Update", "is not a strategy: it must be a subclass of fedtune.contracts.strategy.Strategy"),
         ("mine.Bare", "cannot be made: TypeError: Can't instantiate abstract class Bare"),
         ("mine.Picky", "cannot be made: ValueError: no"),
     ],

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fedtune.app import simulate
 from fedtune.config import Config, EvalConfig
+from fedtune.config.stored import read_config
 from fedtune.errors import CheckpointError, FedtuneError, disk_trouble
-from fedtune.run_config import read_config
+from fedtune.experiment import simulate
 from tests.test_starts import DISK, Killed
 from tests.tiny import tiny_config
 
@@ -65,20 +65,20 @@ def test_a_run_is_one_sentence_and_goes_on(tmp_path: Path, stop: type[BaseExcept
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("door", ["sim", "cli", "server", "client"])
+@pytest.mark.parametrize("door", ["simulate", "main", "server", "client"])
 def test_a_door_says_it_where_nothing_else_did(door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib
 
-    module = importlib.import_module(f"fedtune.{door}")
+    module = importlib.import_module(f"fedtune.cli.{door}")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/x")
 
-    if door == "cli":
+    if door == "main":
         monkeypatch.setattr(module, "_parser", lambda: type("P", (), {"parse_args": lambda *_: type("A", (), {"command": full})}))
     else:
         monkeypatch.setattr(module, "_main", full)
-    argv = {"sim": [], "cli": [], "server": ["conf=base", "--insecure"], "client": ["--server", "127.0.0.1:1", "--insecure"]}[door]
+    argv = {"simulate": [], "main": [], "server": ["conf=base", "--insecure"], "client": ["--server", "127.0.0.1:1", "--insecure"]}[door]
     assert module.main(argv) == 2
     said = capsys.readouterr().err.strip()
     assert said.endswith("/x cannot be written (No space left on device): free the disk and start again") and "\n" not in said

@@ -4,7 +4,8 @@ import ast
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,106 +13,109 @@ import pytest
 import fedtune
 
 ROOT = Path(__file__).parents[1]
-CONTRACTS = {
-    "__version__",
-    "bounds",
-    "checkpoint_files",
-    "combinations",
-    "config",
-    "errors",
-    "files",
-    "hello",
-    "ids",
-    "method_files",
-    "parsing",
-    "plan",
-    "promise",
-    "registry",
-    "reading",
-    "run_config",
-    "scores",
-    "seeds",
-    "state",
-    "strategy",
-    "task",
-    "wire",
-}
-DOORS = {"sim", "server", "client", "cli", "app_flower", "library"}
-MAY_IMPORT = {
-    "models": CONTRACTS | {"data"},  # a task encodes rows and scores examples
-    "data": CONTRACTS,
-    "privacy": CONTRACTS | {"models"},
-    "traffic": CONTRACTS,
-    "exchange": CONTRACTS | {"privacy"},
-    "inference": CONTRACTS | {"models"},
-    "report": CONTRACTS,
-    "network": CONTRACTS | {"flower"},
-    "strategies": CONTRACTS | {"traffic"},
-    "clients": CONTRACTS | {"models", "data", "privacy", "traffic"},
-}
-EXCEPTIONS = {  # file → what it imports against the table, and why
-    "fedtune/post.py": {"traffic"},  # what travels is encoded and decoded between bridge and wire,
-    "fedtune/bridge.py": {"exchange"},  # the round loop plays the exchange that it is given,
-    "fedtune/round.py": {"exchange"},  # and is its channel
-    "fedtune/reply.py": {"traffic", "privacy"},  # so that no strategy sees it encoded; and it is held to what it promised
-    # what was spent is in the ledgers, also where no record tells of it; and the backbone says how it is loaded
-    "fedtune/report/card.py": {"privacy", "models"},
-    "fedtune/report/snippet.py": {"models"},  # models knows which methods weights can express
-    "fedtune/network/worker.py": {"clients"},  # the process that is the client
-    "fedtune/watch.py": {"report"},  # the bridge's watcher tells the report's writers
-    "fedtune/status.py": {"report"},  # it shows of a run what the report shows, for the terminal
-    "fedtune/inference/quantise/calibrate.py": {"data"},  # text of any file that a run could read, or of the run itself
-    "fedtune/inference/edge.py": {"data"},  # the perplexity of what is exported is that of the run's own test
-    "fedtune/inference/personal.py": {"clients"},  # a personal model is the global adapter with what a client's store keeps
-    "fedtune/inference/export.py": {"data"},  # the demo's prompt goes into the exported folder
-}
 BARE = ("strategies", "clients", "simulations", "conf")
+# Room → the rooms that it may import, besides those of LOW. A room is a folder, or a module at the root of fedtune/.
+LOW = ("version", "errors", "storage", "config", "contracts")  # each may import those before it, and every other room all of them
+MAY_IMPORT = {
+    "traffic": set[str](),
+    "data": set[str](),
+    "models": {"data"},  # a task encodes rows and scores examples
+    "privacy": {"models"},
+    "exchange": {"privacy"},
+    "strategies": set[str](),
+    "clients": {"models", "data", "privacy", "traffic"},
+    "inference": {"models"},
+    "export": {"models", "data", "inference", "clients"},  # a personal model is the global adapter with what a client's store keeps
+    "runs": {"models", "privacy"},  # the card of an adapter says how it is loaded, and what was spent of each client's privacy
+    "rounds": {"exchange", "traffic", "privacy", "runs"},
+    "network": {"clients"},  # the worker process is the client
+    "simulations.engines": {"clients", "models", "data", "privacy"},
+    "experiment": {"rounds", "exchange", "clients", "models", "export", "runs", "simulations.engines"},
+    "library": {"experiment", "clients", "runs"},
+    "cli": {"experiment", "rounds", "runs", "network", "clients", "data", "export", "inference"},
+    "sim": {"cli"},
+    "simulations.studies": {"experiment", "runs", "clients", "data", "export", "inference"},
+    "simulations.benchmarks": {
+        "experiment", "rounds", "runs", "clients", "models", "data", "export", "inference", "strategies", "simulations.engines",
+        "simulations.studies",
+    },
+    "simulations": set[str](),
+}  # fmt: skip
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """(room, file): the room is the sub-package, or the module's own name for the root files."""
+    """(module, file) of everything in the product but the root's __init__, which names what is public."""
     for folder in ("fedtune", *BARE):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            inner = file.relative_to(ROOT / folder)
-            yield (inner.parts[0].removesuffix(".py") if folder == "fedtune" else folder), file
+            parts = file.relative_to(ROOT / "fedtune" if folder == "fedtune" else ROOT).with_suffix("").parts
+            if name := ".".join(part for part in parts if part != "__init__"):
+                yield name, file
+
+
+MODULES = {name for name, _ in files()}
+
+
+def room(module: str) -> str:
+    """A folder or a root module; the folder simulations/ holds rooms itself."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "simulations" else parts[0]
 
 
 def imported(file: Path) -> set[str]:
-    """The fedtune modules that a file imports anywhere, by the name after `fedtune.`."""
+    """The fedtune modules that a file imports, by the name after `fedtune.`: at the top, within functions, and for type checkers only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno} imports relatively: write fedtune.…"
-            names = [f"fedtune.{a.name}" for a in node.names] if node.module == "fedtune" else [node.module or ""]
+            whole = [f"{node.module}.{a.name}" for a in node.names]
+            names = [n if n.removeprefix("fedtune.") in MODULES else node.module or "" for n in whole]
         else:
             continue
         assert not {n.partition(".")[0] for n in names} & set(BARE), f"{file}:{node.lineno} imports a bare sub-package name"
-        found |= {n.split(".")[1] for n in names if n.startswith("fedtune.")}
+        found |= {n.removeprefix("fedtune.") for n in names if n.partition(".")[0] == "fedtune" and n != "fedtune"}
+        assert "fedtune" not in names or file.parent.parent == ROOT, f"{file}:{node.lineno} imports the root package: name the module"
     return found
 
 
-@pytest.mark.parametrize(("room", "file"), list(files()), ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else "")
-def test_a_file_imports_only_what_its_room_may(room: str, file: Path) -> None:
-    if room in CONTRACTS:
-        allowed = CONTRACTS
-    elif room == "simulations":
-        assert not imported(file) & DOORS
-        return
-    elif room in MAY_IMPORT:
-        allowed = MAY_IMPORT[room] | {room}
-    elif room in DOORS | {"app", "__init__"}:
-        return  # doors import everything
-    else:  # bridge, run, compose, flower: the machinery between contracts and doors knows no room
-        allowed = CONTRACTS | {f.stem for f in (ROOT / "fedtune").glob("*.py")} - DOORS - {"app"} | {"runs"}
-    excess = imported(file) - allowed
-    assert excess == EXCEPTIONS.get(str(file.relative_to(ROOT)), set())  # an exception that is no longer needed goes
+def allowed(of: str) -> set[str]:
+    """The rooms that a room may import."""
+    return set(LOW[: LOW.index(of) + 1]) if of in LOW else {of, *LOW, *MAY_IMPORT[of]}
 
 
-def test_the_rule_sees_what_it_forbids(tmp_path: Path) -> None:
-    (tmp_path / "x.py").write_text("import fedtune.data.demo\ndef f():\n    from fedtune import clients, models\n")
-    assert imported(tmp_path / "x.py") == {"clients", "data", "models"}
+@pytest.mark.parametrize(("module", "file"), list(files()), ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else "")
+def test_a_file_imports_only_what_its_room_may(module: str, file: Path) -> None:
+    excess = {name for name in imported(file) if room(name) not in allowed(room(module))}
+    assert not excess, f"{file.relative_to(ROOT)} imports {excess}: a room imports only the rooms below it"
+
+
+def test_no_room_is_above_itself() -> None:
+    tuple(TopologicalSorter({of: allowed(of) - {of} for of in (*LOW, *MAY_IMPORT)}).static_order())
+    used = {(room(module), room(name)) for module, file in files() for name in imported(file)}
+    unused = {(of, other) for of, others in MAY_IMPORT.items() for other in others} - used
+    assert not unused, f"the table allows what nobody needs: {unused}"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    assert cycle({module: imported(file) - {module} for module, file in files()}) is None
+
+
+def cycle(graph: Mapping[str, set[str]]) -> list[str] | None:
+    """One cycle of the graph, if it has any."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as bad:
+        return bad.args[1]
+    return None
+
+
+def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import fedtune.data.demo\ndef f():\n    from fedtune import clients, models\n    import fedtune.plan")
+    assert imported(tmp_path / "x.py") == {"data.demo", "clients", "models", "plan"}
+    (tmp_path / "x.py").write_text("if TYPE_CHECKING:\n    from fedtune.data import local\n    from fedtune.data.hub import read_hub")
+    assert imported(tmp_path / "x.py") == {"data.local", "data.hub"}
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None and cycle({"a": {"b", "c"}, "b": {"c"}}) is None
 
 
 @pytest.mark.parametrize("name", BARE)
@@ -129,17 +133,17 @@ def test_the_root() -> None:
 
 
 def test_only_one_module_parses_json_and_yaml() -> None:
-    """Python's parsers raise what their callers do not expect; `fedtune.parsing` gives a ValueError with a short reason."""
+    """Python's parsers raise what their callers do not expect; `fedtune.storage.parsing` gives a ValueError with a short reason."""
     own = {"parsing.py", "page.py"}
     looked, found = 0, []
     for _, file in files():
-        if file.name in own or file.name.startswith(("bench_", "study_")) or "bench_inference" in file.parts:
+        if file.name in own or {"benchmarks", "studies"} & set(file.parts):
             continue
         looked += 1
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load", "yaml.safe_load", "yaml.load"):
                 found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
-    assert looked > 100 and not found, f"use fedtune.parsing: {found}"
+    assert looked > 100 and not found, f"use fedtune.storage.parsing: {found}"
 
 
 def renames(node: ast.AST) -> bool:
@@ -161,11 +165,11 @@ def test_only_one_module_writes_beside_and_renames() -> None:
     found = [
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         for _, file in files()
-        if file != ROOT / "fedtune" / "files.py"
+        if file != ROOT / "fedtune" / "storage" / "atomic.py"
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if renames(node)
     ]
-    assert not found, f"use fedtune.files: {found}"
+    assert not found, f"use fedtune.storage.atomic: {found}"
 
 
 @pytest.mark.parametrize(
@@ -194,8 +198,8 @@ def test_only_one_module_judges_bounds() -> None:
     found = [
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for _, file in files()
-        if file != ROOT / "fedtune" / "bounds.py"
+        if file != ROOT / "fedtune" / "config" / "bounds.py"
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(sentence, node.value)
     ]
-    assert not found, f"use fedtune.bounds.require: {found}"
+    assert not found, f"use fedtune.config.bounds.require: {found}"

@@ -14,8 +14,8 @@ import torch
 import fedtune
 from fedtune import AdapterState, Assignment, Config, Plan, Requirements, ServerState, Strategy, Turn, Update, Work
 from fedtune.clients import turns as all_turns
+from fedtune.config.registry import Registry
 from fedtune.errors import CheckpointError, ConfigError, Stopped
-from fedtune.registry import Registry
 from tests.tiny import tiny_config
 
 NAMES = [
@@ -52,7 +52,7 @@ def test_the_package_loads_nothing_and_its_names_stay_what_they_are() -> None:
 import sys, fedtune
 assert not {"torch", "flwr", "hydra"} & set(sys.modules)
 run = fedtune.run
-import fedtune.app, fedtune.compose, fedtune.library
+import fedtune.experiment, fedtune.config.compose, fedtune.library
 from fedtune import *
 assert fedtune.run is run is fedtune.library.run and all(not isinstance(getattr(fedtune, n), type(sys)) for n in fedtune.__all__)
 """

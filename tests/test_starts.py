@@ -12,11 +12,11 @@ import pytest
 
 from fedtune.clients.deployed import Device, _keep_hello, _kept_hello
 from fedtune.config import Config
+from fedtune.config.stored import read_config
 from fedtune.errors import FedtuneError, RunError
-from fedtune.keys import make_keys, read_allowed
 from fedtune.network.database import is_whole, make_database
+from fedtune.network.keys import make_keys, read_allowed
 from fedtune.network.node import _identity
-from fedtune.run_config import read_config
 from fedtune.runs.directory import RunDirectory
 
 Make = Callable[[Path], object]

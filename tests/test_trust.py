@@ -11,16 +11,16 @@ import pytest
 import transformers.dynamic_module_utils
 import yaml
 
-from fedtune import cli
-from fedtune.app import simulate
-from fedtune.compose import compose
+from fedtune.cli import main as cli
+from fedtune.cli.server import main as server
+from fedtune.cli.simulate import main as sim
 from fedtune.config import Config, InferenceConfig, ModelConfig
+from fedtune.config.compose import compose
+from fedtune.config.stored import read_config
 from fedtune.errors import FedtuneError
-from fedtune.inference.quantise.calibrate import beyond_privacy, read_texts
-from fedtune.run_config import read_config
+from fedtune.experiment import simulate
+from fedtune.export.calibrate import beyond_privacy, read_texts
 from fedtune.runs.directory import RunDirectory
-from fedtune.server import main as server
-from fedtune.sim import main as sim
 from tests.tiny import tiny_config
 
 _CODE = """
@@ -135,7 +135,7 @@ def test_a_service_that_starts_again_keeps_what_its_command_line_allows(tmp_path
     model = ModelConfig(source="hub", name=str(tmp_path / "model"), trust_remote_code=True)
     RunDirectory.create(dataclasses.replace(tiny_config(tmp_path), model=model), tmp_path / "run").close()
     assert not read_config(tmp_path / "run").model.trust_remote_code
-    monkeypatch.setattr("fedtune.app.conduct", lambda config, *rest, **named: seen.append(config))
+    monkeypatch.setattr("fedtune.experiment.conduct", lambda config, *rest, **named: seen.append(config))
     for settings in ([], ["model.trust_remote_code=true"]):
         assert server(["--run", str(tmp_path / "run"), "--insecure", *settings]) == 0
     assert [config.model.trust_remote_code for config in seen] == [False, True]
@@ -143,9 +143,10 @@ def test_a_service_that_starts_again_keeps_what_its_command_line_allows(tmp_path
 
 def test_only_these_files_make_a_config_from_a_file_or_a_message() -> None:
     readers = {
-        "fedtune/run_config.py",  # a run directory: without trust
+        "fedtune/config/__init__.py",  # which names it,
+        "fedtune/config/stored.py",  # a run directory: without trust
         "clients/workspace.py",  # what this process's own config was turned into, for its workers,
-        "simulations/ray.py",  # and for Ray's
+        "simulations/engines/ray.py",  # and for Ray's
         "clients/deployed.py",  # a server's hello: refused where it asks for trust
     }
     root = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ WORDS = ["lamp", "kettle", "door", "window", "garden", "stairs", "radio", "oven"
 
 
 def tiny_llama(folder: Path, *, seed: int = 0) -> Path:
-    """A random Llama (hidden 24, 2 layers, grouped-query attention) with the nano backbone's tokeniser."""
+    """A random Llama (hidden 24, 2 layers, grouped-query attention) with the nano backbone's tokenizer."""
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO / name, folder)

@@ -8,8 +8,8 @@ from fedtune.clients.store import Storage
 from fedtune.clients.turns import Work
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, TaskConfig
+from fedtune.contracts.plan import Plan
 from fedtune.data import Example
-from fedtune.plan import Plan
 
 
 def work(live: Any, examples: Sequence[Example], plan: Plan, task: TaskConfig, pad_id: int = 2, **more: Any) -> Work:

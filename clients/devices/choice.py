@@ -5,7 +5,7 @@ The plan's work is kept as far as it goes. Given up is, in this order,
     for memory     micro-batch (halved; the step's rows stay the same), precision (a step down at a time), length (halved)
     for the time   steps, then batch (halved)
 
-Rank comes first, by bandwidth and memory, and stays: one that changed from round to round would throw away what was learnt.
+Rank comes first, by bandwidth and memory, and stays: one that changed from round to round would throw away what was learned.
 """
 
 import math
@@ -28,7 +28,7 @@ class Work:
     Args:
         batch: Rows of a batch; `accumulate` of them make a step.
         accumulate: See there.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         length: Longest row that the task allows, in tokens.
         longest: The client's longest row; in a private turn `length`.
         counted: The most tokens of a row that have a loss; in a private turn the most that `length` allows.
@@ -64,7 +64,7 @@ class Choice:
         batch: Rows of a batch.
         micro: Rows that go through the model at once.
         length: Longest row, in tokens.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         memory_mb: Estimated, correction included.
         seconds: Estimated, correction included.
     """

@@ -19,14 +19,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import Config, DeviceClass
+from fedtune.contracts.task import task_of
 from fedtune.models.backbone import build_config, empty_model, head_names, pick_device
 from fedtune.models.checkpoint import find_folder
 from fedtune.models.methods import attach
 from fedtune.models.parts import is_linear
-from fedtune.task import task_of
 
 STATE = 16  # bytes of a trained float32 entry: itself, its gradient, two moments
-QUANTISED = ("nf4", "int8")
+QUANTIZED = ("nf4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Shapes:
     """What an estimate needs to know of a model with its adapter.
 
     Args:
-        linear: Linear layer that can be quantised → (out, in).
+        linear: Linear layer that can be quantized → (out, in).
         whole: Of them, those that nf4 must leave as they are.
         rest: Entries of everything else: embeddings, norms, biases.
         heads: Entries of what is float32 at any precision.
@@ -100,8 +100,8 @@ def weights_bytes(shapes: Shapes, precision: str) -> int:
 
 
 def unpacked_bytes(shapes: Shapes, precision: str) -> int:
-    """The largest quantised layer as it is multiplied with: dequantised for the moment."""
-    if precision not in QUANTISED:
+    """The largest quantized layer as it is multiplied with: dequantized for the moment."""
+    if precision not in QUANTIZED:
         return 0
     packed = [o * i for n, (o, i) in shapes.linear.items() if precision == "int8" or n not in shapes.whole]
     return shapes.width_of(precision) * max(packed, default=0)
@@ -213,17 +213,17 @@ _INNER = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff")
 
 
 def _dtypes(config: Config) -> dict[str, torch.dtype]:
-    """Without the quantised ones where bitsandbytes is not there."""
+    """Without the quantized ones where bitsandbytes is not there."""
     out = {"fp32": torch.float32, "bf16": torch.bfloat16}
     with contextlib.suppress(ImportError):
-        from fedtune.models.quantise import compute_dtype  # a second to load, and only some runs need it
+        from fedtune.models.quantize import compute_dtype  # a second to load, and only some runs need it
 
-        out |= dict.fromkeys(QUANTISED, compute_dtype(config.model.compute, pick_device(config.model.device)))
+        out |= dict.fromkeys(QUANTIZED, compute_dtype(config.model.compute, pick_device(config.model.device)))
     return out
 
 
 def _whole(bare: Any) -> list[str]:
-    """As `fedtune.models.quantise.left_whole` will have it, which says so when such a model is loaded."""
+    """As `fedtune.models.quantize.left_whole` will have it, which says so when such a model is loaded."""
     heads = head_names(bare)
     return [
         n

@@ -18,21 +18,21 @@ import torch
 
 from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Choice, Correction, Work, choose, choose_rank
-from fedtune.clients.devices.estimate import QUANTISED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
+from fedtune.clients.devices.estimate import QUANTIZED, STATE, Shapes, flops, memory_bytes, seconds, shapes_of, unpacked_bytes
 from fedtune.clients.devices.simulate import is_offline, virtual_seconds
 from fedtune.clients.steps import batches, steps_of
 from fedtune.clients.store import ClientStore
 from fedtune.clients.trainer import Trained
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, TaskConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, matching
+from fedtune.contracts.privacy_terms import terms
+from fedtune.contracts.task import task_of
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
 from fedtune.models.backbone import pick_device
 from fedtune.models.methods import method
-from fedtune.plan import Plan, matching
-from fedtune.promise import terms
-from fedtune.state import AdapterSpec, AdapterState
-from fedtune.task import task_of
 
 LADDER = ("fp32", "bf16", "int8", "nf4")  # from the finest
 
@@ -312,13 +312,13 @@ def precisions(config: Config, device: DeviceClass, shapes: Shapes) -> list[str]
 
 def _require(precision: str, config: Config, shapes: Shapes) -> None:
     """Raises ModelError where the backbone cannot be stored so."""
-    if precision not in QUANTISED:
+    if precision not in QUANTIZED:
         return
     if precision not in shapes.compute:
         raise ModelError(f"model.precision={precision} needs bitsandbytes: install it, or take bf16")
     if precision == "nf4" and not shapes.linear.keys() - shapes.whole:
         raise ModelError("model.precision=nf4: no layer of this backbone has rows of a whole number of blocks of 64: take int8 or bf16")
-    from fedtune.models.quantise import require_kernel
+    from fedtune.models.quantize import require_kernel
 
     require_kernel(precision, shapes.compute[precision], pick_device(config.model.device))
 

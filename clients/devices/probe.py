@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.sparse import SparseSlot
-from fedtune.task import task_of
 
 Slot = LiveAdapter | SparseSlot
 
 
 def stored_bytes(model: nn.Module, without: Iterable[Tensor]) -> int:
-    """Bytes of all parameters and buffers but these, with the scales and tables of quantised ones."""
+    """Bytes of all parameters and buffers but these, with the scales and tables of quantized ones."""
     seen, total = {t.untyped_storage().data_ptr() for t in without}, 0
     for tensor in (t for p in (*model.parameters(), *model.buffers()) for t in _parts(p)):
         storage = tensor.untyped_storage()

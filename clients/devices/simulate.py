@@ -5,7 +5,7 @@ import random
 
 from fedtune.clients.devices.estimate import seconds
 from fedtune.config import DeviceClass
-from fedtune.seeds import derive_seed
+from fedtune.contracts.seeds import derive_seed
 
 
 def is_offline(device: DeviceClass | None, seed: int, round: int, client: str) -> bool:

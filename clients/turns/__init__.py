@@ -7,10 +7,10 @@ folder. A name from a server leads nowhere else.
 from collections.abc import Mapping
 
 from fedtune.clients.turns._base import Batch, Stack, Turn, Work
+from fedtune.config.registry import Registry
+from fedtune.contracts.plan import Plan, Scalar
 from fedtune.errors import ConfigError, PlanError
-from fedtune.plan import Plan, Scalar
-from fedtune.reading import read_fields
-from fedtune.registry import Registry
+from fedtune.storage.reading import read_fields
 
 TURNS = Registry(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
 from fedtune.data import Example
 from fedtune.models import LiveAdapter
 from fedtune.models.sparse import SparseSlot
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
 
 
 @dataclass(frozen=True, kw_only=True)

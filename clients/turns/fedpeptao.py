@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from fedtune.bounds import require
 from fedtune.clients.steps import batches
 from fedtune.clients.turns._base import Turn, Work
 from fedtune.config import TaskConfig
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.task import task_of
 from fedtune.data import collate
 from fedtune.errors import ModelError, PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
-from fedtune.seeds import derive_seed
-from fedtune.state import AdapterSpec, AdapterState
-from fedtune.task import task_of
 
 _FLOOR = 1e-5
 STEPS = 50  # of Lanczos
@@ -163,7 +163,7 @@ def hessian_product(loss: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor]
 
 
 def spectrum(times: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Gauss quadrature of a symmetric operator's spectral density, by Lanczos with full re-orthogonalisation.
+    """Gauss quadrature of a symmetric operator's spectral density, by Lanczos with full re-orthogonalization.
 
     Args:
         times: v (P,) → Hv (P,).

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.clients.turns._base import Batch, Stack, Turn, Work, add_gradient
+from fedtune.config.bounds import require
+from fedtune.contracts.plan import matching
 from fedtune.errors import PlanError
-from fedtune.plan import matching
 
 
 class Proximal(Batch):

@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.bounds import require
 from fedtune.clients.turns._base import Batch, Stack, Turn, Work
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import PlanError
-from fedtune.state import AdapterState
 
 
 class Tails(Batch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtune.clients.turns._base import Batch, Stack, Turn, Work, add_gradient
-from fedtune.plan import matching
+from fedtune.contracts.plan import matching
 
 
 class Corrected(Batch):

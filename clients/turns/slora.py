@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.bounds import require
 from fedtune.clients.steps import batches
 from fedtune.clients.turns._base import Turn, Work
+from fedtune.config.bounds import require
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.data import collate
 from fedtune.errors import PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.sparse import frozen_linear, lora_layers
-from fedtune.state import AdapterState
 
 
 @dataclass(frozen=True, kw_only=True)

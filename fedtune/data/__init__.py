@@ -1,4 +1,4 @@
-"""Data of a federation: sources (hub, local files, the demo), partition over clients, tokenise, collate.
+"""Data of a federation: sources (hub, local files, the demo), partition over clients, tokenize, collate.
 
 Names are imported when they are first used: `import fedtune.data` loads neither torch nor `datasets`.
 """

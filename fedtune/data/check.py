@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config
+from fedtune.contracts.task import task_of
 from fedtune.data.columns import check_names, class_names, demo_columns, read_columns
 from fedtune.data.decoding import decode, sniff
 from fedtune.data.demo import generate
@@ -20,8 +21,7 @@ from fedtune.data.local import find_files, format_of, has_files, local_files, re
 from fedtune.data.records import compile_pattern
 from fedtune.data.tables import header
 from fedtune.errors import ConfigError
-from fedtune.parsing import parse_json
-from fedtune.task import task_of
+from fedtune.storage.parsing import parse_json
 
 _HEAD = 1 << 20  # bytes, in which a header line is looked for
 
@@ -127,7 +127,7 @@ def _beginning(file: Path, encoding: str) -> str:
 def _keys(text: str, kind: str, asked: Collection[str]) -> list[str] | None:
     """The keys of the first objects that together have all the columns asked for; of all objects, where none has one of them."""
     absent = {name for name in asked if json.dumps(name) not in text and json.dumps(name, ensure_ascii=False) not in text}
-    if absent and "\\u" in text:  # it may be spelt by escapes
+    if absent and "\\u" in text:  # it may be spelled by escapes
         return None
     found = dict[str, None]()
     for value in _objects(text, kind):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import Config, DataConfig, template_text
+from fedtune.contracts.task import Task, task_of, tasks
 from fedtune.data.local import Columns
 from fedtune.errors import ConfigError, DataError
-from fedtune.task import Task, task_of, tasks
 
 if TYPE_CHECKING:  # a command that only checks names starts without it
     import datasets

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtune.config import TaskConfig
-from fedtune.task import IGNORED, Example, task_of
+from fedtune.contracts.task import IGNORED, Example, task_of
 
 
 def encode(

@@ -13,14 +13,14 @@ import datasets
 import numpy as np
 
 from fedtune.config import Config, DeviceClass
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.task import Task, task_of
 from fedtune.data.check import no_classes, undealt
 from fedtune.data.columns import Table, canonical, class_names, features, read_columns
 from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
 from fedtune.errors import DataError
-from fedtune.seeds import derive_seed
-from fedtune.task import Task, task_of
 
 log = logging.getLogger("fedtune.data")
 

@@ -19,7 +19,7 @@ from fedtune.data.decoding import decode
 from fedtune.data.records import compile_pattern, lines, matches
 from fedtune.data.tables import read_csv, read_tsv
 from fedtune.errors import ConfigError, DataError
-from fedtune.parsing import content_of, parse_json
+from fedtune.storage.parsing import content_of, parse_json
 
 if TYPE_CHECKING:  # a command that only looks at files starts without it
     import datasets

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedtune.config import PartitionConfig
+from fedtune.contracts.seeds import derive_seed
 from fedtune.data.columns import no_clients, no_labels
 from fedtune.errors import DataError
-from fedtune.ids import flaw, shown
-from fedtune.seeds import derive_seed
+from fedtune.storage.ids import flaw, shown
 
 log = logging.getLogger("fedtune.data")
 
@@ -205,7 +205,7 @@ def _cut(rows: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
 def by_prior(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Equal sizes; client k draws its classes from q_k ~ Dir(alpha · class prior), without replacement.
 
-    Clients take turns in random order, row by row. A class with no rows left drops out of every q_k, which is renormalised; a client
+    Clients take turns in random order, row by row. A class with no rows left drops out of every q_k, which is renormalized; a client
     none of whose classes is left draws from what there is, in proportion.
 
     Args:

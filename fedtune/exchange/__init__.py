@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedtune.config import Config
-from fedtune.exchange.base import Channel, Exchange, NoUpdates
+from fedtune.contracts.exchange import Channel, Exchange, NoUpdates
 from fedtune.exchange.central_dp import CentralDP
 from fedtune.exchange.local_dp import LocalDP
 from fedtune.exchange.plain import Plain

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fedtune.config import PrivacyConfig
-from fedtune.exchange.base import Channel, Exchange
+from fedtune.contracts.exchange import Channel, Exchange
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.privacy.accounting import Spend, solve_noise
 from fedtune.privacy.ledger import Ledger, ledger_file, most_spent
 from fedtune.privacy.noise import source
 from fedtune.privacy.user import PrivateMean, Tracker
-from fedtune.strategy import ServerState, Strategy
 
 CLIP = "clip"  # in ServerState.exchange: the C of the next round
 

@@ -5,9 +5,9 @@ The strategy gets the sum of the updates over the cohort that was planned. Every
 
 from dataclasses import dataclass
 
-from fedtune.exchange.base import Channel, Exchange
+from fedtune.contracts.exchange import Channel, Exchange
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.privacy.user import SumOverCohort
-from fedtune.strategy import ServerState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The plain exchange: one message per client, and the strategy sees every update."""
 
-from fedtune.exchange.base import Channel, Exchange
-from fedtune.strategy import ServerState, Strategy
+from fedtune.contracts.exchange import Channel, Exchange
+from fedtune.contracts.strategy import ServerState, Strategy
 
 
 class Plain(Exchange):

@@ -1,21 +1,18 @@
-"""What becomes of a run at the edge: merge, export, generate.
+"""Inference on a device: the engine, quantization, chat and server.
 
-Names are imported when they are first used: `import fedtune.inference` loads neither torch, PEFT nor Flower.
+Names are imported when they are first used: `import fedtune.inference` loads no torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedtune.inference.export import export_hf
     from fedtune.inference.generate import generate_text
 
-__all__ = ["export_hf", "generate_text"]
-
-_HOME = {"export_hf": "export", "generate_text": "generate"}
+__all__ = ["generate_text"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'fedtune.inference' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"fedtune.inference.{_HOME[name]}"), name)
+    return getattr(importlib.import_module("fedtune.inference.generate"), name)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from fedtune.bounds import require
+from fedtune.config.bounds import require
+from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError, DataError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.decoder import parameters_held
@@ -25,7 +26,6 @@ from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
-from fedtune.seeds import derive_seed
 
 ARRAY = 256 << 20  # bytes summed to measure the bandwidth: more than any cache of a device that runs this
 

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from fedtune.bounds import require
+from fedtune.config.bounds import require
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation, Report, Speculation

@@ -6,8 +6,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fedtune.bounds import require
 from fedtune.config import PeftConfig
+from fedtune.config.bounds import require
+from fedtune.config.registry import TASKS
+from fedtune.contracts.task import adapter_tasks, find
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.budget import choose, parse_size
 from fedtune.inference.engine.context import Context
@@ -19,9 +21,7 @@ from fedtune.inference.engine.shape import Unsupported, read_shape
 from fedtune.inference.engine.text import wrap
 from fedtune.inference.engine.tokenizer import check_tokenizer
 from fedtune.models.checkpoint import read_config
-from fedtune.parsing import parse_json, read_text
-from fedtune.registry import TASKS
-from fedtune.task import adapter_tasks, find
+from fedtune.storage.parsing import parse_json, read_text
 
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine

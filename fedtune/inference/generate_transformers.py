@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from fedtune.config import ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.task import adapter_tasks
 from fedtune.errors import ConfigError
-from fedtune.inference.adapter_folder import OWN
 from fedtune.inference.engine.text import Text, decoder_kinds
-from fedtune.inference.export import BESIDE
+from fedtune.models.adapter_folder import BESIDE, OWN
 from fedtune.models.backbone import Backbone, load_backbone
 from fedtune.models.checkpoint import read_config
 from fedtune.models.methods import method
 from fedtune.models.quiet import quiet
-from fedtune.task import adapter_tasks
 
 __all__ = ["HubModel", "HubText", "load_model"]
 
@@ -142,8 +141,8 @@ def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
 
 def _with_adapter(backbone: Backbone, card: dict[str, Any], folder: Path, task: TaskConfig) -> Any:
     """The backbone with the adapter that could not be merged."""
+    from fedtune.contracts.adapter_state import AdapterState
     from fedtune.models.adapter import LiveAdapter  # late: they load PEFT and Flower, which a merged model does not need
-    from fedtune.state import AdapterState
 
     live = LiveAdapter(backbone, PeftConfig(**card["peft"]), task)
     live.load(AdapterState.load(folder / BESIDE / OWN).replace(base=""))

@@ -16,16 +16,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedtune.checkpoint_files import has_weights
 from fedtune.config import ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ModelError
 from fedtune.models.backbone import Backbone, build_config, draw, empty_model, initializer_range
 from fedtune.models.checkpoint import find_folder, read_config, stored_tensors
 from fedtune.models.methods import Attached, attach, method
 from fedtune.models.methods._heads import trained_heads
 from fedtune.models.parts import other_weights
-from fedtune.seeds import derive_seed
-from fedtune.state import AdapterSpec, AdapterState
+from fedtune.storage.checkpoint_files import has_weights
 
 _FACTORS = (".lora_A", ".lora_B")
 _LOG = logging.getLogger(__name__)

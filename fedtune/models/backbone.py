@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from fedtune.config import ModelConfig, TaskConfig
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.task import task_of, tasks_with
 from fedtune.errors import ModelError
 from fedtune.models.checkpoint import digest, find_folder, fingerprint, first_line, read_config, refuse_quantized, stored_tensors
 from fedtune.models.lazy import lazy_tensors
 from fedtune.models.quiet import quiet
 from fedtune.models.tokens import check_context, load_tokenizer, set_tokens
-from fedtune.seeds import derive_seed
-from fedtune.task import task_of, tasks_with
 
 __all__ = [
     "Backbone", "build_config", "draw", "dropout_rates", "empty_model", "fingerprint", "full_tensors", "head_names", "load_backbone",
@@ -88,7 +88,7 @@ def load_backbone(
     drawn = config.init == "random"  # a fingerprint reads every header, so that a truncated file is refused before anything is loaded
     mark = digest(read_config(folder), [("random", str(seed).encode())]) if drawn else fingerprint(folder)
     if config.precision in ("nf4", "int8"):
-        model = _quantised_model(folder, hf_config, task, config, seed, mark, device, settings)
+        model = _quantized_model(folder, hf_config, task, config, seed, mark, device, settings)
     else:
         make = _random_model if drawn else partial(_outlined_model, folder, outline) if outline else partial(_pretrained_model, folder)
         model = cast(Any, make(hf_config, task, config, seed, settings)).to(device)
@@ -215,7 +215,7 @@ def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -
 
 def _settings(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     if config.precision in ("nf4", "int8"):
-        out: dict[str, Any] = {"dtype": _quantise().compute_dtype(config.compute, device)}
+        out: dict[str, Any] = {"dtype": _quantize().compute_dtype(config.compute, device)}
     else:
         out = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
     if out["dtype"] is torch.bfloat16 and device.type == "cpu":
@@ -223,10 +223,10 @@ def _settings(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     return out
 
 
-def _quantise() -> ModuleType:
+def _quantize() -> ModuleType:
     """Late, because it loads bitsandbytes, which not every run needs and not every machine has."""
     try:
-        return importlib.import_module("fedtune.models.quantise")
+        return importlib.import_module("fedtune.models.quantize")
     except ImportError as bad:
         raise ModelError(f"model.precision=nf4 and int8 need bitsandbytes ({first_line(bad)}): install it, or take bf16") from None
 
@@ -234,7 +234,7 @@ def _quantise() -> ModuleType:
 def full_tensors(
     config: ModelConfig, task: TaskConfig, hf_config: Any, folder: Path, seed: int, dtype: torch.dtype, early: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The backbone's tensors before they are quantised, by their names in the checkpoint, each to be read as `tensors[name][...]`.
+    """The backbone's tensors before they are quantized, by their names in the checkpoint, each to be read as `tensors[name][...]`.
 
     Those of a checkpoint lie on the disk until then; the ones that end as `early` says are read as `dtype`. Random ones are drawn whole.
     """
@@ -244,7 +244,7 @@ def full_tensors(
     return dict(lazy_tensors(folder, dtype, early))
 
 
-def _quantised_model(
+def _quantized_model(
     folder: Path,
     hf_config: Any,
     task: TaskConfig,
@@ -254,23 +254,23 @@ def _quantised_model(
     device: torch.device,
     settings: dict[str, Any],
 ) -> PreTrainedModel:
-    quantise, dtype = _quantise(), settings["dtype"]
+    quantize, dtype = _quantize(), settings["dtype"]
     hf_config._attn_implementation = settings.get("attn_implementation", hf_config._attn_implementation)
     bare = empty_model(hf_config, task, trust_remote_code=config.trust_remote_code)
     ends = [n for n, m in bare.named_modules() if m in (bare.get_input_embeddings(), bare.get_output_embeddings())]
     tensors = partial(full_tensors, config, task, hf_config, folder, seed, dtype, [f"{n.rpartition('.')[2]}.weight" for n in ends])
-    recipe = quantise.recipe(bare, config.precision, dtype, mark)
+    recipe = quantize.recipe(bare, config.precision, dtype, mark)
     if config.init == "pretrained":  # a pooler that is to be set must not be packed
         lacking = [n.rpartition(".")[0] for n in _lacking(bare, folder)]
         recipe = dataclasses.replace(recipe, skip=tuple(dict.fromkeys([*recipe.skip, *lacking])))
     try:
         with quiet(), torch.random.fork_rng():
             own = _own_config(bare, hf_config)
-            model, fresh = quantise.load_quantised(type(bare), own, tensors, partial(_missing, folder, task), recipe, device)
+            model, fresh = quantize.load_quantized(type(bare), own, tensors, partial(_missing, folder, task), recipe, device)
     except ModelError:
         raise
     except Exception as bad:  # transformers, bitsandbytes and remote code raise what they like
-        raise ModelError(f"the weights in {folder} cannot be quantised: {first_line(bad)}") from None
+        raise ModelError(f"the weights in {folder} cannot be quantized: {first_line(bad)}") from None
     _draw_heads(model, fresh, hf_config, seed)
     return model
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.checkpoint_files import weight_files
 from fedtune.config import ModelConfig
 from fedtune.errors import ModelError
-from fedtune.parsing import parse_json, read_text
+from fedtune.storage.checkpoint_files import weight_files
+from fedtune.storage.parsing import parse_json, read_text
 
 NANO = Path(__file__).parent / "nano"  # the embedded backbone
 # What of config.json may change when the same weights are saved again, or loaded for another task

@@ -13,7 +13,7 @@ from fedtune.errors import ModelError
 from fedtune.models.methods import Change, Edit, method
 
 if TYPE_CHECKING:
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 __all__ = ["edits_of"]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import Score, task_of
 from fedtune.data.examples import Example, collate, prompts
 from fedtune.models.backbone import is_seq2seq
 from fedtune.models.losses import counted_logits
-from fedtune.task import Score, task_of
 
 
 def evaluate(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> dict[str, float]:
-    """The loss and the task's metrics on these examples; the model's train or eval mode is as before afterwards.
+    """The loss and the task's metrics on these examples; the model's train or eval mode is as before afterward.
 
     Raises:
         DataError: There is nothing to count.

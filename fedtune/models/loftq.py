@@ -1,9 +1,9 @@
-"""LoftQ: an adapter that starts as what quantisation took from the backbone.
+"""LoftQ: an adapter that starts as what quantization took from the backbone.
 
     R = W − Q(W) ≈ U_r Σ_r V_rᵀ,   A = √Σ_r V_rᵀ / √s,   B = U_r √Σ_r / √s,   so that Q(W) + s·B·A is the nearest to W of its rank
 
-One step of the paper's alternation, which is PEFT's default too: the frozen weights stay Q(W), so that one quantised backbone, and its
-entry in the cache, serves every method, every client and every start. Each further step would quantise W − s·B·A instead: other frozen
+One step of the paper's alternation, which is PEFT's default too: the frozen weights stay Q(W), so that one quantized backbone, and its
+entry in the cache, serves every method, every client and every start. Each further step would quantize W − s·B·A instead: other frozen
 weights, to be made and kept for each rank, scaling and set of targets.
 
 PEFT's own needs CUDA. Here the checkpoint is read one layer at a time, so that the full-precision model is never in memory, and everything
@@ -21,16 +21,16 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import ModelConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import ModelError
 from fedtune.models.backbone import build_config, empty_model, full_tensors, load_backbone
 from fedtune.models.checkpoint import find_folder
-from fedtune.state import AdapterState
 
 __all__ = ["factors", "make_up"]
 
 
 def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_labels: int, seed: int) -> AdapterState:
-    """The adapter that makes up for what quantisation took, as far as its ranks go.
+    """The adapter that makes up for what quantization took, as far as its ranks go.
 
     Layers that are left whole lose nothing: they keep what was drawn, B = 0.
 
@@ -42,9 +42,9 @@ def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_la
         seed: The run's.
 
     Raises:
-        ModelError: As `load_backbone`; the checkpoint names its weights otherwise than the model; no layer that is adapted is quantised.
+        ModelError: As `load_backbone`; the checkpoint names its weights otherwise than the model; no layer that is adapted is quantized.
     """
-    from fedtune.models.quantise import is_quantised, weight_of  # late: it loads bitsandbytes
+    from fedtune.models.quantize import is_quantized, weight_of  # late: it loads bitsandbytes
 
     here = dataclasses.replace(model, device="cpu")
     coarse = load_backbone(here, task, num_labels=num_labels, seed=seed).model
@@ -53,17 +53,17 @@ def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_la
     full = full_tensors(here, task, hf_config, folder, seed, torch.float32)
     bare = dict(empty_model(hf_config, task, trust_remote_code=model.trust_remote_code).named_modules())
     modules, tensors = dict(coarse.named_modules()), dict(drawn.tensors)
-    quantised = [m for m in drawn.spec.ranks if is_quantised(modules[m])]
-    if not quantised:
+    quantized = [m for m in drawn.spec.ranks if is_quantized(modules[m])]
+    if not quantized:
         raise ModelError(
-            f"peft.init=loftq: none of the layers that are adapted is quantised with model.precision={model.precision}:"
+            f"peft.init=loftq: none of the layers that are adapted is quantized with model.precision={model.precision}:"
             " take peft.init=default"
         )
-    for module in quantised:
+    for module in quantized:
         names = f"{module}.lora_A", f"{module}.lora_B"
         approximate = weight_of(modules[module]).double()
         exact = _stored(full, module, coarse.base_model_prefix)
-        if exact is not None and isinstance(bare[module], Conv1D):  # GPT-2's layers store (in, out), until they are quantised
+        if exact is not None and isinstance(bare[module], Conv1D):  # GPT-2's layers store (in, out), until they are quantized
             exact = exact.T
         if exact is None or exact.shape != approximate.shape:
             raise ModelError(

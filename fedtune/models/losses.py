@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedtune.config import TaskConfig
-from fedtune.task import task_of
+from fedtune.contracts.task import task_of
 
 _PIECE = 1 << 22  # logits that are float32 at once in training
 

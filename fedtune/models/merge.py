@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import ModelError
 from fedtune.models.edits import edits_of
-from fedtune.state import AdapterState
 
 __all__ = ["linear", "merge", "transposed_weights"]
 

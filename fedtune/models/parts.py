@@ -29,7 +29,7 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear):
         return False
-    return type(module).forward is nn.Linear.forward or not module.weight.is_floating_point()  # a quantised layer has its own kernel
+    return type(module).forward is nn.Linear.forward or not module.weight.is_floating_point()  # a quantized layer has its own kernel
 
 
 def linear_layers(model: nn.Module) -> list[str]:

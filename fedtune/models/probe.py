@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.adapter import LiveAdapter
 from fedtune.models.checkpoint import first_line
 from fedtune.models.losses import counted_logits, loss_sum
 from fedtune.models.methods import method
 from fedtune.models.quiet import quiet
-from fedtune.task import task_of
 
 __all__ = ["TESTED", "probe"]
 

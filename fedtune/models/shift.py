@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import ModelError
 from fedtune.models.side import SideBranch
-from fedtune.state import AdapterState
 
 
 class FrozenWeights:
     """The linear weights of a backbone that shifts are merged into.
 
     Of each that is changed W0 and the sum Σ s·B·A are kept beside it, the sum in float32: a low-precision weight would lose small shifts to
-    rounding, and weights that get the sum at once must be those that got the shifts one by one. A quantised weight stays as it is and has
+    rounding, and weights that get the sum at once must be those that got the shifts one by one. A quantized weight stays as it is and has
     the shifts beside it.
 
     Args:
@@ -28,7 +28,7 @@ class FrozenWeights:
     def __init__(self, model: nn.Module) -> None:
         self._modules = _linears(model)
         floating = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
-        self._dtype = next(floating, torch.float32)  # of the frozen weights that are not quantised: what the layers compute in
+        self._dtype = next(floating, torch.float32)  # of the frozen weights that are not quantized: what the layers compute in
         self._first: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._branches: dict[str, SideBranch] = {}
@@ -75,7 +75,7 @@ class FrozenWeights:
         self.versions = (*self.versions, *(s.spec.version for s in shifts))
 
     def _branch(self, module: str) -> SideBranch | None:
-        """What a quantised layer has beside it; None of another."""
+        """What a quantized layer has beside it; None of another."""
         layer = self._modules[module]
         if cast(Tensor, layer.weight).is_floating_point():
             return None

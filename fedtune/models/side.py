@@ -1,4 +1,4 @@
-"""What shifts add to a quantised layer: beside it, because re-quantising would round small changes away.
+"""What shifts add to a quantized layer: beside it, because re-quantizing would round small changes away.
 
 y = Q(W0)·x + Σ s·B·(A·x)
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.state import AdapterState
+from fedtune.contracts.adapter_state import AdapterState
 
 __all__ = ["SideBranch"]
 
@@ -22,7 +22,7 @@ class SideBranch:
     shifts as they came, so that it does not matter which of them a client got one by one.
 
     Args:
-        layer: A quantised linear layer, (in) → (out).
+        layer: A quantized linear layer, (in) → (out).
         dtype: What it computes in.
         module: Its name in the shifts.
     """

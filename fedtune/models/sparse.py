@@ -1,6 +1,6 @@
 """A few entries of the frozen matrices, trained in place of the LoRA adapter that is attached to them.
 
-What is optimised is a packed vector v = W0[mask] + δ a matrix, so that weight decay means what it means in full fine-tuning, the optimiser
+What is optimized is a packed vector v = W0[mask] + δ a matrix, so that weight decay means what it means in full fine-tuning, the optimizer
 has no dense state, and nothing off the mask can change. The frozen weights themselves are never written: each linear puts v into a copy
 of its matrix for the length of its own product.
 """
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState, random_mask
 from fedtune.errors import ModelError
 from fedtune.models.adapter import LiveAdapter
-from fedtune.state import AdapterSpec, AdapterState, random_mask
 
 _PREFIX = "base_model.model."
 
@@ -34,7 +34,7 @@ def frozen_linear(name: str, layer: LoraLayer) -> nn.Linear | Conv1D:
     """The linear below a LoRA layer.
 
     Raises:
-        ModelError: It is of another kind, or its weights are quantised.
+        ModelError: It is of another kind, or its weights are quantized.
     """
     base = layer.get_base_layer()
     if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():

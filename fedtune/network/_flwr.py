@@ -1,4 +1,4 @@
-"""What the server needs of Flower beyond its promises, imported once; `_flwr_client` has the rest. Smoke test: `tests/test_flower.py`."""
+"""What the server needs of Flower beyond its promises, imported once; `_flwr_client` has the rest. See `tests/contracts/test_flower.py`."""
 
 import math
 import time

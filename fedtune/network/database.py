@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sqlalchemy import create_engine
 
-from fedtune.files import new_file
 from fedtune.network import _flwr
+from fedtune.storage.atomic import new_file
 
 _log = logging.getLogger("fedtune.superlink")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from fedtune.parsing import parse_json
+from fedtune.storage.parsing import parse_json
 
 
 def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dict[str, Any]]:

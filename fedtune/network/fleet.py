@@ -45,7 +45,7 @@ class Faulty(Unreachable):
     """The server failed on this call."""
 
 
-class Unrecognised(Trouble):
+class Unrecognized(Trouble):
     """The server does not know this node, or not by this key."""
 
 
@@ -55,7 +55,7 @@ class Occupied(Trouble):
     patience = 5.0
 
 
-class Taken(Unrecognised):
+class Taken(Unrecognized):
     """Another process with the same key has the node's place."""
 
 
@@ -119,7 +119,7 @@ class Fleet:
                     beat = flwr.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=LEASE / 2)
                     if self._client.SendNodeHeartbeat(beat).success:
                         return
-            except Unrecognised:
+            except Unrecognized:
                 pass  # another database, or another key's node
         if self._insecure:
             try:
@@ -236,10 +236,10 @@ class Fleet:
             ahead = _ahead(response)
             if not -BEHIND < ahead < AHEAD:
                 way = "ahead of" if ahead > 0 else "behind"
-                return Unrecognised(
+                return Unrecognized(
                     f"this machine's clock is {abs(ahead):.0f} s {way} that of {self.server}, which refuses it: set the clock"
                 )
-            return Unrecognised(f"{self.server} does not know the key {self._key_name}: add its public half to the allowed keys there")
+            return Unrecognized(f"{self.server} does not know the key {self._key_name}: add its public half to the allowed keys there")
         if status == 409 and error is None:
             return Taken(
                 f"another process is connected to {self.server} with the key {self._key_name}: stop one of them, or give each its own key"

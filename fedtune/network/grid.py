@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import httpx
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
 
-from fedtune import flower
+from fedtune.contracts import flower
 from fedtune.errors import LinkLost, NetworkError
 from fedtune.network import _flwr, _flwr_client
 from fedtune.network.pack import pack, unpack

@@ -19,7 +19,7 @@ from typing import Any
 from fedtune.errors import LinkLost, NetworkError
 from fedtune.network.grid import LinkGrid
 from fedtune.network.superlink import Task
-from fedtune.parsing import parse_json
+from fedtune.storage.parsing import parse_json
 
 _START_S, _ANSWER_S, _STOP_S = 120.0, 60.0, 5.0
 _DEATHS, _WITHIN_S = 5, 60.0  # so many deaths in so short a time are no accident

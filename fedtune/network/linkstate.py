@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
 from sqlalchemy import delete, func, select, update
 
-from fedtune import __version__
 from fedtune.errors import NetworkError
 from fedtune.network import APP, _flwr
 from fedtune.network.sizes import opened_size
+from fedtune.version import __version__
 
 _log = logging.getLogger("fedtune.superlink")
 
@@ -31,8 +31,8 @@ license = "Apache-2.0"
 publisher = "fedtune"
 
 [tool.flwr.app.components]
-serverapp = "fedtune.app_flower:server_app"
-clientapp = "fedtune.app_flower:client_app"
+serverapp = "fedtune.cli.flower_app:server_app"
+clientapp = "fedtune.cli.flower_app:client_app"
 """
     content, _ = _flwr.build_fab_from_files({"pyproject.toml": project.encode()})
     return _flwr.Fab(hashlib.sha256(content).hexdigest(), content, {})

@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from flwr.app import Error, Message
 
 from fedtune.errors import NetworkError
-from fedtune.files import write_bytes
 from fedtune.network import APP, fleet
 from fedtune.network import _flwr_client as flwr
-from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognised
+from fedtune.network.fleet import Faulty, Fleet, Occupied, Refused, RunOver, Trouble, Unreachable, Unrecognized
 from fedtune.network.pack import is_packed, pack, unpack
-from fedtune.parsing import content_of
+from fedtune.storage.atomic import write_bytes
+from fedtune.storage.parsing import content_of
 
 HEARTBEAT = 10.0  # seconds; a sixth of the lease
 POLL, SLOW_POLL, QUIET = 0.1, 1.0, 60.0  # seconds between two looks; the same once nothing came for QUIET seconds; that
@@ -231,13 +231,13 @@ class Node:
                 raise
             except Trouble as bad:
                 turns += 1
-                if isinstance(bad, Unrecognised) and turns == 1:
+                if isinstance(bad, Unrecognized) and turns == 1:
                     lost = True  # a server that was started anew: nothing to speak of if it takes the node again
                     continue
                 faults += isinstance(bad, Faulty)
                 if node and (faults > FAULTS or (isinstance(bad, Refused) and not lost)):
                     raise Refused(str(bad)) from None
-                lost = lost or isinstance(bad, Unrecognised)
+                lost = lost or isinstance(bad, Unrecognized)
                 self._complain(bad)
                 tries += not isinstance(bad, Occupied)  # a lease ends by itself
                 if self._max_retries is not None and tries > self._max_retries:

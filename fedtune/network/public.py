@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.network import _flwr
 from fedtune.network.bodies import Bodies, Body
-from fedtune.network.door import Peer
+from fedtune.network.listener import Peer
 from fedtune.network.lives import LIFE, Lives
 from fedtune.network.pace import PACE, Pace
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import func, literal, select
 
 from fedtune.network import _flwr
-from fedtune.parsing import parse_json
+from fedtune.storage.parsing import parse_json
 
 _LARGEST = 10**18  # bytes: a tree of names can claim more than a float holds
 

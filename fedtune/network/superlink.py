@@ -33,11 +33,11 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from fedtune.errors import NetworkError
 from fedtune.network import _flwr
 from fedtune.network.database import make_database
-from fedtune.network.door import Door, Guests
 from fedtune.network.linkstate import Registrar, read_keys
+from fedtune.network.listener import Door, Guests
 from fedtune.network.logs import JsonLines
 from fedtune.network.public import Impatient, PublicPort
-from fedtune.parsing import parse_json
+from fedtune.storage.parsing import parse_json
 
 CONNECTIONS = 1000  # of the public port; more are refused
 FILES = 4 * CONNECTIONS  # open at once: connections, and what serving each of them opens

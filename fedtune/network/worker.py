@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.network._flwr_client import ErrorCode, MessageProto, TaskIdentity, message_from_proto, message_to_proto
 from fedtune.network.frames import FrameError, Kind, read_frame, write_frame
-from fedtune.parsing import parse_json
+from fedtune.storage.parsing import parse_json
 
 NODE_CONFIG = {"partition-id": 0, "num-partitions": 1}  # a device holds its own data, not a part of somebody's
 _PR_SET_PDEATHSIG = 1

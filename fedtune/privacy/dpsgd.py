@@ -3,7 +3,7 @@
     each step: every row joins with chance q = B / n_k on its own (Poisson sampling)
                g ← ( Σ_i g_i · min(1, C / ‖g_i‖) + N(0, σ²C²I) ) / B            ‖·‖ over all trained tensors together
 
-An empty sample is a step of noise alone. What is done with g afterwards (AdamW, proximal and correction terms, the schedule) looks at no
+An empty sample is a step of noise alone. What is done with g afterward (AdamW, proximal and correction terms, the schedule) looks at no
 row again, and costs nothing. The adjacency is zero-out: neighbors differ in one row of the client, whose gradient is replaced by zero. This
 moves the sum by at most C. The row count n_k is the same for both, so that q and the division by B are too; it is taken as public.
 

@@ -1,6 +1,6 @@
 """The least privacy that a device's operator accepts, given on the device's own command line: no word of a server lowers it.
 
-fedtune/promise.py compares what a server says in its plan with what it said in its hello, which stops a mistake and no lie.
+fedtune/contracts/privacy_terms.py compares what a server says in its plan with what it said in its hello, which stops a mistake and no lie.
 """
 
 from collections.abc import Iterator

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedtune.errors import CheckpointError
-from fedtune.files import flush
-from fedtune.ids import file_name
-from fedtune.parsing import content_of
 from fedtune.privacy.accounting import Spend, epsilon
-from fedtune.reading import read_object
+from fedtune.storage.atomic import flush
+from fedtune.storage.ids import file_name
+from fedtune.storage.parsing import content_of
+from fedtune.storage.reading import read_object
 
 
 def ledger_file(folder: Path, client: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.seeds import derive_seed
+from fedtune.contracts.seeds import derive_seed
 
 
 class Source(Protocol):

@@ -4,7 +4,7 @@
             the weight of a layer that is called with the rows in its first dimension (LoRA, heads).
     mapped  torch.func: vmap over the rows of the gradient of the model as a function of the trained tensors (prompts, DoRA, (IA)³,
             adapters, biases, all weights), which the hooks miss or, for prompts, get wrong.
-    looped  One backward pass a row: right for every model, also where vmap does not run, such as prompts over a quantised backbone.
+    looped  One backward pass a row: right for every model, also where vmap does not run, such as prompts over a quantized backbone.
 
 `way_of` takes the first that gives the loop's gradients on three made-up rows: a wrong gradient norm would make the stated ε false. Where
 one row's numbers hang on who else is in the batch, it takes the loop unasked: neighboring data sets would differ in more
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter
 from fedtune.models.losses import counted_logits
 from fedtune.models.masks import masks_from_shapes
 from fedtune.models.methods import swapped
-from fedtune.task import task_of
 
 Grads = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Way = Callable[[LiveAdapter, Sequence[str], TaskConfig], contextlib.AbstractContextManager[Grads]]

@@ -5,7 +5,7 @@ What a turn costs is written to the ledger before anything of it is computed (`L
 
 from dataclasses import dataclass
 
-from fedtune.plan import Plan
+from fedtune.contracts.plan import Plan
 from fedtune.privacy.accounting import Spend, solve_noise
 from fedtune.privacy.dpsgd import sampling_rate
 from fedtune.privacy.ledger import Ledger

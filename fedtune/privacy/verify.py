@@ -1,9 +1,9 @@
-"""How an update shows that what its plan promised about privacy was kept; the other half of fedtune/promise.py."""
+"""How an update shows that what its plan promised about privacy was kept; the other half of fedtune/contracts/privacy_terms.py."""
 
 from collections.abc import Mapping
 
+from fedtune.contracts.plan import Plan
 from fedtune.errors import UpdateError
-from fedtune.plan import Plan
 from fedtune.privacy.accounting import Spend, at_least
 
 

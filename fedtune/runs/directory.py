@@ -28,15 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedtune.config import Config, to_dict
+from fedtune.config.stored import read_config
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import LateUpdate, Update
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import CheckpointError, ConfigError, RunError
-from fedtune.files import new_file, new_folder, write_text
-from fedtune.late import Late
-from fedtune.parsing import parse_json, read_text
-from fedtune.plan import Update
-from fedtune.reading import read_fields
-from fedtune.run_config import read_config
-from fedtune.state import AdapterState
-from fedtune.strategy import ServerState
+from fedtune.storage.atomic import new_file, new_folder, write_text
+from fedtune.storage.parsing import parse_json, read_text
+from fedtune.storage.reading import read_fields
 
 _FORMAT = 2
 _LATE = "late.safetensors"
@@ -59,7 +58,7 @@ class Checkpoint:
     round: int
     state: ServerState
     clients: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    late: tuple[Late, ...] = ()
+    late: tuple[LateUpdate, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,16 +245,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(bad).__name__} {str(bad)[:80]}") from None
 
 
-def _tensors_of(late: tuple[Late, ...]) -> dict[str, torch.Tensor]:
+def _tensors_of(late: tuple[LateUpdate, ...]) -> dict[str, torch.Tensor]:
     return {f"{i}/{name}": tensor.contiguous() for i, one in enumerate(late) for name, tensor in one.update.adapter.tensors.items()}
 
 
-def _read_late(path: Path, waiting: tuple[_Waiting, ...], adapter: AdapterState) -> tuple[Late, ...]:
+def _read_late(path: Path, waiting: tuple[_Waiting, ...], adapter: AdapterState) -> tuple[LateUpdate, ...]:
     found = load_file(path / _LATE)
     each = [{n: found[f"{i}/{n}"] for n in adapter.tensors if f"{i}/{n}" in found} for i in range(len(waiting))]
-    return tuple(
-        Late(update=Update.from_json(one.update, adapter.replace(tensors)), due=one.due) for one, tensors in zip(waiting, each, strict=True)
-    )
+    updates = [Update.from_json(one.update, adapter.replace(tensors)) for one, tensors in zip(waiting, each, strict=True)]
+    return tuple(LateUpdate(update=update, due=one.due) for one, update in zip(waiting, updates, strict=True))
 
 
 def _shift_file(shift: AdapterState) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import PlanError
-from fedtune.reading import read_object
-from fedtune.state import AdapterState
+from fedtune.storage.reading import read_object
 from fedtune.traffic.codec import Codec
 
 

@@ -20,7 +20,7 @@ INDEX = "#index"
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Top-k, then quantised values; either may be left out.
+    """Top-k, then quantized values; either may be left out.
 
     The k entries are the largest of all tensors together: no other k lose less of the vector's norm.
 

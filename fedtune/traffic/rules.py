@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fedtune.config import TrafficConfig
-from fedtune.seeds import derive_seed
-from fedtune.state import AdapterState
-from fedtune.strategy import Assignment
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.strategy import Assignment
 from fedtune.traffic.broadcast import encode_broadcast
 from fedtune.traffic.codec import Codec
 

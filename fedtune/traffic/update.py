@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import UpdateMismatch
-from fedtune.state import AdapterState
 from fedtune.traffic.codec import Codec
 
 
@@ -51,7 +51,7 @@ def decode_update(codec: Codec, got: AdapterState, base: AdapterState) -> Adapte
         codec: As the plan asked.
         got: What came.
         base: The tensors asked for, as the server holds them. Where the broadcast was encoded, the client began beside them; only what it
-            learnt is added, so that the broadcast's rounding never gets into the server's state.
+            learned is added, so that the broadcast's rounding never gets into the server's state.
 
     Raises:
         UpdateMismatch: What came is not what this codec makes of tensors of these shapes, or the sum is not finite.

@@ -91,7 +91,7 @@ class BF16:
         return {Q: (torch.bfloat16, sum(lengths))}
 
     def encode(self, flat: Tensor, lengths: Sequence[int], draw: Generator | None) -> dict[str, Tensor]:
-        if draw is not None:  # between two neighbours the bits are linear in the number: a random lower half carries with the right chance
+        if draw is not None:  # between two neighbors the bits are linear in the number: a random lower half carries with the right chance
             bits = flat.view(torch.int32) + torch.randint(1 << 16, flat.shape, generator=draw, dtype=torch.int32)
             flat = (bits & -(1 << 16)).view(torch.float32)
         return {Q: flat.to(torch.bfloat16)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from fedtune.config import to_dict
-from fedtune.network.board import Board
+from fedtune.network.status_server import Board
 from tests.advised.keys import client_of, folder, quiet_client, quiet_server, server_of
 from tests.advised.rows import Place, command, composed, follows, ways
 
@@ -157,7 +157,7 @@ def _(place: Place) -> Iterator[str]:
 
 def quiet_run(place: Place) -> None:
     """Simulations that stop as soon as they would begin."""
-    place.patch.setattr("fedtune.app.simulate", lambda config: Path(config.resume or "a run"))
+    place.patch.setattr("fedtune.experiment.simulate", lambda config: Path(config.resume or "a run"))
 
 
 @follows("{} is stopped: {} of {} rounds are kept; go on with {}")

@@ -9,16 +9,16 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from fedtune.config import DataConfig, TaskConfig
-from fedtune.inference.edge import export_edge
+from fedtune.export.edge import export_edge
 from fedtune.inference.generate import generate_text
 from tests.advised.models import lora, run_of
 from tests.advised.operators import package
 from tests.advised.rows import Place, command, follows, raised
 from tests.advised.runs import ended, setting_of
+from tests.export.test_huggingface import ASK as ASKS
+from tests.export.test_huggingface import CAUSAL, CLASSES, make_run
+from tests.export.test_personal import personal_run
 from tests.inference.serve.served import tiny_model
-from tests.inference.test_export import ASK as ASKS
-from tests.inference.test_export import CAUSAL, CLASSES, make_run
-from tests.inference.test_personal import personal_run
 from tests.models.build import checkpoint, hub, llama_config
 
 EXPORT = "fedtune export {run} --out {here}/out "
@@ -35,8 +35,8 @@ def export(place: Place, source: Path, *flags: str) -> str:
 
 # -- what cannot be exported so -----------------------------------------------------------------------------------------------------------
 
-command("no quantised one to go back to: leave out --requantize", EXPORT + "--requantize", ready=lora)
-command("is of use only where weights are quantised: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
+command("no quantized one to go back to: leave out --requantize", EXPORT + "--requantize", ready=lora)
+command("is of use only where weights are quantized: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
 command("which generates no text: export it with --to hf", EXPORT + "--to edge", ready=run_with(task=CLASSES))
 command("can stay separate: leave out --separate", EXPORT + "--to edge --separate", ready=run_with("prompt"))
 command("the engine cannot run peft.method=", EXPORT + "--to edge", ready=run_with("adapter"))
@@ -107,7 +107,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("so that it gives other tokens when it is read again: export it with --to edge")
 def _(place: Place) -> Iterator[str]:
-    place.patch.setattr("fedtune.inference.export._reads_back", lambda *_: False)
+    place.patch.setattr("fedtune.export.huggingface._reads_back", lambda *_: False)
     run = place.keep("nano words", lambda path: make_run(path / "run", hub(tiny_model(path / "m")), CAUSAL)) / "run"
     yield export(place, run)
     yield export(place, run, "--to", "edge")
@@ -145,13 +145,13 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, adapter, "--to", "edge")
 
 
-@follows("without its run nothing says which precision to quantise to: give the run directory", library="bitsandbytes")
+@follows("without its run nothing says which precision to quantize to: give the run directory", library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    from tests.inference.test_requantise import make_run as quantised_run
-    from tests.models.test_quantise import wide
+    from tests.export.test_requantize import make_run as quantized_run
+    from tests.models.test_quantize import wide
 
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
-    run, _ = quantised_run(place.folder / "run", wide(place.folder / "m"))
+    run, _ = quantized_run(place.folder / "run", wide(place.folder / "m"))
     adapter = Path(shutil.copytree(run / "adapter", place.folder / "adapter"))
     yield export(place, adapter, "--requantize")
     yield export(place, run, "--requantize")
@@ -243,7 +243,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, "--to", "edge")
 
 
-@follows("is quantised already ({}): give the model from before that")
+@follows("is quantized already ({}): give the model from before that")
 def _(place: Place) -> Iterator[str]:
     model = Path(shutil.copytree(run_of(place).parent / "m", place.folder / "m"))
     config = json.loads((model / "config.json").read_text())

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedtune.keys import add_clients, make_keys
+from fedtune.network.keys import add_clients, make_keys
 from tests.advised.rows import FLAG, Place, command, composed, follows, raised
 
 
@@ -23,8 +23,8 @@ def quiet_client(place: Place) -> None:
 
 def quiet_server(place: Place) -> None:
     """Servers that stop as soon as they are ready to listen."""
-    place.patch.setattr("fedtune.server.compose", composed)
-    place.patch.setattr("fedtune.app.conduct", lambda *args, **more: None)
+    place.patch.setattr("fedtune.cli.server.compose", composed)
+    place.patch.setattr("fedtune.experiment.conduct", lambda *args, **more: None)
     place.patch.setattr("fedtune.clients.workspace.Workspace", lambda *args: None)
     place.patch.setattr("fedtune.data.load_test", lambda config: None)
 

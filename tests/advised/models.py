@@ -5,7 +5,7 @@ from typing import Any
 
 from fedtune.config import TaskConfig
 from tests.advised.rows import Place, command
-from tests.inference.test_export import CAUSAL, make_run
+from tests.export.test_huggingface import CAUSAL, make_run
 from tests.models.build import checkpoint, hub
 
 

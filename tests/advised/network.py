@@ -272,7 +272,7 @@ def _of_another_kind(at: Path) -> None:
 
 @follows("the key {} cannot be used ({}): give one that `fedtune keys` made")
 def _(place: Place) -> Iterator[str]:
-    place.patch.setattr("fedtune.keys.check_private", lambda path: None)  # which says it first, unless the file changes in between
+    place.patch.setattr("fedtune.network.keys.check_private", lambda path: None)  # which says it first, unless the file changes in between
     yield from _client_with(place, lambda at: (at / "key").write_text("no key"))
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from fedtune import cli, client, server, sim
-from fedtune.compose import Job, compose
+from fedtune.cli import client, server
+from fedtune.cli import main as cli
+from fedtune.cli import simulate as sim
+from fedtune.config.compose import Job, compose
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 _PROSE = {"or", "to", "of", "makes", "does", "without", "where"}

@@ -15,8 +15,8 @@ import yaml
 
 from fedtune.config import EvalConfig, InferenceConfig, TaskConfig, from_dict, to_dict
 from fedtune.errors import UpdateError
-from fedtune.report import MetricsWriter, compare, write_report
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.report import MetricsWriter, compare, write_report
 from tests.advised.keys import quiet_server
 from tests.advised.rows import Place, command, composed, follows, raised
 from tests.tiny import tiny_config
@@ -142,7 +142,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     notes: list[str] = []
-    place.patch.setattr("fedtune.watch.Watch.note", lambda self, text: notes.append(text))
+    place.patch.setattr("fedtune.runs.observer.Watch.note", lambda self, text: notes.append(text))
     place.run("fedtune.sim", f"resume={run}")
     yield "\n".join(notes)
     notes.clear()
@@ -175,14 +175,14 @@ def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
 
 @follows("stopped; go on with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = _broken(place, "fedtune.bridge.Bridge.loop", _interrupt)
+    said = _broken(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
     yield said
     yield place.run("fedtune.sim", setting_of(said))
 
 
 @follows("{}: free the disk and go on with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = _broken(place, "fedtune.app.write_card", _full)
+    said = _broken(place, "fedtune.experiment.write_card", _full)
     yield said
     yield place.run("fedtune.sim", setting_of(said))
 
@@ -220,13 +220,13 @@ def _(place: Place) -> Iterator[str]:
 def a_server(place: Place, at: Path) -> str:
     """A server that makes its run's directory and stops."""
     quiet_server(place)
-    place.patch.setattr("fedtune.app.conduct", lambda config, engine, at, **more: RunDirectory.create(config, at).close())
+    place.patch.setattr("fedtune.experiment.conduct", lambda config, engine, at, **more: RunDirectory.create(config, at).close())
     return place.run("fedtune-server", "--insecure", "--run", at)
 
 
 @follows("cannot make the run directory {}: {}; free the disk, or set output_dir")
 def _(place: Place) -> Iterator[str]:
-    place.patch.setattr("fedtune.app.simulate", lambda config: RunDirectory.create(config).close())
+    place.patch.setattr("fedtune.experiment.simulate", lambda config: RunDirectory.create(config).close())
     yield place.run("fedtune.sim", "output_dir=/proc/no")
     yield place.run("fedtune.sim", f"output_dir={place.folder}")
     assert "(of a server: --run)" in a_server(place, Path("/proc/no"))
@@ -309,7 +309,7 @@ def _unusable(*_: Any, **__: Any) -> None:
 @follows("the run ended in its {} stage, with no {} adapter yet: resume={} rounds=N", slow=True)
 def _(place: Place) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedtune.round.read_update", _unusable)
+        patch.setattr("fedtune.rounds.round.read_update", _unusable)
         said = simulate(place, "strategy=slora", "rounds=1")
     yield said
     yield place.run("fedtune.sim", setting_of(said), setting_of(said, "rounds").replace("N", "4"))

@@ -66,7 +66,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the
     "calls no tools: leave out '{}'": (CHAT, {"tools": [{"type": "function"}]}),
     "cannot change how a model thinks or how much it says: leave out '{}'": (CHAT, {"verbosity": "high"}),
     "answers in plain text alone: leave out '{}'": (CHAT, {"response_format": {"type": "json_object"}}),
-    "knows no field '{}': leave it out": (CHAT, {"colour": "red"}),
+    "knows no field '{}': leave it out": (CHAT, {"color": "red"}),
     "'max_tokens' and 'max_completion_tokens' disagree: give one of them": (CHAT, {"max_completion_tokens": 3}),
 }
 

@@ -9,17 +9,18 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune import client, flower
+from fedtune.cli import client
 from fedtune.clients.deployed import Device, make_app, read_hello
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, PrivacyConfig, to_dict
+from fedtune.contracts import flower
+from fedtune.contracts.wire import Envelopes
 from fedtune.errors import CheckpointError, Decline
-from fedtune.planning import base_plan
 from fedtune.privacy.accounting import Spend, epsilon
 from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import Ledger, ledger_file
 from fedtune.privacy.turn import Applied
-from fedtune.wire import Envelopes
+from fedtune.rounds.planning import base_plan
 from tests.tiny import tiny_config
 
 RECORD = PrivacyConfig(kind="record", epsilon=None, noise=0.8, clip=0.5, accountant="rdp")

@@ -9,11 +9,11 @@ import torch
 from fedtune.clients.steps import batches
 from fedtune.clients.turns import turn_of
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
 from fedtune.data import Example, collate
 from fedtune.errors import ModelError, UpdateError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
 from tests.models.build import checkpoint, hub, token_ids
 from tests.working import work
 

@@ -14,10 +14,10 @@ from fedtune.clients.turns import turn_of
 from fedtune.clients.turns.fedpeptao import hessian_product, settled_share, share_above, spectrum
 from fedtune.clients.workspace import Workspace
 from fedtune.config import PeftConfig
+from fedtune.contracts.plan import Plan
 from fedtune.data import collate
 from fedtune.errors import ModelError, UpdateError
 from fedtune.models import loss_sum
-from fedtune.plan import Plan
 from tests.tiny import tiny_config
 from tests.working import work_in
 

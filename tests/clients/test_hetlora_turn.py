@@ -3,7 +3,7 @@
 import torch
 
 from fedtune.clients.turns.hetlora import prune, tail_norms
-from fedtune.state import AdapterSpec, AdapterState
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 
 
 def state(tail_a: float, tail_b: float) -> AdapterState:

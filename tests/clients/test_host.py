@@ -7,16 +7,16 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from fedtune import flower
 from fedtune.clients.app import make_client_app
 from fedtune.clients.host import ClientHost
 from fedtune.clients.store import Storage
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, PrivacyConfig
-from fedtune.planning import base_plan
+from fedtune.contracts import flower
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.wire import Envelopes
 from fedtune.privacy.floor import Floor
-from fedtune.state import AdapterState
-from fedtune.wire import Envelopes
+from fedtune.rounds.planning import base_plan
 from tests.clients.test_floor import RECORD, LyingServer
 from tests.tiny import tiny_config
 from tests.working import host_for

@@ -17,11 +17,11 @@ from fedtune.clients.turns import turn_of
 from fedtune.clients.turns.fedpeptao import redundancy
 from fedtune.clients.workspace import Workspace
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
 from fedtune.data import Example
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
 from tests.models.build import ENCODERS, checkpoint, hub
 from tests.tiny import tiny_config
 from tests.working import work, work_in
@@ -79,7 +79,7 @@ def measure(space: Workspace, examples: Sequence[Example], **changes: Any) -> Ad
 
 
 def by_hand(space: Workspace, rows: Sequence[Example]) -> list[float]:
-    """Each row alone through a fresh model, padded by zeros afterwards; cosines one by one."""
+    """Each row alone through a fresh model, padded by zeros afterward; cosines one by one."""
     model = AutoModel.from_pretrained(space.config.model.name).eval()
     length = max(len(e.input_ids) for e in rows)
     outputs = []

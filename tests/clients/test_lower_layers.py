@@ -10,13 +10,13 @@ import torch
 from fedtune.clients.lower_layers import LowerLayers
 from fedtune.clients.workspace import Workspace
 from fedtune.config import EngineConfig, PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.data import pad_id
 from fedtune.errors import ConfigError
 from fedtune.models import LiveAdapter
-from fedtune.simulations.batched import train_together, way_of
-from fedtune.state import AdapterSpec, AdapterState
-from tests.simulations.test_vmapped import CLASSES, LM, built, rows
-from tests.simulations.turns import alone, distance, jobs_of
+from fedtune.simulations.engines.batched import train_together, way_of
+from tests.simulations.engines.test_vmapped import CLASSES, LM, built, rows
+from tests.simulations.engines.turns import alone, distance, jobs_of
 from tests.tiny import tiny_config
 
 UPPER = {

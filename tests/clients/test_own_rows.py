@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedtune.clients.deployed import Device, own_config
-from fedtune.compose import compose
+from fedtune.config.compose import compose
 from fedtune.data import Federation, check_data, load_federation
 from fedtune.errors import DataError
 

@@ -1,4 +1,4 @@
-"""Micro-batches do not change what is learnt, and running out of memory costs no more than a halved one."""
+"""Micro-batches do not change what is learned, and running out of memory costs no more than a halved one."""
 
 import dataclasses
 from pathlib import Path
@@ -11,9 +11,9 @@ from fedtune.clients import trainer
 from fedtune.clients.trainer import Trained, train
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DataConfig, PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
 from fedtune.errors import Decline
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
 from tests.tiny import texts, tiny_config
 from tests.working import work_in
 

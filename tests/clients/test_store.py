@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedtune.clients.store import ClientStore
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import CheckpointError
-from fedtune.state import AdapterSpec, AdapterState
 
 
 def kept(value: float) -> AdapterState:

@@ -10,8 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fedtune.app import simulate
-from fedtune.bridge import Bridge
 from fedtune.clients.app import make_client_app
 from fedtune.clients.host import ClientHost
 from fedtune.clients.steps import batches, steps_of
@@ -20,13 +18,15 @@ from fedtune.clients.trainer import train
 from fedtune.clients.turns import Work
 from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import ClientConfig, Config, DataConfig, PartitionConfig, check, to_dict
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.wire import Letter
 from fedtune.data import collate
 from fedtune.errors import PlanError, UpdateError
+from fedtune.experiment import simulate
 from fedtune.models import loss_sum
-from fedtune.plan import Plan
-from fedtune.report import read_metrics
-from fedtune.state import AdapterSpec, AdapterState
-from fedtune.wire import Letter
+from fedtune.rounds.bridge import Bridge
+from fedtune.runs.report import read_metrics
 from tests.fakes import bridge as make_bridge
 from tests.tiny import texts, tiny_config
 from tests.working import host_for, work_in
@@ -57,7 +57,7 @@ def far(a: AdapterState, b: AdapterState) -> float:
 
 
 def bare_loop(space: Workspace, rounds: int, seeds: list[int], client: ClientConfig) -> dict[str, torch.Tensor]:
-    """Centralised training, written as anybody would: transformers' own loss, PEFT's own model, one optimiser a round."""
+    """Centralized training, written as anybody would: transformers' own loss, PEFT's own model, one optimizer a round."""
     model = AutoModelForCausalLM.from_pretrained(space.config.model.name)
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets)).train()
@@ -85,12 +85,12 @@ def federate(config: Config, path: Path) -> tuple[AdapterState, list[int]]:
     made, _ = make_bridge(path, make_client_app(host_for(config, loaded=space)), len(space.client_ids), config, initial=space.initial)
     made = dataclasses.replace(made, evaluate=None)
     assert isinstance(made, Bridge)
-    from fedtune.planning import base_plan
+    from fedtune.rounds.planning import base_plan
 
     return made.loop().adapter, [base_plan(config, r, space.client_ids[0], r - 1).seed for r in range(1, config.rounds + 1)]
 
 
-def test_one_client_with_all_the_data_is_centralised_training(tmp_path: Path) -> None:
+def test_one_client_with_all_the_data_is_centralized_training(tmp_path: Path) -> None:
     client = ClientConfig(steps=4, epochs=None, batch_size=4, lr=1e-2, schedule="constant", clip_norm=0.5, weight_decay=0.01)
     config = tiny_config(tmp_path, partition=PartitionConfig(kind="iid", clients=1), rounds=3, clients_per_round=1, client=client)
     for rounds in (1, 2, 3):
@@ -183,7 +183,7 @@ def test_the_sum_of_the_rates_follows_the_schedule(
     told = [r["lr_sum"] for r in read_metrics(run) if r["client"] is not None and r["round"] > 0]
     # by hand, two rounds of two steps from .01 down to 0: .01 + .0075 and .005 + .0025
     assert told == pytest.approx([sums[0]] * 4 + [sums[1]] * 4)
-    # what is told is what the optimiser went by: SCAFFOLD, FedNova and the bound on an update's length divide by it
+    # what is told is what the optimizer went by: SCAFFOLD, FedNova and the bound on an update's length divide by it
     assert told == pytest.approx([sum(applied[i : i + 2]) for i in range(0, len(applied), 2)])
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.app import simulate
 from fedtune.clients import turns
 from fedtune.clients.store import ClientStore
 from fedtune.clients.turns import Turn, Work, find, turn_of
 from fedtune.clients.turns.fedprox import FedProx
 from fedtune.config import EvalConfig
+from fedtune.config.registry import Registry
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Scalar
+from fedtune.contracts.strategy import Assignment, ServerState
 from fedtune.errors import ConfigError, PlanError
-from fedtune.plan import Plan, Scalar
-from fedtune.registry import Registry
-from fedtune.state import AdapterState
+from fedtune.experiment import simulate
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, ServerState
 from tests.tiny import tiny_config
 
 PLAN = Plan(round=1, client="c0", base_version=0)
@@ -91,11 +91,11 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkey
     monkeypatch.setattr(turns, "TURNS", Registry("fedtune.clients.turns"))
     turns.register("personal", Personal)
     config = tiny_config(tmp_path, eval=EvalConfig(where="none", clients=-1), rounds=3, strategy={"_target_": f"{__name__}.Ditto"})
-    monkeypatch.setattr("fedtune.app.make_strategy", lambda config: Ditto())
-    monkeypatch.setattr("fedtune.compose.make_strategy", lambda config: Ditto())
+    monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: Ditto())
+    monkeypatch.setattr("fedtune.rounds.find_strategy.make_strategy", lambda config: Ditto())
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, batched=batched))
     ditto = simulate(config)
-    monkeypatch.setattr("fedtune.app.make_strategy", lambda config: FedAvg())
+    monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: FedAvg())
     fedavg = simulate(config)
     # what is shared is as it is without
     one, two = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (ditto, fedavg))
@@ -110,7 +110,7 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkey
     assert losses[0] and losses[0] != losses[1]
     # a run that goes on from an older checkpoint finds what was true then
     before = {c: store.read(c, 2) for c in store.clients()}
-    monkeypatch.setattr("fedtune.app.make_strategy", lambda config: Ditto())
+    monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: Ditto())
     simulate(dataclasses.replace(config, resume=str(ditto), rounds=4))
     assert all(torch.equal(store.read(c, 2)[n], before[c][n]) for c in before if before[c] is not None for n in one.tensors)  # type: ignore[index]
     assert all(store.read(c, 5) is not None for c in store.clients())

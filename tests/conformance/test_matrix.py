@@ -17,17 +17,18 @@ import pytest
 import torch
 from flwr.app import Message
 
-import fedtune.app
-from fedtune.app import simulate
-from fedtune.compose import choices, compose, make_strategy
+import fedtune.experiment
 from fedtune.config import METHODS, ClientConfig, Config, DataConfig, EngineConfig, EvalConfig, ModelConfig, PartitionConfig, TaskConfig
+from fedtune.config.compose import choices, compose
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import FedtuneError
-from fedtune.inference.export import export_hf
-from fedtune.plan import Update
+from fedtune.experiment import simulate
+from fedtune.export.huggingface import export_hf
+from fedtune.rounds.find_strategy import make_strategy
 from fedtune.runs.directory import read_checkpoint
-from fedtune.simulations.grid import InProcessGrid
-from fedtune.state import AdapterState
-from fedtune.strategy import ServerState
+from fedtune.simulations.engines.grid import InProcessGrid
 from tests.models.build import checkpoint
 
 STRATEGIES, TASKS = choices("strategy"), ("causal_lm", "classification")
@@ -158,7 +159,7 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
             simulate(build())
         assert str(said.value).count(".") < 12 and len(str(said.value)) < 400
         return
-    monkeypatch.setattr(fedtune.app, "make_strategy", lambda config: checked(make_strategy(config)))
+    monkeypatch.setattr(fedtune.experiment, "make_strategy", lambda config: checked(make_strategy(config)))
     heard = Listener(monkeypatch)
     whole = simulate(build())
     payload(heard, whole, strategy)

@@ -14,20 +14,21 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedtune.compose import choices, compose, make_strategy
 from fedtune.config import Config
+from fedtune.config.compose import choices, compose
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.state import AdapterState
-from fedtune.strategy import ServerState, Strategy
+from fedtune.rounds.find_strategy import make_strategy
 from tests.fakes import bridge, fake_client_app, lora_state
 
 NEED_A_MODEL = {"slora": "its first stage trains the backbone's own weights", "fedpeptao": "it scores layers, and its tensors are prompts"}
 NAMES = [n for n in choices("strategy") if n not in NEED_A_MODEL]
 SERVER_STEPS = {  # the new state is not the mean of what came back, and why
-    "fedadam": "normalised steps",
-    "fedyogi": "normalised steps",
-    "fedadagrad": "normalised steps",
+    "fedadam": "normalized steps",
+    "fedyogi": "normalized steps",
+    "fedadagrad": "normalized steps",
     "qfedavg": "steps by the clients' losses",
 }
 NOT_ALONE = {  # needs a cohort

@@ -35,7 +35,7 @@ def test_the_same_in_another_process() -> None:
         "import fedtune.data.demo as demo;"
         "print(json.dumps([*demo.generate(5, homes=3, test_size=9), list(islice(demo.pretraining_text(5), 4))]))"
     )
-    # -R randomises str hashes, so that a generator that leant on hash() or on set order would be found out
+    # -R randomizes str hashes, so that a generator that leaned on hash() or on set order would be found out
     done = subprocess.run([sys.executable, "-R", "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [
         *demo.generate(5, homes=3, test_size=9),
@@ -47,7 +47,7 @@ def test_seeds_differ() -> None:
     assert task(0)[1] != task(1)[1]
 
 
-def test_home_seven_is_the_same_home_in_a_bigger_neighbourhood() -> None:
+def test_home_seven_is_the_same_home_in_a_bigger_neighborhood() -> None:
     assert demo.homes(0, count=8)[7] == demo.homes(0, count=40)[7]
 
 

@@ -1,4 +1,4 @@
-"""Encodings worked out by hand on a tokeniser of one token a word: a is 3, b is 4, ... h is 10; <s> is 0, </s> is 1, <pad> is 2."""
+"""Encodings worked out by hand on a tokenizer of one token a word: a is 3, b is 4, ... h is 10; <s> is 0, </s> is 1, <pad> is 2."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def texts(values: list[str], longest: int = 4, indices: list[int] | None = None,
     return [example.input_ids.tolist() for example in found]
 
 
-def test_only_the_answer_and_the_end_are_learnt() -> None:
+def test_only_the_answer_and_the_end_are_learned() -> None:
     got = instruction("a b", "c d")
     assert got.input_ids.tolist() == [0, 3, 4, 5, 6, 1]
     assert got.labels.tolist() == [-100, -100, -100, 5, 6, 1]
@@ -69,7 +69,7 @@ def test_empty_parts_and_missing_special_tokens(kinds: dict[str, bool], prompt: 
 
 
 def test_an_empty_answer_without_an_end_token_is_refused() -> None:
-    with pytest.raises(DataError, match="an answer is empty and the tokeniser has no end token"):
+    with pytest.raises(DataError, match="an answer is empty and the tokenizer has no end token"):
         instruction("a", "", eos=False)
 
 
@@ -128,7 +128,7 @@ def test_an_encoder_decoder_reads_the_prompt_and_writes_the_answer() -> None:
     assert prompts([empty, long], pad_id=9)["input_ids"].tolist() == [[9, 9, 9, 1], [5, 6, 7, 1]]
     bare = encode(rows.select([0]), np.array([0]), word_tokenizer(eos=False), task, seq2seq=True)[0]
     assert bare.input_ids.tolist() == [0, 5, 6, 7] and bare.labels.tolist() == [-100, 8, 9, 10, 3]
-    with pytest.raises(DataError, match="an answer is empty and the tokeniser has no end token"):
+    with pytest.raises(DataError, match="an answer is empty and the tokenizer has no end token"):
         encode(rows, np.array([2]), word_tokenizer(eos=False), task, seq2seq=True)
 
 

@@ -14,7 +14,7 @@ from fedtune.data import Federation, load_federation
 from fedtune.data.columns import in_order
 from fedtune.data.federation import deal, split
 from fedtune.errors import DataError
-from fedtune.inference.export import prompt_template
+from fedtune.export.origin import prompt_template
 
 
 def load(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Federation:

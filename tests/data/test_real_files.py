@@ -69,7 +69,7 @@ def test_gsm8k(real: Path) -> None:
     assert len(got.rows) + len(got.test) == 7473
 
 
-def test_a_real_tokeniser_without_a_pad_token(real: Path) -> None:
+def test_a_real_tokenizer_without_a_pad_token(real: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real / "models/stories260k/hf")
     config = from_dict({"task": {"kind": "instruction", "max_length": 64}})
     federation = load_federation(config)
@@ -77,6 +77,6 @@ def test_a_real_tokeniser_without_a_pad_token(real: Path) -> None:
     for row, example in zip(rows.tolist(), encode(federation.rows, rows, tokenizer, config.task), strict=True):
         assert example.input_ids[0] == tokenizer.bos_token_id or len(example.input_ids) == 64
         assert example.input_ids[-1] == tokenizer.eos_token_id
-        learnt = example.input_ids[example.prompt_length : -1]
-        assert tokenizer.decode(learnt).strip() == federation.rows[row]["answer"].strip()
+        learned = example.input_ids[example.prompt_length : -1]
+        assert tokenizer.decode(learned).strip() == federation.rows[row]["answer"].strip()
         np.testing.assert_array_equal(example.labels[example.prompt_length :], example.input_ids[example.prompt_length :])

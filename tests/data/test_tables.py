@@ -174,7 +174,7 @@ def test_what_only_the_rows_tell_is_left_to_the_reader(tmp_path: Path) -> None:
     check_data(classification(tmp_path / "parts", columns=column))
 
 
-@pytest.mark.parametrize("door", ["sim", "server"])
+@pytest.mark.parametrize("door", ["sim", "cli.server"])
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet"])
 def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name: str) -> None:
     rows = [{"text": f"row {i} of many, with some words in it", "label": i % 7} for i in range(50_000)]
@@ -185,7 +185,7 @@ def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name
     else:
         lines = ",\n".join(json.dumps(row) for row in rows)
         (tmp_path / name).write_text(f"[{lines}]" if name == "a.json" else lines.replace(",\n", "\n"))
-    more = ["--insecure"] if door == "server" else []
+    more = ["--insecure"] if door == "cli.server" else []
     settings = ["data=local", f"data.path={tmp_path / name}", "data.columns.label=intent", "task=classification", "partition=iid"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", f"fedtune.{door}", *settings, *more], cwd=ROOT, capture_output=True, text=True)
@@ -197,5 +197,5 @@ def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name
 
 def test_no_library_is_loaded_before_the_data_is_refused() -> None:
     heavy = ("torch", "datasets", "numpy", "pyarrow")
-    code = f"import sys, fedtune.server, fedtune.sim, fedtune.data.check; print(sys.modules.keys() & {heavy})"
+    code = f"import sys, fedtune.cli.server, fedtune.sim, fedtune.data.check; print(sys.modules.keys() & {heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "set()\n"

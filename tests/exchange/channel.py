@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from flwr.app import RecordDict
 
+from fedtune.contracts.plan import Update
 from fedtune.exchange import NoUpdates
-from fedtune.plan import Update
 
 
 class Sent:

@@ -9,17 +9,18 @@ import pytest
 import torch
 import yaml
 
-from fedtune.compose import choices, compose, make_strategy
 from fedtune.config import Config, PrivacyConfig
+from fedtune.config.compose import choices, compose
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
 from fedtune.exchange import CentralDP, make_exchange
-from fedtune.plan import Plan, Update, matching
 from fedtune.privacy.accounting import Spend, epsilon
 from fedtune.privacy.ledger import Ledger, ledger_file
-from fedtune.state import AdapterState
+from fedtune.rounds.find_strategy import make_strategy
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
-from fedtune.strategy import ServerState, Strategy
 from tests.exchange.channel import Sent
 from tests.fakes import bridge, fake_client_app, lora_state
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.clients.declining import declining
 from fedtune.config import Config, PrivacyConfig
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import Decline
 from fedtune.exchange import CentralDP, Channel, Exchange, LocalDP, NoUpdates, Plain, make_exchange
-from fedtune.plan import Update
 from fedtune.runs.directory import read_checkpoint
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
-from fedtune.strategy import ServerState, Strategy
 from tests.exchange.channel import Sent
 from tests.fakes import bridge, fake_client_app, lora_state
 

@@ -1,6 +1,6 @@
 """One deployment through many faults: it is held before a round, hurt, healed, and must then count all its clients again.
 
-Each fault is one `Cell`. Afterwards the adapter of every round is compared with that of a replay, so that a fault that spoils a later round
+Each fault is one `Cell`. Afterward the adapter of every round is compared with that of a replay, so that a fault that spoils a later round
 shows.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from fedtune.report import read_metrics
+from fedtune.runs.report import read_metrics
 from tests.faults.deployment import ROOT, Deployment, settings, write_rows
 from tests.faults.forking import popen
 from tests.faults.replay import BOUND, counted

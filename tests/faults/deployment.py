@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from fedtune.keys import make_keys
-from fedtune.report import read_metrics
-from fedtune.state import AdapterState
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.network.keys import make_keys
+from fedtune.runs.report import read_metrics
 from tests.faults.forking import name_of, popen
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ class Deployment:
         if secure and not self.keys.exists():
             make_keys(self.keys, ["127.0.0.1"], self.names)
 
-    def start_server(self, *more: str, launcher: Sequence[str] = ("-m", "fedtune.server")) -> subprocess.Popen[bytes]:
+    def start_server(self, *more: str, launcher: Sequence[str] = ("-m", "fedtune.cli.server")) -> subprocess.Popen[bytes]:
         k = self.keys
         trust = ["--certificates", k / "ca.pem", k / "server.pem", k / "server.key", "--allowed", k / "allowed.json"]
         args = [*self.experiment, "--run", self.run, "--address", f"127.0.0.1:{self.port}", *(trust if self.secure else ["--insecure"])]
@@ -93,7 +93,7 @@ class Deployment:
         return self.server
 
     def start_client(
-        self, name: str, *more: str, port: int | None = None, launcher: Sequence[str] = ("-m", "fedtune.client")
+        self, name: str, *more: str, port: int | None = None, launcher: Sequence[str] = ("-m", "fedtune.cli.client")
     ) -> subprocess.Popen[bytes]:
         k = self.keys / "clients" / name
         trust = ["--key", k / "key", "--root-certificates", k / "ca.pem"] if self.secure else ["--insecure", "--client-id", name]

@@ -21,11 +21,11 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.clients.app import make_client_app
-from fedtune.compose import compose
+from fedtune.config.compose import compose
+from fedtune.contracts.plan import Update
+from fedtune.contracts.wire import read_letter
 from fedtune.network.node import Node
-from fedtune.plan import Update
-from fedtune.report import read_metrics
-from fedtune.wire import read_letter
+from fedtune.runs.report import read_metrics
 from tests.faults.deployment import Deployment, deployed, settings, write_rows
 from tests.working import host_for
 

@@ -47,7 +47,7 @@ class Forked(subprocess.Popen):
 
 
 def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, int, int]) -> int:
-    gc.disable()  # nothing of the parent's is to be closed by its finaliser: its descriptors' numbers will be others' here
+    gc.disable()  # nothing of the parent's is to be closed by its finalizer: its descriptors' numbers will be others' here
     for here, given in enumerate(streams):
         if given >= 0:
             os.dup2(given, here)
@@ -60,7 +60,7 @@ def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, 
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
-    _parents.extend((sys.stdin, sys.stdout, sys.stderr))  # whose finalisers would close the descriptors
+    _parents.extend((sys.stdin, sys.stdout, sys.stderr))  # whose finalizers would close the descriptors
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     module = command.index("-m") + 1
@@ -94,15 +94,15 @@ def preload() -> None:
     from peft import LoraConfig  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
 
-    import fedtune.app
-    import fedtune.client
+    import fedtune.cli.client
+    import fedtune.cli.server
     import fedtune.clients.deployed
-    import fedtune.network.board
+    import fedtune.experiment
     import fedtune.network.executor
     import fedtune.network.node
+    import fedtune.network.status_server
     import fedtune.network.superlink
     import fedtune.network.worker
-    import fedtune.server
     import fedtune.strategies.fedavg  # noqa: F401
 
 

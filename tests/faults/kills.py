@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fedtune.state import AdapterState
+from fedtune.contracts.adapter_state import AdapterState
 from tests.faults.deployment import Deployment, deployed, settings, write_rows
 from tests.faults.forking import FORK, preload
 from tests.faults.replay import BOUND, counted, differences, replay

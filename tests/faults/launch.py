@@ -49,9 +49,10 @@ class Points:
 
 
 def server(points: Points) -> None:
-    from fedtune import bridge, files
     from fedtune.network import link
     from fedtune.network.grid import LinkGrid
+    from fedtune.rounds import bridge
+    from fedtune.storage import atomic as files
     from fedtune.strategies.fedavg import FedAvg
 
     fork_from(link)
@@ -162,11 +163,11 @@ def main() -> int:
         args = args[2:]
     {"server": server, "client": client, "worker": worker}[door](points)
     if door == "server":
-        from fedtune.server import main as start
+        from fedtune.cli.server import main as start
 
         return start(args)
     if door == "client":
-        from fedtune.client import main as start
+        from fedtune.cli.client import main as start
 
         return start(args)
     from fedtune.network.worker import main as work

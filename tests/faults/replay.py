@@ -12,15 +12,15 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.app import Stage, conduct, host_of
 from fedtune.clients.app import make_client_app
 from fedtune.clients.declining import declined
-from fedtune.compose import compose
+from fedtune.config.compose import compose
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import Decline
-from fedtune.report import read_metrics
-from fedtune.roll import Welcome
-from fedtune.simulations.grid import InProcessGrid
-from fedtune.state import AdapterState
+from fedtune.experiment import Stage, conduct, host_of
+from fedtune.rounds.membership import Welcome
+from fedtune.runs.report import read_metrics
+from fedtune.simulations.engines.grid import InProcessGrid
 
 BOUND = 1e-5
 

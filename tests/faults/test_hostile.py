@@ -17,7 +17,7 @@ from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import Metadata
 from flwr.proto.node_pb2 import Node as NodeProto
 
-from fedtune.keys import make_keys
+from fedtune.network.keys import make_keys
 from tests.faults.campaign import CLIENTS, Campaign, Cell, watched
 from tests.faults.deployment import STORIES, Deployment, settings, write_rows
 from tests.faults.replay import BOUND, counted, differences, replay

@@ -8,12 +8,12 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.app import Stage, conduct, host_of
 from fedtune.clients.app import make_client_app
-from fedtune.compose import compose
-from fedtune.report import read_metrics
-from fedtune.roll import Welcome
-from fedtune.simulations.grid import InProcessGrid
+from fedtune.config.compose import compose
+from fedtune.experiment import Stage, conduct, host_of
+from fedtune.rounds.membership import Welcome
+from fedtune.runs.report import read_metrics
+from fedtune.simulations.engines.grid import InProcessGrid
 from tests.faults.deployment import STORIES, deployed, settings, write_rows
 from tests.faults.replay import BOUND, differences
 

@@ -7,11 +7,11 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune import flower
 from fedtune.clients.deployed import HELLO, make_app
 from fedtune.clients.workspace import Workspace
 from fedtune.config import to_dict
-from fedtune.wire import Envelopes
+from fedtune.contracts import flower
+from fedtune.contracts.wire import Envelopes
 from tests.tiny import tiny_config
 
 

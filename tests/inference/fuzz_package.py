@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.inference.edge import export_edge
+from fedtune.export.edge import export_edge
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import sealed
+from tests.export.test_huggingface import CAUSAL, make_run
 from tests.inference.sealing import seal_again
-from tests.inference.test_export import CAUSAL, make_run
 from tests.models.build import checkpoint, hub, llama_config
 
 MEMORY = 1 << 30

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import Package
-from fedtune.inference.quantise.rtn import QuantisedLinear, dequantise
+from fedtune.inference.quantize.rtn import QuantizedLinear, dequantize
 from fedtune.models import LiveAdapter
 from fedtune.models.backbone import quiet
 from fedtune.models.checkpoint import NANO
 from fedtune.models.shift import FrozenWeights
-from fedtune.state import AdapterSpec, AdapterState
 from tests.models.build import checkpoint
 
 
@@ -31,7 +31,7 @@ def matrix(package: Package, name: str) -> torch.Tensor:
     if kept.kind in ("fp32", "bf16"):
         return tensors["weight"].float()
     parts = {k: t for k, t in tensors.items() if k != "bias"}
-    return dequantise(QuantisedLinear(kind=kept.kind, group=kept.group, tensors=parts, columns=kept.shape[1], error=0.0))
+    return dequantize(QuantizedLinear(kind=kept.kind, group=kept.group, tensors=parts, columns=kept.shape[1], error=0.0))
 
 
 def save(folder: Path, config: Any, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:

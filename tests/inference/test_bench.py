@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.cli import main
+from fedtune.cli.main import main
 from fedtune.errors import ConfigError, DataError
 from fedtune.inference import bench as module
 from fedtune.inference.bench import Speeds, bandwidth, bench, bytes_read, prompts, table, threads, write

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune import cli
+from fedtune.cli import main as cli
 from fedtune.errors import ConfigError, FedtuneError, ModelError
 from fedtune.inference.chat import ByEngine, Talk, talk
 from fedtune.inference.engine.context import Context
@@ -162,7 +162,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(folder: Path) -> None:
     tokens = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in tokens.items() if k != "eos_token"}))
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedtune.cli", "chat", str(folder), "--max-new-tokens", "50000", "--speculate", "none"],
+        [sys.executable, "-m", "fedtune.cli.main", "chat", str(folder), "--max-new-tokens", "50000", "--speculate", "none"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
     )  # fmt: skip

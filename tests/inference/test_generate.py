@@ -9,15 +9,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fedtune import cli
+from fedtune.cli import main as cli
 from fedtune.config import DataConfig
 from fedtune.data import encode
 from fedtune.errors import ConfigError, FedtuneError, ModelError
-from fedtune.inference import export_hf, generate_text
+from fedtune.export import export_hf
+from fedtune.inference import generate_text
 from fedtune.inference.generate import Stripped, wrap
 from fedtune.models import load_backbone
 from fedtune.models.evaluation import generate_answers
-from tests.inference.test_export import ASK, CLASSES, make_run
+from tests.export.test_huggingface import ASK, CLASSES, make_run
 from tests.models.build import checkpoint, hub
 
 TEMPLATE = DataConfig(source="local", path="x", prompt="set {q} to", answer=" {a}")
@@ -257,7 +258,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_imports_stay_light() -> None:
-    light = loaded_after("import fedtune.inference, fedtune.models, fedtune.cli")
+    light = loaded_after("import fedtune.inference, fedtune.models, fedtune.cli.main")
     assert not light & {"torch", "transformers", "peft", "flwr", "datasets"}
 
 

@@ -35,7 +35,7 @@ assert len(WORDS) <= VOCABULARY
 
 
 def llama_config(kind: type = LlamaConfig, **changes: Any) -> Any:
-    """Grouped-query attention, tied embeddings; wide initialisation, so that logits differ visibly."""
+    """Grouped-query attention, tied embeddings; wide initialization, so that logits differ visibly."""
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True, "initializer_range": 0.3,

@@ -8,10 +8,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import quiet
-from fedtune.state import AdapterState
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=32), TaskConfig(kind="classification", max_length=32)

@@ -5,20 +5,20 @@ import re
 import pytest
 import torch
 
-quantise = pytest.importorskip("fedtune.models.quantise", exc_type=ImportError)
+quantize = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
 CPU = torch.device("cpu")
-why_not = quantise._why_not.__wrapped__  # without its cache
-WORKING = [p for p in quantise.KINDS if not why_not(p, torch.float32, CPU)]
+why_not = quantize._why_not.__wrapped__  # without its cache
+WORKING = [p for p in quantize.KINDS if not why_not(p, torch.float32, CPU)]
 
 
 @pytest.mark.parametrize(("asked", "layer", "other"), [("nf4", "Linear4bit", "int8"), ("int8", "Linear8bitLt", "nf4")])
 def test_a_precision_is_tried_in_its_own_layer(monkeypatch: pytest.MonkeyPatch, asked: str, layer: str, other: str) -> None:
-    class Broken(getattr(quantise.bnb.nn, layer)):
+    class Broken(getattr(quantize.bnb.nn, layer)):
         def __init__(self, *args: object, **kwargs: object) -> None:
             raise RuntimeError("no such symbol")
 
     before = why_not(other, torch.float32, CPU)
-    monkeypatch.setattr(quantise.bnb.nn, layer, Broken)
+    monkeypatch.setattr(quantize.bnb.nn, layer, Broken)
     assert why_not(asked, torch.float32, CPU) == "no such symbol" and why_not(other, torch.float32, CPU) == before
 
 
@@ -30,6 +30,6 @@ def test_a_precision_is_tried_in_its_own_layer(monkeypatch: pytest.MonkeyPatch, 
 def test_a_kernel_that_computes_with_other_weights_is_found_out(
     monkeypatch: pytest.MonkeyPatch, precision: str, times: float, sentence: str
 ) -> None:
-    weight_of = quantise.weight_of
-    monkeypatch.setattr(quantise, "weight_of", lambda module: times * weight_of(module))
+    weight_of = quantize.weight_of
+    monkeypatch.setattr(quantize, "weight_of", lambda module: times * weight_of(module))
     assert re.fullmatch(sentence, why_not(precision, torch.float32, CPU))

@@ -1,4 +1,4 @@
-"""LoftQ: the adapter starts as the best of its rank that makes up for what quantisation took."""
+"""LoftQ: the adapter starts as the best of its rank that makes up for what quantization took."""
 
 import dataclasses
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.app import simulate
-from fedtune.compose import make_strategy
 from fedtune.config import Config, DeviceClass, DevicesConfig, ModelConfig, PeftConfig, check
 from fedtune.errors import ConfigError, ModelError
+from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loftq
+from fedtune.rounds.find_strategy import make_strategy
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_quantise import KINDS, LM, cache, linears, logits, off, quantise, quantised, wide  # noqa: F401  cache: a fixture
+from tests.models.test_quantize import KINDS, LM, cache, linears, logits, off, quantize, quantized, wide  # noqa: F401  cache: a fixture
 from tests.tiny import tiny_config
 
 PEFT = PeftConfig(rank=5, alpha=20.0, init="loftq", rank_pattern={"down_proj": 3, "v_proj": 2})
@@ -26,14 +26,14 @@ def start(folder: Path, precision: str, peft: PeftConfig, **changes: Any) -> Any
 
 
 def matrices(folder: Path, precision: str, **changes: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → W and Q(W), (out, in) float64, of what is quantised."""
+    """Module → W and Q(W), (out, in) float64, of what is quantized."""
     own = linears(load_backbone(hub(folder, **changes), LM, seed=5).model)
     coarse = linears(load_backbone(hub(folder, precision=precision, compute="fp32", **changes), LM, seed=5).model)
     out = {}
     for name, layer in coarse.items():
-        if quantise.is_quantised(layer):
+        if quantize.is_quantized(layer):
             weight = own[name].weight.double()
-            out[name] = (weight.T if isinstance(own[name], Conv1D) else weight, quantise.weight_of(layer).double())
+            out[name] = (weight.T if isinstance(own[name], Conv1D) else weight, quantize.weight_of(layer).double())
     return out
 
 
@@ -90,7 +90,7 @@ def test_directions_without_a_residual_stay_as_they_were_drawn(shape: tuple[int,
 @pytest.mark.parametrize("precision", KINDS)
 def test_the_start_is_nearer_to_the_full_model(tmp_path: Path, precision: str) -> None:
     folder = wide(tmp_path / "m")
-    exact, backbone = logits(load_backbone(hub(folder), LM)), quantised(folder, precision)
+    exact, backbone = logits(load_backbone(hub(folder), LM)), quantized(folder, precision)
     plain = off(logits(backbone), exact)
     peft = PeftConfig(rank=24, init="loftq")
     live = LiveAdapter(backbone, peft, LM)
@@ -105,7 +105,7 @@ def test_layers_left_whole_start_as_ever(tmp_path: Path) -> None:
         whole = name.endswith("down_proj")
         assert torch.equal(state[f"{name}.lora_A"], drawn[f"{name}.lora_A"]) is whole
         assert bool(state[f"{name}.lora_B"].any()) is not whole
-    with pytest.raises(ModelError, match="none of the layers that are adapted is quantised"):
+    with pytest.raises(ModelError, match="none of the layers that are adapted is quantized"):
         start(folder, "nf4", PeftConfig(targets="down_proj", init="loftq"))
 
 
@@ -117,7 +117,7 @@ def test_it_follows_nothing_but_the_config(tmp_path: Path) -> None:
 
 BAD = {
     "method": ({"method": "dora"}, {}, "plain LoRA|factors of LoRA|two factors"),
-    "precision": ({}, {"precision": "bf16"}, "makes up for quantisation, model.precision=bf16 has none"),
+    "precision": ({}, {"precision": "bf16"}, "makes up for quantization, model.precision=bf16 has none"),
     "compute": ({}, {"compute": "auto"}, "model.compute=auto lets each machine choose"),
 }
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from fedtune.config import METHODS, PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.data.examples import Example
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum
@@ -17,7 +18,6 @@ from fedtune.models.backbone import Backbone, quiet
 from fedtune.models.evaluation import generate_answers
 from fedtune.models.losses import counted_logits
 from fedtune.models.methods import mergeable, method
-from fedtune.state import AdapterState
 from tests.models.build import ENCODERS, checkpoint, hub, token_ids, tokenizer
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)

@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedtune.app import simulate
 from fedtune.config import Config, DataConfig, EngineConfig, EvalConfig, InferenceConfig, TaskConfig, check, reference
+from fedtune.config.registry import TASKS
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.task import Score, find, higher_is_better, metrics, task_of, tasks
 from fedtune.data import Example, load_federation
 from fedtune.data.examples import whole_texts
 from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.experiment import simulate
 from fedtune.inference.generate import read_card
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.tasks._rows import RowTask
 from fedtune.privacy.samples import hooked, looped, mapped
-from fedtune.registry import TASKS
-from fedtune.report import read_metrics
-from fedtune.report.summary import primary_metric
-from fedtune.state import AdapterState
-from fedtune.task import Score, find, higher_is_better, metrics, task_of, tasks
+from fedtune.runs.report import read_metrics
+from fedtune.runs.report.summary import primary_metric
 from tests.tiny import texts, tiny_config
 
 
@@ -236,7 +236,7 @@ def test_no_file_asks_which_task_it_is() -> None:
 
 def test_a_task_s_names_need_no_torch() -> None:
     code = (
-        "import sys; from fedtune.config import Config, check; from fedtune.task import metrics; check(Config()); metrics()\n"
+        "import sys; from fedtune.config import Config, check; from fedtune.contracts.task import metrics; check(Config()); metrics()\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'peft') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

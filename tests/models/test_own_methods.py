@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import ModelError
 from fedtune.models.backbone import quiet
 from fedtune.models.merge import merge
 from fedtune.models.methods import Attached, adapter, full, method, ptuning_v2
 from fedtune.models.methods.ptuning_v2 import _Shift
-from fedtune.state import AdapterSpec, AdapterState
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)
 ANSWERS = TaskConfig(kind="instruction", max_length=16, max_new_tokens=4)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.shift import FrozenWeights
-from fedtune.state import AdapterSpec, AdapterState
 from tests.models.build import checkpoint, hub, token_ids
 
 

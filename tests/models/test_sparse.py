@@ -11,13 +11,13 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.clients.steps import batches
 from fedtune.clients.trainer import train
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState, random_mask
+from fedtune.contracts.plan import Plan, Update
 from fedtune.data import Example, collate
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loss_sum, sparse
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterState, random_mask
 from fedtune.strategies.slora import SLoRA
 from tests.models.build import checkpoint, hub, token_ids
 from tests.working import work

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.data.examples import Example, collate
 from fedtune.errors import DataError
 from fedtune.models import Backbone, LiveAdapter, evaluate, load_backbone, loss_sum
 from fedtune.models.evaluation import generate_answers
 from fedtune.models.tasks.classification import macro_f1
 from fedtune.models.tasks.instruction import verdict
-from fedtune.task import task_of
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 CAUSAL = TaskConfig(kind="causal_lm", max_length=32)
@@ -223,7 +223,7 @@ def test_evaluate_classification_by_hand(tmp_path: Path) -> None:
 
 
 def test_macro_f1_by_hand() -> None:
-    # class 0: 1 hit, 2 labelled, 1 guessed; class 1: 1 hit, 2 labelled, 2 guessed; class 4 is guessed only; the rest never occurs
+    # class 0: 1 hit, 2 labeled, 1 guessed; class 1: 1 hit, 2 labeled, 2 guessed; class 4 is guessed only; the rest never occurs
     assert macro_f1([0, 0, 1, 1], [0, 1, 1, 4]) == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
     assert macro_f1([2, 2], [2, 2]) == 1.0
 

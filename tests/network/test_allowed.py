@@ -9,9 +9,9 @@ import pytest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedtune.errors import LinkLost, NetworkError
-from fedtune.keys import read_allowed
 from fedtune.network import allowed
 from fedtune.network.allowed import Allowed
+from fedtune.network.keys import read_allowed
 from fedtune.network.public import PULL, PublicPort
 from tests.network.echo import Key, new_key, public_text
 from tests.network.test_linkstate import empty, registrar  # noqa: F401

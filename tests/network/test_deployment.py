@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.app import simulate
-from fedtune.compose import compose
+from fedtune.config.compose import compose
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.data import load_federation
-from fedtune.report import read_metrics
-from fedtune.state import AdapterState
+from fedtune.experiment import simulate
+from fedtune.runs.report import read_metrics
 from tests.faults.deployment import STORIES, Deployment, deployed, settings, write_rows
 
 CLIENTS = ("anna", "bert", "carla")
@@ -34,7 +34,7 @@ def assert_same(found: AdapterState, wanted: AdapterState) -> None:
     assert list(found.tensors) == list(wanted.tensors)
     for name, tensor in wanted.tensors.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
-    assert any(t.abs().max() > 1e-3 for n, t in found.tensors.items() if n.endswith("lora_B")), "it has learnt something"
+    assert any(t.abs().max() > 1e-3 for n, t in found.tensors.items() if n.endswith("lora_B")), "it has learned something"
 
 
 def test_three_clients_with_tls_and_keys_end_with_the_simulation_s_adapter(tmp_path: Path) -> None:
@@ -88,15 +88,15 @@ def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> No
 
 def test_doors_refuse_in_one_sentence(tmp_path: Path) -> None:
     for args, sentence in (
-        (["-m", "fedtune.server"], "fedtune-server: --certificates and --allowed say how clients know the server"),
-        (["-m", "fedtune.server", "--insecure", "--address", "8080"], "fedtune-server: --address 8080 is no address"),
-        (["-m", "fedtune.server", "--insecure", "rounds=x"], "fedtune-server: rounds=x has the wrong type"),
-        (["-m", "fedtune.client", "--server", "localhost:1"], "fedtune-client: --key says who this client is"),
+        (["-m", "fedtune.cli.server"], "fedtune-server: --certificates and --allowed say how clients know the server"),
+        (["-m", "fedtune.cli.server", "--insecure", "--address", "8080"], "fedtune-server: --address 8080 is no address"),
+        (["-m", "fedtune.cli.server", "--insecure", "rounds=x"], "fedtune-server: rounds=x has the wrong type"),
+        (["-m", "fedtune.cli.client", "--server", "localhost:1"], "fedtune-client: --key says who this client is"),
         (
-            ["-m", "fedtune.client", "--server", "nowhere", "--insecure", "--state", str(tmp_path)],
+            ["-m", "fedtune.cli.client", "--server", "nowhere", "--insecure", "--state", str(tmp_path)],
             "fedtune-client: the server's address is",
         ),
-        (["-m", "fedtune.client", "--server", "a:1", "--insecure", "--data", "/no"], "fedtune-client: --data /no is no file"),
+        (["-m", "fedtune.cli.client", "--server", "a:1", "--insecure", "--data", "/no"], "fedtune-client: --data /no is no file"),
     ):
         done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and done.stderr.startswith(sentence) and done.stderr.count("\n") == 1, done.stderr

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedtune import client as door
-from fedtune import flower
+from fedtune.cli import client as door
 from fedtune.clients.declining import declined
+from fedtune.contracts import flower
 from fedtune.errors import DataError, Decline
 from fedtune.network.diary import describe
 from fedtune.network.logs import logging_to

@@ -20,7 +20,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.grid import HttpGrid
 from sqlalchemy import event, text
 
-from fedtune import flower
+from fedtune.contracts import flower
 from fedtune.errors import NetworkError
 from fedtune.network import node
 from fedtune.network.fleet import Fleet, Refused, Unreachable
@@ -55,7 +55,7 @@ def test_the_bundle_is_metadata_only() -> None:
     with zipfile.ZipFile(io.BytesIO(make_fab().content)) as bundle:
         assert sorted(bundle.namelist()) == [".info/CONTENT", "pyproject.toml"]  # no code
         project = bundle.read("pyproject.toml").decode()
-    assert 'publisher = "fedtune"' in project and 'name = "fedtune"' in project and "fedtune.app_flower:" in project
+    assert 'publisher = "fedtune"' in project and 'name = "fedtune"' in project and "fedtune.cli.flower_app:" in project
 
 
 def test_an_allowed_key_keeps_its_node_and_a_withdrawn_one_goes(tmp_path: Path, empty: Path) -> None:

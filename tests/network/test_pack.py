@@ -6,7 +6,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune import flower
+from fedtune.contracts import flower
 from fedtune.network import pack as packing
 from fedtune.network._flwr_client import get_all_nested_objects
 from fedtune.network.pack import KIND, NAME, WHOLE, is_packed, pack, unpack

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import cli, client, server
-from fedtune.compose import compose
+from fedtune.cli import client, server
+from fedtune.cli import main as cli
+from fedtune.config.compose import compose
 from fedtune.network.superlink import CONNECTIONS
 
 ROOT = Path(__file__).parents[2]

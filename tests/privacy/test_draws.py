@@ -10,20 +10,20 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-from fedtune.app import simulate
 from fedtune.config import ClientConfig, Config, PrivacyConfig, check
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import UpdateError
 from fedtune.exchange import make_exchange
-from fedtune.planning import base_plan
+from fedtune.experiment import simulate
 from fedtune.privacy.accounting import Spend, epsilon, solve_noise
 from fedtune.privacy.dpsgd import PrivateGradient
 from fedtune.privacy.turn import applied
 from fedtune.privacy.user import moved
 from fedtune.privacy.verify import verify
-from fedtune.reply import read_update
-from fedtune.report import read_metrics
+from fedtune.rounds.planning import base_plan
+from fedtune.rounds.reply import read_update
+from fedtune.runs.report import read_metrics
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import ServerState
 from tests.exchange.channel import Sent
 from tests.exchange.test_central_dp import update
 from tests.fakes import lora_state
@@ -57,7 +57,7 @@ def test_every_client_round_and_step_draws_noise_of_its_own(tmp_path: Path, monk
     if kind == "record":
         monkeypatch.setattr(PrivateGradient, "step", step)
     else:
-        monkeypatch.setattr("fedtune.round.read_update", read)
+        monkeypatch.setattr("fedtune.rounds.round.read_update", read)
     simulate(check(tiny_config(tmp_path, privacy=loud)))
     assert len(drawn) == (16 if kind == "record" else 8)  # four clients, two rounds, and two steps each
     assert apart(drawn) > 0.8

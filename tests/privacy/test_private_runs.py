@@ -14,24 +14,24 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from fedtune.app import simulate
 from fedtune.clients import trainer
 from fedtune.clients.app import make_client_app
 from fedtune.clients.turns import check_private
-from fedtune.compose import choices, compose
 from fedtune.config import Config, EngineConfig, EvalConfig, PrivacyConfig, TrafficConfig, check, to_dict
+from fedtune.config.compose import choices, compose
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.privacy_terms import agree, terms
 from fedtune.errors import ConfigError, PlanError, UpdateError
-from fedtune.plan import Plan
-from fedtune.planning import base_plan
+from fedtune.experiment import simulate
 from fedtune.privacy import dpsgd
 from fedtune.privacy.accounting import Spend, epsilon
 from fedtune.privacy.ledger import Ledger, ledger_file
 from fedtune.privacy.user import moved, norm
 from fedtune.privacy.verify import verify
-from fedtune.promise import agree, terms
-from fedtune.reply import read_update
-from fedtune.report import read_metrics
+from fedtune.rounds.planning import base_plan
+from fedtune.rounds.reply import read_update
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.report import read_metrics
 from tests.tiny import tiny_config
 from tests.working import host_for, work_in
 
@@ -114,7 +114,7 @@ def test_a_turn_that_was_paid_for_and_broke_is_told_of(tmp_path: Path, monkeypat
 def test_what_a_client_that_declines_has_spent_is_a_number(said: Any, told: float | None) -> None:
     from flwr.app import ConfigRecord, Message
 
-    from fedtune.turnout import epsilon_of
+    from fedtune.rounds.turnout import epsilon_of
 
     assert epsilon_of(Message(RecordDict({"declined": ConfigRecord({"epsilon": said})}), 0, "train")) == told
 
@@ -168,7 +168,7 @@ def test_kill_9_at_any_point_of_a_turn_loses_no_spending(tmp_path: Path, point: 
     code = f"""
 import json, os, signal
 from pathlib import Path
-from fedtune.app import simulate
+from fedtune.experiment import simulate
 from fedtune.clients import app
 from fedtune.config import from_dict
 from fedtune.privacy.dpsgd import PrivateGradient
@@ -239,7 +239,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         norms.append(norm(moved(update.adapter.tensors, base)))
         return update
 
-    monkeypatch.setattr("fedtune.round.read_update", read)
+    monkeypatch.setattr("fedtune.rounds.round.read_update", read)
     return norms
 
 
@@ -292,7 +292,7 @@ def test_a_run_with_noise_at_the_server(tmp_path: Path) -> None:
     ids=["record", "user at the server", "user at the client"],
 )
 def test_the_card_states_the_adjacency_that_is_proven(privacy: PrivacyConfig, unit: str) -> None:
-    from fedtune.report.card import _privacy
+    from fedtune.runs.report.card import _privacy
 
     (line,) = [s for s in _privacy(to_dict(Config(privacy=privacy))["privacy"], [1.0]) if "privacy's unit" in s]
     # a row more or less would change q = B / n and the division by it, a client more or less the division by m: neither is covered

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.app import simulate
 from fedtune.clients.devices.choice import told
 from fedtune.clients.trainer import Trained
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, PrivacyConfig, TaskConfig, check
-from fedtune.planning import base_plan
+from fedtune.experiment import simulate
 from fedtune.privacy.turn import applied
-from fedtune.report import read_metrics
+from fedtune.rounds.planning import base_plan
+from fedtune.runs.report import read_metrics
 from tests.tiny import texts, tiny_config
 from tests.working import host_for
 

@@ -11,11 +11,11 @@ from opacus import GradSampleModule
 from transformers import Qwen2Config
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.task import IGNORED
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
 from fedtune.privacy import samples
-from fedtune.task import IGNORED
 from tests.models.build import VOCABULARY, checkpoint, hub, llama_config
 
 LM = TaskConfig(kind="causal_lm", max_length=12)
@@ -176,7 +176,7 @@ def test_dropout_differs_from_row_to_row(tmp_path: Path) -> None:
     assert not torch.allclose(got[0], got[1])
 
 
-def test_a_prompt_over_a_quantised_backbone_takes_one_pass_a_row(tmp_path: Path) -> None:
+def test_a_prompt_over_a_quantized_backbone_takes_one_pass_a_row(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     live = built(tmp_path / "m", "llama", "prompt", LM)
     for layer in live.backbone.model.model.layers:
@@ -205,7 +205,7 @@ def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
         assert apart(grads(batch), wanted) < 0.03
 
 
-def quantised(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
+def quantized(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
     """As `built`, over a backbone whose rows are whole blocks of 64, with biases."""
     config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
     settings = hub(checkpoint(folder, "qwen2", config=config), precision=precision, compute="fp32")
@@ -220,20 +220,20 @@ def quantised(folder: Path, method: str, task: TaskConfig, precision: str) -> Li
     return live
 
 
-QUANTISED = [  # `full` has nothing that is frozen
+QUANTIZED = [  # `full` has nothing that is frozen
     (m, p) for p in ("nf4", "int8") for m in ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit")
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [LM, CLASSES], ids=lambda t: t.kind)
-@pytest.mark.parametrize(("method", "precision"), QUANTISED)
-def test_each_method_over_a_quantised_backbone(
+@pytest.mark.parametrize(("method", "precision"), QUANTIZED)
+def test_each_method_over_a_quantized_backbone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, precision: str, task: TaskConfig
 ) -> None:
     pytest.importorskip("bitsandbytes")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    live, batch = quantised(tmp_path / "m", method, task, precision), rows(task)
+    live, batch = quantized(tmp_path / "m", method, task, precision), rows(task)
     names = list(live.parameters)
     wanted = one_by_one(live, batch, task)
     with samples.way_of(live, names, task)(live, names, task) as grads:
@@ -244,7 +244,7 @@ def test_each_method_over_a_quantised_backbone(
 def test_where_int8_looks_at_the_whole_batch_each_row_has_a_pass_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = pytest.importorskip("bitsandbytes").autograd._functions
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    live = quantised(tmp_path / "m", "lora", LM, "int8")
+    live = quantized(tmp_path / "m", "lora", LM, "int8")
     names = list(live.parameters)
     assert samples.way_of(live, names, LM) is samples.hooked  # on a CPU rows do not meet
     layer = next(m for n, m in live.model.named_modules() if n.endswith("down_proj.base_layer"))

@@ -9,10 +9,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.models.shift import FrozenWeights
-from fedtune.plan import Update
-from fedtune.state import AdapterSpec, AdapterState
-from fedtune.strategy import ServerState, Strategy
 
 SHAPES = {"q": (3, 5), "up": (11, 6), "square": (8, 8)}  # module → (out, in); square: a transposition shows only in the values
 HEAD = (2, 7)

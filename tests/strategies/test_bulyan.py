@@ -7,11 +7,11 @@ import torch
 from flwr.serverapp import strategy as flower
 
 from fedtune.config import Config
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies import bulyan as module
 from fedtune.strategies.bulyan import Bulyan
-from fedtune.strategy import ServerState
 from tests.strategies.updates import alone, close, drawn, plain, regauged, update
 
 LINE = (0.0, 1.0, 2.5, 4.5, 7.0, 10.0, 1000.0)

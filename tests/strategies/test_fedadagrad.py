@@ -8,11 +8,11 @@ import torch
 from flwr.serverapp import strategy as flower
 
 from fedtune.config import Config
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _flower, _mean
 from fedtune.strategies import fedadagrad as module
 from fedtune.strategies.fedadagrad import FedAdagrad
-from fedtune.strategy import ServerState
 from tests.strategies.updates import alone, close, drawn, plain, saved, update
 
 METHOD = FedAdagrad(lr=0.1, tau=1e-3)

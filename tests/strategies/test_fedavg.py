@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterSpec, AdapterState
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import ServerState
 from fedtune.strategies import _mean
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import ServerState
 
 SPEC = AdapterSpec(method="lora", ranks={"q": 1}, scaling={"q": 1.0})
 

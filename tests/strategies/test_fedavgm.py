@@ -8,11 +8,11 @@ import torch
 from flwr.serverapp import strategy as flower
 
 from fedtune.config import Config
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _flower, _mean
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedavgm import FedAvgM
-from fedtune.strategy import ServerState
 from tests.strategies.updates import alone, close, drawn, plain, saved, update
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import METHODS, Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Update
 from fedtune.errors import ConfigError
-from fedtune.plan import Update
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import _lowrank, fedex
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedex import FedEx

@@ -10,10 +10,10 @@ from flwr.serverapp import strategy as flower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import UpdateMismatch
 from fedtune.strategies import fedmedian as module
 from fedtune.strategies.fedmedian import FedMedian
-from fedtune.strategy import ServerState
 from tests.strategies.updates import close, drawn, plain, regauged, update
 
 START = ServerState(adapter=plain(0.0, 0.0))

@@ -1,4 +1,4 @@
-"""FedNova on numbers that can be checked by hand, and that it minimises what it should."""
+"""FedNova on numbers that can be checked by hand, and that it minimizes what it should."""
 
 import itertools
 
@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import ClientConfig, Config
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError, UpdateError
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fednova import FedNova
-from fedtune.strategy import ServerState, Strategy
 from tests.strategies.updates import close, drawn, plain, update
 
 
@@ -54,7 +54,7 @@ def walk(method: Strategy) -> float:
 
 def test_it_is_fair_to_slow_clients_where_fedavg_is_not() -> None:
     assert walk(FedNova()) == pytest.approx(5.0, abs=0.3)  # the minimum of the mean loss
-    assert walk(FedAvg()) > 8.0  # about 10·10 / 12: dropping the normalisation fails the check above
+    assert walk(FedAvg()) > 8.0  # about 10·10 / 12: dropping the normalization fails the check above
 
 
 def test_a_turn_that_did_not_move_is_no_division_by_zero() -> None:

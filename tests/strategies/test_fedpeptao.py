@@ -17,15 +17,15 @@ from fedtune.clients.host import ClientHost
 from fedtune.clients.store import Storage
 from fedtune.clients.workspace import workspace
 from fedtune.config import ClientConfig, Config, EvalConfig, PeftConfig, TaskConfig, TrafficConfig, to_dict
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.seeds import derive_seed
+from fedtune.contracts.strategy import Assignment, ServerState, Strategy
 from fedtune.errors import ConfigError, UpdateError
-from fedtune.plan import Plan, Update, matching
 from fedtune.runs.directory import RunDirectory
-from fedtune.seeds import derive_seed
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import fedpeptao
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedpeptao import FedPepTAO
-from fedtune.strategy import Assignment, ServerState, Strategy
 from tests.fakes import Ear, bridge
 from tests.tiny import tiny_config
 

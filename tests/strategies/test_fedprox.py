@@ -10,12 +10,12 @@ import torch
 from fedtune.clients.trainer import train
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
 from fedtune.strategies import _mean
 from fedtune.strategies.fedprox import FedProx
-from fedtune.strategy import ServerState, Strategy
 from tests.strategies.updates import drawn, plain, update
 from tests.tiny import tiny_config
 from tests.working import work_in
@@ -29,7 +29,7 @@ def test_the_plan_carries_mu_and_nothing_else() -> None:
 
 
 def check_by_hand() -> None:
-    """Two clients that minimise ½(w − target)² + μ/2·(w − w_t)² to the end: w = (target + μ·w_t) / (1 + μ)."""
+    """Two clients that minimize ½(w − target)² + μ/2·(w − w_t)² to the end: w = (target + μ·w_t) / (1 + μ)."""
     method, state = FedProx(mu=1.0), ServerState(adapter=plain(4.0))
     given = method.plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtune.config import Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import _mean
 from fedtune.strategies.fedsa import FedSA
 from tests.fakes import bridge, fake_client_app, lora_state

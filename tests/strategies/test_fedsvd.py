@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fedtune.config import METHODS, Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.state import AdapterState
 from fedtune.strategies import _lowrank, fedsvd
 from fedtune.strategies.fedsvd import FedSVD
-from fedtune.strategy import ServerState
 from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, mean, swapped_when_square
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import Config
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import fedtrimmedavg as module
 from fedtune.strategies.fedtrimmedavg import FedTrimmedAvg
-from fedtune.strategy import ServerState
 from tests.strategies.updates import drawn, plain, update
 
 START = ServerState(adapter=plain(0.0))

@@ -7,11 +7,11 @@ import torch
 from flwr.serverapp import strategy as flower
 
 from fedtune.config import Config
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies.fedadam import FedAdam
 from fedtune.strategies.fedyogi import FedYogi
-from fedtune.strategy import ServerState
 from tests.strategies.updates import alone, close, drawn, plain, saved, update
 
 METHOD = FedYogi(lr=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)

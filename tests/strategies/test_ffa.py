@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtune.config import Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import _mean
 from fedtune.strategies.ffa import FFA
-from fedtune.strategy import ServerState
 from tests.fakes import bridge, fake_client_app, lora_state
 
 SENT = ["q.lora_B", "up.lora_B", "head.weight"]

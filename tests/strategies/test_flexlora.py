@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import METHODS, Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterState
 from fedtune.strategies import _lowrank, flexlora
 from fedtune.strategies.flexlora import FlexLoRA
 from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, still, swapped_when_square
@@ -93,7 +93,7 @@ def test_a_round_of_small_devices_leaves_no_direction_dead(method: str) -> None:
         assert b[:, 1:].abs().max() < 1e-5 and torch.allclose(a @ a.T, torch.eye(4), atol=1e-6)
 
 
-def test_nothing_learnt_is_no_trouble() -> None:
+def test_nothing_learned_is_no_trouble() -> None:
     updates = cohort()
     still = [u.adapter.replace({n: t * (not n.endswith("_B")) for n, t in u.adapter.tensors.items()}) for u in updates]
     same = [dataclasses.replace(u, adapter=a) for u, a in zip(updates, still, strict=True)]

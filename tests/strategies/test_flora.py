@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import METHODS, Config, DeviceClass, DevicesConfig, PeftConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import _lowrank, flora
 from fedtune.strategies.flora import FLoRA
 from tests.strategies.lowrank import (

@@ -4,10 +4,10 @@ import pytest
 import torch
 from flwr.serverapp import strategy as flower
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import UpdateError, UpdateMismatch
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import _flower
-from fedtune.strategy import ServerState
 from tests.strategies.updates import drawn, plain, update
 
 

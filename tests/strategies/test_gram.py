@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedtune.state import AdapterState
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum, products
 from tests.strategies.updates import SHAPES, drawn, plain, regauged

@@ -5,10 +5,10 @@ import itertools
 import pytest
 
 from fedtune.config import Config
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError, UpdateMismatch
 from fedtune.strategies import krum as module
 from fedtune.strategies.krum import Krum
-from fedtune.strategy import ServerState
 from tests.strategies.updates import close, drawn, plain, regauged, update
 
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtune.config import METHODS, Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Update
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Update
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import lora_fair
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.lora_fair import LoRAFair
-from fedtune.strategy import ServerState
 from tests.strategies.lowrank import adapter, assert_equal, change, cohort, delta, mean, swapped_when_square
 
 

@@ -7,13 +7,13 @@ import torch
 from flwr.serverapp import strategy as flower
 
 from fedtune.config import Config
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
-from fedtune.state import AdapterState
 from fedtune.strategies import _flower
 from fedtune.strategies import multikrum as module
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.multikrum import MultiKrum
-from fedtune.strategy import ServerState
 from tests.strategies.updates import alone, close, drawn, plain, regauged, update
 
 

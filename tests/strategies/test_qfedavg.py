@@ -8,12 +8,12 @@ import torch
 from flwr.serverapp import strategy as flower
 
 from fedtune.config import Config
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError, UpdateError
-from fedtune.plan import Plan
 from fedtune.strategies import _flower
 from fedtune.strategies import qfedavg as module
 from fedtune.strategies.qfedavg import QFedAvg
-from fedtune.strategy import ServerState
 from tests.strategies.updates import alone, close, drawn, plain, update
 
 START = ServerState(adapter=plain(0.0))

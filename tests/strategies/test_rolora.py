@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtune.config import Config, PeftConfig
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.strategies import _mean
 from fedtune.strategies.rolora import RoLoRA
-from fedtune.strategy import ServerState
 from tests.fakes import bridge, fail, fake_client_app, lora_state
 
 ALL = ["q.lora_A", "q.lora_B", "up.lora_A", "up.lora_B", "head.weight"]

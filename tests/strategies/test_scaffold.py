@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fedtune.config import ClientConfig, Config, TrafficConfig
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, ServerState, Strategy
 from fedtune.errors import ConfigError, UpdateError
-from fedtune.plan import Plan, Update
 from fedtune.strategies import scaffold as module
 from fedtune.strategies.scaffold import SCAFFOLD
-from fedtune.strategy import Assignment, ServerState, Strategy
 from tests.strategies.updates import close, drawn, plain, saved, update
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fedtune.config import Config
+from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.strategies.bulyan import Bulyan
 from fedtune.strategies.fedmedian import FedMedian
 from fedtune.strategies.fedtrimmedavg import FedTrimmedAvg
 from fedtune.strategies.krum import Krum
 from fedtune.strategies.multikrum import MultiKrum
-from fedtune.strategy import ServerState, Strategy
 from tests.fakes import bridge, fail, fake_client_app, lora_state
 from tests.strategies.updates import close, drawn, update
 

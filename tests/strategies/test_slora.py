@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedtune.app import simulate
-from fedtune.compose import compose, make_strategy
 from fedtune.config import Config, DeviceClass, DevicesConfig, EvalConfig, ModelConfig, PeftConfig
+from fedtune.config.compose import compose
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState, random_mask
+from fedtune.contracts.plan import Plan, Update, matching
+from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
-from fedtune.plan import Plan, Update, matching
-from fedtune.report import read_metrics
-from fedtune.state import AdapterSpec, AdapterState, random_mask
+from fedtune.experiment import simulate
+from fedtune.rounds.find_strategy import make_strategy
+from fedtune.runs.report import read_metrics
 from fedtune.strategies import slora
 from fedtune.strategies.slora import SLoRA
-from fedtune.strategy import ServerState
 from tests.tiny import tiny_config
 
 
@@ -132,7 +133,7 @@ def test_the_check_of_the_switch_sees_a_wrong_formula(monkeypatch: pytest.Monkey
         assert not keeps_everything(dense, 2), wrong.__name__
 
 
-def test_directions_that_the_sparse_stage_left_empty_can_still_be_learnt() -> None:
+def test_directions_that_the_sparse_stage_left_empty_can_still_be_learned() -> None:
     dense = torch.zeros(3, 4)
     dense[1, 2] = 5.0
     after = switched(dense, rank=3).adapter

@@ -10,8 +10,8 @@ from flwr.serverapp import strategy as flower
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedtune.plan import Update
-from fedtune.state import AdapterSpec, AdapterState
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.plan import Update
 
 SPEC = AdapterSpec(method="lora", ranks={"q": 2, "up": 1}, scaling={"q": 2.0, "up": 0.5})
 SHAPES = {"q.lora_A": (2, 5), "q.lora_B": (3, 2), "up.lora_A": (1, 3), "up.lora_B": (7, 1), "head.weight": (4, 7)}

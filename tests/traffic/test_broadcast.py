@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import PlanError, UpdateMismatch
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.traffic import Codec, decode_broadcast, encode_broadcast
 
 FIRST = {"near": torch.linspace(-1, 1, 97), "far": torch.ones(3, 5), "ranked": torch.ones(4, 3)}

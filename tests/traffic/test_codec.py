@@ -103,7 +103,7 @@ def test_int8_and_nf4_by_hand() -> None:
 
 
 def test_the_code_book_is_that_of_qlora() -> None:
-    # its 16 levels: 0, and the means of neighbouring quantiles of N(0, 1), of 9 to the right and 8 to the left, over the largest
+    # its 16 levels: 0, and the means of neighboring quantiles of N(0, 1), of 9 to the right and 8 to the left, over the largest
     normal, offset = torch.distributions.Normal(0.0, 1.0), 0.9677083
     right = normal.icdf(torch.linspace(offset, 0.5, 9)[:-1])
     left = -normal.icdf(torch.linspace(offset, 0.5, 8)[:-1])

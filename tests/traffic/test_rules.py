@@ -10,18 +10,18 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
-from fedtune import flower
-from fedtune.compose import compose
 from fedtune.config import Config, TrafficConfig
+from fedtune.config.compose import compose
+from fedtune.contracts import flower
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.strategy import Assignment, ServerState
+from fedtune.contracts.wire import Envelopes, read_letter
 from fedtune.errors import ConfigError, UpdateError, UpdateMismatch
-from fedtune.plan import Plan, Update
-from fedtune.post import reply_bytes
-from fedtune.reply import read_update
-from fedtune.state import AdapterState
+from fedtune.rounds.outbox import reply_bytes
+from fedtune.rounds.reply import read_update
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.strategy import Assignment, ServerState
 from fedtune.traffic import Codec, broadcaster, decode_broadcast, encode_update, with_codec
-from fedtune.wire import Envelopes, read_letter
 from tests.fakes import bridge, fake_client_app, lora_state
 
 
@@ -55,7 +55,7 @@ def test_settings_without_an_effect_are_refused() -> None:
 
 @pytest.mark.parametrize("strategy", ["flora", "flexlora", "fedsvd"])
 def test_new_factors_take_no_feedback(strategy: str) -> None:
-    from fedtune.compose import make_strategy
+    from fedtune.rounds.find_strategy import make_strategy
 
     with pytest.raises(ConfigError, match="makes new factors in every round, .* set traffic.error_feedback=false$"):
         make_strategy(compose([f"strategy={strategy}", "traffic=topk"])[0].config)

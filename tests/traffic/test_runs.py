@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.app import simulate
-from fedtune.compose import choices, compose
 from fedtune.config import PeftConfig, TrafficConfig
+from fedtune.config.compose import choices, compose
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.experiment import simulate
 from fedtune.runs.directory import read_config
-from fedtune.state import AdapterState
 from tests.tiny import tiny_config
 
 UP = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 1.0625 / 4, "nf4": 0.5625 / 4, "topk": 0.24 / 4}  # of fp32's bytes, headers aside

@@ -1,4 +1,4 @@
-"""Updates: what is sent and what is left add up to what was learnt; the server adds the difference to its own tensors."""
+"""Updates: what is sent and what is left add up to what was learned; the server adds the difference to its own tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import UpdateMismatch
-from fedtune.state import AdapterSpec, AdapterState
 from fedtune.traffic import Codec, decode_update, encode_update
 
 CODECS = ("topk=0.05+fp32", "topk=0.1+int8", "topk=0.2+nf4", "int8", "nf4", "bf16", "fp16", "topk=0.1+int8+stochastic")
@@ -38,7 +38,7 @@ def lost(
 @pytest.mark.parametrize("name", CODECS)
 @given(seed=st.integers(0, 999))
 @settings(max_examples=10, deadline=None)
-def test_sent_and_left_are_what_was_learnt_and_what_was_left_before(name: str, seed: int) -> None:
+def test_sent_and_left_are_what_was_learned_and_what_was_left_before(name: str, seed: int) -> None:
     codec = dataclasses.replace(Codec.from_name(name), feedback=True)
     mass = lost(codec, state(seed), state(seed + 1), dict(state(seed + 2, 0.1).tensors), seed)
     # top-k sends an entry or keeps it: nothing is rounded; otherwise u − sent is one float32 subtraction

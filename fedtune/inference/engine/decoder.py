@@ -70,7 +70,7 @@ class Decoder:
         try:
             return self.embedding[ids].float()
         except IndexError:
-            raise ModelError(f"a token is not in 0..{self.shape.vocab - 1}, all that the model knows: its tokeniser is another's") from None
+            raise ModelError(f"a token is not in 0..{self.shape.vocab - 1}, all that the model knows: its tokenizer is another's") from None
 
     @torch.inference_mode()
     def run(self, hidden: Tensor, spans: Sequence[Span], *, first: int = 0, last: int | None = None) -> Tensor:
@@ -134,7 +134,7 @@ class Decoder:
         return self.head(_rms_norm(hidden, self.norm, self.shape.eps))
 
     def _loras(self, spans: Sequence[Span]) -> list[tuple[slice, Lora]]:
-        """The rows of each adapter; neighbours that share one are taken together."""
+        """The rows of each adapter; neighbors that share one are taken together."""
         found: list[tuple[slice, Lora]] = []
         at = 0
         for span in spans:

@@ -12,7 +12,7 @@ linear; packing turns them into what is fastest on this machine.
 
 int4's q are 0..15, two a byte, the even column in the low half; the last of a row's groups of g columns may be shorter.
 
-What a kind's product may differ by, relative to the exact product with its dequantised weights: bf16 and int4 round x, y and (int4) w to
+What a kind's product may differ by, relative to the exact product with its dequantized weights: bf16 and int4 round x, y and (int4) w to
 8 bits; int8 rounds each row of x to 255 steps between -max|x| and max|x|.
 """
 
@@ -30,7 +30,7 @@ from fedtune.errors import ModelError
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 GROUPS = (32, 64, 128, 256)  # columns that share an int4 scale: all that torch's kernel takes
-DENSE = 96  # rows from which int4 is faster dequantised (where there is AMX: 60); fixed, since results must not hang on a clock
+DENSE = 96  # rows from which int4 is faster dequantized (where there is AMX: 60); fixed, since results must not hang on a clock
 _CHUNK = 1 << 21  # weights that are unpacked at a time
 _TINY = torch.tensor(1e-30)  # a row of zeros has no largest number to divide by
 
@@ -127,7 +127,7 @@ class Int8(Linear):
         return {**tensors, "packed": packed, "scale": tensors["scale"].contiguous()}
 
     def __call__(self, x: Tensor) -> Tensor:
-        # torch has vectorised each of these passes; a row norm takes 20 times as long, one with a broadcast constant 4 times
+        # torch has vectorized each of these passes; a row norm takes 20 times as long, one with a broadcast constant 4 times
         step = torch.add(_TINY, x.abs().amax(-1, keepdim=True), alpha=1 / self._steps)
         codes = _stepped(torch.div(x, step).add_(self._steps + 1.5).to(torch.uint8))  # the half rounds: what follows cuts off
         y = torch.ops.onednn.qlinear_pointwise(
@@ -140,7 +140,7 @@ class Int4(Linear):
     """4-bit weights, a scale and a zero for each group of a row's columns, bfloat16 activations.
 
     Rows are filled up to a multiple of 64, columns to whole groups, with weights that are 0. Few rows of x go through torch's tinygemm;
-    many (`DENSE`) through a bfloat16 product with weights that are dequantised a chunk at a time.
+    many (`DENSE`) through a bfloat16 product with weights that are dequantized a chunk at a time.
     """
 
     kind = "int4"
@@ -241,7 +241,7 @@ def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, 
 
 
 def portable(kind: str, weight: Tensor, *, group: int = 32) -> dict[str, Tensor]:
-    """The portable tensors of a weight [N, K] of any float dtype, rounded to nearest where the kind is quantised."""
+    """The portable tensors of a weight [N, K] of any float dtype, rounded to nearest where the kind is quantized."""
     if kind == "fp32":
         return {"weight": weight.float()}
     if kind == "bf16":
@@ -284,7 +284,7 @@ def _few(n_in: int) -> int:
     return max(_WIDE, _CHUNK // n_in // _WIDE * _WIDE)
 
 
-def dequantised(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, group: int = 32) -> Tensor:
+def dequantized(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, group: int = 32) -> Tensor:
     """The weight [N, K] float32 that portable tensors stand for."""
     if kind in ("fp32", "bf16"):
         return tensors["weight"].float()

@@ -15,19 +15,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedtune.checkpoint_files import weight_files
 from fedtune.errors import ModelError
 from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
 from fedtune.inference.engine.decoder import Decoder, Layer
-from fedtune.inference.engine.linear import KINDS, Linear, dequantised, linear_from_tensors, portable
+from fedtune.inference.engine.linear import KINDS, Linear, dequantized, linear_from_tensors, portable
 from fedtune.inference.engine.lora import Lora, make_lora
 from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, read_shape
-from fedtune.parsing import parse_json
-from fedtune.parsing import read_text as text_of
+from fedtune.storage.checkpoint_files import weight_files
+from fedtune.storage.parsing import parse_json
+from fedtune.storage.parsing import read_text as text_of
 
 GROUP = 32  # columns that share a scale where int4 is made here
 FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # dtype in a file → kind that keeps it
@@ -66,7 +66,7 @@ class Engine:
 
     @cached_property
     def text(self) -> Any:
-        """The folder's tokeniser (`Text`)."""
+        """The folder's tokenizer (`Text`)."""
         from fedtune.inference.engine.text import read_text  # late: a decoder of ids needs none
 
         return read_text(self.folder, saved=is_package(self.folder))
@@ -97,12 +97,12 @@ class Engine:
 
 
 def load_engine(folder: Path | str, kind: str | None = None, *, keep: bool = True) -> Engine:
-    """Open a model. Large packages, and whatever is quantised as it is opened, are packed once and mapped from then on (`ready`).
+    """Open a model. Large packages, and whatever is quantized as it is opened, are packed once and mapped from then on (`ready`).
 
     Args:
         folder: A Hugging Face folder or an edge package.
         kind: fp32, bf16, int8 or int4 (rounded to nearest in groups of 32; the head in int8, since its logits are worth 8 bits). None
-            keeps what is stored. A package that is quantised opens as it is, or dequantised as fp32 or bf16.
+            keeps what is stored. A package that is quantized opens as it is, or dequantized as fp32 or bf16.
         keep: Whether packed weights may be kept on the disk; False for a folder that will be gone.
 
     Raises:
@@ -137,8 +137,8 @@ def _hugging_face(folder: Path, kind: str | None, keep: bool) -> Engine:
     if "peft" in card:
         raise Unsupported(f"{folder} keeps an adapter beside its weights: export it with `--to edge` for the engine")
     source = _Mapped(folder, files)
-    quantises = keep and kind in ("int8", "int4")
-    where = ready.place(folder, kind, [folder / "config.json", *files]) if quantises else None
+    quantizes = keep and kind in ("int8", "int4")
+    where = ready.place(folder, kind, [folder / "config.json", *files]) if quantizes else None
     linears = ready.open_ready(where) if where else None
     return Engine(folder, _decoder(shape, source, _linears(where, linears, _Packing(shape, source, kind))), card)
 
@@ -197,7 +197,7 @@ class _Packed:
             return stored.kind, stored.group, tensors
         if stored.kind in ("int8", "int4") and kind in ("int8", "int4"):
             raise ModelError(f"{self._package.folder} holds '{name}' in {stored.kind}, which {kind} would round once more: export it again")
-        weight = dequantised(stored.kind, tensors, n_in=size[1], group=stored.group)
+        weight = dequantized(stored.kind, tensors, n_in=size[1], group=stored.group)
         return kind, GROUP, portable(kind, weight, group=GROUP)
 
 

@@ -1,13 +1,13 @@
 """The edge package: a folder that holds a decoder as the engine runs it, its tokenizer, and a card that says where it comes from.
 
     config.json  tokenizer files    as Hugging Face writes them
-    fedtune.json                    the card: task, prompt template, provenance, metric, privacy, quantisation
+    fedtune.json                    the card: task, prompt template, provenance, metric, privacy, quantization
     package.json                    {"format": 2, "linears": {name: {"kind", "group", "shape"}}, "sha256": {file: digest}}
     weights-{f32,bf16,int8,int4}.safetensors    one file for each group of dtypes
     adapters/NAME.safetensors       LoRA factors that stay apart, chosen for each request
 
-Tensors have their Hugging Face names. A quantised linear's weight is `<name>.weight.packed` with `.scale` and, int4, `.zero`, as in
-`fedtune.inference.quantise.rtn`. Query, key and value of a layer lie one behind another in their file, and so do gate and up. Virtual
+Tensors have their Hugging Face names. A quantized linear's weight is `<name>.weight.packed` with `.scale` and, int4, `.zero`, as in
+`fedtune.inference.quantize.rtn`. Query, key and value of a layer lie one behind another in their file, and so do gate and up. Virtual
 tokens are `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], keys as the cache holds them: nothing rotates them.
 """
 
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.shape import Shape, read_shape
-from fedtune.parsing import parse_json, read_text
-from fedtune.reading import read_fields
+from fedtune.storage.parsing import parse_json, read_text
+from fedtune.storage.reading import read_fields
 
 __all__ = [
     "ADAPTERS",

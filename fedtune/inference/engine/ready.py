@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.files import new_folder
 from fedtune.inference.engine.linear import CLASSES, Linear
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
 from fedtune.inference.engine.package_writer import as_bytes
-from fedtune.parsing import parse_json, read_text
+from fedtune.storage.atomic import new_folder
+from fedtune.storage.parsing import parse_json, read_text
 
 __all__ = ["Place", "open_ready", "place", "write_ready"]
 

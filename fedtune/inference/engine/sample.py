@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.bounds import require
+from fedtune.config.bounds import require
+from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError
-from fedtune.seeds import derive_seed
 
 _COLD, _FLOOR = 1e-3, 1e-30  # float32 has nothing much below the floor
 

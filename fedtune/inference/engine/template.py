@@ -14,7 +14,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine import template_process
-from fedtune.parsing import parse_json
+from fedtune.storage.parsing import parse_json
 
 _FAULT = "the model's chat template cannot be run: "
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from fedtune.parsing import parse_json
+from fedtune.storage.parsing import parse_json
 
 SECONDS = 2.0  # of the CPU, for one rendering
 PATIENCE_S = 30.0  # by the clock, on a machine that does other work

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.template import render
 from fedtune.inference.engine.tokenizer import read_object, read_tokenizer
-from fedtune.parsing import parse_json
-from fedtune.parsing import read_text as text_of
+from fedtune.storage.parsing import parse_json
+from fedtune.storage.parsing import read_text as text_of
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
 _TAIL = 8  # tokens of the prompt that show how its text and the answer's join

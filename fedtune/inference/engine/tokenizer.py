@@ -5,7 +5,7 @@ makes the rest by rules of the class: a tokenizer.json of Llama's that puts a sp
 top of either it adds the special tokens of the configs, each with its own flags. All of that decides about token ids, so it is done here
 likewise. Other classes are `Unsupported`: transformers itself, or an edge package, is the way to run their models.
 
-Source: transformers 5.23, `AutoTokenizer.from_pretrained` and `TokenizersBackend`; `tests/inference/test_readers.py` compares.
+Source: transformers 5.23, `AutoTokenizer.from_pretrained` and `TokenizersBackend`; `tests/export/test_readers.py` compares.
 """
 
 import json
@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.shape import Unsupported
-from fedtune.parsing import parse_json, read_text
+from fedtune.storage.parsing import parse_json, read_text
 
 __all__ = ["Made", "check_tokenizer", "read_object", "read_tokenizer"]
 

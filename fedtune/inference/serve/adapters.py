@@ -8,7 +8,7 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape
-from fedtune.inference.quantise.model import FOLDING
+from fedtune.inference.quantize.model import FOLDING
 from fedtune.models.methods import method
 
 
@@ -17,14 +17,14 @@ def add_adapter(engine: Engine, name: str, folder: Path) -> None:
 
     Raises:
         ConfigError: The name is taken.
-        ModelError: The folder holds no LoRA adapter, or one of another model; or quantising has moved scales between the model's layers.
+        ModelError: The folder holds no LoRA adapter, or one of another model; or quantizing has moved scales between the model's layers.
     """
     if name in engine.adapters:
         raise ConfigError(f"the model brings an adapter named '{name}' itself: give this one another name")
-    quantised = engine.card.get("quantised")
-    if isinstance(quantised, dict) and quantised.get("method") in FOLDING:
+    quantized = engine.card.get("quantised")
+    if isinstance(quantized, dict) and quantized.get("method") in FOLDING:
         raise ModelError(
-            f"{engine.folder} was quantised by {quantised['method']}, which moves scales from layer to layer, of which an adapter knows"
+            f"{engine.folder} was quantized by {quantized['method']}, which moves scales from layer to layer, of which an adapter knows"
             " nothing: export the model with --method rtn or gptq"
         )
     engine.add_adapter(name, factors(folder, engine.shape))
@@ -36,8 +36,8 @@ def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         ModelError: As documented above.
     """
-    from fedtune.inference.adapter_folder import read_adapter  # late: they load Flower, which a server without adapters does not need
-    from fedtune.inference.combined import combined_factors
+    from fedtune.models.adapter_folder import read_adapter  # late: they load Flower, which a server without adapters does not need
+    from fedtune.models.combined import combined_factors
 
     if not folder.is_dir():
         raise ModelError(f"there is no adapter folder {folder}")

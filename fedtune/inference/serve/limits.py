@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedtune.bounds import require
+from fedtune.config.bounds import require
 from fedtune.errors import ConfigError
 from fedtune.inference.serve.protocol import Refused
-from fedtune.parsing import parse_json, read_text
+from fedtune.storage.parsing import parse_json, read_text
 
 KEY_VARIABLE = "FEDTUNE_API_KEY"
 BODY_S = 30.0  # a request must have come in full by then

@@ -1,6 +1,6 @@
 """What clients may ask and what they get back: OpenAI's `/v1/completions` and `/v1/chat/completions`.
 
-A field that would change the answer and that this server cannot honour is refused by a sentence, never passed over.
+A field that would change the answer and that this server cannot honor is refused by a sentence, never passed over.
 A value without effect is taken, and so are fields that only carry book-keeping (`user`, `metadata`, `store` …).
 Every optional field may be null, and every answer may come back as a message.
 
@@ -81,7 +81,7 @@ class _Asked(_Object):
     top_k: Annotated[int, Field(ge=0, le=INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    # one value of each is honoured
+    # one value of each is honored
     n: Literal[1] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

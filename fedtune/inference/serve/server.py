@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from fedtune.bounds import require
+from fedtune.config.bounds import require
 from fedtune.errors import NetworkError
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.limits import Impatient

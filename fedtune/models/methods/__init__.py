@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.config.method_files import METHODS
 from fedtune.errors import FedtuneError, ModelError
-from fedtune.method_files import METHODS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 __all__ = ["SLOT", "Attached", "Change", "DecoderShape", "Edit", "Method", "attach", "mergeable", "method", "swapped"]
 
@@ -99,7 +99,7 @@ class Method:
     """What the file of a method offers, under these names. Those with a default may be missing, but for one of `edits` and `beside`.
 
     A file whose method begins otherwise than with peft.init=default too has the constant `inits` besides, a tuple of strings, which
-    `fedtune.method_files` reads.
+    `fedtune.config.method_files` reads.
 
     Args:
         attach: Changes a model in place: (model, peft, task) → `Attached`. The model may lie on the meta device, to learn names and shapes
@@ -111,7 +111,7 @@ class Method:
             (out, in)) → changes. Merges and exports of every format follow from it alone. A tensor of the state that has the name of one
             of the backbone's is turned to the same layout before.
         beside: Why no weights can express the method, as the end of a sentence: then an export has the adapter beside the model.
-        virtual: Learnt tokens, as an edge package has them: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
+        virtual: Learned tokens, as an edge package has them: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
             `prefix.v` (layers, t, kv_heads, head_dim), float32. None: the method has no virtual tokens.
         factors: Of a method that does W + s·B·A and no more, so that the factors may stay apart from the weights: state → module → s,
             A (r, in) and B (out, r), which is all that the state holds but for a head. None: it does something else.
@@ -176,7 +176,7 @@ def mergeable(name: str) -> bool:
 
 @contextmanager
 def swapped(values: "Mapping[nn.Parameter, Tensor]") -> Iterator[None]:
-    """Within it, the parameters hold these values; afterwards their own."""
+    """Within it, the parameters hold these values; afterward their own."""
     kept = {p: p.data for p in values}
     try:
         for parameter, value in values.items():

@@ -4,8 +4,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.models.backbone import head_names
-from fedtune.task import task_of
 
 
 def trained_heads(model: nn.Module, task: TaskConfig) -> list[str]:

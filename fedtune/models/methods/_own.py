@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import PeftConfig
+from fedtune.contracts.seeds import derive_seed
 from fedtune.models.methods import swapped
-from fedtune.seeds import derive_seed
 
 
 class Switch:
@@ -31,7 +31,7 @@ def fill(
     parameters: Mapping[str, nn.Parameter], initial: Callable[[str, tuple[int, ...], PeftConfig, torch.Generator, float], Tensor],
     peft: PeftConfig, std: float,
 ) -> None:  # fmt: skip
-    """Values as a server with seed 0 would draw them, so that nobody trains on uninitialised memory; a state is loaded over them."""
+    """Values as a server with seed 0 would draw them, so that nobody trains on uninitialized memory; a state is loaded over them."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             generator = torch.Generator().manual_seed(derive_seed(0, "init", name))

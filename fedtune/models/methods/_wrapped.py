@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.models.backbone import head_names, quiet
 from fedtune.models.methods import SLOT
 from fedtune.models.parts import is_linear, text_prefix
-from fedtune.task import task_of
 
 
 def task_settings(model: PreTrainedModel, task: TaskConfig) -> dict[str, Any]:

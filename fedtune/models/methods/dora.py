@@ -1,4 +1,4 @@
-"""DoRA: LoRA for the direction of each row of W, and a learnt magnitude for its length.
+"""DoRA: LoRA for the direction of each row of W, and a learned magnitude for its length.
 
 W = m · (W0 + s·B·A) / ‖W0 + s·B·A‖, m and the norm a number a row of W. The state holds m − ‖W0‖.
 

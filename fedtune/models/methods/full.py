@@ -14,7 +14,7 @@ from fedtune.models.methods._own import untouched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 fp32_only = True
 

@@ -1,4 +1,4 @@
-"""(IA)³: a learnt factor for each output of keys and values, and for each input of the feed-forward block's last layer.
+"""(IA)³: a learned factor for each output of keys and values, and for each input of the feed-forward block's last layer.
 
 Source: Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning, arXiv:2205.05638.
 """
@@ -17,7 +17,7 @@ from fedtune.models.methods import SLOT, Attached, Change, Edit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 targeted = True
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 inits = ("default", "loftq")
 targeted = True
 
-_OVER = "quantised.json"  # beside an adapter of LoftQ's: which quantised weights it counts on
+_OVER = "quantised.json"  # beside an adapter of LoftQ's: which quantized weights it counts on
 _COMPUTE = {"bfloat16": "bf16", "float32": "fp32"}
 _RENAMED = {
     f".lora_A.{SLOT}.weight": ".lora_A",
@@ -160,13 +160,13 @@ def _ranks(model: "PreTrainedModel", peft: PeftConfig) -> dict[str, int]:
 def _save(wrapped: "PeftModel", over: str, folder: Path) -> None:
     """The live scaling may be a client's own, which PEFT's config says as an alpha a module.
 
-    An adapter that began as what quantisation took means nothing over other weights: the file named `over` says which it counts on.
+    An adapter that began as what quantization took means nothing over other weights: the file named `over` says which it counts on.
     """
     from fedtune.models.methods._wrapped import write
 
     if over:
-        quantised = cast(Any, wrapped.base_model.model).config.quantization_config.to_dict()
-        said = {"precision": "nf4" if quantised["load_in_4bit"] else "int8", "compute": _COMPUTE[quantised["bnb_4bit_compute_dtype"]]}
+        quantized = cast(Any, wrapped.base_model.model).config.quantization_config.to_dict()
+        said = {"precision": "nf4" if quantized["load_in_4bit"] else "int8", "compute": _COMPUTE[quantized["bnb_4bit_compute_dtype"]]}
         (folder / over).write_text(json.dumps(said) + "\n", encoding="utf-8")
     config = cast(Any, wrapped.peft_config[SLOT])
     config.alpha_pattern = {}

@@ -1,6 +1,6 @@
-"""Prefix tuning: learnt keys and values that every layer attends to, before those of the sequence.
+"""Prefix tuning: learned keys and values that every layer attends to, before those of the sequence.
 
-Source: Li & Liang 2021, Prefix-Tuning, arXiv:2101.00190, without the reparametrisation (which training needs only at large rates).
+Source: Li & Liang 2021, Prefix-Tuning, arXiv:2101.00190, without the reparametrization (which training needs only at large rates).
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from fedtune.models.methods.prompt import heads_of, refuse_encoder_decoder, requ
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 beside = "its keys and values stand before those of the text"
 

@@ -1,4 +1,4 @@
-"""Prompt tuning: virtual tokens before the sequence, whose embeddings are learnt.
+"""Prompt tuning: virtual tokens before the sequence, whose embeddings are learned.
 
 Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
 """
@@ -14,15 +14,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.models.methods import SLOT, Attached, DecoderShape, swapped
-from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 beside = "its virtual tokens stand before the text"
 

@@ -7,7 +7,7 @@ layers by name; the others act on. A layer that is applied many times (ALBERT) h
 
 The prompts enter at the attention function, through transformers' attention interface, after the key/value cache: so encoders, training and
 generation go the same way, and nothing of a prompt is ever cached. A decoder's tokens count their positions from n, as behind a cached
-prefix: what is learnt opens in PEFT as prefix tuning with the same logits. An encoder's tokens stay at their positions.
+prefix: what is learned opens in PEFT as prefix tuning with the same logits. An encoder's tokens stay at their positions.
 
 Source: Liu et al. 2022, P-Tuning v2, arXiv:2110.07602; Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190.
 """
@@ -25,16 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedtune.config import PeftConfig, TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.models.methods import Attached, DecoderShape
 from fedtune.models.methods._own import Switch, fill, untouched
 from fedtune.models.methods.prompt import require_room
-from fedtune.task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedtune.state import AdapterState
+    from fedtune.contracts.adapter_state import AdapterState
 
 beside = "its keys and values stand before those of the text"
 _DECODER, _ENCODER = (r"\.self_attn$", r"rotary_emb$"), (r"\.attention\.self$", "")

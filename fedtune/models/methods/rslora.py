@@ -1,4 +1,4 @@
-"""Rank-stabilised LoRA: the update keeps its size as the rank grows, s = alpha / √r.
+"""Rank-stabilized LoRA: the update keeps its size as the rank grows, s = alpha / √r.
 
 Source: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, arXiv:2312.03732.
 """

@@ -4,7 +4,7 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedtune.task import Example, Task
+from fedtune.contracts.task import Example, Task
 
 if TYPE_CHECKING:
     from torch import Tensor

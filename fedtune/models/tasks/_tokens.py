@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedtune.task import IGNORED, Example, Score, Task
+from fedtune.contracts.task import IGNORED, Example, Score, Task
 
 if TYPE_CHECKING:
     from torch import Tensor

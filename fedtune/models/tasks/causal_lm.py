@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedtune.contracts.task import IGNORED, Example, Score
 from fedtune.errors import ConfigError
 from fedtune.models.tasks._tokens import TokenTask, perplexity
-from fedtune.task import IGNORED, Example, Score
 
 if TYPE_CHECKING:
     import datasets

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedtune.contracts.task import Example, Score
 from fedtune.errors import ModelError
 from fedtune.models.tasks._rows import RowTask
-from fedtune.task import Example, Score
 
 if TYPE_CHECKING:
     import datasets
@@ -62,8 +62,8 @@ class Classification(RowTask):
 
 
 def macro_f1(truth: Sequence[int], guesses: Sequence[int]) -> float:
-    """Mean over the classes that occur of 2·hits / (labelled + guessed)."""
-    labelled, guessed = Counter(truth), Counter(guesses)
+    """Mean over the classes that occur of 2·hits / (labeled + guessed)."""
+    labeled, guessed = Counter(truth), Counter(guesses)
     hits = Counter(t for t, g in zip(truth, guesses, strict=True) if t == g)
-    classes = labelled.keys() | guessed.keys()
-    return math.fsum(2 * hits[c] / (labelled[c] + guessed[c]) for c in classes) / len(classes)
+    classes = labeled.keys() | guessed.keys()
+    return math.fsum(2 * hits[c] / (labeled[c] + guessed[c]) for c in classes) / len(classes)

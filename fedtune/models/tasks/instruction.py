@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fedtune.contracts.task import IGNORED, Example, Score
 from fedtune.errors import ConfigError, DataError
 from fedtune.models.tasks._tokens import TokenTask, perplexity
-from fedtune.task import IGNORED, Example, Score
 
 if TYPE_CHECKING:
     import datasets
@@ -61,7 +61,7 @@ class Instruction(TokenTask):
         for text, prompt, answer in zip(texts, prompts, token_ids(texts, tokenizer), strict=True):
             answer = (answer + last)[: longest if encoder_decoder else longest - 1]
             if not answer:
-                raise DataError("an answer is empty and the tokeniser has no end token: there is nothing to learn; leave such rows out")
+                raise DataError("an answer is empty and the tokenizer has no end token: there is nothing to learn; leave such rows out")
             if encoder_decoder:
                 room = longest - len(lead) - len(last)
                 prompt = lead + prompt[max(0, len(prompt) - room) :] + last or [filler(tokenizer)]

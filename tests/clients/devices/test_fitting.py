@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.app import simulate
 from fedtune.clients.devices import probe
 from fedtune.clients.devices.choice import Correction
 from fedtune.clients.devices.estimate import memory_bytes, shapes_of
@@ -19,11 +18,12 @@ from fedtune.clients.devices.fitting import _tokens, for_device
 from fedtune.clients.host import ClientHost
 from fedtune.clients.trainer import Trained
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.task import IGNORED
 from fedtune.data import Example
 from fedtune.errors import Decline
-from fedtune.plan import Plan
-from fedtune.state import AdapterState
-from fedtune.task import IGNORED
+from fedtune.experiment import simulate
 from tests.tiny import tiny_config
 from tests.working import host_for
 

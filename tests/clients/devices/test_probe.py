@@ -11,9 +11,9 @@ from torch import nn
 from fedtune.clients.devices import probe
 from fedtune.clients.devices.estimate import kept_bytes, shapes_of, weights_bytes
 from fedtune.config import Config, ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.task import IGNORED
 from fedtune.errors import ModelError
 from fedtune.models import LiveAdapter, load_backbone
-from fedtune.task import IGNORED
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, llama_config
 
 WITHIN = 2.0
@@ -47,7 +47,7 @@ def test_the_estimate_is_within_a_factor_of_two(tmp_path: Path, kind: str, preci
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_of_quantised_backbones_too(tmp_path: Path, precision: str, compute: str) -> None:
+def test_of_quantized_backbones_too(tmp_path: Path, precision: str, compute: str) -> None:
     model = hub(checkpoint(tmp_path / "model", config=WIDE), precision=precision, compute=compute)
     try:
         check(model, LM, PeftConfig(rank=3))

@@ -3,7 +3,7 @@
 from fedtune.clients.devices.choice import choose_rank
 from fedtune.clients.devices.estimate import shapes_of
 from fedtune.clients.devices.fitting import settle
-from fedtune.compose import compose
+from fedtune.config.compose import compose
 
 
 def test_every_class_of_the_default_scenario_chooses_otherwise() -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine import linear
-from fedtune.inference.engine.linear import KINDS, dequantised, linear_from_tensors, portable
+from fedtune.inference.engine.linear import KINDS, dequantized, linear_from_tensors, portable
 
-# ‖y - x Wᵀ‖ / ‖x Wᵀ‖ with the dequantised W: rounding of x, y and int4's w to 8 bits of mantissa; of x to 255 steps of its largest
+# ‖y - x Wᵀ‖ / ‖x Wᵀ‖ with the dequantized W: rounding of x, y and int4's w to 8 bits of mantissa; of x to 255 steps of its largest
 BOUND = {"fp32": 1e-6, "bf16": 0.004, "int8": 0.012, "int4": 0.005}
 
 
@@ -20,11 +20,11 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (101, 48), (192, 172), (64, 256), (1, 33)])
-def test_the_product_is_that_of_the_dequantised_weights(kind: str, n_out: int, n_in: int) -> None:
+def test_the_product_is_that_of_the_dequantized_weights(kind: str, n_out: int, n_in: int) -> None:
     torch.manual_seed(n_out)
     for group in (32, 64) if kind == "int4" else (32,):
         tensors = portable(kind, torch.randn(n_out, n_in) + 0.1, group=group)
-        made, weight = linear_from_tensors(kind, tensors, n_in=n_in, group=group), dequantised(kind, tensors, n_in=n_in, group=group)
+        made, weight = linear_from_tensors(kind, tensors, n_in=n_in, group=group), dequantized(kind, tensors, n_in=n_in, group=group)
         assert (made.n_in, made.n_out) == (n_in, n_out)
         for rows in (1, 3, 5, linear.DENSE, linear.DENSE + 7):
             x = torch.randn(rows, n_in) * torch.logspace(-3, 2, rows)[:, None]  # each row has its own size
@@ -49,8 +49,8 @@ def test_a_bias_is_added_unrounded_and_rows_do_not_touch_each_other(kind: str) -
 
 def test_groups_of_equal_weights_stay_what_they_are() -> None:
     weight = torch.tensor([0.0, 0.25, -3.0]).repeat_interleave(32)[None]
-    assert torch.equal(dequantised("int4", portable("int4", weight), n_in=96), weight)
-    assert torch.equal(dequantised("int8", portable("int8", weight * 0), n_in=96), weight * 0)
+    assert torch.equal(dequantized("int4", portable("int4", weight), n_in=96), weight)
+    assert torch.equal(dequantized("int8", portable("int8", weight * 0), n_in=96), weight * 0)
 
 
 def test_onednn_meets_few_numbers_of_rows() -> None:
@@ -76,7 +76,7 @@ def test_int4_by_hand() -> None:
     # w = (q - 8) / 4 + zero and q = 0 is -1: zero = 1; the even column lies in the low half: 0 | 1 << 4, 2 | 3 << 4 ..
     assert tensors["scale"].tolist() == [[0.25]] and tensors["zero"].tolist() == [[1.0]]
     assert tensors["packed"][0, :3].tolist() == [0x10, 0x32, 0x54]
-    assert torch.equal(dequantised("int4", tensors, n_in=32), weight)
+    assert torch.equal(dequantized("int4", tensors, n_in=32), weight)
     x = torch.zeros(2, 32)
     x[0, 1], x[1, 15] = 1, 2
     assert linear_from_tensors("int4", tensors, n_in=32)(x).tolist() == [[-0.75], [5.5]]
@@ -86,12 +86,12 @@ def test_int4_by_hand() -> None:
 def test_rounding_to_the_nearest_is_within_half_a_step(n_out: int, n_in: int, group: int, shift: float) -> None:
     weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(n_out * 1000 + n_in)) + shift
     int8 = portable("int8", weight)
-    assert bool(((dequantised("int8", int8, n_in=n_in) - weight).abs() <= int8["scale"][:, None] * 0.5001).all())
+    assert bool(((dequantized("int8", int8, n_in=n_in) - weight).abs() <= int8["scale"][:, None] * 0.5001).all())
     int4 = portable("int4", weight, group=group)
     step = int4["scale"].float().repeat_interleave(group, 1)[:, :n_in]
     # scale and zero are themselves rounded to 8 bits, which may push the ends out by 15/2 · 2⁻⁸ steps and |zero| · 2⁻⁹
     slack = step * (0.5 + 15 / 512) + int4["zero"].float().abs().repeat_interleave(group, 1)[:, :n_in] / 256 + 1e-6
-    assert bool(((dequantised("int4", int4, n_in=n_in, group=group) - weight).abs() <= slack).all())
+    assert bool(((dequantized("int4", int4, n_in=n_in, group=group) - weight).abs() <= slack).all())
 
 
 def test_many_rows_and_few_take_two_ways_to_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_many_rows_and_few_take_two_ways_to_the_same_product(monkeypatch: pytest
 
 def test_a_machine_without_vnni_takes_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, x = portable("int8", torch.randn(30, 64)), torch.randn(3, 64)
-    want = x @ dequantised("int8", tensors, n_in=64).T
+    want = x @ dequantized("int8", tensors, n_in=64).T
     monkeypatch.setattr(linear, "_has_vnni", lambda: False)
     made = linear_from_tensors("int8", tensors, n_in=64)
     assert isinstance(made, linear.Int8)
@@ -123,7 +123,7 @@ def test_a_machine_without_packed_bf16_multiplies_plainly(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("change", ["swapped halves", "no zero", "other offset"])
 def test_the_bounds_would_see_a_wrong_formula(change: str) -> None:
     tensors = portable("int4", torch.randn(64, 64) + 0.5)
-    weight = dequantised("int4", tensors, n_in=64)
+    weight = dequantized("int4", tensors, n_in=64)
     wrong = dict(tensors)
     if change == "swapped halves":
         wrong["packed"] = tensors["packed"] << 4 | tensors["packed"] >> 4

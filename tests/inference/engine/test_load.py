@@ -16,7 +16,7 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.decoder import parameters_held
-from fedtune.inference.engine.linear import KINDS, dequantised, portable
+from fedtune.inference.engine.linear import KINDS, dequantized, portable
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.package import StoredLinear, tensor_shapes
 from fedtune.inference.engine.package_writer import PackageWriter
@@ -50,7 +50,7 @@ def rounded(model: Any, kind: str) -> Any:
         for name, weight in model.named_parameters():
             if is_linear(name):
                 own = "int8" if kind == "int4" and name == "lm_head.weight" else kind
-                weight.copy_(dequantised(own, portable(own, weight), n_in=weight.shape[1]))
+                weight.copy_(dequantized(own, portable(own, weight), n_in=weight.shape[1]))
     return model
 
 
@@ -95,7 +95,7 @@ def test_each_kind_is_the_model_with_rounded_weights(name: str, kind: str, tmp_p
     if tied and kind != "fp32":  # the table stays as it is stored, the head is a rounded copy
         own = "int8" if kind == "int4" else kind
         table = model.get_input_embeddings().weight
-        head = torch.nn.Parameter(dequantised(own, portable(own, table), n_in=table.shape[1]).clone())
+        head = torch.nn.Parameter(dequantized(own, portable(own, table), n_in=table.shape[1]).clone())
         model.lm_head.weight = head
     assert relative(logits(engine), theirs(wanted)) < DRIFT[kind]
     assert engine.decoder.embedding.dtype == torch.float32
@@ -119,7 +119,7 @@ def test_a_package_is_the_folder_that_it_was_made_of(kind: str, tmp_path: Path) 
     assert package.card["base"] == "base-1" and folder.card == {}
 
 
-def test_a_quantised_package_opens_dequantised_but_is_not_rounded_again(tmp_path: Path) -> None:
+def test_a_quantized_package_opens_dequantized_but_is_not_rounded_again(tmp_path: Path) -> None:
     model = packaged(tmp_path / "edge", "llama", "int4")
     torch.testing.assert_close(logits(load_engine(tmp_path / "edge", "fp32")), theirs(rounded(model, "int4")), **CLOSE)
     with pytest.raises(ModelError, match="q_proj' in int4, which int8 would round once more"):

@@ -70,7 +70,7 @@ def test_a_package_is_packed_once_and_answers_alike(kind: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_folder_that_is_quantised_as_it_opens(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_quantized_as_it_opens(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("qwen2_window", tmp_path / "hf")
     wanted = logits(load_engine(tmp_path / "hf", kind))
     assert len(kept(tmp_path)) == 1

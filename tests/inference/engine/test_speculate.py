@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtune.inference.engine.sample import Uniforms, draw
 from fedtune.inference.engine.speculate import verify as verify_module
-from fedtune.inference.engine.speculate.adapt import Adapt, Costs, expected_tokens
+from fedtune.inference.engine.speculate.adapt import Adapt, Costs
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.engine.speculate.verify import residual, verify, verify_greedy
 
@@ -205,10 +205,15 @@ def test_acceptance_is_one_minus_the_total_variation() -> None:
 # -- how many guesses ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_expected_tokens_by_hand() -> None:
-    assert expected_tokens(0.5, 2) == 1.75  # 1 + 1/2 + 1/4
-    assert expected_tokens(1.0, 3) == 4
-    assert expected_tokens(0.8, 5) == pytest.approx((1 - 0.8**6) / (1 - 0.8))
+@pytest.mark.parametrize(
+    ("acceptance", "guesses", "tokens"), [(0.75, 2, 1 + 0.75 + 0.75**2), (1.0, 3, 4.0), (0.8, 5, (1 - 0.8**6) / (1 - 0.8))]
+)
+def test_expected_tokens_by_hand(acceptance: float, guesses: int, tokens: float) -> None:
+    adapt = Adapt(guesses)
+    for n in range(1, guesses + 2):  # a pass costs the same however many tokens it has, so that the gain is the expected number of tokens
+        adapt.costs.add(n, 1.0)
+        adapt._drafts.add(n, 0.0)
+    assert adapt.best(hoped=acceptance) == (pytest.approx(tokens), guesses)
 
 
 def test_costs_are_the_least_measured_and_interpolated() -> None:
@@ -312,7 +317,7 @@ def test_it_comes_back_when_the_text_becomes_easy() -> None:
     adapt = Adapt()
     cost = {n: 1 + 0.2 * (n - 1) for n in range(1, 12)}
     run_steps(adapt, 100, cost, 0.0)
-    assert adapt.paused()
+    assert not adapt.count()  # it pauses
     counts = run_steps(adapt, 600, cost, 0.95)
     assert sum(map(bool, counts[-100:])) > 90
 
@@ -329,7 +334,7 @@ def test_each_grade_has_its_own_acceptance_and_pauses() -> None:
             else:
                 adapt.plain(cost[1])
     # four attempts at most fit into 100 steps with pauses of 16, 32 and 64 between them; each is given up after six guesses at the latest
-    assert tried[1] <= 24 and tried[3] >= 90 and adapt.acceptance(3) > 0.95 and not adapt.paused(3)
+    assert tried[1] <= 24 and tried[3] >= 90 and adapt.acceptance(3) > 0.95 and adapt.count(3)
 
 
 def test_an_expensive_draft_is_not_worth_it() -> None:

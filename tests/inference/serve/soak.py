@@ -111,7 +111,7 @@ def cases(model: Path, engine: Engine, seed: int = 0) -> tuple[list[Case], int]:
 @contextlib.contextmanager
 def server(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`fedtune serve` in a process of its own, stopped by SIGTERM."""
-    command = [sys.executable, "-m", "fedtune.cli", "serve", str(model), "--port", "0", *options]
+    command = [sys.executable, "-m", "fedtune.cli.main", "serve", str(model), "--port", "0", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         assert process.stdout is not None

@@ -32,7 +32,7 @@ FIELDS = [
         "stop",
     ),
     *("top_k", "min_p", "repetition_penalty", "n", "presence_penalty", "frequency_penalty", "logit_bias", "user", "metadata", "logprobs"),
-    *("top_logprobs", "echo", "best_of", "suffix", "response_format", "tools", "colour"),
+    *("top_logprobs", "echo", "best_of", "suffix", "response_format", "tools", "color"),
 ]
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, -1e308, 5e-324, 2**31, 2**63, -(2**63), 10**30),

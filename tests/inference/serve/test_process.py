@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedtune.cli import main
+from fedtune.cli.main import main
 from fedtune.errors import ConfigError, NetworkError
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.server import Server, is_loopback, listen, url

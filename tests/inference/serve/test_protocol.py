@@ -61,7 +61,7 @@ def chat(**more: Any) -> dict[str, Any]:
         (asked(presence_penalty=0.5), "no presence penalty", "presence_penalty"),
         (asked(frequency_penalty=-1), "no frequency penalty", "frequency_penalty"),
         (asked(logprobs=21), "'logprobs' is wrong", "logprobs"),
-        (asked(colour="red"), "this server knows no field 'colour': leave it out", "colour"),
+        (asked(color="red"), "this server knows no field 'color': leave it out", "color"),
         (asked(temprature=None), "this server knows no field 'temprature': leave it out", "temprature"),
         (asked(prompt=None), "'prompt' must be one text", "prompt"),
         (asked(model=None), "'model' is wrong: input should be a valid string", "model"),

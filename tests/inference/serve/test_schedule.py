@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.jobs import Busy, Job, Output, Stopping
@@ -19,7 +20,6 @@ from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.text import Text
-from fedtune.seeds import derive_seed
 from tests.inference.serve.served import alone, make_scheduler, text_of
 
 V, END = 40, 0

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fedtune.cli import main
+from fedtune.cli.main import main
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference import export_hf, generate_text
+from fedtune.export import export_hf
+from fedtune.inference import generate_text
 from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Stream, read_text
@@ -30,11 +31,11 @@ from fedtune.inference.one_by_one import CONTEXT, OneByOne
 from fedtune.inference.serve.limits import Limits
 from fedtune.inference.serve.offer import Offer
 from fedtune.inference.serve.server import Server
+from tests.export.test_huggingface import ASK, make_run
 from tests.inference.serve.chromium import open_page
 from tests.inference.serve.served import continuation, over, text_of
 from tests.inference.serve.soak import server as process
 from tests.inference.serve.test_page import ask, ready
-from tests.inference.test_export import ASK, make_run
 from tests.inference.test_generate import TEMPLATE
 from tests.models.build import checkpoint, hub
 

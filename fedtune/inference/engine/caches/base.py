@@ -45,11 +45,8 @@ class Cache(ABC):
         length: Tokens so far, which is the absolute position of the next one.
         limit: Most tokens.
         undo: Tokens that `crop` can always take back; None: all of them.
-        resumable: After `crop` the entries of the layers that have run are still in place, so that a pass that stopped early can be
-            gone on with from its hidden states (`Decoder.run(..., first=E)`).
     """
 
-    resumable: bool = False
     undo: int | None = None
 
     def __init__(self, shape: Shape, limit: int) -> None:

@@ -1,13 +1,13 @@
 """Keys and values in 8, 4 or 2 bits, the newest tokens in full.
 
-Keys are quantised per channel over groups of tokens, values per token over groups of channels: outliers of keys sit in a few channels,
-values have none. A group is quantised once, when it leaves the window of `residual` newest tokens, and never again.
+Keys are quantized per channel over groups of tokens, values per token over groups of channels: outliers of keys sit in a few channels,
+values have none. A group is quantized once, when it leaves the window of `residual` newest tokens, and never again.
 
 What a query sees hangs on its position alone: the one at p sees tokens before g * floor((p + 1 - residual) / g) through their codes and
 the rest in full, whether it came in a prefill, in decode or in a speculative pass. (KIVI's own prefill attends in full precision; then a
 text's logits hang on how it was cut into passes, and speculation could not be lossless.) The price is `undo` more tokens in full.
 
-Source: Liu et al. 2024, KIVI, arXiv:2402.02750, algorithm 1. Keys are quantised after RoPE, as there.
+Source: Liu et al. 2024, KIVI, arXiv:2402.02750, algorithm 1. Keys are quantized after RoPE, as there.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from fedtune.inference.engine.caches.packing import WIDTHS, decode, encode, grid
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
-BLOCK = 1 << 18  # numbers that are dequantised at once: what a core's own cache holds
+BLOCK = 1 << 18  # numbers that are dequantized at once: what a core's own cache holds
 SCORES = 1 << 22  # attention weights alive at once
 
 
@@ -54,7 +54,7 @@ class _Layer:
 
 
 class KiviCache(Cache):
-    """Quantised keys and values behind a window in full precision.
+    """Quantized keys and values behind a window in full precision.
 
     Args:
         limit: Most tokens.
@@ -68,7 +68,6 @@ class KiviCache(Cache):
         CacheError: Numbers that do not fit each other.
     """
 
-    resumable = True
     undo: int
 
     def __init__(
@@ -116,7 +115,7 @@ class KiviCache(Cache):
         return sum(t.nbytes for layer in self._layers for t in (layer.keys, layer.values, *layer.packed()))
 
     def can_crop_to(self, length: int) -> bool:
-        """Within `undo` of the longest the cache has been, or while nothing is quantised."""
+        """Within `undo` of the longest the cache has been, or while nothing is quantized."""
         return super().can_crop_to(length) and all(layer.first <= self._seen_as_codes(length) for layer in self._layers)
 
     def crop(self, length: int) -> None:
@@ -136,7 +135,7 @@ class KiviCache(Cache):
         store, start, end = self._layers[layer], self.length, self.length + q.shape[0]
         keys = self._newest(store, store.keys, rope.rotate(k, start), end)
         values = self._newest(store, store.values, v, end)
-        self._quantise(store, keys, values, self._seen_as_codes(end - 1))
+        self._quantize(store, keys, values, self._seen_as_codes(end - 1))
         q = rope.rotate(q, start) * self.shape.head_dim**-0.5
         out = torch.empty_like(q)
         rows = max(1, SCORES // (self.shape.heads * end))
@@ -172,7 +171,7 @@ class KiviCache(Cache):
         buffer[:, at : end - store.first] = rows
         return buffer
 
-    def _quantise(self, store: _Layer, keys: Tensor, values: Tensor, upto: int) -> None:
+    def _quantize(self, store: _Layer, keys: Tensor, values: Tensor, upto: int) -> None:
         """Codes for the groups between `done` and `upto`, from the full rows that begin at position `first`."""
         g, done = self.group, store.done
         if upto <= done:

@@ -231,12 +231,6 @@ class PagedCache(Cache):
         del self.table[kept:]
         self.pool.changed()
 
-    def fork(self) -> "PagedCache":
-        """Another sequence with the same past: all blocks are shared until one of the two writes."""
-        twin = PagedCache(self.pool, self.limit)
-        twin.hold(self.table[: -(-self.length // self.pool.block)], self.length)
-        return twin
-
     def hold(self, blocks: Sequence[int], length: int) -> None:
         """Begin an empty sequence with blocks that others hold."""
         assert not self.table and not self.length

@@ -32,7 +32,6 @@ class WindowCache(Cache):
         CacheError: Numbers that do not fit each other or the model's own sliding window.
     """
 
-    resumable = True
     undo: int
 
     def __init__(

@@ -18,11 +18,6 @@ _HOPE, _WEIGHT = 0.7, 0.5  # acceptance taken for granted when an attempt begins
 _GROW = 3  # a pass takes at most so many times the tokens of the largest that was measured: what lies beyond it is not known to be cheap
 
 
-def expected_tokens(acceptance: float, guesses: int) -> float:
-    """Average number of tokens of one verification: 1 + a + ... + a^g."""
-    return sum(acceptance**i for i in range(guesses + 1))
-
-
 class Costs:
     """Seconds of a pass by its tokens: the least of the last measurements, interpolated where there are none.
 
@@ -105,9 +100,6 @@ class Adapt:
     def acceptance(self, grade: int = 0) -> float:
         """Of a guess whose predecessors were accepted."""
         return self._of(grade).acceptance
-
-    def paused(self, grade: int = 0) -> bool:
-        return self._of(grade).pause > 0
 
     def _of(self, grade: int) -> "_Grade":
         return self._grades.setdefault(grade, _Grade())

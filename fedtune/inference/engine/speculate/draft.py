@@ -1,6 +1,6 @@
 """A smaller model of the same tokenizer guesses.
 
-Source: Leviathan et al. 2023, arXiv:2211.17192; `fedtune draft` distils such a model from a larger one.
+Source: Leviathan et al. 2023, arXiv:2211.17192; `fedtune draft` distills such a model from a larger one.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class DraftModel(Drafter):
     def __init__(self, engine: "Engine", target: "Engine") -> None:
         if not engine.text.same_as(target.text):
             raise ModelError(
-                f"{engine.folder} cannot draft for {target.folder}: their tokenizers differ; distil a draft model with `fedtune draft`"
+                f"{engine.folder} cannot draft for {target.folder}: their tokenizers differ; distill a draft model with `fedtune draft`"
             )
         self._own = Context(engine)
         self._vocabulary = target.shape.vocab

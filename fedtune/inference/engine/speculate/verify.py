@@ -17,7 +17,7 @@ from fedtune.inference.engine.sample import draw
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """max(0, p - q), or p where nothing is left of it (p and q alike, but for rounding): (..., V), not normalised."""
+    """max(0, p - q), or p where nothing is left of it (p and q alike, but for rounding): (..., V), not normalized."""
     over = (p - q).clamp(min=0)
     return torch.where(over.sum(-1, keepdim=True) > 0, over, p)
 

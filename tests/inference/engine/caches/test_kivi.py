@@ -69,7 +69,7 @@ def test_a_residual_over_the_whole_text_is_the_full_cache(bits: int) -> None:
     torch.testing.assert_close(got, passes(FullCache(SHAPE, 41), ROPE, QKV, [41]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_group_is_quantised_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = kivi.encode
 
@@ -106,7 +106,7 @@ def test_it_never_holds_more_than_it_says(cuts: list[int]) -> None:
         assert 0 < cache.nbytes <= KiviCache.bytes_for(SHAPE, limit, 4, residual=6, group=4, undo=3)
 
 
-def test_only_blocks_are_dequantised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_blocks_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = kivi.decode
 

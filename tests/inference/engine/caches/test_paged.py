@@ -112,7 +112,7 @@ def test_what_a_sequence_left_behind_reaches_nobody() -> None:
     torch.testing.assert_close(got, passes(FullCache(SHAPE, 40), ROPE, QKV, [6]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_broken_neighbour_stays_alone() -> None:
+def test_a_broken_neighbor_stays_alone() -> None:
     pool = PagedPool(SHAPE, 20, 4)
     good, broken = pool.cache(), pool.cache()
     passes(good, ROPE, QKV, [3])
@@ -122,11 +122,18 @@ def test_a_broken_neighbour_stays_alone() -> None:
     torch.testing.assert_close(got[:, :1], passes(FullCache(SHAPE, 40), ROPE, QKV, [4])[:, 3:], atol=1e-5, rtol=1e-5)
 
 
-def test_a_fork_shares_until_somebody_writes() -> None:
+def twin(cache: PagedCache) -> PagedCache:
+    """Another sequence with the same past, which shares all blocks."""
+    other = cache.pool.cache()
+    other.hold(cache.table, cache.length)
+    return other
+
+
+def test_sequences_share_blocks_until_one_writes() -> None:
     pool = PagedPool(SHAPE, 10, 4)
     one = pool.cache()
     passes(one, ROPE, QKV, [10])  # blocks of 4, 4 and 2 tokens
-    two = one.fork()
+    two = twin(one)
     assert pool.free == 7 and two.table == one.table
     other = tuple(torch.cat([a[:, :10], b[:, 10:]], 1) for a, b in zip(QKV, tokens(SHAPE, 40, 1), strict=True))
     passes(two, ROPE, other, [1], 10)  # type: ignore[arg-type]
@@ -145,7 +152,7 @@ def test_a_crop_gives_blocks_back_and_leaves_the_twin_alone() -> None:
     pool = PagedPool(SHAPE, 10, 4)
     one = pool.cache()
     passes(one, ROPE, QKV, [10])
-    two = one.fork()
+    two = twin(one)
     two.crop(5)
     assert len(two.table) == 2 and pool.free == 7
     wrong = tokens(SHAPE, 40, 1)
@@ -265,7 +272,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         cache, text = data.draw(st.sampled_from(self.alive))
-        self.alive.append((cache.fork(), list(text)))
+        self.alive.append((twin(cache), list(text)))
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())

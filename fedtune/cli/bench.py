@@ -1,0 +1,44 @@
+"""`fedtune bench`: measure how fast a model runs on this machine."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser of `fedtune`."""
+    about = "Measure a model on this machine: prefill, decode, first token, memory, and how near that is to what the memory can give."
+    bench = commands.add_parser("bench", help="measure how fast a model is here", description=about)
+    bench.add_argument("model", type=Path, metavar="MODEL", help="edge package or Hugging Face folder")
+    bench.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="how weights are kept (default: as the model is stored)")
+    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of the prompt (default: %(default)s)")
+    bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens after it (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="after one that warms up (default: %(default)s)")
+    bench.add_argument("--threads", type=int, metavar="N", help="default: torch's own")
+    bench.add_argument("--speculate", action="store_true", help="measure prompt lookup and early exit too")
+    bench.add_argument("--draft", type=Path, metavar="DIR", help="measure this draft model too")
+    bench.add_argument("--text", type=Path, metavar="FILE", help="lines that begin the answers of speculation (default: it samples some)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.png there")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(command=_run)
+
+
+def _run(args: argparse.Namespace) -> str:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fedtune.inference.bench import bench, table, threads, write
+    from fedtune.inference.generate import check_folder, read_card
+
+    read_card(args.model)
+    if args.draft:
+        check_folder(args.draft)
+    threads(args.threads)
+    names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")
+    with Console(stderr=True).status("measuring") as line:
+        speeds = bench(args.model, tell=line.update, **{name: getattr(args, name) for name in names})
+    if args.out:
+        write(speeds, args.out)
+    return json.dumps(asdict(speeds), indent=1) if args.json else table(speeds)

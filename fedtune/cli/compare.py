@@ -1,0 +1,27 @@
+"""`fedtune compare`: put finished runs side by side."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser of `fedtune`."""
+    about = "Put finished runs side by side: mean and standard deviation over seeds, differences seed by seed, Markdown, CSV and a plot."
+    compare = commands.add_parser("compare", help="compare finished runs", description=about)
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the first one's setting is compared with")
+    compare.add_argument("--metric", metavar="NAME", help="what to judge by, such as loss (default: the metric that the runs report)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="write compare.md, compare.csv and compare.png there")
+    compare.set_defaults(command=_run)
+
+
+def _run(args: argparse.Namespace) -> str | None:
+    from fedtune.config.stored import read_config
+    from fedtune.runs.report import compare
+
+    found = compare.compare({path: read_config(path) for path in args.runs}, args.metric)
+    compare.show(found)
+    if args.out is None:
+        return None
+    compare.write(found, args.out)
+    return str(args.out)

@@ -1,0 +1,306 @@
+"""The coordinator's door: `fedtune-server conf=heterogeneous`, the experiment of `python -m fedtune.sim` with real clients.
+
+    fedtune-server [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...] --certificates CA CERTIFICATE KEY --allowed FILE
+    fedtune-server [conf=NAME] [KEY=VALUE ...] --insecure
+
+Flower's SuperLink runs in a process of its own (fedtune/network); this one holds strategy, bridge, checkpoints and the terminal.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from fedtune.config import Config, to_dict
+from fedtune.config.compose import DEFAULT_SCENARIO, compose
+from fedtune.config.stored import read_config
+from fedtune.data import check_coordinator_data
+from fedtune.errors import ConfigError, LinkLost, NetworkError, Stopped, sentence
+from fedtune.rounds.find_strategy import make_strategy
+from fedtune.storage.ids import is_run_name
+from fedtune.version import __version__
+
+if TYPE_CHECKING:
+    from fedtune.experiment import Stage
+    from fedtune.network.link import LinkSettings, SuperLink
+
+ROUND_S = 600.0  # a round on a network must end, whoever has gone
+_AGAIN_S = 15.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve what the arguments ask for; returns the exit code: 2 is a refusal in one sentence, 130 stopped."""
+    args = _parser().parse_intermixed_args(argv)
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        return _main(args)
+    except Exception as bad:
+        print(f"fedtune-server: {sentence(bad)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"fedtune-server: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)
+        return 130
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedtune-server",
+        description="Run an experiment with real clients: wait for them, train round by round, write the adapter and the report.",
+        epilog="Settings are those of `python -m fedtune.sim --help`. Keys and certificates: `fedtune keys`.",
+    )
+    parser.add_argument("settings", nargs="*", metavar="conf=NAME | KEY=VALUE", help=f"the experiment (default: conf={DEFAULT_SCENARIO})")
+    parser.add_argument("--address", default="0.0.0.0:8080", metavar="HOST:PORT", help="where clients connect (default: %(default)s)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="the run's directory: made if there is none, gone on with, by its own settings, if it holds a run (for services)",
+    )
+    parser.add_argument(
+        "--certificates", nargs=3, type=Path, metavar=("CA", "CERTIFICATE", "KEY"), help="PEM files for TLS: ca.pem server.pem server.key"
+    )
+    parser.add_argument(
+        "--allowed",
+        type=Path,
+        metavar="FILE",
+        help="allowed.json: the public keys of the clients that may take part; read again when it changes",
+    )
+    parser.add_argument("--insecure", action="store_true", help="plain HTTP, and anybody may take part: for trials on one machine")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long to wait for clients, at the start and in between (default: 300)",
+    )
+    parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
+    return parser
+
+
+def _main(args: argparse.Namespace) -> int:
+    settings = list(args.settings)
+    if odd := [s for s in settings if "=" not in s]:
+        raise ConfigError(f"'{odd[0]}' is no setting: write KEY=VALUE, such as conf=heterogeneous or rounds=5")
+    if args.run is not None and (idle := [s for s in settings if s.startswith(("resume=", "output_dir="))]):
+        raise ConfigError(f"--run {args.run} says which run this is and where it is kept: leave out {idle[0]}, or --run")
+    if args.run is not None and (args.run / "config.yaml").is_file():  # a service that starts again goes on
+        settings = _resumption(args.run, settings)
+    (job,) = compose(settings)
+    config = _for_a_network(job.config)
+    check_coordinator_data(config)
+    if (run := args.run or (Path(config.resume) if config.resume else None)) and not is_run_name(run.resolve().name):
+        raise ConfigError(
+            f"clients name a folder after the run, which '{run.resolve().name}' is unfit for: name it with letters, digits, dots, dashes"
+            " and underscores"
+        )
+    make_strategy(config)
+    link = link_settings(args)
+    from fedtune.clients.workspace import Workspace
+    from fedtune.data import load_test
+    from fedtune.experiment import conduct  # torch and the rest: only once all this is good
+
+    space = Workspace(config, load_test(config))
+    clients = len(link.allowed_keys) or config.clients_per_round
+    conduct(config, lambda stage: serve(stage, link, args.wait), at=args.run, space=space, clients=clients, live=True)
+    return 0
+
+
+def _resumption(run: Path, settings: list[str]) -> list[str]:
+    """The settings that go on with `run`. Of today's, `rounds` counts, and what allows code that is not fedtune's.
+
+    Raises:
+        ConfigError: Another setting is not the one that the run has.
+    """
+    today, kept = compose(settings)[0].config, read_config(run)
+    _check_same(run, settings, today, kept)
+    again = [f"resume={run}", *(s for s in settings if s.startswith("rounds="))]
+    if today.model.trust_remote_code:
+        again.append("model.trust_remote_code=true")
+    if kept.strategy["_target_"] == (target := today.strategy["_target_"]):
+        again.append(f"strategy._target_={target}")
+    return again
+
+
+def _check_same(run: Path, settings: list[str], today: Config, kept: Config) -> None:
+    """A service starts again with the command that it was first started with; what that asks for and the run is not, must not pass unsaid.
+
+    What only the scenario's file says is named and not refused: another version of fedtune may say it otherwise.
+    """
+    asked, has = _flat(to_dict(_for_a_network(today))), _flat(to_dict(kept))
+    changed = sorted(k for k in asked.keys() | has.keys() if asked.get(k) != has.get(k) and k not in ("rounds", "model.trust_remote_code"))
+    given = [s.partition("=")[0].lstrip("+~") for s in settings]
+    for key in (k for k in changed if any(k == g or k.startswith(f"{g}.") for g in given)):
+        raise ConfigError(
+            f"the run in {run} has {key}={has.get(key)}, and {key}={asked.get(key)} is asked for: only rounds can change;"
+            " leave that setting out, or give another --run for another run"
+        )
+    if changed and (conf := [s for s in settings if s.startswith("conf=")]):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        print(
+            f"fedtune-server: the run in {run} keeps its own settings, {conf[0]} has other {', '.join(changed[:3])}{more}", file=sys.stderr
+        )
+
+
+def _flat(values: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{under}{key}.") if isinstance(value, dict) else {f"{under}{key}": value}
+    return found
+
+
+def _for_a_network(config: Config) -> Config:
+    if config.engine.kind != "inprocess":
+        raise ConfigError(f"engine={config.engine.kind} is for simulations: leave it out here")
+    return config if config.round_timeout_s is not None else dataclasses.replace(config, round_timeout_s=ROUND_S)
+
+
+def link_settings(args: argparse.Namespace) -> "LinkSettings":
+    """Where to listen and whom to let in.
+
+    Raises:
+        ConfigError: Neither keys nor --insecure, or an address that is none.
+    """
+    from fedtune.network.keys import check_private, read_allowed
+    from fedtune.network.link import LinkSettings
+
+    host, _, port = args.address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--address {args.address} is no address: write HOST:PORT, such as 0.0.0.0:8080")
+    host = host.strip("[]")
+    if args.insecure:
+        if args.certificates or args.allowed:
+            raise ConfigError("--insecure serves without TLS and keys: leave out --certificates and --allowed, or --insecure")
+        return LinkSettings(folder=Path(), host=host, port=int(port), certificates=None, insecure=True)
+    if not args.certificates or not args.allowed:
+        raise ConfigError(
+            "--certificates and --allowed say how clients know the server and which may take part: `fedtune keys` makes both; --insecure"
+            " does without, for trials on one machine"
+        )
+    if missing := [path for path in args.certificates if not path.is_file()]:
+        raise ConfigError(f"there is no file {missing[0]}: `fedtune keys` makes certificates")
+    check_private(args.certificates[2])
+    allowed = read_allowed(args.allowed)
+    return LinkSettings(
+        folder=Path(),
+        host=host,
+        port=int(port),
+        certificates=tuple(args.certificates),
+        insecure=False,
+        allowed_keys=allowed,
+        allowed_file=args.allowed,
+    )
+
+
+def serve(stage: "Stage", settings: "LinkSettings", wait_s: float) -> None:
+    """Bring the SuperLink up and run all rounds on it; where it is lost, bring it up again and go on from the last checkpoint."""
+    from fedtune.network.allowed import Allowed
+    from fedtune.network.keys import read_allowed
+    from fedtune.network.link import SuperLink
+    from fedtune.network.logs import logging_to
+    from fedtune.network.status_server import FILE, Board
+    from fedtune.rounds.membership import Welcome
+
+    run, watch, config = stage.run.path, stage.watch, stage.config
+    link = SuperLink(dataclasses.replace(settings, folder=run / "superlink", log=run / "logs" / "superlink.jsonl"))
+    names = _Names(link) if not settings.insecure else None
+    welcome = Welcome(
+        said={"config": _told(config), "run": run.resolve().name, "labels": list(stage.space.federation.labels)},
+        patience_s=wait_s,
+        wanted=min(config.clients_per_round, len(settings.allowed_keys) or config.clients_per_round),
+        again_s=_AGAIN_S,
+        names=names,
+    )
+    with logging_to(run / "logs" / "server.jsonl"):
+        try:
+            link.start()
+            if settings.insecure:
+                watch.note("WARNING: --insecure: no TLS and no keys; whoever reaches this port can read and change the training")
+            watch.note(f"listening on {settings.host}:{link.port}; a round lasts {config.round_timeout_s:g} s at most")
+            with contextlib.ExitStack() as open_:
+                board = open_.enter_context(Board(run / FILE, _Status(stage, link, f"{settings.host}:{link.port}")))
+                if settings.allowed_file is not None:
+                    open_.enter_context(Allowed(settings.allowed_file, settings.allowed_keys, read_allowed, link.allow, watch.note))
+                watch.note(f"report {run / 'report.html'}   status: fedtune status {run}   or --control {board.control}")
+                _serve(stage, link, welcome)
+        finally:
+            link.stop()
+
+
+def _serve(stage: "Stage", link: "SuperLink", welcome: Any) -> None:
+    losses: list[float] = []
+    while True:
+        try:
+            return stage.serve(link.open_run(stage.run.path.name), welcome)
+        except LinkLost as lost:
+            losses = [t for t in losses if time.monotonic() - t < 600] + [time.monotonic()]
+            if len(losses) > 5:
+                raise NetworkError(f"the SuperLink was lost {len(losses)} times in ten minutes, the last time because {lost}") from None
+            stage.watch.note(f"{lost}; going on from the last checkpoint")
+            link.start()
+
+
+class _Names:
+    """Node → name of the key that it came in with."""
+
+    def __init__(self, link: "SuperLink") -> None:
+        self._link = link
+
+    def __call__(self) -> dict[int, str]:
+        return {node.node_id: node.name for node in self._link.nodes()}
+
+
+class _Status:
+    """What `fedtune status` is told."""
+
+    def __init__(self, stage: "Stage", link: "SuperLink", address: str) -> None:
+        self._stage, self._link, self._address, self._started = stage, link, address, time.time()
+        self._lock = threading.Lock()
+
+    def __call__(self) -> dict[str, Any]:
+        watch = self._stage.watch
+        seen = {node.node_id: node for node in self._link.nodes()} if self._link.alive else {}
+        known = dict(watch.clients)
+        rows = []
+        for client, (node, device_class) in sorted(known.items()):
+            at = seen.get(node)
+            online, last = (at.online, at.last_seen) if at else (False, 0.0)
+            rows.append({"client": client, "node": node, "device_class": device_class, "online": online, "last_seen": last})
+        strangers = {node for node, _ in known.values()}
+        rows += [
+            {"client": n.name, "node": i, "device_class": "", "online": n.online, "last_seen": n.last_seen}
+            for i, n in seen.items()
+            if i not in strangers
+        ]
+        return {
+            "run": str(self._stage.run.path.resolve()),
+            "started": self._started,
+            "address": self._address,
+            "round": watch.round,
+            "rounds": self._stage.config.rounds,
+            "waiting_for": sorted(watch.waiting),
+            "nodes": rows,
+        }
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """The config as clients get it: the experiment, without what is only this machine's."""
+    values = to_dict(config)
+    for own in ("resume", "output_dir"):
+        del values[own]
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The settings of an experiment: their schema, the rules that a config must meet, and how a scenario becomes one."""
+
+from fedtune.config.method_files import METHODS
+from fedtune.config.rules import check
+from fedtune.config.schema import (
+    ClientConfig,
+    Config,
+    DataConfig,
+    DeviceClass,
+    DevicesConfig,
+    EngineConfig,
+    EvalConfig,
+    InferenceConfig,
+    ModelConfig,
+    PartitionConfig,
+    PeftConfig,
+    PrivacyConfig,
+    TaskConfig,
+    TrafficConfig,
+    WeightsConfig,
+    reference,
+    template_text,
+)
+from fedtune.config.values import from_dict, to_dict
+
+__all__ = [
+    "METHODS", "ClientConfig", "Config", "DataConfig", "DeviceClass", "DevicesConfig", "EngineConfig", "EvalConfig", "InferenceConfig",
+    "ModelConfig", "PartitionConfig", "PeftConfig", "PrivacyConfig", "TaskConfig", "TrafficConfig", "WeightsConfig", "check", "from_dict",
+    "reference", "template_text", "to_dict",
+]  # fmt: skip

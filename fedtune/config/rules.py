@@ -1,0 +1,125 @@
+"""Checks a config before anything is loaded: the bounds of every value, then the combinations that cannot work."""
+
+import dataclasses
+from typing import Any
+
+from fedtune.config.bounds import require
+from fedtune.config.method_files import METHODS, inits_of
+from fedtune.config.registry import TASKS
+from fedtune.config.schema import Config
+from fedtune.errors import ConfigError
+from fedtune.storage.ids import LONGEST_NAME, flaw, short, shown
+
+
+def check(config: Config) -> Config:
+    """Return `config` if every value is in its bounds and the whole can work.
+
+    Raises:
+        ConfigError: Names the key, the value, and what was wanted.
+    """
+    _check_fields(config, "")
+    _check_together(config)
+    return config
+
+
+def _check_fields(node: Any, prefix: str) -> None:
+    for f in dataclasses.fields(node):
+        key, value, rules = prefix + f.name, getattr(node, f.name), f.metadata
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, key + ".")
+        elif isinstance(value, dict) and value and all(dataclasses.is_dataclass(v) for v in value.values()):
+            for name, child in value.items():
+                _check_fields(child, f"{key}.{name}.")
+        elif rules:
+            require(key, value, **{name: bound for name, bound in rules.items() if name != "help"})
+
+
+def _check_together(c: Config) -> None:
+    def refuse(wrong: bool, sentence: str) -> None:
+        if wrong:
+            raise ConfigError(sentence)
+
+    refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
+    refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
+    refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: whose rows they are")
+    if c.data.client is not None and (wrong := flaw(c.data.client)):
+        raise ConfigError(f"data.client='{shown(c.data.client)}' {wrong}: give the client another id")
+    refuse((c.data.prompt is None) != (c.data.answer is None), "data.prompt and data.answer go together: set both or neither")
+    refuse(c.client.steps is None and c.client.epochs is None, "client.steps and client.epochs are both none: set one of them")
+    refuse(
+        c.min_clients > c.clients_per_round,
+        f"min_clients={c.min_clients} is more than clients_per_round={c.clients_per_round}: no round could count",
+    )
+    refuse(not c.name or "/" in c.name or c.name.startswith("."), f"name='{c.name}' must be a plain folder name")
+    make_task: Any = TASKS.find(c.task.kind, object)  # a class of fedtune.models.tasks
+    make_task(c.task).check(c)
+    refuse(
+        bool(c.devices.classes) and sum(d.share for d in c.devices.classes.values()) <= 0,
+        "devices.classes: every share is 0, so no client could get a class",
+    )
+    for name, device in c.devices.classes.items():
+        refuse(
+            not short(name),
+            f"the name of the device class '{shown(name)}' is unfit for tables: take at most {LONGEST_NAME} printable characters",
+        )
+        refuse(
+            device.rank is not None and device.rank > c.peft.rank,
+            f"devices.classes.{name}.rank={device.rank} is more than peft.rank={c.peft.rank}, the largest of the cohort",
+        )
+    refuse(
+        c.engine.batched not in ("auto", "none") and not (c.engine.batched.isdecimal() and int(c.engine.batched) > 0),
+        f"engine.batched={c.engine.batched} is not known: choose auto, none, or a number of clients from 1",
+    )
+    refuse(
+        c.late == "use" and c.round_timeout_s is None and c.devices.deadline_s is None,
+        "late=use has nothing to use, for rounds wait for everybody: set round_timeout_s, or devices.deadline_s in a simulation",
+    )
+    _check_loftq(c)
+    p = c.privacy
+    refuse(
+        c.late == "use" and p.kind == "user",
+        "late=use and privacy=user do not go together: the noise of a round is for the clients that it was planned with; take late=drop",
+    )
+    refuse(
+        p.kind != "none" and p.epsilon is None and p.noise is None,
+        f"privacy={p.kind} has neither an epsilon to keep nor a noise to add: set privacy.epsilon or privacy.noise",
+    )
+    refuse(p.adaptive and p.kind != "user", "privacy.adaptive follows whole updates: it needs privacy=user")
+    refuse(
+        p.where == "client" and p.kind == "record",
+        "privacy.where=client chooses who adds user-level noise: with privacy=record each client does, leave it out",
+    )
+    refuse(
+        p.adaptive and p.where == "client",
+        "privacy.adaptive needs privacy.where=server: alone, a client does not know how long the others' updates are",
+    )
+    t = c.traffic
+    refuse(
+        t.stochastic and t.up == t.down == "fp32",
+        "traffic.stochastic=true has nothing to round: set traffic.up or traffic.down to fp16, bf16, int8 or nf4",
+    )
+    refuse(
+        t.error_feedback and t.up == "fp32" and t.topk in (None, 1.0),
+        "traffic.error_feedback=true has nothing to feed back, for updates are sent whole: set traffic.topk, or a traffic.up below fp32",
+    )
+    refuse(not (isinstance(c.strategy, dict) and "_target_" in c.strategy), "strategy needs a _target_: pick one with strategy=NAME")
+
+
+def _check_loftq(c: Config) -> None:
+    if c.peft.init != "loftq":
+        return
+    if c.peft.init not in inits_of(c.peft.method):
+        others = " or ".join(name for name in METHODS if c.peft.init in inits_of(name))
+        raise ConfigError(f"peft.init=loftq starts the two factors of LoRA, not of peft.method={c.peft.method}: take peft={others}")
+    if c.model.precision not in ("nf4", "int8"):
+        raise ConfigError(
+            f"peft.init=loftq makes up for quantization, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"
+        )
+    if c.model.compute == "auto":
+        raise ConfigError(
+            "peft.init=loftq needs the same quantized weights everywhere, model.compute=auto lets each machine choose: take bf16 or fp32"
+        )
+    if c.devices.classes:
+        raise ConfigError(
+            "peft.init=loftq makes up for one precision, and device classes may choose another, where it would be wrong: set devices=none"
+        )

@@ -1,0 +1,216 @@
+"""Everything trainable, by name, with the spec that gives it meaning.
+
+Names are canonical: `<module>.lora_A`, `<module>.lora_B` for LoRA, `<module>.<parameter>` for a head, as in the untouched backbone. They do
+not depend on the PEFT library's wrappers, so that state, wire, checkpoint and export agree.
+"""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.common.constant import SType
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedtune.config.bounds import require
+from fedtune.contracts.seeds import derive_seed
+from fedtune.errors import CheckpointError, UpdateMismatch
+from fedtune.storage.atomic import flush
+from fedtune.storage.ids import shown
+from fedtune.storage.parsing import parse_json
+from fedtune.storage.reading import read_object
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,  # positions, such as those of a sparse mask
+    "int8": torch.int8,  # codes of fedtune.traffic
+    "uint8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """What the tensors mean.
+
+    Args:
+        method: PEFT method, such as `lora`.
+        base: Fingerprint of the backbone that they belong to; "" where it is not known.
+        version: Server version that they carry: 0 is the start, t the state after round t.
+        ranks: LoRA module → its rank r.
+        scaling: LoRA module → its factor s, such as alpha / r.
+        mask: Method `sparse`: what `random_mask` draws its positions from; "" where they come along as tensors.
+    """
+
+    method: str
+    base: str = ""
+    version: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    mask: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps({**dataclasses.asdict(self), "ranks": dict(self.ranks), "scaling": dict(self.scaling)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterSpec":
+        """Raises UpdateMismatch where `text` is no spec."""
+        spec = read_object(cls, text, UpdateMismatch, "adapter's spec")
+        for module, rank in spec.ranks.items():
+            require(f"the rank of '{shown(module)}' in the adapter's spec", rank, UpdateMismatch, ge=1)
+        return spec
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Ordered `name → tensor` of everything trainable, and nothing else. Tensors are never changed in place."""
+
+    tensors: Mapping[str, Tensor]
+    spec: AdapterSpec
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def replace(self, tensors: Mapping[str, Tensor] | None = None, **spec: Any) -> "AdapterState":
+        """A new state with other tensors, or other fields of the spec."""
+        return AdapterState(self.tensors if tensors is None else tensors, dataclasses.replace(self.spec, **spec))
+
+    def subset(self, names: list[str]) -> "AdapterState":
+        """The state with only these tensors."""
+        return self.replace({n: self.tensors[n] for n in names})
+
+    def product(self, module: str) -> Tensor:
+        """s·B·A of a LoRA module (out, in), in float32: what all that merge it add, so that all add the same."""
+        return self.spec.scaling[module] * (self[f"{module}.lora_B"].float() @ self[f"{module}.lora_A"].float())
+
+    # -- the wire -------------------------------------------------------------------------------------------------------------------------
+
+    def to_arrays(self) -> ArrayRecord:
+        """As a Flower record. bf16 travels as its uint16 bits, with its dtype in the array's own header: NumPy has no bf16."""
+        return ArrayRecord({name: _to_array(t) for name, t in self.tensors.items()})
+
+    @classmethod
+    def from_arrays(cls, arrays: ArrayRecord, spec: AdapterSpec, expect: "AdapterState | None" = None) -> "AdapterState":
+        """Read a record that came over the network; what it claims is checked before it is decoded.
+
+        Args:
+            arrays: The record.
+            spec: Its spec.
+            expect: Names, shapes and dtypes that it must have.
+
+        Raises:
+            UpdateMismatch: Names the first tensor that is missing, surplus, of another shape or dtype, damaged or not finite.
+        """
+        if expect is not None:
+            if missing := [n for n in expect.tensors if n not in arrays]:
+                raise UpdateMismatch(f"tensor '{missing[0]}' is missing: {len(expect.tensors)} tensors were asked for, {len(arrays)} came")
+            if surplus := [n for n in arrays if n not in expect.tensors]:
+                raise UpdateMismatch(f"tensor '{surplus[0][:80]}' was not asked for")
+            for name, wanted in expect.tensors.items():
+                got = arrays[name]
+                if tuple(got.shape) != tuple(wanted.shape) or got.dtype != _NAMES[wanted.dtype]:
+                    raise UpdateMismatch(
+                        f"tensor '{name}' is {got.dtype} {tuple(got.shape)}, wanted {_NAMES[wanted.dtype]} {tuple(wanted.shape)}:"
+                        " all clients must load the same backbone with the same adapter"
+                    )
+        order = list(expect.tensors) if expect is not None else list(arrays)
+        return cls({name: _from_array(name, arrays[name]) for name in order}, spec)
+
+    # -- the disk -------------------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, spec in its metadata, and flush it to the disk."""
+        # one entry only: safetensors writes several in any order, and equal states should be equal files
+        meta = {"fedtune": json.dumps({"order": list(self.tensors), "spec": self.spec.to_json()})}
+        save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, meta)
+        flush(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "AdapterState":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or not one of ours.
+        """
+        try:
+            with safe_open(path, "pt") as f:
+                meta = f.metadata() or {}
+                if "fedtune" not in meta:
+                    raise CheckpointError(f"{path} is a safetensors file but not a fedtune adapter: its metadata has no 'fedtune' entry")
+                said = parse_json(meta["fedtune"])
+                return cls({n: f.get_tensor(n) for n in said["order"]}, AdapterSpec.from_json(said["spec"]))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as bad:
+            raise CheckpointError(f"cannot read the adapter {path}: {str(bad)[:120]}") from None
+        except UpdateMismatch as bad:
+            raise CheckpointError(f"cannot read the adapter {path}: {bad}") from None
+
+
+def random_mask(mask: str, module: str, entries: int, count: int) -> Tensor:
+    """Sorted positions (count,) int64 of a module's masked entries, in its flattened (out, in) matrix of so many `entries`.
+
+    Drawn without replacement, the same in every process, so that a random mask never travels.
+
+    Args:
+        mask: `AdapterSpec.mask`.
+        module: Each has positions of its own.
+        entries: out · in.
+        count: How many to draw.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(mask, "mask", module))
+    return torch.randperm(entries, generator=generator)[:count].sort().values
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What `np.save` puts before the data of such an array. Writing and parsing it anew costs more than the data of a small adapter."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _to_array(tensor: Tensor) -> Array:
+    tensor, name = tensor.detach().cpu().contiguous(), _NAMES[tensor.dtype]
+    stored = "uint16" if name == "bfloat16" else name
+    values = tensor.view(torch.int16).numpy() if stored == "uint16" else tensor.numpy()
+    shape = tuple(tensor.shape)
+    return Array(dtype=name, shape=shape, stype=SType.NUMPY, data=_npy_header(stored, shape) + values.tobytes())
+
+
+def _from_array(name: str, array: Array) -> Tensor:
+    if array.dtype not in _DTYPES:
+        raise UpdateMismatch(f"tensor '{name[:80]}' has dtype {array.dtype[:40]}: wanted one of {', '.join(_DTYPES)}")
+    stored, shape = "uint16" if array.dtype == "bfloat16" else array.dtype, tuple(array.shape)
+    if array.stype != SType.NUMPY or any(type(d) is not int or d < 0 for d in shape):
+        raise UpdateMismatch(f"tensor '{name[:80]}' is '{array.stype[:40]}' of shape {shape}: wanted a NumPy array")
+    header, wanted = _npy_header(stored, shape), math.prod(shape) * np.dtype(stored).itemsize
+    # only what np.save itself would have written for this dtype and shape: nothing of a peer's header is parsed
+    if len(array.data) != len(header) + wanted or not array.data.startswith(header):
+        raise UpdateMismatch(
+            f"tensor '{name[:80]}' is damaged: its {len(array.data)} bytes are not the {array.dtype} {shape} that they claim"
+        )
+    values = np.frombuffer(array.data, np.dtype(stored), offset=len(header)).reshape(shape).copy()
+    tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if stored == "uint16" else torch.from_numpy(values)
+    if not torch.isfinite(tensor).all():
+        raise UpdateMismatch(f"tensor '{name[:80]}' has values that are not finite (NaN or infinity)")
+    return tensor

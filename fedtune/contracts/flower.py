@@ -1,0 +1,53 @@
+"""The one module that touches what Flower does not promise to keep; `tests/contracts/test_flower.py` is its smoke test."""
+
+import logging
+import uuid
+from collections import OrderedDict
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import recorddict_to_proto
+from flwr.supercore.task_identity import TaskIdentity
+
+
+class Meter:
+    """Bytes of contents as Flower serializes them for the network; a record that many contents share is serialized once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[object, int]] = {}  # the record is kept, so that its id stays its own
+
+    def __call__(self, content: RecordDict) -> int:
+        return sum(self._size(name, record) for name, record in content.items())  # items are serialized one after the other
+
+    def _size(self, name: str, record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+        key = name, id(record)
+        if key not in self._known:
+            self._known[key] = record, recorddict_to_proto(RecordDict({name: record})).ByteSize()
+        return self._known[key][1]
+
+
+def identify_process(run_id: int) -> None:
+    """Give this process the identity of the server's task: without one Flower refuses to make messages."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, SUPERLINK_NODE_ID
+
+
+def stamp(message: Message) -> str:
+    """Give a message its id, as a SuperLink would."""
+    message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+    return message.metadata.message_id
+
+
+def copy_message(message: Message) -> Message:
+    """A message whose records can be changed without harm. The arrays themselves, which nobody changes, are shared."""
+    content = RecordDict()
+    for key, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            content[key] = ArrayRecord(OrderedDict(record))
+        else:
+            content[key] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else MetricRecord(dict(record))
+    return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload]
+
+
+def quiet() -> None:
+    """Silence Flower's own progress lines: fedtune reports, and every cause is in the reply."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)

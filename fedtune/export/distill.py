@@ -1,0 +1,323 @@
+"""A small draft model for speculative decoding, distilled from the model that it is to draft for.
+
+The draft is the model with some of its layers, trained on the model's own distribution: the Kullback-Leibler divergence KL(p || q) of every
+next token, p the model's and q the draft's probabilities (white-box: whole distributions, not samples). It is trained on given texts or on
+texts that the model writes, and (on-policy) on texts that the draft writes itself, which is where it drafts from. The figure that counts is
+the acceptance rate of speculative sampling, the expectation of sum_x min(p(x), q(x)).
+
+Sources: Zhou et al. 2023, DistillSpec, arXiv:2310.08461; Agarwal et al. 2023, GKD, arXiv:2306.13649; acceptance: Leviathan et al. 2022,
+Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, corollary 3.6.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedtune.config import ModelConfig, TaskConfig
+from fedtune.config.bounds import require
+from fedtune.contracts.seeds import derive_seed
+from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.export.huggingface import CARD, check_out, export_folder, write_tokenizer
+from fedtune.inference.engine.text import wrap
+from fedtune.inference.generate import read_card
+from fedtune.models.backbone import Backbone, load_backbone, quiet
+from fedtune.storage.parsing import parse_json
+from fedtune.storage.parsing import read_text as text_of
+
+HELD_OUT = 0.1  # share of the given texts, and at least one, that only measures
+WARMUP = 0.1  # share of the steps in which the rate rises
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How a draft is made.
+
+    Args:
+        layers: Of the draft; None takes a quarter of the model's.
+        steps: Of AdamW.
+        batch_size: Texts a step.
+        length: Longest text, in tokens.
+        lr: Peak learning rate; warm-up, then a cosine to zero.
+        on_policy: Share of the steps whose texts the draft writes itself.
+        seed: Of the texts' order and of everything sampled.
+    """
+
+    layers: int | None = None
+    steps: int = 400
+    batch_size: int = 16
+    length: int = 128
+    lr: float = 1e-3
+    on_policy: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("layers", 1), ("steps", 1), ("batch_size", 1), ("length", 8)):
+            require(name, getattr(self, name), ge=least)
+        require("on_policy", self.on_policy, ge=0, le=1)
+        require("lr", self.lr, gt=0, lt=1)
+
+
+def distill(
+    folder: Path,
+    out: Path,
+    *,
+    text: Path | None = None,
+    how: Distillation = Distillation(),  # noqa: B008 - frozen
+    trust_remote_code: bool = False,
+    tell: Callable[[int, float], None] | None = None,
+) -> dict[str, float]:
+    """Make a draft of a model and write it as a Hugging Face folder that `fedtune generate --draft` takes.
+
+    Args:
+        folder: The model, as `fedtune export` wrote it, or any causal model's Hugging Face folder.
+        out: The folder to write; made whole or not at all.
+        text: Texts to train on, one a line, or rows of JSON with `text` or with `prompt` and `response`; None lets the model write them.
+        how: The draft's size and its training.
+        trust_remote_code: Whether code in the model's folder may run.
+        tell: Called with each step's number and divergence in nats a token.
+
+    Returns:
+        `acceptance_before` and `acceptance` on held-out text (shares), `divergence` (nats a token), `parameters` of draft and model.
+
+    Raises:
+        ModelError: The model cannot be loaded, writes no text, or its adapter lies beside it.
+        DataError: The texts cannot be read or are too few.
+        ConfigError: More layers than the model has.
+    """
+    check_out(out)
+    card = read_card(folder)
+    if "peft" in card:
+        raise ModelError(f"{folder} keeps its adapter beside it: only a merged model can be drafted for")
+    model = ModelConfig(source="hub", name=str(folder), trust_remote_code=trust_remote_code)
+    teacher = load_backbone(model, TaskConfig(kind="causal_lm", max_length=2))
+    if teacher.seq2seq:
+        raise ModelError(f"{folder} reads its prompt in an encoder: only a causal model drafts")
+    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or how.length
+    how = dataclasses.replace(how, length=min(how.length, context))
+    student = fewer_layers(teacher.model, how.layers or max(1, teacher.model.config.get_text_config().num_hidden_layers // 4))
+    rows = read_texts(text, teacher.tokenizer, card.get("prompt"), how.length) if text else None
+    generator = random.Random(derive_seed(how.seed, "distil"))
+    if rows is not None:
+        generator.shuffle(rows)
+        held, rows = split(rows, text)
+        measured = [pad(held[: how.batch_size * 8], teacher.tokenizer.pad_token_id)]
+    else:
+        measured = [write(teacher.model, None, how, derive_seed(how.seed, "held out"), teacher.tokenizer)]
+    before = acceptance(teacher.model, student, measured)
+    student.train()
+    divergence = train(teacher, student, rows, how, generator, tell)
+    student.eval()
+    figures = {
+        "acceptance_before": before,
+        "acceptance": acceptance(teacher.model, student, measured),
+        "divergence": divergence,
+        "parameters": count(student),
+        "of": count(teacher.model),
+    }
+    kept = (
+        {k: card.get(k) for k in ("task", "prompt", "max_new_tokens", "base")}
+        if card
+        else {"task": "causal_lm", "prompt": None, "max_new_tokens": None}
+    )
+    kept |= {"draft_of": teacher.fingerprint, "distilled": {**figures, **dataclasses.asdict(how), "text": text.name if text else None}}
+
+    with export_folder(out) as to:
+        with quiet():
+            student.to(stored(teacher)).save_pretrained(to)
+        write_tokenizer(teacher.tokenizer, teacher.folder, to)
+        (to / CARD).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+def fewer_layers(model: Any, layers: int) -> Any:
+    """A copy with `layers` of the model's layers, evenly spread from its first to its last; everything else is the model's own.
+
+    Raises:
+        ConfigError: The model has no more layers than that.
+        ModelError: Its layers are not to be found.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    if layers >= depth:
+        raise ConfigError(f"layers={layers} makes no draft of a model of {depth} layers: take fewer")
+    stacks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if len(stacks) != 1:
+        raise ModelError(f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers, one was wanted: it cannot be drafted for")
+    kept = [round(i * (depth - 1) / max(1, layers - 1)) for i in range(layers)]
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = [types[i] for i in kept]
+    small = type(model)(config)
+    renamed = {f"{stacks[0]}.{old}.": f"{stacks[0]}.{new}." for new, old in enumerate(kept)}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(f"{stacks[0]}."):
+            tensors[name] = tensor
+        elif (own := name[: name.index(".", len(stacks[0]) + 1) + 1]) in renamed:
+            tensors[renamed[own] + name[len(own) :]] = tensor
+    small.load_state_dict(tensors)
+    return small.to(device=model.device, dtype=torch.float32)
+
+
+def train(
+    teacher: Backbone,
+    student: Any,
+    rows: list[list[int]] | None,
+    how: Distillation,
+    order: random.Random,
+    tell: Callable[[int, float], None] | None,
+) -> float:
+    """Train the draft in place; returns the mean divergence of the last tenth of the steps, in nats a token."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=how.lr, weight_decay=0.0)
+    warm = max(1, round(WARMUP * how.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / warm) * 0.5 * (1 + math.cos(math.pi * s / how.steps))
+    )
+    texts = batches(rows, how.batch_size, order) if rows else None
+    last: list[float] = []
+    for step in range(how.steps):
+        own, seed = order.random() < how.on_policy, derive_seed(how.seed, "step", step)
+        given = next(texts) if texts else None
+        if own:
+            student.eval()
+            ids, counted = write(student, given, how, seed, teacher.tokenizer)
+            student.train()
+        elif given is not None:
+            ids, counted = pad(given, teacher.tokenizer.pad_token_id)
+        else:
+            ids, counted = write(teacher.model, None, how, seed, teacher.tokenizer)
+        with torch.no_grad():
+            wanted = teacher.model(input_ids=ids, attention_mask=counted.long()).logits[:, :-1].float().log_softmax(-1)
+        found = student(input_ids=ids, attention_mask=counted.long()).logits[:, :-1].float().log_softmax(-1)
+        mask = counted[:, 1:]
+        loss = F.kl_div(found[mask], wanted[mask], log_target=True, reduction="sum") / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if not math.isfinite(value := loss.item()):
+            raise ModelError(f"the divergence is {value} at step {step + 1}: lower --lr")
+        last = [*last, value][-max(1, how.steps // 10) :]
+        if tell:
+            tell(step + 1, value)
+    return sum(last) / len(last)
+
+
+@torch.no_grad()
+def acceptance(model: Any, draft: Any, texts: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Mean over the texts' tokens of sum_x min(p(x), q(x)): how often speculative sampling at temperature 1 keeps a drafted token."""
+    total, tokens = 0.0, 0
+    for ids, counted in texts:
+        p, q = (m(input_ids=ids, attention_mask=counted.long()).logits[:, :-1].float().softmax(-1) for m in (model, draft))
+        both = torch.minimum(p, q).sum(-1)[counted[:, 1:]]
+        total, tokens = total + both.sum().item(), tokens + both.numel()
+    return total / tokens
+
+
+@torch.no_grad()
+def write(model: Any, given: list[list[int]] | None, how: Distillation, seed: int, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Texts that the model samples at temperature 1, and which of their tokens count: `(ids, mask)`, each [n, T].
+
+    Begun with a part of each given text, else with the token that texts begin with.
+    """
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if given:
+        cut = max(1, random.Random(seed).randint(1, max(1, min(len(row) for row in given) * 3 // 4)))
+        heads = [row[:cut] for row in given]
+    elif begin is None:
+        raise DataError("the tokenizer has no token that texts begin with: give texts with --text")
+    else:
+        heads = [[begin]] * how.batch_size
+    start = torch.tensor(heads, device=model.device)
+    if start.shape[1] >= how.length:
+        return start, torch.ones_like(start, dtype=torch.bool)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ids = model.generate(
+            input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=how.length - start.shape[1], do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    ended = (
+        (ids[:, start.shape[1] :] == tokenizer.eos_token_id)
+        if tokenizer.eos_token_id is not None
+        else torch.zeros_like(ids[:, start.shape[1] :])
+    )
+    after = torch.cat([torch.zeros_like(start), (ended.cumsum(1) - ended.long() > 0).long()], dim=1)
+    return ids, after == 0
+
+
+def pad(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """`(ids, mask)`, each [n, longest row]."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.bool)
+
+
+def batches(rows: list[list[int]], size: int, order: random.Random) -> Iterator[list[list[int]]]:
+    """Batches for ever, in a new order each time through."""
+    while True:
+        order.shuffle(rows := list(rows))
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def split(rows: list[list[int]], text: Path | None) -> tuple[list[list[int]], list[list[int]]]:
+    """Held-out rows, and the others."""
+    if len(rows) < 2:
+        raise DataError(f"{text} holds {len(rows)} texts: give at least two, one to train on and one to measure by")
+    held = max(1, round(HELD_OUT * len(rows)))
+    return rows[:held], rows[held:]
+
+
+def read_texts(path: Path, tokenizer: Any, template: str | None, length: int) -> list[list[int]]:
+    """Token rows of at most `length`: of each line, or of each row of JSON; a longer text gives several.
+
+    Raises:
+        DataError: The file cannot be read, or a row lacks its fields.
+    """
+    try:
+        lines = [line for line in text_of(path).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as bad:
+        raise DataError(f"cannot read {path}: {getattr(bad, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    begun = tokenizer("").input_ids
+    lead = [tokenizer.bos_token_id] if begun and begun[0] == tokenizer.bos_token_id else []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        told = _of_json(line, template, f"{path}:{number}") if path.suffix in (".jsonl", ".json") else line
+        ids = lead + tokenizer(told, add_special_tokens=False).input_ids + end
+        rows += [ids[i : i + length] for i in range(0, len(ids), length) if len(ids[i : i + length]) > 1]
+    return rows
+
+
+def _of_json(line: str, template: str | None, where: str) -> str:
+    try:
+        row = parse_json(line)
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+            return wrap(row["prompt"], template) + row["response"]
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise DataError(f"{where}: a row must be a JSON object with `text`, or with `prompt` and `response`")
+
+
+def count(model: Any) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def stored(backbone: Backbone) -> torch.dtype:
+    """The dtype that the model is kept in."""
+    return cast(torch.dtype, next(backbone.model.parameters()).dtype)

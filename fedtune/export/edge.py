@@ -1,0 +1,261 @@
+"""The edge package of a run: what the engine runs on a device, with the card that says where it comes from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.config import Config
+from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.export.calibrate import LENGTH, beyond_privacy, calibration, read_texts
+from fedtune.export.huggingface import check_out, export_folder, write_tokenizer
+from fedtune.export.measured import streamed_score
+from fedtune.export.merged import Merged, MergedTensor, read_merged
+from fedtune.export.provenance import provenance
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear, read_object
+from fedtune.inference.engine.package_writer import PackageWriter
+from fedtune.inference.engine.text import Text, read_text
+from fedtune.inference.quantize.heap import give_back
+from fedtune.inference.quantize.model import FOLDING, Recipe, quantize_model
+from fedtune.inference.quantize.perplexity import Piece, answers, engine_score, windows
+from fedtune.inference.quantize.rtn import GROUP, QuantizedLinear
+from fedtune.models.tokens import load_tokenizer
+
+__all__ = ["export_edge", "told"]
+
+_HELD = 8192  # tokens of a run's test that are measured on
+
+
+def export_edge(
+    source: Path,
+    out: Path,
+    *,
+    quantize: str | None = None,
+    method: str | None = None,
+    calibrate: Path | None = None,
+    separate: bool = False,
+    replace: bool = False,
+) -> Path:
+    """Merge an adapter into its decoder tensor by tensor, or take a whole model as it is; quantize it, and write the package.
+
+    The perplexity before and after quantizing is that of text held out from `calibrate`, else of the run's global test where it is here.
+
+    Args:
+        source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a whole model.
+        out: The folder to write; made whole or not at all.
+        quantize: int8 or int4; None keeps the checkpoint's precision.
+        method: rtn, gptq, awq or smoothquant; None is rtn.
+        calibrate: Text: a file, a folder of files, or a run, whose training rows are read.
+        separate: Keep a LoRA adapter apart, to be chosen for each request.
+        replace: Write over `out` if an export of fedtune is there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: `source` is missing, or is a run that has no adapter yet.
+        ConfigError: Settings that do not go together, or a method without the text that it needs.
+        DataError: The calibration text cannot be used.
+        ModelError: The engine does not run it, the files do not belong together, or `out` is taken.
+    """
+    source, out = Path(source), Path(out)
+    check_out(out, replace)
+    if not quantize and (method or calibrate):
+        raise ConfigError(
+            f"--{'method' if method else 'calibrate'} is of use only where weights are quantized: add --quantize int8 or int4"
+        )
+    recipe = Recipe(kind=quantize, group=GROUP if quantize == "int4" else 0, method=method or "rtn") if quantize else None  # pyright: ignore
+    if recipe and recipe.method != "rtn" and not calibrate:
+        raise ConfigError(f"--method {recipe.method} looks at what the layers read: give it text with --calibrate, or take rtn")
+    if separate and recipe and recipe.method in FOLDING:
+        raise ConfigError(
+            f"--method {recipe.method} moves scales from layer to layer, of which an adapter that lies apart knows nothing: take rtn or"
+            " gptq, or leave out --separate"
+        )
+    merged = read_merged(source, separate=separate)
+    tokenizer = load_tokenizer(merged.folder, merged.origin.model)
+    if len(tokenizer) > merged.shape.vocab:
+        raise ModelError(f"the tokenizer in {merged.folder} has {len(tokenizer)} tokens, the model only {merged.shape.vocab}")
+    with export_folder(out) as folder:
+        write_tokenizer(tokenizer, merged.folder, folder)
+        text = read_text(folder, saved=True)  # what the engine cannot read is told here, not on the device
+        seen, held = _texts(merged, text, calibrate) if recipe else ((), [])
+        card = _card(merged)
+        if calibrate and (beyond := beyond_privacy(calibrate)):
+            card["beyond_privacy"] = beyond
+        if recipe is None:
+            write_weights(folder, merged, card)
+        else:
+            before = streamed_score(merged, held, folder) if held else None
+            figures = _write_quantized(folder, merged, recipe, seen, card)
+            if before:
+                give_back()
+                after = engine_score(load_engine(folder, keep=False), held)
+                said = "calibrate" if calibrate else "the run's global test"
+                found = {"before": before.perplexity, "after": after.perplexity, "tokens": after.tokens, "text": said}
+                figures["perplexity"] = found
+            (folder / CARD).write_text(json.dumps({**card, "quantised": figures}, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def write_weights(folder: Path, merged: Merged, card: dict[str, Any]) -> None:
+    """Everything but the tokenizer, in the checkpoint's precision."""
+    writer, linears = _begin(folder, merged, None)
+    for name, tensor in merged.tensors.items():
+        writer.put(name, tensor.read(merged_dtype(merged) if name.removesuffix(".weight") in linears else _plain(merged, name, None)))
+    _finish(writer, merged, card, None)
+
+
+def _write_quantized(folder: Path, merged: Merged, recipe: Recipe, seen: Sequence[Tensor], card: dict[str, Any]) -> dict[str, Any]:
+    """Likewise, quantized; returns what the card says of it."""
+    writer, _ = _begin(folder, merged, recipe)
+    errors = dict[str, float]()
+    table = "model.embed_tokens.weight"
+    writer.put(table, merged.tensors[table].read(_plain(merged, table, recipe)))
+
+    def read(name: str, first: int, last: int) -> Tensor:
+        return merged.tensors[name].rows(first, last, torch.float32)
+
+    for name, made in quantize_model(merged.shape, read, recipe, seen, merged.virtual, folder):
+        if isinstance(made, QuantizedLinear):
+            errors[name.removesuffix(".weight")] = made.error
+            writer.put_linear(name.removesuffix(".weight"), made.tensors)
+        else:
+            writer.put(name, made)
+    _finish(writer, merged, card, recipe)
+    worst = max(errors, key=lambda n: errors[n])
+    mean = sum(errors.values()) / len(errors)
+    return {"kind": recipe.kind, "method": recipe.method, "group": recipe.group, "weights_mean": mean, "weights_max": errors[worst],
+            "worst": worst}  # fmt: skip
+
+
+def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe: Recipe | None) -> None:
+    for name, virtual in merged.virtual.items():
+        writer.put(name, virtual)
+    if merged.apart:
+        writer.put_adapter(_adapter_name(merged), merged.apart, merged.fingerprint)
+    writer.close(_config(merged, recipe), card)
+
+
+def _texts(merged: Merged, text: Text, calibrate: Path | None) -> tuple[Sequence[Tensor], list[Piece]]:
+    """Sequences to calibrate with, and what to measure on: none where there is none."""
+    seed = merged.origin.config.seed if merged.origin.config else 0
+    if calibrate:
+        made = calibration(read_texts(calibrate), text.encode, length=min(LENGTH, _window(merged)), seed=seed)
+        return made.sequences, list(windows(made.held, _window(merged)))
+    return (), _of_test(merged.origin.config, text, _window(merged)) if merged.origin.config else []
+
+
+def _of_test(config: Config, text: Text, window: int) -> list[Piece]:
+    """The rows of a run's global test, of which an answer is scored behind its prompt; none where its data are not here."""
+    from fedtune.data.federation import load_test  # late: it loads the data libraries
+
+    try:
+        rows = load_test(config).test
+    except (ConfigError, DataError):
+        return []
+    end = sorted(text.ends)[:1]  # of each row, as in training
+    if "prompt" in rows.column_names:
+        pairs = ((p, a) for p, a in zip(rows["prompt"][:], rows["answer"][:], strict=True) if p and a)
+        return answers(((text.encode(p), [*text.encode(a, begin=False), *end]) for p, a in pairs), _HELD, window)
+    ids: list[int] = []
+    for row in rows["text"][:] if "text" in rows.column_names else ():
+        ids += [*text.encode(row), *end] if row.strip() else []
+        if len(ids) >= _HELD:
+            break
+    return list(windows(torch.tensor(ids[:_HELD]), window)) if len(ids) > 1 else []
+
+
+def _window(merged: Merged) -> int:
+    """Tokens that the model sees at once when it is measured."""
+    held = sum(t.shape[1] if t.dim() == 4 else t.shape[0] for n, t in merged.virtual.items() if n != "prefix.v")
+    return max(min(2 * LENGTH, merged.shape.context - held), 2)
+
+
+def merged_dtype(merged: Merged) -> torch.dtype:
+    """What the engine keeps such a checkpoint's matrices in: it knows no float16, and rounds that to bfloat16."""
+    return torch.float32 if merged.dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def told(out: Path) -> str:
+    """What there is to know of a package beside its path, in a sentence each; "" where there is nothing."""
+    card, sentences = read_object(out / CARD), []
+    sentences += [card[key] for key in ("note", "whole", "beyond_privacy") if card.get(key)]
+    if card.get("from_float16"):
+        sentences.append("the checkpoint is float16, which the engine does not run: the package has bfloat16, three bits less")
+    if apart := sorted(f.stem for f in (out / "adapters").glob("*.safetensors")):
+        sentences.append(f"the adapter lies apart, and the model answers untuned without it: ask with --adapter {apart[0]}")
+    if f := card.get("quantised"):
+        sentences.append(
+            f"quantized to {f['kind']} by {f['method']}: the weights are off by {f['weights_mean']:.1%} in the mean and"
+            f" {f['weights_max']:.1%} at most ('{f['worst']}')"
+        )
+        if p := f.get("perplexity"):
+            sentences.append(f"perplexity on {p['tokens']} held-out tokens: {p['before']:.4g} before, {p['after']:.4g} after")
+        else:
+            sentences.append("there is no test data here to measure a perplexity on: give text with --calibrate")
+    return "; ".join(sentences)
+
+
+def _begin(folder: Path, merged: Merged, recipe: Recipe | None) -> tuple[PackageWriter, dict[str, StoredLinear]]:
+    tensors = _tensors(merged, recipe)
+    linears = {n.removesuffix(".weight"): _how(n, t, merged, recipe) for n, t in tensors.items() if is_linear(n)}
+    specs = {n: (_plain(merged, n, recipe), t.shape) for n, t in tensors.items() if not is_linear(n)}
+    specs |= {n: (torch.float32, tuple(t.shape)) for n, t in merged.virtual.items()}
+    return PackageWriter(folder, specs, linears), linears
+
+
+def _tensors(merged: Merged, recipe: Recipe | None) -> Mapping[str, MergedTensor]:
+    """The package's: where the head is the embedding table, a quantized package has a quantized copy of it, which every token needs whole;
+    of the table itself, which stays on the disk, a token needs one row."""
+    if recipe and merged.shape.tied:
+        return {**merged.tensors, "lm_head.weight": merged.tensors["model.embed_tokens.weight"]}
+    return merged.tensors
+
+
+def _how(name: str, tensor: MergedTensor, merged: Merged, recipe: Recipe | None) -> StoredLinear:
+    rows, columns = tensor.shape
+    kind: Kind = "fp32" if merged_dtype(merged) == torch.float32 else "bf16"
+    if recipe is None:
+        return StoredLinear(kind=kind, group=0, shape=(rows, columns))
+    own = recipe.of_head if name == "lm_head.weight" else recipe
+    return StoredLinear(kind=own.kind, group=own.group, shape=(rows, columns))
+
+
+def _plain(merged: Merged, name: str, recipe: Recipe | None) -> torch.dtype:
+    """The dtype of what is no linear: norms and biases float32, the embedding table bfloat16 but in a float32 package."""
+    if len(merged.tensors[name].shape) != 2:
+        return torch.float32
+    return torch.bfloat16 if recipe else merged_dtype(merged)
+
+
+def _config(merged: Merged, recipe: Recipe | None) -> dict[str, Any]:
+    """The backbone's config.json, as far as it speaks of the weights, made to speak of the package's."""
+    passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
+    config = {k: v for k, v in merged.config.items() if k not in passing}
+    config["dtype"] = "float32" if _plain(merged, "model.embed_tokens.weight", recipe) == torch.float32 else "bfloat16"
+    config["tie_word_embeddings"] = merged.shape.tied and recipe is None
+    config["architectures"] = merged.config.get("architectures") or [f"{merged.shape.family.capitalize()}ForCausalLM"]
+    return config
+
+
+def _card(merged: Merged) -> dict[str, Any]:
+    card = {**merged.origin.card, "base": merged.fingerprint, **provenance(merged.origin)}
+    if merged.origin.adapter.over:
+        card["merged_into"] = dict(merged.origin.adapter.over)
+    if merged.whole:
+        card["whole"] = merged.whole
+    if merged.dtype == torch.float16:
+        card["from_float16"] = True
+    if merged.virtual:
+        card["virtual_tokens"] = next(t.shape[-3] if t.dim() == 4 else t.shape[0] for t in merged.virtual.values())
+    return card
+
+
+def _adapter_name(merged: Merged) -> str:
+    name = merged.origin.config.name if merged.origin.config else merged.origin.source.resolve().name
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".") or "adapter"

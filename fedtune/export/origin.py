@@ -1,0 +1,177 @@
+"""What an export begins with: a run, a client's folder in it, an adapter folder, or a model that is whole already."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Config, ModelConfig, TaskConfig, template_text
+from fedtune.config.stored import read_config
+from fedtune.contracts.task import adapter_tasks, task_of
+from fedtune.data.columns import DEMO_PROMPT
+from fedtune.errors import CheckpointError, ModelError
+from fedtune.export.personal import client_of, complete, global_note
+from fedtune.export.whole_model import is_whole, read_whole
+from fedtune.models.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
+from fedtune.models.checkpoint import NANO, fingerprint
+from fedtune.storage.parsing import parse_json, read_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What an export begins with.
+
+    Args:
+        source: The run directory, the adapter folder, or a model that is whole already.
+        config: The run's; None for a bare adapter folder or model.
+        adapter: What was trained; of a whole model nothing.
+        labels: Names of a classifier's classes.
+        task: The run's, or the one that the adapter says.
+        model: The backbone, in float32 on the CPU.
+        settings: Of `load_backbone`.
+        whole: A whole model's own card, {} where it has none; None of anything else.
+        run: The run directory; None of a bare adapter folder or model.
+        client: Whose personal model it is; None of the global one.
+        note: What a global adapter is not; "" where it is all that was trained.
+    """
+
+    source: Path
+    config: Config | None
+    adapter: StoredAdapter
+    labels: list[str]
+    task: TaskConfig
+    model: ModelConfig
+    settings: dict[str, Any]
+    whole: dict[str, Any] | None = None
+    run: Path | None = None
+    client: str | None = None
+    note: str = ""
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Task, prompt template and longest answer, as whoever runs the model must know them."""
+        if self.whole is not None:
+            own = self.whole or {"task": self.task.kind, "prompt": None, "max_new_tokens": None}
+            return {name: own[name] for name in ("task", "prompt", "max_new_tokens")}
+        longest = self.task.max_new_tokens if self.config and task_of(self.task).prompted else None
+        about = {"client": self.client, "note": self.note or None}
+        card = {"task": self.task.kind, "prompt": prompt_template(self.config), "max_new_tokens": longest}
+        return {**card, **{name: value for name, value in about.items() if value is not None}}
+
+
+def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
+    """Read a run directory, a client's folder in it, an adapter folder, or a model that is whole already; no weights of a backbone are
+    opened.
+
+    Args:
+        source: The folder.
+        trust_remote_code: Whether code in the backbone's folder may run; nothing in `source` allows it.
+
+    Raises:
+        CheckpointError: `source` is missing, is a run that has no adapter yet, or is of a client that keeps nothing.
+        ModelError: The adapter cannot be used, or as `read_whole`.
+    """
+    whole, run, client, note = None, None, None, ""
+    if is_whole(source):
+        (adapter, whole), config, labels = read_whole(source), None, []
+    else:
+        run, client = client_of(source) or (_run_of(source), None)
+        config, adapter, labels = _read(run or source)
+        if run and client is not None:
+            adapter = complete(adapter, run, client)
+        else:
+            note = global_note(run, adapter.state)
+    task = config.task if config else _task(adapter, source)
+    if config and config.peft.init == "loftq" and not adapter.over:
+        raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
+    model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
+    model.trust_remote_code = trust_remote_code
+    return Origin(
+        source=source,
+        config=config,
+        adapter=adapter,
+        labels=labels,
+        task=task,
+        model=model,
+        settings=settings,
+        whole=whole,
+        run=run,
+        client=client,
+        note=note,
+    )
+
+
+def check_base(origin: Origin, fingerprint: str, name: str) -> None:
+    """Raises ModelError where the adapter belongs to another backbone than the one with this fingerprint."""
+    mark = origin.adapter.state.spec.base
+    if mark and mark != fingerprint:
+        raise ModelError(
+            f"the adapter in {origin.source} belongs to the backbone {mark}, but {name} is {fingerprint}:"
+            " give it the checkpoint that it was trained on"
+        )
+
+
+def prompt_template(config: Config | None) -> str | None:
+    """The run's prompt template, None where prompts come as they are."""
+    if config is None or not task_of(config.task).prompted:
+        return None
+    if config.data.prompt is not None:
+        return template_text(config.data.prompt)
+    if "{" in (column := config.data.columns.get("prompt", "")):
+        return template_text(column)
+    if config.data.source != "demo":
+        return None
+    return DEMO_PROMPT
+
+
+def _run_of(source: Path) -> Path | None:
+    """The run directory that `source` is or lies in; None of a bare adapter folder."""
+    if source.name == "adapter" and (source.parent / "config.yaml").is_file():
+        return source.parent  # the run knows more than its adapter: the prompt template, the labels' names
+    return source if (source / "config.yaml").is_file() else None
+
+
+def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
+    """The run's config (None: a bare adapter folder), the adapter, and the names of a classifier's labels."""
+    if not source.is_dir():
+        raise CheckpointError(f"there is no folder {source}: give a run directory, a PEFT adapter folder or a model")
+    if not (source / "config.yaml").is_file():
+        return None, read_adapter(source), []
+    if not any((source / "adapter" / name).is_file() for name in (OWN, "adapter_config.json")):
+        raise CheckpointError(f"{source} has no adapter/ yet: the run has not ended, go on with resume={source}")
+    return read_config(source), read_adapter(source / "adapter"), _labels(source / "partition.json")
+
+
+def _labels(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    try:
+        return [str(label) for label in parse_json(read_text(path))["labels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"cannot read {path}: it must be the summary that the run wrote") from None
+
+
+def _task(adapter: StoredAdapter, source: Path) -> TaskConfig:
+    kinds = adapter_tasks()
+    if adapter.task_type not in kinds:
+        raise ModelError(f"{source}: task_type={adapter.task_type or 'unknown'} cannot be exported: {', '.join(kinds)} can")
+    return TaskConfig(kind=kinds[adapter.task_type], max_length=2)
+
+
+def _model_config(config: Config | None, adapter: StoredAdapter, source: Path) -> ModelConfig:
+    """The backbone in float32, on the CPU."""
+    if config:
+        return dataclasses.replace(config.model, precision="fp32", device="cpu")
+    # An adapter of the embedded backbone names the folder of the machine that trained it
+    if adapter.state.spec.base and (NANO / "config.json").is_file() and adapter.state.spec.base == fingerprint(NANO):
+        return ModelConfig(source="nano", device="cpu")
+    if not adapter.base:
+        raise ModelError(f"{source} does not name its backbone: set base_model_name_or_path in its adapter_config.json")
+    return ModelConfig(source="hub", name=adapter.base, device="cpu")
+
+
+def _settings(config: Config | None, adapter: StoredAdapter, task: TaskConfig) -> dict[str, Any]:
+    # The last matrix of a head has a row for each class
+    tensors = {**adapter.state.tensors, **adapter.heads}
+    classes = [t.shape[0] for n, t in tensors.items() if t.ndim == 2 and n.endswith("weight")]
+    return {"num_labels": classes[-1] if classes and task_of(task).head else 0, "seed": config.seed if config else 0}

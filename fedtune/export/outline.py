@@ -1,0 +1,155 @@
+"""A backbone of any architecture without its weights, and where each of them lies; its merged copy, written tensor by tensor.
+
+Names, ties and renamings are transformers' own affair: the model is loaded from tensors on the meta device, one for each of the
+checkpoint's, and which one a parameter was made of shows in the storage that they share. It is saved with a number in place of each
+tensor, which says under which name a parameter is kept.
+"""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedtune.config import ModelConfig, TaskConfig
+from fedtune.contracts.task import task_of
+from fedtune.export.merged_tensor import DTYPES, MergedTensor
+from fedtune.inference.engine.package_writer import TensorFile
+from fedtune.models.backbone import Backbone, draw, head_names, initializer_range, load_backbone, quiet
+from fedtune.models.checkpoint import StoredTensor, find_folder, stored_tensors
+from fedtune.models.edits import edits_of
+from fedtune.models.merge import linear, transposed_weights
+
+if TYPE_CHECKING:
+    from fedtune.contracts.adapter_state import AdapterState
+
+__all__ = ["Outline", "merged_tensors", "read_outline", "write_merged"]
+
+_SHARD = "50GB"  # transformers' own largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """A pretrained backbone on the meta device.
+
+    Args:
+        backbone: Its model has no weights.
+        kept: Parameter → where the checkpoint has it, or what was drawn for a head that it lacks; tied ones once, under their first name.
+        odd: Why the weights cannot be read one by one; "" where they can.
+    """
+
+    backbone: Backbone
+    kept: Mapping[str, StoredTensor | Tensor]
+    odd: str
+
+
+def read_outline(model: ModelConfig, task: TaskConfig, *, num_labels: int, seed: int) -> Outline:
+    """Raises ModelError as `load_backbone`."""
+    stored = {t.name: t for t in stored_tensors(find_folder(model))}
+    stand_ins = {n: torch.empty(t.shape, dtype=torch.float32, device="meta") for n, t in stored.items()}
+    backbone = load_backbone(model, task, num_labels=num_labels, seed=seed, outline=stand_ins)
+    made_of = {_storage(t): (t, stored[n]) for n, t in stand_ins.items()}
+    bare, kept, lost = backbone.model, dict[str, StoredTensor | Tensor](), list[str]()
+
+    def find(parameter: Tensor) -> StoredTensor | None:
+        stand_in, own = made_of.get(_storage(parameter), (None, None))
+        # a storage is shared by what was cut out of a tensor or turned around, too
+        return own if stand_in is not None and (stand_in.shape, stand_in.stride()) == (parameter.shape, parameter.stride()) else None
+
+    for name, other in getattr(bare, "all_tied_weights_keys", {}).items():
+        one, two = find(bare.get_parameter(name)), find(bare.get_parameter(other))
+        if one and two and one != two and _same(one, two):  # kept twice: transformers compares them, which it cannot here
+            module, _, own = name.rpartition(".")
+            setattr(bare.get_submodule(module), own, bare.get_parameter(other))
+    parameters = dict(bare.named_parameters())
+    for name, parameter in parameters.items():
+        if (own := find(parameter)) is None:
+            lost.append(name)
+        else:
+            kept[name] = own
+    heads = head_names(bare) if task_of(task).head else []
+    fresh = {n.split(".")[0] for n in lost}.intersection(heads)  # all of a head is drawn, or nothing of it
+    for name, parameter in parameters.items():
+        if name.split(".")[0] in fresh:
+            kept[name] = draw(name, tuple(parameter.shape), initializer_range(bare.config), seed)
+    odd = [n for n in parameters if n not in kept or not _plain(kept[n])]
+    odd += [n for n in bare.state_dict() if n not in dict(bare.named_parameters(remove_duplicate=False))]
+    why = f"the checkpoint keeps '{odd[0]}' in another form than the model" if odd else ""
+    return Outline(backbone=backbone, kept=kept, odd=why)
+
+
+def merged_tensors(outline: Outline, states: "Collection[AdapterState]", heads: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
+    """Parameter → its merged values, in the order of the model; the arguments are those of `edits_of`.
+
+    Raises:
+        ModelError: As `edits_of`.
+    """
+    model = outline.backbone.model
+    modules, parameters, turned = dict(model.named_modules()), dict(model.named_parameters()), transposed_weights(model)
+    sizes = {n: tuple(p.shape) for n, p in parameters.items()}
+    edits = edits_of(states, heads, sizes, turned, lambda module: linear(modules, module))
+    return {n: MergedTensor(outline.kept[n], edits.get(n, ()), n in turned) for n in parameters}
+
+
+def write_merged(model: PreTrainedModel, tensors: Mapping[str, MergedTensor], dtype: torch.dtype, folder: Path) -> None:
+    """What `save_pretrained` would write, a tensor at a time.
+
+    Args:
+        model: On the meta device; spoilt afterward.
+        tensors: Its parameters.
+        dtype: What they are kept in.
+        folder: Exists.
+    """
+    numbers = {p: nn.Parameter(_numbered(i, dtype), requires_grad=False) for i, (_, p) in enumerate(model.named_parameters())}
+    for module in model.modules():
+        for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, own, numbers[parameter])
+    with quiet():
+        model.save_pretrained(folder)
+    said, order = load_file(folder / "model.safetensors"), list(tensors)
+    (folder / "model.safetensors").unlink()
+    kept = {name: tensors[order[_number(tensor)]] for name, tensor in said.items()}
+    split = split_torch_state_dict_into_shards(
+        {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in kept.items()}, max_shard_size=_SHARD
+    )
+    for name, mine in split.filename_to_tensors.items():
+        file = TensorFile(folder / name, {n: (dtype, kept[n].shape) for n in mine})
+        for n in mine:
+            file.put(n, kept[n].read(dtype))
+        file.close()
+    if split.is_sharded:
+        total = {"total_parameters": sum(math.prod(t.shape) for t in tensors.values()), **split.metadata}
+        index = {"metadata": total, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _numbered(i: int, dtype: torch.dtype) -> Tensor:
+    """A number in digits that every dtype holds exactly."""
+    return torch.tensor([i >> shift & 255 for shift in (16, 8, 0)], dtype=dtype)
+
+
+def _number(tensor: Tensor) -> int:
+    return sum(int(digit) << shift for digit, shift in zip(tensor.tolist(), (16, 8, 0), strict=True))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _plain(kept: StoredTensor | Tensor) -> bool:
+    return isinstance(kept, Tensor) or (kept.dtype in DTYPES and 0 not in kept.shape and len(kept.shape) > 0)
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape or not (_plain(one) and _plain(other)):
+        return False
+    a, b, step = MergedTensor(one), MergedTensor(other), max((1 << 19) // one.shape[-1], 1)
+    parts = ((i, min(i + step, one.shape[0])) for i in range(0, one.shape[0], step))
+    return all(torch.equal(a.rows(*part, torch.float32), b.rows(*part, torch.float32)) for part in parts)

@@ -1,0 +1,73 @@
+"""A client's personal model of a run whose clients keep tensors of their own, and what to say of the run's global adapter beside it."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.errors import CheckpointError, ModelError
+from fedtune.models.adapter_folder import StoredAdapter
+from fedtune.models.methods import method
+
+if TYPE_CHECKING:
+    from fedtune.contracts.adapter_state import AdapterState
+
+__all__ = ["client_of", "complete", "global_note"]
+
+
+def client_of(source: Path) -> tuple[Path, str] | None:
+    """The run directory and the client's id where `source` is RUN/clients/ID; None of any other folder."""
+    from fedtune.clients.store import client_id  # late: it loads Flower
+
+    source = source.resolve()
+    run = source.parent.parent
+    if source.parent.name != "clients" or not (run / "config.yaml").is_file():
+        return None
+    return run, client_id(source)
+
+
+def complete(adapter: StoredAdapter, run: Path, client: str) -> StoredAdapter:
+    """The global adapter with the tensors that the client kept in its last turn up to the adapter's round.
+
+    Raises:
+        CheckpointError: The client kept nothing, or its file is damaged.
+        ModelError: What it kept is not part of this adapter.
+    """
+    from fedtune.clients.store import ClientStore
+
+    state, store = adapter.state, ClientStore(run / "clients", 1)
+    kept = store.read(client, state.spec.version + 1)
+    if kept is None:
+        raise CheckpointError(
+            f"client {client} keeps no tensors in {run / 'clients'} up to round {state.spec.version}: it took no turn that trained a model"
+            f" of its own; export the run itself, {run}"
+        )
+    for name, tensor in kept.tensors.items():
+        if name not in state.tensors or state[name].shape != tensor.shape:
+            raise ModelError(f"client {client} keeps '{name}' {tuple(tensor.shape)}, which the adapter of {run} does not have")
+    return dataclasses.replace(adapter, state=state.replace({**state.tensors, **kept.tensors}))
+
+
+def global_note(run: Path | None, state: "AdapterState") -> str:
+    """What the global adapter is not, in a sentence; "" where it is the whole of what was trained.
+
+    Args:
+        run: The run directory; None for a bare adapter folder.
+        state: The adapter.
+    """
+    from fedtune.clients.store import ClientStore
+
+    idle = method(state.spec.method).idle(state)
+    some = ClientStore(run / "clients", 1).clients() if run else []
+    if some and run:
+        example = ClientStore(run / "clients", 1).folder_of(some[0])
+        what = "the untouched backbone" if idle else "the part that all clients share"
+        return (
+            f"each of {len(some)} clients keeps tensors of its own, and this model has none of them: it is {what}; export a client's"
+            f" personal model with `fedtune export {example}`"
+        )
+    if idle:
+        return (
+            "the adapter changes no weight, so the model is the untouched backbone: nothing was trained, or the strategy leaves what was"
+            " trained with the clients"
+        )
+    return ""

@@ -1,0 +1,172 @@
+"""Round to the nearest point of a grid: the number formats that the engine's linears read, and the plainest way to get there.
+
+    int4   w ~ (q - 8) * scale + zero    q in 0..15, scale and zero for each row and group of columns: torch's `_weight_int4pack_mm_for_cpu`
+    int8   w ~ q * scale                 q in -127..127, scale for each row (a8w8)
+
+The last group of a row may be shorter than the others: 172 columns in groups of 32 are five groups and one of 12.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ModelError
+
+__all__ = [
+    "GROUP",
+    "Grid",
+    "Kind",
+    "QuantizedLinear",
+    "dequantize",
+    "fit_grid",
+    "pack_int4",
+    "quantize_rtn",
+    "relative_error",
+    "unpack_int4",
+]
+
+Kind = Literal["int4", "int8"]
+GROUP = 32  # the finest that the int4 kernel takes
+_STRETCH = 1 << 17  # weights that are unpacked at once
+INT4_GROUPS = (32, 64, 128, 256)  # all that it takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The points that a weight [N, K] may take, one uniform row of them for each group of columns.
+
+    scale [N, G], zero [N, G] (float32; int4's are bfloat16 numbers, as the kernel reads them), G = ceil(K / group)
+    """
+
+    kind: Kind
+    group: int  # columns; K where a row is one group
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest q, before the 8 that int4 adds."""
+        return (-8, 7) if self.kind == "int4" else (-127, 127)
+
+    def codes(self, weight: Tensor, first: int = 0) -> Tensor:
+        """The nearest codes of columns `first`.. of the weight, [N, k] -> [N, k] float32, within `bounds`."""
+        scale, zero = self._of(first, weight.shape[1])
+        return torch.clamp(torch.round((weight - zero) / scale), *self.bounds)
+
+    def values(self, codes: Tensor, first: int = 0) -> Tensor:
+        """What the codes stand for, [N, k] -> [N, k] float32."""
+        scale, zero = self._of(first, codes.shape[1])
+        return codes * scale + zero
+
+    def _of(self, first: int, n: int) -> tuple[Tensor, Tensor]:
+        at = torch.arange(first, first + n) // self.group
+        return self.scale[:, at], self.zero[:, at]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedLinear:
+    """A linear's weight in the portable form that packages hold.
+
+    Attributes:
+        kind, group: As in `Grid`; int8's group is 0, a whole row.
+        tensors: int4: `packed` uint8 [N, ceil(K / 2)], the even column in the low nibble; `scale`, `zero` bfloat16 [N, ceil(K / group)].
+            int8: `packed` int8 [N, K]; `scale` float32 [N].
+        columns: K.
+        error: ‖Q(W) − W‖ / ‖W‖ (Frobenius).
+        output_error: ‖X Q(W)ᵀ − X Wᵀ‖ / ‖X Wᵀ‖ over the calibration text's inputs X; None without them.
+    """
+
+    kind: Kind
+    group: int
+    tensors: dict[str, Tensor]
+    columns: int
+    error: float
+    output_error: float | None = None
+
+
+def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
+    """The grid that spans each group's least and greatest weight (int4), or its greatest magnitude (int8).
+
+    Args:
+        weight: [N, K] float32, finite.
+        group: Columns; of int8 0: a row is one group.
+
+    Raises:
+        ModelError: The kernel takes no such group, or the weight is not finite.
+    """
+    if kind == "int4" and group not in INT4_GROUPS:
+        raise ModelError(f"int4 takes groups of {', '.join(map(str, INT4_GROUPS))} columns, not {group}")
+    if kind == "int8" and group:
+        raise ModelError(f"int8 has one scale a row, which is group 0, and not one for {group} columns")
+    if not torch.isfinite(weight).all():
+        raise ModelError(f"a weight {tuple(weight.shape)} holds numbers that are not finite: train or merge the model again")
+    group = group or weight.shape[1]
+    short = -weight.shape[1] % group
+    if short:  # repeat the last column: it changes no extreme
+        weight = torch.cat([weight, weight[:, -1:].expand(-1, short)], 1)
+    grouped = weight.float().unflatten(1, (-1, group))
+    if kind == "int8":
+        scale = grouped.abs().amax(2) / 127
+        return Grid(kind=kind, group=group, scale=torch.where(scale > 0, scale, 1.0), zero=torch.zeros_like(scale))
+    low, high = grouped.amin(2), grouped.amax(2)
+    step = ((high - low) / 15).bfloat16().float()  # rounded before the codes are chosen, which then make up for it
+    zero = ((low + high) / 2 + step / 2).bfloat16().float()  # codes -8..7: the middle of the range lies half a step below
+    return Grid(kind=kind, group=group, scale=torch.where(step > 0, step, 1.0), zero=zero)  # a constant group needs no steps
+
+
+def quantize_rtn(weight: Tensor, kind: Kind, group: int = GROUP) -> tuple[Grid, Tensor]:
+    """Grid and codes [N, K] of the weight, each number rounded by itself; raises as `fit_grid`."""
+    grid = fit_grid(weight, kind, group)
+    return grid, grid.codes(weight.float())
+
+
+def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None = None) -> QuantizedLinear:
+    """The portable form of a weight [N, K] and its codes [N, K]."""
+    if grid.kind == "int4":
+        tensors = {"packed": pack_int4(codes + 8), "scale": grid.scale.bfloat16(), "zero": grid.zero.bfloat16()}
+    else:
+        tensors = {"packed": codes.to(torch.int8), "scale": grid.scale[:, 0].clone()}
+    return QuantizedLinear(
+        kind=grid.kind,
+        group=grid.group if grid.kind == "int4" else 0,
+        tensors=tensors,
+        columns=codes.shape[1],
+        error=relative_error(grid.values(codes), weight),
+        output_error=output_error,
+    )
+
+
+def dequantize(linear: QuantizedLinear) -> Tensor:
+    """The weight that a portable form stands for, [N, K] float32."""
+    packed, columns = linear.tensors["packed"], linear.columns
+    out = torch.empty(len(packed), columns)
+    for first in range(0, len(packed), step := max(_STRETCH // columns, 1)):
+        part = {name: tensor[first : first + step] for name, tensor in linear.tensors.items()}
+        scale = part["scale"].float()
+        if linear.kind == "int8":
+            torch.mul(part["packed"], scale[:, None], out=out[first : first + step])
+        else:
+            grid = Grid(kind="int4", group=linear.group, scale=scale, zero=part["zero"].float())
+            out[first : first + step] = grid.values(unpack_int4(part["packed"], columns).float() - 8)
+    return out
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Numbers 0..15 [N, K] -> uint8 [N, ceil(K / 2)], the even column in the low nibble; a missing last one is 0."""
+    codes = codes.to(torch.uint8)
+    if codes.shape[1] % 2:
+        codes = torch.cat([codes, codes.new_zeros(codes.shape[0], 1)], 1)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """uint8 [N, ceil(columns / 2)] -> numbers 0..15 [N, columns] uint8."""
+    return torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :columns]
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖ (Frobenius); 0 where nothing was wanted and nothing found."""
+    size, off = float(wanted.float().norm()), float((found.float() - wanted.float()).norm())
+    return off / size if size else off

@@ -1,0 +1,177 @@
+"""Read an adapter from its folder: fedtune's own tensors where they are there, else plain LoRA as PEFT writes it, without PEFT."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.storage.parsing import parse_json, read_text
+from fedtune.storage.reading import read_fields
+
+if TYPE_CHECKING:
+    from fedtune.contracts.adapter_state import AdapterState
+
+OWN = "fedtune.safetensors"
+BESIDE = "adapter"  # folder, beside an exported backbone, of an adapter that no weights can express
+OVER = "quantised.json"  # says which quantized weights the adapter counts on
+_PREFIX = "base_model.model."
+# Settings that change what a merge has to compute; only these values are plain LoRA
+_PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """What an adapter folder holds.
+
+    Args:
+        state: Everything trained, by canonical name; its base is "" where fedtune did not write the folder.
+        shifts: What was merged into the frozen weights besides, in the order of the rounds.
+        heads: Of PEFT's: parameter of the backbone → what replaces it, such as `score.weight`. fedtune's own heads are in the state.
+        base: Name or folder of the backbone; "" where the adapter does not say.
+        task_type: PEFT's, such as CAUSAL_LM; "" where the adapter does not say.
+        over: `precision` and `compute` of the quantized weights that it counts on (peft.init=loftq); empty where it is for any.
+    """
+
+    state: "AdapterState"
+    shifts: "tuple[AdapterState, ...]" = ()
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    base: str = ""
+    task_type: str = ""
+    over: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read `fedtune.safetensors` with its `shift-*.safetensors`, or `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        ModelError: A file is missing, damaged or pickled, or the adapter is of PEFT's and no plain LoRA.
+        CheckpointError: A file of fedtune's is damaged.
+    """
+    from fedtune.contracts.adapter_state import AdapterState  # late: it loads Flower, which a merged model does not need
+
+    if not (folder / OWN).is_file():
+        return _read_peft(folder)
+    said = _json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
+    shifts = (AdapterState.load(p) for p in folder.glob("shift-*.safetensors"))
+    return StoredAdapter(
+        state=AdapterState.load(folder / OWN),
+        shifts=tuple(sorted(shifts, key=lambda s: s.spec.version)),
+        base=_text(said.get("base_model_name_or_path")),
+        task_type=_text(said.get("task_type")),
+        over=_over(folder),
+    )
+
+
+def _read_peft(folder: Path) -> StoredAdapter:
+    from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+
+    config = _config(folder)
+    tensors = _tensors(folder)
+    state: dict[str, Tensor] = {}
+    ranks, scaling = {}, {}
+    for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        other = tensors.pop(f"{module}.lora_B.weight", None)
+        a = tensors.pop(name)
+        if other is None or a.ndim != 2 or other.ndim != 2 or other.shape[1] != a.shape[0]:
+            raise ModelError(f"{folder}: the factors A and B of '{module}' do not fit each other: the adapter is damaged")
+        state[f"{module}.lora_A"], state[f"{module}.lora_B"] = a, other
+        ranks[module], scaling[module] = len(a), _scaling(config, module)
+    if odd := [n for n in tensors if ".lora_" in n]:
+        raise ModelError(f"{folder}: '{odd[0]}' is not part of a plain LoRA on linear layers, the only kind that can be merged")
+    if not state:
+        raise ModelError(f"{folder}: {folder / 'adapter_model.safetensors'} holds no LoRA factors")
+    return StoredAdapter(
+        state=AdapterState(state, AdapterSpec(method="lora", ranks=ranks, scaling=scaling)),
+        heads=tensors,
+        base=_text(config.get("base_model_name_or_path")),
+        task_type=_text(config.get("task_type")),
+        over=_over(folder),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Over:
+    """The quantized weights that an adapter was trained over."""
+
+    precision: Literal["nf4", "int8"]
+    compute: Literal["bf16", "fp32"]
+
+
+def _over(folder: Path) -> dict[str, str]:
+    if not (folder / OVER).is_file():
+        return {}
+    try:
+        return read_fields(_Over, _json(folder / OVER), ValueError, "file", others=True)
+    except ValueError as bad:
+        raise ModelError(
+            f"{folder / OVER} cannot be read: {bad}; it must say the precision and the compute of the adapter's backbone"
+        ) from None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(read_text(path))
+    except (ValueError, OSError):
+        found = None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} cannot be read: it must be the JSON of a PEFT adapter")
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is neither a run directory (config.yaml) nor a PEFT adapter (adapter_config.json)")
+    try:
+        config = parse_json(read_text(path))
+        kind = config["peft_type"]
+        patterns = {**(config.get("alpha_pattern") or {}), **(config.get("rank_pattern") or {})}
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        numbers = [*ranks, config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+        good = all(type(v) in (int, float) and math.isfinite(v) for v in numbers) and all(r > 0 for r in ranks)
+        for name in patterns:  # PEFT reads them as regular expressions
+            re.compile(name)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError, re.error):
+        good, kind, config = False, "", {}
+    if kind and kind != "LORA":
+        raise ModelError(f"{folder} is a PEFT adapter of the kind {kind}: only LORA can be merged")
+    if not good:
+        raise ModelError(f"{path} cannot be read: it must be the JSON of a PEFT LoRA adapter")
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain) not in (plain, None, {}, []):
+            raise ModelError(f"{folder}: {key}={config[key]} is not plain LoRA, the only kind that can be merged")
+    return config
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise ModelError(f"{folder} has only a pickled adapter_model.bin, which can run code when opened: save it as safetensors first")
+        raise ModelError(f"{folder} has no adapter_model.safetensors")
+    try:
+        with safe_open(path, "pt") as f:
+            return {n.removeprefix(_PREFIX): f.get_tensor(n).float() for n in f.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as bad:
+        raise ModelError(f"{path} cannot be read ({str(bad)[:80]}): it is damaged or truncated") from None
+
+
+def _scaling(config: dict[str, Any], module: str) -> float:
+    """alpha / r, or alpha / √r for rsLoRA, with PEFT's patterns by module."""
+
+    def of(default: float, patterns: dict[str, float]) -> float:
+        return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+
+    rank, alpha = of(config["r"], config.get("rank_pattern") or {}), of(config["lora_alpha"], config.get("alpha_pattern") or {})
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

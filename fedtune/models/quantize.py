@@ -1,0 +1,354 @@
+"""Frozen backbones in 4 and 8 bits: NF4 with double quantization, and LLM.int8, by bitsandbytes, on CPU and CUDA.
+
+The checkpoint is read a tensor at a time and quantized as it comes, so that the full-precision model is never in memory, and the result
+is kept on the disk as a pre-quantized checkpoint. The model that is used is always the one opened from there: memory-mapped, so that a
+second start is quick and the processes of one machine share it.
+
+Linear layers are quantized, but for classifier heads and the output layer. Norms and embeddings are stored in the dtype that is computed
+in: they are frozen and compute in float32 inside, so that PEFT's float32 copies of them would only double the activations.
+
+Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314 (NF4, double quantization); Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.
+"""
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import bitsandbytes
+import bitsandbytes.functional
+import torch
+import transformers
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.errors import ModelError
+from fedtune.models.backbone import head_names
+from fedtune.models.checkpoint import digest, fingerprint, first_line
+from fedtune.models.parts import is_linear, other_weights
+from fedtune.storage.atomic import new_folder
+from fedtune.storage.parsing import parse_json, read_text
+
+__all__ = [
+    "KINDS", "Recipe", "cache_root", "compute_dtype", "is_quantized", "left_whole", "load_quantized", "quantized", "recipe",
+    "require_kernel", "unique_tensors", "weight_of",
+]  # fmt: skip
+
+KINDS = ("nf4", "int8")
+_BLOCK = 64  # entries of a matrix that share a scale in NF4
+_MARK = "fedtune.json"  # written last of a cache entry: the fingerprint of the rest
+bnb: Any = bitsandbytes  # its public names are not marked as such
+_LOG = logging.getLogger(__name__)
+
+Check = Callable[[PreTrainedModel, dict[str, Any]], list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a checkpoint is quantized.
+
+    Args:
+        precision: `nf4` or `int8`.
+        compute: What a quantized layer multiplies in, and everything else is stored in.
+        skip: Modules that stay as they are: heads, the output layer.
+        base: The checkpoint's fingerprint.
+        model: The class of the model and what else tells one from another, such as the number of labels.
+    """
+
+    precision: str
+    compute: torch.dtype
+    skip: tuple[str, ...]
+    base: str
+    model: str
+
+    def config(self) -> BitsAndBytesConfig:
+        """What transformers is told."""
+        return BitsAndBytesConfig(
+            load_in_4bit=self.precision == "nf4",
+            load_in_8bit=self.precision == "int8",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=self.compute,
+            llm_int8_skip_modules=list(self.skip),
+        )
+
+    def folder(self) -> Path:
+        """Where it lies in the cache; another version of a library that has a say in the values makes another entry."""
+        parts = (self.base, self.precision, str(self.compute), *self.skip, self.model, bnb.__version__, transformers.__version__)
+        return cache_root() / f"{self.base}-{self.precision}-{digest({}, [(p, b'') for p in parts])}"
+
+
+def recipe(bare: PreTrainedModel, precision: str, compute: torch.dtype, base: str) -> Recipe:
+    """That of a checkpoint with the fingerprint `base`, from its model without storage.
+
+    Raises:
+        ModelError: Nothing would be quantized.
+    """
+    output = [n for n, m in bare.named_modules() if m is cast(Any, bare.get_output_embeddings())]
+    return Recipe(
+        precision=precision,
+        compute=compute,
+        skip=tuple(dict.fromkeys([*head_names(bare), *output[:1], *left_whole(bare, precision)])),
+        base=base,
+        model=f"{type(bare).__name__} {getattr(bare.config, 'num_labels', 0)}",
+    )
+
+
+def cache_root() -> Path:
+    """The folder of quantized backbones."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune" / "quantised"
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`bf16`, `fp32`, or with `auto` bf16 where the machine multiplies in it."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def require_kernel(precision: str, compute: torch.dtype, device: torch.device) -> None:
+    """Raises ModelError where bitsandbytes cannot train through such a layer here; it tries one, because only that tells."""
+    if why := _why_not(precision, compute, device):
+        works = [p for p in KINDS if p != precision and not _why_not(p, compute, device)]
+        raise ModelError(
+            f"model.precision={precision}: bitsandbytes has no such kernel for this machine's {device.type} ({why});"
+            f" take model.precision={' or '.join([*works, 'bf16'])}"
+        )
+
+
+def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
+    """Linear layers of the backbone that cannot be quantized rightly, and so stay as they are; says so.
+
+    bitsandbytes' CPU kernel (0.50) begins a block of 64 with each row, its quantization does not: where rows are no whole number of blocks,
+    most of the matrix would come back with a neighbor's scale.
+
+    Raises:
+        ModelError: Nothing would be quantized.
+    """
+    heads = head_names(bare)
+    rows = {
+        n: m.weight.shape[0] if isinstance(m, Conv1D) else m.in_features
+        for n, m in bare.named_modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and n.split(".")[0] not in heads
+    }
+    special = [n for n in rows if not is_linear(bare.get_submodule(n))]  # bitsandbytes would replace a router, which returns more
+    odd = [n for n, size in rows.items() if size % _BLOCK and n not in special] if precision == "nf4" else []
+    share, stacked = other_weights(bare)
+    if stacked:
+        _LOG.warning("model.precision=%s: %.0f %% of the weights, such as '%s', are no linear layers and are not quantized", precision,
+                     100 * share, stacked)  # fmt: skip
+    if odd and len(odd) == len(rows):
+        raise ModelError(
+            f"model.precision=nf4: no layer of this backbone has rows of a whole number of blocks of {_BLOCK} ('{odd[0]}':"
+            f" {rows[odd[0]]}): take int8 or bf16"
+        )
+    if odd:
+        what = f"{len(odd)} of {len(rows)} linear layers stay as they are, such as '{odd[0]}'"
+        _LOG.warning("model.precision=nf4: %s: their rows of %d are no whole number of blocks of %d", what, rows[odd[0]], _BLOCK)
+    return [*special, *odd]
+
+
+def load_quantized(
+    kind: type[PreTrainedModel],
+    hf_config: Any,
+    tensors: Callable[[], Mapping[str, Any]],
+    check: Check,
+    recipe: Recipe,
+    device: torch.device,
+) -> tuple[PreTrainedModel, list[str]]:
+    """The quantized model, not yet frozen, from the cache; made there where it is missing or damaged.
+
+    Args:
+        kind: Class of the model.
+        hf_config: Of the model, with the attention that it shall use.
+        tensors: The checkpoint's tensors, such as `lazy_tensors` gives; called only where they are needed.
+        check: Names of the weights that the checkpoint lacks, or an error where it may not; given the model and the loading info.
+        recipe: How it is quantized.
+        device: Where it goes.
+
+    Returns:
+        The model, and the names of the weights that are still to be drawn.
+
+    Raises:
+        ModelError: No kernel for the machine, or what `check` raises.
+    """
+    require_kernel(recipe.precision, recipe.compute, device)
+    place, made, fresh = recipe.folder(), None, list[str]()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{place}.lock"):  # of many workers that start at once, one quantizes
+            if (model := _kept(kind, hf_config, recipe, device, place)) is not None:
+                return model[0], check(*model)
+            made, fresh = _made(kind, hf_config, tensors(), check, recipe)
+            _write(made, place, fresh)
+    except OSError as bad:
+        _LOG.warning("no quantized backbone can be kept in %s (%s): it is made anew at each start", place, bad.strerror or bad)
+        if made is None:
+            made, fresh = _made(kind, hf_config, tensors(), check, recipe)
+        return cast(PreTrainedModel, nn.Module.to(made, device)), fresh
+    del made  # what was just made leaves memory before the file is mapped
+    try:
+        model = _read(kind, hf_config, recipe, device, place)
+    except Exception as bad:  # some architectures' own code fails on packed weights
+        raise ModelError(
+            f"the quantized backbone was written to {place} but cannot be read back ({first_line(bad)}): take model.precision=bf16 or fp32,"
+            " or see the disk"
+        ) from None
+    return model[0], check(*model)
+
+
+def quantized(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """A quantized copy of a float32 model, on the CPU.
+
+    Raises:
+        ModelError: No kernel for the machine.
+    """
+    require_kernel(recipe.precision, recipe.compute, torch.device("cpu"))
+    hf_config = copy.deepcopy(model.config)
+    hf_config.dtype = recipe.compute
+    return _made(type(model), hf_config, model.state_dict(), lambda made, info: [], recipe)[0]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module's weight is stored in 4 or 8 bits."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight that a quantized layer stands for, (out, in) float32."""
+    weight = cast(Any, module.weight)
+    if getattr(weight, "quant_state", None) is not None:
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
+    return weight.data.float() * (scales.float() / 127.0)[:, None]
+
+
+@lru_cache
+def _why_not(precision: str, compute: torch.dtype, device: torch.device) -> str:
+    """ "" where a layer trains, else why not."""
+    try:
+        wide: Any
+        if precision == "nf4":
+            wide = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=compute, compress_statistics=True, quant_type="nf4")
+        else:
+            wide = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+        drawn = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            wide.weight.data = torch.randn(32, 64, generator=drawn)
+            first = wide.weight.data.double().to(device)
+        layer = nn.Sequential(wide.to(device))
+        _steady(layer)
+        x = torch.randn(8, 64, generator=drawn).to(device, compute).requires_grad_()
+        (layer(x).float().square().sum() / 2).backward()
+        weight = weight_of(wide).double()
+        y = x.detach().double() @ weight.T
+        if (lost := (weight - first).norm() / first.norm()) > 0.2:
+            return f"its weights are off by {lost:.0%}"
+        off = (cast(Tensor, x.grad).double() - y @ weight).norm() / (y @ weight).norm()
+        return "" if off < 0.05 else f"its gradient is off by {off:.0%}"
+    except Exception as bad:  # RuntimeError, NotImplementedError, AttributeError of a missing library: whatever it raises
+        return first_line(bad)
+
+
+class _Linear8bit(bnb.nn.Linear8bitLt):
+    """One that evaluates with the products that it trains with: on a CPU, bitsandbytes would then round the inputs to 8 bits too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if self.weight.CB is not None:
+            scales = self.state.SCB if self.weight.SCB is None else self.weight.SCB  # PEFT's DoRA gives the weight back without them
+            self.init_8bit_state()
+            self.state.SCB = scales
+        self.state.is_training = True
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return bnb.matmul(x, self.weight, bias=bias, state=self.state)
+
+
+def _steady(model: nn.Module) -> None:
+    """Let evaluation leave the layers as training needs them: in eval mode on a CPU, a 4-bit one packs its weights for good, for a kernel
+    that has no gradient."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            module.__class__ = _Linear8bit
+
+
+def _made(
+    kind: type[PreTrainedModel], hf_config: Any, tensors: Mapping[str, Any], check: Check, recipe: Recipe
+) -> tuple[PreTrainedModel, list[str]]:
+    """Quantized from the checkpoint's tensors; on the CPU whatever the device, so that every machine has the same values."""
+    model, info = cast(Any, kind).from_pretrained(
+        None,
+        output_loading_info=True,
+        config=copy.deepcopy(hf_config),
+        state_dict=dict(tensors),
+        ignore_mismatched_sizes=True,  # `check` judges
+        device_map={"": "cpu"},
+        quantization_config=recipe.config(),
+        dtype=recipe.compute,
+    )
+    _steady(model)
+    return model, check(model, info)
+
+
+def _kept(
+    kind: type[PreTrainedModel], hf_config: Any, recipe: Recipe, device: torch.device, place: Path
+) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """From the cache, memory-mapped on a CPU; None where nothing whole is there."""
+    if not place.is_dir():
+        return None
+    try:
+        return _read(kind, hf_config, recipe, device, place)
+    except Exception as bad:  # whatever transformers and bitsandbytes make of a damaged file
+        _LOG.warning("the quantized backbone in %s cannot be used (%s): it is made again", place, first_line(bad))
+        return None
+
+
+def _read(
+    kind: type[PreTrainedModel], hf_config: Any, recipe: Recipe, device: torch.device, place: Path
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    config = copy.deepcopy(hf_config)
+    config.quantization_config = recipe.config().to_dict()
+    if parse_json(read_text(place / _MARK))["mark"] != fingerprint(place):
+        raise ModelError("its bytes are not those that were written")
+    model, info = cast(Any, kind).from_pretrained(
+        place, output_loading_info=True, config=config, use_safetensors=True, device_map={"": device}, dtype=recipe.compute
+    )
+    _steady(model)
+    return model, info
+
+
+def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a pre-quantized checkpoint of the model holds: tied weights once, under their first name."""
+    tensors: dict[str, Tensor] = {}
+    seen = set[int]()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def _write(model: PreTrainedModel, place: Path, fresh: Collection[str]) -> None:
+    """As a pre-quantized checkpoint, without the weights that are drawn afresh; there whole or not at all.
+
+    transformers' own saving raises NotImplementedError for such a model once it has been loaded.
+    """
+    tensors = {n: t for n, t in unique_tensors(model).items() if n not in fresh}
+    with new_folder(place, mode=0o700, replace=True, durable=False) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": model.config.model_type}) + "\n", encoding="utf-8")
+        (folder / _MARK).write_text(json.dumps({"mark": fingerprint(folder)}) + "\n", encoding="utf-8")

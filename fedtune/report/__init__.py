@@ -1,8 +1,0 @@
-"""What a run shows: progress and tables on the terminal, metrics.jsonl with its TensorBoard mirror, and a self-contained report.html."""
-
-from fedtune.report.card import write_card
-from fedtune.report.html import write_report
-from fedtune.report.metrics import MetricsWriter, read_metrics
-from fedtune.report.progress import Progress, print_partition, print_results
-
-__all__ = ["MetricsWriter", "Progress", "print_partition", "print_results", "read_metrics", "write_card", "write_report"]

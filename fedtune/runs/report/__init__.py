@@ -1,0 +1,8 @@
+"""What a run shows: progress and tables on the terminal, metrics.jsonl with its TensorBoard mirror, and a self-contained report.html."""
+
+from fedtune.runs.report.card import write_card
+from fedtune.runs.report.html import write_report
+from fedtune.runs.report.metrics import MetricsWriter, read_metrics
+from fedtune.runs.report.progress import Progress, print_partition, print_results
+
+__all__ = ["MetricsWriter", "Progress", "print_partition", "print_results", "read_metrics", "write_card", "write_report"]

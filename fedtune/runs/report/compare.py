@@ -1,0 +1,278 @@
+"""Finished runs side by side: mean ± standard deviation over seeds, paired differences, as a table, Markdown, CSV and a plot.
+
+Runs whose configs differ in nothing but the seed are one setting. A difference between settings is taken seed by seed and then averaged:
+what a seed does to both (its partition, its order of clients) drops out.
+"""
+
+import csv
+import io
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Config, to_dict
+from fedtune.contracts.scores import worst_decile
+from fedtune.contracts.task import higher_is_better
+from fedtune.errors import ConfigError
+from fedtune.runs.report import summary
+from fedtune.runs.report.metrics import read_metrics
+from fedtune.storage.atomic import write_text
+
+_APART = frozenset({"seed", "name", "output_dir", "resume"})  # what may differ within one setting
+_COLUMNS = ("worst tenth", "MB up", "MB down", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One finished run.
+
+    Args:
+        path: Its directory.
+        config: Its config.
+        records: Its metrics.
+    """
+
+    path: Path
+    config: Config
+    records: Sequence[summary.Record]
+
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """Config key → value as text, without the keys that may differ within one setting."""
+        return {k: v for k, v in _flat(to_dict(self.config)).items() if k not in _APART}
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """Round → value."""
+        return {int(r["round"]): v for r in summary.rounds(self.records) if (v := summary.value(r, metric)) is not None}
+
+    def figures(self, metric: str) -> dict[str, float | None]:
+        """The last value of the metric, and what else the table shows."""
+        last = list(self.curve(metric).values())
+        after = [c.after for c in summary.client_results(self.records, metric) if c.after is not None]
+        rows = summary.rounds(self.records)
+        return {
+            metric: last[-1] if last else None,
+            "worst tenth": worst_decile(after, higher_is_better=higher_is_better(metric)),
+            "MB up": summary.total(rows, "bytes_up") / 1e6,
+            "MB down": summary.total(rows, "bytes_down") / 1e6,
+            "seconds": summary.total(rows, "seconds"),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The runs that differ in nothing but the seed.
+
+    Args:
+        label: The values that set it apart from the others.
+        runs: Seed → run.
+    """
+
+    label: str
+    runs: Mapping[int, Finished]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Settings, in the order in which their first runs were given; the first is what the others are compared with.
+
+    Args:
+        metric: The metric that they are judged by.
+        settings: At least one.
+        also: Further keys that differ between settings, beyond those that the labels name.
+    """
+
+    metric: str
+    settings: Sequence[Setting]
+    also: Sequence[str]
+
+    def cell(self, setting: Setting, column: str) -> str:
+        """`mean ± std` over the setting's seeds."""
+        return spread([v for r in setting.runs.values() if (v := r.figures(self.metric)[column]) is not None])
+
+    def difference(self, setting: Setting) -> str:
+        """`mean ± std (n)` of this setting's metric minus the first one's, over the n seeds that both have."""
+        first = self.settings[0]
+        if setting is first:
+            return "–"
+        both = [(setting.runs[s].figures(self.metric)[self.metric], first.runs[s].figures(self.metric)[self.metric])
+                for s in sorted(set(setting.runs) & set(first.runs))]  # fmt: skip
+        pairs = [a - b for a, b in both if a is not None and b is not None]
+        return f"{spread(pairs, sign=True)} ({len(pairs)})" if pairs else "no common seed"
+
+    @property
+    def header(self) -> list[str]:
+        return ["setting", "seeds", self.metric, "difference (pairs)", *_COLUMNS]
+
+    def rows(self) -> list[list[str]]:
+        """The table's cells, a row a setting."""
+        return [
+            [s.label, str(len(s.runs)), self.cell(s, self.metric), self.difference(s), *(self.cell(s, c) for c in _COLUMNS)]
+            for s in self.settings
+        ]
+
+    def notes(self) -> list[str]:
+        """What the table leaves unsaid."""
+        better = "higher" if higher_is_better(self.metric) else "lower"
+        out = [f"{self.metric} after the last round, {better} is better: mean ± standard deviation over seeds."]
+        if len(self.settings) > 1:
+            out.append(f"Differences are from the first setting, {self.settings[0].label}, seed by seed.")
+        if self.also:
+            out.append(f"Settings differ in these keys too: {', '.join(self.also)}.")
+        return out
+
+
+def compare(configs: Mapping[Path, Config], metric: str | None = None) -> Comparison:
+    """Read the metrics of finished runs and group them by their settings.
+
+    Args:
+        configs: Run directory → the run's config.
+        metric: What to judge by; None is the metric that the runs report, which must be the same in all.
+
+    Raises:
+        ConfigError: No run, one that has not finished, two with the same config and seed, or no common metric.
+        CheckpointError: The metrics of a run cannot be read.
+    """
+    if not configs:
+        raise ConfigError("there is no run to compare: give run directories, such as outputs/heterogeneous/*")
+    runs = [Finished(path=p, config=c, records=read_metrics(p)) for p, c in configs.items()]
+    for run in runs:
+        done, asked = rounds_done(run.records), run.config.rounds
+        if done < asked:
+            raise ConfigError(f"{run.path} has done {done} of {asked} rounds: finish it with resume={run.path}, or leave it out")
+    found = sorted({metric} if metric else {summary.primary_metric(r.records) for r in runs})
+    if len(found) > 1:
+        raise ConfigError(f"the runs report different metrics ({', '.join(found)}): choose one that all have with --metric")
+    if missing := [r for r in runs if not r.curve(found[0])]:
+        raise ConfigError(f"{missing[0].path} does not report {found[0]}: choose another --metric")
+    return Comparison(metric=found[0], **_settings(runs))
+
+
+def rounds_done(records: Iterable[summary.Record]) -> int:
+    """The last round with a line; -1 where there is none."""
+    return max((int(r["round"]) for r in summary.rounds(records)), default=-1)
+
+
+def finished(path: Path, config: Config) -> bool:
+    """Whether the run at `path`, which has this config, has written all that it was to write."""
+    parts = ["adapter/README.md", *(["merged/config.json"] if config.inference.export == "hf" else [])]
+    return all((path / p).is_file() for p in parts) and rounds_done(read_metrics(path)) >= config.rounds
+
+
+def spread(values: Sequence[float], *, sign: bool = False) -> str:
+    """`0.912 ± 0.013` (sample standard deviation, n - 1), without it where there is one value; – where there is none."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    text = ("+" if sign and mean > 0 else "") + summary.number(mean)
+    return f"{text} ± {summary.number(statistics.stdev(values))}" if len(values) > 1 else text
+
+
+def show(comparison: Comparison, fixed: str = "") -> None:
+    """Print the settings by letter, then the table, which fits 80 columns."""
+    from rich.console import Console
+
+    from fedtune.runs.report.tables import print_table
+
+    console = Console(width=None if sys.stdout.isatty() else 80)
+    rows = []
+    for number, (label, *cells) in enumerate(comparison.rows(), start=1):
+        console.print(f"{number:>2}  {label}", highlight=False, markup=False)
+        rows.append([f"{number:>2}", *cells])
+    print_table(console, ["", *comparison.header[1:]], rows, box=None)
+    for note in [*comparison.notes(), *([f"The same in all: {fixed}"] if fixed else [])]:
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def markdown(comparison: Comparison, fixed: str = "") -> str:
+    """The table as GitHub reads it, then the notes, with the overrides that were the same in all runs."""
+    lines = [comparison.header, ["---"] * len(comparison.header), *comparison.rows()]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    notes = [*comparison.notes(), *([f"The same in all: `{fixed}`."] if fixed else [])]
+    return "\n\n".join([table, *notes]) + "\n"
+
+
+def table_csv(comparison: Comparison) -> str:
+    """A row a run: setting, seed, path, and its figures as numbers."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["setting", "seed", "run", comparison.metric, *_COLUMNS])
+    for setting in comparison.settings:
+        for seed, run in sorted(setting.runs.items()):
+            figures = run.figures(comparison.metric)
+            writer.writerow([setting.label, seed, run.path, *("" if v is None else v for v in figures.values())])
+    return out.getvalue()
+
+
+def write(comparison: Comparison, folder: Path, fixed: str = "") -> None:
+    """Write compare.md, compare.csv and compare.png into the folder, which is made.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "compare.md", markdown(comparison, fixed))
+        write_text(folder / "compare.csv", table_csv(comparison))
+        _plot(comparison, folder / "compare.png")
+    except OSError as bad:
+        raise ConfigError(f"cannot write the comparison to {folder}: {bad.strerror or bad}; choose another folder") from None
+
+
+def _plot(comparison: Comparison, path: Path) -> None:
+    """The metric by round: a line for each setting's mean, a band of one standard deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for setting in comparison.settings:
+        curves = [r.curve(comparison.metric) for r in setting.runs.values()]
+        rounds = sorted(set.intersection(*(set(c) for c in curves)))
+        means = [statistics.fmean(c[k] for c in curves) for k in rounds]
+        stds = [statistics.stdev([c[k] for c in curves]) if len(curves) > 1 else 0.0 for k in rounds]
+        (line,) = axes.plot(rounds, means, marker="o", markersize=3, label=f"{setting.label} (n = {len(curves)})")
+        low, high = [m - s for m, s in zip(means, stds, strict=True)], [m + s for m, s in zip(means, stds, strict=True)]
+        axes.fill_between(rounds, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="round", ylabel=comparison.metric)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _settings(runs: Sequence[Finished]) -> dict[str, Any]:
+    named, also = _telling_keys(runs)
+    groups: dict[tuple[tuple[str, str], ...], dict[int, Finished]] = {}
+    for run in runs:
+        group = groups.setdefault(tuple(sorted(run.values.items())), {})
+        if (twin := group.get(run.config.seed)) is not None:
+            raise ConfigError(f"{twin.path} and {run.path} have the same settings and seed {run.config.seed}: leave one out")
+        group[run.config.seed] = run
+    settings = []
+    for group in groups.values():
+        values = next(iter(group.values())).values
+        label = " ".join(f"{k.removesuffix('._target_')}={values[k].rpartition('.')[2] if k.endswith('._target_') else values[k]}"
+                         for k in named if k in values)  # fmt: skip
+        settings.append(Setting(label=label or "all runs", runs=group))
+    return {"settings": settings, "also": also}
+
+
+def _telling_keys(runs: Sequence[Finished]) -> tuple[list[str], list[str]]:
+    """The keys that tell the settings apart, in the config's order, and the others that differ among the runs that have them."""
+    keys = list(dict.fromkeys(k for r in runs for k in r.values))
+    differing = [k for k in keys if len({r.values.get(k) for r in runs}) > 1]
+    named: list[str] = []
+    for key in differing:
+        before = {tuple(r.values.get(k) for k in named) for r in runs}
+        if len({tuple(r.values.get(k) for k in (*named, key)) for r in runs}) > len(before):
+            named.append(key)
+    return named, [k for k in differing if k not in named and len({r.values[k] for r in runs if k in r.values}) > 1]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for name, x in value.items() for k, v in _flat(x, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {prefix: "null" if value is None else str(value)}

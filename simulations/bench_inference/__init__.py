@@ -1,1 +1,0 @@
-"""This engine against transformers, OpenVINO and llama.cpp, interleaved: `python -m fedtune.simulations.bench_inference`."""

@@ -1,0 +1,247 @@
+"""Virtual clients on Ray: on this machine's cores, or on a cluster that is there already.
+
+Driver (this process)   the bridge, a `WorkerGrid`, the run directory
+Worker                  an actor with a workspace of its own; acts for any client
+Keeper                  an actor on the driver's machine: what clients keep and what they have spent is read and written by it, in the run
+                        directory, so that it does not matter which worker acts for a client, nor on which machine
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+
+from fedtune.clients.app import make_client_app
+from fedtune.clients.host import ClientHost
+from fedtune.clients.store import ClientStore, Storage
+from fedtune.config import Config, EngineConfig, from_dict, to_dict
+from fedtune.contracts import flower
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.errors import ConfigError, FedtuneError
+from fedtune.privacy.accounting import Spend
+from fedtune.privacy.ledger import Ledger, ledgers_in
+from fedtune.simulations.engines.grid import InProcessGrid
+from fedtune.simulations.engines.ray_grid import WorkerGrid
+from fedtune.storage.parsing import parse_json
+
+_HEAD_S = 10.0  # for the head's machine to answer
+
+
+def check_ray(engine: EngineConfig) -> None:
+    """Whether Ray can run here, before anything is loaded.
+
+    Raises:
+        ConfigError: A worker asks for more CPUs than there are, Ray is not installed, or the address is of a kind that cannot serve.
+    """
+    cores = os.cpu_count() or 1
+    if not engine.ray_address and engine.ray_cpus > cores:
+        raise ConfigError(f"engine.ray_cpus={engine.ray_cpus} is more than the {cores} cores of this machine: no worker could start")
+    if "://" in engine.ray_address:
+        raise ConfigError(
+            f"engine.ray_address={engine.ray_address}: Ray's client mode keeps no files for the workers; run this on a machine of the"
+            " cluster (`ray start --address=HOST:PORT` makes it one) and give HOST:PORT"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine=ray needs Ray: install it with pip install 'fedtune[ray]'")
+
+
+@contextlib.contextmanager
+def ray_grid(config: Config, run: Path, nodes: int, note: Callable[[str], None]) -> Iterator[WorkerGrid]:
+    """The grid of one run, and Ray for as long as it is used.
+
+    Args:
+        config: The experiment.
+        run: The run directory.
+        nodes: Virtual clients.
+        note: Who is told of workers that are lost.
+
+    Raises:
+        ConfigError: There is no cluster at the address, or none of its machines can hold a worker.
+    """
+    engine, ray = config.engine, importlib.import_module("ray")  # an extra: type checkers may not find it
+    ours = not ray.is_initialized()
+    if ours:
+        _join(ray, engine)
+    try:
+        if not places(ray.nodes(), engine):
+            raise ConfigError(
+                f"no machine of the Ray cluster has engine.ray_cpus={engine.ray_cpus} and engine.ray_gpus={engine.ray_gpus:g} for a"
+                f" worker: it has {_resources(ray.nodes())}"
+            )
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        keeper = ray.remote(_Keeper).options(num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy=here)
+        kept, worker = keeper.remote(str(run), config.keep_checkpoints + 1), ray.remote(Worker)
+        said = json.dumps(to_dict(config))
+
+        def hire(there: int) -> Any | None:
+            if there >= min(nodes, places(ray.nodes(), engine)):
+                return None
+            return worker.options(num_cpus=engine.ray_cpus, num_gpus=engine.ray_gpus).remote(said, nodes, Kept(ray, kept))
+
+        yield WorkerGrid(ray, hire, nodes, together=engine.batched != "none", note=note)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def places(machines: Sequence[dict[str, Any]], engine: EngineConfig) -> int:
+    """How many workers the machines that are alive can hold; a worker lies on one of them."""
+    found = 0
+    for machine in machines:
+        has = machine["Resources"] if machine["Alive"] else {}
+        fits = int(has.get("CPU", 0) // engine.ray_cpus)
+        found += min(fits, int(has.get("GPU", 0) // engine.ray_gpus)) if engine.ray_gpus else fits
+    return found
+
+
+def _join(ray: Any, engine: EngineConfig) -> None:
+    # worker processes get the environment, and not what this process has added to its path
+    environment = {"PYTHONPATH": os.pathsep.join([p for p in sys.path if p])}
+    given = {"address": engine.ray_address} if engine.ray_address else {"num_cpus": os.cpu_count() or 1, "include_dashboard": False}
+    host, _, port = engine.ray_address.rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host, int(port)), _HEAD_S).close()  # Ray itself tries for minutes
+        ray.init(**given, logging_level="error", log_to_driver=False, runtime_env={"env_vars": environment})
+    except (OSError, OverflowError, RuntimeError, ValueError) as bad:
+        where = f"engine.ray_address={engine.ray_address}" if engine.ray_address else "engine=ray"
+        raise ConfigError(f"{where}: Ray cannot be reached ({str(bad).splitlines()[0][:200]}): see `ray status`") from None
+
+
+def _resources(machines: Sequence[dict[str, Any]]) -> str:
+    alive = [m["Resources"] for m in machines if m["Alive"]]
+    return ", ".join(f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs" for has in alive) or "none alive"
+
+
+class Worker:
+    """Acts for any client, in a process of its own.
+
+    Args:
+        config: The experiment, in JSON.
+        nodes: Virtual clients.
+        kept: What they keep.
+    """
+
+    def __init__(self, config: str, nodes: int, kept: "Kept") -> None:
+        self._config, self._nodes, self._kept = config, nodes, kept
+        self._grid: InProcessGrid | None = None
+
+    def start(self) -> str | None:
+        """Load the data and the backbone; what is wrong with them on this machine, in a sentence."""
+        flower.quiet()
+        try:
+            host = ClientHost(from_dict(parse_json(self._config)), Storage(KeptStore(self._kept), self._kept.ledger))
+            host.space  # noqa: B018  loads it
+        except FedtuneError as bad:
+            return f"a worker on {socket.gethostname()} cannot take part: {bad}"
+        together = None
+        if host.config.engine.batched != "none":
+            from fedtune.simulations.engines.together import Together
+
+            together = Together(host, host.config.engine.batched)
+        self._grid = InProcessGrid(make_client_app(host), self._nodes, together)
+        return None
+
+    def answer(self, messages: Sequence[Message]) -> list[RecordDict | Error]:
+        """A content or an error for each message."""
+        assert self._grid is not None
+        replies = [reply for i in self._grid.push_messages(messages) for reply in self._grid.pull_messages([i])]
+        return [r.content if r.has_content() else r.error for r in replies]
+
+
+class _Keeper:
+    """Reads and writes what clients keep and have spent, where the run directory is."""
+
+    def __init__(self, run: str, rounds: int) -> None:
+        self._store, self._ledger = ClientStore(Path(run) / "clients", rounds), ledgers_in(Path(run) / "privacy")
+
+    def read(self, beside: str, client: str, before: int) -> AdapterState | None:
+        return self._of(beside).read(client, before)
+
+    def write(self, beside: str, client: str, round: int, state: AdapterState) -> None:
+        self._of(beside).write(client, round, state)
+
+    def spent(self, client: str) -> list[Spend]:
+        return self._ledger(client).spent()
+
+    def spend(self, client: str, round: int, cost: Spend) -> None:
+        self._ledger(client).spend(round, cost)
+
+    def _of(self, beside: str) -> ClientStore:
+        return self._store.beside(beside) if beside else self._store
+
+
+class Kept:
+    """A worker's way to the keeper.
+
+    Args:
+        ray: The module.
+        keeper: Its handle.
+    """
+
+    def __init__(self, ray: Any, keeper: Any) -> None:
+        self._ray, self._keeper = ray, keeper
+
+    def __reduce__(self) -> Any:
+        return _kept, (self._keeper,)
+
+    def __call__(self, name: str, *args: Any) -> Any:
+        """What the keeper's method gives.
+
+        Raises:
+            CheckpointError: As on the keeper's machine.
+        """
+        try:
+            return self._ray.get(getattr(self._keeper, name).remote(*args))
+        except self._ray.exceptions.RayTaskError as bad:
+            raise (bad.cause if isinstance(bad.cause, FedtuneError) else bad) from None
+
+    def ledger(self, client: str) -> Ledger:
+        """What the client has spent."""
+        return KeptLedger(self, client)
+
+
+def _kept(keeper: Any) -> Kept:
+    return Kept(importlib.import_module("ray"), keeper)
+
+
+class KeptStore(ClientStore):
+    """A client store in the run directory, seen from a worker.
+
+    Args:
+        kept: The way there.
+        name: Of a store beside the clients' own tensors; empty for these.
+    """
+
+    def __init__(self, kept: Kept, name: str = "") -> None:
+        self._kept, self._name = kept, name
+
+    def read(self, client: str, before: int) -> AdapterState | None:
+        return self._kept("read", self._name, client, before)
+
+    def write(self, client: str, round: int, state: AdapterState) -> None:
+        self._kept("write", self._name, client, round, state)
+
+    def beside(self, name: str) -> ClientStore:
+        return KeptStore(self._kept, name)
+
+
+class KeptLedger(Ledger):
+    """A ledger in the run directory, seen from a worker."""
+
+    def __init__(self, kept: Kept, client: str) -> None:
+        self._kept, self._client = kept, client
+
+    def spent(self) -> list[Spend]:
+        return self._kept("spent", self._client)
+
+    def spend(self, round: int, cost: Spend) -> None:
+        self._kept("spend", self._client, round, cost)

@@ -1,0 +1,218 @@
+"""Which of a round's turns train at once: between the in-process grid, which has messages, and `batched.py`, which has tensors."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+
+from fedtune.clients.app import Prepared, client_of, finish, prepare, score_together, take_turn
+from fedtune.clients.declining import declined
+from fedtune.clients.host import ClientHost
+from fedtune.clients.loaded_model import Body
+from fedtune.errors import FedtuneError
+from fedtune.models import LiveAdapter
+from fedtune.models.memory import is_out_of_memory
+from fedtune.simulations.engines.batched import Job, Result, train_together, way_of
+from fedtune.simulations.engines.client_batch import Way
+from fedtune.simulations.engines.width import WIDEST, allowed, pays
+from fedtune.storage.atomic import write_text
+from fedtune.storage.parsing import parse_json, read_text
+
+log = logging.getLogger("fedtune.batched")
+
+
+class Together:
+    """Answers messages in batches of clients.
+
+    Args:
+        host: Whose clients they are.
+        batched: `auto` or a number of clients.
+    """
+
+    def __init__(self, host: ClientHost, batched: str) -> None:
+        self._host = host
+        self._widest = WIDEST if batched == "auto" else int(batched)
+        self._auto = batched == "auto"
+        self._ways: dict[int, Way | None] = {}
+        self._widths: dict[tuple[object, ...], int] = {}
+        self._told: set[str] = set()
+        self._way_of(host.space.own)
+
+    def _way_of(self, body: Body) -> Way | None:
+        """How clients of this body train at once; None where they cannot, which is said once."""
+        if id(body) not in self._ways:
+            if self._host.config.privacy.kind == "record":
+                way, why = None, "privacy=record clips the gradient of each row"
+            else:
+                way, why = way_of(body.live, self._host.config.task)
+            if way is None:
+                self._tell(f"clients train one after the other: {why}")
+            elif why:
+                log.info("clients are mapped over by torch.func.vmap: %s", why)
+            self._ways[id(body)] = way
+        return self._ways[id(body)]
+
+    def __call__(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
+        first = next(waiting)
+        if first[0].metadata.message_type == "evaluate":
+            return self._score([first, *itertools.islice(waiting, WIDEST - 1)])
+        return self._turns(itertools.chain([first], waiting))
+
+    def _score(self, asked: list[tuple[Message, Context]]) -> list[Message]:
+        """Evaluate the clients that are to evaluate the same adapter as the first, in the same batches."""
+        same = [a for a in asked if _is_same(asked[0][0], a[0]) and self._precision(a) == self._precision(asked[0])]
+        try:
+            return score_together(self._host, same)
+        except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
+            if len(same) == 1:
+                return [declined(same[0][0], bad)]
+        return [reply for one in same for reply in self._score([one])]  # what one client lacks must not cost the others their scores
+
+    def _precision(self, asked: tuple[Message, Context]) -> str:
+        """What the client computes in; where there are no devices, all in the same."""
+        if not self._host.config.devices.classes:
+            return self._host.config.model.precision
+        return self._host.devices.settle(client_of(self._host, asked[1])).precision
+
+    def _turns(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
+        replies, todo = [], list[Prepared]()
+        for message, context in itertools.islice(waiting, self._widest):
+            try:
+                ready = prepare(self._host, message, context)
+            except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
+                replies.append(declined(message, bad))
+                continue
+            alone = ready.turn.batch is None
+            if alone:
+                self._tell(f"clients take the turn '{ready.plan.turn}' one after the other: it has no batched form")
+            if not todo and (alone or self._way_of(ready.body) is None):
+                return [*replies, self._one(ready)]
+            if not todo or _kind(ready) == _kind(todo[0]):
+                todo.append(ready)
+            if len(todo) >= self._widths.get(_kind(todo[0]), self._widest):
+                break
+        if not todo:
+            return replies
+        kind = _kind(todo[0])
+        if self._auto and kind not in self._widths and len(todo) > 1:
+            self._widths[kind] = self._choose(todo)
+            log.info("%d clients train at once", self._widths[kind])
+        todo = todo[: self._widths.get(kind, self._widest)]
+        return replies + (self._train(todo) if len(todo) > 1 else [self._one(todo[0])])  # a stack of one is no faster than the trainer
+
+    def _one(self, ready: Prepared) -> Message:
+        try:
+            return take_turn(self._host, ready)
+        except Exception as bad:
+            return declined(ready.message, bad)
+
+    def _tell(self, sentence: str) -> None:
+        """Once only: the same is true of every round."""
+        if sentence not in self._told:
+            self._told.add(sentence)
+            log.warning(sentence)
+
+    def _train(self, todo: list[Prepared]) -> list[Message]:
+        try:
+            results = self._together(todo)
+        except Exception as bad:
+            results, too_large = None, is_out_of_memory(bad) and len(todo) > 1
+            if not too_large:
+                self._tell(f"clients that could not train at once did so one after the other ({type(bad).__name__}: {str(bad)[:200]})")
+        # out of the except clause, whose traceback holds the tensors of the attempt
+        if results is not None:
+            return [self._finish(t, r) for t, r in zip(todo, results, strict=True)]
+        if not too_large:
+            return [self._one(t) for t in todo]
+        half = len(todo) // 2
+        kind = _kind(todo[0])
+        self._widths[kind] = min(self._widths.get(kind, self._widest), half)
+        log.warning("%d clients at once were too many for the memory: %d from now on", len(todo), self._widths[kind])
+        return self._train(todo[:half]) + self._train(todo[half:])
+
+    def _finish(self, ready: Prepared, result: Result) -> Message:
+        if isinstance(result, FedtuneError):
+            return declined(ready.message, result)
+        try:
+            return finish(self._host, ready, *result)
+        except Exception as bad:  # such as a disk that is full when the client keeps its tensors
+            return declined(ready.message, bad)
+
+    def _together(self, todo: list[Prepared]) -> list[Result]:
+        way = self._way_of(todo[0].body)
+        assert way is not None
+        return train_together(self._live(todo[0]), _jobs(todo), self._host.config.task, pad_id=self._host.space.pad_id, way=way)
+
+    def _live(self, first: Prepared) -> LiveAdapter:
+        live = first.body.slot(first.start)
+        assert isinstance(live, LiveAdapter)  # of the phase `peft`
+        return live
+
+    # -- how many -------------------------------------------------------------------------------------------------------------------------
+
+    def _choose(self, todo: list[Prepared]) -> int:
+        """The number that tokens and memory allow, if a short measurement finds it faster than one after the other; 1 if not.
+
+        What was measured is kept for this machine, so that the same config gives the same bits the next time.
+        """
+        body, way, jobs = todo[0].body, self._way_of(todo[0].body), _jobs(todo)
+        assert way is not None
+        space, config, live = self._host.space, body.config, self._live(todo[0])
+        width = allowed(live, jobs, config.task)
+        if width < 2:
+            return 1
+        plan, threads = todo[0].plan, torch.get_num_threads()
+        what = json.dumps([dataclasses.asdict(c) for c in (config.model, config.peft, config.task)], sort_keys=True)
+        marks = body.backbone.fingerprint[:16], hashlib.sha256(what.encode()).hexdigest()[:16]
+        key = f"{' '.join(marks)} {plan.batch_size}x{plan.accumulate} {width} clients {threads} threads"
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune" / "batched.json"
+        known = _read(path)
+        if key not in known:
+            try:
+                faster = pays(live, jobs[:width], config.task, pad_id=space.pad_id, way=way)
+                known[key] = width if faster else 1
+            except Exception as bad:  # such as a client whose loss overflows: its own turn will name it
+                self._tell(f"clients train one after the other: training at once could not be measured ({type(bad).__name__}: {bad})")
+                return 1
+            _write(path, known)
+        return known[key]
+
+
+def _is_same(a: Message, b: Message) -> bool:
+    """Whether two messages carry the very same bytes, which the bridge encodes once, for clients that keep the same of their own."""
+    mine, theirs = (m.content.array_records["adapter"] for m in (a, b))
+    frames = [m.content.config_records["frame"]["json"] for m in (a, b)]
+    return frames[0] == frames[1] and mine.keys() == theirs.keys() and all(mine[n].data is theirs[n].data for n in mine)
+
+
+def _jobs(todo: Sequence[Prepared]) -> list[Job]:
+    return [Job(plan=t.plan, start=t.start, examples=t.examples, extra=t.extra) for t in todo]
+
+
+def _kind(ready: Prepared) -> tuple[object, ...]:
+    """What turns must have in common to train at once."""
+    plan = ready.plan
+    return id(ready.body), plan.turn, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
+
+
+def _read(path: Path) -> dict[str, int]:
+    try:
+        found = parse_json(read_text(path))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: Path, known: dict[str, int]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(known), durable=False, shared=True)
+    except OSError as bad:
+        log.warning("cannot keep the measured batch of clients in %s (%s): it will be measured again", path, bad.strerror)

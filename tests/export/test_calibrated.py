@@ -1,0 +1,84 @@
+"""Packages that are calibrated on a run's rows, behind virtual tokens, and beside an adapter."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fedtune.cli.main import main
+from fedtune.config import DataConfig
+from fedtune.errors import ConfigError, ModelError
+from fedtune.export.edge import export_edge, told
+from fedtune.export.measured import streamed_score
+from fedtune.export.merged import read_merged
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.package import read_package
+from fedtune.inference.quantize.perplexity import of_engine, perplexity, windows
+from fedtune.inference.serve.adapters import add_adapter
+from tests.export.test_huggingface import CAUSAL, make_run
+from tests.models.build import checkpoint, hub
+
+TEXT = ["turn on the light in a room", "set the heat in the kitchen to two"] * 30
+
+
+def trained(folder: Path, privacy: str, method: str = "lora") -> Path:
+    """A run of its own rows."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in TEXT))
+    data = DataConfig(source="local", path=str(rows))
+    run, _ = make_run(folder / "run", hub(checkpoint(folder / "m")), CAUSAL, data=data, method=method)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["privacy"] |= {"kind": privacy}
+    config["partition"] |= {"kind": "iid", "clients": 2}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+@pytest.mark.parametrize(("privacy", "method"), [("record", "gptq"), ("user", "rtn"), ("none", "gptq")])
+def test_rows_of_a_private_run_are_outside_its_epsilon(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], privacy: str, method: str
+) -> None:
+    run = trained(tmp_path, privacy)
+    out, how = run / "edge", ["--to", "edge", "--quantize", "int8", "--method", method, "--calibrate", str(run)]
+    assert main(["export", str(run), *how, "--out", str(out)]) == 0
+    said = f"training rows of 'run', a private run (privacy.kind={privacy}), read without its noise: what the package took from them lies"
+    for text in (told(out), capsys.readouterr().err, read_package(out).card.get("beyond_privacy", "")):
+        assert (said in text) == (privacy != "none"), text
+    # of text that is nobody's row there is nothing to say
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT))
+    assert "private" not in told(export_edge(run, run / "other", quantize="int8", calibrate=tmp_path / "text.txt"))
+
+
+@pytest.mark.parametrize("method", ["prefix", "ptuning_v2"])
+def test_the_perplexity_behind_a_prefix_is_the_engine_s(tmp_path: Path, method: str) -> None:
+    run = trained(tmp_path, "none", method)
+    ids = torch.randint(3, 20, (51,), generator=torch.Generator().manual_seed(2))
+    found = streamed_score(read_merged(run), list(windows(ids, 9)))
+    wanted = perplexity(of_engine(load_engine(export_edge(run, run / "edge"))), ids, window=9)
+    assert found.tokens == wanted.tokens == 50 and abs(found.nats - wanted.nats) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "ptuning_v2"])
+def test_a_model_with_virtual_tokens_is_calibrated_behind_them(tmp_path: Path, kind: str) -> None:
+    run = trained(tmp_path, "none", kind)
+    for quantize, method in (("int4", "gptq"), ("int8", "smoothquant"), ("int4", "awq")):
+        out = export_edge(run, run / f"{quantize}-{method}", quantize=quantize, method=method, calibrate=run)
+        found = read_package(out).card["quantised"]["perplexity"]
+        assert abs(math.log(found["after"] / found["before"])) < 0.1
+
+
+@pytest.mark.parametrize(("quantize", "method"), [("int4", "awq"), ("int8", "smoothquant")])
+def test_an_adapter_apart_does_not_fit_a_folded_model(tmp_path: Path, quantize: str, method: str) -> None:
+    run = trained(tmp_path, "none")
+    with pytest.raises(ConfigError, match=f"--method {method} moves scales from layer to layer, of which an adapter that lies apart"):
+        export_edge(run, run / "edge", quantize=quantize, method=method, calibrate=run, separate=True)
+    assert not (run / "edge").exists()
+    assert read_package(export_edge(run, run / "edge", quantize="int4", method="gptq", calibrate=run, separate=True)).adapters
+    folded, plain = (export_edge(run, run / m, quantize=quantize, method=m, calibrate=run) for m in (method, "gptq"))
+    with pytest.raises(ModelError, match=f"was quantized by {method}, which moves scales from layer to layer"):
+        add_adapter(load_engine(folded), "mine", run / "adapter")
+    add_adapter(engine := load_engine(plain), "mine", run / "adapter")
+    assert list(engine.adapters) == ["mine"]

@@ -1,0 +1,149 @@
+"""Packages of the edge: their card, what is refused, and the command."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from fedtune.cli.main import main
+from fedtune.errors import FedtuneError, ModelError
+from fedtune.export.edge import export_edge
+from fedtune.inference.engine.package import read_package
+from fedtune.inference.engine.shape import Unsupported
+from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
+from tests.inference.packages import TEXT, nano_tokenizer
+from tests.models.build import checkpoint, hub, llama_config
+
+
+def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
+    run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK)
+    live.read(3).save(run / "adapter" / "fedtune.safetensors")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["privacy"] |= {"kind": "record", "delta": 1e-6}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    records = [
+        {"round": 1, "client": None, "exact_match": 0.25, "loss": 2.0},
+        {"round": 3, "client": "a", "epsilon": 2.5, "exact_match": 0.9},
+        {"round": 3, "client": None, "exact_match": 0.5, "loss": 1.0},
+        {"round": 4, "client": None, "exact_match": 0.75},  # after the adapter
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"torn')
+    readme = "- privacy: (ε, δ) = (3.25, 1e-06) for the client that spent most; accountant: PRV, upper bound\n"
+    (run / "adapter" / "README.md").write_text(readme)
+    for source in (run, run / "adapter"):
+        card = read_package(export_edge(source, tmp_path / f"out-{source.name}")).card
+        assert card["task"] == "instruction" and card["max_new_tokens"] == 6 and card["base"] == live.backbone.fingerprint
+        assert card["metric"] == {"name": "exact_match", "value": 0.5, "round": 3}
+        unit = "one training row of a client"
+        assert card["privacy"] == {"kind": "record", "unit": unit, "epsilon": 3.25, "delta": 1e-6}  # the ledgers knew of more
+        assert card["provenance"] == {
+            "method": "lora", "round": 3, "base": live.backbone.fingerprint, "run": "run", "name": "run", "strategy": "FedAvg",
+            "rounds": 10, "clients_per_round": 10, "seed": 5, "model": "m",
+        }  # fmt: skip
+
+
+def test_a_bare_adapter_knows_its_round_only(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
+    shutil.copytree(run / "adapter", tmp_path / "bare")
+    card = read_package(export_edge(tmp_path / "bare", tmp_path / "out")).card
+    assert card["metric"] is None and card["privacy"] is None and card["provenance"]["round"] == 1
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "method", "error", "said"),
+    [
+        ("llama", CLASSES, "lora", ModelError, "is a classifier, which generates no text: export it with --to hf"),
+        ("gpt2", CAUSAL, "lora", Unsupported, "does not run model_type='gpt2'"),
+        ("t5", ASK, "lora", Unsupported, "does not run model_type='t5'"),
+        ("llama", CAUSAL, "adapter", ModelError, "cannot run peft.method=adapter"),
+    ],
+)
+def test_what_the_engine_does_not_run(tmp_path: Path, kind: str, task: Any, method: str, error: type, said: str) -> None:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task, method=method)
+    with pytest.raises(error, match=said):
+        export_edge(run, run / "edge")
+    assert not (run / "edge").exists()
+
+
+def other_weights(folder: Path, **tensors: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    found = {**load_file(path), **tensors}
+    save_file({n: t for n, t in found.items() if t is not None}, path, {"format": "pt"})
+
+
+BAD = {
+    "another backbone": (lambda r, m: checkpoint(m, seed=9), "belongs to the backbone"),
+    "a weight is missing": (lambda r, m: other_weights(m, **{"model.norm.weight": None}), "'model.norm.weight' is missing from"),
+    "another shape": (lambda r, m: other_weights(m, **{"model.norm.weight": torch.ones(7)}), "'model.norm.weight' has another shape in"),
+    "integers": (lambda r, m: other_weights(m, **{"model.norm.weight": torch.ones(16, dtype=torch.int32)}), "is I32, wanted numbers"),
+    "no adapter": (lambda r, m: shutil.rmtree(r / "adapter"), "has no adapter/ yet"),
+    "metrics": (lambda r, m: (r / "metrics.jsonl").write_text("{]\n{}\n"), "metrics.jsonl line 1 is damaged"),
+    "taken": (lambda r, m: (r / "edge").mkdir() or (r / "edge" / "x").write_text(""), "exists already"),
+    "no tokenizer": (lambda r, m: [os.remove(f) for f in m.glob("token*")], "has no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
+    spoil, said = BAD[name]
+    spoil(run, tmp_path / "m")
+    with pytest.raises(FedtuneError, match=said) as bad:
+        export_edge(run, run / "edge")
+    assert "\n" not in str(bad.value)
+    assert not list(run.glob(".*")) and (name == "taken" or not (run / "edge").exists())
+
+
+def test_an_adapter_of_another_shape_is_named(tmp_path: Path) -> None:
+    run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
+    name = "model.layers.1.mlp.down_proj"
+    state = live.read(1)
+    state.replace({**state.tensors, f"{name}.lora_A": torch.ones(3, 5)}).save(run / "adapter" / "fedtune.safetensors")
+    with pytest.raises(ModelError, match=rf"'{name}.weight' is \(16, 5\), the backbone's \(16, 24\)"):
+        export_edge(run, run / "edge")
+
+
+# -- the command --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nano_tokenizer(checkpoint(tmp_path / "m", config=llama_config(vocab_size=1024), seed=2))
+    run, _ = make_run(tmp_path / "run", hub(model), CAUSAL)
+    (tmp_path / "text.txt").write_text(TEXT)
+    for arguments, name, said in [
+        ([], "merged", ""),
+        (["--to", "edge"], "edge", ""),
+        (["--to", "edge", "--quantize", "int4", "--method", "gptq", "--calibrate", str(tmp_path / "text.txt")], "edge-int4",
+         "quantized to int4 by gptq: the weights are off by"),
+        (["--to", "gguf"], "model-f16.gguf", ""),
+    ]:  # fmt: skip
+        assert main(["export", str(run), *arguments]) == 0
+        out, err = capsys.readouterr()
+        assert out.strip() == str(run / name) and (run / name).exists()
+        assert said in err and bool(err) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--quantize", "int8"], "--quantize goes with --to edge, not with --to hf"),
+        (["--to", "gguf", "--separate"], "--separate goes with --to edge, not with --to gguf"),
+        (["--to", "edge", "--gguf-type", "q8_0"], "--gguf-type goes with --to gguf, not with --to edge"),
+        (["--to", "edge", "--requantize"], "--requantize goes with --to hf"),
+        (["--to", "edge", "--quantize", "int4", "--method", "smoothquant", "--calibrate", "x"], "smoothquant makes activations fit int8"),
+        (["--to", "edge", "--method", "rtn"], "--method rtn needs --quantize"),
+        (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert main(["export", str(tmp_path), *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""Packages of the edge, quantized: how near they are, and what is told of it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from fedtune.config import DataConfig
+from fedtune.errors import ConfigError
+from fedtune.export.edge import export_edge, told
+from fedtune.export.measured import streamed_score
+from fedtune.export.merged import read_merged
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.package import read_package
+from fedtune.inference.quantize.perplexity import of_engine, perplexity, windows
+from fedtune.models import LiveAdapter
+from tests.export.test_huggingface import CAUSAL, make_run
+from tests.inference.packages import AWKWARD, TEXT, matrix, save
+from tests.models.build import checkpoint, hub, llama_config
+
+
+@pytest.mark.parametrize(("quantize", "most"), [("int8", 0.01), ("int4", 0.12)])
+@pytest.mark.parametrize("tie", [True, False])
+def test_quantized_weights_are_near_the_merged_ones(tmp_path: Path, quantize: str, most: float, tie: bool) -> None:
+    config = llama_config(Qwen3Config, **AWKWARD, tie_word_embeddings=tie)
+    run, _ = make_run(tmp_path / "run", hub(save(tmp_path / "m", config)), CAUSAL)
+    exact = read_package(export_edge(run, run / "edge"))
+    package = read_package(export_edge(run, run / "edge-q", quantize=quantize))
+    assert package.shape.tied is False and package.linears["lm_head"].kind == "int8"
+    for name, kept in package.linears.items():
+        assert kept.kind == ("int8" if name == "lm_head" else quantize)
+        own = "model.embed_tokens.weight" if tie and name == "lm_head" else f"{name}.weight"
+        wanted = exact.tensors[own]
+        assert 0 < ((matrix(package, name) - wanted).norm() / wanted.norm()).item() < most
+    embedding = package.tensors["model.embed_tokens.weight"]
+    assert torch.equal(embedding, exact.tensors["model.embed_tokens.weight"].bfloat16())
+    figures = package.card["quantised"]
+    assert figures["kind"] == quantize and figures["method"] == "rtn" and 0 < figures["weights_mean"] <= figures["weights_max"] < most
+    norms = [n for n in package.tensors if "norm" in n]
+    assert norms and all(torch.equal(package.tensors[n], exact.tensors[n]) for n in norms)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_perplexity_before_is_that_of_the_whole_model(tmp_path: Path, tie: bool) -> None:
+    config = llama_config(Qwen3Config, **AWKWARD, tie_word_embeddings=tie)
+    for method in ("lora", "prompt"):
+        run, live = make_run(tmp_path / method, hub(save(tmp_path / f"m-{method}", config)), CAUSAL, method=method)
+        ids = torch.randint(3, 35, (51,), generator=torch.Generator().manual_seed(2))
+        found = streamed_score(read_merged(run), list(windows(ids, 9)))
+
+        def logits(piece: torch.Tensor, live: LiveAdapter = live) -> torch.Tensor:
+            return live.model(piece[None], attention_mask=torch.ones(1, len(piece))).logits[0, -len(piece) :]
+
+        wanted = perplexity(logits, ids, window=9)
+        assert found.tokens == wanted.tokens == 50
+        assert abs(found.nats - wanted.nats) < 1e-5
+        assert abs(perplexity(of_engine(load_engine(export_edge(run, run / "edge"))), ids, window=9).nats - wanted.nats) < 1e-5
+
+
+@pytest.mark.parametrize(("quantize", "method"), [("int4", "gptq"), ("int4", "awq"), ("int8", "smoothquant"), ("int4", "rtn")])
+def test_a_calibrated_package_tells_both_perplexities(tmp_path: Path, quantize: str, method: str) -> None:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = export_edge(run, run / "edge", quantize=quantize, method=method, calibrate=tmp_path / "text.txt")
+    package = read_package(out)
+    figures = package.card["quantised"]
+    found = figures["perplexity"]
+    assert (figures["kind"], figures["method"], found["text"]) == (quantize, method, "calibrate")
+    assert found["tokens"] > 20 and abs(math.log(found["after"] / found["before"])) < 0.5
+    assert f"perplexity on {found['tokens']} held-out tokens: {found['before']:.4g} before" in told(out)
+    exact = read_package(export_edge(run, run / "exact"))
+    changed = not torch.equal(package.tensors["model.norm.weight"], exact.tensors["model.norm.weight"])
+    assert changed == (method in ("awq", "smoothquant"))  # they fold scales into the norms
+
+
+def test_without_calibration_the_run_s_own_test_is_measured_on(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": t, "client": "a"}) for t in TEXT.split("\n\n") if t))
+    shutil.copyfile(rows, tmp_path / "test.jsonl")
+    data = DataConfig(source="local", path=str(rows), test_path=str(tmp_path / "test.jsonl"), columns={"client": "client"})
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, data=data)
+    found = read_package(export_edge(run, run / "edge", quantize="int8")).card["quantised"]["perplexity"]
+    assert found["text"] == "the run's global test" and found["before"] > 1 and found["after"] > 1
+    with pytest.raises(ConfigError, match="--method gptq looks at what the layers read"):
+        export_edge(run, run / "other", quantize="int8", method="gptq")
+    with pytest.raises(ConfigError, match="add --quantize int8 or int4"):
+        export_edge(run, run / "other", method="rtn")

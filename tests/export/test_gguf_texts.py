@@ -1,0 +1,218 @@
+"""Texts that llama.cpp gives other tokens than transformers are the ones that an export tells of.
+
+The quick tests compare transformers with llama.cpp's rule as `as_llama_cpp` writes it; a slow one compares this rule with llama.cpp, which
+is looked for as `tests.export.test_gguf` says.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fedtune.export.gguf import describe_gguf, export_gguf
+from fedtune.export.gguf_tokens import CONTROL, UNKNOWN, UNUSED, USER, Vocabulary, read_vocabulary
+from tests.export.test_gguf import llama_python
+from tests.inference.tokenizer_table import SPLIT, begun, by_bytes, pieces
+from tests.models.build import checkpoint, llama_config
+
+CHATS = [
+    "hi ab 12", "ab", "a b  ab", "hi\n a", "café 😀 hi", "<s>hi</s>ab", "<s>hi ab</s>\nhi", "</s><s>ab", "hi</s> ab", "<s> hi", " hi ab",
+    "  hi", "\nhi", "<s>ab</s> <s> hi",
+]  # fmt: skip
+TEXTS = [
+    *CHATS, "     ", "\n", "a\r\nb\tc", "12 123 ab12", "nai\u0308ve e\u0301", "你好 hi", "👨\u200d👩 ab", "hi<tool>ab", "hi <tool> ab",
+    "<tool>  <tool>", "abc", "aabc bc", "a<0x41>b", "<|user|>\nhi ab</s>\n<|assistant|>\n",
+    "<s>[INST] hi ab [/INST] ab </s><s>[INST] a [/INST]", "hi <|user|> ab<|end|> hi", "I'm IT'S we'Ve",
+    "<|im_start|>user\nhi  ab<|im_end|>\n<|im_start|>assistant\n",
+    "def f(x):\n    return x + 1\n\n\nf(2)",
+]  # fmt: skip
+
+
+def plain(scheme: str | None, *added: str | AddedToken) -> Tokenizer:
+    out = pieces(scheme, flagged=False)
+    out.add_tokens(list(added))
+    return out
+
+
+def letters(merges: list[tuple[str, str]], *, bytes_: bool = True, **model: Any) -> Tokenizer:
+    """SentencePiece's BPE of a few letters, whose merges need not make every token from all its parts."""
+    bytes_of = [f"<0x{b:02X}>" for b in range(256 if bytes_ else 0)]
+    words = ["<unk>", "<s>", "</s>", *bytes_of, *"▁abchi12", "ab", "bc", "abc"]
+    out = Tokenizer(
+        models.BPE(
+            {w: i for i, w in enumerate(words)}, merges, **{"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": bytes_, **model}
+        )
+    )
+    out.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    out.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    out.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return out
+
+
+def composed() -> Tokenizer:
+    out = by_bytes(pre_tokenizers.Split(Regex(SPLIT % ""), "isolated"), use_regex=False, flagged=False)
+    out.normalizer = normalizers.NFC()
+    return out
+
+
+ALL = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
+SPACES = "gets a second one"
+FIRST = "meant for the first text only"
+SPELLED = "merges do not make there"
+NORMALIZED = "changes and adds spaces first"
+ENDS = "ends llama.cpp with an error"
+BYTES = "becomes the tokens of its bytes"
+PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiece's BPE, and what is told of it
+    "legacy": (lambda: pieces(None, flagged=False), []),
+    "never": (lambda: pieces("never", flagged=False), []),
+    "always": (lambda: pieces("always", flagged=False), [SPACES]),
+    "first": (lambda: begun(pieces("first", flagged=False)), [SPACES, FIRST]),
+    "flags": (lambda: pieces("never"), ["beside '<|user|>' (3 such)"]),
+    "added": (lambda: plain("never", "<tool>"), []),
+    "added, legacy": (lambda: plain(None, "<tool>", "<|x|>"), ["'<tool>' (2 such) is found", NORMALIZED]),
+    "added as it is, legacy": (lambda: plain(None, AddedToken("<tool>", normalized=False)), []),
+    "added spaces": (lambda: plain("never", "▁▁"), ["spells '▁▁' (1 such)", SPELLED]),
+    "added spaces, legacy": (lambda: plain(None, AddedToken("▁▁", normalized=False)), ["spells '▁▁' (1 such)", SPELLED]),
+    "added blanks": (lambda: plain("never", "  "), []),
+    "added blanks, legacy": (lambda: plain(None, "  "), ["'  ' (1 such) is found", NORMALIZED]),
+    "all merges": (lambda: letters(ALL), []),
+    "merges that no text lacks": (lambda: letters(ALL[:3]), []),
+    "merges that come too late": (lambda: letters([ALL[1], ALL[0], ALL[2]]), ["spells 'abc' (1 such)", SPELLED]),
+    "no merges of some": (lambda: letters(ALL[:1]), ["spells 'bc' (2 such)", SPELLED]),
+    "whole words": (lambda: letters(ALL[:1], ignore_merges=True), ["spells 'bc' (2 such)", SPELLED]),
+    "whole words by merges": (lambda: letters(ALL, ignore_merges=True), []),
+    "bytes that are not used": (lambda: letters(ALL, byte_fallback=False), [BYTES]),
+    "no bytes": (lambda: letters(ALL, bytes_=False), [ENDS]),
+}
+BY_BYTES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {
+    "gpt-2": (lambda: by_bytes(pre_tokenizers.Sequence([]), use_regex=True, flagged=False), []),
+    "smollm": (lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True, flagged=False), []),
+    "qwen2": (composed, ["text that is not composed yet (Unicode's NFC)"]),
+    "llama3": (
+        lambda: begun(
+            by_bytes(pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), use_regex=False, ignore_merges=True, flagged=False)
+        ),
+        [],
+    ),
+    "flags": (lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True), ["beside '<|user|>' (3 such)"]),
+}
+
+
+def model_of(folder: Path, made: Tokenizer) -> Path:
+    """A checkpoint with this tokenizer."""
+    checkpoint(folder, config=llama_config(vocab_size=400))
+    for old in folder.glob("token*"):
+        old.unlink()
+    names = {"bos_token": "<s>", "eos_token": "</s>", **({"unk_token": "<unk>"} if made.token_to_id("<unk>") is not None else {})}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    return folder
+
+
+def as_llama_cpp(own: Vocabulary, text: str) -> list[int] | None:
+    """llama.cpp's `llama_vocab::impl::tokenize` for SentencePiece with special tokens parsed: a space before each piece of text, then pairs
+    joined by the best score, the leftmost of equals, then bytes; None where there is no token for a byte, which ends it."""
+    special = {t: i for i, t in enumerate(own.tokens) if own.types[i] in (CONTROL, USER, UNKNOWN)}
+    known = {t: i for i, t in enumerate(own.tokens) if own.types[i] != UNUSED}
+    out = []
+    for piece in re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text):
+        if piece in special or not piece:
+            out += [special[piece]] if piece else []
+            continue
+        parts = list((" " * own.space + piece).replace(" ", "▁"))
+        while joined := [(own.scores[known[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in known]:
+            at = -max(joined)[1]
+            parts[at : at + 2] = ["".join(parts[at : at + 2])]
+        for part in parts:
+            out += [known[part]] if part in known else [known.get(f"<0x{b:02X}>", -1) for b in part.encode()]
+    return None if -1 in out else out
+
+
+@pytest.mark.parametrize(
+    ("scheme", "others"), [(None, set()), ("never", set()), ("always", {8, 9, 10, 11, 13}), ("first", {5, 6, 7, 8, 9, 10, 11, 13})]
+)
+def test_what_llama_cpp_makes_of_special_tokens_and_chats_is_the_same_or_told(tmp_path: Path, scheme: str | None, others: set[int]) -> None:
+    made = pieces(scheme, flagged=False)
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    own = read_vocabulary(tmp_path, theirs, len(theirs))
+    differ = {i for i, t in enumerate(CHATS) if as_llama_cpp(own, t) != theirs(t, add_special_tokens=False).input_ids}
+    assert differ == others and bool(own.differs) == bool(others)
+    assert ("a second one" in own.differs) == (scheme in ("always", "first"))
+    assert ("behind a special token" in own.differs) == (scheme == "first")
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_texts_that_differ_are_told_and_no_others(tmp_path: Path, name: str) -> None:
+    folder = model_of(tmp_path / "m", PIECES[name][0]())
+    theirs = AutoTokenizer.from_pretrained(folder)
+    own = read_vocabulary(folder, theirs, 400)
+    differ = [t for t in TEXTS if as_llama_cpp(own, t) != theirs(t, add_special_tokens=False).input_ids]
+    assert bool(differ) == bool(own.differs)
+    check(own.differs, PIECES[name][1])
+
+
+@pytest.mark.parametrize("name", BY_BYTES)
+def test_of_byte_level_tokenizers_flags_and_composing_are_told(tmp_path: Path, name: str) -> None:
+    folder = model_of(tmp_path / "m", BY_BYTES[name][0]())
+    check(read_vocabulary(folder, AutoTokenizer.from_pretrained(folder), 400).differs, BY_BYTES[name][1])
+
+
+def check(differs: str, told: list[str]) -> None:
+    """That every part is there, and the sentence has no others."""
+    assert all(part in differs for part in told) and (told or not differs)
+    for other in {SPACES, FIRST, SPELLED, NORMALIZED, ENDS, BYTES, "beside", "NFC"}:
+        assert (other in differs) == any(other in part for part in told), other
+
+
+def test_an_export_says_which_texts_get_other_tokens(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "m", config=llama_config(vocab_size=400))
+    PreTrainedTokenizerFast(tokenizer_object=pieces("first"), bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    said = describe_gguf(export_gguf(folder, tmp_path / "m.gguf"))
+    for part in ("which GGUF cannot express", "gets a second one", "behind a special token", "beside '<|user|>' (3 such)"):
+        assert part in said
+
+
+# -- llama.cpp ----------------------------------------------------------------------------------------------------------------------------
+
+RUN = """
+import json, sys
+import llama_cpp
+model = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)
+texts = [t.encode() for t in json.loads(sys.argv[2])]
+print("\\n" + json.dumps([model.tokenize(t, add_bos=begin, special=True) for begin in (False, True) for t in texts]))
+"""
+
+
+def llama_tokens(path: Path, texts: list[str]) -> list[list[int]] | None:
+    """llama.cpp's tokens, of each text as it is and then of each with its beginning; None where the process ends by itself."""
+    said = subprocess.run([llama_python(), "-c", RUN, path, json.dumps(texts)], capture_output=True, text=True)
+    return json.loads(said.stdout.splitlines()[-1]) if said.returncode == 0 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"pieces: {n}" for n in PIECES] + [f"bytes: {n}" for n in BY_BYTES])
+def test_llama_cpp_does_so(tmp_path: Path, name: str) -> None:
+    kind, _, name = name.partition(": ")
+    made, told = (PIECES if kind == "pieces" else BY_BYTES)[name]
+    folder = model_of(tmp_path / "m", made())
+    path = export_gguf(folder, tmp_path / "m.gguf")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    own, texts = read_vocabulary(folder, theirs, 400), TEXTS
+    if kind == "pieces":
+        texts = [t for t in TEXTS if as_llama_cpp(own, t) is not None]
+        for text in [t for t in TEXTS if t not in texts][:2]:
+            assert llama_tokens(path, [text]) is None
+    found = llama_tokens(path, texts)
+    assert found is not None and len(texts) >= 5
+    bare = found[: len(texts)]
+    if kind == "pieces":
+        assert bare == [as_llama_cpp(own, t) for t in texts]
+    assert found[len(texts) :] == [[theirs.bos_token_id] * own.begins + ids for ids in bare]
+    assert (bare != theirs(texts, add_special_tokens=False).input_ids or texts != TEXTS) == bool(told)

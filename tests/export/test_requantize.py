@@ -1,0 +1,160 @@
+"""Exports of adapters that were trained over quantized weights: merged in 16 or 32 bits, or quantized again with the error told."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedtune.cli.main import main
+from fedtune.config import Config, DataConfig, PeftConfig, TaskConfig, to_dict
+from fedtune.errors import ModelError
+from fedtune.export import export_hf
+from fedtune.export.huggingface import beside
+from fedtune.export.requantize import said, text_logits
+from fedtune.inference import generate_text
+from fedtune.models import LiveAdapter, initial_adapter, load_backbone
+from fedtune.models.backbone import quiet
+from tests.models.build import checkpoint, hub, llama_config
+from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized, logits, off, quantize, random_state, wide  # noqa: F401
+
+
+def make_run(folder: Path, model: Path, precision: str = "nf4", task: TaskConfig = LM, **peft: Any) -> tuple[Path, LiveAdapter]:
+    """A run over a quantized backbone as far as the export reads it, and its adapter."""
+    chosen = PeftConfig(**{"rank": 3, **peft})
+    config = hub(model, precision=precision, compute="fp32")
+    live = LiveAdapter(load_backbone(config, task, num_labels=3, seed=5), chosen, task)
+    if chosen.init == "loftq":
+        live.load(initial_adapter(config, task, chosen, num_labels=3, seed=5))
+    live.load(random_state(live))
+    live.save_peft(folder / "adapter")
+    live.read(1).save(folder / "adapter" / "fedtune.safetensors")
+    stored = to_dict(Config(model=config, task=task, seed=5, peft=chosen, data=DataConfig(source="local", path="x")))
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored))
+    return folder, live
+
+
+def exact(model: Path, live: LiveAdapter, task: TaskConfig = LM, **peft: Any) -> LiveAdapter:
+    """The adapter over the checkpoint's own weights."""
+    out = LiveAdapter(load_backbone(hub(model), task, num_labels=3, seed=5), PeftConfig(**{"rank": 3, **peft}), task)
+    out.load(live.read(1))
+    return out
+
+
+@pytest.mark.parametrize("precision", KINDS)
+def test_the_default_is_the_checkpoint_and_the_adapter(tmp_path: Path, precision: str) -> None:
+    model = wide(tmp_path / "m")
+    run, live = make_run(tmp_path / "run", model, precision)
+    out = export_hf(run, run / "merged")
+    assert off(logits(load_backbone(hub(out), LM)), logits(exact(model, live).backbone)) < 1e-5
+    assert not beside(out)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_began_with_loftq_is_merged_into_what_it_was_trained_over(tmp_path: Path, kind: str) -> None:
+    model = wide(tmp_path / "m", kind)
+    run, live = make_run(tmp_path / "run", model, init="loftq")
+    folder = run / "adapter"
+    for source, out in ((run, run / "merged"), (folder, tmp_path / "bare")):
+        if source is folder:
+            (folder / "fedtune.safetensors").unlink()
+            (run / "config.yaml").unlink()
+        merged = load_backbone(hub(export_hf(source, out)), LM)
+        assert off(logits(merged), logits(live.backbone)) < 1e-4
+        assert "merged into the dequantized weights that it was trained over" in beside(out)
+        wrong = exact(model, live)  # the residual twice
+        assert off(logits(wrong.backbone), logits(live.backbone)) > 1e-2
+
+
+def test_a_damaged_note_on_the_backbone_is_refused(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "run", wide(tmp_path / "m"), init="loftq")
+    (run / "adapter" / "quantised.json").write_text('{"precision": "int3"}')
+    with pytest.raises(ModelError, match="quantised.json cannot be read"):
+        export_hf(run, tmp_path / "out")
+    (run / "adapter" / "quantised.json").unlink()
+    with pytest.raises(ModelError, match="quantised.json is missing"):
+        export_hf(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("nf4", "llama"), ("int8", "llama"), ("nf4", "gpt2")])
+def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision: str, kind: str) -> None:
+    if why := quantize._why_not(precision, torch.float32, torch.device("cpu")):
+        pytest.skip(f"no {precision} kernel here: {why}")
+    model = wide(tmp_path / "m", kind)
+    run, live = make_run(tmp_path / "run", model, precision)
+    out = export_hf(run, tmp_path / "out", requantize=True)
+    told = json.loads((out / "fedtune.json").read_text())["quantised"]
+    assert {told["precision"], told["compute"]} == {precision, "fp32"}
+    with quiet():
+        opened = AutoModelForCausalLM.from_pretrained(out)
+    layers = {n: m for n, m in opened.named_modules() if quantize.is_quantized(m)}
+    want, plain = exact(model, live), load_backbone(hub(export_hf(run, tmp_path / "merged")), LM)
+    own = dict(plain.model.named_modules())
+    errors = {}
+    for name, layer in layers.items():
+        weight = own[name].get_parameter("weight")
+        errors[name] = off(quantize.weight_of(layer), weight if kind == "llama" else weight.T)
+    assert len(errors) == (14 if kind == "llama" else 8)
+    assert math.isclose(max(errors.values()), told["weights_max"], rel_tol=1e-4)
+    assert math.isclose(sum(errors.values()) / len(errors), told["weights_mean"], rel_tol=1e-4)
+    assert errors[told["worst"]] == max(errors.values())
+    merged = text_logits(plain.model, plain.tokenizer)
+    assert math.isclose(off(text_logits(opened, plain.tokenizer), merged), told["logits"], rel_tol=1e-3)
+    with want.disabled():
+        assert math.isclose(off(text_logits(want.backbone.model, plain.tokenizer), merged), told["adapter"], rel_tol=1e-3)
+    assert f"to {precision}: " in beside(out) and "\n" not in beside(out)
+    assert isinstance(generate_text(out, "turn on", max_new_tokens=3), str)
+
+
+def test_a_classifier_keeps_its_head_whole(tmp_path: Path) -> None:
+    run, live = make_run(tmp_path / "run", wide(tmp_path / "m", "bert"), task=CLASSES)
+    with quiet():
+        opened = AutoModelForSequenceClassification.from_pretrained(export_hf(run, tmp_path / "out", requantize=True))
+    assert torch.equal(opened.classifier.weight, live.parameters["classifier.weight"])
+
+
+def test_it_says_where_the_adapter_may_be_lost() -> None:
+    figures = {"precision": "nf4", "weights_mean": 0.1, "weights_max": 0.2, "worst": "q", "logits": 0.3, "adapter": 0.1}
+    assert "what was learned may be lost" in said(figures)
+    assert "lost" not in said({**figures, "adapter": 0.9})
+
+
+def test_there_must_be_a_precision_to_go_back_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = wide(tmp_path / "m")
+    run, _ = make_run(tmp_path / "run", model)
+    (tmp_path / "bare").mkdir()
+    for file in (run / "adapter").iterdir():
+        (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match="without its run nothing says which precision"):
+        export_hf(tmp_path / "bare", tmp_path / "out", requantize=True)
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    stored["model"]["precision"] = "fp32"
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert main(["export", str(run), "--requantize"]) == 2
+    assert "model.precision=fp32, no quantized one to go back to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_dtype_is_the_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = checkpoint(tmp_path / "m", config=llama_config(hidden_size=64, intermediate_size=128, head_dim=32))
+    with quiet():
+        AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(model)
+    run, live = make_run(tmp_path / "run", model)
+    out = export_hf(run, tmp_path / "out")
+    with safe_open(out / "model.safetensors", "pt") as f:
+        assert {f.get_tensor(n).dtype for n in f.keys()} == {dtype}  # noqa: SIM118
+    with quiet():
+        opened = AutoModelForCausalLM.from_pretrained(out)
+    assert opened.dtype is dtype
+    want, name = exact(model, live), "model.layers.0.mlp.up_proj"
+    layer = want.model.get_submodule(f"base_model.model.{name}")
+    state = live.read(1)
+    merged = (
+        layer.base_layer.weight.double() + state.spec.scaling[name] * state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()
+    )
+    assert torch.equal(opened.get_parameter(f"{name}.weight"), merged.float().to(dtype))  # rounded once

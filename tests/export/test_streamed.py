@@ -1,0 +1,264 @@
+"""`--to hf` reads tensor by tensor, and writes bit for bit what a merge of the whole model in memory gives."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+)
+
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.errors import ModelError
+from fedtune.export.huggingface import beside, export_hf, stored_dtype, write_tokenizer
+from fedtune.export.origin import read_origin
+from fedtune.export.outline import _number, _numbered
+from fedtune.export.whole import put_adapter, put_heads
+from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.backbone import quiet
+from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
+from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, llama_config
+
+METHODS = ("lora", "rslora", "dora", "ia3", "bitfit", "full", "prompt")
+KINDS = (*CONFIGS, "gpt_neox")
+
+
+def small_neox() -> GPTNeoXConfig:
+    """transformers keeps its weights under other names than the model has them."""
+    return GPTNeoXConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=1, initializer_range=0.3, hidden_dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0,
+    )  # fmt: skip
+
+
+def stored(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+    """A checkpoint of that architecture, in that precision."""
+    checkpoint(folder, kind, config=small_neox() if kind == "gpt_neox" else None, **save)
+    for file in folder.glob("*.safetensors"):
+        save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+def in_memory(run: Path, folder: Path) -> Path:
+    """The merge of the whole model: no rounding before the end, and transformers' own saving."""
+    origin = read_origin(run)
+    backbone = load_backbone(origin.model, origin.task, **origin.settings)
+    dtype, model = stored_dtype(backbone.folder), backbone.model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    put_heads(model, origin.adapter, origin.task)
+    put_adapter(model, origin)
+    if origin.labels and origin.task.kind == "classification":
+        model.config.id2label = dict(enumerate(origin.labels))
+        model.config.label2id = {label: i for i, label in enumerate(origin.labels)}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float().to(dtype)
+    with quiet():
+        model.save_pretrained(folder)
+    write_tokenizer(backbone.tokenizer, backbone.folder, folder)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def check(run: Path, out: Path, wanted: Path) -> None:
+    export_hf(run, out)
+    assert not beside(out) or "in memory" not in beside(out)
+    for name in ("config.json", "generation_config.json"):
+        assert (out / name).is_file() == (wanted / name).is_file()
+        assert not (out / name).is_file() or json.loads((out / name).read_text()) == json.loads((wanted / name).read_text())
+    found, whole = tensors(out), tensors(wanted)
+    assert set(found) == set(whole)
+    for name, tensor in whole.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def cell(kind: str, method: str, index: int) -> Any:
+    """All of them are slow together; an architecture's LoRA, and the methods on the one that turns its weights around, are quick."""
+    quick = method == "lora" or kind in ("gpt2", "bert") and index % 2 == 0 or (kind, method) == ("gpt2", "dora")
+    return pytest.param(kind, method, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "method"), [cell(k, m, i) for k in KINDS for i, m in enumerate(METHODS)])
+def test_it_is_what_the_merge_in_memory_gives(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.export.merged_tensor._STRETCH", 100)  # some rows, or columns, at a time
+    task = ASK if kind == "t5" else CLASSES if kind in (*ENCODERS, "opt") else CAUSAL
+    dtype = (torch.bfloat16, torch.float32, torch.float16)[KINDS.index(kind) % 3]
+    folder = stored(tmp_path / "m", kind, dtype, max_shard_size="6KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    try:
+        run, _ = make_run(tmp_path / "run", hub(folder), task, method=method)
+    except ModelError as no:
+        pytest.skip(str(no))  # no biases, or an architecture that PEFT has no prompts for
+    wanted = in_memory(run, tmp_path / "wanted")
+    loaded = "fedtune.models.backbone._pretrained_model"
+    monkeypatch.setattr(loaded, lambda *_: pytest.fail("the whole model is in memory"))
+    check(run, run / "merged", wanted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_shifts_too(tmp_path: Path, kind: str) -> None:
+    task = ASK if kind == "t5" else CLASSES if kind == "bert" else CAUSAL
+    run, live = make_run(tmp_path / "run", hub(stored(tmp_path / "m", kind)), task)
+    with_shifts(run, live)
+    check(run, run / "merged", in_memory(run, tmp_path / "wanted"))
+
+
+def with_shifts(run: Path, live: LiveAdapter) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for version in (1, 2):
+        spec = live.spec
+        factors = {n: p for n, p in live.parameters.items() if ".lora_" in n}
+        drawn = {n: torch.randn(p.shape, generator=generator) * 0.1 for n, p in factors.items()}
+        shift = AdapterState(drawn, AdapterSpec(method="lora", ranks=spec.ranks, scaling=spec.scaling, version=version))
+        shift.save(run / "adapter" / f"shift-{version:04d}.safetensors")
+
+
+# -- names --------------------------------------------------------------------------------------------------------------------------------
+
+
+def rename(folder: Path, change: Any) -> Path:
+    path = folder / "model.safetensors"
+    save_file({change(n): t for n, t in load_file(path).items()}, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("how", ["bare", "wrapped", "legacy"])
+def test_other_names_in_the_checkpoint(tmp_path: Path, how: str) -> None:
+    """Saved without a head's wrapper or with one; norms as TensorFlow called them."""
+    kind, task = ("llama", CAUSAL) if how == "bare" else ("bert", CLASSES)
+    folder = checkpoint(tmp_path / "m", kind)
+    if how == "bare":
+        rename(folder, lambda n: n.removeprefix("model."))
+    elif how == "wrapped":
+        rename(folder, lambda n: f"bert.{n}")
+    else:
+        rename(folder, lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"))
+    run, _ = make_run(tmp_path / "run", hub(folder), task)
+    check(run, run / "merged", in_memory(run, tmp_path / "wanted"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_table_that_is_kept_twice(tmp_path: Path, same: bool) -> None:
+    folder = checkpoint(tmp_path / "m")
+    path = folder / "model.safetensors"
+    found = load_file(path)
+    twin = found["model.embed_tokens.weight"].clone()
+    save_file({**found, "lm_head.weight": twin if same else twin + 1}, path, {"format": "pt"})
+    run, _ = make_run(tmp_path / "run", hub(folder), CAUSAL)
+    check(run, run / "merged", in_memory(run, tmp_path / "wanted"))
+    assert ("lm_head.weight" in tensors(run / "merged")) != same
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_head_of_the_checkpoint_counts_where_it_fits(tmp_path: Path, labels: int) -> None:
+    """Of another number of classes, it is drawn as the run drew it."""
+    config = llama_config(num_labels=labels)
+    checkpoint(tmp_path / "m", config=config)
+    with quiet(), torch.random.fork_rng():
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    run, _ = make_run(tmp_path / "run", hub(tmp_path / "m"), CLASSES)
+    check(run, run / "merged", in_memory(run, tmp_path / "wanted"))
+    assert tensors(run / "merged")["score.weight"].shape == (3, 16)
+
+
+@pytest.mark.parametrize("roberta", [2, 3])
+def test_all_of_a_head_is_drawn_or_nothing_of_it(tmp_path: Path, roberta: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["roberta"]()
+    config.num_labels = roberta
+    checkpoint(tmp_path / "m", "roberta", config=config)
+    with quiet(), torch.random.fork_rng():
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "m")
+    run, _ = make_run(tmp_path / "run", hub(tmp_path / "m"), CLASSES)
+    monkeypatch.setattr("fedtune.export.whole.trained_heads", lambda model, task: [])  # so that the adapter brings none
+    own = AdapterState.load(run / "adapter" / "fedtune.safetensors")
+    own.subset([n for n in own.tensors if ".lora_" in n]).save(run / "adapter" / "fedtune.safetensors")
+    monkeypatch.setattr("fedtune.export.origin._settings", lambda *_: {"num_labels": 3, "seed": 5})
+    check(run, run / "merged", in_memory(run, tmp_path / "wanted"))
+    kept = torch.equal(tensors(run / "merged")["classifier.dense.weight"], tensors(tmp_path / "m")["classifier.dense.weight"])
+    assert kept == (roberta == 3)
+
+
+def test_several_shards_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = make_run(tmp_path / "run", hub(stored(tmp_path / "m", "gpt2", torch.bfloat16)), CAUSAL)
+    with quiet():
+        whole = AutoModelForCausalLM.from_pretrained(in_memory(run, tmp_path / "wanted"), dtype=torch.bfloat16)
+        whole.save_pretrained(tmp_path / "wanted", max_shard_size="5KB")
+    shutil.copyfile(tmp_path / "m" / "generation_config.json", tmp_path / "wanted" / "generation_config.json")
+    (tmp_path / "wanted" / "model.safetensors").unlink()
+    monkeypatch.setattr("fedtune.export.outline._SHARD", "5KB")
+    check(run, run / "merged", tmp_path / "wanted")
+    index = json.loads((run / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == json.loads((tmp_path / "wanted" / "model.safetensors.index.json").read_text())["metadata"]
+    assert set(index["weight_map"].values()) == {f.name for f in (run / "merged").glob("*.safetensors")} and len(index["weight_map"]) > 9
+    with quiet():
+        opened = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.bfloat16)
+    assert all(torch.equal(p, whole.get_parameter(n)) for n, p in opened.named_parameters())
+
+
+# -- what cannot be read so ---------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_in_another_form_are_merged_in_memory_and_that_is_said(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
+        num_local_experts=3, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", config=config)), CAUSAL)
+    assert any(".experts.2." in n for n in tensors(tmp_path / "m"))  # apart there, one tensor in the model
+    said = beside(export_hf(run, run / "merged"))
+    assert "experts" in said and said.endswith("in another form than the model, so the model was merged as a whole in memory")
+    wanted = tensors(in_memory(run, tmp_path / "wanted"))
+    assert all(torch.allclose(t, wanted[n], rtol=0, atol=1e-6) for n, t in tensors(run / "merged").items())
+
+
+def test_a_random_backbone_is_merged_in_memory_and_that_is_said(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m"), init="random"), CAUSAL)
+    said = "the backbone was drawn at random (model.init=random), so the model was merged as a whole in memory"
+    assert beside(export_hf(run, run / "merged")) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.9.mlp.up_proj", "is no linear layer of the backbone"),
+        ("model.norm", "is no linear layer of the backbone"),
+        ("lm_head", "is tied to the embedding"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path, name: str, words: str) -> None:
+    run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
+    path, state = run / "adapter" / "fedtune.safetensors", live.read(1)
+    spec = AdapterSpec(method="lora", base=state.spec.base, ranks={name: 2}, scaling={name: 1.0}, version=1)
+    AdapterState({f"{name}.lora_A": torch.ones(2, 16), f"{name}.lora_B": torch.ones(32, 2)}, spec).save(path)
+    with pytest.raises(ModelError, match=words):
+        export_hf(run, run / "merged")
+    assert not (run / "merged").exists()
+
+
+def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
+    path = tmp_path / "m" / "model.safetensors"
+    found = load_file(path)
+    norm = found.pop("model.norm.weight")
+    save_file(found, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="'model.norm.weight' is missing from"):
+        export_hf(run, run / "merged")
+    save_file({**found, "model.norm.weight": norm[:3]}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="'model.norm.weight' has another shape in"):
+        export_hf(run, run / "merged")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_dtype_holds_the_numbers_that_stand_for_tensors(dtype: torch.dtype) -> None:
+    assert [_number(_numbered(i, dtype)) for i in (0, 255, 256, 65537, 16777215)] == [0, 255, 256, 65537, 16777215]

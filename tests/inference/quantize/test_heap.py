@@ -1,0 +1,32 @@
+"""What was freed is given back."""
+
+import sys
+
+import pytest
+import torch
+
+from fedtune.inference.quantize.heap import _library, give_back
+
+
+def rss() -> int:
+    return int(open("/proc/self/statm").read().split()[1]) * 4096  # noqa: SIM115
+
+
+@pytest.mark.skipif(sys.platform != "linux" or _library() is None, reason="needs glibc")
+def test_freed_blocks_between_living_ones_go_back_to_the_system() -> None:
+    torch.ones(24 << 20, dtype=torch.uint8)  # freed: from here on glibc keeps blocks of this size for itself
+    blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(64)]
+    kept, before = blocks[1::2], rss()
+    del blocks
+    give_back()
+    assert before - rss() > 24 << 20 and all(int(t[-1]) == 1 for t in kept)
+
+
+def test_where_there_is_no_glibc_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.inference.quantize.heap.sys.platform", "darwin")
+    _library.cache_clear()
+    try:
+        give_back()
+        assert _library() is None
+    finally:
+        _library.cache_clear()

@@ -1,0 +1,88 @@
+"""Perplexity by hand, and that every token is scored once with what stands before it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedtune.errors import DataError
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.quantize.perplexity import answers, engine_score, of_engine, perplexity, score, windows
+from tests.inference.engine.tiny import VOCAB, tiny_model
+
+
+@given(st.integers(2, 60), st.integers(2, 20), st.integers(1, 19))
+def test_each_token_but_the_first_is_scored_once(length: int, window: int, stride: int) -> None:
+    if stride >= window:
+        return
+    ids, scored = torch.arange(length), []
+    for piece, new in windows(ids, window, stride):
+        assert new < len(piece) <= window  # something stands before the first that is scored
+        assert new <= stride or int(piece[0]) == 0
+        scored += piece[-new:].tolist()
+    assert scored == list(range(1, length))
+
+
+def test_by_hand() -> None:
+    # a model that gives 3/4 to the token after the last one and 1/4 to the others, of 4 tokens: counts up right twice, wrong once
+    def model(ids: Tensor) -> Tensor:
+        out = torch.full((len(ids), 4), math.log(1 / 12))
+        out[torch.arange(len(ids)), (ids + 1) % 4] = math.log(3 / 4)
+        return out
+
+    score = perplexity(model, torch.tensor([0, 1, 2, 0]), window=4)
+    assert score.tokens == 3
+    assert score.nats == pytest.approx(-(2 * math.log(3 / 4) + math.log(1 / 12)) / 3)
+    assert score.perplexity == pytest.approx((16 / 9 * 12) ** (1 / 3))
+    # it looks one token back, so windows of two see all that it needs
+    assert perplexity(model, torch.tensor([0, 1, 2, 0]), window=2, stride=1).nats == pytest.approx(score.nats)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    assert perplexity(lambda ids: torch.zeros(len(ids), 7), torch.arange(50) % 7, window=9).perplexity == pytest.approx(7)
+
+
+def test_the_engine_is_scored_as_its_own_logits_say(tmp_path: Path) -> None:
+    tiny_model("qwen3", tmp_path)
+    engine = load_engine(tmp_path, "fp32")
+    ids = torch.randint(0, VOCAB, (31,), generator=torch.Generator().manual_seed(0))
+    logits = of_engine(engine)(ids)
+    assert logits.shape == (31, VOCAB)
+    whole = -logits[:-1].log_softmax(1).gather(1, ids[1:, None]).mean()
+    assert perplexity(of_engine(engine), ids, window=64).nats == pytest.approx(float(whole), rel=1e-5)
+    # shorter windows see less, and are another measure
+    assert perplexity(of_engine(engine), ids, window=8).nats != pytest.approx(float(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "window", "stride"), [(1, 8, None), (9, 1, None), (9, 4, 4), (9, 4, -1)])
+def test_what_cannot_be_scored_is_refused(tokens: int, window: int, stride: int | None) -> None:
+    with pytest.raises(DataError, match="windows that overlap"):
+        perplexity(lambda ids: torch.zeros(len(ids), 3), torch.zeros(tokens, dtype=torch.long), window=window, stride=stride)
+
+
+def test_of_requests_and_answers_only_the_answers_are_scored() -> None:
+    rows = [([1, 2], [3]), ([1] * 9, [2]), ([], [1]), ([1], []), ([2], [0, 1]), ([1], [2])]
+    pieces = answers(rows, 3, window=9)
+    assert [(ids.tolist(), new) for ids, new in pieces] == [([1, 2, 3], 1), ([2, 0, 1], 2)]  # the second is too long, the last one too many
+
+    def model(ids: torch.Tensor) -> torch.Tensor:  # of four tokens, gives the one that comes after its own number half of the probability
+        return torch.log(torch.full((len(ids), 4), 1 / 6) + torch.nn.functional.one_hot((ids + 1) % 4, 4) / 3)
+
+    # after 2 comes 3: 1/2; after 2 a 0: 1/6; after 0 a 1: 1/2
+    found = score(model, pieces)
+    assert found.tokens == 3 and found.perplexity == pytest.approx((2 * 6 * 2) ** (1 / 3))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_an_engine_is_scored_in_parts(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.inference.quantize.perplexity._ROWS", 5)
+    monkeypatch.setattr("fedtune.inference.quantize.perplexity._STRETCH", 2 * VOCAB)
+    tiny_model("qwen3", tmp_path)
+    engine = load_engine(tmp_path, kind)
+    pieces = list(windows(torch.randint(0, VOCAB, (43,), generator=torch.Generator().manual_seed(4)), 12))
+    found, whole = engine_score(engine, pieces), score(of_engine(engine), pieces)
+    assert found.tokens == whole.tokens == 42 and abs(found.nats - whole.nats) < 1e-4

@@ -1,0 +1,316 @@
+"""Keys of a deployment: that they verify, that nobody else can read them, and that nothing is ever overwritten."""
+
+import datetime
+import json
+import os
+import shutil
+import socket
+import ssl
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from flwr.supercore.primitives.asymmetric import sign_message, uses_nist_ec_curve, verify_signature
+
+from fedtune.cli.main import main
+from fedtune.errors import ConfigError
+from fedtune.network import keys
+from fedtune.network.keys import add_clients, check_private, make_keys, read_allowed, remove_clients, renew_server, rotate_clients
+from fedtune.storage import atomic as files
+
+SECRET = ("key", "server.key", "ca.key")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("deployment") / "keys"
+    make_keys(out, ["fed.example.org", "192.0.2.7"], ["a", "b"])
+    return out
+
+
+def shake(folder: Path, ca: Path, name: str) -> str:
+    """Do a TLS handshake on a socket pair as a client that wants to talk to `name`; returns the version of TLS."""
+    there, here = socket.socketpair()
+    side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    side.load_cert_chain(folder / "server.pem", folder / "server.key")
+
+    def serve() -> None:
+        try:
+            side.wrap_socket(there, server_side=True).close()
+        except OSError:  # the client refused, and says so on its own side
+            there.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python asks for from 3.13 on
+        with context.wrap_socket(here, server_hostname=name) as tls:
+            return tls.version() or ""
+    finally:
+        here.close()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["fed.example.org", "192.0.2.7", "localhost", "127.0.0.1", "::1"])
+def test_the_certificate_proves_every_name_that_it_was_made_for(made: Path, name: str) -> None:
+    assert shake(made, made / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
+
+
+@pytest.mark.parametrize("name", ["example.org", "192.0.2.8"])
+def test_no_other_name_is_proven(made: Path, name: str) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
+        shake(made, made / "ca.pem", name)
+
+
+def test_another_ca_is_not_trusted(made: Path, tmp_path: Path) -> None:
+    make_keys(tmp_path / "other", ["fed.example.org"], ["a"])
+    with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer|signature"):
+        shake(made, tmp_path / "other" / "ca.pem", "fed.example.org")
+
+
+def test_modes_and_private_keys(made: Path) -> None:
+    everything = sorted(p.relative_to(made).as_posix() for p in made.rglob("*"))
+    files = [
+        "allowed.json",
+        "ca.key",
+        "ca.pem",
+        *(f"clients/{c}/{f}" for c in "ab" for f in ("ca.pem", "key", "key.pub")),
+        "server.key",
+        "server.pem",
+    ]
+    assert everything == sorted([*files, "clients", "clients/a", "clients/b"])
+    for path in (made, *made.rglob("*")):
+        private = path.is_dir() or path.name in SECRET
+        assert not private or stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+        assert path.is_dir() or (b"PRIVATE KEY" in path.read_bytes()) == (path.name in SECRET)
+
+
+def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0)  # nothing that the process is started with may open a key
+    opened: dict[str, int] = {}
+    real = os.open
+
+    def opening(path: Path, flags: int, *mode: int, **how: Any) -> int:
+        handle = real(path, flags, *mode, **how)
+        if flags & os.O_CREAT:
+            opened[str(path)] = os.fstat(handle).st_mode
+        return handle
+
+    monkeypatch.setattr(files.os, "open", opening)
+    try:
+        make_keys(tmp_path / "keys", ["h"], ["a"])
+    finally:
+        os.umask(before)
+    modes = {Path(path).name: stat.S_IMODE(mode) for path, mode in opened.items()}
+    assert len(opened) == 8 and set(modes.values()) == {0o600}, modes
+
+
+def test_flower_takes_the_node_keys(made: Path) -> None:
+    allowed = read_allowed(made / "allowed.json")
+    assert list(allowed) == ["a", "b"]
+    # as flower-supernode loads it: load_ssh_private_key of an elliptic curve
+    private = serialization.load_ssh_private_key((made / "clients" / "a" / "key").read_bytes(), None)
+    signed = sign_message(private, b"node")  # type: ignore[arg-type]
+    public = {name: serialization.load_ssh_public_key(text.encode()) for name, text in allowed.items()}
+    assert uses_nist_ec_curve(public["a"])  # type: ignore[arg-type]
+    assert verify_signature(public["a"], b"node", signed) and not verify_signature(public["b"], b"node", signed)  # type: ignore[arg-type]
+    assert (made / "clients" / "a" / "key.pub").read_text() == allowed["a"] + "\n"
+
+
+def test_add_makes_one_more_client_and_touches_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a"])
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "allowed.json"}
+    old = read_allowed(out / "allowed.json")
+    assert main(["keys", "--out", str(out), "--add", "c"]) == 0
+    assert "allowed.json" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in before} == before
+    new = read_allowed(out / "allowed.json")
+    assert new.pop("c") + "\n" == (out / "clients" / "c" / "key.pub").read_text() and new == old
+    assert stat.S_IMODE((out / "clients" / "c" / "key").stat().st_mode) == 0o600
+    assert not [p for p in out.rglob("*.tmp")]
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "keys"
+    wanted = ["keys", "--out", str(out), "--server-name", "h", "--clients", "a"]
+    assert main(wanted) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for again in (wanted, ["keys", "--out", str(out), "--add", "a"], ["keys", "--out", str(out), "--add", "b", "a"]):
+        assert main(again) == 2
+        said = capsys.readouterr()
+        assert not said.out and said.err.count("\n") == 1 and "never overwritten" in said.err
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "keys"
+    assert main(["keys", "--out", str(out), "--server-name", "fed.example.org,192.0.2.7", "--clients", "a", "b"]) == 0
+    assert main(["keys", "--out", str(out), "--add", "c"]) == 0
+    assert main(["keys", "--out", str(out), "--rotate", "c"]) == 0
+    assert main(["keys", "--out", str(out), "--renew-server"]) == 0
+    said = "".join(capfd.readouterr())
+    assert "PRIVATE" not in said and "fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json" in said
+    assert "--server fed.example.org:8080" in said
+    secret = [p for p in out.rglob("*") if p.name in SECRET]
+    assert len(secret) == 5
+    for line in (line for p in secret for line in p.read_text().splitlines()):
+        assert line not in said
+    (out / "server.key").write_text((out / "server.key").read_text()[:60])
+    with pytest.raises(ConfigError) as bad:  # nor does a refusal quote it
+        check_private(out / "server.key")
+    assert "MIG" not in str(bad.value) and "\n" not in str(bad.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--server-name", "h", "--clients", "../a"], "cannot name a client"),
+        (["--server-name", "h", "--clients", ".a"], "cannot name a client"),
+        (["--server-name", "h", "--clients", "a", "a"], "named twice"),
+        (["--server-name", "https://h", "--clients", "a"], "neither a host name nor an IP address"),
+        (["--server-name", "h:8080", "--clients", "a"], "no port"),
+        (["--server-name", "10.0.0.300", "--clients", "a"], "neither a host name nor an IP address"),
+        (["--server-name", "h,", "--clients", "a"], "neither a host name"),
+        (["--server-name", "h", "--clients", "a", "--days", "0"], "1 to 36500"),
+        (["--server-name", "h"], "needs --server-name HOST and --clients"),
+        (["--add", "a"], "no folder of fedtune keys"),
+        (["--add", "a", "--days", "3"], "leave out --days"),
+        (["--rotate", "a", "--clients", "b"], "leave out --clients"),
+        (["--remove", "a", "--ca-key", "x"], "leave out --ca-key"),
+        (["--renew-server", "--clients", "b"], "leave out --clients"),
+        (["--renew-server", "--days", "0"], "1 to 36500"),
+        (["--rotate", "a"], "no folder of fedtune keys"),
+        (["--remove", "a"], "no folder of fedtune keys"),
+        (["--renew-server"], "no folder of fedtune keys"),
+        (["--server-name", "h", "--clients", "a", "--ca-key", "x"], "leave out --ca-key"),
+    ],
+)
+def test_refusals_make_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], why: str) -> None:
+    assert main(["keys", "--out", str(tmp_path / "keys"), *given]) == 2
+    said = capsys.readouterr()
+    assert why in said.err and not said.out and not list(tmp_path.iterdir())
+
+
+def test_a_key_that_others_can_read_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "key"
+    copy.write_bytes((made / "clients" / "a" / "key").read_bytes())
+    copy.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"open to others \(mode 0640\): chmod 600"):
+        check_private(copy)
+    copy.chmod(0o400)
+    check_private(copy)
+    if copy.stat().st_uid == 0:  # the superuser's: systemd and Docker hand such files to a service through its group
+        copy.chmod(0o440)
+        with monkeypatch.context() as service:
+            service.setattr(keys.os, "geteuid", lambda: 10001)
+            check_private(copy)
+            copy.chmod(0o444)
+            with pytest.raises(ConfigError, match="0444"):
+                check_private(copy)
+    check_private(made / "server.key")
+    with pytest.raises(ConfigError, match="cannot read the private key"):
+        check_private(tmp_path / "none")
+
+
+def test_the_list_of_allowed_is_checked(made: Path, tmp_path: Path) -> None:
+    good = json.loads((made / "allowed.json").read_text())["a"]
+    path = tmp_path / "allowed.json"
+    for text, why in {
+        "[": "not JSON",
+        "{}": "names nobody",
+        '{"a": "x", "a": "y"}': "named twice",
+        '{"a": "ssh-ed25519 AAAA"}': "key of client a is not an ECDSA public key",
+        json.dumps({"a/b": good}): "cannot name a client",
+        json.dumps({"a": good, "b": f"{good} again"}): "b and a have the same key",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=why):
+            read_allowed(path)
+
+
+def test_a_folder_that_was_left_half_added_is_named(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys", ["h"], ["a"])
+    (tmp_path / "keys" / "clients" / "b").mkdir()
+    with pytest.raises(ConfigError, match="b is not allowed: remove that folder"):
+        add_clients(tmp_path / "keys", ["b"])
+
+
+def test_rotate_replaces_the_key_of_that_client_only(tmp_path: Path) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a", "b"])
+    old, files = read_allowed(out / "allowed.json"), {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    said = rotate_clients(out, ["a"])
+    assert "a/key" not in said and f"from {out / 'clients' / 'a'}" in said and "their old ones are refused" in said
+    new = read_allowed(out / "allowed.json")
+    assert new["b"] == old["b"] and new["a"] != old["a"]
+    assert (out / "clients" / "a" / "key.pub").read_text() == new["a"] + "\n"
+    assert stat.S_IMODE((out / "clients" / "a" / "key").stat().st_mode) == 0o600
+    changed = {p.relative_to(out).as_posix() for p, data in files.items() if p.read_bytes() != data}
+    assert changed == {"allowed.json", "clients/a/key", "clients/a/key.pub"} and {p for p in out.rglob("*") if p.is_file()} == set(files)
+    shutil.rmtree(out / "clients")  # the copies were deleted, as they should be
+    (out / "clients").mkdir()
+    rotate_clients(out, ["a"])
+    assert (out / "clients" / "a" / "key").is_file() and read_allowed(out / "allowed.json")["b"] == old["b"]
+
+
+def test_remove_takes_clients_off_the_list_and_never_the_last(tmp_path: Path) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a", "b", "c"])
+    old = read_allowed(out / "allowed.json")
+    assert "allowed.json" in remove_clients(out, ["a", "c"])
+    assert read_allowed(out / "allowed.json") == {"b": old["b"]} and [p.name for p in (out / "clients").iterdir()] == ["b"]
+    for change, names, why in (
+        (remove_clients, ["b"], "nobody would be left"),
+        (remove_clients, ["b", "x"], "client x has no key here"),
+        (rotate_clients, ["b", "a"], "client a has no key here: make it one with --add"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            change(out, names)
+    assert read_allowed(out / "allowed.json") == {"b": old["b"]}
+    add_clients(out, ["a"])  # the name is free again
+    assert set(read_allowed(out / "allowed.json")) == {"a", "b"}
+
+
+def test_a_renewed_server_is_trusted_by_the_clients_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["fed.example.org"], ["a"], days=30)
+    trusted = tmp_path / "ca.pem"
+    shutil.copy(out / "clients" / "a" / "ca.pem", trusted)
+    before = (out / "server.pem").read_bytes(), (out / "server.key").read_bytes()
+    assert main(["keys", "--out", str(out), "--renew-server"]) == 0
+    assert "server.pem server.key" in capsys.readouterr().out
+    assert before[0] != (out / "server.pem").read_bytes() and before[1] != (out / "server.key").read_bytes()
+    assert shake(out, trusted, "fed.example.org") == shake(out, trusted, "127.0.0.1") == "TLSv1.3"
+    (out / "ca.key").rename(tmp_path / "kept.key")  # off this machine, as it may be
+    with pytest.raises(ConfigError, match="there is no .*ca.key: give the CA's key with --ca-key FILE"):
+        renew_server(out, [])
+    assert (
+        main(["keys", "--out", str(out), "--renew-server", "--server-name", "new.example.org", "--ca-key", str(tmp_path / "kept.key")]) == 0
+    )
+    assert shake(out, trusted, "new.example.org") == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake(out, trusted, "fed.example.org")
+
+
+def test_only_the_ca_s_own_key_signs_and_no_longer_than_it_lasts(tmp_path: Path) -> None:
+    out, other = tmp_path / "keys", tmp_path / "other"
+    make_keys(out, ["h"], ["a"], days=30)
+    make_keys(other, ["h"], ["a"])
+    before = (out / "server.pem").read_bytes()
+    with pytest.raises(ConfigError, match="is not the key of .*ca.pem"):
+        renew_server(out, [], ca_key=other / "ca.key")
+    (other / "ca.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="open to others"):
+        renew_server(out, [], ca_key=other / "ca.key")
+    assert (out / "server.pem").read_bytes() == before
+    renew_server(out, [], days=36500)
+    ends = [x509.load_pem_x509_certificate((out / f"{name}.pem").read_bytes()).not_valid_after_utc for name in ("server", "ca")]
+    assert ends[0] == ends[1]  # and the CA outlives a server's certificate of 30 days
+    assert (ends[1] - datetime.datetime.now(datetime.UTC)).days > 3600

@@ -1,0 +1,143 @@
+"""Connections without a key are few for each address; those that have shown one are not counted."""
+
+import asyncio
+import contextlib
+import resource
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import uvicorn
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedtune.network.listener import STRANGERS, Guests
+from fedtune.network.public import PULL, Impatient, PublicPort
+from fedtune.network.superlink import CONNECTIONS, FILES, _listen
+from tests.network.echo import new_key
+from tests.network.test_public_port import MAX, Inside, signed
+from tests.network.waiting import wait_until
+
+MOST, FEW = 12, 4
+KEY = new_key()
+
+
+@pytest.fixture
+def address() -> Iterator[tuple[str, int]]:
+    """A public port with few places."""
+    guests = Guests(MOST, FEW)
+    port = PublicPort(Inside(), max_body=MAX, keys={public_key_to_bytes(KEY.public_key())}, welcome=guests.welcome)
+    server = uvicorn.Server(uvicorn.Config(port, http=Impatient, lifespan="off", log_config=None, timeout_keep_alive=60))
+    with _listen("127.0.0.1", 0, guests) as door:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([door])), daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        yield door.getsockname()[:2]
+        server.should_exit = True
+        thread.join(5)
+
+
+@contextlib.contextmanager
+def connections(address: tuple[str, int], count: int) -> Iterator[list[socket.socket]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(count)]
+
+
+def refused(guest: socket.socket) -> bool:
+    """Whether the other end has hung up; one that was accepted says nothing."""
+    guest.settimeout(0.3)
+    try:
+        return guest.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def await_place(address: tuple[str, int]) -> socket.socket:
+    """A connection that is accepted, once the port has seen that another has gone."""
+    tries: list[socket.socket] = []
+
+    def accepted() -> bool:
+        if tries:
+            tries[-1].close()
+        tries.append(socket.create_connection(address))
+        return not refused(tries[-1])
+
+    wait_until(accepted)
+    return tries[-1]
+
+
+def ask(client: httpx.Client, address: tuple[str, int]) -> int:
+    return client.post(f"http://{address[0]}:{address[1]}{PULL}", headers=signed(KEY)).status_code
+
+
+def test_an_address_has_few_connections_without_a_key_and_clients_are_served_beside_them(address: tuple[str, int]) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client()) for _ in range(FEW + 2)]  # more than may stay without a key
+        assert [ask(client, address) for client in clients] == [200] * len(clients)
+        with connections(address, FEW + 3) as flood:
+            assert [refused(guest) for guest in flood] == [True] * 3 + [False] * FEW  # the oldest are hung up
+            assert [ask(client, address) for client in clients] == [200] * len(clients)  # on the connections that they have
+            assert ask(stack.enter_context(httpx.Client()), address) == 200  # and a new one, which shows its key at once
+            assert [refused(guest) for guest in flood[3:]] == [True] + [False] * (FEW - 1)
+
+
+def test_all_connections_together_have_a_limit(address: tuple[str, int]) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client()) for _ in range(MOST)]
+        assert [ask(client, address) for client in clients] == [200] * MOST
+        with connections(address, 1) as (one,):
+            assert refused(one)
+        clients.pop().close()
+        one = await_place(address)
+        assert ask(stack.enter_context(httpx.Client()), address) == 200  # who has a key is served before who has none
+        assert refused(one)
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("same", "other"),
+    [
+        (["192.0.2.1"] * 4, "192.0.2.2"),
+        (["2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:1:ff::3", "2001:db8:0:1::4"], "2001:db8:0:2::1"),
+    ],
+)
+def test_an_address_is_a_host_or_what_one_household_gets(same: list[str], other: str) -> None:
+    guests, ended = Guests(MOST, FEW), list[int]()
+
+    def come(host: str, port: int) -> bool:
+        return guests.come((host, port), lambda: ended.append(port))
+
+    assert all(come(host, port) for port, host in enumerate(same)) and come(other, 90) and ended == []
+    assert come(same[0], 91) and ended == [0]  # the oldest of the same
+    guests.welcome((same[1], 1))
+    guests.leave((same[2], 2))
+    guests.leave((same[2], 2))  # once more: nothing
+    assert come(same[0], 92) and come(same[0], 93) and ended == [0]
+    assert come(same[0], 94) and ended == [0, 3]
+
+
+def test_a_flood_is_named_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    guests = Guests(MOST, FEW)
+    for port in range(100):
+        guests.come(("192.0.2.1", port), lambda: None)
+    (record,) = caplog.records
+    assert (record.__dict__["peer"], record.getMessage()) == ("192.0.2.1", "refused")
+
+
+def test_the_limit_of_open_files_has_room_for_all_connections() -> None:
+    program = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from fedtune.network.superlink import _allow_files
+_allow_files()
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert int(out) == (FILES if hard == resource.RLIM_INFINITY else min(FILES, hard))
+    assert FILES > 2 * CONNECTIONS > 2 * STRANGERS

@@ -1,0 +1,371 @@
+"""Clients trained at once are the clients trained one after the other."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedtune.clients.app import Prepared
+from fedtune.clients.host import ClientHost
+from fedtune.clients.turns import turn_of
+from fedtune.clients.turns.scaffold import Corrected
+from fedtune.clients.workspace import Workspace
+from fedtune.config import DeviceClass, DevicesConfig, EngineConfig, EvalConfig, PeftConfig, TaskConfig
+from fedtune.contracts import flower
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.plan import Plan
+from fedtune.contracts.wire import Envelopes
+from fedtune.errors import CheckpointError, FedtuneError, UpdateError
+from fedtune.experiment import simulate
+from fedtune.simulations.engines import batched, stacked
+from fedtune.simulations.engines.batched import Job, train_together
+from tests.simulations.engines.turns import alone, check, jobs_of
+from tests.tiny import texts, tiny_config
+from tests.working import host_for
+
+TASKS = {
+    "causal_lm": TaskConfig(kind="causal_lm", max_length=16, stride_texts=False),
+    "instruction": TaskConfig(kind="instruction", max_length=32, max_new_tokens=8),
+    "classification": TaskConfig(kind="classification", max_length=16),
+}
+
+
+@pytest.fixture(scope="module", params=list(TASKS))
+def space(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    config = tiny_config(
+        tmp_path_factory.mktemp(request.param), rows=ragged(), task=TASKS[request.param], peft=PeftConfig(rank=3, alpha=4.0)
+    )
+    if request.param == "instruction":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt="{question} ->", answer=" {reply}"))
+    return Workspace(config)
+
+
+def ragged() -> list[dict[str, Any]]:
+    """Clients of very different size: 20, 9, 4 and 2 rows."""
+    rows = texts(35)
+    for i, row in enumerate(rows):
+        row["client"] = "c0" if i < 20 else "c1" if i < 29 else "c2" if i < 33 else "c3"
+    return rows
+
+
+def jobs(space: Workspace, **changes: Any) -> list[Job]:
+    return jobs_of({c: space.examples(c, "train") for c in space.client_ids}, space.initial, **changes)
+
+
+def one_by_one(space: Workspace, todo: list[Job]) -> list[tuple[AdapterState, Any]]:
+    return [alone(space.live, job, space.config.task, space.pad_id) for job in todo]
+
+
+def agree(space: Workspace, todo: list[Job]) -> None:
+    check(space.live, todo, space.config.task, space.pad_id)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accumulate": 2},
+        {"clip_norm": 0.05},
+        {"clip_norm": None},
+        {"turn": "fedprox", "params": {"mu": 0.5}},
+        {"train": ("*.lora_B", "*weight")},
+        {"optimizer": "sgd", "lr": 0.3},
+        {"turn": "hetlora", "params": {"penalty": 0.3, "share": 0.5}},
+        {"measure": ("start_loss",)},
+    ],
+    ids=["ragged", "accumulated", "clipped", "unclipped", "proximal", "partly trained", "sgd", "tails", "measured"],
+)
+def test_each_update_is_the_sequential_one(space: Workspace, changes: dict[str, Any]) -> None:
+    agree(space, jobs(space, **changes))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_corrections_are_each_clients_own(space: Workspace, optimizer: str) -> None:
+    todo = []
+    for k, job in enumerate(jobs(space, optimizer=optimizer, turn="scaffold")):
+        gen = torch.Generator().manual_seed(k)
+        extra = {n: 0.02 * torch.randn(t.shape, generator=gen) for n, t in job.start.tensors.items()}
+        todo.append(dataclasses.replace(job, extra=extra if k else {}))  # the first has none
+    agree(space, todo)
+
+
+@pytest.mark.parametrize(("turn", "params"), [("fedprox", {"mu": 0.3}), ("hetlora", {"penalty": 0.2, "share": 0.4})])
+def test_plans_of_one_stack_may_differ(space: Workspace, turn: str, params: dict[str, float]) -> None:
+    first = next(iter(params))
+    mixed = [
+        dataclasses.replace(
+            j,
+            plan=dataclasses.replace(
+                j.plan,
+                turn=turn,
+                params=params | {first: k * params[first]},
+                clip_norm=None if k == 2 else 0.1 * (k + 1),
+                lr=1e-3 * (k + 1),
+            ),
+        )
+        for k, j in enumerate(jobs(space))
+    ]
+    agree(space, mixed)
+
+
+def test_the_same_seed_gives_the_same_bits(space: Workspace) -> None:
+    first, second = (train_together(space.live, jobs(space), space.config.task, pad_id=space.pad_id) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert not isinstance(a, FedtuneError) and not isinstance(b, FedtuneError)
+        assert all(torch.equal(a[0][n], b[0][n]) for n in a[0].tensors)
+
+
+def test_a_broken_client_leaves_and_the_others_do_not_notice(space: Workspace) -> None:
+    todo = jobs(space)
+    poison = {n: torch.full_like(t, 1e30) for n, t in todo[1].start.tensors.items()}
+    todo[1] = dataclasses.replace(todo[1], start=todo[1].start.replace(poison))
+    got = train_together(space.live, todo, space.config.task, pad_id=space.pad_id)
+    assert isinstance(got[1], UpdateError) and "step 1 of" in str(got[1])
+    for k, (wanted, _) in zip((0, 2, 3), one_by_one(space, [todo[k] for k in (0, 2, 3)]), strict=True):
+        state = got[k]
+        assert not isinstance(state, FedtuneError)
+        assert all(torch.allclose(state[0][n], wanted[n], atol=1e-5) for n in wanted.tensors)
+
+
+def test_the_model_is_as_it_was_afterward(space: Workspace) -> None:
+    before = space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out"))
+    train_together(space.live, jobs(space), space.config.task, pad_id=space.pad_id)
+    assert space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out")) == before
+
+
+@pytest.mark.parametrize("p", [0.3])
+def test_adapter_dropout_draws_from_each_clients_own_seed(tmp_path: Path, p: float) -> None:
+    space = Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=3, alpha=4.0, dropout=p)))
+    agree(space, jobs(space))
+
+
+@pytest.mark.parametrize("batched", ["3", "auto"])
+def test_a_run_ends_with_the_sequential_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batched: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    devices = DevicesConfig(classes={"phone": DeviceClass(offline=0.3, gflops_per_core=1e-3), "laptop": DeviceClass()})
+    config = tiny_config(tmp_path, rows=ragged(), rounds=3, devices=devices, eval=EvalConfig(where="door", clients=-1))
+    runs = {}
+    for mode in ("none", batched):
+        path = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched=mode)))
+        lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+        runs[mode] = (AdapterState.load(path / "adapter" / "fedtune.safetensors"), lines)
+    (alone, lines), (together, others) = runs["none"], runs[batched]
+    assert max(float((alone[n] - together[n]).abs().max()) for n in alone.tensors) < 1e-5
+    for a, b in zip(lines, others, strict=True):
+        assert {k: a.get(k) for k in ("round", "client", "steps", "dropped", "counted")} == {
+            k: b.get(k) for k in ("round", "client", "steps", "dropped", "counted")
+        }
+        assert b.get("loss") == pytest.approx(a.get("loss"), rel=1e-5) and b.get("perplexity") == pytest.approx(
+            a.get("perplexity"), rel=1e-4
+        )
+    assert any("offline" in str(x.get("dropped")) for x in lines)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"])
+def test_a_run_of_any_method_ends_with_the_sequential_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(method=method, rank=2, tokens=3, bottleneck=4))
+    ends = {}
+    for mode in ("none", "3", "auto"):
+        with caplog.at_level("INFO", "fedtune.batched"):
+            path = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched=mode)))
+        ends[mode] = AdapterState.load(path / "adapter" / "fedtune.safetensors")
+    assert "clients are mapped over by torch.func.vmap" in caplog.text
+    for mode in ("3", "auto"):
+        assert max(float((ends["none"][n] - ends[mode][n]).abs().max()) for n in ends["none"].tensors) < 1e-5
+
+
+def prepared(space: Workspace, job: Job, **plan: Any) -> Prepared:
+    return Prepared(
+        message=Message(RecordDict(), 1, "train"),
+        plan=dataclasses.replace(job.plan, **plan),
+        body=space.own,
+        start=job.start,
+        sent_bytes=0,
+        turn=turn_of(dataclasses.replace(job.plan, **plan)),
+        extra={},
+        examples=job.examples,
+        device_class="",
+    )
+
+
+def test_turns_without_a_batched_form_are_taken_one_by_one(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedtune.simulations.engines.together as module
+
+    flower.identify_process(run_id=1)
+    turns, alone_, at_once = ["fedpeptao", "slora", "plain", "plain", "slora"], [], []
+    params = {"fedpeptao": {"stage": "layers"}, "slora": {"stage": "sparse"}, "plain": {}}
+    todo = zip([*jobs(space), jobs(space)[0]], turns, strict=True)
+    waiting = [prepared(space, job, turn=turn, params=params[turn]) for job, turn in todo]
+    monkeypatch.setattr(module, "prepare", lambda host, message, context: waiting[message])
+    monkeypatch.setattr(module, "take_turn", lambda host, ready: alone_.append(ready.plan.turn) or [ready])
+    monkeypatch.setattr(module.Together, "_train", lambda self, todo: at_once.append([t.plan.turn for t in todo]) or todo)
+    together, left = module.Together(host_for(space.config, loaded=space), "4"), list(range(5))
+    while left:
+        first = left[0]
+        done = together._turns(iter([(i, None) for i in left]))  # type: ignore[arg-type]
+        left = left[len(done) :]
+        assert first not in left
+    assert alone_ == ["fedpeptao", "slora", "slora"] and at_once == [["plain", "plain"]]
+
+
+@pytest.mark.parametrize("broken", ["count", "neighbor", "scaling", "correction"])
+def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    scaffold = jobs(space, turn="scaffold")
+    todo = [dataclasses.replace(j, extra={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in scaffold]
+    if broken == "count":  # a mean over one token more
+        count = batched._Stack._count
+        monkeypatch.setattr(batched._Stack, "_count", lambda self, rows: count(self, rows) + 1)
+    elif broken == "neighbor":  # a client's rows meet the next one's adapter
+        split = stacked._split
+        monkeypatch.setattr(stacked, "_split", lambda crowd, x: split(crowd, x).roll(1, 0))
+    elif broken == "scaling":
+        look = batched._Stack._look
+        double = lambda self: look(self) or self.crowd.scaling.update({m: 2 * s for m, s in self.crowd.scaling.items()})  # noqa: E731
+        monkeypatch.setattr(batched._Stack, "_look", double)
+    else:  # after clipping
+        update = batched._Stack._update
+
+        def late(self: Any, grad: Any, clients: Any) -> Any:
+            norms = update(self, grad, clients)
+            self.flat -= 1e-3 * 0.01
+            return norms
+
+        monkeypatch.setattr(Corrected, "step", lambda self, stack: None)
+        monkeypatch.setattr(batched._Stack, "_update", late)
+    with pytest.raises(AssertionError):
+        agree(space, todo)
+
+
+def test_too_little_memory_halves_the_batch(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedtune.simulations.engines.together as module
+
+    real, sizes = module.train_together, []
+    flower.identify_process(run_id=1)
+
+    def scarce(live: Any, jobs: Any, task: Any, **more: Any) -> Any:
+        sizes.append(len(jobs))
+        if len(jobs) > 1:
+            raise MemoryError
+        return real(live, jobs, task, **more)
+
+    monkeypatch.setattr(module, "train_together", scarce)
+    todo = [prepared(space, j) for j in jobs(space)]
+    replies = module.Together(host_for(space.config, loaded=space), "4")._train(todo)
+    assert sizes == [4, 2, 1, 1, 2, 1, 1] and all("update" in r.content.config_records for r in replies)
+
+
+def test_a_client_that_cannot_finish_is_declined_alone(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedtune.simulations.engines.together as module
+
+    flower.identify_process(run_id=1)
+    todo, real = [prepared(space, j) for j in jobs(space)], module.finish
+
+    def full(host: ClientHost, ready: Prepared, *result: Any) -> Message:
+        if ready is todo[1]:
+            raise CheckpointError("client c1 cannot keep its tensors: free the disk")
+        return real(host, ready, *result)
+
+    monkeypatch.setattr(module, "finish", full)
+    replies = module.Together(host_for(space.config, loaded=space), "4")._train(todo)
+    said = [r.content.config_records.get("declined", {}).get("why", "") for r in replies]
+    assert said == ["", "client c1 cannot keep its tensors: free the disk", "", ""]
+
+
+def test_a_first_client_that_diverges_does_not_end_the_measurement_of_auto(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fedtune.simulations.engines.together as module
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flower.identify_process(run_id=1)
+    broken = [prepared(space, j, lr=1e30, lr_last=1e30) for j in jobs(space)]
+    monkeypatch.setattr(module, "prepare", lambda host, message, context: broken[message])
+    with caplog.at_level("WARNING", "fedtune.batched"):
+        replies = module.Together(host_for(space.config, loaded=space), "auto")._turns(iter([(i, None) for i in range(4)]))  # type: ignore[arg-type]
+    assert "training at once could not be measured (UpdateError" in caplog.text and not list(tmp_path.rglob("*.json"))
+    assert "became" in str(replies[0].content.config_records["declined"]["why"])
+
+
+def test_auto_is_not_decided_by_a_client_on_its_own(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedtune.simulations.engines.together as module
+
+    flower.identify_process(run_id=1)
+    todo = [prepared(space, j) for j in jobs(space)]
+    monkeypatch.setattr(module, "prepare", lambda host, message, context: todo[message])
+    monkeypatch.setattr(module.Together, "_choose", lambda self, todo: 4)
+    monkeypatch.setattr(module.Together, "_train", lambda self, todo: todo)
+    together = module.Together(host_for(space.config, loaded=space), "auto")
+    assert len(together._turns(iter([(0, None)]))) == 1  # type: ignore[arg-type]
+    assert len(together._turns(iter([(i, None) for i in range(4)]))) == 4  # type: ignore[arg-type]
+
+
+def test_what_cannot_train_at_once_does_so_one_by_one_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedtune.simulations.engines.together as module
+
+    config = tiny_config(tmp_path, engine=EngineConfig(threads=1, batched="4"))
+    with caplog.at_level("INFO", "fedtune.batched"):
+        monkeypatch.setattr(module, "way_of", lambda live, task: (None, "the moon is full"))
+        first = simulate(config)
+        monkeypatch.setattr(module, "way_of", lambda live, task: (module.train_together, ""))  # no way that works
+        second = simulate(config)
+    assert caplog.text.count("clients train one after the other: the moon is full") == 1
+    assert "clients that could not train at once did so one after the other (" in caplog.text
+    monkeypatch.undo()
+    plain = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched="none")))
+    files = [(p / "adapter" / "fedtune.safetensors").read_bytes() for p in (plain, first, second)]
+    assert files[0] == files[1] == files[2]
+
+
+def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedtune.simulations.engines.together as module
+
+    flower.identify_process(run_id=1)
+    envelopes, groups = Envelopes(1, ()), []
+    plans = [Plan(round=2, client="c0", base_version=1, keep=keep) for keep in ((), (), ("*.lora_B",), ())]
+    contents = [envelopes.write(space.initial, held=(), coming=plan) for plan in plans]
+    messages = [Message(content, node, "evaluate") for node, content in enumerate(contents, 1)]
+
+    def score(host: ClientHost, asked: Any) -> list[Message]:
+        groups.append([message.metadata.dst_node_id for message, _ in asked])
+        if 2 in groups[-1]:
+            raise CheckpointError("client 2's file is damaged")
+        return [Message(RecordDict({"metrics": ConfigRecord({"json": "{}"})}), reply_to=message) for message, _ in asked]
+
+    monkeypatch.setattr(module, "score_together", score)
+    replies = module.Together(host_for(space.config, loaded=space), "4")._score([(m, None) for m in messages])  # type: ignore[arg-type]
+    assert groups == [[1, 2, 4], [1], [2], [4]]  # node 3 keeps a part of its own
+    assert ["declined" in r.content.config_records for r in replies] == [False, True, False]
+
+
+def test_clients_evaluated_at_once_have_their_own_metrics(space: Workspace) -> None:
+    state = jobs(space)[0].start
+    groups = [space.examples(c, "train") for c in space.client_ids]
+    together = space.score(state, *groups[:2], [], *groups[2:])
+    assert together.pop(2) == {}
+    for group, metrics in zip(groups, together, strict=True):
+        (alone,) = space.score(state, group)
+        assert metrics.keys() == alone.keys() and all(metrics[k] == pytest.approx(alone[k], rel=1e-5) for k in alone)
+
+
+def test_mixed_ranks_share_a_stack(tmp_path: Path) -> None:
+    wide, narrow = (Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=r, alpha=4.0))) for r in (3, 2))
+    todo = [j for k, (w, n) in enumerate(zip(jobs(wide), jobs(narrow), strict=True)) for j in [n if k % 2 else w]]
+    together = train_together(wide.live, todo, wide.config.task, pad_id=wide.pad_id)
+    for k, (job, got) in enumerate(zip(todo, together, strict=True)):
+        ((wanted, turn),) = one_by_one(narrow if k % 2 else wide, [job])
+        assert not isinstance(got, FedtuneError) and got[0].spec.ranks == wanted.spec.ranks
+        moved = math.sqrt(sum(float((wanted[n] - job.start[n]).square().sum()) for n in wanted.tensors))
+        apart = math.sqrt(sum(float((wanted[n] - got[0][n]).square().sum()) for n in wanted.tensors))
+        assert apart <= 1e-4 * moved and got[1].steps == turn.steps

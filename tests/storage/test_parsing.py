@@ -1,0 +1,183 @@
+"""What breaks Python's own parsers, and files that never end, at every door that reads them: one sentence, exit 2, no traceback."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fedtune.models
+from fedtune.errors import FedtuneError
+from fedtune.storage.parsing import content_of, parse_json, parse_yaml, read_text
+
+DEEP, DIGITS = 100_000, 10_000
+NANO = Path(str(fedtune.models.__file__)).parent / "nano"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * DEEP + "]" * DEEP, "nested too deeply"),
+        ('{"a":' * DEEP + "1" + "}" * DEEP, "nested too deeply"),
+        ("9" * DIGITS, "a number has too many digits"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_json_that_cannot_be_read_is_a_value_error_of_a_few_words(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as bad:
+        parse_json(text)
+    assert len(str(bad.value)) < 100
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("a: " + "9" * DIGITS, "a number has too many digits"),
+        ("a: [", "line 1: "),
+        ("a: \x00", "unacceptable character"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_a_value_error_of_a_few_words(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as bad:
+        parse_yaml(text)
+    assert len(str(bad.value)) < 200
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to a device"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = no_file(tmp_path / "x", kind)
+    for read in (content_of, read_text):
+        with pytest.raises(OSError, match=r"no file|a folder"):
+            read(path)
+
+
+def no_file(path: Path, kind: str) -> Path:
+    """Something that lies where a file is wanted."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    return Path("/dev/zero") if kind == "device" else path
+
+
+# -- doors ---------------------------------------------------------------------------------------------------------------------------------
+
+JSON = {
+    "deep list": "[" * DEEP + "]" * DEEP,
+    "deep object": '{"a":' * DEEP + "1" + "}" * DEEP,
+    "digits": '{"round": ' + "9" * DIGITS + ', "num_hidden_layers": ' + "9" * DIGITS + "}",
+}
+YAML = {"deep": "a: " + "[" * 3000 + "]" * 3000, "digits": "rounds: " + "9" * DIGITS, "broken": "a: [", "list": "[]"}
+PIPE = "a pipe"
+
+
+def write(path: Path, text: str) -> None:
+    if text == PIPE:
+        os.mkfifo(path)
+    else:
+        path.write_text(text, encoding="utf-8")
+
+
+def run_folder(folder: Path, name: str, text: str) -> Path:
+    """A run directory, but for one of its files."""
+    folder.mkdir()
+    good = {"config.yaml": "rounds: 2\n", "metrics.jsonl": '{"round": 0, "client": null}\n'}
+    for file, content in good.items():
+        if file != name:
+            write(folder / file, content)
+    write(folder / name, text)
+    return folder
+
+
+def model_folder(folder: Path, name: str, text: str) -> Path:
+    """The embedded backbone, but for one of its files."""
+    shutil.copytree(NANO, folder)
+    (folder / name).unlink(missing_ok=True)
+    write(folder / name, text)
+    return folder
+
+
+def commands(args: list[str]) -> Callable[[], object]:
+    from fedtune.cli.main import main
+
+    return lambda: main(args)
+
+
+def composing(args: list[str]) -> Callable[[], object]:
+    from fedtune.config.compose import compose
+
+    return lambda: compose(args)
+
+
+DOORS: dict[str, tuple[dict[str, str], Callable[[Path, str], Callable[[], object]]]] = {
+    "status, config": (YAML | {PIPE: PIPE}, lambda p, t: commands(["status", str(run_folder(p / "r", "config.yaml", t))])),
+    "compare, config": (YAML | {PIPE: PIPE}, lambda p, t: commands(["compare", str(run_folder(p / "r", "config.yaml", t))])),
+    "resume": (YAML | {PIPE: PIPE}, lambda p, t: composing([f"resume={run_folder(p / 'r', 'config.yaml', t)}"])),
+    "status, metrics": (JSON | {PIPE: PIPE}, lambda p, t: commands(["status", str(run_folder(p / "r", "metrics.jsonl", t + "\n{}\n"))])),
+    "scenario": ({k: YAML[k] for k in ("deep", "broken", "digits")}, lambda p, t: composing([f"conf={scenario(p, t)}"])),
+    "override": (
+        {"deep": "[" * 3000 + "]" * 3000, "digits": "9" * DIGITS},
+        lambda p, t: composing([f"peft.targets={t}", f"rounds={t}"]),
+    ),
+    "generate, config": (JSON | {PIPE: PIPE}, lambda p, t: commands(["generate", str(model_folder(p / "m", "config.json", t)), "x"])),
+    "generate, tokenizer": (
+        {"deep": JSON["deep list"], "odd": '{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":["a"]}}', "int": '{"model": 3}'},
+        lambda p, t: commands(["generate", str(model_folder(p / "m", "tokenizer.json", t)), "x"]),
+    ),
+    "rows": (JSON | {PIPE: PIPE}, lambda p, t: rows(p, "jsonl", t)),
+    "rows, one array": (JSON, lambda p, t: rows(p, "json", t)),
+    "device profile": (YAML | {PIPE: PIPE}, lambda p, t: profile(p, t)),
+    "keys": (JSON | {PIPE: PIPE}, lambda p, t: allowed(p, t)),
+}
+
+
+def scenario(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    write(path, "defaults: [heterogeneous]\n" + text)
+    return path
+
+
+def rows(folder: Path, kind: str, text: str) -> Callable[[], object]:
+    from fedtune.config import DataConfig
+    from fedtune.data.local import read_file
+
+    write(folder / f"rows.{kind}", text)
+    return lambda: read_file(folder / f"rows.{kind}", DataConfig(source="local", path=str(folder / f"rows.{kind}")))
+
+
+def profile(folder: Path, text: str) -> Callable[[], object]:
+    from fedtune.clients.deployed import profile_of
+    from fedtune.config import Config
+
+    write(folder / "mine.yaml", text)
+    return lambda: profile_of(str(folder / "mine.yaml"), Config())
+
+
+def allowed(folder: Path, text: str) -> Callable[[], object]:
+    from fedtune.network.keys import read_allowed
+
+    write(folder / "allowed.json", text)
+    return lambda: read_allowed(folder / "allowed.json")
+
+
+@pytest.mark.parametrize(("door", "case"), [(d, c) for d, (cases, _) in DOORS.items() for c in cases])
+def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], door: str, case: str) -> None:
+    cases, make = DOORS[door]
+    call = make(tmp_path, cases[case])
+    try:
+        code = call()
+    except FedtuneError as bad:
+        said = str(bad)
+    else:
+        assert code == 2
+        said = capsys.readouterr().err.strip().removeprefix("fedtune: ")
+    assert said and "\n" not in said and "Traceback" not in said and len(said) < 1000, said[:300]
+    assert "set_int_max_str_digits" not in said
+
+
+def test_the_doors_are_all_tried() -> None:
+    assert sum(len(cases) for cases, _ in DOORS.values()) > 30
