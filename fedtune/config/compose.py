@@ -4,8 +4,10 @@ Hydra composes; everything that can be wrong becomes one ConfigError with one se
 folders and configures no logging here: run directories are the run's own.
 """
 
+import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import re
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 import yaml
@@ -23,9 +25,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # split_arg
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedtune import config as schema
@@ -34,9 +36,6 @@ from fedtune.config.bounds import require
 from fedtune.config.stored import read_config
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.storage.parsing import read_text, reason
-
-if TYPE_CHECKING:  # imports torch
-    pass
 
 DEFAULT_SCENARIO = "heterogeneous"
 _BASE = "base"  # conf/base.yaml: the schema and a choice for every group, which every scenario starts from
@@ -90,7 +89,7 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
             for point in points:
                 _check_choices(point, folder)
                 label, fixed = (" ".join(o for o in point if (o.partition("=")[0] in swept) == yes) for yes in (True, False))
-                jobs.append(Job(label=label, config=_config(name, point), fixed=fixed))
+                jobs.append(Job(label=label, config=_config(name, point, folder), fixed=fixed))
                 _check_private(point, jobs[-1].config)
             return jobs
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as bad:  # ValueError: Hydra's on odd defaults lists
@@ -244,12 +243,32 @@ def _composer(conf: str) -> Iterator[tuple[str, Path | None]]:
         yield path.stem, path.parent
 
 
-def _config(name: str, overrides: list[str]) -> Config:
-    # the user's folder comes first on the search path, ours after it; where ours is the first already, the second mention changes nothing
-    node = hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[pkg://{_CONF}]"])
+def _config(name: str, overrides: list[str], folder: Path | None) -> Config:
+    settings = {text: parsed for text in overrides if _is_setting(parsed := _parse(text))}
+    rest = [text for text in overrides if text not in settings]
+    if folder is not None or any(text[0] in "+~" for text in rest):  # the user's files may change; keys come and go in their order
+        node = _compose(name, tuple(overrides))
+    else:
+        node = copy.deepcopy(_of_the_package(name, tuple(rest)))
+        for each in settings.values():
+            OmegaConf.update(node, each.key_or_group, each.value(), merge=True)
     if OmegaConf.get_type(node) is not Config:
         raise ConfigError(f"{name}.yaml does not start from fedtune's schema: open it with `defaults: [{_BASE}, _self_]`")
     return check(typing.cast(Config, OmegaConf.to_object(node)))
+
+
+def _is_setting(override: Override) -> bool:
+    """Whether it sets one value, as Hydra does last, and neither chooses in a group nor adds or deletes a key."""
+    plain = override.type is OverrideType.CHANGE and override.package is None
+    return plain and ("." in override.key_or_group or not choices(override.key_or_group))
+
+
+def _compose(name: str, overrides: tuple[str, ...]) -> DictConfig:
+    # the user's folder comes first on the search path, ours after it; where ours is the first already, the second mention changes nothing
+    return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[pkg://{_CONF}]"])
+
+
+_of_the_package = functools.lru_cache(maxsize=128)(_compose)  # jobs of a sweep differ in settings mostly, and the choices take the time
 
 
 def _sentence(bad: BaseException) -> str:

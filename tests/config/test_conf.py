@@ -5,7 +5,9 @@ import re
 import shlex
 from pathlib import Path
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from fedtune.config import Config, from_dict, reference, to_dict
 from fedtune.config.compose import choices, compose, groups, scenarios
@@ -56,6 +58,19 @@ def test_each_choice_changes_what_it_is_named_after() -> None:
     assert not one("devices=none").devices.classes
     for choice in ("mixed", "edge"):
         assert set(one(f"devices={choice}").devices.classes) == {"phone", "single-board", "laptop", "workstation"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["rounds=3 client.lr=1e-2 strategy=fedprox strategy.mu=0.5", "client.lr=0.1 client=default peft=ia3", "rounds=2 rounds=4 devices=none",
+     "data.columns={label: x} eval.clients=2", "client={lr: 0.5} client.lr=0.25", "task.max_length=32 seed=7"],
+)  # fmt: skip
+def test_settings_over_a_composition_that_was_kept_are_those_that_hydra_composes(args: str) -> None:
+    words = args.split(" ") if "{" not in args else re.findall(r"[\w.]+=(?:\{.*?\}|\S+)", args)
+    with hydra.initialize_config_module("fedtune.conf", version_base="1.3"):
+        wanted = OmegaConf.to_object(hydra.compose("heterogeneous", overrides=[re.sub(r"^(data.columns)", r"++\1", w) for w in words]))
+    assert one(*words) == one(*words) == wanted
+    assert one(*words) is not one(*words) and one() != wanted
 
 
 def test_each_task_file_has_its_yaml() -> None:
