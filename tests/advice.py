@@ -1,6 +1,7 @@
 """The advice in fedtune's own sentences: errors, notes, help and cards, as the source spells them."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,18 +29,25 @@ class Sentence:
     text: str
 
 
-def sentences() -> Iterator[Sentence]:
+def sentences() -> list[Sentence]:
     """All texts that the program may print; docstrings are for those that read the source."""
-    for folder in FOLDERS:
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            for line, text in _texts(ast.parse(file.read_text(encoding="utf-8"))):
-                if " " in text.strip():
-                    yield Sentence(f"{file.relative_to(ROOT)}:{line}", text)
+    return _read()[0]
 
 
-def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+@functools.cache
+def _read() -> tuple[list[Sentence], frozenset[str]]:
+    """The sentences, and where the texts of --help stand: what an option is, not what to do about something."""
+    found, described = [], set[str]()
+    for file in (file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))):
+        name, nodes = file.relative_to(ROOT), list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        found += [Sentence(f"{name}:{line}", text) for line, text in _texts(nodes) if " " in text.strip()]
+        described |= {f"{name}:{line}" for line in _descriptions(nodes)}
+    return found, frozenset(described)
+
+
+def _texts(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     skipped: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
             skipped.add(id(node.body[0].value))  # type: ignore[attr-defined]
         if id(node) in skipped:
@@ -78,17 +86,13 @@ _TELLS = re.compile(
 
 def advice(parts: tuple[str, ...]) -> list[Sentence]:
     """The sentences in these parts of the source that tell their reader to do something; what describes an option is left out."""
-    described = set(_descriptions())
-    return [s for s in sentences() if s.where.startswith(parts) and _TELLS.search(s.text) and s.where not in described]
+    told, described = _read()
+    return [s for s in told if s.where.startswith(parts) and _TELLS.search(s.text) and s.where not in described]
 
 
-def _descriptions() -> Iterator[str]:
-    """Where the texts of --help stand: what an option is, not what to do about something."""
-    for folder in FOLDERS:
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                texts = [k.value for k in node.keywords if k.arg in ("help", "description", "epilog")] if isinstance(node, ast.Call) else []
-                if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] in (["about"], ["USAGE"]):
-                    texts.append(node.value)
-                lines = {each.lineno for text in texts for each in ast.walk(text) if isinstance(each, ast.expr)}
-                yield from (f"{file.relative_to(ROOT)}:{line}" for line in lines)
+def _descriptions(nodes: list[ast.AST]) -> Iterator[int]:
+    for node in nodes:
+        texts = [k.value for k in node.keywords if k.arg in ("help", "description", "epilog")] if isinstance(node, ast.Call) else []
+        if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] in (["about"], ["USAGE"]):
+            texts.append(node.value)
+        yield from {each.lineno for text in texts for each in ast.walk(text) if isinstance(each, ast.expr)}

@@ -18,7 +18,7 @@ from tests.advice import HOLE, SETTING, sentences, ways
 from tests.cli.test_simulate import REFUSED
 from tests.data.test_bad_input import CASES
 
-SENTENCES = list(sentences())
+SENTENCES = sentences()
 OTHERS = {
     "--federation-config",
     "--ink",

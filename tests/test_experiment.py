@@ -111,6 +111,7 @@ def test_stopping_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         simulate(tiny_config(tmp_path, rounds=1))
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path)
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bf16"))
@@ -121,6 +122,7 @@ def test_bfloat16_trains_float32_adapters(tmp_path: Path, capsys: pytest.Capture
     assert sum(float((a[n] - b[n]).norm()) for n in a.tensors if n.endswith("lora_B")) < 0.5 * moved
 
 
+@pytest.mark.slow
 def test_random_weights_are_drawn_from_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, rounds=0, eval=EvalConfig(where="door", clients=0))
     losses = []

@@ -1,8 +1,10 @@
 """A backbone of a few thousand parameters, and experiments small enough for quick tests."""
 
+import functools
 import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,18 @@ WORDS = ["lamp", "kettle", "door", "window", "garden", "stairs", "radio", "oven"
 
 def tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     """A random Llama (hidden 24, 2 layers, grouped-query attention) with the nano backbone's tokenizer."""
-    folder.mkdir(parents=True)
+    made = _made(seed)
+    torch.manual_seed(seed)  # whether it was made now or before
+    return Path(shutil.copytree(made, folder))
+
+
+_kept = tempfile.TemporaryDirectory(prefix="fedtune-tests-", ignore_cleanup_errors=True)
+
+
+@functools.cache
+def _made(seed: int) -> Path:
+    folder = Path(_kept.name) / str(seed)
+    folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO / name, folder)
     vocab = json.loads((NANO / "config.json").read_text())["vocab_size"]

@@ -35,6 +35,7 @@ from tests.tiny import tiny_config
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_bundle_is_metadata_only() -> None:
     bundle = build_fab_from_disk(ROOT)
     assert zipfile.ZipFile(io.BytesIO(bundle)).namelist() == ["pyproject.toml", ".info/CONTENT"]

@@ -19,6 +19,7 @@ from fedtune.experiment import Stage
 from fedtune.rounds.membership import Welcome
 from fedtune.runs.report import read_metrics
 from fedtune.simulations.engines.grid import InProcessGrid
+from tests.quick import quick
 from tests.tiny import tiny_config
 
 TASKS = {
@@ -64,7 +65,7 @@ def test_a_classification_server_without_rows_starts_by_either_advice(
 
 
 @pytest.mark.parametrize(("test", "dealt"), [("data.test_path=null", "dirichlet"), ("the test file", "natural")])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", quick(TASKS, "classification"))
 def test_a_server_needs_no_training_rows(
     tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str], task: str, dealt: str, test: str
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_server_needs_no_training_rows(
     assert json.loads((tmp_path / "run" / "partition.json").read_text())["clients"] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_gone_on_with_ignores_no_setting_silently(
     tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

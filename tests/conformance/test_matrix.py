@@ -1,6 +1,7 @@
 """Strategies × PEFT methods × tasks, the whole way: two rounds on a tiny model, resumed, exported; what travels is read off the wire.
 
-Quick: each strategy with LoRA, each method with FedAvg. Slow: every cell. A cell that makes no sense is refused with its sentence.
+Quick: one of each kind of exchange, shift, stage, head and refusal. Slow: every other cell. A cell that makes no sense is refused with its
+sentence.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from fedtune.rounds.find_strategy import make_strategy
 from fedtune.runs.directory import read_checkpoint
 from fedtune.simulations.engines.grid import InProcessGrid
 from tests.models.build import checkpoint
+from tests.quick import quick
 
 STRATEGIES, TASKS = choices("strategy"), ("causal_lm", "classification")
 BACKBONES = {"causal_lm": "qwen2", "classification": "bert"}  # Qwen2 has biases, which Llama has not
@@ -198,21 +200,14 @@ def payload(heard: Listener, run: Path, strategy: str) -> None:
             assert set(down) == every and set(up) == {n for n in every if kind(n) in ends}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_each_strategy(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
-    cell(files, tmp_path, monkeypatch, strategy, "ptuning_v2" if strategy == "fedpeptao" else "lora", "causal_lm")
+CELLS = [(s, m, t) for s in STRATEGIES for m in METHODS for t in TASKS]
+QUICK = [
+    *((s, "ptuning_v2" if s == "fedpeptao" else "lora", "causal_lm") for s in ("fedavg", "fedsa", "flora", "rolora", "slora", "fedpeptao")),
+    *(("fedavg", m, "classification") for m in ("prompt", "prefix", "full")),
+]
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, task: str) -> None:
-    cell(files, tmp_path, monkeypatch, "fedavg", method, task)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "method", "task"), quick(CELLS, *QUICK))
 def test_every_cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, method: str, task: str) -> None:
     cell(files, tmp_path, monkeypatch, strategy, method, task)
 

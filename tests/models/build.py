@@ -1,5 +1,8 @@
 """Tiny random checkpoints with a tiny tokenizer, written as Hugging Face folders."""
 
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +120,21 @@ ENCODERS = ("bert", "roberta", "distilbert", "albert")
 
 def checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, config: Any = None, **save: Any) -> Path:
     """Write a checkpoint: a causal LM, or for encoders their bare body with a pooler (as sentence encoders come)."""
-    config = config or CONFIGS[kind]()
+    if config is not None or save:
+        return _save(folder, kind, seed, config or CONFIGS[kind](), **save)
+    return Path(shutil.copytree(_made(kind, seed), folder, dirs_exist_ok=True))
+
+
+_kept = tempfile.TemporaryDirectory(prefix="fedtune-tests-", ignore_cleanup_errors=True)
+
+
+@functools.cache
+def _made(kind: str, seed: int) -> Path:
+    """A checkpoint to copy: the same one is wanted by hundreds of tests."""
+    return _save(Path(_kept.name) / f"{kind}-{seed}", kind, seed, CONFIGS[kind]())
+
+
+def _save(folder: Path, kind: str, seed: int, config: Any, **save: Any) -> Path:
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind in ("bert", "albert"):

@@ -24,6 +24,7 @@ from fedtune.models.losses import loss_sum
 from fedtune.models.methods import attach
 from fedtune.models.probe import TESTED, probe
 from tests.models.build import CONFIGS, VOCABULARY, checkpoint, hub, token_ids, tokenizer
+from tests.quick import quick
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)
 WRITES = TaskConfig(kind="instruction", max_length=16, max_new_tokens=4)
@@ -109,7 +110,7 @@ def live(folder: Path, task: TaskConfig, peft: PeftConfig | None = None) -> Live
 
 @pytest.mark.parametrize("config", [gemma3, qwen3_5])
 @pytest.mark.parametrize("task", [CAUSAL, CLASSES, WRITES], ids=lambda t: t.kind)
-@pytest.mark.parametrize("method", ["lora", "ia3", "full"])
+@pytest.mark.parametrize("method", quick(["lora", "ia3", "full"], "lora"))
 def test_a_composite_model_trains_its_text_part(tmp_path: Path, config: Callable[[], Any], task: TaskConfig, method: str) -> None:
     folder, peft = composite(tmp_path / "m", config()), PeftConfig(method=method, rank=2)
     slot = live(folder, task, peft)

@@ -16,6 +16,7 @@ from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loftq
 from fedtune.rounds.find_strategy import make_strategy
 from tests.models.build import checkpoint, hub, llama_config
 from tests.models.test_quantize import KINDS, LM, cache, linears, logits, off, quantize, quantized, wide  # noqa: F401  cache: a fixture
+from tests.quick import quick
 from tests.tiny import tiny_config
 
 PEFT = PeftConfig(rank=5, alpha=20.0, init="loftq", rank_pattern={"down_proj": 3, "v_proj": 2})
@@ -52,7 +53,7 @@ def check_start(folder: Path, precision: str, peft: PeftConfig = PEFT, **changes
 
 
 @pytest.mark.parametrize("precision", KINDS)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", quick(["llama", "gpt2"], "gpt2"))
 def test_what_is_left_is_the_tail_of_the_singular_values(tmp_path: Path, kind: str, precision: str) -> None:
     pattern = {"llama": PEFT.rank_pattern, "gpt2": {"c_fc": 2, "h.1.mlp.c_proj": 3}}[kind]
     for method in ("lora", "rslora"):
@@ -109,6 +110,7 @@ def test_layers_left_whole_start_as_ever(tmp_path: Path) -> None:
         start(folder, "nf4", PeftConfig(targets="down_proj", init="loftq"))
 
 
+@pytest.mark.slow
 def test_it_follows_nothing_but_the_config(tmp_path: Path) -> None:
     folder = wide(tmp_path / "m")
     one, two = start(folder, "nf4", PEFT), start(folder, "nf4", PEFT)

@@ -19,11 +19,13 @@ from fedtune.models.evaluation import generate_answers
 from fedtune.models.losses import counted_logits
 from fedtune.models.methods import mergeable, method
 from tests.models.build import ENCODERS, checkpoint, hub, token_ids, tokenizer
+from tests.quick import quick
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)
 ASK = TaskConfig(kind="instruction", max_length=16, max_new_tokens=6)
 DECODERS = ("llama", "qwen2", "qwen3", "gpt2", "opt")
 PAIRS = [(kind, CAUSAL) for kind in DECODERS] + [(kind, CLASSES) for kind in (*DECODERS, *ENCODERS, "t5")] + [("t5", ASK)]
+QUICK = (("gpt2", CAUSAL), ("bert", CLASSES), ("t5", ASK))  # where every method is tried in the quick suite, LoRA everywhere
 IDENTITY = ("lora", "dora", "rslora", "adapter", "ia3", "bitfit", "full")  # version 0 changes nothing
 PEFT_KNOWS = ("lora", "dora", "rslora", "ia3", "prompt", "prefix", "ptuning_v2")
 NO_BIAS = ("llama", "qwen3", "t5")
@@ -70,7 +72,10 @@ def pad_of(live: LiveAdapter | Backbone) -> int:
     return (live if isinstance(live, Backbone) else live.backbone).tokenizer.pad_token_id
 
 
-CASES = [pytest.param(n, k, t, id=f"{n}-{k}-{t.kind}") for n in METHODS for k, t in PAIRS if (n, k, t.kind) not in REFUSED]
+CASES = [
+    pytest.param(n, k, t, id=f"{n}-{k}-{t.kind}", marks=[] if n == "lora" or (k, t) in QUICK else [pytest.mark.slow])
+    for n in METHODS for k, t in PAIRS if (n, k, t.kind) not in REFUSED
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "kind", "task"), CASES)
@@ -145,7 +150,10 @@ def test_version_0_follows_the_seed_only(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("kind", "task"), [("llama", CAUSAL), ("gpt2", CAUSAL), ("qwen2", CLASSES), ("distilbert", CLASSES), ("t5", ASK)])
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    quick([("gpt2", CAUSAL), ("distilbert", CLASSES), ("t5", ASK), *(opened := [("llama", CAUSAL), ("qwen2", CLASSES)])], *opened),
+)
 def test_the_folder_opens_with_peft(tmp_path: Path, name: str, kind: str, task: TaskConfig) -> None:
     if (name, kind, task.kind) in REFUSED:
         return

@@ -22,6 +22,7 @@ from fedtune.models.shift import FrozenWeights
 from fedtune.simulations.benchmarks.precision import in_process
 from fedtune.simulations.engines.batched import way_of
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, token_ids
+from tests.quick import quick
 
 quantize = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("precision", KINDS)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", quick(CONFIGS, "llama", "gpt2", "albert", "t5"))
 def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     folder, task = wide(tmp_path / kind, kind), task_of(kind)
     plain, backbone = load_backbone(hub(folder), task, num_labels=3), quantized(folder, precision, task)
@@ -197,7 +198,7 @@ def test_without_a_place_for_the_cache_it_is_said(
     assert "made anew at each start" in caplog.text
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "bitfit")])
+@pytest.mark.parametrize("method", quick([m for m in METHODS if m not in ("full", "bitfit")], "lora", "dora", "prompt"))
 @pytest.mark.parametrize("precision", KINDS)
 def test_every_method_trains_as_over_the_dequantized_weights(tmp_path: Path, precision: str, method: str) -> None:
     folder = wide(tmp_path / "llama")
@@ -211,7 +212,7 @@ def test_every_method_trains_as_over_the_dequantized_weights(tmp_path: Path, pre
 
 
 @pytest.mark.parametrize("precision", KINDS)
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "opt"])
+@pytest.mark.parametrize("kind", quick(["gpt2", "bert", "opt"], "opt"))
 def test_biases_and_heads_train_too(tmp_path: Path, precision: str, kind: str) -> None:
     folder, task = wide(tmp_path / kind, kind), CLASSES if kind in ENCODERS else LM
     for compute in ("fp32", "bf16"):
@@ -315,7 +316,7 @@ def shift(live: LiveAdapter, version: int, size: float) -> AdapterState:
 
 
 @pytest.mark.parametrize("precision", KINDS)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", quick(["llama", "gpt2"], "gpt2"))
 @pytest.mark.parametrize("rank", [2, 40])  # 40: two shifts' factors are larger than the matrices
 def test_shifts_lie_beside_quantized_layers(tmp_path: Path, precision: str, kind: str, rank: int) -> None:
     folder = wide(tmp_path / kind, kind)

@@ -30,6 +30,7 @@ from fedtune.network.public import PublicPort
 from fedtune.network.superlink import LOCKED_S, SILENT_S, Task, _answer, _make_app
 from tests.network.echo import Echo, Key, large, new_key, public_text, round_trip, small
 from tests.network.running import Start
+from tests.quick import quick
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +235,10 @@ CHUNK = 5 * 1024 * 1024
 ZEROS = RecordDict({"a": ArrayRecord({"w": Array(np.zeros(4 * CHUNK // 8))})})  # three chunks are the same one
 
 
-@pytest.mark.parametrize(("content", "most"), [(large(3), 2_000_000), (ZEROS, 3 * CHUNK)], ids=["large", "a chunk four times"])
+@pytest.mark.parametrize(
+    ("content", "most"),
+    [pytest.param(large(3), 2_000_000, id="large", marks=pytest.mark.slow), pytest.param(ZEROS, 3 * CHUNK, id="a chunk four times")],
+)
 def test_a_reply_larger_than_was_asked_for_is_refused_before_it_is_fetched(
     near: InProcess, monkeypatch: pytest.MonkeyPatch, content: RecordDict, most: int
 ) -> None:
@@ -270,7 +274,7 @@ def test_a_reply_that_cannot_be_put_together_is_its_client_s_own_fault(near: InP
     grid.close()
 
 
-@pytest.mark.parametrize(("lost", "answered"), [(1, [7]), (2, [])])
+@pytest.mark.parametrize(("lost", "answered"), quick([(1, [7]), (2, [])], (1, [7])))
 def test_a_message_whose_delivery_is_lost_is_delivered_once_more(
     near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, lost: int, answered: list[int]
 ) -> None:
@@ -292,7 +296,7 @@ def test_a_message_whose_delivery_is_lost_is_delivered_once_more(
     grid.close()
 
 
-@pytest.mark.parametrize("fault", ["in the message", "in the reply"])
+@pytest.mark.parametrize("fault", quick(["in the message", "in the reply"], "in the reply"))
 def test_a_message_that_its_node_drops_is_not_waited_for(
     near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import resource
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -16,7 +14,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedtune.network.listener import STRANGERS, Guests
 from fedtune.network.public import PULL, Impatient, PublicPort
-from fedtune.network.superlink import CONNECTIONS, FILES, _listen
+from fedtune.network.superlink import CONNECTIONS, FILES, _allow_files, _listen
 from tests.network.echo import new_key
 from tests.network.test_public_port import MAX, Inside, signed
 from tests.network.waiting import wait_until
@@ -130,14 +128,12 @@ def test_a_flood_is_named_in_the_log_once(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_the_limit_of_open_files_has_room_for_all_connections() -> None:
-    program = """
-import resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-from fedtune.network.superlink import _allow_files
-_allow_files()
-print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-"""
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    assert int(out) == (FILES if hard == resource.RLIM_INFINITY else min(FILES, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        _allow_files()
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert allowed == (FILES if hard == resource.RLIM_INFINITY else min(FILES, hard))
     assert FILES > 2 * CONNECTIONS > 2 * STRANGERS

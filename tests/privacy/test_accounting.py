@@ -12,6 +12,7 @@ from fedtune.errors import ConfigError
 from fedtune.privacy import accounting
 from fedtune.privacy.accounting import Spend, at_least, epsilon, solve_noise
 from fedtune.privacy.noise import Seeded, Source, System
+from tests.quick import quick
 
 ROUND = Spend(noise=1.1, rate=0.05, steps=7)
 
@@ -51,7 +52,7 @@ def test_fifty_rounds_at_user_level_cost_what_the_closed_form_says(noise: float)
     assert low <= epsilon(rounds, 1e-5, "prv") <= low + 0.03 and low <= epsilon(rounds, 1e-5, "rdp") <= 1.15 * low
 
 
-@pytest.mark.parametrize(("rate", "steps"), [(0.1, 40), (1.0, 10)])
+@pytest.mark.parametrize(("rate", "steps"), quick([(0.1, 40), (1.0, 10)], (1.0, 10)))
 def test_epsilon_eight_is_kept_and_hardly_undercut(rate: float, steps: int) -> None:
     # privacy.epsilon=8 privacy.delta=1e-5, judged by another library: it holds, and with one percent less noise it would not
     noise = solve_noise(8.0, 1e-5, rate, steps)
@@ -63,7 +64,7 @@ def test_epsilon_eight_is_kept_and_hardly_undercut(rate: float, steps: int) -> N
     assert 7.92 <= costs[0] <= 8.0 < costs[1]
 
 
-@pytest.mark.parametrize(("noise", "rate"), [(1.3, 0.2), (0.8, 0.05), (4.0, 1.0)])
+@pytest.mark.parametrize(("noise", "rate"), quick([(1.3, 0.2), (0.8, 0.05), (4.0, 1.0)], (1.3, 0.2), (4.0, 1.0)))
 def test_the_bound_of_a_single_sum_is_exact(noise: float, rate: float) -> None:
     pld, cost = PLDAccountant(), Spend(noise=noise, rate=rate, steps=1)
     pld.compose(poisson(noise, rate) if rate < 1 else dp_accounting.GaussianDpEvent(noise), 1)
@@ -72,6 +73,7 @@ def test_the_bound_of_a_single_sum_is_exact(noise: float, rate: float) -> None:
     assert at_least(cost, 1e6, 1e-5) and not at_least(Spend(noise=1e-9, rate=rate, steps=1), 100.0, 1e-5)
 
 
+@pytest.mark.slow
 def test_turns_of_different_kinds_add_up() -> None:
     spent = [ROUND, Spend(noise=0.9, rate=0.1, steps=4), ROUND, Spend(noise=2.0, rate=1.0, steps=2)]
     pld = PLDAccountant()
@@ -94,7 +96,7 @@ def test_no_noise_promises_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "rate", "steps", "accountant"),
-    [(8.0, 0.1, 40, "rdp"), (1.0, 0.02, 100, "rdp"), (1.0, 0.02, 100, "prv"), (0.3, 1.0, 5, "prv")],
+    quick([(8.0, 0.1, 40, "rdp"), (1.0, 0.02, 100, "prv"), *(few := [(1.0, 0.02, 100, "rdp"), (0.3, 1.0, 5, "prv")])], *few),
 )
 def test_the_solved_noise_keeps_epsilon(wanted: float, rate: float, steps: int, accountant: str) -> None:
     noise = solve_noise(wanted, 1e-5, rate, steps, accountant)

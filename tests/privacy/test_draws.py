@@ -27,6 +27,7 @@ from fedtune.strategies.fedavg import FedAvg
 from tests.exchange.channel import Sent
 from tests.exchange.test_central_dp import update
 from tests.fakes import lora_state
+from tests.quick import quick
 from tests.tiny import tiny_config
 
 RECORD = PrivacyConfig(kind="record", epsilon=8.0, clip=0.5, accountant="rdp")
@@ -38,7 +39,7 @@ def apart(drawn: list[Tensor]) -> float:
     return min(float((a - b).norm() / (a.norm() ** 2 + b.norm() ** 2).sqrt()) for a, b in itertools.combinations(drawn, 2))
 
 
-@pytest.mark.parametrize("kind", ["record", "user"])
+@pytest.mark.parametrize("kind", quick(["record", "user"], "user"))
 def test_every_client_round_and_step_draws_noise_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     # the noise is a thousand times what the rows can do: two results that share their noise are the same to three digits
     loud = dataclasses.replace(RECORD if kind == "record" else LOCAL, epsilon=None, noise=1000.0, clip=1e-3)
@@ -80,6 +81,7 @@ def test_every_turn_has_a_seed_of_its_own() -> None:
     assert len(seeds) == len(turns) == 24
 
 
+@pytest.mark.slow
 def test_the_sampling_rate_is_that_of_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates, right = list[float](), PrivateGradient.step
 

@@ -75,6 +75,7 @@ def test_a_record_level_run(tmp_path: Path) -> None:
     assert "Privacy spent" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_the_system_does_not(tmp_path: Path) -> None:
     a, b = (adapter(simulate(tiny(tmp_path, RECORD))) for _ in range(2))
     assert all(torch.equal(t, b[n]) for n, t in a.items())
@@ -91,6 +92,7 @@ def test_a_client_that_has_spent_all_stays_away_and_says_so(tmp_path: Path, priv
     assert rounds[2]["counted"] == 0 and rounds[2]["dropped"] == {"privacy": 4} and rounds[2]["epsilon"] <= 8.0
 
 
+@pytest.mark.slow
 def test_a_turn_that_was_paid_for_and_broke_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right, taken = dpsgd.PrivateGradient.step, []
 
@@ -252,6 +254,7 @@ def test_a_client_clips_and_adds_noise_before_it_encodes(tmp_path: Path, monkeyp
     assert norms == pytest.approx([0.01] * 4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_feedback_brings_late_is_clipped_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     norms = seen(monkeypatch)
     privacy = PrivacyConfig(kind="user", clip=0.01, noise=1e-6, epsilon=None, accountant="rdp")
@@ -299,6 +302,7 @@ def test_the_card_states_the_adjacency_that_is_proven(privacy: PrivacyConfig, un
     assert line.endswith(unit) and "added" not in line and "removed" not in line
 
 
+@pytest.mark.slow
 def test_clients_at_once_take_their_private_turns_one_after_the_other(tmp_path: Path) -> None:
     alone = adapter(simulate(tiny(tmp_path, RECORD)))
     together = adapter(simulate(tiny(tmp_path, RECORD, engine=EngineConfig(threads=1, batched="4"))))

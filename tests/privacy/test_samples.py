@@ -17,6 +17,7 @@ from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
 from fedtune.privacy import samples
 from tests.models.build import VOCABULARY, checkpoint, hub, llama_config
+from tests.quick import quick
 
 LM = TaskConfig(kind="causal_lm", max_length=12)
 ANSWERS = TaskConfig(kind="instruction", max_length=12, max_new_tokens=4)
@@ -104,7 +105,10 @@ def hooks(live: LiveAdapter) -> dict[str, tuple[int, int, int]]:
     return {n: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for n, m in live.model.named_modules()}
 
 
-@pytest.mark.parametrize(("method", "kind", "task", "way"), CASES, ids=[f"{m}-{k}-{t.kind}" for m, k, t, _ in CASES])
+QUICK = [case for case in CASES if case[1] in ("llama", "albert") or case[0] == "bitfit"]
+
+
+@pytest.mark.parametrize(("method", "kind", "task", "way"), quick(CASES, *QUICK), ids=[f"{m}-{k}-{t.kind}" for m, k, t, _ in CASES])
 def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
     live = built(tmp_path / "m", kind, method, task)
     names, batch, before = list(live.parameters), rows(task, live.backbone.seq2seq), hooks(live)
@@ -128,6 +132,7 @@ def test_the_loop_is_the_loop(tmp_path: Path) -> None:
         assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_part_of_the_tensors(tmp_path: Path) -> None:
     live = built(tmp_path / "m", "llama", "dora", LM)
     names = [n for n in live.parameters if n.endswith(".lora_B")]

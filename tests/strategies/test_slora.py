@@ -24,6 +24,7 @@ from fedtune.rounds.find_strategy import make_strategy
 from fedtune.runs.report import read_metrics
 from fedtune.strategies import slora
 from fedtune.strategies.slora import SLoRA
+from tests.quick import quick
 from tests.tiny import tiny_config
 
 
@@ -246,7 +247,7 @@ def test_what_makes_no_sense_is_refused(strategy: SLoRA, config: Config, words: 
         strategy.check(config)
 
 
-@pytest.mark.parametrize(("mask", "mode"), [("random", "paper"), ("gradient", "corrected")])
+@pytest.mark.parametrize(("mask", "mode"), quick([("random", "paper"), ("gradient", "corrected")], ("gradient", "corrected")))
 def test_a_run_goes_through_both_stages_and_a_stopped_one_ends_alike(tmp_path: Path, mask: str, mode: str) -> None:
     asked = {"_target_": "fedtune.strategies.slora.SLoRA", "rounds": 4, "seed": 0, "sparse_share": 0.5, "mask": mask, "mode": mode}
     config = tiny_config(tmp_path, rounds=4, strategy=asked, eval=EvalConfig(where="door", clients=-1), keep_checkpoints=9)

@@ -13,6 +13,7 @@ from fedtune.config.compose import choices, compose
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.experiment import simulate
 from fedtune.runs.directory import read_config
+from tests.quick import quick
 from tests.tiny import tiny_config
 
 UP = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 1.0625 / 4, "nf4": 0.5625 / 4, "topk": 0.24 / 4}  # of fp32's bytes, headers aside
@@ -33,7 +34,7 @@ def spent(path: Path) -> tuple[int, int]:
     return mine[0]["bytes_down"], mine[0]["bytes_up"]
 
 
-@pytest.mark.parametrize("choice", choices("traffic"))
+@pytest.mark.parametrize("choice", quick(choices("traffic"), "fp32", "topk"))
 def test_a_round_and_a_second_after_a_stop_are_two_rounds(tmp_path: Path, choice: str) -> None:
     config = tiny_config(tmp_path, rounds=2, traffic=traffic(choice), peft=PeftConfig(rank=8))
     whole = simulate(config)

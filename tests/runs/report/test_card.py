@@ -20,6 +20,7 @@ from fedtune.models.checkpoint import NANO
 from fedtune.runs.report import write_card
 from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
 from tests.models.build import checkpoint, hub, token_ids
+from tests.quick import quick
 
 
 def card(folder: Path, **peft: str) -> str:
@@ -103,8 +104,13 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    quick(
+        [(n, m) for n in BACKBONES for m in METHODS],
+        *(("gpt2 classes", m) for m in METHODS), *((n, "lora") for n in BACKBONES), ("bert", "prefix"),
+    ),
+)  # fmt: skip
 def test_a_card_loads_what_was_trained(tmp_path: Path, name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, task = BACKBONES[name]
     backbone = hub(checkpoint(tmp_path / "m", kind))

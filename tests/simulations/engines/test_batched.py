@@ -24,6 +24,7 @@ from fedtune.errors import CheckpointError, FedtuneError, UpdateError
 from fedtune.experiment import simulate
 from fedtune.simulations.engines import batched, stacked
 from fedtune.simulations.engines.batched import Job, train_together
+from tests.quick import quick
 from tests.simulations.engines.turns import alone, check, jobs_of
 from tests.tiny import texts, tiny_config
 from tests.working import host_for
@@ -35,7 +36,7 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(TASKS))
+@pytest.fixture(scope="module", params=quick(TASKS, "causal_lm"))
 def space(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     config = tiny_config(
         tmp_path_factory.mktemp(request.param), rows=ragged(), task=TASKS[request.param], peft=PeftConfig(rank=3, alpha=4.0)
@@ -144,7 +145,7 @@ def test_adapter_dropout_draws_from_each_clients_own_seed(tmp_path: Path, p: flo
     agree(space, jobs(space))
 
 
-@pytest.mark.parametrize("batched", ["3", "auto"])
+@pytest.mark.parametrize("batched", quick(["3", "auto"], "3"))
 def test_a_run_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batched: str
 ) -> None:
@@ -168,7 +169,7 @@ def test_a_run_ends_with_the_sequential_adapter(
     assert any("offline" in str(x.get("dropped")) for x in lines)
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"])
+@pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"], "dora", "prompt"))
 def test_a_run_of_any_method_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str
 ) -> None:

@@ -15,6 +15,7 @@ from fedtune.models.backbone import quiet
 from fedtune.simulations.engines import stacked, vmapped
 from fedtune.simulations.engines.batched import way_of
 from tests.models.build import VOCABULARY, checkpoint, hub
+from tests.quick import quick
 from tests.simulations.engines.turns import check, jobs_of
 
 LM = TaskConfig(kind="causal_lm", max_length=12)
@@ -54,19 +55,19 @@ def agree(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, way: Any 
     check(live, jobs_of(rows(task, live.backbone.seq2seq), initial, **changes), task, pad_id(live.backbone.tokenizer), way)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "dora", "prefix"))
 def test_each_method_on_a_decoder(tmp_path: Path, method: str) -> None:
     agree(tmp_path, "llama", PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), LM)
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "prompt", "adapter", "ptuning_v2", "bitfit", "full"])
+@pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "adapter", "ptuning_v2", "bitfit", "full"], "prompt", "bitfit"))
 def test_each_method_with_a_head_of_two_layers(tmp_path: Path, method: str) -> None:
     # a key's bias has no gradient but rounding, which AdamW would blow up to whole steps
     changes = {"optimizer": "sgd", "lr": 0.05} if method in ("bitfit", "full") else {}
     agree(tmp_path, "roberta", PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), CLASSES, **changes)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "opt", "bert", "distilbert", "albert"])
+@pytest.mark.parametrize("kind", quick(["qwen3", "gpt2", "opt", "bert", "distilbert", "albert"], "gpt2", "albert"))
 def test_each_architecture(tmp_path: Path, kind: str) -> None:
     task = CLASSES if kind in ("bert", "distilbert", "albert") else LM
     agree(tmp_path, kind, PeftConfig(method="adapter", bottleneck=5), task)
@@ -86,7 +87,7 @@ def test_an_encoder_decoders_classes_are_stacked_or_not_at_all(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "albert", "llama", "gpt2", "opt"])
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("method", quick(["lora", "rslora"], "lora"))
 def test_heads_of_any_depth_are_stacked_by_hand(tmp_path: Path, kind: str, method: str) -> None:
     agree(tmp_path, kind, PeftConfig(method=method, rank=3), CLASSES, stacked.installed)
 

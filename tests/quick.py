@@ -1,0 +1,18 @@
+"""Which cases of a long table run in the quick suite."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """The cases, of which all but the `chosen` are slow; a chosen one that is no case is an error.
+
+    One of each kind stays: what breaks all of a kind is seen in the quick suite, what breaks a single case in the slow one.
+    """
+    cases = list(cases)
+    if strange := [case for case in chosen if case not in cases]:
+        raise ValueError(f"{strange} are no cases of {cases}")
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*each, marks=[] if case in chosen else [pytest.mark.slow]) for case, each in zip(cases, values, strict=True)]
