@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
-from flwr.common.constant import SType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +28,9 @@ from fedtune.storage.atomic import flush
 from fedtune.storage.ids import shown
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.reading import read_object
+
+if TYPE_CHECKING:  # a device that only answers reads adapters and has no Flower
+    from flwr.app import Array, ArrayRecord
 
 _DTYPES = {
     "float32": torch.float32,
@@ -106,12 +107,14 @@ class AdapterState:
 
     # -- the wire -------------------------------------------------------------------------------------------------------------------------
 
-    def to_arrays(self) -> ArrayRecord:
+    def to_arrays(self) -> "ArrayRecord":
         """As a Flower record. bf16 travels as its uint16 bits, with its dtype in the array's own header: NumPy has no bf16."""
+        from flwr.app import ArrayRecord
+
         return ArrayRecord({name: _to_array(t) for name, t in self.tensors.items()})
 
     @classmethod
-    def from_arrays(cls, arrays: ArrayRecord, spec: AdapterSpec, expect: "AdapterState | None" = None) -> "AdapterState":
+    def from_arrays(cls, arrays: "ArrayRecord", spec: AdapterSpec, expect: "AdapterState | None" = None) -> "AdapterState":
         """Read a record that came over the network; what it claims is checked before it is decoded.
 
         Args:
@@ -189,7 +192,10 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def _to_array(tensor: Tensor) -> Array:
+def _to_array(tensor: Tensor) -> "Array":
+    from flwr.app import Array
+    from flwr.common.constant import SType
+
     tensor, name = tensor.detach().cpu().contiguous(), _NAMES[tensor.dtype]
     stored = "uint16" if name == "bfloat16" else name
     values = tensor.view(torch.int16).numpy() if stored == "uint16" else tensor.numpy()
@@ -197,7 +203,9 @@ def _to_array(tensor: Tensor) -> Array:
     return Array(dtype=name, shape=shape, stype=SType.NUMPY, data=_npy_header(stored, shape) + values.tobytes())
 
 
-def _from_array(name: str, array: Array) -> Tensor:
+def _from_array(name: str, array: "Array") -> Tensor:
+    from flwr.common.constant import SType
+
     if array.dtype not in _DTYPES:
         raise UpdateMismatch(f"tensor '{name[:80]}' has dtype {array.dtype[:40]}: wanted one of {', '.join(_DTYPES)}")
     stored, shape = "uint16" if array.dtype == "bfloat16" else array.dtype, tuple(array.shape)

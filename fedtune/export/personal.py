@@ -2,22 +2,18 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fedtune.clients.store import client_id
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import CheckpointError, ModelError
 from fedtune.models.adapter_folder import StoredAdapter
 from fedtune.models.methods import method
-
-if TYPE_CHECKING:
-    from fedtune.contracts.adapter_state import AdapterState
 
 __all__ = ["client_of", "complete", "global_note"]
 
 
 def client_of(source: Path) -> tuple[Path, str] | None:
     """The run directory and the client's id where `source` is RUN/clients/ID; None of any other folder."""
-    from fedtune.clients.store import client_id  # late: it loads Flower
-
     source = source.resolve()
     run = source.parent.parent
     if source.parent.name != "clients" or not (run / "config.yaml").is_file():
@@ -47,7 +43,7 @@ def complete(adapter: StoredAdapter, run: Path, client: str) -> StoredAdapter:
     return dataclasses.replace(adapter, state=state.replace({**state.tensors, **kept.tensors}))
 
 
-def global_note(run: Path | None, state: "AdapterState") -> str:
+def global_note(run: Path | None, state: AdapterState) -> str:
     """What the global adapter is not, in a sentence; "" where it is the whole of what was trained.
 
     Args:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import ModelError
 from fedtune.inference.engine.package import is_package
 from fedtune.inference.generate import read_card
@@ -23,8 +24,6 @@ def read_whole(folder: Path) -> tuple[StoredAdapter, dict[str, Any]]:
     Raises:
         ModelError: It is an edge package, a classifier or quantized, keeps an adapter beside its weights, or has a damaged card or config.
     """
-    from fedtune.contracts.adapter_state import AdapterSpec, AdapterState  # late: it loads Flower
-
     if is_package(folder):
         raise ModelError(f"{folder} is an edge package already: give the run or the model that it was made of")
     card = read_card(folder)

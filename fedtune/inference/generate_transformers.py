@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtune.config import ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.task import adapter_tasks
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.text import Text, decoder_kinds
@@ -141,8 +142,7 @@ def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
 
 def _with_adapter(backbone: Backbone, card: dict[str, Any], folder: Path, task: TaskConfig) -> Any:
     """The backbone with the adapter that could not be merged."""
-    from fedtune.contracts.adapter_state import AdapterState
-    from fedtune.models.adapter import LiveAdapter  # late: they load PEFT and Flower, which a merged model does not need
+    from fedtune.models.adapter import LiveAdapter  # late: it loads PEFT, which a merged model does not need
 
     live = LiveAdapter(backbone, PeftConfig(**card["peft"]), task)
     live.load(AdapterState.load(folder / BESIDE / OWN).replace(base=""))

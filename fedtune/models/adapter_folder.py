@@ -5,17 +5,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import ModelError
 from fedtune.storage.parsing import parse_json, read_text
 from fedtune.storage.reading import read_fields
-
-if TYPE_CHECKING:
-    from fedtune.contracts.adapter_state import AdapterState
 
 OWN = "fedtune.safetensors"
 BESIDE = "adapter"  # folder, beside an exported backbone, of an adapter that no weights can express
@@ -38,8 +36,8 @@ class StoredAdapter:
         over: `precision` and `compute` of the quantized weights that it counts on (peft.init=loftq); empty where it is for any.
     """
 
-    state: "AdapterState"
-    shifts: "tuple[AdapterState, ...]" = ()
+    state: AdapterState
+    shifts: tuple[AdapterState, ...] = ()
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     base: str = ""
     task_type: str = ""
@@ -53,8 +51,6 @@ def read_adapter(folder: Path) -> StoredAdapter:
         ModelError: A file is missing, damaged or pickled, or the adapter is of PEFT's and no plain LoRA.
         CheckpointError: A file of fedtune's is damaged.
     """
-    from fedtune.contracts.adapter_state import AdapterState  # late: it loads Flower, which a merged model does not need
-
     if not (folder / OWN).is_file():
         return _read_peft(folder)
     said = _json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
@@ -69,8 +65,6 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
 
 def _read_peft(folder: Path) -> StoredAdapter:
-    from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
-
     config = _config(folder)
     tensors = _tensors(folder)
     state: dict[str, Tensor] = {}

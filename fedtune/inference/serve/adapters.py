@@ -9,6 +9,8 @@ from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.model import FOLDING
+from fedtune.models.adapter_folder import read_adapter
+from fedtune.models.combined import combined_factors
 from fedtune.models.methods import method
 
 
@@ -36,9 +38,6 @@ def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         ModelError: As documented above.
     """
-    from fedtune.models.adapter_folder import read_adapter  # late: they load Flower, which a server without adapters does not need
-    from fedtune.models.combined import combined_factors
-
     if not folder.is_dir():
         raise ModelError(f"there is no adapter folder {folder}")
     stored = read_adapter(folder)
