@@ -222,12 +222,26 @@ def test_a_long_prompt_runs_in_chunks(engine: Engine, monkeypatch: pytest.Monkey
 # -- speculation --------------------------------------------------------------------------------------------------------------------------
 
 
-def compare(engine: Engine, small: Engine, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16) -> tuple[int, int]:
+Alone = dict[tuple[tuple[int, ...], Sampling, int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Alone:
+    """The `engine`'s answers without speculation, which one kind of guess after the other is compared with."""
+    return {}
+
+
+def compare(
+    engine: Engine, small: Engine, alone: Alone, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16
+) -> tuple[int, int]:
     """Every prompt's answer with and without speculation; returns guesses and kept ones."""
     speculation, drafted, accepted = Speculation(drafter(kind, engine, small), adapt), 0, 0
     for ids in prompts(count):
         run = Generation(engine, ids, sampling, length, speculation=speculation)
-        assert tokens(run) == tokens(Generation(engine, ids, sampling, length))
+        key = (tuple(ids), sampling, length)
+        if key not in alone:
+            alone[key] = tokens(Generation(engine, ids, sampling, length))
+        assert tokens(run) == alone[key]
         assert run.report.close == []
         drafted, accepted = drafted + run.report.drafted, accepted + run.report.accepted
     return drafted, accepted
@@ -235,23 +249,25 @@ def compare(engine: Engine, small: Engine, kind: str, count: int, sampling: Samp
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
-def test_greedy_answers_are_the_same_token_for_token(engine: Engine, small: Engine, kind: str, options: dict[str, Any]) -> None:
-    drafted, _ = compare(engine, small, kind, 12, Sampling(**options), Adapt(fixed=4))
+def test_greedy_answers_are_the_same_token_for_token(
+    engine: Engine, small: Engine, alone: Alone, kind: str, options: dict[str, Any]
+) -> None:
+    drafted, _ = compare(engine, small, alone, kind, 12, Sampling(**options), Adapt(fixed=4))
     assert drafted > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guesses", [1, 4, 10, None])
-def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, kind: str, guesses: int | None) -> None:
-    drafted, accepted = compare(engine, small, kind, 200, Sampling(), Adapt(fixed=guesses), 24)
+def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, alone: Alone, kind: str, guesses: int | None) -> None:
+    drafted, accepted = compare(engine, small, alone, kind, 200, Sampling(), Adapt(fixed=guesses), 24)
     assert drafted > (200 if guesses else 0) and (accepted > 0 or kind == "random" or not guesses)
 
 
-def test_sure_guesses_keep_the_text_of_the_seed(engine: Engine, small: Engine) -> None:
+def test_sure_guesses_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: Alone) -> None:
     for seed in range(4):
         sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=seed)
-        compare(engine, small, "lookup", 4, sampling, Adapt(fixed=1 + seed))
+        compare(engine, small, alone, "lookup", 4, sampling, Adapt(fixed=1 + seed))
         ids = [5, 6]
         plain = tokens(Generation(engine, ids, sampling, 12))
         scribbled = Generation(engine, ids, sampling, 12, speculation=Speculation(Scribble(sure=True), Adapt(fixed=3)))
@@ -332,7 +348,7 @@ def test_a_draft_model_may_have_a_narrower_or_wider_table(
         return out[:, :width] if width < VOCAB else torch.nn.functional.pad(out, (0, width - VOCAB), value=99.0)
 
     monkeypatch.setattr(type(small.decoder), "forward", resized)
-    assert compare(engine, small, "draft", 3, Sampling(), Adapt(fixed=3))[0] > 0
+    assert compare(engine, small, {}, "draft", 3, Sampling(), Adapt(fixed=3))[0] > 0
     sampled = Generation(engine, [5], Sampling(temperature=1.0), 10, speculation=Speculation(DraftModel(small, engine), Adapt(fixed=3)))
     assert max(tokens(sampled)) < VOCAB
 
