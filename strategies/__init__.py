@@ -1,4 +1,4 @@
-"""One aggregation method a file."""
+"""Aggregation methods, one a file."""
 
 if __name__ == "strategies":
     raise ImportError("import this package as fedtune.strategies: the bare name is not a package of its own")

@@ -1,8 +1,8 @@
-"""Flower's own aggregation classes on our updates: what goes in, what comes out, and what they remember.
+"""Runs Flower's aggregation classes on fedtune's updates and server state.
 
-Flower's strategies are objects that change from round to round, ours are functions of a state that is saved. So each round a fresh object
-of Flower's is given what it would remember, aggregates, and what it then remembers is read back into `ServerState.memory`: a restart
-continues exactly, because every round is one.
+Flower's strategies are objects with state; fedtune's are functions of a saved state. Each round a new Flower object gets its state from
+`ServerState.memory`, aggregates, and its new state goes back into the memory. A resumed run continues exactly, because every round starts
+that way.
 
 Source: flwr.serverapp.strategy, Flower 1.41 (Beutel et al. 2020, arXiv:2007.14390).
 """
@@ -31,7 +31,7 @@ _EXAMPLES = "num-examples"  # the key under which Flower's classes look for weig
 
 @dataclass(frozen=True)
 class _Reply:
-    """As much of a Flower message as its aggregation reads; a real one can be made only by a process with a SuperLink's identity."""
+    """The part of a Flower message that aggregation reads; only a process with a SuperLink's identity can create a real one."""
 
     content: RecordDict
 
@@ -40,25 +40,25 @@ class _Reply:
 
 
 def numpy(tensors: Mapping[str, Tensor]) -> dict[str, NDArray]:
-    """As NumPy arrays; bfloat16, which NumPy lacks, and float16, which loses sums, become float32."""
+    """Tensors as NumPy arrays; bfloat16, which NumPy lacks, and float16, whose sums lose precision, become float32."""
     small = (torch.bfloat16, torch.float16)
     return {n: (t.float() if t.dtype in small else t).detach().cpu().numpy() for n, t in tensors.items()}
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """As Flower's record, which copies them."""
+    """Tensors as a Flower record, which copies them."""
     return ArrayRecord({n: Array(a) for n, a in numpy(tensors).items()})
 
 
 def reply(tensors: Mapping[str, Tensor], examples: int, **metrics: float) -> Message:
-    """What a client of Flower's would have sent."""
+    """The reply of a Flower client."""
     content = RecordDict({"arrays": arrays(tensors), "metrics": MetricRecord({_EXAMPLES: examples, **metrics})})
     return typing.cast(Message, _Reply(content))
 
 
 def aggregated(by: flower.FedAvg, round: int, replies: Sequence[Message], like: AdapterState) -> AdapterState | None:
-    """What Flower's class makes of the replies, with the dtypes and the spec of `like`; None where it refuses."""
-    # some of Flower's classes collect garbage after every record that they read: .3 s a client, among torch's modules
+    """Flower's aggregate of the replies, with the dtypes and the spec of `like`; None if Flower rejects them."""
+    # some of Flower's classes run the garbage collector after every record: .3 s a client with torch loaded
     gc.freeze()
     try:
         record, _ = by.aggregate_train(round, replies)
@@ -83,8 +83,8 @@ def to_remember(what: str, values: Mapping[str, NDArray] | None) -> dict[str, Te
 def fed_opt(by: flower.FedAdam | flower.FedYogi | flower.FedAdagrad, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
     """A round of Flower's FedOpt family: one server step along the mean change Δ = w̄ − w, where `mean` is w̄ in float64.
 
-    Memory: `m/<tensor>` and `v/<tensor>`, the moments, and `t`, the steps since they were 0. Flower's FedAdam corrects its bias by the
-    exponent (round it is told) + 1, which is Adam's own if it is told the steps taken before.
+    Memory: the moments `m/<tensor>` and `v/<tensor>`, and `t`, the number of steps since they were 0. Flower's FedAdam corrects the bias
+    with the exponent `round` + 1; passing t as the round makes that Adam's own correction.
     """
     now = doubles(state.adapter.tensors)  # float64: the small change of large weights stays exact
     taken = int(state.memory.get("t", torch.tensor(0)))
@@ -97,10 +97,10 @@ def fed_opt(by: flower.FedAdam | flower.FedYogi | flower.FedAdagrad, state: Serv
 
 
 def cohort(state: ServerState, updates: Iterable[Update]) -> list[Update]:
-    """All updates, in the order of logical ids: robust rules need every model at once, and break ties by the order.
+    """All updates in the order of logical ids: robust rules need every model at once and break ties by that order.
 
     Raises:
-        UpdateMismatch: An update's tensors are not the state's in name and shape.
+        UpdateMismatch: An update's tensors differ from the state's in name or shape.
     """
     found = sorted(updates, key=lambda u: u.client)
     for update in found:
@@ -109,21 +109,21 @@ def cohort(state: ServerState, updates: Iterable[Update]) -> list[Update]:
             if got is None or got.shape != wanted.shape:
                 came = "missing" if got is None else str(tuple(got.shape))
                 raise UpdateMismatch(
-                    f"client {update.client}: tensor '{name}' is {came}, wanted {tuple(wanted.shape)}:"
-                    " this strategy compares clients coordinate by coordinate and needs one rank for all"
+                    f"client {update.client}: tensor '{name}' is {came} instead of {tuple(wanted.shape)}:"
+                    " this strategy compares clients coordinate by coordinate, give all clients the same rank"
                 )
     return found
 
 
 def measured(update: Update, values: Mapping[str, float], name: str) -> float:
-    """One number of an update that the method cannot do without.
+    """A measurement that the method requires.
 
     Raises:
-        UpdateError: It is missing or negative.
+        UpdateError: The measurement is missing or negative.
     """
     value = values.get(name)
     if value is None or value < 0:
         raise UpdateError(
-            f"client {update.client} sent {name}={value}, wanted a number from 0: the client must run the same version of fedtune"
+            f"client {update.client} sent {name}={value} instead of a number >= 0: run the same version of fedtune on the client"
         )
     return value

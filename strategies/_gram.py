@@ -1,7 +1,7 @@
-"""How far apart clients are in what their adapters do, and who is closest to the others.
+"""Distances between the clients' weight updates ΔW, and Krum's selection by them.
 
-A LoRA module does ΔW = s·B·A, and (B G, G⁻¹ A) does the same for every invertible G: distances between factors are distances between
-arbitrary coordinates, and a rule that selects by them can be steered by G. Distances between the ΔW need no dense matrix:
+A LoRA module changes W by ΔW = s·B·A, and (B G, G⁻¹ A) gives the same ΔW for every invertible G. Distances between factors depend on this
+arbitrary gauge, so an attacker can steer a selection by factor distances through G. Distances between the ΔW need no dense matrix:
 ⟨B_i A_i, B_j A_j⟩ = tr((B_jᵀ B_i)(A_i A_jᵀ)).
 """
 
@@ -14,13 +14,14 @@ from fedtune.contracts.adapter_state import AdapterState
 
 
 def distances(adapters: Sequence[AdapterState], origin: AdapterState) -> Tensor:
-    """Squared distances (K, K) in float64 between K adapters: of ΔW for each LoRA module, of the tensors themselves for everything else.
+    """Squared distances (K, K) in float64 between K adapters: between the ΔW of LoRA modules, and between all other tensors themselves.
 
-    DoRA's magnitudes count as tensors: what they do hangs on W0, which the server does not have.
+    DoRA's magnitudes count as plain tensors: their effect depends on W0, which the server does not have.
 
     Args:
-        adapters: Of one shape.
-        origin: The state that they started from. Plain tensors are compared as changes of it, so that small changes of large weights count.
+        adapters: K adapters of equal shapes.
+        origin: The adapters' initial state. Plain tensors are compared as differences from it, so that small changes of large weights
+            count.
     """
     names, count = origin.tensors, len(adapters)
     modules = [m for m in origin.spec.ranks if f"{m}.lora_A" in names and f"{m}.lora_B" in names]
@@ -42,15 +43,15 @@ def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def krum(distances: Tensor, *, malicious: int, select: int) -> list[int]:
-    """Positions of the `select` clients with the least Krum score, best first: the sum of squared distances to the n − f − 2 closest
-    others.
+    """Indices of the `select` clients with the lowest Krum scores, best first.
 
-    Two that are each other's closest have equal scores but for rounding: scores count to nine digits, and the first of equals wins.
+    A client's score is the sum of squared distances to its n − f − 2 nearest others. Two clients that are each other's nearest have equal
+    scores up to rounding, so scores are rounded to ten digits, and the first of equal clients wins.
 
     Args:
         distances: (n, n), squared.
         malicious: f.
-        select: How many; all where there are fewer.
+        select: Number of clients; at most n are returned.
     """
     n = len(distances)
     closest = min(max(1, n - malicious - 2), n - 1)
@@ -64,6 +65,6 @@ def _scaled(adapters: Sequence[AdapterState], module: str) -> list[Tensor]:
 
 
 def _spread(gram: Tensor) -> Tensor:
-    """‖x_i − x_j‖² (K, K) from the inner products; rounding must not make it negative."""
+    """‖x_i − x_j‖² (K, K) from the inner products, clamped to 0 against rounding."""
     norms = gram.diagonal()
     return (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0.0)

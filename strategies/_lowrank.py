@@ -1,8 +1,8 @@
-"""Weighted sums of LoRA products, as factors: nothing larger than the factors that came, and no W0.
+"""Weighted sums of LoRA products in factored form, without W0 and without any tensor larger than the stacked factors.
 
-D = Σ_k w_k B_k A_k is one product b @ a of the stacks a = [w_k A_k] (R, in) and b = [B_k] (out, R), R = Σ r_k. With b = Q_b R_b and
-aᵀ = Q_a R_a the core R_b R_aᵀ, min(R, out) × min(R, in), has D's singular values, and its singular vectors, turned by Q_b and Q_a, are
-D's. All in float64.
+D = Σ_k w_k B_k A_k is one product b @ a of the stacks a = [w_k A_k] (R, in) and b = [B_k] (out, R), R = Σ r_k. With the QR decompositions
+b = Q_b R_b and aᵀ = Q_a R_a, the core R_b R_aᵀ, min(R, out) × min(R, in), has D's singular values; Q_b and Q_a rotate its singular vectors
+into D's. All in float64.
 """
 
 import math
@@ -26,10 +26,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Cohort:
-    """What a round's clients sent: factors kept as they came, since a stack needs all of them, and a mean of what can be averaged.
+    """A round's updates: all factors, since a stack needs all of them, and a running mean of the other tensors.
 
     Args:
-        average: Patterns of the tensors that the mean is taken of; by default heads and magnitudes, not the factors.
+        average: Patterns of the tensors to average; by default heads and magnitudes, not the factors.
     """
 
     def __init__(self, average: tuple[str, ...] = ("*", "!*.lora_A", "!*.lora_B")) -> None:
@@ -39,7 +39,7 @@ class Cohort:
 
     @classmethod
     def of(cls, updates: Iterable[Update], **settings: tuple[str, ...]) -> "Cohort":
-        """Fold the updates as they come."""
+        """The cohort of these updates, consumed one at a time."""
         cohort = cls(**settings)
         for update in updates:
             cohort.add(update)
@@ -56,10 +56,10 @@ class Cohort:
         return [(n / total * x.spec.scaling[module], x[f"{module}.lora_A"], x[f"{module}.lora_B"]) for n, x in self._sent]
 
     def missed(self, adapter: AdapterState, module: str) -> list[Term]:
-        """Σ p_k (D − P_{r_k}(D)), the part of the present product D = s·B·A that clients of smaller ranks were not sent.
+        """Σ p_k (D − P_{r_k}(D)), the part of the present product D = s·B·A that the server did not send to clients of smaller ranks.
 
         P_r(D) is the product of the first r components, as `at_rank` sends it. Component i is weighted by the share of the clients with
-        r_k ≤ i. At most one term: none where every client has the slot's rank, or D = 0.
+        r_k ≤ i. Returns one term, or none if every client has the slot's rank or D = 0.
         """
         total, rank = sum(n for n, _ in self._sent), adapter.spec.ranks[module]
         share = torch.zeros(rank, dtype=torch.float64)
@@ -70,7 +70,7 @@ class Cohort:
         return [(adapter.spec.scaling[module], share[:, None] * adapter[f"{module}.lora_A"].double(), adapter[f"{module}.lora_B"])]
 
     def mean(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Σ p_k w_k of what is averaged, with the dtypes of `like`."""
+        """Σ p_k w_k of the averaged tensors, with the dtypes of `like`."""
         return self._mean.of(like)
 
 
@@ -81,9 +81,9 @@ def stack(terms: Iterable[Term]) -> Pair:
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, m), σ (m,) falling, Vᵀ (m, in) of b @ a, with m = min(R, in, out); vectors of σ = 0 are orthonormal too.
+    """U (out, m), σ (m,) in descending order, Vᵀ (m, in) of b @ a, with m = min(R, in, out); vectors of σ = 0 are orthonormal too.
 
-    The signs, which an SVD leaves open, are such that the largest entry of each left vector is positive: equal runs give equal factors.
+    An SVD leaves the signs open. Here the largest entry of each left vector is positive, so that equal runs give equal factors.
     """
     a, b = pair
     q_b, r_b = _orthogonal(b)
@@ -95,14 +95,14 @@ def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _orthogonal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (n, R) = q (n, m) r (m, R) with qᵀq = I, m = min(n, R); where R ≥ n, x is small enough for a core as it is."""
+    """x (n, R) = q (n, m) r (m, R) with qᵀq = I, m = min(n, R); for R ≥ n, q = I and r = x."""
     return torch.linalg.qr(x) if x.shape[1] < len(x) else (torch.eye(len(x), dtype=x.dtype), x)
 
 
 def truncate(pair: Pair, rank: int) -> Pair:
-    """The best approximation of that rank (Eckart-Young): a = Vᵀ (rank, in), b = U·diag(σ) (out, rank), by falling σ.
+    """The best approximation of rank `rank` (Eckart-Young): a = Vᵀ (rank, in), b = U·diag(σ) (out, rank), by descending σ.
 
-    Its error is √(Σ σ_i²) over i > rank, in the Frobenius norm. Where min(R, in, out) is below `rank`, rows and columns of zeros fill up.
+    Its error is √(Σ σ_i²) over i > rank, in the Frobenius norm. If min(R, in, out) < `rank`, it is zero-padded.
     """
     u, sigma, vt = svd(pair)
     a, b = vt[:rank], (u * sigma)[:, :rank]
@@ -111,9 +111,9 @@ def truncate(pair: Pair, rank: int) -> Pair:
 
 
 def compact(terms: Iterable[Term]) -> Pair:
-    """Σ w·B·A over the terms as a pair of the least rank, 0 if the sum vanishes.
+    """Σ w·B·A over the terms as a pair of minimal rank; rank 0 if the sum vanishes.
 
-    What is dropped is below float32's resolution of the largest term: there a vanishing sum leaves rounding, not information.
+    Singular values below float32's resolution of the largest term are dropped: they are rounding errors.
     """
     terms = list(terms)
     u, sigma, vt = svd(stack(terms))
@@ -128,9 +128,10 @@ def norm(term: Term) -> float:
 
 
 def at_rank(state: AdapterState, rank: int | None) -> AdapterState:
-    """The adapter with at most `rank` leading rows of each A and columns of each B; None leaves it.
+    """The adapter cut to the first `rank` rows of each A and columns of each B; None leaves it unchanged.
 
-    alpha stays, so that s = alpha / r (rslora: alpha / √r) grows as r falls; B is rescaled by s / s_k, and s·B·A loses its last rows only.
+    alpha stays, so s = alpha / r (rslora: alpha / √r) grows as r falls. B is rescaled by s / s_k, so that s·B·A loses only its last
+    components.
     """
     ranks = {m: min(r, rank or r) for m, r in state.spec.ranks.items()}
     if ranks == dict(state.spec.ranks):
@@ -146,13 +147,13 @@ def at_rank(state: AdapterState, rank: int | None) -> AdapterState:
 
 
 def assign(plans: Sequence[Plan], adapter: AdapterState) -> dict[str, Assignment]:
-    """Each client gets the adapter at the rank of its plan; clients of one rank share one state."""
+    """The adapter for each client, cut to the rank of its plan; clients of one rank share one state."""
     states = {rank: at_rank(adapter, rank) for rank in {plan.rank for plan in plans}}
     return {plan.client: Assignment(plan=plan, adapter=states[plan.rank]) for plan in plans}
 
 
 def shift(pairs: Mapping[str, Pair], *, base: str, round: int) -> tuple[AdapterState, ...]:
-    """Pairs by module as one shift of the frozen weights, W += b @ a, in float32; no module of rank 0 is in it, and none makes no shift."""
+    """Pairs by module as one shift of the frozen weights, W += b @ a, in float32; empty if every pair has rank 0."""
     pairs = {m: pair for m, pair in pairs.items() if len(pair[0])}
     if not pairs:
         return ()
@@ -164,7 +165,7 @@ def shift(pairs: Mapping[str, Pair], *, base: str, round: int) -> tuple[AdapterS
 
 
 def with_factors(state: AdapterState, pairs: Mapping[str, Pair], rest: Mapping[str, Tensor]) -> AdapterState:
-    """The adapter with other factors of the same ranks, and other heads; cast to the dtypes of `state`, in its order."""
+    """The adapter with new factors of the same ranks and new heads, in the dtypes and the order of `state`."""
     tensors = {**state.tensors, **rest}
     for module, pair in pairs.items():
         for suffix, factor in zip(FACTORS, pair, strict=True):
@@ -173,7 +174,7 @@ def with_factors(state: AdapterState, pairs: Mapping[str, Pair], rest: Mapping[s
 
 
 def require_method(config: Config, name: str, *, methods: tuple[str, ...], why: str) -> None:
-    """Raises ConfigError where `peft.method` is none of `methods`, with the reason `why`."""
+    """Raises ConfigError with the reason `why` if `peft.method` is not in `methods`."""
     if config.peft.method not in methods:
         raise ConfigError(
             f"strategy={name} does not work with peft.method={config.peft.method}: {why}; take peft={' or peft='.join(methods)}"

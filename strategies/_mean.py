@@ -1,4 +1,4 @@
-"""The weighted mean that nearly every method takes of something, folded one update at a time."""
+"""A weighted mean of tensors, computed one update at a time."""
 
 import abc
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,9 @@ from fedtune.contracts.strategy import ServerState, Strategy
 
 
 class Mean:
-    """Σ p_k w_k with p_k = n_k / Σ n, tensor by tensor; holds one model in float64, however many are added.
+    """Σ p_k w_k with p_k = n_k / Σ n, tensor by tensor; takes the memory of one model in float64 for any number of clients.
 
-    float64: n_k · w_k of a float32 w_k is exact, so that one client alone comes back bit for bit.
+    In float64, n_k · w_k of a float32 w_k is exact, so that the mean of a single client equals its tensors bit for bit.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Mean:
         self._total: dict[str, Tensor] = {}
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Add one client's tensors; each client must bring the same names and shapes."""
+        """Add one client's tensors; names and shapes must be the same for every client."""
         self.weight += weight
         for name, tensor in tensors.items():
             if name not in self._total:
@@ -29,12 +29,12 @@ class Mean:
             self._total[name].add_(tensor.double(), alpha=weight)
 
     def of(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean of what was added, in the order of `like` and with its dtypes; names that nobody brought are left out."""
+        """The mean, in the order of `like` and with its dtypes; names that no client has are left out."""
         return {n: (self._total[n] / self.weight).to(t.dtype) for n, t in like.items() if n in self._total}
 
 
 def mean_of(updates: Iterable[Update], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Σ p_k w_k with p_k = n_k / Σ n, with the dtypes of `like`, folded one update at a time."""
+    """Σ p_k w_k with p_k = n_k / Σ n, with the dtypes of `like`; updates are consumed one at a time."""
     mean = Mean()
     for update in updates:
         mean.add(update.adapter.tensors, update.examples)
@@ -46,7 +46,7 @@ def doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class MeanStrategy(Strategy):
-    """A strategy that needs only the weighted mean of the updates, with p_k = n_k / Σ n: it defines `aggregate_mean`."""
+    """Base class of a strategy that depends on the updates only through their mean with p_k = n_k / Σ n; it defines `aggregate_mean`."""
 
     @abc.abstractmethod
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState: ...

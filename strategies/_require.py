@@ -1,28 +1,28 @@
-"""Sentences that several strategies refuse a config with, before anything is loaded."""
+"""Config checks that several strategies share; they run before anything is loaded."""
 
 from fedtune.config import Config
 from fedtune.errors import ConfigError
 
 
 def plain_sgd(config: Config, strategy: str, otherwise: str = "") -> None:
-    """Raises ConfigError where a client's step is not its learning rate times a gradient.
+    """Raises ConfigError if a client's step is not its learning rate times a gradient.
 
     Args:
         config: The experiment.
         strategy: Name of the strategy.
-        otherwise: What else can be done, such as a setting that allows it.
+        otherwise: Another way out, appended to the error, such as a setting that skips the check.
     """
     if config.client.optimizer != "sgd" or config.client.clip_norm is not None:
         clip = "none" if config.client.clip_norm is None else f"{config.client.clip_norm:g}"
         raise ConfigError(
-            f"strategy={strategy} reads gradients off the clients' steps, which only plain SGD without clipping allows, but"
+            f"strategy={strategy} computes gradients from the clients' steps, which needs plain SGD without clipping, but"
             f" client.optimizer={config.client.optimizer} and client.clip_norm={clip}:"
             f" set client.optimizer=sgd client.clip_norm=null with a client.lr to match{otherwise}"
         )
 
 
 def enough_clients(config: Config, strategy: str, needed: int, why: str) -> None:
-    """Raises ConfigError where a round could count with too few clients for the method's promise to hold."""
+    """Raises ConfigError if a round could count with fewer clients than the method's guarantee needs."""
     settings = {"clients_per_round": config.clients_per_round, "min_clients": config.min_clients}
     if short := {name: value for name, value in settings.items() if value < needed}:
         has = " and ".join(f"{name}={value}" for name, value in short.items())
@@ -33,17 +33,17 @@ def enough_clients(config: Config, strategy: str, needed: int, why: str) -> None
 
 
 def whole_updates(config: Config, strategy: str, otherwise: str = "") -> None:
-    """Raises ConfigError where an update reaches the server other than as it was trained; a rounded broadcast does no harm.
+    """Raises ConfigError if updates are compressed on their way to the server; a compressed broadcast is allowed.
 
     Args:
         config: The experiment.
         strategy: Name of the strategy.
-        otherwise: What else can be done, such as a setting that allows it.
+        otherwise: Another way out, appended to the error, such as a setting that skips the check.
     """
     t = config.traffic
     if t.up != "fp32" or t.topk not in (None, 1.0):
         topk = "none" if t.topk is None else f"{t.topk:g}"
         raise ConfigError(
-            f"strategy={strategy} reads control variates off the clients' updates, which need whole updates, but traffic.up={t.up} and"
-            f" traffic.topk={topk}: set traffic.up=fp32 traffic.topk=null{otherwise}"
+            f"strategy={strategy} computes control variates from the clients' updates, which must be uncompressed, but"
+            f" traffic.up={t.up} and traffic.topk={topk}: set traffic.up=fp32 traffic.topk=null{otherwise}"
         )

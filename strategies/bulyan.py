@@ -21,15 +21,15 @@ from fedtune.strategies._require import enough_clients
 
 @dataclass(frozen=True, kw_only=True)
 class Bulyan(Strategy):
-    """Of n ≥ 4f + 3 clients keep the n − 2f with the least Krum scores; each coordinate is the mean of the n − 4f values closest to its
+    """Of n ≥ 4f + 3 clients keep the n − 2f with the lowest Krum scores; each coordinate is the mean of the n − 4f values closest to its
     median.
 
-    The scores are those of s·B·A (see Krum) and do not depend on the gauge. The second stage takes the factors and does: the same ΔW as
-    (B G, G⁻¹ A) has another median. As in Flower, the n − 2f are selected at once, where the paper runs Krum once for each on those left.
-    With fewer updates than 4f + 3 the state stays as it was. Holds all models of a round in memory.
+    The scores compare s·B·A (see Krum) and do not depend on the gauge. The second stage takes the factors and depends on it: the same ΔW
+    as (B G, G⁻¹ A) has another median. As in Flower, the n − 2f are selected at once; the paper runs Krum again for each on the remaining
+    clients. With fewer than 4f + 3 updates the state does not change. Holds all models of a round in memory.
 
     Args:
-        malicious: f, how many clients of a round may be malicious.
+        malicious: f, the largest number of malicious clients in a round.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)

@@ -21,12 +21,12 @@ from fedtune.strategies._mean import MeanStrategy
 class FedAdagrad(MeanStrategy):
     """v ← v + Δ², w ← w + η·Δ / (√v + τ), with Δ = w̄ − w.
 
-    The first step is η for every parameter that moved, later ones shrink as 1 / √t. For LoRA all of this is on the factors. A method that
-    re-factorizes the adapter must start v anew: it belongs to the old coordinates.
+    The first step is η for every parameter that changed; later steps shrink as 1 / √t. For LoRA this acts on the factors. A method that
+    re-factorizes the adapter must reset v, which belongs to the old coordinates.
 
     Args:
-        lr: Server learning rate η: how far a parameter moves in the first round, whatever the clients' own steps.
-        tau: τ: parameters whose mean change is well below it move in proportion to the change.
+        lr: Server learning rate η: the step of a parameter in the first round, independent of the clients' own steps.
+        tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)

@@ -22,15 +22,15 @@ from fedtune.strategies._mean import MeanStrategy
 class FedAdam(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ², w ← w + η_t·m / (√v + τ), with Δ = w̄ − w.
 
-    η_t = η·√(1 − β₂ᵗ) / (1 − β₁ᵗ), t the steps since the moments were 0, so that the first step is as long as any (Flower told its own
-    round would take t + 1, and make the first step .74 of Adam's). For LoRA all of this is on the factors. A method that re-factorizes
-    the adapter must start the moments anew: they belong to the old coordinates.
+    η_t = η·√(1 − β₂ᵗ) / (1 − β₁ᵗ), with t the number of steps since the moments were 0, so that the first step is as long as any other.
+    (With the round number, Flower would use t + 1, and the first step would be .74 of Adam's.) For LoRA this acts on the factors. A method
+    that re-factorizes the adapter must reset the moments, which belong to the old coordinates.
 
     Args:
-        lr: Server learning rate η: about how far each parameter moves in a round, whatever the clients' own steps.
+        lr: Server learning rate η: about the step of each parameter in a round, independent of the clients' own steps.
         beta_1: β₁.
         beta_2: β₂.
-        tau: τ: parameters whose mean change is well below it move in proportion to the change.
+        tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)

@@ -1,9 +1,9 @@
-"""Exact LoRA aggregation by a residual: average the factors, and merge what that misses into the frozen weights.
+"""Exact LoRA aggregation by a residual: average the factors, and merge the error of that average into the frozen weights.
 
     Ā = Σ p_k A_k,  B̄ = Σ p_k B_k,  W += Σ p_k s_k B_k A_k − s·B̄ Ā
 
 Source: Singhal et al. 2024, FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models, arXiv:2410.09432.
-There the residual is one dense matrix a layer; here it travels as factors of its true rank, at most (K − 1)·r where all s_k are equal.
+The paper sends the residual as one dense matrix a layer; here it is sent as factors of its true rank, at most (K − 1)·r for equal s_k.
 """
 
 from collections.abc import Iterable
@@ -28,13 +28,13 @@ class FedEx(Strategy):
             config,
             "fedex",
             methods=("lora", "rslora"),
-            why="it merges what s·B·A lacks into the frozen weights, which makes the global model the clients' mean for plain LoRA only",
+            why="it merges the error of s·B·A into the frozen weights, which gives the clients' mean for plain LoRA only",
         )
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         cohort = Cohort.of(updates, average=("*",))
         adapter = state.adapter.replace(cohort.mean(state.adapter.tensors))
-        # against the means as they were cast, so that the cast's rounding is made up for too
+        # the residual from the cast means also corrects the rounding of the cast
         residual = {
             m: compact([*cohort.terms(m), (-s, adapter[f"{m}.lora_A"], adapter[f"{m}.lora_B"])]) for m, s in adapter.spec.scaling.items()
         }

@@ -17,12 +17,12 @@ from fedtune.strategies import _flower
 
 @dataclass(frozen=True, kw_only=True)
 class FedMedian(Strategy):
-    """w ← the median of w_k, coordinate by coordinate; every client counts once, whatever its number of examples.
+    """w ← the median of w_k, coordinate by coordinate; every client has the same weight, whatever its number of examples.
 
-    On LoRA it takes the factors, and so depends on their gauge: (B G, G⁻¹ A) is the same ΔW with another median. Medians of the ΔW
-    themselves would need dense matrices, and have full rank. Honest clients share a gauge as far as they start each round from the same
-    factors. Holds all models of a round in memory. The median of one or two clients is their mean, and protects from nobody: `min_clients`
-    says how many must answer.
+    For LoRA it takes the factors, and so depends on their gauge: (B G, G⁻¹ A) is the same ΔW with another median. Medians of the ΔW would
+    need dense matrices and have full rank. Honest clients share a gauge to the extent that they start each round from the same factors.
+    Holds all models of a round in memory. The median of one or two clients is their mean and protects against no attacker: `min_clients`
+    sets how many must answer.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)

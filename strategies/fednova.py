@@ -1,7 +1,7 @@
-"""FedNova: clients that did more steps do not count for more.
+"""FedNova: normalized averaging, so that clients with more local steps get no more weight.
 
-Where clients do different numbers of steps, the mean of their models minimizes a mixture of their losses weighted by those steps. FedNova
-averages their steps normalized, and takes the mean length.
+If clients do different numbers of steps, the mean of their models minimizes a mixture of their losses weighted by these numbers. FedNova
+averages the normalized steps and scales the result by the mean length.
 
 Source: Wang et al. 2020, Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization, arXiv:2007.07481, eq. 8.
 """
@@ -23,13 +23,13 @@ from fedtune.strategies._require import plain_sgd
 class FedNova(Strategy):
     """w ← w − (Σ p_k‖a_k‖₁)·Σ p_k d_k, with d_k = (w − w_k) / ‖a_k‖₁ and p_k = n_k / Σ n.
 
-    For plain SGD η‖a_k‖₁ is the sum of the learning rates of the client's steps, which every update tells as `lr_sum`: ‖a_k‖₁ = τ_k where
-    the rate is constant, and η cancels. Weight decay λ and a proximal μ shorten earlier steps, which the paper puts into a_k; here they are
-    left out, an error of about τη(λ + μ)/2 of the length.
+    For plain SGD η‖a_k‖₁ is the sum of the learning rates of the client's steps, which every update reports as `lr_sum`: ‖a_k‖₁ = τ_k for
+    a constant rate, and η cancels. Weight decay λ and a proximal μ shorten earlier steps. The paper includes that in a_k; leaving it out
+    here is an error of about τη(λ + μ)/2 of the length.
 
     Args:
-        heuristic: Allow other local optimizers and clipping. With AdamW the steps are still normalized by their number, but a client's
-            changes are no longer sums of gradients, and the paper's result does not hold.
+        heuristic: Allow other local optimizers and clipping. AdamW's steps are then also normalized by their number, but a client's change
+            is no longer a sum of gradients, and the paper's result does not hold.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
@@ -45,7 +45,7 @@ class FedNova(Strategy):
         for update in updates:
             norm = measured(update, update.measurements, "lr_sum")  # η‖a_k‖₁
             length += update.examples * norm
-            # a rate of 0, the first step of a warm-up, moved nothing
+            # a rate of 0, as in the first step of a warm-up, changes nothing
             d.add({n: (t.double() - update.adapter[n].double()) / (norm or 1.0) for n, t in w.items()}, update.examples)
         step = d.of(doubles(w))
         after = {n: (t.double() - length / d.weight * step[n]).to(t.dtype) for n, t in w.items()}

@@ -1,37 +1,37 @@
 """FedPepTAO: exchange only the prompts of some layers, and correct the server's step for the drift of the clients.
 
-Four phases, all of them rounds of the one run. What the state holds decides, not the round's number: a round that did not count is done
-again.
+A run has four phases. The state determines the phase, not the round number: a round that did not count is repeated.
 
-    layers    1 round     clients score the layers of the bare backbone on a batch of theirs: s = Σ p_k s_k; nothing is trained
+    layers    1 round     clients score the backbone's layers on a batch of their rows: s = Σ p_k s_k; nothing is trained
     warm-up   10 rounds   FedAvg of the prompts of all L layers
-    hessian   1 round     clients estimate from the curvature at the warmed-up prompts which share ρ_k of it matters: ρ = mean ρ_k
-    partial   the others  S = the ⌈ρL⌉ layers that come first by score; clients train on, but only S (and a head) travels
+    hessian   1 round     clients estimate from the curvature at the warmed-up prompts the share ρ_k of layers that matters: ρ = mean ρ_k
+    partial   the others  S = the ⌈ρL⌉ first layers by score; clients train all layers, but exchange only S (and a head)
 
 Partial round t, over the tensors of S and the head (w_i: client i's, τ_i its steps, η its learning rate, p_i its weight, m clients of N):
 
     w̄ = Σ p_i w_i,   Δ_t = w_{t-1} − w̄,   u_i = (w_{t-1} − w_i) / (τ_i η),   t = 1: w_t = w̄
 
     variant  c_i⁺            c⁺                                        g                            w_t, t ≥ 2
-    scaled   u_i             mean of the c_i of clients that have one  Δ_{t-1}/T_{t-1} − Δ_t/T_t    w̄ − κ T_t v,   T_t = Σ p_i τ_i η
+    scaled   u_i             mean of all c_i known so far              Δ_{t-1}/T_{t-1} − Δ_t/T_t    w̄ − κ T_t v,   T_t = Σ p_i τ_i η
     paper    c_i − c + u_i   c + (m/N) Σ (τ_i / Σ τ) (c_i⁺ − c_i)      Δ_{t-1} − Δ_t                w̄ − η_s v,     η_s ← max(.99 η_s, 1e-4)
 
     v_i = βv + (1−β)g + c⁺ − c_i⁺,   v ← Σ p_i v_i
 
-`paper` diverges as soon as the client's rate is not the paper's, for two reasons. c⁺ − c_i⁺ has the units of a gradient, of order 1 for
-each number under AdamW, so η_s·v moves each by up to η_s a round however small η is. And c_i adds up u_i − c over the rounds: SCAFFOLD,
-where the formula is from, adds c − c_i to the client's steps, so that its sum is the client's gradient; here no client corrects its steps,
-and the sum grows with every turn. `scaled`, our mend, keeps all of v in gradient units, moves by a share κ of the cohort's own step, which
-falls with the clients' rate, and takes u_i for c_i.
+`paper` diverges unless the clients use the paper's learning rate, for two reasons. First, c⁺ − c_i⁺ has the units of a gradient, of order 1
+for each entry under AdamW, so η_s·v moves each entry by up to η_s a round for any η. Second, c_i accumulates u_i − c over the rounds. In
+SCAFFOLD, the formula's origin, clients add c − c_i to their steps, so that the sum is the client's gradient; here no client corrects its
+steps, and the sum grows with every turn. `scaled`, our fix, keeps all of v in gradient units, moves by a share κ of the cohort's own step,
+which falls with the clients' rate, and sets c_i to u_i.
 
-A client goes on with its own prompts in the layers outside S. So that they are the warmed-up ones, its first partial turn brings all
-layers, every later one brings S alone. The global model has these layers as the warm-up left them: clients' own scores are the method's.
+A client continues with its own prompts in the layers outside S. Its first partial turn brings all layers, so that these prompts start from
+the warm-up; every later turn brings S alone. The global model keeps the warm-up's prompts outside S: the clients' own scores measure the
+method.
 
 Source: Che et al. 2023, Federated Learning of Large Language Models with Parameter-Efficient Prompt Tuning and Adaptive Optimization, EMNLP
 2023, arXiv:2310.15080; its public code, https://github.com/llm-eff/FedPepTAO, ranks the most redundant layers first, has no warm-up before
 the partial rounds, decays η_s before its first use, and scores each client with its own layers.
-Ours, where these leave it open: τ_i η is the sum of the learning rates that the client really used; N is the number of clients that have
-answered so far, in any phase; warm-up knows neither c nor v.
+Our choices, where paper and code leave it open: τ_i η is the sum of the learning rates that the client used; N is the number of clients
+that have answered so far, in any phase; c and v start with the partial phase.
 """
 
 import dataclasses
@@ -55,28 +55,28 @@ from fedtune.strategies._require import whole_updates
 
 _VARIANTS = ("scaled", "paper", "code")
 _DECAY, _LEAST_LR = 0.99, 1e-4  # of η_s, a round, in the paper's rule
-_PACE = ("steps", "lr_sum")  # τ_i and τ_i η, as a client measures them
+_PACE = ("steps", "lr_sum")  # a client's measurements of τ_i and τ_i η
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedPepTAO(Strategy):
-    """Partial prompt tuning with a drift-corrected server step; a prompt a layer, named `*.prompt` in the order of the layers.
+    """Partial prompt tuning with a drift-corrected server step; one prompt a layer, named `*.prompt` in the order of the layers.
 
-    Memory: `layers` (L,), scores; `warmups`, `ratio`, and of the paper's rule `server_lr`; `seen/<client>`, 1 once it has had a partial
-    turn; and of each tensor exchanged `c/<client>/<tensor>`, `drift/<tensor>` (c), `v/<tensor>`, `delta/<tensor>` (Δ_{t-1}): in all,
+    Memory: `layers` (L,), the scores; `warmups`, `ratio`, and for the paper's rule `server_lr`; `seen/<client>`, 1 after its first partial
+    turn; and for each exchanged tensor `c/<client>/<tensor>`, `drift/<tensor>` (c), `v/<tensor>`, `delta/<tensor>` (Δ_{t-1}): in total,
     clients + 3 times a payload.
 
     Args:
-        ratio: ρ, the share of the layers to exchange, in (0, 1]; None lets the clients estimate it. With 1 nothing needs a score.
+        ratio: ρ, the share of the layers to exchange, in (0, 1]; None lets the clients estimate it. 1 needs no scores.
         order: Which layers come first: the most `redundant` ones (high score), or the most `diverse` ones.
         warmup_rounds: Rounds that train and exchange all layers.
-        score_rows: Rows of the batch that a client scores or estimates with; one that holds fewer takes all it has.
-        personal: Whether clients train the layers outside S on, each for itself; otherwise they leave these as the warm-up left them.
+        score_rows: Rows of the batch for scores and estimates; a client with fewer takes all its rows.
+        personal: Whether each client trains its own prompts in the layers outside S; otherwise these keep the warm-up's values.
         server_lr: κ, a share of the cohort's own step; with `paper` and `code` η_s before the first partial round, in the units of a
-            client's rate. 0 leaves the plain mean.
+            client's rate. 0 gives the plain mean.
         momentum: β, in [0, 1).
-        variant: `scaled` or `paper`, as above; or `code`: `paper`, but in the public code all clients of a round write to one buffer, so
-            that v_i starts from v_{i-1} (here in the order of logical ids) instead of v.
+        variant: `scaled` or `paper`, as above; or `code`, which is `paper` with one buffer for all clients of a round, as in the public
+            code, so that v_i starts from v_{i-1} (here in the order of logical ids) instead of v.
     """
 
     ratio: float | None = None
@@ -96,7 +96,7 @@ class FedPepTAO(Strategy):
                 raise ConfigError(sentence)
 
         method, rounds, before = config.peft.method, config.rounds, self.rounds_before_partial
-        refuse(method != "ptuning_v2", f"fedpeptao exchanges a prompt a layer, peft.method={method} has none: set peft=ptuning_v2")
+        refuse(method != "ptuning_v2", f"fedpeptao exchanges one prompt a layer, peft.method={method} has none: set peft=ptuning_v2")
         refuse(self.order not in ("redundant", "diverse"), f"strategy.order={self.order} is not known: choose redundant or diverse")
         refuse(self.variant not in _VARIANTS, f"strategy.variant={self.variant} is not known: choose scaled, paper or code")
         require("strategy.ratio", self.ratio, gt=0, le=1)
@@ -105,10 +105,10 @@ class FedPepTAO(Strategy):
         require("strategy.server_lr", self.server_lr, ge=0)
         require("strategy.momentum", self.momentum, ge=0, lt=1)
         if self.server_lr:
-            whole_updates(config, "fedpeptao", ", or strategy.server_lr=0, which leaves the plain mean")
+            whole_updates(config, "fedpeptao", ", or strategy.server_lr=0, which gives the plain mean")
         refuse(
             0 < rounds <= before,
-            f"fedpeptao selects layers after {before} rounds of scoring and warm-up, rounds={rounds} ends before:"
+            f"fedpeptao selects layers after {before} rounds of scoring and warm-up, but rounds={rounds}:"
             " raise rounds, or lower strategy.warmup_rounds",
         )
 
@@ -118,7 +118,7 @@ class FedPepTAO(Strategy):
         return self.warmup_rounds + (self.ratio != 1) + (self.ratio is None)
 
     def phase(self, state: ServerState) -> str:
-        """What the next round does: layers, warmup, hessian or partial."""
+        """The phase of the next round: layers, warmup, hessian or partial."""
         memory = state.memory
         if self.ratio != 1 and "layers" not in memory:
             return "layers"
@@ -132,11 +132,11 @@ class FedPepTAO(Strategy):
         share = _number(state.memory, "ratio") if self.ratio is None else self.ratio
         if share == 1:
             return []
-        count = max(1, math.ceil(share * len(prompts) - 1e-9))  # 0.1 · 30 is a little more than 3
+        count = max(1, math.ceil(share * len(prompts) - 1e-9))  # in floating point, 0.1 · 30 is slightly more than 3
         ranked = torch.argsort(state.memory["layers"], descending=self.order == "redundant", stable=True).tolist()
         return [prompts[i] for i in sorted(ranked[count:])]
 
-    # -- down -----------------------------------------------------------------------------------------------------------------------------
+    # -- to the clients ----------------------------------------------------------------------------------------------------------------
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         phase, adapter = self.phase(state), state.adapter
@@ -145,7 +145,7 @@ class FedPepTAO(Strategy):
         if phase == "partial":
             return self._plan_partial(plans, state)
         sent = adapter.subset([]) if phase == "layers" else adapter  # layers are scored without prompts
-        ask = {"turn": "fedpeptao", "params": {"stage": phase}, "batch_size": self.score_rows}  # nothing is trained: no client.prox either
+        ask = {"turn": "fedpeptao", "params": {"stage": phase}, "batch_size": self.score_rows}  # replaces a turn of client.prox
         return {p.client: Assignment(plan=dataclasses.replace(p, **ask), adapter=sent, expect=_reply(phase, adapter)) for p in plans}
 
     def _plan_partial(self, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
@@ -160,7 +160,7 @@ class FedPepTAO(Strategy):
 
         return {p.client: Assignment(plan=dataclasses.replace(p, **limits), adapter=sent(p.client)) for p in plans}
 
-    # -- up -------------------------------------------------------------------------------------------------------------------------------
+    # -- from the clients --------------------------------------------------------------------------------------------------------------
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         phase, memory, mean = self.phase(state), dict(state.memory), Mean()
@@ -170,7 +170,7 @@ class FedPepTAO(Strategy):
             memory.setdefault(f"seen/{update.client}", torch.tensor(0, dtype=torch.uint8))
             tensors = update.adapter.tensors
             if phase == "hessian":
-                mean.add({n: t.clamp(0.0, 1.0) for n, t in tensors.items()}, 1)  # estimates of one share: clients count alike
+                mean.add({n: t.clamp(0.0, 1.0) for n, t in tensors.items()}, 1)  # estimates of one share have equal weights
             else:
                 mean.add(tensors, update.examples)
         if phase == "warmup":
@@ -193,7 +193,7 @@ class FedPepTAO(Strategy):
             if self.server_lr:
                 own, steps, lr_sum = _recall(memory, f"c/{client}", old), *(measured(update, update.measurements, n) for n in _PACE)
                 pace += update.examples * lr_sum
-                # rates that sum to 0, as in the first step of a warm-up, have moved nothing: nothing is known of the drift
+                # a sum of 0, as in the first step of a warm-up, moves nothing and gives no drift
                 moved = {n: (old[n] - w[n].double()) / lr_sum for n in old} if lr_sum else None
                 new = own if moved is None else moved if scaled else {n: own[n] - c[n] + moved[n] for n in old}
                 change.add({n: new[n] - own[n] for n in old}, 1 if scaled else max(steps, 1))
@@ -218,8 +218,8 @@ class FedPepTAO(Strategy):
         memory: dict[str, Tensor],
         like: AdapterState,
     ) -> dict[str, Tensor]:
-        """w̄ → w_t, by the momentum that `memory` holds and gets; `pace` is the cohort's τη."""
-        if pace == 0 and self.variant == "scaled":  # nobody has moved
+        """w̄ → w_t, by the momentum in `memory`, which is updated; `pace` is the cohort's τη."""
+        if pace == 0 and self.variant == "scaled":  # no client has moved
             return average
         unit, lr = (pace, self.server_lr * pace) if self.variant == "scaled" else (1.0, self._server_lr(memory))
         delta = {n: (old[n] - average[n]) / unit for n in old}
@@ -239,7 +239,7 @@ class FedPepTAO(Strategy):
         return {n: average[n] - lr * v[n] for n in old}
 
     def _server_lr(self, memory: dict[str, Tensor]) -> float:
-        """η_s of the paper's rule, which falls from round to round; `memory` gets it."""
+        """η_s of the paper's rule, which falls from round to round; it is stored in `memory`."""
         last = memory.get("server_lr")
         lr = self.server_lr if last is None else max(_DECAY * last.item(), _LEAST_LR)
         memory["server_lr"] = torch.tensor(lr, dtype=torch.float64)
@@ -251,7 +251,7 @@ class FedPepTAO(Strategy):
         prompts, local = _prompts(after.adapter), self.local(after)
         chosen = [str(i) for i, n in enumerate(prompts) if n not in local]
         share = "" if self.ratio is not None else f" (estimated share {_number(after.memory, 'ratio'):.3f})"
-        return [f"from here on {len(chosen)} of {len(prompts)} layers are exchanged{share}: {', '.join(chosen)}"]
+        return [f"from now on {len(chosen)} of {len(prompts)} layers are exchanged{share}: {', '.join(chosen)}"]
 
 
 def _prompts(adapter: AdapterState) -> list[str]:
@@ -259,25 +259,25 @@ def _prompts(adapter: AdapterState) -> list[str]:
 
 
 def _reply(phase: str, adapter: AdapterState) -> AdapterState:
-    """What a score turn sends back: `layers` (L,), or `ratio` (1,), in float64."""
+    """The shape of a score turn's reply: `layers` (L,), or `ratio` (1,), in float64."""
     name, size = ("layers", len(_prompts(adapter))) if phase == "layers" else ("ratio", 1)
     spec = AdapterSpec(method="scores", base=adapter.spec.base, version=adapter.spec.version)
     return AdapterState({name: torch.zeros(size, dtype=torch.float64)}, spec)
 
 
 def _number(memory: Mapping[str, Tensor], name: str) -> float:
-    """A number of the memory, 0 where it is not there yet."""
+    """A number in the memory, or 0 if it is missing."""
     return float(memory[name]) if name in memory else 0.0
 
 
 def _number_with(memory: Mapping[str, Tensor], what: str, like: Mapping[str, Tensor]) -> int:
-    """How many states of this kind the memory holds: one tensor of them is counted."""
+    """The number of states of this kind in the memory, counted by one of their tensors."""
     name = next(iter(like))
     return sum(n.startswith(what) and n.endswith(f"/{name}") for n in memory)
 
 
 def _recall(memory: Mapping[str, Tensor], what: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`what/<tensor>` for each tensor, in float64, 0 where it is not there yet."""
+    """`what/<tensor>` for each tensor, in float64, or 0 if it is missing."""
     return {n: memory[f"{what}/{n}"].double() if f"{what}/{n}" in memory else torch.zeros_like(t) for n, t in like.items()}
 
 

@@ -1,4 +1,4 @@
-"""FedProx: federated averaging of clients that are held near the global model.
+"""FedProx: federated averaging with a proximal term that keeps clients near the global model.
 
 Source: Li et al. 2020, Federated Optimization in Heterogeneous Networks, arXiv:1812.06127, algorithm 2.
 """
@@ -19,7 +19,7 @@ from fedtune.strategies.fedavg import FedAvg
 class FedProx(FedAvg):
     """Clients minimize F_k(w) + μ/2·‖w − w_t‖², over all tensors that they train; the server takes the weighted mean.
 
-    For LoRA the term holds the factors, not their product. `mu` is the one place to set it: a config with another `client.prox` is refused.
+    For LoRA the term acts on the factors, not on their product. Only `mu` sets it: a config with another `client.prox` is refused.
 
     Args:
         mu: μ, per unit of squared distance in the parameters; 0 is FedAvg.

@@ -1,8 +1,8 @@
-"""FedSA-LoRA: share A, which learns what the clients have in common, and leave B, which learns what they do not, with each client.
+"""FedSA-LoRA: share A, which learns common knowledge, and keep B, which learns client-specific knowledge, on each client.
 
-Personal: every client ends with an adapter of its own, the common Ā with its own B and head. What the server holds beside Ā is the B = 0
-and the head that the run began with, so its product changes nothing and a global test sees the untouched backbone: read the clients' own
-metrics. A client that never took part has the common Ā under B = 0.
+Every client ends with a personal adapter: the common Ā with its own B and head. Besides Ā the server holds the initial B = 0 and the
+initial head, so its product is zero and a global test scores the untouched backbone: read the clients' own metrics. A client that never
+took part has the common Ā and B = 0.
 
 Source: Guo et al. 2025, Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025, arXiv:2410.01463.
 """
@@ -25,14 +25,12 @@ SHARED, OWN = ("*.lora_A",), ("*", "!*.lora_A")
 class FedSA(FedAvg):
     """A ← sum_k p_k A_k with p_k = n_k / sum n; clients train A, B and head, and keep B and head from turn to turn."""
 
-    # stale: the B that a client keeps moves on while an A of its is late; zero: the server keeps the first B under an A that moves on
+    # no accepts_stale: a client's kept B changes while its A is late; assumes_zero_init: the server keeps the initial B while A changes
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""
-        require_method(
-            config, "fedsa", methods=("lora", "rslora"), why="what is shared is LoRA's A and what stays with the client is its B"
-        )
+        require_method(config, "fedsa", methods=("lora", "rslora"), why="clients share LoRA's A and keep its B")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         sent = state.adapter.subset(matching(state.adapter.tensors, SHARED))

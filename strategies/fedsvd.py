@@ -1,9 +1,9 @@
-"""Train B alone, and turn A each round to where the product points.
+"""FedSVD: train B alone, and re-factorize the product by an SVD each round.
 
-    clients train and send B with A frozen and common, so that B̄ A is the exact mean;
-    server: B̄ A = U S Vᵀ,  A ← V_rᵀ,  B ← U_r S_r    (no truncation: the rank is at most r; left out while B̄ = 0)
+    clients train and send B; A is frozen and common, so that B̄ A is the exact mean;
+    server: B̄ A = U S Vᵀ,  A ← V_rᵀ,  B ← U_r S_r    (no truncation: the rank is at most r; skipped while B̄ = 0)
 
-One factor carries the noise of differentially private training, not a product of two, and orthonormal rows of A do not stretch it. With
+The noise of differentially private training is in one factor, not in a product of two, and A's orthonormal rows do not amplify it. With
 DoRA the magnitudes are trained and averaged too; the direction keeps its product.
 
 Source: Lee et al. 2025, FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA, arXiv:2505.12805.
@@ -29,7 +29,7 @@ TRAINED = ("*", "!*.lora_A")
 class FedSVD(MeanStrategy):
     """B_k (out, r)  →  B̄ (out, r), then both factors from the SVD of B̄ A; heads by the weighted mean.
 
-    A goes down each round, since each round changes it; it never goes up.
+    The server sends A each round, because it changes each round; clients never send it.
     """
 
     requirements: ClassVar[Requirements] = Requirements(needs_only_mean=True, assumes_zero_init=False)
@@ -45,5 +45,5 @@ class FedSVD(MeanStrategy):
         adapter = state.adapter
         means = {n: mean[n].to(adapter[n].dtype) for n in matching(mean, TRAINED)}
         products = {m: (1.0, adapter[f"{m}.lora_A"], means[f"{m}.lora_B"]) for m in adapter.spec.ranks}
-        turned = {m: truncate(stack([term]), adapter.spec.ranks[m]) for m, term in products.items() if term[2].any()}
-        return dataclasses.replace(state, adapter=with_factors(adapter, turned, means))
+        new = {m: truncate(stack([term]), adapter.spec.ranks[m]) for m, term in products.items() if term[2].any()}
+        return dataclasses.replace(state, adapter=with_factors(adapter, new, means))

@@ -21,14 +21,14 @@ from fedtune.strategies._require import enough_clients
 
 @dataclass(frozen=True, kw_only=True)
 class FedTrimmedAvg(Strategy):
-    """w ← the mean of w_k without its ⌊βn⌋ largest and ⌊βn⌋ smallest values, coordinate by coordinate; every client counts once.
+    """w ← the mean of w_k without the ⌊βn⌋ largest and ⌊βn⌋ smallest values, coordinate by coordinate; clients have equal weights.
 
-    On LoRA it takes the factors, and so depends on their gauge: (B G, G⁻¹ A) is the same ΔW with another trimmed mean. Holds all models
+    For LoRA it takes the factors, and so depends on their gauge: (B G, G⁻¹ A) is the same ΔW with another trimmed mean. Holds all models
     of a round in memory.
 
     Args:
-        beta: β, the share cut off at either end, from 0 to below ½. A round that counts needs 1/β good updates: with fewer nothing would
-            be cut.
+        beta: β, the share trimmed at either end, 0 ≤ β < ½. A round that counts needs 1/β good updates: with fewer nothing would be
+            trimmed.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
@@ -37,7 +37,7 @@ class FedTrimmedAvg(Strategy):
 
     def check(self, config: Config) -> None:
         require("strategy.beta", self.beta, ge=0, lt=0.5)
-        if self.beta:  # with fewer, nobody would be cut off, and one liar would do
+        if self.beta:  # with fewer clients nothing is trimmed, and one malicious client controls the mean
             enough_clients(config, "fedtrimmedavg", math.ceil(1 / self.beta), "1/beta")
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:

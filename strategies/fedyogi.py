@@ -21,15 +21,15 @@ from fedtune.strategies._mean import MeanStrategy
 class FedYogi(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← v − (1 − β₂)Δ²·sign(v − Δ²), w ← w + η·m / (√v + τ), with Δ = w̄ − w.
 
-    v grows and shrinks by steps of the same size, where Adam's forgets a large Δ² at once. There is no bias correction: from v = 0 the
-    first step is (1 − β₁) / √(1 − β₂) of η. For LoRA all of this is on the factors. A method that re-factorizes the adapter must start
-    the moments anew: they belong to the old coordinates.
+    v grows and shrinks by steps of the same size, while Adam's v forgets a large Δ² at once. There is no bias correction: from v = 0 the
+    first step is (1 − β₁) / √(1 − β₂) of η. For LoRA this acts on the factors. A method that re-factorizes the adapter must reset the
+    moments, which belong to the old coordinates.
 
     Args:
-        lr: Server learning rate η: about how far each parameter moves in a round, whatever the clients' own steps.
+        lr: Server learning rate η: about the step of each parameter in a round, independent of the clients' own steps.
         beta_1: β₁.
         beta_2: β₂.
-        tau: τ: parameters whose mean change is well below it move in proportion to the change.
+        tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)

@@ -1,7 +1,7 @@
-"""FFA-LoRA: freeze A, train B, and averaging is exact.
+"""FFA-LoRA: freeze A and train B, so that averaging is exact.
 
-With one A for all, sum_k p_k B_k A = (sum_k p_k B_k) A: nothing is lost by averaging factors, half the bytes travel, and noise added to B
-for privacy enters the product once instead of twice. A is drawn from the run's seed on every side, so it is never sent.
+With one common A, sum_k p_k B_k A = (sum_k p_k B_k) A: averaging factors has no error, clients send half the bytes, and privacy noise on B
+enters the product once instead of twice. Server and clients draw A from the run's seed, so it is never sent.
 
 Source: Sun et al. 2024, Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv:2403.12313.
 """
@@ -22,11 +22,9 @@ ALL_BUT_A = ("*", "!*.lora_A")
 
 @dataclass(frozen=True, kw_only=True)
 class FFA(FedAvg):
-    """B ← sum_k p_k B_k with p_k = n_k / sum n; heads likewise; A stays as the seed drew it."""
+    """B ← sum_k p_k B_k with p_k = n_k / sum n; heads likewise; A keeps its initial value."""
 
-    requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
-    )
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""

@@ -1,14 +1,14 @@
 """Exact LoRA aggregation by stacking.
 
-Averaging A and B apart does not average B·A. Stacking does, and lets each client choose its own rank:
+Averaging A and B separately does not average B·A. Stacking does, and lets each client choose its own rank:
 
-    W += Σ_k p_k s_k B_k A_k = [B_1 … B_K] [p_1 s_1 A_1; …; p_K s_K A_K],    then a fresh A, and B = 0.
+    W += Σ_k p_k s_k B_k A_k = [B_1 … B_K] [p_1 s_1 A_1; …; p_K s_K A_K],    then a new random A, and B = 0.
 
-The price is what goes down: each round adds a shift of rank Σ r_k, which every client gets once. It is kept as it came while that rank is
-at most min(in, out), and as the same matrix at its true rank where it is more. A client that lacks more than a weight matrix has numbers
-gets the sum of all shifts of that matrix instead (fedtune/rounds/snapshot.py), and declines it before it is sent where it does not fit.
-After the fresh start A has no gradient while B = 0, so its first step moves B alone. Where the run's first B is not 0
-(peft.init=loftq), the part of its product that clients of smaller ranks were not sent is merged with theirs, so that it is not lost.
+The price is downstream traffic: each round adds a shift of rank Σ r_k, which every client gets once. The shift keeps the stacked factors
+while that rank is at most min(in, out), and is reduced to its true rank above. A client whose missing shifts have more numbers than a
+weight matrix gets the sum of all shifts of that matrix instead (fedtune/rounds/snapshot.py); a device too small for it declines the offer
+before the tensors are sent. While B = 0, A has no gradient, so the first step after the reset changes B alone. If the run's initial B is
+not 0 (peft.init=loftq), the part of its product that clients of smaller ranks did not receive is merged with theirs and so not lost.
 
 Source: Wang et al. 2024, FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, arXiv:2409.05976,
 eq. 5.
@@ -39,19 +39,19 @@ class FLoRA(Strategy):
     A_k (r_k, in), B_k (out, r_k)  →  a shift A (R, in), B (out, R) of scaling 1, R = Σ r_k; heads by the weighted mean.
 
     Args:
-        max_rank: Largest R that a full cohort may come to, in rows of A; None accepts any.
+        max_rank: Largest R of a full cohort, in rows of A; None accepts any.
     """
 
     requirements: ClassVar[Requirements] = Requirements(mixes_ranks=True, assumes_zero_init=False)
     max_rank: int | None = None
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method other than plain LoRA; or a cohort could come to more than `max_rank`."""
+        """Raises ConfigError: a method other than plain LoRA, or a cohort whose R could exceed `max_rank`."""
         require_method(
             config,
             "flora",
             methods=("lora", "rslora"),
-            why="it merges the mean of s·B·A into the frozen weights, which makes the global model the clients' mean for plain LoRA only",
+            why="it merges the mean of s·B·A into the frozen weights, which gives the clients' mean for plain LoRA only",
         )
         widest = max([config.peft.rank, *config.peft.rank_pattern.values()])
         rank = max((min(widest, d.rank or widest) for d in config.devices.classes.values()), default=widest)
@@ -62,7 +62,7 @@ class FLoRA(Strategy):
             )
 
     def start(self, adapter: AdapterState) -> ServerState:
-        """The later fresh A hang on the first, hence on the run's seed."""
+        """Derives the seed of all later A from the initial A, hence from the run's seed."""
         drawn = b"".join(t.double().numpy().tobytes() for n, t in adapter.tensors.items() if n.endswith(".lora_A"))
         seed = derive_seed("flora", hashlib.sha256(drawn).hexdigest())
         return ServerState(adapter=adapter, memory={"seed": torch.tensor([seed])})

@@ -1,19 +1,20 @@
-"""HetLoRA: each device trains the rank that it can, and says by the size of its product how much it counts.
+"""HetLoRA: each device trains at its own rank, and clients are weighted by the norm of their products.
 
-Down: a client of rank r_k gets the first r_k rows of A and columns of B. Up: row i of A and column i of B are averaged over the clients
-with r_k ≥ i, with weights in proportion to ‖B_k A_k‖_F; where there is no such client, both stay as they were. Ranks prune themselves: the
-client's loss carries λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖, and where a turn made that product smaller, the client goes on with rank ⌊γr⌋, in later
-rounds too, where λ > 0.
+Downstream, a client of rank r_k gets the first r_k rows of A and columns of B. Upstream, row i of A and column i of B are averaged over the
+clients with r_k ≥ i, with weights in proportion to ‖B_k A_k‖_F; without such a client both stay unchanged. Self-pruning (λ > 0): the
+client's loss includes λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖, and if a turn reduced that product, the client continues with rank ⌊γr⌋ in this and all
+later rounds.
 
-The paper (`variant: paper`) zero-pads the factors to the slot's rank and averages over all clients. Component i then shrinks by the weight
-of the clients with r_k < i each round, even where nobody trains, and with mixed ranks the last components vanish (rank collapse, Wu et al.
+The paper (`variant: paper`) zero-pads the factors to the slot's rank and averages over all clients. Component i then shrinks each round by
+the weight of the clients with r_k < i, even without training, and with mixed ranks the last components vanish (rank collapse, Wu et al.
 2026, arXiv:2602.13486).
-The paper prunes (λ > 0). With `covered` that is not the default: in the paper's form the server's zeros keep the last components small,
-so that turns make them larger and seldom prune; without these zeros ranks fall every few turns, and what is learned with them.
+The paper prunes (λ > 0); `covered` does not by default. In the paper's form the server's zeros keep the last components small, so that
+turns increase them and seldom prune. Without these zeros ranks fall every few turns, and trained components are lost with them.
 
-Ours, where the paper writes of one matrix or leaves it open: each module has its own weights and its own rank; heads are averaged by
-examples; the scaling s is the slot's own at every rank, so that cutting leaves the rest of the product as it was; a row of A that nobody
-trained stays as it was (in the paper's form its column of B is zero, as padding says: were both zero, no gradient would move them again).
+Our choices, where the paper discusses one matrix only or leaves it open: each module has its own weights and its own rank; heads are
+averaged by examples; the scaling s is the slot's at every rank, so that cutting leaves the rest of the product unchanged; a row of A that
+no client trained stays unchanged. (In the paper's form its column of B is zero from the padding; if both were zero, both gradients would
+vanish.)
 """
 
 import dataclasses
@@ -35,18 +36,18 @@ from fedtune.errors import ConfigError
 from fedtune.strategies._lowrank import FACTORS, norm, require_method
 from fedtune.strategies._mean import Mean
 
-_FAINT = 1e-30  # weight of a product that is zero: beside others it counts for nothing, and where all are zero, all count alike
+_FAINT = 1e-30  # weight of a zero product: negligible beside others, and equal for all clients if all products are zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class HetLoRA(Strategy):
     """A[i] ← sum_k w_k A_k[i] / sum_k w_k over the clients with r_k > i, w_k = ‖B_k A_k‖_F; B[:, i] likewise, module by module; not exact.
 
-    A_k (r_k, in), B_k (out, r_k)  ->  A (r, in), B (out, r),  r_k <= r = the slot's rank. The memory of one model in float64.
+    A_k (r_k, in), B_k (out, r_k)  ->  A (r, in), B (out, r),  r_k <= r = the slot's rank. Takes the memory of one model in float64.
 
     Args:
-        variant: `covered`, as above; or `paper`: a client counts for the components that it lacks too, with zeros.
-        tail_penalty: λ of rank self-pruning; 0 switches it off, the paper has 1e-3.
+        variant: `covered`, as above; or `paper`: a client also counts for the components that it lacks, with zeros.
+        tail_penalty: λ of rank self-pruning; 0 switches it off, the paper uses 1e-3.
         tail_share: γ, the share of the rank that pruning keeps, in (0, 1).
     """
 
@@ -64,7 +65,7 @@ class HetLoRA(Strategy):
         require("strategy.tail_share", self.tail_share, gt=0, lt=1)
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
-        cuts: dict[tuple[int, ...], AdapterState] = {}  # one adapter for all clients of the same ranks: it is encoded once
+        cuts: dict[tuple[int, ...], AdapterState] = {}  # clients of the same ranks share one adapter, which is encoded once
         given = {}
         for plan in plans:
             ranks = ranks_of(plan, state)
@@ -93,10 +94,10 @@ class HetLoRA(Strategy):
 
 
 class _Components:
-    """The weighted means of one module's rows of A and columns of B, each over the clients that count for it; float64.
+    """Weighted means of one module's rows of A and columns of B, each over the clients that have it; float64.
 
     Args:
-        adapter: The global adapter, whose rows and columns stay where no client counts.
+        adapter: The global adapter, whose rows and columns stay if no client has them.
         module: Name of the module.
     """
 
@@ -107,7 +108,7 @@ class _Components:
         self._trained = 0  # rows of A that some client trained
 
     def add(self, own: AdapterState, *, padding_counts: bool) -> None:
-        """Add one client's factors; with `padding_counts` it counts for the components beyond its rank too, with zeros."""
+        """Add one client's factors; with `padding_counts` the components beyond its rank count as zeros."""
         rank, spec = own.spec.ranks[self._module], self._adapter.spec
         a, b = padded(own, self._module, spec.ranks[self._module], spec.scaling[self._module])
         weight = max(norm((1.0, a, b)), _FAINT)
@@ -128,7 +129,7 @@ class _Components:
 
 
 def ranks_of(plan: Plan, state: ServerState) -> dict[str, int]:
-    """Module → this client's rank: the slot's, capped by what its device asks for and by what it has pruned itself to."""
+    """Module → this client's rank: the slot's rank, capped by the plan's and by its own pruned rank."""
     slot, pruned = state.adapter.spec.ranks, state.memory.get(f"rank/{plan.client}")
     ranks = {m: min(r, plan.rank or r) for m, r in slot.items()}
     if pruned is not None:  # in the order of sorted names: the order of `spec.ranks` does not survive a checkpoint
@@ -137,7 +138,7 @@ def ranks_of(plan: Plan, state: ServerState) -> dict[str, int]:
 
 
 def truncated(adapter: AdapterState, ranks: Mapping[str, int]) -> AdapterState:
-    """The first `ranks[module]` rows of each A and columns of each B, at the same scaling; heads as they are."""
+    """The first `ranks[module]` rows of each A and columns of each B, at the same scaling; heads unchanged."""
     if dict(ranks) == dict(adapter.spec.ranks):
         return adapter
     tensors = dict(adapter.tensors)
@@ -148,7 +149,7 @@ def truncated(adapter: AdapterState, ranks: Mapping[str, int]) -> AdapterState:
 
 
 def padded(adapter: AdapterState, module: str, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A module's factors in float64, zero-padded to `rank`, at another scaling: s·B·A stays what it was.
+    """A module's factors in float64, zero-padded to `rank`, rescaled so that s·B·A with the new scaling is unchanged.
 
     A (r_k, in), B (out, r_k)  ->  A (rank, in), B (out, rank), each times √(s_k / s)
     """

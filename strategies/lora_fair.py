@@ -1,12 +1,12 @@
-"""Average the factors, and correct B for what that misses.
+"""LoRA-FAIR: average the factors, and correct B for the error of that average.
 
     Ā = Σ p_k A_k,  B̄ = Σ p_k B_k,  E = Σ p_k s_k B_k A_k / s − B̄ Ā,  B = B̄ + ΔB
     ΔB = argmin ‖E − ΔB Ā‖² + λ‖ΔB‖² = E Āᵀ (Ā Āᵀ + λI)⁻¹
 
-The part of E outside the row space of Ā is lost. Nothing but the adapter goes down, as in FedAvg. With DoRA this holds for the direction.
+The part of E outside the row space of Ā is lost. The server sends only the adapter, as in FedAvg. With DoRA this holds for the direction.
 
-Source: Bian et al. 2024, LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement, arXiv:2411.14961. There ΔB
-is found by gradient steps on a similarity with the same penalty; here the error is squared, which has this closed form.
+Source: Bian et al. 2024, LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement, arXiv:2411.14961. The paper
+finds ΔB by gradient steps on a similarity with the same penalty; the squared error used here has this closed form.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ class LoRAFair(Strategy):
     """A_k (r, in), B_k (out, r)  →  Ā, B̄ + ΔB; heads by the weighted mean.
 
     Args:
-        ridge: λ, in the units of Ā Āᵀ (about 1/3 on its diagonal where A is as LoRA draws it): more keeps B nearer to B̄.
+        ridge: λ, in the units of Ā Āᵀ (about 1/3 on its diagonal for LoRA's initial A): a larger λ keeps B nearer to B̄.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
@@ -53,7 +53,7 @@ class LoRAFair(Strategy):
 
 
 def correction(error: Pair, a: Tensor, ridge: float) -> Tensor:
-    """ΔB (out, r) = E aᵀ (a aᵀ + λI)⁻¹ of E = error_b @ error_a and a (r, in); E itself is never formed."""
+    """ΔB (out, r) = E aᵀ (a aᵀ + λI)⁻¹ for E = error_b @ error_a and a (r, in), without forming E."""
     error_a, error_b = error
     gram = a @ a.T + ridge * torch.eye(len(a), dtype=a.dtype)
     return torch.linalg.solve(gram, (error_b @ (error_a @ a.T)).T).T  # the Gram matrix is symmetric

@@ -20,14 +20,14 @@ from fedtune.strategies._require import enough_clients
 
 @dataclass(frozen=True, kw_only=True)
 class MultiKrum(Strategy):
-    """w ← Σ p_k w_k over the m clients with the least Krum scores, p_k = n_k / Σ n among them.
+    """w ← Σ p_k w_k over the m clients with the lowest Krum scores, p_k = n_k / Σ n among them.
 
-    On LoRA who is selected hangs on s·B·A alone (see Krum). What is then averaged are the factors of the selected, as in FedAvg and with
-    its error. Weighted by examples, as Flower's is; the paper's mean is plain. Holds all models of a round in memory.
+    For LoRA the selection depends on s·B·A alone (see Krum). The mean is then taken of the selected clients' factors, as in FedAvg and with
+    its error. It is weighted by examples, as in Flower; the paper's mean is unweighted. Holds all models of a round in memory.
 
     Args:
-        malicious: f, how many clients of a round may be malicious.
-        select: m, how many to average; the promise needs n ≥ 2f + 3 and m ≤ n − f − 2.
+        malicious: f, the largest number of malicious clients in a round.
+        select: m, the number of clients to average; the guarantee needs n ≥ 2f + 3 and m ≤ n − f − 2.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
@@ -38,7 +38,7 @@ class MultiKrum(Strategy):
     def check(self, config: Config) -> None:
         require("strategy.malicious", self.malicious, ge=0)
         require("strategy.select", self.select, ge=1)
-        # the larger of the two bounds at once, so that nobody raises min_clients twice
+        # report the larger of the two bounds, so that min_clients need not be raised twice
         bounds = {"2·malicious + 3": 2 * self.malicious + 3, "malicious + select + 2": self.malicious + self.select + 2}
         why = max(bounds, key=lambda name: bounds[name])
         enough_clients(config, "multikrum", bounds[why], why)

@@ -1,4 +1,4 @@
-"""q-FedAvg: clients that the model serves badly pull harder; by Flower's own class.
+"""q-FedAvg: clients with a higher loss get more weight; by Flower's own class.
 
 Source: Li et al. 2020, Fair Resource Allocation in Federated Learning, arXiv:1905.10497, algorithm 2.
 """
@@ -16,20 +16,20 @@ from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.strategies import _flower
 
-_LOSS = "start_loss"  # F_k(w): the loss of the model that the client was sent, before it trains
+_LOSS = "start_loss"  # F_k(w): the client's loss before it trains
 
 
 @dataclass(frozen=True, kw_only=True)
 class QFedAvg(Strategy):
     """w ← w − Σ F_kᵠ·L(w − w_k) / Σ (q·F_kᵠ⁻¹·‖L(w − w_k)‖² + L·F_kᵠ), F_k = F_k(w).
 
-    q = 0 is the plain mean over clients, whatever their numbers of examples; the larger q, the closer to minimax. The denominator shortens
-    the step where ‖w − w_k‖² is large against F_k / (q·L). Holds all models of a round in memory.
+    q = 0 is the unweighted mean over clients, whatever their numbers of examples; a larger q is closer to minimax. The denominator shortens
+    the step if ‖w − w_k‖² is large relative to F_k / (q·L). Holds all models of a round in memory.
 
     Args:
         q: q.
-        lr: 1 / L, L an estimate of the Lipschitz constant of the gradient. With plain SGD the paper takes the client's learning rate. An
-            adaptive optimizer moves further than rate times gradient, and such an L would all but stop the model.
+        lr: 1 / L, with L an estimate of the Lipschitz constant of the gradient. With plain SGD the paper takes the client's learning rate.
+            An adaptive optimizer moves further than rate times gradient, and that choice of L would nearly stop the model.
     """
 
     q: float = 0.1

@@ -1,9 +1,9 @@
-"""RoLoRA: train B and A in turn, so that averaging is exact in every round and both still learn.
+"""RoLoRA: train B and A in alternating rounds, so that averaging is exact in every round and both are trained.
 
-Odd rounds train B under the common A, even rounds A under the common B. B goes first: it starts at zero, and under B = 0 the gradient of A
-is zero. So only rounds that count are counted: after one that does not, the same half is trained again. Half the factors' bytes go up. Down
-goes the whole adapter: a client that missed the round before lacks the half that was trained then. The local optimizer is fresh each round,
-as the paper asks at each change of sides.
+Odd rounds train B with a common A, even rounds A with a common B. B is first: it starts at zero, and with B = 0 the gradient of A is zero.
+The alternation counts only rounds that count: after a failed round, the same factor is trained again. Clients send one factor. The server
+sends the whole adapter, because a client that missed the last round lacks the factor trained then. The local optimizer is new each round,
+as the paper asks at each change of factors.
 
 Source: Chen et al. 2025, Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, NeurIPS 2025, arXiv:2502.01755.
 """
@@ -27,16 +27,16 @@ from fedtune.strategies.fedavg import FedAvg
 class RoLoRA(FedAvg):
     """Round t odd: B ← sum_k p_k B_k; t even: A ← sum_k p_k A_k; p_k = n_k / sum n; heads are trained and averaged in every round.
 
-    Memory: `turns`, the rounds that have counted.
+    Memory: `turns`, the number of rounds that counted.
     """
 
-    # stale: the factor that moves is another one by then
+    # no accepts_stale: a late update holds the other factor
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError: a method other than plain LoRA."""
         require_method(
-            config, "rolora", methods=("lora", "rslora"), why="moving one factor at a time makes its mean exact for plain LoRA only"
+            config, "rolora", methods=("lora", "rslora"), why="training one factor at a time makes its mean exact for plain LoRA only"
         )
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:

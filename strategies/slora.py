@@ -1,7 +1,7 @@
-"""SLoRA: a sparse stage finds where LoRA should start.
+"""SLoRA: a sparse stage provides LoRA's initialization.
 
-Stage 1 trains a few entries of the frozen matrices, under a mask that all clients share; stage 2 is federated LoRA, started from the SVD of
-what stage 1 learned. Only the masked entries travel, as differences to the frozen weights, so that the server needs no backbone.
+Stage 1 trains a few entries of the frozen matrices under a mask that all clients share. Stage 2 is federated LoRA, initialized by the SVD
+of stage 1's change. Clients send only the masked entries, as differences from the frozen weights, so that the server needs no backbone.
 
 Source: Babakniya et al. 2023, SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models, arXiv:2308.06522, section 4.
 """
@@ -25,27 +25,27 @@ from fedtune.strategies._mean import Mean
 
 QUANTIZED = ("nf4", "int8")
 MASKS, MODES = ("random", "gradient"), ("paper", "corrected")
-_VALUES = ("*", "!*.index")  # positions go down only
+_VALUES = ("*", "!*.index")  # clients do not send positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLoRA(Strategy):
     """Stage 1: δ ← Σ p_k δ_k under a mask; switch: s·B·A = SVD_r(D), D = scatter(δ); stage 2: FedAvg of A and B.
 
-    The stage is read off the state: one of method `sparse` is in stage 1. The switch ends the last sparse round or, if that does not count,
-    the next that does, so that stage 1 is never empty. Until the switch the server's memory holds the LoRA factors that the run started
-    with, as `<method>/<module>.lora_A`; from then on the share of ‖D‖² that rank r could keep, as `energy/<module>`.
+    The state determines the stage: method `sparse` is stage 1. The switch happens at the end of the last sparse round or, if that round
+    does not count, of the next that does, so that stage 1 is never empty. Until the switch the server's memory holds the initial LoRA
+    factors, as `<method>/<module>.lora_A`; afterward the share of ‖D‖² that rank r keeps, as `energy/<module>`.
 
     Args:
         rounds: Rounds of the run.
-        seed: Seed of the run, which the random mask is drawn from.
-        sparse_share: Share of the rounds in stage 1, of which there is at least one.
-        density: Share d of each matrix's entries under the mask; None takes as many as LoRA's factors have, r·(in + out).
-        mask: `random`, drawn from the seed at no cost, or `gradient`: the largest entries of Σ p_k|∇W|. That takes one more round, before
-            stage 1, in which each client sends the gradient of one batch for all adapted matrices, dense: as many bytes as they have in
-            float32. Their positions then go down with the values, 4 bytes each.
-        mode: `paper` keeps W0, and what rank r cannot hold of D is lost. `corrected` shifts W0 by D − s·B·A, so that the switch changes
-            nothing; the shift goes to each client once, and may be larger than the backbone: (in + out)·rank floats a matrix.
+        seed: Seed of the run, for the random mask.
+        sparse_share: Share of the rounds in stage 1; at least one round.
+        density: Share d of each matrix's entries under the mask; None takes as many entries as LoRA's factors have, r·(in + out).
+        mask: `random`, drawn from the seed without traffic, or `gradient`: the largest entries of Σ p_k|∇W|. That takes one more round,
+            before stage 1, in which each client sends the dense gradient of one batch for all adapted matrices, as many bytes as they have
+            in float32. The server then sends the mask's positions with the values, 4 bytes each.
+        mode: `paper` keeps W0 and loses the part of D beyond rank r. `corrected` shifts W0 by D − s·B·A, so that the switch does not change
+            the model; each client gets the shift once, and it may be larger than the backbone: (in + out)·rank floats a matrix.
     """
 
     rounds: int
@@ -60,7 +60,7 @@ class SLoRA(Strategy):
         return max(1, round(self.sparse_share * self.rounds)) + (self.mask == "gradient")
 
     requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, assumes_zero_init=False, extra_disclosure="what gradients of their rows choose and train outside of peft.method"
+        keeps_basis=True, assumes_zero_init=False, extra_disclosure="gradients of their rows and weights outside of peft.method"
     )
 
     def check(self, config: Config) -> None:
@@ -68,17 +68,19 @@ class SLoRA(Strategy):
             require(f"strategy.{name}", getattr(self, name), choices=choices)
         require("strategy.sparse_share", self.sparse_share, ge=0, le=1)
         require("strategy.density", self.density, gt=0, le=1)
-        require_method(config, "slora", methods=("lora", "rslora"), why="an SVD gives two factors to start from, and nothing else")
+        require_method(config, "slora", methods=("lora", "rslora"), why="its SVD initializes two factors and nothing else")
         classes = config.devices.classes.items()
         free = [n for n, d in classes if d.precision in QUANTIZED or (d.precision is None and d.memory_mb is not None)]
         if config.model.precision in QUANTIZED or free:
             which = f"devices.classes.{free[0]}.precision" if free else "model.precision"
             raise ConfigError(
-                f"strategy=slora trains entries of the frozen weights in its first stage, and quantized ones have none: set {which}=bf16"
-                + (", and so for each class, or devices=none" if free else "")
+                "strategy=slora trains entries of the frozen weights in its first stage, and quantized weights cannot be trained:"
+                f" set {which}=bf16" + (", and so for each class, or devices=none" if free else "")
             )
         if config.rounds < self.last_sparse_round:
-            raise ConfigError(f"strategy=slora ends its sparse stage with round {self.last_sparse_round}, rounds={config.rounds}: set more")
+            raise ConfigError(
+                f"strategy=slora ends its sparse stage with round {self.last_sparse_round}, but rounds={config.rounds}: set more rounds"
+            )
 
     def start(self, adapter: AdapterState) -> ServerState:
         factors = {f"{adapter.spec.method}/{n}": t for n, t in adapter.tensors.items() if n.endswith(FACTORS)}
@@ -96,7 +98,7 @@ class SLoRA(Strategy):
             turns = [dataclasses.replace(plan.with_turn("slora", stage="sparse"), send=_VALUES) for plan in plans]
             return {turn.client: Assignment(plan=turn, adapter=state.adapter) for turn in turns}
         turns = [plan.with_turn("slora", stage="gradient") for plan in plans]
-        dense = {f"{m}.gradient": torch.zeros(()).expand(shape) for m, shape in shapes.items()}  # a shape without storage
+        dense = {f"{m}.gradient": torch.zeros(()).expand(shape) for m, shape in shapes.items()}  # shapes without storage
         nothing, expect = state.adapter.subset([]), state.adapter.replace(dense)
         return {turn.client: Assignment(plan=turn, adapter=nothing, expect=expect) for turn in turns}
 
@@ -117,8 +119,8 @@ class SLoRA(Strategy):
             return []
         mean = sum(kept.values()) / len(kept)
         each = ", ".join(f"{m} {share:.0%}" for m, share in sorted(kept.items()))
-        fate = "what is lost stays in the frozen weights" if self.mode == "corrected" else "the rest is lost"
-        return [f"LoRA goes on from the sparse stage: it keeps {mean:.0%} of the energy, {fate}; by module: {each}"]
+        rest = "the rest stays in the frozen weights" if self.mode == "corrected" else "the rest is lost"
+        return [f"LoRA starts from the sparse stage: it keeps {mean:.0%} of the energy, {rest}; by module: {each}"]
 
     def _entries(self, adapter: AdapterState, module: str, rows: int, columns: int) -> int:
         """Entries of a module's (out, in) matrix under the mask."""
@@ -126,7 +128,7 @@ class SLoRA(Strategy):
         return min(max(wanted, 1), rows * columns)
 
     def _masked(self, adapter: AdapterState, scores: Mapping[str, Tensor]) -> AdapterState:
-        """The sparse state under the mask of the largest scores."""
+        """The sparse state with the mask of the highest scores."""
         parts = {}
         for name, score in scores.items():
             module = name.removesuffix(".gradient")
@@ -153,16 +155,17 @@ class SLoRA(Strategy):
 
 
 def _split(dense: Tensor, start: Tensor, scaling: float) -> tuple[dict[str, Tensor], Pair, Tensor]:
-    """What LoRA can hold of D, what it cannot, and the share of ‖D‖² that it holds.
+    """Split D into LoRA factors and a remainder.
 
     Args:
         dense: D (out, in), float64.
-        start: The first A (r, in), float32. Directions in which D has nothing keep its rows, with B = 0, as in a fresh LoRA: with A = 0
-            too they would have no gradient for ever.
+        start: The initial A (r, in), float32. Directions beyond D's rank keep its rows, with B = 0, as in an initial LoRA: with A = 0 too,
+            both gradients would vanish.
         scaling: s.
 
     Returns:
-        A (r, in) and B (out, r) with s·B·A = SVD_r(D); a (R, in) and b (out, R) with b @ a = D − s·B·A; the energy, 1 for D = 0.
+        A (r, in) and B (out, r) with s·B·A = SVD_r(D); a (R, in) and b (out, R) with b @ a = D − s·B·A; the share of ‖D‖² in s·B·A, 1 for
+        D = 0.
     """
     rank = len(start)
     u, sigma, vt = torch.linalg.svd(dense, full_matrices=False)
@@ -177,14 +180,14 @@ def _split(dense: Tensor, start: Tensor, scaling: float) -> tuple[dict[str, Tens
 
 
 def _shapes(memory: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Module → (out, in), from the kept LoRA factors; empty after the switch."""
+    """Module → (out, in), from the LoRA factors in the memory; empty after the switch."""
     rows = {n.partition("/")[2].removesuffix(".lora_B"): len(t) for n, t in memory.items() if n.endswith(".lora_B")}
     columns = {n.partition("/")[2].removesuffix(".lora_A"): t.shape[1] for n, t in memory.items() if n.endswith(".lora_A")}
     return {m: (rows[m], columns[m]) for m in rows}
 
 
 def _put(adapter: AdapterState, parts: Mapping[str, Mapping[str, Tensor]]) -> AdapterState:
-    """The adapter with each module's tensors replaced by those of `parts`, in their place; heads stay."""
+    """The adapter with each module's tensors replaced by those of `parts`, in the same place; heads stay."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
         module = name.rpartition(".")[0]

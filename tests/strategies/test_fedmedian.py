@@ -79,5 +79,5 @@ def test_shifts_and_memory_stay() -> None:
 def test_mixed_ranks_are_refused() -> None:
     short = drawn(1).replace({**drawn(1).tensors, "q.lora_B": drawn(1)["q.lora_B"][:, :1]})
     for order in itertools.permutations([update("a", drawn(2)), update("b", short)]):
-        with pytest.raises(UpdateMismatch, match=r"client b: tensor 'q.lora_B' is \(3, 1\), wanted \(3, 2\)"):
+        with pytest.raises(UpdateMismatch, match=r"client b: tensor 'q.lora_B' is \(3, 1\) instead of \(3, 2\)"):
             FedMedian().aggregate(1, ServerState(adapter=drawn(0)), iter(order))

@@ -78,7 +78,7 @@ def test_phases_follow_each_other_in_one_run() -> None:
     assert FedPepTAO(ratio=0.5, warmup_rounds=0).rounds_before_partial == 1
     assert FedPepTAO(ratio=1.0, warmup_rounds=0).rounds_before_partial == 0
     (note,) = [n for r in range(6) for n in strategy.notes(r + 1, states[r], states[r + 1])]
-    assert note.startswith(f"from here on {11 - len(strategy.local(states[4]))} of 11 layers are exchanged (estimated share 0.")
+    assert note.startswith(f"from now on {11 - len(strategy.local(states[4]))} of 11 layers are exchanged (estimated share 0.")
 
 
 def test_score_turns_say_what_they_want_and_change_no_weight() -> None:
@@ -339,7 +339,7 @@ def test_a_client_that_has_not_moved_keeps_its_c_and_one_that_does_not_say_is_na
     after = strategy.aggregate(2, first, iter([scalar("a", 1, 1.75, 1, 0.0)]))
     assert torch.equal(after.memory["c/a/l.prompt"], first.memory["c/a/l.prompt"])
     assert math.isfinite(after.adapter["l.prompt"].item())
-    with pytest.raises(UpdateError, match="client a sent lr_sum=None, wanted a number from 0"):
+    with pytest.raises(UpdateError, match="client a sent lr_sum=None instead of a number >= 0: run the same version"):
         strategy.aggregate(2, first, iter([dataclasses.replace(scalar("a", 1, 1.75, 1, 0.0), measurements={"steps": 1.0})]))
 
 
@@ -386,8 +386,8 @@ def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int
 @pytest.mark.parametrize(
     ("settings", "rounds", "method", "sentence"),
     [
-        ({}, 30, "lora", "fedpeptao exchanges a prompt a layer, peft.method=lora has none: set peft=ptuning_v2"),
-        ({}, 12, "ptuning_v2", "selects layers after 12 rounds of scoring and warm-up, rounds=12 ends before"),
+        ({}, 30, "lora", "fedpeptao exchanges one prompt a layer, peft.method=lora has none: set peft=ptuning_v2"),
+        ({}, 12, "ptuning_v2", "selects layers after 12 rounds of scoring and warm-up, but rounds=12: raise rounds"),
         ({"ratio": 0.0}, 30, "ptuning_v2", "strategy.ratio=0.0 is out of range: it must be greater than 0"),
         ({"order": "code"}, 30, "ptuning_v2", "strategy.order=code is not known"),
         ({"variant": "x"}, 30, "ptuning_v2", "strategy.variant=x is not known"),
@@ -473,7 +473,7 @@ def test_one_command_does_all_of_it(config: Config, tmp_path: Path, personal: bo
         {(shared, *heads)}
     ] * 4
     assert all("train_loss" in r for r in ear.records[2:]) and "train_loss" not in ear.records[1]
-    assert ear.notes == [f"from here on 1 of 2 layers are exchanged: {prompts.index(shared)}"]
+    assert ear.notes == [f"from now on 1 of 2 layers are exchanged: {prompts.index(shared)}"]
     met: set[str] = set()
     for round in range(4, 8):  # all layers in a client's first partial turn, and never again
         for client in CAME[round]:

@@ -38,7 +38,7 @@ def test_another_rank_is_refused_by_name() -> None:
     state = ServerState(adapter=drawn(0))
     short = drawn(1)
     short = short.replace({**short.tensors, "q.lora_A": short["q.lora_A"][:1]})
-    with pytest.raises(UpdateMismatch, match=r"client c7: tensor 'q.lora_A' is \(1, 5\), wanted \(2, 5\)"):
+    with pytest.raises(UpdateMismatch, match=r"client c7: tensor 'q.lora_A' is \(1, 5\) instead of \(2, 5\)"):
         _flower.cohort(state, [update("c7", short)])
     lacking = drawn(1).subset(["q.lora_A"])
     with pytest.raises(UpdateMismatch, match="tensor 'q.lora_B' is missing"):

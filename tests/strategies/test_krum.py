@@ -60,5 +60,5 @@ def test_too_few_clients_are_refused() -> None:
 
 def test_mixed_ranks_are_refused() -> None:
     short = drawn(1).replace({**drawn(1).tensors, "up.lora_B": drawn(1)["up.lora_B"][:, :0]})
-    with pytest.raises(UpdateMismatch, match="one rank for all"):
+    with pytest.raises(UpdateMismatch, match="give all clients the same rank"):
         Krum().aggregate(1, ServerState(adapter=drawn(0)), [update("a", short)])

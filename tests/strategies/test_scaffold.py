@@ -102,9 +102,7 @@ def test_a_correction_of_the_wrong_sign_or_size_would_be_caught(monkeypatch: pyt
 
     def flipped(self: SCAFFOLD, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:
         given = own(self, round, plans, state)
-        return {
-            c: Assignment(plan=a.plan, adapter=a.adapter, extra={n: -t for n, t in a.extra.items()}) for c, a in given.items()
-        }
+        return {c: Assignment(plan=a.plan, adapter=a.adapter, extra={n: -t for n, t in a.extra.items()}) for c, a in given.items()}
 
     with monkeypatch.context() as patch:
         patch.setattr(SCAFFOLD, "plan", flipped)

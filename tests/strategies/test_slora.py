@@ -233,8 +233,12 @@ def test_the_config_gives_rounds_and_seed() -> None:
         (SLoRA(rounds=9, seed=0, density=0.0), Config(rounds=9), "strategy.density=0.0 is out of range"),
         (SLoRA(rounds=9, seed=0, sparse_share=1.5), Config(rounds=9), "strategy.sparse_share=1.5 is out of range"),
         (SLoRA(rounds=9, seed=0), Config(rounds=9, peft=PeftConfig(method="dora")), "does not work with peft.method=dora"),
-        (SLoRA(rounds=1, seed=0, mask="gradient"), Config(rounds=1), "ends its sparse stage with round 2, rounds=1"),
-        (SLoRA(rounds=9, seed=0), Config(rounds=9, model=ModelConfig(precision="nf4")), "ones have none: set model.precision=bf16"),
+        (SLoRA(rounds=1, seed=0, mask="gradient"), Config(rounds=1), "ends its sparse stage with round 2, but rounds=1: set more rounds"),
+        (
+            SLoRA(rounds=9, seed=0),
+            Config(rounds=9, model=ModelConfig(precision="nf4")),
+            "cannot be trained: set model.precision=bf16",
+        ),
         (
             SLoRA(rounds=9, seed=0),
             Config(rounds=9, devices=DevicesConfig(classes={"big": DeviceClass(), "small": DeviceClass(memory_mb=9.0)})),
