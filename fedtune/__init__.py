@@ -73,5 +73,10 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(f"fedtune.{module}"), name)
+            try:
+                return getattr(importlib.import_module(f"fedtune.{module}"), name)
+            except ModuleNotFoundError as bad:
+                from fedtune.errors import sentence
+
+                raise ImportError(f"fedtune.{name}: {sentence(bad)}") from None
     raise AttributeError(f"module 'fedtune' has no attribute '{name}'")

@@ -19,6 +19,30 @@ Each message is one sentence: where, what came, what was wanted, what to do. Doo
 import errno
 import re
 
+# What an import names that is not installed → the distribution that holds it, of those that only training needs
+_OF_TRAINING = {
+    "alembic": "alembic",
+    "anyio": "anyio",
+    "bitsandbytes": "bitsandbytes",
+    "cryptography": "cryptography",
+    "datasets": "datasets",
+    "filelock": "filelock",
+    "flwr": "flwr",
+    "google": "protobuf",
+    "google.protobuf": "protobuf",
+    "h11": "h11",
+    "httpx": "httpx",
+    "huggingface_hub": "huggingface_hub",
+    "hydra": "hydra-core",
+    "matplotlib": "matplotlib",
+    "omegaconf": "omegaconf",
+    "opacus": "opacus",
+    "peft": "peft",
+    "pyarrow": "pyarrow",
+    "sqlalchemy": "sqlalchemy",
+    "tensorboard": "tensorboard",
+    "transformers": "transformers",
+}
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -91,6 +115,8 @@ def sentence(bad: Exception) -> str:
     """What a door prints of an exception before it exits with 2; one that has no sentence is raised again: it is a fault of fedtune's."""
     if isinstance(bad, FedtuneError):
         return str(bad)
+    if isinstance(bad, ModuleNotFoundError) and (library := _OF_TRAINING.get(bad.name or "")):
+        return f"this needs {library}, which is not installed: pip install 'fedtune[train]'"
     if (why := disk_trouble(bad)) is not None:
         return f"{why}: free the disk and start again"
     raise bad

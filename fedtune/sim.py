@@ -2,7 +2,7 @@
 
 import sys
 
-from fedtune.cli.simulate import main
+from fedtune.cli.start import simulate
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(simulate())

@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> str:
+    import importlib
     import json
     from dataclasses import asdict
 
@@ -36,6 +37,8 @@ def _run(args: argparse.Namespace) -> str:
     if args.draft:
         check_folder(args.draft)
     threads(args.threads)
+    if args.out:
+        importlib.import_module("matplotlib")  # found to be missing now, not after minutes of measuring
     names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")
     with Console(stderr=True).status("measuring") as line:
         speeds = bench(args.model, tell=line.update, **{name: getattr(args, name) for name in names})

@@ -16,9 +16,13 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> str | None:
+    import importlib
+
     from fedtune.config.stored import read_config
     from fedtune.runs.report import compare
 
+    if args.out:
+        importlib.import_module("matplotlib")  # found to be missing before anything is printed
     found = compare.compare({path: read_config(path) for path in args.runs}, args.metric)
     compare.show(found)
     if args.out is None:

@@ -17,8 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import Config, check
-from fedtune.config.compose import compose
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, sentence
 
 if TYPE_CHECKING:  # imports torch
     from fedtune.experiment import Stage
@@ -36,14 +35,14 @@ def serve(grid: Grid, context: Context) -> None:
     Raises:
         FedtuneError: It cannot be run, in one sentence; Flower shows it as the run's details.
     """
-    from fedtune.experiment import conduct  # torch and the rest: only once they are needed
+    config = _config(*_asked(context))
+    from fedtune.experiment import conduct  # torch and the rest: only once the config is good
     from fedtune.rounds.membership import Welcome
 
     def engine(stage: "Stage") -> None:
         _count(grid, len(stage.space.client_ids))
         stage.serve(grid, Welcome())
 
-    config = _config(*_asked(context))
     conduct(config, engine, at=_folder(config, context.run_id))
 
 
@@ -71,11 +70,11 @@ def _answer(message: Message, context: Context) -> Message:
 @lru_cache(maxsize=1)
 def _client(conf: str, overrides: str, run_id: int) -> ClientApp:
     """This process's client of one Flower run."""
+    config = _config(conf, overrides)
     from fedtune.clients.app import make_client_app
     from fedtune.clients.host import ClientHost
     from fedtune.clients.store import Storage
 
-    config = _config(conf, overrides)
     return make_client_app(ClientHost(config, Storage.in_folder(_folder(config, run_id) / "clients", config)))
 
 
@@ -93,6 +92,10 @@ def _asked(context: Context) -> tuple[str, str]:
 
 
 def _config(conf: str, overrides: str) -> Config:
+    try:
+        from fedtune.config.compose import compose
+    except ModuleNotFoundError as bad:  # Flower is installed, and fedtune without what it trains with
+        raise ConfigError(sentence(bad)) from None
     try:
         given = shlex.split(overrides)
     except ValueError as bad:

@@ -1,5 +1,6 @@
 """Answer from a model: by fedtune's engine where it runs the architecture, else by transformers."""
 
+import importlib.util
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -142,12 +143,15 @@ def falls_back(folder: Path, card: dict[str, Any], **options: object) -> bool:
 
     Raises:
         ConfigError: One of them is given, and transformers runs the folder.
+        ModelError: transformers is not installed.
     """
     why = engine_cannot(folder, card)
     if not why:
         return False
     if asked := [name for name, value in options.items() if value is not None]:
         raise ConfigError(f"{folder} is run by transformers, which knows no --{asked[0].replace('_', '-')}: leave it out ({why})")
+    if importlib.util.find_spec("transformers") is None:
+        raise ModelError(f"{folder} needs transformers, which is not installed ({why}): pip install 'fedtune[train]'")
     _tell(f"transformers runs this model: {why}")
     return True
 

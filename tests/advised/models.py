@@ -1,10 +1,12 @@
 """The advice of the commands that read and write models."""
 
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import TaskConfig
-from tests.advised.rows import Place, command
+from tests.advised.rows import Place, command, follows
 from tests.export.test_huggingface import CAUSAL, make_run
 from tests.models.build import checkpoint, hub
 
@@ -26,3 +28,12 @@ command("goes with --to {}, not with --to {}: leave it out", EXPORT + "--to edge
 command("--method {} needs --quantize int8 or int4", EXPORT + "--to edge --method rtn", ready=lora)
 command("--method {} needs text: give --calibrate", EXPORT + "--to edge --quantize int8 --method awq",
         ready=lora, calibrate="{here}/text.txt")  # fmt: skip
+
+
+@follows("needs transformers, which is not installed ({}): pip install 'fedtune[train]'")
+def transformers(place: Place) -> Iterator[str]:
+    model = place.keep("gpt2", lambda path: checkpoint(path, "gpt2"))
+    with place.patch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        yield place.run("fedtune", "generate", model, "turn on", "--max-new-tokens", "2")
+    yield place.run("fedtune", "generate", model, "turn on", "--max-new-tokens", "2")  # the extra is there again

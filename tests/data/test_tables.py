@@ -197,5 +197,5 @@ def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name
 
 def test_no_library_is_loaded_before_the_data_is_refused() -> None:
     heavy = ("torch", "datasets", "numpy", "pyarrow")
-    code = f"import sys, fedtune.cli.server, fedtune.sim, fedtune.data.check; print(sys.modules.keys() & {heavy})"
+    code = f"import sys, fedtune.cli.server, fedtune.cli.simulate, fedtune.data.check; print(sys.modules.keys() & {heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "set()\n"

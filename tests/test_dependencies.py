@@ -1,0 +1,259 @@
+"""A device that only answers needs no library of training, and whoever lacks one is told in a sentence what to install."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import fedtune
+from fedtune.cli import flower_app
+from fedtune.config import Config
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.errors import _OF_TRAINING, ConfigError, sentence
+from fedtune.export.edge import export_edge
+from fedtune.runs.directory import RunDirectory
+from tests.models.build import checkpoint
+from tests.test_layout import files
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+BASE, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
+NOT_ON_A_DEVICE = {"flwr", "peft", "transformers", "opacus", "datasets", "bitsandbytes", "ray", "hydra-core"}
+ADVICE = "pip install 'fedtune[train]'"
+
+
+def closure(wanted: Iterable[str]) -> set[str]:
+    """Names of all distributions that these requirements bring, by what the ones that are installed here say of themselves."""
+    open_, seen = [Requirement(line) for line in wanted], set[tuple[str, str]]()
+    while open_:
+        asked = open_.pop()
+        name = canonicalize_name(asked.name)
+        for extra in {"", *asked.extras}:
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                lines = (Requirement(line) for line in _requires(name, extra))
+                open_ += [r for r in lines if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return {name for name, _ in seen}
+
+
+def _requires(name: str, extra: str) -> list[str]:
+    if name == "fedtune":  # as the file says it, not as it was when this environment was made
+        return EXTRAS[extra] if extra else BASE
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:  # such as an extra's, which nobody has installed here
+        return []
+
+
+def declared(lines: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+MODULES = {name: {canonicalize_name(d) for d in found} for name, found in metadata.packages_distributions().items()}
+# The import names that an environment with the base alone does not have
+BLOCKED = sorted(name for name, found in MODULES.items() if not found & closure(BASE) and name.isidentifier() and name != "fedtune")
+
+
+# -- what pyproject.toml says -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_gets_no_library_of_training() -> None:
+    assert not closure(BASE) & NOT_ON_A_DEVICE and closure(["fedtune[edge]"]) == closure(BASE) | {"fedtune"}
+    assert closure(["fedtune[train]", "fedtune[ray]"]) >= NOT_ON_A_DEVICE  # so the names are right
+    assert {"flwr", "transformers", "torch"} - set(BLOCKED) == {"torch"}
+
+
+@pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"edge", "train"}))
+def test_every_other_extra_brings_training_with_it(extra: str) -> None:
+    assert closure([f"fedtune[{extra}]"]) >= declared(EXTRAS["train"])
+
+
+OF_TRAINING = {"config.compose": {"hydra", "omegaconf"}, "inference.bench": {"matplotlib"}, "contracts": {"flwr", "datasets"}}
+ROOMS = ("errors", "storage", "config", "contracts", "inference")  # all that a device runs, with a few modules of models/
+OTHERS = {"llama_cpp", "openvino", "optimum", "gguf", "ray"}  # other programs' that a benchmark measures, and extras of their own
+
+
+def third_party(file: Path) -> Iterator[str]:
+    """Top names of the modules that a file imports from neither Python nor fedtune, wherever in the file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        yield from {n.partition(".")[0] for n in names} - sys.stdlib_module_names - {"fedtune"}
+
+
+def test_every_import_is_of_a_library_that_the_project_asks_for() -> None:
+    looked, base, everything = 0, declared(BASE), declared([*BASE, *EXTRAS["train"]])
+    for module, file in files():
+        for name in set(third_party(file)) - OTHERS:
+            found = {"protobuf"} if name == "google" else MODULES[name]
+            late = next((names for at, names in OF_TRAINING.items() if f"{module}.".startswith(f"{at}.")), set[str]())
+            wanted = base if module.startswith(ROOMS) and name not in late else everything
+            assert found & wanted, f"{module} imports {name}, and pyproject.toml does not ask for {found} where a device needs it"
+            looked += 1
+    assert looked > 300
+
+
+def test_the_sentence_knows_every_library_of_training() -> None:
+    assert {canonicalize_name(d) for d in _OF_TRAINING.values()} == declared(EXTRAS["train"])
+    for name, distribution in _OF_TRAINING.items():
+        assert canonicalize_name(distribution) in MODULES[name.partition(".")[0]]
+
+
+def test_what_else_is_missing_is_a_fault() -> None:
+    for name in ("fedtune.nothing", "flwr.nothing", "nothing", None):
+        with pytest.raises(ModuleNotFoundError):
+            sentence(ModuleNotFoundError("no", name=name))
+
+
+# -- an environment without them ----------------------------------------------------------------------------------------------------------
+
+WITHOUT = f"""
+import json, os, signal, sys, threading, time, urllib.request
+from pathlib import Path
+
+class Installed:
+    "Finds what was found before, but for the blocked names."
+    def __init__(self, finders, blocked):
+        self.finders, self.blocked = finders, blocked
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in self.blocked:
+            return next((s for f in self.finders if (s := f.find_spec(name, path, target))), None)
+
+sys.meta_path[:] = [Installed(list(sys.meta_path), set({BLOCKED!r}))]
+"""
+
+
+def without(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python where only the base dependencies can be imported."""
+    return subprocess.run([sys.executable, "-c", WITHOUT + code, *args], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+STARTS = {"python -m fedtune.sim": ("fedtune", "import runpy; sys.argv[0] = 'sim'; runpy.run_module('fedtune.sim', run_name='__main__')")}
+STARTS |= {
+    name: (name, f"from {place.partition(':')[0]} import {place.partition(':')[2]} as main; sys.exit(main())")
+    for name, place in PROJECT["scripts"].items()
+    if name != "fedtune"
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_program_that_trains_says_what_to_install(name: str) -> None:
+    program, code = STARTS[name]
+    done = without(code, "--help")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(f"{program}: this needs ") and done.stderr.endswith(f", which is not installed: {ADVICE}\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_app_of_flower_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fedtune.config.compose", raising=False)
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    with pytest.raises(ConfigError, match=r"this needs hydra-core, which is not installed: pip install 'fedtune\[train\]'"):
+        flower_app._config("heterogeneous", "")
+
+
+DEVICE = """
+from io import StringIO
+from fedtune.cli.main import main
+import fedtune
+
+place = Path(sys.argv[1])
+said = {}
+
+def run(name, *words):
+    sys.stdout, sys.stderr = StringIO(), StringIO()
+    try:
+        code = main([str(w) for w in words])
+    finally:
+        out, err, sys.stdout, sys.stderr = sys.stdout.getvalue(), sys.stderr.getvalue(), sys.__stdout__, sys.__stderr__
+    said[name] = [code, out, err]
+
+def ask():
+    while "http://" not in (line := getattr(sys.stdout, "getvalue", str)()):  # until the command below has begun, and listens
+        time.sleep(0.05)
+    body = {"model": "apart", "prompt": "set lamp", "max_tokens": 3, "temperature": 0}
+    asked = urllib.request.Request(line.strip() + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        said["request"] = json.load(urllib.request.urlopen(asked, timeout=60))
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+
+run("generate", "generate", place / "edge", "set lamp", "--max-new-tokens", 3)
+run("folder", "generate", place / "model", "set lamp", "--max-new-tokens", 3)
+run("adapter", "generate", place / "edge", "set lamp", "--max-new-tokens", 3, "--adapter", place / "lora")
+sys.stdin = StringIO("set lamp\\nset door\\n")
+run("chat", "chat", place / "edge", "--max-new-tokens", 3)
+run("bench", "bench", place / "edge", "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
+threading.Thread(target=ask, daemon=True).start()
+run("serve", "serve", place / "edge", "--port", 0, "--adapters", f"apart={place / 'lora'}")
+run("status", "status", place / "run")
+for name in sorted(set(sys.argv[2:])):
+    run(name, *(w.replace("PLACE", str(place)) for w in name.split()))
+for name in fedtune.__all__:
+    try:
+        said["fedtune." + name] = getattr(fedtune, name).__name__
+    except ImportError as bad:
+        said["fedtune." + name] = str(bad)
+try:
+    fedtune.generate_text(place / "other", "lamp")
+except fedtune.FedtuneError as bad:
+    said["fallback"] = str(bad)
+print(json.dumps(said))
+"""
+REFUSED = (
+    "export PLACE/model", "export PLACE/model --to edge --out PLACE/x", "export PLACE/model --to gguf", "draft PLACE/model --steps 1",
+    "keys --out PLACE/keys --server-name h --clients a", "compare PLACE/run --out PLACE/compared", "bench PLACE/edge --out PLACE/bench",
+    "generate PLACE/other lamp", "chat PLACE/other", "serve PLACE/other --port 0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the commands said where only the base is installed: name → exit code, stdout, stderr."""
+    place = tmp_path_factory.mktemp("device")
+    model = tiny_llama(place / "model")
+    export_edge(model, place / "edge")
+    (place / "lora").mkdir()
+    module, generator = "model.layers.1.mlp.down_proj", torch.Generator().manual_seed(0)
+    factors = {f"{module}.lora_A": torch.randn(2, 40, generator=generator), f"{module}.lora_B": torch.randn(24, 2, generator=generator)}
+    spec = AdapterSpec(method="lora", ranks={module: 2}, scaling={module: 20.0})
+    AdapterState(factors, spec).save(place / "lora" / "fedtune.safetensors")
+    checkpoint(place / "other", "gpt2")
+    RunDirectory.create(Config(), place / "run").close()
+    done = without(DEVICE, place, *REFUSED)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_device_answers(device: dict[str, Any]) -> None:
+    for name in ("generate", "folder", "adapter", "chat", "bench", "serve"):
+        assert device[name][0] == 0, device[name]
+    assert device["generate"][1] == device["folder"][1] != device["adapter"][1]
+    assert len(device["chat"][1].splitlines()) == 2 and len(json.loads(device["bench"][1])["decode_tok_per_s"]) == 1
+    assert device["request"]["choices"][0]["text"].strip() == device["adapter"][1].strip()
+    assert device["status"][0] == 0 and "run is stopped: 0 of 10 rounds" in device["status"][1]
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_command_that_needs_more_says_what_to_install(command: str, device: dict[str, Any]) -> None:
+    code, out, err = device[command]
+    assert (code, out) == (2, "") and err.startswith("fedtune: ") and err.count("\n") == 1 and err.endswith(f"{ADVICE}\n"), err
+
+
+def test_a_name_that_needs_more_says_what_to_install(device: dict[str, Any]) -> None:
+    short = {"Result", "Turn", "Work", "configure", "export_hf", "load_run", "run"}
+    for name in fedtune.__all__:
+        said = device[f"fedtune.{name}"]
+        assert said.startswith(f"fedtune.{name}: this needs ") and said.endswith(ADVICE) if name in short else said == name
+    assert "needs transformers, which is not installed" in device["fallback"] and device["fallback"].endswith(ADVICE)
