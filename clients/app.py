@@ -27,15 +27,15 @@ from fedtune.clients.turns import Turn, Work, check_private, make, turn_of
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.hello import ClientHello
 from fedtune.contracts.plan import Plan, Update, matching
-from fedtune.contracts.privacy_terms import agree
+from fedtune.contracts.privacy_terms import check_terms
 from fedtune.contracts.seeds import derive_seed
-from fedtune.contracts.wire import Letter, read_letter, read_offer
+from fedtune.contracts.wire import ServerMessage, read_message, read_offer
 from fedtune.data import Example
 from fedtune.errors import DataError, Decline, FedtuneError, PlanError
 from fedtune.models import LiveAdapter
 from fedtune.models.sparse import SparseSlot
 from fedtune.privacy.noise import source
-from fedtune.privacy.turn import Applied, applied, cannot_pay, said
+from fedtune.privacy.turn import TurnPrivacy, budget_error, privacy_measurements, turn_privacy
 from fedtune.privacy.user import noised
 from fedtune.traffic import Codec, decode_broadcast, encode_update
 
@@ -72,7 +72,7 @@ class Prepared:
     examples: Sequence[Example]
     device_class: str
     fitted: Fitted | None = None
-    private: Applied | None = None
+    private: TurnPrivacy | None = None
     sent: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -192,18 +192,18 @@ def work_of(host: ClientHost, todo: Prepared, live: LiveAdapter | SparseSlot) ->
 
 def score_together(host: ClientHost, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
     """Replies to evaluate messages that all carry the adapter of the first, of clients that compute in the same body."""
-    letter = read_letter(asked[0][0].content)
+    request = read_message(asked[0][0].content)
     clients = [client_of(host, context) for _, context in asked]
     body = host.body_of(clients[0])
-    body.rebase(letter.base, letter.shifts, letter.snapshot)
+    body.rebase(request.base, request.shifts, request.snapshot)
     rows = [host.space.examples(client, "held_out") for client in clients]
-    turn = make(letter.turn, letter.params)
-    if letter.keep or type(turn).personal is not Turn.personal:
-        store = host.storage.store.beside(f"turn-{letter.turn}")  # an evaluation comes after the round's own turn
-        own = [turn.personal(host.complete(c, letter), store.read(c, letter.round + 1)) for c in clients]
+    turn = make(request.turn, request.params)
+    if request.keep or type(turn).personal is not Turn.personal:
+        store = host.storage.store.beside(f"turn-{request.turn}")  # an evaluation comes after the round's own turn
+        own = [turn.personal(host.complete(c, request), store.read(c, request.round + 1)) for c in clients]
         found = [body.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
     else:
-        found = body.score(letter.adapter, *rows)
+        found = body.score(request.adapter, *rows)
     replies = [RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}) for metrics in found]
     return [Message(content, reply_to=message) for content, (message, _) in zip(replies, asked, strict=True)]
 
@@ -218,12 +218,12 @@ def prepare(host: ClientHost, message: Message, context: Context) -> Prepared:
         DataError: The client has nothing to learn from.
         UpdateMismatch: The adapter cannot be read.
     """
-    letter = read_letter(message.content)
-    sent_bytes = letter.nbytes
-    if letter.encoding:
-        letter = dataclasses.replace(letter, adapter=decode_broadcast(letter.encoding, letter.adapter, host.space.initial.tensors))
-    body, start, plan, turn, examples, fitted, private = _fitted(host, client_of(host, context), letter, sent_bytes)
-    body.rebase(letter.base, letter.shifts, letter.snapshot)
+    request = read_message(message.content)
+    sent_bytes = request.nbytes
+    if request.encoding:
+        request = dataclasses.replace(request, adapter=decode_broadcast(request.encoding, request.adapter, host.space.initial.tensors))
+    body, start, plan, turn, examples, fitted, private = _fitted(host, client_of(host, context), request, sent_bytes)
+    body.rebase(request.base, request.shifts, request.snapshot)
     return Prepared(
         message=message,
         plan=plan,
@@ -231,12 +231,12 @@ def prepare(host: ClientHost, message: Message, context: Context) -> Prepared:
         start=start,
         sent_bytes=sent_bytes,
         turn=turn,
-        extra=letter.extra,
+        extra=request.extra,
         examples=examples,
         fitted=fitted,
         device_class=host.space.federation.clients[plan.client].device_class,
         private=private,
-        sent=letter.adapter.tensors,
+        sent=request.adapter.tensors,
     )
 
 
@@ -247,20 +247,20 @@ def weigh(host: ClientHost, message: Message, context: Context) -> None:
     Raises:
         FedtuneError: What `prepare` would raise, for the message's size or for anything else that is known without its tensors.
     """
-    letter, nbytes = read_offer(message.content)
-    _fitted(host, client_of(host, context), letter, nbytes)
+    request, nbytes = read_offer(message.content)
+    _fitted(host, client_of(host, context), request, nbytes)
 
 
 def _fitted(
-    host: ClientHost, client: str, letter: Letter, sent_bytes: int
-) -> tuple[Body, AdapterState, Plan, Turn, Sequence[Example], Fitted | None, Applied | None]:
+    host: ClientHost, client: str, request: ServerMessage, sent_bytes: int
+) -> tuple[Body, AdapterState, Plan, Turn, Sequence[Example], Fitted | None, TurnPrivacy | None]:
     """What a client computes in and starts from; the plan, its turn and the rows as they fit its device; what it applies for privacy."""
-    plan = letter.plan
+    plan = request.plan
     if plan is None:
         raise PlanError("the message asks to train without a plan: the peers run different versions of fedtune")
     if plan.client != client:
         raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
-    agree(plan, host.config)
+    check_terms(plan, host.config)
     turn = turn_of(plan)
     check_private(plan)
     if host.floor is not None:
@@ -273,16 +273,16 @@ def _fitted(
     examples = host.space.examples(client, "train")
     if not examples:
         raise DataError(f"client {client} has no training row of two tokens or more: nothing to learn from")
-    start = host.complete(client, letter)
+    start = host.complete(client, request)
     sent = sum(start[n].nbytes for n in matching(start.tensors, plan.send))
     if fits := host.devices.fit(plan, start, sent_bytes + sent):
         plan, examples, fitted = fits
     else:
         fitted = None
-    private = applied(plan, len(examples), steps_of(plan, len(examples)))
+    private = turn_privacy(plan, len(examples), steps_of(plan, len(examples)))
     if private is not None and host.floor is not None:
         host.floor.check_budget(private)
-    if private is not None and (why := cannot_pay(plan, host.ledger(client), private)):
+    if private is not None and (why := budget_error(plan, host.ledger(client), private)):
         raise Decline("privacy", why)
     return body, start, plan, turn, examples, fitted, private
 
@@ -309,7 +309,7 @@ def finish(host: ClientHost, todo: Prepared, trained: AdapterState, turned: Trai
             drawn = source(host.config.privacy.secure_rng, plan.seed, "noise")
             sent = sent.replace(noised(sent.tensors, todo.start.tensors, clip=private.clip, noise=private.noise, source=drawn))
             metrics = {}  # exact losses over its rows would tell of them
-        measurements |= said(plan, ledger, private)
+        measurements |= privacy_measurements(plan, ledger, private)
     return _reply(host, todo, _encoded(host, todo, sent) if plan.codec else sent, metrics, measurements, turned)
 
 

@@ -14,7 +14,7 @@ from fedtune.clients.workspace import Workspace, load_workspace
 from fedtune.config import Config, DeviceClass
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import matching
-from fedtune.contracts.wire import Letter
+from fedtune.contracts.wire import ServerMessage
 from fedtune.errors import PlanError
 from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import Ledger
@@ -56,13 +56,13 @@ class ClientHost:
         """
         return self.space.body(self.devices.settle(client).precision)
 
-    def complete(self, client: str, letter: Letter) -> AdapterState:
+    def complete(self, client: str, request: ServerMessage) -> AdapterState:
         """What a client goes on from: its own tensors before those that it was sent before those that it draws from the run's seed."""
-        space, sent = self.space, letter.adapter
+        space, sent = self.space, request.adapter
         names = list(space.live.parameters)
         # an evaluation comes after the round's own turn
-        kept = self.storage.store.read(client, letter.round + (letter.plan is None)) if letter.keep else None
-        own = set(matching(kept.tensors, letter.keep)) if kept else set()
+        kept = self.storage.store.read(client, request.round + (request.plan is None)) if request.keep else None
+        own = set(matching(kept.tensors, request.keep)) if kept else set()
         if sent.spec.method != space.live.spec.method or (not own and all(n in sent.tensors for n in names)):
             return sent
         return sent.replace({n: kept[n] if kept and n in own else sent[n] if n in sent.tensors else space.initial[n] for n in names})

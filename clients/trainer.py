@@ -25,7 +25,7 @@ from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.memory import is_out_of_memory
 from fedtune.models.sparse import SparseSlot
 from fedtune.privacy.noise import source
-from fedtune.privacy.turn import Applied
+from fedtune.privacy.turn import TurnPrivacy
 
 if TYPE_CHECKING:
     from fedtune.privacy.dpsgd import PrivateGradient
@@ -61,7 +61,7 @@ def train(
     turn: Turn | None = None,
     *,
     micro: int | None = None,
-    private: Applied | None = None,
+    private: TurnPrivacy | None = None,
     secure_rng: bool = False,
 ) -> Trained:
     """Train the live adapter of `work` in place by its plan.
@@ -151,12 +151,12 @@ def _private(
     plan: Plan,
     task: TaskConfig,
     pad_id: int,
-    applied: Applied,
+    applied: TurnPrivacy,
     secure_rng: bool,
     at_once: int,
 ) -> "PrivateGradient":
     from fedtune.privacy.dpsgd import PrivateGradient  # Opacus takes a second to load
-    from fedtune.privacy.samples import way_of
+    from fedtune.privacy.samples import find_way
 
     assert isinstance(live, LiveAdapter)  # of a turn that privacy covers: the client agreed to no other
     names = matching(live.parameters, plan.train)
@@ -171,7 +171,7 @@ def _private(
         batch=plan.batch_size * plan.accumulate,
         at_once=at_once,
         source=source(secure_rng, plan.seed, "noise"),
-        way=way_of(live, names, task),
+        way=find_way(live, names, task),
     )
 
 

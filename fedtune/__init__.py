@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 from fedtune.version import __version__ as __version__
 
 for _name, _value in {
-    # set before Flower and Ray are imported anywhere: nothing that runs here reports home
+    # must be set before Flower and Ray are imported: no telemetry and no update checks
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # set before torch: idle OpenMP threads that spin for long make a machine with other work on it ten times slower
+    # must be set before torch: long spinning of idle OpenMP threads makes a busy machine ten times slower
     "GOMP_SPINCOUNT": "20000",
 }.items():
     os.environ.setdefault(_name, _value)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of a kernel that only a hub could bring
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of a kernel that only the Hugging Face Hub offers
 
 _here = Path(__file__).resolve().parent
 if not (_here / "strategies").is_dir() and (_here.parent / "strategies").is_dir():
     __path__.append(str(_here.parent))  # a checkout or an app bundle: the sub-packages sit beside this folder
 
-if TYPE_CHECKING:  # imported when they are first used, so that `import fedtune` loads nothing
+if TYPE_CHECKING:  # imported on first use, so that `import fedtune` loads nothing
     from fedtune.clients.turns import Turn, Work
     from fedtune.config import Config
     from fedtune.contracts.adapter_state import AdapterState
@@ -56,7 +56,7 @@ __all__ = [
     "run",
 ]
 
-_HOMES = {
+_MODULES = {
     "clients.turns": ("Turn", "Work"),
     "config": ("Config",),
     "contracts.adapter_state": ("AdapterState",),
@@ -71,7 +71,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _HOMES.items():
+    for module, names in _MODULES.items():
         if name in names:
             try:
                 return getattr(importlib.import_module(f"fedtune.{module}"), name)

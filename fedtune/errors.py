@@ -1,19 +1,19 @@
-"""Every error that fedtune raises on purpose.
+"""All errors that fedtune raises deliberately.
 
 FedtuneError
 ├── ConfigError       the configuration asks for something unknown or impossible
 ├── DataError         a source, a column, an encoding or a partition cannot be used
 ├── ModelError        a backbone or an adapter cannot be loaded, or does not fit the other
 ├── CheckpointError   a run directory or a checkpoint is missing, damaged or of another run
-├── PlanError         a client does not understand what the server asks
-├── UpdateError       a client's reply must not count
-│   └── UpdateMismatch    its tensors are not the ones that were asked for
-├── NetworkError      nodes cannot be reached, or may not be let in
-│   └── LinkLost          the SuperLink does not answer any more, or has ended the Flower run
+├── PlanError         a client cannot carry out the server's plan or message
+├── UpdateError       a client's reply is invalid and must not count
+│   └── UpdateMismatch    its tensors differ from the expected ones
+├── NetworkError      a node cannot be reached, or may not join
+│   └── LinkLost          the SuperLink no longer answers, or has ended the Flower run
 ├── Decline           a client does not take part in a round
-└── RunError          the run cannot go on
+└── RunError          the run cannot continue
 
-Each message is one sentence: where, what came, what was wanted, what to do. Doors print it and exit with 2; no trace.
+Each message is one sentence: where, what came, what was wanted, what to do. Commands print it without a traceback and exit with code 2.
 """
 
 import errno
@@ -47,7 +47,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class FedtuneError(Exception):
-    """Base of all errors with a sentence for the user."""
+    """Base of all errors; the message is a sentence for the user."""
 
 
 class ConfigError(FedtuneError):
@@ -67,27 +67,27 @@ class CheckpointError(FedtuneError):
 
 
 class PlanError(FedtuneError):
-    """A client does not understand what the server asks."""
+    """A client cannot carry out the server's plan or message."""
 
 
 class UpdateError(FedtuneError):
-    """A client's reply must not count."""
+    """A client's reply is invalid and must not count."""
 
 
 class UpdateMismatch(UpdateError):
-    """A reply's tensors are not the ones that were asked for."""
+    """A reply's tensors differ from the expected ones."""
 
 
 class NetworkError(FedtuneError):
-    """Nodes cannot be reached, or may not be let in."""
+    """A node cannot be reached, or may not join."""
 
 
 class LinkLost(NetworkError):
-    """The SuperLink does not answer any more, or has ended the Flower run: open a new run, or stop."""
+    """The SuperLink no longer answers, or has ended the Flower run: open a new run, or stop."""
 
 
 class Decline(FedtuneError):
-    """A client does not take part this round; `kind` says in a word why."""
+    """A client does not take part in this round; `kind` is the reason in one word."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(why)
@@ -95,28 +95,28 @@ class Decline(FedtuneError):
 
 
 class RunError(FedtuneError):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A person stopped a run that can be gone on with; says how."""
+    """A person stopped a run; the message says how to resume it."""
 
 
-def disk_trouble(bad: BaseException) -> str | None:
-    """What the disk refuses, where an exception of any library's says that it does: full, over its quota, read-only or broken."""
+def disk_error(bad: BaseException) -> str | None:
+    """A description of the disk error (full, over quota, read-only or broken) behind an exception of any library; None if there is none."""
     if isinstance(bad, OSError) and bad.errno in _DISK:
         return f"{bad.filename or 'a file'} cannot be written ({bad.strerror})"
-    if (said := re.search(r"([^:]+) \(os error (\d+)\)", str(bad))) and int(said[2]) in _DISK:  # what safetensors makes of it
-        return f"a file cannot be written ({said[1].strip()})"
+    if (match := re.search(r"([^:]+) \(os error (\d+)\)", str(bad))) and int(match[2]) in _DISK:  # safetensors wraps it as text
+        return f"a file cannot be written ({match[1].strip()})"
     return None
 
 
-def sentence(bad: Exception) -> str:
-    """What a door prints of an exception before it exits with 2; one that has no sentence is raised again: it is a fault of fedtune's."""
+def user_message(bad: Exception) -> str:
+    """The sentence that a command prints before it exits with code 2. Raises an unexpected exception again: it is a bug in fedtune."""
     if isinstance(bad, FedtuneError):
         return str(bad)
     if isinstance(bad, ModuleNotFoundError) and (library := _OF_TRAINING.get(bad.name or "")):
         return f"this needs {library}, which is not installed: pip install 'fedtune[train]'"
-    if (why := disk_trouble(bad)) is not None:
-        return f"{why}: free the disk and start again"
+    if (why := disk_error(bad)) is not None:
+        return f"{why}: free disk space and start again"
     raise bad

@@ -1,4 +1,4 @@
-"""One experiment from its config to its run directory, on any engine: the ServerApp that every door runs."""
+"""Runs one experiment, from its config to its run directory, on any engine. All entry points use it."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from fedtune.contracts import flower
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.contracts.task import task_of
-from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_trouble
+from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_error
 from fedtune.exchange import Exchange, make_exchange
 from fedtune.export.huggingface import beside, export_hf
 from fedtune.export.origin import prompt_template
@@ -31,43 +31,43 @@ from fedtune.models.evaluation import generate_answers
 from fedtune.models.methods import mergeable
 from fedtune.rounds.bridge import Bridge
 from fedtune.rounds.find_strategy import check_strategy, make_strategy
-from fedtune.rounds.membership import Welcome
+from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.directory import RunDirectory
-from fedtune.runs.observer import Watch
+from fedtune.runs.observer import RunObserver
 from fedtune.runs.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.simulations.engines.ray import check_ray, ray_grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What an engine plays on.
+class EngineContext:
+    """What an engine needs to run an experiment.
 
     Args:
         config: The experiment.
-        space: What the server's process holds of it.
-        run: Its directory.
-        watch: Who is told.
-        serve: Runs all rounds that are left on a grid; called again, it goes on from the newest checkpoint.
+        space: The server process's workspace: loaded model and data.
+        run: The run directory.
+        observer: Receives the events of the run.
+        serve: Runs the remaining rounds on a grid; a second call continues from the newest checkpoint.
     """
 
     config: Config
     space: Workspace
     run: RunDirectory
-    watch: Watch
-    serve: Callable[[Grid, Welcome], None]
+    observer: RunObserver
+    serve: Callable[[Grid, JoinPolicy], None]
 
 
-Engine = Callable[[Stage], None]
+Engine = Callable[[EngineContext], None]
 
 
 def simulate(config: Config, strategy: Strategy | None = None) -> Path:
-    """Run the experiment with virtual clients, or go on with one, and return its run directory; `strategy` stands for the config's."""
+    """Run or resume the experiment with virtual clients, and return its run directory. `strategy` overrides the config's."""
     if config.engine.kind == "ray":
         check_ray(config.engine)
-    return conduct(config, _virtual_clients, strategy=strategy)
+    return run_experiment(config, _virtual_clients, strategy=strategy)
 
 
-def conduct(
+def run_experiment(
     config: Config,
     engine: Engine,
     *,
@@ -77,16 +77,16 @@ def conduct(
     live: bool = False,
     strategy: Strategy | None = None,
 ) -> Path:
-    """Run the experiment, or go on with one, on a grid of any kind, and return its run directory.
+    """Run or resume the experiment on any engine, and return its run directory.
 
     Args:
         config: The experiment.
-        engine: Finds a grid and serves on it.
-        at: Where a new run's directory is made; None finds a name for it.
-        space: What this process holds of the experiment; None is what every virtual client needs.
-        clients: How many clients there are, which user-level privacy counts on; None is as many as the data has.
-        live: Whether the report is made anew after each round, to be watched in a browser.
-        strategy: How updates become a state; None is the config's.
+        engine: Creates a grid and serves the rounds on it.
+        at: Directory of a new run; None generates a name.
+        space: This process's workspace; None loads everything that virtual clients need.
+        clients: Number of clients, which user-level privacy depends on; None counts those in the data.
+        live: Whether to rewrite the report after each round, so that a browser can follow the run.
+        strategy: Strategy of the run; None takes the config's.
     """
     flower.quiet()
     if strategy is None:
@@ -98,40 +98,40 @@ def conduct(
     try:
         run.write_json("partition.json", space.federation.summary())
         exchange = make_exchange(config, len(space.client_ids) if clients is None else clients, run.path / "privacy")
-        space.rebase((), ())  # another run of this process may have left its shifts in, under the same rounds' numbers
+        space.rebase((), ())  # an earlier run of this process may have left shifts with the same round numbers
         state = _run(config, space, strategy, exchange, run, engine, live)
-        _hand_over(config, space, state, run)
+        _write_results(config, space, state, run)
     except BaseException as bad:
-        if (run.path / "metrics.jsonl").exists():  # what there is can be looked at, whatever stopped the run
-            with contextlib.suppress(FedtuneError, OSError):  # and where it cannot, the first cause is told all the same
+        if (run.path / "metrics.jsonl").exists():  # a stopped run gets a report too
+            with contextlib.suppress(FedtuneError, OSError):  # a failing report must not hide the first cause
                 write_report(run.path)
         if isinstance(bad, KeyboardInterrupt):
-            raise Stopped(f"stopped; go on with resume={run.path}") from None
-        if (why := disk_trouble(bad)) is not None:
-            raise RunError(f"{why}: free the disk and go on with resume={run.path}") from None
+            raise Stopped(f"stopped; continue with resume={run.path}") from None
+        if (why := disk_error(bad)) is not None:
+            raise RunError(f"{why}: free disk space and continue with resume={run.path}") from None
         raise
     finally:
         run.close()
     return run.path
 
 
-def _virtual_clients(stage: Stage) -> None:
-    config, nodes = stage.config, len(stage.space.client_ids)
+def _virtual_clients(context: EngineContext) -> None:
+    config, nodes = context.config, len(context.space.client_ids)
     if config.engine.kind == "ray":
-        with ray_grid(config, stage.run.path, nodes, stage.watch.note) as grid:
-            stage.serve(grid, Welcome())
+        with ray_grid(config, context.run.path, nodes, context.observer.note) as grid:
+            context.serve(grid, JoinPolicy())
         return
     from fedtune.simulations.engines.grid import InProcessGrid
     from fedtune.simulations.engines.together import Together
 
-    host = host_of(stage)
+    host = client_host(context)
     together = None if config.engine.batched == "none" else Together(host, config.engine.batched)
-    stage.serve(InProcessGrid(make_client_app(host), nodes, together), Welcome())
+    context.serve(InProcessGrid(make_client_app(host), nodes, together), JoinPolicy())
 
 
-def host_of(stage: Stage) -> ClientHost:
-    """The host of a run's virtual clients in this process, with what the run has loaded."""
-    return ClientHost(stage.config, Storage.in_folder(stage.run.path / "clients", stage.config), loaded=stage.space)
+def client_host(context: EngineContext) -> ClientHost:
+    """The host of a run's virtual clients in this process; it shares the run's loaded model and data."""
+    return ClientHost(context.config, Storage.in_folder(context.run.path / "clients", context.config), loaded=context.space)
 
 
 def _run(
@@ -139,22 +139,22 @@ def _run(
 ) -> ServerState:
     found, damaged = run.newest()
     if found is None and damaged:
-        raise CheckpointError(f"no checkpoint of {run.path} can be read, so there is nothing to go on from: {damaged[0]}")
-    resumed = found.round if found else -1 if config.resume else None  # -1: it was stopped before round 0 was kept, and starts over
-    ended: list[ServerState] = []
-    with Watch(run.path, resumed, live=live) as watch:
-        watch.note(f"run {run.path}")
+        raise CheckpointError(f"cannot resume {run.path}: none of its checkpoints can be read: {damaged[0]}")
+    resumed = found.round if found else -1 if config.resume else None  # -1: stopped before the checkpoint of round 0, so it starts again
+    final: list[ServerState] = []
+    with RunObserver(run.path, resumed, live=live) as observer:
+        observer.note(f"run {run.path}")
         for sentence in damaged:
-            watch.note(f"passed over: {sentence}")
+            observer.note(f"skipped: {sentence}")
         if found and found.round == config.rounds:
-            watch.note(f"all {found.round} rounds are done already: rounds=N with a larger N goes on")
+            observer.note(f"all {found.round} rounds are done: set rounds=N with a larger N to continue")
         print_partition(space.federation.summary(), Console(stderr=True))
 
         def test(state: ServerState) -> Mapping[str, float]:
             space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
             return space.score(state.adapter, space.test_examples())[0]
 
-        def serve(grid: Grid, welcome: Welcome) -> None:
+        def serve(grid: Grid, join: JoinPolicy) -> None:
             bridge = Bridge(
                 grid=grid,
                 strategy=strategy,
@@ -165,27 +165,28 @@ def _run(
                 found=run.newest()[0],
                 metric=task_of(config.task).primary,
                 evaluate=test if config.eval.where == "door" and len(space.federation.test) else None,
-                watcher=watch,
-                welcome=welcome,
+                observer=observer,
+                join=join,
             )
-            ended.append(bridge.loop())
+            final.append(bridge.loop())
 
-        engine(Stage(config=config, space=space, run=run, watch=watch, serve=serve))
-    return ended[0]
+        engine(EngineContext(config=config, space=space, run=run, observer=observer, serve=serve))
+    return final[0]
 
 
-def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDirectory) -> None:
-    """Write what comes out of a run, and show it."""
+def _write_results(config: Config, space: Workspace, state: ServerState, run: RunDirectory) -> None:
+    """Write the adapter, model card, exported model and report, and print the results."""
     final, folder, task = state.adapter, run.path / "adapter", task_of(config.task)
-    if final.spec.method != config.peft.method:  # too many rounds did not count
+    if final.spec.method != config.peft.method:  # too few rounds counted
         raise RunError(
-            f"the run ended in its {final.spec.method} stage, with no {config.peft.method} adapter yet: resume={run.path} rounds=N"
+            f"the run ended in its {final.spec.method} stage, before it had a {config.peft.method} adapter: continue with"
+            f" resume={run.path} rounds=N"
         )
     space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
     space.slot(final).load(final)
     space.live.save_peft(folder)
     final.save(folder / "fedtune.safetensors")
-    for old in folder.glob("shift-*.safetensors"):  # of rounds that a damaged checkpoint took back
+    for old in folder.glob("shift-*.safetensors"):  # from rounds after the checkpoint that the run resumed from
         old.unlink()
     for shift in state.shifts:
         shift.save(folder / f"shift-{shift.spec.version:04d}.safetensors")
@@ -197,8 +198,8 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
     merged = None
     if config.inference.export == "hf":
         merged = export_hf(run.path, run.path / "merged", replace=True, trust_remote_code=config.model.trust_remote_code)
-    asked = min(config.inference.samples, len(space.federation.test)) if task.prompted else 0
-    answers = _answers(config, space, state, run, merged, asked) if asked else []
+    count = min(config.inference.samples, len(space.federation.test)) if task.prompted else 0
+    answers = _answers(config, space, state, run, merged, count) if count else []
     write_report(run.path)
     print_results(read_metrics(run.path), Console(), space.federation.summary())
     for a in answers:
@@ -208,15 +209,15 @@ def _hand_over(config: Config, space: Workspace, state: ServerState, run: RunDir
         auto = task.auto_class(space.backbone.seq2seq)
         how = f'fedtune generate {merged} "..."' if task.gives_text else f"{auto}.from_pretrained('{merged}')"
         print(f"model    {merged}    (use it: {how})")
-        if said := beside(merged):
-            print(f"         {said}")
+        if note := beside(merged):
+            print(f"         {note}")
     print(f"report   {run.path / 'report.html'}")
 
 
 def _answers(
     config: Config, space: Workspace, state: ServerState, run: RunDirectory, merged: Path | None, count: int
 ) -> list[dict[str, str]]:
-    """A few requests of the global test with what the model says before and after the run; after, the merged model where there is one."""
+    """Sample requests of the global test, with the model's answers before and after the run (from the merged model, if there is one)."""
     examples, tokenizer = space.test_examples(), space.backbone.tokenizer
     chosen = sorted(random.Random(derive_seed(config.seed, "samples")).sample(range(len(examples)), count))
     picked = [examples[i] for i in chosen]

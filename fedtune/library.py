@@ -1,4 +1,4 @@
-"""fedtune in a notebook or another program: compose a config, run it, look at what came out.
+"""fedtune in a notebook or another program: compose a config, run it, and read the results.
 
     import fedtune
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:  # these import torch
 
 @dataclass(frozen=True)
 class Result:
-    """A run that has ended, or has been stopped.
+    """A run that has ended or was stopped.
 
     Args:
-        path: Its directory.
+        path: The run directory.
     """
 
     path: Path
 
     @property
     def config(self) -> Config:
-        """What it ran with."""
+        """The run's config."""
         return read_config(self.path)
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """One row a round, from 0: what was counted, what traveled, and scores where the round was evaluated."""
+        """One row per round, from 0: counted updates, bytes, and scores if the round was evaluated."""
         return [row for row in self._metrics() if row.get("client") is None]
 
     @property
     def clients(self) -> list[dict[str, Any]]:
-        """One row for each client and round that it was asked in."""
+        """One row per client and round in which it was asked to train or evaluate."""
         return [row for row in self._metrics() if row.get("client") is not None]
 
     @property
@@ -54,18 +54,18 @@ class Result:
         """The trained tensors, by name.
 
         Raises:
-            CheckpointError: The run has not ended yet.
+            CheckpointError: The run has not ended.
         """
         from fedtune.contracts.adapter_state import AdapterState
 
         file = self.path / "adapter" / "fedtune.safetensors"
         if not file.is_file():
-            raise CheckpointError(f"{self.path} has no adapter yet: go on with resume={self.path}")
+            raise CheckpointError(f"{self.path} has no adapter yet: continue the run with resume={self.path}")
         return AdapterState.load(file)
 
     @property
     def report(self) -> Path:
-        """The report, to be opened in a browser."""
+        """Path of the HTML report."""
         return self.path / "report.html"
 
     def _metrics(self) -> list[dict[str, Any]]:
@@ -75,10 +75,10 @@ class Result:
 
 
 def configure(*settings: str) -> Config:
-    """The config that these settings ask for, as on the command line: `conf=NAME`, `GROUP=CHOICE`, `KEY=VALUE`, or `resume=RUN`.
+    """Compose a config from settings as on the command line: `conf=NAME`, `GROUP=CHOICE`, `KEY=VALUE`, or `resume=RUN`.
 
     Raises:
-        ConfigError: A setting is not known, of the wrong type, out of bounds, or does not go with another.
+        ConfigError: A setting is unknown, of the wrong type, out of range, or incompatible with another.
         CheckpointError: `resume=RUN` is not a run directory.
     """
     (job,) = compose(settings)
@@ -86,38 +86,38 @@ def configure(*settings: str) -> Config:
 
 
 def run(config: Config, *, strategy: "Strategy | None" = None, turns: "Mapping[str, type[Turn]] | None" = None) -> Result:
-    """Simulate the experiment in this process, with a line of progress for each round on stderr.
+    """Simulate the experiment in this process and print a line of progress per round to stderr.
 
-    An interrupt (Ctrl-C, or a notebook's stop button) ends it with a KeyboardInterrupt that says how to go on; the process lives on.
+    An interrupt (Ctrl-C, or a notebook's stop button) raises a KeyboardInterrupt that says how to resume; the process stays alive.
 
     Args:
-        config: The experiment; with `resume`, the run to go on with.
-        strategy: An instance of your own; None is the config's.
-        turns: Name → client half of a method of your own, which `strategy` asks for by that name.
+        config: The experiment; `resume` names a run to continue.
+        strategy: Your own strategy instance; None takes the config's.
+        turns: Name → your own client half of a method, which `strategy` requests by this name.
 
     Raises:
-        FedtuneError: The experiment cannot be run; one sentence says why.
+        FedtuneError: The experiment cannot run; the message is one sentence.
     """
     from fedtune.clients.turns import register
     from fedtune.experiment import simulate
 
     if turns and config.engine.kind == "ray":
-        raise ConfigError("turns that are written in this process are not known to Ray's workers: set engine=inprocess")
+        raise ConfigError("Ray's workers cannot import turns that are defined in this process: set engine=inprocess")
     for name, kind in (turns or {}).items():
         register(name, kind)
     if strategy is not None:
         kind = type(strategy)
         given = {f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy)} if dataclasses.is_dataclass(strategy) else {}
-        told = {n: v for n, v in given.items() if isinstance(v, (str, int, float, bool, type(None)))}
-        config = dataclasses.replace(config, strategy={"_target_": f"{kind.__module__}.{kind.__qualname__}", **told})
+        scalars = {n: v for n, v in given.items() if isinstance(v, (str, int, float, bool, type(None)))}
+        config = dataclasses.replace(config, strategy={"_target_": f"{kind.__module__}.{kind.__qualname__}", **scalars})
     return Result(simulate(check(config), strategy))
 
 
 def load_run(path: Path | str) -> Result:
-    """A run that was made before.
+    """Open an existing run.
 
     Raises:
-        CheckpointError: There is no run.
+        CheckpointError: There is no run at `path`.
     """
     read_config(Path(path))
     return Result(Path(path))

@@ -1,4 +1,4 @@
-"""A client without a model, for tests of everything between strategy and wire: it adds `step` to each tensor, or misbehaves as told."""
+"""A client without a model, for tests of everything between strategy and wire: it adds a constant to each tensor, or misbehaves."""
 
 import dataclasses
 import json
@@ -15,11 +15,11 @@ from fedtune.config import Config
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Update, matching
 from fedtune.contracts.strategy import Strategy
-from fedtune.contracts.wire import read_letter, read_offer
+from fedtune.contracts.wire import read_message, read_offer
 from fedtune.errors import UpdateError
 from fedtune.exchange import Exchange, Plain
 from fedtune.rounds.bridge import Bridge
-from fedtune.rounds.membership import Welcome
+from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.directory import RunDirectory
 from fedtune.simulations.engines.grid import InProcessGrid
 from fedtune.strategies.fedavg import FedAvg
@@ -38,19 +38,20 @@ def lora_state(*, fill: float | None = None, seed: int = 0, version: int = 0) ->
 def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | None = None) -> ClientApp:
     """Client `c` adds its number of examples to each tensor that its plan trains. `faults[c]`: (round, arrays, text) → the same, or raises.
 
-    What it is not sent it draws like the server: `lora_state(fill=0.0)`.
+    Tensors that it is not sent it takes from `lora_state(fill=0.0)`, as the server does.
     """
     app, ids, faults = ClientApp(), sorted(examples), faults or {}
 
-    def who(context: Context) -> str:
+    def client_id(context: Context) -> str:
         return ids[int(context.node_config["partition-id"])]
 
     @app.query()
     @declining
     def hello(message: Message, context: Context) -> Message:
-        said = {"client": who(context), "device_class": "", "examples": examples[who(context)], "held_out": 0, "base": "b" * 64}
-        said |= {"shifts": [], "remembers": True}
-        return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(said)})}), reply_to=message)
+        client = client_id(context)
+        fields = {"client": client, "device_class": "", "examples": examples[client], "held_out": 0, "base": "b" * 64}
+        fields |= {"shifts": [], "remembers": True}
+        return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(fields)})}), reply_to=message)
 
     @app.query("offer")
     @declining
@@ -61,11 +62,11 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
     @app.train()
     @declining
     def turn(message: Message, context: Context) -> Message:
-        client, letter = who(context), read_letter(message.content)
-        plan = letter.plan
+        client, received = client_id(context), read_message(message.content)
+        plan = received.plan
         assert plan is not None
         message.content.array_records.pop("adapter")  # clients may empty their records
-        got = letter.adapter.replace({**lora_state(fill=0.0).tensors, **letter.adapter.tensors})
+        got = received.adapter.replace({**lora_state(fill=0.0).tensors, **received.adapter.tensors})
         trained = got.replace({n: got[n] + examples[client] for n in matching(got.tensors, plan.train)})
         sent = got.replace({n: trained.tensors.get(n, got[n]) for n in matching(got.tensors, plan.send)})
         update = Update(
@@ -87,14 +88,14 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
     @app.evaluate()
     @declining
     def score(message: Message, context: Context) -> Message:
-        metrics = {"accuracy": examples[who(context)] / 100}
+        metrics = {"accuracy": examples[client_id(context)] / 100}
         return Message(RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}), reply_to=message)
 
     return app
 
 
-class Ear:
-    """A watcher that remembers."""
+class RecordingObserver:
+    """Keeps the events of a run."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -125,14 +126,14 @@ def bridge(
     exchange: Exchange | None = None,
     initial: AdapterState | None = None,
     patience_s: float = 10.0,
-    wanted: int | None = None,
-) -> tuple[Bridge, Ear]:
-    """A bridge over fake clients, whose steps go far; a run directory that is there is gone on with."""
+    expected_clients: int | None = None,
+) -> tuple[Bridge, RecordingObserver]:
+    """A bridge over fake clients, with a learning rate that lets their large steps pass; resumes the run directory if it exists."""
     if config.client.lr == Config().client.lr:
         config = dataclasses.replace(config, client=dataclasses.replace(config.client, lr=100.0, schedule="constant", steps=3))
     run = RunDirectory(path, config) if (path / "checkpoints").is_dir() else _new(path, config)
-    ear = Ear()
-    made = Bridge(
+    observer = RecordingObserver()
+    bridge = Bridge(
         grid=InProcessGrid(app, nodes),
         strategy=strategy or FedAvg(),
         exchange=exchange or Plain(),
@@ -142,10 +143,10 @@ def bridge(
         found=run.newest()[0],
         metric=("accuracy", True),
         evaluate=lambda s: {"accuracy": float(s.adapter["head.weight"].mean())},
-        watcher=ear,
-        welcome=Welcome(patience_s=patience_s, wanted=wanted),
+        observer=observer,
+        join=JoinPolicy(patience_s=patience_s, expected_clients=expected_clients),
     )
-    return made, ear
+    return bridge, observer
 
 
 def _new(path: Path, config: Config) -> RunDirectory:

@@ -47,11 +47,11 @@ def advised() -> Iterator[tuple[str, str, str]]:
             yield sentence.where, key, value
 
 
-def test_there_is_advice() -> None:
+def test_advice_is_found() -> None:
     assert len(SENTENCES) > 1000 and len(list(advised())) > 200
 
 
-def test_every_setting_that_is_named_exists() -> None:
+def test_every_setting_in_advice_exists() -> None:
     roots = to_dict(Config()).keys() | {"conf"}
     arguments = {name for choice in choices("strategy") for name in compose([f"strategy={choice}"])[0].config.strategy}
     wrong = []
@@ -67,7 +67,7 @@ def test_every_setting_that_is_named_exists() -> None:
     assert not wrong
 
 
-def test_every_value_that_is_named_can_be_set() -> None:
+def test_every_value_in_advice_is_valid() -> None:
     roots, wrong, tried = to_dict(Config()).keys(), [], set()
     for where, key, value in advised():
         value = value.rstrip(".")
@@ -85,7 +85,7 @@ def test_every_value_that_is_named_can_be_set() -> None:
     assert len(tried) > 40
 
 
-def test_every_flag_that_is_named_exists() -> None:
+def test_every_flag_in_advice_exists() -> None:
     known = {"--help", "--version", "--multirun", "--cfg"} | OTHERS
     for parser in (*DOORS.values(), *COMMANDS.values()):
         known |= parser._option_string_actions.keys()
@@ -94,7 +94,7 @@ def test_every_flag_that_is_named_exists() -> None:
     assert not [f"{where}: {flag}" for where, flag in sorted(named) if flag not in known]
 
 
-def test_every_command_that_is_named_takes_its_flags() -> None:
+def test_every_command_in_advice_accepts_its_flags() -> None:
     seen, wrong = set(), []
     for s in SENTENCES:
         for door, rest in re.findall(r"(?:`|\b(?:with|run|by|use it:|status:) )(fedtune(?:-server|-client)?)\b([^`\n(]*)", s.text):
@@ -138,7 +138,7 @@ def refusal(args: list[str]) -> str:
 
 
 @pytest.mark.parametrize("args", [*COMBINATIONS, *(args for args, _ in REFUSED if args[0][:2] != "--")], ids=" ".join)
-def test_each_way_out_of_a_refusal_leads_out_of_it(args: list[str]) -> None:
+def test_each_suggested_setting_resolves_the_error(args: list[str]) -> None:
     said = refusal(args)
     for way in ways(said) if not said.startswith("cannot read") else ():
         keys = [setting.partition("=")[0] for setting in way.split(" ")]
@@ -148,7 +148,7 @@ def test_each_way_out_of_a_refusal_leads_out_of_it(args: list[str]) -> None:
         assert then != said and not re.search("unknown|is not known|wrong type|out of range", then), f"{said}\n{way} leads to: {then}"
 
 
-def test_ways_are_found_in_refusals() -> None:
+def test_suggestions_are_found_in_errors() -> None:
     assert ways("task.kind=causal_lm does not fit data=demo, take task=instruction or classification") == [
         "task=instruction", "task=classification"
     ]  # fmt: skip
@@ -157,7 +157,7 @@ def test_ways_are_found_in_refusals() -> None:
 
 
 @pytest.mark.parametrize("case", [case for case, (*_, sentence) in CASES.items() if "=" in sentence])
-def test_each_way_out_of_bad_data_leads_out_of_it(tmp_path: Path, case: str) -> None:
+def test_each_suggested_setting_resolves_bad_data(tmp_path: Path, case: str) -> None:
     name, content, settings, _, _ = CASES[case]
     if content is not None:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)

@@ -77,7 +77,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("row", [pytest.param(r, marks=[pytest.mark.slow] if r.slow else [], id=r.says[:60]) for r in ROWS])
-def test_following_the_advice_ends_the_complaint(row: Row, place: Place) -> None:
+def test_following_the_advice_resolves_the_error(row: Row, place: Place) -> None:
     if row.library:
         pytest.importorskip(row.library)
     (text,) = texts_of(row.says)

@@ -57,7 +57,7 @@ def test_adapter_and_merged_model_give_the_runs_logits(tmp_path: Path, capsys: p
             assert (untouched(input_ids=TOKENS).logits - wanted).abs().max() > 1e-3  # the run did change the model
 
 
-def test_a_second_run_of_the_process_starts_from_the_untouched_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_in_the_process_starts_from_the_original_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flora = {"_target_": "fedtune.strategies.flora.FLoRA"}
     # nobody is evaluated, so nobody but the start can bring the frozen weights back
     config = tiny_config(tmp_path, task=TaskConfig(kind="classification", max_length=16), strategy=flora, rounds=3, clients_per_round=1)
@@ -72,7 +72,7 @@ def test_a_second_run_of_the_process_starts_from_the_untouched_backbone(tmp_path
     assert sorted(p.name for p in (first / "adapter").glob("shift-*")) == shifts
 
 
-def test_the_directory_tells_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_directory_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = simulate(tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="door", clients=-1)))
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "partition.json", "report.html", "adapter", "checkpoints"} <= names
@@ -100,14 +100,14 @@ def test_the_adapter_has_a_card_and_exports_as_the_run_does(tmp_path: Path, caps
         assert json.loads((tmp_path / out / "fedtune.json").read_text())["prompt"] == "{question} ->"
 
 
-def test_stopping_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopping_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import fedtune.experiment as app
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(app, "_hand_over", stop)
-    with pytest.raises(Stopped, match=r"stopped; go on with resume=.*outputs/tiny/"):
+    with pytest.raises(Stopped, match=r"stopped; continue with resume=.*outputs/tiny/"):
         simulate(tiny_config(tmp_path, rounds=1))
 
 

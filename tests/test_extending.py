@@ -43,7 +43,7 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("args", [["conf=trial.yaml"], ["conf=base", "strategy._target_=mine.PartialStep", "+strategy.step=0.25"]])
 @pytest.mark.usefixtures("away")
-def test_the_strategy_of_the_document_is_found_and_adds_up(args: list[str]) -> None:
+def test_the_document_s_strategy_is_found_and_works(args: list[str]) -> None:
     strategy = make_strategy(compose(args)[0].config)
     state, made = ServerState(adapter=drawn(0)), [update("a", drawn(1), examples=1), update("b", drawn(2), examples=3)]
     after = strategy.aggregate(1, state, iter(made)).adapter
@@ -70,13 +70,13 @@ def test_the_document_has_the_signatures_of_the_base_class() -> None:
         ("mine.Nope", r"cannot be imported: .* of a module in the working directory \(there is no Nope in mine\)"),
         ("elsewhere.X", r"cannot be imported: .* \(ModuleNotFoundError: No module named 'elsewhere'\)"),
         ("broken.X", r"cannot be imported: .* \(ZeroDivisionError: division by zero\)"),
-        ("broken", r"cannot be imported: .* \(it names no module\)"),
+        ("broken", r"cannot be imported: .* \(it has no module name\)"),
         ("mine.Update", "is not a strategy: it must be a subclass of fedtune.contracts.strategy.Strategy"),
-        ("mine.Bare", "cannot be made: TypeError: Can't instantiate abstract class Bare"),
-        ("mine.Picky", "cannot be made: ValueError: no"),
+        ("mine.Bare", "cannot be constructed: TypeError: Can't instantiate abstract class Bare"),
+        ("mine.Picky", "cannot be constructed: ValueError: no"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(away: Path, target: str, sentence: str) -> None:
+def test_an_unusable_strategy_is_one_sentence(away: Path, target: str, sentence: str) -> None:
     with (away / "mine.py").open("a") as f:
         f.write("\nclass Bare(Strategy): pass\nclass Picky(PartialStep):\n  def __init__(self): raise ValueError('no')\n")
     (away / "broken.py").write_text("1 / 0\n")

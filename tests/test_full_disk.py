@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from fedtune.config import Config, EvalConfig
 from fedtune.config.stored import read_config
-from fedtune.errors import CheckpointError, FedtuneError, disk_trouble
+from fedtune.errors import CheckpointError, FedtuneError, disk_error
 from fedtune.experiment import simulate
 from tests.test_starts import DISK, Killed
 from tests.tiny import tiny_config
@@ -32,8 +32,8 @@ from tests.tiny import tiny_config
         (ValueError("28"), None),
     ],
 )
-def test_it_is_known_whoever_says_it(bad: Exception, said: str | None) -> None:
-    assert disk_trouble(bad) == said
+def test_a_disk_error_of_any_library_is_recognized(bad: Exception, said: str | None) -> None:
+    assert disk_error(bad) == said
 
 
 def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
@@ -45,7 +45,7 @@ def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [OSError, Killed], ids=["disk full", "killed"])
-def test_a_run_is_one_sentence_and_goes_on(tmp_path: Path, stop: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_sentence_and_resumable(tmp_path: Path, stop: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="door", clients=2))
     wanted = (simulate(config) / "adapter" / "fedtune.safetensors").read_bytes()
     stopped = 0
@@ -66,7 +66,7 @@ def test_a_run_is_one_sentence_and_goes_on(tmp_path: Path, stop: type[BaseExcept
 
 
 @pytest.mark.parametrize("door", ["simulate", "main", "server", "client"])
-def test_a_door_says_it_where_nothing_else_did(door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_reports_a_full_disk(door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib
 
     module = importlib.import_module(f"fedtune.cli.{door}")
@@ -81,8 +81,8 @@ def test_a_door_says_it_where_nothing_else_did(door: str, monkeypatch: pytest.Mo
     argv = {"simulate": [], "main": [], "server": ["conf=base", "--insecure"], "client": ["--server", "127.0.0.1:1", "--insecure"]}[door]
     assert module.main(argv) == 2
     said = capsys.readouterr().err.strip()
-    assert said.endswith("/x cannot be written (No space left on device): free the disk and start again") and "\n" not in said
+    assert said.endswith("/x cannot be written (No space left on device): free disk space and start again") and "\n" not in said
 
 
-def test_a_sentence_of_ours_is_not_hidden() -> None:
-    assert disk_trouble(FedtuneError("No space left on device")) is None
+def test_a_fedtune_error_is_not_hidden() -> None:
+    assert disk_error(FedtuneError("No space left on device")) is None

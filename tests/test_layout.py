@@ -90,14 +90,14 @@ def test_a_file_imports_only_what_its_room_may(module: str, file: Path) -> None:
     assert not excess, f"{file.relative_to(ROOT)} imports {excess}: a room imports only the rooms below it"
 
 
-def test_no_room_is_above_itself() -> None:
+def test_the_package_order_has_no_cycle() -> None:
     tuple(TopologicalSorter({of: allowed(of) - {of} for of in (*LOW, *MAY_IMPORT)}).static_order())
     used = {(room(module), room(name)) for module, file in files() for name in imported(file)}
     unused = {(of, other) for of, others in MAY_IMPORT.items() for other in others} - used
     assert not unused, f"the table allows what nobody needs: {unused}"
 
 
-def test_no_module_imports_itself_by_a_detour() -> None:
+def test_the_import_graph_has_no_cycle() -> None:
     assert cycle({module: imported(file) - {module} for module, file in files()}) is None
 
 
@@ -110,7 +110,7 @@ def cycle(graph: Mapping[str, set[str]]) -> list[str] | None:
     return None
 
 
-def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
+def test_the_import_rules_detect_violations(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("import fedtune.data.demo\ndef f():\n    from fedtune import clients, models\n    import fedtune.plan")
     assert imported(tmp_path / "x.py") == {"data.demo", "clients", "models", "plan"}
     (tmp_path / "x.py").write_text("if TYPE_CHECKING:\n    from fedtune.data import local\n    from fedtune.data.hub import read_hub")
@@ -161,7 +161,7 @@ def renames(node: ast.AST) -> bool:
     return False
 
 
-def test_only_one_module_writes_beside_and_renames() -> None:
+def test_only_one_module_writes_atomically() -> None:
     found = [
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         for _, file in files()
@@ -189,11 +189,11 @@ def test_only_one_module_writes_beside_and_renames() -> None:
         ("dataclasses.replace(config, out=out)", False),
     ],
 )
-def test_that_rule_sees_what_it_forbids(text: str, forbidden: bool) -> None:
+def test_that_rule_detects_violations(text: str, forbidden: bool) -> None:
     assert any(renames(node) for node in ast.walk(ast.parse(text))) == forbidden
 
 
-def test_only_one_module_judges_bounds() -> None:
+def test_only_one_module_checks_ranges() -> None:
     sentence = "is out of range: it must be|is not known: choose one of"
     found = [
         f"{file.relative_to(ROOT)}:{node.lineno}"

@@ -53,7 +53,7 @@ def test_the_package_loads_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_names_stay_what_they_are_when_rooms_of_their_name_are_loaded() -> None:
+def test_public_names_do_not_change_when_modules_of_the_same_name_load() -> None:
     code = """
 import sys, fedtune
 run = fedtune.run
@@ -113,7 +113,7 @@ def far(a: AdapterState, b: AdapterState) -> float:
     return max(float((a[n] - b[n]).abs().max()) for n in a.tensors)
 
 
-def test_a_strategy_and_a_turn_of_a_cell_need_no_file(tmp_path: Path) -> None:
+def test_a_strategy_and_a_turn_from_a_notebook_need_no_file(tmp_path: Path) -> None:
     made: list[AdapterState] = []
     for share in (0.0, 0.5, 1.0):
         result = fedtune.run(tiny_config(tmp_path, rounds=1), strategy=Uniform(share=share), turns={"halved": Halved})
@@ -122,25 +122,25 @@ def test_a_strategy_and_a_turn_of_a_cell_need_no_file(tmp_path: Path) -> None:
     assert result.config.strategy == {"_target_": f"{__name__}.Uniform", "share": 1.0, "stop": None}
 
 
-def test_a_run_is_stopped_and_the_process_lives_on(tmp_path: Path) -> None:
+def test_stopping_a_run_keeps_the_process_alive(tmp_path: Path) -> None:
     config, turns = tiny_config(tmp_path, rounds=3), {"halved": Halved}
     whole = fedtune.run(config, strategy=Uniform(), turns=turns)
-    with pytest.raises(Stopped, match="stopped; go on with resume=") as stop:
+    with pytest.raises(Stopped, match="stopped; continue with resume=") as stop:
         fedtune.run(config, strategy=Uniform(stop=2), turns=turns)
     path = str(stop.value).partition("resume=")[2]
     part = fedtune.load_run(path)
     assert [r["round"] for r in part.rounds] == [0, 1]
-    with pytest.raises(CheckpointError, match="has no adapter yet: go on with resume="):
+    with pytest.raises(CheckpointError, match="has no adapter yet: continue the run with resume="):
         _ = part.adapter
     on = fedtune.run(dataclasses.replace(part.config, resume=path), strategy=Uniform(), turns=turns)
     assert str(on.path) == path and far(on.adapter, whole.adapter) == 0.0
 
 
-def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+def test_invalid_calls_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a turn cannot be called 'fedprox'"):
         fedtune.run(tiny_config(tmp_path), strategy=Uniform(), turns={"fedprox": Halved})
     ray: Config = fedtune.configure("engine=ray")
-    with pytest.raises(ConfigError, match="not known to Ray's workers: set engine=inprocess"):
+    with pytest.raises(ConfigError, match="Ray's workers cannot import turns that are defined in this process: set engine=inprocess"):
         fedtune.run(ray, turns={"halved": Halved})
     with pytest.raises(ConfigError, match="unknown config key"):
         fedtune.configure("rouns=3")

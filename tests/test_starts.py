@@ -94,14 +94,14 @@ def test_a_start_is_repeatable(tmp_path: Path, what: str, stop: type[BaseExcepti
     assert operations >= 2
 
 
-def test_a_folder_that_holds_something_is_not_taken_for_a_run(tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_not_taken_for_a_run(tmp_path: Path) -> None:
     RunDirectory.create(Config(), tmp_path / "run").close()
-    with pytest.raises(RunError, match="there is a run in .* already: go on with resume="):
+    with pytest.raises(RunError, match="there is a run in .* already: continue it with resume="):
         RunDirectory.create(Config(), tmp_path / "run")
     for stranger in ("notes.txt", "checkpoints/round-0001"):
         folder = tmp_path / stranger.replace("/", "-")
         (folder / stranger).mkdir(parents=True)
-        with pytest.raises(RunError, match=f"holds {Path(stranger).name} and no run"):
+        with pytest.raises(RunError, match=f"contains {Path(stranger).name} but no run"):
             RunDirectory.create(Config(), folder)
         assert (folder / stranger).is_dir() and not (folder / "config.yaml").exists()
 
@@ -117,7 +117,7 @@ def half(path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["half", "no database", "half beside"])
-def test_a_database_that_is_not_whole_is_made_again(tmp_path: Path, left: str) -> None:
+def test_an_incomplete_database_is_created_again(tmp_path: Path, left: str) -> None:
     path = tmp_path / "superlink.db"
     if left == "no database":
         path.write_bytes(b"SQL" * 100)
@@ -130,7 +130,7 @@ def test_a_database_that_is_not_whole_is_made_again(tmp_path: Path, left: str) -
     assert path.stat().st_mtime_ns == before  # a whole one stays
 
 
-def test_a_kill_within_the_migrations_leaves_nothing_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_during_the_migrations_leaves_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(engine: Any) -> None:
         half(Path(engine.url.database))
         raise KeyboardInterrupt

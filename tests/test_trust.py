@@ -67,7 +67,7 @@ def change(run: Path, how: Callable[[dict], object]) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(values))
 
 
-def test_no_command_obeys_trust_that_a_run_directory_asks_for(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands: dict[str, Callable[[], int]] = {
         "resume": lambda: sim([f"resume={run}", "rounds=2"]),
         "server": lambda: server(["--run", str(run), "--insecure", "--address", "127.0.0.1:0", "rounds=2"]),
@@ -88,7 +88,7 @@ def test_no_command_obeys_trust_that_a_run_directory_asks_for(run: Path, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_todays_command_line_allows_it(tmp_path: Path, modules: None) -> None:
+def test_the_command_line_allows_remote_code(tmp_path: Path, modules: None) -> None:
     config = tiny_config(tmp_path, rounds=1, inference=InferenceConfig(samples=0, export="hf"))  # the merged model trusts as the run does
     bring_code(tmp_path / "model", tmp_path / "ran")
     config.model.trust_remote_code = True
@@ -120,22 +120,22 @@ def test_a_strategy_beside_the_run_is_not_imported(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        (["strategy._target_=other.Mine"], "resume takes the run's own strategy, fedtune.strategies.fedavg.FedAvg"),
+        (["strategy._target_=other.Mine"], "resume uses the run's own strategy, fedtune.strategies.fedavg.FedAvg"),
         (["model.trust_remote_code=maybe"], "model.trust_remote_code=maybe has the wrong type: wanted true or false"),
     ],
 )
-def test_what_cannot_be_allowed(tmp_path: Path, settings: list[str], wanted: str) -> None:
+def test_settings_that_cannot_be_allowed(tmp_path: Path, settings: list[str], wanted: str) -> None:
     RunDirectory.create(tiny_config(tmp_path), tmp_path / "run").close()
     with pytest.raises(FedtuneError, match=wanted):
         compose([f"resume={tmp_path / 'run'}", *settings])
 
 
-def test_a_service_that_starts_again_keeps_what_its_command_line_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restarted_service_keeps_its_command_line_s_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     model = ModelConfig(source="hub", name=str(tmp_path / "model"), trust_remote_code=True)
     RunDirectory.create(dataclasses.replace(tiny_config(tmp_path), model=model), tmp_path / "run").close()
     assert not read_config(tmp_path / "run").model.trust_remote_code
-    monkeypatch.setattr("fedtune.experiment.conduct", lambda config, *rest, **named: seen.append(config))
+    monkeypatch.setattr("fedtune.experiment.run_experiment", lambda config, *rest, **named: seen.append(config))
     for settings in ([], ["model.trust_remote_code=true"]):
         assert server(["--run", str(tmp_path / "run"), "--insecure", *settings]) == 0
     assert [config.model.trust_remote_code for config in seen] == [False, True]

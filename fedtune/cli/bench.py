@@ -7,18 +7,18 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
-    about = "Measure a model on this machine: prefill, decode, first token, memory, and how near that is to what the memory can give."
-    bench = commands.add_parser("bench", help="measure how fast a model is here", description=about)
+    about = "Measure a model on this machine: prefill, decode, first token, memory, and the share of the memory bandwidth that it reaches."
+    bench = commands.add_parser("bench", help="measure a model's speed on this machine", description=about)
     bench.add_argument("model", type=Path, metavar="MODEL", help="edge package or Hugging Face folder")
-    bench.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="how weights are kept (default: as the model is stored)")
+    bench.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="weight format in memory (default: as stored)")
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of the prompt (default: %(default)s)")
-    bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens after it (default: %(default)s)")
-    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="after one that warms up (default: %(default)s)")
-    bench.add_argument("--threads", type=int, metavar="N", help="default: torch's own")
-    bench.add_argument("--speculate", action="store_true", help="measure prompt lookup and early exit too")
-    bench.add_argument("--draft", type=Path, metavar="DIR", help="measure this draft model too")
-    bench.add_argument("--text", type=Path, metavar="FILE", help="lines that begin the answers of speculation (default: it samples some)")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.png there")
+    bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="measured repeats, after a warm-up (default: %(default)s)")
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    bench.add_argument("--speculate", action="store_true", help="also measure prompt lookup and early exit")
+    bench.add_argument("--draft", type=Path, metavar="DIR", help="also measure this draft model")
+    bench.add_argument("--text", type=Path, metavar="FILE", help="prompts for speculative decoding, one per line (default: sampled)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.json and bench.png")
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(command=_run)
 

@@ -1,7 +1,7 @@
-"""The device's door: `fedtune-client --server host:8080`, which takes part in whatever experiment that server runs.
+"""The client command: `fedtune-client --server host:8080` takes part in the server's experiments.
 
-The process that holds the connection has no torch in it; a child of its has, keeps the model loaded between rounds, and may die without
-taking the node down.
+The process with the connection does not import torch. A child process does: it keeps the model loaded between rounds, and its crash does
+not stop the node.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from typing import Any
 from flwr.app import Message
 
 from fedtune.config.bounds import require
-from fedtune.errors import ConfigError, sentence
+from fedtune.errors import ConfigError, user_message
 from fedtune.version import __version__
 
 _log = logging.getLogger("fedtune.cli.client")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Take part until stopped; returns the exit code: 2 is a refusal in one sentence, 130 stopped."""
+    """Take part until stopped. Returns the exit code: 2 for an error, 130 if stopped."""
     args = _parser().parse_args(argv)
     try:
         return _main(args)
     except Exception as bad:
-        print(f"fedtune-client: {sentence(bad)}", file=sys.stderr)
+        print(f"fedtune-client: {user_message(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -47,43 +47,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="this device's rows: a file, a folder or a glob (default: its part of the built-in demo); a server cannot name others",
+        help="this device's rows: a file, folder or glob (default: its part of the built-in demo); the server cannot choose files",
     )
     parser.add_argument(
         "--model",
         type=Path,
         metavar="FOLDER",
-        help="the backbone's folder on this device (default: the built-in one, or the hub's by the server's name); servers name no folder",
+        help="the backbone's folder on this device (default: the built-in one, or the server's hub model); the server cannot choose one",
     )
     parser.add_argument(
         "--device",
         metavar="PROFILE",
-        help="what this device can do: auto measures it, a name is one of the scenario's device classes, FILE.yaml holds the keys of one"
-        " (default: take every plan as it is)",
+        help="the device's capabilities: auto measures them, NAME is a device class of the scenario, FILE.yaml has a class's keys"
+        " (default: accept every plan unchanged)",
     )
-    parser.add_argument("--client-id", metavar="ID", help="this client's name (default: the folder of --key, or the host's name)")
+    parser.add_argument("--client-id", metavar="ID", help="this client's name (default: the folder of --key, or the host name)")
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="ca.pem of the server (default: the system's CAs)")
-    parser.add_argument("--key", type=Path, metavar="FILE", help="this client's private key, as `fedtune keys` made it")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="this client's private key from `fedtune keys`")
     parser.add_argument("--insecure", action="store_true", help="plain HTTP and no key: for trials on one machine")
     parser.add_argument(
         "--min-privacy",
         choices=["record", "user"],
-        help="least privacy that this device applies to what it sends, whatever the server says: record hides each of its rows, user all of"
-        " them; it then draws its noise itself, evaluates nothing, and refuses other turns (default: as the server says)",
+        help="minimum privacy of all updates, whatever the server asks: record protects each row, user all rows together; the device then"
+        " draws its own noise, evaluates nothing, and refuses other turns (default: as the server asks)",
     )
     parser.add_argument(
         "--max-epsilon",
         type=float,
         metavar="E",
-        help="most that this device gives up over all turns of all runs, as ε at --delta; further turns are refused. Needs --min-privacy",
+        help="ε budget of this device over all turns of all runs, at --delta; further turns are refused; needs --min-privacy",
     )
     parser.add_argument("--delta", type=float, default=1e-5, metavar="D", help="δ of --max-epsilon (default: %(default)g)")
     parser.add_argument(
-        "--state", type=Path, metavar="DIR", help="what is kept between turns and restarts (default: ~/.local/state/fedtune/ID)"
+        "--state", type=Path, metavar="DIR", help="folder for state kept between turns and restarts (default: ~/.local/state/fedtune/ID)"
     )
-    parser.add_argument(
-        "--max-retries", type=int, metavar="N", help="give up after so many failed tries of one call (default: never give up)"
-    )
+    parser.add_argument("--max-retries", type=int, metavar="N", help="exit after N failed attempts of one call (default: retry for ever)")
     parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
     return parser
 
@@ -96,28 +94,28 @@ def _main(args: argparse.Namespace) -> int:
 
     require("--max-retries", args.max_retries, ge=0)
     if args.insecure and (args.key or args.root_certificates):
-        raise ConfigError("--insecure speaks without TLS and keys: leave out --key and --root-certificates, or --insecure")
+        raise ConfigError("--insecure uses neither TLS nor keys: leave out --key and --root-certificates, or --insecure")
     if not args.insecure and args.key is None:
-        raise ConfigError("--key says who this client is: `fedtune keys` makes one; --insecure does without, for trials on one machine")
+        raise ConfigError("--key is missing: create a key with `fedtune keys`, or use --insecure for trials on one machine")
     if args.key is not None:
         check_private(args.key)
     if args.data is not None:
         from fedtune.data.local import has_files
 
         if not has_files(args.data):
-            raise ConfigError(f"--data {args.data} is no file, folder or glob that means any")
+            raise ConfigError(f"--data {args.data}: no such file or folder, and no file matches it as a glob")
     if args.max_epsilon is not None and args.min_privacy is None:
-        raise ConfigError("--max-epsilon counts what private turns cost: say with --min-privacy record or user that others are refused")
+        raise ConfigError("--max-epsilon limits the cost of private turns: add --min-privacy record or user, which refuses other turns")
     require("--max-epsilon", args.max_epsilon, gt=0)
     require("--delta", args.delta, gt=0, lt=1)
     if args.model is not None and not args.model.expanduser().is_dir():
-        raise ConfigError(f"--model {args.model}: there is no such folder")
+        raise ConfigError(f"--model {args.model}: no such folder")
     client = _client_id(args)
     state = (args.state or Path.home() / ".local/state/fedtune" / client).expanduser().resolve()
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as bad:
-        raise ConfigError(f"cannot keep anything in {state}: {bad.strerror}; give another --state") from None
+        raise ConfigError(f"cannot create the state folder {state}: {bad.strerror}; give another --state") from None
     settings: dict[str, Any] = {
         "client": client,
         "state": str(state),
@@ -140,7 +138,7 @@ def _main(args: argparse.Namespace) -> int:
     )
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if stopping.is_set():  # asked twice: do not wait for the turn at hand
+        if stopping.is_set():  # second signal: do not wait for the current turn
             executor.stop()
         stopping.set()
         node.stop()
@@ -151,8 +149,8 @@ def _main(args: argparse.Namespace) -> int:
         signal.signal(number, stop)
     with logging_to(state / "logs" / "client.jsonl"):
         if args.insecure:
-            _tell("WARNING: --insecure: no TLS and no key; whoever sits between can read and change what is sent")
-        _tell(f"client {client}: connecting to {args.server}; what is kept lies in {state}")
+            _tell("WARNING: --insecure: no TLS and no key; anyone on the network path can read and change the messages")
+        _tell(f"client {client}: connecting to {args.server}; state folder {state}")
         try:
             node.serve()
         finally:
@@ -161,29 +159,31 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
-    """Answer a message, and put into the log what was asked and what came of it."""
+    """Answer a message, and log the message and the outcome."""
     from fedtune.network.diary import describe
 
     began = time.monotonic()
     reply = answer()
-    sentence, fields = describe(message, reply, time.monotonic() - began)
-    _tell(sentence, **fields)
+    text, fields = describe(message, reply, time.monotonic() - began)
+    _tell(text, **fields)
     return reply
 
 
 def _client_id(args: argparse.Namespace) -> str:
     client = args.client_id or (args.key.resolve().parent.name if args.key else socket.gethostname())
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", client):
-        raise ConfigError(f"the client's name is '{client}': letters, digits, dots, dashes and underscores make one; give --client-id")
+        raise ConfigError(
+            f"the client name '{client}' is invalid: give a --client-id of at most 64 letters, digits, dots, dashes and underscores"
+        )
     return client
 
 
 def _device(asked: str | None) -> str | None:
-    """`auto`, a name, or the absolute path of a file."""
+    """The profile: `auto`, a name, or the absolute path of a file."""
     if asked is None or asked == "auto" or not asked.endswith((".yaml", ".yml")):
         return asked
     if not Path(asked).expanduser().is_file():
-        raise ConfigError(f"--device {asked}: there is no such file")
+        raise ConfigError(f"--device {asked}: no such file")
     return os.path.abspath(Path(asked).expanduser())
 
 

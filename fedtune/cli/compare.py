@@ -1,4 +1,4 @@
-"""`fedtune compare`: put finished runs side by side."""
+"""`fedtune compare`: compare finished runs."""
 
 import argparse
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
-    about = "Put finished runs side by side: mean and standard deviation over seeds, differences seed by seed, Markdown, CSV and a plot."
+    about = "Compare finished runs: mean and standard deviation over seeds, paired differences per seed, Markdown, CSV and a plot."
     compare = commands.add_parser("compare", help="compare finished runs", description=about)
-    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the first one's setting is compared with")
-    compare.add_argument("--metric", metavar="NAME", help="what to judge by, such as loss (default: the metric that the runs report)")
-    compare.add_argument("--out", type=Path, metavar="DIR", help="write compare.md, compare.csv and compare.png there")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the first one's settings are the baseline")
+    compare.add_argument("--metric", metavar="NAME", help="metric to compare, such as loss (default: the runs' primary metric)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.md, compare.csv and compare.png")
     compare.set_defaults(command=_run)
 
 

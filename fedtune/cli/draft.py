@@ -10,23 +10,26 @@ from fedtune.cli._shared import TRUST, check_seed
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
-    about = "Distil a small draft model from a merged one, for speculative decoding (`fedtune generate --draft`)."
-    draft = commands.add_parser("draft", help="make a small model that drafts for the tuned one", description=about)
+    about = "Distill a small draft model from a merged model, for speculative decoding (`fedtune generate --draft`)."
+    draft = commands.add_parser("draft", help="distill a draft model for speculative decoding", description=about)
     draft.add_argument(
-        "model", type=Path, metavar="MODEL|RUN", help="folder that `fedtune export` wrote, or a run (merged first where it is not)"
+        "model", type=Path, metavar="MODEL|RUN", help="folder that `fedtune export` wrote, or a run, which is merged first if needed"
     )
     draft.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: draft, beside the model)")
     draft.add_argument(
-        "--text", type=Path, metavar="FILE", help="a text a line, or .jsonl with text, or prompt and response (default: it writes them)"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="one text per line, or .jsonl with text, or prompt and response (default: sampled from the model)",
     )
-    draft.add_argument("--layers", type=int, metavar="N", help="layers of the draft (default: a quarter of the model's)")
+    draft.add_argument("--layers", type=int, metavar="N", help="layers of the draft model (default: a quarter of the model's)")
     draft.add_argument("--steps", type=int, default=400, metavar="N", help="training steps (default: %(default)s)")
-    draft.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts a step (default: %(default)s)")
+    draft.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts per step (default: %(default)s)")
     draft.add_argument("--length", type=int, default=128, metavar="N", help="longest text in tokens (default: %(default)s)")
     draft.add_argument("--lr", type=float, default=1e-3, metavar="RATE", help="peak learning rate (default: %(default)s)")
-    share = "share of the steps on texts that the draft writes itself (default: %(default)s)"
+    share = "share of steps on texts that the draft model generates (default: %(default)s)"
     draft.add_argument("--on-policy", type=float, default=0.5, metavar="SHARE", help=share)
-    draft.add_argument("--seed", type=int, default=0, metavar="S", help="of texts and sampling (default: %(default)s)")
+    draft.add_argument("--seed", type=int, default=0, metavar="S", help="seed of texts and sampling (default: %(default)s)")
     draft.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     draft.set_defaults(command=_run)
 
@@ -54,7 +57,7 @@ def _run(args: argparse.Namespace) -> str:
         TextColumn("{task.fields[nats]:.3f} nats"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)  # where nobody looks, rich would leave an empty line
+    console = Console(stderr=True)  # not on a terminal, rich would print an empty line
     with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bar:
         row = bar.add_task("", total=how.steps, nats=float("nan"))
         figures = distill(
@@ -66,6 +69,9 @@ def _run(args: argparse.Namespace) -> str:
             tell=lambda step, nats: bar.update(row, completed=step, nats=nats),
         )
     before, now = figures["acceptance_before"], figures["acceptance"]
-    told = f"{100 * figures['parameters'] / figures['of']:.0f} % of the parameters; the model accepts {100 * now:.0f} % of its tokens"
-    print(f"fedtune: {told} at temperature 1 ({100 * before:.0f} % before)", file=sys.stderr)
+    size = f"{100 * figures['parameters'] / figures['of']:.0f} % of the parameters"
+    print(
+        f"fedtune: {size}; the model accepts {100 * now:.0f} % of the draft tokens at temperature 1 ({100 * before:.0f} % before)",
+        file=sys.stderr,
+    )
     return str(out)

@@ -1,4 +1,4 @@
-"""`fedtune export`: the merged model of a run as a Hugging Face folder, an edge package or a GGUF file."""
+"""`fedtune export`: write a run's merged model as a Hugging Face folder, an edge package or a GGUF file."""
 
 import argparse
 import sys
@@ -11,13 +11,13 @@ from fedtune.errors import ConfigError
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
-    about = "Merge a run's adapter into its backbone and write the model: for other programs, for the engine on a device, or for llama.cpp."
-    export = commands.add_parser("export", help="write the merged model of a run, or a model for a device", description=about)
+    about = "Merge a run's adapter into its backbone and write the model for other programs, for fedtune's engine, or for llama.cpp."
+    export = commands.add_parser("export", help="write a run's merged model, or a model for a device", description=about)
     export.add_argument(
         "source",
         type=Path,
         metavar="RUN|RUN/clients/ID|ADAPTER|MODEL",
-        help="run directory, a client's folder in it (its personal model), PEFT adapter folder, or whole model",
+        help="run directory, a client's folder in it (its personal model), PEFT adapter folder, or complete model",
     )
     export.add_argument(
         "--to",
@@ -26,19 +26,19 @@ def add(commands: Any) -> None:
         help="format: hf, a Hugging Face folder; edge, a package for fedtune's engine; gguf, a file for llama.cpp (default: %(default)s)",
     )
     export.add_argument(
-        "--out", type=Path, metavar="PATH", help="folder or file to write (default: in the given folder, named by its format)"
+        "--out", type=Path, metavar="PATH", help="folder or file to write (default: in the source folder, named after the format)"
     )
     export.add_argument(
-        "--requantize", action="store_true", help="hf: quantize the merged model again, as the run's backbone was, and tell the error"
+        "--requantize", action="store_true", help="hf: quantize the merged model like the run's backbone, and report the error"
     )
     export.add_argument("--trust-remote-code", action="store_true", help=f"hf: {TRUST}")
-    export.add_argument("--quantize", choices=["int8", "int4"], help="edge: keep weights as int8 or int4 (default: as the checkpoint does)")
-    export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: how to quantize (default: rtn)")
+    export.add_argument("--quantize", choices=["int8", "int4"], help="edge: weight format (default: as in the checkpoint)")
+    export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: quantization method (default: rtn)")
     export.add_argument(
-        "--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and the perplexity: a RUN, .txt or .jsonl"
+        "--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and perplexity: a RUN, .txt or .jsonl"
     )
-    export.add_argument("--separate", action="store_true", help="edge: keep a LoRA adapter apart, to be chosen for each request")
-    export.add_argument("--gguf-type", choices=["f16", "q8_0", "q4_0"], help="gguf: how weights are kept (default: f16)")
+    export.add_argument("--separate", action="store_true", help="edge: keep the LoRA adapter unmerged, selectable per request")
+    export.add_argument("--gguf-type", choices=["f16", "q8_0", "q4_0"], help="gguf: weight format (default: f16)")
     export.set_defaults(command=_run)
 
 
@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> str:
     flags = {"hf": ["requantize", "trust_remote_code"], "edge": ["quantize", "method", "calibrate", "separate"], "gguf": ["gguf_type"]}
     of = {name: to for to, names in flags.items() for name in names}
     if odd := [name for name, to in of.items() if getattr(args, name) and to != args.to]:
-        raise ConfigError(f"--{odd[0].replace('_', '-')} goes with --to {of[odd[0]]}, not with --to {args.to}: leave it out")
+        raise ConfigError(f"--{odd[0].replace('_', '-')} is for --to {of[odd[0]]}, not for --to {args.to}: leave it out")
     if args.method and not args.quantize:
         raise ConfigError(f"--method {args.method} needs --quantize int8 or int4")
     if args.method in ("gptq", "awq", "smoothquant") and not args.calibrate:

@@ -1,8 +1,8 @@
-"""fedtune as an ordinary Flower app, for `flwr run .`: the two components that pyproject.toml names.
+"""fedtune as an ordinary Flower app, for `flwr run .`: the server and client components named in pyproject.toml.
 
-The bundle carries metadata only, so both components are those of the installed fedtune. What to run comes with Flower's run config: `conf`
-names the scenario and `overrides` holds settings as on the command line of `python -m fedtune.sim`. Any of Flower's processes may act for
-any client, so nothing is taken to be in memory from an earlier turn; what clients keep lies in the run's directory.
+The bundle has metadata only; both components come from the installed fedtune. Flower's run config selects the experiment: `conf` is the
+scenario, and `overrides` holds settings as on the command line of `python -m fedtune.sim`. Any Flower process may act for any client, so
+clients keep no state in memory between turns, only in the run directory.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import Config, check
-from fedtune.errors import ConfigError, sentence
+from fedtune.errors import ConfigError, user_message
 
 if TYPE_CHECKING:  # imports torch
-    from fedtune.experiment import Stage
+    from fedtune.experiment import EngineContext
 
-_NODES_COME_S = 5.0  # a simulation registers its nodes while the server's app starts
+_REGISTRATION_S = 5.0  # a simulation registers its nodes while the server app starts
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -33,17 +33,17 @@ def serve(grid: Grid, context: Context) -> None:
     """Run the experiment on Flower's grid.
 
     Raises:
-        FedtuneError: It cannot be run, in one sentence; Flower shows it as the run's details.
+        FedtuneError: The experiment cannot run. Flower shows the sentence in the run's details.
     """
-    config = _config(*_asked(context))
-    from fedtune.experiment import conduct  # torch and the rest: only once the config is good
-    from fedtune.rounds.membership import Welcome
+    config = _config(*_run_config(context))
+    from fedtune.experiment import run_experiment  # imports torch: only once the config is good
+    from fedtune.rounds.membership import JoinPolicy
 
-    def engine(stage: "Stage") -> None:
-        _count(grid, len(stage.space.client_ids))
-        stage.serve(grid, Welcome())
+    def engine(context: "EngineContext") -> None:
+        _count(grid, len(context.space.client_ids))
+        context.serve(grid, JoinPolicy())
 
-    conduct(config, engine, at=_folder(config, context.run_id))
+    run_experiment(config, engine, at=_folder(config, context.run_id))
 
 
 @client_app.query()
@@ -64,7 +64,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context) -> Message:
     from fedtune.clients.declining import declining
 
-    return declining(lambda m, c: _client(*_asked(c), c.run_id)(m, c))(message, context)
+    return declining(lambda m, c: _client(*_run_config(c), c.run_id)(m, c))(message, context)
 
 
 @lru_cache(maxsize=1)
@@ -79,15 +79,15 @@ def _client(conf: str, overrides: str, run_id: int) -> ClientApp:
 
 
 def _count(grid: Grid, clients: int) -> None:
-    """Say it if there are clients without a node: Flower's simulation brings two nodes unless it is told otherwise."""
-    until = time.monotonic() + _NODES_COME_S
+    """Warn about clients without a node: Flower's simulation has two nodes by default."""
+    until = time.monotonic() + _REGISTRATION_S
     while (nodes := len(list(grid.get_node_ids()))) < clients and time.monotonic() < until:
         time.sleep(0.1)
     if nodes < clients:
-        print(f"fedtune: {nodes} of {clients} clients have a SuperNode: --federation-config 'num-supernodes={clients}' gives each one")
+        print(f"fedtune: {nodes} of {clients} clients have a SuperNode: --federation-config 'num-supernodes={clients}' gives one to each")
 
 
-def _asked(context: Context) -> tuple[str, str]:
+def _run_config(context: Context) -> tuple[str, str]:
     return str(context.run_config["conf"]), str(context.run_config["overrides"])
 
 
@@ -95,13 +95,13 @@ def _config(conf: str, overrides: str) -> Config:
     try:
         from fedtune.config.compose import compose
     except ModuleNotFoundError as bad:  # Flower is installed, and fedtune without what it trains with
-        raise ConfigError(sentence(bad)) from None
+        raise ConfigError(user_message(bad)) from None
     try:
         given = shlex.split(overrides)
     except ValueError as bad:
         raise ConfigError(f'cannot read overrides="{overrides}": {bad}') from None
     if other := [g for g in given if g.partition("=")[0] in ("conf", "engine", "engine.kind", "engine.batched")]:
-        raise ConfigError(f"{other[0]} has no place in overrides: flwr run brings the engine, and the scenario is named by conf='NAME'")
+        raise ConfigError(f"{other[0]} cannot be in overrides: flwr run sets the engine, and conf='NAME' sets the scenario")
     resumed = any(g.startswith("resume=") for g in given)
     (job,) = compose(given if resumed else [f"conf={conf}", *given])
     engine = dataclasses.replace(job.config.engine, kind="ray", batched="none")
@@ -109,5 +109,5 @@ def _config(conf: str, overrides: str) -> Config:
 
 
 def _folder(config: Config, run_id: int) -> Path:
-    """The run's directory, which the server makes and simulated clients find by the id of Flower's run."""
+    """The run directory, which the server creates and simulated clients find by the id of the Flower run."""
     return Path(config.resume) if config.resume else Path(config.output_dir) / config.name / f"flower-{run_id}"

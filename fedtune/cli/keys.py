@@ -1,4 +1,4 @@
-"""`fedtune keys`: make and change the certificates and client keys of a deployment."""
+"""`fedtune keys`: create and change the certificates and client keys of a deployment."""
 
 import argparse
 from pathlib import Path
@@ -9,18 +9,18 @@ from fedtune.errors import ConfigError
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
-    about = "Make a CA, the server's certificate and a key for each client; or change such a folder: one of --add, --rotate, --remove, ..."
-    keys = commands.add_parser("keys", help="make certificates and client keys", description=about)
-    keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make, or to change")
-    keys.add_argument("--server-name", metavar="HOST[,IP...]", help="names that clients reach the server by")
-    keys.add_argument("--clients", nargs="+", metavar="NAME", help="name of each client")
+    about = "Create a CA, the server's certificate and a key for each client; or change such a folder with --add, --rotate, --remove, ..."
+    keys = commands.add_parser("keys", help="create certificates and client keys", description=about)
+    keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create or change")
+    keys.add_argument("--server-name", metavar="HOST[,IP...]", help="host names and addresses of the server")
+    keys.add_argument("--clients", nargs="+", metavar="NAME", help="names of the clients")
     change = keys.add_mutually_exclusive_group()
-    change.add_argument("--add", nargs="+", metavar="NAME", help="further clients for an existing folder")
-    change.add_argument("--rotate", nargs="+", metavar="NAME", help="new keys for clients; their old ones are refused")
-    change.add_argument("--remove", nargs="+", metavar="NAME", help="clients that may not take part any more")
-    change.add_argument("--renew-server", action="store_true", help="a new certificate of the server, signed with DIR/ca.key")
-    keys.add_argument("--ca-key", type=Path, metavar="FILE", help="where the CA's key is, if it is not DIR/ca.key (with --renew-server)")
-    keys.add_argument("--days", type=int, metavar="N", help="how long the server's certificate is good (default: 3650)")
+    change.add_argument("--add", nargs="+", metavar="NAME", help="add clients to an existing folder")
+    change.add_argument("--rotate", nargs="+", metavar="NAME", help="create new keys for clients; their old keys are refused")
+    change.add_argument("--remove", nargs="+", metavar="NAME", help="clients that may no longer take part")
+    change.add_argument("--renew-server", action="store_true", help="create a new server certificate, signed with DIR/ca.key")
+    keys.add_argument("--ca-key", type=Path, metavar="FILE", help="the CA's key, if it is not DIR/ca.key (with --renew-server)")
+    keys.add_argument("--days", type=int, metavar="N", help="days that the server's certificate is valid (default: 3650)")
     keys.set_defaults(command=_run)
 
 
@@ -31,7 +31,7 @@ def _run(args: argparse.Namespace) -> str:
     asked = next((name for name in changes if getattr(args, name)), "renew-server" if args.renew_server else "")
     useless = {"": ["ca_key"], "renew-server": ["clients"]}.get(asked, ["server_name", "clients", "days", "ca_key"])
     if extra := [f for f in useless if getattr(args, f) is not None]:
-        what = f"--{asked} changes a folder that is there" if asked else "a new folder gets a CA of its own"
+        what = f"--{asked} changes an existing folder" if asked else "a new folder gets its own CA"
         raise ConfigError(f"{what}: leave out --{extra[0].replace('_', '-')}")
     if asked in changes:
         return changes[asked](args.out, getattr(args, asked))
@@ -41,6 +41,7 @@ def _run(args: argparse.Namespace) -> str:
         return keys.renew_server(args.out, hosts, days=days, ca_key=args.ca_key)
     if args.server_name is None or not args.clients:
         raise ConfigError(
-            "a new folder of keys needs --server-name HOST and --clients NAME ...; --add, --rotate, --remove and --renew-server change one"
+            "a new folder of keys needs --server-name HOST and --clients NAME ...; --add, --rotate, --remove and --renew-server change an"
+            " existing one"
         )
     return keys.make_keys(args.out, hosts, args.clients, days=days)

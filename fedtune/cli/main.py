@@ -1,4 +1,4 @@
-"""The `fedtune` command: what to do before a run on a network, while it goes, and with a run once it has ended.
+"""The `fedtune` command: prepare a deployment, watch a run, and use its results.
 
     fedtune keys --out DIR --server-name HOST --clients a b c
     fedtune status RUN
@@ -8,14 +8,14 @@
     fedtune chat RUN/merged
     fedtune serve RUN/merged
 
-Text and paths go to stdout; what went wrong is one line on stderr, with exit code 2.
+Text and paths go to stdout. An error is one line on stderr, with exit code 2.
 """
 
 import argparse
 import sys
 
 from fedtune.cli import bench, chat, compare, draft, export, generate, keys, serve, status
-from fedtune.errors import sentence
+from fedtune.errors import user_message
 from fedtune.version import __version__
 
 _COMMANDS = (export, generate, chat, serve, bench, draft, keys, compare, status)
@@ -26,14 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         # Each command imports what it needs, so that --help needs no torch
-        if (said := args.command(args)) is not None:
-            print(said, flush=True)
+        if (output := args.command(args)) is not None:
+            print(output, flush=True)
         return 0
     except BrokenPipeError:  # `fedtune ... | head`
         sys.stderr.close()
         return 141
     except Exception as bad:
-        print(f"fedtune: {sentence(bad)}", file=sys.stderr)
+        print(f"fedtune: {user_message(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

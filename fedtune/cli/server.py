@@ -1,9 +1,9 @@
-"""The coordinator's door: `fedtune-server conf=heterogeneous`, the experiment of `python -m fedtune.sim` with real clients.
+"""The server command: `fedtune-server conf=heterogeneous` runs the experiment of `python -m fedtune.sim` with real clients.
 
     fedtune-server [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...] --certificates CA CERTIFICATE KEY --allowed FILE
     fedtune-server [conf=NAME] [KEY=VALUE ...] --insecure
 
-Flower's SuperLink runs in a process of its own (fedtune/network); this one holds strategy, bridge, checkpoints and the terminal.
+Flower's SuperLink runs in its own process (fedtune/network). This process has the strategy, bridge, checkpoints and terminal.
 """
 
 import argparse
@@ -22,27 +22,27 @@ from fedtune.config import Config, to_dict
 from fedtune.config.compose import DEFAULT_SCENARIO, compose
 from fedtune.config.stored import read_config
 from fedtune.data import check_coordinator_data
-from fedtune.errors import ConfigError, LinkLost, NetworkError, Stopped, sentence
+from fedtune.errors import ConfigError, LinkLost, NetworkError, Stopped, user_message
 from fedtune.rounds.find_strategy import make_strategy
 from fedtune.storage.ids import is_run_name
 from fedtune.version import __version__
 
 if TYPE_CHECKING:
-    from fedtune.experiment import Stage
+    from fedtune.experiment import EngineContext
     from fedtune.network.link import LinkSettings, SuperLink
 
-ROUND_S = 600.0  # a round on a network must end, whoever has gone
-_AGAIN_S = 15.0
+ROUND_S = 600.0  # default timeout: a round on a network must end even if clients have left
+_RETRY_S = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve what the arguments ask for; returns the exit code: 2 is a refusal in one sentence, 130 stopped."""
+    """Serve the experiment. Returns the exit code: 2 for an error, 130 if stopped."""
     args = _parser().parse_intermixed_args(argv)
     try:
         signal.signal(signal.SIGTERM, _stop)
         return _main(args)
     except Exception as bad:
-        print(f"fedtune-server: {sentence(bad)}", file=sys.stderr)
+        print(f"fedtune-server: {user_message(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"fedtune-server: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)
@@ -56,16 +56,16 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedtune-server",
-        description="Run an experiment with real clients: wait for them, train round by round, write the adapter and the report.",
-        epilog="Settings are those of `python -m fedtune.sim --help`. Keys and certificates: `fedtune keys`.",
+        description="Run an experiment with real clients: wait for clients, train for all rounds, and write the adapter and the report.",
+        epilog="For the settings see `python -m fedtune.sim --help`. Create keys and certificates with `fedtune keys`.",
     )
     parser.add_argument("settings", nargs="*", metavar="conf=NAME | KEY=VALUE", help=f"the experiment (default: conf={DEFAULT_SCENARIO})")
-    parser.add_argument("--address", default="0.0.0.0:8080", metavar="HOST:PORT", help="where clients connect (default: %(default)s)")
+    parser.add_argument("--address", default="0.0.0.0:8080", metavar="HOST:PORT", help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--run",
         type=Path,
         metavar="DIR",
-        help="the run's directory: made if there is none, gone on with, by its own settings, if it holds a run (for services)",
+        help="the run directory: created if it does not exist; if it has a run, that run continues with its own settings (for services)",
     )
     parser.add_argument(
         "--certificates", nargs=3, type=Path, metavar=("CA", "CERTIFICATE", "KEY"), help="PEM files for TLS: ca.pem server.pem server.key"
@@ -74,15 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         "--allowed",
         type=Path,
         metavar="FILE",
-        help="allowed.json: the public keys of the clients that may take part; read again when it changes",
+        help="allowed.json, the public keys of the clients that may take part; reloaded when it changes",
     )
-    parser.add_argument("--insecure", action="store_true", help="plain HTTP, and anybody may take part: for trials on one machine")
+    parser.add_argument("--insecure", action="store_true", help="plain HTTP, and anyone may take part: for trials on one machine")
     parser.add_argument(
         "--wait",
         type=float,
         default=300.0,
         metavar="SECONDS",
-        help="how long to wait for clients, at the start and in between (default: 300)",
+        help="longest wait for clients, at the start and between rounds (default: 300)",
     )
     parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
     return parser
@@ -91,36 +91,35 @@ def _parser() -> argparse.ArgumentParser:
 def _main(args: argparse.Namespace) -> int:
     settings = list(args.settings)
     if odd := [s for s in settings if "=" not in s]:
-        raise ConfigError(f"'{odd[0]}' is no setting: write KEY=VALUE, such as conf=heterogeneous or rounds=5")
+        raise ConfigError(f"'{odd[0]}' is not a setting: write KEY=VALUE, such as conf=heterogeneous or rounds=5")
     if args.run is not None and (idle := [s for s in settings if s.startswith(("resume=", "output_dir="))]):
-        raise ConfigError(f"--run {args.run} says which run this is and where it is kept: leave out {idle[0]}, or --run")
-    if args.run is not None and (args.run / "config.yaml").is_file():  # a service that starts again goes on
+        raise ConfigError(f"--run {args.run} already sets the run directory: leave out {idle[0]}, or --run")
+    if args.run is not None and (args.run / "config.yaml").is_file():  # a restarted service continues its run
         settings = _resumption(args.run, settings)
     (job,) = compose(settings)
     config = _for_a_network(job.config)
     check_coordinator_data(config)
     if (run := args.run or (Path(config.resume) if config.resume else None)) and not is_run_name(run.resolve().name):
         raise ConfigError(
-            f"clients name a folder after the run, which '{run.resolve().name}' is unfit for: name it with letters, digits, dots, dashes"
-            " and underscores"
+            f"clients use the run's name '{run.resolve().name}' as a folder name: use only letters, digits, dots, dashes and underscores"
         )
     make_strategy(config)
     link = link_settings(args)
     from fedtune.clients.workspace import Workspace
     from fedtune.data import load_test
-    from fedtune.experiment import conduct  # torch and the rest: only once all this is good
+    from fedtune.experiment import run_experiment  # imports torch, so only after all checks
 
     space = Workspace(config, load_test(config))
     clients = len(link.allowed_keys) or config.clients_per_round
-    conduct(config, lambda stage: serve(stage, link, args.wait), at=args.run, space=space, clients=clients, live=True)
+    run_experiment(config, lambda context: serve(context, link, args.wait), at=args.run, space=space, clients=clients, live=True)
     return 0
 
 
 def _resumption(run: Path, settings: list[str]) -> list[str]:
-    """The settings that go on with `run`. Of today's, `rounds` counts, and what allows code that is not fedtune's.
+    """Settings that resume `run`. From the given settings they keep `rounds` and those that allow foreign code.
 
     Raises:
-        ConfigError: Another setting is not the one that the run has.
+        ConfigError: Another setting differs from the run's.
     """
     today, kept = compose(settings)[0].config, read_config(run)
     _check_same(run, settings, today, kept)
@@ -133,22 +132,23 @@ def _resumption(run: Path, settings: list[str]) -> list[str]:
 
 
 def _check_same(run: Path, settings: list[str], today: Config, kept: Config) -> None:
-    """A service starts again with the command that it was first started with; what that asks for and the run is not, must not pass unsaid.
+    """Compare the command's settings with the run's: a service restarts with its first command, and differences must not go unnoticed.
 
-    What only the scenario's file says is named and not refused: another version of fedtune may say it otherwise.
+    A difference that comes only from the scenario file is printed, not refused: another version of fedtune may have changed the file.
     """
     asked, has = _flat(to_dict(_for_a_network(today))), _flat(to_dict(kept))
     changed = sorted(k for k in asked.keys() | has.keys() if asked.get(k) != has.get(k) and k not in ("rounds", "model.trust_remote_code"))
     given = [s.partition("=")[0].lstrip("+~") for s in settings]
     for key in (k for k in changed if any(k == g or k.startswith(f"{g}.") for g in given)):
         raise ConfigError(
-            f"the run in {run} has {key}={has.get(key)}, and {key}={asked.get(key)} is asked for: only rounds can change;"
-            " leave that setting out, or give another --run for another run"
+            f"the run in {run} has {key}={has.get(key)}, but the command sets {key}={asked.get(key)}: only rounds can change;"
+            " leave that setting out, or give another --run to start another run"
         )
     if changed and (conf := [s for s in settings if s.startswith("conf=")]):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         print(
-            f"fedtune-server: the run in {run} keeps its own settings, {conf[0]} has other {', '.join(changed[:3])}{more}", file=sys.stderr
+            f"fedtune-server: the run in {run} keeps its own settings; {conf[0]} differs in {', '.join(changed[:3])}{more}",
+            file=sys.stderr,
         )
 
 
@@ -167,29 +167,28 @@ def _for_a_network(config: Config) -> Config:
 
 
 def link_settings(args: argparse.Namespace) -> "LinkSettings":
-    """Where to listen and whom to let in.
+    """The SuperLink's address and security settings from the arguments.
 
     Raises:
-        ConfigError: Neither keys nor --insecure, or an address that is none.
+        ConfigError: There are neither keys nor --insecure, or the address is invalid.
     """
     from fedtune.network.keys import check_private, read_allowed
     from fedtune.network.link import LinkSettings
 
     host, _, port = args.address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"--address {args.address} is no address: write HOST:PORT, such as 0.0.0.0:8080")
+        raise ConfigError(f"--address {args.address} is not an address: write HOST:PORT, such as 0.0.0.0:8080")
     host = host.strip("[]")
     if args.insecure:
         if args.certificates or args.allowed:
-            raise ConfigError("--insecure serves without TLS and keys: leave out --certificates and --allowed, or --insecure")
+            raise ConfigError("--insecure uses neither TLS nor keys: leave out --certificates and --allowed, or --insecure")
         return LinkSettings(folder=Path(), host=host, port=int(port), certificates=None, insecure=True)
     if not args.certificates or not args.allowed:
         raise ConfigError(
-            "--certificates and --allowed say how clients know the server and which may take part: `fedtune keys` makes both; --insecure"
-            " does without, for trials on one machine"
+            "--certificates and --allowed are both needed: create them with `fedtune keys`, or use --insecure for trials on one machine"
         )
     if missing := [path for path in args.certificates if not path.is_file()]:
-        raise ConfigError(f"there is no file {missing[0]}: `fedtune keys` makes certificates")
+        raise ConfigError(f"there is no file {missing[0]}: create certificates with `fedtune keys`")
     check_private(args.certificates[2])
     allowed = read_allowed(args.allowed)
     return LinkSettings(
@@ -203,56 +202,56 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
     )
 
 
-def serve(stage: "Stage", settings: "LinkSettings", wait_s: float) -> None:
-    """Bring the SuperLink up and run all rounds on it; where it is lost, bring it up again and go on from the last checkpoint."""
+def serve(context: "EngineContext", settings: "LinkSettings", wait_s: float) -> None:
+    """Start the SuperLink and run all rounds on it. If it fails, restart it and continue from the last checkpoint."""
     from fedtune.network.allowed import Allowed
     from fedtune.network.keys import read_allowed
     from fedtune.network.link import SuperLink
     from fedtune.network.logs import logging_to
     from fedtune.network.status_server import FILE, Board
-    from fedtune.rounds.membership import Welcome
+    from fedtune.rounds.membership import JoinPolicy
 
-    run, watch, config = stage.run.path, stage.watch, stage.config
+    run, observer, config = context.run.path, context.observer, context.config
     link = SuperLink(dataclasses.replace(settings, folder=run / "superlink", log=run / "logs" / "superlink.jsonl"))
     names = _Names(link) if not settings.insecure else None
-    welcome = Welcome(
-        said={"config": _told(config), "run": run.resolve().name, "labels": list(stage.space.federation.labels)},
+    join = JoinPolicy(
+        hello={"config": _shared_config(config), "run": run.resolve().name, "labels": list(context.space.federation.labels)},
         patience_s=wait_s,
-        wanted=min(config.clients_per_round, len(settings.allowed_keys) or config.clients_per_round),
-        again_s=_AGAIN_S,
+        expected_clients=min(config.clients_per_round, len(settings.allowed_keys) or config.clients_per_round),
+        retry_s=_RETRY_S,
         names=names,
     )
     with logging_to(run / "logs" / "server.jsonl"):
         try:
             link.start()
             if settings.insecure:
-                watch.note("WARNING: --insecure: no TLS and no keys; whoever reaches this port can read and change the training")
-            watch.note(f"listening on {settings.host}:{link.port}; a round lasts {config.round_timeout_s:g} s at most")
+                observer.note("WARNING: --insecure: no TLS and no keys; anyone who reaches this port can read and change the training")
+            observer.note(f"listening on {settings.host}:{link.port}; a round takes at most {config.round_timeout_s:g} s")
             with contextlib.ExitStack() as open_:
-                board = open_.enter_context(Board(run / FILE, _Status(stage, link, f"{settings.host}:{link.port}")))
+                board = open_.enter_context(Board(run / FILE, _Status(context, link, f"{settings.host}:{link.port}")))
                 if settings.allowed_file is not None:
-                    open_.enter_context(Allowed(settings.allowed_file, settings.allowed_keys, read_allowed, link.allow, watch.note))
-                watch.note(f"report {run / 'report.html'}   status: fedtune status {run}   or --control {board.control}")
-                _serve(stage, link, welcome)
+                    open_.enter_context(Allowed(settings.allowed_file, settings.allowed_keys, read_allowed, link.allow, observer.note))
+                observer.note(f"report {run / 'report.html'}   status: fedtune status {run}   or --control {board.control}")
+                _serve(context, link, join)
         finally:
             link.stop()
 
 
-def _serve(stage: "Stage", link: "SuperLink", welcome: Any) -> None:
+def _serve(context: "EngineContext", link: "SuperLink", join: Any) -> None:
     losses: list[float] = []
     while True:
         try:
-            return stage.serve(link.open_run(stage.run.path.name), welcome)
+            return context.serve(link.open_run(context.run.path.name), join)
         except LinkLost as lost:
             losses = [t for t in losses if time.monotonic() - t < 600] + [time.monotonic()]
             if len(losses) > 5:
-                raise NetworkError(f"the SuperLink was lost {len(losses)} times in ten minutes, the last time because {lost}") from None
-            stage.watch.note(f"{lost}; going on from the last checkpoint")
+                raise NetworkError(f"the SuperLink failed {len(losses)} times in ten minutes, last with: {lost}") from None
+            context.observer.note(f"{lost}; continuing from the last checkpoint")
             link.start()
 
 
 class _Names:
-    """Node → name of the key that it came in with."""
+    """Node id → name of the key that the node connected with."""
 
     def __init__(self, link: "SuperLink") -> None:
         self._link = link
@@ -262,40 +261,40 @@ class _Names:
 
 
 class _Status:
-    """What `fedtune status` is told."""
+    """The server's status, for `fedtune status`."""
 
-    def __init__(self, stage: "Stage", link: "SuperLink", address: str) -> None:
-        self._stage, self._link, self._address, self._started = stage, link, address, time.time()
+    def __init__(self, context: "EngineContext", link: "SuperLink", address: str) -> None:
+        self._context, self._link, self._address, self._started = context, link, address, time.time()
         self._lock = threading.Lock()
 
     def __call__(self) -> dict[str, Any]:
-        watch = self._stage.watch
+        observer = self._context.observer
         seen = {node.node_id: node for node in self._link.nodes()} if self._link.alive else {}
-        known = dict(watch.clients)
+        known = dict(observer.clients)
         rows = []
         for client, (node, device_class) in sorted(known.items()):
             at = seen.get(node)
             online, last = (at.online, at.last_seen) if at else (False, 0.0)
             rows.append({"client": client, "node": node, "device_class": device_class, "online": online, "last_seen": last})
-        strangers = {node for node, _ in known.values()}
+        known_nodes = {node for node, _ in known.values()}
         rows += [
             {"client": n.name, "node": i, "device_class": "", "online": n.online, "last_seen": n.last_seen}
             for i, n in seen.items()
-            if i not in strangers
+            if i not in known_nodes
         ]
         return {
-            "run": str(self._stage.run.path.resolve()),
+            "run": str(self._context.run.path.resolve()),
             "started": self._started,
             "address": self._address,
-            "round": watch.round,
-            "rounds": self._stage.config.rounds,
-            "waiting_for": sorted(watch.waiting),
+            "round": observer.round,
+            "rounds": self._context.config.rounds,
+            "waiting_for": sorted(observer.waiting),
             "nodes": rows,
         }
 
 
-def _told(config: Config) -> dict[str, Any]:
-    """The config as clients get it: the experiment, without what is only this machine's."""
+def _shared_config(config: Config) -> dict[str, Any]:
+    """The config that clients get: the experiment without this machine's own settings."""
     values = to_dict(config)
     for own in ("resume", "output_dir"):
         del values[own]

@@ -1,4 +1,4 @@
-"""The simulation door: `python -m fedtune.sim conf=heterogeneous strategy=fedavg peft.rank=16`."""
+"""The simulation command: `python -m fedtune.sim conf=heterogeneous strategy=fedavg peft.rank=16`."""
 
 import dataclasses
 import datetime
@@ -12,7 +12,7 @@ from fedtune.config import Config, reference, to_dict
 from fedtune.config.compose import DEFAULT_SCENARIO, Job, compose, groups, scenarios
 from fedtune.config.stored import read_config
 from fedtune.data import check_data
-from fedtune.errors import ConfigError, FedtuneError, Stopped, sentence
+from fedtune.errors import ConfigError, FedtuneError, Stopped, user_message
 from fedtune.rounds.find_strategy import make_strategy
 from fedtune.version import __version__
 
@@ -22,26 +22,26 @@ python -m fedtune.sim [conf=NAME | conf=FILE.yaml] [KEY=VALUE ...]
 python -m fedtune.sim resume=RUN [rounds=N] [model.trust_remote_code=true]
                       [strategy._target_=CLASS]
 
-  conf=NAME      the scenario; {DEFAULT_SCENARIO} where none is named
-  conf=FILE      a scenario file of your own; groups in its folder are found too
-  GROUP=CHOICE   take another file of a group, such as devices=none
+  conf=NAME      the scenario (default: {DEFAULT_SCENARIO})
+  conf=FILE      your own scenario file; its folder may hold groups too
+  GROUP=CHOICE   choose a file of a config group, such as devices=none
   KEY=VALUE      set one value, such as rounds=3 or client.lr=2e-3
-  resume=RUN     go on with the run directory RUN, from its newest good
-                 checkpoint; code that is not fedtune's (a model's own, or a
-                 strategy class) is run only if this command allows it
-  -m, --multirun run every combination of KEY=A,B,C that has not finished yet,
-                 and compare them
+  resume=RUN     continue the run in directory RUN from its newest good
+                 checkpoint; foreign code (a model's or a strategy class)
+                 runs only if this command allows it
+  -m, --multirun run every combination of KEY=A,B,C that has not finished,
+                 and compare the runs
   --cfg          print the composed config and stop
   --version, -h, --help
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the arguments (default: the process's own) ask for; returns the exit code: 2 is a refusal in one sentence, 130 stopped."""
+    """Run the simulation that `argv` (default: sys.argv) asks for. Returns the exit code: 2 for an error, 130 if stopped."""
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except Exception as bad:
-        print(f"fedtune: {sentence(bad)}", file=sys.stderr)
+        print(f"fedtune: {user_message(bad)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"fedtune: {stop if isinstance(stop, Stopped) else 'stopped before a run began'}", file=sys.stderr)
@@ -65,7 +65,7 @@ def _main(argv: list[str]) -> int:
 
         print("---\n".join(yaml.safe_dump(to_dict(job.config), sort_keys=False, allow_unicode=True) for job in jobs), end="")
         return 0
-    for job in jobs:  # a bad file or column takes no time to be refused
+    for job in jobs:  # refuse a bad file or column before anything is loaded
         check_data(job.config)
     for job in jobs:
         make_strategy(job.config)  # a bad strategy is refused before the first job of a sweep, not after it
@@ -78,7 +78,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _sweep(jobs: Sequence[Job]) -> int:
-    """Run job after job, then compare what came of them; one that fails does not stop the others, one that has finished is not repeated."""
+    """Run the jobs one by one, then compare them. A failing job does not stop the others; a finished one is not repeated."""
     from fedtune.experiment import simulate
     from fedtune.runs.report import compare
 
@@ -88,7 +88,7 @@ def _sweep(jobs: Sequence[Job]) -> int:
         print(f"fedtune: job {number} of {len(jobs)}: {job.label}")
         try:
             if (path := _finished(job.config)) is not None:
-                print(f"fedtune: job {number} has finished before, in {path}: delete that folder to run it again")
+                print(f"fedtune: job {number} has already finished, in {path}: delete that folder to run it again")
             else:
                 path = simulate(job.config)
             done.append(path)
@@ -108,7 +108,7 @@ def _sweep(jobs: Sequence[Job]) -> int:
 
 
 def _finished(config: Config) -> Path | None:
-    """The directory of a finished run with exactly this config, None where there is none."""
+    """The directory of a finished run with exactly this config; None if there is none."""
     from fedtune.runs.report import compare
 
     wanted = dataclasses.replace(config, model=dataclasses.replace(config.model, trust_remote_code=False))  # as read_config reads it
@@ -116,13 +116,13 @@ def _finished(config: Config) -> Path | None:
         try:
             if read_config(path) == wanted and compare.finished(path, config):
                 return path
-        except FedtuneError:  # another version's, or damaged: not this run
+        except FedtuneError:  # written by another version, or damaged
             continue
     return None
 
 
 def help_text() -> str:
-    """All that a user can ask for, in 80 columns: usage, scenarios, groups with their choices, every key with its default."""
+    """The help in 80 columns: usage, scenarios, groups with their choices, all keys with their defaults."""
 
     def entry(name: str, text: str) -> str:
         return _wrapped(f"  {name:<16}{text}", indent=18)
@@ -131,7 +131,7 @@ def help_text() -> str:
     lines += ["Groups (GROUP=CHOICE)", *(entry(name, ", ".join(found)) for name, found in groups().items()), ""]
     lines += ["Keys (KEY=VALUE) with their defaults"]
     for key, default, help in reference():
-        default = "null" if default == "none" else default  # as it is typed; no key's default is the word none
+        default = "null" if default == "none" else default  # written as in YAML; no default is the word none
         lines += [_wrapped(f"  {key} = {default}".rstrip(), indent=6), _wrapped(f"      {help}", indent=6)]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""`fedtune status`: show how a run stands."""
+"""`fedtune status`: show the status of a run."""
 
 import argparse
 from pathlib import Path
@@ -9,10 +9,10 @@ from fedtune.errors import ConfigError
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
-    about = "Print how a run stands: its server, its clients, what was dropped and why."
-    status = commands.add_parser("status", help="show how a run stands", description=about)
+    about = "Print the status of a run: its server, its clients, and the dropped clients with the reasons."
+    status = commands.add_parser("status", help="show the status of a run", description=about)
     status.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run directory")
-    status.add_argument("--control", metavar="127.0.0.1:PORT", help="ask the running server instead")
+    status.add_argument("--control", metavar="127.0.0.1:PORT", help="ask the running server at this address instead")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(command=_run)
 

@@ -1,4 +1,4 @@
-"""The settings of an experiment: their schema, the rules that a config must meet, and how a scenario becomes one."""
+"""The settings of an experiment: their schema, the rules that a config must satisfy, and the composition of scenarios."""
 
 from fedtune.config.method_files import METHODS
 from fedtune.config.rules import check

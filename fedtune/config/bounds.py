@@ -1,4 +1,4 @@
-"""The values that a setting, a parameter of a turn or a field of a plan may have: one judge for all, and one form of sentence."""
+"""One range check, with one form of error sentence, for settings, parameters of turns and fields of plans."""
 
 import math
 from collections.abc import Collection
@@ -19,20 +19,20 @@ def require(
     lt: float | None = None,
     choices: Collection[str] = (),
 ) -> None:
-    """Check one value. None is a value that was not set, and is allowed; NaN is out of all bounds.
+    """Check one value. None means unset and is allowed; NaN violates every bound.
 
     Args:
-        name: What the value is called in the sentence. A name that begins with `--` is an option's.
+        name: Name of the value in the error. Names of command-line options begin with `--`.
         value: The value.
-        error: What is raised.
-        ge: Least value.
-        gt: Largest number that is too small.
-        le: Largest value.
-        lt: Smallest number that is too large; infinity allows every finite number.
-        choices: The texts that are allowed.
+        error: Exception class to raise.
+        ge: The value must be greater than or equal to this.
+        gt: The value must be greater than this.
+        le: The value must be less than or equal to this.
+        lt: The value must be less than this; infinity allows every finite number.
+        choices: Allowed texts.
 
     Raises:
-        Exception: `error`, with the first bound that is violated.
+        Exception: An `error` that names the first violated bound.
     """
     if value is None:
         return

@@ -1,7 +1,7 @@
-"""From a door's arguments to a checked `Config`: scenarios, Hydra overrides, sweeps, resumption, and the strategy that a config names.
+"""Composes a checked `Config` from command-line arguments: scenarios, Hydra overrides, sweeps, and resumed runs.
 
-Hydra composes; everything that can be wrong becomes one ConfigError with one sentence, before torch or any data is loaded. Hydra makes no
-folders and configures no logging here: run directories are the run's own.
+Hydra composes. Every fault becomes a ConfigError with one sentence, before torch or any data is loaded. Hydra creates no folders and
+configures no logging here, because fedtune makes its own run directories.
 """
 
 import copy
@@ -38,19 +38,19 @@ from fedtune.errors import ConfigError, FedtuneError
 from fedtune.storage.parsing import read_text, reason
 
 DEFAULT_SCENARIO = "heterogeneous"
-_BASE = "base"  # conf/base.yaml: the schema and a choice for every group, which every scenario starts from
+_BASE = "base"  # conf/base.yaml, the base of every scenario: the schema and a default choice for each group
 _CONF = "fedtune.conf"
-_OWN_STRATEGIES = "fedtune.strategies."  # with the dot of a sub-module: `fedtune.` alone also finds folders beside a checkout's packages
+_OWN_STRATEGIES = "fedtune.strategies."  # not just `fedtune.`, which in a checkout also covers folders beside the packages
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run to do.
+    """One run of a command, such as one point of a sweep.
 
     Args:
-        label: The swept overrides that set it apart from its sisters; "" where there are none.
-        config: Its checked config.
-        fixed: The overrides that it shares with all jobs of its sweep.
+        label: The swept overrides of this run; "" without a sweep.
+        config: The checked config.
+        fixed: The overrides that all runs of the sweep share.
     """
 
     label: str
@@ -59,20 +59,20 @@ class Job:
 
 
 def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
-    """Compose and check the jobs that `args` ask for: one, or with `multirun` one for each point of the sweep.
+    """Compose and check one job, or with `multirun` one job for each point of the sweep.
 
     Args:
-        args: `conf=NAME`, `conf=path/to/file.yaml`, or nothing; then Hydra overrides. Or `resume=RUN`, alone or with `rounds=N` and with
-            what allows the run code that is not fedtune's: `model.trust_remote_code=true`, `strategy._target_=CLASS`.
-        multirun: Whether `a=1,2` sweeps.
+        args: `conf=NAME`, `conf=path/to/file.yaml`, or nothing; then Hydra overrides. Or `resume=RUN`, optionally with `rounds=N` and the
+            settings that allow foreign code: `model.trust_remote_code=true`, `strategy._target_=CLASS`.
+        multirun: Whether `a=1,2` is a sweep.
 
     Raises:
-        ConfigError: An unknown scenario, group choice or key, a wrong type, a value out of bounds, an impossible combination.
+        ConfigError: An unknown scenario, group choice or key, a wrong type, a value out of range, or an invalid combination.
         CheckpointError: `resume=RUN` is not a run directory.
     """
     conf, overrides = _split(args)
     if "resume=" in overrides:
-        raise ConfigError("resume= is empty: give the run directory to go on with, such as resume=outputs/NAME/RUN")
+        raise ConfigError("resume= is empty: give the run directory to continue, such as resume=outputs/NAME/RUN")
     if any(o.startswith("resume=") and o != "resume=null" for o in overrides):
         return [Job(label="", config=_resumed(conf, overrides, multirun))]
     try:
@@ -92,14 +92,19 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
                 jobs.append(Job(label=label, config=_config(name, point, folder), fixed=fixed))
                 _check_private(point, jobs[-1].config)
             return jobs
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as bad:  # ValueError: Hydra's on odd defaults lists
-        raise ConfigError(_sentence(bad)) from None
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        ValueError,
+    ) as bad:  # Hydra raises ValueError for malformed defaults lists
+        raise ConfigError(_describe(bad)) from None
     except RecursionError as bad:
-        raise ConfigError(f"the scenario or a setting of the command line is {reason(bad)}: write it flat") from None
+        raise ConfigError(f"the scenario or a setting of the command line is {reason(bad)}: reduce its nesting") from None
 
 
 def scenarios() -> dict[str, str]:
-    """Scenario → what it is: the second comment line of its file."""
+    """Scenario → its description, which is the second comment line of its file."""
     found = {}
     for file in sorted(resources.files(_CONF).iterdir(), key=lambda f: f.name):
         name = file.name.removesuffix(".yaml")
@@ -110,12 +115,12 @@ def scenarios() -> dict[str, str]:
 
 
 def groups() -> dict[str, list[str]]:
-    """Config group → the choices that it has."""
+    """Config group → its choices."""
     return {f.name: found for f in dataclasses.fields(Config) if (found := choices(f.name))}
 
 
 def choices(group: str, *folders: Path) -> list[str]:
-    """The files of one group, in the package and in the user's own `folders`."""
+    """The choices of one group, from the package and the user's own `folders`."""
     places = [resources.files(_CONF) / group, *(folder / group for folder in folders)]
     return sorted({f.name.removesuffix(".yaml") for place in places if place.is_dir() for f in place.iterdir() if f.name.endswith(".yaml")})
 
@@ -131,7 +136,7 @@ def _split(args: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _open(text: str) -> str:
-    """`data.columns.label=x`, `peft.rank_pattern={q_proj: 4}` add keys that are not there yet: such mappings have no fixed keys."""
+    """Let `data.columns.label=x` and `peft.rank_pattern={q_proj: 4}` add keys: these mappings have no fixed keys."""
     open_keys = ("data.columns", "peft.rank_pattern")
     return f"++{text}" if text.startswith(tuple(f"{key}{end}" for key in open_keys for end in ".=")) else text
 
@@ -148,16 +153,16 @@ def _parse(text: str) -> Override:
 def _check_key(override: Override) -> None:
     key = override.key_or_group
     if key.partition(".")[0].partition("/")[0] == "hydra":
-        raise ConfigError(f"{key} has no effect here: fedtune makes its own run directories and logs (see output_dir and name)")
+        raise ConfigError(f"{key} has no effect here: fedtune creates run directories and logs itself (see output_dir and name)")
     if not _is_known(key.split("."), Config):
         raise ConfigError(_unknown(key))
 
 
 def _check_private(point: Iterable[str], config: Config) -> None:
-    """Who sets an epsilon believes that there is one."""
+    """Raises ConfigError if privacy is off but one of its settings is given: the user would believe that it has an effect."""
     keys = [o.partition("=")[0].lstrip("+") for o in point]
     if config.privacy.kind == "none" and (dead := [k for k in keys if k.startswith("privacy.") and k != "privacy.kind"]):
-        raise ConfigError(f"{dead[0]} promises nothing with privacy=none: add privacy=record or privacy=user")
+        raise ConfigError(f"{dead[0]} has no effect with privacy=none: add privacy=record or privacy=user")
 
 
 def _unknown(key: str) -> str:
@@ -181,7 +186,7 @@ def _check_choices(point: Iterable[str], folder: Path | None) -> None:
     for override in map(_parse, point):
         group, value = override.key_or_group, override.value()
         known = choices(group, *([folder] if folder else []))
-        if known and not isinstance(value, dict) and not override.is_delete():  # a mapping sets keys of the group
+        if known and not isinstance(value, dict) and not override.is_delete():  # a mapping sets single keys of the group
             for chosen in value if isinstance(value, list) else [value]:
                 require(group, "null" if chosen is None else chosen, choices=known)
 
@@ -191,7 +196,7 @@ def _resumed(conf: str | None, overrides: list[str], multirun: bool) -> Config:
     allowed = ("resume", "rounds", "model.trust_remote_code", "strategy._target_")
     others = [f"conf={conf}"] * (conf is not None) + [k for k in given if k not in allowed] + ["--multirun"] * multirun
     if others:
-        raise ConfigError(f"resume takes the run's own config: leave out {others[0]}; only rounds can change")
+        raise ConfigError(f"resume uses the run's own config, in which only rounds can change: leave out {others[0]}")
     config = dataclasses.replace(read_config(Path(given["resume"])), resume=given["resume"])
     if "rounds" in given:
         if not given["rounds"].isdecimal():
@@ -205,11 +210,11 @@ def _resumed(conf: str | None, overrides: list[str], multirun: bool) -> Config:
 
 
 def _check_target(config: Config, today: str | None) -> None:
-    """Raises ConfigError where a run's config.yaml names a class outside fedtune that today's command line does not name: importing it
-    runs its code."""
+    """Raises ConfigError if a run's config.yaml names a strategy class outside fedtune that the command line does not name: importing the
+    class runs its code."""
     target = str(config.strategy["_target_"])
     if today not in (None, target):
-        raise ConfigError(f"resume takes the run's own strategy, {target}, not strategy._target_={today}: leave it out")
+        raise ConfigError(f"resume uses the run's own strategy, {target}, not strategy._target_={today}: leave that setting out")
     if today is None and not target.startswith(_OWN_STRATEGIES):
         raise ConfigError(
             f"the strategy of {config.resume} is {target}, which is not part of fedtune: read its code, then allow it with"
@@ -222,7 +227,7 @@ def _check_target(config: Config, today: str | None) -> None:
 
 @contextmanager
 def _composer(conf: str) -> Iterator[tuple[str, Path | None]]:
-    """Hydra set up for one scenario: its config name, and where it is a file of the user's its folder, which may hold groups too."""
+    """Set up Hydra for one scenario. Yields its config name and, for a user's file, its folder, which may have groups too."""
     if not conf.endswith((".yaml", ".yml")) and "/" not in conf:
         if conf not in scenarios() and conf != _BASE:
             near = difflib.get_close_matches(conf, scenarios(), n=1)
@@ -246,10 +251,10 @@ def _composer(conf: str) -> Iterator[tuple[str, Path | None]]:
 def _config(name: str, overrides: list[str], folder: Path | None) -> Config:
     settings = {text: parsed for text in overrides if _is_setting(parsed := _parse(text))}
     rest = [text for text in overrides if text not in settings]
-    if folder is not None or any(text[0] in "+~" for text in rest):  # the user's files may change; keys come and go in their order
+    if folder is not None or any(text[0] in "+~" for text in rest):  # a user's files may change, and the order of added keys counts
         node = _compose(name, tuple(overrides))
     else:
-        node = copy.deepcopy(_of_the_package(name, tuple(rest)))
+        node = copy.deepcopy(_compose_cached(name, tuple(rest)))
         for each in settings.values():
             OmegaConf.update(node, each.key_or_group, each.value(), merge=True)
     if OmegaConf.get_type(node) is not Config:
@@ -258,21 +263,21 @@ def _config(name: str, overrides: list[str], folder: Path | None) -> Config:
 
 
 def _is_setting(override: Override) -> bool:
-    """Whether it sets one value, as Hydra does last, and neither chooses in a group nor adds or deletes a key."""
+    """Whether the override sets one value, which Hydra applies last, and does not choose from a group or add or delete a key."""
     plain = override.type is OverrideType.CHANGE and override.package is None
     return plain and ("." in override.key_or_group or not choices(override.key_or_group))
 
 
 def _compose(name: str, overrides: tuple[str, ...]) -> DictConfig:
-    # the user's folder comes first on the search path, ours after it; where ours is the first already, the second mention changes nothing
+    # search fedtune's folder after the user's; if fedtune's is the first already, this changes nothing
     return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[pkg://{_CONF}]"])
 
 
-_of_the_package = functools.lru_cache(maxsize=128)(_compose)  # jobs of a sweep differ in settings mostly, and the choices take the time
+_compose_cached = functools.lru_cache(maxsize=128)(_compose)  # a sweep's jobs mostly differ in settings, and composing the choices is slow
 
 
-def _sentence(bad: BaseException) -> str:
-    """The one thing to know of an error of Hydra's, OmegaConf's or YAML's, without their hints about their own switches."""
+def _describe(bad: BaseException) -> str:
+    """One sentence for an error of Hydra, OmegaConf or YAML, without their hints about their own options."""
     chain: list[BaseException] = [bad]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -302,11 +307,11 @@ def _first_line(text: str) -> str:
 
 
 def _package_folder(path: str) -> str:
-    """`${package:name/sub/folder}`: a folder inside an installed package, which is found but not imported."""
+    """Resolve `${package:name/sub/folder}`: a folder inside an installed package, which is not imported."""
     name, _, rest = path.partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"the package {name} is not installed: pip install 'fedtune[studies]' brings what the scenarios use")
+        raise ConfigError(f"the package {name} is not installed: run pip install 'fedtune[studies]'")
     return str(Path(spec.submodule_search_locations[0]) / rest)
 
 

@@ -1,4 +1,4 @@
-"""What the files of PEFT methods say before anything is loaded: their names, and with which values of peft.init they can begin."""
+"""Facts about PEFT methods that need no import: the methods' names, and the values of peft.init that each supports."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ _FOLDER = Path(__file__).parents[1] / "models" / "methods"
 
 
 def method_names(folder: Path) -> tuple[str, ...]:
-    """The methods whose files are in this folder; files that methods share begin with `_`."""
+    """Names of the methods in this folder; names of shared files begin with `_`."""
     return tuple(sorted(file.stem for file in folder.glob("[a-z]*.py")))
 
 
@@ -17,9 +17,9 @@ METHODS = method_names(_FOLDER)
 
 
 def inits_of(method: str, folder: Path = _FOLDER) -> tuple[str, ...]:
-    """Values of peft.init that a method can begin with: the constant `inits` of its file, ("default",) where it has none.
+    """Values of peft.init that a method supports: the constant `inits` in its file, or ("default",) without one.
 
-    The file is read and not run, because running it would load torch.
+    The file is parsed, not imported, because importing it would load torch.
     """
     for node in ast.parse((folder / f"{method}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["inits"]:

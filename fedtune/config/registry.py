@@ -1,4 +1,4 @@
-"""Classes that are found by name: each in the module of that name in one folder, or registered by whoever wrote it elsewhere."""
+"""Classes found by name: each in the module of that name in one folder, or registered from elsewhere, such as a notebook."""
 
 import importlib
 import importlib.util
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Registry(Collection[str]):
-    """The classes of one kind; as a collection, their names.
+    """Finds the classes of one kind. As a collection, it holds their names.
 
     Args:
-        package: Dotted name of the folder. Modules whose names begin with an underscore are shared code.
+        package: Dotted name of the folder. Modules whose names begin with an underscore are shared code, not classes to find.
     """
 
     def __init__(self, package: str) -> None:
@@ -22,7 +22,7 @@ class Registry(Collection[str]):
         self._found: dict[str, type] = {}
 
     def names(self) -> tuple[str, ...]:
-        """Every name, sorted. Imports none of the modules."""
+        """All names, sorted. Imports no module."""
         return tuple(sorted(self.own() | self._registered.keys()))
 
     def own(self) -> set[str]:
@@ -41,11 +41,11 @@ class Registry(Collection[str]):
         return len(self.names())
 
     def register(self, name: str, kind: type) -> None:
-        """Make a class that lies elsewhere, such as in a notebook, known to this process."""
+        """Register a class from elsewhere, such as a notebook, in this process."""
         self._registered[name] = kind
 
     def remove(self, name: str) -> None:
-        """Forget a registered class."""
+        """Remove a registered class."""
         del self._registered[name]
 
     def find(self, name: str, base: type[T]) -> type[T]:
@@ -53,10 +53,10 @@ class Registry(Collection[str]):
 
         Args:
             name: One of `names`.
-            base: What it must be a subclass of.
+            base: Required base class.
 
         Raises:
-            KeyError: There is no such name.
+            KeyError: The name is unknown.
             TypeError: The module does not define exactly one subclass of `base`.
         """
         kind = self._registered.get(name) or self._found.get(name)

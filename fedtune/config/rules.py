@@ -1,4 +1,4 @@
-"""Checks a config before anything is loaded: the bounds of every value, then the combinations that cannot work."""
+"""Checks a config before anything is loaded: first the range of every value, then invalid combinations."""
 
 import dataclasses
 from typing import Any
@@ -12,10 +12,10 @@ from fedtune.storage.ids import LONGEST_NAME, flaw, short, shown
 
 
 def check(config: Config) -> Config:
-    """Return `config` if every value is in its bounds and the whole can work.
+    """Return `config` if all values and their combinations are valid.
 
     Raises:
-        ConfigError: Names the key, the value, and what was wanted.
+        ConfigError: Names the key, its value, and the valid values.
     """
     _check_fields(config, "")
     _check_together(config)
@@ -41,14 +41,14 @@ def _check_together(c: Config) -> None:
 
     refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
     refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
-    refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: whose rows they are")
+    refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: the client that owns the rows")
     if c.data.client is not None and (wrong := flaw(c.data.client)):
         raise ConfigError(f"data.client='{shown(c.data.client)}' {wrong}: give the client another id")
     refuse((c.data.prompt is None) != (c.data.answer is None), "data.prompt and data.answer go together: set both or neither")
     refuse(c.client.steps is None and c.client.epochs is None, "client.steps and client.epochs are both none: set one of them")
     refuse(
         c.min_clients > c.clients_per_round,
-        f"min_clients={c.min_clients} is more than clients_per_round={c.clients_per_round}: no round could count",
+        f"min_clients={c.min_clients} is more than clients_per_round={c.clients_per_round}: no round would count",
     )
     refuse(not c.name or "/" in c.name or c.name.startswith("."), f"name='{c.name}' must be a plain folder name")
     make_task: Any = TASKS.find(c.task.kind, object)  # a class of fedtune.models.tasks
@@ -60,7 +60,7 @@ def _check_together(c: Config) -> None:
     for name, device in c.devices.classes.items():
         refuse(
             not short(name),
-            f"the name of the device class '{shown(name)}' is unfit for tables: take at most {LONGEST_NAME} printable characters",
+            f"the name of the device class '{shown(name)}' is too long or not printable: use at most {LONGEST_NAME} printable characters",
         )
         refuse(
             device.rank is not None and device.rank > c.peft.rank,
@@ -72,35 +72,35 @@ def _check_together(c: Config) -> None:
     )
     refuse(
         c.late == "use" and c.round_timeout_s is None and c.devices.deadline_s is None,
-        "late=use has nothing to use, for rounds wait for everybody: set round_timeout_s, or devices.deadline_s in a simulation",
+        "late=use has no effect, because rounds wait for all clients: set round_timeout_s, or devices.deadline_s in a simulation",
     )
     _check_loftq(c)
     p = c.privacy
     refuse(
         c.late == "use" and p.kind == "user",
-        "late=use and privacy=user do not go together: the noise of a round is for the clients that it was planned with; take late=drop",
+        "late=use cannot be combined with privacy=user, whose noise is computed for the clients of one round: set late=drop",
     )
     refuse(
         p.kind != "none" and p.epsilon is None and p.noise is None,
-        f"privacy={p.kind} has neither an epsilon to keep nor a noise to add: set privacy.epsilon or privacy.noise",
+        f"privacy={p.kind} has neither an epsilon nor a noise level: set privacy.epsilon or privacy.noise",
     )
-    refuse(p.adaptive and p.kind != "user", "privacy.adaptive follows whole updates: it needs privacy=user")
+    refuse(p.adaptive and p.kind != "user", "privacy.adaptive adapts the clip norm of whole updates: it needs privacy=user")
     refuse(
         p.where == "client" and p.kind == "record",
-        "privacy.where=client chooses who adds user-level noise: with privacy=record each client does, leave it out",
+        "privacy.where=client is for privacy=user: with privacy=record clients always add the noise, so leave it out",
     )
     refuse(
         p.adaptive and p.where == "client",
-        "privacy.adaptive needs privacy.where=server: alone, a client does not know how long the others' updates are",
+        "privacy.adaptive needs privacy.where=server: a client does not know the norms of the others' updates",
     )
     t = c.traffic
     refuse(
         t.stochastic and t.up == t.down == "fp32",
-        "traffic.stochastic=true has nothing to round: set traffic.up or traffic.down to fp16, bf16, int8 or nf4",
+        "traffic.stochastic=true has no effect with fp32: set traffic.up or traffic.down to fp16, bf16, int8 or nf4",
     )
     refuse(
         t.error_feedback and t.up == "fp32" and t.topk in (None, 1.0),
-        "traffic.error_feedback=true has nothing to feed back, for updates are sent whole: set traffic.topk, or a traffic.up below fp32",
+        "traffic.error_feedback=true has no effect, because updates are sent exactly: set traffic.topk, or a traffic.up below fp32",
     )
     refuse(not (isinstance(c.strategy, dict) and "_target_" in c.strategy), "strategy needs a _target_: pick one with strategy=NAME")
 
@@ -110,16 +110,14 @@ def _check_loftq(c: Config) -> None:
         return
     if c.peft.init not in inits_of(c.peft.method):
         others = " or ".join(name for name in METHODS if c.peft.init in inits_of(name))
-        raise ConfigError(f"peft.init=loftq starts the two factors of LoRA, not of peft.method={c.peft.method}: take peft={others}")
+        raise ConfigError(f"peft.init=loftq initializes LoRA factors, which peft.method={c.peft.method} does not have: take peft={others}")
     if c.model.precision not in ("nf4", "int8"):
         raise ConfigError(
-            f"peft.init=loftq makes up for quantization, model.precision={c.model.precision} has none: set model.precision=nf4 or int8"
+            f"peft.init=loftq needs a quantized backbone, but model.precision={c.model.precision}: set model.precision=nf4 or int8"
         )
     if c.model.compute == "auto":
         raise ConfigError(
-            "peft.init=loftq needs the same quantized weights everywhere, model.compute=auto lets each machine choose: take bf16 or fp32"
+            "peft.init=loftq needs the same model.compute on every machine, but auto lets each machine choose: set bf16 or fp32"
         )
     if c.devices.classes:
-        raise ConfigError(
-            "peft.init=loftq makes up for one precision, and device classes may choose another, where it would be wrong: set devices=none"
-        )
+        raise ConfigError("peft.init=loftq fits one precision, but device classes may choose another: set devices=none")

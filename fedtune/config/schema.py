@@ -1,4 +1,4 @@
-"""The typed schema of an experiment. Every field carries its help text and its bounds."""
+"""The typed schema of an experiment. Every field has its help text and its range."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ def opt(
     lt: float | None = None,
     choices: Collection[str] = (),
 ) -> Any:
-    """A config field with its help text and the values that it accepts."""
+    """A config field with its help text and its valid values."""
     rules = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=rules)
@@ -29,7 +29,7 @@ def opt(
 
 
 def template_text(template: str) -> str:
-    r"""The template with `\n`, `\t` and `\\`, which a shell passes as two characters, as a line break, a tab and a backslash."""
+    r"""Replace `\n`, `\t` and `\\`, which a shell passes as two characters, by a line break, a tab and a backslash."""
     marks = {"n": "\n", "t": "\t", "\\": "\\"}
     return re.sub(r"\\([nt\\])", lambda found: marks[found[1]], template)
 
@@ -43,54 +43,56 @@ class ModelConfig:
         "pretrained", "pretrained, or random weights of the same architecture drawn from the run's seed", choices=("pretrained", "random")
     )
     precision: str = opt(
-        "fp32", "of the frozen backbone; nf4 (4 bits) and int8: its linear layers, by bitsandbytes", choices=("fp32", "bf16", "nf4", "int8")
+        "fp32",
+        "precision of the frozen backbone; nf4 (4 bits) and int8 quantize its linear layers with bitsandbytes",
+        choices=("fp32", "bf16", "nf4", "int8"),
     )
     compute: str = opt(
-        "auto", "precision=nf4 or int8: dtype of the products and of what is not quantized; auto: bf16 where the machine multiplies in it",
+        "auto", "precision=nf4 or int8: dtype of products and unquantized weights; auto: bf16 if the machine supports it natively",
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
-    checkpointing: bool = opt(False, "compute activations again in the backward pass instead of keeping them: less memory, slower steps")
-    dropout: bool = opt(False, "keep the frozen backbone's own dropout in training; off, only the adapter's (peft.dropout) is drawn")
+    checkpointing: bool = opt(False, "recompute activations in the backward pass instead of storing them: less memory, slower steps")
+    dropout: bool = opt(False, "keep the frozen backbone's own dropout in training; false: only the adapter's dropout (peft.dropout)")
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    trust_remote_code: bool = opt(False, "run code that a hub repository brings along; leave it off")
+    trust_remote_code: bool = opt(False, "run the Python code of a hub repository; leave it false unless you trust that code")
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    source: str = opt("demo", "demo: the built-in homes; hub: a hub data set; local: files", choices=("demo", "hub", "local"))
-    homes: int = opt(24, "homes of the demo (source=demo)", ge=1)
+    source: str = opt("demo", "demo: the built-in smart-home data; hub: a hub data set; local: files", choices=("demo", "hub", "local"))
+    homes: int = opt(24, "number of homes (source=demo)", ge=1)
     name: str = opt("", "hub data set (source=hub)")
     subset: str | None = opt(None, "hub configuration name")
     split: str = opt("train", "hub split to federate")
-    test_split: str | None = opt(None, "hub split for the global test; none takes test_fraction of the training rows")
+    test_split: str | None = opt(None, "hub split for the global test; none: test_fraction of the training rows")
     path: str = opt("", "file, folder or glob (source=local)")
     test_path: str | None = opt(None, "file, folder or glob of the global test")
     format: str = opt(
-        "auto", "file format; auto goes by the file name (.gz is fine)", choices=("auto", "jsonl", "json", "csv", "tsv", "parquet", "text")
+        "auto", "file format; auto: by the file name (.gz works too)", choices=("auto", "jsonl", "json", "csv", "tsv", "parquet", "text")
     )
     encoding: str = opt(
-        "auto", "text encoding of the files, such as latin-1; auto: what a byte order mark says, else UTF-8, else (csv, tsv) Windows-1252"
+        "auto", "text encoding of the files, such as latin-1; auto: by byte order mark, else UTF-8, else (csv, tsv) Windows-1252"
     )
     record_pattern: str | None = opt(None, "regular expression that splits a text file into records; its named groups become columns")
     client_from_file: bool = opt(False, "each file is a client, named after the file")
-    columns: dict[str, str] = opt({}, "ours → theirs: text, label, prompt, answer, client, device_class")
+    columns: dict[str, str] = opt({}, "fedtune's column → the data's column; fedtune's: text, label, prompt, answer, client, device_class")
     prompt: str | None = opt(None, "prompt template over the file's columns, such as 'Q: {question}\\nA:'")
     answer: str | None = opt(None, "answer template over the file's columns, such as ' {answer}'")
-    test_fraction: float = opt(0.1, "share of rows kept as the global test where no test file or split is named", ge=0, le=0.9)
+    test_fraction: float = opt(0.1, "share of rows for the global test if no test file or split is given", ge=0, le=0.9)
     test_limit: int | None = opt(None, "use at most this many global test rows (a seeded sample)", ge=1)
-    held_out: float = opt(0.2, "share of each client's rows kept to evaluate that client", ge=0, le=0.9)
+    held_out: float = opt(0.2, "share of each client's rows held out to evaluate that client", ge=0, le=0.9)
     limit: int | None = opt(None, "use at most this many training rows (a seeded sample)", ge=1)
-    labels: list[str] = opt([], "classification: class names in the order of their ids, where the rows at hand do not tell them all")
-    client: str | None = opt(None, "the one client whose rows this machine holds (fedtune-client sets it); none: all")
+    labels: list[str] = opt([], "classification: class names in the order of their ids, if the local rows do not contain all classes")
+    client: str | None = opt(None, "the only client whose rows this machine has (fedtune-client sets it); none: all clients")
 
 
 @dataclass(kw_only=True)
 class PartitionConfig:
     kind: str = opt(
-        "natural", "how rows are dealt to clients; one: all are data.client's",
+        "natural", "how rows are assigned to clients; one: all rows belong to data.client",
         choices=("natural", "iid", "dirichlet", "pathological", "size", "prior", "one"),
     )  # fmt: skip
-    clients: int = opt(10, "number of clients (natural: taken from the data)", ge=1)
+    clients: int = opt(10, "number of clients (natural: from the data)", ge=1)
     alpha: float = opt(0.5, "Dirichlet concentration (dirichlet, prior) or skew (size)", gt=0)
     classes_per_client: int = opt(2, "classes a client holds (pathological)", ge=1)
     min_examples: int = opt(1, "natural: leave out clients with fewer rows", ge=1)
@@ -98,22 +100,22 @@ class PartitionConfig:
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    kind: str = opt("instruction", "what is learned and how it is scored", choices=TASKS)
-    max_length: int = opt(128, "tokens of an example; longer ones are cut", ge=2)
+    kind: str = opt("instruction", "learning task, with its loss and metrics", choices=TASKS)
+    max_length: int = opt(128, "tokens per example; longer examples are truncated", ge=2)
     max_new_tokens: int = opt(24, "instruction: longest generated answer, in tokens", ge=1)
-    generate: bool = opt(True, "instruction: score exact match by generation; false reports answer loss only")
-    stride_texts: bool = opt(True, "causal_lm: join a client's texts and cut them into blocks of max_length")
+    generate: bool = opt(True, "instruction: generate answers and score exact match; false: report only the answer loss")
+    stride_texts: bool = opt(True, "causal_lm: concatenate a client's texts and split them into blocks of max_length")
 
 
 @dataclass(kw_only=True)
 class PeftConfig:
     method: str = opt("lora", "parameter-efficient method", choices=METHODS)
     rank: int = opt(8, "LoRA family: rank r", ge=1)
-    rank_pattern: dict[str, int] = opt({}, "LoRA family: module name (or its last parts) → a rank of its own")
+    rank_pattern: dict[str, int] = opt({}, "LoRA family: module name (or its last parts) → rank of that module")
     alpha: float = opt(16.0, "LoRA family: the update is scaled by alpha / rank (rslora: alpha / √rank)", gt=0)
     dropout: float = opt(0.0, "LoRA family: dropout on the adapter's input", ge=0, le=0.9)
     init: str = opt(
-        "default", "lora, rslora: how A and B start: default changes nothing; loftq makes up for what model.precision=nf4 or int8 rounds",
+        "default", "lora, rslora: initialization of A and B: default is B = 0; loftq compensates the error of model.precision=nf4 or int8",
         choices=("default", "loftq"),
     )  # fmt: skip
     targets: Any = opt("all-linear", "LoRA family and ia3: module names to adapt: all-linear, one name, or a list")
@@ -122,71 +124,81 @@ class PeftConfig:
         "pfeiffer", "adapter: after the feed-forward block (pfeiffer), or after attention too (houlsby)", choices=("pfeiffer", "houlsby")
     )
     tokens: int = opt(20, "prefix, prompt, ptuning_v2: virtual tokens", ge=1)
-    lr_ratio: float = opt(1.0, "learning rate that suits the method, as a multiple of LoRA's (client.lora_lr)", gt=0)
+    lr_ratio: float = opt(1.0, "learning rate suited to the method, as a multiple of client.lora_lr", gt=0)
 
 
 @dataclass(kw_only=True)
 class ClientConfig:
-    steps: int | None = opt(None, "optimizer steps a round; none goes by epochs", ge=1)
-    epochs: float | None = opt(1.0, "passes over the client's rows a round", gt=0)
-    batch_size: int = opt(16, "examples of one micro-batch", ge=1)
-    accumulate: int = opt(1, "micro-batches of one optimizer step", ge=1)
-    optimizer: str = opt("adamw", "local optimizer, fresh each round", choices=("adamw", "sgd"))
-    lora_lr: float = opt(1e-3, "peak learning rate that suits LoRA on this backbone and this task", gt=0)
-    lr: float = opt(1e-3, "peak learning rate; where none is given, client.lora_lr times peft.lr_ratio", gt=0)
-    lr_end: float = opt(0.1, "last learning rate as a share of the peak", ge=0, le=1)
-    schedule: str = opt("cosine", "learning rate over the rounds", choices=("constant", "linear", "cosine"))
+    steps: int | None = opt(None, "optimizer steps per round; none: use epochs", ge=1)
+    epochs: float | None = opt(1.0, "passes over the client's rows per round", gt=0)
+    batch_size: int = opt(16, "examples per micro-batch", ge=1)
+    accumulate: int = opt(1, "micro-batches per optimizer step", ge=1)
+    optimizer: str = opt("adamw", "local optimizer, with fresh state each round", choices=("adamw", "sgd"))
+    lora_lr: float = opt(1e-3, "peak learning rate suited to LoRA on this backbone and task", gt=0)
+    lr: float = opt(1e-3, "peak learning rate; if not set, client.lora_lr times peft.lr_ratio", gt=0)
+    lr_end: float = opt(0.1, "final learning rate as a share of the peak", ge=0, le=1)
+    schedule: str = opt("cosine", "learning rate schedule over the rounds", choices=("constant", "linear", "cosine"))
     warmup_rounds: float = opt(0.0, "rounds over which the learning rate rises from 0", ge=0)
     weight_decay: float = opt(0.0, "decoupled weight decay", ge=0)
-    clip_norm: float | None = opt(1.0, "gradient norm is clipped to this; none leaves it", gt=0)
+    clip_norm: float | None = opt(1.0, "largest gradient norm; none: no clipping", gt=0)
     prox: float = opt(0.0, "FedProx μ: adds μ/2·‖w − w_t‖² to the loss", ge=0)
 
 
 @dataclass(kw_only=True)
 class DeviceClass:
-    share: float = opt(1.0, "share of the clients in this class where the data does not say", ge=0)
-    max_examples: int | None = opt(None, "training rows that the device can hold", ge=1)
-    offline: float = opt(0.0, "chance that it is offline in a round", ge=0, le=1)
-    memory_mb: float | None = opt(None, "MB (10⁶ bytes) that training may take, weights included; none is unbounded", gt=0)
-    cores: int = opt(1, "processor cores that train", ge=1)
-    gflops_per_core: float = opt(0.0, "10⁹ operations a second that a core sustains in training; 0 takes no simulated time", ge=0)
-    accelerator: str = opt("none", "what computes in place of the cores", choices=("none", "cuda"))
-    accelerator_gflops: float = opt(0.0, "what it sustains in training; 0 takes no simulated time", ge=0)
-    duty: float = opt(1.0, "share of the time that it may compute: battery, heat", gt=0, le=1)
-    mbit_per_second: float = opt(0.0, "bandwidth both ways; 0 is unlimited", ge=0)
-    jitter: float = opt(0.0, "spread of its time from round to round: log-normal, this is sigma", ge=0)
-    precision: str | None = opt(
-        None, "of its frozen backbone; none: the finest that fits, from model.precision down", choices=("fp32", "bf16", "int8", "nf4")
+    share: float = opt(1.0, "share of clients in this class if the data does not assign classes", ge=0)
+    max_examples: int | None = opt(None, "most training rows that the device stores", ge=1)
+    offline: float = opt(0.0, "probability that the device is offline in a round", ge=0, le=1)
+    memory_mb: float | None = opt(None, "MB (10⁶ bytes) available for training, weights included; none is unlimited", gt=0)
+    cores: int = opt(1, "CPU cores that train", ge=1)
+    gflops_per_core: float = opt(0.0, "sustained training throughput of a core in 10⁹ operations per second; 0: no simulated time", ge=0)
+    accelerator: str = opt("none", "accelerator that computes instead of the CPU cores", choices=("none", "cuda"))
+    accelerator_gflops: float = opt(
+        0.0, "sustained training throughput of the accelerator in 10⁹ operations per second; 0: no simulated time", ge=0
     )
-    rank: int | None = opt(None, "largest LoRA rank, at most peft.rank; none: what memory and bandwidth allow", ge=1)
+    duty: float = opt(1.0, "share of the time that the device may compute (battery, heat)", gt=0, le=1)
+    mbit_per_second: float = opt(0.0, "bandwidth in each direction; 0 is unlimited", ge=0)
+    jitter: float = opt(0.0, "sigma of the log-normal spread of its time from round to round", ge=0)
+    precision: str | None = opt(
+        None,
+        "precision of its frozen backbone; none: the highest that fits, from model.precision down",
+        choices=("fp32", "bf16", "int8", "nf4"),
+    )
+    rank: int | None = opt(None, "largest LoRA rank, at most peft.rank; none: as memory and bandwidth allow", ge=1)
 
 
 @dataclass(kw_only=True)
 class DevicesConfig:
-    classes: dict[str, DeviceClass] = opt({}, "device class → what it can do; none: all alike, always on")
-    deadline_s: float | None = opt(None, "simulated seconds after which a reply is late; none waits", gt=0)
+    classes: dict[str, DeviceClass] = opt({}, "device class → its capabilities; empty: all clients are alike and always online")
+    deadline_s: float | None = opt(None, "simulated seconds after which a reply is late; none: no deadline", gt=0)
 
 
 @dataclass(kw_only=True)
 class PrivacyConfig:
-    kind: str = opt("none", "whose traces are hidden: nobody's, a single row's, or a whole client's", choices=("none", "record", "user"))
+    kind: str = opt(
+        "none", "unit of differential privacy: none, a single row (record), or a whole client (user)", choices=("none", "record", "user")
+    )
     epsilon: float | None = opt(
-        8.0, "budget of each client over the run: a client that has spent it takes part no more; none does not stop anybody", gt=0
+        8.0, "ε budget of each client over the run; a client that has spent it no longer takes part; none is unlimited", gt=0
     )
-    delta: float = opt(1e-5, "δ, what the promise of epsilon may fail by: well below 1 / rows (record) or 1 / clients (user)", gt=0, lt=1)
-    noise: float | None = opt(None, "standard deviation of the noise as a multiple of clip; none solves for epsilon", gt=0)
+    delta: float = opt(1e-5, "δ of (ε, δ)-differential privacy: well below 1 / rows (record) or 1 / clients (user)", gt=0, lt=1)
+    noise: float | None = opt(None, "standard deviation of the noise as a multiple of clip; none: computed from epsilon", gt=0)
     clip: float = opt(1.0, "largest norm of one row's gradient (record) or of one client's update (user), over all tensors together", gt=0)
-    turns: int | None = opt(None, "turns of a client that epsilon must last for; none is rounds, as many as it can be asked for", ge=1)
-    accountant: str = opt("prv", "how the cost is added up: prv is tighter, rdp quicker", choices=("prv", "rdp"))
-    where: str = opt(
-        "server", "user: who clips and adds noise; the server sees every update, the client must add far more", choices=("server", "client")
+    turns: int | None = opt(
+        None, "turns of a client that epsilon must cover; none: the number of rounds, the most a client can take part in", ge=1
     )
-    adaptive: bool = opt(False, "user: the clip follows the norms of the updates (where=server); clip is where it starts")
-    clip_quantile: float = opt(0.5, "user, adaptive: share of the norms that the clip is to lie above", ge=0, le=1)
-    clip_rate: float = opt(0.2, "user, adaptive: learning rate of the clip's logarithm", gt=0)
+    accountant: str = opt("prv", "privacy accountant: prv is tighter, rdp is faster", choices=("prv", "rdp"))
+    where: str = opt(
+        "server",
+        "user: who clips and adds noise; server: it sees every update; client: it needs far more noise",
+        choices=("server", "client"),
+    )
+    adaptive: bool = opt(False, "user: adapt the clip norm to the updates' norms, starting from clip (needs where=server)")
+    clip_quantile: float = opt(0.5, "user, adaptive: target quantile of the updates' norms for the clip norm", ge=0, le=1)
+    clip_rate: float = opt(0.2, "user, adaptive: learning rate of the clip norm's logarithm", gt=0)
     bit_noise: float = opt(0.05, "user, adaptive: noise on the count of unclipped updates, as a share of the cohort", gt=0)
     secure_rng: bool = opt(
-        False, "noise and samples from the operating system; off, they hang on the run's seed, which whoever knows it can subtract"
+        False, "draw noise and samples from the operating system; false: from the run's seed, so anyone who knows it can subtract the noise"
     )
 
 
@@ -194,34 +206,34 @@ class PrivacyConfig:
 class EngineConfig:
     kind: str = opt(
         "inprocess",
-        "inprocess: one process, one shared backbone; ray: a process a worker, on one machine or more",
+        "inprocess: one process with one shared backbone; ray: one process per worker, on one or more machines",
         choices=("inprocess", "ray"),
     )
-    threads: int = opt(0, "torch threads; 0 takes all cores", ge=0)
-    batched: str = opt("auto", "clients trained at once in a process: auto measures, none trains one after the other, or a number")
-    ray_cpus: int = opt(1, "ray: CPUs (and torch threads) of one worker", ge=1)
-    ray_gpus: float = opt(0.0, "ray: GPUs of one worker; 0.5 lets two share one", ge=0)
-    ray_address: str = opt("", "ray: HOST:PORT of a cluster that this machine has joined (auto finds it); empty starts Ray on this machine")
+    threads: int = opt(0, "torch threads; 0: all cores", ge=0)
+    batched: str = opt("auto", "clients trained together in a process: auto measures what is fastest, none: one at a time, or a number")
+    ray_cpus: int = opt(1, "ray: CPUs (and torch threads) per worker", ge=1)
+    ray_gpus: float = opt(0.0, "ray: GPUs per worker; 0.5: two workers share one GPU", ge=0)
+    ray_address: str = opt("", "ray: HOST:PORT of a cluster that this machine has joined (auto: find it); empty: start Ray on this machine")
     cache_layers: float = opt(
-        0.0, "GB of temporary disk for the training rows' activations below the lowest adapter (see peft.targets); 0 keeps none", ge=0
+        0.0, "GB of temporary disk to cache activations below the lowest adapter (see peft.targets); 0: no cache", ge=0
     )
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    where: str = opt("door", "global test: in the process that started the run, or not at all", choices=("door", "none"))
-    clients: int = opt(-1, "clients that evaluate their held-out rows each round; -1 all, 0 none", ge=-1)
-    every: int = opt(1, "evaluate every so many rounds (the first and the last always)", ge=1)
-    batch_size: int = opt(64, "examples of an evaluation batch", ge=1)
+    where: str = opt("door", "global test: door (in the process that started the run) or none", choices=("door", "none"))
+    clients: int = opt(-1, "clients that evaluate their held-out rows in each evaluation; -1: all, 0: none", ge=-1)
+    every: int = opt(1, "rounds between evaluations (the first and last round are always evaluated)", ge=1)
+    batch_size: int = opt(64, "examples per evaluation batch", ge=1)
 
 
 @dataclass(kw_only=True)
 class WeightsConfig:
-    max_examples: int = opt(100_000, "rows that a client may say it has; one that says more is left out", ge=1)
+    max_examples: int = opt(100_000, "most rows that a client may report; a client that reports more is rejected", ge=1)
     max_share: float | None = opt(
         None,
-        "largest share of a round's weight that one client may have (an equal share at least); none: on a network three equal shares and at"
-        " most 0.5, in a simulation, where nobody can lie about its rows, no bound",
+        "largest share of a round's weight for one client (at least an equal share); none: on a network three equal shares and at most 0.5,"
+        " in a simulation, where row counts are known, no limit",
         gt=0,
         le=1,
     )
@@ -231,49 +243,49 @@ class WeightsConfig:
 class TrafficConfig:
     up: str = opt(
         "fp32",
-        "numbers of an update, which is sent as its difference from the broadcast",
+        "number format of updates, sent as the difference from the broadcast",
         choices=("fp32", "fp16", "bf16", "int8", "nf4"),
     )
     down: str = opt(
         "fp32",
-        "numbers of a broadcast, which is sent as its difference from the run's first adapter where that is smaller",
+        "number format of broadcasts, sent as the difference from the run's first adapter if that is smaller",
         choices=("fp32", "fp16", "bf16", "int8", "nf4"),
     )
-    topk: float | None = opt(None, "share of an update's entries that is sent, the largest; none sends all", gt=0, le=1)
-    error_feedback: bool = opt(False, "a client adds what an update left out to its next one")
-    stochastic: bool = opt(False, "round at random, so that the mean over many clients or rounds is not off")
+    topk: float | None = opt(None, "share of an update's entries to send, the largest ones; none: all", gt=0, le=1)
+    error_feedback: bool = opt(False, "clients add the compression error of an update to their next one")
+    stochastic: bool = opt(False, "stochastic rounding, so that the mean over many clients or rounds is unbiased")
     max_mb_per_round: float | None = opt(
-        None, "MB (10⁶ bytes) that a client may receive and send in a round; one whose turn takes more is left out", gt=0
+        None, "MB (10⁶ bytes) that a client may receive and send in a round; a client whose turn needs more is dropped", gt=0
     )
 
 
 @dataclass(kw_only=True)
 class InferenceConfig:
     export: str = opt(
-        "none", "merged model written when the run ends: none, or hf, a Hugging Face folder in RUN/merged", choices=("none", "hf")
+        "none", "merged model to write when the run ends: none, or hf (a Hugging Face folder, RUN/merged)", choices=("none", "hf")
     )
-    samples: int = opt(3, "instruction: test requests answered before and after, for a person to read", ge=0)
+    samples: int = opt(3, "instruction: test requests whose answers before and after the run are shown", ge=0)
 
 
 @dataclass(kw_only=True)
 class Config:
     name: str = opt("run", "name of the experiment; its folder under output_dir")
-    seed: int = opt(0, "seed of everything random", ge=0)
+    seed: int = opt(0, "seed of all random choices", ge=0)
     rounds: int = opt(10, "federated rounds", ge=0)
-    clients_per_round: int = opt(10, "clients sampled a round", ge=1)
-    min_clients: int = opt(1, "fewest good updates for a round to count", ge=1)
+    clients_per_round: int = opt(10, "clients sampled per round", ge=1)
+    min_clients: int = opt(1, "good updates that a round needs to count", ge=1)
     round_timeout_s: float | None = opt(
-        None, "real seconds after which a round closes without the clients that have not answered; none waits", gt=0
+        None, "real seconds after which a round ends without the clients that have not answered; none: no limit", gt=0
     )
     late: str = opt(
         "drop",
-        "replies that come after their round: drop, or use each in a later one by what it adds, scaled by 1/√(1 + rounds late)",
+        "late updates: drop them, or use them in a later round, scaled by 1/√(1 + staleness in rounds)",
         choices=("drop", "use"),
     )
-    max_staleness: int = opt(3, "late=use: most rounds that a reply may be late and still count", ge=1)
-    resume: str | None = opt(None, "run directory to go on with")
-    output_dir: str = opt("outputs", "where run directories are made")
-    keep_checkpoints: int = opt(3, "newest checkpoints to keep", ge=1)
+    max_staleness: int = opt(3, "late=use: largest staleness, in rounds, of an update that still counts", ge=1)
+    resume: str | None = opt(None, "run directory to continue")
+    output_dir: str = opt("outputs", "folder for run directories")
+    keep_checkpoints: int = opt(3, "number of newest checkpoints to keep", ge=1)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
@@ -291,7 +303,7 @@ class Config:
 
 
 def reference() -> list[tuple[str, str, str]]:
-    """Every key with its default and help, for `--help` and the docs: `("client.lr", "0.001", "peak learning rate …")`."""
+    """Every key with its default and help text: `("client.lr", "0.001", "peak learning rate …")`."""
 
     def walk(node: Any, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
         for f in dataclasses.fields(node):

@@ -1,4 +1,4 @@
-"""The config that a run directory holds, read without trust in it: a run may come from another machine."""
+"""Reads the config of a run directory. The directory is not trusted: it may come from another machine."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from fedtune.storage.parsing import parse_yaml, read_text
 
 
 def read_config(path: Path) -> Config:
-    """Read the config that a run directory was made with; the only reader of its config.yaml as a Config.
+    """Read a run directory's config.yaml; no other function reads it as a Config.
 
-    model.trust_remote_code is always false in it: only today's command line may allow code.
+    Sets model.trust_remote_code to false: only the current command line may allow remote code.
 
     Raises:
-        CheckpointError: No run there, or its config cannot be read.
+        CheckpointError: There is no run, or its config cannot be read.
     """
     if not path.is_dir():
         raise CheckpointError(f"there is no run directory {path}: give the folder that holds config.yaml and checkpoints/")

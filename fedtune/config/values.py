@@ -1,4 +1,4 @@
-"""A config as plain JSON types, and back."""
+"""Converts configs to plain JSON types and back."""
 
 import dataclasses
 import types
@@ -11,7 +11,7 @@ from fedtune.errors import ConfigError
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain JSON types: what is stored with a run and sent to the clients."""
+    """The config as plain JSON types, as stored with a run and sent to clients."""
     return dataclasses.asdict(config)
 
 
@@ -19,7 +19,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `to_dict`.
 
     Raises:
-        ConfigError: An unknown key, or a value that is out of bounds.
+        ConfigError: A key is unknown, or a value is out of range.
     """
     return check(_build(Config, values, ""))
 
@@ -29,7 +29,7 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
         raise ConfigError(f"{prefix.rstrip('.') or 'config'} must be a mapping, got {type(values).__name__}")
     known = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(map(str, values)) - set(known)):
-        raise ConfigError(f"unknown config key {prefix}{unknown[0]}: known here are {', '.join(known)}")
+        raise ConfigError(f"unknown config key {prefix}{unknown[0]}: the known keys here are {', '.join(known)}")
     hints = typing.get_type_hints(kind)
     out = {}
     for name, value in values.items():
@@ -45,7 +45,7 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
 
 
 def typed(hint: Any, value: Any, key: str) -> Any:
-    """`value` if it is of the type `hint`, a whole number where a float is wanted included; else a ConfigError that names `key`."""
+    """Return `value` if it has the type `hint` (an integer is accepted as a float), else raise a ConfigError that names `key`."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(a) or a for a in allowed)
     if float in plain and type(value) is int:

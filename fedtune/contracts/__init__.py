@@ -1,1 +1,1 @@
-"""What the rooms of fedtune agree on: adapter state, plan and update, strategy, exchange, task, messages. They import only settings."""
+"""Contracts between the packages of fedtune: adapter state, plan, update, strategy, exchange, task, messages. They import only settings."""

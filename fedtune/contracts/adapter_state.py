@@ -1,7 +1,7 @@
-"""Everything trainable, by name, with the spec that gives it meaning.
+"""Adapter state: all trainable tensors by name, and the spec that defines their meaning.
 
-Names are canonical: `<module>.lora_A`, `<module>.lora_B` for LoRA, `<module>.<parameter>` for a head, as in the untouched backbone. They do
-not depend on the PEFT library's wrappers, so that state, wire, checkpoint and export agree.
+Names are canonical: `<module>.lora_A`, `<module>.lora_B` for LoRA, `<module>.<parameter>` for a head, as in the unmodified backbone. They
+do not depend on the PEFT library's wrappers, so state, wire, checkpoint and export use the same names.
 """
 
 import dataclasses
@@ -46,15 +46,15 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """What the tensors mean.
+    """The meaning of an adapter's tensors.
 
     Args:
         method: PEFT method, such as `lora`.
-        base: Fingerprint of the backbone that they belong to; "" where it is not known.
-        version: Server version that they carry: 0 is the start, t the state after round t.
+        base: Fingerprint of the backbone; "" if unknown.
+        version: Server version: 0 is the start, t the state after round t.
         ranks: LoRA module → its rank r.
         scaling: LoRA module → its factor s, such as alpha / r.
-        mask: Method `sparse`: what `random_mask` draws its positions from; "" where they come along as tensors.
+        mask: Method `sparse`: seed text from which `random_mask` draws the positions; "" if they are tensors of the state.
     """
 
     method: str
@@ -69,7 +69,7 @@ class AdapterSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterSpec":
-        """Raises UpdateMismatch where `text` is no spec."""
+        """Raises UpdateMismatch if `text` is not a spec."""
         spec = read_object(cls, text, UpdateMismatch, "adapter's spec")
         for module, rank in spec.ranks.items():
             require(f"the rank of '{shown(module)}' in the adapter's spec", rank, UpdateMismatch, ge=1)
@@ -78,7 +78,7 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Ordered `name → tensor` of everything trainable, and nothing else. Tensors are never changed in place."""
+    """Ordered `name → tensor` of all trainable tensors, and no others. Tensors are never changed in place."""
 
     tensors: Mapping[str, Tensor]
     spec: AdapterSpec
@@ -98,24 +98,24 @@ class AdapterState:
         return AdapterState(self.tensors if tensors is None else tensors, dataclasses.replace(self.spec, **spec))
 
     def subset(self, names: list[str]) -> "AdapterState":
-        """The state with only these tensors."""
+        """A state with only these tensors."""
         return self.replace({n: self.tensors[n] for n in names})
 
     def product(self, module: str) -> Tensor:
-        """s·B·A of a LoRA module (out, in), in float32: what all that merge it add, so that all add the same."""
+        """s·B·A of a LoRA module (out, in), in float32. All merges use it, so they all add the same values."""
         return self.spec.scaling[module] * (self[f"{module}.lora_B"].float() @ self[f"{module}.lora_A"].float())
 
     # -- the wire -------------------------------------------------------------------------------------------------------------------------
 
     def to_arrays(self) -> "ArrayRecord":
-        """As a Flower record. bf16 travels as its uint16 bits, with its dtype in the array's own header: NumPy has no bf16."""
+        """Convert to a Flower record. bf16 is stored as uint16 bits with the dtype in the array's header, because NumPy has no bf16."""
         from flwr.app import ArrayRecord
 
         return ArrayRecord({name: _to_array(t) for name, t in self.tensors.items()})
 
     @classmethod
     def from_arrays(cls, arrays: "ArrayRecord", spec: AdapterSpec, expect: "AdapterState | None" = None) -> "AdapterState":
-        """Read a record that came over the network; what it claims is checked before it is decoded.
+        """Read a record from the network. Its claims are checked before it is decoded.
 
         Args:
             arrays: The record.
@@ -127,9 +127,9 @@ class AdapterState:
         """
         if expect is not None:
             if missing := [n for n in expect.tensors if n not in arrays]:
-                raise UpdateMismatch(f"tensor '{missing[0]}' is missing: {len(expect.tensors)} tensors were asked for, {len(arrays)} came")
+                raise UpdateMismatch(f"tensor '{missing[0]}' is missing: wanted {len(expect.tensors)} tensors, got {len(arrays)}")
             if surplus := [n for n in arrays if n not in expect.tensors]:
-                raise UpdateMismatch(f"tensor '{surplus[0][:80]}' was not asked for")
+                raise UpdateMismatch(f"tensor '{surplus[0][:80]}' is not one of the expected tensors")
             for name, wanted in expect.tensors.items():
                 got = arrays[name]
                 if tuple(got.shape) != tuple(wanted.shape) or got.dtype != _NAMES[wanted.dtype]:
@@ -143,8 +143,8 @@ class AdapterState:
     # -- the disk -------------------------------------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, spec in its metadata, and flush it to the disk."""
-        # one entry only: safetensors writes several in any order, and equal states should be equal files
+        """Write one safetensors file with the spec in its metadata, and flush it to disk."""
+        # a single entry: safetensors writes several in arbitrary order, and equal states must give equal files
         meta = {"fedtune": json.dumps({"order": list(self.tensors), "spec": self.spec.to_json()})}
         save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, meta)
         flush(path)
@@ -154,15 +154,15 @@ class AdapterState:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: The file is missing, damaged, or not one of ours.
+            CheckpointError: The file is missing, damaged, or not a fedtune adapter.
         """
         try:
             with safe_open(path, "pt") as f:
                 meta = f.metadata() or {}
                 if "fedtune" not in meta:
                     raise CheckpointError(f"{path} is a safetensors file but not a fedtune adapter: its metadata has no 'fedtune' entry")
-                said = parse_json(meta["fedtune"])
-                return cls({n: f.get_tensor(n) for n in said["order"]}, AdapterSpec.from_json(said["spec"]))
+                entry = parse_json(meta["fedtune"])
+                return cls({n: f.get_tensor(n) for n in entry["order"]}, AdapterSpec.from_json(entry["spec"]))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as bad:
             raise CheckpointError(f"cannot read the adapter {path}: {str(bad)[:120]}") from None
         except UpdateMismatch as bad:
@@ -170,15 +170,15 @@ class AdapterState:
 
 
 def random_mask(mask: str, module: str, entries: int, count: int) -> Tensor:
-    """Sorted positions (count,) int64 of a module's masked entries, in its flattened (out, in) matrix of so many `entries`.
+    """Sorted positions (count,) int64 of a module's masked entries, in its flattened (out, in) matrix of `entries` entries.
 
-    Drawn without replacement, the same in every process, so that a random mask never travels.
+    Drawn without replacement and the same in every process, so a random mask is never sent.
 
     Args:
         mask: `AdapterSpec.mask`.
-        module: Each has positions of its own.
+        module: The module; each has its own positions.
         entries: out · in.
-        count: How many to draw.
+        count: Number of positions.
     """
     generator = torch.Generator().manual_seed(derive_seed(mask, "mask", module))
     return torch.randperm(entries, generator=generator)[:count].sort().values
@@ -186,7 +186,7 @@ def random_mask(mask: str, module: str, entries: int, count: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What `np.save` puts before the data of such an array. Writing and parsing it anew costs more than the data of a small adapter."""
+    """The header that `np.save` writes before an array's data. Cached: writing and parsing it costs more than a small adapter's data."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
     return header.getvalue()
@@ -207,16 +207,14 @@ def _from_array(name: str, array: "Array") -> Tensor:
     from flwr.common.constant import SType
 
     if array.dtype not in _DTYPES:
-        raise UpdateMismatch(f"tensor '{name[:80]}' has dtype {array.dtype[:40]}: wanted one of {', '.join(_DTYPES)}")
+        raise UpdateMismatch(f"tensor '{name[:80]}' has dtype {array.dtype[:40]}, wanted one of {', '.join(_DTYPES)}")
     stored, shape = "uint16" if array.dtype == "bfloat16" else array.dtype, tuple(array.shape)
     if array.stype != SType.NUMPY or any(type(d) is not int or d < 0 for d in shape):
-        raise UpdateMismatch(f"tensor '{name[:80]}' is '{array.stype[:40]}' of shape {shape}: wanted a NumPy array")
+        raise UpdateMismatch(f"tensor '{name[:80]}' is '{array.stype[:40]}' of shape {shape}, wanted a NumPy array")
     header, wanted = _npy_header(stored, shape), math.prod(shape) * np.dtype(stored).itemsize
-    # only what np.save itself would have written for this dtype and shape: nothing of a peer's header is parsed
+    # accept only the header that np.save writes for this dtype and shape: a peer's header is never parsed
     if len(array.data) != len(header) + wanted or not array.data.startswith(header):
-        raise UpdateMismatch(
-            f"tensor '{name[:80]}' is damaged: its {len(array.data)} bytes are not the {array.dtype} {shape} that they claim"
-        )
+        raise UpdateMismatch(f"tensor '{name[:80]}' is damaged: its {len(array.data)} bytes are not a NumPy array {array.dtype} {shape}")
     values = np.frombuffer(array.data, np.dtype(stored), offset=len(header)).reshape(shape).copy()
     tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if stored == "uint16" else torch.from_numpy(values)
     if not torch.isfinite(tensor).all():

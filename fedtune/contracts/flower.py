@@ -1,4 +1,4 @@
-"""The one module that touches what Flower does not promise to keep; `tests/contracts/test_flower.py` is its smoke test."""
+"""The only module that uses Flower internals without a stable API; `tests/contracts/test_flower.py` is its smoke test."""
 
 import logging
 import uuid
@@ -11,10 +11,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 
 class Meter:
-    """Bytes of contents as Flower serializes them for the network; a record that many contents share is serialized once."""
+    """Counts the bytes of contents as Flower serializes them. A record that many contents share is serialized once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], tuple[object, int]] = {}  # the record is kept, so that its id stays its own
+        self._known: dict[tuple[str, int], tuple[object, int]] = {}  # holds the record, so that its id is not reused
 
     def __call__(self, content: RecordDict) -> int:
         return sum(self._size(name, record) for name, record in content.items())  # items are serialized one after the other
@@ -27,18 +27,18 @@ class Meter:
 
 
 def identify_process(run_id: int) -> None:
-    """Give this process the identity of the server's task: without one Flower refuses to make messages."""
+    """Give this process the identity of the server's task: without it Flower refuses to create messages."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, SUPERLINK_NODE_ID
 
 
 def stamp(message: Message) -> str:
-    """Give a message its id, as a SuperLink would."""
+    """Give a message an id, as a SuperLink does."""
     message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
     return message.metadata.message_id
 
 
 def copy_message(message: Message) -> Message:
-    """A message whose records can be changed without harm. The arrays themselves, which nobody changes, are shared."""
+    """A copy of a message with its own records. The arrays are shared: nothing changes them."""
     content = RecordDict()
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
@@ -49,5 +49,5 @@ def copy_message(message: Message) -> Message:
 
 
 def quiet() -> None:
-    """Silence Flower's own progress lines: fedtune reports, and every cause is in the reply."""
+    """Silence Flower's progress lines: fedtune reports progress itself, and replies carry the cause of every failure."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)

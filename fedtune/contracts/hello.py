@@ -1,4 +1,4 @@
-"""What server and client say to each other before the first round."""
+"""The hello messages that server and client exchange before the first round."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from fedtune.storage.reading import read_object
 
 @dataclass(frozen=True, kw_only=True)
 class ServerHello:
-    """What a server on a network says. An engine's server says only the round: its clients have the experiment already.
+    """The hello of a server on a network. An engine's server sends only the round, because its clients already have the experiment.
 
     Args:
         config: The experiment, as `config.to_dict` writes it.
-        run: Name of the run, after which a client may name a folder.
-        labels: Names of the classes, of a classification.
-        round: The round that comes next.
+        run: Name of the run; a client may use it as a folder name.
+        labels: Class names of a classification.
+        round: The next round.
     """
 
     config: Mapping[str, Any]
@@ -28,27 +28,27 @@ class ServerHello:
 
     @classmethod
     def from_json(cls, text: str) -> "ServerHello":
-        """Raises PlanError where `text` is no hello of this version of fedtune."""
+        """Raises PlanError if `text` is not a hello of this version of fedtune."""
         try:
             return read_object(cls, text, ValueError, "hello")
         except ValueError as bad:
-            raise PlanError(f"the server's hello names no experiment ({bad}): the peers run different versions of fedtune") from None
+            raise PlanError(f"the server's hello cannot be read ({bad}): the peers run different versions of fedtune") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientHello:
-    """What a client answers.
+    """A client's answer.
 
     Args:
         client: Its logical id.
-        device_class: Its class; "" where there is none.
+        device_class: Its device class; "" if it has none.
         examples: Rows that it trains on.
         held_out: Rows that it evaluates itself on.
         base: Fingerprint of its backbone.
-        shifts: Versions of the shifts that its frozen weights carry.
-        remembers: Whether they still will in its next turn.
-        rank: LoRA rank that it asks for; None is the config's.
-        device: How its device takes part, in words; "" where it is no real device.
+        shifts: Versions of the shifts merged into its frozen weights.
+        remembers: Whether it keeps these shifts until its next turn.
+        rank: LoRA rank that it requests; None means the config's.
+        device: How its device takes part, in words; "" for a virtual client.
     """
 
     client: str
@@ -66,7 +66,7 @@ class ClientHello:
 
     @classmethod
     def from_json(cls, text: str) -> "ClientHello":
-        """Raises ValueError where `text` is no hello, or a count is impossible."""
+        """Raises ValueError if `text` is not a hello, or a count is out of range."""
         hello = read_object(cls, text, ValueError, "hello")
         for name, least in (("examples", 0), ("held_out", 0), ("rank", 1)):
             require(f"the hello's {name}", getattr(hello, name), ValueError, ge=least)

@@ -1,7 +1,7 @@
-"""What the server asks of one client in one round, and what comes back.
+"""The server's plan for one client in one round, and the client's update.
 
-A `Plan` is one JSON string in the message's ConfigRecord (which takes no None and no nesting). A client refuses, by name, what it does not
-understand. A new strategy should need new Plan values, seldom new client code.
+A `Plan` is one JSON string in the message's ConfigRecord (which takes no None and no nesting). A client refuses a field or value that it
+does not know, by name. A new strategy should need new plan values, rarely new client code.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from fedtune.storage.ids import LONGEST_NAME, short
 from fedtune.storage.reading import SCALAR as Scalar
 from fedtune.storage.reading import read_object
 
-PLAIN = "plain"  # the turn that only trains
+PLAIN = "plain"  # the turn that is ordinary training
 OPTIMIZERS = ("adamw", "sgd")
 MEASURES = ("start_loss",)
 PRIVACIES = ("none", "record", "user")
@@ -31,14 +31,14 @@ _BOUNDS: dict[str, Any] = {
     "accumulate": {"ge": 1},
     "steps": {"ge": 1},
 }
-_PRIVATE: dict[str, Any] = {  # of a plan that asks for privacy
+_PRIVATE: dict[str, Any] = {  # bounds that apply to a plan with privacy
     "dp_clip": {"gt": 0},
     "dp_noise": {"gt": 0},
     "dp_epsilon": {"gt": 0},
     "dp_delta": {"gt": 0, "lt": 1},
     "dp_turns": {"ge": 1},
 }
-MOST_NUMBERS = 64  # of what a client says about itself: every line of the metrics holds it
+MAX_NUMBERS = 64  # metrics and measurements of one update: every line of the metrics holds them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,32 +48,32 @@ class Plan:
     Args:
         round: The round, from 1.
         client: Logical id of the client.
-        base_version: Version of the adapter that the message carries; the update must name the same.
-        turn: What the client does beside plain training, or instead of it: the name of a turn in `clients/turns/`.
-        params: Parameters of the turn, by name; the turn's class says which there are.
-        train: Patterns of the tensors to train, as `matching` reads them; the rest stay as sent.
+        base_version: Version of the adapter in the message; the update must repeat it.
+        turn: Name of the client half of the method, a turn in `clients/turns/`.
+        params: Parameters of the turn, by name; the turn's class defines them.
+        train: Patterns of the tensors to train, as `matching` reads them; the others stay fixed.
         send: Patterns of the tensors to send back.
-        keep: Patterns of the tensors that are the client's own: it goes on with them as it left them in its last turn (in its first, as
-            sent or as drawn from the run's seed), and keeps them for its next.
-        rank: LoRA rank that the client's device asks for; None is the config's. A strategy that can mix ranks heeds it.
-        measure: What to measure beside the usual: `start_loss`, the mean loss over the client's rows before the first step.
-        steps: Optimizer steps; None goes by `epochs`.
+        keep: Patterns of the tensors that are the client's own. It continues from their values after its last turn (in its first turn, from
+            the sent values or those drawn from the run's seed), and keeps them for its next turn.
+        rank: LoRA rank that the client's device requests; None means the config's. A strategy that mixes ranks uses it.
+        measure: Extra measurements: `start_loss`, the mean loss over the client's rows before the first step.
+        steps: Optimizer steps; None uses `epochs`.
         epochs: Passes over the client's rows.
         batch_size: Examples of one micro-batch.
         accumulate: Micro-batches of one optimizer step.
         optimizer: Local optimizer, fresh each round: AdamW, or plain SGD.
-        lr: Learning rate of the first step ...
-        lr_last: ... and of the last; between them it is linear. The schedule over rounds is the server's.
+        lr: Learning rate of the first step.
+        lr_last: Learning rate of the last step; linear in between. The server sets the schedule over rounds.
         weight_decay: Decoupled weight decay (both optimizers).
-        clip_norm: Largest gradient norm, over all trained tensors; None leaves it.
-        codec: How the reply is encoded, such as `topk=0.05+int8`, as the difference from what was sent; "" sends the tensors as they are.
-        privacy: What the client does for it: nothing, DP-SGD (`record`), or its own noise on its clipped update (`user`).
-        dp_clip: Largest norm of a row's gradient, or of the update.
-        dp_noise: Standard deviation of the noise as a multiple of `dp_clip`; None has the client solve for `dp_epsilon`.
-        dp_epsilon: The client's budget over the run; None is without bounds.
+        clip_norm: Largest gradient norm over all trained tensors; None does not clip.
+        codec: Encoding of the reply as a difference from the sent adapter, such as `topk=0.05+int8`; "" sends the tensors unencoded.
+        privacy: `none`, `record` (the client trains with DP-SGD), or `user` (the client clips its update and adds noise).
+        dp_clip: Largest norm of a row's gradient (`record`) or of the update (`user`).
+        dp_noise: Standard deviation of the noise as a multiple of `dp_clip`; None: the client solves for `dp_epsilon`.
+        dp_epsilon: The client's budget over the run; None is unlimited.
         dp_delta: δ.
-        dp_turns: Turns that the budget must last for.
-        dp_accountant: How the cost is added up.
+        dp_turns: Turns that the budget must cover.
+        dp_accountant: Accountant that sums the privacy cost.
         seed: Seed of this turn's shuffling and dropout.
     """
 
@@ -110,12 +110,10 @@ class Plan:
         """The plan with another turn.
 
         Raises:
-            ConfigError: The plan has a turn already, such as the proximal one of `client.prox`.
+            ConfigError: The plan already has a turn, such as `fedprox` from `client.prox`.
         """
         if self.turn not in (PLAIN, turn):
-            raise ConfigError(
-                f"the strategy's clients take the turn '{turn}', and the config asks for the turn '{self.turn}': leave client.prox at 0"
-            )
+            raise ConfigError(f"the strategy needs the turn '{turn}', but the config sets the turn '{self.turn}': leave client.prox at 0")
         return dataclasses.replace(self, turn=turn, params=params)
 
     def to_json(self) -> str:
@@ -123,37 +121,37 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read a plan that came over the network.
+        """Read a plan from the network.
 
         Raises:
-            PlanError: Not a plan, or it asks for something that this version does not know.
+            PlanError: `text` is not a plan, or has a field or value that this version does not know.
         """
         plan = read_object(cls, text, PlanError, "plan")
         for name, bounds in (_BOUNDS | (_PRIVATE if plan.privacy != "none" else {})).items():
             require(f"the plan's {name}", getattr(plan, name), PlanError, **bounds)
         if plan.privacy != "none" and plan.dp_noise is None and plan.dp_epsilon is None:
-            raise PlanError(f"the plan asks for privacy={plan.privacy} with neither noise nor epsilon, which promises nothing")
+            raise PlanError(f"the plan asks for privacy={plan.privacy} but sets neither dp_noise nor dp_epsilon: set one of them")
         for measure in plan.measure:
             require("the plan's measure", measure, PlanError, choices=MEASURES)
         if plan.steps is None and plan.epochs is None:
-            raise PlanError("plan sets neither steps nor epochs: the client cannot know how much to train")
+            raise PlanError("the plan sets neither steps nor epochs: set one of them")
         return plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one client sends back.
+    """One client's reply to its plan.
 
     Args:
         client: Logical id.
-        round: The round it answers.
-        base_version: Version of the adapter that it started from.
-        adapter: The tensors sent, possibly of this client's own rank.
-        examples: Training rows that the client holds and used: the n_k of the weighted mean.
+        round: The plan's round.
+        base_version: Version of the adapter that training started from.
+        adapter: The trained tensors, possibly of this client's own rank.
+        examples: Training rows that the client used: the n_k of the weighted mean.
         metrics: Name → number, such as `loss`.
-        measurements: Name → number that a strategy or the report needs, such as `steps`, `seconds`, `peak_mb`, `virtual_s`.
-        device_class: The client's device class, "" where there is none.
-        precision: Of the frozen backbone that a device chose; "" where it is the config's.
+        measurements: Name → number for a strategy or the report, such as `steps`, `seconds`, `peak_mb`, `virtual_s`.
+        device_class: The client's device class; "" if it has none.
+        precision: Precision of the frozen backbone that the device chose; "" for the config's.
     """
 
     client: str
@@ -167,26 +165,26 @@ class Update:
     precision: str = ""
 
     def to_json(self) -> str:
-        """Everything but the tensors, and a precision only where there is one."""
+        """All fields except the tensors; an empty precision is omitted."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"}
         return json.dumps({n: v for n, v in out.items() if n != "precision" or v})
 
     @classmethod
     def from_json(cls, text: str, adapter: AdapterState) -> "Update":
-        """Read an update that came over the network.
+        """Read an update from the network.
 
         Raises:
-            UpdateError: Not an update, or its numbers cannot be.
-            OverflowError: A whole number is too large for a float.
+            UpdateError: `text` is not an update, or a number is out of range.
+            OverflowError: An integer is too large for a float.
         """
         update = read_object(cls, text, UpdateError, "update", adapter=adapter)
         require("the update's examples", update.examples, UpdateError, ge=1)
-        if len(update.metrics) + len(update.measurements) > MOST_NUMBERS:
+        if len(update.metrics) + len(update.measurements) > MAX_NUMBERS:
             count = len(update.metrics) + len(update.measurements)
-            raise UpdateError(f"the update reports {count} numbers, at most {MOST_NUMBERS} are allowed: report fewer metrics")
+            raise UpdateError(f"the update reports {count} numbers, more than the limit of {MAX_NUMBERS}: report fewer metrics")
         for name in (*update.metrics, *update.measurements, update.device_class, update.precision):
             if not short(name):
-                raise UpdateError(f"the update has the name {name[:20]!r}…, wanted are at most {LONGEST_NAME} printable characters")
+                raise UpdateError(f"the update has the name {name[:20]!r}…: names have at most {LONGEST_NAME} printable characters")
         for number in (update.examples, *update.metrics.values(), *update.measurements.values()):
             float(number)
         return update
@@ -194,10 +192,10 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class LateUpdate:
-    """A good update that its round did not wait for.
+    """A good update that came after its round.
 
     Args:
-        update: The update; `adapter` holds Δ = w_k − w_τ in place of the tensors, in float32 at least.
+        update: The update; `adapter` holds Δ = w_k − w_τ instead of the tensors, in float32 at least.
         due: The round in which it counts.
     """
 
@@ -206,7 +204,7 @@ class LateUpdate:
 
 
 def matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
-    """The names that match any of the patterns (fnmatch) and none of those that begin with `!`, in their own order."""
+    """The names, in their order, that match a pattern (fnmatch) and no pattern that begins with `!`."""
     wanted, unwanted = [p for p in patterns if p[0] != "!"], [p[1:] for p in patterns if p[0] == "!"]
 
     def match(name: str, any_of: list[str]) -> bool:
@@ -219,7 +217,7 @@ __all__ = [
     "ACCOUNTANTS",
     "LONGEST_NAME",
     "MEASURES",
-    "MOST_NUMBERS",
+    "MAX_NUMBERS",
     "OPTIMIZERS",
     "PLAIN",
     "PRIVACIES",

@@ -1,8 +1,8 @@
-"""What a plan promises about privacy.
+"""The privacy terms of a plan.
 
-Both ends hold the other to it: a client refuses a plan that asks for less than its own config says, and the bridge refuses an update that
-should have been private and does not say that it is (fedtune/privacy/verify.py). Neither can stop a peer that lies; they stop one that is
-set up wrongly, which would otherwise train in the open without a word.
+Both ends check them: a client refuses a plan whose terms differ from its own config, and the bridge refuses an update that should be
+private but does not report so (fedtune/privacy/verify.py). The checks cannot stop a peer that lies; they stop a misconfigured peer, which
+would otherwise train without privacy unnoticed.
 """
 
 from fedtune.config import Config
@@ -11,7 +11,7 @@ from fedtune.errors import PlanError
 
 
 def terms(config: Config) -> dict[str, str | float | int | None]:
-    """What the config has each client do, as fields of its plan. Where the server clips and adds the noise, clients do nothing."""
+    """The privacy terms that the config sets for each client, as fields of its plan. They are `none` if the server clips and adds noise."""
     p = config.privacy
     if p.kind == "none" or (p.kind == "user" and p.where == "server"):
         return {"privacy": "none"}
@@ -26,10 +26,10 @@ def terms(config: Config) -> dict[str, str | float | int | None]:
     }
 
 
-def agree(plan: Plan, config: Config) -> None:
-    """Raises PlanError where the plan is not what this client's own config says, or asks for an exact loss."""
+def check_terms(plan: Plan, config: Config) -> None:
+    """Raises PlanError if the plan's terms differ from this client's own config, or a private plan asks for an exact loss."""
     for name, own in terms(config).items():
         if (asked := getattr(plan, name)) != own:
-            raise PlanError(f"the plan asks for {name}={asked}, this client's own config says {own}: set privacy alike on both ends")
+            raise PlanError(f"the plan asks for {name}={asked}, but this client's config has {own}: set the same privacy on both ends")
     if plan.privacy == "record" and plan.measure:
-        raise PlanError(f"the plan asks to measure {plan.measure[0]}, an exact loss over the client's rows: privacy=record tells none")
+        raise PlanError(f"the plan asks for {plan.measure[0]}, an exact loss over the client's rows: privacy=record reports none")

@@ -1,10 +1,10 @@
-"""Every random choice hangs on (run seed, what it is for), never on how often something was called before."""
+"""Seeds of random choices. Each depends only on the run's seed and the purpose, never on the number of earlier draws."""
 
 import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from its parts, the same in every process and on every machine.
+    """A 63-bit seed derived from `parts`, the same in every process and on every machine.
 
     >>> derive_seed(0, "round", 3) == derive_seed(0, "round", 3)
     True

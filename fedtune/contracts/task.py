@@ -1,7 +1,7 @@
-"""What a task is: the columns of its rows, their encoding, the model class, the loss, the scores. Each task is one file in models/tasks/.
+"""Tasks: the columns of the rows, their encoding, the model class, the loss and the scores. Each task is one file in models/tasks/.
 
-The config names tasks, and quick commands ask for their columns, so a task's module imports torch and transformers inside the methods that
-need them.
+The config names tasks and quick commands read their columns, so a task's module imports torch and transformers only inside the methods
+that need them.
 """
 
 import abc
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fedtune.config import Config, TaskConfig
 
-IGNORED = -100  # the label of a token without a loss, as PyTorch's cross-entropy and transformers have it
+IGNORED = -100  # label of a token without a loss, as in PyTorch's cross-entropy and transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Example:
 
     Args:
         input_ids: (T,) int32.
-        labels: (T,) int32, -100 where there is no loss; not shifted, models do that. Of a task with a head: (1,), such as the class id, or
-            (L,) float32. Instruction for an encoder-decoder, whose `input_ids` are the prompt: (1 + A,), -100 for the decoder's start
-            token, then the answer.
+        labels: (T,) int32, -100 where there is no loss; not shifted, because models shift them. With a task head: (1,), such as the class
+            id, or (L,) float32. Instruction with an encoder-decoder, whose `input_ids` are the prompt: (1 + A,), -100 for the decoder's
+            start token, then the answer.
         prompt_length: Instruction: tokens before the answer, at least 1; else 0.
         answer: Instruction: the whole answer as text; else "".
     """
@@ -51,7 +51,7 @@ class Score:
     Args:
         loss: Summed over `count` targets.
         count: Targets of the example.
-        detail: What the task's metrics need beside the loss.
+        detail: Further data for the task's metrics.
     """
 
     loss: float
@@ -60,25 +60,25 @@ class Score:
 
 
 class Task(abc.ABC):
-    """One task with the settings of an experiment; it holds nothing else.
+    """One task with the settings of an experiment. It has no other state.
 
     Args:
         settings: The config's `task`.
 
     Attributes:
-        columns: The columns that a row needs → what their values are: `text`, `class` (a name or a whole number, stored as a class id),
-            `number`, or `raw` (stored as the source has it). The column `label` is always a `class`.
-        columns_hint: Ends the error about a missing column, after "set data.columns.NAME".
-        drops_blank: Columns of text; a row that has nothing in one of them is left out.
+        columns: Columns that a row needs → type of their values: `text`, `class` (a name or an integer, stored as a class id), `number`,
+            or `raw` (stored as in the source). The column `label` is always a `class`.
+        columns_hint: End of the error about a missing column, after "set data.columns.NAME".
+        drops_blank: Text columns; a row in which one of them is blank is dropped.
         metrics: Metric → whether higher is better, the primary metric first. The loss is the last metric of every task.
-        classes: The targets are classes: their names are stored with the run, and at least two must be known.
-        head: A head of the task's own, with one row of logits for an example, is trained with the adapter; otherwise the loss is on the
-            tokens that the model's output layer predicts.
-        encoder_decoder: An encoder-decoder can do the task.
-        gives_text: The trained model gives text: it can be used with `fedtune generate` and the engine.
-        noun, gives: What the trained model is and what it gives, for sentences: "a classifier", "labels".
+        classes: Targets are classes: their names are stored with the run, and at least two must be known.
+        head: The task has its own head, with one row of logits per example, which is trained with the adapter. Otherwise the loss is on
+            the tokens that the model's output layer predicts.
+        encoder_decoder: The task supports encoder-decoder models.
+        gives_text: The trained model generates text, so `fedtune generate` and the engine can use it.
+        noun, gives: The trained model and its output, for sentences: "a classifier", "labels".
         prompted: Rows are prompts with answers: an export keeps the prompt template, and a run shows sample answers.
-        adapter_types: PEFT task types that this task stands for where a bare adapter folder does not name a task of ours.
+        adapter_types: PEFT task types that select this task for an adapter folder without a fedtune task.
     """
 
     columns: ClassVar[Mapping[str, str]]
@@ -97,24 +97,24 @@ class Task(abc.ABC):
     def __init__(self, settings: "TaskConfig") -> None:
         self.settings = settings
 
-    # -- names, columns, refusals: nothing here needs torch -------------------------------------------------------------------------------
+    # -- names, columns, checks: nothing here needs torch ---------------------------------------------------------------------------------
 
     def check(self, config: "Config") -> None:  # noqa: B027  most tasks go with any config
-        """Raises ConfigError where the task does not go with the rest of the config."""
+        """Raises ConfigError if the task does not fit the rest of the config."""
 
     @property
     def primary(self) -> tuple[str, bool]:
-        """The metric that a run is judged by, and whether higher is better."""
+        """The run's primary metric, and whether higher is better."""
         return next(iter(self.metrics.items()))
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens of the longest answer that an evaluation generates; 0 where it generates none."""
+        """Most tokens of an answer that an evaluation generates; 0 if it generates none."""
         return 0
 
     @abc.abstractmethod
     def outputs(self, labels: int) -> int:
-        """Outputs of the task's head where the data has so many classes; 0 without a head."""
+        """Outputs of the task's head for `labels` classes; 0 without a head."""
 
     @abc.abstractmethod
     def most_targets(self, length: int) -> int:
@@ -126,17 +126,17 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def auto_class(self, encoder_decoder: bool) -> str:
-        """Name of the class of transformers that loads the model."""
+        """Name of the transformers class that loads the model."""
 
     @abc.abstractmethod
     def peft_type(self, encoder_decoder: bool) -> str:
-        """PEFT's name of the task."""
+        """PEFT's name for the task."""
 
     def model_settings(self, outputs: int) -> dict[str, Any]:
-        """What the model's config needs beside the checkpoint's own.
+        """Settings to add to the checkpoint's model config.
 
         Raises:
-            ModelError: The task has no model with so many outputs.
+            ModelError: The task has no model with this number of outputs.
         """
         return {}
 
@@ -144,13 +144,13 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """The rows as examples of at most `settings.max_length` tokens.
+        """Encode rows as examples of at most `settings.max_length` tokens.
 
         Args:
-            rows: They have the task's columns.
-            tokenizer: The backbone's.
-            encoder_decoder: Whether the backbone reads the input in an encoder and writes the answer with a decoder.
-            keep_short: Whether a row that is too short to teach anything becomes an example without a target, instead of none.
+            rows: Rows with the task's columns.
+            tokenizer: The backbone's tokenizer.
+            encoder_decoder: Whether the backbone is an encoder-decoder.
+            keep_short: Whether a row that is too short to train on becomes an example without a target, instead of no example.
 
         Raises:
             DataError: A row has no target.
@@ -158,7 +158,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def example_labels(self, ids: "Tensor", mask: "Tensor") -> "Tensor":
-        """Labels for made-up rows (B, T) of token ids; `mask` is 0 where a token is not a target."""
+        """Labels for artificial rows (B, T) of token ids; `mask` is 0 where a token is not a target."""
 
     @abc.abstractmethod
     def count(self, example: Example) -> int:
@@ -166,40 +166,40 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def counts(self, batch: "Mapping[str, Tensor]") -> "Tensor":
-        """(B, P) bool: which of each row's P places has a target."""
+        """(B, P) bool: which of each row's P positions has a target."""
 
     @abc.abstractmethod
     def targets(self, batch: "Mapping[str, Tensor]") -> "Tensor":
-        """(B, P, …): the target of each place; without meaning where there is none."""
+        """(B, P, …): the target of each position; undefined where there is none."""
 
-    def silence(self, batch: "dict[str, Tensor]", rows: "Tensor") -> None:  # noqa: B027  where a target cannot be taken away
-        """Take the targets of the rows (B,) bool out of the batch, in place, if the task can; the caller weights them with 0 as well."""
+    def silence(self, batch: "dict[str, Tensor]", rows: "Tensor") -> None:  # noqa: B027  some tasks cannot remove a target
+        """Remove the targets of the rows (B,) bool from the batch, in place, if the task can; the caller also gives them weight 0."""
 
     def decoder_mask(self, batch: "Mapping[str, Tensor]") -> "Tensor":
-        """(B, A) bool: which positions that an encoder-decoder's decoder reads are not padding."""
+        """(B, A) bool: which positions of an encoder-decoder's decoder input are not padding."""
         return batch["attention_mask"].bool()
 
     # -- model and loss -------------------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def inputs(self, model: Any, batch: "Mapping[str, Tensor]") -> "dict[str, Any]":
-        """Keyword arguments of the model's forward pass; tensors have a row for each row of the batch."""
+        """Keyword arguments of the model's forward pass; tensors have one row per row of the batch."""
 
     @abc.abstractmethod
     def logits(self, model: Any, call: Callable[..., Any], places: int, choose: "Callable[[Tensor], Tensor]") -> "Tensor":
         """The model's logits, in its own dtype.
 
         Args:
-            model: The model, whose output layer may be hooked for the time of the call.
-            call: Runs it on the inputs, with further keyword arguments.
+            model: The model; its output layer may be hooked during the call.
+            call: Runs the model on the inputs, with further keyword arguments.
             places: P.
-            choose: Takes from (B, P, …) the places that are wanted, as (N, …); not called by a task with a head, which gives one row of
-                logits for each row of the batch.
+            choose: Selects the needed positions of (B, P, …), as (N, …); not called by a task with a head, which gives one row of logits
+                per row of the batch.
         """
 
     @abc.abstractmethod
     def loss(self, logits: "Tensor", targets: "Tensor", reduction: str) -> "Tensor":
-        """The loss of N places from their float32 logits: (N,) if `reduction` is "none", their sum if it is "sum"."""
+        """The loss of N positions from their float32 logits: (N,) if `reduction` is "none", their sum if it is "sum"."""
 
     # -- scores ---------------------------------------------------------------------------------------------------------------------------
 
@@ -208,39 +208,40 @@ class Task(abc.ABC):
         """A score for each example of a batch.
 
         Args:
-            logits: (N, …) float32, of all examples' targets, one example after the other.
+            logits: (N, …) float32 of all examples' targets, example by example.
             targets: (N, …).
-            sizes: Targets of each example.
+            sizes: Number of targets of each example.
             examples: The batch.
-            tokenizer: The backbone's.
+            tokenizer: The backbone's tokenizer.
         """
 
     def settle(
         self, model: Any, tokenizer: Any, examples: Sequence[Example], scores: Sequence[Score], *, batch_size: int
     ) -> Sequence[Score]:
-        """The final scores, after whatever needs more than a forward pass."""
+        """The final scores, after steps that need more than a forward pass, such as generation."""
         return scores
 
     def measure(self, scores: Sequence[Score], loss: float) -> dict[str, float]:
-        """The metrics beside the loss.
+        """The metrics other than the loss.
 
         Args:
             scores: At least one.
-            loss: The mean loss of a target.
+            loss: Mean loss per target.
         """
         return {}
 
     def summarize(self, scores: Sequence[Score]) -> dict[str, float]:
-        """The metrics of some examples.
+        """The metrics over examples.
 
         Raises:
-            DataError: There is no example or no target.
+            DataError: There are no examples or no targets.
         """
         if not scores:
             raise DataError("there are no examples to evaluate")
         count = sum(s.count for s in scores)
         if not count:
-            raise DataError(f"none of the {len(scores)} examples has a token to score: see task.max_length={self.settings.max_length}")
+            length = self.settings.max_length
+            raise DataError(f"none of the {len(scores)} examples has a token to score: task.max_length={length} is too small")
         loss = math.fsum(s.loss for s in scores) / count
         return {"loss": loss, **self.measure(scores, loss)}
 
@@ -265,23 +266,23 @@ def task_of(settings: "TaskConfig") -> Task:
 
 
 def tasks() -> dict[str, type[Task]]:
-    """Every task by its name."""
+    """Name → task."""
     return {name: find(name) for name in TASKS}
 
 
 def tasks_with(**attributes: bool) -> str:
-    """The names of the tasks that have these attributes, for a sentence: "classification or instruction"."""
+    """The names of the tasks with these attribute values, for a sentence: "classification or instruction"."""
     return " or ".join(name for name, task in tasks().items() if all(getattr(task, a) == value for a, value in attributes.items()))
 
 
 def adapter_tasks() -> dict[str, str]:
-    """PEFT's task type → the task that a bare adapter folder of that type is for."""
+    """PEFT's task type → the task of an adapter folder with this type."""
     return {peft: name for name, task in tasks().items() for peft in task.adapter_types}
 
 
 def metrics() -> dict[str, bool]:
-    """Every task's metrics → whether higher is better. A metric comes before those that a task ranks below it, so the first that a run
-    reports is its primary metric.
+    """All tasks' metrics → whether higher is better. Each metric comes before those that a task ranks below it, so the first metric that a
+    run reports is its primary metric.
 
     Raises:
         ConfigError: Two tasks disagree about a metric's direction or rank.
@@ -290,7 +291,7 @@ def metrics() -> dict[str, bool]:
     for name, task in tasks().items():
         for metric, higher in task.metrics.items():
             if better.setdefault(metric, higher) != higher:
-                raise ConfigError(f"task {name} says the opposite of another task about whether higher {metric} is better: rename one")
+                raise ConfigError(f"task {name} and another task disagree about whether higher {metric} is better: rename one metric")
         ranked = [*task.metrics, *(["loss"] if "loss" not in task.metrics else [])]
         order.add(ranked[0])
         for above, below in zip(ranked, ranked[1:], strict=False):
@@ -298,9 +299,10 @@ def metrics() -> dict[str, bool]:
     try:
         return {metric: better[metric] for metric in order.static_order()}
     except graphlib.CycleError as bad:
-        raise ConfigError(f"tasks rank the metrics {', '.join(dict.fromkeys(bad.args[1]))} in different orders: rename one") from None
+        cycle = ", ".join(dict.fromkeys(bad.args[1]))
+        raise ConfigError(f"tasks rank the metrics {cycle} in different orders: rename one metric") from None
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a higher value is the better one; of a number that is no task's metric, yes, unless it is a loss."""
+    """Whether higher is better. A number that is not a task's metric counts as higher-is-better, except train_loss."""
     return metrics().get(metric, metric != "train_loss")

@@ -1,19 +1,19 @@
-"""What a server's message to a client holds, written and read: the same on every engine and on a device.
+"""Writes and reads the server's messages to clients. The format is the same on every engine and on a device.
 
-adapter     ArrayRecord     the tensors that the client is sent
-spec        ConfigRecord    what they mean
-frame       ConfigRecord    the round, what the frozen weights must have had merged into them, which tensors are the client's own, how
-                            `adapter` is encoded, and in an evaluation the turn whose personal adapter is meant
-plan        ConfigRecord    what to do (train messages only)
-extra       ArrayRecord     what the plan's turn needs beside the adapter, where it needs anything
-shift-V     ArrayRecord     what was merged into the frozen weights in round V, where the client lacks it
-snapshot    ArrayRecord     what all rounds have merged into some of the weights, where that is smaller than the shifts that the client
-                            lacks; these then lack those weights
+adapter     ArrayRecord     the adapter's tensors
+spec        ConfigRecord    the adapter's spec
+frame       ConfigRecord    the round, the shifts that the frozen weights must carry, the tensors that are the client's own, the encoding of
+                            `adapter`, and in an evaluation the turn whose personal adapter is evaluated
+plan        ConfigRecord    the client's plan (train messages only)
+extra       ArrayRecord     further tensors that the plan's turn needs; absent if there are none
+shift-V     ArrayRecord     the shift that round V merged into the frozen weights; absent if the client has it
+snapshot    ArrayRecord     the sum of all shifts of some weights, where it is smaller than the missing shifts; the shifts then omit these
+                            weights
 
-An offer goes before a message that brings shifts: `spec`, `frame` and `plan` as above, and no tensors. The client declines what does not
-fit its device, or says that the message may come.
+An offer precedes a message with shifts. It has `spec`, `frame` and `plan` as above, and no tensors. The client accepts it, or declines if
+the message does not fit its device.
 
-offer       ConfigRecord    the bytes of the message's tensors, and the shapes of `adapter`
+offer       ConfigRecord    bytes of the message's tensors, and shapes of `adapter`
 """
 
 import json
@@ -33,21 +33,21 @@ OFFER = "query.offer"  # the type of the message that carries an offer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Letter:
+class ServerMessage:
     """One message of the server, as its client reads it.
 
     Args:
-        round: The round that it belongs to.
-        adapter: The tensors that were sent.
+        round: The message's round.
+        adapter: The adapter's tensors.
         base: Versions of all shifts that the frozen weights must carry, in order.
-        shifts: Those of them that came along.
-        snapshot: What all of them have added to the weights that it names; the shifts then lack these.
+        shifts: The shifts in this message.
+        snapshot: Sums of all shifts for the weights that it names; the shifts then omit these weights.
         keep: Patterns of the tensors that are the client's own.
-        encoding: What `adapter` is where it is encoded, for fedtune.traffic to read; "" where it is as it stands.
-        plan: What to do; None in an evaluation.
-        turn: Evaluation: the turn that the client takes next, which knows the adapter that the client uses itself.
-        params: Its parameters.
-        extra: Tensors that the plan's turn needs beside the adapter.
+        encoding: Encoding of `adapter`, for fedtune.traffic to read; "" if it is not encoded.
+        plan: The client's plan; None in an evaluation.
+        turn: Evaluation: the client's next turn, which defines the adapter that the client uses itself.
+        params: Parameters of `turn`.
+        extra: Further tensors that the plan's turn needs.
     """
 
     round: int
@@ -64,13 +64,13 @@ class Letter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that came."""
+        """Bytes of the adapter, shifts and snapshot."""
         return sum(state.nbytes for state in (self.adapter, *self.shifts, self.snapshot) if state is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """The record `frame`; its fields are those of `Letter`."""
+    """The record `frame`; its fields are those of `ServerMessage`."""
 
     round: int
     base: tuple[int, ...]
@@ -88,14 +88,14 @@ class _Offer:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-class Envelopes:
-    """Writes the messages of one round; tensors that many clients get are encoded once.
+class MessageWriter:
+    """Writes the messages of one round. Encodes tensors that many clients get only once.
 
     Args:
         round: The round.
-        shifts: What has been merged into the frozen weights.
-        encode: Adapter → what travels in its place, and the text that says what that is; None sends adapters as they are.
-        snapshot: The sum of all shifts, for the weights where that is smaller than their factors.
+        shifts: Shifts merged into the frozen weights.
+        encode: Adapter → encoded adapter, and the text that names the encoding; None sends adapters unencoded.
+        snapshot: Sum of all shifts, for weights where it is smaller than their factors.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class Envelopes:
         self._round, self._shifts, self._encode, self._snapshot = round, tuple(shifts), encode, snapshot
         self._base = tuple(s.spec.version for s in self._shifts)
         summed = {n.removesuffix(".weight") for n in snapshot.tensors} if snapshot else set[str]()
-        self._rest = [_without(s, summed) for s in self._shifts] if summed else []
-        self._adapters: dict[int, tuple[AdapterState, AdapterState, str]] = {}  # the state is kept, so that its id stays its own
+        self._unsummed = [_without(s, summed) for s in self._shifts] if summed else []
+        self._adapters: dict[int, tuple[AdapterState, AdapterState, str]] = {}  # holds the state, so that its id is not reused
         self._encoded: dict[int, tuple[AdapterState, ArrayRecord]] = {}
 
     def write(
@@ -119,17 +119,17 @@ class Envelopes:
         held: Sequence[int],
         plan: Plan | None = None,
         extra: Mapping[str, Tensor] | None = None,
-        coming: Plan | None = None,
+        next_plan: Plan | None = None,
     ) -> RecordDict:
-        """The content of one message, to a client that holds the shifts of these versions.
+        """The content of one message to a client that holds the shifts `held`.
 
-        A message to train has a `plan`; one to evaluate has the plan that is `coming` next.
+        A train message has a `plan`; an evaluation has the client's `next_plan`.
         """
-        sent, encoding = self._sent(adapter)
-        meant = plan or coming
-        frame = {"round": self._round, "base": list(self._base), "keep": list(meant.keep) if meant else [], "encoding": encoding}
-        if coming is not None:
-            frame |= {"turn": coming.turn, "params": dict(coming.params)}
+        sent, encoding = self._encode_adapter(adapter)
+        relevant = plan or next_plan
+        frame = {"round": self._round, "base": list(self._base), "keep": list(relevant.keep) if relevant else [], "encoding": encoding}
+        if next_plan is not None:
+            frame |= {"turn": next_plan.turn, "params": dict(next_plan.params)}
         content = RecordDict(
             {"adapter": self._arrays(sent), "spec": _text(adapter.spec.to_json()), "frame": _text(json.dumps(frame))}  # type: ignore[arg-type]
         )
@@ -142,23 +142,23 @@ class Envelopes:
         return content
 
     def offer(self, content: RecordDict, adapter: AdapterState, held: Sequence[int]) -> RecordDict | None:
-        """What goes before the message `content` with this adapter, to a client that holds `held`; None where it brings no shift."""
+        """The offer that precedes the message `content` to a client that holds the shifts `held`; None if the message has no shifts."""
         if not (shifts := self._missing(held)):
             return None
-        nbytes = self._sent(adapter)[0].nbytes + sum(state.nbytes for _, state in shifts)
-        said = {"bytes": nbytes, "shapes": {n: list(t.shape) for n, t in adapter.tensors.items()}}
-        return RecordDict({**{name: content[name] for name in ("spec", "frame", "plan")}, "offer": _text(json.dumps(said))})  # type: ignore[arg-type]
+        nbytes = self._encode_adapter(adapter)[0].nbytes + sum(state.nbytes for _, state in shifts)
+        offer = {"bytes": nbytes, "shapes": {n: list(t.shape) for n, t in adapter.tensors.items()}}
+        return RecordDict({**{name: content[name] for name in ("spec", "frame", "plan")}, "offer": _text(json.dumps(offer))})  # type: ignore[arg-type]
 
     def _missing(self, held: Sequence[int]) -> list[tuple[str, AdapterState]]:
-        """The records that bring the weights from these versions to now: the missing shifts, or the snapshot if that is less."""
-        has = len(held) if tuple(held) == self._base[: len(held)] else 0  # weights that carry anything else go back to W0
+        """The records that update weights with these shifts to the current version: missing shifts, or the snapshot if it is smaller."""
+        has = len(held) if tuple(held) == self._base[: len(held)] else 0  # weights with other shifts are reset to W0
         shifts = [(f"shift-{s.spec.version}", s) for s in self._shifts[has:]]
         if self._snapshot is None or not shifts:
             return shifts
-        short = [("snapshot", self._snapshot), *((f"shift-{s.spec.version}", s) for s in self._rest[has:])]
+        short = [("snapshot", self._snapshot), *((f"shift-{s.spec.version}", s) for s in self._unsummed[has:])]
         return min(shifts, short, key=lambda records: sum(state.nbytes for _, state in records))
 
-    def _sent(self, adapter: AdapterState) -> tuple[AdapterState, str]:
+    def _encode_adapter(self, adapter: AdapterState) -> tuple[AdapterState, str]:
         if self._encode is None or not adapter.tensors:
             return adapter, ""
         if id(adapter) not in self._adapters:
@@ -171,20 +171,22 @@ class Envelopes:
         return self._encoded[id(state)][1]
 
 
-def read_letter(content: RecordDict) -> Letter:
-    """Read what `Envelopes.write` wrote.
+def read_message(content: RecordDict) -> ServerMessage:
+    """Read what `MessageWriter.write` wrote.
 
     Raises:
-        PlanError: It is not a message of this version of fedtune, or its plan is not understood.
-        UpdateMismatch: Its tensors cannot be read.
+        PlanError: The message or its plan is not valid in this version of fedtune.
+        UpdateMismatch: The tensors cannot be read.
     """
     try:
-        frame = read_object(_Frame, _said(content, "frame"), ValueError, "frame")
-        spec = AdapterSpec.from_json(_said(content, "spec"))
+        frame = read_object(_Frame, _json_of(content, "frame"), ValueError, "frame")
+        spec = _spec_of(content, "spec")
         sent = [n for n in ("snapshot", *(f"shift-{v}" for v in frame.base)) if n in content.array_records]
-        states = {n: AdapterState.from_arrays(content.array_records[n], AdapterSpec.from_json(_said(content, f"{n}-spec"))) for n in sent}
+        states = {
+            n: AdapterState.from_arrays(content.array_records[n], AdapterSpec.from_json(_json_of(content, f"{n}-spec"))) for n in sent
+        }
         extra = content.array_records.get("extra")
-        return Letter(
+        return ServerMessage(
             round=frame.round,
             adapter=AdapterState.from_arrays(content.array_records["adapter"], spec),
             base=frame.base,
@@ -192,7 +194,7 @@ def read_letter(content: RecordDict) -> Letter:
             shifts=tuple(states.values()),
             keep=frame.keep,
             encoding=frame.encoding,
-            plan=Plan.from_json(_said(content, "plan")) if "plan" in content.config_records else None,
+            plan=Plan.from_json(_json_of(content, "plan")) if "plan" in content.config_records else None,
             turn=frame.turn,
             params=frame.params,
             extra=AdapterState.from_arrays(extra, spec).tensors if extra else {},
@@ -201,26 +203,28 @@ def read_letter(content: RecordDict) -> Letter:
         raise PlanError(f"the server's message cannot be read ({bad!s:.120}): the peers run different versions of fedtune") from None
 
 
-def read_offer(content: RecordDict) -> tuple[Letter, int]:
-    """The message that an offer announces, its tensors zeros of the announced shapes, and the bytes of its tensors.
+def read_offer(content: RecordDict) -> tuple[ServerMessage, int]:
+    """Read an offer: the announced message, with zeros of the announced shapes as tensors, and the bytes of its tensors.
 
     Raises:
-        PlanError: It is not an offer of this version of fedtune, or its plan is not understood.
+        PlanError: The offer or its plan is not valid in this version of fedtune.
     """
     try:
-        frame = read_object(_Frame, _said(content, "frame"), ValueError, "frame")
-        offer = read_object(_Offer, _said(content, "offer"), ValueError, "offer")
+        frame = read_object(_Frame, _json_of(content, "frame"), ValueError, "frame")
+        offer = read_object(_Offer, _json_of(content, "offer"), ValueError, "offer")
         if min(offer.bytes, *(d for shape in offer.shapes.values() for d in shape), 0) < 0:
-            raise ValueError("it has a negative size")
+            raise ValueError("a size is negative")
         tensors = {name: torch.zeros(()).expand(shape) for name, shape in offer.shapes.items()}
-        adapter = AdapterState(tensors, AdapterSpec.from_json(_said(content, "spec")))
-        return Letter(round=frame.round, adapter=adapter, keep=frame.keep, plan=Plan.from_json(_said(content, "plan"))), offer.bytes
+        adapter = AdapterState(tensors, _spec_of(content, "spec"))
+        return ServerMessage(
+            round=frame.round, adapter=adapter, keep=frame.keep, plan=Plan.from_json(_json_of(content, "plan"))
+        ), offer.bytes
     except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as bad:
         raise PlanError(f"the server's offer cannot be read ({bad!s:.120}): the peers run different versions of fedtune") from None
 
 
 def _without(shift: AdapterState, modules: set[str]) -> AdapterState:
-    """The shift of the other modules."""
+    """The shift without these modules."""
     names = [m for m in shift.spec.ranks if m not in modules]
     tensors = {n: t for n, t in shift.tensors.items() if n.rpartition(".")[0] in names}
     return shift.replace(tensors, ranks={m: shift.spec.ranks[m] for m in names}, scaling={m: shift.spec.scaling[m] for m in names})
@@ -230,8 +234,12 @@ def _text(json_text: str) -> ConfigRecord:
     return ConfigRecord({"json": json_text})
 
 
-def _said(content: RecordDict, name: str) -> str:
+def _spec_of(content: RecordDict, name: str) -> AdapterSpec:
+    return AdapterSpec.from_json(_json_of(content, name))
+
+
+def _json_of(content: RecordDict, name: str) -> str:
     try:
         return str(content.config_records[name]["json"])
     except KeyError:
-        raise ValueError(f"it has no record '{name}'") from None
+        raise ValueError(f"the record '{name}' is missing") from None

@@ -1,4 +1,4 @@
-"""Exchanges: how a cohort's replies become the next state. The config's `privacy` chooses one."""
+"""Exchanges turn a cohort's replies into the next state. The config's `privacy` selects one."""
 
 from pathlib import Path
 
@@ -10,25 +10,25 @@ from fedtune.exchange.plain import Plain
 
 
 def make_exchange(config: Config, clients: int, folder: Path) -> Exchange:
-    """The exchange that the config asks for.
+    """The exchange of the config.
 
     Args:
         config: The experiment.
-        clients: How many there are.
-        folder: Where the server keeps what each client has spent.
+        clients: Number of clients.
+        folder: Folder of the server's privacy ledgers, one per client.
 
     Raises:
-        ConfigError: The noise that it would take cannot be.
+        ConfigError: No noise level satisfies the privacy settings.
     """
     if config.privacy.kind != "user":
         return Plain()
     cohort = min(config.clients_per_round, clients)
     if config.privacy.where == "client":
         return LocalDP(cohort=cohort)
-    made = CentralDP(privacy=config.privacy, cohort=cohort, rounds=config.rounds, seed=config.seed, folder=folder)
+    central = CentralDP(privacy=config.privacy, cohort=cohort, rounds=config.rounds, seed=config.seed, folder=folder)
     if config.privacy.adaptive:
-        made.tracker.left(made.noise, made.cohort)
-    return made
+        central.tracker.tensor_noise(central.noise, central.cohort)  # raises if the settings are impossible
+    return central
 
 
 __all__ = ["CentralDP", "Channel", "Exchange", "LocalDP", "NoUpdates", "Plain", "make_exchange"]

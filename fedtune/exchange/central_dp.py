@@ -1,8 +1,8 @@
-"""User-level privacy at the server: clipped updates, their noised mean, and nothing else reaches the strategy.
+"""User-level privacy at the server: the strategy sees only the noised mean of clipped updates.
 
-Between the decoded updates and the strategy stands only a sum, which secure aggregation can take over. Cohorts are of a fixed size and
-known to the server, so that no amplification by sampling is claimed: a client pays in full for each round that its update counts in, and
-not for others.
+Only a sum is between the decoded updates and the strategy, so secure aggregation can compute it. Cohorts have a fixed size and are known
+to the server, so no amplification by sampling is claimed: a client pays in full for each round in which its update counts, and for no
+other.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ CLIP = "clip"  # in ServerState.exchange: the C of the next round
 
 @dataclass(frozen=True, kw_only=True)
 class CentralDP(Exchange):
-    """Δ ← ( Σ_k clip(Δ_k) + N(0, (zC)²I) ) / m; every client weighs the same. See fedtune/privacy/user.py.
+    """Δ ← ( Σ_k clip(Δ_k) + N(0, (zC)²I) ) / m; all clients have equal weight. See fedtune/privacy/user.py.
 
     Args:
-        privacy: What is asked for.
-        cohort: m, the clients that a round is planned with.
-        rounds: Of the run: how many turns a client may have at most.
-        seed: The run's.
-        folder: Of the ledgers.
+        privacy: The config's privacy settings.
+        cohort: m, the planned cohort size.
+        rounds: Rounds of the run, which is the most turns of a client.
+        seed: Seed of the run.
+        folder: Folder of the ledgers.
     """
 
     privacy: PrivacyConfig
@@ -44,11 +44,11 @@ class CentralDP(Exchange):
 
     @property
     def noise(self) -> float:
-        """z."""
+        """z, the noise multiplier."""
         p = self.privacy
         if p.noise is not None:
             return p.noise
-        assert p.epsilon is not None  # the config's check
+        assert p.epsilon is not None  # checked with the config
         return solve_noise(p.epsilon, p.delta, 1.0, max(1, p.turns or self.rounds), p.accountant)
 
     @property
@@ -60,18 +60,18 @@ class CentralDP(Exchange):
         return {CLIP: torch.tensor(self.privacy.clip, dtype=torch.float64)}
 
     def left_out(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
-        """Clients whose budget another turn would exceed."""
+        """Clients for which another turn would exceed the budget."""
         p, out = self.privacy, dict[str, tuple[str, str]]()
         if p.epsilon is None:
             return out
         for client in clients:
-            coming = self._ledger(client).epsilon(p.delta, p.accountant, self._cost())
-            if coming > p.epsilon:
-                out[client] = "privacy", f"another turn would cost ε = {coming:.3f}, more than privacy.epsilon={p.epsilon:g}"
+            total = self._ledger(client).epsilon(p.delta, p.accountant, self._cost())
+            if total > p.epsilon:
+                out[client] = "privacy", f"another turn would cost ε = {total:.3f}, more than privacy.epsilon={p.epsilon:g}"
         return out
 
     def run(self, round: int, state: ServerState, strategy: Strategy, channel: Channel) -> ServerState:
-        """What the round costs is on the disk before the strategy sees the mean."""
+        """Run one round. Each client's cost is in its ledger on disk before the strategy sees the mean."""
         p = self.privacy
         mean = PrivateMean(
             state.adapter.tensors,
@@ -86,13 +86,12 @@ class CentralDP(Exchange):
             mean.add(update.adapter.tensors)
         tensors, clip = mean.close()
         after = strategy.aggregate_mean(round, state, tensors)
-        kept = {CLIP: torch.tensor(clip if p.adaptive else p.clip, dtype=torch.float64)}
-        return dataclasses.replace(after, exchange=kept)
+        return dataclasses.replace(after, exchange={CLIP: torch.tensor(clip if p.adaptive else p.clip, dtype=torch.float64)})
 
     def figures(self, round: int, before: ServerState, after: ServerState) -> Mapping[str, float]:
-        """C and z of the round, and the ε of the client that has spent most so far."""
+        """C and z of the round, and the ε of the client that has spent the most so far."""
         p = self.privacy
-        # of all ledgers: a run that goes on from an older checkpoint no longer knows who took part since
+        # from all ledgers: a run resumed from an older checkpoint does not know the later participants
         most = most_spent(self.folder, p.delta, p.accountant)
         return {"dp_clip": self.clip(before), "dp_noise": self.noise, "epsilon": most}
 

@@ -1,6 +1,7 @@
-"""User-level privacy at the clients: each clips its update and adds noise before it is sent, and pays for it itself.
+"""User-level privacy at the clients: each clips its update, adds noise before sending it, and keeps its own ledger.
 
-The strategy gets the sum of the updates over the cohort that was planned. Every client weighs the same: what one may change is bounded.
+The strategy gets the sum of the updates divided by the planned cohort size. All clients have equal weight, so one client's influence is
+bounded.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from fedtune.privacy.user import SumOverCohort
 
 @dataclass(frozen=True, kw_only=True)
 class LocalDP(Exchange):
-    """Δ ← Σ_k Δ_k / m over the updates that came, which were clipped and noised by their clients.
+    """Δ ← Σ_k Δ_k / m over the received updates, which their clients have clipped and noised.
 
     Args:
-        cohort: m, the clients that a round is planned with.
+        cohort: m, the planned cohort size.
     """
 
     cohort: int

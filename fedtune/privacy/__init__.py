@@ -1,1 +1,1 @@
-"""Differential privacy: of single rows (`dpsgd`) or of whole clients (`user`), and the ledger that counts what has been spent."""
+"""Differential privacy for single rows (`dpsgd`) or whole clients (`user`), and the ledger of the privacy cost."""

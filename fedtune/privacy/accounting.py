@@ -1,10 +1,10 @@
-"""What a sequence of noisy sums costs: ε for a δ, and the noise that an ε allows.
+"""Privacy accounting: the ε of a sequence of noisy sums at δ, and the noise for a given ε.
 
-Every mechanism here is a Gaussian on a sum over a Poisson sample: at record level over a client's rows (rate q = B / n_k), at user level
-over the cohort, where fixed-size cohorts are not Poisson samples and no amplification is claimed (rate 1).
+Every mechanism is the Gaussian mechanism on a sum over a Poisson sample: at record level over a client's rows (rate q = B / n_k), at user
+level over the cohort (rate 1: fixed-size cohorts are not Poisson samples, so no amplification is claimed).
 
 Sources: Mironov et al. 2019, Rényi Differential Privacy of the Sampled Gaussian Mechanism, arXiv:1908.10530 (rdp); Gopi et al. 2021,
-Numerical Composition of Differential Privacy, arXiv:2106.02848 (prv, an upper bound too, and tighter). Both are Opacus' own.
+Numerical Composition of Differential Privacy, arXiv:2106.02848 (prv, also an upper bound, and tighter). Opacus implements both.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from fedtune.errors import ConfigError
 
-_WIDEST = 200.0  # ε beyond which PRV's grid grows out of memory, and nothing is promised any more: there the RDP bound is told
+_MAX_EPSILON = 200.0  # beyond this PRV's grid exceeds memory and ε is meaningless, so the RDP bound is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Spend:
 
     Args:
         noise: Standard deviation of the noise as a multiple of the sum's sensitivity.
-        rate: Chance of a row (or client) to be in the sum, each on its own.
-        steps: How many sums.
+        rate: Probability that a row (or client) is in a sum, independently of the others.
+        steps: Number of sums.
     """
 
     noise: float
@@ -35,7 +35,7 @@ class Spend:
 
 
 def epsilon(spent: Iterable[Spend], delta: float, accountant: str = "prv") -> float:
-    """ε at δ of everything in `spent` together, an upper bound; 0 of nothing, infinite where there was no noise."""
+    """An upper bound of the total ε at δ of `spent`; 0 for nothing, infinite without noise."""
     steps: dict[tuple[float, float], int] = {}
     for s in spent:
         if s.steps and s.rate > 0:
@@ -48,10 +48,10 @@ def epsilon(spent: Iterable[Spend], delta: float, accountant: str = "prv") -> fl
 
 
 def at_least(cost: Spend, epsilon: float, delta: float) -> bool:
-    """Whether `epsilon` at δ can be the cost of `cost`, and perhaps of more: False where its first sum alone costs more. No accountant is
-    asked, so that a server can hold every reply to it.
+    """Whether `epsilon` at δ can be the cost of `cost` or more: False if its first sum alone costs more. It uses a closed form, not an
+    accountant, so that a server can check every reply.
 
-    One sum has a closed form, δ(ε) = q · δ_G(ln(1 + (e^ε − 1) / q)) with δ_G(ε) = Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ): Balle et al. 2018,
+    For one sum, δ(ε) = q · δ_G(ln(1 + (e^ε − 1) / q)) with δ_G(ε) = Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ): Balle et al. 2018,
     Privacy Amplification by Subsampling, arXiv:1807.01647, theorem 9; Balle & Wang 2018, Improving the Gaussian Mechanism,
     arXiv:1805.06530, theorem 5.
     """
@@ -59,8 +59,8 @@ def at_least(cost: Spend, epsilon: float, delta: float) -> bool:
         return epsilon >= 0
     if cost.noise <= 0:
         return epsilon == math.inf
-    if epsilon > _WIDEST:
-        return True  # e^ε is out of reach, and nothing is promised any more
+    if epsilon > _MAX_EPSILON:
+        return True  # e^ε would overflow, and such an ε is meaningless
     eps, half = math.log1p(math.expm1(epsilon) / cost.rate), 1 / (2 * cost.noise)
     far, near = half - eps * cost.noise, -half - eps * cost.noise
     return cost.rate * (_normal(far) - math.exp(eps) * _normal(near)) <= delta * (1 + 1e-6)
@@ -73,12 +73,12 @@ def _normal(x: float) -> float:
 
 @lru_cache(maxsize=4096)
 def solve_noise(epsilon: float, delta: float, rate: float, steps: int, accountant: str = "prv") -> float:
-    """The noise multiplier with which so many steps cost at most ε at δ (and at least ε − .01, or .99 ε).
+    """The noise multiplier with which `steps` steps cost at most ε at δ (and at least ε − .01, or .99 ε).
 
     Raises:
-        ConfigError: No noise is enough.
+        ConfigError: No noise is sufficient.
     """
-    from opacus.accountants.utils import get_noise_multiplier  # loads torch, which a ledger does not need
+    from opacus.accountants.utils import get_noise_multiplier  # imports torch, which a ledger does not need
 
     try:
         with _quiet():
@@ -88,7 +88,7 @@ def solve_noise(epsilon: float, delta: float, rate: float, steps: int, accountan
             )  # fmt: skip
     except ValueError as bad:
         raise ConfigError(
-            f"privacy.epsilon={epsilon:g} at privacy.delta={delta:g} cannot be kept over {steps} steps ({str(bad)[:60]}): allow more"
+            f"no noise keeps privacy.epsilon={epsilon:g} at privacy.delta={delta:g} over {steps} steps ({str(bad)[:60]}): raise one"
         ) from None
 
 
@@ -96,7 +96,7 @@ def solve_noise(epsilon: float, delta: float, rate: float, steps: int, accountan
 def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: str) -> float:
     from opacus.accountants import create_accountant
 
-    if accountant == "prv" and (bound := _epsilon(history, delta, "rdp")) > _WIDEST:
+    if accountant == "prv" and (bound := _epsilon(history, delta, "rdp")) > _MAX_EPSILON:
         return bound
     made = create_accountant(accountant)
     made.history = list(history)
@@ -106,7 +106,7 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accoun
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Opacus divides by zero on purpose at rate 1, and says where its best order lies."""
+    """Suppress warnings: Opacus divides by zero on purpose at rate 1, and reports its best order."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,11 +1,11 @@
 """Record-level privacy: DP-SGD on the tensors that a client trains.
 
-    each step: every row joins with chance q = B / n_k on its own (Poisson sampling)
+    each step: every row is sampled independently with probability q = B / n_k (Poisson sampling)
                g ← ( Σ_i g_i · min(1, C / ‖g_i‖) + N(0, σ²C²I) ) / B            ‖·‖ over all trained tensors together
 
-An empty sample is a step of noise alone. What is done with g afterward (AdamW, proximal and correction terms, the schedule) looks at no
-row again, and costs nothing. The adjacency is zero-out: neighbors differ in one row of the client, whose gradient is replaced by zero. This
-moves the sum by at most C. The row count n_k is the same for both, so that q and the division by B are too; it is taken as public.
+An empty sample is a step of pure noise. Later processing of g (AdamW, proximal and correction terms, the schedule) does not use rows again
+and costs nothing. The adjacency is zero-out: neighboring data sets differ in one row of the client, whose gradient is replaced by zero.
+This changes the sum by at most C. The row count n_k is the same for both and considered public, so q and the division by B are the same.
 
 Source: Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv:1607.00133, algorithm 1.
 """
@@ -32,9 +32,9 @@ def sampling_rate(examples: int, batch: int) -> float:
 
 
 def clipped_sum(grads: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
-    """Σ_i g_i · min(1, C / ‖g_i‖), float64; a row whose gradient is not finite counts as zero.
+    """Σ_i g_i · min(1, C / ‖g_i‖), float64; a row with a non-finite gradient counts as zero.
 
-    To fail there instead would tell of that row.
+    Failing instead would disclose that row.
 
     Args:
         grads: Name → (B, *shape).
@@ -47,20 +47,20 @@ def clipped_sum(grads: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
 
 
 class PrivateGradient:
-    """One client's noisy gradients, step by step; a context, in which the model is made ready for gradients of single rows.
+    """Computes one client's noisy gradients, step by step. As a context manager, it prepares the model for per-row gradients.
 
     Args:
-        live: The slot; in train mode, and exactly the named tensors require a gradient.
+        live: The live adapter, in train mode; exactly the named tensors require gradients.
         names: The trained tensors.
-        task: What the loss is.
-        rows: How many the client has.
-        batch_of: Numbers of rows → their batch.
+        task: The task, which defines the loss.
+        rows: Number of the client's rows.
+        batch_of: Row numbers → their batch.
         clip: C.
         noise: σ, a multiple of C.
-        batch: B, the expected number of rows of a step.
-        at_once: Most rows of one pass; a sample that is larger is taken in turns. Out of memory, it is halved.
-        source: Of sampling and noise.
-        way: How gradients of single rows are found.
+        batch: B, the expected rows per step.
+        at_once: Most rows per pass; larger samples are split. It is halved when memory runs out.
+        source: Source of sampling and noise.
+        way: Method of computing per-row gradients.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class PrivateGradient:
         self._ready.__exit__(*exc)
 
     def step(self) -> dict[str, Tensor]:
-        """Name → the next gradient, as the parameters stand now; like them in dtype and device.
+        """Name → the next noisy gradient at the current parameters, with their dtype and device.
 
         Raises:
-            Decline: A single row is too much for the memory.
+            Decline: Memory does not suffice for a single row.
         """
         live = self._live
         chosen = self._source.chosen(self._rows, self.rate)
@@ -96,12 +96,12 @@ class PrivateGradient:
             t += self._source.normal(tuple(t.shape), std)
             module, _, factor = n.rpartition(".")
             if (rank := live.spec.ranks.get(module)) is not None and factor in ("lora_A", "lora_B"):
-                (t[rank:] if factor == "lora_A" else t[:, rank:]).zero_()  # what lies beyond the loaded rank is no parameter
+                (t[rank:] if factor == "lora_A" else t[:, rank:]).zero_()  # entries beyond the loaded rank are not parameters
         return {n: (t / self._expected).to(live.parameters[n]) for n, t in total.items()}
 
     def _total(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """The clipped sum over the sample, float64. Out of memory, the pass is done again in pieces of half as many rows: what is drawn for
-        the step does not change, and what was paid for it stays paid."""
+        """The clipped sum over the sample, float64. When memory runs out, the pass is repeated with half as many rows; the step's sample
+        and its privacy cost do not change."""
         live, at = self._live, 0
         total = {n: torch.zeros(live.parameters[n].shape, dtype=torch.float64) for n in self._names}
         while at < len(chosen):
@@ -113,7 +113,7 @@ class PrivateGradient:
             except Exception as bad:
                 if not is_out_of_memory(bad):
                     raise
-                found = None  # out of the except clause, whose traceback holds the tensors of the attempt
+                found = None  # continue outside the except clause, whose traceback keeps the tensors of the attempt alive
             if found is None:
                 self._halve(len(rows))
                 torch.set_rng_state(drawn)

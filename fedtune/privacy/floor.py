@@ -1,6 +1,6 @@
-"""The least privacy that a device's operator accepts, given on the device's own command line: no word of a server lowers it.
+"""The minimum privacy that a device's operator accepts, set on the device's command line. No server can lower it.
 
-fedtune/contracts/privacy_terms.py compares what a server says in its plan with what it said in its hello, which stops a mistake and no lie.
+fedtune/contracts/privacy_terms.py compares a server's plan with its hello, which detects mistakes, but not lies.
 """
 
 from collections.abc import Iterator
@@ -10,21 +10,21 @@ from pathlib import Path
 from fedtune.errors import Decline
 from fedtune.privacy.accounting import Spend, epsilon
 from fedtune.privacy.ledger import Ledger, ledger_file
-from fedtune.privacy.turn import Applied
+from fedtune.privacy.turn import TurnPrivacy
 
-KINDS = ("record", "user")  # each hides more than the one before
+KINDS = ("record", "user")  # in order of protection
 
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """What a turn must keep to.
+    """The minimum privacy of every turn.
 
     Args:
-        kind: Whose traces a turn must hide on the device itself: a single row's, or all of the client's (which hides its rows too).
-        epsilon: Most that all turns may cost together, in every run that the device has taken part in; None bounds nothing.
+        kind: Unit that a turn must protect on the device: `record` (single rows) or `user` (all the client's data).
+        epsilon: Budget of all turns together, over all runs of the device; None is unlimited.
         delta: δ of `epsilon`.
         client: Logical id.
-        runs: Folder of all runs' folders; a run's ledgers are in `privacy/` in its own.
+        runs: Folder of all runs' folders; a run's ledgers are in its `privacy/`.
     """
 
     kind: str
@@ -34,27 +34,27 @@ class Floor:
     runs: Path
 
     def check(self, privacy: str) -> None:
-        """Raises Decline where a plan, or a whole experiment, has the client do less than `kind`."""
+        """Raises Decline if a plan or an experiment has less privacy than `kind`."""
         if privacy not in KINDS[KINDS.index(self.kind) :]:
             raise Decline(
                 "privacy",
-                f"this device applies privacy={self.kind} at least (--min-privacy), and the server asks it for privacy={privacy}",
+                f"this device needs at least privacy={self.kind} (--min-privacy), but the server asks for privacy={privacy}",
             )
 
-    def check_budget(self, turn: Applied) -> None:
-        """Raises Decline where the turn would cost more than is left.
+    def check_budget(self, turn: TurnPrivacy) -> None:
+        """Raises Decline if the turn would exceed the budget.
 
         Raises:
-            CheckpointError: A ledger cannot be read: what was spent is not known.
+            CheckpointError: A ledger cannot be read, so the spent budget is unknown.
         """
         if self.epsilon is None:
             return
-        coming = epsilon([*self._spent(), turn.cost], self.delta)
-        if not coming <= self.epsilon:
+        total = epsilon([*self._spent(), turn.cost], self.delta)
+        if not total <= self.epsilon:
             raise Decline(
                 "privacy",
-                f"this device gives up ε = {self.epsilon:g} at δ = {self.delta:g} over all runs (--max-epsilon), and this turn makes it"
-                f" {coming:.3f}",
+                f"this device's budget over all runs is ε = {self.epsilon:g} at δ = {self.delta:g} (--max-epsilon), and with this turn the"
+                f" total would be {total:.3f}",
             )
 
     def _spent(self) -> Iterator[Spend]:

@@ -1,7 +1,7 @@
-"""What each client has spent, on disk, for the whole run: one file a client, one line a turn.
+"""The privacy ledger of a run: each client's privacy cost on disk, one file per client, one line per turn.
 
-A line is written and flushed to the disk before the turn that it pays for begins, so that no kill can lose what was spent; a turn that is
-taken again after a kill is paid for again. Only where a kill cut the line itself off is nothing owed: its turn had not begun.
+A line is flushed to disk before its turn begins, so a kill cannot lose a cost; a turn that is repeated after a kill is paid for again. An
+incomplete last line costs nothing: its turn had not begun.
 """
 
 import json
@@ -29,32 +29,32 @@ def ledgers_in(folder: Path) -> Callable[[str], "Ledger"]:
 
 
 def most_spent(folder: Path, delta: float, accountant: str) -> float:
-    """ε at δ of the client that has spent most, of all that have a ledger in `folder`; 0 where nobody has."""
+    """The largest ε at δ of the clients with a ledger in `folder`; 0 without ledgers."""
     return max((Ledger(path).epsilon(delta, accountant) for path in sorted(folder.glob("*.jsonl"))), default=0.0)
 
 
 @dataclass(frozen=True)
 class _Turn(Spend):
-    """A line: what a turn cost."""
+    """One line: the cost of a turn."""
 
     round: int
 
 
 class Ledger:
-    """One client's.
+    """One client's ledger.
 
     Args:
-        path: Its file; it and its folder are made with the first line.
+        path: Its file; the first line creates it and its folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def spent(self) -> list[Spend]:
-        """Everything so far, in order.
+        """All costs so far, in order.
 
         Raises:
-            CheckpointError: A line cannot be read: what was spent is not known, so that nothing more may be.
+            CheckpointError: A line cannot be read. The spent budget is then unknown, and nothing more may be spent.
         """
         try:
             text = content_of(self.path)
@@ -65,10 +65,10 @@ class Ledger:
         return [self._line(number, line) for number, line in enumerate(text.split(b"\n")[:-1], 1)]
 
     def spend(self, round: int, cost: Spend) -> None:
-        """Add a turn; when this returns, the disk has it.
+        """Add the cost of a turn. It is on disk when this returns.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: The ledger cannot be written.
         """
         line = json.dumps({"round": round, **asdict(cost)}).encode() + b"\n"
         try:
@@ -81,21 +81,21 @@ class Ledger:
             flush(self.path)
             flush(self.path.parent)  # a new file's name must survive too
         except OSError as bad:
-            raise CheckpointError(f"the privacy ledger {self.path} cannot be written ({bad.strerror}); free the disk") from None
+            raise CheckpointError(f"the privacy ledger {self.path} cannot be written ({bad.strerror}); free disk space") from None
 
-    def epsilon(self, delta: float, accountant: str, *coming: Spend) -> float:
-        """ε at δ of what was spent, and of what is `coming`."""
-        return epsilon([*self.spent(), *coming], delta, accountant)
+    def epsilon(self, delta: float, accountant: str, *planned: Spend) -> float:
+        """ε at δ of the spent costs together with the `planned` ones."""
+        return epsilon([*self.spent(), *planned], delta, accountant)
 
     def _line(self, number: int, line: bytes) -> Spend:
         try:
-            said = read_object(_Turn, line, ValueError, "line")
-            cost = Spend(noise=float(said.noise), rate=float(said.rate), steps=said.steps)
+            turn = read_object(_Turn, line, ValueError, "line")
+            cost = Spend(noise=float(turn.noise), rate=float(turn.rate), steps=turn.steps)
             good = 0 <= cost.noise < math.inf and 0 <= cost.rate <= 1 and cost.steps >= 0
         except (ValueError, OverflowError):
             good, cost = False, Spend(noise=0.0, rate=1.0, steps=1)
         if not good:
             raise CheckpointError(
-                f"line {number} of the privacy ledger {self.path} cannot be read: what was spent is not known, so nothing more can be"
+                f"line {number} of the privacy ledger {self.path} cannot be read: the spent budget is unknown, so no more can be spent"
             )
         return cost

@@ -1,7 +1,7 @@
-"""Where noise and sampling come from: a seed that repeats, or the operating system.
+"""Random sources for noise and sampling: a seeded generator, or the operating system.
 
-A plan's seed is known to the server. Noise that hangs on it could be subtracted, so that a seeded source proves nothing to anybody who
-holds the seed: it is there for simulations, which must repeat bit for bit. `privacy.secure_rng=true` draws from the operating system.
+The server knows a plan's seed and could subtract noise derived from it, so a seeded source gives no privacy against anyone who knows the
+seed. It is for simulations, which must repeat bit for bit. `privacy.secure_rng=true` draws from the operating system.
 """
 
 import os
@@ -15,22 +15,22 @@ from fedtune.contracts.seeds import derive_seed
 
 
 class Source(Protocol):
-    """What a mechanism draws from."""
+    """A random source of a privacy mechanism."""
 
     def normal(self, shape: tuple[int, ...], std: float) -> Tensor:
         """float64 N(0, std²)."""
         ...
 
     def chosen(self, count: int, rate: float) -> list[int]:
-        """Of the numbers below `count`, each with probability `rate` on its own: Poisson sampling."""
+        """A Poisson sample of the numbers below `count`: each is included independently with probability `rate`."""
         ...
 
 
 class Seeded:
-    """Repeats; for simulations.
+    """A repeatable source, for simulations.
 
     Args:
-        parts: What the seed hangs on.
+        parts: Parts that the seed is derived from.
     """
 
     def __init__(self, *parts: int | str) -> None:
@@ -44,10 +44,10 @@ class Seeded:
 
 
 class System:
-    """The operating system's randomness, which no peer can know.
+    """The operating system's randomness, which peers cannot know.
 
-    A normal number is half the sum of four, so that the gaps between float64 values give nothing away (Holohan & Braghin 2021, Secure
-    Random Sampling in Differential Privacy, arXiv:2107.10138).
+    A normal number is half the sum of four, so that the gaps between float64 values disclose nothing (Holohan & Braghin 2021, Secure Random
+    Sampling in Differential Privacy, arXiv:2107.10138).
     """
 
     def normal(self, shape: tuple[int, ...], std: float) -> Tensor:
@@ -59,11 +59,11 @@ class System:
 
 
 def source(secure: bool, *parts: int | str) -> Source:
-    """The operating system where `secure`, else a generator seeded with `parts`."""
+    """The operating system's source if `secure`, else a generator seeded with `parts`."""
     return System() if secure else Seeded(*parts)
 
 
 def _uniform(count: int) -> np.ndarray:
-    """float64 (count,) strictly between 0 and 1: the middles of 2⁵² intervals, which a float64 can hold."""
+    """float64 (count,) strictly between 0 and 1: the midpoints of 2⁵² intervals, which float64 represents exactly."""
     bits = np.frombuffer(os.urandom(8 * count), np.uint64) >> np.uint64(12)
     return (bits.astype(np.float64) + 0.5) * 2.0**-52

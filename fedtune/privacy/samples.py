@@ -1,16 +1,16 @@
-"""Gradients of single rows, for every PEFT method: (B, *shape) of each trained tensor.
+"""Per-row gradients for every PEFT method: (B, *shape) of each trained tensor.
 
     hooked  Opacus' hooks on the layers' inputs and output gradients: one backward pass for all rows. Exact where each trained tensor is
-            the weight of a layer that is called with the rows in its first dimension (LoRA, heads).
+            the weight of a layer whose input has the rows in its first dimension (LoRA, heads).
     mapped  torch.func: vmap over the rows of the gradient of the model as a function of the trained tensors (prompts, DoRA, (IA)³,
-            adapters, biases, all weights), which the hooks miss or, for prompts, get wrong.
-    looped  One backward pass a row: right for every model, also where vmap does not run, such as prompts over a quantized backbone.
+            adapters, biases, all weights), for which the hooks fail or, for prompts, give wrong results.
+    looped  One backward pass per row: correct for every model, including those without vmap, such as prompts on a quantized backbone.
 
-`way_of` takes the first that gives the loop's gradients on three made-up rows: a wrong gradient norm would make the stated ε false. Where
-one row's numbers hang on who else is in the batch, it takes the loop unasked: neighboring data sets would differ in more
+`find_way` selects the first method that matches the loop's gradients on three artificial rows: a wrong gradient norm would make the stated
+ε false. If a row's result depends on the other rows of the batch, it selects the loop: otherwise neighboring data sets would differ in more
 than that row's gradient.
 
-The loss of a row is the mean over its counted tokens, so that long rows are not clipped for being long.
+A row's loss is the mean over its counted tokens, so that long rows are not clipped more.
 """
 
 import contextlib
@@ -35,30 +35,30 @@ from fedtune.models.methods import swapped
 Grads = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Way = Callable[[LiveAdapter, Sequence[str], TaskConfig], contextlib.AbstractContextManager[Grads]]
 
-_ROWS, _LENGTH = 3, 5  # of the made-up rows: nothing else in them is three
+_ROWS, _LENGTH = 3, 5  # of the artificial rows; no other dimension is 3
 _chosen: WeakKeyDictionary[LiveAdapter, dict[tuple[str, tuple[str, ...]], Way]] = WeakKeyDictionary()
 
 
-def way_of(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Way:
-    """The quickest way to this model's gradients of single rows that is right; found once a model.
+def find_way(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Way:
+    """The fastest correct method for this model's per-row gradients; determined once per model.
 
     Args:
-        live: In train mode; exactly the named tensors require a gradient.
+        live: The live adapter, in train mode; exactly the named tensors require gradients.
         names: Canonical names of the trained tensors.
-        task: What the loss is.
+        task: The task, which defines the loss.
     """
     known = _chosen.setdefault(live, {})
     key = (task.kind, tuple(names))
     if key not in known:
         with torch.random.fork_rng(devices=[]):
-            quick = () if _mixes_rows(live) else (hooked, mapped)
-            known[key] = next((way for way in quick if _right(way, live, names, task)), looped)
+            fast = () if _mixes_rows(live) else (hooked, mapped)
+            known[key] = next((way for way in fast if _is_correct(way, live, names, task)), looped)
     return known[key]
 
 
 @contextlib.contextmanager
 def looped(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterator[Grads]:
-    """One backward pass a row."""
+    """One backward pass per row."""
     params = [live.parameters[n] for n in names]
 
     def grads(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,10 +76,10 @@ def hooked(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterato
     """Opacus' hooks.
 
     Raises:
-        ModelError: A tensor's gradients are not one a row.
+        ModelError: A tensor does not have one gradient per row.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch on layers whose input needs no gradient, which is as it should be here
+        warnings.simplefilter("ignore")  # torch warns of layers whose input needs no gradient, which is intended
         module = GradSampleModule(live.model, batch_first=True, loss_reduction="sum", strict=False)
 
         def grads(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,10 +90,10 @@ def hooked(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterato
                     found = cast(Any, live.parameters[n]).grad_sample
                     if not isinstance(found, Tensor) or found.shape[0] != rows:
                         got = "none" if found is None else "several" if isinstance(found, list) else f"{found.shape[0]}"
-                        raise ModelError(f"the gradients of '{n}' are not one a row: {rows} rows, {got} gradients")
+                        raise ModelError(f"'{n}' does not have one gradient per row: {rows} rows, {got} gradients")
                     out[n] = found
             except BaseException:
-                _forget(live)
+                _clear_hooks(live)
                 raise
             finally:
                 module.set_grad_sample_to_none()
@@ -108,11 +108,11 @@ def hooked(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterato
             for p in live.model.parameters():
                 if hasattr(p, "_forward_counter"):
                     del p._forward_counter
-            _forget(live)
+            _clear_hooks(live)
 
 
-def _forget(live: LiveAdapter) -> None:
-    """Drop what Opacus' hooks hold of a pass that broke off, which the next pass would take for its own."""
+def _clear_hooks(live: LiveAdapter) -> None:
+    """Drop the data that Opacus' hooks keep from an interrupted pass; the next pass would use it as its own."""
     for p in live.model.parameters():
         if hasattr(p, "_forward_counter"):
             p._forward_counter = 0
@@ -142,20 +142,20 @@ def mapped(live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> Iterato
         rows, counts, targets = kind.inputs(live.model, batch), kind.counts(batch), kind.targets(batch)
         places, row = counts.shape[1], torch.arange(len(counts), device=counts.device)[:, None]
         most = max(1, int(counts.sum(1).max()))
-        where = counts.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # as many of each row, filled up
+        where = counts.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # the same number for each row, padded
         real, chosen = counts[row, where], targets[row, where]
         rows["where"], rows["weights"] = where, real / counts.sum(1, keepdim=True).clamp(min=1)
         rows["targets"] = chosen.where(real.view(*real.shape, *[1] * (chosen.ndim - 2)), 0)
         trained = {n: live.parameters[n].detach() for n in names}
         with masks_from_shapes(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")  # attention kernels are looped over the rows
+            warnings.filterwarnings("ignore", "There is a performance drop")  # vmap loops attention kernels over the rows
             return torch.vmap(grad(loss), in_dims=(None, 0), randomness="different")(trained, rows)
 
     yield grads
 
 
 def _losses(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig) -> Tensor:
-    """The sum over the rows of each row's mean loss."""
+    """The sum of the rows' mean losses."""
     kind = task_of(task)
     logits, targets = counted_logits(live.model, batch, task)
     sizes = kind.counts(batch).sum(1)
@@ -163,15 +163,15 @@ def _losses(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig) ->
 
 
 def _mixes_rows(live: LiveAdapter) -> bool:
-    """Whether a layer looks at the batch as a whole: LLM.int8 (arXiv:2208.07339) takes a feature out of every row's 8-bit product as soon
-    as one row has an outlier there, which made-up rows need not have. On a CPU, bitsandbytes trains through the weights in full instead."""
+    """Whether a layer's result for a row depends on the whole batch: LLM.int8 (arXiv:2208.07339) removes a feature from every row's 8-bit
+    product if one row has an outlier there, which the artificial rows may lack. On a CPU, bitsandbytes uses dequantized weights instead."""
     if live.backbone.device.type == "cpu":
         return False
     return any(getattr(getattr(m, "state", None), "threshold", 0.0) > 0 for m in live.model.modules())
 
 
-def _right(way: Way, live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> bool:
-    """Whether it gives the loop's gradients on three ragged rows, with every tensor moved off its start (LoRA's B is zero there)."""
+def _is_correct(way: Way, live: LiveAdapter, names: Sequence[str], task: TaskConfig) -> bool:
+    """Whether the method gives the loop's gradients on three rows of different lengths; tensors are perturbed, as LoRA's B starts at 0."""
     batch, moved = _probe(live, task), torch.Generator().manual_seed(0)
     values = {p: p.detach() + 0.05 * torch.randn(p.shape, generator=moved).to(p) for p in live.parameters.values()}
     dropouts = {m: m.p for m in live.model.modules() if isinstance(m, nn.Dropout)}
@@ -184,7 +184,7 @@ def _right(way: Way, live: LiveAdapter, names: Sequence[str], task: TaskConfig) 
             try:
                 with way(live, names, task) as grads:
                     got = grads(batch)
-            except Exception:  # whatever hooks, vmap and the model's own code raise: then this is no way
+            except Exception:  # hooks, vmap or the model's code may raise anything: the method does not work
                 return False
     finally:
         for m, p in dropouts.items():
@@ -195,7 +195,7 @@ def _right(way: Way, live: LiveAdapter, names: Sequence[str], task: TaskConfig) 
 
 
 def _probe(live: LiveAdapter, task: TaskConfig) -> dict[str, Tensor]:
-    """Rows of 5, 3 and 4 tokens, each with one end token, its last."""
+    """Artificial rows of 5, 3 and 4 tokens, each ending in an end token."""
     device, config = live.backbone.device, cast(Any, live.backbone.model.config).get_text_config()
     size = int(cast(Any, live.backbone.model.get_input_embeddings()).num_embeddings)
     pad = int(config.pad_token_id or 0)

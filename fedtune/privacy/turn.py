@@ -1,6 +1,6 @@
-"""A client's side of a private turn: what it applies, whether its budget still reaches, and what it says of it.
+"""The client's side of a private turn: its noise and cost, the budget check, and the reported measurements.
 
-What a turn costs is written to the ledger before anything of it is computed (`Ledger.spend`).
+A turn's cost is written to the ledger before the turn is computed (`Ledger.spend`).
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from fedtune.privacy.ledger import Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
-class Applied:
-    """What a turn applies.
+class TurnPrivacy:
+    """The clip norm, noise and cost of a private turn.
 
     Args:
         clip: C.
-        noise: The multiplier that noise is drawn with.
-        cost: What it costs.
+        noise: Noise multiplier.
+        cost: Privacy cost of the turn.
     """
 
     clip: float
@@ -26,33 +26,33 @@ class Applied:
     cost: Spend
 
 
-def applied(plan: Plan, rows: int, steps: int) -> Applied | None:
-    """What the plan makes of a client with so many rows that takes so many steps; None where the turn is not private."""
+def turn_privacy(plan: Plan, rows: int, steps: int) -> TurnPrivacy | None:
+    """The privacy of this plan's turn for a client with `rows` rows that takes `steps` steps; None if the turn is not private."""
     if plan.privacy == "none":
         return None
     record = plan.privacy == "record"
     rate = sampling_rate(rows, plan.batch_size * plan.accumulate) if record else 1.0
-    steps, reach = (steps, 1) if record else (1, 2)  # any other data of a client moves its update by up to 2C
+    steps, reach = (steps, 1) if record else (1, 2)  # replacing a client's data changes its update by up to 2C
     noise = plan.dp_noise
     if noise is None:
         assert plan.dp_epsilon is not None  # Plan.from_json
         noise = reach * solve_noise(plan.dp_epsilon, plan.dp_delta, rate, steps * plan.dp_turns, plan.dp_accountant)
-    return Applied(clip=plan.dp_clip, noise=noise, cost=Spend(noise=noise / reach, rate=rate, steps=steps))
+    return TurnPrivacy(clip=plan.dp_clip, noise=noise, cost=Spend(noise=noise / reach, rate=rate, steps=steps))
 
 
-def cannot_pay(plan: Plan, ledger: Ledger, turn: Applied) -> str | None:
-    """Why the budget does not reach for another turn; None where it does."""
+def budget_error(plan: Plan, ledger: Ledger, turn: TurnPrivacy) -> str | None:
+    """Why the budget does not suffice for another turn; None if it does."""
     if plan.dp_epsilon is None:
         return None
-    coming = ledger.epsilon(plan.dp_delta, plan.dp_accountant, turn.cost)
-    if coming <= plan.dp_epsilon:
+    total = ledger.epsilon(plan.dp_delta, plan.dp_accountant, turn.cost)
+    if total <= plan.dp_epsilon:
         return None
     spent = ledger.epsilon(plan.dp_delta, plan.dp_accountant)
-    return f"its privacy budget is spent: ε = {spent:.3f} so far, another turn would make it {coming:.3f} of {plan.dp_epsilon:g}"
+    return f"its privacy budget is spent: ε = {spent:.3f} so far, another turn would raise it to {total:.3f}, above {plan.dp_epsilon:g}"
 
 
-def said(plan: Plan, ledger: Ledger, turn: Applied) -> dict[str, float]:
-    """What the update says that it applied, the turn's own cost included: it has been paid already."""
+def privacy_measurements(plan: Plan, ledger: Ledger, turn: TurnPrivacy) -> dict[str, float]:
+    """The update's measurements about privacy. `epsilon` includes this turn, whose cost is in the ledger already."""
     return {
         "dp_clip": turn.clip,
         "dp_noise": turn.noise,

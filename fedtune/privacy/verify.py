@@ -1,4 +1,4 @@
-"""How an update shows that what its plan promised about privacy was kept; the other half of fedtune/contracts/privacy_terms.py."""
+"""Checks that an update reports the privacy terms of its plan; the counterpart of fedtune/contracts/privacy_terms.py."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from fedtune.privacy.accounting import Spend, at_least
 
 
 def verify(plan: Plan, measurements: Mapping[str, float]) -> None:
-    """Raises UpdateError where an update does not say that it is as private as its plan asked."""
+    """Raises UpdateError if an update does not report the privacy that its plan asked for."""
     if plan.privacy == "none":
         return
     record = plan.privacy == "record"
@@ -21,12 +21,12 @@ def verify(plan: Plan, measurements: Mapping[str, float]) -> None:
         "epsilon": m["epsilon"] > 0 and (plan.dp_epsilon is None or m["epsilon"] <= plan.dp_epsilon),
     }
     for name in (n for n, fine in good.items() if not fine):
-        came = f"{m[name]:g} for {name}" if name in measurements else f"nothing of {name}"
-        raise UpdateError(f"the update should be private (privacy={plan.privacy}) and says {came}: it must not count")
-    reach = 1 if record else 2  # as fedtune.privacy.turn counts
+        came = f"reports {name}={m[name]:g}" if name in measurements else f"does not report {name}"
+        raise UpdateError(f"the update must be private (privacy={plan.privacy}), but it {came}")
+    reach = 1 if record else 2  # as in fedtune.privacy.turn
     turn = Spend(noise=m["dp_noise"] / reach, rate=m["dp_sample_rate"], steps=1)
     if not at_least(turn, m["epsilon"], plan.dp_delta):
         raise UpdateError(
-            f"the update should be private (privacy={plan.privacy}) and says epsilon={m['epsilon']:g} with dp_noise={m['dp_noise']:g},"
-            " of which a single step costs more: it must not count"
+            f"the update must be private (privacy={plan.privacy}), but it reports epsilon={m['epsilon']:g} with dp_noise={m['dp_noise']:g},"
+            " with which a single step costs more"
         )

@@ -1,6 +1,6 @@
 """The one bridge that puts any Strategy on Flower's grid: it samples cohorts, runs rounds, has clients evaluate, and checkpoints.
 
-It starts at any round. What happens in one round is in round.py.
+It can start at any round. One round is in round.py.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ from fedtune.contracts.plan import Plan
 from fedtune.contracts.scores import worst_decile
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
-from fedtune.contracts.wire import Envelopes
+from fedtune.contracts.wire import MessageWriter
 from fedtune.exchange import Exchange, NoUpdates
-from fedtune.rounds.courier import Courier, Watcher
-from fedtune.rounds.membership import Client, Roll, Welcome
-from fedtune.rounds.outbox import Letter, check_affordable, write_letters
+from fedtune.rounds.courier import Courier, Observer
+from fedtune.rounds.membership import Client, JoinPolicy, Membership
+from fedtune.rounds.outbox import OutboundMessage, check_affordable, write_messages
 from fedtune.rounds.planning import base_plan
 from fedtune.rounds.reply import read_metrics
 from fedtune.rounds.round import Round
-from fedtune.rounds.silence import resting
+from fedtune.rounds.silence import paused_clients
 from fedtune.rounds.snapshot import Snapshots
-from fedtune.rounds.staleness import Latecomers
+from fedtune.rounds.staleness import LateUpdates
 from fedtune.rounds.turnout import Turnout
-from fedtune.rounds.weights import share_of
+from fedtune.rounds.weights import largest_share
 from fedtune.runs.directory import Checkpoint, RunDirectory
 
-_PLANNED = 64  # clients of an evaluation that are planned at once: an assignment may hold as much as a model
+_PLAN_BATCH = 64  # clients whose evaluation is planned at once: each assignment may be as large as a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,18 @@ class Bridge:
     """One experiment on one grid.
 
     Args:
-        grid: Flower's grid, or any other of its shape.
-        strategy: How updates become a state.
-        exchange: Which messages make up a round, and what the strategy gets to see.
+        grid: Flower's grid, or another with its interface.
+        strategy: Aggregates updates into the next state.
+        exchange: Defines the messages of a round and what the strategy sees of the replies.
         config: The experiment.
-        run: Where it is kept.
+        run: Stores checkpoints.
         initial: The adapter before the first round.
-        found: The checkpoint to go on from; None starts.
-        metric: Name of the primary metric, and whether more is better.
-        evaluate: Global test of a state; None where nobody can.
-        watcher: Who is told.
-        welcome: How clients are let in.
-        snapshots: The sums of what has been merged into the frozen weights.
+        found: The checkpoint to resume from; None starts a new run.
+        metric: Name of the primary metric, and whether higher is better.
+        evaluate: Scores a state on the global test; None skips that.
+        observer: Receives the events of the run.
+        join: How clients join.
+        snapshots: Sums of the shifts merged into the frozen weights.
     """
 
     grid: Grid
@@ -66,50 +66,50 @@ class Bridge:
     found: Checkpoint | None
     metric: tuple[str, bool]
     evaluate: Callable[[ServerState], Mapping[str, float]] | None
-    watcher: Watcher
-    welcome: Welcome = Welcome()
+    observer: Observer
+    join: JoinPolicy = JoinPolicy()
     snapshots: Snapshots = field(default_factory=Snapshots)
 
     @property
     def courier(self) -> Courier:
-        return Courier(grid=self.grid, timeout_s=self.config.round_timeout_s, watcher=self.watcher)
+        return Courier(grid=self.grid, timeout_s=self.config.round_timeout_s, observer=self.observer)
 
     def loop(self) -> ServerState:
-        """Run all rounds that are left, and return the last state."""
+        """Run the remaining rounds and return the last state."""
         found = self.found
         done = found.round if found else 0
         weights = self.config.weights
-        roll = Roll(self.grid, self.initial.spec.base, self.config.min_clients, self.welcome, self.watcher, weights.max_examples)
-        if share := share_of(weights, self.config.clients_per_round, engine=self.welcome.wanted is None):
-            self.watcher.note(
-                f"a client counts at most {float(share):.3g} of a round of {self.config.clients_per_round} (weights.max_share), and may say"
-                f" that it has {weights.max_examples} examples (weights.max_examples)"
+        membership = Membership(self.grid, self.initial.spec.base, self.config.min_clients, self.join, self.observer, weights.max_examples)
+        if share := largest_share(weights, self.config.clients_per_round, engine=self.join.expected_clients is None):
+            self.observer.note(
+                f"a client has at most {float(share):.3g} of the weight of a round of {self.config.clients_per_round} clients"
+                f" (weights.max_share) and may report at most {weights.max_examples} examples (weights.max_examples)"
             )
-        clients = roll.gather(done + 1)
+        clients = membership.gather(done + 1)
         if found is None:
             started = dataclasses.replace(self.strategy.start(self.initial), exchange=self.exchange.start())
             found = Checkpoint(round=0, state=started, clients={})
             record, records = {"round": 0, "client": None}, {c: {"round": 0, "client": c} for c in clients}
-            self.watcher.round_started(0, self.config.rounds, ())
-            self._score(found.state, roll.here(), record, records)
+            self.observer.round_started(0, self.config.rounds, ())
+            self._score(found.state, membership.connected(), record, records)
             self._close(found, record, records)
         state, book = found.state, {c: dict(v) for c, v in found.clients.items()}
-        late = Latecomers(self.config, found.late)
+        late = LateUpdates(self.config, found.late)
         if self.config.traffic.max_mb_per_round is not None and found.round < self.config.rounds:
-            check_affordable(self._letters(found.round + 1, sorted(clients), clients, state))
+            check_affordable(self._messages(found.round + 1, sorted(clients), clients, state))
         for round in range(found.round + 1, self.config.rounds + 1):
             started = time.perf_counter()
-            here, busy = roll.present(round), late.busy(round)
-            busy |= resting(self.grid, {c: clients[c] for c in here if c not in busy}, round, self.watcher.note)
-            cohort = self._sample(self._free(here, busy), round)
-            self.watcher.round_started(round, self.config.rounds, cohort)
+            connected, busy = membership.wait_for_clients(round), late.busy(round)
+            busy |= paused_clients(self.grid, {c: clients[c] for c in connected if c not in busy}, round, self.observer.note)
+            cohort = self._sample(self._available(connected, busy), round)
+            self.observer.round_started(round, self.config.rounds, cohort)
             before = state
             state, turnout = self._train(round, cohort, clients, state, late)
             for note in self.strategy.notes(round, before, state) if state is not before else []:
-                self.watcher.note(note)
+                self.observer.note(note)
             record = turnout.summary(round, len(cohort), may_be_late=self.config.late == "use")
             if round % self.config.eval.every == 0 or round == self.config.rounds:
-                self._score(state, roll.here(), record, turnout.records)
+                self._score(state, membership.connected(), record, turnout.records)
             record["seconds"] = time.perf_counter() - started
             for client in cohort:
                 entry = book.setdefault(client, {"counted": 0, "dropped": 0, "last": None})
@@ -123,32 +123,32 @@ class Bridge:
                 if "epsilon" in turnout.records[client]:
                     book[client]["epsilon"] = turnout.records[client]["epsilon"]
             if spent := [entry["epsilon"] for entry in book.values() if "epsilon" in entry]:
-                record["epsilon"] = max(spent)  # of the client that has spent most
+                record["epsilon"] = max(spent)  # the largest ε that any client has spent
             record.update(self.exchange.figures(round, before, state))
             self._close(Checkpoint(round=round, state=state, clients=book, late=late.kept), record, turnout.records)
         return state
 
     # -- one round ------------------------------------------------------------------------------------------------------------------------
 
-    def _sample(self, here: Iterable[str], round: int) -> list[str]:
-        ids = sorted(here)
+    def _sample(self, available: Iterable[str], round: int) -> list[str]:
+        ids = sorted(available)
         chosen = random.Random(derive_seed(self.config.seed, "cohort", round)).sample(ids, min(self.config.clients_per_round, len(ids)))
         return sorted(chosen)
 
-    def _free(self, here: Sequence[str], busy: set[str]) -> Sequence[str]:
-        """Who is not at an older turn, nor sits out for one; everybody where these are too few."""
-        free = [c for c in here if c not in busy]
-        return free if len(free) >= self.config.min_clients else here
+    def _available(self, connected: Sequence[str], busy: set[str]) -> Sequence[str]:
+        """The connected clients that are not busy with an older turn or paused; all connected clients if these are too few."""
+        free = [c for c in connected if c not in busy]
+        return free if len(free) >= self.config.min_clients else connected
 
     def _train(
-        self, round: int, cohort: Sequence[str], clients: Mapping[str, Client], state: ServerState, late: Latecomers
+        self, round: int, cohort: Sequence[str], clients: Mapping[str, Client], state: ServerState, late: LateUpdates
     ) -> tuple[ServerState, Turnout]:
-        one = Round(round, self.config, self.courier, clients, state, late, self.welcome.wanted is not None)
+        one = Round(round, self.config, self.courier, clients, state, late, self.join.expected_clients is not None)
         asked = one.leave_out(self.exchange, cohort)
-        one.address(self._letters(round, asked, clients, state))
+        one.address(self._messages(round, asked, clients, state))
 
         def does_not_count(why: str) -> tuple[ServerState, Turnout]:
-            self.watcher.note(f"round {round} does not count: {why}; the state stays as it was")
+            self.observer.note(f"round {round} does not count: {why}; the state is unchanged")
             return state, one.turnout
 
         try:
@@ -156,15 +156,15 @@ class Bridge:
         except NoUpdates:
             return does_not_count("no client sent a good update")
         if one.turnout.good < self.config.min_clients:
-            return does_not_count(f"{one.turnout.good} good updates of min_clients={self.config.min_clients}")
+            return does_not_count(f"it has {one.turnout.good} good updates, fewer than min_clients={self.config.min_clients}")
         if broken := _not_finite(after):
-            return does_not_count(f"'{broken}' of its result is not finite")
+            return does_not_count(f"'{broken}' in its result is not finite")
         return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), one.turnout
 
-    def _letters(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, Letter]:
+    def _messages(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, OutboundMessage]:
         assignments = self.strategy.plan(round, self._plans(round, ids, clients, state), state)
         snapshot = self.snapshots.of(state.shifts)
-        return write_letters(self.config, round, assignments, {c: clients[c].held for c in ids}, state.shifts, self.initial, snapshot)
+        return write_messages(self.config, round, assignments, {c: clients[c].held for c in ids}, state.shifts, self.initial, snapshot)
 
     def _plans(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> list[Plan]:
         return [base_plan(self.config, round, c, state.adapter.spec.version, clients[c].rank) for c in ids]
@@ -172,20 +172,20 @@ class Bridge:
     # -- around the rounds ----------------------------------------------------------------------------------------------------------------
 
     def _score(self, state: ServerState, clients: Mapping[str, Client], record: dict[str, Any], records: dict[str, dict[str, Any]]) -> None:
-        """Add the global metrics, and those of the clients on their own held-out rows."""
+        """Add the global metrics, and the clients' metrics on their own held-out rows."""
         if self.evaluate is not None:
             record.update(self.evaluate(state))
-        asked = sorted(c for c in clients if not clients[c].owes)
+        asked = sorted(c for c in clients if not clients[c].unanswered)
         if 0 <= self.config.eval.clients < len(asked):
             asked = sorted(random.Random(derive_seed(self.config.seed, "eval")).sample(asked, self.config.eval.clients))
-        # a client's own tensors are those that it would go on with in the next round
+        # the plan of the next round says which tensors are the client's own
         round = record["round"]
-        envelopes, contents = Envelopes(round, state.shifts, snapshot=self.snapshots.of(state.shifts)), {}
-        for i in range(0, len(asked), _PLANNED):
-            some = asked[i : i + _PLANNED]
-            coming = self.strategy.plan(round + 1, self._plans(round + 1, some, clients, state), state)
-            contents |= {c: envelopes.write(state.adapter, held=clients[c].held, coming=coming[c].plan) for c in some}
-        # an evaluation is not the method's traffic, but shifts that it brings need not be sent again
+        writer, contents = MessageWriter(round, state.shifts, snapshot=self.snapshots.of(state.shifts)), {}
+        for i in range(0, len(asked), _PLAN_BATCH):
+            batch = asked[i : i + _PLAN_BATCH]
+            coming = self.strategy.plan(round + 1, self._plans(round + 1, batch, clients, state), state)
+            contents |= {c: writer.write(state.adapter, held=clients[c].held, next_plan=coming[c].plan) for c in batch}
+        # evaluation messages are not the method's traffic, but the shifts that they carry are: they are not sent again
         meter = flower.Meter()
         record["bytes_down"] = record.get("bytes_down", 0) + sum(meter(_shifts_of(content)) for content in contents.values())
         turnout = Turnout(records={c: {} for c in asked})
@@ -201,13 +201,13 @@ class Bridge:
             record["clients_worst_decile"] = worst_decile(values, higher_is_better=self.metric[1])
 
     def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:
-        """Metrics first: a kill between the two leaves lines of a round that the resume will drop and write again."""
-        self.watcher.round_done(record, [clients[c] for c in sorted(clients)])
+        """Write metrics, then the checkpoint: after a kill between the two, resuming drops the round's lines and writes them again."""
+        self.observer.round_done(record, [clients[c] for c in sorted(clients)])
         self.run.save(checkpoint)
 
 
 def _not_finite(state: ServerState) -> str:
-    """The first tensor that finite updates have overflowed, such as the square of one that a client made huge; "" where there is none."""
+    """Name of the first tensor that overflowed, such as the square of a huge but finite update; "" if there is none."""
     groups = (state.adapter.tensors, state.memory, state.exchange, *(s.tensors for s in state.shifts[-1:]))
     found = (n for tensors in groups for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all())
     return next(found, "")
@@ -217,4 +217,4 @@ def _shifts_of(content: RecordDict) -> RecordDict:
     return RecordDict({name: record for name, record in content.items() if name.startswith(("shift-", "snapshot"))})  # type: ignore[arg-type]
 
 
-__all__ = ["Bridge", "Watcher"]
+__all__ = ["Bridge", "Observer"]

@@ -1,4 +1,4 @@
-"""Sends messages to clients, waits for their replies, and names the clients that do not answer."""
+"""Sends messages to clients, waits for their replies, and reports the clients that do not answer."""
 
 import math
 import time
@@ -10,12 +10,12 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.contracts.wire import OFFER
-from fedtune.rounds.membership import FEW_BYTES, Client, push, replies
-from fedtune.rounds.silence import forget, miss
+from fedtune.rounds.membership import SMALL_REPLY_BYTES, Client, push, replies
+from fedtune.rounds.silence import record_answer, record_miss
 from fedtune.rounds.turnout import Turnout, epsilon_of, refusal
 
 
-class Watcher(Protocol):
+class Observer(Protocol):
     """Receives the events of a run, for the terminal, the metrics file and the report."""
 
     def client_known(self, client: str, node: int, device_class: str) -> None: ...
@@ -30,17 +30,17 @@ class Courier:
     """Sends messages on a grid.
 
     Args:
-        grid: Flower's grid, or any other of its shape.
-        timeout_s: How long a reply may take; None waits.
-        watcher: Receives the events.
+        grid: Flower's grid, or another with its interface.
+        timeout_s: Longest wait for a reply; None waits without limit.
+        observer: Receives the events.
     """
 
     grid: Grid
     timeout_s: float | None
-    watcher: Watcher
+    observer: Observer
 
     def until(self) -> float:
-        """When the replies to what is sent now must be there, by `time.monotonic`."""
+        """The deadline, by `time.monotonic`, for replies to messages sent now."""
         return math.inf if self.timeout_s is None else time.monotonic() + self.timeout_s
 
     def ask(
@@ -53,33 +53,33 @@ class Courier:
         versions: tuple[int, ...],
         until: float,
         unanswered: Callable[[str, str], None] = lambda client, message: None,
-        most: Callable[[str], int] = lambda client: FEW_BYTES,
+        max_bytes: Callable[[str], int] = lambda client: SMALL_REPLY_BYTES,
     ) -> Iterator[tuple[str, Message]]:
-        """Send each client its content; yield the replies that came, in the order of logical ids; name the clients whose reply did not.
+        """Send each client its content. Yield the replies in the order of logical ids, and record the clients without a result.
 
         Args:
             kind: Flower's message type.
             round: The round.
-            contents: Logical id → what is sent.
-            clients: What is known of the clients.
-            turnout: Gets the clients whose reply did not come or holds no result.
-            versions: Of the shifts that a client holds once it has answered.
-            until: When the replies must be there.
+            contents: Logical id → content of the message.
+            clients: All clients, by logical id.
+            turnout: Receives the clients whose reply is missing or has no result.
+            versions: Versions of the shifts that a client holds once it has answered.
+            until: Deadline of the replies.
             unanswered: Called with a client whose reply may still come, and the id of the message.
-            most: How many bytes a client's reply may take.
+            max_bytes: Logical id → most bytes of that client's reply.
         """
         messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
         asked = list(messages)
-        ids = push(self.grid, list(messages.values()), lambda i: most(asked[i]))
+        ids = push(self.grid, list(messages.values()), lambda i: max_bytes(asked[i]))
         for client, i, reply in zip(messages, ids, replies(self.grid, ids, until), strict=True):
             if reply is None:
                 why = ("late", f"no reply within {self.timeout_s:g} s")
                 if i:  # it was sent
                     unanswered(client, i)
-                    miss(client, clients[client], round, i, self.watcher.note)
+                    record_miss(client, clients[client], round, i, self.observer.note)
             else:
                 if kind == "train":
-                    forget(clients[client])
+                    record_answer(clients[client])
                 why = refusal(reply)
                 if why is None:
                     if clients[client].remembers and kind != OFFER:
@@ -87,9 +87,9 @@ class Courier:
                     yield client, reply
                     continue
                 if why[0] == "failed":
-                    clients[client].held = ()  # a device that failed may have restarted, and then holds nothing
+                    clients[client].held = ()  # a device that failed may have restarted and lost its shifts
             record = turnout.records.setdefault(client, {"round": round, "client": client})
             if reply is not None and (spent := epsilon_of(reply)) is not None:
                 record["epsilon"] = spent
             turnout.drop(client, *why)
-            self.watcher.client_done(client, ": ".join(why))
+            self.observer.client_done(client, ": ".join(why))

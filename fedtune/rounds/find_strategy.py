@@ -22,13 +22,13 @@ def make_strategy(config: Config) -> "Strategy":
     """The strategy that `config.strategy` names: any importable subclass of Strategy.
 
     Raises:
-        ConfigError: There is no such class, it is no strategy, it does not take these arguments, or it makes no sense with this config.
+        ConfigError: The class does not exist, is not a strategy, does not take these arguments, or does not fit this config.
     """
     from fedtune.contracts.strategy import Strategy  # imports torch
 
     args = dict(config.strategy)
     target = str(args.pop("_target_"))
-    kind = _imported(target, config)
+    kind = _import(target, config)
     if not inspect.isclass(kind) or not issubclass(kind, Strategy):
         raise ConfigError(f"strategy._target_={target} is not a strategy: it must be a subclass of fedtune.contracts.strategy.Strategy")
     name = kind.__name__
@@ -37,7 +37,7 @@ def make_strategy(config: Config) -> "Strategy":
     except TypeError as bad:
         known = ", ".join(inspect.signature(kind).parameters) or "none"
         raise ConfigError(f"strategy {name}: {bad} (its arguments: {known})") from None
-    plain = {int, float, str, bool, type(None)}  # richer types are the strategy's own to check
+    plain = {int, float, str, bool, type(None)}  # the strategy checks arguments of richer types itself
     try:
         for key, hint in typing.get_type_hints(kind).items():
             if key in args and (hint in plain or set(typing.get_args(hint)) <= plain and isinstance(hint, types.UnionType)):
@@ -45,48 +45,53 @@ def make_strategy(config: Config) -> "Strategy":
         strategy = kind(**args)
     except FedtuneError:
         raise
-    except Exception as bad:  # whatever a class of the user's raises, such as TypeError where `aggregate` is missing
-        raise ConfigError(f"strategy._target_={target} cannot be made: {_raised(bad)}") from None
+    except Exception as bad:  # a user's class may raise anything, such as TypeError if `aggregate` is missing
+        raise ConfigError(f"strategy._target_={target} cannot be constructed: {_describe(bad)}") from None
     check_strategy(strategy, config)
     return strategy
 
 
 def check_strategy(strategy: "Strategy", config: Config) -> None:
-    """Raises ConfigError where the config asks for what the strategy does not allow, or the method makes no sense with it."""
+    """Raises ConfigError if the strategy does not support this config."""
     name, needs = type(strategy).__name__, strategy.requirements
     if not needs.mixes_ranks and any(device.rank not in (None, config.peft.rank) for device in config.devices.classes.values()):
-        raise ConfigError(f"{name} needs one rank: leave out devices.classes.*.rank, or take a strategy that mixes ranks, such as flexlora")
+        raise ConfigError(
+            f"{name} needs the same rank on all clients: leave out devices.classes.*.rank, or take a strategy that mixes ranks, such as"
+            " flexlora"
+        )
     if not needs.keeps_basis and config.traffic.error_feedback:
         raise ConfigError(
-            f"{name} makes new factors in every round, to which what was left out of an older update cannot be added:"
-            " set traffic.error_feedback=false"
+            f"{name} computes new factors in every round, so a client cannot add the residual of an older update: set"
+            " traffic.error_feedback=false"
         )
     if needs.assumes_zero_init and config.peft.init == "loftq":
-        raise ConfigError(f"{name} takes the adapter that a run begins with for zero, peft.init=loftq does not: take peft.init=default")
+        raise ConfigError(f"{name} assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere: set peft.init=default")
     if config.late == "use" and not needs.accepts_stale:
-        raise ConfigError(f"{name} cannot use an update of an older version: set late=drop, or take strategy=fedavg")
+        raise ConfigError(f"{name} cannot use late updates: set late=drop, or take strategy=fedavg")
     private = config.privacy.kind
     if private != "none" and needs.extra_disclosure:
-        raise ConfigError(f"{name} has clients tell {needs.extra_disclosure}, which privacy={private} does not cover: take strategy=fedavg")
+        raise ConfigError(
+            f"{name}'s clients also report {needs.extra_disclosure}, which privacy={private} does not cover: take strategy=fedavg"
+        )
     if private == "user" and not needs.needs_only_mean:
-        raise ConfigError(f"{name} needs each client's own update, privacy=user shows it their noised mean only: take strategy=fedavg")
+        raise ConfigError(f"{name} needs each client's own update, but privacy=user reveals only a noised mean: take strategy=fedavg")
     strategy.check(config)
 
 
-def _imported(target: str, config: Config) -> object:
-    """What `package.module.Class` names: in an installed package, or in a module of the working directory, which comes last."""
+def _import(target: str, config: Config) -> object:
+    """Import `package.module.Class` from an installed package or, last, from a module of the working directory."""
     module, _, name = target.rpartition(".")
     if "" not in sys.path:  # `python -m` looks in the working directory; the commands that pip installs do not
         sys.path.append("")
     try:
-        if config.resume:  # which code runs is not a run directory's to say
+        if config.resume:  # a run directory must not decide which code runs
             _refuse_code_of(Path(config.resume), module, target)
         found = getattr(importlib.import_module(module), name, None) if module else None
-        why = f"there is no {name} in {module}" if module else "it names no module"
+        why = f"there is no {name} in {module}" if module else "it has no module name"
     except FedtuneError:
         raise
-    except Exception as bad:  # whatever a module of the user's raises while it is imported
-        found, why = None, _raised(bad)
+    except Exception as bad:  # a user's module may raise anything on import
+        found, why = None, _describe(bad)
     if found is None:
         known = "|".join(choices("strategy"))
         raise ConfigError(
@@ -97,7 +102,7 @@ def _imported(target: str, config: Config) -> object:
 
 
 def _refuse_code_of(run: Path, module: str, target: str) -> None:
-    """Raises ConfigError where a part of the dotted name lies in the run directory; nothing of it has been imported then."""
+    """Raises ConfigError, before importing it, if a part of the dotted name lies in the run directory."""
     parts = module.split(".")
     for i in range(1, len(parts) + 1):
         spec = importlib.util.find_spec(".".join(parts[:i]))
@@ -106,5 +111,5 @@ def _refuse_code_of(run: Path, module: str, target: str) -> None:
             raise ConfigError(f"strategy._target_={target} names code inside the run directory {run}: keep the module outside of it")
 
 
-def _raised(bad: Exception) -> str:
+def _describe(bad: Exception) -> str:
     return f"{type(bad).__name__}: {bad}".splitlines()[0].strip().removesuffix(":")

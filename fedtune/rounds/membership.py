@@ -1,7 +1,7 @@
-"""Who is there: nodes of Flower's grid, known by the logical ids that they give when they say hello.
+"""Membership: the clients that are connected, known by the logical ids that their nodes of Flower's grid give in their hellos.
 
-A simulation's nodes are there from the start and stay. On a network nodes come late, go, and come back, under the same node id where they
-have keys, under another where they have none: the logical id is what the run knows them by.
+A simulation's nodes are connected from start to end. On a network nodes join late, leave and return: with keys under the same node id,
+without keys under a new one. The run therefore knows a client by its logical id.
 """
 
 import json
@@ -19,8 +19,8 @@ from fedtune.errors import RunError
 from fedtune.storage.ids import flaw, shown
 
 POLL_S = 0.05
-FEW_BYTES = 1_000_000  # of a reply that holds no tensors
-_STRAGGLERS_S = 10.0  # once enough are there: whoever is connected and says nothing does not keep them waiting
+SMALL_REPLY_BYTES = 1_000_000  # limit of a reply without tensors
+_STRAGGLERS_S = 10.0  # how long enough clients wait for connected nodes that have not said hello
 
 
 @dataclass
@@ -29,15 +29,15 @@ class Client:
 
     Args:
         node: Flower's node id.
-        device_class: Its class; "" where there is none.
-        examples: Training rows that it said it has.
-        held: Versions of the shifts that its frozen weights carry.
-        remembers: Whether they still will in its next turn.
+        device_class: Its device class; "" if it has none.
+        examples: Training rows that its hello reports.
+        held: Versions of the shifts merged into its frozen weights.
+        remembers: Whether it keeps these shifts until its next turn.
         held_out: Rows that it evaluates itself on.
-        rank: LoRA rank that it asks for; None is the config's.
-        missed: Replies in a row that did not come in their round (fedtune/rounds/silence.py).
-        back: Round before which it is not asked again.
-        owes: Id of the message that it has not answered; "" where there is none.
+        rank: LoRA rank that it requests; None means the config's.
+        missed: Consecutive rounds that ended before its reply came (fedtune/rounds/silence.py).
+        paused_until: First round in which it may be asked again.
+        unanswered: Id of the message that it has not answered; "" if there is none.
     """
 
     node: int
@@ -48,219 +48,221 @@ class Client:
     held_out: int = 0
     rank: int | None = None
     missed: int = 0
-    back: int = 0
-    owes: str = ""
+    paused_until: int = 0
+    unanswered: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Welcome:
-    """How nodes are let in.
+class JoinPolicy:
+    """How nodes join the run.
 
     Args:
-        said: What the server says in its hello.
-        patience_s: Seconds to wait for nodes to connect and say hello, and for enough of them to come back.
-        wanted: How many clients are waited for before the first round; fewer will do once the time is up. None: the nodes are those of an
-            engine, which are all there from the start and of which every one is heard.
-        names: Asked for the name that each node has proved by its key, under which alone it may take part; None where nodes have no keys.
-        again_s: Seconds after which a node that was refused is asked anew; a simulation's node would say the same for ever.
+        hello: Fields of the server's hello.
+        patience_s: Seconds to wait for nodes to connect and say hello, and for enough clients to return.
+        expected_clients: Clients to wait for before the first round; fewer suffice after `patience_s`. None: the nodes belong to an engine,
+            are all connected from the start, and must all answer.
+        names: Returns node id → the client id that the node's key proves; a node may take part under this id only. None: no keys.
+        retry_s: Seconds until a refused node is asked again; infinite in a simulation, where the answer would not change.
     """
 
-    said: Mapping[str, Any] = field(default_factory=dict)
+    hello: Mapping[str, Any] = field(default_factory=dict)
     patience_s: float = 300.0
-    wanted: int | None = None
+    expected_clients: int | None = None
     names: Callable[[], Mapping[int, str]] | None = None
-    again_s: float = math.inf
+    retry_s: float = math.inf
 
 
 @runtime_checkable
-class Bounded(Protocol):
-    """A grid that can refuse a large reply before it fetches it; replies of an engine are in this machine already."""
+class BoundedGrid(Protocol):
+    """A grid that can refuse a large reply before it fetches it. An engine's replies are already on this machine and need no limit."""
 
     def push_bounded(self, messages: Sequence[Message], most: Sequence[int]) -> Sequence[str]: ...
 
 
-class Listener(Protocol):
-    """Who is told."""
+class MembershipObserver(Protocol):
+    """Receives membership events."""
 
     def client_known(self, client: str, node: int, device_class: str) -> None: ...
     def note(self, text: str) -> None: ...
 
 
-class Roll:
+class Membership:
     """The clients of a run.
 
     Args:
         grid: Flower's grid.
-        base: Fingerprint of the run's backbone; who holds another one is left out.
-        least: Fewest clients that a round can do with.
-        welcome: How nodes are let in.
-        watcher: Who is told of those that come and those that are left out.
-        most: Largest number of rows that a client may say it has.
+        base: Fingerprint of the run's backbone; a client with another backbone is rejected.
+        min_clients: Fewest clients that a round needs.
+        policy: How nodes join.
+        observer: Receives new and rejected clients.
+        max_examples: Most rows that a client may report.
     """
 
-    def __init__(self, grid: Grid, base: str, least: int, welcome: Welcome, watcher: "Listener", most: int) -> None:
-        self._grid, self._base, self._least, self._welcome, self._most = grid, base, least, welcome, most
-        self._note, self._known = watcher.note, watcher.client_known
+    def __init__(
+        self, grid: Grid, base: str, min_clients: int, policy: JoinPolicy, observer: "MembershipObserver", max_examples: int
+    ) -> None:
+        self._grid, self._base, self._min_clients, self._policy, self._max_examples = grid, base, min_clients, policy, max_examples
+        self._note, self._client_known = observer.note, observer.client_known
         self.clients: dict[str, Client] = {}
         self._nodes: set[int] = set()
-        self._asked: dict[int, tuple[str, float]] = {}  # node → message of a hello that is not answered yet, and when it was sent
-        self._refused: dict[int, tuple[float, str]] = {}  # node → when, and why
+        self._pending: dict[int, tuple[str, float]] = {}  # node → id of an unanswered hello, and the time when it was sent
+        self._rejected: dict[int, tuple[float, str]] = {}  # node → time and reason
 
     def gather(self, round: int) -> dict[str, Client]:
-        """Wait for nodes, and for all of them to say hello; who does not is left out by name.
+        """Wait until nodes are connected and all have said hello; name those that do not.
 
-        On a network it goes on waiting while those that can take part are too few: a stranger among the first must not end the run.
+        On a network, keep waiting while too few clients can take part: a rejected node among the first must not end the run.
 
         Raises:
-            RunError: Too few can take part.
+            RunError: Too few clients can take part.
         """
         began = enough = time.monotonic()
-        wanted, told = max(self._least, self._welcome.wanted or 0), -1
+        expected, reported = max(self._min_clients, self._policy.expected_clients or 0), -1
         while True:
             before = self._nodes
-            self._look(round)
-            now, here = time.monotonic(), len(self.here())
-            settled = not self._asked and self._nodes == before and len(self._nodes) >= wanted
-            if self._welcome.wanted is None:
+            self._refresh(round)
+            now, count = time.monotonic(), len(self.connected())
+            settled = not self._pending and self._nodes == before and len(self._nodes) >= expected
+            if self._policy.expected_clients is None:
                 done = settled
             else:
-                enough = enough if here >= wanted else now
-                done = here >= wanted and (settled or now - enough > _STRAGGLERS_S)
-                if here != told:
-                    told = here
-                    self._note(f"{told} of {wanted} clients are there")
-            if done or now - began > self._welcome.patience_s:
+                enough = enough if count >= expected else now
+                done = count >= expected and (settled or now - enough > _STRAGGLERS_S)
+                if count != reported:
+                    reported = count
+                    self._note(f"{count} of {expected} clients are connected")
+            if done or now - began > self._policy.patience_s:
                 break
             time.sleep(POLL_S)
-        for node in sorted(self._asked):
-            self._leave_out(node, f"{self._who(node)}: no reply")
-        if len(self.clients) < self._least:
+        for node in sorted(self._pending):
+            self._reject(node, f"{self._label(node)}: no reply")
+        if len(self.clients) < self._min_clients:
             raise RunError(self._too_few(len(self.clients), "can take part"))
         return self.clients
 
-    def present(self, round: int) -> list[str]:
-        """Logical ids of the clients that are connected as the round begins; newcomers are asked, and heard once they have answered.
+    def wait_for_clients(self, round: int) -> list[str]:
+        """Logical ids of the clients that are connected as the round begins. New nodes get a hello, and join once they have answered.
 
         Raises:
-            RunError: Too few were connected for as long as the server is patient.
+            RunError: Too few clients connected within `patience_s`.
         """
-        until = time.monotonic() + self._welcome.patience_s
+        until = time.monotonic() + self._policy.patience_s
         while True:
-            self._look(round)
-            if len(here := self.here()) >= self._least:
-                return sorted(here)
+            self._refresh(round)
+            if len(connected := self.connected()) >= self._min_clients:
+                return sorted(connected)
             if time.monotonic() > until:
-                raise RunError(self._too_few(len(here), f"were connected for {self._welcome.patience_s:g} s"))
+                raise RunError(self._too_few(len(connected), f"were connected for {self._policy.patience_s:g} s"))
             time.sleep(POLL_S)
 
-    def _look(self, round: int) -> None:
-        """See who is connected, ask newcomers, and hear those that have answered."""
-        now, at = set(self._grid.get_node_ids()), time.monotonic()
-        self._asked = {n: asked for n, asked in self._asked.items() if n in now}
-        again = {n for n, (when, _) in self._refused.items() if at - when > self._welcome.again_s}
-        if self._welcome.again_s < math.inf:  # a hello that is lost on its way is delivered once more, not twice
-            again |= {n for n, (_, when) in self._asked.items() if at - when > self._welcome.patience_s}
-            self._asked = {n: asked for n, asked in self._asked.items() if n not in again}
-        self._ask((now - self._nodes | again & now) - set(self._asked), round)
-        self._nodes = now
-        for node, (i, _) in sorted(self._asked.items()):
+    def _refresh(self, round: int) -> None:
+        """Look up the connected nodes, send a hello to new ones, and read the answers that have come."""
+        nodes, now = set(self._grid.get_node_ids()), time.monotonic()
+        self._pending = {n: sent for n, sent in self._pending.items() if n in nodes}
+        again = {n for n, (when, _) in self._rejected.items() if now - when > self._policy.retry_s}
+        if self._policy.retry_s < math.inf:  # replaces a hello that was lost in transit; the old id is no longer read
+            again |= {n for n, (_, when) in self._pending.items() if now - when > self._policy.patience_s}
+            self._pending = {n: sent for n, sent in self._pending.items() if n not in again}
+        self._send_hello((nodes - self._nodes | again & nodes) - set(self._pending), round)
+        self._nodes = nodes
+        for node, (i, _) in sorted(self._pending.items()):
             if (reply := next(replies(self._grid, [i], 0.0))) is not None:
-                del self._asked[node]
-                self._hear(node, reply)
+                del self._pending[node]
+                self._read_hello(node, reply)
 
-    def here(self) -> dict[str, Client]:
-        """The clients whose nodes were connected when the grid was last asked."""
+    def connected(self) -> dict[str, Client]:
+        """The clients whose nodes were connected at the last look at the grid."""
         return {c: known for c, known in self.clients.items() if known.node in self._nodes}
 
-    def _ask(self, nodes: set[int], round: int) -> None:
+    def _send_hello(self, nodes: set[int], round: int) -> None:
         ids = sorted(nodes)
-        text = json.dumps({**self._welcome.said, "round": round})
+        text = json.dumps({**self._policy.hello, "round": round})
         messages = [Message(RecordDict({"hello": ConfigRecord({"json": text})}), i, "query", group_id="0") for i in ids]
-        for node, i in zip(ids, push(self._grid, messages, lambda _: FEW_BYTES) if messages else (), strict=True):
-            self._asked[node] = i, time.monotonic()
-            self._refused.pop(node, None)
+        for node, i in zip(ids, push(self._grid, messages, lambda _: SMALL_REPLY_BYTES) if messages else (), strict=True):
+            self._pending[node] = i, time.monotonic()
+            self._rejected.pop(node, None)
 
-    def _hear(self, node: int, reply: Message) -> None:
-        """Let the node in, or say why not."""
+    def _read_hello(self, node: int, reply: Message) -> None:
+        """Admit the node's client, or reject the node with a reason."""
         if reply.has_error() or "declined" in reply.content.config_records:
             declined = {} if reply.has_error() else reply.content.config_records["declined"]
-            said = reply.error.reason if reply.has_error() else declined.get("why", "")
-            return self._leave_out(node, f"{self._who(node, str(declined.get('client', '')))}: {plain(said)}")
+            why = reply.error.reason if reply.has_error() else declined.get("why", "")
+            return self._reject(node, f"{self._label(node, str(declined.get('client', '')))}: {printable(why)}")
         try:
             hello = ClientHello.from_json(str(reply.content.config_records["hello"]["json"]))
         except (KeyError, ValueError):
-            return self._leave_out(node, f"{self._who(node)}: its hello cannot be read")
+            return self._reject(node, f"{self._label(node)}: its hello cannot be read")
         client = hello.client
         if wrong := flaw(client):
-            return self._leave_out(node, f"{self._who(node)}: its client id '{shown(client)}' {wrong}: give it another")
+            return self._reject(node, f"{self._label(node)}: its client id '{shown(client)}' {wrong}: give it another")
         if hello.base != self._base:
-            return self._leave_out(node, f"client {client} holds another backbone ({hello.base[:12]}) than the run ({self._base[:12]})")
-        if self._welcome.names is not None and (name := self._welcome.names().get(node, "")) != client:
+            return self._reject(node, f"client {client} has backbone {hello.base[:12]}, but the run has {self._base[:12]}")
+        if self._policy.names is not None and (name := self._policy.names().get(node, "")) != client:
             who = "a client" if name else f"node {node}"
-            return self._leave_out(node, f"{who} has the key of '{name}' and calls itself '{client}': set its --client-id, or its key")
-        if (rows := max(hello.examples, hello.held_out)) > self._most:
-            return self._leave_out(
+            return self._reject(node, f"{who} has the key of '{name}' but the id '{client}': correct its --client-id or its key")
+        if (rows := max(hello.examples, hello.held_out)) > self._max_examples:
+            return self._reject(
                 node,
-                f"client {client} says that it has {min(rows, 10**12)} rows, at most weights.max_examples={self._most} are believed: raise"
-                " that on the server if it does",
+                f"client {client} reports {min(rows, 10**12)} rows, more than weights.max_examples={self._max_examples}: raise that on the"
+                " server if the number is right",
             )
         other = self.clients.get(client)
         if other is not None and other.node != node and other.node in self._nodes:
-            return self._leave_out(node, f"two nodes call themselves client {client}")
+            return self._reject(node, f"two nodes have the client id {client}")
         self.clients[client] = Client(
             node=node,
-            device_class=plain(hello.device_class, 64),
+            device_class=printable(hello.device_class, 64),
             examples=hello.examples,
             held_out=hello.held_out,
             held=hello.shifts,
             remembers=hello.remembers,
             rank=hello.rank,
         )
-        self._known(client, node, self.clients[client].device_class)
+        self._client_known(client, node, self.clients[client].device_class)
 
-    def _who(self, node: int, claimed: str = "") -> str:
-        """A node's client, as it is known: by its key, by an earlier hello, by what it claims; else the node's number."""
-        if self._welcome.names is not None:
-            name = self._welcome.names().get(node, "")
+    def _label(self, node: int, claimed: str = "") -> str:
+        """The node's client by its key, its earlier hello or its claimed id; else the node id."""
+        if self._policy.names is not None:
+            name = self._policy.names().get(node, "")
         else:
-            name = next((c for c, known in self.clients.items() if known.node == node), plain(claimed, 200))
+            name = next((c for c, known in self.clients.items() if known.node == node), printable(claimed, 200))
         return f"client {name}" if name else f"node {node}"
 
-    def _leave_out(self, node: int, why: str) -> None:
-        if self._refused.get(node, (0.0, ""))[1] != why:
-            self._note(f"left out, {why}")
-        self._refused[node] = time.monotonic(), why
+    def _reject(self, node: int, why: str) -> None:
+        if self._rejected.get(node, (0.0, ""))[1] != why:
+            self._note(f"rejected: {why}")
+        self._rejected[node] = time.monotonic(), why
 
     def _too_few(self, count: int, what: str) -> str:
-        whys = [why for _, why in self._refused.values()]
-        return f"{count} clients {what}, min_clients={self._least}: " + ("; ".join(whys[:3]) or "no other is connected")
+        reasons = [why for _, why in self._rejected.values()]
+        return f"{count} clients {what}, min_clients={self._min_clients}: " + ("; ".join(reasons[:3]) or "no other node is connected")
 
 
-def plain(said: object, longest: int = 500) -> str:
-    """What a peer said, fit for a terminal and a log: no control characters, not too long."""
-    return "".join(c if c.isprintable() else " " for c in str(said or "")[:longest])
+def printable(text: object, max_length: int = 500) -> str:
+    """A peer's text made safe for a terminal and a log: without control characters, cut to `max_length`."""
+    return "".join(c if c.isprintable() else " " for c in str(text or "")[:max_length])
 
 
-def push(grid: Grid, messages: Sequence[Message], most: Callable[[int], int]) -> Sequence[str]:
-    """Send messages, and get their ids.
+def push(grid: Grid, messages: Sequence[Message], max_bytes: Callable[[int], int]) -> Sequence[str]:
+    """Send messages and return their ids.
 
     Args:
         grid: Flower's grid.
         messages: At least one.
-        most: Position of a message → bytes that its reply may take; asked only where the grid can tell before it fetches a reply.
+        max_bytes: Position of a message → most bytes of its reply; called only for a grid that knows a reply's size before fetching it.
     """
-    if isinstance(grid, Bounded):
-        return grid.push_bounded(messages, [most(i) for i in range(len(messages))])
+    if isinstance(grid, BoundedGrid):
+        return grid.push_bounded(messages, [max_bytes(i) for i in range(len(messages))])
     return list(grid.push_messages(messages))
 
 
 def replies(grid: Grid, ids: Sequence[str | None], until: float) -> Iterator[Message | None]:
-    """The reply to each message in turn, None where none came in time. Once the time is up, what has already come is still taken.
+    """Yield the reply to each message in turn, None for one without a reply by the deadline. Replies that have come by then still count.
 
     Args:
         grid: Flower's grid.
-        ids: Of the messages, in the order in which their replies are wanted; empty or None for one that could not be sent.
-        until: By `time.monotonic`; infinity waits.
+        ids: Ids of the messages, in the order of the replies; empty or None for a message that could not be sent.
+        until: Deadline by `time.monotonic`; infinity waits.
     """
     for i in ids:
         while True:

@@ -1,4 +1,4 @@
-"""A round's messages to its clients: encoded as the config asks, weighed, and held back where a turn would cost too much."""
+"""Outbox: builds a round's messages to its clients, counts their bytes, and marks those over the traffic limit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,35 +9,35 @@ from fedtune.config import Config
 from fedtune.contracts import flower
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.strategy import Assignment
-from fedtune.contracts.wire import Envelopes
+from fedtune.contracts.wire import MessageWriter
 from fedtune.errors import ConfigError
-from fedtune.rounds.membership import FEW_BYTES
-from fedtune.rounds.reply import wanted
+from fedtune.rounds.membership import SMALL_REPLY_BYTES
+from fedtune.rounds.reply import expected_reply
 from fedtune.traffic import blank_reply, broadcaster, with_codec
 
-_WORDS = 1000  # bytes that a reply takes to say what it is, besides its tensors and their spec
+_TEXT_BYTES = 1000  # room in a reply for the text of the update, beside its tensors and their spec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Letter:
+class OutboundMessage:
     """One client's message.
 
     Args:
-        assignment: What it asks, the reply's codec included.
-        content: What travels.
-        offer: What goes before it and is answered first; None where nothing does.
-        nbytes: Bytes of both on the network.
-        too_much: Why it must not be sent; "" where it may.
+        assignment: The client's assignment, with the codec of the reply.
+        content: The message's content.
+        offer: Content of the offer that the client must accept first; None without an offer.
+        nbytes: Network bytes of message and offer.
+        over_limit: Why the message must not be sent; "" if it may be.
     """
 
     assignment: Assignment
     content: RecordDict
     offer: RecordDict | None
     nbytes: int
-    too_much: str
+    over_limit: str
 
 
-def write_letters(
+def write_messages(
     config: Config,
     round: int,
     assignments: Mapping[str, Assignment],
@@ -45,54 +45,54 @@ def write_letters(
     shifts: Sequence[AdapterState],
     first: AdapterState,
     snapshot: AdapterState | None = None,
-) -> dict[str, Letter]:
-    """The messages of a round, in the order of logical ids.
+) -> dict[str, OutboundMessage]:
+    """Build the messages of a round, in the order of logical ids.
 
     Args:
         config: The experiment.
         round: The round.
-        assignments: Logical id → what the strategy asks of that client.
-        held: Logical id → versions of the shifts that it has.
-        shifts: What has been merged into the frozen weights.
+        assignments: Logical id → the strategy's assignment.
+        held: Logical id → versions of the shifts that the client holds.
+        shifts: Shifts merged into the frozen weights.
         first: The run's first adapter.
-        snapshot: The sum of the shifts, for the weights where that is smaller than their factors.
+        snapshot: Sum of the shifts, for weights where it is smaller than their factors.
     """
     meter, limit = flower.Meter(), config.traffic.max_mb_per_round
-    envelopes = Envelopes(round, shifts, broadcaster(config.traffic, first, config.seed, round), snapshot)
+    writer = MessageWriter(round, shifts, broadcaster(config.traffic, first, config.seed, round), snapshot)
     out = {}
     for client, given in sorted(with_codec(config.traffic, assignments).items()):
-        content = envelopes.write(given.adapter, held=held[client], plan=given.plan, extra=given.extra)
-        offer = envelopes.offer(content, given.adapter, held[client])
+        content = writer.write(given.adapter, held=held[client], plan=given.plan, extra=given.extra)
+        offer = writer.offer(content, given.adapter, held[client])
         down = meter(content) + (meter(offer) if offer else 0)
-        too_much = "" if limit is None else excess(limit, down, reply_bytes(given))
-        out[client] = Letter(assignment=given, content=content, offer=offer, nbytes=down, too_much=too_much)
+        over_limit = "" if limit is None else describe_excess(limit, down, reply_bytes(given))
+        out[client] = OutboundMessage(assignment=given, content=content, offer=offer, nbytes=down, over_limit=over_limit)
     return out
 
 
-def check_affordable(letters: Mapping[str, Letter]) -> None:
-    """Raises ConfigError where nobody could take part in the round of these letters, nor then in any."""
-    if letters and all(letter.too_much for letter in letters.values()):
-        cheapest = min(letters.values(), key=lambda letter: letter.nbytes)
-        raise ConfigError(f"no client could take part: {cheapest.too_much}")
+def check_affordable(messages: Mapping[str, OutboundMessage]) -> None:
+    """Raises ConfigError if every message is over the traffic limit: then no client could take part in any round."""
+    if messages and all(message.over_limit for message in messages.values()):
+        smallest = min(messages.values(), key=lambda message: message.nbytes)
+        raise ConfigError(f"no client could take part: {smallest.over_limit}")
 
 
 def reply_bytes(assignment: Assignment) -> int:
-    """What the largest good reply takes on the network."""
-    blank = blank_reply(assignment.plan.codec, wanted(assignment))
-    said = ConfigRecord({"json": " " * _WORDS, "spec": blank.spec.to_json()})
-    return flower.Meter()(RecordDict({"adapter": blank.to_arrays(), "update": said}))
+    """Network bytes of the largest good reply."""
+    blank = blank_reply(assignment.plan.codec, expected_reply(assignment))
+    text = ConfigRecord({"json": " " * _TEXT_BYTES, "spec": blank.spec.to_json()})
+    return flower.Meter()(RecordDict({"adapter": blank.to_arrays(), "update": text}))
 
 
-def most_bytes(assignment: Assignment) -> int:
-    """The largest reply that is worth fetching: a good one with room for how the network packs it."""
-    return round(1.25 * reply_bytes(assignment)) + FEW_BYTES
+def max_reply_bytes(assignment: Assignment) -> int:
+    """Most bytes of a reply to fetch: the largest good reply, with room for the network's framing."""
+    return round(1.25 * reply_bytes(assignment)) + SMALL_REPLY_BYTES
 
 
-def excess(limit_mb: float | None, down: int, up: int) -> str:
-    """The sentence about a turn of so many bytes down and up, "" where it is within the limit."""
+def describe_excess(limit_mb: float | None, down: int, up: int) -> str:
+    """The error for a turn of `down` and `up` bytes if it is over the limit; "" if it is not."""
     if limit_mb is None or down + up <= limit_mb * 1e6:
         return ""
     return (
-        f"{down / 1e6:.3g} MB down and {up / 1e6:.3g} MB up are more than traffic.max_mb_per_round={limit_mb:g}: raise it, send less"
+        f"{down / 1e6:.3g} MB down and {up / 1e6:.3g} MB up exceed traffic.max_mb_per_round={limit_mb:g}: raise it, send less"
         " (traffic=int8, nf4 or topk), or train less (peft.rank, peft.targets)"
     )

@@ -1,4 +1,4 @@
-"""The plan that a config itself asks of a client, before a strategy changes what it must."""
+"""The config's own plan for a client, before the strategy changes it."""
 
 import math
 
@@ -9,7 +9,7 @@ from fedtune.contracts.seeds import derive_seed
 
 
 def base_plan(config: Config, round: int, client: str, version: int, rank: int | None = None) -> Plan:
-    """The config's own plan for a client that asked for this rank when it said hello; a strategy may change it."""
+    """The config's own plan for a client whose hello requests LoRA rank `rank`."""
     c = config.client
     return Plan(
         round=round,
@@ -24,7 +24,7 @@ def base_plan(config: Config, round: int, client: str, version: int, rank: int |
         lr=c.lr * schedule(config, round - 1),
         lr_last=c.lr * schedule(config, round),
         weight_decay=c.weight_decay,
-        clip_norm=None if config.privacy.kind == "record" else c.clip_norm,  # each row's gradient is clipped instead
+        clip_norm=None if config.privacy.kind == "record" else c.clip_norm,  # DP-SGD clips each row's gradient instead
         turn="fedprox" if c.prox else PLAIN,
         params={"mu": c.prox} if c.prox else {},
         seed=derive_seed(config.seed, "turn", round, client),
@@ -33,7 +33,7 @@ def base_plan(config: Config, round: int, client: str, version: int, rank: int |
 
 
 def schedule(config: Config, rounds_done: float) -> float:
-    """Learning rate after so many rounds, as a share of the peak: warm-up, then constant, linear or cosine down to `client.lr_end`."""
+    """Learning rate after `rounds_done` rounds, as a share of the peak: warm-up, then constant, linear or cosine to `client.lr_end`."""
     c, warm = config.client, config.client.warmup_rounds
     if rounds_done < warm:
         return rounds_done / warm

@@ -1,4 +1,4 @@
-"""What a client's reply says, read and checked before it counts: nothing that a peer claims is taken on trust."""
+"""Reads and checks a client's reply before it counts. The server trusts no value that a peer reports."""
 
 import itertools
 import math
@@ -6,17 +6,17 @@ import math
 from flwr.app import RecordDict
 
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
-from fedtune.contracts.plan import MOST_NUMBERS, Update, matching, short
+from fedtune.contracts.plan import MAX_NUMBERS, Update, matching, short
 from fedtune.contracts.strategy import Assignment
 from fedtune.errors import UpdateError, UpdateMismatch
 from fedtune.privacy.verify import verify
 from fedtune.storage.parsing import parse_json
 from fedtune.traffic import Codec, decode_update
 
-_ADAMW = (1 - 0.9) / (1 - 0.999) ** 0.5
-_SLACK = 1.5  # codecs round what was trained
+_ADAMW = (1 - 0.9) / (1 - 0.999) ** 0.5  # largest AdamW step, as a multiple of lr
+_SLACK = 1.5  # allows for codecs, which round the trained values
 _ROUNDING = 1e-3
-OURS = (
+SERVER_FIELDS = (
     "round",
     "client",
     "dropped",
@@ -25,48 +25,49 @@ OURS = (
     "staleness",
     "late",
     "weight",
-)  # of a client's line, only the server writes them
+)  # fields of a client's metrics that only the server writes
 
 
 def read_update(content: RecordDict, assignment: Assignment, *, examples: int | None = None) -> Update:
-    """Read and check what a client sent against what it was asked for.
+    """Read a client's reply and check it against its assignment.
 
     Args:
         content: The reply.
-        assignment: What was asked.
-        examples: Rows that the client said it has when it said hello; None where it did not.
+        assignment: The client's assignment.
+        examples: Rows that the client's hello reported; None skips that check.
 
     Raises:
-        UpdateError: One sentence with the first thing that is wrong.
+        UpdateError: Names the first fault.
     """
     try:
         return _read_update(content, assignment, examples)
-    except OverflowError:  # JSON knows whole numbers of any length
-        raise UpdateError("the update has a number that is too large to count with") from None
+    except OverflowError:  # JSON integers have no size limit
+        raise UpdateError("the update has a number that is too large for a float") from None
 
 
 def _read_update(content: RecordDict, assignment: Assignment, examples: int | None) -> Update:
     plan = assignment.plan
     try:
-        said = content.config_records["update"]
+        record = content.config_records["update"]
         arrays = content.array_records["adapter"]
-        spec, text = str(said["spec"]), str(said["json"])
+        spec, text = str(record["spec"]), str(record["json"])
     except KeyError as bad:
         raise UpdateError(f"the reply has no record {bad}: the peers run different versions of fedtune") from None
-    due, got = wanted(assignment), AdapterSpec.from_json(spec)
+    expected, got = expected_reply(assignment), AdapterSpec.from_json(spec)
     if assignment.may_prune:
-        due = _pruned(due, got)
-    if (got.method, got.base) != (due.spec.method, due.spec.base):
-        raise UpdateMismatch(f"the update is {got.method} on backbone {got.base[:12]}, asked was {due.spec.method} on {due.spec.base[:12]}")
-    if dict(got.ranks) != dict(due.spec.ranks) or dict(got.scaling) != dict(due.spec.scaling):
-        raise UpdateMismatch("the update's ranks or scaling are not those of the adapter that was sent")
-    if plan.codec:  # from here on nobody sees that it was encoded
-        adapter = decode_update(Codec.from_name(plan.codec), AdapterState.from_arrays(arrays, got), due)
+        expected = _pruned(expected, got)
+    want = expected.spec
+    if (got.method, got.base) != (want.method, want.base):
+        raise UpdateMismatch(f"the update is {got.method} on backbone {got.base[:12]}, wanted {want.method} on {want.base[:12]}")
+    if dict(got.ranks) != dict(want.ranks) or dict(got.scaling) != dict(want.scaling):
+        raise UpdateMismatch("the update's ranks or scaling differ from those of the adapter that the server sent")
+    if plan.codec:  # everything after this sees decoded tensors
+        adapter = decode_update(Codec.from_name(plan.codec), AdapterState.from_arrays(arrays, got), expected)
     else:
-        adapter = AdapterState.from_arrays(arrays, got, due)
+        adapter = AdapterState.from_arrays(arrays, got, expected)
     update = Update.from_json(text, adapter)
     if examples is not None and update.examples != examples:
-        raise UpdateError(f"the update counts {update.examples} examples, the client said hello with {examples}: its weight is fixed there")
+        raise UpdateError(f"the update reports {update.examples} examples, but the client's hello reported {examples}")
     _check_numbers(update, assignment)
     _check_reach(update, assignment)
     verify(plan, update.measurements)
@@ -76,40 +77,39 @@ def _read_update(content: RecordDict, assignment: Assignment, examples: int | No
         ("base_version", update.base_version, plan.base_version),
     ):
         if came != asked:
-            raise UpdateError(f"the update is for {name} {came}, asked was {asked}: it is stale or not this client's own")
+            raise UpdateError(f"the update is for {name} {came}, wanted {asked}: it is stale or belongs to another client")
     return update
 
 
-def wanted(assignment: Assignment) -> AdapterState:
-    """What a reply must look like, once it is decoded."""
+def expected_reply(assignment: Assignment) -> AdapterState:
+    """Names, shapes and spec that the decoded reply must have."""
     return assignment.expect or assignment.adapter.subset(matching(assignment.adapter.tensors, assignment.plan.send))
 
 
 def _check_numbers(update: Update, assignment: Assignment) -> None:
-    """What strategies count with must be there, and possible, whatever the client says."""
+    """Check the numbers that strategies compute with: present and within the plan's limits."""
     plan = assignment.plan
     if assignment.expect is None:
         steps, lr_sum = (update.measurements.get(n, -1.0) for n in ("steps", "lr_sum"))
         if not (steps >= 0 and lr_sum >= 0):
-            raise UpdateError("the update's steps and lr_sum must be there and not negative: the peers run different versions of fedtune")
-        most = plan.steps
-        if most is None:
-            most = max(1, math.ceil(update.examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate)))
-        if steps > most:
-            raise UpdateError(f"the update tells of {steps:g} steps, asked were {most} at most")
+            raise UpdateError("the update's steps or lr_sum is missing or negative: the peers run different versions of fedtune")
+        limit = plan.steps
+        if limit is None:
+            limit = max(1, math.ceil(update.examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate)))
+        if steps > limit:
+            raise UpdateError(f"the update reports {steps:g} steps; the plan allows at most {limit}")
         if lr_sum > steps * max(plan.lr, plan.lr_last) * (1 + 1e-6):
-            raise UpdateError(f"the update's lr_sum={lr_sum:g} is more than {steps:g} steps of the plan's learning rate come to")
+            raise UpdateError(f"the update's lr_sum={lr_sum:g} is more than {steps:g} steps at the plan's learning rate allow")
     if missing := [n for n in plan.measure if not update.metrics.get(n, -1.0) >= 0]:
-        raise UpdateError(f"the update's {missing[0]} was asked for, and must be there and not negative")
+        raise UpdateError(f"the update's {missing[0]}, which the plan asks for, is missing or negative")
 
 
 def _check_reach(update: Update, assignment: Assignment) -> None:
-    """No update can be farther away than its steps could have gone: what is, was made up, or the client is broken.
+    """Reject an update that moved farther than its steps allow: it was forged, or the client is broken.
 
-    AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr a step, whatever the gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1),
-    and lr·decay of itself. SGD goes where the gradient says, so that only a clipped one has a bound: lr·clip a step, over all tensors
-    and with all that a turn adds.
-    Noise for privacy and what an earlier update left out are no steps: with them there is no bound.
+    AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr a step, for any gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1), plus
+    lr·decay times the entry. SGD has a bound only with a clipped gradient: lr·clip a step, over all tensors and including all terms of a
+    turn. Privacy noise and error feedback are not bounded by steps, so an update with either is not checked.
     """
     plan, start = assignment.plan, assignment.adapter
     if assignment.expect is not None or plan.privacy == "user" or (plan.codec and Codec.from_name(plan.codec).feedback):
@@ -127,13 +127,13 @@ def _check_reach(update: Update, assignment: Assignment) -> None:
         limit = _SLACK * grown * (most + plan.weight_decay * reach * before.abs().max().item()) if tensor.numel() else 0.0
         if moved > limit + _ROUNDING * (1.0 + before.abs().max().item() if tensor.numel() else 0.0):
             raise UpdateError(
-                f"the update moves an entry of '{name}' by {moved:.3g}, and {update.measurements['steps']:g} steps of the plan could have"
-                f" moved it by {limit:.3g} at most: it was not trained so, and must not count"
+                f"the update moves an entry of '{name}' by {moved:.3g}, but {update.measurements['steps']:g} steps of the plan move it by"
+                f" at most {limit:.3g}: it was not trained with this plan"
             )
 
 
 def _pruned(sent: AdapterState, got: AdapterSpec) -> AdapterState:
-    """What must come back where a client was free to give up ranks; as it was sent where the client claims more than it may."""
+    """The expected reply of a client that may prune ranks, cut to the reply's ranks; uncut if these are more than were sent."""
     ranks = sent.spec.ranks
     if got.ranks.keys() != ranks.keys() or any(got.ranks[m] > r for m, r in ranks.items()):
         return sent
@@ -145,10 +145,10 @@ def _pruned(sent: AdapterState, got: AdapterSpec) -> AdapterState:
 
 
 def read_metrics(content: RecordDict) -> dict[str, float]:
-    """A client's metrics; what is not a finite number is left out, and so is what has no short name or comes after too many others."""
+    """A client's metrics. Ignores values that are not finite numbers, names that are not short, and entries beyond MAX_NUMBERS."""
     try:
         raw = parse_json(str(content.config_records["metrics"]["json"]))
-        some = itertools.islice(raw.items(), MOST_NUMBERS)
-        return {k: float(v) for k, v in some if k not in OURS and short(k) and isinstance(v, (int, float)) and math.isfinite(v)}
+        some = itertools.islice(raw.items(), MAX_NUMBERS)
+        return {k: float(v) for k, v in some if k not in SERVER_FIELDS and short(k) and isinstance(v, (int, float)) and math.isfinite(v)}
     except (KeyError, ValueError, AttributeError, OverflowError):
         return {}

@@ -1,8 +1,8 @@
-"""Clients that do not answer are asked less often: each time one of them costs a round its whole deadline.
+"""Exponential backoff for clients that do not answer: each of them holds up its round until the deadline.
 
-After the n-th reply in a row that did not come in its round, a client sits out 2^(n−1) rounds, at most 16. If it is still at the same turn
-after that, it sits out the next pause at once: looking for its reply costs nothing. A reply in time ends this, and so does a new hello,
-which a client says that was started again.
+After n consecutive missed replies a client is paused for 2^(n−1) rounds, at most 16. If the same reply is still missing after that, the
+next pause begins at once: looking for the reply costs nothing. A reply in time ends the pauses. So does a new hello, which a restarted
+client sends.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,42 +11,42 @@ from flwr.serverapp import Grid
 
 from fedtune.rounds.membership import Client, replies
 
-LONGEST = 16  # rounds
+LONGEST_PAUSE = 16  # rounds
 
 
-def miss(name: str, client: Client, round: int, message: str, note: Callable[[str], None]) -> None:
-    """Count a reply that did not come.
+def record_miss(name: str, client: Client, round: int, message: str, note: Callable[[str], None]) -> None:
+    """Record a missed reply and pause the client.
 
     Args:
         name: Logical id.
-        client: Who did not answer.
-        round: The last round that was held up.
-        message: Id of the message that has no reply.
-        note: Called with a sentence that says when the client is asked again.
+        client: The client that did not answer.
+        round: The last round without its reply.
+        message: Id of the unanswered message.
+        note: Receives a sentence that says when the client is asked again.
     """
     client.missed += 1
-    client.back, client.owes = round + 1 + min(LONGEST, 2 ** min(client.missed - 1, LONGEST)), message
-    note(f"client {name} did not answer in round {round}: it is not asked before round {client.back}")
+    client.paused_until, client.unanswered = round + 1 + min(LONGEST_PAUSE, 2 ** min(client.missed - 1, LONGEST_PAUSE)), message
+    note(f"client {name} did not answer in round {round}: it is paused until round {client.paused_until}")
 
 
-def resting(grid: Grid, clients: Mapping[str, Client], round: int, note: Callable[[str], None]) -> set[str]:
-    """Logical ids of the clients that sit a round out.
+def paused_clients(grid: Grid, clients: Mapping[str, Client], round: int, note: Callable[[str], None]) -> set[str]:
+    """Logical ids of the clients that are paused in this round.
 
     Args:
-        grid: Where their replies come.
+        grid: Grid to look for their replies on.
         clients: Logical id → client.
         round: The round.
-        note: Called with a sentence for each client that is still at an old turn when its pause ends.
+        note: Receives a sentence for each client whose reply is still missing when its pause ends.
     """
     for name, client in sorted(clients.items()):
-        if client.owes and client.back <= round:
-            if next(replies(grid, [client.owes], 0.0)) is None:
-                miss(name, client, round - 1, client.owes, note)
+        if client.unanswered and client.paused_until <= round:
+            if next(replies(grid, [client.unanswered], 0.0)) is None:
+                record_miss(name, client, round - 1, client.unanswered, note)
             else:
-                client.owes = ""
-    return {name for name, client in clients.items() if client.back > round}
+                client.unanswered = ""
+    return {name for name, client in clients.items() if client.paused_until > round}
 
 
-def forget(client: Client) -> None:
-    """A client has answered."""
-    client.missed, client.back, client.owes = 0, 0, ""
+def record_answer(client: Client) -> None:
+    """Record that the client answered: end its pauses."""
+    client.missed, client.paused_until, client.unanswered = 0, 0, ""

@@ -1,8 +1,8 @@
-"""What has been merged into the frozen weights, as one matrix where the shifts' factors together are larger than the matrix.
+"""The sum of the merged shifts as one dense matrix, for weights where the shifts' factors are larger than the matrix.
 
-A client brings its weights to a version by adding the shifts that it lacks, W = W0 + Σ s·B·A. After some rounds their factors take more
-bytes than the matrices that they change. Then a newcomer gets the sum itself. Clients add shifts in the same order and in the same
-arithmetic, so that one which gets the sum holds the same weights, bit for bit, as one which was there all the time.
+A client updates its weights by adding the shifts that it lacks, W = W0 + Σ s·B·A. After some rounds the factors take more bytes than the
+matrix they change; then a new client gets the sum itself. The server adds shifts in the clients' order and arithmetic, so a client that
+gets the sum holds the same weights, bit for bit, as one that has taken part from the start.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 
-METHOD = "sum"  # of a snapshot: `<module>.weight` (out, in), what all shifts up to its version have added
+METHOD = "sum"  # the spec's method of a snapshot, whose tensors `<module>.weight` (out, in) sum all shifts up to its version
 
 
 class Snapshots:
-    """Keeps the sums, from round to round, of the matrices that are smaller than their factors."""
+    """Keeps the sums of the matrices that are smaller than their factors, and updates them each round."""
 
     def __init__(self) -> None:
         self._versions: tuple[int, ...] = ()
@@ -24,9 +24,9 @@ class Snapshots:
         self._ranks: dict[str, int] = {}
 
     def of(self, shifts: Sequence[AdapterState]) -> AdapterState | None:
-        """The snapshot of these shifts, oldest first; None where the factors of each matrix are smaller than it is."""
+        """The snapshot of these shifts, given oldest first; None if the factors of every matrix are smaller than the matrix."""
         versions = tuple(s.spec.version for s in shifts)
-        if versions[: len(self._versions)] != self._versions:  # a run that went back to an older round
+        if versions[: len(self._versions)] != self._versions:  # the run resumed from an older round
             self.__init__()
         for i in range(len(self._versions), len(shifts)):
             self._add(shifts, i)

@@ -1,11 +1,11 @@
-"""How much of a round one client may be: its weight is the number of rows that it claims, and nobody can look them up.
+"""Limits one client's share of a round. Its weight is the number of rows that it reports, which the server cannot verify.
 
-A weight is w_k = min(n_k, τ), with the largest τ for which no w_k is more than the share s of the cohort's sum:
+The weight is w_k = min(n_k, τ), with the largest τ for which no w_k exceeds the share s of the cohort's sum:
 
     τ = s·R / (1 − s·c),   c: clients above τ,   R: sum of the n_k of the others
 
-In a cohort of m clients s is at least 1/m: less would leave nobody a weight. The sum is over those that are asked, as their hellos count
-them, for updates are folded one at a time as they come; where some do not answer, the share of each of the others is larger.
+In a cohort of m clients s is at least 1/m, because no weights satisfy a smaller share. The sum covers all clients that are asked, with the
+counts of their hellos, because updates are folded one at a time as they come. If some do not answer, the others' shares grow.
 """
 
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ from fedtune.config import WeightsConfig
 _EQUAL_SHARES, _MOST = 3, Fraction(1, 2)
 
 
-def share_of(config: WeightsConfig, clients: int, *, engine: bool) -> Fraction | None:
-    """The largest share of one of so many clients; None bounds nobody.
+def largest_share(config: WeightsConfig, clients: int, *, engine: bool) -> Fraction | None:
+    """The largest share of one client among `clients` clients; None sets no limit.
 
-    Where the config leaves it open, a client on a network may have three equal shares, and never more than all the others together. An
-    engine's clients count their own rows, so that none of them can lie.
+    The default on a network is three equal shares, and at most half: no client outweighs all others together. An engine's clients cannot
+    misreport their rows, so the default there is no limit.
     """
     if config.max_share is None and engine:
         return None
@@ -28,11 +28,11 @@ def share_of(config: WeightsConfig, clients: int, *, engine: bool) -> Fraction |
     return max(share, Fraction(1, max(clients, 1)))
 
 
-def heaviest(counts: Iterable[int], share: Fraction) -> int:
-    """τ, rounded down, for clients with so many rows each: no w_k is more than `share` of Σ w_k.
+def max_weight(counts: Iterable[int], share: Fraction) -> int:
+    """τ, rounded down, for clients with these row counts: no w_k exceeds `share` of Σ w_k.
 
     Args:
-        counts: n_k of the cohort; who has none has no weight.
+        counts: n_k of the cohort; a client without rows has no weight.
         share: s, at least 1 / (clients with rows).
     """
     falling = sorted((n for n in counts if n > 0), reverse=True)

@@ -1,12 +1,12 @@
-"""The run directory: made exclusively, checkpointed after every round, resumable from the newest good checkpoint.
+"""The run directory: created exclusively, checkpointed after every round, resumable from the newest good checkpoint.
 
 outputs/<name>/<date-time>-<id>/
     config.yaml  partition.json  metrics.jsonl  answers.json  report.html  tensorboard/
-    checkpoints/round-0007/{adapter.safetensors, memory.safetensors, checkpoint.json}; late.safetensors where late replies wait,
-                 exchange.safetensors where the exchange keeps something
-    shifts/      what was merged into the frozen weights, a file a round; checkpoints name those that they need
-    clients/     what simulated clients keep between their turns
-    adapter/     what PeftModel.from_pretrained opens
+    checkpoints/round-0007/{adapter.safetensors, memory.safetensors, checkpoint.json}; late.safetensors if there are late updates,
+                 exchange.safetensors if the exchange has state
+    shifts/      shifts merged into the frozen weights, one file per round; checkpoints name those that they need
+    clients/     state of simulated clients between their turns
+    adapter/     adapter folder for PeftModel.from_pretrained
 """
 
 import dataclasses
@@ -40,19 +40,19 @@ from fedtune.storage.reading import read_fields
 _FORMAT = 2
 _LATE = "late.safetensors"
 _EXCHANGE = "exchange.safetensors"
-_OLD_CLIP = "privacy.clip"  # where version 0.1 kept the clip norm of privacy=user
-_BEGINNING = {".lock", "checkpoints", ".config.yaml.tmp", "lost+found"}  # what a start leaves that ends before the config is stored
+_OLD_CLIP = "privacy.clip"  # in memory.safetensors of version 0.1: the clip norm of privacy=user
+_BEGINNING = {".lock", "checkpoints", ".config.yaml.tmp", "lost+found"}  # files of a start that was stopped before the config was written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """All that the next round needs.
+    """Everything that the next round needs.
 
     Args:
-        round: The round that ended; 0 is before the first.
-        state: The strategy's state.
-        clients: Logical id → what the server keeps of it: rounds counted, rounds dropped and why.
-        late: Updates that wait for a later round.
+        round: The finished round; 0 is before the first.
+        state: The state after the round.
+        clients: Logical id → the server's record of the client: counted and dropped rounds, last result.
+        late: Late updates that may count in a later round.
     """
 
     round: int
@@ -63,7 +63,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class _Waiting:
-    """What checkpoint.json holds of an update that waits."""
+    """A late update in checkpoint.json."""
 
     due: int
     update: str
@@ -71,7 +71,7 @@ class _Waiting:
 
 @dataclass(frozen=True, kw_only=True)
 class _Saved:
-    """checkpoint.json: the checksum of each file by its path, and what lies in no other file."""
+    """checkpoint.json: the checksum of each file by path, and all data that is in no other file."""
 
     round: int
     sha256: Mapping[str, str]
@@ -81,13 +81,13 @@ class _Saved:
 
 
 class RunDirectory:
-    """One run on disk. Holds a lock while it is open: two processes never write the same run."""
+    """One run on disk. It is locked while open, so that two processes never write the same run."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path, self.config = path, config
         self._kept: dict[Path, str] = {}
         try:
-            self._lock = open(path / ".lock", "w")  # noqa: SIM115  held as long as the run is
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115  stays open as long as the run
         except OSError as bad:
             raise RunError(f"cannot open the run {path}: {bad.strerror}; make the run's folder writable") from None
         try:
@@ -98,18 +98,19 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: Config, path: Path | None = None) -> "RunDirectory":
-        """Make a directory for a new run (at `path`, or under a name of its own) and store its config.
+        """Create the directory of a new run (at `path`, or under a generated name) and store its config.
 
-        The config comes last and whole: what a start left that was killed before it holds nothing and is used again, as is an empty folder.
+        The config is written last and atomically. A directory of a start that was killed before that is empty of results and is used again,
+        as is an empty folder.
 
         Raises:
-            RunError: Another process has it open, there is a run in it or something else, or it cannot be written.
+            RunError: Another process has the directory open, it is not empty, or it cannot be written.
         """
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         path = path or Path(config.output_dir) / config.name / f"{stamp}-{secrets.token_hex(3)}"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, config)  # with the lock: of two that begin at once one makes the run
+            run = cls(path, config)  # takes the lock: of two processes that start at once, one creates the run
             try:
                 run._begin()
             except BaseException:
@@ -117,19 +118,19 @@ class RunDirectory:
                 raise
         except OSError as bad:
             raise RunError(
-                f"cannot make the run directory {path}: {bad.strerror}; free the disk, or set output_dir to a folder that can be"
-                " written (of a server: --run)"
+                f"cannot create the run directory {path}: {bad.strerror}; free disk space, or set output_dir (of a server: --run) to a"
+                " writable folder"
             ) from None
         return run
 
     def _begin(self) -> None:
-        """Store the config, where nothing but an unfinished start lies here."""
+        """Store the config, if the directory has nothing but files of an unfinished start."""
         if (self.path / "config.yaml").exists():
-            raise RunError(f"there is a run in {self.path} already: go on with resume={self.path}, or give another folder")
+            raise RunError(f"there is a run in {self.path} already: continue it with resume={self.path}, or give another folder")
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
         if others := sorted(p.name for p in (*self.path.iterdir(), *folder.iterdir()) if p.name not in _BEGINNING):
-            raise RunError(f"{self.path} holds {others[0]} and no run (no config.yaml): give an empty folder or a new one")
+            raise RunError(f"{self.path} contains {others[0]} but no run (no config.yaml): give an empty folder or a new one")
         self._write_config()
 
     def _write_config(self) -> None:
@@ -137,21 +138,21 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path, *, rounds: int | None = None) -> "RunDirectory":
-        """Open a run to go on with it, by its own config; only `rounds` may differ.
+        """Open a run to resume it with its own config; only `rounds` may differ.
 
         Raises:
-            CheckpointError: No run there, or its config cannot be read.
-            ConfigError: More rounds are done already.
+            CheckpointError: There is no run, or its config cannot be read.
+            ConfigError: The run has done more rounds already.
             RunError: Another process has it open, or it cannot be written.
         """
         config = read_config(path)
         if rounds is None:
             return cls(path, config)
         config = dataclasses.replace(config, rounds=rounds)
-        run = cls(path, config)  # first the lock: another process may be writing this run
-        if (found := run.newest()[0]) and found.round > rounds:  # before it is written: the advice is to leave it out
+        run = cls(path, config)  # takes the lock first: another process may be writing this run
+        if (found := run.newest()[0]) and found.round > rounds:  # check before config.yaml changes
             run.close()
-            raise ConfigError(f"rounds={rounds} is less than the {found.round} rounds that {path} has done: leave it out or ask for more")
+            raise ConfigError(f"rounds={rounds} is less than the {found.round} rounds that {path} has done: leave it out or raise it")
         try:
             run._write_config()
         except OSError as bad:
@@ -160,10 +161,10 @@ class RunDirectory:
         return run
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write the checkpoint beside its place, flush it, and rename it in: a kill leaves the last good one."""
+        """Write the checkpoint to a temporary folder, flush it, and rename it: a kill leaves the previous checkpoint intact."""
         target = self.path / "checkpoints" / f"round-{checkpoint.round:04d}"
         try:
-            with new_folder(target, replace=True) as folder:  # a damaged one that the resume skipped is replaced
+            with new_folder(target, replace=True) as folder:  # replaces a damaged one that resuming skipped
                 checkpoint.state.adapter.save(folder / "adapter.safetensors")
                 save_file(dict(checkpoint.state.memory), folder / "memory.safetensors")
                 if checkpoint.state.exchange:
@@ -179,13 +180,13 @@ class RunDirectory:
                 (folder / "checkpoint.json").write_text(json.dumps(body), encoding="utf-8")
         except OSError as bad:
             raise RunError(
-                f"cannot write the checkpoint {target}: {bad.strerror}; free the disk and resume with resume={self.path}"
+                f"cannot write the checkpoint {target}: {bad.strerror}; free disk space and continue with resume={self.path}"
             ) from None
         for old in self._checkpoints()[self.config.keep_checkpoints :]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _keep(self, shift: AdapterState) -> str:
-        """Write a shift to its file, if this process has not yet, and return its checksum."""
+        """Write a shift to its file, once per process, and return its checksum."""
         path = self.path / "shifts" / _shift_file(shift)
         if path not in self._kept:
             path.parent.mkdir(exist_ok=True)
@@ -195,7 +196,7 @@ class RunDirectory:
         return self._kept[path]
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest good checkpoint (None where there is none yet), and a sentence for each damaged one that was passed over."""
+        """The newest good checkpoint (None if there is none), and a sentence for each damaged one that was skipped."""
         skipped = []
         for path in self._checkpoints():
             try:
@@ -205,7 +206,7 @@ class RunDirectory:
         return None, skipped
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a small file of the run whole or not at all."""
+        """Write a small JSON file of the run atomically."""
         write_text(self.path / name, json.dumps(value))
 
     def close(self) -> None:
@@ -220,18 +221,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint folder.
 
     Raises:
-        CheckpointError: It is not whole, or not one of ours.
+        CheckpointError: It is incomplete, damaged, or of another format.
     """
     try:
         body = parse_json(read_text(path / "checkpoint.json"))
         if body["format"] != _FORMAT:
             raise CheckpointError(
-                f"checkpoint {path} has format {body['format']}, this fedtune reads {_FORMAT}: use the version that wrote it"
+                f"checkpoint {path} has format {body['format']}, but this version reads {_FORMAT}: use the version that wrote it"
             )
         saved = _Saved(**read_fields(_Saved, body, ValueError, "checkpoint", others=True))
         for name, wanted in saved.sha256.items():
             if _sha256(path / name) != wanted:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} has another checksum")
         memory: dict[str, torch.Tensor] = load_file(path / "memory.safetensors")
         exchange = load_file(path / _EXCHANGE) if _EXCHANGE in saved.sha256 else {}
         if _OLD_CLIP in memory:

@@ -1,4 +1,4 @@
-"""Everybody who is told how a run goes: the terminal, metrics.jsonl, TensorBoard, the log, and the report where it is watched."""
+"""The run observer: passes a run's events to the terminal, metrics.jsonl, TensorBoard, the log and, in live mode, the report."""
 
 import logging
 import threading
@@ -12,18 +12,18 @@ from fedtune.runs.report import MetricsWriter, Progress, write_report
 _log = logging.getLogger("fedtune.run")
 
 
-class Watch:
-    """The bridge's watcher.
+class RunObserver:
+    """Receives the events of the bridge.
 
     Args:
-        run: The run's directory.
-        resumed: Round of the checkpoint that it goes on from; None where it is new.
-        live: Whether report.html is made anew after each round.
+        run: The run directory.
+        resumed: Round of the checkpoint that the run resumes from; None for a new run.
+        live: Whether to rewrite report.html after each round.
 
     Attributes:
-        clients: Logical id → Flower's node and the device class, of those that have said hello.
-        round: The round at hand.
-        waiting: Clients of its cohort that have not answered yet.
+        clients: Logical id → Flower's node id and the device class, of the clients that have said hello.
+        round: The current round.
+        waiting: Clients of its cohort that have not answered.
     """
 
     def __init__(self, run: Path, resumed: int | None, *, live: bool = False) -> None:
@@ -33,7 +33,7 @@ class Watch:
         self._stale, self._closed = threading.Event(), False
         self._reporter = threading.Thread(target=self._report, name="report", daemon=True) if live else None
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RunObserver":
         self._progress.__enter__()
         if self._reporter:
             self._reporter.start()
@@ -73,13 +73,13 @@ class Watch:
         self._progress.note(text)
 
     def _report(self) -> None:
-        """Rounds do not wait for their plots; of two that are quick one after the other, the later is drawn."""
+        """Write reports in a thread, so that rounds do not wait. If rounds end faster than reports are written, some are skipped."""
         while not self._closed:
             self._stale.wait()
             self._stale.clear()
-            if self._closed:  # whoever ends the run writes the last report
+            if self._closed:  # the end of the run writes the last report
                 return
             try:
                 write_report(self._run)
             except (FedtuneError, OSError) as bad:
-                _log.warning("report.html could not be made anew: %s", bad)
+                _log.warning("report.html could not be rewritten: %s", bad)

@@ -1,6 +1,6 @@
-"""`fedtune status`: how a run stands, from what its server wrote last and from the run's own records.
+"""`fedtune status`: the status of a run, from its server's last report and the run's own records.
 
-RUN/server.json is the server's word, refreshed every second; metrics.jsonl and the newest checkpoint's book of clients are what counted.
+The server rewrites RUN/server.json every second. Counted turns come from metrics.jsonl and the newest checkpoint's client records.
 """
 
 import json
@@ -21,22 +21,22 @@ from fedtune.runs.report.summary import client_results, drops_text, duration, pr
 from fedtune.runs.report.tables import print_table
 from fedtune.storage.parsing import parse_json, parse_yaml, read_text
 
-FRESH_S = 15.0  # a server that has not written for longer is no longer at work, whoever has its process id by now
+FRESH_S = 15.0  # a server whose report is older no longer works, even if a process has its id
 _ASK_S = 5.0
 
 
 def read_status(run: Path, server: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """How a run stands.
+    """The status of a run.
 
     Args:
-        run: Its directory.
-        server: What its server said; None reads the file that it left in the run.
+        run: The run directory.
+        server: The server's report; None reads its file in the run directory.
 
     Returns:
         `state` (running, silent, stopped, finished), `round` of `rounds`, `nodes` by client, `totals`; see `show`.
 
     Raises:
-        CheckpointError: There is no such run, or it cannot be read.
+        CheckpointError: There is no run, or it cannot be read.
     """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"there is no run {run}: give the folder that holds config.yaml and checkpoints/")
@@ -82,11 +82,11 @@ def read_status(run: Path, server: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def ask(control: str) -> dict[str, Any]:
-    """How the run of a server that is at work stands, asked on its private port.
+    """Ask a running server on its private port for the status of its run.
 
     Raises:
-        ConfigError: `control` is not HOST:PORT.
-        NetworkError: Nothing answers there, or something else does.
+        ConfigError: `control` is not a local HOST:PORT.
+        NetworkError: Nothing answers there, or not a fedtune server.
     """
     if not re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\]):\d{1,5}", control):
         raise ConfigError(
@@ -102,7 +102,9 @@ def ask(control: str) -> dict[str, Any]:
         raise NetworkError(f"{control} is not a fedtune server's private port: it answers {bad.code} to /fedtune/status") from None
     except OSError as bad:
         why = getattr(bad, "reason", None) or bad
-        raise NetworkError(f"nothing answers at {control} ({why}): is the server running? RUN in its place reads what it left") from None
+        raise NetworkError(
+            f"nothing answers at {control} ({why}): is the server running? fedtune status RUN shows its last report"
+        ) from None
     except ValueError:
         raise NetworkError(f"{control} is not a fedtune server's private port: its answer cannot be read") from None
     run = live.get("run")
@@ -125,17 +127,17 @@ def ask(control: str) -> dict[str, Any]:
     }
 
 
-# -- for people ---------------------------------------------------------------------------------------------------------------------------
+# -- as text ------------------------------------------------------------------------------------------------------------------------------
 
 
 def show(status: Mapping[str, Any], *, as_json: bool = False, now: float | None = None, width: int | None = None) -> str:
     """The status as text, or as JSON.
 
     Args:
-        status: What `read_status` or `ask` gives.
-        as_json: JSON in place of text.
-        now: What "ago" is counted from, in seconds since 1970; None is the clock.
-        width: Columns of the table; None is the terminal's, and 80 where there is none.
+        status: Result of `read_status` or `ask`.
+        as_json: JSON instead of text.
+        now: Current time for "ago", in seconds since 1970; None takes the clock.
+        width: Columns of the table; None takes the terminal's, or 80 without a terminal.
     """
     if as_json:
         return json.dumps(status, indent=1)
@@ -162,7 +164,7 @@ def show(status: Mapping[str, Any], *, as_json: bool = False, now: float | None 
         print_table(console, header, rows, left=["device", "seen"], wrap=["dropped", "last result"], box=None)
     lines = [_headline(status), ""] + [line.rstrip() for line in shown.get().splitlines()]
     if not status["nodes"]:
-        lines[2:] = ["no client has been there yet"]
+        lines[2:] = ["no client has connected yet"]
     if totals := status["totals"]:
         online = f"{totals['online']} of " if status["state"] == "running" and status["served"] else ""
         drops = drops_text(totals["dropped"]) or "none"
@@ -184,9 +186,10 @@ def _headline(status: Mapping[str, Any]) -> str:
         return f"{run} is running{at}: {of}" + (f", waiting for {waiting}" if waiting else "")
     if status["state"] == "silent":
         return (
-            f"{run}: its server has said nothing for {duration(status['silent_s'])}, at {of}; if it hangs, stop it and go on with {again}"
+            f"{run}: its server has not reported for {duration(status['silent_s'])}, at {of}; if it hangs, stop it and continue with"
+            f" {again}"
         )
-    return f"{run} is stopped: {status['kept']} of {status['rounds']} rounds are kept; go on with {again}"
+    return f"{run} is stopped after {status['kept']} of {status['rounds']} rounds: continue with {again}"
 
 
 def _seen(node: Mapping[str, Any], now: float) -> str:
@@ -200,7 +203,7 @@ def _seen(node: Mapping[str, Any], now: float) -> str:
 
 
 def _state(run: Path, live: Mapping[str, Any] | None, age: float, *, finished: bool) -> str:
-    if live is None and _held(run):
+    if live is None and _locked(run):
         return "running"
     if live and _alive(live.get("pid")):
         if age <= FRESH_S:
@@ -210,8 +213,8 @@ def _state(run: Path, live: Mapping[str, Any] | None, age: float, *, finished: b
     return "finished" if finished else "stopped"
 
 
-def _held(run: Path) -> bool:
-    """Whether a process has the run open. The kernel is asked, for a try at the lock could turn away a run that starts in this moment."""
+def _locked(run: Path) -> bool:
+    """Whether a process has the run open. Reads the kernel's list: trying the lock could make a run that starts at this moment fail."""
     try:
         inode = str((run / ".lock").stat().st_ino)
         locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
@@ -233,7 +236,7 @@ def _alive(pid: object) -> bool:
 
 
 def _server_file(run: Path) -> tuple[Mapping[str, Any] | None, float]:
-    """What the server wrote last, and how long ago; None for a run that was never served."""
+    """The server's last report, and its age in seconds; None for a run without a server."""
     path = run / "server.json"
     try:
         age = max(0.0, time.time() - path.stat().st_mtime)
@@ -241,12 +244,12 @@ def _server_file(run: Path) -> tuple[Mapping[str, Any] | None, float]:
         return None, 0.0
     live = _json(path)
     if live is None:
-        raise CheckpointError(f"{path} cannot be read: it is not what a fedtune server writes")
+        raise CheckpointError(f"{path} cannot be read: it is not a fedtune server's report")
     return live, age
 
 
 def _book(run: Path) -> tuple[int, Mapping[str, Mapping[str, Any]]]:
-    """Round of the newest checkpoint that can be read, and what it keeps of each client."""
+    """Round of the newest readable checkpoint, and its client records."""
     for folder in sorted((run / "checkpoints").glob("round-*"), key=lambda p: (len(p.name), p.name), reverse=True):
         body = _json(folder / "checkpoint.json")
         if body and isinstance(body.get("round"), int) and isinstance(body.get("clients"), dict):
@@ -258,7 +261,7 @@ def _rounds(run: Path) -> int:
     try:
         return int(parse_yaml(read_text(run / "config.yaml"))["rounds"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{run / 'config.yaml'} cannot be read: it does not say how many rounds the run has") from None
+        raise CheckpointError(f"{run / 'config.yaml'} cannot be read: it has no valid `rounds`") from None
 
 
 def _json(path: Path) -> dict[str, Any] | None:

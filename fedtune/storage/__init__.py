@@ -1,1 +1,1 @@
-"""Files and text that are read without trust and written whole: atomic writes, JSON and YAML, typed records, names of clients."""
+"""Reads untrusted files and text, and writes files atomically: atomic writes, JSON and YAML, typed records, client names."""

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all: each is written beside its place and then renamed.
+"""Atomic writes: a file or folder is written under a temporary name beside its target and then renamed.
 
-A kill, a full disk or an exception leaves what was there before. What a kill leaves beside it, `.NAME.tmp`, is removed by the next attempt.
+A kill, a full disk or an exception leaves the old content. A temporary `.NAME.tmp` that a kill leaves is removed by the next attempt.
 """
 
 import os
@@ -16,12 +16,12 @@ def new_file(path: Path, *, durable: bool = True, shared: bool = False) -> Itera
     """A path to write to; the file becomes `path` when the block ends and is removed when the block raises.
 
     Args:
-        path: A file that is there already is replaced. Its folder must exist.
-        durable: The file survives a power failure once the block has ended.
-        shared: Several processes may write `path` at once. Each then writes under a random name, which a kill leaves behind.
+        path: Target; an existing file is replaced. Its folder must exist.
+        durable: Whether the file must survive a power failure after the block has ended.
+        shared: Whether several processes may write `path` at once. Each then uses a random temporary name, which a kill leaves behind.
 
     Raises:
-        OSError: The disk does not take it.
+        OSError: The file cannot be written.
     """
     beside = _beside(path, shared)
     beside.unlink(missing_ok=True)
@@ -43,14 +43,14 @@ def new_folder(path: Path, *, mode: int = 0o777, replace: bool = False, durable:
     """An empty folder to fill; it becomes `path` when the block ends and is removed when the block raises.
 
     Args:
-        path: Not there yet, an empty folder, or anything with `replace`. The folder above it must exist.
+        path: Target; must not exist or be an empty folder, unless `replace` is set. The parent folder must exist.
         mode: Permissions of the new folder, less the umask.
-        replace: Remove a folder that is there already, just before the new one takes its name.
+        replace: Remove an existing folder just before the new one is renamed.
         durable: As for `new_file`.
         shared: As for `new_file`.
 
     Raises:
-        OSError: The disk does not take it, or `path` holds something.
+        OSError: The folder cannot be written, or `path` is not empty.
     """
     beside = _beside(path, shared)
     shutil.rmtree(beside, ignore_errors=True)
@@ -70,17 +70,17 @@ def new_folder(path: Path, *, mode: int = 0o777, replace: bool = False, durable:
 
 
 def write_bytes(path: Path, data: bytes, *, mode: int | None = None, durable: bool = True, shared: bool = False) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Args:
         path: As for `new_file`.
-        data: Its content.
-        mode: Its permissions, whatever the umask; at no moment are they wider. None takes the usual ones.
+        data: Content.
+        mode: Permissions, independent of the umask; they are never wider, even during the write. None takes the default ones.
         durable: As for `new_file`.
         shared: As for `new_file`.
 
     Raises:
-        OSError: The disk does not take it.
+        OSError: The file cannot be written.
     """
     first = 0o666 if mode is None else 0o600
     with (
@@ -93,19 +93,19 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None, durable: bo
 
 
 def write_text(path: Path, text: str, *, durable: bool = True, shared: bool = False) -> None:
-    """Write a UTF-8 file whole or not at all; half a surrogate pair, which a model's answer may hold, becomes a question mark.
+    """Write a UTF-8 file atomically. A lone surrogate, which a model's answer may contain, becomes a question mark.
 
     Raises:
-        OSError: The disk does not take it.
+        OSError: The file cannot be written.
     """
     write_bytes(path, text.encode("utf-8", "replace"), durable=durable, shared=shared)
 
 
 def flush(path: Path) -> None:
-    """Have the disk store a file's content, or the names in a folder, before this returns.
+    """Flush a file's content, or a folder's entries, to disk (fsync).
 
     Raises:
-        OSError: The disk does not take it.
+        OSError: The disk reports an error.
     """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

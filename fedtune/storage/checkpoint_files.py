@@ -1,7 +1,7 @@
-"""Which files hold the weights of a Hugging Face folder. Training, export and the engine all ask here, so that they read the same ones.
+"""Finds the weight files of a Hugging Face folder. Training, export and the engine use this, so that they read the same files.
 
 The rule is transformers': the file that config.json names as `transformers_weights`, else `model.safetensors`, else the shards of
-`model.safetensors.index.json`. An index beside `model.safetensors` is left over from an earlier save and counts for nothing.
+`model.safetensors.index.json`. An index beside `model.safetensors` is left over from an earlier save and is ignored.
 """
 
 from pathlib import Path
@@ -17,20 +17,20 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
-    """The safetensors files of a checkpoint, shards in order of name; of a tensor that lies in two of them the later counts.
+    """The safetensors files of a checkpoint, shards sorted by name. If two files have the same tensor, the later file counts.
 
     Args:
-        folder: Of the checkpoint.
+        folder: Folder of the checkpoint.
         config: Its config.json.
 
     Raises:
-        ModelError: There are none, a shard is missing, or there are only pickled weights.
+        ModelError: There are no weights, a shard is missing, or there are only pickled weights.
     """
     named = config.get("transformers_weights")
     if named is not None:
         if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise ModelError(
-                f"{folder / 'config.json'} says transformers_weights={named!r}: it must be a .safetensors file here, or its index"
+                f"{folder / 'config.json'} has transformers_weights={named!r}: it must name a .safetensors file here, or its index"
             )
         return _shards(folder / named) if named.endswith(".json") else [_present(folder / named, "file", "config.json")]
     if (folder / SINGLE).is_file():
@@ -39,13 +39,13 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
         return _shards(folder / INDEX)
     if pickles := sorted(p.name for pattern in PICKLES for p in folder.glob(pattern)):
         raise ModelError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when they are opened: convert them to safetensors first"
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded: convert them to safetensors first"
         )
-    raise ModelError(f"{folder} has no weights: {SINGLE} (or its shards with {INDEX}) is wanted")
+    raise ModelError(f"{folder} has no weights: it needs {SINGLE}, or shards with {INDEX}")
 
 
 def has_weights(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether `weight_files` has a file to begin with; a server may hold the config alone."""
+    """Whether the folder has weights at all; a server may have only the config."""
     named = config.get("transformers_weights")
     return any((folder / name).is_file() for name in ([named] if isinstance(named, str) else [SINGLE, INDEX]))
 
@@ -63,5 +63,5 @@ def _shards(index: Path) -> list[Path]:
 
 def _present(file: Path, what: str, where: str) -> Path:
     if not file.is_file():
-        raise ModelError(f"{file.parent} lacks the {what} {file.name} that {where} names: fetch the checkpoint again")
+        raise ModelError(f"{file.parent} lacks the {what} {file.name}, which {where} names: download the checkpoint again")
     return file

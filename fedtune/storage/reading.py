@@ -1,8 +1,7 @@
-"""Frozen dataclasses from JSON that a peer sent or that lay on a disk, which may be anything: every field known, every value of its type
-and finite.
+"""Reads frozen dataclasses from untrusted JSON: all fields must be known, and all values finite and of the field's type.
 
 A field's type may be a string, a number, a bool, None, `Any`, a `Literal`, a tuple, a `Mapping` with string keys, another dataclass, or a
-union of these. A whole number fits a `float` field; a bool fits no number.
+union of these. An integer is valid for a `float` field; a bool is not a number.
 """
 
 import dataclasses
@@ -22,17 +21,17 @@ _NUMBERS: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), str: 
 
 
 def read_object(kind: type[T], text: str | bytes, error: type[Exception], what: str, **given: Any) -> T:
-    """An instance of a dataclass from a JSON object.
+    """Read an instance of a dataclass from a JSON object.
 
     Args:
         kind: The dataclass.
         text: JSON.
-        error: What is raised.
-        what: What the text is, for the sentence.
-        given: Fields that the text does not hold.
+        error: Exception class to raise.
+        what: Name of the object in the error.
+        given: Fields that are not in the text.
 
     Raises:
-        Exception: `error`, with the first thing that is wrong.
+        Exception: An `error` that names the first fault.
     """
     try:
         raw = parse_json(text)
@@ -44,18 +43,18 @@ def read_object(kind: type[T], text: str | bytes, error: type[Exception], what: 
 def read_fields(
     kind: type, raw: Any, error: type[Exception], what: str, *, skip: Mapping[str, Any] = MappingProxyType({}), others: bool = False
 ) -> dict[str, Any]:
-    """The values of a dataclass's fields from a mapping; fields with a default may be missing.
+    """Read the values of a dataclass's fields from a mapping. Fields with a default may be missing.
 
     Args:
         kind: The dataclass.
-        raw: The mapping, or whatever came in its place.
-        error: What is raised.
-        what: What the mapping is, for the sentence.
-        skip: Fields that the mapping must not hold.
-        others: Ignore what is no field, instead of refusing it.
+        raw: The mapping; any other type is an error.
+        error: Exception class to raise.
+        what: Name of the mapping in the error.
+        skip: Fields that the mapping must not have.
+        others: Ignore unknown fields instead of refusing them.
 
     Raises:
-        Exception: `error`, with the first thing that is wrong.
+        Exception: An `error` that names the first fault.
     """
     if not isinstance(raw, Mapping):
         raise error(f"the {what} must be a JSON object, got {type(raw).__name__}")
@@ -68,15 +67,15 @@ def read_fields(
             try:
                 values[name] = _value(hints[name], raw[name])
             except _Misfit as bad:
-                whose, came = (name, repr(str(bad.raw)[:60])) if bad.key is None else (shown(bad.key), shown(str(bad.raw)))
-                raise error(f"the {what}'s {whose} is {came}, which is not of its type ({bad.wanted})") from None
+                label, came = (name, repr(str(bad.raw)[:60])) if bad.key is None else (shown(bad.key), shown(str(bad.raw)))
+                raise error(f"the {what}'s {label} is {came}, which is not of type {bad.wanted}") from None
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"the {what} lacks the field '{name}'")
     return values
 
 
 class _Misfit(Exception):
-    """A value of a wrong type; `key` is its name where it is one of a mapping's."""
+    """A value of a wrong type; `key` is its key if it is in a mapping."""
 
     def __init__(self, hint: Any, raw: Any, key: str | None = None) -> None:
         super().__init__()
@@ -90,10 +89,10 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _value(hint: Any, raw: Any) -> Any:
-    """The JSON value as a value of this type.
+    """Convert a JSON value to this type.
 
     Raises:
-        _Misfit: It is of another.
+        _Misfit: The value has another type.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:

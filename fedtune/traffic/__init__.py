@@ -1,4 +1,4 @@
-"""Codecs for what goes over the wire: small messages, exact sizes, and nothing lost that error feedback can keep."""
+"""Codecs for tensors on the network: small messages of known sizes, with error feedback against lost precision."""
 
 from fedtune.traffic.broadcast import decode_broadcast, encode_broadcast
 from fedtune.traffic.codec import Codec

@@ -1,7 +1,7 @@
-"""One codec: which entries of the tensors are sent, and how their numbers are written.
+"""A codec: which entries of the tensors are sent, and the format of the values.
 
-Encoded, the floating tensors of a mapping are at most three flat arrays, `#index`, `#q` and `#scale`; integers, such as the positions of a
-sparse mask, travel as they are. Shapes and codec alone determine every array's size: a receiver knows what must come, and trusts nothing.
+The encoded floating-point tensors of a mapping are at most three flat arrays, `#index`, `#q` and `#scale`; integers, such as the positions
+of a sparse mask, are sent unchanged. Shapes and codec determine every array's size, so a receiver can check it without trusting the sender.
 """
 
 import math
@@ -20,15 +20,15 @@ INDEX = "#index"
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Top-k, then quantized values; either may be left out.
+    """Top-k, then quantized values; each is optional.
 
-    The k entries are the largest of all tensors together: no other k lose less of the vector's norm.
+    The k entries are the largest over all tensors together, which keeps the most of the vector's norm.
 
     Args:
-        values: How numbers are written: fp32, fp16, bf16, int8 or nf4.
-        share: Top-k: the share of all entries that is sent, rounded up to whole ones; 1 sends all.
-        stochastic: Round at random, so that the mean of many draws is the number itself.
-        feedback: What this update leaves out is added to the client's next.
+        values: Format of the values: fp32, fp16, bf16, int8 or nf4.
+        share: Top-k: share of all entries to send, rounded up to an integer count; 1 sends all.
+        stochastic: Stochastic rounding, which is unbiased.
+        feedback: Error feedback: the client adds this update's error to its next update.
     """
 
     values: str = "fp32"
@@ -47,7 +47,7 @@ class Codec:
         """The inverse of `name`.
 
         Raises:
-            PlanError: This version does not know it.
+            PlanError: This version does not know the codec.
         """
         words = name.split("+")
         try:
@@ -58,11 +58,11 @@ class Codec:
             good = False
         if not good:
             known = "'[topk=SHARE+]VALUES[+stochastic][+feedback]' with VALUES one of " + ", ".join(VALUES)
-            raise PlanError(f"plan asks for codec '{name[:60]}', this client knows {known}: update fedtune on the client")
+            raise PlanError(f"the plan asks for codec '{name[:60]}', but this client knows {known}: update fedtune on the client")
         return codec
 
     def layout(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What tensors of these shapes and dtypes become, without values (on torch's meta device)."""
+        """The encoded arrays for tensors of these shapes and dtypes, without values (on torch's meta device)."""
         lengths, k = self._lengths(like)
         total = sum(lengths)
         out = {n: torch.empty_like(t, device="meta") for n, t in like.items() if not t.is_floating_point()}
@@ -72,11 +72,11 @@ class Codec:
         return out | {n: torch.empty(length, dtype=dtype, device="meta") for n, (dtype, length) in arrays.items()}
 
     def nbytes(self, like: Mapping[str, Tensor]) -> int:
-        """Bytes that tensors of these shapes cost, without the headers of Flower's arrays."""
+        """Encoded bytes of tensors of these shapes, without the headers of Flower's arrays."""
         return sum(t.numel() * t.element_size() for t in self.layout(like).values())
 
     def encode(self, tensors: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-        """The arrays that travel; `seed` is that of stochastic rounding. Raises UpdateMismatch where a number is not finite."""
+        """Encode tensors as arrays; `seed` is for stochastic rounding. Raises UpdateMismatch if a value is not finite."""
         lengths, k = self._lengths(tensors)
         flat = torch.cat([torch.empty(0), *(t.detach().cpu().float().flatten() for t in tensors.values() if t.is_floating_point())])
         if not torch.isfinite(flat).all():
@@ -90,30 +90,30 @@ class Codec:
         return out | VALUES[self.values].encode(flat, lengths, draw)
 
     def decode(self, arrays: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the names and shapes of `like`: floating ones in float32, 0 where nothing was sent, integers as they came.
+        """Decode tensors of the names and shapes of `like`: floats as float32, with 0 for entries that were not sent; integers unchanged.
 
         Raises:
-            UpdateMismatch: The arrays are not those of this codec and these shapes, or their contents cannot be.
+            UpdateMismatch: The arrays do not match this codec and these shapes, or have invalid contents.
         """
         _compare(arrays, self.layout(like))
         lengths, k = self._lengths(like)
         total = sum(lengths)
         flat = VALUES[self.values].decode(arrays, lengths if k == total else (k,))
         if not torch.isfinite(flat).all():
-            raise UpdateMismatch("the update's numbers are not finite (NaN or infinity)")
+            raise UpdateMismatch("the update has values that are not finite (NaN or infinity)")
         if k < total:
             flat = torch.zeros(total).index_copy(0, unpack(arrays[INDEX], k, total), flat)
         parts = iter(flat.split(list(lengths)))
         return {n: next(parts).view(t.shape) if t.is_floating_point() else arrays[n] for n, t in like.items()}
 
     def _lengths(self, like: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
-        """Entries of each floating tensor, and how many of them all are sent."""
+        """Entries of each floating-point tensor, and the number k of entries to send."""
         lengths = tuple(t.numel() for t in like.values() if t.is_floating_point())
         return lengths, math.ceil(self.share * sum(lengths))
 
 
 def _largest(flat: Tensor, k: int) -> Tensor:
-    """Positions (k,) of the largest magnitudes, ascending; of equal ones the first, in every process alike."""
+    """Positions (k,) of the largest magnitudes, ascending; ties are broken by position, so that every process agrees."""
     size = flat.abs()
     least = size.topk(k, sorted=False).values.min()
     chosen = size > least
@@ -125,12 +125,11 @@ def _largest(flat: Tensor, k: int) -> Tensor:
 def _compare(arrays: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for name in [*wanted, *arrays]:
         if name not in arrays:
-            raise UpdateMismatch(f"array '{name}' of the encoded tensors is missing: the codec asked for needs {', '.join(wanted)}")
+            raise UpdateMismatch(f"array '{name}' of the encoded tensors is missing: the plan's codec needs {', '.join(wanted)}")
         if name not in wanted:
-            raise UpdateMismatch(f"array '{name[:80]}' of the encoded tensors was not asked for")
+            raise UpdateMismatch(f"array '{name[:80]}' is not one of the codec's arrays")
         got, want = arrays[name], wanted[name]
         if got.dtype != want.dtype or got.shape != want.shape:
             raise UpdateMismatch(
-                f"array '{name}' of the encoded tensors is {got.dtype} {tuple(got.shape)},"
-                f" the codec asked for makes {want.dtype} {tuple(want.shape)}"
+                f"array '{name}' of the encoded tensors is {got.dtype} {tuple(got.shape)}, wanted {want.dtype} {tuple(want.shape)}"
             )

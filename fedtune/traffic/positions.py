@@ -1,7 +1,7 @@
-"""Which entries were sent, in as few bits as their number allows: a bitmap, or Elias–Fano where few were.
+"""Packs the positions of the sent entries: as a bitmap, or with Elias–Fano coding if that is smaller.
 
-k of n positions cost about 2 + log2(n / k) bits each, 8.6 at 1 %, where an int32 costs 32; and n and k alone say how many bytes those are,
-so that a receiver knows what must come.
+k of n positions cost about 2 + log2(n / k) bits each, 8.6 at 1 %, instead of 32 for an int32. n and k alone determine the number of bytes,
+so a receiver can check it.
 
 Sources: Elias 1974, Efficient Storage and Retrieval by Content and Address of Static Files, J. ACM 21;
 Fano 1971, On the Number of Bits Required to Implement an Associative Memory, MIT Project MAC, memo 61.
@@ -15,7 +15,7 @@ from fedtune.errors import UpdateMismatch
 
 
 def packed_bytes(count: int, total: int) -> int:
-    """Bytes that `pack` needs for `count` of `total` positions; none where all are sent."""
+    """Bytes that `pack` needs for `count` of `total` positions; 0 if all are sent."""
     return 0 if count == total else -(-min(total, _bits(count, total)) // 8)
 
 
@@ -30,7 +30,7 @@ def pack(positions: Tensor, total: int) -> Tensor:
     else:
         low = _low(count, total)
         high = np.zeros(_bits(count, total) - count * low, np.uint8)
-        high[(places >> low) + np.arange(count)] = 1  # unary: as many zeros as the upper part grows, then a one
+        high[(places >> low) + np.arange(count)] = 1  # unary: one zero per increment of the upper part, then a one
         bits = np.concatenate([high, ((places[:, None] >> np.arange(low)) & 1).astype(np.uint8).ravel()])
     return torch.from_numpy(np.packbits(bits))
 
@@ -43,13 +43,13 @@ def unpack(packed: Tensor, count: int, total: int) -> Tensor:
     """
     if len(packed) != packed_bytes(count, total):
         raise UpdateMismatch(
-            f"{len(packed)} bytes of positions came, {packed_bytes(count, total)} say which {count} of {total} entries were sent"
+            f"the positions have {len(packed)} bytes, but {count} of {total} positions take {packed_bytes(count, total)} bytes"
         )
     if count in (0, total):
         return torch.arange(count)
     bits = np.unpackbits(packed.numpy())
     if bits[min(total, _bits(count, total)) :].any():
-        raise UpdateMismatch("the positions are damaged: bits are set behind the last")
+        raise UpdateMismatch("the positions are damaged: bits are set after the last one")
     if total <= _bits(count, total):
         places = np.flatnonzero(bits)
         good = len(places) == count
@@ -68,11 +68,11 @@ def unpack(packed: Tensor, count: int, total: int) -> Tensor:
 
 
 def _low(count: int, total: int) -> int:
-    """Bits of a position that are written as they are."""
+    """Low bits of a position, which are stored unchanged."""
     return (total // count).bit_length() - 1 if count else 0
 
 
 def _bits(count: int, total: int) -> int:
-    """Bits of Elias–Fano's code."""
+    """Bits of the Elias–Fano code."""
     low = _low(count, total)
     return count * (1 + low) + ((total - 1) >> low) if count else 0

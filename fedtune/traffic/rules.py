@@ -1,4 +1,4 @@
-"""What a config's `traffic` asks of a round: the codec of each reply, and that of the broadcast."""
+"""Applies a config's `traffic` to a round: the codecs of the replies and of the broadcast."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,19 +14,17 @@ from fedtune.traffic.codec import Codec
 
 
 def with_codec(config: TrafficConfig, assignments: Mapping[str, Assignment]) -> dict[str, Assignment]:
-    """The assignments, each of which names the codec of its reply.
+    """Set the codec of the reply in each assignment.
 
-    What a client measured comes back as it is. Where only the broadcast is encoded, the reply is
-    still a difference: the broadcast's rounding would get into the server's state otherwise.
+    Measurements are sent back unencoded. If only the broadcast is encoded, the reply is still a difference: otherwise the broadcast's
+    rounding would enter the server's state.
     """
     rounds = config.stochastic and config.up != "fp32"
     up = Codec(values=config.up, share=config.topk or 1.0, stochastic=rounds, feedback=config.error_feedback)
     if up == Codec() and config.down == "fp32":
         return dict(assignments)
     return {
-        client: given
-        if given.expect is not None
-        else dataclasses.replace(given, plan=dataclasses.replace(given.plan, codec=up.name))
+        client: given if given.expect is not None else dataclasses.replace(given, plan=dataclasses.replace(given.plan, codec=up.name))
         for client, given in assignments.items()
     }
 
@@ -34,7 +32,7 @@ def with_codec(config: TrafficConfig, assignments: Mapping[str, Assignment]) -> 
 def broadcaster(
     config: TrafficConfig, first: AdapterState, seed: int, round: int
 ) -> Callable[[AdapterState], tuple[AdapterState, str]] | None:
-    """What encodes the adapters of a round; None where they go as they are."""
+    """The function that encodes a round's adapters; None if they are sent unencoded."""
     if config.down == "fp32":
         return None
     codec = Codec(values=config.down, stochastic=config.stochastic)
@@ -42,6 +40,6 @@ def broadcaster(
 
 
 def blank_reply(codec: str, wanted: AdapterState) -> AdapterState:
-    """A reply of zeros, as large as the one that is asked for."""
+    """A reply of zeros, as large as the wanted one."""
     like = Codec.from_name(codec).layout(wanted.tensors) if codec else wanted.tensors
     return wanted.replace({n: torch.zeros(t.shape, dtype=t.dtype) for n, t in like.items()})

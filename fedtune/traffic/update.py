@@ -1,7 +1,7 @@
-"""Updates on their way up: the difference from what the client was sent, with error feedback.
+"""Encodes updates: the difference from the adapter that the client was sent, with error feedback.
 
-u = Δ + e_old;  sent = decode(encode(u));  e_new = u − sent.  So sent + e_new = Δ + e_old: what an update leaves out is late, not lost. What
-a reply did carry is lost with the reply, where that does not count, as it is without a codec.
+u = Δ + e_old;  sent = decode(encode(u));  e_new = u − sent.  So sent + e_new = Δ + e_old: the error of an update is delayed, not lost. The
+sent part is lost if the reply does not count, as without a codec.
 
 Sources: Seide et al. 2014, 1-Bit Stochastic Gradient Descent, Interspeech; Stich et al. 2018, Sparsified SGD with Memory, arXiv:1809.07599.
 """
@@ -19,17 +19,17 @@ from fedtune.traffic.codec import Codec
 def encode_update(
     codec: Codec, trained: AdapterState, sent: Mapping[str, Tensor], residual: Mapping[str, Tensor], seed: int
 ) -> tuple[AdapterState, dict[str, Tensor]]:
-    """What travels, and what the client has still to send.
+    """Encode an update.
 
     Args:
-        codec: As the plan asks.
-        trained: The tensors that the plan asks for, after training.
-        sent: What the client was sent. A tensor that was pruned to a smaller rank is compared with the part that is left.
-        residual: e_old; only tensors of the same name and shape count, and those that are not sent this time stay as they are.
-        seed: Of stochastic rounding.
+        codec: The plan's codec.
+        trained: The plan's tensors, after training.
+        sent: The tensors that the client was sent. For a tensor pruned to a smaller rank, only the remaining part is compared.
+        residual: e_old. Only tensors of the same name and shape are added; residuals of tensors that are not sent are kept.
+        seed: Seed of stochastic rounding.
 
     Returns:
-        The encoded state, and e_new; empty where the codec has no error feedback.
+        The encoded state, and e_new; empty if the codec has no error feedback.
     """
     total = {
         name: t if not t.is_floating_point() else t.cpu().float() - sent[name][tuple(slice(d) for d in t.shape)].float()
@@ -45,16 +45,16 @@ def encode_update(
 
 
 def decode_update(codec: Codec, got: AdapterState, base: AdapterState) -> AdapterState:
-    """The trained tensors: what the client was sent plus the difference that came.
+    """Decode an update: the trained tensors, as the server's tensors plus the received difference.
 
     Args:
-        codec: As the plan asked.
-        got: What came.
-        base: The tensors asked for, as the server holds them. Where the broadcast was encoded, the client began beside them; only what it
-            learned is added, so that the broadcast's rounding never gets into the server's state.
+        codec: The plan's codec.
+        got: The encoded state.
+        base: The plan's tensors, with the server's values. If the broadcast was encoded, the client started from rounded values; only the
+            difference is added, so the broadcast's rounding never enters the server's state.
 
     Raises:
-        UpdateMismatch: What came is not what this codec makes of tensors of these shapes, or the sum is not finite.
+        UpdateMismatch: The encoded state does not match this codec and these shapes, or the sum is not finite.
     """
     came, out = codec.decode(got.tensors, base.tensors), {}
     for name, start in base.tensors.items():

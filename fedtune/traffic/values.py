@@ -1,11 +1,10 @@
-"""How numbers are written: in full, as fp16, as bf16, as int8, or as nf4 with a scale for every 64 of them.
+"""Formats of the values: fp32, fp16, bf16, and int8 or nf4 with a scale for every 64 values.
 
-A payload is flat: the numbers of all tensors one after the other in one array, their scales in another. An array of its own for each tensor
-would cost 0.2 kB of headers, more than the numbers of a small factor. Blocks do not cross tensors, whose magnitudes differ: `lengths` says
-where each begins.
+A payload is flat: the values of all tensors in one array, their scales in another. One array per tensor would cost 0.2 kB of headers, more
+than the values of a small factor. Blocks do not cross tensors, whose magnitudes differ; `lengths` has the tensors' lengths.
 
 Sources: block-wise absmax, Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861; nf4, Dettmers et al. 2023,
-QLoRA, arXiv:2305.14314, appendix E. One scale is float32: int8 costs 1 + 4/64 bytes a number, nf4 1/2 + 4/64.
+QLoRA, arXiv:2305.14314, appendix E. A scale is float32: int8 costs 1 + 4/64 bytes per value, nf4 1/2 + 4/64.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,23 +29,23 @@ NF4 = (
 
 
 class Values(Protocol):
-    """One way to write a flat vector of float32 numbers; `lengths` are those of the tensors in it, which begin blocks of their own."""
+    """A format for a flat vector of float32 values; `lengths` are the lengths of its tensors, each of which starts a new block."""
 
     def layout(self, lengths: Sequence[int]) -> dict[str, tuple[torch.dtype, int]]:
         """Array → its dtype and length."""
         ...
 
     def encode(self, flat: Tensor, lengths: Sequence[int], draw: Generator | None) -> dict[str, Tensor]:
-        """The arrays; with `draw`, rounding is stochastic: up with the chance that makes the mean of many draws the number itself."""
+        """Encode as arrays. With `draw`, rounding is stochastic and unbiased."""
         ...
 
     def decode(self, arrays: Mapping[str, Tensor], lengths: Sequence[int]) -> Tensor:
-        """The vector. Arrays are as `layout` says; raises UpdateMismatch where their contents cannot be."""
+        """Decode the vector from arrays that match `layout`. Raises UpdateMismatch if their contents are invalid."""
         ...
 
 
 class FP32:
-    """The numbers as they are."""
+    """The values unchanged."""
 
     def layout(self, lengths: Sequence[int]) -> dict[str, tuple[torch.dtype, int]]:
         return {Q: (torch.float32, sum(lengths))}
@@ -59,7 +58,7 @@ class FP32:
 
 
 class FP16:
-    """Half precision: error up to 2⁻¹¹ of the number, stochastic up to 2⁻¹⁰; below 2⁻¹⁴ up to 2⁻²⁵ and 2⁻²⁴, whatever the number."""
+    """Half precision: relative error up to 2⁻¹¹, stochastic up to 2⁻¹⁰; below 2⁻¹⁴ absolute error up to 2⁻²⁵, stochastic up to 2⁻²⁴."""
 
     def layout(self, lengths: Sequence[int]) -> dict[str, tuple[torch.dtype, int]]:
         return {Q: (torch.float16, sum(lengths))}
@@ -68,14 +67,14 @@ class FP16:
         size = flat.abs()
         if (size > _LARGEST).any():
             raise UpdateMismatch(
-                f"a number of the tensors to send is {float(size.max()):.3g}, fp16 ends at {_LARGEST:,.0f}: take bf16 or int8"
-                " (traffic.up, traffic.down)"
+                f"a value to send is {float(size.max()):.3g}, but the largest fp16 value is {_LARGEST:,.0f}: use bf16 or int8 (traffic.up,"
+                " traffic.down)"
             )
         if draw is None:
             return {Q: flat.to(torch.float16)}
         near = size.to(torch.float16)
-        below = (near.view(torch.int16) - (near.float() > size).to(torch.int16)).view(torch.float16)  # the next is one bit away
-        above = (below.view(torch.int16) + 1).view(torch.float16)  # infinity only from the largest itself, where the chance is 0
+        below = (near.view(torch.int16) - (near.float() > size).to(torch.int16)).view(torch.float16)  # neighbors differ by one bit
+        above = (below.view(torch.int16) + 1).view(torch.float16)  # infinity only above the largest value, with probability 0
         chance = (size - below.float()) / (above.float() - below.float())
         chosen = torch.where(torch.rand(size.shape, generator=draw) < chance, above, below)
         return {Q: torch.copysign(chosen, flat.to(torch.float16))}
@@ -85,13 +84,13 @@ class FP16:
 
 
 class BF16:
-    """The upper half of a float32: error up to 2⁻⁸ of the number, stochastic up to 2⁻⁷."""
+    """The upper half of a float32: relative error up to 2⁻⁸, stochastic up to 2⁻⁷."""
 
     def layout(self, lengths: Sequence[int]) -> dict[str, tuple[torch.dtype, int]]:
         return {Q: (torch.bfloat16, sum(lengths))}
 
     def encode(self, flat: Tensor, lengths: Sequence[int], draw: Generator | None) -> dict[str, Tensor]:
-        if draw is not None:  # between two neighbors the bits are linear in the number: a random lower half carries with the right chance
+        if draw is not None:  # between neighbors the bits are linear in the value: a random lower half carries with the right probability
             bits = flat.view(torch.int32) + torch.randint(1 << 16, flat.shape, generator=draw, dtype=torch.int32)
             flat = (bits & -(1 << 16)).view(torch.float32)
         return {Q: flat.to(torch.bfloat16)}
@@ -118,12 +117,12 @@ class Int8:
 
     def decode(self, arrays: Mapping[str, Tensor], lengths: Sequence[int]) -> Tensor:
         if (arrays[Q] == -128).any():
-            raise UpdateMismatch("the update's int8 codes are damaged: they go from -127 to 127")
+            raise UpdateMismatch("the update's int8 codes are damaged: valid codes are -127 to 127")
         return arrays[Q].float() * _spread(arrays[SCALE], lengths)
 
 
 class NF4Values:
-    """The nearest of 16 quantiles of a normal distribution times the block's absmax, two to a byte: error up to 0.152 · scale."""
+    """The nearest of 16 quantiles of a normal distribution times the block's absmax, two per byte: error up to 0.152 · scale."""
 
     def layout(self, lengths: Sequence[int]) -> dict[str, tuple[torch.dtype, int]]:
         return {Q: (torch.uint8, -(-sum(lengths) // 2)), SCALE: (torch.float32, _blocks(lengths))}
@@ -159,15 +158,15 @@ def _blocks(lengths: Sequence[int]) -> int:
 
 
 def _in_blocks(flat: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-    """Each tensor's numbers as (blocks, 64), the last filled up with zeros, and how many they are."""
+    """Each tensor's values as (blocks, 64), the last block padded with zeros, and their count."""
     for part in flat.split(list(lengths)):
         if len(part):
             yield torch.nn.functional.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK), len(part)
 
 
 def _spread(scales: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Each number's scale (n,) from those of the blocks; raises UpdateMismatch where one cannot be."""
+    """Each value's scale (n,), expanded from the blocks' scales; raises UpdateMismatch if a scale is invalid."""
     if not (torch.isfinite(scales) & (scales >= 0)).all():
-        raise UpdateMismatch("the update's scales are damaged: each must be a finite number from 0")
+        raise UpdateMismatch("the update's scales are damaged: each must be finite and not negative")
     parts = scales.split([-(-n // BLOCK) for n in lengths])
     return torch.cat([scales.new_empty(0), *(s.repeat_interleave(BLOCK)[:n] for s, n in zip(parts, lengths, strict=True))])

@@ -125,7 +125,7 @@ def bare_round(space: Workspace) -> dict[str, torch.Tensor]:
 
 
 class _Silence:
-    """A watcher that is told nothing."""
+    """A observer that is told nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args: None
@@ -161,7 +161,7 @@ def our_round(space: Workspace, batched: str = "none") -> dict[str, torch.Tensor
             found=None,
             metric=("exact_match", True),
             evaluate=None,
-            watcher=_Silence(),  # type: ignore[arg-type]
+            observer=_Silence(),  # type: ignore[arg-type]
         )
         state = bridge.loop()
         run.close()

@@ -1,4 +1,4 @@
-"""The advice of the server's, the client's and the other commands' own flags."""
+"""Advice about the flags of the server, the client and the other commands."""
 
 import json
 import os
@@ -22,13 +22,17 @@ def keys_and_quiet(place: Place) -> dict[str, str]:
     return folder(place)
 
 
-command("speaks without TLS and keys", CLIENT + "--insecure --key {a}/key --root-certificates {a}/ca.pem", ready=keys_and_quiet)
-command("--max-epsilon counts what private turns cost", CLIENT + "--insecure --max-epsilon 3", ready=quiet_client)
-command("cannot keep anything in {}: {}; give another --state", CLIENT + "--insecure --state /proc/no",
+command(
+    "neither TLS nor keys: leave out --key",
+    CLIENT + "--insecure --key {a}/key --root-certificates {a}/ca.pem",
+    ready=keys_and_quiet,
+)
+command("--max-epsilon limits the cost of private turns", CLIENT + "--insecure --max-epsilon 3", ready=quiet_client)
+command("cannot create the state folder {}: {}; give another --state", CLIENT + "--insecure --state /proc/no",
         ready=quiet_client, state="{here}/other")  # fmt: skip
-command("letters, digits, dots, dashes and underscores make one; give --client-id", CLIENT + "--insecure --client-id 'a b'",
+command("the client name '{}' is invalid: give a --client-id", CLIENT + "--insecure --client-id 'a b'",
         ready=quiet_client, client_id="ab")  # fmt: skip
-command("serves without TLS and keys", SERVER + "--certificates {keys}/ca.pem {keys}/server.pem {keys}/server.key"
+command("neither TLS nor keys: leave out --certificates", SERVER + "--certificates {keys}/ca.pem {keys}/server.pem {keys}/server.key"
         " --allowed {keys}/allowed.json", ready=keys_and_quiet)  # fmt: skip
 command("give either a run directory or --control 127.0.0.1:PORT", "fedtune status", ready=lambda place: _board(place), control="{control}")
 
@@ -40,7 +44,7 @@ def _board(place: Place) -> dict[str, str]:
     return {"control": board.control}
 
 
-@follows("--key says who this client is: `fedtune keys` makes one; --insecure does without")
+@follows("--key is missing: create a key with `fedtune keys`, or use --insecure")
 def _(place: Place) -> Iterator[str]:
     quiet_client(place)
     bare = ["fedtune-client", "--server", "localhost:1", "--client-id", "a", "--state", str(place.folder / "state")]
@@ -50,7 +54,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*bare, "--insecure")
 
 
-@follows("--certificates and --allowed say how clients know the server")
+@follows("--certificates and --allowed are both needed: create them with `fedtune keys`")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     bare = ["fedtune-server", "--run", str(place.folder / "run")]
@@ -60,7 +64,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*bare, "--insecure")
 
 
-@follows("there is no file {}: `fedtune keys` makes certificates")
+@follows("there is no file {}: create certificates with `fedtune keys`")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     keys = folder(place)
@@ -70,7 +74,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*server_of({"keys": str(place.folder / "new")}, place.folder / "run"))
 
 
-@follows("is no setting: write KEY=VALUE, such as")
+@follows("is not a setting: write KEY=VALUE, such as")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
@@ -88,7 +92,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*bare)
 
 
-@follows("is no address: write HOST:PORT, such as")
+@follows("is not an address: write HOST:PORT, such as")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
@@ -97,7 +101,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*bare, "--address", said.split()[-1])
 
 
-@follows("clients name a folder after the run, which '{}' is unfit for")
+@follows("clients use the run's name '{}' as a folder name")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     yield place.run("fedtune-server", "--run", place.folder / "my run", "--insecure")
@@ -116,7 +120,7 @@ def a_run(path: Path, *settings: str, served: bool = False, done: int = 1, pid: 
     return path
 
 
-@follows("says which run this is and where it is kept: leave out {}, or --run")
+@follows("already sets the run directory: leave out {}, or --run")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     run = a_run(place.folder / "kept")
@@ -128,7 +132,7 @@ def _(place: Place) -> Iterator[str]:
         yield place.run(*way)
 
 
-@follows("leave that setting out, or give another --run for another run")
+@follows("leave that setting out, or give another --run to start another run")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     run = a_run(place.folder / "kept", "round_timeout_s=600")
@@ -160,36 +164,36 @@ def quiet_run(place: Place) -> None:
     place.patch.setattr("fedtune.experiment.simulate", lambda config: Path(config.resume or "a run"))
 
 
-@follows("{} is stopped: {} of {} rounds are kept; go on with {}")
+@follows("{} is stopped after {} of {} rounds: continue with {}")
 def _(place: Place) -> Iterator[str]:
-    yield from _go_on(place, a_run(place.folder / "run"))
+    yield from _continue(place, a_run(place.folder / "run"))
 
 
 @follows("python -m fedtune.sim resume={}")
 def _(place: Place) -> Iterator[str]:
-    yield from _go_on(place, a_run(place.folder / "run"))
+    yield from _continue(place, a_run(place.folder / "run"))
 
 
 @follows("fedtune-server --run {} and the flags for its keys")
 def _(place: Place) -> Iterator[str]:
-    yield from _go_on(place, a_run(place.folder / "served", served=True))
+    yield from _continue(place, a_run(place.folder / "served", served=True))
 
 
-@follows("if it hangs, stop it and go on with {}")
+@follows("if it hangs, stop it and continue with {}")
 def _(place: Place) -> Iterator[str]:
     run = a_run(place.folder / "served", served=True, pid=os.getpid())
     os.utime(run / "server.json", (1e9, 1e9))
-    yield from _go_on(place, run)
+    yield from _continue(place, run)
 
 
-def _go_on(place: Place, run: Path) -> Iterator[str]:
+def _continue(place: Place, run: Path) -> Iterator[str]:
     """Take the command that `fedtune status` prints and start it."""
     quiet_run(place)
     keys_and_quiet(place) if not (place.folder / "keys").exists() else None
     assert not place.run("fedtune", "status", run)
     said = " ".join(place.printed.split())
     yield said
-    line = said.partition("go on with ")[2]
+    line = said.partition("continue with ")[2]
     if line.startswith("python -m "):
         (name, setting) = line.removeprefix("python -m ").split()[:2]
         yield place.run(name, setting)

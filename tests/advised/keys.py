@@ -24,7 +24,7 @@ def quiet_client(place: Place) -> None:
 def quiet_server(place: Place) -> None:
     """Servers that stop as soon as they are ready to listen."""
     place.patch.setattr("fedtune.cli.server.compose", composed)
-    place.patch.setattr("fedtune.experiment.conduct", lambda *args, **more: None)
+    place.patch.setattr("fedtune.experiment.run_experiment", lambda *args, **more: None)
     place.patch.setattr("fedtune.clients.workspace.Workspace", lambda *args: None)
     place.patch.setattr("fedtune.data.load_test", lambda config: None)
 

@@ -130,7 +130,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune", "compare", run)
 
 
-@follows("rounds={} is less than the {} rounds that {} has done: leave it out or ask for more", slow=True)
+@follows("rounds={} is less than the {} rounds that {} has done: leave it out or raise it", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     yield place.run("fedtune.sim", f"resume={run}", "rounds=0")
@@ -138,15 +138,15 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune.sim", f"resume={run}", "rounds=2")
 
 
-@follows("all {} rounds are done already: rounds=N with a larger N goes on", slow=True)
+@follows("all {} rounds are done: set rounds=N with a larger N to continue", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     notes: list[str] = []
-    place.patch.setattr("fedtune.runs.observer.Watch.note", lambda self, text: notes.append(text))
+    place.patch.setattr("fedtune.runs.observer.RunObserver.note", lambda self, text: notes.append(text))
     place.run("fedtune.sim", f"resume={run}")
     yield "\n".join(notes)
     notes.clear()
-    yield place.run("fedtune.sim", f"resume={run}", "rounds=2") or "".join(n for n in notes if "done already" in n)
+    yield place.run("fedtune.sim", f"resume={run}", "rounds=2") or "".join(n for n in notes if "rounds are done: " in n)
 
 
 @follows('fedtune generate {} "..."')
@@ -173,21 +173,21 @@ def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
         return place.run(*argv) if argv else simulate(place)
 
 
-@follows("stopped; go on with resume={}", slow=True)
+@follows("stopped; continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
     said = _broken(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
     yield said
     yield place.run("fedtune.sim", setting_of(said))
 
 
-@follows("{}: free the disk and go on with resume={}", slow=True)
+@follows("{}: free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
     said = _broken(place, "fedtune.experiment.write_card", _full)
     yield said
     yield place.run("fedtune.sim", setting_of(said))
 
 
-@follows("cannot write the checkpoint {}: {}; free the disk and resume with resume={}", slow=True)
+@follows("cannot write the checkpoint {}: {}; free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
     said = _broken(place, "fedtune.runs.directory.save_file", _full)
     yield said
@@ -220,11 +220,11 @@ def _(place: Place) -> Iterator[str]:
 def a_server(place: Place, at: Path) -> str:
     """A server that makes its run's directory and stops."""
     quiet_server(place)
-    place.patch.setattr("fedtune.experiment.conduct", lambda config, engine, at, **more: RunDirectory.create(config, at).close())
+    place.patch.setattr("fedtune.experiment.run_experiment", lambda config, engine, at, **more: RunDirectory.create(config, at).close())
     return place.run("fedtune-server", "--insecure", "--run", at)
 
 
-@follows("cannot make the run directory {}: {}; free the disk, or set output_dir")
+@follows("cannot create the run directory {}: {}; free disk space, or set output_dir")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.experiment.simulate", lambda config: RunDirectory.create(config).close())
     yield place.run("fedtune.sim", "output_dir=/proc/no")
@@ -233,7 +233,7 @@ def _(place: Place) -> Iterator[str]:
     yield a_server(place, place.folder / "run")
 
 
-@follows("and no run (no config.yaml): give an empty folder or a new one")
+@follows("but no run (no config.yaml): give an empty folder or a new one")
 def _(place: Place) -> Iterator[str]:
     for name in ("full", "empty"):
         (place.folder / name).mkdir()
@@ -242,7 +242,7 @@ def _(place: Place) -> Iterator[str]:
         yield a_server(place, place.folder / name)
 
 
-@follows("there is a run in {} already: go on with resume={}, or give another folder", slow=True)
+@follows("there is a run in {} already: continue it with resume={}, or give another folder", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
@@ -252,7 +252,7 @@ def _(place: Place) -> Iterator[str]:
     yield raised(lambda: RunDirectory.create(config, place.folder / "another").close())
 
 
-@follows("{} already exists: a new run needs a directory of its own, or go on with resume={}", slow=True)
+@follows("{} already exists: give a new run its own directory, or continue this one with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     said = raised(lambda: MetricsWriter(run, None))  # a run directory is looked at before
@@ -283,14 +283,14 @@ def _(place: Place) -> Iterator[str]:
     yield _page(run)
 
 
-@follows("fedtune: job {} has finished before, in {}: delete that folder to run it again", slow=True)
+@follows("fedtune: job {} has already finished, in {}: delete that folder to run it again", slow=True)
 def _(place: Place) -> Iterator[str]:
     assert not simulate(place, "seed=3")
     argv = ["fedtune.sim", scenario(place), f"output_dir={place.folder}", "seed=3,4", "-m"]
     place.run(*argv)
     said = " ".join(place.printed.split())
     yield said
-    (path,) = re.findall(r"before, in (\S+): delete", said)
+    (path,) = re.findall(r"finished, in (\S+): delete", said)
     shutil.rmtree(path)
     yield place.run(*argv) or "".join(line for line in place.printed.splitlines() if path in line)
 
@@ -306,7 +306,7 @@ def _unusable(*_: Any, **__: Any) -> None:
     raise UpdateError("unusable")
 
 
-@follows("the run ended in its {} stage, with no {} adapter yet: resume={} rounds=N", slow=True)
+@follows("the run ended in its {} stage, before it had a {} adapter: continue with resume={} rounds=N", slow=True)
 def _(place: Place) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedtune.rounds.round.read_update", _unusable)

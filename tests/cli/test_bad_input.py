@@ -97,7 +97,7 @@ SIM = [
     ("more clients than rows", lambda p: None, ["partition.kind=iid", "partition.clients=1000"], "1000"),
     ("targets match nothing", lambda p: None, ["peft.targets=qq_proj"], "qq_proj"),
     ("ray asks for too much", lambda p: None, ["engine.kind=ray", "engine.ray_cpus=9999"], "engine.ray_cpus=9999"),
-    ("folder cannot be written", lambda p: (p / "blocked").write_text(""), ["output_dir=$/blocked"], "cannot make the run directory"),
+    ("folder cannot be written", lambda p: (p / "blocked").write_text(""), ["output_dir=$/blocked"], "cannot create the run directory"),
     ("too few clients", lambda p: None, ["partition.min_examples=999"], "min_examples"),
 ]
 
@@ -149,11 +149,11 @@ def test_an_export(place: Path, capsys: pytest.CaptureFixture[str], spoil: Calla
     one_sentence(fedtune(["export", str(place / "run")]), capsys.readouterr().err, wanted)
 
 
-def test_generating_from_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_from_a_missing_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one_sentence(fedtune(["generate", str(place / "nowhere"), "hello"]), capsys.readouterr().err, "nowhere")
 
 
-def test_the_good_one_is_good(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_unmodified_input_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # what the tables above spoil does work when it is not spoilt
     assert sim([f"conf={place}/tiny.yaml"]) == 0
     assert sim([f"resume={place}/run", "rounds=2"]) == 0

@@ -45,7 +45,7 @@ def test_the_bundle_is_metadata_only() -> None:
     assert validate_config(config, check_module=True, project_dir=ROOT)[:2] == (True, [])  # its components exist, installed
 
 
-def test_the_version_is_written_twice_and_is_the_same() -> None:
+def test_both_copies_of_the_version_agree() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == fedtune.__version__
 
 
@@ -54,8 +54,8 @@ def test_run_config_names_the_experiment(tmp_path: Path) -> None:
     assert (config.rounds, config.name, config.engine.kind, config.engine.batched) == (3, "a-b", "ray", "none")
     assert app_flower._folder(config, 7) == Path(config.output_dir) / "a-b" / "flower-7"
     for overrides, why in {
-        "engine=inprocess": "engine=inprocess has no place in overrides",
-        "conf=dolly": "has no place",
+        "engine=inprocess": "engine=inprocess cannot be in overrides",
+        "conf=dolly": "conf=dolly cannot be in overrides",
         "rounds=": "rounds=",
         'name="a': "cannot read overrides=",
     }.items():
@@ -63,7 +63,7 @@ def test_run_config_names_the_experiment(tmp_path: Path) -> None:
             app_flower._config("heterogeneous", overrides)
 
 
-def test_a_client_that_cannot_make_the_experiment_says_so() -> None:
+def test_a_client_that_cannot_load_the_experiment_declines_with_a_reason() -> None:
     flower.identify_process(1)
     message = Message(RecordDict({"hello": ConfigRecord({"json": "{}"})}), 1, "query")
     flower.stamp(message)

@@ -15,8 +15,8 @@ from fedtune.clients.app import make_client_app
 from fedtune.clients.host import ClientHost
 from fedtune.clients.store import Storage
 from fedtune.config import Config, EvalConfig, InferenceConfig, PartitionConfig, TaskConfig, to_dict
-from fedtune.experiment import Stage
-from fedtune.rounds.membership import Welcome
+from fedtune.experiment import EngineContext
+from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.report import read_metrics
 from fedtune.simulations.engines.grid import InProcessGrid
 from tests.quick import quick
@@ -34,9 +34,9 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     """`fedtune-server` with these settings over the experiment of `config`; its clients are virtual and have rows."""
 
     def run(config: Config, *settings: str) -> int:
-        def rounds(stage: Stage, link: object, wait_s: float) -> None:
-            assert not stage.space.client_ids
-            stage.serve(InProcessGrid(make_client_app(ClientHost(config, Storage.in_folder(tmp_path / "kept", config))), 4), Welcome())
+        def rounds(context: EngineContext, link: object, wait_s: float) -> None:
+            assert not context.space.client_ids
+            context.serve(InProcessGrid(make_client_app(ClientHost(config, Storage.in_folder(tmp_path / "kept", config))), 4), JoinPolicy())
 
         monkeypatch.setattr(fedtune.cli.server, "serve", rounds)
         values: dict[str, Any] = {k: v for k, v in to_dict(config).items() if k != "resume"}
@@ -86,7 +86,7 @@ def test_a_server_needs_no_training_rows(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_gone_on_with_ignores_no_setting_silently(
+def test_a_resumed_run_ignores_no_setting_silently(
     tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = tiny_config(tmp_path, rounds=1), tmp_path / "run"
@@ -96,17 +96,17 @@ def test_a_run_that_is_gone_on_with_ignores_no_setting_silently(
     assert serve(config, *command, "rounds=2") == 0
     assert "fedtune-server: " not in capsys.readouterr().err  # the same command again, as a service gives it, and rounds
     for settings, sentence in (
-        (["client.lr=0.5"], f"the run in {run} has client.lr=0.03125, and client.lr=0.5 is asked for: only rounds can change"),
-        (["client={lr: 0.25}"], "has client.lr=0.03125, and client.lr=0.25 is asked for"),
+        (["client.lr=0.5"], f"the run in {run} has client.lr=0.03125, but the command sets client.lr=0.5: only rounds can change"),
+        (["client={lr: 0.25}"], "has client.lr=0.03125, but the command sets client.lr=0.25"),
         (["round_timeout_s=7"], "has round_timeout_s=600.0, and round_timeout_s=7"),
-        (["output_dir=elsewhere"], f"--run {run} says which run this is and where it is kept: leave out output_dir=elsewhere"),
-        ([f"resume={run}"], f"--run {run} says which run this is and where it is kept: leave out resume={run}"),
+        (["output_dir=elsewhere"], f"--run {run} already sets the run directory: leave out output_dir=elsewhere"),
+        ([f"resume={run}"], f"--run {run} already sets the run directory: leave out resume={run}"),
     ):
         assert serve(config, *settings) == 2
         (said,) = capsys.readouterr().err.splitlines()
         assert said.startswith("fedtune-server: ") and sentence in said
     assert serve(dataclasses.replace(config, min_clients=3), *command) == 0  # the scenario's file says it otherwise now
-    assert f"the run in {run} keeps its own settings, conf={tmp_path / 'mine.yaml'} has other min_clients\n" in capsys.readouterr().err
+    assert f"the run in {run} keeps its own settings; conf={tmp_path / 'mine.yaml'} differs in min_clients\n" in capsys.readouterr().err
 
 
 def test_settings_may_stand_before_and_after_flags(monkeypatch: pytest.MonkeyPatch) -> None:

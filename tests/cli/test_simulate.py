@@ -60,9 +60,9 @@ REFUSED = [
     (["client.lr=${client.lrr}"], "client.lr: "),
     (["+devices.classes.tablet={share: 1}"], "there is no device class 'tablet' here"),
     (["resume=/no/such/run"], "there is no run directory /no/such/run"),
-    (["resume=x", "peft.rank=4"], "resume takes the run's own config: leave out peft.rank; only rounds can change"),
+    (["resume=x", "peft.rank=4"], "resume uses the run's own config, in which only rounds can change: leave out peft.rank"),
     (["resume=x", "conf=dolly"], "leave out conf=dolly"),
-    (["resume="], "resume= is empty: give the run directory to go on with"),
+    (["resume="], "resume= is empty: give the run directory to continue"),
     (["strategy._target_=subprocess.Popen"], "strategy._target_=subprocess.Popen is not a strategy"),
     (["strategy._target_=os.system"], "strategy._target_=os.system is not a strategy"),
     (["strategy._target_=fedtune.strategies.fedavg.FedAvgg"], "strategy._target_=fedtune.strategies.fedavg.FedAvgg cannot be imported"),
@@ -113,7 +113,7 @@ def test_bad_scenario_files_get_one_sentence(text: str, sentence: str, tmp_path:
     assert sentence in refusal(capsys, [f"conf={tmp_path}/mine.yaml"])
 
 
-def test_a_scenario_file_of_ones_own_brings_its_own_groups(tmp_path: Path) -> None:
+def test_a_user_s_scenario_file_can_have_its_own_groups(tmp_path: Path) -> None:
     (tmp_path / "dolly.yaml").write_text(HEAD + "name: mine\nrounds: 2\n")  # their file, not ours of the same name
     (tmp_path / "client").mkdir()
     (tmp_path / "client" / "slow.yaml").write_text("lr: 1.0e-5\n")
@@ -155,7 +155,7 @@ def finish(config: Config, path: Path, value: float) -> Path:
     return path
 
 
-def test_a_sweep_goes_on_after_a_failed_job_and_skips_finished_ones(
+def test_a_sweep_continues_after_a_failed_job_and_skips_finished_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[tuple[int, int]] = []
@@ -176,7 +176,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_skips_finished_ones(
     assert "0.550 ± 0.071" in out and "+0.250 (1)" in out and "eval.clients=0 inference=none" in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.splitlines() if "±" in line)
     assert main(sweep) == 0  # what had finished is not run again
-    assert ran[4:] == [(1, 0)] and "job 2 has finished before, in" in capsys.readouterr().out
+    assert ran[4:] == [(1, 0)] and "job 2 has already finished, in" in capsys.readouterr().out
     (found,) = [p for p in (tmp_path / "heterogeneous").glob("sweep-*") if "rounds=1,0," in (p / "compare.csv").read_text()]
     assert sorted(p.name for p in found.iterdir()) == ["compare.csv", "compare.md", "compare.png"]
 
@@ -196,7 +196,7 @@ def test_an_unfinished_run_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert main(sweep) == 0 and len(ran) == 4
 
 
-def test_resume_takes_the_runs_own_config(tmp_path: Path) -> None:
+def test_resume_uses_the_runs_own_config(tmp_path: Path) -> None:
     ran = compose(["conf=dolly", "seed=7"])[0].config
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(ran)))
     config = compose([f"resume={tmp_path}", "rounds=40"])[0].config
@@ -214,7 +214,7 @@ class Mine(Strategy):
         return state
 
 
-def test_a_strategy_of_ones_own_is_built_with_typed_arguments() -> None:
+def test_a_user_s_strategy_gets_typed_arguments() -> None:
     target = {"_target_": f"{__name__}.Mine"}
     sys.modules.setdefault(__name__, sys.modules[Mine.__module__])
     assert make_strategy(Config(strategy={**target, "beta": 1})) == Mine(beta=1.0)
@@ -222,13 +222,13 @@ def test_a_strategy_of_ones_own_is_built_with_typed_arguments() -> None:
         make_strategy(Config(strategy={**target, "beta": "much"}))
 
 
-def test_cfg_prints_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cfg_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rounds=3", "--cfg"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed == to_dict(compose(["rounds=3"])[0].config)
 
 
-def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_all_scenarios_groups_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for part in ("conf=NAME", "shakespeare", "partition       dirichlet, iid", "client.lr ", "resume=RUN", "--multirun"):

@@ -14,12 +14,12 @@ from fedtune.clients.deployed import Device, make_app, read_hello
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, PrivacyConfig, to_dict
 from fedtune.contracts import flower
-from fedtune.contracts.wire import Envelopes
+from fedtune.contracts.wire import MessageWriter
 from fedtune.errors import CheckpointError, Decline
 from fedtune.privacy.accounting import Spend, epsilon
 from fedtune.privacy.floor import Floor
 from fedtune.privacy.ledger import Ledger, ledger_file
-from fedtune.privacy.turn import Applied
+from fedtune.privacy.turn import TurnPrivacy
 from fedtune.rounds.planning import base_plan
 from tests.tiny import tiny_config
 
@@ -42,10 +42,10 @@ class LyingServer:
 
     def train(self, asked: PrivacyConfig, **changes: Any) -> str:
         plan = dataclasses.replace(base_plan(dataclasses.replace(self.config, privacy=asked), 1, "anna", 0), **changes)
-        return self._ask("train", Envelopes(0, ()).write(self.initial, held=(), plan=plan))
+        return self._ask("train", MessageWriter(0, ()).write(self.initial, held=(), plan=plan))
 
     def evaluate(self) -> str:
-        return self._ask("evaluate", Envelopes(0, ()).write(self.initial, held=()))
+        return self._ask("evaluate", MessageWriter(0, ()).write(self.initial, held=()))
 
     def _ask(self, kind: str, content: RecordDict) -> str:
         """Why it was refused; "" where it was not."""
@@ -58,12 +58,12 @@ class LyingServer:
 
 def test_a_server_without_privacy_is_refused_in_hello_and_plan(tmp_path: Path) -> None:
     server, none = LyingServer(tmp_path, min_privacy="record"), PrivacyConfig()
-    assert "record at least (--min-privacy), and the server asks it for privacy=none" in server.hello(none)
+    assert "at least privacy=record (--min-privacy), but the server asks for privacy=none" in server.hello(none)
     assert server.hello(RECORD) == ""
     assert "privacy=none" in server.train(none)  # a plan that is not what the hello said
     assert server.train(RECORD) == ""
     assert "tells no exact scores of its rows" in server.evaluate()
-    assert "asks it for privacy=none" in server.hello(PrivacyConfig(kind="user"))  # noise that the server promises to add itself
+    assert "asks for privacy=none" in server.hello(PrivacyConfig(kind="user"))  # noise that the server promises to add itself
 
 
 def test_without_a_floor_the_server_s_word_counts(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_without_a_floor_the_server_s_word_counts(tmp_path: Path) -> None:
 def test_the_budget_counts_every_run_and_any_noise(tmp_path: Path) -> None:
     server = LyingServer(tmp_path, min_privacy="record", max_epsilon=4.8)
     weak = dataclasses.replace(RECORD, noise=0.01)  # agreed by hello and plan, and a promise of nothing
-    assert server.hello(weak) == "" and "gives up ε = 4.8 at δ = 1e-05 over all runs (--max-epsilon)" in server.train(weak)
+    assert server.hello(weak) == "" and "budget over all runs is ε = 4.8 at δ = 1e-05 (--max-epsilon)" in server.train(weak)
     huge = dataclasses.replace(RECORD, epsilon=1e6, noise=None)
     assert server.hello(huge) == "" and "(--max-epsilon)" in server.train(huge)
     answers = []
@@ -112,20 +112,20 @@ def test_kinds_are_ordered(tmp_path: Path) -> None:
 
 def test_a_ledger_that_cannot_be_read_ends_it(tmp_path: Path) -> None:
     floor = Floor(kind="record", epsilon=8.0, delta=1e-5, client="a", runs=tmp_path)
-    turn = Applied(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=0.1, steps=3))
+    turn = TurnPrivacy(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=0.1, steps=3))
     (tmp_path / "hello.json").write_text("{}")  # no run's folder
     floor.check_budget(turn)
     file = ledger_file(tmp_path / "old" / "privacy", "a")
     file.parent.mkdir(parents=True)
     file.write_text("what?\n")
-    with pytest.raises(CheckpointError, match="what was spent is not known"):
+    with pytest.raises(CheckpointError, match="the spent budget is unknown"):
         floor.check_budget(turn)
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--max-epsilon", "8"], "say with --min-privacy record or user"),
+        (["--max-epsilon", "8"], "add --min-privacy record or user"),
         (["--min-privacy", "record", "--max-epsilon", "nan"], "--max-epsilon nan is out of range"),
         (["--min-privacy", "record", "--delta", "1"], "--delta 1 is out of range"),
     ],

@@ -14,7 +14,7 @@ from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, PrivacyConfig
 from fedtune.contracts import flower
 from fedtune.contracts.adapter_state import AdapterState
-from fedtune.contracts.wire import Envelopes
+from fedtune.contracts.wire import MessageWriter
 from fedtune.privacy.floor import Floor
 from fedtune.rounds.planning import base_plan
 from tests.clients.test_floor import RECORD, LyingServer
@@ -34,7 +34,7 @@ def ask(host: ClientHost, kind: str, content: RecordDict, client: int = 0) -> Me
 
 def train(host: ClientHost, config: Config, adapter: AdapterState, **changes: object) -> Message:
     plan = dataclasses.replace(base_plan(config, 1, "c0", 0), **changes)  # type: ignore[arg-type]
-    return ask(host, "train", Envelopes(1, ()).write(adapter, held=(), plan=plan))
+    return ask(host, "train", MessageWriter(1, ()).write(adapter, held=(), plan=plan))
 
 
 def test_two_hosts_of_one_process_do_not_touch_each_other(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedtune.clients.workspace import Workspace, workspace
 from fedtune.config import ClientConfig, Config, DataConfig, PartitionConfig, check, to_dict
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Plan
-from fedtune.contracts.wire import Letter
+from fedtune.contracts.wire import ServerMessage
 from fedtune.data import collate
 from fedtune.errors import PlanError, UpdateError
 from fedtune.experiment import simulate
@@ -310,10 +310,10 @@ def test_a_failing_turn_ends_that_clients_round_only(
     monkeypatch.setattr(app, "train", breaking)
     config = tiny_config(tmp_path)
     space = workspace(json.dumps(to_dict(config)))
-    made, ear = make_bridge(tmp_path / "r", make_client_app(host_for(config, loaded=space)), 4, config, initial=space.initial)
+    made, observer = make_bridge(tmp_path / "r", make_client_app(host_for(config, loaded=space)), 4, config, initial=space.initial)
     state = dataclasses.replace(made, evaluate=None).loop()
-    assert state.adapter.spec.version == 2 and [r["counted"] for r in ear.records[1:]] == [3, 3]
-    assert all(sentence in r["dropped"] for r in ear.clients if r["client"] == "c1" and r["round"])
+    assert state.adapter.spec.version == 2 and [r["counted"] for r in observer.records[1:]] == [3, 3]
+    assert all(sentence in r["dropped"] for r in observer.clients if r["client"] == "c1" and r["round"])
 
 
 def test_no_row_of_the_held_out_part_is_trained_on(space: Workspace) -> None:
@@ -358,13 +358,13 @@ def test_a_client_goes_on_with_its_own_then_what_it_is_sent_then_what_it_draws(t
     space = host.space
     full = space.initial.replace({n: torch.full_like(t, 5.0) for n, t in space.initial.tensors.items()})
     sent = full.subset([n for n in full.tensors if n.endswith("lora_A")])
-    letter = Letter(round=3, adapter=sent, keep=("*.lora_B",), plan=Plan(round=3, client="c0", base_version=2))
-    first = host.complete("c0", letter)
+    request = ServerMessage(round=3, adapter=sent, keep=("*.lora_B",), plan=Plan(round=3, client="c0", base_version=2))
+    first = host.complete("c0", request)
     assert list(first.tensors) == list(space.live.parameters)
     assert all(torch.equal(t, full[n] if n.endswith("lora_A") else space.initial[n]) for n, t in first.tensors.items())
     host.storage.store.write("c0", 3, full.subset([n for n in full.tensors if n.endswith("lora_B")]))
-    assert torch.equal(host.complete("c0", letter)[n := next(n for n in full.tensors if n.endswith("lora_B"))], space.initial[n])
-    evaluation = dataclasses.replace(letter, plan=None)  # comes after the round's turn
+    assert torch.equal(host.complete("c0", request)[n := next(n for n in full.tensors if n.endswith("lora_B"))], space.initial[n])
+    evaluation = dataclasses.replace(request, plan=None)  # comes after the round's turn
     assert all(torch.equal(t, full[n]) for n, t in host.complete("c0", evaluation).tensors.items())
     assert torch.equal(host.complete("c1", evaluation)[n], space.initial[n])
-    assert host.complete("c0", Letter(round=3, adapter=full)) is full
+    assert host.complete("c0", ServerMessage(round=3, adapter=full)) is full

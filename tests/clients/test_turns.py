@@ -42,7 +42,7 @@ def test_a_file_is_a_turn_of_its_name(name: str) -> None:
         ("../app", {}, "the turn '../app', which this client does not have"),
         ("fedprox", {"nu": 1.0}, "the turn fedprox has the unknown field 'nu'"),
         ("fedprox", {}, "the turn fedprox lacks the field 'mu'"),
-        ("fedprox", {"mu": "1"}, "the turn fedprox's mu is '1', which is not of its type"),
+        ("fedprox", {"mu": "1"}, "the turn fedprox's mu is '1', which is not of type"),
         ("fedprox", {"mu": -1.0}, "the turn's mu=-1.0 is out of range: it must be at least 0"),
         ("hetlora", {"penalty": 0.1, "share": 1.0}, "the turn's share=1.0 is out of range: it must be less than 1"),
         ("slora", {"stage": "dense"}, "the turn's stage=dense is not known: choose one of sparse, gradient"),
@@ -58,7 +58,7 @@ def test_what_a_client_does_not_know_is_refused_by_name(turn: str, params: dict[
 def test_a_strategy_does_not_take_the_turn_of_the_config_away() -> None:
     prox = PLAN.with_turn("fedprox", mu=0.1)
     assert prox.with_turn("fedprox", mu=0.2).params == {"mu": 0.2}
-    with pytest.raises(ConfigError, match="take the turn 'scaffold', and the config asks for the turn 'fedprox': leave client.prox at 0"):
+    with pytest.raises(ConfigError, match="needs the turn 'scaffold', but the config sets the turn 'fedprox': leave client.prox at 0"):
         prox.with_turn("scaffold")
 
 

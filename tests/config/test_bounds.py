@@ -24,14 +24,14 @@ from fedtune.errors import ConfigError, PlanError
         ("--delta", 1.0, {"lt": 1}, "--delta 1 is out of range: it must be less than 1"),
     ],
 )
-def test_what_is_out_of_bounds_is_one_sentence(name: str, value: Any, bounds: dict[str, Any], sentence: str) -> None:
+def test_a_value_out_of_range_is_one_sentence(name: str, value: Any, bounds: dict[str, Any], sentence: str) -> None:
     for error in (ConfigError, PlanError):
         with pytest.raises(error) as caught:
             require(name, value, error, **bounds)
         assert str(caught.value) == sentence
 
 
-def test_what_is_within_them_passes() -> None:
+def test_a_value_in_range_passes() -> None:
     require("a", 0, ge=0, le=0)
     require("a", 0.5, gt=0, lt=1)
     require("a", 1e300, lt=math.inf)

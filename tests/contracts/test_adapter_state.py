@@ -12,7 +12,7 @@ from fedtune.errors import CheckpointError, UpdateMismatch
 from tests.fakes import lora_state
 
 
-def awkward() -> AdapterState:
+def unusual_state() -> AdapterState:
     gen = torch.Generator().manual_seed(0)
     tensors = {
         "z.lora_A": torch.randn(3, 5, generator=gen),
@@ -31,13 +31,13 @@ def same(a: AdapterState, b: AdapterState) -> bool:
 
 
 def test_wire_round_trip_keeps_order_dtype_and_bits() -> None:
-    state = awkward()
+    state = unusual_state()
     assert same(state, AdapterState.from_arrays(state.to_arrays(), AdapterSpec.from_json(state.spec.to_json()), state))
 
 
 def test_disk_round_trip_keeps_order_dtype_and_bits(tmp_path: Path) -> None:
-    awkward().save(tmp_path / "a.safetensors")
-    assert same(awkward(), AdapterState.load(tmp_path / "a.safetensors"))
+    unusual_state().save(tmp_path / "a.safetensors")
+    assert same(unusual_state(), AdapterState.load(tmp_path / "a.safetensors"))
 
 
 def test_tensors_cannot_be_replaced_in_place() -> None:
@@ -50,11 +50,11 @@ def test_a_subset_and_its_bytes() -> None:
     assert lora_state().subset(["q.lora_A", "q.lora_B"]).nbytes == (10 + 6) * 4
 
 
-def test_damaged_files_speak(tmp_path: Path) -> None:
+def test_damaged_files_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(CheckpointError, match="cannot read the adapter"):
         AdapterState.load(path)
-    awkward().save(path)
+    unusual_state().save(path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot read the adapter"):
         AdapterState.load(path)
@@ -76,17 +76,17 @@ def test_damaged_files_speak(tmp_path: Path) -> None:
         '{"method": "sparse", "mask": 7}',
     ],
 )
-def test_a_spec_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_spec_is_refused(text: str) -> None:
     with pytest.raises(UpdateMismatch, match="the (rank of 'q' in the )?adapter's spec"):
         AdapterSpec.from_json(text)
 
 
 def test_a_spec_survives_json() -> None:
-    spec = awkward().spec
+    spec = unusual_state().spec
     assert AdapterSpec.from_json(spec.to_json()) == spec and json.loads(spec.to_json())["version"] == 3
 
 
-def test_a_random_mask_is_sorted_distinct_and_its_modules_own() -> None:
+def test_a_random_mask_is_sorted_distinct_and_different_for_each_module() -> None:
     mask = random_mask("7", "q", 35, 12)
     assert mask.dtype == torch.int64 and len(mask.unique()) == 12 and mask.min() >= 0 and mask.max() < 35
     assert torch.equal(mask, mask.sort().values) and torch.equal(mask, random_mask("7", "q", 35, 12))

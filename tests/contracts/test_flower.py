@@ -1,4 +1,4 @@
-"""What fedtune takes from Flower beyond its promises: this fails first when a new Flower changes it."""
+"""Smoke test of the Flower internals that fedtune uses: it fails first when a new Flower changes them."""
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -13,7 +13,7 @@ def content() -> RecordDict:
     return RecordDict({"a": ArrayRecord({"w": Array(torch.ones(3, 2))}), "c": ConfigRecord({"json": "{}"}), "m": MetricRecord({"x": 1.5})})
 
 
-def test_metered_bytes_are_those_of_the_serialized_message() -> None:
+def test_metered_bytes_equal_the_serialized_message() -> None:
     meter, shared = flower.Meter(), content()
     assert meter(shared) == meter(shared) == len(recorddict_to_proto(content()).SerializeToString())
 
@@ -37,7 +37,7 @@ def test_a_copy_can_be_emptied_without_harm() -> None:
     assert copy.metadata.message_id == message.metadata.message_id
 
 
-def test_our_arrays_are_flowers_own() -> None:
+def test_our_arrays_equal_flowers() -> None:
     tensor = torch.arange(6.0).view(2, 3)
     ours = AdapterState({"w": tensor, "s": torch.tensor(2.0)}, AdapterSpec(method="lora")).to_arrays()
     for name, wanted in (("w", Array(tensor)), ("s", Array(torch.tensor(2.0)))):
@@ -51,8 +51,8 @@ def test_our_arrays_are_flowers_own() -> None:
     assert torch.equal(AdapterState.from_arrays(back.array_records["a"], AdapterSpec(method="lora"))["w"], tensor)
 
 
-def test_what_the_network_needs_of_flower_is_there() -> None:
-    """Both modules import names that Flower does not promise to keep; what they are used for, tests/network shows."""
+def test_the_flower_internals_of_the_network_exist() -> None:
+    """Both modules import names that are not part of Flower's stable API; tests/network tests their use."""
     from fedtune.network import _flwr, _flwr_client
 
     assert all(hasattr(_flwr, name) for name in _flwr.__all__)

@@ -1,4 +1,4 @@
-"""Plans and updates of a peer that may be of another version, or lie."""
+"""Plans of a peer that may run another version, or be malicious."""
 
 import dataclasses
 import json
@@ -27,14 +27,14 @@ def test_a_plan_survives_json() -> None:
         ({"teleport": 1}, "the plan has the unknown field 'teleport'"),
         ({"steps": None, "epochs": None}, "neither steps nor epochs"),
         ({"steps": 0}, "the plan's steps=0 is out of range: it must be at least 1"),
-        ({"batch_size": "8"}, "the plan's batch_size is '8', which is not of its type"),
+        ({"batch_size": "8"}, "the plan's batch_size is '8', which is not of type"),
         ({"lr": float("nan")}, "the plan's lr is 'nan'"),
         ({"round": True}, "the plan's round is 'True'"),
         ({"train": "*"}, "the plan's train is '*'"),
         ({"train": [1]}, "the plan's train is"),
     ],
 )
-def test_a_plan_that_is_not_understood_is_refused_by_name(change: dict[str, object], sentence: str) -> None:
+def test_an_invalid_plan_is_refused_by_name(change: dict[str, object], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence.replace("*", r"\*")):
         Plan.from_json(json.dumps({**json.loads(PLAN.to_json()), **change}))
 
@@ -47,17 +47,17 @@ def test_a_plan_that_lacks_a_field_is_refused() -> None:
 @given(
     st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=8)
 )
-def test_no_json_gets_past(value: object) -> None:
+def test_arbitrary_json_is_refused(value: object) -> None:
     with pytest.raises(PlanError):
         Plan.from_json(json.dumps(value))
 
 
-def test_patterns_choose_in_the_adapters_order() -> None:
+def test_patterns_select_in_the_adapters_order() -> None:
     names = ["q.lora_A", "q.lora_B", "head.weight"]
     assert matching(names, ("head.*", "*.lora_B")) == ["q.lora_B", "head.weight"]
 
 
-def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
+def test_seeds_depend_only_on_their_parts() -> None:
     assert derive_seed(0, "cohort", 1) == 7760491698977831147  # the same in every process, version and machine
     assert (
         len(

@@ -15,5 +15,5 @@ def test_the_worst_decile_is_the_mean_of_a_tenth_rounded_up(count: int, low: flo
     assert worst_decile(scores, higher_is_better=False) == high
 
 
-def test_no_scores_have_no_worst_decile() -> None:
+def test_the_worst_decile_of_no_scores_is_none() -> None:
     assert worst_decile([], higher_is_better=True) is None

@@ -1,4 +1,4 @@
-"""A channel for tests of exchanges alone."""
+"""A channel for tests of exchanges without a round loop."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,8 +8,8 @@ from fedtune.contracts.plan import Update
 from fedtune.exchange import NoUpdates
 
 
-class Sent:
-    """A channel whose updates are there already."""
+class FixedChannel:
+    """A channel with given updates."""
 
     def __init__(self, updates: list[Update]) -> None:
         self._updates, self.cohort = updates, [u.client for u in updates]

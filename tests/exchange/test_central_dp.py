@@ -21,7 +21,7 @@ from fedtune.privacy.ledger import Ledger, ledger_file
 from fedtune.rounds.find_strategy import make_strategy
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
-from tests.exchange.channel import Sent
+from tests.exchange.channel import FixedChannel
 from tests.fakes import bridge, fake_client_app, lora_state
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,8 @@ def config(rounds: int = 1, cohort: int = 10, **privacy: Any) -> Config:
 
 def run(path: Path, made: Config, clients: dict[str, int], strategy: Strategy | None = None) -> tuple[ServerState, Any]:
     exchange = make_exchange(made, len(clients), path / "privacy")
-    at, ear = bridge(path / "r", fake_client_app(clients), len(clients), made, strategy=strategy, exchange=exchange)
-    return at.loop(), ear
+    at, observer = bridge(path / "r", fake_client_app(clients), len(clients), made, strategy=strategy, exchange=exchange)
+    return at.loop(), observer
 
 
 def strategies() -> list[Strategy]:
@@ -60,7 +60,7 @@ ALL = {type(s).__name__: s for s in strategies()}
 
 
 @pytest.mark.parametrize("name", [n for n, s in ALL.items() if s.requirements.needs_only_mean])
-def test_a_strategy_that_takes_means_sees_no_more(name: str) -> None:
+def test_a_strategy_on_means_gets_only_the_mean(name: str) -> None:
     strategy, base = ALL[name], lora_state(seed=3)
     state = strategy.start(base)
     for round in (1, 2):  # with memory, too
@@ -89,12 +89,12 @@ def test_a_strategy_that_needs_each_update_is_not_marked() -> None:
 def test_a_strategy_that_needs_each_update_is_refused(name: str) -> None:
     command = (ROOT / "conf/strategy" / f"{name}.yaml").read_text().splitlines()[0]
     words = command.split("python -m fedtune.sim ")[1].split()
-    with pytest.raises(ConfigError, match="shows it their noised mean only"):
+    with pytest.raises(ConfigError, match="privacy=user reveals only a noised mean"):
         make_strategy(compose([*words, "privacy=user"])[0].config)
 
 
 @pytest.mark.parametrize("name", ["slora", "qfedavg", "fedpeptao"])
-def test_what_clients_tell_beside_tensors_is_refused(name: str) -> None:
+def test_extra_disclosure_is_refused(name: str) -> None:
     command = (ROOT / "conf/strategy" / f"{name}.yaml").read_text().splitlines()[0]
     words = command.split("python -m fedtune.sim ")[1].split()
     with pytest.raises(ConfigError, match="which privacy=record does not cover"):
@@ -109,15 +109,15 @@ def test_without_noise_and_clip_it_is_the_uniform_mean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FFA", "RoLoRA", "FedSVD"])
-def test_the_strategies_run_and_remember(tmp_path: Path, name: str) -> None:
+def test_strategies_run_and_keep_their_memory(tmp_path: Path, name: str) -> None:
     made = config(3, 2, clip=0.5, noise=0.3, epsilon=None, adaptive=True, bit_noise=0.4)
-    state, ear = run(tmp_path, made, {"a": 1, "b": 3, "c": 11}, ALL[name])
-    assert state.adapter.spec.version == 3 and [r["counted"] for r in ear.records[1:]] == [2, 2, 2]
-    clips = [r["dp_clip"] for r in ear.records[1:]] + [float(state.exchange["clip"])]
+    state, observer = run(tmp_path, made, {"a": 1, "b": 3, "c": 11}, ALL[name])
+    assert state.adapter.spec.version == 3 and [r["counted"] for r in observer.records[1:]] == [2, 2, 2]
+    clips = [r["dp_clip"] for r in observer.records[1:]] + [float(state.exchange["clip"])]
     assert clips[0] == 0.5 and len(set(clips)) == 4
 
 
-def test_the_clip_bounds_what_a_client_does_to_the_state(tmp_path: Path) -> None:
+def test_the_clip_bounds_a_client_s_influence(tmp_path: Path) -> None:
     made = config(clip=0.25, noise=1e-12, epsilon=None)
     with_, _ = run(tmp_path / "a", made, {"a": 1, "b": 3, "c": 900})
     without, _ = run(tmp_path / "b", dataclasses.replace(made, clients_per_round=3), {"a": 1, "b": 3, "c": 1})
@@ -127,33 +127,33 @@ def test_the_clip_bounds_what_a_client_does_to_the_state(tmp_path: Path) -> None
     assert float(torch.cat([t.flatten() for t in with_.adapter.tensors.values()]).norm()) == pytest.approx(0.25, rel=1e-5)
 
 
-def test_each_client_pays_for_the_rounds_that_it_counts_in(tmp_path: Path) -> None:
-    state, ear = run(tmp_path, config(6, 2, clip=1.0, noise=2.0, epsilon=None), {"a": 1, "b": 3, "c": 11, "d": 2})
+def test_each_client_pays_for_the_rounds_in_which_it_counts(tmp_path: Path) -> None:
+    state, observer = run(tmp_path, config(6, 2, clip=1.0, noise=2.0, epsilon=None), {"a": 1, "b": 3, "c": 11, "d": 2})
     for client in "abcd":
-        turns = [r for r in ear.clients if r["client"] == client and r["round"] and "dropped" not in r and "steps" in r]
+        turns = [r for r in observer.clients if r["client"] == client and r["round"] and "dropped" not in r and "steps" in r]
         assert Ledger(ledger_file(tmp_path / "privacy", client)).spent() == [Spend(noise=2.0, rate=1.0, steps=1)] * len(turns)
-    spent = [r["epsilon"] for r in ear.records[1:]]
+    spent = [r["epsilon"] for r in observer.records[1:]]
     most = max(len(Ledger(ledger_file(tmp_path / "privacy", c)).spent()) for c in "abcd")
     assert spent == sorted(spent) and spent[-1] == epsilon([Spend(noise=2.0, rate=1.0, steps=most)], 1e-5)
 
 
-def test_who_has_spent_all_is_asked_no_more_and_the_rest_go_on(tmp_path: Path) -> None:
+def test_a_client_without_budget_is_excluded_and_the_run_continues(tmp_path: Path) -> None:
     clients = {"a": 1, "b": 3}
     made = config(4, 1, clip=1.0, epsilon=2.0, turns=1)
-    _, ear = run(tmp_path, made, clients)
-    why = [r["dropped"] for r in ear.clients if "dropped" in r]
-    assert sum(r["counted"] for r in ear.records[1:]) == 2 and len(why) == 2  # a turn each
+    _, observer = run(tmp_path, made, clients)
+    why = [r["dropped"] for r in observer.clients if "dropped" in r]
+    assert sum(r["counted"] for r in observer.records[1:]) == 2 and len(why) == 2  # a turn each
     assert all(w.startswith("privacy: another turn would cost ε = ") and "privacy.epsilon=2" in w for w in why)
-    assert max(r.get("epsilon", 0.0) for r in ear.records) <= 2.0
+    assert max(r.get("epsilon", 0.0) for r in observer.records) <= 2.0
 
 
-def test_a_round_taken_again_after_a_kill_is_paid_again(tmp_path: Path) -> None:
+def test_a_round_repeated_after_a_kill_is_paid_again(tmp_path: Path) -> None:
     made = config(2, 2, clip=1.0, noise=2.0, epsilon=None)
     run(tmp_path, made, {"a": 1, "b": 3})
     exchange = make_exchange(made, 2, tmp_path / "privacy")
     assert isinstance(exchange, CentralDP)
     state = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
-    sent = Sent([update("a", lora_state(fill=1.0))])
+    sent = FixedChannel([update("a", lora_state(fill=1.0))])
     again = exchange.run(2, state, FedAvg(), sent)
     assert len(Ledger(ledger_file(tmp_path / "privacy", "a")).spent()) == 3
     # and the same round draws the same noise
@@ -164,15 +164,15 @@ def test_a_round_taken_again_after_a_kill_is_paid_again(tmp_path: Path) -> None:
     assert not torch.equal(fresh.adapter["head.weight"], again.adapter["head.weight"])
 
 
-def test_spending_comes_before_the_state_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_recorded_before_the_strategy_sees_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exchange = make_exchange(config(clip=1.0, noise=2.0, epsilon=None), 2, tmp_path)
     monkeypatch.setattr(FedAvg, "aggregate_mean", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         state = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
-        exchange.run(1, state, FedAvg(), Sent([update("a", lora_state(fill=1.0))]))
+        exchange.run(1, state, FedAvg(), FixedChannel([update("a", lora_state(fill=1.0))]))
     assert len(Ledger(ledger_file(tmp_path, "a")).spent()) == 1
 
 
-def test_bits_that_cost_too_much_are_refused_before_the_run(tmp_path: Path) -> None:
+def test_too_little_noise_on_the_bits_is_refused_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="raise privacy.bit_noise"):
         make_exchange(config(2, 2, noise=2.0, adaptive=True), 2, tmp_path)

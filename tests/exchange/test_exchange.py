@@ -20,7 +20,7 @@ from fedtune.exchange import CentralDP, Channel, Exchange, LocalDP, NoUpdates, P
 from fedtune.runs.directory import read_checkpoint
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
-from tests.exchange.channel import Sent
+from tests.exchange.channel import FixedChannel
 from tests.fakes import bridge, fake_client_app, lora_state
 
 
@@ -64,12 +64,12 @@ def two_stage_app(examples: Mapping[str, int], mute: str = "") -> ClientApp:
 
 def test_an_exchange_of_two_stages(tmp_path: Path) -> None:
     clients = {"a": 1, "b": 3, "z": 5}
-    at, ear = bridge(tmp_path / "r", two_stage_app(clients, mute="b"), 3, Config(rounds=2, clients_per_round=3), exchange=TwoStages())
+    at, observer = bridge(tmp_path / "r", two_stage_app(clients, mute="b"), 3, Config(rounds=2, clients_per_round=3), exchange=TwoStages())
     state = at.loop()
     # round 1: b says no number, and weighs nothing: (10·1 + 50·5) / 60 = 13/3; round 2: a alone, which adds 1
     assert float(state.adapter["head.weight"][0, 0]) == pytest.approx(13 / 3 + 1)
-    assert [r["stages"] for r in ear.records[1:]] == [2.0, 4.0] and int(state.exchange["rounds"]) == 2
-    lines = {(r["round"], r["client"]): r for r in ear.clients}
+    assert [r["stages"] for r in observer.records[1:]] == [2.0, 4.0] and int(state.exchange["rounds"]) == 2
+    lines = {(r["round"], r["client"]): r for r in observer.clients}
     assert lines[1, "b"]["dropped"] == "offline: no number today"
     assert lines[2, "z"] == {"round": 2, "client": "z", "dropped": "closed: never on a second round"} | {
         k: v for k, v in lines[2, "z"].items() if k not in ("round", "client", "dropped")
@@ -81,7 +81,7 @@ def test_an_exchange_of_two_stages(tmp_path: Path) -> None:
     assert lines[1, "a"]["bytes_up"] > plain["a"]["bytes_up"] and lines[1, "a"]["bytes_down"] > plain["a"]["bytes_down"]
 
 
-def test_a_run_with_its_own_exchange_goes_on_as_it_would_have(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_exchange_s_state(tmp_path: Path) -> None:
     clients, made = {"a": 1, "b": 3, "z": 5}, Config(rounds=3, clients_per_round=3)
     whole = bridge(tmp_path / "whole", two_stage_app(clients), 3, made, exchange=TwoStages())[0].loop()
     bridge(tmp_path / "part", two_stage_app(clients), 3, dataclasses.replace(made, rounds=1), exchange=TwoStages())[0].loop()
@@ -91,9 +91,9 @@ def test_a_run_with_its_own_exchange_goes_on_as_it_would_have(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("exchange", [Plain(), LocalDP(cohort=3)])
-def test_a_round_to_which_nobody_answers_does_not_count(exchange: Exchange) -> None:
+def test_a_round_without_replies_does_not_count(exchange: Exchange) -> None:
     with pytest.raises(NoUpdates):
-        exchange.run(1, ServerState(adapter=lora_state()), FedAvg(), Sent([]))
+        exchange.run(1, ServerState(adapter=lora_state()), FedAvg(), FixedChannel([]))
 
 
 def updates(*fills: float) -> Iterator[Update]:
@@ -101,18 +101,18 @@ def updates(*fills: float) -> Iterator[Update]:
         yield Update(client=f"c{k}", round=1, base_version=0, adapter=lora_state(fill=fill), examples=1 + 9 * k)
 
 
-def test_the_local_mean_is_over_the_planned_cohort_whatever_the_rows() -> None:
+def test_the_local_mean_divides_by_the_planned_cohort() -> None:
     state = ServerState(adapter=lora_state(fill=1.0))
-    after = LocalDP(cohort=4).run(1, state, FedAvg(), Sent([*updates(3.0, 6.0)]))
+    after = LocalDP(cohort=4).run(1, state, FedAvg(), FixedChannel([*updates(3.0, 6.0)]))
     assert float(after.adapter["head.weight"][0, 0]) == 1 + (2 + 5) / 4
 
 
 def test_a_strategy_that_needs_each_update_has_no_mean() -> None:
     with pytest.raises(NotImplementedError, match="FedMedian needs each client's own update"):
-        LocalDP(cohort=2).run(1, ServerState(adapter=lora_state()), FedMedian(), Sent([*updates(3.0)]))
+        LocalDP(cohort=2).run(1, ServerState(adapter=lora_state()), FedMedian(), FixedChannel([*updates(3.0)]))
 
 
-def test_the_config_chooses() -> None:
+def test_the_config_selects_the_exchange() -> None:
     def made(**privacy: str | float | None) -> Exchange:
         return make_exchange(Config(clients_per_round=7, privacy=PrivacyConfig(**privacy)), 5, Path("x"))  # type: ignore[arg-type]
 

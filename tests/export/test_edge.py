@@ -135,10 +135,10 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--quantize", "int8"], "--quantize goes with --to edge, not with --to hf"),
-        (["--to", "gguf", "--separate"], "--separate goes with --to edge, not with --to gguf"),
-        (["--to", "edge", "--gguf-type", "q8_0"], "--gguf-type goes with --to gguf, not with --to edge"),
-        (["--to", "edge", "--requantize"], "--requantize goes with --to hf"),
+        (["--quantize", "int8"], "--quantize is for --to edge, not for --to hf"),
+        (["--to", "gguf", "--separate"], "--separate is for --to edge, not for --to gguf"),
+        (["--to", "edge", "--gguf-type", "q8_0"], "--gguf-type is for --to gguf, not for --to edge"),
+        (["--to", "edge", "--requantize"], "--requantize is for --to hf"),
         (["--to", "edge", "--quantize", "int4", "--method", "smoothquant", "--calibrate", "x"], "smoothquant makes activations fit int8"),
         (["--to", "edge", "--method", "rtn"], "--method rtn needs --quantize"),
         (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),

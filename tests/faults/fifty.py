@@ -23,7 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedtune.clients.app import make_client_app
 from fedtune.config.compose import compose
 from fedtune.contracts.plan import Update
-from fedtune.contracts.wire import read_letter
+from fedtune.contracts.wire import read_message
 from fedtune.network.node import Node
 from fedtune.runs.report import read_metrics
 from tests.faults.deployment import Deployment, deployed, settings, write_rows
@@ -91,11 +91,11 @@ class Crowd:
 
 def _sent_back(message: Message) -> Message:
     """The reply of a client that did not take a step."""
-    letter = read_letter(message.content)
-    plan = letter.plan
+    received = read_message(message.content)
+    plan = received.plan
     assert plan is not None
     rows = int(plan.client[1:]) + 20
-    sent = letter.adapter.replace(version=plan.base_version)
+    sent = received.adapter.replace(version=plan.base_version)
     update = Update(
         client=plan.client,
         round=plan.round,

@@ -17,8 +17,8 @@ from fedtune.clients.declining import declined
 from fedtune.config.compose import compose
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import Decline
-from fedtune.experiment import Stage, conduct, host_of
-from fedtune.rounds.membership import Welcome
+from fedtune.experiment import EngineContext, client_host, run_experiment
+from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.report import read_metrics
 from fedtune.simulations.engines.grid import InProcessGrid
 
@@ -39,8 +39,8 @@ def replay(folder: Path, experiment: Sequence[str], turnout: Mapping[int, Set[st
     """The run directory of that simulation."""
     (job,) = compose([*experiment, f"output_dir={folder / 'replay'}", "engine.batched=none"])
 
-    def engine(stage: Stage) -> None:
-        inner, names, app = make_client_app(host_of(stage)), stage.space.client_ids, ClientApp()
+    def engine(context: EngineContext) -> None:
+        inner, names, app = make_client_app(client_host(context)), context.space.client_ids, ClientApp()
 
         @app.train()
         def turn(message: Message, context: Context) -> Message:
@@ -51,9 +51,9 @@ def replay(folder: Path, experiment: Sequence[str], turnout: Mapping[int, Set[st
 
         app.query()(inner)
         app.evaluate()(inner)
-        stage.serve(InProcessGrid(app, len(names)), Welcome())
+        context.serve(InProcessGrid(app, len(names)), JoinPolicy())
 
-    return conduct(job.config, engine)
+    return run_experiment(job.config, engine)
 
 
 def differences(run: Path, wanted: Path) -> dict[int, float]:

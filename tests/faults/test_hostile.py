@@ -41,7 +41,7 @@ def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
         "wanted float32",
         "it was not trained so",
         "stale or not this client's own",
-        "asked was carla",
+        "wanted carla",
         "its weight is fixed",
     ]
     for out, sentence in zip(outcomes, words, strict=True):
@@ -74,7 +74,7 @@ def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp
         (tmp_path / "rows" / f"{name}.jsonl").unlink()
     assert max(differences(made.run, replay(tmp_path, experiment, turnout)).values()) <= BOUND
     log = (made.run / "logs/server.jsonl").read_text()
-    assert "has the key of 'mallory' and calls itself 'anna'" in log
+    assert "has the key of 'mallory' but the id 'anna'" in log
     seen = [json.loads(line) for line in (made.run / "logs/superlink.jsonl").read_text().splitlines()]
     assert set(refused) <= {str(line.get("why")) for line in seen}
     for who in ("server", *CLIENTS, "mallory", "dora"):

@@ -10,8 +10,8 @@ from flwr.clientapp import ClientApp
 
 from fedtune.clients.app import make_client_app
 from fedtune.config.compose import compose
-from fedtune.experiment import Stage, conduct, host_of
-from fedtune.rounds.membership import Welcome
+from fedtune.experiment import EngineContext, client_host, run_experiment
+from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.report import read_metrics
 from fedtune.simulations.engines.grid import InProcessGrid
 from tests.faults.deployment import STORIES, deployed, settings, write_rows
@@ -28,8 +28,8 @@ def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
     """The simulation in which the client's first reply is so many rounds late."""
     (job,) = compose([*experiment, f"output_dir={folder}", "engine.batched=none", "devices.deadline_s=1"])
 
-    def engine(stage: Stage) -> None:
-        inner, names, app = make_client_app(host_of(stage)), stage.space.client_ids, ClientApp()
+    def engine(context: EngineContext) -> None:
+        inner, names, app = make_client_app(client_host(context)), context.space.client_ids, ClientApp()
 
         @app.train()
         def turn(message: Message, context: Context) -> Message:
@@ -43,9 +43,9 @@ def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
 
         app.query()(inner)
         app.evaluate()(inner)
-        stage.serve(InProcessGrid(app, len(names)), Welcome())
+        context.serve(InProcessGrid(app, len(names)), JoinPolicy())
 
-    return conduct(job.config, engine)
+    return run_experiment(job.config, engine)
 
 
 def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fedtune.clients.deployed import HELLO, make_app
 from fedtune.clients.workspace import Workspace
 from fedtune.config import to_dict
 from fedtune.contracts import flower
-from fedtune.contracts.wire import Envelopes
+from fedtune.contracts.wire import MessageWriter
 from tests.tiny import tiny_config
 
 
@@ -36,7 +36,7 @@ def test_it_goes_on_by_the_hello_that_it_kept(tmp_path: Path) -> None:
         "device": None,
     }
     (tmp_path / "state").mkdir()
-    evaluation = Envelopes(0, ()).write(Workspace(config).initial, held=())
+    evaluation = MessageWriter(0, ()).write(Workspace(config).initial, held=())
     hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
 
     assert "it must say hello before" in why(ask(make_app(settings), "evaluate", evaluation))

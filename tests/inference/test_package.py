@@ -150,7 +150,7 @@ NORM, SCALE = "model.norm.weight", "model.layers.0.mlp.up_proj.weight.scale"
 UP = "model.layers.0.mlp.up_proj"
 BAD = {
     "no card": (lambda p: (p / "fedtune.json").unlink(), "fedtune.json is missing: give a folder that"),
-    "card": (lambda p: edit(p / "fedtune.json", prompt=3), "the card's prompt is '3', which is not of its type"),
+    "card": (lambda p: edit(p / "fedtune.json", prompt=3), "the card's prompt is '3', which is not of type"),
     "another format": (lambda p: edit(p / "package.json", format=1), "has the format 1, this fedtune reads 2"),
     "a list": (lambda p: (p / "package.json").write_text("[]"), "must hold a JSON object"),
     "deep": (lambda p: (p / "config.json").write_text("[" * 100_000), "cannot be read as JSON"),

@@ -119,8 +119,8 @@ def test_it_follows_nothing_but_the_config(tmp_path: Path) -> None:
 
 BAD = {
     "method": ({"method": "dora"}, {}, "plain LoRA|factors of LoRA|two factors"),
-    "precision": ({}, {"precision": "bf16"}, "makes up for quantization, model.precision=bf16 has none"),
-    "compute": ({}, {"compute": "auto"}, "model.compute=auto lets each machine choose"),
+    "precision": ({}, {"precision": "bf16"}, "needs a quantized backbone, but model.precision=bf16"),
+    "compute": ({}, {"compute": "auto"}, "needs the same model.compute on every machine"),
 }
 
 
@@ -136,7 +136,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(case: str) -> 
 def test_mixed_devices_are_refused() -> None:
     config = Config(peft=PeftConfig(init="loftq"), model=ModelConfig(precision="nf4", compute="fp32"))
     check(config)
-    with pytest.raises(ConfigError, match="makes up for one precision, .*: set devices=none"):
+    with pytest.raises(ConfigError, match="fits one precision, .*: set devices=none"):
         check(dataclasses.replace(config, devices=DevicesConfig(classes={"phone": DeviceClass()})))
 
 

@@ -89,10 +89,10 @@ def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> No
 
 def test_doors_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, sentence in (
-        (["-m", "fedtune.cli.server"], "fedtune-server: --certificates and --allowed say how clients know the server"),
-        (["-m", "fedtune.cli.server", "--insecure", "--address", "8080"], "fedtune-server: --address 8080 is no address"),
+        (["-m", "fedtune.cli.server"], "fedtune-server: --certificates and --allowed are both needed"),
+        (["-m", "fedtune.cli.server", "--insecure", "--address", "8080"], "fedtune-server: --address 8080 is not an address"),
         (["-m", "fedtune.cli.server", "--insecure", "rounds=x"], "fedtune-server: rounds=x has the wrong type"),
-        (["-m", "fedtune.cli.client", "--server", "localhost:1"], "fedtune-client: --key says who this client is"),
+        (["-m", "fedtune.cli.client", "--server", "localhost:1"], "fedtune-client: --key is missing"),
         (
             ["-m", "fedtune.cli.client", "--server", "nowhere", "--insecure", "--state", str(tmp_path)],
             "fedtune-client: the server's address is",

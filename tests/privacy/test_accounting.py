@@ -21,7 +21,7 @@ def poisson(noise: float, rate: float) -> dp_accounting.DpEvent:
     return dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
 
 
-def test_fifty_rounds_cost_what_dp_accounting_says() -> None:
+def test_fifty_rounds_cost_the_same_as_in_dp_accounting() -> None:
     rdp, pld = RdpAccountant(), PLDAccountant()
     rdp.compose(poisson(1.1, 0.05), 350)
     pld.compose(poisson(1.1, 0.05), 350)
@@ -42,7 +42,7 @@ def gaussian_delta(epsilon: float, noise: float) -> float:
 
 
 @pytest.mark.parametrize("noise", [9.0, 20.0])
-def test_fifty_rounds_at_user_level_cost_what_the_closed_form_says(noise: float) -> None:
+def test_fifty_rounds_at_user_level_cost_the_closed_form(noise: float) -> None:
     # without sampling, 50 Gaussians of z are one of z / √50, whose δ is known exactly: the ε where it is 1e-5, by bisection
     low, high = 0.0, 50.0
     for _ in range(60):
@@ -53,7 +53,7 @@ def test_fifty_rounds_at_user_level_cost_what_the_closed_form_says(noise: float)
 
 
 @pytest.mark.parametrize(("rate", "steps"), quick([(0.1, 40), (1.0, 10)], (1.0, 10)))
-def test_epsilon_eight_is_kept_and_hardly_undercut(rate: float, steps: int) -> None:
+def test_epsilon_eight_is_met_closely(rate: float, steps: int) -> None:
     # privacy.epsilon=8 privacy.delta=1e-5, judged by another library: it holds, and with one percent less noise it would not
     noise = solve_noise(8.0, 1e-5, rate, steps)
     costs = []
@@ -90,7 +90,7 @@ def test_epsilon_only_grows(accountant: str) -> None:
     assert epsilon([ROUND], 1e-7, accountant) > epsilon([ROUND], 1e-5, accountant)
 
 
-def test_no_noise_promises_nothing() -> None:
+def test_epsilon_is_infinite_without_noise() -> None:
     assert epsilon([ROUND, Spend(noise=0.0, rate=0.1, steps=1)], 1e-5) == math.inf
 
 
@@ -104,18 +104,18 @@ def test_the_solved_noise_keeps_epsilon(wanted: float, rate: float, steps: int, 
     assert wanted - min(0.01, wanted / 20) <= cost <= wanted
 
 
-def test_an_epsilon_beyond_all_sense_is_a_number_too() -> None:
+def test_a_very_large_epsilon_is_a_number() -> None:
     much = [Spend(noise=1e-6, rate=1.0, steps=3)]
     assert epsilon(much, 1e-5, "prv") == epsilon(much, 1e-5, "rdp") > 1e9
 
 
-def test_an_epsilon_that_no_noise_keeps() -> None:
-    with pytest.raises(ConfigError, match="cannot be kept over 100000 steps"):
+def test_an_epsilon_without_sufficient_noise_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no noise keeps .* over 100000 steps"):
         solve_noise(1e-9, 1e-5, 1.0, 100_000, "rdp")
 
 
 @pytest.mark.parametrize("source", [Seeded(1, "x"), System()], ids=["seeded", "system"])
-def test_the_noise_is_as_wide_as_it_says(source: Source) -> None:
+def test_the_noise_has_the_stated_deviation(source: Source) -> None:
     drawn = source.normal((500, 400), 3.0).numpy()
     assert drawn.std() == pytest.approx(3.0, rel=0.01) and abs(drawn.mean()) < 0.03
     # and normal: shares within one, two and three standard deviations
@@ -124,7 +124,7 @@ def test_the_noise_is_as_wide_as_it_says(source: Source) -> None:
 
 
 @pytest.mark.parametrize("source", [Seeded(1, "x"), System()], ids=["seeded", "system"])
-def test_rows_are_drawn_each_on_its_own(source: Source) -> None:
+def test_rows_are_sampled_independently(source: Source) -> None:
     drawn = [source.chosen(40, 0.1) for _ in range(3000)]
     sizes = np.array([len(d) for d in drawn])
     # binomial(40, .1): mean 4, variance 3.6; the empty sample comes with chance .9^40 = .0148
@@ -139,7 +139,7 @@ def test_a_seed_repeats_and_the_system_does_not() -> None:
     assert System().normal((3,), 1.0).tolist() != System().normal((3,), 1.0).tolist()
 
 
-def test_a_lost_step_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_detect_a_lost_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "_epsilon", lambda history, *rest: float(len(history)))
     # merged by kind, and not by overwriting: seven steps a round
     seen: list[tuple[tuple[float, float, int], ...]] = []

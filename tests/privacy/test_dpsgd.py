@@ -47,7 +47,7 @@ def test_a_row_without_a_finite_gradient_counts_as_zero() -> None:
     torch.testing.assert_close(clipped_sum(grads, 1.0)["a"], torch.tensor([0.6, 0.8]).double())
 
 
-def test_clipping_each_tensor_apart_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_detect_clipping_per_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = {"a": torch.tensor([[3.0]]), "b": torch.tensor([[4.0]])}
     apart: dict[str, torch.Tensor] = {}
     for n, g in grads.items():
@@ -106,14 +106,14 @@ def test_removing_one_row_of_a_real_model_moves_the_sum_by_at_most_c(tmp_path: P
     assert 0.04 < apart <= 0.05 * (1 + 1e-5)
 
 
-def test_an_empty_sample_is_noise_alone(tmp_path: Path) -> None:
+def test_an_empty_sample_is_pure_noise(tmp_path: Path) -> None:
     with opened(tmp_path, examples(6), noise=2.0, clip=0.5, source=Chosen()) as made:
         drawn = torch.cat([g.flatten() for _ in range(12) for g in made.step().values()])
     # std σ·C / B = 2 · .5 / 4
     assert len(drawn) > 16_000 and float(drawn.std()) == pytest.approx(0.25, rel=0.01) and abs(float(drawn.mean())) < 0.01
 
 
-def test_the_sample_may_be_larger_than_a_pass_and_the_ways_agree(tmp_path: Path) -> None:
+def test_a_sample_larger_than_a_pass_and_all_methods_agree(tmp_path: Path) -> None:
     rows = examples(9)
     wanted = gradient(tmp_path / "a", rows, at_once=9, source=Chosen(*range(9)))
     for way in (samples.looped, samples.hooked, samples.mapped):
@@ -153,7 +153,7 @@ def test_out_of_memory_halves_the_pass_and_keeps_sample_and_noise(tmp_path: Path
             torch.testing.assert_close(after[n], g, rtol=1e-4, atol=1e-6)
 
 
-def test_a_single_private_row_that_is_too_much_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_row_that_exceeds_memory_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "_losses", Small(0))
     with opened(tmp_path, examples(6), way=samples.hooked, source=Chosen(0, 1, 2, 3, 4)) as made:
         with pytest.raises(Decline, match=r"^out of memory with a single row in a private turn") as bad:
@@ -161,7 +161,7 @@ def test_a_single_private_row_that_is_too_much_declines(tmp_path: Path, monkeypa
         assert bad.value.kind == "memory" and made.out_of_memory == 2  # 3 → 1 → none
 
 
-def test_another_error_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_treated_as_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> torch.Tensor:
         raise ValueError("broken")
 
@@ -170,6 +170,6 @@ def test_another_error_is_no_want_of_memory(tmp_path: Path, monkeypatch: pytest.
         made.step()
 
 
-def test_a_client_with_few_rows_takes_them_all(tmp_path: Path) -> None:
+def test_a_client_with_few_rows_samples_all(tmp_path: Path) -> None:
     assert sampling_rate(3, 8) == 1.0 and sampling_rate(80, 8) == 0.1
     assert opened(tmp_path, examples(3), batch=8, clip=1e9)._expected == 3.0

@@ -17,14 +17,14 @@ from fedtune.exchange import make_exchange
 from fedtune.experiment import simulate
 from fedtune.privacy.accounting import Spend, epsilon, solve_noise
 from fedtune.privacy.dpsgd import PrivateGradient
-from fedtune.privacy.turn import applied
+from fedtune.privacy.turn import turn_privacy
 from fedtune.privacy.user import moved
 from fedtune.privacy.verify import verify
 from fedtune.rounds.planning import base_plan
 from fedtune.rounds.reply import read_update
 from fedtune.runs.report import read_metrics
 from fedtune.strategies.fedavg import FedAvg
-from tests.exchange.channel import Sent
+from tests.exchange.channel import FixedChannel
 from tests.exchange.test_central_dp import update
 from tests.fakes import lora_state
 from tests.quick import quick
@@ -40,7 +40,7 @@ def apart(drawn: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("kind", quick(["record", "user"], "user"))
-def test_every_client_round_and_step_draws_noise_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_every_client_round_and_step_has_its_own_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     # the noise is a thousand times what the rows can do: two results that share their noise are the same to three digits
     loud = dataclasses.replace(RECORD if kind == "record" else LOCAL, epsilon=None, noise=1000.0, clip=1e-3)
     drawn, right = list[Tensor](), PrivateGradient.step
@@ -64,25 +64,25 @@ def test_every_client_round_and_step_draws_noise_of_its_own(tmp_path: Path, monk
     assert apart(drawn) > 0.8
 
 
-def test_the_server_draws_other_noise_in_each_round_and_run(tmp_path: Path) -> None:
+def test_the_server_s_noise_differs_by_round_and_run(tmp_path: Path) -> None:
     made = Config(rounds=3, clients_per_round=4, privacy=PrivacyConfig(kind="user", clip=1.0, noise=1.0, epsilon=None))
     sent, drawn = [update("a", lora_state(fill=0.0))], list[Tensor]()
     for seed, round in itertools.product((0, 1), (1, 2, 3)):
         exchange = make_exchange(dataclasses.replace(made, seed=seed), 4, tmp_path / f"{seed}-{round}")
         begin = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
-        after = exchange.run(round, begin, FedAvg(), Sent(sent))
+        after = exchange.run(round, begin, FedAvg(), FixedChannel(sent))
         drawn.append(torch.cat([t.flatten() for t in after.adapter.tensors.values()]))
     assert apart(drawn) > 0.5  # few entries
 
 
-def test_every_turn_has_a_seed_of_its_own() -> None:
+def test_every_turn_has_its_own_seed() -> None:
     turns = list(itertools.product((0, 1), (1, 2, 3), ("a", "b", "c0", "c1")))
     seeds = {base_plan(Config(seed=seed), round, client, 0).seed for seed, round, client in turns}
     assert len(seeds) == len(turns) == 24
 
 
 @pytest.mark.slow
-def test_the_sampling_rate_is_that_of_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampling_rate_covers_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates, right = list[float](), PrivateGradient.step
 
     def step(self: PrivateGradient) -> dict[str, Tensor]:
@@ -97,15 +97,15 @@ def test_the_sampling_rate_is_that_of_a_whole_step(tmp_path: Path, monkeypatch: 
     assert told == [0.5] * 4 and rates == [0.5] * 8
 
 
-def test_a_clients_own_noise_counts_half() -> None:
+def test_noise_at_the_client_counts_half() -> None:
     plan = base_plan(Config(rounds=2, privacy=dataclasses.replace(LOCAL, epsilon=None, noise=6.0)), 1, "c0", 0)
-    fixed = applied(plan, 8, 2)
+    fixed = turn_privacy(plan, 8, 2)
     # any other data of a client moves its update by up to 2C: noise of 6C is 3 times that
     assert fixed is not None and fixed.noise == 6.0 and fixed.cost == Spend(noise=3.0, rate=1.0, steps=1)
-    solved = applied(base_plan(Config(rounds=2, privacy=LOCAL), 1, "c0", 0), 8, 2)
+    solved = turn_privacy(base_plan(Config(rounds=2, privacy=LOCAL), 1, "c0", 0), 8, 2)
     alone = solve_noise(8.0, 1e-5, 1.0, 2, "rdp")
     assert solved is not None and solved.noise == 2 * alone and solved.cost == Spend(noise=alone, rate=1.0, steps=1)
-    record = applied(base_plan(Config(rounds=2, privacy=dataclasses.replace(RECORD, epsilon=None, noise=6.0)), 1, "c0", 0), 100, 2)
+    record = turn_privacy(base_plan(Config(rounds=2, privacy=dataclasses.replace(RECORD, epsilon=None, noise=6.0)), 1, "c0", 0), 100, 2)
     assert record is not None and record.noise == record.cost.noise == 6.0 and record.cost.steps == 2
 
 
@@ -114,5 +114,5 @@ def test_an_epsilon_of_sensitivity_c_is_refused_at_the_client() -> None:
     said = {"steps": 2.0, "dp_clip": 0.5, "dp_noise": 6.0, "dp_sample_rate": 1.0, "dp_steps": 1.0}
     right, half = (epsilon([Spend(noise=z, rate=1.0, steps=1)], 1e-5) for z in (3.0, 6.0))
     verify(plan, {**said, "epsilon": right})
-    with pytest.raises(UpdateError, match="of which a single step costs more"):
+    with pytest.raises(UpdateError, match="with which a single step costs more"):
         verify(plan, {**said, "epsilon": half})

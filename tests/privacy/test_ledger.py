@@ -28,7 +28,7 @@ def test_turns_add_up_over_restarts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 10, 30])
-def test_a_line_that_a_kill_cut_off_is_owed_by_nobody(tmp_path: Path, cut: int) -> None:
+def test_an_incomplete_line_costs_nothing(tmp_path: Path, cut: int) -> None:
     ledger = Ledger(tmp_path / "l")
     ledger.spend(1, COST)
     ledger.spend(2, COST)
@@ -41,15 +41,15 @@ def test_a_line_that_a_kill_cut_off_is_owed_by_nobody(tmp_path: Path, cut: int) 
 
 @pytest.mark.parametrize("line", ["", "{}", "not json", '{"noise": -1, "rate": 0.1, "steps": 5}', '{"noise": NaN, "rate": 0.1, "steps": 5}',
                                   '{"noise": 1, "rate": 2, "steps": 5}', '{"noise": 1, "rate": 0.1, "steps": -5}'])  # fmt: skip
-def test_a_damaged_ledger_lets_nobody_spend(tmp_path: Path, line: str) -> None:
+def test_a_damaged_ledger_stops_further_spending(tmp_path: Path, line: str) -> None:
     ledger = Ledger(tmp_path / "l")
     ledger.spend(1, COST)
     ledger.path.write_text(ledger.path.read_text() + line + "\n")
-    with pytest.raises(CheckpointError, match="line 2 of the privacy ledger .* what was spent is not known"):
+    with pytest.raises(CheckpointError, match="line 2 of the privacy ledger .* the spent budget is unknown"):
         ledger.spent()
 
 
-def test_a_kill_at_any_moment_loses_nothing_that_was_announced(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_loses_no_recorded_cost(tmp_path: Path) -> None:
     path = tmp_path / "l"
     code = f"""
 import sys

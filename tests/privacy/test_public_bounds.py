@@ -11,7 +11,7 @@ from fedtune.clients.trainer import Trained
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, PrivacyConfig, TaskConfig, check
 from fedtune.experiment import simulate
-from fedtune.privacy.turn import applied
+from fedtune.privacy.turn import turn_privacy
 from fedtune.rounds.planning import base_plan
 from fedtune.runs.report import read_metrics
 from tests.quick import quick
@@ -61,7 +61,7 @@ def turn(config: Config, own: DeviceClass | None, spent: float) -> dict[str, Any
         fits = host.devices.fit(base_plan(config, round, "c0", 0), host.space.initial, 1000)
         assert fits is not None
         plan, examples, fitted = fits
-        private = applied(plan, len(examples), plan.steps or 0)
+        private = turn_privacy(plan, len(examples), plan.steps or 0)
         did = Trained(loss=None, steps=plan.steps or 0, seconds=spent, peak_mb=spent / 10, began_mb=0.1, micro=int(spent), out_of_memory=1)
         out[f"turn {round}"] = plan, fitted.choice, private, host.devices.told(plan, examples, fitted, did, 1000)
     return out
@@ -77,7 +77,7 @@ def test_a_device_chooses_and_reports_the_same_for_neighbors(tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["simulated", "real"])
-def test_without_privacy_a_device_goes_by_its_own_rows(tmp_path: Path, real: bool) -> None:
+def test_without_privacy_a_device_depends_on_its_rows(tmp_path: Path, real: bool) -> None:
     devices = DevicesConfig(classes={"phone": SLOW}, deadline_s=20.0)
     a, b = neighbors(tmp_path, "none", devices=devices, round_timeout_s=20.0)
     own = SLOW if real else None

@@ -112,7 +112,7 @@ QUICK = [case for case in CASES if case[1] in ("llama", "albert") or case[0] == 
 def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
     live = built(tmp_path / "m", kind, method, task)
     names, batch, before = list(live.parameters), rows(task, live.backbone.seq2seq), hooks(live)
-    chosen = samples.way_of(live, names, task)
+    chosen = samples.find_way(live, names, task)
     if way is not None:
         assert chosen.__name__ == way
     wanted = one_by_one(live, batch, task)
@@ -126,7 +126,7 @@ def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, w
     assert hooks(live) == before and len(before) > 10
 
 
-def test_the_loop_is_the_loop(tmp_path: Path) -> None:
+def test_the_loop_matches_single_backward_passes(tmp_path: Path) -> None:
     live = built(tmp_path / "m", "llama", "lora", LM)
     with samples.looped(live, list(live.parameters), LM) as grads:
         assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
@@ -138,20 +138,23 @@ def test_a_part_of_the_tensors(tmp_path: Path) -> None:
     names = [n for n in live.parameters if n.endswith(".lora_B")]
     for n, p in live.parameters.items():
         p.requires_grad_(n in names)
-    with samples.way_of(live, names, LM)(live, names, LM) as grads:
+    with samples.find_way(live, names, LM)(live, names, LM) as grads:
         got = grads(rows(LM))
     assert list(got) == names and apart(got, {n: one_by_one(live, rows(LM), LM)[n] for n in names}) <= 1e-6
 
 
-def test_a_sum_where_single_gradients_should_be_is_refused(tmp_path: Path) -> None:
+def test_a_summed_gradient_is_refused(tmp_path: Path) -> None:
     live = built(tmp_path / "m", "llama", "prompt", LM)
     # the prompt's embedding is looked up once for all rows: Opacus gives (1, tokens, width), whose norm is not any row's
-    with pytest.raises(ModelError, match="not one a row: 4 rows, 1 gradients"), samples.hooked(live, ["prompt"], LM) as grads:
+    with (
+        pytest.raises(ModelError, match="one gradient per row: 4 rows, 1 gradients"),
+        samples.hooked(live, ["prompt"], LM) as grads,
+    ):
         grads(rows(LM))
 
 
 @pytest.mark.parametrize("wrong", ["scaled", "shared"])
-def test_a_way_that_is_wrong_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_an_incorrect_method_is_not_selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     live, right = built(tmp_path / "m", "llama", "lora", LM), GradSampleModule.capture_backprops_hook
 
     def damaged(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,13 +164,13 @@ def test_a_way_that_is_wrong_is_not_taken(tmp_path: Path, monkeypatch: pytest.Mo
             p.grad_sample = p.grad_sample * 1.01 if wrong == "scaled" else mean
 
     monkeypatch.setattr(GradSampleModule, "capture_backprops_hook", damaged)
-    assert samples.way_of(live, list(live.parameters), LM) is samples.mapped
+    assert samples.find_way(live, list(live.parameters), LM) is samples.mapped
 
 
-def test_choosing_draws_nothing_and_changes_nothing(tmp_path: Path) -> None:
+def test_selecting_a_method_has_no_side_effects(tmp_path: Path) -> None:
     live = built(tmp_path / "m", "llama", "lora", LM, dropout=0.5)
     before, state = {n: p.detach().clone() for n, p in live.parameters.items()}, torch.random.get_rng_state()
-    assert samples.way_of(live, list(live.parameters), LM) is samples.hooked
+    assert samples.find_way(live, list(live.parameters), LM) is samples.hooked
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(before[n], p) for n, p in live.parameters.items())
     assert {m.p for m in live.model.modules() if isinstance(m, torch.nn.Dropout)} >= {0.5}
@@ -181,7 +184,7 @@ def test_dropout_differs_from_row_to_row(tmp_path: Path) -> None:
     assert not torch.allclose(got[0], got[1])
 
 
-def test_a_prompt_over_a_quantized_backbone_takes_one_pass_a_row(tmp_path: Path) -> None:
+def test_a_prompt_on_a_quantized_backbone_uses_the_loop(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     live = built(tmp_path / "m", "llama", "prompt", LM)
     for layer in live.backbone.model.model.layers:
@@ -191,7 +194,7 @@ def test_a_prompt_over_a_quantized_backbone_takes_one_pass_a_row(tmp_path: Path)
         layer.mlp.down_proj.to("cpu")
     live.model.train()
     names = list(live.parameters)
-    assert samples.way_of(live, names, LM) is samples.looped
+    assert samples.find_way(live, names, LM) is samples.looped
     with samples.looped(live, names, LM) as grads:
         assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
 
@@ -203,7 +206,7 @@ def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     live.model.train()
     names, batch = list(live.parameters), rows(LM)
-    assert samples.way_of(live, names, LM) is samples.hooked
+    assert samples.find_way(live, names, LM) is samples.hooked
     with samples.looped(live, names, LM) as grads:
         wanted = grads(batch)
     with samples.hooked(live, names, LM) as grads:
@@ -241,17 +244,17 @@ def test_each_method_over_a_quantized_backbone(
     live, batch = quantized(tmp_path / "m", method, task, precision), rows(task)
     names = list(live.parameters)
     wanted = one_by_one(live, batch, task)
-    with samples.way_of(live, names, task)(live, names, task) as grads:
+    with samples.find_way(live, names, task)(live, names, task) as grads:
         got = grads(batch)
     assert apart(got, wanted) <= 1e-5
 
 
-def test_where_int8_looks_at_the_whole_batch_each_row_has_a_pass_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_is_used_if_int8_depends_on_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = pytest.importorskip("bitsandbytes").autograd._functions
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     live = quantized(tmp_path / "m", "lora", LM, "int8")
     names = list(live.parameters)
-    assert samples.way_of(live, names, LM) is samples.hooked  # on a CPU rows do not meet
+    assert samples.find_way(live, names, LM) is samples.hooked  # on a CPU rows do not meet
     layer = next(m for n, m in live.model.named_modules() if n.endswith("down_proj.base_layer"))
     given = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
     given[0, 5] = 20.0  # an outlier of the first row, beyond bitsandbytes' threshold of 6
@@ -263,8 +266,8 @@ def test_where_int8_looks_at_the_whole_batch_each_row_has_a_pass_of_its_own(tmp_
     samples._chosen.clear()
     object.__setattr__(live.backbone, "device", torch.device("cuda"))
     assert samples._mixes_rows(live)
-    monkeypatch.setattr(samples, "_right", lambda *args: True)
-    assert samples.way_of(live, names, LM) is samples.looped
+    monkeypatch.setattr(samples, "_is_correct", lambda *args: True)
+    assert samples.find_way(live, names, LM) is samples.looped
 
 
 def test_a_tensor_that_a_row_does_not_use_has_a_gradient_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:

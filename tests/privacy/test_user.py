@@ -58,13 +58,13 @@ def test_one_client_moves_the_sum_by_at_most_c(gone: int, clip: float) -> None:
     assert 4 * norm(moved(with_, without)) <= clip * (1 + 1e-3) + 1e-5
 
 
-def test_who_stays_away_counts_as_no_change() -> None:
+def test_an_absent_client_counts_as_zero_change() -> None:
     out, _ = mean([plus({n: torch.full(s, 4.0) for n, s in SHAPES.items()})], cohort=4).close()
     for n in SHAPES:
         torch.testing.assert_close(out[n].float(), BEFORE[n] + 1.0)  # 4 / m, not 4 / 1
 
 
-def test_the_servers_noise_is_as_wide_as_it_says() -> None:
+def test_the_servers_noise_has_the_stated_deviation() -> None:
     zeros = {"w": torch.zeros(400, 300)}
     made = PrivateMean(zeros, clip=0.5, noise=2.0, cohort=4, source=Seeded(3))
     for _ in range(4):
@@ -73,7 +73,7 @@ def test_the_servers_noise_is_as_wide_as_it_says() -> None:
     assert float(out["w"].std()) == pytest.approx(2.0 * 0.5 / 4, rel=0.01)
 
 
-def test_the_clients_noise_is_as_wide_as_it_says_and_comes_after_the_clip() -> None:
+def test_the_clients_noise_has_the_stated_deviation_after_clipping() -> None:
     zeros = {"w": torch.zeros(400, 300)}
     out = noised({"w": torch.full((400, 300), 9.0)}, zeros, clip=0.5, noise=2.0, source=Seeded(3))
     assert float(out["w"].std()) == pytest.approx(1.0, rel=0.01)
@@ -93,7 +93,7 @@ def test_the_tracker_reaches_the_median(start: float, noise: float) -> None:
     assert sum(seen[-50:]) / 50 == pytest.approx(1.06, rel=0.1)
 
 
-def test_counting_the_clipped_ones_runs_away() -> None:
+def test_counting_clipped_updates_instead_diverges() -> None:
     # the sign that Flower has: C falls where it should rise
     sizes, clip, tracker = [1.0] * 10, 0.1, Tracker(noise=0.0)
     for _ in range(60):
@@ -109,7 +109,7 @@ def test_a_round_of_adaptive_clipping_by_hand() -> None:
     assert (made.came, made.under) == (4, 3) and made.close()[1] == pytest.approx(2 * math.exp(-0.05))
 
 
-def test_the_noise_belongs_to_the_old_clip_and_both_together_cost_z() -> None:
+def test_the_round_s_noise_uses_the_old_clip_norm() -> None:
     zeros, cohort, z = {"w": torch.zeros(400, 300)}, 40, 1.0
     tracker = Tracker(noise=0.05)  # σ_b = 2
     made = PrivateMean(zeros, clip=0.5, noise=z, cohort=cohort, source=Seeded(3), tracker=tracker)
@@ -117,28 +117,28 @@ def test_the_noise_belongs_to_the_old_clip_and_both_together_cost_z() -> None:
         made.add(zeros)
     out, after = made.close()
     left = (1.0 - 1 / 16) ** -0.5  # (z⁻² − (2 · 2)⁻²)^−½
-    assert tracker.left(z, cohort) == pytest.approx(left)
+    assert tracker.tensor_noise(z, cohort) == pytest.approx(left)
     assert after < 0.5 and float(out["w"].std()) * cohort == pytest.approx(left * 0.5, rel=0.01)
 
 
-def test_tensors_and_bits_together_cost_what_z_alone_would() -> None:
+def test_tensors_and_bits_together_cost_as_much_as_z() -> None:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
     # the bits' noise σ_b = .05 · 40 on a sum that one client moves by ½: a multiplier of 4
     both, alone = RdpAccountant(), RdpAccountant()
-    both.compose(dp_accounting.GaussianDpEvent(Tracker(noise=0.05).left(1.0, 40)), 50)
+    both.compose(dp_accounting.GaussianDpEvent(Tracker(noise=0.05).tensor_noise(1.0, 40)), 50)
     both.compose(dp_accounting.GaussianDpEvent(0.05 * 40 / 0.5), 50)
     alone.compose(dp_accounting.GaussianDpEvent(1.0), 50)
     assert both.get_epsilon(1e-5) == pytest.approx(alone.get_epsilon(1e-5), rel=1e-6)
 
 
-def test_bits_that_cost_more_than_all_are_refused() -> None:
+def test_too_little_noise_on_the_bits_is_refused() -> None:
     with pytest.raises(ConfigError, match="raise privacy.bit_noise or clients_per_round"):
-        Tracker(noise=0.05).left(2.0, 10)
+        Tracker(noise=0.05).tensor_noise(2.0, 10)
 
 
-def test_weighing_by_rows_or_dividing_by_who_came_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_detect_weights_by_rows_or_a_wrong_divisor(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = [plus(tensors(k, 9.0)) for k in (1, 2, 3, 4)]
 
     def apart(cohort_of: Any) -> float:

@@ -1,4 +1,4 @@
-"""A client that does not answer costs its round the whole deadline: it is asked less and less often, and it is said."""
+"""A client that does not answer holds up its round until the deadline: it is paused for longer each time, with a note."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from flwr.app import Message
 
 from fedtune.config import Config
 from fedtune.rounds.membership import Client
-from fedtune.rounds.silence import LONGEST, miss, resting
+from fedtune.rounds.silence import LONGEST_PAUSE, paused_clients, record_miss
 from fedtune.simulations.engines.grid import InProcessGrid
 from tests.fakes import bridge, fake_client_app
 
@@ -17,7 +17,7 @@ CLIENTS = {"a": 1, "b": 3}
 
 
 class Deaf(InProcessGrid):
-    """Node 2 answers what it was asked in round r to train once the newest round is `when(r)`, and nothing before that."""
+    """Node 2 answers the train message of round r only once the newest round is `when(r)`."""
 
     when: Callable[[int], float] = staticmethod(lambda round: float("inf"))
     newest = 0
@@ -40,47 +40,47 @@ class Deaf(InProcessGrid):
 
 def run(path: Path, rounds: int, when: Callable[[int], float] | None = None) -> tuple[Deaf, Any]:
     app = fake_client_app(CLIENTS)
-    made, ear = bridge(path, app, 2, Config(rounds=rounds, clients_per_round=10, round_timeout_s=0.05))
+    made, observer = bridge(path, app, 2, Config(rounds=rounds, clients_per_round=10, round_timeout_s=0.05))
     grid = Deaf(app, 2)
     if when:
         grid.when = when  # type: ignore[method-assign]
     dataclasses.replace(made, grid=grid).loop()
-    return grid, ear
+    return grid, observer
 
 
 def trained(grid: Deaf) -> list[int]:
     return [round for kind, round in grid.asked if kind == "train"]
 
 
-def test_a_client_that_hangs_costs_one_deadline_and_is_named(tmp_path: Path) -> None:
-    grid, ear = run(tmp_path / "r", 8)
+def test_a_client_that_hangs_costs_one_deadline_and_is_reported(tmp_path: Path) -> None:
+    grid, observer = run(tmp_path / "r", 8)
     assert trained(grid) == [1]
-    assert [round for kind, round in grid.asked if kind == "evaluate"] == [0]  # nor is it asked to evaluate while it is at its turn
-    assert [r["cohort"] for r in ear.records[1:]] == [2, 1, 1, 1, 1, 1, 1, 1]
-    # by hand: it sits out 1 round, then 2, then 4: looked for in rounds 3, 5 and 9
-    assert [n for n in ear.notes if "did not answer" in n] == [
-        "client b did not answer in round 1: it is not asked before round 3",
-        "client b did not answer in round 2: it is not asked before round 5",
-        "client b did not answer in round 4: it is not asked before round 9",
+    assert [round for kind, round in grid.asked if kind == "evaluate"] == [0]  # it gets no evaluation either while its turn is unanswered
+    assert [r["cohort"] for r in observer.records[1:]] == [2, 1, 1, 1, 1, 1, 1, 1]
+    # by hand: pauses of 1, 2 and 4 rounds; the server looks for its reply in rounds 3, 5 and 9
+    assert [n for n in observer.notes if "did not answer" in n] == [
+        "client b did not answer in round 1: it is paused until round 3",
+        "client b did not answer in round 2: it is paused until round 5",
+        "client b did not answer in round 4: it is paused until round 9",
     ]
 
 
-def test_a_client_that_is_always_late_is_asked_less_and_less_often(tmp_path: Path) -> None:
+def test_a_client_that_is_always_late_has_growing_pauses(tmp_path: Path) -> None:
     grid, _ = run(tmp_path / "r", 12, when=lambda round: round + 1)
     assert trained(grid) == [1, 3, 6, 11]  # 1, 2 and 4 rounds in between
 
 
-def test_a_client_that_was_late_once_is_asked_as_before(tmp_path: Path) -> None:
+def test_a_client_that_was_late_once_is_asked_again_every_round(tmp_path: Path) -> None:
     grid, _ = run(tmp_path / "r", 6, when=lambda round: 2 if round == 1 else 0)
     assert trained(grid) == [1, 3, 4, 5, 6]
 
 
-def test_no_pause_is_longer_than_the_longest(tmp_path: Path) -> None:
+def test_pauses_have_an_upper_limit(tmp_path: Path) -> None:
     client = Client(node=1, device_class="", examples=1, held=(), remembers=True)
     pauses = []
     for round in range(1, 10):
-        miss("a", client, round, "x", lambda _: None)
-        pauses.append(client.back - round - 1)
-    assert pauses == [1, 2, 4, 8, LONGEST, LONGEST, LONGEST, LONGEST, LONGEST]
+        record_miss("a", client, round, "x", lambda _: None)
+        pauses.append(client.paused_until - round - 1)
+    assert pauses == [1, 2, 4, 8, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
     grid = Deaf(fake_client_app(CLIENTS), 2)
-    assert resting(grid, {"a": client}, client.back - 1, lambda _: None) == {"a"}
+    assert paused_clients(grid, {"a": client}, client.paused_until - 1, lambda _: None) == {"a"}

@@ -1,4 +1,4 @@
-"""A newcomer's weights are those of a client that was always there, for fewer bytes; a message's size is told before its tensors go."""
+"""Snapshots give a new client the same weights for fewer bytes; offers announce a message's size before its tensors are sent."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from fedtune.clients.loaded_model import Body
 from fedtune.config import EvalConfig
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Plan
-from fedtune.contracts.wire import OFFER, Envelopes, read_letter, read_offer
+from fedtune.contracts.wire import OFFER, MessageWriter, read_message, read_offer
 from fedtune.errors import Decline, ModelError, PlanError
 from fedtune.models.shift import FrozenWeights
 from fedtune.rounds.planning import base_plan
@@ -72,7 +72,7 @@ def outputs(layers: nn.ModuleDict, dtype: torch.dtype) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "conv", "quantised"])
 @pytest.mark.parametrize("held", range(7))
-def test_weights_do_not_depend_on_how_they_were_caught_up(kind: str, held: int) -> None:
+def test_weights_are_the_same_with_shifts_and_with_a_snapshot(kind: str, held: int) -> None:
     one_by_one, late = model(kind), model(kind)
     always, came = FrozenWeights(one_by_one), FrozenWeights(late)
     snapshots = Snapshots()
@@ -81,11 +81,11 @@ def test_weights_do_not_depend_on_how_they_were_caught_up(kind: str, held: int) 
         snapshots.of(SHIFTS[:i])  # from round to round, as the server does
     for one in SHIFTS[:held]:
         came.add(one)
-    content = Envelopes(8, SHIFTS, snapshot=snapshots.of(SHIFTS)).write(lora_state(), held=came.versions)
-    letter = read_letter(content)
-    came.add(*letter.shifts, snapshot=letter.snapshot)
-    if held < 6:  # who lacks one round gets that round: its 22 numbers are fewer than the 30 of q
-        assert letter.snapshot is not None and set(letter.snapshot.tensors) == {"q.weight"}
+    content = MessageWriter(8, SHIFTS, snapshot=snapshots.of(SHIFTS)).write(lora_state(), held=came.versions)
+    received = read_message(content)
+    came.add(*received.shifts, snapshot=received.snapshot)
+    if held < 6:  # a client that lacks one round gets that round's shift: its 22 numbers are fewer than the 30 of q
+        assert received.snapshot is not None and set(received.snapshot.tensors) == {"q.weight"}
     assert came.versions == always.versions == tuple(range(1, 8))
     dtype = torch.bfloat16 if kind == "quantised" else late["q"].weight.dtype  # type: ignore[union-attr]
     wanted, got = outputs(one_by_one, dtype), outputs(late, dtype)  # type: ignore[arg-type]
@@ -99,20 +99,20 @@ def test_weights_do_not_depend_on_how_they_were_caught_up(kind: str, held: int) 
 
 
 def sizes(held: tuple[int, ...], shifts: list[AdapterState]) -> dict[str, int]:
-    content = Envelopes(9, shifts, snapshot=Snapshots().of(shifts)).write(lora_state(), held=held)
-    letter = read_letter(content)
-    return {"snapshot": letter.snapshot.nbytes if letter.snapshot else 0, **{f"{s.spec.version}": s.nbytes for s in letter.shifts}}
+    content = MessageWriter(9, shifts, snapshot=Snapshots().of(shifts)).write(lora_state(), held=held)
+    received = read_message(content)
+    return {"snapshot": received.snapshot.nbytes if received.snapshot else 0, **{f"{s.spec.version}": s.nbytes for s in received.shifts}}
 
 
-def test_a_newcomer_gets_no_more_than_the_weights_themselves() -> None:
+def test_a_new_client_gets_at_most_the_size_of_the_weights() -> None:
     many = [shift(v) for v in range(1, 61)]
     assert sizes((), many) == {"snapshot": 4 * (30 + 1200), **{str(v): 0 for v in range(1, 61)}}  # 60 shifts are 44,160 bytes
     assert sizes(tuple(range(1, 60)), many) == {"snapshot": 0, "60": 4 * (2 * 11 + 2 * 70)}  # one that lacks a round gets the round
-    assert sizes((1, 2, 99), many) == sizes((), many)  # weights of another past go back to W0
+    assert sizes((1, 2, 99), many) == sizes((), many)  # weights with unknown shifts are reset to W0
     assert sizes((), many[:1]) == {"snapshot": 0, "1": 4 * 162} and sizes(tuple(range(1, 61)), many) == {"snapshot": 0}
 
 
-def test_a_run_that_goes_back_sums_anew() -> None:
+def test_a_run_resumed_from_an_older_round_rebuilds_the_sum() -> None:
     snapshots = Snapshots()
     snapshots.of(SHIFTS)
     again = snapshots.of(SHIFTS[:3])
@@ -138,32 +138,32 @@ def test_a_snapshot_that_does_not_fit_changes_nothing() -> None:
 PLAN = Plan(round=8, client="c", base_version=7)
 
 
-def test_an_offer_says_what_will_come_and_brings_no_tensor() -> None:
-    envelopes = Envelopes(8, SHIFTS)
-    content = envelopes.write(lora_state(), held=(1, 2), plan=PLAN)
-    offer = envelopes.offer(content, lora_state(), (1, 2))
+def test_an_offer_announces_the_message_and_has_no_tensors() -> None:
+    writer = MessageWriter(8, SHIFTS)
+    content = writer.write(lora_state(), held=(1, 2), plan=PLAN)
+    offer = writer.offer(content, lora_state(), (1, 2))
     assert offer is not None and not offer.array_records
-    letter, nbytes = read_offer(offer)
-    whole = read_letter(content)
+    received, nbytes = read_offer(offer)
+    whole = read_message(content)
     assert nbytes == whole.nbytes == lora_state().nbytes + 5 * 4 * 162
-    assert (letter.plan, letter.round, letter.adapter.spec) == (PLAN, 8, whole.adapter.spec)
-    assert {n: t.shape for n, t in letter.adapter.tensors.items()} == {n: t.shape for n, t in whole.adapter.tensors.items()}
-    assert envelopes.offer(content, lora_state(), tuple(range(1, 8))) is None  # nothing but the adapter: it goes at once
+    assert (received.plan, received.round, received.adapter.spec) == (PLAN, 8, whole.adapter.spec)
+    assert {n: t.shape for n, t in received.adapter.tensors.items()} == {n: t.shape for n, t in whole.adapter.tensors.items()}
+    assert writer.offer(content, lora_state(), tuple(range(1, 8))) is None  # the adapter alone needs no offer
 
 
 @pytest.mark.parametrize(
-    "said", ["[]", "{}", '{"bytes": -1, "shapes": {}}', '{"bytes": Infinity, "shapes": {}}', '{"bytes": 1, "shapes": {"a": [-2]}}']
+    "text", ["[]", "{}", '{"bytes": -1, "shapes": {}}', '{"bytes": Infinity, "shapes": {}}', '{"bytes": 1, "shapes": {"a": [-2]}}']
 )
-def test_what_is_no_offer_is_refused_by_name(said: str) -> None:
-    envelopes = Envelopes(8, SHIFTS)
-    offer = envelopes.offer(envelopes.write(lora_state(), held=(), plan=PLAN), lora_state(), ())
+def test_an_invalid_offer_is_refused(text: str) -> None:
+    writer = MessageWriter(8, SHIFTS)
+    offer = writer.offer(writer.write(lora_state(), held=(), plan=PLAN), lora_state(), ())
     assert offer is not None
-    offer["offer"] = ConfigRecord({"json": said})
+    offer["offer"] = ConfigRecord({"json": text})
     with pytest.raises(PlanError, match="the server's offer cannot be read"):
         read_offer(offer)
 
 
-def test_who_declines_an_offer_is_sent_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_declines_an_offer_gets_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str, int, set[str]]] = []
     push = InProcessGrid.push_messages
     small = "c1"
@@ -178,31 +178,31 @@ def test_who_declines_an_offer_is_sent_no_tensor(tmp_path: Path, monkeypatch: py
 
     def weighed(message: Message, context: Any) -> Message:
         if message.metadata.message_type == OFFER and context.node_config["partition-id"] == 1:
-            said = ConfigRecord({"kind": "deadline", "why": "too large"})
-            return Message(RecordDict({"declined": said}), reply_to=message)
+            declined = ConfigRecord({"kind": "deadline", "why": "too large"})
+            return Message(RecordDict({"declined": declined}), reply_to=message)
         return answer(message, context)
 
     monkeypatch.setattr(InProcessGrid, "push_messages", listen)
     quiet = config(rounds=3, clients_per_round=3, min_clients=2, eval=EvalConfig(clients=0))
-    made, ear = bridge(tmp_path / "r", app, 3, quiet, strategy=FLoRA())
+    made, observer = bridge(tmp_path / "r", app, 3, quiet, strategy=FLoRA())
     monkeypatch.setattr(made.grid, "_app", weighed)
     state = made.loop()
     assert [s.spec.version for s in state.shifts] == [1, 2, 3]
     turns = [(node, names) for kind, node, names in sent if kind == "train"]
-    assert [node for node, _ in turns] == [1, 2, 3, 1, 3, 1, 3]  # in round 1 there is nothing to offer
+    assert [node for node, _ in turns] == [1, 2, 3, 1, 3, 1, 3]  # round 1 has no shifts and no offers
     assert all(names <= {"adapter"} for kind, _, names in sent if kind == OFFER) and {n for k, n, _ in sent if k == OFFER} == {1, 2, 3}
-    declined = [r for r in ear.clients if r["client"] == small and r["round"] > 1]
+    declined = [r for r in observer.clients if r["client"] == small and r["round"] > 1]
     assert [r["dropped"] for r in declined] == ["deadline: too large"] * 2
-    others = [r for r in ear.clients if r["client"] != small and r["round"] > 1]
+    others = [r for r in observer.clients if r["client"] != small and r["round"] > 1]
     assert len(declined) == 2 and len(others) == 4
     assert max(r["bytes_down"] for r in declined) < min(r["bytes_down"] for r in others)
 
 
 class Space:
-    """As much of a host as an offer is read with; its devices accept up to `most` bytes."""
+    """A host with just what reading an offer needs; its devices accept up to `max_bytes` bytes."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.ledgers, self.floor, self.client_ids = most, None, None, ["c"]
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.ledgers, self.floor, self.client_ids = max_bytes, None, None, ["c"]
         self.config, self.asked = config(), list[int]()
         self.devices = self.space = self.storage = self
 
@@ -215,23 +215,23 @@ class Space:
     def examples(self, client: str, part: str) -> list[int]:
         return [1, 2, 3]
 
-    def complete(self, client: str, letter: Any) -> AdapterState:
-        return letter.adapter
+    def complete(self, client: str, received: Any) -> AdapterState:
+        return received.adapter
 
     def fit(self, plan: Plan, start: AdapterState, nbytes: int) -> None:
         self.asked.append(nbytes)
-        if nbytes > self.most:
+        if nbytes > self.max_bytes:
             raise Decline("deadline", "too much")
 
 
-def test_a_device_judges_by_the_announced_size() -> None:
+def test_a_device_decides_by_the_announced_size() -> None:
     plan = base_plan(config(), 8, "c", 7)
-    envelopes = Envelopes(8, SHIFTS)
-    offer = envelopes.offer(envelopes.write(lora_state(), held=(), plan=plan), lora_state(), ())
+    writer = MessageWriter(8, SHIFTS)
+    offer = writer.offer(writer.write(lora_state(), held=(), plan=plan), lora_state(), ())
     assert offer is not None
     message = Message(offer, 1, OFFER)
     context: Any = type("Context", (), {"node_config": {"partition-id": 0}})()
-    both_ways = 2 * lora_state().nbytes + 7 * 4 * 162  # the adapter comes and goes, the shifts come
+    both_ways = 2 * lora_state().nbytes + 7 * 4 * 162  # the adapter both ways, the shifts down
     fits, small = Space(both_ways), Space(both_ways - 1)
     weigh(fits, message, context)  # type: ignore[arg-type]
     assert fits.asked == [both_ways]
@@ -245,8 +245,8 @@ def test_a_device_judges_by_the_announced_size() -> None:
 )
 def test_a_turn_that_a_client_cannot_take_is_refused_before_tensors_are_sent(turn: str, params: dict[str, float], sentence: str) -> None:
     plan = dataclasses.replace(base_plan(config(), 8, "c", 7), turn=turn, params=params)
-    envelopes, context = Envelopes(8, SHIFTS), type("Context", (), {"node_config": {"partition-id": 0}})()
-    offer = envelopes.offer(envelopes.write(lora_state(), held=(), plan=plan), lora_state(), ())
+    writer, context = MessageWriter(8, SHIFTS), type("Context", (), {"node_config": {"partition-id": 0}})()
+    offer = writer.offer(writer.write(lora_state(), held=(), plan=plan), lora_state(), ())
     assert offer is not None
     with pytest.raises(PlanError, match=sentence):
         weigh(Space(10**9), Message(offer, 1, OFFER), context)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(Config(output_dir=str(tmp_path), keep_checkpoints=2))
 
 
-def test_what_was_saved_comes_back(run: RunDirectory) -> None:
+def test_a_saved_checkpoint_is_read_back(run: RunDirectory) -> None:
     assert run.newest() == (None, [])
     for r in range(4):
         run.save(checkpoint(r))
@@ -52,10 +52,10 @@ def test_only_rounds_change_on_resume(run: RunDirectory) -> None:
     assert RunDirectory.open(run.path, rounds=99).config.rounds == 99 and read_config(run.path).rounds == 99
 
 
-def test_fewer_rounds_than_are_done_change_nothing_so_that_they_can_be_left_out(run: RunDirectory) -> None:
+def test_fewer_rounds_than_done_are_refused_and_change_nothing(run: RunDirectory) -> None:
     run.save(checkpoint(3))
     run.close()
-    with pytest.raises(ConfigError, match="rounds=2 is less than the 3 rounds that .* has done: leave it out or ask for more"):
+    with pytest.raises(ConfigError, match="rounds=2 is less than the 3 rounds that .* has done: leave it out or raise it"):
         RunDirectory.open(run.path, rounds=2)
     assert read_config(run.path).rounds == run.config.rounds
     RunDirectory.open(run.path, rounds=3).close()
@@ -63,7 +63,7 @@ def test_fewer_rounds_than_are_done_change_nothing_so_that_they_can_be_left_out(
 
 @pytest.mark.parametrize("victim", ["adapter.safetensors", "memory.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(run: RunDirectory, victim: str, harm: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_reported(run: RunDirectory, victim: str, harm: str) -> None:
     for r in (1, 2):
         run.save(checkpoint(r))
     path = run.path / "checkpoints" / "round-0002" / victim
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(run: RunDirectory, victim: 
     assert run.newest()[0].round == 2  # type: ignore[union-attr]
 
 
-def test_a_half_written_checkpoint_is_not_one(run: RunDirectory) -> None:
+def test_a_partly_written_checkpoint_is_ignored(run: RunDirectory) -> None:
     run.save(checkpoint(1))
     beside = run.path / "checkpoints" / ".round-0002.tmp"
     beside.mkdir()
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_format_is_refused(run: RunDirectory) -> None:
     run.save(checkpoint(1))
     path = run.path / "checkpoints" / "round-0001" / "checkpoint.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    assert "format 99, this fedtune reads 2" in run.newest()[1][0]
+    assert "format 99, but this version reads 2" in run.newest()[1][0]
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str 
         RunDirectory.open(tmp_path)
 
 
-def test_no_run_there(tmp_path: Path) -> None:
+def test_a_missing_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no run directory"):
         RunDirectory.open(tmp_path / "nothing")
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot make the run directory"):
+    with pytest.raises(RunError, match="cannot create the run directory"):
         RunDirectory.create(Config(output_dir=str(tmp_path / "file")))

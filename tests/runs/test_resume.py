@@ -57,7 +57,7 @@ def metric_lines(path: Path) -> list[tuple[int, str | None]]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_points_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_points_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, rounds=_ROUNDS, eval=EvalConfig(where="door", clients=2))
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     began = time.monotonic()
@@ -89,7 +89,7 @@ def metric_lines_tolerant(path: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_resuming_with_more_rounds_goes_on_and_writes_in_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_with_more_rounds_continues_in_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fedtune.experiment import simulate
 
     config = tiny_config(tmp_path, rounds=1)

@@ -86,21 +86,21 @@ def test_a_running_server(tmp_path: Path) -> None:
     assert max(map(len, wide.splitlines())) > 80 >= max(map(len, narrow.splitlines())) and set(wide.split()) == set(narrow.split())
 
 
-def test_a_server_that_died_says_how_to_go_on(tmp_path: Path) -> None:
+def test_the_status_of_a_dead_server_says_how_to_continue(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     run = a_run(tmp_path, server={**SERVER, "pid": gone.pid})
     status = read_status(run)
     assert status["state"] == "stopped"
-    assert f"is stopped: 2 of 5 rounds are kept; go on with fedtune-server --run {run}" in show(status, now=NOW)
+    assert f"is stopped after 2 of 5 rounds: continue with fedtune-server --run {run}" in show(status, now=NOW)
 
 
-def test_a_process_id_that_another_process_has_now_is_not_the_server(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_not_the_server(tmp_path: Path) -> None:
     run = a_run(tmp_path, server={**SERVER, "pid": os.getpid()})
     old = (run / "server.json").stat().st_mtime - FRESH_S - 5
     os.utime(run / "server.json", (old, old))
     status = read_status(run)
-    assert status["state"] == "silent" and "has said nothing for" in show(status)
+    assert status["state"] == "silent" and "has not reported for" in show(status)
 
 
 def test_a_simulated_run(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_before_the_first_round_and_after_a_damaged_checkpoint(tmp_path: Path) -
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.yaml").write_text("rounds: 5\n")
-    assert "no client has been there yet" in show(read_status(empty))
+    assert "no client has connected yet" in show(read_status(empty))
 
 
-def test_refusals_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path, server=SERVER)
     (run / "server.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"server.json cannot be read"):
@@ -164,7 +164,7 @@ def control() -> Iterator[str]:
         thread.join()
 
 
-def test_a_server_is_asked_on_its_private_port(tmp_path: Path, control: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_from_a_server_s_private_port(tmp_path: Path, control: str, capsys: pytest.CaptureFixture[str]) -> None:
     Answers.body = b""
     assert main(["status", "--control", control]) == 2
     assert "answers 404" in capsys.readouterr().err

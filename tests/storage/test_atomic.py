@@ -37,7 +37,7 @@ WRITERS: dict[str, tuple[Callable[[Path], None], str | list[str]]] = {
 
 @pytest.mark.parametrize("stop", [Killed, OSError], ids=["killed", "disk full"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_it_is_whole_wherever_the_writing_stops(tmp_path: Path, name: str, stop: type[BaseException]) -> None:
+def test_a_write_is_complete_or_absent_after_any_stop(tmp_path: Path, name: str, stop: type[BaseException]) -> None:
     write, wanted = WRITERS[name]
     operations = 0
     while True:
@@ -61,7 +61,7 @@ def test_it_is_whole_wherever_the_writing_stops(tmp_path: Path, name: str, stop:
 
 
 @pytest.mark.parametrize("made", [new_file, new_folder])
-def test_an_exception_leaves_what_was_there(tmp_path: Path, made: Callable[[Path], object]) -> None:
+def test_an_exception_leaves_the_old_content(tmp_path: Path, made: Callable[[Path], object]) -> None:
     place = tmp_path / "place"
     with pytest.raises(KeyError), made(place) as beside:  # pyright: ignore
         assert beside.parent == tmp_path and beside.name == ".place.tmp"
@@ -69,7 +69,7 @@ def test_an_exception_leaves_what_was_there(tmp_path: Path, made: Callable[[Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_something_is_replaced_only_where_that_is_asked(tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_replaced_only_with_replace(tmp_path: Path) -> None:
     by_new_folder(tmp_path / "place")
     (tmp_path / "place" / "c").write_text("old")
     with pytest.raises(OSError), new_folder(tmp_path / "place"):  # noqa: PT011  the system's own sentence
@@ -79,7 +79,7 @@ def test_a_folder_that_holds_something_is_replaced_only_where_that_is_asked(tmp_
     assert content(tmp_path / "place") == ["new", "new"]
 
 
-def test_a_mode_is_the_files_own_from_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mode_applies_from_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     real = os.fchmod
     monkeypatch.setattr(os, "fchmod", lambda handle, mode: (seen.append(stat.S_IMODE(os.fstat(handle).st_mode)), real(handle, mode)))
@@ -93,6 +93,6 @@ def test_a_mode_is_the_files_own_from_the_first_byte(tmp_path: Path, monkeypatch
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("secret", "open")] == [0o600, 0o644]
 
 
-def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_written_as_a_question_mark(tmp_path: Path) -> None:
     write_text(tmp_path / "answers", "a\ud83d")
     assert (tmp_path / "answers").read_bytes() == b"a?"

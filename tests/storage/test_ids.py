@@ -18,16 +18,16 @@ from tests.tiny import texts, tiny_config
 
 LONG = "Администрация городского округа, " * 6  # 198 characters, of which each takes seven in a file's name
 FLAWS = {
-    "x" * 201: "has 201 characters, at most 200 are allowed",
-    "a\tb": r"holds a character that cannot be printed \(U\+0009\)",
-    "a\u00a0b": r"holds a character that cannot be printed \(U\+00A0\)",
-    "a\u200bb": r"holds a character that cannot be printed \(U\+200B\)",
-    "a\nb": r"holds a character that cannot be printed \(U\+000A\)",
+    "x" * 201: "has 201 characters, more than the limit of 200",
+    "a\tb": r"has an unprintable character \(U\+0009\)",
+    "a\u00a0b": r"has an unprintable character \(U\+00A0\)",
+    "a\u200bb": r"has an unprintable character \(U\+200B\)",
+    "a\nb": r"has an unprintable character \(U\+000A\)",
 }
 
 
 @pytest.mark.parametrize("client", FLAWS, ids=ascii)
-def test_it_is_refused_by_name_when_rows_are_dealt(tmp_path: Path, client: str) -> None:
+def test_an_invalid_id_is_refused_in_the_partition(tmp_path: Path, client: str) -> None:
     rows = [{"text": "a b", "client": "good"}, {"text": "c d", "client": client}, {"text": "e f", "client": client}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = {"data": {"source": "local", "path": str(tmp_path), "test_fraction": 0.0}, "task": {"kind": "causal_lm"}}
@@ -37,15 +37,15 @@ def test_it_is_refused_by_name_when_rows_are_dealt(tmp_path: Path, client: str) 
     load_federation(from_dict(config | {"partition": {"kind": "iid", "clients": 2}}))  # where nobody is called so
 
 
-def test_it_is_refused_where_the_config_gives_it() -> None:
-    with pytest.raises(ConfigError, match=r"data\.client='a b' holds a character that cannot be printed \(U\+0009\): give the client"):
+def test_an_invalid_id_is_refused_in_the_config() -> None:
+    with pytest.raises(ConfigError, match=r"data\.client='a b' has an unprintable character \(U\+0009\): give the client"):
         from_dict({"data": {"client": "a\tb"}})
     for name in ("x" * 65, "a\tb"):
-        with pytest.raises(ConfigError, match="the name of the device class '.*' is unfit for tables: take at most 64 printable"):
+        with pytest.raises(ConfigError, match="the name of the device class '.*' is too long or not printable: use at most 64 printable"):
             from_dict({"devices": {"classes": {name: {"share": 1.0}}}})
 
 
-def test_blanks_at_its_ends_are_no_part_of_it(tmp_path: Path) -> None:
+def test_blanks_around_an_id_are_stripped(tmp_path: Path) -> None:
     rows = [{"text": "a b", "client": "\u00a0good\t"}, {"text": "c d", "client": "good"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = {"data": {"source": "local", "path": str(tmp_path), "test_fraction": 0.0}, "task": {"kind": "causal_lm"}}
@@ -53,7 +53,7 @@ def test_blanks_at_its_ends_are_no_part_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_any_other_goes_through_a_run_that_keeps_files_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], private: bool) -> None:
+def test_any_other_id_works_in_a_run_with_files_per_client(tmp_path: Path, capsys: pytest.CaptureFixture[str], private: bool) -> None:
     ids = [LONG.strip(), LONG.strip()[:-1], "../x y/ä.b", "😀"]
     rows = [{**row, "client": ids[i % 4]} for i, row in enumerate(texts(32))]
     assert not any(map(flaw, ids))
@@ -71,7 +71,7 @@ def test_any_other_goes_through_a_run_that_keeps_files_for_it(tmp_path: Path, ca
         assert {client_of(store.folder_of(c)) for c in ids} == {(run.resolve(), c) for c in ids}
 
 
-def test_a_run_that_clients_cannot_name_a_folder_after_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_name_that_is_no_folder_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_run_name("run-20260101") and not is_run_name("my run") and not is_run_name("")
     assert fedtune.cli.server.main(["--insecure", "--run", str(tmp_path / "my run")]) == 2
-    assert "which 'my run' is unfit for: name it with letters" in capsys.readouterr().err
+    assert "use the run's name 'my run' as a folder name: use only letters" in capsys.readouterr().err

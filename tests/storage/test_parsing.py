@@ -24,7 +24,7 @@ NANO = Path(str(fedtune.models.__file__)).parent / "nano"
         ("{", "Expecting property name"),
     ],
 )
-def test_json_that_cannot_be_read_is_a_value_error_of_a_few_words(text: str, said: str) -> None:
+def test_invalid_json_is_a_value_error_with_a_short_reason(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as bad:
         parse_json(text)
     assert len(str(bad.value)) < 100
@@ -39,17 +39,17 @@ def test_json_that_cannot_be_read_is_a_value_error_of_a_few_words(text: str, sai
         ("a: \x00", "unacceptable character"),
     ],
 )
-def test_yaml_that_cannot_be_read_is_a_value_error_of_a_few_words(text: str, said: str) -> None:
+def test_invalid_yaml_is_a_value_error_with_a_short_reason(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as bad:
         parse_yaml(text)
     assert len(str(bad.value)) < 200
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to a device"])
-def test_what_is_no_file_is_not_read(tmp_path: Path, kind: str) -> None:
+def test_pipes_devices_and_folders_are_not_read(tmp_path: Path, kind: str) -> None:
     path = no_file(tmp_path / "x", kind)
     for read in (content_of, read_text):
-        with pytest.raises(OSError, match=r"no file|a folder"):
+        with pytest.raises(OSError, match=r"not a file|a folder"):
             read(path)
 
 
@@ -179,5 +179,5 @@ def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     assert "set_int_max_str_digits" not in said
 
 
-def test_the_doors_are_all_tried() -> None:
+def test_all_commands_are_covered() -> None:
     assert sum(len(cases) for cases, _ in DOORS.values()) > 30

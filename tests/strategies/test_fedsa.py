@@ -74,9 +74,9 @@ def test_only_a_travels_and_the_rest_is_kept() -> None:
 
 def test_rounds_over_the_wire(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
-    made, ear = bridge(tmp_path / "run", fake_client_app({"a": 1, "b": 3}), 2, config, strategy=FedSA(), initial=lora_state(fill=0.0))
+    made, observer = bridge(tmp_path / "run", fake_client_app({"a": 1, "b": 3}), 2, config, strategy=FedSA(), initial=lora_state(fill=0.0))
     state = made.loop()
-    assert [r["dropped"] for r in ear.records[1:]] == [{}, {}]
+    assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
     # each client adds its n to what it got: (1*1 + 3*3) / 4 = 2.5 a round; B and head never reach the server
     assert all(bool((state.adapter[n] == 5.0).all()) for n in SHARED) and all(not state.adapter[n].any() for n in OWN)
 

@@ -108,7 +108,7 @@ def test_a_square_module_costs_half_the_bytes() -> None:
 
 def test_rounds_over_the_wire(tmp_path: Path) -> None:
     start = lora_state(fill=0.0).replace({n: t + n.endswith("lora_A") for n, t in lora_state(fill=0.0).tensors.items()})
-    made, ear = bridge(
+    made, observer = bridge(
         tmp_path / "run",
         fake_client_app({"a": 1, "b": 3}),
         2,
@@ -117,7 +117,7 @@ def test_rounds_over_the_wire(tmp_path: Path) -> None:
         initial=start,
     )
     state = made.loop()
-    assert [r["dropped"] for r in ear.records[1:]] == [{}, {}]
+    assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
     # each client adds its n to what it got: (1*1 + 3*3) / 4 = 2.5 a round
     assert all(bool((state.adapter[n] == 5.0).all()) for n in SENT) and bool((state.adapter["q.lora_A"] == 1.0).all())
 

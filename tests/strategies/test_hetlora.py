@@ -165,9 +165,9 @@ def test_without_pruning_nothing_is_remembered() -> None:
 def test_rounds_over_the_wire(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
     pruning = HetLoRA(tail_penalty=1e-3)
-    made, ear = bridge(tmp_path / "run", fake_client_app({"a": 2, "b": 2}), 2, config, strategy=pruning, initial=lora_state(fill=0.0))
+    made, observer = bridge(tmp_path / "run", fake_client_app({"a": 2, "b": 2}), 2, config, strategy=pruning, initial=lora_state(fill=0.0))
     state = made.loop()
-    assert [r["dropped"] for r in ear.records[1:]] == [{}, {}]
+    assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
     assert all(bool((t == 4.0).all()) for t in state.adapter.tensors.values())  # two equal clients add 2 a round
     assert sorted(state.memory) == ["rank/a", "rank/b"]
 

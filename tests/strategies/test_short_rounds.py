@@ -36,10 +36,10 @@ def test_a_short_round_leaves_the_state_and_the_run_goes_on(rule: Strategy, tmp_
     config = Config(rounds=3, clients_per_round=7, min_clients=5)
     rule.check(config)
     clients = fake_client_app(dict.fromkeys(names, 2), away)
-    made, ear = bridge(tmp_path / "run", clients, 7, config, strategy=rule, initial=lora_state(fill=0.0))
+    made, observer = bridge(tmp_path / "run", clients, 7, config, strategy=rule, initial=lora_state(fill=0.0))
     state = made.loop()
     made.run.close()
-    assert [r["counted"] for r in ear.records[1:]] == [7, 1, 7]
-    assert any("round 2 does not count: 1 good updates of min_clients=5" in n for n in ear.notes)
+    assert [r["counted"] for r in observer.records[1:]] == [7, 1, 7]
+    assert any("round 2 does not count: it has 1 good updates, fewer than min_clients=5" in n for n in observer.notes)
     # every client adds 2 in a round that counts
     assert all(bool((t == 4.0).all()) for t in state.adapter.tensors.values())

@@ -72,7 +72,7 @@ def keeps_everything(dense: Tensor, rank: int) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["corrected", "paper"])
-def test_if_nobody_trains_nothing_changes(mode: str) -> None:
+def test_without_training_nothing_changes(mode: str) -> None:
     """Sparse values stay 0, the switch makes B = 0, and LoRA rounds bring back what they were sent."""
     strategy = SLoRA(rounds=20, seed=0, density=0.5, mode=mode)
     state = strategy.start(lora({"q": (2, 3), "v": (4, 3)}, rank=2))

@@ -44,9 +44,12 @@ def test_a_broadcast_that_cannot_be_read(text: str) -> None:
         decode_broadcast(text, adapter(), FIRST)
 
 
-def test_a_broadcast_that_is_not_what_it_says() -> None:
+def test_a_broadcast_that_does_not_match_its_description() -> None:
     sent, said = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
     with pytest.raises(UpdateMismatch, match="array '#q' of the encoded tensors is"):
         decode_broadcast(said.replace("97", "98"), sent, FIRST)
-    with pytest.raises(PlanError, match="^the server sent how 'near' differs from the run's first adapter, which has no such tensor"):
+    with pytest.raises(
+        PlanError,
+        match="^the server sent 'near' as a difference from the run's first adapter, .* does not have it",
+    ):
         decode_broadcast(said, sent, {})

@@ -31,7 +31,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @given(shapes=SHAPES, seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_any_shapes_come_back_with_the_bytes_that_were_announced(name: str, shapes: list[tuple[int, ...]], seed: int) -> None:
+def test_any_shapes_are_decoded_and_have_the_announced_bytes(name: str, shapes: list[tuple[int, ...]], seed: int) -> None:
     codec, tensors = Codec.from_name(name), random_tensors(shapes, seed)
     before = {n: t.clone() for n, t in tensors.items()}
     sent = codec.encode(tensors, seed)
@@ -61,12 +61,12 @@ BOUNDS = {"bf16": 2**-8, "int8": 0.5, "nf4": (1 - 0.6961928009986877) / 2}
 
 
 @pytest.mark.parametrize("name", BOUNDS)
-def test_the_error_is_at_most_half_a_step_and_a_whole_one_if_drawn(name: str) -> None:
+def test_the_error_is_at_most_half_a_step_or_one_if_stochastic(name: str) -> None:
     assert BOUNDS[name] * 0.8 < worst_error(name, False) <= BOUNDS[name] * 1.00001
     assert BOUNDS[name] < worst_error(name, True) <= BOUNDS[name] * 2.00001
 
 
-def test_fp16_is_finer_than_bf16_where_it_is_normal_and_even_below() -> None:
+def test_fp16_is_finer_than_bf16() -> None:
     tensors = {"v": 10.0 ** torch.linspace(-9, 4, 997) * torch.tensor([1.0, -1.0]).repeat(499)[:997]}
     for stochastic, seen, slack in ((False, 0.9, 1), (True, 1, 2)):
         codec = Codec(values="fp16", stochastic=stochastic)
@@ -79,12 +79,12 @@ def test_fp16_is_finer_than_bf16_where_it_is_normal_and_even_below() -> None:
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_what_fp16_cannot_hold_is_refused_and_not_sent_as_infinity(stochastic: bool) -> None:
-    with pytest.raises(UpdateMismatch, match="is 6.55e.04, fp16 ends at 65,504: take bf16 or int8"):
+def test_values_beyond_fp16_are_refused(stochastic: bool) -> None:
+    with pytest.raises(UpdateMismatch, match="is 6.55e.04, but the largest fp16 value is 65,504: use bf16 or int8"):
         Codec(values="fp16", stochastic=stochastic).encode({"v": torch.tensor([1.0, -65510.0])})
 
 
-def test_the_bound_catches_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_detect_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "round", torch.Tensor.floor)  # int8 rounds down
     assert worst_error("int8", False) > BOUNDS["int8"] * 1.5
     monkeypatch.undo()
@@ -102,7 +102,7 @@ def test_int8_and_nf4_by_hand() -> None:
     assert sent["#q"].tolist() == [0xF2, 0x77] and sent["#scale"].tolist() == [127.0, 0.0]
 
 
-def test_the_code_book_is_that_of_qlora() -> None:
+def test_the_code_book_matches_qlora() -> None:
     # its 16 levels: 0, and the means of neighboring quantiles of N(0, 1), of 9 to the right and 8 to the left, over the largest
     normal, offset = torch.distributions.Normal(0.0, 1.0), 0.9677083
     right = normal.icdf(torch.linspace(offset, 0.5, 9)[:-1])
@@ -114,7 +114,7 @@ def test_the_code_book_is_that_of_qlora() -> None:
 @pytest.mark.parametrize(
     ("name", "per_entry"), [("fp32", 4.0), ("fp16", 2.0), ("bf16", 2.0), ("int8", 1 + 4 / 64), ("nf4", 1 / 2 + 4 / 64)]
 )
-def test_bytes_of_a_parameter(name: str, per_entry: float) -> None:
+def test_bytes_per_parameter(name: str, per_entry: float) -> None:
     like = {"a": torch.empty(64, 128), "b": torch.empty(128, 192)}
     assert Codec(values=name).nbytes(like) == per_entry * (64 * 128 + 128 * 192)  # int8: 1.0625, nf4: 0.5625
     n = 32_768
@@ -137,7 +137,7 @@ def test_top_k_sends_the_largest_of_all_tensors_and_all_of_them_without_loss() -
 
 
 @pytest.mark.parametrize("name", ["fp16", *BOUNDS])
-def test_the_mean_of_many_draws_is_the_number(name: str) -> None:
+def test_stochastic_rounding_is_unbiased(name: str) -> None:
     numbers = torch.tensor([1.0, 0.7, -0.33, 0.0123, -0.9])  # one block, so that the scale is 1 (or 1 / 127)
     draws = 10_000
     tensors = {f"t{i}": numbers for i in range(draws)}  # each tensor has blocks of its own
@@ -150,7 +150,7 @@ def test_the_mean_of_many_draws_is_the_number(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "topk=1e-05+int8"])
-def test_a_name_says_all_of_it(name: str) -> None:
+def test_a_codec_is_fully_described_by_its_name(name: str) -> None:
     assert Codec.from_name(name).name == name
 
 
@@ -158,7 +158,7 @@ def test_a_name_says_all_of_it(name: str) -> None:
     "name", ["", "int4", "topk=2.0+int8", "topk=0.0+int8", "topk=nan+int8", "topk=0.5", "int8+topk=0.5", "int8+int8", "+", "int8+fast"]
 )
 def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(PlanError, match=r"^plan asks for codec '.*', this client knows .* update fedtune on the client$"):
+    with pytest.raises(PlanError, match=r"^the plan asks for codec '.*', but this client knows .* update fedtune on the client$"):
         Codec.from_name(name)
 
 
@@ -169,16 +169,16 @@ def damaged(arrays: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda a: {n: t for n, t in a.items() if n != "#scale"}, "array '#scale' of the encoded tensors is missing: the codec"),
-        (lambda a: damaged(a, more=torch.zeros(1)), "array '#more' of the encoded tensors was not asked for"),
-        (lambda a: damaged(a, q=a["#q"][:-1]), r"array '#q' of the encoded tensors is torch.int8 \(5,\), .* makes torch.int8 \(6,\)"),
+        (lambda a: {n: t for n, t in a.items() if n != "#scale"}, "array '#scale' of the encoded tensors is missing: the plan's codec"),
+        (lambda a: damaged(a, more=torch.zeros(1)), "array '#more' is not one of the codec's arrays"),
+        (lambda a: damaged(a, q=a["#q"][:-1]), r"array '#q' of the encoded tensors is torch.int8 \(5,\), wanted torch.int8 \(6,\)"),
         (lambda a: damaged(a, q=a["#q"].float()), r"array '#q' of the encoded tensors is torch.float32 \(6,\)"),
         (lambda a: damaged(a, index=a["#index"][:-1]), "array '#index' of the encoded tensors is torch.uint8"),
         (lambda a: damaged(a, index=~a["#index"]), "the positions are damaged"),
-        (lambda a: damaged(a, scale=-a["#scale"]), "the update's scales are damaged: each must be a finite number from 0"),
+        (lambda a: damaged(a, scale=-a["#scale"]), "the update's scales are damaged: each must be finite and not negative"),
         (lambda a: damaged(a, scale=a["#scale"] * math.nan), "the update's scales are damaged"),
-        (lambda a: damaged(a, scale=a["#scale"] * 0 + 3.4e38), "the update's numbers are not finite"),
-        (lambda a: damaged(a, q=torch.full_like(a["#q"], -128)), "the update's int8 codes are damaged: they go from -127 to 127"),
+        (lambda a: damaged(a, scale=a["#scale"] * 0 + 3.4e38), "the update has values that are not finite"),
+        (lambda a: damaged(a, q=torch.full_like(a["#q"], -128)), "the update's int8 codes are damaged: valid codes are -127 to 127"),
     ],
 )  # fmt: skip
 def test_a_damaged_payload_is_refused_with_a_sentence(change: Any, sentence: str) -> None:
@@ -190,14 +190,14 @@ def test_a_damaged_payload_is_refused_with_a_sentence(change: Any, sentence: str
 @pytest.mark.parametrize(
     ("values", "array", "bad", "sentence"),
     [
-        ("fp32", "#q", math.inf, "the update's numbers are not finite"),
+        ("fp32", "#q", math.inf, "the update has values that are not finite"),
         ("int8", "#q", -128, "the update's int8 codes are damaged"),
-        ("int8", "#scale", 3.4e38, "the update's numbers are not finite"),
+        ("int8", "#scale", 3.4e38, "the update has values that are not finite"),
         ("int8", "#scale", math.nan, "the update's scales are damaged"),
         ("nf4", "#scale", -1.0, "the update's scales are damaged"),
     ],
 )
-def test_one_damaged_number_of_many_is_enough(values: str, array: str, bad: float, sentence: str) -> None:
+def test_a_single_damaged_value_is_refused(values: str, array: str, bad: float, sentence: str) -> None:
     codec, tensors = Codec(values=values), random_tensors([(5, 40)])  # four blocks
     arrays = codec.encode(tensors)
     arrays[array][1] = bad
@@ -207,12 +207,12 @@ def test_one_damaged_number_of_many_is_enough(values: str, array: str, bad: floa
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("values", VALUES)
-def test_a_block_of_zeros_comes_back(values: str, stochastic: bool) -> None:
+def test_a_block_of_zeros_is_decoded_exactly(values: str, stochastic: bool) -> None:
     codec, tensors = Codec(values=values, stochastic=stochastic and values != "fp32"), {"a": torch.cat([torch.ones(64), torch.zeros(64)])}
     assert torch.equal(codec.decode(codec.encode(tensors), tensors)["a"], tensors["a"])
 
 
-def test_what_is_not_finite_is_not_encoded() -> None:
+def test_non_finite_values_are_refused() -> None:
     for name in VALUES:
         with pytest.raises(UpdateMismatch, match="values that are not finite"):
             Codec(values=name, share=0.5).encode({"a": torch.tensor([1.0, math.nan])})

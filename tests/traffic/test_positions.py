@@ -20,14 +20,14 @@ def chosen(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 @given(chosen())
-def test_there_and_back(case: tuple[list[int], int]) -> None:
+def test_positions_are_unpacked_as_they_were_packed(case: tuple[list[int], int]) -> None:
     places, total = case
     packed = pack(torch.tensor(places, dtype=torch.int64), total)
     assert packed.dtype == torch.uint8 and len(packed) == packed_bytes(len(places), total) <= math.ceil(total / 8)
     assert unpack(packed, len(places), total).tolist() == places
 
 
-def test_the_code_by_hand() -> None:
+def test_elias_fano_by_hand() -> None:
     # 2 of 40: 40 // 2 = 20, so 4 low bits each. 5 = 0·16 + 5 and 37 = 2·16 + 5. Upper parts 0 and 2 in unary: 1 001; lows, least bit first:
     # 1010 1010. 1001 1010 | 1010 0000
     assert pack(torch.tensor([5, 37]), 40).tolist() == [0b10011010, 0b10100000]
@@ -45,7 +45,7 @@ def test_one_percent_costs_nine_bits_each() -> None:
     ("places", "total"),
     [([5, 37], 40), ([5, 36], 38), ([0, 1, 3, 5, 6, 8], 9)],  # Elias–Fano; where a flipped bit makes 36 the total, 38; a bitmap
 )
-def test_what_is_not_a_set_of_positions_is_refused(places: list[int], total: int) -> None:
+def test_invalid_positions_are_refused(places: list[int], total: int) -> None:
     good = pack(torch.tensor(places), total)
     refused = 0
     for bit in range(8 * len(good)):
@@ -58,5 +58,5 @@ def test_what_is_not_a_set_of_positions_is_refused(places: list[int], total: int
         else:  # other positions, but positions: ascending and below total
             assert len(got) == len(places) and got.max() < total and (got.diff() > 0).all()
     assert refused > 4
-    with pytest.raises(UpdateMismatch, match=rf"^3 bytes of positions came, 2 say which {len(places)} of {total} entries were sent$"):
+    with pytest.raises(UpdateMismatch, match=rf"^the positions have 3 bytes, but {len(places)} of {total} positions take 2 bytes$"):
         unpack(torch.cat([good, good[:1]]), len(places), total)

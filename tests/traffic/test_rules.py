@@ -16,7 +16,7 @@ from fedtune.contracts import flower
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment, ServerState
-from fedtune.contracts.wire import Envelopes, read_letter
+from fedtune.contracts.wire import MessageWriter, read_message
 from fedtune.errors import ConfigError, UpdateError, UpdateMismatch
 from fedtune.rounds.outbox import reply_bytes
 from fedtune.rounds.reply import read_update
@@ -30,7 +30,7 @@ def asked(config: TrafficConfig, **plan: Any) -> str:
     return with_codec(config, {"a": given})["a"].plan.codec
 
 
-def test_which_codec_a_client_is_asked_for() -> None:
+def test_the_codec_of_each_assignment() -> None:
     assert asked(TrafficConfig()) == ""
     assert asked(TrafficConfig(up="int8", topk=0.1, error_feedback=True, stochastic=True)) == "topk=0.1+int8+stochastic+feedback"
     assert (
@@ -47,28 +47,28 @@ def test_choices_compose_in_any_order(words: list[str]) -> None:
 
 
 def test_settings_without_an_effect_are_refused() -> None:
-    with pytest.raises(ConfigError, match="^traffic.stochastic=true has nothing to round"):
+    with pytest.raises(ConfigError, match="^traffic.stochastic=true has no effect with fp32"):
         compose(["traffic.stochastic=true"])
-    with pytest.raises(ConfigError, match="^traffic.error_feedback=true has nothing to feed back"):
+    with pytest.raises(ConfigError, match="^traffic.error_feedback=true has no effect, because updates are sent exactly"):
         compose(["traffic.error_feedback=true"])
 
 
 @pytest.mark.parametrize("strategy", ["flora", "flexlora", "fedsvd"])
-def test_new_factors_take_no_feedback(strategy: str) -> None:
+def test_strategies_with_new_factors_refuse_error_feedback(strategy: str) -> None:
     from fedtune.rounds.find_strategy import make_strategy
 
-    with pytest.raises(ConfigError, match="makes new factors in every round, .* set traffic.error_feedback=false$"):
+    with pytest.raises(ConfigError, match="computes new factors in every round, .* set traffic.error_feedback=false$"):
         make_strategy(compose([f"strategy={strategy}", "traffic=topk"])[0].config)
     make_strategy(compose([f"strategy={strategy}", "traffic=int8"])[0].config)
 
 
 def test_a_broadcast_is_encoded_once_and_read_back() -> None:
     adapter, first = lora_state(seed=1, version=3), lora_state(seed=2)
-    envelopes = Envelopes(4, [], broadcaster(TrafficConfig(down="int8"), first, 0, 4))
-    one, two = (envelopes.write(adapter, held=()) for _ in range(2))
+    writer = MessageWriter(4, [], broadcaster(TrafficConfig(down="int8"), first, 0, 4))
+    one, two = (writer.write(adapter, held=()) for _ in range(2))
     assert one["adapter"] is two["adapter"]
-    letter = read_letter(one)
-    got = decode_broadcast(letter.encoding, letter.adapter, first.tensors)
+    received = read_message(one)
+    got = decode_broadcast(received.encoding, received.adapter, first.tensors)
     assert list(got.tensors) == list(adapter.tensors) and got.spec == adapter.spec
     assert all(0 < (got[n] - t).abs().max() < 0.03 for n, t in adapter.tensors.items())  # blocks of absmax 3: half a step is 0.012
     assert broadcaster(TrafficConfig(up="int8"), first, 0, 4) is None
@@ -129,9 +129,7 @@ def test_a_reply_in_another_codec_is_refused() -> None:
     with pytest.raises(UpdateMismatch, match="array '#q' of the encoded tensors is missing"):
         read_update(replied(given, lora_state()), given)
     other, _ = encode_update(Codec(values="nf4"), lora_state(seed=1), lora_state().tensors, {}, 0)
-    with pytest.raises(
-        UpdateMismatch, match=r"array '#q' of the encoded tensors is torch.uint8 \(\d+,\), the codec asked for makes torch.int8"
-    ):
+    with pytest.raises(UpdateMismatch, match=r"array '#q' of the encoded tensors is torch.uint8 \(\d+,\), wanted torch.int8"):
         read_update(replied(given, other), given)
     with pytest.raises(UpdateError, match="tensor 'q.lora_A' is missing"):
         read_update(replied(assigned(""), other), assigned(""))
@@ -151,13 +149,13 @@ def limited(limit: float | None) -> Config:
 
 
 def spent(tmp_path: Path) -> dict[str, float]:
-    made, ear = bridge(tmp_path / "free", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
+    made, observer = bridge(tmp_path / "free", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
     made.loop()
-    return {c["client"]: (c["bytes_up"] + c["bytes_down"]) / 1e6 for c in ear.clients if c["round"] == 1}
+    return {c["client"]: (c["bytes_up"] + c["bytes_down"]) / 1e6 for c in observer.clients if c["round"] == 1}
 
 
-def test_the_bytes_in_the_metrics_are_those_that_travel(tmp_path: Path) -> None:
-    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
+def test_the_metrics_report_the_bytes_on_the_wire(tmp_path: Path) -> None:
+    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
     grid: Any = made.grid
     push, pull, down, up = grid.push_messages, grid.pull_messages, dict[int, int](), dict[int, int]()
 
@@ -176,38 +174,36 @@ def test_the_bytes_in_the_metrics_are_those_that_travel(tmp_path: Path) -> None:
 
     grid.push_messages, grid.pull_messages = pushed, pulled
     made.loop()
-    lines = [c for c in ear.clients if c["round"] == 1]
+    lines = [c for c in observer.clients if c["round"] == 1]
     assert sorted(c["bytes_down"] for c in lines) == sorted(down.values()) and sorted(c["bytes_up"] for c in lines) == sorted(up.values())
     assert len(down) == len(up) == 2
-    assert ear.records[1]["bytes_down"] == sum(down.values()) and ear.records[1]["bytes_up"] == sum(up.values())
+    assert observer.records[1]["bytes_down"] == sum(down.values()) and observer.records[1]["bytes_up"] == sum(up.values())
 
 
-def test_who_would_need_more_than_the_limit_is_not_asked(tmp_path: Path) -> None:
+def test_a_client_over_the_limit_is_dropped(tmp_path: Path) -> None:
     cost = spent(tmp_path)
     between = (cost["a"] + cost["b"]) / 2 + 0.0007  # a reply is foreseen with some room for its words
-    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(between), strategy=Frugal())
+    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(between), strategy=Frugal())
     state = made.loop()
-    a, b = (c for c in ear.clients if c["round"] == 1)
-    assert ear.records[1]["dropped"] == {"traffic": 1} and "dropped" not in a and b["bytes_down"] == 0
-    assert b["dropped"].startswith("traffic: ") and "are more than traffic.max_mb_per_round=" in b["dropped"]
+    a, b = (c for c in observer.clients if c["round"] == 1)
+    assert observer.records[1]["dropped"] == {"traffic": 1} and "dropped" not in a and b["bytes_down"] == 0
+    assert b["dropped"].startswith("traffic: ") and "exceed traffic.max_mb_per_round=" in b["dropped"]
     assert torch.equal(state.adapter["head.weight"], torch.ones(4, 7))  # a's alone
 
 
-def test_a_limit_that_nobody_can_keep_stops_the_run_before_it_starts(tmp_path: Path) -> None:
-    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(0.001), strategy=Frugal())
-    with pytest.raises(
-        ConfigError, match="^no client could take part: .* MB down and .* MB up are more than traffic.max_mb_per_round=0.001"
-    ):
+def test_a_limit_below_all_clients_stops_the_run_at_its_start(tmp_path: Path) -> None:
+    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(0.001), strategy=Frugal())
+    with pytest.raises(ConfigError, match="^no client could take part: .* MB down and .* MB up exceed traffic.max_mb_per_round=0.001"):
         made.loop()
-    assert all(c["round"] == 0 for c in ear.clients)
+    assert all(c["round"] == 0 for c in observer.clients)
 
 
-def test_a_reply_that_is_larger_than_it_should_be_is_refused(tmp_path: Path) -> None:
+def test_a_reply_over_the_limit_is_refused(tmp_path: Path) -> None:
     def swollen(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
         return ArrayRecord({**arrays, "more": Array(torch.zeros(9000))}), text
 
-    made, ear = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": swollen}), 2, limited(0.03))
+    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": swollen}), 2, limited(0.03))
     made.loop()
-    (b,) = (c for c in ear.clients if c["round"] == 1 and c["client"] == "b")
+    (b,) = (c for c in observer.clients if c["round"] == 1 and c["client"] == "b")
     assert b["dropped"].startswith("refused: 0.00") and "0.039" not in b["dropped"].split(" MB down")[0]
-    assert b["bytes_up"] > 36_000 and ear.records[1]["counted"] == 1
+    assert b["bytes_up"] > 36_000 and observer.records[1]["counted"] == 1

@@ -35,7 +35,7 @@ def spent(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("choice", quick(choices("traffic"), "fp32", "topk"))
-def test_a_round_and_a_second_after_a_stop_are_two_rounds(tmp_path: Path, choice: str) -> None:
+def test_a_run_with_each_codec_resumes_exactly(tmp_path: Path, choice: str) -> None:
     config = tiny_config(tmp_path, rounds=2, traffic=traffic(choice), peft=PeftConfig(rank=8))
     whole = simulate(config)
     path = simulate(dataclasses.replace(config, rounds=1))
@@ -52,7 +52,7 @@ def test_a_round_and_a_second_after_a_stop_are_two_rounds(tmp_path: Path, choice
     assert bool(residuals) == config.traffic.error_feedback
 
 
-def test_what_was_left_out_is_part_of_what_a_resume_needs(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_residuals(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, rounds=2, traffic=traffic("topk"))
     whole = simulate(config)
     path = simulate(dataclasses.replace(config, rounds=1))

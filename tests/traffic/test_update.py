@@ -38,14 +38,14 @@ def lost(
 @pytest.mark.parametrize("name", CODECS)
 @given(seed=st.integers(0, 999))
 @settings(max_examples=10, deadline=None)
-def test_sent_and_left_are_what_was_learned_and_what_was_left_before(name: str, seed: int) -> None:
+def test_sent_and_residual_add_up_to_update_and_old_residual(name: str, seed: int) -> None:
     codec = dataclasses.replace(Codec.from_name(name), feedback=True)
     mass = lost(codec, state(seed), state(seed + 1), dict(state(seed + 2, 0.1).tensors), seed)
     # top-k sends an entry or keeps it: nothing is rounded; otherwise u − sent is one float32 subtraction
     assert mass == 0.0 if codec.values == "fp32" else mass <= 1e-7
 
 
-def test_the_check_sees_mass_that_is_dropped() -> None:
+def test_the_tests_detect_a_lost_residual() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Optimist(Codec):
         """Believes that what it sent was sent in full."""
@@ -59,7 +59,7 @@ def test_the_check_sees_mass_that_is_dropped() -> None:
     assert lost(right, start, trained, residual, 0, client=wrong) > 1e-3
 
 
-def test_what_is_left_out_arrives_late() -> None:
+def test_the_residual_arrives_in_later_updates() -> None:
     # one tensor, one entry a round. Δ = (3, 2, 1) each round; e: (0, 2, 1), then u = (3, 4, 2) sends 4 and leaves (3, 0, 2), then (6, 2, 3)
     codec = Codec(share=1 / 3, feedback=True)
     spec, zero = AdapterSpec(method="lora"), {"w": torch.zeros(3)}
@@ -70,7 +70,7 @@ def test_what_is_left_out_arrives_late() -> None:
     assert arrived == [[3, 0, 0], [0, 4, 0], [6, 0, 0]] and residual["w"].tolist() == [0, 2, 3]  # sums: 9, 6, 3
 
 
-def test_the_residual_of_what_is_not_sent_stays_and_that_of_another_shape_does_not_count() -> None:
+def test_residuals_of_unsent_tensors_are_kept_and_of_other_shapes_ignored() -> None:
     codec, spec = Codec(share=0.5, feedback=True), AdapterSpec(method="lora")
     residual = {"a": torch.ones(2), "b": torch.ones(4)}
     sent, left = encode_update(codec, AdapterState({"b": torch.tensor([1.0, 2.0])}, spec), {"b": torch.zeros(4)}, residual, 0)
@@ -88,7 +88,7 @@ def test_the_server_adds_the_difference_to_its_own_tensors() -> None:
     assert all(torch.allclose(got[n], server[n] + 1.0, atol=1e-5) for n in got.tensors)  # the client's start, 0.5 beside, is gone
 
 
-def test_dtypes_are_those_of_the_server_and_integers_travel_as_they_are() -> None:
+def test_dtypes_are_the_servers_and_integers_are_unchanged() -> None:
     spec = AdapterSpec(method="sparse")
     base = AdapterState({"i": torch.tensor([1, 70_000], dtype=torch.int32), "v": torch.zeros(2, dtype=torch.bfloat16)}, spec)
     trained = base.replace({"i": base["i"], "v": torch.tensor([1.0, -1.0], dtype=torch.bfloat16)})

@@ -1,4 +1,4 @@
-"""What a run shows: progress and tables on the terminal, metrics.jsonl with its TensorBoard mirror, and a self-contained report.html."""
+"""A run's output for users: terminal progress and tables, metrics.jsonl with its TensorBoard copy, and a self-contained report.html."""
 
 from fedtune.runs.report.card import write_card
 from fedtune.runs.report.html import write_report

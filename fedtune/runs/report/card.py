@@ -1,4 +1,4 @@
-"""The card of an adapter: what it is, how it came about, how to use it."""
+"""The model card of an adapter: training, results, privacy and use."""
 
 import json
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ def write_card(
     backbone: "Backbone",
     note: str = "",
 ) -> None:
-    """Write `adapter/README.md` over the blank one that PEFT leaves.
+    """Write `adapter/README.md` over PEFT's template.
 
     Args:
-        run_dir: Its `adapter/` is written already.
-        config, spec, prompt, labels, records, backbone: Of the run.
-        note: What the adapter is not; "" for nothing.
+        run_dir: The run directory, with its `adapter/` already written.
+        config, spec, prompt, labels, records, backbone: The run's.
+        note: A limitation of the adapter; "" for none.
     """
     metric, done = primary_metric(records), rounds(records)
     scores = [(r["round"], v) for r in done if (v := value(r, metric)) is not None]
@@ -61,47 +61,47 @@ def write_card(
 
 
 def _spent(run_dir: Path, p: dict[str, Any], records: Sequence[Record]) -> list[float]:
-    """ε of the clients as far as this machine knows. The run's own ledgers count too: no line was written of a turn that was paid for and
-    whose reply was lost, or of one after the checkpoint that the run has gone on from."""
+    """ε of the clients, as far as this machine knows. Includes the run's ledgers: the metrics lack turns whose reply was lost, and turns
+    after the checkpoint that the run resumed from."""
     if p["kind"] == "none":
         return []
-    told = [v for r in records if (v := value(r, "epsilon")) is not None]
-    held = most_spent(run_dir / "privacy", p["delta"], p["accountant"])
-    return [*told, *[held] * (held > 0)]
+    reported = [v for r in records if (v := value(r, "epsilon")) is not None]
+    recorded = most_spent(run_dir / "privacy", p["delta"], p["accountant"])
+    return [*reported, *[recorded] * (recorded > 0)]
 
 
 def _privacy(p: dict[str, Any], spent: Sequence[float]) -> list[str]:
-    """What was promised, to whom, and under which assumptions."""
+    """The privacy guarantee, its unit and its assumptions."""
     if p["kind"] == "none":
         return ["- privacy: no differential privacy"]
     cost = f"(ε, δ) = ({max(spent):.3g}, {p['delta']:g})" if spent else f"no private turn was taken (δ = {p['delta']:g})"
     if p["kind"] == "record":
         unit = (
-            "one training row of a client (one block of text where task.stride_texts joins texts), its contribution replaced by zero;"
+            "one training row of a client (one block of text if task.stride_texts joins texts), its contribution replaced by zero;"
             " the number of rows n is fixed (zero-out adjacency)"
         )
-        how = "Poisson sampling of each step's rows; a client's cost is that of the turns it took, with no gain from who was sampled"
+        how = "Poisson sampling of each step's rows; a client pays for each turn it takes, without amplification by sampling of clients"
         bound = f"each row's gradient clipped to norm {p['clip']:g} over all trained tensors (DP-SGD)"
     else:
         local = p["where"] == "client"
         zeroed = "its contribution replaced by zero; the planned cohort m is fixed (zero-out adjacency)"
         unit = "one client with all its rows, " + ("replaced by any other" if local else zeroed)
         how = "fixed-size cohorts, known to the server: no amplification by sampling is claimed; a client pays for each turn that counts"
-        clip = f"a norm that follows the {p['clip_quantile']:g}-quantile, from {p['clip']:g}" if p["adaptive"] else f"norm {p['clip']:g}"
+        clip = f"an adaptive norm (quantile {p['clip_quantile']:g}, start {p['clip']:g})" if p["adaptive"] else f"norm {p['clip']:g}"
         bound = f"each update clipped to {clip} over all sent tensors, noise added by the {p['where']}"
     accountant = {"prv": "PRV, upper bound", "rdp": "RDP"}[p["accountant"]]
-    told = "metrics that clients report on held-out rows (eval.clients=0 asks for none)"
+    disclosed = "metrics that clients report on held-out rows (none with eval.clients=0)"
     if p["kind"] == "user" and p["where"] == "server":
-        told += ", what they tell the server of their training (losses, device, memory, time), which metrics.jsonl holds"
+        disclosed += ", training statistics that they report to the server (losses, device, memory, time; in metrics.jsonl)"
     else:
-        told += ", when a reply arrives, whether and why a turn fails"
+        disclosed += ", when a reply arrives, whether and why a turn fails"
     lines = [
         f"- privacy: {cost} for the client that spent most; accountant: {accountant}",
-        f"- privacy's unit: {unit}",
-        f"- privacy's sampling: {how}; counts of rows, and of blocks of text, are public",
-        f"- privacy's clip: {bound}",
-        f"- not covered: {told}, and what they made people choose",
+        f"- privacy unit: {unit}",
+        f"- privacy sampling: {how}; counts of rows and of blocks of text are public",
+        f"- privacy clipping: {bound}",
+        f"- not covered: {disclosed}, and decisions that people based on these",
     ]
     if not p["secure_rng"]:
-        lines.append("- the noise was drawn from the run's seed, a simulation: whoever knows the seed can subtract it")
+        lines.append("- the noise was drawn from the run's seed (a simulation): anyone who knows the seed can subtract it")
     return lines

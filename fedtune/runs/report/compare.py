@@ -1,7 +1,7 @@
-"""Finished runs side by side: mean ± standard deviation over seeds, paired differences, as a table, Markdown, CSV and a plot.
+"""Compares finished runs: mean ± standard deviation over seeds and paired differences, as a table, Markdown, CSV and a plot.
 
-Runs whose configs differ in nothing but the seed are one setting. A difference between settings is taken seed by seed and then averaged:
-what a seed does to both (its partition, its order of clients) drops out.
+Runs whose configs differ only in the seed form one setting. Differences between settings are computed per seed and then averaged, so that
+effects of the seed on both (partition, order of clients) cancel.
 """
 
 import csv
@@ -22,7 +22,7 @@ from fedtune.runs.report import summary
 from fedtune.runs.report.metrics import read_metrics
 from fedtune.storage.atomic import write_text
 
-_APART = frozenset({"seed", "name", "output_dir", "resume"})  # what may differ within one setting
+_IGNORED = frozenset({"seed", "name", "output_dir", "resume"})  # keys that may differ within one setting
 _COLUMNS = ("worst tenth", "MB up", "MB down", "seconds")
 
 
@@ -43,14 +43,14 @@ class Finished:
     @cached_property
     def values(self) -> dict[str, str]:
         """Config key → value as text, without the keys that may differ within one setting."""
-        return {k: v for k, v in _flat(to_dict(self.config)).items() if k not in _APART}
+        return {k: v for k, v in _flat(to_dict(self.config)).items() if k not in _IGNORED}
 
     def curve(self, metric: str) -> dict[int, float]:
         """Round → value."""
         return {int(r["round"]): v for r in summary.rounds(self.records) if (v := summary.value(r, metric)) is not None}
 
     def figures(self, metric: str) -> dict[str, float | None]:
-        """The last value of the metric, and what else the table shows."""
+        """The last value of the metric, and the table's other columns."""
         last = list(self.curve(metric).values())
         after = [c.after for c in summary.client_results(self.records, metric) if c.after is not None]
         rows = summary.rounds(self.records)
@@ -65,10 +65,10 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The runs that differ in nothing but the seed.
+    """Runs that differ only in the seed.
 
     Args:
-        label: The values that set it apart from the others.
+        label: The config values that distinguish it from the other settings.
         runs: Seed → run.
     """
 
@@ -78,12 +78,12 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Settings, in the order in which their first runs were given; the first is what the others are compared with.
+    """Settings in the order of their first runs; the first is the baseline.
 
     Args:
-        metric: The metric that they are judged by.
+        metric: The metric to compare.
         settings: At least one.
-        also: Further keys that differ between settings, beyond those that the labels name.
+        also: Further keys that differ between settings but are not in the labels.
     """
 
     metric: str
@@ -95,7 +95,7 @@ class Comparison:
         return spread([v for r in setting.runs.values() if (v := r.figures(self.metric)[column]) is not None])
 
     def difference(self, setting: Setting) -> str:
-        """`mean ± std (n)` of this setting's metric minus the first one's, over the n seeds that both have."""
+        """`mean ± std (n)` of this setting's metric minus the baseline's, over the n common seeds."""
         first = self.settings[0]
         if setting is first:
             return "–"
@@ -109,20 +109,20 @@ class Comparison:
         return ["setting", "seeds", self.metric, "difference (pairs)", *_COLUMNS]
 
     def rows(self) -> list[list[str]]:
-        """The table's cells, a row a setting."""
+        """The table's cells, one row per setting."""
         return [
             [s.label, str(len(s.runs)), self.cell(s, self.metric), self.difference(s), *(self.cell(s, c) for c in _COLUMNS)]
             for s in self.settings
         ]
 
     def notes(self) -> list[str]:
-        """What the table leaves unsaid."""
+        """Notes below the table."""
         better = "higher" if higher_is_better(self.metric) else "lower"
         out = [f"{self.metric} after the last round, {better} is better: mean ± standard deviation over seeds."]
         if len(self.settings) > 1:
-            out.append(f"Differences are from the first setting, {self.settings[0].label}, seed by seed.")
+            out.append(f"Differences are paired by seed, from the first setting, {self.settings[0].label}.")
         if self.also:
-            out.append(f"Settings differ in these keys too: {', '.join(self.also)}.")
+            out.append(f"Settings also differ in these keys: {', '.join(self.also)}.")
         return out
 
 
@@ -131,19 +131,19 @@ def compare(configs: Mapping[Path, Config], metric: str | None = None) -> Compar
 
     Args:
         configs: Run directory → the run's config.
-        metric: What to judge by; None is the metric that the runs report, which must be the same in all.
+        metric: Metric to compare; None takes the runs' primary metric, which must be the same in all.
 
     Raises:
-        ConfigError: No run, one that has not finished, two with the same config and seed, or no common metric.
+        ConfigError: There is no run, a run has not finished, two have the same config and seed, or they have no common metric.
         CheckpointError: The metrics of a run cannot be read.
     """
     if not configs:
         raise ConfigError("there is no run to compare: give run directories, such as outputs/heterogeneous/*")
     runs = [Finished(path=p, config=c, records=read_metrics(p)) for p, c in configs.items()]
     for run in runs:
-        done, asked = rounds_done(run.records), run.config.rounds
-        if done < asked:
-            raise ConfigError(f"{run.path} has done {done} of {asked} rounds: finish it with resume={run.path}, or leave it out")
+        done, rounds = rounds_done(run.records), run.config.rounds
+        if done < rounds:
+            raise ConfigError(f"{run.path} has done {done} of {rounds} rounds: finish it with resume={run.path}, or leave it out")
     found = sorted({metric} if metric else {summary.primary_metric(r.records) for r in runs})
     if len(found) > 1:
         raise ConfigError(f"the runs report different metrics ({', '.join(found)}): choose one that all have with --metric")
@@ -153,18 +153,18 @@ def compare(configs: Mapping[Path, Config], metric: str | None = None) -> Compar
 
 
 def rounds_done(records: Iterable[summary.Record]) -> int:
-    """The last round with a line; -1 where there is none."""
+    """The last round with a line; -1 if there is none."""
     return max((int(r["round"]) for r in summary.rounds(records)), default=-1)
 
 
 def finished(path: Path, config: Config) -> bool:
-    """Whether the run at `path`, which has this config, has written all that it was to write."""
+    """Whether the run at `path` with this config has written all its output."""
     parts = ["adapter/README.md", *(["merged/config.json"] if config.inference.export == "hf" else [])]
     return all((path / p).is_file() for p in parts) and rounds_done(read_metrics(path)) >= config.rounds
 
 
 def spread(values: Sequence[float], *, sign: bool = False) -> str:
-    """`0.912 ± 0.013` (sample standard deviation, n - 1), without it where there is one value; – where there is none."""
+    """`0.912 ± 0.013` (sample standard deviation, n - 1); the mean alone for one value; – for none."""
     if not values:
         return "–"
     mean = statistics.fmean(values)
@@ -173,7 +173,7 @@ def spread(values: Sequence[float], *, sign: bool = False) -> str:
 
 
 def show(comparison: Comparison, fixed: str = "") -> None:
-    """Print the settings by letter, then the table, which fits 80 columns."""
+    """Print the settings by number, then the table in 80 columns."""
     from rich.console import Console
 
     from fedtune.runs.report.tables import print_table
@@ -184,20 +184,20 @@ def show(comparison: Comparison, fixed: str = "") -> None:
         console.print(f"{number:>2}  {label}", highlight=False, markup=False)
         rows.append([f"{number:>2}", *cells])
     print_table(console, ["", *comparison.header[1:]], rows, box=None)
-    for note in [*comparison.notes(), *([f"The same in all: {fixed}"] if fixed else [])]:
+    for note in [*comparison.notes(), *([f"Common to all: {fixed}"] if fixed else [])]:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
 def markdown(comparison: Comparison, fixed: str = "") -> str:
-    """The table as GitHub reads it, then the notes, with the overrides that were the same in all runs."""
+    """The table as GitHub Markdown, then the notes and the overrides that all runs share."""
     lines = [comparison.header, ["---"] * len(comparison.header), *comparison.rows()]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    notes = [*comparison.notes(), *([f"The same in all: `{fixed}`."] if fixed else [])]
+    notes = [*comparison.notes(), *([f"Common to all: `{fixed}`."] if fixed else [])]
     return "\n\n".join([table, *notes]) + "\n"
 
 
 def table_csv(comparison: Comparison) -> str:
-    """A row a run: setting, seed, path, and its figures as numbers."""
+    """One row per run: setting, seed, path, and its figures as numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["setting", "seed", "run", comparison.metric, *_COLUMNS])
@@ -209,7 +209,7 @@ def table_csv(comparison: Comparison) -> str:
 
 
 def write(comparison: Comparison, folder: Path, fixed: str = "") -> None:
-    """Write compare.md, compare.csv and compare.png into the folder, which is made.
+    """Write compare.md, compare.csv and compare.png into the folder, and create it if needed.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -224,7 +224,7 @@ def write(comparison: Comparison, folder: Path, fixed: str = "") -> None:
 
 
 def _plot(comparison: Comparison, path: Path) -> None:
-    """The metric by round: a line for each setting's mean, a band of one standard deviation."""
+    """The metric by round: each setting's mean as a line with a band of one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -244,7 +244,7 @@ def _plot(comparison: Comparison, path: Path) -> None:
 
 
 def _settings(runs: Sequence[Finished]) -> dict[str, Any]:
-    named, also = _telling_keys(runs)
+    named, also = _distinguishing_keys(runs)
     groups: dict[tuple[tuple[str, str], ...], dict[int, Finished]] = {}
     for run in runs:
         group = groups.setdefault(tuple(sorted(run.values.items())), {})
@@ -260,8 +260,8 @@ def _settings(runs: Sequence[Finished]) -> dict[str, Any]:
     return {"settings": settings, "also": also}
 
 
-def _telling_keys(runs: Sequence[Finished]) -> tuple[list[str], list[str]]:
-    """The keys that tell the settings apart, in the config's order, and the others that differ among the runs that have them."""
+def _distinguishing_keys(runs: Sequence[Finished]) -> tuple[list[str], list[str]]:
+    """The keys that distinguish the settings, in the config's order, and the other keys that differ among the runs that have them."""
     keys = list(dict.fromkeys(k for r in runs for k in r.values))
     differing = [k for k in keys if len({r.values.get(k) for r in runs}) > 1]
     named: list[str] = []

@@ -1,6 +1,6 @@
-"""report.html: one file with a run's outcome, curves, clients, traffic, partition, answers and config; no scripts, nothing from elsewhere.
+"""report.html: a run's results, curves, clients, traffic, partition, answers and config in one file without scripts or external resources.
 
-Built as an element tree, so that whatever a run holds (client ids, model answers) is escaped by the serializer.
+It is built as an element tree, so that the serializer escapes all text of a run (client ids, model answers).
 """
 
 import math
@@ -46,12 +46,12 @@ _SECRET = {"key", "token", "secret", "password", "passphrase", "credential", "cr
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run directory from whatever is there so far, atomically; return its path.
+    """Write `report.html` into the run directory atomically, from the data so far, and return its path.
 
-    Reads metrics.jsonl, and config.yaml, partition.json, answers.json where present.
+    Reads metrics.jsonl, and config.yaml, partition.json and answers.json if present.
 
     Raises:
-        CheckpointError: No metrics.jsonl, or one of the files is damaged.
+        CheckpointError: metrics.jsonl is missing, or a file is damaged.
     """
     records = read_metrics(run_dir)
     config = _read(run_dir / "config.yaml", parse_yaml, dict)
@@ -79,7 +79,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _read(path: Path, parse: Callable[[str], Any], kind: type) -> Any:
-    """The parsed file, None where it is missing."""
+    """The parsed file; None if it is missing."""
     if not path.exists():
         return None
     try:
@@ -98,7 +98,7 @@ def _headline(
     first = lines[0] if lines and lines[0]["round"] == 0 else None
     here = any(value(r, metric) is not None for r in lines) or all(value(r, "clients_mean") is None for r in lines)
     key = metric if here else "clients_mean"
-    last = next((r for r in reversed(done) if key in r), done[-1] if done else None)  # the last that was evaluated
+    last = next((r for r in reversed(done) if key in r), done[-1] if done else None)  # the last evaluated round
     top = best(done, metric)
     up, down, seconds = total(lines, "bytes_up"), total(lines, "bytes_down"), total(lines, "seconds")
     count = f"{len(done)}" if planned in (None, len(done)) else f"{len(done)} of {planned}"
@@ -136,7 +136,7 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
     share = higher_is_better(metric)
 
     def column(key: str) -> list[float | None]:
-        """Null, which metrics.jsonl has for NaN and infinity, is NaN again; a round that was not evaluated has no such key."""
+        """The values by round. metrics.jsonl stores NaN and infinity as null, read as NaN here; unevaluated rounds lack the key."""
         return [math.nan if key in r and r[key] is None else value(r, key) for r in lines]
 
     def figure(title: str, candidates: Iterable[Series], caption: str, log: bool = False) -> Element | None:
@@ -159,8 +159,8 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
         figure(_words(metric).capitalize(), scores, caption, metric == "perplexity") if metric != "loss" else None,
         figure("Loss", losses if metric != "loss" else [*losses, *scores[1:]], "Mean over tokens or examples; lower is better."),
     ]
-    spent = Series(name="ε of the client that has spent most", ys=column("epsilon"), color=5)
-    figures.append(figure("Privacy spent", [spent], "At the δ, and for the unit, that the adapter's card names; lower is more private."))
+    spent = Series(name="ε of the client that spent most", ys=column("epsilon"), color=5)
+    figures.append(figure("Privacy spent", [spent], "For the δ and privacy unit in the adapter's card; lower is more private."))
     shown = [f for f in figures if f is not None]
     return [e("h2", None, "Learning"), e("div", {"class": "pair"}, *shown)] if shown else []
 
@@ -179,7 +179,7 @@ def _clients(clients: Sequence[ClientResult], metric: str, colors: Mapping[str, 
     out: list[Element] = [e("h2", None, "Clients")]
     if groups:
         chart = plots.swarm(groups, title=f"{metric} per client", log=metric == "perplexity")
-        caption = "A dot a client: its held-out rows, last evaluation. Solid tick: mean" + (
+        caption = "Each dot is a client, on its held-out rows in the last evaluation. Solid tick: mean" + (
             "; dashed: mean before tuning." if any(g[3] is not None for g in groups) else "."
         )
         spread = page.figure(f"{_words(metric).capitalize()} per client", chart, caption)
@@ -221,13 +221,13 @@ def _class_card(clients: Sequence[ClientResult], metric: str) -> Element:
         ("peak memory", lambda c: megabytes(c.peak_mb)),
     ]
     if any(c.chosen for c in classes):
-        measures.insert(-3, ("device time a turn", lambda c: duration(c.device_s)))
+        measures.insert(-3, ("device time per turn", lambda c: duration(c.device_s)))
         measures += [(name, lambda c, key=key: c.chosen.get(key) or "–") for key, name in CHOSEN.items()]
-    head, rows = ["", *(c.device_class for c in classes)], [[name, *map(tell, classes)] for name, tell in measures]
-    said = f"{_words(metric).capitalize()}: mean over clients. Counted and what follows: turns in a cohort."
+    head, rows = ["", *(c.device_class for c in classes)], [[name, *map(text, classes)] for name, text in measures]
+    note = f"{_words(metric).capitalize()}: mean over clients. Counted and the following rows: turns in a cohort."
     if any(c.chosen for c in classes):
-        said += " From precision on: what devices chose for a turn, the least and the most."
-    caption = e("p", {"class": "soft"}, said)
+        note += " From precision on: the devices' choices per turn, minimum to maximum."
+    caption = e("p", {"class": "soft"}, note)
     return e("div", {"class": "card"}, e("h3", None, "Device classes"), page.table(head, rows), caption)
 
 
@@ -238,14 +238,14 @@ def _costs(lines: Sequence[Record]) -> list[Element]:
     if any(up) or any(down):
         scale, unit = _scale(max(a + b for a, b in zip(up, down, strict=True)))
         stacks = [Series(name="up", ys=[v / scale for v in up], color=1), Series(name="down", ys=[v / scale for v in down], color=3)]
-        chart = plots.stacked_bars(xs, stacks, title=f"Traffic a round, {unit}", unit=f" {unit}")
+        chart = plots.stacked_bars(xs, stacks, title=f"Traffic per round, {unit}", unit=f" {unit}")
         legend = [(f"up {size(sum(up))}", 1), (f"down {size(sum(down))}", 3)]
-        figures.append(page.figure("Traffic a round", chart, "As the wire carries it, all clients of the round.", legend))
+        figures.append(page.figure("Traffic per round", chart, "Bytes on the wire, all clients of the round.", legend))
         scale, unit = _scale(sum(up) + sum(down))
         sums = [[v / scale for v in accumulate(ys)] for ys in (up, down)]
         stacks = [Series(name="up", ys=sums[0], color=1), Series(name="down", ys=sums[1], color=3)]
-        chart = plots.stacked_bars(xs, stacks, title=f"Traffic so far, {unit}", unit=f" {unit}")
-        figures.append(page.figure("Traffic so far", chart, "Sum over rounds.", legend))
+        chart = plots.stacked_bars(xs, stacks, title=f"Total traffic, {unit}", unit=f" {unit}")
+        figures.append(page.figure("Total traffic", chart, "Sum over rounds.", legend))
     if any(r.get("cohort") for r in done):
         drops = [ordered_drops(r.get("dropped")) for r in done]
         kinds = list(ordered_drops({k: 1 for d in drops for k in d}))
@@ -255,12 +255,12 @@ def _costs(lines: Sequence[Record]) -> list[Element]:
         stacks = [Series(name="counted", ys=[value(r, "counted") for r in done], color=1)]
         stacks += [Series(name=k, ys=[float(d.get(k, 0)) for d in drops], color=slots[k]) for k in kinds]
         legend = [(f"{s.name} {sum(y or 0 for y in s.ys):,.0f}", s.color) for s in stacks]
-        chart = plots.stacked_bars(xs, stacks, title="Clients of a round")
-        figures.append(page.figure("Cohort outcome", chart, "Clients sampled a round.", legend))
+        chart = plots.stacked_bars(xs, stacks, title="Clients per round")
+        figures.append(page.figure("Cohort outcome", chart, "Clients sampled per round.", legend))
     seconds = [value(r, "seconds") for r in done]
     if any(seconds):
-        chart = plots.stacked_bars(xs, [Series(name="time", ys=seconds, color=1)], title="Seconds a round", unit=" s")
-        figures.append(page.figure("Time a round", chart, "Wall clock of the process that started the run."))
+        chart = plots.stacked_bars(xs, [Series(name="time", ys=seconds, color=1)], title="Seconds per round", unit=" s")
+        figures.append(page.figure("Time per round", chart, "Wall-clock time of the process that started the run."))
     return [e("h2", None, "Cost"), e("div", {"class": "pair"}, *figures)] if figures else []
 
 
@@ -280,16 +280,14 @@ def _partition(partition: Mapping[str, Any] | None, colors: Mapping[str, int]) -
         n = min(len(ranked), plots.MAX_MAP_ROWS)
         shown = [ranked[i * (len(ranked) - 1) // max(1, n - 1)] for i in range(n)]
         rows = [(str(c["id"]), c.get("histogram") or [0] * len(labels)) for c in shown]
-        note = f"{n} of {len(ranked):,} clients, evenly from the largest to the smallest. " if n < len(ranked) else ""
+        note = f"{n} of {len(ranked):,} clients, evenly spaced by size. " if n < len(ranked) else ""
         chart = plots.heat_map(rows, labels, title="Labels per client")
-        figures.insert(
-            0, page.figure("Labels per client", chart, note + "The stronger the color, the larger the label's share of the client's rows.")
-        )
+        figures.insert(0, page.figure("Labels per client", chart, note + "A stronger color is a larger share of the client's rows."))
     return [e("h2", None, "Partition"), e("div", {"class": "pair"}, *figures)]
 
 
 def _answers(answers: Sequence[Mapping[str, Any]], judged: bool) -> list[Element]:
-    """The answers side by side; right and wrong are marked where the run is judged by exact match."""
+    """The answers side by side; marked right or wrong if the run reports exact match."""
     if not answers:
         return []
     columns = {"request": "request", "wanted": "wanted", "before": "untuned", "after": "tuned and merged"}
@@ -306,7 +304,7 @@ def _answers(answers: Sequence[Mapping[str, Any]], judged: bool) -> list[Element
         rows.append(e("tr", None, *cells))
     head = e("thead", None, e("tr", None, *(e("th", None, name) for name in columns.values())))
     table = e("table", {"class": "text answers"}, head, e("tbody", None, *rows))
-    return [e("h2", None, "What the model answers"), e("div", {"class": "card scroll"}, table)]
+    return [e("h2", None, "Sample answers"), e("div", {"class": "card scroll"}, table)]
 
 
 def _config(config: Mapping[str, Any]) -> list[Element]:

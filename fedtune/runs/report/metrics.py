@@ -1,6 +1,7 @@
-"""metrics.jsonl, one JSON object a line, and its mirror in TensorBoard.
+"""metrics.jsonl, one JSON object per line, and its copy in TensorBoard.
 
-A line is appended and flushed whole, so a kill can only tear the last one; resuming drops that and all that came after the checkpoint.
+Each line is appended and flushed at once, so a kill can damage only the last one. Resuming drops a damaged last line and all lines after
+the checkpoint.
 """
 
 import json
@@ -20,30 +21,30 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Write a run's records as they come.
+    """Writes a run's records as they come.
 
     Round lines become TensorBoard scalars `global/<key>`; client lines become, per round and device class, `clients/<class>/<key>/mean`
     and, for metrics, `…/worst`.
 
     Args:
-        run_dir: The run's directory, which exists.
-        resume_round: Round of the checkpoint to go on from: later lines and a torn last line are dropped first. None: a new run.
+        run_dir: The existing run directory.
+        resume_round: Round of the checkpoint to resume from: later lines and an incomplete last line are dropped first. None: a new run.
 
     Raises:
-        CheckpointError: A new run in a directory that already has metrics, or a damaged line before the last.
+        CheckpointError: A new run's directory already has metrics, or a line before the last is damaged.
     """
 
     def __init__(self, run_dir: Path, resume_round: int | None) -> None:
         path, replay = run_dir / FILE, []
         if resume_round is None and path.exists():
-            raise CheckpointError(f"{path} already exists: a new run needs a directory of its own, or go on with resume={run_dir}")
+            raise CheckpointError(f"{path} already exists: give a new run its own directory, or continue this one with resume={run_dir}")
         if resume_round is not None and path.exists():
             kept = [r for r in read_metrics(run_dir) if int(r["round"]) <= resume_round]
             write_text(path, "".join(map(_line, kept)))
             replay = [r for r in kept if int(r["round"]) == resume_round]
-        self._board = _summary_writer(run_dir, resume_round)
+        self._tensorboard = _summary_writer(run_dir, resume_round)
         self._round, self._turns = -1, {}
-        for record in replay:  # its TensorBoard copy may not have reached the disk, and is purged
+        for record in replay:  # TensorBoard purges this round, whose copy may not have reached the disk
             self._mirror(record)
         self._file = path.open("a", encoding="utf-8")
 
@@ -56,7 +57,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._flush_turns()
-        self._board.close()
+        self._tensorboard.close()
         self._file.close()
 
     def _mirror(self, record: Mapping[str, Any]) -> None:
@@ -70,26 +71,26 @@ class MetricsWriter:
         flat = {**record, **{f"dropped/{why}": n for why, n in (record.get("dropped") or {}).items()}}
         for key in flat:
             if key != "round" and (v := value(flat, key)) is not None:
-                self._board.add_scalar(f"global/{key}", v, step)
-        self._board.flush()
+                self._tensorboard.add_scalar(f"global/{key}", v, step)
+        self._tensorboard.flush()
 
     def _flush_turns(self) -> None:
         scored = metrics()
         for device_class, turns in self._turns.items():
             for key in sorted({k for t in turns for k in t} - {"round", "client"}):
                 if values := [v for t in turns if (v := value(t, key)) is not None]:
-                    self._board.add_scalar(f"clients/{device_class}/{key}/mean", sum(values) / len(values), self._round)
+                    self._tensorboard.add_scalar(f"clients/{device_class}/{key}/mean", sum(values) / len(values), self._round)
                     if key in scored:
                         worst = (min if scored[key] else max)(values)
-                        self._board.add_scalar(f"clients/{device_class}/{key}/worst", worst, self._round)
+                        self._tensorboard.add_scalar(f"clients/{device_class}/{key}/worst", worst, self._round)
         self._turns = {}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run; a torn last line, which a kill can leave, is passed over.
+    """All records of a run, without an incomplete last line, which a kill can leave.
 
     Raises:
-        CheckpointError: No metrics.jsonl, or a line before the last that is not a record.
+        CheckpointError: metrics.jsonl is missing, or a line before the last is not a record.
     """
     path = run_dir / FILE
     try:
@@ -126,7 +127,7 @@ def _clean(v: Any) -> Any:
 
 
 def _summary_writer(run_dir: Path, resume_round: int | None) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard loads TensorFlow where it is installed, which talks on stderr
-    from torch.utils.tensorboard import SummaryWriter  # seconds to import: only a run pays for it
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard loads TensorFlow if installed, which logs to stderr
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, so only a run imports it
 
     return SummaryWriter(str(run_dir), purge_step=resume_round)

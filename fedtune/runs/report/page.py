@@ -1,6 +1,6 @@
-"""The pieces that report.html is made of: elements, tiles, figures, tables, the page around them.
+"""Building blocks of report.html: elements, tiles, figures, tables and the page.
 
-Everything is an element tree, so that whatever a run holds (client ids, model answers) is escaped by the serializer.
+Everything is an element tree, so that the serializer escapes all text of a run (client ids, model answers).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from fedtune.runs.report.style import CSS
 
 
 def element(tag: str, attributes: Mapping[str, object] | None = None, *children: Element | str | None) -> Element:
-    """An element with text and elements as children, None left out; the serializer escapes both text and attributes."""
+    """An element with text and elements as children; None is skipped. The serializer escapes text and attributes."""
     out = Element(tag, {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in (attributes or {}).items()})
     for child in children:
         if isinstance(child, Element):
@@ -23,12 +23,12 @@ def element(tag: str, attributes: Mapping[str, object] | None = None, *children:
 
 
 def color(index: int | None) -> str:
-    """CSS color of a palette slot; beyond eight everything is gray, since a ninth hue could not be told apart."""
+    """CSS color of a palette slot; gray beyond eight, because a ninth hue is not distinguishable."""
     return f"var(--s{index})" if index is not None and 1 <= index <= 8 else "var(--muted)"
 
 
 def render(title: str, body: Element) -> str:
-    """The whole page as text."""
+    """The complete page as text."""
     viewport = {"name": "viewport", "content": "width=device-width, initial-scale=1"}
     metas = element("meta", {"charset": "utf-8"}), element("meta", viewport)
     head = element("head", None, *metas, element("title", None, title), element("style", None, CSS))
@@ -37,7 +37,7 @@ def render(title: str, body: Element) -> str:
 
 
 def tile(label: str, value: str, note: str, *, main: bool = False) -> Element:
-    """A figure of the headline with what it is and what to know about it."""
+    """A headline figure with its label and a note."""
     parts = [element("span", {"class": "soft"}, label), element("b", None, value), element("span", {"class": "soft"}, note)]
     return element("div", {"class": "tile main" if main else "tile"}, *parts)
 
@@ -51,12 +51,12 @@ def figure(title: str, chart: Element, caption: str, legend: Sequence[tuple[str,
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str = "") -> Element:
-    """A table that scrolls sideways where it is wider than the screen; style `text` aligns left and wraps."""
+    """A table that scrolls sideways if it is wider than the screen; style `text` aligns left and wraps."""
     top = element("thead", None, element("tr", None, *(element("th", None, n) for n in head)))
     body = element("tbody", None, *(element("tr", None, *(element("td", None, c) for c in row)) for row in rows))
     return element("div", {"class": "scroll"}, element("table", {"class": style} if style else None, top, body))
 
 
 def folded(summary: str, content: Element) -> Element:
-    """A card that opens on a click."""
+    """A card that a click opens."""
     return element("details", {"class": "card", "style": "margin-top:14px"}, element("summary", None, summary), content)

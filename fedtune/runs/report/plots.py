@@ -1,7 +1,7 @@
-"""Charts as inline SVG elements, drawn by hand: they follow the page's light or dark colors, weigh little and need no library.
+"""Charts as inline SVG elements, without a plotting library: small, and in the page's light or dark colors.
 
-Every chart is W wide, so that it stays legible at the width of a phone; colors are the CSS variables --s1 … --s8 of `style.py`. Marks
-carry a <title>, which browsers show on hover.
+Every chart is W wide, so that it is legible on a phone; colors are the CSS variables --s1 … --s8 of `style.py`. Marks have a <title>,
+which browsers show on hover.
 """
 
 import math
@@ -14,13 +14,13 @@ from fedtune.runs.report.summary import number
 
 W, H = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 20, 12, 40
-MAX_HOVER = 400  # marks beyond this number are drawn without titles, merged into one path a series
+MAX_HOVER = 400  # with more marks than this, each series is one path without titles
 MAX_MAP_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """A named line or stack: `ys` by the chart's common xs; None where nothing was measured, NaN where what was measured is no number."""
+    """A named line or stack: `ys` at the chart's common xs; None is unmeasured, NaN a measured NaN."""
 
     name: str
     ys: Sequence[float | None]
@@ -30,15 +30,15 @@ class Series:
 def line_chart(
     xs: Sequence[int], series: Sequence[Series], *, title: str, unit: str = "", zero: bool = False, log: bool = False
 ) -> Element:
-    """Lines over rounds, which join points across rounds without a measurement and break at NaN.
+    """Lines over rounds. They connect points across unmeasured rounds and break at NaN.
 
     Args:
         xs: The rounds.
         series: The lines.
-        title: What the chart shows.
-        unit: Of the values.
+        title: Title of the chart.
+        unit: Unit of the values.
         zero: Start the axis at 0.
-        log: Take powers of ten where the values span more than one.
+        log: Use a logarithmic axis if the values span more than a power of ten.
     """
     values = [y for s in series for y in s.ys if y is not None and y == y]
     log = log and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
@@ -61,7 +61,7 @@ def line_chart(
 
 
 def stacked_bars(xs: Sequence[int], series: Sequence[Series], *, title: str, unit: str = "") -> Element:
-    """A bar a round, the series on top of one another in their order."""
+    """One bar per round, with the series stacked in order."""
     sums = [sum(s.ys[i] or 0 for s in series) for i in range(len(xs))]
     axis = _Axis(sums, zero=True, log=False, top=H - BOTTOM, bottom=TOP)
     svg, x = _frame(title, axis, xs, unit, bars=True)
@@ -76,7 +76,7 @@ def stacked_bars(xs: Sequence[int], series: Sequence[Series], *, title: str, uni
                 continue
             low, high = axis(base[i]), axis(base[i] + y)
             base[i] += y
-            # a hair of the page between two stacked parts keeps them apart without an outline
+            # a thin gap separates stacked parts without an outline
             path = f"M{x(a) - width / 2:.1f} {high:.1f}h{width:.1f}v{max(0.6, low - high - 1):.1f}h{-width:.1f}z"
             whole += "" if hover else path
             if hover:
@@ -88,12 +88,12 @@ def stacked_bars(xs: Sequence[int], series: Sequence[Series], *, title: str, uni
 
 
 def swarm(groups: Sequence[tuple[str, int | None, Sequence[tuple[str, float]], float | None]], *, title: str, log: bool = False) -> Element:
-    """A dot a client along the metric, a row a group.
+    """One dot per client along the metric, one row per group.
 
     Args:
         groups: Name, color, (client, value) pairs and the group's mean before the run, which is drawn as a dashed tick.
-        title: What the chart shows.
-        log: Logarithmic axis where the values span more than a power of ten.
+        title: Title of the chart.
+        log: Use a logarithmic axis if the values span more than a power of ten.
     """
     values = [v for _, _, pairs, _ in groups for _, v in pairs] + [b for *_, b in groups if b is not None]
     log = log and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
@@ -135,7 +135,7 @@ def swarm(groups: Sequence[tuple[str, int | None, Sequence[tuple[str, float]], f
 
 
 def heat_map(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], *, title: str) -> Element:
-    """A row a client, a column a label; opacity is the label's share of the client's rows, of the largest share. Zero stays empty."""
+    """One row per client, one column per label; opacity is the label's share of the client's rows, relative to the largest share."""
     top_share = max((n / (sum(counts) or 1) for _, counts in rows for n in counts), default=1) or 1
     cell, left, top = 15, 112, 8
     named = len(labels) <= 24
@@ -165,7 +165,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str],
 
 
 def ranked_bars(items: Sequence[tuple[str, float, int | None]], *, title: str) -> Element:
-    """A bar an item (name, value, color) from the largest to the smallest."""
+    """One bar per item (name, value, color), from the largest to the smallest."""
     ranked = sorted(items, key=lambda p: (-p[1], p[0]))
     axis = _Axis([v for _, v, _ in ranked], zero=True, log=False, top=H - BOTTOM, bottom=TOP)
     svg, x = _frame(title, axis, list(range(1, len(ranked) + 1)), "", bars=True, below="clients, by size")
@@ -197,7 +197,7 @@ class _Axis:
             return
         low = min(low, 0.0) if zero else low
         if high <= low:
-            half = max(0.5, abs(low) * 1e-6)  # of a huge number, a half is lost in rounding
+            half = max(0.5, abs(low) * 1e-6)  # added to a huge number, 0.5 is lost in rounding
             low, high = (low, low + 2 * half) if zero else (low - half, low + half)
         step = _round_step((high - low) / 5)
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

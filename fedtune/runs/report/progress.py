@@ -1,6 +1,6 @@
-"""The terminal: bars while a run goes on, one plain line a round where stderr is no terminal, tables at the start and the end.
+"""Terminal output: progress bars during a run (plain lines if stderr is not a terminal), and tables at the start and end.
 
-Everything goes to stderr; stdout belongs to results.
+Progress goes to stderr; stdout is for results.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ class Progress:
     """Bars for the rounds and for the clients of the current round.
 
     Args:
-        console: Where to draw; None is stderr. No terminal: one plain line a round and a note, nothing else.
+        console: Where to draw; None is stderr. Without a terminal it prints one plain line per round, and notes.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -53,7 +53,7 @@ class Progress:
                 bars.TimeRemainingColumn(),
                 bars.TextColumn("{task.fields[news]}"),
                 console=self._console,
-                speed_estimate_period=1e9,  # the default forgets rounds older than 30 s, and with them the ETA
+                speed_estimate_period=1e9,  # the default ignores rounds older than 30 s and loses the ETA
             )
         self._of = 0
         self._rounds: bars.TaskID | None = None
@@ -75,21 +75,21 @@ class Progress:
         if not self._bars:
             return
         if self._rounds is None:
-            # a resumed run starts at its own round: the bar is full up to there, the speed is measured from here
+            # a resumed run starts at its own round: the bar is filled up to it, and the speed is measured from it
             self._rounds = self._bars.add_task("rounds ", total=rounds, completed=max(0, round - 1), news="")
             self._clients = self._bars.add_task("clients", total=None, news="")
         assert self._clients is not None
         self._bars.reset(self._clients, total=cohort, description="clients", news="untuned backbone" if round == 0 else "")
 
     def client_done(self, client: str, dropped: str | None) -> None:
-        """One client's turn is over; `dropped` says why it does not count, None that it does."""
+        """One client's turn is over; `dropped` is the reason if it does not count, else None."""
         self._dropped += dropped is not None
         if self._bars and self._clients is not None:
             news = escape(client if dropped is None else f"{client} dropped, {dropped}")
             self._bars.update(self._clients, advance=1, news=f"{news}  ({self._dropped} dropped)" if self._dropped else news)
 
     def round_done(self, record: Record) -> None:
-        """The round's line of metrics.jsonl is known."""
+        """Show the round's line of metrics.jsonl."""
         if not self._bars:
             self._console.file.write(round_line(record, self._of) + "\n")
             self._console.file.flush()
@@ -98,12 +98,12 @@ class Progress:
             self._bars.update(self._rounds, completed=int(record["round"]), news=f"{metric} {number(value(record, metric))}")
 
     def note(self, text: str) -> None:
-        """A line above the bars, or on its own: what a note says is never lost."""
+        """Print a line above the bars, or on its own without bars."""
         (self._bars.console if self._bars else self._console).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def round_line(record: Record, of: int) -> str:
-    """`round 3/20  exact_match 0.412  clients 0.39 (worst decile 0.20)  6/8 counted (1 offline, 1 late)  4.1 s`; unknowns are left out."""
+    """`round 3/20  exact_match 0.412  clients 0.39 (worst decile 0.20)  6/8 counted (1 offline, 1 late)  4.1 s`, without missing values."""
     metric = primary_metric([record])
     parts = [f"round {record['round']}/{of}" if of else f"round {record['round']}"]
     if (v := value(record, metric)) is not None:
@@ -120,11 +120,11 @@ def round_line(record: Record, of: int) -> str:
 
 
 def print_partition(summary: Mapping[str, Any], console: Console) -> None:
-    """A table of the clients: class, rows, histogram of labels; beyond 30 clients the rest is counted.
+    """Print a table of the clients: class, rows, histogram of labels. Beyond 30 clients it shows only the number of the others.
 
     Args:
         summary: partition.json: `labels`, `clients` (id, device_class, train, held_out, histogram), `test`.
-        console: Where to print; doors give one on stderr.
+        console: Where to print; commands use stderr.
     """
     clients, labels = list(summary.get("clients", [])), list(summary.get("labels") or [])
     bins = min(len(labels), _MAX_BINS)
@@ -149,7 +149,7 @@ def print_partition(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def histogram(counts: Sequence[float], bins: int) -> str:
-    """A bar a label (`·` is zero), the highest full height; more labels than bins: neighbors are added up."""
+    """One bar per label (`·` is zero), scaled to the highest; with more labels than bins, neighboring labels are summed."""
     if not counts or not bins:
         return ""
     edges = [len(counts) * i // bins for i in range(bins + 1)]
@@ -159,17 +159,17 @@ def histogram(counts: Sequence[float], bins: int) -> str:
 
 
 def print_results(records: Iterable[Record], console: Console, partition: Mapping[str, Any] | None = None) -> None:
-    """The run's outcome: untuned backbone, best and last round; then a line a device class.
+    """Print the run's results: untuned backbone, best and last round; then one line per device class.
 
     Args:
-        records: What `read_metrics` gives.
-        console: Where to print; doors give one on stderr.
-        partition: partition.json: names the device class of clients that never took part.
+        records: Records from `read_metrics`.
+        console: Where to print; commands use stderr.
+        partition: partition.json, for the device classes of clients that never took part.
     """
     rows = list(records)
     metric, lines = primary_metric(rows), rounds(rows)
     if not lines:
-        console.print("no round was finished: there are no results yet", highlight=False)
+        console.print("no round has finished: there are no results yet", highlight=False)
         return
     done = [r for r in lines if r["round"] > 0]
     shown = []
@@ -194,10 +194,10 @@ def print_results(records: Iterable[Record], console: Console, partition: Mappin
     if chose := [c for c in classes if c.chosen]:
         shown = [[c.device_class, *(c.chosen[k] or "–" for k in CHOSEN), duration(c.device_s)] for c in chose]
         header = ["class", *CHOSEN.values(), "device time"]
-        print_table(console, header, shown, title="What the devices chose, a turn", wrap=["precision"])
+        print_table(console, header, shown, title="Devices' choices per turn", wrap=["precision"])
 
 
 def _cells(spent: Sequence[Record], row: Record, metric: str) -> list[str]:
-    """The row's metrics, and what was spent up to it."""
+    """The row's metrics, and the total cost up to it."""
     scores = [number(value(row, k)) for k in (metric, "clients_mean", "clients_worst_decile", "loss")]
     return [*scores, size(total(spent, "bytes_up")), size(total(spent, "bytes_down")), duration(total(spent, "seconds"))]

@@ -1,4 +1,4 @@
-"""The commands and the code with which a reader of an adapter's card loads what was trained."""
+"""Commands and code for an adapter's card that load the trained model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def how_to_load(adapter: Path, config: dict[str, Any], backbone: "Backbone", outputs: int) -> list[str]:
-    """Markdown lines: PEFT over the checkpoint where that is what was trained, else an export, else fedtune itself.
+    """Markdown lines that load the trained model: with PEFT if that gives the same model, else by an export, else with fedtune.
 
     Args:
         adapter: The folder that `save_peft` wrote.
-        config: The run's.
-        backbone: The run's.
-        outputs: Of the task's head; 0 without one.
+        config: The run's config.
+        backbone: The run's backbone.
+        outputs: Outputs of the task's head; 0 without one.
     """
-    from fedtune.models.methods import mergeable  # late: a report of a finished run needs no models
+    from fedtune.models.methods import mergeable  # imported late: a report of a finished run needs no models
 
     method, trusted = config["peft"]["method"], ", trust_remote_code=True" * config["model"]["trust_remote_code"]
     task = task_of(TaskConfig(**config["task"]))
@@ -30,24 +30,24 @@ def how_to_load(adapter: Path, config: dict[str, Any], backbone: "Backbone", out
     if not mergeable(method):
         return _with_fedtune(why, config, outputs)
     return [
-        f"- {why}. `fedtune export` writes the model with the adapter in its weights:",
+        f"- {why}. `fedtune export` writes the merged model:",
         "\n```sh\nfedtune export path/to/this/run --out merged\n```",
         f'\n```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("merged"{trusted})\n```\n',
     ]
 
 
 def _why_not_peft(adapter: Path, config: dict[str, Any], backbone: "Backbone") -> str:
-    """Why PEFT over the checkpoint gives another model than the one that was trained; "" where it gives that one."""
+    """Why PEFT on the checkpoint does not give the trained model; "" if it does."""
     if config["peft"]["init"] == "loftq":
         return (
-            f"trained over the backbone's {config['model']['precision']} weights, as what they lack (peft.init=loftq): over the"
-            " checkpoint's own weights it would count that twice"
+            f"the adapter includes the quantization error of the backbone's {config['model']['precision']} weights (peft.init=loftq), so it"
+            " does not fit the checkpoint's own weights"
         )
     if config["model"]["init"] == "random":
-        return "trained over a backbone drawn at random (model.init=random), which no checkpoint holds"
+        return "trained on a random backbone (model.init=random), which is in no checkpoint"
     if backbone.completed:
-        return f"the checkpoint lacks '{backbone.completed[0]}', which transformers draws at random and fedtune sets to the identity"
-    return "" if (adapter / "adapter_config.json").is_file() else f"PEFT cannot open what peft.method={config['peft']['method']} trains"
+        return f"the checkpoint lacks '{backbone.completed[0]}', which transformers initializes randomly and fedtune sets to the identity"
+    return "" if (adapter / "adapter_config.json").is_file() else f"PEFT cannot open adapters of peft.method={config['peft']['method']}"
 
 
 def _with_peft(config: dict[str, Any], backbone: "Backbone", auto: str, trusted: str, outputs: int) -> list[str]:
@@ -71,8 +71,8 @@ def _with_fedtune(why: str, config: dict[str, Any], outputs: int) -> list[str]:
     size = f", num_labels={outputs}" if outputs else ""
     seed = f", seed={config['seed']}" if config["model"]["init"] == "random" else ""
     return [
-        f"- {why}, and no weights can express it: load it with fedtune"
-        + ("" if outputs else ", or use `fedtune export` and `fedtune generate` on what that writes"),
+        f"- {why}, and the adapter cannot be merged into weights: load it with fedtune"
+        + ("" if outputs else ", or use `fedtune export`, then `fedtune generate` with the exported folder"),
         "\n```python",
         "from pathlib import Path\n",
         "from fedtune.config import ModelConfig, PeftConfig, TaskConfig",

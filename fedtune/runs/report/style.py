@@ -1,4 +1,4 @@
-"""The stylesheet of report.html: one column on a phone, two on a desk; light or dark by the reader's setting; color-blind-safe hues."""
+"""The stylesheet of report.html: one column on phones, two on desktops; follows the light or dark setting; color-blind-safe hues."""
 
 CSS = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #ffffff; --ink: #1b1c1e; --soft: #5b5f66; --muted: #9a9da3; --rule: #e3e3df;

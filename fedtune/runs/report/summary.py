@@ -1,4 +1,4 @@
-"""What a run's records say, as plain values: shared by the terminal tables and the HTML report.
+"""Summary values of a run's records, shared by the terminal tables and the HTML report.
 
 A record is one line of metrics.jsonl: a round's (client null) or one client's turn in a round. Higher is better except for LOWER.
 """
@@ -14,7 +14,7 @@ from fedtune.contracts.task import higher_is_better, metrics
 Record = Mapping[str, Any]
 
 NO_CLASS = "all devices"
-CHOSEN = {  # what a device says of its turn, and what that is called
+CHOSEN = {  # a device's choices for a turn → their headings
     "precision": "precision",
     "rank": "rank",
     "micro_batch": "micro-batch",
@@ -26,7 +26,7 @@ CHOSEN = {  # what a device says of its turn, and what that is called
 
 
 def primary_metric(records: Iterable[Record]) -> str:
-    """The name of the metric that the run is judged by; round lines count before client lines, "loss" where nothing is reported."""
+    """The run's primary metric, from round lines or else client lines; "loss" if no metric is reported."""
     rows = list(records)
     for group in (rounds(rows), turns(rows)):
         for name in metrics():
@@ -36,19 +36,19 @@ def primary_metric(records: Iterable[Record]) -> str:
 
 
 def value(record: Record | None, key: str) -> float | None:
-    """The number under `key`, or None where there is none (null, text, missing, NaN)."""
+    """The number under `key`; None if it is null, text, missing or NaN."""
     v = record.get(key) if record else None
     return float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) and v == v else None
 
 
 def rounds(records: Iterable[Record]) -> list[Record]:
-    """The round lines by round; of two for one round the later wins."""
+    """The round lines by round; for duplicate rounds, the later line."""
     found = {int(r["round"]): r for r in records if r.get("client") is None}
     return [found[k] for k in sorted(found)]
 
 
 def turns(records: Iterable[Record]) -> list[Record]:
-    """The client lines by (round, client); several of one client in one round (trained, evaluated) become one."""
+    """The client lines by (round, client). Lines of one client in one round (training, evaluation) are merged."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for r in records:
         if r.get("client") is not None:
@@ -57,7 +57,7 @@ def turns(records: Iterable[Record]) -> list[Record]:
 
 
 def best(rows: Sequence[Record], metric: str) -> Record | None:
-    """The round line with the best `metric`, the earliest of equals; None where no line has it."""
+    """The round line with the best `metric`, the earliest if tied; None if no line has it."""
     scored = [r for r in rows if value(r, metric) is not None]
     if not scored:
         return None
@@ -69,7 +69,7 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def known_sum(values: Iterable[float | None]) -> float | None:
-    """Sum of the values that are known; None where none is."""
+    """Sum of the known values; None if none is known."""
     known = [v for v in values if v is not None]
     return sum(known) if known else None
 
@@ -80,7 +80,7 @@ def total(rows: Iterable[Record], key: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientResult:
-    """One client over the whole run: its held-out metric before (round 0) and last, and what it did."""
+    """One client over the whole run: its held-out metric before (round 0) and after the run, its turns and its costs."""
 
     client: str
     device_class: str
@@ -89,16 +89,16 @@ class ClientResult:
     counted: int  # turns that trained and were not dropped
     dropped: Counter[str]  # why → turns
     train: int | None  # rows
-    seconds: float | None  # None where no turn said: a private one keeps it to itself
+    seconds: float | None  # None if no turn reported it; private turns do not
     bytes_up: float
     bytes_down: float
     peak_mb: float | None
     device_s: Sequence[float] = ()  # simulated seconds of each turn
-    chosen: Mapping[str, Sequence[float | str]] = field(default_factory=dict)  # key of CHOSEN → what its turns took, in their order
+    chosen: Mapping[str, Sequence[float | str]] = field(default_factory=dict)  # key of CHOSEN → the choices of its turns, in order
 
 
 def client_results(records: Iterable[Record], metric: str, partition: Mapping[str, Any] | None = None) -> list[ClientResult]:
-    """Every client that the records or the partition name, by id."""
+    """All clients of the records or the partition, by id."""
     known = {str(c["id"]): c for c in (partition or {}).get("clients", [])}
     by_client: dict[str, list[Record]] = {name: [] for name in known}
     for turn in turns(records):
@@ -131,14 +131,14 @@ def client_results(records: Iterable[Record], metric: str, partition: Mapping[st
 
 
 def _chosen(turns: Sequence[Record]) -> Mapping[str, Sequence[float | str]]:
-    """Of turns of devices that chose: those of others say nothing of it."""
+    """The choices of these turns; turns without choices report none."""
     out: dict[str, Sequence[float | str]] = {"precision": [str(t["precision"]) for t in turns]}
     return out | {k: [v for t in turns if (v := value(t, k)) is not None] for k in CHOSEN if k != "precision"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassResult:
-    """The clients of one device class together; metrics are means over clients."""
+    """All clients of one device class; metrics are means over clients."""
 
     device_class: str
     clients: int
@@ -151,12 +151,12 @@ class ClassResult:
     bytes_up: float = 0.0
     bytes_down: float = 0.0
     peak_mb: float | None = None
-    device_s: float | None = None  # mean of a turn
-    chosen: Mapping[str, str] = field(default_factory=dict)  # as `span` has it
+    device_s: float | None = None  # mean per turn
+    chosen: Mapping[str, str] = field(default_factory=dict)  # formatted by `span`
 
 
 def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassResult]:
-    """One line a device class, by name."""
+    """One result per device class, by name."""
     groups: dict[str, list[ClientResult]] = {}
     for c in clients:
         groups.setdefault(c.device_class, []).append(c)
@@ -186,7 +186,7 @@ def class_results(clients: Iterable[ClientResult], metric: str) -> list[ClassRes
 
 
 def span(values: Sequence[float | str]) -> str:
-    """`2`, `1–4`, `int8, nf4`: what turned up, from the least to the most."""
+    """`2`, `1–4`, `int8, nf4`: the values' range, or the distinct texts."""
     numbers, words = [v for v in values if not isinstance(v, str)], sorted({v for v in values if isinstance(v, str)})
     if words or not numbers:
         return ", ".join(words)
@@ -200,7 +200,7 @@ def drop_kind(reason: object) -> str:
 
 
 def drops_text(dropped: Mapping[str, Any] | None) -> str:
-    """`{"late": 1, "offline": 2}` → `2 offline, 1 late`: offline, late, failed, then the others by name; zeros are left out."""
+    """`{"late": 1, "offline": 2}` → `2 offline, 1 late`: offline, late, failed, then the others by name, without zeros."""
     return ", ".join(f"{n} {kind}" for kind, n in ordered_drops(dropped).items())
 
 
@@ -211,7 +211,7 @@ def ordered_drops(dropped: Mapping[str, Any] | None) -> dict[str, int]:
 
 
 def number(v: float | None, digits: int = 3) -> str:
-    """A metric for people: fixed decimals, one fewer from 10 up, one decimal from 100 up; – where there is none."""
+    """A metric as text: fixed decimals, one fewer from 10 up, one decimal from 100 up; – for None."""
     if v is None:
         return "–"
     if abs(v) < 100:
@@ -220,7 +220,7 @@ def number(v: float | None, digits: int = 3) -> str:
 
 
 def size(v: float | None) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Bytes as text, in powers of 1000."""
     if v is None:
         return "–"
     for unit in ("B", "kB", "MB", "GB"):
@@ -231,12 +231,12 @@ def size(v: float | None) -> str:
 
 
 def megabytes(v: float | None) -> str:
-    """MB for people; of small ones two figures are wanted."""
+    """MB as text, with one decimal below 100."""
     return "–" if v is None else f"{v:.1f} MB" if v < 100 else f"{v:,.0f} MB"
 
 
 def duration(v: float | None) -> str:
-    """Seconds for people: `4.1 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Seconds as text: `4.1 s`, `3 min 20 s`, `2 h 05 min`."""
     if v is None:
         return "–"
     if v < 60:

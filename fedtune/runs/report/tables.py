@@ -1,7 +1,7 @@
-"""Tables that fit the terminal and lose no word.
+"""Tables that fit the terminal without losing text.
 
-Headings wrap between words. Columns that do not fit beside the others go into a further table, which repeats the first column. A cell wider
-than its column goes on in the next line.
+Headings wrap between words. Columns that do not fit go into a further table, which repeats the first column. A cell wider than its column
+continues on the next line.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,17 +24,17 @@ def print_table(
     footer: Sequence[str] = (),
     box: Box | None = HEAVY_HEAD,
 ) -> None:
-    """Print a table in as many parts as the console's width asks for.
+    """Print a table, split into as many parts as the console's width requires.
 
     Args:
         console: Where to print.
-        header: A heading a column.
-        rows: The cells of a row, as plain text.
-        title: Printed above.
-        left: Headings of columns that are aligned left; the first column is.
-        wrap: Headings of columns whose cells may break between words, where the space is needed.
-        footer: The cells of a last row, below a line.
-        box: The lines between the cells; None for none.
+        header: One heading per column.
+        rows: The cells of each row, as plain text.
+        title: Title above the table.
+        left: Headings of left-aligned columns; the first column always is.
+        wrap: Headings of columns whose cells may break between words if space is short.
+        footer: Cells of a last row, below a line.
+        box: Lines between the cells; None for none.
     """
     lines = [list(r) for r in rows]
     room = console.width - (0 if box is None else 1)  # the right edge
@@ -47,7 +47,7 @@ def print_table(
     full = [max(least[i], cell_len(name), _widest(columns[i]) if name in wrap else 0) for i, name in enumerate(header)]
     for part in _parts(least, room, gap):
         widths, spare = [least[i] for i in part], room - sum(least[i] + gap for i in part)
-        for k in sorted(range(len(part)), key=lambda k: header[part[k]] not in wrap):  # long cells gain more from room than headings do
+        for k in sorted(range(len(part)), key=lambda k: header[part[k]] not in wrap):  # long cells use extra width better than headings
             gain = min(spare, full[part[k]] - widths[k])
             widths[k], spare = widths[k] + gain, spare - gain
         around = (0, 2, 0, 0) if box is None else (0, 1, 0, 1)
@@ -63,7 +63,7 @@ def print_table(
 
 
 def _parts(least: Sequence[int], room: int, gap: int) -> list[list[int]]:
-    """The columns of each part: the first, and some of the others in their order. As few parts as possible, of about the same width."""
+    """The columns of each part: the first, and some of the others in order. As few parts as possible, of about equal width."""
 
     def filled(room: int) -> list[list[int]]:
         parts, used = [[0]], least[0] + gap

@@ -197,7 +197,7 @@ def test_what_was_chosen_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Pat
     wanted = ("rank", "batch", "micro_batch", "length", "steps", "out_of_memory", "estimated_mb", "estimated_s", "peak_mb", "virtual_s")
     assert all(isinstance(x[k], float | int) for x in turns for k in wanted)
     assert all(0 < x["peak_mb"] < 10 for x in turns)  # the device's, and not this process's
-    assert "What the devices chose" in capsys.readouterr().out
+    assert "Devices' choices per turn" in capsys.readouterr().out
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +220,7 @@ def test_a_device_that_can_hold_nothing_is_left_out_by_name(tmp_path: Path, capl
     classes = {"watch": DeviceClass(memory_mb=0.01, precision="fp32"), "laptop": DeviceClass()}
     with caplog.at_level("INFO", "fedtune"):
         simulate(config(tmp_path, classes))
-    assert "left out, client" in caplog.text and "it needs more memory, a smaller backbone or a smaller adapter" in caplog.text
+    assert "rejected: client" in caplog.text and "it needs more memory, a smaller backbone or a smaller adapter" in caplog.text
 
 
 @pytest.mark.slow

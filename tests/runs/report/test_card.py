@@ -31,15 +31,15 @@ def card(folder: Path, **peft: str) -> str:
     return (folder / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
-def test_an_adapter_is_loaded_over_the_checkpoint(tmp_path: Path) -> None:
+def test_the_card_loads_an_adapter_with_peft(tmp_path: Path) -> None:
     text = card(tmp_path)
     assert "base = AutoModelForCausalLM.from_pretrained(" in text and 'PeftModel.from_pretrained(base, "path/to/this/folder")' in text
 
 
-def test_what_began_as_what_quantization_took_is_not(tmp_path: Path) -> None:
+def test_the_card_of_a_loftq_adapter_does_not_load_it_with_peft(tmp_path: Path) -> None:
     text = card(tmp_path, init="loftq")
     assert "PeftModel" not in text and "fedtune export path/to/this/run --out merged" in text
-    assert 'AutoModelForCausalLM.from_pretrained("merged")' in text and "trained over the backbone's nf4 weights" in text
+    assert 'AutoModelForCausalLM.from_pretrained("merged")' in text and "the quantization error of the backbone's nf4 weights" in text
 
 
 # -- what a card says to do is done --------------------------------------------------------------------------------------------------------
@@ -123,13 +123,13 @@ def test_a_card_loads_what_was_trained(tmp_path: Path, name: str, method: str, m
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "full"])
-def test_a_card_over_a_random_backbone_loads_that_backbone(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_of_a_random_backbone_loads_that_backbone(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m"), init="random"), CAUSAL, method=method, std=0.5)
-    assert "drawn at random" in check_card(run, live, CAUSAL, monkeypatch)
+    assert "random backbone" in check_card(run, live, CAUSAL, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt"])
-def test_a_card_over_a_body_without_its_pooler_loads_the_completed_body(
+def test_the_card_of_a_checkpoint_without_pooler_loads_the_completed_model(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint(tmp_path / "m", "bert")
@@ -139,13 +139,13 @@ def test_a_card_over_a_body_without_its_pooler_loads_the_completed_body(
     assert "the checkpoint lacks" in check_card(run, live, CLASSES, monkeypatch)
 
 
-def test_a_card_over_the_embedded_backbone_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_of_the_embedded_backbone_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, live = make_run(tmp_path / "run", ModelConfig(device="cpu"), ASK)
     check_card(run, live, ASK, monkeypatch)
 
 
 @pytest.mark.parametrize("init", ["default", "loftq"])
-def test_every_fence_is_closed(tmp_path: Path, init: str) -> None:
+def test_every_code_block_is_closed(tmp_path: Path, init: str) -> None:
     assert card(tmp_path, init=init).count("```") % 2 == 0
 
 

@@ -48,13 +48,13 @@ def test_means_and_paired_differences_by_hand(tmp_path: Path) -> None:
     assert rows[0][5] == "3.000 ± 0.000"  # three round lines of 1 MB
 
 
-def test_everything_but_the_seed_sets_runs_apart(tmp_path: Path) -> None:
+def test_any_key_but_the_seed_distinguishes_settings(tmp_path: Path) -> None:
     found = compare([run(tmp_path, s, 0.5, f"client.lr={lr}", f"peft.rank={r}") for s in (0, 1) for lr, r in ((1e-3, 4), (2e-3, 8))])
     assert [(s.label, sorted(s.runs)) for s in found.settings] == [("peft.rank=4", [0, 1]), ("peft.rank=8", [0, 1])]
-    assert found.also == ["client.lr"] and "Settings differ in these keys too: client.lr." in found.notes()
+    assert found.also == ["client.lr"] and "Settings also differ in these keys: client.lr." in found.notes()
 
 
-def test_markdown_and_csv_hold_every_run(tmp_path: Path) -> None:
+def test_markdown_and_csv_contain_every_run(tmp_path: Path) -> None:
     found = compare([run(tmp_path, s, 0.5 + s / 4) for s in (0, 1)])
     rows = list(csv.DictReader(table_csv(found).splitlines()))
     assert [(r["setting"], r["seed"], r["accuracy"], r["MB up"]) for r in rows] == [
@@ -62,15 +62,15 @@ def test_markdown_and_csv_hold_every_run(tmp_path: Path) -> None:
         ("all runs", "1", "0.75", "3.0"),
     ]
     text = markdown(found, "rounds=2")
-    assert "| all runs | 2 | 0.625 ± 0.177 | – |" in text and "The same in all: `rounds=2`." in text
+    assert "| all runs | 2 | 0.625 ± 0.177 | – |" in text and "Common to all: `rounds=2`." in text
 
 
-def test_lower_is_better_is_said_of_a_loss(tmp_path: Path) -> None:
+def test_the_notes_say_that_a_lower_loss_is_better(tmp_path: Path) -> None:
     found = compare([run(tmp_path, 0, 2.0, metric="loss")])
     assert found.metric == "loss" and "lower is better" in found.notes()[0]
 
 
-def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared_are_one_sentence(tmp_path: Path) -> None:
     good, other = run(tmp_path, 0, 0.5), run(tmp_path, 1, 0.5, metric="loss")
     with pytest.raises(ConfigError, match=r"the runs report different metrics \(accuracy, loss\): choose one that all have with --metric"):
         compare([good, other])

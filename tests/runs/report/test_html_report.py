@@ -101,7 +101,7 @@ def test_every_shape_of_run_gives_a_self_contained_page(tmp_path: Path, case: st
     assert not list(path.parent.glob(".*"))
 
 
-def test_the_page_shows_what_the_run_did(tmp_path: Path) -> None:
+def test_the_page_shows_the_run_s_results(tmp_path: Path) -> None:
     page = Page(write_report(run(tmp_path / "r")).read_text(encoding="utf-8"))
     for wanted in ("trial", "0.100 → 0.700", "90 B", "30 B up, 60 B down", "3 device classes", "✓ ", "✗ ", "task.max_new_tokens", "late 9"):
         assert wanted in page.text
@@ -109,20 +109,20 @@ def test_the_page_shows_what_the_run_did(tmp_path: Path) -> None:
         "Exact match",
         "Loss",
         "exact_match per client",
-        "Traffic a round, B",
-        "Traffic so far, B",
-        "Clients of a round",
-        "Seconds a round",
+        "Traffic per round, B",
+        "Total traffic, B",
+        "Clients per round",
+        "Seconds per round",
         "Labels per client",
         "Training rows per client",
     ]
 
 
-def test_secrets_stay_out_of_the_page(tmp_path: Path) -> None:
+def test_the_page_has_no_secrets(tmp_path: Path) -> None:
     assert "hunter2" not in write_report(run(tmp_path / "r")).read_text(encoding="utf-8")
 
 
-def test_everything_that_a_run_holds_is_escaped(tmp_path: Path) -> None:
+def test_all_text_of_a_run_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script>&amp;\' https://example.org'
     folder = run(tmp_path / "r")
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": evil, evil: {"x": evil}}))
@@ -169,7 +169,7 @@ def test_a_class_of_eleven_clients_has_two_in_its_worst_decile(metric: str, want
     assert found.worst == wanted  # by hand: ⌈11/10⌉ = 2 clients, (0 + 1) / 2 or (10 + 9) / 2
 
 
-def test_the_class_card_says_what_devices_chose(tmp_path: Path) -> None:
+def test_the_class_card_shows_the_devices_choices(tmp_path: Path) -> None:
     path = run(tmp_path / "run", clients=3, rounds=1)
     assert "micro-batch" not in Page(write_report(path).read_text()).text
     chosen = {
@@ -185,7 +185,7 @@ def test_the_class_card_says_what_devices_chose(tmp_path: Path) -> None:
     with (path / "metrics.jsonl").open("a") as f:
         f.write(json.dumps({"round": 1, "client": "home-0000", "device_class": "hub", **chosen}) + "\n")
     text = Page(write_report(path).read_text()).text
-    for words in ("precision\nint8\n–\n–", "rank\n4\n–\n–", "micro-batch\n2\n–\n–", "device time a turn\n12.5 s\n–\n–"):
+    for words in ("precision\nint8\n–\n–", "rank\n4\n–\n–", "micro-batch\n2\n–\n–", "device time per turn\n12.5 s\n–\n–"):
         assert words in text
 
 
@@ -204,20 +204,20 @@ def strokes(html: str, title: str) -> list[str]:
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "accuracy", "perplexity"])
-def test_a_line_joins_points_across_rounds_that_were_not_evaluated(tmp_path: Path, metric: str) -> None:
+def test_a_line_connects_points_across_unevaluated_rounds(tmp_path: Path, metric: str) -> None:
     html = gaps(tmp_path / "r", metric, {0: 0.25, 5: 0.5, 10: 0.75}, last=12)
     title = metric.replace("_", " ").capitalize()
     assert strokes(html, title) == ["MLL"] and strokes(html, "Loss") == ["M" + "L" * 12]
     assert "0.250 → 0.750" in Page(html).text and "untuned → round 10" in Page(html).text  # not a dash, while a run goes on
 
 
-def test_a_line_breaks_where_the_value_is_no_number(tmp_path: Path) -> None:
+def test_a_line_breaks_at_nan(tmp_path: Path) -> None:
     html = gaps(tmp_path / "r", "exact_match", {0: 0.25, 2: 0.5, 4: None, 6: 0.5, 8: 0.75}, last=8)
     assert strokes(html, "Exact match") == ["MLML"]
 
 
 @pytest.mark.parametrize(("metric", "marks"), [("exact_match", True), ("loss", False)])
-def test_answers_are_marked_where_exact_match_is_scored(tmp_path: Path, metric: str, marks: bool) -> None:
+def test_answers_are_marked_if_exact_match_is_scored(tmp_path: Path, metric: str, marks: bool) -> None:
     page = Page(write_report(run(tmp_path / "r", metric)).read_text(encoding="utf-8"))
     assert "the the" in page.text  # the answers are there
     assert ("✗" in page.text, "✓" in page.text) == (marks, marks)

@@ -34,7 +34,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_what_json_cannot_say_becomes_null_and_numpy_becomes_plain(tmp_path: Path) -> None:
+def test_nan_becomes_null_and_numpy_numbers_become_plain(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, None)
     nested = {"x": float("-inf"), "y": [float("nan"), 1]}
     writer.write({"round": 0, "client": None, "loss": float("nan"), "perplexity": np.float64("inf"), "n": np.int64(3), "more": nested})
@@ -46,7 +46,7 @@ def test_what_json_cannot_say_becomes_null_and_numpy_becomes_plain(tmp_path: Pat
 
 
 @pytest.mark.parametrize("torn", ['{"round": 3, "cli', '{"round": 3, "client": "\xff'.encode("latin-1"), '{"round": 3'])
-def test_a_torn_last_line_is_passed_over(tmp_path: Path, torn: Any) -> None:
+def test_an_incomplete_last_line_is_skipped(tmp_path: Path, torn: Any) -> None:
     fill(tmp_path, 3)
     before = read_metrics(tmp_path)
     with (tmp_path / "metrics.jsonl").open("ab") as f:
@@ -76,7 +76,7 @@ def test_a_new_run_does_not_write_into_an_old_one(tmp_path: Path) -> None:
         MetricsWriter(tmp_path, None)
 
 
-def test_resuming_drops_later_rounds_and_the_torn_line(tmp_path: Path) -> None:
+def test_resuming_drops_later_rounds_and_the_incomplete_line(tmp_path: Path) -> None:
     fill(tmp_path, 4)
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"round": 4, "cl')
@@ -106,7 +106,7 @@ def test_tensorboard_shows_rounds_and_device_classes(tmp_path: Path) -> None:
     }
 
 
-def test_tensorboard_of_a_resumed_run_is_that_of_its_lines(tmp_path: Path) -> None:
+def test_tensorboard_of_a_resumed_run_matches_its_lines(tmp_path: Path) -> None:
     fill(tmp_path, 4)
     writer = MetricsWriter(tmp_path, resume_round=1)
     writer.write({"round": 2, "client": None, "exact_match": 0.9})

@@ -30,7 +30,7 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_no_terminal_one_plain_line_a_round_and_a_note() -> None:
+def test_without_a_terminal_each_round_is_one_plain_line() -> None:
     console = plain(width=40)  # narrower than the line: it must not wrap
     with Progress(console) as progress:
         progress.round_started(3, 20, 8)
@@ -51,7 +51,7 @@ def test_the_untuned_backbone_has_no_cohort() -> None:
     assert shown(console) == "round 0/5  perplexity 123.5  1 min 15 s\n"
 
 
-def test_without_a_global_test_the_line_still_says_what_is_known() -> None:
+def test_without_a_global_test_the_line_shows_the_known_values() -> None:
     console = plain()
     with Progress(console) as progress:
         progress.round_started(1, 5, 2)
@@ -79,7 +79,7 @@ def partition(n: int, labels: int = 3) -> dict[str, Any]:
     return {"labels": ["light", "heat", "[music]"][:labels], "clients": clients, "test": 240}
 
 
-def test_a_long_partition_collapses_but_its_totals_count_everyone() -> None:
+def test_a_long_partition_is_shortened_but_its_totals_count_all_clients() -> None:
     console = plain()
     print_partition(partition(100), console)
     text = shown(console)
@@ -88,7 +88,7 @@ def test_a_long_partition_collapses_but_its_totals_count_everyone() -> None:
         assert wanted in text
 
 
-def test_thirty_clients_are_all_shown_and_none_is_fine() -> None:
+def test_thirty_clients_are_all_shown_and_an_empty_partition_works() -> None:
     console = plain()
     print_partition(partition(30), console)
     assert shown(console).count("home-") == 30
@@ -133,10 +133,10 @@ def test_the_best_perplexity_is_the_lowest() -> None:
     print_results([{"round": r, "client": None, "perplexity": p} for r, p in ((0, 90.0), (1, 20.0), (2, 25.0))], console)
     assert "round 1 (best)" in shown(console)
     print_results([], console)
-    assert "no round was finished" in shown(console)
+    assert "no round has finished" in shown(console)
 
 
-def test_what_devices_chose_is_shown_from_the_least_to_the_most() -> None:
+def test_the_devices_choices_are_shown_as_ranges() -> None:
     chosen = {"device_class": "phone", "batch": 16.0, "length": 64.0, "steps": 9, "peak_mb": 2.74, "out_of_memory": 0.0}
     records: list[dict[str, Any]] = [{"round": r, "client": None, "exact_match": 0.1 * r} for r in range(3)]
     records += [
@@ -146,11 +146,11 @@ def test_what_devices_chose_is_shown_from_the_least_to_the_most() -> None:
     ]
     console = plain()
     print_results(records, console)
-    _, _, chose = shown(console).partition("What the devices chose, a turn")
+    _, _, chose = shown(console).partition("Devices' choices per turn")
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in chose.splitlines() if "│" in line}
     # the mean of 10 s and 20 s
     assert rows == {"phone": ["nf4", "2", "1–2", "16", "64", "9", "0–1", "15.0 s"]}
     assert "2.7 MB" in shown(console)
     bare = plain()
     print_results([records[0], records[1], records[-1]], bare)
-    assert "What the devices chose" not in shown(bare)
+    assert "Devices' choices per turn" not in shown(bare)

@@ -46,7 +46,7 @@ def test_every_cell_can_be_read_at_every_width(width: int) -> None:
         assert wanted in columns
 
 
-def test_what_fits_is_one_table_and_what_does_not_repeats_its_first_column() -> None:
+def test_columns_that_fit_are_one_table_and_further_tables_repeat_the_first_column() -> None:
     assert printed(200, HEADER, ROWS).count("┏") == 1
     parts = printed(80, HEADER, ROWS).split("┏")[1:]
     assert len(parts) > 1 and all("client" in p and "home-000" in p for p in parts)

@@ -19,7 +19,7 @@ from fedtune.config import DeviceClass, DevicesConfig, EngineConfig, EvalConfig,
 from fedtune.contracts import flower
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
-from fedtune.contracts.wire import Envelopes
+from fedtune.contracts.wire import MessageWriter
 from fedtune.errors import CheckpointError, FedtuneError, UpdateError
 from fedtune.experiment import simulate
 from fedtune.simulations.engines import batched, stacked
@@ -333,9 +333,9 @@ def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
-    envelopes, groups = Envelopes(1, ()), []
+    writer, groups = MessageWriter(1, ()), []
     plans = [Plan(round=2, client="c0", base_version=1, keep=keep) for keep in ((), (), ("*.lora_B",), ())]
-    contents = [envelopes.write(space.initial, held=(), coming=plan) for plan in plans]
+    contents = [writer.write(space.initial, held=(), next_plan=plan) for plan in plans]
     messages = [Message(content, node, "evaluate") for node, content in enumerate(contents, 1)]
 
     def score(host: ClientHost, asked: Any) -> list[Message]:
