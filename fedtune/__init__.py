@@ -76,7 +76,7 @@ def __getattr__(name: str) -> object:
             try:
                 return getattr(importlib.import_module(f"fedtune.{module}"), name)
             except ModuleNotFoundError as bad:
-                from fedtune.errors import sentence
+                from fedtune.errors import user_message
 
-                raise ImportError(f"fedtune.{name}: {sentence(bad)}") from None
+                raise ImportError(f"fedtune.{name}: {user_message(bad)}") from None
     raise AttributeError(f"module 'fedtune' has no attribute '{name}'")

@@ -19,7 +19,7 @@ import fedtune
 from fedtune.cli import flower_app
 from fedtune.config import Config
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
-from fedtune.errors import _OF_TRAINING, ConfigError, sentence
+from fedtune.errors import _OF_TRAINING, ConfigError, user_message
 from fedtune.export.edge import export_edge
 from fedtune.runs.directory import RunDirectory
 from tests.models.build import checkpoint
@@ -113,7 +113,7 @@ def test_the_sentence_knows_every_library_of_training() -> None:
 def test_what_else_is_missing_is_a_fault() -> None:
     for name in ("fedtune.nothing", "flwr.nothing", "nothing", None):
         with pytest.raises(ModuleNotFoundError):
-            sentence(ModuleNotFoundError("no", name=name))
+            user_message(ModuleNotFoundError("no", name=name))
 
 
 # -- an environment without them ----------------------------------------------------------------------------------------------------------

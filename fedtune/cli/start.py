@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from fedtune.errors import sentence
+from fedtune.errors import user_message
 
 
 def simulate() -> int:
@@ -25,6 +25,6 @@ def _start(program: str, command: str) -> int:
     try:
         main = importlib.import_module(f"fedtune.cli.{command}").main
     except ModuleNotFoundError as bad:
-        print(f"{program}: {sentence(bad)}", file=sys.stderr)
+        print(f"{program}: {user_message(bad)}", file=sys.stderr)
         return 2
     return main()
