@@ -124,8 +124,8 @@ COMBINATIONS = [
     ["strategy=fednova"], ["strategy=fedpeptao"], ["strategy=flora", "peft=ia3"], ["strategy=flexlora", "peft=prefix"],
     ["strategy=hetlora", "peft=adapter"], ["strategy=fedex", "peft=ia3", "devices=none"], ["strategy=fedsa", "peft=ia3", "devices=none"],
     ["strategy=ffa_lora", "peft=ia3", "devices=none"], ["data.prompt=x", "data.answer=null"], ["devices.deadline_s=1", "devices=none"],
-    *([f"strategy={choice}"] for choice in choices("strategy")),
 ]  # fmt: skip
+BY_NAME = [pytest.param([f"strategy={choice}"], marks=pytest.mark.slow) for choice in choices("strategy")]
 
 
 def refusal(args: list[str]) -> str:
@@ -137,7 +137,7 @@ def refusal(args: list[str]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("args", [*COMBINATIONS, *(args for args, _ in REFUSED if args[0][:2] != "--")], ids=" ".join)
+@pytest.mark.parametrize("args", [*COMBINATIONS, *BY_NAME, *(args for args, _ in REFUSED if args[0][:2] != "--")], ids=" ".join)
 def test_each_suggested_setting_resolves_the_error(args: list[str]) -> None:
     said = refusal(args)
     for way in ways(said) if not said.startswith("cannot read") else ():

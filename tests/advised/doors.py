@@ -84,7 +84,7 @@ def _(place: Place) -> Iterator[str]:
         yield place.run(*bare, setting)
 
 
-@follows("engine={} is for simulations: leave it out here")
+@follows("engine={} is for simulations: leave it out here", slow=True)
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
@@ -120,7 +120,7 @@ def a_run(path: Path, *settings: str, served: bool = False, done: int = 1, pid: 
     return path
 
 
-@follows("already sets the run directory: leave out {}, or --run")
+@follows("already sets the run directory: leave out {}, or --run", slow=True)
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     run = a_run(place.folder / "kept")
@@ -132,7 +132,7 @@ def _(place: Place) -> Iterator[str]:
         yield place.run(*way)
 
 
-@follows("leave that setting out, or give another --run to start another run")
+@follows("leave that setting out, or give another --run to start another run", slow=True)
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     run = a_run(place.folder / "kept", "round_timeout_s=600")

@@ -121,7 +121,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, "--to", "edge", "--quantize", "int8", "--method", "rtn")
 
 
-@follows("knows nothing: take rtn or gptq, or leave out --separate")
+@follows("knows nothing: take rtn or gptq, or leave out --separate", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = Path(lora(place)["run"])
     flags = ["--to", "edge", "--quantize", "int8", "--calibrate", str(place.folder / "text.txt"), "--method"]
@@ -145,7 +145,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, adapter, "--to", "edge")
 
 
-@follows("without its run nothing says which precision to quantize to: give the run directory", library="bitsandbytes")
+@follows("without its run nothing says which precision to quantize to: give the run directory", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
     from tests.export.test_requantize import make_run as quantized_run
     from tests.models.test_quantize import wide

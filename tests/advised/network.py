@@ -366,7 +366,7 @@ def _(place: Place) -> Iterator[str]:
         yield _let_in(told(place, server, keys / "clients/a"))
 
 
-@follows("another process is connected to {} with the key {}: stop one of them, or give each its own key")
+@follows("another process is connected to {} with the key {}: stop one of them, or give each its own key", slow=True)
 def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["keys"])
     allowed = json.loads((keys / "allowed.json").read_text())

@@ -87,7 +87,7 @@ def _(place: Place) -> Iterator[str]:
     yield with_adapters(place, model, f"other={adapter}")
 
 
-@follows("nothing: export the model with --method rtn or gptq")
+@follows("nothing: export the model with --method rtn or gptq", slow=True)
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     (place.folder / "text.txt").write_text("turn on the light in the kitchen\n" * 40)

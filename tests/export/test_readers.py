@@ -26,6 +26,7 @@ from tests.inference.engine.test_load import CLOSE, logits, theirs
 from tests.inference.engine.tiny import tiny_model
 from tests.inference.tokenizer_table import CLASSES, CONFIGS, FAMILIES, TEXTS, TOKENIZERS, make
 from tests.models.build import checkpoint, llama_config, tokenizer
+from tests.quick import quick
 
 # -- weights ------------------------------------------------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", quick(CONFIGS, "legacy", "typed", "prefix space", "bos asked", "names of flagged tokens", "added file"))
 def test_every_reader_makes_the_same_tokenizer(config: str, tmp_path: Path) -> None:
     """Each config with each class, over model types and tokenizers in turn."""
     mine = [pair for pair in PAIRS if pair[2] == config]

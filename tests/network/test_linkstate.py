@@ -160,6 +160,7 @@ def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
     return name, run, node
 
 
+@pytest.mark.slow
 def test_a_reply_that_its_sender_died_over_is_lost_with_its_new_life(tmp_path: Path, empty: Path) -> None:
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)

@@ -16,6 +16,7 @@ from fedtune.privacy.dpsgd import PrivateGradient, clipped_sum, sampling_rate
 from fedtune.privacy.noise import Seeded
 from tests.models.build import VOCABULARY
 from tests.privacy.test_samples import LM, built
+from tests.quick import quick
 
 
 def norm(tensors: dict[str, torch.Tensor]) -> float:
@@ -96,7 +97,7 @@ def test_without_noise_and_clip_it_is_the_mean_gradient(tmp_path: Path) -> None:
         assert g.dtype == live.parameters[n].dtype
 
 
-@pytest.mark.parametrize("gone", range(5))
+@pytest.mark.parametrize("gone", quick(range(5), 0, 4))
 def test_removing_one_row_of_a_real_model_moves_the_sum_by_at_most_c(tmp_path: Path, gone: int) -> None:
     left = [i for i in range(5) if i != gone]
     with_ = gradient(tmp_path / "a", examples(5), clip=0.05, source=Chosen(0, 1, 2, 3, 4))

@@ -121,6 +121,7 @@ def test_the_epsilon_of_a_declining_client_is_checked(said: Any, told: float | N
     assert epsilon_of(Message(RecordDict({"declined": ConfigRecord({"epsilon": said})}), 0, "train")) == told
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_privacy_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     privacy = dataclasses.replace(RECORD, epsilon=None, noise=1.0)
     whole = adapter(simulate(tiny(tmp_path, privacy)))

@@ -61,6 +61,7 @@ def test_a_resumed_run_keeps_the_residuals(tmp_path: Path) -> None:
     assert not all(torch.equal(t, adapter(whole)[n]) for n, t in adapter(path).tensors.items())
 
 
+@pytest.mark.slow
 def test_a_rounded_broadcast_changes_little(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, rounds=2)
     first, exact = adapter(simulate(dataclasses.replace(config, rounds=0))), adapter(simulate(config))

@@ -169,7 +169,7 @@ def test_a_run_ends_with_the_sequential_adapter(
     assert any("offline" in str(x.get("dropped")) for x in lines)
 
 
-@pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"], "dora", "prompt"))
+@pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"], "dora"))
 def test_a_run_of_any_method_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str
 ) -> None:

@@ -73,7 +73,7 @@ def test_each_architecture(tmp_path: Path, kind: str) -> None:
     agree(tmp_path, kind, PeftConfig(method="adapter", bottleneck=5), task)
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter", "ptuning_v2"])
+@pytest.mark.parametrize("method", quick(["lora", "adapter", "ptuning_v2"], "adapter"))
 def test_an_encoder_decoder(tmp_path: Path, method: str) -> None:
     way = stacked.installed if method == "lora" else vmapped.installed
     agree(tmp_path, "t5", PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), ANSWERS, way)
@@ -86,7 +86,7 @@ def test_an_encoder_decoders_classes_are_stacked_or_not_at_all(tmp_path: Path) -
     assert way is None and "unique_consecutive" in why  # transformers counts each row's end tokens
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "albert", "llama", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", quick(["bert", "roberta", "distilbert", "albert", "llama", "gpt2", "opt"], "roberta", "albert", "gpt2"))
 @pytest.mark.parametrize("method", quick(["lora", "rslora"], "lora"))
 def test_heads_of_any_depth_are_stacked_by_hand(tmp_path: Path, kind: str, method: str) -> None:
     agree(tmp_path, kind, PeftConfig(method=method, rank=3), CLASSES, stacked.installed)
