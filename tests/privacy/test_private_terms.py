@@ -142,7 +142,7 @@ def test_an_epsilon_without_privacy_is_refused() -> None:
 @pytest.mark.parametrize(
     ("privacy", "sentence"),
     [
-        (PrivacyConfig(kind="record", where="client"), "with privacy=record each client does"),
+        (PrivacyConfig(kind="record", where="client"), "with privacy=record clients always add the noise"),
         (PrivacyConfig(kind="record", epsilon=None), "neither an epsilon nor a noise level"),
         (PrivacyConfig(kind="record", adaptive=True), "needs privacy=user"),
         (PrivacyConfig(kind="user", adaptive=True, where="client"), "needs privacy.where=server"),
