@@ -1,4 +1,4 @@
-"""The advice in fedtune's own sentences: errors, notes, help and cards, as the source spells them."""
+"""The advice in fedtune's sentences (errors, notes, help and cards), read from the source."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""What fedtune tells a person to do can be done: every setting, flag and command that it names exists, and following it leads on."""
+"""fedtune's advice can be followed: every setting, flag and command in it exists, and following it resolves the error."""
 
 import argparse
 import re
@@ -129,7 +129,7 @@ BY_NAME = [pytest.param([f"strategy={choice}"], marks=pytest.mark.slow) for choi
 
 
 def refusal(args: list[str]) -> str:
-    """What is said against these settings; "" if nothing is."""
+    """The error of these settings; "" if there is none."""
     try:
         make_strategy(compose([a for a in args if a != "-m"], multirun="-m" in args)[0].config)
     except FedtuneError as bad:

@@ -1,4 +1,4 @@
-"""Whoever does what a refusal says is refused no more: each sentence is met where a user meets it, and followed as it is printed."""
+"""Following an error's advice resolves it: each error is triggered as a user would, and its advice is followed as printed."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What comes out of a whole run: an adapter and a merged model that any program can use, and a directory that tells all."""
+"""The output of a whole run: an adapter and a merged model for any program, and a complete run directory."""
 
 import dataclasses
 import json

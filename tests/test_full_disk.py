@@ -1,4 +1,4 @@
-"""A disk that is full, from any file operation of a run on: one sentence; and once there is room, the run ends as if nothing had been."""
+"""A disk that is full from any file operation of a run on: one sentence; with free space, the run resumes and ends normally."""
 
 import dataclasses
 import errno

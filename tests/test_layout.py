@@ -1,4 +1,4 @@
-"""Who may import whom, and under which name."""
+"""Which modules may import which, and under which names."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""fedtune in a notebook: public names, a strategy and a turn of a cell, a run that is stopped and gone on with."""
+"""fedtune in a notebook: public names, a strategy and a turn defined in a cell, a stopped and resumed run."""
 
 import dataclasses
 import subprocess

@@ -1,4 +1,4 @@
-"""A start can be repeated, at whatever instant the one before was killed or met a full disk."""
+"""A start can be repeated after the previous one was killed or met a full disk at any instant."""
 
 import errno
 import os

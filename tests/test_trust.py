@@ -1,4 +1,4 @@
-"""A run directory never allows code: only the command line of today does."""
+"""A run directory never allows foreign code; only the current command line does."""
 
 import dataclasses
 import json

@@ -57,19 +57,19 @@ def _run(args: argparse.Namespace) -> str:
         kind = args.gguf_type or "f16"
         out = args.out or args.source / f"model-{kind}.gguf"
         export_gguf(args.source, out, kind=kind)
-        said = describe_gguf(out)
+        note = describe_gguf(out)
     elif args.to == "edge":
         from fedtune.export.edge import export_edge, told
 
         out = args.out or args.source / (f"edge-{args.quantize}" if args.quantize else "edge")
         export_edge(args.source, out, quantize=args.quantize, method=args.method, calibrate=args.calibrate, separate=args.separate)
-        said = told(out)
+        note = told(out)
     else:
         from fedtune.export.huggingface import beside, export_hf
 
         out = args.out or args.source / ("requantized" if args.requantize else "merged")
         export_hf(args.source, out, requantize=args.requantize, trust_remote_code=args.trust_remote_code)
-        said = beside(out)
-    if said:
-        print(f"fedtune: {said}", file=sys.stderr)
+        note = beside(out)
+    if note:
+        print(f"fedtune: {note}", file=sys.stderr)
     return str(out)

@@ -7,8 +7,7 @@ frame       ConfigRecord    the round, the shifts that the frozen weights must c
 plan        ConfigRecord    the client's plan (train messages only)
 extra       ArrayRecord     further tensors that the plan's turn needs; absent if there are none
 shift-V     ArrayRecord     the shift that round V merged into the frozen weights; absent if the client has it
-snapshot    ArrayRecord     the sum of all shifts of some weights, where it is smaller than the missing shifts; the shifts then omit these
-                            weights
+snapshot    ArrayRecord     sums of all shifts, for weights whose sum is smaller than the missing shifts; the shifts then omit these weights
 
 An offer precedes a message with shifts. It has `spec`, `frame` and `plan` as above, and no tensors. The client accepts it, or declines if
 the message does not fit its device.

@@ -20,7 +20,7 @@ from fedtune.storage.ids import flaw, shown
 
 POLL_S = 0.05
 SMALL_REPLY_BYTES = 1_000_000  # limit of a reply without tensors
-_STRAGGLERS_S = 10.0  # how long enough clients wait for connected nodes that have not said hello
+_STRAGGLERS_S = 10.0  # once enough clients have joined: longest wait for connected nodes without a hello
 
 
 @dataclass

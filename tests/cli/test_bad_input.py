@@ -34,7 +34,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(good: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     shutil.copytree(good, tmp_path / "x", dirs_exist_ok=True)
     text = (tmp_path / "x" / "tiny.yaml").read_text().replace(str(good), str(tmp_path / "x"))
     (tmp_path / "x" / "tiny.yaml").write_text(text)
@@ -69,7 +69,7 @@ def other_backbone(place: Path) -> None:
 
 
 def edit_rounds(place: Path) -> None:
-    """A run that has done more than will be asked for."""
+    """A run that has done more rounds than the test asks for."""
     (place / "run/checkpoints/round-0001").rename(place / "run/checkpoints/round-0003")
     edit_json(place / "run/checkpoints/round-0003/checkpoint.json", round=3)
 

@@ -1,4 +1,4 @@
-"""fedtune as an ordinary Flower app: what its bundle holds, and that Flower's own runtime runs it."""
+"""fedtune as an ordinary Flower app: the bundle's contents, and a run by Flower's own runtime."""
 
 import importlib.util
 import io
@@ -111,7 +111,7 @@ class Superlink:
         return json.loads(found[found.index("{") :])
 
     def run(self, overrides: str, conf: Path, nodes: int) -> dict[str, Any]:
-        """Start a run and wait for its end; returns what `flwr ls` says of it."""
+        """Start a run, wait for its end, and return its entry of `flwr ls`."""
         until = time.monotonic() + 600
         settings = f"conf='{conf}' overrides='{overrides}'"
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=2"

@@ -1,4 +1,4 @@
-"""What `fedtune-server` needs to start: settings, a backbone, and no training rows."""
+"""The start of `fedtune-server` needs settings and a backbone, but no training rows."""
 
 import dataclasses
 import json

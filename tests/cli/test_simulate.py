@@ -1,4 +1,4 @@
-"""The simulation door: what is composed, and what is refused with which sentence, before anything is loaded."""
+"""The simulation command: composed configs, and errors before anything is loaded."""
 
 import os
 import subprocess
@@ -146,7 +146,7 @@ def test_a_sweep_is_every_combination() -> None:
 
 
 def finish(config: Config, path: Path, value: float) -> Path:
-    """A run directory as a finished run leaves it, as far as a sweep looks at it."""
+    """The parts of a finished run's directory that a sweep reads."""
     (path / "adapter").mkdir(parents=True)
     (path / "adapter" / "README.md").write_text("")
     (path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))

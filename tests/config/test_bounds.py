@@ -1,4 +1,4 @@
-"""One judge of values and one form of sentence, whoever asks: a setting, an option, a plan, a turn."""
+"""One range check and one form of error for settings, options, plans and turns."""
 
 import math
 from typing import Any

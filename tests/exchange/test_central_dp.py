@@ -1,4 +1,4 @@
-"""User-level privacy around strategies: what they see, what it costs, who is left out, what survives."""
+"""User-level privacy around strategies: what they see, its cost, excluded clients, and the state kept over restarts."""
 
 import dataclasses
 import importlib
@@ -39,7 +39,7 @@ def run(path: Path, made: Config, clients: dict[str, int], strategy: Strategy | 
 
 
 def strategies() -> list[Strategy]:
-    """One of each, with the settings of its YAML."""
+    """One of each strategy, with the settings of its YAML."""
     found = []
     for name in choices("strategy"):
         args = yaml.safe_load((ROOT / "conf/strategy" / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The seam between round loop and strategy: one message a client, or several, and a strategy that sees what the exchange lets it see."""
+"""Exchanges with one or several messages per client, which control what the strategy sees of the replies."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from tests.fakes import bridge, fake_client_app, lora_state
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoStages(Exchange):
-    """First each client says a number; whoever says one trains; the strategy sees the sum of what they trained over the sum of numbers."""
+    """Each client first sends a number; clients that did then train. The strategy sees their tensors' mean, weighted by the numbers."""
 
     def start(self) -> Mapping[str, torch.Tensor]:
         return {"rounds": torch.tensor(0)}
@@ -36,12 +36,12 @@ class TwoStages(Exchange):
 
     def run(self, round: int, state: ServerState, strategy: Strategy, channel: Channel) -> ServerState:
         ask = RecordDict({"ask": ConfigRecord({"round": round})})
-        said = {c: float(str(reply["said"]["number"])) for c, reply in channel.ask("number", dict.fromkeys(channel.cohort, ask))}  # type: ignore[index]
+        numbers = {c: float(str(reply["said"]["number"])) for c, reply in channel.ask("number", dict.fromkeys(channel.cohort, ask))}  # type: ignore[index]
         total: dict[str, torch.Tensor] = {}
         for update in channel.train():
             for name, tensor in update.adapter.tensors.items():
-                total[name] = total.get(name, torch.zeros(())) + tensor.double() * said.get(update.client, 0.0)
-        after = strategy.aggregate_mean(round, state, {n: t / sum(said.values()) for n, t in total.items()})
+                total[name] = total.get(name, torch.zeros(())) + tensor.double() * numbers.get(update.client, 0.0)
+        after = strategy.aggregate_mean(round, state, {n: t / sum(numbers.values()) for n, t in total.items()})
         return dataclasses.replace(after, exchange={"rounds": state.exchange["rounds"] + 1})
 
     def figures(self, round: int, before: ServerState, after: ServerState) -> Mapping[str, float]:
@@ -66,7 +66,7 @@ def test_an_exchange_of_two_stages(tmp_path: Path) -> None:
     clients = {"a": 1, "b": 3, "z": 5}
     at, observer = bridge(tmp_path / "r", two_stage_app(clients, mute="b"), 3, Config(rounds=2, clients_per_round=3), exchange=TwoStages())
     state = at.loop()
-    # round 1: b says no number, and weighs nothing: (10·1 + 50·5) / 60 = 13/3; round 2: a alone, which adds 1
+    # round 1: b sends no number and has no weight: (10·1 + 50·5) / 60 = 13/3; round 2: a alone, which adds 1
     assert float(state.adapter["head.weight"][0, 0]) == pytest.approx(13 / 3 + 1)
     assert [r["stages"] for r in observer.records[1:]] == [2.0, 4.0] and int(state.exchange["rounds"]) == 2
     lines = {(r["round"], r["client"]): r for r in observer.clients}
@@ -74,7 +74,7 @@ def test_an_exchange_of_two_stages(tmp_path: Path) -> None:
     assert lines[2, "z"] == {"round": 2, "client": "z", "dropped": "closed: never on a second round"} | {
         k: v for k, v in lines[2, "z"].items() if k not in ("round", "client", "dropped")
     }
-    # the first stage's messages are metered: more went up than one update
+    # the first stage's messages are counted: the client sent more than one update
     alone, quiet = bridge(tmp_path / "plain", fake_client_app(clients), 3, Config(rounds=1, clients_per_round=3))
     alone.loop()
     plain = {r["client"]: r for r in quiet.clients if r["round"] == 1}
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_version_0_1_keeps_its_clip_norm(tmp_path: Path) -> None
     bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 2}), 2, made, exchange=exchange)[0].loop()
     folder = tmp_path / "r" / "checkpoints" / "round-0001"
     assert float(read_checkpoint(folder).state.exchange["clip"]) == 0.7 and read_checkpoint(folder).state.memory == {}
-    # as it was written then: the clip norm in the strategy's memory
+    # format of version 0.1: the clip norm is in the strategy's memory
     (folder / "exchange.safetensors").unlink()
     save_file({**load_file(folder / "memory.safetensors"), "privacy.clip": torch.tensor(0.3)}, folder / "memory.safetensors")
     body = json.loads((folder / "checkpoint.json").read_text())

@@ -1,4 +1,4 @@
-"""ε against independent computations; the noise that an ε allows; both sources of randomness."""
+"""ε against independent computations; the noise for a given ε; both random sources."""
 
 import math
 

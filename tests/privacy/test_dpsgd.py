@@ -1,4 +1,4 @@
-"""DP-SGD's one step: the clip bounds what a row can do, the noise is as wide as it says, an empty sample is noise."""
+"""One step of DP-SGD: clipping bounds a row's influence, the noise has the stated deviation, an empty sample is pure noise."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def opened(tmp_path: Path, rows: list[Example], way: Any = samples.looped, **cha
 
 
 class Chosen(Seeded):
-    """The rows are given."""
+    """A source with given rows."""
 
     def __init__(self, *rows: int) -> None:
         super().__init__(0)
@@ -124,7 +124,7 @@ def test_a_sample_larger_than_a_pass_and_all_methods_agree(tmp_path: Path) -> No
 
 
 class Small:
-    """A memory that runs out, after the forward pass, where more than `rows` rows come at once, from the pass `since` on."""
+    """Memory that runs out after the forward pass if a pass has more than `rows` rows, from pass `since` on."""
 
     def __init__(self, rows: int, since: int = 0) -> None:
         self.rows, self.since, self.real, self.sizes = rows, since, samples._losses, list[int]()

@@ -1,4 +1,4 @@
-"""What a private turn draws and counts: noise of its own in each turn, the rate of a whole step, the sensitivity of a client."""
+"""The noise and accounting of private turns: separate noise in each turn, the rate of a whole step, a client's sensitivity."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ LOCAL = PrivacyConfig(kind="user", where="client", epsilon=8.0, clip=0.5, accoun
 
 
 def apart(drawn: list[Tensor]) -> float:
-    """The least distance of two of them, as a multiple of what independent ones of their size have on average."""
+    """The smallest distance between two of them, relative to the mean distance of independent ones of their size."""
     return min(float((a - b).norm() / (a.norm() ** 2 + b.norm() ** 2).sqrt()) for a, b in itertools.combinations(drawn, 2))
 
 

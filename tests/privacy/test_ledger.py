@@ -1,4 +1,4 @@
-"""What was spent stays spent: over kills, restarts, half-written lines and damage."""
+"""The ledger keeps all costs over kills, restarts, incomplete lines and damage."""
 
 import os
 import signal

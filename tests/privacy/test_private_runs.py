@@ -1,4 +1,4 @@
-"""Whole runs with privacy=record and privacy=user where=client: what is told, what is refused, what is spent."""
+"""Whole runs with privacy=record and privacy=user where=client: reported values, refusals, and costs."""
 
 import dataclasses
 import json
@@ -228,7 +228,7 @@ def test_every_codec_goes_with_privacy(tmp_path: Path, privacy: PrivacyConfig, c
 
 
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """‖Δ_k‖ of each update as the server decodes it, in the order of its coming."""
+    """‖Δ_k‖ of each update as the server decodes it, in the order of arrival."""
     norms: list[float] = []
 
     def read(content: RecordDict, assignment: Any, **rest: Any) -> Any:

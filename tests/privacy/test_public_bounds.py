@@ -1,4 +1,4 @@
-"""What a private turn chooses and reports does not depend on any row: neighboring data sets give the same numbers."""
+"""The choices and reports of a private turn do not depend on any row: neighboring data sets give the same numbers."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def widths(config: Config) -> list[int]:
 
 
 def turn(config: Config, own: DeviceClass | None, spent: float) -> dict[str, Any]:
-    """All that a device says of itself and of three turns, which took `spent` seconds and a tenth as many MB, in `spent` rows at once."""
+    """Everything a device reports of itself and of three turns, which took `spent` seconds and a tenth as many MB for `spent` rows."""
     host = host_for(config, own)
     profile = host.devices.of("c0")
     assert profile is not None
@@ -108,7 +108,7 @@ def test_a_private_turn_counts_a_row_that_is_too_short_to_learn_from(tmp_path: P
 
 
 def reported(config: Config) -> list[dict[str, Any]]:
-    """What the server is told of each turn of a run, none of which drops."""
+    """The server's metrics of each turn of a run without dropped turns."""
     records = [r for r in read_metrics(simulate(config)) if r["client"] is not None and r["round"] > 0]
     assert not any("dropped" in r for r in records)
     # bytes are of noised tensors, whose ids and digits differ; all else must not

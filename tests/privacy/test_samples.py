@@ -1,4 +1,4 @@
-"""Gradients of single rows equal a loop of backward passes, one row each, for every PEFT method."""
+"""Per-row gradients equal a loop of backward passes over single rows, for every PEFT method."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ CLASSES = TaskConfig(kind="classification", max_length=12)
 
 
 def built(folder: Path, kind: str, method: str, task: TaskConfig, **changes: Any) -> LiveAdapter:
-    """With every tensor off its start: LoRA's B begins at zero, where half of the gradients would be zero too."""
+    """With every tensor perturbed: LoRA's B starts at zero, where half of the gradients would be zero too."""
     with quiet():
         made = load_backbone(hub(checkpoint(folder, kind)), task, num_labels=3 if task is CLASSES else 0)
         live = LiveAdapter(made, PeftConfig(**{"method": method, "rank": 3, "tokens": 3, "bottleneck": 5, **changes}), task)
@@ -38,7 +38,7 @@ def built(folder: Path, kind: str, method: str, task: TaskConfig, **changes: Any
 
 
 def rows(task: TaskConfig, seq2seq: bool = False) -> dict[str, torch.Tensor]:
-    """Four rows of 9, 4, 6 and 7 tokens, each with its end token last."""
+    """Four rows of 9, 4, 6 and 7 tokens, each ending in the end token."""
     sizes = torch.tensor([9, 4, 6, 7])
     ids = torch.randint(3, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(2))
     ids[torch.arange(4), sizes - 1] = 1
@@ -53,7 +53,7 @@ def rows(task: TaskConfig, seq2seq: bool = False) -> dict[str, torch.Tensor]:
 
 
 def one_by_one(live: LiveAdapter, batch: dict[str, torch.Tensor], task: TaskConfig) -> dict[str, torch.Tensor]:
-    """By hand, without any of the code under test: the loss of one row alone, `backward`, `.grad`."""
+    """By hand, without the code under test: the loss of a single row, `backward`, `.grad`."""
     out: dict[str, list[torch.Tensor]] = {n: [] for n in live.parameters}
     for i in range(len(batch["labels"])):
         row = {n: t[i : i + 1] for n, t in batch.items()}
@@ -214,7 +214,7 @@ def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
 
 
 def quantized(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
-    """As `built`, over a backbone whose rows are whole blocks of 64, with biases."""
+    """Like `built`, with biases and a backbone whose weight rows are multiples of 64."""
     config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
     settings = hub(checkpoint(folder, "qwen2", config=config), precision=precision, compute="fp32")
     with quiet():

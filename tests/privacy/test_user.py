@@ -1,4 +1,4 @@
-"""One client's whole update: clipped, noised, divided by the planned cohort; the clip that follows the norms."""
+"""User-level privacy: clipping, noise, division by the planned cohort size, and the adaptive clip norm."""
 
 import math
 from typing import Any

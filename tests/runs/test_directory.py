@@ -1,4 +1,4 @@
-"""The run directory: exclusive, whole or not at all, and never silently of another run."""
+"""The run directory: exclusive, atomic, and never silently another run's."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`fedtune status` on run directories that are written by hand."""
+"""`fedtune status` on hand-written run directories."""
 
 import fcntl
 import http.server

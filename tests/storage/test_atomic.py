@@ -1,4 +1,4 @@
-"""A file or a folder is whole or as it was before, wherever the writing stops."""
+"""After any interruption, a file or folder is complete or unchanged."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""An id that a later step could not show or keep is refused when the rows are dealt; any other goes through a whole run."""
+"""An invalid id is refused when the rows are partitioned; any other id works in a whole run."""
 
 import json
 from pathlib import Path

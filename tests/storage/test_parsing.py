@@ -1,4 +1,4 @@
-"""What breaks Python's own parsers, and files that never end, at every door that reads them: one sentence, exit 2, no traceback."""
+"""Input that breaks Python's parsers, and endless files: every command answers with one sentence, exit code 2 and no traceback."""
 
 import os
 import shutil
@@ -54,7 +54,7 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path: Path, kind: str) -> No
 
 
 def no_file(path: Path, kind: str) -> Path:
-    """Something that lies where a file is wanted."""
+    """A pipe, device or folder in place of a file."""
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
@@ -83,7 +83,7 @@ def write(path: Path, text: str) -> None:
 
 
 def run_folder(folder: Path, name: str, text: str) -> Path:
-    """A run directory, but for one of its files."""
+    """A run directory without one of its files."""
     folder.mkdir()
     good = {"config.yaml": "rounds: 2\n", "metrics.jsonl": '{"round": 0, "client": null}\n'}
     for file, content in good.items():
@@ -94,7 +94,7 @@ def run_folder(folder: Path, name: str, text: str) -> Path:
 
 
 def model_folder(folder: Path, name: str, text: str) -> Path:
-    """The embedded backbone, but for one of its files."""
+    """The embedded backbone without one of its files."""
     shutil.copytree(NANO, folder)
     (folder / name).unlink(missing_ok=True)
     write(folder / name, text)

@@ -1,4 +1,4 @@
-"""One reader for everything that a peer sends or a disk holds: exact types, finite numbers, no unknown field."""
+"""The reader of untrusted JSON: exact types, finite numbers, no unknown fields."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Broadcasts: each tensor or its difference from the first adapter, whichever is smaller, and a client that checks what it reads."""
+"""Broadcasts: each tensor or its difference from the first adapter, whichever is smaller, and the client's checks."""
 
 import json
 

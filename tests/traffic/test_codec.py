@@ -1,4 +1,4 @@
-"""Codecs: errors within their bounds, bytes as counted, unbiased draws, and payloads that are checked before they count."""
+"""Codecs: error bounds, byte counts, unbiased rounding, and checks of received payloads."""
 
 import math
 from collections.abc import Iterable

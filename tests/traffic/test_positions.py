@@ -1,4 +1,4 @@
-"""Positions come back as they were, cost what is said, and are never believed."""
+"""Positions: round trip, size, and checks of received bytes."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Codecs between bridge and clients: who is asked for which, what a round may cost, and whose reply is refused."""
+"""Codecs between bridge and clients: the codec of each assignment, the traffic limit, and refused replies."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -137,7 +137,7 @@ def test_a_reply_in_another_codec_is_refused() -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frugal(FedAvg):
-    """Client a is sent the head alone."""
+    """Sends client a only the head."""
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         whole, head = super().plan(round, plans, state), state.adapter.subset(["head.weight"])

@@ -1,4 +1,4 @@
-"""Each choice of `traffic` the whole way on a tiny model: bytes fall, the run resumes exactly, and strategies see decoded tensors."""
+"""Runs with each choice of `traffic` on a tiny model: fewer bytes, exact resumption, and decoded tensors for strategies."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Updates: what is sent and what is left add up to what was learned; the server adds the difference to its own tensors."""
+"""Updates: sent part and residual add up to the training difference, which the server adds to its own tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def test_sent_and_residual_add_up_to_update_and_old_residual(name: str, seed: in
 def test_the_tests_detect_a_lost_residual() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Optimist(Codec):
-        """Believes that what it sent was sent in full."""
+        """Assumes that the update was sent without error."""
 
         def decode(self, arrays: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {n: t * 1.01 for n, t in super().decode(arrays, like).items()}

@@ -1,4 +1,4 @@
-"""The card of an adapter says how to load it so that it means what was trained."""
+"""The card of an adapter says how to load the trained model."""
 
 import dataclasses
 import re

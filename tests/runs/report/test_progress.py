@@ -1,4 +1,4 @@
-"""What the terminal shows, word for word where it is no terminal."""
+"""The terminal output, verbatim if stderr is not a terminal."""
 
 import io
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tables at every width: no line is longer, no word is lost."""
+"""Tables at every width: no line is too long, and no text is lost."""
 
 import io
 from typing import Any
