@@ -1,7 +1,7 @@
-"""The Flower ClientApp: says hello, trains by a Plan, evaluates. The same on every engine and on a device.
+"""The Flower ClientApp: answers the hello, trains by a Plan, evaluates. It is the same on every engine and on a device.
 
-A turn is `prepare` (read the message, may this device take part?), training or scoring, and `finish` (the reply). An engine that trains
-many clients at once calls the two ends itself; the messages are the same.
+A turn has three parts: `prepare` reads the message and decides whether this device can take part, then the client trains or scores, and
+`finish` writes the reply. An engine that trains many clients at once calls `prepare` and `finish` itself; the messages are the same.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedtune.clients.declining import declining, naming
-from fedtune.clients.devices.choice import told
-from fedtune.clients.devices.fitting import Fitted
+from fedtune.clients.declining import client_named, decline_on_error
+from fedtune.clients.devices.choice import describe
+from fedtune.clients.devices.fitting import Fit
 from fedtune.clients.host import ClientHost
-from fedtune.clients.loaded_model import Body
+from fedtune.clients.loaded_model import LoadedModel
 from fedtune.clients.steps import lr_at, steps_of
-from fedtune.clients.trainer import Trained, train
+from fedtune.clients.trainer import TrainingResult, train
 from fedtune.clients.turns import Turn, Work, check_private, make, turn_of
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.hello import ClientHello
@@ -44,116 +44,116 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A turn that can begin.
+class PreparedTurn:
+    """A turn that is ready to start.
 
     Args:
-        message: What asked for it.
-        plan: The server's plan, as far as the device can do it.
-        body: What it computes in.
-        start: The tensors that it starts from.
-        sent_bytes: Bytes of the tensors that came with the message.
-        turn: What the method's client half does.
-        extra: Tensors that the server sent for it.
+        message: The train message.
+        plan: The server's plan, reduced to the device's limits.
+        loaded_model: The backbone and adapter slots of the turn.
+        start: The initial tensors.
+        sent_bytes: Bytes of the tensors in the message.
+        turn: The method's client half.
+        extra: The tensors that the server sent for `turn`.
         examples: The client's training rows.
-        fitted: What the device chose; None where there is none.
-        device_class: Its class's name.
-        private: What the turn applies for privacy; None where it applies nothing.
-        sent: The tensors that came with the message, decoded: what an encoded reply is the difference from.
+        fit: The device's choice; None without a device profile.
+        device_class: The name of the client's device class.
+        private: Clipping and noise of the turn; None for a turn without privacy.
+        sent: The decoded tensors of the message. An encoded reply holds differences from them.
     """
 
     message: Message
     plan: Plan
-    body: Body
+    loaded_model: LoadedModel
     start: AdapterState
     sent_bytes: int
     turn: Turn
     extra: Mapping[str, Tensor]
     examples: Sequence[Example]
     device_class: str
-    fitted: Fitted | None = None
+    fit: Fit | None = None
     private: TurnPrivacy | None = None
     sent: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def micro(self) -> int | None:
-        """Rows at once; a simulated device's are counted, not run."""
-        return None if self.fitted is None or self.fitted.simulated else self.fitted.micro
+        """Rows per micro-batch; None for a simulated device, whose micro-batches are only counted."""
+        return None if self.fit is None or self.fit.simulated else self.fit.micro
 
 
 def make_client_app(host: ClientHost) -> ClientApp:
-    """The ClientApp of one experiment, whose clients this host is."""
+    """The ClientApp of this host's clients."""
     app = ClientApp()
 
     @app.query()
-    @declining
+    @decline_on_error
     def hello(message: Message, context: Context) -> Message:
         client = client_of(host, context)
-        with naming(client):
-            rows, settled = host.space.federation.clients[client], host.devices.settle(client)
-            body = host.space.body(settled.precision)
-        said = ClientHello(
+        with client_named(client):
+            rows, fixed = host.space.federation.clients[client], host.devices.fixed_choice(client)
+            model = host.space.loaded_model(fixed.precision)
+        reply = ClientHello(
             client=client,
             device_class=rows.device_class,
-            rank=settled.rank,
+            rank=fixed.rank,
             examples=len(rows.train),
             held_out=len(rows.held_out),
             base=host.space.backbone.fingerprint,
-            shifts=body.frozen.versions,
-            remembers=host.config.engine.kind != "ray",  # any of Ray's workers may act for this client the next time
-            device="" if host.device is None else told(host.device, host.devices.first_choice(client)),
+            shifts=model.frozen.versions,
+            remembers=host.config.engine.kind != "ray",  # on Ray another worker may run this client's next turn
+            device="" if host.device is None else describe(host.device, host.devices.first_choice(client)),
         )
-        return Message(RecordDict({"hello": ConfigRecord({"json": said.to_json()})}), reply_to=message)
+        return Message(RecordDict({"hello": ConfigRecord({"json": reply.to_json()})}), reply_to=message)
 
     @app.query("offer")
-    @declining
+    @decline_on_error
     def offer(message: Message, context: Context) -> Message:
-        weigh(host, message, context)
+        check_offer(host, message, context)
         return Message(RecordDict({"offer": ConfigRecord({"accepted": True})}), reply_to=message)
 
     @app.train()
-    @declining
+    @decline_on_error
     def turn(message: Message, context: Context) -> Message:
         return take_turn(host, prepare(host, message, context))
 
     @app.evaluate()
-    @declining
+    @decline_on_error
     def evaluate(message: Message, context: Context) -> Message:
         if host.floor is not None:
-            raise Decline("privacy", "this device tells no exact scores of its rows (--min-privacy): set eval.clients=0")
-        (reply,) = score_together(host, [(message, context)])
+            raise Decline("privacy", "this device does not report exact scores of its rows (--min-privacy): set eval.clients=0")
+        (reply,) = evaluate_together(host, [(message, context)])
         return reply
 
     return app
 
 
-def _telling(who: Callable[P, tuple[ClientHost, str]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let what goes wrong in a step of a turn say what the client has spent of its privacy: an earlier reply may be lost."""
+def _with_spent_privacy(who: Callable[P, tuple[ClientHost, str]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Attach the client's spent ε to every error of a step: the reply that reported it may have been lost."""
 
     def wrap(step: Callable[P, R]) -> Callable[P, R]:
         @wraps(step)
-        def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return step(*args, **kwargs)
             except Exception as bad:
                 host, client = who(*args, **kwargs)
-                away = isinstance(bad, Decline) and bad.kind == "offline"  # it stands for a device that says nothing
-                if host.storage.ledgers is not None and not away:
+                offline = isinstance(bad, Decline) and bad.kind == "offline"  # stands for a device that does not answer
+                if host.storage.ledgers is not None and not offline:
                     privacy = host.config.privacy
-                    with contextlib.suppress(FedtuneError):  # a ledger that cannot be read: what went wrong is told all the same
+                    with contextlib.suppress(FedtuneError):  # an unreadable ledger must not hide the first error
                         if (ledger := host.ledger(client)).spent():
                             cast(Any, bad).epsilon = ledger.epsilon(privacy.delta, privacy.accountant)
                 raise
 
-        return told
+        return wrapped
 
     return wrap
 
 
-@_telling(lambda host, todo: (host, todo.plan.client))
-def take_turn(host: ClientHost, todo: Prepared) -> Message:
-    """Do one client's turn on its own, and write its reply."""
-    plan, live = todo.plan, todo.body.slot(todo.start)
+@_with_spent_privacy(lambda host, todo: (host, todo.plan.client))
+def take_turn(host: ClientHost, todo: PreparedTurn) -> Message:
+    """Run one client's turn and write its reply."""
+    plan, live = todo.plan, todo.loaded_model.slot(todo.start)
     live.load(todo.start)
     work = work_of(host, todo, live)
     if not todo.turn.trains:
@@ -166,11 +166,11 @@ def take_turn(host: ClientHost, todo: Prepared) -> Message:
     return finish(host, todo, live.read(version=plan.base_version), done)
 
 
-def work_of(host: ClientHost, todo: Prepared, live: LiveAdapter | SparseSlot) -> Work:
-    """The turn as the method's client half sees it."""
+def work_of(host: ClientHost, todo: PreparedTurn, live: LiveAdapter | SparseSlot) -> Work:
+    """The arguments of the method's client half."""
     plan, store = todo.plan, host.storage.store.beside(f"turn-{todo.plan.turn}")
 
-    def again(start: AdapterState, turn: Turn) -> AdapterState:
+    def retrain(start: AdapterState, turn: Turn) -> AdapterState:
         live.load(start)
         train(dataclasses.replace(work, start=start), turn, micro=todo.micro)
         return live.read(version=plan.base_version)
@@ -185,81 +185,81 @@ def work_of(host: ClientHost, todo: Prepared, live: LiveAdapter | SparseSlot) ->
         extra=todo.extra,
         recall=lambda: store.read(plan.client, plan.round),
         keep=lambda state: store.write(plan.client, plan.round, state),
-        again=again if plan.privacy == "none" else None,
+        retrain=retrain if plan.privacy == "none" else None,
     )
     return work
 
 
-def score_together(host: ClientHost, asked: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """Replies to evaluate messages that all carry the adapter of the first, of clients that compute in the same body."""
-    request = read_message(asked[0][0].content)
-    clients = [client_of(host, context) for _, context in asked]
-    body = host.body_of(clients[0])
-    body.rebase(request.base, request.shifts, request.snapshot)
+def evaluate_together(host: ClientHost, requests: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """Replies to evaluate messages. All carry the same adapter and go to clients with the same loaded model."""
+    request = read_message(requests[0][0].content)
+    clients = [client_of(host, context) for _, context in requests]
+    model = host.loaded_model(clients[0])
+    model.rebase(request.base, request.shifts, request.snapshot)
     rows = [host.space.examples(client, "held_out") for client in clients]
     turn = make(request.turn, request.params)
     if request.keep or type(turn).personal is not Turn.personal:
-        store = host.storage.store.beside(f"turn-{request.turn}")  # an evaluation comes after the round's own turn
+        store = host.storage.store.beside(f"turn-{request.turn}")  # an evaluation comes after the turn of its round
         own = [turn.personal(host.complete(c, request), store.read(c, request.round + 1)) for c in clients]
-        found = [body.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
+        scores = [model.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
     else:
-        found = body.score(request.adapter, *rows)
-    replies = [RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}) for metrics in found]
-    return [Message(content, reply_to=message) for content, (message, _) in zip(replies, asked, strict=True)]
+        scores = model.score(request.adapter, *rows)
+    replies = [RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}) for metrics in scores]
+    return [Message(content, reply_to=message) for content, (message, _) in zip(replies, requests, strict=True)]
 
 
-@_telling(lambda host, message, context: (host, client_of(host, context)))
-def prepare(host: ClientHost, message: Message, context: Context) -> Prepared:
+@_with_spent_privacy(lambda host, message, context: (host, client_of(host, context)))
+def prepare(host: ClientHost, message: Message, context: Context) -> PreparedTurn:
     """Read a train message.
 
     Raises:
-        PlanError: The plan is not understood, or is another client's.
-        Decline: The device is offline this round, the turn does not fit it, or its privacy budget is spent.
-        DataError: The client has nothing to learn from.
+        PlanError: The plan is invalid or for another client.
+        Decline: The device is offline this round, the turn does not fit the device, or its privacy budget is spent.
+        DataError: The client has no usable training row.
         UpdateMismatch: The adapter cannot be read.
     """
     request = read_message(message.content)
     sent_bytes = request.nbytes
     if request.encoding:
         request = dataclasses.replace(request, adapter=decode_broadcast(request.encoding, request.adapter, host.space.initial.tensors))
-    body, start, plan, turn, examples, fitted, private = _fitted(host, client_of(host, context), request, sent_bytes)
-    body.rebase(request.base, request.shifts, request.snapshot)
-    return Prepared(
+    model, start, plan, turn, examples, fit, private = _fit_turn(host, client_of(host, context), request, sent_bytes)
+    model.rebase(request.base, request.shifts, request.snapshot)
+    return PreparedTurn(
         message=message,
         plan=plan,
-        body=body,
+        loaded_model=model,
         start=start,
         sent_bytes=sent_bytes,
         turn=turn,
         extra=request.extra,
         examples=examples,
-        fitted=fitted,
+        fit=fit,
         device_class=host.space.federation.clients[plan.client].device_class,
         private=private,
         sent=request.adapter.tensors,
     )
 
 
-@_telling(lambda host, message, context: (host, client_of(host, context)))
-def weigh(host: ClientHost, message: Message, context: Context) -> None:
-    """Read the offer of a train message whose tensors have not been sent.
+@_with_spent_privacy(lambda host, message, context: (host, client_of(host, context)))
+def check_offer(host: ClientHost, message: Message, context: Context) -> None:
+    """Check an offer: a train message without its tensors.
 
     Raises:
-        FedtuneError: What `prepare` would raise, for the message's size or for anything else that is known without its tensors.
+        FedtuneError: As `prepare` would, for the message's size and everything else that is known without its tensors.
     """
     request, nbytes = read_offer(message.content)
-    _fitted(host, client_of(host, context), request, nbytes)
+    _fit_turn(host, client_of(host, context), request, nbytes)
 
 
-def _fitted(
+def _fit_turn(
     host: ClientHost, client: str, request: ServerMessage, sent_bytes: int
-) -> tuple[Body, AdapterState, Plan, Turn, Sequence[Example], Fitted | None, TurnPrivacy | None]:
-    """What a client computes in and starts from; the plan, its turn and the rows as they fit its device; what it applies for privacy."""
+) -> tuple[LoadedModel, AdapterState, Plan, Turn, Sequence[Example], Fit | None, TurnPrivacy | None]:
+    """Loaded model, initial tensors, the plan fitted to the device, its turn, the rows, the device's choice, and clipping and noise."""
     plan = request.plan
     if plan is None:
-        raise PlanError("the message asks to train without a plan: the peers run different versions of fedtune")
+        raise PlanError("the train message has no plan: run the same version of fedtune on server and client")
     if plan.client != client:
-        raise PlanError(f"the plan is for client '{plan.client}', this is '{client}'")
+        raise PlanError(f"the plan is for client '{plan.client}', but this is client '{client}'")
     check_terms(plan, host.config)
     turn = turn_of(plan)
     check_private(plan)
@@ -267,57 +267,59 @@ def _fitted(
         host.floor.check(plan.privacy)
     if host.devices.is_offline(client, plan.round):
         raise Decline("offline", "the device is offline this round")
-    body = host.body_of(client)
+    model = host.loaded_model(client)
     if plan.codec:
-        Codec.from_name(plan.codec)  # known before the work, not after it
+        Codec.from_name(plan.codec)  # refuse an unknown codec before training, not after
     examples = host.space.examples(client, "train")
     if not examples:
-        raise DataError(f"client {client} has no training row of two tokens or more: nothing to learn from")
+        raise DataError(f"client {client} has no training row of two tokens or more: give it longer rows")
     start = host.complete(client, request)
     sent = sum(start[n].nbytes for n in matching(start.tensors, plan.send))
-    if fits := host.devices.fit(plan, start, sent_bytes + sent):
-        plan, examples, fitted = fits
+    if found := host.devices.fit(plan, start, sent_bytes + sent):
+        plan, examples, fit = found
     else:
-        fitted = None
+        fit = None
     private = turn_privacy(plan, len(examples), steps_of(plan, len(examples)))
     if private is not None and host.floor is not None:
         host.floor.check_budget(private)
     if private is not None and (why := budget_error(plan, host.ledger(client), private)):
         raise Decline("privacy", why)
-    return body, start, plan, turn, examples, fitted, private
+    return model, start, plan, turn, examples, fit, private
 
 
-def finish(host: ClientHost, todo: Prepared, trained: AdapterState, turned: Trained) -> Message:
-    """The reply to a train message: what the plan asks to be sent, and what the turn cost; what it asks to be kept is kept."""
+def finish(host: ClientHost, todo: PreparedTurn, trained: AdapterState, result: TrainingResult) -> Message:
+    """The reply to a train message: the tensors of `plan.send` and the turn's measurements. Stores the tensors of `plan.keep`."""
     plan = todo.plan
-    trained = todo.turn.finish(work_of(host, todo, todo.body.slot(todo.start)), trained)
+    trained = todo.turn.finish(work_of(host, todo, todo.loaded_model.slot(todo.start)), trained)
     if kept := matching(trained.tensors, plan.keep):
         host.storage.store.write(plan.client, plan.round, trained.subset(kept))
     sent = trained.subset(matching(trained.tensors, plan.send))
-    losses = {"train_loss": turned.loss, "start_loss": turned.start_loss}
+    losses = {"train_loss": result.loss, "start_loss": result.start_loss}
     metrics = {name: loss for name, loss in losses.items() if loss is not None}
     measurements = {
-        "steps": turned.steps,
-        "lr_sum": sum(lr_at(plan, step, turned.steps) for step in range(turned.steps)),
+        "steps": result.steps,
+        "lr_sum": sum(lr_at(plan, step, result.steps) for step in range(result.steps)),
     }
-    if plan.privacy == "none":  # both depend on how long the rows are, and on which were sampled
-        measurements |= {"seconds": turned.seconds, "peak_mb": turned.peak_mb}
+    if plan.privacy == "none":  # both depend on the rows' lengths and on the sample
+        measurements |= {"seconds": result.seconds, "peak_mb": result.peak_mb}
     if (private := todo.private) is not None:
         ledger = host.ledger(plan.client)
         if plan.privacy == "user":
             ledger.spend(plan.round, private.cost)
             drawn = source(host.config.privacy.secure_rng, plan.seed, "noise")
             sent = sent.replace(noised(sent.tensors, todo.start.tensors, clip=private.clip, noise=private.noise, source=drawn))
-            metrics = {}  # exact losses over its rows would tell of them
+            metrics = {}  # exact losses would disclose the rows
         measurements |= privacy_measurements(plan, ledger, private)
-    return _reply(host, todo, _encoded(host, todo, sent) if plan.codec else sent, metrics, measurements, turned)
+    return _reply(host, todo, _encoded(host, todo, sent) if plan.codec else sent, metrics, measurements, result)
 
 
-def _encoded(host: ClientHost, todo: Prepared, trained: AdapterState) -> AdapterState:
-    """What travels in place of the trained tensors; what it leaves out is kept for the client's next turn, where the codec says so."""
+def _encoded(host: ClientHost, todo: PreparedTurn, trained: AdapterState) -> AdapterState:
+    """The encoded tensors. A codec with feedback stores the encoding error and adds it in the client's next turn."""
     plan, codec = todo.plan, Codec.from_name(todo.plan.codec)
     if missing := [n for n in trained.tensors if n not in todo.sent]:
-        raise PlanError(f"the plan asks how '{missing[0]}' differs from what was sent, and nothing was: the peers differ in their versions")
+        raise PlanError(
+            f"the plan asks for the change of '{missing[0]}', which the server did not send: run the same version of fedtune on both sides"
+        )
     store = host.storage.store.beside("residuals")
     kept = store.read(plan.client, plan.round) if codec.feedback else None
     before = kept.tensors if kept and kept.spec.method == trained.spec.method else {}
@@ -329,17 +331,17 @@ def _encoded(host: ClientHost, todo: Prepared, trained: AdapterState) -> Adapter
 
 def _reply(
     host: ClientHost,
-    todo: Prepared,
+    todo: PreparedTurn,
     sent: AdapterState,
     metrics: Mapping[str, float],
     measurements: Mapping[str, float],
-    turned: Trained | None = None,
+    result: TrainingResult | None = None,
 ) -> Message:
     plan = todo.plan
     sent = sent.replace(version=plan.base_version)
-    if todo.fitted is not None:
-        cost = host.devices.told(plan, todo.examples, todo.fitted, turned, todo.sent_bytes + sent.nbytes)
-        measurements = {**measurements, **cost}
+    if todo.fit is not None:
+        report = host.devices.report(plan, todo.examples, todo.fit, result, todo.sent_bytes + sent.nbytes)
+        measurements = {**measurements, **report}
     update = Update(
         client=plan.client,
         round=plan.round,
@@ -349,12 +351,12 @@ def _reply(
         metrics=metrics,
         measurements={"virtual_s": 0.0, **measurements},
         device_class=todo.device_class,
-        precision=todo.fitted.choice.precision if todo.fitted else "",
+        precision=todo.fit.choice.precision if todo.fit else "",
     )
-    said = ConfigRecord({"json": update.to_json(), "spec": sent.spec.to_json()})
-    return Message(RecordDict({"adapter": sent.to_arrays(), "update": said}), reply_to=todo.message)
+    record = ConfigRecord({"json": update.to_json(), "spec": sent.spec.to_json()})
+    return Message(RecordDict({"adapter": sent.to_arrays(), "update": record}), reply_to=todo.message)
 
 
 def client_of(host: ClientHost, context: Context) -> str:
-    """The logical id of the node's client."""
+    """The logical id of this node's client."""
     return host.space.client_ids[int(context.node_config["partition-id"])]

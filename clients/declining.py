@@ -1,4 +1,4 @@
-"""A client that fails replies with one sentence in a `declined` record: nothing that happens on a device ends the server's run."""
+"""Replies of clients that fail: one sentence in a `declined` record. No error on a device ends the server's run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ Handler = Callable[[Message, Context], Message]
 
 
 @contextmanager
-def naming(client: str) -> Iterator[None]:
-    """Give what is raised the client's name, which its decline then carries: a server knows a node by a number until it has said hello."""
+def client_named(client: str) -> Iterator[None]:
+    """Attach the client's name to every error raised inside, for the decline reply: before the hello a server knows only a node number."""
     try:
         yield
     except Exception as bad:
@@ -23,30 +23,29 @@ def naming(client: str) -> Iterator[None]:
         raise
 
 
-def declining(handler: Handler) -> Handler:
-    """Turn whatever goes wrong in a client into a reply that names it."""
+def decline_on_error(handler: Handler) -> Handler:
+    """Decorator: turn every exception of a handler into a decline reply."""
 
     @wraps(handler)
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except Exception as bad:  # a device may break in any way; the cause must reach the operator, not end the round
-            return declined(message, bad)
+        except Exception as bad:  # any failure of a device must reach the operator and must not end the round
+            return decline_reply(message, bad)
 
     return handle
 
 
-def declined(message: Message, bad: Exception) -> Message:
-    """The reply of a client that `bad` kept from its work; it carries what `bad` has of `epsilon`, what the client has spent so far, and of
-    `client`, its name."""
+def decline_reply(message: Message, bad: Exception) -> Message:
+    """The reply of a client that failed with `bad`. It carries `bad.epsilon`, the spent ε, and `bad.client`, the name, if they are set."""
     if is_out_of_memory(bad):
         why = "out of memory: lower client.batch_size or task.max_length"
     else:
         why = str(bad) if isinstance(bad, FedtuneError) else f"{type(bad).__name__}: {bad}"
     kind = bad.kind if isinstance(bad, Decline) else "failed"
-    said: dict[str, str | float] = {"kind": kind, "why": why[:500]}
+    fields: dict[str, str | float] = {"kind": kind, "why": why[:500]}
     if (client := getattr(bad, "client", None)) is not None:
-        said["client"] = str(client)
+        fields["client"] = str(client)
     if (spent := getattr(bad, "epsilon", None)) is not None:
-        said["epsilon"] = float(spent)
-    return Message(RecordDict({"declined": ConfigRecord(cast(Any, said))}), reply_to=message)
+        fields["epsilon"] = float(spent)
+    return Message(RecordDict({"declined": ConfigRecord(cast(Any, fields))}), reply_to=message)

@@ -1,7 +1,7 @@
-"""The ClientApp of a real device: the experiment comes with the server's hello; the rows, the profile and the folder are the device's own.
+"""The ClientApp of a real device. The server's hello brings the experiment; rows, profile and folder belong to the device.
 
-What a server may decide is what the experiment is. What it may not: run code that a model repository brings along, have the device open a
-path that was not given on the device itself, or have it count its privacy anywhere but in its own folder.
+The server decides what the experiment is. It cannot make the device run code from a model repository, open a path that was not given on the
+device itself, or count its privacy outside its own folder.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.clients.app import make_client_app
-from fedtune.clients.declining import declining, naming
+from fedtune.clients.declining import client_named, decline_on_error
 from fedtune.clients.devices import measure_device
 from fedtune.clients.devices.fitting import for_device
 from fedtune.clients.host import ClientHost
@@ -34,22 +34,22 @@ from fedtune.storage.parsing import parse_yaml, read_text
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
-HELLO = "hello.json"  # in the device's folder: the last one that it answered
+HELLO = "hello.json"  # file in the device's folder: the last hello that it answered
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What belongs to the device.
+    """The settings of one device.
 
     Args:
         client: Its logical id.
-        state: Folder of what it keeps between turns, runs and restarts.
-        data: File, folder or glob of its rows; None takes its part of the built-in demo and takes part in nothing else.
-        model: Folder of the backbone; None takes the built-in one, or fetches it from the hub by the server's name for it.
-        min_privacy: Least privacy that a turn must apply on the device, `record` or `user`; None takes the server's word.
-        max_epsilon: Most that all turns may cost together, in every run; None bounds nothing.
+        state: Folder of its state, which outlives turns, runs and restarts.
+        data: File, folder or glob of its rows; None takes its part of the built-in demo and refuses every other experiment.
+        model: Folder of the backbone; None takes the built-in one, or the hub's model of the name that the server gives.
+        min_privacy: Least privacy of every turn, `record` or `user`; None accepts what the server asks.
+        max_epsilon: Privacy budget ε of all turns of all runs together; None sets no budget.
         delta: δ of `max_epsilon`.
-        device: What it can do: `auto`, the name of one of the scenario's device classes, or a YAML file; None takes every plan as it is.
+        device: Its profile: `auto`, the name of one of the scenario's device classes, or a YAML file; None accepts every plan unchanged.
     """
 
     client: str
@@ -63,55 +63,55 @@ class Device:
 
 
 def make_app(settings: Mapping[str, Any]) -> ClientApp:
-    """The ClientApp of this device, for whatever experiment the server's last hello named.
+    """The ClientApp of this device, for the experiment of the server's last hello.
 
-    The hello is kept on disk: a server does not see that a client was away for a moment only, and says nothing anew.
+    The hello is kept on disk: a server does not notice a short absence of the client and does not repeat its hello.
     """
     device, app = Device(**{**settings, "state": Path(settings["state"])}), ClientApp()
     current, floor = list[tuple[str, ClientHost, ClientApp]](), floor_of(device)
 
-    def begin(said: str) -> ClientApp:
-        config, run = read_hello(said, device)
+    def start(hello: str) -> ClientApp:
+        config, run = read_hello(hello, device)
         own = next(iter(config.devices.classes.values()), None)
         if own is not None:
             config = for_device(config, own)
-        loaded = _loaded(config, run, *current[0][:2]) if current else None
-        current.clear()  # what it has loaded makes room
+        loaded = _reusable(config, run, *current[0][:2]) if current else None
+        current.clear()  # frees the old model before another is loaded
         host = ClientHost(config, Storage.in_folder(device.state / run / "clients", config), own, floor, loaded)
         current.append((run, host, make_client_app(host)))
         return current[0][2]
 
-    def going_on() -> ClientApp:
-        return current[0][2] if current else begin(_kept_hello(device))
+    def current_app() -> ClientApp:
+        return current[0][2] if current else start(_load_hello(device))
 
     @app.query()
-    @declining
+    @decline_on_error
     def hello(message: Message, context: Context) -> Message:
-        with naming(device.client):
-            said = _said(message)
-            reply = begin(said)(message, context)
-            _keep_hello(device, said)
+        with client_named(device.client):
+            text = _hello_of(message)
+            reply = start(text)(message, context)
+            _save_hello(device, text)
         return reply
 
     @app.train()
-    @declining
+    @decline_on_error
     def turn(message: Message, context: Context) -> Message:
-        return going_on()(message, context)
+        return current_app()(message, context)
 
     @app.evaluate()
-    @declining
+    @decline_on_error
     def evaluate(message: Message, context: Context) -> Message:
-        return going_on()(message, context)
+        return current_app()(message, context)
 
     return app
 
 
-def _loaded(config: Config, run: str, before: str, host: ClientHost) -> Workspace | None:
-    """What the host of the run `before` has loaded, where it can be used for this one; None where something else must be loaded."""
+def _reusable(config: Config, run: str, before: str, host: ClientHost) -> Workspace | None:
+    """The workspace that the host of the run `before` has loaded; None where this run needs another."""
     if host.config != config:
         return None
     if run != before:
-        host.space.rebase((), ())  # the other run's shifts have the same rounds' numbers
+        host.space.rebase((), ())  # shifts are known by their round, and both runs count from 1
     return host.space
 
 
@@ -119,27 +119,27 @@ def read_hello(text: str, device: Device) -> tuple[Config, str]:
     """The experiment as this device takes part in it, and the name of the run.
 
     Raises:
-        PlanError: The hello names no experiment.
-        ConfigError: The experiment is not one that this version of fedtune knows, or asks for what a device does not do.
+        PlanError: The hello has no valid run name.
+        ConfigError: This version of fedtune does not know a setting of the experiment, or a device refuses it.
     """
     hello = ServerHello.from_json(text)
     if not is_run_name(hello.run):
-        raise PlanError(f"the server calls its run '{hello.run[:40]}', which is no plain folder name")
+        raise PlanError(f"the run name '{hello.run[:40]}' from the server is not a plain folder name: rename the run on the server")
     return own_config(from_dict(dict(hello.config)), device, list(hello.labels)), hello.run
 
 
 def own_config(config: Config, device: Device, labels: list[str]) -> Config:
-    """The server's experiment with this device's rows and profile in it.
+    """The server's experiment with this device's rows and profile.
 
     Raises:
-        ConfigError: The experiment asks for what a device does not do.
-        Decline: It promises less privacy than the device accepts.
+        ConfigError: A device refuses a setting of the experiment.
+        Decline: It has less privacy than the device accepts.
     """
     if config.model.trust_remote_code:
-        raise ConfigError("the server asks to run code that comes with a model (model.trust_remote_code): this device does not do that")
+        raise ConfigError("the server sets model.trust_remote_code, and a device runs no code from a model repository: set it to false")
     if (floor := floor_of(device)) is not None:
         floor.check(str(terms(config)["privacy"]))
-        # drawn from the run's seed, the noise could be subtracted again by the server, which knows it
+        # the server knows the run's seed and could subtract noise drawn from it
         config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, secure_rng=True))
     data = dataclasses.replace(
         config.data,
@@ -149,13 +149,13 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
         test_path=None,
     )
     partition = config.partition
-    if device.data is None and data.source != "demo":  # not of the hub either: its data sets can point at files of this device
+    if device.data is None and data.source != "demo":  # not the hub either: its data sets can point at files of this device
         raise ConfigError(
-            f"the server's rows are its own (data.source={data.source}), and this device opens no file that only a server names: give this"
-            " device's rows with --data"
+            f"this device has no rows, and it opens no file that only the server names (data.source={data.source}): give this device's rows"
+            " with --data"
         )
     if device.data is not None:
-        if data.source == "demo":  # its columns under the names that the demo has
+        if data.source == "demo":  # the file has the demo's column names
             data = demo_columns(data)
         columns = own_rows_columns(dataclasses.replace(config, data=data))
         data = dataclasses.replace(data, source="local", test_fraction=0.0, limit=None, client_from_file=False, columns=columns)
@@ -176,7 +176,7 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
 
 
 def _own_model(model: ModelConfig, device: Device) -> ModelConfig:
-    """The server's backbone where this device has it: in the folder given here, or under a name that only the hub can mean.
+    """The server's backbone on this device: the folder given here, or a name that cannot be a path.
 
     Raises:
         ConfigError: The server's name is, or could be, a path on this device.
@@ -188,65 +188,65 @@ def _own_model(model: ModelConfig, device: Device) -> ModelConfig:
     for key, value, wanted in (("name", model.name, _HUB_NAME), ("revision", model.revision or "main", _REVISION)):
         if not wanted.fullmatch(value) or ".." in value or (key == "name" and Path(value).exists()):
             raise ConfigError(
-                f"the server says model.{key}={value[:80]}, which is or could be a path on this device, and it opens none that only a"
-                " server names: give the folder of the backbone with --model"
+                f"the server sets model.{key}={value[:80]}, which is or could be a path on this device, and the device opens no path that"
+                " only the server names: give the folder of the backbone with --model"
             )
     return model
 
 
 def floor_of(device: Device) -> Floor | None:
-    """The least privacy that the device accepts; None where its operator set none."""
+    """The least privacy that the device accepts; None without `min_privacy`."""
     if device.min_privacy is None:
         return None
     return Floor(kind=device.min_privacy, epsilon=device.max_epsilon, delta=device.delta, client=device.client, runs=device.state)
 
 
-def profile_of(asked: str | None, config: Config) -> dict[str, DeviceClass]:
-    """This device's profile under its name; empty where it takes every plan as it is.
+def profile_of(device: str | None, config: Config) -> dict[str, DeviceClass]:
+    """This device's profile under its name; empty where it accepts every plan unchanged.
 
     Args:
-        asked: As `Device.device`.
-        config: The server's experiment, whose device classes can be named.
+        device: As `Device.device`.
+        config: The server's experiment with its device classes.
 
     Raises:
-        ConfigError: There is no such class or file, or the file holds something else.
+        ConfigError: The class or file does not exist, or the file is not a device profile.
     """
     classes = config.devices.classes
-    if asked is None:
+    if device is None:
         return {}
-    if asked == "auto":
+    if device == "auto":
         return {"measured": measure_device()}
-    if not asked.endswith((".yaml", ".yml")):
-        if asked not in classes:
-            known = f"the scenario's classes are {', '.join(classes)}" if classes else "the scenario names none"
-            raise ConfigError(f"--device {asked} is no device class: {known}; auto measures, FILE.yaml describes")
-        return {asked: classes[asked]}
+    if not device.endswith((".yaml", ".yml")):
+        if device not in classes:
+            known = f"the scenario's classes are {', '.join(classes)}" if classes else "the scenario has none"
+            raise ConfigError(f"--device {device}: no such device class, {known}; auto measures this machine, FILE.yaml reads a profile")
+        return {device: classes[device]}
     try:
-        values = parse_yaml(read_text(Path(asked)))
+        values = parse_yaml(read_text(Path(device)))
     except (OSError, ValueError) as bad:
-        raise ConfigError(f"cannot read the device profile {asked}: {str(bad).splitlines()[0]}") from None
-    name = Path(asked).stem
+        raise ConfigError(f"cannot read the device profile {device}: {str(bad).splitlines()[0]}") from None
+    name = Path(device).stem
     whole = to_dict(Config())
     whole["devices"]["classes"] = {name: values}
     return from_dict(whole).devices.classes
 
 
-def _said(message: Message) -> str:
+def _hello_of(message: Message) -> str:
     try:
         return str(message.content.config_records["hello"]["json"])
     except KeyError:
-        raise PlanError("the server's hello says nothing: the peers run different versions of fedtune") from None
+        raise PlanError("the server's hello is empty: run the same version of fedtune on server and client") from None
 
 
-def _keep_hello(device: Device, said: str) -> None:
+def _save_hello(device: Device, hello: str) -> None:
     try:
-        write_text(device.state / HELLO, said, durable=False)
+        write_text(device.state / HELLO, hello, durable=False)
     except OSError as bad:
-        raise ConfigError(f"cannot keep anything in {device.state}: {bad.strerror}; free the disk or give another --state") from None
+        raise ConfigError(f"cannot write to {device.state}: {bad.strerror}; free the disk or give another --state") from None
 
 
-def _kept_hello(device: Device) -> str:
+def _load_hello(device: Device) -> str:
     try:
         return read_text(device.state / HELLO)
     except OSError:
-        raise PlanError("the server has not said which experiment this is: it must say hello before it asks for work") from None
+        raise PlanError("this device does not know the experiment: the server must send its hello before other messages") from None

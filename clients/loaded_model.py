@@ -1,4 +1,4 @@
-"""A frozen backbone of one precision with its adapter slots: what all clients of a process share that compute in it."""
+"""A frozen backbone in one precision with its adapter slots, shared by all clients of a process with that precision."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
 
 
-class Body:
-    """Loaded once; its slots are loaded and read for each turn.
+class LoadedModel:
+    """The backbone is loaded once. Each turn writes its tensors into a slot and reads them back.
 
     Args:
-        config: The experiment, with this body's precision.
+        config: The experiment, with this model's precision.
         labels: Outputs of the task's head; 0 without one.
 
     Attributes:
-        backbone: Frozen.
+        backbone: The frozen backbone.
         live: The slot of the config's method.
-        lower: The cache of the layers below the adapters; None keeps none.
-        frozen: The frozen weights, and which shifts have been merged into them.
+        lower: The cache of the layers below the adapters; None without one.
+        frozen: The frozen weights and the versions of the shifts merged into them.
     """
 
     def __init__(self, config: Config, labels: int) -> None:
@@ -47,29 +47,32 @@ class Body:
         return stored_bytes(self.live.model, self.live.parameters.values())
 
     def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState], snapshot: AdapterState | None = None) -> None:
-        """Bring the frozen weights to W0 with the shifts of the versions `base` merged in, of which those in `shifts` are at hand.
+        """Set the frozen weights to W0 plus the shifts of the versions in `base`.
 
-        `snapshot` is what all of them have added to some weights, which the shifts at hand then lack.
+        Args:
+            base: Versions to merge.
+            shifts: The shifts that came with the message.
+            snapshot: For some weights, the sum of all shifts; `shifts` does not cover these weights.
 
         Raises:
-            PlanError: One that is missing is not at hand.
+            PlanError: A shift is neither merged nor in `shifts`.
         """
         if self.lower is not None and self.frozen.versions != base:
             self.lower.clear()
-        if self.frozen.versions != base[: len(self.frozen.versions)]:  # they carry what this state knows nothing of: back to W0
+        if self.frozen.versions != base[: len(self.frozen.versions)]:  # shifts are merged that `base` does not have: back to W0
             config = self.config
             fresh = load_backbone(config.model, config.task, num_labels=self._labels, seed=config.seed)
             self.frozen.reset(fresh.model)
-        at_hand = {s.spec.version: s for s in shifts}
-        lacking = base[len(self.frozen.versions) :]
-        for version in lacking:
-            if version not in at_hand:
-                raise PlanError(f"the client lacks what round {version} merged into the frozen weights, and it was not sent along")
-        if lacking:
-            self.frozen.add(*(at_hand[version] for version in lacking), snapshot=snapshot)
+        by_version = {s.spec.version: s for s in shifts}
+        missing = base[len(self.frozen.versions) :]
+        for version in missing:
+            if version not in by_version:
+                raise PlanError(f"the shift of round {version} is neither merged on this client nor in the message: restart the client")
+        if missing:
+            self.frozen.add(*(by_version[version] for version in missing), snapshot=snapshot)
 
     def slot(self, state: AdapterState) -> LiveAdapter | SparseSlot:
-        """The live slot that a state of this method is loaded into; the other one stands aside."""
+        """The slot for a state of this method; the other slot is deactivated."""
         if state.spec.method != "sparse":
             if self._sparse is not None:
                 self._sparse.release()
@@ -79,7 +82,7 @@ class Body:
         return self._sparse
 
     def score(self, state: AdapterState, *groups: Sequence[Example]) -> list[dict[str, float]]:
-        """Metrics of the task with this adapter for each group of examples, all in the same batches; empty where a group has no rows."""
+        """The task's metrics with this adapter, one dict a group of examples; empty for an empty group. All groups share batches."""
         live = self.slot(state)
         live.load(state)
         task, flat = self.config.task, [e for group in groups for e in group]

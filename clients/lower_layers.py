@@ -1,8 +1,8 @@
-"""A cache of what the layers below the lowest adapter make of each training row.
+"""A cache of each training row's hidden states below the lowest adapter.
 
-Where adapters sit in the top k layers only, nothing below them ever changes, and no gradient goes there: the state of a row that enters
-the lowest trained layer is computed once a run and read from a mapped file afterward, whoever trains on the row and in whatever round.
-Rows are known by their tokens, so that trainer and stack need to know nothing of it.
+Where only the top k layers have adapters, the layers below never change and get no gradient. The hidden states that enter the lowest
+trained layer are computed once a run and then read from a memory-mapped file, for every client and round. The key is the row's tokens, so
+that trainer and batched engine need no change.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from fedtune.models.backbone import dropout_rates, head_names
 
 
 class LowerLayers:
-    """Acts on a live model while it trains, from the moment that it is made.
+    """Hooks a live model: while it trains, cached rows skip the lower layers.
 
     Args:
         live: The model with its adapter.
-        most_bytes: Size of the file; what does not fit is computed anew each time.
+        most_bytes: Maximum size of the file; rows that do not fit are recomputed each time.
 
     Raises:
-        ConfigError: Something below the adapters is trained or random.
+        ConfigError: A parameter below the adapters is trained, or dropout is drawn there.
     """
 
     def __init__(self, live: LiveAdapter, most_bytes: float) -> None:
@@ -39,30 +39,30 @@ class LowerLayers:
         self._rows: list[np.ndarray] = []
         self._mask: Tensor | None = None
         self._tuples, self.hits, self.misses = False, 0, 0
-        body = _body(live.backbone.model, path)
-        body.register_forward_pre_hook(self._enter, with_kwargs=True)
-        body.register_forward_hook(self._leave, always_call=True)
+        stack = _stack_owner(live.backbone.model, path)
+        stack.register_forward_pre_hook(self._enter, with_kwargs=True)
+        stack.register_forward_hook(self._leave, always_call=True)
         layers[0].register_forward_hook(self._shape)
         layers[self._first].register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def clear(self) -> None:
-        """The frozen weights have changed."""
+        """Drop all rows, after a change of the frozen weights."""
         self._spill, self._bytes = Spill(), 0
         self._known.clear()
 
-    def _enter(self, body: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _enter(self, stack: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if not torch.is_grad_enabled() or ids is None or mask is None or any(p.requires_grad for p in self._frozen):
-            return  # an evaluation, or a turn that looks at the backbone's own weights
+            return  # an evaluation, or a turn that measures the backbone's own weights
         try:
             values, real = ids.cpu().numpy(), mask.bool().cpu().numpy()
-        except RuntimeError:  # torch.func.vmap shows no values
+        except RuntimeError:  # tensors inside torch.func.vmap have no readable values
             return
         keys = [hashlib.sha256(row[shown].tobytes()).digest() for row, shown in zip(values, real, strict=True)]
         if all(key in self._known for key in keys):
             self.hits += 1
-            self._skip(self._read(keys, mask, body))
+            self._skip(self._read(keys, mask, stack))
         else:
             self.misses += 1
             self._keys, self._mask = keys, mask.bool()
@@ -85,8 +85,8 @@ class LowerLayers:
                 self._known[key] = self._spill.write(data)
                 self._bytes += len(data)
 
-    def _read(self, keys: list[bytes], mask: Tensor, body: nn.Module) -> Tensor:
-        """(B, T, width), zeros where there is padding, which no token sees."""
+    def _read(self, keys: list[bytes], mask: Tensor, stack: nn.Module) -> Tensor:
+        """(B, T, width); zeros at padding, which no token attends to."""
         shown = mask.bool()
         size = self._width * torch.empty((), dtype=self._dtype).element_size()
         rows = [self._spill.array(self._known[key], int(n) * size, np.uint8) for key, n in zip(keys, shown.sum(1).tolist(), strict=True)]
@@ -95,7 +95,7 @@ class LowerLayers:
         out[shown] = flat
         return out
 
-    def _leave(self, body: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, stack: nn.Module, args: Any, output: Any) -> None:
         self._mask = None
         for layer in self._lower:
             layer.__dict__.pop("forward", None)
@@ -113,8 +113,8 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def _body(model: nn.Module, path: str) -> nn.Module:
-    """The innermost module around the layers that is given tokens."""
+def _stack_owner(model: nn.Module, path: str) -> nn.Module:
+    """The innermost module around the layers whose forward takes `input_ids`."""
     while path := path.rpartition(".")[0]:
         if "input_ids" in inspect.signature(model.get_submodule(path).forward).parameters:
             break
@@ -122,20 +122,18 @@ def _body(model: nn.Module, path: str) -> nn.Module:
 
 
 def _lowest(live: LiveAdapter, path: str, layers: nn.ModuleList) -> int:
-    """Index of the lowest layer that anything is trained in."""
+    """Index of the lowest layer with a trained parameter."""
     model = live.backbone.model
     if drawn := dropout_rates(model.config):
-        raise ConfigError(f"engine.cache_layers: the backbone draws dropout ({', '.join(drawn)}), so nothing stays the same: set it to 0")
+        raise ConfigError(f"engine.cache_layers: the backbone draws dropout ({', '.join(drawn)}), so no row can be cached: set it to 0")
     own, mine = {id(p): n for n, p in model.named_parameters()}, []
     for name, parameter in live.parameters.items():
         inside = own.get(id(parameter), "")
         if inside.startswith(f"{path}."):
             mine.append(int(inside.removeprefix(f"{path}.").split(".")[0]))
         elif inside.split(".")[0] not in head_names(model):
-            raise ConfigError(f"engine.cache_layers: '{name}' is trained, and the lower layers see it: set it to 0")
+            raise ConfigError(f"engine.cache_layers: '{name}' is trained and changes the lower layers: set it to 0")
     lowest = min(mine, default=len(layers) - 1)
     if lowest == 0:
-        raise ConfigError(
-            "engine.cache_layers: there is an adapter in the first layer, so nothing lies below: see peft.targets, or set it to 0"
-        )
+        raise ConfigError("engine.cache_layers: the first layer has an adapter, so no layer lies below: see peft.targets, or set it to 0")
     return lowest

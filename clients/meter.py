@@ -13,12 +13,12 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # not Linux, or no right to write there: the mark is then the whole process's
+        with contextlib.suppress(OSError):  # not Linux, or not writable: the mark then covers the whole process lifetime
             _RESET.write_text("5")
 
 
 def peak_mb(device: torch.device) -> float:
-    """High-water mark in MB (10^6 bytes) since the last reset; 0 where the system does not tell."""
+    """High-water mark in MB (10^6 bytes) since the last reset; 0 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     with contextlib.suppress(OSError):

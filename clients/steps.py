@@ -1,4 +1,4 @@
-"""How a plan paces a client: how many steps, which rows in each, at which learning rate."""
+"""A plan's steps on one client: their number, the rows of each, and its learning rate."""
 
 import math
 import random
@@ -8,13 +8,13 @@ from fedtune.contracts.plan import Plan
 
 
 def steps_of(plan: Plan, examples: int) -> int:
-    """Optimizer steps that the plan asks of a client with so many rows."""
+    """Optimizer steps of the plan for a client with `examples` rows."""
     steps = plan.steps if plan.steps is not None else math.ceil(examples * (plan.epochs or 0) / (plan.batch_size * plan.accumulate))
     return max(1, steps)
 
 
 def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers: each pass a new permutation, its last batch as short as it comes."""
+    """Endless batches of row indices: each pass is a new permutation, and its last batch may be short."""
     rng = random.Random(seed)
     while True:
         order = list(range(examples))
@@ -23,5 +23,5 @@ def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 
 def lr_at(plan: Plan, step: int, steps: int) -> float:
-    """Learning rate of a step, from 0."""
+    """Learning rate of a step; steps count from 0."""
     return plan.lr + (plan.lr_last - plan.lr) * step / steps

@@ -1,4 +1,4 @@
-"""What a client keeps between its turns: the tensors that a plan calls its own, such as FedSA's B, and what it spent of its privacy."""
+"""A client's state between turns: the tensors of `plan.keep`, such as FedSA's B, and its privacy ledger."""
 
 import re
 import secrets
@@ -17,22 +17,22 @@ from fedtune.storage.atomic import new_file, write_text
 from fedtune.storage.ids import file_name
 from fedtune.storage.parsing import read_text
 
-_ID = "id"  # file with the client's id, in a folder whose name is too short for it
+_ID = "id"  # file with the client's id, in a folder whose name does not spell the whole id
 
 
 class ClientStore:
-    """Kept tensors by client and round; one file each, so that a run that goes on from an older checkpoint finds what was true then.
+    """Tensors by client and round, one file each, so that a run resumed from an older checkpoint finds the tensors of that round.
 
     Args:
-        folder: Made when the first tensor is kept; a client has a folder of its own in it.
-        rounds: How many of a client's newest files stay.
+        folder: Holds one folder a client; created at the first write.
+        rounds: Number of files to keep for each client, the newest.
     """
 
     def __init__(self, folder: Path, rounds: int) -> None:
         self.folder, self._rounds = folder, rounds
 
     def read(self, client: str, before: int) -> AdapterState | None:
-        """What the client kept in its last turn before this round; None where it has kept nothing yet.
+        """The client's tensors from its last turn before this round; None if there are none.
 
         Raises:
             CheckpointError: The file is damaged.
@@ -48,28 +48,28 @@ class ClientStore:
         """
         path = self.folder_of(client) / f"round-{round:04d}.safetensors"
         try:
-            self.folder.mkdir(0o700, parents=True, exist_ok=True)  # what clients hold is private
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)  # clients' tensors are private
             path.parent.mkdir(exist_ok=True)
-            if "." in path.parent.name:  # which does not tell the whole id
+            if "." in path.parent.name:  # a shortened name
                 write_text(path.parent / _ID, client, durable=False)
             with new_file(path, durable=False) as beside:
                 state.save(beside)
             for old in self._files(client)[: -self._rounds]:
                 old.unlink()
         except OSError as bad:
-            raise CheckpointError(f"client {client} cannot keep its tensors in {path.parent}: {bad.strerror}; free the disk") from None
+            raise CheckpointError(f"client {client} cannot write its tensors to {path.parent}: {bad.strerror}; free the disk") from None
 
     def beside(self, name: str) -> "ClientStore":
-        """A store of something else of the same clients; its folder is in this one's, under a name that no client's folder can have."""
+        """Another store for the same clients. Its folder is inside this one's and starts with a dot, as no client's folder does."""
         return ClientStore(self.folder / f".{name}", self._rounds)
 
     def clients(self) -> list[str]:
-        """Ids of the clients that have kept something, in order."""
+        """Sorted ids of the clients with stored tensors."""
         folders = self.folder.glob("*") if self.folder.is_dir() else ()
         return sorted(client_id(path) for path in folders if path.name[0] != "." and any(path.glob("round-*.safetensors")))
 
     def folder_of(self, client: str) -> Path:
-        """Where the client's files lie."""
+        """The folder of the client's files."""
         return self.folder / file_name(client)
 
     def _files(self, client: str) -> list[Path]:
@@ -78,11 +78,11 @@ class ClientStore:
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Where clients keep everything between their turns.
+    """The clients' state between turns.
 
     Args:
         store: Their tensors.
-        ledgers: Client → what it has spent of its privacy. None is no place that outlives the process: then no private turn is taken.
+        ledgers: Client → its privacy ledger. None if the storage does not outlive the process; private turns are then refused.
     """
 
     store: ClientStore
@@ -90,12 +90,12 @@ class Storage:
 
     @classmethod
     def in_folder(cls, folder: Path, config: Config) -> "Storage":
-        """Tensors in `folder`, and ledgers beside it in `privacy/`."""
+        """Tensors in `folder`, ledgers in `privacy/` beside it."""
         return cls(ClientStore(folder, config.keep_checkpoints + 1), ledgers_in(folder.with_name("privacy")))
 
     @classmethod
     def temporary(cls, config: Config) -> "Storage":
-        """Among the temporary files, of no other process, and removed with this storage."""
+        """In a temporary folder of this process, removed with this storage."""
         folder = Path(tempfile.gettempdir()) / f"fedtune-clients-{secrets.token_hex(8)}"
         storage = cls(ClientStore(folder, config.keep_checkpoints + 1))
         weakref.finalize(storage, shutil.rmtree, folder, ignore_errors=True)
@@ -106,14 +106,14 @@ def client_id(folder: Path) -> str:
     """The id of the client whose folder this is.
 
     Raises:
-        CheckpointError: The folder's name does not tell the whole id, and its file cannot be read.
+        CheckpointError: The folder's name is shortened, and its id file cannot be read.
     """
     if "." not in folder.name:
         return re.sub(r"%([0-9a-f]{6})", lambda m: chr(int(m[1], 16)), folder.name)
     try:
         return read_text(folder / _ID)
     except (OSError, UnicodeDecodeError) as bad:
-        raise CheckpointError(f"{folder} is no folder of a client: {folder / _ID} cannot be read ({bad})") from None
+        raise CheckpointError(f"{folder} is not a client's folder: {folder / _ID} cannot be read ({bad})") from None
 
 
 def _round(path: Path) -> int:

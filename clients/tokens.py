@@ -1,4 +1,4 @@
-"""Encoded rows on the disk, memory-mapped: a process that acts as a thousand clients holds the rows of the one that trains."""
+"""Encoded rows in a memory-mapped file: a process with a thousand clients holds only the rows of the training client in memory."""
 
 import mmap
 import tempfile
@@ -10,13 +10,13 @@ import numpy as np
 
 from fedtune.data import Example
 
-_FIRST = 1 << 20  # bytes; the file doubles when it is full, and what was never written takes no room on the disk
-_COLUMNS = 8  # of a row's entry: where its ids, labels and answer begin and how long they are; tokens of its prompt; dtype of its labels
+_FIRST = 1 << 20  # bytes; a full file doubles, and unwritten space takes no room on the disk
+_COLUMNS = 8  # a row's entry: offset and length of its ids, labels and answer; prompt length in tokens; dtype of its labels
 _LABELS = (np.int32, np.float32)
 
 
 class Spill:
-    """One temporary file without a name: it is gone with the process, whatever ends it, since what clients hold is private."""
+    """An unnamed temporary file. It vanishes with the process, however that ends: clients' rows are private."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="fedtune-")  # noqa: SIM115
@@ -31,24 +31,24 @@ class Spill:
         return out
 
     def write(self, data: bytes) -> int:
-        """Append, and return where it begins."""
+        """Append, and return the offset."""
         at = self._end
         if at + len(data) > len(self._map):
             self._grow(2 * (at + len(data)))
         self._map[at : at + len(data)] = data
-        self._end = -(-(at + len(data)) // 8) * 8  # every array begins where its dtype may
+        self._end = -(-(at + len(data)) // 8) * 8  # arrays are aligned to 8 bytes
         return at
 
     def _grow(self, size: int) -> None:
         self._file.truncate(size)
-        self._map = mmap.mmap(self._file.fileno(), size)  # views of the smaller map stay good
+        self._map = mmap.mmap(self._file.fileno(), size)  # views of the smaller map stay valid
 
 
 class TokenStore(Spill):
-    """Encoded rows."""
+    """A file of encoded rows."""
 
     def add(self, examples: Sequence[Example]) -> "Rows":
-        """Write them, and return what stands for them."""
+        """Write examples, and return a view of them."""
         entries = np.zeros((len(examples), _COLUMNS), np.int64)
         for entry, e in zip(entries, examples, strict=True):
             answer = e.answer.encode()
@@ -61,7 +61,7 @@ class TokenStore(Spill):
 
 
 class Rows(Sequence[Example]):
-    """Examples of a store, made when they are looked at."""
+    """A sequence of stored examples, built on access."""
 
     __slots__ = ("_at", "_count", "_store")
 

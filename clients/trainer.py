@@ -1,6 +1,6 @@
 """One client's turn: optimize the trainable tensors of a shared frozen backbone on the client's own rows.
 
-Nothing is built anew but the optimizer: the model, the adapter slot and the encoded rows outlive the turn.
+A turn builds only the optimizer: the model, the adapter slot and the encoded rows outlive it.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What training did.
+class TrainingResult:
+    """Loss and cost of one training turn.
 
     Args:
-        loss: Mean training loss a token (or example) over all steps; None where that would tell of single rows.
+        loss: Mean training loss a token (or example) over all steps; None in a private turn, where it would disclose single rows.
         steps: Optimizer steps.
         seconds: Wall time.
-        peak_mb: Peak of the process's memory, or of the GPU's.
+        peak_mb: Peak memory of the process or the GPU, in MB.
         start_loss: Mean loss over all rows before the first step; None where the plan does not ask for it.
-        began_mb: The memory's mark when training began.
-        micro: Rows that went through the model at once in the end.
-        out_of_memory: How often memory ran out.
+        began_mb: Memory in use before training, in MB.
+        micro: Rows per micro-batch at the end of the turn.
+        out_of_memory: Number of times that memory ran out.
     """
 
     loss: float | None
@@ -63,19 +63,20 @@ def train(
     micro: int | None = None,
     private: TurnPrivacy | None = None,
     secure_rng: bool = False,
-) -> Trained:
+) -> TrainingResult:
     """Train the live adapter of `work` in place by its plan.
 
     Args:
-        work: The slot, loaded with the tensors that the turn starts from, the plan and the rows.
-        turn: What the method does beside; None is the plan's turn.
-        micro: Most rows that go through the model at once; None takes a batch whole. Out of memory, it is halved, and the step done again.
-        private: DP-SGD: each step's gradient is a noisy sum of clipped ones over a sample of the rows, and no loss is told.
-        secure_rng: Whether its noise and samples come from the operating system.
+        work: The slot, loaded with the initial tensors, the plan and the rows.
+        turn: The method's client half; None is the plan's turn.
+        micro: Largest micro-batch, in rows; None takes a whole batch. When memory runs out, it is halved and the step is repeated.
+        private: Clipping and noise of DP-SGD: each step's gradient is the noisy sum of clipped gradients of a sample of the rows, and no
+            loss is reported.
+        secure_rng: Whether noise and samples come from the operating system's generator.
 
     Raises:
-        UpdateError: The loss or the gradient is not finite: the turn is lost, and says in which step.
-        Decline: A single row is too much for the memory.
+        UpdateError: The loss or the gradient is not finite; the message names the step.
+        Decline: Memory does not hold a single row.
     """
     live, examples, plan, task, pad_id = work.live, work.examples, work.plan, work.task, work.pad_id
     turn = turn or turn_of(plan)
@@ -96,7 +97,8 @@ def train(
     stream = batches(len(examples), plan.batch_size, plan.seed)
     steps, total, seen = steps_of(plan, len(examples)), 0.0, 0
     size, out = min(micro or plan.batch_size, plan.batch_size), 0
-    # walking hundreds of modules costs milliseconds: the model stays so between turns. PEFT's wrapper may say so of itself alone
+    # train() walks hundreds of modules, which takes milliseconds: the model stays in training mode between turns. PEFT's wrapper may be in
+    # training mode while the model inside is not
     if not (live.model.training and live.backbone.model.training):
         live.model.train()
     stack = contextlib.ExitStack()
@@ -133,7 +135,7 @@ def train(
             p.requires_grad_(True)
             p.grad = None
     mean = None if private else total / max(seen, 1)
-    return Trained(
+    return TrainingResult(
         loss=mean,
         steps=steps,
         seconds=time.perf_counter() - start,
@@ -158,7 +160,7 @@ def _private(
     from fedtune.privacy.dpsgd import PrivateGradient  # Opacus takes a second to load
     from fedtune.privacy.samples import find_way
 
-    assert isinstance(live, LiveAdapter)  # of a turn that privacy covers: the client agreed to no other
+    assert isinstance(live, LiveAdapter)  # `check_private` refuses private turns of the sparse slot
     names = matching(live.parameters, plan.train)
     return PrivateGradient(
         live,
@@ -176,7 +178,7 @@ def _private(
 
 
 def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan: Plan, task: TaskConfig, pad_id: int) -> float:
-    """Mean loss a token (or example) over all rows, as the model stands."""
+    """Mean loss a token (or example) over all rows with the present weights."""
     total, seen, device = 0.0, 0, live.backbone.device
     live.model.eval()
     with torch.no_grad():
@@ -191,11 +193,11 @@ def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan
 def _in_pieces(
     live: LiveAdapter | SparseSlot, batches: list[list[Example]], size: int, task: TaskConfig, pad_id: int, device: torch.device
 ) -> tuple[float, int, int, int]:
-    """`_backward` of these batches in pieces of at most `size` rows; out of memory, once more from the start in pieces of half as many,
-    with the same random numbers. Also returns the size that went through, and how often it was halved.
+    """`_backward` over micro-batches of at most `size` rows. When memory runs out, it starts over with half as many and the same random
+    numbers. Also returns the final size and the number of halvings.
 
     Raises:
-        Decline: Single rows are too large.
+        Decline: Memory does not hold a single row.
     """
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     halved = 0
@@ -207,7 +209,7 @@ def _in_pieces(
         except Exception as bad:
             if not is_out_of_memory(bad):
                 raise
-        # out of the except clause, whose traceback holds the tensors of the attempt
+        # outside the except clause, because its traceback keeps the tensors of the attempt alive
         size, halved = max(map(len, pieces)) // 2, halved + 1
         if not size:
             width = max(len(e.input_ids) for batch in batches for e in batch)

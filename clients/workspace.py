@@ -1,4 +1,4 @@
-"""What a process needs to act as any client of one experiment: a frozen backbone a precision, its adapter slot, the encoded rows."""
+"""Everything that a process loads for the clients of one experiment: a frozen backbone a precision, adapter slots, encoded rows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from fedtune.clients.loaded_model import Body
+from fedtune.clients.loaded_model import LoadedModel
 from fedtune.clients.lower_layers import LowerLayers
 from fedtune.clients.tokens import Rows, TokenStore
 from fedtune.config import Config, from_dict
@@ -23,25 +23,25 @@ from fedtune.storage.parsing import parse_json
 
 
 class Workspace:
-    """Loaded once a process and kept; set up so that nothing is built anew for a turn.
+    """Loaded once a process, so that a turn builds nothing but its optimizer.
 
-    Where clients are devices, each computes in the precision that it settled on: there is a body a precision, loaded when it is first
-    needed. That of the config's own is always there; `backbone`, `live` and `frozen` are its.
+    Devices may choose different precisions. There is one loaded model a precision, loaded when it is first needed. The model of the
+    config's precision always exists; `backbone`, `live` and `frozen` belong to it.
     """
 
     def __init__(self, config: Config, federation: Federation | None = None) -> None:
         self.config = config
         self.federation = federation or load_federation(config)
         self.labels = task_of(config.task).outputs(len(self.federation.labels))
-        self._bodies = {config.model.precision: Body(config, self.labels)}
+        self._models = {config.model.precision: LoadedModel(config, self.labels)}
         self.pad_id = pad_id(self.backbone.tokenizer)
         self.client_ids = list(self.federation.clients)
         self._tokens, self._encoded = TokenStore(), dict[tuple[str, str, int], Rows]()
 
     @property
-    def own(self) -> Body:
-        """The body of the config's precision."""
-        return self._bodies[self.config.model.precision]
+    def own(self) -> LoadedModel:
+        """The loaded model of the config's precision."""
+        return self._models[self.config.model.precision]
 
     @property
     def backbone(self) -> Backbone:
@@ -60,30 +60,30 @@ class Workspace:
     def _lower(self) -> LowerLayers | None:
         return self.own.lower
 
-    def body(self, precision: str) -> Body:
-        """The body of this precision, loaded at the first call; all have the same fingerprint, which is the checkpoint's.
+    def loaded_model(self, precision: str) -> LoadedModel:
+        """The model in this precision, loaded at the first call. All precisions have the checkpoint's fingerprint.
 
         Raises:
-            ModelError: It cannot be loaded so.
+            ModelError: The backbone cannot be loaded in this precision.
         """
-        if precision not in self._bodies:
+        if precision not in self._models:
             model = dataclasses.replace(self.config.model, precision=precision)
-            self._bodies[precision] = Body(dataclasses.replace(self.config, model=model), self.labels)
-        return self._bodies[precision]
+            self._models[precision] = LoadedModel(dataclasses.replace(self.config, model=model), self.labels)
+        return self._models[precision]
 
     def examples(self, client: str, part: str, length: int | None = None) -> Sequence[Example]:
-        """A client's encoded rows of at most `length` tokens (None: the task's): part is `train` or `held_out`."""
+        """A client's encoded rows, cut to `length` tokens (None: the task's maximum); `part` is `train` or `held_out`."""
         longest = length or self.config.task.max_length
         if (client, part, longest) not in self._encoded:
             rows = self.federation.clients[client]
             indices = rows.train if part == "train" else rows.held_out
-            # a private turn's steps, rate and ε follow from the count of its examples, which must not follow from what is in them
+            # steps, sampling rate and ε of a private turn follow from the row count, which must not depend on the rows' content
             private = part == "train" and terms(self.config)["privacy"] != "none"
             self._encoded[client, part, longest] = self._encode(self.federation.rows, indices, longest, keep_short=private)
         return self._encoded[client, part, longest]
 
     def test_examples(self) -> Sequence[Example]:
-        """The encoded rows of the global test."""
+        """The encoded rows of the global test set."""
         key = "", "test", self.config.task.max_length
         if key not in self._encoded:
             test = self.federation.test
@@ -103,21 +103,21 @@ class Workspace:
         return drawn.replace(base=self.backbone.fingerprint)
 
     def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState]) -> None:
-        """`Body.rebase` of the config's own body with shifts alone; back to W0, of all of them."""
-        for body in self._bodies.values() if not base else [self.own]:
+        """`LoadedModel.rebase` of the config's own model, without a snapshot; an empty `base` resets every model to W0."""
+        for body in self._models.values() if not base else [self.own]:
             body.rebase(base, shifts)
 
     def slot(self, state: AdapterState) -> LiveAdapter | SparseSlot:
-        """`Body.slot` of the config's own body."""
+        """`LoadedModel.slot` of the config's own model."""
         return self.own.slot(state)
 
     def score(self, state: AdapterState, *groups: Sequence[Example]) -> list[dict[str, float]]:
-        """`Body.score` of the config's own body."""
+        """`LoadedModel.score` of the config's own model."""
         return self.own.score(state, *groups)
 
 
 def load_workspace(config: Config) -> Workspace:
-    """Load the experiment's workspace, and set torch's threads as the config says."""
+    """Load the experiment's workspace and set torch's number of threads."""
     threads = config.engine.ray_cpus if config.engine.kind == "ray" else config.engine.threads
     if threads:
         torch.set_num_threads(threads)
@@ -126,5 +126,5 @@ def load_workspace(config: Config) -> Workspace:
 
 @lru_cache(maxsize=1)
 def workspace(config_json: str) -> Workspace:
-    """The workspace of this experiment that the process loaded last, so that a further run of the same experiment loads nothing."""
+    """The process's last workspace, reused if it is of the same experiment."""
     return load_workspace(from_dict(parse_json(config_json)))

@@ -10,7 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.clients.declining import declining
+from fedtune.clients.declining import decline_on_error
 from fedtune.config import Config
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Update, matching
@@ -46,7 +46,7 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
         return ids[int(context.node_config["partition-id"])]
 
     @app.query()
-    @declining
+    @decline_on_error
     def hello(message: Message, context: Context) -> Message:
         client = client_id(context)
         fields = {"client": client, "device_class": "", "examples": examples[client], "held_out": 0, "base": "b" * 64}
@@ -54,13 +54,13 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
         return Message(RecordDict({"hello": ConfigRecord({"json": json.dumps(fields)})}), reply_to=message)
 
     @app.query("offer")
-    @declining
+    @decline_on_error
     def offer(message: Message, context: Context) -> Message:
         read_offer(message.content)
         return Message(RecordDict({"offer": ConfigRecord({"accepted": True})}), reply_to=message)
 
     @app.train()
-    @declining
+    @decline_on_error
     def turn(message: Message, context: Context) -> Message:
         client, received = client_id(context), read_message(message.content)
         plan = received.plan
@@ -86,7 +86,7 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
         )
 
     @app.evaluate()
-    @declining
+    @decline_on_error
     def score(message: Message, context: Context) -> Message:
         metrics = {"accuracy": examples[client_id(context)] / 100}
         return Message(RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}), reply_to=message)

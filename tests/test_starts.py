@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.clients.deployed import Device, _keep_hello, _kept_hello
+from fedtune.clients.deployed import Device, _load_hello, _save_hello
 from fedtune.config import Config
 from fedtune.config.stored import read_config
 from fedtune.errors import FedtuneError, RunError
@@ -70,8 +70,8 @@ STARTS: dict[str, tuple[Make, Make]] = {
     "node key": (lambda folder: _identity(folder / "node.key", True), lambda folder: _identity(folder / "node.key", False)),
     "keys": (lambda folder: make_keys(folder / "keys", ["host"], ["anna"]), lambda folder: read_allowed(folder / "keys/allowed.json")),
     "hello": (
-        lambda folder: _keep_hello(Device(client="a", state=folder), "{}"),
-        lambda folder: _kept_hello(Device(client="a", state=folder)),
+        lambda folder: _save_hello(Device(client="a", state=folder), "{}"),
+        lambda folder: _load_hello(Device(client="a", state=folder)),
     ),
 }
 

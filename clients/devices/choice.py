@@ -1,11 +1,11 @@
-"""What a device chooses so that a turn fits its memory and the deadline: a pure function of profile, shapes and plan.
+"""A device's choice, which fits a turn to its memory and the deadline: a pure function of profile, shapes and plan.
 
-The plan's work is kept as far as it goes. Given up is, in this order,
+The choice keeps as much of the plan's work as possible. It reduces, in this order,
 
-    for memory     micro-batch (halved; the step's rows stay the same), precision (a step down at a time), length (halved)
-    for the time   steps, then batch (halved)
+    for memory     micro-batch (halved; the rows of a step stay the same), precision (one level at a time), length (halved)
+    for time       steps, then batch (halved)
 
-Rank comes first, by bandwidth and memory, and stays: one that changed from round to round would throw away what was learned.
+The rank is chosen first, by bandwidth and memory, and stays: a rank that changed between rounds would discard trained components.
 """
 
 import math
@@ -16,24 +16,24 @@ from fedtune.clients.devices.estimate import STATE, Shapes, flops, memory_bytes,
 from fedtune.config import DeviceClass
 from fedtune.errors import Decline
 
-SHORTEST = 16  # tokens: below that a row says too little
-ROOM, HASTE = 0.9, 0.75  # shares of memory and deadline that an estimate may fill: it is one
-_SHARE = 0.25  # of memory and deadline that the adapter may take
+MIN_LENGTH = 16  # tokens; shorter rows hold too little text to learn from
+MEMORY_MARGIN, TIME_MARGIN = 0.9, 0.75  # an estimate may use at most this share of memory and deadline, because it is only an estimate
+_SHARE = 0.25  # maximum share of memory and deadline for the adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a plan asks of this client.
+class Workload:
+    """A plan's work for this client.
 
     Args:
-        batch: Rows of a batch; `accumulate` of them make a step.
-        accumulate: See there.
+        batch: Rows of a batch.
+        accumulate: Batches of a step.
         steps: Optimizer steps.
-        length: Longest row that the task allows, in tokens.
-        longest: The client's longest row; in a private turn `length`.
-        counted: The most tokens of a row that have a loss; in a private turn the most that `length` allows.
-        entries: Entries of the adapter that is trained.
-        nbytes: Bytes that are received and sent.
+        length: Maximum row length of the task, in tokens.
+        longest: Length of the client's longest row; `length` in a private turn.
+        counted: Largest number of tokens of a row with a loss; in a private turn the largest that `length` allows.
+        entries: Trained entries of the adapter.
+        nbytes: Bytes received and sent.
     """
 
     batch: int
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """Measured / estimated, of what memory holds beside the weights and of time."""
+    """Ratios measured / estimated of the memory besides the weights and of time."""
 
     memory: float = 1.0
     time: float = 1.0
@@ -56,17 +56,17 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the device does, and what it expects of it.
+    """A device's settings for a turn, and their estimated cost.
 
     Args:
-        precision: Of the frozen backbone.
-        rank: LoRA rank; 0 where the method has none.
+        precision: Precision of the frozen backbone.
+        rank: LoRA rank; 0 for a method without ranks.
         batch: Rows of a batch.
-        micro: Rows that go through the model at once.
-        length: Longest row, in tokens.
+        micro: Rows of a micro-batch.
+        length: Maximum row length, in tokens.
         steps: Optimizer steps.
-        memory_mb: Estimated, correction included.
-        seconds: Estimated, correction included.
+        memory_mb: Estimated memory, with the correction.
+        seconds: Estimated time, with the correction.
     """
 
     precision: str
@@ -80,8 +80,8 @@ class Choice:
 
 
 def choose_rank(device: DeviceClass, shapes: Shapes, deadline_s: float | None) -> int:
-    """The largest of the config's rank, its half, … that is at most the profile's, travels both ways in a quarter of the deadline, and
-    takes no more than a quarter of the memory with its gradient and moments; at least 1, and 0 for a method without ranks."""
+    """The config's rank, halved until it is at most the profile's, its transfer both ways takes at most a quarter of the deadline, and the
+    adapter with gradient and moments takes at most a quarter of the memory; at least 1, and 0 for a method without ranks."""
     rank = shapes.rank
     while rank > 1:
         entries = shapes.adapter(rank)
@@ -96,7 +96,7 @@ def choose_rank(device: DeviceClass, shapes: Shapes, deadline_s: float | None) -
 def choose(
     device: DeviceClass,
     shapes: Shapes,
-    work: Work,
+    work: Workload,
     *,
     rank: int,
     precisions: Sequence[str],
@@ -107,15 +107,15 @@ def choose(
 
     Args:
         device: The profile.
-        shapes: Of the model and its adapter.
-        work: What the plan asks.
-        rank: Of the adapter.
-        precisions: What the machine and the model can do, finest first.
-        correction: What the last turns have taught.
-        deadline_s: Seconds that a turn may take; None waits.
+        shapes: Shapes of the model and its adapter.
+        work: The plan's work.
+        rank: Rank of the adapter.
+        precisions: Precisions that machine and model support, finest first.
+        correction: Corrections learned from earlier turns.
+        deadline_s: Seconds for a turn; None sets no deadline.
 
     Raises:
-        Decline: Nothing fits; says what is wanting.
+        Decline: No choice fits; the message says what is missing.
     """
     precision, length, micro, memory = _for_memory(device, shapes, work, precisions, correction)
     width = min(length, work.longest)
@@ -132,8 +132,8 @@ def choose(
     )
 
 
-def estimated_mb(shapes: Shapes, work: Work, precision: str, micro: int, width: int, correction: Correction) -> float:
-    """Weights, and what the correction has taught of the rest."""
+def estimated_mb(shapes: Shapes, work: Workload, precision: str, micro: int, width: int, correction: Correction) -> float:
+    """MB of the weights and, corrected, of the rest."""
     weights, rest = memory_bytes(shapes, precision, work.entries, micro, width, min(work.counted, width))
     return (weights + correction.memory * rest) / 1e6
 
@@ -142,8 +142,8 @@ def estimated_s(device: DeviceClass, shapes: Shapes, tokens: float, nbytes: int,
     return correction.time * seconds(device, flops(shapes, tokens), nbytes)
 
 
-def told(device: DeviceClass, choice: Choice) -> str:
-    """One line for a person: what was found, and what was chosen."""
+def describe(device: DeviceClass, choice: Choice) -> str:
+    """One line for the operator: the device's profile and its choice."""
     cores = f"{device.cores} core{'s' if device.cores > 1 else ''}"
     fast = device.accelerator_gflops if device.accelerator != "none" else device.cores * device.gflops_per_core
     found = [device.accelerator if device.accelerator != "none" else cores]
@@ -156,7 +156,7 @@ def told(device: DeviceClass, choice: Choice) -> str:
 
 
 def _for_memory(
-    device: DeviceClass, shapes: Shapes, work: Work, precisions: Sequence[str], correction: Correction
+    device: DeviceClass, shapes: Shapes, work: Workload, precisions: Sequence[str], correction: Correction
 ) -> tuple[str, int, int, float]:
     """Precision, length, micro-batch and MB."""
     length, least = work.length, math.inf
@@ -166,23 +166,23 @@ def _for_memory(
             micro = work.batch
             while True:
                 least = estimated_mb(shapes, work, precision, micro, width, correction)
-                if device.memory_mb is None or least <= ROOM * device.memory_mb:
+                if device.memory_mb is None or least <= MEMORY_MARGIN * device.memory_mb:
                     return precision, length, micro, least
                 if micro == 1:
                     break
                 micro //= 2
-        if length // 2 < SHORTEST:
+        if length // 2 < MIN_LENGTH:
             break
         length //= 2
     raise Decline(
         "memory",
-        f"one row of {width} tokens in {precisions[-1]} takes {least:,.1f} MB, the device has {device.memory_mb:g} MB: it needs more"
+        f"one row of {width} tokens in {precisions[-1]} takes {least:,.1f} MB, but the device has {device.memory_mb:g} MB: it needs more"
         " memory, a smaller backbone or a smaller adapter",
     )
 
 
 def _for_time(
-    device: DeviceClass, shapes: Shapes, work: Work, width: int, correction: Correction, deadline_s: float | None
+    device: DeviceClass, shapes: Shapes, work: Workload, width: int, correction: Correction, deadline_s: float | None
 ) -> tuple[int, int, float]:
     """Batch, steps and seconds."""
     batch = work.batch
@@ -192,7 +192,7 @@ def _for_time(
 
     if deadline_s is None:
         return batch, work.steps, took(batch, work.steps)
-    most = HASTE * deadline_s
+    most = TIME_MARGIN * deadline_s
     while True:
         network = took(batch, 0)
         if network > most:
@@ -207,5 +207,5 @@ def _for_time(
     raise Decline(
         "deadline",
         f"one step of {batch * work.accumulate} row{'s' if batch * work.accumulate > 1 else ''} takes {took(batch, 1):,.1f} s with the"
-        f" network, the deadline is {deadline_s:g} s: it needs a faster device, a faster network or a later deadline",
+        f" network, but the deadline is {deadline_s:g} s: it needs a faster device, a faster network or a later deadline",
     )

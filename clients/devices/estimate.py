@@ -1,12 +1,12 @@
-"""Memory and seconds of a turn, before anything is loaded: from the shapes of the model and its adapter.
+"""Memory and seconds of a turn, estimated from the shapes of the model and its adapter before anything is loaded.
 
-    memory    weights as they are stored + 16 bytes a trained entry (value, gradient, AdamW's two moments, float32)
-              + what the layers keep of a micro-batch for the backward pass + the largest of that once more: its gradient
-    seconds   (4·P operations a token, 6·P where activations are computed twice) / speed + bytes / bandwidth
+    memory    stored weights + 16 bytes a trained entry (value, gradient, AdamW's two moments, float32)
+              + activations of a micro-batch kept for the backward pass + the gradient of the largest activation
+    seconds   (4·P operations a token, 6·P with activation recomputation) / speed + bytes / bandwidth
 
-What a layer keeps is counted term by term as in Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models,
-arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits), in the dtype that is computed in, and without what a frozen layer
-does not need: its own input, which only the gradient of its weight would. A LoRA factor A keeps its input.
+A layer's activations are counted term by term as in Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models,
+arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits), in the compute dtype. A frozen layer does not keep its input, which
+only the gradient of its weight needs. A LoRA factor A keeps its input.
 """
 
 import contextlib
@@ -25,29 +25,35 @@ from fedtune.models.checkpoint import find_folder
 from fedtune.models.methods import attach
 from fedtune.models.parts import is_linear
 
-STATE = 16  # bytes of a trained float32 entry: itself, its gradient, two moments
+STATE = 16  # bytes of a trained float32 entry: value, gradient, two moments
 QUANTIZED = ("nf4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What an estimate needs to know of a model with its adapter.
+    """The sizes of a model with its adapter.
 
     Args:
-        linear: Linear layer that can be quantized → (out, in).
-        whole: Of them, those that nf4 must leave as they are.
-        rest: Entries of everything else: embeddings, norms, biases.
-        heads: Entries of what is float32 at any precision.
-        tables: Bytes of what is no weight: positions, rotary frequencies.
-        layers, hidden, inner, heads_of, query, words: L, h, the feed-forward width, attention heads, the queries' width, the logits'.
+        linear: Name of each quantizable linear layer → (out, in).
+        whole: Names of the linear layers that nf4 does not quantize.
+        rest: Entries of all other weights: embeddings, norms, biases.
+        heads: Entries of the task heads, which are float32 at any precision.
+        tables: Bytes of the buffers: positions, rotary frequencies.
+        layers: Number of layers, L.
+        hidden: Hidden width, h.
+        inner: Feed-forward width.
+        attention_heads: Attention heads of a layer.
+        query: Width of all queries of a layer.
+        logits: Width of the logits.
         gated: Whether the feed-forward block multiplies two branches.
         classifies: Whether only one position a row has logits.
-        entries: Entries of the adapter at the config's rank, a head's included.
-        per_rank: Those of them that a rank takes.
-        rank: The largest rank of the config; 0 where the method has none.
-        inputs: Sum over the modules with factors of their input widths; `modules`, how many they are.
+        entries: Entries of the adapter at the config's rank, heads included.
+        per_rank: Entries of the adapter for each unit of rank.
+        rank: The largest rank of the config; 0 for a method without ranks.
+        inputs: Sum of the input widths of the modules with factors.
+        modules: Number of the modules with factors.
         checkpointing: Whether only each layer's input is kept.
-        compute: Precision → dtype that it is computed in.
+        compute: Precision → compute dtype.
     """
 
     linear: Mapping[str, tuple[int, int]] = field(repr=False)
@@ -58,9 +64,9 @@ class Shapes:
     layers: int
     hidden: int
     inner: int
-    heads_of: int
+    attention_heads: int
     query: int
-    words: int
+    logits: int
     gated: bool = True
     classifies: bool = False
     entries: int = 0
@@ -76,15 +82,15 @@ class Shapes:
         return self.entries - self.per_rank * (self.rank - min(rank or self.rank, self.rank))
 
     def width_of(self, precision: str) -> int:
-        """Bytes of a number in the dtype that is computed in."""
+        """Bytes of a number in the compute dtype."""
         return self.compute[precision].itemsize
 
 
 def weights_bytes(shapes: Shapes, precision: str) -> int:
-    """The frozen weights as they are stored.
+    """Bytes of the stored frozen weights.
 
-    nf4: half a byte an entry, a scale of one byte a block of 64, a float32 scale a 256 of those, two tables; int8: a byte an entry, a
-    float32 scale a row; the rest in the dtype that is computed in.
+    nf4: half a byte an entry, a scale of one byte for each block of 64, a float32 scale for each 256 of these, two tables; int8: one byte
+    an entry, a float32 scale for each row; the rest is in the compute dtype.
     """
     size, total = shapes.width_of(precision), 4 * shapes.heads + shapes.tables
     for name, (out, width) in shapes.linear.items():
@@ -99,8 +105,8 @@ def weights_bytes(shapes: Shapes, precision: str) -> int:
     return total + size * shapes.rest
 
 
-def unpacked_bytes(shapes: Shapes, precision: str) -> int:
-    """The largest quantized layer as it is multiplied with: dequantized for the moment."""
+def dequantized_bytes(shapes: Shapes, precision: str) -> int:
+    """Bytes of the largest quantized layer, which is dequantized for its multiplication."""
     if precision not in QUANTIZED:
         return 0
     packed = [o * i for n, (o, i) in shapes.linear.items() if precision == "int8" or n not in shapes.whole]
@@ -108,29 +114,29 @@ def unpacked_bytes(shapes: Shapes, precision: str) -> int:
 
 
 def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int) -> int:
-    """What a micro-batch of `rows` rows of `width` tokens, `counted` of them with a loss, keeps for its backward pass, its largest piece
-    twice."""
+    """Bytes of activations that a micro-batch of `rows` rows of `width` tokens, `counted` of them with a loss, keeps for its backward pass;
+    the largest one counts twice, for its gradient."""
     s, size = shapes, shapes.width_of(precision)
     tokens = rows * width
-    eager = size == 2  # fedtune.models computes attention so in bf16: its probabilities are kept, in float32 and in bf16
-    scores = s.heads_of * width * 6 if eager else 0
+    eager = size == 2  # fedtune.models uses eager attention in bf16, which keeps the probabilities in float32 and in bf16
+    scores = s.attention_heads * width * 6 if eager else 0
     norms = 2 * 4 * s.hidden
-    attention = size * (4 * s.query)  # queries, keys and values for every head, the result
+    attention = size * (4 * s.query)  # queries, keys, values and output of all heads
     feed = size * s.inner * (3 if s.gated else 4)
     factors = size * min(
         s.inputs, s.layers * (2 * s.hidden + s.inner)
-    )  # A keeps what the layer before has made: one for modules of one input
+    )  # A keeps the output of the layer before, shared by all modules with that input
     small = size * s.modules * min(s.rank, s.hidden)
     layer = norms + attention + feed + scores + (factors + small) / max(1, s.layers)
-    logits = 4 * s.words * (rows if s.classifies else rows * counted)
+    logits = 4 * s.logits * (rows if s.classifies else rows * counted)
     body = tokens * (size * s.hidden * s.layers + layer if s.checkpointing else s.layers * layer)
     largest = max(logits, tokens * max(size * s.inner, 4 * s.hidden))
     return int(body + tokens * 4 * s.hidden + logits + largest)
 
 
 def memory_bytes(shapes: Shapes, precision: str, entries: int, rows: int, width: int, counted: int) -> tuple[int, int]:
-    """(weights, all the rest) of a turn with a trained adapter of so many entries."""
-    rest = STATE * entries + unpacked_bytes(shapes, precision) + kept_bytes(shapes, precision, rows, width, counted)
+    """(weights, rest) in bytes, for a turn with `entries` trained entries."""
+    rest = STATE * entries + dequantized_bytes(shapes, precision) + kept_bytes(shapes, precision, rows, width, counted)
     return weights_bytes(shapes, precision), rest
 
 
@@ -141,13 +147,13 @@ def flops(shapes: Shapes, tokens: float) -> float:
 
 
 def speed(device: DeviceClass) -> float:
-    """Operations a second, over the day; 0 is without end."""
+    """Operations a second, averaged over the duty cycle; 0 means unlimited."""
     gflops = device.accelerator_gflops if device.accelerator != "none" else device.cores * device.gflops_per_core
     return gflops * 1e9 * device.duty
 
 
 def seconds(device: DeviceClass, operations: float, nbytes: float) -> float:
-    """Seconds to compute and to send."""
+    """Seconds of computation and transfer."""
     fast = speed(device)
     network = nbytes * 8 / (device.mbit_per_second * 1e6) if device.mbit_per_second else 0.0
     return (operations / fast if fast else 0.0) + network
@@ -157,7 +163,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
     """The shapes of the config's model and adapter, from config.json alone.
 
     Raises:
-        ModelError: As `load_backbone` and `LiveAdapter`, as far as config.json shows it.
+        ModelError: As `load_backbone` and `LiveAdapter`, for errors that config.json shows.
     """
     folder = find_folder(config.model, weights=False)
     whole_config = build_config(config.model, config.task, num_labels=num_labels, folder=folder)
@@ -170,7 +176,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head_names(bare):
             shape = cast(Any, module).weight.shape
             linear[name] = (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
-    for name, parameter in bare.named_parameters():  # tied weights come once
+    for name, parameter in bare.named_parameters():  # lists tied weights once
         if name.split(".")[0] in heads:
             head += parameter.numel()
         elif name.removesuffix(".weight") not in linear:
@@ -194,9 +200,9 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         layers=layers,
         hidden=hidden,
         inner=inner,
-        heads_of=count,
+        attention_heads=count,
         query=count * width,
-        words=num_labels if classifies else int(hf.vocab_size),
+        logits=num_labels if classifies else int(hf.vocab_size),
         gated=any(n.endswith("gate_proj") for n in linear),
         classifies=classifies,
         entries=sum(sizes.values()),
@@ -213,17 +219,17 @@ _INNER = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff")
 
 
 def _dtypes(config: Config) -> dict[str, torch.dtype]:
-    """Without the quantized ones where bitsandbytes is not there."""
+    """Precision → compute dtype; without bitsandbytes the quantized precisions are missing."""
     out = {"fp32": torch.float32, "bf16": torch.bfloat16}
     with contextlib.suppress(ImportError):
-        from fedtune.models.quantize import compute_dtype  # a second to load, and only some runs need it
+        from fedtune.models.quantize import compute_dtype  # takes a second to import, and few runs need it
 
         out |= dict.fromkeys(QUANTIZED, compute_dtype(config.model.compute, pick_device(config.model.device)))
     return out
 
 
 def _whole(bare: Any) -> list[str]:
-    """As `fedtune.models.quantize.left_whole` will have it, which says so when such a model is loaded."""
+    """The layers that nf4 does not quantize, by the rule of `fedtune.models.quantize.left_whole`."""
     heads = head_names(bare)
     return [
         n

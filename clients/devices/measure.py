@@ -1,4 +1,4 @@
-"""The profile of the machine that this runs on."""
+"""Measures the profile of this machine."""
 
 import os
 import time
@@ -13,12 +13,12 @@ _SIZE, _SECONDS = 512, 0.2
 
 
 def measure_device(root: Path = _ROOT) -> DeviceClass:
-    """Memory that is free, cores that this process may use, an accelerator if there is one, and how fast it multiplies.
+    """Free memory, cores available to this process, the accelerator if there is one, and the speed of matrix products.
 
-    Takes half a second. The speed is that of products alone: what training sustains is less, which the first turn's correction learns.
+    Takes half a second. Training is slower than bare matrix products; the first turn's correction accounts for that.
 
     Args:
-        root: Where `proc` and `sys` lie.
+        root: Folder that holds `proc` and `sys`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
@@ -29,7 +29,7 @@ def measure_device(root: Path = _ROOT) -> DeviceClass:
 
 
 def free_bytes(root: Path = _ROOT) -> int:
-    """What the system says is available, or what the control group leaves, if that is less."""
+    """Available memory of the system or of the control group, whichever is less."""
     found = [_available(root)]
     for limit, usage in (
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
@@ -47,7 +47,7 @@ def _available(root: Path) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
-        pass  # no Linux: half of what is built in
+        pass  # not Linux: half of the physical memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
@@ -59,7 +59,7 @@ def _number(path: Path) -> int | None:
 
 
 def _gflops(device: torch.device) -> float:
-    """10⁹ operations a second of float32 products, over a fifth of a second."""
+    """Speed of float32 matrix products in 10⁹ operations a second, measured over a fifth of a second."""
     a = torch.ones(_SIZE, _SIZE, device=device)
     done, start = 0, 0.0
     for warm in (True, False):

@@ -1,12 +1,12 @@
-"""The client half of a method, one paper a file: what its clients do in a turn beside plain training, or instead of it.
+"""The client half of each method, one paper a file: what a client does in a turn besides plain training, or instead of it.
 
-A plan names the turn and gives its parameters: a class that this process has registered, or the `Turn` of the module of that name in this
-folder. A name from a server leads nowhere else.
+A plan names the turn and gives its parameters. The name is that of a class registered in this process, or of a module in this folder that
+defines one `Turn`. No other name from a server is looked up.
 """
 
 from collections.abc import Mapping
 
-from fedtune.clients.turns._base import Batch, Stack, Turn, Work
+from fedtune.clients.turns._base import BatchedTurn, Stack, Turn, Work
 from fedtune.config.registry import Registry
 from fedtune.contracts.plan import Plan, Scalar
 from fedtune.errors import ConfigError, PlanError
@@ -16,13 +16,13 @@ TURNS = Registry(__name__)
 
 
 def register(name: str, kind: type[Turn]) -> None:
-    """Make a turn that is written elsewhere, such as in a notebook, known to the clients of this process.
+    """Register a turn of your own, such as one from a notebook, for the clients of this process.
 
     Raises:
-        ConfigError: The name is one of fedtune's own turns.
+        ConfigError: fedtune has a turn of this name.
     """
     if name in TURNS.own():
-        raise ConfigError(f"a turn cannot be called '{name}', for fedtune has one of that name: give it another")
+        raise ConfigError(f"a turn cannot be called '{name}', because fedtune has a turn of that name: choose another name")
     TURNS.register(name, kind)
 
 
@@ -35,15 +35,16 @@ def find(name: str) -> type[Turn]:
     try:
         return TURNS.find(name, Turn)
     except KeyError:
-        asked = f"the plan asks for the turn '{name[:60]}'"
-        raise PlanError(f"{asked}, which this client does not have: update fedtune on the client") from None
+        raise PlanError(
+            f"the plan asks for the turn '{name[:60]}', which this client does not have: update fedtune on the client"
+        ) from None
 
 
 def turn_of(plan: Plan) -> Turn:
     """The plan's turn with the plan's parameters.
 
     Raises:
-        PlanError: The turn, one of its parameters or a value is not known.
+        PlanError: The turn or a parameter is unknown, or a value is invalid.
     """
     return make(plan.turn, plan.params)
 
@@ -52,7 +53,7 @@ def make(name: str, params: Mapping[str, Scalar]) -> Turn:
     """The turn of this name with these parameters.
 
     Raises:
-        PlanError: The turn, one of its parameters or a value is not known.
+        PlanError: The turn or a parameter is unknown, or a value is invalid.
     """
     kind = find(name)
     turn = kind(**read_fields(kind, params, PlanError, f"turn {name}"))
@@ -61,14 +62,14 @@ def make(name: str, params: Mapping[str, Scalar]) -> Turn:
 
 
 def check_private(plan: Plan) -> None:
-    """Raises PlanError where the plan asks for privacy that does not cover its turn."""
+    """Raises PlanError if the plan's privacy does not cover its turn."""
     if plan.privacy != "none" and not find(plan.turn).private:
         raise PlanError(f"the plan asks for the turn '{plan.turn}', which privacy={plan.privacy} does not cover")
 
 
-def batch_of(plan: Plan) -> type[Batch] | None:
-    """The batched form of the plan's turn; None where clients take it one after the other."""
-    return find(plan.turn).batch
+def batched_turn_of(plan: Plan) -> type[BatchedTurn] | None:
+    """The batched form of the plan's turn; None where clients run it one at a time."""
+    return find(plan.turn).batched
 
 
-__all__ = ["TURNS", "Batch", "Stack", "Turn", "Work", "batch_of", "check_private", "find", "make", "register", "turn_of"]
+__all__ = ["TURNS", "BatchedTurn", "Stack", "Turn", "Work", "batched_turn_of", "check_private", "find", "make", "register", "turn_of"]

@@ -1,4 +1,4 @@
-"""What a turn is, and what it works with."""
+"""The base class of turns and the arguments of its methods."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +17,20 @@ from fedtune.models.sparse import SparseSlot
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One client's turn, as the method's client half sees it.
+    """The arguments of one client's turn.
 
     Args:
         live: The model with the trainable tensors, loaded with `start`.
-        start: The tensors that the turn starts from.
+        start: The initial tensors of the turn.
         plan: The server's plan.
-        task: What the loss is.
+        task: The task, which defines the loss.
         examples: The client's training rows, at least one.
         pad_id: Token id of the padding.
-        extra: Tensors that the server sent for this turn beside the adapter (`Assignment.extra`).
-        recall: Returns what the client kept in its last turn of this method; None where it has kept nothing.
+        extra: Tensors that the server sent for this turn besides the adapter (`Assignment.extra`).
+        recall: Returns the state that the client kept in its last turn of this method; None if there is none.
         keep: Keeps a state for the client's next turn of this method.
-        again: Trains once more in this round, from another start and as another turn; returns the trained tensors. Only in `finish`.
+        retrain: Trains again in this round, from another start and as another turn, and returns the trained tensors. Only in `finish`;
+            None in a private turn.
     """
 
     live: LiveAdapter | SparseSlot
@@ -41,18 +42,18 @@ class Work:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     recall: Callable[[], AdapterState | None] = lambda: None
     keep: Callable[[AdapterState], None] | None = None
-    again: Callable[[AdapterState, "Turn"], AdapterState] | None = None
+    retrain: Callable[[AdapterState, "Turn"], AdapterState] | None = None
 
 
 class Stack(Protocol):
-    """Several clients' turns that train at once, as a batched form sees them.
+    """The clients' turns that one batched form trains together.
 
     Attributes:
-        rows: For each client that still trains, its number among all turns of the stack, (C,).
-        views: Name → the clients' tensors, (C, *shape), with their gradients; a smaller rank is padded with zeros.
+        rows: The index among all turns of each client that is still training, (C,).
+        views: Name → the clients' tensors, (C, *shape), with their gradients; smaller ranks are zero-padded.
         trained: Names of the tensors that the plan trains.
-        starts: The states that the turns started from, in the order of all turns.
-        extras: What the server sent beside the adapter, in the order of all turns.
+        starts: The initial states, in the order of all turns.
+        extras: The server's extra tensors, in the order of all turns.
     """
 
     @property
@@ -67,11 +68,11 @@ class Stack(Protocol):
     def extras(self) -> Sequence[Mapping[str, Tensor]]: ...
 
 
-class Batch:
-    """The batched form of a turn: `begin` and `step` for many clients at once. This one adds nothing.
+class BatchedTurn:
+    """The batched form of a turn: `begin` and `step` for many clients at once. This base class is that of the plain turn.
 
     Args:
-        turns: Each client's turn, of one class, with parameters of its own.
+        turns: The clients' turns, all of one class, each with its own parameters.
         stack: The clients.
     """
 
@@ -79,54 +80,59 @@ class Batch:
         self.turns = turns
 
     def step(self, stack: Stack) -> None:
-        """`Turn.step` of the clients that still train: change the gradients of `stack.views`."""
+        """`Turn.step` of the clients that are still training: change the gradients of `stack.views`."""
 
 
 class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
-    """What a client does in a turn beside plain training. A subclass is a frozen dataclass; its fields are the plan's parameters.
+    """The client half of a method. A subclass is a frozen dataclass; its fields are the plan's parameters.
 
     Attributes:
-        private: Whether privacy.kind=record and =user cover all that the turn reports.
-        batch: The batched form; None where clients take the turn one after the other.
+        private: Whether privacy.kind=record and privacy.kind=user cover everything that the turn reports.
+        batched: The batched form; None where clients run the turn one at a time.
     """
 
     private: ClassVar[bool] = False
-    batch: ClassVar[type[Batch] | None] = None
+    batched: ClassVar[type[BatchedTurn] | None] = None
 
     @property
     def trains(self) -> bool:
-        """Whether the turn trains; otherwise `observe` is all that it does."""
+        """Whether the turn trains; otherwise it only calls `observe`."""
         return True
 
     def check(self) -> None:  # noqa: B027  most turns take any parameters of the right type
-        """Raises PlanError where a parameter is out of range."""
+        """Raises PlanError if a parameter is out of range."""
 
     def begin(self, work: Work) -> Any:
-        """Before the first step: whatever `step` needs, such as a copy of the weights."""
+        """Before the first step: returns the `memory` that `step` gets, such as a copy of the weights."""
         return None
 
     def step(self, work: Work, memory: Any) -> None:  # noqa: B027  the plain turn adds nothing
-        """After each backward pass and before gradients are clipped: change the gradients of `work.live.parameters`."""
+        """After each backward pass, before gradient clipping: change the gradients of `work.live.parameters`."""
 
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:
-        """After the last step: the tensors that are kept and sent, from the trained ones."""
+        """After the last step: returns the tensors to keep and send."""
         return trained
 
     def observe(self, work: Work) -> AdapterState:
-        """Instead of training: what the client measures and sends."""
+        """Instead of training: measure, and return the tensors to send."""
         raise NotImplementedError(f"{type(self).__name__} trains")
 
     def personal(self, given: AdapterState, kept: AdapterState | None) -> AdapterState:
-        """The adapter that the client is evaluated with: the one that it would use, given the server's and what it keeps itself."""
+        """The client's personal adapter, which its evaluation scores.
+
+        Args:
+            given: The server's adapter.
+            kept: The state from `work.keep`; None if there is none.
+        """
         return given
 
 
 def add_gradient(parameter: Tensor, gradient: Tensor, alpha: float = 1.0) -> None:
-    """Add alpha·gradient to a parameter's gradient, which may be missing."""
+    """Add alpha·gradient to a parameter's gradient, which may be None."""
     if parameter.grad is None:
         parameter.grad = alpha * gradient
     else:
         parameter.grad.add_(gradient, alpha=alpha)
 
 
-__all__ = ["Batch", "Stack", "Turn", "Work", "add_gradient"]
+__all__ = ["BatchedTurn", "Stack", "Turn", "Work", "add_gradient"]

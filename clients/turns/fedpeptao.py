@@ -1,11 +1,11 @@
-"""FedPepTAO's two measurements: how redundant each layer of the backbone is, and which share of the prompts matters.
+"""FedPepTAO's two measurements: the redundancy of each layer of the backbone, and the share of the prompts that matters.
 
-Redundancy, of the bare backbone on a batch of the client's: for the hidden output X (rows, T·H) of a layer and the eigenvalues λ of the
-rows' cosine Gram matrix, s = Σ_i [log λ_i + 1/λ_i] with 1e-5 added to each λ. Orthogonal rows give one a row, rows that are nearly alike
-some 1e5 a row: the higher, the more redundant.
+Redundancy, of the backbone without prompts on a batch of the client's rows: for a layer's hidden output X (rows, T·H) and the eigenvalues λ
+of the rows' cosine Gram matrix, s = Σ_i [log λ_i + 1/λ_i] with 1e-5 added to each λ. Orthogonal rows add 1 each, nearly equal rows about
+1e5 each: a higher score means more redundant.
 
-Share: Lanczos gives the spectral density of the Hessian of the loss with regard to all prompts; ρ(t) = 1 − mass(λ ≤ t). From t = 0, t goes
-up until ρ has settled.
+Share: Lanczos gives the spectral density of the Hessian of the loss with respect to all prompts; ρ(t) = 1 − mass(λ ≤ t). t rises from 0
+until ρ is stable.
 
 Source: Che et al. 2023, arXiv:2310.15080, section 4.2. The form of the score is that of Mellor et al. 2021, Neural Architecture Search
 without Training, arXiv:2006.04647. The density is estimated by stochastic Lanczos quadrature as Yao et al. 2020, PyHessian: Neural Networks
@@ -41,7 +41,7 @@ _VARIANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class FedPepTAO(Turn):
-    """Measures on `plan.batch_size` rows, drawn by `plan.seed` (all of them, where there are fewer); trains nothing.
+    """Measures on `plan.batch_size` rows drawn by `plan.seed` (all rows, if there are fewer); trains nothing.
 
     Args:
         stage: `layers`: the redundancy of each layer; `hessian`: the share of the prompts that matters.
@@ -59,21 +59,21 @@ class FedPepTAO(Turn):
     def observe(self, work: Work) -> AdapterState:
         live = work.live
         if not isinstance(live, LiveAdapter):
-            raise PlanError("the plan asks for a measurement of the sparse stage: the turn 'fedpeptao' looks at an adapter of peft.method")
+            raise PlanError("the turn 'fedpeptao' measures prompts, but the adapter has method 'sparse': set peft=ptuning_v2 on the server")
         rows = next(batches(len(work.examples), work.plan.batch_size, work.plan.seed))
         batch = {k: v.to(live.backbone.device) for k, v in collate([work.examples[i] for i in rows], work.pad_id).items()}
         if self.stage == "layers":
-            found = {"layers": layer_scores(live, batch, work.task)}
+            scores = {"layers": layer_scores(live, batch, work.task)}
         else:
-            found = {"ratio": prompt_share(live, batch, work.task, derive_seed(work.plan.seed, "lanczos"))}
-        return AdapterState(found, AdapterSpec(method="scores", base=live.spec.base, version=work.plan.base_version))
+            scores = {"ratio": prompt_share(live, batch, work.task, derive_seed(work.plan.seed, "lanczos"))}
+        return AdapterState(scores, AdapterSpec(method="scores", base=live.spec.base, version=work.plan.base_version))
 
 
 def layer_scores(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig) -> Tensor:
     """The redundancy of each layer, (L,) float64.
 
     Raises:
-        ModelError: The backbone hands out another number of layers than the adapter has prompts.
+        ModelError: The backbone returns the outputs of more or fewer layers than the adapter has prompts.
     """
     model = live.backbone.model
     training = model.training
@@ -86,7 +86,7 @@ def layer_scores(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
     prompts = sum(n.endswith(".prompt") for n in live.parameters)
     if len(hidden) != prompts:
         raise ModelError(
-            f"the backbone hands out the output of {len(hidden)} layers, the adapter has {prompts} prompts: set peft=ptuning_v2"
+            f"the backbone returns the outputs of {len(hidden)} layers, but the adapter has {prompts} prompts: set peft=ptuning_v2"
         )
     return torch.tensor([redundancy(h) for h in hidden], dtype=torch.float64)
 
@@ -94,7 +94,7 @@ def layer_scores(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
 def prompt_share(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig, seed: int) -> Tensor:
     """The share of the prompts that matters, (1,) float64.
 
-    Costs the graph of one batch, STEPS second derivatives, and memory for STEPS vectors as long as all prompts together.
+    Costs the autograd graph of one batch, STEPS Hessian-vector products, and memory for STEPS vectors of the size of all prompts.
 
     Raises:
         ModelError: The adapter has no prompts.
@@ -102,11 +102,13 @@ def prompt_share(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
     """
     params = [p for n, p in live.parameters.items() if n.endswith(".prompt")]
     if not params:
-        raise ModelError(f"the curvature of prompts is asked for, the adapter's method is '{live.spec.method}': set peft=ptuning_v2")
+        raise ModelError(
+            f"the plan asks for the curvature of prompts, but the adapter has method '{live.spec.method}': set peft=ptuning_v2"
+        )
     training = live.model.training
     live.model.eval()
     try:
-        # fused attention has no second derivative; torch's own composition has one, whatever the model's attention is built of
+        # fused attention kernels have no second derivative; torch's math kernel has one
         with sdpa_kernel(SDPBackend.MATH):
             loss, count = loss_sum(live.model, batch, task)
             times = hessian_product(loss / max(count, 1), params)
@@ -118,16 +120,16 @@ def prompt_share(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
 
 
 def hidden_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], task: TaskConfig) -> list[Tensor]:
-    """Output of each layer (rows, T·H), of an encoder-decoder first the encoder's; padding counts as zeros.
+    """Output of each layer (rows, T·H), zero at padding; of an encoder-decoder the encoder's layers come first.
 
-    They are what transformers hands out: the last one has gone through the final norm where the architecture has one.
+    They are transformers' `hidden_states`: the last one is after the final norm where the architecture has one.
     """
     found: list[Any] = []
     ask = model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "output_hidden_states": True}), with_kwargs=True)
     take = model.register_forward_hook(lambda _, args, out: found.append(out))
     try:
         with torch.no_grad():
-            loss_sum(model, batch, task)  # the way that the task itself goes
+            loss_sum(model, batch, task)  # the task's own forward pass
     finally:
         ask.remove()
         take.remove()
@@ -144,14 +146,14 @@ def _flat(hidden: Tensor, real: Tensor) -> Tensor:
 
 
 def redundancy(x: Tensor) -> float:
-    """Score of one layer's output x (rows, features): neither the order of the rows nor the scale of any of them matters."""
+    """Score of one layer's output x (rows, features); invariant to the order of the rows and to the scale of each."""
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     values = torch.linalg.eigvalsh(unit @ unit.T).clamp(min=0.0) + _FLOOR
     return float((values.log() + 1.0 / values).sum())
 
 
 def hessian_product(loss: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """v (P,) → Hv (P,), for the Hessian of `loss` with regard to all `params` laid end to end."""
+    """v (P,) → Hv (P,), for the Hessian of `loss` with respect to all `params`, concatenated."""
     grads = torch.autograd.grad(loss, params, create_graph=True)
 
     def times(v: Tensor) -> Tensor:
@@ -167,18 +169,18 @@ def spectrum(times: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tu
 
     Args:
         times: v (P,) → Hv (P,).
-        start: (P,), such as random signs; its length does not matter.
-        steps: m; fewer are done where the vectors so far span all that the start reaches.
+        start: (P,), such as random signs, of any norm.
+        steps: m; fewer where the Krylov space of `start` has a smaller dimension.
 
     Returns:
-        Nodes (m,), rising, and their weights (m,), which sum to 1; float64, on the CPU.
+        Nodes (m,) in ascending order and their weights (m,), which sum to 1; float64, on the CPU.
 
     Raises:
         UpdateError: A product is not finite.
     """
     v, basis = start / start.norm(), start.new_empty((min(steps, len(start)), len(start)))
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for step in range(len(basis)):
         w = times(v)
         if not torch.isfinite(w).all():
@@ -186,30 +188,30 @@ def spectrum(times: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tu
         basis[step] = v
         diagonal.append(float(w @ v))
         span = basis[: step + 1]
-        for _ in range(2):  # once leaves rounding errors that grow from step to step
+        for _ in range(2):  # one pass leaves rounding errors that grow with every step
             w = w - span.T @ (span @ w)
         norm = float(w.norm())
-        if step + 1 == len(basis) or norm <= 1e-6 * max(map(abs, diagonal + beside)):
+        if step + 1 == len(basis) or norm <= 1e-6 * max(map(abs, diagonal + off_diagonal)):
             break
-        beside.append(norm)
+        off_diagonal.append(norm)
         v = w / norm
-    off = torch.tensor(beside, dtype=torch.float64)
+    off = torch.tensor(off_diagonal, dtype=torch.float64)
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors[0] ** 2
 
 
 def share_above(t: float, values: Tensor, weights: Tensor) -> float:
-    """ρ(t): 1 less the mass of the smoothed density at eigenvalues ≤ t, never below 0."""
+    """ρ(t) = 1 − the mass of the smoothed density at eigenvalues ≤ t; at least 0."""
     sigma = math.sqrt(_VARIANCE * max(1.0, float(values.max() - values.min())))
     return max(0.0, 1.0 - float((weights * torch.special.ndtr((t - values) / sigma)).sum()))
 
 
 def settled_share(values: Tensor, weights: Tensor) -> float:
-    """ρ(t) at the first t where it has changed by less than .005 three times in a row, in steps of .1.
+    """ρ(t) at the first t, in steps of .1, after three successive changes below .005.
 
-    Steps are halved, and t starts anew, where ρ falls below half of ρ(0) on the way. The smoothing ends this: steps much smaller than its
-    width change ρ by less than .005 from the first on.
+    If ρ first falls below half of ρ(0), the step is halved and t restarts at 0. This ends because the density is smoothed: steps much
+    smaller than its width change ρ by less than .005 from the start.
     """
     step, first = _STEP, share_above(0.0, values, weights)
     while True:

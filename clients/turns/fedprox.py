@@ -1,4 +1,4 @@
-"""FedProx's proximal term, which holds a client near the tensors that it was sent.
+"""FedProx's proximal term, which keeps a client near the tensors that the server sent.
 
 Source: Li et al. 2020, Federated Optimization in Heterogeneous Networks, arXiv:1812.06127, algorithm 2.
 """
@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.clients.turns._base import Batch, Stack, Turn, Work, add_gradient
+from fedtune.clients.turns._base import BatchedTurn, Stack, Turn, Work, add_gradient
 from fedtune.config.bounds import require
 from fedtune.contracts.plan import matching
 from fedtune.errors import PlanError
 
 
-class Proximal(Batch):
-    """The term of each client with its own μ."""
+class BatchedProximalTerm(BatchedTurn):
+    """The proximal terms of all clients, each with its own μ."""
 
     def __init__(self, turns: Sequence["FedProx"], stack: Stack) -> None:
         self._anchor = {n: stack.views[n].detach().clone() for n in stack.trained}
@@ -33,14 +33,14 @@ class Proximal(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx(Turn):
-    """Adds μ/2·‖w − w_t‖² to the loss, over all tensors that are trained.
+    """Adds μ/2·‖w − w_t‖² to the loss, over all trained tensors.
 
     Args:
         mu: μ, per unit of squared distance in the parameters.
     """
 
     private: ClassVar[bool] = True
-    batch: ClassVar[type[Batch] | None] = Proximal
+    batched: ClassVar[type[BatchedTurn] | None] = BatchedProximalTerm
     mu: float
 
     def check(self) -> None:

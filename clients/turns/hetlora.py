@@ -1,4 +1,4 @@
-"""HetLoRA's self-pruning: a client gives up ranks that its turn has made less important.
+"""HetLoRA's self-pruning: a client drops ranks that became less important in its turn.
 
 Source: Cho et al. 2024, Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, arXiv:2401.06432, §4.1.
 """
@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.clients.turns._base import Batch, Stack, Turn, Work
+from fedtune.clients.turns._base import BatchedTurn, Stack, Turn, Work
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import PlanError
 
 
-class Tails(Batch):
-    """The penalty of all clients, each with its own λ, rank and tail."""
+class BatchedTailPenalty(BatchedTurn):
+    """The penalties of all clients, each with its own λ, rank and tail."""
 
     def __init__(self, turns: Sequence["HetLoRA"], stack: Stack) -> None:
         self._turns = turns
@@ -30,7 +30,7 @@ class Tails(Batch):
         for module in starts[0].spec.ranks:
             a, b = stack.views[f"{module}.lora_A"], stack.views[f"{module}.lora_B"]
             first = torch.tensor([math.floor(t.share * s.spec.ranks[module]) for t, s in zip(turns, starts, strict=True)], device=device)
-            tail = (torch.arange(a.shape[1], device=device) >= first[:, None]).to(a.dtype)  # (C, r); beyond a client's rank are zeros
+            tail = (torch.arange(a.shape[1], device=device) >= first[:, None]).to(a.dtype)  # (C, r); zero beyond a client's rank
             norms = torch.linalg.vector_norm(b * tail[:, None], dim=(1, 2)) * torch.linalg.vector_norm(a * tail[:, :, None], dim=(1, 2))
             total = total.to(device) + (weight * norms).sum()
         total.backward()
@@ -38,7 +38,7 @@ class Tails(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class HetLoRA(Turn):
-    """Adds λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖ of every LoRA module to the loss; prunes to rank ⌊γr⌋ where the turn made that product smaller.
+    """Adds λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖ of every LoRA module to the loss; prunes to rank ⌊γr⌋ where the turn reduced that product.
 
     Args:
         penalty: λ.
@@ -46,7 +46,7 @@ class HetLoRA(Turn):
     """
 
     private: ClassVar[bool] = True
-    batch: ClassVar[type[Batch] | None] = Tails
+    batched: ClassVar[type[BatchedTurn] | None] = BatchedTailPenalty
     penalty: float
     share: float
 
@@ -72,7 +72,7 @@ def tail_norms(tensors: Mapping[str, Tensor], ranks: Mapping[str, int], share: f
 
 
 def prune(start: AdapterState, trained: AdapterState, share: float) -> AdapterState:
-    """Cut each LoRA module to rank m = ⌊share·r⌋ (at least 1) where ‖B[:, m:]‖·‖A[m:]‖ is smaller than before the turn."""
+    """Cut each LoRA module to rank m = ⌊share·r⌋ (at least 1) if ‖B[:, m:]‖·‖A[m:]‖ is smaller than before the turn."""
     tensors, ranks = dict(trained.tensors), dict(trained.spec.ranks)
     for module, rank in trained.spec.ranks.items():
         a, b, kept = f"{module}.lora_A", f"{module}.lora_B", max(1, math.floor(share * rank))

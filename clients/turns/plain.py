@@ -1,14 +1,14 @@
-"""The plain turn: the plan's optimizer on the task's loss, and nothing else."""
+"""The plain turn: the plan's optimizer on the task's loss."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.clients.turns._base import Batch, Turn
+from fedtune.clients.turns._base import BatchedTurn, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Turn):
-    """Adds nothing to training."""
+    """Trains without a method's additions."""
 
     private: ClassVar[bool] = True
-    batch: ClassVar[type[Batch] | None] = Batch
+    batched: ClassVar[type[BatchedTurn] | None] = BatchedTurn

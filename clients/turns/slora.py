@@ -1,4 +1,4 @@
-"""SLoRA's first stage: train entries of the frozen matrices under a mask, and look where the loss is steepest to choose the mask.
+"""SLoRA's first stage: train masked entries of the frozen matrices, and measure gradient magnitudes to choose the mask.
 
 Source: Babakniya et al. 2023, SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models, arXiv:2308.06522, section 4.
 """
@@ -20,10 +20,10 @@ from fedtune.models.sparse import frozen_linear, lora_layers
 
 @dataclass(frozen=True, kw_only=True)
 class SLoRA(Turn):
-    """Trains masked entries, or looks for the entries that the mask should hold.
+    """Trains masked entries, or measures gradients to choose the mask.
 
     Args:
-        stage: `sparse`: train what the slot of method `sparse` holds; `gradient`: measure |∇W| of each matrix that LoRA adapts.
+        stage: `sparse`: train the sparse slot's entries; `gradient`: measure |∇W| of each matrix that LoRA adapts.
     """
 
     stage: str
@@ -37,23 +37,23 @@ class SLoRA(Turn):
 
     def observe(self, work: Work) -> AdapterState:
         if not isinstance(work.live, LiveAdapter):
-            raise PlanError("the plan asks for gradients of the sparse stage: the turn 'slora' measures them with a LoRA adapter")
-        return steepest(work.live, work)
+            raise PlanError("the turn 'slora' measures gradients with a LoRA adapter, but the adapter has method 'sparse': set peft=lora")
+        return gradient_magnitudes(work.live, work)
 
 
-def steepest(live: LiveAdapter, work: Work) -> AdapterState:
-    """The size of each entry's gradient in the mean loss of one batch, without dropout.
+def gradient_magnitudes(live: LiveAdapter, work: Work) -> AdapterState:
+    """|∂loss/∂W| of each entry, for the mean loss of one batch without dropout.
 
     Args:
-        live: A LoRA adapter as it starts, B = 0, so that the model is the backbone.
-        work: The turn; the batch is the first `plan.batch_size` rows of their shuffle by `plan.seed`.
+        live: An initial LoRA adapter, B = 0, so that the model equals the backbone.
+        work: The turn; the batch is the first `plan.batch_size` rows after a shuffle by `plan.seed`.
 
     Returns:
         `<module>.gradient` (out, in) float32 for each module, dense.
 
     Raises:
         UpdateError: A gradient is not finite.
-        ModelError: A module is no linear layer with floating-point weights.
+        ModelError: A module is not a linear layer with floating-point weights.
     """
     plan, examples, task, pad_id = work.plan, work.examples, work.task, work.pad_id
     linears = {name: frozen_linear(name, layer) for name, layer in lora_layers(live.model).items()}
@@ -77,7 +77,7 @@ def steepest(live: LiveAdapter, work: Work) -> AdapterState:
     tensors = {}
     for (name, linear), gradient in zip(linears.items(), gradients, strict=True):
         if not torch.isfinite(gradient).all():
-            raise UpdateError(f"the gradient of '{name}' is not finite: the backbone's loss on this client's rows overflows")
+            raise UpdateError(f"the gradient of '{name}' is not finite: the loss overflows on this client's rows, set model.precision=fp32")
         size = gradient.abs().float().cpu()
-        tensors[f"{name}.gradient"] = (size.T if isinstance(linear, Conv1D) else size).contiguous()  # GPT-2's layer stores W as (in, out)
+        tensors[f"{name}.gradient"] = (size.T if isinstance(linear, Conv1D) else size).contiguous()  # Conv1D stores W as (in, out)
     return AdapterState(tensors, live.spec).replace(version=plan.base_version)

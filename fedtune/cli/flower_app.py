@@ -62,9 +62,9 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    from fedtune.clients.declining import declining
+    from fedtune.clients.declining import decline_on_error
 
-    return declining(lambda m, c: _client(*_run_config(c), c.run_id)(m, c))(message, context)
+    return decline_on_error(lambda m, c: _client(*_run_config(c), c.run_id)(m, c))(message, context)
 
 
 @lru_cache(maxsize=1)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.steps import batches, lr_at, steps_of
-from fedtune.clients.trainer import Trained
-from fedtune.clients.turns import Batch, batch_of, turn_of
+from fedtune.clients.trainer import TrainingResult
+from fedtune.clients.turns import BatchedTurn, batched_turn_of, turn_of
 from fedtune.config import TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, matching
@@ -30,7 +30,7 @@ from fedtune.models import LiveAdapter
 from fedtune.simulations.engines import stacked, vmapped
 from fedtune.simulations.engines.client_batch import Crowd, Forward, Way
 
-Result = tuple[AdapterState, Trained] | FedtuneError
+Result = tuple[AdapterState, TrainingResult] | FedtuneError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, 
         if client.trained is None:
             out.append(client.failed or UpdateError("the turn came to nothing"))
             continue
-        turn = Trained(
+        turn = TrainingResult(
             loss=client.loss / max(client.seen, 1), steps=client.steps, seconds=client.seconds, peak_mb=peak, start_loss=client.start_loss
         )
         out.append((client.trained, turn))
@@ -120,7 +120,7 @@ class _Stack:
         self.second = torch.zeros_like(self.flat) if adam else None
         self.done = 0
         self._look()
-        self.turns = (batch_of(jobs[0].plan) or Batch)([turn_of(j.plan) for j in jobs], self)
+        self.turns = (batched_turn_of(jobs[0].plan) or BatchedTurn)([turn_of(j.plan) for j in jobs], self)
 
     # what a turn's batched form sees
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 
-from fedtune.clients.app import Prepared, client_of, finish, prepare, score_together, take_turn
-from fedtune.clients.declining import declined
+from fedtune.clients.app import PreparedTurn, client_of, evaluate_together, finish, prepare, take_turn
+from fedtune.clients.declining import decline_reply
 from fedtune.clients.host import ClientHost
-from fedtune.clients.loaded_model import Body
+from fedtune.clients.loaded_model import LoadedModel
 from fedtune.errors import FedtuneError
 from fedtune.models import LiveAdapter
 from fedtune.models.memory import is_out_of_memory
@@ -45,19 +45,19 @@ class Together:
         self._told: set[str] = set()
         self._way_of(host.space.own)
 
-    def _way_of(self, body: Body) -> Way | None:
-        """How clients of this body train at once; None where they cannot, which is said once."""
-        if id(body) not in self._ways:
+    def _way_of(self, model: LoadedModel) -> Way | None:
+        """How clients of this model train at once; None where they cannot, which is said once."""
+        if id(model) not in self._ways:
             if self._host.config.privacy.kind == "record":
                 way, why = None, "privacy=record clips the gradient of each row"
             else:
-                way, why = way_of(body.live, self._host.config.task)
+                way, why = way_of(model.live, self._host.config.task)
             if way is None:
                 self._tell(f"clients train one after the other: {why}")
             elif why:
                 log.info("clients are mapped over by torch.func.vmap: %s", why)
-            self._ways[id(body)] = way
-        return self._ways[id(body)]
+            self._ways[id(model)] = way
+        return self._ways[id(model)]
 
     def __call__(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
         first = next(waiting)
@@ -69,30 +69,30 @@ class Together:
         """Evaluate the clients that are to evaluate the same adapter as the first, in the same batches."""
         same = [a for a in asked if _is_same(asked[0][0], a[0]) and self._precision(a) == self._precision(asked[0])]
         try:
-            return score_together(self._host, same)
+            return evaluate_together(self._host, same)
         except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
             if len(same) == 1:
-                return [declined(same[0][0], bad)]
+                return [decline_reply(same[0][0], bad)]
         return [reply for one in same for reply in self._score([one])]  # what one client lacks must not cost the others their scores
 
     def _precision(self, asked: tuple[Message, Context]) -> str:
         """What the client computes in; where there are no devices, all in the same."""
         if not self._host.config.devices.classes:
             return self._host.config.model.precision
-        return self._host.devices.settle(client_of(self._host, asked[1])).precision
+        return self._host.devices.fixed_choice(client_of(self._host, asked[1])).precision
 
     def _turns(self, waiting: Iterator[tuple[Message, Context]]) -> list[Message]:
-        replies, todo = [], list[Prepared]()
+        replies, todo = [], list[PreparedTurn]()
         for message, context in itertools.islice(waiting, self._widest):
             try:
                 ready = prepare(self._host, message, context)
             except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
-                replies.append(declined(message, bad))
+                replies.append(decline_reply(message, bad))
                 continue
-            alone = ready.turn.batch is None
+            alone = ready.turn.batched is None
             if alone:
                 self._tell(f"clients take the turn '{ready.plan.turn}' one after the other: it has no batched form")
-            if not todo and (alone or self._way_of(ready.body) is None):
+            if not todo and (alone or self._way_of(ready.loaded_model) is None):
                 return [*replies, self._one(ready)]
             if not todo or _kind(ready) == _kind(todo[0]):
                 todo.append(ready)
@@ -107,11 +107,11 @@ class Together:
         todo = todo[: self._widths.get(kind, self._widest)]
         return replies + (self._train(todo) if len(todo) > 1 else [self._one(todo[0])])  # a stack of one is no faster than the trainer
 
-    def _one(self, ready: Prepared) -> Message:
+    def _one(self, ready: PreparedTurn) -> Message:
         try:
             return take_turn(self._host, ready)
         except Exception as bad:
-            return declined(ready.message, bad)
+            return decline_reply(ready.message, bad)
 
     def _tell(self, sentence: str) -> None:
         """Once only: the same is true of every round."""
@@ -119,7 +119,7 @@ class Together:
             self._told.add(sentence)
             log.warning(sentence)
 
-    def _train(self, todo: list[Prepared]) -> list[Message]:
+    def _train(self, todo: list[PreparedTurn]) -> list[Message]:
         try:
             results = self._together(todo)
         except Exception as bad:
@@ -137,40 +137,40 @@ class Together:
         log.warning("%d clients at once were too many for the memory: %d from now on", len(todo), self._widths[kind])
         return self._train(todo[:half]) + self._train(todo[half:])
 
-    def _finish(self, ready: Prepared, result: Result) -> Message:
+    def _finish(self, ready: PreparedTurn, result: Result) -> Message:
         if isinstance(result, FedtuneError):
-            return declined(ready.message, result)
+            return decline_reply(ready.message, result)
         try:
             return finish(self._host, ready, *result)
         except Exception as bad:  # such as a disk that is full when the client keeps its tensors
-            return declined(ready.message, bad)
+            return decline_reply(ready.message, bad)
 
-    def _together(self, todo: list[Prepared]) -> list[Result]:
-        way = self._way_of(todo[0].body)
+    def _together(self, todo: list[PreparedTurn]) -> list[Result]:
+        way = self._way_of(todo[0].loaded_model)
         assert way is not None
         return train_together(self._live(todo[0]), _jobs(todo), self._host.config.task, pad_id=self._host.space.pad_id, way=way)
 
-    def _live(self, first: Prepared) -> LiveAdapter:
-        live = first.body.slot(first.start)
+    def _live(self, first: PreparedTurn) -> LiveAdapter:
+        live = first.loaded_model.slot(first.start)
         assert isinstance(live, LiveAdapter)  # of the phase `peft`
         return live
 
     # -- how many -------------------------------------------------------------------------------------------------------------------------
 
-    def _choose(self, todo: list[Prepared]) -> int:
+    def _choose(self, todo: list[PreparedTurn]) -> int:
         """The number that tokens and memory allow, if a short measurement finds it faster than one after the other; 1 if not.
 
         What was measured is kept for this machine, so that the same config gives the same bits the next time.
         """
-        body, way, jobs = todo[0].body, self._way_of(todo[0].body), _jobs(todo)
+        model, way, jobs = todo[0].loaded_model, self._way_of(todo[0].loaded_model), _jobs(todo)
         assert way is not None
-        space, config, live = self._host.space, body.config, self._live(todo[0])
+        space, config, live = self._host.space, model.config, self._live(todo[0])
         width = allowed(live, jobs, config.task)
         if width < 2:
             return 1
         plan, threads = todo[0].plan, torch.get_num_threads()
         what = json.dumps([dataclasses.asdict(c) for c in (config.model, config.peft, config.task)], sort_keys=True)
-        marks = body.backbone.fingerprint[:16], hashlib.sha256(what.encode()).hexdigest()[:16]
+        marks = model.backbone.fingerprint[:16], hashlib.sha256(what.encode()).hexdigest()[:16]
         key = f"{' '.join(marks)} {plan.batch_size}x{plan.accumulate} {width} clients {threads} threads"
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune" / "batched.json"
         known = _read(path)
@@ -192,14 +192,14 @@ def _is_same(a: Message, b: Message) -> bool:
     return frames[0] == frames[1] and mine.keys() == theirs.keys() and all(mine[n].data is theirs[n].data for n in mine)
 
 
-def _jobs(todo: Sequence[Prepared]) -> list[Job]:
+def _jobs(todo: Sequence[PreparedTurn]) -> list[Job]:
     return [Job(plan=t.plan, start=t.start, examples=t.examples, extra=t.extra) for t in todo]
 
 
-def _kind(ready: Prepared) -> tuple[object, ...]:
+def _kind(ready: PreparedTurn) -> tuple[object, ...]:
     """What turns must have in common to train at once."""
     plan = ready.plan
-    return id(ready.body), plan.turn, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
+    return id(ready.loaded_model), plan.turn, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
 
 
 def _read(path: Path) -> dict[str, int]:

@@ -67,7 +67,7 @@ def test_the_keys_are_found() -> None:
 
 @pytest.fixture
 def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with rows, a data set and a model that belong to the device and were not given to fedtune; it is the working directory."""
+    """The working directory: rows, a data set and a model of the device that were not given to fedtune."""
     folder = tiny_llama(tmp_path / "secret")
     for name in ("train.jsonl", "test.jsonl"):
         write_rows(folder / name, texts(20))
@@ -130,12 +130,15 @@ def test_no_key_of_a_hello_opens_a_path(tmp_path: Path, secret: Path, rows_from:
     [
         (
             {"data.source": "local", "data.path": "/etc/passwd"},
-            "opens no file that only a server names: give this device's rows with --data",
+            r"opens no file that only the server names \(data.source=local\): give this device's rows with --data",
         ),
-        ({"data.source": "hub", "data.name": "ag_news"}, "opens no file that only a server names: give this device's rows with --data"),
-        ({"model.source": "hub", "model.name": "/models/llama"}, "the server says model.name=/models/llama.*with --model"),
-        ({"model.source": "hub", "model.name": "org/model"}, "the server says model.name=org/model.*with --model"),
-        ({"model.source": "hub", "model.name": "a/b", "model.revision": "../../x"}, r"the server says model.revision=\.\./\.\./x"),
+        (
+            {"data.source": "hub", "data.name": "ag_news"},
+            r"opens no file that only the server names \(data.source=hub\): give this device's rows with --data",
+        ),
+        ({"model.source": "hub", "model.name": "/models/llama"}, "the server sets model.name=/models/llama.*with --model"),
+        ({"model.source": "hub", "model.name": "org/model"}, "the server sets model.name=org/model.*with --model"),
+        ({"model.source": "hub", "model.name": "a/b", "model.revision": "../../x"}, r"the server sets model.revision=\.\./\.\./x"),
     ],
 )
 def test_a_refusal_says_what_to_give(tmp_path: Path, secret: Path, changes: dict[str, str], sentence: str) -> None:
@@ -143,7 +146,7 @@ def test_a_refusal_says_what_to_give(tmp_path: Path, secret: Path, changes: dict
         read_hello(hello(Config(), changes), Device(client="home-000", state=tmp_path))
 
 
-def test_what_is_given_is_used(tmp_path: Path, secret: Path) -> None:
+def test_the_device_s_own_settings_are_used(tmp_path: Path, secret: Path) -> None:
     device = Device(client="a", state=tmp_path, data="rows.jsonl", model=str(secret / "org" / "model"))
     config, _ = read_hello(hello(Config(), {"model.source": "hub", "model.name": "/theirs", "model.revision": "main"}), device)
     assert (config.data.source, config.data.path, config.data.test_path) == ("local", "rows.jsonl", None)
@@ -152,7 +155,7 @@ def test_what_is_given_is_used(tmp_path: Path, secret: Path) -> None:
     assert config.model.name == "Qwen/Qwen2.5-0.5B"  # the hub's: nothing here has this name
 
 
-def test_an_adapter_beside_a_model_names_no_backbone_of_its_own(secret: Path, tmp_path: Path) -> None:
+def test_an_adapter_in_a_model_folder_is_refused(secret: Path, tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "fetched")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(secret)}))
     with pytest.raises(ModelError, match="holds a model and an adapter beside it"):

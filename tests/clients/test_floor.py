@@ -60,13 +60,13 @@ def test_a_server_without_privacy_is_refused_in_hello_and_plan(tmp_path: Path) -
     server, none = LyingServer(tmp_path, min_privacy="record"), PrivacyConfig()
     assert "at least privacy=record (--min-privacy), but the server asks for privacy=none" in server.hello(none)
     assert server.hello(RECORD) == ""
-    assert "privacy=none" in server.train(none)  # a plan that is not what the hello said
+    assert "privacy=none" in server.train(none)  # a plan that differs from the hello
     assert server.train(RECORD) == ""
-    assert "tells no exact scores of its rows" in server.evaluate()
+    assert "does not report exact scores of its rows" in server.evaluate()
     assert "asks for privacy=none" in server.hello(PrivacyConfig(kind="user"))  # noise that the server promises to add itself
 
 
-def test_without_a_floor_the_server_s_word_counts(tmp_path: Path) -> None:
+def test_without_a_floor_the_server_decides(tmp_path: Path) -> None:
     server = LyingServer(tmp_path)
     assert server.hello(PrivacyConfig()) == server.train(PrivacyConfig()) == server.evaluate() == ""
 
@@ -110,7 +110,7 @@ def test_kinds_are_ordered(tmp_path: Path) -> None:
     assert (accepted("record"), accepted("user")) == (["record", "user"], ["user"])
 
 
-def test_a_ledger_that_cannot_be_read_ends_it(tmp_path: Path) -> None:
+def test_an_unreadable_ledger_declines_the_turn(tmp_path: Path) -> None:
     floor = Floor(kind="record", epsilon=8.0, delta=1e-5, client="a", runs=tmp_path)
     turn = TurnPrivacy(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=0.1, steps=3))
     (tmp_path / "hello.json").write_text("{}")  # no run's folder

@@ -62,7 +62,7 @@ def test_a_bf16_backbone_answers_in_float32(tmp_path: Path) -> None:
     assert all(t.dtype == torch.float32 and t.isfinite().all() and t.any() for t in seen.tensors.values())
 
 
-def test_a_single_entry_that_overflows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_overflowing_entry_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live, whole = make(tmp_path / "m"), torch.autograd.grad
 
     def grad(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
@@ -75,7 +75,7 @@ def test_a_single_entry_that_overflows_is_refused(tmp_path: Path, monkeypatch: p
         measure(live)
 
 
-def test_what_overflows_is_named(tmp_path: Path) -> None:
+def test_the_overflowing_tensor_is_named(tmp_path: Path) -> None:
     live = make(tmp_path / "m")
     with torch.no_grad():
         live.model.get_input_embeddings().weight.mul_(torch.nan)

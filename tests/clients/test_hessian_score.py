@@ -94,7 +94,7 @@ def test_the_mean_over_starts_is_the_share_of_eigenvalues() -> None:
         assert sum(found) / 60 == pytest.approx((exact <= cut).double().mean().item(), abs=0.03)
 
 
-def test_a_start_that_reaches_few_directions_stops_early() -> None:
+def test_a_small_krylov_space_stops_early() -> None:
     values, weights = spectrum(lambda v: 3.0 * v, signs(50), 50)
     assert values.tolist() == pytest.approx([3.0]) and weights.tolist() == pytest.approx([1.0])
     values, weights = spectrum(lambda v: 0.0 * v, signs(50), 50)
@@ -106,7 +106,7 @@ def test_one_parameter() -> None:
     assert values.tolist() == [-2.0] and weights.tolist() == [1.0]
 
 
-def test_a_curvature_that_is_not_finite_is_one_sentence() -> None:
+def test_a_non_finite_curvature_is_an_error() -> None:
     with pytest.raises(UpdateError, match="the curvature of the prompts is not finite"):
         spectrum(lambda v: v * math.nan, signs(5), 3)
 
@@ -133,7 +133,7 @@ def test_the_density_is_smoothed_by_its_range() -> None:
 
 @given(st.lists(st.tuples(st.floats(-1.0, 3.0), st.floats(1e-3, 1.0)), min_size=1, max_size=20), st.sampled_from([1e-4, 1.0, 1e4]))
 @settings(max_examples=60, deadline=None)
-def test_it_always_settles(nodes: list[tuple[float, float]], scale: float) -> None:
+def test_the_search_always_ends(nodes: list[tuple[float, float]], scale: float) -> None:
     total = sum(w for _, w in nodes)
     share = settled([v * scale for v, _ in nodes], [w / total for _, w in nodes])
     assert 0.0 <= share <= 1.0
@@ -176,7 +176,7 @@ def test_the_ratio_of_a_backbone_is_that_of_its_dense_hessian(space: Workspace, 
     assert 0.02 < seen["ratio"].item() < 0.98
 
 
-def test_an_adapter_without_prompts_is_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_adapter_without_prompts_is_an_error(tmp_path_factory: pytest.TempPathFactory) -> None:
     space = Workspace(tiny_config(tmp_path_factory.mktemp("lora")))
-    with pytest.raises(ModelError, match="the adapter's method is 'lora': set peft=ptuning_v2"):
+    with pytest.raises(ModelError, match="the adapter has method 'lora': set peft=ptuning_v2"):
         turn_of(PLAN).observe(work_in(space, PLAN))

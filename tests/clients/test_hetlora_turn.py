@@ -1,4 +1,4 @@
-"""HetLoRA's pruning: a tail that the turn made smaller is cut, and only that."""
+"""HetLoRA's pruning: only a tail that the turn made smaller is cut."""
 
 import torch
 

@@ -37,7 +37,7 @@ def train(host: ClientHost, config: Config, adapter: AdapterState, **changes: ob
     return ask(host, "train", MessageWriter(1, ()).write(adapter, held=(), plan=plan))
 
 
-def test_two_hosts_of_one_process_do_not_touch_each_other(tmp_path: Path) -> None:
+def test_two_hosts_of_one_process_share_nothing(tmp_path: Path) -> None:
     one = tiny_config(tmp_path / "a")
     two = tiny_config(tmp_path / "b", privacy=PrivacyConfig(kind="record", epsilon=None, noise=0.8, clip=0.5, accountant="rdp"))
     hosts = [ClientHost(c, Storage.in_folder(tmp_path / name / "clients", c)) for c, name in ((one, "x"), (two, "y"))]
@@ -54,7 +54,7 @@ def test_two_hosts_of_one_process_do_not_touch_each_other(tmp_path: Path) -> Non
     assert not (tmp_path / "x" / "privacy").exists()
 
 
-def test_a_floor_and_a_device_are_one_host_s_own(tmp_path: Path) -> None:
+def test_each_host_has_its_own_floor_and_device(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     floor = Floor(kind="record", epsilon=None, delta=1e-5, client="c0", runs=tmp_path)
     device = DeviceClass(memory_mb=1000.0, gflops_per_core=1.0)
@@ -90,7 +90,7 @@ def test_a_device_loads_once_for_all_runs_of_one_experiment(tmp_path: Path, made
     assert server.hello(RECORD) == "" and len(made) == 2
 
 
-def test_a_host_loads_once_and_not_before_it_must(tmp_path: Path, made: list[Config]) -> None:
+def test_a_host_loads_once_and_only_on_use(tmp_path: Path, made: list[Config]) -> None:
     config = tiny_config(tmp_path)
     host = host_for(config)
     app = make_client_app(host)
@@ -101,7 +101,7 @@ def test_a_host_loads_once_and_not_before_it_must(tmp_path: Path, made: list[Con
     assert made == [config] and torch.equal(*(next(iter(host.space.initial.tensors.values())) for _ in range(2)))
 
 
-def test_temporary_storage_is_of_one_host_and_goes_with_it(tmp_path: Path) -> None:
+def test_temporary_storage_belongs_to_one_host_and_is_removed_with_it(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     one, two = Storage.temporary(config), Storage.temporary(config)
     assert one.store.folder != two.store.folder and one.ledgers is None

@@ -46,7 +46,7 @@ def test_random_rows_lie_just_above_orthogonal_ones() -> None:
     assert 16.0 < score < 18.0
 
 
-def test_a_row_of_zeros_is_no_trouble() -> None:
+def test_a_row_of_zeros_has_a_finite_score() -> None:
     assert math.isfinite(redundancy(torch.cat([torch.zeros(1, 4), torch.eye(4)])))
 
 
@@ -148,7 +148,7 @@ def test_a_batch_is_of_the_plan_s_size_and_seed(space: Workspace) -> None:
     assert scores() == scores() and scores() != scores(seed=4) and scores() != scores(batch_size=4)
 
 
-def test_an_adapter_without_a_prompt_a_layer_is_one_sentence(tmp_path: Path) -> None:
+def test_an_adapter_without_one_prompt_a_layer_is_an_error(tmp_path: Path) -> None:
     space = Workspace(tiny_config(tmp_path))
-    with pytest.raises(ModelError, match="the output of 2 layers, the adapter has 0 prompts: set peft=ptuning_v2"):
+    with pytest.raises(ModelError, match="the outputs of 2 layers, but the adapter has 0 prompts: set peft=ptuning_v2"):
         measure(space, space.examples("c0", "train"))

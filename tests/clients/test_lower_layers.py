@@ -32,7 +32,7 @@ def turns(live: LiveAdapter, initial: AdapterState, task: TaskConfig) -> list[Ad
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", LM), ("llama", CLASSES), ("gpt2", LM), ("opt", LM), ("distilbert", CLASSES)])
-def test_a_turn_ends_as_without_the_cache(tmp_path: Path, kind: str, task: TaskConfig) -> None:
+def test_a_turn_has_the_same_result_with_and_without_the_cache(tmp_path: Path, kind: str, task: TaskConfig) -> None:
     live, initial = built(tmp_path, kind, PeftConfig(rank=3, targets=UPPER[kind]), task)
     plain = turns(live, initial, task)
     cache = LowerLayers(live, 1e9)
@@ -43,7 +43,7 @@ def test_a_turn_ends_as_without_the_cache(tmp_path: Path, kind: str, task: TaskC
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_stacks_read_it_and_maps_do_without(tmp_path: Path, method: str) -> None:
+def test_stacked_training_reads_the_cache_and_vmap_does_not(tmp_path: Path, method: str) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(method=method, rank=3, targets=UPPER["llama"]), LM)
     plain = turns(live, initial, LM)
     cache = LowerLayers(live, 1e9)
@@ -56,7 +56,7 @@ def test_stacks_read_it_and_maps_do_without(tmp_path: Path, method: str) -> None
         assert isinstance(b, tuple) and distance(a, b[0]) <= 1e-4 * distance(a, job.start)
 
 
-def test_what_does_not_fit_is_computed_anew(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_are_recomputed(tmp_path: Path) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
     plain = turns(live, initial, LM)
     cache = LowerLayers(live, 1000)
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_computed_anew(tmp_path: Path) -> None:
     assert cache.misses > cache.hits and all(distance(a, b) == 0 for a, b in zip(plain, again, strict=True))
 
 
-def test_other_frozen_weights_empty_it(tmp_path: Path) -> None:
+def test_changed_frozen_weights_empty_the_cache(tmp_path: Path) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
     cache = LowerLayers(live, 1e9)
     turns(live, initial, LM)
@@ -77,12 +77,12 @@ def test_other_frozen_weights_empty_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("peft", "why"),
     [
-        ({}, "an adapter in the first layer"),
-        ({"method": "prompt", "tokens": 2}, "'prompt' is trained, and the lower layers see it"),
+        ({}, "the first layer has an adapter"),
+        ({"method": "prompt", "tokens": 2}, "'prompt' is trained and changes the lower layers"),
         ({"method": "full"}, "'model.embed_tokens.weight' is trained"),
     ],
 )
-def test_what_changes_below_is_refused(tmp_path: Path, peft: dict[str, Any], why: str) -> None:
+def test_training_below_the_adapters_is_refused(tmp_path: Path, peft: dict[str, Any], why: str) -> None:
     live, _ = built(tmp_path, "llama", PeftConfig(rank=3, **peft), LM)
     with pytest.raises(ConfigError, match=why):
         LowerLayers(live, 1e9)

@@ -1,4 +1,4 @@
-"""Peak memory as the system tells it."""
+"""Peak memory as the system reports it."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_the_peak_is_the_systems_high_water_mark_in_megabytes(tmp_path: Path, mo
     assert meter.peak_mb(CPU) == 0.0
 
 
-def test_a_new_mark_is_asked_for_before_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_high_water_mark_is_reset_before_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter, "_RESET", tmp_path / "clear_refs")
     meter.reset_peak(CPU)
     assert (tmp_path / "clear_refs").read_text() == "5"  # proc(5): 5 sets VmHWM back to what is resident
@@ -29,7 +29,7 @@ def test_a_new_mark_is_asked_for_before_a_turn(tmp_path: Path, monkeypatch: pyte
     meter.reset_peak(CPU)  # no Linux: no mark to set back, and no error
 
 
-def test_on_a_gpu_torch_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_torch_reports_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, asked = torch.device("cuda"), list[torch.device]()
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000_000)

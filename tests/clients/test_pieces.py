@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedtune.clients import trainer
-from fedtune.clients.trainer import Trained, train
+from fedtune.clients.trainer import TrainingResult, train
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DataConfig, PeftConfig, TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
@@ -29,7 +29,7 @@ def workspace(path: Path, kind: str = "causal_lm", dropout: float = 0.0) -> Work
     return Workspace(dataclasses.replace(config, data=data))
 
 
-def turn(space: Workspace, micro: int | None, **plan: Any) -> tuple[AdapterState, Trained]:
+def turn(space: Workspace, micro: int | None, **plan: Any) -> tuple[AdapterState, TrainingResult]:
     drawn = torch.Generator().manual_seed(0)
     begin = space.live.read(version=0)
     begin = begin.replace({n: 0.1 * torch.randn(t.shape, generator=drawn) for n, t in begin.tensors.items()})
@@ -45,7 +45,7 @@ def far(a: AdapterState, b: AdapterState) -> float:
 
 @pytest.mark.parametrize("kind", ["causal_lm", "instruction", "classification"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_pieces_leave_the_gradient_of_the_whole(tmp_path: Path, kind: str, accumulate: int) -> None:
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, kind: str, accumulate: int) -> None:
     space = workspace(tmp_path, kind)
     step = {"steps": 1, "accumulate": accumulate, "optimizer": "sgd", "lr": 1.0, "clip_norm": None}
     whole, one = turn(space, None, **step)
@@ -55,7 +55,7 @@ def test_pieces_leave_the_gradient_of_the_whole(tmp_path: Path, kind: str, accum
         assert far(whole, pieces) < 1e-6 and turned.loss == pytest.approx(one.loss, rel=1e-5)
 
 
-def test_a_micro_batch_as_large_as_the_batch_is_the_same_bits(tmp_path: Path) -> None:
+def test_a_micro_batch_of_the_batch_size_gives_the_same_bits(tmp_path: Path) -> None:
     space = workspace(tmp_path, dropout=0.2)
     assert far(turn(space, None)[0], turn(space, 6)[0]) == far(turn(space, None)[0], turn(space, 99)[0]) == 0.0
 
@@ -82,7 +82,7 @@ class Small:
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_out_of_memory_halves_the_micro_batch_and_goes_on(
+def test_out_of_memory_halves_the_micro_batch_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, dropout: float
 ) -> None:
     space = workspace(tmp_path, dropout=dropout)
@@ -93,7 +93,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(
     assert far(wanted, got) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
 
 
-def test_out_of_memory_amid_a_step_drops_what_the_step_had_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_within_a_step_discards_its_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space, error = workspace(tmp_path), torch.OutOfMemoryError("CUDA out of memory")
     wanted, _ = turn(space, None, accumulate=2)
     # the second batch of the first step fails: were the first one's gradient kept, it would count twice
@@ -105,7 +105,7 @@ def test_out_of_memory_amid_a_step_drops_what_the_step_had_done(tmp_path: Path, 
     assert far(wanted, got) < 1e-5 and (turned.micro, turned.out_of_memory) == (1, 2)  # 5 → 2 → 1
 
 
-def test_a_single_row_that_is_too_much_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_row_that_does_not_fit_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = workspace(tmp_path)
     monkeypatch.setattr(trainer, "loss_sum", Small(0, 2, MemoryError()))
     with pytest.raises(Decline, match=r"^out of memory with a single row of \d+ tokens: lower task.max_length, or take") as bad:
@@ -114,7 +114,7 @@ def test_a_single_row_that_is_too_much_declines(tmp_path: Path, monkeypatch: pyt
     assert all(p.grad is None and p.requires_grad for p in space.live.parameters.values())
 
 
-def test_other_errors_are_not_taken_for_a_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = workspace(tmp_path)
     monkeypatch.setattr(trainer, "loss_sum", Small(0, 0, RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):

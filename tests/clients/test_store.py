@@ -1,4 +1,4 @@
-"""What a client keeps is found again by round, also when a run goes back to an older checkpoint."""
+"""A client's tensors are stored by round, so that a run resumed from an older checkpoint finds those of that round."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def kept(value: float) -> AdapterState:
     return AdapterState({"q.lora_B": torch.full((3, 2), value)}, AdapterSpec(method="lora"))
 
 
-def test_the_newest_before_a_round_is_read_and_old_ones_go(tmp_path: Path) -> None:
+def test_the_newest_file_before_a_round_is_read_and_old_files_are_deleted(tmp_path: Path) -> None:
     store = ClientStore(tmp_path / "clients", rounds=2)
     assert store.read("a", 9) is None and not (tmp_path / "clients").exists()
     for round in (1, 4, 6):
@@ -26,7 +26,7 @@ def test_the_newest_before_a_round_is_read_and_old_ones_go(tmp_path: Path) -> No
     assert float(store.read("a", 7)["q.lora_B"][0, 0]) == 60  # type: ignore[index]
 
 
-def test_clients_of_any_name_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_every_client_name_has_its_own_folder(tmp_path: Path) -> None:
     store = ClientStore(tmp_path / "clients", rounds=2)
     names = ["я" * 150, "я" * 149 + "ю", "a/b", "a_b", "..", "TITUS ANDRONICUS", "ä", "a%2fb", "a%00002fb", "\x12e", "\u012e"]
     for i, name in enumerate(names):
@@ -36,12 +36,12 @@ def test_clients_of_any_name_have_folders_of_their_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "clients").iterdir())) == len(names) and [f.name for f in tmp_path.iterdir()] == ["clients"]
 
 
-def test_a_damaged_file_and_a_full_disk_say_so(tmp_path: Path) -> None:
+def test_a_damaged_file_and_a_full_disk_are_errors(tmp_path: Path) -> None:
     store = ClientStore(tmp_path / "clients", rounds=2)
     store.write("a", 1, kept(1))
     (tmp_path / "clients" / "a" / "round-0001.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="cannot read the adapter"):
         store.read("a", 2)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="client a cannot keep its tensors"):
+    with pytest.raises(CheckpointError, match="client a cannot write its tensors"):
         ClientStore(tmp_path / "file", rounds=2).write("a", 1, kept(1))

@@ -22,7 +22,7 @@ def same(a: Example, b: Example) -> bool:
     return arrays and (a.prompt_length, a.answer) == (b.prompt_length, b.answer)
 
 
-def test_rows_come_back_as_they_were_also_after_the_file_grew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_unchanged_after_the_file_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "_FIRST", 64)
     store = TokenStore()
     given = [rows(n, n) for n in (5, 1, 0, 30, 7)]

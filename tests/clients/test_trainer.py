@@ -57,7 +57,7 @@ def far(a: AdapterState, b: AdapterState) -> float:
 
 
 def bare_loop(space: Workspace, rounds: int, seeds: list[int], client: ClientConfig) -> dict[str, torch.Tensor]:
-    """Centralized training, written as anybody would: transformers' own loss, PEFT's own model, one optimizer a round."""
+    """Plain centralized training: transformers' own loss, PEFT's own model, one optimizer a round."""
     model = AutoModelForCausalLM.from_pretrained(space.config.model.name)
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets)).train()
@@ -183,7 +183,7 @@ def test_the_sum_of_the_rates_follows_the_schedule(
     told = [r["lr_sum"] for r in read_metrics(run) if r["client"] is not None and r["round"] > 0]
     # by hand, two rounds of two steps from .01 down to 0: .01 + .0075 and .005 + .0025
     assert told == pytest.approx([sums[0]] * 4 + [sums[1]] * 4)
-    # what is told is what the optimizer went by: SCAFFOLD, FedNova and the bound on an update's length divide by it
+    # the reported sum equals the optimizer's: SCAFFOLD, FedNova and the bound on an update's norm divide by it
     assert told == pytest.approx([sum(applied[i : i + 2]) for i in range(0, len(applied), 2)])
 
 
@@ -195,7 +195,7 @@ def test_only_what_the_plan_names_is_trained(space: Workspace) -> None:
     assert all(p.requires_grad for p in space.live.parameters.values())
 
 
-def test_the_backbone_is_never_touched(space: Workspace) -> None:
+def test_the_backbone_never_changes(space: Workspace) -> None:
     frozen = {n: p for n, p in space.live.model.named_parameters() if not p.requires_grad}
     before = {n: p.clone() for n, p in frozen.items()}
     turn(space, lr=1.0, lr_last=1.0)
@@ -206,7 +206,7 @@ def prox(mu: float) -> dict[str, Any]:
     return {"turn": "fedprox", "params": {"mu": mu}}
 
 
-def test_prox_holds_the_weights_near_the_start(space: Workspace) -> None:
+def test_prox_keeps_the_weights_near_the_start(space: Workspace) -> None:
     begin = start(space)
     ends = [turn(space, steps=8, **prox(mu))[0] for mu in (0.0, 1.0, 100.0)]
     moved = [sum(float((end[n] - begin[n]).norm()) for n in begin.tensors) for end in ends]
@@ -269,12 +269,12 @@ def test_the_start_loss_is_that_of_all_rows_before_the_first_step(space: Workspa
 
 
 def test_the_loss_of_a_turn_is_the_mean_over_its_tokens(space: Workspace) -> None:
-    # one pass over all rows, none of which moves anything
+    # one pass over all rows, without a change
     _, turned = turn(space, lr=0.0, lr_last=0.0, steps=None, epochs=1, batch_size=3, measure=("start_loss",))
     assert turned.steps > 1 and turned.loss == pytest.approx(turned.start_loss, rel=1e-5)
 
 
-def test_a_loss_that_runs_away_is_one_sentence(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverging_loss_is_an_error(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def nan_loss(*args: Any) -> tuple[torch.Tensor, int]:
         return torch.tensor(float("nan"), requires_grad=True), 1
 
@@ -336,7 +336,7 @@ def merged(space: Workspace, version: int) -> AdapterState:
     return AdapterState(tensors, spec)
 
 
-def test_shifts_are_merged_once_replayed_after_a_gap_and_taken_back(tmp_path: Path) -> None:
+def test_shifts_are_merged_once_replayed_after_a_gap_and_reset(tmp_path: Path) -> None:
     space = Workspace(tiny_config(tmp_path))
     module = next(iter(space.live.spec.ranks))
     weight = space.backbone.model.get_submodule(module).get_parameter("base_layer.weight")
@@ -352,7 +352,7 @@ def test_shifts_are_merged_once_replayed_after_a_gap_and_taken_back(tmp_path: Pa
     assert torch.equal(weight, w0)
 
 
-def test_a_client_goes_on_with_its_own_then_what_it_is_sent_then_what_it_draws(tmp_path: Path) -> None:
+def test_own_tensors_come_before_received_ones_and_these_before_initial_ones(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     host = ClientHost(config, Storage(ClientStore(tmp_path / "clients", 2)))
     space = host.space

@@ -1,4 +1,4 @@
-"""The client half of a method: found by name, its parameters checked, and a new one needs no other file of the client."""
+"""The client half of a method is found by name, its parameters are checked, and a new one needs one file only."""
 
 import dataclasses
 import json
@@ -27,10 +27,10 @@ FILES = sorted(p.stem for p in Path(str(turns.__file__)).parent.glob("[a-z]*.py"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_a_turn_of_its_name(name: str) -> None:
+def test_each_file_defines_the_turn_of_its_name(name: str) -> None:
     kind = find(name)
     assert kind.__module__ == f"fedtune.clients.turns.{name}" and dataclasses.is_dataclass(kind)
-    assert kind.batch is None or issubclass(kind.batch, turns.Batch)
+    assert kind.batched is None or issubclass(kind.batched, turns.BatchedTurn)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_a_file_is_a_turn_of_its_name(name: str) -> None:
         ("fedpeptao", {"stage": "heads"}, "the turn's stage=heads is not known: choose one of layers, hessian"),
     ],
 )
-def test_what_a_client_does_not_know_is_refused_by_name(turn: str, params: dict[str, Scalar], sentence: str) -> None:
+def test_unknown_turns_and_parameters_are_refused_by_name(turn: str, params: dict[str, Scalar], sentence: str) -> None:
     with pytest.raises(PlanError) as bad:
         turn_of(dataclasses.replace(PLAN, turn=turn, params=params))
     assert sentence in str(bad.value)
 
 
-def test_a_strategy_does_not_take_the_turn_of_the_config_away() -> None:
+def test_a_strategy_does_not_override_the_turn_of_the_config() -> None:
     prox = PLAN.with_turn("fedprox", mu=0.1)
     assert prox.with_turn("fedprox", mu=0.2).params == {"mu": 0.2}
     with pytest.raises(ConfigError, match="needs the turn 'scaffold', but the config sets the turn 'fedprox': leave client.prox at 0"):
@@ -69,9 +69,9 @@ class Personal(Turn):
     mu: float
 
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:
-        assert work.again is not None and work.keep is not None
+        assert work.retrain is not None and work.keep is not None
         kept = work.recall() or work.start
-        work.keep(work.again(kept, FedProx(mu=self.mu)))
+        work.keep(work.retrain(kept, FedProx(mu=self.mu)))
         return trained
 
     def personal(self, given: AdapterState, kept: AdapterState | None) -> AdapterState:
@@ -108,7 +108,7 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkey
     lines = [[json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (ditto, fedavg)]
     losses = [[x["loss"] for x in some if x.get("client") == "c0" and x["round"] == 3 and "loss" in x] for some in lines]
     assert losses[0] and losses[0] != losses[1]
-    # a run that goes on from an older checkpoint finds what was true then
+    # a run resumed from an older checkpoint finds the state of that round
     before = {c: store.read(c, 2) for c in store.clients()}
     monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: Ditto())
     simulate(dataclasses.replace(config, resume=str(ditto), rounds=4))

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save_file
 
-from fedtune.clients.declining import declining
+from fedtune.clients.declining import decline_on_error
 from fedtune.config import Config, PrivacyConfig
 from fedtune.contracts.plan import Update
 from fedtune.contracts.strategy import ServerState, Strategy
@@ -52,7 +52,7 @@ def two_stage_app(examples: Mapping[str, int], mute: str = "") -> ClientApp:
     app, ids = fake_client_app(examples), sorted(examples)
 
     @app.query("number")
-    @declining
+    @decline_on_error
     def number(message: Message, context: Context) -> Message:
         client = ids[int(context.node_config["partition-id"])]
         if client == mute:

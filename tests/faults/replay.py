@@ -13,7 +13,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.clients.app import make_client_app
-from fedtune.clients.declining import declined
+from fedtune.clients.declining import decline_reply
 from fedtune.config.compose import compose
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import Decline
@@ -46,7 +46,7 @@ def replay(folder: Path, experiment: Sequence[str], turnout: Mapping[int, Set[st
         def turn(message: Message, context: Context) -> Message:
             name, round = names[int(context.node_config["partition-id"])], int(message.metadata.group_id)
             if name not in turnout[round]:
-                return declined(message, Decline("absent", f"it was not counted in round {round}"))
+                return decline_reply(message, Decline("absent", f"it was not counted in round {round}"))
             return inner(message, context)
 
         app.query()(inner)

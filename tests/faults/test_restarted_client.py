@@ -68,4 +68,4 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     )
     hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
     said = why(ask(app, "query", hello))
-    assert said.startswith(f"cannot keep anything in {tmp_path / 'gone'}: No such file or directory; free the disk")
+    assert said.startswith(f"cannot write to {tmp_path / 'gone'}: No such file or directory; free the disk")

@@ -119,7 +119,7 @@ def test_a_composite_model_trains_its_text_part(tmp_path: Path, config: Callable
     assert all("vis" not in n for n in slot.parameters)
     assert all(p.grad is None for p in slot.parameters.values())
     shapes = shapes_of(Config(model=hub(folder), task=task, peft=peft), 3)
-    assert shapes.hidden == 16 and shapes.words == (3 if task is CLASSES else VOCABULARY)
+    assert shapes.hidden == 16 and shapes.logits == (3 if task is CLASSES else VOCABULARY)
 
 
 @pytest.mark.parametrize("config", [gemma3, qwen3_5])

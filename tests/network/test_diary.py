@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedtune.cli import client as door
-from fedtune.clients.declining import declined
+from fedtune.clients.declining import decline_reply
 from fedtune.contracts import flower
 from fedtune.errors import DataError, Decline
 from fedtune.network.diary import describe
@@ -76,7 +76,7 @@ def test_an_evaluation_tells_its_scores() -> None:
 )
 def test_a_refusal_of_its_own_is_told(kind: str, bad: Exception, sentence: str) -> None:
     message = asked(kind)
-    told, fields = describe(message, declined(message, bad), 0.1)
+    told, fields = describe(message, decline_reply(message, bad), 0.1)
     assert told == sentence and fields["why"] in sentence
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.clients.devices.choice import told
-from fedtune.clients.trainer import Trained
+from fedtune.clients.devices.choice import describe
+from fedtune.clients.trainer import TrainingResult
 from fedtune.clients.workspace import Workspace
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, PrivacyConfig, TaskConfig, check
 from fedtune.experiment import simulate
@@ -56,14 +56,16 @@ def turn(config: Config, own: DeviceClass | None, spent: float) -> dict[str, Any
     host = host_for(config, own)
     profile = host.devices.of("c0")
     assert profile is not None
-    out: dict[str, Any] = {"hello": told(profile, host.devices.first_choice("c0"))}
+    out: dict[str, Any] = {"hello": describe(profile, host.devices.first_choice("c0"))}
     for round in (1, 2, 3):
         fits = host.devices.fit(base_plan(config, round, "c0", 0), host.space.initial, 1000)
         assert fits is not None
         plan, examples, fitted = fits
         private = turn_privacy(plan, len(examples), plan.steps or 0)
-        did = Trained(loss=None, steps=plan.steps or 0, seconds=spent, peak_mb=spent / 10, began_mb=0.1, micro=int(spent), out_of_memory=1)
-        out[f"turn {round}"] = plan, fitted.choice, private, host.devices.told(plan, examples, fitted, did, 1000)
+        did = TrainingResult(
+            loss=None, steps=plan.steps or 0, seconds=spent, peak_mb=spent / 10, began_mb=0.1, micro=int(spent), out_of_memory=1
+        )
+        out[f"turn {round}"] = plan, fitted.choice, private, host.devices.report(plan, examples, fitted, did, 1000)
     return out
 
 

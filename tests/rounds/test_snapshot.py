@@ -11,8 +11,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.clients.app import weigh
-from fedtune.clients.loaded_model import Body
+from fedtune.clients.app import check_offer
+from fedtune.clients.loaded_model import LoadedModel
 from fedtune.config import EvalConfig
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Plan
@@ -209,7 +209,7 @@ class Space:
     def is_offline(self, client: str, round: int) -> bool:
         return False
 
-    def body_of(self, client: str) -> Body:
+    def loaded_model(self, client: str) -> LoadedModel:
         return None  # type: ignore[return-value]
 
     def examples(self, client: str, part: str) -> list[int]:
@@ -233,10 +233,10 @@ def test_a_device_decides_by_the_announced_size() -> None:
     context: Any = type("Context", (), {"node_config": {"partition-id": 0}})()
     both_ways = 2 * lora_state().nbytes + 7 * 4 * 162  # the adapter both ways, the shifts down
     fits, small = Space(both_ways), Space(both_ways - 1)
-    weigh(fits, message, context)  # type: ignore[arg-type]
+    check_offer(fits, message, context)  # type: ignore[arg-type]
     assert fits.asked == [both_ways]
     with pytest.raises(Decline, match="too much"):
-        weigh(small, message, context)  # type: ignore[arg-type]
+        check_offer(small, message, context)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -249,4 +249,4 @@ def test_a_turn_that_a_client_cannot_take_is_refused_before_tensors_are_sent(tur
     offer = writer.offer(writer.write(lora_state(), held=(), plan=plan), lora_state(), ())
     assert offer is not None
     with pytest.raises(PlanError, match=sentence):
-        weigh(Space(10**9), Message(offer, 1, OFFER), context)  # type: ignore[arg-type]
+        check_offer(Space(10**9), Message(offer, 1, OFFER), context)  # type: ignore[arg-type]

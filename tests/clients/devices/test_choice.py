@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.clients.devices import Choice, Correction, Shapes, Work, choose, choose_rank, told
-from fedtune.clients.devices.choice import HASTE, ROOM, SHORTEST
-from fedtune.clients.devices.estimate import flops, memory_bytes, seconds, unpacked_bytes, weights_bytes
+from fedtune.clients.devices import Choice, Correction, Shapes, Workload, choose, choose_rank, describe
+from fedtune.clients.devices.choice import MEMORY_MARGIN, MIN_LENGTH, TIME_MARGIN
+from fedtune.clients.devices.estimate import dequantized_bytes, flops, memory_bytes, seconds, weights_bytes
 from fedtune.config import DeviceClass
 from fedtune.errors import Decline
 
@@ -25,18 +25,18 @@ SHAPES = Shapes(
     layers=0,
     hidden=250,
     inner=0,
-    heads_of=0,
+    attention_heads=0,
     query=0,
-    words=0,
+    logits=0,
     entries=12_500,
     per_rank=1_000,
     rank=8,
     compute=DTYPES,
 )
-WORK = Work(batch=16, steps=12, length=100, longest=100, counted=10, entries=12_500)
+WORK = Workload(batch=16, steps=12, length=100, longest=100, counted=10, entries=12_500)
 
 
-def pick(device: DeviceClass, work: Work = WORK, **changes: Any) -> Choice:
+def pick(device: DeviceClass, work: Workload = WORK, **changes: Any) -> Choice:
     return choose(device, SHAPES, work, **{"rank": 8, "precisions": LADDER, **changes})
 
 
@@ -46,14 +46,14 @@ def test_the_weights_by_hand() -> None:
     assert weights_bytes(SHAPES, "int8") == 1_000_000 + 100 * 100 * 4
     # of each layer: 10⁴/2, ⌈10⁴/64⌉ = 157 scales, one scale of those, tables of 16 and 256 numbers
     assert weights_bytes(SHAPES, "nf4") == 100 * (5000 + 157 + 4 + 1088)
-    assert unpacked_bytes(SHAPES, "nf4") == 20_000 and unpacked_bytes(SHAPES, "bf16") == 0
+    assert dequantized_bytes(SHAPES, "nf4") == 20_000 and dequantized_bytes(SHAPES, "bf16") == 0
     some = dataclasses.replace(SHAPES, rest=1000, heads=10, whole=frozenset({"0"}))
     assert weights_bytes(some, "nf4") == 99 * 6249 + 20_000 + 2000 + 40
 
 
-def test_what_a_layer_keeps_by_hand() -> None:
+def test_the_activations_of_a_layer_by_hand() -> None:
     one = dataclasses.replace(
-        SHAPES, layers=1, hidden=8, inner=24, heads_of=2, query=8, words=100, inputs=8, modules=1, rank=3, linear={"q": (8, 8)}
+        SHAPES, layers=1, hidden=8, inner=24, attention_heads=2, query=8, logits=100, inputs=8, modules=1, rank=3, linear={"q": (8, 8)}
     )
     # float32, 2 rows of 5 tokens, 3 counted: norms 2·4·8, attention 4·(4·8), feed-forward 4·24·3, A's input 4·8, A's output 4·3 a token
     layer = 64 + 128 + 288 + 32 + 12
@@ -86,21 +86,21 @@ def test_a_step_and_its_bytes_by_hand() -> None:
         (1.0, "nf4", 25, 1),  # 0.9449 > 0.9; a quarter: 0.8949
     ],
 )
-def test_what_is_given_up_for_memory(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
+def test_reductions_for_memory(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
     made = pick(DeviceClass(memory_mb=memory_mb))
     assert (made.precision, made.length, made.micro, made.batch, made.steps) == (precision, length, micro, 16, 12)
 
 
 def test_the_shortest_length_is_taken_and_none_below_it() -> None:
-    work = dataclasses.replace(WORK, length=2 * SHORTEST, longest=2 * SHORTEST)
+    work = dataclasses.replace(WORK, length=2 * MIN_LENGTH, longest=2 * MIN_LENGTH)
     # nf4 without a row takes 0.8449 MB; a row of 32 tokens 0.064, of 16 0.032, of 8 0.016
-    assert pick(DeviceClass(memory_mb=0.99), work).length == SHORTEST  # 0.9089 > 0.891 ≥ 0.8769
-    with pytest.raises(Decline, match=f"one row of {SHORTEST} tokens in nf4"):
+    assert pick(DeviceClass(memory_mb=0.99), work).length == MIN_LENGTH  # 0.9089 > 0.891 ≥ 0.8769
+    with pytest.raises(Decline, match=f"one row of {MIN_LENGTH} tokens in nf4"):
         pick(DeviceClass(memory_mb=0.96), work)  # 0.8769 > 0.864, which 8 tokens would fit
 
 
 def test_a_row_that_does_not_fit_is_declined_with_the_sentence() -> None:
-    with pytest.raises(Decline, match=r"^one row of 25 tokens in nf4 takes 0.9 MB, the device has 0.9 MB: it needs more memory") as bad:
+    with pytest.raises(Decline, match=r"^one row of 25 tokens in nf4 takes 0.9 MB, but the device has 0.9 MB: it needs more memory") as bad:
         pick(DeviceClass(memory_mb=0.9))
     assert bad.value.kind == "memory"
     with pytest.raises(Decline, match="one row of 25 tokens in bf16 takes"):  # what the machine cannot do is not tried
@@ -117,7 +117,7 @@ def test_a_row_that_does_not_fit_is_declined_with_the_sentence() -> None:
         (1.0, 1, 1),  # 0.4 ≤ 0.75 < 0.8
     ],
 )
-def test_what_is_given_up_for_the_time(deadline_s: float | None, batch: int, steps: int) -> None:
+def test_reductions_for_time(deadline_s: float | None, batch: int, steps: int) -> None:
     made = pick(DeviceClass(gflops_per_core=1.0), deadline_s=deadline_s)
     assert (made.batch, made.steps, made.micro, made.precision, made.length) == (batch, steps, batch, "fp32", 100)
     assert made.seconds == pytest.approx(0.4 * batch * steps)
@@ -128,9 +128,9 @@ def test_rows_of_half_the_length_take_half_the_time() -> None:
     assert (made.length, made.seconds) == (100, pytest.approx(0.2 * 16 * 12))
 
 
-def test_what_takes_too_long_is_declined_with_the_sentence() -> None:
+def test_a_step_beyond_the_deadline_is_declined_with_the_sentence() -> None:
     with pytest.raises(
-        Decline, match=r"^one step of 1 row takes 0.4 s with the network, the deadline is 0.2 s: it needs a faster dev"
+        Decline, match=r"^one step of 1 row takes 0.4 s with the network, but the deadline is 0.2 s: it needs a faster dev"
     ) as bad:
         pick(DeviceClass(gflops_per_core=1.0), deadline_s=0.2)
     assert bad.value.kind == "deadline"
@@ -169,10 +169,10 @@ def test_a_method_without_ranks_has_none() -> None:
     assert choose_rank(DeviceClass(memory_mb=0.01), dataclasses.replace(SHAPES, rank=0, per_rank=0), None) == 0
 
 
-def test_the_line_for_a_person() -> None:
+def test_the_description_for_the_operator() -> None:
     device = DeviceClass(memory_mb=3200.0, cores=4, gflops_per_core=2.5)
     made = Choice(precision="nf4", rank=4, batch=16, micro=2, length=64, steps=9, memory_mb=1234.5, seconds=14.2)
-    assert told(device, made) == (
+    assert describe(device, made) == (
         "4 cores, 10 GFLOP/s, 3,200 MB free: nf4, rank 4, 16 rows of at most 64 tokens in micro-batches of 2, 9 steps a round;"
         " about 1,234 MB and 14.2 s a turn"
     )
@@ -188,14 +188,14 @@ def test_the_line_for_a_person() -> None:
         mbit_per_second=st.floats(0.0, 50.0),
     ),
     st.builds(
-        Work, batch=st.integers(1, 40), accumulate=st.integers(1, 4), steps=st.integers(1, 50), length=st.integers(2, 300),
+        Workload, batch=st.integers(1, 40), accumulate=st.integers(1, 4), steps=st.integers(1, 50), length=st.integers(2, 300),
         longest=st.integers(2, 300), counted=st.integers(1, 300), entries=st.integers(1, 50_000), nbytes=st.integers(0, 10**7),
     ),
     st.builds(Correction, memory=st.floats(0.2, 5.0), time=st.floats(0.2, 5.0)),
     st.none() | st.floats(0.1, 100.0),
 )  # fmt: skip
-def test_whatever_the_profile_the_choice_fits_its_own_estimate_or_declines(
-    device: DeviceClass, work: Work, correction: Correction, deadline_s: float | None
+def test_for_every_profile_the_choice_fits_its_estimate_or_declines(
+    device: DeviceClass, work: Workload, correction: Correction, deadline_s: float | None
 ) -> None:
     try:
         made = pick(device, work, correction=correction, deadline_s=deadline_s)
@@ -204,8 +204,8 @@ def test_whatever_the_profile_the_choice_fits_its_own_estimate_or_declines(
         return
     width = min(made.length, work.longest)
     weights, rest = memory_bytes(SHAPES, made.precision, work.entries, made.micro, width, min(work.counted, width))
-    assert device.memory_mb is None or (weights + correction.memory * rest) / 1e6 <= ROOM * device.memory_mb * (1 + 1e-9)
+    assert device.memory_mb is None or (weights + correction.memory * rest) / 1e6 <= MEMORY_MARGIN * device.memory_mb * (1 + 1e-9)
     took = correction.time * seconds(device, flops(SHAPES, made.steps * made.batch * work.accumulate * width), work.nbytes)
-    assert deadline_s is None or took <= HASTE * deadline_s * (1 + 1e-6)
+    assert deadline_s is None or took <= TIME_MARGIN * deadline_s * (1 + 1e-6)
     assert 1 <= made.micro <= made.batch <= work.batch and 1 <= made.steps <= work.steps
-    assert made.length == work.length or made.length >= SHORTEST
+    assert made.length == work.length or made.length >= MIN_LENGTH

@@ -16,7 +16,7 @@ from fedtune.clients.devices.choice import Correction
 from fedtune.clients.devices.estimate import memory_bytes, shapes_of
 from fedtune.clients.devices.fitting import _tokens, for_device
 from fedtune.clients.host import ClientHost
-from fedtune.clients.trainer import Trained
+from fedtune.clients.trainer import TrainingResult
 from fedtune.config import ClientConfig, Config, DeviceClass, DevicesConfig, EngineConfig, EvalConfig, ModelConfig, TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
@@ -57,21 +57,21 @@ def needs(host: ClientHost, precision: str, micro: int, plan: Plan = PLAN) -> fl
 
 def test_without_devices_nothing_is_chosen(tmp_path: Path) -> None:
     host = host_for(tiny_config(tmp_path))
-    assert host.devices.settle("c0").rank is None and host.body_of("c0") is host.space.own
+    assert host.devices.fixed_choice("c0").rank is None and host.loaded_model("c0") is host.space.own
     assert host.devices.fit(PLAN, host.space.initial, 0) is None
 
 
-def test_all_precisions_have_one_fingerprint_and_one_body_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_precisions_share_one_fingerprint_and_load_one_model_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     host = host_for(tiny_config(tmp_path))
-    bodies = [host.space.body(p) for p in ("fp32", "bf16")]
-    assert bodies[0] is host.space.own and host.space.body("bf16") is bodies[1]
-    assert bodies[0].backbone.fingerprint == bodies[1].backbone.fingerprint
-    assert list(bodies[0].live.parameters) == list(bodies[1].live.parameters)
-    assert bodies[1].weights_bytes < 0.6 * bodies[0].weights_bytes
+    models = [host.space.loaded_model(p) for p in ("fp32", "bf16")]
+    assert models[0] is host.space.own and host.space.loaded_model("bf16") is models[1]
+    assert models[0].backbone.fingerprint == models[1].backbone.fingerprint
+    assert list(models[0].live.parameters) == list(models[1].live.parameters)
+    assert models[1].weights_bytes < 0.6 * models[0].weights_bytes
 
 
-def test_a_large_device_does_what_the_plan_says(tmp_path: Path) -> None:
+def test_a_large_device_follows_the_plan(tmp_path: Path) -> None:
     host = host_in(tmp_path)
     fits = host.devices.fit(PLAN, host.space.initial, 0)
     assert fits is not None
@@ -84,7 +84,7 @@ def test_memory_time_and_rank_shape_the_turn(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     room = 1.02 * needs(host_in(tmp_path / "a"), "fp32", 2) / 0.9
     host = host_in(tmp_path / "a", memory_mb=room, precision="fp32", gflops_per_core=1e-3, deadline_s=5.0, rank=1)
-    assert host.devices.settle("c0").rank == 1
+    assert host.devices.fixed_choice("c0").rank == 1
     start = host.space.initial.replace({n: t[:1] if n.endswith("A") else t[:, :1] for n, t in host.space.initial.tensors.items()})
     fits = host.devices.fit(PLAN, start.replace(start.tensors, ranks=dict.fromkeys(start.spec.ranks, 1)), 0)
     assert fits is not None
@@ -92,14 +92,14 @@ def test_memory_time_and_rank_shape_the_turn(tmp_path: Path) -> None:
     assert (plan.batch_size, fitted.micro, fitted.choice.rank) == (4, 2, 1) and 1 <= (plan.steps or 0) < 4 and plan.epochs is None
 
 
-def test_shorter_rows_are_encoded_anew_and_never_lose_their_labels(tmp_path: Path) -> None:
+def test_shorter_rows_are_encoded_again_and_keep_their_labels(tmp_path: Path) -> None:
     host = host_in(tmp_path)
     short = host.space.examples("c0", "train", 4)
     assert max(len(e.input_ids) for e in short) == 4 < max(len(e.input_ids) for e in host.space.examples("c0", "train"))
     assert len(short) == len(host.space.examples("c0", "train")) and all(len(e.labels) == len(e.input_ids) for e in short)
 
 
-def test_a_device_that_runs_out_of_memory_halves_and_says_so(tmp_path: Path) -> None:
+def test_a_device_out_of_memory_halves_and_reports_it(tmp_path: Path) -> None:
     measured = host_in(tmp_path).devices
     fits = measured.fit(PLAN, host_in(tmp_path).space.initial, 0)
     assert fits is not None and fits[2].rest
@@ -112,20 +112,20 @@ def test_a_device_that_runs_out_of_memory_halves_and_says_so(tmp_path: Path) -> 
     assert fitted is not None
     assert (fitted[2].choice.micro, fitted[2].micro, fitted[2].out_of_memory) == (4, 2, 1)
     assert fitted[2].weights + fitted[2].rest <= (host.config.devices.classes["phone"].memory_mb or 0) * 1e6
-    told = devices.told(plan, fitted[1], fitted[2], Trained(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
+    told = devices.report(plan, fitted[1], fitted[2], TrainingResult(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
     assert told["out_of_memory"] == 1 and told["micro_batch"] == 2 and told["peak_mb"] < 10
     # and the next turn begins with two
     after = devices.fit(dataclasses.replace(PLAN, round=3), host.space.initial, 0)
     assert after is not None and (after[2].choice.micro, after[2].out_of_memory) == (2, 0)
 
 
-def test_one_row_that_runs_out_of_memory_declines_and_teaches(tmp_path: Path) -> None:
+def test_a_row_that_does_not_fit_declines_and_corrects_the_next_choice(tmp_path: Path) -> None:
     host = host_in(tmp_path)
     fits = host.devices.fit(PLAN, host.space.initial, 0)
     assert fits is not None
     weights = host.space.own.weights_bytes
     small = host_in(tmp_path, memory_mb=(weights + 20_000) / 1e6 / 0.9, precision="fp32")
-    small.devices._settled["c0"] = host.devices.settle("c0")
+    small.devices._fixed["c0"] = host.devices.fixed_choice("c0")
     small.devices._write(PLAN, fits[2], 1, None)
     plan = dataclasses.replace(PLAN, round=2)
     with pytest.raises(Decline, match=r"^out of memory with a single row of \d+ tokens: 0\.\d MB of") as bad:
@@ -139,10 +139,10 @@ def test_a_turn_corrects_the_next_one(tmp_path: Path) -> None:
     fits = host.devices.fit(dataclasses.replace(PLAN, steps=50), host.space.initial, 0)
     assert fits is not None
     plan, examples, fitted = fits
-    told = host.devices.told(plan, examples, fitted, Trained(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
+    told = host.devices.report(plan, examples, fitted, TrainingResult(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
     assert told["virtual_s"] < told["estimated_s"]
     kept = host.devices._read("c0", 2)
-    assert kept.time == pytest.approx((told["virtual_s"] / told["estimated_s"]) ** 0.5)  # half of what was seen, from 1
+    assert kept.time == pytest.approx((told["virtual_s"] / told["estimated_s"]) ** 0.5)  # the geometric mean of 1 and the observed ratio
     after = host.devices.fit(dataclasses.replace(PLAN, round=2, steps=50), host.space.initial, 0)
     assert after is not None and after[2].used == kept and (after[0].steps or 0) > (plan.steps or 0)
     assert host.devices._read("c0", 1) == Correction()  # as of that round
@@ -161,13 +161,13 @@ def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -
     fits = host.devices.fit(dataclasses.replace(PLAN, accumulate=2), host.space.initial, 0)
     assert fits is not None and not fits[2].simulated and fits[2].micro == 4
     plan, examples, fitted = fits
-    turned = Trained(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
-    told = host.devices.told(plan, examples, fitted, turned, 0)
+    turned = TrainingResult(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
+    told = host.devices.report(plan, examples, fitted, turned, 0)
     assert (told["micro_batch"], told["out_of_memory"]) == (2, 1) and "peak_mb" not in told and "virtual_s" not in told
     width = max(len(e.input_ids) for e in examples)
     expected = memory_bytes(host.devices.shapes, "fp32", fitted.work.entries, 2, width, width - 1)[1]
     assert host.devices._read("c0", 2).memory == pytest.approx(10e6 / expected)
-    host.devices.told(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn teaches too
+    host.devices.report(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn teaches too
     assert host.devices._read("c0", 2).time == pytest.approx((0.25 / told["estimated_s"]) ** 0.5)
 
 
@@ -181,7 +181,7 @@ def test_a_real_device_never_loads_a_finer_backbone_than_it_can_hold(tmp_path: P
 
 
 def mixed(path: Path, **changes: Any) -> Config:
-    """Three classes, of which one is slow, one runs in bf16, and each is late or away now and then."""
+    """Three device classes: one is slow, one runs in bf16, and each is sometimes late or offline."""
     classes = {
         "phone": DeviceClass(precision="bf16", gflops_per_core=1e-3, jitter=0.4, offline=0.1),
         "board": DeviceClass(gflops_per_core=2e-3, jitter=0.2),
@@ -190,7 +190,7 @@ def mixed(path: Path, **changes: Any) -> Config:
     return config(path, classes, 5.0, **changes)
 
 
-def test_what_was_chosen_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_choice_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = simulate(mixed(tmp_path))
     turns = [x for x in lines(run) if x.get("precision")]
     assert {x["precision"] for x in turns} == {"fp32", "bf16"} and {x["device_class"] for x in turns} == {"phone", "board", "laptop"}
@@ -244,7 +244,7 @@ def test_four_precisions_train_in_one_cohort_at_once_or_one_by_one(
         assert found[batched][client]["peak_mb"] == alone["peak_mb"]
 
 
-def test_what_travels_is_what_comes_and_what_goes(tmp_path: Path) -> None:
+def test_transfer_counts_received_and_sent_bytes(tmp_path: Path) -> None:
     run = simulate(config(tmp_path, dict.fromkeys(("phone", "board", "laptop"), DeviceClass(mbit_per_second=0.5))))
     turns = [x for x in lines(run) if x.get("precision")]
     one_way = sum(t.nbytes for t in adapter(run).tensors.values())
@@ -252,7 +252,7 @@ def test_what_travels_is_what_comes_and_what_goes(tmp_path: Path) -> None:
     assert turns and all(x["estimated_s"] == x["virtual_s"] == pytest.approx(2 * 8 * one_way / 0.5e6) for x in turns)
 
 
-def test_the_probe_is_asked_for_the_turns_own_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_measures_the_turn_s_own_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = TaskConfig(kind="instruction", max_length=16, max_new_tokens=1, stride_texts=False)
     given = config(tmp_path, {"phone": DeviceClass(), "board": DeviceClass(), "laptop": DeviceClass()}, task=task)
     given = dataclasses.replace(given, data=dataclasses.replace(given.data, prompt="{question}", answer=" {reply}"))

@@ -14,7 +14,7 @@ def write(root: Path, name: str, text: str) -> None:
     (root / name).write_text(text)
 
 
-def test_memory_is_the_least_of_what_the_system_and_the_control_group_leave(tmp_path: Path) -> None:
+def test_memory_is_the_smaller_of_system_and_control_group(tmp_path: Path) -> None:
     write(tmp_path, "proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
     assert free_bytes(tmp_path) == 5000 * 1024
     write(tmp_path, "sys/fs/cgroup/memory.max", "max\n")
@@ -49,7 +49,7 @@ def test_the_speed_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> N
     assert measure._gflops(torch.device("cpu")) == pytest.approx(2 * measure._SIZE**3 / 1e-3 / 1e9, rel=0.01)
 
 
-def test_a_machine_with_a_gpu_tells_its_memory_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_with_a_gpu_reports_its_memory_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3_000_000, 8_000_000))
     monkeypatch.setattr(measure, "_gflops", lambda device: {"cuda": 7.0}[device.type])

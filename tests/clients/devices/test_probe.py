@@ -56,7 +56,7 @@ def test_of_quantized_backbones_too(tmp_path: Path, precision: str, compute: str
 
 
 @pytest.mark.parametrize("method", ["prompt", "ia3", "bitfit", "adapter"])
-def test_of_other_methods_the_right_order(tmp_path: Path, method: str) -> None:
+def test_estimates_order_the_other_methods_correctly(tmp_path: Path, method: str) -> None:
     model = hub(checkpoint(tmp_path / "model", "bert" if method == "bitfit" else "llama"))
     task, labels = (CLASSES, 3) if method == "bitfit" else (LM, 0)
     peft = PeftConfig(method=method, tokens=2, bottleneck=4)
@@ -80,7 +80,7 @@ def test_nothing_of_model_or_generators_is_changed(tmp_path: Path) -> None:
     assert first == probe.kept_bytes(live, LM, live.parameters, 2, 8, 7)
 
 
-def test_more_rows_keep_in_proportion_and_fewer_trained_tensors_less(tmp_path: Path) -> None:
+def test_kept_memory_grows_with_rows_and_trained_tensors(tmp_path: Path) -> None:
     live = LiveAdapter(load_backbone(hub(checkpoint(tmp_path / "model")), LM), PeftConfig(rank=3), LM)
     one, four = (probe.kept_bytes(live, LM, live.parameters, rows, 16, 15) for rows in (1, 4))
     assert 3.3 * one < four < 4 * one
@@ -132,7 +132,7 @@ def test_the_shapes_of_a_tiny_llama_by_hand(tmp_path: Path) -> None:
         "mlp.up_proj": (24, 16),
         "mlp.down_proj": (16, 24),
     }
-    assert (shapes.layers, shapes.hidden, shapes.inner, shapes.heads_of, shapes.query, shapes.words) == (2, 16, 24, 4, 16, 32)
+    assert (shapes.layers, shapes.hidden, shapes.inner, shapes.attention_heads, shapes.query, shapes.logits) == (2, 16, 24, 4, 16, 32)
     assert (shapes.gated, shapes.classifies, shapes.heads, shapes.rest) == (True, False, 0, 32 * 16 + 5 * 16)  # embeddings and norms
     # factors of q (16 + 16 a rank) and of down (24 + 16) in two layers
     assert (shapes.rank, shapes.modules, shapes.inputs, shapes.per_rank, shapes.entries) == (3, 4, 2 * (16 + 24), 2 * (32 + 40), 3 * 144)

@@ -2,15 +2,15 @@
 
 from fedtune.clients.devices.choice import choose_rank
 from fedtune.clients.devices.estimate import shapes_of
-from fedtune.clients.devices.fitting import settle
+from fedtune.clients.devices.fitting import fixed_choice
 from fedtune.config.compose import compose
 
 
-def test_every_class_of_the_default_scenario_chooses_otherwise() -> None:
+def test_every_class_of_the_default_scenario_makes_another_choice() -> None:
     config = compose(["conf=heterogeneous"])[0].config
     shapes = shapes_of(config)
     assert all(d.precision is None and d.rank is None for d in config.devices.classes.values())
-    chosen = {n: settle(config, d, shapes, config.devices.deadline_s) for n, d in config.devices.classes.items()}
+    chosen = {n: fixed_choice(config, d, shapes, config.devices.deadline_s) for n, d in config.devices.classes.items()}
     assert {n: (s.precision, s.rank) for n, s in chosen.items()} == {
         "phone": ("nf4", 2),
         "single-board": ("int8", 4),

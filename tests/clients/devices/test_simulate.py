@@ -29,7 +29,7 @@ def test_jitter_has_the_stated_spread() -> None:
     assert virtual_seconds(device, 1e9, 0, **WHEN) == virtual_seconds(device, 1e9, 0, **WHEN)
 
 
-def test_offline_comes_as_often_as_stated_and_repeats() -> None:
+def test_offline_has_the_stated_probability_and_repeats() -> None:
     device = DeviceClass(offline=0.2)
     away = [is_offline(device, 0, r, "a") for r in range(2000)]
     assert sum(away) / 2000 == pytest.approx(0.2, abs=0.03)

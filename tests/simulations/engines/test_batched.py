@@ -10,10 +10,10 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedtune.clients.app import Prepared
+from fedtune.clients.app import PreparedTurn
 from fedtune.clients.host import ClientHost
 from fedtune.clients.turns import turn_of
-from fedtune.clients.turns.scaffold import Corrected
+from fedtune.clients.turns.scaffold import BatchedCorrection
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DeviceClass, DevicesConfig, EngineConfig, EvalConfig, PeftConfig, TaskConfig
 from fedtune.contracts import flower
@@ -185,11 +185,11 @@ def test_a_run_of_any_method_ends_with_the_sequential_adapter(
         assert max(float((ends["none"][n] - ends[mode][n]).abs().max()) for n in ends["none"].tensors) < 1e-5
 
 
-def prepared(space: Workspace, job: Job, **plan: Any) -> Prepared:
-    return Prepared(
+def prepared(space: Workspace, job: Job, **plan: Any) -> PreparedTurn:
+    return PreparedTurn(
         message=Message(RecordDict(), 1, "train"),
         plan=dataclasses.replace(job.plan, **plan),
-        body=space.own,
+        loaded_model=space.own,
         start=job.start,
         sent_bytes=0,
         turn=turn_of(dataclasses.replace(job.plan, **plan)),
@@ -241,7 +241,7 @@ def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.M
             self.flat -= 1e-3 * 0.01
             return norms
 
-        monkeypatch.setattr(Corrected, "step", lambda self, stack: None)
+        monkeypatch.setattr(BatchedCorrection, "step", lambda self, stack: None)
         monkeypatch.setattr(batched._Stack, "_update", late)
     with pytest.raises(AssertionError):
         agree(space, todo)
@@ -271,7 +271,7 @@ def test_a_client_that_cannot_finish_is_declined_alone(space: Workspace, monkeyp
     flower.identify_process(run_id=1)
     todo, real = [prepared(space, j) for j in jobs(space)], module.finish
 
-    def full(host: ClientHost, ready: Prepared, *result: Any) -> Message:
+    def full(host: ClientHost, ready: PreparedTurn, *result: Any) -> Message:
         if ready is todo[1]:
             raise CheckpointError("client c1 cannot keep its tensors: free the disk")
         return real(host, ready, *result)
@@ -344,7 +344,7 @@ def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace
             raise CheckpointError("client 2's file is damaged")
         return [Message(RecordDict({"metrics": ConfigRecord({"json": "{}"})}), reply_to=message) for message, _ in asked]
 
-    monkeypatch.setattr(module, "score_together", score)
+    monkeypatch.setattr(module, "evaluate_together", score)
     replies = module.Together(host_for(space.config, loaded=space), "4")._score([(m, None) for m in messages])  # type: ignore[arg-type]
     assert groups == [[1, 2, 4], [1], [2], [4]]  # node 3 keeps a part of its own
     assert ["declined" in r.content.config_records for r in replies] == [False, True, False]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedtune.clients.steps import steps_of
-from fedtune.clients.trainer import Trained, train
+from fedtune.clients.trainer import TrainingResult, train
 from fedtune.config import TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
@@ -44,7 +44,7 @@ def jobs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **chan
     return out
 
 
-def alone(live: LiveAdapter, job: Job, task: TaskConfig, pad_id: int) -> tuple[AdapterState, Trained]:
+def alone(live: LiveAdapter, job: Job, task: TaskConfig, pad_id: int) -> tuple[AdapterState, TrainingResult]:
     """What the trainer makes of a job."""
     live.load(job.start)
     turn = train(work(live, job.examples, job.plan, task, pad_id, start=job.start, extra=job.extra))
