@@ -54,7 +54,7 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     assert not close(outs[0].adapter, METHOD.aggregate(2, ServerState(adapter=one.adapter), [update("a", drawn(3))]).adapter, atol=1e-2)
 
 
-def test_what_did_not_move_stays() -> None:
+def test_unchanged_parameters_stay() -> None:
     state = ServerState(adapter=drawn(0))
     assert close(METHOD.aggregate(1, state, [update("a", drawn(0))]).adapter, state.adapter, atol=0)
 

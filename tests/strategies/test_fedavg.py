@@ -27,7 +27,7 @@ def check_by_hand() -> None:
     assert out["q.lora_A"].item() == 4.0 and (out["q.lora_B"] @ out["q.lora_A"]).item() == 16.0
 
 
-def test_factors_are_averaged_apart() -> None:
+def test_factors_are_averaged_separately() -> None:
     check_by_hand()
 
 
@@ -49,7 +49,7 @@ def test_a_wrong_mean_is_caught(wrong: Callable[..., None], monkeypatch: pytest.
         check_by_hand()
 
 
-def test_what_nobody_sends_shifts_and_memory_stay() -> None:
+def test_unsent_tensors_shifts_and_memory_stay() -> None:
     state = ServerState(adapter=rank_one("s", 1, 2, 3).adapter, memory={"x": torch.ones(1)}, shifts=(rank_one("s", 1, 7, 7).adapter,))
     sent = rank_one("c1", 1, a=5, b=9)
     half = dataclasses.replace(sent, adapter=sent.adapter.subset(["q.lora_B"]))

@@ -67,7 +67,7 @@ def test_unequal_scalings_are_exact() -> None:
     assert_equal(change(FedEx().aggregate(1, FedEx().start(adapter()), iter(updates))), mean(updates))
 
 
-def test_the_residual_travels_at_its_true_rank() -> None:
+def test_the_residual_is_sent_at_its_true_rank() -> None:
     after = FedEx().aggregate(1, FedEx().start(adapter()), iter(cohort()))
     # three clients of rank 2: rank (3 − 1)·2 = 4, or the smaller side of the layer; the bare stack would be 8
     assert dict(after.shifts[0].spec.ranks) == {"q": 3, "up": 4, "square": 4}
@@ -77,7 +77,7 @@ def test_a_bf16_adapter_is_exact_too() -> None:
     (start,) = in_bf16(cohort([2], [1]))
     updates = in_bf16(cohort())
     after = FedEx().aggregate(1, FedEx().start(start.adapter), iter(updates))
-    assert_equal(change(after), mean(updates))  # the residual makes up for the rounding of Ā and B̄ too
+    assert_equal(change(after), mean(updates))  # the residual also corrects the rounding of Ā and B̄
     assert {t.dtype for t in after.adapter.tensors.values()} == {torch.bfloat16}
 
 

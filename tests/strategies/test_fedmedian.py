@@ -52,7 +52,7 @@ def test_order_does_not_matter(values: list[float], random: Random) -> None:
     assert torch.equal(outs[0], outs[1])
 
 
-def test_a_minority_of_any_size_of_lie_stays_within_the_honest() -> None:
+def test_any_malicious_minority_keeps_the_result_within_the_honest_values() -> None:
     state, honest = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1)) for i in range(3)]
     out = FedMedian().aggregate(1, state, [*honest, update("x", drawn(8, 1e6)), update("y", drawn(9, 1e6))]).adapter
     for name, t in out.tensors.items():
@@ -60,7 +60,7 @@ def test_a_minority_of_any_size_of_lie_stays_within_the_honest() -> None:
         assert (t >= seen.min(0).values).all() and (t <= seen.max(0).values).all()
 
 
-def test_it_depends_on_the_gauge_as_it_says() -> None:
+def test_it_depends_on_the_gauge_as_documented() -> None:
     state, came = ServerState(adapter=drawn(0)), [drawn(i + 1) for i in range(3)]
 
     def product(adapters) -> torch.Tensor:

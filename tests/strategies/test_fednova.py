@@ -57,12 +57,12 @@ def test_it_is_fair_to_slow_clients_where_fedavg_is_not() -> None:
     assert walk(FedAvg()) > 8.0  # about 10·10 / 12: dropping the normalization fails the check above
 
 
-def test_a_turn_that_did_not_move_is_no_division_by_zero() -> None:
+def test_a_turn_at_rate_zero_is_no_division_by_zero() -> None:
     came = [update("a", plain(0.0), lr_sum=0.0), update("b", plain(1.0), lr_sum=0.5)]
     assert torch.isfinite(FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(came)).adapter["w"]).all()
 
 
-def test_it_refuses_what_is_not_a_sum_of_gradients_unless_told() -> None:
+def test_other_optimizers_are_refused_unless_heuristic() -> None:
     for client in (ClientConfig(), ClientConfig(optimizer="sgd"), ClientConfig(clip_norm=None)):
         with pytest.raises(ConfigError, match="set client.optimizer=sgd client.clip_norm=null .* or strategy.heuristic=true"):
             FedNova().check(Config(client=client))

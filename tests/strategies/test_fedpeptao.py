@@ -69,7 +69,7 @@ def test_phases_follow_each_other_in_one_run() -> None:
     assert note.startswith(f"from now on {11 - len(strategy.local(states[4]))} of 11 layers are exchanged (estimated share 0.")
 
 
-def test_score_turns_say_what_they_want_and_change_no_weight() -> None:
+def test_score_turns_declare_their_reply_and_change_no_weight() -> None:
     strategy, state = FedPepTAO(warmup_rounds=0, score_rows=9), ServerState(adapter=adapter())
     after, given = one_round(strategy, 1, state, {"a": 1, "b": 3})
     ask = given["a"]
@@ -89,7 +89,7 @@ def seen(client: str, examples: int, **values: list[float]) -> Update:
     return Update(client=client, round=1, base_version=0, adapter=state, examples=examples)
 
 
-def test_scores_weigh_by_examples_and_shares_do_not() -> None:
+def test_scores_are_weighted_by_examples_and_shares_are_not() -> None:
     strategy, state = FedPepTAO(warmup_rounds=0), ServerState(adapter=adapter(layers=2))
     state = strategy.aggregate(1, state, iter([seen("a", 1, layers=[1.0, 2.0]), seen("b", 3, layers=[5.0, 6.0])]))
     assert state.memory["layers"].tolist() == [4.0, 5.0]  # (1 + 3·5) / 4, (2 + 3·6) / 4
@@ -125,7 +125,7 @@ def test_without_training_nothing_changes(variant: str, personal: bool) -> None:
         given = strategy.plan(round, plans, state)
         replies = []
         for client, assignment in given.items():
-            made = reply(assignment, cohort[client])  # scores are scores; tensors come back as they were sent
+            made = reply(assignment, cohort[client])  # scores, or the tensors unchanged
             held = assignment.adapter.subset(matching(assignment.adapter.tensors, assignment.plan.send))
             replies.append(made if assignment.expect is not None else dataclasses.replace(made, adapter=held))
         state = strategy.aggregate(round, state, iter(replies))
@@ -145,7 +145,7 @@ def test_the_payload_holds_only_the_selected_layers_and_the_head(personal: bool)
     chosen = [*(n for n in PROMPTS if n not in local), HEAD]
     assert len(local) == 8
     after, first = one_round(strategy, 3, state, {"a": 1})
-    assert list(first["a"].adapter.tensors) == [*PROMPTS, HEAD]  # the first time with what the warm-up made of the others
+    assert list(first["a"].adapter.tensors) == [*PROMPTS, HEAD]  # the first time with the warm-up's other layers
     later = strategy.plan(4, [Plan(round=4, client=c, base_version=3) for c in "ab"], after)
     assert list(later["a"].adapter.tensors) == chosen and list(later["b"].adapter.tensors) == [*PROMPTS, HEAD]
     for given in (first["a"], later["a"], later["b"]):
@@ -276,7 +276,7 @@ def test_rates_of_zero_move_nothing() -> None:
     assert state.adapter["l.prompt"].item() == 1.0
 
 
-def test_the_public_code_hands_the_momentum_from_client_to_client() -> None:
+def test_the_public_code_passes_the_momentum_from_client_to_client() -> None:
     # v_a = 1.25 as above; v_b = .5·1.25 − 17/12 = −19/24; v = (1.25 − 3·19/24)/4 = −.28125; w = 2 + .099·.28125
     check_by_hand("code", v=-0.28125, w=2.02784375)
 
@@ -321,7 +321,7 @@ def test_the_server_s_rate_falls_to_its_floor() -> None:
     assert rates == pytest.approx([1.03e-4, 1.0197e-4, 1.009503e-4, 1e-4, 1e-4, 1e-4])
 
 
-def test_a_client_that_has_not_moved_keeps_its_c_and_one_that_does_not_say_is_named() -> None:
+def test_a_client_at_rate_zero_keeps_its_c_and_a_missing_measurement_is_named() -> None:
     first, _ = two_rounds("paper")
     strategy = FedPepTAO(ratio=1.0, warmup_rounds=0, server_lr=0.1, momentum=0.5)
     after = strategy.aggregate(2, first, iter([scalar("a", 1, 1.75, 1, 0.0)]))

@@ -41,7 +41,7 @@ def same(a: ServerState, b: ServerState, atol: float = 0.0) -> bool:
 
 @pytest.mark.parametrize("variant", ["scaled", "paper", "code"])
 @pytest.mark.parametrize("stop", range(8))
-def test_a_restart_goes_on_exactly(tmp_path: Path, variant: str, stop: int) -> None:
+def test_a_restart_continues_exactly(tmp_path: Path, variant: str, stop: int) -> None:
     strategy = FedPepTAO(warmup_rounds=2, variant=variant)
     whole = run(strategy, COHORTS)
     stopped = whole[stop]
@@ -81,20 +81,20 @@ def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int
         ({"warmup_rounds": -1}, 30, "ptuning_v2", "strategy.warmup_rounds=-1 is out of range"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(settings: dict[str, Any], rounds: int, method: str, sentence: str) -> None:
+def test_invalid_settings_are_one_sentence(settings: dict[str, Any], rounds: int, method: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         FedPepTAO(**settings).check(Config(rounds=rounds, peft=PeftConfig(method=method)))
 
 
 @pytest.mark.parametrize("traffic", [TrafficConfig(up="int8"), TrafficConfig(topk=0.01)])
-def test_a_drift_is_not_read_off_an_update_that_is_not_what_the_client_trained(traffic: TrafficConfig) -> None:
+def test_compressed_updates_are_refused_for_the_drift(traffic: TrafficConfig) -> None:
     config = Config(rounds=13, peft=PeftConfig(method="ptuning_v2"), traffic=traffic)
     with pytest.raises(ConfigError, match="set traffic.up=fp32 traffic.topk=null, or strategy.server_lr=0"):
         FedPepTAO().check(config)
     FedPepTAO(server_lr=0.0).check(config)  # as the sentence says: no drift is read
 
 
-def test_what_makes_sense_passes() -> None:
+def test_valid_settings_pass() -> None:
     FedPepTAO().check(Config(rounds=13, peft=PeftConfig(method="ptuning_v2")))
     FedPepTAO(ratio=1.0, warmup_rounds=0).check(Config(rounds=1, peft=PeftConfig(method="ptuning_v2")))
 
@@ -107,7 +107,7 @@ class Diary(FedPepTAO):
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         given = super().plan(round, plans, state)
-        SENT[round] = {c: list(a.adapter.tensors) for c, a in given.items()}  # the evaluation before the round asks too, for all clients
+        SENT[round] = {c: list(a.adapter.tensors) for c, a in given.items()}  # the evaluation before the round plans for all clients too
         return given
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
@@ -143,7 +143,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.mark.parametrize("personal", [True, False])
-def test_one_command_does_all_of_it(config: Config, tmp_path: Path, personal: bool) -> None:
+def test_one_command_runs_all_phases(config: Config, tmp_path: Path, personal: bool) -> None:
     SENT.clear()
     CAME.clear()
     strategy = Diary(warmup_rounds=2, score_rows=5, ratio=0.5, personal=personal)
@@ -175,7 +175,7 @@ def test_one_command_does_all_of_it(config: Config, tmp_path: Path, personal: bo
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(config: Config, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(config: Config, tmp_path: Path) -> None:
     strategy = FedPepTAO(warmup_rounds=1, score_rows=5)
     whole, observer = federate(tmp_path / "whole", config, strategy)
     assert "estimated share" in observer.notes[0] and strategy.phase(whole) == "partial"

@@ -63,7 +63,7 @@ ADD = _mean.Mean.add
 
 
 def off_by(space: Workspace, mu: float, told: float) -> float:
-    """How far two real SGD steps of a client told a μ are from w_2(μ) = w_2(0) − η·μ·(w_1 − w_0): the term begins with the second step."""
+    """Distance of two real SGD steps with `told` as μ from w_2(μ) = w_2(0) − η·μ·(w_1 − w_0): the term is 0 in the first step."""
     begin = space.initial
     gen = torch.Generator().manual_seed(1)  # B away from zero, so that both factors have gradients
     begin = begin.replace({n: t + 0.05 * torch.randn(t.shape, generator=gen) for n, t in begin.tensors.items()})
@@ -86,7 +86,7 @@ def test_the_clients_half_by_hand(tmp_path: Path) -> None:
     assert off_by(space, mu=3.0, told=0.0) > 1e-5
 
 
-def test_mu_has_one_place() -> None:
+def test_mu_is_set_in_one_place() -> None:
     with pytest.raises(ConfigError, match=r"strategy.mu=0.01 and client.prox=0.5 both set the proximal weight: leave client.prox at 0"):
         FedProx().check(Config(client=ClientConfig(prox=0.5)))
     with pytest.raises(ConfigError, match="strategy.mu=-1 is out of range"):

@@ -32,7 +32,7 @@ def off(updates: list[Update]) -> float:
     return max(float((out[n] - wanted[n]).abs().max()) for n in SHARED)
 
 
-def test_a_is_averaged_and_b_stays_as_it_began() -> None:
+def test_a_is_averaged_and_b_keeps_its_initial_value() -> None:
     spec = AdapterSpec(method="lora", ranks={"q": 1}, scaling={"q": 1.0})
     state = FedSA().start(AdapterState({"q.lora_A": torch.tensor([[9.0]]), "q.lora_B": torch.tensor([[0.0]])}, spec))
     updates = [
@@ -60,7 +60,7 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
     assert off([sent("a", 1, 1), sent("b", 9, 2)]) > 0.1
 
 
-def test_only_a_travels_and_the_rest_is_kept() -> None:
+def test_only_a_is_sent_and_the_rest_is_kept() -> None:
     state = FedSA().start(lora_state())
     given = FedSA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     names = list(state.adapter.tensors)

@@ -43,7 +43,7 @@ def test_rounds_are_exact_and_a_gets_orthonormal_rows() -> None:
     assert state.shifts == ()
 
 
-def test_only_b_and_heads_are_trained_and_sent_but_a_goes_down() -> None:
+def test_only_b_and_heads_are_trained_and_sent_and_the_server_sends_a() -> None:
     state = FedSVD().start(adapter())
     (given,) = FedSVD().plan(1, [Plan(round=1, client="c", base_version=0)], state).values()
     wanted = [n for n in state.adapter.tensors if not n.endswith(".lora_A")]

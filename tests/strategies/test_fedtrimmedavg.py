@@ -58,7 +58,7 @@ def test_order_does_not_matter(values: list[float], random: Random) -> None:
     assert trimmed(0.2, *values) == pytest.approx(trimmed(0.2, *random.sample(values, len(values))), abs=1e-4)
 
 
-def test_a_minority_of_any_size_of_lie_stays_within_the_honest() -> None:
+def test_any_malicious_minority_keeps_the_result_within_the_honest_values() -> None:
     state, honest = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1)) for i in range(4)]
     out = FedTrimmedAvg().aggregate(1, state, [*honest, update("x", drawn(8, 1e6))]).adapter
     for name, t in out.tensors.items():
@@ -68,7 +68,7 @@ def test_a_minority_of_any_size_of_lie_stays_within_the_honest() -> None:
     assert untrimmed["head.weight"].abs().max() > 1e4  # without the cut the same check fails
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="strategy.beta=0.5 is out of range"):
         FedTrimmedAvg(beta=0.5).check(Config())
     with pytest.raises(ConfigError, match="clients_per_round=4 and min_clients=1: set clients_per_round=5 min_clients=5"):

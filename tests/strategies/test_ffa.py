@@ -28,7 +28,7 @@ def weights(adapter: AdapterState) -> dict[str, Tensor]:
 
 
 def clients(state: ServerState, counts: Iterable[int]) -> list[Update]:
-    """Clients of so many examples that each moved all that they were sent."""
+    """Clients with these numbers of examples; each changes all tensors that it gets."""
     counts = list(counts)
     given = FFA().plan(1, [Plan(round=1, client=f"c{i}", base_version=0) for i in range(len(counts))], state)
     out = []
@@ -86,7 +86,7 @@ def test_the_check_notices_an_a_that_moved() -> None:
     assert off(state, drifted) > 0.1
 
 
-def test_a_never_travels_and_never_changes() -> None:
+def test_a_is_never_sent_and_never_changes() -> None:
     state = FFA().start(lora_state())
     given = FFA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     for assignment in given.values():

@@ -122,7 +122,7 @@ def test_a_client_gets_the_rank_of_its_device() -> None:
             assert sent[f"{module}.lora_B"].shape == (rows, rank) and not sent[f"{module}.lora_B"].any()
 
 
-def test_a_fresh_a_is_kaiming_and_hangs_on_round_module_and_the_first_adapter() -> None:
+def test_a_new_a_is_kaiming_and_depends_on_round_module_and_initial_adapter() -> None:
     updates = cohort()
 
     def fresh(round: int, seed: int) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from tests.strategies.updates import drawn, plain, update
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_any_dtype_comes_back_as_it_was(dtype: torch.dtype) -> None:
+def test_every_dtype_is_restored(dtype: torch.dtype) -> None:
     values = torch.tensor([[1.5, -2.25, 0.0]]).T.to(dtype)  # not contiguous, and exact in bfloat16
     scalar = torch.tensor(3.0, dtype=dtype)
     like = AdapterState({"a": values, "b": scalar}, AdapterSpec(method="bitfit"))
@@ -46,6 +46,6 @@ def test_another_rank_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"lr_sum": -1.0}])
-def test_what_was_not_measured_is_named(values: dict[str, float]) -> None:
+def test_a_missing_measurement_is_named(values: dict[str, float]) -> None:
     with pytest.raises(UpdateError, match="client c7 sent lr_sum="):
         _flower.measured(update("c7", plain(0)), values, "lr_sum")

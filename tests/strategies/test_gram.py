@@ -41,7 +41,7 @@ def test_distances_are_those_of_dense_matrices() -> None:
     assert torch.allclose(distances(clients, origin), torch.cdist(vectors, vectors) ** 2, atol=1e-9)
 
 
-def test_a_giant_among_them_costs_the_others_no_digits() -> None:
+def test_one_huge_update_costs_the_others_no_precision() -> None:
     origin, clients = drawn(0), [drawn(1), drawn(2), drawn(3, scale=1e12)]
     vectors = torch.stack([dense(c) for c in clients[:2]])
     assert torch.allclose(distances(clients, origin)[0, 1], ((vectors[0] - vectors[1]) ** 2).sum(), rtol=1e-9)
@@ -80,7 +80,7 @@ def test_distances_between_factors_would_be_caught() -> None:
     assert any(a != b for a, b in seen)
 
 
-def test_equals_are_settled_by_their_order() -> None:
+def test_ties_are_broken_by_order() -> None:
     # 0 and 1 are each other's closest, as are 2 and 3: all four scores are 1
     apart = torch.tensor([[0.0, 1.0, 9.0, 9.0], [1.0 + 1e-13, 0.0, 9.0, 9.0], [9.0, 9.0, 0.0, 1.0 - 1e-13], [9.0, 9.0, 1.0, 0.0]])
     assert krum(apart.double(), malicious=1, select=2) == [0, 1]

@@ -100,7 +100,7 @@ def test_padding_and_rescaling_leave_the_product_alone(more: int, own: float, sl
     torch.testing.assert_close(slot * b @ a, dense(adapter), atol=1e-12, rtol=1e-12)
 
 
-def test_zero_products_count_alike_and_beside_others_for_nothing() -> None:
+def test_zero_products_have_equal_and_negligible_weights() -> None:
     state = HetLoRA().start(module([[9.0]], [[9.0]]))
     both = HetLoRA().aggregate(1, state, iter([update("a", module([[1.0]], [[0.0]])), update("b", module([[3.0]], [[0.0]]))])).adapter
     assert (both["q.lora_A"].item(), both["q.lora_B"].item()) == (2.0, 0.0)
@@ -122,7 +122,7 @@ def test_rows_that_nobody_trained_can_still_learn(variant: str, column: float) -
 def test_each_client_gets_the_first_rows_of_its_rank() -> None:
     state = HetLoRA().start(lora_state())
     given = HetLoRA(tail_penalty=0.5, tail_share=0.8).plan(1, plans(a=1, b=None, c=1, d=64), state)
-    assert given["b"].adapter is state.adapter and given["d"].adapter is state.adapter  # the rank is capped by the slot's
+    assert given["b"].adapter is state.adapter and given["d"].adapter is state.adapter  # the slot's rank is the cap
     assert given["a"].adapter is given["c"].adapter  # encoded once
     small = given["a"].adapter
     assert dict(small.spec.ranks) == {"q": 1, "up": 1} and small.spec.scaling == state.adapter.spec.scaling
@@ -141,7 +141,7 @@ def test_cutting_what_padding_added_is_the_identity() -> None:
     assert all(torch.equal(back[n], adapter[n]) for n in adapter.tensors) and back.spec == adapter.spec
 
 
-def test_a_pruned_rank_is_remembered_for_good(tmp_path: Path) -> None:
+def test_a_pruned_rank_is_permanent(tmp_path: Path) -> None:
     strategy, state = HetLoRA(tail_penalty=1e-3), HetLoRA().start(lora_state())
     pruned = truncated(lora_state(seed=2), {"q": 1, "up": 1})
     state = strategy.aggregate(1, state, iter([update("a", pruned), update("b", lora_state(seed=3))]))
@@ -182,6 +182,6 @@ def test_rounds_over_the_wire(tmp_path: Path) -> None:
         (HetLoRA(tail_share=1.0), Config(), "tail_share=1.0"),
     ],
 )
-def test_what_cannot_be_is_refused(strategy: HetLoRA, config: Config, sentence: str) -> None:
+def test_invalid_settings_are_refused(strategy: HetLoRA, config: Config, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         strategy.check(config)

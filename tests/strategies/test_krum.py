@@ -34,12 +34,12 @@ def planted() -> list:
     return [*(update(f"c{i}", regauged(h, seed=i, size=10.0)) for i, h in enumerate(honest)), update("liar", far)]
 
 
-def test_a_liar_is_not_chosen_whatever_the_gauges() -> None:
+def test_a_malicious_client_is_not_chosen_in_any_gauge() -> None:
     out = Krum().aggregate(1, ServerState(adapter=drawn(0)), iter(planted()))
     assert not close(out.adapter, planted()[-1].adapter)
 
 
-def test_distances_between_factors_would_choose_the_liar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distances_between_factors_would_choose_the_malicious_client(monkeypatch: pytest.MonkeyPatch) -> None:
     own = module.distances
     monkeypatch.setattr(
         module, "distances", lambda adapters, origin: own([a.replace(ranks={}) for a in adapters], origin.replace(ranks={}))

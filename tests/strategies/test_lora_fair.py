@@ -1,4 +1,4 @@
-"""LoRA-FAIR: B makes up for what averaging misses, as far as the rows of Ā reach."""
+"""LoRA-FAIR: B is corrected for the error of averaging, within the row space of Ā."""
 
 import itertools
 from typing import Any
@@ -107,7 +107,7 @@ def test_only_methods_with_factors_are_taken(method: str) -> None:
             LoRAFair().check(config)
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     for ridge in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="strategy.ridge=.* must be greater than 0"):
             LoRAFair(ridge=ridge).check(Config())

@@ -64,7 +64,7 @@ def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.Monke
         assert chosen([regauged(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == wanted
 
 
-def test_a_config_that_cannot_keep_the_promise_is_refused() -> None:
+def test_a_config_without_the_guarantee_is_refused() -> None:
     with pytest.raises(ConfigError, match="malicious \\+ select \\+ 2 = 6 good updates .*: set min_clients=6"):
         MultiKrum().check(Config(min_clients=5))
     with pytest.raises(ConfigError, match="strategy.select=0 is out of range"):

@@ -62,7 +62,7 @@ def test_q_0_is_the_plain_mean() -> None:
     assert all(torch.allclose(t, torch.stack([u.adapter[n] for u in came]).mean(0), atol=1e-5) for n, t in out.tensors.items())
 
 
-def test_a_worse_client_pulls_harder_the_larger_q() -> None:
+def test_a_larger_q_gives_more_weight_to_a_higher_loss() -> None:
     came = [update("well", plain(1.0), metrics={"start_loss": 0.5}), update("badly", plain(-1.0), metrics={"start_loss": 2.0})]
     ends = [QFedAvg(q=q, lr=1.0).aggregate(1, START, iter(came)).adapter["w"].item() for q in (0.0, 0.1, 1.0)]
     assert ends[0] == pytest.approx(0.0, abs=1e-7) and 0 > ends[1] > ends[2]
@@ -78,7 +78,7 @@ def test_it_is_flowers_own() -> None:
     assert close(state.adapter, drawn(0), atol=0) and close(came[0].adapter, drawn(1), atol=0)  # Flower's works in place, on copies
 
 
-def test_the_loss_before_training_is_asked_for_once() -> None:
+def test_the_start_loss_is_requested_once() -> None:
     plan = Plan(round=1, client="a", base_version=0)
     for given in (plan, dataclasses.replace(plan, measure=("start_loss",))):
         assert QFedAvg().plan(1, [given], START)["a"].plan == dataclasses.replace(plan, measure=("start_loss",))

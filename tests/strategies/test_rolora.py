@@ -102,13 +102,13 @@ def test_the_check_notices_both_factors_moving(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("round", [1, 2, 3, 8])
-def test_everything_goes_down_and_the_trained_factor_up(round: int) -> None:
+def test_the_server_sends_everything_and_clients_send_the_trained_factor(round: int) -> None:
     given = RoLoRA().plan(round, [Plan(round=round, client="a", base_version=0)], before(round))["a"]
     assert list(given.adapter.tensors) == ALL
     assert matching(ALL, given.plan.train) == UP[round % 2] == matching(ALL, given.plan.send)
 
 
-def test_a_round_that_does_not_count_is_made_up_for(tmp_path: Path) -> None:
+def test_a_round_that_does_not_count_is_repeated(tmp_path: Path) -> None:
     def late(round: int, arrays: Any, text: str) -> Any:
         return fail("no")(round, arrays, text) if round in (1, 3) else (arrays, text)
 
@@ -116,7 +116,7 @@ def test_a_round_that_does_not_count_is_made_up_for(tmp_path: Path) -> None:
     config = Config(rounds=4, clients_per_round=2)
     start = lora_state(fill=0.0)
     halves = []
-    for rounds in (1, 2, 3, 4):  # each goes on from the checkpoint of the one before
+    for rounds in (1, 2, 3, 4):  # each resumes from the checkpoint of the one before
         made, _ = bridge(tmp_path / "run", clients, 2, dataclasses.replace(config, rounds=rounds), strategy=RoLoRA(), initial=start)
         state = made.loop()
         made.run.close()
@@ -126,7 +126,7 @@ def test_a_round_that_does_not_count_is_made_up_for(tmp_path: Path) -> None:
     assert state.memory["turns"].item() == 2
 
 
-def test_the_factor_at_rest_is_bit_for_bit_the_same() -> None:
+def test_the_frozen_factor_is_bit_for_bit_the_same() -> None:
     state = RoLoRA().start(lora_state())
     after = RoLoRA().aggregate(1, state, iter(turns(1, state, [1, 2])))
     assert torch.equal(after.adapter["q.lora_A"], state.adapter["q.lora_A"])

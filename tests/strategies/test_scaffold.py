@@ -122,13 +122,13 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     assert len(one.memory) == 3 * 5
 
 
-def test_a_turn_that_did_not_move_tells_nothing() -> None:
+def test_a_turn_at_rate_zero_changes_no_control_variate() -> None:
     out = SCAFFOLD().aggregate(1, ServerState(adapter=plain(2.0)), [update("a", plain(2.0), lr_sum=0.0)])
     assert out.adapter["w"].item() == 2.0 and set(out.memory) == {"c/w"}
 
 
 @pytest.mark.parametrize("traffic", [TrafficConfig(up=u) for u in ("fp16", "bf16", "int8", "nf4")] + [TrafficConfig(topk=0.01)])
-def test_it_refuses_an_update_that_is_not_what_the_client_trained(traffic: TrafficConfig) -> None:
+def test_compressed_updates_are_refused(traffic: TrafficConfig) -> None:
     # c_k is (w - w_k) / lr_sum: with 99 % of w - w_k left out, or rounded, it is another gradient
     client = ClientConfig(optimizer="sgd", clip_norm=None)
     with pytest.raises(ConfigError, match="set traffic.up=fp32 traffic.topk=null"):
@@ -136,7 +136,7 @@ def test_it_refuses_an_update_that_is_not_what_the_client_trained(traffic: Traff
     SCAFFOLD().check(Config(client=client, traffic=TrafficConfig(topk=1.0, down="bf16")))
 
 
-def test_it_refuses_what_it_cannot_read_gradients_from() -> None:
+def test_other_optimizers_and_clipping_are_refused() -> None:
     for client in (ClientConfig(), ClientConfig(optimizer="sgd"), ClientConfig(clip_norm=None)):
         with pytest.raises(ConfigError, match="set client.optimizer=sgd client.clip_norm=null"):
             SCAFFOLD().check(Config(client=client))

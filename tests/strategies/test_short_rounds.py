@@ -20,7 +20,7 @@ RULES = [Krum(malicious=2), MultiKrum(malicious=2, select=3), Bulyan(malicious=1
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
-def test_no_number_of_updates_raises(rule: Strategy, count: int) -> None:
+def test_any_number_of_updates_is_accepted(rule: Strategy, count: int) -> None:
     state, came = ServerState(adapter=drawn(0), shifts=(drawn(9),)), [update(f"c{i}", drawn(i + 1), i + 1) for i in range(count)]
     after = rule.aggregate(1, state, iter(came))  # the bridge folds first and counts then: this runs in every short round
     assert list(after.adapter.tensors) == list(state.adapter.tensors) and after.shifts == state.shifts
@@ -30,7 +30,7 @@ def test_no_number_of_updates_raises(rule: Strategy, count: int) -> None:
 
 
 @pytest.mark.parametrize("rule", [Krum(malicious=1), MultiKrum(malicious=1, select=2), Bulyan(malicious=0)], ids=lambda r: type(r).__name__)
-def test_a_short_round_leaves_the_state_and_the_run_goes_on(rule: Strategy, tmp_path: Path) -> None:
+def test_a_short_round_leaves_the_state_and_the_run_continues(rule: Strategy, tmp_path: Path) -> None:
     names = "abcdefg"
     away = {c: lambda round, arrays, text: fail("away")(round, arrays, text) if round == 2 else (arrays, text) for c in "abcdef"}
     config = Config(rounds=3, clients_per_round=7, min_clients=5)

@@ -38,7 +38,7 @@ def lora(shapes: Mapping[str, tuple[int, int]], *, rank: int = 1, scaling: float
 
 
 def reply(strategy: SLoRA, state: ServerState, client: str, n: int, values: Mapping[str, Any], round: int = 1) -> Update:
-    """What a client sends: what it was asked for, with these values."""
+    """A client's update: the requested tensors with these values."""
     plan, given = sent(strategy, state, round)
     asked = given.expect or given.adapter.subset(matching(given.adapter.tensors, plan.send))
     made = {k: torch.as_tensor(values.get(k, t), dtype=t.dtype).expand(t.shape) for k, t in asked.tensors.items()}
@@ -114,7 +114,7 @@ def test_the_switch_loses_the_tail_and_the_shift_has_it(rows: int, columns: int,
     assert keeps_everything(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), rank)
 
 
-def test_the_check_of_the_switch_sees_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_the_switch_detects_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     right = slora._split
 
@@ -194,7 +194,7 @@ def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     assert list(done.adapter.tensors) == ["q.lora_A", "q.lora_B", "score.weight"]
 
 
-def test_a_lost_round_is_made_up_for_and_then_it_is_fedavg() -> None:
+def test_a_lost_round_is_repeated_and_then_it_is_fedavg() -> None:
     strategy = SLoRA(rounds=10, seed=0, density=1.0)  # round 1 alone is sparse, but it did not count
     state = strategy.start(lora({"q": (2, 3)}, rank=2, method="rslora"))
     after = strategy.aggregate(4, state, iter([reply(strategy, state, "c", 1, {"q.sparse": torch.ones(6)}, 4)]))
@@ -208,7 +208,7 @@ def test_a_lost_round_is_made_up_for_and_then_it_is_fedavg() -> None:
     assert set(last.memory) == {"energy/q"} and strategy.notes(5, after, last) == []
 
 
-def test_memory_survives_the_disk(tmp_path: Path) -> None:
+def test_memory_survives_a_checkpoint(tmp_path: Path) -> None:
     strategy = SLoRA(rounds=1, seed=0, density=1.0)
     state = strategy.start(lora({"q": (2, 3), "a": (4, 2)}, rank=2))
     save_file({n: t.contiguous() for n, t in state.memory.items()}, tmp_path / "memory.safetensors")
@@ -246,13 +246,13 @@ def test_the_config_gives_rounds_and_seed() -> None:
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(strategy: SLoRA, config: Config, words: str) -> None:
+def test_invalid_settings_are_refused(strategy: SLoRA, config: Config, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         strategy.check(config)
 
 
 @pytest.mark.parametrize(("mask", "mode"), quick([("random", "paper"), ("gradient", "corrected")], ("gradient", "corrected")))
-def test_a_run_goes_through_both_stages_and_a_stopped_one_ends_alike(tmp_path: Path, mask: str, mode: str) -> None:
+def test_a_run_has_both_stages_and_a_resumed_one_ends_alike(tmp_path: Path, mask: str, mode: str) -> None:
     asked = {"_target_": "fedtune.strategies.slora.SLoRA", "rounds": 4, "seed": 0, "sparse_share": 0.5, "mask": mask, "mode": mode}
     config = tiny_config(tmp_path, rounds=4, strategy=asked, eval=EvalConfig(where="door", clients=-1), keep_checkpoints=9)
     run = simulate(config)
