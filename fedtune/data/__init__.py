@@ -1,6 +1,6 @@
-"""Data of a federation: sources (hub, local files, the demo), partition over clients, tokenize, collate.
+"""Data of a federation: sources (hub, local files, the demo), partition over clients, tokenization, batches.
 
-Names are imported when they are first used: `import fedtune.data` loads neither torch nor `datasets`.
+Names are imported on first use: `import fedtune.data` loads neither torch nor `datasets`.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""What can be said of the data before any library is loaded: are the files there, and do they have the columns that are asked for?
+"""Checks of the data before any library is loaded: do the files exist, and do they have the required columns?
 
-It refuses only what reading the rows would refuse, in the same words; what it cannot tell is left to the reader.
+A check raises only errors that reading the rows would raise, in the same words. Everything else is left to the reader.
 """
 
 import codecs
@@ -23,14 +23,14 @@ from fedtune.data.tables import header
 from fedtune.errors import ConfigError
 from fedtune.storage.parsing import parse_json
 
-_HEAD = 1 << 20  # bytes, in which a header line is looked for
+_HEAD = 1 << 20  # bytes to search for a header line
 
 
 def check_data(config: Config) -> None:
-    """Refuse local files, and columns of the demo, that cannot give what the config asks for.
+    """Check that local files, or the demo's columns, can satisfy the config.
 
     Raises:
-        ConfigError: Settings that do not go together.
+        ConfigError: Settings contradict each other.
         DataError: A file or a column is missing.
     """
     if config.data.source == "demo":
@@ -45,10 +45,10 @@ def check_data(config: Config) -> None:
 
 
 def check_coordinator_data(config: Config) -> None:
-    """As `check_data`, for a machine that needs no training rows and deals none.
+    """`check_data` for a server, which neither needs nor partitions training rows.
 
     Raises:
-        ConfigError: Settings that do not go together, or nothing that tells the classes.
+        ConfigError: Settings contradict each other, or nothing names the classes.
         DataError: A file or a column is missing.
     """
     data = config.data
@@ -62,7 +62,7 @@ def check_coordinator_data(config: Config) -> None:
 
 
 def undealt(config: Config) -> Config:
-    """The config with a partition that asks nothing of the rows, where the clients do not decide which rows are the test."""
+    """The config with partition.kind=iid, which needs no column; unchanged if the clients determine the test rows."""
     if config.partition.min_examples > 1:
         return config
     return dataclasses.replace(config, partition=dataclasses.replace(config.partition, kind="iid"))
@@ -70,17 +70,17 @@ def undealt(config: Config) -> Config:
 
 def no_classes() -> ConfigError:
     return ConfigError(
-        "this machine has neither training rows nor a test that would tell the classes: set data.labels to their names in the order of"
-        " their ids, or data.test_path"
+        "this machine has neither training rows nor test rows that name the classes: set data.labels to the names in the order of their"
+        " ids, or set data.test_path"
     )
 
 
 def _check_files(files: list[Path], config: Config, what: str) -> None:
-    asked, present = read_columns(config).asked, dict[str, None]()
+    required, present = read_columns(config).required, dict[str, None]()
     for file in files:
-        if asked <= present.keys():
+        if required <= present.keys():
             break
-        names = _names(file, config, asked - present.keys())
+        names = _names(file, config, required - present.keys())
         if names is None:
             return
         present |= dict.fromkeys(names)
@@ -89,8 +89,8 @@ def _check_files(files: list[Path], config: Config, what: str) -> None:
     check_names(present, config, what)
 
 
-def _names(file: Path, config: Config, asked: Collection[str]) -> list[str] | None:
-    """The file's columns, of JSON as far as they are asked for; None where only reading all of it tells.
+def _names(file: Path, config: Config, required: Collection[str]) -> list[str] | None:
+    """The file's columns, for JSON only until the required ones are found; None if that needs a full read.
 
     Raises:
         ConfigError, DataError: The file cannot be read.
@@ -100,14 +100,14 @@ def _names(file: Path, config: Config, asked: Collection[str]) -> list[str] | No
         return [*compile_pattern(data.record_pattern).groupindex] if data.record_pattern else ["text"]
     try:
         if kind in ("csv", "tsv"):
-            return header(_beginning(file, data.encoding), kind, asked) or None
+            return header(_beginning(file, data.encoding), kind, required) or None
         raw = read_bytes(file)
         if kind == "parquet":
             import pyarrow.parquet
 
             return pyarrow.parquet.read_schema(io.BytesIO(raw)).names
-        return _keys(decode(raw, file, data.encoding), kind, asked)
-    except (OSError, EOFError, ValueError, RecursionError):  # ArrowInvalid is a ValueError, JSON's and Unicode's errors too
+        return _keys(decode(raw, file, data.encoding), kind, required)
+    except (OSError, EOFError, ValueError, RecursionError):  # ArrowInvalid and the errors of JSON and Unicode are ValueErrors
         return None
 
 
@@ -121,18 +121,18 @@ def _beginning(file: Path, encoding: str) -> str:
     try:
         return codecs.getincrementaldecoder(name)().decode(raw).removeprefix("\ufeff")
     except LookupError:
-        return decode(raw, file, encoding)  # which says that there is no such encoding
+        return decode(raw, file, encoding)  # raises the error of an unknown encoding
 
 
-def _keys(text: str, kind: str, asked: Collection[str]) -> list[str] | None:
-    """The keys of the first objects that together have all the columns asked for; of all objects, where none has one of them."""
-    absent = {name for name in asked if json.dumps(name) not in text and json.dumps(name, ensure_ascii=False) not in text}
-    if absent and "\\u" in text:  # it may be spelled by escapes
+def _keys(text: str, kind: str, required: Collection[str]) -> list[str] | None:
+    """The keys of the first objects that together have all required columns; of all objects if a column is missing."""
+    absent = {name for name in required if json.dumps(name) not in text and json.dumps(name, ensure_ascii=False) not in text}
+    if absent and "\\u" in text:  # the name may be written with escapes
         return None
     found = dict[str, None]()
     for value in _objects(text, kind):
         found |= dict.fromkeys(value)
-        if {*asked} - absent <= found.keys():
+        if {*required} - absent <= found.keys():
             break
     return [*found] or None
 

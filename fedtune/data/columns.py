@@ -1,4 +1,4 @@
-"""The source's columns → ours: what the task needs, plus `client`, `device_class` and `label` where there are any."""
+"""Map the source's columns to fedtune's: the task's columns, plus `client`, `device_class` and `label` if the source has them."""
 
 import dataclasses
 import datetime
@@ -14,7 +14,7 @@ from fedtune.contracts.task import Task, task_of, tasks
 from fedtune.data.local import Columns
 from fedtune.errors import ConfigError, DataError
 
-if TYPE_CHECKING:  # a command that only checks names starts without it
+if TYPE_CHECKING:  # commands that only check names start faster without it
     import datasets
 
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
@@ -24,10 +24,10 @@ DEMO_COLUMNS = {"text": "request", "label": "intent"}
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows in our columns.
+    """Rows in fedtune's columns.
 
     Args:
-        columns: Column → one value a row. `label` is a class id; what the task's own columns hold, the task says; the others are strings.
+        columns: Column → one value a row. `label` is a class id; the task defines the types of its own columns; the others are strings.
         labels: Name of each class id; () if the source has no labels.
     """
 
@@ -39,19 +39,19 @@ class Table:
 
 
 def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tuple[str, ...] | None = None) -> Table:
-    """`source` in our columns.
+    """`source` in fedtune's columns.
 
-    A column is taken from, in this order: the templates `data.prompt` and `data.answer`; `data.columns` (a name, or a template where it
-    holds a brace, such as ``text: '{sentence1} {sentence2}'``); the source's column of the same name.
+    A column comes from, in this order: the templates `data.prompt` and `data.answer`; `data.columns` (a name, or a template if it contains
+    a brace, such as ``text: '{sentence1} {sentence2}'``); the source's column of the same name.
 
     Args:
-        source: Rows as they came.
+        source: The source's rows.
         config: Task, templates and column names.
-        what: "training" or "test", for messages.
-        labels: Class names that are fixed already (those of the training rows).
+        what: "training" or "test", for errors.
+        labels: The class names, if they are known (those of the training rows).
 
     Raises:
-        ConfigError: `data.columns` names a column that we do not have, or a template is malformed.
+        ConfigError: `data.columns` has an unknown key, or a template is malformed.
         DataError: A column or field is missing, or a row has no value in it.
     """
     data, task = config.data, task_of(config.task)
@@ -65,8 +65,8 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
         if ours in out or (what == "test" and ours == "label"):
             continue
         theirs = maps.get(ours, ours)
-        asked = ours in templates or (ours in maps and what == "training")
-        if asked or (theirs in source.column_names and (ours in wanted or _whole(source, theirs))):
+        required = ours in templates or (ours in maps and what == "training")
+        if required or (theirs in source.column_names and (ours in wanted or _usable(source, theirs))):
             out[ours] = _values(source, ours, maps, templates, what)
     if "label" in out:
         own = source.features.get(maps.get("label", "label")) if "label" not in templates else None
@@ -81,7 +81,7 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
         theirs, kind = maps.get(ours, ours), task.columns.get(ours, "text")
         if ours != "label" and kind in _READ:
             out[ours] = _READ[kind](out[ours], ours, theirs)
-    for ours in out.keys() & {"client", "device_class"}:  # a blank that nobody sees makes no other client
+    for ours in out.keys() & {"client", "device_class"}:  # invisible blanks must not create another client
         out[ours] = [value.strip() for value in out[ours]]
     for blank in task.drops_blank:
         kept = [i for i, text in enumerate(out[blank]) if text.strip()]
@@ -92,7 +92,7 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
 
 
 def check_names(present: Collection[str], config: Config, what: str) -> None:
-    """Refuse a source whose columns cannot give ours.
+    """Check that a source has all required columns.
 
     Args:
         present: The source's columns.
@@ -100,7 +100,7 @@ def check_names(present: Collection[str], config: Config, what: str) -> None:
         what: "training" or "test".
 
     Raises:
-        ConfigError: `data.columns` names a column that we do not have, or a template is malformed.
+        ConfigError: `data.columns` has an unknown key, or a template is malformed.
         DataError: A column is missing.
     """
     task, there = task_of(config.task), ", ".join(present)
@@ -110,42 +110,42 @@ def check_names(present: Collection[str], config: Config, what: str) -> None:
         if ours in templates and (ours in task.columns or ours in ("client", "device_class") or (ours == "label" and what == "training")):
             if missing := sorted(fields(templates[ours], f"the {ours} template") - set(present)):
                 template = templates[ours]
-                raise DataError(f"the {ours} template {template!r} names '{missing[0]}', which the rows do not have: there are {there}")
+                raise DataError(f"the {ours} template {template!r} names '{missing[0]}', but the rows have only {there}: correct the name")
         elif theirs in present or ours in templates:
             continue
         elif ours in maps and (ours in task.columns or (what == "training" and ours in ("client", "device_class", "label"))):
-            raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.{ours}): there are {there}")
+            raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.{ours}), only {there}: correct the name")
         elif ours in task.columns:
             kind, more = config.task.kind, task.columns_hint
-            raise DataError(f"task.kind={kind} needs '{ours}' and the {what} rows have only {there}: set data.columns.{ours}{more}")
+            raise DataError(f"task.kind={kind} needs '{ours}', but the {what} rows have only {there}: set data.columns.{ours}{more}")
         elif what == "training" and ours in PARTITION_BY.get(config.partition.kind, ()):
             raise no_clients() if ours == "client" else no_labels(config.partition.kind)
 
 
 def no_clients() -> DataError:
     return DataError(
-        "partition.kind=natural takes the clients from the data, and these rows name none:"
+        "partition.kind=natural takes the clients from the data, but these rows name none:"
         " set data.columns.client or data.client_from_file=true, or take partition.kind=iid"
     )
 
 
 def no_labels(kind: str) -> DataError:
-    return DataError(f"partition.kind={kind} deals rows by label, and these have none: set data.columns.label or take iid")
+    return DataError(f"partition.kind={kind} splits rows by label, but these rows have none: set data.columns.label or take iid")
 
 
 def known_columns() -> tuple[str, ...]:
-    """The columns of every task, then those that say who holds a row."""
+    """The columns of all tasks, then `client` and `device_class`."""
     return tuple(dict.fromkeys([*(column for task in tasks().values() for column in task.columns), "client", "device_class"]))
 
 
 def mapping(data: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """Our column → the source's column, and our column → template.
+    """Two mappings: fedtune's column → the source's column, and fedtune's column → template.
 
     Raises:
-        ConfigError: `data.columns` names a column that we do not have.
+        ConfigError: `data.columns` has an unknown key.
     """
     if unknown := sorted(set(data.columns) - set(known := known_columns())):
-        raise ConfigError(f"data.columns.{unknown[0]} is not known: ours are {', '.join(known)}")
+        raise ConfigError(f"data.columns.{unknown[0]} is not known: choose from {', '.join(known)}")
     maps = {ours: theirs for ours, theirs in data.columns.items() if "{" not in theirs}
     templates = {ours: template_text(theirs) for ours, theirs in data.columns.items() if "{" in theirs}
     if data.prompt is not None and data.answer is not None:
@@ -154,66 +154,66 @@ def mapping(data: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def demo_columns(data: DataConfig) -> DataConfig:
-    """The settings with the templates and columns that fit the demo's rows, where they name none."""
+    """The settings with the demo's templates and columns as defaults."""
     prompt, answer = data.prompt or DEMO_PROMPT, data.answer or DEMO_ANSWER
     return dataclasses.replace(data, prompt=prompt, answer=answer, columns=DEMO_COLUMNS | data.columns)
 
 
 def own_rows_columns(config: Config) -> dict[str, str]:
-    """Of `data.columns`, what a device's own rows must have: what the task uses. Nothing of them is dealt, so no label or client is."""
+    """The entries of `data.columns` that a device's own rows need: the task's columns. They are not partitioned, so no label or client."""
     return {ours: theirs for ours, theirs in config.data.columns.items() if ours in task_of(config.task).columns}
 
 
 def read_columns(config: Config) -> Columns:
-    """The source's columns that the task, the partition, `data.columns` and the templates name, and those that are used where they can be.
+    """The source's columns to read: required by the task, the partition, `data.columns` or a template, or used if they are present.
 
-    Nothing looks at any other column.
+    No other column is read.
     """
     maps, templates = mapping(config.data)
-    asked = {*task_of(config.task).columns, *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
-    asked |= set(maps.values())
+    required = {*task_of(config.task).columns, *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
+    required |= set(maps.values())
     for ours, template in templates.items():
-        asked |= fields(template, f"the {ours} template")
-    return Columns(frozenset(asked), frozenset({"client", "device_class", "label"} - asked))
+        required |= fields(template, f"the {ours} template")
+    return Columns(frozenset(required), frozenset({"client", "device_class", "label"} - required))
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
-    """`data.labels` as labels are read: without blanks at their ends."""
+    """`data.labels`, stripped like the labels of the rows."""
     return tuple(name.strip() for name in data.labels)
 
 
-def _whole(source: "datasets.Dataset", column: str) -> bool:
-    """Can this column, for which nobody asked, serve as a label or an id: names or whole numbers, one in every row?"""
+def _usable(source: "datasets.Dataset", column: str) -> bool:
+    """Whether an optional column can be a label or an id: it has a name or a whole number in every row."""
     kinds = ("string", "large_string", "int", "uint", "bool")  # a ClassLabel is int64
     return str(getattr(source.features[column], "dtype", "")).startswith(kinds) and not source.data.column(column).null_count
 
 
 def _values(source: "datasets.Dataset", ours: str, maps: Mapping[str, str], templates: Mapping[str, str], what: str) -> list[Any]:
-    """One of our columns; a row without a value is refused with its number."""
+    """One of fedtune's columns; raises DataError with the number of a row without a value."""
     if ours in templates:
         return fill(templates[ours], source, f"the {ours} template")
     theirs = maps.get(ours, ours)
     values = source.with_format(None)[theirs][:]
     for number, value in enumerate(values, 1):
         if value is None:
-            raise DataError(f"{what} row {number} has no '{theirs}': fill it or leave the row out")
+            raise DataError(f"{what} row {number} has no '{theirs}': fill it or remove the row")
     return values
 
 
 def fields(template: str, what: str) -> set[str]:
-    """The columns that a template names.
+    """The columns in a template.
 
     Raises:
-        ConfigError: It is malformed.
+        ConfigError: The template is malformed.
     """
     try:
         return {name.split(".")[0].split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as bad:
-        raise ConfigError(f"{what} {template!r} is malformed ({bad}): a literal brace is written twice") from None
+        raise ConfigError(f"{what} {template!r} is malformed ({bad}): write a literal brace twice") from None
 
 
 class _Values(string.Formatter):
-    """str.format over values that have a text of their own."""
+    """str.format that accepts only values with a text form."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         value, used = super().get_field(field_name, args, kwargs)
@@ -223,14 +223,14 @@ class _Values(string.Formatter):
 
 
 def fill(template: str, source: "datasets.Dataset", what: str) -> list[str]:
-    """`template` formatted over every row, by str.format; a field without a text of its own is refused."""
+    """`template` formatted for every row by str.format; raises DataError for a field without a text form."""
     used, formatter = sorted(fields(template, what)), _Values()
     columns = [source[name][:] for name in used]
     out = []
     for number in range(len(source)):
         row = {name: column[number] for name, column in zip(used, columns, strict=True)}
         if empty := [name for name, value in row.items() if value is None]:
-            raise DataError(f"{what} {template!r} needs '{empty[0]}', and row {number + 1} has none: fill it or leave the row out")
+            raise DataError(f"{what} {template!r} needs '{empty[0]}', but row {number + 1} has none: fill it or remove the row")
         try:
             out.append(formatter.vformat(template, (), row))
         except DataError as bad:
@@ -241,38 +241,38 @@ def fill(template: str, source: "datasets.Dataset", what: str) -> list[str]:
 
 
 def has_text(value: Any) -> bool:
-    """Whether a value has a text of its own: a string, a finite number, a date or a time; not what only Python would write so."""
+    """Whether a value has a text form: a string, a finite number, a date or a time. Python's repr of other values is no text."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, (str, int, decimal.Decimal, datetime.date, datetime.time))
 
 
 def _shown(value: Any) -> str:
-    return "empty" if value is None else f"no number ({value})" if isinstance(value, float) else f"a {type(value).__name__}"
+    return "empty" if value is None else f"not a number ({value})" if isinstance(value, float) else f"a {type(value).__name__}"
 
 
 def _advice(field: str, value: Any) -> str:
-    """What to name instead of a field that holds `value`: a part of it that has a text, if there is one."""
+    """The way out for a field with `value`: a part of it with a text form, if there is one."""
     inner, path = value, field
     while isinstance(inner, (Mapping, list)) and inner:
         key: Any = 0 if isinstance(inner, list) else next((k for k in ("content", "text", "value") if k in inner), next(iter(inner)))
         inner, path = inner[key], f"{path}[{key}]"
-    return f"name a part that is text, such as '{{{path}}}'" if path != field and has_text(inner) else "fill it or leave the row out"
+    return f"name a part that is text, such as '{{{path}}}'" if path != field and has_text(inner) else "fill it or remove the row"
 
 
 def texts(values: Sequence[Any], ours: str, theirs: str) -> list[str]:
-    """Strings; numbers and dates are written out, lists, mappings and numbers that are none are refused."""
+    """Values as strings; numbers and dates are converted, lists, mappings and non-finite numbers raise DataError."""
     for number, value in enumerate(values, 1):
         if isinstance(value, (Mapping, list)):
             advice = _advice(theirs, value).replace("such as ", f"such as data.columns.{ours}=")
-            raise DataError(f"column '{theirs}' holds {type(value).__name__} values, '{ours}' wants text: {advice}")
+            raise DataError(f"column '{theirs}' has {type(value).__name__} values, but '{ours}' must be text: {advice}")
         if not has_text(value):
-            raise DataError(f"row {number} of column '{theirs}' is {_shown(value)}, '{ours}' wants text: fill it or leave the row out")
+            raise DataError(f"row {number} of column '{theirs}' is {_shown(value)}, but '{ours}' must be text: fill it or remove the row")
     return [value if isinstance(value, str) else str(value) for value in values]
 
 
 def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
-    """Finite numbers; a text that spells one is read."""
+    """Values as finite numbers; numeric strings are converted."""
     out = []
     for number, value in enumerate(values, 1):
         try:
@@ -281,16 +281,16 @@ def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
             out.append(math.nan)
         if not math.isfinite(out[-1]):
             raise DataError(
-                f"row {number} of column '{theirs}' is {str(value)[:40]!r}, '{ours}' wants a number: correct it or leave the row out"
+                f"row {number} of column '{theirs}' is {str(value)[:40]!r}, but '{ours}' must be a number: correct it or remove the row"
             )
     return out
 
 
-_READ = {"text": texts, "number": numbers}  # what a column of that kind is made of; `raw` stays as it came
+_READ = {"text": texts, "number": numbers}  # converters by kind of column; `raw` columns stay unchanged
 
 
 def features(columns: Mapping[str, Any], task: Task) -> "datasets.Features | None":
-    """The types of a table's columns; None where one of them is raw, whose type its values say."""
+    """The types of a table's columns; None if a column is raw, whose type is inferred from its values."""
     import datasets
 
     kinds = {ours: "class" if ours == "label" else task.columns.get(ours, "text") for ours in columns}
@@ -301,23 +301,23 @@ def features(columns: Mapping[str, Any], task: Task) -> "datasets.Features | Non
 
 
 def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[str]:
-    """The class name of every value, without blanks at its ends.
+    """The stripped class name of every value.
 
-    Whole numbers are looked up in `declared`, the names of a ClassLabel feature, if there are any.
+    Whole numbers are ids of `declared`, the names of a ClassLabel feature, if the source has one.
     """
     for number, value in enumerate(values, 1):
         if not isinstance(value, (bool, int, str)):
             shown = f"{type(value).__name__} {str(value)[:40]}"
-            raise DataError(f"{what} row {number} has the label {shown}: wanted a name or a whole number; see data.columns.label")
+            raise DataError(f"{what} row {number} has the label {shown}, but a label is a name or a whole number: see data.columns.label")
         if isinstance(value, str) and not value.strip():
-            raise DataError(f"{what} row {number} has an empty label: fill it in or take the row out; see data.columns.label")
+            raise DataError(f"{what} row {number} has an empty label: fill it or remove the row; see data.columns.label")
         if declared is not None and not 0 <= int(value) < len(declared):
-            raise DataError(f"{what} row {number} has class id {value} of {len(declared)} classes: the row has no label")
+            raise DataError(f"{what} row {number} has class id {value}, but there are {len(declared)} classes: remove the row")
     return [str(value).strip() if declared is None else declared[int(value)] for value in values]
 
 
 def in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of the classes in the order of their ids: sorted, by value, then by text, where all are whole numbers."""
+    """The class names in the order of their ids: sorted as text, or by value and then as text if all are whole numbers."""
     unique = sorted(set(names))
     return tuple(sorted(unique, key=int) if all(name.removeprefix("-").isdecimal() for name in unique) else unique)
 
@@ -326,11 +326,11 @@ def to_ids(values: Sequence[str], names: tuple[str, ...], what: str) -> list[int
     """The class id of every value.
 
     Raises:
-        DataError: A value that is not among `names`.
+        DataError: A value is not in `names`.
     """
     ids = {name: i for i, name in enumerate(names)}
     for number, value in enumerate(values, 1):
         if value not in ids:
             shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-            raise DataError(f"{what} row {number} has the label '{value}', which no training row has: known are {shown}")
+            raise DataError(f"{what} row {number} has the label '{value}', but the classes are {shown}: correct it or remove the row")
     return [ids[value] for value in values]

@@ -1,11 +1,11 @@
-"""The demo task: homes whose voice assistants turn requests into actions, and the text its backbone is pretrained on.
+"""The demo task: homes whose voice assistants turn requests into actions, and the pretraining text of its backbone.
 
 ``"it should be cosy in the snug, two notches dimmer"`` -> ``light lounge dim 2``. Heterogeneous by nature: each home
 owns some devices and rooms (label skew), talks more or less (quantity skew), and has its own manner and names for
-things (feature skew). A name means the same in every home, so that one adapter can serve them all; but each home alone
-has heard only part of the language.
+things (feature skew). A name means the same in every home, so that one adapter can serve all homes, but each home
+has only part of the language.
 
-Everything follows from the seed, on any machine: generators are seeded with strings, never with ``hash()``.
+The seed determines everything, on any machine: generators are seeded with strings, never with ``hash()``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ SMALLEST, LARGEST = 40, 160  # training examples a home
 
 @dataclass(frozen=True, kw_only=True)
 class Home:
-    """One client: what it owns, how much it says and how.
+    """One client: its devices, its number of requests and its language.
 
     Args:
-        id: Stable logical id, e.g. ``home-007``; home 7 of a seed is the same home whatever the number of homes.
+        id: Stable logical id, e.g. ``home-007``; home 7 of a seed is the same home for any number of homes.
         device_class: ``phone``, ``single-board``, ``laptop`` or ``workstation``.
         examples: Training examples, 40 to 160.
         intents: Keys of ``INTENTS`` that this home uses, with their share of its requests (sums to 1).
         rooms: Canonical rooms, with their share of its requests (sums to 1).
-        names: Canonical room or device -> what this home calls it most of the time.
+        names: Canonical room or device -> this home's usual name for it.
         manners: Keys of ``MANNERS``, with their share of its requests (sums to 1).
-        spelt: Chance that a number is in words rather than digits.
+        spelt: Probability that a number is in words rather than digits.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Home:
 def homes(seed: int, count: int = 24) -> list[Home]:
     """The first ``count`` homes of a seed, in order of id."""
     if count < 0:
-        raise ValueError(f"count is {count}: a neighbourhood has 0 homes or more")
+        raise ValueError(f"count is {count}, but must be at least 0")
     classes: list[str] = []
     for block in range((count + 9) // 10):
         deck = list(DEVICE_CLASSES)
@@ -61,10 +61,10 @@ def generate(seed: int, homes: int = 24, test_size: int = 240) -> tuple[list[dic
     """Draw every home's training examples and one global test set.
 
     Args:
-        seed: Decides everything.
+        seed: Seed of all draws.
         homes: Number of homes.
-        test_size: Test examples in all, spread evenly over the homes. Their requests are distinct, and no home ever
-            trains on one of them.
+        test_size: Total number of test examples, spread evenly over the homes. Their requests are distinct and occur
+            in no home's training examples.
 
     Returns:
         ``(train, test)``, rows ``{"client", "device_class", "request", "action", "intent"}``; train is grouped by home.
@@ -74,7 +74,7 @@ def generate(seed: int, homes: int = 24, test_size: int = 240) -> tuple[list[dic
         raise ValueError(f"test_size is {test_size} but there are no homes to draw it from")
     test: list[dict[str, str]] = []
     held_out: set[str] = set()
-    # Which requests a home makes unseen is settled before training is drawn, so that frequent requests are tested too.
+    # Test requests are drawn before training requests, so that frequent requests are tested too.
     draws = {home.id: random.Random(f"demo/{seed}/test/{home.id}") for home in people}
     tries = 0
     while len(test) < test_size:
@@ -85,7 +85,7 @@ def generate(seed: int, homes: int = 24, test_size: int = 240) -> tuple[list[dic
             held_out.add(row["request"])
             test.append(row)
         elif tries > 200 * test_size:
-            raise ValueError(f"test_size is {test_size}: {homes} homes do not have that many different things to say")
+            raise ValueError(f"test_size is {test_size}, but {homes} homes have fewer distinct requests: lower it")
     train: list[dict[str, str]] = []
     for home in people:
         rng = random.Random(f"demo/{seed}/train/{home.id}")
@@ -99,11 +99,10 @@ def generate(seed: int, homes: int = 24, test_size: int = 240) -> tuple[list[dic
 
 
 def pretraining_text(seed: int) -> Iterator[str]:
-    """Endless documents (about 60 to 200 tokens each) of the demo's world, without its task.
+    """Endless documents (about 60 to 200 tokens each) about the demo's homes, without the demo's task.
 
-    People ask for things and say what they mean, in plain English; questions are answered, names explained, numbers
-    spelt, words copied. Neither the prompt form nor any action occurs, nor do the held-out names and shapes (see
-    ``demo_grammar``).
+    People make requests and explain them in plain English, answer questions, explain names, spell numbers and copy
+    words. The prompt format, the actions, and the held-out names and sentence shapes (see ``demo_grammar``) do not occur.
     """
     rng = random.Random(f"demo/{seed}/pretraining")
     kinds = (_scene, _questions, _minutes_of_the_day, _glossary, _numbers, _copies)
@@ -137,7 +136,7 @@ def _home(seed: int, index: int, device_class: str) -> Home:
 
 
 def _shares(rng: random.Random, keys: Sequence[str], concentration: float) -> dict[str, float]:
-    """A draw from a symmetric Dirichlet, floored at 1 % so that a home does use what it owns."""
+    """A draw from a symmetric Dirichlet, floored at 1 % so that a home uses all its devices and rooms."""
     weights = [rng.gammavariate(concentration, 1.0) for _ in keys]
     total = sum(weights)
     weights = [max(weight / total, 0.01) for weight in weights]
@@ -190,7 +189,7 @@ def _say(
     return rng.choice(frames).format(c=rng.choice(shapes).format(d=device, r=room, **heard))
 
 
-# --- what the backbone has read ---
+# --- the backbone's pretraining text ---
 
 PEOPLE = (
     "Ada", "Ben", "Carla", "Dev", "Eva", "Finn", "Gita", "Hugo", "Ines", "Jon", "Kira", "Leo", "Mia", "Nora",
@@ -215,7 +214,7 @@ DOINGS = (
 
 
 def _wish(rng: random.Random) -> tuple[str, Intent, str, dict[str, str]]:
-    """A request as the backbone may hear it; its intent, canonical room and values."""
+    """A request for the pretraining text, with its intent, canonical room and values."""
     intent = INTENTS[rng.choice(list(INTENTS))]
     room = rng.choice(list(ROOMS))
     values = _values(rng, intent)
@@ -270,7 +269,7 @@ def _question(kind: str) -> str:
 
 
 def _minutes_of_the_day(rng: random.Random) -> str:
-    """A log: each line has a wish as it was spoken, then its facts in any order, comma-separated."""
+    """A log: each line has a spoken request, then its facts in random order, comma-separated."""
     lines = [f"Notes of {rng.choice(PEOPLE)}, {rng.choice(TIMES)}"]
     for _ in range(rng.randint(3, 6)):
         request, intent, room, values = _wish(rng)

@@ -1,15 +1,15 @@
 """Words and sentence shapes of the demo task: rooms, devices, intents and manners of speaking.
 
 Nothing here is random; ``fedtune.data.demo`` draws from these tables. One rule keeps the task honest: **the last entry
-of every tuple of three or more ways to say something is never shown to the backbone** (see :func:`known`), so that
-federated training has words and shapes to teach that pretraining did not.
+of every tuple of three or more variants never occurs in the backbone's pretraining text** (see :func:`known`), so that
+federated training has new words and sentence shapes to learn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Canonical name -> what people call it. A name means the same thing in every home, else no global adapter could exist.
+# Canonical name -> its names. A name means the same thing in every home, since otherwise no global adapter could exist.
 ROOMS: dict[str, tuple[str, ...]] = {
     "kitchen": ("kitchen", "galley", "cookhouse", "scullery"),
     "lounge": ("lounge", "living room", "front room", "snug"),
@@ -65,16 +65,16 @@ TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eight
 
 @dataclass(frozen=True, kw_only=True)
 class Intent:
-    """One thing a device can do.
+    """One action of a device.
 
     Placeholders: ``{d}`` device, ``{r}`` room, ``{v}`` first value, ``{w}`` second value.
 
     Args:
-        action: What the device understands, in canonical names.
+        action: The command to the device, in canonical names.
         want: The same in plain English with canonical names; only the backbone's pretraining text uses it.
-        ask: Ways to ask outright; they read well after "could you".
-        terse: Ways to ask in as few words as possible.
-        hint: Ways to say it without asking.
+        ask: Direct requests; they read well after "could you".
+        terse: Requests in as few words as possible.
+        hint: Indirect requests.
         v: Key of ``VALUES`` that fills ``{v}``; empty for none.
         w: Key of ``VALUES`` that fills ``{w}``; empty for none.
     """
@@ -94,7 +94,7 @@ class Intent:
 
     @property
     def verb(self) -> str:
-        """What the device does, e.g. ``dim``: the action's last word that is neither the device nor a placeholder."""
+        """The verb, e.g. ``dim``: the action's last word that is neither the device nor a placeholder."""
         return [word for word in self.action.split()[1:] if "{" not in word][-1]
 
 
@@ -329,7 +329,7 @@ INTENTS: dict[str, Intent] = {
     ),
 }
 
-# Manner -> frames around an "ask" ({c}); "hint" and "terse" have sentence shapes of their own and only light frames.
+# Manner -> frames around an "ask" ({c}); "hint" and "terse" have their own sentence shapes and only light frames.
 MANNERS: dict[str, tuple[str, ...]] = {
     "plain": ("{c}", "now {c}", "{c} now"),
     "polite": ("could you {c} please", "would you kindly {c}", "please {c}, thank you", "might i ask you to {c}"),
@@ -344,7 +344,7 @@ MANNERS: dict[str, tuple[str, ...]] = {
 
 
 def known(ways: tuple[str, ...]) -> tuple[str, ...]:
-    """The ways to say something that the backbone may see: all but the last where there are three or more."""
+    """The variants for the backbone's pretraining text: all but the last if there are three or more."""
     return ways[:-1] if len(ways) >= 3 else ways
 
 

@@ -1,4 +1,4 @@
-"""Rows → token ids with labels, and batches of them."""
+"""Encode rows as token ids with labels, and collate them into batches."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -17,16 +17,16 @@ def encode(
 ) -> list[Example]:
     """The rows at `indices` as examples of at most `task.max_length` tokens.
 
-    How, the task says. Prompts and texts begin as the tokenizer begins them (Llama's <s>, nothing for GPT-2), so that training sees what
-    generation will.
+    The task defines the encoding. Prompts and texts start with the tokenizer's own start token (Llama's <s>, none for GPT-2), in training
+    as in generation.
 
     Args:
-        rows: They have the task's columns.
-        indices: (n,) which rows, in which order.
-        tokenizer: The backbone's.
-        task: Task and longest example.
+        rows: Rows with the task's columns.
+        indices: (n,) indices of the rows, in order.
+        tokenizer: The backbone's tokenizer.
+        task: The task, with the maximum length.
         seq2seq: Whether the backbone is an encoder-decoder.
-        keep_short: Whether a row that is too short to teach anything becomes an example without a target, instead of none.
+        keep_short: Whether a row too short for a target becomes an example without one, instead of being left out.
 
     Raises:
         DataError: A row has no target.
@@ -38,40 +38,41 @@ def encode(
 
 
 def pad_id(tokenizer: Any) -> int:
-    """What to pad with: the pad token, else the end token, else 0; the mask hides it either way."""
+    """Token id of the padding: the pad token, else the end token, else 0. The attention mask hides it."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def token_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Ids without special tokens."""
-    # verbose=False: it would warn of texts beyond the model's context, which are cut below
+    """Token ids without special tokens."""
+    # verbose=False: no warning about texts beyond the model's context, which are truncated later
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
 
 def begin(tokenizer: Any) -> list[int]:
-    """[bos] if this tokenizer begins texts with it by itself."""
-    begun = tokenizer("", add_special_tokens=True).input_ids
-    return [tokenizer.bos_token_id] if begun and begun[0] == tokenizer.bos_token_id else []
+    """[bos] if the tokenizer adds it to texts, else []."""
+    start = tokenizer("", add_special_tokens=True).input_ids
+    return [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
 
 
 def end(tokenizer: Any) -> list[int]:
-    """[eos], or nothing where the tokenizer has none."""
+    """[eos], or [] if the tokenizer has none."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def filler(tokenizer: Any) -> int:
-    """What stands for a text without any token: a model needs at least one."""
+    """The token of a text without tokens, since a model needs at least one."""
     return next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), 0)
 
 
 def whole_texts(texts: list[str], tokenizer: Any, longest: int, *, one_end: bool) -> list[np.ndarray]:
-    """(T,) int32 ids of each text, cut, with the tokenizer's special tokens.
+    """(T,) int32 ids of each text, truncated, with the tokenizer's special tokens.
 
     Args:
         texts: The texts.
-        tokenizer: The backbone's.
-        longest: Most tokens of a text.
-        one_end: Whether each has one end token, its last, also where the tokenizer writes none or the text spells it: T5 looks there.
+        tokenizer: The backbone's tokenizer.
+        longest: Maximum number of tokens of a text.
+        one_end: Whether each text gets exactly one end token, as its last, even if the tokenizer adds none or the text contains one: T5
+            classifies at it.
     """
     coded = tokenizer(texts, truncation=True, max_length=longest, return_attention_mask=False).input_ids
     if one_end:
@@ -84,11 +85,11 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
     """A batch of B examples, padded to the longest, T.
 
     Returns:
-        input_ids (B, T) int64; attention_mask (B, T) int64, 1 on tokens; labels (B, T) int64, -100 on padding, or (B,) class ids or
-        numbers, or (B, L) float32; of answers of an encoder-decoder (B, 1 + A).
+        input_ids (B, T) int64; attention_mask (B, T) int64, 1 on tokens; labels (B, T) int64, -100 on padding; or for row targets (B,)
+        class ids or numbers, or (B, L) float32; for an encoder-decoder's answers (B, 1 + A) int64.
     """
     ids, mask = _pad([e.input_ids for e in examples], pad_id, side)
-    if all(len(e.labels) == 1 for e in examples):  # token examples have two labels at least
+    if all(len(e.labels) == 1 for e in examples):  # examples with token targets have at least two labels
         labels = torch.tensor([e.labels[0].item() for e in examples])
     elif examples[0].labels.dtype == np.float32:
         labels = torch.from_numpy(np.stack([e.labels for e in examples]))
@@ -98,7 +99,7 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
 
 
 def prompts(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """The prompts alone, padded on the left so that generation goes on from the last column: input_ids and attention_mask, (B, T) int64."""
+    """The prompts alone, padded on the left so that generation continues at the last column: input_ids, attention_mask (B, T) int64."""
     ids, mask = _pad([e.input_ids[: e.prompt_length] for e in examples], pad_id, "left")
     return {"input_ids": ids, "attention_mask": mask}
 

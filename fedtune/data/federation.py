@@ -1,7 +1,7 @@
-"""A federation: the rows, who holds which, and the global test.
+"""A federation: the rows, each client's part of them, and the global test.
 
-Source → our columns → global test → partition → each client's own train and held-out rows → device class. Everything random hangs on the
-run's seed and, for what belongs to one client, on its logical id: its split does not change when other clients come or go.
+Source → fedtune's columns → global test → partition → each client's train and held-out rows → device class. All draws depend on the run's
+seed, and a client's own draws also on its logical id: its split does not change when clients join or leave.
 """
 
 import logging
@@ -27,11 +27,11 @@ log = logging.getLogger("fedtune.data")
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRows:
-    """What one client holds.
+    """The rows of one client.
 
     Args:
         train: (n,) int64 indices into `Federation.rows`.
-        held_out: (m,) int64 indices of the rows that evaluate this client; none of them is in `train`.
+        held_out: (m,) int64 indices of the rows for this client's evaluation, disjoint from `train`.
         device_class: Name in `devices.classes`; "" if there are none.
     """
 
@@ -42,13 +42,13 @@ class ClientRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Federation:
-    """All rows and who holds which.
+    """All rows and the clients' parts of them.
 
     Args:
-        rows: Training rows in our columns.
-        test: The global test, in our columns; may be empty.
-        clients: Logical id → its rows, sorted by id; no client is without training rows.
-        labels: Name of each class id of the column `label` (the task's classes, or only what histograms show); () if there is none.
+        rows: Training rows in fedtune's columns.
+        test: The global test in fedtune's columns; may be empty.
+        clients: Logical id → its rows, sorted by id; every client has training rows.
+        labels: Name of each class id of the column `label`, which is the task's target or only for histograms; () without labels.
     """
 
     rows: datasets.Dataset
@@ -72,11 +72,11 @@ class Federation:
 
 
 def load_federation(config: Config) -> Federation:
-    """Read, split and deal the data that `config` names.
+    """Read, split and partition the config's data.
 
     Raises:
-        ConfigError: Settings that do not go together.
-        DataError: The data cannot be used; says where and what to do.
+        ConfigError: Settings contradict each other.
+        DataError: The data cannot be used.
     """
     config, table, tests = _read(config)
     data, seed = config.data, config.seed
@@ -94,7 +94,7 @@ def load_federation(config: Config) -> Federation:
 
 
 def _read(config: Config) -> tuple[Config, Table, Table]:
-    """The config that fits the source, the training rows and the global test; small natural clients leave before the test is taken."""
+    """The config for the source, the training rows and the global test. Small natural clients are removed before the test is drawn."""
     config, source, test_source = read_source(config)
     data, seed = config.data, config.seed
     table = canonical(source, config, "training", class_names(data) or None)
@@ -108,28 +108,29 @@ def _read(config: Config) -> tuple[Config, Table, Table]:
         tests = table
         test_rows, order = split(len(table), data.test_fraction, derive_seed(seed, "test"))
         if data.test_fraction and not len(test_rows):
-            raise DataError(f"{len(table)} training row is too few to take data.test_fraction={data.test_fraction:g} of it as a test")
+            raise DataError(f"{len(table)} training row is too few for data.test_fraction={data.test_fraction:g}: set it to 0")
     test_rows = sample(test_rows, data.test_limit, derive_seed(seed, "test_limit"))
     order = sample(order, data.limit, derive_seed(seed, "limit"))
     named = set(table.columns.get("client", ()))
     table, tests = _select(table, order), _select(tests, test_rows)
     if natural and (gone := len(named.difference(table.columns["client"]))):
-        log.warning("%d clients have all their rows in the global test or beyond data.limit, and are left out", gone)
+        log.warning("%d clients are left out, because all their rows are in the global test or beyond data.limit", gone)
     return config, table, tests
 
 
 def _check_classes(config: Config, labels: tuple[str, ...]) -> None:
     if task_of(config.task).classes and len(labels) < 2:
-        raise DataError(f"every training row has the label '{''.join(labels)}': {config.task.kind} needs two classes at least")
+        raise DataError(f"every training row has the label '{''.join(labels)}', but {config.task.kind} needs at least two classes")
 
 
 def load_test(config: Config) -> Federation:
-    """What a coordinator has of the data: the global test and the names of the classes, and no client. Nothing is dealt.
+    """A server's data: the global test and the class names, without clients.
 
-    Where the training rows are not on this machine, the test is `data.test_path` or none, and the names are `data.labels` or the test's.
+    If the training rows are not on this machine, the test is `data.test_path` or empty, and the class names are `data.labels` or the
+    test's.
 
     Raises:
-        ConfigError: Settings that do not go together, or nothing that tells the classes.
+        ConfigError: Settings contradict each other, or nothing names the classes.
         DataError: The data cannot be used.
     """
     data = config.data
@@ -157,7 +158,7 @@ def _coordinator(tests: Table, task: Task) -> Federation:
 
 
 def split(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(taken, kept) indices, ascending: a seeded `share` of the rows is taken; at least one where share > 0, and one is always kept."""
+    """(taken, kept) indices, ascending: takes a random `share` of the rows, at least one if share > 0, and always keeps one."""
     taken = 0 if share == 0 else max(1, int(rows * share + 0.5))
     taken = min(taken, rows - 1)
     order = np.random.default_rng(seed).permutation(rows)
@@ -165,7 +166,7 @@ def split(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
-    """At most `most` of the indices, drawn by the seed, in ascending order."""
+    """A random sample of at most `most` indices, in ascending order."""
     if most is None or len(rows) <= most:
         return rows
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
@@ -174,7 +175,7 @@ def sample(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
 def _only(client: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if client not in parts:
         some = ", ".join(list(parts)[:5]) + (" …" if len(parts) > 5 else "")
-        raise DataError(f"client '{client}' has no rows in this scenario: its clients are {some}; take one of these ids, or own rows")
+        raise DataError(f"client '{client}' has no rows in this scenario, whose clients are {some}: take one of these ids, or own rows")
     return {client: parts[client]}
 
 
@@ -187,31 +188,31 @@ def _client(name: str, rows: np.ndarray, device_class: str, config: Config) -> C
 
 
 def device_classes(config: Config, parts: Mapping[str, np.ndarray], table: Table) -> dict[str, str]:
-    """Client → device class: the data's, where clients are natural and the rows say; else dealt by the classes' shares.
+    """Client → device class: from the rows of natural clients if they have the column, else drawn by the classes' shares.
 
     Raises:
-        DataError: A client's rows disagree, or name a class that `devices.classes` does not have.
+        DataError: A client's rows disagree, or name a class missing from `devices.classes`.
     """
     classes = config.devices.classes
     if not classes:
         return dict.fromkeys(parts, "")
-    if config.data.client is not None and len(classes) == 1:  # a device that knows what it is
+    if config.data.client is not None and len(classes) == 1:  # a real device with its own profile
         return dict.fromkeys(parts, *classes)
     if config.partition.kind != "natural" or "device_class" not in table.columns:
         return dict(zip(parts, deal(classes, len(parts), derive_seed(config.seed, "device_class")), strict=True))
     out = {}
     for name, rows in parts.items():
-        said = sorted({table.columns["device_class"][i] for i in rows})
-        if len(said) > 1:
-            raise DataError(f"client '{name}' has rows of device_class '{said[0]}' and '{said[1]}': a client is one device")
-        if said[0] not in classes:
-            raise DataError(f"client '{name}' has device_class '{said[0]}', devices.classes has only {', '.join(classes)}")
-        out[name] = said[0]
+        found = sorted({table.columns["device_class"][i] for i in rows})
+        if len(found) > 1:
+            raise DataError(f"client '{name}' has rows of device_class '{found[0]}' and '{found[1]}': give all its rows one class")
+        if found[0] not in classes:
+            raise DataError(f"client '{name}' has device_class '{found[0]}', but devices.classes has only {', '.join(classes)}: add it")
+        out[name] = found[0]
     return out
 
 
 def deal(classes: Mapping[str, DeviceClass], clients: int, seed: int) -> list[str]:
-    """One class name a client, in the proportion of the shares (largest remainder), in random order."""
+    """One class name for each client, in proportion to the shares (largest remainder), in random order."""
     names = list(classes)
     shares = np.array([classes[name].share for name in names], np.float64)
     wanted = shares / shares.sum() * clients

@@ -1,4 +1,4 @@
-"""Hub data sets by name, and folders that `datasets` wrote. Code that a data set brings along is never run: `datasets` 4 cannot."""
+"""Hub data sets by name, and folders written by `datasets`. A data set's own code never runs: `datasets` 4 does not support it."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from fedtune.errors import DataError
 
 
 def read_hub(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """`data.split` of the data set and, where `data.test_split` is set, that split; columns as there.
+    """`data.split` of the data set and, if set, `data.test_split`, with the data set's columns.
 
     Raises:
-        DataError: Not found, no such subset or split, no network.
+        DataError: The data set, subset or split does not exist, or there is no network.
     """
     return load_split(config, config.split), (load_split(config, config.test_split) if config.test_split else None)
 
@@ -26,13 +26,13 @@ def load_split(config: DataConfig, split: str) -> datasets.Dataset:
             found = datasets.load_dataset(config.name, config.subset, split=split)
     except DataError:
         raise
-    except Exception as bad:  # the library raises a dozen unrelated classes here: network, HTTP, not found, bad split, bad file
+    except Exception as bad:  # the library raises many unrelated types here: network, HTTP, not found, bad split, bad file
         reason = str(bad).strip().splitlines()[0][:200] if str(bad).strip() else ""
         raise DataError(
             f"cannot load {what}: {type(bad).__name__}: {reason}; check the name, the subset, the split and the network, or use data=local"
         ) from None
     if not isinstance(found, datasets.Dataset):
-        raise DataError(f"{what} is a {type(found).__name__}: wanted one split of rows")
+        raise DataError(f"{what} is a {type(found).__name__} instead of one split of rows: check data.split")
     if not len(found):
         raise DataError(f"{what} has no rows")
     return found
@@ -42,8 +42,8 @@ def _saved(config: DataConfig, split: str) -> datasets.Dataset:
     found = datasets.load_from_disk(config.name)
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise DataError(f"data.name={config.name} has no split '{split}': it holds {', '.join(map(str, found))}")
+            raise DataError(f"data.name={config.name} has no split '{split}': choose from {', '.join(map(str, found))}")
         return found[split]
     if split != config.split:
-        raise DataError(f"data.name={config.name} is a single split: data.test_split={split} is not in it")
+        raise DataError(f"data.name={config.name} is a single split, without data.test_split={split}: set it to null")
     return found

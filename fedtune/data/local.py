@@ -1,7 +1,7 @@
-"""Local files → rows: jsonl, json (an array), csv, tsv, parquet and text, each also as .gz; a file, a folder or a glob.
+"""Read local files: jsonl, json (an array), csv, tsv, parquet and text, each also as .gz; given as a file, a folder or a glob.
 
-Parsed here rather than by `datasets.load_dataset`, which copies every file into a cache under the user's home and does not say which line
-is broken. Files are read whole: what a client trains on fits into memory.
+Our own parsers replace `datasets.load_dataset`, which copies every file into a cache under the user's home and does not name a broken line.
+Files are read whole: a client's training rows fit into memory.
 """
 
 import glob
@@ -21,7 +21,7 @@ from fedtune.data.tables import read_csv, read_tsv
 from fedtune.errors import ConfigError, DataError
 from fedtune.storage.parsing import content_of, parse_json
 
-if TYPE_CHECKING:  # a command that only looks at files starts without it
+if TYPE_CHECKING:  # commands that only look for files start faster without it
     import datasets
 
 Rows = list[dict[str, Any]]
@@ -33,30 +33,30 @@ SUFFIXES = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a file are read.
+    """The columns of a file to read.
 
     Args:
-        asked: What the task or the settings name: refused if it cannot be read.
-        optional: What is used where it can be: left empty if it cannot be read.
+        required: Columns that the task or the settings name; an unreadable one is an error.
+        optional: Columns that are used if possible; an unreadable one becomes empty.
     """
 
-    asked: frozenset[str]
+    required: frozenset[str]
     optional: frozenset[str] = frozenset()
 
     @property
     def used(self) -> frozenset[str]:
-        return self.asked | self.optional
+        return self.required | self.optional
 
 
 def read_local(config: DataConfig, columns: Columns | None = None) -> "tuple[datasets.Dataset, datasets.Dataset | None]":
-    """The training rows of `data.path` and, where `data.test_path` is set, the test rows; columns as in the files.
+    """The training rows of `data.path` and, if set, the test rows of `data.test_path`, with the files' columns.
 
-    Columns that `columns` does not name keep their names and hold nothing; None reads all.
-    Files of `test_path` that `path` matches too are test files only, so that a folder that holds its own test set can be named as a whole.
+    Columns not in `columns` keep their names but are empty; None reads all columns. Files matched by both paths are test files only, so
+    that `data.path` can be a folder that contains the test file.
 
     Raises:
         ConfigError: `data.path` is not set.
-        DataError: Names the file, the line or byte, and what to do.
+        DataError: A file cannot be read; names the file, the line or byte, and a way out.
     """
     files, test_files = local_files(config)
     tests = read_files(test_files, config, False, columns) if test_files else None
@@ -64,11 +64,11 @@ def read_local(config: DataConfig, columns: Columns | None = None) -> "tuple[dat
 
 
 def local_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
-    """The training files and the test files; what `data.test_path` means is no training file.
+    """The training files and the test files; files of `data.test_path` are not training files.
 
     Raises:
         ConfigError: `data.path` is not set.
-        DataError: There is no such file, or none is left to train on.
+        DataError: No file exists, or all are test files.
     """
     if not config.path:
         raise ConfigError("data=local needs data.path: a file, a folder or a glob")
@@ -76,7 +76,7 @@ def local_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     held = {file.resolve() for file in test_files}
     files = [file for file in find_files(config.path, "data.path", config) if file.resolve() not in held]
     if not files:
-        raise DataError(f"data.path={config.path} holds only test files (data.test_path={config.test_path}): nothing is left to train on")
+        raise DataError(f"data.path={config.path} has only test files (data.test_path={config.test_path}): add a training file")
     if config.client_from_file:
         check_stems(files)
     return files, test_files
@@ -86,19 +86,19 @@ def read_test(config: DataConfig, columns: Columns | None = None) -> "datasets.D
     """The rows of `data.test_path` alone.
 
     Raises:
-        DataError: Names the file, the line or byte, and what to do.
+        DataError: A file cannot be read; names the file, the line or byte, and a way out.
     """
     return read_files(find_files(str(config.test_path), "data.test_path", config), config, False, columns)
 
 
 def has_files(where: str) -> bool:
-    """Whether a path, folder or glob means any file on this machine."""
+    """Whether a path, folder or glob matches a file on this machine."""
     path = Path(where).expanduser()
     return bool(where) and (path.exists() or any(glob.iglob(str(path), recursive=True)))
 
 
 def find_files(where: str, key: str, config: DataConfig) -> list[Path]:
-    """The files that a path, folder or glob means, sorted by name; hidden files and, in a folder, files of no known format are left out."""
+    """The files of a path, folder or glob, sorted by name; hidden files and, in a folder, files of unknown formats are left out."""
     path = Path(where).expanduser()
     if path.is_file():
         return [path]
@@ -113,12 +113,12 @@ def find_files(where: str, key: str, config: DataConfig) -> list[Path]:
         inside = [file for file in inside if suffix(file) in SUFFIXES]
         formats = sorted({SUFFIXES[suffix(file)] for file in inside})
         if len(formats) > 1:
-            raise DataError(f"{key}={where} holds {' and '.join(formats)} files: set data.format or give a glob such as *.{formats[0]}")
+            raise DataError(f"{key}={where} has {' and '.join(formats)} files: set data.format or give a glob such as *.{formats[0]}")
     else:
-        # with a format named, unknown suffixes count; those of another format do not
+        # data.format also takes files of unknown suffixes, but not those of another format
         inside = [file for file in inside if SUFFIXES.get(suffix(file), config.format) == config.format]
     if not inside:
-        raise DataError(f"{key}={where} holds no data file: wanted {', '.join(SUFFIXES)} (or .gz of them), or set data.format")
+        raise DataError(f"{key}={where} has no data file ({', '.join(SUFFIXES)}, or .gz of these): give another folder or set data.format")
     return inside
 
 
@@ -128,7 +128,7 @@ def suffix(file: Path) -> str:
 
 
 def stem(file: Path) -> str:
-    """The name without suffix and .gz: the client id of `data.client_from_file`."""
+    """The name without suffix and .gz, which is the client id of `data.client_from_file`."""
     name = file.name[:-3] if file.name.lower().endswith(".gz") else file.name
     return Path(name).stem.strip()
 
@@ -137,11 +137,11 @@ def check_stems(files: list[Path]) -> None:
     seen: dict[str, Path] = {}
     for file in files:
         if (other := seen.setdefault(stem(file), file)) is not file:
-            raise DataError(f"data.client_from_file: {other} and {file} are both client '{stem(file)}': give the files names of their own")
+            raise DataError(f"data.client_from_file: {other} and {file} are both client '{stem(file)}': rename one of them")
 
 
 def read_files(files: list[Path], config: DataConfig, client_from_file: bool, read: Columns | None = None) -> "datasets.Dataset":
-    """All rows of the files, one after the other; columns are the union of the files' columns, empty where `read` does not name them."""
+    """All rows of the files in order, with the union of their columns; columns not in `read` are empty."""
     import datasets
     import pyarrow as pa
 
@@ -150,24 +150,24 @@ def read_files(files: list[Path], config: DataConfig, client_from_file: bool, re
         found = read_file(file, config, None if read is None else read.used)
         if client_from_file:
             if found and "client" in found[0]:
-                raise DataError(f"{file} has a column 'client' of its own: leave data.client_from_file off, or rename the column")
+                raise DataError(f"{file} already has a column 'client': set data.client_from_file=false, or rename the column")
             for row in found:
                 row["client"] = stem(file)
         rows += found
     if not rows:
-        raise DataError(f"{files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''}: no rows in it")
+        raise DataError(f"{files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''}: no rows")
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
     arrays = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
             unread = read is not None and name not in read.used
             arrays[name] = pa.nulls(len(rows)) if unread else pa.array([row.get(name) for row in rows])
-        except UnicodeEncodeError as bad:  # JSON may spell half a surrogate pair, which is no text
-            raise DataError(f"{where}: column '{name}' holds {bad.object[bad.start]!r}, which is no character: clean the file") from None
+        except UnicodeEncodeError as bad:  # JSON can contain half a surrogate pair, which is not text
+            raise DataError(f"{where}: column '{name}' has {bad.object[bad.start]!r}, which is not a character: clean the file") from None
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as bad:
-            if read is None or name in read.asked:
+            if read is None or name in read.required:
                 reason = str(bad).splitlines()[0][:100]
-                raise DataError(f"{where}: column '{name}' mixes types over its rows ({reason}): write all its values alike") from None
+                raise DataError(f"{where}: column '{name}' has values of several types ({reason}): give all its values one type") from None
             arrays[name] = pa.nulls(len(rows))
     return datasets.Dataset(pa.table(arrays))
 
@@ -178,15 +178,15 @@ def read_file(file: Path, config: DataConfig, used: Collection[str] | None = Non
     Args:
         file: Its name.
         config: Format, encoding and pattern.
-        used: The columns that are used: of a file that can be read by column, the others are None. None is all of them.
+        used: The columns to read; in formats that can be read by column the others become None. None reads all columns.
 
     Raises:
-        DataError: Missing, empty, damaged, of an unknown format, or not in `data.encoding`.
+        DataError: The file is missing, empty, damaged, of an unknown format, or not in `data.encoding`.
     """
     kind = format_of(file, config)
     raw = read_bytes(file)
     if not raw:
-        raise DataError(f"{file} is empty: wanted {kind} rows")
+        raise DataError(f"{file} is empty: give a file with {kind} rows")
     if kind == "parquet":
         return read_parquet(raw, str(file), used)
     text = decode(raw, file, config.encoding, table=kind in TABLES)
@@ -198,21 +198,19 @@ def read_file(file: Path, config: DataConfig, used: Collection[str] | None = Non
 
 
 def format_of(file: Path, config: DataConfig) -> str:
-    """What a file is read as: `data.format`, or what its name says.
+    """The format of a file: `data.format`, or by its suffix.
 
     Raises:
-        ConfigError: `data.record_pattern` does not go with it.
-        DataError: Its name does not say.
+        ConfigError: `data.record_pattern` is set for a format other than text.
+        DataError: The suffix is unknown.
     """
     kind = config.format
     if kind == "auto":
         kind = SUFFIXES.get(suffix(file), "text" if config.record_pattern else "")
         if not kind:
-            raise DataError(
-                f"{file}: its name does not tell its format: set data.format to one of {', '.join(dict.fromkeys(SUFFIXES.values()))}"
-            )
+            raise DataError(f"{file} has an unknown suffix: set data.format to one of {', '.join(dict.fromkeys(SUFFIXES.values()))}")
     if config.record_pattern and kind != "text":
-        raise ConfigError(f"data.record_pattern splits text, but {file} is {kind}: set data.format=text or leave the pattern out")
+        raise ConfigError(f"data.record_pattern splits text, but {file} is {kind}: set data.format=text or remove the pattern")
     return kind
 
 
@@ -221,7 +219,7 @@ def read_bytes(file: Path) -> bytes:
         raw = content_of(file)
         return gzip.decompress(raw) if file.name.lower().endswith(".gz") else raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as bad:
-        raise DataError(f"{file} is not a whole gzip file ({bad}): fetch it again") from None
+        raise DataError(f"{file} is not a complete gzip file ({bad}): copy it again") from None
     except OSError as bad:
         raise DataError(f"cannot read {file}: {bad.strerror}") from None
 
@@ -237,7 +235,7 @@ def read_jsonl(text: str, where: str) -> Rows:
 def read_json(text: str, where: str) -> Rows:
     values = _json(text, where, "a JSON array of objects (for one object a line set data.format=jsonl)")
     if not isinstance(values, list):
-        raise DataError(f"{where} holds a JSON {type(values).__name__}: wanted an array of objects")
+        raise DataError(f"{where} is a JSON {type(values).__name__}: write an array of objects")
     return [_object(value, f"{where} item {number}") for number, value in enumerate(values, 1)]
 
 
@@ -247,12 +245,12 @@ def _json(text: str, where: str, wanted: str) -> Any:
     except ValueError as bad:
         at = f" at line {bad.lineno}, column {bad.colno}" if isinstance(bad, json.JSONDecodeError) and bad.lineno > 1 else ""
         reason = bad.msg if isinstance(bad, json.JSONDecodeError) else str(bad)
-        raise DataError(f"{where} is not JSON{at} ({reason}): wanted {wanted}") from None
+        raise DataError(f"{where} is not JSON{at} ({reason}): write {wanted}") from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f'{where} is a JSON {type(value).__name__}: wanted an object such as {{"text": ...}}')
+        raise DataError(f'{where} is a JSON {type(value).__name__}: write an object such as {{"text": ...}}')
     return dict(value)
 
 
@@ -266,7 +264,7 @@ def read_parquet(raw: bytes, where: str, used: Collection[str] | None = None) ->
         rows = file.read([name for name in names if used is None or name in used]).to_pylist()
         return [{name: row.get(name) for name in names} for row in rows]
     except (pa.ArrowException, OSError) as bad:
-        raise DataError(f"{where} is not a parquet file ({str(bad).splitlines()[0][:100]})") from None
+        raise DataError(f"{where} is not a parquet file ({str(bad).splitlines()[0][:100]}): copy it again, or set data.format") from None
 
 
 TABLES = {"csv": read_csv, "tsv": read_tsv}

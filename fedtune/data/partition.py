@@ -1,10 +1,10 @@
-"""Which rows each client holds: IID, Dirichlet, pathological, size-skewed, natural ids, and FedPETuning's per-client prior.
+"""Partition rows over clients: IID, Dirichlet, pathological, size-skewed, natural ids, and FedPETuning's per-client prior.
 
 Every partition is disjoint and complete: each row belongs to exactly one client. Except for natural ids, the order of the rows in the
-source decides nothing: the rows, or the rows of each class, are permuted first.
+source has no effect: the rows, or the rows of each class, are permuted first.
 Sources: Dirichlet over clients per class, Yurochkin et al. 2019, arXiv:1905.12022 (Hsu et al. 2019, arXiv:1909.06335, draw each client's
-class mix instead); pathological, McMahan et al. 2017, arXiv:1602.05629, there as shards of sorted rows; per-client prior, Zhang et al.
-2023, FedPETuning, arXiv:2212.10025.
+class mix instead); pathological, McMahan et al. 2017, arXiv:1602.05629, with shards of sorted rows; per-client prior, Zhang et al. 2023,
+FedPETuning, arXiv:2212.10025.
 """
 
 import logging
@@ -29,13 +29,13 @@ def partition(
 
     Args:
         config: Kind of partition and its parameters.
-        rows: Number of rows to deal.
+        rows: Number of rows.
         seed: Seed of the run.
         labels: Class id of each row; needed by dirichlet, pathological and prior.
         clients: Client of each row; needed by natural.
 
     Raises:
-        DataError: The rows lack what this partition needs, or are too few for it.
+        DataError: The rows lack a column for this partition, or are too few.
     """
     if config.kind == "natural":
         return _natural(clients)
@@ -50,7 +50,7 @@ def partition(
     elif config.kind == "dirichlet":
         parts = by_class(key, config.clients, config.alpha, rng)
     elif config.kind == "pathological":
-        parts = by_hands(key, config.clients, config.classes_per_client, rng)
+        parts = by_assigned_classes(key, config.clients, config.classes_per_client, rng)
     elif config.kind == "size":
         parts = by_size(rows, config.clients, config.alpha, rng)
     else:
@@ -59,24 +59,26 @@ def partition(
     named = {f"client-{i:0{width}d}": np.sort(part) for i, part in enumerate(parts)}
     if empty := [name for name, part in named.items() if not len(part)]:
         some = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
-        log.warning("%d of %d clients got no rows and are left out: %s", len(empty), len(named), some)
+        log.warning("%d of %d clients have no rows and are left out: %s", len(empty), len(named), some)
     return {name: part for name, part in named.items() if len(part)}
 
 
 def rows_of_large_clients(config: PartitionConfig, clients: Sequence[str] | None) -> np.ndarray:
-    """Indices of the rows whose client has at least `partition.min_examples` of them, with a note on what that leaves out.
+    """Indices of the rows whose client has at least `partition.min_examples` rows; logs how many are left out.
 
     Raises:
-        DataError: No client has that many, or the rows name no clients.
+        DataError: No client has that many rows, or the rows have no clients.
     """
     sizes = Counter(_named(clients))
     kept = {name for name, size in sizes.items() if size >= config.min_examples}
     if not kept:
-        raise DataError(f"partition.min_examples={config.min_examples} leaves no client: the largest has {max(sizes.values())} rows")
+        raise DataError(
+            f"partition.min_examples={config.min_examples} leaves no client, since the largest has {max(sizes.values())} rows: lower it"
+        )
     rows = np.array([i for i, name in enumerate(_named(clients)) if name in kept], np.int64)
     if few := len(sizes) - len(kept):
         lost = sum(sizes.values()) - len(rows)
-        log.warning("%d of %d clients have fewer than %d rows: left out, %d rows in all", few, len(sizes), config.min_examples, lost)
+        log.warning("%d of %d clients have fewer than %d rows and are left out (%d rows)", few, len(sizes), config.min_examples, lost)
     return rows
 
 
@@ -108,7 +110,7 @@ def apportion(total: int, shares: np.ndarray, rng: np.random.Generator) -> np.nd
         rng: The generator that orders equal remainders.
 
     Returns:
-        (n,) int64 counts that sum to `total`; each is less than 1 away from its exact share.
+        (n,) int64 counts that sum to `total`; each differs from its exact share by less than 1.
     """
     wanted = shares / shares.sum() * total
     counts = np.floor(wanted).astype(np.int64)
@@ -119,28 +121,28 @@ def apportion(total: int, shares: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def by_size(rows: int, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Rows at random; client i of 1..n holds a number of them in proportion to i^alpha.
+    """Random rows; the number of rows of client i of 1..n is proportional to i^alpha.
 
     Raises:
         DataError: The smallest client would get less than one row.
     """
-    with np.errstate(over="ignore"):  # a share may be infinite: then the smallest client gets nothing
+    with np.errstate(over="ignore"):  # an infinite share leaves the smallest client without rows
         shares = np.arange(1, clients + 1) ** float(alpha)
     if rows / shares.sum() < 1:
-        raise DataError(f"partition.alpha={alpha:g} leaves the smallest of {clients} clients none of {rows} rows: take a smaller one")
+        raise DataError(f"partition.alpha={alpha:g} leaves the smallest of {clients} clients none of {rows} rows: lower it")
     return _cut(rng.permutation(rows), apportion(rows, shares, rng))
 
 
 def by_class(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Each class is permuted and dealt over the clients by its own p_c ~ Dir(alpha, ..., alpha), by largest remainder.
+    """Each class is permuted and split over the clients by its own p_c ~ Dir(alpha, ..., alpha), by largest remainder.
 
-    No client has a minimum size: to redraw until each has one would bend the distribution.
+    There is no minimum size: redrawing until every client has one would distort the distribution.
 
     Args:
         labels: (rows,) class ids.
-        clients: Number of clients, some of which may get no row.
+        clients: Number of clients; some may get no rows.
         alpha: Concentration; infinity gives every client the same share of every class.
-        rng: The generator that all draws come from.
+        rng: The generator of all draws.
     """
     parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
@@ -151,26 +153,26 @@ def by_class(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Gene
     return [np.concatenate(part) for part in parts]
 
 
-def by_hands(labels: np.ndarray, clients: int, per: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Each client holds `per` classes; a class is permuted and split evenly over the clients that hold it.
+def by_assigned_classes(labels: np.ndarray, clients: int, per: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each client has `per` classes; a class is permuted and split evenly over its clients.
 
-    Classes are dealt from shuffled decks, so that every class is held by someone, and as evenly as can be.
+    Classes are dealt from shuffled decks, so that every class has a client and the numbers of clients are as equal as possible.
 
     Args:
         labels: (rows,) class ids.
         clients: Number of clients.
         per: Classes a client.
-        rng: The generator that all draws come from.
+        rng: The generator of all draws.
 
     Raises:
-        DataError: There are fewer classes than `per`, more than the clients can hold, or a class has fewer rows than clients that hold it.
+        DataError: There are fewer classes than `per`, more than the clients can have, or a class has fewer rows than clients.
     """
     classes = np.unique(labels).tolist()
     if per > len(classes):
-        raise DataError(f"partition.classes_per_client={per} is more than the {len(classes)} classes of the training rows")
+        raise DataError(f"partition.classes_per_client={per} is more than the {len(classes)} classes of the training rows: lower it")
     if clients * per < len(classes):
         raise DataError(
-            f"partition.kind=pathological: {clients} clients of {per} classes can hold {clients * per} of {len(classes)}:"
+            f"partition.kind=pathological: {clients} clients of {per} classes have {clients * per} of {len(classes)} classes:"
             " raise partition.clients or partition.classes_per_client"
         )
     deck: list[int] = []
@@ -190,7 +192,7 @@ def by_hands(labels: np.ndarray, clients: int, per: int, rng: np.random.Generato
         holders = np.array([client for client, hand in enumerate(hands) if label in hand])
         if len(pile) < len(holders):
             raise DataError(
-                f"partition.kind=pathological deals class {label} to {len(holders)} clients, and it has {len(pile)} rows:"
+                f"partition.kind=pathological gives class {label} to {len(holders)} clients, but it has {len(pile)} rows:"
                 " take fewer clients or another partition.kind"
             )
         for client, dealt in zip(holders, _cut(pile, apportion(len(pile), np.ones(len(holders)), rng)), strict=True):
@@ -205,14 +207,14 @@ def _cut(rows: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
 def by_prior(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Equal sizes; client k draws its classes from q_k ~ Dir(alpha · class prior), without replacement.
 
-    Clients take turns in random order, row by row. A class with no rows left drops out of every q_k, which is renormalized; a client
-    none of whose classes is left draws from what there is, in proportion.
+    Clients draw row by row, in random order. A class without remaining rows is dropped from every q_k, which is renormalized; a client
+    without remaining classes draws from all remaining rows.
 
     Args:
         labels: (rows,) class ids.
         clients: Number of clients; sizes differ by at most one row.
         alpha: Concentration; infinity gives every client the prior.
-        rng: The generator that all draws come from.
+        rng: The generator of all draws.
     """
     classes, key = np.unique(labels, return_inverse=True)
     piles = [rng.permutation(np.flatnonzero(key == c)).tolist() for c in range(len(classes))]
@@ -228,7 +230,7 @@ def by_prior(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Gene
             weights = left
         edges = np.cumsum(weights)
         drawn = int(np.searchsorted(edges, draw * edges[-1], side="right"))
-        drawn = min(drawn, int(np.flatnonzero(weights)[-1]))  # rounding may put the draw on the last edge
+        drawn = min(drawn, int(np.flatnonzero(weights)[-1]))  # rounding may select past the last class
         parts[client].append(piles[drawn].pop())
         left[drawn] -= 1
     return [np.array(part, np.int64) for part in parts]

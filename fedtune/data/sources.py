@@ -1,4 +1,4 @@
-"""Where rows come from: the demo homes, the hub, or local files. Columns are still the source's own; `columns.py` makes them ours."""
+"""Sources of rows: the demo homes, the hub, or local files. Rows keep the source's columns; `columns.py` maps them to fedtune's."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from fedtune.data.local import read_local
 
 
 def read_source(config: Config) -> tuple[Config, datasets.Dataset, datasets.Dataset | None]:
-    """Training rows, test rows (None: to be split off), and the config with the templates and columns that fit the source.
+    """The config with the source's templates and columns, the training rows, and the test rows (None: to be split off).
 
     Raises:
         DataError: The source cannot be read.

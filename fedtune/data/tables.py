@@ -1,4 +1,4 @@
-"""Text of a csv or tsv file → rows, as spreadsheets and people write them."""
+"""Parse csv and tsv files, including the variants of common spreadsheets."""
 
 import csv
 import io
@@ -9,19 +9,19 @@ from typing import Any
 from fedtune.errors import DataError
 
 DELIMITERS = ",;\t|"
-_LOOK = 100_000  # characters that the delimiter is told from
+_LOOK = 100_000  # characters for the detection of the delimiter
 
 
 def read_csv(text: str, where: str, used: Collection[str] | None = None) -> list[dict[str, Any]]:
     """Rows below a header line; quotes as in RFC 4180, so a field may hold delimiters and line breaks.
 
     Args:
-        text: Of the file.
-        where: Its name, for messages.
-        used: Columns that are used; None is all of them.
+        text: Text of the file.
+        where: Its name, for errors.
+        used: Columns to read; None reads all.
 
     Raises:
-        DataError: Names the line and what is wrong in it.
+        DataError: A line is malformed; names the line and the fault.
     """
     delimiter, text, blanks, first = _dialect(text, used or ())
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=blanks, strict=True)
@@ -31,12 +31,12 @@ def read_csv(text: str, where: str, used: Collection[str] | None = None) -> list
             records.append((reader.line_num + first, record))
     except csv.Error as bad:
         line = reader.line_num + first
-        raise DataError(f"{where} line {line} is not csv ({bad}): a quote inside a quoted field is written twice") from None
+        raise DataError(f"{where} line {line} is not csv ({bad}): write a quote inside a quoted field twice") from None
     return _rows(records, where, used)
 
 
 def read_tsv(text: str, where: str, used: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """Tab-separated rows below a header line, without quoting, as GLUE and its kin are written: a quote is a quote.
+    """Tab-separated rows below a header line, without quoting, as in GLUE: a quote is a normal character.
 
     Arguments and errors are those of `read_csv`.
     """
@@ -44,7 +44,7 @@ def read_tsv(text: str, where: str, used: Collection[str] | None = None) -> list
 
 
 def header(text: str, kind: str, used: Collection[str]) -> list[str]:
-    """The column names of a csv or tsv file, from the beginning of its text."""
+    """The column names of a csv or tsv file, from the start of its text."""
     if kind == "tsv":
         records: Sequence[list[str]] = [line.rstrip("\r").split("\t") for line in text.split("\n")]
     else:
@@ -54,10 +54,10 @@ def header(text: str, kind: str, used: Collection[str]) -> list[str]:
 
 
 def _dialect(text: str, used: Collection[str]) -> tuple[str, str, bool, int]:
-    """The delimiter, the text of the table, whether blanks follow the delimiters, and how many lines come before the table."""
-    csv.field_size_limit(2**30)  # the module's own limit, 128 KB, is shorter than a long document
-    if said := re.match(r'"?sep=([^\r\n])"?(\r\n|\r|\n)', text):  # Excel's own line, which no table begins with
-        delimiter, text, lines = said[1], text[said.end() :], 1
+    """The delimiter, the text of the table, whether blanks follow the delimiters, and the number of lines before the table."""
+    csv.field_size_limit(2**30)  # the default, 128 KB, is too short for long documents
+    if line := re.match(r'"?sep=([^\r\n])"?(\r\n|\r|\n)', text):  # Excel's first line, which is not part of the table
+        delimiter, text, lines = line[1], text[line.end() :], 1
     else:
         delimiter, lines = max(DELIMITERS, key=lambda d: _fit(_first(text, d), used)), 0
     names = next((record for record in _first(text, delimiter) if _filled(record)), [])
@@ -65,7 +65,7 @@ def _dialect(text: str, used: Collection[str]) -> tuple[str, str, bool, int]:
 
 
 def _first(text: str, delimiter: str, blanks: bool = False) -> list[list[str]]:
-    """The first ten records, by a reader that forgives."""
+    """The first ten records, parsed leniently."""
     reader = csv.reader(io.StringIO(text[:_LOOK], newline=""), delimiter=delimiter, skipinitialspace=blanks)
     records: list[list[str]] = []
     for record in reader:
@@ -73,11 +73,11 @@ def _first(text: str, delimiter: str, blanks: bool = False) -> list[list[str]]:
             records.append(record)
         if len(records) == 10:
             return records
-    return records[:-1] if len(text) > _LOOK and len(records) > 1 else records  # the last one may be cut
+    return records[:-1] if len(text) > _LOOK and len(records) > 1 else records  # the last one may be incomplete
 
 
 def _fit(records: list[list[str]], used: Collection[str]) -> tuple[int, float, int]:
-    """How well a delimiter fits: columns of ours in the header, share of records as wide as the header, width. One column fits least."""
+    """Score of a delimiter: used columns in the header, share of records with the header's width, width. A single column scores lowest."""
     if not records or len(records[0]) == 1:
         return 0, 0.0, 0
     wide = len(records[0])
@@ -89,14 +89,14 @@ def _filled(record: list[str]) -> bool:
 
 
 def _rows(records: list[tuple[int, list[str]]], where: str, used: Collection[str] | None) -> list[dict[str, Any]]:
-    """The records below the header line; those with nothing in any field are left out."""
+    """The records below the header line; records without any text are left out."""
     records = [(number, record) for number, record in records if _filled(record)]
     if not records:
         return []
     names, rest = [name.strip() for name in records[0][1]], records[1:]
     if doubled := sorted({name for name in names if names.count(name) > 1 and (used is None or name in used)}):
-        raise DataError(f"{where}: two columns are called '{doubled[0]}' in the header line")
+        raise DataError(f"{where}: two columns are called '{doubled[0]}' in the header line: rename one")
     for number, record in rest:
         if len(record) != len(names):
-            raise DataError(f"{where} line {number} has {len(record)} fields, the header has {len(names)} ({', '.join(names)[:100]})")
+            raise DataError(f"{where} line {number} has {len(record)} fields, but the header has {len(names)} ({', '.join(names)[:100]})")
     return [dict(zip(names, record, strict=True)) for _, record in rest]

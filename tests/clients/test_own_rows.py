@@ -32,8 +32,8 @@ def test_own_rows_for_the_default_scenario_are_requests_and_actions(tmp_path: Pa
     assert held.rows[0]["prompt"] == "Request: turn on the lamp\nAction:" and held.rows[0]["answer"] == " light lounge on"
 
 
-def test_a_column_that_the_task_uses_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the training rows have no column 'intent' \(data\.columns\.label\): there are request, action"):
+def test_a_column_of_the_task_is_required(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the training rows have no column 'intent' \(data\.columns\.label\), only request, action"):
         load(tmp_path, ["conf=heterogeneous", "task=classification"], REQUEST, ["off", "on"])
     held = load(tmp_path, ["conf=heterogeneous", "task=classification"], {"request": "on", "intent": "on"}, ["off", "on"])
     assert held.rows["label"][:] == [1] * 5
@@ -43,7 +43,7 @@ def test_a_column_that_the_task_uses_is_asked_for(tmp_path: Path) -> None:
     ("task", "row"),
     [("causal_lm", {"text": "a b"}), ("instruction", {"prompt": "a", "answer": "b"}), ("classification", {"text": "a", "topic": "x"})],
 )
-def test_what_deals_the_rows_of_a_simulation_is_not_asked_of_own_rows(tmp_path: Path, task: str, row: dict[str, str]) -> None:
+def test_partition_columns_are_not_required_of_own_rows(tmp_path: Path, task: str, row: dict[str, str]) -> None:
     held = load(tmp_path, [*LOCAL, f"task={task}", "data.path=elsewhere"], row, ["x", "y"] if task == "classification" else None)
     assert len(held.clients["anna"].train) == 4
 

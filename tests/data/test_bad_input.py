@@ -30,34 +30,36 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     # name: file name, its content, config, error class, sentence (a regular expression)
     "missing file": ("a.jsonl", None, CLS, DataError, r"data\.path=.*a\.jsonl does not exist: give a file, a folder or a glob$"),
     "glob without match": ("*.nothing", None, CLS, DataError, r"data\.path=.*nothing matches no file"),
-    "empty file": ("a.jsonl", "", CLS, DataError, r"a\.jsonl is empty: wanted jsonl rows$"),
-    "only blank lines": ("a.jsonl", "\n\n", CLS, DataError, r"a\.jsonl: no rows in it$"),
-    "header only": ("a.csv", "text,label\n", CLS, DataError, r"a\.csv: no rows in it$"),
+    "empty file": ("a.jsonl", "", CLS, DataError, r"a\.jsonl is empty: give a file with jsonl rows$"),
+    "only blank lines": ("a.jsonl", "\n\n", CLS, DataError, r"a\.jsonl: no rows$"),
+    "header only": ("a.csv", "text,label\n", CLS, DataError, r"a\.csv: no rows$"),
     "broken json line": (
         "a.jsonl", Q + Q + '{"text": "b", ', CLS,
-        DataError, r"a\.jsonl line 3 is not JSON \(.*\): wanted one JSON object a line$",
+        DataError, r"a\.jsonl line 3 is not JSON \(.*\): write one JSON object a line$",
     ),
-    "json line is a list": ("a.jsonl", Q + "[1]", CLS, DataError, r"a\.jsonl line 2 is a JSON list: wanted an object"),
+    "json line is a list": ("a.jsonl", Q + "[1]", CLS, DataError, r"a\.jsonl line 2 is a JSON list: write an object"),
     "broken json file": (
         "a.json", '[\n{"text": "a"},\n{]', CLS,
         DataError, r"a\.json is not JSON at line 3, column 2 .*data\.format=jsonl",
     ),
-    "json object": ("a.json", "{}", CLS, DataError, r"a\.json holds a JSON dict: wanted an array of objects$"),
+    "json object": ("a.json", "{}", CLS, DataError, r"a\.json is a JSON dict: write an array of objects$"),
     "deep json": ("a.jsonl", "[" * 200_000, CLS, DataError, r"a\.jsonl line 1 is not JSON \(nested too deeply\)"),
-    "too few fields": ("a.csv", "text,label\na,x\nb\n", CLS, DataError, r"a\.csv line 3 has 1 fields, the header has 2 \(text, label\)$"),
-    "too many fields": ("a.tsv", "text\tlabel\na\tx\ty\n", CLS, DataError, r"a\.tsv line 2 has 3 fields, the header has 2"),
+    "too few fields": (
+        "a.csv", "text,label\na,x\nb\n", CLS, DataError, r"a\.csv line 3 has 1 fields, but the header has 2 \(text, label\)$",
+    ),
+    "too many fields": ("a.tsv", "text\tlabel\na\tx\ty\n", CLS, DataError, r"a\.tsv line 2 has 3 fields, but the header has 2"),
     "open quote": ("a.csv", 'text,label\n"a,x\n', CLS, DataError, r"a\.csv line 2 is not csv \(unexpected end of data\)"),
     "doubled column": ("a.csv", "text,text\na,b\n", LM, DataError, r"two columns are called 'text'"),
     "not parquet": ("a.parquet", b"PAR0" * 9, CLS, DataError, r"a\.parquet is not a parquet file"),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(Q.encode() * 99)[:-20], CLS, DataError, r"a\.jsonl\.gz is not a whole gzip file"),
-    "not gzip": ("a.jsonl.gz", Q, CLS, DataError, r"a\.jsonl\.gz is not a whole gzip file"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(Q.encode() * 99)[:-20], CLS, DataError, r"a\.jsonl\.gz is not a complete gzip file"),
+    "not gzip": ("a.jsonl.gz", Q, CLS, DataError, r"a\.jsonl\.gz is not a complete gzip file"),
     "unknown format": (
         "a.xml", "<a/>", CLS,
-        DataError, r"a\.xml: its name does not tell its format: set data\.format to one of jsonl, json",
+        DataError, r"a\.xml has an unknown suffix: set data\.format to one of jsonl, json",
     ),
     "bad encoding": (
         "a.jsonl", Q.encode() + b'{"text": "caf\xe9"}', CLS, DataError,
-        r"a\.jsonl: byte 0xe9 at offset 41 \(line 2\) is not utf-8: set data\.encoding to what .* such as data\.encoding=cp1252$",
+        r"a\.jsonl: byte 0xe9 at offset 41 \(line 2\) is not utf-8: set data\.encoding to the .* such as data\.encoding=cp1252$",
     ),
     "unknown encoding": ("a.jsonl", Q, data(CLS, encoding="klingon"), ConfigError, r"data\.encoding=klingon is not known"),
     "bad pattern": (
@@ -67,7 +69,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     "pattern without names": ("a.txt", "x", data(LM, record_pattern="(.+)"), ConfigError, r"has no named group: name the columns"),
     "pattern without match": (
         "a.txt", "x", data(LM, record_pattern="^(?P<text>y)$"),
-        DataError, r"a\.txt: .* matches nowhere; the text begins 'x'$",
+        DataError, r"a\.txt: .* has no match; the text starts with 'x'$",
     ),
     "pattern on csv": (
         "a.csv", "text\nx\n", data(LM, record_pattern="(?P<text>.)"),
@@ -75,23 +77,23 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "missing column": (
         "a.jsonl", '{"post": "a"}', LM,
-        DataError, r"task\.kind=causal_lm needs 'text' and the training rows have only post: set data\.columns\.text$",
+        DataError, r"task\.kind=causal_lm needs 'text', but the training rows have only post: set data\.columns\.text$",
     ),
     "mapped column missing": (
         "a.jsonl", Q, data(CLS, columns={"label": "intent"}), DataError,
-        r"the training rows have no column 'intent' \(data\.columns\.label\): there are text, label$",
+        r"the training rows have no column 'intent' \(data\.columns\.label\), only text, label: correct the name$",
     ),
     "unknown column of ours": (
         "a.jsonl", Q, data(CLS, columns={"lable": "x"}),
-        ConfigError, r"data\.columns\.lable is not known: ours are text, label, prompt, answer, client",
+        ConfigError, r"data\.columns\.lable is not known: choose from text, label, prompt, answer, client",
     ),
     "no prompt": (
         "a.jsonl", Q, ASK,
-        DataError, r"needs 'prompt' .* set data\.columns\.prompt or the templates data\.prompt and data\.answer$",
+        DataError, r"needs 'prompt', .* set data\.columns\.prompt or the templates data\.prompt and data\.answer$",
     ),
     "template field": (
         "a.jsonl", Q, data(ASK, prompt="{quesion}", answer="{label}"), DataError,
-        r"the prompt template '\{quesion\}' names 'quesion', which the rows do not have: there are text, label$",
+        r"the prompt template '\{quesion\}' names 'quesion', but the rows have only text, label: correct the name$",
     ),
     "template malformed": (
         "a.jsonl", Q, data(ASK, prompt="{text", answer="{label}"),
@@ -99,7 +101,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "template value missing": (
         "a.jsonl", Q + '{"text": null, "label": "y"}', data(ASK, prompt="{text}", answer="{label}"), DataError,
-        r"the prompt template '\{text\}' needs 'text', and row 2 has none",
+        r"the prompt template '\{text\}' needs 'text', but row 2 has none",
     ),
     "template part missing": (
         "a.jsonl", '{"a": []}', data(ASK, prompt="{a[0]}", answer="x"),
@@ -107,17 +109,19 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "label missing in a row": (
         "a.jsonl", Q + '{"text": "b"}', CLS,
-        DataError, r"training row 2 has no 'label': fill it or leave the row out$",
+        DataError, r"training row 2 has no 'label': fill it or remove the row$",
     ),
     "label is a fraction": (
         "a.jsonl", '{"text": "a", "label": 0.5}', CLS,
-        DataError, r"training row 1 has the label float 0\.5: wanted a name",
+        DataError, r"training row 1 has the label float 0\.5, but a label is a name",
     ),
-    "text is a list": ("a.jsonl", '{"text": ["a"]}', LM, DataError, r"column 'text' holds list values, 'text' wants text"),
-    "text is no number": ("a.jsonl", '{"text": NaN}', LM, DataError, r"row 1 of column 'text' is no number \(nan\), 'text' wants text"),
+    "text is a list": ("a.jsonl", '{"text": ["a"]}', LM, DataError, r"column 'text' has list values, but 'text' must be text"),
+    "text is no number": (
+        "a.jsonl", '{"text": NaN}', LM, DataError, r"row 1 of column 'text' is not a number \(nan\), but 'text' must be text",
+    ),
     "a template takes no number": (
         "a.jsonl", '{"q": NaN, "a": "b"}', data(ASK, prompt="{q}", answer="{a}"),
-        DataError, r"the prompt template '\{q\}' cannot be filled from row 1: 'q' is no number \(nan\): fill it or leave the row out$",
+        DataError, r"the prompt template '\{q\}' cannot be filled from row 1: 'q' is not a number \(nan\): fill it or remove the row$",
     ),
     "a template takes an empty part": (
         "a.jsonl", '{"q": {"x": null, "y": "z"}, "a": "b"}', data(ASK, prompt="{q[x]}", answer="{a}"),
@@ -133,11 +137,11 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     "only blank texts": ("a.jsonl", '{"text": " "}', LM, DataError, r"every training row has an empty text"),
     "dirichlet without labels": (
         "a.txt", "x\ny", dealt(LM, kind="dirichlet", clients=2),
-        DataError, r"partition\.kind=dirichlet deals rows by label",
+        DataError, r"partition\.kind=dirichlet splits rows by label",
     ),
     "prior without labels": (
         "a.txt", "x\ny", dealt(LM, kind="prior", clients=2),
-        DataError, r"partition\.kind=prior deals rows by label, and these have none",
+        DataError, r"partition\.kind=prior splits rows by label, but these rows have none",
     ),
     "natural without clients": (
         "a.jsonl", Q, dealt(CLS, kind="natural"),
@@ -153,7 +157,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "clients all too small": (
         "a.jsonl", '{"text": "b", "label": "x", "client": "c"}', dealt(CLS, kind="natural", min_examples=2), DataError,
-        r"partition\.min_examples=2 leaves no client: the largest has 1 rows$",
+        r"partition\.min_examples=2 leaves no client, since the largest has 1 rows: lower it$",
     ),
     "more clients than rows": (
         "a.jsonl", Q * 5, dealt(CLS, kind="iid", clients=5),
@@ -166,19 +170,19 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     "too few hands for the classes": (
         "a.csv", "text,label\n" + "".join(f"t,{i}\n" for i in range(20)),
         data(dealt(CLS, kind="pathological", clients=3, classes_per_client=4), test_fraction=0.0),
-        DataError, r"3 clients of 4 classes can hold 12 of 20",
+        DataError, r"3 clients of 4 classes have 12 of 20 classes",
     ),
     "more hands than rows of a class": (
         "a.csv", "text,label\nt,0\nt,1\nt,1\nt,1\nt,1\nt,1\n",
         data(dealt(CLS, kind="pathological", clients=4, classes_per_client=1), test_fraction=0.0),
-        DataError, r"pathological deals class 0 to 2 clients, and it has 1 rows: take fewer clients",
+        DataError, r"pathological gives class 0 to 2 clients, but it has 1 rows: take fewer clients",
     ),
     "size too steep": (
         "a.jsonl", Q * 9, dealt(CLS, kind="size", clients=4, alpha=9.0),
         DataError, r"partition\.alpha=9 leaves the smallest of 4 clients none",
     ),
-    "one class": ("a.jsonl", Q * 9, CLS, DataError, r"every training row has the label 'x': classification needs two classes at least$"),
-    "half a surrogate pair": ("a.jsonl", r'{"text": "\ud83d"}', LM, DataError, r"column 'text' holds '\\ud83d', which is no character"),
+    "one class": ("a.jsonl", Q * 9, CLS, DataError, r"training row has the label 'x', but classification needs at least two classes$"),
+    "half a surrogate pair": ("a.jsonl", r'{"text": "\ud83d"}', LM, DataError, r"column 'text' has '\\ud83d', which is not a character"),
     "utf-16": ("a.jsonl", Q.encode("utf-16"), data(CLS, encoding="utf-8"), DataError, r"such as data\.encoding=utf-16$"),
     "cyrillic is not read as Windows-1252": (
         "a.csv", "text,label\nпривет,positive\n".encode("cp1251"), CLS, DataError, r"is not utf-8: .* such as data\.encoding=cp1251$",
@@ -188,10 +192,10 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "a delimiter in a name": (
         "a.csv", "text;amount, EUR\na;1,5\n", CLS, DataError,
-        r"needs 'label' and the training rows have only text, amount, EUR: set data\.columns\.label$",
+        r"needs 'label', but the training rows have only text, amount, EUR: set data\.columns\.label$",
     ),
     "a doubled column that blanks hide": ("a.csv", "text, text\na,b\n", LM, DataError, r"two columns are called 'text'"),
-    "one row and a test": ("a.jsonl", Q, CLS, DataError, r"1 training row is too few to take data\.test_fraction=0\.1"),
+    "one row and a test": ("a.jsonl", Q, CLS, DataError, r"1 training row is too few for data\.test_fraction=0\.1"),
 }  # fmt: skip
 
 
@@ -217,41 +221,41 @@ def load(path: Path, **settings: Any) -> Federation:
 
 
 def test_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no data file: wanted .jsonl"):
+    with pytest.raises(DataError, match="has no data file \\(.jsonl"):
         load(tmp_path)
     (tmp_path / "a.csv").write_text("text,label\na,x\n")
     (tmp_path / "b.jsonl").write_text(Q)
-    with pytest.raises(DataError, match=r"holds csv and jsonl files: set data.format or give a glob such as \*\.csv"):
+    with pytest.raises(DataError, match=r"has csv and jsonl files: set data.format or give a glob such as \*\.csv"):
         load(tmp_path)
-    with pytest.raises(DataError, match="holds only test files"):
+    with pytest.raises(DataError, match="has only test files"):
         load(tmp_path / "a.csv", data={"test_path": str(tmp_path / "a.csv")})
 
 
 def test_two_files_of_one_client(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.ndjson"):
         (tmp_path / name).write_text(Q)
-    with pytest.raises(DataError, match="are both client 'a': give the files names of their own"):
+    with pytest.raises(DataError, match="are both client 'a': rename one of them"):
         load(tmp_path, data={"client_from_file": True})
 
 
 def test_a_client_column_beside_client_from_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x", "client": "b"}')
-    with pytest.raises(DataError, match="has a column 'client' of its own"):
+    with pytest.raises(DataError, match="already has a column 'client': set data.client_from_file=false"):
         load(tmp_path, data={"client_from_file": True})
 
 
 def test_an_unknown_test_label(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(Q)
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "t", "label": "new"}))
-    with pytest.raises(DataError, match="test row 1 has the label 'new', which no training row has: known are x$"):
+    with pytest.raises(DataError, match="test row 1 has the label 'new', but the classes are x: correct it or remove the row$"):
         load(tmp_path / "a.jsonl", data={"test_path": str(tmp_path / "t.jsonl")})
 
 
 @pytest.mark.parametrize(
     ("classes", "sentence"),
     [
-        (["phone", "tablet"], "client 'c' has rows of device_class 'phone' and 'tablet': a client is one device"),
-        (["tablet", "tablet"], "client 'c' has device_class 'tablet', devices.classes has only phone"),
+        (["phone", "tablet"], "client 'c' has rows of device_class 'phone' and 'tablet': give all its rows one class"),
+        (["tablet", "tablet"], "client 'c' has device_class 'tablet', but devices.classes has only phone"),
     ],
 )
 def test_device_classes(tmp_path: Path, classes: list[str], sentence: str) -> None:

@@ -56,8 +56,8 @@ def test_a_long_answer_loses_its_end_and_one_prompt_token_stays() -> None:
     ("kinds", "prompt", "answer", "ids", "start"),
     [
         ({}, "", "a", [0, 3, 1], 1),
-        ({"bos": False}, "", "a", [1, 3, 1], 1),  # no <s>: the end token stands for the empty prompt
-        ({"bos": False, "eos": False}, "", "a", [0, 3], 1),  # nothing to stand for it but id 0
+        ({"bos": False}, "", "a", [1, 3, 1], 1),  # no <s>: the end token replaces the empty prompt
+        ({"bos": False, "eos": False}, "", "a", [0, 3], 1),  # only id 0 is left
         ({}, "a", "", [0, 3, 1], 2),  # an empty answer teaches to stop
         ({"eos": False}, "a", "b", [0, 3, 4], 2),
     ],
@@ -97,7 +97,7 @@ def test_texts_one_by_one() -> None:
     assert texts(["a", "b c"], stride=False, bos=False, eos=False) == [[4, 5]]  # one token alone predicts nothing
 
 
-def test_only_the_rows_asked_for_and_in_their_order() -> None:
+def test_only_the_selected_rows_in_order() -> None:
     assert texts(["a", "b", "c"], indices=[2, 0], longest=8) == [[0, 5, 1, 0, 3, 1]]
     assert texts(["a", "b"], indices=[]) == []
     assert texts(["", "a"], longest=8) == [[0, 3, 1]]
@@ -164,5 +164,5 @@ def test_prompts_are_padded_on_the_left_and_hold_no_answer() -> None:
 
 
 @pytest.mark.parametrize(("kinds", "wanted"), [({"pad": True}, 2), ({}, 1), ({"eos": False}, 0)])
-def test_what_pads(kinds: dict[str, Any], wanted: int) -> None:
+def test_the_padding_token(kinds: dict[str, Any], wanted: int) -> None:
     assert pad_id(word_tokenizer(**kinds)) == wanted

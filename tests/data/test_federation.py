@@ -39,7 +39,7 @@ def test_test_clients_and_held_out_rows_share_nothing_and_lose_nothing(tmp_path:
     dealt = np.concatenate([np.concatenate([c.train, c.held_out]) for c in got.clients.values()])
     assert sorted(dealt.tolist()) == list(range(36))
     assert sorted(got.rows["text"][:] + got.test["text"][:]) == sorted(f"text {i}" for i in range(40))
-    # 36 rows to 4 clients: 9 each, of which int(9 * .25 + .5) = 2 are held out
+    # 36 rows to 4 clients: 9 each, and int(9 * .25 + .5) = 2 of each are held out
     assert [(len(c.train), len(c.held_out)) for c in got.clients.values()] == [(7, 2)] * 4
     assert got.clients["client-000"].train.dtype == np.int64
 
@@ -50,7 +50,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     assert one != other
 
 
-def test_a_client_s_split_does_not_hang_on_the_others(tmp_path: Path) -> None:
+def test_a_client_s_split_does_not_depend_on_the_others(tmp_path: Path) -> None:
     settings = {"partition": {"kind": "natural"}, "data": {"test_fraction": 0.0}}
     rows = sorted(plain(), key=lambda row: row["client"])
     all_five = load(tmp_path, rows, **settings)
@@ -139,17 +139,17 @@ def test_a_template_spells_its_line_breaks_as_the_help_does(tmp_path: Path) -> N
     assert prompt_template(from_dict({"data": data})) == "Q: {question}\nA:"  # what the export's card shows
 
 
-def test_a_column_for_which_nobody_asked_may_hold_anything(tmp_path: Path) -> None:
+def test_an_unused_column_may_have_any_values(tmp_path: Path) -> None:
     odd = [{"id": 1, "label": 1, "meta": "\ud83d"}, {"id": "b", "label": "y", "meta": 2}, {"id": [3], "label": "z", "meta": {}}]
     rows = [{"text": "abc"[i]} | odd[i] for i in range(3)]
     one = {"partition": {"kind": "iid", "clients": 1}, "data": {"test_fraction": 0.0}}
     got = load(tmp_path, rows, task={"kind": "causal_lm"}, **one)
     assert got.rows.column_names == ["text"]
-    with pytest.raises(DataError, match=r"rows\.jsonl: column 'label' mixes types over its rows .*: write all its values alike"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: column 'label' has values of several types .*: give all its values one type"):
         load(tmp_path, rows, data={"test_fraction": 0.0})
-    with pytest.raises(DataError, match=r"rows\.jsonl: column 'id' mixes types"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: column 'id' has values of several types"):
         load(tmp_path, rows, task={"kind": "causal_lm"}, data={"columns": {"client": "id"}})
-    with pytest.raises(DataError, match=r"data\.columns\.text\): there are text, id, label, meta$"):  # all names are there to choose from
+    with pytest.raises(DataError, match=r"data\.columns\.text\), only text, id, label, meta: correct the name$"):
         load(tmp_path, rows, task={"kind": "causal_lm"}, data={"columns": {"text": "body"}})
 
 
@@ -171,7 +171,7 @@ def test_blank_texts_are_no_training_rows_of_a_language_model(tmp_path: Path) ->
     assert sorted(got.rows["text"][:] + got.test["text"][:]) == ["a", "b", "c"]
 
 
-def test_small_speakers_leave_before_the_test_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_small_speakers_are_removed_before_the_test_is_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"text": f"{who} {i}", "client": who} for who, n in (("big", 10), ("ten", 10), ("small", 9)) for i in range(n)]
     with caplog.at_level(logging.WARNING, "fedtune.data"):
         got = load(
@@ -183,7 +183,7 @@ def test_small_speakers_leave_before_the_test_is_taken(tmp_path: Path, caplog: p
     assert "1 of 3 clients have fewer than 10 rows" in caplog.text
 
 
-def test_columns_for_which_nobody_asked_may_have_gaps(tmp_path: Path) -> None:
+def test_unused_columns_may_have_gaps(tmp_path: Path) -> None:
     rows = [{"text": "a", "client": None, "label": None}, {"text": "b", "client": "x", "label": "y"}] * 5
     got = load(tmp_path, rows, task={"kind": "causal_lm"})
     assert got.rows.column_names == ["text"]

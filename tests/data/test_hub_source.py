@@ -38,7 +38,7 @@ def test_a_single_saved_split(tmp_path: Path) -> None:
     rows(10).save_to_disk(tmp_path / "one")
     got = load(tmp_path / "one")
     assert (len(got.rows), len(got.test)) == (9, 1)
-    with pytest.raises(DataError, match="is a single split: data.test_split=test is not in it"):
+    with pytest.raises(DataError, match="is a single split, without data.test_split=test: set it to null"):
         load(tmp_path / "one", test_split="test")
 
 
@@ -62,7 +62,7 @@ def test_a_folder_of_parquet_by_load_dataset(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("bad", [ConnectionError("Couldn't reach the Hub\nlong story"), ValueError("Unknown split 'dev'"), OSError()])
-def test_whatever_the_library_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch, bad: Exception) -> None:
+def test_every_error_of_the_library_becomes_one_sentence(monkeypatch: pytest.MonkeyPatch, bad: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise bad
 
@@ -72,15 +72,15 @@ def test_whatever_the_library_raises_is_one_sentence(monkeypatch: pytest.MonkeyP
     assert "\n" not in str(caught.value)
 
 
-def test_a_label_of_minus_one_is_no_label(tmp_path: Path) -> None:
+def test_a_label_of_minus_one_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features=FEATURES).save_to_disk(tmp_path / "hidden")
-    with pytest.raises(DataError, match="training row 1 has class id -1 of 2 classes: the row has no label"):
+    with pytest.raises(DataError, match="training row 1 has class id -1, but there are 2 classes: remove the row"):
         load(tmp_path / "hidden", test_fraction=0.0)
 
 
 def test_missing_splits_and_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.DatasetDict({"train": rows(2), "more": rows(2)}).save_to_disk(tmp_path / "d")
-    with pytest.raises(DataError, match="has no split 'dev': it holds train, more"):
+    with pytest.raises(DataError, match="has no split 'dev': choose from train, more"):
         load(tmp_path / "d", test_split="dev")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows(0))
     with pytest.raises(DataError, match="data.name=empty split 'train' has no rows"):

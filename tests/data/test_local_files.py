@@ -112,11 +112,11 @@ def test_a_pattern_reads_files_of_any_name(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_match_is_no_record() -> None:
+def test_empty_matches_are_not_records() -> None:
     assert matches("a\nb\n", compile_pattern("(?P<text>.*)"), "x") == [{"text": "a"}, {"text": "b"}]
 
 
 def test_mixed_types_name_the_column(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(DataError, match="column 'text' mixes types over its rows"):
+    with pytest.raises(DataError, match="column 'text' has values of several types"):
         read(tmp_path / "a.jsonl")

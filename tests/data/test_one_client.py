@@ -55,11 +55,11 @@ def test_without_a_file_of_its_own_a_device_takes_its_part_of_the_scenario(tmp_p
     whole, alone = load_federation(config(tmp_path / "all")), load_federation(config(tmp_path / "all", client="bert"))
     assert list(alone.clients) == ["bert"]
     assert rows_of(alone, "bert") == rows_of(whole, "bert")
-    with pytest.raises(DataError, match="client 'carl' has no rows in this scenario: its clients are anna, bert"):
+    with pytest.raises(DataError, match="client 'carl' has no rows in this scenario, whose clients are anna, bert"):
         load_federation(config(tmp_path / "all", client="carl"))
 
 
-def test_a_device_class_does_not_hang_on_who_else_is_loaded() -> None:
+def test_a_device_class_does_not_depend_on_the_other_clients() -> None:
     values = to_dict(Config())
     values["partition"] |= {"kind": "iid", "clients": 6}
     values["devices"]["classes"] = {"small": {"share": 0.5}, "large": {"share": 0.5}}
@@ -126,7 +126,7 @@ def test_a_coordinator_takes_the_test_that_a_simulation_takes(tmp_path: Path) ->
         assert load_test(from_dict(values)).test[:] == load_federation(from_dict(values)).test[:]
 
 
-def test_class_names_without_a_label_column_are_no_histogram(tmp_path: Path) -> None:
+def test_class_names_without_a_label_column_give_no_histogram(tmp_path: Path) -> None:
     write(tmp_path / "all")
     values = to_dict(config(tmp_path / "all", labels=["no", "yes"], columns={"label": "kind"}))
     values["task"]["kind"] = "causal_lm"

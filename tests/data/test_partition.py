@@ -39,7 +39,7 @@ def test_every_row_belongs_to_exactly_one_client(kind: str, data: st.DataObject)
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "size", "prior"])
-def test_another_seed_deals_other_rows(kind: str) -> None:
+def test_another_seed_gives_another_partition(kind: str) -> None:
     labels = np.arange(100) % 5
     one, two = (deal(kind, labels, seed, clients=5) for seed in (0, 1))
     assert {n: p.tolist() for n, p in one.items()} != {n: p.tolist() for n, p in two.items()}
@@ -54,7 +54,7 @@ def test_small_natural_clients_are_left_out_with_a_note(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, "fedtune.data"):
         rows = rows_of_large_clients(PartitionConfig(min_examples=2), ["a", "b", "a", "c", "c"])
     assert rows.tolist() == [0, 2, 3, 4]
-    assert "1 of 3 clients have fewer than 2 rows: left out, 1 rows in all" in caplog.text
+    assert "1 of 3 clients have fewer than 2 rows and are left out (1 rows)" in caplog.text
 
 
 def test_iid_is_even_and_mixed() -> None:
@@ -70,7 +70,7 @@ def test_ids_grow_with_the_number_of_clients() -> None:
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "size", "prior"])
 @pytest.mark.parametrize("classes", [1, 5])
-def test_the_order_of_the_source_decides_nothing(kind: str, classes: int) -> None:
+def test_the_order_of_the_source_has_no_effect(kind: str, classes: int) -> None:
     labels = np.arange(2000) % classes  # sorted by topic: a class's first rows are one topic, its last another
     parts = deal(kind, labels, clients=8, alpha=0.01 if kind == "size" else float("inf"), classes_per_client=1)
     assert len(parts) == 8
@@ -85,7 +85,7 @@ def test_the_order_of_the_source_decides_nothing(kind: str, classes: int) -> Non
     ("dirichlet", 4, 2, 4, float("inf")),
     ("pathological", 130, 13, 10, 1.0),  # 13 rows to two clients: the first of them once got 7, always
 ])  # fmt: skip
-def test_the_place_of_a_client_decides_nothing_about_its_size(kind: str, rows: int, per_class: int, clients: int, alpha: float) -> None:
+def test_a_client_s_index_does_not_affect_its_size(kind: str, rows: int, per_class: int, clients: int, alpha: float) -> None:
     labels = np.repeat(np.arange(rows // per_class), per_class)
     sizes = np.zeros((60, clients))
     for seed in range(60):
@@ -96,7 +96,7 @@ def test_the_place_of_a_client_decides_nothing_about_its_size(kind: str, rows: i
     assert np.abs(sizes.mean(axis=0) - rows / clients).max() < 4 * deviation, sizes.mean(axis=0)
 
 
-def test_apportion_gives_what_is_left_to_the_largest_remainders() -> None:
+def test_apportion_gives_the_rest_to_the_largest_remainders() -> None:
     rng = np.random.default_rng(0)
     # 7 * (.5, .3, .2) = 3.5, 2.1, 1.4: floors 3, 2, 1, and the one left over goes to the first
     assert apportion(7, np.array([5.0, 3.0, 2.0]), rng).tolist() == [4, 2, 1]
@@ -125,7 +125,7 @@ def test_dirichlet_is_uneven_when_alpha_is_small_and_even_when_it_is_large() -> 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_dirichlet_deals_each_class_by_a_draw_of_its_own_alpha(alpha: float) -> None:
-    classes, clients = 2000, 5  # the mean over so many is within 3 % of what is expected
+    classes, clients = 2000, 5  # the mean over 2000 classes is within 3 % of its expectation
     labels = np.repeat(np.arange(classes), 100)
     parts = deal("dirichlet", labels, clients=clients, alpha=alpha)
     shares = np.array([np.bincount(labels[part], minlength=classes) for part in parts.values()]) / 100
@@ -137,7 +137,7 @@ def test_dirichlet_leaves_out_empty_clients_with_a_note(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, "fedtune.data"):
         parts = deal("dirichlet", np.zeros(20, int), clients=20, alpha=0.01)
     assert len(parts) < 20
-    assert f"{20 - len(parts)} of 20 clients got no rows and are left out" in caplog.text
+    assert f"{20 - len(parts)} of 20 clients have no rows and are left out" in caplog.text
 
 
 @pytest.mark.parametrize(("clients", "per"), [(5, 2), (10, 2), (7, 3), (2, 10), (3, 4)])

@@ -50,17 +50,17 @@ def test_delimiter_and_encoding_are_seen(tmp_path: Path, delimiter: str, encodin
         assert read(tmp_path / "a.csv") == WANTED
 
 
-def test_a_file_that_is_not_utf_8_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_not_utf_8_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fedtune.data"):
         (tmp_path / "a.csv").write_bytes(written(",", "\n").encode("utf-8"))
         read(tmp_path / "a.csv")
         assert not caplog.text
         (tmp_path / "a.csv").write_bytes(written(",", "\n").encode("cp1252"))
         read(tmp_path / "a.csv")
-    assert "a.csv is not UTF-8 and is read as Windows-1252 ('Größe'): where that is wrong, set data.encoding" in caplog.text
+    assert "a.csv is not UTF-8 and is read as Windows-1252 ('Größe'): if that is wrong, set data.encoding" in caplog.text
 
 
-def test_a_named_encoding_is_taken_at_its_word(tmp_path: Path) -> None:
+def test_a_given_encoding_is_used(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("text\nпривет\n".encode("cp1251"))
     assert read(tmp_path / "a.csv", encoding="cp1251") == [{"text": "привет"}]
 
@@ -140,7 +140,7 @@ def classification(path: Path, **data: Any) -> Config:
 @pytest.mark.parametrize("columns", WRONG, ids=["a name", "a template", "a client"])
 def test_a_wrong_column_is_refused_in_the_reader_s_words(file: Path, columns: dict[str, str]) -> None:
     config = classification(file, columns=columns)
-    with pytest.raises(DataError, match="training rows have no column 'intent'|names 'intent', which the rows do not have") as early:
+    with pytest.raises(DataError, match="training rows have no column 'intent'|names 'intent', but the rows have only") as early:
         check_data(config)
     with pytest.raises(DataError) as late:
         load_federation(config)
@@ -160,7 +160,7 @@ def test_a_wrong_column_of_the_test_is_refused(file: Path, tmp_path: Path) -> No
         check_coordinator_data(dataclasses.replace(config, data=dataclasses.replace(config.data, path="")))
 
 
-def test_what_only_the_rows_tell_is_left_to_the_reader(tmp_path: Path) -> None:
+def test_faults_in_rows_are_left_to_the_reader(tmp_path: Path) -> None:
     column = {"label": "größe"}
     for content in ('{"text": "a"}\n{"text": "b", "größe": 1}', '{"text": "a"}\n{"text": "b", "gr\\u00F6\\u00dfe": 1}', '{"text": '):
         for name, text in (("a.jsonl", content), ("a.json", f"[{content.replace(chr(10), ',')}]")):
@@ -191,7 +191,9 @@ def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name
     done = subprocess.run([sys.executable, "-m", f"fedtune.{door}", *settings, *more], cwd=ROOT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.strip().endswith("the training rows have no column 'intent' (data.columns.label): there are text, label")
+    assert done.stderr.strip().endswith(
+        "the training rows have no column 'intent' (data.columns.label), only text, label: correct the name"
+    )
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
