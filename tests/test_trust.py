@@ -78,7 +78,7 @@ def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, cap
     for name, command in commands.items():
         capsys.readouterr()
         assert command() == 2, name
-        assert "brings its own code" in capsys.readouterr().err, name
+        assert "contains its own code" in capsys.readouterr().err, name
     for kind in ("edge", "gguf"):  # they read no code, only tensors
         assert cli.main(["export", str(run), "--to", kind, "--out", str(tmp_path / kind)]) == 2
     assert read_texts(run) and beyond_privacy(run) == ""

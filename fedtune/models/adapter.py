@@ -1,7 +1,7 @@
 """One live adapter slot on a shared frozen backbone.
 
-A simulation loads and reads adapters hundreds of times a round, so the exchange copies raw tensors (0.1 ms) and never goes through PEFT's
-own state dicts (3-6 ms, and they lose parts of some methods). PEFT's formats are for the hand-off only.
+A simulation loads and reads adapters hundreds of times a round. So `load` and `read` copy raw tensors (0.1 ms) instead of PEFT's state
+dicts (3-6 ms, incomplete for some methods). PEFT's formats are only for saved adapters.
 """
 
 import contextlib
@@ -32,27 +32,27 @@ _LOG = logging.getLogger(__name__)
 
 
 class LiveAdapter:
-    """The backbone with its one adapter, ready to train.
+    """A backbone with its one adapter, ready to train.
 
     Args:
-        backbone: Wrapped in place; it can carry one adapter only.
-        peft: Method and its settings.
-        task: A classifier's head is trained with the adapter.
+        backbone: Wrapped in place; it can have one adapter only.
+        peft: The method and its settings.
+        task: The task; a classifier's head is trained with the adapter.
 
     Attributes:
-        model: What to call: backbone, adapter and head.
+        model: The model to call: backbone, adapter and head.
         parameters: Canonical name → live trainable parameter (float32), in the order of the model.
         names: Canonical name → the parameter's name in `model`.
-        origin: Canonical name → what its state is relative to (see `Attached`).
-        spec: What the loaded tensors mean; version 0.
+        origin: Canonical name → the value that its state is relative to (see `Attached`).
+        spec: The spec of the loaded tensors; version 0.
 
     Raises:
-        ModelError: The method does not fit the architecture, the targets match nothing, or the backbone carries an adapter already.
+        ModelError: The method does not fit the architecture, no target matches, or the backbone already has an adapter.
     """
 
     def __init__(self, backbone: Backbone, peft: PeftConfig, task: TaskConfig) -> None:
         if getattr(backbone.model, "_carries_adapter", False):
-            raise ModelError("this backbone carries an adapter already: load the backbone again, or use the adapter that it has")
+            raise ModelError("this backbone already has an adapter: load the backbone again, or use its adapter")
         untrained = other_weights(backbone.model)
         self._attached = attached = attach(backbone.model, peft, task)
         if attached.ranks and peft.targets == "all-linear":
@@ -73,11 +73,11 @@ class LiveAdapter:
     def load(self, state: AdapterState) -> None:
         """Copy a state into the live parameters.
 
-        A LoRA state may have smaller ranks than the slot: the rest of A and B is zero, without gradient, and stays so. Its scaling becomes
-        the model's.
+        A LoRA state may have smaller ranks than the slot: the rest of A and B is then zero, gets no gradient and stays zero. The state's
+        scaling becomes the model's.
 
         Raises:
-            ModelError: It belongs to another backbone, or its method, names, ranks or shapes are not this adapter's.
+            ModelError: The state belongs to another backbone, or its method, names, ranks or shapes are not this adapter's.
         """
         self._check(state)
         spec = state.spec
@@ -98,7 +98,7 @@ class LiveAdapter:
             self.spec = dataclasses.replace(self.spec, ranks=dict(spec.ranks), scaling=dict(spec.scaling))
 
     def read(self, version: int) -> AdapterState:
-        """A copy of the live tensors, on the CPU, as the given version, with the ranks and scaling of what was loaded."""
+        """A copy of the live tensors on the CPU, as the given version, with the ranks and scaling of the loaded state."""
         origin, smaller = self._attached.origin, self.spec.ranks != self._attached.ranks
         tensors = {}
         for name, parameter in self.parameters.items():
@@ -113,17 +113,17 @@ class LiveAdapter:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it the model is the untouched backbone; a classifier has the head that it was loaded with."""
+        """A context in which the model is the untouched backbone; a classifier has its loaded head."""
         flags = [(p, p.requires_grad) for p in self.parameters.values()]
         try:
             with self._attached.disabled():
                 yield
         finally:
-            for parameter, flag in flags:  # PEFT turns every gradient on again, also those that a plan had turned off
+            for parameter, flag in flags:  # PEFT turns all gradients on again, even those that a plan has turned off
                 parameter.requires_grad_(flag)
 
     def save_peft(self, folder: Path) -> None:
-        """Write a folder that `PeftModel.from_pretrained` opens on the untouched backbone; an empty one where PEFT lacks the method."""
+        """Write a folder that `PeftModel.from_pretrained` opens on the untouched backbone; an empty one if PEFT lacks the method."""
         folder.mkdir(parents=True, exist_ok=True)
         if self._attached.save is not None:
             self._attached.save(folder)
@@ -131,19 +131,19 @@ class LiveAdapter:
     def _check(self, state: AdapterState) -> None:
         mine, theirs = self.spec, state.spec
         if theirs.base and theirs.base != mine.base:
-            raise ModelError(f"the adapter belongs to the backbone {theirs.base}, the one loaded is {mine.base}: load the same checkpoint")
+            raise ModelError(f"the adapter belongs to the backbone {theirs.base}, but {mine.base} is loaded: load the same checkpoint")
         if theirs.method != mine.method:
-            raise ModelError(f"the adapter's method is '{theirs.method}', the model has '{mine.method}': see peft.method")
+            raise ModelError(f"the adapter's method is '{theirs.method}', but the model's is '{mine.method}': see peft.method")
         if missing := [n for n in self.parameters if n not in state.tensors]:
-            raise ModelError(f"the adapter lacks '{missing[0]}' ({len(missing)} such) that the model trains: see peft.targets and the task")
+            raise ModelError(f"the adapter lacks '{missing[0]}' ({len(missing)} such) of the model: see peft.targets and the task")
         if surplus := [n for n in state.tensors if n not in self.parameters]:
             raise ModelError(f"the adapter has '{surplus[0]}' ({len(surplus)} such), unknown to the model: see peft.targets and the task")
         for module, largest in self._attached.ranks.items():
             if not 1 <= theirs.ranks.get(module, 0) <= largest:
-                rank = theirs.ranks.get(module, "not given")
-                raise ModelError(f"the adapter's rank at '{module}' is {rank}, the model has room for {largest}: see peft.rank")
+                rank = theirs.ranks.get(module, "missing")
+                raise ModelError(f"the adapter's rank at '{module}' is {rank}, but the model allows 1 to {largest}: see peft.rank")
             if module not in theirs.scaling:
-                raise ModelError(f"the adapter's scaling at '{module}' is not given: the state is damaged")
+                raise ModelError(f"the adapter's scaling at '{module}' is missing: the state is damaged")
         for name, parameter in self.parameters.items():
             if (shape := state[name].shape) == parameter.shape and theirs.ranks == self._attached.ranks:
                 continue
@@ -151,18 +151,18 @@ class LiveAdapter:
             if name.endswith(_FACTORS):
                 wanted[0 if name.endswith(".lora_A") else 1] = theirs.ranks[name.rpartition(".")[0]]
             if list(shape) != wanted:
-                raise ModelError(f"the adapter's '{name}' has the shape {tuple(shape)}, the model wants {tuple(wanted)}")
+                raise ModelError(f"the adapter's '{name}' is {tuple(shape)}, but the model's is {tuple(wanted)}: see peft.targets")
 
 
 def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, num_labels: int, seed: int) -> AdapterState:
-    """The adapter of version 0, from config.json alone: a server needs no backbone.
+    """The adapter of version 0, from config.json alone, so that a server needs no backbone.
 
-    Tensors start as the method says (`initial` in its file), those relative to the backbone's own from zero; a head as `load_backbone` with
-    this seed has it: read from the checkpoint where its weights are at hand and hold one that fits, drawn otherwise. `spec.base` is "": the
-    caller knows the fingerprint. Only peft.init=loftq takes the weights too, one layer at a time.
+    The method's `initial` gives the tensors; those with an origin are zero. A head equals that of `load_backbone` with this seed: read
+    from the checkpoint if its weights are available and have a head that fits, or else drawn. `spec.base` is "", since the caller knows
+    the fingerprint. Only peft.init=loftq also reads the weights, one layer at a time.
 
     Raises:
-        ModelError: As `load_backbone` and `LiveAdapter`, as far as config.json shows it.
+        ModelError: As `load_backbone` and `LiveAdapter`, for errors that config.json shows.
     """
     folder = find_folder(model, weights=False)
     hf_config = build_config(model, task, num_labels=num_labels, folder=folder)
@@ -191,10 +191,10 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
 
 
 def _report_untrained(share: float, name: str) -> None:
-    """Log which large weights all-linear leaves alone, because they are no linear layers."""
+    """Log large weights that all-linear does not adapt, because they are not linear layers."""
     if name:
         _LOG.warning(
-            "peft.targets=all-linear adapts linear layers only: %.0f %% of the weights, such as '%s', are none and stay as they are",
+            "peft.targets=all-linear adapts linear layers only: %.0f %% of the weights, such as '%s', are none and stay frozen",
             100 * share, name,
         )  # fmt: skip
 
@@ -204,7 +204,7 @@ def _spec(attached: Attached, peft: PeftConfig, base: str) -> AdapterSpec:
 
 
 def _stored_head(folder: Path, heads: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The checkpoint's own head, where all of it is there and fits."""
+    """The checkpoint's head if it is complete and fits, or else empty."""
     if not has_weights(folder, read_config(folder)):
         return {}
     found = {t.name: t for t in stored_tensors(folder) if t.name in heads}

@@ -1,4 +1,4 @@
-"""Read an adapter from its folder: fedtune's own tensors where they are there, else plain LoRA as PEFT writes it, without PEFT."""
+"""Read an adapter from its folder, without PEFT: fedtune's own tensors if they exist, or else PEFT's plain LoRA."""
 
 import math
 import re
@@ -16,24 +16,24 @@ from fedtune.storage.parsing import parse_json, read_text
 from fedtune.storage.reading import read_fields
 
 OWN = "fedtune.safetensors"
-BESIDE = "adapter"  # folder, beside an exported backbone, of an adapter that no weights can express
-OVER = "quantised.json"  # says which quantized weights the adapter counts on
+BESIDE = "adapter"  # folder beside an exported backbone, for an adapter that weights cannot express
+OVER = "quantised.json"  # names the quantized weights that the adapter requires
 _PREFIX = "base_model.model."
-# Settings that change what a merge has to compute; only these values are plain LoRA
+# Settings that change the arithmetic of a merge, with their values for plain LoRA
 _PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAdapter:
-    """What an adapter folder holds.
+    """The content of an adapter folder.
 
     Args:
-        state: Everything trained, by canonical name; its base is "" where fedtune did not write the folder.
-        shifts: What was merged into the frozen weights besides, in the order of the rounds.
-        heads: Of PEFT's: parameter of the backbone → what replaces it, such as `score.weight`. fedtune's own heads are in the state.
-        base: Name or folder of the backbone; "" where the adapter does not say.
-        task_type: PEFT's, such as CAUSAL_LM; "" where the adapter does not say.
-        over: `precision` and `compute` of the quantized weights that it counts on (peft.init=loftq); empty where it is for any.
+        state: All trained tensors, by canonical name; its base is "" if fedtune did not write the folder.
+        shifts: The shifts of the frozen weights, in the order of the rounds.
+        heads: In PEFT's folder: parameter of the backbone → its replacement, such as `score.weight`. fedtune keeps heads in the state.
+        base: Name or folder of the backbone; "" if the adapter does not give it.
+        task_type: PEFT's task type, such as CAUSAL_LM; "" if the adapter does not give it.
+        over: `precision` and `compute` of the quantized weights that the adapter requires (peft.init=loftq); empty for any weights.
     """
 
     state: AdapterState
@@ -48,18 +48,18 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """Read `fedtune.safetensors` with its `shift-*.safetensors`, or `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        ModelError: A file is missing, damaged or pickled, or the adapter is of PEFT's and no plain LoRA.
-        CheckpointError: A file of fedtune's is damaged.
+        ModelError: A file is missing, damaged or pickled, or PEFT's adapter is not plain LoRA.
+        CheckpointError: One of fedtune's files is damaged.
     """
     if not (folder / OWN).is_file():
         return _read_peft(folder)
-    said = _json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
+    config = _json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
     shifts = (AdapterState.load(p) for p in folder.glob("shift-*.safetensors"))
     return StoredAdapter(
         state=AdapterState.load(folder / OWN),
         shifts=tuple(sorted(shifts, key=lambda s: s.spec.version)),
-        base=_text(said.get("base_model_name_or_path")),
-        task_type=_text(said.get("task_type")),
+        base=_text(config.get("base_model_name_or_path")),
+        task_type=_text(config.get("task_type")),
         over=_over(folder),
     )
 
@@ -74,13 +74,13 @@ def _read_peft(folder: Path) -> StoredAdapter:
         other = tensors.pop(f"{module}.lora_B.weight", None)
         a = tensors.pop(name)
         if other is None or a.ndim != 2 or other.ndim != 2 or other.shape[1] != a.shape[0]:
-            raise ModelError(f"{folder}: the factors A and B of '{module}' do not fit each other: the adapter is damaged")
+            raise ModelError(f"{folder}: the shapes of A and B of '{module}' do not match: the adapter is damaged")
         state[f"{module}.lora_A"], state[f"{module}.lora_B"] = a, other
         ranks[module], scaling[module] = len(a), _scaling(config, module)
     if odd := [n for n in tensors if ".lora_" in n]:
-        raise ModelError(f"{folder}: '{odd[0]}' is not part of a plain LoRA on linear layers, the only kind that can be merged")
+        raise ModelError(f"{folder}: '{odd[0]}' is not part of plain LoRA on linear layers, the only kind that can be merged")
     if not state:
-        raise ModelError(f"{folder}: {folder / 'adapter_model.safetensors'} holds no LoRA factors")
+        raise ModelError(f"{folder}: {folder / 'adapter_model.safetensors'} has no LoRA factors")
     return StoredAdapter(
         state=AdapterState(state, AdapterSpec(method="lora", ranks=ranks, scaling=scaling)),
         heads=tensors,
@@ -92,7 +92,7 @@ def _read_peft(folder: Path) -> StoredAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class _Over:
-    """The quantized weights that an adapter was trained over."""
+    """The quantized weights that an adapter was trained on."""
 
     precision: Literal["nf4", "int8"]
     compute: Literal["bf16", "fp32"]
@@ -105,7 +105,7 @@ def _over(folder: Path) -> dict[str, str]:
         return read_fields(_Over, _json(folder / OVER), ValueError, "file", others=True)
     except ValueError as bad:
         raise ModelError(
-            f"{folder / OVER} cannot be read: {bad}; it must say the precision and the compute of the adapter's backbone"
+            f"{folder / OVER} cannot be read: {bad}; it must give `precision` and `compute` of the adapter's backbone"
         ) from None
 
 
@@ -139,7 +139,7 @@ def _config(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError, re.error):
         good, kind, config = False, "", {}
     if kind and kind != "LORA":
-        raise ModelError(f"{folder} is a PEFT adapter of the kind {kind}: only LORA can be merged")
+        raise ModelError(f"{folder} is a PEFT adapter of type {kind}: only LORA can be merged")
     if not good:
         raise ModelError(f"{path} cannot be read: it must be the JSON of a PEFT LoRA adapter")
     for key, plain in _PLAIN.items():
@@ -152,7 +152,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
-            raise ModelError(f"{folder} has only a pickled adapter_model.bin, which can run code when opened: save it as safetensors first")
+            raise ModelError(f"{folder} has only a pickled adapter_model.bin, which can run code when it is opened: save it as safetensors")
         raise ModelError(f"{folder} has no adapter_model.safetensors")
     try:
         with safe_open(path, "pt") as f:

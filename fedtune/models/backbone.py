@@ -1,4 +1,4 @@
-"""Load a backbone and freeze it: from the embedded folder, a local folder or the hub, always from safetensors."""
+"""Load and freeze a backbone from the embedded folder, a local folder or the hub, always from safetensors."""
 
 import dataclasses
 import importlib
@@ -34,13 +34,13 @@ class Backbone:
     """A frozen model with its tokenizer.
 
     Args:
-        model: No parameter requires a gradient; dropout as the checkpoint configures it; in eval mode.
-        tokenizer: With a pad token; the model's config names the same one.
-        fingerprint: What adapters of this backbone carry as their base.
-        name: What another program loads it by: the hub name, or the folder.
-        folder: Where its files lie.
-        device: Where its weights lie.
-        completed: Weights that the checkpoint lacks and that are set to the identity.
+        model: The model in eval mode; no parameter requires a gradient, and dropout is the checkpoint's.
+        tokenizer: The tokenizer, with the same pad token as the model's config.
+        fingerprint: The base of this backbone's adapters.
+        name: The name for other programs: the hub name, or the folder.
+        folder: Folder of its files.
+        device: Device of its weights.
+        completed: Weights missing from the checkpoint that are set to the identity.
     """
 
     model: PreTrainedModel
@@ -53,7 +53,7 @@ class Backbone:
 
     @property
     def seq2seq(self) -> bool:
-        """Whether it reads the prompt in an encoder and writes the answer with a decoder."""
+        """Whether it is an encoder-decoder."""
         return is_seq2seq(self.model.config)
 
 
@@ -66,26 +66,26 @@ def load_backbone(
     outline: Mapping[str, Tensor] | None = None,
     packed: bool = False,
 ) -> Backbone:
-    """Load, check, freeze.
+    """Load, check and freeze a backbone.
 
     Args:
-        config: Which backbone, its precision and device.
-        task: `kind` decides the model class; `max_length` must fit the context.
+        config: The backbone, its precision and device.
+        task: Its `kind` determines the model class; `max_length` must fit the context.
         num_labels: Outputs of the task's head (`Task.outputs`); 0 without one.
-        seed: The run's seed: draws the weights of `init=random`, and a classification head that the checkpoint lacks.
-        outline: Float32 tensors on the meta device that stand for the checkpoint's, by its names: the model is then made of them and lies
-            there too, without weights, but with everything checked. Of a pretrained backbone in float32 only.
-        packed: Whether weights may be quantized already: to answer with them, never to train over them or to export them.
+        seed: The run's seed, for the weights of `init=random` and for a classification head that the checkpoint lacks.
+        outline: Float32 tensors on the meta device in place of the checkpoint's, by its names. The model is then on the meta device too,
+            without weights but fully checked. Only for a pretrained backbone in float32.
+        packed: Whether the checkpoint may be quantized already. Such weights can generate answers, but cannot be trained or exported.
 
     Raises:
-        ModelError: The checkpoint is missing, damaged, pickled, of an unknown architecture, or does not fit the task.
+        ModelError: The checkpoint is missing, damaged, pickled or of an unknown architecture, or does not fit the task.
     """
     folder = find_folder(config)
     hf_config = build_config(config, task, num_labels=num_labels, folder=folder, packed=packed)
     tokenizer = load_tokenizer(folder, config)
     device = torch.device("meta") if outline else pick_device(config.device)
     settings = _settings(config, device)
-    drawn = config.init == "random"  # a fingerprint reads every header, so that a truncated file is refused before anything is loaded
+    drawn = config.init == "random"  # the fingerprint reads every header and so refuses a truncated file before anything is loaded
     mark = digest(read_config(folder), [("random", str(seed).encode())]) if drawn else fingerprint(folder)
     if config.precision in ("nf4", "int8"):
         model = _quantized_model(folder, hf_config, task, config, seed, mark, device, settings)
@@ -102,7 +102,7 @@ def load_backbone(
     set_tokens(model, tokenizer, folder)
     check_context(model, task, folder)
     name = config.name if config.source == "hub" and not Path(config.name).expanduser().is_dir() else str(folder)
-    model.config._name_or_path = name  # what an adapter's folder says that it belongs to
+    model.config._name_or_path = name  # becomes the base model's name in an adapter's folder
     return Backbone(model=model, tokenizer=tokenizer, fingerprint=mark, name=name, folder=folder, device=device, completed=completed)
 
 
@@ -110,7 +110,7 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
     """The transformers config of the backbone for this task, from config.json alone.
 
     Raises:
-        ModelError: Unknown architecture, or one that cannot do the task.
+        ModelError: The architecture is unknown or does not support the task.
     """
     kind = read_config(folder)["model_type"]
     if not packed:
@@ -120,21 +120,21 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
     try:
         with quiet():
             out = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **extra)
-    except Exception as bad:  # transformers raises whatever its config classes and their validators raise
+    except Exception as bad:  # transformers' config classes and validators may raise any type
         if "trust_remote_code" in str(bad):
             raise ModelError(
-                f"{folder} brings its own code: read it, then allow it with model.trust_remote_code=true, also after resume=RUN, or with"
+                f"{folder} contains its own code: read it, then allow it with model.trust_remote_code=true, also after resume=RUN, or with"
                 " --trust-remote-code of `fedtune export` and `fedtune draft`"
             ) from None
         if "model type" in str(bad) or isinstance(bad, KeyError):
-            raise ModelError(f"{folder} is of the architecture '{kind}', which this version of transformers does not know") from None
+            raise ModelError(f"{folder} has the architecture '{kind}', which this version of transformers does not know") from None
         raise ModelError(f"{folder / 'config.json'} is not a valid '{kind}' config: {first_line(bad)}") from None
     heads = tasks_with(head=True)
     if is_seq2seq(out) and kind != "t5":
-        raise ModelError(f"{folder} is an encoder-decoder ('{kind}'): of these T5 is supported, and decoders, and encoders for {heads}")
+        raise ModelError(f"{folder} is an encoder-decoder ('{kind}'): take T5, a decoder, or an encoder for {heads}")
     if is_seq2seq(out) and not wanted.encoder_decoder:
         others = tasks_with(encoder_decoder=True)
-        raise ModelError(f"'{kind}' is an encoder-decoder and cannot do task.kind={task.kind}: take {others}, or a decoder")
+        raise ModelError(f"'{kind}' is an encoder-decoder, which does not support task.kind={task.kind}: take {others}, or a decoder")
     if not config.dropout:
         for name in dropout_rates(out):
             setattr(out, name, 0.0)
@@ -142,9 +142,9 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
         return out
     if type(out) not in _auto_class(task, out)._model_mapping:
         raise ModelError(f"the architecture '{kind}' has no model for task.kind={task.kind} in transformers")
-    # transformers offers encoders as causal LMs too (BertLMHeadModel), which makes sense only with is_decoder
+    # transformers also has encoders as causal LMs (BertLMHeadModel), which makes sense only with is_decoder
     if not wanted.head and type(out) in AutoModelForMaskedLM._model_mapping and not getattr(out, "is_decoder", False):
-        raise ModelError(f"'{kind}' is an encoder and cannot do task.kind={task.kind}: take task.kind={heads}, or a decoder")
+        raise ModelError(f"'{kind}' is an encoder, which does not support task.kind={task.kind}: take task.kind={heads}, or a decoder")
     return out
 
 
@@ -153,28 +153,28 @@ def is_seq2seq(hf_config: Any) -> bool:
 
 
 def dropout_rates(hf_config: Any) -> dict[str, float]:
-    """The dropout rates that an architecture's config knows and that are not 0: hidden_dropout_prob, attn_pdrop, attention_dropout …"""
+    """The nonzero dropout rates in an architecture's config, such as hidden_dropout_prob, attn_pdrop and attention_dropout."""
     found = hf_config.to_dict().items()
     return {k: v for k, v in found if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float) and v > 0}
 
 
 def empty_model(hf_config: Any, task: TaskConfig, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The architecture without storage, on the meta device."""
+    """The model on the meta device, without storage."""
     with quiet(), torch.random.fork_rng(), torch.device("meta"):
         return _auto_class(task, hf_config).from_config(hf_config, trust_remote_code=trust_remote_code)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Top-level modules with weights that are not the backbone proper: a classifier's head, such as `score`."""
+    """Top-level modules with weights outside of the base model: a classifier's head, such as `score`."""
     prefix, children = getattr(model, "base_model_prefix", ""), dict(model.named_children())
-    if prefix and prefix not in children:  # T5 for generation: its parts are its own children
+    if prefix and prefix not in children:  # T5 for generation has no base model as a child
         output = cast(PreTrainedModel, model).get_output_embeddings()
         return [n for n, m in children.items() if m is output]
     return [n for n, m in children.items() if n != prefix and any(True for _ in m.parameters())]
 
 
 def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """A head's tensor: matrices normal(0, std) from a generator of their own, norms one, biases zero; float32."""
+    """A head's tensor in float32: matrices are normal(0, std) from a generator for this name, norms one, biases zero."""
     if len(shape) >= 2:
         return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(derive_seed(seed, "init", name)))
     return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
@@ -189,28 +189,31 @@ def _auto_class(task: TaskConfig, hf_config: Any) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises ModelError where `name` is cuda and there is none."""
+    """Raises ModelError if `name` is cuda and there is no CUDA device."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device=cuda, but torch sees no CUDA device: take model.device=auto or cpu")
+        raise ModelError("model.device=cuda, but torch finds no CUDA device: take model.device=auto or cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Keep only each layer's input in training, and compute the rest again in the backward pass.
+    """Turn on activation checkpointing: training keeps only each layer's input and recomputes the rest in the backward pass.
 
     Args:
         model: The backbone.
-        reentrant: PyTorch's older way, for hooks that must see each layer's backward pass once, such as those of per-sample gradients.
+        reentrant: Use PyTorch's older implementation, for hooks that must run once in each layer's backward pass, such as those of
+            per-sample gradients.
 
     Raises:
-        ModelError: The architecture cannot.
+        ModelError: The architecture does not support it.
     """
     try:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     except ValueError:
-        raise ModelError(f"model.checkpointing: the architecture '{model.config.model_type}' cannot: set it to false") from None
+        raise ModelError(
+            f"model.checkpointing: the architecture '{model.config.model_type}' does not support it: set it to false"
+        ) from None
     if reentrant:
-        model.enable_input_require_grads()  # it returns no gradient where no input has one, and a frozen embedding's output has none
+        model.enable_input_require_grads()  # it needs an input with a gradient, which a frozen embedding's output is not
 
 
 def _settings(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -219,12 +222,12 @@ def _settings(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     else:
         out = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
     if out["dtype"] is torch.bfloat16 and device.type == "cpu":
-        out["attn_implementation"] = "eager"  # the backward pass of bf16 SDPA takes over half of a step on a CPU
+        out["attn_implementation"] = "eager"  # on a CPU the backward pass of bf16 SDPA takes more than half of a step
     return out
 
 
 def _quantize() -> ModuleType:
-    """Late, because it loads bitsandbytes, which not every run needs and not every machine has."""
+    """The module, imported late: it loads bitsandbytes, which not every run needs and not every machine has."""
     try:
         return importlib.import_module("fedtune.models.quantize")
     except ImportError as bad:
@@ -234,9 +237,10 @@ def _quantize() -> ModuleType:
 def full_tensors(
     config: ModelConfig, task: TaskConfig, hf_config: Any, folder: Path, seed: int, dtype: torch.dtype, early: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The backbone's tensors before they are quantized, by their names in the checkpoint, each to be read as `tensors[name][...]`.
+    """The backbone's tensors before quantization, by their names in the checkpoint, each to be read as `tensors[name][...]`.
 
-    Those of a checkpoint lie on the disk until then; the ones that end as `early` says are read as `dtype`. Random ones are drawn whole.
+    A checkpoint's tensors stay on the disk until they are read; names that end in one of `early` are read as `dtype`. Random tensors are in
+    memory.
     """
     if config.init == "random":
         whole = dataclasses.replace(config, precision="fp32")
@@ -260,7 +264,7 @@ def _quantized_model(
     ends = [n for n, m in bare.named_modules() if m in (bare.get_input_embeddings(), bare.get_output_embeddings())]
     tensors = partial(full_tensors, config, task, hf_config, folder, seed, dtype, [f"{n.rpartition('.')[2]}.weight" for n in ends])
     recipe = quantize.recipe(bare, config.precision, dtype, mark)
-    if config.init == "pretrained":  # a pooler that is to be set must not be packed
+    if config.init == "pretrained":  # a pooler to be set to the identity must not be quantized
         lacking = [n.rpartition(".")[0] for n in _lacking(bare, folder)]
         recipe = dataclasses.replace(recipe, skip=tuple(dict.fromkeys([*recipe.skip, *lacking])))
     try:
@@ -279,17 +283,17 @@ def _pretrained_model(
     folder: Path, hf_config: Any, task: TaskConfig, config: ModelConfig, seed: int, settings: dict[str, Any]
 ) -> PreTrainedModel:
     try:
-        with quiet(), torch.random.fork_rng():  # transformers draws the missing head from the global generator before it is overwritten
+        with quiet(), torch.random.fork_rng():  # transformers draws a missing head from the global generator; it is overwritten below
             model, info = _auto_class(task, hf_config).from_pretrained(
                 folder,
                 config=hf_config,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a head for other classes is drawn afresh; any other mismatch is refused below
+                ignore_mismatched_sizes=True,  # a head for other classes is drawn again; every other mismatch is refused below
                 **settings,
             )
-    except Exception as bad:  # transformers, safetensors and remote code raise what they like
+    except Exception as bad:  # transformers, safetensors and remote code may raise any type
         raise ModelError(f"the weights in {folder} cannot be loaded: {first_line(bad)}") from None
     _draw_heads(model, _missing(folder, task, model, info), hf_config, seed)
     return model
@@ -298,7 +302,7 @@ def _pretrained_model(
 def _outlined_model(
     folder: Path, outline: Mapping[str, Tensor], hf_config: Any, task: TaskConfig, config: ModelConfig, seed: int, settings: dict[str, Any]
 ) -> PreTrainedModel:
-    """Through transformers' own loading, so that names, ties and what is missing are as ever."""
+    """The model on the meta device, by transformers' own loading, so that names, ties and missing weights are checked as usual."""
     bare = empty_model(hf_config, task, trust_remote_code=config.trust_remote_code)
     try:
         with quiet(), torch.random.fork_rng():
@@ -308,25 +312,25 @@ def _outlined_model(
                 state_dict=dict(outline),
                 device_map={"": "meta"},
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # judged below
+                ignore_mismatched_sizes=True,  # checked below
                 **settings,
             )
-    except Exception as bad:  # transformers and remote code raise what they like
+    except Exception as bad:  # transformers and remote code may raise any type
         raise ModelError(f"the weights in {folder} cannot be loaded: {first_line(bad)}") from None
     _missing(folder, task, model, info)
     return model
 
 
 def _own_config(bare: PreTrainedModel, hf_config: Any) -> Any:
-    """The config that the model's class takes: of some composite checkpoints, transformers makes the text model alone."""
+    """The config for the model's class: for some composite checkpoints, transformers builds the text model alone."""
     return hf_config if type(bare.config) is type(hf_config) else hf_config.get_text_config()
 
 
 def _missing(folder: Path, task: TaskConfig, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:
-    """Weights of a head that the checkpoint has not, or not in this shape.
+    """A head's weights that the checkpoint lacks or has in another shape.
 
     Raises:
-        ModelError: Others are missing.
+        ModelError: Other weights are missing.
     """
     mismatched = {m[0] for m in info["mismatched_keys"]}
     fresh = sorted(set(info["missing_keys"]) | mismatched)
@@ -336,27 +340,27 @@ def _missing(folder: Path, task: TaskConfig, model: PreTrainedModel, info: Mappi
     if wrong := [n for n in fresh if n.split(".")[0] not in heads and n not in poolers]:
         what = "has another shape in" if wrong[0] in mismatched else "is missing from"
         raise ModelError(f"the weight '{wrong[0]}' {what} {folder} ({len(wrong)} such): config.json and the weights do not belong together")
-    # All of a head or nothing of it: a fresh projection on top of somebody's trained one would be neither
+    # A head is drawn entirely or not at all: a random projection on top of a trained one would be useless
     redrawn = {n.split(".")[0] for n in fresh if n not in poolers}
     return [n for n, _ in model.named_parameters() if n.split(".")[0] in redrawn]
 
 
 def _poolers(model: nn.Module) -> list[str]:
-    """Weights and biases of the square layer with which BERT's body ends; a body from masked-LM pre-training has none."""
+    """Weights and biases of the square layer at the end of BERT's base model; a base model from masked-LM pre-training has none."""
     heads = head_names(model)
     found = [(n, p) for n, p in model.named_parameters() if ".pooler." in n and n.split(".")[0] not in heads]
     return [n for n, p in found if p.ndim == 1 or p.shape[0] == p.shape[1]]
 
 
 def _lacking(model: nn.Module, folder: Path) -> tuple[str, ...]:
-    """The poolers that the checkpoint lacks; transformers prefixes the names of a bare body's tensors."""
+    """The poolers that the checkpoint lacks; transformers prefixes the names of a base model's tensors."""
     poolers = _poolers(model)
     stored = [t.name for t in stored_tensors(folder)] if poolers else []
     return tuple(n for n in poolers if not any(f".{n}".endswith(f".{s}") for s in stored))
 
 
 def _set_poolers(model: nn.Module, names: Collection[str]) -> None:
-    """The identity in place of a pooler that the checkpoint lacks: it is frozen, and must not mix what the body gives."""
+    """Set a pooler that the checkpoint lacks to the identity: it is frozen, and random weights would scramble the base model's output."""
     with torch.no_grad():
         for name in names:
             parameter = model.get_parameter(name)
@@ -383,7 +387,7 @@ def _random_model(hf_config: Any, task: TaskConfig, config: ModelConfig, seed: i
 
 
 def _keep_heads_in_fp32(model: PreTrainedModel) -> None:
-    """Heads are trained in float32 whatever the backbone's precision: AdamW's small steps vanish in bf16's 8 bits."""
+    """Heads are trained in float32 at every precision of the backbone: AdamW's small steps vanish in bf16's 8 bits."""
 
     def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

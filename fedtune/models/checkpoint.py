@@ -1,4 +1,4 @@
-"""A checkpoint's folder on the disk: find it, refuse what is damaged or pickled, and name it by what it holds."""
+"""A checkpoint's folder: find it, refuse damaged and pickled files, and compute its fingerprint."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json, read_text
 
 NANO = Path(__file__).parent / "nano"  # the embedded backbone
-# What of config.json may change when the same weights are saved again, or loaded for another task
+# Keys of config.json that may change when the same weights are saved again or loaded for another task
 _PASSING = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "num_labels", "id2label", "label2id",
     "problem_type", "pad_token_id", "_attn_implementation_autoset",
@@ -24,26 +24,26 @@ _CHUNK, _CHUNKS = 512, 8
 
 
 def find_folder(config: ModelConfig, *, weights: bool = True) -> Path:
-    """The folder that holds the checkpoint; a hub name is fetched into the hub's cache first.
+    """The folder of the checkpoint; a hub name is downloaded into the hub's cache first.
 
     Args:
-        config: `source`, `name` and `revision` count.
-        weights: False fetches config.json only, which is all that a server needs.
+        config: Its `source`, `name` and `revision` are used.
+        weights: False downloads only config.json, which is enough for a server.
 
     Raises:
-        ModelError: No such folder, no such name on the hub, or the hub cannot be reached.
+        ModelError: The folder or hub name does not exist, or the hub cannot be reached.
     """
     if config.source == "nano":
         if not (NANO / "config.json").is_file():
-            raise ModelError(f"the embedded backbone is missing from {NANO}: install fedtune again, or take model=hub with a model.name")
+            raise ModelError(f"the embedded backbone is missing from {NANO}: reinstall fedtune, or take model=hub with a model.name")
         return NANO
     path = Path(config.name).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.exists():
-        raise ModelError(f"model.name={config.name} is a file: give the folder that holds config.json and the safetensors weights")
+        raise ModelError(f"model.name={config.name} is a file: give the folder with config.json and the safetensors weights")
     if path.is_absolute() or config.name.startswith(("~", ".")) or config.name.count("/") > 1:
-        raise ModelError(f"model.name={config.name}: there is no such folder; give a local folder or a hub name")
+        raise ModelError(f"model.name={config.name}: no such folder; give a local folder or a hub name")
     return _fetch(config, weights)
 
 
@@ -51,7 +51,7 @@ def _fetch(config: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    # Root files only and no pickles: sub-folders hold other formats, consolidated* the same weights once more
+    # Root files only and no pickles: sub-folders hold other formats, consolidated* holds a copy of the weights
     wanted = ["config.json"] if not weights else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     if weights and config.trust_remote_code:
         wanted.append("*.py")
@@ -63,11 +63,11 @@ def _fetch(config: ModelConfig, weights: bool) -> Path:
         raise ModelError(f"model.name={config.name} is neither a local folder nor a public hub repository: check the name") from None
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"model.name={config.name} is no local folder, is not in the hub's cache, and the hub cannot be reached:"
+            f"model.name={config.name} is not a local folder and not in the hub's cache, and the hub cannot be reached:"
             " check the name and the network, or give a local folder"
         ) from None
     except (HFValidationError, HfHubHTTPError, OSError) as bad:
-        raise ModelError(f"model.name={config.name} cannot be fetched from the hub: {first_line(bad)}") from None
+        raise ModelError(f"model.name={config.name} cannot be downloaded from the hub: {first_line(bad)}") from None
     return Path(found)
 
 
@@ -75,15 +75,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as a dict.
 
     Raises:
-        ModelError: It is missing or is not JSON of a Hugging Face model.
+        ModelError: It is missing or not the JSON of a Hugging Face model.
     """
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is an adapter, not a model: merge it first with fedtune export {folder}")
         raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face model")
-    if (folder / "adapter_config.json").is_file():  # transformers would load the backbone that the adapter names, wherever that is
-        raise ModelError(f"{folder} holds a model and an adapter beside it (adapter_config.json): move the adapter to a folder of its own")
+    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter's own backbone instead
+        raise ModelError(f"{folder} holds a model and an adapter (adapter_config.json): move the adapter to its own folder")
     try:
         raw = parse_json(read_text(path))
     except (ValueError, OSError) as bad:
@@ -94,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_quantized(folder: Path) -> None:
-    """Raise ModelError where the checkpoint's weights are packed in few bits already: nothing exact could be trained over or exported."""
+    """Raises ModelError if the checkpoint is already quantized: training and exports need the exact weights."""
     raw = read_config(folder)
     found = raw.get("quantization_config") or next(
         (c["quantization_config"] for c in raw.values() if isinstance(c, dict) and c.get("quantization_config")), None
@@ -102,14 +102,14 @@ def refuse_quantized(folder: Path) -> None:
     if found:
         how = found.get("quant_method") if isinstance(found, dict) else None
         raise ModelError(
-            f"{folder} is quantized already ({how or 'quantization_config'}): give the checkpoint from before that;"
+            f"{folder} is quantized already ({how or 'quantization_config'}): give the original checkpoint;"
             " model.precision=nf4 quantizes it while it is read"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies: `dtype` as safetensors spells it, `start` and `size` in bytes of the file."""
+    """One tensor in a file: `dtype` in safetensors' spelling, `start` and `size` in bytes."""
 
     name: str
     dtype: str
@@ -120,10 +120,10 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """Every tensor of the checkpoint by name, from the files' headers alone.
+    """All tensors of the checkpoint sorted by name, from the files' headers alone.
 
     Raises:
-        ModelError: As `weight_files`, or a file is truncated or is not safetensors.
+        ModelError: As `weight_files`, or a file is truncated or not safetensors.
     """
     return sorted((t for path in weight_files(folder, read_config(folder)) for t in _header(path)), key=lambda t: t.name)
 
@@ -144,18 +144,18 @@ def _header(path: Path) -> Iterator[StoredTensor]:
         if any(t.size < 0 or not all(type(d) is int and d >= 0 for d in t.shape) for t in tensors):
             raise ValueError("its header is damaged")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, OSError, RecursionError):
-        raise ModelError(f"{path} is not a safetensors file, or its header is damaged: fetch it again") from None
+        raise ModelError(f"{path} is not a safetensors file, or its header is damaged: download it again") from None
     end = max((t.start + t.size for t in tensors), default=8 + length)
     if end != size:
         state = "truncated" if size < end else "damaged"
-        raise ModelError(f"{path} has {size} bytes but its header describes {end}: it is {state}, fetch it again")
+        raise ModelError(f"{path} has {size} bytes but its header describes {end}: it is {state}, download it again")
     yield from tensors
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A name for the backbone in this folder: 16 hex digits of its config and of sampled bytes of every tensor.
+    """A name for the backbone in this folder: a hash of its config and of sampled bytes of every tensor, 16 hex digits.
 
-    The same at every precision it is loaded in, and however the tensors are spread over shards; fine-tuned or rounded copies differ.
+    It does not depend on the precision at loading or on the sharding; fine-tuned or rounded copies have another fingerprint.
 
     Raises:
         ModelError: The config or the weights are missing or damaged.
@@ -166,7 +166,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def digest(config: dict[str, Any], parts: Iterable[tuple[str, bytes]]) -> str:
-    """Hash of a config's lasting values and of `(label, bytes)` pairs."""
+    """Hash of a config's permanent keys and of `(label, bytes)` pairs."""
     kept = {k: v for k, v in config.items() if k not in _PASSING}
     out = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for label, data in parts:
@@ -175,7 +175,7 @@ def digest(config: dict[str, Any], parts: Iterable[tuple[str, bytes]]) -> str:
 
 
 def sampled(tensor: StoredTensor) -> bytes:
-    """A few stretches of a tensor's bytes, spread evenly from its first to its last."""
+    """Chunks of a tensor's bytes, spread evenly from the first to the last byte."""
     last = tensor.size - _CHUNK
     offsets = [math.floor(last * i / (_CHUNKS - 1)) for i in range(_CHUNKS)] if last > 0 else [0]
     with open(tensor.file, "rb") as f:

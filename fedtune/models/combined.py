@@ -1,4 +1,4 @@
-"""One pair of factors a module for an adapter and the shifts that its run merged into the frozen weights: W0 + Σ shifts + adapter."""
+"""Combine an adapter and its run's shifts of the frozen weights into one pair of factors a module: W0 + Σ shifts + adapter."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ _PREFIX = "base_model.model."
 
 
 def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterState]) -> None:
-    """Rewrite a LoRA folder of PEFT's so that its adapter carries the shifts too.
+    """Rewrite a PEFT LoRA folder so that its adapter includes the shifts.
 
-    Stacking is exact: A = [s·A; s_1·A_1; …], B = [B, B_1, …]. Where the stack has more rows than its module has dimensions, its singular
-    value decomposition, which then needs no more rows than that, stands in for it. Scalings become 1.
+    Stacking is exact: A = [s·A; s_1·A_1; …], B = [B, B_1, …]. If the stack has more rows than min(in, out) of its module, its singular
+    value decomposition replaces it, with at most that many rows. Scalings become 1.
 
     Args:
-        folder: What `save_peft` wrote for `adapter`.
-        adapter: LoRA.
-        shifts: As in ServerState.
+        folder: The folder that `save_peft` wrote for `adapter`.
+        adapter: A LoRA adapter.
+        shifts: The shifts of the server state.
 
     Raises:
-        ModelError: A shift changes a module that the adapter does not adapt.
+        ModelError: A shift changes a module without a LoRA.
     """
     if odd := [m for s in shifts for m in s.spec.scaling if m not in adapter.spec.ranks]:
         raise ModelError(f"a shift changes '{odd[0]}', which the adapter in {folder} does not adapt: they belong to different runs")
@@ -39,7 +39,7 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
         a, b = stack([(s.spec.scaling[module], s[f"{module}.lora_A"].double(), s[f"{module}.lora_B"].double()) for s in states])
         ranks[module] = len(a)
         weights[f"{_PREFIX}{module}.lora_A.weight"], weights[f"{_PREFIX}{module}.lora_B.weight"] = a.float(), b.float()
-    # PEFT reads the keys as regular expressions that a module's name must end with
+    # PEFT reads the keys as regular expressions for the end of a module's name
     patterns = {module.replace(".", r"\."): rank for module, rank in ranks.items()}
     config.update({"rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -47,15 +47,15 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
 
 
 def combined_factors(states: Sequence[AdapterState], sizes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → A (R, in) and B (out, R), float32, the scalings in A, of all the states together.
+    """Module → A (R, in) and B (out, R) of all states together, in float32, with the scalings in A.
 
     Args:
         states: The adapter and the shifts.
         sizes: Tensor of the backbone → its shape.
-        what: The adapter, for messages.
+        what: The adapter's name in errors.
 
     Raises:
-        ModelError: A state holds more than factors, or they do not fit the backbone.
+        ModelError: A state has other tensors than factors, or they do not fit the backbone.
     """
     parts = dict[str, list[tuple[float, Tensor, Tensor]]]()
     for state in states:
@@ -75,7 +75,7 @@ def combined_factors(states: Sequence[AdapterState], sizes: Mapping[str, tuple[i
 
 
 def stack(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(R, in) and (out, R) with R at most min(in, out) and B·A = Σ s·B_i·A_i."""
+    """A (R, in) and B (out, R) with R ≤ min(in, out) and B·A = Σ s_i·B_i·A_i."""
     a, b = torch.cat([s * a for s, a, _ in parts]), torch.cat([b for _, _, b in parts], 1)
     if len(a) <= min(a.shape[1], len(b)):
         return a, b

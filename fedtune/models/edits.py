@@ -1,6 +1,6 @@
-"""What adapters do to each tensor of their backbone, on some rows at a time: what merges and exports of every format are made of.
+"""The adapters' edits of each tensor of a backbone, on blocks of rows. Merges and exports of all formats apply them.
 
-The arithmetic is each method's own, `edits` in its file in `fedtune.models.methods`; this module orders it and checks it against the
+Each method's file in `fedtune.models.methods` defines the arithmetic in `edits`; this module orders the edits and checks them against the
 backbone.
 """
 
@@ -25,17 +25,17 @@ def edits_of(
     transposed: Collection[str] = (),
     check_linear: Callable[[str], object] = lambda module: None,
 ) -> dict[str, list[Edit]]:
-    """Tensor → what is done to it, in order: the head is put in, then each state has its effect.
+    """Tensor → its edits in order: the head's replacement, then the edits of each state.
 
     Args:
-        states: Shifts and adapters, the oldest first, without a head.
-        heads: What replaces a tensor of the backbone.
-        sizes: Tensor of the backbone → its shape there.
-        transposed: Those that are kept as (in, out); their edits are for rows of (out, in) all the same.
-        check_linear: Raises ModelError for a module that is no linear layer with a weight of its own.
+        states: Shifts and adapters without a head, oldest first.
+        heads: Tensor of the backbone → its replacement.
+        sizes: Tensor of the backbone → its shape.
+        transposed: Tensors stored as (in, out); their edits still take rows of (out, in).
+        check_linear: Raises ModelError for a module that is not a linear layer with an untied weight.
 
     Raises:
-        ModelError: No weights can express the method of a state, or a state's tensors do not fit the backbone.
+        ModelError: A state's method cannot be merged, or a state's tensors do not fit the backbone.
     """
     sizes = {n: size[::-1] if n in transposed else size for n, size in sizes.items()}
     changes = [Change(name=n, shape=tuple(t.shape), edit=_replaced(t)) for n, t in heads.items()]
@@ -50,7 +50,7 @@ def edits_of(
         if change.linear:
             check_linear(change.name.removesuffix(".weight"))
         if change.name not in sizes:
-            raise ModelError(f"the adapter's '{change.name}' {change.shape} is not a tensor of the backbone: it belongs to another one")
+            raise ModelError(f"the adapter's '{change.name}' {change.shape} is not in the backbone: it belongs to another backbone")
         if change.shape != sizes[change.name]:
             raise ModelError(
                 f"the adapter's '{change.name}' is {change.shape}, the backbone's {sizes[change.name]}: it belongs to another backbone"

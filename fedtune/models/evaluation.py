@@ -1,4 +1,4 @@
-"""Scores of examples, and what a model answers to their prompts; what a score is, the task says."""
+"""Scores of examples, as the task defines them, and generated answers to their prompts."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,16 +15,16 @@ from fedtune.models.losses import counted_logits
 
 
 def evaluate(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> dict[str, float]:
-    """The loss and the task's metrics on these examples; the model's train or eval mode is as before afterward.
+    """The loss and the task's metrics on these examples. The model's train or eval mode is restored.
 
     Raises:
-        DataError: There is nothing to count.
+        DataError: No example has a target.
     """
     return task_of(task).summarize(score_examples(model, tokenizer, examples, task, batch_size=batch_size))
 
 
 def score_examples(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> Sequence[Score]:
-    """One score an example, in their order: of one client, or of many at once."""
+    """One score an example, in their order. The examples may come from several clients."""
     kind, found = task_of(task), dict[int, Score]()
     with _evaluating(model):
         for chunk in _by_length([len(e.input_ids) for e in examples], batch_size):
@@ -59,7 +59,7 @@ def generate_answers(model: nn.Module, tokenizer: Any, examples: Sequence[Exampl
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, so that little is padded; the longest first, so that running out of memory shows at once."""
+    """Indices in batches of similar lengths, for little padding; the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 

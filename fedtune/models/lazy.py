@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are read one at a time, so that a model can be built smaller than its files."""
+"""Tensors of a checkpoint that are read one at a time, so that a quantized model never needs the memory of its files."""
 
 import math
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from fedtune.models.checkpoint import StoredTensor, stored_tensors
 
 __all__ = ["LazyTensor", "lazy_tensors"]
 
-_STRETCH = 1 << 22  # entries that are read at once where they change dtype on the way
+_STRETCH = 1 << 22  # entries to read at once when the dtype changes
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -20,11 +20,11 @@ _DTYPES = {
 
 
 class LazyTensor:
-    """A tensor that is read from its file when it is indexed with `...`, into memory of its own: pages of a mapped file would count too.
+    """A tensor that is read from its file when it is indexed with `...`. It is not memory-mapped: mapped pages would count as memory too.
 
     Args:
-        stored: Where it lies.
-        dtype: What it is read as, a stretch at a time; None leaves it.
+        stored: Its place in a file.
+        dtype: Dtype of the result, converted a chunk at a time; None keeps the stored dtype.
     """
 
     def __init__(self, stored: StoredTensor, dtype: torch.dtype | None = None) -> None:
@@ -32,7 +32,7 @@ class LazyTensor:
         self.shape = stored.shape
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The whole tensor, whatever the index."""
+        """The whole tensor, for any index."""
         kept = getattr(torch, _DTYPES[self.stored.dtype])
         flat = torch.empty(math.prod(self.shape), dtype=self.dtype or kept)
         step = flat.numel() if self.dtype in (None, kept) else _STRETCH
@@ -51,11 +51,11 @@ class LazyTensor:
 
 
 def lazy_tensors(folder: Path, dtype: torch.dtype, early: Collection[str] = ()) -> dict[str, LazyTensor]:
-    """The checkpoint's tensors, each to be read when it is needed.
+    """The checkpoint's tensors, each read when it is needed.
 
     Args:
         folder: The checkpoint.
-        dtype: What the tensors in `early` are read as, where they are floating point.
+        dtype: Dtype of the floating-point tensors in `early`.
         early: Ends of names, such as `embed_tokens.weight`.
     """
     return {

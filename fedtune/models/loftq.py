@@ -1,13 +1,13 @@
-"""LoftQ: an adapter that starts as what quantization took from the backbone.
+"""LoftQ: initialize an adapter with the quantization error of the backbone.
 
-    R = W − Q(W) ≈ U_r Σ_r V_rᵀ,   A = √Σ_r V_rᵀ / √s,   B = U_r √Σ_r / √s,   so that Q(W) + s·B·A is the nearest to W of its rank
+    R = W − Q(W) ≈ U_r Σ_r V_rᵀ,   A = √Σ_r V_rᵀ / √s,   B = U_r √Σ_r / √s,   so that Q(W) + s·B·A is the best approximation of its rank
 
-One step of the paper's alternation, which is PEFT's default too: the frozen weights stay Q(W), so that one quantized backbone, and its
-entry in the cache, serves every method, every client and every start. Each further step would quantize W − s·B·A instead: other frozen
-weights, to be made and kept for each rank, scaling and set of targets.
+This is one step of the paper's alternation, as is PEFT's default: the frozen weights stay Q(W), so that one quantized backbone with one
+cache entry serves all methods, clients and initializations. Each further step would quantize W − s·B·A instead, which needs other frozen
+weights for each rank, scaling and set of targets.
 
-PEFT's own needs CUDA. Here the checkpoint is read one layer at a time, so that the full-precision model is never in memory, and everything
-is computed on the CPU in float64, so that the server and every client come to the same factors.
+PEFT's implementation needs CUDA. Here the checkpoint is read one layer at a time, so that the full-precision model is never in memory, and
+all arithmetic is on the CPU in float64, so that server and clients get the same factors.
 
 Source: Li et al. 2023, LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, arXiv:2310.08659, algorithm 1 with T = 1.
 """
@@ -30,19 +30,19 @@ __all__ = ["factors", "make_up"]
 
 
 def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_labels: int, seed: int) -> AdapterState:
-    """The adapter that makes up for what quantization took, as far as its ranks go.
+    """The adapter whose product approximates the quantization error, within its ranks.
 
-    Layers that are left whole lose nothing: they keep what was drawn, B = 0.
+    Layers that are not quantized keep the drawn A and B = 0.
 
     Args:
-        drawn: LoRA as it starts otherwise, with its ranks and scaling.
-        model: Of precision nf4 or int8; its weights must be at hand.
-        task: Of the run.
+        drawn: LoRA's default initialization, with its ranks and scaling.
+        model: A model of precision nf4 or int8 whose weights are available.
+        task: The run's task.
         num_labels: Classes (classification only).
-        seed: The run's.
+        seed: The run's seed.
 
     Raises:
-        ModelError: As `load_backbone`; the checkpoint names its weights otherwise than the model; no layer that is adapted is quantized.
+        ModelError: As `load_backbone`; the checkpoint's names of weights differ from the model's; no adapted layer is quantized.
     """
     from fedtune.models.quantize import is_quantized, weight_of  # late: it loads bitsandbytes
 
@@ -56,19 +56,17 @@ def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_la
     quantized = [m for m in drawn.spec.ranks if is_quantized(modules[m])]
     if not quantized:
         raise ModelError(
-            f"peft.init=loftq: none of the layers that are adapted is quantized with model.precision={model.precision}:"
-            " take peft.init=default"
+            f"peft.init=loftq: none of the adapted layers is quantized with model.precision={model.precision}: take peft.init=default"
         )
     for module in quantized:
         names = f"{module}.lora_A", f"{module}.lora_B"
         approximate = weight_of(modules[module]).double()
         exact = _stored(full, module, coarse.base_model_prefix)
-        if exact is not None and isinstance(bare[module], Conv1D):  # GPT-2's layers store (in, out), until they are quantized
+        if exact is not None and isinstance(bare[module], Conv1D):  # Conv1D stores (in, out); the quantized layer is (out, in)
             exact = exact.T
         if exact is None or exact.shape != approximate.shape:
             raise ModelError(
-                f"peft.init=loftq reads the weight of '{module}' from {folder}, which has none of that name and shape:"
-                " take peft.init=default"
+                f"peft.init=loftq needs the weight of '{module}', but {folder} has none of that name and shape: take peft.init=default"
             )
         a, b = factors(exact - approximate, drawn[names[0]].double(), drawn.spec.scaling[module])
         tensors |= {n: t.to(drawn[n].dtype) for n, t in zip(names, (a, b), strict=True)}
@@ -76,23 +74,22 @@ def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_la
 
 
 def factors(residual: Tensor, start: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with s·B·A = SVD_r(R), and both of one size: each has √σ of every direction.
+    """A (r, in) and B (out, r) with s·B·A = SVD_r(R), balanced: both have √σ of every direction.
 
     Args:
         residual: R (out, in), float64.
-        start: A (r, in) as LoRA draws it. Directions in which R has nothing keep its rows, with B = 0: with A = 0 too they would have no
-            gradient for ever.
+        start: LoRA's initial A (r, in). Directions beyond R's rank keep its rows, with B = 0: with A = 0 too, both gradients would vanish.
         scaling: s.
     """
     rank = len(start)
-    # From the smaller of R·Rᵀ and Rᵀ·R, several times quicker than an SVD of R: its eigenvalues are σ², and U_r·U_rᵀ·R is SVD_r(R)
+    # By the smaller of R·Rᵀ and Rᵀ·R, several times faster than an SVD of R: its eigenvalues are σ², and U_r·U_rᵀ·R is SVD_r(R)
     wide = residual.shape[0] <= residual.shape[1]
     r = residual if wide else residual.T
     values, vectors = torch.linalg.eigh(r @ r.T)
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]  # by falling σ
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]  # by descending σ
     known = int((values > values[0].clamp(min=torch.finfo(r.dtype).tiny) * len(r) * torch.finfo(r.dtype).eps).sum())
     sigma, vectors = values[:known].sqrt(), vectors[:, :known]
-    # The sign of a direction is open; its largest entry is positive, so that equal runs get equal factors
+    # Signs are arbitrary; the largest entry of each vector is positive, so that equal runs get equal factors
     vectors = vectors * torch.where(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
     near = vectors * (sigma / scaling).sqrt()  # (rows of r, known)
     far = (vectors.T @ r) / (sigma * scaling).sqrt()[:, None]  # (known, columns of r)
@@ -102,7 +99,7 @@ def factors(residual: Tensor, start: Tensor, scaling: float) -> tuple[Tensor, Te
 
 
 def _stored(full: Mapping[str, Any], module: str, prefix: str) -> Tensor | None:
-    """The weight as it is stored; a checkpoint of the bare body lacks the model's prefix, one of another head may have it beside."""
+    """The stored weight; a base model's checkpoint lacks the model's prefix, one of a model with another head may have it in addition."""
     for name in (module, module.removeprefix(f"{prefix}."), f"{prefix}.{module}"):
         if (found := full.get(f"{name}.weight")) is not None:
             return cast(Tensor, found[...]).double()

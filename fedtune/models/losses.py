@@ -1,4 +1,4 @@
-"""The loss of a batch, and the logits that it is taken from; which of them count, and how, the task says."""
+"""The loss of a batch and its logits, by the task's targets and loss function."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +10,16 @@ from torch.utils.checkpoint import checkpoint
 from fedtune.config import TaskConfig
 from fedtune.contracts.task import task_of
 
-_PIECE = 1 << 22  # logits that are float32 at once in training
+_PIECE = 1 << 22  # logits to convert to float32 at once in training
 
 
 def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, int]:
-    """Summed loss and how much it sums over, so that accumulation over unequal micro-batches is exact.
+    """The summed loss and the number of targets, so that accumulation over unequal micro-batches is exact.
 
     Args:
-        model: Gives `logits`.
-        batch: What `collate` gives.
-        task: Its kind says what the loss is.
+        model: A model whose output has `logits`.
+        batch: A batch from `collate`.
+        task: The task, which defines the loss.
 
     Returns:
         The loss (float32, summed), and the number of targets.
@@ -27,7 +27,7 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
     (logits, targets), kind = _counted(model, batch, task), task_of(task)
     if logits.dtype == torch.float32:
         return kind.loss(logits, targets, "sum"), len(targets)
-    # in narrow logits, the float32 copy and its log-softmax would be most of what a step needs at its end: they are made a piece at a time
+    # for 16-bit logits, the float32 copy and its log-softmax would dominate a step's memory: they are computed a piece at a time
     rows = max(1, _PIECE // logits.shape[-1])
 
     def piece(some: Tensor, wanted: Tensor) -> Tensor:
@@ -39,13 +39,13 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
 
 
 def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
-    """float32 logits (N, …) and targets (N, …) of everything that has a target, row by row."""
+    """float32 logits (N, …) and targets (N, …) of all positions with a target, row by row."""
     logits, targets = _counted(model, batch, task)
     return logits.float(), targets
 
 
 def _counted(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
-    """`counted_logits` in the dtype that the model gives them in."""
+    """`counted_logits` in the model's output dtype."""
     kind = task_of(task)
     counts, inputs = kind.counts(batch), kind.inputs(model, batch)
 

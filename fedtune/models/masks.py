@@ -1,4 +1,4 @@
-"""Attention masks that `torch.func.vmap` can build."""
+"""Attention masks under `torch.func.vmap`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ import transformers
 
 @contextmanager
 def masks_from_shapes() -> Iterator[None]:
-    """Within it, transformers builds attention masks without looking at the values of a padding mask, which vmap does not allow.
+    """A context in which transformers builds attention masks without reading the values of a padding mask, which vmap does not allow.
 
-    It does so while it is traced; only that question is answered for it. 4-D masks of our own would be wrong where layers differ (sliding
-    windows), and position ids are counted from the 2-D mask.
+    transformers does that while it is traced, so only its check for tracing is patched. Our own 4-D masks would be wrong for layers with
+    different masks (sliding windows), and position ids are derived from the 2-D mask.
     """
     with mock.patch.object(transformers.masking_utils, "is_tracing", lambda *args: True):
         yield

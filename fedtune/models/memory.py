@@ -1,9 +1,9 @@
-"""Telling a want of memory from other errors."""
+"""Recognize out-of-memory errors."""
 
 import torch
 
 
 def is_out_of_memory(bad: Exception) -> bool:
-    """Whether an error is a want of memory; torch's CPU allocator says so in words only."""
+    """Whether an error means out of memory; torch's CPU allocator shows it only in the message."""
     words = ("not enough memory", "can't allocate memory")
     return isinstance(bad, (MemoryError, torch.OutOfMemoryError)) or (isinstance(bad, RuntimeError) and any(w in str(bad) for w in words))

@@ -1,4 +1,4 @@
-"""Adapters merged into a model that is in memory."""
+"""Merge adapters into a model in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,10 @@ __all__ = ["linear", "merge", "transposed_weights"]
 
 
 def merge(model: PreTrainedModel, state: AdapterState) -> None:
-    """Put a state (without head) into the weights of a bare float32 backbone, in place; sums in float64, rounded once.
+    """Merge a state (without a head) into the weights of a bare float32 backbone, in place; sums are in float64 and rounded once.
 
     Raises:
-        ModelError: No weights can express the state's method, or the state names what the model lacks, or has another shape.
+        ModelError: The state's method cannot be merged, or the state names a tensor that the model lacks or has in another shape.
     """
     own, turned = dict(model.named_parameters(remove_duplicate=False)), transposed_weights(model)
     modules = dict(model.named_modules())
@@ -35,19 +35,19 @@ def merge(model: PreTrainedModel, state: AdapterState) -> None:
 
 
 def transposed_weights(model: nn.Module) -> set[str]:
-    """Names of the weights that are kept as (in, out), as GPT-2's linear layers are."""
+    """Names of the weights stored as (in, out), as in GPT-2's linear layers."""
     return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Conv1D)}
 
 
 def linear(modules: Mapping[str, nn.Module], name: str) -> Any:
-    """The linear layer of that name, whose weight is its own.
+    """The linear layer of this name.
 
     Raises:
-        ModelError: There is none, or its weight is tied to the embedding.
+        ModelError: There is no such linear layer, or its weight is tied to the embedding.
     """
     layer = modules.get(name)
     if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise ModelError(f"the adapter changes '{name}', which is no linear layer of the backbone: it belongs to another one")
+        raise ModelError(f"the adapter changes '{name}', which is not a linear layer of the backbone: it belongs to another backbone")
     if any(layer.weight is m.weight for m in modules.values() if isinstance(m, nn.Embedding)):
         raise ModelError(f"the adapter changes '{name}', whose weight is tied to the embedding: it cannot be merged")
     return layer

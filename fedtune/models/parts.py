@@ -1,4 +1,4 @@
-"""Which parts of a backbone an adapter can reach: its text part, its linear layers, and what is neither."""
+"""The parts of a backbone that an adapter can change: its text part and its linear layers."""
 
 from typing import Any, cast
 
@@ -8,11 +8,11 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = ["is_linear", "linear_layers", "other_weights", "text_prefix"]
 
-_LARGE = 0.05  # a share of the weights from which they are worth a word
+_LARGE = 0.05  # share of the weights from which a warning is due
 
 
 def text_prefix(model: nn.Module) -> str:
-    """The prefix of the names in the language model of a composite one, such as `model.language_model.`; "" where all of it reads text.
+    """Prefix of the names in a composite model's language model, such as `model.language_model.`; "" for a text-only model.
 
     The other parts, such as a vision tower, get no gradient from text.
     """
@@ -24,7 +24,7 @@ def text_prefix(model: nn.Module) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module maps x to W·x + b and does no more; a router that is a subclass and returns a tuple does more."""
+    """Whether the module only maps x to W·x + b; a router that subclasses nn.Linear and returns a tuple does not."""
     if isinstance(module, Conv1D):
         return True
     if not isinstance(module, nn.Linear):
@@ -33,14 +33,14 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """Names of all the linear layers, in whatever part."""
+    """Names of all linear layers in all parts."""
     return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
 
 
 def other_weights(model: nn.Module) -> tuple[float, str]:
-    """The share of the text part's weights that lie in matrices which are no linear layers, such as stacked experts, and one name.
+    """The share of the text part's weights in matrices other than linear layers and embeddings, such as stacked experts, and one name.
 
-    (0, "") where they are few. Embeddings do not count.
+    (0, "") if the share is small.
     """
     prefix = text_prefix(model)
     known = {id(p) for m in model.modules() if is_linear(m) or isinstance(m, nn.Embedding) for p in cast(Any, m).parameters(recurse=False)}

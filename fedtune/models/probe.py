@@ -1,7 +1,7 @@
-"""One small step on an architecture that no test covers: does it train, do padding and the future stay unread, does the gradient
-reach everything?
+"""One small training step on an architecture that no test covers. It checks that the step works, that padding and future tokens have no
+effect, and that every trainable tensor gets a gradient.
 
-Such a model would otherwise fail in its first turn, or learn the wrong thing without a word.
+Otherwise such a model would fail in its first turn or silently learn the wrong thing.
 """
 
 from typing import Any, cast
@@ -20,29 +20,29 @@ from fedtune.models.quiet import quiet
 
 __all__ = ["TESTED", "probe"]
 
-# config.model_type of the architectures that the tests train with every method
+# config.model_type of the architectures that tests train with every method
 TESTED = frozenset({"llama", "qwen2", "qwen3", "gpt2", "opt", "bert", "roberta", "distilbert", "albert", "t5"})
 _LENGTHS = (6, 2, 4)
 
 
 def probe(live: LiveAdapter, task: TaskConfig) -> None:
-    """Do nothing for an architecture in `TESTED`; else try the live adapter on three rows, and leave it as it was.
+    """Try the live adapter on three rows, without changing it; an architecture in `TESTED` is skipped.
 
     Raises:
-        ModelError: The step fails, a trainable tensor gets no gradient, or logits depend on padding or on tokens that come later.
+        ModelError: The step fails, a trainable tensor gets no gradient, or logits depend on padding or on later tokens.
     """
     kind = live.backbone.model.config.model_type
     if kind in TESTED:
         return
     where = f"the architecture '{kind}' with peft.method={live.spec.method} and task.kind={task.kind}"
-    training = {m: m.training for m in live.model.modules()}  # PEFT's wrapper may say otherwise than what is in it
+    training = {m: m.training for m in live.model.modules()}  # PEFT's wrapper may differ from its modules
     try:
         with quiet(), torch.random.fork_rng(devices=[live.backbone.device] if live.backbone.device.type == "cuda" else []):
             unreached = _unreached(live, task)
             off, ahead = _padding_effect(live, task), _future_effect(live, task)
     except FedtuneError:
         raise
-    except Exception as bad:  # the model's own code, remote code and PEFT raise what they like
+    except Exception as bad:  # the model's own code, remote code and PEFT may raise any type
         raise ModelError(
             f"{where} cannot do a training step: {first_line(bad)}: name other layers in peft.targets, or take another peft.method"
         ) from None
@@ -59,18 +59,18 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
     within = 1e-3 if live.backbone.model.dtype is torch.float32 else 0.1
     if ahead > within:
         raise ModelError(
-            f"{where}: a token's logits change by {ahead:.1%} with the tokens after it, so it is no causal model: take another backbone"
+            f"{where}: a token's logits change by {ahead:.1%} with later tokens, so the model is not causal: take another backbone"
         )
     if off > within:
         virtual = method(live.spec.method).virtual is not None  # padding lies between the virtual tokens and the text
         raise ModelError(
-            f"{where}: a row's logits change by {off:.1%} with the padding beside it, so it would learn from padding:"
+            f"{where}: a row's logits change by {off:.1%} with its padding, so the model would learn from padding:"
             f" take another backbone{', ' if virtual else ' or '}another task.kind{' or peft=lora' if virtual else ''}"
         )
 
 
 def _unreached(live: LiveAdapter, task: TaskConfig) -> list[str]:
-    """Names of trainable tensors without a gradient; an expert may be without one, because only some rows are routed to it."""
+    """Names of trainable tensors without a gradient, except experts', which get one only from rows routed to them."""
     live.model.train()
     loss, count = loss_sum(live.model, _batch(live, task, range(len(_LENGTHS))), task)
     (loss / max(count, 1)).backward()
@@ -78,7 +78,7 @@ def _unreached(live: LiveAdapter, task: TaskConfig) -> list[str]:
 
 
 def _padding_effect(live: LiveAdapter, task: TaskConfig) -> float:
-    """The largest relative change of a row's logits between a padded batch and the row alone; rows of answers are generated too."""
+    """The largest relative difference of a row's logits between a padded batch and the row alone, in training and in generation."""
     live.model.eval()
     rows = range(len(_LENGTHS))
     with torch.no_grad():
@@ -91,7 +91,7 @@ def _padding_effect(live: LiveAdapter, task: TaskConfig) -> float:
 
 
 def _future_effect(live: LiveAdapter, task: TaskConfig) -> float:
-    """The largest relative change of a causal model's logits with the tokens after; 0 where the model may read them."""
+    """The largest relative change of a causal model's logits with later tokens; 0 for a model that may read them."""
     if task_of(task).head or live.backbone.seq2seq:
         return 0.0
     live.model.eval()
@@ -103,12 +103,12 @@ def _future_effect(live: LiveAdapter, task: TaskConfig) -> float:
 
 
 def _change(a: Tensor, b: Tensor) -> float:
-    """The largest relative difference of two rows of logits (N, classes)."""
+    """The largest relative difference between rows of logits (N, classes)."""
     return ((a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-12)).max().item()
 
 
 def _next_logits(live: LiveAdapter, rows: Any) -> Tensor:
-    """Logits of the token after each prompt, padded on the left, as `generate_answers` does it."""
+    """Logits of the token after each prompt, with padding on the left as in `generate_answers`."""
     ids, mask = _ids(live, rows, left=True)
     out = cast(Any, live.model).generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True

@@ -1,11 +1,11 @@
 """Frozen backbones in 4 and 8 bits: NF4 with double quantization, and LLM.int8, by bitsandbytes, on CPU and CUDA.
 
-The checkpoint is read a tensor at a time and quantized as it comes, so that the full-precision model is never in memory, and the result
-is kept on the disk as a pre-quantized checkpoint. The model that is used is always the one opened from there: memory-mapped, so that a
-second start is quick and the processes of one machine share it.
+The checkpoint is read and quantized one tensor at a time, so that the full-precision model is never in memory. The result is cached on the
+disk as a pre-quantized checkpoint, and the model is always opened from there: memory-mapped, so that later starts are fast and processes on
+one machine share it.
 
-Linear layers are quantized, but for classifier heads and the output layer. Norms and embeddings are stored in the dtype that is computed
-in: they are frozen and compute in float32 inside, so that PEFT's float32 copies of them would only double the activations.
+Linear layers are quantized except classifier heads and the output layer. Norms and embeddings are stored in the compute dtype: they are
+frozen and compute in float32 internally, so that PEFT's float32 copies would only double the activations.
 
 Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314 (NF4, double quantization); Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.
 """
@@ -44,8 +44,8 @@ __all__ = [
 
 KINDS = ("nf4", "int8")
 _BLOCK = 64  # entries of a matrix that share a scale in NF4
-_MARK = "fedtune.json"  # written last of a cache entry: the fingerprint of the rest
-bnb: Any = bitsandbytes  # its public names are not marked as such
+_MARK = "fedtune.json"  # the last file of a cache entry: the fingerprint of the others
+bnb: Any = bitsandbytes  # it has no type annotations for its public names
 _LOG = logging.getLogger(__name__)
 
 Check = Callable[[PreTrainedModel, dict[str, Any]], list[str]]
@@ -57,10 +57,10 @@ class Recipe:
 
     Args:
         precision: `nf4` or `int8`.
-        compute: What a quantized layer multiplies in, and everything else is stored in.
-        skip: Modules that stay as they are: heads, the output layer.
+        compute: Dtype of a quantized layer's products and of all unquantized weights.
+        skip: Modules that are not quantized: heads, the output layer.
         base: The checkpoint's fingerprint.
-        model: The class of the model and what else tells one from another, such as the number of labels.
+        model: The class of the model and other distinctions, such as the number of labels.
     """
 
     precision: str
@@ -70,7 +70,7 @@ class Recipe:
     model: str
 
     def config(self) -> BitsAndBytesConfig:
-        """What transformers is told."""
+        """The settings for transformers."""
         return BitsAndBytesConfig(
             load_in_4bit=self.precision == "nf4",
             load_in_8bit=self.precision == "int8",
@@ -81,16 +81,16 @@ class Recipe:
         )
 
     def folder(self) -> Path:
-        """Where it lies in the cache; another version of a library that has a say in the values makes another entry."""
+        """The folder in the cache; other versions of bitsandbytes or transformers use other folders."""
         parts = (self.base, self.precision, str(self.compute), *self.skip, self.model, bnb.__version__, transformers.__version__)
         return cache_root() / f"{self.base}-{self.precision}-{digest({}, [(p, b'') for p in parts])}"
 
 
 def recipe(bare: PreTrainedModel, precision: str, compute: torch.dtype, base: str) -> Recipe:
-    """That of a checkpoint with the fingerprint `base`, from its model without storage.
+    """The recipe for a checkpoint with the fingerprint `base`, from its model without storage.
 
     Raises:
-        ModelError: Nothing would be quantized.
+        ModelError: No layer can be quantized.
     """
     output = [n for n, m in bare.named_modules() if m is cast(Any, bare.get_output_embeddings())]
     return Recipe(
@@ -108,7 +108,7 @@ def cache_root() -> Path:
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`bf16`, `fp32`, or with `auto` bf16 where the machine multiplies in it."""
+    """`bf16`, `fp32`, or for `auto` bf16 if the machine has bf16 instructions."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bf16" else torch.float32
     if device.type == "cuda":
@@ -117,23 +117,23 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def require_kernel(precision: str, compute: torch.dtype, device: torch.device) -> None:
-    """Raises ModelError where bitsandbytes cannot train through such a layer here; it tries one, because only that tells."""
+    """Raises ModelError if bitsandbytes cannot train through a quantized layer on this machine; tries one, the only reliable test."""
     if why := _why_not(precision, compute, device):
         works = [p for p in KINDS if p != precision and not _why_not(p, compute, device)]
         raise ModelError(
-            f"model.precision={precision}: bitsandbytes has no such kernel for this machine's {device.type} ({why});"
+            f"model.precision={precision}: bitsandbytes has no working kernel for this machine's {device.type} ({why});"
             f" take model.precision={' or '.join([*works, 'bf16'])}"
         )
 
 
 def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
-    """Linear layers of the backbone that cannot be quantized rightly, and so stay as they are; says so.
+    """Linear layers of the backbone that cannot be quantized correctly and stay unquantized; logs a warning.
 
-    bitsandbytes' CPU kernel (0.50) begins a block of 64 with each row, its quantization does not: where rows are no whole number of blocks,
-    most of the matrix would come back with a neighbor's scale.
+    bitsandbytes' CPU kernel (0.50) starts a block of 64 at each row, but its quantization does not: if the row length is not a multiple of
+    64, most of the matrix would be dequantized with a neighbor's scale.
 
     Raises:
-        ModelError: Nothing would be quantized.
+        ModelError: No layer can be quantized.
     """
     heads = head_names(bare)
     rows = {
@@ -141,20 +141,20 @@ def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
         for n, m in bare.named_modules()
         if isinstance(m, (nn.Linear, Conv1D)) and n.split(".")[0] not in heads
     }
-    special = [n for n in rows if not is_linear(bare.get_submodule(n))]  # bitsandbytes would replace a router, which returns more
+    special = [n for n in rows if not is_linear(bare.get_submodule(n))]  # bitsandbytes would replace a router, which returns a tuple
     odd = [n for n, size in rows.items() if size % _BLOCK and n not in special] if precision == "nf4" else []
     share, stacked = other_weights(bare)
     if stacked:
-        _LOG.warning("model.precision=%s: %.0f %% of the weights, such as '%s', are no linear layers and are not quantized", precision,
+        _LOG.warning("model.precision=%s: %.0f %% of the weights, such as '%s', are not linear layers and are not quantized", precision,
                      100 * share, stacked)  # fmt: skip
     if odd and len(odd) == len(rows):
         raise ModelError(
-            f"model.precision=nf4: no layer of this backbone has rows of a whole number of blocks of {_BLOCK} ('{odd[0]}':"
+            f"model.precision=nf4: no layer of this backbone has a row length that is a multiple of {_BLOCK} ('{odd[0]}':"
             f" {rows[odd[0]]}): take int8 or bf16"
         )
     if odd:
-        what = f"{len(odd)} of {len(rows)} linear layers stay as they are, such as '{odd[0]}'"
-        _LOG.warning("model.precision=nf4: %s: their rows of %d are no whole number of blocks of %d", what, rows[odd[0]], _BLOCK)
+        what = f"{len(odd)} of {len(rows)} linear layers are not quantized, such as '{odd[0]}'"
+        _LOG.warning("model.precision=nf4: %s: its row length of %d is not a multiple of %d", what, rows[odd[0]], _BLOCK)
     return [*special, *odd]
 
 
@@ -166,43 +166,43 @@ def load_quantized(
     recipe: Recipe,
     device: torch.device,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The quantized model, not yet frozen, from the cache; made there where it is missing or damaged.
+    """The quantized model, not yet frozen, from the cache; a missing or damaged entry is created.
 
     Args:
         kind: Class of the model.
-        hf_config: Of the model, with the attention that it shall use.
-        tensors: The checkpoint's tensors, such as `lazy_tensors` gives; called only where they are needed.
-        check: Names of the weights that the checkpoint lacks, or an error where it may not; given the model and the loading info.
-        recipe: How it is quantized.
-        device: Where it goes.
+        hf_config: Config of the model, with its attention implementation.
+        tensors: Returns the checkpoint's tensors, such as `lazy_tensors`; called only when they are needed.
+        check: (model, loading info) → names of the weights that the checkpoint lacks; raises if it must not lack them.
+        recipe: The quantization.
+        device: The model's device.
 
     Returns:
-        The model, and the names of the weights that are still to be drawn.
+        The model, and the names of the weights still to be drawn.
 
     Raises:
-        ModelError: No kernel for the machine, or what `check` raises.
+        ModelError: The machine has no kernel, or `check` fails.
     """
     require_kernel(recipe.precision, recipe.compute, device)
-    place, made, fresh = recipe.folder(), None, list[str]()
+    place, built, fresh = recipe.folder(), None, list[str]()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{place}.lock"):  # of many workers that start at once, one quantizes
-            if (model := _kept(kind, hf_config, recipe, device, place)) is not None:
+        with FileLock(f"{place}.lock"):  # of several workers that start at once, one quantizes
+            if (model := _cached(kind, hf_config, recipe, device, place)) is not None:
                 return model[0], check(*model)
-            made, fresh = _made(kind, hf_config, tensors(), check, recipe)
-            _write(made, place, fresh)
+            built, fresh = _build(kind, hf_config, tensors(), check, recipe)
+            _write(built, place, fresh)
     except OSError as bad:
-        _LOG.warning("no quantized backbone can be kept in %s (%s): it is made anew at each start", place, bad.strerror or bad)
-        if made is None:
-            made, fresh = _made(kind, hf_config, tensors(), check, recipe)
-        return cast(PreTrainedModel, nn.Module.to(made, device)), fresh
-    del made  # what was just made leaves memory before the file is mapped
+        _LOG.warning("cannot cache the quantized backbone in %s (%s): every start quantizes it again", place, bad.strerror or bad)
+        if built is None:
+            built, fresh = _build(kind, hf_config, tensors(), check, recipe)
+        return cast(PreTrainedModel, nn.Module.to(built, device)), fresh
+    del built  # frees its memory before the file is mapped
     try:
         model = _read(kind, hf_config, recipe, device, place)
-    except Exception as bad:  # some architectures' own code fails on packed weights
+    except Exception as bad:  # some architectures' own code fails on quantized weights
         raise ModelError(
             f"the quantized backbone was written to {place} but cannot be read back ({first_line(bad)}): take model.precision=bf16 or fp32,"
-            " or see the disk"
+            " or check the disk"
         ) from None
     return model[0], check(*model)
 
@@ -211,12 +211,12 @@ def quantized(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """A quantized copy of a float32 model, on the CPU.
 
     Raises:
-        ModelError: No kernel for the machine.
+        ModelError: The machine has no kernel.
     """
     require_kernel(recipe.precision, recipe.compute, torch.device("cpu"))
     hf_config = copy.deepcopy(model.config)
     hf_config.dtype = recipe.compute
-    return _made(type(model), hf_config, model.state_dict(), lambda made, info: [], recipe)[0]
+    return _build(type(model), hf_config, model.state_dict(), lambda built, info: [], recipe)[0]
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -226,7 +226,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight that a quantized layer stands for, (out, in) float32."""
+    """A quantized layer's dequantized weight, (out, in) float32."""
     weight = cast(Any, module.weight)
     if getattr(weight, "quant_state", None) is not None:
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
@@ -236,7 +236,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @lru_cache
 def _why_not(precision: str, compute: torch.dtype, device: torch.device) -> str:
-    """ "" where a layer trains, else why not."""
+    """The reason why a quantized layer does not train on this machine; "" if it does."""
     try:
         wide: Any
         if precision == "nf4":
@@ -257,18 +257,18 @@ def _why_not(precision: str, compute: torch.dtype, device: torch.device) -> str:
             return f"its weights are off by {lost:.0%}"
         off = (cast(Tensor, x.grad).double() - y @ weight).norm() / (y @ weight).norm()
         return "" if off < 0.05 else f"its gradient is off by {off:.0%}"
-    except Exception as bad:  # RuntimeError, NotImplementedError, AttributeError of a missing library: whatever it raises
+    except Exception as bad:  # such as RuntimeError, NotImplementedError, or AttributeError of a missing library
         return first_line(bad)
 
 
 class _Linear8bit(bnb.nn.Linear8bitLt):
-    """One that evaluates with the products that it trains with: on a CPU, bitsandbytes would then round the inputs to 8 bits too."""
+    """Evaluates with the same products as in training: on a CPU, bitsandbytes would also round the inputs to 8 bits in evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
         if self.weight.CB is not None:
-            scales = self.state.SCB if self.weight.SCB is None else self.weight.SCB  # PEFT's DoRA gives the weight back without them
+            scales = self.state.SCB if self.weight.SCB is None else self.weight.SCB  # PEFT's DoRA returns the weight without its scales
             self.init_8bit_state()
             self.state.SCB = scales
         self.state.is_training = True
@@ -277,8 +277,8 @@ class _Linear8bit(bnb.nn.Linear8bitLt):
 
 
 def _steady(model: nn.Module) -> None:
-    """Let evaluation leave the layers as training needs them: in eval mode on a CPU, a 4-bit one packs its weights for good, for a kernel
-    that has no gradient."""
+    """Keep evaluation from changing the layers: in eval mode on a CPU, a 4-bit layer would repack its weights permanently, for a kernel
+    without a gradient."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             cast(Any, module).support_avx512bf16_for_cpu = False
@@ -286,16 +286,16 @@ def _steady(model: nn.Module) -> None:
             module.__class__ = _Linear8bit
 
 
-def _made(
+def _build(
     kind: type[PreTrainedModel], hf_config: Any, tensors: Mapping[str, Any], check: Check, recipe: Recipe
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Quantized from the checkpoint's tensors; on the CPU whatever the device, so that every machine has the same values."""
+    """The model quantized from the checkpoint's tensors, always on the CPU, so that every machine gets the same values."""
     model, info = cast(Any, kind).from_pretrained(
         None,
         output_loading_info=True,
         config=copy.deepcopy(hf_config),
         state_dict=dict(tensors),
-        ignore_mismatched_sizes=True,  # `check` judges
+        ignore_mismatched_sizes=True,  # `check` finds them
         device_map={"": "cpu"},
         quantization_config=recipe.config(),
         dtype=recipe.compute,
@@ -304,16 +304,16 @@ def _made(
     return model, check(model, info)
 
 
-def _kept(
+def _cached(
     kind: type[PreTrainedModel], hf_config: Any, recipe: Recipe, device: torch.device, place: Path
 ) -> tuple[PreTrainedModel, dict[str, Any]] | None:
-    """From the cache, memory-mapped on a CPU; None where nothing whole is there."""
+    """The model from the cache, memory-mapped on a CPU; None if the entry is missing or damaged."""
     if not place.is_dir():
         return None
     try:
         return _read(kind, hf_config, recipe, device, place)
-    except Exception as bad:  # whatever transformers and bitsandbytes make of a damaged file
-        _LOG.warning("the quantized backbone in %s cannot be used (%s): it is made again", place, first_line(bad))
+    except Exception as bad:  # transformers and bitsandbytes may raise any type for a damaged file
+        _LOG.warning("the quantized backbone in %s cannot be used (%s): it is quantized again", place, first_line(bad))
         return None
 
 
@@ -323,7 +323,7 @@ def _read(
     config = copy.deepcopy(hf_config)
     config.quantization_config = recipe.config().to_dict()
     if parse_json(read_text(place / _MARK))["mark"] != fingerprint(place):
-        raise ModelError("its bytes are not those that were written")
+        raise ModelError("its fingerprint does not match")
     model, info = cast(Any, kind).from_pretrained(
         place, output_loading_info=True, config=config, use_safetensors=True, device_map={"": device}, dtype=recipe.compute
     )
@@ -332,7 +332,7 @@ def _read(
 
 
 def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a pre-quantized checkpoint of the model holds: tied weights once, under their first name."""
+    """The tensors of the model's pre-quantized checkpoint; tied weights are listed once, under their first name."""
     tensors: dict[str, Tensor] = {}
     seen = set[int]()
     for name, tensor in model.state_dict().items():
@@ -343,9 +343,9 @@ def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _write(model: PreTrainedModel, place: Path, fresh: Collection[str]) -> None:
-    """As a pre-quantized checkpoint, without the weights that are drawn afresh; there whole or not at all.
+    """Write a pre-quantized checkpoint without the weights that are drawn at each start; atomic.
 
-    transformers' own saving raises NotImplementedError for such a model once it has been loaded.
+    transformers' save_pretrained raises NotImplementedError for such a loaded model.
     """
     tensors = {n: t for n, t in unique_tensors(model).items() if n not in fresh}
     with new_folder(place, mode=0o700, replace=True, durable=False) as folder:

@@ -1,4 +1,4 @@
-"""Loading without chatter."""
+"""Silence the libraries while they load."""
 
 import contextlib
 import logging
@@ -10,9 +10,9 @@ from transformers.utils import logging as hf_logging
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, log lines or warnings from the libraries: what matters in them is checked and raised as an error."""
+    """A context without progress bars, log lines and warnings from the libraries: fedtune checks their causes and raises errors."""
     bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.get_verbosity()  # transformers sets up its logger when it is first asked
+    hf_logging.get_verbosity()  # the first call sets up transformers' logger
     loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "peft")]
     levels = [logger.level for logger in loggers]
     if bars:
@@ -31,6 +31,6 @@ def quiet() -> Iterator[None]:
 
 
 def _set_level(logger: logging.Logger, level: int) -> None:
-    """Setting a level forgets what thousands of loggers know of theirs, even where it is the same: quiet inside quiet would take long."""
+    """Skip an unchanged level: setting it clears the cache of thousands of loggers, which makes nested `quiet` slow."""
     if logger.level != level:
         logger.setLevel(level)

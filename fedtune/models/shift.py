@@ -12,30 +12,30 @@ from fedtune.models.side import SideBranch
 
 
 class FrozenWeights:
-    """The linear weights of a backbone that shifts are merged into.
+    """The linear weights of a backbone, into which shifts are merged.
 
-    Of each that is changed W0 and the sum Σ s·B·A are kept beside it, the sum in float32: a low-precision weight would lose small shifts to
-    rounding, and weights that get the sum at once must be those that got the shifts one by one. A quantized weight stays as it is and has
-    the shifts beside it.
+    For each changed weight, W0 and the float32 sum Σ s·B·A are kept: a low-precision weight would lose small shifts to rounding, and adding
+    the sum at once must give the same weight as adding the shifts one by one. A quantized weight does not change; a side branch adds its
+    shifts.
 
     Args:
-        model: The backbone, with or without an adapter of PEFT's around its layers.
+        model: The backbone, with or without a PEFT adapter around its layers.
 
     Attributes:
-        versions: Versions of the shifts that were merged, in order.
+        versions: Versions of the merged shifts, in order.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = _linears(model)
         floating = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
-        self._dtype = next(floating, torch.float32)  # of the frozen weights that are not quantized: what the layers compute in
+        self._dtype = next(floating, torch.float32)  # dtype of the unquantized frozen weights, which is the compute dtype
         self._first: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._branches: dict[str, SideBranch] = {}
         self.versions: tuple[int, ...] = ()
 
     def reset(self, fresh: nn.Module) -> None:
-        """Back to W0, which `fresh`, the same backbone newly loaded, has; what no shift has changed, such as a head, is left alone."""
+        """Restore W0 from `fresh`, the same backbone loaded again; weights that no shift has changed, such as a head, are not touched."""
         own = _linears(fresh)
         for branch in self._branches.values():
             branch.remove()
@@ -45,14 +45,14 @@ class FrozenWeights:
         self._first, self._sums, self._branches, self.versions = {}, {}, {}, ()
 
     def add(self, *shifts: AdapterState, snapshot: AdapterState | None = None) -> None:
-        """Merge shifts, oldest first, and then take a snapshot for the sum of all; all of them or nothing.
+        """Merge shifts, oldest first, then set the sums of the snapshot's modules; all or none.
 
         Args:
-            shifts: Of method `lora`; those that come with a snapshot lack what it has.
-            snapshot: `<module>.weight` (out, in): what all shifts so far and these have added.
+            shifts: Shifts of method `lora`, without the snapshot's modules.
+            snapshot: `<module>.weight` (out, in): the sum of all shifts so far, these included.
 
         Raises:
-            ModelError: One names a module that is no linear layer of the backbone, or one of another shape.
+            ModelError: A shift names a module that is not a linear layer of the backbone or has another shape.
         """
         for shift in shifts:
             for module in shift.spec.scaling:
@@ -75,7 +75,7 @@ class FrozenWeights:
         self.versions = (*self.versions, *(s.spec.version for s in shifts))
 
     def _branch(self, module: str) -> SideBranch | None:
-        """What a quantized layer has beside it; None of another."""
+        """A quantized layer's side branch; None for another layer."""
         layer = self._modules[module]
         if cast(Tensor, layer.weight).is_floating_point():
             return None
@@ -87,7 +87,7 @@ class FrozenWeights:
         if module not in self._sums:
             weight = cast(Tensor, self._modules[module].weight)
             self._first[module] = weight.detach().clone()
-            shape = weight.T.shape if isinstance(self._modules[module], Conv1D) else weight.shape  # GPT-2's layer stores W as (in, out)
+            shape = weight.T.shape if isinstance(self._modules[module], Conv1D) else weight.shape  # Conv1D stores W as (in, out)
             self._sums[module] = torch.zeros(shape, device=weight.device)
         return self._sums[module]
 
@@ -99,23 +99,23 @@ class FrozenWeights:
         self._check(module)
         a, b = shift.tensors.get(f"{module}.lora_A"), shift.tensors.get(f"{module}.lora_B")
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise ModelError(f"a shift's factors A and B of '{module}' do not fit each other: the shift is damaged")
+            raise ModelError(f"the shapes of a shift's A and B of '{module}' do not match: the shift is damaged")
         self._check(module, (len(b), a.shape[1]))
 
     def _check(self, module: str, shape: tuple[int, ...] | None = None) -> None:
-        """Raises ModelError where the backbone has no such linear layer, or one that is not (out, in) = `shape`."""
+        """Raises ModelError if the backbone has no such linear layer of the shape (out, in) = `shape`."""
         layer = self._modules.get(module)
         if not isinstance(layer, (nn.Linear, Conv1D)):
-            raise ModelError(f"a shift changes '{module}', which is no linear layer of this backbone: load the same checkpoint")
+            raise ModelError(f"a shift changes '{module}', which is not a linear layer of this backbone: load the same checkpoint")
         weight = cast(Tensor, layer.weight)
         shape = shape[::-1] if shape is not None and isinstance(layer, Conv1D) else shape
-        # a 4-bit weight is packed: its layer knows what it stands for
+        # a 4-bit weight is packed: only its layer has the shape
         own = tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
         if shape not in (None, own):
-            raise ModelError(f"a shift changes '{module}' by {shape}, the backbone's is {own}: load the same checkpoint")
+            raise ModelError(f"a shift changes '{module}' by {shape}, but the backbone's is {own}: load the same checkpoint")
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Canonical module name → the frozen linear, which PEFT may have wrapped."""
+    """Canonical module name → the frozen linear layer, unwrapped from PEFT's."""
     found = {n: getattr(m, "base_layer", m) for n, m in model.named_modules()}
     return {n: m for n, m in found.items() if isinstance(m, (nn.Linear, Conv1D))}

@@ -1,4 +1,4 @@
-"""What shifts add to a quantized layer: beside it, because re-quantizing would round small changes away.
+"""A side branch that adds shifts to a quantized layer: quantizing the sum again would round small changes away.
 
 y = Q(W0)·x + Σ s·B·(A·x)
 """
@@ -15,15 +15,15 @@ __all__ = ["SideBranch"]
 
 
 class SideBranch:
-    """A forward hook on the layer that adds the shifts' part.
+    """A forward hook that adds the shifts' output to the layer's.
 
-    The layer computes with their factors in its own dtype, 16 bits where it has them: a factor's rounding is relative, and loses nothing
-    however small the shift. Where the factors would be larger than the matrix, their sum is kept instead, in float32. It is the sum of the
-    shifts as they came, so that it does not matter which of them a client got one by one.
+    The factors have the layer's compute dtype, often 16 bits: the rounding of a factor is relative and does not lose small shifts. When
+    the factors become larger than the matrix, their sum replaces them, in float32. The sum is computed from the original shifts, so that it
+    does not depend on which of them a client got one by one.
 
     Args:
         layer: A quantized linear layer, (in) → (out).
-        dtype: What it computes in.
+        dtype: Its compute dtype.
         module: Its name in the shifts.
     """
 
@@ -36,7 +36,7 @@ class SideBranch:
         self._handle = layer.register_forward_hook(self)
 
     def add(self, shift: AdapterState) -> None:
-        """Add s·B·A of the shift: A (R, in), B (out, R)."""
+        """Add a shift s·B·A, with A (R, in) and B (out, R)."""
         if self._dense is not None:
             self._dense += shift.product(self._module).to(self._dense.device)
             return
@@ -50,12 +50,12 @@ class SideBranch:
             self.replace(total)
 
     def replace(self, total: Tensor) -> None:
-        """Take `total` (out, in) for the sum of all shifts so far."""
+        """Set the sum of all shifts so far to `total` (out, in)."""
         self._dense = total.to(self._a.device, torch.float32, copy=True)
         self._a, self._b, self._shifts = self._a[:0], self._b[:, :0], []
 
     def remove(self) -> None:
-        """Take it off the layer."""
+        """Remove the branch from the layer."""
         self._handle.remove()
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""A few entries of the frozen matrices, trained in place of the LoRA adapter that is attached to them.
+"""Train a few entries of the frozen matrices, in place of the attached LoRA adapter.
 
-What is optimized is a packed vector v = W0[mask] + δ a matrix, so that weight decay means what it means in full fine-tuning, the optimizer
-has no dense state, and nothing off the mask can change. The frozen weights themselves are never written: each linear puts v into a copy
-of its matrix for the length of its own product.
+The optimizer sees one packed vector v = W0[mask] + δ for each matrix, so that weight decay acts as in full fine-tuning, the optimizer has
+no dense state, and entries off the mask cannot change. The frozen weights are never written: each linear layer puts v into a temporary copy
+of its matrix for one product.
 """
 
 from collections.abc import Mapping
@@ -26,15 +26,15 @@ _PREFIX = "base_model.model."
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Canonical module name → the layer that LoRA is attached to; a module that many layers share (ALBERT) is there once."""
+    """Canonical module name → LoRA layer; a module that several layers share (ALBERT) is listed once."""
     return {n.removeprefix(_PREFIX): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 def frozen_linear(name: str, layer: LoraLayer) -> nn.Linear | Conv1D:
-    """The linear below a LoRA layer.
+    """The frozen linear layer inside a LoRA layer.
 
     Raises:
-        ModelError: It is of another kind, or its weights are quantized.
+        ModelError: The layer is not linear, or its weights are quantized.
     """
     base = layer.get_base_layer()
     if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
@@ -43,24 +43,24 @@ def frozen_linear(name: str, layer: LoraLayer) -> nn.Linear | Conv1D:
 
 
 class SparseSlot:
-    """The live slot of states of method `sparse`, on the backbone that carries a LoRA adapter; has what `LiveAdapter` has.
+    """The live slot for states of method `sparse`, on a backbone with a LoRA adapter; same interface as `LiveAdapter`.
 
-    A state holds `<module>.sparse`, δ (nnz,) float32 for each LoRA target, and the heads; `<module>.index` (nnz,) int32 too where the mask
-    is not drawn from a seed. Positions count in the flattened (out, in) matrix, also where a layer stores it transposed.
+    A state holds `<module>.sparse`, δ (nnz,) float32 for each LoRA target, and the heads, and if the mask is not drawn from a seed,
+    `<module>.index` (nnz,) int32. Positions refer to the flattened (out, in) matrix, even if a layer stores it transposed.
 
     Args:
-        live: The LoRA adapter, which stands aside from `load` to `release`; its head is trained.
-        spec: Of the states to come.
+        live: The LoRA adapter, which is disabled between `load` and `release`; its head is trained.
+        spec: The spec of the states to load.
 
     Attributes:
-        model: The same model as the LoRA adapter's.
+        model: The LoRA adapter's model.
         backbone: Its backbone.
         parameters: Canonical name → live parameter: v, not δ. Empty before the first `load`.
         names: Canonical name → the parameter's name in `model`.
-        spec: What the tensors mean; version 0.
+        spec: The spec of the tensors; version 0.
 
     Raises:
-        ModelError: The model carries no LoRA adapter, or one on something else than plain linear layers.
+        ModelError: The model has no LoRA adapter, or it is not on plain linear layers.
     """
 
     def __init__(self, live: LiveAdapter, spec: AdapterSpec) -> None:
@@ -71,13 +71,13 @@ class SparseSlot:
         self._matrices = {n: _Matrix(layer, frozen_linear(n, layer)) for n, layer in lora_layers(self.model).items()}
         self._heads = {n: p for n, p in live.parameters.items() if not n.rpartition(".")[2].startswith("lora_")}
         if not self._matrices:
-            raise ModelError("a sparse stage trains what LoRA adapts, but the model carries no LoRA adapter: take peft=lora")
+            raise ModelError("a sparse stage trains the matrices that LoRA adapts, but the model has no LoRA adapter: take peft=lora")
 
     def load(self, state: AdapterState) -> None:
-        """Put a state in, and the LoRA adapter aside.
+        """Load a state and disable the LoRA adapter.
 
         Raises:
-            ModelError: It belongs to another backbone, its mask is not this slot's, or its names, shapes or positions do not fit.
+            ModelError: The state belongs to another backbone, has another mask, or its names, shapes or positions do not fit.
         """
         self._check(state)
         places = {module: self._positions(state, module) for module in self._matrices}
@@ -92,13 +92,13 @@ class SparseSlot:
         self.names = MappingProxyType({n: known[p] for n, p in self.parameters.items()})
 
     def read(self, version: int) -> AdapterState:
-        """A copy of δ = v − W0[mask] and of the heads, on the CPU, as the given version."""
+        """A copy of δ = v − W0[mask] and of the heads on the CPU, as the given version."""
         found = {n: p.detach() for n, p in self.parameters.items()}
         found |= {n: found[n] - m.origin for n, m in ((f"{k}.sparse", m) for k, m in self._matrices.items()) if n in found}
         return AdapterState({n: t.to("cpu", copy=True) for n, t in found.items()}, self.spec).replace(version=version)
 
     def release(self) -> None:
-        """Take the sparse values out of the model and let the LoRA adapter work again; `load` puts them in again."""
+        """Remove the sparse values from the model and enable the LoRA adapter, until the next `load`."""
         for matrix in self._matrices.values():
             matrix.remove()
 
@@ -110,36 +110,36 @@ class SparseSlot:
         place = state[f"{module}.index"].long()
         entries = matrix.rows * matrix.columns
         if place.shape != (count,) or place[0] < 0 or place[-1] >= entries or not (place.diff() > 0).all():
-            raise ModelError(f"the state's '{module}.index' must be {count} rising positions in a matrix of {entries} entries")
+            raise ModelError(f"the state's '{module}.index' must have {count} ascending positions in a matrix of {entries} entries")
         return place
 
     def _check(self, state: AdapterState) -> None:
         mine, theirs = self.spec, state.spec
         if theirs.method != "sparse" or theirs.mask != mine.mask:
-            raise ModelError(f"the state is {theirs.method} with the mask '{theirs.mask}', this slot is for sparse with '{mine.mask}'")
+            raise ModelError(f"the state is {theirs.method} with mask '{theirs.mask}', but this slot is sparse with mask '{mine.mask}'")
         if theirs.base and theirs.base != mine.base:
-            raise ModelError(f"the state belongs to the backbone {theirs.base}, the one loaded is {mine.base}: load the same checkpoint")
+            raise ModelError(f"the state belongs to the backbone {theirs.base}, but {mine.base} is loaded: load the same checkpoint")
         kinds = ("sparse",) if mine.mask else ("index", "sparse")
         wanted = {f"{m}.{k}" for m in self._matrices for k in kinds} | set(self._heads)
         if odd := sorted(wanted.symmetric_difference(state.tensors)):
-            said = "lacks" if odd[0] in wanted else "has"
-            raise ModelError(f"the sparse state {said} '{odd[0]}' ({len(odd)} such) against the model: see peft.targets and the task")
+            verb = "lacks" if odd[0] in wanted else "has"
+            raise ModelError(f"the sparse state {verb} '{odd[0]}' ({len(odd)} such), unlike the model: see peft.targets and the task")
         for module, matrix in self._matrices.items():
             delta, entries = state[f"{module}.sparse"], matrix.rows * matrix.columns
             if delta.dim() != 1 or not 1 <= len(delta) <= entries:
-                raise ModelError(f"the state's '{module}.sparse' has the shape {tuple(delta.shape)}, wanted 1 to {entries} values")
+                raise ModelError(f"the state's '{module}.sparse' is {tuple(delta.shape)}, but must be a vector of 1 to {entries} values")
         for name, head in self._heads.items():
             if state[name].shape != head.shape:
-                raise ModelError(f"the state's '{name}' has the shape {tuple(state[name].shape)}, the model wants {tuple(head.shape)}")
+                raise ModelError(f"the state's '{name}' is {tuple(state[name].shape)}, but the model's is {tuple(head.shape)}")
 
 
 class _Matrix:
-    """One frozen matrix (rows = out, columns = in) and the values that stand in it.
+    """One frozen matrix (rows = out, columns = in) and its trained entries.
 
     Attributes:
-        place: Their positions in the flattened (out, in) matrix, on the CPU.
+        place: Positions of the entries in the flattened (out, in) matrix, on the CPU.
         values: v.
-        origin: W0 at the positions, float32, as it was at the last `put`.
+        origin: W0 at the positions at the last `put`, float32.
     """
 
     def __init__(self, layer: LoraLayer, linear: nn.Linear | Conv1D) -> None:
@@ -152,11 +152,11 @@ class _Matrix:
         weight = self._linear.weight
         if place is not self.place and not torch.equal(place, self.place):
             self.place, self.values = place, nn.Parameter(torch.empty(len(place), device=weight.device))
-        if self._linear._parameters.get("sparse") is not self.values:  # it may be another slot's
+        if self._linear._parameters.get("sparse") is not self.values:  # or another slot's entries
             here = place.to(weight.device)
             self._stored = here % self.columns * self.rows + here // self.columns if self._transposed else here
             self._linear.register_parameter("sparse", self.values)
-            # an attribute of the instance comes before the method of its class; `remove` deletes it
+            # an instance attribute overrides the class's method; `remove` deletes it
             self._linear.forward = partial(_forward, self._linear, here, self._stored, self._transposed)  # pyright: ignore[reportAttributeAccessIssue]
             self._layer.enable_adapters(False)
         self.origin = weight.flatten()[self._stored].float()
@@ -173,7 +173,7 @@ def _forward(linear: Any, place: Tensor, stored: Tensor, transposed: bool, x: Te
 
 
 class _SparseLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias with W = W0 but for v on the mask; dv = (dyᵀ x)[mask]. W and its gradient live for one product only."""
+    """y = x Wᵀ + bias, where W is W0 with v on the mask; dv = (dyᵀ x)[mask]. W and its gradient exist only during one product."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -195,7 +195,7 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _filled(weight: Tensor, values: Tensor, stored: Tensor, transposed: bool) -> Tensor:
-    """(out, in)"""
+    """W (out, in)."""
     filled = weight.clone(memory_format=torch.contiguous_format)
     filled.view(-1).index_copy_(0, stored, values.to(weight.dtype))
     return filled.T if transposed else filled

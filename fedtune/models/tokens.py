@@ -1,4 +1,4 @@
-"""A backbone's tokenizer, and that the two fit each other and the task."""
+"""Load a backbone's tokenizer, and check that tokenizer, model and task fit together."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     Raises:
         ModelError: Its files are missing or damaged.
     """
-    # Asked first, because transformers 5 makes up an empty tokenizer where the files are missing
+    # Checked first, because transformers 5 creates an empty tokenizer if the files are missing
     if not any((folder / n).is_file() for n in _TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         raise ModelError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …): copy the tokenizer's files into it")
     try:
@@ -34,30 +34,31 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
 
 
 def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """One pad token for tokenizer, config and generation; generation stops at any eos.
+    """Set one pad token for tokenizer, config and generation; generation stops at any eos.
 
-    It may be eos: attention and labels are masked by position, not by its id. A config that numbers positions from its pad id keeps it.
+    The pad token may be eos: attention and labels are masked by position, not by id. A config that counts positions from its pad id keeps
+    it.
     """
     size = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > size:
         raise ModelError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {size}: they do not belong together")
-    own_pad = model.config.get_text_config().pad_token_id  # of a composite config, such as Gemma 3's, only its text part has one
+    own_pad = model.config.get_text_config().pad_token_id  # in a composite config, such as Gemma 3's, only the text part has one
     if (
         tokenizer.pad_token_id is None
         and getattr(model.config, "is_encoder_decoder", False)
         and isinstance(own_pad, int)
         and own_pad < len(tokenizer)
     ):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own_pad)  # eos will not do: T5 classifies at it, wherever it stands
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own_pad)  # not eos: T5 classifies at every eos
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise ModelError(f"the tokenizer in {folder} has neither a pad nor an eos token: name one in its tokenizer_config.json")
+            raise ModelError(f"the tokenizer in {folder} has neither a pad nor an eos token: set one in its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
-    if not _positions_start_at_padding(model):  # there the config's pad id is part of the architecture, and a merged model keeps it
+    if not _positions_start_at_padding(model):  # otherwise the pad id is part of the architecture, and a merged model keeps it
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
-        # Greedy must be greedy: a checkpoint's repetition penalty or sampling defaults would creep into every generate()
+        # Otherwise a checkpoint's repetition penalty or sampling defaults would apply in every generate(), even in greedy generation
         own = cast(GenerationConfig, model.generation_config).eos_token_id
         stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         model.generation_config = GenerationConfig(
@@ -69,7 +70,7 @@ def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
 
 def _positions_start_at_padding(model: PreTrainedModel) -> bool:
-    """Whether the model numbers its positions from its pad id, as RoBERTa and XLM-R do: another id in the config would shift them."""
+    """Whether the model counts positions from its pad id, as RoBERTa and XLM-R do: another id in the config would shift them."""
     return any(
         getattr(module, "padding_idx", None) is not None
         for name, module in model.named_modules()
@@ -78,17 +79,17 @@ def _positions_start_at_padding(model: PreTrainedModel) -> bool:
 
 
 def check_context(model: PreTrainedModel, task: TaskConfig, folder: Path) -> None:
-    """Raises ModelError where the task's examples and answers do not fit the model's context."""
+    """Raises ModelError if the task's examples and answers do not fit the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int) or context < 1:
-        return  # such as ALiBi: no limit of its own
+        return  # no limit, as with ALiBi
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             context -= module.padding_idx + 1  # RoBERTa counts positions from its padding index
     if task.max_length > context:
-        raise ModelError(f"task.max_length={task.max_length} is more than the context of {folder.name}, {context} tokens: make it smaller")
+        raise ModelError(f"task.max_length={task.max_length} is more than the context of {folder.name} ({context} tokens): make it smaller")
     if task.max_length + task_of(task).answer_tokens > context:
         raise ModelError(
-            f"task.max_length={task.max_length} with task.max_new_tokens={task.max_new_tokens} is more than the context of {folder.name},"
-            f" {context} tokens: make one of them smaller"
+            f"task.max_length={task.max_length} with task.max_new_tokens={task.max_new_tokens} is more than the context of {folder.name}"
+            f" ({context} tokens): make one of them smaller"
         )

@@ -161,7 +161,7 @@ BAD = {
 # of a folder that only PEFT wrote
 BAD_PEFT = {
     "config": (lambda a: (a / "adapter_config.json").write_text("{"), "must be the JSON of a PEFT LoRA adapter"),
-    "peft kind": (lambda a: change_json(a / "adapter_config.json", peft_type="IA3"), "of the kind IA3"),
+    "peft kind": (lambda a: change_json(a / "adapter_config.json", peft_type="IA3"), "of type IA3"),
     "dora": (lambda a: change_json(a / "adapter_config.json", use_dora=True), "use_dora=True is not plain LoRA"),
     "rank": (lambda a: change_json(a / "adapter_config.json", r=0), "must be the JSON of a PEFT LoRA adapter"),
     "a module's rank": (lambda a: change_json(a / "adapter_config.json", rank_pattern={"q": 0}), "must be the JSON of a PEFT LoRA adapter"),
@@ -193,7 +193,7 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "m")
     checkpoint(tmp_path / "m", "gpt2")
     (run / "adapter" / "fedtune.safetensors").unlink()
-    with pytest.raises(ModelError, match="is no linear layer of the backbone"):
+    with pytest.raises(ModelError, match="is not a linear layer of the backbone"):
         export_hf(run, tmp_path / "out")
 
 

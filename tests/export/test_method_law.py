@@ -189,7 +189,7 @@ def test_a_file_that_does_not_say_whether_weights_can_express_it_is_refused(tmp_
 
 def test_a_method_that_is_not_there_is_a_sentence() -> None:
     for name in ("nothing", "_own", "lora.x", "../lora", ""):
-        with pytest.raises(ModelError, match="there is no PEFT method"):
+        with pytest.raises(ModelError, match="unknown PEFT method"):
             methods.method(name)
 
 

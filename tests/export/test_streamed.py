@@ -231,8 +231,8 @@ def test_a_random_backbone_is_merged_in_memory_and_that_is_said(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.layers.9.mlp.up_proj", "is no linear layer of the backbone"),
-        ("model.norm", "is no linear layer of the backbone"),
+        ("model.layers.9.mlp.up_proj", "is not a linear layer of the backbone"),
+        ("model.norm", "is not a linear layer of the backbone"),
         ("lm_head", "is tied to the embedding"),
     ],
 )

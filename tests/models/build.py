@@ -97,7 +97,7 @@ def t5_config() -> T5Config:
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token a word; without a pad token unless asked for."""
+    """A tokenizer with one token a word, by default without a pad token."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special)

@@ -181,7 +181,7 @@ def test_targets(tmp_path: Path, targets: object, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("targets", "words"),
-    [("q_prj", r"called 'q_prj'; there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj$"), (["q_proj", "k"], "'k'"),
+    [("q_prj", r"called 'q_prj', choose from q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj$"), (["q_proj", "k"], "'k'"),
      ("lm_head", "called 'lm_head'"), ("embed_tokens", "called 'embed_tokens'"), ([], "must be all-linear"), (3, "must be all-linear"),
      (["q_proj", 3], "must be all-linear")],
 )  # fmt: skip
@@ -192,9 +192,9 @@ def test_targets_that_match_nothing(tmp_path: Path, targets: object, words: str)
         initial_adapter(hub(tmp_path / "m"), CAUSAL, PeftConfig(targets=targets), num_labels=0, seed=0)
 
 
-def test_a_backbone_carries_one_adapter(tmp_path: Path) -> None:
+def test_a_backbone_has_one_adapter(tmp_path: Path) -> None:
     live = make(tmp_path / "m")
-    with pytest.raises(ModelError, match="carries an adapter already"):
+    with pytest.raises(ModelError, match="already has an adapter"):
         LiveAdapter(live.backbone, PEFT, CAUSAL)
 
 
@@ -202,7 +202,7 @@ def test_an_adapter_of_another_backbone_is_refused_and_leaves_the_live_one_alone
     live, other = make(tmp_path / "a"), make(checkpoint(tmp_path / "b", seed=1))
     before = live.read(0)
     mine, its = live.backbone.fingerprint, other.backbone.fingerprint
-    with pytest.raises(ModelError, match=f"belongs to the backbone {its}, the one loaded is {mine}"):
+    with pytest.raises(ModelError, match=f"belongs to the backbone {its}, but {mine} is loaded: load the same"):
         live.load(filled(other))
     assert all(torch.equal(before[n], p) for n, p in live.parameters.items())
 
@@ -217,13 +217,13 @@ def test_adapters_that_do_not_fit_are_refused_by_what_differs(tmp_path: Path) ->
         (state.replace({**state.tensors, "score.weight": torch.zeros(1)}), "has 'score.weight'"),
         (
             make(tmp_path / "m", peft=PeftConfig(rank=4, alpha=16.0)).read(0),
-            "rank at '.*layers.0.self_attn.q_proj' is 4, the model has room for 3",
+            "rank at '.*layers.0.self_attn.q_proj' is 4, but the model allows 1 to 3",
         ),
-        (state.replace(scaling={}), "scaling at .* is not given"),
-        (state.replace(ranks=dict.fromkeys(state.spec.ranks, 2)), r"'.*q_proj.lora_A' has the shape \(3, 16\), the model wants \(2, 16\)"),
-        (state.replace(ranks={}), "rank at .* is not given"),
+        (state.replace(scaling={}), "scaling at .* is missing"),
+        (state.replace(ranks=dict.fromkeys(state.spec.ranks, 2)), r"'.*q_proj.lora_A' is \(3, 16\), but the model's is \(2, 16\)"),
+        (state.replace(ranks={}), "rank at .* is missing"),
         (state.replace(method="ia3"), "method is 'ia3'"),
-        (make(wide).read(0).replace(base=""), r"has the shape \(32, 3\), the model wants \(24, 3\)"),
+        (make(wide).read(0).replace(base=""), r"is \(32, 3\), but the model's is \(24, 3\)"),
     ]
     for bad, words in cases:
         with pytest.raises(ModelError, match=words):
@@ -231,7 +231,7 @@ def test_adapters_that_do_not_fit_are_refused_by_what_differs(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs FEDTUNE_DATA with models/stories260k")
-def test_real_weights_carry_an_adapter() -> None:
+def test_real_weights_train_an_adapter() -> None:
     live = LiveAdapter(load_backbone(hub(STORIES), CAUSAL), PEFT, CAUSAL)
     assert len(live.parameters) == 2 * 7 * 5  # A and B of 7 linear layers in 5 blocks
     state = filled(live, std=0.05)

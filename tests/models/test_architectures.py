@@ -157,7 +157,7 @@ def test_targets_that_peft_renames_are_refused_with_those_that_work(tmp_path: Pa
 
 
 @pytest.mark.parametrize("config", [mixtral, gpt_oss])
-def test_experts_that_stay_as_they_are_are_named(tmp_path: Path, config: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_frozen_experts_are_named(tmp_path: Path, config: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         live(checkpoint(tmp_path / "m", config=config()), CAUSAL)
     (line,) = [r.getMessage() for r in caplog.records if "all-linear" in r.getMessage()]
@@ -168,7 +168,7 @@ def test_experts_that_stay_as_they_are_are_named(tmp_path: Path, config: Callabl
     assert not caplog.records
 
 
-def test_experts_that_nf4_leaves_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unquantized_experts_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     wide = mixtral(hidden_size=64, intermediate_size=64)
     with caplog.at_level(logging.WARNING):
@@ -180,18 +180,18 @@ def test_experts_that_nf4_leaves_are_named(tmp_path: Path, caplog: pytest.LogCap
 def test_a_model_whose_code_fails_on_packed_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = checkpoint(tmp_path / "m", config=llama4())  # its code draws packed weights as if they were numbers
-    with pytest.raises(ModelError, match=r"cannot be read back \(.*\): take model.precision=bf16 or fp32, or see the disk$") as caught:
+    with pytest.raises(ModelError, match=r"cannot be read back \(.*\): take model.precision=bf16 or fp32, or check the disk$") as caught:
         load_backbone(hub(folder, precision="int8", compute="fp32"), CAUSAL)
     assert "not implemented" in str(caught.value)
 
 
-def test_a_router_is_no_target(tmp_path: Path) -> None:
+def test_a_router_is_not_a_target(tmp_path: Path) -> None:
     slot = live(checkpoint(tmp_path / "m", config=llama4()), CAUSAL)
     probe(slot, CAUSAL)
     assert not any("router" in n for n in slot.parameters)
 
 
-def test_what_peft_forbids_is_a_sentence(tmp_path: Path) -> None:
+def test_peft_s_errors_become_one_sentence(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", config=mamba())
     for start in (
         lambda: live(folder, CAUSAL),
@@ -203,15 +203,15 @@ def test_what_peft_forbids_is_a_sentence(tmp_path: Path) -> None:
     probe(live(folder, CAUSAL, PeftConfig(rank=2, targets=["in_proj", "x_proj"])), CAUSAL)
 
 
-def test_what_a_models_code_raises_in_a_step_is_a_sentence(tmp_path: Path) -> None:
+def test_a_model_s_errors_in_a_step_become_one_sentence(tmp_path: Path) -> None:
     slot = live(checkpoint(tmp_path / "m", config=llama4()), CAUSAL)
     slot.backbone.model.register_forward_pre_hook(lambda module, args: {}["no such key"])
     with pytest.raises(ModelError, match=r"'llama4_text' with peft.method=lora .* cannot do a training step: 'no such key': name other"):
         probe(slot, CAUSAL)
 
 
-@pytest.mark.parametrize(("task", "says"), [(CLASSES, "padding beside it"), (CAUSAL, "tokens after it")], ids=["padding", "future"])
-def test_a_model_that_reads_what_it_must_not_is_refused(tmp_path: Path, task: TaskConfig, says: str) -> None:
+@pytest.mark.parametrize(("task", "says"), [(CLASSES, "with its padding"), (CAUSAL, "with later tokens")], ids=["padding", "future"])
+def test_a_model_that_reads_padding_or_later_tokens_is_refused(tmp_path: Path, task: TaskConfig, says: str) -> None:
     with pytest.raises(ModelError, match=f"'xlnet' with peft.method=lora and task.kind={task.kind}: .*{says}"):
         probe(live(checkpoint(tmp_path / "m", config=xlnet()), task), task)
 
@@ -267,12 +267,12 @@ def test_a_quantized_checkpoint_is_refused_before_training(tmp_path: Path, place
         lambda: load_backbone(hub(folder), CAUSAL),
         lambda: initial_adapter(hub(folder), CAUSAL, PeftConfig(rank=2), num_labels=0, seed=0),
     ):
-        with pytest.raises(ModelError, match=rf"is quantized already \({how}\): give the checkpoint from before that"):
+        with pytest.raises(ModelError, match=rf"is quantized already \({how}\): give the original checkpoint"):
             start()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
-def test_a_bert_body_without_a_pooler_loads_with_the_identity(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bert_model_without_a_pooler_loads_with_the_identity(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = CONFIGS["bert"]()
     config.hidden_size, config.intermediate_size = 64, 64
@@ -290,7 +290,7 @@ def test_a_bert_body_without_a_pooler_loads_with_the_identity(tmp_path: Path, pr
     assert all(p.grad is not None for p in slot.parameters.values())
 
 
-def test_another_missing_weight_of_a_body_is_still_refused(tmp_path: Path) -> None:
+def test_other_missing_weights_are_still_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = checkpoint(tmp_path / "m", "bert")
@@ -301,7 +301,7 @@ def test_another_missing_weight_of_a_body_is_still_refused(tmp_path: Path) -> No
         load_backbone(hub(folder), CLASSES, num_labels=3)
 
 
-def test_attach_says_which_method_and_targets_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attach_names_the_method_and_targets_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(hub(checkpoint(tmp_path / "m")), CAUSAL)
 
     def broken(*args: Any) -> Any:

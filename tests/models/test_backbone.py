@@ -81,7 +81,7 @@ def test_bf16_on_a_cpu_takes_eager_attention(tmp_path: Path) -> None:
 # -- fingerprints -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_that_of_the_tensors_however_they_are_sharded(tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_sharding(tmp_path: Path) -> None:
     whole = checkpoint(tmp_path / "whole")
     shards = checkpoint(tmp_path / "shards", max_shard_size="4KB")
     assert len(list(shards.glob("*.safetensors"))) > 2
@@ -90,7 +90,7 @@ def test_the_fingerprint_is_that_of_the_tensors_however_they_are_sharded(tmp_pat
     assert torch.equal(load_backbone(hub(whole), CAUSAL).model(x).logits, load_backbone(hub(shards), CAUSAL).model(x).logits)
 
 
-def test_the_fingerprint_tells_weights_and_configs_apart(tmp_path: Path) -> None:
+def test_the_fingerprint_distinguishes_weights_and_configs(tmp_path: Path) -> None:
     a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", seed=1)
     c = checkpoint(tmp_path / "c")
     raw = json.loads((c / "config.json").read_text())
@@ -100,7 +100,7 @@ def test_the_fingerprint_tells_weights_and_configs_apart(tmp_path: Path) -> None
     assert len({fingerprint(a), fingerprint(b), fingerprint(c)}) == 3 and fingerprint(d) == fingerprint(a)
 
 
-def test_the_fingerprint_sees_the_first_and_the_last_byte_of_a_large_tensor(tmp_path: Path) -> None:
+def test_the_fingerprint_includes_the_first_and_the_last_byte_of_a_large_tensor(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", config=llama_config(hidden_size=64))
     largest = max(stored_tensors(folder), key=lambda t: t.size)
     assert largest.size > 8 * 512  # only stretches of it are read
@@ -125,7 +125,7 @@ def test_a_missing_head_is_drawn_from_the_seed(tmp_path: Path, kind: str) -> Non
     assert not torch.equal(a(token_ids(), attention_mask=mask).logits, c(token_ids(), attention_mask=mask).logits)
 
 
-def test_a_head_of_the_checkpoint_is_kept_where_it_fits_and_drawn_where_not(tmp_path: Path) -> None:
+def test_a_checkpoint_s_head_is_kept_if_it_fits_and_drawn_if_not(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     trained = load_backbone(hub(folder), CLASSES, num_labels=3, seed=7)
     trained.model.save_pretrained(tmp_path / "c")
@@ -139,7 +139,7 @@ def test_a_head_of_the_checkpoint_is_kept_where_it_fits_and_drawn_where_not(tmp_
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_decoder_classifies_at_the_last_token_whatever_the_padding(tmp_path: Path, kind: str) -> None:
+def test_a_decoder_classifies_at_the_last_token_with_any_padding(tmp_path: Path, kind: str) -> None:
     backbone = load_backbone(hub(checkpoint(tmp_path / "m", kind)), CLASSES, num_labels=3)
     pad = backbone.tokenizer.pad_token_id
     assert pad == backbone.tokenizer.eos_token_id == backbone.model.config.pad_token_id
@@ -220,8 +220,8 @@ def refused(config: ModelConfig, words: str, task: TaskConfig = CAUSAL, num_labe
     assert "\n" not in str(bad.value)
 
 
-def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(hub(tmp_path / "nowhere"), "there is no such folder")
+def test_folders_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(hub(tmp_path / "nowhere"), "no such folder; give a local folder or a hub name")
     (tmp_path / "file").write_text("x")
     refused(hub(tmp_path / "file"), "is a file")
     refused(hub(tmp_path), "has no config.json")
@@ -232,13 +232,13 @@ def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "cannot be read as JSON"), ("[]", "no model_type"), ('{"model_type": "martian"}', "architecture 'martian'"),
-     ('{"model_type": "t5"}', "'t5' is an encoder-decoder and cannot do task.kind=causal_lm: take classification or instruction"),
-     ('{"model_type": "bart"}', r"encoder-decoder \('bart'\): of these T5 is supported"),
+     ('{"model_type": "t5"}', "'t5' is an encoder-decoder, which does not support task.kind=causal_lm: take classification or instruction"),
+     ('{"model_type": "bart"}', r"encoder-decoder \('bart'\): take T5, a decoder, or an encoder for"),
      ('{"model_type": "vit"}', "no model for task.kind=causal_lm"),
-     ('{"model_type": "bert"}', "is an encoder and cannot do task.kind=causal_lm"),
+     ('{"model_type": "bert"}', "is an encoder, which does not support task.kind=causal_lm"),
      ('{"model_type": "llama", "hidden_size": "wide"}', "not a valid 'llama' config")],
 )  # fmt: skip
-def test_configs_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
+def test_configs_that_are_invalid(tmp_path: Path, text: str, words: str) -> None:
     folder = checkpoint(tmp_path / "m")
     (folder / "config.json").write_text(text)
     refused(hub(folder), words)
@@ -249,7 +249,7 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     raw = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"}}
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    refused(hub(folder), "brings its own code")
+    refused(hub(folder), "contains its own code")
     assert not (tmp_path / "ran").exists()
 
 
@@ -347,6 +347,6 @@ def test_real_weights_load_as_decoder_and_as_classifier() -> None:
     ("name", "there", "device"),
     [("auto", True, "cuda"), ("auto", False, "cpu"), ("cuda", True, "cuda"), ("cpu", True, "cpu"), ("cpu", False, "cpu")],
 )
-def test_the_device_that_is_meant(monkeypatch: pytest.MonkeyPatch, name: str, there: bool, device: str) -> None:
+def test_the_selected_device(monkeypatch: pytest.MonkeyPatch, name: str, there: bool, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert pick_device(name) == torch.device(device)

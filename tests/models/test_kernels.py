@@ -1,4 +1,4 @@
-"""Whether bitsandbytes can train in a precision here: found out on one small layer."""
+"""Whether bitsandbytes can train in a precision on this machine, tested on one small layer."""
 
 import re
 
@@ -27,9 +27,7 @@ def test_a_precision_is_tried_in_its_own_layer(monkeypatch: pytest.MonkeyPatch, 
     ("times", "sentence"),
     [(1.3, "its weights are off by [23][0-9]%"), (1.1, "its gradient is off by 17%"), (1.0, "")],  # 1 - 1 / 1.1², as it is x·Wᵀ·W
 )
-def test_a_kernel_that_computes_with_other_weights_is_found_out(
-    monkeypatch: pytest.MonkeyPatch, precision: str, times: float, sentence: str
-) -> None:
+def test_a_kernel_with_wrong_weights_is_detected(monkeypatch: pytest.MonkeyPatch, precision: str, times: float, sentence: str) -> None:
     weight_of = quantize.weight_of
     monkeypatch.setattr(quantize, "weight_of", lambda module: times * weight_of(module))
     assert re.fullmatch(sentence, why_not(precision, torch.float32, CPU))

@@ -1,4 +1,4 @@
-"""LoftQ: the adapter starts as the best of its rank that makes up for what quantization took."""
+"""LoftQ: the initial adapter is the best approximation of the quantization error of its rank."""
 
 import dataclasses
 from pathlib import Path
@@ -99,19 +99,19 @@ def test_the_start_is_nearer_to_the_full_model(tmp_path: Path, precision: str) -
     assert off(logits(backbone), exact) < 0.8 * plain
 
 
-def test_layers_left_whole_start_as_ever(tmp_path: Path) -> None:
-    folder = wide(tmp_path / "m", intermediate_size=172)  # down_proj's rows are no whole number of blocks
+def test_unquantized_layers_have_the_default_initialization(tmp_path: Path) -> None:
+    folder = wide(tmp_path / "m", intermediate_size=172)  # down_proj's row length is not a multiple of the block
     state, drawn = start(folder, "nf4", PEFT), start(folder, "nf4", dataclasses.replace(PEFT, init="default"))
     for name in state.spec.ranks:
         whole = name.endswith("down_proj")
         assert torch.equal(state[f"{name}.lora_A"], drawn[f"{name}.lora_A"]) is whole
         assert bool(state[f"{name}.lora_B"].any()) is not whole
-    with pytest.raises(ModelError, match="none of the layers that are adapted is quantized"):
+    with pytest.raises(ModelError, match="none of the adapted layers is quantized"):
         start(folder, "nf4", PeftConfig(targets="down_proj", init="loftq"))
 
 
 @pytest.mark.slow
-def test_it_follows_nothing_but_the_config(tmp_path: Path) -> None:
+def test_it_depends_on_the_config_only(tmp_path: Path) -> None:
     folder = wide(tmp_path / "m")
     one, two = start(folder, "nf4", PEFT), start(folder, "nf4", PEFT)
     assert all(torch.equal(t, two[n]) for n, t in one.tensors.items())
@@ -125,7 +125,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_makes_no_sense_is_refused_before_anything_is_loaded(case: str) -> None:
+def test_invalid_settings_are_refused_before_anything_is_loaded(case: str) -> None:
     peft, model, words = BAD[case]
     config = Config(peft=PeftConfig(**{"init": "loftq", **peft}), model=ModelConfig(**{"precision": "nf4", "compute": "fp32", **model}))
     with pytest.raises(ConfigError, match=words):
@@ -141,7 +141,7 @@ def test_mixed_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedsa.FedSA", "hetlora.HetLoRA"])
-def test_strategies_that_begin_at_zero_refuse_it(name: str) -> None:
+def test_strategies_that_assume_zero_init_refuse_it(name: str) -> None:
     config = Config(
         peft=PeftConfig(init="loftq"),
         model=ModelConfig(precision="nf4", compute="fp32"),

@@ -94,7 +94,7 @@ def test_every_method_on_every_architecture(tmp_path: Path, name: str, kind: str
     bare = logits(load_backbone(hub(tmp_path / "m"), task, num_labels=3, seed=5), task)
     if name in IDENTITY:
         torch.testing.assert_close(logits(live, task), bare, rtol=0, atol=2e-5)
-    # load and read are inverse (but for a rounding where the state is relative to the backbone's own)
+    # load and read are inverse, up to rounding for tensors with an origin
     state = moved(initial)
     live.load(state)
     for n, tensor in live.read(3).tensors.items():
@@ -130,7 +130,7 @@ def test_a_bf16_backbone_trains_float32_tensors(tmp_path: Path, name: str, kind:
 
 
 @pytest.mark.parametrize(("name", "kind"), sorted({(n, k) for n, k, t in REFUSED if t == CLASSES.kind}))
-def test_what_makes_no_sense_is_refused_on_server_and_client(tmp_path: Path, name: str, kind: str) -> None:
+def test_invalid_settings_are_refused_on_server_and_client(tmp_path: Path, name: str, kind: str) -> None:
     with pytest.raises(ModelError, match=f"peft.method={name}"):
         make(tmp_path / "m", kind, CLASSES, name)
     with pytest.raises(ModelError, match=f"peft.method={name}"):
@@ -273,7 +273,7 @@ def test_ia3_scales_keys_values_and_the_inner_units(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "ptuning_v2"])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_a_classifiers_logits_do_not_hang_on_the_padding(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_classifiers_logits_do_not_depend_on_the_padding(tmp_path: Path, name: str, kind: str) -> None:
     live = make(tmp_path / "m", kind, CLASSES, name)
     live.load(moved(start(tmp_path / "m", CLASSES, name)))
     data = batch(CLASSES)
@@ -283,7 +283,7 @@ def test_a_classifiers_logits_do_not_hang_on_the_padding(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "ptuning_v2"])
 @pytest.mark.parametrize("kind", [*DECODERS, "t5"])
-def test_generation_goes_on_from_the_prompt(tmp_path: Path, name: str, kind: str) -> None:
+def test_generation_continues_the_prompt(tmp_path: Path, name: str, kind: str) -> None:
     checkpoint(tmp_path / "m", kind, seed=5 if kind == "t5" else 0)  # T5's seed 0 has nothing to say
     live = make(tmp_path / "m", kind, ASK, name)
     live.load(moved(start(tmp_path / "m", ASK, name), std=0.5))
@@ -321,12 +321,12 @@ def test_virtual_tokens_drop_out_of_the_loss(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_virtual_tokens_need_room(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ModelError, match="peft.tokens=49 with task.max_length=16 is more than the model's context, 64 tokens"):
+    with pytest.raises(ModelError, match="peft.tokens=49 with task.max_length=16 is more than the model's context of 64 tokens"):
         make(tmp_path / "m", "gpt2", CAUSAL, name, tokens=49)
     with pytest.raises(ModelError, match="peft.tokens=43 with task.max_length=16 and task.max_new_tokens=6"):
         start(tmp_path / "m", ASK, name, tokens=43)
 
 
-def test_which_methods_weights_alone_can_express() -> None:
+def test_methods_that_can_be_merged() -> None:
     assert {n for n in METHODS if mergeable(n)} == {"lora", "dora", "rslora", "ia3", "bitfit", "full"}
     assert all((method(n).edits is None) == bool(method(n).beside) for n in METHODS)

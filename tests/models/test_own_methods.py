@@ -122,7 +122,7 @@ def shake(live: Attached, std: float = 0.3, seed: int = 0) -> None:
 def expect_sentence(kind: str, peft: PeftConfig, task: TaskConfig) -> bool:
     if not (peft is BIASES and kind in BARE):
         return False
-    with pytest.raises(ModelError, match=f"this '{kind}' has none: take peft=lora") as bad:
+    with pytest.raises(ModelError, match=f"but this '{kind}' has none: take peft=lora") as bad:
         attach(build(kind, task), peft, task)
     assert "\n" not in str(bad.value)
     return True
@@ -164,7 +164,7 @@ def test_a_step_reaches_every_trained_tensor_and_nothing_else(kind: str, task: T
 
 @pytest.mark.parametrize("peft", METHODS, ids=lambda p: f"{p.method}-{p.placement}")
 @pytest.mark.parametrize("kind", [*DECODERS, "t5"])
-def test_generation_with_a_cache_is_generation_without(kind: str, peft: PeftConfig) -> None:
+def test_generation_with_and_without_a_cache_agree(kind: str, peft: PeftConfig) -> None:
     task = ANSWERS if kind == "t5" else CAUSAL
     if expect_sentence(kind, peft, task):
         return

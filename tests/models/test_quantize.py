@@ -77,7 +77,7 @@ def off(a: Tensor, b: Tensor) -> float:
 
 
 def dequantized(backbone: Backbone, folder: Path, task: TaskConfig = LM) -> Backbone:
-    """The float32 backbone with the weights that the quantized one stands for."""
+    """The float32 backbone with the dequantized weights."""
     plain = load_backbone(hub(folder), task, num_labels=3)
     own = linears(plain.model)
     with torch.no_grad():
@@ -130,13 +130,13 @@ def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     assert backbone.fingerprint == plain.fingerprint  # adapters go between precisions
 
 
-def test_rows_of_no_whole_number_of_blocks_stay_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_no_multiple_of_a_block_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = wide(tmp_path / "llama", intermediate_size=172)
     with caplog.at_level(logging.WARNING):
         backbone = quantized(folder)
-    assert "2 of 14 linear layers stay as they are, such as 'model.layers.0.mlp.down_proj': their rows of 172" in caplog.text
+    assert "2 of 14 linear layers are not quantized, such as 'model.layers.0.mlp.down_proj': its row length of 172" in caplog.text
     assert off(logits(backbone), logits(dequantized(backbone, folder))) < 1e-4
-    with pytest.raises(ModelError, match=r"no layer of this backbone has rows of a whole number of blocks of 64 .*: take int8 or bf16"):
+    with pytest.raises(ModelError, match=r"no layer of this backbone has a row length that is a multiple of 64 .*: take int8 or bf16"):
         quantized(checkpoint(tmp_path / "small"))
 
 
@@ -145,7 +145,7 @@ def test_the_second_start_reads_the_cache(tmp_path: Path, cache: Path, precision
     folder = wide(tmp_path / "bert", "bert")
     first = logits(quantized(folder, precision, CLASSES))
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1 and not list(cache.glob(".new-*"))
-    monkeypatch.setattr(quantize, "_made", None)
+    monkeypatch.setattr(quantize, "_build", None)
     assert torch.equal(logits(quantized(folder, precision, CLASSES)), first)  # heads, which are not kept, are drawn from the seed again
 
 
@@ -160,7 +160,7 @@ def test_each_setting_has_its_own_entry(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed", "no mark"])
-def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_entry_is_rebuilt(tmp_path: Path, cache: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     folder = wide(tmp_path / "llama")
     first = logits(quantized(folder))
     [entry] = [p for p in cache.iterdir() if p.is_dir()]
@@ -175,22 +175,20 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Path, how: str, ca
         file.write_bytes(raw)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(logits(quantized(folder)), first)
-    assert "cannot be used" in caplog.text and "it is made again" in caplog.text
+    assert "cannot be used" in caplog.text and "it is quantized again" in caplog.text
     caplog.clear()
     quantized(folder)
     assert not caplog.text
 
 
-def test_without_a_place_for_the_cache_it_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_cache_folder_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = wide(tmp_path / "llama")
     first = logits(quantized(folder))
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
         assert torch.equal(logits(quantized(folder)), first)
-    assert "made anew at each start" in caplog.text
+    assert "every start quantizes it again" in caplog.text
 
 
 @pytest.mark.parametrize("method", quick([m for m in METHODS if m not in ("full", "bitfit")], "lora", "dora", "prompt"))
@@ -261,7 +259,7 @@ def test_one_sentence_where_there_is_no_kernel(tmp_path: Path, monkeypatch: pyte
         quantized(wide(tmp_path / "llama2"))
 
 
-def test_what_is_missing_from_the_checkpoint_is_refused_and_not_kept(tmp_path: Path, cache: Path) -> None:
+def test_missing_weights_are_refused_and_not_cached(tmp_path: Path, cache: Path) -> None:
     folder = wide(tmp_path / "llama")
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 3}))

@@ -48,7 +48,7 @@ def shift(live: LiveAdapter, version: int, size: float) -> AdapterState:
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("kind", quick(["llama", "gpt2"], "gpt2"))
 @pytest.mark.parametrize("rank", [2, 40])  # 40: two shifts' factors are larger than the matrices
-def test_shifts_lie_beside_quantized_layers(tmp_path: Path, precision: str, kind: str, rank: int) -> None:
+def test_shifts_are_side_branches_of_quantized_layers(tmp_path: Path, precision: str, kind: str, rank: int) -> None:
     folder = wide(tmp_path / kind, kind)
     backbone = quantized(folder, precision)
     plain = dequantized(backbone, folder)
@@ -162,11 +162,11 @@ def test_a_shift_of_another_shape_is_refused(tmp_path: Path) -> None:
         {f"{module}.lora_A": torch.ones(2, 128), f"{module}.lora_B": torch.ones(64, 2)},
         dataclasses.replace(good.spec, ranks={module: 2}, scaling={module: 1.0}),
     )
-    with pytest.raises(ModelError, match=r"changes 'model.layers.0.mlp.up_proj' by \(64, 128\), the backbone's is \(128, 64\)"):
+    with pytest.raises(ModelError, match=r"changes 'model.layers.0.mlp.up_proj' by \(64, 128\), but the backbone's is \(128, 64\)"):
         frozen.add(bad)
 
 
-def test_what_was_trained_over_nf4_is_merged_into_float32(tmp_path: Path) -> None:
+def test_an_adapter_trained_on_nf4_is_merged_into_float32(tmp_path: Path) -> None:
     from fedtune.export.huggingface import export_hf
 
     folder = wide(tmp_path / "llama")

@@ -50,7 +50,7 @@ def test_bf16_loses_no_small_shift() -> None:
     assert torch.equal(model["q"].weight.float(), torch.full((3, 5), 1.0078125))
 
 
-def test_a_fresh_backbone_brings_w0_back() -> None:
+def test_a_newly_loaded_backbone_restores_w0() -> None:
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"q": nn.Linear(5, 3)})
     fresh: Any = nn.ModuleDict({"q": nn.Linear(5, 3)})
@@ -62,11 +62,11 @@ def test_a_fresh_backbone_brings_w0_back() -> None:
     assert torch.equal(model["q"].weight, fresh["q"].weight) and frozen.versions == ()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_mismatched_shifts_are_refused() -> None:
     frozen = FrozenWeights(nn.ModuleDict({"q": nn.Linear(3, 5), "norm": nn.LayerNorm(5)}))
-    with pytest.raises(ModelError, match=r"changes 'q' by \(3, 5\), the backbone's is \(5, 3\): load the same checkpoint"):
+    with pytest.raises(ModelError, match=r"changes 'q' by \(3, 5\), but the backbone's is \(5, 3\): load the same checkpoint"):
         frozen.add(shift(1, 2))
-    with pytest.raises(ModelError, match="changes 'norm', which is no linear layer"):
+    with pytest.raises(ModelError, match="changes 'norm', which is not a linear layer"):
         frozen.add(shift(1, 2, module="norm"))
     assert frozen.versions == ()
 
@@ -79,12 +79,12 @@ def test_a_shift_is_merged_whole_or_not_at_all() -> None:
     with pytest.raises(ModelError, match="changes 'up' by"):
         frozen.add(both)
     assert torch.equal(layer.weight, before) and frozen.versions == ()
-    with pytest.raises(ModelError, match="factors A and B of 'q' do not fit"):
+    with pytest.raises(ModelError, match="shapes of a shift's A and B of 'q' do not match"):
         frozen.add(good.replace({"q.lora_A": good["q.lora_A"]}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
-def test_w0_comes_back_under_a_classifiers_wrapped_head(tmp_path: Path, kind: str) -> None:
+def test_w0_is_restored_under_a_classifiers_wrapped_head(tmp_path: Path, kind: str) -> None:
     task, source = TaskConfig(kind="classification", max_length=32), hub(checkpoint(tmp_path, kind))
     live = LiveAdapter(load_backbone(source, task, num_labels=3), PeftConfig(rank=2), task)
     want, frozen = live.model.eval()(token_ids()).logits, FrozenWeights(live.backbone.model)

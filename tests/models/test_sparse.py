@@ -83,7 +83,7 @@ def linears(live: LiveAdapter) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
-def test_zeros_are_the_backbone_whatever_lora_held(tmp_path: Path, kind: str, task: TaskConfig) -> None:
+def test_zeros_are_the_backbone_for_every_lora_state(tmp_path: Path, kind: str, task: TaskConfig) -> None:
     live = make(tmp_path / "m", kind, task)
     start = initial_adapter(hub(tmp_path / "m"), task, PEFT, num_labels=3, seed=5)
     live.load(start)
@@ -160,7 +160,7 @@ def assert_switch_changes_nothing(folder: Path, kind: str, task: TaskConfig, sta
     assert (logits(live) - before).abs().max() <= 1e-5
 
 
-def test_the_check_of_the_switch_sees_a_mask_of_the_other_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_the_switch_detects_a_transposed_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = sparse._Matrix.__init__
 
     def stored_orientation(self: Any, layer: Any, linear: Any) -> None:
@@ -246,12 +246,12 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     slot, names = SparseSlot(live, state.spec), list(state.tensors)
     some = names[0].removesuffix(".sparse")
     for bad, words in [
-        (state.replace(mask="8"), "mask '8', this slot is for sparse with '7'"),
+        (state.replace(mask="8"), "mask '8', but this slot is sparse with mask '7'"),
         (state.replace(method="lora"), "the state is lora"),
         (state.replace(base="other"), "belongs to the backbone other"),
         (state.subset(names[1:]), f"lacks '{names[0]}'"),
         (state.replace({**state.tensors, "score.weight": torch.zeros(1)}), "has 'score.weight'"),
-        (state.replace({**state.tensors, names[0]: torch.zeros(10**6)}), "wanted 1 to 256 values"),
+        (state.replace({**state.tensors, names[0]: torch.zeros(10**6)}), "must be a vector of 1 to 256 values"),
     ]:
         with pytest.raises(ModelError, match=words):
             slot.load(bad)
@@ -263,11 +263,11 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for wrong in ([-1, 3], [3, 3], [0, 10**6], [5]):
         index = torch.arange(count[names[0]], dtype=torch.int32)
         index = index[:1] if len(wrong) == 1 else torch.cat([torch.tensor(wrong[:1]), index[1:-1], torch.tensor(wrong[1:])]).int()
-        with pytest.raises(ModelError, match="rising positions in a matrix of 256 entries"):
+        with pytest.raises(ModelError, match="ascending positions in a matrix of 256 entries"):
             slot.load(sent.replace({**sent.tensors, f"{some}.index": index}))
 
 
-def test_another_mask_takes_over_and_the_first_slot_lets_it(tmp_path: Path) -> None:
+def test_another_mask_replaces_the_first_slot(tmp_path: Path) -> None:
     live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL)
     one, two = SparseSlot(live, state.spec), SparseSlot(live, state.replace(mask="8").spec)
     one.load(moved(state))
@@ -282,5 +282,5 @@ def test_another_mask_takes_over_and_the_first_slot_lets_it(tmp_path: Path) -> N
 
 def test_a_model_without_lora_is_refused(tmp_path: Path) -> None:
     live = make(tmp_path / "m", peft=PeftConfig(method="ia3"))
-    with pytest.raises(ModelError, match="carries no LoRA adapter"):
+    with pytest.raises(ModelError, match="has no LoRA adapter"):
         SparseSlot(live, live.spec)

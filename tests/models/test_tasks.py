@@ -152,7 +152,7 @@ def test_exact_match_of_an_encoder_decoder_agrees_with_greedy_decoding_by_hand(t
     assert scores["exact_match"] == 3 / 4 and scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
 
 
-def test_what_one_forward_pass_decides_is_what_generation_gives(tmp_path: Path) -> None:
+def test_decisions_of_one_forward_pass_agree_with_generation(tmp_path: Path) -> None:
     config = llama_config(tie_word_embeddings=False)
     backbone = load_backbone(hub(checkpoint(tmp_path / "m", config=config)), INSTRUCTION)
     model, words = backbone.model, backbone.tokenizer
@@ -172,7 +172,7 @@ def test_what_one_forward_pass_decides_is_what_generation_gives(tmp_path: Path) 
     assert evaluate(model, words, rows, INSTRUCTION, batch_size=5)["exact_match"] == hits / 24
 
 
-def test_only_generation_tells_where_other_tokens_may_spell_the_answer() -> None:
+def test_only_generation_decides_if_other_tokens_may_spell_the_answer() -> None:
     pieces = {0: "", 1: "ab", 2: "c", 3: "a", 4: "x", 5: "\ufffd"}
 
     class Words:

@@ -1,9 +1,9 @@
 """PEFT methods: `peft.method=NAME` is the file NAME.py of this folder.
 
-A method's file attaches the method to a model and says what the rest of fedtune must know of it.
+A method's file attaches the method to a model and declares its properties for the rest of fedtune.
 
-A method is added with its file and `conf/peft/NAME.yaml`; nothing else lists methods. Files that methods share begin with `_`. A method's
-file loads neither PEFT nor transformers before `attach` is called, so that inference can ask it what an adapter does to a weight.
+To add a method, add its file and `conf/peft/NAME.yaml`; nothing else lists methods. Files of shared code begin with `_`. A method's file
+imports neither PEFT nor transformers before `attach` is called, so that inference can apply its `edits` without them.
 """
 
 import dataclasses
@@ -28,25 +28,24 @@ if TYPE_CHECKING:
 
 __all__ = ["SLOT", "Attached", "Change", "DecoderShape", "Edit", "Method", "attach", "mergeable", "method", "swapped"]
 
-SLOT = "default"  # PEFT's name of the one adapter
+SLOT = "default"  # PEFT's name for the only adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attached:
-    """A method on a model, ready to train.
+    """A model with an attached method, ready to train.
 
     Args:
-        model: What to call instead of the bare model, with the same inputs.
+        model: The model to call instead of the bare model, with the same inputs.
         parameters: Canonical name → live parameter (float32, requires a gradient), a classifier's head included.
         names: Canonical name → the parameter's name in `model`.
-        disabled: A context in which the model is the untouched backbone, a classifier with the head that it was loaded with.
-        save: Writes the live adapter as a folder that `PeftModel.from_pretrained` opens; None where PEFT does not know the method.
-        origin: Canonical name → the frozen value that the state is relative to, for tensors that are the backbone's own (biases, all
-            weights, DoRA's magnitudes): state = parameter − origin. So a server, which has no backbone, starts from zeros. A head's tensors
-            have none.
+        disabled: A context in which the model is the untouched backbone; a classifier has the head that it was loaded with.
+        save: Writes the live adapter as a folder that `PeftModel.from_pretrained` opens; None if PEFT does not have the method.
+        origin: Canonical name → frozen value of the backbone's own tensors (biases, all weights, DoRA's magnitudes). Their state is
+            parameter − origin, so that a server, which has no backbone, starts from zeros. A head's tensors have no origin.
         ranks: LoRA family: module → rank.
         scaling: LoRA family: module → factor s.
-        keeps_inputs: Modules of the backbone whose input a training step keeps for the backward pass; for estimates of memory.
+        keeps_inputs: Modules of the backbone whose inputs a training step keeps for the backward pass; for memory estimates.
     """
 
     model: "nn.Module"
@@ -60,19 +59,19 @@ class Attached:
     keeps_inputs: Iterable[str] = ()
 
 
-# Rows a to b of a tensor, float64 → the same rows, changed. Rows of a linear layer's weight are outputs, also where it is kept as (in, out)
+# Rows [first, last) of a tensor, float64 → the edited rows. Rows of a linear layer's weight are outputs, even if it is stored as (in, out)
 Edit = Callable[["Tensor", int, int], "Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What an adapter does to one tensor of its backbone.
+    """An adapter's change of one tensor of its backbone.
 
     Args:
-        name: Of the tensor.
-        shape: That the adapter expects it to have; of a linear layer's weight, (out, in).
-        edit: Its arithmetic, on some rows at a time.
-        linear: It must be the weight of a linear layer that is not tied to the embedding.
+        name: Name of the tensor.
+        shape: Shape that the adapter expects; (out, in) for a linear layer's weight.
+        edit: The arithmetic, on a block of rows.
+        linear: Whether the tensor must be the weight of a linear layer that is not tied to the embedding.
     """
 
     name: str
@@ -96,28 +95,28 @@ class DecoderShape(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What the file of a method offers, under these names. Those with a default may be missing, but for one of `edits` and `beside`.
+    """The names that a method's file defines. Names with a default may be missing, except that one of `edits` and `beside` is required.
 
-    A file whose method begins otherwise than with peft.init=default too has the constant `inits` besides, a tuple of strings, which
+    A file whose method supports other values of peft.init than `default` also has the constant `inits`, a tuple of strings, which
     `fedtune.config.method_files` reads.
 
     Args:
-        attach: Changes a model in place: (model, peft, task) → `Attached`. The model may lie on the meta device, to learn names and shapes
-            without weights; every parameter of it is frozen before. Raises ModelError where the method makes no sense on this architecture
-            or task.
-        initial: Version 0 of a tensor that is neither of a head nor relative to an origin, float32, from its name and shape alone:
-            (canonical name, shape, peft, generator of this tensor's own, the architecture's initializer_range) → tensor.
-        edits: How the method changes the backbone's weights: (state without its head, tensor of the backbone → shape, linear weights as
-            (out, in)) → changes. Merges and exports of every format follow from it alone. A tensor of the state that has the name of one
-            of the backbone's is turned to the same layout before.
-        beside: Why no weights can express the method, as the end of a sentence: then an export has the adapter beside the model.
-        virtual: Learned tokens, as an edge package has them: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
-            `prefix.v` (layers, t, kv_heads, head_dim), float32. None: the method has no virtual tokens.
-        factors: Of a method that does W + s·B·A and no more, so that the factors may stay apart from the weights: state → module → s,
-            A (r, in) and B (out, r), which is all that the state holds but for a head. None: it does something else.
-        idle: Whether a state changes no weight at all.
-        targeted: peft.targets chooses its layers.
-        fp32_only: The backbone must be in float32, because its own weights are trained.
+        attach: Attaches the method to a model in place: (model, peft, task) → `Attached`. All parameters of the model are frozen before the
+            call. The model may be on the meta device, to list names and shapes without weights. Raises ModelError if the method does not
+            support this architecture or task.
+        initial: Initial value of a tensor that belongs to no head and has no origin, float32, from its name and shape alone:
+            (canonical name, shape, peft, a generator for this tensor, the architecture's initializer_range) → tensor.
+        edits: The method's changes of the backbone's weights: (state without its head, tensor of the backbone → shape, with linear weights
+            as (out, in)) → changes. Merges and exports in all formats use it. A state's tensor with the name of a backbone's tensor has
+            the same layout.
+        beside: Reason why weights cannot express the method, as the end of a sentence. An export then keeps the adapter beside the model.
+        virtual: Virtual tokens for an edge package: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
+            `prefix.v` (layers, t, kv_heads, head_dim), float32. None for a method without virtual tokens.
+        factors: For a method that computes exactly W + s·B·A, so that the factors can stay separate from the weights: state → module → s,
+            A (r, in) and B (out, r). These are all tensors of the state except a head's. None for other methods.
+        idle: Whether a state changes no weight.
+        targeted: Whether peft.targets selects the method's layers.
+        fp32_only: Whether the backbone must be in float32, because its own weights are trained.
     """
 
     attach: "Callable[[PreTrainedModel, PeftConfig, TaskConfig], Attached]"
@@ -132,14 +131,14 @@ class Method:
 
 
 def method(name: str) -> Method:
-    """What the file of a method offers; loads torch.
+    """The definitions of a method's file; loads torch.
 
     Raises:
-        ModelError: There is no such method, or its file does not say whether weights can express it.
+        ModelError: The method does not exist, or its file does not define exactly one of `edits` and `beside`.
     """
     dotted = f"{__name__}.{name}"
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or importlib.util.find_spec(dotted) is None:
-        raise ModelError(f"there is no PEFT method '{name[:60]}' here, only {', '.join(METHODS)}: update fedtune")
+        raise ModelError(f"unknown PEFT method '{name[:60]}', this version has {', '.join(METHODS)}: update fedtune")
     module = importlib.import_module(dotted)
     found = Method(**{f.name: getattr(module, f.name) for f in dataclasses.fields(Method) if hasattr(module, f.name)})
     if (found.edits is None) == (not found.beside):
@@ -151,7 +150,7 @@ def method(name: str) -> Method:
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Attach the method that peft.method names; whatever goes wrong becomes a sentence.
+    """Attach the method `peft.method`; every error becomes a ModelError.
 
     Raises:
         ModelError: The method, its targets or PEFT's own rules do not fit the architecture.
@@ -161,22 +160,22 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
         return how.attach(model, peft, task)
     except FedtuneError:
         raise
-    except Exception as bad:  # PEFT's own rules for an architecture, and the model's code, raise what they like
-        said = (str(bad).strip().splitlines() or [type(bad).__name__])[0]
+    except Exception as bad:  # PEFT and the model's own code may raise any type
+        reason = (str(bad).strip().splitlines() or [type(bad).__name__])[0]
         raise ModelError(
             f"peft.method={peft.method} with peft.targets={peft.targets} does not fit the architecture '{model.config.model_type}':"
-            f" {said.rstrip('.')}: name other layers in peft.targets, or take another peft.method"
+            f" {reason.rstrip('.')}: name other layers in peft.targets, or take another peft.method"
         ) from None
 
 
 def mergeable(name: str) -> bool:
-    """Whether weights alone can express the method."""
+    """Whether the method can be merged into weights."""
     return method(name).edits is not None
 
 
 @contextmanager
 def swapped(values: "Mapping[nn.Parameter, Tensor]") -> Iterator[None]:
-    """Within it, the parameters hold these values; afterward their own."""
+    """A context in which the parameters have these values; afterward they get their own back."""
     kept = {p: p.data for p in values}
     try:
         for parameter, value in values.items():

@@ -9,12 +9,12 @@ from fedtune.models.backbone import head_names
 
 
 def trained_heads(model: nn.Module, task: TaskConfig) -> list[str]:
-    """Top-level modules of the bare model that are trained whole: a classifier's head, such as `score`; none for other tasks."""
+    """Top-level modules of the bare model that are trained entirely: a classifier's head, such as `score`; none for other tasks."""
     return head_names(model) if task_of(task).head else []
 
 
 def train_head(model: PreTrainedModel, task: TaskConfig) -> dict[str, nn.Parameter]:
-    """Make the head trainable in place, for a method that PEFT does not wrap.
+    """Make the head trainable in place, for a method without PEFT's wrapper.
 
     Returns:
         Name in the model, such as `score.weight` → parameter.

@@ -1,4 +1,4 @@
-"""What the methods that PEFT lacks share: a switch that their hooks ask, and values before the first state is loaded."""
+"""Shared code of the methods that PEFT lacks: a switch for their hooks, and values before the first state is loaded."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,14 +12,14 @@ from fedtune.models.methods import swapped
 
 
 class Switch:
-    """Whether a method acts: its hooks ask at every call."""
+    """Turns a method's hooks on and off; they read it at every call."""
 
     def __init__(self) -> None:
         self.on = True
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within it the method does not act."""
+        """A context in which the hooks do nothing."""
         before, self.on = self.on, False
         try:
             yield
@@ -31,7 +31,7 @@ def fill(
     parameters: Mapping[str, nn.Parameter], initial: Callable[[str, tuple[int, ...], PeftConfig, torch.Generator, float], Tensor],
     peft: PeftConfig, std: float,
 ) -> None:  # fmt: skip
-    """Values as a server with seed 0 would draw them, so that nobody trains on uninitialized memory; a state is loaded over them."""
+    """Fill the parameters with the initial values of seed 0, so that they never hold uninitialized memory; a state overwrites them."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             generator = torch.Generator().manual_seed(derive_seed(0, "init", name))
@@ -39,11 +39,11 @@ def fill(
 
 
 def untouched(values: Mapping[nn.Parameter, Tensor], switch: Switch | None = None) -> Callable[[], AbstractContextManager[None]]:
-    """An `Attached.disabled`: within it the switch is off and the parameters hold these values.
+    """An `Attached.disabled` in which the switch is off and the parameters have these values.
 
     Args:
-        values: Parameter → what it was before anything was trained (a classifier's head, the backbone's own tensors).
-        switch: Of the method's hooks.
+        values: Parameter → its value before training (a classifier's head, the backbone's own tensors).
+        switch: The switch of the method's hooks.
     """
 
     @contextmanager

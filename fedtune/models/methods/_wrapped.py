@@ -1,4 +1,4 @@
-"""What the methods share that PEFT implements: wrapping, canonical names, the untouched backbone, the folder."""
+"""Shared code of the methods that PEFT implements: wrapping, canonical names, the untouched backbone, the folder."""
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
@@ -21,27 +21,27 @@ from fedtune.models.parts import is_linear, text_prefix
 
 
 def task_settings(model: PreTrainedModel, task: TaskConfig) -> dict[str, Any]:
-    """PEFT's task type, and what of a classifier's head PEFT does not train by itself."""
+    """PEFT's task type, and the modules of a classifier's head that PEFT does not train by default."""
     kind = task_of(task)
     settings: dict[str, Any] = {"task_type": TaskType[kind.peft_type(getattr(model.config, "is_encoder_decoder", False))]}
     if kind.head:
-        settings["modules_to_save"] = [h for h in head_names(model) if h not in ("classifier", "score")]  # PEFT adds these two by itself
+        settings["modules_to_save"] = [h for h in head_names(model) if h not in ("classifier", "score")]  # PEFT adds these two
     return settings
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig, modules: Collection[str] = ()) -> PeftModel:
-    """PEFT's model around ours, trainables in float32, with nothing drawn from the global generator.
+    """The model wrapped by PEFT, with trainable tensors in float32. The global generator does not change.
 
     Args:
         model: The backbone.
         config: PEFT's settings.
-        modules: Full names of all the modules that it must adapt.
+        modules: Full names of the modules that PEFT must adapt.
 
     Raises:
-        ModelError: PEFT adapted other modules than these: it renames targets for some architectures.
+        ModelError: PEFT adapted other modules: it renames targets for some architectures.
     """
     kind = model.config.model_type
-    with quiet(), torch.random.fork_rng():  # PEFT draws from the global generator; a state is loaded over it anyhow
+    with quiet(), torch.random.fork_rng():  # PEFT draws from the global generator; a state overwrites the drawn values
         torch.manual_seed(0)
         wrapped = cast(PeftModel, get_peft_model(model, config))
     adapted = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -59,11 +59,11 @@ def wrap(model: PreTrainedModel, config: PeftConfig, modules: Collection[str] = 
 
 
 def named(wrapped: PeftModel, renamed: Mapping[str, str]) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """Canonical name → trainable parameter, and → its name in the wrapped model.
+    """Two mappings: canonical name → trainable parameter, and canonical name → name in the wrapped model.
 
     Args:
         wrapped: PEFT's model.
-        renamed: What PEFT calls a part of a name → what we call it, such as `.lora_A.default.weight` → `.lora_A`.
+        renamed: Part of PEFT's name → its replacement in the canonical name, such as `.lora_A.default.weight` → `.lora_A`.
     """
     parameters, names = {}, {}
     for dotted, parameter in wrapped.named_parameters():
@@ -76,7 +76,7 @@ def named(wrapped: PeftModel, renamed: Mapping[str, str]) -> tuple[dict[str, nn.
 
 
 def without(wrapped: PeftModel) -> AbstractContextManager[None]:
-    """The untouched backbone, for methods that change its modules."""
+    """A context with the untouched backbone, for methods that change its modules."""
     return wrapped.disable_adapter()
 
 
@@ -86,16 +86,16 @@ def write(wrapped: PeftModel, folder: Path) -> None:
 
 
 def linear_modules(model: nn.Module) -> list[str]:
-    """Modules that can be adapted: linear layers of the text part but for the output layer and a classifier's head."""
-    heads, prefix = head_names(model), text_prefix(model)  # of a causal LM: its output layer
+    """Modules that can be adapted: linear layers of the text part except the output layer and a classifier's head."""
+    heads, prefix = head_names(model), text_prefix(model)  # a causal LM's head is its output layer
     return [n for n, m in model.named_modules() if is_linear(m) and n.startswith(prefix) and n.split(".")[0] not in heads]
 
 
 def targets(model: PreTrainedModel, wanted: Any) -> list[str]:
-    """Full names of the modules to adapt; a wanted name matches a module's name or its last parts, such as `q_proj` or `mlp.up_proj`.
+    """Full names of the modules to adapt; a target matches a module's name or its last parts, such as `q_proj` or `mlp.up_proj`.
 
     Raises:
-        ModelError: A name matches no linear module.
+        ModelError: A target matches no linear module.
     """
     known = linear_modules(model)
     if wanted == "all-linear":
@@ -109,17 +109,17 @@ def targets(model: PreTrainedModel, wanted: Any) -> list[str]:
 
 
 def matches(module: str, name: str) -> bool:
-    """Whether `name` is the module's, or its last parts."""
+    """Whether `name` is the module's name or its last parts."""
     return module == name or module.endswith("." + name)
 
 
 def require(key: str, name: str, known: list[str]) -> None:
-    """Raises ModelError where `name` matches none of the modules."""
+    """Raises ModelError if `name` matches no module."""
     if not any(matches(k, name) for k in known):
         short = ", ".join(dict.fromkeys(k.rsplit(".", 1)[-1] for k in known))
-        raise ModelError(f"{key}: no linear module of the backbone is called '{name}'; there are {short}")
+        raise ModelError(f"{key}: no linear module of the backbone is called '{name}', choose from {short}")
 
 
 def transposed(model: nn.Module) -> bool:
-    """Whether its linear layers store W as (in, out), as GPT-2's do."""
+    """Whether the model's linear layers store W as (in, out), as GPT-2's do."""
     return any(isinstance(m, Conv1D) for m in model.modules())

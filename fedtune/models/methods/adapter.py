@@ -2,7 +2,7 @@
 
     y = Linear(x)  →  y + up(gelu(down(y)))       down (b, H), up (H, b), b = peft.bottleneck
 
-`up` starts at zero, so that the model is the backbone. PEFT has no such method.
+`up` starts at zero, so that the initial model equals the backbone. PEFT does not have this method.
 
 Sources: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751 (after attention and feed-forward); Pfeiffer
 et al. 2020, AdapterFusion, arXiv:2005.00247 (after the feed-forward only).
@@ -28,7 +28,7 @@ beside = "there is a non-linearity between its two layers"
 
 _LLAMA = (r"\.mlp\.down_proj$", r"\.self_attn\.o_proj$")
 _BERT = (r"(?<!attention)\.output\.dense$", r"\.attention\.output\.dense$")
-# architecture → where a block's feed-forward and its attention (self and cross) write to the residual stream
+# architecture → the modules of a block's feed-forward and attention (self and cross) whose output goes to the residual stream
 _OUTPUTS = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -40,7 +40,7 @@ _OUTPUTS = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "distilbert": (r"\.ffn\.lin2$", r"\.attention\.out_lin$"),
-    "albert": (r"\.ffn_output$", r"\.attention\.dense$"),  # one layer applied many times: its adapter is shared too
+    "albert": (r"\.ffn_output$", r"\.attention\.dense$"),  # one layer is applied many times, and so is its adapter
     "t5": (r"\.DenseReluDense\.wo$", r"\.(SelfAttention|EncDecAttention)\.o$"),
 }
 
@@ -49,7 +49,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     """Adapters as `<module>.adapter_down.*` and `<module>.adapter_up.*`, float32 over a backbone of any precision.
 
     Raises:
-        ModelError: The architecture's blocks are not known.
+        ModelError: The architecture is not in the table.
     """
     from transformers.pytorch_utils import Conv1D  # late: it loads transformers
 
@@ -58,7 +58,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     kind = model.config.model_type
     if kind not in _OUTPUTS:
         known = ", ".join(_OUTPUTS)
-        raise ModelError(f"peft.method=adapter does not know where a block of '{kind}' ends: it knows {known}; take peft=lora")
+        raise ModelError(f"peft.method=adapter does not support the architecture '{kind}', only {known}: take peft=lora")
     places = _OUTPUTS[kind] if peft.placement == "houlsby" else _OUTPUTS[kind][:1]
     switch, parameters = Switch(), {}
     for name, module in list(model.named_modules()):
@@ -83,14 +83,14 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torch.Generator, std: float) -> Tensor:
-    """`down` ~ kaiming_uniform(a=√5), as LoRA's A; `up` and the biases zero."""
+    """`down` ~ kaiming_uniform(a=√5), like LoRA's A; `up` and the biases are zero."""
     if name.endswith(".adapter_down.weight"):
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
     return torch.zeros(shape)
 
 
 class _Adapt:
-    """The forward hook; it reads the parameters off the module at each call, so that `torch.func.functional_call` can replace them."""
+    """The forward hook. It gets the parameters from the module at each call, so that `torch.func.functional_call` can replace them."""
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch

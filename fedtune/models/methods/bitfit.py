@@ -1,4 +1,4 @@
-"""BitFit: the biases of linear layers and norms are trained, nothing else of the backbone.
+"""BitFit: of the backbone, only the biases of linear layers and norms are trained.
 
 Source: Ben Zaken et al. 2022, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models,
 arXiv:2106.10199.
@@ -23,7 +23,7 @@ __all__ = ["attach", "edits", "idle", "initial"]
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Train every bias; over a bf16 backbone a float32 master of it, which each forward pass rounds.
+    """Train every bias; with a bf16 backbone, a float32 master copy that each forward pass rounds.
 
     Raises:
         ModelError: The backbone has no bias.
@@ -36,14 +36,14 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     biases = [n for n, _ in model.named_parameters() if n.endswith(".bias") and n.startswith(prefix) and n.split(".")[0] not in heads]
     if not biases:
         kind = model.config.model_type
-        raise ModelError(f"peft.method=bitfit trains biases and this '{kind}' has none: take peft=lora, or a backbone with biases")
+        raise ModelError(f"peft.method=bitfit trains biases, but this '{kind}' has none: take peft=lora, or a backbone with biases")
     parameters, names = {}, {}
     for name in biases:
         module, own = model.get_submodule(name.removesuffix(".bias")), name
         dtype = model.get_parameter(name).dtype
         if dtype is not torch.float32:
             module.bias = nn.Parameter(model.get_parameter(name).float())
-            register_parametrization(module, "bias", _Rounded(dtype), unsafe=True)  # unsafe: what is seen has another dtype
+            register_parametrization(module, "bias", _Rounded(dtype), unsafe=True)  # unsafe: the rounded bias has another dtype
             own = f"{name.removesuffix('bias')}parametrizations.bias.original"
         parameters[name], names[name] = model.get_parameter(own).requires_grad_(True), own
     origin = {n: p.detach().clone() for n, p in parameters.items()}
@@ -55,7 +55,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 class _Rounded(nn.Module):
-    """A float32 master seen in the backbone's dtype."""
+    """Rounds a float32 master copy to the backbone's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

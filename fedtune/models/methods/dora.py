@@ -1,6 +1,6 @@
-"""DoRA: LoRA for the direction of each row of W, and a learned magnitude for its length.
+"""DoRA: LoRA for the direction of each row of W, and a learned magnitude for its norm.
 
-W = m · (W0 + s·B·A) / ‖W0 + s·B·A‖, m and the norm a number a row of W. The state holds m − ‖W0‖.
+W = m · (W0 + s·B·A) / ‖W0 + s·B·A‖, with one m and one norm for each row of W. The state holds m − ‖W0‖.
 
 Source: Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353.
 """
@@ -18,5 +18,5 @@ __all__ = ["attach", "edits", "idle", "initial", "targeted"]
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """As LoRA, with a magnitude a row, which starts as the norm of the backbone's own."""
+    """LoRA with a magnitude for each row, initialized to the norm of the backbone's row."""
     return attach_factors(model, peft, task, magnitudes=True)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the backbone is trained. The baseline that the other methods are measured against."""
+"""Full fine-tuning: every weight of the backbone is trained. The baseline for the other methods."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ fp32_only = True
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Train every parameter of the text part; tied and shared ones count once, under their first name.
+    """Train every parameter of the text part; tied and shared parameters count once, under their first name.
 
     Raises:
         ModelError: The backbone is not in float32.
@@ -32,10 +32,10 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     prefix = text_prefix(model)
     own = {n: p for n, p in model.named_parameters() if n not in head and n.startswith(prefix)}
     for name, parameter in own.items():
-        # meta: a server that learns names and shapes, in whatever dtype config.json names
+        # on the meta device a server only lists names and shapes; the dtype does not matter
         if parameter.dtype is not torch.float32 and parameter.device.type != "meta":
             raise ModelError(
-                f"peft.method=full trains the weights themselves, and small steps vanish in the {str(parameter.dtype)[6:]} of '{name}':"
+                f"peft.method=full trains the weights themselves, and '{name}' loses small steps in {str(parameter.dtype)[6:]}:"
                 " take model.precision=fp32"
             )
         parameter.requires_grad_(True)
@@ -49,7 +49,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torch.Generator, std: float) -> Tensor:
-    """Zeros: the state is what the weights have moved."""
+    """Zeros: the state is the change of the weights."""
     return torch.zeros(shape)
 
 
@@ -60,7 +60,7 @@ def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterat
 
 
 def idle(state: "AdapterState") -> bool:
-    """No weight has moved."""
+    """Whether no weight has changed."""
     return bool(state.tensors) and not any(t.any() for t in state.tensors.values())
 
 

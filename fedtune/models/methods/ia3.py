@@ -1,4 +1,4 @@
-"""(IA)³: a learned factor for each output of keys and values, and for each input of the feed-forward block's last layer.
+"""(IA)³: a learned factor for each output of the key and value layers, and for each input of the feed-forward block's last layer.
 
 Source: Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning, arXiv:2205.05638.
 """
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 targeted = True
 
-# Names of architectures that PEFT has no entry for
+# Module names in architectures without an entry in PEFT
 _KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin")
 _LAST = ("down_proj", "fc2", "lin2", "output.dense", "ffn_output", "dense_4h_to_h", "wo", "w2", "mlp.c_proj", "fc_out")
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """`<module>.ia3` is (out, 1), or (1, in) for the last layer of a feed-forward block; it starts at one.
+    """`<module>.ia3` is (out, 1), or (1, in) for the last layer of a feed-forward block; initialized to one.
 
-    targets=all-linear takes PEFT's modules for the architecture, else keys, values and the last feed-forward layers by their usual names.
+    targets=all-linear takes PEFT's modules for the architecture, or else keys, values and last feed-forward layers by their usual names.
     """
     from peft import IA3Config  # late: they load PEFT
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
@@ -42,7 +42,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     last = [m for m in chosen if any(matches(m, n) for n in (*FEEDFORWARD.get(model.config.model_type, ()), *_LAST))]
     config = IA3Config(**task_settings(model, task), target_modules=chosen, feedforward_modules=last, fan_in_fan_out=transposed(model))
     wrapped = wrap(model, config, chosen)
-    # PEFT makes them sets, whose order in the file would vary
+    # PEFT turns the lists into sets, whose order in the file would vary
     config.target_modules, config.feedforward_modules = sorted(chosen), sorted(last)
     parameters, names = named(wrapped, {f".ia3_l.{SLOT}": ".ia3"})
     return Attached(
@@ -56,25 +56,25 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Generator, std: float) -> Tensor:
-    """One, so that it changes nothing yet."""
+    """Ones, which change nothing."""
     return torch.ones(shape)
 
 
 def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterator[Change]:
-    """Columns of W scaled by a (1, in) factor; rows of W and the bias by an (out, 1) one."""
+    """A (1, in) factor scales columns of W; an (out, 1) factor scales rows of W and the bias."""
     for name, factor in state.tensors.items():
         weight, bias = f"{name.removesuffix('.ia3')}.weight", f"{name.removesuffix('.ia3')}.bias"
-        size = sizes.get(weight, (0, 0))  # none: the change of it below is refused
+        size = sizes.get(weight, (0, 0))  # a missing weight is refused by the caller, through the change below
         if weight in sizes and (len(size) != 2 or tuple(factor.shape) not in ((size[0], 1), (1, size[1]))):
             found = tuple(factor.shape)
-            raise ModelError(f"the adapter's '{name}' is {found}, the backbone's layer {size}: it belongs to another backbone")
+            raise ModelError(f"the adapter's '{name}' is {found}, the backbone's layer {size}: the adapter belongs to another backbone")
         yield Change(name=weight, shape=size, edit=_scaled(factor), linear=True)
         if bias in sizes and factor.shape[1] == 1:
             yield Change(name=bias, shape=sizes[bias], edit=_scaled(factor[:, 0]))
 
 
 def _scaled(factor: Tensor) -> Edit:
-    """A factor a row, (out, 1) or (out,), or a factor a column, (1, in)."""
+    """Scale rows by a factor (out, 1) or (out,), or columns by a factor (1, in)."""
     by_row = factor.shape[1:] in ((), (1,))
     return lambda rows, first, last: rows * (factor[first:last] if by_row else factor).double()
 

@@ -1,4 +1,4 @@
-"""LoRA: low-rank factors beside the frozen linear layers. `rslora.py` and `dora.py` are forms of it.
+"""LoRA: low-rank factors parallel to the frozen linear layers. `rslora.py` and `dora.py` are variants.
 
 W = W0 + s·B·A with s = alpha / r.
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 inits = ("default", "loftq")
 targeted = True
 
-_OVER = "quantised.json"  # beside an adapter of LoftQ's: which quantized weights it counts on
+_OVER = "quantised.json"  # in the folder of a LoftQ adapter: the quantized weights that it requires
 _COMPUTE = {"bfloat16": "bf16", "float32": "fp32"}
 _RENAMED = {
     f".lora_A.{SLOT}.weight": ".lora_A",
@@ -38,21 +38,21 @@ _RENAMED = {
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Factors of the rank that peft.rank and peft.rank_pattern say, at peft.targets."""
+    """Factors at peft.targets, of the ranks in peft.rank and peft.rank_pattern."""
     return attach_factors(model, peft, task)
 
 
 def attach_factors(
     model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig, *, stabilized: bool = False, magnitudes: bool = False
 ) -> Attached:
-    """LoRA in one of its forms.
+    """LoRA or one of its variants.
 
     Args:
-        model: Changed in place.
-        peft: Settings.
-        task: Of the run.
-        stabilized: s = alpha / √r.
-        magnitudes: DoRA's, a row of W each.
+        model: The model, changed in place.
+        peft: The settings.
+        task: The run's task.
+        stabilized: Whether s = alpha / √r.
+        magnitudes: Whether each row of W has DoRA's magnitude.
     """
     from peft import LoraConfig  # late: they load PEFT
 
@@ -62,7 +62,7 @@ def attach_factors(
     config = LoraConfig(
         **task_settings(model, task),
         r=peft.rank,
-        lora_alpha=cast(int, peft.alpha),  # PEFT's annotation says int; it only divides
+        lora_alpha=cast(int, peft.alpha),  # annotated as int, but PEFT only divides by it
         lora_dropout=peft.dropout,
         target_modules=list(ranks),
         rank_pattern={m: r for m, r in ranks.items() if r != peft.rank},
@@ -71,7 +71,7 @@ def attach_factors(
         fan_in_fan_out=transposed(model),
     )
     wrapped = wrap(model, config, ranks)
-    config.target_modules = sorted(config.target_modules or [])  # PEFT makes it a set, whose order in the file would vary
+    config.target_modules = sorted(config.target_modules or [])  # PEFT turns it into a set, whose order in the file would vary
     if model.dtype != torch.float32 and not config.use_dora:
         _multiply_narrow(wrapped)
     parameters, names = named(wrapped, _RENAMED)
@@ -90,16 +90,16 @@ def attach_factors(
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Generator, std: float) -> Tensor:
-    """A ~ kaiming_uniform(a=√5), B = 0, so that it changes nothing yet."""
+    """A ~ kaiming_uniform(a=√5) and B = 0, which change nothing."""
     if name.endswith(".lora_B"):
         return torch.zeros(shape)
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
 def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterator[Change]:
-    """W ← W + s·B·A; with a magnitude, the rows of that rescaled to ‖W‖ + the magnitude."""
+    """W ← W + s·B·A; with a magnitude, its rows are rescaled to the norm ‖W‖ + magnitude."""
     if odd := [n for n in state.tensors if not n.endswith((".lora_A", ".lora_B", ".lora_magnitude"))]:
-        raise ModelError(f"the adapter's '{odd[0]}' is neither a LoRA factor nor in the backbone: it belongs to another one")
+        raise ModelError(f"the adapter's '{odd[0]}' is neither a LoRA factor nor in the backbone: the adapter belongs to another backbone")
     for module in [n.removesuffix(".lora_A") for n in state.tensors if n.endswith(".lora_A")]:
         a, b = state[f"{module}.lora_A"], state[f"{module}.lora_B"]
         edit = _low_rank(a, b, state.spec.scaling[module], state.tensors.get(f"{module}.lora_magnitude"))
@@ -112,7 +112,7 @@ def factors(state: "AdapterState") -> dict[str, tuple[float, Tensor, Tensor]]:
 
 
 def idle(state: "AdapterState") -> bool:
-    """Every product B·A is zero."""
+    """Whether every product B·A is zero."""
     return bool(state.spec.ranks) and all(not state[f"{m}.lora_A"].any() or not state[f"{m}.lora_B"].any() for m in state.spec.ranks)
 
 
@@ -127,14 +127,14 @@ def _low_rank(a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None) ->
 
 
 def _multiply_narrow(wrapped: "PeftModel") -> None:
-    """Let A and B, which stay float32, be multiplied in the dtype of the layer's input, as QLoRA does (arXiv:2305.14314, section 3).
+    """Multiply by A and B, which stay float32, in the dtype of the layer's input, as QLoRA does (arXiv:2305.14314, section 3).
 
-    PEFT casts the input up instead, and each layer keeps its own float32 copy for the backward pass; here, layers share what they read.
+    PEFT casts the input to float32 instead, and each layer keeps its own copy for the backward pass. Here layers share their inputs.
     """
     for layer in (cast(Any, m) for m in wrapped.modules() if hasattr(m, "lora_A")):
         layer.cast_input_dtype_enabled = False
         for factor in (layer.lora_A[SLOT], layer.lora_B[SLOT]):
-            factor.forward = partial(_product, factor)  # not a subclass: Opacus knows layers by their class
+            factor.forward = partial(_product, factor)  # not a subclass, because Opacus recognizes layers by their class
 
 
 def _product(factor: nn.Linear, x: Tensor) -> Tensor:
@@ -142,14 +142,14 @@ def _product(factor: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _ranks(model: "PreTrainedModel", peft: PeftConfig) -> dict[str, int]:
-    """Module → rank; of the names in peft.rank_pattern that match a module, the longest counts."""
+    """Module → rank; of several matching names in peft.rank_pattern the longest wins."""
     from fedtune.models.methods._wrapped import matches, require, targets
 
     modules = targets(model, peft.targets)
     for name, rank in peft.rank_pattern.items():
         require("peft.rank_pattern", name, modules)
         if rank < 1:
-            raise ModelError(f"peft.rank_pattern: the rank of '{name}' is {rank}, it must be at least 1")
+            raise ModelError(f"peft.rank_pattern: the rank of '{name}' is {rank}, but must be at least 1")
     out = {}
     for module in modules:
         mine = [n for n in peft.rank_pattern if matches(module, n)]
@@ -158,16 +158,16 @@ def _ranks(model: "PreTrainedModel", peft: PeftConfig) -> dict[str, int]:
 
 
 def _save(wrapped: "PeftModel", over: str, folder: Path) -> None:
-    """The live scaling may be a client's own, which PEFT's config says as an alpha a module.
+    """Write PEFT's folder. The live scaling may be a client's own; PEFT's config stores it as an alpha for each module.
 
-    An adapter that began as what quantization took means nothing over other weights: the file named `over` says which it counts on.
+    A LoftQ adapter compensates the error of its quantized weights and is useless with others: the file `over` names the weights.
     """
     from fedtune.models.methods._wrapped import write
 
     if over:
         quantized = cast(Any, wrapped.base_model.model).config.quantization_config.to_dict()
-        said = {"precision": "nf4" if quantized["load_in_4bit"] else "int8", "compute": _COMPUTE[quantized["bnb_4bit_compute_dtype"]]}
-        (folder / over).write_text(json.dumps(said) + "\n", encoding="utf-8")
+        weights = {"precision": "nf4" if quantized["load_in_4bit"] else "int8", "compute": _COMPUTE[quantized["bnb_4bit_compute_dtype"]]}
+        (folder / over).write_text(json.dumps(weights) + "\n", encoding="utf-8")
     config = cast(Any, wrapped.peft_config[SLOT])
     config.alpha_pattern = {}
     for name, layer in ((n.removeprefix("base_model.model."), cast(Any, m)) for n, m in wrapped.named_modules() if hasattr(m, "lora_A")):

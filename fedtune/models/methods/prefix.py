@@ -1,6 +1,6 @@
-"""Prefix tuning: learned keys and values that every layer attends to, before those of the sequence.
+"""Prefix tuning: learned keys and values before those of the sequence, in every layer.
 
-Source: Li & Liang 2021, Prefix-Tuning, arXiv:2101.00190, without the reparametrization (which training needs only at large rates).
+Source: Li & Liang 2021, Prefix-Tuning, arXiv:2101.00190, without the reparametrization (which training needs only at large learning rates).
 """
 
 from functools import partial
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from fedtune.contracts.adapter_state import AdapterState
 
-beside = "its keys and values stand before those of the text"
+beside = "its keys and values come before those of the text"
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """`prefix` is (tokens, layers · 2 · width of a layer's keys)."""
+    """`prefix` is (tokens, layers · 2 · width of the keys)."""
     from peft import PrefixTuningConfig  # late: they load PEFT and transformers
     from transformers import AutoModelForMaskedLM
 
@@ -37,7 +37,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     before = heads_of(model, task)
     config = PrefixTuningConfig(**task_settings(model, task), num_virtual_tokens=peft.tokens)
     if hasattr(model.config, "d_kv"):
-        config.token_dim = model.config.num_heads * model.config.d_kv  # T5's keys may be narrower than its layers; PEFT takes the latter
+        config.token_dim = model.config.num_heads * model.config.d_kv  # T5's keys may be narrower than its layers, whose width PEFT uses
     wrapped = wrap(model, config)
     parameters, names = named(wrapped, {f"prompt_encoder.{SLOT}.embedding.weight": "prefix"})
     return Attached(
@@ -50,7 +50,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Generator, std: float) -> Tensor:
-    """Normal with the architecture's own initializer_range."""
+    """normal(0, the architecture's initializer_range)."""
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 

@@ -1,4 +1,4 @@
-"""Prompt tuning: virtual tokens before the sequence, whose embeddings are learned.
+"""Prompt tuning: virtual tokens with learned embeddings before the sequence.
 
 Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from fedtune.contracts.adapter_state import AdapterState
 
-beside = "its virtual tokens stand before the text"
+beside = "its virtual tokens come before the text"
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
@@ -39,10 +39,10 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     config = PromptTuningConfig(
         **task_settings(model, task),
         num_virtual_tokens=peft.tokens,
-        token_dim=embedding.weight.shape[1],  # PEFT would take the layers' width
-        num_layers=model.config.get_text_config().num_hidden_layers,  # these two it finds for some architectures only
+        token_dim=embedding.weight.shape[1],  # PEFT's default is the layers' width
+        num_layers=model.config.get_text_config().num_hidden_layers,  # PEFT finds these two for some architectures only
         num_attention_heads=model.config.get_text_config().num_attention_heads,
-        num_transformer_submodules=1,  # of an encoder-decoder, the encoder's
+        num_transformer_submodules=1,  # the encoder of an encoder-decoder
     )
     before = heads_of(model, task)
     wrapped = wrap(model, config)
@@ -62,17 +62,17 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Generator, std: float) -> Tensor:
-    """Normal with the architecture's own initializer_range: as embeddings begin."""
+    """normal(0, the architecture's initializer_range), as for embeddings."""
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
-    """The embeddings of the tokens."""
+    """The embeddings of the virtual tokens."""
     return {"prompt.embeds": state["prompt"].float().view(-1, shape.hidden)}
 
 
 def refuse_encoder_decoder(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> None:
-    """Raises ModelError for an encoder-decoder's classifier: transformers gives it neither embeddings nor a past."""
+    """Raises ModelError for an encoder-decoder's classifier, which takes neither embeddings nor past keys and values."""
     kind = model.config.model_type
     if task_of(task).head and getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
@@ -81,7 +81,7 @@ def refuse_encoder_decoder(model: "PreTrainedModel", peft: PeftConfig, task: Tas
 
 
 def require_room(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> None:
-    """Raises ModelError where virtual tokens and an example do not fit the model's context."""
+    """Raises ModelError if virtual tokens and an example do not fit the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int) or context < 1:
         return
@@ -92,13 +92,13 @@ def require_room(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -
     if peft.tokens + task.max_length + answer > context:
         more = f" and task.max_new_tokens={answer}" if answer else ""
         raise ModelError(
-            f"peft.tokens={peft.tokens} with task.max_length={task.max_length}{more} is more than the model's context, {context} tokens:"
+            f"peft.tokens={peft.tokens} with task.max_length={task.max_length}{more} is more than the model's context of {context} tokens:"
             " make one of them smaller"
         )
 
 
 def heads_of(model: "PreTrainedModel", task: TaskConfig) -> dict[str, Tensor]:
-    """A copy of a classifier's head as it was loaded."""
+    """A copy of a classifier's loaded head."""
     from fedtune.models.methods._heads import trained_heads
 
     heads = trained_heads(model, task)
@@ -107,18 +107,18 @@ def heads_of(model: "PreTrainedModel", task: TaskConfig) -> dict[str, Tensor]:
 
 @contextmanager
 def untouched(wrapped: "PeftModel", parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> Iterator[None]:
-    """Without virtual tokens, and with the head as it was: PEFT's own context leaves the head trained, and fails on classifiers."""
+    """A context without virtual tokens and with the loaded head. PEFT's own context keeps the trained head and fails on classifiers."""
     base = cast(Any, wrapped.base_model)
     with swapped({parameters[n]: t.float() for n, t in before.items()}):
         cast(Any, wrapped).forward, cast(Any, wrapped).generate = base.forward, getattr(base, "generate", None)
         try:
             yield
         finally:
-            del wrapped.forward, wrapped.generate  # the class's own are under them
+            del wrapped.forward, wrapped.generate  # uncovers the methods of the class
 
 
 def _count_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Positions without padding, as in training: generation pads a row behind its virtual tokens, and PEFT would count that."""
+    """Number positions without padding, as in training: generation pads after the virtual tokens, and PEFT would count the padding."""
     mask = kwargs.get("attention_mask")
     given = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
     if kwargs.get("position_ids") is not None or given is None or mask is None or mask.ndim != 2:
@@ -128,16 +128,16 @@ def _count_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 class _Known(logging.Filter):
-    """transformers warns of what `_pool_by_mask` mends."""
+    """Drops transformers' warning about the problem that `_pool_by_mask` fixes."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "will not detect padding tokens in `inputs_embeds`" not in record.getMessage()
 
 
 def _pool_by_mask(model: "PreTrainedModel") -> None:
-    """Let a decoder's classifier read the last token that is not padding.
+    """Make a decoder's classifier read the last token that is not padding.
 
-    It finds that token in input_ids; PEFT gives it embeddings only, and it would read the last position, often padding.
+    It looks for that token in input_ids. PEFT passes embeddings only, so it would read the last position, which is often padding.
     """
     seen: dict[str, Tensor | None] = {}
 

@@ -1,13 +1,13 @@
-"""P-tuning v2: every layer has its own prompt, keys and values that its attention sees before those of the tokens.
+"""P-tuning v2: every layer has its own prompt, learned keys and values before those of the tokens.
 
     attention_l(Q, [P_l⁰; K], [P_l¹; V])          P_l (2, n, kv_heads · head_dim), n = peft.tokens, visible to every token
 
-A prompt is one tensor a layer, `layers.<l>.prompt` (T5: `encoder.layers.<l>.prompt`, `decoder.…`), so that a strategy trains or sends some
-layers by name; the others act on. A layer that is applied many times (ALBERT) has a prompt for each time.
+Each layer's prompt is one tensor, `layers.<l>.prompt` (T5: `encoder.layers.<l>.prompt`, `decoder.…`), so that a strategy can train or send
+some layers by name; the other prompts stay active. A layer that is applied several times (ALBERT) has a prompt for each application.
 
-The prompts enter at the attention function, through transformers' attention interface, after the key/value cache: so encoders, training and
-generation go the same way, and nothing of a prompt is ever cached. A decoder's tokens count their positions from n, as behind a cached
-prefix: what is learned opens in PEFT as prefix tuning with the same logits. An encoder's tokens stay at their positions.
+The prompts are added in the attention function, through transformers' attention interface, after the key/value cache. Encoders, training
+and generation therefore share one code path, and prompts are never cached. A decoder's tokens have positions from n on, as after a cached
+prefix, so that the prompts open in PEFT as prefix tuning with the same logits. An encoder's tokens keep their positions.
 
 Source: Liu et al. 2022, P-Tuning v2, arXiv:2110.07602; Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190.
 """
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from fedtune.contracts.adapter_state import AdapterState
 
-beside = "its keys and values stand before those of the text"
+beside = "its keys and values come before those of the text"
 _DECODER, _ENCODER = (r"\.self_attn$", r"rotary_emb$"), (r"\.attention\.self$", "")
-# architecture → its self-attention modules; of a decoder, the module that is given the tokens' positions
+# architecture → its self-attention modules, and a decoder's module that takes the tokens' positions
 _PLACES = {
     "llama": _DECODER,
     "mistral": _DECODER,
@@ -53,14 +53,14 @@ _PLACES = {
     "albert": (r"\.attention$", ""),
     "t5": (r"\.SelfAttention$", ""),  # positions are relative biases between tokens; a prompt has none
 }
-_NAME = "fedtune_layer_prompts"  # in transformers' attention interface
+_NAME = "fedtune_layer_prompts"  # our name in transformers' attention interface
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """A prompt for each application of each self-attention, float32 over a backbone of any precision.
 
     Raises:
-        ModelError: The architecture's attention is not known, or the prompt leaves no room in the context.
+        ModelError: The architecture is not in the table, or the context has no room for the prompt.
     """
     from transformers import AttentionInterface  # late: it loads transformers
 
@@ -70,7 +70,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     AttentionInterface.register(_NAME, _attend)
     kind = model.config.model_type
     if kind not in _PLACES:
-        raise ModelError(f"peft.method=ptuning_v2 does not know the attention of '{kind}': it knows {', '.join(_PLACES)}; take peft=prefix")
+        raise ModelError(f"peft.method=ptuning_v2 does not support the architecture '{kind}', only {', '.join(_PLACES)}: take peft=prefix")
     attention, positions = _PLACES[kind]
     switch, parameters, names = Switch(), dict[str, nn.Parameter](), dict[str, str]()
     if positions:
@@ -106,7 +106,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torch.Generator, std: float) -> Tensor:
-    """normal(0, std): as the backbone's own embeddings; keys and values alike."""
+    """normal(0, std), as the backbone's embeddings, for keys and values."""
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
@@ -122,20 +122,20 @@ def _order(name: str) -> tuple[bool, int]:
 
 
 def _applications(model: "PreTrainedModel", attentions: list[str]) -> dict[str, list[int]]:
-    """Attention module → at which depths it is applied: one, but for ALBERT, whose groups repeat."""
+    """Attention module → the depths at which it is applied: one, except in ALBERT, whose groups repeat."""
     if model.config.model_type != "albert":
         return {name: [depth] for depth, name in enumerate(attentions)}
     depth, groups, inner = model.config.num_hidden_layers, model.config.num_hidden_groups, model.config.inner_group_num
     out: dict[str, list[int]] = {name: [] for name in attentions}
     for i in range(depth):
-        group = int(i / (depth / groups))  # as AlbertTransformer.forward has it
+        group = int(i / (depth / groups))  # as in AlbertTransformer.forward
         for j in range(inner):
             out[attentions[group * inner + j]].append(i * inner + j)
     return out
 
 
 class _LayerPrompts(nn.Module):
-    """The prompts of one attention module, in the order in which it is applied."""
+    """The prompts of one attention module, in the order of its applications."""
 
     def __init__(self, attention: nn.Module, layers: list[int], tokens: int, switch: Switch) -> None:
         super().__init__()
@@ -146,12 +146,12 @@ class _LayerPrompts(nn.Module):
         device = next(attention.parameters()).device
         for layer in layers:
             self.register_parameter(f"layer_{layer}", nn.Parameter(torch.empty(2, tokens, width, device=device, dtype=torch.float32)))
-        # The attention module alone asks for our function; masks are still made for the implementation that the model has
+        # Only the attention module selects our function; masks are still built for the model's own implementation
         attention.config = copy.copy(config)  # pyright: ignore[reportArgumentType]
         attention.config._attn_implementation_internal = _NAME
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of this application, (heads, tokens, head_dim); read off the module, for `torch.func.functional_call`."""
+        """Keys and values of this application, (heads, tokens, head_dim), read from the module for `torch.func.functional_call`."""
         layer = self.layers[self.turn % len(self.layers)]
         self.turn += 1
         keys, values = getattr(self, f"layer_{layer}").unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -171,13 +171,13 @@ def _attend(
     prompts: _LayerPrompts = module.prompts
     real = prompts.config._attn_implementation
     if real not in ("sdpa", "eager"):
-        raise ModelError(f"peft.method=ptuning_v2 works with sdpa or eager attention, the model has '{real}'")
+        raise ModelError(f"peft.method=ptuning_v2 works with sdpa or eager attention, but the model has '{real}': take peft=prefix")
     inner = AttentionInterface().get_interface(real, sys.modules[type(module).__module__].eager_attention_forward)
     if not prompts.switch.on:
         return inner(module, query, key, value, attention_mask, **kwargs)
     n = prompts.tokens
     if attention_mask is None and real == "sdpa" and query.shape[2] > 1 and (kwargs.get("is_causal") or module.is_causal):
-        # transformers left it to SDPA's own causal flag, whose triangle would hide the prompt
+        # transformers relies on SDPA's causal flag here, whose triangular mask would hide the prompt
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (n, 0), value=True if attention_mask.dtype is torch.bool else 0.0)
@@ -189,7 +189,7 @@ def _attend(
 
 
 class _Shift:
-    """Positions count from the end of the prompt."""
+    """Shifts positions by the length of the prompt."""
 
     def __init__(self, switch: Switch, tokens: int) -> None:
         self.switch, self.tokens = switch, tokens
@@ -199,11 +199,11 @@ class _Shift:
             return args, kwargs
         if "position_ids" in kwargs:
             return args, kwargs | {"position_ids": kwargs["position_ids"] + self.tokens}
-        return (*args[:-1], args[-1] + self.tokens), kwargs  # positions come last: wpe(positions), rotary_emb(x, positions)
+        return (*args[:-1], args[-1] + self.tokens), kwargs  # positions are the last argument: wpe(positions), rotary_emb(x, positions)
 
 
 def _restart(model: nn.Module, args: Any) -> None:
-    """ALBERT's shared layers count their applications anew in each forward pass, also after one that broke off."""
+    """Reset the application count of ALBERT's shared layers before each forward pass, since the last one may have failed midway."""
     for module in model.modules():
         if isinstance(module, _LayerPrompts):
             module.turn = 0
@@ -212,7 +212,7 @@ def _restart(model: nn.Module, args: Any) -> None:
 def _save_prefix(
     folder: Path, model: "PreTrainedModel", task: TaskConfig, prompts: Mapping[str, Tensor], heads: Mapping[str, Tensor]
 ) -> None:
-    """PEFT's prefix tuning: one (tokens, layers · 2 · width) matrix, each row key and value of the layers in turn."""
+    """Write PEFT's prefix tuning: one (tokens, layers · 2 · width) matrix; each row alternates the keys and values of the layers."""
     from peft import PrefixTuningConfig, TaskType
 
     config: Any = model.config

@@ -1,4 +1,4 @@
-"""Rank-stabilized LoRA: the update keeps its size as the rank grows, s = alpha / √r.
+"""Rank-stabilized LoRA: s = alpha / √r, so that the update keeps its size as the rank grows.
 
 Source: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, arXiv:2312.03732.
 """
@@ -18,5 +18,5 @@ inits = ("default", "loftq")
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """As LoRA, with the other scaling."""
+    """LoRA with the scaling alpha / √r."""
     return attach_factors(model, peft, task, stabilized=True)

@@ -1,4 +1,4 @@
-"""A task with one target for each row, which a head of its own predicts."""
+"""Base class of tasks with one target for each row, predicted by a head."""
 
 import abc
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class RowTask(Task, abc.ABC):
-    """A subclass says what its columns, its head's outputs, its loss and its metrics are."""
+    """A subclass defines its columns, its head's outputs, its loss and its metrics."""
 
     head = True
     gives_text = False

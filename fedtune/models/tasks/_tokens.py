@@ -1,4 +1,4 @@
-"""A task whose targets are tokens that the model's output layer predicts from those before them."""
+"""Base class of tasks whose targets are tokens, predicted by the model's output layer from the tokens before them."""
 
 import abc
 import math
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class TokenTask(Task, abc.ABC):
-    """A subclass says what its columns are and which of a row's tokens are targets.
+    """A subclass defines its columns and which of a row's tokens are targets.
 
-    The P places of a row are the positions of its labels but the first: nothing predicts that one.
+    The P places of a row are the positions of its labels except the first, which nothing predicts.
     """
 
     head = False
@@ -54,15 +54,15 @@ class TokenTask(Task, abc.ABC):
         from torch.nn.functional import pad
 
         out = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # the decoder reads its start token and the answer
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # the decoder's input is its start token and the answer
             shifted = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
             out["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(shifted)
         return out
 
     def logits(self, model: Any, call: Callable[..., Any], places: int, choose: "Callable[[Tensor], Tensor]") -> "Tensor":
-        """The output layer sees only the chosen places: with a large vocabulary, its product and its float32 logits over prompts and
-        padding would cost more than the backbone. Virtual tokens, which a prompt puts before the sequence, drop out, and the last position
-        predicts nothing that is known."""
+        """Logits at the chosen places only: with a large vocabulary, the output layer's product and its float32 logits over prompts and
+        padding would cost more than the backbone. Virtual tokens before the sequence are dropped, and so is the last position, whose
+        next token is unknown."""
         head = model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, args: (choose(args[0][:, -places - 1 : -1]),))
         try:
@@ -82,5 +82,5 @@ class TokenTask(Task, abc.ABC):
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss in nats; finite, for exp overflows a float at 709.8."""
+    """exp of a mean loss in nats, capped at a loss of 700, because a float overflows at 709.8."""
     return math.exp(min(loss, 700.0))

@@ -1,4 +1,4 @@
-"""Causal language modeling: the next token of running text, scored by perplexity."""
+"""Causal language modeling: predict the next token of a text, scored by perplexity."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class CausalLM(TokenTask):
-    """Every token of a text but its first is a target.
+    """Every token of a text except its first is a target.
 
-    The metrics are the loss (nats a token), the perplexity, and the count of tokens.
+    The metrics are the loss (nats a token), the perplexity, and the number of tokens.
     """
 
     columns = {"text": "text"}
@@ -28,15 +28,15 @@ class CausalLM(TokenTask):
     def check(self, config: "Config") -> None:
         if config.data.source == "demo":
             raise ConfigError(
-                "the demo homes are requests with answers: task.kind=causal_lm does not fit data=demo, take task=instruction or"
+                "the demo rows are requests with answers: task.kind=causal_lm does not fit data=demo, take task=instruction or"
                 " classification"
             )
 
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """Texts, each with its end token, joined in their order and cut into blocks (`stride_texts`), or one text an example, cut.
+        """Texts, each with its end token, joined in order and split into blocks (`stride_texts`), or one truncated text an example.
 
-        A block with fewer than two tokens has no target and is left out, so the list may be empty; `keep_short` keeps it as an example
-        without a target, so that the count of examples does not tell how long a text is.
+        A block of fewer than two tokens has no target and is left out, so the list may be empty. With `keep_short` it becomes an example
+        without a target, so that the number of examples does not disclose the length of a text.
         """
         import numpy as np
 

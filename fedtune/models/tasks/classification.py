@@ -1,4 +1,4 @@
-"""Classification of texts: one class for each text, scored by accuracy and macro-F1."""
+"""Text classification: one class for each text, scored by accuracy and macro-F1."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Classification(RowTask):
-    """The head gives a logit for each class.
+    """The head outputs one logit for each class.
 
     The metrics are the loss (nats a text), the accuracy, and macro_f1, the mean F1 of the classes that occur in labels or predictions.
     """
@@ -31,11 +31,11 @@ class Classification(RowTask):
 
     def model_settings(self, outputs: int) -> dict[str, Any]:
         if outputs < 2:
-            raise ModelError(f"a classifier needs at least 2 classes, the data has {outputs}")
+            raise ModelError(f"a classifier needs at least 2 classes, but the data has {outputs}: see data.columns.label")
         return {"num_labels": outputs, "problem_type": "single_label_classification"}
 
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """One text an example, cut, with the tokenizer's special tokens; the label is the class id."""
+        """One truncated text an example, with the tokenizer's special tokens; the label is the class id."""
         import numpy as np
 
         from fedtune.data.examples import whole_texts
@@ -62,7 +62,7 @@ class Classification(RowTask):
 
 
 def macro_f1(truth: Sequence[int], guesses: Sequence[int]) -> float:
-    """Mean over the classes that occur of 2·hits / (labeled + guessed)."""
+    """Mean of 2·hits / (labeled + guessed) over the classes that occur."""
     labeled, guessed = Counter(truth), Counter(guesses)
     hits = Counter(t for t, g in zip(truth, guesses, strict=True) if t == g)
     classes = labeled.keys() | guessed.keys()

@@ -1,4 +1,4 @@
-"""Instruction tuning: an answer to a prompt, scored by exact match of what greedy generation gives."""
+"""Instruction tuning: an answer to a prompt, scored by exact match of the greedily generated answer."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ class Instruction(TokenTask):
     """The answer's tokens and its end token are the targets.
 
     The metrics are the loss (nats a token) and the perplexity of the answers, and with `task.generate` exact_match: the share of generated
-    answers that equal the reference, but for white space at the ends.
+    answers that equal the reference, ignoring white space at the ends.
     """
 
     columns = {"prompt": "text", "answer": "text"}
@@ -46,13 +46,13 @@ class Instruction(TokenTask):
         return min(length - 1, self.settings.max_new_tokens)
 
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """Prompt, answer, end token. If that is too long, the prompt loses its beginning, but one token of it stays; an answer that is
-        longer still loses its end.
+        """Prompt, answer, end token. If they are too long, the prompt loses its beginning except for one token, and then the answer loses
+        its end.
 
-        For an encoder-decoder, prompt and answer each have `max_length` tokens of their own and an end token of their own.
+        For an encoder-decoder, prompt and answer each have up to `max_length` tokens and an end token.
 
         Raises:
-            DataError: An answer has no token to learn.
+            DataError: An answer has no tokens.
         """
         from fedtune.data.examples import begin, end, filler, token_ids
 
@@ -61,7 +61,7 @@ class Instruction(TokenTask):
         for text, prompt, answer in zip(texts, prompts, token_ids(texts, tokenizer), strict=True):
             answer = (answer + last)[: longest if encoder_decoder else longest - 1]
             if not answer:
-                raise DataError("an answer is empty and the tokenizer has no end token: there is nothing to learn; leave such rows out")
+                raise DataError("an answer is empty and the tokenizer has no end token, so the row has no target: remove such rows")
             if encoder_decoder:
                 room = longest - len(lead) - len(last)
                 prompt = lead + prompt[max(0, len(prompt) - room) :] + last or [filler(tokenizer)]
@@ -73,15 +73,15 @@ class Instruction(TokenTask):
         return out
 
     def score(self, logits: "Tensor", targets: "Tensor", sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
-        """`detail` is whether the generated answer is right; None where one forward pass does not tell."""
+        """`detail` is whether the generated answer is correct; None if one forward pass does not decide it."""
         scores = super().score(logits, targets, sizes, examples, tokenizer)
         if not self.answer_tokens:
             return scores
         guesses, wanted, parts = logits.argmax(-1), targets, list(sizes)
         rows = zip(scores, guesses.split(parts), wanted.split(parts), examples, strict=True)
         return [
-            replace(score, detail=verdict(said.tolist(), answer.tolist(), example.answer, tokenizer, self.answer_tokens))
-            for score, said, answer, example in rows
+            replace(score, detail=verdict(guess.tolist(), answer.tolist(), example.answer, tokenizer, self.answer_tokens))
+            for score, guess, answer, example in rows
         ]
 
     def settle(
@@ -106,7 +106,7 @@ class Instruction(TokenTask):
 def _example(prompt: list[int], answer: list[int], text: str, *, encoder_decoder: bool) -> Example:
     import numpy as np
 
-    if encoder_decoder:  # the first label stands for the decoder's start token
+    if encoder_decoder:  # the first label is a placeholder for the decoder's start token
         return Example(np.array(prompt, np.int32), np.array([IGNORED, *answer], np.int32), len(prompt), text)
     ids = np.array(prompt + answer, np.int32)
     labels = ids.copy()
@@ -114,28 +114,28 @@ def _example(prompt: list[int], answer: list[int], text: str, *, encoder_decoder
     return Example(ids, labels, len(prompt), text)
 
 
-def verdict(said: list[int], wanted: list[int], answer: str, tokenizer: Any, max_new_tokens: int) -> bool | None:
-    """Whether greedy generation gives the answer, where one forward pass over the reference decides it already; None where it does not.
+def verdict(guesses: list[int], wanted: list[int], answer: str, tokenizer: Any, max_new_tokens: int) -> bool | None:
+    """Whether greedy generation gives the answer, if one forward pass over the reference decides it; None if it does not.
 
-    Up to the first token that differs, generation follows the reference; what comes then either still spells the answer in other tokens,
-    and only generating tells, or it does not, and nothing that follows can mend it. So most rows of an evaluation need no generation.
+    Generation follows the reference up to the first token that differs. After it, the text either still is a prefix of the answer, in other
+    tokens, and only generation decides; or it is not, and no later token can correct it. So most rows of an evaluation need no generation.
 
     Args:
-        said: Argmax at each target, given the reference before it.
+        guesses: Argmax at each target, given the reference before it.
         wanted: The reference: the answer's tokens and the end-of-sequence token.
         answer: The reference as text.
-        tokenizer: Decodes; its `eos_token_id` ends an answer.
-        max_new_tokens: Where generation would be cut.
+        tokenizer: Decodes tokens; its `eos_token_id` ends an answer.
+        max_new_tokens: Largest number of generated tokens.
     """
     end, wish = tokenizer.eos_token_id, answer.strip()
     if not wanted or len(wanted) > max_new_tokens or wanted[-1] != end:
         return None
     if getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        return None  # such decoders take back what they wrote ("do n" → "don't"), so that a prefix tells nothing
-    first = next((j for j, (s, w) in enumerate(zip(said, wanted, strict=True)) if s != w), None)
-    if first is None or said[first] == end:
+        return None  # such decoders change earlier text ("do n" → "don't"), so that a prefix decides nothing
+    first = next((j for j, (g, w) in enumerate(zip(guesses, wanted, strict=True)) if g != w), None)
+    if first is None or guesses[first] == end:
         return tokenizer.decode(wanted[: len(wanted) - 1 if first is None else first], skip_special_tokens=True).strip() == wish
-    text = tokenizer.decode([*wanted[:first], said[first]], skip_special_tokens=True).lstrip()
-    if wish.startswith(text) or text.rstrip() == wish or "\ufffd" in text:  # the last: half a character, which the next token completes
+    text = tokenizer.decode([*wanted[:first], guesses[first]], skip_special_tokens=True).lstrip()
+    if wish.startswith(text) or text.rstrip() == wish or "\ufffd" in text:  # \ufffd: half a character, which the next token completes
         return None
     return False
