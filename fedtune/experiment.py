@@ -22,7 +22,7 @@ from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.contracts.task import task_of
 from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_error
 from fedtune.exchange import Exchange, make_exchange
-from fedtune.export.huggingface import beside, export_hf
+from fedtune.export.huggingface import describe_folder, export_hf
 from fedtune.export.origin import prompt_template
 from fedtune.export.personal import global_note
 from fedtune.models import load_backbone
@@ -209,7 +209,7 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
         auto = task.auto_class(space.backbone.seq2seq)
         how = f'fedtune generate {merged} "..."' if task.gives_text else f"{auto}.from_pretrained('{merged}')"
         print(f"model    {merged}    (use it: {how})")
-        if note := beside(merged):
+        if note := describe_folder(merged):
             print(f"         {note}")
     print(f"report   {run.path / 'report.html'}")
 

@@ -73,9 +73,9 @@ def ways(sentence: str) -> list[str]:
 
 
 _VERBS = (
-    "add|allow|ask|calibrate|check|chmod|choose|continue|convert|copy|correct|create|delete|distill|end|export|fetch|fill|finish|free|give|"
-    "go on|install|keep|"
-    "leave|load|lower|make|mend|merge|move|name|open|pip install|put|raise|read|remove|restart|restore|resume|run|save|say|see|send|set|"
+    "add|allow|ask|calibrate|check|chmod|choose|continue|convert|copy|correct|create|delete|distill|download|end|export|fetch|fill|finish|"
+    "free|give|go on|install|keep|leave|load|lower|make|mend|merge|move|name|open|pip install|put|raise|read|remove|request|restart|"
+    "restore|resume|retry|run|save|say|see|select|send|set|"
     "shorten|start|stop|take|train|try|update|use|wait|write"
 )
 _TELLS = re.compile(

@@ -34,8 +34,8 @@ PARTS = (
 )
 NOT_FOLLOWED = {  # part of a sentence → why no test can do as it says
     "use the version that wrote it": "there is one version of fedtune here",
-    "the SuperLink answers with HTTP {}; see its log, and whether its disk is full": "a person looks at the log and at the disk",
-    "the SuperLink did not keep a part; see its log": "a person looks at the log and at the disk",
+    "the SuperLink answers with HTTP {}; see its log and check its disk space": "a person looks at the log and at the disk",
+    "the SuperLink did not store an object; see its log": "a person looks at the log and at the disk",
     "the SuperLink cannot start a run: see its log": "no input is known that brings it about; a person looks at the log",
     "the divergence is {} at step {}: lower --lr": "no rate that is allowed makes a tiny model diverge",
 }

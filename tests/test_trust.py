@@ -19,7 +19,7 @@ from fedtune.config.compose import compose
 from fedtune.config.stored import read_config
 from fedtune.errors import FedtuneError
 from fedtune.experiment import simulate
-from fedtune.export.calibrate import beyond_privacy, read_texts
+from fedtune.export.calibrate import privacy_disclosure, read_calibration_texts
 from fedtune.runs.directory import RunDirectory
 from tests.tiny import tiny_config
 
@@ -81,7 +81,7 @@ def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, cap
         assert "contains its own code" in capsys.readouterr().err, name
     for kind in ("edge", "gguf"):  # they read no code, only tensors
         assert cli.main(["export", str(run), "--to", kind, "--out", str(tmp_path / kind)]) == 2
-    assert read_texts(run) and beyond_privacy(run) == ""
+    assert read_calibration_texts(run) and privacy_disclosure(run) == ""
     again = RunDirectory.open(run, rounds=2)
     again.close()
     assert not again.config.model.trust_remote_code

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     from fedtune.network.executor import Executor
-    from fedtune.network.keys import check_private
+    from fedtune.network.keys import check_private_key
     from fedtune.network.logs import logging_to
     from fedtune.network.node import Node
 
@@ -98,7 +98,7 @@ def _main(args: argparse.Namespace) -> int:
     if not args.insecure and args.key is None:
         raise ConfigError("--key is missing: create a key with `fedtune keys`, or use --insecure for trials on one machine")
     if args.key is not None:
-        check_private(args.key)
+        check_private_key(args.key)
     if args.data is not None:
         from fedtune.data.local import has_files
 
@@ -134,7 +134,7 @@ def _main(args: argparse.Namespace) -> int:
         insecure=args.insecure,
         answer=lambda message, node: _recorded(message, lambda: executor.answer(message, node)),
         max_retries=args.max_retries,
-        told=_tell,
+        report=_tell,
     )
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -160,7 +160,7 @@ def _main(args: argparse.Namespace) -> int:
 
 def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
     """Answer a message, and log the message and the outcome."""
-    from fedtune.network.diary import describe
+    from fedtune.network.turn_log import describe
 
     began = time.monotonic()
     reply = answer()

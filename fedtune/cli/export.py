@@ -59,17 +59,17 @@ def _run(args: argparse.Namespace) -> str:
         export_gguf(args.source, out, kind=kind)
         note = describe_gguf(out)
     elif args.to == "edge":
-        from fedtune.export.edge import export_edge, told
+        from fedtune.export.edge import describe_package, export_edge
 
         out = args.out or args.source / (f"edge-{args.quantize}" if args.quantize else "edge")
         export_edge(args.source, out, quantize=args.quantize, method=args.method, calibrate=args.calibrate, separate=args.separate)
-        note = told(out)
+        note = describe_package(out)
     else:
-        from fedtune.export.huggingface import beside, export_hf
+        from fedtune.export.huggingface import describe_folder, export_hf
 
         out = args.out or args.source / ("requantized" if args.requantize else "merged")
         export_hf(args.source, out, requantize=args.requantize, trust_remote_code=args.trust_remote_code)
-        note = beside(out)
+        note = describe_folder(out)
     if note:
         print(f"fedtune: {note}", file=sys.stderr)
     return str(out)

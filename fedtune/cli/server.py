@@ -172,7 +172,7 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
     Raises:
         ConfigError: There are neither keys nor --insecure, or the address is invalid.
     """
-    from fedtune.network.keys import check_private, read_allowed
+    from fedtune.network.keys import check_private_key, read_allowed
     from fedtune.network.link import LinkSettings
 
     host, _, port = args.address.rpartition(":")
@@ -189,7 +189,7 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
         )
     if missing := [path for path in args.certificates if not path.is_file()]:
         raise ConfigError(f"there is no file {missing[0]}: create certificates with `fedtune keys`")
-    check_private(args.certificates[2])
+    check_private_key(args.certificates[2])
     allowed = read_allowed(args.allowed)
     return LinkSettings(
         folder=Path(),
@@ -204,11 +204,11 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
 
 def serve(context: "EngineContext", settings: "LinkSettings", wait_s: float) -> None:
     """Start the SuperLink and run all rounds on it. If it fails, restart it and continue from the last checkpoint."""
-    from fedtune.network.allowed import Allowed
+    from fedtune.network.allowed import AllowedClientsWatcher
     from fedtune.network.keys import read_allowed
     from fedtune.network.link import SuperLink
     from fedtune.network.logs import logging_to
-    from fedtune.network.status_server import FILE, Board
+    from fedtune.network.status_server import FILE, StatusServer
     from fedtune.rounds.membership import JoinPolicy
 
     run, observer, config = context.run.path, context.observer, context.config
@@ -228,9 +228,11 @@ def serve(context: "EngineContext", settings: "LinkSettings", wait_s: float) -> 
                 observer.note("WARNING: --insecure: no TLS and no keys; anyone who reaches this port can read and change the training")
             observer.note(f"listening on {settings.host}:{link.port}; a round takes at most {config.round_timeout_s:g} s")
             with contextlib.ExitStack() as open_:
-                board = open_.enter_context(Board(run / FILE, _Status(context, link, f"{settings.host}:{link.port}")))
+                board = open_.enter_context(StatusServer(run / FILE, _Status(context, link, f"{settings.host}:{link.port}")))
                 if settings.allowed_file is not None:
-                    open_.enter_context(Allowed(settings.allowed_file, settings.allowed_keys, read_allowed, link.allow, observer.note))
+                    open_.enter_context(
+                        AllowedClientsWatcher(settings.allowed_file, settings.allowed_keys, read_allowed, link.allow, observer.note)
+                    )
                 observer.note(f"report {run / 'report.html'}   status: fedtune status {run}   or --control {board.control}")
                 _serve(context, link, join)
         finally:

@@ -1,6 +1,6 @@
-"""What becomes of a run: the merged model as a Hugging Face folder, an edge package or a GGUF file.
+"""Exports a run's merged model as a Hugging Face folder, an edge package or a GGUF file.
 
-Names are imported when they are first used: `import fedtune.export` loads neither torch nor PEFT.
+Names are imported on first use: `import fedtune.export` loads neither torch nor PEFT.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Calibration text: from files or a run's data to sequences of tokens, a part of which is held out for the perplexity."""
+"""Reads calibration text from files or a run's data, as token sequences; some are held out to measure perplexity."""
 
 import re
 from array import array
@@ -16,14 +16,14 @@ from fedtune.data.decoding import decode
 from fedtune.data.local import find_files, read_bytes, read_file, suffix
 from fedtune.errors import CheckpointError, DataError
 
-__all__ = ["Calibration", "beyond_privacy", "calibration", "read_texts"]
+__all__ = ["Calibration", "make_calibration", "privacy_disclosure", "read_calibration_texts"]
 
-LENGTH, COUNT, HELD = 256, 128, 1 / 8  # tokens a sequence, sequences, share of the pieces that is held out
+LENGTH, COUNT, HELD = 256, 128, 1 / 8  # tokens per sequence, number of sequences, held-out share of the pieces
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to look at while quantizing, and text to measure on that was not looked at.
+    """Text for calibration, and held-out text for measurement.
 
     Args:
         sequences: Each [n] int64.
@@ -34,7 +34,7 @@ class Calibration:
     held: Tensor
 
 
-def calibration(
+def make_calibration(
     texts: Sequence[str],
     encode: Callable[[str], Sequence[int]],
     *,
@@ -43,20 +43,20 @@ def calibration(
     held: int = COUNT // 4 * LENGTH,
     seed: int = 0,
 ) -> Calibration:
-    """Cut texts into pieces, hold the last eighth of them out, and draw from the others.
+    """Cut texts into pieces, hold out the last eighth, and sample from the others.
 
     Args:
-        encode: Of the model's tokenizer: each text as in training.
-        length: Tokens of a piece; at most the model's context.
-        count: Most pieces to draw.
-        held: Most tokens to hold out.
-        seed: Of the draw; the same text and seed give the same pieces.
+        encode: Encodes a text as in training, with the model's tokenizer.
+        length: Tokens per piece; at most the model's context.
+        count: Maximum number of sampled pieces.
+        held: Maximum number of held-out tokens.
+        seed: Seed of the sample; the same text and seed give the same pieces.
 
     Raises:
-        DataError: There is less text than two pieces of 2 tokens.
+        DataError: The text is shorter than two pieces of 2 tokens.
     """
-    ids = array("i")  # a text's ints would be nine times as large
-    enough = 16 * (count * length + held)  # no need to encode a library
+    ids = array("i")  # a list of Python ints would be nine times as large
+    enough = 16 * (count * length + held)  # encode no more than needed
     for text in texts:
         if text.strip():
             ids.extend(encode(text))
@@ -64,21 +64,22 @@ def calibration(
             break
     length = min(length, len(ids) // 2)
     if length < 2:
-        raise DataError(f"the calibration text has {len(ids)} tokens: some thousands are wanted")
+        raise DataError(f"the calibration text has {len(ids)} tokens: give at least a few thousand")
     pieces = torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
     kept = len(pieces) - max(round(HELD * len(pieces)), 1)
     drawn = torch.randperm(kept, generator=torch.Generator().manual_seed(derive_seed(seed, "calibration")))[:count].sort().values
     return Calibration(tuple(pieces[drawn]), pieces[kept:].flatten()[:held])
 
 
-def read_texts(where: Path | str) -> list[str]:
-    """The texts of a file, a folder of files or a run's data.
+def read_calibration_texts(where: Path | str) -> list[str]:
+    """Read the texts of a file, a folder of files or a run's data.
 
-    txt: a text ends at a blank line. jsonl, json, csv, tsv, parquet: of each row its column `text`, else all its strings, a line each.
-    A run: its clients' training rows where this machine has them, an answer behind its prompt; of a private one see `beyond_privacy`.
+    txt: blank lines separate texts. jsonl, json, csv, tsv, parquet: each row's column `text`, else all its strings, one per line.
+    A run: its clients' training rows if they are on this machine, prompt and answer concatenated. For private runs see
+        `privacy_disclosure`.
 
     Raises:
-        DataError: Nothing is there, or it cannot be read.
+        DataError: No text is found, or it cannot be read.
     """
     path = Path(where).expanduser()
     if (path / "config.yaml").is_file():
@@ -93,14 +94,12 @@ def read_texts(where: Path | str) -> list[str]:
             strings = [row["text"]] if isinstance(row.get("text"), str) else [v for v in row.values() if isinstance(v, str)]
             out.append("\n".join(strings))
     if not (out := [text.strip() for text in out if text.strip()]):
-        raise DataError(f"{where} holds no text to calibrate with: give a .txt file, or rows with a column 'text'")
+        raise DataError(f"{where} holds no calibration text: give a .txt file, or rows with a column 'text'")
     return out
 
 
-def beyond_privacy(where: Path | str) -> str:
-    """What must be told of a package that is calibrated on this, in a sentence: a private run's rows are read without its noise.
-
-    "" of anything else.
+def privacy_disclosure(where: Path | str) -> str:
+    """The disclosure for a package that is calibrated on a private run's rows, which are read without noise; "" for other text.
 
     Raises:
         DataError: The run's config.yaml cannot be read.
@@ -109,8 +108,8 @@ def beyond_privacy(where: Path | str) -> str:
     if not (path / "config.yaml").is_file() or (config := _config_of(path)).privacy.kind == "none":
         return ""
     return (
-        f"the calibration text is training rows of '{config.name}', a private run (privacy.kind={config.privacy.kind}), read without its"
-        " noise: what the package took from them lies outside ε"
+        f"the calibration text consists of training rows of '{config.name}', a private run (privacy.kind={config.privacy.kind}), read"
+        " without noise: what the package discloses about them is not covered by ε"
     )
 
 
@@ -118,7 +117,7 @@ def _config_of(run: Path) -> Config:
     try:
         return read_config(run)
     except CheckpointError as bad:
-        raise DataError(f"{bad}; give the text itself to calibrate with") from None
+        raise DataError(f"{bad}; give calibration text instead of the run") from None
 
 
 def _of_run(config: Config) -> list[str]:

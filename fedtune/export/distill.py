@@ -1,9 +1,9 @@
-"""A small draft model for speculative decoding, distilled from the model that it is to draft for.
+"""A small draft model for speculative decoding, distilled from its target model.
 
-The draft is the model with some of its layers, trained on the model's own distribution: the Kullback-Leibler divergence KL(p || q) of every
-next token, p the model's and q the draft's probabilities (white-box: whole distributions, not samples). It is trained on given texts or on
-texts that the model writes, and (on-policy) on texts that the draft writes itself, which is where it drafts from. The figure that counts is
-the acceptance rate of speculative sampling, the expectation of sum_x min(p(x), q(x)).
+The draft has a subset of the target's layers. Training minimizes the Kullback-Leibler divergence KL(p || q) of every next token, where p
+are the target's and q the draft's probabilities (white-box: full distributions, not samples). The training texts are given or sampled from
+the target, and for a share of the steps (on-policy) sampled from the draft, as in drafting. The result is measured by the acceptance rate
+of speculative sampling, the expectation of sum_x min(p(x), q(x)).
 
 Sources: Zhou et al. 2023, DistillSpec, arXiv:2310.08461; Agarwal et al. 2023, GKD, arXiv:2306.13649; acceptance: Leviathan et al. 2022,
 Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, corollary 3.6.
@@ -34,22 +34,22 @@ from fedtune.models.backbone import Backbone, load_backbone, quiet
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
 
-HELD_OUT = 0.1  # share of the given texts, and at least one, that only measures
-WARMUP = 0.1  # share of the steps in which the rate rises
+HELD_OUT = 0.1  # share of the given texts (at least one) held out for measurement
+WARMUP = 0.1  # share of the steps in which the learning rate rises
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How a draft is made.
+    """Size and training of a draft.
 
     Args:
-        layers: Of the draft; None takes a quarter of the model's.
-        steps: Of AdamW.
-        batch_size: Texts a step.
+        layers: Layers of the draft; None uses a quarter of the target's.
+        steps: AdamW steps.
+        batch_size: Texts per step.
         length: Longest text, in tokens.
         lr: Peak learning rate; warm-up, then a cosine to zero.
-        on_policy: Share of the steps whose texts the draft writes itself.
-        seed: Of the texts' order and of everything sampled.
+        on_policy: Share of the steps whose texts are sampled from the draft.
+        seed: Seed of the texts' order and of all sampling.
     """
 
     layers: int | None = None
@@ -76,32 +76,33 @@ def distill(
     trust_remote_code: bool = False,
     tell: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
-    """Make a draft of a model and write it as a Hugging Face folder that `fedtune generate --draft` takes.
+    """Distill a draft and write it as a Hugging Face folder for `fedtune generate --draft`.
 
     Args:
-        folder: The model, as `fedtune export` wrote it, or any causal model's Hugging Face folder.
-        out: The folder to write; made whole or not at all.
-        text: Texts to train on, one a line, or rows of JSON with `text` or with `prompt` and `response`; None lets the model write them.
-        how: The draft's size and its training.
-        trust_remote_code: Whether code in the model's folder may run.
-        tell: Called with each step's number and divergence in nats a token.
+        folder: The target: a folder of `fedtune export`, or any causal model's Hugging Face folder.
+        out: The folder to write; it appears complete or not at all.
+        text: Training texts, one per line, or JSON rows with `text` or with `prompt` and `response`; None samples them from the target.
+        how: Size and training of the draft.
+        trust_remote_code: Whether code in the target's folder may run.
+        tell: Called with each step's number and divergence in nats per token.
 
     Returns:
-        `acceptance_before` and `acceptance` on held-out text (shares), `divergence` (nats a token), `parameters` of draft and model.
+        `acceptance_before` and `acceptance` on held-out text (shares), `divergence` (nats per token), `parameters` of the draft, `of`:
+        those of the target.
 
     Raises:
-        ModelError: The model cannot be loaded, writes no text, or its adapter lies beside it.
+        ModelError: The target cannot be loaded, generates no text, or has an unmerged adapter.
         DataError: The texts cannot be read or are too few.
-        ConfigError: More layers than the model has.
+        ConfigError: The draft would not have fewer layers than the target.
     """
     check_out(out)
     card = read_card(folder)
     if "peft" in card:
-        raise ModelError(f"{folder} keeps its adapter beside it: only a merged model can be drafted for")
+        raise ModelError(f"{folder} has an unmerged adapter: a draft needs a merged model")
     model = ModelConfig(source="hub", name=str(folder), trust_remote_code=trust_remote_code)
     teacher = load_backbone(model, TaskConfig(kind="causal_lm", max_length=2))
     if teacher.seq2seq:
-        raise ModelError(f"{folder} reads its prompt in an encoder: only a causal model drafts")
+        raise ModelError(f"{folder} is an encoder-decoder model: a draft needs a causal model")
     context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or how.length
     how = dataclasses.replace(how, length=min(how.length, context))
     student = fewer_layers(teacher.model, how.layers or max(1, teacher.model.config.get_text_config().num_hidden_layers // 4))
@@ -140,18 +141,18 @@ def distill(
 
 
 def fewer_layers(model: Any, layers: int) -> Any:
-    """A copy with `layers` of the model's layers, evenly spread from its first to its last; everything else is the model's own.
+    """Return a copy with `layers` of the model's layers, evenly spaced from the first to the last; all other weights are copied.
 
     Raises:
-        ConfigError: The model has no more layers than that.
-        ModelError: Its layers are not to be found.
+        ConfigError: The model does not have more layers than that.
+        ModelError: The model's stack of layers cannot be identified.
     """
     depth = model.config.get_text_config().num_hidden_layers
     if layers >= depth:
-        raise ConfigError(f"layers={layers} makes no draft of a model of {depth} layers: take fewer")
+        raise ConfigError(f"layers={layers} is too many for a draft of a model of {depth} layers: use fewer")
     stacks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if len(stacks) != 1:
-        raise ModelError(f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers, one was wanted: it cannot be drafted for")
+        raise ModelError(f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers, wanted one: no draft can be made of it")
     kept = [round(i * (depth - 1) / max(1, layers - 1)) for i in range(layers)]
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
@@ -178,7 +179,7 @@ def train(
     order: random.Random,
     tell: Callable[[int, float], None] | None,
 ) -> float:
-    """Train the draft in place; returns the mean divergence of the last tenth of the steps, in nats a token."""
+    """Train the draft in place. Returns the mean divergence of the last tenth of the steps, in nats per token."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=how.lr, weight_decay=0.0)
     warm = max(1, round(WARMUP * how.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -217,7 +218,7 @@ def train(
 
 @torch.no_grad()
 def acceptance(model: Any, draft: Any, texts: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean over the texts' tokens of sum_x min(p(x), q(x)): how often speculative sampling at temperature 1 keeps a drafted token."""
+    """Mean over all tokens of sum_x min(p(x), q(x)), the acceptance rate of speculative sampling at temperature 1."""
     total, tokens = 0.0, 0
     for ids, counted in texts:
         p, q = (m(input_ids=ids, attention_mask=counted.long()).logits[:, :-1].float().softmax(-1) for m in (model, draft))
@@ -228,16 +229,17 @@ def acceptance(model: Any, draft: Any, texts: Sequence[tuple[Tensor, Tensor]]) -
 
 @torch.no_grad()
 def write(model: Any, given: list[list[int]] | None, how: Distillation, seed: int, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Texts that the model samples at temperature 1, and which of their tokens count: `(ids, mask)`, each [n, T].
+    """Sample texts from the model at temperature 1. Returns `(ids, mask)`, each [n, T]; the mask selects the tokens up to the end of the
+    text.
 
-    Begun with a part of each given text, else with the token that texts begin with.
+    The prompts are prefixes of the given texts, else the BOS token.
     """
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if given:
         cut = max(1, random.Random(seed).randint(1, max(1, min(len(row) for row in given) * 3 // 4)))
         heads = [row[:cut] for row in given]
     elif begin is None:
-        raise DataError("the tokenizer has no token that texts begin with: give texts with --text")
+        raise DataError("the tokenizer has no BOS or EOS token to start a text with: give texts with --text")
     else:
         heads = [[begin]] * how.batch_size
     start = torch.tensor(heads, device=model.device)
@@ -259,29 +261,29 @@ def write(model: Any, given: list[list[int]] | None, how: Distillation, seed: in
 
 
 def pad(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """`(ids, mask)`, each [n, longest row]."""
+    """Pad rows to equal length. Returns `(ids, mask)`, each [n, longest row]."""
     longest = max(len(row) for row in rows)
     ids = torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.bool)
 
 
 def batches(rows: list[list[int]], size: int, order: random.Random) -> Iterator[list[list[int]]]:
-    """Batches for ever, in a new order each time through."""
+    """Endless batches, reshuffled in each pass."""
     while True:
         order.shuffle(rows := list(rows))
         yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 def split(rows: list[list[int]], text: Path | None) -> tuple[list[list[int]], list[list[int]]]:
-    """Held-out rows, and the others."""
+    """Return the held-out rows and the others."""
     if len(rows) < 2:
-        raise DataError(f"{text} holds {len(rows)} texts: give at least two, one to train on and one to measure by")
+        raise DataError(f"{text} holds {len(rows)} texts: give at least two, one for training and one for measurement")
     held = max(1, round(HELD_OUT * len(rows)))
     return rows[:held], rows[held:]
 
 
 def read_texts(path: Path, tokenizer: Any, template: str | None, length: int) -> list[list[int]]:
-    """Token rows of at most `length`: of each line, or of each row of JSON; a longer text gives several.
+    """Encode each line, or each JSON row, as token rows of at most `length`; a longer text gives several rows.
 
     Raises:
         DataError: The file cannot be read, or a row lacks its fields.
@@ -295,8 +297,8 @@ def read_texts(path: Path, tokenizer: Any, template: str | None, length: int) ->
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     rows = []
     for number, line in enumerate(lines, 1):
-        told = _of_json(line, template, f"{path}:{number}") if path.suffix in (".jsonl", ".json") else line
-        ids = lead + tokenizer(told, add_special_tokens=False).input_ids + end
+        content = _of_json(line, template, f"{path}:{number}") if path.suffix in (".jsonl", ".json") else line
+        ids = lead + tokenizer(content, add_special_tokens=False).input_ids + end
         rows += [ids[i : i + length] for i in range(0, len(ids), length) if len(ids[i : i + length]) > 1]
     return rows
 
@@ -314,10 +316,10 @@ def _of_json(line: str, template: str | None, where: str) -> str:
 
 
 def count(model: Any) -> int:
-    """Parameters, tied ones once."""
+    """Number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def stored(backbone: Backbone) -> torch.dtype:
-    """The dtype that the model is kept in."""
+    """The dtype of the model's parameters."""
     return cast(torch.dtype, next(backbone.model.parameters()).dtype)

@@ -1,4 +1,4 @@
-"""The edge package of a run: what the engine runs on a device, with the card that says where it comes from."""
+"""Exports a run as an edge package: a model for the engine on a device, with a card of its provenance."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.errors import ConfigError, DataError, ModelError
-from fedtune.export.calibrate import LENGTH, beyond_privacy, calibration, read_texts
+from fedtune.export.calibrate import LENGTH, make_calibration, privacy_disclosure, read_calibration_texts
 from fedtune.export.huggingface import check_out, export_folder, write_tokenizer
 from fedtune.export.measured import streamed_score
 from fedtune.export.merged import Merged, MergedTensor, read_merged
@@ -25,9 +25,9 @@ from fedtune.inference.quantize.perplexity import Piece, answers, engine_score, 
 from fedtune.inference.quantize.rtn import GROUP, QuantizedLinear
 from fedtune.models.tokens import load_tokenizer
 
-__all__ = ["export_edge", "told"]
+__all__ = ["export_edge", "describe_package"]
 
-_HELD = 8192  # tokens of a run's test that are measured on
+_HELD = 8192  # tokens of a run's test data for the perplexity
 
 
 def export_edge(
@@ -40,52 +40,52 @@ def export_edge(
     separate: bool = False,
     replace: bool = False,
 ) -> Path:
-    """Merge an adapter into its decoder tensor by tensor, or take a whole model as it is; quantize it, and write the package.
+    """Merge an adapter into its decoder tensor by tensor (or read a complete model), quantize it, and write the package.
 
-    The perplexity before and after quantizing is that of text held out from `calibrate`, else of the run's global test where it is here.
+    The perplexity before and after quantization is measured on text held out from `calibrate`, else on the run's global test if available.
 
     Args:
-        source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a whole model.
-        out: The folder to write; made whole or not at all.
+        source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a complete model.
+        out: The folder to write; it appears complete or not at all.
         quantize: int8 or int4; None keeps the checkpoint's precision.
-        method: rtn, gptq, awq or smoothquant; None is rtn.
-        calibrate: Text: a file, a folder of files, or a run, whose training rows are read.
-        separate: Keep a LoRA adapter apart, to be chosen for each request.
-        replace: Write over `out` if an export of fedtune is there.
+        method: rtn, gptq, awq or smoothquant; None means rtn.
+        calibrate: Calibration text: a file, a folder of files, or a run (its training rows).
+        separate: Store a LoRA adapter unmerged, to be selected per request.
+        replace: Overwrite `out` if it is an export of fedtune.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: `source` is missing, or is a run that has no adapter yet.
-        ConfigError: Settings that do not go together, or a method without the text that it needs.
-        DataError: The calibration text cannot be used.
-        ModelError: The engine does not run it, the files do not belong together, or `out` is taken.
+        CheckpointError: `source` is missing or is a run without an adapter.
+        ConfigError: Settings exclude each other, or a method lacks calibration text.
+        DataError: The calibration text cannot be read.
+        ModelError: The engine does not support the model, the files do not match, or `out` exists.
     """
     source, out = Path(source), Path(out)
     check_out(out, replace)
     if not quantize and (method or calibrate):
         raise ConfigError(
-            f"--{'method' if method else 'calibrate'} is of use only where weights are quantized: add --quantize int8 or int4"
+            f"--{'method' if method else 'calibrate'} has an effect only with quantization: add --quantize int8 or int4"
         )
     recipe = Recipe(kind=quantize, group=GROUP if quantize == "int4" else 0, method=method or "rtn") if quantize else None  # pyright: ignore
     if recipe and recipe.method != "rtn" and not calibrate:
-        raise ConfigError(f"--method {recipe.method} looks at what the layers read: give it text with --calibrate, or take rtn")
+        raise ConfigError(f"--method {recipe.method} needs calibration text: give --calibrate, or use rtn")
     if separate and recipe and recipe.method in FOLDING:
         raise ConfigError(
-            f"--method {recipe.method} moves scales from layer to layer, of which an adapter that lies apart knows nothing: take rtn or"
-            " gptq, or leave out --separate"
+            f"--method {recipe.method} moves scales between layers, which a separate adapter does not account for: use rtn or gptq,"
+            " or leave out --separate"
         )
     merged = read_merged(source, separate=separate)
     tokenizer = load_tokenizer(merged.folder, merged.origin.model)
     if len(tokenizer) > merged.shape.vocab:
-        raise ModelError(f"the tokenizer in {merged.folder} has {len(tokenizer)} tokens, the model only {merged.shape.vocab}")
+        raise ModelError(f"the tokenizer in {merged.folder} has {len(tokenizer)} tokens, but the model has only {merged.shape.vocab}")
     with export_folder(out) as folder:
         write_tokenizer(tokenizer, merged.folder, folder)
-        text = read_text(folder, saved=True)  # what the engine cannot read is told here, not on the device
+        text = read_text(folder, saved=True)  # fails here, not on the device, if the engine cannot read it
         seen, held = _texts(merged, text, calibrate) if recipe else ((), [])
         card = _card(merged)
-        if calibrate and (beyond := beyond_privacy(calibrate)):
+        if calibrate and (beyond := privacy_disclosure(calibrate)):
             card["beyond_privacy"] = beyond
         if recipe is None:
             write_weights(folder, merged, card)
@@ -95,15 +95,15 @@ def export_edge(
             if before:
                 give_back()
                 after = engine_score(load_engine(folder, keep=False), held)
-                said = "calibrate" if calibrate else "the run's global test"
-                found = {"before": before.perplexity, "after": after.perplexity, "tokens": after.tokens, "text": said}
+                measured_on = "calibrate" if calibrate else "the run's global test"
+                found = {"before": before.perplexity, "after": after.perplexity, "tokens": after.tokens, "text": measured_on}
                 figures["perplexity"] = found
             (folder / CARD).write_text(json.dumps({**card, "quantised": figures}, indent=1) + "\n", encoding="utf-8")
     return out
 
 
 def write_weights(folder: Path, merged: Merged, card: dict[str, Any]) -> None:
-    """Everything but the tokenizer, in the checkpoint's precision."""
+    """Write everything but the tokenizer, in the checkpoint's precision."""
     writer, linears = _begin(folder, merged, None)
     for name, tensor in merged.tensors.items():
         writer.put(name, tensor.read(merged_dtype(merged) if name.removesuffix(".weight") in linears else _plain(merged, name, None)))
@@ -111,7 +111,7 @@ def write_weights(folder: Path, merged: Merged, card: dict[str, Any]) -> None:
 
 
 def _write_quantized(folder: Path, merged: Merged, recipe: Recipe, seen: Sequence[Tensor], card: dict[str, Any]) -> dict[str, Any]:
-    """Likewise, quantized; returns what the card says of it."""
+    """Write everything but the tokenizer, quantized. Returns the card's figures."""
     writer, _ = _begin(folder, merged, recipe)
     errors = dict[str, float]()
     table = "model.embed_tokens.weight"
@@ -142,16 +142,16 @@ def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe:
 
 
 def _texts(merged: Merged, text: Text, calibrate: Path | None) -> tuple[Sequence[Tensor], list[Piece]]:
-    """Sequences to calibrate with, and what to measure on: none where there is none."""
+    """Return calibration sequences and held-out pieces; each may be empty."""
     seed = merged.origin.config.seed if merged.origin.config else 0
     if calibrate:
-        made = calibration(read_texts(calibrate), text.encode, length=min(LENGTH, _window(merged)), seed=seed)
-        return made.sequences, list(windows(made.held, _window(merged)))
+        drawn = make_calibration(read_calibration_texts(calibrate), text.encode, length=min(LENGTH, _window(merged)), seed=seed)
+        return drawn.sequences, list(windows(drawn.held, _window(merged)))
     return (), _of_test(merged.origin.config, text, _window(merged)) if merged.origin.config else []
 
 
 def _of_test(config: Config, text: Text, window: int) -> list[Piece]:
-    """The rows of a run's global test, of which an answer is scored behind its prompt; none where its data are not here."""
+    """The rows of a run's global test; of prompted rows only the answer is scored. Empty if the data are not on this machine."""
     from fedtune.data.federation import load_test  # late: it loads the data libraries
 
     try:
@@ -171,33 +171,33 @@ def _of_test(config: Config, text: Text, window: int) -> list[Piece]:
 
 
 def _window(merged: Merged) -> int:
-    """Tokens that the model sees at once when it is measured."""
+    """Context length for the measurement, in tokens."""
     held = sum(t.shape[1] if t.dim() == 4 else t.shape[0] for n, t in merged.virtual.items() if n != "prefix.v")
     return max(min(2 * LENGTH, merged.shape.context - held), 2)
 
 
 def merged_dtype(merged: Merged) -> torch.dtype:
-    """What the engine keeps such a checkpoint's matrices in: it knows no float16, and rounds that to bfloat16."""
+    """The engine's dtype for the checkpoint's matrices. It does not support float16 and rounds it to bfloat16."""
     return torch.float32 if merged.dtype in (torch.float32, torch.float64) else torch.bfloat16
 
 
-def told(out: Path) -> str:
-    """What there is to know of a package beside its path, in a sentence each; "" where there is nothing."""
+def describe_package(out: Path) -> str:
+    """Describe a package: notes, conversions, quantization error. One sentence each; "" if there is nothing to report."""
     card, sentences = read_object(out / CARD), []
     sentences += [card[key] for key in ("note", "whole", "beyond_privacy") if card.get(key)]
     if card.get("from_float16"):
-        sentences.append("the checkpoint is float16, which the engine does not run: the package has bfloat16, three bits less")
+        sentences.append("the checkpoint is float16, which the engine does not support: the package is bfloat16, three bits less precise")
     if apart := sorted(f.stem for f in (out / "adapters").glob("*.safetensors")):
-        sentences.append(f"the adapter lies apart, and the model answers untuned without it: ask with --adapter {apart[0]}")
+        sentences.append(f"the adapter is separate, and the model answers untuned without it: select it with --adapter {apart[0]}")
     if f := card.get("quantised"):
         sentences.append(
-            f"quantized to {f['kind']} by {f['method']}: the weights are off by {f['weights_mean']:.1%} in the mean and"
+            f"quantized to {f['kind']} by {f['method']}: the relative error of the weights is {f['weights_mean']:.1%} on average and"
             f" {f['weights_max']:.1%} at most ('{f['worst']}')"
         )
         if p := f.get("perplexity"):
             sentences.append(f"perplexity on {p['tokens']} held-out tokens: {p['before']:.4g} before, {p['after']:.4g} after")
         else:
-            sentences.append("there is no test data here to measure a perplexity on: give text with --calibrate")
+            sentences.append("there is no test data here to measure the perplexity: give text with --calibrate")
     return "; ".join(sentences)
 
 
@@ -210,8 +210,8 @@ def _begin(folder: Path, merged: Merged, recipe: Recipe | None) -> tuple[Package
 
 
 def _tensors(merged: Merged, recipe: Recipe | None) -> Mapping[str, MergedTensor]:
-    """The package's: where the head is the embedding table, a quantized package has a quantized copy of it, which every token needs whole;
-    of the table itself, which stays on the disk, a token needs one row."""
+    """The package's tensors. With tied embeddings, a quantized package adds a quantized copy of the table as its head: every token needs
+    the whole head, but only one row of the table, which stays on disk."""
     if recipe and merged.shape.tied:
         return {**merged.tensors, "lm_head.weight": merged.tensors["model.embed_tokens.weight"]}
     return merged.tensors
@@ -227,14 +227,14 @@ def _how(name: str, tensor: MergedTensor, merged: Merged, recipe: Recipe | None)
 
 
 def _plain(merged: Merged, name: str, recipe: Recipe | None) -> torch.dtype:
-    """The dtype of what is no linear: norms and biases float32, the embedding table bfloat16 but in a float32 package."""
+    """The dtype of other tensors than linear layers: norms and biases float32, embeddings bfloat16 (float32 in a float32 package)."""
     if len(merged.tensors[name].shape) != 2:
         return torch.float32
     return torch.bfloat16 if recipe else merged_dtype(merged)
 
 
 def _config(merged: Merged, recipe: Recipe | None) -> dict[str, Any]:
-    """The backbone's config.json, as far as it speaks of the weights, made to speak of the package's."""
+    """The backbone's config.json, without transient entries and with the package's dtype, ties and architecture."""
     passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
     config = {k: v for k, v in merged.config.items() if k not in passing}
     config["dtype"] = "float32" if _plain(merged, "model.embed_tokens.weight", recipe) == torch.float32 else "bfloat16"

@@ -1,7 +1,7 @@
-"""A run's merged decoder as a GGUF file, for llama.cpp and what is built on it.
+"""Exports a run's merged decoder as a GGUF file, for llama.cpp and programs built on it.
 
-Written by the `gguf` library, tensor by tensor. What llama.cpp calls `llama` rotates neighboring pairs where transformers rotates halves,
-so the rows of its queries and keys change places; `qwen2` and `qwen3` keep them.
+The `gguf` library writes it, tensor by tensor. llama.cpp's architecture `llama` rotates adjacent pairs of channels where transformers
+rotates halves, so the rows of queries and keys are permuted; those of `qwen2` and `qwen3` are not.
 """
 
 import json
@@ -32,34 +32,34 @@ __all__ = ["TYPES", "describe_gguf", "export_gguf"]
 
 TYPES = ("f16", "q8_0", "q4_0")
 _ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_CARD = "fedtune.card"  # the metadata's entry that has the card as JSON
-_ROWS = 1 << 19  # entries that are quantized at once
-_FLAGGING = re.compile("(?i)(?<=phi)-?(?=3)|(?<=modern)-(?=bert)")  # a name with it has llama.cpp set flags of tokens that may not exist
+_CARD = "fedtune.card"  # metadata key of the card (JSON)
+_ROWS = 1 << 19  # matrix entries that are quantized at once
+_FLAGGING = re.compile("(?i)(?<=phi)-?(?=3)|(?<=modern)-(?=bert)")  # names that make llama.cpp set flags of tokens that may not exist
 
 
 def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = False) -> Path:
     """Merge an adapter into its decoder tensor by tensor, and write one GGUF file.
 
-    Norms and biases are float32. Of q4_0 the output matrix (the embedding table where they are tied) is q8_0, and a matrix whose columns
-    are no multiple of 32 is f16.
+    Norms and biases are float32. With q4_0 the output matrix (the embedding table if tied) is q8_0. A matrix whose number of columns is not
+    a multiple of 32 is f16.
 
     Args:
-        source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a whole model.
-        out: The file to write; made whole or not at all.
+        source: A run directory, an adapter folder whose adapter_config.json names the backbone, or a complete model.
+        out: The file to write; it appears complete or not at all.
         kind: One of `TYPES`.
-        replace: Write over `out`.
+        replace: Overwrite `out`.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: `source` is missing, or is a run that has no adapter yet.
-        ModelError: llama.cpp has no such architecture or tokenizer, the gguf library is missing, or `out` is taken.
+        CheckpointError: `source` is missing or is a run without an adapter.
+        ModelError: llama.cpp does not support the architecture or tokenizer, the gguf library is missing, or `out` exists.
     """
     library = _library()
     source, out = Path(source), Path(out)
     if out.exists() and not (replace and out.is_file()):
-        raise ModelError(f"{out} exists already: name another file with --out, or remove it")
+        raise ModelError(f"{out} already exists: give another file with --out, or remove it")
     if kind not in TYPES:
         raise ModelError(f"GGUF type {kind}: wanted one of {', '.join(TYPES)}")
     merged = read_merged(source)
@@ -86,21 +86,21 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
 
 
 def describe_gguf(out: Path) -> str:
-    """What there is to know of a file of `export_gguf`'s beside its path, in a sentence each; "" where there is nothing."""
+    """Describe a file of `export_gguf`: its notes, one sentence each; "" if there are none."""
     card = parse_json(_library().GGUFReader(out).fields[_CARD].contents())
     return "; ".join(card[name] for name in ("note", "tokenizer") if card.get(name))
 
 
 def _library() -> Any:
     try:
-        import gguf  # late: an optional part of fedtune
+        import gguf  # lazy: an optional dependency
     except ImportError:
         raise ModelError("writing GGUF needs the gguf library: pip install 'fedtune[gguf]'") from None
     return gguf
 
 
 def _check(merged: Merged) -> None:
-    """Raises ModelError for what a GGUF file cannot say."""
+    """Raise ModelError if a GGUF file cannot express the model."""
     shape, source = merged.shape, merged.origin.source
     if merged.virtual:
         raise ModelError(
@@ -109,7 +109,7 @@ def _check(merged: Merged) -> None:
     if shape.family == "qwen3" and shape.qkv_bias:
         raise ModelError(f"{source}: llama.cpp's qwen3 has no attention biases: use --to edge or hf")
     if shape.rope.kind == "yarn" and any(shape.rope.get(n) is not None for n in ("attention_factor", "mscale", "mscale_all_dim")):
-        raise ModelError(f"{source}: llama.cpp works out YaRN's attention factor by itself, the model sets its own: use --to edge or hf")
+        raise ModelError(f"{source}: llama.cpp computes YaRN's attention factor itself, but the model sets its own: use --to edge or hf")
     if shape.rope.kind == "yarn" and not shape.rope.get("truncate", True):
         raise ModelError(f"{source}: llama.cpp rounds the range of YaRN's ramp, this model (truncate=false) does not: use --to edge or hf")
 
@@ -121,14 +121,14 @@ def _describe(writer: "GGUFWriter", card: dict[str, Any], kind: str) -> None:
     writer.add_name(_FLAGGING.sub(" ", str(came.get("name") or came.get("model") or "adapter")))
     writer.add_description("exported by fedtune" + (f": {came['method']}, round {came['round']}" if "method" in came else ""))
     writer.add_file_type(LlamaFileType[types[kind]])
-    writer.add_quantization_version(2)  # ggml's, of its block formats
+    writer.add_quantization_version(2)  # the version of ggml's block formats
     writer.add_string(_CARD, json.dumps(card))
 
 
 def _sizes(writer: "GGUFWriter", shape: Shape) -> None:
     from gguf import RopeScalingType
 
-    # llama.cpp ignores a window in these architectures: within one all layers see everything anyhow
+    # llama.cpp ignores sliding windows in these architectures: within the smallest window all layers attend to everything
     writer.add_context_length(min([shape.context, *(w for w in shape.windows if w)]))
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
@@ -141,10 +141,10 @@ def _sizes(writer: "GGUFWriter", shape: Shape) -> None:
     writer.add_vocab_size(shape.vocab)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope.theta)
-    # dynamic scaling begins beyond the context, and llama3's is a tensor
+    # dynamic scaling starts beyond the context, and llama3's scaling is a tensor
     if shape.rope.kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if shape.rope.kind == "linear" else RopeScalingType.YARN)
-        factor = shape.rope.get("factor") or shape.context / shape.rope.get("original_max_position_embeddings")  # YaRN's may go unsaid
+        factor = shape.rope.get("factor") or shape.context / shape.rope.get("original_max_position_embeddings")  # optional for YaRN
         writer.add_rope_scaling_factor(float(factor))
     if shape.rope.kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(shape.rope.get("original_max_position_embeddings")))
@@ -171,7 +171,7 @@ def _vocabulary(writer: "GGUFWriter", own: Vocabulary) -> None:
 
 
 def _tensors(writer: "GGUFWriter", merged: Merged, kind: str) -> None:
-    """Announce every tensor, then write one after another."""
+    """Declare every tensor, then write them one by one."""
     import gguf
 
     shape, arch = merged.shape, gguf.MODEL_ARCH[_ARCH[merged.shape.family].upper()]
@@ -194,7 +194,7 @@ def _tensors(writer: "GGUFWriter", merged: Merged, kind: str) -> None:
         writer.write_tensor_data((plain / frequencies(shape.rope, shape.head_dim)[0].double()).float().numpy())
     for name, tensor in merged.tensors.items():
         order = _order(name, shape)
-        if order is not None:  # queries and keys: small enough to be whole
+        if order is not None:  # queries and keys: small enough to read as a whole
             whole = gguf.quants.quantize(tensor.read(torch.float32)[order].numpy(), types[name])
         else:
             whole = np.empty(*_stored(tensor.shape, types[name]))
@@ -203,12 +203,12 @@ def _tensors(writer: "GGUFWriter", merged: Merged, kind: str) -> None:
                 values = tensor.rows(first, min(first + step, tensor.shape[0]), torch.float32).numpy()
                 whole[first : first + len(values)] = gguf.quants.quantize(values, types[name])
         if whole.dtype == np.float16 and not np.isfinite(whole).all():
-            raise ModelError(f"{merged.folder}: '{name}' has numbers beyond float16's 65504: use --to edge or hf")
+            raise ModelError(f"{merged.folder}: '{name}' has values beyond float16's maximum of 65504: use --to edge or hf")
         writer.write_tensor_data(whole)
 
 
 def _stored(size: tuple[int, ...], kind: "GGMLQuantizationType") -> tuple[tuple[int, ...], type]:
-    """Shape and dtype of a tensor's array: of a quantized one, bytes."""
+    """Shape and dtype of a tensor's array; bytes if it is quantized."""
     import gguf
 
     plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
@@ -227,7 +227,7 @@ def _type(name: str, size: tuple[int, ...], shape: Shape, kind: str) -> "GGMLQua
 
 
 def _order(name: str, shape: Shape) -> torch.Tensor | None:
-    """The order of rows that puts the channels which rotate together side by side, for queries and keys of llama.cpp's `llama`."""
+    """The row order that puts channels rotated together side by side, for queries and keys of llama.cpp's `llama`; else None."""
     part = name.rpartition("self_attn.")[2].partition("_proj.")[0]
     if _ARCH[shape.family] != "llama" or part not in ("q", "k"):
         return None

@@ -1,7 +1,7 @@
-"""A tokenizer.json as the vocabulary of a GGUF file, where llama.cpp has a model of the same behavior.
+"""Converts a tokenizer.json to the vocabulary of a GGUF file, if llama.cpp has a tokenizer model with the same behavior.
 
-SentencePiece's BPE (`▁` for a space, bytes as <0xNN>) is llama.cpp's `llama`, which joins the pair whose token has the highest score: what
-the merges say as a rank. Byte-level BPE is its `gpt2`, with one of the ways to split a text that llama.cpp knows by name.
+SentencePiece's BPE (`▁` for a space, bytes as <0xNN>) becomes llama.cpp's `llama`, which joins the pair whose token has the highest score
+(minus the merge's rank). Byte-level BPE becomes `gpt2`, with one of llama.cpp's named pre-tokenizers.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ class Vocabulary:
 
     Args:
         model: `llama` or `gpt2`.
-        pre: How `gpt2` splits a text; "" for `llama`.
+        pre: Pre-tokenizer of `gpt2`; "" for `llama`.
         tokens, types: By id, padded to the size of the embedding table.
-        scores: Of `llama`; empty for `gpt2`.
-        merges: Of `gpt2`, "left right"; empty for `llama`.
-        space: Whether a text gets a space before it.
-        begins: Whether a text begins with `bos`.
-        ids: `bos`, `eos`, `unk`, `pad` → id, as far as there are such.
+        scores: Only for `llama`.
+        merges: Only for `gpt2`, as "left right".
+        space: Whether a space is added before a text.
+        begins: Whether a text starts with `bos`.
+        ids: `bos`, `eos`, `unk`, `pad` → id; missing ones are left out.
         template: Jinja chat template.
-        differs: Where llama.cpp gives a text other tokens than transformers, since GGUF has no word for it; "" where nowhere.
+        differs: Texts that llama.cpp tokenizes differently from transformers (see `describe_texts`); "" if there are none.
     """
 
     model: str
@@ -52,25 +52,25 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
-    """A tokenizer for an embedding table of `size` rows.
+    """Convert a tokenizer for an embedding table of `size` rows.
 
     Args:
-        folder: Where it is saved, tokenizer.json and all.
-        tokenizer: The same, as transformers loads it.
+        folder: The tokenizer's folder, with tokenizer.json.
+        tokenizer: The tokenizer as loaded by transformers.
 
     Raises:
-        ModelError: It is damaged, or of a kind that llama.cpp does not have.
+        ModelError: The tokenizer is damaged, or llama.cpp does not support its kind.
     """
     text = read_text(folder, saved=True)
-    raw = parse_json(text_of(folder / "tokenizer.json"))  # sound: read_text has parsed it
+    raw = parse_json(text_of(folder / "tokenizer.json"))  # valid: read_text has parsed it
     model = raw["model"]
     if model.get("type") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ModelError(
-            f"{folder}: llama.cpp has no tokenizer like this {model.get('type')} one: GGUF takes SentencePiece and byte-level BPE"
+            f"{folder}: llama.cpp does not support this {model.get('type')} tokenizer: GGUF needs SentencePiece or byte-level BPE"
         )
     known = text.tokenizer.get_vocab()
     if known and max(known.values()) >= size:
-        raise ModelError(f"the tokenizer in {folder} has the id {max(known.values())}, the model only {size} tokens")
+        raise ModelError(f"the tokenizer in {folder} has token id {max(known.values())}, but the model has only {size} tokens")
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [UNUSED] * size
     for token, i in known.items():
@@ -96,7 +96,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
 
 
 def _sentencepiece(raw: dict[str, Any]) -> bool | None:
-    """Whether SentencePiece's BPE puts a space before a text; None where the tokenizer is not SentencePiece's."""
+    """Whether SentencePiece's BPE adds a space before a text; None for other tokenizers."""
     steps = list_steps(raw.get("normalizer"), "normalizers")
     kinds = [s["type"] for s in steps]
     replaced = any(s["type"] == "Replace" and s.get("content") == SPACE and s.get("pattern") == {"String": " "} for s in steps)
@@ -109,7 +109,7 @@ def _sentencepiece(raw: dict[str, Any]) -> bool | None:
 
 
 def _pre(raw: dict[str, Any], folder: Path) -> str:
-    """llama.cpp's name of how a byte-level tokenizer splits a text."""
+    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer."""
     steps = list_steps(raw.get("pre_tokenizer"), "pretokenizers")
     kinds = [s["type"] for s in steps]
     normal = [s["type"] for s in list_steps(raw.get("normalizer"), "normalizers")]
@@ -122,27 +122,27 @@ def _pre(raw: dict[str, Any], folder: Path) -> str:
             found = "smollm"
         elif kinds == ["Split", "ByteLevel"] and not own:
             found = _SPLITS.get(str(steps[0].get("pattern", {}).get("Regex")), "")
-    # llama.cpp takes a whole word that is in the vocabulary before any merge for llama-bpe only. It normalizes nothing, Qwen's NFC
-    # neither, which `describe_texts` tells
+    # only for llama-bpe does llama.cpp look a whole word up in the vocabulary before any merge; it never normalizes, not even Qwen's NFC,
+    # which `describe_texts` reports
     fits = bool(raw["model"].get("ignore_merges")) == (found == "llama-bpe") and normal in ([], ["NFC"])
     if not found or not fits:
         raise ModelError(
-            f"{folder}: llama.cpp has no name for the way that this tokenizer splits a text ({', '.join(kinds) or 'none'}): use --to hf"
+            f"{folder}: llama.cpp does not support this tokenizer's pre-tokenizer ({', '.join(kinds) or 'none'}): use --to hf"
         )
     return found
 
 
 def _scores(tokens: list[str], known: dict[str, int], pairs: list[tuple[str, ...]], folder: Path) -> list[float]:
-    """A token's score is minus the rank of the merges that make it: SentencePiece joins by the token that comes out."""
+    """A token's score is minus the rank of the merges that produce it: SentencePiece ranks pairs by the resulting token."""
     scores, rank, last = [0.0] * len(tokens), 0, -1
     for pair in pairs:
-        made = known.get("".join(pair), -1)
-        if made != last:
+        token = known.get("".join(pair), -1)
+        if token != last:
             rank += 1
-            if made < 0 or scores[made]:
-                raise ModelError(f"{folder}: the merges of '{''.join(pair)}' have several ranks, which no score can say: use --to hf")
-            scores[made], last = float(-rank), made
-    for i, token in enumerate(tokens):
-        if len(token) > 1 and not scores[i]:  # nothing makes it
+            if token < 0 or scores[token]:
+                raise ModelError(f"{folder}: the merges of '{''.join(pair)}' have several ranks, which scores cannot express: use --to hf")
+            scores[token], last = float(-rank), token
+    for i, text in enumerate(tokens):
+        if len(text) > 1 and not scores[i]:  # no merge produces it
             scores[i] = float(-rank - 1)
     return scores

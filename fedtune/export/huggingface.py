@@ -1,4 +1,4 @@
-"""The merged model as a Hugging Face folder that any program can load."""
+"""Exports a run's merged model as a Hugging Face folder that any program can load."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.export.origin import check_base, read_origin
 from fedtune.export.outline import merged_tensors, read_outline, write_merged
-from fedtune.export.requantize import quantize_again, said, text_logits
-from fedtune.export.whole import in_memory, parted, put_adapter, put_heads, save, why_whole
+from fedtune.export.requantize import describe_requantized, quantize_again, text_logits
+from fedtune.export.whole import in_memory_note, merge_adapter, put_heads, save, split_heads, why_in_memory
 from fedtune.models.adapter_folder import BESIDE, StoredAdapter
 from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import stored_tensors
@@ -26,43 +26,41 @@ from fedtune.models.methods import mergeable
 from fedtune.storage.atomic import new_folder
 from fedtune.storage.parsing import parse_json, read_text
 
-CARD = "fedtune.json"  # beside the model: its task and prompt template; also marks the folder as one of ours
+CARD = "fedtune.json"  # the model's card (task, prompt template, …); also marks the folder as an export of fedtune
 
 
 def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: bool = False, trust_remote_code: bool = False) -> Path:
     """Merge an adapter into its backbone tensor by tensor, and write config, safetensors and tokenizer, in the dtype of the checkpoint.
 
-    Sums are taken in float64 and rounded once. Of the few models that cannot be read so, the whole is in memory, in float32; `beside`
-    says it, and why.
+    Sums are computed in float64 and rounded once. The few models that cannot be merged tensor by tensor are merged in memory, in float32.
 
-    An adapter that began as what quantization took (peft.init=loftq) is merged into the weights that it was trained over, dequantized; any
-    other into the checkpoint's own, whatever the run's precision. What no weights can express (prompts, bottlenecks) is written beside
-    them. `beside` says so.
+    An adapter initialized from the quantization error (peft.init=loftq) is merged into the dequantized weights that it was trained on; any
+    other into the checkpoint's own weights, whatever the run's precision. An adapter that cannot be merged (prompts, bottlenecks) is
+    written beside the weights. `describe_folder` reports all such deviations.
 
     Args:
         source: A run directory, a client's folder in it (RUN/clients/ID: its personal model), or an adapter folder whose
             adapter_config.json names the backbone.
-        out: The folder to write; made whole or not at all.
-        replace: Write over `out` if an export of fedtune is there.
-        requantize: Quantize the merged model again, in the run's precision; the card has the error (see `quantize_again`).
+        out: The folder to write; it appears complete or not at all.
+        replace: Overwrite `out` if it is an export of fedtune.
+        requantize: Quantize the merged model again, to the run's precision; the card has the error (see `quantize_again`).
         trust_remote_code: As in `read_origin`.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: `source` is missing, or is a run that has no adapter yet.
-        ModelError: The adapter or the backbone cannot be used, they do not belong together, `out` is taken, or there is no precision to
-            quantize to.
+        CheckpointError: `source` is missing or is a run without an adapter.
+        ModelError: The adapter or the backbone is invalid, they do not match, `out` exists, or there is no precision to quantize to.
     """
     source, out = Path(source), Path(out)
     check_out(out, replace)
     origin = read_origin(source, trust_remote_code=trust_remote_code)
     if origin.whole is not None:
-        raise ModelError(f"{source} is a whole model already: write it with --to edge or gguf")
+        raise ModelError(f"{source} is already a complete model: export it with --to edge or gguf")
     config, adapter, task, model = origin.config, origin.adapter, origin.task, origin.model
     again = _precision(config, adapter, source) if requantize else {}
-    whole = "it is to be quantized again (--requantize)" if requantize else why_whole(origin)
+    whole = "it is quantized again (--requantize)" if requantize else why_in_memory(origin)
     outline = None if whole else read_outline(model, task, **origin.settings)
     if outline and outline.odd:
         whole, outline = outline.odd, None
@@ -71,17 +69,17 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     kind = adapter.state.spec.method
     apart = None if mergeable(kind) else _apart(source)
     if apart and config is None:
-        raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, and without its run nothing says how it was set up")
+        raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, and without its run its settings are unknown")
     if apart and requantize:
         raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, so there is nothing to quantize again")
     before, tensors = None, {}
     if outline:
-        heads, state = parted(backbone.model, adapter, task)
+        heads, state = split_heads(backbone.model, adapter, task)
         tensors = merged_tensors(outline, (*adapter.shifts, *([] if apart else [state])), heads)
     else:
         put_heads(backbone.model, adapter, task)
         before = text_logits(backbone.model, backbone.tokenizer) if requantize else None
-        put_adapter(backbone.model, origin)
+        merge_adapter(backbone.model, origin)
     if origin.labels and task_of(task).classes:
         backbone.model.config.id2label = dict(enumerate(origin.labels))
         backbone.model.config.label2id = {label: i for i, label in enumerate(origin.labels)}
@@ -91,7 +89,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
     if adapter.over:
         card["merged_into"] = dict(adapter.over)
     if whole:
-        card["whole"] = in_memory(whole)
+        card["whole"] = in_memory_note(whole)
     with export_folder(out) as temporary:
         if apart:
             shutil.copytree(apart, temporary / BESIDE)
@@ -109,15 +107,15 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """bfloat16 or float16 where most of the checkpoint's numbers are kept in it, else float32."""
+    """bfloat16 or float16 if most of the checkpoint's numbers have that dtype, else float32."""
     counts = Counter[str]()
     for tensor in stored_tensors(folder):
         counts[tensor.dtype] += math.prod(tensor.shape)
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(counts, key=lambda d: counts[d]), torch.float32)
 
 
-def beside(out: Path) -> str:
-    """What there is to know of a folder of `export_hf`'s beside its weights, in a sentence each; "" where they are all."""
+def describe_folder(out: Path) -> str:
+    """Describe a folder of `export_hf`: deviations from a plain merge, one sentence each; "" if there are none."""
     card = parse_json(read_text(out / CARD))
     sentences = []
     if (out / BESIDE).is_dir():
@@ -125,25 +123,25 @@ def beside(out: Path) -> str:
         peft_opens = (out / BESIDE / "adapter_config.json").is_file()
         how = f"`fedtune generate` or PeftModel.from_pretrained(model, '{out / BESIDE}')" if peft_opens else "`fedtune generate`"
         sentences.append(
-            f"no weights can express peft.method={kind}: {out} is the backbone with the adapter beside it, in {out / BESIDE}; use {how}"
+            f"peft.method={kind} cannot be merged into weights: {out} is the backbone, with the adapter in {out / BESIDE}; use {how}"
         )
     sentences += [card[name] for name in ("note", "whole") if card.get(name)]
     if over := card.get("merged_into"):
         sentences.append(
-            f"the adapter began as what {over['precision']} took from the backbone (peft.init=loftq), so it is merged into the dequantized"
-            " weights that it was trained over, not into the checkpoint's own"
+            f"the adapter was initialized from the {over['precision']} quantization error (peft.init=loftq), so it is merged into the"
+            " dequantized weights that it was trained on, not into the checkpoint's own"
         )
     if figures := card.get("quantised"):
-        sentences.append(said(figures))
+        sentences.append(describe_requantized(figures))
     return "; ".join(sentences)
 
 
 def check_out(out: Path, replace: bool = False) -> None:
-    """Raises ModelError where `out` holds something, but for an export that may be replaced."""
+    """Raise ModelError if `out` is not empty, unless it is an export that may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (replace and (out / CARD).is_file()):
-        raise ModelError(f"{out} exists already: name another folder with --out, or remove it")
+        raise ModelError(f"{out} already exists: give another folder with --out, or remove it")
 
 
 def _precision(config: Config | None, adapter: StoredAdapter, source: Path) -> dict[str, str]:
@@ -151,10 +149,10 @@ def _precision(config: Config | None, adapter: StoredAdapter, source: Path) -> d
     if adapter.over:
         return dict(adapter.over)
     if config is None:
-        raise ModelError(f"{source}: without its run nothing says which precision to quantize to: give the run directory")
+        raise ModelError(f"{source}: the precision to quantize to is in the adapter's run: give the run directory")
     if config.model.precision not in ("nf4", "int8"):
         raise ModelError(
-            f"{source} was trained with model.precision={config.model.precision}, no quantized one to go back to: leave out --requantize"
+            f"{source} was trained with model.precision={config.model.precision}, which is not quantized: leave out --requantize"
         )
     return {"precision": config.model.precision, "compute": config.model.compute}
 
@@ -164,17 +162,17 @@ def _apart(source: Path) -> Path:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
-    """The tokenizer's files, and the generation_config.json of the backbone's folder.
+    """Write the tokenizer's files, and copy generation_config.json from the backbone's folder.
 
-    transformers does not save every argument of a tokenizer's class, such as Llama's `legacy`, and makes some classes anew from what it
-    saved: where the folder of a model would be read back as another tokenizer, it says that tokenizer.json is to be taken as it is.
+    transformers does not save every argument of a tokenizer's class, such as Llama's `legacy`, and rebuilds some tokenizers from saved
+    arguments. If the saved tokenizer would load differently, the saved config selects the class that reads tokenizer.json as it is.
 
     Raises:
-        ModelError: It is read back as another tokenizer all the same.
+        ModelError: The saved tokenizer still loads differently.
     """
     with quiet():
         tokenizer.save_pretrained(out)
-    own = folder / "generation_config.json"  # load_backbone drops sampling defaults; whoever serves the model wants them
+    own = folder / "generation_config.json"  # load_backbone drops sampling defaults, which servers of the model need
     if own.is_file():
         shutil.copyfile(own, out / own.name)
     if not (out / "config.json").is_file() or not (out / "tokenizer.json").is_file() or _reads_back(tokenizer, out):
@@ -186,19 +184,19 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
     )
     if not _reads_back(tokenizer, out):
         raise ModelError(
-            f"transformers saves the tokenizer of {folder} so that it gives other tokens when it is read again: export it with --to edge"
+            f"transformers saves the tokenizer of {folder} so that it loads with other token ids: export it with --to edge"
         )
 
 
 def _reads_back(tokenizer: Any, out: Path) -> bool:
-    """Whether transformers makes the same tokenizer of what it saved."""
+    """Whether transformers loads the saved tokenizer without a difference."""
     with quiet():
         again = AutoTokenizer.from_pretrained(out)
     return _parts(again) == _parts(tokenizer)
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
-    """All that decides about token ids: not how batches are padded and cut, nor a post-processor that adds nothing."""
+    """The parts of a tokenizer that determine token ids: not padding and truncation, nor a post-processor that adds nothing."""
     raw = parse_json(tokenizer.backend_tokenizer.to_str())
     added = tokenizer("").input_ids
     return {k: v for k, v in raw.items() if k not in ("padding", "truncation", "post_processor")} | {"added": added}
@@ -206,10 +204,10 @@ def _parts(tokenizer: Any) -> dict[str, Any]:
 
 @contextmanager
 def export_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when it is whole, or is gone.
+    """Yield a temporary folder, which is renamed to `out` at the end, or deleted on an error.
 
     Raises:
-        ModelError: The disk does not take it.
+        ModelError: The folder cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

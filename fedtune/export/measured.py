@@ -1,6 +1,6 @@
-"""The perplexity of a merged model before it is quantized, layer after layer in float32: the model is never whole in memory.
+"""Measures a merged model's perplexity before quantization, layer by layer in float32: the model is never complete in memory.
 
-What is scored is what `fedtune.inference.quantize.perplexity` scores.
+The score is that of `fedtune.inference.quantize.perplexity`.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from fedtune.inference.quantize.weights import Weights
 
 __all__ = ["streamed_score"]
 
-_TABLE, _LOGITS = 1 << 20, 1 << 19  # numbers of the head that are read at once, and logits that are made
+_TABLE, _LOGITS = 1 << 20, 1 << 19  # entries of the head that are read at once; logits that are computed at once
 
 
 @torch.inference_mode()
 def streamed_score(merged: Merged, pieces: Sequence[Piece], scratch: Path | None = None) -> Score:
-    """How well the merged weights foretell the last tokens of each piece, behind the model's virtual tokens.
+    """Score the merged weights on the last tokens of each piece, after the model's virtual tokens.
 
     Args:
         scratch: As `quantize_model`'s.
@@ -49,7 +49,7 @@ def streamed_score(merged: Merged, pieces: Sequence[Piece], scratch: Path | None
 
 
 def _nats(merged: Merged, hidden: Hidden, wanted: Tensor) -> float:
-    """Mean of log Σ exp z − z[wanted] of hidden states, over a part of the vocabulary and of the tokens at a time."""
+    """Mean of log Σ exp z − z[wanted], where z are the logits of the hidden states; in blocks of the vocabulary and of the tokens."""
     shape, n = merged.shape, len(wanted)
     head = merged.tensors["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
     total, own = torch.full((n,), -torch.inf, dtype=torch.float64), torch.empty(n, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A merged decoder read tensor by tensor: checkpoint and adapter lie on the disk, and never a whole model in memory."""
+"""Reads a merged decoder tensor by tensor: checkpoint and adapter stay on disk, and the model is never complete in memory."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.export.merged_tensor import DTYPES, MergedTensor
 from fedtune.export.origin import Origin, check_base, read_origin
-from fedtune.export.whole import in_memory, put_adapter, put_heads, why_whole
+from fedtune.export.whole import in_memory_note, merge_adapter, put_heads, why_in_memory
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape, read_shape
 from fedtune.models.backbone import load_backbone
@@ -30,19 +30,19 @@ __all__ = ["Merged", "read_merged"]
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """A decoder with its adapter in it.
+    """A decoder with its adapter merged.
 
     Args:
-        origin: Where it comes from.
-        folder: The backbone's files: tokenizer, generation_config.json.
-        config: Its config.json.
-        shape: What that says.
-        fingerprint: Of the backbone.
-        tensors: As `tensor_shapes` names them, in that order.
-        dtype: What the checkpoint keeps its matrices in.
-        virtual: `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], float32; empty where there are none.
+        origin: The source of the export.
+        folder: The backbone's folder: tokenizer, generation_config.json.
+        config: The backbone's config.json.
+        shape: Parsed from `config`.
+        fingerprint: The backbone's fingerprint.
+        tensors: The merged tensors, with the names and in the order of `tensor_shapes`.
+        dtype: The dtype of the checkpoint's matrices.
+        virtual: `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], float32; empty if there are none.
         apart: With `separate`, module → A [r, K] and B [N, r], float32, the scaling in B.
-        whole: Why the model was merged as a whole in memory; "" where it is read tensor by tensor.
+        whole: Why the model was merged in memory; "" if it is read tensor by tensor.
     """
 
     origin: Origin
@@ -61,12 +61,12 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
     """Open a run or adapter folder of a Llama-family decoder, or the decoder itself.
 
     Args:
-        source: As `read_origin` takes it.
-        separate: Leave a LoRA adapter out of the weights, in `apart`.
+        source: As in `read_origin`.
+        separate: Do not merge a LoRA adapter; return it in `separate_adapter`.
 
     Raises:
-        CheckpointError: `source` is missing, or is a run that has no adapter yet.
-        ModelError: It is a classifier, an architecture or a method that the engine does not run, or the files do not belong together.
+        CheckpointError: `source` is missing or is a run without an adapter.
+        ModelError: The engine does not support the task, architecture or method, or the files do not match.
     """
     origin = read_origin(Path(source))
     state, adapter = origin.adapter.state, origin.adapter
@@ -75,7 +75,7 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
     folder = find_folder(origin.model)
     config = read_config(folder)
     shape = read_shape(config)
-    whole = why_whole(origin)
+    whole = why_in_memory(origin)
     how = method(state.spec.method)
     if separate and (how.factors is None or whole):
         raise ModelError(f"{source}: only a plain LoRA adapter over the checkpoint's own weights can stay separate: leave out --separate")
@@ -86,7 +86,7 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
         mark, tensors, dtype = _in_memory(origin, shape)
     else:
         mark = fingerprint(folder)
-        states = (*adapter.shifts, *([state] if how.edits else []))  # of the others, the virtual tokens go along
+        states = (*adapter.shifts, *([state] if how.edits else []))  # other methods contribute their virtual tokens
         edits = {} if separate else edits_of(states, adapter.heads, dict(tensor_shapes(shape)))
         tensors, dtype = _stored(folder, shape, edits)
     check_base(origin, mark, str(folder))
@@ -100,22 +100,22 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
         dtype=dtype,
         virtual=virtual,
         apart=_apart(origin, shape) if separate else {},
-        whole=in_memory(whole) if whole else "",
+        whole=in_memory_note(whole) if whole else "",
     )
 
 
 def _stored(folder: Path, shape: Shape, edits: Mapping[str, list[Edit]]) -> tuple[dict[str, MergedTensor], torch.dtype]:
     known = {t.name: t for t in stored_tensors(folder)}
-    prefix = "" if "model.embed_tokens.weight" in known else "model."  # saved without its head's wrapper
+    prefix = "" if "model.embed_tokens.weight" in known else "model."  # saved without the wrapper of its head
     out, sizes = {}, dict[str, int]()
     for name, size in tensor_shapes(shape):
         stored = known.get(name if name == "lm_head.weight" else name.removeprefix(prefix))
         if stored is None or stored.shape != size:
             what = "is missing from" if stored is None else "has another shape in"
-            raise ModelError(f"the weight '{name}' {what} {folder}: config.json and the weights do not belong together")
+            raise ModelError(f"the weight '{name}' {what} {folder}: config.json does not match the weights")
         if stored.dtype not in DTYPES or stored.size != math.prod(size) * DTYPES[stored.dtype].itemsize:
             raise ModelError(
-                f"the weight '{name}' in {folder} is {stored.dtype}, wanted numbers of 16 or 32 bits: the checkpoint is damaged"
+                f"the weight '{name}' in {folder} is {stored.dtype}, wanted 16-bit or 32-bit floats: the checkpoint is damaged"
             )
         sizes[stored.dtype] = sizes.get(stored.dtype, 0) + math.prod(size)
         out[name] = MergedTensor(stored, edits.get(name, ()))
@@ -125,13 +125,13 @@ def _stored(folder: Path, shape: Shape, edits: Mapping[str, list[Edit]]) -> tupl
 def _in_memory(origin: Origin, shape: Shape) -> tuple[str, dict[str, MergedTensor], torch.dtype]:
     backbone = load_backbone(origin.model, origin.task, **origin.settings)
     put_heads(backbone.model, origin.adapter, origin.task)
-    put_adapter(backbone.model, origin)
+    merge_adapter(backbone.model, origin)
     own = backbone.model.state_dict()
     return backbone.fingerprint, {n: MergedTensor(own[n]) for n, _ in tensor_shapes(shape)}, torch.float32
 
 
 def _virtual(state: "AdapterState", shape: Shape) -> dict[str, Tensor]:
-    """The learned tokens of a method that has some."""
+    """The learned virtual tokens, if the method has any."""
     how, kind = method(state.spec.method), state.spec.method
     try:
         return how.virtual(state, shape) if how.virtual else {}
@@ -140,7 +140,7 @@ def _virtual(state: "AdapterState", shape: Shape) -> dict[str, Tensor]:
 
 
 def _apart(origin: Origin, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapter and the shifts of each module as one pair of factors."""
+    """Combine the adapter and the shifts of each module into one pair of factors."""
     if origin.adapter.heads:
         raise ModelError(f"{origin.source}: the adapter trains '{next(iter(origin.adapter.heads))}' too: leave out --separate")
     return combined_factors((origin.adapter.state, *origin.adapter.shifts), dict(tensor_shapes(shape)), f"the adapter in {origin.source}")

@@ -1,7 +1,7 @@
-"""One tensor of a merged model: what the checkpoint has on the disk, with what an adapter does to it, read a stretch at a time.
+"""One tensor of a merged model: reads blocks of rows from the checkpoint and applies the adapter's edits.
 
-The arithmetic is each method's own, in its file in `fedtune.models.methods`. Sums are taken in float64 and rounded once, straight to the
-dtype that is asked for.
+The PEFT method's file in `fedtune.models.methods` has the arithmetic. Sums are computed in float64 and rounded once, directly to the
+requested dtype.
 """
 
 import math
@@ -18,16 +18,16 @@ from fedtune.models.methods import Edit
 __all__ = ["DTYPES", "MergedTensor"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
-_STRETCH = 1 << 18  # entries that are summed in float64 at once
+_BLOCK = 1 << 18  # entries per block that is computed in float64
 
 
 class MergedTensor:
     """One tensor of the merged model.
 
     Args:
-        kept: Where the checkpoint has it, or the tensor itself.
-        edits: What the adapter and the shifts do to it, in order.
-        transposed: It is kept as (in, out), as GPT-2's linear layers are, and the edits' rows are its columns.
+        kept: Its location in the checkpoint, or the tensor itself.
+        edits: Edits by the adapter and the shifts, in order.
+        transposed: It is stored as (in, out), like GPT-2's linear layers, so the edits' rows are its columns.
     """
 
     def __init__(self, kept: StoredTensor | Tensor, edits: Sequence[Edit] = (), transposed: bool = False) -> None:
@@ -36,14 +36,14 @@ class MergedTensor:
         self.shape = tuple(kept.shape)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """Its merged values, in memory of their own."""
+        """Return all merged values as a new tensor."""
         return self._columns(dtype) if self._transposed else self.rows(0, self.shape[0], dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows `first` to `last` of them (of a vector, entries)."""
+        """Return rows `first` to `last` of the merged values (entries, if it is a vector)."""
         assert not self._transposed
         out = torch.empty(last - first, *self.shape[1:], dtype=dtype)
-        step = max(_STRETCH // math.prod(self.shape[1:]), 1)
+        step = max(_BLOCK // math.prod(self.shape[1:]), 1)
         for a in range(first, last, step):
             b = min(a + step, last)
             out[a - first : b - first] = self._edited(self._plain(a, b), a, b)
@@ -52,7 +52,7 @@ class MergedTensor:
     def _columns(self, dtype: torch.dtype) -> Tensor:
         whole = self._plain(0, self.shape[0])
         out = whole if whole.dtype == dtype and whole is not self._kept else torch.empty(self.shape, dtype=dtype)
-        step = max(_STRETCH // self.shape[0], 1)
+        step = max(_BLOCK // self.shape[0], 1)
         for a in range(0, self.shape[1], step):
             b = min(a + step, self.shape[1])
             out[:, a:b] = self._edited(whole[:, a:b].T, a, b).T
@@ -66,7 +66,7 @@ class MergedTensor:
         return part
 
     def _plain(self, first: int, last: int) -> Tensor:
-        """Rows of a tensor, read and not mapped: pages of a mapped file would count as memory too."""
+        """Return unmerged rows. They are read, not memory-mapped: mapped pages would count as memory too."""
         if isinstance(self._kept, Tensor):
             return self._kept if (first, last) == (0, self.shape[0]) else self._kept[first:last]
         stored = self._kept
@@ -77,5 +77,5 @@ class MergedTensor:
             while view and (got := f.readinto(view)):
                 view = view[got:]
         if view:
-            raise ModelError(f"{stored.file} ends within '{stored.name}': it is truncated, fetch it again")
+            raise ModelError(f"{stored.file} ends within '{stored.name}': it is truncated, download it again")
         return out

@@ -1,4 +1,4 @@
-"""What an export begins with: a run, a client's folder in it, an adapter folder, or a model that is whole already."""
+"""Reads the source of an export: a run, a client's folder in a run, an adapter folder, or a complete model."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fedtune.config.stored import read_config
 from fedtune.contracts.task import adapter_tasks, task_of
 from fedtune.data.columns import DEMO_PROMPT
 from fedtune.errors import CheckpointError, ModelError
-from fedtune.export.personal import client_of, complete, global_note
+from fedtune.export.personal import client_of, global_note, personal_adapter
 from fedtune.export.whole_model import is_whole, read_whole
 from fedtune.models.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.models.checkpoint import NANO, fingerprint
@@ -19,20 +19,20 @@ from fedtune.storage.parsing import parse_json, read_text
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What an export begins with.
+    """The source of an export.
 
     Args:
-        source: The run directory, the adapter folder, or a model that is whole already.
-        config: The run's; None for a bare adapter folder or model.
-        adapter: What was trained; of a whole model nothing.
+        source: The run directory, the adapter folder, or a complete model.
+        config: The run's config; None for a bare adapter folder or model.
+        adapter: The trained adapter; for a complete model, one that changes nothing.
         labels: Names of a classifier's classes.
-        task: The run's, or the one that the adapter says.
-        model: The backbone, in float32 on the CPU.
-        settings: Of `load_backbone`.
-        whole: A whole model's own card, {} where it has none; None of anything else.
-        run: The run directory; None of a bare adapter folder or model.
-        client: Whose personal model it is; None of the global one.
-        note: What a global adapter is not; "" where it is all that was trained.
+        task: The task of the run or the adapter.
+        model: The backbone's config, for float32 on the CPU.
+        settings: Arguments of `load_backbone`.
+        whole: A complete model's card, {} if it has none; None for other sources.
+        run: The run directory; None for a bare adapter folder or model.
+        client: The client of a personal model; None for the global model.
+        note: What a global adapter lacks; "" if it is complete.
     """
 
     source: Path
@@ -49,7 +49,7 @@ class Origin:
 
     @property
     def card(self) -> dict[str, Any]:
-        """Task, prompt template and longest answer, as whoever runs the model must know them."""
+        """Task, prompt template and longest answer, for programs that run the model."""
         if self.whole is not None:
             own = self.whole or {"task": self.task.kind, "prompt": None, "max_new_tokens": None}
             return {name: own[name] for name in ("task", "prompt", "max_new_tokens")}
@@ -60,16 +60,15 @@ class Origin:
 
 
 def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
-    """Read a run directory, a client's folder in it, an adapter folder, or a model that is whole already; no weights of a backbone are
-    opened.
+    """Read a run directory, a client's folder in it, an adapter folder, or a complete model, without the backbone's weights.
 
     Args:
         source: The folder.
-        trust_remote_code: Whether code in the backbone's folder may run; nothing in `source` allows it.
+        trust_remote_code: Whether code in the backbone's folder may run; `source` itself cannot allow it.
 
     Raises:
-        CheckpointError: `source` is missing, is a run that has no adapter yet, or is of a client that keeps nothing.
-        ModelError: The adapter cannot be used, or as `read_whole`.
+        CheckpointError: `source` is missing, is a run without an adapter, or belongs to a client that keeps no tensors.
+        ModelError: The adapter is invalid, or as in `read_whole`.
     """
     whole, run, client, note = None, None, None, ""
     if is_whole(source):
@@ -78,12 +77,12 @@ def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
         run, client = client_of(source) or (_run_of(source), None)
         config, adapter, labels = _read(run or source)
         if run and client is not None:
-            adapter = complete(adapter, run, client)
+            adapter = personal_adapter(adapter, run, client)
         else:
             note = global_note(run, adapter.state)
     task = config.task if config else _task(adapter, source)
     if config and config.peft.init == "loftq" and not adapter.over:
-        raise ModelError(f"{source / 'adapter' / OVER} is missing, which says what the adapter was trained over: the run is damaged")
+        raise ModelError(f"{source / 'adapter' / OVER} is missing, which names the adapter's base weights: the run is damaged")
     model, settings = _model_config(config, adapter, source), _settings(config, adapter, task)
     model.trust_remote_code = trust_remote_code
     return Origin(
@@ -102,17 +101,17 @@ def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
 
 
 def check_base(origin: Origin, fingerprint: str, name: str) -> None:
-    """Raises ModelError where the adapter belongs to another backbone than the one with this fingerprint."""
+    """Raise ModelError if the adapter belongs to a backbone with another fingerprint."""
     mark = origin.adapter.state.spec.base
     if mark and mark != fingerprint:
         raise ModelError(
             f"the adapter in {origin.source} belongs to the backbone {mark}, but {name} is {fingerprint}:"
-            " give it the checkpoint that it was trained on"
+            " use the checkpoint that it was trained on"
         )
 
 
 def prompt_template(config: Config | None) -> str | None:
-    """The run's prompt template, None where prompts come as they are."""
+    """The run's prompt template; None if prompts are used unchanged."""
     if config is None or not task_of(config.task).prompted:
         return None
     if config.data.prompt is not None:
@@ -125,20 +124,20 @@ def prompt_template(config: Config | None) -> str | None:
 
 
 def _run_of(source: Path) -> Path | None:
-    """The run directory that `source` is or lies in; None of a bare adapter folder."""
+    """The run directory that `source` is or is in; None for a bare adapter folder."""
     if source.name == "adapter" and (source.parent / "config.yaml").is_file():
-        return source.parent  # the run knows more than its adapter: the prompt template, the labels' names
+        return source.parent  # the run has more than its adapter: the prompt template, the labels' names
     return source if (source / "config.yaml").is_file() else None
 
 
 def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
-    """The run's config (None: a bare adapter folder), the adapter, and the names of a classifier's labels."""
+    """Return the run's config (None for a bare adapter folder), the adapter, and a classifier's label names."""
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}: give a run directory, a PEFT adapter folder or a model")
     if not (source / "config.yaml").is_file():
         return None, read_adapter(source), []
     if not any((source / "adapter" / name).is_file() for name in (OWN, "adapter_config.json")):
-        raise CheckpointError(f"{source} has no adapter/ yet: the run has not ended, go on with resume={source}")
+        raise CheckpointError(f"{source} has no adapter/ yet: the run has not ended, continue it with resume={source}")
     return read_config(source), read_adapter(source / "adapter"), _labels(source / "partition.json")
 
 
@@ -148,7 +147,7 @@ def _labels(path: Path) -> list[str]:
     try:
         return [str(label) for label in parse_json(read_text(path))["labels"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"cannot read {path}: it must be the summary that the run wrote") from None
+        raise CheckpointError(f"cannot read {path}: it must be the file that the run wrote") from None
 
 
 def _task(adapter: StoredAdapter, source: Path) -> TaskConfig:
@@ -159,7 +158,7 @@ def _task(adapter: StoredAdapter, source: Path) -> TaskConfig:
 
 
 def _model_config(config: Config | None, adapter: StoredAdapter, source: Path) -> ModelConfig:
-    """The backbone in float32, on the CPU."""
+    """The backbone's config, for float32 on the CPU."""
     if config:
         return dataclasses.replace(config.model, precision="fp32", device="cpu")
     # An adapter of the embedded backbone names the folder of the machine that trained it

@@ -1,8 +1,8 @@
-"""A backbone of any architecture without its weights, and where each of them lies; its merged copy, written tensor by tensor.
+"""Maps a backbone's parameters to their tensors in the checkpoint, for any architecture, and writes the merged model tensor by tensor.
 
-Names, ties and renamings are transformers' own affair: the model is loaded from tensors on the meta device, one for each of the
-checkpoint's, and which one a parameter was made of shows in the storage that they share. It is saved with a number in place of each
-tensor, which says under which name a parameter is kept.
+transformers decides on names, ties and renamings. So the model is loaded from one meta-device tensor per checkpoint tensor; a parameter
+comes from the tensor whose storage it shares. It is saved with a number in place of each tensor, which shows the name that each parameter
+is saved under.
 """
 
 import json
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Outline", "merged_tensors", "read_outline", "write_merged"]
 
-_SHARD = "50GB"  # transformers' own largest
+_SHARD = "50GB"  # transformers' default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Outline:
     """A pretrained backbone on the meta device.
 
     Args:
-        backbone: Its model has no weights.
-        kept: Parameter → where the checkpoint has it, or what was drawn for a head that it lacks; tied ones once, under their first name.
-        odd: Why the weights cannot be read one by one; "" where they can.
+        backbone: The backbone; its model has no weights.
+        kept: Parameter → its location in the checkpoint, or random values for a missing head; tied ones once, under their first name.
+        odd: Why the weights cannot be read tensor by tensor; "" if they can.
     """
 
     backbone: Backbone
@@ -51,7 +51,7 @@ class Outline:
 
 
 def read_outline(model: ModelConfig, task: TaskConfig, *, num_labels: int, seed: int) -> Outline:
-    """Raises ModelError as `load_backbone`."""
+    """Load a backbone's outline. Raises ModelError like `load_backbone`."""
     stored = {t.name: t for t in stored_tensors(find_folder(model))}
     stand_ins = {n: torch.empty(t.shape, dtype=torch.float32, device="meta") for n, t in stored.items()}
     backbone = load_backbone(model, task, num_labels=num_labels, seed=seed, outline=stand_ins)
@@ -60,12 +60,12 @@ def read_outline(model: ModelConfig, task: TaskConfig, *, num_labels: int, seed:
 
     def find(parameter: Tensor) -> StoredTensor | None:
         stand_in, own = made_of.get(_storage(parameter), (None, None))
-        # a storage is shared by what was cut out of a tensor or turned around, too
+        # slices and transposes of a tensor share its storage too
         return own if stand_in is not None and (stand_in.shape, stand_in.stride()) == (parameter.shape, parameter.stride()) else None
 
     for name, other in getattr(bare, "all_tied_weights_keys", {}).items():
         one, two = find(bare.get_parameter(name)), find(bare.get_parameter(other))
-        if one and two and one != two and _same(one, two):  # kept twice: transformers compares them, which it cannot here
+        if one and two and one != two and _same(one, two):  # stored twice: transformers compares them, but not on the meta device
             module, _, own = name.rpartition(".")
             setattr(bare.get_submodule(module), own, bare.get_parameter(other))
     parameters = dict(bare.named_parameters())
@@ -75,18 +75,18 @@ def read_outline(model: ModelConfig, task: TaskConfig, *, num_labels: int, seed:
         else:
             kept[name] = own
     heads = head_names(bare) if task_of(task).head else []
-    fresh = {n.split(".")[0] for n in lost}.intersection(heads)  # all of a head is drawn, or nothing of it
+    fresh = {n.split(".")[0] for n in lost}.intersection(heads)  # a head is initialized as a whole
     for name, parameter in parameters.items():
         if name.split(".")[0] in fresh:
             kept[name] = draw(name, tuple(parameter.shape), initializer_range(bare.config), seed)
     odd = [n for n in parameters if n not in kept or not _plain(kept[n])]
     odd += [n for n in bare.state_dict() if n not in dict(bare.named_parameters(remove_duplicate=False))]
-    why = f"the checkpoint keeps '{odd[0]}' in another form than the model" if odd else ""
+    why = f"the checkpoint stores '{odd[0]}' in another form than the model" if odd else ""
     return Outline(backbone=backbone, kept=kept, odd=why)
 
 
 def merged_tensors(outline: Outline, states: "Collection[AdapterState]", heads: Mapping[str, Tensor]) -> dict[str, MergedTensor]:
-    """Parameter → its merged values, in the order of the model; the arguments are those of `edits_of`.
+    """Return parameter → merged values, in the model's order; the arguments are those of `edits_of`.
 
     Raises:
         ModelError: As `edits_of`.
@@ -99,13 +99,13 @@ def merged_tensors(outline: Outline, states: "Collection[AdapterState]", heads: 
 
 
 def write_merged(model: PreTrainedModel, tensors: Mapping[str, MergedTensor], dtype: torch.dtype, folder: Path) -> None:
-    """What `save_pretrained` would write, a tensor at a time.
+    """Write the files of `save_pretrained`, one tensor at a time.
 
     Args:
-        model: On the meta device; spoilt afterward.
-        tensors: Its parameters.
-        dtype: What they are kept in.
-        folder: Exists.
+        model: A model on the meta device; unusable afterward.
+        tensors: Its merged parameters.
+        dtype: The dtype to store them in.
+        folder: An existing folder.
     """
     numbers = {p: nn.Parameter(_numbered(i, dtype), requires_grad=False) for i, (_, p) in enumerate(model.named_parameters())}
     for module in model.modules():
@@ -113,15 +113,15 @@ def write_merged(model: PreTrainedModel, tensors: Mapping[str, MergedTensor], dt
             setattr(module, own, numbers[parameter])
     with quiet():
         model.save_pretrained(folder)
-    said, order = load_file(folder / "model.safetensors"), list(tensors)
+    saved, order = load_file(folder / "model.safetensors"), list(tensors)
     (folder / "model.safetensors").unlink()
-    kept = {name: tensors[order[_number(tensor)]] for name, tensor in said.items()}
+    kept = {name: tensors[order[_number(tensor)]] for name, tensor in saved.items()}
     split = split_torch_state_dict_into_shards(
         {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in kept.items()}, max_shard_size=_SHARD
     )
-    for name, mine in split.filename_to_tensors.items():
-        file = TensorFile(folder / name, {n: (dtype, kept[n].shape) for n in mine})
-        for n in mine:
+    for name, members in split.filename_to_tensors.items():
+        file = TensorFile(folder / name, {n: (dtype, kept[n].shape) for n in members})
+        for n in members:
             file.put(n, kept[n].read(dtype))
         file.close()
     if split.is_sharded:
@@ -131,7 +131,7 @@ def write_merged(model: PreTrainedModel, tensors: Mapping[str, MergedTensor], dt
 
 
 def _numbered(i: int, dtype: torch.dtype) -> Tensor:
-    """A number in digits that every dtype holds exactly."""
+    """A number as three base-256 digits, which every dtype represents exactly."""
     return torch.tensor([i >> shift & 255 for shift in (16, 8, 0)], dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""A client's personal model of a run whose clients keep tensors of their own, and what to say of the run's global adapter beside it."""
+"""A client's personal model, in runs whose clients keep tensors of their own, and notes on the run's global adapter."""
 
 import dataclasses
 from pathlib import Path
@@ -9,11 +9,11 @@ from fedtune.errors import CheckpointError, ModelError
 from fedtune.models.adapter_folder import StoredAdapter
 from fedtune.models.methods import method
 
-__all__ = ["client_of", "complete", "global_note"]
+__all__ = ["client_of", "global_note", "personal_adapter"]
 
 
 def client_of(source: Path) -> tuple[Path, str] | None:
-    """The run directory and the client's id where `source` is RUN/clients/ID; None of any other folder."""
+    """Return the run directory and the client's id if `source` is RUN/clients/ID; None for other folders."""
     source = source.resolve()
     run = source.parent.parent
     if source.parent.name != "clients" or not (run / "config.yaml").is_file():
@@ -21,12 +21,12 @@ def client_of(source: Path) -> tuple[Path, str] | None:
     return run, client_id(source)
 
 
-def complete(adapter: StoredAdapter, run: Path, client: str) -> StoredAdapter:
-    """The global adapter with the tensors that the client kept in its last turn up to the adapter's round.
+def personal_adapter(adapter: StoredAdapter, run: Path, client: str) -> StoredAdapter:
+    """Combine the global adapter with the tensors that the client kept in its last turn up to the adapter's round.
 
     Raises:
-        CheckpointError: The client kept nothing, or its file is damaged.
-        ModelError: What it kept is not part of this adapter.
+        CheckpointError: The client kept no tensors, or its file is damaged.
+        ModelError: A kept tensor does not fit this adapter.
     """
     from fedtune.clients.store import ClientStore
 
@@ -34,8 +34,8 @@ def complete(adapter: StoredAdapter, run: Path, client: str) -> StoredAdapter:
     kept = store.read(client, state.spec.version + 1)
     if kept is None:
         raise CheckpointError(
-            f"client {client} keeps no tensors in {run / 'clients'} up to round {state.spec.version}: it took no turn that trained a model"
-            f" of its own; export the run itself, {run}"
+            f"client {client} keeps no tensors in {run / 'clients'} up to round {state.spec.version}: it took no turn that trained a"
+            f" personal model; export the run itself, {run}"
         )
     for name, tensor in kept.tensors.items():
         if name not in state.tensors or state[name].shape != tensor.shape:
@@ -44,7 +44,7 @@ def complete(adapter: StoredAdapter, run: Path, client: str) -> StoredAdapter:
 
 
 def global_note(run: Path | None, state: AdapterState) -> str:
-    """What the global adapter is not, in a sentence; "" where it is the whole of what was trained.
+    """Describe what the global adapter lacks, in a sentence; "" if it is complete.
 
     Args:
         run: The run directory; None for a bare adapter folder.
@@ -58,12 +58,12 @@ def global_note(run: Path | None, state: AdapterState) -> str:
         example = ClientStore(run / "clients", 1).folder_of(some[0])
         what = "the untouched backbone" if idle else "the part that all clients share"
         return (
-            f"each of {len(some)} clients keeps tensors of its own, and this model has none of them: it is {what}; export a client's"
+            f"each of {len(some)} clients keeps tensors of its own, which this model does not have: it is {what}; export a client's"
             f" personal model with `fedtune export {example}`"
         )
     if idle:
         return (
-            "the adapter changes no weight, so the model is the untouched backbone: nothing was trained, or the strategy leaves what was"
-            " trained with the clients"
+            "the adapter changes no weight, so the model is the untouched backbone: nothing was trained, or the trained tensors stay with"
+            " the clients"
         )
     return ""

@@ -1,4 +1,4 @@
-"""What a run's own files say of where its model comes from, for the card of what is exported."""
+"""Provenance of an exported model, from the run's files, for its card."""
 
 import math
 import re
@@ -14,10 +14,10 @@ __all__ = ["provenance"]
 
 
 def provenance(origin: Origin) -> dict[str, Any]:
-    """`provenance`, `metric` and `privacy` of the card; of a bare adapter folder only what its spec says, of a whole model its name.
+    """Return `provenance`, `metric` and `privacy` of the card; only the spec for a bare adapter folder, only the name for a complete model.
 
-    The metric is the global test's (else the clients' mean) in the adapter's round; of a personal model, the client's own. ε is that of the
-    client that spent most: the adapter's README knows the ledgers too, metrics.jsonl only the turns that were told.
+    The metric is that of the global test (else the clients' mean) in the adapter's round; for a personal model, the client's own. ε is the
+    largest of any client: the adapter's README includes the ledgers, metrics.jsonl only the reported turns.
 
     Raises:
         CheckpointError: metrics.jsonl is damaged.
@@ -25,11 +25,11 @@ def provenance(origin: Origin) -> dict[str, Any]:
     spec, config = origin.adapter.state.spec, origin.config
     if origin.whole is not None:
         return {"provenance": {"model": origin.source.resolve().name}, "metric": None, "privacy": None}
-    came: dict[str, Any] = {"method": spec.method, "round": spec.version, "base": spec.base}
+    about: dict[str, Any] = {"method": spec.method, "round": spec.version, "base": spec.base}
     if config is None:
-        return {"provenance": came, "metric": None, "privacy": None}
+        return {"provenance": about, "metric": None, "privacy": None}
     run = origin.run or origin.source
-    came |= {
+    about |= {
         "run": run.resolve().name,
         "name": config.name,
         "strategy": str(config.strategy.get("_target_", "")).rpartition(".")[2],
@@ -42,19 +42,19 @@ def provenance(origin: Origin) -> dict[str, Any]:
     privacy = None
     if config.privacy.kind != "none":
         unit = {"record": "one training row of a client", "user": "one client with all its rows"}[config.privacy.kind]
-        told = [v for r in records if (v := _number(r, "epsilon")) is not None]
-        spent = max([*told, *_on_the_card(run / "adapter" / "README.md")], default=None)
+        reported = [v for r in records if (v := _number(r, "epsilon")) is not None]
+        spent = max([*reported, *_epsilon_on_card(run / "adapter" / "README.md")], default=None)
         privacy = {"kind": config.privacy.kind, "unit": unit, "epsilon": spent, "delta": config.privacy.delta}
-    return {"provenance": came, "metric": _metric(records, spec.version, origin.client), "privacy": privacy}
+    return {"provenance": about, "metric": _metric(records, spec.version, origin.client), "privacy": privacy}
 
 
 def _model(name: str) -> str:
-    """A hub name, or the last part of a folder's: where that lies on the run's machine is nobody's business."""
+    """A hub name, or the last part of a folder's path: the full path on the run's machine is private."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).is_dir() else name
 
 
 def _metric(records: list[dict[str, Any]], version: int, client: str | None) -> dict[str, Any] | None:
-    """Name, value and round of what the run, or the client, is judged by: of the adapter's round, or of the last one evaluated before."""
+    """Name, value and round of the primary metric of the run or the client, in the adapter's round or the last one evaluated before."""
     every = [r for r in records if r.get("client") is not None]
     of_client = [r for r in every if r["client"] == client]
     for mine in ([r for r in records if r.get("client") is None], every) if client is None else (of_client,):
@@ -80,7 +80,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict) or type(record.get("round")) is not int:
                 raise ValueError("not an object with a round")
         except ValueError as bad:
-            if i >= len(lines) - 1:  # torn by a kill
+            if i >= len(lines) - 1:  # an incomplete last line, left by a kill
                 break
             raise CheckpointError(f"{path} line {i + 1} is damaged ({bad}): restore it or delete that line") from None
         out.append(record)
@@ -92,8 +92,8 @@ def _number(record: dict[str, Any], key: str) -> float | None:
     return float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) else None
 
 
-def _on_the_card(path: Path) -> list[float]:
-    """ε as `report.card` writes it, to three digits."""
+def _epsilon_on_card(path: Path) -> list[float]:
+    """ε as written by `report.card`, to three digits."""
     if not path.is_file():
         return []
     found = re.search(r"privacy: \(ε, δ\) = \(([0-9.e+-]+), ", read_text(path))

@@ -1,4 +1,4 @@
-"""The merge of a whole model in memory, for the few that cannot be read tensor by tensor; and of any, what is the adapter's head."""
+"""Merges a complete model in memory, for the few that cannot be read tensor by tensor, and splits the head off an adapter."""
 
 import dataclasses
 from pathlib import Path
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
     from fedtune.contracts.adapter_state import AdapterState
     from fedtune.export.origin import Origin
 
-__all__ = ["in_memory", "parted", "put_adapter", "put_heads", "save", "why_whole"]
+__all__ = ["in_memory_note", "split_heads", "merge_adapter", "put_heads", "save", "why_in_memory"]
 
 
-def why_whole(origin: "Origin") -> str:
-    """Why the backbone's weights are not what lies in the checkpoint; "" where they are."""
+def why_in_memory(origin: "Origin") -> str:
+    """Why the backbone's weights differ from the checkpoint; "" if they do not."""
     if origin.model.init == "random":
-        return "the backbone was drawn at random (model.init=random)"
-    return "the backbone is a quantized one, dequantized (peft.init=loftq)" if origin.adapter.over else ""
+        return "the backbone was initialized at random (model.init=random)"
+    return "the backbone's weights are quantized and dequantized (peft.init=loftq)" if origin.adapter.over else ""
 
 
-def in_memory(why: str) -> str:
-    """The sentence that a card keeps of it."""
-    return f"{why}, so the model was merged as a whole in memory"
+def in_memory_note(why: str) -> str:
+    """The card's sentence on a merge in memory."""
+    return f"{why}, so the model was merged in memory"
 
 
 def save(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
-    """Write it as transformers does, its parameters rounded to this dtype."""
+    """Save the model with transformers, after rounding its parameters to `dtype`, in place."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     with quiet():
         model.save_pretrained(folder)
 
 
-def put_adapter(model: PreTrainedModel, origin: "Origin") -> None:
-    """Merge the shifts and the adapter, but for its head, into a float32 backbone, in place; where it counts on quantized weights, into
-    those. An adapter that no weights can express is left out: `export_hf` puts it beside the model.
+def merge_adapter(model: PreTrainedModel, origin: "Origin") -> None:
+    """Merge the shifts and the adapter without its head into a float32 backbone, in place. If the adapter was trained on quantized weights,
+    those replace the backbone's first. An adapter that cannot be merged is skipped: `export_hf` writes it beside the model.
 
     Raises:
-        ModelError: The adapter names a module that the model lacks, or one of another shape.
+        ModelError: The model lacks a module of the adapter, or has it in another shape.
     """
     adapter, task = origin.adapter, origin.task
     if adapter.over:
@@ -57,25 +57,25 @@ def put_adapter(model: PreTrainedModel, origin: "Origin") -> None:
     for shift in adapter.shifts:
         merge(model, shift)
     if mergeable(adapter.state.spec.method):
-        merge(model, parted(model, adapter, task)[1])
+        merge(model, split_heads(model, adapter, task)[1])
 
 
 def put_heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> None:
-    """Put the adapter's head into a float32 backbone, in place.
+    """Copy the adapter's head into a float32 backbone, in place.
 
     Raises:
-        ModelError: The model lacks it, or has one of another shape.
+        ModelError: The model lacks the head, or has it in another shape.
     """
-    parameters, (heads, _) = dict(model.named_parameters()), parted(model, adapter, task)
+    parameters, (heads, _) = dict(model.named_parameters()), split_heads(model, adapter, task)
     with torch.no_grad():
         for name, tensor in heads.items():
             if name not in parameters or parameters[name].shape != tensor.shape:
-                raise ModelError(f"the adapter's head '{name}' {tuple(tensor.shape)} is not in the backbone: it belongs to another one")
+                raise ModelError(f"the adapter's head '{name}' {tuple(tensor.shape)} is not in the backbone: it was trained on another one")
             parameters[name].copy_(tensor)
 
 
-def parted(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> "tuple[dict[str, Tensor], AdapterState]":
-    """What replaces parameters of the backbone, a classifier's head, and the state without it."""
+def split_heads(model: PreTrainedModel, adapter: StoredAdapter, task: TaskConfig) -> "tuple[dict[str, Tensor], AdapterState]":
+    """Split an adapter into its heads, which replace parameters of the backbone, and the state without them."""
     own, known, state = trained_heads(model, task), {n for n, _ in model.named_parameters()}, adapter.state
     heads = {n: t for n, t in state.tensors.items() if n.split(".")[0] in own and n in known}
     return {**heads, **adapter.heads}, state.subset([n for n in state.tensors if n not in heads])

@@ -1,7 +1,7 @@
-"""The real network: Flower's SuperLink and nodes in processes of our own, with nothing open that need not be.
+"""The deployed network: Flower's SuperLink and nodes, in processes that fedtune starts, with as few open endpoints as possible.
 
-Server: the main process holds a `SuperLink` (link.py), which keeps one child (superlink.py). Client: a `Node` (node.py) asks an `Executor`
-(executor.py), which keeps one warm child (worker.py). Nothing here imports torch, and no code ever comes over the wire.
+Server: the main process owns a `SuperLink` (link.py), which runs one child process (superlink.py). Client: a `Node` (node.py) passes
+messages to an `Executor` (executor.py), which runs one child process (worker.py). Nothing here imports torch. No code is sent.
 """
 
-APP = "fedtune/fedtune"  # publisher/name in Flower's books: what our runs are of, and the only app that a node of ours answers
+APP = "fedtune/fedtune"  # publisher/name of the Flower app that our runs register; our nodes answer no other app

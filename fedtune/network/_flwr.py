@@ -1,4 +1,4 @@
-"""What the server needs of Flower beyond its promises, imported once; `_flwr_client` has the rest. See `tests/contracts/test_flower.py`."""
+"""All private Flower names that the server uses; `_flwr_client` has the client's. `tests/contracts/test_flower.py` checks them."""
 
 import math
 import time
@@ -34,32 +34,32 @@ from flwr.superlink.main import create_app
 
 
 def newest_migrations() -> set[str]:
-    """What a database that is whole says in `alembic_version`."""
+    """The contents of `alembic_version` in a fully migrated database."""
     return set(ScriptDirectory(str(ALEMBIC_DIR)).get_heads())
 
 
-def patient_database(seconds: float) -> None:
-    """Let whoever finds the database locked wait so long for it. Flower waits 5 s, which a machine with other work to do outlasts."""
-    used = sql_mixin.__dict__  # the name is not its own, and is read anew for each connection
+def set_lock_timeout(seconds: float) -> None:
+    """Set SQLite's busy timeout. Flower sets 5 s, which is too short on a busy machine."""
+    used = sql_mixin.__dict__  # a name that `sql_mixin` imports and reads for each connection
     used["SQLITE_PRAGMAS"] = tuple({**dict(used["SQLITE_PRAGMAS"]), "busy_timeout": str(round(1000 * seconds))}.items())
 
 
 _end_silent_tasks = SqlCoreState._cleanup_expired_task_tokens
 
 
-def seldom_end_silent_tasks(seconds: float) -> None:
-    """Let Flower look once in so many seconds for tasks that are silent, of which it wants to hear each minute.
+def throttle_task_cleanup(seconds: float) -> None:
+    """Limit Flower's cleanup of tasks without a heartbeat (limit: one minute) to once in `seconds`.
 
-    It does at nearly every request, with an UPDATE that locks the database: all other requests then stand in line.
+    Flower runs it at nearly every request, with an UPDATE that locks the database and blocks all other requests.
     """
 
-    def seldom(self: SqlCoreState) -> None:
-        at = time.monotonic()
-        if at - vars(self).get("_fedtune_looked", -math.inf) >= seconds:
-            vars(self)["_fedtune_looked"] = at
+    def throttled(self: SqlCoreState) -> None:
+        now_s = time.monotonic()
+        if now_s - vars(self).get("_fedtune_cleaned", -math.inf) >= seconds:
+            vars(self)["_fedtune_cleaned"] = now_s
             _end_silent_tasks(self)
 
-    SqlCoreState._cleanup_expired_task_tokens = seldom  # type: ignore[method-assign]
+    SqlCoreState._cleanup_expired_task_tokens = throttled  # type: ignore[method-assign]
 
 
 __all__ = [
@@ -97,10 +97,10 @@ __all__ = [
     "get_object_head_values_from_object_content",
     "newest_migrations",
     "now",
-    "patient_database",
+    "set_lock_timeout",
     "public_key_to_bytes",
     "run_migrations",
-    "seldom_end_silent_tasks",
+    "throttle_task_cleanup",
     "uint64_to_int64",
     "uses_nist_ec_curve",
     "verify_signature",

@@ -1,6 +1,6 @@
-"""What a client needs of Flower beyond its promises, imported once; `_flwr` has the server's part.
+"""All private Flower names that a client uses; `_flwr` has the server's.
 
-Apart, because Flower's SuperLink (FastAPI, SQLAlchemy) would make each of a client's two processes half again as large.
+They are separate because Flower's SuperLink (FastAPI, SQLAlchemy) would enlarge each of a client's two processes by half.
 """
 
 from flwr.app.message import make_message, remove_content_from_message

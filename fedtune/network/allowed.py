@@ -1,4 +1,4 @@
-"""Reads the list of allowed clients while the server runs: whoever is added comes in, whoever is taken off is refused, at once."""
+"""Rereads the list of allowed clients while the server runs, so that additions and removals take effect at once."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -8,19 +8,19 @@ from types import TracebackType
 
 from fedtune.errors import FedtuneError, LinkLost
 
-LOOK_S = 2.0  # between two looks at the file
-_JOIN_S = 5.0  # to wait for a change that is under way
+CHECK_S = 2.0  # between two checks of the file
+_JOIN_S = 5.0  # to wait for a change in progress
 
 
-class Allowed:
-    """Watches the file, in a thread of its own, while the context lasts.
+class AllowedClientsWatcher:
+    """Watches the file in its own thread while the context is open.
 
     Args:
         file: `allowed.json`.
-        first: What it held when the server read it.
-        read: Reads it: client → public key. Raises FedtuneError where it cannot be used.
+        first: Its contents when the server read it.
+        read: Reads it: client → public key. Raises FedtuneError if it is invalid.
         change: Called with every new list.
-        note: Called with a sentence about each change, and about a list that cannot be used: the one before it stays.
+        note: Called with a sentence about each change and each invalid list. After an invalid list, the previous one stays in force.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class Allowed:
         note: Callable[[str], None],
     ) -> None:
         self._file, self._keys, self._read, self._change, self._note = file, dict(first), read, change, note
-        self._seen: tuple[int, ...] | None = None  # the first look reads the file: it may have changed since the server did
+        self._seen: tuple[int, ...] | None = None  # the first check reads the file: it may have changed since the server read it
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="allowed", daemon=True)
 
-    def __enter__(self) -> "Allowed":
+    def __enter__(self) -> "AllowedClientsWatcher":
         self._thread.start()
         return self
 
@@ -44,8 +44,8 @@ class Allowed:
         self._stop.set()
         self._thread.join(_JOIN_S)
 
-    def look(self) -> None:
-        """Read the file if it is not the one of the last look."""
+    def check(self) -> None:
+        """Read the file if it changed since the last check."""
         state: tuple[int, ...] = ()
         with suppress(OSError):
             found = self._file.stat()
@@ -59,14 +59,14 @@ class Allowed:
                 self._note(f"{self._file} has changed: {_difference(self._keys, keys)}")
                 self._keys = keys
         except LinkLost:
-            return  # the SuperLink is away for a moment: the next look tries again
+            return  # the SuperLink is briefly unavailable: the next check tries again
         except FedtuneError as bad:
-            self._note(f"{bad}; the {len(self._keys)} clients that were allowed before are allowed still")
+            self._note(f"{bad}; the previous list of {len(self._keys)} clients stays in force")
         self._seen = state
 
     def _watch(self) -> None:
-        while not self._stop.wait(LOOK_S):
-            self.look()
+        while not self._stop.wait(CHECK_S):
+            self.check()
 
 
 def _difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:

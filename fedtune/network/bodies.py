@@ -1,4 +1,4 @@
-"""Bounds the memory of one caller: a request's body is held until Flower has taken it, and Flower takes one request after the other."""
+"""Bounds the memory that one caller can use: a request's body is held until Flower takes it, and Flower takes one request at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Bodies:
-    """Counts the bytes that each caller's requests hold.
+class BodyBudget:
+    """Counts the bytes of each caller's request bodies.
 
     Args:
-        most: Largest sum of one caller, in bytes.
+        most: Largest sum per caller, in bytes.
     """
 
     most: int
@@ -19,9 +19,9 @@ class Bodies:
         self._held: dict[bytes, int] = {}
 
     @contextmanager
-    def of(self, caller: bytes) -> Iterator["Body"]:
-        """Counts one request's body, and forgets it at the end."""
-        body = Body(self, caller)
+    def of(self, caller: bytes) -> Iterator["BodyBytes"]:
+        """Count one request's body until the context ends."""
+        body = BodyBytes(self, caller)
         try:
             yield body
         finally:
@@ -31,21 +31,21 @@ class Bodies:
                 del self._held[caller]
 
     def add(self, caller: bytes, size: int) -> bool:
-        """Add bytes to a caller's sum; False, and nothing added, where that is too large."""
+        """Add bytes to a caller's sum. Returns False, without adding, if the sum would be too large."""
         if self._held.get(caller, 0) + size > self.most:
             return False
         self._held[caller] = self._held.get(caller, 0) + size
         return True
 
 
-class Body:
+class BodyBytes:
     """One request's share of its caller's sum."""
 
-    def __init__(self, bodies: Bodies, caller: bytes) -> None:
+    def __init__(self, bodies: BodyBudget, caller: bytes) -> None:
         self._bodies, self._caller, self.size = bodies, caller, 0
 
     def grow(self, size: int) -> bool:
-        """Add bytes to the body; False, and nothing added, where its caller's sum is then too large."""
+        """Add bytes to the body. Returns False, without adding, if its caller's sum would be too large."""
         if not self._bodies.add(self._caller, size):
             return False
         self.size += size

@@ -1,4 +1,4 @@
-"""The certificates of a deployment: a CA of its own, and the server's certificate that it signs (X.509, P-256)."""
+"""The certificates of a deployment: its own CA, and the server certificate that the CA signs (X.509, P-256)."""
 
 import datetime
 import ipaddress
@@ -18,21 +18,21 @@ _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.
 
 
 def make_ca(days: int) -> tuple[x509.Certificate, Key]:
-    """A new CA and its key, good for so many days."""
+    """Return a new CA, valid for `days`, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"fedtune CA {secrets.token_hex(4)}")])
     own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    uses = [(x509.BasicConstraints(True, 0), True), (_may(signs=True), True), (own, False)]
+    uses = [(x509.BasicConstraints(True, 0), True), (_key_usage(signs=True), True), (own, False)]
     return _certificate(name, name, key.public_key(), key, _until(days), uses), key
 
 
 def sign_server(ca: x509.Certificate, ca_key: Key, names: Sequence[x509.GeneralName], days: int) -> tuple[x509.Certificate, Key]:
-    """A new certificate and key of a server that is reached by these names. It is never good for longer than its CA."""
+    """Return a new certificate and key for a server with these names. The certificate expires no later than its CA."""
     key = ec.generate_private_key(ec.SECP256R1())
     own = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
     uses: list[tuple[x509.ExtensionType, bool]] = [
         (x509.BasicConstraints(False, None), True),
-        (_may(signs=False), True),
+        (_key_usage(signs=False), True),
         (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (x509.SubjectAlternativeName(names), False),
         (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
@@ -43,16 +43,16 @@ def sign_server(ca: x509.Certificate, ca_key: Key, names: Sequence[x509.GeneralN
     return _certificate(subject, ca.subject, key.public_key(), ca_key, until, uses), key
 
 
-def names_of(server: x509.Certificate) -> list[x509.GeneralName]:
-    """The names that a server's certificate is for."""
+def certificate_names(server: x509.Certificate) -> list[x509.GeneralName]:
+    """The host names and addresses in a server's certificate."""
     return list(server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
 
 
 def subject_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
-    """Names of the server for its certificate, each once, with those of the machine itself.
+    """Convert host names for the server's certificate, without duplicates, and add the loopback names.
 
     Raises:
-        ConfigError: There is none, or one is no name of a host.
+        ConfigError: There is no name, or one is not a valid host name.
     """
     found: dict[str, x509.GeneralName] = {}
     for host in (*hosts, "localhost", "127.0.0.1", "::1"):
@@ -89,7 +89,7 @@ def _certificate(
     return built.sign(signer, hashes.SHA256())
 
 
-def _may(*, signs: bool) -> x509.KeyUsage:
+def _key_usage(*, signs: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=not signs,
         key_cert_sign=signs,

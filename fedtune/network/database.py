@@ -1,7 +1,7 @@
-"""The SuperLink's database: made beside its place and renamed in, so that a kill or a full disk leaves none or a whole one.
+"""The SuperLink's database. It is created beside its final path and renamed, so that a kill or a full disk leaves no partial database.
 
-It holds what the clients' nodes are called and the messages of the run at hand, and a new start ends that run anyway: one that is not whole
-is thrown away, and nodes register again.
+It holds the clients' node ids and the messages of the current run. Every start ends that run, so an incomplete database is deleted and
+the nodes register again.
 """
 
 import logging
@@ -19,11 +19,11 @@ _log = logging.getLogger("fedtune.superlink")
 
 
 def make_database(path: Path, patience_s: float) -> None:
-    """Return when a whole database of this version of Flower is at `path`.
+    """Ensure that a complete database of this version of Flower is at `path`.
 
     Args:
-        path: Its file, in a folder that exists; no other process uses it.
-        patience_s: Seconds to wait for one that is locked.
+        path: The database file, in an existing folder; no other process uses it.
+        patience_s: Seconds to wait while the database is locked.
 
     Raises:
         SQLAlchemyError, sqlite3.Error, OSError: It cannot be written or read.
@@ -31,7 +31,7 @@ def make_database(path: Path, patience_s: float) -> None:
     if path.exists():
         if is_whole(path, patience_s):
             return
-        _log.warning("the database is not whole or of another version: it is made again", extra={"why": str(path)})
+        _log.warning("the database is incomplete or of another version: creating a new one", extra={"why": str(path)})
     with new_file(path, durable=False) as beside:
         for file in (*_files(beside), *_files(path)):
             file.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def is_whole(path: Path, patience_s: float) -> bool:
     except sqlite3.DatabaseError as bad:
         if "locked" in str(bad):
             raise
-        return False  # no such table, or no database
+        return False  # no such table, or not a database
 
 
 def _files(path: Path) -> Iterator[Path]:

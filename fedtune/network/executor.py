@@ -1,7 +1,7 @@
-"""A warm child process that answers messages, and takes the blame when it dies.
+"""A child process that answers messages, so that a crash does not end the client.
 
-The model stays loaded between rounds. A child that dies, for whatever reason, is replaced: the fresh one gets the last hello, because the
-experiment's config came with it, and then the message once more. A message that kills two children is answered with an error.
+The model stays loaded between rounds. A child that dies is replaced: the new one receives the last hello, which carries the experiment's
+config, and then the message again. A message that kills two children is answered with an error.
 """
 
 import json
@@ -21,25 +21,25 @@ from fedtune.network._flwr_client import ErrorCode, MessageProto, message_from_p
 from fedtune.network.frames import CutFrame, FrameError, Kind, read_frame, write_frame
 
 WORKER = (sys.executable, "-P", "-m", "fedtune.network.worker")
-LIVES = 2  # children that one message may cost
+MAX_CHILDREN = 2  # that one message may kill
 HELLO = "query"
 
 
 class ChildDied(Exception):
-    """The child cannot answer any more; says why."""
+    """The child can no longer answer; the text is the reason."""
 
 
 class Executor:
-    """Answers messages in a child process, one at a time, and starts it when the first comes.
+    """Answers messages in a child process, one at a time. The first message starts the child.
 
     Call `answer` from one long-lived thread: Linux ends the child with the thread that started it.
 
     Args:
-        settings: What the worker needs to know (data path, device profile, client id, state folder): a JSON object.
-        log: File that the worker's standard error is added to.
+        settings: The worker's settings (data path, device profile, client id, state folder): a JSON object.
+        log: File to which the worker's standard error is appended.
 
     Other arguments:
-        command: Starts the worker.
+        command: Command line of the worker.
     """
 
     def __init__(self, settings: Mapping[str, Any], log: Path, *, command: Sequence[str] = WORKER) -> None:
@@ -56,15 +56,15 @@ class Executor:
         return child.pid if child else None
 
     def answer(self, message: Message, node_id: int) -> Message:
-        """The child's reply, or an error reply where two children died of the message."""
+        """Return the child's reply, or an error reply if the message killed two children."""
         if message.metadata.dst_node_id != node_id:
-            return _error(message, "the message is for another node than this client's: the server mixes up its clients")
+            return _error(message, "the message is addressed to another node: the server mixes up its clients")
         try:
             payload = message_to_proto(message).SerializeToString()
         except ValueError as bad:  # protobuf writes no more than 2 GiB
             return _error(message, f"the message is too large for the worker: {bad}")
         why = ""
-        for _ in range(LIVES):
+        for _ in range(MAX_CHILDREN):
             if self._stopped.is_set():
                 return _error(message, "the client was stopped")
             try:
@@ -80,22 +80,22 @@ class Executor:
                 return reply
         if self._stopped.is_set():
             return _error(message, "the client was stopped")
-        return _error(message, f"the client's worker died {LIVES} times on this message: {why} (its log is {self._log.name})")
+        return _error(message, f"the client's worker died {MAX_CHILDREN} times on this message: {why} (its log is {self._log.name})")
 
     def stop(self) -> None:
-        """End the child, whatever it does; a message that it is at gets an error reply."""
+        """End the child at once; a message in progress gets an error reply."""
         self._stopped.set()
         self._end()
 
     def _ready_for(self, payload: bytes) -> "_Child":
-        """The child, a fresh one with the last hello behind it where there was none."""
+        """Return the running child, or start one and replay the last hello."""
         with self._lock:
             if self._child is not None and not self._child.dead:
                 return self._child
             if self._stopped.is_set():
                 raise ChildDied("the client was stopped")
             child = self._child = _Child(self._command, self._log)
-        child.settle(self._settings)
+        child.configure(self._settings)
         if self._hello is not None and self._hello != payload:
             child.ask(self._hello, None)
         return child
@@ -108,7 +108,7 @@ class Executor:
 
 
 class _Child:
-    """One life of the worker."""
+    """One worker process."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -144,13 +144,13 @@ class _Child:
         assert self._process.stdout is not None
         return self._process.stdout  # type: ignore[return-value]
 
-    def settle(self, settings: bytes) -> None:
+    def configure(self, settings: bytes) -> None:
         """Send the settings and wait until the app is built."""
         self._write(Kind.SETTINGS, settings)
         self._read(Kind.READY)
 
     def ask(self, payload: bytes, message_id: str | None) -> Message:
-        """The reply to a message; `message_id` is checked where it is given."""
+        """Return the reply to a message; with a `message_id`, check that the reply belongs to it."""
         self._write(Kind.MESSAGE, payload)
         try:
             reply = message_from_proto(MessageProto.FromString(self._read(Kind.MESSAGE)))
@@ -159,28 +159,28 @@ class _Child:
         except Exception as bad:  # protobuf and Flower raise many things
             raise ChildDied(f"its reply cannot be read: {type(bad).__name__}: {bad}") from None
         if message_id is not None and reply.metadata.reply_to_message_id != message_id:
-            raise ChildDied("it answered another message than the one that it was given")
+            raise ChildDied("it answered another message")
         return reply
 
     def end(self) -> None:
-        """Ask, then force; at most two seconds."""
+        """Terminate the process, then kill it; takes at most two seconds."""
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGTERM)  # with whatever it has started
+            os.killpg(self.pid, signal.SIGTERM)  # with its own children
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError, ValueError):  # a write that another thread was at
+            with suppress(OSError, ValueError):  # another thread was writing
                 pipe.close()  # type: ignore[union-attr]
 
     def _write(self, kind: Kind, payload: bytes) -> None:
         try:
             write_frame(self._requests, kind, payload)
-        except (OSError, ValueError):  # its end of the pipe is gone, or ours was closed by stop()
-            self._read(kind)  # its last words, or its end, raise better
-            raise ChildDied(self._how()) from None
+        except (OSError, ValueError):  # the child closed its end of the pipe, or stop() closed ours
+            self._read(kind)  # raises the reason that the child sent, or its exit
+            raise ChildDied(self._exit_reason()) from None
 
     def _read(self, wanted: Kind) -> bytes:
         try:
@@ -188,28 +188,28 @@ class _Child:
         except (CutFrame, OSError, ValueError):  # ValueError: stop() has closed the pipe
             frame = None
         except FrameError as bad:
-            raise ChildDied(f"it does not answer in frames: {bad}") from None
+            raise ChildDied(f"its answer is not a frame: {bad}") from None
         if frame is None:
-            raise ChildDied(self._how())
+            raise ChildDied(self._exit_reason())
         kind, payload = frame
         if kind is Kind.FAILED:
             raise ChildDied(payload.decode(errors="replace"))
         if kind is not wanted:
-            raise ChildDied(f"it sent {kind.name} where {wanted.name} must come")
+            raise ChildDied(f"it sent {kind.name} instead of {wanted.name}")
         return payload
 
-    def _gone(self) -> bool:
+    def _has_exited(self) -> bool:
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)  # its pipe closes a moment before it is gone
+            self._process.wait(5)  # its pipe closes shortly before the process ends
         return self.dead
 
-    def _how(self) -> str:
-        if not self._gone():
-            return "it closed its pipe and went on running"
+    def _exit_reason(self) -> str:
+        if not self._has_exited():
+            return "it closed its pipe but still runs"
         code = self._process.returncode
         if code >= 0:
             return f"it ended with exit code {code}"
-        return f"it was killed by signal {-code}" + (": perhaps out of memory" if -code == signal.SIGKILL else "")
+        return f"it was killed by signal {-code}" + (", perhaps out of memory" if -code == signal.SIGKILL else "")
 
 
 def _error(message: Message, reason: str) -> Message:

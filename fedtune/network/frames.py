@@ -1,6 +1,6 @@
-"""Frames between a node and its worker: MAGIC, one byte that says what it is, eight of length (big endian), then that many bytes.
+"""Frames between a node and its worker: MAGIC, 1 byte of kind, 8 bytes of length (big endian), then the payload.
 
-A stream that is cut, or holds anything else, is an error at once and never a wait for bytes that will not come.
+A truncated or invalid stream raises an error at once; a reader never waits for bytes that will not come.
 """
 
 import struct
@@ -13,7 +13,7 @@ _HEAD = struct.Struct(">4sBQ")
 
 
 class Kind(IntEnum):
-    """What a frame holds."""
+    """The kind of a frame's payload."""
 
     SETTINGS = 1  # node → worker, once: a JSON object
     MESSAGE = 2  # either way: a Flower Message in protobuf
@@ -22,32 +22,32 @@ class Kind(IntEnum):
 
 
 class FrameError(Exception):
-    """The stream holds no frame where one must be."""
+    """The stream does not hold a frame where one is expected."""
 
 
 class CutFrame(FrameError):
-    """The stream ended within a frame: whoever wrote it is gone."""
+    """The stream ended within a frame: the writer is gone."""
 
 
 def write_frame(stream: BinaryIO, kind: Kind, payload: bytes) -> None:
     """Write one frame and flush.
 
     Raises:
-        FrameError: The payload is larger than protobuf can read; nothing was written.
+        FrameError: The payload is larger than protobuf can parse; nothing was written.
         OSError: The other side is gone.
     """
     if len(payload) > LARGEST:
-        raise FrameError(f"{len(payload)} bytes do not fit into one frame, which holds {LARGEST}: send a smaller adapter")
+        raise FrameError(f"a payload of {len(payload)} bytes does not fit in one frame of at most {LARGEST}: send a smaller adapter")
     stream.write(_HEAD.pack(MAGIC, kind, len(payload)))
     stream.write(payload)
     stream.flush()
 
 
 def read_frame(stream: BinaryIO) -> tuple[Kind, bytes] | None:
-    """The next frame, or None where the stream ended in order.
+    """Return the next frame, or None if the stream ended between frames.
 
     Raises:
-        FrameError: The stream was cut within a frame, or this is none.
+        FrameError: The stream was cut within a frame, or holds something else.
     """
     head = stream.read(_HEAD.size)
     if not head:
@@ -56,9 +56,9 @@ def read_frame(stream: BinaryIO) -> tuple[Kind, bytes] | None:
         raise CutFrame(f"the stream was cut within a frame's head, after {len(head)} of {_HEAD.size} bytes")
     magic, kind, size = _HEAD.unpack(head)
     if magic != MAGIC or kind not in Kind.__members__.values():
-        raise FrameError(f"no frame begins with {head!r}: something else writes to this pipe")
+        raise FrameError(f"{head!r} is not the head of a frame: something else writes to this pipe")
     if size > LARGEST:
-        raise FrameError(f"a frame says that it has {size} bytes, more than the {LARGEST} that one may hold")
+        raise FrameError(f"a frame declares {size} bytes; the limit is {LARGEST}")
     payload = stream.read(size)
     if len(payload) < size:
         raise CutFrame(f"the stream was cut within a frame, after {len(payload)} of {size} bytes")

@@ -1,4 +1,4 @@
-"""What the SuperLink process does to Flower's LinkState on its owner's word: who may come in, a new run, what has arrived."""
+"""The owner's requests to Flower's LinkState in the SuperLink process: allowed clients, new runs, arrived replies."""
 
 import hashlib
 import logging
@@ -12,14 +12,14 @@ from sqlalchemy import delete, func, select, update
 
 from fedtune.errors import NetworkError
 from fedtune.network import APP, _flwr
-from fedtune.network.sizes import opened_size
+from fedtune.network.sizes import inflated_size
 from fedtune.version import __version__
 
 _log = logging.getLogger("fedtune.superlink")
 
 
 def make_fab() -> _flwr.Fab:
-    """An app bundle of metadata only: its components name modules that every machine has installed; it ships no code."""
+    """Build an app bundle of metadata only: it names modules that are installed on every machine, and ships no code."""
     project = f"""
 [project]
 name = "fedtune"
@@ -39,10 +39,10 @@ clientapp = "fedtune.cli.flower_app:client_app"
 
 
 def read_keys(allowed: Mapping[str, str]) -> dict[bytes, str]:
-    """Flower's form of each allowed public key → its client.
+    """Convert allowed keys (client → text) to Flower's format (encoded key → client).
 
     Raises:
-        NetworkError: A key cannot be read, is of the wrong kind, or stands for two clients.
+        NetworkError: A key cannot be parsed, is of the wrong kind, or belongs to two clients.
     """
     found: dict[bytes, str] = {}
     for name, text in allowed.items():
@@ -50,9 +50,9 @@ def read_keys(allowed: Mapping[str, str]) -> dict[bytes, str]:
             raw = text.strip().encode()
             key = load_pem_public_key(raw) if raw.startswith(b"-----") else load_ssh_public_key(raw)
         except (ValueError, UnsupportedAlgorithm):
-            raise NetworkError(f"the public key of client '{name}' cannot be read: take the text of clients/{name}/key.pub") from None
+            raise NetworkError(f"the public key of client '{name}' cannot be read: use the text of clients/{name}/key.pub") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or not _flwr.uses_nist_ec_curve(key):
-            raise NetworkError(f"the public key of client '{name}' is not of a NIST curve: take the text of clients/{name}/key.pub")
+            raise NetworkError(f"the public key of client '{name}' is not on a NIST curve: use the text of clients/{name}/key.pub")
         encoded = _flwr.public_key_to_bytes(key)
         if encoded in found:
             raise NetworkError(f"clients '{found[encoded]}' and '{name}' have the same public key: each needs its own")
@@ -61,45 +61,45 @@ def read_keys(allowed: Mapping[str, str]) -> dict[bytes, str]:
 
 
 class Registrar:
-    """The owner's hand on the LinkState; each method answers with what JSON can carry.
+    """Changes and queries of the LinkState for its owner; results are plain JSON.
 
     Args:
         state: Flower's LinkState.
-        keys: Public key → client that may come in, which `allow` changes in place; None lets anybody register.
+        keys: Public key → allowed client; `allow` changes it in place. None lets anybody register.
     """
 
     def __init__(self, state: _flwr.LinkState, keys: dict[bytes, str] | None) -> None:
         self._state, self._keys = state, keys
-        self._redelivered: set[str] = set()  # messages that were lost on their way once, and are not answered yet
+        self._redelivered: set[str] = set()  # unanswered messages that were lost once and delivered again
 
-    def admit(self) -> None:
-        """Register every allowed key, and forget nodes whose key is not allowed any more. Who stays keeps its node id."""
+    def sync_nodes(self) -> None:
+        """Register every allowed key, and delete nodes whose key is no longer allowed. The others keep their node ids."""
         if self._keys is None:
             return
         known = {node.public_key: node.node_id for node in self._state.get_node_info()}
         with self._state.session() as session:  # type: ignore[attr-defined]
-            strangers = set(known) - set(self._keys)  # deleted, not unregistered: Flower would never take the key again
+            strangers = set(known) - set(self._keys)  # deleted, not unregistered: Flower never registers an unregistered key again
             session.execute(delete(_flwr.NodeRow).where(_flwr.NodeRow.public_key.in_(strangers)))
         for key in set(self._keys) - set(known):
             self._state.create_node(_flwr.NOOP_FLWR_AID, _flwr.NOOP_ACCOUNT_NAME, key, 0, name=self._keys[key])
 
     def allow(self, allowed: Mapping[str, str]) -> dict[str, Any]:
-        """Let these clients in, by name and public key, and no others from now on.
+        """Replace the allowed clients (name → public key).
 
         Raises:
-            NetworkError: A key cannot be used, or the server asks for no keys; nothing has changed then.
+            NetworkError: A key is invalid, or the server uses no keys; nothing has changed.
         """
         keys = read_keys(allowed)
         if self._keys is None:
-            raise NetworkError("this server asks for no keys: nobody can be taken off the list of those that it has not got")
+            raise NetworkError("this server runs without node keys, so it has no list of allowed clients")
         for key in set(self._keys) - set(keys):
             del self._keys[key]
         self._keys.update(keys)
-        self.admit()
+        self.sync_nodes()
         return {"allowed": len(keys)}
 
     def open_run(self, name: str) -> dict[str, Any]:
-        """End all older runs with what they left in the database, and start a new one whose ServerApp is the caller."""
+        """End all older runs, delete their data, and start a new run whose ServerApp is the caller."""
         state = self._state
         for run in state.get_run_info():
             if not state.stop_run(run.run_id):
@@ -124,32 +124,30 @@ class Registrar:
             raise NetworkError("the SuperLink cannot start a run: see its log")
         return {"run_id": run_id, "token": token}
 
-    def takeover(self, key: bytes) -> None:
-        """Make room for a node that comes again while its former life still counts as present: it crashed, and was started again.
+    def take_over(self, key: bytes) -> None:
+        """Deactivate the previous process of a node that was restarted after a crash.
 
-        Flower would refuse it until the lease of its former life ends (two heartbeats), and would wait for ever for the replies that died
-        with that life, or for minutes for one that it was sending. So the lease ends here, and messages that it took and did not answer to
-        the end are deleted: the server is then told that their replies will never come.
+        Flower would refuse the new process until the lease of the previous one ends (two heartbeats), and would wait forever for the lost
+        replies, or minutes for a partial one. So the lease ends here, and messages that the node received and did not fully answer are
+        deleted: Flower then reports to the server that they will not be answered.
         """
         node_id = self._state.get_node_id_by_public_key(key)
         if node_id is None or not self._state.deactivate_node(node_id):
             return
         lost = self._unanswered(node_id)
         self._state.delete_messages(lost)
-        _log.info(
-            "a node takes over from its former life", extra={"node": node_id, "client": (self._keys or {}).get(key, ""), "lost": len(lost)}
-        )
+        _log.info("a restarted node takes over", extra={"node": node_id, "client": (self._keys or {}).get(key, ""), "lost": len(lost)})
 
-    def idle(self, key: bytes) -> None:
-        """Find what was lost on its way to or in a node that asks for its next message, which it does when it holds none.
+    def redeliver_lost(self, key: bytes) -> None:
+        """Find the lost messages of a node that polls; a node polls only when it holds no message.
 
-        A message of which every part is still here never reached it: the answer that brought it was lost. It is delivered once more. Any
-        other will not be answered: it is deleted, so that the server hears of it now and not at the end of the round.
+        A message whose objects are all still stored never reached the node: the response was lost. It is delivered once more. Any other
+        message will not be answered: it is deleted, so that the server learns of it now and not at the end of the round.
         """
         node_id = self._state.get_node_id_by_public_key(key)
         if node_id is None or not (lost := self._unanswered(node_id)):
             return
-        again = {m for m in lost - self._announced(lost) - self._redelivered if self._state.object_store.get(m) is not None}
+        again = {m for m in lost - self._with_announced_reply(lost) - self._redelivered if self._state.object_store.get(m) is not None}
         with self._state.session() as session:  # type: ignore[attr-defined]
             session.execute(update(_flwr.MessageIns).where(_flwr.MessageIns.message_id.in_(again)).values(delivered_at=""))
         self._redelivered = {m for m in self._redelivered if m in lost} | again
@@ -158,7 +156,7 @@ class Registrar:
         _log.info("a node has lost messages", extra={**about, "again": len(again), "lost": len(lost - again)})
 
     def _unanswered(self, node_id: int) -> set[str]:
-        """Messages that a node took and did not answer to the end."""
+        """Messages that a node received and did not fully answer."""
         message = _flwr.MessageIns
         answered = _uploads(_flwr.MessageRes.reply_to_message_id).where(func.coalesce(_flwr.ObjectPushSession.pending_count, 0) == 0)
         taken = select(message.message_id).where(
@@ -169,21 +167,20 @@ class Registrar:
         with self._state.session() as session:  # type: ignore[attr-defined]
             return {str(name) for name in session.scalars(taken)}
 
-    def _announced(self, messages: set[str]) -> set[str]:
-        """Those of the messages of which a reply has begun to come."""
+    def _with_announced_reply(self, messages: set[str]) -> set[str]:
+        """Messages whose reply has been announced."""
         reply = _flwr.MessageRes.reply_to_message_id
         with self._state.session() as session:  # type: ignore[attr-defined]
             return {str(name) for name in session.scalars(select(reply).where(reply.in_(messages)))}
 
-    def arrived(self, ids: list[str], most: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """Sort messages by what became of their replies.
+    def reply_states(self, ids: list[str], most: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Classify messages by the state of their replies.
 
-        A reply that is larger than `most` says of its message is forgotten, with its tensors: it is `large`, with its size. Of a
-        message that is `lost` there is no reply, and its node is gone or the message is.
-
-        Flower hands a reply out as soon as it is announced, and then waits for its tensors, for minutes where its sender died: so a reply
-        that is still being uploaded is `uploading`, and nobody should pull it yet. It is `complete` once all is there. Of others there is
-        no reply, nor will there be one where a sender's lease has ended meanwhile: Flower says so to whoever pulls.
+        `large`: the reply is larger than its limit in `most`; it is deleted, and its size is returned.
+        `lost`: there is no reply, and the node or the message is gone. A pull returns Flower's error.
+        `uploading`: the reply is announced but not complete. Flower would hand it out and block, for minutes if its sender died, so it
+        must not be pulled yet. If the sender's lease has ended, the reply is not listed.
+        `complete`: all objects of the reply are stored.
         """
         reply, node = _flwr.MessageRes, _flwr.NodeRow
         asked = (
@@ -220,7 +217,7 @@ class Registrar:
         asked = select(reply.reply_to_message_id, reply.message_id).where(reply.reply_to_message_id.in_([m for m in complete if m in most]))
         with self._state.session() as session:  # type: ignore[attr-defined]
             for message, name in [(str(m), str(n)) for m, n in session.execute(asked)]:
-                if (size := opened_size(session, name, most[message])) > most[message]:
+                if (size := inflated_size(session, name, most[message])) > most[message]:
                     found[message] = size
                     forgotten.append(name)
         self._state.delete_messages(set(found))
@@ -229,7 +226,7 @@ class Registrar:
         return found
 
     def nodes(self) -> dict[str, Any]:
-        """Every node that ever came, and the allowed ones that never did (last_seen 0)."""
+        """All nodes that ever connected, and the allowed ones that never did (last_seen 0)."""
         names = self._keys or {}
         return {
             "nodes": [
@@ -246,7 +243,7 @@ class Registrar:
 
 
 def _uploads(*what: Any) -> Any:
-    """A query over replies, each with its upload where that is not over; of one that has expired Flower makes an error by itself."""
+    """A query over replies, joined with their unfinished uploads; Flower itself reports expired ones as errors."""
     reply, root, push = _flwr.MessageRes, _flwr.ObjectPushSessionRoot, _flwr.ObjectPushSession
     return (
         select(*what)

@@ -1,8 +1,8 @@
-"""The listening socket of the public port, which an address cannot fill with connections that show no key.
+"""The listening socket of the public port. It limits the connections of one address that have not authenticated.
 
-Anybody can open connections, and each takes a file descriptor and one of the port's places until it is given up: a minute where the TLS
-handshake is not finished. So connections without a key are counted by address, before TLS. One that has shown a key counts no more: many
-clients may come from one address.
+Anybody can open connections, and each takes a file descriptor and a connection slot until it is closed: after a minute if the TLS
+handshake is not finished. So unauthenticated connections are counted by address, before TLS. Authenticated connections are not counted:
+many clients may share one address.
 """
 
 import contextlib
@@ -13,112 +13,112 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-STRANGERS = 64  # connections of one address that have not shown a key
+MAX_UNAUTHENTICATED = 64  # unauthenticated connections per address
 
 Peer = tuple[str, int]
 
 _log = logging.getLogger("fedtune.superlink")
 
 
-class Guests:
-    """The connections of a port. Where there are too many, the oldest one without a key is hung up: a client shows its key at once.
+class Connections:
+    """The connections of a port. When there are too many, the oldest unauthenticated one is closed: a client authenticates at once.
 
     Args:
-        most: Of all addresses.
-        strangers: Of one address, without a key.
+        most: Limit of all connections.
+        unauthenticated: Limit of unauthenticated connections per address.
     """
 
-    def __init__(self, most: int, strangers: int = STRANGERS) -> None:
-        self._most, self._few = most, strangers
-        self._known: set[Peer] = set()
-        self._strangers: dict[Peer, tuple[str, Callable[[], None]]] = {}  # the oldest first: address, and what ends the connection
+    def __init__(self, most: int, unauthenticated: int = MAX_UNAUTHENTICATED) -> None:
+        self._most, self._most_per_address = most, unauthenticated
+        self._authenticated: set[Peer] = set()
+        self._unauthenticated: dict[Peer, tuple[str, Callable[[], None]]] = {}  # oldest first: (address, closes the connection)
         self._count: Counter[str] = Counter()
-        self._named: set[str] = set()  # addresses of which the log has said that they come too often
+        self._logged: set[str] = set()  # addresses whose excess has been logged
 
-    def come(self, peer: Peer, hang_up: Callable[[], None]) -> bool:
-        """Take a connection in, which must `leave`; False where there is no room."""
+    def admit(self, peer: Peer, shut_down: Callable[[], None]) -> bool:
+        """Register a connection, which must be removed at its end. Returns False if the port is full."""
         address = _address(peer[0])
-        if self._count[address] >= self._few:
-            if address not in self._named:
-                self._named.add(address)
-                why = f"it has {self._few} connections without a key: from now on a new one ends the oldest of them"
+        if self._count[address] >= self._most_per_address:
+            if address not in self._logged:
+                self._logged.add(address)
+                why = f"{self._most_per_address} connections without a key: each further one closes the oldest"
                 _log.warning("refused", extra={"peer": peer[0], "why": why})
-            self._end(next(peer for peer, (of, _) in self._strangers.items() if of == address))
-        elif len(self._known) + len(self._strangers) >= self._most:
-            if not self._strangers:
+            self._evict(next(peer for peer, (of, _) in self._unauthenticated.items() if of == address))
+        elif len(self._authenticated) + len(self._unauthenticated) >= self._most:
+            if not self._unauthenticated:
                 return False
-            self._end(next(iter(self._strangers)))
-        self._strangers[peer] = address, hang_up
+            self._evict(next(iter(self._unauthenticated)))
+        self._unauthenticated[peer] = address, shut_down
         self._count[address] += 1
         return True
 
-    def welcome(self, peer: Peer) -> None:
-        """A connection has shown a key."""
-        if peer in self._strangers:
+    def authenticate(self, peer: Peer) -> None:
+        """Mark a connection as authenticated."""
+        if peer in self._unauthenticated:
             self._forget(peer)
-            self._known.add(peer)
+            self._authenticated.add(peer)
 
-    def leave(self, peer: Peer) -> None:
-        """A connection is closed."""
-        self._known.discard(peer)
-        if peer in self._strangers:
+    def remove(self, peer: Peer) -> None:
+        """Forget a closed connection."""
+        self._authenticated.discard(peer)
+        if peer in self._unauthenticated:
             self._forget(peer)
 
-    def _end(self, peer: Peer) -> None:
-        _, hang_up = self._strangers[peer]
+    def _evict(self, peer: Peer) -> None:
+        _, shut_down = self._unauthenticated[peer]
         self._forget(peer)
-        hang_up()
+        shut_down()
 
     def _forget(self, peer: Peer) -> None:
-        address, _ = self._strangers.pop(peer)
+        address, _ = self._unauthenticated.pop(peer)
         self._count[address] -= 1
         if not self._count[address]:
             del self._count[address]
-            self._named.discard(address)
+            self._logged.discard(address)
 
 
-class Door(socket.socket):
-    """A listening socket whose connections are guests."""
+class LimitedListener(socket.socket):
+    """A listening socket that registers its connections."""
 
-    def __init__(self, family: socket.AddressFamily, guests: Guests) -> None:
+    def __init__(self, family: socket.AddressFamily, connections: Connections) -> None:
         super().__init__(family)
-        self._guests = guests
+        self._connections = connections
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection for which there is room.
+        """Accept the next connection.
 
         Raises:
-            ConnectionAbortedError: There is none for this one; asyncio takes it for one that has gone again.
+            ConnectionAbortedError: The port is full; asyncio treats the connection as closed by its peer.
         """
         accepted, address = super().accept()
         peer = (str(address[0]), int(address[1]))
-        guest = _Connection(accepted, self._guests, peer)
-        if self._guests.come(peer, guest.hang_up):
-            return guest, address
-        guest.close()
+        connection = _Connection(accepted, self._connections, peer)
+        if self._connections.admit(peer, connection.shut_down):
+            return connection, address
+        connection.close()
         raise ConnectionAbortedError("too many connections")
 
 
 class _Connection(socket.socket):
-    """A connection that says when it is closed."""
+    """A connection that is removed from its port's `Connections` when it is closed."""
 
-    def __init__(self, accepted: socket.socket, guests: Guests, peer: Peer) -> None:
+    def __init__(self, accepted: socket.socket, connections: Connections, peer: Peer) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-        self._guests, self._peer = guests, peer
+        self._connections, self._peer = connections, peer
 
-    def hang_up(self) -> None:
-        """End the connection for its owner, who sees it end and closes it."""
+    def shut_down(self) -> None:
+        """Shut the connection down; its owner notices and closes it."""
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         if self.fileno() >= 0:
-            self._guests.leave(self._peer)
+            self._connections.remove(self._peer)
         super().close()
 
 
 def _address(host: str) -> str:
-    """What counts as one address: of IPv6 the network that one household gets."""
+    """The address to count by; for IPv6 the /64 network, which one household receives."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
         return str(ipaddress.ip_network((address, 64), strict=False))

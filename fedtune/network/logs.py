@@ -1,4 +1,4 @@
-"""Logs for machines: one JSON object a line, with what happened and to whom."""
+"""Machine-readable logs: one JSON object per line."""
 
 import json
 import logging
@@ -13,10 +13,10 @@ _MB, _KEPT = 10, 3
 
 
 class JsonLines(logging.Formatter):
-    """`{"time", "level", "event", …}`: the record's own fields, and whatever `extra=` gave it."""
+    """Formats `{"time", "level", "event", …}`: the record's own fields and those from `extra=`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        fields = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "from": record.name,
@@ -25,12 +25,12 @@ class JsonLines(logging.Formatter):
         more = {name: value for name, value in vars(record).items() if name not in _PLAIN and value is not None}
         if record.exc_info:
             more["trace"] = self.formatException(record.exc_info)
-        return json.dumps({**said, **more}, default=str)
+        return json.dumps({**fields, **more}, default=str)
 
 
 @contextmanager
 def logging_to(file: Path) -> Iterator[None]:
-    """Everything that fedtune logs, from `info` up, goes to this file, warnings to the terminal too."""
+    """Write fedtune's log records from level INFO to this file, and warnings to the terminal too."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handler = RotatingFileHandler(file, maxBytes=_MB * 10**6, backupCount=_KEPT, encoding="utf-8")
     handler.setFormatter(JsonLines())
@@ -39,7 +39,7 @@ def logging_to(file: Path) -> Iterator[None]:
     logger = logging.getLogger("fedtune")
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # libraries give the root a handler of their own, which would put every line on the terminal
+    logger.propagate = False  # libraries add a handler to the root logger, which would print every line on the terminal
     for h in (handler, terminal):
         logger.addHandler(h)
     try:

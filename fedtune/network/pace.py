@@ -1,7 +1,7 @@
-"""How often nodes look for messages: the more there are, the less often each, so that looking costs a server a bounded share of its time.
+"""The nodes' polling interval. It grows with the number of nodes, so that polling takes a bounded share of the server's time.
 
-A look costs Flower's SuperLink 5 to 10 ms of one core. Ten looks a second of each of 50 nodes would be all that it can do, and messages
-would stand in line behind them. So each answer says how long to wait.
+A poll costs Flower's SuperLink 5 to 10 ms of one core. Ten polls a second from each of 50 nodes would take all of its time and delay other
+requests. So each response tells the node how long to wait before its next poll.
 """
 
 import math
@@ -10,22 +10,22 @@ from collections.abc import Callable
 
 PACE = "x-fedtune-pace"
 LEAST_S, MOST_S = 0.1, 10.0
-FEW, EACH_S = 5, 0.08  # so many nodes look ten times a second each; with each one more, all wait so much longer: 50 look 14 times
-_HEARD_S = 30.0  # three heartbeats
+FEW, EACH_S = 5, 0.08  # up to FEW nodes poll every LEAST_S; each further node adds EACH_S: 50 nodes poll 14 times a second in total
+_HEARD_S = 30.0  # a node counts as present this long after a request: three heartbeats
 
 
-class Pace:
-    """Counts who is there, on the server.
+class PollPacer:
+    """Computes the polling interval on the server, from the number of nodes present.
 
     Args:
-        clock: Seconds, by any start.
+        clock: Seconds from any origin.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._heard, self._swept = clock, dict[bytes, float](), -math.inf
 
-    def told(self, key: bytes) -> float:
-        """Hear a node's key, and return the seconds that it is to wait between two looks."""
+    def interval(self, key: bytes) -> float:
+        """Record a request by the node with this key. Returns its polling interval in seconds."""
         now = self._clock()
         self._heard[key] = now
         if now - self._swept > 1.0:
@@ -35,7 +35,7 @@ class Pace:
 
 
 def read_pace(text: str) -> float:
-    """What a server said, on a node; 0 where it says nothing, or what makes no sense."""
+    """Parse the interval that a server sent, in seconds; 0 if it is missing or invalid."""
     try:
         seconds = float(text)
     except ValueError:

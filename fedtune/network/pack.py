@@ -1,8 +1,8 @@
-"""Many small tensors as one: Flower sends each array of a record in two requests of its own, and an adapter has hundreds of arrays.
+"""Packs many small arrays into one: Flower sends each array of a record in two requests, and an adapter has hundreds of arrays.
 
-A record's arrays travel as one array of bytes, which Flower cuts into chunks of 5 MB. A record that several messages share stays one, which
-Flower stores once. All of a small message travels as one record: there a request costs more than what it carries. Whoever was sent
-packed records answers with packed ones, so that peers that know nothing of this get what they sent.
+A record's arrays are sent as one array of bytes, which Flower cuts into chunks of 5 MB. A record that several messages share is packed
+and stored once. A small message is packed as a whole into one record: there a request costs more than its data. A peer answers
+a packed message with a packed one and a plain message with a plain one, so that peers without packing keep working.
 """
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -12,40 +12,40 @@ from fedtune.network import _flwr_client as flwr
 
 KIND, NAME = "fedtune.packed", "packed"
 WHOLE = "fedtune.whole"
-_FEW = 2  # arrays that are as quick as they are
-_SMALL = 300_000  # bytes of arrays, up to which a message is worth storing once for each client
-_MOST = 1_000_000_000  # bytes; protobuf writes no more than 2 GiB
+_MIN_ARRAYS = 2  # up to this many arrays, packing saves nothing
+_SMALL = 300_000  # bytes of arrays; up to this size a message is packed as a whole and stored once per client
+_MAX_BYTES = 1_000_000_000  # bytes of a packed record; protobuf writes at most 2 GiB
 
 
-def pack(message: Message, known: dict[int, tuple[ArrayRecord, ArrayRecord]] | None = None) -> Message:
-    """The message with its arrays packed.
+def pack(message: Message, cache: dict[int, tuple[ArrayRecord, ArrayRecord]] | None = None) -> Message:
+    """Return the message with its arrays packed.
 
     Args:
-        message: It stays as it is.
-        known: Packed records by the id of the record, with that record: filled here, so that messages share what they shared.
+        message: Not changed.
+        cache: Cache, filled here: id of a record → (record, packed record), so that messages keep sharing records.
     """
     if message.has_error():
         return message
     if _is_small(message.content):
         data = flwr.recorddict_to_proto(message.content).SerializeToString(deterministic=True)
         return flwr.make_message(metadata=message.metadata, content=RecordDict({WHOLE: ConfigRecord({NAME: data})}))
-    known = {} if known is None else known
+    cache = {} if cache is None else cache
     content = RecordDict()
     for name, record in message.content.items():
-        content[name] = _packed(record, known) if isinstance(record, ArrayRecord) else record
+        content[name] = _packed(record, cache) if isinstance(record, ArrayRecord) else record
     return flwr.make_message(metadata=message.metadata, content=content)
 
 
 def unpack(message: Message) -> Message:
-    """The message as it was before it was packed.
+    """Return the message as it was before `pack`.
 
     Raises:
-        ValueError: A packed record cannot be read.
+        ValueError: A packed record is malformed.
     """
     if message.has_error() or not is_packed(message):
         return message
     if WHOLE in message.content:
-        return flwr.make_message(metadata=message.metadata, content=_opened(message.content[WHOLE]))
+        return flwr.make_message(metadata=message.metadata, content=_unpacked_content(message.content[WHOLE]))
     content = RecordDict()
     for name, record in message.content.items():
         content[name] = _unpacked(record) if isinstance(record, ArrayRecord) and _is_packed(record) else record
@@ -53,7 +53,7 @@ def unpack(message: Message) -> Message:
 
 
 def is_packed(message: Message) -> bool:
-    """Whether any of its records is packed."""
+    """Whether any record of the message is packed."""
     if not message.has_content():
         return False
     return WHOLE in message.content or any(_is_packed(record) for record in message.content.array_records.values())
@@ -64,7 +64,7 @@ def _is_small(content: RecordDict) -> bool:
     return bool(arrays) and sum(len(array.data) for record in arrays for array in record.values()) <= _SMALL
 
 
-def _opened(record: object) -> RecordDict:
+def _unpacked_content(record: object) -> RecordDict:
     data = record.get(NAME) if isinstance(record, ConfigRecord) else None
     try:
         return flwr.recorddict_from_proto(flwr.RecordDictProto.FromString(data))  # type: ignore[arg-type]
@@ -72,13 +72,13 @@ def _opened(record: object) -> RecordDict:
         raise ValueError(f"a packed message cannot be read: {bad}") from None
 
 
-def _packed(record: ArrayRecord, known: dict[int, tuple[ArrayRecord, ArrayRecord]]) -> ArrayRecord:
-    if len(record) <= _FEW or sum(len(array.data) for array in record.values()) > _MOST:
+def _packed(record: ArrayRecord, cache: dict[int, tuple[ArrayRecord, ArrayRecord]]) -> ArrayRecord:
+    if len(record) <= _MIN_ARRAYS or sum(len(array.data) for array in record.values()) > _MAX_BYTES:
         return record
-    if id(record) not in known:
+    if id(record) not in cache:
         data = flwr.array_record_to_proto(record).SerializeToString(deterministic=True)
-        known[id(record)] = record, ArrayRecord({NAME: Array(dtype="uint8", shape=(len(data),), stype=KIND, data=data)})
-    return known[id(record)][1]
+        cache[id(record)] = record, ArrayRecord({NAME: Array(dtype="uint8", shape=(len(data),), stype=KIND, data=data)})
+    return cache[id(record)][1]
 
 
 def _is_packed(record: ArrayRecord) -> bool:

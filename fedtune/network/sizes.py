@@ -1,7 +1,7 @@
-"""How large a reply is, before anybody fetches it.
+"""Computes the inflated size of a stored reply without fetching it.
 
-Flower stores a reply as a tree of objects, each of them once. A parent names its children in its body, as often as it likes: one chunk of
-5 MB, named a thousand times, is an array of 5 GB for whoever puts it together. So each child counts as often as it is named.
+Flower stores a reply as a tree of objects, each of them once. A parent may reference a child many times: one chunk of 5 MB with a thousand
+references inflates to an array of 5 GB. So each child counts once per reference.
 """
 
 from collections import Counter
@@ -12,13 +12,13 @@ from sqlalchemy import func, literal, select
 from fedtune.network import _flwr
 from fedtune.storage.parsing import parse_json
 
-_LARGEST = 10**18  # bytes: a tree of names can claim more than a float holds
+_LARGEST = 10**18  # bytes: a tree of references can claim more than a float holds
 
 
-def opened_size(session: Any, root: str, most: int) -> int:
-    """Bytes of a stored object with everything below it, put together; where that is more than `most`, some number above it.
+def inflated_size(session: Any, root: str, most: int) -> int:
+    """Bytes of a stored object and its descendants after inflation; above `most`, the number is only a lower bound that exceeds `most`.
 
-    An object that cannot be read counts what it takes in the store: whoever fetches it finds out.
+    An object that cannot be parsed counts its stored size; fetching it raises the error.
     """
     tree = select(literal(root).label("id")).cte("tree", recursive=True)
     tree = tree.union(select(_flwr.ObjectChild.child_id).where(_flwr.ObjectChild.parent_id == tree.c.id))
@@ -30,21 +30,21 @@ def opened_size(session: Any, root: str, most: int) -> int:
         return plain
     parents = select(_flwr.ObjectChild.parent_id).where(_flwr.ObjectChild.parent_id.in_(select(tree))).distinct()
     contents = select(_flwr.StoredObject.object_id, _flwr.StoredObject.content).where(_flwr.StoredObject.object_id.in_(parents))
-    named = {str(name): _named(content) for name, content in session.execute(contents)}
-    opened: dict[str, int] = {}
+    references = {str(name): _references(content) for name, content in session.execute(contents)}
+    inflated: dict[str, int] = {}
 
     def size(name: str) -> int:
-        if name not in opened:
-            opened[name] = sizes.get(name, 0)  # of a tree that bites its tail, too
-            opened[name] += sum(times * size(child) for child, times in named.get(name, {}).items())
-            opened[name] = min(opened[name], _LARGEST)
-        return opened[name]
+        if name not in inflated:
+            inflated[name] = sizes.get(name, 0)  # set before the recursion, which a cycle would not end otherwise
+            inflated[name] += sum(times * size(child) for child, times in references.get(name, {}).items())
+            inflated[name] = min(inflated[name], _LARGEST)
+        return inflated[name]
 
     return size(root)
 
 
-def _named(content: bytes) -> Counter[str]:
-    """How often an object's content names each of its children."""
+def _references(content: bytes) -> Counter[str]:
+    """Number of references to each child in an object's content."""
     try:
         kind, children, length = _flwr.get_object_head_values_from_object_content(content)
         if kind == "Array":

@@ -1,4 +1,4 @@
-"""What an operator can ask of a running server: `server.json` in the run's directory, and the same over HTTP for this machine only."""
+"""The status of a running server: `server.json` in the run directory, and the same over HTTP on the loopback interface."""
 
 import http.server
 import json
@@ -16,12 +16,12 @@ FILE = "server.json"
 _EVERY_S = 1.0
 
 
-class Board:
-    """Keeps the status fresh while it is open.
+class StatusServer:
+    """Updates the status while the context is open.
 
     Args:
-        file: Where it is written, atomically, every second.
-        look: The status as plain JSON; what it raises leaves the last one standing.
+        file: Status file, written atomically every second.
+        look: Returns the status as plain JSON; if it raises, the last status stays.
     """
 
     def __init__(self, file: Path, look: Callable[[], dict[str, Any]]) -> None:
@@ -37,10 +37,10 @@ class Board:
 
     @property
     def control(self) -> str:
-        """Where to ask: host and port."""
+        """Host and port of the HTTP server."""
         return f"127.0.0.1:{self._http.server_address[1]}"
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "StatusServer":
         for thread in self._threads:
             thread.start()
         return self
@@ -61,7 +61,7 @@ class Board:
         try:
             self._last = {"pid": os.getpid(), "control": self.control, "at": time.time(), **self._look()}
             write_text(self._file, json.dumps(self._last), durable=False)
-        except Exception:  # noqa: S110  a status that cannot be had or written is no reason to disturb a run
+        except Exception:  # noqa: S110  a status that cannot be computed or written must not disturb a run
             return
 
 
@@ -76,6 +76,6 @@ def _handler(last: Callable[[], dict[str, Any]]) -> type[http.server.BaseHTTPReq
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nobody reads who asked."""
+            """Requests are not logged."""
 
     return Handler

@@ -1,7 +1,7 @@
 """The SuperLink process: Flower's application on two ports, a public one behind a filter and a private one on the loopback.
 
-The first line of its standard input says what to serve (JSON of `Task`), every further one asks something of the LinkState; each gets one
-line of JSON on its standard output. It ends when its input ends, when its parent is gone, or on SIGTERM.
+The first line of its standard input holds its settings (JSON of `ProcessSettings`), every further line a request to the LinkState. Each is
+answered by one line of JSON on standard output. The process ends with its input, with its parent, or on SIGTERM.
 """
 
 import asyncio
@@ -34,34 +34,32 @@ from fedtune.errors import NetworkError
 from fedtune.network import _flwr
 from fedtune.network.database import make_database
 from fedtune.network.linkstate import Registrar, read_keys
-from fedtune.network.listener import Door, Guests
+from fedtune.network.listener import Connections, LimitedListener
 from fedtune.network.logs import JsonLines
-from fedtune.network.public import Impatient, PublicPort
+from fedtune.network.public import PublicPort, StallTimeout
 from fedtune.storage.parsing import parse_json
 
-CONNECTIONS = 1000  # of the public port; more are refused
-FILES = 4 * CONNECTIONS  # open at once: connections, and what serving each of them opens
+CONNECTIONS = 1000  # limit of the public port
+FILES = 4 * CONNECTIONS  # open files: connections, and the files opened to serve them
 BACKLOG = 256
-THREADS = (
-    1  # at Flower's requests: nearly each writes to the database, and SQLite lets those that find it locked sleep, for up to 0.1 s a time
-)
-LEAVING_S = 3.0  # to wait for the port: a SuperLink whose server was killed ends a moment after it
-LOCKED_S = 15.0  # to wait for the database; less than the 20 s that a node waits for an answer
-SILENT_S = 2.0  # between two looks for tasks that have gone silent, which is a matter of a minute
+THREADS = 1  # for Flower's requests: nearly all write to the database, and SQLite lets concurrent writers sleep up to 0.1 s at a time
+PORT_WAIT_S = 3.0  # to wait for the port: the SuperLink of a killed server ends shortly after it
+LOCK_TIMEOUT_S = 15.0  # to wait for a locked database; less than the 20 s that a node waits for a response
+CLEANUP_S = 2.0  # between cleanups of tasks without a heartbeat, which expire after a minute
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("fedtune.superlink")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What one SuperLink process is to do: the settings of its owner (link.py) as JSON can carry them."""
+class ProcessSettings:
+    """Settings of one SuperLink process, from its owner (link.py); plain JSON values."""
 
     folder: str
     log: str
     host: str
     port: int
-    private_port: int  # 0 takes any free one
+    private_port: int  # 0 selects a free one
     certificate: str | None
     certificate_key: str | None
     allowed_keys: dict[str, str] | None
@@ -73,7 +71,7 @@ class Task:
 
 
 def _log_to(file: Path) -> None:
-    """Everything that is logged in this process goes to one file of at most 3 × 10 MB, and nothing to a terminal."""
+    """Write all log records of this process to one file of at most 3 × 10 MB, and none to the terminal."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.handlers.RotatingFileHandler(file, maxBytes=10_000_000, backupCount=2, encoding="utf-8")
     handler.setFormatter(JsonLines())
@@ -83,16 +81,16 @@ def _log_to(file: Path) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-def _allow_files() -> None:
-    """Raise the limit of open files to `FILES`, or as far as it goes: many systems set it to 1024."""
+def _raise_file_limit() -> None:
+    """Raise the limit of open files to `FILES` or the system's maximum: many systems set it to 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _die_with(parent: int) -> None:
-    """Let the kernel end this process with its parent; where it cannot (no Linux), a watch does within a second."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process with its parent: by the kernel on Linux, elsewhere by a thread within a second."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -104,12 +102,12 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _listen(host: str, port: int, guests: Guests | None = None) -> socket.socket:
-    """A listening socket; one with `guests` refuses whom they refuse."""
+def _listen(host: str, port: int, connections: Connections | None = None) -> socket.socket:
+    """Return a listening socket; with `connections`, their limits apply."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    until = time.monotonic() + LEAVING_S
+    until = time.monotonic() + PORT_WAIT_S
     while True:
-        sock = socket.socket(family) if guests is None else Door(family, guests)
+        sock = socket.socket(family) if connections is None else LimitedListener(family, connections)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no answer waits 40 ms for an ACK
         try:
@@ -137,24 +135,24 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _make_app(task: Task, keys: dict[bytes, str] | None) -> tuple[FastAPI, Registrar]:
-    """Flower's application on its database, and the hand on it once all allowed keys are in."""
-    folder = Path(task.folder)
+def _make_app(settings: ProcessSettings, keys: dict[bytes, str] | None) -> tuple[FastAPI, Registrar]:
+    """Return Flower's application on its database, and the registrar."""
+    folder = Path(settings.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
         database = folder / "superlink.db"
-        make_database(database, LOCKED_S)
-        _flwr.patient_database(LOCKED_S)
-        _flwr.seldom_end_silent_tasks(SILENT_S)
+        make_database(database, LOCK_TIMEOUT_S)
+        _flwr.set_lock_timeout(LOCK_TIMEOUT_S)
+        _flwr.throttle_task_cleanup(CLEANUP_S)
         config = _flwr.SuperLinkLifespanConfig(
             control_address="",
             health_server_address=None,
-            host=task.host,
-            port=task.port,
-            insecure=True,  # of the private port; the public one has its own certificates
+            host=settings.host,
+            port=settings.port,
+            insecure=True,  # the private port; the public one has its own certificates
             certificates=None,
-            superexec_auth_secret=secrets.token_bytes(32),  # nobody knows it: no local process may fetch a task and act as the server
+            superexec_auth_secret=secrets.token_bytes(32),  # never revealed: no local process may fetch a task and act as the server
             authn_plugin=_flwr.NoOpControlAuthnPlugin(),
             event_log_plugin=None,
             fleet_event_log_plugin=None,
@@ -173,31 +171,40 @@ def _make_app(task: Task, keys: dict[bytes, str] | None) -> tuple[FastAPI, Regis
         )
         app = _flwr.create_app(config, _flwr.SuperLinkLifespan)
         registrar = Registrar(app.state.linkstate_factory.state(), keys)
-        registrar.admit()
+        registrar.sync_nodes()
         return app, registrar
     except (SQLAlchemyError, sqlite3.Error, OSError) as bad:
         why = getattr(bad, "orig", None) or getattr(bad, "strerror", None) or bad
-        raise NetworkError(f"cannot keep the SuperLink's database in {folder}: {why}; free the disk or move the run directory") from None
+        raise NetworkError(f"cannot write the SuperLink's database in {folder}: {why}; free the disk or move the run directory") from None
 
 
-def _servers(task: Task, app: FastAPI, keys: dict[bytes, str] | None, registrar: Registrar, guests: Guests) -> tuple[_Server, _Server]:
-    quiet: dict[str, Any] = {"log_config": None, "access_log": False, "http": Impatient, "ws": "none", "loop": "asyncio"}
-    quiet |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 2}
+def _servers(
+    settings: ProcessSettings, app: FastAPI, keys: dict[bytes, str] | None, registrar: Registrar, connections: Connections
+) -> tuple[_Server, _Server]:
+    common: dict[str, Any] = {"log_config": None, "access_log": False, "http": StallTimeout, "ws": "none", "loop": "asyncio"}
+    common |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 2}
     public = uvicorn.Config(
-        PublicPort(app, max_body=task.max_body, keys=keys, takeover=registrar.takeover, idle=registrar.idle, welcome=guests.welcome),
+        PublicPort(
+            app,
+            max_body=settings.max_body,
+            keys=keys,
+            take_over=registrar.take_over,
+            redeliver_lost=registrar.redeliver_lost,
+            authenticated=connections.authenticate,
+        ),
         lifespan="off",
         limit_concurrency=CONNECTIONS,
-        ssl_certfile=task.certificate,
-        ssl_keyfile=task.certificate_key,
-        **quiet,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.certificate_key,
+        **common,
     )
     try:
         public.load()
     except (OSError, ssl.SSLError) as bad:
         raise NetworkError(
-            f"cannot use the certificate {task.certificate} with its key: {bad.strerror or bad}; see `fedtune keys`"
+            f"cannot use the certificate {settings.certificate} with its key: {bad.strerror or bad}; see `fedtune keys`"
         ) from None
-    return _Server(public), _Server(uvicorn.Config(app, lifespan="on", **quiet))
+    return _Server(public), _Server(uvicorn.Config(app, lifespan="on", **common))
 
 
 def _answer(registrar: Registrar, request: dict[str, Any]) -> dict[str, Any]:
@@ -206,64 +213,64 @@ def _answer(registrar: Registrar, request: dict[str, Any]) -> dict[str, Any]:
             case "open_run":
                 return registrar.open_run(request["name"])
             case "arrived":
-                return registrar.arrived(request["ids"], request.get("most"))
+                return registrar.reply_states(request["ids"], request.get("most"))
             case "nodes":
                 return registrar.nodes()
             case "allow":
                 return registrar.allow(request["keys"])
             case unknown:
-                return {"error": f"the SuperLink process knows no '{unknown}'"}
+                return {"error": f"the SuperLink process has no request '{unknown}'"}
     except NetworkError as bad:
         return {"error": str(bad)}
     except SQLAlchemyError as bad:
         if isinstance(bad, OperationalError) and "locked" in str(bad.orig):
-            return {"busy": "its database is busy"}  # a slow machine, or one with much to do: nothing is broken
+            return {"busy": "its database is busy"}  # a slow or busy machine, not an error
         _log.exception("database")
         return {"error": f"the SuperLink's database fails: {getattr(bad, 'orig', None) or bad}; free the disk and start again"}
 
 
-def _converse(registrar: Registrar, questions: TextIO, answers: TextIO, servers: tuple[_Server, _Server]) -> None:
-    """Answer until the input ends; then stop."""
+def _answer_requests(registrar: Registrar, questions: TextIO, answers: TextIO, servers: tuple[_Server, _Server]) -> None:
+    """Answer requests until the input ends; then stop the servers."""
     for line in questions:
         print(json.dumps(_answer(registrar, parse_json(line))), file=answers, flush=True)
     for server in servers:
         server.should_exit = True
 
 
-async def _serve(task: Task, answers: TextIO) -> None:
+async def _serve(settings: ProcessSettings, answers: TextIO) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
-    keys = None if task.allowed_keys is None else read_keys(task.allowed_keys)
-    guests = Guests(CONNECTIONS)
-    doors = [_listen(task.host, task.port, guests), _listen("127.0.0.1", task.private_port)]
-    app, registrar = _make_app(task, keys)
-    servers = _servers(task, app, keys, registrar, guests)
+    keys = None if settings.allowed_keys is None else read_keys(settings.allowed_keys)
+    connections = Connections(CONNECTIONS)
+    sockets = [_listen(settings.host, settings.port, connections), _listen("127.0.0.1", settings.private_port)]
+    app, registrar = _make_app(settings, keys)
+    servers = _servers(settings, app, keys, registrar, connections)
 
     def stop() -> None:
         for server in servers:
             server.should_exit = True
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
-    running = [asyncio.create_task(server.serve([door])) for server, door in zip(servers, doors, strict=True)]
+    running = [asyncio.create_task(server.serve([socket_])) for server, socket_ in zip(servers, sockets, strict=True)]
     while not all(server.started for server in servers) and not any(job.done() for job in running):
         await asyncio.sleep(0.01)
-    print(json.dumps({"port": doors[0].getsockname()[1], "private_port": doors[1].getsockname()[1]}), file=answers, flush=True)
-    threading.Thread(target=_converse, args=(registrar, sys.stdin, answers, servers), daemon=True).start()
-    _log.info("listening", extra={"why": f"{task.host}:{task.port}"})
+    print(json.dumps({"port": sockets[0].getsockname()[1], "private_port": sockets[1].getsockname()[1]}), file=answers, flush=True)
+    threading.Thread(target=_answer_requests, args=(registrar, sys.stdin, answers, servers), daemon=True).start()
+    _log.info("listening", extra={"why": f"{settings.host}:{settings.port}"})
     await asyncio.gather(*running)
 
 
 def main() -> None:
-    """Run until told to stop. Exit code 1 where it could not start; the reason is then its only answer."""
+    """Serve until stopped. Exits with code 1 if it cannot start; its only answer is then the reason."""
     os.umask(0o077)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, who decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner handles Ctrl-C
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whoever prints by mistake must not be taken for an answer
-    task = Task(**parse_json(sys.stdin.readline()))
-    _die_with(task.parent)
-    _allow_files()
+    os.dup2(2, 1)  # a stray print must not look like an answer
+    settings = ProcessSettings(**parse_json(sys.stdin.readline()))
+    _exit_with_parent(settings.parent)
+    _raise_file_limit()
     try:
-        _log_to(Path(task.log))
-        asyncio.run(_serve(task, answers))
+        _log_to(Path(settings.log))
+        asyncio.run(_serve(settings, answers))
     except NetworkError as bad:
         print(json.dumps({"error": str(bad)}), file=answers, flush=True)
         sys.exit(1)

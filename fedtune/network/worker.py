@@ -1,9 +1,9 @@
-"""The process that holds the model: answers messages from its standard input until that closes.
+"""The worker process: holds the model and answers messages from its standard input until that closes.
 
     python -m fedtune.network.worker
 
-It is started and watched by `fedtune.network.executor` and may die at any time. What libraries print goes to standard error: frames have a
-descriptor of their own, so that a stray print cannot break them. A worker never outlives its node.
+`fedtune.network.executor` starts and monitors it; it may die at any time. Frames use a separate file descriptor, and prints of libraries
+go to standard error, so that a stray print cannot break a frame. A worker never outlives its node.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from fedtune.network._flwr_client import ErrorCode, MessageProto, TaskIdentity, 
 from fedtune.network.frames import FrameError, Kind, read_frame, write_frame
 from fedtune.storage.parsing import parse_json
 
-NODE_CONFIG = {"partition-id": 0, "num-partitions": 1}  # a device holds its own data, not a part of somebody's
+NODE_CONFIG = {"partition-id": 0, "num-partitions": 1}  # a device holds all of its own data
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,11 +31,11 @@ def main(make_app: Callable[[Mapping[str, Any]], ClientApp] | None = None) -> No
     """Build the ClientApp from the first frame's settings and answer frames until the input closes.
 
     Args:
-        make_app: Settings → ClientApp; None takes fedtune's own.
+        make_app: Settings → ClientApp; None uses fedtune's own.
     """
     parent = os.getppid()
     requests, replies = _take_pipes()
-    _die_with_parent(parent)
+    _exit_with_parent(parent)
     try:
         settings = _settings(requests)
         if make_app is None:
@@ -46,12 +46,12 @@ def main(make_app: Callable[[Mapping[str, Any]], ClientApp] | None = None) -> No
     except Exception as bad:
         traceback.print_exc()
         with suppress(OSError):
-            write_frame(replies, Kind.FAILED, _words(bad).encode())
+            write_frame(replies, Kind.FAILED, _describe(bad).encode())
         sys.exit(1)
 
 
-def answered(app: ClientApp, message: Message) -> Message:
-    """The app's reply; an exception becomes an error reply, whatever it is, so that one turn never ends the client."""
+def answer_message(app: ClientApp, message: Message) -> Message:
+    """Return the app's reply; any exception becomes an error reply, so that one turn never ends the client."""
     about = message.metadata
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = about.run_id, about.dst_task_id or 1, about.dst_node_id
     context = Context(run_id=about.run_id, node_id=about.dst_node_id, node_config=dict(NODE_CONFIG), state=RecordDict(), run_config={})
@@ -59,20 +59,20 @@ def answered(app: ClientApp, message: Message) -> Message:
         return app(message, context)
     except Exception as bad:
         traceback.print_exc()
-        return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=_words(bad)), reply_to=message)
+        return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=_describe(bad)), reply_to=message)
 
 
 def _answer(app: ClientApp, requests: BinaryIO, replies: BinaryIO) -> None:
     while (frame := read_frame(requests)) is not None:
         kind, payload = frame
         if kind is not Kind.MESSAGE:
-            raise FrameError(f"a worker that runs takes messages, and this is {kind.name}")
+            raise FrameError(f"a running worker expects a MESSAGE frame, not {kind.name}")
         message = message_from_proto(MessageProto.FromString(payload))
-        del frame, payload  # before the turn, which needs the memory
-        reply = answered(app, message)
+        del frame, payload  # free the memory for the turn
+        reply = answer_message(app, message)
         try:
             write_frame(replies, Kind.MESSAGE, message_to_proto(reply).SerializeToString())
-        except (FrameError, ValueError) as bad:  # too large: for us, or for protobuf
+        except (FrameError, ValueError) as bad:  # too large for a frame or for protobuf
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=f"the reply cannot be sent: {bad}"), reply_to=message)
             write_frame(replies, Kind.MESSAGE, message_to_proto(reply).SerializeToString())
 
@@ -80,34 +80,34 @@ def _answer(app: ClientApp, requests: BinaryIO, replies: BinaryIO) -> None:
 def _settings(requests: BinaryIO) -> Mapping[str, Any]:
     frame = read_frame(requests)
     if frame is None:
-        sys.exit(0)  # the node is gone again
+        sys.exit(0)  # the node has ended
     kind, payload = frame
     if kind is not Kind.SETTINGS:
-        raise FrameError(f"a worker's first frame must hold its settings, and this is {kind.name}")
+        raise FrameError(f"a worker expects a SETTINGS frame first, not {kind.name}")
     return parse_json(payload)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Standard input and output as private streams; what anybody else prints goes to standard error, who reads gets nothing."""
+    """Return private copies of standard input and output. Other prints go to standard error; other reads get an empty input."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    for stream in (requests, replies):  # a forked helper that outlives this process must not keep the node waiting
+    for stream in (requests, replies):  # a forked child that outlives this process must not keep the pipes open
         os.register_at_fork(after_in_child=partial(os.close, stream.fileno()))
     return requests, replies
 
 
-def _die_with_parent(parent: int) -> None:
-    """Ask Linux to end this process with the thread that started it; elsewhere the closed input does, once a turn is over."""
+def _exit_with_parent(parent: int) -> None:
+    """Ask Linux to end this process with the thread that started it; elsewhere the closed input ends it after the turn."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before it was asked
+    if os.getppid() != parent:  # the parent died before the request
         sys.exit(1)
 
 
-def _words(bad: Exception) -> str:
+def _describe(bad: Exception) -> str:
     return f"{type(bad).__name__}: {bad}"
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedtune.errors import FedtuneError
-from fedtune.export.calibrate import Calibration, calibration, read_texts
+from fedtune.export.calibrate import Calibration, make_calibration, read_calibration_texts
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.package import StoredLinear
 from fedtune.inference.engine.package_writer import PackageWriter
@@ -98,7 +98,8 @@ def measure(engine: Engine, held: Tensor, reference: Sequence[Tensor], bits: flo
 
 def cut(model: Path, text: Path, seed: int, tokens: int) -> tuple[Engine, Calibration]:
     engine = load_engine(model, WHOLE)
-    return engine, calibration(read_texts(text), engine.text.encode, length=WINDOW, count=SEQUENCES, held=tokens, seed=seed)
+    texts = read_calibration_texts(text)
+    return engine, make_calibration(texts, engine.text.encode, length=WINDOW, count=SEQUENCES, held=tokens, seed=seed)
 
 
 def study(model: Path, text: Path, seeds: Sequence[int], tokens: int, rows: Mapping[str, Recipe] = ROWS) -> dict[str, list[Found]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from fedtune.config import to_dict
-from fedtune.network.status_server import Board
+from fedtune.network.status_server import StatusServer
 from tests.advised.keys import client_of, folder, quiet_client, quiet_server, server_of
 from tests.advised.rows import Place, command, composed, follows, ways
 
@@ -38,9 +38,9 @@ command("give either a run directory or --control 127.0.0.1:PORT", "fedtune stat
 
 
 def _board(place: Place) -> dict[str, str]:
-    board = Board(place.folder / "server.json", lambda: {"run": str(place.folder), "nodes": [], "rounds": 2, "round": 1})
+    board = StatusServer(place.folder / "server.json", lambda: {"run": str(place.folder), "nodes": [], "rounds": 2, "round": 1})
     board.__enter__()
-    place.patch.setattr(Board, "__del__", lambda self: self.__exit__(None, None, None), raising=False)
+    place.patch.setattr(StatusServer, "__del__", lambda self: self.__exit__(None, None, None), raising=False)
     return {"control": board.control}
 
 

@@ -35,14 +35,14 @@ def export(place: Place, source: Path, *flags: str) -> str:
 
 # -- what cannot be exported so -----------------------------------------------------------------------------------------------------------
 
-command("no quantized one to go back to: leave out --requantize", EXPORT + "--requantize", ready=lora)
-command("is of use only where weights are quantized: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
+command("which is not quantized: leave out --requantize", EXPORT + "--requantize", ready=lora)
+command("has an effect only with quantization: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
 command("which generates no text: export it with --to hf", EXPORT + "--to edge", ready=run_with(task=CLASSES))
 command("can stay separate: leave out --separate", EXPORT + "--to edge --separate", ready=run_with("prompt"))
 command("the engine cannot run peft.method=", EXPORT + "--to edge", ready=run_with("adapter"))
 
 
-@follows("belongs to the backbone {}, but {} is {}: give it the checkpoint that it was trained on")
+@follows("belongs to the backbone {}, but {} is {}: use the checkpoint that it was trained on")
 def _(place: Place) -> Iterator[str]:
     run = Path(shutil.copytree(run_of(place), place.folder / "run"))
     config = (run / "config.yaml").read_text()
@@ -53,7 +53,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run)
 
 
-@follows("{} is a whole model already: write it with --to edge or gguf", library="gguf")
+@follows("{} is already a complete model: export it with --to edge or gguf", library="gguf")
 def _(place: Place) -> Iterator[str]:
     model = place.keep("served", lambda path: tiny_model(path, context=128))
     said = export(place, model)
@@ -62,7 +62,7 @@ def _(place: Place) -> Iterator[str]:
         yield export(place, model, "--to", to)
 
 
-@follows("{} exists already: name another folder with --out, or remove it")
+@follows("{} already exists: give another folder with --out, or remove it")
 def _(place: Place) -> Iterator[str]:
     (place.folder / "taken").mkdir()
     (place.folder / "taken/letter.txt").write_text("dear")
@@ -82,7 +82,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run_of(place).parent / "m", "--to", "edge")
 
 
-@follows("has no adapter/ yet: the run has not ended, go on with resume={}", slow=True)
+@follows("has no adapter/ yet: the run has not ended, continue it with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     shutil.rmtree(run / "adapter")
@@ -105,7 +105,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, adapter)
 
 
-@follows("so that it gives other tokens when it is read again: export it with --to edge")
+@follows("so that it loads with other token ids: export it with --to edge")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.export.huggingface._reads_back", lambda *_: False)
     run = place.keep("nano words", lambda path: make_run(path / "run", hub(tiny_model(path / "m")), CAUSAL)) / "run"
@@ -113,7 +113,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, "--to", "edge")
 
 
-@follows("--method {} looks at what the layers read: give it text with --calibrate, or take rtn")
+@follows("--method {} needs calibration text: give --calibrate, or use rtn")
 def _(place: Place) -> Iterator[str]:
     run, text = run_of(place), Path(lora(place)["run"]) and place.folder / "text.txt"
     yield raised(lambda: export_edge(run, place.folder / "out", quantize="int8", method="awq"))  # the command line says it first
@@ -121,13 +121,13 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, "--to", "edge", "--quantize", "int8", "--method", "rtn")
 
 
-@follows("knows nothing: take rtn or gptq, or leave out --separate", slow=True)
+@follows("does not account for: use rtn or gptq, or leave out --separate", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = Path(lora(place)["run"])
     flags = ["--to", "edge", "--quantize", "int8", "--calibrate", str(place.folder / "text.txt"), "--method"]
     said = export(place, run, *flags, "awq", "--separate")
     yield said
-    for method in re.findall(r"take (\w+) or (\w+),", said)[0]:
+    for method in re.findall(r"use (\w+) or (\w+),", said)[0]:
         yield export(place, run, *flags, method, "--separate")
     yield export(place, run, *flags, "awq")
 
@@ -145,7 +145,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, adapter, "--to", "edge")
 
 
-@follows("without its run nothing says which precision to quantize to: give the run directory", slow=True, library="bitsandbytes")
+@follows("the precision to quantize to is in the adapter's run: give the run directory", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
     from tests.export.test_requantize import make_run as quantized_run
     from tests.models.test_quantize import wide
@@ -185,21 +185,21 @@ def _(place: Place) -> Iterator[str]:
     yield from _beside(place, "adapter")
 
 
-@follows("is the backbone with the adapter beside it, in {}; use {}")
+@follows("is the backbone, with the adapter in {}; use {}")
 def _(place: Place) -> Iterator[str]:
     yield from _beside(place, "adapter")
 
 
-@follows("the model answers untuned without it: ask with --adapter {}")
+@follows("the model answers untuned without it: select it with --adapter {}")
 def _(place: Place) -> Iterator[str]:
     assert not export(place, run_of(place), "--to", "edge", "--separate")
     said = place.warned
     yield said
-    name = re.findall(r"ask with (--adapter \S+)", said)[0].split()
+    name = re.findall(r"select it with (--adapter \S+)", said)[0].split()
     yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--max-new-tokens", "2", *name)
 
 
-@follows("there is no test data here to measure a perplexity on: give text with --calibrate")
+@follows("there is no test data here to measure the perplexity: give text with --calibrate")
 def _(place: Place) -> Iterator[str]:
     run = Path(lora(place)["run"])
     assert not export(place, run, "--to", "edge", "--quantize", "int8")
@@ -218,7 +218,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*line.split())
 
 
-@follows("it took no turn that trained a model of its own; export the run itself, {}")
+@follows("it took no turn that trained a personal model; export the run itself, {}")
 def _(place: Place) -> Iterator[str]:
     run, _, client = personal_run(place.folder)
     for kept in client.rglob("*.safetensors"):
@@ -228,14 +228,14 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, Path(said.rpartition("the run itself, ")[2].strip()))
 
 
-@follows("is an edge package already: give the run or the model that it was made of")
+@follows("is already an edge package: give the run or the model that it was made from")
 def _(place: Place) -> Iterator[str]:
     yield export(place, package(place, "plain"), "--to", "edge")
     yield export(place, run_of(place), "--to", "edge")
     yield export(place, run_of(place).parent / "m", "--to", "edge")
 
 
-@follows("keeps its adapter beside its weights: give the run that it was exported from")
+@follows("has an unmerged adapter: give the run that it was exported from")
 def _(place: Place) -> Iterator[str]:
     run = run_of(place, CAUSAL, method="prompt")
     assert not place.run("fedtune", "export", run, "--out", place.folder / "beside")
@@ -243,7 +243,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, "--to", "edge")
 
 
-@follows("is quantized already ({}): give the model from before that")
+@follows("is already quantized ({}): give the unquantized model")
 def _(place: Place) -> Iterator[str]:
     model = Path(shutil.copytree(run_of(place).parent / "m", place.folder / "m"))
     config = json.loads((model / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The advice of `fedtune keys`, and of both doors about keys, certificates and the list of the allowed."""
+"""The advice of `fedtune keys`, and of server and client about keys, certificates and the allowed clients."""
 
 import json
 import shutil
@@ -42,9 +42,9 @@ def server_of(keys: dict[str, str], at: Path) -> list[str]:
 MAKE = "fedtune keys --out {here}/new"
 command("is neither a host name nor an IP address", MAKE + " --server-name host:8080 --clients a", server_name="fed.example.org,192.0.2.7")
 command("{}: leave out --{}", "fedtune keys --out {keys} --add c --days 3 --ca-key x", ready=folder)
-command("is there already and keys are never overwritten", "fedtune keys --out {keys} --server-name h --clients a", ready=folder,
+command("already exists and keys are never overwritten", "fedtune keys --out {keys} --server-name h --clients a", ready=folder,
         out="{here}/other", add="c")  # fmt: skip
-command("has a key already, and keys are never overwritten", "fedtune keys --out {keys} --add a", ready=folder, rotate="a")
+command("already has a key, and keys are never overwritten", "fedtune keys --out {keys} --add a", ready=folder, rotate="a")
 
 
 @follows("a new folder of keys needs --server-name HOST and --clients NAME ...;")
@@ -58,7 +58,7 @@ def _(place: Place) -> Iterator[str]:
         yield place.run(*make, flag, *changes[flag])
 
 
-@follows("nobody would be left")
+@follows("no client would be left")
 def _(place: Place) -> Iterator[str]:
     keys = ["fedtune", "keys", "--out", folder(place)["keys"]]
     yield place.run(*keys, "--remove", "a", "b")
@@ -66,7 +66,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*keys, "--remove", "a", "b")
 
 
-@follows("is no folder of fedtune keys")
+@follows("is not a folder of `fedtune keys`")
 def _(place: Place) -> Iterator[str]:
     keys = ["fedtune", "keys", "--out", str(place.folder / "new")]
     yield place.run(*keys, "--add", "c")
@@ -74,7 +74,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*keys, "--add", "c")
 
 
-@follows("{} is there but {} is not allowed: remove that folder, or take another name")
+@follows("{} exists but {} is not allowed: remove that folder, or use another name")
 def _(place: Place) -> Iterator[str]:
     keys = folder(place)
     (place.folder / "keys/clients/c").mkdir()
@@ -84,7 +84,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune", "keys", "--out", keys["keys"], "--add", "c")
 
 
-@follows("make it one with --add {}")
+@follows("make one with --add {}")
 def _(place: Place) -> Iterator[str]:
     keys = folder(place)
     rotate = ["fedtune", "keys", "--out", keys["keys"], "--rotate", "c"]
@@ -94,7 +94,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*rotate)
 
 
-@follows("there is no {}: give the CA's key with --ca-key FILE; a folder made without one needs a new --out")
+@follows("there is no {}: give the CA's key with --ca-key FILE; if it is lost, make a new folder with --out")
 def _(place: Place) -> Iterator[str]:
     keys = folder(place)
     (place.folder / "keys/ca.key").rename(place.folder / "apart.key")
@@ -103,7 +103,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune", "keys", "--out", place.folder / "new", "--server-name", "h", "--clients", "a")
 
 
-@follows("{} is not the key of {}: give the one that was made with it, with --ca-key FILE")
+@follows("{} is not the key of {}: give the matching key with --ca-key FILE")
 def _(place: Place) -> Iterator[str]:
     keys = folder(place)
     shutil.copy(place.folder / "keys/ca.key", place.folder / "apart.key")
@@ -128,7 +128,7 @@ def _list(place: Place, keys: dict[str, str], **changes: str) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@follows("{}: {} and {} have the same key, so nobody could tell them apart: give each its own")
+@follows("{}: {} and {} have the same key, so they cannot be told apart: give each its own")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     keys = folder(place)
@@ -138,7 +138,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*server_of(keys, place.folder / "run"))
 
 
-@follows("{} is not an ECDSA public key: take the text of clients/NAME/key.pub")
+@follows("{} is not an ECDSA public key: use the text of clients/NAME/key.pub")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     keys = folder(place)
@@ -148,7 +148,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*server_of(keys, place.folder / "run"))
 
 
-@follows("the private key {} is open to others (mode {}): chmod 600 {}")
+@follows("the private key {} is readable by others (mode {}): chmod 600 {}")
 def _(place: Place) -> Iterator[str]:
     quiet_client(place)
     keys = folder(place)
@@ -161,7 +161,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*client_of(keys, place.folder / "state"))
 
 
-@follows("is not a private key without a password (PEM or OpenSSH): take the file that `fedtune keys` made")
+@follows("is not a private key without password (PEM or OpenSSH): use the file that `fedtune keys` made")
 def _(place: Place) -> Iterator[str]:
     quiet_client(place)
     keys = folder(place)
@@ -172,7 +172,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*client_of(keys, place.folder / "state"))
 
 
-@follows("  then restart it; clients come back by themselves, with the ca.pem that they have")
+@follows("  then restart it; clients reconnect by themselves and keep their ca.pem")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     keys = folder(place)
@@ -213,7 +213,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune", "keys", "--out", place.folder / "keys", "--renew-server", "--ca-key", place.folder / "ca.key")
 
 
-@follows("Then delete the copies in {}: a client's key is its own.")
+@follows("Then delete the copies in {}: each key belongs only on its client.")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     place.run("fedtune", "keys", "--out", place.folder / "keys", "--server-name", "h", "--clients", "a")
@@ -223,7 +223,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune", "keys", "--out", place.folder / "keys", "--rotate", "a")
 
 
-@follows("no client is named: give --clients NAME NAME ...")
+@follows("no client is given: give --clients NAME NAME ...")
 def _(place: Place) -> Iterator[str]:
     yield raised(lambda: add_clients(place.folder, []))  # the command line asks for a name first
     yield raised(lambda: make_keys(place.folder / "keys", ["h"], ["a", "b"]))

@@ -41,13 +41,13 @@ def draft(place: Place, *flags: str) -> str:
     return place.run("fedtune", "draft", model_of(place), *fixed, *flags)
 
 
-@follows("makes no draft of a model of {} layers: take fewer", slow=True)
+@follows("is too many for a draft of a model of {} layers: use fewer", slow=True)
 def _(place: Place) -> Iterator[str]:
     yield draft(place, "--steps", "1", "--layers", "9")
     yield draft(place, "--steps", "1", "--layers", "1")
 
 
-@follows("holds {} texts: give at least two, one to train on and one to measure by", slow=True)
+@follows("holds {} texts: give at least two, one for training and one for measurement", slow=True)
 def _(place: Place) -> Iterator[str]:
     text = place.folder / "texts.txt"
     for lines in (1, 2):
@@ -55,7 +55,7 @@ def _(place: Place) -> Iterator[str]:
         yield draft(place, "--steps", "1", "--text", str(text))
 
 
-@follows("the tokenizer has no token that texts begin with: give texts with --text", slow=True)
+@follows("the tokenizer has no BOS or EOS token to start a text with: give texts with --text", slow=True)
 def _(place: Place) -> Iterator[str]:
     for name in ("bos_token_id", "eos_token_id"):
         place.patch.setattr("transformers.PreTrainedTokenizerFast." + name, None, raising=False)

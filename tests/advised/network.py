@@ -36,7 +36,7 @@ def _listens(host: str, port: int) -> str:
 
 
 def _other_address(place: Place, host: str, port: int) -> Iterator[str]:
-    place.patch.setattr(superlink, "LEAVING_S", 0.0)
+    place.patch.setattr(superlink, "PORT_WAIT_S", 0.0)
     yield _listens(host, port)
     yield _listens("127.0.0.1", free_port())
 
@@ -72,13 +72,13 @@ def _(place: Place) -> Iterator[str]:
     yield from _other_address(place, "not a host", 8080)
 
 
-def _task(at: Path, **changes: Any) -> superlink.Task:
+def _task(at: Path, **changes: Any) -> superlink.ProcessSettings:
     plain: dict[str, Any] = {"folder": str(at), "log": str(at / "log"), "host": "127.0.0.1", "port": 0, "private_port": 0}
     plain |= {"certificate": None, "certificate_key": None, "allowed_keys": None, "max_body": 1 << 20, "parent": 0}
-    return superlink.Task(**plain | changes)
+    return superlink.ProcessSettings(**plain | changes)
 
 
-@follows("cannot keep the SuperLink's database in {}: {}; free the disk or move the run directory", slow=True)
+@follows("cannot write the SuperLink's database in {}: {}; free the disk or move the run directory", slow=True)
 def _(place: Place) -> Iterator[str]:
     yield raised(lambda: superlink._make_app(_task(Path("/proc/no")), None))
     yield raised(lambda: superlink._make_app(_task(place.folder / "moved"), None))
@@ -90,7 +90,7 @@ def _(place: Place) -> Iterator[str]:
 
     def serves(certificate: Path, key: Path) -> str:
         task = _task(place.folder, certificate=str(certificate), certificate_key=str(key))
-        hand: Any = SimpleNamespace(takeover=None, idle=None, welcome=None)
+        hand: Any = SimpleNamespace(take_over=None, redeliver_lost=None, authenticate=None)
         return raised(lambda: superlink._servers(task, SimpleNamespace(), None, hand, hand))  # type: ignore[arg-type]
 
     yield serves(keys / "server.pem", keys / "ca.key")
@@ -120,7 +120,7 @@ def _settings(at: Path, **changes: Any) -> LinkSettings:
     return LinkSettings(**plain | changes)
 
 
-@follows("the server has no certificates: make some with `fedtune keys`, or say --insecure")
+@follows("the server has no certificates: make some with `fedtune keys`, or give --insecure")
 def _(place: Place) -> Iterator[str]:
     yield raised(lambda: SuperLink(_settings(place.folder, insecure=False)))
     yield raised(lambda: SuperLink(_settings(place.folder)))
@@ -159,7 +159,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the SuperLink ended {} times within {} s: see {}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    place.patch.setattr(link, "_DEATHS", 1)
+    place.patch.setattr(link, "_MAX_CRASHES", 1)
     one = SuperLink(_settings(place.folder))
     one.start()
     assert one._child is not None
@@ -189,12 +189,12 @@ def _keys_read(place: Place, bad: str) -> Iterator[str]:
     yield raised(lambda: read_keys({"a": (Path(keys["a"]) / "key.pub").read_text()}))
 
 
-@follows("the public key of client '{}' cannot be read: take the text of clients/{}/key.pub")
+@follows("the public key of client '{}' cannot be read: use the text of clients/{}/key.pub")
 def _(place: Place) -> Iterator[str]:
     yield from _keys_read(place, "ssh-rsa AAAA")
 
 
-@follows("the public key of client '{}' is not of a NIST curve: take the text of clients/{}/key.pub")
+@follows("the public key of client '{}' is not on a NIST curve: use the text of clients/{}/key.pub")
 def _(place: Place) -> Iterator[str]:
     yield from _keys_read(place, "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFhoZiz3zWvAc7E8UqORNcNvxFCV8FFqJqI9Dkuj3fnQ")
 
@@ -204,13 +204,13 @@ def _(place: Place) -> Iterator[str]:
     one = SuperLink(_settings(place.folder))
     one.start()
     grid = one.open_run("one")
-    one.ask(5, do="open_run", name="another")  # as another life of the server would
+    one.ask(5, do="open_run", name="another")  # as a restarted server would
     yield raised(lambda: list(grid.get_node_ids()))
     yield raised(lambda: list(one.open_run("new").get_node_ids()))
     one.stop()
 
 
-@follows("bytes do not fit into one frame, which holds {}: send a smaller adapter")
+@follows("bytes does not fit in one frame of at most {}: send a smaller adapter")
 def _(place: Place) -> Iterator[str]:
     class Sized(bytes):
         def __len__(self) -> int:
@@ -234,12 +234,12 @@ def raised_by(call: Any) -> str:
 # -- a client's node ----------------------------------------------------------------------------------------------------------------------
 
 
-@follows("this client has no key, and a server with TLS knows its clients by their keys: give --key FILE")
+@follows("this client has no key, and a server with TLS identifies clients by their keys: give --key FILE")
 def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["a"])
     plain: dict[str, Any] = {"server": "h:1", "root_certificates": keys / "ca.pem", "insecure": False, "max_retries": 0}
-    yield raised(lambda: Node(key=None, answer=print, told=print, **plain))  # type: ignore[arg-type]
-    yield raised(lambda: Node(key=keys / "key", answer=print, told=print, **plain))  # type: ignore[arg-type]
+    yield raised(lambda: Node(key=None, answer=print, report=print, **plain))  # type: ignore[arg-type]
+    yield raised(lambda: Node(key=keys / "key", answer=print, report=print, **plain))  # type: ignore[arg-type]
 
 
 def _client_with(place: Place, harm: Any) -> Iterator[str]:
@@ -252,7 +252,7 @@ def _client_with(place: Place, harm: Any) -> Iterator[str]:
     yield place.run(*client_of({"a": str(place.folder / "new/clients/a")}, place.folder / "state"))
 
 
-@follows("the CA file {} cannot be used ({}): give the ca.pem of the server")
+@follows("the CA file {} is invalid ({}): give the ca.pem of the server")
 def _(place: Place) -> Iterator[str]:
     yield from _client_with(place, lambda at: (at / "ca.pem").write_text("no certificate"))
 
@@ -270,9 +270,11 @@ def _of_another_kind(at: Path) -> None:
     (at / "key").write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
 
 
-@follows("the key {} cannot be used ({}): give one that `fedtune keys` made")
+@follows("the key {} is invalid ({}): give one that `fedtune keys` made")
 def _(place: Place) -> Iterator[str]:
-    place.patch.setattr("fedtune.network.keys.check_private", lambda path: None)  # which says it first, unless the file changes in between
+    place.patch.setattr(
+        "fedtune.network.keys.check_private_key", lambda path: None
+    )  # which says it first, unless the file changes in between
     yield from _client_with(place, lambda at: (at / "key").write_text("no key"))
 
 
@@ -310,7 +312,7 @@ def told(place: Place, server: str, at: Path | None = None, retries: int = 0) ->
     return place.run("fedtune-client", "--server", server, *flags, *more).splitlines()[-1]
 
 
-@follows("the certificate of {} does not fit {} ({}):")
+@follows("the certificate of {} does not match {} ({}):")
 def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["keys"])
     assert not place.run("fedtune", "keys", "--out", place.folder / "other", "--server-name", "h", "--clients", "a")
@@ -320,7 +322,7 @@ def _(place: Place) -> Iterator[str]:
         yield _let_in(told(place, server, keys / "clients/a"))
 
 
-@follows("this machine's clock is {} s {} that of {}, which refuses it: set the clock")
+@follows("this machine's clock is {} s {} that of {}, which refuses the request: set the clock")
 def _(place: Place) -> Iterator[str]:
     with answering(401, Date=formatdate(time.time() - 3600, usegmt=True)) as server:
         yield told(place, server)
@@ -355,7 +357,7 @@ def a_door(at: Path, keys: dict[bytes, str], beats: Callable[[PublicPort, bytes]
     thread.join(10)
 
 
-@follows("{} does not know the key {}: add its public half to the allowed keys there")
+@follows("{} does not know the key {}: add its public key to the allowed keys there")
 def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["keys"])
     allowed = json.loads((keys / "allowed.json").read_text())
@@ -374,9 +376,9 @@ def _(place: Place) -> Iterator[str]:
     stopped: list[str] = []
 
     def beat(port: PublicPort, caller: bytes) -> None:
-        if caller == key and not stopped:  # the first process, whose place another has just taken, speaks
-            port._lives._places[key].former = "first"
-            port._lives.may_speak(key, "first", activates=False)
+        if caller == key and not stopped:  # the first process, just replaced, sends a request
+            port._incarnations._places[key].previous = "first"
+            port._incarnations.may_call(key, "first", activates=False)
 
     with a_door(keys, read_keys(allowed), beat) as server:
         yield told(place, server, keys / "clients/a", retries=1)

@@ -10,7 +10,7 @@ import yaml
 
 from fedtune.config import Config, DataConfig, PartitionConfig, TaskConfig, to_dict
 from fedtune.errors import DataError
-from fedtune.export.calibrate import calibration, read_texts
+from fedtune.export.calibrate import make_calibration, read_calibration_texts
 
 
 def numbers(text: str) -> list[int]:
@@ -23,24 +23,24 @@ def counting(tokens: int, text: int = 10) -> list[str]:
 
 
 def test_the_last_eighth_is_held_out_and_the_rest_is_drawn_from() -> None:
-    made = calibration(counting(803), numbers, length=10, count=20)
+    made = make_calibration(counting(803), numbers, length=10, count=20)
     # 803 tokens are 80 pieces and 3 tokens that are left; the last 10 pieces, tokens 700 to 799, are held out
     assert made.held.tolist() == list(range(700, 800))
     assert len(made.sequences) == 20 and all(len(s) == 10 for s in made.sequences)
     starts = [int(s[0]) for s in made.sequences]
     assert starts == sorted(set(starts)) and max(starts) < 700 and all(s.tolist() == list(range(s[0], s[0] + 10)) for s in made.sequences)
-    again, other = (calibration(counting(803), numbers, length=10, count=20, seed=s) for s in (0, 1))
+    again, other = (make_calibration(counting(803), numbers, length=10, count=20, seed=s) for s in (0, 1))
     assert [int(s[0]) for s in again.sequences] == starts != [int(s[0]) for s in other.sequences]
     assert torch.equal(other.held, made.held)
 
 
 def test_little_text_is_used_as_far_as_it_goes() -> None:
-    made = calibration(counting(9), numbers, length=256)
+    made = make_calibration(counting(9), numbers, length=256)
     assert [s.tolist() for s in made.sequences] == [[0, 1, 2, 3]] and made.held.tolist() == [4, 5, 6, 7]
     with pytest.raises(DataError, match="has 3 tokens"):
-        calibration(["1 2 3"], numbers)
+        make_calibration(["1 2 3"], numbers)
     with pytest.raises(DataError, match="has 0 tokens"):
-        calibration([" "], numbers)
+        make_calibration([" "], numbers)
 
 
 def test_a_library_is_not_read_to_its_end() -> None:
@@ -50,20 +50,20 @@ def test_a_library_is_not_read_to_its_end() -> None:
         seen.append(text)
         return numbers(text)
 
-    calibration(counting(100_000), encode, length=10, count=4, held=40)
+    make_calibration(counting(100_000), encode, length=10, count=4, held=40)
     assert len(seen) == 16 * 80 / 10
 
 
 def test_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n \r\n\r\nthree\n")
-    assert read_texts(tmp_path / "a.txt") == ["one\ntwo", "three"]
+    assert read_calibration_texts(tmp_path / "a.txt") == ["one\ntwo", "three"]
     rows = [{"text": "t", "other": "o"}, {"prompt": "p", "n": 3, "answer": "a"}, {"text": " "}]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    assert read_texts(tmp_path / "b.jsonl.gz") == ["t", "p\na"]
+    assert read_calibration_texts(tmp_path / "b.jsonl.gz") == ["t", "p\na"]
     (tmp_path / "c").mkdir()
     for name in ("2.txt", "1.txt"):
         (tmp_path / "c" / name).write_text(name)
-    assert read_texts(tmp_path / "c") == ["1.txt", "2.txt"]
+    assert read_calibration_texts(tmp_path / "c") == ["1.txt", "2.txt"]
 
 
 @pytest.mark.parametrize("kind", ["instruction", "causal_lm"])
@@ -77,17 +77,17 @@ def test_the_training_rows_of_a_run(tmp_path: Path, kind: str) -> None:
         partition=PartitionConfig(kind="iid", clients=3),
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    texts = read_texts(tmp_path)
+    texts = read_calibration_texts(tmp_path)
     every = [f"row {i}" if kind == "causal_lm" else f"ask {i}: say {i}" for i in range(30)]
     assert 12 <= len(texts) <= 24 and set(texts) < set(every) and len(set(texts)) == len(texts)  # neither test nor held-out rows
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        read_texts(tmp_path / "none.txt")
+        read_calibration_texts(tmp_path / "none.txt")
     (tmp_path / "n.jsonl").write_text('{"n": 3}')
-    with pytest.raises(DataError, match="no text to calibrate with"):
-        read_texts(tmp_path / "n.jsonl")
+    with pytest.raises(DataError, match="holds no calibration text"):
+        read_calibration_texts(tmp_path / "n.jsonl")
     (tmp_path / "config.yaml").write_bytes(b"\xff\x00")
-    with pytest.raises(DataError, match="give the text itself"):
-        read_texts(tmp_path)
+    with pytest.raises(DataError, match="give calibration text instead of the run"):
+        read_calibration_texts(tmp_path)

@@ -11,7 +11,7 @@ import yaml
 from fedtune.cli.main import main
 from fedtune.config import DataConfig
 from fedtune.errors import ConfigError, ModelError
-from fedtune.export.edge import export_edge, told
+from fedtune.export.edge import describe_package, export_edge
 from fedtune.export.measured import streamed_score
 from fedtune.export.merged import read_merged
 from fedtune.inference.engine.load import load_engine
@@ -44,12 +44,12 @@ def test_rows_of_a_private_run_are_outside_its_epsilon(
     run = trained(tmp_path, privacy)
     out, how = run / "edge", ["--to", "edge", "--quantize", "int8", "--method", method, "--calibrate", str(run)]
     assert main(["export", str(run), *how, "--out", str(out)]) == 0
-    said = f"training rows of 'run', a private run (privacy.kind={privacy}), read without its noise: what the package took from them lies"
-    for text in (told(out), capsys.readouterr().err, read_package(out).card.get("beyond_privacy", "")):
+    said = f"training rows of 'run', a private run (privacy.kind={privacy}), read without noise: what the package discloses"
+    for text in (describe_package(out), capsys.readouterr().err, read_package(out).card.get("beyond_privacy", "")):
         assert (said in text) == (privacy != "none"), text
     # of text that is nobody's row there is nothing to say
     (tmp_path / "text.txt").write_text("\n\n".join(TEXT))
-    assert "private" not in told(export_edge(run, run / "other", quantize="int8", calibrate=tmp_path / "text.txt"))
+    assert "private" not in describe_package(export_edge(run, run / "other", quantize="int8", calibrate=tmp_path / "text.txt"))
 
 
 @pytest.mark.parametrize("method", ["prefix", "ptuning_v2"])
@@ -73,7 +73,7 @@ def test_a_model_with_virtual_tokens_is_calibrated_behind_them(tmp_path: Path, k
 @pytest.mark.parametrize(("quantize", "method"), [("int4", "awq"), ("int8", "smoothquant")])
 def test_an_adapter_apart_does_not_fit_a_folded_model(tmp_path: Path, quantize: str, method: str) -> None:
     run = trained(tmp_path, "none")
-    with pytest.raises(ConfigError, match=f"--method {method} moves scales from layer to layer, of which an adapter that lies apart"):
+    with pytest.raises(ConfigError, match=f"--method {method} moves scales between layers, which a separate adapter"):
         export_edge(run, run / "edge", quantize=quantize, method=method, calibrate=run, separate=True)
     assert not (run / "edge").exists()
     assert read_package(export_edge(run, run / "edge", quantize="int4", method="gptq", calibrate=run, separate=True)).adapters

@@ -121,7 +121,7 @@ def test_settings_out_of_range(setting: dict[str, Any], said: str) -> None:
 
 
 def test_a_draft_is_smaller_than_its_model() -> None:
-    with pytest.raises(ConfigError, match="layers=3 makes no draft of a model of 3 layers"):
+    with pytest.raises(ConfigError, match="layers=3 is too many for a draft of a model of 3 layers"):
         fewer_layers(llama(3), 3)
 
 
@@ -163,4 +163,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert said.out.strip() == str(tmp_path / "draft")
     assert [line[:9] for line in said.err.split("\n")] == ["fedtune: ", ""]  # one sentence, and no empty line before it
     assert main(arguments) == 2  # it is there already
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

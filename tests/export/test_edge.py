@@ -84,10 +84,10 @@ BAD = {
     "another backbone": (lambda r, m: checkpoint(m, seed=9), "belongs to the backbone"),
     "a weight is missing": (lambda r, m: other_weights(m, **{"model.norm.weight": None}), "'model.norm.weight' is missing from"),
     "another shape": (lambda r, m: other_weights(m, **{"model.norm.weight": torch.ones(7)}), "'model.norm.weight' has another shape in"),
-    "integers": (lambda r, m: other_weights(m, **{"model.norm.weight": torch.ones(16, dtype=torch.int32)}), "is I32, wanted numbers"),
+    "integers": (lambda r, m: other_weights(m, **{"model.norm.weight": torch.ones(16, dtype=torch.int32)}), "is I32, wanted 16-bit"),
     "no adapter": (lambda r, m: shutil.rmtree(r / "adapter"), "has no adapter/ yet"),
     "metrics": (lambda r, m: (r / "metrics.jsonl").write_text("{]\n{}\n"), "metrics.jsonl line 1 is damaged"),
-    "taken": (lambda r, m: (r / "edge").mkdir() or (r / "edge" / "x").write_text(""), "exists already"),
+    "taken": (lambda r, m: (r / "edge").mkdir() or (r / "edge" / "x").write_text(""), "already exists"),
     "no tokenizer": (lambda r, m: [os.remove(f) for f in m.glob("token*")], "has no tokenizer"),
 }
 
@@ -123,7 +123,7 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
         ([], "merged", ""),
         (["--to", "edge"], "edge", ""),
         (["--to", "edge", "--quantize", "int4", "--method", "gptq", "--calibrate", str(tmp_path / "text.txt")], "edge-int4",
-         "quantized to int4 by gptq: the weights are off by"),
+         "quantized to int4 by gptq: the relative error of the weights is"),
         (["--to", "gguf"], "model-f16.gguf", ""),
     ]:  # fmt: skip
         assert main(["export", str(run), *arguments]) == 0

@@ -61,7 +61,7 @@ def test_awkward_shapes_in_several_shards(tmp_path: Path, kind: type, dtype: tor
 def test_rows_are_summed_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="dora")
     once = read_package(export_edge(run, run / "once", quantize="int4"))
-    monkeypatch.setattr("fedtune.export.merged_tensor._STRETCH", 50)  # three rows of 16
+    monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 50)  # three rows of 16
     monkeypatch.setattr("fedtune.inference.quantize.model._STRETCH", 70)
     often = read_package(export_edge(run, run / "often", quantize="int4"))
     assert all(torch.equal(once.tensors[n], often.tensors[n]) for n in once.tensors)
@@ -111,7 +111,7 @@ def test_a_merge_in_memory_says_so(tmp_path: Path, how: str) -> None:
         stored = yaml.safe_load((run / "config.yaml").read_text())
         stored["peft"]["init"] = "loftq"
         (run / "config.yaml").write_text(yaml.safe_dump(stored))
-    assert "merged as a whole in memory" in read_merged(run).whole
+    assert "merged in memory" in read_merged(run).whole
     whole = opened(export_hf(run, run / "merged")).state_dict()
     package = read_package(export_edge(run, run / "edge"))
     assert all(torch.equal(package.tensors[n], whole[n]) for n in package.tensors)

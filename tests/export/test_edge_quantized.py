@@ -11,7 +11,7 @@ from transformers import Qwen3Config
 
 from fedtune.config import DataConfig
 from fedtune.errors import ConfigError
-from fedtune.export.edge import export_edge, told
+from fedtune.export.edge import describe_package, export_edge
 from fedtune.export.measured import streamed_score
 from fedtune.export.merged import read_merged
 from fedtune.inference.engine.load import load_engine
@@ -71,7 +71,7 @@ def test_a_calibrated_package_tells_both_perplexities(tmp_path: Path, quantize: 
     found = figures["perplexity"]
     assert (figures["kind"], figures["method"], found["text"]) == (quantize, method, "calibrate")
     assert found["tokens"] > 20 and abs(math.log(found["after"] / found["before"])) < 0.5
-    assert f"perplexity on {found['tokens']} held-out tokens: {found['before']:.4g} before" in told(out)
+    assert f"perplexity on {found['tokens']} held-out tokens: {found['before']:.4g} before" in describe_package(out)
     exact = read_package(export_edge(run, run / "exact"))
     changed = not torch.equal(package.tensors["model.norm.weight"], exact.tensors["model.norm.weight"])
     assert changed == (method in ("awq", "smoothquant"))  # they fold scales into the norms
@@ -85,7 +85,7 @@ def test_without_calibration_the_run_s_own_test_is_measured_on(tmp_path: Path) -
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, data=data)
     found = read_package(export_edge(run, run / "edge", quantize="int8")).card["quantised"]["perplexity"]
     assert found["text"] == "the run's global test" and found["before"] > 1 and found["after"] > 1
-    with pytest.raises(ConfigError, match="--method gptq looks at what the layers read"):
+    with pytest.raises(ConfigError, match="--method gptq needs calibration text"):
         export_edge(run, run / "other", quantize="int8", method="gptq")
     with pytest.raises(ConfigError, match="add --quantize int8 or int4"):
         export_edge(run, run / "other", method="rtn")

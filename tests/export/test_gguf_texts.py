@@ -63,30 +63,30 @@ def composed() -> Tokenizer:
 
 
 ALL = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
-SPACES = "gets a second one"
-FIRST = "meant for the first text only"
-SPELLED = "merges do not make there"
-NORMALIZED = "changes and adds spaces first"
+SPACES = "gets a second space"
+FIRST = "only the first text should get"
+SPELLED = "merges do not produce"
+NORMALIZED = "first replaces and adds spaces"
 ENDS = "ends llama.cpp with an error"
-BYTES = "becomes the tokens of its bytes"
+BYTES = "is encoded as byte tokens"
 PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiece's BPE, and what is told of it
     "legacy": (lambda: pieces(None, flagged=False), []),
     "never": (lambda: pieces("never", flagged=False), []),
     "always": (lambda: pieces("always", flagged=False), [SPACES]),
     "first": (lambda: begun(pieces("first", flagged=False)), [SPACES, FIRST]),
-    "flags": (lambda: pieces("never"), ["beside '<|user|>' (3 such)"]),
+    "flags": (lambda: pieces("never"), ["next to '<|user|>' (3 such tokens)"]),
     "added": (lambda: plain("never", "<tool>"), []),
-    "added, legacy": (lambda: plain(None, "<tool>", "<|x|>"), ["'<tool>' (2 such) is found", NORMALIZED]),
+    "added, legacy": (lambda: plain(None, "<tool>", "<|x|>"), ["'<tool>' (2 such tokens) is searched", NORMALIZED]),
     "added as it is, legacy": (lambda: plain(None, AddedToken("<tool>", normalized=False)), []),
-    "added spaces": (lambda: plain("never", "▁▁"), ["spells '▁▁' (1 such)", SPELLED]),
-    "added spaces, legacy": (lambda: plain(None, AddedToken("▁▁", normalized=False)), ["spells '▁▁' (1 such)", SPELLED]),
+    "added spaces": (lambda: plain("never", "▁▁"), ["the text '▁▁' (1 such)", SPELLED]),
+    "added spaces, legacy": (lambda: plain(None, AddedToken("▁▁", normalized=False)), ["the text '▁▁' (1 such)", SPELLED]),
     "added blanks": (lambda: plain("never", "  "), []),
-    "added blanks, legacy": (lambda: plain(None, "  "), ["'  ' (1 such) is found", NORMALIZED]),
+    "added blanks, legacy": (lambda: plain(None, "  "), ["'  ' (1 such tokens) is searched", NORMALIZED]),
     "all merges": (lambda: letters(ALL), []),
     "merges that no text lacks": (lambda: letters(ALL[:3]), []),
-    "merges that come too late": (lambda: letters([ALL[1], ALL[0], ALL[2]]), ["spells 'abc' (1 such)", SPELLED]),
-    "no merges of some": (lambda: letters(ALL[:1]), ["spells 'bc' (2 such)", SPELLED]),
-    "whole words": (lambda: letters(ALL[:1], ignore_merges=True), ["spells 'bc' (2 such)", SPELLED]),
+    "merges that come too late": (lambda: letters([ALL[1], ALL[0], ALL[2]]), ["the text 'abc' (1 such)", SPELLED]),
+    "no merges of some": (lambda: letters(ALL[:1]), ["the text 'bc' (2 such)", SPELLED]),
+    "whole words": (lambda: letters(ALL[:1], ignore_merges=True), ["the text 'bc' (2 such)", SPELLED]),
     "whole words by merges": (lambda: letters(ALL, ignore_merges=True), []),
     "bytes that are not used": (lambda: letters(ALL, byte_fallback=False), [BYTES]),
     "no bytes": (lambda: letters(ALL, bytes_=False), [ENDS]),
@@ -94,14 +94,14 @@ PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiec
 BY_BYTES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {
     "gpt-2": (lambda: by_bytes(pre_tokenizers.Sequence([]), use_regex=True, flagged=False), []),
     "smollm": (lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True, flagged=False), []),
-    "qwen2": (composed, ["text that is not composed yet (Unicode's NFC)"]),
+    "qwen2": (composed, ["text that is not in Unicode's NFC"]),
     "llama3": (
         lambda: begun(
             by_bytes(pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), use_regex=False, ignore_merges=True, flagged=False)
         ),
         [],
     ),
-    "flags": (lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True), ["beside '<|user|>' (3 such)"]),
+    "flags": (lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True), ["next to '<|user|>' (3 such tokens)"]),
 }
 
 
@@ -144,8 +144,8 @@ def test_what_llama_cpp_makes_of_special_tokens_and_chats_is_the_same_or_told(tm
     own = read_vocabulary(tmp_path, theirs, len(theirs))
     differ = {i for i, t in enumerate(CHATS) if as_llama_cpp(own, t) != theirs(t, add_special_tokens=False).input_ids}
     assert differ == others and bool(own.differs) == bool(others)
-    assert ("a second one" in own.differs) == (scheme in ("always", "first"))
-    assert ("behind a special token" in own.differs) == (scheme == "first")
+    assert ("a second space" in own.differs) == (scheme in ("always", "first"))
+    assert ("after a special token" in own.differs) == (scheme == "first")
 
 
 @pytest.mark.parametrize("name", PIECES)
@@ -167,7 +167,7 @@ def test_of_byte_level_tokenizers_flags_and_composing_are_told(tmp_path: Path, n
 def check(differs: str, told: list[str]) -> None:
     """That every part is there, and the sentence has no others."""
     assert all(part in differs for part in told) and (told or not differs)
-    for other in {SPACES, FIRST, SPELLED, NORMALIZED, ENDS, BYTES, "beside", "NFC"}:
+    for other in {SPACES, FIRST, SPELLED, NORMALIZED, ENDS, BYTES, "next to", "NFC"}:
         assert (other in differs) == any(other in part for part in told), other
 
 
@@ -175,7 +175,7 @@ def test_an_export_says_which_texts_get_other_tokens(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", config=llama_config(vocab_size=400))
     PreTrainedTokenizerFast(tokenizer_object=pieces("first"), bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     said = describe_gguf(export_gguf(folder, tmp_path / "m.gguf"))
-    for part in ("which GGUF cannot express", "gets a second one", "behind a special token", "beside '<|user|>' (3 such)"):
+    for part in ("GGUF cannot express it", "gets a second space", "after a special token", "next to '<|user|>' (3 such tokens)"):
         assert part in said
 
 

@@ -15,7 +15,7 @@ from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConf
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import CheckpointError, FedtuneError, ModelError
 from fedtune.export import export_hf
-from fedtune.export.huggingface import beside
+from fedtune.export.huggingface import describe_folder
 from fedtune.inference import generate_text
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
@@ -126,15 +126,15 @@ def test_the_prompt_template_travels_with_the_model(tmp_path: Path, data: DataCo
 def test_only_an_export_is_replaced_and_only_when_asked(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     out = export_hf(run, tmp_path / "out")
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match="already exists"):
         export_hf(run, out)
     export_hf(run, out, replace=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match="already exists"):
         export_hf(run, tmp_path / "mine", replace=True)
     assert (tmp_path / "mine" / "thesis.txt").is_file()
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match="already exists"):
         export_hf(run, tmp_path / "mine" / "thesis.txt")
 
 
@@ -188,7 +188,7 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     shutil.rmtree(tmp_path / "m")
     checkpoint(tmp_path / "m", seed=1)
-    with pytest.raises(ModelError, match="belongs to the backbone .* give it the checkpoint that it was trained on"):
+    with pytest.raises(ModelError, match="belongs to the backbone .* use the checkpoint that it was trained on"):
         export_hf(run, tmp_path / "out")
     shutil.rmtree(tmp_path / "m")
     checkpoint(tmp_path / "m", "gpt2")
@@ -229,7 +229,7 @@ def test_methods_that_weights_can_express_are_merged(tmp_path: Path, method: str
     torch.testing.assert_close(opened(token_ids()).logits, want, rtol=0, atol=1e-5 * max(1.0, want.abs().max().item()))
     with live.disabled():
         assert not torch.allclose(opened(token_ids()).logits, live.model(token_ids()).logits, atol=1e-2)
-    assert not beside(run / "merged") and not (run / "merged" / "adapter").exists()
+    assert not describe_folder(run / "merged") and not (run / "merged" / "adapter").exists()
 
 
 def test_an_encoder_decoder_is_merged_from_its_run_and_from_its_folder(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_shifts_of_the_frozen_weights_are_merged_first(tmp_path: Path, kind: str
 def test_what_no_weights_can_express_lies_beside_them(tmp_path: Path, method: str) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, method=method, std=0.5)
     out = export_hf(run, run / "merged")
-    said = beside(out)
+    said = describe_folder(out)
     assert f"peft.method={method}" in said and str(out / "adapter") in said and "\n" not in said
     assert ("PeftModel" in said) == (method != "adapter")
     card = json.loads((out / "fedtune.json").read_text())
@@ -315,7 +315,7 @@ def test_a_classifiers_head_is_in_the_weights_beside_a_prompt(tmp_path: Path) ->
 def test_a_folder_without_its_run_has_to_be_mergeable(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="prompt")
     shutil.copytree(run / "adapter", tmp_path / "copied")
-    with pytest.raises(ModelError, match="peft.method=prompt cannot be merged into weights"):
+    with pytest.raises(ModelError, match="peft.method=prompt cannot be merged into weights, and without its run"):
         export_hf(tmp_path / "copied", tmp_path / "out")
 
 

@@ -20,7 +20,7 @@ from fedtune.config.method_files import inits_of, method_names
 from fedtune.errors import ModelError
 from fedtune.export.edge import export_edge
 from fedtune.export.gguf import export_gguf
-from fedtune.export.huggingface import beside, export_hf
+from fedtune.export.huggingface import describe_folder, export_hf
 from fedtune.inference.engine.package import read_package
 from fedtune.inference.serve.adapters import factors
 from fedtune.models import LiveAdapter
@@ -102,13 +102,13 @@ def logits(live: LiveAdapter) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_new_method_is_in_the_weights_of_a_hugging_face_folder(
     tmp_path: Path, add: Add, kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtune.export.merged_tensor._STRETCH", 100)  # some rows, or columns, at a time
+    monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 100)  # some rows, or columns, at a time
     add("outer", ATTACHED + EDITS)
     model = hub(checkpoint(tmp_path / "m", kind), init="random" if how == "in memory" else "pretrained")
     run, live = make_run(tmp_path / "run", model, CAUSAL, method="outer")
     wanted, bare = logits(live)
     out = export_hf(run, run / "merged")
-    assert ("in memory" in beside(out)) == (how == "in memory")
+    assert ("in memory" in describe_folder(out)) == (how == "in memory")
     with torch.no_grad():
         torch.testing.assert_close(opened(out)(token_ids(1)).logits, wanted, rtol=0, atol=1e-5)
     assert not torch.allclose(wanted, bare, atol=1e-2)
@@ -161,7 +161,8 @@ def test_a_method_that_cannot_edit_weights_is_never_merged(tmp_path: Path, add: 
         export_gguf(run, run / "m.gguf")
     # a Hugging Face folder has its adapter beside it, and says so; without the run's settings even that is refused
     out = export_hf(run, run / "merged")
-    assert (out / "adapter" / "fedtune.safetensors").is_file() and "no weights can express peft.method=hooked" in beside(out)
+    assert (out / "adapter" / "fedtune.safetensors").is_file()
+    assert "peft.method=hooked cannot be merged into weights" in describe_folder(out)
     shutil.copytree(run / "adapter", tmp_path / "bare")
     said = {"base_model_name_or_path": str(tmp_path / "m"), "task_type": "CAUSAL_LM"}
     (tmp_path / "bare" / "adapter_config.json").write_text(json.dumps(said))

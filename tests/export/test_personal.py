@@ -13,8 +13,8 @@ from fedtune.cli.simulate import main as simulate
 from fedtune.clients.store import ClientStore
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import CheckpointError, ModelError
-from fedtune.export.edge import export_edge, told
-from fedtune.export.huggingface import beside, export_hf
+from fedtune.export.edge import describe_package, export_edge
+from fedtune.export.huggingface import describe_folder, export_hf
 from fedtune.models import LiveAdapter
 from fedtune.models.backbone import quiet
 from tests.export.test_huggingface import CAUSAL, make_run
@@ -45,7 +45,7 @@ def test_a_personal_model_is_the_common_part_and_the_clients_own(tmp_path: Path)
     run, live, client = personal_run(tmp_path)
     out = export_hf(client, tmp_path / "out")
     torch.testing.assert_close(logits(out), live.model(token_ids()).logits, rtol=0, atol=1e-5)
-    assert json.loads((out / "fedtune.json").read_text())["client"] == ID and not beside(out)
+    assert json.loads((out / "fedtune.json").read_text())["client"] == ID and not describe_folder(out)
 
 
 @pytest.mark.parametrize("to", ["hf", "edge"])
@@ -65,12 +65,12 @@ def test_the_global_model_of_a_personal_run_says_what_it_is(tmp_path: Path, caps
 def test_an_adapter_that_changes_nothing_is_never_exported_in_silence(tmp_path: Path, method: str) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", "qwen2")), CAUSAL, method=method)
     state = live.read(1)
-    assert not beside(export_hf(run, tmp_path / "trained"))
+    assert not describe_folder(export_hf(run, tmp_path / "trained"))
     state.replace({n: t * (not n.endswith("lora_B") and method == "lora") for n, t in state.tensors.items()}).save(
         run / "adapter/fedtune.safetensors"
     )
-    assert "the model is the untouched backbone" in beside(export_hf(run, tmp_path / "hf"))
-    assert "the model is the untouched backbone" in told(export_edge(run, tmp_path / "edge"))
+    assert "the model is the untouched backbone" in describe_folder(export_hf(run, tmp_path / "hf"))
+    assert "the model is the untouched backbone" in describe_package(export_edge(run, tmp_path / "edge"))
 
 
 def test_gguf_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from fedtune.cli.main import main
 from fedtune.config import Config, DataConfig, PeftConfig, TaskConfig, to_dict
 from fedtune.errors import ModelError
 from fedtune.export import export_hf
-from fedtune.export.huggingface import beside
-from fedtune.export.requantize import said, text_logits
+from fedtune.export.huggingface import describe_folder
+from fedtune.export.requantize import describe_requantized, text_logits
 from fedtune.inference import generate_text
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import quiet
@@ -52,7 +52,7 @@ def test_the_default_is_the_checkpoint_and_the_adapter(tmp_path: Path, precision
     run, live = make_run(tmp_path / "run", model, precision)
     out = export_hf(run, run / "merged")
     assert off(logits(load_backbone(hub(out), LM)), logits(exact(model, live).backbone)) < 1e-5
-    assert not beside(out)
+    assert not describe_folder(out)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -66,7 +66,7 @@ def test_what_began_with_loftq_is_merged_into_what_it_was_trained_over(tmp_path:
             (run / "config.yaml").unlink()
         merged = load_backbone(hub(export_hf(source, out)), LM)
         assert off(logits(merged), logits(live.backbone)) < 1e-4
-        assert "merged into the dequantized weights that it was trained over" in beside(out)
+        assert "merged into the dequantized weights that it was trained on" in describe_folder(out)
         wrong = exact(model, live)  # the residual twice
         assert off(logits(wrong.backbone), logits(live.backbone)) > 1e-2
 
@@ -107,7 +107,7 @@ def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision
     assert math.isclose(off(text_logits(opened, plain.tokenizer), merged), told["logits"], rel_tol=1e-3)
     with want.disabled():
         assert math.isclose(off(text_logits(want.backbone.model, plain.tokenizer), merged), told["adapter"], rel_tol=1e-3)
-    assert f"to {precision}: " in beside(out) and "\n" not in beside(out)
+    assert f"to {precision}: " in describe_folder(out) and "\n" not in describe_folder(out)
     assert isinstance(generate_text(out, "turn on", max_new_tokens=3), str)
 
 
@@ -120,8 +120,8 @@ def test_a_classifier_keeps_its_head_whole(tmp_path: Path) -> None:
 
 def test_it_says_where_the_adapter_may_be_lost() -> None:
     figures = {"precision": "nf4", "weights_mean": 0.1, "weights_max": 0.2, "worst": "q", "logits": 0.3, "adapter": 0.1}
-    assert "what was learned may be lost" in said(figures)
-    assert "lost" not in said({**figures, "adapter": 0.9})
+    assert "the training may be lost" in describe_requantized(figures)
+    assert "lost" not in describe_requantized({**figures, "adapter": 0.9})
 
 
 def test_there_must_be_a_precision_to_go_back_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,13 +130,13 @@ def test_there_must_be_a_precision_to_go_back_to(tmp_path: Path, capsys: pytest.
     (tmp_path / "bare").mkdir()
     for file in (run / "adapter").iterdir():
         (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ModelError, match="without its run nothing says which precision"):
+    with pytest.raises(ModelError, match="the precision to quantize to is in the adapter's run"):
         export_hf(tmp_path / "bare", tmp_path / "out", requantize=True)
     stored = yaml.safe_load((run / "config.yaml").read_text())
     stored["model"]["precision"] = "fp32"
     (run / "config.yaml").write_text(yaml.safe_dump(stored))
     assert main(["export", str(run), "--requantize"]) == 2
-    assert "model.precision=fp32, no quantized one to go back to" in capsys.readouterr().err
+    assert "model.precision=fp32, which is not quantized" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -18,10 +18,10 @@ from transformers import (
 
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import ModelError
-from fedtune.export.huggingface import beside, export_hf, stored_dtype, write_tokenizer
+from fedtune.export.huggingface import describe_folder, export_hf, stored_dtype, write_tokenizer
 from fedtune.export.origin import read_origin
 from fedtune.export.outline import _number, _numbered
-from fedtune.export.whole import put_adapter, put_heads
+from fedtune.export.whole import merge_adapter, put_heads
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
 from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
@@ -55,7 +55,7 @@ def in_memory(run: Path, folder: Path) -> Path:
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
     put_heads(model, origin.adapter, origin.task)
-    put_adapter(model, origin)
+    merge_adapter(model, origin)
     if origin.labels and origin.task.kind == "classification":
         model.config.id2label = dict(enumerate(origin.labels))
         model.config.label2id = {label: i for i, label in enumerate(origin.labels)}
@@ -73,7 +73,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def check(run: Path, out: Path, wanted: Path) -> None:
     export_hf(run, out)
-    assert not beside(out) or "in memory" not in beside(out)
+    assert not describe_folder(out) or "in memory" not in describe_folder(out)
     for name in ("config.json", "generation_config.json"):
         assert (out / name).is_file() == (wanted / name).is_file()
         assert not (out / name).is_file() or json.loads((out / name).read_text()) == json.loads((wanted / name).read_text())
@@ -91,7 +91,7 @@ def cell(kind: str, method: str, index: int) -> Any:
 
 @pytest.mark.parametrize(("kind", "method"), [cell(k, m, i) for k in KINDS for i, m in enumerate(METHODS)])
 def test_it_is_what_the_merge_in_memory_gives(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.export.merged_tensor._STRETCH", 100)  # some rows, or columns, at a time
+    monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 100)  # some rows, or columns, at a time
     task = ASK if kind == "t5" else CLASSES if kind in (*ENCODERS, "opt") else CAUSAL
     dtype = (torch.bfloat16, torch.float32, torch.float16)[KINDS.index(kind) % 3]
     folder = stored(tmp_path / "m", kind, dtype, max_shard_size="6KB")
@@ -216,16 +216,16 @@ def test_weights_in_another_form_are_merged_in_memory_and_that_is_said(tmp_path:
     )  # fmt: skip
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", config=config)), CAUSAL)
     assert any(".experts.2." in n for n in tensors(tmp_path / "m"))  # apart there, one tensor in the model
-    said = beside(export_hf(run, run / "merged"))
-    assert "experts" in said and said.endswith("in another form than the model, so the model was merged as a whole in memory")
+    said = describe_folder(export_hf(run, run / "merged"))
+    assert "experts" in said and said.endswith("in another form than the model, so the model was merged in memory")
     wanted = tensors(in_memory(run, tmp_path / "wanted"))
     assert all(torch.allclose(t, wanted[n], rtol=0, atol=1e-6) for n, t in tensors(run / "merged").items())
 
 
 def test_a_random_backbone_is_merged_in_memory_and_that_is_said(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m"), init="random"), CAUSAL)
-    said = "the backbone was drawn at random (model.init=random), so the model was merged as a whole in memory"
-    assert beside(export_hf(run, run / "merged")) == said
+    said = "the backbone was initialized at random (model.init=random), so the model was merged in memory"
+    assert describe_folder(export_hf(run, run / "merged")) == said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from fedtune.cli.main import main
 from fedtune.config import DataConfig
 from fedtune.errors import CheckpointError, ModelError
-from fedtune.export.edge import export_edge, told
+from fedtune.export.edge import describe_package, export_edge
 from fedtune.export.huggingface import export_hf
 from fedtune.export.origin import read_origin
 from fedtune.inference.engine.caches.base import Span
@@ -43,8 +43,8 @@ def test_it_is_quantized_and_calibrated_as_a_run_is(tmp_path: Path, quantize: st
     text.write_text("turn on the light in a room\n\nset the heat in the kitchen to two\n\n" * 30)
     out = export_edge(model, tmp_path / "edge", quantize=quantize, method=method, calibrate=text)
     assert {x.kind for n, x in read_package(out).linears.items() if n != "lm_head"} == {quantize}
-    assert "held-out tokens" in told(out)
-    assert "there is no test data here" in told(export_edge(model, tmp_path / "other", quantize="int8"))
+    assert "held-out tokens" in describe_package(out)
+    assert "there is no test data here" in describe_package(export_edge(model, tmp_path / "other", quantize="int8"))
 
 
 def test_what_a_run_was_exported_as_keeps_its_prompt_template(tmp_path: Path) -> None:
@@ -80,15 +80,15 @@ def test_what_is_no_plain_model_is_refused(tmp_path: Path) -> None:
     beside, _ = make_run(tmp_path / "beside", hub(model), CAUSAL, method="prompt")
     classes, _ = make_run(tmp_path / "classes", hub(model), CLASSES)
     cases = {
-        "an edge package already": export_edge(model, tmp_path / "package"),
-        "keeps its adapter beside its weights": export_hf(beside, tmp_path / "apart"),
+        "already an edge package": export_edge(model, tmp_path / "package"),
+        "has an unmerged adapter": export_hf(beside, tmp_path / "apart"),
         "is a classifier": export_hf(classes, tmp_path / "classifier"),
-        r"is quantized already \(gptq\)": quantized(checkpoint(tmp_path / "quantised")),
+        r"is already quantized \(gptq\)": quantized(checkpoint(tmp_path / "quantised")),
     }
     for said, folder in cases.items():
         with pytest.raises(ModelError, match=said):
             export_edge(folder, tmp_path / "out")
-    with pytest.raises(ModelError, match="is a whole model already: write it with --to edge or gguf"):
+    with pytest.raises(ModelError, match="is already a complete model: export it with --to edge or gguf"):
         export_hf(model, tmp_path / "out")
     with pytest.raises(ModelError, match="leave out --separate"):
         export_edge(model, tmp_path / "out", separate=True)

@@ -50,7 +50,7 @@ class Figures:
 class Crowd:
     """All clients of one server as threads."""
 
-    def __init__(self, made: Deployment, app: ClientApp, names: Sequence[str], idle: bool, told: list[str]) -> None:
+    def __init__(self, made: Deployment, app: ClientApp, names: Sequence[str], idle: bool, report: list[str]) -> None:
         self._app, self._idle, self._turn, self._size = app, idle, threading.Lock(), len(names)
         k = made.keys / "clients"
         self._nodes = [
@@ -61,7 +61,7 @@ class Crowd:
                 insecure=False,
                 answer=lambda message, node, i=i: self._answer(message, i),
                 max_retries=None,
-                told=told.append,
+                report=report.append,
             )
             for i, name in enumerate(names)
         ]

@@ -94,7 +94,7 @@ def client(points: Points) -> None:
     fork_from(executor)
     here = [sys.executable, "-m", "tests.faults.launch", points.who, str(points.folder), "worker"]
     executor.Executor = functools.partial(executor.Executor, command=here)  # type: ignore[misc, assignment]
-    take, send, push = node.Node._take, node.Node._send, fleet.Fleet.push_object
+    take, send, push = node.Node._handle, node.Node._send, fleet.Fleet.push_object
     sending: list[str] = []
 
     def taking(self: Any, head: Any, tree: Any) -> None:
@@ -111,7 +111,7 @@ def client(points: Points) -> None:
         if sending:  # one part is there, the others are not
             points.at("uploading", sending[0])
 
-    node.Node._take, node.Node._send, fleet.Fleet.push_object = taking, replying, pushing  # type: ignore[method-assign]
+    node.Node._handle, node.Node._send, fleet.Fleet.push_object = taking, replying, pushing  # type: ignore[method-assign]
 
 
 def worker(points: Points) -> None:
@@ -151,7 +151,7 @@ def skew(seconds: float) -> None:
 
     wall, now = time.time, vars(signer)["now"]
     time.time = lambda: wall() + seconds
-    fleet._ahead.__defaults__ = (time.time,)  # bound already where the process was forked
+    fleet._clock_offset.__defaults__ = (time.time,)  # bound already where the process was forked
     setattr(signer, "now", lambda: now() + datetime.timedelta(seconds=seconds))  # noqa: B010  not a name that Flower gives away
 
 

@@ -113,7 +113,7 @@ def intrude(made: Deployment, folder: Path) -> list[str]:
     forged = PushMessagesRequest(node=NodeProto(node_id=mine), messages_list=[MessageProto(metadata=head)])
     assert refusal(lambda: moll.client.PushMessages(forged)) == 403
     moll.client.close()
-    return ["no node key", "no such path here", "a node key that is not on the list", f"node {mine} pushes in the name of node {anna}"]
+    return ["no node key", "no such path", "a node key that is not allowed", f"node {mine} pushes a message of node {anna}"]
 
 
 def node_of(made: Deployment, client: str) -> int:

@@ -34,7 +34,7 @@ class Running:
         self.said: list[str] = []
         self.failure: NetworkError | None = None
         usual = {"root_certificates": None, "key": None, "insecure": True, "max_retries": None}
-        self.node = Node(server=server, answer=answer, told=self.said.append, **(usual | more))  # type: ignore[arg-type]
+        self.node = Node(server=server, answer=answer, report=self.said.append, **(usual | more))  # type: ignore[arg-type]
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
 

@@ -10,7 +10,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedtune.errors import LinkLost, NetworkError
 from fedtune.network import allowed
-from fedtune.network.allowed import Allowed
+from fedtune.network.allowed import AllowedClientsWatcher
 from fedtune.network.keys import read_allowed
 from fedtune.network.public import PULL, PublicPort
 from tests.network.echo import Key, new_key, public_text
@@ -31,7 +31,7 @@ class Server:
     def __init__(self, file: Path, first: Mapping[str, str]) -> None:
         self.file, self.lists, self.notes, self.away = file, list[Mapping[str, str]](), list[str](), False
         self.write(json.dumps(dict(first)))
-        self.watcher = Allowed(file, first, read_allowed, self.change, self.notes.append)
+        self.watcher = AllowedClientsWatcher(file, first, read_allowed, self.change, self.notes.append)
 
     def change(self, keys: Mapping[str, str]) -> None:
         if self.away:
@@ -51,11 +51,11 @@ def server(tmp_path: Path) -> Server:
 
 
 def test_each_change_of_the_file_is_told_once(server: Server) -> None:
-    server.watcher.look()
+    server.watcher.check()
     assert not server.lists and not server.notes
     server.write(json.dumps(names(a=C, c=B)))
     for _ in range(3):
-        server.watcher.look()
+        server.watcher.check()
     assert server.lists == [names(a=C, c=B)]
     assert server.notes == [f"{server.file} has changed: c added; b removed; a with a new key"]
 
@@ -63,29 +63,29 @@ def test_each_change_of_the_file_is_told_once(server: Server) -> None:
 def test_a_list_that_cannot_be_used_leaves_the_one_before_it(server: Server) -> None:
     for text in ("{", "{}", json.dumps({"a": "no key"})):
         server.write(text)
-        server.watcher.look()
-        server.watcher.look()
+        server.watcher.check()
+        server.watcher.check()
     server.file.unlink()
-    server.watcher.look()
+    server.watcher.check()
     assert not server.lists and len(server.notes) == 4
-    assert all(note.endswith("; the 2 clients that were allowed before are allowed still") for note in server.notes)
+    assert all(note.endswith("; the previous list of 2 clients stays in force") for note in server.notes)
     server.write(json.dumps(names(a=A)))
-    server.watcher.look()
+    server.watcher.check()
     assert server.lists == [names(a=A)]
 
 
 def test_a_change_while_the_superlink_is_away_is_made_later(server: Server) -> None:
     server.away = True
     server.write(json.dumps(names(a=A)))
-    server.watcher.look()
+    server.watcher.check()
     assert not server.lists and not server.notes
     server.away = False
-    server.watcher.look()
+    server.watcher.check()
     assert server.lists == [names(a=A)]
 
 
 def test_the_file_is_looked_at_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allowed, "LOOK_S", 0.01)
+    monkeypatch.setattr(allowed, "CHECK_S", 0.01)
     with server.watcher:
         server.write(json.dumps(names(a=A)))
         wait_until(lambda: server.lists)
@@ -94,7 +94,7 @@ def test_the_file_is_looked_at_by_itself(server: Server, monkeypatch: pytest.Mon
 
 def test_keys_come_and_go_while_the_port_is_open(tmp_path: Path, empty: Path) -> None:  # noqa: F811
     office = registrar(tmp_path, names(a=A, b=B), empty)
-    office.admit()
+    office.sync_nodes()
     port = PublicPort(Inside(), max_body=MAX, keys=office._keys)
 
     def statuses() -> list[int]:

@@ -86,7 +86,7 @@ def test_one_warm_child_answers_all_and_nothing_that_it_prints_gets_between(make
     assert reason(reply) == "ValueError: it does not fit" and "Traceback" in (tmp_path / "logs" / "worker.log").read_text()
     assert reason(child.answer(order("memory"), 7)) == "MemoryError: no room"
     told = reason(child.answer(order("a", node_id=9), 7))
-    assert told == "the message is for another node than this client's: the server mixes up its clients"
+    assert told == "the message is addressed to another node: the server mixes up its clients"
     assert said(child.answer(order("still"), 7))["lives"] == 1  # none of that cost a child
 
 
@@ -135,7 +135,7 @@ def test_a_child_that_cannot_start_says_why(make: Make) -> None:
     ("program", "why"),
     [
         ("raise SystemExit(4)", "it ended with exit code 4"),
-        ("print('Loading the weights ...')", "it does not answer in frames: no frame begins with b'Loading the w'"),
+        ("print('Loading the weights ...')", "its answer is not a frame: b'Loading the w' is not the head of a frame"),
         ("import os; os.write(1, b'ft1:')", "ended with exit code 0"),
     ],
 )
@@ -228,26 +228,26 @@ def test_a_frame_that_is_cut_is_an_error_wherever_it_is_cut(payload: bytes) -> N
 @settings(max_examples=300)
 @given(st.binary(min_size=13, max_size=60))
 def test_random_bytes_are_an_error(noise: bytes) -> None:
-    with pytest.raises(FrameError, match="no frame begins with"):
+    with pytest.raises(FrameError, match="is not the head of a frame"):
         read_frame(io.BytesIO(noise))
 
 
 @given(st.integers(LARGEST + 1, 2**64 - 1))
 def test_a_length_beyond_the_limit_is_refused_before_anything_is_read(size: int) -> None:
     stream = io.BytesIO(b"ft1:\x02" + size.to_bytes(8, "big") + b"x")
-    with pytest.raises(FrameError, match=f"says that it has {size} bytes, more than the {LARGEST}"):
+    with pytest.raises(FrameError, match=f"a frame declares {size} bytes; the limit is {LARGEST}"):
         read_frame(stream)
 
 
 def test_an_unknown_kind_is_an_error() -> None:
-    with pytest.raises(FrameError, match="no frame begins with"):
+    with pytest.raises(FrameError, match="is not the head of a frame"):
         read_frame(io.BytesIO(b"ft1:\x09" + bytes(8)))
 
 
 def test_a_payload_beyond_the_limit_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "LARGEST", 10)
     stream = io.BytesIO()
-    with pytest.raises(FrameError, match="11 bytes do not fit into one frame, which holds 10"):
+    with pytest.raises(FrameError, match="a payload of 11 bytes does not fit in one frame of at most 10"):
         write_frame(stream, Kind.MESSAGE, bytes(11))
     assert stream.getvalue() == b""
 

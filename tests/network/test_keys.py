@@ -19,7 +19,7 @@ from flwr.supercore.primitives.asymmetric import sign_message, uses_nist_ec_curv
 from fedtune.cli.main import main
 from fedtune.errors import ConfigError
 from fedtune.network import keys
-from fedtune.network.keys import add_clients, check_private, make_keys, read_allowed, remove_clients, renew_server, rotate_clients
+from fedtune.network.keys import add_clients, check_private_key, make_keys, read_allowed, remove_clients, renew_server, rotate_clients
 from fedtune.storage import atomic as files
 
 SECRET = ("key", "server.key", "ca.key")
@@ -164,31 +164,31 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
         assert line not in said
     (out / "server.key").write_text((out / "server.key").read_text()[:60])
     with pytest.raises(ConfigError) as bad:  # nor does a refusal quote it
-        check_private(out / "server.key")
+        check_private_key(out / "server.key")
     assert "MIG" not in str(bad.value) and "\n" not in str(bad.value)
 
 
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        (["--server-name", "h", "--clients", "../a"], "cannot name a client"),
-        (["--server-name", "h", "--clients", ".a"], "cannot name a client"),
-        (["--server-name", "h", "--clients", "a", "a"], "named twice"),
+        (["--server-name", "h", "--clients", "../a"], "is not a client name"),
+        (["--server-name", "h", "--clients", ".a"], "is not a client name"),
+        (["--server-name", "h", "--clients", "a", "a"], "given twice"),
         (["--server-name", "https://h", "--clients", "a"], "neither a host name nor an IP address"),
         (["--server-name", "h:8080", "--clients", "a"], "no port"),
         (["--server-name", "10.0.0.300", "--clients", "a"], "neither a host name nor an IP address"),
         (["--server-name", "h,", "--clients", "a"], "neither a host name"),
         (["--server-name", "h", "--clients", "a", "--days", "0"], "1 to 36500"),
         (["--server-name", "h"], "needs --server-name HOST and --clients"),
-        (["--add", "a"], "no folder of fedtune keys"),
+        (["--add", "a"], "not a folder of `fedtune keys`"),
         (["--add", "a", "--days", "3"], "leave out --days"),
         (["--rotate", "a", "--clients", "b"], "leave out --clients"),
         (["--remove", "a", "--ca-key", "x"], "leave out --ca-key"),
         (["--renew-server", "--clients", "b"], "leave out --clients"),
         (["--renew-server", "--days", "0"], "1 to 36500"),
-        (["--rotate", "a"], "no folder of fedtune keys"),
-        (["--remove", "a"], "no folder of fedtune keys"),
-        (["--renew-server"], "no folder of fedtune keys"),
+        (["--rotate", "a"], "not a folder of `fedtune keys`"),
+        (["--remove", "a"], "not a folder of `fedtune keys`"),
+        (["--renew-server"], "not a folder of `fedtune keys`"),
         (["--server-name", "h", "--clients", "a", "--ca-key", "x"], "leave out --ca-key"),
     ],
 )
@@ -202,32 +202,32 @@ def test_a_key_that_others_can_read_is_refused(made: Path, tmp_path: Path, monke
     copy = tmp_path / "key"
     copy.write_bytes((made / "clients" / "a" / "key").read_bytes())
     copy.chmod(0o640)
-    with pytest.raises(ConfigError, match=r"open to others \(mode 0640\): chmod 600"):
-        check_private(copy)
+    with pytest.raises(ConfigError, match=r"readable by others \(mode 0640\): chmod 600"):
+        check_private_key(copy)
     copy.chmod(0o400)
-    check_private(copy)
+    check_private_key(copy)
     if copy.stat().st_uid == 0:  # the superuser's: systemd and Docker hand such files to a service through its group
         copy.chmod(0o440)
         with monkeypatch.context() as service:
             service.setattr(keys.os, "geteuid", lambda: 10001)
-            check_private(copy)
+            check_private_key(copy)
             copy.chmod(0o444)
             with pytest.raises(ConfigError, match="0444"):
-                check_private(copy)
-    check_private(made / "server.key")
+                check_private_key(copy)
+    check_private_key(made / "server.key")
     with pytest.raises(ConfigError, match="cannot read the private key"):
-        check_private(tmp_path / "none")
+        check_private_key(tmp_path / "none")
 
 
 def test_the_list_of_allowed_is_checked(made: Path, tmp_path: Path) -> None:
     good = json.loads((made / "allowed.json").read_text())["a"]
     path = tmp_path / "allowed.json"
     for text, why in {
-        "[": "not JSON",
-        "{}": "names nobody",
-        '{"a": "x", "a": "y"}': "named twice",
+        "[": "not a JSON object of names and public keys",
+        "{}": "names no clients",
+        '{"a": "x", "a": "y"}': "it lists a client twice",
         '{"a": "ssh-ed25519 AAAA"}': "key of client a is not an ECDSA public key",
-        json.dumps({"a/b": good}): "cannot name a client",
+        json.dumps({"a/b": good}): "is not a client name",
         json.dumps({"a": good, "b": f"{good} again"}): "b and a have the same key",
     }.items():
         path.write_text(text)
@@ -247,7 +247,7 @@ def test_rotate_replaces_the_key_of_that_client_only(tmp_path: Path) -> None:
     make_keys(out, ["h"], ["a", "b"])
     old, files = read_allowed(out / "allowed.json"), {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     said = rotate_clients(out, ["a"])
-    assert "a/key" not in said and f"from {out / 'clients' / 'a'}" in said and "their old ones are refused" in said
+    assert "a/key" not in said and f"from {out / 'clients' / 'a'}" in said and "the old ones are refused" in said
     new = read_allowed(out / "allowed.json")
     assert new["b"] == old["b"] and new["a"] != old["a"]
     assert (out / "clients" / "a" / "key.pub").read_text() == new["a"] + "\n"
@@ -267,9 +267,9 @@ def test_remove_takes_clients_off_the_list_and_never_the_last(tmp_path: Path) ->
     assert "allowed.json" in remove_clients(out, ["a", "c"])
     assert read_allowed(out / "allowed.json") == {"b": old["b"]} and [p.name for p in (out / "clients").iterdir()] == ["b"]
     for change, names, why in (
-        (remove_clients, ["b"], "nobody would be left"),
+        (remove_clients, ["b"], "no client would be left"),
         (remove_clients, ["b", "x"], "client x has no key here"),
-        (rotate_clients, ["b", "a"], "client a has no key here: make it one with --add"),
+        (rotate_clients, ["b", "a"], "client a has no key here: make one with --add"),
     ):
         with pytest.raises(ConfigError, match=why):
             change(out, names)
@@ -307,7 +307,7 @@ def test_only_the_ca_s_own_key_signs_and_no_longer_than_it_lasts(tmp_path: Path)
     with pytest.raises(ConfigError, match="is not the key of .*ca.pem"):
         renew_server(out, [], ca_key=other / "ca.key")
     (other / "ca.key").chmod(0o644)
-    with pytest.raises(ConfigError, match="open to others"):
+    with pytest.raises(ConfigError, match="readable by others"):
         renew_server(out, [], ca_key=other / "ca.key")
     assert (out / "server.pem").read_bytes() == before
     renew_server(out, [], days=36500)

@@ -27,7 +27,7 @@ from fedtune.network.fleet import Fleet, Refused, Unreachable
 from fedtune.network.grid import LinkGrid
 from fedtune.network.linkstate import Registrar, make_fab, read_keys
 from fedtune.network.public import PublicPort
-from fedtune.network.superlink import LOCKED_S, SILENT_S, Task, _answer, _make_app
+from fedtune.network.superlink import CLEANUP_S, LOCK_TIMEOUT_S, ProcessSettings, _answer, _make_app
 from tests.network.echo import Echo, Key, large, new_key, public_text, round_trip, small
 from tests.network.running import Start
 from tests.quick import quick
@@ -46,7 +46,7 @@ def registrar(folder: Path, allowed: dict[str, str] | None, empty: Path | None =
         shutil.copy(empty, folder)
     keys = None if allowed is None else read_keys(allowed)
     rest: dict[str, Any] = {"host": "", "port": 0, "private_port": 0, "certificate": None, "certificate_key": None}
-    task = Task(folder=str(folder), log="", allowed_keys=allowed, max_body=1, parent=0, **rest)
+    task = ProcessSettings(folder=str(folder), log="", allowed_keys=allowed, max_body=1, parent=0, **rest)
     app, office = _make_app(task, keys)
     office.app = app  # type: ignore[attr-defined]
     return office
@@ -62,14 +62,14 @@ def test_the_bundle_is_metadata_only() -> None:
 def test_an_allowed_key_keeps_its_node_and_a_withdrawn_one_goes(tmp_path: Path, empty: Path) -> None:
     a, b = public_text(new_key()), public_text(new_key())
     first = registrar(tmp_path, {"a": a, "b": b}, empty)
-    first.admit()
+    first.sync_nodes()
     ids = {n["name"]: n["node_id"] for n in first.nodes()["nodes"]}
     assert set(ids) == {"a", "b"} and not any(n["online"] or n["last_seen"] for n in first.nodes()["nodes"])
     second = Registrar(first._state, read_keys({"a": a}))
-    second.admit()
+    second.sync_nodes()
     assert {n["name"]: n["node_id"] for n in second.nodes()["nodes"]} == {"a": ids["a"]}
     third = Registrar(first._state, read_keys({"a": a, "b": b}))  # taken back: Flower alone would refuse the key for ever
-    third.admit()
+    third.sync_nodes()
     assert {n["name"] for n in third.nodes()["nodes"]} == {"a", "b"}
 
 
@@ -78,7 +78,7 @@ def test_a_key_that_cannot_serve_is_named(tmp_path: Path) -> None:
     for keys, said in (
         ({"a": "ssh-rsa nonsense"}, "key of client 'a' cannot be read"),
         ({"a": text, "b": text}, "'a' and 'b' have the same public key"),
-        ({"a": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1v0rJ1W0d4N1m0yqv5c4nq1h2m8m2o3b4k5l6m7n8o"}, "client 'a' is not of a NIST curve"),
+        ({"a": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1v0rJ1W0d4N1m0yqv5c4nq1h2m8m2o3b4k5l6m7n8o"}, "client 'a' is not on a NIST curve"),
     ):
         with pytest.raises(NetworkError, match=said):
             read_keys(keys)
@@ -96,18 +96,18 @@ def test_a_new_run_ends_the_older_one(tmp_path: Path, empty: Path) -> None:
 
 def test_whoever_finds_the_database_locked_is_patient(tmp_path: Path, empty: Path) -> None:
     with registrar(tmp_path, None, empty)._state.session() as session:  # type: ignore[attr-defined]
-        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * LOCKED_S  # ms; Flower's own 5 s are not enough
+        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * LOCK_TIMEOUT_S  # ms; Flower's own 5 s are not enough
 
 
 def test_a_new_life_of_a_node_is_let_in_at_once_and_what_the_old_one_took_is_lost(tmp_path: Path, empty: Path) -> None:
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.admit()
+    office.sync_nodes()
     state, encoded = office._state, public_key_to_bytes(key.public_key())
     (node,) = (n["node_id"] for n in office.nodes()["nodes"])
     run = office.open_run("x")["run_id"]
     flower.identify_process(run)
-    office.takeover(encoded)  # its first life: nothing to take over
+    office.take_over(encoded)  # its first life: nothing to take over
     assert state.activate_node(node, 30)
     names = []
     for value in range(2):
@@ -116,7 +116,7 @@ def test_a_new_life_of_a_node_is_let_in_at_once_and_what_the_old_one_took_is_los
         names.append(state.store_message_ins(message))
     (taken,) = state.get_message_ins(node_id=node, limit=1)
     assert not state.activate_node(node, 30)  # Flower refuses its second life, for a minute
-    office.takeover(encoded)
+    office.take_over(encoded)
     assert state.activate_node(node, 30)
     waiting = state.get_message_ids_from_run_id(run)
     assert waiting == set(names) - {taken.metadata.message_id}  # what it had not taken waits for it
@@ -132,7 +132,7 @@ def test_a_request_takes_no_lock_only_to_look_for_silent_tasks(tmp_path: Path, e
     event.listen(state._engine, "before_cursor_execute", lambda c, cursor, statement, *_: told.append(statement))  # type: ignore[attr-defined]
     assert state.get_run_status({run})[run].status == "running"
     assert told and not any(statement.startswith(("UPDATE", "DELETE")) for statement in told)
-    vars(state)["_fedtune_looked"] -= SILENT_S
+    vars(state)["_fedtune_cleaned"] -= CLEANUP_S
     with state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE task SET active_until = '2000-01-01 00:00:00'"))
     assert state.get_run_status({run})[run].status == "finished"  # its ServerApp was not heard for long
@@ -156,7 +156,7 @@ def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
     name, parts = taken.metadata.message_id, get_all_nested_objects(reply)
     first = next(iter(parts))
     assert state.store_object(run, session, first, parts[first].deflate())
-    assert office.arrived([name]) == {"complete": [], "uploading": [name], "large": {}, "lost": []}
+    assert office.reply_states([name]) == {"complete": [], "uploading": [name], "large": {}, "lost": []}
     return name, run, node
 
 
@@ -164,10 +164,10 @@ def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
 def test_a_reply_that_its_sender_died_over_is_lost_with_its_new_life(tmp_path: Path, empty: Path) -> None:
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.admit()
+    office.sync_nodes()
     name, run, node = half_sent(office, key)
-    office.takeover(public_key_to_bytes(key.public_key()))
-    assert office.arrived([name]) == {
+    office.take_over(public_key_to_bytes(key.public_key()))
+    assert office.reply_states([name]) == {
         "complete": [],
         "uploading": [],
         "large": {},
@@ -180,11 +180,11 @@ def test_a_reply_that_its_sender_died_over_is_lost_with_its_new_life(tmp_path: P
 def test_half_a_reply_of_a_node_whose_lease_has_ended_is_awaited_no_more(tmp_path: Path, empty: Path) -> None:
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.admit()
+    office.sync_nodes()
     name, run, node = half_sent(office, key)
     with office._state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE node SET online_until = 1.0"))  # long ago
-    assert office.arrived([name]) == {"complete": [], "uploading": [], "large": {}, "lost": [name]}
+    assert office.reply_states([name]) == {"complete": [], "uploading": [], "large": {}, "lost": [name]}
     (gone,) = office._state.get_message_res({name}, run)
     assert gone.has_error() and "Unavailable" in str(gone.error.reason)
 
@@ -205,7 +205,7 @@ class InProcess:
 def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
     """Flower's application behind our public port, and private with it, on one port of this process."""
     office = registrar(tmp_path, None, empty)
-    app, port = office.app, PublicPort(office.app, max_body=2 * 10**7, keys=None, idle=office.idle)  # type: ignore[attr-defined]
+    app, port = office.app, PublicPort(office.app, max_body=2 * 10**7, keys=None, redeliver_lost=office.redeliver_lost)  # type: ignore
 
     async def both(scope: Any, receive: Any, send: Any) -> None:
         await (app if scope["path"].startswith("/v1/runtime/") else port)(scope, receive, send)
@@ -255,7 +255,7 @@ def test_a_reply_larger_than_was_asked_for_is_refused_before_it_is_fetched(
             had = {reply.metadata.reply_to_message_id for reply in got}
             got += [reply for i in ids if i not in had for reply in grid.pull_messages([i])]
     refused, good = sorted(got, key=lambda reply: ids.index(reply.metadata.reply_to_message_id))
-    assert f"MB is larger than the {most / 1e6:.3g} MB that were asked for" in str(refused.content.config_records["declined"]["why"])
+    assert f"MB exceeds the limit of {most / 1e6:.3g} MB" in str(refused.content.config_records["declined"]["why"])
     assert good.content.config_records["c"]["value"] == 1
     assert [ids[0]] not in fetched
     assert near.office._state.object_store.get(ids[0]) in (None, b"")  # type: ignore[attr-defined]
@@ -316,14 +316,14 @@ def test_a_node_at_work_loses_nothing_however_often_it_is_heard(tmp_path: Path, 
     """Only a look for the next message says that a node is idle; an answered message and one that waits for its turn are let be."""
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.admit()
+    office.sync_nodes()
     name, run, place = half_sent(office, key)
     waiting = Message(small(3), place, "train")
     waiting.metadata.__dict__["_message_id"] = waiting.object_id
     office._state.store_message_ins(waiting)
-    office.idle(public_key_to_bytes(new_key().public_key()))  # another's look
+    office.redeliver_lost(public_key_to_bytes(new_key().public_key()))  # another's look
     assert office._state.get_message_ids_from_run_id(run) == {name, waiting.object_id}
-    office.idle(public_key_to_bytes(key.public_key()))  # half a reply, and nobody sends the rest
+    office.redeliver_lost(public_key_to_bytes(key.public_key()))  # half a reply, and nobody sends the rest
     assert office._state.get_message_ids_from_run_id(run) == {waiting.object_id}
 
 
@@ -335,7 +335,7 @@ def test_a_full_disk_while_running_gives_one_sentence(near: InProcess) -> None:
         connection.execute("PRAGMA max_page_count = 1")  # SQLite keeps what it has, and finds no room for more
 
     event.listen(near.office._state._engine, "checkout", full)  # type: ignore[attr-defined]
-    with pytest.raises(NetworkError, match="^cannot send messages: .*whether its disk is full$"):
+    with pytest.raises(NetworkError, match="^cannot send messages: .*check its disk space$"):
         for value in range(50):
             grid.push_messages([Message(large(0.5 + value / 100), node, "train")])
     grid.close()

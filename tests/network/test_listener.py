@@ -12,9 +12,9 @@ import pytest
 import uvicorn
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedtune.network.listener import STRANGERS, Guests
-from fedtune.network.public import PULL, Impatient, PublicPort
-from fedtune.network.superlink import CONNECTIONS, FILES, _allow_files, _listen
+from fedtune.network.listener import MAX_UNAUTHENTICATED, Connections
+from fedtune.network.public import PULL, PublicPort, StallTimeout
+from fedtune.network.superlink import CONNECTIONS, FILES, _listen, _raise_file_limit
 from tests.network.echo import new_key
 from tests.network.test_public_port import MAX, Inside, signed
 from tests.network.waiting import wait_until
@@ -26,10 +26,10 @@ KEY = new_key()
 @pytest.fixture
 def address() -> Iterator[tuple[str, int]]:
     """A public port with few places."""
-    guests = Guests(MOST, FEW)
-    port = PublicPort(Inside(), max_body=MAX, keys={public_key_to_bytes(KEY.public_key())}, welcome=guests.welcome)
-    server = uvicorn.Server(uvicorn.Config(port, http=Impatient, lifespan="off", log_config=None, timeout_keep_alive=60))
-    with _listen("127.0.0.1", 0, guests) as door:
+    connections = Connections(MOST, FEW)
+    port = PublicPort(Inside(), max_body=MAX, keys={public_key_to_bytes(KEY.public_key())}, authenticated=connections.authenticate)
+    server = uvicorn.Server(uvicorn.Config(port, http=StallTimeout, lifespan="off", log_config=None, timeout_keep_alive=60))
+    with _listen("127.0.0.1", 0, connections) as door:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([door])), daemon=True)
         thread.start()
         wait_until(lambda: server.started)
@@ -105,24 +105,24 @@ def test_all_connections_together_have_a_limit(address: tuple[str, int]) -> None
     ],
 )
 def test_an_address_is_a_host_or_what_one_household_gets(same: list[str], other: str) -> None:
-    guests, ended = Guests(MOST, FEW), list[int]()
+    connections, ended = Connections(MOST, FEW), list[int]()
 
-    def come(host: str, port: int) -> bool:
-        return guests.come((host, port), lambda: ended.append(port))
+    def admit(host: str, port: int) -> bool:
+        return connections.admit((host, port), lambda: ended.append(port))
 
-    assert all(come(host, port) for port, host in enumerate(same)) and come(other, 90) and ended == []
-    assert come(same[0], 91) and ended == [0]  # the oldest of the same
-    guests.welcome((same[1], 1))
-    guests.leave((same[2], 2))
-    guests.leave((same[2], 2))  # once more: nothing
-    assert come(same[0], 92) and come(same[0], 93) and ended == [0]
-    assert come(same[0], 94) and ended == [0, 3]
+    assert all(admit(host, port) for port, host in enumerate(same)) and admit(other, 90) and ended == []
+    assert admit(same[0], 91) and ended == [0]  # the oldest of the same
+    connections.authenticate((same[1], 1))
+    connections.remove((same[2], 2))
+    connections.remove((same[2], 2))  # once more: nothing
+    assert admit(same[0], 92) and admit(same[0], 93) and ended == [0]
+    assert admit(same[0], 94) and ended == [0, 3]
 
 
 def test_a_flood_is_named_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
-    guests = Guests(MOST, FEW)
+    connections = Connections(MOST, FEW)
     for port in range(100):
-        guests.come(("192.0.2.1", port), lambda: None)
+        connections.admit(("192.0.2.1", port), lambda: None)
     (record,) = caplog.records
     assert (record.__dict__["peer"], record.getMessage()) == ("192.0.2.1", "refused")
 
@@ -131,9 +131,9 @@ def test_the_limit_of_open_files_has_room_for_all_connections() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        _allow_files()
+        _raise_file_limit()
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert allowed == (FILES if hard == resource.RLIM_INFINITY else min(FILES, hard))
-    assert FILES > 2 * CONNECTIONS > 2 * STRANGERS
+    assert FILES > 2 * CONNECTIONS > 2 * MAX_UNAUTHENTICATED

@@ -65,8 +65,8 @@ def test_another_app_is_refused_by_name(server: Server, running: Start) -> None:
     client = running(server.address, lambda m, n: (asked.append(m), echo(m, n))[1])
     other = server.open_run("evil/app")
     reply = server.reply(other, server.send(other, client.id, content()))
-    assert reply.error.reason == "this client runs fedtune/fedtune only, not 'evil/app'"
-    assert not asked and client.heard("refused a train message of group '3': its run is of the app 'evil/app'")
+    assert reply.error.reason == "this client runs only fedtune/fedtune, not 'evil/app'"
+    assert not asked and client.heard("refused a train message of group '3': its run belongs to the app 'evil/app'")
 
 
 def test_the_bundle_is_never_fetched(server: Server, run_id: int, running: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,21 +152,21 @@ def test_a_self_made_key_is_kept_and_keeps_the_node_id(server: Server, running: 
 def test_keys_and_addresses_that_cannot_work_are_refused_in_a_sentence(tmp_path: Path) -> None:
     def make(**more: object) -> None:
         usual = {"server": "127.0.0.1:1", "root_certificates": None, "key": None, "insecure": True, "max_retries": None}
-        Node(answer=echo, told=print, **(usual | more))  # type: ignore[arg-type]
+        Node(answer=echo, report=print, **(usual | more))  # type: ignore[arg-type]
 
     (tmp_path / "bad").write_text("no key")
     for address in ("here", "here:0", "here:70000", "http://here:1", "a b:1", "here:1/x"):
-        with pytest.raises(NetworkError, match=f"address is '{address}', wanted HOST:PORT"):
+        with pytest.raises(NetworkError, match=f"address is '{address}': wanted HOST:PORT"):
             make(server=address)
     with pytest.raises(NetworkError, match="give --key FILE"):
         make(insecure=False)
     with pytest.raises(NetworkError, match="the key .*/none cannot be read: No such file"):
         make(insecure=False, key=tmp_path / "none")
-    with pytest.raises(NetworkError, match="the key .*/bad cannot be used"):
+    with pytest.raises(NetworkError, match="the key .*/bad is invalid"):
         make(key=tmp_path / "bad")
     (tmp_path / "good").write_bytes(private_text(new_key()))
     for file in ("none", "bad"):
-        with pytest.raises(NetworkError, match=f"the CA file .*/{file} cannot be used"):
+        with pytest.raises(NetworkError, match=f"the CA file .*/{file} is invalid"):
             make(insecure=False, key=tmp_path / "good", root_certificates=tmp_path / file)
 
 
@@ -207,7 +207,7 @@ def test_a_wrong_ca_is_named_once_and_tried_again(safe_server: Server, running: 
     other, *_ = certificates(tmp_path)
     key = allowed_key(safe_server, tmp_path / "node.key")
     client = running(safe_server.address, insecure=False, root_certificates=other, key=key)
-    wait_until(lambda: client.heard(f"does not fit the CA file {other}"))
+    wait_until(lambda: client.heard(f"does not match the CA file {other}"))
     time.sleep(0.7)
     assert client.thread.is_alive() and len(client.said) == 1, client.said
 
@@ -218,7 +218,7 @@ def test_a_key_that_is_not_allowed_is_said_and_tried_again(
     monkeypatch.setattr(fleet, "LEASE", 20.5)
     key = allowed_key(None, tmp_path / "key")
     client = running(safe_server.address, insecure=False, root_certificates=papers[0], key=key)
-    wait_until(lambda: client.heard(f"its former life has the place for up to 20 s more, or its key {key} is not allowed there"))
+    wait_until(lambda: client.heard(f"its previous process holds the lease for up to 20 s more, or its key {key} is not allowed there"))
     monkeypatch.setattr(fleet, "LEASE", 0.0)  # as if that were over
     wait_until(lambda: client.heard(f"{safe_server.address} does not accept the key {key}: it is not among the allowed keys there"))
     assert client.thread.is_alive()
@@ -232,4 +232,4 @@ def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one(
     wait_until(lambda: plain.heard("(does it want TLS?)"))
     key = allowed_key(None, tmp_path / "key")
     tls = running(server.address, insecure=False, root_certificates=papers[0], key=key)
-    wait_until(lambda: tls.heard("does not speak TLS"))
+    wait_until(lambda: tls.heard("the TLS handshake with"))

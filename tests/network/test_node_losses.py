@@ -126,7 +126,7 @@ def test_a_reply_of_the_servers_former_life_is_dropped_with_a_line(own_server: S
     own_server.empty()
     own_server.start()
     go.set()
-    wait_until(lambda: client.heard("dropped the reply to a train message of group '3': the server is another one than when it came"))
+    wait_until(lambda: client.heard("dropped the reply to a train message of group '3': the server's database is new since the message"))
     run = own_server.open_run()
     assert own_server.reply(run, own_server.send(run, client.id, content())).has_content()
 
@@ -164,10 +164,10 @@ def test_a_server_that_forgot_the_node_gets_it_back_while_it_is_busy(
 def test_a_clock_that_is_off_is_named(running: Start, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     response = httpx.Response(401, headers={"date": "Sat, 21 Nov 2026 04:00:00 GMT"}, request=httpx.Request("POST", "http://x"))
     at = 1795233600.0  # the same in seconds
-    assert fleet._ahead(response, lambda: at + 400) == 400
+    assert fleet._clock_offset(response, lambda: at + 400) == 400
     found = {}
     for ahead in (0, 400, -400):
-        monkeypatch.setattr(fleet, "_ahead", lambda _, ahead=ahead: float(ahead))
+        monkeypatch.setattr(fleet, "_clock_offset", lambda _, ahead=ahead: float(ahead))
         found[ahead] = str(running("127.0.0.1:1", max_retries=0).node._fleet._status(response))
     assert "400 s ahead of that of" in found[400] and "400 s behind that of" in found[-400]
     assert "does not know the key" in found[0]
@@ -183,7 +183,7 @@ from pathlib import Path
 from fedtune.network import fleet
 from fedtune.network.node import Node
 fleet.LEASE = 20.0  # the shortest that Flower allows
-Node(server=sys.argv[1], key=Path(sys.argv[2]), root_certificates=None, insecure=True, max_retries=None, told=print,
+Node(server=sys.argv[1], key=Path(sys.argv[2]), root_certificates=None, insecure=True, max_retries=None, report=print,
      answer=lambda m, n: None).serve()
 """
     key = tmp_path / "key"
@@ -196,7 +196,7 @@ Node(server=sys.argv[1], key=Path(sys.argv[2]), root_certificates=None, insecure
     first.wait()
     monkeypatch.setattr(fleet, "LEASE", 20.0)
     client = running(server.address, key=key, max_retries=1)  # waiting for a lease is no failure
-    wait_until(lambda: client.heard("its former life has the place for up to 20 s more"))
+    wait_until(lambda: client.heard("its previous process holds the lease for up to 20 s more"))
     wait_until(lambda: client.connections() == 1, 40)
     assert client.id == known and server.reply(run_id, server.send(run_id, known, content())).has_content()
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fedtune.network.pace import Pace, read_pace
+from fedtune.network.pace import PollPacer, read_pace
 from fedtune.network.public import PublicPort
 from tests.network.test_public_port import Inside
 
@@ -18,13 +18,14 @@ class Clock:
 
 def test_each_node_waits_longer_the_more_there_are() -> None:
     clock = Clock()
-    pace = Pace(clock)
-    assert [pace.told(b"%d" % i) for i in range(50)][::7] == pytest.approx([0.1, 0.24, 0.8, 1.36, 1.92, 2.48, 3.04, 3.6])  # 80 ms × (n − 5)
-    assert pace.told(b"7") == pytest.approx(3.6)  # heard before
+    pace = PollPacer(clock)
+    # 80 ms × (n − 5)
+    assert [pace.interval(b"%d" % i) for i in range(50)][::7] == pytest.approx([0.1, 0.24, 0.8, 1.36, 1.92, 2.48, 3.04, 3.6])
+    assert pace.interval(b"7") == pytest.approx(3.6)  # heard before
     clock.now = 31.0
-    assert pace.told(b"7") == 0.1  # the others are gone
-    many = Pace(clock)
-    assert max(many.told(b"%d" % i) for i in range(2000)) == 10.0
+    assert pace.interval(b"7") == 0.1  # the others are gone
+    many = PollPacer(clock)
+    assert max(many.interval(b"%d" % i) for i in range(2000)) == 10.0
 
 
 @pytest.mark.parametrize(

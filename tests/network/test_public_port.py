@@ -19,10 +19,10 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from fedtune.network import _flwr, public
+from fedtune.network.incarnations import INCARNATION_HEADER
 from fedtune.network.link import LinkSettings, SuperLink
-from fedtune.network.lives import LIFE
-from fedtune.network.public import ACTIVATE, OPEN, PULL, PUSH, Impatient, PublicPort
-from fedtune.network.superlink import Task, _make_app
+from fedtune.network.public import ACTIVATE, ENDPOINTS, PULL, PUSH, PublicPort, StallTimeout
+from fedtune.network.superlink import ProcessSettings, _make_app
 from tests.network.echo import Echo, Key, new_key, round_trip, small
 
 WHITE = {"/health"} | {f"/v1/fleet/{name}" for name in ("get-run", "pull-messages", "push-messages", "pull-object", "push-object")}
@@ -33,7 +33,7 @@ MAX = 1000
 def app(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = str(tmp_path_factory.mktemp("link"))
     return _make_app(
-        Task(
+        ProcessSettings(
             folder=folder,
             log="",
             host="",
@@ -91,12 +91,12 @@ def signed(key: Key, claimed: Key | None = None) -> dict[str, str]:
 
 
 def test_the_open_paths_are_fleet_and_health_and_no_other(app: Any) -> None:
-    assert {path for _, path in OPEN} > WHITE
-    assert all(path == "/health" or (method == "POST" and path.startswith("/v1/fleet/")) for method, path in OPEN)
+    assert {path for _, path in ENDPOINTS} > WHITE
+    assert all(path == "/health" or (method == "POST" and path.startswith("/v1/fleet/")) for method, path in ENDPOINTS)
     inside = Inside()
     port = PublicPort(inside, max_body=MAX, keys=None)
     paths = {route[1] for route in _flwr.PROTOBUF_REQUEST_TYPES} | set(app.openapi()["paths"]) | {"/docs", "/openapi.json", "/redoc", "/"}
-    closed = {path for path in paths if path not in {p for _, p in OPEN}}
+    closed = {path for path in paths if path not in {p for _, p in ENDPOINTS}}
     assert len([p for p in closed if p.startswith("/v1/control/")]) > 30 and len([p for p in closed if p.startswith("/v1/runtime/")]) > 15
     for path in closed:
         for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"):
@@ -204,7 +204,7 @@ def test_a_node_that_comes_is_announced_only_by_its_own_signature() -> None:
     came: list[bytes] = []
     key, other = new_key(), new_key()
     for keys in (None, {public_key_to_bytes(key.public_key())}):
-        port = PublicPort(Inside(), max_body=MAX, keys=keys, takeover=came.append)
+        port = PublicPort(Inside(), max_body=MAX, keys=keys, take_over=came.append)
         for headers in ({}, signed(other, claimed=key), {**signed(key), FLEET_HTTP_PUBLIC_KEY_HEADER: "aGVsbG8="}):
             call(port, ACTIVATE, [b""], headers=headers)
         assert came == []
@@ -218,8 +218,8 @@ def test_only_a_node_of_ours_says_by_a_look_that_it_is_idle() -> None:
     idle: list[bytes] = []
     key, other = new_key(), new_key()
     for keys in (None, {public_key_to_bytes(key.public_key())}):
-        port = PublicPort(Inside(), max_body=MAX, keys=keys, idle=idle.append)
-        life = {LIFE: "one"}
+        port = PublicPort(Inside(), max_body=MAX, keys=keys, redeliver_lost=idle.append)
+        life = {INCARNATION_HEADER: "one"}
         for path, headers in ((PULL, signed(key)), (PULL, signed(other, claimed=key) | life), (PUSH, signed(key) | life)):
             call(port, path, [b""], headers=headers)
         assert idle == []
@@ -231,7 +231,7 @@ def test_only_a_node_of_ours_says_by_a_look_that_it_is_idle() -> None:
 def test_two_looks_of_one_node_do_not_overtake_each_other() -> None:
     """The node gave its first request up: what that takes out is lost, and only a look after it may find so."""
     order: list[str] = []
-    headers = [(name.lower().encode(), value.encode()) for name, value in (signed(new_key()) | {LIFE: "one"}).items()]
+    headers = [(name.lower().encode(), value.encode()) for name, value in (signed(new_key()) | {INCARNATION_HEADER: "one"}).items()]
     scope = {"type": "http", "method": "POST", "path": PULL, "headers": headers, "client": ("192.0.2.1", 9)}
 
     async def flower(scope: Any, receive: Any, send: Any) -> None:
@@ -245,7 +245,7 @@ def test_two_looks_of_one_node_do_not_overtake_each_other() -> None:
     async def send(event: Any) -> None: ...
 
     async def both() -> None:
-        port = PublicPort(flower, max_body=MAX, keys=None, idle=lambda _: order.append("looked"))
+        port = PublicPort(flower, max_body=MAX, keys=None, redeliver_lost=lambda _: order.append("looked"))
         await asyncio.gather(port(scope, receive, send), port(scope, receive, send))
 
     asyncio.run(both())
@@ -269,7 +269,7 @@ def test_no_host_header_talks_flower_out_of_asking_who_calls(app: Any, host: str
 def noise(draw: random.Random) -> tuple[str, str, dict[str, str], bytes]:
     """One random request: method, path, headers, body. Half of them aim at paths that are open, some at a real message's first bytes."""
     method = draw.choice(["POST", "POST", "POST", "GET", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS"])
-    paths = sorted(path for _, path in OPEN)
+    paths = sorted(path for _, path in ENDPOINTS)
     path = draw.choice(paths) if draw.random() < 0.6 else "/" + "".join(draw.choices("/.%abcxyz01-_~", k=draw.randrange(30)))
     body = draw.randbytes(draw.choice([0, 1, 2, 7, 100, 3000]))
     if draw.random() < 0.3:  # bytes that parse
@@ -309,7 +309,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A port that wants 16 KiB each 0.5 s, or the end of the request."""
     monkeypatch.setattr(public, "PACE_S", 0.5)
     server = uvicorn.Server(
-        uvicorn.Config(PublicPort(Inside(), max_body=10**6, keys=None), http=Impatient, lifespan="off", log_config=None)
+        uvicorn.Config(PublicPort(Inside(), max_body=10**6, keys=None), http=StallTimeout, lifespan="off", log_config=None)
     )
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -50,7 +50,7 @@ def test_a_port_that_is_about_to_be_free_is_waited_for(monkeypatch: pytest.Monke
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with monkeypatch.context() as patch, pytest.raises(NetworkError, match="the port is in use"):
-            patch.setattr(superlink, "LEAVING_S", 0.0)
+            patch.setattr(superlink, "PORT_WAIT_S", 0.0)
             _listen("127.0.0.1", port)
         ends = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: taken.close())  # as the server's last life does
         monkeypatch.setattr(superlink, "time", ends)
@@ -91,7 +91,7 @@ def test_half_a_reply_waits_for_its_other_half(link: SuperLink) -> None:
         while link.ask(5, do="arrived", ids=names) != {"complete": [], "uploading": names, "large": {}, "lost": []}:
             assert time.monotonic() < until
             time.sleep(0.05)
-        time.sleep(grids._DOUBT_S + 0.1)
+        time.sleep(grids._LOST_AFTER_S + 0.1)
         assert list(grid.pull_messages(names)) == []  # Flower's own Grid would now wait for its tensors, up to three minutes
         go.set()
         while not (replies := list(grid.pull_messages(names))):
@@ -103,7 +103,7 @@ def test_half_a_reply_waits_for_its_other_half(link: SuperLink) -> None:
 @pytest.mark.slow
 def test_a_grid_whose_run_has_ended_says_so(link: SuperLink) -> None:
     grid = link.open_run("one")
-    link.ask(5, do="open_run", name="another")  # as another life of the server would
+    link.ask(5, do="open_run", name="another")  # as a restarted server would
     with pytest.raises(LinkLost, match="Flower has ended the run"):
         list(grid.get_node_ids())
 
@@ -120,7 +120,7 @@ def test_a_taken_port_gives_one_sentence(link: SuperLink, tmp_path: Path) -> Non
 @pytest.mark.parametrize("folder", ["/proc/superlink", "file/superlink"])
 def test_a_disk_that_cannot_be_written_gives_one_sentence(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(NetworkError, match="^cannot keep the SuperLink's database in ") as said:
+    with pytest.raises(NetworkError, match="^cannot write the SuperLink's database in ") as said:
         SuperLink(settings(tmp_path, folder=tmp_path / folder, log=tmp_path / "log.jsonl")).start()
     assert "\n" not in str(said.value)
 
@@ -179,7 +179,7 @@ def test_only_allowed_keys_come_in_and_nothing_secret_is_written(tmp_path: Path)
     assert not [s for s in secrets if s in logs]
     lines = [json.loads(line) for line in logs.splitlines()]
     whys = {line["why"] for line in lines if line["event"] == "refused"}
-    assert {"no node key", "a node key that is not on the list"} <= whys
+    assert {"no node key", "a node key that is not allowed"} <= whys
 
 
 # -- deaths -----------------------------------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ async def _gone(request: Request) -> None:
             return
 
 
-class Impatient(H11Protocol):
+class StallTimeout(H11Protocol):
     """HTTP that hangs up on a head that does not come to its end: uvicorn itself waits for ever."""
 
     _timer: asyncio.TimerHandle | None = None

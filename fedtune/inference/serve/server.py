@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fedtune.config.bounds import require
 from fedtune.errors import NetworkError
 from fedtune.inference.engine.schedule import Scheduler
-from fedtune.inference.serve.limits import Impatient
+from fedtune.inference.serve.limits import StallTimeout
 
 CLOSE_S = 5  # for answers that are ready to be read
 
@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Impatient,
+                http=StallTimeout,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

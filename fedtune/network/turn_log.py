@@ -1,4 +1,4 @@
-"""What a client's log says of its turns: one sentence for a person, and the same as fields."""
+"""Describes a client's turns for its log: one sentence for a person, and the same figures as fields."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +9,15 @@ from fedtune.storage.parsing import parse_json
 
 
 def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dict[str, Any]]:
-    """A sentence about what was asked and answered, and its figures for the log.
+    """Describe a request and its reply in a sentence, with its figures for the log.
 
     Args:
-        message: What the server asked.
-        reply: This client's answer.
-        seconds: How long the answer took.
+        message: The server's request.
+        reply: This client's reply.
+        seconds: Time to produce the reply.
 
     Returns:
-        For a turn its round, steps, seconds, loss and bytes, as far as the plan allows them; for a refusal its reason.
+        For a turn: its round, steps, seconds, loss and bytes, as far as the plan discloses them. For a refusal: its reason.
     """
     kind, group = message.metadata.message_type.split(".")[0], message.metadata.group_id
     if kind == "query":
@@ -31,21 +31,21 @@ def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dic
         verb = {"query": "cannot take part", "evaluate": "did not evaluate"}.get(kind, "did not train")
         return f"{what}{verb} ({sort}): {why}", {**fields, "declined": sort, "why": why}
     if kind == "query":
-        run, said = _json(message.content, "hello").get("run"), _json(reply.content, "hello")
-        rows = f"{said.get('examples', 0)} rows to train on and {said.get('held_out', 0)} held out"
-        device = f"; this device: {said['device']}" if said.get("device") else ""
-        return f"takes part in run {_short(run)} as client {said.get('client')}, with {rows}{device}", {"run": _short(run)}
+        run, hello = _json(message.content, "hello").get("run"), _json(reply.content, "hello")
+        rows = f"{hello.get('examples', 0)} training rows and {hello.get('held_out', 0)} held-out rows"
+        device = f"; this device: {hello['device']}" if hello.get("device") else ""
+        return f"takes part in run {_short(run)} as client {hello.get('client')}, with {rows}{device}", {"run": _short(run)}
     fields |= {"seconds": round(seconds, 3), "bytes_down": tensor_bytes(message.content), "bytes_up": tensor_bytes(reply.content)}
     traffic = f"{fields['bytes_down'] / 1e6:.2f} MB down, {fields['bytes_up'] / 1e6:.2f} MB up"
     if kind == "evaluate":
         metrics = _json(reply.content, "metrics")
         scores = ", ".join(f"{name} {v:.4g}" for name, v in sorted(metrics.items()) if isinstance(v, (int, float)))
-        return f"{what}evaluated in {seconds:.1f} s: {scores or 'no figures'}; {traffic}", {**fields, **metrics}
+        return f"{what}evaluated in {seconds:.1f} s: {scores or 'no scores'}; {traffic}", {**fields, **metrics}
     update = _json(reply.content, "update")
     steps, loss = update.get("measurements", {}).get("steps", 0), update.get("metrics", {}).get("train_loss")
-    done = f"trained {steps:g} steps" if steps else "looked at its rows without a step"
-    told = "" if loss is None else f", loss {loss:.4g}"
-    return f"{what}{done} in {seconds:.1f} s{told}; {traffic}", {**fields, "steps": steps, "loss": loss}
+    done = f"trained {steps:g} steps" if steps else "scored its rows without training"
+    loss_text = "" if loss is None else f", loss {loss:.4g}"
+    return f"{what}{done} in {seconds:.1f} s{loss_text}; {traffic}", {**fields, "steps": steps, "loss": loss}
 
 
 def tensor_bytes(content: RecordDict) -> int:
@@ -54,7 +54,7 @@ def tensor_bytes(content: RecordDict) -> int:
 
 
 def _json(content: RecordDict, name: str) -> Mapping[str, Any]:
-    """A record's JSON object; empty where there is none."""
+    """A record's JSON object; empty if missing or invalid."""
     try:
         found = parse_json(str(content.config_records[name]["json"]))
     except (KeyError, ValueError, RecursionError):
@@ -62,6 +62,6 @@ def _json(content: RecordDict, name: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _short(said: object) -> str:
-    """A name that a server gave, fit for a terminal."""
-    return "".join(c if c.isprintable() else " " for c in str(said or "")[:200])
+def _short(name: object) -> str:
+    """A name from the server, shortened and with only printable characters."""
+    return "".join(c if c.isprintable() else " " for c in str(name or "")[:200])

@@ -13,8 +13,8 @@ from fedtune.cli import client as door
 from fedtune.clients.declining import decline_reply
 from fedtune.contracts import flower
 from fedtune.errors import DataError, Decline
-from fedtune.network.diary import describe
 from fedtune.network.logs import logging_to
+from fedtune.network.turn_log import describe
 
 NODE = 4611686018427387904
 
@@ -54,7 +54,7 @@ def test_a_turn_tells_its_round_steps_seconds_loss_and_bytes() -> None:
 
 def test_what_privacy_keeps_back_and_a_turn_without_steps() -> None:
     assert turn({}, 16)[0] == "round 3: trained 16 steps in 4.1 s; 0.40 MB down, 0.20 MB up"
-    assert turn({}, 0)[0].startswith("round 3: looked at its rows without a step in 4.1 s;")
+    assert turn({}, 0)[0].startswith("round 3: scored its rows without training in 4.1 s;")
 
 
 def test_an_evaluation_tells_its_scores() -> None:
@@ -84,14 +84,14 @@ def test_a_hello_tells_the_run_the_name_and_the_device() -> None:
     message = asked("query", hello={"run": "trial\x1b[2J"}, numbers=0)
     reply = answered(message, 0, hello={"client": "anna", "examples": 12, "held_out": 3, "device": "1 core: fp32"})
     sentence, _ = describe(message, reply, 0.1)
-    assert sentence == "takes part in run trial [2J as client anna, with 12 rows to train on and 3 held out; this device: 1 core: fp32"
+    assert sentence == "takes part in run trial [2J as client anna, with 12 training rows and 3 held-out rows; this device: 1 core: fp32"
 
 
 def test_an_error_and_a_strange_group_are_told_without_numbers_of_nodes() -> None:
     message = Message(RecordDict({}), NODE, "train", group_id="\x1b[2J")
     flower.stamp(message)
     assert describe(message, Message(Error(1, "two children died"), reply_to=message), 0.1)[0] == "could not answer: two children died"
-    assert describe(message, answered(message, 0), 0.1)[0].startswith("looked at its rows")
+    assert describe(message, answered(message, 0), 0.1)[0].startswith("scored its rows")
 
 
 def test_the_door_writes_it_to_the_terminal_and_to_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

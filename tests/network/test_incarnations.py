@@ -2,7 +2,7 @@
 
 import httpx
 
-from fedtune.network.lives import LIFE, QUIET_S, Lives
+from fedtune.network.incarnations import INCARNATION_HEADER, QUIET_S, Incarnations
 from fedtune.network.public import ACTIVATE, DEACTIVATE, PublicPort
 from tests.network.echo import new_key, public_key_to_bytes
 from tests.network.running import Start
@@ -19,48 +19,48 @@ class Clock:
 
 
 def test_a_client_that_crashed_and_was_started_again_is_let_in_at_once() -> None:
-    lives = Lives(Clock())
-    assert lives.may_speak(KEY, "first", activates=True) and lives.may_speak(KEY, "first", activates=False)
+    lives = Incarnations(Clock())
+    assert lives.may_call(KEY, "first", activates=True) and lives.may_call(KEY, "first", activates=False)
     for life in ("second", "third"):
-        assert lives.may_speak(KEY, life, activates=True) and lives.may_speak(KEY, life, activates=False)
+        assert lives.may_call(KEY, life, activates=True) and lives.may_call(KEY, life, activates=False)
 
 
 def test_a_second_machine_is_refused_as_long_as_the_first_is_heard() -> None:
     clock = Clock()
-    lives = Lives(clock)
-    assert lives.may_speak(KEY, "first", activates=True)
-    assert lives.may_speak(KEY, "second", activates=True)  # the first may be dead
+    lives = Incarnations(clock)
+    assert lives.may_call(KEY, "first", activates=True)
+    assert lives.may_call(KEY, "second", activates=True)  # the first may be dead
     clock.now = 10.0
-    assert lives.may_speak(KEY, "first", activates=False)  # it is not
-    assert not lives.may_speak(KEY, "second", activates=False) and not lives.may_speak(KEY, "second", activates=True)
+    assert lives.may_call(KEY, "first", activates=False)  # it is not
+    assert not lives.may_call(KEY, "second", activates=False) and not lives.may_call(KEY, "second", activates=True)
     clock.now += QUIET_S - 0.1
-    assert not lives.may_speak(KEY, "second", activates=True)
+    assert not lives.may_call(KEY, "second", activates=True)
     clock.now += 0.2
-    assert lives.may_speak(KEY, "second", activates=True) and lives.may_speak(KEY, "second", activates=False)
-    assert lives.may_speak(b"another", "first", activates=False)  # each key has a place of its own
+    assert lives.may_call(KEY, "second", activates=True) and lives.may_call(KEY, "second", activates=False)
+    assert lives.may_call(b"another", "first", activates=False)  # each key has a place of its own
 
 
 def test_who_leaves_late_takes_nothing_back() -> None:
-    lives = Lives(Clock())
-    assert lives.may_speak(KEY, "first", activates=True) and lives.may_speak(KEY, "second", activates=True)
-    assert not lives.may_speak(KEY, "first", activates=False, leaves=True)
-    assert lives.may_speak(KEY, "second", activates=False)
+    lives = Incarnations(Clock())
+    assert lives.may_call(KEY, "first", activates=True) and lives.may_call(KEY, "second", activates=True)
+    assert not lives.may_call(KEY, "first", activates=False, leaves=True)
+    assert lives.may_call(KEY, "second", activates=False)
 
 
 def test_after_a_restart_of_the_server_the_first_that_speaks_has_the_place() -> None:
-    lives = Lives(Clock())
-    assert lives.may_speak(KEY, "first", activates=False)
-    assert not lives.may_speak(KEY, "second", activates=False) and lives.may_speak(KEY, "first", activates=False)
+    lives = Incarnations(Clock())
+    assert lives.may_call(KEY, "first", activates=False)
+    assert not lives.may_call(KEY, "second", activates=False) and lives.may_call(KEY, "first", activates=False)
 
 
 def test_the_public_port_refuses_the_second_before_it_reads_a_body() -> None:
     inside, key = Inside(), new_key()
     public = public_key_to_bytes(key.public_key())
     came: list[bytes] = []
-    port = PublicPort(inside, max_body=1000, keys={public}, takeover=came.append)
+    port = PublicPort(inside, max_body=1000, keys={public}, take_over=came.append)
 
     def ask(path: str, life: str) -> int:
-        return call(port, path, [b""], headers={**signed(key), LIFE: life})[0]
+        return call(port, path, [b""], headers={**signed(key), INCARNATION_HEADER: life})[0]
 
     assert [ask(ACTIVATE, "first"), ask(ACTIVATE, "second"), ask(PULL, "first")] == [200, 200, 200]
     assert [ask(PULL, "second"), ask(ACTIVATE, "second"), ask(DEACTIVATE, "second"), ask(PULL, "first")] == [409, 409, 409, 200]
