@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,15 @@ import torch
 
 from fedtune.clients import turns
 from fedtune.clients.store import ClientStore
-from fedtune.clients.turns import Turn, Work, find, turn_of
-from fedtune.clients.turns.fedprox import FedProx
+from fedtune.clients.turns import Turn, find, turn_of
 from fedtune.config import EvalConfig
 from fedtune.config.registry import Registry
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, Scalar
-from fedtune.contracts.strategy import Assignment, ServerState
 from fedtune.errors import ConfigError, PlanError
 from fedtune.experiment import simulate
 from fedtune.strategies.fedavg import FedAvg
+from tests.contributing import module
 from tests.tiny import tiny_config
 
 PLAN = Plan(round=1, client="c0", base_version=0)
@@ -62,37 +62,27 @@ def test_a_strategy_does_not_override_the_turn_of_the_config() -> None:
         prox.with_turn("scaffold")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Personal(Turn):
-    """Ditto's client half: beside the turn, a personal adapter is trained and held near the one that was sent."""
-
-    mu: float
-
-    def finish(self, work: Work, trained: AdapterState) -> AdapterState:
-        assert work.retrain is not None and work.keep is not None
-        kept = work.recall() or work.start
-        work.keep(work.retrain(kept, FedProx(mu=self.mu)))
-        return trained
-
-    def personal(self, given: AdapterState, kept: AdapterState | None) -> AdapterState:
-        return kept or given
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ditto(FedAvg):
-    """FedAvg whose clients take the turn `personal`."""
-
-    def plan(self, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:  # type: ignore[override]
-        return {p.client: Assignment(plan=p.with_turn("personal", mu=0.5), adapter=state.adapter) for p in plans}
+@pytest.fixture
+def ditto_files() -> Iterator[tuple[type[Turn], type[FedAvg]]]:
+    """Ditto's two halves, as CONTRIBUTING.md prints them."""
+    names = ("fedtune.clients.turns.ditto", "fedtune.strategies.ditto")
+    turn, strategy = module("clients/turns/ditto.py", names[0]), module("strategies/ditto.py", names[1])
+    yield turn.Ditto, strategy.Ditto
+    for name in names:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("batched", ["none", "2"])
-def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str) -> None:
+def test_personal_adapters_are_kept_evaluated_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str, ditto_files: tuple[type[Turn], type[FedAvg]]
+) -> None:
+    turn, strategy = ditto_files
     monkeypatch.setattr(turns, "TURNS", Registry("fedtune.clients.turns"))
-    turns.register("personal", Personal)
-    config = tiny_config(tmp_path, eval=EvalConfig(where="none", clients=-1), rounds=3, strategy={"_target_": f"{__name__}.Ditto"})
-    monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: Ditto())
-    monkeypatch.setattr("fedtune.rounds.find_strategy.make_strategy", lambda config: Ditto())
+    turns.register("ditto", turn)
+    target = {"_target_": "fedtune.strategies.ditto.Ditto"}
+    config = tiny_config(tmp_path, eval=EvalConfig(where="none", clients=-1), rounds=3, strategy=target)
+    monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: strategy())
+    monkeypatch.setattr("fedtune.rounds.find_strategy.make_strategy", lambda config: strategy())
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, batched=batched))
     ditto = simulate(config)
     monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: FedAvg())
@@ -100,7 +90,7 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkey
     # what is shared is as it is without
     one, two = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (ditto, fedavg))
     assert all(torch.allclose(one[n], two[n], atol=1e-6 if batched == "none" else 1e-4) for n in one.tensors)
-    store = ClientStore(ditto / "clients", 3).beside("turn-personal")
+    store = ClientStore(ditto / "clients", 3).beside("turn-ditto")
     assert store.clients() == ["c0", "c1", "c2", "c3"]
     kept = [store.read(c, 4) for c in store.clients()]
     assert all(k is not None and any(not torch.equal(k[n], one[n]) for n in one.tensors) for k in kept)
@@ -110,7 +100,7 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(tmp_path: Path, monkey
     assert losses[0] and losses[0] != losses[1]
     # a run resumed from an older checkpoint finds the state of that round
     before = {c: store.read(c, 2) for c in store.clients()}
-    monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: Ditto())
+    monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: strategy())
     simulate(dataclasses.replace(config, resume=str(ditto), rounds=4))
     assert all(torch.equal(store.read(c, 2)[n], before[c][n]) for c in before if before[c] is not None for n in one.tensors)  # type: ignore[index]
     assert all(store.read(c, 5) is not None for c in store.clients())

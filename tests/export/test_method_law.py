@@ -25,6 +25,7 @@ from fedtune.inference.engine.package import read_package
 from fedtune.inference.serve.adapters import factors
 from fedtune.models import LiveAdapter
 from fedtune.models.merge import merge
+from tests.contributing import example
 from tests.export.test_huggingface import CAUSAL, make_run
 from tests.inference.packages import engine_logits, opened
 from tests.models.build import checkpoint, hub, token_ids
@@ -98,12 +99,14 @@ def logits(live: LiveAdapter) -> tuple[torch.Tensor, torch.Tensor]:
             return found, live.model(token_ids(1)).logits
 
 
-@pytest.mark.parametrize(("kind", "how"), [("llama", "streamed"), ("gpt2", "streamed"), ("gpt2", "in memory")])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("llama", "streamed"), ("gpt2", "streamed"), ("gpt2", "in memory"), ("llama", "as CONTRIBUTING.md prints it")]
+)
 def test_a_new_method_is_in_the_weights_of_a_hugging_face_folder(
     tmp_path: Path, add: Add, kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 100)  # some rows, or columns, at a time
-    add("outer", ATTACHED + EDITS)
+    add("outer", example("fedtune/models/methods/outer.py") if "CONTRIBUTING" in how else ATTACHED + EDITS)
     model = hub(checkpoint(tmp_path / "m", kind), init="random" if how == "in memory" else "pretrained")
     run, live = make_run(tmp_path / "run", model, CAUSAL, method="outer")
     wanted, bare = logits(live)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedtune.config import Config, DataConfig, EngineConfig, EvalConfig, InferenceConfig, TaskConfig, check, reference
@@ -32,38 +32,11 @@ from fedtune.models.tasks._rows import RowTask
 from fedtune.privacy.samples import hooked, looped, mapped
 from fedtune.runs.report import read_metrics
 from fedtune.runs.report.summary import primary_metric
+from tests.contributing import module
 from tests.tiny import texts, tiny_config
 
-
-class Regression(RowTask):
-    """A number for each text: mean squared error, scored by the mean absolute error."""
-
-    columns = {"text": "text", "target": "number"}
-    metrics = {"mae": False}
-    noun, gives = "a regressor", "numbers"
-
-    def outputs(self, labels: int) -> int:
-        return 1
-
-    def model_settings(self, outputs: int) -> dict[str, Any]:
-        return {"num_labels": outputs, "problem_type": "regression"}
-
-    def encode(self, rows: Dataset, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        coded = whole_texts(rows["text"][:], tokenizer, self.settings.max_length, one_end=encoder_decoder)
-        return [Example(ids, np.array([number], np.float32)) for ids, number in zip(coded, rows["target"][:], strict=True)]
-
-    def example_labels(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.linspace(-1.0, 1.0, len(ids), device=ids.device)
-
-    def loss(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        return mse_loss(logits.squeeze(-1), targets, reduction=reduction)
-
-    def score(self, logits: Tensor, targets: Tensor, sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
-        off = (logits.squeeze(-1) - targets).tolist()
-        return [Score(d * d, 1, abs(d)) for d in off]
-
-    def measure(self, scores: Sequence[Score], loss: float) -> dict[str, float]:
-        return {"mae": math.fsum(s.detail for s in scores) / len(scores)}
+Regression: Any = module("fedtune/models/tasks/regression.py", "fedtune.models.tasks.regression").Regression
+del sys.modules["fedtune.models.tasks.regression"]
 
 
 class Tags(RowTask):
