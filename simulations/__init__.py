@@ -1,4 +1,4 @@
-"""Engines that run virtual clients, benchmarks, and one file per study."""
+"""Engines for virtual clients, benchmarks and studies."""
 
 if __name__ == "simulations":
     raise ImportError("import this package as fedtune.simulations: the bare name is not a package of its own")

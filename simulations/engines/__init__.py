@@ -1,1 +1,1 @@
-"""Engines that run virtual clients: in one process, on Ray, and several clients in one batch."""
+"""Engines for virtual clients: in one process, on Ray, and with several clients in one batch."""

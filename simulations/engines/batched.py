@@ -1,11 +1,11 @@
-"""Many clients' turns at once through one frozen backbone.
+"""Trains many clients at once through one frozen backbone.
 
-C clients differ in a few trainable tensors only, so their micro-batches go through the backbone as one flat batch; how its layers tell the
-clients apart, `stacked.py` (LoRA and heads) and `vmapped.py` (the rest) say. Each client's loss is divided by its own count, so one
-backward pass leaves in each client's slice just that client's gradient. The tensors of all clients are one flat matrix (C, P): clipping,
-learning rate, AdamW or SGD work row by row, and what a method's clients do beside, its turn's batched form.
+C clients differ only in a few trainable tensors, so their micro-batches go through the backbone as one flat batch; `stacked.py` (LoRA and
+heads) and `vmapped.py` (other methods) apply each client's tensors to its rows. Each client's loss is divided by its own count, so one
+backward pass gives each client's slice exactly its own gradient. The tensors of all clients are one flat matrix (C, P): clipping, learning
+rate and AdamW or SGD work row by row, and the batched form of a turn adds the method's own terms.
 
-What a turn is, `clients/trainer.py` says; this must agree with it to rounding, and the tests hold it to that.
+`clients/trainer.py` defines a turn; this must agree with it up to rounding, which tests check.
 """
 
 import math
@@ -28,14 +28,14 @@ from fedtune.data import Example, collate
 from fedtune.errors import FedtuneError, UpdateError
 from fedtune.models import LiveAdapter
 from fedtune.simulations.engines import stacked, vmapped
-from fedtune.simulations.engines.client_batch import Crowd, Forward, Way
+from fedtune.simulations.engines.client_batch import ClientBatch, Forward, Way
 
 Result = tuple[AdapterState, TrainingResult] | FedtuneError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One client's turn: its plan, the tensors it starts from, its rows, and what the server sent for the turn beside the adapter."""
+    """One client's turn: its plan, initial tensors and rows, and extra tensors from the server."""
 
     plan: Plan
     start: AdapterState
@@ -44,7 +44,7 @@ class Job:
 
 
 def way_of(live: LiveAdapter, task: TaskConfig) -> tuple[Way | None, str]:
-    """How this model's clients can be trained at once, and why not by hand; None and why not at all."""
+    """Return the way to batch this model's clients, and why it is not `stacked`; or None and why batching is impossible."""
     if any(getattr(m, "gradient_checkpointing", False) for m in live.backbone.model.modules()):
         return None, "model.checkpointing computes layers twice, and each client's dropout would be drawn twice"
     by_hand = stacked.why_not(live)
@@ -55,15 +55,17 @@ def way_of(live: LiveAdapter, task: TaskConfig) -> tuple[Way | None, str]:
 
 
 def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: int, way: Way = stacked.installed) -> list[Result]:
-    """Each job's trained tensors (all of them, on the CPU) and its turn, in the order of the jobs; or why that job failed.
+    """Train all jobs. Returns for each job, in order, all trained tensors (on the CPU) and its turn, or its error.
 
-    Jobs may differ in all but the turn, `plan.train`, optimizer, batch size and accumulation; a client that is done leaves the stack.
+    Jobs must share the turn, `plan.train`, optimizer, batch size and accumulation; a finished client leaves the stack.
     """
     reset_peak(live.backbone.device)
     stack = _Stack(live, jobs, task, pad_id)
-    if not (live.model.training and live.backbone.model.training):  # PEFT's wrapper begins in training mode, whatever is in it
+    if not (
+        live.model.training and live.backbone.model.training
+    ):  # PEFT's wrapper starts in training mode, whatever its backbone's mode is
         live.model.train()
-    with way(live, stack.crowd) as forward:
+    with way(live, stack.client_batch) as forward:
         stack.forward = forward
         stack.measure()
         while stack.active:
@@ -72,7 +74,7 @@ def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, 
     out: list[Result] = []
     for client in stack.clients:
         if client.trained is None:
-            out.append(client.failed or UpdateError("the turn came to nothing"))
+            out.append(client.failed or UpdateError("the turn gave no result"))
             continue
         turn = TrainingResult(
             loss=client.loss / max(client.seen, 1), steps=client.steps, seconds=client.seconds, peak_mb=peak, start_loss=client.start_loss
@@ -82,13 +84,13 @@ def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, 
 
 
 class _Client:
-    """One client's place in the stack."""
+    """The state of one client in the stack."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.plan, self.rows = job, job.plan, job.examples
         self.steps = steps_of(job.plan, len(job.examples))
         self.order = batches(len(job.examples), job.plan.batch_size, job.plan.seed)
-        self.random = torch.Generator().manual_seed(job.plan.seed)  # what torch.manual_seed gives the trainer's dropout
+        self.random = torch.Generator().manual_seed(job.plan.seed)  # the same dropout as with the trainer's torch.manual_seed
         self.loss, self.seen, self.seconds = 0.0, 0, 0.0
         self.start_loss: float | None = None
         self.trained: AdapterState | None = None
@@ -96,14 +98,14 @@ class _Client:
 
 
 class _Stack:
-    """The clients that still train, their tensors stacked: `flat` is (C, P), every named tensor a view (C, *shape) of it."""
+    """The clients that still train. `flat` (C, P) holds their tensors; every named tensor is a view (C, *shape) of it."""
 
     forward: Forward
 
     def __init__(self, live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, pad_id: int) -> None:
         self.live, self.task, self.pad_id, self.device = live, task, pad_id, live.backbone.device
         self.clients = [_Client(job) for job in jobs]
-        self.active, self.crowd = list(range(len(jobs))), Crowd()
+        self.active, self.client_batch = list(range(len(jobs))), ClientBatch()
         self.names = list(live.parameters)
         trained = set(matching(self.names, jobs[0].plan.train))
         self.shapes = {n: self._widest([j.start[n].shape for j in jobs]) for n in self.names}
@@ -113,7 +115,7 @@ class _Stack:
         self.mask = torch.cat(marks).to(self.device)
         self.flat = self._laid([j.start.tensors for j in jobs])
         for n, part in zip(self.names, self.flat.split(self.sizes, dim=1), strict=True):
-            if n in live.origin:  # a state is relative to the backbone's own value
+            if n in live.origin:  # a state is relative to the backbone's value
                 part += live.origin[n].to(self.device).flatten()
         adam = jobs[0].plan.optimizer == "adamw"
         self.first = torch.zeros_like(self.flat) if adam else None
@@ -122,7 +124,7 @@ class _Stack:
         self._look()
         self.turns = (batched_turn_of(jobs[0].plan) or BatchedTurn)([turn_of(j.plan) for j in jobs], self)
 
-    # what a turn's batched form sees
+    # the interface for a turn's batched form
 
     @property
     def rows(self) -> list[int]:
@@ -130,7 +132,7 @@ class _Stack:
 
     @property
     def views(self) -> Mapping[str, Tensor]:
-        return self.crowd.views
+        return self.client_batch.views
 
     @property
     def starts(self) -> list[AdapterState]:
@@ -149,7 +151,7 @@ class _Stack:
         return tuple(max(s[d] for s in shapes) for d in range(len(shapes[0])))
 
     def _laid(self, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """(C, P) with each client's tensors; a smaller rank is padded with zeros, which stay zeros."""
+        """Return (C, P) with each client's tensors; smaller ranks are padded with zeros, which stay zero."""
         flat = torch.zeros(len(rows), sum(self.sizes), device=self.device)
         for row, tensors in zip(flat, rows, strict=True):
             for n, part in zip(self.names, row.split(self.sizes), strict=True):
@@ -158,34 +160,34 @@ class _Stack:
         return flat
 
     def _look(self) -> None:
-        """What the model sees of the clients that are left; leaves for autograd that share the storage of `flat`."""
+        """Update the client batch for the remaining clients; its tensors are autograd leaves that share the storage of `flat`."""
         clients = [self.clients[i] for i in self.active]
-        self.crowd.generators = [c.random for c in clients]
+        self.client_batch.generators = [c.random for c in clients]
         scaling = self.live.spec.scaling
-        self.crowd.scaling = {m: torch.tensor([c.job.start.spec.scaling[m] for c in clients], device=self.device) for m in scaling}
+        self.client_batch.scaling = {m: torch.tensor([c.job.start.spec.scaling[m] for c in clients], device=self.device) for m in scaling}
         for n, part, trained in zip(self.names, self.flat.split(self.sizes, dim=1), self.is_trained, strict=True):
-            self.crowd.views[n] = part.view(len(clients), *self.shapes[n]).detach().requires_grad_(trained)
+            self.client_batch.views[n] = part.view(len(clients), *self.shapes[n]).detach().requires_grad_(trained)
 
     # -- one step -------------------------------------------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """The mean loss over all rows before the first step, for clients whose plan asks for it."""
+        """Compute the mean loss over all rows before the first step, for clients whose plan requests it."""
         asked = [c for c in self.clients if "start_loss" in c.plan.measure]
         if not asked:
             return
-        size, self.crowd.training = asked[0].plan.batch_size, False
+        size, self.client_batch.training = asked[0].plan.batch_size, False
         total, seen = torch.zeros(len(self.clients)), torch.zeros(len(self.clients))
         with torch.no_grad():
             for i in range(0, max(len(c.rows) for c in asked), size):
                 group = [list(c.rows[i : i + size]) if c in asked else [] for c in self.clients]
                 total += self._losses(group, [1] * len(group))[1].cpu()
                 seen += torch.tensor([self._count(rows) for rows in group])
-        self.crowd.training = True
+        self.client_batch.training = True
         for client, loss in zip(self.clients, (total / seen.clamp(min=1)).tolist(), strict=True):
             client.start_loss = loss if client in asked else None
 
     def step(self) -> None:
-        """One optimizer step of every active client; those that are done or broken leave."""
+        """Run one optimizer step of every active client; finished and failed clients leave."""
         began, clients = time.perf_counter(), [self.clients[i] for i in self.active]
         micro = [[[c.rows[i] for i in next(c.order)] for c in clients] for _ in range(clients[0].plan.accumulate)]
         counts = [sum(self._count(group[k]) for group in micro) for k in range(len(clients))]
@@ -218,16 +220,16 @@ class _Stack:
         return sum(task.count(e) for e in rows)
 
     def _losses(self, group: list[list[Example]], counts: list[int]) -> tuple[Tensor, Tensor]:
-        """The sum over clients of each one's summed loss over its count, and that of each alone, (C,), without its graph."""
+        """Return Σ_clients (summed loss / count), and each client's term, (C,), without graph."""
         tall = max(len(rows) for rows in group)
-        self.crowd.rows = [len(rows) for rows in group]
-        self.crowd.widths = [max((len(e.input_ids) for e in rows), default=1) for rows in group]
-        # a short batch is filled up with its own first row, whose copies count for nothing
+        self.client_batch.rows = [len(rows) for rows in group]
+        self.client_batch.widths = [max((len(e.input_ids) for e in rows), default=1) for rows in group]
+        # a short batch is padded with copies of its first row, which do not count
         some = next(rows[0] for rows in group if rows)
         flat = [e for rows in group for e in (*rows, *[rows[0] if rows else some] * (tall - len(rows)))]
         batch = {k: v.to(self.device) for k, v in collate(flat, self.pad_id).items()}
-        self.crowd.length = batch["input_ids"].shape[1]
-        real = torch.tensor([j < n for n in self.crowd.rows for j in range(tall)], device=self.device)
+        self.client_batch.length = batch["input_ids"].shape[1]
+        real = torch.tensor([j < n for n in self.client_batch.rows for j in range(tall)], device=self.device)
         task = task_of(self.task)
         task.silence(batch, ~real)
         row = task.counts(batch).nonzero()[:, 0]
@@ -238,11 +240,11 @@ class _Stack:
         return each.sum(), torch.zeros(len(group), device=self.device).index_add_(0, owner, each.detach())
 
     def _gradient(self) -> Tensor:
-        views = [self.crowd.views[n] for n in self.names]
+        views = [self.client_batch.views[n] for n in self.names]
         return torch.cat([torch.zeros_like(v).flatten(1) if v.grad is None else v.grad.flatten(1) for v in views], 1)
 
     def _update(self, grad: Tensor, clients: list[_Client]) -> Tensor:
-        """The optimizer on all clients at once, each with its own numbers; returns the gradient norms before clipping, (C,)."""
+        """Run the optimizer for all clients, each with its own settings. Returns the gradient norms before clipping, (C,)."""
 
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, device=self.device)[:, None]
@@ -260,7 +262,7 @@ class _Stack:
             self.flat.sub_(lr / (1 - 0.9**t) * self.first / denominator * self.mask)
         else:
             self.flat.sub_(lr * grad * self.mask)
-        for view in self.crowd.views.values():
+        for view in self.client_batch.views.values():
             view.grad = None
         return norms
 

@@ -1,4 +1,4 @@
-"""The clients of one flat batch, as the model's stand-ins see them: whose tensors, whose rows, whose dropout."""
+"""The clients of one flat batch: tensors, rows and dropout of each, for the modules that replace the model's."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -13,17 +13,17 @@ from fedtune.models.backbone import dropout_rates
 
 
 @dataclass
-class Crowd:
+class ClientBatch:
     """C clients with a batch of B rows each, padded to T tokens.
 
     Args:
         views: Canonical name → the clients' tensors, (C, *shape).
-        scaling: LoRA module → the clients' factors s, (C,).
-        generators: The clients' own dropout.
-        rows: How many rows of each client count; the first ones. The others only fill its batch up.
+        scaling: LoRA module → the clients' scaling factors, (C,).
+        generators: Each client's random generator for dropout.
+        rows: Number of real rows of each client, which come first; the others are padding.
         widths: Tokens of each client's longest row.
         length: T.
-        training: Whether dropout is drawn.
+        training: Whether dropout is applied.
     """
 
     views: dict[str, Tensor] = field(default_factory=dict)
@@ -38,21 +38,21 @@ class Crowd:
         return len(self.generators)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """Dropout of x (C, B, …), drawn for each client as its own batch, without others' padding, would have drawn it."""
+        """Apply dropout to x (C, B, …) with the same random numbers as if each client trained alone, without the others' padding."""
         if not self.training or p == 0:
             return x
         keep = torch.zeros_like(x)
         for k, generator in enumerate(self.generators):
             shape = list(x.shape[2:])
             if x.ndim == 4 and shape[0] == self.length:
-                shape[0] = self.widths[k]  # alone, the client's batch would be padded to its own longest row only
+                shape[0] = self.widths[k]  # alone, the client's batch is padded only to its own longest row
             noise = torch.empty(self.rows[k], *shape).bernoulli_(1 - p, generator=generator).div_(1 - p)
             keep[(k, slice(0, self.rows[k]), *(slice(d) for d in shape))] = noise.to(x.device, x.dtype)
         return x * keep
 
 
 def shared_dropout(live: LiveAdapter) -> str | None:
-    """Why dropout cannot be each client's own; None where it can, or none is drawn."""
+    """Why dropout cannot be drawn per client; None if it can, or if there is no dropout."""
     if drawn := dropout_rates(live.backbone.model.config):
         return f"the backbone draws dropout for the whole batch ({', '.join(drawn)}): set model.dropout=false"
     if live.backbone.seq2seq and any(isinstance(m, nn.Dropout) and m.p > 0 for m in live.model.modules()):
@@ -61,7 +61,7 @@ def shared_dropout(live: LiveAdapter) -> str | None:
 
 
 Forward = Callable[[Mapping[str, Tensor], TaskConfig], tuple[Tensor, Tensor]]
-"""A flat batch (C·B, T) → float32 logits (N, classes) and labels (N,) of everything that counts, row by row, as `counted_logits`."""
+"""A flat batch (C·B, T) → float32 logits (N, classes) and labels (N,) of all counted positions, row by row, as in `counted_logits`."""
 
-Way = Callable[[LiveAdapter, Crowd], AbstractContextManager[Forward]]
-"""A context within which the model works client by client."""
+Way = Callable[[LiveAdapter, ClientBatch], AbstractContextManager[Forward]]
+"""A context in which the model applies each client's tensors to its rows."""

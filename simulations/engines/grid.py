@@ -1,7 +1,7 @@
-"""Flower's Grid in one process: virtual nodes run the same ClientApp on the same messages, and nothing is serialized twice.
+"""Flower's Grid in one process: virtual nodes run the same ClientApp on the same messages, without extra serialization.
 
-A reply is made when it is pulled, so that a cohort of any size needs the memory of one client, or of one batch of clients that train at
-once: the backbone is shared, and the bridge folds each update before it pulls the next.
+A reply is computed when it is pulled, so a cohort of any size needs only the memory of one client or one client batch: the backbone is
+shared, and the bridge aggregates each update before it pulls the next.
 """
 
 import itertools
@@ -19,7 +19,7 @@ Together = Callable[[Iterator[tuple[Message, Context]]], list[Message]]
 
 
 class VirtualGrid(Grid):
-    """`nodes` virtual clients behind Flower's Grid, however they are run. Node i + 1 holds partition i."""
+    """Flower's Grid of `nodes` virtual clients. Node i + 1 holds partition i."""
 
     def __init__(self, nodes: int) -> None:
         self._nodes = nodes
@@ -41,14 +41,14 @@ class VirtualGrid(Grid):
 
 
 class InProcessGrid(VirtualGrid):
-    """All of them in this process.
+    """Runs all virtual clients in this process.
 
-    Messages are copied on their way in: clients pop from the records that they get.
+    Messages are copied before delivery, because clients pop from their records.
 
     Args:
         client_app: Answers one message.
-        nodes: How many clients there are.
-        together: Answers some of the messages of one type (train, evaluate) that wait, the first among them; None answers one by one.
+        nodes: Number of clients.
+        together: Answers a batch of waiting messages of one type (train, evaluate), including the first; None answers one at a time.
     """
 
     def __init__(self, client_app: ClientApp, nodes: int, together: Together | None = None) -> None:
@@ -83,7 +83,7 @@ class InProcessGrid(VirtualGrid):
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, first: str) -> None:
-        """Make the reply to the message `first`, and perhaps to others that wait."""
+        """Compute the reply to the message `first`, and possibly to other waiting ones."""
         kind = self._waiting[first].metadata.message_type
         if self._together and kind in ("train", "evaluate"):
             after = itertools.dropwhile(lambda i: i != first, list(self._waiting))
@@ -100,7 +100,7 @@ class InProcessGrid(VirtualGrid):
         message = self._waiting[i]
         try:
             return self._app(flower.copy_message(message), self._context(i))
-        except Exception as bad:  # one client's failure must not end the run, whatever it is
+        except Exception as bad:  # no failure of one client may end the run
             return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=f"{type(bad).__name__}: {bad}"), reply_to=message)
 
     def _context(self, i: str) -> Context:

@@ -1,9 +1,9 @@
-"""Virtual clients on Ray: on this machine's cores, or on a cluster that is there already.
+"""Virtual clients on Ray: on this machine's cores, or on an existing cluster.
 
 Driver (this process)   the bridge, a `WorkerGrid`, the run directory
-Worker                  an actor with a workspace of its own; acts for any client
-Keeper                  an actor on the driver's machine: what clients keep and what they have spent is read and written by it, in the run
-                        directory, so that it does not matter which worker acts for a client, nor on which machine
+Worker                  an actor with its own workspace; acts for any client
+Keeper                  an actor on the driver's machine; reads and writes the clients' stored tensors and privacy ledgers in the run
+                        directory, so that any worker on any machine can act for a client
 """
 
 import contextlib
@@ -32,22 +32,22 @@ from fedtune.simulations.engines.grid import InProcessGrid
 from fedtune.simulations.engines.ray_grid import WorkerGrid
 from fedtune.storage.parsing import parse_json
 
-_HEAD_S = 10.0  # for the head's machine to answer
+_HEAD_S = 10.0  # timeout for connecting to the head node
 
 
 def check_ray(engine: EngineConfig) -> None:
-    """Whether Ray can run here, before anything is loaded.
+    """Check that Ray can run, before anything is loaded.
 
     Raises:
-        ConfigError: A worker asks for more CPUs than there are, Ray is not installed, or the address is of a kind that cannot serve.
+        ConfigError: A worker needs more CPUs than the machine has, Ray is not installed, or the kind of address is not supported.
     """
     cores = os.cpu_count() or 1
     if not engine.ray_address and engine.ray_cpus > cores:
         raise ConfigError(f"engine.ray_cpus={engine.ray_cpus} is more than the {cores} cores of this machine: no worker could start")
     if "://" in engine.ray_address:
         raise ConfigError(
-            f"engine.ray_address={engine.ray_address}: Ray's client mode keeps no files for the workers; run this on a machine of the"
-            " cluster (`ray start --address=HOST:PORT` makes it one) and give HOST:PORT"
+            f"engine.ray_address={engine.ray_address}: Ray's client mode gives workers no files; run this on a machine of the"
+            " cluster (`ray start --address=HOST:PORT` adds it) and give HOST:PORT"
         )
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine=ray needs Ray: install it with pip install 'fedtune[ray]'")
@@ -55,18 +55,18 @@ def check_ray(engine: EngineConfig) -> None:
 
 @contextlib.contextmanager
 def ray_grid(config: Config, run: Path, nodes: int, note: Callable[[str], None]) -> Iterator[WorkerGrid]:
-    """The grid of one run, and Ray for as long as it is used.
+    """Yield the grid of one run, with Ray running meanwhile.
 
     Args:
         config: The experiment.
         run: The run directory.
         nodes: Virtual clients.
-        note: Who is told of workers that are lost.
+        note: Called with a sentence about each lost worker.
 
     Raises:
-        ConfigError: There is no cluster at the address, or none of its machines can hold a worker.
+        ConfigError: There is no cluster at the address, or no machine has the resources for a worker.
     """
-    engine, ray = config.engine, importlib.import_module("ray")  # an extra: type checkers may not find it
+    engine, ray = config.engine, importlib.import_module("ray")  # an optional dependency: type checkers may not find it
     ours = not ray.is_initialized()
     if ours:
         _join(ray, engine)
@@ -74,17 +74,17 @@ def ray_grid(config: Config, run: Path, nodes: int, note: Callable[[str], None])
         if not places(ray.nodes(), engine):
             raise ConfigError(
                 f"no machine of the Ray cluster has engine.ray_cpus={engine.ray_cpus} and engine.ray_gpus={engine.ray_gpus:g} for a"
-                f" worker: it has {_resources(ray.nodes())}"
+                f" worker: its machines have {_resources(ray.nodes())}"
             )
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         keeper = ray.remote(_Keeper).options(num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy=here)
         kept, worker = keeper.remote(str(run), config.keep_checkpoints + 1), ray.remote(Worker)
-        said = json.dumps(to_dict(config))
+        encoded = json.dumps(to_dict(config))
 
         def hire(there: int) -> Any | None:
             if there >= min(nodes, places(ray.nodes(), engine)):
                 return None
-            return worker.options(num_cpus=engine.ray_cpus, num_gpus=engine.ray_gpus).remote(said, nodes, Kept(ray, kept))
+            return worker.options(num_cpus=engine.ray_cpus, num_gpus=engine.ray_gpus).remote(encoded, nodes, KeeperProxy(ray, kept))
 
         yield WorkerGrid(ray, hire, nodes, together=engine.batched != "none", note=note)
     finally:
@@ -93,7 +93,7 @@ def ray_grid(config: Config, run: Path, nodes: int, note: Callable[[str], None])
 
 
 def places(machines: Sequence[dict[str, Any]], engine: EngineConfig) -> int:
-    """How many workers the machines that are alive can hold; a worker lies on one of them."""
+    """Number of workers that the live machines can hold; each runs on one machine."""
     found = 0
     for machine in machines:
         has = machine["Resources"] if machine["Alive"] else {}
@@ -103,13 +103,13 @@ def places(machines: Sequence[dict[str, Any]], engine: EngineConfig) -> int:
 
 
 def _join(ray: Any, engine: EngineConfig) -> None:
-    # worker processes get the environment, and not what this process has added to its path
+    # worker processes inherit the environment, but not this process's sys.path
     environment = {"PYTHONPATH": os.pathsep.join([p for p in sys.path if p])}
     given = {"address": engine.ray_address} if engine.ray_address else {"num_cpus": os.cpu_count() or 1, "include_dashboard": False}
     host, _, port = engine.ray_address.rpartition(":")
     try:
         if host and port.isdecimal():
-            socket.create_connection((host, int(port)), _HEAD_S).close()  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), _HEAD_S).close()  # Ray itself retries for minutes
         ray.init(**given, logging_level="error", log_to_driver=False, runtime_env={"env_vars": environment})
     except (OSError, OverflowError, RuntimeError, ValueError) as bad:
         where = f"engine.ray_address={engine.ray_address}" if engine.ray_address else "engine=ray"
@@ -122,23 +122,23 @@ def _resources(machines: Sequence[dict[str, Any]]) -> str:
 
 
 class Worker:
-    """Acts for any client, in a process of its own.
+    """Acts for any client, in its own process.
 
     Args:
-        config: The experiment, in JSON.
-        nodes: Virtual clients.
-        kept: What they keep.
+        config: The experiment, as JSON.
+        nodes: Number of virtual clients.
+        kept: Access to the clients' stored state.
     """
 
-    def __init__(self, config: str, nodes: int, kept: "Kept") -> None:
+    def __init__(self, config: str, nodes: int, kept: "KeeperProxy") -> None:
         self._config, self._nodes, self._kept = config, nodes, kept
         self._grid: InProcessGrid | None = None
 
     def start(self) -> str | None:
-        """Load the data and the backbone; what is wrong with them on this machine, in a sentence."""
+        """Load the data and the backbone. Returns an error sentence if that fails on this machine."""
         flower.quiet()
         try:
-            host = ClientHost(from_dict(parse_json(self._config)), Storage(KeptStore(self._kept), self._kept.ledger))
+            host = ClientHost(from_dict(parse_json(self._config)), Storage(ProxyStore(self._kept), self._kept.ledger))
             host.space  # noqa: B018  loads it
         except FedtuneError as bad:
             return f"a worker on {socket.gethostname()} cannot take part: {bad}"
@@ -151,14 +151,14 @@ class Worker:
         return None
 
     def answer(self, messages: Sequence[Message]) -> list[RecordDict | Error]:
-        """A content or an error for each message."""
+        """Return a content or an error for each message."""
         assert self._grid is not None
         replies = [reply for i in self._grid.push_messages(messages) for reply in self._grid.pull_messages([i])]
         return [r.content if r.has_content() else r.error for r in replies]
 
 
 class _Keeper:
-    """Reads and writes what clients keep and have spent, where the run directory is."""
+    """Reads and writes the clients' stored tensors and ledgers in the run directory."""
 
     def __init__(self, run: str, rounds: int) -> None:
         self._store, self._ledger = ClientStore(Path(run) / "clients", rounds), ledgers_in(Path(run) / "privacy")
@@ -179,12 +179,12 @@ class _Keeper:
         return self._store.beside(beside) if beside else self._store
 
 
-class Kept:
-    """A worker's way to the keeper.
+class KeeperProxy:
+    """A worker's proxy of the keeper.
 
     Args:
-        ray: The module.
-        keeper: Its handle.
+        ray: The Ray module.
+        keeper: The keeper's actor handle.
     """
 
     def __init__(self, ray: Any, keeper: Any) -> None:
@@ -194,7 +194,7 @@ class Kept:
         return _kept, (self._keeper,)
 
     def __call__(self, name: str, *args: Any) -> Any:
-        """What the keeper's method gives.
+        """Call a method of the keeper.
 
         Raises:
             CheckpointError: As on the keeper's machine.
@@ -205,23 +205,23 @@ class Kept:
             raise (bad.cause if isinstance(bad.cause, FedtuneError) else bad) from None
 
     def ledger(self, client: str) -> Ledger:
-        """What the client has spent."""
-        return KeptLedger(self, client)
+        """The client's privacy ledger."""
+        return ProxyLedger(self, client)
 
 
-def _kept(keeper: Any) -> Kept:
-    return Kept(importlib.import_module("ray"), keeper)
+def _kept(keeper: Any) -> KeeperProxy:
+    return KeeperProxy(importlib.import_module("ray"), keeper)
 
 
-class KeptStore(ClientStore):
-    """A client store in the run directory, seen from a worker.
+class ProxyStore(ClientStore):
+    """A client store in the run directory, accessed from a worker.
 
     Args:
-        kept: The way there.
-        name: Of a store beside the clients' own tensors; empty for these.
+        kept: The proxy.
+        name: Name of an additional store; "" for the clients' own tensors.
     """
 
-    def __init__(self, kept: Kept, name: str = "") -> None:
+    def __init__(self, kept: KeeperProxy, name: str = "") -> None:
         self._kept, self._name = kept, name
 
     def read(self, client: str, before: int) -> AdapterState | None:
@@ -231,13 +231,13 @@ class KeptStore(ClientStore):
         self._kept("write", self._name, client, round, state)
 
     def beside(self, name: str) -> ClientStore:
-        return KeptStore(self._kept, name)
+        return ProxyStore(self._kept, name)
 
 
-class KeptLedger(Ledger):
-    """A ledger in the run directory, seen from a worker."""
+class ProxyLedger(Ledger):
+    """A ledger in the run directory, accessed from a worker."""
 
-    def __init__(self, kept: Kept, client: str) -> None:
+    def __init__(self, kept: KeeperProxy, client: str) -> None:
         self._kept, self._client = kept, client
 
     def spent(self) -> list[Spend]:

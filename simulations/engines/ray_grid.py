@@ -1,8 +1,8 @@
-"""Flower's Grid over workers that may die: Ray's, or whatever has the same few calls.
+"""Flower's Grid over workers that may die: Ray's, or any object with the same few calls.
 
-The messages of a round are dealt out in shares, to workers that are free. What a lost worker had is dealt out again, one message at a time,
-so that a client whose turn kills its worker takes nobody with it; at the third loss the client's reply is an error. Turns hang on their
-plan's seed alone, so it does not matter which worker takes them, or how often.
+The messages of a round are assigned to free workers in batches. Messages of a lost worker are assigned again, one at a time, so that a
+client whose turn kills its worker does not affect others; after the third loss the client's reply is an error. A turn depends only on its
+plan's seed, so it does not matter which worker runs it, or how often.
 """
 
 import itertools
@@ -19,21 +19,21 @@ from fedtune.contracts import flower
 from fedtune.errors import RunError
 from fedtune.simulations.engines.grid import VirtualGrid
 
-LARGEST = 32  # clients of a share: with more, a worker's replies would need too much memory at once
-DEATHS = 3  # workers that a message may cost
+LARGEST = 32  # clients per batch: more replies would need too much memory in a worker
+MAX_LOSSES = 3  # workers lost on one message before it is answered with an error
 _WAIT_S, _SAY_S, _PATIENCE_S = 1.0, 30.0, 600.0
 
 
 class WorkerGrid(VirtualGrid):
-    """All of them with workers.
+    """Runs all virtual clients on workers.
 
     Args:
-        ray: The module: `wait`, `get` and `exceptions` are used.
-        hire: A new worker; None where the cluster has no place for one more than so many. Its `start` tells what is wrong with it in a
-            sentence, or None; its `answer` takes messages and gives a content or an error for each.
-        nodes: How many clients there are.
-        together: Whether a worker trains its share's clients at once; if not, it gets one turn at a time.
-        note: Who is told of workers that are lost.
+        ray: The Ray module; uses `wait`, `get` and `exceptions`.
+        hire: Number of workers → a new worker, or None if the cluster has no room for another. Its `start` returns an error sentence or
+            None; its `answer` takes messages and returns a content or an error for each.
+        nodes: Number of clients.
+        together: Whether a worker trains the clients of its batch at once; if not, it gets one turn at a time.
+        note: Called with a sentence about each lost worker.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class WorkerGrid(VirtualGrid):
         super().__init__(nodes)
         self._ray, self._hire, self._together, self._note = ray, hire, together, note
         self._waiting: deque[Message] = deque()
-        self._known: set[str] = set()  # ids of the messages that wait or are with a worker
+        self._known: set[str] = set()  # ids of the messages that wait or are assigned
         self._starting: dict[Any, Any] = {}  # call → worker
-        self._busy: dict[Any, tuple[Any, list[Message]]] = {}  # call → worker and its share
+        self._busy: dict[Any, tuple[Any, list[Message]]] = {}  # call → worker and its messages
         self._idle: list[Any] = []
         self._deaths: Counter[str] = Counter()
         self._ready: dict[str, Message] = {}
@@ -56,14 +56,14 @@ class WorkerGrid(VirtualGrid):
         ids = [flower.stamp(m) for m in messages]
         self._waiting.extend(messages)
         self._known.update(ids)
-        self._deal()
+        self._assign()
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there, after at most a second's wait for one that is not.
+        """Return the available replies; waits up to one second if any is missing.
 
         Raises:
-            RunError: No worker can start, or none has come back for ten minutes.
+            RunError: No worker can start, or there has been none for ten minutes.
         """
         ids = list(message_ids)
         if any(i in self._known for i in ids):
@@ -75,22 +75,22 @@ class WorkerGrid(VirtualGrid):
 
     @property
     def workers(self) -> int:
-        """Those that work, wait or load."""
+        """Number of busy, idle and starting workers."""
         return len(self._starting) + len(self._busy) + len(self._idle)
 
-    # -- dealing out ----------------------------------------------------------------------------------------------------------------------
+    # -- assigning ------------------------------------------------------------------------------------------------------------------------
 
-    def _deal(self) -> None:
-        """Give each free worker a share, and ask for more workers where the cluster has a place for them."""
+    def _assign(self) -> None:
+        """Assign messages to each free worker, and start more workers if the cluster has room."""
         while self._waiting and (worker := self._hire(self.workers + len(self._unfit))) is not None:
             self._starting[worker.start.remote()] = worker
         while self._waiting and self._idle:
-            share = self._share()
+            share = self._next_batch()
             worker = self._idle.pop()
             self._busy[worker.answer.remote(share)] = worker, share
 
-    def _share(self) -> list[Message]:
-        """The next messages of one type, as many as make like shares, none too large."""
+    def _next_batch(self) -> list[Message]:
+        """The next messages of one type, divided evenly among the workers, up to the limit."""
         kind = self._waiting[0].metadata.message_type
         same = list(itertools.takewhile(lambda m: m.metadata.message_type == kind and not self._died(m), self._waiting))
         takers = len(self._idle) + len(self._starting)
@@ -100,10 +100,10 @@ class WorkerGrid(VirtualGrid):
     def _died(self, message: Message) -> bool:
         return self._deaths[message.metadata.message_id] > 0
 
-    # -- taking in ------------------------------------------------------------------------------------------------------------------------
+    # -- collecting-----------------------------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        self._deal()
+        self._assign()
         calls = [*self._starting, *self._busy]
         if not calls:
             self._idle_for_long()
@@ -121,7 +121,7 @@ class WorkerGrid(VirtualGrid):
             self._alone_since = None
         else:
             self._idle_for_long()
-        self._deal()
+        self._assign()
 
     def _started(self, worker: Any, call: Any) -> None:
         try:
@@ -134,16 +134,16 @@ class WorkerGrid(VirtualGrid):
         if wrong is None:
             self._idle.append(worker)
             return
-        if wrong not in (said for _, said in self._unfit):
+        if wrong not in (error for _, error in self._unfit):
             self._note(wrong)
-        self._unfit.append((worker, wrong))  # it keeps its place: the next on this machine would lack the same
+        self._unfit.append((worker, wrong))  # it keeps its resources: another worker on this machine would fail too
         if not self.workers:
             raise RunError(wrong)
 
     def _answered(self, worker: Any, share: list[Message], call: Any) -> None:
         try:
             answers: Sequence[RecordDict | Error] = self._ray.get(call)
-        except self._ray.exceptions.RayTaskError as bad:  # the worker lives
+        except self._ray.exceptions.RayTaskError as bad:  # the worker is still alive
             answers = [Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=_cause(bad)) for _ in share]
         except self._ray.exceptions.RayError as bad:
             self._lost(share, type(bad).__name__)
@@ -157,13 +157,15 @@ class WorkerGrid(VirtualGrid):
         for message in share:
             i = message.metadata.message_id
             self._deaths[i] += 1
-            if self._deaths[i] >= DEATHS:
-                reason = f"{DEATHS} workers were lost in this client's turn, such as for want of memory"
+            if self._deaths[i] >= MAX_LOSSES:
+                reason = f"{MAX_LOSSES} workers were lost in this client's turn, perhaps out of memory"
                 self._reply(message, Error(code=ErrorCode.CLIENT_APP_CRASHED, reason=reason))
             else:
                 again.append(message)
         self._waiting.extendleft(reversed(again))
-        self._note(f"a worker was lost ({why}): {len(again)} of its {len(share)} messages go to others, {self.workers} workers are left")
+        self._note(
+            f"a worker was lost ({why}): {len(again)} of its {len(share)} messages are assigned again, {self.workers} workers are left"
+        )
 
     def _reply(self, message: Message, answer: RecordDict | Error) -> None:
         i = message.metadata.message_id
@@ -176,10 +178,10 @@ class WorkerGrid(VirtualGrid):
         if self._alone_since is None:
             self._alone_since, self._said_at = now, now
         if now - self._alone_since > _PATIENCE_S:
-            raise RunError(f"no Ray worker has been there for {_PATIENCE_S:.0f} s: see what `ray status` says, then go on with resume=RUN")
+            raise RunError(f"there has been no Ray worker for {_PATIENCE_S:.0f} s: see `ray status`, then continue with resume=RUN")
         if now - self._said_at > _SAY_S:
             self._said_at = now
-            self._note(f"no Ray worker is there yet, after {now - self._alone_since:.0f} s: `ray status` tells what the cluster has free")
+            self._note(f"there is no Ray worker after {now - self._alone_since:.0f} s: `ray status` shows the cluster's free resources")
 
 
 def _cause(bad: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which of a round's turns train at once: between the in-process grid, which has messages, and `batched.py`, which has tensors."""
+"""Selects the turns of a round that train at once; connects the in-process grid (messages) with `batched.py` (tensors)."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ class Together:
     """Answers messages in batches of clients.
 
     Args:
-        host: Whose clients they are.
+        host: The clients' host.
         batched: `auto` or a number of clients.
     """
 
@@ -46,16 +46,16 @@ class Together:
         self._way_of(host.space.own)
 
     def _way_of(self, model: LoadedModel) -> Way | None:
-        """How clients of this model train at once; None where they cannot, which is said once."""
+        """The way to batch clients of this loaded model; None if impossible, which is logged once."""
         if id(model) not in self._ways:
             if self._host.config.privacy.kind == "record":
                 way, why = None, "privacy=record clips the gradient of each row"
             else:
                 way, why = way_of(model.live, self._host.config.task)
             if way is None:
-                self._tell(f"clients train one after the other: {why}")
+                self._tell(f"clients train one at a time: {why}")
             elif why:
-                log.info("clients are mapped over by torch.func.vmap: %s", why)
+                log.info("clients are batched by torch.func.vmap: %s", why)
             self._ways[id(model)] = way
         return self._ways[id(model)]
 
@@ -66,17 +66,17 @@ class Together:
         return self._turns(itertools.chain([first], waiting))
 
     def _score(self, asked: list[tuple[Message, Context]]) -> list[Message]:
-        """Evaluate the clients that are to evaluate the same adapter as the first, in the same batches."""
+        """Evaluate all clients that evaluate the same adapter as the first, in shared batches."""
         same = [a for a in asked if _is_same(asked[0][0], a[0]) and self._precision(a) == self._precision(asked[0])]
         try:
             return evaluate_together(self._host, same)
-        except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
+        except Exception as bad:  # as in the ClientApp: report the error, continue the round
             if len(same) == 1:
                 return [decline_reply(same[0][0], bad)]
-        return [reply for one in same for reply in self._score([one])]  # what one client lacks must not cost the others their scores
+        return [reply for one in same for reply in self._score([one])]  # one client's error must not affect the others
 
     def _precision(self, asked: tuple[Message, Context]) -> str:
-        """What the client computes in; where there are no devices, all in the same."""
+        """The client's precision; the same for all without device classes."""
         if not self._host.config.devices.classes:
             return self._host.config.model.precision
         return self._host.devices.fixed_choice(client_of(self._host, asked[1])).precision
@@ -86,12 +86,12 @@ class Together:
         for message, context in itertools.islice(waiting, self._widest):
             try:
                 ready = prepare(self._host, message, context)
-            except Exception as bad:  # as in the ClientApp: the cause goes back, the round goes on
+            except Exception as bad:  # as in the ClientApp: report the error, continue the round
                 replies.append(decline_reply(message, bad))
                 continue
             alone = ready.turn.batched is None
             if alone:
-                self._tell(f"clients take the turn '{ready.plan.turn}' one after the other: it has no batched form")
+                self._tell(f"clients run the turn '{ready.plan.turn}' one at a time: it has no batched form")
             if not todo and (alone or self._way_of(ready.loaded_model) is None):
                 return [*replies, self._one(ready)]
             if not todo or _kind(ready) == _kind(todo[0]):
@@ -105,7 +105,7 @@ class Together:
             self._widths[kind] = self._choose(todo)
             log.info("%d clients train at once", self._widths[kind])
         todo = todo[: self._widths.get(kind, self._widest)]
-        return replies + (self._train(todo) if len(todo) > 1 else [self._one(todo[0])])  # a stack of one is no faster than the trainer
+        return replies + (self._train(todo) if len(todo) > 1 else [self._one(todo[0])])  # a batch of one is no faster than the trainer
 
     def _one(self, ready: PreparedTurn) -> Message:
         try:
@@ -114,7 +114,7 @@ class Together:
             return decline_reply(ready.message, bad)
 
     def _tell(self, sentence: str) -> None:
-        """Once only: the same is true of every round."""
+        """Log a sentence once: it holds in every round."""
         if sentence not in self._told:
             self._told.add(sentence)
             log.warning(sentence)
@@ -125,8 +125,8 @@ class Together:
         except Exception as bad:
             results, too_large = None, is_out_of_memory(bad) and len(todo) > 1
             if not too_large:
-                self._tell(f"clients that could not train at once did so one after the other ({type(bad).__name__}: {str(bad)[:200]})")
-        # out of the except clause, whose traceback holds the tensors of the attempt
+                self._tell(f"clients could not train at once and did so one at a time ({type(bad).__name__}: {str(bad)[:200]})")
+        # outside of the except clause, whose traceback holds the attempt's tensors
         if results is not None:
             return [self._finish(t, r) for t, r in zip(todo, results, strict=True)]
         if not too_large:
@@ -134,7 +134,7 @@ class Together:
         half = len(todo) // 2
         kind = _kind(todo[0])
         self._widths[kind] = min(self._widths.get(kind, self._widest), half)
-        log.warning("%d clients at once were too many for the memory: %d from now on", len(todo), self._widths[kind])
+        log.warning("%d clients at once exceed the memory: %d from now on", len(todo), self._widths[kind])
         return self._train(todo[:half]) + self._train(todo[half:])
 
     def _finish(self, ready: PreparedTurn, result: Result) -> Message:
@@ -142,7 +142,7 @@ class Together:
             return decline_reply(ready.message, result)
         try:
             return finish(self._host, ready, *result)
-        except Exception as bad:  # such as a disk that is full when the client keeps its tensors
+        except Exception as bad:  # for example, the disk is full when the client stores its tensors
             return decline_reply(ready.message, bad)
 
     def _together(self, todo: list[PreparedTurn]) -> list[Result]:
@@ -151,16 +151,16 @@ class Together:
         return train_together(self._live(todo[0]), _jobs(todo), self._host.config.task, pad_id=self._host.space.pad_id, way=way)
 
     def _live(self, first: PreparedTurn) -> LiveAdapter:
-        live = first.loaded_model.slot(first.start)
-        assert isinstance(live, LiveAdapter)  # of the phase `peft`
+        live = first.model.slot(first.start)
+        assert isinstance(live, LiveAdapter)  # in the phase `peft`
         return live
 
     # -- how many -------------------------------------------------------------------------------------------------------------------------
 
     def _choose(self, todo: list[PreparedTurn]) -> int:
-        """The number that tokens and memory allow, if a short measurement finds it faster than one after the other; 1 if not.
+        """Return the number that tokens and memory allow, if it is measured to be faster than one at a time; else 1.
 
-        What was measured is kept for this machine, so that the same config gives the same bits the next time.
+        The result is stored for this machine, so that the same config gives the same bits next time.
         """
         model, way, jobs = todo[0].loaded_model, self._way_of(todo[0].loaded_model), _jobs(todo)
         assert way is not None
@@ -178,15 +178,15 @@ class Together:
             try:
                 faster = pays(live, jobs[:width], config.task, pad_id=space.pad_id, way=way)
                 known[key] = width if faster else 1
-            except Exception as bad:  # such as a client whose loss overflows: its own turn will name it
-                self._tell(f"clients train one after the other: training at once could not be measured ({type(bad).__name__}: {bad})")
+            except Exception as bad:  # for example, a client's loss overflows: its own turn reports it
+                self._tell(f"clients train one at a time: training at once could not be measured ({type(bad).__name__}: {bad})")
                 return 1
             _write(path, known)
         return known[key]
 
 
 def _is_same(a: Message, b: Message) -> bool:
-    """Whether two messages carry the very same bytes, which the bridge encodes once, for clients that keep the same of their own."""
+    """Whether two messages share the same adapter bytes, which the bridge encodes once for all clients that need them."""
     mine, theirs = (m.content.array_records["adapter"] for m in (a, b))
     frames = [m.content.config_records["frame"]["json"] for m in (a, b)]
     return frames[0] == frames[1] and mine.keys() == theirs.keys() and all(mine[n].data is theirs[n].data for n in mine)
@@ -197,7 +197,7 @@ def _jobs(todo: Sequence[PreparedTurn]) -> list[Job]:
 
 
 def _kind(ready: PreparedTurn) -> tuple[object, ...]:
-    """What turns must have in common to train at once."""
+    """The properties that turns must share to train at once."""
     plan = ready.plan
     return id(ready.loaded_model), plan.turn, plan.train, plan.optimizer, plan.batch_size, plan.accumulate, plan.measure
 
@@ -215,4 +215,4 @@ def _write(path: Path, known: dict[str, int]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(known), durable=False, shared=True)
     except OSError as bad:
-        log.warning("cannot keep the measured batch of clients in %s (%s): it will be measured again", path, bad.strerror)
+        log.warning("cannot write the measured client batch to %s (%s): it will be measured again", path, bad.strerror)

@@ -1,7 +1,6 @@
-"""Any PEFT method by `torch.func.vmap`: the model as a function of one client's tensors, mapped over the clients.
+"""Batches any PEFT method with `torch.func.vmap`: the model as a function of one client's tensors, mapped over clients.
 
-Frozen weights are not mapped, so that their products still see one flat batch. Slower than `stacked.py`, but it needs to know nothing of
-the method.
+Frozen weights are not mapped, so their products still use one flat batch. It is slower than `stacked.py`, but independent of the method.
 """
 
 import contextlib
@@ -20,30 +19,30 @@ from fedtune.models import LiveAdapter
 from fedtune.models.losses import counted_logits
 from fedtune.models.masks import masks_from_shapes
 from fedtune.models.methods import swapped
-from fedtune.simulations.engines.client_batch import Crowd, Forward, shared_dropout
+from fedtune.simulations.engines.client_batch import ClientBatch, Forward, shared_dropout
 
 
 def why_not(live: LiveAdapter, task: TaskConfig) -> str | None:
-    """Why this model cannot be mapped over clients; None where two clients of two ragged rows give what one after the other give."""
+    """Why this model cannot be mapped over clients; None if a test with two clients of two ragged rows gives the same results as alone."""
     if drawn := shared_dropout(live):
         return drawn
     if quantized := [
         type(m).__name__ for m in live.model.modules() if any(c.__module__.startswith("bitsandbytes") for c in type(m).__mro__)
     ]:
-        return f"torch.func.vmap does not run through quantized layers ({quantized[0]})"
-    crowd = Crowd(generators=[torch.Generator(), torch.Generator()], rows=[2, 2], widths=[4, 4], length=4, training=False)
-    crowd.views = {n: torch.stack([p.detach(), p.detach() * 1.25]) for n, p in live.parameters.items()}
-    crowd.scaling = {m: torch.full((2,), s, device=live.backbone.device) for m, s in live.spec.scaling.items()}
+        return f"torch.func.vmap does not support quantized layers ({quantized[0]})"
+    clients = ClientBatch(generators=[torch.Generator(), torch.Generator()], rows=[2, 2], widths=[4, 4], length=4, training=False)
+    clients.views = {n: torch.stack([p.detach(), p.detach() * 1.25]) for n, p in live.parameters.items()}
+    clients.scaling = {m: torch.full((2,), s, device=live.backbone.device) for m, s in live.spec.scaling.items()}
     batch = _probe(live, task)
     try:
-        with torch.no_grad(), installed(live, crowd) as forward:
+        with torch.no_grad(), installed(live, clients) as forward:
             mapped, _ = forward(batch, task)
-    except Exception as bad:  # whatever vmap and the model's own code raise: then there is no such way
-        return f"torch.func.vmap does not run through it ({type(bad).__name__}: {str(bad).splitlines()[0][:160]})"
+    except Exception as bad:  # vmap and the model's code raise many types: then vmap cannot be used
+        return f"torch.func.vmap fails on the model ({type(bad).__name__}: {str(bad).splitlines()[0][:160]})"
     alone = []
     with torch.no_grad(), _without_dropout(live.model):
         for k in range(2):
-            with swapped({p: crowd.views[n][k] for n, p in live.parameters.items()}):
+            with swapped({p: clients.views[n][k] for n, p in live.parameters.items()}):
                 alone.append(counted_logits(live.model, {n: v[2 * k : 2 * k + 2] for n, v in batch.items()}, task)[0])
     apart, size = (mapped - torch.cat(alone)).norm(), mapped.norm()
     exact = live.backbone.model.dtype == torch.float32
@@ -51,15 +50,15 @@ def why_not(live: LiveAdapter, task: TaskConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def installed(live: LiveAdapter, crowd: Crowd) -> Iterator[Forward]:
-    """Within it, a forward that maps the model over the crowd."""
+def installed(live: LiveAdapter, clients: ClientBatch) -> Iterator[Forward]:
+    """Yield a forward function that maps the model over the clients."""
     layers = {m: live.model.get_submodule(live.names[f"{m}.lora_A"].split(".lora_")[0]).scaling for m in live.spec.scaling}
     kept = {m: dict(s) for m, s in layers.items()}
     dropouts = [m for m in live.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     try:
         for module in dropouts:
-            module.forward = _dropout(crowd, module.p)  # type: ignore[method-assign]
-        yield lambda batch, task: _forward(live, crowd, layers, batch, task)
+            module.forward = _dropout(clients, module.p)  # type: ignore[method-assign]
+        yield lambda batch, task: _forward(live, clients, layers, batch, task)
     finally:
         for module in dropouts:
             del module.forward  # the class's own is under it
@@ -68,11 +67,11 @@ def installed(live: LiveAdapter, crowd: Crowd) -> Iterator[Forward]:
 
 
 def _forward(
-    live: LiveAdapter, crowd: Crowd, layers: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor], task: TaskConfig
+    live: LiveAdapter, clients: ClientBatch, layers: Mapping[str, dict[str, Any]], batch: Mapping[str, Tensor], task: TaskConfig
 ) -> tuple[Tensor, Tensor]:
-    c, kind = len(crowd), task_of(task)
+    c, kind = len(clients), task_of(task)
     inputs, counts = kind.inputs(live.model, batch), kind.counts(batch)
-    # the output layer sees only what has a target; vmap wants as many places of each client
+    # the output layer gets only positions with a target; vmap needs equally many per client
     where, real = _places(counts.view(c, -1, counts.shape[1]))
 
     def one(mine: dict[str, Tensor], factors: dict[str, Tensor], inputs: dict[str, Tensor], where: Tensor) -> Tensor:
@@ -87,13 +86,14 @@ def _forward(
 
     inputs = {n: t.view(c, -1, t.shape[1]) for n, t in inputs.items()}
     with masks_from_shapes(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # attention kernels are looped over the clients
-        logits = torch.vmap(one, randomness="error")(crowd.views, crowd.scaling, inputs, where).float()
+        warnings.filterwarnings("ignore", "There is a performance drop")  # attention kernels run in a loop over the clients
+        logits = torch.vmap(one, randomness="error")(clients.views, clients.scaling, inputs, where).float()
     return logits[real], kind.targets(batch)[counts]
 
 
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Of (C, B, T') what counts: (C, K) indices into each client's B·T', K as the client with most has, and (C, K) which are no filling."""
+    """For counted positions (C, B, T'): return (C, K) indices into each client's B·T', with K the maximum over clients, and (C, K) whether
+    real."""
     flat = counts.flatten(1)
     most = max(1, int(flat.sum(1).max()))
     where = flat.int().argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -101,31 +101,31 @@ def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Drop(torch.autograd.Function):
-    """Dropout that sees through vmap which client a row belongs to."""
+    """Dropout that knows each row's client inside vmap."""
 
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(x: Tensor, crowd: Crowd, p: float) -> Tensor:
+    def forward(x: Tensor, clients: ClientBatch, p: float) -> Tensor:
         return x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        raise AssertionError("dropout outside of a crowd")
+        raise AssertionError("dropout outside of a client batch")
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, crowd: Crowd, p: float) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, x: Tensor, clients: ClientBatch, p: float) -> tuple[Tensor, int]:
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        return crowd.drop(x, p), 0
+        return clients.drop(x, p), 0
 
 
-def _dropout(crowd: Crowd, p: float) -> Callable[[Tensor], Tensor]:
-    return lambda x: _Drop.apply(x, crowd, p) if crowd.training else x  # pyright: ignore[reportReturnType]
+def _dropout(clients: ClientBatch, p: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: _Drop.apply(x, clients, p) if clients.training else x  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """As `eval()`, which would repack quantized layers."""
+    """Disable dropout without `eval()`, which would repack quantized layers."""
     rates = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     try:
         for module in rates:

@@ -1,4 +1,4 @@
-"""How many clients `engine.batched=auto` trains at once: what tokens and memory allow, if a short measurement finds it faster."""
+"""Chooses the number of clients per batch for `engine.batched=auto`: limited by tokens and memory, and only if measured to be faster."""
 
 import dataclasses
 import statistics
@@ -15,13 +15,13 @@ from fedtune.simulations.engines.batched import Job, train_together
 from fedtune.simulations.engines.client_batch import Way
 
 WIDEST = 32  # clients
-_TOKENS = 1024  # of one flat batch: where bench_batched found the best ratio on two cores, for models of 1 to 20 M parameters
-_BYTES = 1 << 29  # of one flat batch's logits with their gradients
+_TOKENS = 1024  # tokens of a flat batch with the best speedup in benchmarks/batched.py, on two cores, for models of 1 to 20 M parameters
+_BYTES = 1 << 29  # bytes of a flat batch's logits and their gradients
 _STATE = 1 << 30  # bytes of the clients' own tensors with moments and gradients
 
 
 def allowed(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig) -> int:
-    """The most clients whose flat batch is not too long to pay, and fits the memory."""
+    """The maximum number of clients whose flat batch pays off and fits the memory."""
     lengths = [len(e.input_ids) for j in jobs for e in j.examples]
     tokens = max(1, round(jobs[0].plan.batch_size * statistics.mean(lengths)))
     words = 1 if task_of(task).head else int(live.backbone.model.config.get_text_config().vocab_size)
@@ -30,10 +30,10 @@ def allowed(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig) -> int:
 
 
 def pays(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: int, way: Way) -> bool:
-    """Whether two steps of all jobs together beat two steps of each on its own; trained tensors are thrown away.
+    """Whether two steps of all jobs together are faster than two steps of each alone; the results are discarded.
 
     Raises:
-        UpdateError: A job's turn fails, such as by a loss that overflows.
+        UpdateError: A job's turn fails, for example because its loss overflows.
     """
     jobs = [dataclasses.replace(j, plan=dataclasses.replace(j.plan, steps=min(2, steps_of(j.plan, len(j.examples))))) for j in jobs]
     ratios, few = [], jobs[:4]

@@ -2,9 +2,9 @@
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.real banking77 --seeds 0 1 2 --out results.md
 
-Each row is one run of a scenario of `conf/` (shakespeare, banking77, dolly) with the settings that the row names; every run leaves its run
-directory as any other does. Shakespeare is compared with the figures of a plain FedAvg-LoRA loop: r = 8 on all linears, 20 speakers a
-round, 5 steps of 8 x 128 tokens.
+Each row is one run of a scenario of `conf/` (shakespeare, banking77, dolly) with the row's settings; every run writes a normal run
+directory. Shakespeare is compared with the results of a plain FedAvg-LoRA loop: r = 8 on all linears, 20 speakers per round, 5 steps of 8 x
+128 tokens.
 """
 
 import argparse
@@ -38,7 +38,7 @@ STUDIES = ("shakespeare", "banking77", "dolly")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One scenario with some overrides, and what its row is called."""
+    """One scenario with overrides, and the name of its row."""
 
     name: str
     scenario: str
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """One run: its setting, its seed, what it cost and what it scored, by column."""
+    """One run: its setting, seed and duration, and its scores by column."""
 
     setting: str
     seed: int
@@ -86,12 +86,12 @@ def run(setting: Setting, seed: int, extra: Sequence[str]) -> Result:
     if setting.scenario == "shakespeare":
         scores |= marks_aside(job.config, folder)
     result = Result(setting=setting.name, seed=seed, seconds=seconds, scores=scores)
-    print(f"{result}\n{folder}", file=sys.stderr, flush=True)  # what a run found is known before the last has ended
+    print(f"{result}\n{folder}", file=sys.stderr, flush=True)  # show each run's result at once
     return result
 
 
 def read_scores(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
-    """Before (round 0) and after (the last round) of whatever the global test and the clients report."""
+    """Scores before (round 0) and after training (last round), of the global test and the clients."""
     rounds = [r for r in records if r["client"] is None]
     first, last = rounds[0], rounds[-1]
     out = {}
@@ -107,8 +107,8 @@ def read_scores(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
 
 
 def marks_aside(config: Config, folder: Path) -> dict[str, float]:
-    """Nats on the test's words alone: not on the begin and end marks between speeches, which the untuned model never saw so and which are
-    easily learned."""
+    """Nats on the words of the test, without the BOS and EOS marks between speeches: the untuned model has never seen them in this form,
+    and they are easily learned."""
     space = workspace(json.dumps(to_dict(config)))  # the run's own, still loaded
     tokenizer = space.backbone.tokenizer
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -119,17 +119,17 @@ def marks_aside(config: Config, folder: Path) -> dict[str, float]:
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """`0.712 ± 0.010`: mean and sample standard deviation; one value stands alone."""
+    """`0.712 ± 0.010`: mean and sample standard deviation; only the value if there is one."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(results: Sequence[Result], reference: Mapping[str, str] | None = None) -> str:
-    """A Markdown table: a row a setting, in order of appearance, each score as mean and spread over the seeds.
+    """A Markdown table: one row per setting, in order of appearance, with mean and spread over the seeds.
 
     Args:
-        results: Of one study: all have the same scores.
-        reference: Setting → text of the last column; None for no such column.
+        results: Results of one study, all with the same scores.
+        reference: Setting → text of the last column; None omits the column.
     """
     names = list(dict.fromkeys(r.setting for r in results))
     columns = list(results[0].scores)
@@ -147,7 +147,7 @@ def table(results: Sequence[Result], reference: Mapping[str, str] | None = None)
 
 
 def plain_loop(rows: Sequence[Setting]) -> dict[str, str]:
-    """Setting → what the plain loop has there."""
+    """Setting → result of the plain loop."""
     out = {}
     for row in rows:
         init, rounds = row.name.split(", ")
@@ -158,7 +158,7 @@ def plain_loop(rows: Sequence[Setting]) -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The machine in general words."""
+    """A short description of the machine."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}"
 
@@ -166,7 +166,7 @@ def hardware() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[*STUDIES, "all"], help="which study")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of every setting for each (default: 0 1 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every setting per seed (default: 0 1 2)")
     parser.add_argument("--rounds", type=int, nargs="+", default=[10, 20, 40], help="shakespeare: run lengths (default: 10 20 40)")
     parser.add_argument(
         "--inits",
@@ -179,7 +179,7 @@ def main() -> None:
         "--alphas", type=float, nargs="+", default=[0.1, 1, 10], help="banking77: Dirichlet's alpha, inf is IID (default: 0.1 1 10)"
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, such as engine.threads=1")
-    parser.add_argument("--out", type=Path, help="file that the Markdown is added to; it is printed in any case")
+    parser.add_argument("--out", type=Path, help="file to append the Markdown to; it is always printed")
     args = parser.parse_args()
     command = "FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.real " + shlex.join(sys.argv[1:])
     try:

@@ -1,14 +1,14 @@
-"""Every strategy on Banking77, and the seven that matter most on SST-2, with one pretrained encoder and one tuning budget.
+"""Every strategy on Banking77, and seven main ones on SST-2, with one pretrained encoder and one tuning budget.
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.strategies banking77 sst2 --out docs
 
-Each row is a run of `conf/banking77.yaml` (each class dealt to the clients by Dir(alpha)) or `conf/sst2.yaml` (equal sizes, each client's
-class mix from Dir(alpha · class prior)) with 100 clients, 10 of them sampled a round. The tuning budget is the same for every row: three
-learning rates a factor of about three apart, a short run of each with a seed of its own, and the one whose clients score best on their own
-held-out rows. The test is never looked at for that. What has run is kept in RESULTS/runs.jsonl and not run again; the table and the plot
-are made from that file.
+Each row is a run of `conf/banking77.yaml` (each class distributed over the clients by Dir(alpha)) or `conf/sst2.yaml` (equal sizes, each
+client's class mix from Dir(alpha · class prior)) with 100 clients, 10 of them sampled per round. The tuning budget is the same for every
+row: three learning rates a factor of about three apart, a short run of each with a separate seed, and the rate whose clients score best on
+their own held-out rows. The test set is not used for tuning. Finished runs are stored in RESULTS/runs.jsonl and not repeated; the table and
+the plot are made from that file.
 
-`--preset full` is FedPETuning's own setting (arXiv:2212.10025): RoBERTa-base, 100 rounds, one epoch, batch 32, length 128. It wants a GPU.
+`--preset full` is FedPETuning's setting (arXiv:2212.10025): RoBERTa-base, 100 rounds, one epoch, batch 32, length 128. It needs a GPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from fedtune.simulations.studies.real import hardware, mean_and_spread
 
 MOST = ("fedavg", "flora", "ffa", "fedsvd", "slora", "full", "fedpeptao")  # rows of SST-2
 TUNING_SEED = 1000
-SCALE = {"banking77": 1.0, "sst2": 1 / 3}  # of the learning rates below: two classes want smaller ones than 77
+SCALE = {"banking77": 1.0, "sst2": 1 / 3}  # factor on the learning rates below: two classes need smaller ones than 77
 COMMON = (
     "partition.clients=100",
     "clients_per_round=10",
@@ -42,7 +42,7 @@ COMMON = (
     "engine.threads=1",
 )
 SGD = ("client.optimizer=sgd", "client.clip_norm=null")
-SETTINGS: Mapping[str, tuple[Sequence[str], Sequence[float]]] = {  # row → overrides, learning rates to choose from; others as fedavg
+SETTINGS: Mapping[str, tuple[Sequence[str], Sequence[float]]] = {  # row → overrides, candidate learning rates; other rows like fedavg
     "fedavg": ((), (3e-3, 1e-2, 3e-2)),
     "full": (("strategy=fedavg", "peft=full", "model.precision=fp32"), (2e-4, 6e-4, 2e-3)),
     "fedpeptao": (
@@ -82,7 +82,7 @@ PRESETS: Mapping[str, Mapping[str, Sequence[str]]] = {
         )  # fmt: skip
     },
 }
-ROUNDS = {  # of a tuning run, of a run that counts
+ROUNDS = {  # rounds of a tuning run, of a final run
     "quick": {"banking77": (5, 25), "sst2": (5, 25)},
     "full": {"banking77": (20, 100), "sst2": (20, 100)},
 }
@@ -90,7 +90,7 @@ ROUNDS = {  # of a tuning run, of a run that counts
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run to make: which data at which skew, which method, which seed and learning rate."""
+    """One run: data, skew, method, seed and learning rate."""
 
     preset: str
     data: str
@@ -114,7 +114,7 @@ class Row:
 
 
 class Results:
-    """What has run, on disk: a line a run."""
+    """Finished runs on disk: one line per run."""
 
     def __init__(self, folder: Path, extra: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class Results:
         return next((k for k in self.known if k["row"] == asdict(row)), None)
 
     def get(self, row: Row) -> dict[str, Any]:
-        """The result of a row, run now if it has not been yet."""
+        """Return the result of a row; run it if there is none yet."""
         if (found := self.find(row)) is not None:
             return found
         started = time.perf_counter()
@@ -159,23 +159,23 @@ def rows(preset: str, data: str) -> Iterator[tuple[str, float, Sequence[int]]]:
 
 
 def tuned(results: Results, preset: str, data: str, name: str, alpha: float, *, run: bool) -> float | None:
-    """The learning rate of the best tuning run; None where one is missing and may not run now."""
+    """The learning rate of the best tuning run; None if one is missing and `run` is false."""
     rates = [lr * SCALE[data] for lr in SETTINGS.get(name, SETTINGS["fedavg"])[1]]
     tries = [Row(preset=preset, data=data, alpha=alpha, name=name, lr=lr, seed=TUNING_SEED, rounds=ROUNDS[preset][data][0]) for lr in rates]
     found = [results.get(t) if run else results.find(t) for t in tries]
     if any(f is None for f in found):
         return None
-    # by the clients' own held-out rows; the personal method has no other score, and the test stays unseen
+    # by the clients' own held-out rows: the personal method has no other score, and the test set is not used
     return max(zip(rates, found, strict=True), key=lambda pair: pair[1]["curve"][-1][3])[0]  # type: ignore[index]
 
 
 def study(results: Results, preset: str, data: str, only: Sequence[str], *, run: bool) -> list[dict[str, Any]]:
-    """The runs that count, of those that have run or may run now."""
+    """The final runs; with `run`, missing ones are run."""
     made = []
     for name, alpha, seeds in rows(preset, data):
         if only and name not in only:
             continue
-        # SST-2 is tuned at one alpha: three rates a method, as on Banking77
+        # SST-2 is tuned at one alpha: three rates per method, as on Banking77
         lr = tuned(results, preset, data, name, alpha if data == "banking77" else 1.0, run=run)
         for seed in seeds if lr is not None else ():
             row = Row(preset=preset, data=data, alpha=alpha, name=name, lr=lr, seed=seed, rounds=ROUNDS[preset][data][1])  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def study(results: Results, preset: str, data: str, only: Sequence[str], *, run:
 
 
 def table(made: Sequence[Mapping[str, Any]], alpha: float) -> str:
-    """Markdown, best accuracy first. The target of the bytes is nine tenths of FedAvg's mean accuracy."""
+    """A Markdown table, best accuracy first. The accuracy target is 90 % of FedAvg's mean accuracy."""
     mine = [m for m in made if m["row"]["alpha"] == alpha]
     base = [m["curve"][-1][2] for m in mine if m["row"]["name"] == "fedavg"]
     target = 0.9 * statistics.fmean(base) if base else None
@@ -210,17 +210,17 @@ def table(made: Sequence[Mapping[str, Any]], alpha: float) -> str:
             f"{statistics.fmean([m['seconds'] for m in runs]):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    said = f"Target: accuracy {target:.3f}, nine tenths of FedAvg's." if target is not None else ""
-    return "\n".join([*lines, "", said])
+    note = f"Target: accuracy {target:.3f}, nine tenths of FedAvg's." if target is not None else ""
+    return "\n".join([*lines, "", note])
 
 
 def reached(curve: Sequence[Sequence[float]], target: float | None) -> float | None:
-    """Bytes both ways, of the whole cohort, until the accuracy was first at the target."""
+    """Bytes in both directions, of the whole cohort, until the accuracy first reached the target."""
     return next((sent for _, sent, accuracy, *_ in curve if target is not None and accuracy >= target), None)
 
 
 def plot(made: Sequence[Mapping[str, Any]], data: str, path: Path) -> None:
-    """Accuracy over bytes, a line a method (mean over seeds), a panel an alpha."""
+    """Plot accuracy over bytes: one line per method (mean over seeds), one panel per alpha."""
     alphas = sorted({m["row"]["alpha"] for m in made})
     figure, axes = plt.subplots(1, len(alphas), figsize=(6.5 * len(alphas), 5.5), squeeze=False, sharey=True)
     for axis, alpha in zip(axes[0], alphas, strict=True):

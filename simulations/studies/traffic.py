@@ -1,11 +1,11 @@
-"""What each codec of `traffic` costs in accuracy and saves in bytes: MiniLM on Banking77 under label skew.
+"""Accuracy and bytes of each codec of `traffic`: MiniLM on Banking77 under label skew.
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.traffic --seeds 0 1 2 --out docs
 
-Each row is FedAvg in the quick setting of the study of the strategies: `conf/banking77.yaml` with 100 clients, 10 of them sampled a round,
-alpha = 0.1, and the learning rate that was chosen there for FedAvg. Only the codec differs. Bytes are Flower's, of everything that a client
-is sent and sends back in a round, headers too. What has run is kept in RESULTS/runs.jsonl and not run again; the table and the plot are
-made from that file.
+Each row is FedAvg in the quick setting of the strategies study: `conf/banking77.yaml` with 100 clients, 10 of them sampled per round,
+alpha = 0.1, and the learning rate chosen there for FedAvg. Only the codec differs. Bytes are those of Flower's messages to and from a
+client per round, including headers. Finished runs are stored in RESULTS/runs.jsonl and not repeated; the table and the plot are made from
+that file.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from fedtune.simulations.studies import strategies as study_strategies
 from fedtune.simulations.studies.real import hardware, mean_and_spread
 from fedtune.simulations.studies.strategies import Results, plot, reached
 
-WHOLE = "fp32"  # what the others are held against
-EVERY = 3  # rounds between evaluations: how fine the bytes to the target are
+WHOLE = "fp32"  # the baseline
+EVERY = 3  # rounds between evaluations: the resolution of the bytes to the target
 CODECS: Mapping[str, str] = {  # row → overrides
     WHOLE: "traffic=fp32",
     "bf16": "traffic=bf16",
@@ -54,12 +54,12 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row(study_strategies.Row):
-    """One run to make: a codec, named by `name`, and a seed."""
+    """One run: a codec, given by `name`, and a seed."""
 
     traffic: str
 
     def overrides(self) -> list[str]:
-        mine = [o for o in super().overrides() if o != f"strategy={self.name}"]  # the name is a codec's, the strategy FedAvg
+        mine = [o for o in super().overrides() if o != f"strategy={self.name}"]  # the name is a codec's; the strategy is FedAvg
         return [*mine, f"eval.every={EVERY}", *self.traffic.split()]
 
 
@@ -68,16 +68,16 @@ def row(name: str, seed: int, rounds: int, lr: float) -> Row:
 
 
 def costs(run: Path) -> tuple[float, float]:
-    """Mean MB that a client which answered sent and was sent in a round."""
+    """Mean MB per round sent and received by a client that answered."""
     turns = [r for r in read_metrics(run) if r["client"] is not None and "bytes_up" in r]
     return statistics.fmean(r["bytes_up"] for r in turns) / 1e6, statistics.fmean(r["bytes_down"] for r in turns) / 1e6
 
 
 def table(made: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, in the codecs' order. The target of the bytes is nine tenths of the mean accuracy without a codec.
+    """A Markdown table, in the codecs' order. The accuracy target is 90 % of the mean accuracy without a codec.
 
     Args:
-        made: Runs, as `Results` keeps them, each with its `up` and `down` in MB.
+        made: Runs from `Results`, each with `up` and `down` in MB.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for m in made:
@@ -101,27 +101,27 @@ def table(made: Sequence[Mapping[str, Any]]) -> str:
             f"{statistics.fmean(m['seconds'] for m in runs):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    said = f"Target: accuracy {target:.3f}, nine tenths of that without a codec; MB both ways, of all clients of a round." if target else ""
-    return "\n".join([*lines, "", said])
+    note = f"Target: accuracy {target:.3f}, nine tenths of that without a codec; MB both ways, of all clients of a round." if target else ""
+    return "\n".join([*lines, "", note])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of every codec for each (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every codec per seed (default: 0)")
     parser.add_argument("--rounds", type=int, default=25, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-2, help="the clients' peak learning rate (default: %(default)s)")
     parser.add_argument("--only", nargs="*", default=list(CODECS), choices=list(CODECS), metavar="CODEC", help="some of the rows")
-    parser.add_argument("--results", type=Path, default=Path("outputs/study-traffic"), help="where runs are kept (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("outputs/study-traffic"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run")
-    parser.add_argument("--no-run", action="store_true", help="only write the table and the plot of what has run")
-    parser.add_argument("--out", type=Path, help="folder that study-traffic.md and study-traffic.png are written to")
+    parser.add_argument("--no-run", action="store_true", help="only write the table and the plot of finished runs")
+    parser.add_argument("--out", type=Path, help="folder for study-traffic.md and study-traffic.png")
     args = parser.parse_args()
-    said = ["--seeds", *map(str, args.seeds), "--rounds", str(args.rounds), "--lr", f"{args.lr:g}"]  # what makes the figures, no folders
-    said += [*(["--only", *args.only] if args.only != list(CODECS) else []), *(["--set", *args.set] if args.set else [])]
+    flags = ["--seeds", *map(str, args.seeds), "--rounds", str(args.rounds), "--lr", f"{args.lr:g}"]  # without folders
+    flags += [*(["--only", *args.only] if args.only != list(CODECS) else []), *(["--set", *args.set] if args.set else [])]
     results = Results(args.results, args.set)
     made = []
     try:
-        for seed in args.seeds:  # a seed of every codec before the next seed of any
+        for seed in args.seeds:  # all codecs with one seed before the next seed
             for name in args.only:
                 wanted = row(name, seed, args.rounds, args.lr)
                 if (found := results.find(wanted) if args.no_run else results.get(wanted)) is not None:
@@ -131,7 +131,7 @@ def main() -> None:
         sys.exit(f"study_traffic: {bad}")
     if not made:
         sys.exit("study_traffic: nothing has run yet")
-    command = f"FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.traffic {shlex.join(said)} --out docs"
+    command = f"FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.traffic {shlex.join(flags)} --out docs"
     text = (
         f"# Traffic: accuracy against bytes\n\n```\n{command}\n```\n\n"
         f"{len(made)} runs of {args.rounds} rounds, lr {args.lr:g}; {sum(m['seconds'] for m in made):.0f} s in all; {hardware()}."

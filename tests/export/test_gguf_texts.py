@@ -145,7 +145,7 @@ def test_what_llama_cpp_makes_of_special_tokens_and_chats_is_the_same_or_told(tm
     differ = {i for i, t in enumerate(CHATS) if as_llama_cpp(own, t) != theirs(t, add_special_tokens=False).input_ids}
     assert differ == others and bool(own.differs) == bool(others)
     assert ("a second space" in own.differs) == (scheme in ("always", "first"))
-    assert ("after a special token" in own.differs) == (scheme == "first")
+    assert ("text after a special token" in own.differs) == (scheme == "first")
 
 
 @pytest.mark.parametrize("name", PIECES)

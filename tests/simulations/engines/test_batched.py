@@ -180,7 +180,7 @@ def test_a_run_of_any_method_ends_with_the_sequential_adapter(
         with caplog.at_level("INFO", "fedtune.batched"):
             path = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched=mode)))
         ends[mode] = AdapterState.load(path / "adapter" / "fedtune.safetensors")
-    assert "clients are mapped over by torch.func.vmap" in caplog.text
+    assert "clients are batched by torch.func.vmap" in caplog.text
     for mode in ("3", "auto"):
         assert max(float((ends["none"][n] - ends[mode][n]).abs().max()) for n in ends["none"].tensors) < 1e-5
 
@@ -231,7 +231,7 @@ def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.M
         monkeypatch.setattr(stacked, "_split", lambda crowd, x: split(crowd, x).roll(1, 0))
     elif broken == "scaling":
         look = batched._Stack._look
-        double = lambda self: look(self) or self.crowd.scaling.update({m: 2 * s for m, s in self.crowd.scaling.items()})  # noqa: E731
+        double = lambda self: look(self) or self.client_batch.scaling.update({m: 2 * s for m, s in self.client_batch.scaling.items()})  # noqa: E731
         monkeypatch.setattr(batched._Stack, "_look", double)
     else:  # after clipping
         update = batched._Stack._update
@@ -321,8 +321,8 @@ def test_what_cannot_train_at_once_does_so_one_by_one_and_says_why(
         first = simulate(config)
         monkeypatch.setattr(module, "way_of", lambda live, task: (module.train_together, ""))  # no way that works
         second = simulate(config)
-    assert caplog.text.count("clients train one after the other: the moon is full") == 1
-    assert "clients that could not train at once did so one after the other (" in caplog.text
+    assert caplog.text.count("clients train one at a time: the moon is full") == 1
+    assert "clients could not train at once and did so one at a time (" in caplog.text
     monkeypatch.undo()
     plain = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched="none")))
     files = [(p / "adapter" / "fedtune.safetensors").read_bytes() for p in (plain, first, second)]

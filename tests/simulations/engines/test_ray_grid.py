@@ -18,7 +18,7 @@ from fedtune.experiment import simulate
 from fedtune.rounds.membership import replies
 from fedtune.simulations.engines import ray_grid
 from fedtune.simulations.engines.ray import places
-from fedtune.simulations.engines.ray_grid import DEATHS, LARGEST, WorkerGrid
+from fedtune.simulations.engines.ray_grid import LARGEST, MAX_LOSSES, WorkerGrid
 from tests.tiny import tiny_config
 
 
@@ -120,8 +120,8 @@ def test_a_client_whose_turn_kills_its_worker_takes_nobody_with_it() -> None:
     grid, hired, _ = made(2, 6, deadly)
     got = asked(grid)
     assert [r.has_error() for r in got] == [node == 4 for node in range(1, 7)]
-    assert f"{DEATHS} workers were lost" in str(got[3].error.reason)
-    assert sum(4 in s for worker in hired for s in worker.shares) == DEATHS
+    assert f"{MAX_LOSSES} workers were lost" in str(got[3].error.reason)
+    assert sum(4 in s for worker in hired for s in worker.shares) == MAX_LOSSES
 
 
 def test_a_worker_that_raises_lives_on_and_its_clients_get_the_cause() -> None:
@@ -147,7 +147,7 @@ def test_where_no_machine_has_the_data_the_run_ends_with_the_sentence() -> None:
 def test_where_nobody_comes_for_long_the_run_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_grid, "_PATIENCE_S", 0.0)
     grid, _, _ = made(0, 2)
-    with pytest.raises(RunError, match="no Ray worker has been there for 0 s"):
+    with pytest.raises(RunError, match="there has been no Ray worker for 0 s"):
         asked(grid)
 
 

@@ -132,7 +132,7 @@ def test_what_vmap_cannot_run_says_why(tmp_path: Path) -> None:
     layer = live.backbone.model.get_submodule("model.norm")
     layer.register_forward_hook(lambda module, args, y: y if float(y.sum()) else None)  # reads a value
     way, why = way_of(live, LM)
-    assert way is None and "vmap does not run through it (RuntimeError" in why
+    assert way is None and "vmap fails on the model (RuntimeError" in why
 
 
 def test_a_backbone_with_dropout_of_its_own_is_not_mapped(tmp_path: Path) -> None:
