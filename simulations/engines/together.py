@@ -151,7 +151,7 @@ class Together:
         return train_together(self._live(todo[0]), _jobs(todo), self._host.config.task, pad_id=self._host.space.pad_id, way=way)
 
     def _live(self, first: PreparedTurn) -> LiveAdapter:
-        live = first.model.slot(first.start)
+        live = first.loaded_model.slot(first.start)
         assert isinstance(live, LiveAdapter)  # in the phase `peft`
         return live
 
