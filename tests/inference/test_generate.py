@@ -186,7 +186,7 @@ def test_export_then_generate_on_the_command_line(tmp_path: Path, capfd: pytest.
     assert out == generate_text(run / "merged", "lamp", max_new_tokens=4).strip() + "\n" and err == ""
     assert cli.main(["export", str(run)]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("fedtune: ") and err.count("\n") == 1 and "exists already" in err
+    assert out == "" and err.startswith("fedtune: ") and err.count("\n") == 1 and "already exists" in err
     assert cli.main(["export", str(run), "--out", str(tmp_path / "other")]) == 0 and (tmp_path / "other" / "config.json").is_file()
 
 
