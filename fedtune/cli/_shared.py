@@ -48,7 +48,7 @@ def check_seed(seed: int) -> None:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options as keyword arguments of `generate_text` and `talk`."""
+    """The sampling options as keyword arguments of `generate_text` and `chat`."""
     check_seed(args.seed)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kind", "kv_budget", "draft")
     return {n: getattr(args, n) for n in (*names, "speculate", "adapter")} | {"stop": tuple(args.stop)}

@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fedtune.inference.chat import talk
+    from fedtune.inference.chat import chat
 
-    failed = talk(args.model, system=args.system, **sampling(args))
+    failed = chat(args.model, system=args.system, **sampling(args))
     if failed:
         raise ConfigError(f"{failed} requests could not be answered: their output lines are empty")

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> str:
-    from fedtune.inference.generate import Stripped, generate_text
+    from fedtune.inference.generate import StrippedWriter, generate_text
 
-    generate_text(args.model, args.text, **sampling(args), write=Stripped(sys.stdout).write)
+    generate_text(args.model, args.text, **sampling(args), write=StrippedWriter(sys.stdout).write)
     return ""  # the answer has been streamed already

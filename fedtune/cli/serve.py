@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> str:
     from fedtune.inference.engine.caches.budget import parse_size
     from fedtune.inference.serve.limits import ApiKeys, Limits
-    from fedtune.inference.serve.start import named, serve
+    from fedtune.inference.serve.start import parse_adapters, serve
 
     serve(
         args.model,
@@ -47,6 +47,6 @@ def _run(args: argparse.Namespace) -> str:
         kv_budget=None if args.kv_budget is None else parse_size(args.kv_budget),
         max_concurrent=args.max_concurrent,
         queue=args.queue,
-        adapters=named(args.adapters),
+        adapters=parse_adapters(args.adapters),
     )
     return "stopped"

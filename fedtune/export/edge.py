@@ -20,7 +20,7 @@ from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.text import Text, read_text
 from fedtune.inference.quantize.heap import give_back
-from fedtune.inference.quantize.model import FOLDING, Recipe, quantize_model
+from fedtune.inference.quantize.model import FOLDING, QuantizeSettings, quantize_model
 from fedtune.inference.quantize.perplexity import Piece, answers, engine_score, windows
 from fedtune.inference.quantize.rtn import GROUP, QuantizedLinear
 from fedtune.models.tokens import load_tokenizer
@@ -65,10 +65,8 @@ def export_edge(
     source, out = Path(source), Path(out)
     check_out(out, replace)
     if not quantize and (method or calibrate):
-        raise ConfigError(
-            f"--{'method' if method else 'calibrate'} has an effect only with quantization: add --quantize int8 or int4"
-        )
-    recipe = Recipe(kind=quantize, group=GROUP if quantize == "int4" else 0, method=method or "rtn") if quantize else None  # pyright: ignore
+        raise ConfigError(f"--{'method' if method else 'calibrate'} has an effect only with quantization: add --quantize int8 or int4")
+    recipe = QuantizeSettings(kind=quantize, group=GROUP if quantize == "int4" else 0, method=method or "rtn") if quantize else None  # pyright: ignore
     if recipe and recipe.method != "rtn" and not calibrate:
         raise ConfigError(f"--method {recipe.method} needs calibration text: give --calibrate, or use rtn")
     if separate and recipe and recipe.method in FOLDING:
@@ -110,7 +108,9 @@ def write_weights(folder: Path, merged: Merged, card: dict[str, Any]) -> None:
     _finish(writer, merged, card, None)
 
 
-def _write_quantized(folder: Path, merged: Merged, recipe: Recipe, seen: Sequence[Tensor], card: dict[str, Any]) -> dict[str, Any]:
+def _write_quantized(
+    folder: Path, merged: Merged, recipe: QuantizeSettings, seen: Sequence[Tensor], card: dict[str, Any]
+) -> dict[str, Any]:
     """Write everything but the tokenizer, quantized. Returns the card's figures."""
     writer, _ = _begin(folder, merged, recipe)
     errors = dict[str, float]()
@@ -133,7 +133,7 @@ def _write_quantized(folder: Path, merged: Merged, recipe: Recipe, seen: Sequenc
             "worst": worst}  # fmt: skip
 
 
-def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe: Recipe | None) -> None:
+def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe: QuantizeSettings | None) -> None:
     for name, virtual in merged.virtual.items():
         writer.put(name, virtual)
     if merged.apart:
@@ -201,7 +201,7 @@ def describe_package(out: Path) -> str:
     return "; ".join(sentences)
 
 
-def _begin(folder: Path, merged: Merged, recipe: Recipe | None) -> tuple[PackageWriter, dict[str, StoredLinear]]:
+def _begin(folder: Path, merged: Merged, recipe: QuantizeSettings | None) -> tuple[PackageWriter, dict[str, StoredLinear]]:
     tensors = _tensors(merged, recipe)
     linears = {n.removesuffix(".weight"): _how(n, t, merged, recipe) for n, t in tensors.items() if is_linear(n)}
     specs = {n: (_plain(merged, n, recipe), t.shape) for n, t in tensors.items() if not is_linear(n)}
@@ -209,7 +209,7 @@ def _begin(folder: Path, merged: Merged, recipe: Recipe | None) -> tuple[Package
     return PackageWriter(folder, specs, linears), linears
 
 
-def _tensors(merged: Merged, recipe: Recipe | None) -> Mapping[str, MergedTensor]:
+def _tensors(merged: Merged, recipe: QuantizeSettings | None) -> Mapping[str, MergedTensor]:
     """The package's tensors. With tied embeddings, a quantized package adds a quantized copy of the table as its head: every token needs
     the whole head, but only one row of the table, which stays on disk."""
     if recipe and merged.shape.tied:
@@ -217,7 +217,7 @@ def _tensors(merged: Merged, recipe: Recipe | None) -> Mapping[str, MergedTensor
     return merged.tensors
 
 
-def _how(name: str, tensor: MergedTensor, merged: Merged, recipe: Recipe | None) -> StoredLinear:
+def _how(name: str, tensor: MergedTensor, merged: Merged, recipe: QuantizeSettings | None) -> StoredLinear:
     rows, columns = tensor.shape
     kind: Kind = "fp32" if merged_dtype(merged) == torch.float32 else "bf16"
     if recipe is None:
@@ -226,14 +226,14 @@ def _how(name: str, tensor: MergedTensor, merged: Merged, recipe: Recipe | None)
     return StoredLinear(kind=own.kind, group=own.group, shape=(rows, columns))
 
 
-def _plain(merged: Merged, name: str, recipe: Recipe | None) -> torch.dtype:
+def _plain(merged: Merged, name: str, recipe: QuantizeSettings | None) -> torch.dtype:
     """The dtype of other tensors than linear layers: norms and biases float32, embeddings bfloat16 (float32 in a float32 package)."""
     if len(merged.tensors[name].shape) != 2:
         return torch.float32
     return torch.bfloat16 if recipe else merged_dtype(merged)
 
 
-def _config(merged: Merged, recipe: Recipe | None) -> dict[str, Any]:
+def _config(merged: Merged, recipe: QuantizeSettings | None) -> dict[str, Any]:
     """The backbone's config.json, without transient entries and with the package's dtype, ties and architecture."""
     passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
     config = {k: v for k, v in merged.config.items() if k not in passing}

@@ -1,6 +1,6 @@
 """Inference on a device: the engine, quantization, chat and server.
 
-Names are imported when they are first used: `import fedtune.inference` loads no torch.
+Names are imported on first use: `import fedtune.inference` loads no torch.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""How fast a model is on this machine, and how near to what its memory can give: `fedtune bench MODEL`.
+"""Measures a model's speed on this machine, and its share of the memory-bandwidth limit: `fedtune bench MODEL`.
 
-Decoding one sequence reads every weight once a token, so memory bandwidth over bytes read is the most tokens a second that a machine can
-give; the bandwidth is measured beside the model, by summing an array that no cache holds.
+Decoding one sequence reads every weight once per token, so bandwidth divided by the bytes read is the maximum of tokens per second. The
+bandwidth is measured too, by summing an array that does not fit any cache.
 """
 
 import json
@@ -27,25 +27,25 @@ from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
 
-ARRAY = 256 << 20  # bytes summed to measure the bandwidth: more than any cache of a device that runs this
+ARRAY = 256 << 20  # bytes summed to measure the bandwidth: larger than the caches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """What was measured; lists hold one figure a repeat.
+    """The measurements; lists have one value per repeat.
 
     Attributes:
-        load_s: Seconds from the folder to a model that is ready.
-        prefill_tok_per_s: Of the prompt.
-        decode_tok_per_s: After it, one at a time.
-        first_token_ms: From the prompt's tokens to the first new one.
-        peak_mb: High-water mark of this process's resident memory, libraries too, in 10^6 bytes.
-        weights_mb: Bytes of the weights that a token reads, in 10^6.
-        bandwidth_gb_per_s: Measured, in 10^9 bytes a second.
-        limit_tok_per_s: What the bandwidth allows.
-        share_of_limit: Median decode over the limit.
-        speculation: By its way ("none" is plain decoding of the same answers): `tok_per_s`, `acceptance`, the share of the drafted tokens
-            that were kept, and `tokens_per_pass`.
+        load_s: Seconds to load the model.
+        prefill_tok_per_s: Speed of the prompt.
+        decode_tok_per_s: Speed of plain decoding.
+        first_token_ms: Time to the first new token.
+        peak_mb: Peak resident memory of this process, including libraries, in 10^6 bytes.
+        weights_mb: Weights read per token, in 10^6 bytes.
+        bandwidth_gb_per_s: Measured bandwidth, in 10^9 bytes per second.
+        limit_tok_per_s: Decoding limit by the bandwidth.
+        share_of_limit: Median decoding speed divided by the limit.
+        speculation: Per drafter ("none": plain decoding of the same answers): `tok_per_s`, `acceptance` (accepted share of draft tokens)
+            and `tokens_per_pass`.
     """
 
     model: str
@@ -82,19 +82,19 @@ def bench(
 
     Args:
         folder: An edge package or a Hugging Face folder.
-        kind: fp32, bf16, int8 or int4; None takes the model's own.
-        prompt_tokens: Of each repeat, random ones.
-        new_tokens: Greedy ones after them.
-        repeats: After one that warms up.
-        seed: Of the prompts.
-        draft: A draft model, whose speculation is measured too.
+        kind: fp32, bf16, int8 or int4; None keeps the model's format.
+        prompt_tokens: Random prompt tokens per repeat.
+        new_tokens: Greedy tokens per repeat.
+        repeats: Number of repeats, after a warm-up.
+        seed: Seed of the prompts.
+        draft: A draft model, to measure too.
         speculate: Measure prompt lookup and early exit.
-        text: File whose lines begin the answers of speculation; None takes texts that the model samples.
-        tell: Called with what is being measured.
+        text: File whose lines are the prompts for speculation; None samples prompts from the model.
+        tell: Called with the current step.
 
     Raises:
-        ConfigError: A number is out of range, or prompt and new tokens are more than the model's context.
-        ModelError: The model cannot be opened, or is not one that the engine runs.
+        ConfigError: A number is out of range, or prompt and new tokens exceed the model's context.
+        ModelError: The model cannot be loaded or is not supported.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
         require(name, value, ge=1)
@@ -104,7 +104,7 @@ def bench(
     load_s = time.perf_counter() - start
     if prompt_tokens + new_tokens > engine.shape.context:
         raise ConfigError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's context, {engine.shape.context}: take fewer"
+            f"{prompt_tokens} prompt tokens and {new_tokens} new tokens exceed the model's context of {engine.shape.context}: use fewer"
         )
     numbers = torch.Generator().manual_seed(derive_seed(seed, "bench"))
     prefill, decode, first = [], [], []
@@ -117,7 +117,7 @@ def bench(
             first.append(1000 * took)
             decode.append(new_tokens / rest)
     ways: dict[str, Drafter] = {"lookup": Lookup(), "early exit": EarlyExit()} if speculate else {}
-    memory = peak_mb()  # of the model alone
+    memory = peak_mb()  # without the draft model
     if draft:
         ways["draft"] = DraftModel(load_engine(draft, kind), engine)
     seen = speculation(engine, ways, prompts(engine, text, repeats, prompt_tokens, seed), new_tokens, tell) if ways else {}
@@ -143,7 +143,7 @@ def bench(
 
 
 def one_answer(engine: Engine, ids: torch.Tensor, new: int) -> tuple[float, float]:
-    """Seconds to the first new token, and of `new` greedy ones after it."""
+    """Seconds to the first new token, and for `new` greedy ones after it."""
     cache = engine.cache(limit=len(ids) + new)
     engine.start(cache)
     start = time.perf_counter()
@@ -155,10 +155,10 @@ def one_answer(engine: Engine, ids: torch.Tensor, new: int) -> tuple[float, floa
 
 
 def prompts(engine: Engine, text: Path | None, count: int, length: int, seed: int) -> list[list[int]]:
-    """Token rows to begin answers with: lines of the file, else what the model samples at temperature 1.
+    """Token rows of prompts: lines of the file, else samples of the model at temperature 1.
 
     Raises:
-        DataError: The file cannot be read, or has no line.
+        DataError: The file cannot be read or is empty.
     """
     if text is None:
         begin = (
@@ -174,14 +174,14 @@ def prompts(engine: Engine, text: Path | None, count: int, length: int, seed: in
     except (OSError, UnicodeDecodeError) as bad:
         raise DataError(f"cannot read {text}: {getattr(bad, 'strerror', None) or 'it is not UTF-8 text'}") from None
     if not lines:
-        raise DataError(f"{text} has no text: give a line for each prompt")
+        raise DataError(f"{text} has no text: give one line per prompt")
     return [engine.text.encode(lines[i % len(lines)])[:length] for i in range(count)]
 
 
 def speculation(
     engine: Engine, ways: Mapping[str, Drafter], rows: Sequence[list[int]], new: int, tell: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Greedy answers to the same prompts without speculation and in each way, in turn."""
+    """Measure greedy answers to the same prompts without speculation and with each drafter, in turn."""
     drafters: dict[str, Speculation | None] = {"none": None, **{way: Speculation(drafter) for way, drafter in ways.items()}}
     reports: dict[str, list[Report]] = {way: [] for way in drafters}
     for i, row in enumerate(rows, 1):
@@ -202,13 +202,13 @@ def speculation(
 
 
 def bytes_read(engine: Engine) -> int:
-    """Bytes of weights that one token reads: all but the embedding table, of which it reads a row."""
+    """Bytes of weights read per token: all but the embedding table, of which only one row is read."""
     held = parameters_held(engine.decoder)
     return held["linears"] + held["head"]
 
 
 def bandwidth(repeats: int = 5) -> float:
-    """Bytes a second at which torch's threads read memory: the best of some sums over an array that no cache holds."""
+    """Memory bandwidth of torch's threads, in bytes per second: the best of several sums over an array larger than the caches."""
     array = torch.ones(ARRAY // 4)
     seconds = []
     for _ in range(repeats + 1):
@@ -219,14 +219,14 @@ def bandwidth(repeats: int = 5) -> float:
 
 
 def peak_mb() -> float:
-    """High-water mark of this process's resident memory, in 10^6 bytes."""
-    import resource  # late: not on every system
+    """Peak resident memory of this process, in 10^6 bytes."""
+    import resource  # lazy: not on every system
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def table(speeds: Speeds) -> str:
-    """A line a figure, with the least and the greatest where it was taken several times."""
+    """A table with one line per figure; repeated figures with minimum and maximum."""
 
     def several(values: Sequence[float], unit: str) -> str:
         return f"{statistics.median(values):.1f} {unit} ({min(values):.1f}–{max(values):.1f})"
@@ -237,19 +237,19 @@ def table(speeds: Speeds) -> str:
         f"decode, {speeds.new_tokens} tokens": several(speeds.decode_tok_per_s, "tok/s"),
         "first token": several(speeds.first_token_ms, "ms"),
         "load": f"{speeds.load_s:.2f} s",
-        "peak memory": f"{speeds.peak_mb:.0f} MB, libraries too; a token reads {speeds.weights_mb:.1f} MB of weights",
+        "peak memory": f"{speeds.peak_mb:.0f} MB, including libraries; a token reads {speeds.weights_mb:.1f} MB of weights",
         "bandwidth limit": f"{speeds.limit_tok_per_s:.1f} tok/s at {speeds.bandwidth_gb_per_s:.1f} GB/s; "
         f"decode reaches {100 * speeds.share_of_limit:.0f} %",
     }
     for way, seen in speeds.speculation.items():
-        kept = f"; {100 * seen['acceptance']:.0f} % of drafted tokens kept, {seen['tokens_per_pass']:.2f} tokens a pass"
+        kept = f"; {100 * seen['acceptance']:.0f} % of draft tokens accepted, {seen['tokens_per_pass']:.2f} tokens per pass"
         rows[f"speculation, {way}"] = f"{seen['tok_per_s']:.1f} tok/s{kept if way != 'none' else ''}"
     width = max(len(name) for name in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def write(speeds: Speeds, out: Path) -> None:
-    """`bench.json` and `bench.png` in a folder."""
+    """Write `bench.json` and `bench.png` to a folder."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(asdict(speeds), indent=1) + "\n", encoding="utf-8")
     import matplotlib
@@ -268,12 +268,12 @@ def write(speeds: Speeds, out: Path) -> None:
         ]
         drawn = axis.bar(list(shown), middle, yerr=spread, capsize=4, width=0.6)
         axis.bar_label(drawn, fmt="%.0f", padding=2)
-        axis.set_ylabel("tokens a second")
+        axis.set_ylabel("tokens per second")
         axis.margins(y=0.15)
     top = max(max(v) for v in bars.values())
     if speeds.limit_tok_per_s < 4 * top:
         right.axhline(speeds.limit_tok_per_s, linestyle="--", color="0.4")
-    right.set_title(f"memory bandwidth allows {speeds.limit_tok_per_s:.0f} with one token a pass", fontsize=8)
+    right.set_title(f"memory bandwidth limit: {speeds.limit_tok_per_s:.0f} with one token per pass", fontsize=8)
     figure.suptitle(f"{Path(speeds.model).name}, {speeds.kind}, {speeds.threads} thread{'s' * (speeds.threads > 1)}", fontsize=10)
     figure.tight_layout()
     figure.savefig(out / "bench.png", dpi=110)
@@ -281,7 +281,7 @@ def write(speeds: Speeds, out: Path) -> None:
 
 
 def threads(wanted: int | None) -> None:
-    """Set torch's threads; None leaves them.
+    """Set torch's number of threads; None does not change it.
 
     Raises:
         ConfigError: Fewer than one, or more than four times the cores.

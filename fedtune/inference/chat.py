@@ -1,4 +1,4 @@
-"""Talk to a model, turn by turn; what the cache holds of the turns before is not computed again."""
+"""Chat with a model, turn by turn. The cache keeps earlier turns, so they are not computed again."""
 
 import signal
 import sys
@@ -14,20 +14,20 @@ from fedtune.inference.engine.generate import Generation, Report, Speculation
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Text
-from fedtune.inference.generate import Stripped, falls_back, open_context, open_speculation, read_card, wrap
+from fedtune.inference.generate import StrippedWriter, falls_back, open_context, open_speculation, read_card, wrap
 
-__all__ = ["ByEngine", "Talk", "talk"]
+__all__ = ["EngineWriter", "Conversation", "chat"]
 
-LENGTH = 256  # tokens of an answer where neither the caller nor the run says
+LENGTH = 256  # default length of an answer, in tokens
 
 
-class Writes(Protocol):
-    """What writes a talk's answers: `ByEngine`, or transformers one by one.
+class AnswerWriter(Protocol):
+    """Generates the answers of a conversation: `EngineWriter`, or `SequentialScheduler` with transformers.
 
     Attributes:
         text: The model's tokenizer.
-        limit: Most tokens of a prompt and its answer.
-        single: Whether each request stands alone, so that no turns stand before it.
+        limit: Maximum number of tokens of a prompt with its answer.
+        single: Whether each request is independent, without earlier turns.
     """
 
     @property
@@ -39,12 +39,12 @@ class Writes(Protocol):
     def write(self, ids: Sequence[int], sampling: Sampling, length: int) -> Generator[str, None, None]: ...
 
 
-class ByEngine:
-    """The engine, which keeps what its cache holds of the turns before.
+class EngineWriter:
+    """Answers with the engine, whose cache keeps earlier turns.
 
     Args:
-        context: Empty; its engine answers.
-        speculation: None decodes plainly.
+        context: An empty context of the engine.
+        speculation: None decodes without speculation.
 
     Attributes:
         report: Figures of the last answer.
@@ -59,14 +59,14 @@ class ByEngine:
         self.report = Report()
 
     def write(self, ids: Sequence[int], sampling: Sampling, length: int) -> Generator[str, None, None]:
-        """As `Generation`, text alone."""
+        """Generate like `Generation`; yields only text."""
         run = Generation(self._context.engine, ids, sampling, length, context=self._context, speculation=self._speculation)
         self.report = run.report
         for piece in run:
             yield piece.text
 
 
-class Talk:
+class Conversation:
     """A conversation.
 
     Turns go through the model's chat template. Where it has none, the text so far goes on: each request in the run's prompt template, where
@@ -74,30 +74,32 @@ class Talk:
 
     Args:
         writer: What answers.
-        sampling: How to draw.
-        length: Longest answer in tokens.
+        sampling: Sampling settings.
+        length: Longest answer, in tokens.
         prompt: The run's prompt template.
-        system: What the model is told first.
+        system: The system message.
 
     Attributes:
-        messages: {"role", "content"} so far.
-        forgotten: Turns that the context had no room for any more.
+        messages: The conversation so far: {"role", "content"}.
+        forgotten: Number of turns dropped because the context was full.
 
     Raises:
         ConfigError: `system` without a chat template.
     """
 
-    def __init__(self, writer: Writes, sampling: Sampling, length: int, *, prompt: str | None = None, system: str | None = None) -> None:
+    def __init__(
+        self, writer: AnswerWriter, sampling: Sampling, length: int, *, prompt: str | None = None, system: str | None = None
+    ) -> None:
         self._writer, self._sampling, self._length = writer, sampling, length
         self._prompt, self._text = prompt, writer.text
         if system is not None and self._text.template is None:
-            raise ConfigError("the model has no chat template, so there is no place for a system message: leave it out")
+            raise ConfigError("the model has no chat template, so it takes no system message: leave it out")
         self._system = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[dict[str, str]] = []
         self.forgotten = 0
 
     def answer(self, request: str) -> Generator[str, None, None]:
-        """The answer, piece by piece; stop whenever: what has come so far is what was said.
+        """Yield the answer piece by piece. If the caller stops early, the pieces so far are the answer.
 
         Raises:
             ConfigError: The request does not fit into the context.
@@ -112,24 +114,24 @@ class Talk:
                 break
             self.messages = self.messages[2:]
             self.forgotten += 1
-        said: list[str] = []
+        parts: list[str] = []
         with closing(self._writer.write(ids, self._sampling, max(1, min(self._length, room)))) as pieces:
             try:
                 for text in pieces:
-                    said.append(text)
+                    parts.append(text)
                     yield text
             finally:
-                if said:  # else it was refused
-                    self.messages += [asked, {"role": "assistant", "content": "".join(said)}]
+                if parts:  # else the request was refused
+                    self.messages += [asked, {"role": "assistant", "content": "".join(parts)}]
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if self._text.template is not None:
             return self._text.encode(self._text.chat([*self._system, *messages]), begin=False)
         turns = zip(messages[::2], [*(m["content"] for m in messages[1::2]), ""], strict=True)
-        return self._text.encode("\n".join(wrap(asked["content"], self._prompt) + said for asked, said in turns))
+        return self._text.encode("\n".join(wrap(asked["content"], self._prompt) + answer for asked, answer in turns))
 
 
-def talk(
+def chat(
     folder: Path,
     *,
     system: str | None = None,
@@ -145,14 +147,14 @@ def talk(
 ) -> int:
     """Answer each line of `read` (stdin) on `write` (stdout) until it ends; other arguments as in `generate_text`.
 
-    A terminal gets a prompt, on stderr. Ctrl-C ends an answer, and does nothing between answers. A request that cannot be answered is told
-    on stderr, and the talk goes on; in a pipe, it and an empty line have an empty line for an answer.
+    On a terminal, a prompt is printed to stderr. Ctrl-C stops an answer, and does nothing between answers. A failed request is reported on
+    stderr and the chat continues; in a pipe, a failed request or an empty line is answered by an empty line.
 
     Returns:
-        How many requests of a pipe could not be answered.
+        Number of failed requests of a pipe.
 
     Raises:
-        ConfigError: An option is out of range, or none of those that transformers has where it runs the model.
+        ConfigError: An option is out of range, or is not available with transformers.
         ModelError: The folder cannot be loaded.
     """
     source, out, folder = read or sys.stdin, write or sys.stdout, Path(folder)
@@ -161,17 +163,17 @@ def talk(
     require("max_new_tokens", length, ge=1)
     chosen = Sampling(**sampling)
     guesses = None if speculate in ("auto", "none") else speculate
-    writer: Writes
+    writer: AnswerWriter
     if falls_back(folder, card, kind=kind, kv_budget=kv_budget, draft=draft, adapter=adapter, speculate=guesses):
         from fedtune.inference.generate_transformers import load_model  # late: it loads transformers
-        from fedtune.inference.one_by_one import OneByOne
+        from fedtune.inference.one_by_one import SequentialScheduler
 
-        writer = OneByOne(load_model(folder, card))
+        writer = SequentialScheduler(load_model(folder, card))
     else:
         engine = load_engine(folder, kind)
         context = open_context(engine, kv_budget, adapter)
-        writer = ByEngine(context, open_speculation(engine, speculate, draft))
-    conversation = Talk(writer, chosen, length, prompt=card.get("prompt"), system=system)
+        writer = EngineWriter(context, open_speculation(engine, speculate, draft))
+    conversation = Conversation(writer, chosen, length, prompt=card.get("prompt"), system=system)
     failed, terminal = 0, source.isatty()
     for line in _lines(source):
         if not line:
@@ -180,7 +182,7 @@ def talk(
         forgotten = conversation.forgotten
         try:
             with _interruptible() as interrupted:
-                stripped = Stripped(out)
+                stripped = StrippedWriter(out)
                 with closing(conversation.answer(line)) as answer:
                     for text in answer:
                         stripped.write(text)
@@ -194,12 +196,12 @@ def talk(
             continue
         print(file=out, flush=True)
         if conversation.forgotten > forgotten:
-            print(f"fedtune: the context is full: {conversation.forgotten} of the first turns are forgotten", file=sys.stderr)
+            print(f"fedtune: the context is full: the first {conversation.forgotten} turns are dropped", file=sys.stderr)
     return failed
 
 
 def _lines(read: IO[str]) -> Iterator[str]:
-    """Requests, a terminal's without empty ones; it is prompted, and Ctrl-C there begins the line again."""
+    """Yield requests. A terminal is prompted, its empty lines are skipped, and Ctrl-C restarts the line."""
     terminal = read.isatty()
     while True:
         if terminal:
@@ -209,7 +211,7 @@ def _lines(read: IO[str]) -> Iterator[str]:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            print("\nfedtune: Ctrl-D ends the talk", file=sys.stderr)
+            print("\nfedtune: Ctrl-D ends the chat", file=sys.stderr)
             continue
         if not line:
             return
@@ -219,9 +221,9 @@ def _lines(read: IO[str]) -> Iterator[str]:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """A list that is not empty any more once Ctrl-C was pressed.
+    """Yield a list that is no longer empty once Ctrl-C was pressed.
 
-    The handler only takes note, so that no pass of the model is cut off in the middle and the cache stays sound.
+    The handler only appends to it, so that no forward pass is interrupted and the cache stays consistent.
     """
     noted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))

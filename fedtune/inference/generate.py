@@ -1,4 +1,4 @@
-"""Answer from a model: by fedtune's engine where it runs the architecture, else by transformers."""
+"""Generates text with fedtune's engine if it supports the architecture, else with transformers."""
 
 import importlib.util
 import sys
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
 __all__ = [
-    "Stripped", "check_folder", "engine_cannot", "falls_back", "generate_text", "open_context", "open_speculation", "read_card", "wrap",
+    "StrippedWriter", "check_folder", "falls_back", "generate_text", "open_context", "open_speculation", "read_card", "why_not_engine",
+    "wrap",
 ]  # fmt: skip
 
-LENGTH = 64  # tokens of an answer where neither the caller nor the run says
+LENGTH = 64  # default length of an answer, in tokens
 
 
 def generate_text(
@@ -56,21 +57,21 @@ def generate_text(
     """The model's continuation of the prompt, without the prompt.
 
     Args:
-        folder: An edge package or a Hugging Face folder; one that fedtune exported wraps a bare request in the run's prompt template.
-        prompt: The request, or the whole prompt.
-        max_new_tokens: Longest answer; None takes the run's own, or 64.
+        folder: An edge package or a Hugging Face folder; an export of fedtune wraps the request in the run's prompt template.
+        prompt: The request, or the complete prompt if the folder has no template.
+        max_new_tokens: Longest answer; None uses the run's setting, or 64.
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop: As in `Sampling`; temperature 0 is greedy.
-        write: Told the text piece by piece as it comes.
+        write: Called with each piece of text as it is generated.
 
     Other arguments:
-        kind: Keep weights as fp32, bf16, int8 or int4; None as they are stored.
-        kv_budget: Most memory of keys and values, such as "64MB".
+        kind: Weight format in memory: fp32, bf16, int8 or int4; None keeps the stored one.
+        kv_budget: Memory limit of the KV cache, such as "64MB".
         speculate: auto, none, lookup, early-exit or draft (see `open_speculation`).
         draft: Folder of a draft model.
-        adapter: A LoRA adapter that stays apart: the name of the package's, or a folder.
+        adapter: A separate LoRA adapter: the name of one in the package, or a folder.
 
     Raises:
-        ConfigError: A number is out of range, or the prompt leaves no room in the model's context.
+        ConfigError: A number is out of range, or the prompt fills the model's context.
         ModelError: The folder cannot be loaded, or holds a classifier.
     """
     folder = Path(folder)
@@ -84,10 +85,10 @@ def generate_text(
         raise ConfigError("the request is empty: give some text")
     guesses = None if speculate in ("auto", "none") else speculate
     if falls_back(folder, card, kind=kind, kv_budget=kv_budget, draft=draft, adapter=adapter, speculate=guesses):
-        from fedtune.inference.generate_transformers import load_model  # late: it loads transformers
-        from fedtune.inference.one_by_one import OneByOne
+        from fedtune.inference.generate_transformers import load_model  # lazy: it imports transformers
+        from fedtune.inference.one_by_one import SequentialScheduler
 
-        one = OneByOne(load_model(folder, card), unstated=sys.maxsize)
+        one = SequentialScheduler(load_model(folder, card), unstated=sys.maxsize)
         texts: Generator[str, None, None] = one.write(one.text.encode(wrap(prompt, card.get("prompt"))), sampling, length)
     else:
         engine = load_engine(folder, kind)
@@ -96,11 +97,11 @@ def generate_text(
         chosen: list[str] = []
         context = open_context(engine, kv_budget, adapter, tokens=len(ids) + length, tell=chosen.append)
         answer = Generation(engine, ids, sampling, length, context=context, speculation=speculation)
-        for sentence in chosen:  # not before it is sure that there will be an answer
+        for sentence in chosen:  # after all checks have passed
             _tell(sentence)
         texts = (piece.text for piece in answer)
     pieces: list[str] = []
-    with closing(texts):  # what writes must end with what reads
+    with closing(texts):  # stop the generator if the consumer stops
         for text in texts:
             pieces.append(text)
             if write:
@@ -109,59 +110,59 @@ def generate_text(
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ModelError where there is no such folder."""
+    """Raise ModelError if the folder does not exist."""
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}: give a model that `fedtune export` wrote")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """fedtune.json of a folder that can answer, {} where there is none.
+    """Read fedtune.json of a generative model's folder; {} if there is none.
 
     Raises:
-        ModelError: There is no such folder, it is a run or a classifier, or the card is damaged.
+        ModelError: The folder does not exist, is a run or a classifier, or its card is damaged.
     """
     check_folder(folder)
     if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
-        raise ModelError(f"{folder} is a run directory: write its model with `fedtune export {folder}` and give that folder")
+        raise ModelError(f"{folder} is a run directory: export its model with `fedtune export {folder}` and give that folder")
     card = _card(folder)
     classifies = any("Classification" in a for a in read_config(folder).get("architectures") or [])
     name = card.get("task")
     if classifies and (name is None or find(name).gives_text):
         name = adapter_tasks()["SEQ_CLS"]
     if name is not None and not (kind := find(name)).gives_text:
-        raise ModelError(f"{folder} is {kind.noun}: it gives {kind.gives}, no text")
+        raise ModelError(f"{folder} is {kind.noun}: it outputs {kind.gives}, not text")
     return card
 
 
 def falls_back(folder: Path, card: dict[str, Any], **options: object) -> bool:
-    """Whether transformers runs a folder, since the engine does not; that and why is told on stderr.
+    """Whether transformers must run the model because the engine does not support it; prints the reason on stderr.
 
     Args:
-        folder: Of the model.
-        card: What `read_card` gives.
-        options: Of the command, by name, which only the engine has; None where they are not given.
+        folder: The model's folder.
+        card: Result of `read_card`.
+        options: Options that only the engine has, by name; None if not given.
 
     Raises:
-        ConfigError: One of them is given, and transformers runs the folder.
+        ConfigError: Such an option is given, but transformers must run the model.
         ModelError: transformers is not installed.
     """
-    why = engine_cannot(folder, card)
+    why = why_not_engine(folder, card)
     if not why:
         return False
     if asked := [name for name, value in options.items() if value is not None]:
-        raise ConfigError(f"{folder} is run by transformers, which knows no --{asked[0].replace('_', '-')}: leave it out ({why})")
+        raise ConfigError(f"{folder} runs on transformers, which has no --{asked[0].replace('_', '-')}: leave it out ({why})")
     if importlib.util.find_spec("transformers") is None:
         raise ModelError(f"{folder} needs transformers, which is not installed ({why}): pip install 'fedtune[train]'")
     _tell(f"transformers runs this model: {why}")
     return True
 
 
-def engine_cannot(folder: Path, card: dict[str, Any]) -> str:
-    """Why the engine does not run a folder; "" where it does."""
+def why_not_engine(folder: Path, card: dict[str, Any]) -> str:
+    """Why the engine does not support a model; "" if it does."""
     if is_package(folder):
         return ""
     if "peft" in card:
-        return f"its adapter ({card['peft'].get('method')}) lies beside the weights"
+        return f"its adapter ({card['peft'].get('method')}) is not merged"
     if not (folder / "tokenizer.json").is_file():
         return "it has no tokenizer.json"
     try:
@@ -184,20 +185,20 @@ def open_context(
     tokens: int | None = None,
     tell: Callable[[str], object] = _tell,
 ) -> Context:
-    """An empty context of at most `tokens` tokens (None: the model's), whose cache is the best that the budget allows.
+    """Open an empty context of at most `tokens` tokens (None: the model's limit), with the best cache that the budget allows.
 
-    What the budget chose is told: on stderr, where nothing else is wanted.
+    `tell` is called with a sentence on the chosen cache.
 
     Raises:
-        ConfigError: The budget is no size, or too small.
-        ModelError: There is no such adapter.
+        ConfigError: The budget is not a size, or is too small.
+        ModelError: The adapter does not exist.
     """
     if adapter is not None and adapter not in engine.adapters:
-        from fedtune.inference.serve.adapters import add_adapter  # late: few need it
+        from fedtune.inference.serve.adapters import add_adapter  # lazy: rarely needed
 
         if not Path(adapter).is_dir():
             known = ", ".join(engine.adapters) or "none"
-            raise ModelError(f"{engine.folder} holds no adapter '{adapter}' (it has: {known}), and there is no folder of that name")
+            raise ModelError(f"{engine.folder} has no adapter '{adapter}' (it has: {known}), and there is no folder of that name")
         add_adapter(engine, adapter, Path(adapter))
     if kv_budget is None:
         return Context(engine, adapter=adapter)
@@ -208,23 +209,23 @@ def open_context(
 
 
 def open_speculation(engine: "Engine", speculate: str, draft: Path | None) -> Speculation | None:
-    """How to guess tokens: auto takes the draft model where one is given, else prompt lookup; either only while it pays.
+    """Choose how tokens are drafted. `auto` uses the draft model if given, else prompt lookup. All ways pause while they do not pay off.
 
     Raises:
-        ConfigError: draft without a draft model, or a draft model with something else.
-        ModelError: The draft model cannot be loaded, or has another tokenizer.
+        ConfigError: `speculate` is draft without a draft model, or another value with one.
+        ModelError: The draft model cannot be loaded, or has a different tokenizer.
     """
     from fedtune.inference.engine.speculate.draft import DraftModel
     from fedtune.inference.engine.speculate.early_exit import EarlyExit
     from fedtune.inference.engine.speculate.lookup import Lookup
 
     if draft is not None and speculate not in ("auto", "draft"):
-        raise ConfigError(f"--draft {draft} is not used by --speculate {speculate}: leave one out")
+        raise ConfigError(f"--draft {draft} has no effect with --speculate {speculate}: leave one out")
     if draft is not None:
         check_folder(draft)
         return Speculation(DraftModel(load_engine(draft), engine))
     if speculate == "draft":
-        raise ConfigError("--speculate draft needs a draft model: name its folder with --draft (`fedtune draft` makes one)")
+        raise ConfigError("--speculate draft needs a draft model: give its folder with --draft (`fedtune draft` makes one)")
     makes = {"auto": Lookup, "lookup": Lookup, "early-exit": EarlyExit, "none": None}
     if speculate not in makes:
         raise ConfigError(f"speculate={speculate} is unknown: choose auto, none, lookup, early-exit or draft")
@@ -232,8 +233,8 @@ def open_speculation(engine: "Engine", speculate: str, draft: Path | None) -> Sp
     return Speculation(make()) if make else None
 
 
-class Stripped:
-    """Writes text as it comes, without the white space around it all."""
+class StrippedWriter:
+    """Writes text as it comes, without leading and trailing whitespace."""
 
     def __init__(self, to: IO[str]) -> None:
         self._to = to
@@ -241,7 +242,7 @@ class Stripped:
         self._begun = False
 
     def write(self, text: str) -> None:
-        """White space waits for what follows it."""
+        """Write text, but hold trailing whitespace back until more text follows."""
         text = self._held + text
         text = text if self._begun else text.lstrip()
         shown = text.rstrip()

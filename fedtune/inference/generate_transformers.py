@@ -1,4 +1,4 @@
-"""Models that transformers runs: architectures that the engine does not know, and adapters that lie beside their model."""
+"""Models that run on transformers: architectures that the engine does not support, and unmerged adapters."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ __all__ = ["HubModel", "HubText", "load_model"]
 
 @dataclass(frozen=True, kw_only=True)
 class HubModel:
-    """A model that `transformers.generate` runs.
+    """A model with transformers' `generate`.
 
     Args:
-        model: Of transformers, or of PEFT around one.
+        model: A transformers model, or a PEFT model around one.
         text: Its tokenizer.
         vocabulary: V, the width of its logits.
-        context: Most tokens of a prompt and its answer, beside the adapter's virtual ones; None where config.json names no most.
-        seq2seq: Whether an encoder reads the prompt, so that the answer is a text of its own.
+        context: Maximum number of tokens of a prompt with its answer, without virtual tokens; None if config.json has no limit.
+        seq2seq: Whether an encoder reads the prompt, so that the answer is a separate text.
     """
 
     model: Any
@@ -44,9 +44,9 @@ class HubModel:
         """Run `model.generate` on a prompt.
 
         Args:
-            ids: Of the whole prompt.
-            most: Longest answer in tokens.
-            choose: Told the logits (V,) of each position, float32 on the CPU; says which token comes there, or None to end.
+            ids: Token ids of the prompt.
+            most: Longest answer, in tokens.
+            choose: Logits (V,) of a position, float32 on the CPU → its token, or None to end.
         """
         inputs = torch.tensor([list(ids)], device=self.model.device)
         chosen: list[int | None] = []
@@ -70,15 +70,17 @@ class HubModel:
 
 
 class HubText(Text):
-    """A tokenizer of transformers, which need not come from a tokenizer.json: as in training, and ended for an encoder.
+    """A transformers tokenizer, with or without tokenizer.json. It encodes as in training; prompts for an encoder end with the end token.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A transformers tokenizer.
         ends: Tokens that end an answer.
         closes: Whether a prompt ends with the end token.
     """
 
-    def __init__(self, tokenizer: Any, ends: frozenset[int], *, closes: bool) -> None:  # Text's own wants the tokenizers library's
+    def __init__(
+        self, tokenizer: Any, ends: frozenset[int], *, closes: bool
+    ) -> None:  # Text.__init__ needs a tokenizer of the tokenizers library
         self.tokenizer = tokenizer
         self.ends = ends
         found = tokenizer.chat_template

@@ -1,7 +1,7 @@
-"""The scheduler of models that transformers runs: requests one after the other, each by `model.generate`.
+"""The scheduler for models that run on transformers: one request at a time, each by `model.generate`.
 
-There is no cache here that several requests could share, nor one pass for all of them; everything else is the engine's `Scheduler`: what is
-drawn and how, streaming, stop strings, deadlines, cancelling, the queue and the stop.
+Requests share neither a cache nor a forward pass. All else is the engine's `Scheduler`: sampling, streaming, stop strings, deadlines,
+canceling, the queue and the shutdown.
 """
 
 import threading
@@ -20,44 +20,44 @@ from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.generate_transformers import HubModel
 from fedtune.models.checkpoint import first_line
 
-CONTEXT = 2048  # bounds the memory that a request of strangers may take
+CONTEXT = 2048  # bounds the memory of an untrusted request
 
 
-class OneByOne(Scheduler):
-    """Answers requests one after the other; `step` is one whole answer.
+class SequentialScheduler(Scheduler):
+    """Answers requests one at a time; `step` generates one complete answer.
 
     Args:
-        model: Loaded.
-        max_waiting: Requests that may wait while one is answered.
-        unstated: Most tokens of a prompt and its answer where the model names no most.
+        model: A loaded model.
+        max_waiting: Maximum number of waiting requests.
+        unstated: Token limit of a prompt with its answer if the model's config has none.
 
     Attributes:
-        passes: Tokens so far.
-        single: Whether each request stands alone, so that no turns of a talk stand before it.
+        passes: Number of tokens generated so far.
+        single: Whether each request is independent, without earlier turns of a conversation.
     """
 
     def __init__(self, model: HubModel, *, max_waiting: int = 0, unstated: int = CONTEXT) -> None:
-        places: Any = _Places(unstated if model.context is None else model.context)
-        unused: Any = None  # the model goes by itself
+        places: Any = _NoCaches(unstated if model.context is None else model.context)
+        unused: Any = None  # transformers runs the model
         super().__init__(unused, model.text, places, model.vocabulary, max_running=1, max_waiting=max_waiting)
         self.text, self.single = model.text, model.seq2seq
         self._model = model
 
     def submit(self, job: Job) -> None:
-        """As `Scheduler.submit`."""
+        """Submit a request, like `Scheduler.submit`."""
         if self._model.seq2seq:
-            job.joins = False  # the prompt is another text
+            job.joins = False  # the answer does not continue the prompt
         super().submit(job)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One answer; False where nobody waits."""
+        """Generate one answer. Returns False if no request waits."""
         self._forget()
         self._admit()
         if not self._running:
             return False
         sequence = self._running[0]
-        if self._model.seq2seq:  # as in transformers, what the encoder has read is no repetition
+        if self._model.seq2seq:  # as in transformers, the repetition penalty ignores the encoder's input
             sequence.sampler = Sampler(sequence.job.sampling, [], self._vocabulary)
 
         def choose(logits: Tensor) -> int | None:
@@ -70,37 +70,37 @@ class OneByOne(Scheduler):
 
         self._model.write(sequence.job.ids, sequence.job.max_new_tokens, choose)
         if sequence in self._running and not self._closed:
-            raise RuntimeError("transformers ended an answer that was not at its end")
+            raise RuntimeError("transformers ended an answer too early")
         return True
 
     def write(self, ids: Sequence[int], sampling: Sampling, length: int) -> Generator[str, None, None]:
-        """One answer, piece by piece; stop whenever.
+        """Yield one answer piece by piece; the caller may stop early.
 
         Raises:
             ConfigError: The answer does not fit into the model's context.
-            ModelError: transformers fails on the model.
+            ModelError: transformers failed.
         """
         if len(ids) + length > self.limit:
             raise ConfigError(
-                f"the prompt's {len(ids)} tokens and {length} new ones are more than the model's context, {self.limit}: shorten one"
+                f"the prompt's {len(ids)} tokens and {length} new tokens exceed the model's context of {self.limit}: shorten one"
             )
-        heard: SimpleQueue[Output | Exception] = SimpleQueue()
-        job = Job(ids=ids, sampling=sampling, max_new_tokens=length, deliver=heard.put)
+        outputs: SimpleQueue[Output | Exception] = SimpleQueue()
+        job = Job(ids=ids, sampling=sampling, max_new_tokens=length, deliver=outputs.put)
         self.submit(job)
 
         def work() -> None:
             try:
                 self.step()
             except Exception as bad:
-                heard.put(bad)
+                outputs.put(bad)
 
         worker = threading.Thread(target=work, name="transformers", daemon=True)
         worker.start()
         try:
             while True:
-                out = heard.get()
+                out = outputs.get()
                 if isinstance(out, Exception):
-                    raise ModelError(f"transformers fails on this model: {first_line(out)}") from out
+                    raise ModelError(f"transformers failed on this model: {first_line(out)}") from out
                 yield out.text
                 if out.end:
                     return
@@ -110,8 +110,8 @@ class OneByOne(Scheduler):
             self._forget()
 
 
-class _Places:
-    """Stands for the caches, which are transformers' own affair."""
+class _NoCaches:
+    """A placeholder for the caches, which transformers manages itself."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -120,4 +120,4 @@ class _Places:
         return SimpleNamespace(length=0)
 
     def close(self, cache: Any, ids: Sequence[int], adapter: str | None) -> None:
-        """Nothing to give back."""
+        """Do nothing."""

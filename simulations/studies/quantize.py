@@ -1,11 +1,10 @@
-"""What quantizing costs on real text: two pretrained checkpoints, each number format and each method of rounding.
+"""The error of quantization on real text: two pretrained checkpoints, each number format and each rounding method.
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.quantize --out docs
 
-Every row is an edge package that is written, opened by the engine and run in its own arithmetic. Calibration text and held-out text are
+Every row is an edge package that is written, loaded by the engine and run in its own arithmetic. Calibration text and held-out text are
 different parts of the same text. KL is the mean over held-out tokens of KL(p ‖ q) between the float32 model's next-token distribution and
-the row's: it cannot fall below 0 by luck, as perplexity can fall below the float32 model's where the text is not what the model was trained
-on.
+the row's: it is never negative, while perplexity can fall by chance below the float32 model's on text unlike the model's training data.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.package import StoredLinear
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.shape import read_shape
-from fedtune.inference.quantize.model import Recipe, quantize_model
+from fedtune.inference.quantize.model import QuantizeSettings, quantize_model
 from fedtune.inference.quantize.perplexity import of_engine, windows
 from fedtune.inference.quantize.rtn import QuantizedLinear
 from fedtune.simulations.studies.real import hardware
@@ -37,23 +36,23 @@ MODELS = ("stories260k", "babyllama_tok105")
 TEXTS = {"wikitext-2": "lm/wikitext-2/valid.txt", "Shakespeare": "fed/tinyshakespeare/input.txt"}
 WHOLE = "fp32"
 FLOATS = (WHOLE, "bf16")
-ROWS: Mapping[str, Recipe] = {
-    "int8, activations too (a8w8), RTN": Recipe(kind="int8", group=0),
-    "int8, activations too, SmoothQuant": Recipe(kind="int8", group=0, method="smoothquant"),
-    "int8, activations too, GPTQ": Recipe(kind="int8", group=0, method="gptq"),
-    "int4 in groups of 32, RTN": Recipe(),
-    "int4 in groups of 32, AWQ": Recipe(method="awq"),
-    "int4 in groups of 32, GPTQ": Recipe(method="gptq"),
-    "int4 in groups of 128, RTN": Recipe(group=128),
-    "int4 in groups of 128, AWQ": Recipe(group=128, method="awq"),
-    "int4 in groups of 128, GPTQ": Recipe(group=128, method="gptq"),
+ROWS: Mapping[str, QuantizeSettings] = {
+    "int8, activations too (a8w8), RTN": QuantizeSettings(kind="int8", group=0),
+    "int8, activations too, SmoothQuant": QuantizeSettings(kind="int8", group=0, method="smoothquant"),
+    "int8, activations too, GPTQ": QuantizeSettings(kind="int8", group=0, method="gptq"),
+    "int4 in groups of 32, RTN": QuantizeSettings(),
+    "int4 in groups of 32, AWQ": QuantizeSettings(method="awq"),
+    "int4 in groups of 32, GPTQ": QuantizeSettings(method="gptq"),
+    "int4 in groups of 128, RTN": QuantizeSettings(group=128),
+    "int4 in groups of 128, AWQ": QuantizeSettings(group=128, method="awq"),
+    "int4 in groups of 128, GPTQ": QuantizeSettings(group=128, method="gptq"),
 }
 WINDOW, SEQUENCES = 256, 32
 COLUMNS = ("weights", "bits a weight", "perplexity", "KL, 1e-3 nats")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Measurement:
     """One measurement: `nats` and `kl` are means over the held-out tokens."""
 
     nats: float
@@ -61,8 +60,8 @@ class Found:
     bits: float
 
 
-def write_package(folder: Path, model: Path, recipe: Recipe, text: Sequence[Tensor]) -> float:
-    """Quantize a Hugging Face folder into an edge package; returns bits a weight of its quantized linears."""
+def write_package(folder: Path, model: Path, recipe: QuantizeSettings, text: Sequence[Tensor]) -> float:
+    """Quantize a Hugging Face folder to an edge package. Returns the bits per weight of its quantized linears."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     shape, stored = read_shape(config), load_file(model / "model.safetensors")
     made = dict(quantize_model(shape, lambda name, first, last: stored[name][first:last], recipe, text))
@@ -81,19 +80,19 @@ def write_package(folder: Path, model: Path, recipe: Recipe, text: Sequence[Tens
 
 
 def logs(engine: Engine, held: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities [n, V] and the tokens [n] that came, in the windows of `perplexity`."""
+    """Yield log-probabilities [n, V] and the actual tokens [n], in the windows of `perplexity`."""
     model = of_engine(engine)
     for piece, new in windows(held, WINDOW):
         yield model(piece)[-new - 1 : -1].log_softmax(1), piece[-new:]
 
 
-def measure(engine: Engine, held: Tensor, reference: Sequence[Tensor], bits: float) -> Found:
+def measure(engine: Engine, held: Tensor, reference: Sequence[Tensor], bits: float) -> Measurement:
     nats = kl = 0.0
     with torch.inference_mode():
         for (own, wanted), whole in zip(logs(engine, held), reference, strict=True):
             nats -= float(own.gather(1, wanted[:, None]).sum())
             kl += float((whole.exp() * (whole - own)).sum())
-    return Found(nats=nats / (len(held) - 1), kl=kl / (len(held) - 1), bits=bits)
+    return Measurement(nats=nats / (len(held) - 1), kl=kl / (len(held) - 1), bits=bits)
 
 
 def cut(model: Path, text: Path, seed: int, tokens: int) -> tuple[Engine, Calibration]:
@@ -102,8 +101,10 @@ def cut(model: Path, text: Path, seed: int, tokens: int) -> tuple[Engine, Calibr
     return engine, make_calibration(texts, engine.text.encode, length=WINDOW, count=SEQUENCES, held=tokens, seed=seed)
 
 
-def study(model: Path, text: Path, seeds: Sequence[int], tokens: int, rows: Mapping[str, Recipe] = ROWS) -> dict[str, list[Found]]:
-    """Row → a measurement for each seed of the calibration's draw; one where nothing hangs on it."""
+def study(
+    model: Path, text: Path, seeds: Sequence[int], tokens: int, rows: Mapping[str, QuantizeSettings] = ROWS
+) -> dict[str, list[Measurement]]:
+    """Return row → one measurement per calibration seed; only one if the method needs no calibration."""
     engine, first = cut(model, text, seeds[0], tokens)
     reference = [own for own, _ in logs(engine, first.held)]
     out = {kind: [measure(load_engine(model, kind), first.held, reference, 32 if kind == WHOLE else 16)] for kind in FLOATS}
@@ -117,8 +118,8 @@ def study(model: Path, text: Path, seeds: Sequence[int], tokens: int, rows: Mapp
     return out
 
 
-def table(found: Mapping[str, Sequence[Found]]) -> str:
-    """Markdown, a line a row: means over the seeds, ± their standard deviation where there are several."""
+def table(found: Mapping[str, Sequence[Measurement]]) -> str:
+    """A Markdown table: means over the seeds, ± standard deviation if there are several."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for name, several in found.items():
         perplexities = [float(torch.tensor(f.nats).exp()) for f in several]
@@ -134,9 +135,9 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="draws of calibration text (default: 0 1)")
-    parser.add_argument("--tokens", type=int, default=8192, help="most held-out tokens (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder that study-quantize.md is written to")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the calibration text (default: 0 1)")
+    parser.add_argument("--tokens", type=int, default=8192, help="maximum number of held-out tokens (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for study-quantize.md")
     args = parser.parse_args()
     data = Path(os.environ.get("FEDTUNE_DATA", "data"))
     parts = []

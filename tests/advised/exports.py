@@ -263,11 +263,11 @@ def models(place: Place) -> dict[str, str]:
     return {"model": str(llama), "draft": str(llama), "gpt2": str(run_of(place, CAUSAL, "gpt2").parent / "m")}
 
 
-command("is not used by --speculate {}: leave one out", ASK + "--draft {draft} --speculate lookup", ready=models)
-command("is run by transformers, which knows no --{}: leave it out", ASK.replace("{model}", "{gpt2}") + "--kind int8", ready=models)
+command("has no effect with --speculate {}: leave one out", ASK + "--draft {draft} --speculate lookup", ready=models)
+command("runs on transformers, which has no --{}: leave it out", ASK.replace("{model}", "{gpt2}") + "--kind int8", ready=models)
 
 
-@follows("--speculate draft needs a draft model: name its folder with --draft (`fedtune draft` makes one)", slow=True)
+@follows("--speculate draft needs a draft model: give its folder with --draft (`fedtune draft` makes one)", slow=True)
 def _(place: Place) -> Iterator[str]:
     model = models(place)["model"]
     argv = ["fedtune", "generate", model, "turn on", "--max-new-tokens", "2", "--speculate", "draft"]
@@ -297,7 +297,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--max-new-tokens", "2")
 
 
-@follows("{} is a run directory: write its model with `fedtune export {}` and give that folder")
+@follows("{} is a run directory: export its model with `fedtune export {}` and give that folder")
 def _(place: Place) -> Iterator[str]:
     run = Path(shutil.copytree(run_of(place), place.folder / "run"))
     said = place.run("fedtune", "generate", run, "turn on")

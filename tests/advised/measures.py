@@ -11,14 +11,14 @@ def model_of(place: Place) -> str:
     return str(place.keep("served", lambda path: tiny_model(path, context=128)))
 
 
-@follows("prompt tokens and {} new ones are more than the model's context, {}: take fewer", slow=True)
+@follows("prompt tokens and {} new tokens exceed the model's context of {}: use fewer", slow=True)
 def _(place: Place) -> Iterator[str]:
     bench = ["fedtune", "bench", model_of(place), "--repeats", "1", "--threads", "1", "--new-tokens"]
     yield place.run(*bench, "100", "--prompt-tokens", "100")
     yield place.run(*bench, "4", "--prompt-tokens", "100")
 
 
-@follows("{} has no text: give a line for each prompt", slow=True)
+@follows("{} has no text: give one line per prompt", slow=True)
 def _(place: Place) -> Iterator[str]:
     text = place.folder / "prompts.txt"
     text.write_text("\n")
@@ -28,7 +28,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*bench, "--speculate", "--text", text)
 
 
-@follows("so there is no place for a system message: leave it out")
+@follows("so it takes no system message: leave it out")
 def _(place: Place) -> Iterator[str]:
     bare = place.keep("bare", lambda path: tiny_model(path, context=128, chat=False))
     for flags in (["--system", "be brief"], []):

@@ -34,7 +34,7 @@ command("cannot listen on {}:{}: {}; give another --host or --port", "fedtune se
         ready=quiet_serve, host="127.0.0.1", port="0 --host 127.0.0.1")  # fmt: skip
 
 
-@follows("mend or remove its chat template")
+@follows("correct or remove its chat template")
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     model = tiny_model(place.folder / "model")
@@ -62,7 +62,7 @@ def with_adapters(place: Place, model: Path, *named: str) -> str:
     return place.run("fedtune", "serve", model, "--port", "0", "--adapters", *named)
 
 
-@follows("--adapters {} is wrong: write NAME=FOLDER")
+@follows("--adapters {} is invalid: write NAME=FOLDER")
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     model, adapter = package(place, "plain"), run_of(place) / "adapter"
@@ -70,7 +70,7 @@ def _(place: Place) -> Iterator[str]:
     yield with_adapters(place, model, f"a-name.of_1={adapter}")
 
 
-@follows("--adapters names '{}' twice: give each adapter its own name")
+@follows("--adapters uses the name '{}' twice: give each adapter its own name")
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     model, adapter = package(place, "plain"), run_of(place) / "adapter"
@@ -78,7 +78,7 @@ def _(place: Place) -> Iterator[str]:
     yield with_adapters(place, model, f"one={adapter}", f"two={adapter}")
 
 
-@follows("the model brings an adapter named '{}' itself: give this one another name")
+@follows("the model already has an adapter named '{}': give this one another name")
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     model, adapter = package(place, "apart", "--separate"), run_of(place) / "adapter"
@@ -87,7 +87,7 @@ def _(place: Place) -> Iterator[str]:
     yield with_adapters(place, model, f"other={adapter}")
 
 
-@follows("nothing: export the model with --method rtn or gptq", slow=True)
+@follows("separate adapters do not fit: export the model with --method rtn or gptq", slow=True)
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     (place.folder / "text.txt").write_text("turn on the light in the kitchen\n" * 40)

@@ -17,7 +17,7 @@ from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
-from fedtune.inference.serve.offer import Offer
+from fedtune.inference.serve.offer import ServedModel
 from tests.advised.rows import ROWS, Place, Row, follows
 from tests.inference.serve.served import served, tiny_model
 
@@ -50,23 +50,23 @@ def post(url: str, body: Any, **more: Any) -> str:
 # -- one field too many -------------------------------------------------------------------------------------------------------------------
 
 FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the request, and what is wrong in it
-    "gives one answer a request: leave out 'n' or give 1": (CHAT, {"n": 2}),
-    "gives one answer a request: leave out 'best_of' or give 1": (ASK, {"best_of": 2}),
-    "has no presence penalty: leave it out; 'repetition_penalty' is there": (CHAT, {"presence_penalty": 0.5}),
-    "has no frequency penalty: leave it out; 'repetition_penalty' is there": (ASK, {"frequency_penalty": 0.5}),
-    "takes no 'logit_bias': leave it out": (ASK, {"logit_bias": {"5": 1}}),
+    "gives one answer per request: leave out 'n' or give 1": (CHAT, {"n": 2}),
+    "gives one answer per request: leave out 'best_of' or give 1": (ASK, {"best_of": 2}),
+    "does not support 'presence_penalty': leave it out; 'repetition_penalty' is supported": (CHAT, {"presence_penalty": 0.5}),
+    "does not support 'frequency_penalty': leave it out; 'repetition_penalty' is supported": (ASK, {"frequency_penalty": 0.5}),
+    "does not support 'logit_bias': leave it out": (ASK, {"logit_bias": {"5": 1}}),
     "does not repeat the prompt: leave out 'echo'": (ASK, {"echo": True}),
     "does not fill in the middle: leave out 'suffix'": (ASK, {"suffix": "on"}),
     "does not pad its streams: leave out 'include_obfuscation'": (
         ASK | {"stream": True},
         {"stream_options": {"include_obfuscation": True}},
     ),
-    "moderates nothing: leave out 'moderation'": (CHAT, {"moderation": {"model": "x"}}),
-    "searches nothing: leave out 'web_search_options'": (CHAT, {"web_search_options": {"x": 1}}),
-    "calls no tools: leave out '{}'": (CHAT, {"tools": [{"type": "function"}]}),
-    "cannot change how a model thinks or how much it says: leave out '{}'": (CHAT, {"verbosity": "high"}),
-    "answers in plain text alone: leave out '{}'": (CHAT, {"response_format": {"type": "json_object"}}),
-    "knows no field '{}': leave it out": (CHAT, {"color": "red"}),
+    "does not support moderation: leave out 'moderation'": (CHAT, {"moderation": {"model": "x"}}),
+    "does not support web search: leave out 'web_search_options'": (CHAT, {"web_search_options": {"x": 1}}),
+    "does not support tools: leave out '{}'": (CHAT, {"tools": [{"type": "function"}]}),
+    "does not control reasoning or verbosity: leave out '{}'": (CHAT, {"verbosity": "high"}),
+    "answers only in plain text: leave out '{}'": (CHAT, {"response_format": {"type": "json_object"}}),
+    "has no field '{}': leave it out": (CHAT, {"color": "red"}),
     "'max_tokens' and 'max_completion_tokens' disagree: give one of them": (CHAT, {"max_completion_tokens": 3}),
 }
 
@@ -95,7 +95,7 @@ def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
 ROWS.extend(Row(sentence, _field(right, wrong)) for sentence, (right, wrong) in FIELDS.items())
 
 
-@follows("takes no 'refusal': put its text into 'content'")
+@follows("does not support 'refusal': put its text into 'content'")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place)) as server:
         first = CHAT["messages"]
@@ -103,7 +103,7 @@ def _(place: Place) -> Iterator[str]:
         yield post(server.url, CHAT | {"messages": [*first, {"role": "assistant", "content": "no"}, *first]})
 
 
-@follows("takes no 'annotations': leave them out")
+@follows("does not support 'annotations': leave them out")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place)) as server:
         message = CHAT["messages"][0]
@@ -112,7 +112,7 @@ def _(place: Place) -> Iterator[str]:
         yield post(server.url, CHAT | {"messages": [message, answer, message]})
 
 
-@follows("does not continue an assistant's message: end 'messages' with one of another role")
+@follows("does not continue an assistant's message: end 'messages' with another role")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place)) as server:
         begun = [*CHAT["messages"], {"role": "assistant", "content": "I"}]
@@ -120,7 +120,7 @@ def _(place: Place) -> Iterator[str]:
         yield post(server.url, CHAT | {"messages": [*begun, *CHAT["messages"]]})
 
 
-@follows("'prompt' must be one text or one list of token ids: send further prompts as further requests")
+@follows("'prompt' must be one string or one list of token ids: send more prompts as separate requests")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place)) as server:
         yield post(server.url, ASK | {"prompt": ["turn on", "turn off"]})
@@ -131,7 +131,7 @@ def _(place: Place) -> Iterator[str]:
 # -- too long, too many, not allowed ------------------------------------------------------------------------------------------------------
 
 
-@follows("this server wants an API key: send 'Authorization: Bearer KEY'")
+@follows("this server requires an API key: send 'Authorization: Bearer KEY'")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place), keys=("secret",)) as server:
         refusal = post(server.url, ASK)
@@ -140,7 +140,7 @@ def _(place: Place) -> Iterator[str]:
         yield post(server.url, ASK, headers={name: value.replace("KEY", "secret")})
 
 
-@follows("this server answers to localhost alone: start it with an API key or another --host")
+@follows("this server accepts requests only for localhost: start it with an API key or another --host")
 def _(place: Place) -> Iterator[str]:
     started: list[Any] = []
     place.patch.setattr("fedtune.inference.serve.server.Server.serve_on", lambda self, listener: started.append(self.config.app))
@@ -190,7 +190,7 @@ def _(place: Place) -> Iterator[str]:
             yield said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK | {"prompt": prompt}), headers=_JSON))
 
 
-@follows("the body did not come in time: send it at once")
+@follows("the body did not arrive in time: send it without pauses")
 def _(place: Place) -> Iterator[str]:
     body = json.dumps(ASK).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -207,12 +207,12 @@ def _(place: Place) -> Iterator[str]:
             yield "" if answer.status == 200 else body_of
 
 
-@follows("there is no model of that name here: ask for {}")
+@follows("there is no model of that name: use {}")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place)) as server:
         refusal = post(server.url, ASK | {"model": "gpt"})
         yield refusal
-        yield post(server.url, ASK | {"model": refusal.rpartition("ask for ")[2]})
+        yield post(server.url, ASK | {"model": refusal.rpartition("use ")[2]})
 
 
 @follows("characters are too many for {} tokens: shorten it")
@@ -222,14 +222,14 @@ def _(place: Place) -> Iterator[str]:
         yield post(server.url, ASK | {"prompt": "light"})
 
 
-@follows("tokens leave no room in the model's context of {}: shorten it")
+@follows("tokens fill the model's context of {}: shorten it")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place)) as server:
         yield post(server.url, ASK | {"prompt": [5] * 128})
         yield post(server.url, ASK | {"prompt": [5] * 100})
 
 
-@follows("and {} new ones are more than the model's context of {}: shorten one")
+@follows("and {} new tokens exceed the model's context of {}: shorten one")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place)) as server:
         yield post(server.url, ASK | {"prompt": [5] * 127})
@@ -247,7 +247,7 @@ def _fewer(place: Place) -> Iterator[str]:
         yield post(server.url, ASK | {"max_tokens": 9})
 
 
-follows("new tokens are more than the {} of this server: ask for fewer{}")(_fewer)
+follows("new tokens exceed this server's limit of {}: request fewer{}")(_fewer)
 follows(", or start it with --max-tokens {}")(_fewer)
 
 
@@ -281,7 +281,7 @@ def _later(place: Place, **first: Any) -> Iterator[str]:
 
     for changes in (first, {}):
         scheduler: Any = SimpleNamespace(**plain | {"submit": submit} | changes)
-        app = create_app(scheduler, Offer(name="tiny", text=engine_of(place).text), Limits(), ApiKeys(), local=False)
+        app = create_app(scheduler, ServedModel(name="tiny", text=engine_of(place).text), Limits(), ApiKeys(), local=False)
         yield said(_over(app, ASK))
 
 
@@ -289,29 +289,29 @@ def _ends(how: str) -> Any:
     return lambda job: job.deliver(Output("", None, end=how))  # type: ignore[arg-type]
 
 
-@follows("the server is stopping: ask again when it is back")
+@follows("the server is shutting down: retry when it is back")
 def _(place: Place) -> Iterator[str]:
     yield from _later(place, draining=True)
 
 
-@follows("as many requests wait as may wait: ask again later")
+@follows("the queue is full: retry later")
 def _(place: Place) -> Iterator[str]:
     yield from _later(place, full=True)
 
 
-@follows("the answer took longer than this server allows: ask for fewer tokens")
+@follows("the answer took longer than this server allows: request fewer tokens")
 def _(place: Place) -> Iterator[str]:
     with served(engine_of(place), limits=Limits(timeout=0.4, grace=5), pace=0.05) as server:
         yield post(server.url, ASK | {"max_tokens": 60})
         yield post(server.url, ASK | {"max_tokens": 1})
 
 
-@follows("the server stops and could not end this answer: ask again")
+@follows("the server shut down before the answer was complete: retry")
 def _(place: Place) -> Iterator[str]:
     yield from _later(place, submit=_ends("stopping"))
 
 
-@follows("as many long prompts wait as may wait: ask again later")
+@follows("the queue of long prompts is full: retry later")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.inference.serve.prompts.LONG", 3)
     with served(engine_of(place)) as server:
@@ -321,15 +321,15 @@ def _(place: Place) -> Iterator[str]:
         yield post(server.url, ASK)
 
 
-@follows("the prompt waited longer than this server allows: ask again later")
+@follows("the prompt waited longer than this server allows: retry later")
 def _(place: Place) -> Iterator[str]:
-    tokens, slow = Offer.tokens, [True]
+    tokens, slow = ServedModel.tokens, [True]
 
-    def late(self: Offer, asked: Any, context: int) -> list[int]:
+    def late(self: ServedModel, asked: Any, context: int) -> list[int]:
         time.sleep(0.6 if slow else 0)
         return tokens(self, asked, context)
 
-    place.patch.setattr(Offer, "tokens", late)
+    place.patch.setattr(ServedModel, "tokens", late)
     with served(engine_of(place), limits=Limits(timeout=0.4, grace=5)) as server:
         yield post(server.url, ASK)
         slow.clear()

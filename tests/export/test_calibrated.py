@@ -78,7 +78,7 @@ def test_an_adapter_apart_does_not_fit_a_folded_model(tmp_path: Path, quantize: 
     assert not (run / "edge").exists()
     assert read_package(export_edge(run, run / "edge", quantize="int4", method="gptq", calibrate=run, separate=True)).adapters
     folded, plain = (export_edge(run, run / m, quantize=quantize, method=m, calibrate=run) for m in (method, "gptq"))
-    with pytest.raises(ModelError, match=f"was quantized by {method}, which moves scales from layer to layer"):
+    with pytest.raises(ModelError, match=f"was quantized by {method}, which moves scales between layers"):
         add_adapter(load_engine(folded), "mine", run / "adapter")
     add_adapter(engine := load_engine(plain), "mine", run / "adapter")
     assert list(engine.adapters) == ["mine"]

@@ -62,8 +62,8 @@ def test_a_bare_adapter_knows_its_round_only(tmp_path: Path) -> None:
     ("kind", "task", "method", "error", "said"),
     [
         ("llama", CLASSES, "lora", ModelError, "is a classifier, which generates no text: export it with --to hf"),
-        ("gpt2", CAUSAL, "lora", Unsupported, "does not run model_type='gpt2'"),
-        ("t5", ASK, "lora", Unsupported, "does not run model_type='t5'"),
+        ("gpt2", CAUSAL, "lora", Unsupported, "does not support model_type='gpt2'"),
+        ("t5", ASK, "lora", Unsupported, "does not support model_type='t5'"),
         ("llama", CAUSAL, "adapter", ModelError, "cannot run peft.method=adapter"),
     ],
 )
@@ -139,7 +139,7 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
         (["--to", "gguf", "--separate"], "--separate is for --to edge, not for --to gguf"),
         (["--to", "edge", "--gguf-type", "q8_0"], "--gguf-type is for --to gguf, not for --to edge"),
         (["--to", "edge", "--requantize"], "--requantize is for --to hf"),
-        (["--to", "edge", "--quantize", "int4", "--method", "smoothquant", "--calibrate", "x"], "smoothquant makes activations fit int8"),
+        (["--to", "edge", "--quantize", "int4", "--method", "smoothquant", "--calibrate", "x"], "smoothquant is for int8 activations"),
         (["--to", "edge", "--method", "rtn"], "--method rtn needs --quantize"),
         (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),
     ],

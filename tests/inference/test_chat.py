@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.cli import main as cli
 from fedtune.errors import ConfigError, FedtuneError, ModelError
-from fedtune.inference.chat import ByEngine, Talk, talk
+from fedtune.inference.chat import Conversation, EngineWriter, chat
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import generate
 from fedtune.inference.engine.load import Engine, load_engine
@@ -35,14 +35,14 @@ def templated(folder: Path) -> Engine:
     return load_engine(folder)
 
 
-def said(conversation: Talk, request: str) -> str:
+def said(conversation: Conversation, request: str) -> str:
     return "".join(conversation.answer(request))
 
 
 def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) -> None:
     engine = templated(folder)
-    writer = ByEngine(Context(engine))
-    conversation = Talk(writer, Sampling(), 4, system="be brief")
+    writer = EngineWriter(Context(engine))
+    conversation = Conversation(writer, Sampling(), 4, system="be brief")
     first = said(conversation, "hi")
     prompt = "<system>be brief<user>hi<assistant>"
     assert first == generate(engine, engine.text.encode(prompt, begin=False), max_new_tokens=4)
@@ -55,33 +55,33 @@ def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) ->
 
 def test_without_a_template_the_text_goes_on(folder: Path) -> None:
     engine = load_engine(folder)
-    conversation = Talk(ByEngine(Context(engine)), Sampling(), 3, prompt="Q: {q} A:")
+    conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 3, prompt="Q: {q} A:")
     first = said(conversation, "hi")
     assert first == generate(engine, "Q: hi A:", max_new_tokens=3)
     assert said(conversation, "so") == generate(engine, f"Q: hi A:{first}\nQ: so A:", max_new_tokens=3)
-    with pytest.raises(ConfigError, match="no place for a system message"):
-        Talk(ByEngine(Context(engine)), Sampling(), 3, system="x")
+    with pytest.raises(ConfigError, match="takes no system message"):
+        Conversation(EngineWriter(Context(engine)), Sampling(), 3, system="x")
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -> None:
     engine = templated(folder)
-    conversation = Talk(ByEngine(Context(engine), open_speculation(engine, "auto", None)), Sampling(), 8)
+    conversation = Conversation(EngineWriter(Context(engine), open_speculation(engine, "auto", None)), Sampling(), 8)
     for i in range(6):
         said(conversation, f"turn {i}")
         assert conversation.messages[-2]["content"] == f"turn {i}"
     assert conversation.forgotten > 0 and len(conversation.messages) < 12
-    with pytest.raises(ConfigError, match="more than the model's context, 64"):
+    with pytest.raises(ConfigError, match="exceed the model's context of 64"):
         said(conversation, "long " * 100)
 
 
 def test_an_answer_that_is_cut_off_was_said(folder: Path) -> None:
     engine = templated(folder)
-    conversation = Talk(ByEngine(Context(engine)), Sampling(), 20)
+    conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 20)
     answer = conversation.answer("hi")
     begun = next(answer) + next(answer)
     answer.close()
     assert conversation.messages[-1]["content"] == begun
-    fresh = Talk(ByEngine(Context(engine)), Sampling(), 5)
+    fresh = Conversation(EngineWriter(Context(engine)), Sampling(), 5)
     fresh.messages = list(conversation.messages)
     conversation._length = 5
     assert said(conversation, "go on") == said(fresh, "go on")
@@ -92,7 +92,7 @@ def test_an_answer_that_is_cut_off_was_said(folder: Path) -> None:
 
 def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = templated(folder)
-    conversation = Talk(ByEngine(Context(engine)), Sampling(), 4)
+    conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 4)
     want = [said(conversation, "hi").strip(), said(conversation, "and").strip()]
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  and\n"))
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0
@@ -100,7 +100,7 @@ def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.Captur
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 100 + "\nhi\n"))
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2  # what does not fit is told, and the talk goes on
     out, err = capsys.readouterr()
-    assert out == "\n" + want[0] + "\n" and "more than the model's context" in err and "1 of the requests could not" in err
+    assert out == "\n" + want[0] + "\n" and "exceed the model's context" in err and "1 of the requests could not" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff\nhi\n"))  # bytes that are no UTF-8, as Python reads them
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2
     out, err = capsys.readouterr()
@@ -110,7 +110,7 @@ def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.Captur
 def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:
     cases: list[tuple[Path, dict[str, Any], type[FedtuneError], str]] = [
         (tmp_path / "nowhere", {}, ModelError, "there is no folder"),
-        (checkpoint(tmp_path / "gpt2", "gpt2"), {"kind": "int8"}, ConfigError, "knows no --kind: leave it out .the engine does not run"),
+        (checkpoint(tmp_path / "gpt2", "gpt2"), {"kind": "int8"}, ConfigError, "has no --kind: leave it out .the engine does not support"),
         (folder, {"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
         (folder, {"temperature": -1.0}, ConfigError, "temperature=-1.0"),
         (folder, {"system": "x"}, ConfigError, "no chat template"),
@@ -119,7 +119,7 @@ def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:
     ]
     for model, options, kind, words in cases:
         with pytest.raises(kind, match=words):
-            talk(model, read=io.StringIO("hi\n"), write=io.StringIO(), **options)
+            chat(model, read=io.StringIO("hi\n"), write=io.StringIO(), **options)
 
 
 def test_transformers_talks_where_the_engine_cannot(
@@ -131,8 +131,8 @@ def test_transformers_talks_where_the_engine_cannot(
     assert cli.main(["chat", str(folder), "--max-new-tokens", "6"]) == 2
     out, err = capsys.readouterr()
     texts, answers = ["turn on", "the", "lamp"], [line for line in out.splitlines() if line]
-    assert err.count("transformers runs this model: the engine does not run model_type='gpt2'") == 1
-    assert "the prompt's 70 tokens and 1 new ones are more than the model's context, 64" in err and out.splitlines()[2] == ""
+    assert err.count("transformers runs this model: the engine does not support model_type='gpt2'") == 1
+    assert "the prompt's 70 tokens and 1 new tokens exceed the model's context of 64" in err and out.splitlines()[2] == ""
     said = ""
     for text, answer in zip(texts, answers, strict=True):  # no template: the text goes on
         said += ("\n" if said else "") + text
@@ -149,7 +149,7 @@ def test_transformers_talks_where_the_engine_cannot(
 def test_an_encoder_decoder_takes_each_request_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = checkpoint(tmp_path / "t5", "t5", seed=3), io.StringIO()
     requests = ["turn on", "the lamp", "turn on"]
-    talk(folder, read=io.StringIO("\n".join(requests) + "\n"), write=out, max_new_tokens=5, temperature=2.0, seed=1)
+    chat(folder, read=io.StringIO("\n".join(requests) + "\n"), write=out, max_new_tokens=5, temperature=2.0, seed=1)
     wanted = [generate_text(folder, request, max_new_tokens=5, temperature=2.0, seed=1).strip() for request in requests]
     assert out.getvalue().splitlines() == wanted and wanted[0] and wanted[0] != wanted[1]
 

@@ -15,7 +15,7 @@ from fedtune.data import encode
 from fedtune.errors import ConfigError, FedtuneError, ModelError
 from fedtune.export import export_hf
 from fedtune.inference import generate_text
-from fedtune.inference.generate import Stripped, wrap
+from fedtune.inference.generate import StrippedWriter, wrap
 from fedtune.models import load_backbone
 from fedtune.models.evaluation import generate_answers
 from tests.export.test_huggingface import ASK, CLASSES, make_run
@@ -90,10 +90,10 @@ def test_what_cannot_answer_is_refused(tmp_path: Path, merged: Path) -> None:
     export_hf(classifier, tmp_path / "labels")
     cases: list[tuple[Path, dict[str, object], type[FedtuneError], str]] = [
         (tmp_path / "nowhere", {}, ModelError, "there is no folder"),
-        (merged.parent, {}, ModelError, "is a run directory: write its model with `fedtune export"),
+        (merged.parent, {}, ModelError, "is a run directory: export its model with `fedtune export"),
         (tmp_path / "labels", {}, ModelError, "is a classifier"),
         (merged, {"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
-        (merged, {"max_new_tokens": 62}, ConfigError, "more than the model's context, 64"),
+        (merged, {"max_new_tokens": 62}, ConfigError, "exceed the model's context of 64"),
         (merged, {"temperature": -1.0}, ConfigError, "temperature=-1.0"),
         (merged, {"temperature": float("nan")}, ConfigError, "temperature=nan"),
     ]
@@ -133,7 +133,7 @@ def test_other_architectures_are_run_by_transformers_which_is_said(tmp_path: Pat
     whole = generate_text(folder, "turn on", max_new_tokens=8)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert err.startswith("fedtune: transformers runs this model: the engine does not run model_type='gpt2'")
+    assert err.startswith("fedtune: transformers runs this model: the engine does not support model_type='gpt2'")
     pieces: list[str] = []
     options: dict[str, Any] = {"temperature": 2.0, "top_k": 1, "top_p": 0.9, "min_p": 0.1}
     assert generate_text(folder, "turn on", max_new_tokens=8, write=pieces.append, **options) == whole == "".join(pieces)
@@ -141,16 +141,16 @@ def test_other_architectures_are_run_by_transformers_which_is_said(tmp_path: Pat
     stop = whole.split()[1]
     assert generate_text(folder, "turn on", max_new_tokens=8, stop=(stop,)) == whole[: whole.find(stop)]
     for asked in ({"kind": "int8"}, {"kv_budget": "1MB"}, {"draft": folder}, {"speculate": "lookup"}, {"adapter": "x"}):
-        with pytest.raises(ConfigError, match="is run by transformers, which knows no --"):
+        with pytest.raises(ConfigError, match="runs on transformers, which has no --"):
             generate_text(folder, "turn on", **asked)  # type: ignore[arg-type]
 
 
 def test_a_budget_is_told_only_where_there_is_an_answer(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="more than the model's context"):
+    with pytest.raises(ConfigError, match="exceed the model's context"):
         generate_text(merged, "lamp", max_new_tokens=100_000, kv_budget="1MB")
     assert capsys.readouterr().err == ""
     generate_text(merged, "lamp", max_new_tokens=3, kv_budget="1MB")
-    assert capsys.readouterr().err.startswith("fedtune: cache: every key and value in full; ")
+    assert capsys.readouterr().err.startswith("fedtune: cache: all keys and values in full precision; ")
 
 
 def test_options_of_the_engine_that_cannot_be_are_refused(tmp_path: Path, merged: Path) -> None:
@@ -160,11 +160,11 @@ def test_options_of_the_engine_that_cannot_be_are_refused(tmp_path: Path, merged
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     cases: list[tuple[dict[str, object], type[FedtuneError], str]] = [
         ({"speculate": "draft"}, ConfigError, "needs a draft model"),
-        ({"speculate": "lookup", "draft": merged}, ConfigError, "is not used by --speculate lookup"),
+        ({"speculate": "lookup", "draft": merged}, ConfigError, "has no effect with --speculate lookup"),
         ({"speculate": "magic"}, ConfigError, "speculate=magic is unknown"),
         ({"draft": other}, ModelError, "their tokenizers differ"),
-        ({"adapter": "nobody"}, ModelError, "holds no adapter 'nobody'"),
-        ({"kv_budget": "lots"}, ConfigError, "'lots' is no size"),
+        ({"adapter": "nobody"}, ModelError, "has no adapter 'nobody'"),
+        ({"kv_budget": "lots"}, ConfigError, "'lots' is not a memory size"),
         ({"top_p": 0.0}, ConfigError, "top_p=0.0"),
         ({"stop": ("",)}, ConfigError, "stop string is empty"),
     ]
@@ -195,7 +195,7 @@ def test_the_text_comes_as_it_is_written_without_the_space_around_it() -> None:
         write, flush = list.append, lambda self: None
 
     out: Any = Log()
-    stripped = Stripped(out)
+    stripped = StrippedWriter(out)
     for piece in ["", " \n", " a", " ", "\n", "b c ", "", "d", " \n "]:
         stripped.write(piece)
     assert out == ["a", " \nb c", " d"]
@@ -232,7 +232,7 @@ def test_a_folder_that_is_not_there_is_named_alike(
 def test_a_run_is_no_model_yet(merged: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert cli.main([str(merged.parent) if word == "RUN" else word for word in command]) == 2
-    assert f"{merged.parent} is a run directory: write its model with `fedtune export {merged.parent}`" in capsys.readouterr().err
+    assert f"{merged.parent} is a run directory: export its model with `fedtune export {merged.parent}`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["generate", "NO", "x"], ["chat", "NO"], ["draft", "NO"]])

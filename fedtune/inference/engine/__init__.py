@@ -1,5 +1,5 @@
-"""Generate text from Llama-family decoders in little memory on a few CPU cores.
+"""Generates text from Llama-family decoders with little memory and few CPU cores.
 
-Importing anything here loads torch, safetensors and tokenizers, and nothing else that is large. All arithmetic runs under
-`torch.inference_mode()`; thread counts are the caller's.
+Imports here load torch, safetensors and tokenizers, and no other large library. All computation runs under
+`torch.inference_mode()`; the caller sets thread counts.
 """

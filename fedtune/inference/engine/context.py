@@ -1,4 +1,4 @@
-"""A cache together with the tokens that it holds: a text that begins alike is not computed again."""
+"""A KV cache with the tokens that it holds, so that a shared prefix is not computed again."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -12,19 +12,19 @@ from fedtune.inference.engine.caches.prefix import common
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
-CHUNK = 512  # tokens of a pass: a longer prompt runs in several, which bounds the memory of hidden states and masks
+CHUNK = 512  # tokens per forward pass: longer prompts run in several, which bounds the memory of hidden states and masks
 
 
 class Context:
-    """One sequence's state.
+    """The state of one sequence.
 
     Args:
-        engine: Of the model.
-        make: Gives an empty cache; asked again where a cache cannot go back far enough.
+        engine: The model's engine.
+        make: Creates an empty cache; called again when a cache cannot be cropped far enough.
         adapter: Name of a separate adapter; None is the model itself.
 
     Attributes:
-        cache: Holds the model's virtual tokens, then `ids`.
+        cache: Holds the virtual tokens, then `ids`.
         ids: Tokens in the cache.
     """
 
@@ -42,11 +42,11 @@ class Context:
 
     @property
     def room(self) -> int:
-        """Tokens that still fit."""
+        """Number of tokens that still fit."""
         return self.cache.limit - self.cache.length
 
     def rewind(self, ids: Sequence[int]) -> int:
-        """Keep the longest beginning that is also one of `ids`, all but the last of them at most; returns its length."""
+        """Keep the longest common prefix with `ids`, but at most all but the last of them. Returns its length."""
         kept = common(self.ids, ids[:-1])
         if not self.crop(kept):
             self._begin()
@@ -54,7 +54,7 @@ class Context:
         return kept
 
     def crop(self, length: int) -> bool:
-        """Keep the first tokens; False, and nothing changed, where the cache has let go of what that would need."""
+        """Keep the first `length` tokens. Returns False, without a change, if the cache cannot be cropped that far."""
         if length != len(self.ids):
             if not self.cache.can_crop_to(self.virtual + length):
                 return False
@@ -63,12 +63,12 @@ class Context:
         return True
 
     def run(self, tokens: Sequence[int], keep: int = 1) -> Tensor:
-        """Add at least one token; returns the logits of the last `keep` of them, (keep, V) float32."""
+        """Append one or more tokens. Returns the logits of the last `keep` of them, (keep, V) float32."""
         for at in range(0, len(tokens), CHUNK):
             last = at + CHUNK >= len(tokens)
             part = list(tokens[at : at + CHUNK])
             if not last and at + CHUNK > len(tokens) - keep:
-                raise ValueError(f"only rows of the last pass can be kept, and {keep} are more than it has")
+                raise ValueError(f"keep={keep} exceeds the rows of the last pass")
             span = Span(self.cache, len(part), keep=keep if last else 0, adapter=self.adapter)
             logits = self.engine.decoder.forward(torch.tensor(part), [span])
             self.ids.extend(part)

@@ -1,7 +1,7 @@
-"""A Llama-family decoder over flat rows.
+"""A Llama-family decoder on flat rows.
 
-`forward` is the whole pass. Its parts stand alone for speculation: `run(..., last=E)` then `logits` gives an early exit, and after
-`cache.crop` `run(hidden, spans, first=E)` goes on from the hidden states where the exit stopped.
+`forward` is a complete pass. Speculation uses its parts: `run(..., last=E)` and `logits` make an early exit; after `cache.crop`,
+`run(hidden, spans, first=E)` continues from the exit's hidden states.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from fedtune.inference.engine.shape import Shape
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """One block: norms float32, linears fused."""
+    """One transformer block: norms float32, linears fused."""
 
     norm: Tensor  # [d]
     qkv: Linear  # d -> (H + 2 Hkv) D; rows of q and k in pairs
@@ -47,13 +47,13 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, ids: Tensor | None, spans: Sequence[Span], *, embeds: Tensor | None = None, layers: int | None = None) -> Tensor:
-        """Run a pass and give the logits that its spans keep.
+        """Run a pass and return the logits that its spans keep.
 
         Args:
-            ids: [rows] token ids, the spans' tokens one after the other; None where `embeds` stands in.
-            spans: One for each sequence; their caches go forward.
-            embeds: [rows, d] in place of ids.
-            layers: Leave after so many layers (early exit: final norm and head on what is there).
+            ids: [rows] token ids, the spans' tokens concatenated; None with `embeds`.
+            spans: One per sequence; their caches advance.
+            embeds: [rows, d] embeddings instead of ids.
+            layers: Number of layers to run (early exit: final norm and head on their output).
 
         Returns:
             [rows kept, V] float32.
@@ -70,19 +70,19 @@ class Decoder:
         try:
             return self.embedding[ids].float()
         except IndexError:
-            raise ModelError(f"a token is not in 0..{self.shape.vocab - 1}, all that the model knows: its tokenizer is another's") from None
+            raise ModelError(f"token id out of range 0..{self.shape.vocab - 1}: the tokenizer does not match this model") from None
 
     @torch.inference_mode()
     def run(self, hidden: Tensor, spans: Sequence[Span], *, first: int = 0, last: int | None = None) -> Tensor:
-        """Layers first..last-1 on [rows, d] hidden states; stores their keys and values and advances every span's cache.
+        """Run layers first..last-1 on [rows, d] hidden states; stores keys and values and advances every span's cache.
 
         Raises:
-            CacheError: A cache is full; no cache has then gone forward.
-            ModelError: Rows and spans do not agree, or a span names an adapter that is not there.
+            CacheError: A cache is full; then no cache has advanced.
+            ModelError: Rows and spans do not match, or a span's adapter does not exist.
         """
         shape, rope, rows = self.shape, self.rope, hidden.shape[0]
         if rows != sum(span.n for span in spans) or any(span.n < 1 for span in spans):
-            raise ModelError(f"{rows} rows came for spans of {[span.n for span in spans]} tokens: each row belongs to one span")
+            raise ModelError(f"{rows} rows do not match spans of {[span.n for span in spans]} tokens: each row belongs to one span")
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
         parts, inner = (heads, kv_heads, kv_heads), shape.intermediate
         kind = type(spans[0].cache)
@@ -122,7 +122,7 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
-        """[rows, d] -> [rows kept, V] float32: all rows, or those that the spans keep."""
+        """[rows, d] -> [rows kept, V] float32; without spans, all rows."""
         if spans is not None and any(span.keep is not None and span.keep != span.n for span in spans):
             kept, end = [], 0
             for span in spans:
@@ -134,14 +134,14 @@ class Decoder:
         return self.head(_rms_norm(hidden, self.norm, self.shape.eps))
 
     def _loras(self, spans: Sequence[Span]) -> list[tuple[slice, Lora]]:
-        """The rows of each adapter; neighbors that share one are taken together."""
+        """The rows of each adapter; adjacent spans with the same adapter are merged."""
         found: list[tuple[slice, Lora]] = []
         at = 0
         for span in spans:
             if span.adapter is not None:
                 if span.adapter not in self.adapters:
                     known = ", ".join(self.adapters) or "none"
-                    raise ModelError(f"the model holds no adapter named {span.adapter!r}; it holds: {known}")
+                    raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {known}")
                 lora = self.adapters[span.adapter]
                 if found and found[-1][1] is lora and found[-1][0].stop == at:
                     found[-1] = slice(found[-1][0].start, at + span.n), lora
@@ -152,14 +152,14 @@ class Decoder:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, a row at a time; [n, d] -> [n, d]."""
+    """x / sqrt(mean(x^2) + eps) * weight per row; [n, d] -> [n, d]."""
     if x.shape[0] > 1:
         return torch.rms_norm(x, weight.shape, weight, eps)
-    row = x.view(-1)  # decoding: torch's takes six small products, which cost more than they compute
+    row = x.view(-1)  # decoding: torch.rms_norm runs six small operations, whose overhead dominates
     return torch.mul(x, weight).mul_((torch.dot(row, row).item() / row.shape[0] + eps) ** -0.5)
 
 
 def parameters_held(decoder: Decoder) -> Mapping[str, int]:
-    """Bytes by part: what a report of memory shows."""
+    """Bytes per part, for memory reports."""
     linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     return {"embedding": decoder.embedding.nbytes, "linears": sum(linear.nbytes for linear in linears), "head": decoder.head.nbytes}

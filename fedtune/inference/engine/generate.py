@@ -1,4 +1,4 @@
-"""Write an answer token by token, or several tokens a pass where guesses are kept."""
+"""Generates an answer token by token, or several tokens per pass with speculative decoding."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,21 +22,21 @@ from fedtune.inference.engine.text import StopStrings, Stream
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
-# Two scores closer than this fraction of the largest may change places between a pass over several tokens and decoding: four steps of the
-# least exact numbers that a kind's products take. float32 sums in another order are too close to matter
+# Two scores closer than this fraction of the largest may swap between a pass over several tokens and plain decoding: four steps of the
+# least precise operands of a kind's products. float32 sums in another order differ too little to matter
 ROUNDING: dict[type[Linear], float] = {Fp32: 0.0, Bf16: 2**-6, Int8: 2**-5, Int4: 2**-6}
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token adds to an answer.
+    """The output for one token of an answer.
 
     Args:
         token: Its id.
-        text: Certain now; may be empty.
-        logprob: Of the token by the model itself, natural logarithm; None unless asked for.
-        rivals: The likeliest tokens and their logarithms, best first, as many as asked for.
-        end: Why the answer ends here: "stop" (an end token or a stop string) or "length"; None where it goes on.
+        text: Final text; may be empty.
+        logprob: The token's log-probability (natural) under the unmodified model; None unless requested.
+        rivals: The requested number of most likely tokens and their log-probabilities, best first.
+        end: Why the answer ends here: "stop" (an end token or a stop string) or "length"; None if it continues.
     """
 
     token: int
@@ -48,18 +48,18 @@ class Piece:
 
 @dataclass
 class Report:
-    """Figures of an answer; seconds by the clock that was given.
+    """Statistics of an answer; seconds on the given clock.
 
     Attributes:
         prompt: Tokens of the prompt.
-        reused: Of these, held by the context already.
-        tokens: Of the answer.
-        prefill_seconds, decode_seconds: To the first token, and from there on.
-        passes: Of the model after the first token.
-        drafted, accepted: Guesses that were checked, and kept.
-        draft_seconds: Of decode_seconds, spent on guessing.
-        close: Positions of the answer that were decided by a pass with guesses though the two best scores lay closer than ROUNDING of the
-            model's linears: only there may a greedy answer differ from plain decoding. Always empty in fp32.
+        reused: Tokens of the prompt found in the context.
+        tokens: Tokens of the answer.
+        prefill_seconds, decode_seconds: Time to the first token, and after it.
+        passes: Forward passes after the first token.
+        drafted, accepted: Draft tokens that were verified, and accepted.
+        draft_seconds: Part of decode_seconds spent on drafting.
+        close: Positions of the answer decided by a verifying pass whose two best scores were closer than ROUNDING of the model's linears:
+            only there may a greedy answer differ from plain decoding. Always empty in fp32.
     """
 
     prompt: int = 0
@@ -75,41 +75,41 @@ class Report:
 
     @property
     def acceptance(self) -> float:
-        """Kept guesses of all that were checked; 0 where none were."""
+        """Accepted share of the draft tokens; 0 without any."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def speed(self) -> float:
-        """Tokens a second after the first."""
+        """Tokens per second after the first token."""
         return (self.tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass
 class Speculation:
-    """How tokens are guessed, and how many; keep it between answers, with what it has measured."""
+    """A drafter and the policy for the number of draft tokens. Reuse it between answers to keep its measurements."""
 
     drafter: Drafter
     adapt: Adapt = field(default_factory=Adapt)
 
 
 class Generation:
-    """An answer that is being written: iterate over its pieces; stop whenever, the context stays sound.
+    """A running answer: iterate over its pieces. You may stop early; the context stays consistent.
 
     Args:
         engine: The model.
         prompt: Text, encoded as in training, or tokens.
-        sampling: How to draw.
-        max_new_tokens: Longest answer; None goes on until the context is full.
-        context: Of the turns before; what it holds of the prompt is not computed again. None begins a full cache.
-        speculation: None decodes plainly.
-        logprobs: Tell each token's log-probability, and so many rivals; None tells none.
+        sampling: Sampling settings.
+        max_new_tokens: Longest answer; None continues until the context is full.
+        context: The context of earlier turns; a prefix that it holds is not computed again. None creates one with a full cache.
+        speculation: None decodes without speculation.
+        logprobs: Return each token's log-probability and this many alternatives; None returns none.
 
     Other arguments:
-        clock: Seconds; the number of guesses depends on it.
+        clock: Seconds; the number of draft tokens depends on it.
 
     Raises:
         ConfigError: The answer does not fit, or the prompt is empty.
-        ModelError: The tokens are not the model's.
+        ModelError: A token id is out of range.
     """
 
     def __init__(
@@ -129,16 +129,16 @@ class Generation:
         self._sampling = sampling or Sampling()
         self._ids = engine.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not self._ids:
-            raise ConfigError("the prompt has no tokens: give some")
+            raise ConfigError("the prompt has no tokens: give some text")
         vocabulary = engine.shape.vocab
         if wrong := [t for t in self._ids if not 0 <= t < vocabulary]:
-            raise ModelError(f"the token {wrong[0]} is none of the model's {vocabulary}: its tokenizer belongs to another model")
+            raise ModelError(f"token id {wrong[0]} is out of range 0..{vocabulary - 1}: the tokenizer does not match this model")
         virtual, limit = self.context.virtual, self.context.cache.limit
         length = limit - virtual - len(self._ids) if max_new_tokens is None else max_new_tokens
         require("max_new_tokens", max_new_tokens, ge=1)
         if length < 1 or virtual + len(self._ids) + length > limit:
             raise ConfigError(
-                f"the prompt's {virtual + len(self._ids)} tokens and {max(length, 1)} new ones are more than the model's context, {limit}:"
+                f"the prompt's {virtual + len(self._ids)} tokens and {max(length, 1)} new tokens exceed the model's context of {limit}:"
                 " shorten one"
             )
         self._length = length
@@ -178,7 +178,7 @@ class Generation:
 
     @torch.inference_mode()
     def _step(self) -> list[tuple[int, Tensor]]:
-        """One pass: the new tokens, each with the logits (V,) that it comes from."""
+        """Run one pass. Returns the new tokens, each with its logits (V,)."""
         begun = self._clock()
         self.report.passes += 1
         speculation, left = self._speculation, self._length - self._sampler.count
@@ -205,7 +205,7 @@ class Generation:
         return out
 
     def _check(self, drafted: list[int], q: Tensor | None) -> list[tuple[int, Tensor]]:
-        """Run the guesses, keep what may stay, and the token after it."""
+        """Verify the draft tokens. Returns the accepted ones and the token after them."""
         guesses, sampler, at = len(drafted), self._sampler, self._sampler.count
         logits = self.context.run([self._ids[-1], *drafted], keep=guesses + 1)
         if self._sampling.greedy:
@@ -256,5 +256,5 @@ def _rounding(decoder: Decoder) -> float:
 
 
 def generate(engine: "Engine", prompt: str | Sequence[int], sampling: Sampling | None = None, max_new_tokens: int | None = 64) -> str:
-    """The whole answer, decoded plainly; see `Generation` for more."""
+    """Return the complete answer, decoded without speculation; see `Generation` for more options."""
     return "".join(piece.text for piece in Generation(engine, prompt, sampling, max_new_tokens))

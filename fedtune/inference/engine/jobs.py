@@ -1,4 +1,4 @@
-"""What a scheduler is asked, and what it answers."""
+"""Requests to a scheduler and their outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,23 +11,23 @@ End = Literal["stop", "length", "timeout", "stopping", "failed"]
 
 
 class Busy(RunError):
-    """As many requests wait as may wait."""
+    """The queue is full."""
 
 
 class Stopping(RunError):
-    """The scheduler takes no new requests any more."""
+    """The scheduler accepts no new requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one pass adds to an answer.
+    """The output of one pass for an answer.
 
     Args:
-        text: Certain now; may be empty.
-        token: The new token; None where the answer just ends.
-        logprob: Of the token by the model itself, natural logarithm; None unless asked for.
-        rivals: The likeliest tokens and their logarithms, best first, as many as asked for.
-        end: Why the answer ends here; None where it goes on.
+        text: Final text; may be empty.
+        token: The new token; None if the answer ends without one.
+        logprob: The token's log-probability (natural) under the unmodified model; None unless requested.
+        rivals: The requested number of most likely tokens and their log-probabilities, best first.
+        end: Why the answer ends here; None if it continues.
     """
 
     text: str
@@ -39,21 +39,21 @@ class Output:
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """One request.
+    """One generation request.
 
     Args:
         ids: Tokens of the prompt.
-        sampling: How to draw; its stop strings end the answer.
+        sampling: Sampling settings, including stop strings.
         max_new_tokens: Longest answer.
-        deliver: Told every Output on the scheduler's thread, the last one with an `end`; must not block.
-        joins: The answer's text goes on from the prompt's, so that a space between the two belongs to it; else it stands alone.
+        deliver: Called with every Output on the scheduler's thread, the last with an `end`; must not block.
+        joins: Whether the answer continues the prompt's text, so that a space between the two is part of it.
         adapter: Name of a separate adapter; None is the model itself.
-        rivals: How many likeliest tokens to tell with each token; None tells no log-probability either.
-        deadline: By time.monotonic(); the answer ends there with "timeout".
+        rivals: Number of most likely tokens to return per token; None returns no log-probabilities.
+        deadline: On time.monotonic()'s clock; the answer then ends with "timeout".
 
     Attributes:
         answered: Tokens of the answer so far.
-        cached: Tokens of the prompt that an earlier request had left in the cache.
+        cached: Tokens of the prompt found in the cache.
     """
 
     ids: Sequence[int]

@@ -1,7 +1,7 @@
-"""The seam of the engine: a linear layer in one of four kinds. A native kernel would be a fifth.
+"""The engine's linear layers, in four kinds. A native kernel would be a fifth.
 
-Every kind takes float32 rows and gives float32 rows; what happens between is its own affair. Portable tensors are how packages hold a
-linear; packing turns them into what is fastest on this machine.
+Every kind maps float32 rows to float32 rows. Packages store a linear as portable tensors; packing converts them to the fastest format for
+this machine.
 
 | kind | portable tensors, besides an optional `bias` [N] float32 |
 |---|---|
@@ -10,10 +10,10 @@ linear; packing turns them into what is fastest on this machine.
 | int8 | `packed` [N, K] int8 in -127..127, `scale` [N] float32; w = packed * scale |
 | int4 | `packed` [N, ceil(K/2)] uint8, `scale` and `zero` [N, ceil(K/g)] bfloat16; w = (q - 8) * scale + zero |
 
-int4's q are 0..15, two a byte, the even column in the low half; the last of a row's groups of g columns may be shorter.
+int4's q are 0..15, two per byte, the even column in the low half; the last group of a row may have fewer than g columns.
 
-What a kind's product may differ by, relative to the exact product with its dequantized weights: bf16 and int4 round x, y and (int4) w to
-8 bits; int8 rounds each row of x to 255 steps between -max|x| and max|x|.
+Rounding, relative to the exact product with the dequantized weights: bf16 and int4 round x, y and (int4) w to 8 bits; int8 rounds each row
+of x to 255 steps between -max|x| and max|x|.
 """
 
 import math
@@ -29,10 +29,10 @@ from torch.nn.functional import linear, pad
 from fedtune.errors import ModelError
 
 KINDS = ("fp32", "bf16", "int8", "int4")
-GROUPS = (32, 64, 128, 256)  # columns that share an int4 scale: all that torch's kernel takes
-DENSE = 96  # rows from which int4 is faster dequantized (where there is AMX: 60); fixed, since results must not hang on a clock
-_CHUNK = 1 << 21  # weights that are unpacked at a time
-_TINY = torch.tensor(1e-30)  # a row of zeros has no largest number to divide by
+GROUPS = (32, 64, 128, 256)  # columns per int4 scale that torch's kernel supports
+DENSE = 96  # rows from which dequantized int4 is faster (60 with AMX); fixed, because results must not depend on timing
+_CHUNK = 1 << 21  # weights that are unpacked at once
+_TINY = torch.tensor(1e-30)  # avoids a division by zero for rows of zeros
 
 
 class Linear(ABC):
@@ -41,9 +41,9 @@ class Linear(ABC):
     Attributes:
         kind: One of `KINDS`.
         n_in, n_out: K and N.
-        group: Columns that share an int4 scale; 0 for other kinds.
-        parts: What it runs from, as `pack` made it.
-        mapped: The memory in which `parts` lie, where that is not their own.
+        group: Columns per int4 scale; 0 for other kinds.
+        parts: The packed tensors from `pack`.
+        mapped: The memory-mapped tensor that backs `parts`; None if they own their memory.
     """
 
     kind: ClassVar[str]
@@ -55,11 +55,11 @@ class Linear(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """[n, K] float32 -> [n, N] float32, a tensor of its own."""
+        """[n, K] float32 -> [n, N] float32, a new tensor."""
 
     @property
     def nbytes(self) -> int:
-        """Of the packed weights with all that belongs to them but the bias."""
+        """Bytes of the packed weights with scales, without the bias."""
         return sum(size_of(tensor) for name, tensor in self.parts.items() if name != "bias")
 
 
@@ -107,10 +107,10 @@ class Bf16(Linear):
 
 
 class Int8(Linear):
-    """8-bit weights with one scale a row, 8-bit activations with one scale a row that is found anew each time; sums are exact.
+    """8-bit weights with one scale per row, and 8-bit activations with one dynamic scale per row; sums are exact.
 
-    The kernel takes one activation scale for all rows: it is given 1, and the rows' own scales follow on its float32 result. Activations
-    go in as unsigned numbers around 128: oneDNN has signed ones fast only where there is AMX, else its reference code is 400 times slower.
+    The kernel takes one activation scale for all rows: it gets 1, and the rows' scales are applied to its float32 result. Activations are
+    unsigned numbers around 128: oneDNN is fast for signed ones only with AMX; otherwise its reference code is 400 times slower.
     """
 
     kind = "int8"
@@ -119,7 +119,7 @@ class Int8(Linear):
         super().__init__(parts, n_in=n_in, n_out=n_out)
         self._packed, self._scale = parts["packed"], parts["scale"]
         self._zeros = torch.zeros(n_out, dtype=torch.int32)
-        self._steps = 127 if _has_vnni() else 63  # without VNNI two products are added in 16 bits, which must hold them
+        self._steps = 127 if _has_vnni() else 63  # without VNNI two products are summed in 16 bits and must not overflow
 
     @staticmethod
     def pack(tensors: Mapping[str, Tensor], n_in: int, group: int) -> dict[str, Tensor]:
@@ -127,9 +127,9 @@ class Int8(Linear):
         return {**tensors, "packed": packed, "scale": tensors["scale"].contiguous()}
 
     def __call__(self, x: Tensor) -> Tensor:
-        # torch has vectorized each of these passes; a row norm takes 20 times as long, one with a broadcast constant 4 times
+        # torch vectorizes each of these operations; a row norm takes 20 times as long, one with a broadcast constant 4 times
         step = torch.add(_TINY, x.abs().amax(-1, keepdim=True), alpha=1 / self._steps)
-        codes = _stepped(torch.div(x, step).add_(self._steps + 1.5).to(torch.uint8))  # the half rounds: what follows cuts off
+        codes = _stepped(torch.div(x, step).add_(self._steps + 1.5).to(torch.uint8))  # + 0.5 rounds, because the conversion truncates
         y = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, self._steps + 1, self._packed, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )[: x.shape[0]]
@@ -137,10 +137,10 @@ class Int8(Linear):
 
 
 class Int4(Linear):
-    """4-bit weights, a scale and a zero for each group of a row's columns, bfloat16 activations.
+    """4-bit weights with a scale and a zero per group of a row's columns, and bfloat16 activations.
 
-    Rows are filled up to a multiple of 64, columns to whole groups, with weights that are 0. Few rows of x go through torch's tinygemm;
-    many (`DENSE`) through a bfloat16 product with weights that are dequantized a chunk at a time.
+    Weights are zero-padded: rows to a multiple of 64, columns to whole groups. Few rows of x use torch's tinygemm; many (`DENSE`) use a
+    bfloat16 product with weights that are dequantized in chunks.
     """
 
     kind = "int4"
@@ -157,11 +157,11 @@ class Int4(Linear):
         short, rows = groups * group - n_in, -n_out % _WIDE
         packed = torch.empty(n_out + rows, (n_in + short) // 2, dtype=torch.uint8)
         step = _few(n_in)
-        for at in range(0, n_out, step):  # the packer wants whole numbers of 32 bits
+        for at in range(0, n_out, step):  # the packer takes int32
             codes = _nibbles(tensors["packed"][at : at + step])[:, :n_in].int()
             codes = pad(codes, (0, short, 0, -codes.shape[0] % _WIDE), value=8)
             packed[at : at + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        # [groups, N, 2]; columns that fill up the last group meet activations that are 0
+        # [groups, N, 2]; padding columns of the last group are multiplied by zero activations
         scales = torch.stack([pad(t.bfloat16(), (0, 0, 0, rows)).T for t in (scale, zero)], -1).contiguous()
         return {"packed": packed, "scales": scales, **({"bias": tensors["bias"]} if "bias" in tensors else {})}
 
@@ -187,14 +187,14 @@ class Int4(Linear):
         """Rows first..end-1 of the weight, transposed: [K, end - first] bfloat16."""
         packed = _blocks(self._packed)[first // _WIDE : end // _WIDE].transpose(0, 1)  # [K, blocks, 32]
         whole = torch.empty(*packed.shape[:2], _WIDE, dtype=torch.bfloat16)
-        for half, codes in enumerate((packed & 15, packed >> 4)):  # made signed while they are bytes, which are quick
+        for half, codes in enumerate((packed & 15, packed >> 4)):  # subtract while they are bytes, which is faster
             whole[..., half * _WIDE // 2 : (half + 1) * _WIDE // 2] = codes.view(torch.int8).sub_(8)
         scale, zero = (t.contiguous().unsqueeze(1) for t in self._scales[:, first:end].unbind(-1))  # [groups, 1, n]
         grouped = whole.view(scale.shape[0], self.group, -1)
         return torch.addcmul(zero, grouped, scale, out=grouped).view(packed.shape[0], -1)
 
 
-CLASSES = {made.kind: made for made in (Fp32, Bf16, Int8, Int4)}  # `pack` turns portable tensors into the parts that each takes
+CLASSES = {made.kind: made for made in (Fp32, Bf16, Int8, Int4)}  # `pack` converts portable tensors to a class's parts
 
 
 def size_of(part: Tensor) -> int:
@@ -209,19 +209,19 @@ def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, 
         kind: One of `KINDS`.
         tensors: As in the table above.
         n_in: K.
-        group: Columns that share an int4 scale; int8 has one scale a row, 0.
-        name: For messages.
+        group: Columns per int4 scale; 0 for int8, which has one scale per row.
+        name: The linear's name, for error sentences.
 
     Raises:
-        ModelError: An unknown kind, a group that it cannot run, or tensors that do not make a linear of it.
+        ModelError: The kind or group is not supported, or the tensors do not match the kind.
     """
     parts = {"fp32": ("weight",), "bf16": ("weight",), "int8": ("packed", "scale"), "int4": ("packed", "scale", "zero")}.get(kind)
     if parts is None:
-        raise ModelError(f"{name} is of kind {kind!r}: the engine knows {', '.join(KINDS)}")
+        raise ModelError(f"{name} is of kind {kind!r}: the engine supports {', '.join(KINDS)}")
     if missing := [p for p in parts if p not in tensors]:
         raise ModelError(f"{name} lacks its {missing[0]}, which {kind} needs: export the model again")
     if kind == "int4" and group not in GROUPS:
-        raise ModelError(f"{name} has int4 groups of {group} columns: the engine runs {', '.join(map(str, GROUPS))}; export it again")
+        raise ModelError(f"{name} has int4 groups of {group} columns: the engine supports {', '.join(map(str, GROUPS))}; export it again")
     n_out = tensors[parts[0]].shape[0]
     groups = math.ceil(n_in / group) if group else 0
     sizes = {
@@ -233,21 +233,23 @@ def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, 
     }
     for part, tensor in tensors.items():
         if tuple(tensor.shape) != sizes.get(part):
-            raise ModelError(f"{name} has a {part} of shape {tuple(tensor.shape)}, {kind} wants {sizes.get(part)}: export the model again")
+            raise ModelError(f"{name} has a {part} of shape {tuple(tensor.shape)}, {kind} needs {sizes.get(part)}: export the model again")
     if "bias" in tensors:
         tensors = {**tensors, "bias": tensors["bias"].float()}
-    made = CLASSES[kind]
-    return made(made.pack(tensors, n_in, group), n_in=n_in, n_out=n_out, group=group if kind == "int4" else 0)
+    own = CLASSES[kind]
+    return own(own.pack(tensors, n_in, group), n_in=n_in, n_out=n_out, group=group if kind == "int4" else 0)
 
 
 def portable(kind: str, weight: Tensor, *, group: int = 32) -> dict[str, Tensor]:
-    """The portable tensors of a weight [N, K] of any float dtype, rounded to nearest where the kind is quantized."""
+    """Convert a weight [N, K] of any float dtype to portable tensors; quantized kinds round to nearest."""
     if kind == "fp32":
         return {"weight": weight.float()}
     if kind == "bf16":
         return {"weight": weight.bfloat16()}
     if kind not in KINDS or (kind == "int4" and group not in GROUPS):
-        raise ModelError(f"there is no kind {kind!r} with groups of {group}: the engine knows {', '.join(KINDS)}, int4 of {GROUPS}")
+        raise ModelError(
+            f"there is no kind {kind!r} with groups of {group}: the engine supports {', '.join(KINDS)}, int4 with groups of {GROUPS}"
+        )
     parts = [_int8(w.float()) if kind == "int8" else _int4(w.float(), group) for w in weight.split(_few(weight.shape[1]))]
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
@@ -259,10 +261,12 @@ def _int8(weight: Tensor) -> dict[str, Tensor]:
 
 def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
     n_in = weight.shape[1]
-    grouped = torch.cat([weight, weight[:, -1:].expand(-1, -n_in % group)], 1).unflatten(1, (-1, group))  # what is added changes no extreme
+    grouped = torch.cat([weight, weight[:, -1:].expand(-1, -n_in % group)], 1).unflatten(
+        1, (-1, group)
+    )  # padding with copies changes no extreme
     low, high = grouped.amin(2), grouped.amax(2)
-    scale = _or_one(((high - low) / 15).bfloat16().float())  # rounded before the codes are chosen, which make up for it
-    middle = torch.where(high > low, (low + high + scale) / 2, low)  # codes -8..7: that of the range lies half a step below
+    scale = _or_one(((high - low) / 15).bfloat16().float())  # rounded before the codes are chosen, so that they compensate
+    middle = torch.where(high > low, (low + high + scale) / 2, low)  # codes -8..7: the middle of the range is half a step lower
     zero = middle.bfloat16().float()
     codes = ((grouped - zero.unsqueeze(2)) / scale.unsqueeze(2)).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)[:, :n_in]
     codes = pad(codes, (0, n_in % 2))
@@ -270,9 +274,9 @@ def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
 
 
 def _stepped(x: Tensor) -> Tensor:
-    """[n, K] with rows of zeros up to one of few numbers of rows.
+    """Pad [n, K] with rows of zeros to one of few row counts.
 
-    oneDNN compiles a kernel for each number that it meets, in milliseconds and some 0.4 MB, and keeps 1,024 of them.
+    oneDNN compiles a kernel for each row count, which takes milliseconds and 0.4 MB, and keeps 1,024 of them.
     """
     rows = x.shape[0]
     more = 0 if rows <= 8 else -rows % (16 if rows <= 128 else 64)
@@ -280,12 +284,12 @@ def _stepped(x: Tensor) -> Tensor:
 
 
 def _few(n_in: int) -> int:
-    """Rows to work on at a time, so that what is unpacked stays small beside what is packed."""
+    """Rows per chunk, so that unpacked weights stay small relative to the packed ones."""
     return max(_WIDE, _CHUNK // n_in // _WIDE * _WIDE)
 
 
 def dequantized(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, group: int = 32) -> Tensor:
-    """The weight [N, K] float32 that portable tensors stand for."""
+    """Convert portable tensors to a weight [N, K] float32."""
     if kind in ("fp32", "bf16"):
         return tensors["weight"].float()
     if kind == "int8":
@@ -295,7 +299,7 @@ def dequantized(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, group: i
 
 
 def _or_one(scale: Tensor) -> Tensor:
-    """A group of equal numbers needs no steps, and no division by 0."""
+    """Replace scale 0 (a group of equal numbers) with 1, to avoid a division by 0."""
     return torch.where(scale > 0, scale, 1.0)
 
 
@@ -304,7 +308,7 @@ def _nibbles(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], 2).flatten(1)
 
 
-_WIDE = 64  # rows that torch packs together where there is AVX-512
+_WIDE = 64  # rows that torch packs together with AVX-512
 
 
 def _blocks(packed: Tensor) -> Tensor:
@@ -314,7 +318,7 @@ def _blocks(packed: Tensor) -> Tensor:
 
 @cache
 def _known_layout() -> bool:
-    """Whether torch packs int4 here as `_blocks` says: the layout is its own affair, and another where there is no AVX-512."""
+    """Whether torch packs int4 as in `_blocks`: the layout is internal, and different without AVX-512."""
     codes = torch.randint(0, 16, (2 * _WIDE, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = _blocks(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
     found = torch.cat([packed & 15, packed >> 4], -1).transpose(1, 2).reshape(codes.shape)

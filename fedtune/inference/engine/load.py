@@ -29,8 +29,8 @@ from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
 
-GROUP = 32  # columns that share a scale where int4 is made here
-FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # dtype in a file → kind that keeps it
+GROUP = 32  # columns per scale when weights are quantized to int4 here
+FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # dtype in a file → kind in memory
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Engine:
     """A model that is ready to generate.
 
     Attributes:
-        folder: Where it came from.
-        decoder: Runs it.
-        card: fedtune.json, {} where there is none.
+        folder: The model's folder.
+        decoder: The decoder.
+        card: fedtune.json, {} if there is none.
         prompt: [t, d] embeddings of virtual tokens (prompt tuning), or None.
-        prefix: Keys and values [L, t, Hkv, D] of virtual tokens (prefix tuning), keys as the model's own cache would hold them, or None.
+        prefix: Keys and values [L, t, Hkv, D] of virtual tokens (prefix tuning), keys as in the model's own cache, or None.
     """
 
     folder: Path
@@ -57,57 +57,57 @@ class Engine:
 
     @property
     def adapters(self) -> dict[str, Lora]:
-        """The separate adapters by name: what `Span.adapter` may say."""
+        """The separate adapters by name, for `Span.adapter`."""
         return self.decoder.adapters
 
     def add_adapter(self, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Let spans choose an adapter; `factors` as in `make_lora`, which says what it raises."""
+        """Make an adapter available to spans; `factors` and errors as in `make_lora`."""
         self.decoder.adapters[name] = make_lora(self.shape, factors, name)
 
     @cached_property
     def text(self) -> Any:
         """The folder's tokenizer (`Text`)."""
-        from fedtune.inference.engine.text import read_text  # late: a decoder of ids needs none
+        from fedtune.inference.engine.text import read_text  # lazy: not needed to decode ids
 
         return read_text(self.folder, saved=is_package(self.folder))
 
     @property
     def virtual(self) -> int:
-        """Virtual tokens that stand before every text."""
+        """Number of virtual tokens before every text."""
         return self.prompt.shape[0] if self.prompt is not None else self.prefix[0].shape[1] if self.prefix is not None else 0
 
     def cache(self, policy: str = "full", limit: int | None = None) -> Cache:
-        """An empty cache by one of `Choice`'s policies; None for the limit takes the model's context."""
+        """Create an empty cache with a policy of `Choice`; the default limit is the model's context."""
         return Choice(shape=self.shape, tokens=limit or self.shape.context, policy=policy).build()
 
     @torch.inference_mode()
     def start(self, cache: Cache) -> None:
-        """Put the model's virtual tokens, if it has any, into an empty cache as its first entries."""
+        """Put the model's virtual tokens, if any, into an empty cache."""
         if cache.length:
-            raise ModelError(f"virtual tokens stand first, and the cache holds {cache.length} tokens already: start with an empty one")
+            raise ModelError(f"virtual tokens come first, but the cache already holds {cache.length} tokens: use an empty one")
         if self.prompt is not None:
             self.decoder.forward(None, [Span(cache, self.virtual, keep=0)], embeds=self.prompt)
         elif self.prefix is not None:
             shape, rope, n = self.shape, self.decoder.rope, self.virtual
             order, q = pairs(1, shape.head_dim), torch.zeros(n, shape.heads, shape.head_dim)
             for layer, (k, v) in enumerate(zip(*self.prefix, strict=True)):
-                # nothing rotates these keys in the model; a cache rotates what it is given, so it is given what that makes them of
+                # the model does not rotate these keys, but the cache rotates its input: so undo that rotation in advance
                 cache.attend(layer, q, rope.unrotate(k[..., order], 0), v.float(), rope)
             cache.advance(n)
 
 
 def load_engine(folder: Path | str, kind: str | None = None, *, keep: bool = True) -> Engine:
-    """Open a model. Large packages, and whatever is quantized as it is opened, are packed once and mapped from then on (`ready`).
+    """Load a model. Large packages, and models quantized on loading, are packed once and memory-mapped afterward (see `ready`).
 
     Args:
         folder: A Hugging Face folder or an edge package.
-        kind: fp32, bf16, int8 or int4 (rounded to nearest in groups of 32; the head in int8, since its logits are worth 8 bits). None
-            keeps what is stored. A package that is quantized opens as it is, or dequantized as fp32 or bf16.
-        keep: Whether packed weights may be kept on the disk; False for a folder that will be gone.
+        kind: fp32, bf16, int8 or int4 (rounded to nearest in groups of 32; the head in int8, for more precise logits). None keeps the
+            stored format. A quantized package can be loaded unchanged, or dequantized to fp32 or bf16.
+        keep: Whether packed weights may be stored on disk; False for a temporary folder.
 
     Raises:
-        Unsupported: The engine does not run this architecture.
-        ModelError: The folder is incomplete or damaged, or the kind is none of these.
+        Unsupported: The engine does not support the architecture.
+        ModelError: The folder is incomplete or damaged, or the kind is unknown.
     """
     folder = Path(folder)
     if kind is not None and kind not in KINDS:
@@ -135,7 +135,7 @@ def _hugging_face(folder: Path, kind: str | None, keep: bool) -> Engine:
     shape, files = read_shape(config), weight_files(folder, config)
     card = read_json(folder / "fedtune.json") if (folder / "fedtune.json").is_file() else {}
     if "peft" in card:
-        raise Unsupported(f"{folder} keeps an adapter beside its weights: export it with `--to edge` for the engine")
+        raise Unsupported(f"{folder} has an unmerged adapter: export it with `--to edge` for the engine")
     source = _Mapped(folder, files)
     quantizes = keep and kind in ("int8", "int4")
     where = ready.place(folder, kind, [folder / "config.json", *files]) if quantizes else None
@@ -144,22 +144,22 @@ def _hugging_face(folder: Path, kind: str | None, keep: bool) -> Engine:
 
 
 def _linears(where: ready.Place | None, found: dict[str, Linear] | None, packing: "_Packing") -> Callable[[str], Linear]:
-    """The linears that lie ready, which are written now if they do not; packed in memory where they cannot be kept."""
+    """Return the mapped linears, after packing them on disk if needed; if that fails, pack them in memory."""
     if where and not found and ready.write_ready(where, packing.every()):
         found = ready.open_ready(where)
     return found.__getitem__ if found else packing
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object of a small JSON file, or ModelError."""
+    """Read an object from a small JSON file. Raises ModelError."""
     try:
         found = parse_json(text_of(file))
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror}): give a model folder") from None
     except (ValueError, RecursionError):
-        raise ModelError(f"{file} is no JSON: export the model again") from None
+        raise ModelError(f"{file} is not JSON: export the model again") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{file} holds no JSON object: export the model again")
+        raise ModelError(f"{file} does not hold a JSON object: export the model again")
     return found
 
 
@@ -167,12 +167,12 @@ Stored = tuple[str, int, dict[str, Tensor]]  # kind, int4's group, portable tens
 
 
 class _Source(Protocol):
-    """Tensors by their Hugging Face names, each mapped anew when it is asked for: its pages go when it goes."""
+    """Tensors by Hugging Face name. Each is mapped when it is requested, and its pages are freed with it."""
 
     def tensor(self, name: str, size: tuple[int, ...]) -> Tensor: ...
 
     def stored_kind(self, name: str) -> str:
-        """Of a linear, named without `.weight`."""
+        """The kind of a linear, named without `.weight`."""
         ...
 
     def linear(self, name: str, size: tuple[int, int], kind: str) -> Stored: ...
@@ -196,7 +196,9 @@ class _Packed:
         if kind == stored.kind or (name == "lm_head" and kind == "int4" and stored.kind == "int8"):
             return stored.kind, stored.group, tensors
         if stored.kind in ("int8", "int4") and kind in ("int8", "int4"):
-            raise ModelError(f"{self._package.folder} holds '{name}' in {stored.kind}, which {kind} would round once more: export it again")
+            raise ModelError(
+                f"{self._package.folder} holds '{name}' in {stored.kind}, and {kind} would round it again: export the model in {kind}"
+            )
         weight = dequantized(stored.kind, tensors, n_in=size[1], group=stored.group)
         return kind, GROUP, portable(kind, weight, group=GROUP)
 
@@ -209,12 +211,12 @@ class _Mapped:
         self._where: dict[str, Path] = {}
         for file in files:
             with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - a handle is no dict
+                for name in handle.keys():  # noqa: SIM118 - a handle is not a dict
                     self._where[name] = file
 
     def _file(self, name: str) -> Path:
         if name not in self._where:
-            raise ModelError(f"{self._folder} holds no tensor {name}: give a merged model, as `fedtune export` writes it")
+            raise ModelError(f"{self._folder} has no tensor {name}: give a merged model, as written by `fedtune export`")
         return self._where[name]
 
     def tensor(self, name: str, size: tuple[int, ...]) -> Tensor:
@@ -222,7 +224,9 @@ class _Mapped:
         with _opened(file) as handle:
             part = handle.get_slice(name)
             if tuple(part.get_shape()) != size or part.get_dtype() not in FLOATS:
-                raise ModelError(f"{file} holds {name} as {part.get_dtype()} {tuple(part.get_shape())}, config.json asks for floats {size}")
+                raise ModelError(
+                    f"{file} holds {name} as {part.get_dtype()} {tuple(part.get_shape())}, but config.json requires floats {size}"
+                )
             return handle.get_tensor(name)
 
     def stored_kind(self, name: str) -> str:
@@ -240,10 +244,10 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{file} is no sound safetensors file ({str(error).splitlines()[0]:.80}): export the model again") from None
+        raise ModelError(f"{file} is not a valid safetensors file ({str(error).splitlines()[0]:.80}): export the model again") from None
 
 
-NAMES = ("qkv", "o", "gate_up", "down")  # of a layer's linears
+NAMES = ("qkv", "o", "gate_up", "down")  # the linears of a layer
 
 
 def _decoder(shape: Shape, source: _Source, linear: Callable[[str], Linear]) -> Decoder:
@@ -273,7 +277,7 @@ def _layer(shape: Shape, source: _Source, linear: Callable[[str], Linear], i: in
 
 
 class _Packing:
-    """Packs a decoder's linears from their source, each when it is asked for."""
+    """Packs a decoder's linears on request."""
 
     def __init__(self, shape: Shape, source: _Source, kind: str | None) -> None:
         self._shape, self._source, self._kind = shape, source, kind
@@ -298,7 +302,7 @@ class _Packing:
         return self._fused([(f"{at}mlp.{x}_proj", inner, None) for x in ("gate", "up")], n_in=d, bias=shape.mlp_bias)
 
     def _fused(self, parts: Sequence[tuple[str, int, Tensor | None]], *, n_in: int, bias: bool) -> Linear:
-        """One linear of several: name, rows and their new order, of each."""
+        """Fuse several linears, each given by name, rows and row order."""
         found: list[Stored] = []
         for name, size, order in parts:
             own, group, tensors = self._source.linear(name, (size, n_in), self._kind or self._source.stored_kind(name))
@@ -307,7 +311,7 @@ class _Packing:
             found.append((own, group, tensors if order is None else {key: t[order] for key, t in tensors.items()}))
         own, group, whole = found[0]
         if any(other[:2] != (own, group) for other in found[1:]):
-            raise ModelError(f"{parts[0][0]} and what runs with it are of different kinds: export the model again")
+            raise ModelError(f"{parts[0][0]} and the linears fused with it are of different kinds: export the model again")
         if len(found) > 1:
             whole = {key: torch.cat([tensors[key] for *_, tensors in found]) for key in whole}
             found.clear()

@@ -1,4 +1,4 @@
-"""LoRA factors that stay apart from the weights and are chosen span by span."""
+"""Unmerged LoRA factors, selected per span."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from fedtune.errors import ModelError
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape
 
-# module of a layer → linear of the engine that it is part of
+# module of a layer → the engine's fused linear
 _HOME = {
     "self_attn.q_proj": "qkv",
     "self_attn.k_proj": "qkv",
@@ -23,7 +23,7 @@ _HOME = {
 
 @dataclass(slots=True)
 class Lora:
-    """One adapter: by layer and linear its pieces (aᵀ [K, r], bᵀ [r, n], the first of the n columns that it adds to)."""
+    """One adapter: (layer, linear) → pieces (aᵀ [K, r], bᵀ [r, n], the first of its n output columns)."""
 
     pieces: dict[tuple[int, str], list[tuple[Tensor, Tensor, int]]] = field(default_factory=dict)
 
@@ -34,15 +34,15 @@ class Lora:
 
 
 def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: str) -> Lora:
-    """An adapter from its modules' factors.
+    """Build an adapter from its modules' factors.
 
     Args:
-        shape: Of the model.
-        factors: Module, as `model.layers.0.self_attn.q_proj` → A [r, K] and B [N, r], the scaling in B.
-        name: For messages.
+        shape: The model's shape.
+        factors: Module, such as `model.layers.0.self_attn.q_proj` → A [r, K] and B [N, r], with the scaling in B.
+        name: The adapter's name, for error sentences.
 
     Raises:
-        ModelError: A module that the engine does not adapt, or factors that do not fit it.
+        ModelError: The engine does not support adapters on a module, or factors do not fit it.
     """
     q, kv, inner, d = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate, shape.hidden
     sizes = {"q": (q, d, 0), "k": (kv, d, q), "v": (kv, d, q + kv), "o": (d, q, 0)}
@@ -51,11 +51,11 @@ def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: 
     for module, (a, b) in factors.items():
         layer, _, own = module.removeprefix("model.layers.").partition(".")
         if not layer.isdecimal() or int(layer) >= shape.layers or own not in _HOME or not module.startswith("model.layers."):
-            raise ModelError(f"adapter {name!r} changes '{module}', which the engine keeps as it is: merge it with `fedtune export`")
+            raise ModelError(f"adapter {name!r} changes '{module}', which the engine cannot adapt: merge it with `fedtune export`")
         part = own.rpartition(".")[2].removesuffix("_proj")
         rows, columns, first = sizes[part]
         if a.dim() != 2 or a.shape[1] != columns or b.shape != (rows, a.shape[0]):
-            raise ModelError(f"adapter {name!r} does not fit '{module}' of {(rows, columns)}: it belongs to another model")
+            raise ModelError(f"adapter {name!r} does not fit '{module}' of shape {(rows, columns)}: it belongs to another model")
         b = b.float()
         if part in "qk":
             b = b[pairs(rows // shape.head_dim, shape.head_dim)]
@@ -64,6 +64,6 @@ def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: 
 
 
 def add_all(loras: Sequence[tuple[slice, Lora]], where: tuple[int, str], x: Tensor, y: Tensor) -> None:
-    """Each adapter on its rows of y, in place."""
+    """Apply each adapter to its rows of y, in place."""
     for rows, lora in loras:
         lora.add(where, x[rows], y[rows])

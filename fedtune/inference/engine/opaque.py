@@ -1,7 +1,7 @@
-"""oneDNN's packed weights as plain bytes, and plain bytes as such weights without copying them.
+"""Converts oneDNN's packed weights to bytes, and bytes to packed weights without a copy.
 
-A packed weight is a tensor without strides, whose layout oneDNN alone knows. libtorch can wrap memory that holds one, given a description
-of its layout; it does so for the constants of models that are compiled ahead of time, through its stable C interface, and so do we.
+A packed weight is a tensor without strides in an internal layout of oneDNN. libtorch can wrap memory as such a tensor, given a description
+of its layout. It does so for the constants of ahead-of-time compiled models, through its stable C interface, which is used here.
 """
 
 import ctypes
@@ -19,22 +19,22 @@ _DTYPES = {torch.int8: "aoti_torch_dtype_int8", torch.bfloat16: "aoti_torch_dtyp
 
 
 def raw_bytes(packed: Tensor) -> Tensor:
-    """[bytes] uint8, the memory of `packed` itself: to be used while `packed` lives."""
+    """A [bytes] uint8 view of the memory of `packed`, valid while `packed` exists."""
     count = torch.ops.mkldnn._nbytes(packed)
     return torch.frombuffer((ctypes.c_uint8 * count).from_address(torch.ops.mkldnn.data_ptr(packed)), dtype=torch.uint8)
 
 
 def layout_of(packed: Tensor) -> bytes:
-    """oneDNN's description of the layout, which holds for this version of it on this CPU."""
+    """oneDNN's description of the layout, valid for this oneDNN version and CPU."""
     return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
 
 
 def wrap_bytes(memory: Tensor, layout: bytes, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The packed weight that lies in `memory` [bytes] uint8, which must outlive it.
+    """Wrap `memory` [bytes] uint8 as a packed weight; the memory must outlive it.
 
     Args:
-        layout: Of `layout_of`; one that does not belong to the memory is not found out.
-        shape, dtype: Of the packed tensor.
+        layout: Result of `layout_of`; a wrong one is not detected.
+        shape, dtype: Those of the packed tensor.
     """
     lib, capsule = _libtorch(), ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -46,13 +46,13 @@ def wrap_bytes(memory: Tensor, layout: bytes, shape: Sequence[int], dtype: torch
         ctypes.byref(handle), ctypes.c_int32(lib.aoti_torch_layout__mkldnn()), described, ctypes.c_int64(len(layout)),
     )  # fmt: skip
     if failed:
-        raise RuntimeError("libtorch did not take a packed weight")
+        raise RuntimeError("libtorch cannot wrap a packed weight")
     return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(handle, None, None))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
 def can_wrap() -> bool:
-    """Whether this torch can: one weight of each kind there and back multiplies as before."""
+    """Whether this torch supports `wrap_bytes`: tests that a wrapped weight gives the same product."""
     if not torch.backends.mkldnn.is_available():
         return False
     codes, x = torch.arange(-60, 60, dtype=torch.int8).view(8, 15), torch.arange(15, dtype=torch.uint8)[None]

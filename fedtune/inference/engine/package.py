@@ -1,14 +1,14 @@
-"""The edge package: a folder that holds a decoder as the engine runs it, its tokenizer, and a card that says where it comes from.
+"""The edge package: a folder with a decoder for the engine, its tokenizer, and a card with its provenance.
 
-    config.json  tokenizer files    as Hugging Face writes them
+    config.json  tokenizer files    in Hugging Face's format
     fedtune.json                    the card: task, prompt template, provenance, metric, privacy, quantization
     package.json                    {"format": 2, "linears": {name: {"kind", "group", "shape"}}, "sha256": {file: digest}}
-    weights-{f32,bf16,int8,int4}.safetensors    one file for each group of dtypes
-    adapters/NAME.safetensors       LoRA factors that stay apart, chosen for each request
+    weights-{f32,bf16,int8,int4}.safetensors    one file per dtype
+    adapters/NAME.safetensors       separate LoRA factors, selected per request
 
 Tensors have their Hugging Face names. A quantized linear's weight is `<name>.weight.packed` with `.scale` and, int4, `.zero`, as in
-`fedtune.inference.quantize.rtn`. Query, key and value of a layer lie one behind another in their file, and so do gate and up. Virtual
-tokens are `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], keys as the cache holds them: nothing rotates them.
+`fedtune.inference.quantize.rtn`. Query, key and value of a layer are adjacent in their file, and so are gate and up. Virtual tokens are
+`prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], with keys as in the cache: they are not rotated.
 """
 
 import hashlib
@@ -48,12 +48,12 @@ PACKAGE, CARD, ADAPTERS = "package.json", "fedtune.json", "adapters"
 FILES = {torch.float32: "weights-f32", torch.bfloat16: "weights-bf16", torch.int8: "weights-int8", torch.uint8: "weights-int4"}
 Kind = Literal["fp32", "bf16", "int8", "int4"]
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
-_JSON, _HEADER = 1 << 24, 1 << 25  # bytes: no config, card or header of ours comes near, and parsing takes some times as much memory
+_JSON, _HEADER = 1 << 24, 1 << 25  # limits in bytes, far above our files: parsing takes several times as much memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Card:
-    """What the engine needs of the card; the rest is for people."""
+    """The fields of the card that the engine uses; the others are for people."""
 
     task: str
     base: str
@@ -63,7 +63,7 @@ class _Card:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLinear:
-    """How a linear's weight [N, K] is kept; `group` columns share an int4 scale, and is 0 of the other kinds: int8 has one a row."""
+    """The storage format of a linear's weight [N, K]. `group`: columns per int4 scale; 0 for other kinds (int8 has one scale per row)."""
 
     kind: Kind
     group: int
@@ -72,15 +72,15 @@ class StoredLinear:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package whose files are checked and mapped; a matrix is read from the disk when it is used.
+    """A package whose files are checked and mapped; matrices are read from disk on use.
 
     Attributes:
         config: config.json.
-        shape: What it says.
+        shape: Parsed from `config`.
         card: fedtune.json.
-        linears: Name without `.weight` → how it is kept.
-        tensors: Name → tensor, mapped anew each time that it is asked for: its pages go when the tensor goes. Not to be changed.
-        adapters: Name → module → A [r, K] and B [N, r], float32; y += x Aᵀ Bᵀ, the scaling is in B.
+        linears: Name without `.weight` → storage format.
+        tensors: Name → tensor, mapped on each request: its pages are freed with the tensor. Do not change them.
+        adapters: Name → module → A [r, K] and B [N, r], float32; y += x Aᵀ Bᵀ, with the scaling in B.
     """
 
     folder: Path
@@ -92,13 +92,13 @@ class Package:
     adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def linear(self, name: str) -> dict[str, Tensor]:
-        """Its tensors: `weight`, or `packed`, `scale` and, int4, `zero`; and `bias` where it has one."""
+        """The tensors of a linear: `weight`, or `packed`, `scale` and (int4) `zero`; and `bias` if it has one."""
         parts = {"weight": "weight", "weight.packed": "packed", "weight.scale": "scale", "weight.zero": "zero", "bias": "bias"}
         return {short: self.tensors[f"{name}.{part}"] for part, short in parts.items() if f"{name}.{part}" in self.tensors.specs}
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors of safetensors files by name, each memory-mapped when it is asked for.
+    """Tensors of safetensors files by name, each memory-mapped on request.
 
     Attributes:
         specs: Name → dtype and shape, from the files' headers.
@@ -109,16 +109,18 @@ class StoredTensors(Mapping[str, Tensor]):
         self._files: dict[str, Path] = {}
 
     def add(self, path: Path, dtype: torch.dtype) -> None:
-        """Take in a file whose tensors must all be of this dtype.
+        """Add a file whose tensors must all have this dtype.
 
         Raises:
-            ModelError: The file is damaged, has a tensor of another dtype, or one that another file has.
+            ModelError: The file is damaged, has a tensor of another dtype, or has one that is in another file too.
         """
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
                 if _DTYPES.get(part.get_dtype()) != dtype:
-                    raise ModelError(f"{path}: '{name:.80}' is {part.get_dtype()}, which does not belong there: the package is damaged")
+                    raise ModelError(
+                        f"{path}: '{name:.80}' is {part.get_dtype()}, which does not belong in this file: the package is damaged"
+                    )
                 if name in self._files:
                     raise ModelError(f"{path.parent} holds '{name:.80}' twice: export the model again")
                 self._files[name], self.specs[name] = path, (dtype, tuple(part.get_shape()))
@@ -143,7 +145,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with open(path, "rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
         if length > _HEADER:
-            raise ModelError(f"{path} claims a header of {length} bytes: it is damaged")
+            raise ModelError(f"{path} declares a header of {length} bytes: it is damaged")
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError, struct.error, RuntimeError, ValueError, OverflowError, MemoryError) as bad:
@@ -151,12 +153,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def is_package(folder: Path) -> bool:
-    """Whether the folder holds an edge package; a damaged one is one too."""
+    """Whether the folder holds an edge package, possibly a damaged one."""
     return (folder / PACKAGE).is_file()
 
 
 def sealed(name: str) -> bool:
-    """Whether a package says what must be in a file of this name; the rest (card, chat template, adapters) may be changed by hand."""
+    """Whether package.json holds the digest of a file of this name; other files (card, chat template, adapters) may be edited by hand."""
     return name in ("config.json", "tokenizer.json") or name.startswith("weights-")
 
 
@@ -169,32 +171,34 @@ def digest(path: Path) -> str:
 def read_package(folder: Path, *, seen: bool = False) -> Package:
     """Open and check a package.
 
-    Names, shapes, dtypes and sizes must be those that its config calls for; scales, norms, biases, virtual tokens and adapters are finite;
-    files are those that were written.
+    Names, shapes, dtypes and sizes must match its config. Scales, norms, biases, virtual tokens and adapters must be finite. Files must
+    have the stored digests.
 
     Args:
-        folder: Where it lies.
-        seen: Its weights were checked before, and their files are the same: they are not read through.
+        folder: The package.
+        seen: Whether the same weight files were checked before; then they are not read again.
 
     Raises:
-        ModelError: A file is missing or damaged, or they do not belong together.
+        ModelError: A file is missing or damaged, or the files do not match.
     """
     folder = Path(folder)
-    config, card, said = (read_object(folder / name) for name in ("config.json", CARD, PACKAGE))
+    config, card, listed = (read_object(folder / name) for name in ("config.json", CARD, PACKAGE))
     _check_card(card, folder / CARD)
     shape = read_shape(config)
-    if said.get("format") != FORMAT:
-        raise ModelError(f"{folder / PACKAGE} has the format {said.get('format')!r:.40}, this fedtune reads {FORMAT}: export it again")
+    if listed.get("format") != FORMAT:
+        raise ModelError(
+            f"{folder / PACKAGE} has the format {listed.get('format')!r:.40}, but this fedtune reads {FORMAT}: export it again"
+        )
     tensors = StoredTensors()
     for path in sorted(folder.glob("weights-*.safetensors")):
         dtype = next((d for d, stem in FILES.items() if stem == path.stem), None)
         if dtype is None:
-            raise ModelError(f"{path} is no file of a package: take it away, or export the model again")
+            raise ModelError(f"{path} is not a file of a package: remove it, or export the model again")
         tensors.add(path, dtype)
-    _check_seal(folder, said.get("sha256"), seen)
-    if shape.layers > len(tensors):  # before a table of all its layers is made
-        raise ModelError(f"{folder / 'config.json'} asks for {shape.layers} layers, more than the package has tensors: export it again")
-    linears = _linears(said.get("linears"), shape, folder / PACKAGE)
+    _check_seal(folder, listed.get("sha256"), seen)
+    if shape.layers > len(tensors):  # before building a table of all layers
+        raise ModelError(f"{folder / 'config.json'} requires {shape.layers} layers, more than the package has tensors: export it again")
+    linears = _linears(listed.get("linears"), shape, folder / PACKAGE)
     _check(folder, shape, linears, tensors, seen)
     paths = sorted((folder / ADAPTERS).glob("*.safetensors"))
     adapters = {path.stem: _adapter(path, shape, card.get("base")) for path in paths}
@@ -202,7 +206,7 @@ def read_package(folder: Path, *, seen: bool = False) -> Package:
 
 
 def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors of such a decoder and their shapes, in the order of a package's files; of a tied one no `lm_head.weight`."""
+    """The decoder's tensors and their shapes, in the order of a package's files; no `lm_head.weight` if it is tied."""
     d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
     yield "model.embed_tokens.weight", (shape.vocab, d)
     for layer in range(shape.layers):
@@ -231,7 +235,7 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def linear_tensors(name: str, linear: StoredLinear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a linear's weight consists of in the files: name → dtype and shape."""
+    """The tensors that store a linear's weight: name → dtype and shape."""
     (rows, columns), weight = linear.shape, f"{name}.weight"
     if linear.kind in ("fp32", "bf16"):
         return {weight: (torch.float32 if linear.kind == "fp32" else torch.bfloat16, (rows, columns))}
@@ -243,14 +247,14 @@ def linear_tensors(name: str, linear: StoredLinear) -> dict[str, tuple[torch.dty
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ModelError: It is missing, too large, or something else.
+        ModelError: It is missing, too large, or not a JSON object.
     """
     try:
         if path.stat().st_size > _JSON:
-            raise ModelError(f"{path} is larger than {_JSON >> 20} MB, which no package's is: it is damaged")
+            raise ModelError(f"{path} is larger than the limit of {_JSON >> 20} MB: it is damaged")
         found = parse_json(read_text(path))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: give a folder that `fedtune export --to edge` wrote") from None
@@ -265,38 +269,40 @@ def _check_card(card: dict[str, Any], path: Path) -> None:
     try:
         read_fields(_Card, card, ValueError, "card", others=True)
     except ValueError as bad:
-        raise ModelError(f"{path} cannot be used: {bad}; export the model again") from None
+        raise ModelError(f"{path} is invalid: {bad}; export the model again") from None
 
 
-def _linears(said: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
-    """The linears of such a decoder as package.json keeps them; the head of a tied one has no entry."""
+def _linears(entries: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
+    """Parse the decoder's linears from package.json; a tied head has no entry."""
     sizes = {n.removesuffix(".weight"): s for n, s in tensor_shapes(shape) if is_linear(n)}
-    if not isinstance(said, dict) or said.keys() != sizes.keys():
-        raise ModelError(f"{path} does not name the linears that config.json calls for: export the model again")
+    if not isinstance(entries, dict) or entries.keys() != sizes.keys():
+        raise ModelError(f"{path} does not list the linears that config.json requires: export the model again")
     out = {}
     for name, size in sizes.items():
         try:
-            stored = StoredLinear(**read_fields(StoredLinear, said[name], ValueError, "linear"))
+            stored = StoredLinear(**read_fields(StoredLinear, entries[name], ValueError, "linear"))
         except ValueError:
             stored = None
         if stored is None or stored.group not in ((32, 64, 128, 256) if stored.kind == "int4" else (0,)) or stored.shape != size:
-            raise ModelError(f"{path} keeps '{name}' as {said[name]!s:.80}, which cannot be for {size}: export the model again")
+            raise ModelError(f"{path} lists '{name}' as {entries[name]!s:.80}, which does not fit {size}: export the model again")
         out[name] = stored
     return out
 
 
 def is_linear(name: str) -> bool:
-    """Whether a tensor of that name is a linear's weight."""
+    """Whether a tensor name is that of a linear's weight."""
     return name == "lm_head.weight" or name.endswith("_proj.weight")
 
 
-def _check_seal(folder: Path, said: Any, seen: bool) -> None:
+def _check_seal(folder: Path, digests: Any, seen: bool) -> None:
     here = {path.name for path in folder.iterdir() if path.is_file() and sealed(path.name)}
-    if not isinstance(said, dict) or said.keys() != here:
-        raise ModelError(f"{folder / PACKAGE} does not name the files that are in {folder}: one is missing or was added, export it again")
+    if not isinstance(digests, dict) or digests.keys() != here:
+        raise ModelError(f"{folder / PACKAGE} does not list the files in {folder}: one is missing or was added; export it again")
     for name in sorted(here):
-        if not (seen and name.startswith("weights-")) and digest(folder / name) != said[name]:
-            raise ModelError(f"{folder / name} is not what the export wrote: it is damaged, copy the package anew or export it again")
+        if not (seen and name.startswith("weights-")) and digest(folder / name) != digests[name]:
+            raise ModelError(
+                f"{folder / name} has another digest than after the export: it is damaged; copy the package again or export it again"
+            )
 
 
 def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tensors: StoredTensors, seen: bool) -> None:
@@ -309,14 +315,14 @@ def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tens
             wanted[name] = (torch.float32, torch.bfloat16) if len(size) == 2 else (torch.float32,), size
     wanted |= {name: ((torch.float32,), size) for name, size in _virtual(shape, tensors).items()}
     if missing := [n for n in wanted if n not in tensors.specs]:
-        raise ModelError(f"{folder} lacks the tensor '{missing[0]}' ({len(missing)} such) that its config calls for: export it again")
+        raise ModelError(f"{folder} lacks the tensor '{missing[0]}' ({len(missing)} such) that its config requires: export it again")
     if surplus := [n for n in tensors if n not in wanted]:
-        raise ModelError(f"{folder} holds '{surplus[0]:.80}', which its config does not call for: export the model again")
+        raise ModelError(f"{folder} holds '{surplus[0]:.80}', which its config does not have: export the model again")
     for name, (dtypes, size) in wanted.items():
         dtype, found = tensors.specs[name]
         if dtype not in dtypes or found != size:
-            said = f"{str(dtype)[6:]} {found}, its config calls for {str(dtypes[0])[6:]} {size}"
-            raise ModelError(f"{folder}: '{name}' is {said}: export the model again")
+            difference = f"{str(dtype)[6:]} {found}, but its config requires {str(dtypes[0])[6:]} {size}"
+            raise ModelError(f"{folder}: '{name}' is {difference}: export the model again")
         # the large matrices stay on the disk until they are used
         if seen:
             continue
@@ -325,37 +331,37 @@ def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tens
 
 
 def _virtual(shape: Shape, tensors: StoredTensors) -> dict[str, tuple[int, ...]]:
-    """Shapes of the virtual tokens' tensors, whose count t the tensors themselves say."""
+    """Shapes of the virtual tokens' tensors; their count t is taken from the tensors."""
     found = {n: tensors.specs[n][1] for n in ("prompt.embeds", "prefix.k") if n in tensors.specs}
     if len(size := found.get("prompt.embeds", ())) == 2 and size[0]:
         return {"prompt.embeds": (size[0], shape.hidden)}
     if len(size := found.get("prefix.k", ())) == 4 and size[1]:
         size = (shape.layers, size[1], shape.kv_heads, shape.head_dim)
         return {"prefix.k": size, "prefix.v": size}
-    return {}  # what there is of them is then surplus
+    return {}  # then any such tensor is surplus
 
 
 def _adapter(path: Path, shape: Shape, base: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → A and B of an adapter that is kept apart."""
+    """Read a separate adapter: module → A and B."""
     stored = StoredTensors()
     stored.add(path, torch.float32)
     try:
         with _opened(path) as file:
-            said = parse_json((file.metadata() or {})["fedtune"])["base"]
+            own = parse_json((file.metadata() or {})["fedtune"])["base"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ModelError(f"{path} is no adapter of a package: its metadata does not name a backbone") from None
-    if said != base:
-        raise ModelError(f"{path} belongs to the backbone {said!s:.40}, the package to {base}: take an adapter of the same one")
+        raise ModelError(f"{path} is not an adapter of a package: its metadata does not name a backbone") from None
+    if own != base:
+        raise ModelError(f"{path} belongs to the backbone {own!s:.40}, the package to {base}: use an adapter of the same one")
     sizes = {n.removesuffix(".weight"): s for n, s in tensor_shapes(shape) if is_linear(n)}
     out = {}
     for module in sorted({n.rpartition(".")[0] for n in stored}):
         (_, a), (_, b) = (stored.specs.get(f"{module}.lora_{x}", (None, ())) for x in "AB")
         rank = a[0] if len(a) == 2 else 0
         if not rank or module not in sizes or a != (rank, sizes[module][1]) or b != (sizes[module][0], rank):
-            raise ModelError(f"{path}: the factors of '{module:.80}' do not fit the decoder: it belongs to another one, or is damaged")
+            raise ModelError(f"{path}: the factors of '{module:.80}' do not fit the decoder: the adapter is another model's, or damaged")
         out[module] = (stored[f"{module}.lora_A"], stored[f"{module}.lora_B"])
         if not all(torch.isfinite(t).all() for t in out[module]):
             raise ModelError(f"{path}: the factors of '{module}' hold numbers that are not finite: the adapter is damaged")
     if 2 * len(out) != len(stored):
-        raise ModelError(f"{path} holds more than the factors of an adapter: it is damaged")
+        raise ModelError(f"{path} holds more than an adapter's factors: it is damaged")
     return out

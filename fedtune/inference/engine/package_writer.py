@@ -1,4 +1,4 @@
-"""Write an edge package tensor by tensor, so that no more than one of them need be in memory."""
+"""Writes an edge package tensor by tensor, so that only one needs to be in memory."""
 
 import json
 import math
@@ -19,17 +19,17 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """Its numbers as they lie in a file; of a contiguous tensor its own memory, to be read into."""
+    """A tensor's bytes in file order; for a contiguous tensor its own memory, which can be read into."""
     return memoryview(cast(Any, tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
 
 class TensorFile:
-    """A safetensors file whose header is written first; the tensors follow in any order, each to its own place.
+    """A safetensors file whose header is written first; the tensors follow in any order.
 
     Args:
-        path: The file to make.
-        specs: Name → dtype and shape, in the order in which they lie.
-        metadata: The header's.
+        path: The file to create.
+        specs: Name → dtype and shape, in file order.
+        metadata: The header's metadata.
     """
 
     def __init__(self, path: Path, specs: Specs, metadata: Mapping[str, str] | None = None) -> None:
@@ -47,7 +47,7 @@ class TensorFile:
         self._file.truncate(self._begin + end)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of the announced dtype and shape."""
+        """Write a tensor with the declared dtype and shape."""
         dtype, shape = self._specs[name]
         assert tensor.dtype == dtype and tuple(tensor.shape) == shape, f"{name}: {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}"
         self._file.seek(self._begin + self._starts.pop(name))
@@ -59,12 +59,12 @@ class TensorFile:
 
 
 class PackageWriter:
-    """The weights of a package.
+    """Writes the weights of a package.
 
     Args:
-        folder: Exists, and is empty but for other files of the package.
-        specs: Every tensor that is no linear's weight, name → dtype and shape, in the order in which they lie.
-        linears: Every linear, likewise.
+        folder: An existing folder, empty except for other files of the package.
+        specs: All tensors except linears' weights: name → dtype and shape, in file order.
+        linears: All linears, in file order.
     """
 
     def __init__(self, folder: Path, specs: Specs, linears: Mapping[str, StoredLinear]) -> None:
@@ -79,16 +79,16 @@ class PackageWriter:
         }
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """A tensor that is no linear's weight, in the dtype that was announced."""
+        """Write a tensor other than a linear's weight, in the declared dtype."""
         self._files[tensor.dtype].put(name, tensor)
 
     def put_linear(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """A linear's `weight`, or `packed`, `scale` and, int4, `zero`."""
+        """Write a linear's `weight`, or `packed`, `scale` and (int4) `zero`."""
         for part, tensor in tensors.items():
             self.put(f"{name}.weight" if part == "weight" else f"{name}.weight.{part}", tensor)
 
     def put_adapter(self, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], base: str) -> None:
-        """Factors that stay apart: module → A [r, K] and B [N, r] with the scaling in B, float32."""
+        """Write a separate adapter: module → A [r, K] and B [N, r] with the scaling in B, float32."""
         (self.folder / ADAPTERS).mkdir(exist_ok=True)
         tensors = {f"{m}.lora_{x}": t for m, pair in factors.items() for x, t in zip("AB", pair, strict=True)}
         specs = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
@@ -98,7 +98,7 @@ class PackageWriter:
         file.close()
 
     def close(self, config: Mapping[str, Any], card: Mapping[str, Any]) -> None:
-        """Write config.json, the card and package.json when all tensors, and the tokenizer's files, are in."""
+        """Write config.json, the card and package.json, after all tensors and the tokenizer's files."""
         for file in self._files.values():
             file.close()
         linears = {n: {"kind": x.kind, "group": x.group, "shape": list(x.shape)} for n, x in self._linears.items()}

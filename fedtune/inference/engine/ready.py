@@ -1,10 +1,10 @@
-"""Packed weights on the disk: a model is packed for this CPU when it is first opened, and mapped from then on.
+"""Packed weights on disk: a model is packed for this CPU when it is first loaded, and memory-mapped afterward.
 
-    $XDG_CACHE_HOME/fedtune/ready/<of folder and kind>/index.json    what it was made from, and where each part lies
-                                                       weights.bin   the parts, each at a multiple of 64 bytes
+    $XDG_CACHE_HOME/fedtune/ready/<hash of folder and kind>/index.json    source files and offsets of the parts
+                                                            weights.bin   the parts, aligned to 64 bytes
 
-Mapped weights are there at once, come into memory page by page as they are used, are shared by the processes that use them, and go again
-where memory is short, for they are on the disk already. Packing goes linear by linear, so it takes no more memory than one of them.
+Mapped weights are available at once, are read page by page on use, are shared between processes, and are evicted when memory is short.
+Packing handles one linear at a time, so it needs no more memory than one of them.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from fedtune.storage.parsing import parse_json, read_text
 
 __all__ = ["Place", "open_ready", "place", "write_ready"]
 
-LEAST = 1 << 26  # bytes of a model's files from which it pays
+LEAST = 1 << 26  # smallest model, in bytes, for which packing pays off
 _ALIGNED = 64
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.uint8)}
 _FEATURES = (torch.cpu._is_vnni_supported, torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
@@ -39,11 +39,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model's packed weights lie, or would.
+    """The location of a model's packed weights, which may not exist yet.
 
     Attributes:
         path: Their folder.
-        made_from: What they must have been made from: files with sizes and times, kind, torch, CPU.
+        made_from: Their required source: files with sizes and times, kind, torch version, CPU.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Place:
 
 
 def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None:
-    """Of a model folder that is opened as `kind`; None where it is too small to matter, or this torch cannot map packed weights."""
+    """The location for a model folder loaded as `kind`; None if the model is small, or this torch cannot map packed weights."""
     folder = folder.resolve()
     stats = [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in sorted(files) if file.is_file()]
     if sum(size for _, size, _ in stats) < LEAST or not can_wrap():
@@ -69,7 +69,7 @@ def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None
 
 
 def open_ready(place: Place) -> dict[str, Linear] | None:
-    """The linears by name, mapped; None where they were not made yet, or from something else."""
+    """Map the linears, by name; None if they do not exist or have another source."""
     try:
         index = parse_json(read_text(place.path / "index.json"))
         if index["made_from"] != place.made_from or index["seal"] != _seal(index["linears"], index["layouts"], index["size"]):
@@ -80,27 +80,27 @@ def open_ready(place: Place) -> dict[str, Linear] | None:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
     layouts = [bytes.fromhex(layout) for layout in index["layouts"]]
-    return {name: _linear(said, whole, layouts) for name, said in index["linears"].items()}
+    return {name: _linear(entry, whole, layouts) for name, entry in index["linears"].items()}
 
 
-def _linear(said: Mapping[str, Any], whole: Tensor, layouts: Sequence[bytes]) -> Linear:
+def _linear(entry: Mapping[str, Any], whole: Tensor, layouts: Sequence[bytes]) -> Linear:
     parts = dict[str, Tensor]()
-    for name, part in said["parts"].items():
+    for name, part in entry["parts"].items():
         memory, dtype = whole.narrow(0, part["at"], part["bytes"]), _DTYPES[part["dtype"]]
         if part["layout"] is None:
             parts[name] = memory.view(dtype).view(part["shape"])
         else:
             parts[name] = wrap_bytes(memory, layouts[part["layout"]], part["shape"], dtype)
-    made = CLASSES[said["kind"]](parts, n_in=said["n_in"], n_out=said["n_out"], group=said["group"])
-    made.mapped = whole  # what is wrapped does not hold on to its memory
-    return made
+    linear = CLASSES[entry["kind"]](parts, n_in=entry["n_in"], n_out=entry["n_out"], group=entry["group"])
+    linear.mapped = whole  # wrapped tensors do not keep their memory alive
+    return linear
 
 
 def write_ready(place: Place, linears: Iterable[tuple[str, Linear]]) -> bool:
-    """Keep them, one after the other; False, with a warning, where the disk does not take them.
+    """Write linears to disk, one by one. Returns False, with a warning, if they cannot be written.
 
     Args:
-        linears: Name and linear, each made when it is asked for and let go when it is written.
+        linears: Name and linear, each built on demand and freed after writing.
     """
     _forget_the_gone(place.path.parent)
     try:
@@ -111,17 +111,19 @@ def write_ready(place: Place, linears: Iterable[tuple[str, Linear]]) -> bool:
             body = {"made_from": place.made_from, **index, "seal": _seal(index["linears"], index["layouts"], index["size"])}
             (folder / "index.json").write_text(json.dumps(body), encoding="utf-8")
     except OSError as bad:
-        _log.warning("%s takes no packed weights (%s): the model is packed anew at each start", place.path.parent, bad.strerror or bad)
+        _log.warning(
+            "packed weights cannot be written to %s (%s): the model is packed again at each start", place.path.parent, bad.strerror or bad
+        )
         return False
-    _log.warning("packed for this CPU once: %d MB in %s, which later starts map", index["size"] >> 20, place.path)
+    _log.warning("packed the weights for this CPU: %d MB in %s, which later starts reuse", index["size"] >> 20, place.path)
     return True
 
 
 def _written(file: Any, linears: Iterable[tuple[str, Linear]]) -> dict[str, Any]:
-    said, layouts, at = dict[str, Any](), list[str](), 0
-    for name, made in linears:
+    entries, layouts, at = dict[str, Any](), list[str](), 0
+    for name, linear in linears:
         parts = dict[str, Any]()
-        for part, tensor in made.parts.items():
+        for part, tensor in linear.parts.items():
             layout = None
             if tensor.is_mkldnn:
                 described = layout_of(tensor).hex()
@@ -133,17 +135,17 @@ def _written(file: Any, linears: Iterable[tuple[str, Linear]]) -> dict[str, Any]
             file.write(more := bytes(-len(memory) % _ALIGNED))
             parts[part] = {"at": at, "bytes": len(memory), "dtype": str(tensor.dtype), "shape": list(tensor.shape), "layout": layout}
             at += len(memory) + len(more)
-        said[name] = {"kind": made.kind, "n_in": made.n_in, "n_out": made.n_out, "group": made.group, "parts": parts}
-    return {"linears": said, "layouts": layouts, "size": at}
+        entries[name] = {"kind": linear.kind, "n_in": linear.n_in, "n_out": linear.n_out, "group": linear.group, "parts": parts}
+    return {"linears": entries, "layouts": layouts, "size": at}
 
 
-def _seal(*said: Any) -> str:
-    """A layout that a failing disk has changed would be followed out of the file."""
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def _seal(*values: Any) -> str:
+    """A digest of the index: a corrupted layout would make torch read outside the file."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _forget_the_gone(root: Path) -> None:
-    """Take away what was made from folders that are no more, and what was not finished a day ago."""
+    """Delete packed weights of deleted model folders, and unfinished ones older than a day."""
     for unfinished in root.glob(".*"):
         if unfinished.stat().st_mtime < time.time() - 86400:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,10 +1,10 @@
 """Rotary position embeddings as one complex product.
 
-The rows of query and key weights are put in pairs at load (`pairs`), so that a head is D/2 complex numbers and a rotation is a product
-with exp(i * position * frequency). Attention only takes dot products of queries and keys, which no common order of channels changes.
+The rows of query and key weights are reordered into pairs on loading (`pairs`), so that a head is D/2 complex numbers and a rotation is a
+product with exp(i * position * frequency). Attention uses only dot products of queries and keys, which do not depend on the channel order.
 
 Sources: Su et al. 2021, RoFormer, arXiv:2104.09864; YaRN, Peng et al. 2023, arXiv:2309.00071; Llama 3's scaling and dynamic NTK as in
-transformers' modeling_rope_utils (whose numbers these are).
+transformers' modeling_rope_utils (same results).
 """
 
 import math
@@ -16,7 +16,7 @@ from fedtune.inference.engine.shape import RopeShape, Shape
 
 
 class Rope:
-    """Tables of exp(i * position * frequency), grown when a later position is asked for."""
+    """Tables of exp(i * position * frequency), which grow on demand."""
 
     def __init__(self, shape: Shape) -> None:
         self._rope, self._width = shape.rope, shape.head_dim
@@ -27,16 +27,16 @@ class Rope:
 
     def rows(self, start: int, n: int) -> Tensor:
         """[n, 1, D/2] complex64 for positions start..start+n-1."""
-        if self._last is None or self._last[0] != start or self._last[1] != n:  # the same for every layer of a pass
+        if self._last is None or self._last[0] != start or self._last[1] != n:  # reused by all layers of a pass
             self._last = start, n, self._rows(start, n)
         return self._last[2]
 
     def rotate(self, x: Tensor, positions: Tensor | int) -> Tensor:
-        """Turn each head of x by its position.
+        """Rotate each head of x by its position.
 
         Args:
             x: [n, H, D] float32, channels in pairs.
-            positions: [n] whole numbers, or the first of n positions that follow each other.
+            positions: [n] integers, or the first of n consecutive positions.
 
         Returns:
             [n, H, D] float32, a new tensor.
@@ -49,11 +49,11 @@ class Rope:
         return as_real(as_complex(x) * rows)
 
     def unrotate(self, x: Tensor, start: int) -> Tensor:
-        """What `rotate(…, start)` makes x of: for keys that some other program has rotated, or never wants rotated."""
+        """The inverse of `rotate(…, start)`, for keys that are already rotated or must not be."""
         return as_real(as_complex(x.float().contiguous()) * self.rows(start, x.shape[0]).conj()) / self._factor**2
 
     def _rows(self, start: int, n: int) -> Tensor:
-        if self._known and start + n > self._known:  # dynamic: the base hangs on how long the text is by now
+        if self._known and start + n > self._known:  # dynamic: the base depends on the current length
             return self._make(frequencies(self._rope, self._width, start + n)[0], start, n)
         return self._upto(start + n)[start : start + n]
 
@@ -75,13 +75,13 @@ def as_complex(x: Tensor) -> Tensor:
 
 
 def as_real(x: Tensor) -> Tensor:
-    """The way back, a view of a tensor whose numbers lie in order."""
+    """The inverse of `as_complex`: a view of a contiguous tensor."""
     n, heads, half = x.shape
     return torch.view_as_real(x).view(n, heads, 2 * half)
 
 
 def pairs(heads: int, width: int) -> Tensor:
-    """[heads * width] row order that puts channels i and i + width/2 of each head side by side.
+    """The row order [heads * width] that puts channels i and i + width/2 of each head side by side.
 
     >>> pairs(1, 6).tolist()
     [0, 3, 1, 4, 2, 5]
@@ -91,12 +91,12 @@ def pairs(heads: int, width: int) -> Tensor:
 
 
 def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple[Tensor, float]:
-    """[width/2] float32 radians a position, and the factor on queries and keys.
+    """Return [width/2] float32 radians per position, and the factor on queries and keys.
 
     Args:
         rope: Base and scaling.
         width: head_dim.
-        length: Tokens so far; only dynamic scaling looks at it, beyond the model's context.
+        length: Tokens so far; used only by dynamic scaling, beyond the model's context.
     """
     steps = torch.arange(0, width, 2, dtype=torch.float32) / width
     if rope.kind == "dynamic":
@@ -114,9 +114,9 @@ def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple
 
 
 def _llama3(rope: RopeShape, plain: Tensor) -> Tensor:
-    """Long waves are slowed by the factor, short ones kept, those between blended."""
+    """Divide low frequencies by the factor, keep high ones, interpolate between."""
     factor, low, high = (rope.get(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = rope.get("original_max_position_embeddings") * plain / (2 * math.pi)  # in the original context
+    turns = rope.get("original_max_position_embeddings") * plain / (2 * math.pi)  # rotations in the original context
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * plain / factor + blend * plain
 
@@ -125,7 +125,7 @@ def _yarn(rope: RopeShape, width: int, steps: Tensor) -> tuple[Tensor, float]:
     original = rope.get("original_max_position_embeddings")
     factor = rope.get("factor") or rope.get("max_position_embeddings") / original
 
-    def channel(turns: float) -> float:  # the channel that makes so many turns in the original context
+    def channel(turns: float) -> float:  # the channel with this many rotations in the original context
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = channel(rope.get("beta_fast", 32)), channel(rope.get("beta_slow", 1))

@@ -1,6 +1,6 @@
-"""From logits to tokens: temperature, top-k, top-p, min-p and repetition penalty, in the order and with the meaning of transformers'.
+"""Samples tokens from logits: temperature, top-k, top-p, min-p and repetition penalty, with the order and meaning of transformers.
 
-Every draw hangs on (seed, position in the answer): the same seed gives the same tokens however many positions one pass decides.
+Every draw depends only on (seed, position in the answer): a seed gives the same tokens, however many positions a pass decides.
 """
 
 import math
@@ -14,20 +14,20 @@ from fedtune.config.bounds import require
 from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError
 
-_COLD, _FLOOR = 1e-3, 1e-30  # float32 has nothing much below the floor
+_COLD, _FLOOR = 1e-3, 1e-30  # the floor is close to float32's smallest number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn.
+    """Sampling settings of an answer.
 
     Args:
         temperature: Logits are divided by it; 0 is greedy, which leaves top_k, top_p and min_p without effect.
-        top_k: Only the k likeliest tokens (and their equals); 0 keeps all.
-        top_p: Only the likeliest tokens that reach this probability together; 1 keeps all.
-        min_p: Only tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        top_k: Keep the k most likely tokens (and ties); 0 keeps all.
+        top_p: Keep the most likely tokens whose probabilities sum to this; 1 keeps all.
+        min_p: Keep tokens with at least this fraction of the highest probability; 0 keeps all.
         repetition_penalty: Logits of tokens of the prompt and the answer are divided by it, or multiplied where negative; 1 changes none.
-        seed: Of the draws.
+        seed: Seed of the draws.
         stop: The answer ends before the first of these strings.
 
     Raises:
@@ -49,7 +49,7 @@ class Sampling:
         require("min_p", self.min_p, ge=0, le=1)
         require("repetition_penalty", self.repetition_penalty, ge=0.01, le=100)
         if not all(self.stop):
-            raise ConfigError("a stop string is empty: every text contains it; leave it out")
+            raise ConfigError("a stop string is empty, which every text contains: leave it out")
 
     @property
     def greedy(self) -> bool:
@@ -57,12 +57,12 @@ class Sampling:
 
 
 def scores(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Logits (n, V) after all processors, in float32: -inf for what may not be drawn; greedy only has the repetition penalty.
+    """Logits (n, V) after all processors, in float32; -inf for excluded tokens. Greedy applies only the repetition penalty.
 
     Args:
         logits: (n, V).
-        sampling: As documented there.
-        seen: (n, V) bool, or (V,) for all rows alike: tokens of the prompt and the answer before each row; needed for a penalty only.
+        sampling: Sampling settings.
+        seen: (n, V) bool, or (V,) for all rows: tokens of the prompt and the answer before each row; needed only for a penalty.
 
     Source: transformers' logits processors; Keskar et al. 2019, arXiv:1909.05858 (penalty); Holtzman et al. 2019, arXiv:1904.09751 (top-p);
     Nguyen et al. 2024, arXiv:2407.01082 (min-p).
@@ -83,7 +83,7 @@ def scores(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Te
     if sampling.top_p < 1:
         ascending, order = out.sort(dim=-1)
         over = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        over[:, -1] = False  # the likeliest always stays
+        over[:, -1] = False  # the most likely token always stays
         out = out.masked_fill(torch.zeros_like(over).scatter(-1, order, over), -math.inf)
     if sampling.min_p:
         p = out.softmax(-1)
@@ -93,7 +93,7 @@ def scores(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Te
 
 
 def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """What each row (n, V) is drawn from, (n, V) float32; greedy puts all on the first of the best."""
+    """The distribution of each row, (n, V) float32; greedy puts all probability on the first maximum."""
     out = scores(logits, sampling, seen)
     if sampling.greedy:
         return torch.zeros_like(out).scatter(-1, out.argmax(-1, keepdim=True), 1.0)
@@ -108,12 +108,12 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     reached = p.double().cumsum(-1)
     total = reached[:, -1:].contiguous()
     found = torch.searchsorted(reached, u.unsqueeze(-1) * total, right=True)
-    last = torch.searchsorted(reached, total)  # the last token of positive weight, should u * total round up to the total
+    last = torch.searchsorted(reached, total)  # the last token of positive weight, in case u * total rounds up to the total
     return torch.minimum(found, last).squeeze(-1)
 
 
 class Uniforms:
-    """The uniform numbers of a seed by position: (seed, purpose, position) → [0, 1) in float64."""
+    """Uniform random numbers by position: (seed, purpose, position) → [0, 1) in float64."""
 
     _BLOCK = 64
 
@@ -129,16 +129,16 @@ class Uniforms:
 
 
 class Sampler:
-    """Draws the tokens of one answer, and knows what it has seen.
+    """Draws the tokens of one answer and tracks the tokens seen.
 
     Args:
-        sampling: How.
-        prompt: Its tokens, for the repetition penalty.
+        sampling: Sampling settings.
+        prompt: Tokens of the prompt, for the repetition penalty.
         vocabulary: V, the width of the logits.
 
     Attributes:
-        count: Tokens taken, which is the position of the next draw.
-        uniforms: The numbers behind the draws, by position.
+        count: Number of tokens taken: the position of the next draw.
+        uniforms: The random numbers of the draws, by position.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], vocabulary: int) -> None:
@@ -151,7 +151,7 @@ class Sampler:
             self._seen[list(prompt)] = True
 
     def seen(self, drafted: Sequence[int] = ()) -> Tensor | None:
-        """What each of the next 1 + len(drafted) rows has before it, (1 + g, V) bool, where row i follows drafted[:i]; None: no penalty."""
+        """The tokens before each of the next 1 + len(drafted) rows, (1 + g, V) bool; row i follows drafted[:i]. None without a penalty."""
         if self._seen is None:
             return None
         rows = self._seen.repeat(1 + len(drafted), 1)
@@ -160,7 +160,7 @@ class Sampler:
         return rows
 
     def probabilities(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
-        """What the next 1 + len(drafted) tokens are drawn from, where each follows the drafted ones before it: (1 + g, V)."""
+        """The distributions of the next 1 + len(drafted) tokens, where row i follows drafted[:i]: (1 + g, V)."""
         return probabilities(logits, self.sampling, self.seen(drafted))
 
     def scores(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
@@ -172,14 +172,14 @@ class Sampler:
         return draw(p, self.uniforms(self.count, len(p))).tolist()
 
     def next(self, logits: Tensor) -> int:
-        """The next token, drawn from logits (1, V) or (V,); `take` it to go on."""
+        """Draw the next token from logits (1, V) or (V,); call `take` to continue with it."""
         logits = logits.reshape(1, -1)
         if self.sampling.greedy:
             return int(self.scores(logits).argmax(-1))
         return self.draws(self.probabilities(logits))[0]
 
     def take(self, token: int) -> None:
-        """The answer goes on with this token."""
+        """Append this token to the answer."""
         self.count += 1
         if self._seen is not None:
             self._seen[token] = True

@@ -1,8 +1,7 @@
 """Iteration-level batching: requests join and leave between passes of the decoder.
 
-A pass carries one row for every sequence that decodes, and fills up with prompts in chunks, so that a long prompt stalls nobody. A
-sequence is nothing but its tokens and how many of them its cache holds: one that had to give up its blocks is computed again from its
-tokens and goes on where it was.
+A pass has one row per decoding sequence and is filled up with chunks of prompts, so that a long prompt delays no other request. A
+sequence's state is its tokens and the number of them in its cache: a preempted one is recomputed from its tokens and continues.
 
 Source: Yu et al. 2022, Orca (OSDI), §3.1; Kwon et al. 2023, vLLM, arXiv:2309.06180, §4.5; Agrawal et al. 2023, Sarathi, arXiv:2308.16369.
 """
@@ -28,26 +27,26 @@ _log = logging.getLogger("fedtune.inference")
 
 
 class Decodes(Protocol):
-    """What the scheduler needs of a decoder."""
+    """The parts of a decoder that the scheduler uses."""
 
     def forward(self, ids: Tensor, spans: Sequence[Span]) -> Tensor: ...
 
 
 class Caches(Protocol):
-    """Where sequences get their caches from; a paged pool, or one buffer each."""
+    """Provides the caches of sequences: a paged pool, or one buffer each."""
 
-    limit: int  # most tokens of one sequence
+    limit: int  # maximum number of tokens of one sequence
 
     def open(self, ids: Sequence[int], adapter: str | None) -> Cache | None:
-        """A cache with room for ids, which may hold a beginning of them already, never all; None: no room now."""
+        """Open a cache with room for ids. It may already hold a prefix of them, but never all. None if there is no room now."""
         ...
 
     def reserve(self, cache: Cache, n: int) -> bool:
-        """Room for n more tokens; False: there is none now."""
+        """Reserve room for n more tokens. Returns False if there is none now."""
         ...
 
     def close(self, cache: Cache, ids: Sequence[int], adapter: str | None) -> None:
-        """The sequence has ended, or gives its room to others; ids are the tokens that the cache holds, for others to begin with."""
+        """Close the cache of an ended or preempted sequence; ids are its tokens, which other sequences may reuse as a prefix."""
         ...
 
 
@@ -66,29 +65,29 @@ class _Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that no pass has seen."""
+        """Number of tokens that are not in the cache."""
         return len(self.tokens) - self.held
 
 
 class Scheduler:
-    """Answers many requests by one decoder; `step` is one pass, `run` a thread's life.
+    """Answers many requests with one decoder; `step` is one pass, `run` the thread's main loop.
 
     Args:
-        decoder: Of the model.
+        decoder: The model's decoder.
         text: Its tokenizer.
-        caches: Where the sequences' caches come from.
+        caches: Provides the sequences' caches.
         vocabulary: Width of the logits.
 
     Other arguments:
-        max_running: Sequences in one pass.
-        max_waiting: Requests that may wait for a place; one more is refused.
-        rows: Tokens of a pass, decoding ones first.
-        virtual: Entries of a cache that are no tokens of a text (a tuned prompt); a cache that has them shares nothing.
-        begin: Puts them into a fresh cache.
+        max_running: Maximum number of sequences in a pass.
+        max_waiting: Maximum number of waiting requests; more are refused.
+        rows: Tokens per pass, decoding ones first.
+        virtual: Number of virtual tokens in a cache (a tuned prompt); caches with them share no prefix.
+        begin: Puts the virtual tokens into a new cache.
 
     Attributes:
-        passes: So far.
-        preempted: How often a sequence gave up its blocks so far.
+        passes: Number of passes so far.
+        preempted: Number of preemptions so far.
     """
 
     def __init__(
@@ -105,25 +104,25 @@ class Scheduler:
         begin: Callable[[Cache], None] = lambda cache: None,
     ) -> None:
         if max_running < 1 or max_waiting < 0:
-            raise ConfigError(f"{max_running} requests at once and {max_waiting} waiting are impossible: at least 1 and 0 are needed")
+            raise ConfigError(f"max_running={max_running} must be at least 1 and max_waiting={max_waiting} at least 0")
         self._decoder, self._text, self._caches, self._vocabulary = decoder, text, caches, vocabulary
         self._virtual, self._begin = virtual, begin
         self._max_running, self._max_waiting, self._rows = max_running, max_waiting, max(rows, max_running)
         self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []  # in the order of their admission
+        self._running: list[_Sequence] = []  # in order of admission
         self._lock = threading.Condition()
         self._draining = self._closed = False
         self.passes = self.preempted = 0
 
     @property
     def limit(self) -> int:
-        """Most tokens of a prompt and its answer."""
+        """Maximum number of tokens of a prompt with its answer."""
         return self._caches.limit - self._virtual
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that run and that wait."""
-        with self._lock:  # one that gives up its blocks is never neither
+        """Numbers of running and of waiting requests."""
+        with self._lock:  # a sequence being preempted is always in one of the two
             return len(self._running), len(self._waiting)
 
     @property
@@ -135,31 +134,31 @@ class Scheduler:
         return self._draining
 
     def submit(self, job: Job) -> None:
-        """Take a request.
+        """Queue a request.
 
         Raises:
             Stopping: After `drain`.
             Busy: The queue is full.
-            ConfigError: The prompt and the answer do not fit, or the prompt holds what is no token.
+            ConfigError: The prompt and the answer do not fit, or a token id is out of range.
         """
-        if not all(0 <= token < self._vocabulary for token in job.ids):
-            raise ConfigError(f"the prompt holds a token that is none: they go from 0 to {self._vocabulary - 1}")
+        if wrong := [token for token in job.ids if not 0 <= token < self._vocabulary]:
+            raise ConfigError(f"token id {wrong[0]} in the prompt is out of range: valid ids are 0 to {self._vocabulary - 1}")
         if not 0 < len(job.ids) <= self.limit - job.max_new_tokens or job.max_new_tokens < 1:
             raise ConfigError(
-                f"the prompt's {len(job.ids)} tokens and {job.max_new_tokens} new ones do not fit: at most {self.limit} together, "
-                "and at least one of each"
+                f"the prompt's {len(job.ids)} tokens and {job.max_new_tokens} new tokens do not fit: wanted at least one of each and "
+                f"at most {self.limit} together"
             )
         sequence = _Sequence(job, self._text, self._vocabulary, self._virtual)
         with self._lock:
             if self._draining:
-                raise Stopping("the server is stopping: ask again when it is back")
+                raise Stopping("the server is shutting down: retry when it is back")
             if self.full:
-                raise Busy(f"{sum(self.load)} requests are under way or waiting, and no more may: ask again later")
+                raise Busy(f"{sum(self.load)} requests are running or waiting, the maximum: retry later")
             self._waiting.append(sequence)
             self._lock.notify()
 
     def cancel(self, job: Job) -> None:
-        """Forget a request, at once where it waits and before the next pass where it runs; it hears nothing more."""
+        """Cancel a request: at once if it waits, before the next pass if it runs. It gets no more outputs."""
         job.cancelled = True
         with self._lock:
             for sequence in self._waiting:
@@ -168,18 +167,18 @@ class Scheduler:
                     break
 
     def drain(self) -> None:
-        """Take no new requests; those that were taken go on."""
+        """Accept no new requests; finish the accepted ones."""
         with self._lock:
             self._draining = True
 
     def close(self) -> None:
-        """End the thread, and every answer that is still under way with "stopping"."""
+        """Stop the thread; running and waiting requests end with "stopping"."""
         with self._lock:
             self._draining = self._closed = True
             self._lock.notify()
 
     def run(self) -> None:
-        """Pass after pass until `close`."""
+        """Run passes until `close`."""
         while True:
             with self._lock:
                 while not (self._running or self._waiting or self._closed):
@@ -188,8 +187,8 @@ class Scheduler:
                     break
             try:
                 if not self.step():
-                    time.sleep(0.001)  # all that wait are out of room until somebody cancels or time runs out
-            except Exception:  # a bug must not take the server down
+                    time.sleep(0.001)  # no waiting request has room until another is canceled or times out
+            except Exception:  # a bug must not stop the server
                 _log.exception("a pass over %d sequences failed", len(self._running))
                 for sequence in [*self._running, *self._take_waiting()]:
                     self._end(sequence, "failed")
@@ -198,7 +197,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One pass; False where there was nothing to do."""
+        """Run one pass. Returns False if there was nothing to do."""
         self._forget()
         self._admit()
         plan = self._plan()
@@ -212,7 +211,7 @@ class Scheduler:
         for sequence, row in zip(due, logits, strict=True):
             try:
                 self._decide(sequence, row)
-            except Exception:  # of one request: the others have done nothing
+            except Exception:  # an error of one request must not affect the others
                 _log.exception("the next token of a request cannot be chosen")
                 self._end(sequence, "failed")
         return True
@@ -224,7 +223,7 @@ class Scheduler:
             return out
 
     def _forget(self) -> None:
-        """Whoever has gone or run out of time."""
+        """Remove canceled and timed-out requests."""
         now = time.monotonic()
         for sequence in list(self._running):
             if sequence.job.cancelled or sequence.job.deadline <= now:
@@ -237,7 +236,7 @@ class Scheduler:
             self._end(sequence, "timeout")
 
     def _admit(self) -> None:
-        """First come, first served: nobody overtakes one for whom there is no room."""
+        """Admit waiting requests in order; none overtakes one without room."""
         while len(self._running) < self._max_running:
             with self._lock:
                 if not self._waiting:
@@ -255,7 +254,7 @@ class Scheduler:
                 sequence.job.cached = sequence.held
 
     def _plan(self) -> list[tuple[_Sequence, int]]:
-        """Who gets how many rows of the next pass: those that decode, then prompts, both in the order of arrival."""
+        """Assign the rows of the next pass: decoding sequences first, then prompts, both in order of arrival."""
         plan: dict[_Sequence, int] = {}
         left = self._rows
         for sequence in sorted(self._running, key=lambda s: s.pending > 1):
@@ -274,7 +273,7 @@ class Scheduler:
         return list(plan.items())
 
     def _preempt(self, sequence: _Sequence) -> None:
-        """Its room for others; it comes back first, and computes its tokens again."""
+        """Free a sequence's cache for others. It is queued first, and its tokens will be recomputed."""
         self.preempted += 1
         with self._lock:
             self._leave(sequence)
@@ -287,10 +286,12 @@ class Scheduler:
         self._caches.close(cache, sequence.tokens[: cache.length - self._virtual], sequence.job.adapter)
 
     def _decide(self, sequence: _Sequence, logits: Tensor) -> None:
-        """The sequence's next token, from logits [V]."""
+        """Choose the sequence's next token from logits [V]."""
         job = sequence.job
         token = sequence.sampler.next(logits)
-        if token >= len(logits) or not math.isfinite(logits[token]):  # what nan makes of a draw must not reach the next pass
+        if token >= len(logits) or not math.isfinite(
+            logits[token]
+        ):  # NaN logits may give an invalid token, which must not reach the next pass
             raise ArithmeticError("the model's logits are not finite")
         sequence.sampler.take(token)
         sequence.tokens.append(token)
@@ -312,7 +313,7 @@ class Scheduler:
             self._deliver(job, out)
 
     def _end(self, sequence: _Sequence, why: End, last: Output | None = None) -> None:
-        """Let go of a sequence; what was held back of its text goes out with the last piece."""
+        """Finish a sequence; text that was held back is sent with the last output."""
         if sequence.cache is not None:
             self._leave(sequence)
         last = last or Output("")
@@ -329,5 +330,5 @@ class Scheduler:
             return
         try:
             job.deliver(out)
-        except Exception:  # whoever listened has gone without a word
+        except Exception:  # the receiver is gone
             job.cancelled = True

@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers does, within bounds of time and memory."""
+"""Renders chat templates like transformers, with limits on time and memory."""
 
 import atexit
 import contextlib
@@ -16,17 +16,17 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine import template_process
 from fedtune.storage.parsing import parse_json
 
-_FAULT = "the model's chat template cannot be run: "
+_FAULT = "the model's chat template failed: "
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """Messages {"role", "content"} in a Jinja template, up to where the answer begins.
+    """Render messages {"role", "content"} with a Jinja template, up to the start of the answer.
 
     Args:
-        names: Special tokens that the template may name.
+        names: Special tokens available to the template.
 
     Raises:
-        ModelError: The template cannot be run, or takes too long or too much memory.
+        ModelError: The template fails, or takes too much time or memory.
         ConfigError: The template refuses the messages.
     """
     chat = {"messages": [dict(m) for m in messages], "tools": None, "documents": None, "add_generation_prompt": True}
@@ -39,7 +39,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[
 
 
 class _Process:
-    """The process that renders: starts at the first request, and again after it has ended; a fork starts its own."""
+    """The rendering process. It starts on the first request, restarts after it has ended, and is separate after a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -47,13 +47,13 @@ class _Process:
         self._owner = 0
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
-        """The answer of `template_process.main`; a fault where the process ends without one."""
+        """Return the answer of `template_process.main`; a fault if the process ends without one."""
         line = json.dumps(request).encode() + b"\n"
         with self._lock:
             process = self._running()
             try:
                 answer = self._exchange(process, line)
-            except BaseException:  # an answer that nobody has read must not be the next one's
+            except BaseException:  # an unread answer must not be taken for the next request's
                 self._stop()
                 raise
             if answer.endswith(b"\n"):
@@ -62,7 +62,7 @@ class _Process:
         bounds = {signal.SIGPROF: request["seconds"], signal.SIGALRM: template_process.PATIENCE_S}
         if -code in bounds:
             return {"fault": f"it takes more than {bounds[signal.Signals(-code)]:g} s"}
-        return {"fault": f"the process that renders it ended with status {code}: stderr may say why"}
+        return {"fault": f"its rendering process ended with status {code}: see stderr"}
 
     @staticmethod
     def _exchange(process: subprocess.Popen[bytes], line: bytes) -> bytes:
@@ -81,7 +81,7 @@ class _Process:
                 [sys.executable, "-P", str(Path(template_process.__file__))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the caller
+                start_new_session=True,  # the caller handles Ctrl-C
             )
         return self._process
 

@@ -1,10 +1,10 @@
-"""The process that renders chat templates: reads requests as lines of JSON, answers each by a line, and ends with its input.
+"""The process that renders chat templates: reads requests as lines of JSON, answers each with a line, and ends with its input.
 
-A template comes with its model, and a few words of one can loop for ever or fill the memory. Python cannot stop a thread, so a process of
-its own renders: the system ends it after too long, and too much memory is an error there. It is a script that imports nothing of ours, so
-that it takes 20 MB; it stays, so that a rendering takes 0.1 ms beside the template's own time.
+A template comes with its model, and can loop forever or fill the memory. Python cannot stop a thread, so templates are rendered in a
+separate process: the system kills it after a time limit, and memory is limited. The script imports almost nothing of fedtune, so it takes
+20 MB; it keeps running, so a rendering takes only 0.1 ms more than the template itself.
 
-Source: transformers' `utils/chat_template_utils.py`, whose environment this is.
+Source: the Jinja environment of transformers' `utils/chat_template_utils.py`.
 """
 
 import json
@@ -16,14 +16,14 @@ from typing import Any
 
 from fedtune.storage.parsing import parse_json
 
-SECONDS = 2.0  # of the CPU, for one rendering
-PATIENCE_S = 30.0  # by the clock, on a machine that does other work
+SECONDS = 2.0  # CPU time of one rendering
+PATIENCE_S = 30.0  # wall-clock time, on a busy machine
 MEMORY = 1 << 29  # bytes of address space
 LENGTH = 1 << 24  # characters of a rendered chat
 
 
 def main() -> None:
-    """Answer {"template", "variables", "seconds" of the CPU} by {"text"}, {"refused": why} or {"fault": why} until the input ends."""
+    """Answer {"template", "variables", "seconds" of CPU time} with {"text"}, {"refused": why} or {"fault": why} until the input ends."""
     _bound_memory()
     for limit in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(limit, signal.SIG_DFL)  # ends the process
@@ -46,12 +46,12 @@ def main() -> None:
 
 
 def _bound_memory() -> None:
-    import resource  # late: Windows has none
+    import resource  # lazy: missing on Windows
 
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except (OSError, ValueError) as bad:  # macOS takes no bound below what a process reserves
-        print(f"fedtune: this system does not bound the memory of a chat template: {bad}", file=sys.stderr, flush=True)
+    except (OSError, ValueError) as bad:  # macOS refuses limits below the reserved address space
+        print(f"fedtune: this system cannot limit the memory of a chat template: {bad}", file=sys.stderr, flush=True)
 
 
 def _render(template: Any, refused: list[str], variables: dict[str, Any]) -> dict[str, str]:
@@ -61,13 +61,13 @@ def _render(template: Any, refused: list[str], variables: dict[str, Any]) -> dic
         text = template.render(**variables)
     except MemoryError:
         raise
-    except Exception as bad:  # whatever a template may raise is its fault, and told in a line
+    except Exception as bad:  # any exception of a template is its fault
         return {"refused": refused[0]} if refused else {"fault": _line(bad)}
-    return {"text": text} if len(text) <= LENGTH else {"fault": f"its text has more than {LENGTH} characters"}
+    return {"text": text} if len(text) <= LENGTH else {"fault": f"its output has more than {LENGTH} characters"}
 
 
 def compile_template(source: str) -> tuple[Any, list[str]]:
-    """A template that `render`s, or the exception that says why there is none; and a list of what it has refused by `raise_exception`."""
+    """Return a template with `render`, or the exception of its compilation; and a list of its calls of `raise_exception`."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes
@@ -76,7 +76,7 @@ def compile_template(source: str) -> tuple[Any, list[str]]:
     refused: list[str] = []
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant has written; it renders as its body."""
+        """`{% generation %}` marks the assistant's text; it renders as its body."""
 
         tags = {"generation"}
 

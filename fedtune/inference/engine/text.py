@@ -1,4 +1,4 @@
-"""A folder's tokenizer: text to tokens as in training, tokens to text as they come, and the chat template."""
+"""A folder's tokenizer: encodes text as in training, decodes tokens incrementally, and renders the chat template."""
 
 import contextlib
 import string
@@ -14,21 +14,21 @@ from fedtune.inference.engine.tokenizer import read_object, read_tokenizer
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
 
-_UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or none yet
-_TAIL = 8  # tokens of the prompt that show how its text and the answer's join
-_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as themselves
+_UNFINISHED = "\ufffd"  # decoded from invalid or incomplete bytes
+_TAIL = 8  # last tokens of the prompt that determine how its text and the answer's join
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet maps to themselves
 _LETTERS = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PLAIN}))}
 
 
 class Text:
-    """The tokenizer of a model; `read_text` makes it from a folder.
+    """The tokenizer of a model; `read_text` loads it from a folder.
 
     Args:
-        tokenizer: Of the `tokenizers` library.
-        bos: The token that texts begin with, as in training; None where they begin with their own first token.
+        tokenizer: A tokenizer of the `tokenizers` library.
+        bos: The token that texts start with, as in training; None if there is none.
         ends: Tokens that end an answer.
-        template: Jinja chat template; None where there is none.
-        names: Special tokens that a chat template may name, such as {"bos_token": "<s>"}.
+        template: Jinja chat template; None if there is none.
+        names: Special tokens available to a chat template, such as {"bos_token": "<s>"}.
     """
 
     def __init__(
@@ -42,40 +42,40 @@ class Text:
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
         vocabulary = tokenizer.get_vocab()
-        self.size = 1 + max(vocabulary.values(), default=-1)  # highest id, and one
-        self.longest = max(map(len, vocabulary), default=0)  # characters that a token stands for at most
+        self.size = 1 + max(vocabulary.values(), default=-1)  # highest id + 1
+        self.longest = max(map(len, vocabulary), default=0)  # length of the longest token, in characters
         kinds = decoder_kinds(tokenizer)
         found = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in range(256)] if "ByteFallback" in kinds else []
-        self.bytes = frozenset(i for i in found if i is not None)  # tokens that stand for one byte each
-        self.by_letters = "ByteLevel" in kinds  # tokens are bytes, each written as a letter of GPT-2's alphabet
+        self.bytes = frozenset(i for i in found if i is not None)  # tokens of single bytes
+        self.by_letters = "ByteLevel" in kinds  # tokens are byte strings in GPT-2's alphabet
 
     def encode(self, text: str, *, begin: bool = True) -> list[int]:
-        """Tokens of a text; with `begin`, begun as texts were in training.
+        """Encode a text; with `begin`, it starts as in training.
 
         Raises:
-            ConfigError: There is nothing to begin an answer from, or the text holds bytes that are no UTF-8.
+            ConfigError: The result has no tokens, or the text is not UTF-8.
         """
         try:
             text.encode()
-        except UnicodeEncodeError:  # what Python makes of such bytes on a command line or a pipe
+        except UnicodeEncodeError:  # from invalid bytes on a command line or in a pipe
             raise ConfigError("the text is not UTF-8: give it in that encoding") from None
         lead = [self.bos] if begin and self.bos is not None else []
-        # `encode` keeps Python's lock and makes offsets: a megabyte would stop every other thread for two seconds
+        # `encode` holds the GIL and computes offsets: 1 MB of text would block all other threads for 2 s
         ids = lead + self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if not ids:
-            raise ConfigError("the prompt is empty and the tokenizer has no token to begin with: give some text")
+            raise ConfigError("the prompt is empty and the tokenizer has no BOS token: give some text")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens, without special ones."""
+        """Decode tokens, without special ones."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def name(self, token: int) -> str:
-        """A token as the vocabulary writes it."""
+        """A token's text in the vocabulary."""
         return self.tokenizer.id_to_token(token) or ""
 
     def raw(self, token: int) -> bytes | None:
-        """The bytes that a token adds to a text; None where they depend on its neighbors."""
+        """The bytes of a token; None if they depend on its neighbors."""
         name = self.name(token)
         if token in self.special:
             return b""
@@ -86,10 +86,10 @@ class Text:
         return bytes(_LETTERS[c] for c in name) if all(c in _LETTERS for c in name) else name.encode()
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Messages {"role", "content"} in the model's chat template, up to where the answer begins; encode it with begin=False.
+        """Render messages {"role", "content"} with the chat template, up to the start of the answer; encode the result with begin=False.
 
         Raises:
-            ModelError: There is no template, or it cannot be run.
+            ModelError: There is no template, or it fails.
             ConfigError: The template refuses the messages.
         """
         if self.template is None:
@@ -97,49 +97,49 @@ class Text:
         return render(self.template, messages, self._names)
 
     def check_template(self) -> None:
-        """Render the chat template, where there is one, for a single message; one that refuses this message may take others.
+        """Test the chat template, if any, with a single message. A template that refuses this message may accept others.
 
         Raises:
-            ModelError: It cannot be run.
+            ModelError: The template fails.
         """
         if self.template is not None:
             with contextlib.suppress(ConfigError):
                 self.chat([{"role": "user", "content": "hello"}])
 
     def same_as(self, other: "Text") -> bool:
-        """Whether both give the same ids to the same tokens."""
+        """Whether both have the same vocabulary."""
         return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
 
 class Stream:
-    """Text of tokens as they come: what `push` and `finish` return joins to `decode` of them all, and never splits a character.
+    """Decodes tokens incrementally: the results of `push` and `finish` concatenate to `decode` of all tokens. Characters are never split.
 
-    Text is held back while it could still change: at the end of an unfinished character, and inside a run of byte tokens, which decodes as
-    one. Each step decodes only the tokens since the last two pieces: the earlier of them shows whether the later begins with a space.
+    Text is held back while it can still change: after an incomplete character, and inside a run of byte tokens, which is decoded together.
+    Each step decodes only the tokens of the last two pieces: the earlier one determines whether the later starts with a space.
 
     Args:
         text: The tokenizer.
-        before: Tokens of a text that goes on with these, so that a space between the two belongs to them.
+        before: Tokens of the preceding text, which determine whether the first token starts with a space.
     """
 
     def __init__(self, text: Text, before: Sequence[int] = ()) -> None:
         self._text = text
         self._ids: list[int] = []
-        self._shown = ""  # decode(_ids[:_done]), and out already
+        self._shown = ""  # decode(_ids[:_done]), already returned
         self._done = 0
         tail = before[-_TAIL:]
-        if tail and not text.decode(tail).endswith(_UNFINISHED):  # a character that is left open is not the answer's to end
+        if tail and not text.decode(tail).endswith(_UNFINISHED):  # the answer does not complete the prompt's last character
             for token in tail:
                 self.push(token)
             self.finish()
 
     def peek(self, token: int) -> str:
-        """The text of a token, were it the one that follows what is certain."""
+        """The text of a token if it came next."""
         whole = self._text.decode([*self._ids[: self._done], token])
         return whole[len(self._shown) :] if whole.startswith(self._shown) else self._text.decode([token])
 
     def push(self, token: int) -> str:
-        """The text that is certain now."""
+        """Add a token. Returns the text that is now final."""
         if token in self._text.special:
             return ""
         self._ids.append(token)
@@ -149,7 +149,7 @@ class Stream:
         if whole.endswith(_UNFINISHED) or not whole.startswith(self._shown):
             return ""
         out = whole[len(self._shown) :]
-        if context := self._text.decode(self._ids[self._done :]):  # an empty one would not show that the next token is not the first
+        if context := self._text.decode(self._ids[self._done :]):  # an empty context would make the next token look like the first
             self._ids, self._shown = self._ids[self._done :], context
         else:
             self._shown = whole
@@ -157,7 +157,7 @@ class Stream:
         return out
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         whole = self._text.decode(self._ids)
         self._done, out = len(self._ids), whole[len(self._shown) :]
         self._shown = whole
@@ -165,7 +165,7 @@ class Stream:
 
 
 class StopStrings:
-    """Holds back text that may be the beginning of a stop string, and ends the text before the first one that comes."""
+    """Ends a text before the first stop string; holds back text that may be the start of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -173,36 +173,36 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is certain to belong to the answer; nothing once `stopped`."""
+        """Add text. Returns the part that is certain to belong to the answer; "" once `stopped`."""
         if self.stopped:
             return ""
         held = self._held + text
         if found := [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]:
             self.stopped, self._held = True, ""
-            return held[: min(found)[1]]  # the first to be complete, so that it does not matter how the text comes in pieces
+            return held[: min(found)[1]]  # the first to be complete, so that the result does not depend on the pieces
         longest = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - longest :]
         return held[: len(held) - longest]
 
     def finish(self) -> str:
-        """What was held back, and is no stop string after all."""
+        """Return the text that was held back and is not a stop string."""
         out, self._held = self._held, ""
         return out
 
 
 def decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
-    """Types of the parts of a tokenizer's decoder, such as "ByteLevel"."""
+    """Types of a tokenizer's decoder steps, such as "ByteLevel"."""
     decoder = parse_json(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
     return frozenset(part.get("type", "") for part in decoder.get("decoders", [decoder]))
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins the stop string and is not all of it."""
+    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def wrap(prompt: str, template: str | None) -> str:
-    """A bare request in the run's template, where it has just one field; what begins as the template does is a whole prompt already."""
+    """Insert a request into the run's template if that has one field. A text that starts like the template is returned unchanged."""
     if not template:
         return prompt
     parts = list(string.Formatter().parse(template))
@@ -213,25 +213,25 @@ def wrap(prompt: str, template: str | None) -> str:
 
 
 def read_text(folder: Path, *, saved: bool = False) -> Text:
-    """The tokenizer of a Hugging Face folder or an edge package.
+    """Load the tokenizer of a Hugging Face folder or an edge package.
 
-    A text begins with the bos token where tokenizer.json's own post-processor puts it there: transformers passes over `add_bos_token`.
+    A text starts with the BOS token if tokenizer.json's post-processor adds it: transformers ignores `add_bos_token`.
 
     Args:
-        folder: Holds tokenizer.json; of its configs, what `read_tokenizer` reads, the chat template and the tokens that end an answer.
-        saved: As `read_tokenizer` has it: the files are those of an edge package.
+        folder: Folder with tokenizer.json and the config files.
+        saved: Whether the files are those of an edge package (see `read_tokenizer`).
 
     Raises:
-        Unsupported: The tokenizer is of a class whose rules the engine does not know.
+        Unsupported: The engine does not support the tokenizer's class.
         ModelError: tokenizer.json is missing, or a file is damaged.
     """
     folder = Path(folder)
-    made = read_tokenizer(folder, saved=saved)
-    tokenizer, names = made.tokenizer, made.names
+    loaded = read_tokenizer(folder, saved=saved)
+    tokenizer, names = loaded.tokenizer, loaded.names
     bos, eos = (tokenizer.token_to_id(names[n]) if n in names else None for n in ("bos_token", "eos_token"))
     return Text(
         tokenizer,
-        bos=bos if bos is not None and made.begun[:1] == [bos] else None,
+        bos=bos if bos is not None and loaded.begun[:1] == [bos] else None,
         ends=frozenset({eos} - {None}) | _ends(folder),  # type: ignore[arg-type]
         template=_template(folder, read_object(folder / "tokenizer_config.json")),
         names=names,
@@ -239,7 +239,7 @@ def read_text(folder: Path, *, saved: bool = False) -> Text:
 
 
 def _ends(folder: Path) -> frozenset[int]:
-    """eos_token_id of generation_config.json, else of config.json: a token or several."""
+    """The eos_token_id (one or several) of generation_config.json, else of config.json."""
     own = read_object(folder / "generation_config.json")
     value = own.get("eos_token_id", read_object(folder / "config.json").get("eos_token_id"))
     ids = value if isinstance(value, list) else [value]
@@ -247,7 +247,7 @@ def _ends(folder: Path) -> frozenset[int]:
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template that transformers takes for a chat without tools: of several, the one named default. A file overrules the config."""
+    """The template that transformers uses for a chat without tools: of several, the one named default. Files override the config."""
     named = {"default": folder / "chat_template.jinja", **{p.stem: p for p in (folder / "additional_chat_templates").glob("*.jinja")}}
     files = {name: path for name, path in named.items() if path.is_file()}
     if files:

@@ -1,9 +1,9 @@
-"""A folder's tokenizer as transformers' AutoTokenizer makes it, from the folder's files alone.
+"""Loads a folder's tokenizer like transformers' AutoTokenizer, from the folder's files alone.
 
-For most classes transformers takes tokenizer.json as it is. For some it takes only the vocabulary, the merges and the post-processor, and
-makes the rest by rules of the class: a tokenizer.json of Llama's that puts a space before a text loses it behind a special token so. On
-top of either it adds the special tokens of the configs, each with its own flags. All of that decides about token ids, so it is done here
-likewise. Other classes are `Unsupported`: transformers itself, or an edge package, is the way to run their models.
+For most classes transformers uses tokenizer.json unchanged. For some it uses only the vocabulary, the merges and the post-processor, and
+rebuilds the rest by rules of the class: for example, Llama's rule adds no space after a special token, whatever tokenizer.json has. In both
+cases it adds the special tokens of the configs, with their flags. All of this affects token ids, so it is reproduced here. Other classes
+are `Unsupported`: run their models with transformers or as an edge package.
 
 Source: transformers 5.23, `AutoTokenizer.from_pretrained` and `TokenizersBackend`; `tests/export/test_readers.py` compares.
 """
@@ -20,13 +20,17 @@ from fedtune.errors import ModelError
 from fedtune.inference.engine.shape import Unsupported
 from fedtune.storage.parsing import parse_json, read_text
 
-__all__ = ["Made", "check_tokenizer", "read_object", "read_tokenizer"]
+__all__ = ["LoadedTokenizer", "check_tokenizer", "read_object", "read_tokenizer"]
 
-AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")  # classes that take tokenizer.json as it is, without "Fast"
-_REGISTERED = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # model_type → the class of its tokenizer
-_MOST = 1 << 24  # ids; no vocabulary comes near
+AS_IT_IS = (
+    "TokenizersBackend",
+    "PreTrainedTokenizer",
+    "PythonBackend",
+)  # classes that use tokenizer.json unchanged, without the suffix "Fast"
+_REGISTERED = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # model_type → its tokenizer's class
+_MOST = 1 << 24  # limit of token ids, far above any vocabulary
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_DEFAULTS: dict[str, dict[str, Any]] = {  # class → its own special tokens, where the configs name none
+_DEFAULTS: dict[str, dict[str, Any]] = {  # class → its default special tokens
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "Qwen2Tokenizer": {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     "GPT2Tokenizer": {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": None},
@@ -35,13 +39,13 @@ _QWEN2 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """A tokenizer that is ready.
+class LoadedTokenizer:
+    """A loaded tokenizer.
 
     Args:
-        tokenizer: Of the `tokenizers` library.
-        names: Of its special tokens, such as {"bos_token": "<s>"}.
-        begun: Ids of the empty text: what its post-processor adds.
+        tokenizer: A tokenizer of the `tokenizers` library.
+        names: Its special tokens, such as {"bos_token": "<s>"}.
+        begun: Ids of the empty text, which its post-processor adds.
     """
 
     tokenizer: Tokenizer
@@ -49,15 +53,15 @@ class Made:
     begun: Sequence[int]
 
 
-def read_tokenizer(folder: Path, *, saved: bool) -> Made:
-    """The tokenizer of a model folder.
+def read_tokenizer(folder: Path, *, saved: bool) -> LoadedTokenizer:
+    """Load the tokenizer of a model folder.
 
     Args:
-        folder: Holds tokenizer.json.
-        saved: transformers wrote the files from a tokenizer that it had made, as in an edge package: tokenizer.json says everything.
+        folder: Folder with tokenizer.json.
+        saved: Whether transformers saved the files from a loaded tokenizer, as in an edge package: then tokenizer.json is complete.
 
     Raises:
-        Unsupported: Of a class whose rules are not known here.
+        Unsupported: The tokenizer's class is not supported.
         ModelError: tokenizer.json is missing, or a file is damaged.
     """
     path = folder / "tokenizer.json"
@@ -70,52 +74,52 @@ def read_tokenizer(folder: Path, *, saved: bool) -> Made:
         raw = parse_json(stored)
         if kind and raw["model"].get("type") != "BPE":
             raise ModelError(
-                f"{path} holds a {raw['model'].get('type')} model, and a {kind} is made of BPE: set tokenizer_class to"
+                f"{path} holds a {raw['model'].get('type')} model, but a {kind} needs BPE: set tokenizer_class to"
                 " PreTrainedTokenizerFast in tokenizer_config.json"
             )
         tokenizer = Tokenizer.from_str(json.dumps({**raw, **_REBUILT[kind](raw, config)}) if kind else stored)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         highest = max(tokenizer.get_vocab().values(), default=0)
-        if highest >= _MOST:  # writing the tokenizer out takes memory for every id up to the highest
+        if highest >= _MOST:  # serializing the tokenizer takes memory for every id up to the highest
             raise ModelError(f"{path} has a token with the id {highest}: it is damaged")
         names = _add_special(tokenizer, folder, raw, config, kind)
-        return Made(tokenizer=tokenizer, names=names, begun=tokenizer.encode("").ids)
+        return LoadedTokenizer(tokenizer=tokenizer, names=names, begun=tokenizer.encode("").ids)
     except (KeyboardInterrupt, SystemExit, ModelError):
         raise
-    except BaseException as bad:  # the Rust side raises plain Exception, and panics beneath BaseException
+    except BaseException as bad:  # the Rust code raises Exception, and its panics are BaseExceptions
         raise ModelError(
-            f"{path} cannot be read with the tokenizer's other files ({first_line(bad)}): one of them is damaged, or of another version"
+            f"{path} or another of the tokenizer's files cannot be read ({first_line(bad)}): one of them is damaged or of another version"
         ) from None
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise Unsupported where `read_tokenizer` would for a folder that holds tokenizer.json."""
+    """Raise Unsupported if `read_tokenizer` would, for a folder with tokenizer.json."""
     _kind(folder, read_object(folder / "tokenizer_config.json"))
 
 
 def _kind(folder: Path, config: Mapping[str, Any]) -> str:
-    """The class by whose rules the tokenizer is made anew; "" where tokenizer.json is taken as it is."""
+    """The class by whose rules the tokenizer is rebuilt; "" if tokenizer.json is used unchanged."""
     model = read_object(folder / "config.json")
     family, custom = model.get("model_type"), config.get("auto_map")
     own = config.get("tokenizer_class") or model.get("tokenizer_class")
     name = str(own or _REGISTERED.get(str(family), AS_IT_IS[0])).removesuffix("Fast")
     if custom and (not isinstance(custom, dict) or custom.get("AutoTokenizer")):
-        raise Unsupported("its tokenizer is code of its own (auto_map in tokenizer_config.json)")
+        raise Unsupported("its tokenizer is custom code (auto_map in tokenizer_config.json)")
     if (
         config.get("fast_tokenizer_files")
         or config.get("fix_mistral_regex")
         or (family == "mistral" and (folder / "tekken.json").is_file())
     ):
-        raise Unsupported("which of its tokenizers counts depends on the version of transformers")
+        raise Unsupported("which of its tokenizers is used depends on the version of transformers")
     if family == "mistral" or (family != "qwen2" and name == "LlamaTokenizer" and _by_bytes(folder)):
         return ""
-    if family == "qwen2":  # transformers overrules what such folders say, which is often wrong
+    if family == "qwen2":  # transformers overrides the class in such folders, which is often wrong
         name = _REGISTERED["qwen2"]
     if name in AS_IT_IS:
         return ""
     if name not in _REBUILT:
-        raise Unsupported(f"its tokenizer is a {name}, whose rules the engine does not know ({', '.join(_REBUILT)} it does)")
+        raise Unsupported(f"its tokenizer is a {name}, which the engine does not support (it supports {', '.join(_REBUILT)})")
     return name
 
 
@@ -123,7 +127,7 @@ def _by_bytes(folder: Path) -> bool:
     try:
         return '"ByteLevel"' in read_text(folder / "tokenizer.json")
     except (OSError, ValueError):
-        return False  # told when it is read
+        return False  # reported when it is read
 
 
 def _llama(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def _llama(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     scheme = ("always" if config.get("legacy") else "first") if space else "never"
     steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if space else []
-    return _made(
+    return _rebuilt(
         raw,
         normalizer=None,
         pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
@@ -144,7 +148,7 @@ def _llama(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
 def _qwen2(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     bytes_ = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": _QWEN2}, "behavior": "Isolated", "invert": False}
-    return _made(
+    return _rebuilt(
         raw,
         normalizer={"type": "NFC"},
         pre_tokenizer={"type": "Sequence", "pretokenizers": [split, bytes_]},
@@ -154,7 +158,7 @@ def _qwen2(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gpt2(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    return _made(
+    return _rebuilt(
         raw,
         normalizer=None,
         pre_tokenizer={**_BYTES, "add_prefix_space": bool(config.get("add_prefix_space"))},
@@ -167,8 +171,8 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "
 _REBUILT = {"LlamaTokenizer": _llama, "Qwen2Tokenizer": _qwen2, "GPT2Tokenizer": _gpt2}
 
 
-def _made(raw: Mapping[str, Any], *, model: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
-    """tokenizer.json's entries but for the post-processor: parts of the class around the file's vocabulary and merges."""
+def _rebuilt(raw: Mapping[str, Any], *, model: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+    """tokenizer.json's entries except the post-processor: the class's parts with the file's vocabulary and merges."""
     own = raw["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in own["merges"]]
     plain = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -177,13 +181,13 @@ def _made(raw: Mapping[str, Any], *, model: Mapping[str, Any], **parts: Any) -> 
 
 
 def _add_special(tokenizer: Tokenizer, folder: Path, raw: Mapping[str, Any], config: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """Add the special tokens that the configs list, and give back the named ones. A token that is added again takes the new flags."""
+    """Add the special tokens that the configs list, and return the named ones. A token that is added again gets the new flags."""
     given, added = dict(config), dict[int, AddedToken]()
     if "additional_special_tokens" in given and not given.get("extra_special_tokens"):
         given["extra_special_tokens"] = given.pop("additional_special_tokens")
     if "added_tokens_decoder" in config:
         added = {int(i): AddedToken(**token) for i, token in config["added_tokens_decoder"].items()}
-    else:  # of a version before 4.34, which kept them in files of their own
+    else:  # versions before 4.34 store them in separate files
         given |= _older(folder, given)
         extra = given.get("extra_special_tokens") or ()
         special = {str(_token(t)) for t in (*(given.get(n) for n in _NAMES), *extra) if t}
@@ -219,7 +223,7 @@ def _add_special(tokenizer: Tokenizer, folder: Path, raw: Mapping[str, Any], con
 
 
 def _older(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """special_tokens_map.json, which counts before tokenizer_config.json there."""
+    """special_tokens_map.json, which overrides tokenizer_config.json in such versions."""
     out = dict[str, Any]()
     for name, value in read_object(folder / "special_tokens_map.json").items():
         if isinstance(value, dict) and name != "extra_special_tokens":
@@ -235,16 +239,16 @@ def _is_name(name: str, value: Any) -> bool:
 
 
 def _token(value: Any) -> Any:
-    """A config's token: its text as it is, an added token with its flags."""
+    """A token of a config: a string, or an added token with its flags."""
     if isinstance(value, dict) and value.get("__type") == "AddedToken":
         return AddedToken(**{k: v for k, v in value.items() if k != "__type"})
     if isinstance(value, str | AddedToken):
         return value
-    raise TypeError(f"{value!r:.60} is neither a token's text nor an added token")
+    raise TypeError(f"{value!r:.60} is neither a string nor an added token")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file, or ModelError."""
+    """Read a JSON object; {} if the file does not exist. Raises ModelError."""
     if not path.is_file():
         return {}
     try:
@@ -257,6 +261,6 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def first_line(bad: BaseException) -> str:
-    """The first line of an exception's text, cut."""
+    """The first line of an exception's text, shortened."""
     lines = str(bad).strip().splitlines()
     return lines[0][:120] if lines else type(bad).__name__

@@ -5,5 +5,5 @@
         ...  # a `QuantizedLinear` for each linear's weight, a float32 tensor for the rest, layer after layer
     score = perplexity(of_engine(load_engine(folder)), text.held, window=256)
 
-`model` has the loop over layers, `calibrate` the text, `perplexity` the measure; a file for each method. Needs what the engine needs.
+`model` has the loop over layers, `perplexity` the measurement, and each method has its own file. It needs only the engine's dependencies.
 """

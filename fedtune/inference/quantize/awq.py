@@ -1,11 +1,10 @@
-"""AWQ: before rounding, enlarge the weights of the input channels that carry much, and shrink the channel itself as much.
+"""AWQ: before rounding, scales up the weights of salient input channels, and scales the channels down by the same factor.
 
-A weight's rounding error is about a step of its group, whatever the weight's size; so the larger W_j s_j is, the smaller is its relative
-error. s = mean|x|^a, and `a` is the one of 20 whose rounded linear is nearest to the real one on the calibration text.
+A weight's rounding error is about one step of its group, whatever the weight's size; so the larger W_j s_j is, the smaller is its relative
+error. s = mean|x|^a, where `a` is the one of 20 values whose rounded linear has the smallest output error on the calibration text.
 
-Source: Lin et al. 2023, AWQ, arXiv:2306.00978, eq. 4 and 5. The error is each linear's own, measured
-through XᵀX over the whole text; the paper's code measures that of the attention or MLP block on a sample, and goes on to clip each
-group's weights, which is left out here.
+Source: Lin et al. 2023, AWQ, arXiv:2306.00978, eq. 4 and 5. Deviations: the error is that of each linear, computed from XᵀX over the whole
+text, while the paper's code measures the attention or MLP block on a sample; and group weights are not clipped.
 """
 
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ def awq_scale(
     """The scale [K] of the inputs that these linears [N_i, K] share.
 
     Args:
-        weights: Asked for once, and one at a time; some rows of a linear do as well as a linear.
+        weights: Iterated once; each may be a block of a linear's rows.
         mean: Mean |x| of each input channel, [K].
         hessian: XᵀX / n, [K, K].
 
@@ -46,5 +45,5 @@ def awq_scale(
 
 
 def output_loss(change: Tensor, hessian: Tensor) -> float:
-    """Mean over the inputs of ‖ΔW x‖²: tr(ΔW H ΔWᵀ) for a change ΔW [N, K]."""
+    """Mean of ‖ΔW x‖² over the inputs: tr(ΔW H ΔWᵀ) for a change ΔW [N, K]."""
     return float(((change @ hessian) * change).sum())

@@ -1,11 +1,10 @@
-"""Move a scale of each channel from a linear's inputs into what makes them; in exact arithmetic the model stays the same.
+"""Moves a per-channel scale from a linear's inputs into the operation that computes them; exact arithmetic gives the same model.
 
     x → diag(s)⁻¹ x    a norm's weight, or the rows of the linear before
     W → W diag(s)      every linear that reads x
 
-What makes the inputs of a layer of the Llama family: the norms for q, k, v and for gate, up; `up` for `down`, since act(gate) * up is
-linear in up; `v` for `o`, since attention mixes tokens and not channels. Where several query heads share one of v's heads, their channels
-must share a scale, so they do.
+Sources of the inputs in a Llama-family layer: the norms for q, k, v and for gate, up; `up` for `down`, because act(gate) * up is linear in
+up; `v` for `o`, because attention mixes tokens and not channels. If several query heads share a value head, their channels share a scale.
 
 Source: SmoothQuant (arXiv:2211.10438) eq. 3 and AWQ (arXiv:2306.00978) §3.2 fold the same way.
 """
@@ -18,12 +17,12 @@ from torch import Tensor
 
 __all__ = ["FOLDS", "Change", "Fold", "changes"]
 
-Change = Callable[[Tensor, int, int], Tensor]  # rows a..b of a tensor, float32 → the same rows, changed
+Change = Callable[[Tensor, int, int], Tensor]  # rows a..b of a tensor, float32 → the changed rows
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A point where a scale can move: `source`'s outputs are what each of `readers` reads. Names are of one layer, without `.weight`."""
+    """A point where a scale can move: `source`'s outputs are the inputs of `readers`. Names within one layer, without `.weight`."""
 
     source: str
     readers: tuple[str, ...]
@@ -43,12 +42,12 @@ def tied(values: Tensor, shared: int, width: int) -> Tensor:
 
 
 def changes(fold: Fold, scale: Tensor, rows: int, width: int = 1) -> dict[str, Change]:
-    """What a fold does to each tensor of its layer, by name; where `source` has no bias, there is one that changes nothing that is there.
+    """Return the change of each tensor of the layer, by name; includes `source`'s bias even if it has none.
 
     Args:
-        scale: [K] of the readers' inputs, positive; equal over the query heads that share a key-value head.
-        rows: Outputs of `source`.
-        width: Of a head, where `source` has fewer outputs than the readers have inputs.
+        scale: [K] scale of the readers' inputs, positive; equal over query heads that share a key-value head.
+        rows: Number of outputs of `source`.
+        width: Head width, if `source` has fewer outputs than the readers have inputs.
     """
     shared = scale.numel() // rows
     own = scale.view(-1, shared, width)[:, 0].reshape(-1) if shared > 1 else scale
@@ -64,6 +63,6 @@ def changes(fold: Fold, scale: Tensor, rows: int, width: int = 1) -> dict[str, C
 
 
 def within(scale: Tensor) -> Tensor:
-    """The scale with what would break a weight (0, not finite) replaced by 1, and √(max · min) = 1."""
+    """Replace invalid scales (0, not finite) with 1, and normalize to √(max · min) = 1."""
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
     return scale / (scale.max() * scale.min()).sqrt()

@@ -1,7 +1,7 @@
-"""GPTQ: round a linear's columns one after another, and let those still to come make up for each one's error.
+"""GPTQ: rounds a linear's columns one by one, and adjusts the remaining columns to compensate each error.
 
 With H = X Xᵀ of the inputs and U the upper Cholesky factor of H⁻¹, rounding column i by e = (w_i − q_i) / U_ii moves the later columns by
-−e U_i,i+1... Where H is diagonal there is nothing to move, and what comes out is round-to-nearest.
+−e U_i,i+1... If H is diagonal, no column moves, and the result is round-to-nearest.
 
 Source: Frantar et al. 2022, GPTQ, arXiv:2210.17323, algorithm 1 (lazy blocks and Cholesky: §3.3), groups as in its §5 ("grouping").
 """
@@ -25,28 +25,28 @@ def quantize_gptq(
     block: int = 128,
     factor: Tensor | None = None,
 ) -> tuple[Grid, Tensor]:
-    """Grid and codes [N, K] of a weight [N, K], given how its inputs vary together.
+    """Return grid and codes [N, K] of a weight [N, K], given the second moments of its inputs.
 
-    A group's grid is fitted when its first column is reached, to weights that have made up for the errors before it.
+    A group's grid is fitted when its first column is reached, to the weights adjusted by then.
 
     Args:
         hessian: XᵀX / n of the inputs X [n, K]: [K, K], symmetric.
 
     Other arguments:
-        damp: Share of the mean of H's diagonal that is added to it (the paper's 1 %); ten times more where H stays singular.
-        factor: Of `inverse_factor`, where several weights share their inputs.
-        block: Columns whose errors reach the columns beyond them in one product; it changes nothing but the time.
+        damp: Share of the mean of H's diagonal that is added to it (1 % as in the paper); ten times more while H is singular.
+        factor: Result of `inverse_factor`, for weights that share their inputs.
+        block: Columns whose errors are applied to later columns in one product; affects only the run time.
 
     Raises:
-        ModelError: The Hessian does not fit or is not finite, or as `fit_grid`.
+        ModelError: The Hessian has the wrong shape or is not finite, or as in `fit_grid`.
     """
     rows, columns = weight.shape
     if hessian.shape != (columns, columns):
-        raise ModelError(f"a weight of {columns} columns needs a Hessian of as many rows and columns, not {tuple(hessian.shape)}")
+        raise ModelError(f"a weight of {columns} columns needs a Hessian of shape {(columns, columns)}, not {tuple(hessian.shape)}")
     factor = inverse_factor(hessian, damp) if factor is None else factor
     weight = weight.to(torch.float32, copy=True)
     width = group or columns
-    grid = fit_grid(weight, kind, group)  # of a row that is one group it is the final one
+    grid = fit_grid(weight, kind, group)  # final if a row is one group
     codes = torch.empty(rows, columns)
     block = max(block // width, 1) * width if width < columns else block
     for start in range(0, columns, block):
@@ -72,9 +72,9 @@ def inverse_factor(hessian: Tensor, damp: float = 0.01) -> Tensor:
         raise ModelError("the calibration text gave activations that are not finite: check the model, or quantize with method=rtn")
     for more in (1, 10, 100):
         damped = hessian.float().clone()
-        damped.diagonal().add_(damp * more * mean or 1.0)  # no input at all: any diagonal gives round-to-nearest
+        damped.diagonal().add_(damp * more * mean or 1.0)  # all inputs are zero: any diagonal gives round-to-nearest
         lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # of a wide layer each of these is larger than its weights
+        del damped  # for a wide layer, each of these is larger than its weights
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             del lower
@@ -82,4 +82,4 @@ def inverse_factor(hessian: Tensor, damp: float = 0.01) -> Tensor:
             del inverse
             if not failed:
                 return upper
-    raise ModelError("the inputs of a layer vary too little to invert their Hessian: calibrate with more text, or use method=awq or rtn")
+    raise ModelError("the Hessian of a layer's inputs cannot be inverted: calibrate with more text, or use method=awq or rtn")

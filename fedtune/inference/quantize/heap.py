@@ -1,4 +1,4 @@
-"""Memory that is freed, given back."""
+"""Returns freed memory to the system."""
 
 import ctypes
 import sys
@@ -9,7 +9,7 @@ __all__ = ["give_back"]
 
 
 def give_back() -> None:
-    """Let glibc return what was freed: blocks of up to 32 MB it keeps, scattered, for itself. Elsewhere nothing is to be done."""
+    """Make glibc return freed memory, of which it keeps blocks of up to 32 MB. A no-op with other C libraries."""
     if (library := _library()) is not None:
         library.malloc_trim(0)
 

@@ -1,6 +1,6 @@
-"""One layer at a time through the engine's decoder: what its linears read, and what comes out of it.
+"""Runs single layers of the engine's decoder: records statistics of the linears' inputs, and computes the layer's outputs.
 
-Nothing of the decoder is changed: its linears are wrapped, and a cache that keeps nothing lets whole sequences pass.
+The decoder is unchanged: its linears are wrapped, and a cache that stores nothing is used for whole sequences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.weights import Read
 
-__all__ = ["FUSED", "Prefix", "Stats", "Watch", "embedded", "observe", "pass_layer", "prefix_of"]
+__all__ = ["FUSED", "Prefix", "Stats", "InputStats", "embedded", "observe", "pass_layer", "prefix_of"]
 
 FUSED: Mapping[str, tuple[str, ...]] = {  # the decoder's linears → the checkpoint's, which share their inputs
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -28,18 +28,18 @@ FUSED: Mapping[str, tuple[str, ...]] = {  # the decoder's linears → the checkp
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-Prefix = tuple[Tensor, Tensor]  # keys and values [t, Hkv, D] of a layer's virtual tokens, as packages hold them
+Prefix = tuple[Tensor, Tensor]  # keys and values [t, Hkv, D] of a layer's virtual tokens, as in packages
 _STRETCH = 1 << 19  # numbers of the table that are read at once
-_ROWS = 256  # tokens of a pass
+_ROWS = 256  # tokens per pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What is kept of the inputs X [n, K] of a linear.
+    """Statistics of the inputs X [n, K] of a linear.
 
     Attributes:
         hessian: XᵀX / n [K, K].
-        mean, greatest: Of |x|, for each channel [K].
+        mean, greatest: Mean and maximum of |x| per channel, [K].
     """
 
     hessian: Tensor
@@ -47,23 +47,23 @@ class Stats:
     greatest: Tensor
 
     def scaled(self, scale: Tensor) -> "Stats":
-        """Of the inputs divided by a scale [K]."""
+        """The statistics of the inputs divided by a scale [K]."""
         return Stats(hessian=(self.hessian / scale[:, None]).div_(scale), mean=self.mean / scale, greatest=self.greatest / scale)
 
 
 def embedded(shape: Shape, read: Read, text: Sequence[Tensor], before: Tensor | None = None, folder: Path | None = None) -> Hidden:
-    """Hidden states of sequences of tokens [n] before the first layer, of a table of which only a part is read at once.
+    """Return the hidden states of token sequences [n] before the first layer; the embedding table is read in parts.
 
     Args:
-        before: [t, d] that stand before each sequence.
-        folder: Of `Hidden`.
+        before: [t, d] embeddings of virtual tokens before each sequence.
+        folder: Folder of `Hidden`.
 
     Raises:
-        ModelError: A token is not in the table.
+        ModelError: A token id is out of range.
     """
     ids = torch.cat([t.flatten() for t in text])
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= shape.vocab:
-        raise ModelError(f"the text has tokens outside the model's {shape.vocab}: encode it with the model's own tokenizer")
+        raise ModelError(f"the text has token ids out of range 0..{shape.vocab - 1}: encode it with the model's own tokenizer")
     more = 0 if before is None else len(before)
     out = Hidden([t.numel() + more for t in text], shape.hidden, folder)
     places = torch.cat([torch.arange(start + more, end) for start, end in zip(out.starts, out.starts[1:], strict=False)]).tolist()
@@ -79,8 +79,8 @@ def embedded(shape: Shape, read: Read, text: Sequence[Tensor], before: Tensor | 
     return out
 
 
-class Watch:
-    """Takes note of the inputs [n, K] of a linear."""
+class InputStats:
+    """Accumulates statistics of the inputs [n, K] of a linear."""
 
     def __init__(self, columns: int) -> None:
         self._hessian, self._n = torch.zeros(columns, columns), 0
@@ -94,26 +94,26 @@ class Watch:
         self._n += x.shape[0]
 
     def stats(self) -> Stats:
-        """Once, at the end: the sums become the means in place."""
+        """Return the statistics. Call it once: sums become means in place."""
         n = max(self._n, 1)
         return Stats(hessian=self._hessian.div_(n), mean=self._sum.div_(n), greatest=self._greatest)
 
 
-class Watched(Linear):
-    """A linear whose inputs are taken note of."""
+class ObservedLinear(Linear):
+    """A linear that records statistics of its inputs."""
 
     def __init__(self, linear: Linear) -> None:
         super().__init__(linear.parts, n_in=linear.n_in, n_out=linear.n_out, group=linear.group)
         self._linear = linear
-        self.watch = Watch(linear.n_in)
+        self.watch = InputStats(linear.n_in)
 
     def __call__(self, x: Tensor) -> Tensor:
         self.watch.add(x)
         return self._linear(x)
 
 
-class Passing(Cache):
-    """For sequences that pass a layer as a whole behind its prefix: keeps nothing."""
+class NoCache(Cache):
+    """A cache that stores nothing, for whole sequences after a prefix."""
 
     def __init__(self, shape: Shape, limit: int, prefix: Prefix | None) -> None:
         super().__init__(shape, limit)
@@ -121,13 +121,13 @@ class Passing(Cache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         n, window, before = q.shape[0], self.shape.windows[layer], 0
-        if self._prefix is not None:  # nothing rotates its keys
+        if self._prefix is not None:  # its keys are not rotated
             keys, values = self._prefix
             before = len(keys)
             k, v = torch.cat([keys[..., pairs(1, self.shape.head_dim)], rope.rotate(k, before)]), torch.cat([values, v])
         else:
             k = rope.rotate(k, 0)
-        first = 0 if window is None else max(0, before - window + 1)  # the first query sees no further back
+        first = 0 if window is None else max(0, before - window + 1)  # the oldest token that the first query sees
         whole = not before and (window is None or n <= window)
         mask = None if whole or n == 1 else causal_mask(n, n + before - first, window)
         k, v = k[first:].transpose(0, 1), v[first:].transpose(0, 1)
@@ -139,10 +139,10 @@ class Passing(Cache):
 
 
 def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
-    """The decoder's layer of a checkpoint's, float32.
+    """Build the decoder's layer from a checkpoint's, in float32.
 
     Args:
-        tensors: Of one layer, without `model.layers.N.` (`mlp.up_proj.weight` …).
+        tensors: Tensors of one layer, named without `model.layers.N.` (`mlp.up_proj.weight` …).
     """
     orders = {"self_attn.q_proj": pairs(shape.heads, shape.head_dim), "self_attn.k_proj": pairs(shape.kv_heads, shape.head_dim)}
 
@@ -156,7 +156,7 @@ def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
     rows = dict(zip((module for modules in FUSED.values() for module in modules), outputs, strict=True))
 
     def joined(modules: Sequence[str], part: str) -> Tensor:
-        """One after the other into their place: they are not all in memory beside it."""
+        """Concatenate tensors one by one, so that they are not all in memory beside the result."""
         out, end = torch.empty(0), 0
         for module in modules:
             tensor = tensors[f"{module}.{part}"]
@@ -187,14 +187,14 @@ def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
 
 
 def prefix_of(virtual: Mapping[str, Tensor], index: int) -> Prefix | None:
-    """A layer's share of `prefix.k` and `prefix.v` [L, t, Hkv, D]; None where there are none."""
+    """A layer's part of `prefix.k` and `prefix.v` [L, t, Hkv, D]; None without a prefix."""
     return (virtual["prefix.k"][index].float(), virtual["prefix.v"][index].float()) if "prefix.k" in virtual else None
 
 
 def observe(shape: Shape, index: int, tensors: Mapping[str, Tensor], hidden: Hidden, prefix: Prefix | None = None) -> dict[str, Stats]:
-    """Stats of the inputs of each of the layer's `FUSED` linears, over these sequences of hidden states [n, d] before the layer."""
+    """Return input statistics of each of the layer's `FUSED` linears, over the hidden states [n, d] before the layer."""
     layer = build(shape, tensors)
-    watched = {name: Watched(getattr(layer, name)) for name in FUSED}
+    watched = {name: ObservedLinear(getattr(layer, name)) for name in FUSED}
     for name, linear in watched.items():
         setattr(layer, name, linear)
     _run(shape, index, layer, hidden, prefix, keep=False)
@@ -202,7 +202,7 @@ def observe(shape: Shape, index: int, tensors: Mapping[str, Tensor], hidden: Hid
 
 
 def pass_layer(shape: Shape, index: int, tensors: Mapping[str, Tensor], hidden: Hidden, prefix: Prefix | None = None) -> Hidden:
-    """The same hidden states, after the layer now."""
+    """Run the layer on the hidden states, in place."""
     _run(shape, index, build(shape, tensors), hidden, prefix, keep=True)
     return hidden
 
@@ -211,7 +211,7 @@ def _run(shape: Shape, index: int, layer: Layer, hidden: Hidden, prefix: Prefix 
     decoder = Decoder(shape, torch.empty(0, shape.hidden), [layer] * (index + 1), layer.norm, layer.down)
     give_back()
     for first, lengths in hidden.batches(_ROWS):
-        spans = [Span(Passing(shape, n, prefix), n) for n in lengths]
+        spans = [Span(NoCache(shape, n, prefix), n) for n in lengths]
         out = decoder.run(hidden.rows(first, first + sum(lengths)), spans, first=index, last=index + 1)
         if keep:
             hidden.put(first, out)

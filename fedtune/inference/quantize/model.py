@@ -1,9 +1,9 @@
-"""Quantize a decoder layer by layer: of weights one layer is in memory, of the calibration text what passes it at once.
+"""Quantizes a decoder layer by layer: memory holds the weights of one layer and one batch of the calibration text.
 
-What a layer is calibrated on has passed the quantized layers before it, so that later ones make up for them.
+Each layer is calibrated on the outputs of the quantized layers before it, so that later layers compensate their errors.
 
-With d hidden, f intermediate channels and P weights in a layer, method=gptq, awq and smoothquant take at most about
-4 (3 d² + 3 f² + P) bytes, and what comes out of a layer; the text's hidden states lie on the disk. method=rtn takes no text, and rows.
+With d hidden channels, f intermediate channels and P weights per layer, method=gptq, awq and smoothquant need at most about
+4 (3 d² + 3 f² + P) bytes plus a layer's outputs; the text's hidden states are on disk. method=rtn needs no text, and only blocks of rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,29 +23,29 @@ from fedtune.inference.quantize.fold import FOLDS, Fold
 from fedtune.inference.quantize.gptq import inverse_factor, quantize_gptq
 from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
-from fedtune.inference.quantize.layers import FUSED, Stats, Watch, embedded, observe, pass_layer, prefix_of
+from fedtune.inference.quantize.layers import FUSED, InputStats, Stats, embedded, observe, pass_layer, prefix_of
 from fedtune.inference.quantize.rtn import GROUP, Kind, QuantizedLinear, dequantize, packed, quantize_rtn
 from fedtune.inference.quantize.smoothquant import smooth_scale
 from fedtune.inference.quantize.weights import Read, Weights
 
-__all__ = ["FOLDING", "METHODS", "Method", "Recipe", "quantize_model", "quantize_rows"]
+__all__ = ["FOLDING", "METHODS", "Method", "QuantizeSettings", "quantize_model", "quantize_rows"]
 
 Method = Literal["rtn", "gptq", "awq", "smoothquant"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq", "awq", "smoothquant")
-FOLDING: tuple[Method, ...] = ("awq", "smoothquant")  # what moves between layers then no longer has the model's own scale
-_STRETCH = 1 << 17  # weights that are rounded at once; rows do not hang on each other
-_GPTQ = 1 << 21  # likewise by gptq
+FOLDING: tuple[Method, ...] = ("awq", "smoothquant")  # these change the scale of activations between layers
+_STRETCH = 1 << 17  # weights that are rounded at once; rows are independent
+_GPTQ = 1 << 21  # the same for gptq
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a model is quantized.
+class QuantizeSettings:
+    """Settings for quantizing a model.
 
     Args:
-        kind: Of all linears but the head.
-        group: Columns that share an int4 scale; of int8 0: the a8w8 product wants one scale a row.
-        method: Of rounding; smoothquant is for int8, whose activations are rounded too.
-        head: Kind of the output head, with groups of its own: int8's are rows. The logits are worth 8 bits.
+        kind: Format of all linears but the head.
+        group: Columns per int4 scale; 0 for int8: the a8w8 product needs one scale per row.
+        method: Rounding method; smoothquant is only for int8, whose activations are rounded too.
+        head: Format of the output head, with its own group size; int8 by default, for more precise logits.
     """
 
     kind: Kind = "int4"
@@ -57,31 +57,31 @@ class Recipe:
         if self.method not in METHODS:
             raise ConfigError(f"there is no quantization method '{self.method}': choose from {', '.join(METHODS)}")
         if self.method == "smoothquant" and self.kind != "int8":
-            raise ConfigError(f"smoothquant makes activations fit int8 and {self.kind} does not round them: take method=awq or gptq")
+            raise ConfigError(f"smoothquant is for int8 activations, which {self.kind} does not have: use method=awq or gptq")
 
     @property
-    def of_head(self) -> "Recipe":
-        """For the head alone."""
+    def of_head(self) -> "QuantizeSettings":
+        """The settings of the head."""
         return replace(self, kind=self.head, group=GROUP if self.head == "int4" else 0)
 
 
 def quantize_rows(
-    read: Callable[[int, int], Tensor], size: tuple[int, int], recipe: Recipe, stats: Stats | None = None, *, most: int = _GPTQ
+    read: Callable[[int, int], Tensor], size: tuple[int, int], recipe: QuantizeSettings, stats: Stats | None = None, *, most: int = _GPTQ
 ) -> QuantizedLinear:
-    """A weight [N, K] in the portable form, of which only some rows are read at once. Weights that awq and smoothquant fold are folded
-    already, so that they are rounded to nearest.
+    """Quantize a weight [N, K] to the portable format, in blocks of rows. awq and smoothquant round to nearest here: their scales are already
+    folded.
 
     Args:
-        read: Rows `first` to `last` of the weight.
+        read: Returns rows `first` to `last` of the weight.
         size: N, K.
-        most: Weights that gptq works on at once: it goes through a weight's columns, and again for each of its parts.
+        most: Weights per block for gptq, which iterates over all columns once per block.
     """
     if recipe.method == "gptq" and stats is None:
-        raise ModelError("gptq rounds by what the inputs are like: give it calibration text")
+        raise ModelError("gptq needs statistics of the inputs: give calibration text")
     gptq = stats if recipe.method == "gptq" else None
     factor = None if gptq is None else inverse_factor(gptq.hessian)
     parts = linear_tensors("", StoredLinear(kind=recipe.kind, group=recipe.group, shape=size))
-    # made first, and not joined at the end: parts that are kept between temporary ones would tear holes into the heap
+    # allocated first, not concatenated at the end: kept parts between temporary ones would fragment the heap
     out = {name.rpartition(".")[2]: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in parts.items()}
     lost, energy, off, whole = 0.0, 0.0, 0.0, 0.0
     for first in range(0, size[0], step := max((_STRETCH if gptq is None else most) // size[1], 1)):
@@ -96,17 +96,17 @@ def quantize_rows(
             if stats is not None:
                 lost += output_loss(own.values(codes[a:b]) - kept, stats.hessian)
                 energy += output_loss(kept, stats.hessian)
-            made, norm = packed(own, codes[a:b], kept), float(kept.norm()) ** 2
-            for name, values in made.tensors.items():
+            rows, norm = packed(own, codes[a:b], kept), float(kept.norm()) ** 2
+            for name, values in rows.tensors.items():
                 out[name][first + a : first + b] = values
-            off, whole = off + made.error**2 * norm, whole + norm
+            off, whole = off + rows.error**2 * norm, whole + norm
     found = None if stats is None else (lost / energy) ** 0.5 if energy else 0.0
     error = (off / whole) ** 0.5 if whole else 0.0
     return QuantizedLinear(kind=recipe.kind, group=recipe.group, tensors=out, columns=size[1], error=error, output_error=found)
 
 
 class _Made(Mapping[str, Tensor]):
-    """What the tensors of a quantized layer stand for, made when they are asked for."""
+    """The tensors of a quantized layer, dequantized on request."""
 
     def __init__(self, made: Mapping[str, Tensor | QuantizedLinear]) -> None:
         self._made = made
@@ -126,29 +126,29 @@ class _Made(Mapping[str, Tensor]):
 def quantize_model(
     shape: Shape,
     read: Read,
-    recipe: Recipe,
+    recipe: QuantizeSettings,
     text: Sequence[Tensor] = (),
     virtual: Mapping[str, Tensor] | None = None,
     scratch: Path | None = None,
 ) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-    """Every tensor of a decoder but its embedding table, layer after layer: linears' weights quantized, the rest float32.
+    """Yield every tensor of a decoder except its embedding table, layer by layer: linears' weights quantized, the others float32.
 
-    The rest may have changed: awq and smoothquant fold scales into norms and biases. Of a tied model too there is an `lm_head.weight`,
-    a quantized table of its own.
+    awq and smoothquant also change norms and biases, by folding scales into them. A tied model gets an `lm_head.weight` too, a quantized
+    copy of the embedding table.
 
     Args:
-        read: Gives rows of a tensor under its Hugging Face name.
-        text: Token ids [n] of each calibration sequence; rtn needs none.
-        virtual: `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D]: what each sequence stands behind. A prefix's values
-            come from no linear, so that no scale is folded through those that do.
-        scratch: Folder for the text's hidden states, 4 T d bytes in a file without a name; None: among the system's temporary files.
+        read: Returns rows of a tensor, given its Hugging Face name.
+        text: Token ids [n] of each calibration sequence; not needed for rtn.
+        virtual: Virtual tokens before each sequence: `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D]. With a prefix, no
+            scale is folded into `v_proj`, because the prefix's values do not come from it.
+        scratch: Folder for the text's hidden states, 4 T d bytes in an unnamed file; None uses the system's temporary folder.
 
     Raises:
         ConfigError: The method needs text and there is none.
-        ModelError: As `quantize_rows`, or a token is not in the table.
+        ModelError: As in `quantize_rows`, or a token id is out of range.
     """
     if recipe.method != "rtn" and not text:
-        raise ConfigError(f"method={recipe.method} looks at what the layers read: give it calibration text, or take method=rtn")
+        raise ConfigError(f"method={recipe.method} needs calibration text: give some, or use method=rtn")
     sizes = dict(tensor_shapes(shape))
     virtual = virtual or {}
     prompt = virtual.get("prompt.embeds")
@@ -162,7 +162,7 @@ def quantize_model(
             continue
         weights, prefix = Weights({name[len(at) :]: name for name in names}, sizes, read), prefix_of(virtual, index)
         stats = {module: s for fused, s in observe(shape, index, weights, hidden, prefix).items() for module in FUSED[fused]}
-        give_back()  # what a layer leaves behind would lie beside all that comes
+        give_back()  # else freed memory of each layer would add up
         for fold in folds:
             _fold(fold, weights, stats, recipe, shape.head_dim)
         out: dict[str, Tensor | QuantizedLinear] = {}
@@ -181,30 +181,32 @@ def _matrix(size: tuple[int, ...]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _plain(name: str, read: Read, size: tuple[int, ...], recipe: Recipe) -> Tensor | QuantizedLinear:
+def _plain(name: str, read: Read, size: tuple[int, ...], recipe: QuantizeSettings) -> Tensor | QuantizedLinear:
     return quantize_rows(partial(read, name), _matrix(size), recipe) if is_linear(name) else read(name, 0, size[0]).float()
 
 
-def _head(shape: Shape, read: Read, recipe: Recipe, hidden: Hidden | None, before: int) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-    """The final norm, and the head after it; of each sequence the first states, of virtual tokens, count for nothing: none asks for their
-    logits."""
+def _head(
+    shape: Shape, read: Read, recipe: QuantizeSettings, hidden: Hidden | None, before: int
+) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
+    """Yield the final norm and the head. The first `before` states of each sequence, those of virtual tokens, are ignored: their logits are
+    never used."""
     recipe, source = recipe.of_head, "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
     size = (shape.vocab, shape.hidden)
     weights = Weights({"norm.weight": "model.norm.weight", "lm_head.weight": source}, {"model.norm.weight": size[1:], source: size}, read)
     stats, norm = {}, weights["norm.weight"]
     if hidden is not None:
-        watch = Watch(shape.hidden)
+        watch = InputStats(shape.hidden)
         for h in hidden:
             watch.add(torch.rms_norm(h[before:], (shape.hidden,), norm, shape.eps))
         stats["lm_head"] = watch.stats()
         _fold(Fold("norm", ("lm_head",)), weights, stats, recipe, 1)
     yield "model.norm.weight", weights["norm.weight"]
-    most = min(_GPTQ, shape.hidden * shape.intermediate)  # no more than of a layer
+    most = min(_GPTQ, shape.hidden * shape.intermediate)  # no more than in a layer
     yield "lm_head.weight", quantize_rows(partial(weights.rows, "lm_head.weight"), size, recipe, stats.get("lm_head"), most=most)
 
 
-def _fold(fold: Fold, weights: Weights, stats: dict[str, Stats], recipe: Recipe, width: int) -> None:
-    """Search this point's scale and put it into `weights` and `stats`."""
+def _fold(fold: Fold, weights: Weights, stats: dict[str, Stats], recipe: QuantizeSettings, width: int) -> None:
+    """Search the scale of this point and apply it to `weights` and `stats`."""
     if recipe.method not in FOLDING:
         return
     own, outputs = stats[fold.readers[0]], weights.sizes[f"{fold.source}.weight"][0]

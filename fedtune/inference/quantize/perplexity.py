@@ -1,8 +1,7 @@
-"""Perplexity on held-out text, defined alike for every model: windows of `window` tokens every `stride`, each token scored once.
+"""Perplexity on held-out text, with one definition for all models: windows of `window` tokens every `stride`, each token scored once.
 
-A token is scored in the first window that holds it, given all that stands before it there: at least window − stride tokens, but in the
-first window. The very first token has nothing before it and is not scored. Of requests and answers each answer is scored, behind its own
-request (`answers`).
+A token is scored in the first window that holds it, given the tokens before it there: at least window − stride, except in the first window.
+The very first token is not scored. For requests and answers, each answer is scored after its own request (`answers`).
 
 Source: the strided evaluation of transformers' documentation ("Perplexity of fixed-length models").
 """
@@ -21,14 +20,14 @@ from fedtune.inference.engine.load import Engine
 
 __all__ = ["Piece", "Score", "answers", "engine_score", "of_engine", "perplexity", "score", "windows"]
 
-_STRETCH, _ROWS = 1 << 19, 128  # logits that are made at once, and tokens of a pass
+_STRETCH, _ROWS = 1 << 19, 128  # logits that are computed at once; tokens per pass
 Logits = Callable[[Tensor], Tensor]  # ids [n] of one sequence → logits [n, V]
-Piece = tuple[Tensor, int]  # ids [n] that the model sees, and how many of the last are scored, fewer than n
+Piece = tuple[Tensor, int]  # ids [n] that the model sees, and the number of last ones that are scored (< n)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood of so many tokens, in nats."""
+    """Mean negative log-likelihood of `tokens` tokens, in nats."""
 
     nats: float
     tokens: int
@@ -39,23 +38,23 @@ class Score:
 
 
 def perplexity(model: Logits, ids: Tensor, *, window: int, stride: int | None = None) -> Score:
-    """How well a model foretells a text.
+    """Score a model on a text.
 
     Args:
-        model: Gives a sequence's logits; `of_engine` makes one.
+        model: Returns a sequence's logits; see `of_engine`.
         ids: [n] tokens of the whole text.
-        window: Most tokens that the model sees.
-        stride: Tokens between the beginnings of two windows; None: half a window.
+        window: Maximum number of tokens that the model sees.
+        stride: Tokens between the starts of two windows; None: half a window.
 
     Raises:
-        DataError: The text is too short, or the windows do not make sense.
+        DataError: The text is too short, or the windows are invalid.
     """
     return score(model, windows(ids, window, stride))
 
 
 @torch.inference_mode()
 def score(model: Logits, pieces: Iterable[Piece]) -> Score:
-    """How well a model foretells the last tokens of each piece, all tokens counted alike."""
+    """Score a model on the last tokens of each piece; all tokens have equal weight."""
     nats, tokens = 0.0, 0
     for piece, new in pieces:
         nats, tokens = nats + _nats(model(piece), piece, new), tokens + new
@@ -63,7 +62,7 @@ def score(model: Logits, pieces: Iterable[Piece]) -> Score:
 
 
 def answers(rows: Iterable[tuple[Sequence[int], Sequence[int]]], most: int, window: int) -> list[Piece]:
-    """Pieces of (request, answer) token rows, until `most` tokens are scored; a row longer than the window is left out."""
+    """Return pieces of (request, answer) token rows, until `most` tokens are scored; rows longer than the window are skipped."""
     out: list[Piece] = []
     left = most
     for request, answer in rows:
@@ -76,11 +75,11 @@ def answers(rows: Iterable[tuple[Sequence[int], Sequence[int]]], most: int, wind
 
 
 def windows(ids: Tensor, window: int, stride: int | None = None) -> Iterator[Piece]:
-    """The pieces of a text, each with how many of its last tokens are scored in it; raises as `perplexity`."""
+    """Yield the pieces of a text, each with the number of last tokens to score; raises like `perplexity`."""
     stride = stride or max(window // 2, 1)
     if ids.numel() < 2 or window < 2 or not 0 < stride < window:
         raise DataError(
-            f"perplexity needs two tokens and windows that overlap, not {ids.numel()} tokens in windows of {window} every {stride}:"
+            f"perplexity needs at least two tokens and overlapping windows, not {ids.numel()} tokens in windows of {window} every {stride}:"
             " give more held-out text"
         )
     scored = 1
@@ -93,7 +92,7 @@ def windows(ids: Tensor, window: int, stride: int | None = None) -> Iterator[Pie
 
 
 def of_engine(engine: Engine) -> Logits:
-    """All logits of a sequence, after the model's virtual tokens."""
+    """Return a function for all logits of a sequence, after the model's virtual tokens."""
 
     def logits(ids: Tensor) -> Tensor:
         cache = engine.cache(limit=engine.virtual + len(ids))
@@ -105,7 +104,7 @@ def of_engine(engine: Engine) -> Logits:
 
 @torch.inference_mode()
 def engine_score(engine: Engine, pieces: Iterable[Piece]) -> Score:
-    """`score(of_engine(engine), pieces)`, some tokens at a time, whose sums a kind may round otherwise, and some of their logits."""
+    """`score(of_engine(engine), pieces)` in blocks of tokens and logits; some kinds may round sums differently in blocks."""
     nats, tokens, step = 0.0, 0, max(_STRETCH // engine.shape.vocab, 1)
     for piece, new in pieces:
         cache = engine.cache(limit=engine.virtual + len(piece))
@@ -119,5 +118,5 @@ def engine_score(engine: Engine, pieces: Iterable[Piece]) -> Score:
 
 
 def _nats(logits: Tensor, piece: Tensor, new: int) -> float:
-    """Summed over the last `new` tokens of a piece."""
+    """Negative log-likelihood summed over the last `new` tokens of a piece."""
     return float(cross_entropy(logits[-new - 1 : -1].float(), piece[-new:].long(), reduction="sum"))

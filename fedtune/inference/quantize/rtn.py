@@ -1,9 +1,9 @@
-"""Round to the nearest point of a grid: the number formats that the engine's linears read, and the plainest way to get there.
+"""Round-to-nearest quantization, and the number formats of the engine's linears.
 
-    int4   w ~ (q - 8) * scale + zero    q in 0..15, scale and zero for each row and group of columns: torch's `_weight_int4pack_mm_for_cpu`
-    int8   w ~ q * scale                 q in -127..127, scale for each row (a8w8)
+    int4   w ~ (q - 8) * scale + zero    q in 0..15, scale and zero per row and group of columns: torch's `_weight_int4pack_mm_for_cpu`
+    int8   w ~ q * scale                 q in -127..127, scale per row (a8w8)
 
-The last group of a row may be shorter than the others: 172 columns in groups of 32 are five groups and one of 12.
+The last group of a row may be smaller: 172 columns in groups of 32 are five groups and one of 12.
 """
 
 from dataclasses import dataclass
@@ -28,20 +28,20 @@ __all__ = [
 ]
 
 Kind = Literal["int4", "int8"]
-GROUP = 32  # the finest that the int4 kernel takes
+GROUP = 32  # smallest group of the int4 kernel
 _STRETCH = 1 << 17  # weights that are unpacked at once
-INT4_GROUPS = (32, 64, 128, 256)  # all that it takes
+INT4_GROUPS = (32, 64, 128, 256)  # groups that the kernel supports
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The points that a weight [N, K] may take, one uniform row of them for each group of columns.
+    """The grid of values for a weight [N, K], uniform per group of columns.
 
-    scale [N, G], zero [N, G] (float32; int4's are bfloat16 numbers, as the kernel reads them), G = ceil(K / group)
+    scale [N, G], zero [N, G] (float32; for int4 rounded to bfloat16, as in the kernel), G = ceil(K / group)
     """
 
     kind: Kind
-    group: int  # columns; K where a row is one group
+    group: int  # columns; K if a row is one group
     scale: Tensor
     zero: Tensor
 
@@ -56,7 +56,7 @@ class Grid:
         return torch.clamp(torch.round((weight - zero) / scale), *self.bounds)
 
     def values(self, codes: Tensor, first: int = 0) -> Tensor:
-        """What the codes stand for, [N, k] -> [N, k] float32."""
+        """The values of codes, [N, k] -> [N, k] float32."""
         scale, zero = self._of(first, codes.shape[1])
         return codes * scale + zero
 
@@ -67,7 +67,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLinear:
-    """A linear's weight in the portable form that packages hold.
+    """A linear's weight in the portable format of packages.
 
     Attributes:
         kind, group: As in `Grid`; int8's group is 0, a whole row.
@@ -75,7 +75,7 @@ class QuantizedLinear:
             int8: `packed` int8 [N, K]; `scale` float32 [N].
         columns: K.
         error: ‖Q(W) − W‖ / ‖W‖ (Frobenius).
-        output_error: ‖X Q(W)ᵀ − X Wᵀ‖ / ‖X Wᵀ‖ over the calibration text's inputs X; None without them.
+        output_error: ‖X Q(W)ᵀ − X Wᵀ‖ / ‖X Wᵀ‖ over the inputs X of the calibration text; None without text.
     """
 
     kind: Kind
@@ -87,43 +87,43 @@ class QuantizedLinear:
 
 
 def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
-    """The grid that spans each group's least and greatest weight (int4), or its greatest magnitude (int8).
+    """Fit a grid to each group's minimum and maximum (int4), or to its greatest magnitude (int8).
 
     Args:
         weight: [N, K] float32, finite.
-        group: Columns; of int8 0: a row is one group.
+        group: Columns; 0 for int8: a row is one group.
 
     Raises:
-        ModelError: The kernel takes no such group, or the weight is not finite.
+        ModelError: The kernel does not support the group, or the weight is not finite.
     """
     if kind == "int4" and group not in INT4_GROUPS:
-        raise ModelError(f"int4 takes groups of {', '.join(map(str, INT4_GROUPS))} columns, not {group}")
+        raise ModelError(f"int4 supports groups of {', '.join(map(str, INT4_GROUPS))} columns, not {group}")
     if kind == "int8" and group:
-        raise ModelError(f"int8 has one scale a row, which is group 0, and not one for {group} columns")
+        raise ModelError(f"int8 has one scale per row (group 0), not one per {group} columns")
     if not torch.isfinite(weight).all():
-        raise ModelError(f"a weight {tuple(weight.shape)} holds numbers that are not finite: train or merge the model again")
+        raise ModelError(f"a weight {tuple(weight.shape)} has values that are not finite: train or merge the model again")
     group = group or weight.shape[1]
     short = -weight.shape[1] % group
-    if short:  # repeat the last column: it changes no extreme
+    if short:  # repeat the last column, which changes no extreme
         weight = torch.cat([weight, weight[:, -1:].expand(-1, short)], 1)
     grouped = weight.float().unflatten(1, (-1, group))
     if kind == "int8":
         scale = grouped.abs().amax(2) / 127
         return Grid(kind=kind, group=group, scale=torch.where(scale > 0, scale, 1.0), zero=torch.zeros_like(scale))
     low, high = grouped.amin(2), grouped.amax(2)
-    step = ((high - low) / 15).bfloat16().float()  # rounded before the codes are chosen, which then make up for it
-    zero = ((low + high) / 2 + step / 2).bfloat16().float()  # codes -8..7: the middle of the range lies half a step below
+    step = ((high - low) / 15).bfloat16().float()  # rounded before the codes are chosen, so that they compensate
+    zero = ((low + high) / 2 + step / 2).bfloat16().float()  # codes -8..7: the middle of the range is half a step lower
     return Grid(kind=kind, group=group, scale=torch.where(step > 0, step, 1.0), zero=zero)  # a constant group needs no steps
 
 
 def quantize_rtn(weight: Tensor, kind: Kind, group: int = GROUP) -> tuple[Grid, Tensor]:
-    """Grid and codes [N, K] of the weight, each number rounded by itself; raises as `fit_grid`."""
+    """Return grid and codes [N, K] of the weight, rounded to nearest; raises like `fit_grid`."""
     grid = fit_grid(weight, kind, group)
     return grid, grid.codes(weight.float())
 
 
 def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None = None) -> QuantizedLinear:
-    """The portable form of a weight [N, K] and its codes [N, K]."""
+    """Convert a weight [N, K] and its codes [N, K] to the portable format."""
     if grid.kind == "int4":
         tensors = {"packed": pack_int4(codes + 8), "scale": grid.scale.bfloat16(), "zero": grid.zero.bfloat16()}
     else:
@@ -139,7 +139,7 @@ def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None
 
 
 def dequantize(linear: QuantizedLinear) -> Tensor:
-    """The weight that a portable form stands for, [N, K] float32."""
+    """Convert a portable weight to [N, K] float32."""
     packed, columns = linear.tensors["packed"], linear.columns
     out = torch.empty(len(packed), columns)
     for first in range(0, len(packed), step := max(_STRETCH // columns, 1)):
@@ -154,7 +154,7 @@ def dequantize(linear: QuantizedLinear) -> Tensor:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Numbers 0..15 [N, K] -> uint8 [N, ceil(K / 2)], the even column in the low nibble; a missing last one is 0."""
+    """Pack numbers 0..15 [N, K] to uint8 [N, ceil(K / 2)], the even column in the low nibble; a missing last column is 0."""
     codes = codes.to(torch.uint8)
     if codes.shape[1] % 2:
         codes = torch.cat([codes, codes.new_zeros(codes.shape[0], 1)], 1)

@@ -1,4 +1,4 @@
-"""LoRA adapters that stay apart from the model and are chosen by a request's `model`."""
+"""Separate LoRA adapters, selected by a request's `model`."""
 
 from pathlib import Path
 
@@ -15,34 +15,34 @@ from fedtune.models.methods import method
 
 
 def add_adapter(engine: Engine, name: str, folder: Path) -> None:
-    """Let requests choose the adapter of a folder by this name.
+    """Load the adapter of a folder, so that requests can select it by this name.
 
     Raises:
         ConfigError: The name is taken.
-        ModelError: The folder holds no LoRA adapter, or one of another model; or quantizing has moved scales between the model's layers.
+        ModelError: The folder holds no LoRA adapter or one for another model, or quantization has moved scales between the model's layers.
     """
     if name in engine.adapters:
-        raise ConfigError(f"the model brings an adapter named '{name}' itself: give this one another name")
+        raise ConfigError(f"the model already has an adapter named '{name}': give this one another name")
     quantized = engine.card.get("quantised")
     if isinstance(quantized, dict) and quantized.get("method") in FOLDING:
         raise ModelError(
-            f"{engine.folder} was quantized by {quantized['method']}, which moves scales from layer to layer, of which an adapter knows"
-            " nothing: export the model with --method rtn or gptq"
+            f"{engine.folder} was quantized by {quantized['method']}, which moves scales between layers, so separate adapters do not fit:"
+            " export the model with --method rtn or gptq"
         )
     engine.add_adapter(name, factors(folder, engine.shape))
 
 
 def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → A [r, K] and B [N, r], float32, the scaling in A; what was merged into the backbone on the way is one more summand.
+    """Return module → A [r, K] and B [N, r], float32, with the scaling in A. Shifts that were merged into the backbone are added.
 
     Raises:
-        ModelError: As documented above.
+        ModelError: As in `add_adapter`.
     """
     if not folder.is_dir():
         raise ModelError(f"there is no adapter folder {folder}")
     stored = read_adapter(folder)
     if method(stored.state.spec.method).factors is None:
-        raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA can stay apart from the model")
+        raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA adapters can be separate")
     if stored.heads or stored.over:
         raise ModelError(f"{folder} changes more than LoRA's factors: merge it with `fedtune export`")
     return combined_factors((stored.state, *stored.shifts), dict(tensor_shapes(shape)), str(folder))

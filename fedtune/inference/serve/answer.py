@@ -1,4 +1,4 @@
-"""An answer under way, as the event loop sees it: in one piece or as a stream, and at an end when its client has gone."""
+"""A running request in the event loop: answered as a whole or as a stream, and canceled when its client disconnects."""
 
 import asyncio
 import logging
@@ -11,18 +11,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.jobs import Busy, Job, Output, Stopping
-from fedtune.inference.serve.limits import while_there
-from fedtune.inference.serve.logprobs import Teller
-from fedtune.inference.serve.protocol import Refused, Shape, event, usage
+from fedtune.inference.serve.limits import until_disconnect
+from fedtune.inference.serve.logprobs import LogprobFormatter
+from fedtune.inference.serve.protocol import Refused, ResponseFormatter, event, usage
 
 RETRY_S = 1
-PATIENCE_S = 5.0  # longer than the scheduler's own time-out, which says what has happened
-GONE = 499  # to a client that has hung up: nobody reads it
+PATIENCE_S = 5.0  # beyond the scheduler's own timeout, which has the better error
+GONE = 499  # status for a client that has disconnected
 _log = logging.getLogger("fedtune.serve")
 
 
 class Schedules(Protocol):
-    """What the application needs of a `Scheduler`."""
+    """The parts of a `Scheduler` that the application uses."""
 
     passes: int
     preempted: int
@@ -41,29 +41,29 @@ class Schedules(Protocol):
 
 def check_room(scheduler: Schedules) -> None:
     if scheduler.draining:
-        raise Refused(503, "the server is stopping: ask again when it is back", code="stopping", retry_after=5)
+        raise Refused(503, "the server is shutting down: retry when it is back", code="stopping", retry_after=5)
     if scheduler.full:
-        raise Refused(429, "as many requests wait as may wait: ask again later", code="queue_full", retry_after=RETRY_S)
+        raise Refused(429, "the queue is full: retry later", code="queue_full", retry_after=RETRY_S)
 
 
 class Answer:
-    """A job as the event loop sees it; `cancel` it whatever happens.
+    """A running request in the event loop; the owner must call `cancel` at the end.
 
     Args:
-        scheduler: Takes the job.
-        job: One request.
-        trims: Leave out the white space that the answer begins with: after a prompt template the first token brings the space before its
-            word, which belongs to no message.
+        scheduler: Runs the job.
+        job: The request.
+        trims: Remove the answer's leading whitespace: after a prompt template the first token starts with a space, which is not part of a
+            message.
     """
 
     def __init__(self, scheduler: Schedules, job: Job, *, trims: bool = False) -> None:
         self.job = job
         self._trims = trims
         self._scheduler = scheduler
-        self._queue: asyncio.Queue[Output] = asyncio.Queue()  # no longer than the answer
+        self._queue: asyncio.Queue[Output] = asyncio.Queue()  # bounded by the answer's length
 
     def begin(self) -> None:
-        """Hand the job over. Raises Refused."""
+        """Submit the job. Raises Refused."""
         loop = asyncio.get_running_loop()
 
         def deliver(out: Output) -> None:
@@ -74,18 +74,18 @@ class Answer:
             self._scheduler.submit(self.job)
         except (Busy, Stopping):
             check_room(self._scheduler)
-            raise Refused(429, "as many requests wait as may wait: ask again later", code="queue_full", retry_after=RETRY_S) from None
+            raise Refused(429, "the queue is full: retry later", code="queue_full", retry_after=RETRY_S) from None
         except ConfigError as bad:
             raise Refused(400, str(bad), code="invalid_value") from None
 
     async def outputs(self) -> AsyncIterator[Output]:
-        """Until the end. Raises Refused where that is not the answer's own."""
+        """Yield outputs until the end. Raises Refused if the answer was cut off."""
         while True:
             out = await self._queue.get()
             if out.end in ("timeout", "stopping", "failed"):
                 raise {
-                    "timeout": Refused(504, "the answer took longer than this server allows: ask for fewer tokens", code="timeout"),
-                    "stopping": Refused(503, "the server stops and could not end this answer: ask again", code="stopping", retry_after=5),
+                    "timeout": Refused(504, "the answer took longer than this server allows: request fewer tokens", code="timeout"),
+                    "stopping": Refused(503, "the server shut down before the answer was complete: retry", code="stopping", retry_after=5),
                     "failed": Refused(500, "the engine failed on this request: the server's log says why", code="engine_failed"),
                 }[out.end]
             if self._trims:
@@ -102,27 +102,27 @@ class Answer:
         self._scheduler.cancel(self.job)
 
 
-async def whole(request: Request, under_way: Answer, shape: Shape, teller: Teller | None) -> Response:
-    """The answer in one piece; if the client hangs up before, the work ends. Raises ClientDisconnect."""
+async def whole(request: Request, under_way: Answer, shape: ResponseFormatter, teller: LogprobFormatter | None) -> Response:
+    """Respond with the complete answer. If the client disconnects, cancel the work. Raises ClientDisconnect."""
 
     async def collect() -> Response:
-        parts, told, end = [], [], "stop"
+        parts, logprobs, end = [], [], "stop"
         async for out in under_way.outputs():
             parts.append(out.text)
-            told += teller.push(out) if teller else []
+            logprobs += teller.push(out) if teller else []
             end = out.end or end
-        return JSONResponse(shape.whole("".join(parts), told if teller else None, end, under_way.usage()))
+        return JSONResponse(shape.whole("".join(parts), logprobs if teller else None, end, under_way.usage()))
 
     try:
-        return await while_there(request, collect())
+        return await until_disconnect(request, collect())
     finally:
         under_way.cancel()
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; a client that hangs up, or does not read for too long, ends the work."""
+    """Responds with server-sent events. If the client disconnects or stops reading for too long, the work is canceled."""
 
-    def __init__(self, under_way: Answer, shape: Shape, teller: Teller | None, timeout: float) -> None:
+    def __init__(self, under_way: Answer, shape: ResponseFormatter, teller: LogprobFormatter | None, timeout: float) -> None:
         super().__init__(self._events(under_way, shape, teller), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
         self._under_way, self._patience = under_way, timeout + PATIENCE_S
 
@@ -136,15 +136,15 @@ class EventStream(StreamingResponse):
             self._under_way.cancel()
 
     @staticmethod
-    async def _events(under_way: Answer, shape: Shape, teller: Teller | None) -> AsyncIterator[bytes]:
+    async def _events(under_way: Answer, shape: ResponseFormatter, teller: LogprobFormatter | None) -> AsyncIterator[bytes]:
         for chunk in shape.opening():
             yield chunk
         try:
             async for out in under_way.outputs():
-                told = teller.push(out) if teller else None
-                if out.text or told:
-                    yield shape.piece(out.text, told)
+                logprobs = teller.push(out) if teller else None
+                if out.text or logprobs:
+                    yield shape.piece(out.text, logprobs)
                 if out.end is not None:
                     yield b"".join(shape.closing(out.end, under_way.usage()))
-        except Refused as why:  # too late for a status: an event that the openai client raises
+        except Refused as why:  # too late for an HTTP status: an error event, which the openai client raises
             yield event(why.body())

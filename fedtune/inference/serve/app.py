@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's routes, `/health`, and a page to try the model at `/`."""
+"""The HTTP application: OpenAI's routes, `/health`, and a web page for trying the model at `/`."""
 
 import base64
 import hashlib
@@ -16,22 +16,22 @@ from starlette.responses import JSONResponse, Response
 
 from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, check_room, whole
 from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_json
-from fedtune.inference.serve.logprobs import Teller
-from fedtune.inference.serve.offer import Offer, make_job
+from fedtune.inference.serve.logprobs import LogprobFormatter
+from fedtune.inference.serve.offer import ServedModel, make_job
 from fedtune.inference.serve.prompts import Prompts
-from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused, Shape, read
+from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused, ResponseFormatter, read
 
 NOT_HERE = {
-    404: ("there is no such path here", "not_found"),
-    405: ("this path does not take that method", "method_not_allowed"),
+    404: ("no such path", "not_found"),
+    405: ("this path does not support that method", "method_not_allowed"),
 }
 
 
-def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys, *, local: bool) -> FastAPI:
-    """The application over a scheduler that runs.
+def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: ApiKeys, *, local: bool) -> FastAPI:
+    """Return the application for a running scheduler.
 
     Args:
-        local: It is bound to a loopback address and asks for no key, so that requests must name localhost.
+        local: It listens on a loopback address without API keys, so requests must be addressed to localhost.
     """
     app = FastAPI(title="fedtune", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     page, policy = _page()
@@ -42,35 +42,35 @@ def create_app(scheduler: Schedules, offer: Offer, limits: Limits, keys: ApiKeys
             check_host(request)
         keys.check(request)
 
-    async def answer(request: Request, kind: type[AskedCompletion] | type[AskedChat]) -> Response:
+    async def answer(request: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
         arrived = time.monotonic()
         await let_in(request)
-        check_room(scheduler)  # before the body is read, and again when it is taken
+        check_room(scheduler)  # before the body is read; checked again on submit
         asked = read(kind, await read_json(request, limits))
         adapter = offer.adapter(asked.model)
         ids = await prompts.tokens(request, asked, arrived + limits.timeout)
-        chat = kind is AskedChat
+        chat = kind is ChatRequest
         job = make_job(asked, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
         under_way = Answer(scheduler, job, trims=chat)
-        shape = Shape(
+        shape = ResponseFormatter(
             chat=chat,
             id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             model=asked.model,
             usage_in_stream=asked.wants_usage,
         )
         under_way.begin()
-        teller = None if asked.tops is None else Teller(offer.text, job.ids if job.joins else (), trims=chat)
+        teller = None if asked.tops is None else LogprobFormatter(offer.text, job.ids if job.joins else (), trims=chat)
         if asked.stream:
             return EventStream(under_way, shape, teller, limits.timeout)
         return await whole(request, under_way, shape, teller)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await answer(request, AskedCompletion)
+        return await answer(request, CompletionRequest)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await answer(request, AskedChat)
+        return await answer(request, ChatRequest)
 
     began = int(time.time())
 
@@ -133,7 +133,7 @@ async def _broken(request: Request, why: Exception) -> Response:
 
 
 class _Plain:
-    """Headers for every answer: no guessing of types, nothing kept; and nothing but HTTP."""
+    """Middleware that adds security headers to every response: no content sniffing, no caching, no referrer. HTTP only."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
@@ -149,7 +149,7 @@ class _Plain:
 
 
 def _page() -> tuple[bytes, str]:
-    """The page to try the model, and a policy that lets it run its own script and style, speak to this server, and do nothing else."""
+    """Return the web page and a content security policy that allows its own script and style, and requests to this server only."""
     text = (files("fedtune.inference.serve") / "page.html").read_text(encoding="utf-8")
 
     def hashes(tag: str) -> str:

@@ -32,14 +32,14 @@ _NO_BRACKETS = bytes(set(range(256)) - set(_STEPS))
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask.
+    """Limits of one request.
 
     Args:
-        max_body: Bytes of a body.
-        max_depth: Lists and objects inside each other.
-        max_tokens: Tokens of an answer.
+        max_body: Bytes of the body.
+        max_depth: Nesting depth of lists and objects.
+        max_tokens: Tokens of the answer.
         timeout: Seconds from a request's arrival to the end of its answer.
-        grace: Seconds that answers get to end after a signal to stop.
+        grace: Seconds for running answers to finish after a stop signal.
     """
 
     max_body: int = 1 << 20
@@ -56,9 +56,9 @@ class Limits:
 
 
 class ApiKeys:
-    """The keys that may call; none lets anybody in.
+    """The accepted API keys; without any, every request is accepted.
 
-    Only digests are kept and compared, each in constant time and all of them every time: how long a refusal takes tells nothing.
+    Only digests are stored. All of them are compared for every request, in constant time, so that timing reveals nothing.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -69,10 +69,10 @@ class ApiKeys:
 
     @classmethod
     def find(cls, file: Path | None) -> "ApiKeys":
-        """From a file with one key a line, else from the environment variable FEDTUNE_API_KEY.
+        """Read keys from a file with one key per line, else from the environment variable FEDTUNE_API_KEY.
 
         Raises:
-            ConfigError: The file cannot be read or holds no key; the variable is empty or has a blank in it.
+            ConfigError: The file cannot be read or holds no key, or the variable is empty or contains a blank.
         """
         if file is None:
             if KEY_VARIABLE not in os.environ:
@@ -87,18 +87,18 @@ class ApiKeys:
                 raise ConfigError(f"cannot read the API keys in {where}: {why}") from None
         keys = [line.strip() for line in lines if line.strip()]
         if not keys or any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
-            raise ConfigError(f"{where} must hold API keys, one a line, of printable ASCII without blanks")
+            raise ConfigError(f"{where} must hold API keys, one per line, of printable ASCII without blanks")
         return cls(keys)
 
     def check(self, request: Request) -> None:
-        """Raises Refused (401) unless the request brings a key, as `Authorization: Bearer KEY`."""
+        """Raise Refused (401) unless the request has an accepted key, as `Authorization: Bearer KEY`."""
         if not self._digests:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        came = _digest(key.strip().encode("latin-1", "replace"))
-        known = [hmac.compare_digest(came, digest) for digest in self._digests]
+        sent = _digest(key.strip().encode("latin-1", "replace"))
+        known = [hmac.compare_digest(sent, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(known):
-            raise Refused(401, "this server wants an API key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
+            raise Refused(401, "this server requires an API key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 
 def _digest(key: bytes) -> bytes:
@@ -106,23 +106,23 @@ def _digest(key: bytes) -> bytes:
 
 
 def check_host(request: Request) -> None:
-    """Raises Refused (403) where a request to a loopback address names another host.
+    """Raise Refused (403) if a request to a loopback address names another host.
 
-    A page of somewhere else can let its own name point to 127.0.0.1 and then read what the server here answers (DNS rebinding).
+    A foreign web page can point its own domain to 127.0.0.1 and then read this server's responses (DNS rebinding).
     """
     if not LOOPBACK.fullmatch(request.headers.get("host", "")):
-        raise Refused(403, "this server answers to localhost alone: start it with an API key or another --host", code="wrong_host")
+        raise Refused(403, "this server accepts requests only for localhost: start it with an API key or another --host", code="wrong_host")
 
 
 async def read_json(request: Request, limits: Limits) -> Any:
-    """The body of a request, parsed.
+    """Read and parse the body of a request.
 
     Raises:
         Refused: 415 (no JSON), 413 (too large, with or without a declared length), 408 (too slow), 400 (not JSON, or too deep).
-        ClientDisconnect: The client has gone.
+        ClientDisconnect: The client has disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # also what keeps other sites' forms out: a browser asks before it sends JSON elsewhere
+    if kind != "application/json":  # also excludes forms of other sites: a browser asks before it sends JSON to another origin
         raise Refused(415, "the body must be JSON: send 'Content-Type: application/json'", code="unsupported_media_type")
     too_large = Refused(413, f"the body is larger than {limits.max_body} bytes: shorten it or raise --max-body", code="too_large")
     declared = request.headers.get("content-length", "0")
@@ -136,30 +136,30 @@ async def read_json(request: Request, limits: Limits) -> Any:
                 if len(body) > limits.max_body:
                     raise too_large
     except TimeoutError:
-        raise Refused(408, "the body did not come in time: send it at once", code="timeout") from None
+        raise Refused(408, "the body did not arrive in time: send it without pauses", code="timeout") from None
     return parse(bytes(body), limits.max_depth)
 
 
 def parse(body: bytes, max_depth: int) -> Any:
-    """JSON of UTF-8 and no more than JSON: no NaN, no Infinity, no number that overflows.
+    """Parse strict JSON in UTF-8: no NaN, no Infinity, no number that overflows.
 
     Raises:
         Refused: 400.
     """
     brackets = _TEXT.sub(b"", body).translate(None, _NO_BRACKETS)
     if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > max_depth:
-        raise Refused(400, f"the body nests deeper than {max_depth} lists and objects", code="invalid_json")
+        raise Refused(400, f"the body nests lists and objects deeper than {max_depth} levels", code="invalid_json")
     try:
         text = body.decode("utf-8")
         payload = parse_json(text, parse_constant=_no_number, parse_float=_finite)
     except UnicodeDecodeError as bad:
-        raise Refused(400, f"the body is not UTF-8: byte {bad.start} is wrong", code="invalid_json") from None
+        raise Refused(400, f"the body is not UTF-8: byte {bad.start} is invalid", code="invalid_json") from None
     except json.JSONDecodeError as bad:
         raise Refused(
             400, f"the body is not JSON: {bad.msg[:1].lower() + bad.msg[1:]} at character {bad.pos}", code="invalid_json"
         ) from None
-    except ValueError:  # _no_number, _finite, and Python's own limit of digits
-        raise Refused(400, "the body holds a number that is none or too large (NaN, Infinity, 1e999 …)", code="invalid_json") from None
+    except ValueError:  # _no_number, _finite, and Python's limit of digits
+        raise Refused(400, "the body holds an invalid or too large number (NaN, Infinity, 1e999 …)", code="invalid_json") from None
     if "\\u" in text and not _encodes(payload):
         raise Refused(400, "the body holds half a surrogate pair (\\ud800 to \\udfff): send whole characters", code="invalid_json")
     return payload
@@ -184,25 +184,25 @@ def _finite(digits: str) -> float:
     return value
 
 
-async def while_there(request: Request, work: Awaitable[T]) -> T:
-    """What the work returns, unless the client hangs up first: then the work is canceled. Call it once the body has been read.
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Return the result of `work`; if the client disconnects first, cancel it. Call this after the body has been read.
 
     Raises:
-        ClientDisconnect: The client has gone.
+        ClientDisconnect: The client has disconnected.
     """
-    under_way, left = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
+    answer, left = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
     try:
-        await asyncio.wait((under_way, left), return_when=asyncio.FIRST_COMPLETED)
-        if not under_way.done():
+        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
             raise ClientDisconnect
-        return await under_way
+        return await answer
     finally:
-        under_way.cancel()
+        answer.cancel()
         left.cancel()
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has hung up."""
+    """Return when the client has disconnected."""
     while True:
         try:
             message = await request.receive()
@@ -213,7 +213,7 @@ async def _gone(request: Request) -> None:
 
 
 class StallTimeout(H11Protocol):
-    """HTTP that hangs up on a head that does not come to its end: uvicorn itself waits for ever."""
+    """HTTP protocol that closes connections with an unfinished request head: uvicorn itself waits forever."""
 
     _timer: asyncio.TimerHandle | None = None
 

@@ -1,4 +1,4 @@
-"""What is served, and what a request makes of it: a prompt in tokens, and a job for the scheduler."""
+"""The served model, and the conversion of requests to prompts in tokens and to jobs for the scheduler."""
 
 import logging
 import secrets
@@ -9,7 +9,7 @@ from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Text, wrap
 from fedtune.inference.serve.limits import Limits
-from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, Refused
+from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 TOO_LONG = "context_length_exceeded"
@@ -17,15 +17,15 @@ _log = logging.getLogger("fedtune.serve")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
-    """What is served.
+class ServedModel:
+    """The served model.
 
     Args:
-        name: Of the model itself.
+        name: The model's name.
         text: Its tokenizer and chat template.
-        adapters: Names of separate adapters; each is a model to clients.
-        prompt: The run's prompt template, which wraps a single message where there is no chat template.
-        answer: Tokens of an answer where a chat names no limit; None takes as many as may be.
+        adapters: Names of separate adapters; clients see each as a model.
+        prompt: The run's prompt template, for single messages if there is no chat template.
+        answer: Default length of a chat answer, in tokens; None means the maximum.
     """
 
     name: str
@@ -39,32 +39,32 @@ class Offer:
         return self.text.template is not None or self.prompt is not None
 
     def adapter(self, model: str) -> str | None:
-        """The adapter behind a model's name; None is the model itself. Raises Refused (404)."""
+        """The adapter of a model name; None is the model itself. Raises Refused (404)."""
         if model == self.name:
             return None
         if model in self.adapters:
             return model
-        raise Refused(404, f"there is no model of that name here: ask for {', '.join(self.models)}", code="model_not_found", param="model")
+        raise Refused(404, f"there is no model of that name: use {', '.join(self.models)}", code="model_not_found", param="model")
 
     @property
     def models(self) -> tuple[str, ...]:
         return (self.name, *self.adapters)
 
     def check_length(self, characters: int, context: int) -> None:
-        """Raises Refused (400) where so many characters cannot fit into a context of so many tokens, were each the longest there is."""
+        """Raise Refused (400) if a prompt of `characters` cannot fit `context` tokens, even with the longest tokens."""
         if characters > context * self.text.longest:
             raise Refused(400, f"the prompt's {characters} characters are too many for {context} tokens: shorten it", code=TOO_LONG)
 
-    def tokens(self, asked: AskedCompletion | AskedChat, context: int) -> list[int]:
-        """The prompt. Raises Refused: 400, or 500 where the model's chat template fails on messages that it should take."""
+    def tokens(self, asked: CompletionRequest | ChatRequest, context: int) -> list[int]:
+        """Encode the prompt. Raises Refused: 400, or 500 if the model's chat template fails on valid messages."""
         try:
-            if not isinstance(asked, AskedChat):
+            if not isinstance(asked, ChatRequest):
                 return asked.prompt if isinstance(asked.prompt, list) else self.text.encode(asked.prompt)
             prompt = self._chat([message.plain() for message in asked.messages])
-            self.check_length(len(prompt), context)  # a template may write more than the messages
+            self.check_length(len(prompt), context)  # a template may add text
             return self.text.encode(prompt, begin=self.text.template is None)
         except ConfigError as bad:
-            raise Refused(400, str(bad), code="invalid_value", param="messages" if isinstance(asked, AskedChat) else "prompt") from None
+            raise Refused(400, str(bad), code="invalid_value", param="messages" if isinstance(asked, ChatRequest) else "prompt") from None
         except ModelError as bad:
             _log.warning("%s", bad)
             raise Refused(500, str(bad), code="template_failed", param="messages") from None
@@ -80,40 +80,44 @@ class Offer:
 
 
 def make_job(
-    asked: AskedCompletion | AskedChat, ids: list[int], adapter: str | None, offer: Offer, limits: Limits, context: int, deadline: float
+    asked: CompletionRequest | ChatRequest,
+    ids: list[int],
+    adapter: str | None,
+    offer: ServedModel,
+    limits: Limits,
+    context: int,
+    deadline: float,
 ) -> Job:
     room = context - len(ids)
     if room < 1:
         raise Refused(
             400,
-            f"the prompt's {len(ids)} tokens leave no room in the model's context of {context}: shorten it",
+            f"the prompt's {len(ids)} tokens fill the model's context of {context}: shorten it",
             code=TOO_LONG,
         )
     count = asked.limit
-    if count is None:  # a limit of ours may shorten an answer for which none was asked
-        count = COMPLETION_TOKENS if isinstance(asked, AskedCompletion) else offer.answer or limits.max_tokens
+    if count is None:  # without a requested length, our limits may shorten the answer
+        count = COMPLETION_TOKENS if isinstance(asked, CompletionRequest) else offer.answer or limits.max_tokens
         count = min(count, limits.max_tokens, room)
     elif count > limits.max_tokens:
         more = f", or start it with --max-tokens {count}" if count <= room else ""
-        raise Refused(
-            400, f"{count} new tokens are more than the {limits.max_tokens} of this server: ask for fewer{more}", param="max_tokens"
-        )
+        raise Refused(400, f"{count} new tokens exceed this server's limit of {limits.max_tokens}: request fewer{more}", param="max_tokens")
     elif count > room:
         raise Refused(
             400,
-            f"the prompt's {len(ids)} tokens and {count} new ones are more than the model's context of {context}: shorten one",
+            f"the prompt's {len(ids)} tokens and {count} new tokens exceed the model's context of {context}: shorten one",
             code=TOO_LONG,
         )
     sampling = Sampling(
-        temperature=0.0 if asked.top_p == 0 else 1.0 if asked.temperature is None else float(asked.temperature),  # the likeliest is left
+        temperature=0.0 if asked.top_p == 0 else 1.0 if asked.temperature is None else float(asked.temperature),  # top_p 0 is greedy
         top_k=asked.top_k or 0,
         top_p=float(asked.top_p or 1.0),
         min_p=float(asked.min_p or 0.0),
         repetition_penalty=1.0 if asked.repetition_penalty is None else float(asked.repetition_penalty),
-        seed=secrets.randbits(63) if asked.seed is None else asked.seed,  # without a seed, every answer is another
+        seed=secrets.randbits(63) if asked.seed is None else asked.seed,  # without a seed, answers differ
         stop=asked.stops,
     )
-    joins = isinstance(asked, AskedCompletion)
+    joins = isinstance(asked, CompletionRequest)
     return Job(
         ids=ids,
         sampling=sampling,
@@ -127,4 +131,4 @@ def make_job(
 
 
 def _nobody(out: Output) -> None:
-    """Stands in until the answer begins."""
+    """A placeholder until the answer starts."""

@@ -1,8 +1,8 @@
-"""What clients may ask and what they get back: OpenAI's `/v1/completions` and `/v1/chat/completions`.
+"""Requests and responses of OpenAI's `/v1/completions` and `/v1/chat/completions`.
 
-A field that would change the answer and that this server cannot honor is refused by a sentence, never passed over.
-A value without effect is taken, and so are fields that only carry book-keeping (`user`, `metadata`, `store` …).
-Every optional field may be null, and every answer may come back as a message.
+An unsupported field that would change the answer is refused with an error, never ignored.
+Values without effect are accepted, and so are bookkeeping fields (`user`, `metadata`, `store` …).
+Every optional field may be null, and every answer can be sent back as a message.
 
 Source: OpenAI API reference, "Completions" and "Chat".
 """
@@ -19,18 +19,18 @@ from fedtune.inference.serve.logprobs import TokenLogprob
 
 INT64 = 2**63 - 1
 STOPS = 16
-COLDEST = 1e-3  # logits divided by much less overflow
+MIN_TEMPERATURE = 1e-3  # logits divided by much less overflow
 
 
 class Refused(Exception):
-    """A request that gets no answer; `body()` says why in OpenAI's shape.
+    """A refused request; `body()` is the error in OpenAI's format.
 
     Args:
-        status: Of HTTP.
-        message: One sentence: what came, what to do.
-        code: What a program may look at.
-        param: The field that is to blame.
-        retry_after: Seconds after which another try may pay.
+        status: HTTP status.
+        message: One sentence: the error and what to do.
+        code: Error code for programs.
+        param: The faulty field.
+        retry_after: Seconds to wait before a retry.
     """
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int | None = None):
@@ -48,7 +48,7 @@ class Refused(Exception):
 
 
 class _Object(BaseModel):
-    """A JSON object of a request: no unknown fields, no conversions, and null in an optional field means that it is left out."""
+    """A JSON object of a request: no unknown fields, no conversions; null in an optional field means that it is absent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -66,8 +66,8 @@ class StreamOptions(_Object):
     include_obfuscation: Literal[False] | None = None
 
 
-class _Asked(_Object):
-    """What both routes share."""
+class _Request(_Object):
+    """Fields of both routes."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     stream: bool | None = None
@@ -77,16 +77,16 @@ class _Asked(_Object):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64)] | None = None
     stop: str | list[str] | None = None
-    # further than OpenAI; under the names that vLLM, llama.cpp and transformers share
+    # extensions of OpenAI's API, named as in vLLM, llama.cpp and transformers
     top_k: Annotated[int, Field(ge=0, le=INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    # one value of each is honored
+    # only one value of each is supported
     n: Literal[1] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    # book-keeping
+    # bookkeeping
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -95,25 +95,25 @@ class _Asked(_Object):
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
-    prediction: Any = None  # a guess at the answer, which may only make it come sooner
+    prediction: Any = None  # a guess at the answer, which only affects speed
 
     @field_validator("stop", mode="before")
     @classmethod
     def _texts(cls, stop: Any) -> Any:
         texts = stop if isinstance(stop, list) else [stop]
         if stop is not None and (len(texts) > STOPS or not all(isinstance(text, str) and text for text in texts)):
-            raise ValueError(f"'stop' must be one text or at most {STOPS}, none of them empty")
+            raise ValueError(f"'stop' must be a string or a list of at most {STOPS} strings, none of them empty")
         return stop
 
     @field_validator("temperature")
     @classmethod
     def _warm(cls, temperature: float | None) -> float | None:
-        if temperature is not None and 0 < temperature < COLDEST:
-            raise ValueError(f"'temperature' must be 0, which is greedy, or at least {COLDEST}")
+        if temperature is not None and 0 < temperature < MIN_TEMPERATURE:
+            raise ValueError(f"'temperature' must be 0 (greedy) or at least {MIN_TEMPERATURE}")
         return temperature
 
     @model_validator(mode="after")
-    def _consistent(self) -> "_Asked":
+    def _consistent(self) -> "_Request":
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
         return self
@@ -129,7 +129,7 @@ class _Asked(_Object):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class AskedCompletion(_Asked):
+class CompletionRequest(_Request):
     """Body of POST /v1/completions."""
 
     prompt: str | list[int]
@@ -147,11 +147,11 @@ class AskedCompletion(_Asked):
             return prompt[0]
         if isinstance(prompt, list) and prompt and all(type(token) is int and 0 <= token < 2**31 for token in prompt):
             return prompt
-        raise ValueError("'prompt' must be one text or one list of token ids: send further prompts as further requests")
+        raise ValueError("'prompt' must be one string or one list of token ids: send more prompts as separate requests")
 
     @property
     def characters(self) -> int:
-        """Of the prompt; none where it comes in tokens."""
+        """Length of the prompt; 0 if it is given as tokens."""
         return len(self.prompt) if isinstance(self.prompt, str) else 0
 
     @property
@@ -160,7 +160,7 @@ class AskedCompletion(_Asked):
 
     @property
     def tops(self) -> int | None:
-        """How many alternatives to tell per token; None tells no log-probability at all."""
+        """Number of alternatives to return per token; None returns no log-probabilities."""
         return self.logprobs
 
 
@@ -177,11 +177,11 @@ class ChatMessage(_Object):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(max_length=1024)]
     name: str | None = None
-    # of answers, as clients send them back
+    # fields of answers that clients send back
     refusal: Literal[""] | None = None
     annotations: _Empty | None = None
     audio: None = None
-    parsed: None = None  # not of the API: the openai client's streaming helper adds it
+    parsed: None = None  # not in the API: the openai client's streaming helper adds it
     function_call: None = None
     tool_calls: _Empty | None = None
 
@@ -193,7 +193,7 @@ class ChatMessage(_Object):
         return values
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it: `developer` is OpenAI's newer word for `system`."""
+        """The message for chat templates: `developer` is OpenAI's newer name for `system`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -202,7 +202,7 @@ class _ResponseFormat(_Object):
     type: Literal["text"]
 
 
-class AskedChat(_Asked):
+class ChatRequest(_Request):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
@@ -214,7 +214,7 @@ class AskedChat(_Asked):
     audio: None = None
     tools: _Empty | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None  # of no tools
+    parallel_tool_calls: bool | None = None  # without tools it has no effect
     functions: _Empty | None = None
     function_call: Literal["none", "auto"] | None = None
     reasoning_effort: Literal["none"] | None = None
@@ -223,9 +223,9 @@ class AskedChat(_Asked):
     moderation: None = None
 
     @model_validator(mode="after")
-    def _chat_consistent(self) -> "AskedChat":
+    def _chat_consistent(self) -> "ChatRequest":
         if self.messages[-1].role == "assistant":
-            raise ValueError("this server does not continue an assistant's message: end 'messages' with one of another role")
+            raise ValueError("this server does not continue an assistant's message: end 'messages' with another role")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -234,7 +234,7 @@ class AskedChat(_Asked):
 
     @property
     def characters(self) -> int:
-        """Of all messages."""
+        """Total length of all messages."""
         return sum(len(message.plain()["content"]) for message in self.messages)
 
     @property
@@ -250,37 +250,37 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read(kind: type[T], payload: object) -> T:
-    """The request that a parsed body holds.
+    """Validate a parsed body as a request.
 
     Raises:
-        Refused: 400 with a sentence about the first thing that is wrong.
+        Refused: 400, with a sentence about the first error.
     """
     if not isinstance(payload, dict):
         raise Refused(400, f"the body must be a JSON object, but it is {_name(payload)}", code="invalid_type")
     try:
         return kind.model_validate(payload)
     except ValidationError as bad:
-        # a union reports each of its branches: the deepest is the one that was meant
+        # a union reports all of its branches: the deepest is the intended one
         first = max(bad.errors(include_url=False), key=lambda e: len(e["loc"]))
         raise _sentence(first) from None
 
 
-_NO_TOOLS = "this server calls no tools: leave out '{}'"
-_NO_ADVICE = "this server cannot change how a model thinks or how much it says: leave out '{}'"
-_TEXT_ALONE = "this server answers in plain text alone: leave out '{}'"
+_NO_TOOLS = "this server does not support tools: leave out '{}'"
+_NO_ADVICE = "this server does not control reasoning or verbosity: leave out '{}'"
+_TEXT_ALONE = "this server answers only in plain text: leave out '{}'"
 UNSUPPORTED = {
-    "n": "this server gives one answer a request: leave out 'n' or give 1",
-    "best_of": "this server gives one answer a request: leave out 'best_of' or give 1",
-    "presence_penalty": "this server has no presence penalty: leave it out; 'repetition_penalty' is there",
-    "frequency_penalty": "this server has no frequency penalty: leave it out; 'repetition_penalty' is there",
-    "logit_bias": "this server takes no 'logit_bias': leave it out",
+    "n": "this server gives one answer per request: leave out 'n' or give 1",
+    "best_of": "this server gives one answer per request: leave out 'best_of' or give 1",
+    "presence_penalty": "this server does not support 'presence_penalty': leave it out; 'repetition_penalty' is supported",
+    "frequency_penalty": "this server does not support 'frequency_penalty': leave it out; 'repetition_penalty' is supported",
+    "logit_bias": "this server does not support 'logit_bias': leave it out",
     "echo": "this server does not repeat the prompt: leave out 'echo'",
     "suffix": "this server does not fill in the middle: leave out 'suffix'",
     "include_obfuscation": "this server does not pad its streams: leave out 'include_obfuscation'",
-    "moderation": "this server moderates nothing: leave out 'moderation'",
-    "web_search_options": "this server searches nothing: leave out 'web_search_options'",
-    "refusal": "this server takes no 'refusal': put its text into 'content'",
-    "annotations": "this server takes no 'annotations': leave them out",
+    "moderation": "this server does not support moderation: leave out 'moderation'",
+    "web_search_options": "this server does not support web search: leave out 'web_search_options'",
+    "refusal": "this server does not support 'refusal': put its text into 'content'",
+    "annotations": "this server does not support 'annotations': leave them out",
     **dict.fromkeys(("tools", "tool_choice", "tool_calls", "parallel_tool_calls", "functions", "function_call"), _NO_TOOLS),
     **dict.fromkeys(("reasoning_effort", "verbosity"), _NO_ADVICE),
     **dict.fromkeys(("response_format", "modalities", "audio"), _TEXT_ALONE),
@@ -288,7 +288,7 @@ UNSUPPORTED = {
 
 
 def _sentence(error: Any) -> Refused:
-    # locations also hold the names of a union's branches, such as list[constrained-str]
+    # locations also contain the names of a union's branches, such as list[constrained-str]
     where = [part for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "list"))]
     param = _short("".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")) or None
     known = next((part for part in where if part in UNSUPPORTED), None)
@@ -296,13 +296,13 @@ def _sentence(error: Any) -> Refused:
         return Refused(400, UNSUPPORTED[known].format(known), code="unsupported_parameter", param=param)
     if error["type"] == "extra_forbidden":
         name = _short(str(error["loc"][-1]))
-        return Refused(400, f"this server knows no field '{name}': leave it out", code="unknown_parameter", param=name)
+        return Refused(400, f"this server has no field '{name}': leave it out", code="unknown_parameter", param=name)
     if error["type"] == "missing":
         return Refused(400, f"the field '{param}' is missing", code="missing_required_parameter", param=param)
     if error["type"] == "value_error":
         return Refused(400, str(error["ctx"]["error"]), code="invalid_value", param=param)
     message = error["msg"][:1].lower() + error["msg"][1:].replace(" after validation", "")
-    return Refused(400, f"the field '{param}' is wrong: {message}", code="invalid_value", param=param)
+    return Refused(400, f"the field '{param}' is invalid: {message}", code="invalid_value", param=param)
 
 
 def _short(text: str) -> str:
@@ -314,36 +314,36 @@ def _name(value: object) -> str:
 
 
 @dataclass(kw_only=True)
-class Shape:
-    """Puts pieces of one answer into the shape of its route.
+class ResponseFormatter:
+    """Formats the pieces of one answer for its route.
 
     Other arguments:
-        made: Unix time at which the request came.
+        created: Unix time of the request.
     """
 
     chat: bool
     id: str
     model: str
     usage_in_stream: bool = False
-    made: int = field(default_factory=lambda: int(time.time()))
-    _offset: int = 0  # characters told so far, for `text_offset`
+    created: int = field(default_factory=lambda: int(time.time()))
+    _offset: int = 0  # characters sent so far, for `text_offset`
 
     def opening(self) -> list[bytes]:
-        """What a stream begins with."""
+        """The first events of a stream."""
         return [self._chunk({"role": "assistant", "content": ""}, None, None)] if self.chat else []
 
     def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
         return self._chunk({"content": text} if self.chat else text, logprobs, None)
 
     def closing(self, finish: str, usage: dict[str, Any]) -> list[bytes]:
-        """What a stream ends with."""
+        """The last events of a stream."""
         out = [self._chunk({} if self.chat else "", None, finish)]
         if self.usage_in_stream:
             out.append(event(self._envelope(streaming=True) | {"choices": [], "usage": usage}))
         return [*out, b"data: [DONE]\n\n"]
 
     def whole(self, text: str, logprobs: Sequence[TokenLogprob] | None, finish: str, usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
+        """The response to a request without streaming."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": self._logprobs(logprobs)}
         choice |= {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         return self._envelope(streaming=False) | {"choices": [choice], "usage": usage}
@@ -354,7 +354,7 @@ class Shape:
 
     def _envelope(self, *, streaming: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if streaming else "chat.completion") if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.made, "model": self.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
         if tokens is None:
@@ -383,7 +383,7 @@ def event(payload: dict[str, Any]) -> bytes:
 
 
 def usage(prompt: int, answer: int, *, cached: int = 0) -> dict[str, Any]:
-    """OpenAI's `usage`, in tokens; `cached` of the prompt's came from an earlier request."""
+    """OpenAI's `usage`, in tokens; `cached`: prompt tokens found in the cache."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,

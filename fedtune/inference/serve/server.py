@@ -1,4 +1,4 @@
-"""The process behind `fedtune serve`: a socket, the engine's thread, and a stop that loses nothing."""
+"""The process of `fedtune serve`: a socket, the engine's thread, and a graceful shutdown."""
 
 import ipaddress
 import socket
@@ -14,21 +14,21 @@ from fedtune.errors import NetworkError
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.limits import StallTimeout
 
-CLOSE_S = 5  # for answers that are ready to be read
+CLOSE_S = 5  # to send finished answers
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
-        NetworkError: The address cannot be had.
-        ConfigError: The port is none.
+        NetworkError: The address is not available.
+        ConfigError: The port is invalid.
     """
-    require("port", port, ge=0, le=65535)  # 0 is any that is free
+    require("port", port, ge=0, le=65535)  # 0 selects a free port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family, backlog=512)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no answer waits 40 ms for an ACK
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no response waits 40 ms for an ACK
         return listener
     except (OSError, UnicodeError) as bad:
         why = getattr(bad, "strerror", None) or bad
@@ -45,9 +45,9 @@ def url(listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or Ctrl-C; then what was taken may end within the grace, new requests get 503, and `run` returns.
+    """Serves until SIGTERM or Ctrl-C. Then accepted requests may finish within the grace time, new ones get 503, and `run` returns.
 
-    A second signal ends at once.
+    A second signal stops the server at once.
     """
 
     def __init__(self, app: FastAPI, scheduler: Scheduler, *, grace: float, connections: int) -> None:
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
         self._until: float | None = None
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Answer requests that come to a listening socket; returns after a signal, or after `stop`."""
+        """Serve a listening socket; returns after a signal or `stop`."""
         worker = threading.Thread(target=self._scheduler.run, name="engine", daemon=True)
         worker.start()
         try:
@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
             worker.join()
 
     def stop(self) -> None:
-        """Stop, gracefully the first time."""
+        """Stop gracefully on the first call, at once on the second."""
         if self._until is None:
             self._until = time.monotonic() + self._grace
             self._scheduler.drain()
@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(
         self, sig: int, frame: FrameType | None
-    ) -> None:  # uvicorn's own would send the signal again, and end the process by it
+    ) -> None:  # uvicorn's handler would raise the signal again, which ends the process
         self.stop()
 
     async def on_tick(self, counter: int) -> bool:

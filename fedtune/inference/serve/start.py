@@ -1,4 +1,4 @@
-"""`fedtune serve`: from a folder to a server that runs."""
+"""`fedtune serve`: starts a server for a model's folder."""
 
 import logging
 import re
@@ -19,12 +19,12 @@ from fedtune.inference.generate import falls_back, read_card
 from fedtune.inference.serve.adapters import add_adapter
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import KEY_VARIABLE, ApiKeys, Limits
-from fedtune.inference.serve.offer import Offer
+from fedtune.inference.serve.offer import ServedModel
 from fedtune.inference.serve.server import Server, is_loopback, listen, url
 
-BUDGET = 1 << 29  # bytes of keys and values where none are given
-CONCURRENT = 16  # requests under way where no number is given
-LEAST = 32  # tokens of a context that is of any use
+BUDGET = 1 << 29  # default size of the KV cache, in bytes
+CONCURRENT = 16  # default number of concurrent requests
+LEAST = 32  # tokens of the shortest useful context
 
 
 def serve(
@@ -40,36 +40,35 @@ def serve(
     queue: int = 64,
     adapters: Mapping[str, Path] | None = None,
 ) -> None:
-    """Load a model and answer until SIGTERM or Ctrl-C. The address goes to stdout, everything else to stderr.
+    """Load a model and serve it until SIGTERM or Ctrl-C. Prints the address to stdout, everything else to stderr.
 
     Raises:
         ModelError: The model cannot be loaded, or generates no text.
-        ConfigError: A number is impossible, the keys and values do not fit in the budget, or transformers runs the model and an option is
-            the engine's alone.
-        NetworkError: The address cannot be had.
+        ConfigError: A number is out of range, the budget is too small for the KV cache, or an option is not available with transformers.
+        NetworkError: The address is not available.
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up in the middle
-    listener = listen(host, port)  # first: a port that is taken should not cost the loading of a model
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about every client that disconnects early
+    listener = listen(host, port)  # first: fail on a used port before loading the model
     with listener:
         card = read_card(model)
         if falls_back(model, card, kind=kind, kv_budget=kv_budget, max_concurrent=max_concurrent, adapters=adapters or None):
-            scheduler, offer, said = by_transformers(model, card, queue)
+            scheduler, offer, description = transformers_scheduler(model, card, queue)
             under_way = 1
         else:
             under_way = CONCURRENT if max_concurrent is None else max_concurrent
-            scheduler, offer, said = by_engine(model, kind, kv_budget, under_way, queue, adapters or {})
+            scheduler, offer, description = engine_scheduler(model, kind, kv_budget, under_way, queue, adapters or {})
         app = create_app(scheduler, offer, limits, keys, local=is_loopback(listener) and not keys)
-        warn_of_strangers(listener, keyed=bool(keys))
-        print(f"fedtune: {', '.join(offer.models)}: {said}", file=sys.stderr, flush=True)
+        warn_if_public(listener, keyed=bool(keys))
+        print(f"fedtune: {', '.join(offer.models)}: {description}", file=sys.stderr, flush=True)
         print(url(listener), flush=True)
         Server(app, scheduler, grace=limits.grace, connections=4 * (under_way + queue) + 64).serve_on(listener)
 
 
-def by_engine(
+def engine_scheduler(
     model: Path, kind: str | None, kv_budget: int | None, max_concurrent: int, queue: int, adapters: Mapping[str, Path]
-) -> tuple[Scheduler, Offer, str]:
-    """The engine over a model, what it offers, and a sentence about it; raises as `serve`."""
+) -> tuple[Scheduler, ServedModel, str]:
+    """Return the engine's scheduler, the served model, and a description; raises like `serve`."""
     engine = load_engine(model, kind)
     for name, folder in adapters.items():
         add_adapter(engine, name, folder)
@@ -78,40 +77,42 @@ def by_engine(
     pool = caches.pool
     return (
         scheduler,
-        make_offer(model, engine.card, engine.text, tuple(engine.adapters)),
+        make_served_model(model, engine.card, engine.text, tuple(engine.adapters)),
         f"{max_concurrent} requests at once, {queue} waiting, up to {scheduler.limit} tokens each; "
         f"keys and values: at most {show_size(pool.nbytes)} for {pool.blocks * pool.block} tokens",
     )
 
 
-def by_transformers(model: Path, card: dict[str, Any], queue: int) -> tuple[Scheduler, Offer, str]:
-    """transformers over a model, what it offers, and a sentence about it; raises as `serve`."""
-    from fedtune.inference.generate_transformers import load_model  # late: it loads transformers
-    from fedtune.inference.one_by_one import OneByOne
+def transformers_scheduler(model: Path, card: dict[str, Any], queue: int) -> tuple[Scheduler, ServedModel, str]:
+    """Return a scheduler on transformers, the served model, and a description; raises like `serve`."""
+    from fedtune.inference.generate_transformers import load_model  # lazy: it imports transformers
+    from fedtune.inference.one_by_one import SequentialScheduler
 
-    scheduler = OneByOne(load_model(model, card), max_waiting=queue)
-    said = f"one request after the other, {queue} waiting, up to {scheduler.limit} tokens each"
-    return scheduler, make_offer(model, card, scheduler.text), said
+    scheduler = SequentialScheduler(load_model(model, card), max_waiting=queue)
+    description = f"one request at a time, {queue} waiting, up to {scheduler.limit} tokens each"
+    return scheduler, make_served_model(model, card, scheduler.text), description
 
 
-def make_offer(model: Path, card: Mapping[str, Any], text: Text, adapters: tuple[str, ...] = ()) -> Offer:
-    """What a folder's card says of its prompts and answers, under the folder's name.
+def make_served_model(model: Path, card: Mapping[str, Any], text: Text, adapters: tuple[str, ...] = ()) -> ServedModel:
+    """Describe the served model from a folder's card; its name is the folder's.
 
     Raises:
-        ModelError: The chat template cannot be run: the operator hears of it, not each client.
+        ModelError: The chat template fails. It is reported here to the operator, not to each client.
     """
     try:
         text.check_template()
     except ModelError as bad:
-        raise ModelError(f"{model}: {bad}: mend or remove its chat template") from None
-    return Offer(name=model.resolve().name, text=text, adapters=adapters, prompt=card.get("prompt"), answer=card.get("max_new_tokens"))
+        raise ModelError(f"{model}: {bad}: correct or remove its chat template") from None
+    return ServedModel(
+        name=model.resolve().name, text=text, adapters=adapters, prompt=card.get("prompt"), answer=card.get("max_new_tokens")
+    )
 
 
 def make_caches(engine: Engine, budget: int | None, max_concurrent: int) -> PagedCaches:
-    """A pool within so many bytes; never more than all requests at once can fill.
+    """Create a cache pool within the budget in bytes, but no larger than all concurrent requests can fill.
 
     Raises:
-        ConfigError: Hardly anything fits.
+        ConfigError: The budget is too small.
     """
     shape, budget = engine.shape, BUDGET if budget is None else budget
     one = PagedPool.bytes_for(shape, 1) - PagedPool.bytes_for(shape, 0)
@@ -126,7 +127,7 @@ def make_caches(engine: Engine, budget: int | None, max_concurrent: int) -> Page
 
 
 def make_scheduler(engine: Engine, caches: Caches, *, max_concurrent: int, queue: int) -> Scheduler:
-    """The engine's scheduler: so many requests in a pass, and so many more that may wait."""
+    """Create the engine's scheduler for `max_concurrent` running and `queue` waiting requests."""
     return Scheduler(
         engine.decoder,
         engine.text,
@@ -139,27 +140,29 @@ def make_scheduler(engine: Engine, caches: Caches, *, max_concurrent: int, queue
     )
 
 
-def named(pairs: Sequence[str]) -> dict[str, Path]:
-    """NAME=FOLDER ... as a mapping. Raises ConfigError."""
+def parse_adapters(pairs: Sequence[str]) -> dict[str, Path]:
+    """Parse NAME=FOLDER ... to a mapping. Raises ConfigError."""
     out: dict[str, Path] = {}
     for pair in pairs:
         name, _, folder = pair.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII) or not folder:
-            raise ConfigError(f"--adapters {pair} is wrong: write NAME=FOLDER, a name of letters, digits, dots, dashes and underscores")
+            raise ConfigError(
+                f"--adapters {pair} is invalid: write NAME=FOLDER, with a name of letters, digits, dots, dashes and underscores"
+            )
         if name in out:
-            raise ConfigError(f"--adapters names '{name}' twice: give each adapter its own name")
+            raise ConfigError(f"--adapters uses the name '{name}' twice: give each adapter its own name")
         out[name] = Path(folder)
     return out
 
 
-def warn_of_strangers(listener: socket.socket, *, keyed: bool) -> None:
-    """Say on stderr who can reach a server that is not bound to loopback."""
+def warn_if_public(listener: socket.socket, *, keyed: bool) -> None:
+    """Warn on stderr that a server not bound to loopback can be reached by others."""
     if is_loopback(listener):
         return
-    who = "whoever has an API key" if keyed else f"ANYBODY, since no API key is set (--api-key-file or {KEY_VARIABLE})"
+    who = "anybody with an API key" if keyed else f"ANYBODY, because no API key is set (--api-key-file or {KEY_VARIABLE})"
     print(
         f"fedtune: WARNING: {url(listener)} can be reached from other machines and answers {who}; "
-        "prompts and answers cross the network in the clear, so put a TLS proxy before it",
+        "prompts and answers are sent unencrypted, so put a TLS proxy in front of it",
         file=sys.stderr,
         flush=True,
     )

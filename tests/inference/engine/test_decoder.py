@@ -83,7 +83,7 @@ def test_a_cache_goes_back_and_on(tmp_path: Path) -> None:
     cache.crop(9)
     found = engine.decoder.forward(ids[9:30] + 0, [Span(cache, 21, keep=None)])
     torch.testing.assert_close(found, theirs(model, ids[:30])[9:], **CLOSE)
-    with pytest.raises(CacheError, match="cannot go back to 31"):
+    with pytest.raises(CacheError, match="cannot be cropped to 31"):
         cache.crop(31)
 
 
@@ -192,7 +192,7 @@ def test_each_span_has_its_own_adapter(name: str, tmp_path: Path) -> None:
     want = [theirs(wanted[adapter], text) for adapter, text in zip(order, texts, strict=True)]
     torch.testing.assert_close(found, torch.cat(want), **CLOSE)
     assert float((want[0] - theirs(model, texts[0])).abs().max()) > 0.01  # the smaller adapter is seen
-    with pytest.raises(ModelError, match="no adapter named 'wide'; it holds: tall, short"):
+    with pytest.raises(ModelError, match="no adapter named 'wide'; it has: tall, short"):
         engine.decoder.forward(texts[0], [Span(engine.cache(limit=9), 3, adapter="wide")])
 
 
@@ -203,7 +203,7 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
     for module, pair, said in (
         ("lm_head", (a, b), "'lm_head'"),
         ("model.layers.3.mlp.up_proj", (a, b), r"layers\.3"),
-        ("model.layers.1.mlp.up_proj", (a[:, 1:], b), r"does not fit 'model\.layers\.1\.mlp\.up_proj' of \(80, 48\)"),
+        ("model.layers.1.mlp.up_proj", (a[:, 1:], b), r"does not fit 'model\.layers\.1\.mlp\.up_proj' of shape \(80, 48\)"),
     ):
         with pytest.raises(ModelError, match=said):
             make_lora(engine.shape, {module: pair}, "mine")
@@ -212,9 +212,9 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_rows_that_belong_to_no_span_and_unknown_tokens_are_refused(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     decoder, cache = engine.decoder, engine.cache(limit=9)
-    with pytest.raises(ModelError, match="5 rows came for spans of"):
+    with pytest.raises(ModelError, match="5 rows do not match spans of"):
         decoder.forward(some_ids(5), [Span(cache, 3), Span(cache, 1)])
-    with pytest.raises(ModelError, match=r"not in 0\.\.100"):
+    with pytest.raises(ModelError, match=r"out of range 0\.\.100"):
         decoder.forward(torch.tensor([VOCAB]), [Span(cache, 1)])
     with pytest.raises(ModelError, match="has 3 layers"):
         decoder.forward(torch.tensor([1]), [Span(cache, 1)], layers=4)

@@ -158,11 +158,11 @@ def test_logprobs_are_the_models_own(pair: tuple[Engine, Any]) -> None:
 
 
 def test_what_does_not_fit_is_refused(engine: Engine) -> None:
-    for ids, length, words in [([5] * 60, 5, "more than the model's context, 64"), ([5], 0, "max_new_tokens=0"), ([], 3, "no tokens"),
-                               ([5] * 64, None, "more than the model's context")]:  # fmt: skip
+    for ids, length, words in [([5] * 60, 5, "exceed the model's context of 64"), ([5], 0, "max_new_tokens=0"), ([], 3, "no tokens"),
+                               ([5] * 64, None, "exceed the model's context")]:  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             Generation(engine, ids, max_new_tokens=length)
-    with pytest.raises(ModelError, match="the token 101 is none of the model's 101"):
+    with pytest.raises(ModelError, match="token id 101 is out of range 0..100"):
         Generation(engine, [VOCAB], Sampling(repetition_penalty=1.1), 3)
     assert len(tokens(Generation(engine, [5] * 61, max_new_tokens=None))) == 3  # until the context is full
 

@@ -122,7 +122,7 @@ def test_a_package_is_the_folder_that_it_was_made_of(kind: str, tmp_path: Path) 
 def test_a_quantized_package_opens_dequantized_but_is_not_rounded_again(tmp_path: Path) -> None:
     model = packaged(tmp_path / "edge", "llama", "int4")
     torch.testing.assert_close(logits(load_engine(tmp_path / "edge", "fp32")), theirs(rounded(model, "int4")), **CLOSE)
-    with pytest.raises(ModelError, match="q_proj' in int4, which int8 would round once more"):
+    with pytest.raises(ModelError, match="q_proj' in int4, and int8 would round it again"):
         load_engine(tmp_path / "edge", "int8")
 
 
@@ -141,7 +141,7 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
     found = logits(engine, cache=cache)
     torch.testing.assert_close(found, theirs(model), **CLOSE)
     assert relative(logits(engine), found) > 0.1  # the prefix is seen
-    with pytest.raises(ModelError, match="start with an empty one"):
+    with pytest.raises(ModelError, match="use an empty one"):
         engine.start(cache)
 
 
@@ -210,14 +210,14 @@ def broken(folder: Path, change: str) -> None:
     [
         ("no config", "config.json cannot be read"),
         ("no weights", "has no weights: model.safetensors"),
-        ("no json", "is no JSON"),
-        ("cut short", "no sound safetensors file"),
-        ("endless header", "no sound safetensors file"),
-        ("other shape", r"up_proj.weight as F32 \(80, 47\), config.json asks for floats \(80, 48\)"),
+        ("no json", "is not JSON"),
+        ("cut short", "is not a valid safetensors file"),
+        ("endless header", "is not a valid safetensors file"),
+        ("other shape", r"up_proj.weight as F32 \(80, 47\), but config.json requires floats \(80, 48\)"),
         ("whole numbers", "model.norm.weight as I32"),
-        ("gap", "holds no tensor model.layers.2.mlp.down_proj.weight"),
+        ("gap", "has no tensor model.layers.2.mlp.down_proj.weight"),
         ("index", "names the shard .*, which is not a plain file name"),
-        ("adapter beside", "keeps an adapter beside"),
+        ("adapter beside", "has an unmerged adapter"),
     ],
 )
 def test_a_damaged_folder_is_one_sentence(change: str, said: str, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_disk_that_takes_nothing_is_told_of_and_the_model_runs(tmp_path: Path,
     (tmp_path / "cache").write_text("a file, no folder")
     with caplog.at_level(logging.WARNING):
         engine = load_engine(tmp_path / "edge")
-    assert "the model is packed anew at each start" in caplog.text and logits(engine).shape[0] == 19
+    assert "the model is packed again at each start" in caplog.text and logits(engine).shape[0] == 19
 
 
 def test_what_was_made_from_a_folder_that_is_gone_goes_too(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_special_token_that_is_neither_text_nor_an_added_token_is_refused_as_b
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(TypeError, match="Special token bos_token has to be either str or AddedToken"):
         AutoTokenizer.from_pretrained(folder)
-    with pytest.raises(ModelError, match="neither a token's text nor an added token"):
+    with pytest.raises(ModelError, match="neither a string nor an added token"):
         read_text(folder)
 
 
@@ -281,7 +281,7 @@ def test_a_template_is_sandboxed_and_its_faults_are_one_sentence(tmp_path: Path)
         chat("{{ raise_exception('roles must alternate') }}")
     for bad in ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for %}", "{{ 1 / 0 }}", "{{ messages.append(1) }}", "{{ x.y }}",
                 "{% for i in range(10**9) %}{% endfor %}", "{% include '/etc/passwd' %}"]:  # fmt: skip
-        with pytest.raises(ModelError, match="chat template cannot be run") as told:
+        with pytest.raises(ModelError, match="chat template failed") as told:
             chat(bad)
         assert "\n" not in str(told.value)
     with pytest.raises(ModelError, match="no chat template"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedtune.inference.quantize.fold import FOLDS, Fold
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import embedded
-from fedtune.inference.quantize.model import Recipe, quantize_rows
+from fedtune.inference.quantize.model import QuantizeSettings, quantize_rows
 from fedtune.inference.quantize.rtn import dequantize
 from fedtune.inference.quantize.weights import Weights
 from tests.inference.engine.tiny import VOCAB
@@ -69,7 +69,7 @@ def test_folds_stay_with_the_weights_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_rows_that_are_read_apart_are_quantized_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(13, 44, generator=torch.Generator().manual_seed(0))
-    recipe = Recipe(kind=kind, group=32 if kind == "int4" else 0)  # pyright: ignore[reportArgumentType]
+    recipe = QuantizeSettings(kind=kind, group=32 if kind == "int4" else 0)  # pyright: ignore[reportArgumentType]
     whole = quantize_linear(weight, recipe)
     for module in ("model", "rtn"):
         monkeypatch.setattr(f"fedtune.inference.quantize.{module}._STRETCH", 100)

@@ -18,7 +18,7 @@ from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize import model as module
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import Read
-from fedtune.inference.quantize.model import METHODS, Recipe, quantize_model
+from fedtune.inference.quantize.model import METHODS, QuantizeSettings, quantize_model
 from fedtune.inference.quantize.rtn import QuantizedLinear
 from tests.inference.engine.tiny import VOCAB, tiny_model
 from tests.inference.quantize.whole import quantize_linear
@@ -38,7 +38,7 @@ def text(count: int = 6, length: int = 20) -> list[Tensor]:
     return [torch.randint(0, VOCAB, (length,), generator=draws) for _ in range(count)]
 
 
-def made(shape: Shape, read: Read, recipe: Recipe) -> dict[str, Tensor | QuantizedLinear]:
+def made(shape: Shape, read: Read, recipe: QuantizeSettings) -> dict[str, Tensor | QuantizedLinear]:
     return dict(quantize_model(shape, read, recipe, text()))
 
 
@@ -47,7 +47,7 @@ def made(shape: Shape, read: Read, recipe: Recipe) -> dict[str, Tensor | Quantiz
 def test_all_tensors_come_and_those_of_the_linears_are_quantized(tmp_path: Path, name: str, method: str) -> None:
     shape, read, tensors = opened(tmp_path, name)
     before = {n: t.clone() for n, t in tensors.items()}
-    recipe = Recipe(kind="int8", group=0, method="smoothquant") if method == "smoothquant" else Recipe(method=method)  # pyright: ignore
+    recipe = QuantizeSettings(kind="int8", group=0, method="smoothquant") if method == "smoothquant" else QuantizeSettings(method=method)  # pyright: ignore
     out = made(shape, read, recipe)
     sizes = dict(tensor_shapes(shape)) | {"lm_head.weight": (shape.vocab, shape.hidden)}
     assert set(out) == set(sizes) - {"model.embed_tokens.weight"}
@@ -65,11 +65,11 @@ def test_all_tensors_come_and_those_of_the_linears_are_quantized(tmp_path: Path,
 def test_rtn_needs_no_text_and_reads_one_tensor_at_a_time(tmp_path: Path) -> None:
     shape, read, tensors = opened(tmp_path, "llama")
     seen, quantized = list[str](), set[str]()
-    for name, value in quantize_model(shape, lambda n, a, b: (seen.append(n), read(n, a, b))[1], Recipe()):
+    for name, value in quantize_model(shape, lambda n, a, b: (seen.append(n), read(n, a, b))[1], QuantizeSettings()):
         assert seen[-1] == name or name in ("model.norm.weight", "lm_head.weight")
         if isinstance(value, QuantizedLinear):
             quantized.add(name)
-            wanted = quantize_linear(tensors[name], Recipe().of_head if name == "lm_head.weight" else Recipe())
+            wanted = quantize_linear(tensors[name], QuantizeSettings().of_head if name == "lm_head.weight" else QuantizeSettings())
             assert all(torch.equal(value.tensors[k], wanted.tensors[k]) for k in wanted.tensors) and value.output_error is None
     assert quantized == {n for n, _ in tensor_shapes(shape) if n.endswith("_proj.weight")} | {"lm_head.weight"}
 
@@ -102,7 +102,7 @@ def test_only_one_layer_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(module, "observe", observing)
     order = []
-    for name, value in quantize_model(shape, reading, Recipe(method=method), text()):  # pyright: ignore[reportArgumentType]
+    for name, value in quantize_model(shape, reading, QuantizeSettings(method=method), text()):  # pyright: ignore[reportArgumentType]
         order.append(name)
         del value
     assert most == {0: 0, 1: 0, 2: 0}
@@ -123,7 +123,7 @@ def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
         return whole(shape, index, tensors, hidden, *rest)
 
     monkeypatch.setattr(module, "observe", observing)
-    out = made(shape, read, Recipe(method=method))  # pyright: ignore[reportArgumentType]
+    out = made(shape, read, QuantizeSettings(method=method))  # pyright: ignore[reportArgumentType]
     assert len(met) == shape.layers == 3
     for index in (0, 1):
         at = f"model.layers.{index}."
@@ -141,8 +141,8 @@ def test_calibrated_layers_are_nearer_on_the_text_they_saw(tmp_path: Path, form:
     shape, read, tensors = opened(tmp_path, "qwen2")
     layer = {n.removeprefix(FIRST): t for n, t in tensors.items() if n.startswith(FIRST)}
     stats = module.observe(shape, 0, layer, module.embedded(shape, read, text()))
-    plain = {m: quantize_linear(layer[f"{m}.weight"], Recipe(**form), stats[f]) for f, ms in module.FUSED.items() for m in ms}
-    gptq, again, awq = (first_layer(shape, read, Recipe(method=m, **form)) for m in ("gptq", "gptq", "awq"))
+    plain = {m: quantize_linear(layer[f"{m}.weight"], QuantizeSettings(**form), stats[f]) for f, ms in module.FUSED.items() for m in ms}
+    gptq, again, awq = (first_layer(shape, read, QuantizeSettings(method=m, **form)) for m in ("gptq", "gptq", "awq"))
     rounded = {m: q.output_error or 0 for m, q in plain.items()}
     assert all((gptq[m].output_error or 1) < rounded[m] for m in rounded)
     assert fmean(q.output_error or 1 for q in gptq.values()) < 0.9 * fmean(rounded.values())
@@ -151,7 +151,7 @@ def test_calibrated_layers_are_nearer_on_the_text_they_saw(tmp_path: Path, form:
     assert all(torch.equal(gptq[m].tensors[k], t) for m in gptq for k, t in again[m].tensors.items())
 
 
-def first_layer(shape: Shape, read: Read, recipe: Recipe) -> dict[str, QuantizedLinear]:
+def first_layer(shape: Shape, read: Read, recipe: QuantizeSettings) -> dict[str, QuantizedLinear]:
     """Linears of the first layer, which all methods calibrate on the same inputs."""
     parts = itertools.takewhile(lambda part: part[0].startswith(FIRST), quantize_model(shape, read, recipe, text()))
     return {n.removeprefix(FIRST).removesuffix(".weight"): q for n, q in parts if isinstance(q, QuantizedLinear)}
@@ -161,7 +161,7 @@ def test_rows_are_worked_on_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
     x = torch.randn(99, 48, generator=torch.Generator().manual_seed(1))
     stats = module.Stats(hessian=x.T @ x / 99, mean=x.abs().mean(0), greatest=x.abs().amax(0))
-    for recipe in (Recipe(method="gptq"), Recipe(**INT8)):
+    for recipe in (QuantizeSettings(method="gptq"), QuantizeSettings(**INT8)):
         whole = quantize_linear(weight, recipe, stats)
         with monkeypatch.context() as patch:
             patch.setattr(module, "_STRETCH", 480)
@@ -172,13 +172,13 @@ def test_rows_are_worked_on_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="choose from rtn, gptq"):
-        Recipe(method="best")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match="take method=awq or gptq"):
-        Recipe(method="smoothquant")
+        QuantizeSettings(method="best")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="use method=awq or gptq"):
+        QuantizeSettings(method="smoothquant")
     shape, read, _ = opened(tmp_path, "llama")
-    with pytest.raises(ConfigError, match="give it calibration text"):
-        next(quantize_model(shape, read, Recipe(method="awq")))
-    with pytest.raises(ModelError, match="outside the model's"):
-        next(quantize_model(shape, read, Recipe(method="awq"), [torch.tensor([VOCAB])]))
-    with pytest.raises(ModelError, match="give it calibration text"):
-        quantize_linear(torch.zeros(2, 32), Recipe(method="gptq"))
+    with pytest.raises(ConfigError, match="calibration text"):
+        next(quantize_model(shape, read, QuantizeSettings(method="awq")))
+    with pytest.raises(ModelError, match="out of range"):
+        next(quantize_model(shape, read, QuantizeSettings(method="awq"), [torch.tensor([VOCAB])]))
+    with pytest.raises(ModelError, match="calibration text"):
+        quantize_linear(torch.zeros(2, 32), QuantizeSettings(method="gptq"))

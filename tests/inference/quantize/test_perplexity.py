@@ -60,7 +60,7 @@ def test_the_engine_is_scored_as_its_own_logits_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("tokens", "window", "stride"), [(1, 8, None), (9, 1, None), (9, 4, 4), (9, 4, -1)])
 def test_what_cannot_be_scored_is_refused(tokens: int, window: int, stride: int | None) -> None:
-    with pytest.raises(DataError, match="windows that overlap"):
+    with pytest.raises(DataError, match="overlapping windows"):
         perplexity(lambda ids: torch.zeros(len(ids), 3), torch.zeros(tokens, dtype=torch.long), window=window, stride=stride)
 
 

@@ -112,7 +112,7 @@ def test_the_weight_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "group", "said"), [("int4", 16, "32, 64, 128, 256"), ("int4", 0, "not 0"), ("int8", 32, "one scale a row")]
+    ("kind", "group", "said"), [("int4", 16, "32, 64, 128, 256"), ("int4", 0, "not 0"), ("int8", 32, "one scale per row")]
 )
 def test_groups_that_no_kernel_takes_are_refused(kind: str, group: int, said: str) -> None:
     with pytest.raises(ModelError, match=said):

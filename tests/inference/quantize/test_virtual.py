@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine, load_engine
-from fedtune.inference.quantize.layers import Watched, embedded, observe, pass_layer, prefix_of
-from fedtune.inference.quantize.model import Recipe, quantize_model
+from fedtune.inference.quantize.layers import ObservedLinear, embedded, observe, pass_layer, prefix_of
+from fedtune.inference.quantize.model import QuantizeSettings, quantize_model
 from fedtune.inference.quantize.rtn import QuantizedLinear, dequantize, relative_error
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
@@ -74,8 +74,8 @@ def test_calibration_sees_what_the_linears_of_the_model_read(tmp_path: Path, mon
         return found
 
     monkeypatch.setattr("fedtune.inference.quantize.model.observe", observing)
-    list(quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], Recipe(method="gptq"), texts(*LENGTHS), virtual))
-    engine.decoder.layers[0].down = watched = Watched(engine.decoder.layers[0].down)
+    list(quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], QuantizeSettings(method="gptq"), texts(*LENGTHS), virtual))
+    engine.decoder.layers[0].down = watched = ObservedLinear(engine.decoder.layers[0].down)
     for ids in texts(*LENGTHS):
         out_of(engine, ids)  # a prompt's own rows are read too, once a text
     torch.testing.assert_close(seen[0], watched.watch.stats().hessian, rtol=1e-4, atol=1e-5)
@@ -90,7 +90,7 @@ def test_the_quantized_model_behind_its_virtual_tokens_is_still_near(tmp_path: P
     engine, tensors, virtual = opened(tmp_path, "llama_one_kv", kind)
     (ids,) = texts(19)
     wanted = out_of(engine, ids)
-    recipe = Recipe(kind="int8", group=0, method=method)  # pyright: ignore[reportArgumentType]
+    recipe = QuantizeSettings(kind="int8", group=0, method=method)  # pyright: ignore[reportArgumentType]
     for name, made in quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], recipe, texts(*LENGTHS), virtual):
         tensors[name] = dequantize(made) if isinstance(made, QuantizedLinear) else made
     found = quantized(tmp_path / "q", tensors, engine)

@@ -20,7 +20,7 @@ from fedtune.inference.engine.schedule import Caches, Decodes, Scheduler
 from fedtune.inference.engine.text import Text
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
-from fedtune.inference.serve.offer import Offer
+from fedtune.inference.serve.offer import ServedModel
 from fedtune.inference.serve.server import Server, listen, url
 from fedtune.inference.serve.start import make_caches
 from tests.tiny import tiny_llama
@@ -115,13 +115,15 @@ def served(
     """Serve a model as "tiny" until the block ends."""
     engine = load_engine(model) if isinstance(model, Path) else model
     scheduler = make_scheduler(engine, make_caches(engine, None, options.get("max_running", 16)), **options)
-    offer = Offer(name="tiny", text=engine.text, adapters=tuple(engine.adapters), prompt=prompt)
+    offer = ServedModel(name="tiny", text=engine.text, adapters=tuple(engine.adapters), prompt=prompt)
     with over(scheduler, offer, limits, keys) as (where, server):
         yield Served(where, engine, scheduler, server)
 
 
 @contextlib.contextmanager
-def over(scheduler: Scheduler, offer: Offer, limits: Limits | None = None, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, Server]]:
+def over(
+    scheduler: Scheduler, offer: ServedModel, limits: Limits | None = None, keys: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Server]]:
     """A server over a scheduler, and its address."""
     limits = limits or Limits(grace=5)
     app = create_app(scheduler, offer, limits, ApiKeys(keys), local=not keys)

@@ -17,8 +17,8 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.serve.answer import PATIENCE_S, Answer, EventStream
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
-from fedtune.inference.serve.offer import Offer
-from fedtune.inference.serve.protocol import Shape
+from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.protocol import ResponseFormatter
 from tests.inference.serve.served import Served, alone, served, text_of
 
 ASK = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 12}
@@ -87,7 +87,7 @@ def test_a_template_that_fails_later_is_the_servers_fault_and_one_that_refuses_t
     finally:
         engine.text.template = old
     assert [record.message for record in caplog.records if "template" in record.message] == [
-        "the model's chat template cannot be run: division by zero"
+        "the model's chat template failed: division by zero"
     ]
 
 
@@ -107,7 +107,7 @@ def test_a_chat_answer_does_not_begin_with_the_space_of_its_first_word(engine: E
             job.deliver(Output(piece, 5, end="length" if i == len(pieces) - 1 else None))
 
     scheduler: Any = SimpleNamespace(submit=submit, cancel=lambda job: None, full=False, draining=False, limit=512)
-    app = create_app(scheduler, Offer(name="tiny", text=engine.text), Limits(), ApiKeys(), local=False)
+    app = create_app(scheduler, ServedModel(name="tiny", text=engine.text), Limits(), ApiKeys(), local=False)
 
     async def ask(path: str, **more: Any) -> str:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -153,12 +153,12 @@ def test_routes(here: Served) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "why"),
     [
-        ({"model": "other"}, 404, "ask for tiny"),
-        ({"max_tokens": 2000}, 400, "more than the 1024 of this server: ask for fewer"),
-        ({"prompt": "a" * 5000}, 400, "leave no room in the model's context of 512"),
-        ({"prompt": "a", "max_tokens": 600}, 400, "are more than the model's context of 512"),
-        ({"prompt": [5, 2000]}, 400, "holds a token that is none"),
-        ({"n": 2}, 400, "one answer a request"),
+        ({"model": "other"}, 404, "use tiny"),
+        ({"max_tokens": 2000}, 400, "exceed this server's limit of 1024: request fewer"),
+        ({"prompt": "a" * 5000}, 400, "fill the model's context of 512"),
+        ({"prompt": "a", "max_tokens": 600}, 400, "exceed the model's context of 512"),
+        ({"prompt": [5, 2000]}, 400, "token id 2000 in the prompt is out of range"),
+        ({"n": 2}, 400, "one answer per request"),
     ],
 )
 def test_what_cannot_be_answered(here: Served, change: dict[str, Any], status: int, why: str) -> None:
@@ -169,9 +169,9 @@ def test_what_cannot_be_answered(here: Served, change: dict[str, Any], status: i
 def test_a_limit_of_the_servers_own_names_its_option(engine: Engine) -> None:
     with served(engine, limits=Limits(max_tokens=10, grace=1)) as server:
         refused = post(server, ASK | {"max_tokens": 11}).json()["error"]
-        assert refused["message"] == "11 new tokens are more than the 10 of this server: ask for fewer, or start it with --max-tokens 11"
+        assert refused["message"] == "11 new tokens exceed this server's limit of 10: request fewer, or start it with --max-tokens 11"
         beyond = post(server, ASK | {"max_tokens": 5000}).json()["error"]
-        assert beyond["message"].endswith("ask for fewer")  # the model's context holds no more either
+        assert beyond["message"].endswith("request fewer")  # the model's context holds no more either
         assert post(server, ASK | {"max_tokens": 10}).status_code == 200
 
 
@@ -341,7 +341,7 @@ def test_a_client_that_does_not_read_does_not_hold_on(engine: Engine) -> None:
         scheduler: Any = SimpleNamespace(submit=submit, cancel=cancelled.append)
         under_way = Answer(scheduler, Job(ids=[5, 6, 7], sampling=Sampling(), max_new_tokens=3, deliver=lambda out: None))
         under_way.begin()
-        stream = EventStream(under_way, Shape(chat=False, id="a", model="m"), None, timeout=0.05 - PATIENCE_S)
+        stream = EventStream(under_way, ResponseFormatter(chat=False, id="a", model="m"), None, timeout=0.05 - PATIENCE_S)
         await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, silent, blocked)
 
     asyncio.run(asyncio.wait_for(respond(), 5))

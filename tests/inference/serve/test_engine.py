@@ -99,7 +99,7 @@ def test_a_requests_model_chooses_its_adapter(tmp_path: Path) -> None:
         answer = httpx.post(f"{server.url}/v1/completions", json=ask).json()
         assert answer["model"] == "two"
         assert answer["choices"][0]["text"] == engine.text.decode(right.tolist())
-    with pytest.raises(ConfigError, match="brings an adapter named 'one' itself"):
+    with pytest.raises(ConfigError, match="already has an adapter named 'one'"):
         add_adapter(engine, "one", tmp_path / "one")
 
 

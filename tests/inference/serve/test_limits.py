@@ -42,15 +42,15 @@ def test_any_bytes_are_json_or_refused(body: bytes) -> None:
     [
         (b"", "the body is not JSON"),
         (b'{"a": 1', "the body is not JSON"),
-        (b'{"a": NaN}', "a number that is none or too large"),
-        (b"[-Infinity]", "a number that is none or too large"),
-        (b"[1e999]", "a number that is none or too large"),
-        (b"[" + b"9" * 5000 + b"]", "a number that is none or too large"),
+        (b'{"a": NaN}', "an invalid or too large number"),
+        (b"[-Infinity]", "an invalid or too large number"),
+        (b"[1e999]", "an invalid or too large number"),
+        (b"[" + b"9" * 5000 + b"]", "an invalid or too large number"),
         (b'"\xff"', "not UTF-8: byte 1"),
         (b'"\\ud800"', "half a surrogate pair"),
-        (b"[" * 9 + b"]" * 9, "nests deeper than 8"),
-        (b"[" * 100_000, "nests deeper than 8"),
-        (b'{"a":' * 100_000, "nests deeper than 8"),
+        (b"[" * 9 + b"]" * 9, "nests lists and objects deeper than 8"),
+        (b"[" * 100_000, "nests lists and objects deeper than 8"),
+        (b'{"a":' * 100_000, "nests lists and objects deeper than 8"),
     ],
 )
 def test_what_is_no_sound_json_is_refused(body: bytes, why: str) -> None:

@@ -19,7 +19,7 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.text import Text
 from fedtune.inference.generate_transformers import HubText
-from fedtune.inference.serve.logprobs import Teller, TokenLogprob
+from fedtune.inference.serve.logprobs import LogprobFormatter, TokenLogprob
 from tests.inference.engine.test_text import TOKENIZERS
 from tests.inference.serve.served import Served, served
 
@@ -57,7 +57,7 @@ def answer(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ..
 
 def tell(text: Text, outputs: list[Output], job: Job, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
     """What a client gets: the text, and the tokens, of which none comes before its text."""
-    teller, sent, told, trimming = Teller(text, job.ids if job.joins else (), trims=trims), "", list[TokenLogprob](), trims
+    teller, sent, told, trimming = LogprobFormatter(text, job.ids if job.joins else (), trims=trims), "", list[TokenLogprob](), trims
     for out in outputs:
         piece = out.text.lstrip() if trimming else out.text
         trimming = trimming and not piece
@@ -139,7 +139,7 @@ def test_rivals_with_the_same_text_have_names_of_their_own() -> None:
     plain, byte = token(text, "b"), token(text, "<0x62>")
     for chosen, rest in ((plain, byte), (byte, plain)):
         out = Output("b", chosen, -0.1, ((chosen, -0.1), (rest, -2.0), (2, -3.0)), "length")
-        (told,) = Teller(text).push(out)
+        (told,) = LogprobFormatter(text).push(out)
         assert [(t.token, t.raw) for t in told.top] == [("b", b"b"), (f"token_id:{rest}", b"b"), ("</s>", None)]
 
 

@@ -114,10 +114,10 @@ def test_further_ways_to_sample_come_as_extra_fields(here: Served, client: opena
 def test_refusals_are_the_clients_own_errors(here: Served, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="there is no model of that name"):
         client.completions.create(model="other", prompt="a")
-    with pytest.raises(openai.BadRequestError, match="one answer a request") as bad:
+    with pytest.raises(openai.BadRequestError, match="one answer per request") as bad:
         client.completions.create(model="tiny", prompt="a", n=2)
     assert (bad.value.param, bad.value.code, bad.value.type) == ("n", "unsupported_parameter", "invalid_request_error")
-    with pytest.raises(openai.AuthenticationError, match="wants an API key"):
+    with pytest.raises(openai.AuthenticationError, match="requires an API key"):
         openai.OpenAI(base_url=f"{here.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 

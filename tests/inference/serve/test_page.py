@@ -96,7 +96,7 @@ def test_stopping_an_answer_and_being_refused(engine: Engine) -> None:
             assert server.scheduler.passes < 300
         page.run("document.getElementById('tokens').removeAttribute('max')")
         ask(page, "hello", tokens="5000")
-        page.wait("document.querySelector('.error')?.textContent.includes('more than the 1024 of this server')")
+        page.wait("document.querySelector('.error')?.textContent.includes('limit of 1024')")
 
 
 @pytest.mark.slow

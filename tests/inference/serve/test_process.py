@@ -16,7 +16,7 @@ from fedtune.cli.main import main
 from fedtune.errors import ConfigError, NetworkError
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.server import Server, is_loopback, listen, url
-from fedtune.inference.serve.start import make_caches, named, warn_of_strangers
+from fedtune.inference.serve.start import make_caches, parse_adapters, warn_if_public
 from tests.inference.serve.served import tiny_model
 from tests.inference.serve.soak import ROOT, server, soak
 
@@ -96,7 +96,7 @@ def test_a_chat_template_that_cannot_run_is_told_at_the_start(
     capsys.readouterr()
     assert main(["serve", str(model), "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fedtune: ") and "tiny: the model's chat template cannot be run: Unexpected end of template" in line
+    assert line.startswith("fedtune: ") and "tiny: the model's chat template failed: Unexpected end of template" in line
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -109,14 +109,14 @@ def test_a_port_that_is_taken_is_named() -> None:
 def test_who_listens_to_the_world_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with listen("127.0.0.1", 0) as home:
         assert is_loopback(home)
-        warn_of_strangers(home, keyed=False)
+        warn_if_public(home, keyed=False)
     assert capsys.readouterr().err == ""
     with listen("0.0.0.0", 0) as world:
         assert not is_loopback(world)
-        warn_of_strangers(world, keyed=False)
-        assert "answers ANYBODY, since no API key is set" in capsys.readouterr().err
-        warn_of_strangers(world, keyed=True)
-        assert "whoever has an API key" in capsys.readouterr().err
+        warn_if_public(world, keyed=False)
+        assert "answers ANYBODY, because no API key is set" in capsys.readouterr().err
+        warn_if_public(world, keyed=True)
+        assert "anybody with an API key" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
@@ -127,10 +127,10 @@ def test_ipv6() -> None:
 
 
 def test_names_of_adapters() -> None:
-    assert named(["a=x", "b-1.c=y=z"]) == {"a": Path("x"), "b-1.c": Path("y=z")}
+    assert parse_adapters(["a=x", "b-1.c=y=z"]) == {"a": Path("x"), "b-1.c": Path("y=z")}
     for wrong in (["a"], ["=x"], ["a="], ["a b=x"], ["/a=x"], ["a=x", "a=y"]):
         with pytest.raises(ConfigError, match="--adapters"):
-            named(wrong)
+            parse_adapters(wrong)
 
 
 def test_a_budget_bounds_keys_and_values(engine: Engine) -> None:

@@ -100,7 +100,7 @@ def test_long_prompts_hold_up_no_other_and_only_so_many_wait(large: Engine, gate
         wait_for(lambda: sum(client.done() for client in waiting) == 2)
         for client in [client for client in waiting if client.done()]:
             waiting.remove(client)
-            assert client.result().status_code == 429 and "long prompts wait" in client.result().text
+            assert client.result().status_code == 429 and "the queue of long prompts is full" in client.result().text
         assert post(server, SHORT).status_code == 200
         message = {"role": "user", "content": "hello"}
         assert post(server, {"model": "tiny", "messages": [message], "max_tokens": 1}, "chat/completions").status_code == 200

@@ -9,7 +9,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as CompletionParams
 
 from fedtune.inference.serve.logprobs import TokenLogprob
-from fedtune.inference.serve.protocol import AskedChat, AskedCompletion, ChatMessage, Refused, Shape, TextPart, read, usage
+from fedtune.inference.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, ResponseFormatter, TextPart, read, usage
 
 
 def asked(**more: Any) -> dict[str, Any]:
@@ -28,43 +28,43 @@ def chat(**more: Any) -> dict[str, Any]:
         (3, "but it is a number", None),
         ({"prompt": "a"}, "the field 'model' is missing", "model"),
         ({"model": "m"}, "the field 'prompt' is missing", "prompt"),
-        (asked(model=""), "'model' is wrong: string should have at least 1 character", "model"),
-        (asked(prompt=["a", "b"]), "'prompt' must be one text or one list of token ids", "prompt"),
-        (asked(prompt=[]), "'prompt' must be one text", "prompt"),
-        (asked(prompt=[1, True]), "'prompt' must be one text", "prompt"),
-        (asked(prompt=[-1]), "'prompt' must be one text", "prompt"),
-        (asked(temperature=2.5), "'temperature' is wrong: input should be less than or equal to 2", "temperature"),
-        (asked(temperature="1"), "'temperature' is wrong: input should be a valid number", "temperature"),
-        (asked(temperature=True), "'temperature' is wrong: input should be a valid number", "temperature"),
-        (asked(temperature=5e-324), "'temperature' must be 0, which is greedy, or at least 0.001", "temperature"),
+        (asked(model=""), "'model' is invalid: string should have at least 1 character", "model"),
+        (asked(prompt=["a", "b"]), "'prompt' must be one string or one list of token ids", "prompt"),
+        (asked(prompt=[]), "'prompt' must be one string", "prompt"),
+        (asked(prompt=[1, True]), "'prompt' must be one string", "prompt"),
+        (asked(prompt=[-1]), "'prompt' must be one string", "prompt"),
+        (asked(temperature=2.5), "'temperature' is invalid: input should be less than or equal to 2", "temperature"),
+        (asked(temperature="1"), "'temperature' is invalid: input should be a valid number", "temperature"),
+        (asked(temperature=True), "'temperature' is invalid: input should be a valid number", "temperature"),
+        (asked(temperature=5e-324), "'temperature' must be 0 (greedy) or at least 0.001", "temperature"),
         (
             asked(repetition_penalty=5e-324),
-            "'repetition_penalty' is wrong: input should be greater than or equal to 0.01",
+            "'repetition_penalty' is invalid: input should be greater than or equal to 0.01",
             "repetition_penalty",
         ),
-        (asked(top_p=-0.1), "'top_p' is wrong: input should be greater than or equal to 0", "top_p"),
-        (asked(seed=2**64), "'seed' is wrong", "seed"),
-        (asked(seed=1.5), "'seed' is wrong", "seed"),
-        (asked(max_tokens=0), "'max_tokens' is wrong: input should be greater than or equal to 1", "max_tokens"),
-        (asked(max_tokens=10**40), "'max_tokens' is wrong", "max_tokens"),
-        (asked(stop=["a", 1]), "'stop' must be one text or at most 16, none of them empty", "stop"),
-        (asked(stop=""), "'stop' must be one text", "stop"),
-        (asked(stop=["x"] * 17), "'stop' must be one text", "stop"),
-        (asked(stream="yes"), "'stream' is wrong: input should be a valid boolean", "stream"),
+        (asked(top_p=-0.1), "'top_p' is invalid: input should be greater than or equal to 0", "top_p"),
+        (asked(seed=2**64), "'seed' is invalid", "seed"),
+        (asked(seed=1.5), "'seed' is invalid", "seed"),
+        (asked(max_tokens=0), "'max_tokens' is invalid: input should be greater than or equal to 1", "max_tokens"),
+        (asked(max_tokens=10**40), "'max_tokens' is invalid", "max_tokens"),
+        (asked(stop=["a", 1]), "'stop' must be a string or a list of at most 16 strings, none of them empty", "stop"),
+        (asked(stop=""), "'stop' must be a string", "stop"),
+        (asked(stop=["x"] * 17), "'stop' must be a string", "stop"),
+        (asked(stream="yes"), "'stream' is invalid: input should be a valid boolean", "stream"),
         (asked(stream_options={"include_usage": True}), "'stream_options' needs 'stream': true", None),
-        (asked(stream=True, stream_options={"x": 1}), "this server knows no field 'x'", "x"),
-        (asked(n=2), "one answer a request: leave out 'n'", "n"),
-        (asked(best_of=3), "one answer a request: leave out 'best_of'", "best_of"),
+        (asked(stream=True, stream_options={"x": 1}), "this server has no field 'x'", "x"),
+        (asked(n=2), "one answer per request: leave out 'n'", "n"),
+        (asked(best_of=3), "one answer per request: leave out 'best_of'", "best_of"),
         (asked(echo=True), "does not repeat the prompt", "echo"),
         (asked(suffix="z"), "does not fill in the middle", "suffix"),
-        (asked(logit_bias={"1": 5}), "takes no 'logit_bias'", "logit_bias"),
-        (asked(presence_penalty=0.5), "no presence penalty", "presence_penalty"),
-        (asked(frequency_penalty=-1), "no frequency penalty", "frequency_penalty"),
-        (asked(logprobs=21), "'logprobs' is wrong", "logprobs"),
-        (asked(color="red"), "this server knows no field 'color': leave it out", "color"),
-        (asked(temprature=None), "this server knows no field 'temprature': leave it out", "temprature"),
-        (asked(prompt=None), "'prompt' must be one text", "prompt"),
-        (asked(model=None), "'model' is wrong: input should be a valid string", "model"),
+        (asked(logit_bias={"1": 5}), "does not support 'logit_bias'", "logit_bias"),
+        (asked(presence_penalty=0.5), "does not support 'presence_penalty'", "presence_penalty"),
+        (asked(frequency_penalty=-1), "does not support 'frequency_penalty'", "frequency_penalty"),
+        (asked(logprobs=21), "'logprobs' is invalid", "logprobs"),
+        (asked(color="red"), "this server has no field 'color': leave it out", "color"),
+        (asked(temprature=None), "this server has no field 'temprature': leave it out", "temprature"),
+        (asked(prompt=None), "'prompt' must be one string", "prompt"),
+        (asked(model=None), "'model' is invalid: input should be a valid string", "model"),
         (
             asked(stream=True, stream_options={"include_obfuscation": True}),
             "does not pad its streams: leave out 'include_obfuscation'",
@@ -74,7 +74,7 @@ def chat(**more: Any) -> dict[str, Any]:
 )
 def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, param: str | None) -> None:
     with pytest.raises(Refused) as refused:
-        read(AskedCompletion, payload)
+        read(CompletionRequest, payload)
     error = refused.value.body()["error"]
     assert sentence in error["message"]
     assert "\n" not in error["message"]
@@ -84,48 +84,48 @@ def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, pa
 @pytest.mark.parametrize(
     ("payload", "sentence"),
     [
-        (chat(messages=[]), "'messages' is wrong: list should have at least 1 item"),
-        (chat(messages="hello"), "'messages' is wrong: input should be a valid list"),
-        (chat(messages=[{"role": "tool", "content": "a"}]), "'messages[0].role' is wrong: input should be 'system'"),
+        (chat(messages=[]), "'messages' is invalid: list should have at least 1 item"),
+        (chat(messages="hello"), "'messages' is invalid: input should be a valid list"),
+        (chat(messages=[{"role": "tool", "content": "a"}]), "'messages[0].role' is invalid: input should be 'system'"),
         (chat(messages=[{"role": "user"}]), "the field 'messages[0].content' is missing"),
-        (chat(messages=[{"role": "user", "content": None}]), "'messages[0].content' is wrong"),
+        (chat(messages=[{"role": "user", "content": None}]), "'messages[0].content' is invalid"),
         (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "'messages[0].content[0].t"),
         (chat(top_logprobs=2), "'top_logprobs' needs 'logprobs': true"),
         (chat(max_tokens=3, max_completion_tokens=4), "disagree: give one of them"),
-        (chat(tools=[{"type": "function"}]), "calls no tools"),
-        (chat(response_format={"type": "json_object"}), "answers in plain text alone"),
-        (chat(modalities=["audio"]), "answers in plain text alone"),
-        (chat(prompt="a"), "knows no field 'prompt'"),
-        (chat(messages=None), "'messages' is wrong"),
-        (chat(messages=[{"role": None, "content": "a"}]), "'messages[0].role' is wrong"),
-        (chat(messages=[{"role": "user", "content": "a", "nmae": None}]), "knows no field 'nmae'"),
-        (chat(messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]), "'messages[0].content[0].text' is wrong"),
-        (chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]), "calls no tools: leave out 'tool_calls'"),
-        (chat(messages=[{"role": "assistant", "content": None, "function_call": {}}]), "calls no tools: leave out 'function_call'"),
+        (chat(tools=[{"type": "function"}]), "does not support tools"),
+        (chat(response_format={"type": "json_object"}), "answers only in plain text"),
+        (chat(modalities=["audio"]), "answers only in plain text"),
+        (chat(prompt="a"), "has no field 'prompt'"),
+        (chat(messages=None), "'messages' is invalid"),
+        (chat(messages=[{"role": None, "content": "a"}]), "'messages[0].role' is invalid"),
+        (chat(messages=[{"role": "user", "content": "a", "nmae": None}]), "has no field 'nmae'"),
+        (chat(messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]), "'messages[0].content[0].text' is invalid"),
+        (chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]), "support tools: leave out 'tool_calls'"),
+        (chat(messages=[{"role": "assistant", "content": None, "function_call": {}}]), "does not support tools: leave out 'function_call'"),
         (chat(messages=[{"role": "assistant", "content": None, "refusal": "no"}]), "'refusal': put its text into 'content'"),
-        (chat(messages=[{"role": "assistant", "content": "a", "audio": {"id": "1"}}]), "plain text alone: leave out 'audio'"),
+        (chat(messages=[{"role": "assistant", "content": "a", "audio": {"id": "1"}}]), "only in plain text: leave out 'audio'"),
         (
             chat(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
-            "does not continue an assistant's message: end 'messages' with one of another role",
+            "does not continue an assistant's message: end 'messages' with another role",
         ),
-        (chat(functions=[{"name": "f"}]), "calls no tools: leave out 'functions'"),
-        (chat(tool_choice="required"), "calls no tools: leave out 'tool_choice'"),
+        (chat(functions=[{"name": "f"}]), "does not support tools: leave out 'functions'"),
+        (chat(tool_choice="required"), "does not support tools: leave out 'tool_choice'"),
         (chat(reasoning_effort="high"), "leave out 'reasoning_effort'"),
         (chat(verbosity="low"), "leave out 'verbosity'"),
-        (chat(web_search_options={}), "searches nothing"),
-        (chat(moderation={"model": "m"}), "moderates nothing"),
+        (chat(web_search_options={}), "does not support web search"),
+        (chat(moderation={"model": "m"}), "does not support moderation"),
     ],
 )
 def test_chats_are_refused_by_one_sentence(payload: Any, sentence: str) -> None:
     with pytest.raises(Refused) as refused:
-        read(AskedChat, payload)
+        read(ChatRequest, payload)
     assert sentence in refused.value.message
 
 
 def test_what_changes_nothing_is_taken() -> None:
     harmless: dict[str, Any] = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "u", "stop": None}
-    assert read(AskedCompletion, asked(**harmless, best_of=1, echo=False, suffix=None)).stops == ()
-    assert read(AskedChat, chat(**harmless, tools=[], response_format={"type": "text"}, store=False)).limit is None
+    assert read(CompletionRequest, asked(**harmless, best_of=1, echo=False, suffix=None)).stops == ()
+    assert read(ChatRequest, chat(**harmless, tools=[], response_format={"type": "text"}, store=False)).limit is None
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_what_changes_nothing_is_taken() -> None:
     ],
 )
 def test_a_chat_field_without_effect_is_taken(neutral: dict[str, Any]) -> None:
-    one, two = read(AskedChat, chat(**neutral)), read(AskedChat, chat())
+    one, two = read(ChatRequest, chat(**neutral)), read(ChatRequest, chat())
     assert (one.stops, one.limit, one.tops, one.messages) == (two.stops, two.limit, two.tops, two.messages)
 
 
@@ -154,7 +154,7 @@ def optional(kind: Any) -> list[str]:
     return [name for name, hint in get_type_hints(kind, include_extras=True).items() if get_origin(hint) is not Required]
 
 
-@pytest.mark.parametrize(("ours", "theirs", "good"), [(AskedChat, ChatParams, chat()), (AskedCompletion, CompletionParams, asked())])
+@pytest.mark.parametrize(("ours", "theirs", "good"), [(ChatRequest, ChatParams, chat()), (CompletionRequest, CompletionParams, asked())])
 def test_every_optional_field_of_a_request_may_be_null(ours: Any, theirs: Any, good: dict[str, Any]) -> None:
     names = {*optional(theirs), *(name for name, field in ours.model_fields.items() if not field.is_required())}
     assert len(names) > 15
@@ -166,7 +166,7 @@ def test_every_optional_field_of_a_request_may_be_null(ours: Any, theirs: Any, g
 def test_every_optional_field_within_a_request_may_be_null() -> None:
     options: dict[str, None] = dict.fromkeys(optional(openai_chat.ChatCompletionStreamOptionsParam))
     assert len(options) >= 2
-    assert not read(AskedChat, chat(stream=True, stream_options=options)).wants_usage
+    assert not read(ChatRequest, chat(stream=True, stream_options=options)).wants_usage
     parts: dict[str, None] = dict.fromkeys([*optional(openai_chat.ChatCompletionContentPartTextParam), *optional_of(TextPart)])
     kinds = {
         "system": openai_chat.ChatCompletionSystemMessageParam,
@@ -179,9 +179,9 @@ def test_every_optional_field_within_a_request_may_be_null() -> None:
         message = {"role": role, "content": [{"type": "text", "text": "b"} | parts]} | dict.fromkeys(
             name for name in [*optional(kind), *optional_of(ChatMessage)] if name != "content"
         )
-        assert read(AskedChat, chat(messages=[message, last])).messages[0].plain()["content"] == "b"
+        assert read(ChatRequest, chat(messages=[message, last])).messages[0].plain()["content"] == "b"
     for empty in ({"role": "assistant"}, {"role": "assistant", "content": None, "tool_calls": [], "annotations": [], "refusal": ""}):
-        assert read(AskedChat, chat(messages=[empty, last])).messages[0].plain() == {"role": "assistant", "content": ""}
+        assert read(ChatRequest, chat(messages=[empty, last])).messages[0].plain() == {"role": "assistant", "content": ""}
 
 
 def optional_of(kind: Any) -> list[str]:
@@ -190,27 +190,27 @@ def optional_of(kind: Any) -> list[str]:
 
 @pytest.mark.parametrize("text", ["", " ", "a\n", "naïve 😀 \ufffd", "{{ x }}</s>\x00"])
 def test_an_answer_may_come_back_as_a_message(text: str) -> None:
-    whole = json.loads(json.dumps(Shape(chat=True, id="c", model="m").whole(text, None, "stop", usage(1, 1))))
+    whole = json.loads(json.dumps(ResponseFormatter(chat=True, id="c", model="m").whole(text, None, "stop", usage(1, 1))))
     message = whole["choices"][0]["message"]
     parsed = openai_chat.ChatCompletion.model_validate(whole).choices[0].message
     streamed = {"role": "assistant", "content": ""}
-    for event in events([*(shape := Shape(chat=True, id="c", model="m")).opening(), shape.piece(text, None)]):
+    for event in events([*(shape := ResponseFormatter(chat=True, id="c", model="m")).opening(), shape.piece(text, None)]):
         streamed |= {"content": streamed["content"] + event["choices"][0]["delta"]["content"]}
     for form in (message, parsed.model_dump(), parsed.model_dump(exclude_unset=True), streamed):
-        read_back = read(AskedChat, chat(messages=[{"role": "user", "content": "a"}, form, {"role": "user", "content": "b"}]))
+        read_back = read(ChatRequest, chat(messages=[{"role": "user", "content": "a"}, form, {"role": "user", "content": "b"}]))
         assert read_back.messages[1].plain() == {"role": "assistant", "content": text}
 
 
 def test_fields_arrive() -> None:
     one = read(
-        AskedCompletion, asked(prompt=["b"], stop="x", max_tokens=5, logprobs=0, stream=True, stream_options={"include_usage": True})
+        CompletionRequest, asked(prompt=["b"], stop="x", max_tokens=5, logprobs=0, stream=True, stream_options={"include_usage": True})
     )
     assert (one.prompt, one.stops, one.limit, one.tops, one.wants_usage) == ("b", ("x",), 5, 0, True)
-    assert read(AskedCompletion, asked(prompt=[4, 5])).prompt == [4, 5]
-    two = read(AskedChat, chat(max_completion_tokens=7, logprobs=True, stop=["x", "y"]))
+    assert read(CompletionRequest, asked(prompt=[4, 5])).prompt == [4, 5]
+    two = read(ChatRequest, chat(max_completion_tokens=7, logprobs=True, stop=["x", "y"]))
     assert (two.limit, two.tops, two.stops, two.wants_usage) == (7, 0, ("x", "y"), False)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    three = read(AskedChat, chat(messages=[{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]))
+    three = read(ChatRequest, chat(messages=[{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]))
     assert [m.plain() for m in three.messages] == [{"role": "system", "content": "s"}, {"role": "user", "content": "ab"}]
 
 
@@ -221,7 +221,7 @@ def events(chunks: list[bytes]) -> list[Any]:
 
 
 def test_a_completion_stream() -> None:
-    shape = Shape(chat=False, id="cmpl-1", model="m", made=7, usage_in_stream=True)
+    shape = ResponseFormatter(chat=False, id="cmpl-1", model="m", created=7, usage_in_stream=True)
     told = [TokenLogprob("héé", -0.5, "héé".encode(), (TokenLogprob("héé", -0.5, "héé".encode()), TokenLogprob("x", -1.0, b"x")))]
     got = events([*shape.opening(), shape.piece("héé", told), shape.piece("\n", told), *shape.closing("stop", usage(3, 2))])
     assert [c if c == "[DONE]" else [choice["text"] for choice in c["choices"]] for c in got] == [["héé"], ["\n"], [""], [], "[DONE]"]
@@ -234,7 +234,7 @@ def test_a_completion_stream() -> None:
 
 
 def test_a_chat_stream_and_a_whole_chat() -> None:
-    shape = Shape(chat=True, id="c", model="m")
+    shape = ResponseFormatter(chat=True, id="c", model="m")
     got = events([*shape.opening(), shape.piece("a", [TokenLogprob("a", -1.0, b"a")]), *shape.closing("length", usage(1, 1))])
     assert [c["choices"][0]["delta"] for c in got[:3]] == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
     assert "usage" not in got[0]

@@ -216,7 +216,7 @@ def test_limits_of_the_queue() -> None:
     made.step()
     made.submit(waiting)
     assert made.full
-    with pytest.raises(Busy, match="2 requests are under way"):
+    with pytest.raises(Busy, match="2 requests are running or waiting"):
         made.submit(job([3]))
     made.cancel(waiting)
     assert made.load == (1, 0)

@@ -27,9 +27,9 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Stream, read_text
 from fedtune.inference.generate import read_card
 from fedtune.inference.generate_transformers import HubModel, load_model
-from fedtune.inference.one_by_one import CONTEXT, OneByOne
+from fedtune.inference.one_by_one import CONTEXT, SequentialScheduler
 from fedtune.inference.serve.limits import Limits
-from fedtune.inference.serve.offer import Offer
+from fedtune.inference.serve.offer import ServedModel
 from fedtune.inference.serve.server import Server
 from tests.export.test_huggingface import ASK, make_run
 from tests.inference.serve.chromium import open_page
@@ -46,7 +46,7 @@ ASKED = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
 @dataclass
 class Here:
     url: str
-    scheduler: OneByOne
+    scheduler: SequentialScheduler
     server: Server
 
     def post(self, payload: Any, path: str = "completions") -> httpx.Response:
@@ -72,8 +72,8 @@ def served(
     model: HubModel, *, queue: int = 8, pace: float = 0.0, limits: Limits | None = None, prompt: str | None = None
 ) -> Iterator[Here]:
     model = Slow(**vars(model), pace=pace) if pace else model
-    scheduler = OneByOne(model, max_waiting=queue)
-    with over(scheduler, Offer(name="tiny", text=model.text, prompt=prompt), limits) as (where, server):
+    scheduler = SequentialScheduler(model, max_waiting=queue)
+    with over(scheduler, ServedModel(name="tiny", text=model.text, prompt=prompt), limits) as (where, server):
         yield Here(where, scheduler, server)
 
 
@@ -119,7 +119,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
 
 def alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **job: Any) -> list[Output]:
     outputs: list[Output] = []
-    scheduler = OneByOne(model)
+    scheduler = SequentialScheduler(model)
     scheduler.submit(Job(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **job))
     assert scheduler.step() and not scheduler.step()
     return outputs
@@ -183,10 +183,10 @@ def test_a_chat_in_the_runs_template(gpt2: HubModel, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"max_tokens": 60}, "are more than the model's context of 64"),
-        ({"prompt": "turn " * 80}, "leave no room in the model's context of 64"),
-        ({"prompt": [5, 2000]}, "holds a token that is none"),
-        ({"prompt": "turn", "max_tokens": 2000}, "more than the 1024 of this server"),
+        ({"max_tokens": 60}, "exceed the model's context of 64"),
+        ({"prompt": "turn " * 80}, "fill the model's context of 64"),
+        ({"prompt": [5, 2000]}, "token id 2000 in the prompt is out of range"),
+        ({"prompt": "turn", "max_tokens": 2000}, "exceed this server's limit of 1024"),
     ],
 )
 def test_limits_of_a_request(here: Here, change: dict[str, Any], why: str) -> None:
@@ -253,26 +253,26 @@ def test_one_that_fails_takes_nobody_down(gpt2: HubModel, monkeypatch: pytest.Mo
             patch.setattr(gpt2.model.lm_head, "forward", lambda hidden: torch.full((*hidden.shape[:2], gpt2.vocabulary), torch.nan))
             assert made.post(ASKED).status_code == 500
             assert "logits are not finite" in caplog.text
-            with pytest.raises(ModelError, match="transformers fails on this model: the model's logits are not finite"):
-                list(OneByOne(gpt2).write([3, 4], Sampling(), 5))
+            with pytest.raises(ModelError, match="transformers failed on this model: the model's logits are not finite"):
+                list(SequentialScheduler(gpt2).write([3, 4], Sampling(), 5))
         assert made.post(ASKED).status_code == 200 and made.scheduler.load == (0, 0)
 
 
 def test_an_answer_may_be_left_and_another_begun(gpt2: HubModel) -> None:
-    one = OneByOne(gpt2)
+    one = SequentialScheduler(gpt2)
     first = one.write([3, 4], Sampling(), 40)
     next(first)
     first.close()
     assert one.load == (0, 0) and one.passes < 40
     assert "".join(one.write([3, 4], Sampling(), 8)) == text_of(alone(gpt2, [3, 4], Sampling(), 8))
-    with pytest.raises(ConfigError, match="more than the model's context, 64"):
+    with pytest.raises(ConfigError, match="exceed the model's context of 64"):
         list(one.write([3] * 60, Sampling(), 5))
 
 
 def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "tiny", "t5", seed=1)
     model = load_model(folder, {})
-    assert OneByOne(model).limit == CONTEXT  # T5 names none
+    assert SequentialScheduler(model).limit == CONTEXT  # T5 names none
     with served(model) as made:
         ids = [*read_text(folder).encode("turn on"), 1]
         tokens = by_hand(folder, ids, 7, AutoModelForSeq2SeqLM)
@@ -342,7 +342,7 @@ def test_a_tokenizer_that_is_no_tokenizer_json(tmp_path: Path) -> None:
 def test_what_only_the_engine_has_is_refused(folder: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--port", "0", *options]) == 2
     err = capsys.readouterr().err
-    assert f"is run by transformers, which knows no {options[0]}: leave it out" in err and err.count("\n") == 1
+    assert f"runs on transformers, which has no {options[0]}: leave it out" in err and err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -368,5 +368,5 @@ def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert answer["choices"][0]["finish_reason"] == "length"
     assert running.returncode == 0
     lines = capfd.readouterr().err.splitlines()
-    assert lines[0].startswith("fedtune: transformers runs this model: the engine does not run model_type='gpt2'")
-    assert lines[1:] == ["fedtune: tiny: one request after the other, 64 waiting, up to 64 tokens each"]
+    assert lines[0].startswith("fedtune: transformers runs this model: the engine does not support model_type='gpt2'")
+    assert lines[1:] == ["fedtune: tiny: one request at a time, 64 waiting, up to 64 tokens each"]

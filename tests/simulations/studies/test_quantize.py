@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedtune.inference.engine.load import load_engine
-from fedtune.inference.quantize.model import Recipe
+from fedtune.inference.quantize.model import QuantizeSettings
 from fedtune.inference.quantize.perplexity import of_engine
 from fedtune.inference.quantize.rtn import relative_error
-from fedtune.simulations.studies.quantize import ROWS, Found, spread, study, table, write_package
+from fedtune.simulations.studies.quantize import ROWS, Measurement, spread, study, table, write_package
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()
@@ -18,8 +18,8 @@ DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../share
 
 def test_the_table_has_means_and_spreads() -> None:
     found = {
-        "fp32": [Found(nats=0.0, kl=0.0, bits=32)],
-        "int4": [Found(nats=0.0, kl=0.001, bits=5.5), Found(nats=0.0, kl=0.003, bits=5.5)],
+        "fp32": [Measurement(nats=0.0, kl=0.0, bits=32)],
+        "int4": [Measurement(nats=0.0, kl=0.001, bits=5.5), Measurement(nats=0.0, kl=0.003, bits=5.5)],
     }
     # by hand: e^0 = 1; mean of 1 and 3 is 2, deviations ±1, sqrt(2 / 1) = 1.414
     assert table(found).splitlines()[2:] == [
@@ -50,12 +50,12 @@ def test_the_engine_runs_what_was_quantized(tmp_path: Path, row: str) -> None:
 @pytest.mark.skipif(not (DATA / "lm/wikitext-2").is_dir(), reason="needs FEDTUNE_DATA with lm/wikitext-2 and stories260k")
 def test_orderings_on_real_text() -> None:
     rows = {
-        "a8w8": Recipe(kind="int8", group=0),
-        "smoothquant": Recipe(kind="int8", group=0, method="smoothquant"),
-        "rtn": Recipe(),
-        "awq": Recipe(method="awq"),
-        "gptq": Recipe(method="gptq"),
-        "rtn 128": Recipe(group=128),
+        "a8w8": QuantizeSettings(kind="int8", group=0),
+        "smoothquant": QuantizeSettings(kind="int8", group=0, method="smoothquant"),
+        "rtn": QuantizeSettings(),
+        "awq": QuantizeSettings(method="awq"),
+        "gptq": QuantizeSettings(method="gptq"),
+        "rtn 128": QuantizeSettings(group=128),
     }
     found = study(DATA / "models/stories260k/hf", DATA / "lm/wikitext-2/valid.txt", [0], 4096, rows)
     kl = {name: several[0].kl for name, several in found.items()}

@@ -18,7 +18,7 @@ from fedtune.inference.engine.shape import Shape
 
 
 class CacheError(FedtuneError):
-    """A cache is full, or cannot do what was asked of it."""
+    """A cache is full, or cannot perform an operation."""
 
 
 @dataclass(slots=True)
@@ -27,8 +27,8 @@ class Span:
 
     Args:
         cache: The sequence's keys and values so far.
-        n: Its tokens in this pass; rows stand in the order of the spans.
-        keep: Rows from the end whose logits are wanted; None wants all, 0 none.
+        n: Its tokens in this pass; rows are in the order of the spans.
+        keep: Number of last rows whose logits are returned; None returns all.
         adapter: Name of a separate LoRA adapter for these rows; None is the model itself.
     """
 
@@ -42,16 +42,16 @@ class Cache(ABC):
     """Keys and values of ONE sequence in all layers.
 
     Attributes:
-        length: Tokens so far, which is the absolute position of the next one.
-        limit: Most tokens.
-        undo: Tokens that `crop` can always take back; None: all of them.
+        length: Tokens so far: the absolute position of the next one.
+        limit: Maximum number of tokens.
+        undo: Number of tokens that `crop` can always remove; None: all.
     """
 
     undo: int | None = None
 
     def __init__(self, shape: Shape, limit: int) -> None:
         if limit < 1:
-            raise CacheError(f"a cache for {limit} tokens is of no use: the limit must be at least 1")
+            raise CacheError(f"a cache's limit must be at least 1 token, not {limit}")
         self.shape = shape
         self.limit = limit
         self.length = 0
@@ -73,21 +73,21 @@ class Cache(ABC):
         """
 
     def advance(self, n: int) -> None:
-        """After the last layer of a pass: the n stored tokens count. The decoder calls it once a span."""
+        """Add the n stored tokens to the length. The decoder calls it once per span after the last layer."""
         self.length += n
 
     def can_crop_to(self, length: int) -> bool:
-        """Whether `crop(length)` would work."""
+        """Whether `crop(length)` is possible."""
         return 0 <= length <= self.length
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on.
+        """Remove the tokens from position `length` on.
 
         Raises:
-            CacheError: The cache has let go of what it would need.
+            CacheError: The cache no longer has the needed entries.
         """
         if not self.can_crop_to(length):
-            raise CacheError(f"the cache holds {self.length} tokens and cannot go back to {length}: start the sequence again")
+            raise CacheError(f"the cache holds {self.length} tokens and cannot be cropped to {length}: start the sequence again")
         self.length = length
 
     @property
@@ -96,11 +96,9 @@ class Cache(ABC):
         """Bytes held now."""
 
     def room(self, n: int) -> None:
-        """Raise CacheError where n more tokens would be too many."""
+        """Raise CacheError if n more tokens exceed the limit."""
         if self.length + n > self.limit:
-            raise CacheError(
-                f"{self.length} + {n} tokens are more than the cache's limit of {self.limit}: shorten the text or raise the limit"
-            )
+            raise CacheError(f"{self.length} + {n} tokens exceed the cache's limit of {self.limit}: shorten the text or raise the limit")
 
     @staticmethod
     def attend_many(layer: int, spans: Sequence[Span], q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
@@ -120,20 +118,20 @@ class Cache(ABC):
 
 
 def causal_mask(n: int, held: int, window: int | None) -> Tensor:
-    """[n, held] bool: query i stands at position held - n + i and sees itself and what is before it, at most `window` tokens in all."""
+    """[n, held] bool: query i is at position held - n + i and sees itself and earlier tokens, at most `window` in total."""
     behind = torch.arange(held - n, held).unsqueeze(1) - torch.arange(held)
     seen = behind >= 0
     return seen if window is None else seen & (behind < window)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """Grouped-query attention over keys that lie ready.
+    """Grouped-query attention.
 
     Args:
         q: [n, H, D].
         k, v: [Hkv, T, D], of q's dtype.
-        mask: [n, T] bool, or None where every query sees every key.
-        causal: In place of a mask where n = T.
+        mask: [n, T] bool; None: every query sees every key.
+        causal: Use a causal mask instead of `mask`; needs n = T.
 
     Returns:
         [n, H, D].

@@ -1,7 +1,7 @@
-"""The best cache that so many bytes allow.
+"""Chooses the best cache within a memory budget.
 
-From what loses nothing to what forgets: full, the model's own sliding window where every layer has one, 8, 4 and 2 bits, a window with
-sinks. A policy is taken if it holds all the tokens that are wanted; the last one holds what fits.
+Policies from lossless to lossy: full, the model's own sliding window if every layer has one, 8, 4 and 2 bits, a window with sinks. The
+first that holds all tokens within the budget is chosen; the last one holds as many as fit.
 """
 
 import re
@@ -17,20 +17,20 @@ from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.shape import Shape
 
 SINKS = 4
-SMALLEST = 32  # tokens of a window that still says something
+SMALLEST = 32  # tokens of the shortest useful window
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "64MB", "1.5 GiB", "800k" or "65536".
+    """Parse "64MB", "1.5 GiB", "800k" or "65536" to bytes.
 
     Raises:
-        ConfigError: It is no size above 0.
+        ConfigError: It is not a positive size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text, re.IGNORECASE | re.ASCII)
     size = round(float(found[1]) * UNITS[(found[2] or "").upper()]) if found and len(found[1]) <= 20 else 0
     if size < 1:
-        raise ConfigError(f"{text!r} is no size in memory: write for example 64MB, 1.5GiB or 65536")
+        raise ConfigError(f"{text!r} is not a memory size: write for example 64MB, 1.5GiB or 65536")
     return size
 
 
@@ -46,7 +46,7 @@ def show_size(size: int) -> str:
 
 
 def show_least(size: int) -> str:
-    """A size that is enough once it is typed: rounded up, and one word.
+    """Format a size for use as an argument: rounded up, without a space.
 
     >>> show_least(64_000_001), show_least(9_216), show_least(12)
     ('64.1MB', '9.3kB', '12B')
@@ -60,14 +60,14 @@ def show_least(size: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A cache for a model, not yet made.
+    """A cache policy for a model.
 
     Args:
-        shape: Of the model.
-        tokens: Most tokens of the text.
+        shape: The model's shape.
+        tokens: Maximum number of tokens.
         policy: full, window, kivi8, kivi4 or kivi2.
-        window, sinks: Of the policy window.
-        dtype: Of what is not in codes.
+        window, sinks: Parameters of the policy `window`.
+        dtype: Dtype of unquantized entries.
     """
 
     shape: Shape
@@ -83,7 +83,7 @@ class Choice:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache when it holds all its tokens."""
+        """Bytes of the full cache."""
         shape, tokens = self.shape, self.tokens
         if self.policy == "full":
             return _token(shape, self.dtype) * tokens
@@ -92,7 +92,7 @@ class Choice:
         return KiviCache.bytes_for(shape, tokens, int(self.policy[4:]), dtype=self.dtype)
 
     def build(self) -> Cache:
-        """An empty cache."""
+        """Create an empty cache."""
         if self.policy == "full":
             return FullCache(self.shape, self.tokens, self.dtype)
         if self.policy == "window":
@@ -101,23 +101,23 @@ class Choice:
 
     @property
     def sentence(self) -> str:
-        """What it is, for a person."""
+        """A description for the user."""
         if self.policy == "full":
-            what = "every key and value in full"
+            what = "all keys and values in full precision"
         elif self.policy != "window":
-            what = f"keys and values in {self.policy[4:]} bits, the newest 128 tokens in full"
+            what = f"keys and values in {self.policy[4:]} bits, the newest 128 tokens in full precision"
         elif self.sinks:
-            what = f"the first {self.sinks} and the newest {self.window} tokens, the rest forgotten"
+            what = f"only the first {self.sinks} and the newest {self.window} tokens"
         else:
             what = f"the model's own window of {self.window} tokens"
         return f"cache: {what}; {show_size(self.nbytes)} for a text of {self.tokens} tokens"
 
 
 def choose(shape: Shape, tokens: int, budget: int, dtype: torch.dtype = torch.float32) -> Choice:
-    """The first policy that holds `tokens` tokens in `budget` bytes, or else the longest window.
+    """Choose the first policy that holds `tokens` tokens in `budget` bytes, else the longest window.
 
     Raises:
-        ConfigError: Not even a short window fits.
+        ConfigError: Not even the shortest useful window fits.
     """
     own = max((w or tokens for w in shape.windows), default=tokens)
     whole = [Choice(shape=shape, tokens=tokens, dtype=dtype)]
@@ -136,11 +136,11 @@ def choose(shape: Shape, tokens: int, budget: int, dtype: torch.dtype = torch.fl
         least = min([least, *(choice.nbytes for choice in whole)])
         raise ConfigError(
             f"a cache of {show_size(budget)} is too small for this model: give at least {show_least(least)} "
-            f"for a text of {tokens} tokens, or ask for a shorter text"
+            f"for a text of {tokens} tokens, or use a shorter text"
         )
     return Choice(shape=shape, tokens=tokens, policy="window", window=window, sinks=sinks, dtype=dtype)
 
 
 def _token(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of one token in full."""
+    """Bytes of one token in full precision."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Every token's keys and values, rotated, in buffers that double when they are full."""
+"""The full cache: rotated keys and values of all tokens, in buffers that double on demand."""
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ class FullCache(Cache):
     """Exact attention over all tokens; `crop` is free.
 
     Args:
-        limit: Most tokens.
-        dtype: float32, or bfloat16 for half the memory and reads.
+        limit: Maximum number of tokens.
+        dtype: float32, or bfloat16 for half the memory and bandwidth.
     """
 
 
     def __init__(self, shape: Shape, limit: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(shape, limit)
         self.dtype = dtype
-        self._keys: list[Tensor] = []  # a layer: [Hkv, room, D]
+        self._keys: list[Tensor] = []  # per layer: [Hkv, room, D]
         self._values: list[Tensor] = []
         self._by_token: tuple[list[Tensor], ...] = [], []
         self._turned: list[Tensor] = []
@@ -38,14 +38,14 @@ class FullCache(Cache):
         if not self._keys or self._keys[0].shape[1] < end:
             self._grow(end)
         rows, plain = rope.rows(start, n), self.dtype == torch.float32
-        if plain:  # the product goes straight to its place
+        if plain:  # write the product directly into the buffer
             torch.mul(as_complex(k), rows, out=self._turned[layer].narrow(0, start, n))
         else:
             self._by_token[0][layer].narrow(0, start, n).copy_(rope.rotate(k, start))
         self._by_token[1][layer].narrow(0, start, n).copy_(v)
         q = as_real(as_complex(q) * rows)
         window = self.shape.windows[layer]
-        first = 0 if window is None else max(0, start - window + 1)  # the first query sees no further back
+        first = 0 if window is None else max(0, start - window + 1)  # the oldest token that the first query sees
         held = end - first
         keys, values = self._keys[layer].narrow(1, first, held), self._values[layer].narrow(1, first, held)
         whole = n == 1 or (start == 0 and (window is None or n <= window))
@@ -54,7 +54,7 @@ class FullCache(Cache):
         return out if plain else out.float()
 
     def _masked(self, n: int, held: int, window: int | None) -> Tensor:
-        """One mask serves all layers of a pass."""
+        """The mask, cached for all layers of a pass."""
         if self._mask is None or self._mask[0] != (n, held, window):
             self._mask = (n, held, window), causal_mask(n, held, window)
         return self._mask[1]
@@ -67,7 +67,7 @@ class FullCache(Cache):
             for layer in range(shape.layers):
                 new = torch.zeros(shape.kv_heads, size, shape.head_dim, dtype=self.dtype)
                 if held:
-                    new[:, :held] = buffers[layer]  # what was cropped too: a pass that stopped early goes on from it
+                    new[:, :held] = buffers[layer]  # including cropped entries, from which an early exit is continued
                     buffers[layer] = new
                 else:
                     buffers.append(new)

@@ -1,11 +1,11 @@
-"""Keys and values in 8, 4 or 2 bits, the newest tokens in full.
+"""Keys and values in 8, 4 or 2 bits, the newest tokens in full precision.
 
-Keys are quantized per channel over groups of tokens, values per token over groups of channels: outliers of keys sit in a few channels,
-values have none. A group is quantized once, when it leaves the window of `residual` newest tokens, and never again.
+Keys are quantized per channel over groups of tokens, values per token over groups of channels: outliers of keys are in a few channels,
+values have none. A group is quantized once, when it leaves the window of the `residual` newest tokens.
 
-What a query sees hangs on its position alone: the one at p sees tokens before g * floor((p + 1 - residual) / g) through their codes and
-the rest in full, whether it came in a prefill, in decode or in a speculative pass. (KIVI's own prefill attends in full precision; then a
-text's logits hang on how it was cut into passes, and speculation could not be lossless.) The price is `undo` more tokens in full.
+A query's view depends only on its position: the query at p sees tokens before g * floor((p + 1 - residual) / g) as codes and the rest in
+full precision, in prefill, decoding and speculative passes alike. (KIVI's own prefill attends in full precision; then a text's logits
+depend on how it is split into passes, and speculation cannot be lossless.) The cost is `undo` more tokens in full precision.
 
 Source: Liu et al. 2024, KIVI, arXiv:2402.02750, algorithm 1. Keys are quantized after RoPE, as there.
 """
@@ -21,13 +21,13 @@ from fedtune.inference.engine.caches.packing import WIDTHS, decode, encode, grid
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
-BLOCK = 1 << 18  # numbers that are dequantized at once: what a core's own cache holds
-SCORES = 1 << 22  # attention weights alive at once
+BLOCK = 1 << 18  # numbers that are dequantized at once, to fit a core's cache
+SCORES = 1 << 22  # attention weights in memory at once
 
 
 @dataclass(slots=True)
 class _Layer:
-    """Codes of tokens 0..done-1 by groups of g; the newest tokens, from position first on, in full."""
+    """Codes of tokens 0..done-1 in groups of g; tokens from position `first` on in full precision."""
 
     first: int
     done: int
@@ -54,18 +54,18 @@ class _Layer:
 
 
 class KiviCache(Cache):
-    """Quantized keys and values behind a window in full precision.
+    """Quantized keys and values, and the newest tokens in full precision.
 
     Args:
-        limit: Most tokens.
+        limit: Maximum number of tokens.
         bits: 8, 4 or 2.
-        residual: Newest tokens that every query sees in full, itself included.
-        group: Tokens of a key group and most channels of a value group; None takes min(32, head_dim), down to whole bytes.
-        undo: Tokens that `crop` can always take back.
-        dtype: Of the newest tokens: float32 or bfloat16.
+        residual: Newest tokens, including the query, that every query sees in full precision.
+        group: Tokens per key group and maximum channels per value group; None means min(32, head_dim), rounded down to whole bytes.
+        undo: Number of tokens that `crop` can always remove.
+        dtype: Dtype of the newest tokens: float32 or bfloat16.
 
     Raises:
-        CacheError: Numbers that do not fit each other.
+        CacheError: A number is out of range.
     """
 
     undo: int
@@ -83,7 +83,7 @@ class KiviCache(Cache):
     ) -> None:
         super().__init__(shape, limit)
         if bits not in WIDTHS:
-            raise CacheError(f"a cache cannot be kept in {bits} bits: choose 8, 4 or 2")
+            raise CacheError(f"a cache cannot have {bits} bits: choose 8, 4 or 2")
         self.bits, self.residual, self.undo, self.dtype = bits, residual, undo, dtype
         self.group = _group(shape, bits, group)
         if residual < 1 or undo < 0:
@@ -102,7 +102,7 @@ class KiviCache(Cache):
         undo: int = 32,
         dtype: torch.dtype = torch.float32,
     ) -> int:
-        """Bytes of a cache that is full of so many tokens; `nbytes` is never more."""
+        """Bytes of a cache with `tokens` tokens; an upper bound of `nbytes`."""
         g, width = _group(shape, bits, group), shape.head_dim
         groups = max(0, tokens - residual) // g
         codes = 2 * groups * (g * bits // 8) * width
@@ -115,18 +115,20 @@ class KiviCache(Cache):
         return sum(t.nbytes for layer in self._layers for t in (layer.keys, layer.values, *layer.packed()))
 
     def can_crop_to(self, length: int) -> bool:
-        """Within `undo` of the longest the cache has been, or while nothing is quantized."""
+        """True within `undo` tokens of the cache's greatest length, or while nothing is quantized."""
         return super().can_crop_to(length) and all(layer.first <= self._seen_as_codes(length) for layer in self._layers)
 
     def crop(self, length: int) -> None:
         if super().can_crop_to(length) and not self.can_crop_to(length):
             raise CacheError(
-                f"the {self.bits}-bit cache of {self.length} tokens cannot go back to {length}, only {self.undo} tokens: "
-                "the newest after that are kept as codes alone (start the sequence again, or raise undo)"
+                f"the {self.bits}-bit cache of {self.length} tokens cannot be cropped to {length}, only by {self.undo} tokens: "
+                "older ones exist only as codes (start the sequence again, or raise undo)"
             )
         super().crop(length)
         for layer in self._layers:
-            layer.done = min(layer.done, length // self.group * self.group)  # a forgotten token's group is made anew, from full rows
+            layer.done = min(
+                layer.done, length // self.group * self.group
+            )  # a removed token's group is quantized again, from full-precision rows
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.room(q.shape[0])
@@ -151,7 +153,7 @@ class KiviCache(Cache):
         return out
 
     def _seen_as_codes(self, position: int) -> int:
-        """Tokens that the query at `position` sees through their codes: all before this one."""
+        """Number of tokens that the query at `position` sees as codes."""
         return max(0, position + 1 - self.residual) // self.group * self.group
 
     def _empty(self) -> _Layer:
@@ -164,7 +166,7 @@ class KiviCache(Cache):
         return _Layer(0, 0, newest, newest.clone(), packed, low, low.clone(), packed.clone(), value_low, value_low.clone())
 
     def _newest(self, store: _Layer, buffer: Tensor, new: Tensor, end: int) -> Tensor:
-        """[Hkv, >= end - first, D]: the buffer with the new rows [n, Hkv, D] in it, or a longer tensor for the time of this pass."""
+        """[Hkv, >= end - first, D]: the buffer after adding the new rows [n, Hkv, D], or a longer temporary tensor for this pass."""
         rows, at = new.transpose(0, 1), self.length - store.first
         if end - store.first > buffer.shape[1]:
             return torch.cat([buffer[:, :at], rows.to(self.dtype)], 1)
@@ -172,13 +174,13 @@ class KiviCache(Cache):
         return buffer
 
     def _quantize(self, store: _Layer, keys: Tensor, values: Tensor, upto: int) -> None:
-        """Codes for the groups between `done` and `upto`, from the full rows that begin at position `first`."""
+        """Quantize the groups between `done` and `upto`, from the full-precision rows that start at position `first`."""
         g, done = self.group, store.done
         if upto <= done:
             return
         if upto // g > store.key_codes.shape[1]:
             store.grow(min(max(0, self.limit - self.residual) // g, max(4, 2 * store.key_codes.shape[1], upto // g)))
-        for a, b in self._blocks(done, upto):  # no float32 copy of a long prompt
+        for a, b in self._blocks(done, upto):  # avoids a float32 copy of a long prompt
             at, rows = slice(a // g, b // g), slice(a - store.first, b - store.first)
             x = keys[:, rows].float().unflatten(1, (-1, g))
             low, scale = grid(x, 2, self.bits)
@@ -191,12 +193,12 @@ class KiviCache(Cache):
         store.done = upto
 
     def _rows(self, store: _Layer, q: Tensor, start: int, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Attention of q [n, H, D] from position `start` on: one softmax over scores against codes, then against full rows."""
+        """Attention of q [n, H, D] from position `start` on: one softmax over the scores of codes and of full-precision rows."""
         n, heads, width = q.shape
         end, g = start + n, self.group
         low, high = self._seen_as_codes(start), self._seen_as_codes(end - 1)
         begin = 0 if window is None else min(max(0, start - window + 1), low) // g * g
-        q = q.transpose(0, 1).reshape(keys.shape[0], -1, width)  # rows of a key head: its query heads, each with n positions
+        q = q.transpose(0, 1).reshape(keys.shape[0], -1, width)  # per key head: its query heads, each with n positions
         full = slice(low - store.first, end - store.first)
         scores = q.new_empty(*q.shape[:2], high - begin + end - low)
         for a, b in self._blocks(begin, high):
@@ -212,7 +214,8 @@ class KiviCache(Cache):
         return out.view(heads, n, width).transpose(0, 1)
 
     def _seen(self, start: int, end: int, begin: int, low: int, high: int, window: int | None) -> Tensor:
-        """[n, columns] bool. Columns are tokens begin..high-1 as codes, then low..end-1 in full; a query sees each token in one form."""
+        """[n, columns] bool. Columns: tokens begin..high-1 as codes, then low..end-1 in full precision; a query sees each token in one
+        form."""
         at = torch.arange(start, end).unsqueeze(1)
         edge = (at + 1 - self.residual).clamp_min(0) // self.group * self.group
         codes, full = torch.arange(begin, high), torch.arange(low, end)
@@ -220,12 +223,12 @@ class KiviCache(Cache):
         return seen if window is None else seen & (at - torch.cat([codes, full]) < window)
 
     def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Tokens begin..end-1, both edges of groups, in stretches of so many that a layer's keys fill a block."""
+        """Split tokens begin..end-1 (group boundaries) into ranges whose keys fill a block."""
         step = max(1, BLOCK // (self.shape.kv_heads * self.shape.head_dim * self.group)) * self.group
         return ((a, min(a + step, end)) for a in range(begin, end, step))
 
     def _keys(self, store: _Layer, a: int, b: int) -> Tensor:
-        """[Hkv, tokens, D] float32 of key groups a..b-1."""
+        """Dequantize key groups a..b-1: [Hkv, tokens, D] float32."""
         return decode(store.key_codes[:, a:b], store.key_low[:, a:b], store.key_scale[:, a:b], self.bits).flatten(1, 2)
 
     def _values(self, store: _Layer, a: int, b: int) -> Tensor:
@@ -237,7 +240,7 @@ class KiviCache(Cache):
 
 
 def _group(shape: Shape, bits: int, group: int | None) -> int:
-    """Tokens of a key group: a whole number of packed bytes."""
+    """Tokens per key group: a whole number of packed bytes."""
     whole = 8 // bits
     g = (min(32, shape.head_dim) if group is None else group) // whole * whole
     if g < 1:

@@ -1,8 +1,8 @@
-"""Asymmetric min/max codes of 8, 4 or 2 bits, several to a byte.
+"""Asymmetric min/max codes of 8, 4 or 2 bits, several per byte.
 
 q = round((x - low) / scale), scale = (max - min) / (2^bits - 1): algorithms of KIVI (Liu et al. 2024, arXiv:2402.02750, section 3).
-``low`` and ``scale`` are kept in float16. They are rounded outwards before the codes are made, so the error stays within scale / 2 of the
-scale that is kept, and a group of equal numbers gets scale 1 and codes 0.
+``low`` and ``scale`` are stored in float16. They are rounded outward before the codes are computed, so the error is at most half the stored
+scale. A group of equal numbers gets scale 1 and codes 0.
 """
 
 import torch
@@ -15,14 +15,14 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 def grid(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
-    """(low, scale) float16 over groups that lie along `dim`, which stays with size 1.
+    """Return (low, scale) float16 of groups along `dim`, which is kept with size 1.
 
     Raises:
-        CacheError: A number that float16 cannot hold.
+        CacheError: A number is too large for float16.
     """
     smallest, largest = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    if not bool((torch.maximum(smallest.abs(), largest.abs()) < LARGEST).all()):  # false for nan too
-        raise CacheError(f"keys or values reach {float(x.abs().max()):g}, more than float16 holds: use the full cache for this model")
+    if not bool((torch.maximum(smallest.abs(), largest.abs()) < LARGEST).all()):  # also false for NaN
+        raise CacheError(f"keys or values reach {float(x.abs().max()):g}, too large for float16: use the full cache for this model")
     low = smallest.half()
     low = torch.where(low.float() > smallest, (smallest - smallest.abs() * 2**-11 - 2**-25).half(), low)
     wanted = (largest - low.float()) / (2**bits - 1)
@@ -32,13 +32,13 @@ def grid(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def encode(x: Tensor, low: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes of x [..., g, D] float32, packed along the tokens: uint8 [..., g * bits / 8, D].
+    """Quantize x [..., g, D] float32 to codes packed along the tokens: uint8 [..., g * bits / 8, D].
 
     Args:
-        low, scale: float16, of x's shape or broadcast to it.
+        low, scale: float16, broadcastable to x.
     """
     codes = ((x - low.float()) / scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    parts = codes.unflatten(-2, (8 // bits, -1)).unbind(-3)  # the first tokens in the low bits, so that unpacking need not interleave
+    parts = codes.unflatten(-2, (8 // bits, -1)).unbind(-3)  # the first tokens in the low bits, so that unpacking does not interleave
     packed = parts[0].clone()
     for i, part in enumerate(parts[1:], 1):
         packed |= part << (i * bits)
@@ -46,7 +46,7 @@ def encode(x: Tensor, low: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def decode(packed: Tensor, low: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The numbers behind `encode`'s codes: float32 [..., g, D]."""
+    """Dequantize the codes of `encode`: float32 [..., g, D]."""
     if bits == 8:
         return torch.addcmul(low.float(), packed.float(), scale.float())
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1, 1)
@@ -55,7 +55,7 @@ def decode(packed: Tensor, low: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def group_size(width: int, most: int) -> int:
-    """Channels of a group, the last perhaps with fewer: as few groups of at most `most` as do, of nearly the same size.
+    """Channels per group (the last may have fewer): the minimal number of groups of at most `most`, of nearly equal size.
 
     >>> group_size(74, 32)
     25
@@ -64,5 +64,5 @@ def group_size(width: int, most: int) -> int:
 
 
 def spread(x: Tensor, size: int, width: int) -> Tensor:
-    """[..., groups] -> [..., width]: each group's number for its channels."""
+    """[..., groups] -> [..., width]: repeat each group's number for its channels."""
     return x if x.shape[-1] == 1 else x.repeat_interleave(size, -1)[..., :width]

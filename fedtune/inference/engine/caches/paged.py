@@ -1,7 +1,7 @@
 """Keys and values of many sequences in blocks of one pool.
 
-A sequence holds a table of blocks, not one buffer: nothing is reserved for answers that may never come, sequences that begin alike share
-blocks, and a shared block is copied when somebody writes into it. Decoding sequences attend in one call a bucket of similar lengths.
+A sequence holds a table of blocks instead of one buffer: memory is not reserved in advance, sequences with a common prefix share blocks,
+and a shared block is copied on write. Attention of decoding sequences takes one call per bucket of similar lengths.
 
 Source: Kwon et al. 2023, PagedAttention, arXiv:2309.06180, section 4.
 """
@@ -17,35 +17,35 @@ from fedtune.inference.engine.caches.base import Cache, CacheError, Span
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
-SHORT = 128  # tokens: sequences up to here are gathered together; beyond, each with those of up to twice its length
-GATHERED = 1 << 19  # numbers of keys in one call: what is gathered should still be in a core's own cache when it is read
+SHORT = 128  # sequences of up to this many tokens are gathered together; longer ones with those of up to twice their length
+GATHERED = 1 << 19  # numbers of keys per call: gathered keys should stay in a core's cache until they are read
 
 
 class OutOfBlocks(CacheError):
-    """The pool has no room now; somebody must end or give up their blocks first."""
+    """The pool has no room now: a sequence must end or release its blocks first."""
 
 
 class PagedPool:
-    """A fixed number of blocks, counted by how many tables hold them.
+    """A fixed number of blocks with reference counts.
 
-    Beside them it keeps room for what one call gathers: 2 * max(GATHERED, one sequence's keys) numbers at most.
+    It also keeps a buffer for the gathered entries of one call: at most 2 * max(GATHERED, one sequence's keys) numbers.
 
     Args:
-        blocks: How many.
-        block: Tokens in one.
+        blocks: Number of blocks.
+        block: Tokens per block.
         dtype: float32 or bfloat16.
 
     Attributes:
-        reclaim: Asked for so many blocks when none are free; gives back what it can (a store of kept prefixes).
-        spare: How many `reclaim` could give.
+        reclaim: Called with the number of missing blocks; releases as many as it can (the prefix tree).
+        spare: Returns the number of blocks that `reclaim` could release.
     """
 
     def __init__(self, shape: Shape, blocks: int, block: int = 16, dtype: torch.dtype = torch.float32) -> None:
         if blocks < 1 or block < 1:
-            raise CacheError(f"a pool of {blocks} blocks of {block} tokens is of no use: both must be at least 1")
+            raise CacheError(f"a pool of {blocks} blocks of {block} tokens is empty: both must be at least 1")
         self.shape, self.blocks, self.block, self.dtype = shape, blocks, block, dtype
-        size = shape.layers, blocks + 1, block, shape.kv_heads, shape.head_dim  # block 0 stays zero: tables are filled up with it
-        self.keys, self.values = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)  # pages come when they are written
+        size = shape.layers, blocks + 1, block, shape.kv_heads, shape.head_dim  # block 0 stays zero: it pads tables
+        self.keys, self.values = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)  # memory is allocated on the first write
         self.reclaim: Callable[[int], None] = lambda wanted: None
         self.spare: Callable[[], int] = lambda: 0
         self._free = list(range(blocks, 0, -1))
@@ -55,7 +55,7 @@ class PagedPool:
 
     @staticmethod
     def bytes_for(shape: Shape, blocks: int, block: int = 16, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of a pool once every block has been used."""
+        """Bytes of a pool after every block has been used."""
         return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize * (blocks + 1) * block
 
     @property
@@ -64,45 +64,45 @@ class PagedPool:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody holds."""
+        """Number of free blocks."""
         return len(self._free)
 
     def room(self) -> int:
-        """Blocks that can be had now."""
+        """Number of blocks available now."""
         return self.free + self.spare()
 
     def holders(self, block: int) -> int:
         return self._holders[block]
 
     def cache(self, limit: int | None = None) -> "PagedCache":
-        """An empty sequence; None for the limit takes the whole pool."""
+        """Create an empty cache; the default limit is the whole pool."""
         return PagedCache(self, self.blocks * self.block if limit is None else limit)
 
     def take(self, count: int) -> list[int]:
-        """Blocks of zeros for one holder.
+        """Allocate zeroed blocks for one holder.
 
         Raises:
-            OutOfBlocks: There are not so many; none is taken.
+            OutOfBlocks: Too few blocks are available; none is allocated.
         """
         if count > self.free:
             self.reclaim(count - self.free)
         if count > self.free:
-            raise OutOfBlocks(f"{count} blocks are wanted and {self.free} of the pool's {self.blocks} are free: wait, or end a sequence")
+            raise OutOfBlocks(f"{count} blocks are needed and {self.free} of the pool's {self.blocks} are free: wait, or end a sequence")
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self._holders[block] = 1
-        for tensor in (self.keys, self.values):  # what another sequence left may be nan, and a mask does not stop nan
+        for tensor in (self.keys, self.values):  # a previous sequence may have left NaN, which a mask does not stop
             tensor.index_fill_(1, torch.tensor(taken, dtype=torch.long), 0)
         return taken
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One holder more for each."""
+        """Add a holder to each block."""
         for block in blocks:
             assert self._holders[block] > 0
             self._holders[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One holder less for each; the last one's block is free again."""
+        """Remove a holder from each block; a block without holders becomes free."""
         for block in blocks:
             assert self._holders[block] > 0
             self._holders[block] -= 1
@@ -110,13 +110,13 @@ class PagedPool:
                 self._free.append(block)
 
     def gather(self, layer: int, blocks: Tensor, many: int) -> list[Tensor]:
-        """Keys and values [many, Hkv, T, D] of so many tables [many * B], which stand until the next call.
+        """Return keys and values [many, Hkv, T, D] of `many` tables [many * B], valid until the next call.
 
-        They lie in memory that is used again: fresh pages cost more than the copy (measured: 9.3 ms a layer in place of 2.4).
+        The buffer is reused: fresh pages cost more than the copy (measured: 9.3 ms per layer instead of 2.4).
         """
         needed = blocks.numel() * self.keys[0, 0].numel()
         if self._scratch[0].numel() < needed:
-            with torch.inference_mode(False):  # so that it may be written to both in that mode and outside
+            with torch.inference_mode(False):  # so that it can be written inside and outside of that mode
                 self._scratch = [torch.empty(needed, dtype=self.dtype) for _ in range(2)]
         out = []
         for tensor, scratch in zip((self.keys, self.values), self._scratch, strict=True):
@@ -126,14 +126,14 @@ class PagedPool:
         return out
 
     def changed(self) -> None:
-        """A table or a length is not what it was: what was worked out for the last pass no longer holds."""
+        """Discard the plan of the last pass, because a table or a length has changed."""
         self._pass = None
 
     def plan(self, spans: Sequence[Span]) -> "_Pass":
-        """What all layers of a pass share.
+        """Return the plan of a pass, shared by all layers.
 
         Raises:
-            OutOfBlocks: The spans do not all fit; no table has changed.
+            OutOfBlocks: The spans do not fit; no table has changed.
         """
         if self._pass is None or not self._pass.of(spans):
             caches = [_paged(span) for span in spans]
@@ -143,7 +143,7 @@ class PagedPool:
             if wanted > self.free:
                 self.reclaim(wanted - self.free)
             if wanted > self.free:
-                raise OutOfBlocks(f"a pass needs {wanted} blocks and {self.free} of the pool's {self.blocks} are free: leave sequences out")
+                raise OutOfBlocks(f"a pass needs {wanted} blocks and {self.free} of the pool's {self.blocks} are free: run fewer sequences")
             for cache, span in zip(caches, spans, strict=True):
                 cache.reserve(span.n)
             self._pass = _Pass(self, caches, [span.n for span in spans])
@@ -151,10 +151,10 @@ class PagedPool:
 
 
 class PagedCache(Cache):
-    """One sequence's table. `free` gives its blocks back: call it when the sequence ends.
+    """The block table of one sequence. Call `free` when the sequence ends.
 
     Attributes:
-        table: Its blocks, in order; tokens i * block .. i * block + block - 1 lie in the i-th.
+        table: Its blocks in order; block i holds tokens i * block .. i * block + block - 1.
     """
 
     def __init__(self, pool: PagedPool, limit: int) -> None:
@@ -164,7 +164,7 @@ class PagedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Of its blocks, shared ones too."""
+        """Bytes of its blocks, including shared ones."""
         return len(self.table) * self.pool.nbytes // (self.pool.blocks + 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
@@ -172,10 +172,10 @@ class PagedCache(Cache):
 
     @staticmethod
     def attend_many(layer: int, spans: Sequence[Span], q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """One gathered attention a bucket of spans with the same number of rows and similar lengths.
+        """Run one gathered attention per bucket of spans with the same number of rows and similar lengths.
 
         Raises:
-            OutOfBlocks: The pool cannot hold all the rows; nothing is stored and no table has changed.
+            OutOfBlocks: The pool cannot hold all rows; nothing is stored and no table has changed.
         """
         pool = _paged(spans[0]).pool
         if any(_paged(span).pool is not pool for span in spans):
@@ -194,15 +194,15 @@ class PagedCache(Cache):
         return out
 
     def needs(self, n: int) -> int:
-        """Blocks that n more tokens would take from the pool."""
+        """Number of blocks needed from the pool for n more tokens."""
         have = len(self.table)
         return max(0, -(-(self.length + n) // self.pool.block) - have) + int(n > 0 and self._shares_last())
 
     def reserve(self, n: int) -> None:
-        """Take the blocks for n more tokens now; a last block that others hold too is copied.
+        """Allocate blocks for n more tokens; a shared last block is copied.
 
         Raises:
-            CacheError: More than the limit.
+            CacheError: The limit is exceeded.
             OutOfBlocks: The pool has no room; the table has not changed.
         """
         self.room(n)
@@ -232,20 +232,20 @@ class PagedCache(Cache):
         self.pool.changed()
 
     def hold(self, blocks: Sequence[int], length: int) -> None:
-        """Begin an empty sequence with blocks that others hold."""
+        """Start an empty sequence with blocks of other holders."""
         assert not self.table and not self.length
         self.pool.share(blocks)
         self.table, self.length = list(blocks), length
         self.pool.changed()
 
     def free(self) -> None:
-        """Give all blocks back; the sequence is empty again."""
+        """Release all blocks; the sequence becomes empty."""
         self.pool.release(self.table)
         self.table, self.length = [], 0
         self.pool.changed()
 
     def _shares_last(self) -> bool:
-        """The next token goes into a block that somebody else holds too."""
+        """Whether the next token goes into a shared block."""
         at = self.length // self.pool.block
         return at < len(self.table) and self.pool.holders(self.table[at]) > 1
 
@@ -257,12 +257,12 @@ def _paged(span: Span) -> PagedCache:
 
 @dataclass(slots=True)
 class _Bucket:
-    """Spans of n rows each over tables of the same number of blocks."""
+    """Spans of n rows each, with tables of the same number of blocks."""
 
-    rows: Tensor  # [S * n] of the pass
+    rows: Tensor  # [S * n] rows of the pass
     n: int
     blocks: Tensor  # [S * B]
-    ahead: Tensor  # [S, 1, n, T] int: how far each row lies ahead of each key; below 0 it must not see it
+    ahead: Tensor  # [S, 1, n, T] int: position of each row minus that of each key; a row does not see keys below 0
     masks: dict[int | None, Tensor]
 
     def attend(self, q: Tensor, pool: PagedPool, layer: int) -> Tensor:
@@ -271,7 +271,7 @@ class _Bucket:
         q = q[self.rows]
         mine = pool.gather(layer, self.blocks, many)
         mask = self._mask(pool.shape.windows[layer])
-        if self.n == 1:  # the query heads of a group become rows
+        if self.n == 1:  # query heads of a group become rows
             out = scaled_dot_product_attention(q.view(many, kv_heads, -1, width), *mine, attn_mask=mask)
             return out.reshape(many, -1, width)
         out = scaled_dot_product_attention(
@@ -287,7 +287,7 @@ class _Bucket:
 
 
 class _Pass:
-    """Where rows are stored and who attends with whom."""
+    """The plan of a pass: slots of the rows and buckets of the spans."""
 
     def __init__(self, pool: PagedPool, caches: Sequence[PagedCache], counts: Sequence[int]) -> None:
         self._caches, self._counts = caches, list(counts)
@@ -306,7 +306,7 @@ class _Pass:
         self.in_order = len(self.buckets) == 1 and len(caches) == 1
 
     def of(self, spans: Sequence[Span]) -> bool:
-        """These are the spans it was made for; lengths and tables have not changed since, or it would have been dropped."""
+        """Whether the plan is for these spans. It is discarded when a length or table changes."""
         return [span.n for span in spans] == self._counts and all(s.cache is c for s, c in zip(spans, self._caches, strict=True))
 
     @staticmethod
@@ -320,7 +320,7 @@ class _Pass:
 
 
 def _alike(members: list[tuple[PagedCache, int]], n: int, a_token: int) -> list[list[tuple[PagedCache, int]]]:
-    """Members in buckets, the shortest first: none more than twice as long as another beyond SHORT, none too big to gather at once."""
+    """Split members into buckets, shortest first: beyond SHORT, lengths in a bucket differ at most by a factor of 2; each fits GATHERED."""
     buckets: list[list[tuple[PagedCache, int]]] = []
     for member in sorted(members, key=lambda m: m[0].length):
         end = member[0].length + n

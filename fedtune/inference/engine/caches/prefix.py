@@ -1,9 +1,9 @@
-"""What was computed for a beginning of a text serves the next text that begins alike.
+"""Prefix sharing: texts with a common prefix share its keys and values.
 
-`PrefixTree` keeps blocks of a paged pool, which any number of sequences share at once. It compares token ids, never hashes of them, and
-keeps adapters apart: the same ids give other keys and values under another adapter.
+`PrefixTree` keeps blocks of a paged pool, which any number of sequences can share. It compares token ids, never hashes, and separates
+adapters: the same ids have other keys and values under another adapter.
 
-Source: the tree is Zheng et al. 2024, SGLang's RadixAttention, arXiv:2312.07104, section 3, over blocks.
+Source: Zheng et al. 2024, SGLang's RadixAttention, arXiv:2312.07104, section 3; here over blocks.
 """
 
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from fedtune.inference.engine.caches.paged import OutOfBlocks, PagedCache, Paged
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning; slices are compared, as most of two turns' tokens are alike."""
+    """Length of the longest common prefix. Compares slices, because consecutive turns share most tokens."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -28,7 +28,7 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A full block's tokens behind those of its parents."""
+    """The tokens of a full block, which follow those of its parents."""
 
     ids: tuple[int, ...]
     block: int
@@ -37,19 +37,19 @@ class _Node:
 
 
 class PrefixTree:
-    """Full blocks of ended sequences, held until the pool wants them back; the one not used for longest goes first."""
+    """Full blocks of ended sequences, kept until the pool needs them; the least recently used is evicted first."""
 
     def __init__(self, pool: PagedPool) -> None:
         self.pool = pool
         self._roots: dict[str | None, _Node] = {}
-        self._nodes: OrderedDict[_Node, None] = OrderedDict()  # by last use; a parent comes after its children
+        self._nodes: OrderedDict[_Node, None] = OrderedDict()  # in order of last use; parents after their children
         pool.reclaim, pool.spare = self.evict, self.evictable
 
     def __len__(self) -> int:
         return len(self._nodes)
 
     def match(self, ids: Sequence[int], adapter: str | None = None) -> tuple[list[int], int]:
-        """Blocks that hold the beginning of `ids`, and how many tokens of it; of the last block perhaps only some."""
+        """Return the blocks that hold a prefix of `ids`, and its length; the last block may match only partly."""
         size, node = self.pool.block, self._roots.get(adapter)
         blocks: list[int] = []
         last, held = node, 0
@@ -69,7 +69,7 @@ class PrefixTree:
         return blocks, held
 
     def insert(self, ids: Sequence[int], table: Sequence[int], adapter: str | None = None) -> None:
-        """Hold the full blocks of a sequence's table; those whose tokens are there already are not held twice."""
+        """Add the full blocks of a sequence's table, except those whose tokens are already in the tree."""
         size = self.pool.block
         node = self._roots.setdefault(adapter, _Node((), 0, None))
         for i in range(len(ids) // size):
@@ -81,11 +81,11 @@ class PrefixTree:
         self._touch(node)
 
     def evictable(self) -> int:
-        """Blocks that nobody but the tree holds."""
+        """Number of blocks held only by the tree."""
         return sum(self.pool.holders(node.block) == 1 for node in self._nodes)
 
     def evict(self, wanted: int) -> None:
-        """Give back so many blocks, or all that no sequence holds."""
+        """Release `wanted` blocks, or all that no sequence holds."""
         for node in list(self._nodes):
             if wanted < 1:
                 return
@@ -94,7 +94,7 @@ class PrefixTree:
                 wanted -= 1
 
     def clear(self) -> None:
-        """Give all blocks back."""
+        """Release all blocks."""
         for node in list(self._nodes):
             self._remove(node)
 
@@ -111,12 +111,12 @@ class PrefixTree:
 
 
 class PagedCaches:
-    """Where a scheduler gets its sequences' caches: one pool, with beginnings shared between requests.
+    """Provides a scheduler's caches from one pool, with prefixes shared between requests.
 
     Args:
-        pool: Of the blocks.
-        limit: Most tokens of one sequence; None takes the whole pool.
-        virtual: Tokens that are put into every fresh cache before its text (a tuned prompt); such caches share nothing.
+        pool: The pool of blocks.
+        limit: Maximum tokens of one sequence; None allows the whole pool.
+        virtual: Number of virtual tokens before every text (a tuned prompt); such caches share no prefix.
 
     Raises:
         CacheError: The pool cannot hold one sequence of `limit` tokens.
@@ -125,12 +125,12 @@ class PagedCaches:
     def __init__(self, pool: PagedPool, limit: int | None = None, *, virtual: int = 0) -> None:
         most = pool.blocks * pool.block
         if limit is not None and limit > most:
-            raise CacheError(f"sequences of {limit} tokens do not fit in {pool.blocks} blocks of {pool.block}: ask for at most {most}")
+            raise CacheError(f"sequences of {limit} tokens do not fit in {pool.blocks} blocks of {pool.block}: use at most {most}")
         self.pool, self.limit, self.tree = pool, most if limit is None else limit, PrefixTree(pool)
         self._virtual = virtual
 
     def open(self, ids: Sequence[int], adapter: str | None = None) -> Cache | None:
-        """A cache with room for ids, which may hold a beginning of them already, never all; None: no room now."""
+        """Open a cache with room for ids. It may already hold a prefix of them, but never all. None if there is no room now."""
         cache = self.pool.cache(self.limit)
         if not self._virtual:
             cache.hold(*self.tree.match(ids[:-1], adapter))
@@ -140,7 +140,7 @@ class PagedCaches:
         return None
 
     def reserve(self, cache: Cache, n: int) -> bool:
-        """Room for n more tokens; False: there is none now."""
+        """Reserve room for n more tokens. Returns False if there is none now."""
         assert isinstance(cache, PagedCache)
         try:
             cache.reserve(n)
@@ -149,8 +149,8 @@ class PagedCaches:
         return True
 
     def close(self, cache: Cache, ids: Sequence[int], adapter: str | None = None) -> None:
-        """The sequence has ended; ids are the tokens that its cache holds, for others to begin with."""
+        """Close the cache of an ended sequence; ids are its tokens, which other sequences may reuse as a prefix."""
         assert isinstance(cache, PagedCache)
-        if cache.length == len(ids):  # else virtual tokens lie before them
+        if cache.length == len(ids):  # else it has virtual tokens
             self.tree.insert(ids, cache.table, adapter)
         cache.free()

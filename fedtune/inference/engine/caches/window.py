@@ -1,9 +1,9 @@
-"""The first tokens and the newest ones: bounded memory for a text without end.
+"""Keeps the first and the newest tokens: bounded memory for endless texts.
 
-A model puts much attention on its first tokens whatever they say; a plain window that drops them breaks down, one that keeps a few does
-not. Keys are cached before RoPE, and positions are counted in the cache: with s sinks and a window of w, the query at p stands at
-min(p, s + w - 1), the sinks at 0..s-1 and the window's tokens right before the query. So positions never leave what the model was trained
-on, and a text may be longer than its context. Without sinks this is the plain sliding window, since scores hang on differences alone.
+Models put much attention on their first tokens, whatever these are. A window that drops them breaks down; one that keeps a few (sinks) does
+not. Keys are cached before RoPE, and positions are relative to the cache: with s sinks and a window of w, the query at p has position
+min(p, s + w - 1), the sinks 0..s-1, and the window's tokens come directly before the query. So positions stay in the trained range, and a
+text may be longer than the context. Without sinks this is the plain sliding window, because scores depend only on position differences.
 
 Source: Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453, section 3.2.
 """
@@ -19,17 +19,17 @@ ROWS = 256  # queries that attend at once in a long prefill
 
 
 class WindowCache(Cache):
-    """Sinks, and a ring of the newest tokens.
+    """Sinks and a ring buffer of the newest tokens.
 
     Args:
-        limit: Most tokens of the text; memory does not grow with it.
-        window: Newest tokens that a query sees, itself included.
-        sinks: First tokens that every query sees.
-        undo: Tokens that `crop` can always take back, and most of a pass that needs no copy of the window.
-        dtype: Of what is kept: float32 or bfloat16.
+        limit: Maximum tokens of the text; memory does not grow with it.
+        window: Newest tokens that a query sees, including itself.
+        sinks: First tokens, which every query sees.
+        undo: Number of tokens that `crop` can always remove; also the largest pass that needs no copy of the window.
+        dtype: Dtype of the entries: float32 or bfloat16.
 
     Raises:
-        CacheError: Numbers that do not fit each other or the model's own sliding window.
+        CacheError: The numbers exclude each other, or do not fit the model's own sliding window.
     """
 
     undo: int
@@ -42,18 +42,18 @@ class WindowCache(Cache):
             raise CacheError(f"window={window} and undo={undo} must be at least 1 and sinks={sinks} at least 0")
         own = min((w for w in shape.windows if w is not None), default=None)
         if own is not None and sinks >= own:
-            raise CacheError(f"{sinks} sinks do not leave room in the model's own sliding window of {own} tokens: ask for fewer")
+            raise CacheError(f"{sinks} sinks fill the model's own sliding window of {own} tokens: use fewer")
         self.window, self.sinks, self.undo, self.dtype = window, sinks, undo, dtype
         self._slots = _slots(limit, window, sinks, undo)
         self._ring = self._slots - min(sinks, self._slots)
-        self._written = 0  # longest the cache has been: what is older by more than the ring is gone
-        self._keys: list[Tensor] = []  # a layer: [slots, Hkv, D], not rotated
+        self._written = 0  # greatest length so far: older tokens than the ring holds are gone
+        self._keys: list[Tensor] = []  # per layer: [slots, Hkv, D], not rotated
         self._values: list[Tensor] = []
         self._pass: tuple[tuple[int, int], Tensor] | None = None
 
     @staticmethod
     def bytes_for(shape: Shape, tokens: int, window: int, sinks: int = 4, *, undo: int = 32, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of a cache for so many tokens."""
+        """Bytes of a cache for `tokens` tokens."""
         return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize * _slots(tokens, window, sinks, undo)
 
     @property
@@ -65,13 +65,13 @@ class WindowCache(Cache):
         self._written = max(self._written, self.length)
 
     def can_crop_to(self, length: int) -> bool:
-        """Within `undo` of the longest the cache has been, or while nothing has been overwritten."""
+        """True within `undo` tokens of the cache's greatest length, or while nothing has been overwritten."""
         return super().can_crop_to(length) and (self._written <= self._slots or length >= self._written - self.undo)
 
     def crop(self, length: int) -> None:
         if super().can_crop_to(length) and not self.can_crop_to(length):
             raise CacheError(
-                f"the cache's window has moved on: it cannot go back from {self.length} tokens to {length}, only by {self.undo} "
+                f"the cache's window has moved on: its {self.length} tokens cannot be cropped to {length}, only by {self.undo} "
                 "(start the sequence again, or raise undo)"
             )
         super().crop(length)
@@ -85,7 +85,7 @@ class WindowCache(Cache):
         n, start = q.shape[0], self.length
         own = self.shape.windows[layer]
         window = self.window if own is None else min(self.window, own - self.sinks)
-        if n <= self.undo or start + n <= self._slots:  # nothing is overwritten that these rows need
+        if n <= self.undo or start + n <= self._slots:  # no entry that these rows need is overwritten
             self._store(layer, start, k, v)
             filled = min(start + n, self._slots)
             keys, values = self._keys[layer][:filled], self._values[layer][:filled]
@@ -95,7 +95,7 @@ class WindowCache(Cache):
         sinks = int((at < self.sinks).sum())
         for a in range(0, n, ROWS):
             b = min(a + ROWS, n)
-            # the rows' tokens lie in order behind the sinks: leave out what even the first row does not see
+            # the rows' tokens are in order after the sinks: skip those that not even the first row sees
             low, high = max(sinks, len(at) - n + a - window + 1), max(sinks, len(at) - n + b)
             seen = torch.cat([torch.arange(sinks), torch.arange(low, high)])
             out[a:b] = self._attend(q[a:b], start + a, keys[seen], values[seen], at[seen], window, rope)
@@ -107,7 +107,7 @@ class WindowCache(Cache):
 
     def _store(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         n, sinks = k.shape[0], min(max(self.sinks - start, 0), k.shape[0])
-        kept = max(sinks, n - self._ring)  # a slot is written once
+        kept = max(sinks, n - self._ring)  # write each slot only once
         if n == 1:
             slot = start if start < self.sinks else self.sinks + (start - self.sinks) % self._ring
             self._keys[layer][slot], self._values[layer][slot] = k[0], v[0]
@@ -118,7 +118,7 @@ class WindowCache(Cache):
         self._values[layer][slots] = v[rows].to(self.dtype)
 
     def _held(self, end: int, filled: int) -> Tensor:
-        """[filled] position of what lies in each slot once tokens up to `end` are stored."""
+        """[filled]: the position of each slot's token after tokens up to `end` are stored."""
         if self._pass is None or self._pass[0] != (end, filled):
             slot = torch.arange(filled)
             ring = max(1, self._ring)
@@ -127,7 +127,7 @@ class WindowCache(Cache):
         return self._pass[1]
 
     def _in_order(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions of the sinks, of what the first row may see, and of the new rows, in order of position."""
+        """Keys, values and positions of the sinks, of the first row's window, and of the new rows, in order of position."""
         held = torch.cat(
             [torch.arange(min(self.sinks, start)), torch.arange(max(self.sinks, start - self.window + 1), max(self.sinks, start))]
         )

@@ -1,7 +1,7 @@
-"""Guess the next tokens cheaply, check them in one pass, keep those that the model would have written itself.
+"""Speculative decoding: drafts tokens cheaply, verifies them in one pass, and keeps those that the model would have generated.
 
-A drafter guesses (`lookup`, `draft`, `early_exit`), `verify` keeps what preserves the model's distribution, `adapt` decides how many
-guesses pay.
+A drafter proposes tokens (`lookup`, `draft`, `early_exit`), `verify` accepts them so that the model's distribution is preserved, and
+`adapt` chooses the number of draft tokens.
 
 Source: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192; Chen et al. 2023,
 arXiv:2302.01318.
@@ -20,11 +20,11 @@ from fedtune.inference.engine.sample import Sampling, Uniforms, draw, probabilit
 
 @dataclass(frozen=True)
 class Draft:
-    """Guessed tokens.
+    """Draft tokens.
 
     Args:
-        tokens: g of them.
-        q: (g, V): what each was drawn from; None where each is a guess without a distribution, or the answer is greedy.
+        tokens: g token ids.
+        q: (g, V): the distribution of each token; None if the drafter has none, or the answer is greedy.
     """
 
     tokens: list[int]
@@ -32,41 +32,41 @@ class Draft:
 
 
 class Drafter(ABC):
-    """Guesses how a text goes on."""
+    """Proposes continuations of a text."""
 
     name: str
 
     @abstractmethod
     def begin(self, sampling: Sampling, context: Context) -> None:
-        """A new answer begins, drawn in this way.
+        """Start a new answer.
 
         Args:
-            sampling: Of the answer.
-            context: The model's; at each draft it holds all of the text but the last token.
+            sampling: Sampling settings of the answer.
+            context: The model's context; at each draft it holds the whole text except the last token.
         """
 
     def grade(self, ids: Sequence[int]) -> int | None:
-        """How sure a draft for this text would be, the higher the surer, or None: there is nothing to guess. Costs next to nothing."""
+        """The confidence of a draft for this text, higher is better; None if there is no draft. Must be cheap."""
         return 0
 
     @abstractmethod
     def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
-        """At most `count` tokens that may follow.
+        """Propose at most `count` next tokens.
 
         Args:
             ids: The prompt and the answer so far.
             count: At least 1.
             seen: (V,) bool, for the repetition penalty.
-            position: Of the next token in the answer, for the draws.
+            position: Position of the next token in the answer, for the random draws.
         """
 
 
 class Guesser:
-    """Writes a draft token by token by some cheaper model, with the processors of the answer itself.
+    """Generates a draft token by token with a cheaper model, and the sampling settings of the answer.
 
     Args:
-        sampling: Of the answer.
-        vocabulary: V of the model that the draft is for; the cheaper model's logits are cut or filled up to it.
+        sampling: Sampling settings of the answer.
+        vocabulary: V of the target model; the cheaper model's logits are cut or padded to it.
     """
 
     def __init__(self, sampling: Sampling, vocabulary: int) -> None:
@@ -75,7 +75,7 @@ class Guesser:
         self._uniforms = Uniforms(sampling.seed, "draft")
 
     def write(self, step: Callable[[int | None], Tensor], count: int, seen: Tensor | None, position: int) -> Draft:
-        """`step` takes the token before (None at first) and gives the logits (1, V') of the next."""
+        """Generate a draft; `step` maps the previous token (None at first) to the next logits (1, V')."""
         tokens: list[int] = []
         rows: list[Tensor] = []
         seen = None if seen is None else seen.clone()

@@ -1,28 +1,28 @@
-"""How many tokens to guess: as many as pay, by what was measured; none where guessing would slow things down.
+"""Chooses the number of draft tokens from measured costs; none if speculation would be slower.
 
-With acceptance a, g guesses give (1 - a^(g+1)) / (1 - a) tokens on average, for d(g) + c(g + 1), where d(g) is the cost of making them and
-c(n) that of a pass of n tokens. Plain decoding gives 1 for c(1).
+With acceptance a, g draft tokens give (1 - a^(g+1)) / (1 - a) tokens on average at a cost of d(g) + c(g + 1), where d(g) is the cost of
+drafting and c(n) that of a pass of n tokens. Plain decoding gives 1 token at a cost of c(1).
 
-Source: Leviathan et al. 2023, arXiv:2211.17192, section 3.5, with measured c(n) and d(g) in place of c(n) = c(1) and d(g) = g d(1).
+Source: Leviathan et al. 2023, arXiv:2211.17192, section 3.5, with measured c(n) and d(g) instead of c(n) = c(1) and d(g) = g d(1).
 """
 
 from collections import deque
 
-_KEEP = 4  # measurements of each kind; the least of them counts, as noise only adds
-_DECAY = 0.9  # of the acceptance's memory, a verification
-_TRIALS = 3  # verifications before an attempt is judged, fewer where the costs that it finds would not let even good guesses pay
+_KEEP = 4  # measurements per size; the minimum counts, because noise only adds time
+_DECAY = 0.9  # of the acceptance statistics, per verification
+_TRIALS = 3  # verifications before an attempt is judged; fewer if at the measured costs not even good drafts pay off
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # steps until the next attempt
-_REFRESH = 32  # verifications after which one plain step measures c(1) again
-_WORTH = 1.05  # expected gain below which guessing is switched off: what is measured is not exact
-_HOPE, _WEIGHT = 0.7, 0.5  # acceptance taken for granted when an attempt begins, and how many guesses that weighs as much as
-_GROW = 3  # a pass takes at most so many times the tokens of the largest that was measured: what lies beyond it is not known to be cheap
+_REFRESH = 32  # verifications until a plain step measures c(1) again
+_WORTH = 1.05  # expected gain below which speculation pauses: measurements are not exact
+_HOPE, _WEIGHT = 0.7, 0.5  # prior acceptance at the start of an attempt, and its weight in draft tokens
+_GROW = 3  # a pass has at most this many times the tokens of the largest measured one: beyond it, costs are unknown
 
 
 class Costs:
-    """Seconds of a pass by its tokens: the least of the last measurements, interpolated where there are none.
+    """Seconds of a pass by number of tokens: the minimum of the last measurements, interpolated for other sizes.
 
-    A pass of more tokens takes no less, so what was measured bounds the passes of fewer; and a single measurement is not believed to lie
-    above the line that the others make: a size that was slow by chance the only time it was tried would be shunned for ever.
+    A pass of more tokens is not faster, so its measurement bounds smaller passes. A single measurement is capped by the line through the
+    others: otherwise a size that was slow once by chance would never be tried again.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,13 @@ class Costs:
 
     @property
     def largest(self) -> int:
-        """Tokens of the largest pass that was measured; 0 where none was."""
+        """Tokens of the largest measured pass; 0 if none."""
         return max(self._measured, default=0)
 
     def table(self, most: int) -> list[float]:
         """Seconds of passes of 0 (nothing), 1, ..., `most` tokens; at least one size must have been measured.
 
-        Between two measured sizes on the line through them; beyond the largest on the line through the last two, or level where there is
-        only one: an attempt will show.
+        Linear between measured sizes; beyond the largest, on the line through the last two, or constant if there is only one.
         """
         if len(self._table) <= most:
             points = self._points()
@@ -79,33 +78,33 @@ class Costs:
 
 
 class Adapt:
-    """Chooses the number of guesses before each step.
+    """Chooses the number of draft tokens before each step.
 
-    A drafter may know how sure it is and say it as a grade; each grade has its own acceptance and its own pauses.
+    A drafter may report its confidence as a grade; each grade has its own acceptance and pauses.
 
     Args:
-        most: Never guess more.
-        fixed: Always guess this many, whatever is measured; None adapts.
+        most: Maximum number of draft tokens.
+        fixed: Always draft this many; None adapts.
     """
 
     def __init__(self, most: int = 10, fixed: int | None = None) -> None:
         self.most = most
         self.fixed = fixed
         self.costs = Costs()
-        self._drafts = Costs()  # seconds of so many guesses
+        self._drafts = Costs()  # seconds by number of draft tokens
         self._drafts.add(0, 0.0)
         self._grades: dict[int, _Grade] = {}
         self._since_plain = 0
 
     def acceptance(self, grade: int = 0) -> float:
-        """Of a guess whose predecessors were accepted."""
+        """Acceptance of a draft token whose predecessors were accepted."""
         return self._of(grade).acceptance
 
     def _of(self, grade: int) -> "_Grade":
         return self._grades.setdefault(grade, _Grade())
 
     def best(self, grade: int = 0, hoped: float = 0.0) -> tuple[float, int]:
-        """Expected speed over that of plain decoding, and the number of guesses that gives it; with an acceptance of `hoped` at least."""
+        """Return the best expected speedup over plain decoding and its number of draft tokens, for an acceptance of at least `hoped`."""
         acceptance = max(self._of(grade).acceptance, hoped)
         costs, drafts = self.costs.table(self.most + 1), self._drafts.table(self.most)
         tokens, last, found = 1.0, 1.0, (0.0, 1)
@@ -117,7 +116,7 @@ class Adapt:
         return found
 
     def count(self, grade: int = 0) -> int:
-        """Guesses for the next step; 0: decode plainly."""
+        """Number of draft tokens for the next step; 0: decode without speculation."""
         if self.fixed is not None:
             return self.fixed
         state = self._of(grade)
@@ -139,12 +138,12 @@ class Adapt:
         return 0
 
     def plain(self, seconds: float) -> None:
-        """A step without guesses took this long."""
+        """Record the duration of a step without speculation."""
         self.costs.add(1, seconds)
         self._since_plain = 0
 
     def verified(self, guesses: int, kept: int, draft_seconds: float, pass_seconds: float, grade: int = 0) -> None:
-        """A step with guesses: of so many so many stayed; making them and checking them took this long."""
+        """Record a step with speculation: draft tokens, accepted ones, and the seconds of drafting and of the pass."""
         self.costs.add(guesses + 1, pass_seconds)
         self._drafts.add(guesses, draft_seconds)
         self._of(grade).saw(guesses, kept)
@@ -152,10 +151,10 @@ class Adapt:
 
 
 class _Grade:
-    """What guesses of one grade came to, and how long they pause."""
+    """Acceptance statistics and pauses of one grade."""
 
     def __init__(self) -> None:
-        self.pause = self.interval = 0  # steps left without guesses; length of the last such pause
+        self.pause = self.interval = 0  # remaining steps of the pause; length of the last pause
         self.begin()
 
     def begin(self) -> None:

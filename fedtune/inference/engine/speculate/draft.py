@@ -1,4 +1,4 @@
-"""A smaller model of the same tokenizer guesses.
+"""Drafts with a smaller model that has the same tokenizer.
 
 Source: Leviathan et al. 2023, arXiv:2211.17192; `fedtune draft` distills such a model from a larger one.
 """
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
 
-_BEHIND = 32  # tokens that it may have to read before it guesses; to read more, as at the beginning, is no part of what a guess costs
+_BEHIND = 32  # tokens that it may read before drafting; reading more, as at the start, is not part of the drafting cost
 
 
 class DraftModel(Drafter):
-    """Keeps its own cache beside the text, and goes back in it where guesses failed. A long text is read first, in a call without guesses.
+    """Drafts with its own cache, which is cropped after rejections. A long text is read first, in a call that returns no draft.
 
     Args:
-        engine: The small model.
-        target: The model that it guesses for.
+        engine: The draft model.
+        target: The target model.
 
     Raises:
-        ModelError: Their tokenizers are not the same.
+        ModelError: Their tokenizers differ.
     """
 
     name = "draft"
@@ -50,9 +50,9 @@ class DraftModel(Drafter):
         if len(missing) > _BEHIND and max(missing) < self._own.engine.shape.vocab and len(missing) <= self._own.room:
             self._own.run(missing)
             return Draft([])
-        count = min(count, self._own.room - len(missing) + 1)  # the last guess is not run
+        count = min(count, self._own.room - len(missing) + 1)  # the last draft token is not run
         if count < 1 or max(missing) >= self._own.engine.shape.vocab:
-            return Draft([])  # its context is full, or the text holds a token that only the larger model's table has
+            return Draft([])  # its context is full, or the text has a token that only the target model has
 
         def step(token: int | None) -> Tensor:
             return self._own.run(missing if token is None else [token])

@@ -1,7 +1,7 @@
-"""The model's own first layers guess: leave after layer E through the final norm and the head.
+"""Drafts with the model's first layers: exits after layer E through the final norm and the head.
 
-The first layers' keys and values of the text are those of the model itself; those of the guesses are forgotten before the check. A
-checkpoint that was not trained for it guesses poorly, and is found out by `adapt`.
+The first layers share the model's keys and values; those of draft tokens are removed before verification. Checkpoints that were not trained
+for it draft poorly, and `adapt` then pauses speculation.
 
 Source: Elhoushi et al. 2024, LayerSkip, arXiv:2404.16710; Zhang et al. 2024, Draft & Verify, arXiv:2309.08168.
 """
@@ -19,7 +19,7 @@ from fedtune.inference.engine.speculate import Draft, Drafter, Guesser
 
 
 class EarlyExit(Drafter):
-    """Guesses by the first layers.
+    """Drafts with the first layers.
 
     Args:
         layers: E; None takes half of them.

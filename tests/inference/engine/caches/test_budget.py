@@ -26,7 +26,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "-5MB", "0", "0.2", "5TB", "1e3", "4,5MB", "nan", "64 M B", "9" * 30, "٣MB"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size in memory: write for example 64MB"):
+    with pytest.raises(ConfigError, match="is not a memory size: write for example 64MB"):
         parse_size(text)
 
 
@@ -77,15 +77,15 @@ def test_what_is_built_keeps_to_the_budget_or_is_refused(length: int, thousands:
 
 def test_the_sentences() -> None:
     full = Choice(shape=SHAPE, tokens=100)
-    assert full.sentence == "cache: every key and value in full; 102.4 kB for a text of 100 tokens"
+    assert full.sentence == "cache: all keys and values in full precision; 102.4 kB for a text of 100 tokens"
     codes = choose(SHAPE, TEXT, 700_000)
     # by hand: (4096 - 128) // 32 = 124 groups of (2 + 1) / 32 of 32 kB, and 191 tokens of 1 kB
     assert codes.nbytes == 124 * 3 * 1024 + 191 * 1024 == 576_512
-    assert codes.sentence == "cache: keys and values in 2 bits, the newest 128 tokens in full; 576.5 kB for a text of 4096 tokens"
+    assert codes.sentence == "cache: keys and values in 2 bits, the newest 128 tokens in full precision; 576.5 kB for a text of 4096 tokens"
     window = choose(SHAPE, TEXT, 100_000)
     # by hand: 97 tokens of 1 kB fit: 4 sinks, 62 before the newest, the newest, and 32 less 2 that crop may need: 97 = 4 + 62 - 1 + 32
     assert (window.window, window.nbytes) == (62, 97 * 1024)
-    assert window.sentence == "cache: the first 4 and the newest 62 tokens, the rest forgotten; 99.3 kB for a text of 4096 tokens"
+    assert window.sentence == "cache: only the first 4 and the newest 62 tokens; 99.3 kB for a text of 4096 tokens"
 
 
 def test_what_is_refused_says_what_would_do() -> None:

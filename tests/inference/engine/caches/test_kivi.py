@@ -153,7 +153,7 @@ def test_going_back_further_than_undo_is_refused_once_it_would_be_wrong() -> Non
     passes(cache, ROPE, QKV, [30])
     # the query at 27 sees codes up to (27 + 1 - 6) // 4 * 4 = 20, the one at 24 up to 16, which are codes alone by now
     assert [c for c in range(31) if cache.can_crop_to(c)] == [25, 26, 27, 28, 29, 30]
-    with pytest.raises(CacheError, match="4-bit cache of 30 tokens cannot go back to 24, only 3 tokens"):
+    with pytest.raises(CacheError, match="4-bit cache of 30 tokens cannot be cropped to 24, only by 3 tokens"):
         cache.crop(24)
     early = KiviCache(SHAPE, 41, 4, residual=6, group=4, undo=3)
     passes(early, ROPE, QKV, [9])
@@ -200,5 +200,5 @@ def test_impossible_numbers_are_one_sentence() -> None:
         KiviCache(SHAPE, 41, 3)
     with pytest.raises(CacheError, match="residual=0"):
         KiviCache(SHAPE, 41, 4, residual=0)
-    with pytest.raises(CacheError, match="more than the cache's limit"):
+    with pytest.raises(CacheError, match="exceed the cache's limit"):
         passes(KiviCache(SHAPE, 8, 4), ROPE, QKV, [5, 4])

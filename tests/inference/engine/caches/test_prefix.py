@@ -85,7 +85,7 @@ def test_no_room_opens_nothing_and_loses_nothing() -> None:
     assert caches.reserve(one, 7) and caches.pool.free == 0 and caches.open([6]) is None
     caches.close(one, [])
     assert caches.pool.free == 4
-    with pytest.raises(CacheError, match="sequences of 9 tokens do not fit in 4 blocks of 2: ask for at most 8"):
+    with pytest.raises(CacheError, match="sequences of 9 tokens do not fit in 4 blocks of 2: use at most 8"):
         PagedCaches(PagedPool(SHAPE, 4, 2), 9)
 
 

@@ -60,7 +60,7 @@ def test_the_model_s_own_window_holds_where_it_is_shorter() -> None:
     qkv, rope = tokens(own, 20), Rope(own)
     got = passes(WindowCache(own, 20, 30, 0), rope, qkv, [6, 1, 13])
     torch.testing.assert_close(got, passes(FullCache(own, 20), rope, qkv, [20]), atol=1e-5, rtol=1e-5)
-    with pytest.raises(CacheError, match="5 sinks do not leave room in the model's own sliding window of 5"):
+    with pytest.raises(CacheError, match="5 sinks fill the model's own sliding window of 5"):
         WindowCache(own, 20, 30, 5)
 
 
@@ -87,7 +87,7 @@ def test_it_says_how_far_it_can_go_back() -> None:
     assert cache.can_crop_to(0)  # nothing is overwritten yet
     passes(cache, ROPE, QKV, [4], 10)
     assert [c for c in range(15) if cache.can_crop_to(c)] == [11, 12, 13, 14]
-    with pytest.raises(CacheError, match="cannot go back from 14 tokens to 10, only by 3"):
+    with pytest.raises(CacheError, match="its 14 tokens cannot be cropped to 10, only by 3"):
         cache.crop(10)
     cache.crop(12)
     assert not cache.can_crop_to(10)  # what 13 and 14 overwrote is still gone
