@@ -68,8 +68,8 @@ class QuantizeSettings:
 def quantize_rows(
     read: Callable[[int, int], Tensor], size: tuple[int, int], recipe: QuantizeSettings, stats: Stats | None = None, *, most: int = _GPTQ
 ) -> QuantizedLinear:
-    """Quantize a weight [N, K] to the portable format, in blocks of rows. awq and smoothquant round to nearest here: their scales are already
-    folded.
+    """Quantize a weight [N, K] to the portable format, in blocks of rows. awq and smoothquant round to nearest here, because their scales
+    are folded already.
 
     Args:
         read: Returns rows `first` to `last` of the weight.
