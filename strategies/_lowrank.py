@@ -177,5 +177,6 @@ def require_method(config: Config, name: str, *, methods: tuple[str, ...], why: 
     """Raises ConfigError with the reason `why` if `peft.method` is not in `methods`."""
     if config.peft.method not in methods:
         raise ConfigError(
-            f"strategy={name} does not work with peft.method={config.peft.method}: {why}; take peft={' or peft='.join(methods)}"
+            f"strategy={name} does not work with peft.method={config.peft.method}: {why}; take peft={' or peft='.join(methods)}, or"
+            " strategy=fedavg"
         )

@@ -242,7 +242,7 @@ def test_a_device_answers(device: dict[str, Any]) -> None:
     assert device["generate"][1] == device["folder"][1] != device["adapter"][1]
     assert len(device["chat"][1].splitlines()) == 2 and len(json.loads(device["bench"][1])["decode_tok_per_s"]) == 1
     assert device["request"]["choices"][0]["text"].strip() == device["adapter"][1].strip()
-    assert device["status"][0] == 0 and "run is stopped: 0 of 10 rounds" in device["status"][1]
+    assert device["status"][0] == 0 and "run is stopped after 0 of 10 rounds" in device["status"][1]
 
 
 @pytest.mark.parametrize("command", REFUSED)

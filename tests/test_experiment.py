@@ -107,7 +107,7 @@ def test_stopping_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.Monke
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app, "_hand_over", stop)
+    monkeypatch.setattr(app, "_write_results", stop)
     with pytest.raises(Stopped, match=r"stopped; continue with resume=.*outputs/tiny/"):
         simulate(tiny_config(tmp_path, rounds=1))
 

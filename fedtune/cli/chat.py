@@ -24,4 +24,4 @@ def _run(args: argparse.Namespace) -> None:
 
     failed = chat(args.model, system=args.system, **sampling(args))
     if failed:
-        raise ConfigError(f"{failed} requests could not be answered: their output lines are empty")
+        raise ConfigError(f"{failed} of the requests could not be answered: their output lines are empty")

@@ -29,7 +29,7 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
         raise ConfigError(f"{prefix.rstrip('.') or 'config'} must be a mapping, got {type(values).__name__}")
     known = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(map(str, values)) - set(known)):
-        raise ConfigError(f"unknown config key {prefix}{unknown[0]}: the known keys here are {', '.join(known)}")
+        raise ConfigError(f"unknown config key {prefix}{unknown[0]}: known are {', '.join(known)}")
     hints = typing.get_type_hints(kind)
     out = {}
     for name, value in values.items():

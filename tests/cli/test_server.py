@@ -58,7 +58,7 @@ def test_a_classification_server_without_rows_starts_by_either_advice(
     bare = ["data.path=''", "data.labels=[]", "data.test_path=null"]
     assert serve(config, *bare) == 2
     said = capsys.readouterr().err
-    assert said.rstrip().endswith("set data.labels to their names in the order of their ids, or data.test_path")
+    assert said.rstrip().endswith("set data.labels to the names in the order of their ids, or set data.test_path")
     assert serve(config, *bare[:1], "data.labels=['0','1','2']", *bare[2:]) == 0
     (tmp_path / "run").rename(tmp_path / "first")
     assert serve(config, *bare[:2], f"data.test_path={tmp_path / 'test.jsonl'}") == 0

@@ -158,5 +158,5 @@ def test_the_device_s_own_settings_are_used(tmp_path: Path, secret: Path) -> Non
 def test_an_adapter_in_a_model_folder_is_refused(secret: Path, tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "fetched")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(secret)}))
-    with pytest.raises(ModelError, match="holds a model and an adapter beside it"):
+    with pytest.raises(ModelError, match="holds a model and an adapter"):
         checkpoint.read_config(folder)

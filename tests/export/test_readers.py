@@ -103,7 +103,7 @@ def test_what_transformers_does_not_read_no_reader_reads(layout: str, tmp_path: 
     with pytest.raises(OSError, match="no file named"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     for read in (load_engine, fingerprint):
-        with pytest.raises(ModelError, match="has no weights: model.safetensors"):
+        with pytest.raises(ModelError, match="has no weights: it needs model.safetensors"):
             read(tmp_path)
 
 

@@ -39,7 +39,7 @@ def test_it_goes_on_by_the_hello_that_it_kept(tmp_path: Path) -> None:
     evaluation = MessageWriter(0, ()).write(Workspace(config).initial, held=())
     hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
 
-    assert "it must say hello before" in why(ask(make_app(settings), "evaluate", evaluation))
+    assert "the server must send its hello before other messages" in why(ask(make_app(settings), "evaluate", evaluation))
     first = make_app(settings)
     assert why(ask(first, "query", hello)) == ""
     before = ask(first, "evaluate", evaluation)
@@ -50,8 +50,8 @@ def test_it_goes_on_by_the_hello_that_it_kept(tmp_path: Path) -> None:
 
 def test_a_hello_that_was_refused_is_not_kept(tmp_path: Path) -> None:
     app = make_app({"client": "anna", "state": str(tmp_path), "data": None, "device": None})
-    assert "no experiment" in why(ask(app, "query", RecordDict({"hello": ConfigRecord({"json": "{}"})})))
-    assert "says nothing" in why(ask(app, "query", RecordDict({})))
+    assert "the hello lacks the field 'config'" in why(ask(app, "query", RecordDict({"hello": ConfigRecord({"json": "{}"})})))
+    assert "the server's hello is empty" in why(ask(app, "query", RecordDict({})))
     assert not (tmp_path / HELLO).exists()
 
 

@@ -116,7 +116,7 @@ def test_two_rounds_end_in_a_report_a_card_and_a_model_that_transformers_loads(t
     assert "task: regression" in card and "mae on the global test" in card and "labels, in the order" not in card
     assert "AutoModelForSequenceClassification" in card and "num_labels=1" in card
     assert json.loads((run / "merged" / "fedtune.json").read_text())["task"] == "regression"
-    with pytest.raises(ModelError, match="is a regressor: it gives numbers, no text"):
+    with pytest.raises(ModelError, match="is a regressor: it outputs numbers, not text"):
         read_card(run / "merged")
     # the exported model gives the numbers of the trained adapter
     model = AutoModelForSequenceClassification.from_pretrained(run / "merged").eval()

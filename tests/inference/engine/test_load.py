@@ -209,7 +209,7 @@ def broken(folder: Path, change: str) -> None:
     ("change", "said"),
     [
         ("no config", "config.json cannot be read"),
-        ("no weights", "has no weights: model.safetensors"),
+        ("no weights", "has no weights: it needs model.safetensors"),
         ("no json", "is not JSON"),
         ("cut short", "is not a valid safetensors file"),
         ("endless header", "is not a valid safetensors file"),
