@@ -1,8 +1,8 @@
 """Runs Flower's aggregation classes on fedtune's updates and server state.
 
 Flower's strategies are objects with state; fedtune's are functions of a saved state. Each round a new Flower object gets its state from
-`ServerState.memory`, aggregates, and its new state goes back into the memory. A resumed run continues exactly, because every round starts
-that way.
+`ServerState.memory` and aggregates; its new state is stored in the memory again. Every round starts this way, so a resumed run gives the
+same results.
 
 Source: flwr.serverapp.strategy, Flower 1.41 (Beutel et al. 2020, arXiv:2007.14390).
 """
@@ -40,7 +40,7 @@ class _Reply:
 
 
 def numpy(tensors: Mapping[str, Tensor]) -> dict[str, NDArray]:
-    """Tensors as NumPy arrays; bfloat16, which NumPy lacks, and float16, whose sums lose precision, become float32."""
+    """Tensors as NumPy arrays. bfloat16 (NumPy lacks it) and float16 (sums lose precision) become float32."""
     small = (torch.bfloat16, torch.float16)
     return {n: (t.float() if t.dtype in small else t).detach().cpu().numpy() for n, t in tensors.items()}
 
@@ -58,7 +58,7 @@ def reply(tensors: Mapping[str, Tensor], examples: int, **metrics: float) -> Mes
 
 def aggregated(by: flower.FedAvg, round: int, replies: Sequence[Message], like: AdapterState) -> AdapterState | None:
     """Flower's aggregate of the replies, with the dtypes and the spec of `like`; None if Flower rejects them."""
-    # some of Flower's classes run the garbage collector after every record: .3 s a client with torch loaded
+    # some of Flower's classes run the garbage collector after every record: 0.3 s per client with torch loaded
     gc.freeze()
     try:
         record, _ = by.aggregate_train(round, replies)
@@ -70,7 +70,7 @@ def aggregated(by: flower.FedAvg, round: int, replies: Sequence[Message], like: 
 
 
 def remembered(memory: Mapping[str, Tensor], what: str, names: Iterable[str]) -> dict[str, NDArray] | None:
-    """The tensors kept as `what/<name>`, in float64; None before the first round."""
+    """The tensors stored as `what/<name>`, in float64; None before the first round."""
     found = {n: memory[f"{what}/{n}"].double().numpy() for n in names if f"{what}/{n}" in memory}
     return found or None
 
@@ -81,12 +81,12 @@ def to_remember(what: str, values: Mapping[str, NDArray] | None) -> dict[str, Te
 
 
 def fed_opt(by: flower.FedAdam | flower.FedYogi | flower.FedAdagrad, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
-    """A round of Flower's FedOpt family: one server step along the mean change Δ = w̄ − w, where `mean` is w̄ in float64.
+    """One round of Flower's FedOpt family: a server step along the mean change Δ = w̄ − w, where `mean` is w̄ in float64.
 
     Memory: the moments `m/<tensor>` and `v/<tensor>`, and `t`, the number of steps since they were 0. Flower's FedAdam corrects the bias
-    with the exponent `round` + 1; passing t as the round makes that Adam's own correction.
+    with the exponent `round` + 1; with t passed as the round, this is Adam's standard correction.
     """
-    now = doubles(state.adapter.tensors)  # float64: the small change of large weights stays exact
+    now = doubles(state.adapter.tensors)  # float64 represents small changes of large weights exactly
     taken = int(state.memory.get("t", torch.tensor(0)))
     by.current_arrays = numpy(now)
     by.m_t, by.v_t = remembered(state.memory, "m", now), remembered(state.memory, "v", now)
@@ -97,10 +97,10 @@ def fed_opt(by: flower.FedAdam | flower.FedYogi | flower.FedAdagrad, state: Serv
 
 
 def cohort(state: ServerState, updates: Iterable[Update]) -> list[Update]:
-    """All updates in the order of logical ids: robust rules need every model at once and break ties by that order.
+    """All updates, sorted by logical client id: robust rules need every model at once and break ties by this order.
 
     Raises:
-        UpdateMismatch: An update's tensors differ from the state's in name or shape.
+        UpdateMismatch: An update lacks a tensor of the state, or its shape differs.
     """
     found = sorted(updates, key=lambda u: u.client)
     for update in found:

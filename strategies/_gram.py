@@ -1,8 +1,8 @@
 """Distances between the clients' weight updates ΔW, and Krum's selection by them.
 
 A LoRA module changes W by ΔW = s·B·A, and (B G, G⁻¹ A) gives the same ΔW for every invertible G. Distances between factors depend on this
-arbitrary gauge, so an attacker can steer a selection by factor distances through G. Distances between the ΔW need no dense matrix:
-⟨B_i A_i, B_j A_j⟩ = tr((B_jᵀ B_i)(A_i A_jᵀ)).
+arbitrary choice of G (the gauge), so an attacker can use G to manipulate a selection by them. Distances between the ΔW need no dense
+matrix: ⟨B_i A_i, B_j A_j⟩ = tr((B_jᵀ B_i)(A_i A_jᵀ)).
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,7 @@ def distances(adapters: Sequence[AdapterState], origin: AdapterState) -> Tensor:
 
     Args:
         adapters: K adapters of equal shapes.
-        origin: The adapters' initial state. Plain tensors are compared as differences from it, so that small changes of large weights
-            count.
+        origin: The adapters' initial state. It is subtracted from plain tensors, so that large weights do not hide small changes.
     """
     names, count = origin.tensors, len(adapters)
     modules = [m for m in origin.spec.ranks if f"{m}.lora_A" in names and f"{m}.lora_B" in names]
@@ -36,7 +35,10 @@ def distances(adapters: Sequence[AdapterState], origin: AdapterState) -> Tensor:
 
 
 def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """⟨b_i a_i, b_j a_j⟩ (K, K) in float64, of a_k (r_k, in) and b_k (out, r_k): sums over the blocks of (bᵀb) ∘ (aaᵀ), both (Σr, Σr)."""
+    """⟨b_i a_i, b_j a_j⟩ (K, K) in float64, for a_k (r_k, in) and b_k (out, r_k).
+
+    Sums the blocks of (bᵀb) ∘ (aaᵀ), both (Σr, Σr), where b and a are the stacked factors.
+    """
     left, right = torch.cat([x.double() for x in b], dim=1), torch.cat([x.double() for x in a])
     owner = torch.repeat_interleave(torch.eye(len(a), dtype=torch.float64), torch.tensor([len(x) for x in a]), dim=0)  # (Σr, K)
     return owner.T @ ((left.T @ left) * (right @ right.T)) @ owner
@@ -45,8 +47,8 @@ def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def krum(distances: Tensor, *, malicious: int, select: int) -> list[int]:
     """Indices of the `select` clients with the lowest Krum scores, best first.
 
-    A client's score is the sum of squared distances to its n − f − 2 nearest others. Two clients that are each other's nearest have equal
-    scores up to rounding, so scores are rounded to ten digits, and the first of equal clients wins.
+    A client's score is the sum of squared distances to its n − f − 2 nearest neighbors. Mutual nearest neighbors have equal scores up to
+    rounding errors, so scores are rounded to ten digits, and ties go to the first client.
 
     Args:
         distances: (n, n), squared.

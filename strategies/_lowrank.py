@@ -1,8 +1,8 @@
 """Weighted sums of LoRA products in factored form, without W0 and without any tensor larger than the stacked factors.
 
 D = Σ_k w_k B_k A_k is one product b @ a of the stacks a = [w_k A_k] (R, in) and b = [B_k] (out, R), R = Σ r_k. With the QR decompositions
-b = Q_b R_b and aᵀ = Q_a R_a, the core R_b R_aᵀ, min(R, out) × min(R, in), has D's singular values; Q_b and Q_a rotate its singular vectors
-into D's. All in float64.
+b = Q_b R_b and aᵀ = Q_a R_a, the core R_b R_aᵀ, min(R, out) × min(R, in), has D's singular values; Q_b and Q_a map its singular vectors
+to D's. All computations use float64.
 """
 
 import math
@@ -26,7 +26,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Cohort:
-    """A round's updates: all factors, since a stack needs all of them, and a running mean of the other tensors.
+    """A round's updates: stores all factors, because stacking needs them, and a running mean of the other tensors.
 
     Args:
         average: Patterns of the tensors to average; by default heads and magnitudes, not the factors.
@@ -39,7 +39,7 @@ class Cohort:
 
     @classmethod
     def of(cls, updates: Iterable[Update], **settings: tuple[str, ...]) -> "Cohort":
-        """The cohort of these updates, consumed one at a time."""
+        """The cohort of these updates; reads them one at a time."""
         cohort = cls(**settings)
         for update in updates:
             cohort.add(update)
@@ -51,15 +51,15 @@ class Cohort:
         self._mean.add(sent.subset(matching(sent.tensors, self._average)).tensors, update.examples)
 
     def terms(self, module: str) -> list[Term]:
-        """(p_k s_k, A_k, B_k) of each client, p_k = n_k / Σ n and s_k its own scaling."""
+        """(p_k s_k, A_k, B_k) of each client, with p_k = n_k / Σ n and the client's scaling s_k."""
         total = sum(n for n, _ in self._sent)
         return [(n / total * x.spec.scaling[module], x[f"{module}.lora_A"], x[f"{module}.lora_B"]) for n, x in self._sent]
 
     def missed(self, adapter: AdapterState, module: str) -> list[Term]:
-        """Σ p_k (D − P_{r_k}(D)), the part of the present product D = s·B·A that the server did not send to clients of smaller ranks.
+        """Σ p_k (D − P_{r_k}(D)), the part of the current product D = s·B·A that the server did not send to clients of smaller ranks.
 
-        P_r(D) is the product of the first r components, as `at_rank` sends it. Component i is weighted by the share of the clients with
-        r_k ≤ i. Returns one term, or none if every client has the slot's rank or D = 0.
+        P_r(D) is the product of the first r components, as in `at_rank`. Component i has the total weight p_k of the clients with r_k ≤ i.
+        Returns one term, or none if every client has the full rank or D = 0.
         """
         total, rank = sum(n for n, _ in self._sent), adapter.spec.ranks[module]
         share = torch.zeros(rank, dtype=torch.float64)
@@ -75,15 +75,15 @@ class Cohort:
 
 
 def stack(terms: Iterable[Term]) -> Pair:
-    """Σ w·B·A over the terms as one pair; exact, of rank Σ r."""
+    """The exact sum Σ w·B·A over the terms as one pair of rank Σ r."""
     weighted, right = zip(*((w * a.double(), b.double()) for w, a, b in terms), strict=True)
     return torch.cat(weighted), torch.cat(right, dim=1)
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, m), σ (m,) in descending order, Vᵀ (m, in) of b @ a, with m = min(R, in, out); vectors of σ = 0 are orthonormal too.
+    """U (out, m), σ (m,) in descending order, Vᵀ (m, in) of b @ a, with m = min(R, in, out); vectors for σ = 0 are orthonormal too.
 
-    An SVD leaves the signs open. Here the largest entry of each left vector is positive, so that equal runs give equal factors.
+    An SVD does not determine the signs. Here the largest entry of each left vector is positive, so that runs are reproducible.
     """
     a, b = pair
     q_b, r_b = _orthogonal(b)
@@ -102,7 +102,7 @@ def _orthogonal(x: Tensor) -> tuple[Tensor, Tensor]:
 def truncate(pair: Pair, rank: int) -> Pair:
     """The best approximation of rank `rank` (Eckart-Young): a = Vᵀ (rank, in), b = U·diag(σ) (out, rank), by descending σ.
 
-    Its error is √(Σ σ_i²) over i > rank, in the Frobenius norm. If min(R, in, out) < `rank`, it is zero-padded.
+    Its error in the Frobenius norm is √(Σ_{i > rank} σ_i²). If min(R, in, out) < `rank`, the result is zero-padded.
     """
     u, sigma, vt = svd(pair)
     a, b = vt[:rank], (u * sigma)[:, :rank]
@@ -111,9 +111,9 @@ def truncate(pair: Pair, rank: int) -> Pair:
 
 
 def compact(terms: Iterable[Term]) -> Pair:
-    """Σ w·B·A over the terms as a pair of minimal rank; rank 0 if the sum vanishes.
+    """Σ w·B·A over the terms as a pair of minimal rank; rank 0 if the sum is 0.
 
-    Singular values below float32's resolution of the largest term are dropped: they are rounding errors.
+    Drops singular values below float32's epsilon times the largest term's norm: they are rounding errors.
     """
     terms = list(terms)
     u, sigma, vt = svd(stack(terms))
@@ -122,16 +122,16 @@ def compact(terms: Iterable[Term]) -> Pair:
 
 
 def norm(term: Term) -> float:
-    """‖w·B·A‖ (Frobenius), by its Gram matrices: ‖B·A‖² = tr((BᵀB)(AAᵀ))."""
+    """‖w·B·A‖ (Frobenius), from Gram matrices: ‖B·A‖² = tr((BᵀB)(AAᵀ))."""
     w, a, b = term[0], term[1].double(), term[2].double()
     return abs(w) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
 def at_rank(state: AdapterState, rank: int | None) -> AdapterState:
-    """The adapter cut to the first `rank` rows of each A and columns of each B; None leaves it unchanged.
+    """The adapter truncated to the first `rank` rows of each A and columns of each B; None leaves it unchanged.
 
-    alpha stays, so s = alpha / r (rslora: alpha / √r) grows as r falls. B is rescaled by s / s_k, so that s·B·A loses only its last
-    components.
+    alpha is constant, so the scaling grows from s = alpha / r (rslora: alpha / √r) to s_k as r falls. B is multiplied by s / s_k, so that
+    s·B·A loses only its last components.
     """
     ranks = {m: min(r, rank or r) for m, r in state.spec.ranks.items()}
     if ranks == dict(state.spec.ranks):
@@ -147,13 +147,13 @@ def at_rank(state: AdapterState, rank: int | None) -> AdapterState:
 
 
 def assign(plans: Sequence[Plan], adapter: AdapterState) -> dict[str, Assignment]:
-    """The adapter for each client, cut to the rank of its plan; clients of one rank share one state."""
+    """The adapter for each client, truncated to the rank of its plan; clients of the same rank share one object."""
     states = {rank: at_rank(adapter, rank) for rank in {plan.rank for plan in plans}}
     return {plan.client: Assignment(plan=plan, adapter=states[plan.rank]) for plan in plans}
 
 
 def shift(pairs: Mapping[str, Pair], *, base: str, round: int) -> tuple[AdapterState, ...]:
-    """Pairs by module as one shift of the frozen weights, W += b @ a, in float32; empty if every pair has rank 0."""
+    """The pairs (by module) as one shift of the frozen weights, W += b @ a, in float32; empty if every pair has rank 0."""
     pairs = {m: pair for m, pair in pairs.items() if len(pair[0])}
     if not pairs:
         return ()
@@ -165,7 +165,7 @@ def shift(pairs: Mapping[str, Pair], *, base: str, round: int) -> tuple[AdapterS
 
 
 def with_factors(state: AdapterState, pairs: Mapping[str, Pair], rest: Mapping[str, Tensor]) -> AdapterState:
-    """The adapter with new factors of the same ranks and new heads, in the dtypes and the order of `state`."""
+    """The adapter with new factors of the same ranks and new heads, with the dtypes and tensor order of `state`."""
     tensors = {**state.tensors, **rest}
     for module, pair in pairs.items():
         for suffix, factor in zip(FACTORS, pair, strict=True):

@@ -11,7 +11,7 @@ from fedtune.contracts.strategy import ServerState, Strategy
 
 
 class Mean:
-    """Σ p_k w_k with p_k = n_k / Σ n, tensor by tensor; takes the memory of one model in float64 for any number of clients.
+    """Σ p_k w_k with p_k = n_k / Σ n, for each tensor; needs the memory of one model in float64 for any number of clients.
 
     In float64, n_k · w_k of a float32 w_k is exact, so that the mean of a single client equals its tensors bit for bit.
     """
@@ -34,7 +34,7 @@ class Mean:
 
 
 def mean_of(updates: Iterable[Update], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Σ p_k w_k with p_k = n_k / Σ n, with the dtypes of `like`; updates are consumed one at a time."""
+    """Σ p_k w_k with p_k = n_k / Σ n, with the dtypes of `like`; reads the updates one at a time."""
     mean = Mean()
     for update in updates:
         mean.add(update.adapter.tensors, update.examples)
@@ -46,7 +46,7 @@ def doubles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class MeanStrategy(Strategy):
-    """Base class of a strategy that depends on the updates only through their mean with p_k = n_k / Σ n; it defines `aggregate_mean`."""
+    """Base class of strategies that depend on the updates only through their mean with p_k = n_k / Σ n. They define `aggregate_mean`."""
 
     @abc.abstractmethod
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState: ...

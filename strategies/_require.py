@@ -10,7 +10,7 @@ def plain_sgd(config: Config, strategy: str, otherwise: str = "") -> None:
     Args:
         config: The experiment.
         strategy: Name of the strategy.
-        otherwise: Another way out, appended to the error, such as a setting that skips the check.
+        otherwise: An alternative fix, appended to the error, such as a setting that skips the check.
     """
     if config.client.optimizer != "sgd" or config.client.clip_norm is not None:
         clip = "none" if config.client.clip_norm is None else f"{config.client.clip_norm:g}"
@@ -22,7 +22,7 @@ def plain_sgd(config: Config, strategy: str, otherwise: str = "") -> None:
 
 
 def enough_clients(config: Config, strategy: str, needed: int, why: str) -> None:
-    """Raises ConfigError if a round could count with fewer clients than the method's guarantee needs."""
+    """Raises ConfigError if a round can succeed with fewer clients than the method's guarantee needs."""
     settings = {"clients_per_round": config.clients_per_round, "min_clients": config.min_clients}
     if short := {name: value for name, value in settings.items() if value < needed}:
         has = " and ".join(f"{name}={value}" for name, value in short.items())
@@ -33,12 +33,12 @@ def enough_clients(config: Config, strategy: str, needed: int, why: str) -> None
 
 
 def whole_updates(config: Config, strategy: str, otherwise: str = "") -> None:
-    """Raises ConfigError if updates are compressed on their way to the server; a compressed broadcast is allowed.
+    """Raises ConfigError if clients compress their updates; a compressed broadcast is allowed.
 
     Args:
         config: The experiment.
         strategy: Name of the strategy.
-        otherwise: Another way out, appended to the error, such as a setting that skips the check.
+        otherwise: An alternative fix, appended to the error, such as a setting that skips the check.
     """
     t = config.traffic
     if t.up != "fp32" or t.topk not in (None, 1.0):

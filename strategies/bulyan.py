@@ -1,4 +1,4 @@
-"""Bulyan: select by Krum's scores, then average near the median, coordinate by coordinate; by Flower's own class.
+"""Bulyan: select clients by Krum scores, then average each coordinate near its median. Uses Flower's class.
 
 Source: El Mhamdi, Guerraoui, Rouault 2018, The Hidden Vulnerability of Distributed Learning in Byzantium, arXiv:1802.07927, section 4.
 """
@@ -21,12 +21,12 @@ from fedtune.strategies._require import enough_clients
 
 @dataclass(frozen=True, kw_only=True)
 class Bulyan(Strategy):
-    """Of n ≥ 4f + 3 clients keep the n − 2f with the lowest Krum scores; each coordinate is the mean of the n − 4f values closest to its
+    """Keeps the n − 2f of n ≥ 4f + 3 clients with the lowest Krum scores, and averages the n − 4f values of each coordinate closest to its
     median.
 
-    The scores compare s·B·A (see Krum) and do not depend on the gauge. The second stage takes the factors and depends on it: the same ΔW
-    as (B G, G⁻¹ A) has another median. As in Flower, the n − 2f are selected at once; the paper runs Krum again for each on the remaining
-    clients. With fewer than 4f + 3 updates the state does not change. Holds all models of a round in memory.
+    The scores compare s·B·A (see Krum) and do not depend on the gauge. The second stage does, because it averages the factors: (B G, G⁻¹ A)
+    gives the same ΔW but a different median. Flower selects the n − 2f clients at once; the paper selects them one by one and reruns Krum
+    on the rest each time. With fewer than 4f + 3 updates the state does not change. Holds all models of a round in memory.
 
     Args:
         malicious: f, the largest number of malicious clients in a round.

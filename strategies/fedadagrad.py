@@ -1,4 +1,4 @@
-"""Adagrad on the server, by Flower's own class.
+"""Adagrad on the server. Uses Flower's class.
 
 Source: Reddi et al. 2021, Adaptive Federated Optimization, arXiv:2003.00295, algorithm 2 (FedAdagrad) with β₁ = 0.
 """
@@ -21,11 +21,11 @@ from fedtune.strategies._mean import MeanStrategy
 class FedAdagrad(MeanStrategy):
     """v ← v + Δ², w ← w + η·Δ / (√v + τ), with Δ = w̄ − w.
 
-    The first step is η for every parameter that changed; later steps shrink as 1 / √t. For LoRA this acts on the factors. A method that
-    re-factorizes the adapter must reset v, which belongs to the old coordinates.
+    The first step is η for every parameter that changed; later steps shrink as 1 / √t. For LoRA, the step applies to the factors. A method
+    that re-factorizes the adapter must reset v, because v refers to the old factors.
 
     Args:
-        lr: Server learning rate η: the step of a parameter in the first round, independent of the clients' own steps.
+        lr: Server learning rate η: the step of a parameter in the first round, independent of the size of the clients' steps.
         tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.
     """
 

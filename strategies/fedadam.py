@@ -1,7 +1,7 @@
-"""Adam on the server, by Flower's own class.
+"""Adam on the server. Uses Flower's class.
 
 Source: Reddi et al. 2021, Adaptive Federated Optimization, arXiv:2003.00295, algorithm 2 (FedAdam); Kingma and Ba 2015, arXiv:1412.6980,
-for the bias correction, which algorithm 2 leaves out and Flower adds.
+for the bias correction. Algorithm 2 omits it; Flower adds it.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from fedtune.strategies._mean import MeanStrategy
 class FedAdam(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ², w ← w + η_t·m / (√v + τ), with Δ = w̄ − w.
 
-    η_t = η·√(1 − β₂ᵗ) / (1 − β₁ᵗ), with t the number of steps since the moments were 0, so that the first step is as long as any other.
-    (With the round number, Flower would use t + 1, and the first step would be .74 of Adam's.) For LoRA this acts on the factors. A method
-    that re-factorizes the adapter must reset the moments, which belong to the old coordinates.
+    η_t = η·√(1 − β₂ᵗ) / (1 − β₁ᵗ), where t counts the steps since the moments were 0, so that the first step has the full length. (With the
+    round number, Flower would use t + 1, and the first step would be 0.74 of Adam's.) For LoRA, the step applies to the factors. A method
+    that re-factorizes the adapter must reset the moments, because they refer to the old factors.
 
     Args:
-        lr: Server learning rate η: about the step of each parameter in a round, independent of the clients' own steps.
+        lr: Server learning rate η: approximately the step of each parameter per round, independent of the size of the clients' steps.
         beta_1: β₁.
         beta_2: β₂.
         tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.

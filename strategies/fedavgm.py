@@ -1,6 +1,6 @@
-"""Server momentum on federated averaging, by Flower's own class.
+"""Federated averaging with server momentum. Uses Flower's class.
 
-For LoRA the factors A and B have separate momenta, as they have separate means in FedIT.
+For LoRA, the factors A and B have separate momenta, as they have separate means in FedIT.
 
 Source: Hsu, Qi, Brown 2019, Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, arXiv:1909.06335,
 section 5: v ← βv + Δ, w ← w − η_s·v, with Δ = w − sum_k p_k w_k.
@@ -25,10 +25,10 @@ from fedtune.strategies._mean import MeanStrategy, doubles
 class FedAvgM(MeanStrategy):
     """w ← w − η_s·v with v ← βv + (w − w̄); β = 0, η_s = 1 is FedAvg. Memory: `momentum/<tensor>`, v.
 
-    A method that re-factorizes the adapter (SVD, new A) invalidates v, which belongs to the old coordinates.
+    A method that re-factorizes the adapter (SVD, new A) invalidates v, because v refers to the old factors.
 
     Args:
-        lr: Server learning rate η_s. A constant Δ moves w by η_s / (1 − β) times Δ a round in the limit.
+        lr: Server learning rate η_s. For a constant Δ, the step per round converges to η_s / (1 − β)·Δ.
         momentum: β.
     """
 

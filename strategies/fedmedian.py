@@ -1,4 +1,4 @@
-"""Coordinate-wise median, by Flower's own class.
+"""Coordinate-wise median. Uses Flower's class.
 
 Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Toward Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option I.
 """
@@ -17,12 +17,12 @@ from fedtune.strategies import _flower
 
 @dataclass(frozen=True, kw_only=True)
 class FedMedian(Strategy):
-    """w ← the median of w_k, coordinate by coordinate; every client has the same weight, whatever its number of examples.
+    """w ← the coordinate-wise median of w_k. All clients have the same weight, regardless of their numbers of examples.
 
-    For LoRA it takes the factors, and so depends on their gauge: (B G, G⁻¹ A) is the same ΔW with another median. Medians of the ΔW would
-    need dense matrices and have full rank. Honest clients share a gauge to the extent that they start each round from the same factors.
-    Holds all models of a round in memory. The median of one or two clients is their mean and protects against no attacker: `min_clients`
-    sets how many must answer.
+    For LoRA, the median is over the factors and depends on their gauge: (B G, G⁻¹ A) gives the same ΔW but a different median. Medians of
+    the ΔW would need dense matrices and have full rank. Honest clients have similar gauges, because they start each round from the same
+    factors. Holds all models of a round in memory. The median of one or two clients is their mean and gives no protection; `min_clients`
+    sets the required number of updates.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)

@@ -1,7 +1,7 @@
-"""FedNova: normalized averaging, so that clients with more local steps get no more weight.
+"""FedNova: normalized averaging, so that more local steps do not give a client more weight.
 
 If clients do different numbers of steps, the mean of their models minimizes a mixture of their losses weighted by these numbers. FedNova
-averages the normalized steps and scales the result by the mean length.
+averages the normalized changes and multiplies the result by the mean number of steps.
 
 Source: Wang et al. 2020, Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization, arXiv:2007.07481, eq. 8.
 """
@@ -23,13 +23,13 @@ from fedtune.strategies._require import plain_sgd
 class FedNova(Strategy):
     """w ← w − (Σ p_k‖a_k‖₁)·Σ p_k d_k, with d_k = (w − w_k) / ‖a_k‖₁ and p_k = n_k / Σ n.
 
-    For plain SGD η‖a_k‖₁ is the sum of the learning rates of the client's steps, which every update reports as `lr_sum`: ‖a_k‖₁ = τ_k for
-    a constant rate, and η cancels. Weight decay λ and a proximal μ shorten earlier steps. The paper includes that in a_k; leaving it out
-    here is an error of about τη(λ + μ)/2 of the length.
+    For plain SGD, η‖a_k‖₁ is the sum of the learning rates of the client's τ_k steps. Every update reports this sum as `lr_sum`. For a
+    constant rate ‖a_k‖₁ = τ_k, and η cancels. Weight decay λ and a proximal term μ shrink the contribution of earlier steps. The paper
+    includes this effect in a_k. Here it is omitted, a relative error of ‖a_k‖₁ of about τη(λ + μ)/2.
 
     Args:
-        heuristic: Allow other local optimizers and clipping. AdamW's steps are then also normalized by their number, but a client's change
-            is no longer a sum of gradients, and the paper's result does not hold.
+        heuristic: Allow other local optimizers and clipping. AdamW's steps are then also normalized by `lr_sum`, but a client's change is
+            no longer a sum of gradients, and the paper's result does not hold.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)

@@ -1,10 +1,10 @@
 """FedPepTAO: exchange only the prompts of some layers, and correct the server's step for the drift of the clients.
 
-A run has four phases. The state determines the phase, not the round number: a round that did not count is repeated.
+A run has four phases. The state determines the phase, not the round number: a failed round is repeated.
 
     layers    1 round     clients score the backbone's layers on a batch of their rows: s = Σ p_k s_k; nothing is trained
     warm-up   10 rounds   FedAvg of the prompts of all L layers
-    hessian   1 round     clients estimate from the curvature at the warmed-up prompts the share ρ_k of layers that matters: ρ = mean ρ_k
+    hessian   1 round     clients estimate the share ρ_k of important layers from the curvature after warm-up: ρ = mean ρ_k
     partial   the others  S = the ⌈ρL⌉ first layers by score; clients train all layers, but exchange only S (and a head)
 
 Partial round t, over the tensors of S and the head (w_i: client i's, τ_i its steps, η its learning rate, p_i its weight, m clients of N):
@@ -17,21 +17,21 @@ Partial round t, over the tensors of S and the head (w_i: client i's, τ_i its s
 
     v_i = βv + (1−β)g + c⁺ − c_i⁺,   v ← Σ p_i v_i
 
-`paper` diverges unless the clients use the paper's learning rate, for two reasons. First, c⁺ − c_i⁺ has the units of a gradient, of order 1
-for each entry under AdamW, so η_s·v moves each entry by up to η_s a round for any η. Second, c_i accumulates u_i − c over the rounds. In
-SCAFFOLD, the formula's origin, clients add c − c_i to their steps, so that the sum is the client's gradient; here no client corrects its
-steps, and the sum grows with every turn. `scaled`, our fix, keeps all of v in gradient units, moves by a share κ of the cohort's own step,
-which falls with the clients' rate, and sets c_i to u_i.
+`paper` diverges unless the clients use the paper's learning rate, for two reasons. First, c⁺ − c_i⁺ has the units of a gradient (AdamW: of
+order 1 per entry), so η_s·v moves each entry by up to η_s per round, regardless of η. Second, c_i accumulates u_i − c over the rounds. The
+formula is SCAFFOLD's. There, clients add c − c_i to their steps, so that the sum is the client's gradient. Here, clients do not correct
+their steps, and the sum grows with every turn. `scaled`, our fix, keeps v in gradient units, sets c_i to u_i, and moves by a share κ of
+the cohort's mean step, which falls with the clients' rate.
 
-A client continues with its own prompts in the layers outside S. Its first partial turn brings all layers, so that these prompts start from
-the warm-up; every later turn brings S alone. The global model keeps the warm-up's prompts outside S: the clients' own scores measure the
-method.
+In the layers outside S, each client continues with its own prompts. In a client's first partial turn the server sends all layers, so that
+these prompts start from the warm-up; later it sends only S. The global model keeps the warm-up's prompts outside S, so evaluate the method
+by the clients' own scores.
 
 Source: Che et al. 2023, Federated Learning of Large Language Models with Parameter-Efficient Prompt Tuning and Adaptive Optimization, EMNLP
 2023, arXiv:2310.15080; its public code, https://github.com/llm-eff/FedPepTAO, ranks the most redundant layers first, has no warm-up before
 the partial rounds, decays η_s before its first use, and scores each client with its own layers.
-Our choices, where paper and code leave it open: τ_i η is the sum of the learning rates that the client used; N is the number of clients
-that have answered so far, in any phase; c and v start with the partial phase.
+Paper and code do not specify three points. Our choices: τ_i η is the sum of the learning rates that the client used; N counts the clients
+that have answered so far, in any phase; c and v are 0 at the start of the partial phase.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ _PACE = ("steps", "lr_sum")  # a client's measurements of τ_i and τ_i η
 
 @dataclass(frozen=True, kw_only=True)
 class FedPepTAO(Strategy):
-    """Partial prompt tuning with a drift-corrected server step; one prompt a layer, named `*.prompt` in the order of the layers.
+    """Partial prompt tuning with a drift-corrected server step; one prompt per layer, named `*.prompt` in the order of the layers.
 
     Memory: `layers` (L,), the scores; `warmups`, `ratio`, and for the paper's rule `server_lr`; `seen/<client>`, 1 after its first partial
     turn; and for each exchanged tensor `c/<client>/<tensor>`, `drift/<tensor>` (c), `v/<tensor>`, `delta/<tensor>` (Δ_{t-1}): in total,
@@ -70,13 +70,13 @@ class FedPepTAO(Strategy):
         ratio: ρ, the share of the layers to exchange, in (0, 1]; None lets the clients estimate it. 1 needs no scores.
         order: Which layers come first: the most `redundant` ones (high score), or the most `diverse` ones.
         warmup_rounds: Rounds that train and exchange all layers.
-        score_rows: Rows of the batch for scores and estimates; a client with fewer takes all its rows.
+        score_rows: Rows of the batch for scores and estimates; a client with fewer rows uses all of them.
         personal: Whether each client trains its own prompts in the layers outside S; otherwise these keep the warm-up's values.
-        server_lr: κ, a share of the cohort's own step; with `paper` and `code` η_s before the first partial round, in the units of a
-            client's rate. 0 gives the plain mean.
+        server_lr: κ, a share of the cohort's mean step; with `paper` and `code` the initial η_s, in the units of a client's rate. 0 gives
+            the plain mean.
         momentum: β, in [0, 1).
-        variant: `scaled` or `paper`, as above; or `code`, which is `paper` with one buffer for all clients of a round, as in the public
-            code, so that v_i starts from v_{i-1} (here in the order of logical ids) instead of v.
+        variant: `scaled` or `paper`, as above; or `code`. `code` is `paper` with one buffer for all clients of a round, as in the public
+            code: v_i starts from v_{i-1} instead of v (here in the order of logical ids).
     """
 
     ratio: float | None = None
@@ -114,7 +114,7 @@ class FedPepTAO(Strategy):
 
     @property
     def rounds_before_partial(self) -> int:
-        """Rounds of scoring and warm-up, if all of them count."""
+        """Rounds of scoring and warm-up, if none of them fails."""
         return self.warmup_rounds + (self.ratio != 1) + (self.ratio is None)
 
     def phase(self, state: ServerState) -> str:
@@ -145,7 +145,7 @@ class FedPepTAO(Strategy):
         if phase == "partial":
             return self._plan_partial(plans, state)
         sent = adapter.subset([]) if phase == "layers" else adapter  # layers are scored without prompts
-        ask = {"turn": "fedpeptao", "params": {"stage": phase}, "batch_size": self.score_rows}  # replaces a turn of client.prox
+        ask = {"turn": "fedpeptao", "params": {"stage": phase}, "batch_size": self.score_rows}  # overrides the turn that client.prox sets
         return {p.client: Assignment(plan=dataclasses.replace(p, **ask), adapter=sent, expect=_reply(phase, adapter)) for p in plans}
 
     def _plan_partial(self, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
@@ -170,7 +170,7 @@ class FedPepTAO(Strategy):
             memory.setdefault(f"seen/{update.client}", torch.tensor(0, dtype=torch.uint8))
             tensors = update.adapter.tensors
             if phase == "hessian":
-                mean.add({n: t.clamp(0.0, 1.0) for n, t in tensors.items()}, 1)  # estimates of one share have equal weights
+                mean.add({n: t.clamp(0.0, 1.0) for n, t in tensors.items()}, 1)  # ρ is an unweighted mean
             else:
                 mean.add(tensors, update.examples)
         if phase == "warmup":
@@ -193,7 +193,7 @@ class FedPepTAO(Strategy):
             if self.server_lr:
                 own, steps, lr_sum = _recall(memory, f"c/{client}", old), *(measured(update, update.measurements, n) for n in _PACE)
                 pace += update.examples * lr_sum
-                # a sum of 0, as in the first step of a warm-up, moves nothing and gives no drift
+                # lr_sum = 0, as in the first step of a learning-rate warm-up: no change, so no drift estimate
                 moved = {n: (old[n] - w[n].double()) / lr_sum for n in old} if lr_sum else None
                 new = own if moved is None else moved if scaled else {n: own[n] - c[n] + moved[n] for n in old}
                 change.add({n: new[n] - own[n] for n in old}, 1 if scaled else max(steps, 1))
@@ -218,7 +218,7 @@ class FedPepTAO(Strategy):
         memory: dict[str, Tensor],
         like: AdapterState,
     ) -> dict[str, Tensor]:
-        """w̄ → w_t, by the momentum in `memory`, which is updated; `pace` is the cohort's τη."""
+        """w̄ → w_t. Updates the momentum in `memory`; `pace` is the cohort's mean τη."""
         if pace == 0 and self.variant == "scaled":  # no client has moved
             return average
         unit, lr = (pace, self.server_lr * pace) if self.variant == "scaled" else (1.0, self._server_lr(memory))
@@ -239,7 +239,7 @@ class FedPepTAO(Strategy):
         return {n: average[n] - lr * v[n] for n in old}
 
     def _server_lr(self, memory: dict[str, Tensor]) -> float:
-        """η_s of the paper's rule, which falls from round to round; it is stored in `memory`."""
+        """η_s of the paper's rule: decays it each round and stores it in `memory`."""
         last = memory.get("server_lr")
         lr = self.server_lr if last is None else max(_DECAY * last.item(), _LEAST_LR)
         memory["server_lr"] = torch.tensor(lr, dtype=torch.float64)
@@ -271,7 +271,7 @@ def _number(memory: Mapping[str, Tensor], name: str) -> float:
 
 
 def _number_with(memory: Mapping[str, Tensor], what: str, like: Mapping[str, Tensor]) -> int:
-    """The number of states of this kind in the memory, counted by one of their tensors."""
+    """The number of stored states whose keys start with `what`, counted by one of their tensors."""
     name = next(iter(like))
     return sum(n.startswith(what) and n.endswith(f"/{name}") for n in memory)
 

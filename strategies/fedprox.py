@@ -17,9 +17,10 @@ from fedtune.strategies.fedavg import FedAvg
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx(FedAvg):
-    """Clients minimize F_k(w) + μ/2·‖w − w_t‖², over all tensors that they train; the server takes the weighted mean.
+    """Clients minimize F_k(w) + μ/2·‖w − w_t‖² over all tensors that they train; the server computes the weighted mean.
 
-    For LoRA the term acts on the factors, not on their product. Only `mu` sets it: a config with another `client.prox` is refused.
+    For LoRA, the term applies to the factors, not to their product. Only `mu` sets it: a config with a different nonzero `client.prox` is
+    rejected.
 
     Args:
         mu: μ, per unit of squared distance in the parameters; 0 is FedAvg.

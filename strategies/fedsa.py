@@ -1,8 +1,8 @@
-"""FedSA-LoRA: share A, which learns common knowledge, and keep B, which learns client-specific knowledge, on each client.
+"""FedSA-LoRA: share A (common knowledge); B (client-specific knowledge) stays on each client.
 
-Every client ends with a personal adapter: the common Ā with its own B and head. Besides Ā the server holds the initial B = 0 and the
-initial head, so its product is zero and a global test scores the untouched backbone: read the clients' own metrics. A client that never
-took part has the common Ā and B = 0.
+Every client ends with a personal adapter: the common Ā with its own B and head. The server holds Ā, the initial B = 0 and the initial head.
+Its product is zero, so a global evaluation measures the unmodified backbone: use the clients' own metrics. A client that never
+participated has the common Ā and B = 0.
 
 Source: Guo et al. 2025, Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025, arXiv:2410.01463.
 """
@@ -23,13 +23,13 @@ SHARED, OWN = ("*.lora_A",), ("*", "!*.lora_A")
 
 @dataclass(frozen=True, kw_only=True)
 class FedSA(FedAvg):
-    """A ← sum_k p_k A_k with p_k = n_k / sum n; clients train A, B and head, and keep B and head from turn to turn."""
+    """A ← sum_k p_k A_k with p_k = n_k / sum n; clients train A, B and head, and keep B and head between turns."""
 
-    # no accepts_stale: a client's kept B changes while its A is late; assumes_zero_init: the server keeps the initial B while A changes
+    # no accepts_stale: a client's B changes before its late A arrives; assumes_zero_init: the server keeps the initial B while A changes
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True)
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method other than plain LoRA."""
+        """Raises ConfigError if the method is not plain LoRA."""
         require_method(config, "fedsa", methods=("lora", "rslora"), why="clients share LoRA's A and keep its B")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:

@@ -1,10 +1,10 @@
-"""FedSVD: train B alone, and re-factorize the product by an SVD each round.
+"""FedSVD: train only B, and re-factorize the product with an SVD each round.
 
     clients train and send B; A is frozen and common, so that B̄ A is the exact mean;
     server: B̄ A = U S Vᵀ,  A ← V_rᵀ,  B ← U_r S_r    (no truncation: the rank is at most r; skipped while B̄ = 0)
 
 The noise of differentially private training is in one factor, not in a product of two, and A's orthonormal rows do not amplify it. With
-DoRA the magnitudes are trained and averaged too; the direction keeps its product.
+DoRA, the magnitudes are also trained and averaged; the re-factorization leaves the direction's product unchanged.
 
 Source: Lee et al. 2025, FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA, arXiv:2505.12805.
 """
@@ -27,7 +27,7 @@ TRAINED = ("*", "!*.lora_A")
 
 @dataclass(frozen=True, kw_only=True)
 class FedSVD(MeanStrategy):
-    """B_k (out, r)  →  B̄ (out, r), then both factors from the SVD of B̄ A; heads by the weighted mean.
+    """B_k (out, r)  →  B̄ (out, r), then both factors from the SVD of B̄ A; heads: weighted mean.
 
     The server sends A each round, because it changes each round; clients never send it.
     """
@@ -35,7 +35,7 @@ class FedSVD(MeanStrategy):
     requirements: ClassVar[Requirements] = Requirements(needs_only_mean=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method without factors."""
+        """Raises ConfigError if the method has no LoRA factors."""
         require_method(config, "fedsvd", methods=("lora", "rslora", "dora"), why="it decomposes the product of LoRA's factors")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:

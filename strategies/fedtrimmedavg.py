@@ -1,4 +1,4 @@
-"""Coordinate-wise trimmed mean, by Flower's own class.
+"""Coordinate-wise trimmed mean. Uses Flower's class.
 
 Source: Yin et al. 2018, Byzantine-Robust Distributed Learning: Toward Optimal Statistical Rates, arXiv:1803.01498, algorithm 1, option II.
 """
@@ -21,14 +21,13 @@ from fedtune.strategies._require import enough_clients
 
 @dataclass(frozen=True, kw_only=True)
 class FedTrimmedAvg(Strategy):
-    """w ← the mean of w_k without the ⌊βn⌋ largest and ⌊βn⌋ smallest values, coordinate by coordinate; clients have equal weights.
+    """w ← the coordinate-wise mean of w_k without the ⌊βn⌋ largest and ⌊βn⌋ smallest values; clients have equal weights.
 
-    For LoRA it takes the factors, and so depends on their gauge: (B G, G⁻¹ A) is the same ΔW with another trimmed mean. Holds all models
-    of a round in memory.
+    For LoRA, the mean is over the factors and depends on their gauge: (B G, G⁻¹ A) gives the same ΔW but a different trimmed mean. Holds
+    all models of a round in memory.
 
     Args:
-        beta: β, the share trimmed at either end, 0 ≤ β < ½. A round that counts needs 1/β good updates: with fewer nothing would be
-            trimmed.
+        beta: β, the share trimmed at each end, 0 ≤ β < ½. A round needs 1/β good updates: with fewer, nothing is trimmed.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)

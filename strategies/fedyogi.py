@@ -1,4 +1,4 @@
-"""Yogi on the server, by Flower's own class.
+"""Yogi on the server. Uses Flower's class.
 
 Source: Reddi et al. 2021, Adaptive Federated Optimization, arXiv:2003.00295, algorithm 2 (FedYogi).
 """
@@ -21,12 +21,12 @@ from fedtune.strategies._mean import MeanStrategy
 class FedYogi(MeanStrategy):
     """m ← β₁m + (1 − β₁)Δ, v ← v − (1 − β₂)Δ²·sign(v − Δ²), w ← w + η·m / (√v + τ), with Δ = w̄ − w.
 
-    v grows and shrinks by steps of the same size, while Adam's v forgets a large Δ² at once. There is no bias correction: from v = 0 the
-    first step is (1 − β₁) / √(1 − β₂) of η. For LoRA this acts on the factors. A method that re-factorizes the adapter must reset the
-    moments, which belong to the old coordinates.
+    v changes by ±(1 − β₂)Δ², Adam's v by (1 − β₂)(Δ² − v), so Yogi's v forgets a large Δ² more slowly. There is no bias correction: from
+    v = 0, the first step is (1 − β₁) / √(1 − β₂) of η. For LoRA, the step applies to the factors. A method that re-factorizes the adapter
+    must reset the moments, because they refer to the old factors.
 
     Args:
-        lr: Server learning rate η: about the step of each parameter in a round, independent of the clients' own steps.
+        lr: Server learning rate η: approximately the step of each parameter per round, independent of the size of the clients' steps.
         beta_1: β₁.
         beta_2: β₂.
         tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.

@@ -1,7 +1,7 @@
 """FFA-LoRA: freeze A and train B, so that averaging is exact.
 
-With one common A, sum_k p_k B_k A = (sum_k p_k B_k) A: averaging factors has no error, clients send half the bytes, and privacy noise on B
-enters the product once instead of twice. Server and clients draw A from the run's seed, so it is never sent.
+With one common A, sum_k p_k B_k A = (sum_k p_k B_k) A: averaging factors has no error, clients send half the bytes, and privacy noise is
+in one factor of the product instead of both. Server and clients draw A from the run's seed, so it is never sent.
 
 Source: Sun et al. 2024, Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv:2403.12313.
 """
@@ -22,12 +22,12 @@ ALL_BUT_A = ("*", "!*.lora_A")
 
 @dataclass(frozen=True, kw_only=True)
 class FFA(FedAvg):
-    """B ← sum_k p_k B_k with p_k = n_k / sum n; heads likewise; A keeps its initial value."""
+    """B ← sum_k p_k B_k with p_k = n_k / sum n, and the same for heads; A keeps its initial value."""
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method other than plain LoRA."""
+        """Raises ConfigError if the method is not plain LoRA."""
         require_method(config, "ffa", methods=("lora", "rslora"), why="one common A makes the mean of B exact for plain LoRA only")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:

@@ -1,17 +1,17 @@
-"""LoRA of mixed ranks through the singular value decomposition of the averaged update.
+"""LoRA with mixed ranks, using the singular value decomposition of the averaged update.
 
     D ← D + Σ_k p_k (s_k B_k A_k − P_{r_k}(D)) = U S Vᵀ;    client k gets P_{r_k}(D): A = V_{r_k}ᵀ and B = U_{r_k} S_{r_k} / s_k
 
-P_r keeps the first r components, so each client's change is measured from its initial adapter. The sum is exact; the slot's rank truncates
-it. A client gets the best approximation of D of its rank, off by √(Σ_{i > r_k} σ_i²) in the Frobenius norm. With DoRA, D is the sum of the
-directions' updates, and the magnitudes are averaged.
+P_r keeps the first r components, so each client's change is relative to the adapter it received. The sum is exact and is then truncated
+to the config's rank r. A client gets the best approximation of D of its rank; the error is √(Σ_{i > r_k} σ_i²) in the Frobenius norm. With
+DoRA, D is the sum of the directions' updates, and the magnitudes are averaged.
 
-The paper sums products, D ← Σ_k p_k s_k B_k A_k. At equal ranks that is the same. At mixed ranks it counts the components that a small
-client never received as zeros: even without training, component i decays each round by the weight of the clients with r_k < i (rank
-collapse, Wu et al. 2026, arXiv:2602.13486).
+The paper sums products, D ← Σ_k p_k s_k B_k A_k, which is the same for equal ranks. For mixed ranks, it counts components that a
+lower-rank client never received as zeros: even without training, component i decays each round by the weight of the clients with r_k < i
+(rank collapse, Wu et al. 2026, arXiv:2602.13486).
 
 Source: Bai et al. 2024, Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources (FlexLoRA),
-arXiv:2402.11505. The paper forms D as a dense matrix; here it stays factored. The sum of changes is ours.
+arXiv:2402.11505. The paper forms D as a dense matrix; here it stays factored. The sum of changes is our modification.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,12 +29,12 @@ from fedtune.strategies._lowrank import Cohort, Pair, assign, require_method, st
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLoRA(Strategy):
-    """A_k (r_k, in), B_k (out, r_k)  →  A (r, in), B (out, r) of the config's rank, by descending σ; heads by the weighted mean."""
+    """A_k (r_k, in), B_k (out, r_k)  →  A (r, in), B (out, r) of the config's rank, by descending σ; heads: weighted mean."""
 
     requirements: ClassVar[Requirements] = Requirements(mixes_ranks=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method without factors."""
+        """Raises ConfigError if the method has no LoRA factors."""
         require_method(config, "flexlora", methods=("lora", "rslora", "dora"), why="it decomposes the product of LoRA's factors")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
@@ -48,8 +48,8 @@ class FlexLoRA(Strategy):
 
 def _decompose(cohort: Cohort, adapter: AdapterState, module: str) -> Pair:
     """A = V_rᵀ, B = U_r S_r / s of one module."""
-    # The present A with B = 0 adds only directions of σ = 0. Without them, if D's rank is below r (a cohort of small devices), rows of A
-    # and columns of B would both be 0, where both gradients vanish.
+    # The current A with B = 0 adds only directions with σ = 0. Without them, if D's rank is below r (a cohort of small devices), some rows
+    # of A and columns of B would both be 0, and so would both gradients.
     idle = (1.0, adapter[f"{module}.lora_A"], torch.zeros_like(adapter[f"{module}.lora_B"]))
     a, b = truncate(stack([*cohort.terms(module), *cohort.missed(adapter, module), idle]), adapter.spec.ranks[module])
     return a, b / adapter.spec.scaling[module]

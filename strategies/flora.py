@@ -4,11 +4,11 @@ Averaging A and B separately does not average B·A. Stacking does, and lets each
 
     W += Σ_k p_k s_k B_k A_k = [B_1 … B_K] [p_1 s_1 A_1; …; p_K s_K A_K],    then a new random A, and B = 0.
 
-The price is downstream traffic: each round adds a shift of rank Σ r_k, which every client gets once. The shift keeps the stacked factors
-while that rank is at most min(in, out), and is reduced to its true rank above. A client whose missing shifts have more numbers than a
-weight matrix gets the sum of all shifts of that matrix instead (fedtune/rounds/snapshot.py); a device too small for it declines the offer
-before the tensors are sent. While B = 0, A has no gradient, so the first step after the reset changes B alone. If the run's initial B is
-not 0 (peft.init=loftq), the part of its product that clients of smaller ranks did not receive is merged with theirs and so not lost.
+This increases downstream traffic: each round adds a shift of rank Σ r_k, and every client gets each shift once. The shift holds the stacked
+factors if this rank is at most min(in, out); otherwise it is reduced to its true rank. If a client's missing shifts have more numbers than
+a weight matrix, it gets the sum of all shifts of that matrix instead (fedtune/rounds/snapshot.py); a device too small for it declines the
+offer before the tensors are sent. While B = 0, A's gradient is 0, so the first step after the reset changes only B. If the run's initial B
+is not 0 (peft.init=loftq), the part of its product that lower-rank clients did not receive is merged too.
 
 Source: Wang et al. 2024, FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, arXiv:2409.05976,
 eq. 5.
@@ -36,7 +36,7 @@ from fedtune.strategies._lowrank import Cohort, Pair, Term, assign, compact, req
 class FLoRA(Strategy):
     """Concatenate the clients' factors along the rank axis, and merge the product into the frozen weights.
 
-    A_k (r_k, in), B_k (out, r_k)  →  a shift A (R, in), B (out, R) of scaling 1, R = Σ r_k; heads by the weighted mean.
+    A_k (r_k, in), B_k (out, r_k)  →  a shift A (R, in), B (out, R) of scaling 1, R = Σ r_k; heads: weighted mean.
 
     Args:
         max_rank: Largest R of a full cohort, in rows of A; None accepts any.
@@ -46,7 +46,7 @@ class FLoRA(Strategy):
     max_rank: int | None = None
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method other than plain LoRA, or a cohort whose R could exceed `max_rank`."""
+        """Raises ConfigError if the method is not plain LoRA, or if a cohort's R could exceed `max_rank`."""
         require_method(
             config,
             "flora",
@@ -62,7 +62,7 @@ class FLoRA(Strategy):
             )
 
     def start(self, adapter: AdapterState) -> ServerState:
-        """Derives the seed of all later A from the initial A, hence from the run's seed."""
+        """Derives the seed of all later A from the initial A, which comes from the run's seed."""
         drawn = b"".join(t.double().numpy().tobytes() for n, t in adapter.tensors.items() if n.endswith(".lora_A"))
         seed = derive_seed("flora", hashlib.sha256(drawn).hexdigest())
         return ServerState(adapter=adapter, memory={"seed": torch.tensor([seed])})
@@ -87,6 +87,6 @@ def _merge(terms: list[Term]) -> Pair:
 
 
 def _fresh(adapter: AdapterState, module: str, seed: int) -> tuple[Tensor, Tensor]:
-    """A as LoRA draws it, kaiming_uniform(a=√5), and B = 0."""
+    """LoRA's initialization: A from kaiming_uniform(a=√5), B = 0."""
     a, generator = torch.empty(adapter[f"{module}.lora_A"].shape), torch.Generator().manual_seed(seed)
     return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator), torch.zeros_like(adapter[f"{module}.lora_B"])

@@ -1,20 +1,19 @@
 """HetLoRA: each device trains at its own rank, and clients are weighted by the norm of their products.
 
-Downstream, a client of rank r_k gets the first r_k rows of A and columns of B. Upstream, row i of A and column i of B are averaged over the
-clients with r_k ≥ i, with weights in proportion to ‖B_k A_k‖_F; without such a client both stay unchanged. Self-pruning (λ > 0): the
-client's loss includes λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖, and if a turn reduced that product, the client continues with rank ⌊γr⌋ in this and all
-later rounds.
+A client of rank r_k gets the first r_k rows of A and columns of B. The server averages row i of A and column i of B over the clients with
+r_k ≥ i, with weights proportional to ‖B_k A_k‖_F; if there is no such client, both stay unchanged. Self-pruning (λ > 0): the client's loss
+includes λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖. If a turn reduces this product, the client continues with rank ⌊γr⌋ in this and all later rounds.
 
-The paper (`variant: paper`) zero-pads the factors to the slot's rank and averages over all clients. Component i then shrinks each round by
-the weight of the clients with r_k < i, even without training, and with mixed ranks the last components vanish (rank collapse, Wu et al.
+The paper (`variant: paper`) zero-pads the factors to the config's rank and averages over all clients. Component i then shrinks each round
+by the weight of the clients with r_k < i, even without training, and with mixed ranks the last components vanish (rank collapse, Wu et al.
 2026, arXiv:2602.13486).
-The paper prunes (λ > 0); `covered` does not by default. In the paper's form the server's zeros keep the last components small, so that
-turns increase them and seldom prune. Without these zeros ranks fall every few turns, and trained components are lost with them.
+The paper prunes (λ > 0); `covered` does not by default. In the paper's variant, the padding zeros keep the last components small, so turns
+increase them and rarely prune. Without these zeros, ranks fall every few turns, and trained components are lost.
 
-Our choices, where the paper discusses one matrix only or leaves it open: each module has its own weights and its own rank; heads are
-averaged by examples; the scaling s is the slot's at every rank, so that cutting leaves the rest of the product unchanged; a row of A that
-no client trained stays unchanged. (In the paper's form its column of B is zero from the padding; if both were zero, both gradients would
-vanish.)
+The paper discusses only one matrix and does not specify these points. Our choices: each module has its own weights and its own rank; heads
+are averaged by examples; the scaling s is the same at every rank, so that truncation leaves the rest of the product unchanged; a row of A
+that no client trained stays unchanged. (In the paper's variant, its column of B is zero from the padding; if both were zero, both gradients
+would vanish.)
 """
 
 import dataclasses
@@ -41,13 +40,13 @@ _FAINT = 1e-30  # weight of a zero product: negligible beside others, and equal 
 
 @dataclass(frozen=True, kw_only=True)
 class HetLoRA(Strategy):
-    """A[i] ← sum_k w_k A_k[i] / sum_k w_k over the clients with r_k > i, w_k = ‖B_k A_k‖_F; B[:, i] likewise, module by module; not exact.
+    """A[i] ← sum_k w_k A_k[i] / sum_k w_k over the clients with r_k > i, w_k = ‖B_k A_k‖_F; the same for B[:, i]; per module; not exact.
 
-    A_k (r_k, in), B_k (out, r_k)  ->  A (r, in), B (out, r),  r_k <= r = the slot's rank. Takes the memory of one model in float64.
+    A_k (r_k, in), B_k (out, r_k)  ->  A (r, in), B (out, r),  r_k <= r = the config's rank. Needs the memory of one model in float64.
 
     Args:
-        variant: `covered`, as above; or `paper`: a client also counts for the components that it lacks, with zeros.
-        tail_penalty: λ of rank self-pruning; 0 switches it off, the paper uses 1e-3.
+        variant: `covered`, as above; or `paper`: a client's missing components count as zeros.
+        tail_penalty: λ of rank self-pruning; 0 disables it, the paper uses 1e-3.
         tail_share: γ, the share of the rank that pruning keeps, in (0, 1).
     """
 
@@ -57,7 +56,7 @@ class HetLoRA(Strategy):
     tail_share: float = 0.99
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method other than plain LoRA, or a setting out of range."""
+        """Raises ConfigError if the method is not plain LoRA or a setting is out of range."""
         require_method(config, "hetlora", methods=("lora", "rslora"), why="it cuts, pads and weighs LoRA's A and B")
         if self.variant not in ("covered", "paper"):
             raise ConfigError(f"strategy.variant={self.variant} is not known: choose covered or paper")
@@ -97,7 +96,7 @@ class _Components:
     """Weighted means of one module's rows of A and columns of B, each over the clients that have it; float64.
 
     Args:
-        adapter: The global adapter, whose rows and columns stay if no client has them.
+        adapter: The global adapter. Its rows and columns stay unchanged if no client has them.
         module: Name of the module.
     """
 
@@ -108,7 +107,7 @@ class _Components:
         self._trained = 0  # rows of A that some client trained
 
     def add(self, own: AdapterState, *, padding_counts: bool) -> None:
-        """Add one client's factors; with `padding_counts` the components beyond its rank count as zeros."""
+        """Adds one client's factors; with `padding_counts`, the components beyond its rank count as zeros."""
         rank, spec = own.spec.ranks[self._module], self._adapter.spec
         a, b = padded(own, self._module, spec.ranks[self._module], spec.scaling[self._module])
         weight = max(norm((1.0, a, b)), _FAINT)
@@ -129,10 +128,10 @@ class _Components:
 
 
 def ranks_of(plan: Plan, state: ServerState) -> dict[str, int]:
-    """Module → this client's rank: the slot's rank, capped by the plan's and by its own pruned rank."""
+    """Module → this client's rank: the minimum of the global rank, the plan's rank and the client's pruned rank."""
     slot, pruned = state.adapter.spec.ranks, state.memory.get(f"rank/{plan.client}")
     ranks = {m: min(r, plan.rank or r) for m, r in slot.items()}
-    if pruned is not None:  # in the order of sorted names: the order of `spec.ranks` does not survive a checkpoint
+    if pruned is not None:  # sorted by module name: a checkpoint does not preserve the order of `spec.ranks`
         ranks = {m: min(ranks[m], r) for m, r in zip(sorted(slot), pruned.tolist(), strict=True)}
     return {m: ranks[m] for m in slot}
 
@@ -149,9 +148,9 @@ def truncated(adapter: AdapterState, ranks: Mapping[str, int]) -> AdapterState:
 
 
 def padded(adapter: AdapterState, module: str, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A module's factors in float64, zero-padded to `rank`, rescaled so that s·B·A with the new scaling is unchanged.
+    """A module's factors in float64, zero-padded to `rank` and rescaled so that s·B·A with the new scaling equals the old product.
 
-    A (r_k, in), B (out, r_k)  ->  A (rank, in), B (out, rank), each times √(s_k / s)
+    A (r_k, in), B (out, r_k)  ->  A (rank, in), B (out, rank), each multiplied by √(s_k / s)
     """
     a, b = adapter[f"{module}.lora_A"].double(), adapter[f"{module}.lora_B"].double()
     if (own := adapter.spec.scaling[module]) != scaling:

@@ -1,4 +1,4 @@
-"""Krum: continue with the model of the one client that is closest to the others.
+"""Krum: the new global model is the model of the client that is closest to the others.
 
 Source: Blanchard et al. 2017, Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, arXiv:1703.02757, section 4.
 """
@@ -19,10 +19,10 @@ from fedtune.strategies._require import enough_clients
 
 @dataclass(frozen=True, kw_only=True)
 class Krum(Strategy):
-    """w ← w_k of the client k with the lowest sum of squared distances to its n − f − 2 nearest others.
+    """w ← w_k of the client k with the lowest sum of squared distances to its n − f − 2 nearest neighbors.
 
-    For LoRA the distances are between s·B·A, module by module (heads: between tensors), so that an attacker gains nothing from another
-    factorization of the same update. Flower's class compares the factors and is therefore not used. Holds all models of a round in memory.
+    For LoRA, the distances are between s·B·A per module (heads: between tensors), so that an attacker gains nothing by refactorizing its
+    update. Flower's class compares the factors and is therefore not used. Holds all models of a round in memory.
 
     Args:
         malicious: f, the largest number of malicious clients in a round; the guarantee needs n ≥ 2f + 3.

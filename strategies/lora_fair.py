@@ -1,12 +1,12 @@
-"""LoRA-FAIR: average the factors, and correct B for the error of that average.
+"""LoRA-FAIR: average the factors, and correct B for the error of this average.
 
     Ā = Σ p_k A_k,  B̄ = Σ p_k B_k,  E = Σ p_k s_k B_k A_k / s − B̄ Ā,  B = B̄ + ΔB
     ΔB = argmin ‖E − ΔB Ā‖² + λ‖ΔB‖² = E Āᵀ (Ā Āᵀ + λI)⁻¹
 
-The part of E outside the row space of Ā is lost. The server sends only the adapter, as in FedAvg. With DoRA this holds for the direction.
+The part of E outside the row space of Ā is lost. The server sends only the adapter, as in FedAvg. With DoRA, this applies to the direction.
 
 Source: Bian et al. 2024, LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement, arXiv:2411.14961. The paper
-finds ΔB by gradient steps on a similarity with the same penalty; the squared error used here has this closed form.
+finds ΔB by gradient steps on a similarity with the same penalty; the squared error used here has the closed form above.
 """
 
 from collections.abc import Iterable
@@ -25,10 +25,10 @@ from fedtune.strategies._lowrank import Cohort, Pair, require_method, stack
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFair(Strategy):
-    """A_k (r, in), B_k (out, r)  →  Ā, B̄ + ΔB; heads by the weighted mean.
+    """A_k (r, in), B_k (out, r)  →  Ā, B̄ + ΔB; heads: weighted mean.
 
     Args:
-        ridge: λ, in the units of Ā Āᵀ (about 1/3 on its diagonal for LoRA's initial A): a larger λ keeps B nearer to B̄.
+        ridge: λ, in the units of Ā Āᵀ (about 1/3 on its diagonal for LoRA's initial A): a larger λ keeps B closer to B̄.
     """
 
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
@@ -36,7 +36,7 @@ class LoRAFair(Strategy):
     ridge: float = 0.01
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: λ is not positive, or a method without factors."""
+        """Raises ConfigError if λ is not positive or the method has no LoRA factors."""
         if not self.ridge > 0:
             raise ConfigError(f"strategy.ridge={self.ridge} must be greater than 0: Ā Āᵀ alone may be singular")
         require_method(config, "lora_fair", methods=("lora", "rslora", "dora"), why="it corrects the product of LoRA's factors")

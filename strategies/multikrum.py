@@ -20,10 +20,10 @@ from fedtune.strategies._require import enough_clients
 
 @dataclass(frozen=True, kw_only=True)
 class MultiKrum(Strategy):
-    """w ← Σ p_k w_k over the m clients with the lowest Krum scores, p_k = n_k / Σ n among them.
+    """w ← Σ p_k w_k over the m clients with the lowest Krum scores, with p_k = n_k / Σ n over these m.
 
-    For LoRA the selection depends on s·B·A alone (see Krum). The mean is then taken of the selected clients' factors, as in FedAvg and with
-    its error. It is weighted by examples, as in Flower; the paper's mean is unweighted. Holds all models of a round in memory.
+    For LoRA, the selection depends only on s·B·A (see Krum). The factors of the selected clients are then averaged, with the same error as
+    in FedAvg. The mean is weighted by examples, as in Flower; the paper's mean is unweighted. Holds all models of a round in memory.
 
     Args:
         malicious: f, the largest number of malicious clients in a round.

@@ -1,4 +1,4 @@
-"""q-FedAvg: clients with a higher loss get more weight; by Flower's own class.
+"""q-FedAvg: clients with a higher loss get more weight. Uses Flower's class.
 
 Source: Li et al. 2020, Fair Resource Allocation in Federated Learning, arXiv:1905.10497, algorithm 2.
 """
@@ -23,13 +23,13 @@ _LOSS = "start_loss"  # F_k(w): the client's loss before it trains
 class QFedAvg(Strategy):
     """w ← w − Σ F_kᵠ·L(w − w_k) / Σ (q·F_kᵠ⁻¹·‖L(w − w_k)‖² + L·F_kᵠ), F_k = F_k(w).
 
-    q = 0 is the unweighted mean over clients, whatever their numbers of examples; a larger q is closer to minimax. The denominator shortens
-    the step if ‖w − w_k‖² is large relative to F_k / (q·L). Holds all models of a round in memory.
+    q = 0 is the unweighted mean over clients, regardless of their numbers of examples; a larger q is closer to minimax. The denominator
+    shortens the step if ‖w − w_k‖² is large relative to F_k / (q·L). Holds all models of a round in memory.
 
     Args:
-        q: q.
-        lr: 1 / L, with L an estimate of the Lipschitz constant of the gradient. With plain SGD the paper takes the client's learning rate.
-            An adaptive optimizer moves further than rate times gradient, and that choice of L would nearly stop the model.
+        q: Exponent of the losses.
+        lr: 1 / L, where L estimates the Lipschitz constant of the gradient. The paper uses the client's learning rate of plain SGD. An
+            adaptive optimizer moves further than learning rate times gradient, so with the client's rate the model would barely move.
     """
 
     q: float = 0.1

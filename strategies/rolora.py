@@ -1,9 +1,9 @@
 """RoLoRA: train B and A in alternating rounds, so that averaging is exact in every round and both are trained.
 
 Odd rounds train B with a common A, even rounds A with a common B. B is first: it starts at zero, and with B = 0 the gradient of A is zero.
-The alternation counts only rounds that count: after a failed round, the same factor is trained again. Clients send one factor. The server
-sends the whole adapter, because a client that missed the last round lacks the factor trained then. The local optimizer is new each round,
-as the paper asks at each change of factors.
+Failed rounds do not count: the next round trains the same factor again. Clients send one factor. The server sends the whole adapter,
+because a client that missed the last round lacks the factor trained in it. The local optimizer is reset each round; the paper requires a
+reset at each change of factors.
 
 Source: Chen et al. 2025, Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, NeurIPS 2025, arXiv:2502.01755.
 """
@@ -27,14 +27,14 @@ from fedtune.strategies.fedavg import FedAvg
 class RoLoRA(FedAvg):
     """Round t odd: B ← sum_k p_k B_k; t even: A ← sum_k p_k A_k; p_k = n_k / sum n; heads are trained and averaged in every round.
 
-    Memory: `turns`, the number of rounds that counted.
+    Memory: `turns`, the number of successful rounds.
     """
 
-    # no accepts_stale: a late update holds the other factor
+    # no accepts_stale: an update one round late holds the other factor
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError: a method other than plain LoRA."""
+        """Raises ConfigError if the method is not plain LoRA."""
         require_method(
             config, "rolora", methods=("lora", "rslora"), why="training one factor at a time makes its mean exact for plain LoRA only"
         )

@@ -1,7 +1,7 @@
 """SCAFFOLD: control variates correct the drift of the clients' local steps.
 
-Each client steps along g − c_k + c. Its control variate c_k is its mean gradient in its last turn, and c is the mean of all c_k, so that
-with good estimates every client follows the global gradient.
+Each client steps along g − c_k + c. Its control variate c_k is its mean gradient in its last turn, and c is the mean of all c_k. If these
+estimates are accurate, every client follows the global gradient.
 
 Source: Karimireddy et al. 2020, SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, arXiv:1910.06378, algorithm 1 (option
 II).
@@ -28,13 +28,13 @@ from fedtune.strategies._require import plain_sgd, whole_updates
 class SCAFFOLD(Strategy):
     """w ← w + η_s·(mean of w_k − w), uniform; c_k⁺ = c_k − c + (w − w_k) / Ση; c ← c + (1/N)·Σ_{k in S} (c_k⁺ − c_k).
 
-    The control variates stay on the server and clients send nothing extra: c_k⁺ follows from w_k and from Ση, the sum of the learning rates
-    of the client's steps (τη in the paper, where the rate is constant), which every update reports as `lr_sum`. The server sends c − c_k,
-    of the adapter's size.
+    The control variates stay on the server, and clients send nothing extra: c_k⁺ follows from w_k and from Ση, the sum of the learning
+    rates of the client's steps (τη in the paper, where the rate is constant). Every update reports Ση as `lr_sum`. The server sends
+    c − c_k, which has the adapter's size.
 
-    N counts the clients seen so far. A new client has c_k = c: it steps along its plain gradient, and the mean c over the clients seen is
-    also the mean over all of them. (The paper starts c_k at 0, which adds all of c to a new client's gradient.) With full participation
-    both are the same. Weight decay and a proximal term are part of the local objective, and of c_k.
+    N counts the clients seen so far. A new client has c_k = c: it steps along its plain gradient, and c, the mean over the clients seen, is
+    also the mean over all clients. (The paper starts c_k at 0, which adds all of c to a new client's gradient.) With full participation
+    both are the same. Weight decay and a proximal term are part of the local objective and of c_k.
 
     Memory: `c/<tensor>`, and `c_k/<client>/<tensor>` for every client seen: one adapter each.
 
@@ -66,7 +66,7 @@ class SCAFFOLD(Strategy):
         for update in updates:
             mean.add(update.adapter.tensors, 1.0)
             lr_sum = measured(update, update.measurements, "lr_sum")
-            if lr_sum == 0:  # the first step of a warm-up changes nothing and gives no gradient
+            if lr_sum == 0:  # as in the first step of a learning-rate warm-up: no change, so no gradient estimate
                 continue
             own = _control(state, update.client) or c
             for n in w:

@@ -1,4 +1,4 @@
-"""SLoRA: a sparse stage provides LoRA's initialization.
+"""SLoRA: a sparse training stage provides LoRA's initialization.
 
 Stage 1 trains a few entries of the frozen matrices under a mask that all clients share. Stage 2 is federated LoRA, initialized by the SVD
 of stage 1's change. Clients send only the masked entries, as differences from the frozen weights, so that the server needs no backbone.
@@ -32,20 +32,20 @@ _VALUES = ("*", "!*.index")  # clients do not send positions
 class SLoRA(Strategy):
     """Stage 1: δ ← Σ p_k δ_k under a mask; switch: s·B·A = SVD_r(D), D = scatter(δ); stage 2: FedAvg of A and B.
 
-    The state determines the stage: method `sparse` is stage 1. The switch happens at the end of the last sparse round or, if that round
-    does not count, of the next that does, so that stage 1 is never empty. Until the switch the server's memory holds the initial LoRA
-    factors, as `<method>/<module>.lora_A`; afterward the share of ‖D‖² that rank r keeps, as `energy/<module>`.
+    The state determines the stage: method `sparse` is stage 1. The switch happens at the end of the last sparse round. If that round fails,
+    it happens at the end of the next successful round, so that stage 1 is never empty. Before the switch, the server's memory holds the
+    initial LoRA factors as `<method>/<module>.lora_A`; after it, the share of ‖D‖² that rank r keeps as `energy/<module>`.
 
     Args:
         rounds: Rounds of the run.
         seed: Seed of the run, for the random mask.
         sparse_share: Share of the rounds in stage 1; at least one round.
-        density: Share d of each matrix's entries under the mask; None takes as many entries as LoRA's factors have, r·(in + out).
-        mask: `random`, drawn from the seed without traffic, or `gradient`: the largest entries of Σ p_k|∇W|. That takes one more round,
-            before stage 1, in which each client sends the dense gradient of one batch for all adapted matrices, as many bytes as they have
-            in float32. The server then sends the mask's positions with the values, 4 bytes each.
+        density: Share d of each matrix's entries under the mask; None selects as many entries as LoRA's factors have, r·(in + out).
+        mask: `random`: drawn from the seed without traffic. `gradient`: the largest entries of Σ p_k|∇W|. It needs one more round before
+            stage 1: each client sends the dense gradient of one batch for all adapted matrices, in float32. The server then sends the
+            mask's positions with the values, 4 bytes each.
         mode: `paper` keeps W0 and loses the part of D beyond rank r. `corrected` shifts W0 by D − s·B·A, so that the switch does not change
-            the model; each client gets the shift once, and it may be larger than the backbone: (in + out)·rank floats a matrix.
+            the model. Each client gets the shift once; it may be larger than the backbone: (in + out)·rank floats per matrix.
     """
 
     rounds: int
@@ -159,7 +159,7 @@ def _split(dense: Tensor, start: Tensor, scaling: float) -> tuple[dict[str, Tens
 
     Args:
         dense: D (out, in), float64.
-        start: The initial A (r, in), float32. Directions beyond D's rank keep its rows, with B = 0, as in an initial LoRA: with A = 0 too,
+        start: The initial A (r, in), float32. Beyond D's rank, A keeps these rows and B is 0, as in LoRA's initialization: if A were 0 too,
             both gradients would vanish.
         scaling: s.
 
@@ -187,7 +187,7 @@ def _shapes(memory: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
 
 
 def _put(adapter: AdapterState, parts: Mapping[str, Mapping[str, Tensor]]) -> AdapterState:
-    """The adapter with each module's tensors replaced by those of `parts`, in the same place; heads stay."""
+    """The adapter with each module's tensors replaced by those of `parts`, in the same position; heads stay unchanged."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
         module = name.rpartition(".")[0]
