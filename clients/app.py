@@ -1,7 +1,8 @@
-"""The Flower ClientApp: answers the hello, trains by a Plan, evaluates. It is the same on every engine and on a device.
+"""The Flower ClientApp: answers the hello, trains according to a Plan, evaluates. It is the same on every engine and on a device.
 
-A turn has three parts: `prepare` reads the message and decides whether this device can take part, then the client trains or scores, and
-`finish` writes the reply. An engine that trains many clients at once calls `prepare` and `finish` itself; the messages are the same.
+A turn (one client's work in one round) has three parts: `prepare` reads the message and decides whether this device can participate, then
+the client trains or measures, and `finish` writes the reply. An engine that trains many clients at once calls `prepare` and `finish`
+itself; the messages are the same.
 """
 
 import contextlib
@@ -50,10 +51,10 @@ class PreparedTurn:
     Args:
         message: The train message.
         plan: The server's plan, reduced to the device's limits.
-        loaded_model: The backbone and adapter slots of the turn.
+        loaded_model: The backbone and adapter slots that the turn uses.
         start: The initial tensors.
         sent_bytes: Bytes of the tensors in the message.
-        turn: The method's client half.
+        turn: The client side of the method.
         extra: The tensors that the server sent for `turn`.
         examples: The client's training rows.
         fit: The device's choice; None without a device profile.
@@ -100,7 +101,7 @@ def make_client_app(host: ClientHost) -> ClientApp:
             held_out=len(rows.held_out),
             base=host.space.backbone.fingerprint,
             shifts=model.frozen.versions,
-            remembers=host.config.engine.kind != "ray",  # on Ray another worker may run this client's next turn
+            remembers=host.config.engine.kind != "ray",  # on Ray, another worker may run this client's next turn
             device="" if host.device is None else describe(host.device, host.devices.first_choice(client)),
         )
         return Message(RecordDict({"hello": ConfigRecord({"json": reply.to_json()})}), reply_to=message)
@@ -128,7 +129,7 @@ def make_client_app(host: ClientHost) -> ClientApp:
 
 
 def _with_spent_privacy(who: Callable[P, tuple[ClientHost, str]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Attach the client's spent ε to every error of a step: the reply that reported it may have been lost."""
+    """Attach the client's spent ε to every error of a step, because an earlier reply that reported it may be lost."""
 
     def wrap(step: Callable[P, R]) -> Callable[P, R]:
         @wraps(step)
@@ -137,7 +138,7 @@ def _with_spent_privacy(who: Callable[P, tuple[ClientHost, str]]) -> Callable[[C
                 return step(*args, **kwargs)
             except Exception as bad:
                 host, client = who(*args, **kwargs)
-                offline = isinstance(bad, Decline) and bad.kind == "offline"  # stands for a device that does not answer
+                offline = isinstance(bad, Decline) and bad.kind == "offline"  # simulates a device that does not answer
                 if host.storage.ledgers is not None and not offline:
                     privacy = host.config.privacy
                     with contextlib.suppress(FedtuneError):  # an unreadable ledger must not hide the first error
@@ -167,7 +168,7 @@ def take_turn(host: ClientHost, todo: PreparedTurn) -> Message:
 
 
 def work_of(host: ClientHost, todo: PreparedTurn, live: LiveAdapter | SparseSlot) -> Work:
-    """The arguments of the method's client half."""
+    """The arguments of the turn's methods."""
     plan, store = todo.plan, host.storage.store.beside(f"turn-{todo.plan.turn}")
 
     def retrain(start: AdapterState, turn: Turn) -> AdapterState:
@@ -191,7 +192,7 @@ def work_of(host: ClientHost, todo: PreparedTurn, live: LiveAdapter | SparseSlot
 
 
 def evaluate_together(host: ClientHost, requests: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """Replies to evaluate messages. All carry the same adapter and go to clients with the same loaded model."""
+    """Replies to evaluate messages. All messages have the same adapter; all clients have the same loaded model."""
     request = read_message(requests[0][0].content)
     clients = [client_of(host, context) for _, context in requests]
     model = host.loaded_model(clients[0])
@@ -199,7 +200,7 @@ def evaluate_together(host: ClientHost, requests: Sequence[tuple[Message, Contex
     rows = [host.space.examples(client, "held_out") for client in clients]
     turn = make(request.turn, request.params)
     if request.keep or type(turn).personal is not Turn.personal:
-        store = host.storage.store.beside(f"turn-{request.turn}")  # an evaluation comes after the turn of its round
+        store = host.storage.store.beside(f"turn-{request.turn}")  # an evaluation follows its round's turn, hence round + 1
         own = [turn.personal(host.complete(c, request), store.read(c, request.round + 1)) for c in clients]
         scores = [model.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
     else:
@@ -245,7 +246,7 @@ def check_offer(host: ClientHost, message: Message, context: Context) -> None:
     """Check an offer: a train message without its tensors.
 
     Raises:
-        FedtuneError: As `prepare` would, for the message's size and everything else that is known without its tensors.
+        FedtuneError: The errors of `prepare` that do not depend on the tensors' values, such as the message's size.
     """
     request, nbytes = read_offer(message.content)
     _fit_turn(host, client_of(host, context), request, nbytes)
@@ -254,7 +255,7 @@ def check_offer(host: ClientHost, message: Message, context: Context) -> None:
 def _fit_turn(
     host: ClientHost, client: str, request: ServerMessage, sent_bytes: int
 ) -> tuple[LoadedModel, AdapterState, Plan, Turn, Sequence[Example], Fit | None, TurnPrivacy | None]:
-    """Loaded model, initial tensors, the plan fitted to the device, its turn, the rows, the device's choice, and clipping and noise."""
+    """Loaded model, initial tensors, fitted plan, its turn, the rows, the device's choice, and clipping and noise."""
     plan = request.plan
     if plan is None:
         raise PlanError("the train message has no plan: run the same version of fedtune on server and client")
@@ -269,7 +270,7 @@ def _fit_turn(
         raise Decline("offline", "the device is offline this round")
     model = host.loaded_model(client)
     if plan.codec:
-        Codec.from_name(plan.codec)  # refuse an unknown codec before training, not after
+        Codec.from_name(plan.codec)  # reject an unknown codec before training
     examples = host.space.examples(client, "train")
     if not examples:
         raise DataError(f"client {client} has no training row of two tokens or more: give it longer rows")
@@ -300,7 +301,7 @@ def finish(host: ClientHost, todo: PreparedTurn, trained: AdapterState, result: 
         "steps": result.steps,
         "lr_sum": sum(lr_at(plan, step, result.steps) for step in range(result.steps)),
     }
-    if plan.privacy == "none":  # both depend on the rows' lengths and on the sample
+    if plan.privacy == "none":  # both depend on the rows' lengths and on the sampled rows
         measurements |= {"seconds": result.seconds, "peak_mb": result.peak_mb}
     if (private := todo.private) is not None:
         ledger = host.ledger(plan.client)
@@ -308,7 +309,7 @@ def finish(host: ClientHost, todo: PreparedTurn, trained: AdapterState, result: 
             ledger.spend(plan.round, private.cost)
             drawn = source(host.config.privacy.secure_rng, plan.seed, "noise")
             sent = sent.replace(noised(sent.tensors, todo.start.tensors, clip=private.clip, noise=private.noise, source=drawn))
-            metrics = {}  # exact losses would disclose the rows
+            metrics = {}  # exact losses would disclose information about the rows
         measurements |= privacy_measurements(plan, ledger, private)
     return _reply(host, todo, _encoded(host, todo, sent) if plan.codec else sent, metrics, measurements, result)
 

@@ -1,4 +1,4 @@
-"""Replies of clients that fail: one sentence in a `declined` record. No error on a device ends the server's run."""
+"""Replies of clients that fail: one sentence in a `declined` record. An error on a device never ends the server's run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ Handler = Callable[[Message, Context], Message]
 
 @contextmanager
 def client_named(client: str) -> Iterator[None]:
-    """Attach the client's name to every error raised inside, for the decline reply: before the hello a server knows only a node number."""
+    """Attach the client's name to every error raised inside, for the decline reply. Before the hello, the server knows only a node id."""
     try:
         yield
     except Exception as bad:
@@ -30,7 +30,7 @@ def decline_on_error(handler: Handler) -> Handler:
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except Exception as bad:  # any failure of a device must reach the operator and must not end the round
+        except Exception as bad:  # the operator must see every failure of a device, and none may end the round
             return decline_reply(message, bad)
 
     return handle

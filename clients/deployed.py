@@ -1,7 +1,7 @@
-"""The ClientApp of a real device. The server's hello brings the experiment; rows, profile and folder belong to the device.
+"""The ClientApp of a real device. The server's hello contains the experiment; rows, profile and folder belong to the device.
 
-The server decides what the experiment is. It cannot make the device run code from a model repository, open a path that was not given on the
-device itself, or count its privacy outside its own folder.
+The server defines the experiment. It cannot make the device run code from a model repository, open a path that was not given on the device
+itself, or record its privacy spending outside the device's folder.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from fedtune.storage.parsing import parse_yaml, read_text
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
-HELLO = "hello.json"  # file in the device's folder: the last hello that it answered
+HELLO = "hello.json"  # file in the device's folder: the last hello that the device answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class Device:
 
     Args:
         client: Its logical id.
-        state: Folder of its state, which outlives turns, runs and restarts.
-        data: File, folder or glob of its rows; None takes its part of the built-in demo and refuses every other experiment.
-        model: Folder of the backbone; None takes the built-in one, or the hub's model of the name that the server gives.
-        min_privacy: Least privacy of every turn, `record` or `user`; None accepts what the server asks.
-        max_epsilon: Privacy budget ε of all turns of all runs together; None sets no budget.
+        state: Folder of its state, which persists across turns, runs and restarts.
+        data: File, folder or glob of its rows; None uses the client's part of the built-in demo and rejects every other experiment.
+        model: Folder of the backbone; None uses the built-in model, or the hub model that the server names.
+        min_privacy: Minimum privacy of every turn, `record` or `user`; None accepts any.
+        max_epsilon: Total privacy budget ε over all turns of all runs; None sets no budget.
         delta: δ of `max_epsilon`.
         device: Its profile: `auto`, the name of one of the scenario's device classes, or a YAML file; None accepts every plan unchanged.
     """
@@ -65,7 +65,7 @@ class Device:
 def make_app(settings: Mapping[str, Any]) -> ClientApp:
     """The ClientApp of this device, for the experiment of the server's last hello.
 
-    The hello is kept on disk: a server does not notice a short absence of the client and does not repeat its hello.
+    The hello is stored on disk, because a server does not notice a quick restart of the client and does not repeat its hello.
     """
     device, app = Device(**{**settings, "state": Path(settings["state"])}), ClientApp()
     current, floor = list[tuple[str, ClientHost, ClientApp]](), floor_of(device)
@@ -76,7 +76,7 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
         if own is not None:
             config = for_device(config, own)
         loaded = _reusable(config, run, *current[0][:2]) if current else None
-        current.clear()  # frees the old model before another is loaded
+        current.clear()  # free the old model before loading another
         host = ClientHost(config, Storage.in_folder(device.state / run / "clients", config), own, floor, loaded)
         current.append((run, host, make_client_app(host)))
         return current[0][2]
@@ -107,20 +107,20 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
 
 
 def _reusable(config: Config, run: str, before: str, host: ClientHost) -> Workspace | None:
-    """The workspace that the host of the run `before` has loaded; None where this run needs another."""
+    """The workspace that the host of the run `before` has loaded; None if this run needs another."""
     if host.config != config:
         return None
     if run != before:
-        host.space.rebase((), ())  # shifts are known by their round, and both runs count from 1
+        host.space.rebase((), ())  # shifts are identified by their round, which starts at 1 in both runs
     return host.space
 
 
 def read_hello(text: str, device: Device) -> tuple[Config, str]:
-    """The experiment as this device takes part in it, and the name of the run.
+    """The experiment with this device's own settings, and the name of the run.
 
     Raises:
         PlanError: The hello has no valid run name.
-        ConfigError: This version of fedtune does not know a setting of the experiment, or a device refuses it.
+        ConfigError: This version of fedtune does not know a setting of the experiment, or the device rejects it.
     """
     hello = ServerHello.from_json(text)
     if not is_run_name(hello.run):
@@ -132,8 +132,8 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
     """The server's experiment with this device's rows and profile.
 
     Raises:
-        ConfigError: A device refuses a setting of the experiment.
-        Decline: It has less privacy than the device accepts.
+        ConfigError: The device rejects a setting of the experiment.
+        Decline: The experiment has less privacy than the device accepts.
     """
     if config.model.trust_remote_code:
         raise ConfigError("the server sets model.trust_remote_code, and a device runs no code from a model repository: set it to false")
@@ -149,7 +149,7 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
         test_path=None,
     )
     partition = config.partition
-    if device.data is None and data.source != "demo":  # not the hub either: its data sets can point at files of this device
+    if device.data is None and data.source != "demo":  # not the hub either: hub data sets can reference files of this device
         raise ConfigError(
             f"this device has no rows, and it opens no file that only the server names (data.source={data.source}): give this device's rows"
             " with --data"
@@ -176,7 +176,7 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
 
 
 def _own_model(model: ModelConfig, device: Device) -> ModelConfig:
-    """The server's backbone on this device: the folder given here, or a name that cannot be a path.
+    """The server's backbone on this device: the device's `model` folder, or a name that cannot be a path.
 
     Raises:
         ConfigError: The server's name is, or could be, a path on this device.
@@ -195,14 +195,14 @@ def _own_model(model: ModelConfig, device: Device) -> ModelConfig:
 
 
 def floor_of(device: Device) -> Floor | None:
-    """The least privacy that the device accepts; None without `min_privacy`."""
+    """The minimum privacy that the device accepts; None without `min_privacy`."""
     if device.min_privacy is None:
         return None
     return Floor(kind=device.min_privacy, epsilon=device.max_epsilon, delta=device.delta, client=device.client, runs=device.state)
 
 
 def profile_of(device: str | None, config: Config) -> dict[str, DeviceClass]:
-    """This device's profile under its name; empty where it accepts every plan unchanged.
+    """Name → profile of this device; empty if it accepts every plan unchanged.
 
     Args:
         device: As `Device.device`.

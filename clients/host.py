@@ -1,7 +1,7 @@
 """A host runs clients of one experiment in one process.
 
-The simulation, a Ray worker and a device each create a host when they start. A host owns its clients' tensors and ledgers, so that two
-hosts in one process share nothing.
+The simulation, a Ray worker and a device each create a host at startup. A host owns its clients' tensors and ledgers, so two hosts in one
+process share nothing.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class ClientHost:
     Args:
         config: The experiment.
         storage: The clients' tensors and ledgers.
-        device: Profile of this machine, a real device: turns are fitted to it. None simulates the config's device classes.
-        floor: The least privacy that this device accepts; None accepts any.
+        device: Profile of this machine if it is a real device; turns are fitted to it. None simulates the config's device classes.
+        floor: The minimum privacy that this device accepts; None accepts any.
         loaded: A loaded workspace that no other active host uses; None loads one when it is first needed.
     """
 
@@ -57,10 +57,10 @@ class ClientHost:
         return self.space.loaded_model(self.devices.fixed_choice(client).precision)
 
     def complete(self, client: str, request: ServerMessage) -> AdapterState:
-        """A client's full adapter: each tensor is the client's own, else the server's, else the initial one from the run's seed."""
+        """A client's full adapter. Each tensor is the client's own if it has one, else the server's, else the initial one."""
         space, sent = self.space, request.adapter
         names = list(space.live.parameters)
-        # an evaluation comes after the turn of its round
+        # an evaluation (no plan) follows its round's turn, hence round + 1
         kept = self.storage.store.read(client, request.round + (request.plan is None)) if request.keep else None
         own = set(matching(kept.tensors, request.keep)) if kept else set()
         if sent.spec.method != space.live.spec.method or (not own and all(n in sent.tensors for n in names)):
@@ -71,7 +71,7 @@ class ClientHost:
         """The client's privacy ledger.
 
         Raises:
-            PlanError: The storage does not outlive the process.
+            PlanError: The storage is temporary.
         """
         if self.storage.ledgers is None:
             raise PlanError("the plan asks for privacy, but this client has no folder for its ledger: what it has spent would be forgotten")

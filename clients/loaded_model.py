@@ -1,4 +1,4 @@
-"""A frozen backbone in one precision with its adapter slots, shared by all clients of a process with that precision."""
+"""A frozen backbone in one precision with its adapter slots. All clients of a process with this precision share it."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from fedtune.models.sparse import SparseSlot
 
 
 class LoadedModel:
-    """The backbone is loaded once. Each turn writes its tensors into a slot and reads them back.
+    """A backbone that is loaded once. Each turn writes its tensors into a slot (the trainable parameters) and reads them back.
 
     Args:
         config: The experiment, with this model's precision.
-        labels: Outputs of the task's head; 0 without one.
+        labels: Outputs of the task's head; 0 without a head.
 
     Attributes:
         backbone: The frozen backbone.
         live: The slot of the config's method.
-        lower: The cache of the layers below the adapters; None without one.
+        lower: The cache of the layers below the adapters; None if it is disabled.
         frozen: The frozen weights and the versions of the shifts merged into them.
     """
 
@@ -43,7 +43,7 @@ class LoadedModel:
 
     @cached_property
     def weights_bytes(self) -> int:
-        """Bytes of the frozen weights as they are stored."""
+        """Bytes of the frozen weights in their stored form."""
         return stored_bytes(self.live.model, self.live.parameters.values())
 
     def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState], snapshot: AdapterState | None = None) -> None:
@@ -59,7 +59,7 @@ class LoadedModel:
         """
         if self.lower is not None and self.frozen.versions != base:
             self.lower.clear()
-        if self.frozen.versions != base[: len(self.frozen.versions)]:  # shifts are merged that `base` does not have: back to W0
+        if self.frozen.versions != base[: len(self.frozen.versions)]:  # a merged shift is not in `base`: reset to W0
             config = self.config
             fresh = load_backbone(config.model, config.task, num_labels=self._labels, seed=config.seed)
             self.frozen.reset(fresh.model)
@@ -82,7 +82,7 @@ class LoadedModel:
         return self._sparse
 
     def score(self, state: AdapterState, *groups: Sequence[Example]) -> list[dict[str, float]]:
-        """The task's metrics with this adapter, one dict a group of examples; empty for an empty group. All groups share batches."""
+        """The task's metrics with this adapter, one dict per group of examples; empty for an empty group. Batches may span groups."""
         live = self.slot(state)
         live.load(state)
         task, flat = self.config.task, [e for group in groups for e in group]

@@ -1,8 +1,8 @@
 """A cache of each training row's hidden states below the lowest adapter.
 
-Where only the top k layers have adapters, the layers below never change and get no gradient. The hidden states that enter the lowest
-trained layer are computed once a run and then read from a memory-mapped file, for every client and round. The key is the row's tokens, so
-that trainer and batched engine need no change.
+If only the top k layers have adapters, the layers below never change and need no gradient. The hidden states that enter the lowest trained
+layer are computed once per run and then read from a memory-mapped file, for every client and round. The key is the row's tokens, so the
+trainer and the batched engine need no change.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from fedtune.models.backbone import dropout_rates, head_names
 
 
 class LowerLayers:
-    """Hooks a live model: while it trains, cached rows skip the lower layers.
+    """Hooks a model so that cached rows skip the lower layers in training.
 
     Args:
         live: The model with its adapter.
         most_bytes: Maximum size of the file; rows that do not fit are recomputed each time.
 
     Raises:
-        ConfigError: A parameter below the adapters is trained, or dropout is drawn there.
+        ConfigError: A parameter below the adapters is trained, or the backbone uses dropout.
     """
 
     def __init__(self, live: LiveAdapter, most_bytes: float) -> None:
@@ -54,7 +54,7 @@ class LowerLayers:
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if not torch.is_grad_enabled() or ids is None or mask is None or any(p.requires_grad for p in self._frozen):
-            return  # an evaluation, or a turn that measures the backbone's own weights
+            return  # an evaluation, or a turn that measures gradients of the backbone's weights
         try:
             values, real = ids.cpu().numpy(), mask.bool().cpu().numpy()
         except RuntimeError:  # tensors inside torch.func.vmap have no readable values
@@ -86,7 +86,7 @@ class LowerLayers:
                 self._bytes += len(data)
 
     def _read(self, keys: list[bytes], mask: Tensor, stack: nn.Module) -> Tensor:
-        """(B, T, width); zeros at padding, which no token attends to."""
+        """(B, T, width); zeros at padding positions, because no token attends to them."""
         shown = mask.bool()
         size = self._width * torch.empty((), dtype=self._dtype).element_size()
         rows = [self._spill.array(self._known[key], int(n) * size, np.uint8) for key, n in zip(keys, shown.sum(1).tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""Peak memory of one turn: the process's high-water mark, reset before the turn; on CUDA, torch's own."""
+"""Peak memory of one turn: the process's high-water mark, reset before the turn; on CUDA, torch's peak statistics."""
 
 import contextlib
 from pathlib import Path
@@ -18,7 +18,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mb(device: torch.device) -> float:
-    """High-water mark in MB (10^6 bytes) since the last reset; 0 where the system does not report it."""
+    """High-water mark in MB (10^6 bytes) since the last reset; 0 if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A plan's steps on one client: their number, the rows of each, and its learning rate."""
+"""A plan's steps on one client: their number, and the rows and learning rate of each."""
 
 import math
 import random
@@ -14,7 +14,7 @@ def steps_of(plan: Plan, examples: int) -> int:
 
 
 def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row indices: each pass is a new permutation, and its last batch may be short."""
+    """Infinite batches of row indices: each pass is a new permutation, and its last batch may be smaller."""
     rng = random.Random(seed)
     while True:
         order = list(range(examples))

@@ -17,15 +17,15 @@ from fedtune.storage.atomic import new_file, write_text
 from fedtune.storage.ids import file_name
 from fedtune.storage.parsing import read_text
 
-_ID = "id"  # file with the client's id, in a folder whose name does not spell the whole id
+_ID = "id"  # file with the client's id, in a folder whose name is a shortened id
 
 
 class ClientStore:
-    """Tensors by client and round, one file each, so that a run resumed from an older checkpoint finds the tensors of that round.
+    """Stores tensors by client and round, one file each, so that a run resumed from an older checkpoint finds the tensors of that round.
 
     Args:
-        folder: Holds one folder a client; created at the first write.
-        rounds: Number of files to keep for each client, the newest.
+        folder: Holds one folder per client; created at the first write.
+        rounds: Number of newest files to keep per client.
     """
 
     def __init__(self, folder: Path, rounds: int) -> None:
@@ -41,10 +41,10 @@ class ClientStore:
         return AdapterState.load(found[-1]) if found else None
 
     def write(self, client: str, round: int, state: AdapterState) -> None:
-        """Keep `state` as of this round.
+        """Store `state` as the client's tensors after this round.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: They cannot be written.
         """
         path = self.folder_of(client) / f"round-{round:04d}.safetensors"
         try:
@@ -60,7 +60,7 @@ class ClientStore:
             raise CheckpointError(f"client {client} cannot write its tensors to {path.parent}: {bad.strerror}; free the disk") from None
 
     def beside(self, name: str) -> "ClientStore":
-        """Another store for the same clients. Its folder is inside this one's and starts with a dot, as no client's folder does."""
+        """Another store for the same clients, in a subfolder. Its name starts with a dot, so it differs from every client's folder."""
         return ClientStore(self.folder / f".{name}", self._rounds)
 
     def clients(self) -> list[str]:
@@ -82,7 +82,7 @@ class Storage:
 
     Args:
         store: Their tensors.
-        ledgers: Client → its privacy ledger. None if the storage does not outlive the process; private turns are then refused.
+        ledgers: Client → its privacy ledger. None if the storage is temporary; private turns are then rejected.
     """
 
     store: ClientStore
@@ -90,12 +90,12 @@ class Storage:
 
     @classmethod
     def in_folder(cls, folder: Path, config: Config) -> "Storage":
-        """Tensors in `folder`, ledgers in `privacy/` beside it."""
+        """Tensors in `folder`, ledgers in the sibling folder `privacy/`."""
         return cls(ClientStore(folder, config.keep_checkpoints + 1), ledgers_in(folder.with_name("privacy")))
 
     @classmethod
     def temporary(cls, config: Config) -> "Storage":
-        """In a temporary folder of this process, removed with this storage."""
+        """Storage in a temporary folder, which is deleted with this object."""
         folder = Path(tempfile.gettempdir()) / f"fedtune-clients-{secrets.token_hex(8)}"
         storage = cls(ClientStore(folder, config.keep_checkpoints + 1))
         weakref.finalize(storage, shutil.rmtree, folder, ignore_errors=True)
@@ -103,7 +103,7 @@ class Storage:
 
 
 def client_id(folder: Path) -> str:
-    """The id of the client whose folder this is.
+    """The client id of this folder.
 
     Raises:
         CheckpointError: The folder's name is shortened, and its id file cannot be read.

@@ -1,4 +1,4 @@
-"""Encoded rows in a memory-mapped file: a process with a thousand clients holds only the rows of the training client in memory."""
+"""Encoded rows in a memory-mapped file: even with a thousand clients, a process holds only the training client's rows in memory."""
 
 import mmap
 import tempfile
@@ -10,13 +10,13 @@ import numpy as np
 
 from fedtune.data import Example
 
-_FIRST = 1 << 20  # bytes; a full file doubles, and unwritten space takes no room on the disk
+_FIRST = 1 << 20  # initial bytes; a full file doubles, and unwritten parts use no disk space
 _COLUMNS = 8  # a row's entry: offset and length of its ids, labels and answer; prompt length in tokens; dtype of its labels
 _LABELS = (np.int32, np.float32)
 
 
 class Spill:
-    """An unnamed temporary file. It vanishes with the process, however that ends: clients' rows are private."""
+    """An unnamed temporary file. It is deleted even if the process crashes, because clients' rows are private."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="fedtune-")  # noqa: SIM115
@@ -31,7 +31,7 @@ class Spill:
         return out
 
     def write(self, data: bytes) -> int:
-        """Append, and return the offset."""
+        """Append `data` and return its offset."""
         at = self._end
         if at + len(data) > len(self._map):
             self._grow(2 * (at + len(data)))
@@ -41,7 +41,7 @@ class Spill:
 
     def _grow(self, size: int) -> None:
         self._file.truncate(size)
-        self._map = mmap.mmap(self._file.fileno(), size)  # views of the smaller map stay valid
+        self._map = mmap.mmap(self._file.fileno(), size)  # views of the old map stay valid
 
 
 class TokenStore(Spill):
@@ -53,7 +53,7 @@ class TokenStore(Spill):
         for entry, e in zip(entries, examples, strict=True):
             answer = e.answer.encode()
             ids, labels = self.write(e.input_ids.astype(np.int32).tobytes()), -1
-            if e.labels is not e.input_ids:  # in causal LM they are one array
+            if e.labels is not e.input_ids:  # in causal LM both are the same array
                 labels = self.write(e.labels.tobytes())
             kind = _LABELS.index(e.labels.dtype.type)
             entry[:] = ids, len(e.input_ids), labels, len(e.labels), self.write(answer), len(answer), e.prompt_length, kind

@@ -1,6 +1,6 @@
 """One client's turn: optimize the trainable tensors of a shared frozen backbone on the client's own rows.
 
-A turn builds only the optimizer: the model, the adapter slot and the encoded rows outlive it.
+A turn creates only the optimizer: turns share the model, the adapter slot and the encoded rows.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ class TrainingResult:
     """Loss and cost of one training turn.
 
     Args:
-        loss: Mean training loss a token (or example) over all steps; None in a private turn, where it would disclose single rows.
+        loss: Mean training loss per token (or example) over all steps; None in a private turn, because it could disclose single rows.
         steps: Optimizer steps.
         seconds: Wall time.
         peak_mb: Peak memory of the process or the GPU, in MB.
-        start_loss: Mean loss over all rows before the first step; None where the plan does not ask for it.
+        start_loss: Mean loss over all rows before the first step; None if the plan does not request it.
         began_mb: Memory in use before training, in MB.
         micro: Rows per micro-batch at the end of the turn.
-        out_of_memory: Number of times that memory ran out.
+        out_of_memory: Number of out-of-memory errors.
     """
 
     loss: float | None
@@ -64,19 +64,19 @@ def train(
     private: TurnPrivacy | None = None,
     secure_rng: bool = False,
 ) -> TrainingResult:
-    """Train the live adapter of `work` in place by its plan.
+    """Train the adapter of `work` in place, according to its plan.
 
     Args:
-        work: The slot, loaded with the initial tensors, the plan and the rows.
-        turn: The method's client half; None is the plan's turn.
-        micro: Largest micro-batch, in rows; None takes a whole batch. When memory runs out, it is halved and the step is repeated.
+        work: The plan, the rows, and the slot with the initial tensors loaded.
+        turn: The client side of the method; None uses the plan's turn.
+        micro: Largest micro-batch, in rows; None uses the whole batch. On an out-of-memory error, it is halved and the step is repeated.
         private: Clipping and noise of DP-SGD: each step's gradient is the noisy sum of clipped gradients of a sample of the rows, and no
             loss is reported.
         secure_rng: Whether noise and samples come from the operating system's generator.
 
     Raises:
         UpdateError: The loss or the gradient is not finite; the message names the step.
-        Decline: Memory does not hold a single row.
+        Decline: Not even a single row fits into memory.
     """
     live, examples, plan, task, pad_id = work.live, work.examples, work.plan, work.task, work.pad_id
     turn = turn or turn_of(plan)
@@ -90,15 +90,15 @@ def train(
     memory = turn.begin(work)
     if plan.optimizer == "adamw":
         optimizer = torch.optim.AdamW(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-    else:  # without momentum, SGD's decay is the decoupled one
+    else:  # without momentum, SGD's weight decay equals decoupled weight decay
         optimizer = torch.optim.SGD(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
     before = _mean_loss(live, examples, plan, task, pad_id) if "start_loss" in plan.measure else None
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
     stream = batches(len(examples), plan.batch_size, plan.seed)
     steps, total, seen = steps_of(plan, len(examples)), 0.0, 0
     size, out = min(micro or plan.batch_size, plan.batch_size), 0
-    # train() walks hundreds of modules, which takes milliseconds: the model stays in training mode between turns. PEFT's wrapper may be in
-    # training mode while the model inside is not
+    # train() visits hundreds of modules, which takes milliseconds, so the model stays in training mode between turns. PEFT's wrapper may be
+    # in training mode while the model inside is not
     if not (live.model.training and live.backbone.model.training):
         live.model.train()
     stack = contextlib.ExitStack()
@@ -160,7 +160,7 @@ def _private(
     from fedtune.privacy.dpsgd import PrivateGradient  # Opacus takes a second to load
     from fedtune.privacy.samples import find_way
 
-    assert isinstance(live, LiveAdapter)  # `check_private` refuses private turns of the sparse slot
+    assert isinstance(live, LiveAdapter)  # `check_private` rejects private turns of the sparse slot
     names = matching(live.parameters, plan.train)
     return PrivateGradient(
         live,
@@ -178,7 +178,7 @@ def _private(
 
 
 def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan: Plan, task: TaskConfig, pad_id: int) -> float:
-    """Mean loss a token (or example) over all rows with the present weights."""
+    """Mean loss per token (or example) over all rows with the current weights."""
     total, seen, device = 0.0, 0, live.backbone.device
     live.model.eval()
     with torch.no_grad():
@@ -193,11 +193,11 @@ def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan
 def _in_pieces(
     live: LiveAdapter | SparseSlot, batches: list[list[Example]], size: int, task: TaskConfig, pad_id: int, device: torch.device
 ) -> tuple[float, int, int, int]:
-    """`_backward` over micro-batches of at most `size` rows. When memory runs out, it starts over with half as many and the same random
-    numbers. Also returns the final size and the number of halvings.
+    """`_backward` over micro-batches of at most `size` rows. On an out-of-memory error, it starts over with half the size and the same
+    random numbers. Also returns the final size and the number of halvings.
 
     Raises:
-        Decline: Memory does not hold a single row.
+        Decline: Not even a single row fits into memory.
     """
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     halved = 0
@@ -209,7 +209,7 @@ def _in_pieces(
         except Exception as bad:
             if not is_out_of_memory(bad):
                 raise
-        # outside the except clause, because its traceback keeps the tensors of the attempt alive
+        # outside the except clause: there, the traceback keeps the tensors of the failed attempt alive
         size, halved = max(map(len, pieces)) // 2, halved + 1
         if not size:
             width = max(len(e.input_ids) for batch in batches for e in batch)
@@ -223,7 +223,7 @@ def _in_pieces(
 
 
 def _backward(live: LiveAdapter | SparseSlot, micro: list[dict[str, Tensor]], task: TaskConfig, device: torch.device) -> tuple[float, int]:
-    """Gradients of the mean loss over all micro-batches together, exact whatever their sizes; returns that mean and its count."""
+    """Compute the gradients of the mean loss over all micro-batches, exact for unequal sizes. Returns this mean and its count."""
     counts = [int(task_of(task).counts(batch).sum()) for batch in micro]
     count, mean = max(sum(counts), 1), 0.0
     for batch in micro:

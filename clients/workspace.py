@@ -1,4 +1,4 @@
-"""Everything that a process loads for the clients of one experiment: a frozen backbone a precision, adapter slots, encoded rows."""
+"""Everything that a process loads for the clients of one experiment: a frozen backbone per precision, adapter slots, encoded rows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from fedtune.storage.parsing import parse_json
 
 
 class Workspace:
-    """Loaded once a process, so that a turn builds nothing but its optimizer.
+    """Loaded once per process, so that a turn creates only its optimizer.
 
-    Devices may choose different precisions. There is one loaded model a precision, loaded when it is first needed. The model of the
-    config's precision always exists; `backbone`, `live` and `frozen` belong to it.
+    Devices may choose different precisions. There is one loaded model per precision, loaded when it is first needed. The model in the
+    config's precision is always loaded; `backbone`, `live` and `frozen` belong to it.
     """
 
     def __init__(self, config: Config, federation: Federation | None = None) -> None:
@@ -40,7 +40,7 @@ class Workspace:
 
     @property
     def own(self) -> LoadedModel:
-        """The loaded model of the config's precision."""
+        """The model in the config's precision."""
         return self._models[self.config.model.precision]
 
     @property
@@ -72,12 +72,12 @@ class Workspace:
         return self._models[precision]
 
     def examples(self, client: str, part: str, length: int | None = None) -> Sequence[Example]:
-        """A client's encoded rows, cut to `length` tokens (None: the task's maximum); `part` is `train` or `held_out`."""
+        """A client's encoded rows, truncated to `length` tokens (None: the task's maximum); `part` is `train` or `held_out`."""
         longest = length or self.config.task.max_length
         if (client, part, longest) not in self._encoded:
             rows = self.federation.clients[client]
             indices = rows.train if part == "train" else rows.held_out
-            # steps, sampling rate and ε of a private turn follow from the row count, which must not depend on the rows' content
+            # the row count determines the steps, sampling rate and ε of a private turn, so it must not depend on the rows' content
             private = part == "train" and terms(self.config)["privacy"] != "none"
             self._encoded[client, part, longest] = self._encode(self.federation.rows, indices, longest, keep_short=private)
         return self._encoded[client, part, longest]
@@ -97,22 +97,22 @@ class Workspace:
 
     @cached_property
     def initial(self) -> AdapterState:
-        """The adapter of version 0, as the server draws it from the run's seed."""
+        """The adapter of version 0; server and clients draw the same one from the run's seed."""
         config = self.config
         drawn = initial_adapter(config.model, config.task, config.peft, num_labels=self.labels, seed=config.seed)
         return drawn.replace(base=self.backbone.fingerprint)
 
     def rebase(self, base: tuple[int, ...], shifts: Sequence[AdapterState]) -> None:
-        """`LoadedModel.rebase` of the config's own model, without a snapshot; an empty `base` resets every model to W0."""
-        for body in self._models.values() if not base else [self.own]:
-            body.rebase(base, shifts)
+        """`LoadedModel.rebase` of the model in the config's precision, without a snapshot; an empty `base` resets every model to W0."""
+        for model in self._models.values() if not base else [self.own]:
+            model.rebase(base, shifts)
 
     def slot(self, state: AdapterState) -> LiveAdapter | SparseSlot:
-        """`LoadedModel.slot` of the config's own model."""
+        """`LoadedModel.slot` of the model in the config's precision."""
         return self.own.slot(state)
 
     def score(self, state: AdapterState, *groups: Sequence[Example]) -> list[dict[str, float]]:
-        """`LoadedModel.score` of the config's own model."""
+        """`LoadedModel.score` of the model in the config's precision."""
         return self.own.score(state, *groups)
 
 
@@ -126,5 +126,5 @@ def load_workspace(config: Config) -> Workspace:
 
 @lru_cache(maxsize=1)
 def workspace(config_json: str) -> Workspace:
-    """The process's last workspace, reused if it is of the same experiment."""
+    """The process's workspace for this experiment; the last one is cached."""
     return load_workspace(from_dict(parse_json(config_json)))

@@ -1,4 +1,4 @@
-"""Device profiles, the estimated cost of a turn, and the choice that fits a turn to the device's memory and the deadline.
+"""Device profiles, the estimated cost of a turn, and the choice: the settings that fit a turn to the device's memory and the deadline.
 
 estimate.py   memory and seconds of a turn, from the model's shapes alone
 choice.py     profile, shapes and plan → precision, rank, batch, micro-batch, length, steps; or a reason to decline

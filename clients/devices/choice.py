@@ -1,11 +1,11 @@
-"""A device's choice, which fits a turn to its memory and the deadline: a pure function of profile, shapes and plan.
+"""A device's choice: the settings that fit a turn to its memory and the deadline, as a pure function of profile, shapes and plan.
 
 The choice keeps as much of the plan's work as possible. It reduces, in this order,
 
     for memory     micro-batch (halved; the rows of a step stay the same), precision (one level at a time), length (halved)
     for time       steps, then batch (halved)
 
-The rank is chosen first, by bandwidth and memory, and stays: a rank that changed between rounds would discard trained components.
+The rank is chosen first, by bandwidth and memory, and does not change between rounds, because a smaller rank would lose trained components.
 """
 
 import math
@@ -26,12 +26,12 @@ class Workload:
     """A plan's work for this client.
 
     Args:
-        batch: Rows of a batch.
-        accumulate: Batches of a step.
+        batch: Rows per batch.
+        accumulate: Batches per step.
         steps: Optimizer steps.
         length: Maximum row length of the task, in tokens.
         longest: Length of the client's longest row; `length` in a private turn.
-        counted: Largest number of tokens of a row with a loss; in a private turn the largest that `length` allows.
+        counted: Largest number of target tokens of a row; in a private turn, the most that `length` allows.
         entries: Trained entries of the adapter.
         nbytes: Bytes received and sent.
     """
@@ -48,7 +48,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """Ratios measured / estimated of the memory besides the weights and of time."""
+    """Ratios measured / estimated, of the memory excluding the weights and of the time."""
 
     memory: float = 1.0
     time: float = 1.0
@@ -61,8 +61,8 @@ class Choice:
     Args:
         precision: Precision of the frozen backbone.
         rank: LoRA rank; 0 for a method without ranks.
-        batch: Rows of a batch.
-        micro: Rows of a micro-batch.
+        batch: Rows per batch.
+        micro: Rows per micro-batch.
         length: Maximum row length, in tokens.
         steps: Optimizer steps.
         memory_mb: Estimated memory, with the correction.
@@ -80,8 +80,9 @@ class Choice:
 
 
 def choose_rank(device: DeviceClass, shapes: Shapes, deadline_s: float | None) -> int:
-    """The config's rank, halved until it is at most the profile's, its transfer both ways takes at most a quarter of the deadline, and the
-    adapter with gradient and moments takes at most a quarter of the memory; at least 1, and 0 for a method without ranks."""
+    """The config's rank, halved until three limits hold: it is at most the profile's rank; sending the adapter both ways takes at most a
+    quarter of the deadline; adapter, gradient and moments take at most a quarter of the memory. At least 1; 0 for a method without ranks.
+    """
     rank = shapes.rank
     while rank > 1:
         entries = shapes.adapter(rank)
@@ -110,7 +111,7 @@ def choose(
         shapes: Shapes of the model and its adapter.
         work: The plan's work.
         rank: Rank of the adapter.
-        precisions: Precisions that machine and model support, finest first.
+        precisions: Precisions that machine and model support, highest first.
         correction: Corrections learned from earlier turns.
         deadline_s: Seconds for a turn; None sets no deadline.
 
@@ -133,7 +134,7 @@ def choose(
 
 
 def estimated_mb(shapes: Shapes, work: Workload, precision: str, micro: int, width: int, correction: Correction) -> float:
-    """MB of the weights and, corrected, of the rest."""
+    """MB of the weights plus the corrected MB of all other memory."""
     weights, rest = memory_bytes(shapes, precision, work.entries, micro, width, min(work.counted, width))
     return (weights + correction.memory * rest) / 1e6
 

@@ -1,12 +1,12 @@
 """Memory and seconds of a turn, estimated from the shapes of the model and its adapter before anything is loaded.
 
-    memory    stored weights + 16 bytes a trained entry (value, gradient, AdamW's two moments, float32)
-              + activations of a micro-batch kept for the backward pass + the gradient of the largest activation
-    seconds   (4·P operations a token, 6·P with activation recomputation) / speed + bytes / bandwidth
+    memory    stored weights + 16 bytes per trained entry (value, gradient, AdamW's two moments, float32)
+              + activations of a micro-batch stored for the backward pass + the gradient of the largest activation
+    seconds   (4·P operations per token, 6·P with activation checkpointing) / speed + bytes / bandwidth
 
 A layer's activations are counted term by term as in Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models,
-arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits), in the compute dtype. A frozen layer does not keep its input, which
-only the gradient of its weight needs. A LoRA factor A keeps its input.
+arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes per layer in 16 bits), in the compute dtype. A frozen layer does not store its input,
+because only the gradient of its weight needs it. A LoRA factor A stores its input.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from fedtune.models.checkpoint import find_folder
 from fedtune.models.methods import attach
 from fedtune.models.parts import is_linear
 
-STATE = 16  # bytes of a trained float32 entry: value, gradient, two moments
+STATE = 16  # bytes per trained float32 entry: value, gradient, two moments
 QUANTIZED = ("nf4", "int8")
 
 
@@ -37,22 +37,22 @@ class Shapes:
         linear: Name of each quantizable linear layer → (out, in).
         whole: Names of the linear layers that nf4 does not quantize.
         rest: Entries of all other weights: embeddings, norms, biases.
-        heads: Entries of the task heads, which are float32 at any precision.
-        tables: Bytes of the buffers: positions, rotary frequencies.
+        heads: Entries of the task heads, which are float32 in every precision.
+        tables: Bytes of the buffers, such as positions and rotary frequencies.
         layers: Number of layers, L.
         hidden: Hidden width, h.
         inner: Feed-forward width.
-        attention_heads: Attention heads of a layer.
-        query: Width of all queries of a layer.
+        attention_heads: Attention heads per layer.
+        query: Total width of a layer's queries.
         logits: Width of the logits.
-        gated: Whether the feed-forward block multiplies two branches.
-        classifies: Whether only one position a row has logits.
+        gated: Whether the feed-forward block is gated (multiplies two branches).
+        classifies: Whether only one position per row has logits.
         entries: Entries of the adapter at the config's rank, heads included.
-        per_rank: Entries of the adapter for each unit of rank.
+        per_rank: Entries of the adapter per unit of rank.
         rank: The largest rank of the config; 0 for a method without ranks.
-        inputs: Sum of the input widths of the modules with factors.
-        modules: Number of the modules with factors.
-        checkpointing: Whether only each layer's input is kept.
+        inputs: Sum of the input widths of the modules with LoRA factors.
+        modules: Number of modules with LoRA factors.
+        checkpointing: Whether the forward pass stores only each layer's input (activation checkpointing).
         compute: Precision → compute dtype.
     """
 
@@ -82,15 +82,15 @@ class Shapes:
         return self.entries - self.per_rank * (self.rank - min(rank or self.rank, self.rank))
 
     def width_of(self, precision: str) -> int:
-        """Bytes of a number in the compute dtype."""
+        """Bytes per number in the compute dtype."""
         return self.compute[precision].itemsize
 
 
 def weights_bytes(shapes: Shapes, precision: str) -> int:
     """Bytes of the stored frozen weights.
 
-    nf4: half a byte an entry, a scale of one byte for each block of 64, a float32 scale for each 256 of these, two tables; int8: one byte
-    an entry, a float32 scale for each row; the rest is in the compute dtype.
+    nf4: half a byte per entry, a one-byte scale per block of 64, a float32 scale per 256 blocks, two tables. int8: one byte per entry, a
+    float32 scale per row. All other weights are in the compute dtype.
     """
     size, total = shapes.width_of(precision), 4 * shapes.heads + shapes.tables
     for name, (out, width) in shapes.linear.items():
@@ -106,7 +106,7 @@ def weights_bytes(shapes: Shapes, precision: str) -> int:
 
 
 def dequantized_bytes(shapes: Shapes, precision: str) -> int:
-    """Bytes of the largest quantized layer, which is dequantized for its multiplication."""
+    """Bytes of the largest quantized layer after dequantization, which its multiplication needs."""
     if precision not in QUANTIZED:
         return 0
     packed = [o * i for n, (o, i) in shapes.linear.items() if precision == "int8" or n not in shapes.whole]
@@ -114,18 +114,18 @@ def dequantized_bytes(shapes: Shapes, precision: str) -> int:
 
 
 def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int) -> int:
-    """Bytes of activations that a micro-batch of `rows` rows of `width` tokens, `counted` of them with a loss, keeps for its backward pass;
-    the largest one counts twice, for its gradient."""
+    """Bytes of activations stored for the backward pass of a micro-batch: `rows` rows of `width` tokens, `counted` of them targets. The
+    largest activation counts twice, to include its gradient."""
     s, size = shapes, shapes.width_of(precision)
     tokens = rows * width
-    eager = size == 2  # fedtune.models uses eager attention in bf16, which keeps the probabilities in float32 and in bf16
+    eager = size == 2  # fedtune.models uses eager attention in bf16, which stores the probabilities in float32 and in bf16
     scores = s.attention_heads * width * 6 if eager else 0
     norms = 2 * 4 * s.hidden
     attention = size * (4 * s.query)  # queries, keys, values and output of all heads
     feed = size * s.inner * (3 if s.gated else 4)
     factors = size * min(
         s.inputs, s.layers * (2 * s.hidden + s.inner)
-    )  # A keeps the output of the layer before, shared by all modules with that input
+    )  # A stores its input once for all modules with the same input
     small = size * s.modules * min(s.rank, s.hidden)
     layer = norms + attention + feed + scores + (factors + small) / max(1, s.layers)
     logits = 4 * s.logits * (rows if s.classifies else rows * counted)
@@ -141,13 +141,13 @@ def memory_bytes(shapes: Shapes, precision: str, entries: int, rows: int, width:
 
 
 def flops(shapes: Shapes, tokens: float) -> float:
-    """Operations of a forward and a backward pass over frozen weights: 4·P a token, 6·P with checkpointing."""
+    """Operations of a forward and a backward pass over frozen weights: 4·P per token, 6·P with checkpointing."""
     parameters = sum(out * width for out, width in shapes.linear.values())
     return (6 if shapes.checkpointing else 4) * parameters * tokens
 
 
 def speed(device: DeviceClass) -> float:
-    """Operations a second, averaged over the duty cycle; 0 means unlimited."""
+    """Operations per second, averaged over the duty cycle; 0 means unlimited."""
     gflops = device.accelerator_gflops if device.accelerator != "none" else device.cores * device.gflops_per_core
     return gflops * 1e9 * device.duty
 
@@ -163,7 +163,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
     """The shapes of the config's model and adapter, from config.json alone.
 
     Raises:
-        ModelError: As `load_backbone` and `LiveAdapter`, for errors that config.json shows.
+        ModelError: The errors of `load_backbone` and `LiveAdapter` that follow from config.json.
     """
     folder = find_folder(config.model, weights=False)
     whole_config = build_config(config.model, config.task, num_labels=num_labels, folder=folder)
@@ -176,7 +176,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head_names(bare):
             shape = cast(Any, module).weight.shape
             linear[name] = (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
-    for name, parameter in bare.named_parameters():  # lists tied weights once
+    for name, parameter in bare.named_parameters():  # yields tied weights once
         if name.split(".")[0] in heads:
             head += parameter.numel()
         elif name.removesuffix(".weight") not in linear:
@@ -222,14 +222,14 @@ def _dtypes(config: Config) -> dict[str, torch.dtype]:
     """Precision → compute dtype; without bitsandbytes the quantized precisions are missing."""
     out = {"fp32": torch.float32, "bf16": torch.bfloat16}
     with contextlib.suppress(ImportError):
-        from fedtune.models.quantize import compute_dtype  # takes a second to import, and few runs need it
+        from fedtune.models.quantize import compute_dtype  # slow to import (1 s), and few runs need it
 
         out |= dict.fromkeys(QUANTIZED, compute_dtype(config.model.compute, pick_device(config.model.device)))
     return out
 
 
 def _whole(bare: Any) -> list[str]:
-    """The layers that nf4 does not quantize, by the rule of `fedtune.models.quantize.left_whole`."""
+    """The layers that nf4 does not quantize; the same rule as `fedtune.models.quantize.left_whole`."""
     heads = head_names(bare)
     return [
         n

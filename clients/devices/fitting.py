@@ -1,11 +1,11 @@
-"""The devices of a host's clients: the choices that each fixes at its hello, and those that it makes for each turn.
+"""The devices of a host's clients: their fixed choices, made at the hello, and their choices for each turn.
 
 Precision and rank are chosen once, for the longest row that the task allows. Batch, micro-batch, length and steps are chosen for each turn,
-for the client's own rows and with corrections learned from its earlier turns. A simulated device's memory is measured by the probe; its
-micro-batches are counted but not run, since splitting a batch does not change its gradient.
+for the client's own rows and with corrections learned from its earlier turns. A simulated device's memory is measured by the probe. Its
+micro-batches are only counted, because splitting a batch does not change its gradient.
 
-In a private turn the server sees the choice, and ε depends on batch and steps. The choice then depends on public bounds only: every row
-counts as `task.max_length` tokens, the row count is public, and no measurement on rows is reported or corrects the next turn.
+In a private turn, the server sees the choice, and ε depends on batch and steps. The choice then depends only on public values: every row
+counts as `task.max_length` tokens, the row count is public, and measurements on rows are neither reported nor used for corrections.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ from fedtune.errors import Decline, ModelError
 from fedtune.models.backbone import pick_device
 from fedtune.models.methods import method
 
-LADDER = ("fp32", "bf16", "int8", "nf4")  # finest first
+LADDER = ("fp32", "bf16", "int8", "nf4")  # highest precision first
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedChoice:
-    """A client's choices for the whole run; with a rank of None the server decides."""
+    """A client's choices for the whole run; if the rank is None, the server decides."""
 
     precision: str
     rank: int | None = None
@@ -53,11 +53,11 @@ class Fit:
         device: The profile.
         choice: The device's choice.
         work: The plan's work.
-        used: The correction behind the choice.
+        used: The correction that the choice used.
         simulated: Whether device and time are simulated.
-        micro: Rows of a micro-batch, after halving for lack of memory.
+        micro: Rows per micro-batch, halved until they fit the memory.
         out_of_memory: Number of times that a simulated device ran out of memory.
-        rest: Bytes besides the weights, measured for a simulated device.
+        rest: Bytes of a simulated device's memory excluding the weights, measured by the probe.
         weights: Bytes of the weights of a simulated device.
     """
 
@@ -78,7 +78,7 @@ class Devices:
     Args:
         config: The experiment.
         store: Stores the clients' corrections.
-        device: The profile of this machine, a real device with one client; None simulates the config's classes.
+        device: The profile of this machine if it is a real device (with one client); None simulates the config's classes.
         space: Returns the workspace.
     """
 
@@ -113,7 +113,7 @@ class Devices:
 
         Raises:
             Decline: No precision fits its memory.
-            ModelError: Machine or architecture does not support the profile's precision.
+            ModelError: The machine or the architecture does not support the profile's precision.
         """
         if client not in self._fixed:
             self._fixed[client] = self._chosen(client)
@@ -173,7 +173,7 @@ class Devices:
         return plan, examples, self._measured(plan, start, fit) if fit.simulated else fit
 
     def _measured(self, plan: Plan, start: AdapterState, fit: Fit) -> Fit:
-        """The fit with the probe's memory; the micro-batch is halved until it fits a simulated device.
+        """The fit with the memory that the probe measured; the micro-batch is halved until it fits the simulated device.
 
         Raises:
             Decline: A single row does not fit.
@@ -251,7 +251,7 @@ class Devices:
         return Correction(memory=float(kept["memory"]), time=float(kept["time"])) if kept else Correction()
 
     def _write(self, plan: Plan, fit: Fit, rest: int, took: float | None) -> None:
-        """Store this round's ratios measured / estimated. The time of one turn is noisy: its ratio counts half (geometric mean)."""
+        """Store this round's ratios measured / estimated. A turn's time is noisy, so the geometric mean of old and new ratio is stored."""
         work, precision, width = fit.work, fit.choice.precision, self._width(fit)
         _, expected = memory_bytes(self.shapes, precision, work.entries, fit.micro, width, min(work.counted, width))
         memory, time = rest / expected if rest > 0 else fit.used.memory, fit.used.time
@@ -268,7 +268,7 @@ def fixed_choice(config: Config, device: DeviceClass, shapes: Shapes, deadline_s
 
     Raises:
         Decline: No precision fits the memory.
-        ModelError: Machine, architecture or method does not support the profile's precision.
+        ModelError: The machine, the architecture or the method does not support the profile's precision.
     """
     rank, length = choose_rank(device, shapes, deadline_s), config.task.max_length
     counted = task_of(config.task).usual_targets(length)
@@ -279,11 +279,11 @@ def fixed_choice(config: Config, device: DeviceClass, shapes: Shapes, deadline_s
 
 
 def for_device(config: Config, device: DeviceClass) -> Config:
-    """The experiment in a real device's precision, so that the device never loads a finer backbone.
+    """The experiment in a real device's precision, so that the device never loads a backbone of higher precision.
 
     Raises:
         Decline: No precision fits the memory.
-        ModelError: As `fixed_choice`.
+        ModelError: See `fixed_choice`.
     """
     labels = task_of(config.task).outputs(max(2, len(config.data.labels)))
     chosen = fixed_choice(config, device, shapes_of(config, labels), config.round_timeout_s)
@@ -291,7 +291,7 @@ def for_device(config: Config, device: DeviceClass) -> Config:
 
 
 def precisions(config: Config, device: DeviceClass, shapes: Shapes) -> list[str]:
-    """The precisions that machine, architecture and method support, from the config's own down.
+    """The precisions that machine, architecture and method support, from the config's precision to lower ones.
 
     Raises:
         ModelError: They do not support the profile's precision.
@@ -343,7 +343,7 @@ def _work(plan: Plan, examples: Sequence[Example], task: TaskConfig, entries: in
 
 
 def _tokens(plan: Plan, examples: Sequence[Example], steps: int, width: int) -> float:
-    """Tokens of the turn, padding included; a private turn counts every row at full length, because row lengths are secret."""
+    """Tokens of the turn, including padding; a private turn counts every row at full length, because row lengths are secret."""
     if plan.privacy != "none":
         return float(steps * plan.batch_size * plan.accumulate * width)
     lengths = [len(e.input_ids) for e in examples]

@@ -15,10 +15,10 @@ _SIZE, _SECONDS = 512, 0.2
 def measure_device(root: Path = _ROOT) -> DeviceClass:
     """Free memory, cores available to this process, the accelerator if there is one, and the speed of matrix products.
 
-    Takes half a second. Training is slower than bare matrix products; the first turn's correction accounts for that.
+    Takes half a second. Training is slower than bare matrix products; the correction learned in the first turn accounts for that.
 
     Args:
-        root: Folder that holds `proc` and `sys`.
+        root: Folder that contains `proc` and `sys`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
@@ -29,7 +29,7 @@ def measure_device(root: Path = _ROOT) -> DeviceClass:
 
 
 def free_bytes(root: Path = _ROOT) -> int:
-    """Available memory of the system or of the control group, whichever is less."""
+    """Available memory: the minimum of the system's and the control group's."""
     found = [_available(root)]
     for limit, usage in (
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
@@ -47,7 +47,7 @@ def _available(root: Path) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
-        pass  # not Linux: half of the physical memory
+        pass  # not Linux: use half of the physical memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
@@ -59,7 +59,7 @@ def _number(path: Path) -> int | None:
 
 
 def _gflops(device: torch.device) -> float:
-    """Speed of float32 matrix products in 10⁹ operations a second, measured over a fifth of a second."""
+    """Speed of float32 matrix products in 10⁹ operations per second, measured over 0.2 s."""
     a = torch.ones(_SIZE, _SIZE, device=device)
     done, start = 0, 0.0
     for warm in (True, False):

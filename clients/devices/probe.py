@@ -1,6 +1,6 @@
 """The memory of a micro-batch, measured in a forward pass: the storages that autograd saves for the backward pass, each counted once.
 
-A simulated device has no memory of its own to read: the process's memory also holds other clients, other precisions and Python itself.
+The process's memory cannot be used for a simulated device, because it also contains other clients, other precisions and Python itself.
 """
 
 from collections.abc import Iterable
@@ -17,13 +17,13 @@ Slot = LiveAdapter | SparseSlot
 
 
 def stored_bytes(model: nn.Module, without: Iterable[Tensor]) -> int:
-    """Bytes of all parameters and buffers except `without`, scales and tables of quantized ones included."""
+    """Bytes of all parameters and buffers except `without`, including the scales and tables of quantized weights."""
     seen, total = {t.untyped_storage().data_ptr() for t in without}, 0
     for tensor in (t for p in (*model.parameters(), *model.buffers()) for t in _parts(p)):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            total += tensor.numel() * tensor.element_size()  # a mapped file is one storage: count only this tensor's part
+            total += tensor.numel() * tensor.element_size()  # not storage.nbytes(): a memory-mapped file is one storage
     return total
 
 
@@ -36,7 +36,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 
 def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, width: int, counted: int) -> int:
-    """Bytes that a micro-batch saves for its backward pass; the largest storage counts twice, for its gradient.
+    """Bytes that a micro-batch saves for its backward pass; the largest storage counts twice, to include its gradient.
 
     The model's parameters do not count. The model and torch's generators are left unchanged.
 
@@ -46,14 +46,14 @@ def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, wi
         names: The trained tensors.
         rows: Rows of the micro-batch.
         width: Tokens of each row.
-        counted: Tokens with a loss, the last ones of each row.
+        counted: Target tokens per row; they are its last tokens.
     """
     model, trained, device = slot.model, set(names), slot.backbone.device
     batch = _batch(slot, task, rows, width, counted, device)
     flags = {p: p.requires_grad for p in slot.parameters.values()}
     own = {t.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) for t in _parts(p)}
     sizes: dict[int, int] = {}
-    held: list[Tensor] = []  # keeps storages alive, since a freed address could be reused
+    held: list[Tensor] = []  # keeps storages alive, because a freed address could be reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -81,7 +81,7 @@ def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, wi
 def _batch(slot: Slot, task: TaskConfig, rows: int, width: int, counted: int, device: torch.device) -> dict[str, Tensor]:
     ids = torch.full((rows, width), 3, device=device)
     mask = torch.ones_like(ids)
-    if slot.backbone.seq2seq:  # the decoder gets the answer as its own row
+    if slot.backbone.seq2seq:  # the decoder gets the answer as a separate row
         answer = torch.full((rows, counted + 1), 3, device=device)
         return {"input_ids": ids, "attention_mask": mask, "labels": task_of(task).example_labels(answer, torch.ones_like(answer))}
     last = torch.arange(width, device=device).expand(rows, width) >= width - counted

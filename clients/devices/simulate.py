@@ -1,4 +1,4 @@
-"""Availability and time of a simulated device. Time is virtual, so that a run repeats bit for bit on any machine."""
+"""Availability and time of a simulated device. Time is virtual, so that runs are reproducible bit for bit on any machine."""
 
 import math
 import random
@@ -16,7 +16,7 @@ def is_offline(device: DeviceClass | None, seed: int, round: int, client: str) -
 
 
 def virtual_seconds(device: DeviceClass | None, flops: float, nbytes: int, *, seed: int, round: int, client: str) -> float:
-    """Virtual seconds of a turn: time of its operations and of `nbytes` on the network, times exp(N(0, jitter²)) drawn for this round."""
+    """Virtual seconds of a turn: the time of its operations and its network transfer, times exp(N(0, jitter²)) drawn for this round."""
     if device is None:
         return 0.0
     jitter = random.Random(derive_seed(seed, "jitter", round, client)).gauss(0.0, device.jitter)

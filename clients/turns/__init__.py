@@ -1,7 +1,7 @@
-"""The client half of each method, one paper a file: what a client does in a turn besides plain training, or instead of it.
+"""The client side of each method, one paper per file: a client's work in a turn, in addition to plain training or instead of it.
 
-A plan names the turn and gives its parameters. The name is that of a class registered in this process, or of a module in this folder that
-defines one `Turn`. No other name from a server is looked up.
+A plan contains the turn's name and parameters. The name is that of a class registered in this process, or of a module in this folder that
+defines one `Turn`. The client rejects any other name from a server.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ TURNS = Registry(__name__)
 
 
 def register(name: str, kind: type[Turn]) -> None:
-    """Register a turn of your own, such as one from a notebook, for the clients of this process.
+    """Register your own turn, such as one from a notebook, for the clients of this process.
 
     Raises:
         ConfigError: fedtune has a turn of this name.
@@ -68,7 +68,7 @@ def check_private(plan: Plan) -> None:
 
 
 def batched_turn_of(plan: Plan) -> type[BatchedTurn] | None:
-    """The batched form of the plan's turn; None where clients run it one at a time."""
+    """The batched form of the plan's turn; None if clients run the turn one at a time."""
     return find(plan.turn).batched
 
 

@@ -27,9 +27,9 @@ class Work:
         examples: The client's training rows, at least one.
         pad_id: Token id of the padding.
         extra: Tensors that the server sent for this turn besides the adapter (`Assignment.extra`).
-        recall: Returns the state that the client kept in its last turn of this method; None if there is none.
-        keep: Keeps a state for the client's next turn of this method.
-        retrain: Trains again in this round, from another start and as another turn, and returns the trained tensors. Only in `finish`;
+        recall: Returns the state that the client stored in its last turn of this method; None if there is none.
+        keep: Stores a state for the client's next turn of this method.
+        retrain: Trains again in this round, from another start and with another turn, and returns the trained tensors. Only for `finish`;
             None in a private turn.
     """
 
@@ -46,11 +46,11 @@ class Work:
 
 
 class Stack(Protocol):
-    """The clients' turns that one batched form trains together.
+    """The turns of several clients that a batched form trains together.
 
     Attributes:
-        rows: The index among all turns of each client that is still training, (C,).
-        views: Name → the clients' tensors, (C, *shape), with their gradients; smaller ranks are zero-padded.
+        rows: For each client that is still training, its index among all turns, (C,).
+        views: Name → these clients' tensors, (C, *shape), with their gradients; smaller ranks are zero-padded.
         trained: Names of the tensors that the plan trains.
         starts: The initial states, in the order of all turns.
         extras: The server's extra tensors, in the order of all turns.
@@ -69,7 +69,7 @@ class Stack(Protocol):
 
 
 class BatchedTurn:
-    """The batched form of a turn: `begin` and `step` for many clients at once. This base class is that of the plain turn.
+    """The batched form of a turn: `begin` and `step` for many clients at once. This base class is the form of the plain turn.
 
     Args:
         turns: The clients' turns, all of one class, each with its own parameters.
@@ -84,11 +84,11 @@ class BatchedTurn:
 
 
 class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
-    """The client half of a method. A subclass is a frozen dataclass; its fields are the plan's parameters.
+    """The client side of a method. A subclass is a frozen dataclass; its fields are the plan's parameters.
 
     Attributes:
         private: Whether privacy.kind=record and privacy.kind=user cover everything that the turn reports.
-        batched: The batched form; None where clients run the turn one at a time.
+        batched: The batched form; None if clients run the turn one at a time.
     """
 
     private: ClassVar[bool] = False

@@ -1,15 +1,15 @@
-"""FedPepTAO's two measurements: the redundancy of each layer of the backbone, and the share of the prompts that matters.
+"""FedPepTAO's two measurements: the redundancy of each layer of the backbone, and the share of important prompts.
 
-Redundancy, of the backbone without prompts on a batch of the client's rows: for a layer's hidden output X (rows, T·H) and the eigenvalues λ
+Redundancy of the backbone without prompts, on a batch of the client's rows: for a layer's hidden output X (rows, T·H) and the eigenvalues λ
 of the rows' cosine Gram matrix, s = Σ_i [log λ_i + 1/λ_i] with 1e-5 added to each λ. Orthogonal rows add 1 each, nearly equal rows about
-1e5 each: a higher score means more redundant.
+1e5 each: a higher score means more redundancy.
 
 Share: Lanczos gives the spectral density of the Hessian of the loss with respect to all prompts; ρ(t) = 1 − mass(λ ≤ t). t rises from 0
 until ρ is stable.
 
-Source: Che et al. 2023, arXiv:2310.15080, section 4.2. The form of the score is that of Mellor et al. 2021, Neural Architecture Search
-without Training, arXiv:2006.04647. The density is estimated by stochastic Lanczos quadrature as Yao et al. 2020, PyHessian: Neural Networks
-Through the Lens of the Hessian, arXiv:1912.07145, do: one random vector, Gaussians of variance 1e-5·max(1, range).
+Source: Che et al. 2023, arXiv:2310.15080, section 4.2. The score has the form of Mellor et al. 2021, Neural Architecture Search without
+Training, arXiv:2006.04647. The density is estimated by stochastic Lanczos quadrature as in Yao et al. 2020, PyHessian: Neural Networks
+Through the Lens of the Hessian, arXiv:1912.07145, with one random vector and Gaussians of variance 1e-5·max(1, range of the eigenvalues).
 """
 
 import math
@@ -34,17 +34,17 @@ from fedtune.errors import ModelError, PlanError, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
 
 _FLOOR = 1e-5
-STEPS = 50  # of Lanczos
+STEPS = 50  # Lanczos steps
 _STEP, _SETTLED, _SUCCESSIVE = 0.1, 0.005, 3
 _VARIANCE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedPepTAO(Turn):
-    """Measures on `plan.batch_size` rows drawn by `plan.seed` (all rows, if there are fewer); trains nothing.
+    """Measures on `plan.batch_size` rows drawn with `plan.seed` (all rows if there are fewer); does not train.
 
     Args:
-        stage: `layers`: the redundancy of each layer; `hessian`: the share of the prompts that matters.
+        stage: `layers`: the redundancy of each layer; `hessian`: the share of important prompts.
     """
 
     stage: str
@@ -73,7 +73,7 @@ def layer_scores(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
     """The redundancy of each layer, (L,) float64.
 
     Raises:
-        ModelError: The backbone returns the outputs of more or fewer layers than the adapter has prompts.
+        ModelError: The number of layers whose outputs the backbone returns differs from the adapter's number of prompts.
     """
     model = live.backbone.model
     training = model.training
@@ -92,9 +92,9 @@ def layer_scores(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
 
 
 def prompt_share(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig, seed: int) -> Tensor:
-    """The share of the prompts that matters, (1,) float64.
+    """The share of important prompts, (1,) float64.
 
-    Costs the autograd graph of one batch, STEPS Hessian-vector products, and memory for STEPS vectors of the size of all prompts.
+    Needs the autograd graph of one batch, STEPS Hessian-vector products, and memory for STEPS vectors of the size of all prompts.
 
     Raises:
         ModelError: The adapter has no prompts.
@@ -108,7 +108,7 @@ def prompt_share(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
     training = live.model.training
     live.model.eval()
     try:
-        # fused attention kernels have no second derivative; torch's math kernel has one
+        # fused attention kernels do not support second derivatives; torch's math kernel does
         with sdpa_kernel(SDPBackend.MATH):
             loss, count = loss_sum(live.model, batch, task)
             times = hessian_product(loss / max(count, 1), params)
@@ -120,9 +120,9 @@ def prompt_share(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
 
 
 def hidden_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], task: TaskConfig) -> list[Tensor]:
-    """Output of each layer (rows, T·H), zero at padding; of an encoder-decoder the encoder's layers come first.
+    """Output of each layer (rows, T·H), zero at padding; in an encoder-decoder, the encoder's layers come first.
 
-    They are transformers' `hidden_states`: the last one is after the final norm where the architecture has one.
+    These are transformers' `hidden_states`: if the architecture has a final norm, the last output includes it.
     """
     found: list[Any] = []
     ask = model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "output_hidden_states": True}), with_kwargs=True)
@@ -170,7 +170,7 @@ def spectrum(times: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tu
     Args:
         times: v (P,) → Hv (P,).
         start: (P,), such as random signs, of any norm.
-        steps: m; fewer where the Krylov space of `start` has a smaller dimension.
+        steps: m; fewer if the Krylov space of `start` has a smaller dimension.
 
     Returns:
         Nodes (m,) in ascending order and their weights (m,), which sum to 1; float64, on the CPU.
@@ -208,10 +208,10 @@ def share_above(t: float, values: Tensor, weights: Tensor) -> float:
 
 
 def settled_share(values: Tensor, weights: Tensor) -> float:
-    """ρ(t) at the first t, in steps of .1, after three successive changes below .005.
+    """ρ(t) at the first t, in steps of 0.1, after three successive changes below 0.005.
 
-    If ρ first falls below half of ρ(0), the step is halved and t restarts at 0. This ends because the density is smoothed: steps much
-    smaller than its width change ρ by less than .005 from the start.
+    If ρ falls below half of ρ(0) before that, the step is halved and t restarts at 0. This terminates because the density is smoothed: a
+    step much smaller than the Gaussians' width changes ρ by less than 0.005.
     """
     step, first = _STEP, share_above(0.0, values, weights)
     while True:

@@ -1,4 +1,4 @@
-"""FedProx's proximal term, which keeps a client near the tensors that the server sent.
+"""FedProx's proximal term: it keeps a client near the tensors that the server sent.
 
 Source: Li et al. 2020, Federated Optimization in Heterogeneous Networks, arXiv:1812.06127, algorithm 2.
 """

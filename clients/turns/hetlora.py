@@ -38,7 +38,7 @@ class BatchedTailPenalty(BatchedTurn):
 
 @dataclass(frozen=True, kw_only=True)
 class HetLoRA(Turn):
-    """Adds λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖ of every LoRA module to the loss; prunes to rank ⌊γr⌋ where the turn reduced that product.
+    """Adds λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖ of every LoRA module to the loss; prunes a module to rank ⌊γr⌋ if the turn reduced this product.
 
     Args:
         penalty: λ.
@@ -72,7 +72,7 @@ def tail_norms(tensors: Mapping[str, Tensor], ranks: Mapping[str, int], share: f
 
 
 def prune(start: AdapterState, trained: AdapterState, share: float) -> AdapterState:
-    """Cut each LoRA module to rank m = ⌊share·r⌋ (at least 1) if ‖B[:, m:]‖·‖A[m:]‖ is smaller than before the turn."""
+    """Truncate each LoRA module to rank m = ⌊share·r⌋ (at least 1) if ‖B[:, m:]‖·‖A[m:]‖ is smaller than before the turn."""
     tensors, ranks = dict(trained.tensors), dict(trained.spec.ranks)
     for module, rank in trained.spec.ranks.items():
         a, b, kept = f"{module}.lora_A", f"{module}.lora_B", max(1, math.floor(share * rank))

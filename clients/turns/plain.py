@@ -8,7 +8,7 @@ from fedtune.clients.turns._base import BatchedTurn, Turn
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Turn):
-    """Trains without a method's additions."""
+    """Trains without method-specific additions."""
 
     private: ClassVar[bool] = True
     batched: ClassVar[type[BatchedTurn] | None] = BatchedTurn

@@ -27,7 +27,7 @@ class BatchedCorrection(BatchedTurn):
 
 
 def _stacked(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """The clients' tensors, zero-padded, as one (C, *shape); zeros for None."""
+    """The clients' tensors, zero-padded, as one tensor (C, *shape); zeros for None."""
     out = torch.zeros(len(rows), *like.shape[1:], device=like.device)
     for place, tensor in zip(out, rows, strict=True):
         if tensor is not None:

@@ -46,7 +46,7 @@ def gradient_magnitudes(live: LiveAdapter, work: Work) -> AdapterState:
 
     Args:
         live: An initial LoRA adapter, B = 0, so that the model equals the backbone.
-        work: The turn; the batch is the first `plan.batch_size` rows after a shuffle by `plan.seed`.
+        work: The turn; the batch is the first `plan.batch_size` rows after a shuffle with `plan.seed`.
 
     Returns:
         `<module>.gradient` (out, in) float32 for each module, dense.

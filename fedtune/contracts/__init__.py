@@ -1,1 +1,1 @@
-"""Contracts between the packages of fedtune: adapter state, plan, update, strategy, exchange, task, messages. They import only settings."""
+"""Contracts between the packages of fedtune: adapter state, plan, update, strategy, exchange, task, messages."""

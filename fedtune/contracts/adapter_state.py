@@ -1,7 +1,7 @@
 """Adapter state: all trainable tensors by name, and the spec that defines their meaning.
 
 Names are canonical: `<module>.lora_A`, `<module>.lora_B` for LoRA, `<module>.<parameter>` for a head, as in the unmodified backbone. They
-do not depend on the PEFT library's wrappers, so state, wire, checkpoint and export use the same names.
+do not depend on the PEFT library's wrappers, so states, messages, checkpoints and exports use the same names.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from fedtune.storage.ids import shown
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.reading import read_object
 
-if TYPE_CHECKING:  # a device that only answers reads adapters and has no Flower
+if TYPE_CHECKING:  # a device that only runs inference reads adapters and does not need Flower
     from flwr.app import Array, ArrayRecord
 
 _DTYPES = {
@@ -51,10 +51,10 @@ class AdapterSpec:
     Args:
         method: PEFT method, such as `lora`.
         base: Fingerprint of the backbone; "" if unknown.
-        version: Server version: 0 is the start, t the state after round t.
+        version: Server version: 0 is the initial adapter, t the adapter after round t.
         ranks: LoRA module → its rank r.
         scaling: LoRA module → its factor s, such as alpha / r.
-        mask: Method `sparse`: seed text from which `random_mask` draws the positions; "" if they are tensors of the state.
+        mask: Method `sparse`: the seed (text) of the positions, for `random_mask`; "" if the positions are tensors of the state.
     """
 
     method: str
@@ -78,7 +78,7 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Ordered `name → tensor` of all trainable tensors, and no others. Tensors are never changed in place."""
+    """Ordered mapping `name → tensor` of exactly the trainable tensors. Tensors are never changed in place."""
 
     tensors: Mapping[str, Tensor]
     spec: AdapterSpec
@@ -102,7 +102,7 @@ class AdapterState:
         return self.replace({n: self.tensors[n] for n in names})
 
     def product(self, module: str) -> Tensor:
-        """s·B·A of a LoRA module (out, in), in float32. All merges use it, so they all add the same values."""
+        """s·B·A of a LoRA module (out, in), in float32. All merges use this function, so they all add the same values."""
         return self.spec.scaling[module] * (self[f"{module}.lora_B"].float() @ self[f"{module}.lora_A"].float())
 
     # -- the wire -------------------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class AdapterState:
 
     @classmethod
     def from_arrays(cls, arrays: "ArrayRecord", spec: AdapterSpec, expect: "AdapterState | None" = None) -> "AdapterState":
-        """Read a record from the network. Its claims are checked before it is decoded.
+        """Read a record from the network. Names, shapes and dtypes are checked before decoding.
 
         Args:
             arrays: The record.
@@ -123,7 +123,7 @@ class AdapterState:
             expect: Names, shapes and dtypes that it must have.
 
         Raises:
-            UpdateMismatch: Names the first tensor that is missing, surplus, of another shape or dtype, damaged or not finite.
+            UpdateMismatch: A tensor is missing, unexpected, of another shape or dtype, damaged or not finite. Names the first such tensor.
         """
         if expect is not None:
             if missing := [n for n in expect.tensors if n not in arrays]:
@@ -144,7 +144,7 @@ class AdapterState:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file with the spec in its metadata, and flush it to disk."""
-        # a single entry: safetensors writes several in arbitrary order, and equal states must give equal files
+        # a single entry, because safetensors writes several in arbitrary order, and equal states must give equal files
         meta = {"fedtune": json.dumps({"order": list(self.tensors), "spec": self.spec.to_json()})}
         save_file({n: t.contiguous() for n, t in self.tensors.items()}, path, meta)
         flush(path)
@@ -172,7 +172,7 @@ class AdapterState:
 def random_mask(mask: str, module: str, entries: int, count: int) -> Tensor:
     """Sorted positions (count,) int64 of a module's masked entries, in its flattened (out, in) matrix of `entries` entries.
 
-    Drawn without replacement and the same in every process, so a random mask is never sent.
+    The positions are drawn without replacement and are the same in every process, so a random mask is never sent.
 
     Args:
         mask: `AdapterSpec.mask`.

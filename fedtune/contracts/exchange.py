@@ -12,7 +12,7 @@ from fedtune.contracts.strategy import ServerState, Strategy
 
 
 class NoUpdates(Exception):
-    """No client of the cohort sent a good update: the round does not count."""
+    """No client of the cohort sent a good update, so the round fails."""
 
 
 class Channel(Protocol):
@@ -31,15 +31,15 @@ class Channel(Protocol):
         """Send each client its assignment. Yield the checked updates in the order of logical ids, then late updates of earlier rounds.
 
         Raises:
-            NoUpdates: There is no update; raised when the iteration begins.
+            NoUpdates: There is no update.
         """
         ...
 
 
 class Exchange(abc.ABC):
-    """Turns a cohort's replies into the next state: it defines the messages, and what the strategy sees of the replies.
+    """Turns a cohort's replies into the next state: it defines the messages and the data that the strategy gets from the replies.
 
-    One instance serves a whole run. Its only state between rounds is `ServerState.exchange`.
+    One instance is used for a whole run. Its only state between rounds is `ServerState.exchange`.
     """
 
     def start(self) -> Mapping[str, Tensor]:
@@ -47,7 +47,7 @@ class Exchange(abc.ABC):
         return {}
 
     def left_out(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
-        """Clients of the cohort to exclude from this round → kind of reason, and a sentence."""
+        """Clients of the cohort to exclude from this round → (kind of reason, explanation)."""
         return {}
 
     @abc.abstractmethod
@@ -55,7 +55,7 @@ class Exchange(abc.ABC):
         """Exchange all messages of one round, and return the state after it.
 
         Raises:
-            NoUpdates: The round does not count.
+            NoUpdates: The round fails.
         """
 
     def figures(self, round: int, before: ServerState, after: ServerState) -> Mapping[str, float]:

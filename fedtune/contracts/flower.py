@@ -1,4 +1,4 @@
-"""The only module that uses Flower internals without a stable API; `tests/contracts/test_flower.py` is its smoke test."""
+"""The only module that uses Flower internals (which have no stable API); `tests/contracts/test_flower.py` is its smoke test."""
 
 import logging
 import uuid
@@ -11,13 +11,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 
 class Meter:
-    """Counts the bytes of contents as Flower serializes them. A record that many contents share is serialized once."""
+    """Counts the serialized bytes of message contents. A record that many contents share is serialized once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], tuple[object, int]] = {}  # holds the record, so that its id is not reused
 
     def __call__(self, content: RecordDict) -> int:
-        return sum(self._size(name, record) for name, record in content.items())  # items are serialized one after the other
+        return sum(self._size(name, record) for name, record in content.items())  # serialization concatenates the items
 
     def _size(self, name: str, record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
         key = name, id(record)
@@ -27,7 +27,7 @@ class Meter:
 
 
 def identify_process(run_id: int) -> None:
-    """Give this process the identity of the server's task: without it Flower refuses to create messages."""
+    """Give this process the identity of the server's task: Flower creates messages only with it."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, SUPERLINK_NODE_ID
 
 
@@ -38,7 +38,7 @@ def stamp(message: Message) -> str:
 
 
 def copy_message(message: Message) -> Message:
-    """A copy of a message with its own records. The arrays are shared: nothing changes them."""
+    """A copy of a message with its own records. The arrays are shared, because they are never changed."""
     content = RecordDict()
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):

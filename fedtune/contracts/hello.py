@@ -12,7 +12,7 @@ from fedtune.storage.reading import read_object
 
 @dataclass(frozen=True, kw_only=True)
 class ServerHello:
-    """The hello of a server on a network. An engine's server sends only the round, because its clients already have the experiment.
+    """The hello of a server on a network. In a simulation, the server sends only the round: the clients already have the experiment.
 
     Args:
         config: The experiment, as `config.to_dict` writes it.
@@ -42,13 +42,13 @@ class ClientHello:
     Args:
         client: Its logical id.
         device_class: Its device class; "" if it has none.
-        examples: Rows that it trains on.
-        held_out: Rows that it evaluates itself on.
+        examples: Number of its training rows.
+        held_out: Number of its held-out rows, for its own evaluation.
         base: Fingerprint of its backbone.
         shifts: Versions of the shifts merged into its frozen weights.
         remembers: Whether it keeps these shifts until its next turn.
         rank: LoRA rank that it requests; None means the config's.
-        device: How its device takes part, in words; "" for a virtual client.
+        device: Description of its device and settings; "" for a simulated client.
     """
 
     client: str

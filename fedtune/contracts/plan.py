@@ -1,7 +1,7 @@
 """The server's plan for one client in one round, and the client's update.
 
-A `Plan` is one JSON string in the message's ConfigRecord (which takes no None and no nesting). A client refuses a field or value that it
-does not know, by name. A new strategy should need new plan values, rarely new client code.
+A `Plan` is one JSON string in the message's ConfigRecord (which does not support None or nesting). A client rejects an unknown field or
+value, with its name. A new strategy should need only new plan values, rarely new client code.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from fedtune.storage.ids import LONGEST_NAME, short
 from fedtune.storage.reading import SCALAR as Scalar
 from fedtune.storage.reading import read_object
 
-PLAIN = "plain"  # the turn that is ordinary training
+PLAIN = "plain"  # name of the turn for ordinary training
 OPTIMIZERS = ("adamw", "sgd")
 MEASURES = ("start_loss",)
 PRIVACIES = ("none", "record", "user")
@@ -49,19 +49,19 @@ class Plan:
         round: The round, from 1.
         client: Logical id of the client.
         base_version: Version of the adapter in the message; the update must repeat it.
-        turn: Name of the client half of the method, a turn in `clients/turns/`.
+        turn: Name of the client side of the method, a turn in `clients/turns/`.
         params: Parameters of the turn, by name; the turn's class defines them.
-        train: Patterns of the tensors to train, as `matching` reads them; the others stay fixed.
+        train: Patterns (see `matching`) of the tensors to train; the others stay fixed.
         send: Patterns of the tensors to send back.
-        keep: Patterns of the tensors that are the client's own. It continues from their values after its last turn (in its first turn, from
-            the sent values or those drawn from the run's seed), and keeps them for its next turn.
+        keep: Patterns of the client's personal tensors. The client keeps their values for its next turn. Its first turn starts from the
+            sent values or from those drawn from the run's seed.
         rank: LoRA rank that the client's device requests; None means the config's. A strategy that mixes ranks uses it.
         measure: Extra measurements: `start_loss`, the mean loss over the client's rows before the first step.
         steps: Optimizer steps; None uses `epochs`.
         epochs: Passes over the client's rows.
-        batch_size: Examples of one micro-batch.
-        accumulate: Micro-batches of one optimizer step.
-        optimizer: Local optimizer, fresh each round: AdamW, or plain SGD.
+        batch_size: Examples per micro-batch.
+        accumulate: Micro-batches per optimizer step.
+        optimizer: Local optimizer, reset each round: AdamW or plain SGD.
         lr: Learning rate of the first step.
         lr_last: Learning rate of the last step; linear in between. The server sets the schedule over rounds.
         weight_decay: Decoupled weight decay (both optimizers).
@@ -69,8 +69,8 @@ class Plan:
         codec: Encoding of the reply as a difference from the sent adapter, such as `topk=0.05+int8`; "" sends the tensors unencoded.
         privacy: `none`, `record` (the client trains with DP-SGD), or `user` (the client clips its update and adds noise).
         dp_clip: Largest norm of a row's gradient (`record`) or of the update (`user`).
-        dp_noise: Standard deviation of the noise as a multiple of `dp_clip`; None: the client solves for `dp_epsilon`.
-        dp_epsilon: The client's budget over the run; None is unlimited.
+        dp_noise: Standard deviation of the noise as a multiple of `dp_clip`; None: the client computes it from `dp_epsilon`.
+        dp_epsilon: The client's budget ε over the run; None is unlimited.
         dp_delta: δ.
         dp_turns: Turns that the budget must cover.
         dp_accountant: Accountant that sums the privacy cost.
@@ -145,7 +145,7 @@ class Update:
     Args:
         client: Logical id.
         round: The plan's round.
-        base_version: Version of the adapter that training started from.
+        base_version: Version of the adapter at the start of training.
         adapter: The trained tensors, possibly of this client's own rank.
         examples: Training rows that the client used: the n_k of the weighted mean.
         metrics: Name → number, such as `loss`.
@@ -192,11 +192,11 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class LateUpdate:
-    """A good update that came after its round.
+    """A good update that arrived after its round.
 
     Args:
-        update: The update; `adapter` holds Δ = w_k − w_τ instead of the tensors, in float32 at least.
-        due: The round in which it counts.
+        update: The update; `adapter` contains Δ = w_k − w_τ instead of the tensors, at least in float32.
+        due: The round in which it is aggregated.
     """
 
     update: Update
@@ -204,7 +204,7 @@ class LateUpdate:
 
 
 def matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
-    """The names, in their order, that match a pattern (fnmatch) and no pattern that begins with `!`."""
+    """The names, in order, that match a pattern (fnmatch) and no negated pattern (one that begins with `!`)."""
     wanted, unwanted = [p for p in patterns if p[0] != "!"], [p[1:] for p in patterns if p[0] == "!"]
 
     def match(name: str, any_of: list[str]) -> bool:

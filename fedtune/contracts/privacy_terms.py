@@ -1,8 +1,8 @@
 """The privacy terms of a plan.
 
-Both ends check them: a client refuses a plan whose terms differ from its own config, and the bridge refuses an update that should be
-private but does not report so (fedtune/privacy/verify.py). The checks cannot stop a peer that lies; they stop a misconfigured peer, which
-would otherwise train without privacy unnoticed.
+Both ends check them: a client rejects a plan whose terms differ from its own config, and the server rejects an update that should be
+private but does not report its privacy (fedtune/privacy/verify.py). The checks detect a misconfigured peer, which could otherwise train
+without privacy unnoticed. They cannot detect a malicious peer.
 """
 
 from fedtune.config import Config

@@ -1,4 +1,4 @@
-"""Aggregation strategies: frozen dataclasses of settings, with pure functions over explicit state."""
+"""Aggregation strategies: frozen dataclasses of settings, with pure functions of an explicit state."""
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +14,14 @@ from fedtune.contracts.plan import Plan, Update
 
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
-    """The complete state between rounds; anything else is lost on a restart.
+    """The complete state between rounds; all other state is lost on a restart.
 
     Args:
-        adapter: The global adapter, which is evaluated, checkpointed and exported.
+        adapter: The global adapter, for evaluation, checkpoints and export.
         memory: The strategy's own tensors, such as momenta; they never leave the server.
         exchange: The exchange's own tensors, such as an adaptive clip norm.
         shifts: Updates merged into the frozen weights, oldest first: W = W0 + Σ s·B·A over all of them. Each is a state of method `lora`
-            whose `spec.version` is its round. Clients, evaluation and export apply them; the bridge sends each client those that it lacks.
+            whose `spec.version` is its round. Clients, evaluation and export apply them; the server sends each client its missing shifts.
     """
 
     adapter: AdapterState
@@ -36,10 +36,10 @@ class Assignment:
 
     Args:
         plan: The client's plan.
-        adapter: Tensors to send, possibly of the client's own ranks. It may omit tensors that the client has: its own (`plan.keep`), and
-            those of the run's first adapter, which the client draws from the seed.
+        adapter: Tensors to send, possibly with this client's own ranks. It may omit tensors that the client has: its personal tensors
+            (`plan.keep`), and those of the initial adapter, which the client draws from the seed.
         extra: Further tensors that the plan's turn needs, named like the adapter's, such as SCAFFOLD's c − c_k.
-        expect: Names and shapes of the reply if it holds measurements instead of trained tensors; else None.
+        expect: Names and shapes of the reply if it contains measurements instead of trained tensors; else None.
         may_prune: Whether the reply may have lower ranks than `adapter`.
     """
 
@@ -52,15 +52,15 @@ class Assignment:
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What a strategy supports, and what it needs. The defaults are the safe values; each subclass of a strategy declares its own.
+    """Features that a strategy supports or needs. The defaults are the safe values; each subclass of a strategy declares its own.
 
     Args:
         mixes_ranks: `plan` uses the ranks that device classes request.
-        keeps_basis: A tensor's entries have the same meaning in every round. False if each round computes new factors: then error feedback
-            cannot add an older update's residual (`traffic.error_feedback`).
+        keeps_basis: A tensor's entries have the same meaning in every round. False if each round computes new factors: error feedback
+            (`traffic.error_feedback`) then cannot add the residual of an older update.
         needs_only_mean: `aggregate` depends on the updates only through their weighted mean, and the strategy has `aggregate_mean`.
             Required by user-level privacy and secure aggregation.
-        accepts_stale: A late update may count by its difference (fedtune/rounds/staleness.py). This requires that `aggregate` averages
+        accepts_stale: A late update may be applied as a difference (fedtune/rounds/staleness.py). This requires that `aggregate` averages
             tensors of one adapter, and that all clients send the same tensors in all rounds.
         assumes_zero_init: Assumes B·A = 0 before round 1, so peft.init=loftq is rejected.
         extra_disclosure: What clients report besides trained tensors, such as exact losses; not covered by differential privacy.
@@ -77,8 +77,8 @@ class Requirements:
 class Strategy(abc.ABC):
     """One aggregation method.
 
-    Pure: it never changes its inputs, and the order of updates does not matter (the bridge passes them in the order of logical ids).
-    `aggregate` takes an iterable and should fold updates as they come, so that the server needs memory for one model only.
+    Pure: it never changes its inputs, and the order of updates does not matter (they come in the order of logical ids). `aggregate` takes
+    an iterable and should process updates one at a time, so that the server needs memory for only one model.
 
     Attributes:
         requirements: Declared by each class; not inherited.
@@ -92,19 +92,19 @@ class Strategy(abc.ABC):
             cls.requirements = Requirements()
 
     def check(self, config: Config) -> None:  # noqa: B027  most methods work with every config
-        """Raises ConfigError if the method does not fit this config. Runs before anything is loaded."""
+        """Raises ConfigError if the method does not support this config. Runs before anything is loaded."""
 
     def start(self, adapter: AdapterState) -> ServerState:
         """The state before round 1."""
         return ServerState(adapter=adapter)
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
-        """Logical id → assignment, one for each plan. `plans` have the config's values; the strategy may change them."""
+        """Logical id → assignment, one for each plan. `plans` contain the config's values; the strategy may change them."""
         return {plan.client: Assignment(plan=plan, adapter=state.adapter) for plan in plans}
 
     @abc.abstractmethod
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The state after the round. The bridge passes at least one update, has checked each, and sets `adapter.spec.version`."""
+        """The state after the round. The caller passes at least one update, all of them checked, and sets `adapter.spec.version`."""
 
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         """The state after a round, given only the mean of the updates: trained tensors by name, float64.
@@ -114,5 +114,5 @@ class Strategy(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} needs each client's own update")
 
     def notes(self, round: int, before: ServerState, after: ServerState) -> list[str]:
-        """Sentences about the round for the user; the bridge asks for them after each round that counts."""
+        """Sentences about the round for the user; called after each successful round."""
         return []

@@ -1,6 +1,6 @@
 """Tasks: the columns of the rows, their encoding, the model class, the loss and the scores. Each task is one file in models/tasks/.
 
-The config names tasks and quick commands read their columns, so a task's module imports torch and transformers only inside the methods
+Fast commands and config checks import a task's module to read its columns, so it imports torch and transformers only inside the methods
 that need them.
 """
 
@@ -31,11 +31,11 @@ class Example:
 
     Args:
         input_ids: (T,) int32.
-        labels: (T,) int32, -100 where there is no loss; not shifted, because models shift them. With a task head: (1,), such as the class
-            id, or (L,) float32. Instruction with an encoder-decoder, whose `input_ids` are the prompt: (1 + A,), -100 for the decoder's
+        labels: (T,) int32, -100 at tokens without a loss; not shifted, because models shift them. With a task head: (1,), such as the class
+            id, or (L,) float32. Instruction with an encoder-decoder (`input_ids` are then the prompt): (1 + A,), -100 for the decoder's
             start token, then the answer.
-        prompt_length: Instruction: tokens before the answer, at least 1; else 0.
-        answer: Instruction: the whole answer as text; else "".
+        prompt_length: Instruction: number of tokens before the answer, at least 1; else 0.
+        answer: Instruction: the full answer as text; else "".
     """
 
     input_ids: "np.ndarray"
@@ -50,8 +50,8 @@ class Score:
 
     Args:
         loss: Summed over `count` targets.
-        count: Targets of the example.
-        detail: Further data for the task's metrics.
+        count: Number of targets of the example.
+        detail: Additional data for the task's metrics.
     """
 
     loss: float
@@ -69,15 +69,15 @@ class Task(abc.ABC):
         columns: Columns that a row needs → type of their values: `text`, `class` (a name or an integer, stored as a class id), `number`,
             or `raw` (stored as in the source). The column `label` is always a `class`.
         columns_hint: End of the error about a missing column, after "set data.columns.NAME".
-        drops_blank: Text columns; a row in which one of them is blank is dropped.
+        drops_blank: Text columns; a row with a blank value in one of them is dropped.
         metrics: Metric → whether higher is better, the primary metric first. The loss is the last metric of every task.
-        classes: Targets are classes: their names are stored with the run, and at least two must be known.
-        head: The task has its own head, with one row of logits per example, which is trained with the adapter. Otherwise the loss is on
-            the tokens that the model's output layer predicts.
+        classes: Targets are classes: their names are stored with the run, and there must be at least two.
+        head: The task has its own head, which gives one row of logits per example and is trained with the adapter. Otherwise the loss is
+            on the tokens that the model's output layer predicts.
         encoder_decoder: The task supports encoder-decoder models.
         gives_text: The trained model generates text, so `fedtune generate` and the engine can use it.
-        noun, gives: The trained model and its output, for sentences: "a classifier", "labels".
-        prompted: Rows are prompts with answers: an export keeps the prompt template, and a run shows sample answers.
+        noun, gives: Words for the trained model and its output in messages: "a classifier", "labels".
+        prompted: Rows are prompts with answers: an export includes the prompt template, and a run shows sample answers.
         adapter_types: PEFT task types that select this task for an adapter folder without a fedtune task.
     """
 
@@ -100,7 +100,7 @@ class Task(abc.ABC):
     # -- names, columns, checks: nothing here needs torch ---------------------------------------------------------------------------------
 
     def check(self, config: "Config") -> None:  # noqa: B027  most tasks go with any config
-        """Raises ConfigError if the task does not fit the rest of the config."""
+        """Raises ConfigError if the task conflicts with the rest of the config."""
 
     @property
     def primary(self) -> tuple[str, bool]:
@@ -109,7 +109,7 @@ class Task(abc.ABC):
 
     @property
     def answer_tokens(self) -> int:
-        """Most tokens of an answer that an evaluation generates; 0 if it generates none."""
+        """Maximum number of tokens that an evaluation generates per answer; 0 if it does not generate."""
         return 0
 
     @abc.abstractmethod
@@ -118,10 +118,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def most_targets(self, length: int) -> int:
-        """The most targets of a row of `length` tokens."""
+        """Maximum number of targets in a row of `length` tokens."""
 
     def usual_targets(self, length: int) -> int:
-        """Targets of a row of `length` tokens, for an estimate of memory before any row is known."""
+        """Typical number of targets in a row of `length` tokens, for memory estimates before any row is known."""
         return self.most_targets(length)
 
     @abc.abstractmethod
@@ -150,7 +150,7 @@ class Task(abc.ABC):
             rows: Rows with the task's columns.
             tokenizer: The backbone's tokenizer.
             encoder_decoder: Whether the backbone is an encoder-decoder.
-            keep_short: Whether a row that is too short to train on becomes an example without a target, instead of no example.
+            keep_short: Whether a row that is too short for training becomes an example without a target; otherwise it is dropped.
 
         Raises:
             DataError: A row has no target.
@@ -158,25 +158,25 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def example_labels(self, ids: "Tensor", mask: "Tensor") -> "Tensor":
-        """Labels for artificial rows (B, T) of token ids; `mask` is 0 where a token is not a target."""
+        """Labels for artificial rows (B, T) of token ids; `mask` is 0 at tokens that are not targets."""
 
     @abc.abstractmethod
     def count(self, example: Example) -> int:
-        """Targets of one example."""
+        """Number of targets of one example."""
 
     @abc.abstractmethod
     def counts(self, batch: "Mapping[str, Tensor]") -> "Tensor":
-        """(B, P) bool: which of each row's P positions has a target."""
+        """(B, P) bool: whether each of a row's P positions has a target."""
 
     @abc.abstractmethod
     def targets(self, batch: "Mapping[str, Tensor]") -> "Tensor":
-        """(B, P, …): the target of each position; undefined where there is none."""
+        """(B, P, …): the target of each position; undefined at positions without a target."""
 
     def silence(self, batch: "dict[str, Tensor]", rows: "Tensor") -> None:  # noqa: B027  some tasks cannot remove a target
-        """Remove the targets of the rows (B,) bool from the batch, in place, if the task can; the caller also gives them weight 0."""
+        """Remove the targets of the selected rows, (B,) bool, from the batch in place, if possible; the caller also gives them weight 0."""
 
     def decoder_mask(self, batch: "Mapping[str, Tensor]") -> "Tensor":
-        """(B, A) bool: which positions of an encoder-decoder's decoder input are not padding."""
+        """(B, A) bool: whether each position of an encoder-decoder's decoder input is not padding."""
         return batch["attention_mask"].bool()
 
     # -- model and loss -------------------------------------------------------------------------------------------------------------------
@@ -191,10 +191,10 @@ class Task(abc.ABC):
 
         Args:
             model: The model; its output layer may be hooked during the call.
-            call: Runs the model on the inputs, with further keyword arguments.
+            call: Runs the model on the inputs, with additional keyword arguments.
             places: P.
-            choose: Selects the needed positions of (B, P, …), as (N, …); not called by a task with a head, which gives one row of logits
-                per row of the batch.
+            choose: Selects the needed positions of (B, P, …), as (N, …). A task with a head does not call it: its head gives one row of
+                logits per row of the batch.
         """
 
     @abc.abstractmethod
@@ -208,7 +208,7 @@ class Task(abc.ABC):
         """A score for each example of a batch.
 
         Args:
-            logits: (N, …) float32 of all examples' targets, example by example.
+            logits: (N, …) float32 for all targets, in the order of the examples.
             targets: (N, …).
             sizes: Number of targets of each example.
             examples: The batch.
@@ -222,7 +222,7 @@ class Task(abc.ABC):
         return scores
 
     def measure(self, scores: Sequence[Score], loss: float) -> dict[str, float]:
-        """The metrics other than the loss.
+        """The metrics except the loss.
 
         Args:
             scores: At least one.
@@ -281,8 +281,8 @@ def adapter_tasks() -> dict[str, str]:
 
 
 def metrics() -> dict[str, bool]:
-    """All tasks' metrics → whether higher is better. Each metric comes before those that a task ranks below it, so the first metric that a
-    run reports is its primary metric.
+    """All tasks' metrics → whether higher is better. The order agrees with every task's ranking, so the first metric that a run reports is
+    its primary metric.
 
     Raises:
         ConfigError: Two tasks disagree about a metric's direction or rank.

@@ -2,15 +2,15 @@
 
 adapter     ArrayRecord     the adapter's tensors
 spec        ConfigRecord    the adapter's spec
-frame       ConfigRecord    the round, the shifts that the frozen weights must carry, the tensors that are the client's own, the encoding of
-                            `adapter`, and in an evaluation the turn whose personal adapter is evaluated
+frame       ConfigRecord    the round, the versions of the shifts that the frozen weights must include, the patterns of the client's
+                            personal tensors, the encoding of `adapter`, and in an evaluation the turn that defines the personal adapter
 plan        ConfigRecord    the client's plan (train messages only)
-extra       ArrayRecord     further tensors that the plan's turn needs; absent if there are none
+extra       ArrayRecord     additional tensors that the plan's turn needs; absent if there are none
 shift-V     ArrayRecord     the shift that round V merged into the frozen weights; absent if the client has it
 snapshot    ArrayRecord     sums of all shifts, for weights whose sum is smaller than the missing shifts; the shifts then omit these weights
 
-An offer precedes a message with shifts. It has `spec`, `frame` and `plan` as above, and no tensors. The client accepts it, or declines if
-the message does not fit its device.
+An offer precedes a message with shifts. It has `spec`, `frame` and `plan` as above, and no tensors. The client accepts it, or declines it
+if the message does not fit its device.
 
 offer       ConfigRecord    bytes of the message's tensors, and shapes of `adapter`
 """
@@ -33,20 +33,20 @@ OFFER = "query.offer"  # the type of the message that carries an offer
 
 @dataclass(frozen=True, kw_only=True)
 class ServerMessage:
-    """One message of the server, as its client reads it.
+    """The server's message to one client, after parsing.
 
     Args:
         round: The message's round.
         adapter: The adapter's tensors.
-        base: Versions of all shifts that the frozen weights must carry, in order.
+        base: Versions of all shifts that the frozen weights must include, in order.
         shifts: The shifts in this message.
         snapshot: Sums of all shifts for the weights that it names; the shifts then omit these weights.
-        keep: Patterns of the tensors that are the client's own.
-        encoding: Encoding of `adapter`, for fedtune.traffic to read; "" if it is not encoded.
+        keep: Patterns of the client's personal tensors.
+        encoding: Encoding of `adapter`, for fedtune.traffic; "" if it is not encoded.
         plan: The client's plan; None in an evaluation.
-        turn: Evaluation: the client's next turn, which defines the adapter that the client uses itself.
+        turn: Evaluation: the client's next turn, which defines its personal adapter.
         params: Parameters of `turn`.
-        extra: Further tensors that the plan's turn needs.
+        extra: Additional tensors that the plan's turn needs.
     """
 
     round: int
@@ -88,13 +88,13 @@ class _Offer:
 
 
 class MessageWriter:
-    """Writes the messages of one round. Encodes tensors that many clients get only once.
+    """Writes the messages of one round. Tensors that many clients get are encoded once.
 
     Args:
         round: The round.
         shifts: Shifts merged into the frozen weights.
-        encode: Adapter → encoded adapter, and the text that names the encoding; None sends adapters unencoded.
-        snapshot: Sum of all shifts, for weights where it is smaller than their factors.
+        encode: Adapter → (encoded adapter, name of the encoding); None sends adapters unencoded.
+        snapshot: Sums of all shifts, for the weights whose sum is smaller than its factors.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class MessageWriter:
 
     def _missing(self, held: Sequence[int]) -> list[tuple[str, AdapterState]]:
         """The records that update weights with these shifts to the current version: missing shifts, or the snapshot if it is smaller."""
-        has = len(held) if tuple(held) == self._base[: len(held)] else 0  # weights with other shifts are reset to W0
+        has = len(held) if tuple(held) == self._base[: len(held)] else 0  # a client with other shifts resets its weights to W0
         shifts = [(f"shift-{s.spec.version}", s) for s in self._shifts[has:]]
         if self._snapshot is None or not shifts:
             return shifts
@@ -203,7 +203,7 @@ def read_message(content: RecordDict) -> ServerMessage:
 
 
 def read_offer(content: RecordDict) -> tuple[ServerMessage, int]:
-    """Read an offer: the announced message, with zeros of the announced shapes as tensors, and the bytes of its tensors.
+    """Read an offer: the announced message, with zeros as its tensors, and the bytes of the real tensors.
 
     Raises:
         PlanError: The offer or its plan is not valid in this version of fedtune.

@@ -1,1 +1,1 @@
-"""The round loop: membership, messages to clients and their replies, and which of them count."""
+"""The round loop: membership, messages to clients, and the checks of their replies."""

@@ -1,6 +1,6 @@
-"""The one bridge that puts any Strategy on Flower's grid: it samples cohorts, runs rounds, has clients evaluate, and checkpoints.
+"""The bridge runs any Strategy on Flower's grid: it samples cohorts, runs rounds, requests clients' evaluations, and saves checkpoints.
 
-It can start at any round. One round is in round.py.
+It can start at any round. round.py implements one round.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from fedtune.rounds.turnout import Turnout
 from fedtune.rounds.weights import largest_share
 from fedtune.runs.directory import Checkpoint, RunDirectory
 
-_PLAN_BATCH = 64  # clients whose evaluation is planned at once: each assignment may be as large as a model
+_PLAN_BATCH = 64  # clients whose evaluation is planned at once, because each assignment may be as large as a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ class Bridge:
     Args:
         grid: Flower's grid, or another with its interface.
         strategy: Aggregates updates into the next state.
-        exchange: Defines the messages of a round and what the strategy sees of the replies.
+        exchange: Defines the messages of a round and the data that the strategy gets from the replies.
         config: The experiment.
         run: Stores checkpoints.
         initial: The adapter before the first round.
         found: The checkpoint to resume from; None starts a new run.
         metric: Name of the primary metric, and whether higher is better.
-        evaluate: Scores a state on the global test; None skips that.
+        evaluate: Scores a state on the global test set; None skips this evaluation.
         observer: Receives the events of the run.
         join: How clients join.
         snapshots: Sums of the shifts merged into the frozen weights.
@@ -136,7 +136,7 @@ class Bridge:
         return sorted(chosen)
 
     def _available(self, connected: Sequence[str], busy: set[str]) -> Sequence[str]:
-        """The connected clients that are not busy with an older turn or paused; all connected clients if these are too few."""
+        """The connected clients that are neither busy with an older turn nor paused; all connected clients if there are too few of them."""
         free = [c for c in connected if c not in busy]
         return free if len(free) >= self.config.min_clients else connected
 
@@ -178,14 +178,14 @@ class Bridge:
         asked = sorted(c for c in clients if not clients[c].unanswered)
         if 0 <= self.config.eval.clients < len(asked):
             asked = sorted(random.Random(derive_seed(self.config.seed, "eval")).sample(asked, self.config.eval.clients))
-        # the plan of the next round says which tensors are the client's own
+        # the plan of the next round defines the client's personal tensors
         round = record["round"]
         writer, contents = MessageWriter(round, state.shifts, snapshot=self.snapshots.of(state.shifts)), {}
         for i in range(0, len(asked), _PLAN_BATCH):
             batch = asked[i : i + _PLAN_BATCH]
             coming = self.strategy.plan(round + 1, self._plans(round + 1, batch, clients, state), state)
             contents |= {c: writer.write(state.adapter, held=clients[c].held, next_plan=coming[c].plan) for c in batch}
-        # evaluation messages are not the method's traffic, but the shifts that they carry are: they are not sent again
+        # evaluation messages do not count as the method's traffic, but their shifts do, because they are not sent again
         meter = flower.Meter()
         record["bytes_down"] = record.get("bytes_down", 0) + sum(meter(_shifts_of(content)) for content in contents.values())
         turnout = Turnout(records={c: {} for c in asked})
@@ -201,7 +201,7 @@ class Bridge:
             record["clients_worst_decile"] = worst_decile(values, higher_is_better=self.metric[1])
 
     def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:
-        """Write metrics, then the checkpoint: after a kill between the two, resuming drops the round's lines and writes them again."""
+        """Write metrics, then the checkpoint. If the process is killed in between, a resumed run drops and rewrites the round's metrics."""
         self.observer.round_done(record, [clients[c] for c in sorted(clients)])
         self.run.save(checkpoint)
 

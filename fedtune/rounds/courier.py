@@ -31,7 +31,7 @@ class Courier:
 
     Args:
         grid: Flower's grid, or another with its interface.
-        timeout_s: Longest wait for a reply; None waits without limit.
+        timeout_s: Maximum wait for a reply; None waits without limit.
         observer: Receives the events.
     """
 
@@ -40,7 +40,7 @@ class Courier:
     observer: Observer
 
     def until(self) -> float:
-        """The deadline, by `time.monotonic`, for replies to messages sent now."""
+        """The deadline (on the clock `time.monotonic`) for replies to messages sent now."""
         return math.inf if self.timeout_s is None else time.monotonic() + self.timeout_s
 
     def ask(
@@ -63,10 +63,10 @@ class Courier:
             contents: Logical id → content of the message.
             clients: All clients, by logical id.
             turnout: Receives the clients whose reply is missing or has no result.
-            versions: Versions of the shifts that a client holds once it has answered.
+            versions: Versions of the shifts that a client has after it answers.
             until: Deadline of the replies.
-            unanswered: Called with a client whose reply may still come, and the id of the message.
-            max_bytes: Logical id → most bytes of that client's reply.
+            unanswered: Called with the id of each client whose reply may arrive later, and the message's id.
+            max_bytes: Logical id → maximum bytes of this client's reply.
         """
         messages = {c: Message(contents[c], clients[c].node, kind, group_id=str(round)) for c in sorted(contents)}
         asked = list(messages)

@@ -1,4 +1,4 @@
-"""The strategy that a config names, checked against the rest of the config before torch or any data is loaded."""
+"""Create the strategy that a config names, and check it against the config before any data or model is loaded."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,7 @@ def make_strategy(config: Config) -> "Strategy":
     """The strategy that `config.strategy` names: any importable subclass of Strategy.
 
     Raises:
-        ConfigError: The class does not exist, is not a strategy, does not take these arguments, or does not fit this config.
+        ConfigError: The class does not exist, is not a strategy, rejects these arguments, or does not support this config.
     """
     from fedtune.contracts.strategy import Strategy  # imports torch
 
@@ -79,12 +79,12 @@ def check_strategy(strategy: "Strategy", config: Config) -> None:
 
 
 def _import(target: str, config: Config) -> object:
-    """Import `package.module.Class` from an installed package or, last, from a module of the working directory."""
+    """Import `package.module.Class` from an installed package, or else from a module in the working directory."""
     module, _, name = target.rpartition(".")
-    if "" not in sys.path:  # `python -m` looks in the working directory; the commands that pip installs do not
+    if "" not in sys.path:  # `python -m` searches the working directory; console scripts do not
         sys.path.append("")
     try:
-        if config.resume:  # a run directory must not decide which code runs
+        if config.resume:  # a run directory must not be able to run its own code
             _refuse_code_of(Path(config.resume), module, target)
         found = getattr(importlib.import_module(module), name, None) if module else None
         why = f"there is no {name} in {module}" if module else "it has no module name"
@@ -102,7 +102,7 @@ def _import(target: str, config: Config) -> object:
 
 
 def _refuse_code_of(run: Path, module: str, target: str) -> None:
-    """Raises ConfigError, before importing it, if a part of the dotted name lies in the run directory."""
+    """Raises ConfigError, before the import, if a part of the dotted name is in the run directory."""
     parts = module.split(".")
     for i in range(1, len(parts) + 1):
         spec = importlib.util.find_spec(".".join(parts[:i]))

@@ -1,7 +1,7 @@
-"""Membership: the clients that are connected, known by the logical ids that their nodes of Flower's grid give in their hellos.
+"""Membership: the connected clients, identified by the logical ids that their nodes (of Flower's grid) report in their hellos.
 
-A simulation's nodes are connected from start to end. On a network nodes join late, leave and return: with keys under the same node id,
-without keys under a new one. The run therefore knows a client by its logical id.
+A simulation's nodes are connected from start to end. On a network, nodes join late, leave and return. With keys, a node returns with the
+same node id; without keys, with a new one. The run therefore identifies a client by its logical id.
 """
 
 import json
@@ -19,13 +19,13 @@ from fedtune.errors import RunError
 from fedtune.storage.ids import flaw, shown
 
 POLL_S = 0.05
-SMALL_REPLY_BYTES = 1_000_000  # limit of a reply without tensors
-_STRAGGLERS_S = 10.0  # once enough clients have joined: longest wait for connected nodes without a hello
+SMALL_REPLY_BYTES = 1_000_000  # maximum size of a reply without tensors
+_STRAGGLERS_S = 10.0  # maximum wait for the hellos of other connected nodes after enough clients have joined
 
 
 @dataclass
 class Client:
-    """What the server knows of a connected client.
+    """The server's record of a connected client.
 
     Args:
         node: Flower's node id.
@@ -33,10 +33,10 @@ class Client:
         examples: Training rows that its hello reports.
         held: Versions of the shifts merged into its frozen weights.
         remembers: Whether it keeps these shifts until its next turn.
-        held_out: Rows that it evaluates itself on.
+        held_out: Number of its held-out rows, for its own evaluation.
         rank: LoRA rank that it requests; None means the config's.
-        missed: Consecutive rounds that ended before its reply came (fedtune/rounds/silence.py).
-        paused_until: First round in which it may be asked again.
+        missed: Consecutive rounds that ended before its reply arrived (fedtune/rounds/silence.py).
+        paused_until: First round in which it may be selected again.
         unanswered: Id of the message that it has not answered; "" if there is none.
     """
 
@@ -58,11 +58,11 @@ class JoinPolicy:
 
     Args:
         hello: Fields of the server's hello.
-        patience_s: Seconds to wait for nodes to connect and say hello, and for enough clients to return.
-        expected_clients: Clients to wait for before the first round; fewer suffice after `patience_s`. None: the nodes belong to an engine,
-            are all connected from the start, and must all answer.
-        names: Returns node id → the client id that the node's key proves; a node may take part under this id only. None: no keys.
-        retry_s: Seconds until a refused node is asked again; infinite in a simulation, where the answer would not change.
+        patience_s: Seconds to wait for nodes to connect and send their hello, and for enough clients to return.
+        expected_clients: Clients to wait for before the first round; after `patience_s`, `min_clients` are enough. None: a simulation; its
+            nodes are all connected from the start and must all answer.
+        names: Returns node id → the client id that belongs to the node's key; a node may participate only with this id. None: no keys.
+        retry_s: Seconds until the server asks a rejected node again; infinite in a simulation, because the answer would not change.
     """
 
     hello: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class JoinPolicy:
 
 @runtime_checkable
 class BoundedGrid(Protocol):
-    """A grid that can refuse a large reply before it fetches it. An engine's replies are already on this machine and need no limit."""
+    """A grid that can reject a large reply before fetching it. A simulation's replies are already on this machine and need no limit."""
 
     def push_bounded(self, messages: Sequence[Message], most: Sequence[int]) -> Sequence[str]: ...
 
@@ -92,10 +92,10 @@ class Membership:
     Args:
         grid: Flower's grid.
         base: Fingerprint of the run's backbone; a client with another backbone is rejected.
-        min_clients: Fewest clients that a round needs.
+        min_clients: Minimum number of clients in a round.
         policy: How nodes join.
         observer: Receives new and rejected clients.
-        max_examples: Most rows that a client may report.
+        max_examples: Maximum number of rows that a client may report.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class Membership:
         self._rejected: dict[int, tuple[float, str]] = {}  # node → time and reason
 
     def gather(self, round: int) -> dict[str, Client]:
-        """Wait until nodes are connected and all have said hello; name those that do not.
+        """Wait until nodes are connected and all have answered the hello; report those that do not.
 
-        On a network, keep waiting while too few clients can take part: a rejected node among the first must not end the run.
+        On a network, keep waiting while too few clients can participate: an early rejected node must not end the run.
 
         Raises:
-            RunError: Too few clients can take part.
+            RunError: Too few clients can participate.
         """
         began = enough = time.monotonic()
         expected, reported = max(self._min_clients, self._policy.expected_clients or 0), -1
@@ -141,7 +141,7 @@ class Membership:
         return self.clients
 
     def wait_for_clients(self, round: int) -> list[str]:
-        """Logical ids of the clients that are connected as the round begins. New nodes get a hello, and join once they have answered.
+        """Logical ids of the clients that are connected at the start of the round. New nodes get a hello, and join when they answer it.
 
         Raises:
             RunError: Too few clients connected within `patience_s`.
@@ -156,11 +156,11 @@ class Membership:
             time.sleep(POLL_S)
 
     def _refresh(self, round: int) -> None:
-        """Look up the connected nodes, send a hello to new ones, and read the answers that have come."""
+        """Look up the connected nodes, send a hello to new ones, and read the answers that have arrived."""
         nodes, now = set(self._grid.get_node_ids()), time.monotonic()
         self._pending = {n: sent for n, sent in self._pending.items() if n in nodes}
         again = {n for n, (when, _) in self._rejected.items() if now - when > self._policy.retry_s}
-        if self._policy.retry_s < math.inf:  # replaces a hello that was lost in transit; the old id is no longer read
+        if self._policy.retry_s < math.inf:  # the hello may be lost: send another, and ignore answers to the first
             again |= {n for n, (_, when) in self._pending.items() if now - when > self._policy.patience_s}
             self._pending = {n: sent for n, sent in self._pending.items() if n not in again}
         self._send_hello((nodes - self._nodes | again & nodes) - set(self._pending), round)
@@ -171,7 +171,7 @@ class Membership:
                 self._read_hello(node, reply)
 
     def connected(self) -> dict[str, Client]:
-        """The clients whose nodes were connected at the last look at the grid."""
+        """The clients whose nodes were connected at the last refresh."""
         return {c: known for c, known in self.clients.items() if known.node in self._nodes}
 
     def _send_hello(self, nodes: set[int], round: int) -> None:
@@ -221,7 +221,7 @@ class Membership:
         self._client_known(client, node, self.clients[client].device_class)
 
     def _label(self, node: int, claimed: str = "") -> str:
-        """The node's client by its key, its earlier hello or its claimed id; else the node id."""
+        """The node's client, from its key, its earlier hello or its claimed id; else the node id."""
         if self._policy.names is not None:
             name = self._policy.names().get(node, "")
         else:
@@ -239,7 +239,7 @@ class Membership:
 
 
 def printable(text: object, max_length: int = 500) -> str:
-    """A peer's text made safe for a terminal and a log: without control characters, cut to `max_length`."""
+    """A peer's text, safe for a terminal and a log: without control characters, truncated to `max_length`."""
     return "".join(c if c.isprintable() else " " for c in str(text or "")[:max_length])
 
 
@@ -249,7 +249,7 @@ def push(grid: Grid, messages: Sequence[Message], max_bytes: Callable[[int], int
     Args:
         grid: Flower's grid.
         messages: At least one.
-        max_bytes: Position of a message → most bytes of its reply; called only for a grid that knows a reply's size before fetching it.
+        max_bytes: Index of a message → maximum bytes of its reply; called only for a `BoundedGrid`.
     """
     if isinstance(grid, BoundedGrid):
         return grid.push_bounded(messages, [max_bytes(i) for i in range(len(messages))])
@@ -257,12 +257,13 @@ def push(grid: Grid, messages: Sequence[Message], max_bytes: Callable[[int], int
 
 
 def replies(grid: Grid, ids: Sequence[str | None], until: float) -> Iterator[Message | None]:
-    """Yield the reply to each message in turn, None for one without a reply by the deadline. Replies that have come by then still count.
+    """Yield the reply to each message in order; None if there is no reply before the deadline. Replies that arrived in time are yielded
+    even if they are read after it.
 
     Args:
         grid: Flower's grid.
         ids: Ids of the messages, in the order of the replies; empty or None for a message that could not be sent.
-        until: Deadline by `time.monotonic`; infinity waits.
+        until: Deadline on the clock `time.monotonic`; infinity waits without limit.
     """
     for i in ids:
         while True:

@@ -1,4 +1,4 @@
-"""Outbox: builds a round's messages to its clients, counts their bytes, and marks those over the traffic limit."""
+"""Outbox: builds a round's messages to its clients, counts their bytes, and marks messages over the traffic limit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fedtune.rounds.membership import SMALL_REPLY_BYTES
 from fedtune.rounds.reply import expected_reply
 from fedtune.traffic import blank_reply, broadcaster, with_codec
 
-_TEXT_BYTES = 1000  # room in a reply for the text of the update, beside its tensors and their spec
+_TEXT_BYTES = 1000  # allowance for the update's JSON text in a reply, in addition to its tensors and their spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class OutboundMessage:
         content: The message's content.
         offer: Content of the offer that the client must accept first; None without an offer.
         nbytes: Network bytes of message and offer.
-        over_limit: Why the message must not be sent; "" if it may be.
+        over_limit: The reason why the message must not be sent; "" if it may be sent.
     """
 
     assignment: Assignment
@@ -54,8 +54,8 @@ def write_messages(
         assignments: Logical id → the strategy's assignment.
         held: Logical id → versions of the shifts that the client holds.
         shifts: Shifts merged into the frozen weights.
-        first: The run's first adapter.
-        snapshot: Sum of the shifts, for weights where it is smaller than their factors.
+        first: The run's initial adapter.
+        snapshot: Sums of the shifts, for the weights whose sum is smaller than its factors.
     """
     meter, limit = flower.Meter(), config.traffic.max_mb_per_round
     writer = MessageWriter(round, shifts, broadcaster(config.traffic, first, config.seed, round), snapshot)
@@ -70,21 +70,21 @@ def write_messages(
 
 
 def check_affordable(messages: Mapping[str, OutboundMessage]) -> None:
-    """Raises ConfigError if every message is over the traffic limit: then no client could take part in any round."""
+    """Raises ConfigError if every message is over the traffic limit, because no client could participate in any round."""
     if messages and all(message.over_limit for message in messages.values()):
         smallest = min(messages.values(), key=lambda message: message.nbytes)
         raise ConfigError(f"no client could take part: {smallest.over_limit}")
 
 
 def reply_bytes(assignment: Assignment) -> int:
-    """Network bytes of the largest good reply."""
+    """Network bytes of the largest valid reply."""
     blank = blank_reply(assignment.plan.codec, expected_reply(assignment))
     text = ConfigRecord({"json": " " * _TEXT_BYTES, "spec": blank.spec.to_json()})
     return flower.Meter()(RecordDict({"adapter": blank.to_arrays(), "update": text}))
 
 
 def max_reply_bytes(assignment: Assignment) -> int:
-    """Most bytes of a reply to fetch: the largest good reply, with room for the network's framing."""
+    """Maximum bytes of a reply to fetch: the largest valid reply plus an allowance for network framing."""
     return round(1.25 * reply_bytes(assignment)) + SMALL_REPLY_BYTES
 
 

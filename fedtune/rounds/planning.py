@@ -1,4 +1,4 @@
-"""The config's own plan for a client, before the strategy changes it."""
+"""The plan for a client from the config alone, before the strategy changes it."""
 
 import math
 
@@ -9,7 +9,7 @@ from fedtune.contracts.seeds import derive_seed
 
 
 def base_plan(config: Config, round: int, client: str, version: int, rank: int | None = None) -> Plan:
-    """The config's own plan for a client whose hello requests LoRA rank `rank`."""
+    """The config's plan for a client whose hello requests LoRA rank `rank`."""
     c = config.client
     return Plan(
         round=round,
@@ -33,7 +33,8 @@ def base_plan(config: Config, round: int, client: str, version: int, rank: int |
 
 
 def schedule(config: Config, rounds_done: float) -> float:
-    """Learning rate after `rounds_done` rounds, as a share of the peak: warm-up, then constant, linear or cosine to `client.lr_end`."""
+    """Learning rate after `rounds_done` rounds, as a share of the peak: warm-up, then constant, or linear or cosine decay to
+    `client.lr_end`."""
     c, warm = config.client, config.client.warmup_rounds
     if rounds_done < warm:
         return rounds_done / warm

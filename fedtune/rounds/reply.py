@@ -1,4 +1,4 @@
-"""Reads and checks a client's reply before it counts. The server trusts no value that a peer reports."""
+"""Reads and checks a client's reply before aggregation. The server does not trust reported values."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from fedtune.storage.parsing import parse_json
 from fedtune.traffic import Codec, decode_update
 
 _ADAMW = (1 - 0.9) / (1 - 0.999) ** 0.5  # largest AdamW step, as a multiple of lr
-_SLACK = 1.5  # allows for codecs, which round the trained values
+_SLACK = 1.5  # tolerance for codecs, which round the trained values
 _ROUNDING = 1e-3
 SERVER_FIELDS = (
     "round",
@@ -37,7 +37,7 @@ def read_update(content: RecordDict, assignment: Assignment, *, examples: int | 
         examples: Rows that the client's hello reported; None skips that check.
 
     Raises:
-        UpdateError: Names the first fault.
+        UpdateError: The reply is invalid; the message names the first error.
     """
     try:
         return _read_update(content, assignment, examples)
@@ -82,12 +82,12 @@ def _read_update(content: RecordDict, assignment: Assignment, examples: int | No
 
 
 def expected_reply(assignment: Assignment) -> AdapterState:
-    """Names, shapes and spec that the decoded reply must have."""
+    """A state with the names, shapes and spec that the decoded reply must have."""
     return assignment.expect or assignment.adapter.subset(matching(assignment.adapter.tensors, assignment.plan.send))
 
 
 def _check_numbers(update: Update, assignment: Assignment) -> None:
-    """Check the numbers that strategies compute with: present and within the plan's limits."""
+    """Check that the numbers that strategies use are present and within the plan's limits."""
     plan = assignment.plan
     if assignment.expect is None:
         steps, lr_sum = (update.measurements.get(n, -1.0) for n in ("steps", "lr_sum"))
@@ -105,11 +105,11 @@ def _check_numbers(update: Update, assignment: Assignment) -> None:
 
 
 def _check_reach(update: Update, assignment: Assignment) -> None:
-    """Reject an update that moved farther than its steps allow: it was forged, or the client is broken.
+    """Reject an update that changes an entry more than its steps allow: it was forged, or the client is faulty.
 
-    AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr a step, for any gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1), plus
-    lr·decay times the entry. SGD has a bound only with a clipped gradient: lr·clip a step, over all tensors and including all terms of a
-    turn. Privacy noise and error feedback are not bounded by steps, so an update with either is not checked.
+    AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr per step, for any gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1),
+    plus lr·decay times the entry. SGD has a bound only with gradient clipping: lr·clip per step, over all tensors and including the turn's
+    added gradients. Steps do not bound privacy noise and error feedback, so an update with either is not checked.
     """
     plan, start = assignment.plan, assignment.adapter
     if assignment.expect is not None or plan.privacy == "user" or (plan.codec and Codec.from_name(plan.codec).feedback):
@@ -133,7 +133,7 @@ def _check_reach(update: Update, assignment: Assignment) -> None:
 
 
 def _pruned(sent: AdapterState, got: AdapterSpec) -> AdapterState:
-    """The expected reply of a client that may prune ranks, cut to the reply's ranks; uncut if these are more than were sent."""
+    """The expected reply of a client that may prune, truncated to the reply's ranks; unchanged if these exceed the sent ranks."""
     ranks = sent.spec.ranks
     if got.ranks.keys() != ranks.keys() or any(got.ranks[m] > r for m, r in ranks.items()):
         return sent
@@ -145,7 +145,7 @@ def _pruned(sent: AdapterState, got: AdapterSpec) -> AdapterState:
 
 
 def read_metrics(content: RecordDict) -> dict[str, float]:
-    """A client's metrics. Ignores values that are not finite numbers, names that are not short, and entries beyond MAX_NUMBERS."""
+    """A client's metrics. Ignores values that are not finite numbers, long names, and entries beyond MAX_NUMBERS."""
     try:
         raw = parse_json(str(content.config_records["metrics"]["json"]))
         some = itertools.islice(raw.items(), MAX_NUMBERS)

@@ -1,7 +1,7 @@
-"""One round of a run: it sends the messages, checks the replies, and yields the updates that count.
+"""One round of a run: it sends the messages, checks the replies, and yields the valid updates.
 
-Every dropped client is recorded with the reason. Replies are pulled and folded one at a time in the order of logical ids: the server needs
-memory for one model, and the sum has one order.
+Every dropped client is recorded with the reason. Replies are fetched and aggregated one at a time in the order of logical ids: the server
+needs memory for one model, and the order of the sum is fixed.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Round:
         clients: All clients, by logical id.
         state: The state before the round.
         late: Late updates and pending replies of earlier rounds.
-        deployed: Whether the clients run on other machines; their weight is then bounded.
+        deployed: Whether the clients run on other machines; their weights then have a limit.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Round:
         return itertools.chain([first], updates)
 
     def _accepted(self, messages: Mapping[str, OutboundMessage], until: float) -> dict[str, RecordDict]:
-        """Contents to send. A client that lacks shifts must first accept an offer that announces the message's size."""
+        """Contents to send. A client with missing shifts must first accept an offer, which announces the message's size."""
         offers = {c: outbound.offer for c, outbound in messages.items() if outbound.offer is not None}
         for client in offers:
             self.turnout.records[client]["bytes_down"] = flower.Meter()(offers[client])
@@ -129,7 +129,7 @@ class Round:
         return limit
 
     def _checked(self, answers: Iterator[tuple[str, Message]]) -> Iterator[Update]:
-        """The good updates, in order; the turnout records the others."""
+        """The valid updates, in order; the turnout records the other clients."""
         deadline = self.config.devices.deadline_s
         for client, reply in answers:
             record, assignment = self.turnout.records[client], self.messages[client].assignment
@@ -160,7 +160,7 @@ class Round:
         return update
 
     def _late_updates(self) -> Iterator[Update]:
-        """Late updates that count in this round, applied to the current state: at most one per client, none beside a newer update."""
+        """Late updates for this round, applied to the current state: at most one per client, and none if the client has a newer update."""
         records = self.turnout.records
         newer = {c for c, record in records.items() if "dropped" not in record}
         for late in itertools.chain(self.late.take(self.number), self._arrived(newer)):
@@ -174,7 +174,7 @@ class Round:
             yield apply_staleness(late, self.state.adapter, self.number - asked)
 
     def _arrived(self, newer: Collection[str]) -> Iterator[LateUpdate]:
-        """Good replies to earlier rounds that have arrived by now; this does not wait."""
+        """Valid replies to earlier rounds that have arrived; does not wait."""
         for pending in self.late.pending():
             plan = pending.assignment.plan
             if plan.round == self.number or (reply := next(replies(self.courier.grid, [pending.message], 0.0))) is None:
@@ -183,7 +183,7 @@ class Round:
             if plan.client in self.clients:
                 record_answer(self.clients[plan.client])
             if reply.has_error() or "declined" in reply.content.config_records:
-                continue  # its own round has recorded it as late
+                continue  # the reply's own round has already recorded the client as late
             if plan.client in newer:
                 self._skip(plan.client, plan.round, "unused: a newer update of this client counts")
                 continue

@@ -1,8 +1,8 @@
-"""Exponential backoff for clients that do not answer: each of them holds up its round until the deadline.
+"""Exponential backoff for clients that do not answer, because each of them delays its round until the deadline.
 
-After n consecutive missed replies a client is paused for 2^(n−1) rounds, at most 16. If the same reply is still missing after that, the
-next pause begins at once: looking for the reply costs nothing. A reply in time ends the pauses. So does a new hello, which a restarted
-client sends.
+After n consecutive missed replies, a client is paused for 2^(n−1) rounds, at most 16. If the same reply is still missing after that, the
+next pause begins immediately; checking for the reply costs nothing. A reply in time ends the pauses. A new hello, which a restarted client
+sends, also ends them.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ def record_miss(name: str, client: Client, round: int, message: str, note: Calla
         client: The client that did not answer.
         round: The last round without its reply.
         message: Id of the unanswered message.
-        note: Receives a sentence that says when the client is asked again.
+        note: Receives a sentence with the round until which the client is paused.
     """
     client.missed += 1
     client.paused_until, client.unanswered = round + 1 + min(LONGEST_PAUSE, 2 ** min(client.missed - 1, LONGEST_PAUSE)), message

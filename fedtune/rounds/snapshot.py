@@ -1,8 +1,8 @@
-"""The sum of the merged shifts as one dense matrix, for weights where the shifts' factors are larger than the matrix.
+"""The sum of the merged shifts as one dense matrix, for weights whose shifts have larger factors than the matrix.
 
-A client updates its weights by adding the shifts that it lacks, W = W0 + Σ s·B·A. After some rounds the factors take more bytes than the
-matrix they change; then a new client gets the sum itself. The server adds shifts in the clients' order and arithmetic, so a client that
-gets the sum holds the same weights, bit for bit, as one that has taken part from the start.
+A client updates its weights by adding its missing shifts, W = W0 + Σ s·B·A. After some rounds, the factors take more bytes than the matrix;
+a new client then gets the sum instead. The server adds shifts in the same order and arithmetic as clients do, so a client that gets the sum
+has bit for bit the same weights as a client that has participated from the start.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ METHOD = "sum"  # the spec's method of a snapshot, whose tensors `<module>.weigh
 
 
 class Snapshots:
-    """Keeps the sums of the matrices that are smaller than their factors, and updates them each round."""
+    """Keeps the sums of shifts for the matrices that are smaller than the shifts' factors, and updates them each round."""
 
     def __init__(self) -> None:
         self._versions: tuple[int, ...] = ()

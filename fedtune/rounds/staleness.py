@@ -1,11 +1,11 @@
-"""Staleness: late updates, which arrive after their round and count in a later one.
+"""Staleness: late updates, which arrive after their round and are aggregated in a later one.
 
-A late update counts by its difference from the version that the client was sent, scaled down with age:
+A late update is applied as its difference from the version that the client received, scaled down by its age:
 
     w_k ← w_t + Δ_k / √(1 + s),   Δ_k = w_k − w_τ,   s = t − τ
 
-The strategy gets this w_k with weight n_k like any other update, so its mean moves by Σ p_k Δ_k / √(1 + s_k): a server optimizer sees
-FedBuff's step. An update in time (s = 0) is unchanged. s counts all rounds, including those that did not count.
+w_t is the current version, w_τ the received one. The strategy gets this w_k with weight n_k like any other update, so the mean moves by
+Σ p_k Δ_k / √(1 + s_k), which is FedBuff's step. An update in time (s = 0) is unchanged. s counts all rounds, including failed ones.
 
 Source: Nguyen et al. 2022, Federated Learning with Buffered Asynchronous Aggregation, arXiv:2106.06639 (FedBuff, which scales so); Xie,
 Koyejo, Gupta 2019, Asynchronous Federated Optimization, arXiv:1903.03934, section 5.2 (the polynomial a = 1/2).
@@ -26,7 +26,7 @@ from fedtune.contracts.strategy import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class PendingReply:
-    """A message whose reply may still come in a later round.
+    """A message whose reply may arrive in a later round.
 
     Args:
         message: Its id on Flower's grid.
@@ -46,9 +46,9 @@ Key = tuple[str, int]
 
 
 class LateUpdates:
-    """Late updates and pending replies that may still count. Always empty with late=drop.
+    """Late updates and pending replies that may still be used. Always empty with late=drop.
 
-    A client with an entry here gets no new assignment: it is still at an older turn, and would never catch up.
+    A client with an entry here gets no new assignment: it is still working on an older turn and would never catch up.
 
     Args:
         config: The experiment.
@@ -66,12 +66,12 @@ class LateUpdates:
         return tuple(self._kept[key] for key in sorted(self._kept))
 
     def busy(self, round: int) -> set[str]:
-        """Clients that are still at an older turn. Forgets replies that are now too old to count."""
+        """Clients that are still working on an older turn. Discards pending replies that are now too old to be used."""
         self._pending = {key: pending for key, pending in self._pending.items() if round - key[1] <= self._max_staleness}
         return {client for client, _ in [*self._kept, *self._pending]}
 
     def expect(self, pending: PendingReply) -> None:
-        """Wait for a reply that did not come in its round."""
+        """Wait for a reply that did not arrive in its round."""
         if self._used:
             self._pending[pending.assignment.plan.client, pending.assignment.plan.round] = pending
 
@@ -92,7 +92,7 @@ class LateUpdates:
         return [self._pending[key] for key in sorted(self._pending, key=lambda key: (key[0], -key[1]))]
 
     def resolve(self, pending: PendingReply) -> None:
-        """Stop waiting for a reply: it came, or never will."""
+        """Stop waiting for a reply."""
         self._pending.pop((pending.assignment.plan.client, pending.assignment.plan.round))
 
 

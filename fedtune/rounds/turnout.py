@@ -19,10 +19,10 @@ class Turnout:
         records: Client → its line of the metrics.
         max_weight: Largest weight of a client, in examples; None sets no limit.
         dropped: Kind of reason → number of dropped clients.
-        counted: Updates that came in time and count.
-        examples: Sum of the weights of these updates that have a train_loss.
-        loss: Their train_loss, summed by weight.
-        late: Client whose late update counts → its staleness in rounds.
+        counted: Number of valid updates that arrived in time.
+        examples: Sum of the weights of those among them that have a train_loss.
+        loss: Weighted sum of their train_loss.
+        late: Client whose late update is used → its staleness in rounds.
     """
 
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -35,11 +35,11 @@ class Turnout:
 
     @property
     def good(self) -> int:
-        """Updates that count, including late ones."""
+        """Number of valid updates, including late ones."""
         return self.counted + len(self.late)
 
     def weigh(self, update: Update) -> Update:
-        """Count the update, and return it with its weight `examples` cut to `max_weight`."""
+        """Count the update, and return it with its weight `examples` limited to `max_weight`."""
         if self.max_weight is not None and update.examples > self.max_weight:
             self.records[update.client]["weight"] = self.max_weight
             update = dataclasses.replace(update, examples=self.max_weight)
@@ -72,7 +72,7 @@ class Turnout:
 
 
 def refusal(reply: Message) -> tuple[str, str] | None:
-    """Why a reply has no result, as a kind and a sentence; None if it may have one."""
+    """The reason why a reply has no result, as (kind, sentence); None if it may have a result."""
     if reply.has_error():
         why = (reply.error.reason or "").strip() or f"Flower's error {reply.error.code}"
         return "failed", printable(why.splitlines()[-1], 300)
@@ -84,7 +84,7 @@ def refusal(reply: Message) -> tuple[str, str] | None:
 
 
 def epsilon_of(reply: Message) -> float | None:
-    """The ε that a declining client reports as spent. It may include a lost reply that the server never saw."""
+    """The ε that a declining client reports as spent. It may include the cost of a reply that was lost."""
     if reply.has_error():
         return None
     spent = reply.content.config_records["declined"].get("epsilon")

@@ -1,11 +1,11 @@
-"""Limits one client's share of a round. Its weight is the number of rows that it reports, which the server cannot verify.
+"""Limits one client's share of a round, because its weight is the row count that it reports, which the server cannot verify.
 
 The weight is w_k = min(n_k, τ), with the largest τ for which no w_k exceeds the share s of the cohort's sum:
 
-    τ = s·R / (1 − s·c),   c: clients above τ,   R: sum of the n_k of the others
+    τ = s·R / (1 − s·c),   c: number of clients with n_k > τ,   R: sum of the n_k of the others
 
-In a cohort of m clients s is at least 1/m, because no weights satisfy a smaller share. The sum covers all clients that are asked, with the
-counts of their hellos, because updates are folded one at a time as they come. If some do not answer, the others' shares grow.
+In a cohort of m clients, s is at least 1/m, because no weights satisfy a smaller share. Updates are aggregated one at a time, so the sum
+uses the row counts from the hellos of all selected clients. If some do not answer, the others' shares grow.
 """
 
 from collections.abc import Iterable
@@ -19,8 +19,8 @@ _EQUAL_SHARES, _MOST = 3, Fraction(1, 2)
 def largest_share(config: WeightsConfig, clients: int, *, engine: bool) -> Fraction | None:
     """The largest share of one client among `clients` clients; None sets no limit.
 
-    The default on a network is three equal shares, and at most half: no client outweighs all others together. An engine's clients cannot
-    misreport their rows, so the default there is no limit.
+    The default on a network is 3 / `clients`, at most 1/2: no client outweighs all others together. A simulation's clients cannot misreport
+    their rows, so the default there is no limit.
     """
     if config.max_share is None and engine:
         return None
