@@ -1,1 +1,4 @@
-"""Contracts between the packages of fedtune: adapter state, plan, update, strategy, exchange, task, messages."""
+"""Contracts between fedtune's packages: adapter state, plan, update, strategy, exchange, task, messages.
+
+Of fedtune, they import only config, errors and storage.
+"""

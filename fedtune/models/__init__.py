@@ -1,4 +1,4 @@
-"""Load and freeze a backbone, attach one live adapter, and compute a task's losses and scores.
+"""Load and freeze a backbone, attach one adapter to it, and compute a task's losses and scores.
 
 Names are imported on first use: `import fedtune.models` loads neither torch nor PEFT.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backbone", "LiveAdapter", "evaluate", "fingerprint", "initial_adapter", "load_backbone", "loss_sum"]
 
-# PEFT imports bitsandbytes, which warns every CPU user that an optional kernel package is not installed
+# PEFT imports bitsandbytes, which warns on every CPU machine that an optional kernel package is not installed
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOME = {

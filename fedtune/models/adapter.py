@@ -1,6 +1,6 @@
-"""One live adapter slot on a shared frozen backbone.
+"""The live adapter: one adapter's trainable parameters on a shared frozen backbone.
 
-A simulation loads and reads adapters hundreds of times a round. So `load` and `read` copy raw tensors (0.1 ms) instead of PEFT's state
+A simulation loads and reads adapters hundreds of times per round. So `load` and `read` copy raw tensors (0.1 ms) instead of PEFT's state
 dicts (3-6 ms, incomplete for some methods). PEFT's formats are only for saved adapters.
 """
 
@@ -32,10 +32,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class LiveAdapter:
-    """A backbone with its one adapter, ready to train.
+    """A backbone with its adapter, ready to train.
 
     Args:
-        backbone: Wrapped in place; it can have one adapter only.
+        backbone: Wrapped in place; it can have only one adapter.
         peft: The method and its settings.
         task: The task; a classifier's head is trained with the adapter.
 
@@ -43,7 +43,7 @@ class LiveAdapter:
         model: The model to call: backbone, adapter and head.
         parameters: Canonical name → live trainable parameter (float32), in the order of the model.
         names: Canonical name → the parameter's name in `model`.
-        origin: Canonical name → the value that its state is relative to (see `Attached`).
+        origin: Canonical name → the value that the state's tensor is relative to (see `Attached`).
         spec: The spec of the loaded tensors; version 0.
 
     Raises:
@@ -73,8 +73,8 @@ class LiveAdapter:
     def load(self, state: AdapterState) -> None:
         """Copy a state into the live parameters.
 
-        A LoRA state may have smaller ranks than the slot: the rest of A and B is then zero, gets no gradient and stays zero. The state's
-        scaling becomes the model's.
+        A LoRA state may have smaller ranks than the live adapter: the rest of A and B is then zero, gets no gradient and stays zero. The
+        model uses the state's scaling.
 
         Raises:
             ModelError: The state belongs to another backbone, or its method, names, ranks or shapes are not this adapter's.
@@ -98,7 +98,7 @@ class LiveAdapter:
             self.spec = dataclasses.replace(self.spec, ranks=dict(spec.ranks), scaling=dict(spec.scaling))
 
     def read(self, version: int) -> AdapterState:
-        """A copy of the live tensors on the CPU, as the given version, with the ranks and scaling of the loaded state."""
+        """A copy of the live tensors on the CPU, with this version number and the ranks and scaling of the loaded state."""
         origin, smaller = self._attached.origin, self.spec.ranks != self._attached.ranks
         tensors = {}
         for name, parameter in self.parameters.items():
@@ -113,17 +113,17 @@ class LiveAdapter:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """A context in which the model is the untouched backbone; a classifier has its loaded head."""
+        """A context in which the model is the original backbone; a classifier has the head that it was loaded with."""
         flags = [(p, p.requires_grad) for p in self.parameters.values()]
         try:
             with self._attached.disabled():
                 yield
         finally:
-            for parameter, flag in flags:  # PEFT turns all gradients on again, even those that a plan has turned off
+            for parameter, flag in flags:  # PEFT enables all gradients again, including those that the plan disabled
                 parameter.requires_grad_(flag)
 
     def save_peft(self, folder: Path) -> None:
-        """Write a folder that `PeftModel.from_pretrained` opens on the untouched backbone; an empty one if PEFT lacks the method."""
+        """Write a folder that `PeftModel.from_pretrained` opens on the original backbone; an empty folder if PEFT lacks the method."""
         folder.mkdir(parents=True, exist_ok=True)
         if self._attached.save is not None:
             self._attached.save(folder)
@@ -157,12 +157,12 @@ class LiveAdapter:
 def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, num_labels: int, seed: int) -> AdapterState:
     """The adapter of version 0, from config.json alone, so that a server needs no backbone.
 
-    The method's `initial` gives the tensors; those with an origin are zero. A head equals that of `load_backbone` with this seed: read
-    from the checkpoint if its weights are available and have a head that fits, or else drawn. `spec.base` is "", since the caller knows
-    the fingerprint. Only peft.init=loftq also reads the weights, one layer at a time.
+    The method's `initial` gives the tensors; those with an origin are zero. A head equals that of `load_backbone` with this seed: it is
+    read from the checkpoint if the weights are available and include a matching head, or else drawn. `spec.base` is "", because the caller
+    knows the fingerprint. Only peft.init=loftq also reads the weights, one layer at a time.
 
     Raises:
-        ModelError: As `load_backbone` and `LiveAdapter`, for errors that config.json shows.
+        ModelError: The errors of `load_backbone` and `LiveAdapter` that follow from config.json.
     """
     folder = find_folder(model, weights=False)
     hf_config = build_config(model, task, num_labels=num_labels, folder=folder)
@@ -185,13 +185,13 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
     state = AdapterState(tensors, _spec(attached, peft, ""))
     if peft.init == "default":
         return state
-    from fedtune.models.loftq import make_up  # late: it needs bitsandbytes
+    from fedtune.models.loftq import make_up  # imported late, because it needs bitsandbytes
 
     return make_up(state, model, task, num_labels=num_labels, seed=seed)
 
 
 def _report_untrained(share: float, name: str) -> None:
-    """Log large weights that all-linear does not adapt, because they are not linear layers."""
+    """Log the share of weights that all-linear does not adapt, because they are not linear layers."""
     if name:
         _LOG.warning(
             "peft.targets=all-linear adapts linear layers only: %.0f %% of the weights, such as '%s', are none and stay frozen",
@@ -204,7 +204,7 @@ def _spec(attached: Attached, peft: PeftConfig, base: str) -> AdapterSpec:
 
 
 def _stored_head(folder: Path, heads: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The checkpoint's head if it is complete and fits, or else empty."""
+    """The checkpoint's head if it is complete and its shapes match, or else empty."""
     if not has_weights(folder, read_config(folder)):
         return {}
     found = {t.name: t for t in stored_tensors(folder) if t.name in heads}

@@ -16,10 +16,10 @@ from fedtune.storage.parsing import parse_json, read_text
 from fedtune.storage.reading import read_fields
 
 OWN = "fedtune.safetensors"
-BESIDE = "adapter"  # folder beside an exported backbone, for an adapter that weights cannot express
+BESIDE = "adapter"  # subfolder of an export, for an adapter that cannot be merged into weights
 OVER = "quantised.json"  # names the quantized weights that the adapter requires
 _PREFIX = "base_model.model."
-# Settings that change the arithmetic of a merge, with their values for plain LoRA
+# PEFT settings that change the arithmetic of a merge, with their values for plain LoRA
 _PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
 
 
@@ -30,10 +30,10 @@ class StoredAdapter:
     Args:
         state: All trained tensors, by canonical name; its base is "" if fedtune did not write the folder.
         shifts: The shifts of the frozen weights, in the order of the rounds.
-        heads: In PEFT's folder: parameter of the backbone → its replacement, such as `score.weight`. fedtune keeps heads in the state.
-        base: Name or folder of the backbone; "" if the adapter does not give it.
-        task_type: PEFT's task type, such as CAUSAL_LM; "" if the adapter does not give it.
-        over: `precision` and `compute` of the quantized weights that the adapter requires (peft.init=loftq); empty for any weights.
+        heads: In PEFT's folder: parameter of the backbone, such as `score.weight` → its replacement. fedtune stores heads in the state.
+        base: Name or folder of the backbone; "" if the folder does not contain it.
+        task_type: PEFT's task type, such as CAUSAL_LM; "" if the folder does not contain it.
+        over: `precision` and `compute` of the quantized weights that the adapter requires (peft.init=loftq); empty if it requires none.
     """
 
     state: AdapterState
@@ -162,7 +162,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _scaling(config: dict[str, Any], module: str) -> float:
-    """alpha / r, or alpha / √r for rsLoRA, with PEFT's patterns by module."""
+    """alpha / r, or alpha / √r for rsLoRA, with PEFT's patterns for individual modules."""
 
     def of(default: float, patterns: dict[str, float]) -> float:
         return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)

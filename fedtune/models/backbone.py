@@ -34,13 +34,13 @@ class Backbone:
     """A frozen model with its tokenizer.
 
     Args:
-        model: The model in eval mode; no parameter requires a gradient, and dropout is the checkpoint's.
+        model: The model in eval mode; no parameter requires a gradient; dropout rates are the checkpoint's.
         tokenizer: The tokenizer, with the same pad token as the model's config.
-        fingerprint: The base of this backbone's adapters.
+        fingerprint: The `spec.base` of this backbone's adapters.
         name: The name for other programs: the hub name, or the folder.
         folder: Folder of its files.
         device: Device of its weights.
-        completed: Weights missing from the checkpoint that are set to the identity.
+        completed: Weights (of a pooler) that the checkpoint lacks; they are set to the identity.
     """
 
     model: PreTrainedModel
@@ -71,11 +71,11 @@ def load_backbone(
     Args:
         config: The backbone, its precision and device.
         task: Its `kind` determines the model class; `max_length` must fit the context.
-        num_labels: Outputs of the task's head (`Task.outputs`); 0 without one.
+        num_labels: Outputs of the task's head (`Task.outputs`); 0 without a head.
         seed: The run's seed, for the weights of `init=random` and for a classification head that the checkpoint lacks.
-        outline: Float32 tensors on the meta device in place of the checkpoint's, by its names. The model is then on the meta device too,
-            without weights but fully checked. Only for a pretrained backbone in float32.
-        packed: Whether the checkpoint may be quantized already. Such weights can generate answers, but cannot be trained or exported.
+        outline: Float32 tensors on the meta device that replace the checkpoint's tensors, by name. The model is then on the meta device
+            too, without weights but fully checked. Only for a pretrained backbone in float32.
+        packed: Whether the checkpoint may already be quantized. Such a model can generate answers, but cannot be trained or exported.
 
     Raises:
         ModelError: The checkpoint is missing, damaged, pickled or of an unknown architecture, or does not fit the task.
@@ -85,7 +85,7 @@ def load_backbone(
     tokenizer = load_tokenizer(folder, config)
     device = torch.device("meta") if outline else pick_device(config.device)
     settings = _settings(config, device)
-    drawn = config.init == "random"  # the fingerprint reads every header and so refuses a truncated file before anything is loaded
+    drawn = config.init == "random"  # the fingerprint reads every header, so it rejects a truncated file before loading
     mark = digest(read_config(folder), [("random", str(seed).encode())]) if drawn else fingerprint(folder)
     if config.precision in ("nf4", "int8"):
         model = _quantized_model(folder, hf_config, task, config, seed, mark, device, settings)
@@ -102,7 +102,7 @@ def load_backbone(
     set_tokens(model, tokenizer, folder)
     check_context(model, task, folder)
     name = config.name if config.source == "hub" and not Path(config.name).expanduser().is_dir() else str(folder)
-    model.config._name_or_path = name  # becomes the base model's name in an adapter's folder
+    model.config._name_or_path = name  # PEFT writes it into an adapter's folder as the base model's name
     return Backbone(model=model, tokenizer=tokenizer, fingerprint=mark, name=name, folder=folder, device=device, completed=completed)
 
 
@@ -142,7 +142,7 @@ def build_config(config: ModelConfig, task: TaskConfig, *, num_labels: int, fold
         return out
     if type(out) not in _auto_class(task, out)._model_mapping:
         raise ModelError(f"the architecture '{kind}' has no model for task.kind={task.kind} in transformers")
-    # transformers also has encoders as causal LMs (BertLMHeadModel), which makes sense only with is_decoder
+    # transformers also offers encoders as causal LMs (BertLMHeadModel), which are valid only with is_decoder
     if not wanted.head and type(out) in AutoModelForMaskedLM._model_mapping and not getattr(out, "is_decoder", False):
         raise ModelError(f"'{kind}' is an encoder, which does not support task.kind={task.kind}: take task.kind={heads}, or a decoder")
     return out
@@ -165,7 +165,7 @@ def empty_model(hf_config: Any, task: TaskConfig, *, trust_remote_code: bool) ->
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Top-level modules with weights outside of the base model: a classifier's head, such as `score`."""
+    """Names of the top-level modules outside the base model that have weights: a classifier's head, such as `score`."""
     prefix, children = getattr(model, "base_model_prefix", ""), dict(model.named_children())
     if prefix and prefix not in children:  # T5 for generation has no base model as a child
         output = cast(PreTrainedModel, model).get_output_embeddings()
@@ -174,7 +174,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """A head's tensor in float32: matrices are normal(0, std) from a generator for this name, norms one, biases zero."""
+    """A head's initial tensor in float32: matrices are normal(0, std) with a generator seeded by the name, norms are 1, biases 0."""
     if len(shape) >= 2:
         return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(derive_seed(seed, "init", name)))
     return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
@@ -196,11 +196,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Turn on activation checkpointing: training keeps only each layer's input and recomputes the rest in the backward pass.
+    """Turn on activation checkpointing: training stores only each layer's input and recomputes the rest in the backward pass.
 
     Args:
         model: The backbone.
-        reentrant: Use PyTorch's older implementation, for hooks that must run once in each layer's backward pass, such as those of
+        reentrant: Use PyTorch's older implementation, for hooks that must run exactly once in each layer's backward pass, such as hooks for
             per-sample gradients.
 
     Raises:
@@ -213,7 +213,7 @@ def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -
             f"model.checkpointing: the architecture '{model.config.model_type}' does not support it: set it to false"
         ) from None
     if reentrant:
-        model.enable_input_require_grads()  # it needs an input with a gradient, which a frozen embedding's output is not
+        model.enable_input_require_grads()  # it needs an input that requires a gradient; a frozen embedding's output does not
 
 
 def _settings(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _settings(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _quantize() -> ModuleType:
-    """The module, imported late: it loads bitsandbytes, which not every run needs and not every machine has."""
+    """The module `quantize`, imported late: it loads bitsandbytes, which some runs do not need and some machines do not have."""
     try:
         return importlib.import_module("fedtune.models.quantize")
     except ImportError as bad:
@@ -237,10 +237,10 @@ def _quantize() -> ModuleType:
 def full_tensors(
     config: ModelConfig, task: TaskConfig, hf_config: Any, folder: Path, seed: int, dtype: torch.dtype, early: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The backbone's tensors before quantization, by their names in the checkpoint, each to be read as `tensors[name][...]`.
+    """The backbone's tensors before quantization, by their names in the checkpoint. Read each as `tensors[name][...]`.
 
-    A checkpoint's tensors stay on the disk until they are read; names that end in one of `early` are read as `dtype`. Random tensors are in
-    memory.
+    A checkpoint's tensors stay on disk until they are read; tensors whose names end in one of `early` are read as `dtype`. Random tensors
+    are in memory.
     """
     if config.init == "random":
         whole = dataclasses.replace(config, precision="fp32")
@@ -264,7 +264,7 @@ def _quantized_model(
     ends = [n for n, m in bare.named_modules() if m in (bare.get_input_embeddings(), bare.get_output_embeddings())]
     tensors = partial(full_tensors, config, task, hf_config, folder, seed, dtype, [f"{n.rpartition('.')[2]}.weight" for n in ends])
     recipe = quantize.recipe(bare, config.precision, dtype, mark)
-    if config.init == "pretrained":  # a pooler to be set to the identity must not be quantized
+    if config.init == "pretrained":  # a pooler that will be set to the identity must not be quantized
         lacking = [n.rpartition(".")[0] for n in _lacking(bare, folder)]
         recipe = dataclasses.replace(recipe, skip=tuple(dict.fromkeys([*recipe.skip, *lacking])))
     try:
@@ -273,7 +273,7 @@ def _quantized_model(
             model, fresh = quantize.load_quantized(type(bare), own, tensors, partial(_missing, folder, task), recipe, device)
     except ModelError:
         raise
-    except Exception as bad:  # transformers, bitsandbytes and remote code raise what they like
+    except Exception as bad:  # transformers, bitsandbytes and remote code may raise any type
         raise ModelError(f"the weights in {folder} cannot be quantized: {first_line(bad)}") from None
     _draw_heads(model, fresh, hf_config, seed)
     return model
@@ -283,14 +283,14 @@ def _pretrained_model(
     folder: Path, hf_config: Any, task: TaskConfig, config: ModelConfig, seed: int, settings: dict[str, Any]
 ) -> PreTrainedModel:
     try:
-        with quiet(), torch.random.fork_rng():  # transformers draws a missing head from the global generator; it is overwritten below
+        with quiet(), torch.random.fork_rng():  # transformers draws a missing head with the global generator; it is overwritten below
             model, info = _auto_class(task, hf_config).from_pretrained(
                 folder,
                 config=hf_config,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a head for other classes is drawn again; every other mismatch is refused below
+                ignore_mismatched_sizes=True,  # a head for other classes is drawn again; any other mismatch raises an error below
                 **settings,
             )
     except Exception as bad:  # transformers, safetensors and remote code may raise any type
@@ -302,7 +302,7 @@ def _pretrained_model(
 def _outlined_model(
     folder: Path, outline: Mapping[str, Tensor], hf_config: Any, task: TaskConfig, config: ModelConfig, seed: int, settings: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model on the meta device, by transformers' own loading, so that names, ties and missing weights are checked as usual."""
+    """The model on the meta device, loaded by transformers, so that names, tied and missing weights are checked as usual."""
     bare = empty_model(hf_config, task, trust_remote_code=config.trust_remote_code)
     try:
         with quiet(), torch.random.fork_rng():
@@ -322,12 +322,12 @@ def _outlined_model(
 
 
 def _own_config(bare: PreTrainedModel, hf_config: Any) -> Any:
-    """The config for the model's class: for some composite checkpoints, transformers builds the text model alone."""
+    """The config for the model's class: for some composite checkpoints, transformers builds only the text model."""
     return hf_config if type(bare.config) is type(hf_config) else hf_config.get_text_config()
 
 
 def _missing(folder: Path, task: TaskConfig, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:
-    """A head's weights that the checkpoint lacks or has in another shape.
+    """A head's weights that the checkpoint lacks or has with another shape.
 
     Raises:
         ModelError: Other weights are missing.
@@ -346,21 +346,21 @@ def _missing(folder: Path, task: TaskConfig, model: PreTrainedModel, info: Mappi
 
 
 def _poolers(model: nn.Module) -> list[str]:
-    """Weights and biases of the square layer at the end of BERT's base model; a base model from masked-LM pre-training has none."""
+    """Weights and biases of poolers: the square layer at the end of BERT's base model. Masked-LM checkpoints have none."""
     heads = head_names(model)
     found = [(n, p) for n, p in model.named_parameters() if ".pooler." in n and n.split(".")[0] not in heads]
     return [n for n, p in found if p.ndim == 1 or p.shape[0] == p.shape[1]]
 
 
 def _lacking(model: nn.Module, folder: Path) -> tuple[str, ...]:
-    """The poolers that the checkpoint lacks; transformers prefixes the names of a base model's tensors."""
+    """The pooler weights that the checkpoint lacks. A base model's checkpoint may lack the name prefix of the model's tensors."""
     poolers = _poolers(model)
     stored = [t.name for t in stored_tensors(folder)] if poolers else []
     return tuple(n for n in poolers if not any(f".{n}".endswith(f".{s}") for s in stored))
 
 
 def _set_poolers(model: nn.Module, names: Collection[str]) -> None:
-    """Set a pooler that the checkpoint lacks to the identity: it is frozen, and random weights would scramble the base model's output."""
+    """Set a missing pooler to the identity: it is frozen, and random weights would destroy the information in the base model's output."""
     with torch.no_grad():
         for name in names:
             parameter = model.get_parameter(name)
@@ -382,12 +382,12 @@ def _random_model(hf_config: Any, task: TaskConfig, config: ModelConfig, seed: i
     heads = head_names(model) if task_of(task).head else []
     _draw_heads(model, [n for n, _ in model.named_parameters() if n.split(".")[0] in heads], hf_config, seed)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(settings["dtype"])  # not model.to: rotary frequencies, which are buffers, stay float32
+        parameter.data = parameter.data.to(settings["dtype"])  # not model.to: the rotary frequencies (buffers) must stay float32
     return model
 
 
 def _keep_heads_in_fp32(model: PreTrainedModel) -> None:
-    """Heads are trained in float32 at every precision of the backbone: AdamW's small steps vanish in bf16's 8 bits."""
+    """Heads are trained in float32 for every precision of the backbone: AdamW's small steps are lost in bf16's 8-bit significand."""
 
     def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

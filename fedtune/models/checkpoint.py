@@ -1,4 +1,4 @@
-"""A checkpoint's folder: find it, refuse damaged and pickled files, and compute its fingerprint."""
+"""A checkpoint's folder: find it, reject damaged and pickled files, and compute its fingerprint."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json, read_text
 
 NANO = Path(__file__).parent / "nano"  # the embedded backbone
-# Keys of config.json that may change when the same weights are saved again or loaded for another task
+# Keys of config.json that may change if the same weights are saved again or loaded for another task
 _PASSING = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "num_labels", "id2label", "label2id",
     "problem_type", "pad_token_id", "_attn_implementation_autoset",
@@ -51,7 +51,7 @@ def _fetch(config: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    # Root files only and no pickles: sub-folders hold other formats, consolidated* holds a copy of the weights
+    # Only files in the root and no pickles: subfolders contain other formats, consolidated* is a copy of the weights
     wanted = ["config.json"] if not weights else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     if weights and config.trust_remote_code:
         wanted.append("*.py")
@@ -82,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is an adapter, not a model: merge it first with fedtune export {folder}")
         raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face model")
-    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter's own backbone instead
+    if (folder / "adapter_config.json").is_file():  # transformers would load the backbone that the adapter names instead
         raise ModelError(f"{folder} holds a model and an adapter (adapter_config.json): move the adapter to its own folder")
     try:
         raw = parse_json(read_text(path))
@@ -109,7 +109,7 @@ def refuse_quantized(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor in a file: `dtype` in safetensors' spelling, `start` and `size` in bytes."""
+    """One tensor in a file: `dtype` as safetensors writes it, `start` and `size` in bytes."""
 
     name: str
     dtype: str
@@ -123,7 +123,7 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     """All tensors of the checkpoint sorted by name, from the files' headers alone.
 
     Raises:
-        ModelError: As `weight_files`, or a file is truncated or not safetensors.
+        ModelError: See `weight_files`; or a file is truncated or not safetensors.
     """
     return sorted((t for path in weight_files(folder, read_config(folder)) for t in _header(path)), key=lambda t: t.name)
 
@@ -153,9 +153,9 @@ def _header(path: Path) -> Iterator[StoredTensor]:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A name for the backbone in this folder: a hash of its config and of sampled bytes of every tensor, 16 hex digits.
+    """The backbone's id: a hash of its config and of sampled bytes of every tensor, 16 hex digits.
 
-    It does not depend on the precision at loading or on the sharding; fine-tuned or rounded copies have another fingerprint.
+    It does not depend on the loading precision or the sharding. Fine-tuned or rounded copies have other fingerprints.
 
     Raises:
         ModelError: The config or the weights are missing or damaged.
@@ -166,7 +166,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def digest(config: dict[str, Any], parts: Iterable[tuple[str, bytes]]) -> str:
-    """Hash of a config's permanent keys and of `(label, bytes)` pairs."""
+    """Hash of a config's keys (except those that may change) and of `(label, bytes)` pairs."""
     kept = {k: v for k, v in config.items() if k not in _PASSING}
     out = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for label, data in parts:

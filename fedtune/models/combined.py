@@ -1,4 +1,4 @@
-"""Combine an adapter and its run's shifts of the frozen weights into one pair of factors a module: W0 + Σ shifts + adapter."""
+"""Combine an adapter and its run's shifts of the frozen weights into one pair of factors per module: W0 + Σ shifts + adapter."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
         a, b = stack([(s.spec.scaling[module], s[f"{module}.lora_A"].double(), s[f"{module}.lora_B"].double()) for s in states])
         ranks[module] = len(a)
         weights[f"{_PREFIX}{module}.lora_A.weight"], weights[f"{_PREFIX}{module}.lora_B.weight"] = a.float(), b.float()
-    # PEFT reads the keys as regular expressions for the end of a module's name
+    # PEFT uses the keys as regular expressions that match the end of a module's name
     patterns = {module.replace(".", r"\."): rank for module, rank in ranks.items()}
     config.update({"rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -55,7 +55,7 @@ def combined_factors(states: Sequence[AdapterState], sizes: Mapping[str, tuple[i
         what: The adapter's name in errors.
 
     Raises:
-        ModelError: A state has other tensors than factors, or they do not fit the backbone.
+        ModelError: A state has tensors other than factors, or their shapes do not fit the backbone.
     """
     parts = dict[str, list[tuple[float, Tensor, Tensor]]]()
     for state in states:

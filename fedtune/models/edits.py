@@ -1,6 +1,6 @@
-"""The adapters' edits of each tensor of a backbone, on blocks of rows. Merges and exports of all formats apply them.
+"""The edits (changes) that adapters make to each tensor of a backbone, on blocks of rows. Merges and exports of all formats apply them.
 
-Each method's file in `fedtune.models.methods` defines the arithmetic in `edits`; this module orders the edits and checks them against the
+Each method's file in `fedtune.models.methods` defines the arithmetic in `edits`. This module orders the edits and checks that they fit the
 backbone.
 """
 
@@ -31,7 +31,7 @@ def edits_of(
         states: Shifts and adapters without a head, oldest first.
         heads: Tensor of the backbone → its replacement.
         sizes: Tensor of the backbone → its shape.
-        transposed: Tensors stored as (in, out); their edits still take rows of (out, in).
+        transposed: Tensors stored as (in, out); their edits still use rows of (out, in).
         check_linear: Raises ModelError for a module that is not a linear layer with an untied weight.
 
     Raises:

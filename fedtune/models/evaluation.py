@@ -1,4 +1,4 @@
-"""Scores of examples, as the task defines them, and generated answers to their prompts."""
+"""Score examples with the task's metrics, and generate answers to their prompts."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ def evaluate(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task
 
 
 def score_examples(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> Sequence[Score]:
-    """One score an example, in their order. The examples may come from several clients."""
+    """One score per example, in order. The examples may come from several clients."""
     kind, found = task_of(task), dict[int, Score]()
     with _evaluating(model):
         for chunk in _by_length([len(e.input_ids) for e in examples], batch_size):
@@ -38,7 +38,7 @@ def score_examples(model: nn.Module, tokenizer: Any, examples: Sequence[Example]
 
 
 def generate_answers(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> list[str]:
-    """Greedy answers to the examples' prompts, stripped, in the order of the examples."""
+    """Greedily generated answers to the examples' prompts, in order, without surrounding white space."""
     out = [""] * len(examples)
     with _evaluating(model):
         for chunk in _by_length([e.prompt_length for e in examples], batch_size):
@@ -50,7 +50,7 @@ def generate_answers(model: nn.Module, tokenizer: Any, examples: Sequence[Exampl
                 do_sample=False,
                 num_beams=1,
             )
-            # the decoder's start token, or the prompt
+            # skip the decoder's start token, or the prompt
             begun = 1 if is_seq2seq(getattr(model, "config", None)) else batch["input_ids"].shape[1]
             texts = tokenizer.batch_decode(tokens[:, begun:], skip_special_tokens=True)
             for index, text in zip(chunk, texts, strict=True):
@@ -59,7 +59,7 @@ def generate_answers(model: nn.Module, tokenizer: Any, examples: Sequence[Exampl
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar lengths, for little padding; the longest first, so that a lack of memory shows at once."""
+    """Indices in batches of similar lengths, to reduce padding; the longest first, so that out-of-memory errors occur immediately."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 

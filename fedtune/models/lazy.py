@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are read one at a time, so that a quantized model never needs the memory of its files."""
+"""Read a checkpoint's tensors one at a time, so that quantization never needs memory for the full-precision model."""
 
 import math
 from collections.abc import Collection
@@ -20,11 +20,11 @@ _DTYPES = {
 
 
 class LazyTensor:
-    """A tensor that is read from its file when it is indexed with `...`. It is not memory-mapped: mapped pages would count as memory too.
+    """A tensor that is read from its file when it is indexed with `...`. It is not memory-mapped, because mapped pages count as memory too.
 
     Args:
-        stored: Its place in a file.
-        dtype: Dtype of the result, converted a chunk at a time; None keeps the stored dtype.
+        stored: Its location in a file.
+        dtype: Dtype of the result, converted chunk by chunk; None keeps the stored dtype.
     """
 
     def __init__(self, stored: StoredTensor, dtype: torch.dtype | None = None) -> None:
@@ -56,7 +56,7 @@ def lazy_tensors(folder: Path, dtype: torch.dtype, early: Collection[str] = ()) 
     Args:
         folder: The checkpoint.
         dtype: Dtype of the floating-point tensors in `early`.
-        early: Ends of names, such as `embed_tokens.weight`.
+        early: Name suffixes, such as `embed_tokens.weight`.
     """
     return {
         t.name: LazyTensor(t, dtype if t.dtype in ("F64", "F32", "F16", "BF16") and t.name.endswith(tuple(early)) else None)

@@ -1,13 +1,13 @@
 """LoftQ: initialize an adapter with the quantization error of the backbone.
 
-    R = W − Q(W) ≈ U_r Σ_r V_rᵀ,   A = √Σ_r V_rᵀ / √s,   B = U_r √Σ_r / √s,   so that Q(W) + s·B·A is the best approximation of its rank
+    R = W − Q(W) ≈ U_r Σ_r V_rᵀ,   A = √Σ_r V_rᵀ / √s,   B = U_r √Σ_r / √s,   so that s·B·A is the best rank-r approximation of R
 
-This is one step of the paper's alternation, as is PEFT's default: the frozen weights stay Q(W), so that one quantized backbone with one
-cache entry serves all methods, clients and initializations. Each further step would quantize W − s·B·A instead, which needs other frozen
-weights for each rank, scaling and set of targets.
+This is one step of the paper's alternation, like PEFT's default. The frozen weights stay Q(W), so all methods, clients and initializations
+share one quantized backbone with one cache entry. Further steps would quantize W − s·B·A instead, which needs different frozen weights for
+each rank, scaling and set of targets.
 
-PEFT's implementation needs CUDA. Here the checkpoint is read one layer at a time, so that the full-precision model is never in memory, and
-all arithmetic is on the CPU in float64, so that server and clients get the same factors.
+PEFT's implementation needs CUDA. Here the checkpoint is read one layer at a time, so that the full-precision model is never in memory. All
+arithmetic is on the CPU in float64, so that server and clients get the same factors.
 
 Source: Li et al. 2023, LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, arXiv:2310.08659, algorithm 1 with T = 1.
 """
@@ -38,13 +38,13 @@ def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_la
         drawn: LoRA's default initialization, with its ranks and scaling.
         model: A model of precision nf4 or int8 whose weights are available.
         task: The run's task.
-        num_labels: Classes (classification only).
+        num_labels: Number of classes (classification only).
         seed: The run's seed.
 
     Raises:
-        ModelError: As `load_backbone`; the checkpoint's names of weights differ from the model's; no adapted layer is quantized.
+        ModelError: See `load_backbone`; the weight names in the checkpoint differ from the model's; or no adapted layer is quantized.
     """
-    from fedtune.models.quantize import is_quantized, weight_of  # late: it loads bitsandbytes
+    from fedtune.models.quantize import is_quantized, weight_of  # imported late, because it loads bitsandbytes
 
     here = dataclasses.replace(model, device="cpu")
     coarse = load_backbone(here, task, num_labels=num_labels, seed=seed).model
@@ -74,22 +74,22 @@ def make_up(drawn: AdapterState, model: ModelConfig, task: TaskConfig, *, num_la
 
 
 def factors(residual: Tensor, start: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with s·B·A = SVD_r(R), balanced: both have √σ of every direction.
+    """A (r, in) and B (out, r) with s·B·A = SVD_r(R), balanced: each has the factor √σ for every direction.
 
     Args:
         residual: R (out, in), float64.
-        start: LoRA's initial A (r, in). Directions beyond R's rank keep its rows, with B = 0: with A = 0 too, both gradients would vanish.
+        start: LoRA's initial A (r, in). Beyond R's rank, A keeps its rows and B is 0: if A were 0 too, both gradients would vanish.
         scaling: s.
     """
     rank = len(start)
-    # By the smaller of R·Rᵀ and Rᵀ·R, several times faster than an SVD of R: its eigenvalues are σ², and U_r·U_rᵀ·R is SVD_r(R)
+    # Uses the smaller of R·Rᵀ and Rᵀ·R (eigenvalues σ²), several times faster than an SVD of R; U_r·U_rᵀ·R is SVD_r(R)
     wide = residual.shape[0] <= residual.shape[1]
     r = residual if wide else residual.T
     values, vectors = torch.linalg.eigh(r @ r.T)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]  # by descending σ
     known = int((values > values[0].clamp(min=torch.finfo(r.dtype).tiny) * len(r) * torch.finfo(r.dtype).eps).sum())
     sigma, vectors = values[:known].sqrt(), vectors[:, :known]
-    # Signs are arbitrary; the largest entry of each vector is positive, so that equal runs get equal factors
+    # Signs are arbitrary; here the largest entry of each vector is positive, so that runs are reproducible
     vectors = vectors * torch.where(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
     near = vectors * (sigma / scaling).sqrt()  # (rows of r, known)
     far = (vectors.T @ r) / (sigma * scaling).sqrt()[:, None]  # (known, columns of r)
@@ -99,7 +99,7 @@ def factors(residual: Tensor, start: Tensor, scaling: float) -> tuple[Tensor, Te
 
 
 def _stored(full: Mapping[str, Any], module: str, prefix: str) -> Tensor | None:
-    """The stored weight; a base model's checkpoint lacks the model's prefix, one of a model with another head may have it in addition."""
+    """The stored weight. A base model's checkpoint lacks the model's prefix; the checkpoint of a model with another head may have it."""
     for name in (module, module.removeprefix(f"{prefix}."), f"{prefix}.{module}"):
         if (found := full.get(f"{name}.weight")) is not None:
             return cast(Tensor, found[...]).double()

@@ -1,4 +1,4 @@
-"""The loss of a batch and its logits, by the task's targets and loss function."""
+"""The loss of a batch and its logits, with the task's targets and loss function."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
     (logits, targets), kind = _counted(model, batch, task), task_of(task)
     if logits.dtype == torch.float32:
         return kind.loss(logits, targets, "sum"), len(targets)
-    # for 16-bit logits, the float32 copy and its log-softmax would dominate a step's memory: they are computed a piece at a time
+    # for 16-bit logits, the float32 copy and its log-softmax would dominate a step's memory, so they are computed in pieces
     rows = max(1, _PIECE // logits.shape[-1])
 
     def piece(some: Tensor, wanted: Tensor) -> Tensor:

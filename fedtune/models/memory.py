@@ -4,6 +4,6 @@ import torch
 
 
 def is_out_of_memory(bad: Exception) -> bool:
-    """Whether an error means out of memory; torch's CPU allocator shows it only in the message."""
+    """Whether an error means out of memory; for torch's CPU allocator, only the message shows it."""
     words = ("not enough memory", "can't allocate memory")
     return isinstance(bad, (MemoryError, torch.OutOfMemoryError)) or (isinstance(bad, RuntimeError) and any(w in str(bad) for w in words))

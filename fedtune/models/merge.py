@@ -16,10 +16,10 @@ __all__ = ["linear", "merge", "transposed_weights"]
 
 
 def merge(model: PreTrainedModel, state: AdapterState) -> None:
-    """Merge a state (without a head) into the weights of a bare float32 backbone, in place; sums are in float64 and rounded once.
+    """Merge a state (without a head) into the weights of an unwrapped float32 backbone, in place; sums are in float64 and rounded once.
 
     Raises:
-        ModelError: The state's method cannot be merged, or the state names a tensor that the model lacks or has in another shape.
+        ModelError: The state's method cannot be merged, or the model lacks a tensor of the state or has it with another shape.
     """
     own, turned = dict(model.named_parameters(remove_duplicate=False)), transposed_weights(model)
     modules = dict(model.named_modules())

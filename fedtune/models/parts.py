@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = ["is_linear", "linear_layers", "other_weights", "text_prefix"]
 
-_LARGE = 0.05  # share of the weights from which a warning is due
+_LARGE = 0.05  # smallest share of the weights that causes a warning
 
 
 def text_prefix(model: nn.Module) -> str:
@@ -24,7 +24,7 @@ def text_prefix(model: nn.Module) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module only maps x to W·x + b; a router that subclasses nn.Linear and returns a tuple does not."""
+    """Whether the module computes only W·x + b. False for a router that subclasses nn.Linear and returns a tuple."""
     if isinstance(module, Conv1D):
         return True
     if not isinstance(module, nn.Linear):
@@ -38,7 +38,8 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def other_weights(model: nn.Module) -> tuple[float, str]:
-    """The share of the text part's weights in matrices other than linear layers and embeddings, such as stacked experts, and one name.
+    """The share of the text part's weights in matrices other than linear layers and embeddings, such as stacked experts, and the name of
+    one of them.
 
     (0, "") if the share is small.
     """

@@ -1,7 +1,7 @@
 """One small training step on an architecture that no test covers. It checks that the step works, that padding and future tokens have no
 effect, and that every trainable tensor gets a gradient.
 
-Otherwise such a model would fail in its first turn or silently learn the wrong thing.
+Without this check, such a model could fail in its first turn or silently train incorrectly.
 """
 
 from typing import Any, cast
@@ -35,7 +35,7 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
     if kind in TESTED:
         return
     where = f"the architecture '{kind}' with peft.method={live.spec.method} and task.kind={task.kind}"
-    training = {m: m.training for m in live.model.modules()}  # PEFT's wrapper may differ from its modules
+    training = {m: m.training for m in live.model.modules()}  # the mode of PEFT's wrapper may differ from its modules'
     try:
         with quiet(), torch.random.fork_rng(devices=[live.backbone.device] if live.backbone.device.type == "cuda" else []):
             unreached = _unreached(live, task)
@@ -62,7 +62,7 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
             f"{where}: a token's logits change by {ahead:.1%} with later tokens, so the model is not causal: take another backbone"
         )
     if off > within:
-        virtual = method(live.spec.method).virtual is not None  # padding lies between the virtual tokens and the text
+        virtual = method(live.spec.method).virtual is not None  # padding is between the virtual tokens and the text
         raise ModelError(
             f"{where}: a row's logits change by {off:.1%} with its padding, so the model would learn from padding:"
             f" take another backbone{', ' if virtual else ' or '}another task.kind{' or peft=lora' if virtual else ''}"
@@ -70,7 +70,7 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
 
 
 def _unreached(live: LiveAdapter, task: TaskConfig) -> list[str]:
-    """Names of trainable tensors without a gradient, except experts', which get one only from rows routed to them."""
+    """Names of trainable tensors without a gradient. Excludes experts, which get a gradient only from rows routed to them."""
     live.model.train()
     loss, count = loss_sum(live.model, _batch(live, task, range(len(_LENGTHS))), task)
     (loss / max(count, 1)).backward()
@@ -91,7 +91,7 @@ def _padding_effect(live: LiveAdapter, task: TaskConfig) -> float:
 
 
 def _future_effect(live: LiveAdapter, task: TaskConfig) -> float:
-    """The largest relative change of a causal model's logits with later tokens; 0 for a model that may read them."""
+    """The largest relative change of a causal model's logits when later tokens are added; 0 for a model that may attend to them."""
     if task_of(task).head or live.backbone.seq2seq:
         return 0.0
     live.model.eval()
@@ -108,7 +108,7 @@ def _change(a: Tensor, b: Tensor) -> float:
 
 
 def _next_logits(live: LiveAdapter, rows: Any) -> Tensor:
-    """Logits of the token after each prompt, with padding on the left as in `generate_answers`."""
+    """Logits of the token after each prompt, with left padding as in `generate_answers`."""
     ids, mask = _ids(live, rows, left=True)
     out = cast(Any, live.model).generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True
@@ -122,7 +122,7 @@ def _batch(live: LiveAdapter, task: TaskConfig, rows: Any) -> dict[str, Tensor]:
 
 
 def _ids(live: LiveAdapter, rows: Any, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (rows, longest) of rows without special tokens."""
+    """Token ids and mask, (rows, longest row) each, of rows without special tokens."""
     tokenizer, device = live.backbone.tokenizer, live.backbone.device
     special = set(tokenizer.all_special_ids)
     plain = [i for i in range(min(len(tokenizer), len(special) + 64)) if i not in special] or [0]

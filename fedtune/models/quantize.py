@@ -1,11 +1,11 @@
-"""Frozen backbones in 4 and 8 bits: NF4 with double quantization, and LLM.int8, by bitsandbytes, on CPU and CUDA.
+"""Frozen backbones in 4 and 8 bits: NF4 with double quantization, and LLM.int8, using bitsandbytes, on CPU and CUDA.
 
-The checkpoint is read and quantized one tensor at a time, so that the full-precision model is never in memory. The result is cached on the
-disk as a pre-quantized checkpoint, and the model is always opened from there: memory-mapped, so that later starts are fast and processes on
-one machine share it.
+The checkpoint is read and quantized one tensor at a time, so that the full-precision model is never in memory. The result is cached on disk
+as a pre-quantized checkpoint. The model is always loaded from this cache, memory-mapped, so that later starts are fast and processes on one
+machine share it.
 
-Linear layers are quantized except classifier heads and the output layer. Norms and embeddings are stored in the compute dtype: they are
-frozen and compute in float32 internally, so that PEFT's float32 copies would only double the activations.
+All linear layers are quantized except classifier heads and the output layer. Norms and embeddings are stored in the compute dtype. They are
+frozen, and norms compute in float32 internally, so PEFT's float32 copies would only double the activations.
 
 Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314 (NF4, double quantization); Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.
 """
@@ -44,7 +44,7 @@ __all__ = [
 
 KINDS = ("nf4", "int8")
 _BLOCK = 64  # entries of a matrix that share a scale in NF4
-_MARK = "fedtune.json"  # the last file of a cache entry: the fingerprint of the others
+_MARK = "fedtune.json"  # written last into a cache entry: the fingerprint of the other files
 bnb: Any = bitsandbytes  # it has no type annotations for its public names
 _LOG = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Recipe:
         compute: Dtype of a quantized layer's products and of all unquantized weights.
         skip: Modules that are not quantized: heads, the output layer.
         base: The checkpoint's fingerprint.
-        model: The class of the model and other distinctions, such as the number of labels.
+        model: The model's class and other properties that distinguish cache entries, such as the number of labels.
     """
 
     precision: str
@@ -81,13 +81,13 @@ class Recipe:
         )
 
     def folder(self) -> Path:
-        """The folder in the cache; other versions of bitsandbytes or transformers use other folders."""
+        """The folder in the cache, separate for each version of bitsandbytes and transformers."""
         parts = (self.base, self.precision, str(self.compute), *self.skip, self.model, bnb.__version__, transformers.__version__)
         return cache_root() / f"{self.base}-{self.precision}-{digest({}, [(p, b'') for p in parts])}"
 
 
 def recipe(bare: PreTrainedModel, precision: str, compute: torch.dtype, base: str) -> Recipe:
-    """The recipe for a checkpoint with the fingerprint `base`, from its model without storage.
+    """The recipe for a checkpoint with the fingerprint `base`, from its model on the meta device.
 
     Raises:
         ModelError: No layer can be quantized.
@@ -108,7 +108,7 @@ def cache_root() -> Path:
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`bf16`, `fp32`, or for `auto` bf16 if the machine has bf16 instructions."""
+    """The compute dtype for `bf16`, `fp32` or `auto`; `auto` is bf16 if the machine has bf16 instructions, else fp32."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bf16" else torch.float32
     if device.type == "cuda":
@@ -117,7 +117,7 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def require_kernel(precision: str, compute: torch.dtype, device: torch.device) -> None:
-    """Raises ModelError if bitsandbytes cannot train through a quantized layer on this machine; tries one, the only reliable test."""
+    """Raises ModelError if bitsandbytes cannot train through a quantized layer on this machine. Runs one, the only reliable test."""
     if why := _why_not(precision, compute, device):
         works = [p for p in KINDS if p != precision and not _why_not(p, compute, device)]
         raise ModelError(
@@ -129,8 +129,8 @@ def require_kernel(precision: str, compute: torch.dtype, device: torch.device) -
 def left_whole(bare: PreTrainedModel, precision: str) -> list[str]:
     """Linear layers of the backbone that cannot be quantized correctly and stay unquantized; logs a warning.
 
-    bitsandbytes' CPU kernel (0.50) starts a block of 64 at each row, but its quantization does not: if the row length is not a multiple of
-    64, most of the matrix would be dequantized with a neighbor's scale.
+    bitsandbytes' CPU kernel (0.50) starts a new block of 64 at each row, but its quantization does not. If the row length is not a multiple
+    of 64, the kernel would dequantize most of the matrix with a neighboring block's scale.
 
     Raises:
         ModelError: No layer can be quantized.
@@ -171,13 +171,13 @@ def load_quantized(
     Args:
         kind: Class of the model.
         hf_config: Config of the model, with its attention implementation.
-        tensors: Returns the checkpoint's tensors, such as `lazy_tensors`; called only when they are needed.
-        check: (model, loading info) → names of the weights that the checkpoint lacks; raises if it must not lack them.
+        tensors: Returns the checkpoint's tensors, such as `lazy_tensors`; called only if they are needed.
+        check: (model, loading info) → names of the weights that the checkpoint lacks; raises ModelError if they are required.
         recipe: The quantization.
         device: The model's device.
 
     Returns:
-        The model, and the names of the weights still to be drawn.
+        The model, and the names of the weights that the caller must initialize.
 
     Raises:
         ModelError: The machine has no kernel, or `check` fails.
@@ -186,7 +186,7 @@ def load_quantized(
     place, built, fresh = recipe.folder(), None, list[str]()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{place}.lock"):  # of several workers that start at once, one quantizes
+        with FileLock(f"{place}.lock"):  # if several workers start at once, only one quantizes
             if (model := _cached(kind, hf_config, recipe, device, place)) is not None:
                 return model[0], check(*model)
             built, fresh = _build(kind, hf_config, tensors(), check, recipe)
@@ -262,7 +262,7 @@ def _why_not(precision: str, compute: torch.dtype, device: torch.device) -> str:
 
 
 class _Linear8bit(bnb.nn.Linear8bitLt):
-    """Evaluates with the same products as in training: on a CPU, bitsandbytes would also round the inputs to 8 bits in evaluation."""
+    """Uses the same products in evaluation as in training: on a CPU, bitsandbytes would also round the inputs to 8 bits in evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
@@ -277,8 +277,8 @@ class _Linear8bit(bnb.nn.Linear8bitLt):
 
 
 def _steady(model: nn.Module) -> None:
-    """Keep evaluation from changing the layers: in eval mode on a CPU, a 4-bit layer would repack its weights permanently, for a kernel
-    without a gradient."""
+    """Prevent evaluation from changing the layers: in eval mode on a CPU, a 4-bit layer would permanently repack its weights for a kernel
+    that does not support gradients."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             cast(Any, module).support_avx512bf16_for_cpu = False
@@ -295,7 +295,7 @@ def _build(
         output_loading_info=True,
         config=copy.deepcopy(hf_config),
         state_dict=dict(tensors),
-        ignore_mismatched_sizes=True,  # `check` finds them
+        ignore_mismatched_sizes=True,  # `check` detects mismatches
         device_map={"": "cpu"},
         quantization_config=recipe.config(),
         dtype=recipe.compute,
@@ -343,9 +343,9 @@ def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _write(model: PreTrainedModel, place: Path, fresh: Collection[str]) -> None:
-    """Write a pre-quantized checkpoint without the weights that are drawn at each start; atomic.
+    """Atomically write a pre-quantized checkpoint, without the weights that are initialized at each start.
 
-    transformers' save_pretrained raises NotImplementedError for such a loaded model.
+    transformers' save_pretrained raises NotImplementedError for such a model.
     """
     tensors = {n: t for n, t in unique_tensors(model).items() if n not in fresh}
     with new_folder(place, mode=0o700, replace=True, durable=False) as folder:

@@ -1,4 +1,4 @@
-"""Silence the libraries while they load."""
+"""Silence libraries during loading."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ from transformers.utils import logging as hf_logging
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A context without progress bars, log lines and warnings from the libraries: fedtune checks their causes and raises errors."""
+    """A context without the libraries' progress bars, log lines and warnings: fedtune checks their causes itself and raises errors."""
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.get_verbosity()  # the first call sets up transformers' logger
     loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "peft")]

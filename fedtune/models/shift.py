@@ -1,4 +1,4 @@
-"""Merging shifts into the frozen weights of a live model: W = W0 + Σ s·B·A."""
+"""Merge shifts into the frozen weights of a live model: W = W0 + Σ s·B·A."""
 
 from typing import cast
 
@@ -12,11 +12,11 @@ from fedtune.models.side import SideBranch
 
 
 class FrozenWeights:
-    """The linear weights of a backbone, into which shifts are merged.
+    """The linear weights of a backbone with merged shifts.
 
-    For each changed weight, W0 and the float32 sum Σ s·B·A are kept: a low-precision weight would lose small shifts to rounding, and adding
-    the sum at once must give the same weight as adding the shifts one by one. A quantized weight does not change; a side branch adds its
-    shifts.
+    For each changed weight, W0 and the float32 sum Σ s·B·A are stored. Otherwise a low-precision weight would lose small shifts to
+    rounding, and adding the sum at once could give other weights than adding the shifts one by one. A quantized weight does not change; a
+    side branch adds its shifts.
 
     Args:
         model: The backbone, with or without a PEFT adapter around its layers.
@@ -35,7 +35,7 @@ class FrozenWeights:
         self.versions: tuple[int, ...] = ()
 
     def reset(self, fresh: nn.Module) -> None:
-        """Restore W0 from `fresh`, the same backbone loaded again; weights that no shift has changed, such as a head, are not touched."""
+        """Restore W0 from `fresh`, the same backbone loaded again; weights that no shift has changed, such as a head, stay unchanged."""
         own = _linears(fresh)
         for branch in self._branches.values():
             branch.remove()
@@ -45,11 +45,11 @@ class FrozenWeights:
         self._first, self._sums, self._branches, self.versions = {}, {}, {}, ()
 
     def add(self, *shifts: AdapterState, snapshot: AdapterState | None = None) -> None:
-        """Merge shifts, oldest first, then set the sums of the snapshot's modules; all or none.
+        """Merge shifts, oldest first, then set the sums of the snapshot's modules. If one is invalid, nothing changes.
 
         Args:
             shifts: Shifts of method `lora`, without the snapshot's modules.
-            snapshot: `<module>.weight` (out, in): the sum of all shifts so far, these included.
+            snapshot: `<module>.weight` (out, in): the sum of all shifts so far, including `shifts`.
 
         Raises:
             ModelError: A shift names a module that is not a linear layer of the backbone or has another shape.
@@ -75,7 +75,7 @@ class FrozenWeights:
         self.versions = (*self.versions, *(s.spec.version for s in shifts))
 
     def _branch(self, module: str) -> SideBranch | None:
-        """A quantized layer's side branch; None for another layer."""
+        """A quantized layer's side branch; None if the layer is not quantized."""
         layer = self._modules[module]
         if cast(Tensor, layer.weight).is_floating_point():
             return None
@@ -109,13 +109,13 @@ class FrozenWeights:
             raise ModelError(f"a shift changes '{module}', which is not a linear layer of this backbone: load the same checkpoint")
         weight = cast(Tensor, layer.weight)
         shape = shape[::-1] if shape is not None and isinstance(layer, Conv1D) else shape
-        # a 4-bit weight is packed: only its layer has the shape
+        # a 4-bit weight is packed, so only its layer stores the shape
         own = tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
         if shape not in (None, own):
             raise ModelError(f"a shift changes '{module}' by {shape}, but the backbone's is {own}: load the same checkpoint")
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Canonical module name → the frozen linear layer, unwrapped from PEFT's."""
+    """Canonical module name → the frozen linear layer, without PEFT's wrapper."""
     found = {n: getattr(m, "base_layer", m) for n, m in model.named_modules()}
     return {n: m for n, m in found.items() if isinstance(m, (nn.Linear, Conv1D))}

@@ -1,4 +1,4 @@
-"""A side branch that adds shifts to a quantized layer: quantizing the sum again would round small changes away.
+"""A side branch that adds shifts to a quantized layer. Quantizing the sum again would lose small changes to rounding.
 
 y = Q(W0)·x + Σ s·B·(A·x)
 """
@@ -15,11 +15,11 @@ __all__ = ["SideBranch"]
 
 
 class SideBranch:
-    """A forward hook that adds the shifts' output to the layer's.
+    """A forward hook that adds the shifts' output to the layer's output.
 
-    The factors have the layer's compute dtype, often 16 bits: the rounding of a factor is relative and does not lose small shifts. When
-    the factors become larger than the matrix, their sum replaces them, in float32. The sum is computed from the original shifts, so that it
-    does not depend on which of them a client got one by one.
+    The factors have the layer's compute dtype, often 16 bits: a factor's rounding error is relative and does not lose small shifts. If the
+    factors become larger than the matrix, their float32 sum replaces them. The sum is computed from the original shifts, so that it does
+    not depend on how a client received them (one by one or as a snapshot).
 
     Args:
         layer: A quantized linear layer, (in) → (out).

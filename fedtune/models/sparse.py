@@ -1,8 +1,8 @@
-"""Train a few entries of the frozen matrices, in place of the attached LoRA adapter.
+"""Train a few entries of the frozen matrices instead of the attached LoRA adapter.
 
-The optimizer sees one packed vector v = W0[mask] + δ for each matrix, so that weight decay acts as in full fine-tuning, the optimizer has
-no dense state, and entries off the mask cannot change. The frozen weights are never written: each linear layer puts v into a temporary copy
-of its matrix for one product.
+The optimizer gets one packed vector v = W0[mask] + δ per matrix, so that weight decay works as in full fine-tuning, the optimizer has no
+dense state, and entries outside the mask cannot change. The frozen weights are never modified: each linear layer writes v into a temporary
+copy of its matrix for one product.
 """
 
 from collections.abc import Mapping
@@ -45,8 +45,8 @@ def frozen_linear(name: str, layer: LoraLayer) -> nn.Linear | Conv1D:
 class SparseSlot:
     """The live slot for states of method `sparse`, on a backbone with a LoRA adapter; same interface as `LiveAdapter`.
 
-    A state holds `<module>.sparse`, δ (nnz,) float32 for each LoRA target, and the heads, and if the mask is not drawn from a seed,
-    `<module>.index` (nnz,) int32. Positions refer to the flattened (out, in) matrix, even if a layer stores it transposed.
+    A state contains the heads and, for each LoRA target, `<module>.sparse`: δ (nnz,) float32. If the mask is not drawn from a seed, it also
+    contains `<module>.index` (nnz,) int32. Positions refer to the flattened (out, in) matrix, even if a layer stores it transposed.
 
     Args:
         live: The LoRA adapter, which is disabled between `load` and `release`; its head is trained.
@@ -60,7 +60,7 @@ class SparseSlot:
         spec: The spec of the tensors; version 0.
 
     Raises:
-        ModelError: The model has no LoRA adapter, or it is not on plain linear layers.
+        ModelError: The model has no LoRA adapter, or the adapted layers are not plain linear layers.
     """
 
     def __init__(self, live: LiveAdapter, spec: AdapterSpec) -> None:
@@ -92,7 +92,7 @@ class SparseSlot:
         self.names = MappingProxyType({n: known[p] for n, p in self.parameters.items()})
 
     def read(self, version: int) -> AdapterState:
-        """A copy of δ = v − W0[mask] and of the heads on the CPU, as the given version."""
+        """A copy of δ = v − W0[mask] and of the heads on the CPU, with this version number."""
         found = {n: p.detach() for n, p in self.parameters.items()}
         found |= {n: found[n] - m.origin for n, m in ((f"{k}.sparse", m) for k, m in self._matrices.items()) if n in found}
         return AdapterState({n: t.to("cpu", copy=True) for n, t in found.items()}, self.spec).replace(version=version)
@@ -152,7 +152,7 @@ class _Matrix:
         weight = self._linear.weight
         if place is not self.place and not torch.equal(place, self.place):
             self.place, self.values = place, nn.Parameter(torch.empty(len(place), device=weight.device))
-        if self._linear._parameters.get("sparse") is not self.values:  # or another slot's entries
+        if self._linear._parameters.get("sparse") is not self.values:  # missing, or another slot's entries
             here = place.to(weight.device)
             self._stored = here % self.columns * self.rows + here // self.columns if self._transposed else here
             self._linear.register_parameter("sparse", self.values)

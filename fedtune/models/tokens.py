@@ -34,15 +34,15 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
 
 
 def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Set one pad token for tokenizer, config and generation; generation stops at any eos.
+    """Set the same pad token for tokenizer, config and generation; generation stops at any eos token.
 
-    The pad token may be eos: attention and labels are masked by position, not by id. A config that counts positions from its pad id keeps
-    it.
+    The pad token may be eos, because attention and labels are masked by position, not by id. A config whose model counts positions from the
+    pad id keeps its pad id.
     """
     size = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > size:
         raise ModelError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model only {size}: they do not belong together")
-    own_pad = model.config.get_text_config().pad_token_id  # in a composite config, such as Gemma 3's, only the text part has one
+    own_pad = model.config.get_text_config().pad_token_id  # in a composite config, such as Gemma 3's, only the text part has a pad id
     if (
         tokenizer.pad_token_id is None
         and getattr(model.config, "is_encoder_decoder", False)
@@ -58,7 +58,7 @@ def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
-        # Otherwise a checkpoint's repetition penalty or sampling defaults would apply in every generate(), even in greedy generation
+        # Otherwise a checkpoint's repetition penalty and sampling defaults would apply to every generate(), including greedy generation
         own = cast(GenerationConfig, model.generation_config).eos_token_id
         stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         model.generation_config = GenerationConfig(
@@ -82,7 +82,7 @@ def check_context(model: PreTrainedModel, task: TaskConfig, folder: Path) -> Non
     """Raises ModelError if the task's examples and answers do not fit the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int) or context < 1:
-        return  # no limit, as with ALiBi
+        return  # no limit, such as for ALiBi
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             context -= module.padding_idx + 1  # RoBERTa counts positions from its padding index

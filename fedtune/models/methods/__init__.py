@@ -36,16 +36,16 @@ class Attached:
     """A model with an attached method, ready to train.
 
     Args:
-        model: The model to call instead of the bare model, with the same inputs.
-        parameters: Canonical name → live parameter (float32, requires a gradient), a classifier's head included.
+        model: The model to call instead of the original model, with the same inputs.
+        parameters: Canonical name → live parameter (float32, requires a gradient), including a classifier's head.
         names: Canonical name → the parameter's name in `model`.
-        disabled: A context in which the model is the untouched backbone; a classifier has the head that it was loaded with.
+        disabled: A context in which the model is the original backbone; a classifier has the head that it was loaded with.
         save: Writes the live adapter as a folder that `PeftModel.from_pretrained` opens; None if PEFT does not have the method.
         origin: Canonical name → frozen value of the backbone's own tensors (biases, all weights, DoRA's magnitudes). Their state is
             parameter − origin, so that a server, which has no backbone, starts from zeros. A head's tensors have no origin.
         ranks: LoRA family: module → rank.
         scaling: LoRA family: module → factor s.
-        keeps_inputs: Modules of the backbone whose inputs a training step keeps for the backward pass; for memory estimates.
+        keeps_inputs: Modules of the backbone whose inputs a training step stores for the backward pass; for memory estimates.
     """
 
     model: "nn.Module"
@@ -95,25 +95,25 @@ class DecoderShape(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """The names that a method's file defines. Names with a default may be missing, except that one of `edits` and `beside` is required.
+    """The names that a method's file defines. Names with a default are optional, except that one of `edits` and `beside` is required.
 
-    A file whose method supports other values of peft.init than `default` also has the constant `inits`, a tuple of strings, which
+    A file whose method supports values of peft.init other than `default` also has the constant `inits`, a tuple of strings, which
     `fedtune.config.method_files` reads.
 
     Args:
         attach: Attaches the method to a model in place: (model, peft, task) → `Attached`. All parameters of the model are frozen before the
             call. The model may be on the meta device, to list names and shapes without weights. Raises ModelError if the method does not
             support this architecture or task.
-        initial: Initial value of a tensor that belongs to no head and has no origin, float32, from its name and shape alone:
-            (canonical name, shape, peft, a generator for this tensor, the architecture's initializer_range) → tensor.
+        initial: Initial value, float32, of a tensor that is not a head's and has no origin, from its name and shape alone: (canonical name,
+            shape, peft, a generator for this tensor, the architecture's initializer_range) → tensor.
         edits: The method's changes of the backbone's weights: (state without its head, tensor of the backbone → shape, with linear weights
-            as (out, in)) → changes. Merges and exports in all formats use it. A state's tensor with the name of a backbone's tensor has
-            the same layout.
-        beside: Reason why weights cannot express the method, as the end of a sentence. An export then keeps the adapter beside the model.
+            as (out, in)) → changes. Merges and exports in all formats use it. If a state's tensor has the name of a backbone's tensor, both
+            have the same layout.
+        beside: Reason why the method cannot be merged into weights, as the end of a sentence. An export then stores the adapter separately.
         virtual: Virtual tokens for an edge package: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
             `prefix.v` (layers, t, kv_heads, head_dim), float32. None for a method without virtual tokens.
-        factors: For a method that computes exactly W + s·B·A, so that the factors can stay separate from the weights: state → module → s,
-            A (r, in) and B (out, r). These are all tensors of the state except a head's. None for other methods.
+        factors: For a method that computes exactly W + s·B·A, so that the factors can stay separate from the weights: state → {module: (s,
+            A (r, in), B (out, r))}. They include all tensors of the state except a head's. None for other methods.
         idle: Whether a state changes no weight.
         targeted: Whether peft.targets selects the method's layers.
         fp32_only: Whether the backbone must be in float32, because its own weights are trained.
@@ -131,7 +131,7 @@ class Method:
 
 
 def method(name: str) -> Method:
-    """The definitions of a method's file; loads torch.
+    """The definitions in a method's file; loads torch.
 
     Raises:
         ModelError: The method does not exist, or its file does not define exactly one of `edits` and `beside`.
@@ -153,7 +153,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     """Attach the method `peft.method`; every error becomes a ModelError.
 
     Raises:
-        ModelError: The method, its targets or PEFT's own rules do not fit the architecture.
+        ModelError: The method, its targets or PEFT does not support the architecture.
     """
     how = method(peft.method)
     try:
@@ -175,7 +175,7 @@ def mergeable(name: str) -> bool:
 
 @contextmanager
 def swapped(values: "Mapping[nn.Parameter, Tensor]") -> Iterator[None]:
-    """A context in which the parameters have these values; afterward they get their own back."""
+    """A context in which the parameters have these values; afterward, their own values are restored."""
     kept = {p: p.data for p in values}
     try:
         for parameter, value in values.items():

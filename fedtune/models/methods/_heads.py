@@ -9,7 +9,7 @@ from fedtune.models.backbone import head_names
 
 
 def trained_heads(model: nn.Module, task: TaskConfig) -> list[str]:
-    """Top-level modules of the bare model that are trained entirely: a classifier's head, such as `score`; none for other tasks."""
+    """Top-level modules of the original model that are fully trained: a classifier's head, such as `score`; none for other tasks."""
     return head_names(model) if task_of(task).head else []
 
 

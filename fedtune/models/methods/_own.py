@@ -1,4 +1,4 @@
-"""Shared code of the methods that PEFT lacks: a switch for their hooks, and values before the first state is loaded."""
+"""Shared code of the methods that PEFT lacks: a switch for their hooks, and initial values for use before the first state is loaded."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -39,7 +39,7 @@ def fill(
 
 
 def untouched(values: Mapping[nn.Parameter, Tensor], switch: Switch | None = None) -> Callable[[], AbstractContextManager[None]]:
-    """An `Attached.disabled` in which the switch is off and the parameters have these values.
+    """A function for `Attached.disabled`: in its context, the switch is off and the parameters have these values.
 
     Args:
         values: Parameter → its value before training (a classifier's head, the backbone's own tensors).

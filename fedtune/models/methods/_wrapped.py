@@ -1,4 +1,4 @@
-"""Shared code of the methods that PEFT implements: wrapping, canonical names, the untouched backbone, the folder."""
+"""Shared code of the methods that PEFT implements: wrapping, canonical names, the original backbone, the folder."""
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
@@ -41,7 +41,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig, modules: Collection[str] = 
         ModelError: PEFT adapted other modules: it renames targets for some architectures.
     """
     kind = model.config.model_type
-    with quiet(), torch.random.fork_rng():  # PEFT draws from the global generator; a state overwrites the drawn values
+    with quiet(), torch.random.fork_rng():  # PEFT draws values with the global generator; a state overwrites them
         torch.manual_seed(0)
         wrapped = cast(PeftModel, get_peft_model(model, config))
     adapted = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -76,7 +76,7 @@ def named(wrapped: PeftModel, renamed: Mapping[str, str]) -> tuple[dict[str, nn.
 
 
 def without(wrapped: PeftModel) -> AbstractContextManager[None]:
-    """A context with the untouched backbone, for methods that change its modules."""
+    """A context with the original backbone, for methods that change its modules."""
     return wrapped.disable_adapter()
 
 
@@ -92,7 +92,7 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 
 def targets(model: PreTrainedModel, wanted: Any) -> list[str]:
-    """Full names of the modules to adapt; a target matches a module's name or its last parts, such as `q_proj` or `mlp.up_proj`.
+    """Full names of the modules to adapt. A target, such as `q_proj` or `mlp.up_proj`, matches a module's name or its last parts.
 
     Raises:
         ModelError: A target matches no linear module.

@@ -40,18 +40,18 @@ _OUTPUTS = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "distilbert": (r"\.ffn\.lin2$", r"\.attention\.out_lin$"),
-    "albert": (r"\.ffn_output$", r"\.attention\.dense$"),  # one layer is applied many times, and so is its adapter
+    "albert": (r"\.ffn_output$", r"\.attention\.dense$"),  # one layer and its adapter are applied many times
     "t5": (r"\.DenseReluDense\.wo$", r"\.(SelfAttention|EncDecAttention)\.o$"),
 }
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Adapters as `<module>.adapter_down.*` and `<module>.adapter_up.*`, float32 over a backbone of any precision.
+    """Adapters as `<module>.adapter_down.*` and `<module>.adapter_up.*`, float32 for every precision of the backbone.
 
     Raises:
         ModelError: The architecture is not in the table.
     """
-    from transformers.pytorch_utils import Conv1D  # late: it loads transformers
+    from transformers.pytorch_utils import Conv1D  # imported late, because it loads transformers
 
     from fedtune.models.methods._heads import train_head
 
@@ -90,7 +90,7 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torc
 
 
 class _Adapt:
-    """The forward hook. It gets the parameters from the module at each call, so that `torch.func.functional_call` can replace them."""
+    """The forward hook. It reads the parameters from the module at each call, so that `torch.func.functional_call` can replace them."""
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch

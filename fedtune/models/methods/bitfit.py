@@ -1,4 +1,4 @@
-"""BitFit: of the backbone, only the biases of linear layers and norms are trained.
+"""BitFit: train only the backbone's biases, in linear layers and norms.
 
 Source: Ben Zaken et al. 2022, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models,
 arXiv:2106.10199.
@@ -23,12 +23,12 @@ __all__ = ["attach", "edits", "idle", "initial"]
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Train every bias; with a bf16 backbone, a float32 master copy that each forward pass rounds.
+    """Train every bias. For a bf16 backbone, train a float32 master copy that each forward pass rounds.
 
     Raises:
         ModelError: The backbone has no bias.
     """
-    from fedtune.models.methods._heads import train_head, trained_heads  # late: they load transformers
+    from fedtune.models.methods._heads import train_head, trained_heads  # imported late, because they load transformers
     from fedtune.models.parts import text_prefix
 
     heads = trained_heads(model, task)

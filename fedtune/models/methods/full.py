@@ -25,7 +25,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     Raises:
         ModelError: The backbone is not in float32.
     """
-    from fedtune.models.methods._heads import train_head  # late: they load transformers
+    from fedtune.models.methods._heads import train_head  # imported late, because it loads transformers
     from fedtune.models.parts import linear_layers, text_prefix
 
     head = train_head(model, task)

@@ -29,9 +29,9 @@ _LAST = ("down_proj", "fc2", "lin2", "output.dense", "ffn_output", "dense_4h_to_
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """`<module>.ia3` is (out, 1), or (1, in) for the last layer of a feed-forward block; initialized to one.
 
-    targets=all-linear takes PEFT's modules for the architecture, or else keys, values and last feed-forward layers by their usual names.
+    targets=all-linear selects PEFT's modules for the architecture, or else keys, values and last feed-forward layers by their usual names.
     """
-    from peft import IA3Config  # late: they load PEFT
+    from peft import IA3Config  # imported late, because they load PEFT
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
 
     from fedtune.models.methods._wrapped import matches, named, targets, task_settings, transposed, without, wrap, write
@@ -42,7 +42,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     last = [m for m in chosen if any(matches(m, n) for n in (*FEEDFORWARD.get(model.config.model_type, ()), *_LAST))]
     config = IA3Config(**task_settings(model, task), target_modules=chosen, feedforward_modules=last, fan_in_fan_out=transposed(model))
     wrapped = wrap(model, config, chosen)
-    # PEFT turns the lists into sets, whose order in the file would vary
+    # PEFT turns the lists into sets, so their order in the file would vary
     config.target_modules, config.feedforward_modules = sorted(chosen), sorted(last)
     parameters, names = named(wrapped, {f".ia3_l.{SLOT}": ".ia3"})
     return Attached(
@@ -64,7 +64,7 @@ def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterat
     """A (1, in) factor scales columns of W; an (out, 1) factor scales rows of W and the bias."""
     for name, factor in state.tensors.items():
         weight, bias = f"{name.removesuffix('.ia3')}.weight", f"{name.removesuffix('.ia3')}.bias"
-        size = sizes.get(weight, (0, 0))  # a missing weight is refused by the caller, through the change below
+        size = sizes.get(weight, (0, 0))  # for a missing weight, the caller rejects the change below
         if weight in sizes and (len(size) != 2 or tuple(factor.shape) not in ((size[0], 1), (1, size[1]))):
             found = tuple(factor.shape)
             raise ModelError(f"the adapter's '{name}' is {found}, the backbone's layer {size}: the adapter belongs to another backbone")

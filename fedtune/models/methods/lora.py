@@ -38,7 +38,7 @@ _RENAMED = {
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """Factors at peft.targets, of the ranks in peft.rank and peft.rank_pattern."""
+    """Factors at peft.targets, with the ranks of peft.rank and peft.rank_pattern."""
     return attach_factors(model, peft, task)
 
 
@@ -54,7 +54,7 @@ def attach_factors(
         stabilized: Whether s = alpha / √r.
         magnitudes: Whether each row of W has DoRA's magnitude.
     """
-    from peft import LoraConfig  # late: they load PEFT
+    from peft import LoraConfig  # imported late, because they load PEFT
 
     from fedtune.models.methods._wrapped import named, task_settings, transposed, without, wrap
 
@@ -62,7 +62,7 @@ def attach_factors(
     config = LoraConfig(
         **task_settings(model, task),
         r=peft.rank,
-        lora_alpha=cast(int, peft.alpha),  # annotated as int, but PEFT only divides by it
+        lora_alpha=cast(int, peft.alpha),  # annotated as int, but PEFT only uses it in a division
         lora_dropout=peft.dropout,
         target_modules=list(ranks),
         rank_pattern={m: r for m, r in ranks.items() if r != peft.rank},
@@ -71,7 +71,7 @@ def attach_factors(
         fan_in_fan_out=transposed(model),
     )
     wrapped = wrap(model, config, ranks)
-    config.target_modules = sorted(config.target_modules or [])  # PEFT turns it into a set, whose order in the file would vary
+    config.target_modules = sorted(config.target_modules or [])  # PEFT turns it into a set, so its order in the file would vary
     if model.dtype != torch.float32 and not config.use_dora:
         _multiply_narrow(wrapped)
     parameters, names = named(wrapped, _RENAMED)
@@ -97,7 +97,7 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Gene
 
 
 def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterator[Change]:
-    """W ← W + s·B·A; with a magnitude, its rows are rescaled to the norm ‖W‖ + magnitude."""
+    """W ← W + s·B·A; with a magnitude, the rows are then rescaled to the norms ‖W‖ + magnitude."""
     if odd := [n for n in state.tensors if not n.endswith((".lora_A", ".lora_B", ".lora_magnitude"))]:
         raise ModelError(f"the adapter's '{odd[0]}' is neither a LoRA factor nor in the backbone: the adapter belongs to another backbone")
     for module in [n.removesuffix(".lora_A") for n in state.tensors if n.endswith(".lora_A")]:
@@ -129,7 +129,7 @@ def _low_rank(a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None) ->
 def _multiply_narrow(wrapped: "PeftModel") -> None:
     """Multiply by A and B, which stay float32, in the dtype of the layer's input, as QLoRA does (arXiv:2305.14314, section 3).
 
-    PEFT casts the input to float32 instead, and each layer keeps its own copy for the backward pass. Here layers share their inputs.
+    PEFT casts the input to float32 instead, and each layer stores its own copy for the backward pass. Here, layers share their inputs.
     """
     for layer in (cast(Any, m) for m in wrapped.modules() if hasattr(m, "lora_A")):
         layer.cast_input_dtype_enabled = False
@@ -142,7 +142,7 @@ def _product(factor: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _ranks(model: "PreTrainedModel", peft: PeftConfig) -> dict[str, int]:
-    """Module → rank; of several matching names in peft.rank_pattern the longest wins."""
+    """Module → rank; if several names in peft.rank_pattern match, the longest one applies."""
     from fedtune.models.methods._wrapped import matches, require, targets
 
     modules = targets(model, peft.targets)
@@ -158,9 +158,9 @@ def _ranks(model: "PreTrainedModel", peft: PeftConfig) -> dict[str, int]:
 
 
 def _save(wrapped: "PeftModel", over: str, folder: Path) -> None:
-    """Write PEFT's folder. The live scaling may be a client's own; PEFT's config stores it as an alpha for each module.
+    """Write PEFT's folder. The live scaling may differ from the config's; PEFT's config stores it as one alpha per module.
 
-    A LoftQ adapter compensates the error of its quantized weights and is useless with others: the file `over` names the weights.
+    A LoftQ adapter compensates the error of its quantized weights and works only with them; the file `over` names these weights.
     """
     from fedtune.models.methods._wrapped import write
 

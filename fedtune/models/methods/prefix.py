@@ -24,7 +24,7 @@ beside = "its keys and values come before those of the text"
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """`prefix` is (tokens, layers · 2 · width of the keys)."""
-    from peft import PrefixTuningConfig  # late: they load PEFT and transformers
+    from peft import PrefixTuningConfig  # imported late, because they load PEFT and transformers
     from transformers import AutoModelForMaskedLM
 
     from fedtune.models.methods._wrapped import named, task_settings, wrap, write
@@ -37,7 +37,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
     before = heads_of(model, task)
     config = PrefixTuningConfig(**task_settings(model, task), num_virtual_tokens=peft.tokens)
     if hasattr(model.config, "d_kv"):
-        config.token_dim = model.config.num_heads * model.config.d_kv  # T5's keys may be narrower than its layers, whose width PEFT uses
+        config.token_dim = model.config.num_heads * model.config.d_kv  # PEFT uses the layer width, but T5's keys may be narrower
     wrapped = wrap(model, config)
     parameters, names = named(wrapped, {f"prompt_encoder.{SLOT}.embedding.weight": "prefix"})
     return Attached(
@@ -55,6 +55,6 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Gene
 
 
 def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
-    """Keys and values of each layer; PEFT's prefix is (t, layers · key and value · kv_heads · head_dim)."""
+    """Keys and values of each layer; PEFT's prefix is (t, layers · 2 (key, value) · kv_heads · head_dim)."""
     both = state["prefix"].float().view(-1, shape.layers, 2, shape.kv_heads, shape.head_dim).permute(2, 1, 0, 3, 4)
     return {"prefix.k": both[0].contiguous(), "prefix.v": both[1].contiguous()}

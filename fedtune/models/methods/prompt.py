@@ -28,8 +28,8 @@ beside = "its virtual tokens come before the text"
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """`prompt` is (tokens, width of an embedding)."""
-    from peft import PromptTuningConfig  # late: they load PEFT
+    """`prompt` is (tokens, embedding width)."""
+    from peft import PromptTuningConfig  # imported late, because they load PEFT
 
     from fedtune.models.methods._wrapped import named, task_settings, wrap, write
 
@@ -40,7 +40,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
         **task_settings(model, task),
         num_virtual_tokens=peft.tokens,
         token_dim=embedding.weight.shape[1],  # PEFT's default is the layers' width
-        num_layers=model.config.get_text_config().num_hidden_layers,  # PEFT finds these two for some architectures only
+        num_layers=model.config.get_text_config().num_hidden_layers,  # PEFT infers these two only for some architectures
         num_attention_heads=model.config.get_text_config().num_attention_heads,
         num_transformer_submodules=1,  # the encoder of an encoder-decoder
     )
@@ -72,7 +72,7 @@ def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
 
 
 def refuse_encoder_decoder(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> None:
-    """Raises ModelError for an encoder-decoder's classifier, which takes neither embeddings nor past keys and values."""
+    """Raises ModelError for an encoder-decoder's classifier, which supports neither embeddings nor past keys and values as inputs."""
     kind = model.config.model_type
     if task_of(task).head and getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
@@ -114,11 +114,11 @@ def untouched(wrapped: "PeftModel", parameters: Mapping[str, nn.Parameter], befo
         try:
             yield
         finally:
-            del wrapped.forward, wrapped.generate  # uncovers the methods of the class
+            del wrapped.forward, wrapped.generate  # restores the methods of the class
 
 
 def _count_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Number positions without padding, as in training: generation pads after the virtual tokens, and PEFT would count the padding."""
+    """Number positions without padding, as in training. In generation, padding follows the virtual tokens, and PEFT would count it."""
     mask = kwargs.get("attention_mask")
     given = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
     if kwargs.get("position_ids") is not None or given is None or mask is None or mask.ndim != 2:
@@ -137,7 +137,7 @@ class _Known(logging.Filter):
 def _pool_by_mask(model: "PreTrainedModel") -> None:
     """Make a decoder's classifier read the last token that is not padding.
 
-    It looks for that token in input_ids. PEFT passes embeddings only, so it would read the last position, which is often padding.
+    The classifier searches for this token in input_ids. PEFT passes only embeddings, so it would read the last position, often padding.
     """
     seen: dict[str, Tensor | None] = {}
 

@@ -1,4 +1,4 @@
-"""P-tuning v2: every layer has its own prompt, learned keys and values before those of the tokens.
+"""P-tuning v2: every layer has its own prompt: learned keys and values before those of the tokens.
 
     attention_l(Q, [P_l⁰; K], [P_l¹; V])          P_l (2, n, kv_heads · head_dim), n = peft.tokens, visible to every token
 
@@ -6,8 +6,8 @@ Each layer's prompt is one tensor, `layers.<l>.prompt` (T5: `encoder.layers.<l>.
 some layers by name; the other prompts stay active. A layer that is applied several times (ALBERT) has a prompt for each application.
 
 The prompts are added in the attention function, through transformers' attention interface, after the key/value cache. Encoders, training
-and generation therefore share one code path, and prompts are never cached. A decoder's tokens have positions from n on, as after a cached
-prefix, so that the prompts open in PEFT as prefix tuning with the same logits. An encoder's tokens keep their positions.
+and generation therefore share one code path, and prompts are never cached. A decoder's token positions start at n, as after a cached
+prefix, so that PEFT can load the prompts as prefix tuning with the same logits. An encoder's tokens keep their positions.
 
 Source: Liu et al. 2022, P-Tuning v2, arXiv:2110.07602; Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190.
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 beside = "its keys and values come before those of the text"
 _DECODER, _ENCODER = (r"\.self_attn$", r"rotary_emb$"), (r"\.attention\.self$", "")
-# architecture → its self-attention modules, and a decoder's module that takes the tokens' positions
+# architecture → its self-attention modules, and a decoder's module whose input includes the tokens' positions
 _PLACES = {
     "llama": _DECODER,
     "mistral": _DECODER,
@@ -51,18 +51,18 @@ _PLACES = {
     "xlm-roberta": _ENCODER,
     "distilbert": (r"\.attention$", ""),
     "albert": (r"\.attention$", ""),
-    "t5": (r"\.SelfAttention$", ""),  # positions are relative biases between tokens; a prompt has none
+    "t5": (r"\.SelfAttention$", ""),  # positions are relative biases between tokens; prompts have no bias
 }
 _NAME = "fedtune_layer_prompts"  # our name in transformers' attention interface
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
-    """A prompt for each application of each self-attention, float32 over a backbone of any precision.
+    """A prompt for each application of each self-attention module, float32 for every precision of the backbone.
 
     Raises:
         ModelError: The architecture is not in the table, or the context has no room for the prompt.
     """
-    from transformers import AttentionInterface  # late: it loads transformers
+    from transformers import AttentionInterface  # imported late, because it loads transformers
 
     from fedtune.models.backbone import initializer_range
     from fedtune.models.methods._heads import train_head
@@ -106,7 +106,7 @@ def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Atta
 
 
 def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torch.Generator, std: float) -> Tensor:
-    """normal(0, std), as the backbone's embeddings, for keys and values."""
+    """normal(0, std) for keys and values, like the backbone's embeddings."""
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
@@ -122,7 +122,7 @@ def _order(name: str) -> tuple[bool, int]:
 
 
 def _applications(model: "PreTrainedModel", attentions: list[str]) -> dict[str, list[int]]:
-    """Attention module → the depths at which it is applied: one, except in ALBERT, whose groups repeat."""
+    """Attention module → the depths at which it is applied: one depth, except in ALBERT, where groups repeat."""
     if model.config.model_type != "albert":
         return {name: [depth] for depth, name in enumerate(attentions)}
     depth, groups, inner = model.config.num_hidden_layers, model.config.num_hidden_groups, model.config.inner_group_num
@@ -164,7 +164,7 @@ def _attend(
     """Attention of (B, heads, T, head_dim) with the module's prompt before the keys and values.
 
     Raises:
-        ModelError: The model's attention implementation takes no explicit mask.
+        ModelError: The model's attention implementation does not support an explicit mask.
     """
     from transformers import AttentionInterface
 
@@ -177,7 +177,7 @@ def _attend(
         return inner(module, query, key, value, attention_mask, **kwargs)
     n = prompts.tokens
     if attention_mask is None and real == "sdpa" and query.shape[2] > 1 and (kwargs.get("is_causal") or module.is_causal):
-        # transformers relies on SDPA's causal flag here, whose triangular mask would hide the prompt
+        # transformers relies on SDPA's causal flag here, but its triangular mask would hide the prompt
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (n, 0), value=True if attention_mask.dtype is torch.bool else 0.0)
@@ -203,7 +203,7 @@ class _Shift:
 
 
 def _restart(model: nn.Module, args: Any) -> None:
-    """Reset the application count of ALBERT's shared layers before each forward pass, since the last one may have failed midway."""
+    """Reset the application count of ALBERT's shared layers before each forward pass, because the last one may have failed midway."""
     for module in model.modules():
         if isinstance(module, _LayerPrompts):
             module.turn = 0

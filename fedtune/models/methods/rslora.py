@@ -1,4 +1,4 @@
-"""Rank-stabilized LoRA: s = alpha / √r, so that the update keeps its size as the rank grows.
+"""Rank-stabilized LoRA: s = alpha / √r, so that the size of the update does not depend on the rank.
 
 Source: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, arXiv:2312.03732.
 """

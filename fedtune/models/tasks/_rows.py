@@ -1,4 +1,4 @@
-"""Base class of tasks with one target for each row, predicted by a head."""
+"""Base class of tasks with one target per row, predicted by a head."""
 
 import abc
 from collections.abc import Callable, Mapping

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class TokenTask(Task, abc.ABC):
-    """A subclass defines its columns and which of a row's tokens are targets.
+    """A subclass defines its columns, and which tokens of a row are targets.
 
-    The P places of a row are the positions of its labels except the first, which nothing predicts.
+    The P positions of a row are those of its labels, except the first, because no token precedes it.
     """
 
     head = False
@@ -60,9 +60,9 @@ class TokenTask(Task, abc.ABC):
         return out
 
     def logits(self, model: Any, call: Callable[..., Any], places: int, choose: "Callable[[Tensor], Tensor]") -> "Tensor":
-        """Logits at the chosen places only: with a large vocabulary, the output layer's product and its float32 logits over prompts and
-        padding would cost more than the backbone. Virtual tokens before the sequence are dropped, and so is the last position, whose
-        next token is unknown."""
+        """Logits only at the chosen positions: for a large vocabulary, the output layer's product and its float32 logits for prompts and
+        padding would cost more than the backbone. Drops virtual tokens before the sequence and the last position, whose next token is
+        unknown."""
         head = model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, args: (choose(args[0][:, -places - 1 : -1]),))
         try:

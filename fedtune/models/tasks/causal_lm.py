@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CausalLM(TokenTask):
     """Every token of a text except its first is a target.
 
-    The metrics are the loss (nats a token), the perplexity, and the number of tokens.
+    The metrics are the loss (nats per token), the perplexity, and the number of tokens.
     """
 
     columns = {"text": "text"}
@@ -33,9 +33,9 @@ class CausalLM(TokenTask):
             )
 
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """Texts, each with its end token, joined in order and split into blocks (`stride_texts`), or one truncated text an example.
+        """Texts with end tokens: with `stride_texts` joined in order and split into blocks; otherwise one truncated text per example.
 
-        A block of fewer than two tokens has no target and is left out, so the list may be empty. With `keep_short` it becomes an example
+        A block of fewer than two tokens has no target and is dropped, so the list may be empty. With `keep_short` it becomes an example
         without a target, so that the number of examples does not disclose the length of a text.
         """
         import numpy as np

@@ -1,4 +1,4 @@
-"""Text classification: one class for each text, scored by accuracy and macro-F1."""
+"""Text classification: one class per text, scored by accuracy and macro-F1."""
 
 import math
 from collections import Counter
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Classification(RowTask):
-    """The head outputs one logit for each class.
+    """The head outputs one logit per class.
 
-    The metrics are the loss (nats a text), the accuracy, and macro_f1, the mean F1 of the classes that occur in labels or predictions.
+    The metrics are the loss (nats per text), the accuracy, and macro_f1, the mean F1 of the classes that occur in labels or predictions.
     """
 
     columns = {"text": "text", "label": "class"}
@@ -35,7 +35,7 @@ class Classification(RowTask):
         return {"num_labels": outputs, "problem_type": "single_label_classification"}
 
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """One truncated text an example, with the tokenizer's special tokens; the label is the class id."""
+        """One truncated text per example, with the tokenizer's special tokens; the label is the class id."""
         import numpy as np
 
         from fedtune.data.examples import whole_texts
@@ -50,7 +50,7 @@ class Classification(RowTask):
         return cross_entropy(logits, targets, reduction=reduction)
 
     def score(self, logits: "Tensor", targets: "Tensor", sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
-        """`detail` is the class and the predicted class."""
+        """`detail` is (true class, predicted class)."""
         each, guesses = self.loss(logits, targets, "none"), logits.argmax(-1)
         found = zip(each.tolist(), targets.tolist(), guesses.tolist(), strict=True)
         return [Score(loss, 1, (label, guess)) for loss, label, guess in found]

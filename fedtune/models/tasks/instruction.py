@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Instruction(TokenTask):
     """The answer's tokens and its end token are the targets.
 
-    The metrics are the loss (nats a token) and the perplexity of the answers, and with `task.generate` exact_match: the share of generated
-    answers that equal the reference, ignoring white space at the ends.
+    The metrics are the loss (nats per token) and the perplexity of the answers, and with `task.generate` exact_match: the share of
+    generated answers that equal the reference, ignoring leading and trailing white space.
     """
 
     columns = {"prompt": "text", "answer": "text"}
@@ -46,8 +46,8 @@ class Instruction(TokenTask):
         return min(length - 1, self.settings.max_new_tokens)
 
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """Prompt, answer, end token. If they are too long, the prompt loses its beginning except for one token, and then the answer loses
-        its end.
+        """Prompt, answer, end token. If they are too long, the prompt is truncated from its start, down to one token, and then the answer
+        from its end.
 
         For an encoder-decoder, prompt and answer each have up to `max_length` tokens and an end token.
 
@@ -73,7 +73,7 @@ class Instruction(TokenTask):
         return out
 
     def score(self, logits: "Tensor", targets: "Tensor", sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
-        """`detail` is whether the generated answer is correct; None if one forward pass does not decide it."""
+        """`detail` is whether the generated answer is correct; None if this requires generation."""
         scores = super().score(logits, targets, sizes, examples, tokenizer)
         if not self.answer_tokens:
             return scores
@@ -115,10 +115,10 @@ def _example(prompt: list[int], answer: list[int], text: str, *, encoder_decoder
 
 
 def verdict(guesses: list[int], wanted: list[int], answer: str, tokenizer: Any, max_new_tokens: int) -> bool | None:
-    """Whether greedy generation gives the answer, if one forward pass over the reference decides it; None if it does not.
+    """Whether greedy generation gives the answer, if one forward pass over the reference determines this; None if it does not.
 
-    Generation follows the reference up to the first token that differs. After it, the text either still is a prefix of the answer, in other
-    tokens, and only generation decides; or it is not, and no later token can correct it. So most rows of an evaluation need no generation.
+    Generation follows the reference up to the first token that differs. If the text with this token is still a prefix of the answer (with
+    another tokenization), only generation can tell. Otherwise no later token can correct it. So most rows need no generation.
 
     Args:
         guesses: Argmax at each target, given the reference before it.
@@ -131,11 +131,11 @@ def verdict(guesses: list[int], wanted: list[int], answer: str, tokenizer: Any, 
     if not wanted or len(wanted) > max_new_tokens or wanted[-1] != end:
         return None
     if getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        return None  # such decoders change earlier text ("do n" → "don't"), so that a prefix decides nothing
+        return None  # such decoders change earlier text ("do n" → "don't"), so comparing prefixes is not reliable
     first = next((j for j, (g, w) in enumerate(zip(guesses, wanted, strict=True)) if g != w), None)
     if first is None or guesses[first] == end:
         return tokenizer.decode(wanted[: len(wanted) - 1 if first is None else first], skip_special_tokens=True).strip() == wish
     text = tokenizer.decode([*wanted[:first], guesses[first]], skip_special_tokens=True).lstrip()
-    if wish.startswith(text) or text.rstrip() == wish or "\ufffd" in text:  # \ufffd: half a character, which the next token completes
+    if wish.startswith(text) or text.rstrip() == wish or "\ufffd" in text:  # \ufffd: a partial character; the next token may complete it
         return None
     return False
