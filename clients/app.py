@@ -60,7 +60,7 @@ class PreparedTurn:
         fit: The device's choice; None without a device profile.
         device_class: The name of the client's device class.
         private: Clipping and noise of the turn; None for a turn without privacy.
-        sent: The decoded tensors of the message. An encoded reply holds differences from them.
+        sent: The decoded tensors of the message. An encoded reply contains differences from them.
     """
 
     message: Message

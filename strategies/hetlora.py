@@ -35,7 +35,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies._lowrank import FACTORS, norm, require_method
 from fedtune.strategies._mean import Mean
 
-_FAINT = 1e-30  # weight of a zero product: negligible beside others, and equal for all clients if all products are zero
+_FAINT = 1e-30  # weight of a zero product: negligible compared with others, and equal for all clients if all products are zero
 
 
 @dataclass(frozen=True, kw_only=True)

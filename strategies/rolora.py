@@ -30,7 +30,7 @@ class RoLoRA(FedAvg):
     Memory: `turns`, the number of successful rounds.
     """
 
-    # no accepts_stale: an update one round late holds the other factor
+    # no accepts_stale: an update one round late contains the other factor
     requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, assumes_zero_init=False)
 
     def check(self, config: Config) -> None:

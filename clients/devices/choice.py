@@ -16,7 +16,7 @@ from fedtune.clients.devices.estimate import STATE, Shapes, flops, memory_bytes,
 from fedtune.config import DeviceClass
 from fedtune.errors import Decline
 
-MIN_LENGTH = 16  # tokens; shorter rows hold too little text to learn from
+MIN_LENGTH = 16  # tokens; shorter rows contain too little text for training
 MEMORY_MARGIN, TIME_MARGIN = 0.9, 0.75  # an estimate may use at most this share of memory and deadline, because it is only an estimate
 _SHARE = 0.25  # maximum share of memory and deadline for the adapter
 

@@ -123,9 +123,7 @@ def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: i
     norms = 2 * 4 * s.hidden
     attention = size * (4 * s.query)  # queries, keys, values and output of all heads
     feed = size * s.inner * (3 if s.gated else 4)
-    factors = size * min(
-        s.inputs, s.layers * (2 * s.hidden + s.inner)
-    )  # A stores its input once for all modules with the same input
+    factors = size * min(s.inputs, s.layers * (2 * s.hidden + s.inner))  # A stores its input once for all modules with the same input
     small = size * s.modules * min(s.rank, s.hidden)
     layer = norms + attention + feed + scores + (factors + small) / max(1, s.layers)
     logits = 4 * s.logits * (rows if s.classifies else rows * counted)

@@ -26,7 +26,7 @@ class Work:
         task: The task, which defines the loss.
         examples: The client's training rows, at least one.
         pad_id: Token id of the padding.
-        extra: Tensors that the server sent for this turn besides the adapter (`Assignment.extra`).
+        extra: Tensors that the server sent for this turn in addition to the adapter (`Assignment.extra`).
         recall: Returns the state that the client stored in its last turn of this method; None if there is none.
         keep: Stores a state for the client's next turn of this method.
         retrain: Trains again in this round, from another start and with another turn, and returns the trained tensors. Only for `finish`;

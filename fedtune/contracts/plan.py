@@ -38,7 +38,7 @@ _PRIVATE: dict[str, Any] = {  # bounds that apply to a plan with privacy
     "dp_delta": {"gt": 0, "lt": 1},
     "dp_turns": {"ge": 1},
 }
-MAX_NUMBERS = 64  # metrics and measurements of one update: every line of the metrics holds them
+MAX_NUMBERS = 64  # maximum number of metrics and measurements in one update: the metrics file stores all of them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def fill(
     parameters: Mapping[str, nn.Parameter], initial: Callable[[str, tuple[int, ...], PeftConfig, torch.Generator, float], Tensor],
     peft: PeftConfig, std: float,
 ) -> None:  # fmt: skip
-    """Fill the parameters with the initial values of seed 0, so that they never hold uninitialized memory; a state overwrites them."""
+    """Fill the parameters with the initial values of seed 0, so that they are never uninitialized memory; a state overwrites them."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             generator = torch.Generator().manual_seed(derive_seed(0, "init", name))

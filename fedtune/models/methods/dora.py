@@ -1,6 +1,6 @@
 """DoRA: LoRA for the direction of each row of W, and a learned magnitude for its norm.
 
-W = m · (W0 + s·B·A) / ‖W0 + s·B·A‖, with one m and one norm for each row of W. The state holds m − ‖W0‖.
+W = m · (W0 + s·B·A) / ‖W0 + s·B·A‖, with one m and one norm per row of W. The state contains m − ‖W0‖.
 
 Source: Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353.
 """
