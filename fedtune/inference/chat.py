@@ -1,4 +1,4 @@
-"""Chat with a model, turn by turn. The cache keeps earlier turns, so they are not computed again."""
+"""Chat with a model. The cache keeps earlier turns, so they are not computed again."""
 
 import signal
 import sys
@@ -69,14 +69,14 @@ class EngineWriter:
 class Conversation:
     """A conversation.
 
-    Turns go through the model's chat template. Where it has none, the text so far goes on: each request in the run's prompt template, where
-    it has one, and the answer after it. The oldest turns are forgotten when the context is full.
+    Turns are formatted with the model's chat template. Without one, they are joined as plain text: each request, in the run's prompt
+    template if there is one, and its answer. The oldest turns are dropped when the context is full.
 
     Args:
-        writer: What answers.
+        writer: Generates the answers.
         sampling: Sampling settings.
         length: Longest answer, in tokens.
-        prompt: The run's prompt template.
+        prompt: The run's prompt template; None if it has none.
         system: The system message.
 
     Attributes:
@@ -148,10 +148,10 @@ def chat(
     """Answer each line of `read` (stdin) on `write` (stdout) until it ends; other arguments as in `generate_text`.
 
     On a terminal, a prompt is printed to stderr. Ctrl-C stops an answer, and does nothing between answers. A failed request is reported on
-    stderr and the chat continues; in a pipe, a failed request or an empty line is answered by an empty line.
+    stderr and the chat continues. In a pipe, the answer to a failed request or an empty line is an empty line.
 
     Returns:
-        Number of failed requests of a pipe.
+        Number of failed requests; 0 on a terminal.
 
     Raises:
         ConfigError: An option is out of range, or is not available with transformers.
@@ -201,7 +201,7 @@ def chat(
 
 
 def _lines(read: IO[str]) -> Iterator[str]:
-    """Yield requests. A terminal is prompted, its empty lines are skipped, and Ctrl-C restarts the line."""
+    """Yield requests. On a terminal, print a prompt, skip empty lines, and restart the line on Ctrl-C."""
     terminal = read.isatty()
     while True:
         if terminal:
@@ -221,9 +221,9 @@ def _lines(read: IO[str]) -> Iterator[str]:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Yield a list that is no longer empty once Ctrl-C was pressed.
+    """Yield a list that is empty until Ctrl-C is pressed.
 
-    The handler only appends to it, so that no forward pass is interrupted and the cache stays consistent.
+    The signal handler only appends to it, so that no forward pass is interrupted and the cache stays consistent.
     """
     noted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))

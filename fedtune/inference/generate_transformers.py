@@ -75,7 +75,7 @@ class HubText(Text):
     Args:
         tokenizer: A transformers tokenizer.
         ends: Tokens that end an answer.
-        closes: Whether a prompt ends with the end token.
+        closes: Whether to append the end token to each prompt.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class HubText(Text):
 
 
 def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
-    """Open a Hugging Face folder with the adapter that lies beside it, if one does.
+    """Load a Hugging Face folder, with the unmerged adapter in it, if any.
 
     Args:
-        folder: Of the model.
-        card: Its fedtune.json, {} where there is none.
+        folder: The model's folder.
+        card: Content of its fedtune.json; {} if there is none.
 
     Raises:
         ModelError: The folder cannot be loaded.
@@ -143,7 +143,7 @@ def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
 
 
 def _with_adapter(backbone: Backbone, card: dict[str, Any], folder: Path, task: TaskConfig) -> Any:
-    """The backbone with the adapter that could not be merged."""
+    """Load the unmerged adapter into the backbone."""
     from fedtune.models.adapter import LiveAdapter  # late: it loads PEFT, which a merged model does not need
 
     live = LiveAdapter(backbone, PeftConfig(**card["peft"]), task)

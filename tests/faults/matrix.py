@@ -48,7 +48,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [("cell", "outcome", "rounds", "s", "what was said"), ("---",) * 5]
     for o in outcomes:
         first, last = o.rounds
-        rows.append((str(o.cell), "as it should" if o.good else "DEFECT", f"{first}–{last}", f"{o.seconds:.0f}", "; ".join(o.words)))
+        rows.append((str(o.cell), "as expected" if o.good else "DEFECT", f"{first}–{last}", f"{o.seconds:.0f}", "; ".join(o.words)))
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
 
 

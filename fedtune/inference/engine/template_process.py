@@ -1,8 +1,8 @@
-"""The process that renders chat templates: reads requests as lines of JSON, answers each with a line, and ends with its input.
+"""The process that renders chat templates: reads one JSON request per line, writes one JSON answer per line, and ends at the end of input.
 
-A template comes with its model, and can loop forever or fill the memory. Python cannot stop a thread, so templates are rendered in a
-separate process: the system kills it after a time limit, and memory is limited. The script imports almost nothing of fedtune, so it takes
-20 MB; it keeps running, so a rendering takes only 0.1 ms more than the template itself.
+A template comes with its model, and can loop forever or exhaust the memory. Python cannot stop a thread, so a separate process renders
+templates: the system kills it after a time limit, and its memory is limited. The script imports almost nothing of fedtune, so it takes
+20 MB. It keeps running, so that a rendering takes only 0.1 ms more than the template itself.
 
 Source: the Jinja environment of transformers' `utils/chat_template_utils.py`.
 """
@@ -17,25 +17,25 @@ from typing import Any
 from fedtune.storage.parsing import parse_json
 
 SECONDS = 2.0  # CPU time of one rendering
-PATIENCE_S = 30.0  # wall-clock time, on a busy machine
+PATIENCE_S = 30.0  # wall-clock time of one rendering; long, because the machine may be busy
 MEMORY = 1 << 29  # bytes of address space
 LENGTH = 1 << 24  # characters of a rendered chat
 
 
 def main() -> None:
-    """Answer {"template", "variables", "seconds" of CPU time} with {"text"}, {"refused": why} or {"fault": why} until the input ends."""
+    """Answer each {"template", "variables", "seconds" of CPU time} with {"text"}, {"refused": reason} or {"fault": reason}."""
     _bound_memory()
     for limit in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(limit, signal.SIG_DFL)  # ends the process
+        signal.signal(limit, signal.SIG_DFL)  # the default action ends the process
     compiled = lru_cache(maxsize=4)(compile_template)
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
         try:
-            asked = parse_json(line)
-            signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
-            template, refused = compiled(asked["template"])
+            request = parse_json(line)
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            template, refused = compiled(request["template"])
             refused.clear()
-            answer = json.dumps(_render(template, refused, asked["variables"]))
+            answer = json.dumps(_render(template, refused, request["variables"]))
         except ImportError as bad:
             answer = json.dumps({"fault": f"{bad}: install jinja2"})
         except MemoryError:
@@ -61,13 +61,13 @@ def _render(template: Any, refused: list[str], variables: dict[str, Any]) -> dic
         text = template.render(**variables)
     except MemoryError:
         raise
-    except Exception as bad:  # any exception of a template is its fault
+    except Exception as bad:  # the template causes any exception here
         return {"refused": refused[0]} if refused else {"fault": _line(bad)}
     return {"text": text} if len(text) <= LENGTH else {"fault": f"its output has more than {LENGTH} characters"}
 
 
 def compile_template(source: str) -> tuple[Any, list[str]]:
-    """Return a template with `render`, or the exception of its compilation; and a list of its calls of `raise_exception`."""
+    """Return the compiled template, or the exception of compiling it, and the list that collects messages of `raise_exception`."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes
@@ -89,7 +89,7 @@ def compile_template(source: str) -> tuple[Any, list[str]]:
             return caller()
 
     class Dict:
-        """`dict` without a way to Python's own class."""
+        """`dict` without access to Python's class."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
             return dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The tensors of one layer, read when they are asked for, with what was folded into them so far."""
+"""The tensors of one layer, read on access, with the scales that are folded into them so far."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -8,16 +8,16 @@ from fedtune.inference.quantize.fold import Change, Fold, changes
 
 __all__ = ["Read", "Weights"]
 
-Read = Callable[[str, int, int], Tensor]  # name, first and last row of a tensor → those rows
+Read = Callable[[str, int, int], Tensor]  # name, first row, end row (exclusive) → those rows
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors by their names in the layer (`mlp.up_proj.weight` …), float32; none of them is kept.
+    """Float32 tensors by their names in the layer (`mlp.up_proj.weight` …). Nothing is cached.
 
     Args:
-        names: Name in the layer → in the model.
-        sizes: Of the model's tensors.
-        read: Reads those.
+        names: Name in the layer → name in the model.
+        sizes: Name in the model → shape.
+        read: Reads rows of a tensor by its name in the model.
     """
 
     def __init__(self, names: Mapping[str, str], sizes: Mapping[str, tuple[int, ...]], read: Read) -> None:
@@ -34,14 +34,14 @@ class Weights(Mapping[str, Tensor]):
         return len(self._names)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Some rows of a tensor (of a vector, entries)."""
+        """Return rows `first` to `last` (exclusive) of a tensor; entries of a vector."""
         part = self._read(self._names[name], first, last).float()
         for change in self._changes.get(name, ()):
             part = change(part, first, last)
         return part
 
     def fold(self, fold: Fold, scale: Tensor, width: int) -> None:
-        """Move a scale, for all that is read from here on; the arguments are those of `changes`."""
+        """Fold a scale into all later reads; the arguments are those of `changes`."""
         for name, change in changes(fold, scale, self.sizes[f"{fold.source}.weight"][0], width).items():
             if name in self._names:
                 self._changes.setdefault(name, []).append(change)

@@ -31,7 +31,7 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
     """Return the application for a running scheduler.
 
     Args:
-        local: It listens on a loopback address without API keys, so requests must be addressed to localhost.
+        local: The server listens on a loopback address without API keys, so the Host header must name localhost.
     """
     app = FastAPI(title="fedtune", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     page, policy = _page()
@@ -46,23 +46,23 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
         arrived = time.monotonic()
         await let_in(request)
         check_room(scheduler)  # before the body is read; checked again on submit
-        asked = read(kind, await read_json(request, limits))
-        adapter = offer.adapter(asked.model)
-        ids = await prompts.tokens(request, asked, arrived + limits.timeout)
+        parsed = read(kind, await read_json(request, limits))
+        adapter = offer.adapter(parsed.model)
+        ids = await prompts.tokens(request, parsed, arrived + limits.timeout)
         chat = kind is ChatRequest
-        job = make_job(asked, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
-        under_way = Answer(scheduler, job, trims=chat)
+        job = make_job(parsed, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
+        output = Answer(scheduler, job, trims=chat)
         shape = ResponseFormatter(
             chat=chat,
             id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
-            model=asked.model,
-            usage_in_stream=asked.wants_usage,
+            model=parsed.model,
+            usage_in_stream=parsed.wants_usage,
         )
-        under_way.begin()
-        teller = None if asked.tops is None else LogprobFormatter(offer.text, job.ids if job.joins else (), trims=chat)
-        if asked.stream:
-            return EventStream(under_way, shape, teller, limits.timeout)
-        return await whole(request, under_way, shape, teller)
+        output.begin()
+        logprobs = None if parsed.tops is None else LogprobFormatter(offer.text, job.ids if job.joins else (), trims=chat)
+        if parsed.stream:
+            return EventStream(output, shape, logprobs, limits.timeout)
+        return await whole(request, output, shape, logprobs)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

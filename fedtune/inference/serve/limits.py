@@ -1,4 +1,4 @@
-"""What keeps a server up under strangers: sizes, depths, keys, patience."""
+"""Protects a server against untrusted clients: size and depth limits, API keys, host checks, timeouts."""
 
 import asyncio
 import hashlib
@@ -22,10 +22,10 @@ from fedtune.inference.serve.protocol import Refused
 from fedtune.storage.parsing import parse_json, read_text
 
 KEY_VARIABLE = "FEDTUNE_API_KEY"
-BODY_S = 30.0  # a request must have come in full by then
+BODY_S = 30.0  # most seconds for a request to arrive in full
 LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{0,5})?", re.IGNORECASE | re.ASCII)  # a whole Host header
 T = TypeVar("T")
-_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # in JSON
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # a JSON string
 _STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 _NO_BRACKETS = bytes(set(range(256)) - set(_STEPS))
 
@@ -72,7 +72,7 @@ class ApiKeys:
         """Read keys from a file with one key per line, else from the environment variable FEDTUNE_API_KEY.
 
         Raises:
-            ConfigError: The file cannot be read or holds no key, or the variable is empty or contains a blank.
+            ConfigError: The file cannot be read, there is no key in it, or a key contains a space or is not printable ASCII.
         """
         if file is None:
             if KEY_VARIABLE not in os.environ:
@@ -108,7 +108,7 @@ def _digest(key: bytes) -> bytes:
 def check_host(request: Request) -> None:
     """Raise Refused (403) if a request to a loopback address names another host.
 
-    A foreign web page can point its own domain to 127.0.0.1 and then read this server's responses (DNS rebinding).
+    A malicious web page can point its own domain to 127.0.0.1 and then read this server's responses (DNS rebinding).
     """
     if not LOOPBACK.fullmatch(request.headers.get("host", "")):
         raise Refused(403, "this server accepts requests only for localhost: start it with an API key or another --host", code="wrong_host")
@@ -118,11 +118,11 @@ async def read_json(request: Request, limits: Limits) -> Any:
     """Read and parse the body of a request.
 
     Raises:
-        Refused: 415 (no JSON), 413 (too large, with or without a declared length), 408 (too slow), 400 (not JSON, or too deep).
+        Refused: 415 (content type is not JSON), 413 (too large, with or without a declared length), 408 (too slow), 400 (as in `parse`).
         ClientDisconnect: The client has disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # also excludes forms of other sites: a browser asks before it sends JSON to another origin
+    if kind != "application/json":  # also excludes forms of other sites: browsers send JSON to another origin only after a CORS preflight
         raise Refused(415, "the body must be JSON: send 'Content-Type: application/json'", code="unsupported_media_type")
     too_large = Refused(413, f"the body is larger than {limits.max_body} bytes: shorten it or raise --max-body", code="too_large")
     declared = request.headers.get("content-length", "0")
@@ -144,7 +144,7 @@ def parse(body: bytes, max_depth: int) -> Any:
     """Parse strict JSON in UTF-8: no NaN, no Infinity, no number that overflows.
 
     Raises:
-        Refused: 400.
+        Refused: 400 (not such JSON, or nested too deep).
     """
     brackets = _TEXT.sub(b"", body).translate(None, _NO_BRACKETS)
     if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > max_depth:
@@ -158,7 +158,7 @@ def parse(body: bytes, max_depth: int) -> Any:
         raise Refused(
             400, f"the body is not JSON: {bad.msg[:1].lower() + bad.msg[1:]} at character {bad.pos}", code="invalid_json"
         ) from None
-    except ValueError:  # _no_number, _finite, and Python's limit of digits
+    except ValueError:  # raised by _no_number, _finite, and Python's limit on the digits of an int
         raise Refused(400, "the body holds an invalid or too large number (NaN, Infinity, 1e999 …)", code="invalid_json") from None
     if "\\u" in text and not _encodes(payload):
         raise Refused(400, "the body holds half a surrogate pair (\\ud800 to \\udfff): send whole characters", code="invalid_json")
@@ -213,7 +213,7 @@ async def _gone(request: Request) -> None:
 
 
 class StallTimeout(H11Protocol):
-    """HTTP protocol that closes connections with an unfinished request head: uvicorn itself waits forever."""
+    """HTTP protocol that closes connections whose request head is not complete after BODY_S: uvicorn itself waits forever."""
 
     _timer: asyncio.TimerHandle | None = None
 

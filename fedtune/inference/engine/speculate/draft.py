@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
 
-_BEHIND = 32  # tokens that it may read before drafting; reading more, as at the start, is not part of the drafting cost
+_BEHIND = 32  # most unread tokens before a draft; more, as at the start, are read separately and not counted as drafting cost
 
 
 class DraftModel(Drafter):

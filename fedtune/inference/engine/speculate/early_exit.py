@@ -1,7 +1,7 @@
-"""Drafts with the model's first layers: exits after layer E through the final norm and the head.
+"""Drafts with the model's first layers: after layer E, the final norm and the head give the logits.
 
-The first layers share the model's keys and values; those of draft tokens are removed before verification. Checkpoints that were not trained
-for it draft poorly, and `adapt` then pauses speculation.
+The draft uses the model's own cache; keys and values of draft tokens are removed before verification. Checkpoints that were not trained
+for early exit draft poorly, and `adapt` then pauses speculation.
 
 Source: Elhoushi et al. 2024, LayerSkip, arXiv:2404.16710; Zhang et al. 2024, Draft & Verify, arXiv:2309.08168.
 """
@@ -22,7 +22,7 @@ class EarlyExit(Drafter):
     """Drafts with the first layers.
 
     Args:
-        layers: E; None takes half of them.
+        layers: E, the number of layers; None uses half of the model's.
     """
 
     name = "early-exit"

@@ -1,11 +1,11 @@
-"""Which guesses stay, and which token follows them, so that the text is distributed as if the model had drawn it token by token.
+"""Accepts or rejects draft tokens and draws the next one, so that the text has the distribution of plain decoding.
 
-A guess x ~ q is kept with probability min(1, p(x) / q(x)). After the first that is not, the next token is drawn from the residual
-norm(max(0, p - q)), which is what p has over q; if all are kept, one more comes from p.
+A draft token x ~ q is accepted with probability min(1, p(x) / q(x)). At the first rejection, the next token is drawn from the residual
+norm(max(0, p - q)). If all are accepted, one more token is drawn from p.
 
-A guess without a distribution is certain: q is 1 at x. Then x is kept with probability p(x), and the residual is p without x. That is the
-same as to draw y ~ p and keep the guess if y = x, else to take y. It is done so, because the text is then the one that plain decoding with
-the same seed would have given, token for token, whatever was guessed and how many at a time.
+A draft token without a distribution is certain: q(x) = 1. Then x is accepted with probability p(x), and the residual is p without x. This
+is the same as drawing y ~ p, accepting x if y = x, and else using y. The code does the latter, because its text equals that of plain
+decoding with the same seed, token for token, for any draft of any length.
 
 Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1 and appendix A.1.
 """
@@ -17,23 +17,23 @@ from fedtune.inference.engine.sample import draw
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """max(0, p - q), or p where nothing is left of it (p and q alike, but for rounding): (..., V), not normalized."""
+    """max(0, p - q), or p if that is zero everywhere (p = q, up to rounding): (..., V), not normalized."""
     over = (p - q).clamp(min=0)
     return torch.where(over.sum(-1, keepdim=True) > 0, over, p)
 
 
 def verify(p: Tensor, drafted: Tensor, q: Tensor | None, accept: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the first guesses and draw the token that follows, of B texts at once.
+    """Accept leading draft tokens and draw the next token, for B texts at once.
 
     Args:
-        p: (B, g + 1, V): what the model draws each position from; row i follows the first i guesses.
-        drafted: (B, g) int64.
-        q: (B, g, V): what the guesses were drawn from; None: each was certain.
+        p: (B, g + 1, V): the model's distribution at each position; row i follows the first i draft tokens.
+        drafted: (B, g) int64, the draft tokens.
+        q: (B, g, V): the drafter's distributions; None if each draft token is certain.
         accept: (B, g) uniform numbers.
         draws: (B, g + 1) uniform numbers, float64.
 
     Returns:
-        (B,) how many guesses stay, (B,) the token after them.
+        (B,) number of accepted draft tokens, (B,) the token after them.
     """
     guesses = drafted.shape[1]
     if q is None:
@@ -48,11 +48,11 @@ def verify(p: Tensor, drafted: Tensor, q: Tensor | None, accept: Tensor, draws: 
 
 
 def verify_greedy(best: list[int], drafted: list[int]) -> tuple[int, int]:
-    """The same for the likeliest tokens: best (g + 1) of the model, drafted (g)."""
+    """As `verify` for greedy decoding: `best` has the model's g + 1 most likely tokens, `drafted` the g draft tokens."""
     kept = next((i for i, token in enumerate(drafted) if token != best[i]), len(drafted))
     return kept, best[kept]
 
 
 def _first(good: Tensor) -> Tensor:
-    """How many are true before the first that is not: (B, g) → (B,)."""
+    """Number of leading true values: (B, g) → (B,)."""
     return good.long().cumprod(1).sum(1)
