@@ -1,1 +1,1 @@
-"""This engine against transformers, OpenVINO and llama.cpp, interleaved: `python -m fedtune.simulations.benchmarks.inference`."""
+"""fedtune's engine against transformers, OpenVINO and llama.cpp: `python -m fedtune.simulations.benchmarks.inference`."""

@@ -1,16 +1,16 @@
-"""Prefill, decode, memory and verification cost of this engine and of its peers, on the same random Llama weights.
+"""Prefill, decode, memory and verification cost of fedtune's engine and other engines, on the same random Llama weights.
 
-    python -m fedtune.simulations.benchmarks.inference --peers PYTHON --out docs/inference.md
+    python -m fedtune.simulations.benchmarks.inference --peers PYTHON --out docs/bench-inference.md
 
-Each backend is a process of its own that stays loaded; rounds go through all of them in turn (A B C A B C ...), so that a machine whose
-speed drifts drifts for all: quote the ratios. A round is 128 tokens of prompt (time to the first logits) and 128 greedy tokens after
-them. "verify n" is a pass of n tokens over a pass of one, after the prompt; it decides what speculation can give. Peak memory is the
-process's high-water mark after the rounds, with Python and libraries; pages of a mapped file count.
+Each backend runs in its own process, which stays loaded. Rounds alternate between the backends (A B C A B C ...), so that changes in
+machine speed affect all of them: quote the ratios. A round is a prefill of 128 tokens (time to the first logits) and 128 greedy tokens.
+"verify n" is the time of a pass of n tokens after the prompt, divided by that of one token; it limits the gain of speculation. Peak memory
+is the process's high-water mark after the rounds, with Python and libraries; pages of mapped files count.
 
-PYTHON is an interpreter that has openvino, optimum-intel and llama-cpp-python (built without AMX where that crashes); without it this
-engine and transformers run alone. Peers run at their best settings that we know: llama.cpp without mmap and with huge pages, OpenVINO's
-latency hint and a head for the last row only, transformers with huge pages; this engine runs as its commands do. All get the same number
-of threads.
+PYTHON is an interpreter with openvino, optimum-intel and llama-cpp-python (built without AMX if AMX crashes); without --peers only fedtune
+and transformers run. Other engines use the best settings that we know: llama.cpp without mmap and with huge pages, OpenVINO with its
+latency hint and logits of the last token only, transformers with huge pages. fedtune runs with its commands' defaults. All use the same
+number of threads.
 """
 
 import argparse
@@ -34,12 +34,12 @@ OURS = ("fedtune fp32", "fedtune bf16", "fedtune int8", "fedtune int4")
 SIDES = (*OURS, "transformers bf16", "transformers nf4", "openvino int8", "openvino int4", "llama.cpp Q8_0", "llama.cpp Q4_0")
 VERIFY = (2, 4, 8)
 COMMAND = "python -m fedtune.simulations.benchmarks.inference"
-HUGE = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read at start-up only
+HUGE = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # only read at process start
 
 
 @dataclass
 class Side:
-    """A backend's process, and what it was seen to take: seconds by order."""
+    """A backend's process and its measurements: seconds by operation."""
 
     name: str
     process: "subprocess.Popen[str]"
@@ -49,7 +49,7 @@ class Side:
     error: str | None = None
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """Send an order; {} once the process has failed."""
+        """Send an order and return the answer; {} once the process has failed."""
         if self.error:
             return {}
         assert self.process.stdin
@@ -60,12 +60,12 @@ class Side:
     def hear(self) -> dict[str, Any]:
         assert self.process.stdout
         line = self.process.stdout.readline()
-        told = json.loads(line) if line else {"error": f"the process ended with {self.process.wait()}"}
-        self.error = told.get("error")
+        answer = json.loads(line) if line else {"error": f"the process ended with {self.process.wait()}"}
+        self.error = answer.get("error")
         if self.error:
             print(f"{self.name}: {self.error}", file=sys.stderr)
             return {}
-        return told
+        return answer
 
     def note(self, what: str, told: Mapping[str, Any]) -> None:
         if "seconds" in told:
@@ -76,13 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["125m", "0.4b"], help="models (default: 125m 0.4b)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=f"default: {', '.join(SIDES)}")
-    parser.add_argument("--peers", metavar="PYTHON", help="interpreter that has openvino and llama_cpp")
-    parser.add_argument("--rounds", type=int, default=5, help="of each side, after one that warms up (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens (default: %(default)s)")
+    parser.add_argument("--peers", metavar="PYTHON", help="interpreter with openvino and llama_cpp")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per backend, after one warm-up round (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (default: all cores)")
-    parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="where models are kept (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="Markdown file to write; a .json and a .png lie beside it")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each backend (default: all cores)")
+    parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="folder for the models (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="Markdown file to write, with a .json and a .png beside it")
     args = parser.parse_args()
     lines = ["# This engine and its peers\n", f"```\n{COMMAND} {shlex.join(told(sys.argv[1:]))}\n```\n"]
     lines.append(f"{hardware()}; {args.threads} threads, {args.rounds} rounds in turn; medians, with the least and the greatest.\n")
@@ -105,7 +105,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def workers(size: str, names: Sequence[str], args: argparse.Namespace) -> Iterator[list[Side]]:
-    """The sides' processes, loaded one after the other."""
+    """Yield the backends' processes, started one after the other."""
     folder = build(size, args.models)
     sides: list[Side] = []
     try:
@@ -125,7 +125,7 @@ def workers(size: str, names: Sequence[str], args: argparse.Namespace) -> Iterat
 
 
 def arguments(name: str, folder: Path, peers: str | None) -> list[str]:
-    """The command of a side's worker."""
+    """The command line of a backend's worker."""
     backend, kind = name.split()
     worker = str(Path(__file__).with_name("worker.py"))
     if backend == "fedtune":
@@ -147,7 +147,7 @@ def arguments(name: str, folder: Path, peers: str | None) -> list[str]:
 
 
 def measure(sides: Sequence[Side], rounds: int, prompt: int, tokens: int) -> None:
-    """Rounds through all sides in turn, the first of which only warms up; then the passes of a few tokens."""
+    """Run alternating rounds, the first as a warm-up; then time passes of a few tokens."""
     draw = random.Random(0)
     for round in range(rounds + 1):
         ids = [draw.randrange(1, VOCABULARY) for _ in range(prompt)]
@@ -165,13 +165,13 @@ def measure(sides: Sequence[Side], rounds: int, prompt: int, tokens: int) -> Non
     for round in range(4 * rounds):
         for side in sides:
             for n in (1, *VERIFY):
-                told = side.ask(do="verify", ids=[draw.randrange(1, VOCABULARY) for _ in range(n)])
+                answer = side.ask(do="verify", ids=[draw.randrange(1, VOCABULARY) for _ in range(n)])
                 if round:
-                    side.note(f"verify {n}", told)
+                    side.note(f"verify {n}", answer)
 
 
 def table(sides: Sequence[Side], prompt: int, tokens: int) -> str:
-    """A row a side: medians, with the least and the greatest."""
+    """A Markdown table with one row per backend: medians, with minimum and maximum."""
     head = ["backend", "prefill tok/s", "decode tok/s", "peak MB", "load s", *(f"verify {n}" for n in VERIFY)]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for side in sides:
@@ -186,7 +186,7 @@ def table(sides: Sequence[Side], prompt: int, tokens: int) -> str:
 
 
 def plot(seen: Mapping[str, Sequence[Side]], prompt: int, tokens: int, path: Path) -> None:
-    """A row a size: prefill and decode of each side."""
+    """Plot prefill and decode speed of each backend, one row per size."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -208,7 +208,7 @@ def plot(seen: Mapping[str, Sequence[Side]], prompt: int, tokens: int, path: Pat
 
 
 def told(arguments: Sequence[str]) -> list[str]:
-    """The command line without this machine's paths."""
+    """Replace this machine's paths in a command line with placeholders."""
     return [
         "PYTHON" if before == "--peers" else "FOLDER" if before == "--models" else a
         for before, a in zip(["", *arguments], arguments, strict=False)

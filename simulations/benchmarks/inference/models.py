@@ -1,4 +1,4 @@
-"""The models of the benchmark, made on the spot: random Llama weights in each backend's form."""
+"""Creates the models of the benchmark: random Llama weights in each backend's format."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ OVModelForCausalLM.from_pretrained(source, export=True, compile=False, quantizat
 
 
 def build(size: str, root: Path) -> Path:
-    """A Hugging Face folder of random weights in bf16, made once."""
+    """Create a Hugging Face folder of random bf16 weights, unless it exists."""
     folder = root / f"llama-{size}"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -47,7 +47,7 @@ def build(size: str, root: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Bytes, one merge (llama.cpp wants some), and names for the other tokens."""
+    """Write a BPE tokenizer: bytes, one merge (llama.cpp needs at least one), and placeholder names for the other tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<s>", *alphabet, pair := alphabet[0] + alphabet[1]]
     words += [f"<{i}>" for i in range(VOCABULARY - len(words))]
@@ -58,7 +58,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def openvino(folder: Path, bits: int, python: str) -> Path:
-    """OpenVINO's form with 4-bit (asymmetric, groups of 32) or 8-bit weights, by optimum-intel under `python`; made once."""
+    """Convert to OpenVINO with 4-bit (asymmetric, groups of 32) or 8-bit weights, with optimum-intel in `python`, unless done."""
     out = folder.with_name(f"{folder.name}-openvino-int{bits}")
     if not (out / "openvino_model.xml").is_file():
         done = subprocess.run([python, "-c", OPENVINO, str(folder), str(out), str(bits)], capture_output=True, text=True)
@@ -68,19 +68,19 @@ def openvino(folder: Path, bits: int, python: str) -> Path:
 
 
 def package(folder: Path, kind: str) -> Path:
-    """This engine's edge package, rounded to nearest; made once."""
+    """Export fedtune's edge package, rounded to nearest, unless it exists."""
     out = folder.with_name(f"{folder.name}-edge-{kind}")
     return out if out.is_dir() else export_edge(idle_adapter(folder), out, quantize=kind)
 
 
 def gguf(folder: Path, kind: str) -> Path:
-    """llama.cpp's file; made once."""
+    """Export llama.cpp's GGUF file, unless it exists."""
     out = folder.with_name(f"{folder.name}-{kind}.gguf")
     return out if out.is_file() else export_gguf(idle_adapter(folder), out, kind=kind)
 
 
 def idle_adapter(folder: Path) -> Path:
-    """An adapter of the model that adds nothing: what is exported is a run or an adapter."""
+    """Create an adapter of the model that changes nothing: export needs a run or an adapter."""
     out = folder.with_name(f"{folder.name}-adapter")
     if not out.is_dir():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

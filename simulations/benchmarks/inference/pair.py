@@ -1,7 +1,7 @@
-"""A real pair for speculation: a pretrained model that is small, a draft distilled from it, real prompts, and what it says to them.
+"""A real pair of models for speculation: a small pretrained model and a draft distilled from it, with real prompts.
 
-Prompts are cut from real text (wikitext-2 and Shakespeare). From the first nine tenths of each come the texts that the draft learns from,
-each a prompt and the model's own answer to it; from the last tenth those that are measured.
+Prompts are cut from real text (wikitext-2 and Shakespeare). Prompts from the first nine tenths of each text, with the model's own answers,
+are the draft's training texts. Prompts from the last tenth are for measurement.
 """
 
 import json
@@ -18,21 +18,21 @@ from fedtune.inference.engine.sample import Sampling
 TEXTS = {"wikitext-2": "lm/wikitext-2/valid.txt", "Shakespeare": "fed/tinyshakespeare/input.txt"}
 MODELS = ("babyllama_tok105", "stories260k")
 PROMPT, ANSWER = 48, 128  # tokens
-HELD = 0.1  # share of each text that is measured
-ROWS = 1500  # texts to learn from
+HELD = 0.1  # share of each text for measurement
+ROWS = 1500  # training texts of the draft
 DRAFT = Distillation(layers=1, steps=1200, length=PROMPT + ANSWER, lr=2e-3)
 
 
 def prompts(engine: Engine, data: Path, count: int, *, held: bool, seed: int = 0, length: int = PROMPT) -> list[list[int]]:
-    """`count` rows of `length` tokens, cut at words from the texts in turn.
+    """Return `count` prompts of `length` tokens, each from a word boundary, from the texts in turn.
 
     Args:
-        engine: Whose tokens.
+        engine: Its tokenizer encodes the prompts.
         data: Folder with `TEXTS`.
-        held: From the last tenth of each text, else from the rest.
+        held: Cut from the last tenth of each text, else from the rest.
 
     Raises:
-        DataError: A text is not there, or too short.
+        DataError: A text is missing or too short.
     """
     draws = [_cuts(engine, data / file, length, held, random.Random(f"{seed} {name}")) for name, file in TEXTS.items()]
     return [next(draws[i % len(draws)]) for i in range(count)]
@@ -46,7 +46,7 @@ def _cuts(engine: Engine, file: Path, length: int, held: bool, draw: random.Rand
     words = " ".join(text.split())
     border = round((1 - HELD) * len(words))
     words = words[border:] if held else words[:border]
-    window = 8 * length  # characters, which are enough for any tokenizer
+    window = 8 * length  # characters, enough for `length` tokens of any tokenizer
     if len(words) < 2 * window:
         raise DataError(f"{file} holds {len(words)} characters to cut prompts from: {2 * window} are too few")
     while True:
@@ -55,7 +55,7 @@ def _cuts(engine: Engine, file: Path, length: int, held: bool, draw: random.Rand
 
 
 def learn_from(engine: Engine, data: Path, file: Path, rows: int) -> Path:
-    """A file of JSON rows: prompts and the model's answers to them, sampled at temperature 1; made once."""
+    """Write prompts with the model's answers, sampled at temperature 1, as JSON lines, unless the file exists."""
     if not file.is_file():
         lines = []
         for i, ids in enumerate(prompts(engine, data, rows, held=False)):
@@ -68,7 +68,7 @@ def learn_from(engine: Engine, data: Path, file: Path, rows: int) -> Path:
 
 
 def draft_of(model: Path, data: Path, out: Path, how: Distillation = DRAFT, rows: int = ROWS) -> Path:
-    """The draft of a model, as `fedtune draft` makes it; made once."""
+    """Distill a model's draft as `fedtune draft` does, unless it exists."""
     if not (out / "config.json").is_file():
         text = learn_from(load_engine(model, "fp32"), data, out.with_name(f"{out.name}.jsonl"), rows)
         distill(model, out, text=text, how=how)
@@ -76,5 +76,5 @@ def draft_of(model: Path, data: Path, out: Path, how: Distillation = DRAFT, rows
 
 
 def acceptance(draft: Path) -> float:
-    """What `draft_of` measured on texts that it did not learn from, at temperature 1."""
+    """Acceptance rate that `draft_of` measured on held-out texts, at temperature 1."""
     return json.loads((draft / "fedtune.json").read_text(encoding="utf-8"))["distilled"]["acceptance"]

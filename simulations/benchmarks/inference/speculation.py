@@ -1,16 +1,16 @@
-"""Speculation from end to end: real text, a real pair, at the cost of a model that is bound by memory.
+"""End-to-end speculative decoding: real text and a real pair of models, at the cost of a memory-bound model.
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.inference.speculation --out docs/bench-speculation.md
 
 The target is a pretrained checkpoint, widened to a shape of the benchmark (`widen`): text and acceptance are those of real weights and real
-prompts, time is that of the large shape. The draft is distilled from the checkpoint by `fedtune draft` (`pair`); "wide draft" is widened
-too, to about a twelfth of the target, "small draft" is as distilled. "auto" is what `fedtune generate` does by itself, with a draft model
-what it does with `--draft`; each answer begins with nothing measured, as a command does. "early exit" leaves behind the last layer that
-came from the checkpoint, where nothing is missing any more: an upper bound for a model that was trained for it, not a forecast.
+prompts, time is that of the large shape. `fedtune draft` distills the draft model from the checkpoint (`pair`). "wide draft" is that model,
+widened to about a twelfth of the target; "small draft" is not widened. "auto" is the default of `fedtune generate`, with a draft model that
+of `--draft`; each answer starts without measurements, like a command. "early exit" exits after the checkpoint's last layer, where the
+result is already exact: an upper bound for a model trained for early exit, not a forecast.
 
-Each number format is a process of its own. In it all sides answer a prompt one after the other before the next prompt comes, so that a
-machine whose speed drifts drifts for all: figures are ratios to plain decoding of the same prompt, medians with quartiles. "kept" is the
-share of the guesses that stayed, "same" how many greedy answers are plain decoding's, token for token.
+Each number format has its own process. There all sides answer one prompt before the next prompt, so that changes in machine speed affect
+all of them. Figures are ratios to plain decoding of the same prompt, medians with quartiles. "kept" is the share of accepted draft tokens,
+"same" the number of greedy answers that equal plain decoding token for token.
 """
 
 import argparse
@@ -44,21 +44,21 @@ from fedtune.simulations.benchmarks.inference.widen import Size, widen
 from fedtune.simulations.studies.real import hardware
 
 PLAIN = "plain"
-WIDE = {"125m": (256, 4, 8, 4, 512), "0.4b": (512, 8, 8, 4, 1536)}  # of the draft, as in SIZES
-DRAFT_KINDS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}  # of the target → of the wide draft
+WIDE = {"125m": (256, 4, 8, 4, 512), "0.4b": (512, 8, 8, 4, 1536)}  # shapes of the wide draft, as in SIZES
+DRAFT_KINDS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}  # number format of the target → of the wide draft
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One number format's part.
+    """The measurements of one number format.
 
     Args:
-        size, kind: Of the target.
-        target, wide, small: Folders.
+        size, kind: Shape and number format of the target.
+        target, wide, small: Folders of the target and the two drafts.
         exit_at: Layers of the early exit.
-        rows: Prompts.
-        new: Tokens of an answer.
-        fixed: Numbers of guesses that lookup and the wide draft also make whatever they cost.
+        rows: Token ids of each prompt.
+        new: Maximum tokens of an answer.
+        fixed: Fixed numbers of draft tokens, also measured with lookup and the wide draft.
     """
 
     size: str
@@ -76,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one side took for one prompt; ratio and same compare it with plain decoding."""
+    """One side's cost for one prompt; `ratio` and `same` compare it with plain decoding."""
 
     tokens: int
     seconds: float
@@ -88,7 +88,7 @@ class Answer:
     same: bool
 
 
-Found = dict[str, dict[str, list[Answer]]]  # temperature, side → an answer a prompt
+Found = dict[str, dict[str, list[Answer]]]  # temperature → side → one answer per prompt
 
 
 def main() -> None:
@@ -96,18 +96,18 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="checkpoint to widen (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", choices=list(WIDE), default=["125m"], help="shapes to widen it to (default: 125m)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=f"number formats (default: {' '.join(KINDS)})")
-    parser.add_argument("--prompts", type=int, default=20, help="held-out prompts, half of each text (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=ANSWER, help="new tokens, where no end comes before (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=20, help="held-out prompts, half from each text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=ANSWER, help="maximum new tokens (default: %(default)s)")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8], help="0 is greedy (default: 0 0.8)")
-    parser.add_argument("--fixed", nargs="*", type=int, default=[], metavar="N", help="also guess N tokens always, whatever that costs")
+    parser.add_argument("--fixed", nargs="*", type=int, default=[], metavar="N", help="also measure a fixed number of N draft tokens")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="where models are kept (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="Markdown file to write; a .json and a .png lie beside it")
+    parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="folder for the models (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="Markdown file to write, with a .json and a .png beside it")
     args = parser.parse_args()
     data = Path(os.environ.get("FEDTUNE_DATA", "data"))
     source = data / "models" / args.model / "hf"
     draft = draft_of(source, data, args.models / f"{args.model}-draft")
-    os.environ.update(OMP_NUM_THREADS=str(args.threads))  # of the processes to come
+    os.environ.update(OMP_NUM_THREADS=str(args.threads))  # inherited by the measuring processes
     command = f"FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.inference.speculation {shlex.join(told(sys.argv[1:]))}"
     lines = ["# Speculation, from end to end\n", f"```\n{command.strip()}\n```\n"]
     lines.append(
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def jobs(source: Path, draft: Path, size: str, data: Path, args: argparse.Namespace) -> list[Job]:
-    """The measurements of a size; its models are made where they are not there yet."""
+    """Return the measurements of a size; creates missing models."""
     engine = load_engine(source, "fp32")
     target = widen(source, args.models / f"{args.model}-{size}", as_size(SIZES[size]))
     wide = widen(draft, args.models / f"{args.model}-draft-for-{size}", as_size(WIDE[size]))
@@ -150,7 +150,7 @@ def as_size(numbers: tuple[int, int, int, int, int]) -> Size:
 
 
 def sides(engine: Engine, job: Job) -> dict[str, Callable[[], Speculation | None]]:
-    """By name, what begins an answer."""
+    """Side name → a function that starts an answer's speculation."""
     wide, small = load_engine(job.wide, DRAFT_KINDS[job.kind]), load_engine(job.small)
     found: dict[str, Callable[[], Speculation | None]] = {
         PLAIN: lambda: None,
@@ -167,7 +167,7 @@ def sides(engine: Engine, job: Job) -> dict[str, Callable[[], Speculation | None
 
 
 def measure(job: Job) -> Found:
-    """All sides in turn for each prompt, behind a short round that warms up."""
+    """Run all sides on each prompt, after a short warm-up."""
     torch.set_num_threads(job.threads)
     engine = load_engine(job.target, None if job.kind in ("int8", "int4") else job.kind)
     ways = sides(engine, job)
@@ -198,7 +198,7 @@ def _answer(engine: Engine, row: list[int], sampling: Sampling, new: int, specul
 
 
 def table(seen: Mapping[str, Found]) -> str:
-    """A row for each kind and side, some columns for each temperature."""
+    """A Markdown table: a row per number format and side, three or four columns per temperature."""
     temperatures = list(next(iter(seen.values())))
     head = ["target", "side"]
     for t in temperatures:
@@ -220,7 +220,7 @@ def _name(temperature: str) -> str:
 
 
 def quartiles(answers: Sequence[Answer]) -> tuple[float, float, float]:
-    """Of the ratios to plain decoding; answers that ended at once say nothing."""
+    """Quartiles of the ratios to plain decoding, without answers of one token: these have no decoding time."""
     ratios = [a.ratio for a in answers if a.tokens > 1]
     if len(ratios) < 2:
         return (ratios or [float("nan")])[0], (ratios or [float("nan")])[0], (ratios or [float("nan")])[0]
@@ -247,7 +247,7 @@ def kept(answers: Sequence[Answer]) -> str:
 
 
 def plot(seen: Mapping[str, Mapping[str, Found]], path: Path) -> None:
-    """A row a size, a column a temperature: each side's ratio to plain decoding by the target's number format."""
+    """Plot each side's ratio to plain decoding by number format: a row per size, a column per temperature."""
     import matplotlib
 
     matplotlib.use("agg")

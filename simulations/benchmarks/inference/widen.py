@@ -1,16 +1,16 @@
-"""A larger Llama that computes exactly what a small one computes, at the larger one's cost.
+"""A larger Llama with the same function as a small one, at the cost of the larger one.
 
-What the small model adds to the residual stream it adds to the first d of D channels; the other channels, heads, inner units and whole
-layers write nothing, so that text and acceptance rate are the small model's, while every weight is read and every product is made.
+The small model's residual stream is the first d of D channels. The other channels, heads, intermediate units and layers add zero to it. So
+text and acceptance rate are those of the small model, but every weight is read and every product is computed.
 
-- RMS norms see d numbers and D - d zeros: weight' = weight sqrt(d / D), eps' = eps d / D.
-- Heads grow from h to k h channels. Channel pair i of the small head turns by theta^(-2i / h), which is how pair k i of the large one
-  turns: it goes there. Scores are divided by sqrt(k h) and no longer by sqrt(h): queries are multiplied by sqrt(k).
-- A key head goes into as many key heads as its queries need.
-- New tokens must never be drawn. One more channel holds a constant in all tokens, so small that no norm feels it; the last norm makes it
-  large, and the new tokens' head rows multiply it by a negative number: their logits lie near -64.
+- The input of an RMS norm is d numbers and D - d zeros: weight' = weight sqrt(d / D), eps' = eps d / D.
+- Heads grow from h to k h channels. RoPE rotates channel pair i of a small head by theta^(-2i / h), the frequency of pair k i of a large
+  head, so pair i is copied to pair k i. Scores are divided by sqrt(k h) instead of sqrt(h), so queries are multiplied by sqrt(k).
+- A key head is copied to as many key heads as its query heads need.
+- New tokens must never be sampled. One extra channel holds a constant for all tokens, too small to affect a norm. The last norm scales it
+  up, and the new tokens' head rows multiply it by a negative number, so that their logits are about -64.
 
-Layers that are added come last: an early exit behind the small model's own layers is exact.
+New layers come last, so an early exit after the small model's own layers is exact.
 
 Source of the idea: Chen et al. 2016, Net2Net, arXiv:1511.05641 (function-preserving growth).
 """
@@ -30,16 +30,16 @@ from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine, read_json
 from fedtune.inference.engine.shape import Shape, read_shape
 
-SILENT = -64.0  # logit of a new token, about
-FAINT = 2.0**-20  # the constant channel over the others' root mean square
+SILENT = -64.0  # approximate logit of a new token
+FAINT = 2.0**-20  # constant channel / root mean square of the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What a model is widened to; its heads have hidden / heads channels.
+    """The shape of the larger model; its heads have hidden / heads channels.
 
     Args:
-        kv_heads: At least; more where the small model's do not fit.
+        kv_heads: Minimum number of key-value heads; more if the small model's do not fit.
     """
 
     hidden: int
@@ -51,13 +51,13 @@ class Size:
 
 
 def widen(source: Path, out: Path, size: Size) -> Path:
-    """Write the larger model as a Hugging Face folder, in float32; made once.
+    """Write the larger model as a float32 Hugging Face folder, unless it exists.
 
     Args:
-        source: Hugging Face folder of a Llama without biases, in one file.
+        source: Hugging Face folder of a Llama without biases, with its weights in one file.
 
     Raises:
-        ModelError: It is no such model, or does not fit.
+        ModelError: `source` is not such a model, or does not fit into `size`.
     """
     if (out / "model.safetensors").is_file():
         return out
@@ -80,7 +80,7 @@ def widen(source: Path, out: Path, size: Size) -> Path:
 
 
 def _check(shape: Shape, size: Size, source: Path) -> int:
-    """The number of key heads: the least that divides the heads and holds the small model's."""
+    """Return the smallest number of key heads that divides the heads and has room for the small model's."""
     if shape.family != "llama" or shape.qkv_bias or shape.o_bias or shape.mlp_bias or shape.rope.kind in ("dynamic", "yarn"):
         raise ModelError(f"{source} cannot be widened: only Llamas without biases whose rotations hang on no head size can")
     width = size.hidden // size.heads
@@ -102,7 +102,7 @@ def _check(shape: Shape, size: Size, source: Path) -> int:
 
 
 def _copies(shape: Shape, group: int) -> int:
-    """Large key heads that a small one goes into, where each serves `group` queries."""
+    """Number of copies of each small key head, if each large one serves `group` query heads."""
     return math.ceil(shape.heads // shape.kv_heads / group)
 
 
@@ -112,11 +112,11 @@ def _tensors(old: dict[str, Tensor], shape: Shape, size: Size, kv_heads: int, rm
     width, wide = shape.head_dim, size.hidden // size.heads
 
     def norm(name: str | None) -> Tensor:
-        made = torch.ones(size.hidden)
+        weight = torch.ones(size.hidden)
         if name is not None:
-            made[:] = 0
-            made[:d] = old[name] * ratio
-        return made
+            weight[:] = 0
+            weight[:d] = old[name] * ratio
+        return weight
 
     new: dict[str, Tensor] = {}
     for i in range(size.layers):
@@ -143,8 +143,8 @@ def _tensors(old: dict[str, Tensor], shape: Shape, size: Size, kv_heads: int, rm
         new[name] = torch.zeros(size.vocabulary, size.hidden)
         new[name][: shape.vocab, :d] = old[name]
     if size.vocabulary > shape.vocab:
-        faint = 2.0 ** round(math.log2(rms * FAINT))  # bfloat16 holds it too
-        seen = old["model.norm.weight"].square().mean().sqrt().item()  # what the last norm makes of it, about: no larger than the others
+        faint = 2.0 ** round(math.log2(rms * FAINT))  # a power of two, exact in bfloat16 too
+        seen = old["model.norm.weight"].square().mean().sqrt().item()  # approximate value after the last norm: no larger than the others
         new["model.embed_tokens.weight"][: shape.vocab, d] = faint
         new["model.norm.weight"][d] = seen * ratio * rms / faint
         new[tables[-1]][shape.vocab :, d] = SILENT / seen
@@ -152,7 +152,7 @@ def _tensors(old: dict[str, Tensor], shape: Shape, size: Size, kv_heads: int, rm
 
 
 def _head_rows(shape: Shape, size: Size, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the small model's query rows go, where rows of keys and values go, and which of the small model's these are."""
+    """Return target rows of the small query rows, target rows of keys and values, and the small model's rows of the latter."""
     width, wide, few, group = shape.head_dim, size.hidden // size.heads, shape.heads // shape.kv_heads, size.heads // kv_heads
     copies, half = _copies(shape, group), width // 2
     pair = torch.arange(half) * (wide // width)
@@ -165,7 +165,7 @@ def _head_rows(shape: Shape, size: Size, kv_heads: int) -> tuple[Tensor, Tensor,
 
 @torch.inference_mode()
 def _final_rms(source: Path) -> float:
-    """Root mean square of what enters the last norm, the median over random tokens."""
+    """Root mean square of the last norm's input: the median over random tokens."""
     engine = load_engine(source, "fp32")
     ids = torch.randint(engine.shape.vocab, (min(64, engine.shape.context),), generator=torch.Generator().manual_seed(0))
     hidden = engine.decoder.run(engine.decoder.embed(ids), [Span(engine.cache(), len(ids))])

@@ -1,7 +1,7 @@
-"""One backend in a process of its own: it loads a model and then does, for each line of JSON on stdin, what the line asks.
+"""The process of one backend: loads a model, then executes the orders on stdin, one line of JSON each.
 
-Run by path under the interpreter that has the backend (`python worker.py BACKEND MODEL ...`), so it imports nothing of fedtune but where
-fedtune is the backend. Answers are lines of JSON on stdout: `{"seconds": ...}`, `{"peak_mb": ...}` or `{"error": ...}`.
+It runs by path in the interpreter that has the backend (`python worker.py BACKEND MODEL ...`), so it imports fedtune only if that is the
+backend. Answers are lines of JSON on stdout: `{"seconds": ...}`, `{"peak_mb": ...}` or `{"error": ...}`.
 """
 
 import argparse
@@ -18,20 +18,20 @@ class Backend(Protocol):
     """A model and one sequence."""
 
     def prefill(self, ids: list[int]) -> int:
-        """Start anew with these tokens; the greedy next one."""
+        """Start a new sequence with these tokens. Returns the greedy next token."""
         ...
 
     def step(self, token: int) -> int:
-        """One more token; the greedy next one."""
+        """Append a token. Returns the greedy next token."""
         ...
 
     def verify(self, ids: list[int]) -> None:
-        """Logits of all these tokens after what is held, which is then forgotten again."""
+        """Compute the logits of these tokens after the sequence, then remove them from the cache."""
         ...
 
 
 class Fedtune:
-    """This engine."""
+    """fedtune's engine."""
 
     def __init__(self, model: Path, kind: str, threads: int, context: int) -> None:
         import torch
@@ -95,7 +95,7 @@ class LlamaCpp:
     """llama.cpp through its Python bindings; the model is read into huge pages, not mapped."""
 
     def __init__(self, model: Path, kind: str, threads: int, context: int) -> None:
-        import llama_cpp  # pyright: ignore[reportMissingImports] - of the peers' interpreter
+        import llama_cpp  # pyright: ignore[reportMissingImports] - in the interpreter of --peers
         import numpy
 
         self.api, self.numpy, self.length = llama_cpp, numpy, 0
@@ -141,7 +141,7 @@ class LlamaCpp:
 
 
 class OpenVino:
-    """OpenVINO: the stateful model that optimum-intel writes, its head cut to the last row as OpenVINO GenAI does."""
+    """OpenVINO: optimum-intel's stateful model, with logits of the last token only, as in OpenVINO GenAI."""
 
     def __init__(self, model: Path, kind: str, threads: int, context: int) -> None:
         import numpy
@@ -161,7 +161,7 @@ class OpenVino:
         return self._infer(self.one, [token], len(self.ids) - 1)
 
     def verify(self, ids: list[int]) -> None:
-        """Its state cannot be cut short here, so the pass only grows the context; the caller starts anew with each prefill."""
+        """The state cannot be cropped here, so each pass extends the context; the caller's next prefill resets it."""
         if self.whole is None:
             self.whole = self._compile(last=False)
         if not getattr(self, "held", None):
@@ -187,7 +187,7 @@ class OpenVino:
         model = core.read_model(self.folder / "openvino_model.xml")
         if last:
             head = next(o for o in model.outputs if "logits" in o.names).get_node().input_value(0).get_node()
-            while head.get_type_name() != "MatMul":  # a conversion may stand between
+            while head.get_type_name() != "MatMul":  # a conversion may follow the head
                 head = head.input_value(0).get_node()
             ops = self.ov.opset13
             cut = ops.slice(head.input_value(0), [-1], [2**31 - 1], [1], [1])
@@ -219,7 +219,7 @@ def resident_mb() -> float:
 
 
 def serve(backend: Backend, orders: Any, answer: Callable[[dict[str, Any]], None]) -> None:
-    """Do what each line of `orders` asks."""
+    """Execute each order and send its answer."""
     for line in orders:
         order = json.loads(line)
         start = time.perf_counter()
@@ -246,20 +246,20 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--kind", default="")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--context", type=int, default=512, help="tokens that the cache is made for")
+    parser.add_argument("--context", type=int, default=512, help="cache size in tokens")
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries talk on stdout; answers have it to themselves
+    os.dup2(2, 1)  # what libraries print on stdout goes to stderr; only answers go to stdout
 
-    def answer(told: dict[str, Any]) -> None:
-        print(json.dumps(told), file=out, flush=True)
+    def answer(values: dict[str, Any]) -> None:
+        print(json.dumps(values), file=out, flush=True)
 
     start = time.perf_counter()
     try:
         backend = BACKENDS[args.backend](args.model, args.kind, args.threads, args.context)
         answer({"load_s": time.perf_counter() - start})
         serve(backend, sys.stdin, answer)
-    except Exception as error:  # whatever a foreign library raises becomes a row that says so
+    except Exception as error:  # any error of a library becomes a row of the table
         answer({"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
 
 
