@@ -1,11 +1,10 @@
-"""What the framework costs: client turns in the in-process engine against a bare PyTorch + PEFT loop that does the same steps.
+"""Overhead of the framework: client turns in the in-process engine against a bare PyTorch + PEFT loop with the same steps.
 
     python -m fedtune.simulations.benchmarks.client_turn --clients 100 --repeats 5
 
-Both sides train the demo's homes on the nano backbone with one thread: the same rows in the same order, the same optimizer steps, the
-same weighted mean. The bare loop has no messages, no checks, no checkpoints, no metrics. The sides run in turn (A B C A B C ...), so that a
-machine whose speed drifts drifts for all; quote the ratio. Memory is the process's high-water mark over one round, in a process of its
-own.
+All sides train the demo's homes on the nano backbone with one thread: the same rows in the same order, the same optimizer steps, the same
+weighted mean. The bare loop has no messages, no checks, no checkpoints, no metrics. The sides alternate (A B C A B C ...), so that changes
+in machine speed affect all of them; quote the ratio. Memory is the high-water mark of one round in a separate process.
 """
 
 import argparse
@@ -39,11 +38,11 @@ from fedtune.strategies.fedavg import FedAvg
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=100, help="clients of a round (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of each side to time (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=100, help="clients per round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds per side (default: %(default)s)")
     parser.add_argument(
-        "--memory", type=int, nargs="*", default=[10, 100, 400], help="cohorts to measure the memory of (default: 10 100 400)"
+        "--memory", type=int, nargs="*", default=[10, 100, 400], help="cohort sizes for the memory table (default: 10 100 400)"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,7 +57,7 @@ def main() -> None:
         for side, run in sides.items():
             start = time.perf_counter()
             states[side] = run(space)
-            if repeat:  # the first round of each warms up
+            if repeat:  # the first round is a warm-up
                 seconds[side].append(time.perf_counter() - start)
         bare = states["bare loop"]
         for side, state in states.items():
@@ -99,7 +98,7 @@ def experiment(clients: int, steps: int) -> Config:
 
 
 def bare_round(space: Workspace) -> dict[str, torch.Tensor]:
-    """One round as anybody would write it with PyTorch and PEFT: load, train, read, add up."""
+    """One round in plain PyTorch and PEFT: load, train, read, average."""
     config, model = space.config, space.live.model
     named = dict(space.live.parameters)
     params, start = list(named.values()), space.initial
@@ -125,7 +124,7 @@ def bare_round(space: Workspace) -> dict[str, torch.Tensor]:
 
 
 class _Silence:
-    """A observer that is told nothing."""
+    """A run observer that ignores everything."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args: None
@@ -136,12 +135,12 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def start_of(space: Workspace) -> dict[str, torch.Tensor]:
-    """The adapter that every side starts from."""
+    """The initial adapter of every side."""
     return dict(space.initial.tensors)
 
 
 def our_round_together(space: Workspace) -> dict[str, torch.Tensor]:
-    """As `our_round`, with as many clients at once as `engine.batched=auto` finds best."""
+    """As `our_round`, with `engine.batched=auto`."""
     return our_round(space, "auto")
 
 

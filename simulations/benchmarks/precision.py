@@ -1,17 +1,17 @@
-"""What a frozen backbone costs in each precision: memory and seconds of loading it and of a training step; and what it costs in quality.
+"""Cost of a frozen backbone in each precision: memory and seconds of loading and of a training step, and loss of quality.
 
     python -m fedtune.simulations.benchmarks.precision
     python -m fedtune.simulations.benchmarks.precision --sizes tiny 0.4b --checkpointing
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.precision --text --seeds 0 1 --out docs/precision.md
 
-Weights are random, the architecture is Llama's, LoRA r=8 on all linear layers. Each cell is a process of its own; "first load" makes the
-cache of a quantized backbone, "load" is a later start. Peaks are the process's high-water mark of resident memory, of which "libraries" is
-what Python, PyTorch and the rest take before anything is loaded; pages of a mapped file count, though the system may take them back.
-"weights" is the bytes of the backbone's tensors, "activations" of what a forward pass keeps for the backward one. The step of the model
-"tiny" is what the runtime takes whatever the model: the last column is the ratio to fp32 of what each needs above that.
+The models are random Llamas with LoRA r=8 on all linear layers. Each cell runs in its own process. "first load" creates the cache of a
+quantized backbone, "load" is a later start. Peaks are high-water marks of the process's resident memory. They include "libraries", the
+memory of Python, PyTorch and other packages before the load, and pages of mapped files, which the system may reclaim. "weights" is the size
+of the backbone's tensors, "activations" of the tensors that a forward pass saves for the backward pass. The step of the model "tiny"
+estimates the runtime's fixed memory: the last column is the ratio to fp32 after subtracting it.
 
---text trains instead: stories260k on Shakespeare and MiniLM on Banking77, by conf/shakespeare.yaml and conf/banking77.yaml, in each
-precision, and holds the last metric against fp32's of the same seed: within 2 % of nats, or one point of accuracy; the curves are drawn
+--text trains instead: stories260k on Shakespeare and MiniLM on Banking77 (conf/shakespeare.yaml, conf/banking77.yaml) in each precision. It
+compares the final metric with that of fp32 and the same seed. The bounds are 2 % of nats, and one point of accuracy. The curves are plotted
 beside --out.
 """
 
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-if TYPE_CHECKING:  # a cell counts what loading these takes
+if TYPE_CHECKING:  # a cell measures the memory of these imports
     from fedtune.config import TaskConfig
     from fedtune.data import Example
     from fedtune.models import LiveAdapter
@@ -45,7 +45,7 @@ SIZES = {  # hidden, layers, heads, intermediate, vocabulary
 }
 PRECISIONS = ("fp32", "bf16", "nf4", "int8")
 COLUMNS = ("libraries MB", "weights MB", "activations MB", "first load MB", "first load s", "load MB", "load s", "step MB", "step s")
-TEXT = (  # scenario, metric, its name, how far it may be from fp32's, rounds, and every how many the test is scored
+TEXT = (  # scenario, metric, its name, allowed loss against fp32, rounds, rounds between evaluations
     ("shakespeare", "loss", "nats", 0.02, 10, 1),
     ("banking77", "accuracy", "accuracy", 0.01, 40, 5),
 )
@@ -56,16 +56,16 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="backbones (default: all)")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, help="default: all")
     parser.add_argument(
-        "--compute", default="auto", choices=["auto", "bf16", "fp32"], help="products of nf4 and int8 (default: %(default)s)"
+        "--compute", default="auto", choices=["auto", "bf16", "fp32"], help="data type of nf4 and int8 products (default: %(default)s)"
     )
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
-    parser.add_argument("--shape", default="4x128", metavar="BxT", help="examples × tokens of a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="steps, of which the first warms up (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 takes all cores")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--shape", default="4x128", metavar="BxT", help="examples × tokens per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="steps, including one warm-up step (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 uses all cores")
     parser.add_argument("--text", action="store_true", help="train on real text in each precision instead")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of --text (default: 0)")
-    parser.add_argument("--out", type=Path, help="Markdown file that what is printed is added to, a row as it is found")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of a cell
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of --text (default: 0)")
+    parser.add_argument("--out", type=Path, help="Markdown file to append the output to, row by row")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # set for a cell's process
     parser.add_argument("--part", choices=["make", "load", "step"], help=argparse.SUPPRESS)
     args, extra = parser.parse_known_args()
     if args.part:
@@ -79,7 +79,7 @@ def main() -> None:
     say = sayer(args.out, "Memory of a training step")
     say(f"{args.shape}, {args.threads or torch.get_num_threads()} threads, compute={args.compute}, checkpointing={args.checkpointing}\n")
     say(f"| model | precision | {' | '.join(COLUMNS)} | step / fp32 | above tiny / fp32 |\n|{'---|' * (len(COLUMNS) + 4)}")
-    floor: dict[str, float] = {}  # precision → what the runtime takes
+    floor: dict[str, float] = {}  # precision → the runtime's fixed memory, MB
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             whole = None
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def sayer(out: Path | None, title: str) -> Callable[[str], None]:
-    """What prints, and adds to the file, which gets a section with the command."""
+    """Return a function that prints a line and appends it to the file; starts a section with the command."""
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -114,7 +114,7 @@ def sayer(out: Path | None, title: str) -> Callable[[str], None]:
 
 
 def in_process(args: argparse.Namespace, size: str, precision: str, folder: str, part: str) -> dict[str, float]:
-    """What one cell's part measures, in a process that does nothing else."""
+    """Return the measurements of a cell's part, from a separate process."""
     command = [sys.executable, "-m", "fedtune.simulations.benchmarks.precision", "--part", part, "--folder", folder, "--sizes", size]
     command += ["--precisions", precision, "--compute", args.compute, "--shape", args.shape, "--steps", str(args.steps)]
     command += ["--threads", str(args.threads), *(["--checkpointing"] if args.checkpointing else [])]
@@ -125,7 +125,7 @@ def in_process(args: argparse.Namespace, size: str, precision: str, folder: str,
 
 
 def cell(args: argparse.Namespace) -> None:
-    """Make the checkpoint, or load it, or load it and train a few steps; prints what it took as JSON."""
+    """Create the checkpoint, load it, or load it and train a few steps; prints the measurements as JSON."""
     if args.threads:
         torch.set_num_threads(args.threads)
     folder = Path(args.folder) / "model"
@@ -170,14 +170,14 @@ def cell(args: argparse.Namespace) -> None:
         reset_peak(cpu)
         for _ in range(args.steps):
             seconds.append(train(work).seconds)
-            # `train` begins a new mark at each turn; all of them train the same
+            # `train` resets the high-water mark at each turn; all turns are alike
         out |= {"step MB": peak_mb(cpu), "step s": statistics.median(seconds[1:] or seconds)}
         out["activations MB"] = kept_mb(live, [Example(d, d) for d in drawn], task)
     print(json.dumps(out))
 
 
 def kept_mb(live: "LiveAdapter", examples: "Sequence[Example]", task: "TaskConfig") -> float:
-    """MB that one forward pass in training keeps for the backward pass, each piece of memory once, weights not counted."""
+    """MB that a forward pass saves for the backward pass; counts each storage once, and no weights."""
     from fedtune.data import collate
     from fedtune.models import loss_sum
 
@@ -193,12 +193,12 @@ def kept_mb(live: "LiveAdapter", examples: "Sequence[Example]", task: "TaskConfi
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss, _ = loss_sum(model, collate(examples, 1), task)
-    del loss  # until here nothing that was kept is let go, so that no address is taken twice
+    del loss  # only now are saved tensors freed, so that no address is reused while counting
     return sum(kept.values()) / 1e6
 
 
 def make(folder: Path, size: str, context: int) -> None:
-    """A random checkpoint in float32, with the embedded backbone's tokenizer."""
+    """Create a random float32 checkpoint with the tokenizer of the embedded backbone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fedtune.models.checkpoint import NANO
@@ -215,7 +215,7 @@ def make(folder: Path, size: str, context: int) -> None:
 
 
 def on_text(args: argparse.Namespace, extra: list[str]) -> None:
-    """Final metric of LoRA on a frozen backbone in each precision against fp32's, and the curves."""
+    """Compare LoRA's final metric in each precision with fp32's, and plot the curves."""
     from fedtune.simulations.studies.real import hardware, mean_and_spread
 
     curves: dict[tuple[str, str], list[list[tuple[int, float]]]] = {}  # scenario, precision → per seed (round, metric)
@@ -230,17 +230,17 @@ def on_text(args: argparse.Namespace, extra: list[str]) -> None:
             mine = curves[scenario, precision] = [curve([f"conf={scenario}", *settings, f"seed={k}", *extra], key) for k in args.seeds]
             seconds = (time.perf_counter() - start) / len(args.seeds)
             worse = [against(one[-1][1], whole[-1][1], name) for one, whole in zip(mine, curves[scenario, "fp32"], strict=True)]
-            told = f"{mean_and_spread([100 * w for w in worse], 1)} {'% of nats' if name == 'nats' else 'points'} worse"
+            loss = f"{mean_and_spread([100 * w for w in worse], 1)} {'% of nats' if name == 'nats' else 'points'} worse"
             ok = "kept" if statistics.fmean(worse) <= bound else "not kept"
             ends = [mean_and_spread([one[i][1] for one in mine]) for i in (0, -1)]
-            say(f"| {scenario}, {name} | {precision} | {' | '.join(ends)} | {told} | {ok} | {seconds:.0f} |")
+            say(f"| {scenario}, {name} | {precision} | {' | '.join(ends)} | {loss} | {ok} | {seconds:.0f} |")
     if args.out:
         plot(curves, picture := args.out.with_suffix(".png"))
         say(f"\n![curves]({picture.name})")
 
 
 def curve(overrides: list[str], key: str) -> list[tuple[int, float]]:
-    """(round, metric on the global test) of a run."""
+    """Simulate a run. Returns its (round, metric on the global test)."""
     from fedtune.config.compose import compose
     from fedtune.experiment import simulate
     from fedtune.runs.report import read_metrics
@@ -251,12 +251,12 @@ def curve(overrides: list[str], key: str) -> list[tuple[int, float]]:
 
 
 def against(found: float, whole: float, name: str) -> float:
-    """How much worse than fp32: nats as a share of fp32's, accuracy as a difference."""
+    """Loss against fp32: relative for nats, absolute for accuracy."""
     return (found - whole) / whole if name == "nats" else whole - found
 
 
 def plot(curves: Mapping[tuple[str, str], list[list[tuple[int, float]]]], path: Path) -> None:
-    """A panel a study, a line a precision: the mean over the seeds."""
+    """Plot the mean over the seeds: a panel per study, a line per precision."""
     import matplotlib.pyplot as plt  # late: a cell that measures memory does not need it
 
     figure, axes = plt.subplots(1, len(TEXT), figsize=(5 * len(TEXT), 3.8))

@@ -1,11 +1,11 @@
-"""Our in-process engine against Flower's Ray simulation with a trainer per client, as FlowerTune's client is written.
+"""fedtune's in-process engine against Flower's Ray simulation with a trainer per client, as in FlowerTune's client.
 
     python -m fedtune.simulations.benchmarks.ray_baseline --clients 100
 
-The baseline: Flower's own simulation engine on all cores; each message loads the backbone, wraps it with PEFT, sets the adapter, builds a
-`transformers.Trainer`, takes the steps, and sends the adapter back. Ours: the scenario `heterogeneous` without devices, one process. Both
-train the demo's homes on the nano backbone, the same rows and steps, one round. The baseline's time counts once its workers have taken a
-turn each: starting Ray and loading torch are left out. The sides take turns. Other models and shapes: bench_batched --ray.
+The baseline is Flower's own simulation engine on all cores. For each message it loads the backbone, wraps it with PEFT, sets the adapter,
+builds a `transformers.Trainer`, runs the steps, and returns the adapter. fedtune runs the scenario `heterogeneous` without devices, in one
+process. Both train the demo's homes on the nano backbone for one round, with the same rows and steps. The baseline's time excludes starting
+Ray and loading torch: it starts after one turn of each worker. The sides alternate. Other models and shapes: `benchmarks.batched --ray`.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from fedtune.simulations.benchmarks.client_turn import experiment, our_round_tog
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the baseline's client builds for every message.
+    """The model and training of the baseline's client.
 
     Args:
         folder: The checkpoint.
-        labels: Classes; 0 is a causal LM.
-        dtype: Of the backbone.
-        steps: Optimizer steps of a turn.
+        labels: Number of classes; 0 for a causal LM.
+        dtype: Data type of the backbone.
+        steps: Optimizer steps per turn.
     """
 
     folder: str
@@ -53,7 +53,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """A round's work: rows of a batch, and each client's examples."""
+    """The work of a round: batch size, and each client's examples."""
 
     batch: int
     examples: Sequence[Sequence[Example]]
@@ -61,7 +61,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Wall seconds of a round, and the peak MB of all workers (the largest one's, times their number)."""
+    """Wall-clock seconds of a round, and peak MB of all workers: their number times the largest one's peak."""
 
     seconds: float
     mb: float
@@ -69,10 +69,10 @@ class Cost:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=100, help="clients of the round (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=2, help="rounds of each side (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=100, help="clients per round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="batch size in rows (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds per side (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     config = experiment(args.clients, args.steps)
@@ -80,7 +80,7 @@ def main() -> None:
     space = workspace(json.dumps(to_dict(config)))
     work = Round(batch=args.batch, examples=[space.examples(c, "train") for c in space.client_ids])
     ours, theirs = [], []
-    our_round_together(space)  # warms up and measures how many to train at once
+    our_round_together(space)  # warms up, and chooses the number of clients trained at once
     for _ in range(args.repeats):
         start = time.perf_counter()
         our_round_together(space)
@@ -93,12 +93,12 @@ def main() -> None:
 
 
 def baseline(recipe: Recipe, rounds: Sequence[Round], workers: int) -> list[Cost]:
-    """What rounds cost on Ray, all in one simulation.
+    """Measure the cost of each round on Ray, all in one simulation.
 
     Args:
-        recipe: What a client builds.
-        rounds: Their work; all of as many clients.
-        workers: Ray's, of one thread each.
+        recipe: The client's model and training.
+        rounds: The work of each round, with the same number of clients.
+        workers: Number of Ray workers, of one thread each.
     """
     clients, costs, server = len(rounds[0].examples), list[Cost](), ServerApp()
     start = {n: p.detach().float().numpy() for n, p in trainable(build(recipe)).items()}
@@ -116,8 +116,8 @@ def baseline(recipe: Recipe, rounds: Sequence[Round], workers: int) -> list[Cost
     def ask(grid: Grid, nodes: list[int], number: int) -> float:
         arrays = ArrayRecord(dict(zip(start, ArrayRecord(list(start.values())).values(), strict=True)))
         work = [ConfigRecord({"rows": f"{number}-{k}.json", "batch": rounds[number].batch}) for k in range(len(nodes))]
-        asked = [Message(RecordDict({"a": arrays, "c": c}), node, "train") for c, node in zip(work, nodes, strict=True)]
-        replies = list(grid.send_and_receive(asked))
+        messages = [Message(RecordDict({"a": arrays, "c": c}), node, "train") for c, node in zip(work, nodes, strict=True)]
+        replies = list(grid.send_and_receive(messages))
         failed = [r.error.reason for r in replies if r.has_error()]
         assert not failed, failed[0]
         return max(float(str(r.content.config_records["c"]["mb"])) for r in replies)
@@ -127,7 +127,7 @@ def baseline(recipe: Recipe, rounds: Sequence[Round], workers: int) -> list[Cost
             for k, examples in enumerate(work.examples):
                 rows = [(e.input_ids.tolist(), e.labels.tolist()) for e in examples[: recipe.steps * work.batch]]
                 Path(folder, f"{number}-{k}.json").write_text(json.dumps(rows))
-        each = max(1, (os.cpu_count() or 1) // workers)  # cores that Ray sets aside for a worker
+        each = max(1, (os.cpu_count() or 1) // workers)  # cores that Ray reserves per worker
         flower.quiet()
         run_simulation(
             server,
@@ -142,7 +142,7 @@ def baseline(recipe: Recipe, rounds: Sequence[Round], workers: int) -> list[Cost
 
 
 def build(recipe: Recipe) -> Any:
-    """The model with its adapter, from the disk."""
+    """Load the model from disk and add an adapter."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -160,11 +160,11 @@ def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def client_app(recipe: Recipe, folder: Path) -> ClientApp:
-    """A client that builds everything anew for each message.
+    """Return a client that builds everything again for each message.
 
     Args:
-        recipe: What it builds.
-        folder: Holds the clients' rows.
+        recipe: Its model and training.
+        folder: Contains the clients' rows.
     """
     app = ClientApp()
 
