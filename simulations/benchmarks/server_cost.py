@@ -1,17 +1,17 @@
-"""What a round costs the server: aggregating 1,000 clients' adapters of 10 MB, by strategy, against NumPy's bare weighted mean.
+"""Server cost of a round: aggregating 1,000 clients' adapters of 10 MB, by strategy, against a bare weighted mean in NumPy.
 
     python -m fedtune.simulations.benchmarks.server_cost --clients 1000 --mb 10 --out server_cost
 
-Each strategy gets what its clients would send in round 1: LoRA of rank 16 on q and v of as many layers of width 1024 as the size asks for
-(FedPepTAO, without its scores: a prompt of 32 tokens a layer), or the part of it that the method sends (phase sparse: SLoRA's masked
-entries). Updates are made one at a time and forgotten by the stream: windows of one buffer of noise, copied, so that an update that is kept
-costs its memory. Draining the stream alone is timed as a third side, and its seconds are taken off both others. The three sides run in turn
-(A B C A B C ...), so that a machine whose speed drifts drifts for all; quote the ratio. The bare mean adds n · w in float32; ours add in
-float64, so that a client alone comes back bit for bit.
+Each strategy gets the tensors that its clients send in round 1: LoRA of rank 16 on q and v, with as many layers of width 1024 as the size
+needs, or the part of it that the method sends (phase sparse: SLoRA's masked entries). FedPepTAO gets a prompt of 32 tokens per layer,
+without scores. The stream creates updates one at a time and keeps none. They are copies of windows of one noise buffer, so that an update
+that the strategy keeps costs memory. Draining the stream alone is timed as a third side and subtracted from the other two. The three sides
+alternate (A B C A B C ...), so that changes in machine speed affect all of them; quote the ratio. The bare mean adds n · w in float32.
+fedtune adds in float64, so that the mean of a single client equals its update bit for bit.
 
-Memory is the high-water mark of a pass above what the process held before it (freed memory is given back to the system first). `in
-updates` says how many updates that is: a few where the method folds the stream, the cohort where it must see all at once. A method that
-would not fit --max-gb or --max-s at the full cohort is shown with the largest step (x 4) that did.
+Memory is the high-water mark of a pass above the memory in use before it, after freed memory is returned to the system. "in updates" is
+this memory divided by that of an update: a few if the method aggregates the stream, the whole cohort if it needs all updates at once. If a
+method would exceed --max-gb or --max-s with the full cohort, the table shows the largest cohort (16, 64, 256 ...) that fits.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from fedtune.rounds.find_strategy import make_strategy
 from fedtune.runs.report.tables import print_table
 
 WIDTH, RANK, TOKENS = 1024, 16, 32
-PROMPTS = ("fedpeptao",)  # it exchanges prompts, and nothing else
+PROMPTS = ("fedpeptao",)  # strategies that only exchange prompts
 _WINDOWS, _STRIDE = 8191, 997
 _FIRST, _STEP = 16, 4  # enough clients for every robust rule
 _CPU = torch.device("cpu")
@@ -48,19 +48,19 @@ COLUMNS = ("strategy", "clients", "MB an update", "s a round", "NumPy s", "x Num
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One strategy's cost: medians over the repeats, the stream's own seconds taken off.
+    """One strategy's cost: medians over the repeats. Net seconds exclude those of the stream.
 
     Args:
-        strategy: Its name.
+        strategy: The strategy's name.
         clients: Updates of the round.
         update_mb: MB (10^6 bytes) of one update.
-        seconds: Seconds of `aggregate`, net.
-        numpy_seconds: Seconds of the bare mean of the same stream, net.
+        seconds: Net seconds of `aggregate`.
+        numpy_seconds: Net seconds of the bare mean.
         stream_seconds: Seconds of the stream alone.
-        ratio: Median over the repeats of seconds / numpy_seconds; None where the bare mean was too short to time.
-        peak_mb: High-water mark of `aggregate` above its start.
-        numpy_peak_mb: The same of the bare mean.
-        note: Why there are fewer clients than were asked for, or what was exchanged.
+        ratio: Median over the repeats of seconds / numpy_seconds; None if the bare mean was too short to time.
+        peak_mb: High-water mark of `aggregate` above the memory before it.
+        numpy_peak_mb: The same for the bare mean.
+        note: Why there are fewer clients than requested, or the turn, unless it is plain.
     """
 
     strategy: str
@@ -83,13 +83,13 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=1000, help="updates of a round (default: %(default)s)")
-    parser.add_argument("--mb", type=float, default=10.0, help="MB of a whole adapter in float32 (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=1000, help="updates per round (default: %(default)s)")
+    parser.add_argument("--mb", type=float, default=10.0, help="MB of a float32 adapter (default: %(default)s)")
     parser.add_argument("--strategies", nargs="+", default=choices("strategy"), help="names from conf/strategy (default: all)")
-    parser.add_argument("--repeats", type=int, default=3, help="passes of each side (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="passes per side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
-    parser.add_argument("--max-gb", type=float, default=4.0, help="memory that a pass may take (default: %(default)s)")
-    parser.add_argument("--max-s", type=float, default=60.0, help="seconds that a pass may take (default: %(default)s)")
+    parser.add_argument("--max-gb", type=float, default=4.0, help="maximum memory of a pass (default: %(default)s)")
+    parser.add_argument("--max-s", type=float, default=60.0, help="maximum seconds of a pass (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write OUT.json and OUT.md")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -111,18 +111,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     remarks = [f"* {r.strategy}: {r.note}" for r in rows if r.note] + [f"not measured: {n}: {why}" for n, why in refused.items()]
     console.print(*remarks, sep="\n", highlight=False)
     if args.out:
-        said = {"title": title, "rows": [dataclasses.asdict(r) for r in rows], "not_measured": refused}
-        args.out.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        summary = {"title": title, "rows": [dataclasses.asdict(r) for r in rows], "not_measured": refused}
+        args.out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         args.out.with_suffix(".md").write_text(markdown(title, rows, remarks), encoding="utf-8")
 
 
 def strategy_of(name: str, clients: int) -> Strategy:
-    """The strategy as its file in conf/strategy has it, in an experiment that suits it as far as any LoRA experiment can.
+    """Return the strategy of conf/strategy, for a LoRA (or prompt) experiment with settings that most strategies accept.
 
     Raises:
-        ConfigError: The method does not take updates of so many clients.
+        ConfigError: The strategy rejects the experiment, for example the number of clients.
     """
-    sgd = ["client.optimizer=sgd", "client.clip_norm=null"]  # what reads gradients off the steps asks for it, the others take it
+    sgd = ["client.optimizer=sgd", "client.clip_norm=null"]  # required by strategies that infer gradients from steps
     cohort = [f"clients_per_round={clients}", f"min_clients={clients}", "rounds=100"]
     method = ["peft=ptuning_v2", "strategy.ratio=1"] if name in PROMPTS else ["peft=lora", f"peft.rank={RANK}"]
     (job,) = compose(["devices=none", *method, f"strategy={name}", *cohort, *sgd])
@@ -130,8 +130,8 @@ def strategy_of(name: str, clients: int) -> Strategy:
 
 
 def whole_adapter(mb: float, *, prompts: bool = False) -> AdapterState:
-    """LoRA on q and v of as many layers as come closest to `mb`, at least one; 10 MB are 38 layers. A is drawn, B is zero. Or a prompt a
-    layer, keys and values of `TOKENS` tokens."""
+    """Return LoRA on q and v, with the number of layers that comes closest to `mb`, at least one; 10 MB are 38 layers. A is random, B is
+    zero. With `prompts`, return keys and values of `TOKENS` tokens for each layer instead."""
     layers = max(1, round(mb * 1e6 / (4 * 2 * RANK * (WIDTH + WIDTH))))
     generator, tensors = torch.Generator().manual_seed(0), {}
     if prompts:
@@ -146,11 +146,11 @@ def whole_adapter(mb: float, *, prompts: bool = False) -> AdapterState:
 
 
 class Stream:
-    """The updates of round 1, made one at a time.
+    """The updates of round 1, created one at a time.
 
     Args:
-        strategy: Whose round it is.
-        adapter: The run's first adapter.
+        strategy: Plans the round.
+        adapter: The run's initial adapter.
     """
 
     def __init__(self, strategy: Strategy, adapter: AdapterState) -> None:
@@ -183,7 +183,7 @@ class Stream:
 
 
 def numpy_mean(updates: Iterator[Update]) -> dict[str, np.ndarray]:
-    """Σ n w / Σ n as anybody would write it: no checks, float32, one update at a time."""
+    """Σ n w / Σ n in plain NumPy: no checks, float32, one update at a time."""
     total: dict[str, np.ndarray] = {}
     examples = 0
     for update in updates:
@@ -203,7 +203,7 @@ def drain(updates: Iterator[Update]) -> None:
 
 
 def cost(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and the high-water mark in MB above what the process held before."""
+    """Run `work`. Returns its seconds, and the high-water mark in MB above the memory before it."""
     give_back()
     reset_peak(_CPU)
     before, start = peak_mb(_CPU), time.perf_counter()
@@ -215,16 +215,16 @@ def cost(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def give_back() -> None:
-    """Ask the C library to hand freed memory to the system, so that the next pass cannot hide in it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; elsewhere the mark may come out too low
+    """Return freed memory to the system; reusing it would hide the memory of the next pass."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only in glibc; with other C libraries the mark may be too low
     if trim is not None:
         trim(0)
 
 
 def affordable(stream: Stream, clients: int, max_mb: float, max_s: float) -> tuple[int, str]:
-    """The cohort that fits, found by fours from 16 up, and why it is smaller than `clients`; "" where it is not."""
+    """Return the cohort size that fits (16, 64, 256 ..., at most `clients`), and why it is below `clients`; "" if it is not."""
     n = min(_FIRST, clients)
-    stream.aggregate(n)  # warms up: what is imported or allocated only once
+    stream.aggregate(n)  # warms up: imports, and memory that is allocated only once
     while n < clients:
         seconds, mb = cost(lambda n=n: stream.aggregate(n))
         following = min(_STEP * n, clients)
@@ -238,7 +238,7 @@ def affordable(stream: Stream, clients: int, max_mb: float, max_s: float) -> tup
 
 
 def measure(name: str, stream: Stream, clients: int, repeats: int, note: str) -> Row:
-    """The three sides in turn, `repeats` times."""
+    """Run the three sides alternately, `repeats` times."""
     sides: dict[str, Callable[[], object]] = {
         "stream": lambda: drain(stream(clients)),
         "numpy": lambda: numpy_mean(stream(clients)),

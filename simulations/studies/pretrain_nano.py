@@ -2,8 +2,8 @@
 
     python -m fedtune.simulations.studies.pretrain_nano --seed 0 --steps 2200
 
-Reads the endless text of ``fedtune.data.demo.pretraining_text``; no example of the demo task is in it. Same seed,
-steps, machine and thread count give the same weights; ``--minutes`` lets the clock end the run instead, and does not.
+Trains on the endless text of ``fedtune.data.demo.pretraining_text``, which has no example of the demo task. The same seed,
+steps, machine and thread count give the same weights. With ``--minutes``, the clock ends the run, so the weights differ.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedtune.data.demo import pretraining_text
 
 CONTEXT = 256  # tokens
-TOKENIZER_DOCUMENTS = 6000  # about 2 MB; the vocabulary is full long before
+TOKENIZER_DOCUMENTS = 6000  # about 2 MB, more than enough to fill the vocabulary
 WARM_UP = 0.03  # share of the run
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def train_tokenizer(documents: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every string has an encoding, and decodes to itself. Adds no special token of its own accord."""
+    """Train byte-level BPE: every string can be encoded and decodes to itself. Encoding adds no special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -50,12 +50,12 @@ def train_tokenizer(documents: Iterator[str], vocabulary: int) -> PreTrainedToke
         eos_token=EOS,
         clean_up_tokenization_spaces=False,  # the clean-up would turn " ." into "." and break the round trip
         model_max_length=CONTEXT,
-        padding_side="left",  # decoders generate from the right end
+        padding_side="left",  # as generation needs: the prompt's last token is at the right end
     )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention and tied embeddings, fp32, freshly initialized."""
+    """A randomly initialized fp32 Llama with grouped-query attention and tied embeddings."""
     pad, bos, eos = (tokenizer.get_vocab()[token] for token in (PAD, BOS, EOS))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -75,9 +75,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) ->
 
 
 def blocks(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], batch: int) -> Iterator[torch.Tensor]:
-    """Documents back to back, cut into ``(batch, CONTEXT)`` token ids.
+    """Yield concatenated documents, cut into ``(batch, CONTEXT)`` token ids.
 
-    Every other document opens with bos, so that the backbone works with and without it.
+    Every other document starts with BOS, so that the backbone works with and without it.
     """
     bos, eos = (tokenizer.get_vocab()[token] for token in (BOS, EOS))
     stream: list[int] = []
@@ -98,10 +98,10 @@ def pretrain(
     minutes: float | None,
     every: int = 50,
 ) -> list[tuple[int, float, float]]:
-    """AdamW, linear warm-up, cosine to a hundredth.
+    """Train with AdamW, linear warm-up, and cosine decay to 1 % of ``lr``.
 
     Returns:
-        ``(step, mean loss in nats a token since the last line, seconds so far)``, a line every ``every`` steps.
+        ``(step, mean loss since the previous entry in nats per token, seconds so far)`` every ``every`` steps.
     """
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -133,7 +133,7 @@ def pretrain(
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, data: Iterator[torch.Tensor], batches: int = 8) -> float:
-    """Mean loss, nats a token, on text that was not trained on."""
+    """Mean loss on unseen text, in nats per token."""
     model.eval()
     return sum(model(input_ids=ids, labels=ids).loss.item() for ids in islice(data, batches)) / batches
 
@@ -146,7 +146,7 @@ def write_log(
     log: list[tuple[int, float, float]],
     args: argparse.Namespace,
 ) -> None:
-    """``PRETRAINING.md``: what was run, on what, and how the loss fell."""
+    """Write ``PRETRAINING.md``: command, settings, machine and training loss."""
     size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "PRETRAINING.md")
     steps, _, seconds = log[-1] if log else (0, 0.0, 0.0)
     shape = model.config
@@ -176,18 +176,18 @@ def write_log(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train tokenizer and model, write the folder, and say where."""
+    """Train tokenizer and model, and write the folder."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded backbone (a small Llama) on generated text.")
     parser.add_argument("--out", type=Path, default=Path("fedtune/models/nano"), help="folder to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of text, initial weights and order (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the text and the initial weights (%(default)s)")
     ends = parser.add_mutually_exclusive_group()
-    ends.add_argument("--steps", type=int, default=None, help="optimizer steps; repeatable (default: 2200)")
-    ends.add_argument("--minutes", type=float, default=None, help="let the clock end the run instead; not repeatable")
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step, of 256 tokens (%(default)s)")
+    ends.add_argument("--steps", type=int, default=None, help="optimizer steps; reproducible (default: 2200)")
+    ends.add_argument("--minutes", type=float, default=None, help="train for this time instead; not reproducible")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 256 tokens per step (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 64 (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 64 (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (%(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=1024, help="tokens, special ones included (%(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="vocabulary size, with special tokens (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     args = parser.parse_args(arguments)
     if args.steps is None and args.minutes is None:
@@ -200,11 +200,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
     data = blocks(tokenizer, pretraining_text(args.seed), args.batch)
     log = pretrain(model, data, lr=args.lr, steps=args.steps, minutes=args.minutes)
-    held_out = held_out_loss(model, data)  # the stream is endless, so what comes next is unseen
+    held_out = held_out_loss(model, data)  # the stream is endless, so the next text is unseen
 
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
-    (args.out / "model.safetensors").chmod(0o644)  # it is written 0600, which a wheel would carry to other users
+    (args.out / "model.safetensors").chmod(0o644)  # written as 0600, and a wheel would keep that mode for other users
     tokenizer.save_pretrained(args.out)
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "fedtune.simulations.studies.pretrain_nano", *given])

@@ -2,9 +2,9 @@
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.quantize --out docs
 
-Every row is an edge package that is written, loaded by the engine and run in its own arithmetic. Calibration text and held-out text are
+Every row is an edge package, written to disk, loaded by the engine and run with its format's own arithmetic. Calibration text and held-out text are
 different parts of the same text. KL is the mean over held-out tokens of KL(p ‖ q) between the float32 model's next-token distribution and
-the row's: it is never negative, while perplexity can fall by chance below the float32 model's on text unlike the model's training data.
+the row's. KL is never negative; on text unlike the training data, perplexity can by chance be lower than the float32 model's.
 """
 
 import argparse
@@ -53,7 +53,7 @@ COLUMNS = ("weights", "bits a weight", "perplexity", "KL, 1e-3 nats")
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One measurement: `nats` and `kl` are means over the held-out tokens."""
+    """One measurement: means of `nats` and `kl` over the held-out tokens, and bits per quantized weight."""
 
     nats: float
     kl: float
@@ -64,9 +64,9 @@ def write_package(folder: Path, model: Path, recipe: QuantizeSettings, text: Seq
     """Quantize a Hugging Face folder to an edge package. Returns the bits per weight of its quantized linears."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     shape, stored = read_shape(config), load_file(model / "model.safetensors")
-    made = dict(quantize_model(shape, lambda name, first, last: stored[name][first:last], recipe, text))
-    quantized = {n.removesuffix(".weight"): q for n, q in made.items() if isinstance(q, QuantizedLinear)}
-    plain = {n: t for n, t in made.items() if isinstance(t, Tensor)} | {"model.embed_tokens.weight": stored["model.embed_tokens.weight"]}
+    tensors = dict(quantize_model(shape, lambda name, first, last: stored[name][first:last], recipe, text))
+    quantized = {n.removesuffix(".weight"): q for n, q in tensors.items() if isinstance(q, QuantizedLinear)}
+    plain = {n: t for n, t in tensors.items() if isinstance(t, Tensor)} | {"model.embed_tokens.weight": stored["model.embed_tokens.weight"]}
     sizes = {n: (q.tensors["packed"].shape[0], q.columns) for n, q in quantized.items()}
     linears = {n: StoredLinear(kind=q.kind, group=q.group, shape=sizes[n]) for n, q in quantized.items()}
     writer = PackageWriter(folder, {n: (t.dtype, tuple(t.shape)) for n, t in plain.items()}, linears)
@@ -104,7 +104,7 @@ def cut(model: Path, text: Path, seed: int, tokens: int) -> tuple[Engine, Calibr
 def study(
     model: Path, text: Path, seeds: Sequence[int], tokens: int, rows: Mapping[str, QuantizeSettings] = ROWS
 ) -> dict[str, list[Measurement]]:
-    """Return row → one measurement per calibration seed; only one if the method needs no calibration."""
+    """Return row → one measurement per calibration seed; only one if the row needs no calibration."""
     engine, first = cut(model, text, seeds[0], tokens)
     reference = [own for own, _ in logs(engine, first.held)]
     out = {kind: [measure(load_engine(model, kind), first.held, reference, 32 if kind == WHOLE else 16)] for kind in FLOATS}

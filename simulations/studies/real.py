@@ -1,10 +1,10 @@
-"""Real data and real weights: Shakespeare's speakers, Banking77 under label skew, Dolly's ten clients.
+"""Studies with real data and pretrained weights: Shakespeare's speakers, Banking77 under label skew, Dolly with ten clients.
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.real banking77 --seeds 0 1 2 --out results.md
 
-Each row is one run of a scenario of `conf/` (shakespeare, banking77, dolly) with the row's settings; every run writes a normal run
-directory. Shakespeare is compared with the results of a plain FedAvg-LoRA loop: r = 8 on all linears, 20 speakers per round, 5 steps of 8 x
-128 tokens.
+Each row is a scenario of `conf/` (shakespeare, banking77, dolly) with the row's settings; every run writes a normal run directory.
+Shakespeare is compared with the results of a plain FedAvg-LoRA loop: r = 8 on all linears, 20 speakers per round, 5 steps of 8 x 128
+tokens.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from fedtune.errors import FedtuneError
 from fedtune.experiment import simulate
 from fedtune.runs.report import read_metrics
 
-PLAIN_LOOP = {"pretrained": {0: 4.43, 10: 3.02, 20: 2.92, 40: 2.83}, "random": {0: 6.25, 40: 5.92}}  # nats; random: taken as 40 rounds
+PLAIN_LOOP = {"pretrained": {0: 4.43, 10: 3.02, 20: 2.92, 40: 2.83}, "random": {0: 6.25, 40: 5.92}}  # nats by round; random: assumed round 40
 STUDIES = ("shakespeare", "banking77", "dolly")
 
 
@@ -91,7 +91,7 @@ def run(setting: Setting, seed: int, extra: Sequence[str]) -> Result:
 
 
 def read_scores(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
-    """Scores before (round 0) and after training (last round), of the global test and the clients."""
+    """Return scores of the global test before (round 0) and after training (last round), and of the clients after it."""
     rounds = [r for r in records if r["client"] is None]
     first, last = rounds[0], rounds[-1]
     out = {}
@@ -107,9 +107,9 @@ def read_scores(records: Sequence[Mapping[str, object]]) -> dict[str, float]:
 
 
 def marks_aside(config: Config, folder: Path) -> dict[str, float]:
-    """Nats on the words of the test, without the BOS and EOS marks between speeches: the untuned model has never seen them in this form,
-    and they are easily learned."""
-    space = workspace(json.dumps(to_dict(config)))  # the run's own, still loaded
+    """Return nats on the test without the BOS and EOS tokens between speeches, which are new to the untuned model and easy to learn: they
+    would inflate the gain."""
+    space = workspace(json.dumps(to_dict(config)))  # the run's workspace, still loaded
     tokenizer = space.backbone.tokenizer
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     words = [dataclasses.replace(e, labels=np.where(np.isin(e.labels, marks), IGNORED, e.labels)) for e in space.test_examples()]
@@ -167,13 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[*STUDIES, "all"], help="which study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of every setting per seed (default: 0 1 2)")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[10, 20, 40], help="shakespeare: run lengths (default: 10 20 40)")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[10, 20, 40], help="shakespeare: numbers of rounds (default: 10 20 40)")
     parser.add_argument(
         "--inits",
         nargs="+",
         choices=["pretrained", "random"],
         default=["pretrained", "random"],
-        help="shakespeare: weights to start from; random runs the longest only, with the first seed (default: both)",
+        help="shakespeare: initial weights; random only runs with the most rounds and the first seed (default: both)",
     )
     parser.add_argument(
         "--alphas", type=float, nargs="+", default=[0.1, 1, 10], help="banking77: Dirichlet's alpha, inf is IID (default: 0.1 1 10)"
@@ -188,8 +188,8 @@ def main() -> None:
             results = [run(row, seed, args.set) for row in rows for seed in (args.seeds[:1] if row.first_seed_only else args.seeds)]
             total = sum(r.seconds for r in results)
             note = f"{len(results)} runs, {total:.0f} s in all; {hardware()}; mean ± standard deviation over the seeds."
-            made = table(results, plain_loop(rows) if study == "shakespeare" else None)
-            text = f"## {study}\n\n```\n{command}\n```\n{note}\n\n{made}\n"
+            summary = table(results, plain_loop(rows) if study == "shakespeare" else None)
+            text = f"## {study}\n\n```\n{command}\n```\n{note}\n\n{summary}\n"
             print(text)
             if args.out:
                 with args.out.open("a", encoding="utf-8") as f:

@@ -1,12 +1,12 @@
-"""Every strategy on Banking77, and seven main ones on SST-2, with one pretrained encoder and one tuning budget.
+"""Compares all strategies on Banking77 and seven methods on SST-2, with the same pretrained encoder and tuning budget.
 
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.strategies banking77 sst2 --out docs
 
 Each row is a run of `conf/banking77.yaml` (each class distributed over the clients by Dir(alpha)) or `conf/sst2.yaml` (equal sizes, each
 client's class mix from Dir(alpha · class prior)) with 100 clients, 10 of them sampled per round. The tuning budget is the same for every
-row: three learning rates a factor of about three apart, a short run of each with a separate seed, and the rate whose clients score best on
-their own held-out rows. The test set is not used for tuning. Finished runs are stored in RESULTS/runs.jsonl and not repeated; the table and
-the plot are made from that file.
+row: three learning rates, each about three times the one before, with a short run and a separate seed. The rate whose clients score best on
+their own held-out examples is used. The test set is not used for tuning. Finished runs are stored in RESULTS/runs.jsonl and not repeated;
+the table and the plot are made from that file.
 
 `--preset full` is FedPETuning's setting (arXiv:2212.10025): RoBERTa-base, 100 rounds, one epoch, batch 32, length 128. It needs a GPU.
 """
@@ -34,7 +34,8 @@ from fedtune.simulations.studies.real import hardware, mean_and_spread
 
 MOST = ("fedavg", "flora", "ffa", "fedsvd", "slora", "full", "fedpeptao")  # rows of SST-2
 TUNING_SEED = 1000
-SCALE = {"banking77": 1.0, "sst2": 1 / 3}  # factor on the learning rates below: two classes need smaller ones than 77
+TITLES = {"banking77": "Banking77", "sst2": "SST-2"}
+SCALE = {"banking77": 1.0, "sst2": 1 / 3}  # factor for the learning rates below: two classes need smaller rates than 77
 COMMON = (
     "partition.clients=100",
     "clients_per_round=10",
@@ -42,7 +43,7 @@ COMMON = (
     "engine.threads=1",
 )
 SGD = ("client.optimizer=sgd", "client.clip_norm=null")
-SETTINGS: Mapping[str, tuple[Sequence[str], Sequence[float]]] = {  # row → overrides, candidate learning rates; other rows like fedavg
+SETTINGS: Mapping[str, tuple[Sequence[str], Sequence[float]]] = {  # row → overrides, candidate learning rates; others as fedavg
     "fedavg": ((), (3e-3, 1e-2, 3e-2)),
     "full": (("strategy=fedavg", "peft=full", "model.precision=fp32"), (2e-4, 6e-4, 2e-3)),
     "fedpeptao": (
@@ -148,7 +149,7 @@ class Results:
 
 
 def rows(preset: str, data: str) -> Iterator[tuple[str, float, Sequence[int]]]:
-    """Row name, alpha and seeds of a study."""
+    """Yield row name, alpha and seeds of a study."""
     if data == "banking77":
         for name in (*choices("strategy"), "full"):
             yield name, 0.1, (0,)
@@ -159,18 +160,18 @@ def rows(preset: str, data: str) -> Iterator[tuple[str, float, Sequence[int]]]:
 
 
 def tuned(results: Results, preset: str, data: str, name: str, alpha: float, *, run: bool) -> float | None:
-    """The learning rate of the best tuning run; None if one is missing and `run` is false."""
+    """Return the learning rate of the best tuning run; None if a tuning run is missing and `run` is false."""
     rates = [lr * SCALE[data] for lr in SETTINGS.get(name, SETTINGS["fedavg"])[1]]
     tries = [Row(preset=preset, data=data, alpha=alpha, name=name, lr=lr, seed=TUNING_SEED, rounds=ROUNDS[preset][data][0]) for lr in rates]
     found = [results.get(t) if run else results.find(t) for t in tries]
     if any(f is None for f in found):
         return None
-    # by the clients' own held-out rows: the personal method has no other score, and the test set is not used
+    # scored on the clients' held-out examples: the personalized method has no other score, and the test set is not used
     return max(zip(rates, found, strict=True), key=lambda pair: pair[1]["curve"][-1][3])[0]  # type: ignore[index]
 
 
 def study(results: Results, preset: str, data: str, only: Sequence[str], *, run: bool) -> list[dict[str, Any]]:
-    """The final runs; with `run`, missing ones are run."""
+    """Return the results of the final runs; with `run`, missing ones are run first."""
     made = []
     for name, alpha, seeds in rows(preset, data):
         if only and name not in only:
@@ -215,7 +216,7 @@ def table(made: Sequence[Mapping[str, Any]], alpha: float) -> str:
 
 
 def reached(curve: Sequence[Sequence[float]], target: float | None) -> float | None:
-    """Bytes in both directions, of the whole cohort, until the accuracy first reached the target."""
+    """Bytes in both directions, of all clients, until the accuracy first reaches the target; None if it never does."""
     return next((sent for _, sent, accuracy, *_ in curve if target is not None and accuracy >= target), None)
 
 
@@ -239,12 +240,12 @@ def plot(made: Sequence[Mapping[str, Any]], data: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", choices=["banking77", "sst2"], help="which studies")
-    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="quick: two cores; full: FedPETuning's own, on a GPU")
-    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="some of the rows")
-    parser.add_argument("--results", type=Path, default=Path("outputs/study"), help="where runs are kept (default: outputs/study)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="quick: for two cores; full: FedPETuning's, for a GPU")
+    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="only these rows")
+    parser.add_argument("--results", type=Path, default=Path("outputs/study"), help="folder of the runs (default: outputs/study)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run")
-    parser.add_argument("--no-run", action="store_true", help="only write the table and the plot of what has run")
-    parser.add_argument("--out", type=Path, help="folder that study-DATA.md and study-DATA.png are written to")
+    parser.add_argument("--no-run", action="store_true", help="only write the table and the plot of finished runs")
+    parser.add_argument("--out", type=Path, help="folder for study-DATA.md and study-DATA.png")
     args = parser.parse_args()
     command = "FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.strategies " + shlex.join(
         a for a in sys.argv[1:] if a != "--no-run"
@@ -258,7 +259,7 @@ def main() -> None:
                 continue
             tuning, counting = ROUNDS[args.preset][data]
             seconds = sum(k["seconds"] for k in results.known if k["row"]["data"] == data and k["row"]["preset"] == args.preset)
-            parts = [f"# {data}: strategies compared\n\n```\n{command}\n```\n"]
+            parts = [f"# Strategies on {TITLES[data]}\n\n```\n{command}\n```\n"]
             parts.append(
                 f"{len(made)} runs of {counting} rounds, after three tuning runs of {tuning} rounds for each method;"
                 f" {seconds:.0f} s in all; {hardware()}. Accuracy on the global test, mean ± standard deviation over the seeds.\n"

@@ -68,7 +68,7 @@ def row(name: str, seed: int, rounds: int, lr: float) -> Row:
 
 
 def costs(run: Path) -> tuple[float, float]:
-    """Mean MB per round sent and received by a client that answered."""
+    """Mean MB that a client sends and receives in a round, over all clients that reply."""
     turns = [r for r in read_metrics(run) if r["client"] is not None and "bytes_up" in r]
     return statistics.fmean(r["bytes_up"] for r in turns) / 1e6, statistics.fmean(r["bytes_down"] for r in turns) / 1e6
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every codec per seed (default: 0)")
     parser.add_argument("--rounds", type=int, default=25, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-2, help="the clients' peak learning rate (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", default=list(CODECS), choices=list(CODECS), metavar="CODEC", help="some of the rows")
+    parser.add_argument("--only", nargs="*", default=list(CODECS), choices=list(CODECS), metavar="CODEC", help="only these rows")
     parser.add_argument("--results", type=Path, default=Path("outputs/study-traffic"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run")
     parser.add_argument("--no-run", action="store_true", help="only write the table and the plot of finished runs")
@@ -121,7 +121,7 @@ def main() -> None:
     results = Results(args.results, args.set)
     made = []
     try:
-        for seed in args.seeds:  # all codecs with one seed before the next seed
+        for seed in args.seeds:  # all codecs of a seed before the next seed
             for name in args.only:
                 wanted = row(name, seed, args.rounds, args.lr)
                 if (found := results.find(wanted) if args.no_run else results.get(wanted)) is not None:
