@@ -1,7 +1,7 @@
-"""Open a Hugging Face folder or an edge package.
+"""Loads a Hugging Face folder or an edge package.
 
-Files are memory-mapped. What is not packed is used where it lies; what is packed is read one linear at a time, and its file's pages are
-let go before the next.
+Files are memory-mapped. Tensors that are not packed are used in the mapped file. Linears are packed one at a time, and the file's pages are
+released before the next.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

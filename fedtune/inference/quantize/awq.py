@@ -23,7 +23,7 @@ STEPS = 20
 def awq_scale(
     weights: Iterable[Tensor], mean: Tensor, hessian: Tensor, kind: Kind, group: int = GROUP, *, shared: int = 1, width: int = 1
 ) -> Tensor:
-    """The scale [K] of the inputs that these linears [N_i, K] share.
+    """The scale s [K] for the input that the linears [N_i, K] share.
 
     Args:
         weights: Iterated once; each may be a block of a linear's rows.
@@ -31,7 +31,7 @@ def awq_scale(
         hessian: XᵀX / n, [K, K].
 
     Other arguments:
-        shared, width: Query heads that share a key-value head, and a head's width (see `fold.tied`).
+        shared, width: Query heads per key-value head, and channels of a head (see `fold.tied`).
     """
     size = tied(mean, shared, width).float()
     scales = [within(size ** (step / STEPS)) for step in range(STEPS)]

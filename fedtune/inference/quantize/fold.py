@@ -37,7 +37,7 @@ FOLDS = (
 
 
 def tied(values: Tensor, shared: int, width: int) -> Tensor:
-    """Mean over the query heads that read one key-value head: [Hkv * shared * width] -> the same shape, equal where shared."""
+    """Mean over the query heads of each key-value head: [Hkv * shared * width] -> the same shape, equal where shared."""
     return values if shared == 1 else values.view(-1, shared, width).mean(1, keepdim=True).expand(-1, shared, -1).reshape(-1)
 
 

@@ -9,7 +9,7 @@ __all__ = ["give_back"]
 
 
 def give_back() -> None:
-    """Make glibc return freed memory, of which it keeps blocks of up to 32 MB. A no-op with other C libraries."""
+    """Make glibc return freed memory: it may keep freed blocks of up to 32 MB. A no-op with other C libraries."""
     if (library := _library()) is not None:
         library.malloc_trim(0)
 

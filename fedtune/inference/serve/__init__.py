@@ -1,1 +1,1 @@
-"""A server that speaks OpenAI's protocol, for the engine in this package."""
+"""A server with OpenAI's API for fedtune's models."""

@@ -1,1 +1,1 @@
-"""Keys and values of one sequence: one policy a file."""
+"""KV caches, one policy per file."""
