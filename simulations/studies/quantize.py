@@ -3,8 +3,9 @@
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.studies.quantize --out docs
 
 Every row is an edge package, written to disk, loaded by the engine and run with its format's own arithmetic. Calibration and held-out text
-are different parts of the same text. KL is the mean over held-out tokens of KL(p ‖ q) between the float32 model's next-token distribution and
-the row's. KL is never negative; on text unlike the training data, perplexity can by chance be lower than the float32 model's.
+are different parts of the same text. KL is the mean over held-out tokens of KL(p ‖ q), where p is the float32 model's next-token
+distribution and q the row's. KL is never negative; on text unlike the training data, perplexity can by chance be lower than the float32
+model's.
 """
 
 import argparse
