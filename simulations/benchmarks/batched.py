@@ -75,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 uses all cores")
     parser.add_argument("--logits-gb", type=float, default=2.0, help="maximum GB of a batch's logits and gradients (default: %(default)s)")
-    parser.add_argument(
-        "--max-seconds-a-cell", type=float, default=600.0, help="omit sides that would take longer (default: %(default)s)"
-    )
+    parser.add_argument("--max-seconds-a-cell", type=float, default=600.0, help="omit sides that would take longer (default: %(default)s)")
     parser.add_argument("--ray", type=int, default=0, metavar="CLIENTS", help="also run Flower on Ray with CLIENTS per round (slow)")
     parser.add_argument("--spread", action="store_true", help="also print each ratio's minimum and maximum")
     args = parser.parse_args(argv)
