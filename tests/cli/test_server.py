@@ -98,7 +98,7 @@ def test_a_resumed_run_ignores_no_setting_silently(
     for settings, sentence in (
         (["client.lr=0.5"], f"the run in {run} has client.lr=0.03125, but the command sets client.lr=0.5: only rounds can change"),
         (["client={lr: 0.25}"], "has client.lr=0.03125, but the command sets client.lr=0.25"),
-        (["round_timeout_s=7"], "has round_timeout_s=600.0, and round_timeout_s=7"),
+        (["round_timeout_s=7"], "has round_timeout_s=600.0, but the command sets round_timeout_s=7"),
         (["output_dir=elsewhere"], f"--run {run} already sets the run directory: leave out output_dir=elsewhere"),
         ([f"resume={run}"], f"--run {run} already sets the run directory: leave out resume={run}"),
     ):

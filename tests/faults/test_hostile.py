@@ -39,10 +39,10 @@ def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
     words = [
         "not finite",
         "wanted float32",
-        "it was not trained so",
-        "stale or not this client's own",
+        "it was not trained with this plan",
+        "stale or belongs to another client",
         "wanted carla",
-        "its weight is fixed",
+        "but the client's hello reported",
     ]
     for out, sentence in zip(outcomes, words, strict=True):
         assert any("carla refused: " in w and sentence in w for w in out.words), out

@@ -116,9 +116,9 @@ def test_a_fresh_child_gets_the_last_hello_and_the_message_once_more(make: Make)
 def test_a_message_that_kills_two_children_is_an_error_that_says_how(make: Make) -> None:
     child = make()
     for do, how in (
-        ("kill 9", "it was killed by signal 9: perhaps out of memory"),
+        ("kill 9", "it was killed by signal 9, perhaps out of memory"),
         ("exit 3", "it ended with exit code 3"),
-        ("fork", "it was killed by signal 9: perhaps out of memory"),  # though its helper lives on
+        ("fork", "it was killed by signal 9, perhaps out of memory"),  # though its helper lives on
     ):
         reply = child.answer(order(do), 7)
         assert reason(reply) == f"the client's worker died 2 times on this message: {how} (its log is worker.log)"

@@ -237,7 +237,7 @@ def test_a_link_that_stays_away_is_lost(tmp_path: Path, monkeypatch: pytest.Monk
     try:
         grid = link.open_run("frozen", patience_s=2)
         assert link._child is not None
-        monkeypatch.setattr(link, "_task", lambda: 1 / 0)
+        monkeypatch.setattr(link, "_process_settings", lambda: 1 / 0)
         monkeypatch.setattr(threading, "excepthook", lambda args: None)
         os.kill(link._child.process.pid, signal.SIGKILL)
         with pytest.raises(LinkLost, match="did not (answer|come back)"):
