@@ -106,7 +106,7 @@ class Uniform(Strategy):
 
 @pytest.fixture(autouse=True)
 def no_turns_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(all_turns, "TURNS", Registry("fedtune.clients.turns"))
+    monkeypatch.setattr(all_turns, "TURNS", Registry("fedtune.clients.turns", "fedtune.clients.turns._base.Turn"))
 
 
 def far(a: AdapterState, b: AdapterState) -> float:

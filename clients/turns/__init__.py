@@ -12,7 +12,7 @@ from fedtune.contracts.plan import Plan, Scalar
 from fedtune.errors import ConfigError, PlanError
 from fedtune.storage.reading import read_fields
 
-TURNS = Registry(__name__)
+TURNS = Registry(__name__, "fedtune.clients.turns._base.Turn")
 
 
 def register(name: str, kind: type[Turn]) -> None:
@@ -33,7 +33,7 @@ def find(name: str) -> type[Turn]:
         PlanError: This client has no such turn.
     """
     try:
-        return TURNS.find(name, Turn)
+        return TURNS.find(name)
     except KeyError:
         raise PlanError(
             f"the plan asks for the turn '{name[:60]}', which this client does not have: update fedtune on the client"

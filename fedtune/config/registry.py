@@ -4,9 +4,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Collection, Iterator
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 class Registry(Collection[str]):
@@ -14,10 +12,11 @@ class Registry(Collection[str]):
 
     Args:
         package: Dotted name of the folder. Modules whose names begin with an underscore are shared code, not classes to find.
+        base: Dotted name of the base class. It is imported with the first class that is found, because settings know names only.
     """
 
-    def __init__(self, package: str) -> None:
-        self._package = package
+    def __init__(self, package: str, base: str) -> None:
+        self._package, self._base = package, base
         self._registered: dict[str, type] = {}
         self._found: dict[str, type] = {}
 
@@ -48,17 +47,15 @@ class Registry(Collection[str]):
         """Remove a registered class."""
         del self._registered[name]
 
-    def find(self, name: str, base: type[T]) -> type[T]:
-        """The class of this name.
-
-        Args:
-            name: One of `names`.
-            base: Required base class.
+    def find(self, name: str) -> Any:
+        """The class of this name, one of `names`.
 
         Raises:
             KeyError: The name is unknown.
-            TypeError: The module does not define exactly one subclass of `base`.
+            TypeError: The module does not define exactly one subclass of the base.
         """
+        home, _, kind_name = self._base.rpartition(".")
+        base: type = getattr(importlib.import_module(home), kind_name)
         kind = self._registered.get(name) or self._found.get(name)
         if kind is None:
             if name not in self:
@@ -74,4 +71,4 @@ class Registry(Collection[str]):
         return kind
 
 
-TASKS = Registry("fedtune.models.tasks")
+TASKS = Registry("fedtune.models.tasks", "fedtune.contracts.task.Task")

@@ -51,8 +51,7 @@ def _check_together(c: Config) -> None:
         f"min_clients={c.min_clients} is more than clients_per_round={c.clients_per_round}: no round would count",
     )
     refuse(not c.name or "/" in c.name or c.name.startswith("."), f"name='{c.name}' must be a plain folder name")
-    make_task: Any = TASKS.find(c.task.kind, object)  # a class of fedtune.models.tasks
-    make_task(c.task).check(c)
+    TASKS.find(c.task.kind)(c.task).check(c)
     refuse(
         bool(c.devices.classes) and sum(d.share for d in c.devices.classes.values()) <= 0,
         "devices.classes: every share is 0, so no client could get a class",

@@ -253,7 +253,7 @@ def find(name: str) -> type[Task]:
         ConfigError: There is no such task.
     """
     require("task.kind", name, choices=TASKS.names())
-    return TASKS.find(name, Task)
+    return TASKS.find(name)
 
 
 def task_of(settings: "TaskConfig") -> Task:

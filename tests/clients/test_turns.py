@@ -77,7 +77,7 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str, ditto_files: tuple[type[Turn], type[FedAvg]]
 ) -> None:
     turn, strategy = ditto_files
-    monkeypatch.setattr(turns, "TURNS", Registry("fedtune.clients.turns"))
+    monkeypatch.setattr(turns, "TURNS", Registry("fedtune.clients.turns", "fedtune.clients.turns._base.Turn"))
     turns.register("ditto", turn)
     target = {"_target_": "fedtune.strategies.ditto.Ditto"}
     config = tiny_config(tmp_path, eval=EvalConfig(where="none", clients=-1), rounds=3, strategy=target)

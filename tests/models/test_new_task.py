@@ -28,6 +28,7 @@ from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.experiment import simulate
 from fedtune.inference.generate import read_card
 from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models import tasks as tasks_folder
 from fedtune.models.tasks._rows import RowTask
 from fedtune.privacy.samples import hooked, looped, mapped
 from fedtune.runs.report import read_metrics
@@ -214,3 +215,16 @@ def test_a_task_s_names_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr + done.stdout
+
+
+def test_a_task_s_file_may_define_other_classes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "helped.py").write_text(
+        "from fedtune.models.tasks.instruction import Instruction\nclass Helper: pass\nclass Helped(Instruction): helper = Helper\n"
+    )
+    monkeypatch.setattr(tasks_folder, "__path__", folders := [*tasks_folder.__path__, str(tmp_path)])
+    monkeypatch.setattr(tasks_folder.__spec__, "submodule_search_locations", folders)
+    try:
+        assert check(Config(task=TaskConfig(kind="helped"))).task.kind == "helped" and find("helped").__name__ == "Helped"
+    finally:
+        sys.modules.pop("fedtune.models.tasks.helped", None)
+        TASKS._found.pop("helped", None)
