@@ -1,6 +1,7 @@
 """A device that only answers needs no library of training, and whoever lacks one is told in a sentence what to install."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -60,9 +61,16 @@ def declared(lines: Iterable[str]) -> set[str]:
     return {canonicalize_name(Requirement(line).name) for line in lines}
 
 
-MODULES = {name: {canonicalize_name(d) for d in found} for name, found in metadata.packages_distributions().items()}
-# The import names that an environment with the base alone does not have
-BLOCKED = sorted(name for name, found in MODULES.items() if not found & closure(BASE) and name.isidentifier() and name != "fedtune")
+@functools.cache
+def modules() -> dict[str, set[str]]:
+    """Import name → the distributions that provide it."""
+    return {name: {canonicalize_name(d) for d in found} for name, found in metadata.packages_distributions().items()}
+
+
+def blocked() -> list[str]:
+    """The import names that an environment with the base alone does not have."""
+    base = closure(BASE)
+    return sorted(name for name, found in modules().items() if not found & base and name.isidentifier() and name != "fedtune")
 
 
 # -- what pyproject.toml says -------------------------------------------------------------------------------------------------------------
@@ -71,7 +79,7 @@ BLOCKED = sorted(name for name, found in MODULES.items() if not found & closure(
 def test_a_device_gets_no_library_of_training() -> None:
     assert not closure(BASE) & NOT_ON_A_DEVICE and closure(["fedtune[edge]"]) == closure(BASE) | {"fedtune"}
     assert closure(["fedtune[train]", "fedtune[ray]"]) >= NOT_ON_A_DEVICE  # so the names are right
-    assert {"flwr", "transformers", "torch"} - set(BLOCKED) == {"torch"}
+    assert {"flwr", "transformers", "torch"} - set(blocked()) == {"torch"}
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"edge", "train"}))
@@ -96,7 +104,7 @@ def test_every_import_is_of_a_library_that_the_project_asks_for() -> None:
     looked, base, everything = 0, declared(BASE), declared([*BASE, *EXTRAS["train"]])
     for module, file in files():
         for name in set(third_party(file)) - OTHERS:
-            found = {"protobuf"} if name == "google" else MODULES[name]
+            found = {"protobuf"} if name == "google" else modules()[name]
             late = next((names for at, names in OF_TRAINING.items() if f"{module}.".startswith(f"{at}.")), set[str]())
             wanted = base if module.startswith(ROOMS) and name not in late else everything
             assert found & wanted, f"{module} imports {name}, and pyproject.toml does not ask for {found} where a device needs it"
@@ -107,7 +115,7 @@ def test_every_import_is_of_a_library_that_the_project_asks_for() -> None:
 def test_the_sentence_knows_every_library_of_training() -> None:
     assert {canonicalize_name(d) for d in _OF_TRAINING.values()} == declared(EXTRAS["train"])
     for name, distribution in _OF_TRAINING.items():
-        assert canonicalize_name(distribution) in MODULES[name.partition(".")[0]]
+        assert canonicalize_name(distribution) in modules()[name.partition(".")[0]]
 
 
 def test_what_else_is_missing_is_a_fault() -> None:
@@ -118,7 +126,7 @@ def test_what_else_is_missing_is_a_fault() -> None:
 
 # -- an environment without them ----------------------------------------------------------------------------------------------------------
 
-WITHOUT = f"""
+WITHOUT = """
 import json, os, signal, sys, threading, time, urllib.request
 from pathlib import Path
 
@@ -130,13 +138,14 @@ class Installed:
         if name.partition(".")[0] not in self.blocked:
             return next((s for f in self.finders if (s := f.find_spec(name, path, target))), None)
 
-sys.meta_path[:] = [Installed(list(sys.meta_path), set({BLOCKED!r}))]
+sys.meta_path[:] = [Installed(list(sys.meta_path), set(json.loads(sys.argv.pop())))]
 """
 
 
 def without(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python where only the base dependencies can be imported."""
-    return subprocess.run([sys.executable, "-c", WITHOUT + code, *args], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    command = [sys.executable, "-c", WITHOUT + code, *args, json.dumps(blocked())]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 STARTS = {"python -m fedtune.sim": ("fedtune", "import runpy; sys.argv[0] = 'sim'; runpy.run_module('fedtune.sim', run_name='__main__')")}
