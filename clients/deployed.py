@@ -156,7 +156,7 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
         )
     if device.data is not None:
         if data.source == "demo":  # the file has the demo's column names
-            data = demo_columns(data)
+            data = demo_columns(dataclasses.replace(config, data=data))
         columns = own_rows_columns(dataclasses.replace(config, data=data))
         data = dataclasses.replace(data, source="local", test_fraction=0.0, limit=None, client_from_file=False, columns=columns)
         partition = dataclasses.replace(partition, kind="one")

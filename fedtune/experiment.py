@@ -233,8 +233,8 @@ def _answers(
     space.rebase((), ())
     space.live.load(space.initial)
     before = generate_answers(space.live.model, tokenizer, picked, config.task, batch_size=count)
-    rows = zip(chosen, picked, before, after, strict=True)
-    prompts = space.federation.test["prompt"]
-    answers = [{"request": prompts[i].strip(), "wanted": e.answer.strip(), "before": b, "after": a} for i, e, b, a in rows]
+    asked = [tokenizer.decode(e.input_ids[: e.prompt_length].tolist(), skip_special_tokens=True).strip() for e in picked]
+    rows = zip(asked, picked, before, after, strict=True)
+    answers = [{"request": r, "wanted": e.answer.strip(), "before": b, "after": a} for r, e, b, a in rows]
     run.write_json("answers.json", answers)
     return answers

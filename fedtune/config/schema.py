@@ -75,7 +75,9 @@ class DataConfig:
     )
     record_pattern: str | None = opt(None, "regular expression that splits a text file into records; its named groups become columns")
     client_from_file: bool = opt(False, "each file is a client, named after the file")
-    columns: dict[str, str] = opt({}, "fedtune's column → the data's column; fedtune's: text, label, prompt, answer, client, device_class")
+    columns: dict[str, str] = opt(
+        {}, "fedtune's column → the data's column; fedtune's: text, label, prompt, answer, messages, client, device_class"
+    )
     prompt: str | None = opt(None, "prompt template over the file's columns, such as 'Q: {question}\\nA:'")
     answer: str | None = opt(None, "answer template over the file's columns, such as ' {answer}'")
     test_fraction: float = opt(0.1, "share of rows for the global test if no test file or split is given", ge=0, le=0.9)
@@ -102,8 +104,8 @@ class PartitionConfig:
 class TaskConfig:
     kind: str = opt("instruction", "learning task, with its loss and metrics", choices=TASKS)
     max_length: int = opt(128, "tokens per example; longer examples are truncated", ge=2)
-    max_new_tokens: int = opt(24, "instruction: longest generated answer, in tokens", ge=1)
-    generate: bool = opt(True, "instruction: generate answers and score exact match; false: report only the answer loss")
+    max_new_tokens: int = opt(24, "instruction, chat: longest generated answer, in tokens", ge=1)
+    generate: bool = opt(True, "instruction, chat: generate answers and score exact match; false: report only the answer loss")
     stride_texts: bool = opt(True, "causal_lm: concatenate a client's texts and split them into blocks of max_length")
 
 

@@ -67,7 +67,7 @@ class Task(abc.ABC):
 
     Attributes:
         columns: Columns that a row needs → type of their values: `text`, `class` (a name or an integer, stored as a class id), `number`,
-            or `raw` (stored as in the source). The column `label` is always a `class`.
+            `messages` (a conversation, see `data/messages.py`), or `raw` (stored as in the source). The column `label` is always a `class`.
         columns_hint: End of the error about a missing column, after "set data.columns.NAME".
         drops_blank: Text columns; a row with a blank value in one of them is dropped.
         metrics: Metric → whether higher is better, the primary metric first. The loss is the last metric of every task.
@@ -78,6 +78,7 @@ class Task(abc.ABC):
         gives_text: The trained model generates text, so `fedtune generate` and the engine can use it.
         noun, gives: Words for the trained model and its output in messages: "a classifier", "labels".
         prompted: Rows are prompts with answers: an export includes the prompt template, and a run shows sample answers.
+        conversational: Rows are conversations in the model's chat template.
         adapter_types: PEFT task types that select this task for an adapter folder without a fedtune task.
     """
 
@@ -92,6 +93,7 @@ class Task(abc.ABC):
     noun: ClassVar[str] = "a language model"
     gives: ClassVar[str] = "text"
     prompted: ClassVar[bool] = False
+    conversational: ClassVar[bool] = False
     adapter_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: "TaskConfig") -> None:

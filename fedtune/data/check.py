@@ -35,7 +35,7 @@ def check_data(config: Config) -> None:
     """
     if config.data.source == "demo":
         names = list(next(iter(generate(config.seed, homes=1, test_size=0)[0])))
-        check_names(names, dataclasses.replace(config, data=demo_columns(config.data)), "training")
+        check_names(names, dataclasses.replace(config, data=demo_columns(config)), "training")
     if config.data.source != "local":
         return
     files, tests = local_files(config.data)
@@ -78,7 +78,7 @@ def no_classes() -> ConfigError:
 def _check_files(files: list[Path], config: Config, what: str) -> None:
     required, present = read_columns(config).required, dict[str, None]()
     for file in files:
-        if required <= present.keys():
+        if present and required <= present.keys():
             break
         names = _names(file, config, required - present.keys())
         if names is None:

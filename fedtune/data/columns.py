@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config import Config, DataConfig, template_text
 from fedtune.contracts.task import Task, task_of, tasks
+from fedtune.data import messages
 from fedtune.data.local import Columns
 from fedtune.errors import ConfigError, DataError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # commands that only check names start faster without it
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
 DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
 DEMO_COLUMNS = {"text": "request", "label": "intent"}
+DEMO_CHAT = ("{request}", "{action}")  # what the user and the assistant say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,9 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
     check_names(source.column_names, config, what)
     maps, templates = mapping(data)
     out: dict[str, list[Any]] = {}
-    for ours in task.columns:
-        out[ours] = _values(source, ours, maps, templates, what)
+    for ours, kind in task.columns.items():
+        made = _conversations(source, maps, templates, what) if kind == "messages" else _values(source, ours, maps, templates, what)
+        out[ours] = made
     wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()
     for ours in ("client", "device_class", "label"):
         if ours in out or (what == "test" and ours == "label"):
@@ -107,7 +110,9 @@ def check_names(present: Collection[str], config: Config, what: str) -> None:
     maps, templates = mapping(config.data)
     for ours in dict.fromkeys((*task.columns, *known_columns())):
         theirs = maps.get(ours, ours)
-        if ours in templates and (ours in task.columns or ours in ("client", "device_class") or (ours == "label" and what == "training")):
+        if task.columns.get(ours) == "messages":
+            _check_conversations(present, config, what)
+        elif ours in templates and (ours in task.columns or ours in ("client", "device_class") or (ours == "label" and what == "training")):
             if missing := sorted(fields(templates[ours], f"the {ours} template") - set(present)):
                 template = templates[ours]
                 raise DataError(f"the {ours} template {template!r} names '{missing[0]}', but the rows have only {there}: correct the name")
@@ -120,6 +125,22 @@ def check_names(present: Collection[str], config: Config, what: str) -> None:
             raise DataError(f"task.kind={kind} needs '{ours}', but the {what} rows have only {there}: set data.columns.{ours}{more}")
         elif what == "training" and ours in PARTITION_BY.get(config.partition.kind, ()):
             raise no_clients() if ours == "client" else no_labels(config.partition.kind)
+
+
+def _check_conversations(present: Collection[str], config: Config, what: str) -> None:
+    """Raises DataError if a source has no conversations in any form."""
+    maps, templates = mapping(config.data)
+    if "messages" in templates:
+        raise ConfigError("data.columns.messages is a template: name the column with the conversations")
+    if messages.form(present, maps, templates):
+        return
+    there, theirs = ", ".join(present), maps.get("messages")
+    if theirs is not None:
+        raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.messages), only {there}: correct the name")
+    raise DataError(
+        f"task.kind={config.task.kind} needs 'messages', but the {what} rows have only {there}: set data.columns.messages, or the templates"
+        " data.prompt and data.answer"
+    )
 
 
 def no_clients() -> DataError:
@@ -153,15 +174,19 @@ def mapping(data: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
     return maps, templates
 
 
-def demo_columns(data: DataConfig) -> DataConfig:
-    """The settings with the demo's templates and columns as defaults."""
-    prompt, answer = data.prompt or DEMO_PROMPT, data.answer or DEMO_ANSWER
+def demo_columns(config: Config) -> DataConfig:
+    """The data settings with the demo's templates and columns as defaults."""
+    data = config.data
+    own = DEMO_CHAT if task_of(config.task).conversational else (DEMO_PROMPT, DEMO_ANSWER)
+    prompt, answer = data.prompt or own[0], data.answer or own[1]
     return dataclasses.replace(data, prompt=prompt, answer=answer, columns=DEMO_COLUMNS | data.columns)
 
 
 def own_rows_columns(config: Config) -> dict[str, str]:
     """The entries of `data.columns` that a device's own rows need: the task's columns. They are not partitioned, so no label or client."""
-    return {ours: theirs for ours, theirs in config.data.columns.items() if ours in task_of(config.task).columns}
+    task = task_of(config.task)
+    needed = {*task.columns, *(messages.PAIR if task.conversational else ())}
+    return {ours: theirs for ours, theirs in config.data.columns.items() if ours in needed}
 
 
 def read_columns(config: Config) -> Columns:
@@ -170,11 +195,18 @@ def read_columns(config: Config) -> Columns:
     No other column is read.
     """
     maps, templates = mapping(config.data)
-    required = {*task_of(config.task).columns, *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
+    task, conversations = task_of(config.task), set[str]()
+    own = {ours for ours, kind in task.columns.items() if kind != "messages"}
+    if task.conversational:
+        conversations = {maps["messages"]} if "messages" in maps else {*messages.COLUMNS}
+    required = {*own, *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
     required |= set(maps.values())
     for ours, template in templates.items():
         required |= fields(template, f"the {ours} template")
-    return Columns(frozenset(required), frozenset({"client", "device_class", "label"} - required))
+    optional = {"client", "device_class", "label", *conversations}
+    if task.conversational:
+        optional |= {*messages.PAIR, *messages.ALPACA, *messages.ALPACA_OPTIONAL}
+    return Columns(frozenset(required), frozenset(optional - required), frozenset(conversations))
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
@@ -198,6 +230,18 @@ def _values(source: "datasets.Dataset", ours: str, maps: Mapping[str, str], temp
         if value is None:
             raise DataError(f"{what} row {number} has no '{theirs}': fill it or remove the row")
     return values
+
+
+def _conversations(source: "datasets.Dataset", maps: Mapping[str, str], templates: Mapping[str, str], what: str) -> list[str]:
+    """The column `messages`, from any form of conversations."""
+    kind = messages.form(source.column_names, maps, templates)
+    if kind == "pair":
+        return messages.paired(*(texts(_values(source, ours, maps, templates, what), ours, maps.get(ours, ours)) for ours in messages.PAIR))
+    if kind == "alpaca":
+        asked, answers = (texts(_values(source, name, {}, {}, what), name, name) for name in messages.ALPACA)
+        extra, system = (source[name][:] if name in source.column_names else [None] * len(source) for name in messages.ALPACA_OPTIONAL)
+        return messages.paired([messages.with_input(a, b) for a, b in zip(asked, extra, strict=True)], answers, system)
+    return messages.read_messages(source.with_format(None)[kind][:], what)
 
 
 def fields(template: str, what: str) -> set[str]:
@@ -296,7 +340,7 @@ def features(columns: Mapping[str, Any], task: Task) -> "datasets.Features | Non
     kinds = {ours: "class" if ours == "label" else task.columns.get(ours, "text") for ours in columns}
     if "raw" in kinds.values():
         return None
-    types = {"text": "string", "class": "int64", "number": "float64"}
+    types = {"text": "string", "messages": "string", "class": "int64", "number": "float64"}
     return datasets.Features({ours: datasets.Value(types[kind]) for ours, kind in kinds.items()})
 
 

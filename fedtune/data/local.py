@@ -38,10 +38,12 @@ class Columns:
     Args:
         required: Columns that the task or the settings name; an unreadable one is an error.
         optional: Columns that are used if possible; an unreadable one becomes empty.
+        conversations: Columns whose lists are kept as JSON text, because the keys and types of their messages may differ.
     """
 
     required: frozenset[str]
     optional: frozenset[str] = frozenset()
+    conversations: frozenset[str] = frozenset()
 
     @property
     def used(self) -> frozenset[str]:
@@ -161,7 +163,10 @@ def read_files(files: list[Path], config: DataConfig, client_from_file: bool, re
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
             unread = read is not None and name not in read.used
-            arrays[name] = pa.nulls(len(rows)) if unread else pa.array([row.get(name) for row in rows])
+            values = [row.get(name) for row in rows]
+            if read is not None and name in read.conversations:
+                values = [json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list) else value for value in values]
+            arrays[name] = pa.nulls(len(rows)) if unread else pa.array(values)
         except UnicodeEncodeError as bad:  # JSON can contain half a surrogate pair, which is not text
             raise DataError(f"{where}: column '{name}' has {bad.object[bad.start]!r}, which is not a character: clean the file") from None
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as bad:

@@ -22,4 +22,4 @@ def read_source(config: Config) -> tuple[Config, datasets.Dataset, datasets.Data
     if config.data.source == "local":
         return config, *read_local(config.data, read_columns(config))
     train, test = (datasets.Dataset.from_list(rows) for rows in generate(config.seed, homes=config.data.homes))
-    return dataclasses.replace(config, data=demo_columns(config.data)), train, test
+    return dataclasses.replace(config, data=demo_columns(config)), train, test

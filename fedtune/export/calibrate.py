@@ -15,6 +15,7 @@ from fedtune.contracts.seeds import derive_seed
 from fedtune.data.decoding import decode
 from fedtune.data.local import find_files, read_bytes, read_file, suffix
 from fedtune.errors import CheckpointError, DataError
+from fedtune.storage.parsing import parse_json
 
 __all__ = ["Calibration", "make_calibration", "privacy_disclosure", "read_calibration_texts"]
 
@@ -127,4 +128,6 @@ def _of_run(config: Config) -> list[str]:
     rows = federation.rows.select(sorted(int(i) for client in federation.clients.values() for i in client.train))
     if "prompt" in rows.column_names:
         return [prompt + answer for prompt, answer in zip(rows["prompt"][:], rows["answer"][:], strict=True)]
+    if "messages" in rows.column_names:
+        return ["\n".join(m["content"] for m in parse_json(text)) for text in rows["messages"][:]]
     return list(rows["text"][:])

@@ -135,7 +135,7 @@ def distill(
     with export_folder(out) as to:
         with quiet():
             student.to(stored(teacher)).save_pretrained(to)
-        write_tokenizer(teacher.tokenizer, teacher.folder, to)
+        write_tokenizer(teacher.tokenizer, teacher.folder, to, TaskConfig(kind="causal_lm", max_length=2))
         (to / CARD).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return figures
 

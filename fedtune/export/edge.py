@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
+from fedtune.contracts.task import task_of
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.export.calibrate import LENGTH, make_calibration, privacy_disclosure, read_calibration_texts
 from fedtune.export.huggingface import check_out, export_folder, write_tokenizer
@@ -75,13 +76,13 @@ def export_edge(
             " or leave out --separate"
         )
     merged = read_merged(source, separate=separate)
-    tokenizer = load_tokenizer(merged.folder, merged.origin.model)
+    tokenizer = load_tokenizer(merged.folder, merged.origin.model, merged.origin.task)
     if len(tokenizer) > merged.shape.vocab:
         raise ModelError(f"the tokenizer in {merged.folder} has {len(tokenizer)} tokens, but the model has only {merged.shape.vocab}")
     with export_folder(out) as folder:
-        write_tokenizer(tokenizer, merged.folder, folder)
+        write_tokenizer(tokenizer, merged.folder, folder, merged.origin.task)
         text = read_text(folder, saved=True)  # fails here, not on the device, if the engine cannot read it
-        seen, held = _texts(merged, text, calibrate) if recipe else ((), [])
+        seen, held = _texts(merged, text, tokenizer, calibrate) if recipe else ((), [])
         card = _card(merged)
         if calibrate and (beyond := privacy_disclosure(calibrate)):
             card["beyond_privacy"] = beyond
@@ -141,16 +142,16 @@ def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe:
     writer.close(_config(merged, recipe), card)
 
 
-def _texts(merged: Merged, text: Text, calibrate: Path | None) -> tuple[Sequence[Tensor], list[Piece]]:
+def _texts(merged: Merged, text: Text, tokenizer: Any, calibrate: Path | None) -> tuple[Sequence[Tensor], list[Piece]]:
     """Return calibration sequences and held-out pieces; each may be empty."""
     seed = merged.origin.config.seed if merged.origin.config else 0
     if calibrate:
         drawn = make_calibration(read_calibration_texts(calibrate), text.encode, length=min(LENGTH, _window(merged)), seed=seed)
         return drawn.sequences, list(windows(drawn.held, _window(merged)))
-    return (), _of_test(merged.origin.config, text, _window(merged)) if merged.origin.config else []
+    return (), _of_test(merged.origin.config, text, tokenizer, _window(merged)) if merged.origin.config else []
 
 
-def _of_test(config: Config, text: Text, window: int) -> list[Piece]:
+def _of_test(config: Config, text: Text, tokenizer: Any, window: int) -> list[Piece]:
     """The rows of a run's global test; of prompted rows only the answer is scored. Empty if the data are not on this machine."""
     from fedtune.data.federation import load_test  # late: it loads the data libraries
 
@@ -158,6 +159,10 @@ def _of_test(config: Config, text: Text, window: int) -> list[Piece]:
         rows = load_test(config).test
     except (ConfigError, DataError):
         return []
+    if (task := task_of(config.task)).conversational:
+        examples = task.encode(rows, tokenizer, encoder_decoder=False, keep_short=False)
+        turns = ((e.input_ids[: e.prompt_length].tolist(), e.input_ids[e.prompt_length :].tolist()) for e in examples)
+        return answers(turns, _HELD, window)
     end = sorted(text.ends)[:1]  # of each row, as in training
     if "prompt" in rows.column_names:
         pairs = ((p, a) for p, a in zip(rows["prompt"][:], rows["answer"][:], strict=True) if p and a)

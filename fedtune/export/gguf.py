@@ -64,13 +64,13 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
         raise ModelError(f"GGUF type {kind}: wanted one of {', '.join(TYPES)}")
     merged = read_merged(source)
     _check(merged)
-    tokenizer = load_tokenizer(merged.folder, merged.origin.model)
+    tokenizer = load_tokenizer(merged.folder, merged.origin.model, merged.origin.task)
     card = {**merged.origin.card, "base": merged.fingerprint, **provenance(merged.origin)}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_file(out, durable=False) as beside, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as made:
             folder = Path(made)
-            write_tokenizer(tokenizer, merged.folder, folder)
+            write_tokenizer(tokenizer, merged.folder, folder, merged.origin.task)
             vocabulary = read_vocabulary(folder, tokenizer, merged.shape.vocab)
             if vocabulary.differs:
                 card["tokenizer"] = vocabulary.differs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from fedtune.config import Config
+from fedtune.config import Config, TaskConfig
 from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
 from fedtune.export.origin import check_base, read_origin
@@ -23,6 +23,7 @@ from fedtune.models.adapter_folder import BESIDE, StoredAdapter
 from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import stored_tensors
 from fedtune.models.methods import mergeable
+from fedtune.models.tokens import end_tokens
 from fedtune.storage.atomic import new_folder
 from fedtune.storage.parsing import parse_json, read_text
 
@@ -101,7 +102,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
                 write_merged(backbone.model, tensors, dtype, temporary)
             else:
                 save(backbone.model, dtype, temporary)
-        write_tokenizer(backbone.tokenizer, backbone.folder, temporary)
+        write_tokenizer(backbone.tokenizer, backbone.folder, temporary, task)
         (temporary / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return out
 
@@ -161,8 +162,8 @@ def _apart(source: Path) -> Path:
     return source / "adapter" if (source / "adapter").is_dir() else source
 
 
-def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
-    """Write the tokenizer's files, and copy generation_config.json from the backbone's folder.
+def write_tokenizer(tokenizer: Any, folder: Path, out: Path, task: TaskConfig) -> None:
+    """Write the tokenizer's files, and copy generation_config.json from the backbone's folder; it gets the end tokens of a chat.
 
     transformers does not save every argument of a tokenizer's class, such as Llama's `legacy`, and rebuilds some tokenizers from saved
     arguments. If the saved tokenizer would load differently, the saved config selects the class that reads tokenizer.json as it is.
@@ -175,6 +176,8 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
     own = folder / "generation_config.json"  # load_backbone drops sampling defaults, which servers of the model need
     if own.is_file():
         shutil.copyfile(own, out / own.name)
+    if task_of(task).conversational:
+        _add_ends(out, sorted(end_tokens(tokenizer, task)))
     if not (out / "config.json").is_file() or not (out / "tokenizer.json").is_file() or _reads_back(tokenizer, out):
         return
     path = out / "tokenizer_config.json"
@@ -186,6 +189,15 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
         raise ModelError(
             f"transformers saves the tokenizer of {folder} so that it loads with other token ids: export it with --to edge"
         )
+
+
+def _add_ends(out: Path, ends: list[int]) -> None:
+    """Add end tokens to the folder's generation_config.json."""
+    path = out / "generation_config.json"
+    config = parse_json(read_text(path)) if path.is_file() else {}
+    own = config.get("eos_token_id")
+    config["eos_token_id"] = sorted({*ends, *(own if isinstance(own, list) else [] if own is None else [own])})
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _reads_back(tokenizer: Any, out: Path) -> bool:

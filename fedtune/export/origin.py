@@ -111,8 +111,8 @@ def check_base(origin: Origin, fingerprint: str, name: str) -> None:
 
 
 def prompt_template(config: Config | None) -> str | None:
-    """The run's prompt template; None if prompts are used unchanged."""
-    if config is None or not task_of(config.task).prompted:
+    """The run's prompt template; None if prompts are used unchanged or in the chat template."""
+    if config is None or not task_of(config.task).prompted or task_of(config.task).conversational:
         return None
     if config.data.prompt is not None:
         return template_text(config.data.prompt)

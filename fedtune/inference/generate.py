@@ -19,7 +19,7 @@ from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import CARD, is_package
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.shape import Unsupported, read_shape
-from fedtune.inference.engine.text import wrap
+from fedtune.inference.engine.text import Text, wrap
 from fedtune.inference.engine.tokenizer import check_tokenizer
 from fedtune.models.checkpoint import read_config
 from fedtune.storage.parsing import parse_json, read_text
@@ -57,7 +57,8 @@ def generate_text(
     """The model's continuation of the prompt, without the prompt.
 
     Args:
-        folder: An edge package or a Hugging Face folder; an export of fedtune wraps the request in the run's prompt template.
+        folder: An edge package or a Hugging Face folder; an export of fedtune wraps the request in the run's prompt template, or in the
+            model's chat template if the run's task is chat.
         prompt: The request, or the complete prompt if the folder has no template.
         max_new_tokens: Longest answer; None uses the run's setting, or 64.
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop: As in `Sampling`; temperature 0 is greedy.
@@ -81,7 +82,7 @@ def generate_text(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop)
     )
-    if card.get("prompt") and not prompt.strip():
+    if (card.get("prompt") or is_chat(card)) and not prompt.strip():
         raise ConfigError("the request is empty: give some text")
     guesses = None if speculate in ("auto", "none") else speculate
     if falls_back(folder, card, kind=kind, kv_budget=kv_budget, draft=draft, adapter=adapter, speculate=guesses):
@@ -89,11 +90,11 @@ def generate_text(
         from fedtune.inference.one_by_one import SequentialScheduler
 
         one = SequentialScheduler(load_model(folder, card), unstated=sys.maxsize)
-        texts: Generator[str, None, None] = one.write(one.text.encode(wrap(prompt, card.get("prompt"))), sampling, length)
+        texts: Generator[str, None, None] = one.write(encode_request(one.text, prompt, card), sampling, length)
     else:
         engine = load_engine(folder, kind)
         speculation = open_speculation(engine, speculate, draft)
-        ids = engine.text.encode(wrap(prompt, card.get("prompt")))
+        ids = encode_request(engine.text, prompt, card)
         chosen: list[str] = []
         context = open_context(engine, kv_budget, adapter, tokens=len(ids) + length, tell=chosen.append)
         answer = Generation(engine, ids, sampling, length, context=context, speculation=speculation)
@@ -107,6 +108,18 @@ def generate_text(
             if write:
                 write(text)
     return "".join(pieces)
+
+
+def is_chat(card: dict[str, Any]) -> bool:
+    """Whether a model was tuned on conversations."""
+    return "task" in card and find(card["task"]).conversational
+
+
+def encode_request(text: Text, request: str, card: dict[str, Any]) -> list[int]:
+    """Token ids of a request as in training: in the chat template, in the run's prompt template, or unchanged."""
+    if is_chat(card):
+        return text.encode(text.chat([{"role": "user", "content": request}]), begin=False)
+    return text.encode(wrap(request, card.get("prompt")))
 
 
 def check_folder(folder: Path) -> None:

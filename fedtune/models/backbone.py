@@ -82,7 +82,7 @@ def load_backbone(
     """
     folder = find_folder(config)
     hf_config = build_config(config, task, num_labels=num_labels, folder=folder, packed=packed)
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config, task)
     device = torch.device("meta") if outline else pick_device(config.device)
     settings = _settings(config, device)
     drawn = config.init == "random"  # the fingerprint reads every header, so it rejects a truncated file before loading
@@ -99,7 +99,7 @@ def load_backbone(
     if config.checkpointing:
         checkpoint_activations(model)
     completed = () if drawn else _lacking(model, folder)
-    set_tokens(model, tokenizer, folder)
+    set_tokens(model, tokenizer, folder, task)
     check_context(model, task, folder)
     name = config.name if config.source == "hub" and not Path(config.name).expanduser().is_dir() else str(folder)
     model.config._name_or_path = name  # PEFT writes it into an adapter's folder as the base model's name

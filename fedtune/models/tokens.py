@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
+from fedtune.models.chat_template import answer_end, ensure_template
 from fedtune.models.checkpoint import first_line
 from fedtune.models.quiet import quiet
 
@@ -17,8 +18,8 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
-    """The checkpoint's tokenizer.
+def load_tokenizer(folder: Path, config: ModelConfig, task: TaskConfig) -> Any:
+    """The checkpoint's tokenizer; for a conversational task it has a chat template.
 
     Raises:
         ModelError: Its files are missing or damaged.
@@ -28,13 +29,22 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
         raise ModelError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …): copy the tokenizer's files into it")
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as bad:  # the tokenizers' Rust side raises plain Exception
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {first_line(bad)}") from None
+    if task_of(task).conversational:
+        ensure_template(tokenizer)
+    return tokenizer
 
 
-def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Set the same pad token for tokenizer, config and generation; generation stops at any eos token.
+def end_tokens(tokenizer: Any, task: TaskConfig) -> set[int]:
+    """The tokens that end a text, and for a conversational task an answer in the chat template."""
+    last = answer_end(tokenizer) if task_of(task).conversational else None
+    return {tokenizer.eos_token_id, last} - {None}
+
+
+def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path, task: TaskConfig) -> None:
+    """Set the same pad token for tokenizer, config and generation; generation stops at any end token.
 
     The pad token may be eos, because attention and labels are masked by position, not by id. A config whose model counts positions from the
     pad id keeps its pad id.
@@ -60,7 +70,7 @@ def set_tokens(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     if model.can_generate():
         # Otherwise a checkpoint's repetition penalty and sampling defaults would apply to every generate(), including greedy generation
         own = cast(GenerationConfig, model.generation_config).eos_token_id
-        stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        stops = {*end_tokens(tokenizer, task), *(own if isinstance(own, list) else [own])} - {None}
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=sorted(stops) or None,

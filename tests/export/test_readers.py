@@ -128,7 +128,8 @@ def compare(work: Path, family: str, kind: str, config: str, named: str | None) 
         out.mkdir()
         if which == "export":
             shutil.copyfile(folder / "config.json", out / "config.json")
-        write_tokenizer(load_tokenizer(folder, ModelConfig(source="hub", name=str(folder))), folder, out)
+        task = TaskConfig(kind="causal_lm")
+        write_tokenizer(load_tokenizer(folder, ModelConfig(source="hub", name=str(folder)), task), folder, out, task)
     with quiet():
         again = AutoTokenizer.from_pretrained(work / "export")
     assert [trained_on(again, text) for text in TEXTS] == wanted, f"transformers on the export: {where}"

@@ -14,8 +14,8 @@ from fedtune.data.examples import Example, collate
 from fedtune.errors import DataError
 from fedtune.models import Backbone, LiveAdapter, evaluate, load_backbone, loss_sum
 from fedtune.models.evaluation import generate_answers
+from fedtune.models.tasks._answers import verdict
 from fedtune.models.tasks.classification import macro_f1
-from fedtune.models.tasks.instruction import verdict
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 CAUSAL = TaskConfig(kind="causal_lm", max_length=32)

@@ -1,0 +1,116 @@
+"""Conversations in the forms in which data sets store them, as messages: JSON text of a list of {"role", "content", …}.
+
+Forms: `messages` with roles and contents; ShareGPT's `conversations` with `from` and `value`; a prompt with an answer; Alpaca's
+`instruction`, `input` and `output`. A content may be a text or a list of text parts.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from fedtune.errors import DataError
+from fedtune.storage.parsing import parse_json
+
+COLUMNS = ("messages", "conversations")  # of a source, in this order
+PAIR = ("prompt", "answer")
+ALPACA = ("instruction", "output")
+ALPACA_OPTIONAL = ("input", "system")
+_ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "bot": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "developer": "system",
+}  # fmt: skip
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # further keys of a message, which templates use
+
+
+def form(present: Collection[str], maps: Mapping[str, str], templates: Collection[str]) -> str:
+    """The form of a source's conversations: a column's name, "pair", "alpaca", or "" if the source has none.
+
+    Args:
+        present: The source's columns.
+        maps: fedtune's column → the source's.
+        templates: fedtune's columns that a template fills.
+    """
+    if "messages" in maps:
+        return maps["messages"] if maps["messages"] in present else ""
+    if all(name in templates or name in maps for name in PAIR):
+        return "pair"
+    if found := [name for name in COLUMNS if name in present]:
+        return found[0]
+    if all(name in present for name in PAIR):
+        return "pair"
+    return "alpaca" if all(name in present for name in ALPACA) else ""
+
+
+def read_messages(values: Sequence[Any], what: str) -> list[str]:
+    """Conversations of a column as JSON text.
+
+    Args:
+        values: Lists of messages, or their JSON text.
+        what: "training" or "test", for errors.
+
+    Raises:
+        DataError: A row is not a conversation with an answer; names the row.
+    """
+    out = []
+    for number, value in enumerate(values, 1):
+        try:
+            out.append(_text(_messages(value)))
+        except ValueError as bad:
+            raise DataError(f"{what} row {number} is not a conversation: {bad}") from None
+    return out
+
+
+def paired(requests: Sequence[str], answers: Sequence[str], systems: Sequence[str | None] | None = None) -> list[str]:
+    """Conversations of one request and its answer, as JSON text; a system message comes first if it is not blank."""
+    out = []
+    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        system = systems[i] if systems else None
+        first = [{"role": "system", "content": system}] if system and system.strip() else []
+        out.append(_text([*first, {"role": "user", "content": request}, {"role": "assistant", "content": answer}]))
+    return out
+
+
+def with_input(instruction: str, extra: str | None) -> str:
+    """Alpaca's request: the instruction, and after a blank line its input if there is one."""
+    return f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
+
+
+def _text(messages: list[dict[str, Any]]) -> str:
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            raise ValueError(f"{value[:40]!r} is not JSON; write a list of messages") from None
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"it is {'empty' if not value else type(value).__name__}; write a list of messages")
+    messages = [_message(each, number) for number, each in enumerate(value, 1)]
+    if not any(m["role"] == "assistant" for m in messages):
+        raise ValueError("no message has the role 'assistant', so there is nothing to learn; remove the row")
+    return messages
+
+
+def _message(value: Any, number: int) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"message {number} is {type(value).__name__}; write an object with role and content")
+    role, content = (value.get("role"), value.get("content")) if value.get("role") is not None else (value.get("from"), value.get("value"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError(f"message {number} has the role {role!r}; choose system, user, assistant or tool")
+    more = {key: value[key] for key in _KEPT if value.get(key) is not None}
+    if content is None and "tool_calls" not in more:
+        raise ValueError(f"message {number} has no content; fill it or remove the row")
+    return {"role": _ROLES[role], "content": _content(content, number), **more}
+
+
+def _content(value: Any, number: int) -> str:
+    """Text, or the text of all parts."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list):
+        parts = [part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None for part in value]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(map(str, parts))
+    raise ValueError(f"message {number} has a content that is not text; remove images and other parts, or the row")
