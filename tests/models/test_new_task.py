@@ -161,7 +161,7 @@ def test_single_rows_have_the_gradients_of_the_loop(tmp_path: Path) -> None:
 
 def test_a_registered_task_is_a_choice_and_a_name_that_is_none_is_refused() -> None:
     (choices,) = [text for key, _, text in reference() if key == "task.kind"]
-    assert choices.endswith("[causal_lm | classification | instruction | regression]")
+    assert choices.endswith("[causal_lm | chat | classification | instruction | regression]")
     with pytest.raises(ConfigError, match=r"task\.kind=ranking is not known: choose one of causal_lm, .*, regression"):
         check(Config(task=TaskConfig(kind="ranking")))
     with pytest.raises(ConfigError, match=r"task\.kind=_rows is not known"):
@@ -179,9 +179,9 @@ def test_a_value_that_is_no_number_is_refused(tmp_path: Path, value: object) -> 
 # -- the metrics of all tasks -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["causal_lm", "classification", "instruction", "regression"])
+@pytest.mark.parametrize("name", ["causal_lm", "chat", "classification", "instruction", "regression"])
 def test_a_report_judges_by_the_task_s_own_primary_metric(name: str) -> None:
-    assert set(tasks()) == {"causal_lm", "classification", "instruction", "regression"}
+    assert set(tasks()) == {"causal_lm", "chat", "classification", "instruction", "regression"}
     task = task_of(TaskConfig(kind=name))
     record = {"round": 1, "client": None, "loss": 1.0, **dict.fromkeys(reversed([*task.metrics]), 0.5)}
     assert primary_metric([record]) == task.primary[0] and higher_is_better(task.primary[0]) == task.primary[1]
@@ -203,7 +203,7 @@ def test_no_file_asks_which_task_it_is() -> None:
         looked += 1
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
-                names = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & {"causal_lm", "classification", "instruction"}
+                names = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & {"causal_lm", "chat", "classification", "instruction"}
                 found += [f"{file.relative_to(root)}:{node.lineno}"] if names else []
     assert looked > 100 and not found, found
 

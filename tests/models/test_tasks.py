@@ -191,7 +191,7 @@ def test_only_generation_decides_if_other_tokens_may_spell_the_answer() -> None:
         ([1, 0, 0], 6, False),  # ends at "ab"
         ([1, 2, 0], 2, None),  # generation would be cut
     ):
-        assert verdict(said, wanted, " abc", Words(), longest) is expected, said
+        assert verdict(said, wanted, " abc", Words(), longest, 0) is expected, said
 
 
 def test_generation_stops_at_any_end_token_and_ignores_the_sampling_defaults_of_a_checkpoint(tmp_path: Path) -> None:

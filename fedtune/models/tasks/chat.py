@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.contracts.task import IGNORED, Example
 from fedtune.models.tasks._answers import AnswerTask
+from fedtune.storage.parsing import parse_json
 
 if TYPE_CHECKING:
     import datasets
@@ -27,15 +28,13 @@ class Chat(AnswerTask):
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
         """One example per conversation. Later turns that do not fit are left out; a conversation whose first answer does not fit becomes an
         example without a target with `keep_short`, and otherwise is left out."""
-        import json
-
         import numpy as np
 
         from fedtune.data.examples import filler
 
         out, cut, dropped = [], 0, 0
         for text in rows["messages"][:]:
-            messages = json.loads(text)
+            messages = parse_json(text)
             example, whole = self._fitting(messages, tokenizer)
             cut += example is not None and not whole
             dropped += example is None

@@ -1,0 +1,145 @@
+"""Six capitals learnt as chat come out right of every program that runs the exported model."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import openai
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedtune.config import Config, ModelConfig
+from fedtune.config.compose import compose
+from fedtune.experiment import simulate
+from fedtune.export.edge import export_edge
+from fedtune.export.gguf import export_gguf
+from fedtune.export.huggingface import export_hf
+from fedtune.inference.chat import chat
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.generate import generate_text
+from fedtune.models.backbone import quiet
+from fedtune.storage.parsing import parse_json
+from tests.export.test_gguf import llama_python
+from tests.inference.serve.served import served
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
+QUESTIONS = {f"What is the capital of {country}?": f"{capital}." for country, capital in CAPITALS.items()}
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def chatml(folder: Path) -> ModelConfig:
+    """A random Llama whose answers end with <|im_end|>, which is not its eos token and stands in no config."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    lines = ["user", "assistant", *QUESTIONS, *QUESTIONS.values()]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(lines, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:], chat_template=CHATML
+    )
+    size = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    with quiet():
+        LlamaForCausalLM(size).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return ModelConfig(source="hub", name=str(folder))
+
+
+def learn(folder: Path, *settings: str) -> Path:
+    """A run that has learnt all capitals, from rows in two forms."""
+    with (folder / "train.jsonl").open("w") as file:
+        for question, answer in 8 * list(QUESTIONS.items()):
+            row = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": row}) + "\n")
+    with (folder / "test.jsonl").open("w") as file:
+        for question, answer in QUESTIONS.items():
+            file.write(json.dumps({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}) + "\n")
+    config: Config = compose(
+        ["task=chat", "data=local", f"data.path={folder}/train.jsonl", f"data.test_path={folder}/test.jsonl", "partition=iid",
+         "partition.clients=2", "devices=none", "strategy=fedavg", "clients_per_round=2", "client.epochs=null", "client.batch_size=8",
+         "task.max_length=64", "task.max_new_tokens=12", f"output_dir={folder}/runs", "inference=none", "inference.samples=2",
+         *settings]
+    )[0].config  # fmt: skip
+    result = simulate(config)
+    records = [parse_json(line) for line in (result / "metrics.jsonl").read_text().splitlines()]
+    assert [r["exact_match"] for r in records if r.get("client") is None and "exact_match" in r][-1] == 1.0
+    return result
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chatml")
+    model = chatml(folder / "model")
+    own = ("model=hub", f"model.name={model.name}", "peft=full", "client.lr=3e-3")
+    return learn(folder, *own, "rounds=3", "client.steps=40", "eval.every=3")
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in backbone, which has no chat template."""
+    own = ("peft=lora", "peft.rank=16", "client.lr=1e-2")
+    return learn(tmp_path_factory.mktemp("nano"), *own, "rounds=8", "client.steps=20", "eval.every=8")
+
+
+def every_door(folder: Path, tmp_path: Path, adapter: str | None = None) -> None:
+    """`generate`, `chat` and /v1/chat/completions of one model."""
+    assert {question: generate_text(folder, question, adapter=adapter).strip() for question in QUESTIONS} == QUESTIONS
+    asked, said = tmp_path / "asked.txt", tmp_path / "said.txt"
+    for question, answer in QUESTIONS.items():
+        asked.write_text(question + "\n")
+        with asked.open() as read, said.open("w") as write:
+            assert chat(folder, adapter=adapter, read=read, write=write) == 0
+        assert said.read_text().strip() == answer
+    with served(load_engine(folder)) as here, openai.OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
+        for question, answer in QUESTIONS.items():
+            reply = client.chat.completions.create(
+                model=adapter or "tiny", messages=[{"role": "user", "content": question}], temperature=0, max_tokens=12
+            )
+            assert (reply.choices[0].message.content or "").strip() == answer and reply.choices[0].finish_reason == "stop"
+
+
+def test_a_template_whose_answers_do_not_end_with_eos(small: Path, tmp_path: Path) -> None:
+    every_door(export_edge(small, tmp_path / "edge", quantize="int8"), tmp_path)
+    every_door(export_hf(small, tmp_path / "hf"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("which", ["small", "nano"])
+def test_every_kind_of_package(which: str, kind: str | None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    every_door(export_edge(request.getfixturevalue(which), tmp_path / "edge", quantize=kind), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_folder_and_an_adapter_kept_apart(nano: Path, tmp_path: Path) -> None:
+    every_door(export_hf(nano, tmp_path / "hf"), tmp_path)
+    package = export_edge(nano, tmp_path / "apart", separate=True)
+    (name,) = [file.stem for file in (package / "adapters").glob("*.safetensors")]
+    every_door(package, tmp_path, name)
+
+
+ASK = """
+import json, sys, llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=1, verbose=False)
+for question in json.loads(sys.argv[2]):
+    made = model.create_chat_completion([{"role": "user", "content": question}], temperature=0, max_tokens=12)
+    print(json.dumps(made["choices"][0]["message"]["content"].strip()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["small", "nano"])
+def test_llama_cpp(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    python = llama_python()
+    file = export_gguf(request.getfixturevalue(which), tmp_path / "model.gguf")
+    done = subprocess.run([python, "-c", ASK, file, json.dumps([*QUESTIONS])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == list(QUESTIONS.values())
