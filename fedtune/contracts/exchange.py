@@ -46,7 +46,7 @@ class Exchange(abc.ABC):
         """`ServerState.exchange` before round 1."""
         return {}
 
-    def left_out(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
+    def exclusions(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
         """Clients of the cohort to exclude from this round → (kind of reason, explanation)."""
         return {}
 

@@ -59,7 +59,7 @@ class CentralDP(Exchange):
     def start(self) -> Mapping[str, Tensor]:
         return {CLIP: torch.tensor(self.privacy.clip, dtype=torch.float64)}
 
-    def left_out(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
+    def exclusions(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
         """Clients for which another turn would exceed the budget."""
         p, out = self.privacy, dict[str, tuple[str, str]]()
         if p.epsilon is None:

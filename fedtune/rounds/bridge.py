@@ -22,16 +22,16 @@ from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.contracts.wire import MessageWriter
 from fedtune.exchange import Exchange, NoUpdates
-from fedtune.rounds.courier import Courier, Observer
 from fedtune.rounds.membership import Client, JoinPolicy, Membership
+from fedtune.rounds.messenger import Messenger, Observer
 from fedtune.rounds.outbox import OutboundMessage, check_affordable, write_messages
+from fedtune.rounds.outcome import RoundOutcome
 from fedtune.rounds.planning import base_plan
 from fedtune.rounds.reply import read_metrics
 from fedtune.rounds.round import Round
 from fedtune.rounds.silence import paused_clients
 from fedtune.rounds.snapshot import Snapshots
 from fedtune.rounds.staleness import LateUpdates
-from fedtune.rounds.turnout import Turnout
 from fedtune.rounds.weights import largest_share
 from fedtune.runs.directory import Checkpoint, RunDirectory
 
@@ -71,8 +71,8 @@ class Bridge:
     snapshots: Snapshots = field(default_factory=Snapshots)
 
     @property
-    def courier(self) -> Courier:
-        return Courier(grid=self.grid, timeout_s=self.config.round_timeout_s, observer=self.observer)
+    def messenger(self) -> Messenger:
+        return Messenger(grid=self.grid, timeout_s=self.config.round_timeout_s, observer=self.observer)
 
     def loop(self) -> ServerState:
         """Run the remaining rounds and return the last state."""
@@ -104,28 +104,28 @@ class Bridge:
             cohort = self._sample(self._available(connected, busy), round)
             self.observer.round_started(round, self.config.rounds, cohort)
             before = state
-            state, turnout = self._train(round, cohort, clients, state, late)
+            state, outcome = self._train(round, cohort, clients, state, late)
             for note in self.strategy.notes(round, before, state) if state is not before else []:
                 self.observer.note(note)
-            record = turnout.summary(round, len(cohort), may_be_late=self.config.late == "use")
+            record = outcome.summary(round, len(cohort), may_be_late=self.config.late == "use")
             if round % self.config.eval.every == 0 or round == self.config.rounds:
-                self._score(state, membership.connected(), record, turnout.records)
+                self._score(state, membership.connected(), record, outcome.records)
             record["seconds"] = time.perf_counter() - started
             for client in cohort:
                 entry = book.setdefault(client, {"counted": 0, "dropped": 0, "last": None})
-                why = turnout.records[client].get("dropped")
+                why = outcome.records[client].get("dropped")
                 entry["dropped" if why else "counted"] += 1
                 entry["last"] = why or f"counted in round {round}"
-            for client, rounds in turnout.late.items():
+            for client, rounds in outcome.late.items():
                 book[client]["counted"] += 1
                 book[client]["last"] = f"counted in round {round}, {rounds} late"
-            for client in (*cohort, *turnout.late):
-                if "epsilon" in turnout.records[client]:
-                    book[client]["epsilon"] = turnout.records[client]["epsilon"]
+            for client in (*cohort, *outcome.late):
+                if "epsilon" in outcome.records[client]:
+                    book[client]["epsilon"] = outcome.records[client]["epsilon"]
             if spent := [entry["epsilon"] for entry in book.values() if "epsilon" in entry]:
                 record["epsilon"] = max(spent)  # the largest ε that any client has spent
             record.update(self.exchange.figures(round, before, state))
-            self._close(Checkpoint(round=round, state=state, clients=book, late=late.kept), record, turnout.records)
+            self._close(Checkpoint(round=round, state=state, clients=book, late=late.kept), record, outcome.records)
         return state
 
     # -- one round ------------------------------------------------------------------------------------------------------------------------
@@ -142,24 +142,24 @@ class Bridge:
 
     def _train(
         self, round: int, cohort: Sequence[str], clients: Mapping[str, Client], state: ServerState, late: LateUpdates
-    ) -> tuple[ServerState, Turnout]:
-        one = Round(round, self.config, self.courier, clients, state, late, self.join.expected_clients is not None)
-        asked = one.leave_out(self.exchange, cohort)
+    ) -> tuple[ServerState, RoundOutcome]:
+        one = Round(round, self.config, self.messenger, clients, state, late, self.join.expected_clients is not None)
+        asked = one.drop_excluded(self.exchange, cohort)
         one.address(self._messages(round, asked, clients, state))
 
-        def does_not_count(why: str) -> tuple[ServerState, Turnout]:
+        def does_not_count(why: str) -> tuple[ServerState, RoundOutcome]:
             self.observer.note(f"round {round} does not count: {why}; the state is unchanged")
-            return state, one.turnout
+            return state, one.outcome
 
         try:
             after = self.exchange.run(round, state, self.strategy, one)
         except NoUpdates:
             return does_not_count("no client sent a good update")
-        if one.turnout.good < self.config.min_clients:
-            return does_not_count(f"it has {one.turnout.good} good updates, fewer than min_clients={self.config.min_clients}")
+        if one.outcome.good < self.config.min_clients:
+            return does_not_count(f"it has {one.outcome.good} good updates, fewer than min_clients={self.config.min_clients}")
         if broken := _not_finite(after):
             return does_not_count(f"'{broken}' in its result is not finite")
-        return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), one.turnout
+        return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), one.outcome
 
     def _messages(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, OutboundMessage]:
         assignments = self.strategy.plan(round, self._plans(round, ids, clients, state), state)
@@ -188,10 +188,10 @@ class Bridge:
         # evaluation messages do not count as the method's traffic, but their shifts do, because they are not sent again
         meter = flower.Meter()
         record["bytes_down"] = record.get("bytes_down", 0) + sum(meter(_shifts_of(content)) for content in contents.values())
-        turnout = Turnout(records={c: {} for c in asked})
+        outcome = RoundOutcome(records={c: {} for c in asked})
         values = []
         versions = tuple(s.spec.version for s in state.shifts)
-        for client, reply in self.courier.ask("evaluate", round, contents, clients, turnout, versions, self.courier.until()):
+        for client, reply in self.messenger.ask("evaluate", round, contents, clients, outcome, versions, self.messenger.until()):
             metrics = read_metrics(reply.content)
             records.setdefault(client, {"round": round, "client": client}).update(metrics)
             if self.metric[0] in metrics:

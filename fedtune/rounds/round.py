@@ -17,13 +17,13 @@ from fedtune.contracts.strategy import Assignment, ServerState
 from fedtune.contracts.wire import OFFER
 from fedtune.errors import UpdateError
 from fedtune.exchange import Exchange, NoUpdates
-from fedtune.rounds.courier import Courier
 from fedtune.rounds.membership import Client, printable, replies
+from fedtune.rounds.messenger import Messenger
 from fedtune.rounds.outbox import OutboundMessage, describe_excess, max_reply_bytes
+from fedtune.rounds.outcome import RoundOutcome
 from fedtune.rounds.reply import SERVER_FIELDS, read_update
 from fedtune.rounds.silence import record_answer
 from fedtune.rounds.staleness import LateUpdates, PendingReply, apply_staleness, difference
-from fedtune.rounds.turnout import Turnout
 from fedtune.rounds.weights import largest_share, max_weight
 
 
@@ -33,7 +33,7 @@ class Round:
     Args:
         number: The round, from 1.
         config: The experiment.
-        courier: Sends the messages.
+        messenger: Sends the messages.
         clients: All clients, by logical id.
         state: The state before the round.
         late: Late updates and pending replies of earlier rounds.
@@ -44,33 +44,33 @@ class Round:
         self,
         number: int,
         config: Config,
-        courier: Courier,
+        messenger: Messenger,
         clients: Mapping[str, Client],
         state: ServerState,
         late: LateUpdates,
         deployed: bool,
     ) -> None:
-        self.number, self.config, self.courier, self.clients, self.state, self.late = number, config, courier, clients, state, late
-        self.deployed, self.observer = deployed, courier.observer
-        self.turnout, self.messages = Turnout(), dict[str, OutboundMessage]()
+        self.number, self.config, self.messenger, self.clients, self.state, self.late = number, config, messenger, clients, state, late
+        self.deployed, self.observer = deployed, messenger.observer
+        self.outcome, self.messages = RoundOutcome(), dict[str, OutboundMessage]()
         self.versions = tuple(s.spec.version for s in state.shifts)
 
     @property
     def cohort(self) -> Sequence[str]:
         return [c for c, outbound in self.messages.items() if not outbound.over_limit]
 
-    def leave_out(self, exchange: Exchange, cohort: Sequence[str]) -> list[str]:
+    def drop_excluded(self, exchange: Exchange, cohort: Sequence[str]) -> list[str]:
         """Drop the clients that the exchange excludes, and return the others."""
-        for client, (kind, why) in exchange.left_out(self.number, cohort).items():
-            self.turnout.records[client] = {"round": self.number, "client": client}
+        for client, (kind, why) in exchange.exclusions(self.number, cohort).items():
+            self.outcome.records[client] = {"round": self.number, "client": client}
             self._drop(client, kind, why)
-        return [c for c in cohort if c not in self.turnout.records]
+        return [c for c in cohort if c not in self.outcome.records]
 
     def address(self, messages: Mapping[str, OutboundMessage]) -> None:
         """Set the round's messages, and drop clients whose message is over the traffic limit."""
         self.messages = dict(messages)
         for client, outbound in messages.items():
-            self.turnout.records[client] = {
+            self.outcome.records[client] = {
                 "round": self.number, "client": client, "bytes_down": 0 if outbound.over_limit else outbound.nbytes
             }  # fmt: skip
             if outbound.over_limit:
@@ -82,26 +82,26 @@ class Round:
         meter = flower.Meter()
         for client, content in contents.items():
             self._add_bytes(client, "bytes_down", meter(content))
-        for client, reply in self._ask(f"query.{stage}", contents, self.courier.until()):
+        for client, reply in self._ask(f"query.{stage}", contents, self.messenger.until()):
             self._add_bytes(client, "bytes_up", meter(reply.content))
             yield client, reply.content
 
     def train(self) -> Iterator[Update]:
-        until = self.courier.until()
+        until = self.messenger.until()
         contents = self._accepted({c: self.messages[c] for c in self.cohort}, until)
-        self.turnout.max_weight = self._max_weight(contents)
-        answers = self.courier.ask(
+        self.outcome.max_weight = self._max_weight(contents)
+        answers = self.messenger.ask(
             "train",
             self.number,
             contents,
             self.clients,
-            self.turnout,
+            self.outcome,
             self.versions,
             until,
             lambda c, i: self.late.expect(_pending(self.messages[c], i, self.clients[c])),
             max_bytes=lambda c: max_reply_bytes(self.messages[c].assignment),
         )
-        updates = map(self.turnout.weigh, itertools.chain(self._checked(answers), self._late_updates()))
+        updates = map(self.outcome.weigh, itertools.chain(self._checked(answers), self._late_updates()))
         first = next(updates, None)
         if first is None:
             raise NoUpdates
@@ -111,10 +111,10 @@ class Round:
         """Contents to send. A client with missing shifts must first accept an offer, which announces the message's size."""
         offers = {c: outbound.offer for c, outbound in messages.items() if outbound.offer is not None}
         for client in offers:
-            self.turnout.records[client]["bytes_down"] = flower.Meter()(offers[client])
+            self.outcome.records[client]["bytes_down"] = flower.Meter()(offers[client])
         accepted = [c for c, _ in self._ask(OFFER, offers, until)] if offers else []
         for client in accepted:
-            self.turnout.records[client]["bytes_down"] = messages[client].nbytes
+            self.outcome.records[client]["bytes_down"] = messages[client].nbytes
         return {c: outbound.content for c, outbound in messages.items() if c in accepted or c not in offers}
 
     def _max_weight(self, cohort: Collection[str]) -> int | None:
@@ -129,10 +129,10 @@ class Round:
         return limit
 
     def _checked(self, answers: Iterator[tuple[str, Message]]) -> Iterator[Update]:
-        """The valid updates, in order; the turnout records the other clients."""
+        """The valid updates, in order; the outcome records the other clients."""
         deadline = self.config.devices.deadline_s
         for client, reply in answers:
-            record, assignment = self.turnout.records[client], self.messages[client].assignment
+            record, assignment = self.outcome.records[client], self.messages[client].assignment
             try:
                 update = self._read(reply, assignment, self.clients[client].examples, record["bytes_down"], record)
             except UpdateError as bad:
@@ -161,7 +161,7 @@ class Round:
 
     def _late_updates(self) -> Iterator[Update]:
         """Late updates for this round, applied to the current state: at most one per client, and none if the client has a newer update."""
-        records = self.turnout.records
+        records = self.outcome.records
         newer = {c for c, record in records.items() if "dropped" not in record}
         for late in itertools.chain(self.late.take(self.number), self._arrived(newer)):
             client, asked = late.update.client, late.update.round
@@ -170,14 +170,14 @@ class Round:
                 continue
             newer.add(client)
             record = records.setdefault(client, {"round": self.number, "client": client})
-            self.turnout.late[client] = record["staleness"] = self.number - asked
+            self.outcome.late[client] = record["staleness"] = self.number - asked
             yield apply_staleness(late, self.state.adapter, self.number - asked)
 
     def _arrived(self, newer: Collection[str]) -> Iterator[LateUpdate]:
         """Valid replies to earlier rounds that have arrived; does not wait."""
         for pending in self.late.pending():
             plan = pending.assignment.plan
-            if plan.round == self.number or (reply := next(replies(self.courier.grid, [pending.message], 0.0))) is None:
+            if plan.round == self.number or (reply := next(replies(self.messenger.grid, [pending.message], 0.0))) is None:
                 continue
             self.late.resolve(pending)
             if plan.client in self.clients:
@@ -187,7 +187,7 @@ class Round:
             if plan.client in newer:
                 self._skip(plan.client, plan.round, "unused: a newer update of this client counts")
                 continue
-            record = self.turnout.records.setdefault(plan.client, {"round": self.number, "client": plan.client})
+            record = self.outcome.records.setdefault(plan.client, {"round": self.number, "client": plan.client})
             try:
                 update = self._read(reply, pending.assignment, pending.examples, pending.nbytes, record)
             except UpdateError as bad:
@@ -196,19 +196,19 @@ class Round:
             yield LateUpdate(update=difference(update, pending.assignment.adapter), due=self.number)
 
     def _skip(self, client: str, asked: int, why: str) -> None:
-        record = self.turnout.records.setdefault(client, {"round": self.number, "client": client})
+        record = self.outcome.records.setdefault(client, {"round": self.number, "client": client})
         record["late"] = f"its reply to round {asked} is {why}"
         self.observer.note(f"client {client}: {record['late']}")
 
     def _ask(self, kind: str, contents: Mapping[str, RecordDict], until: float) -> Iterator[tuple[str, Message]]:
-        return self.courier.ask(kind, self.number, contents, self.clients, self.turnout, self.versions, until)
+        return self.messenger.ask(kind, self.number, contents, self.clients, self.outcome, self.versions, until)
 
     def _drop(self, client: str, kind: str, why: str) -> None:
-        self.turnout.drop(client, kind, why)
-        self.observer.client_done(client, self.turnout.records[client]["dropped"])
+        self.outcome.drop(client, kind, why)
+        self.observer.client_done(client, self.outcome.records[client]["dropped"])
 
     def _add_bytes(self, client: str, field: str, count: int) -> None:
-        record = self.turnout.records[client]
+        record = self.outcome.records[client]
         record[field] = record.get(field, 0) + count
 
 

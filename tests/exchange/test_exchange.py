@@ -31,7 +31,7 @@ class TwoStages(Exchange):
     def start(self) -> Mapping[str, torch.Tensor]:
         return {"rounds": torch.tensor(0)}
 
-    def left_out(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
+    def exclusions(self, round: int, clients: Sequence[str]) -> Mapping[str, tuple[str, str]]:
         return {c: ("closed", "never on a second round") for c in clients if c == "z" and round == 2}
 
     def run(self, round: int, state: ServerState, strategy: Strategy, channel: Channel) -> ServerState:

@@ -35,7 +35,7 @@ def counted(run: Path) -> dict[int, set[str]]:
     return found
 
 
-def replay(folder: Path, experiment: Sequence[str], turnout: Mapping[int, Set[str]]) -> Path:
+def replay(folder: Path, experiment: Sequence[str], participants: Mapping[int, Set[str]]) -> Path:
     """The run directory of that simulation."""
     (job,) = compose([*experiment, f"output_dir={folder / 'replay'}", "engine.batched=none"])
 
@@ -45,7 +45,7 @@ def replay(folder: Path, experiment: Sequence[str], turnout: Mapping[int, Set[st
         @app.train()
         def turn(message: Message, context: Context) -> Message:
             name, round = names[int(context.node_config["partition-id"])], int(message.metadata.group_id)
-            if name not in turnout[round]:
+            if name not in participants[round]:
                 return decline_reply(message, Decline("absent", f"it was not counted in round {round}"))
             return inner(message, context)
 

@@ -110,7 +110,7 @@ def test_the_cost_of_a_failed_turn_is_reported(tmp_path: Path, monkeypatch: pyte
 def test_the_epsilon_of_a_declining_client_is_checked(said: Any, told: float | None) -> None:
     from flwr.app import ConfigRecord, Message
 
-    from fedtune.rounds.turnout import epsilon_of
+    from fedtune.rounds.outcome import epsilon_of
 
     assert epsilon_of(Message(RecordDict({"declined": ConfigRecord({"epsilon": said})}), 0, "train")) == told
 

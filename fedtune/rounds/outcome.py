@@ -12,7 +12,7 @@ from fedtune.rounds.membership import printable
 
 
 @dataclass
-class Turnout:
+class RoundOutcome:
     """The outcome of one round for each client.
 
     Args:

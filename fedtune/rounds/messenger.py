@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 
 from fedtune.contracts.wire import OFFER
 from fedtune.rounds.membership import SMALL_REPLY_BYTES, Client, push, replies
+from fedtune.rounds.outcome import RoundOutcome, epsilon_of, refusal
 from fedtune.rounds.silence import record_answer, record_miss
-from fedtune.rounds.turnout import Turnout, epsilon_of, refusal
 
 
 class Observer(Protocol):
@@ -26,8 +26,8 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Courier:
-    """Sends messages on a grid.
+class Messenger:
+    """Sends messages to clients on a grid.
 
     Args:
         grid: Flower's grid, or another with its interface.
@@ -49,7 +49,7 @@ class Courier:
         round: int,
         contents: Mapping[str, RecordDict],
         clients: Mapping[str, Client],
-        turnout: Turnout,
+        outcome: RoundOutcome,
         versions: tuple[int, ...],
         until: float,
         unanswered: Callable[[str, str], None] = lambda client, message: None,
@@ -62,7 +62,7 @@ class Courier:
             round: The round.
             contents: Logical id → content of the message.
             clients: All clients, by logical id.
-            turnout: Receives the clients whose reply is missing or has no result.
+            outcome: Receives the clients whose reply is missing or has no result.
             versions: Versions of the shifts that a client has after it answers.
             until: Deadline of the replies.
             unanswered: Called with the id of each client whose reply may arrive later, and the message's id.
@@ -88,8 +88,8 @@ class Courier:
                     continue
                 if why[0] == "failed":
                     clients[client].held = ()  # a device that failed may have restarted and lost its shifts
-            record = turnout.records.setdefault(client, {"round": round, "client": client})
+            record = outcome.records.setdefault(client, {"round": round, "client": client})
             if reply is not None and (spent := epsilon_of(reply)) is not None:
                 record["epsilon"] = spent
-            turnout.drop(client, *why)
+            outcome.drop(client, *why)
             self.observer.client_done(client, ": ".join(why))
