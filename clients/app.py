@@ -169,7 +169,7 @@ def take_turn(host: ClientHost, todo: PreparedTurn) -> Message:
 
 def work_of(host: ClientHost, todo: PreparedTurn, live: LiveAdapter | SparseSlot) -> Work:
     """The arguments of the turn's methods."""
-    plan, store = todo.plan, host.storage.store.beside(f"turn-{todo.plan.turn}")
+    plan, store = todo.plan, host.storage.store.substore(f"turn-{todo.plan.turn}")
 
     def retrain(start: AdapterState, turn: Turn) -> AdapterState:
         live.load(start)
@@ -200,7 +200,7 @@ def evaluate_together(host: ClientHost, requests: Sequence[tuple[Message, Contex
     rows = [host.space.examples(client, "held_out") for client in clients]
     turn = make(request.turn, request.params)
     if request.keep or type(turn).personal is not Turn.personal:
-        store = host.storage.store.beside(f"turn-{request.turn}")  # an evaluation follows its round's turn, hence round + 1
+        store = host.storage.store.substore(f"turn-{request.turn}")  # an evaluation follows its round's turn, hence round + 1
         own = [turn.personal(host.complete(c, request), store.read(c, request.round + 1)) for c in clients]
         scores = [model.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
     else:
@@ -321,7 +321,7 @@ def _encoded(host: ClientHost, todo: PreparedTurn, trained: AdapterState) -> Ada
         raise PlanError(
             f"the plan asks for the change of '{missing[0]}', which the server did not send: run the same version of fedtune on both sides"
         )
-    store = host.storage.store.beside("residuals")
+    store = host.storage.store.substore("residuals")
     kept = store.read(plan.client, plan.round) if codec.feedback else None
     before = kept.tensors if kept and kept.spec.method == trained.spec.method else {}
     sent, left = encode_update(codec, trained, todo.sent, before, derive_seed(plan.seed, "codec"))

@@ -59,7 +59,7 @@ class ClientStore:
         except OSError as bad:
             raise CheckpointError(f"client {client} cannot write its tensors to {path.parent}: {bad.strerror}; free the disk") from None
 
-    def beside(self, name: str) -> "ClientStore":
+    def substore(self, name: str) -> "ClientStore":
         """Another store for the same clients, in a subfolder. Its name starts with a dot, so it differs from every client's folder."""
         return ClientStore(self.folder / f".{name}", self._rounds)
 

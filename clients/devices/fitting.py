@@ -83,7 +83,7 @@ class Devices:
     """
 
     def __init__(self, config: Config, store: ClientStore, device: DeviceClass | None, space: Callable[[], Workspace]) -> None:
-        self._config, self._store, self._device, self._open = config, store.beside("devices"), device, space
+        self._config, self._store, self._device, self._open = config, store.substore("devices"), device, space
         self._fixed: dict[str, FixedChoice] = {}
         self._probed: dict[tuple[object, ...], int] = {}
 

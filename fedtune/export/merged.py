@@ -79,8 +79,8 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
     how = method(state.spec.method)
     if separate and (how.factors is None or whole):
         raise ModelError(f"{source}: only a plain LoRA adapter over the checkpoint's own weights can stay separate: leave out --separate")
-    if how.edits is None and how.virtual is None:
-        raise ModelError(f"{source}: the engine cannot run peft.method={state.spec.method}: {how.beside}; use --to hf")
+    if how.edits is None and how.virtual_tokens is None:
+        raise ModelError(f"{source}: the engine cannot run peft.method={state.spec.method}: {how.why_unmergeable}; use --to hf")
     virtual = _virtual(state, shape)
     if whole:
         mark, tensors, dtype = _in_memory(origin, shape)
@@ -134,7 +134,7 @@ def _virtual(state: "AdapterState", shape: Shape) -> dict[str, Tensor]:
     """The learned virtual tokens, if the method has any."""
     how, kind = method(state.spec.method), state.spec.method
     try:
-        return how.virtual(state, shape) if how.virtual else {}
+        return how.virtual_tokens(state, shape) if how.virtual_tokens else {}
     except (KeyError, RuntimeError):
         raise ModelError(f"the adapter's virtual tokens (peft.method={kind}) do not fit the backbone: they belong to another one") from None
 

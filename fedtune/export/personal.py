@@ -52,16 +52,16 @@ def global_note(run: Path | None, state: AdapterState) -> str:
     """
     from fedtune.clients.store import ClientStore
 
-    idle = method(state.spec.method).idle(state)
+    untouched = method(state.spec.method).is_noop(state)
     some = ClientStore(run / "clients", 1).clients() if run else []
     if some and run:
         example = ClientStore(run / "clients", 1).folder_of(some[0])
-        what = "the untouched backbone" if idle else "the part that all clients share"
+        what = "the untouched backbone" if untouched else "the part that all clients share"
         return (
             f"each of {len(some)} clients keeps tensors of its own, which this model does not have: it is {what}; export a client's"
             f" personal model with `fedtune export {example}`"
         )
-    if idle:
+    if untouched:
         return (
             "the adapter changes no weight, so the model is the untouched backbone: nothing was trained, or the trained tensors stay with"
             " the clients"

@@ -130,7 +130,7 @@ def load_model(folder: Path, card: dict[str, Any]) -> HubModel:
     peft = card.get("peft", {})
     model: Any = _with_adapter(backbone, card, folder, task) if peft else backbone.model
     base: Any = backbone.model
-    virtual = PeftConfig(**peft).tokens if peft and method(PeftConfig(**peft).method).virtual else 0
+    virtual = PeftConfig(**peft).tokens if peft and method(PeftConfig(**peft).method).virtual_tokens else 0
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     ends = base.generation_config.eos_token_id or []
     return HubModel(

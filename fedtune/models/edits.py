@@ -42,7 +42,7 @@ def edits_of(
     for state in states:
         how = method(state.spec.method)
         if how.edits is None:
-            raise ModelError(f"peft.method={state.spec.method} cannot be merged into weights: {how.beside}")
+            raise ModelError(f"peft.method={state.spec.method} cannot be merged into weights: {how.why_unmergeable}")
         turned = state.replace({n: t.T if n in transposed else t for n, t in state.tensors.items()})
         changes += how.edits(turned, sizes)
     out = dict[str, list[Edit]]()

@@ -62,7 +62,7 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
             f"{where}: a token's logits change by {ahead:.1%} with later tokens, so the model is not causal: take another backbone"
         )
     if off > within:
-        virtual = method(live.spec.method).virtual is not None  # padding is between the virtual tokens and the text
+        virtual = method(live.spec.method).virtual_tokens is not None  # padding is between the virtual tokens and the text
         raise ModelError(
             f"{where}: a row's logits change by {off:.1%} with its padding, so the model would learn from padding:"
             f" take another backbone{', ' if virtual else ' or '}another task.kind{' or peft=lora' if virtual else ''}"

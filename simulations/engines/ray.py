@@ -163,11 +163,11 @@ class _Keeper:
     def __init__(self, run: str, rounds: int) -> None:
         self._store, self._ledger = ClientStore(Path(run) / "clients", rounds), ledgers_in(Path(run) / "privacy")
 
-    def read(self, beside: str, client: str, before: int) -> AdapterState | None:
-        return self._of(beside).read(client, before)
+    def read(self, substore: str, client: str, before: int) -> AdapterState | None:
+        return self._of(substore).read(client, before)
 
-    def write(self, beside: str, client: str, round: int, state: AdapterState) -> None:
-        self._of(beside).write(client, round, state)
+    def write(self, substore: str, client: str, round: int, state: AdapterState) -> None:
+        self._of(substore).write(client, round, state)
 
     def spent(self, client: str) -> list[Spend]:
         return self._ledger(client).spent()
@@ -175,8 +175,8 @@ class _Keeper:
     def spend(self, client: str, round: int, cost: Spend) -> None:
         self._ledger(client).spend(round, cost)
 
-    def _of(self, beside: str) -> ClientStore:
-        return self._store.beside(beside) if beside else self._store
+    def _of(self, substore: str) -> ClientStore:
+        return self._store.substore(substore) if substore else self._store
 
 
 class KeeperProxy:
@@ -230,7 +230,7 @@ class ProxyStore(ClientStore):
     def write(self, client: str, round: int, state: AdapterState) -> None:
         self._kept("write", self._name, client, round, state)
 
-    def beside(self, name: str) -> ClientStore:
+    def substore(self, name: str) -> ClientStore:
         return ProxyStore(self._kept, name)
 
 

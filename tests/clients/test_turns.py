@@ -90,7 +90,7 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(
     # what is shared is as it is without
     one, two = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (ditto, fedavg))
     assert all(torch.allclose(one[n], two[n], atol=1e-6 if batched == "none" else 1e-4) for n in one.tensors)
-    store = ClientStore(ditto / "clients", 3).beside("turn-ditto")
+    store = ClientStore(ditto / "clients", 3).substore("turn-ditto")
     assert store.clients() == ["c0", "c1", "c2", "c3"]
     kept = [store.read(c, 4) for c in store.clients()]
     assert all(k is not None and any(not torch.equal(k[n], one[n]) for n in one.tensors) for k in kept)

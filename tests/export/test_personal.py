@@ -37,7 +37,7 @@ def personal_run(folder: Path) -> tuple[Path, LiveAdapter, Path]:
     store = ClientStore(run / "clients", 3)
     store.write(ID, 1, state.replace(own))
     store.write(ID, 2, state.replace({n: t * 9 for n, t in own.items()}))  # of a later round than the adapter's: not of this model
-    store.beside("residual").write("c", 1, state.replace(own))
+    store.substore("residual").write("c", 1, state.replace(own))
     return run, live, store.folder_of(ID)
 
 

@@ -329,4 +329,4 @@ def test_virtual_tokens_need_room(tmp_path: Path, name: str) -> None:
 
 def test_methods_that_can_be_merged() -> None:
     assert {n for n in METHODS if not mergeable(n)} == {"adapter", "prompt", "prefix", "ptuning_v2"}
-    assert all((method(n).edits is None) == bool(method(n).beside) for n in METHODS)
+    assert all((method(n).edits is None) == bool(method(n).why_unmergeable) for n in METHODS)

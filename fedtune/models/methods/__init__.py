@@ -95,7 +95,7 @@ class DecoderShape(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """The names that a method's file defines. Names with a default are optional, except that one of `edits` and `beside` is required.
+    """The names that a method's file defines. Names with a default are optional, but one of `edits` and `why_unmergeable` is required.
 
     A file whose method supports values of peft.init other than `default` also has the constant `inits`, a tuple of strings, which
     `fedtune.config.method_files` reads.
@@ -109,12 +109,13 @@ class Method:
         edits: The method's changes of the backbone's weights: (state without its head, tensor of the backbone → shape, with linear weights
             as (out, in)) → changes. Merges and exports in all formats use it. If a state's tensor has the name of a backbone's tensor, both
             have the same layout.
-        beside: Reason why the method cannot be merged into weights, as the end of a sentence. An export then stores the adapter separately.
-        virtual: Virtual tokens for an edge package: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
+        why_unmergeable: Reason why the method cannot be merged into weights, as the end of a sentence. An export then stores the adapter
+            separately.
+        virtual_tokens: Virtual tokens for an edge package: (state, sizes of the decoder) → `prompt.embeds` (t, hidden), or `prefix.k` and
             `prefix.v` (layers, t, kv_heads, head_dim), float32. None for a method without virtual tokens.
         factors: For a method that computes exactly W + s·B·A, so that the factors can stay separate from the weights: state → {module: (s,
             A (r, in), B (out, r))}. They include all tensors of the state except a head's. None for other methods.
-        idle: Whether a state changes no weight.
+        is_noop: Whether a state changes no weight.
         targeted: Whether peft.targets selects the method's layers.
         fp32_only: Whether the backbone must be in float32, because its own weights are trained.
     """
@@ -122,10 +123,10 @@ class Method:
     attach: "Callable[[PreTrainedModel, PeftConfig, TaskConfig], Attached]"
     initial: "Callable[[str, tuple[int, ...], PeftConfig, Generator, float], Tensor]"
     edits: "Callable[[AdapterState, Mapping[str, tuple[int, ...]]], Iterable[Change]] | None" = None
-    beside: str = ""
-    virtual: "Callable[[AdapterState, DecoderShape], dict[str, Tensor]] | None" = None
+    why_unmergeable: str = ""
+    virtual_tokens: "Callable[[AdapterState, DecoderShape], dict[str, Tensor]] | None" = None
     factors: "Callable[[AdapterState], dict[str, tuple[float, Tensor, Tensor]]] | None" = None
-    idle: "Callable[[AdapterState], bool]" = lambda state: False
+    is_noop: "Callable[[AdapterState], bool]" = lambda state: False
     targeted: bool = False
     fp32_only: bool = False
 
@@ -134,17 +135,17 @@ def method(name: str) -> Method:
     """The definitions in a method's file; loads torch.
 
     Raises:
-        ModelError: The method does not exist, or its file does not define exactly one of `edits` and `beside`.
+        ModelError: The method does not exist, or its file does not define exactly one of `edits` and `why_unmergeable`.
     """
     dotted = f"{__name__}.{name}"
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or importlib.util.find_spec(dotted) is None:
         raise ModelError(f"unknown PEFT method '{name[:60]}', this version has {', '.join(METHODS)}: update fedtune")
     module = importlib.import_module(dotted)
     found = Method(**{f.name: getattr(module, f.name) for f in dataclasses.fields(Method) if hasattr(module, f.name)})
-    if (found.edits is None) == (not found.beside):
+    if (found.edits is None) == (not found.why_unmergeable):
         raise ModelError(
-            f"{module.__file__} must define either `edits`, how the method changes weights, or `beside`, why weights cannot express it:"
-            f" it defines {'both' if found.beside else 'neither'}"
+            f"{module.__file__} must define either `edits`, how the method changes weights, or `why_unmergeable`, why weights cannot"
+            f" express it: it defines {'both' if found.why_unmergeable else 'neither'}"
         )
     return found
 

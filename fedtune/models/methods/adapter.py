@@ -24,7 +24,7 @@ from fedtune.models.methods._own import Switch, fill, untouched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-beside = "there is a non-linearity between its two layers"
+why_unmergeable = "there is a non-linearity between its two layers"
 
 _LLAMA = (r"\.mlp\.down_proj$", r"\.self_attn\.o_proj$")
 _BERT = (r"(?<!attention)\.output\.dense$", r"\.attention\.output\.dense$")

@@ -14,12 +14,12 @@ from fedtune.config import PeftConfig, TaskConfig
 from fedtune.errors import ModelError
 from fedtune.models.methods import Attached
 from fedtune.models.methods._own import untouched
-from fedtune.models.methods.full import edits, idle, initial  # relative to the backbone's own tensors, as in full fine-tuning
+from fedtune.models.methods.full import edits, initial, is_noop  # relative to the backbone's own tensors, as in full fine-tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["attach", "edits", "idle", "initial"]
+__all__ = ["attach", "edits", "is_noop", "initial"]
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.models.methods import Attached
-from fedtune.models.methods.lora import attach_factors, edits, idle, initial, targeted
+from fedtune.models.methods.lora import attach_factors, edits, initial, is_noop, targeted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["attach", "edits", "idle", "initial", "targeted"]
+__all__ = ["attach", "edits", "is_noop", "initial", "targeted"]
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:

@@ -59,7 +59,7 @@ def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterat
         yield Change(name=name, shape=tuple(delta.shape), edit=_added(delta))
 
 
-def idle(state: "AdapterState") -> bool:
+def is_noop(state: "AdapterState") -> bool:
     """Whether no weight has changed."""
     return bool(state.tensors) and not any(t.any() for t in state.tensors.values())
 

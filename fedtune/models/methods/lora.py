@@ -111,7 +111,7 @@ def factors(state: "AdapterState") -> dict[str, tuple[float, Tensor, Tensor]]:
     return {m: (s, state[f"{m}.lora_A"], state[f"{m}.lora_B"]) for m, s in state.spec.scaling.items()}
 
 
-def idle(state: "AdapterState") -> bool:
+def is_noop(state: "AdapterState") -> bool:
     """Whether every product B·A is zero."""
     return bool(state.spec.ranks) and all(not state[f"{m}.lora_A"].any() or not state[f"{m}.lora_B"].any() for m in state.spec.ranks)
 

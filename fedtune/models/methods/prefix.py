@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fedtune.contracts.adapter_state import AdapterState
 
-beside = "its keys and values come before those of the text"
+why_unmergeable = "its keys and values come before those of the text"
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
@@ -54,7 +54,7 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Gene
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
+def virtual_tokens(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
     """Keys and values of each layer; PEFT's prefix is (t, layers · 2 (key, value) · kv_heads · head_dim)."""
     both = state["prefix"].float().view(-1, shape.layers, 2, shape.kv_heads, shape.head_dim).permute(2, 1, 0, 3, 4)
     return {"prefix.k": both[0].contiguous(), "prefix.v": both[1].contiguous()}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from fedtune.contracts.adapter_state import AdapterState
 
-beside = "its virtual tokens come before the text"
+why_unmergeable = "its virtual tokens come before the text"
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
@@ -66,7 +66,7 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Gene
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
+def virtual_tokens(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
     """The embeddings of the virtual tokens."""
     return {"prompt.embeds": state["prompt"].float().view(-1, shape.hidden)}
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from fedtune.contracts.adapter_state import AdapterState
 
-beside = "its keys and values come before those of the text"
+why_unmergeable = "its keys and values come before those of the text"
 _DECODER, _ENCODER = (r"\.self_attn$", r"rotary_emb$"), (r"\.attention\.self$", "")
 # architecture → its self-attention modules, and a decoder's module whose input includes the tokens' positions
 _PLACES = {
@@ -110,7 +110,7 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: torc
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def virtual(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
+def virtual_tokens(state: "AdapterState", shape: DecoderShape) -> dict[str, Tensor]:
     """Keys and values of each layer."""
     prompts = [state[f"layers.{i}.prompt"].float().unflatten(2, (shape.kv_heads, shape.head_dim)) for i in range(shape.layers)]
     both = torch.stack(prompts, 1)  # (2, layers, t, kv_heads, head_dim)

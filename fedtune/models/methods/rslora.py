@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from fedtune.config import PeftConfig, TaskConfig
 from fedtune.models.methods import Attached
-from fedtune.models.methods.lora import attach_factors, edits, factors, idle, initial, targeted
+from fedtune.models.methods.lora import attach_factors, edits, factors, initial, is_noop, targeted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["attach", "edits", "factors", "idle", "initial", "targeted"]
+__all__ = ["attach", "edits", "factors", "is_noop", "initial", "targeted"]
 
 inits = ("default", "loftq")
 
