@@ -1,11 +1,12 @@
 """HetLoRA: each device trains at its own rank, and clients are weighted by the norm of their products.
 
-A client of rank r_k gets the first r_k rows of A and columns of B. The server averages row i of A and column i of B over the clients with
-r_k ≥ i, with weights proportional to ‖B_k A_k‖_F; if there is no such client, both stay unchanged. Self-pruning (λ > 0): the client's loss
-includes λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖. If a turn reduces this product, the client continues with rank ⌊γr⌋ in this and all later rounds.
+A client of rank r_k gets the first r_k rows of A and columns of B. The server averages row i of A and column i of B (i from 0) over the
+clients with r_k > i, with weights proportional to ‖B_k A_k‖_F; if there is no such client, both stay unchanged. Self-pruning (λ > 0): the
+client's loss includes λ·‖B[:, ⌊γr⌋:]‖·‖A[⌊γr⌋:]‖. If a turn reduces this product, the client continues with rank ⌊γr⌋ in this and all later
+rounds.
 
 The paper (`variant: paper`) zero-pads the factors to the config's rank and averages over all clients. Component i then shrinks each round
-by the weight of the clients with r_k < i, even without training, and with mixed ranks the last components vanish (rank collapse, Wu et al.
+by the weight of the clients with r_k ≤ i, even without training, and with mixed ranks the last components vanish (rank collapse, Wu et al.
 2026, arXiv:2602.13486).
 The paper prunes (λ > 0); `covered` does not by default. In the paper's variant, the padding zeros keep the last components small, so turns
 increase them and rarely prune. Without these zeros, ranks fall every few turns, and trained components are lost.
@@ -14,6 +15,8 @@ The paper discusses only one matrix and does not specify these points. Our choic
 are averaged by examples; the scaling s is the same at every rank, so that truncation leaves the rest of the product unchanged; a row of A
 that no client trained stays unchanged. (In the paper's variant, its column of B is zero from the padding; if both were zero, both gradients
 would vanish.)
+
+Source: Cho et al. 2024, Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024, arXiv:2401.06432.
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ def fold_shifts(folder: Path, adapter: AdapterState, shifts: Sequence[AdapterSta
 
 
 def combined_factors(states: Sequence[AdapterState], sizes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → A (R, in) and B (out, R) of all states together, in float32, with the scalings s multiplied into A.
+    """Module → A (R, in) with the scalings s multiplied in, and B (out, R), of all states together, in float32.
 
     Args:
         states: The adapter and the shifts.

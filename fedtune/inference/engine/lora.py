@@ -38,7 +38,7 @@ def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: 
 
     Args:
         shape: The model's shape.
-        factors: Module, such as `model.layers.0.self_attn.q_proj` → A [r, K] and B [N, r], with the scaling s = alpha / r already multiplied into A.
+        factors: Module, such as `model.layers.0.self_attn.q_proj` → A [r, K] with the scaling s multiplied in, and B [N, r].
         name: The adapter's name, for error sentences.
 
     Raises:

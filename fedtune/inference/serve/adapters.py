@@ -33,7 +33,7 @@ def add_adapter(engine: Engine, name: str, folder: Path) -> None:
 
 
 def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return module → A [r, K] and B [N, r], float32, with the scaling s = alpha / r multiplied into A. Shifts that were merged into the backbone are added.
+    """Module → A [r, K] with the scaling s multiplied in, and B [N, r], float32. Shifts that were merged into the backbone are added.
 
     Raises:
         ModelError: As in `add_adapter`.
