@@ -78,7 +78,7 @@ _VERBS = (
     "restore|resume|retry|run|save|say|see|select|send|set|"
     "shorten|start|stop|take|train|try|update|use|wait|write"
 )
-_TELLS = re.compile(
+_INSTRUCTION = re.compile(
     rf"(?:[:;,(] |\b(?:or|and|then) )(?:then )?(?:{_VERBS})\b(?! is)|^(?:give|see|take|keep|then) |\bneeds --|`fedtune|\bresume=\0"
     r"|^  fedtune-|^fedtune generate|^(?:make|make it) one|^python -m |^fedtune-server |rounds=N",
     re.I,
@@ -86,9 +86,9 @@ _TELLS = re.compile(
 
 
 def advice(parts: tuple[str, ...]) -> list[Sentence]:
-    """The sentences in these parts of the source that tell their reader to do something; what describes an option is left out."""
-    told, described = _read()
-    return [s for s in told if s.where.startswith(parts) and _TELLS.search(s.text) and s.where not in described]
+    """The sentences in these parts of the source that instruct the reader; descriptions of options are excluded."""
+    texts, described = _read()
+    return [s for s in texts if s.where.startswith(parts) and _INSTRUCTION.search(s.text) and s.where not in described]
 
 
 def _descriptions(nodes: list[ast.AST]) -> Iterator[int]:

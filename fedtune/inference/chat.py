@@ -166,7 +166,7 @@ def chat(
     writer: AnswerWriter
     if falls_back(folder, card, kind=kind, kv_budget=kv_budget, draft=draft, adapter=adapter, speculate=guesses):
         from fedtune.inference.generate_transformers import load_model  # late: it loads transformers
-        from fedtune.inference.one_by_one import SequentialScheduler
+        from fedtune.inference.sequential import SequentialScheduler
 
         writer = SequentialScheduler(load_model(folder, card))
     else:

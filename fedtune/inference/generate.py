@@ -87,7 +87,7 @@ def generate_text(
     guesses = None if speculate in ("auto", "none") else speculate
     if falls_back(folder, card, kind=kind, kv_budget=kv_budget, draft=draft, adapter=adapter, speculate=guesses):
         from fedtune.inference.generate_transformers import load_model  # lazy: it imports transformers
-        from fedtune.inference.one_by_one import SequentialScheduler
+        from fedtune.inference.sequential import SequentialScheduler
 
         one = SequentialScheduler(load_model(folder, card), unstated=sys.maxsize)
         texts: Generator[str, None, None] = one.write(encode_request(one.text, prompt, card), sampling, length)

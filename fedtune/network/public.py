@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.network import _flwr
-from fedtune.network.bodies import BodyBudget, BodyBytes
+from fedtune.network.body_budget import BodyBudget, BodyBytes
 from fedtune.network.incarnations import INCARNATION_HEADER, Incarnations
 from fedtune.network.listener import Peer
 from fedtune.network.pace import PACE, PollPacer
@@ -64,7 +64,7 @@ class PublicPort:
         self._app, self._max_body, self._keys, self._incarnations, self._authenticated = app, max_body, keys, Incarnations(), authenticated
         self._calls = {ACTIVATE: take_over, PULL: redeliver_lost}
         self._locks = WeakValueDictionary[bytes, asyncio.Lock]()
-        self._pace, self._bodies = PollPacer(), BodyBudget(max_body)
+        self._pace, self._body_budget = PollPacer(), BodyBudget(max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["method"], scope["path"]) not in ENDPOINTS:
@@ -88,7 +88,7 @@ class PublicPort:
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self._max_body:
             return await self._refuse(scope, send, 413, f"a body of {declared.decode('latin-1')} bytes exceeds {self._max_body}")
-        with self._bodies.of(headers.get(_KEY, b"")) as budget:
+        with self._body_budget.of(headers.get(_KEY, b"")) as budget:
             await self._forward(scope, receive, send, paced, budget)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send, paced: Send, budget: BodyBytes) -> None:

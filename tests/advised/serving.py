@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 
-from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.offer import ServedModel
@@ -274,10 +274,10 @@ def _(place: Place) -> Iterator[str]:
 
 def _later(place: Place, **first: Any) -> Iterator[str]:
     """What is said while the scheduler is so, and once it is not."""
-    plain: dict[str, Any] = {"cancel": lambda job: None, "full": False, "draining": False, "limit": 512, "load": (0, 0)}
+    plain: dict[str, Any] = {"cancel": lambda request: None, "full": False, "draining": False, "limit": 512, "load": (0, 0)}
 
-    def submit(job: Job) -> None:
-        job.deliver(Output(" on", 5, end="length"))
+    def submit(request: GenerationRequest) -> None:
+        request.deliver(Output(" on", 5, end="length"))
 
     for changes in (first, {}):
         scheduler: Any = SimpleNamespace(**plain | {"submit": submit} | changes)
@@ -286,7 +286,7 @@ def _later(place: Place, **first: Any) -> Iterator[str]:
 
 
 def _ends(how: str) -> Any:
-    return lambda job: job.deliver(Output("", None, end=how))  # type: ignore[arg-type]
+    return lambda request: request.deliver(Output("", None, end=how))  # type: ignore[arg-type]
 
 
 @follows("the server is shutting down: retry when it is back")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.caches.base import Cache, Span
-from fedtune.inference.engine.jobs import Busy, End, Job, Output, Stopping
+from fedtune.inference.engine.requests import Busy, End, GenerationRequest, Output, Stopping
 from fedtune.inference.engine.sample import Sampler
 from fedtune.inference.engine.text import StopStrings, Stream, Text
 
@@ -51,12 +51,12 @@ class Caches(Protocol):
 
 
 class _Sequence:
-    def __init__(self, job: Job, text: Text, vocabulary: int, virtual: int) -> None:
-        self.job, self.virtual = job, virtual
-        self.tokens = list(job.ids)
+    def __init__(self, request: GenerationRequest, text: Text, vocabulary: int, virtual: int) -> None:
+        self.request, self.virtual = request, virtual
+        self.tokens = list(request.ids)
         self.cache: Cache | None = None
-        self.sampler = Sampler(job.sampling, job.ids, vocabulary)
-        self.stream, self.stops = Stream(text, job.ids if job.joins else ()), StopStrings(job.sampling.stop)
+        self.sampler = Sampler(request.sampling, request.ids, vocabulary)
+        self.stream, self.stops = Stream(text, request.ids if request.joins else ()), StopStrings(request.sampling.stop)
 
     @property
     def held(self) -> int:
@@ -133,7 +133,7 @@ class Scheduler:
     def draining(self) -> bool:
         return self._draining
 
-    def submit(self, job: Job) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         """Queue a request.
 
         Raises:
@@ -141,14 +141,14 @@ class Scheduler:
             Busy: The queue is full.
             ConfigError: The prompt and the answer do not fit, or a token id is out of range.
         """
-        if wrong := [token for token in job.ids if not 0 <= token < self._vocabulary]:
+        if wrong := [token for token in request.ids if not 0 <= token < self._vocabulary]:
             raise ConfigError(f"token id {wrong[0]} in the prompt is out of range: valid ids are 0 to {self._vocabulary - 1}")
-        if not 0 < len(job.ids) <= self.limit - job.max_new_tokens or job.max_new_tokens < 1:
+        if not 0 < len(request.ids) <= self.limit - request.max_new_tokens or request.max_new_tokens < 1:
             raise ConfigError(
-                f"the prompt's {len(job.ids)} tokens and {job.max_new_tokens} new tokens do not fit: wanted at least one of each and "
-                f"at most {self.limit} together"
+                f"the prompt's {len(request.ids)} tokens and {request.max_new_tokens} new tokens do not fit: wanted at least one of each"
+                f" and at most {self.limit} together"
             )
-        sequence = _Sequence(job, self._text, self._vocabulary, self._virtual)
+        sequence = _Sequence(request, self._text, self._vocabulary, self._virtual)
         with self._lock:
             if self._draining:
                 raise Stopping("the server is shutting down: retry when it is back")
@@ -157,12 +157,12 @@ class Scheduler:
             self._waiting.append(sequence)
             self._lock.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, request: GenerationRequest) -> None:
         """Cancel a request: at once if it waits, before the next pass if it runs. It gets no more outputs."""
-        job.cancelled = True
+        request.cancelled = True
         with self._lock:
             for sequence in self._waiting:
-                if sequence.job is job:
+                if sequence.request is request:
                     self._waiting.remove(sequence)
                     break
 
@@ -204,7 +204,7 @@ class Scheduler:
         if not plan:
             return False
         ids = [sequence.tokens[sequence.held : sequence.held + n] for sequence, n in plan]
-        spans = [Span(s.cache, n, keep=int(n == s.pending), adapter=s.job.adapter) for s, n in plan]  # type: ignore[arg-type]
+        spans = [Span(s.cache, n, keep=int(n == s.pending), adapter=s.request.adapter) for s, n in plan]  # type: ignore[arg-type]
         due = [s for s, n in plan if n == s.pending]
         logits = self._decoder.forward(torch.tensor([i for part in ids for i in part]), spans)
         self.passes += 1
@@ -226,10 +226,10 @@ class Scheduler:
         """Remove canceled and timed-out requests."""
         now = time.monotonic()
         for sequence in list(self._running):
-            if sequence.job.cancelled or sequence.job.deadline <= now:
+            if sequence.request.cancelled or sequence.request.deadline <= now:
                 self._end(sequence, "timeout")
         with self._lock:
-            late = [s for s in self._waiting if s.job.cancelled or s.job.deadline <= now]
+            late = [s for s in self._waiting if s.request.cancelled or s.request.deadline <= now]
             for sequence in late:
                 self._waiting.remove(sequence)
         for sequence in late:
@@ -242,7 +242,7 @@ class Scheduler:
                 if not self._waiting:
                     return
                 sequence = self._waiting[0]
-                cache = self._caches.open(sequence.tokens, sequence.job.adapter)
+                cache = self._caches.open(sequence.tokens, sequence.request.adapter)
                 if cache is None:
                     return
                 self._waiting.popleft()
@@ -250,8 +250,8 @@ class Scheduler:
                 self._running.append(sequence)
             if self._virtual:
                 self._begin(cache)
-            if not sequence.job.answered:
-                sequence.job.cached = sequence.held
+            if not sequence.request.answered:
+                sequence.request.cached = sequence.held
 
     def _plan(self) -> list[tuple[_Sequence, int]]:
         """Assign the rows of the next pass: decoding sequences first, then prompts, both in order of arrival."""
@@ -283,11 +283,11 @@ class Scheduler:
         self._running.remove(sequence)
         cache, sequence.cache = sequence.cache, None
         assert cache is not None
-        self._caches.close(cache, sequence.tokens[: cache.length - self._virtual], sequence.job.adapter)
+        self._caches.close(cache, sequence.tokens[: cache.length - self._virtual], sequence.request.adapter)
 
     def _decide(self, sequence: _Sequence, logits: Tensor) -> None:
         """Choose the sequence's next token from logits [V]."""
-        job = sequence.job
+        request = sequence.request
         token = sequence.sampler.next(logits)
         if token >= len(logits) or not math.isfinite(
             logits[token]
@@ -295,11 +295,11 @@ class Scheduler:
             raise ArithmeticError("the model's logits are not finite")
         sequence.sampler.take(token)
         sequence.tokens.append(token)
-        job.answered += 1
+        request.answered += 1
         logprob, rivals = None, ()
-        if job.rivals is not None:
+        if request.rivals is not None:
             logs = logits.float().log_softmax(-1)
-            best = logs.topk(min(job.rivals, len(logs)))
+            best = logs.topk(min(request.rivals, len(logs)))
             logprob, rivals = float(logs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         if token in self._text.ends:
             return self._end(sequence, "stop", Output("", token, logprob, rivals))
@@ -307,10 +307,10 @@ class Scheduler:
         out = Output(text, token, logprob, rivals)
         if sequence.stops.stopped:
             self._end(sequence, "stop", out)
-        elif job.answered >= job.max_new_tokens:
+        elif request.answered >= request.max_new_tokens:
             self._end(sequence, "length", out)
         elif text or logprob is not None:
-            self._deliver(job, out)
+            self._deliver(request, out)
 
     def _end(self, sequence: _Sequence, why: End, last: Output | None = None) -> None:
         """Finish a sequence; text that was held back is sent with the last output."""
@@ -323,12 +323,12 @@ class Scheduler:
             if sequence.stops.stopped:
                 why = "stop"
             text += sequence.stops.finish()
-        self._deliver(sequence.job, Output(text, last.token, last.logprob, last.rivals, why))
+        self._deliver(sequence.request, Output(text, last.token, last.logprob, last.rivals, why))
 
-    def _deliver(self, job: Job, out: Output) -> None:
-        if job.cancelled:
+    def _deliver(self, request: GenerationRequest, out: Output) -> None:
+        if request.cancelled:
             return
         try:
-            job.deliver(out)
+            request.deliver(out)
         except Exception:  # the receiver is gone
-            job.cancelled = True
+            request.cancelled = True

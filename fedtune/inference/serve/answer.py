@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fedtune.errors import ConfigError
-from fedtune.inference.engine.jobs import Busy, Job, Output, Stopping
+from fedtune.inference.engine.requests import Busy, GenerationRequest, Output, Stopping
 from fedtune.inference.serve.limits import until_disconnect
 from fedtune.inference.serve.logprobs import LogprobFormatter
 from fedtune.inference.serve.protocol import Refused, ResponseFormatter, event, usage
@@ -35,8 +35,8 @@ class Schedules(Protocol):
     def full(self) -> bool: ...
     @property
     def draining(self) -> bool: ...
-    def submit(self, job: Job) -> None: ...
-    def cancel(self, job: Job) -> None: ...
+    def submit(self, request: GenerationRequest) -> None: ...
+    def cancel(self, request: GenerationRequest) -> None: ...
 
 
 def check_room(scheduler: Schedules) -> None:
@@ -50,28 +50,28 @@ class Answer:
     """A running request in the event loop; the owner must call `cancel` at the end.
 
     Args:
-        scheduler: Runs the job.
-        job: The request.
+        scheduler: Runs the request.
+        request: The generation request.
         trims: Remove the answer's leading whitespace: after a prompt template the first token starts with a space, which is not part of a
             message.
     """
 
-    def __init__(self, scheduler: Schedules, job: Job, *, trims: bool = False) -> None:
-        self.job = job
+    def __init__(self, scheduler: Schedules, request: GenerationRequest, *, trims: bool = False) -> None:
+        self.request = request
         self._trims = trims
         self._scheduler = scheduler
         self._queue: asyncio.Queue[Output] = asyncio.Queue()  # bounded by the answer's length
 
     def begin(self) -> None:
-        """Submit the job. Raises Refused."""
+        """Submit the request. Raises Refused."""
         loop = asyncio.get_running_loop()
 
         def deliver(out: Output) -> None:
             loop.call_soon_threadsafe(self._queue.put_nowait, out)
 
-        self.job.deliver = deliver
+        self.request.deliver = deliver
         try:
-            self._scheduler.submit(self.job)
+            self._scheduler.submit(self.request)
         except (Busy, Stopping):
             check_room(self._scheduler)
             raise Refused(429, "the queue is full: retry later", code="queue_full", retry_after=RETRY_S) from None
@@ -96,10 +96,10 @@ class Answer:
                 return
 
     def usage(self) -> dict[str, Any]:
-        return usage(len(self.job.ids), self.job.answered, cached=self.job.cached)
+        return usage(len(self.request.ids), self.request.answered, cached=self.request.cached)
 
     def cancel(self) -> None:
-        self._scheduler.cancel(self.job)
+        self._scheduler.cancel(self.request)
 
 
 async def whole(request: Request, under_way: Answer, shape: ResponseFormatter, teller: LogprobFormatter | None) -> Response:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, check_room, whole
 from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_json
 from fedtune.inference.serve.logprobs import LogprobFormatter
-from fedtune.inference.serve.offer import ServedModel, make_job
+from fedtune.inference.serve.offer import ServedModel, make_generation_request
 from fedtune.inference.serve.prompts import Prompts
 from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused, ResponseFormatter, read
 
@@ -50,8 +50,8 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
         adapter = offer.adapter(parsed.model)
         ids = await prompts.tokens(request, parsed, arrived + limits.timeout)
         chat = kind is ChatRequest
-        job = make_job(parsed, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
-        output = Answer(scheduler, job, trims=chat)
+        generation = make_generation_request(parsed, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
+        output = Answer(scheduler, generation, trims=chat)
         shape = ResponseFormatter(
             chat=chat,
             id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
@@ -59,7 +59,7 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
             usage_in_stream=parsed.wants_usage,
         )
         output.begin()
-        logprobs = None if parsed.tops is None else LogprobFormatter(offer.text, job.ids if job.joins else (), trims=chat)
+        logprobs = None if parsed.tops is None else LogprobFormatter(offer.text, generation.ids if generation.joins else (), trims=chat)
         if parsed.stream:
             return EventStream(output, shape, logprobs, limits.timeout)
         return await whole(request, output, shape, logprobs)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedtune.inference.engine.jobs import Output
+from fedtune.inference.engine.requests import Output
 from fedtune.inference.engine.text import Stream, Text
 
 _NO_CHARACTER = "\ufffd"

@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Text, wrap
 from fedtune.inference.serve.limits import Limits
@@ -79,7 +79,7 @@ class ServedModel:
         return wrap(messages[0]["content"], self.prompt)
 
 
-def make_job(
+def make_generation_request(
     asked: CompletionRequest | ChatRequest,
     ids: list[int],
     adapter: str | None,
@@ -87,7 +87,7 @@ def make_job(
     limits: Limits,
     context: int,
     deadline: float,
-) -> Job:
+) -> GenerationRequest:
     room = context - len(ids)
     if room < 1:
         raise Refused(
@@ -118,7 +118,7 @@ def make_job(
         stop=asked.stops,
     )
     joins = isinstance(asked, CompletionRequest)
-    return Job(
+    return GenerationRequest(
         ids=ids,
         sampling=sampling,
         max_new_tokens=count,

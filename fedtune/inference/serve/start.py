@@ -86,7 +86,7 @@ def engine_scheduler(
 def transformers_scheduler(model: Path, card: dict[str, Any], queue: int) -> tuple[Scheduler, ServedModel, str]:
     """Return a scheduler on transformers, the served model, and a description; raises like `serve`."""
     from fedtune.inference.generate_transformers import load_model  # lazy: it imports transformers
-    from fedtune.inference.one_by_one import SequentialScheduler
+    from fedtune.inference.sequential import SequentialScheduler
 
     scheduler = SequentialScheduler(load_model(model, card), max_waiting=queue)
     description = f"one request at a time, {queue} waiting, up to {scheduler.limit} tokens each"

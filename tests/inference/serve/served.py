@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Cache, Span
-from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Caches, Decodes, Scheduler
 from fedtune.inference.engine.text import Text
@@ -72,11 +72,11 @@ class Paced:
         return self._decoder.forward(ids, spans)
 
 
-def alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **job: Any) -> list[Output]:
+def alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
     """The answer of a scheduler that has nothing else to do."""
     outputs: list[Output] = []
     scheduler = make_scheduler(engine)
-    scheduler.submit(Job(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **job))
+    scheduler.submit(GenerationRequest(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **request))
     while scheduler.step():
         pass
     return outputs

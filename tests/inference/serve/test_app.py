@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import Engine
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.serve.answer import PATIENCE_S, Answer, EventStream
 from fedtune.inference.serve.app import create_app
@@ -102,11 +102,11 @@ def test_a_template_that_fails_later_is_the_servers_fault_and_one_that_refuses_t
     ],
 )
 def test_a_chat_answer_does_not_begin_with_the_space_of_its_first_word(engine: Engine, pieces: list[str], chat: str, stream: bool) -> None:
-    def submit(job: Job) -> None:
+    def submit(request: GenerationRequest) -> None:
         for i, piece in enumerate(pieces):
-            job.deliver(Output(piece, 5, end="length" if i == len(pieces) - 1 else None))
+            request.deliver(Output(piece, 5, end="length" if i == len(pieces) - 1 else None))
 
-    scheduler: Any = SimpleNamespace(submit=submit, cancel=lambda job: None, full=False, draining=False, limit=512)
+    scheduler: Any = SimpleNamespace(submit=submit, cancel=lambda request: None, full=False, draining=False, limit=512)
     app = create_app(scheduler, ServedModel(name="tiny", text=engine.text), Limits(), ApiKeys(), local=False)
 
     async def ask(path: str, **more: Any) -> str:
@@ -327,9 +327,9 @@ def test_a_client_that_does_not_read_does_not_hold_on(engine: Engine) -> None:
     outputs = alone(engine, [5, 6, 7], Sampling(), 3)
     cancelled: list[Any] = []
 
-    def submit(job: Any) -> None:
+    def submit(request: Any) -> None:
         for out in outputs:
-            job.deliver(out)
+            request.deliver(out)
 
     async def blocked(message: Any) -> None:
         await asyncio.sleep(60)
@@ -339,7 +339,7 @@ def test_a_client_that_does_not_read_does_not_hold_on(engine: Engine) -> None:
 
     async def respond() -> None:
         scheduler: Any = SimpleNamespace(submit=submit, cancel=cancelled.append)
-        under_way = Answer(scheduler, Job(ids=[5, 6, 7], sampling=Sampling(), max_new_tokens=3, deliver=lambda out: None))
+        under_way = Answer(scheduler, GenerationRequest(ids=[5, 6, 7], sampling=Sampling(), max_new_tokens=3, deliver=lambda out: None))
         under_way.begin()
         stream = EventStream(under_way, ResponseFormatter(chat=False, id="a", model="m"), None, timeout=0.05 - PATIENCE_S)
         await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, silent, blocked)

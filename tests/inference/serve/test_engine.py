@@ -14,8 +14,8 @@ from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation
-from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.adapters import add_adapter, factors
@@ -40,7 +40,7 @@ def together(made: Scheduler, engine: Engine, adapters: Sequence[str | None] = (
     heard: list[list[Output]] = [[] for _ in ASKED]
     for (prompt, way, count), outputs, adapter in zip(ASKED, heard, adapters, strict=True):
         ids = engine.text.encode(prompt)
-        made.submit(Job(ids=ids, sampling=way, max_new_tokens=count, deliver=outputs.append, adapter=adapter))
+        made.submit(GenerationRequest(ids=ids, sampling=way, max_new_tokens=count, deliver=outputs.append, adapter=adapter))
         made.step()
     while made.step():
         pass
@@ -56,7 +56,7 @@ def test_a_batch_is_what_generate_gives_each(engine: Engine, blocks: int, rows: 
         assert together(made, engine) == [alone(engine, *asked) for asked in ASKED]
     assert pool.room() == blocks
     assert (made.preempted > 0) == (blocks == 5)
-    asked = Job(ids=engine.text.encode(ASKED[1][0]), sampling=Sampling(), max_new_tokens=1, deliver=lambda out: None)
+    asked = GenerationRequest(ids=engine.text.encode(ASKED[1][0]), sampling=Sampling(), max_new_tokens=1, deliver=lambda out: None)
     made.submit(asked)
     made.step()
     assert asked.cached > 0
@@ -130,4 +130,4 @@ def test_virtual_tokens_come_first_in_every_request(engine: Engine, kind: str) -
     assert together(made, tuned) == wanted
     assert made.preempted > 0
     with pytest.raises(ConfigError, match="at most 80 together"):
-        made.submit(Job(ids=[5] * 41, sampling=Sampling(), max_new_tokens=40, deliver=lambda out: None))
+        made.submit(GenerationRequest(ids=[5] * 41, sampling=Sampling(), max_new_tokens=40, deliver=lambda out: None))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import Engine
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.text import Text
@@ -26,10 +26,12 @@ from tests.inference.serve.served import Served, served
 TEXTS = {name: Text(make(), bos=None, ends=frozenset({2}), template=None, names={}) for name, make in TOKENIZERS.items()}
 
 
-def answer(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...] = (), rivals: int = 0) -> tuple[Job, list[Output]]:
+def answer(
+    text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...] = (), rivals: int = 0
+) -> tuple[GenerationRequest, list[Output]]:
     """A scheduler's outputs for an answer of these tokens; the rivals of each are the token itself and its neighbors."""
     outputs: list[Output] = []
-    job = Job(
+    request = GenerationRequest(
         ids=before or [0],
         sampling=Sampling(stop=stop),
         max_new_tokens=len(ids),
@@ -41,7 +43,7 @@ def answer(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ..
     def forward(_: Any, spans: Any) -> torch.Tensor:
         for span in spans:
             span.cache.length += span.n
-        logits = -torch.arange(text.size, dtype=torch.float32).roll(ids[job.answered])
+        logits = -torch.arange(text.size, dtype=torch.float32).roll(ids[request.answered])
         return logits[None]
 
     caches: Any = SimpleNamespace(
@@ -49,15 +51,20 @@ def answer(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ..
     )
     decoder: Any = SimpleNamespace(forward=forward)
     scheduler = Scheduler(decoder, text, caches, text.size, rows=10_000)
-    scheduler.submit(job)
+    scheduler.submit(request)
     while scheduler.step():
         pass
-    return job, outputs
+    return request, outputs
 
 
-def tell(text: Text, outputs: list[Output], job: Job, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
+def tell(text: Text, outputs: list[Output], request: GenerationRequest, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
     """What a client gets: the text, and the tokens, of which none comes before its text."""
-    teller, sent, told, trimming = LogprobFormatter(text, job.ids if job.joins else (), trims=trims), "", list[TokenLogprob](), trims
+    teller, sent, told, trimming = (
+        LogprobFormatter(text, request.ids if request.joins else (), trims=trims),
+        "",
+        list[TokenLogprob](),
+        trims,
+    )
     for out in outputs:
         piece = out.text.lstrip() if trimming else out.text
         trimming = trimming and not piece
@@ -74,8 +81,8 @@ def token(text: Text, name: str) -> int:
 
 
 def check(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...], trims: bool, rivals: int = 3) -> list[TokenLogprob]:
-    job, outputs = answer(text, ids, before=before, stop=stop, rivals=min(rivals, text.size))
-    sent, told = tell(text, outputs, job, trims=trims)
+    request, outputs = answer(text, ids, before=before, stop=stop, rivals=min(rivals, text.size))
+    sent, told = tell(text, outputs, request, trims=trims)
     assert "".join(token.token for token in told) == sent
     assert b"".join(token.raw or b"" for token in told) == sent.encode()
     assert [token.logprob for token in told] == [out.logprob for out in outputs if out.token is not None]
@@ -130,8 +137,8 @@ def test_what_is_cut_off_has_no_text() -> None:
     ids = text.encode("  ab c bc ab")
     told = check(text, ids, before=[], stop=("c b",), trims=True)
     assert "".join(token.token for token in told) == "ab "
-    job, outputs = answer(text, text.encode("abc"), before=[], stop=("cab",))
-    assert tell(text, outputs, job)[0] == "abc"  # held back for a stop string that does not come
+    request, outputs = answer(text, text.encode("abc"), before=[], stop=("cab",))
+    assert tell(text, outputs, request)[0] == "abc"  # held back for a stop string that does not come
 
 
 def test_rivals_with_the_same_text_have_names_of_their_own() -> None:

@@ -9,8 +9,8 @@ import pytest
 from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
 from fedtune.inference.engine.generate import Generation
-from fedtune.inference.engine.jobs import Job, Output
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from tests.inference.serve.rounding import bound, lead, parted
 from tests.inference.serve.served import make_scheduler, tiny_model
@@ -43,7 +43,7 @@ def test_a_batch_differs_only_where_rounding_could_have_decided(name: str, kind:
     made = make_scheduler(engine, PagedCaches(PagedPool(engine.shape, BLOCKS, 16), longest), max_running=16, max_waiting=MANY)
     heard: list[list[Output]] = [[] for _ in prompts]
     for ids, outputs in zip(prompts, heard, strict=True):
-        made.submit(Job(ids=ids, sampling=Sampling(), max_new_tokens=LONG, deliver=outputs.append, rivals=0))
+        made.submit(GenerationRequest(ids=ids, sampling=Sampling(), max_new_tokens=LONG, deliver=outputs.append, rivals=0))
         if rng.random() < 0.4:
             made.step()
     while made.step():

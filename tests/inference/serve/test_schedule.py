@@ -15,8 +15,8 @@ from tokenizers.models import WordLevel
 from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.caches.base import Span
-from fedtune.inference.engine.jobs import Busy, Job, Output, Stopping
 from fedtune.inference.engine.load import Engine
+from fedtune.inference.engine.requests import Busy, GenerationRequest, Output, Stopping
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.text import Text
@@ -93,9 +93,11 @@ def scheduler(pool: Blocks | None = None, decoder: Oracle | None = None, **optio
     return Scheduler(decoder or Oracle(), WORDS, pool or Blocks(), V, **options)  # type: ignore[arg-type]
 
 
-def job(ids: Sequence[int], count: int = 8, *, seed: int = 0, outputs: list[Output] | None = None, **more: Any) -> Job:
+def request(ids: Sequence[int], count: int = 8, *, seed: int = 0, outputs: list[Output] | None = None, **more: Any) -> GenerationRequest:
     sink = [] if outputs is None else outputs
-    return Job(ids=ids, sampling=Sampling(temperature=float(seed % 3), seed=seed), max_new_tokens=count, deliver=sink.append, **more)
+    return GenerationRequest(
+        ids=ids, sampling=Sampling(temperature=float(seed % 3), seed=seed), max_new_tokens=count, deliver=sink.append, **more
+    )
 
 
 def finish(made: Scheduler) -> None:
@@ -107,7 +109,7 @@ def answer(ids: Sequence[int], count: int, seed: int, adapter: str | None = None
     """What a request alone gets."""
     outputs: list[Output] = []
     made = scheduler()
-    made.submit(job(ids, count, seed=seed, outputs=outputs, adapter=adapter))
+    made.submit(request(ids, count, seed=seed, outputs=outputs, adapter=adapter))
     finish(made)
     return text_of(outputs), outputs[-1].end
 
@@ -130,14 +132,14 @@ def test_batched_is_alone_whoever_comes_or_goes_and_however_scarce_the_room(
     pool = Blocks(blocks, limit=32)
     made = scheduler(pool, max_running=running, rows=rows)
     heard: list[list[Output]] = []
-    gone: list[Job] = []
+    gone: list[GenerationRequest] = []
     for (ids, count, seed, adapter), wait, leaves in requests:
         for _ in range(wait):
             made.step()
         for left in gone:
             made.cancel(left)
         heard.append([])
-        asked = job(ids, count, seed=seed, outputs=heard[-1], adapter=adapter)
+        asked = request(ids, count, seed=seed, outputs=heard[-1], adapter=adapter)
         made.submit(asked)
         gone += [asked] if leaves else []
     finish(made)
@@ -158,7 +160,7 @@ def test_out_of_blocks_the_youngest_is_computed_again() -> None:
     made = scheduler(pool)
     heard: list[list[Output]] = [[], []]
     for i in (0, 1):
-        made.submit(job([5, 6, 7, 8 + i], 24, outputs=heard[i], seed=3 * i + 1))
+        made.submit(request([5, 6, 7, 8 + i], 24, outputs=heard[i], seed=3 * i + 1))
     finish(made)
     assert made.preempted > 0
     assert [text_of(outputs) for outputs in heard] == [answer([5, 6, 7, 8 + i], 24, 3 * i + 1)[0] for i in (0, 1)]
@@ -168,10 +170,10 @@ def test_a_long_prompt_stalls_nobody() -> None:
     decoder = Oracle(endless=True)
     made = scheduler(decoder=decoder, max_running=4, rows=8)
     first: list[Output] = []
-    made.submit(job([3], 30, outputs=first, rivals=0))
+    made.submit(request([3], 30, outputs=first, rivals=0))
     made.step()
     assert len(first) == 1
-    made.submit(job([4] * 40, 2))
+    made.submit(request([4] * 40, 2))
     for passed in range(1, 7):
         made.step()
         assert len(first) == 1 + passed  # a token in every pass
@@ -182,15 +184,15 @@ def test_a_long_prompt_stalls_nobody() -> None:
 def test_a_beginning_that_was_seen_is_not_computed_again() -> None:
     decoder, pool = Oracle(), Blocks()
     made = scheduler(pool, decoder)
-    made.submit(job([3, 4, 5], 1))
+    made.submit(request([3, 4, 5], 1))
     finish(made)
-    again = job([3, 4, 5, 6], 4, seed=2, outputs=(outputs := []))
+    again = request([3, 4, 5, 6], 4, seed=2, outputs=(outputs := []))
     made.submit(again)
     finish(made)
     assert again.cached == 3
     assert decoder.rows[:2] == [[3], [1]]
     assert text_of(outputs) == answer([3, 4, 5, 6], 4, 2)[0]
-    other = job([3, 4, 5, 6], 1, adapter="a")  # another adapter's keys and values are others
+    other = request([3, 4, 5, 6], 1, adapter="a")  # another adapter's keys and values are others
     made.submit(other)
     finish(made)
     assert other.cached == 0
@@ -202,7 +204,7 @@ def test_an_answer_joins_its_prompt_or_stands_alone(prompt: list[int]) -> None:
     for joins in (False, True):
         outputs: list[Output] = []
         made = scheduler(decoder=Oracle(endless=True))
-        made.submit(job([*prompt, 5], 4, outputs=outputs, joins=joins))
+        made.submit(request([*prompt, 5], 4, outputs=outputs, joins=joins))
         finish(made)
         texts.append(text_of(outputs))
     assert texts[0].startswith("w")
@@ -211,19 +213,19 @@ def test_an_answer_joins_its_prompt_or_stands_alone(prompt: list[int]) -> None:
 
 def test_limits_of_the_queue() -> None:
     made = scheduler(max_running=1, max_waiting=1)
-    running, waiting = job([1]), job([2])
+    running, waiting = request([1]), request([2])
     made.submit(running)
     made.step()
     made.submit(waiting)
     assert made.full
     with pytest.raises(Busy, match="2 requests are running or waiting"):
-        made.submit(job([3]))
+        made.submit(request([3]))
     made.cancel(waiting)
     assert made.load == (1, 0)
-    made.submit(job([3]))
+    made.submit(request([3]))
     made.drain()
     with pytest.raises(Stopping):
-        made.submit(job([3]))
+        made.submit(request([3]))
     finish(made)
     assert made.load == (0, 0)
 
@@ -231,15 +233,15 @@ def test_limits_of_the_queue() -> None:
 @pytest.mark.parametrize(("ids", "count"), [([], 1), ([1] * 60, 5), ([V], 1), ([-1], 1), ([1], 0)])
 def test_what_does_not_fit_is_refused(ids: list[int], count: int) -> None:
     with pytest.raises(ConfigError):
-        scheduler().submit(job(ids, count))
+        scheduler().submit(request(ids, count))
 
 
 def test_time_runs_out_running_and_waiting() -> None:
     made = scheduler(max_running=1)
     heard: list[list[Output]] = [[], [], []]
-    made.submit(job([1], 40, seed=1, outputs=heard[0], deadline=time.monotonic() + 0.05))
-    made.submit(job([2], 40, outputs=heard[1], deadline=0.0))
-    made.submit(job([3], 3, seed=4, outputs=heard[2]))
+    made.submit(request([1], 40, seed=1, outputs=heard[0], deadline=time.monotonic() + 0.05))
+    made.submit(request([2], 40, outputs=heard[1], deadline=0.0))
+    made.submit(request([3], 3, seed=4, outputs=heard[2]))
     made.step()
     assert heard[1][-1].end == "timeout"
     time.sleep(0.06)
@@ -264,10 +266,10 @@ def test_a_failing_pass_fails_its_requests_and_not_the_server(caplog: pytest.Log
     def sink(i: int) -> Any:
         return lambda out: (heard[i].append(out), out.end and ended[i].set())
 
-    made.submit(Job(ids=[13], sampling=Sampling(), max_new_tokens=3, deliver=sink(0)))
+    made.submit(GenerationRequest(ids=[13], sampling=Sampling(), max_new_tokens=3, deliver=sink(0)))
     worker.start()
     assert ended[0].wait(10)
-    made.submit(Job(ids=[12], sampling=Sampling(temperature=1.0, seed=1), max_new_tokens=3, deliver=sink(1)))
+    made.submit(GenerationRequest(ids=[12], sampling=Sampling(temperature=1.0, seed=1), max_new_tokens=3, deliver=sink(1)))
     assert ended[1].wait(10)
     made.close()
     worker.join(10)
@@ -288,12 +290,12 @@ def test_logits_that_are_not_finite_fail_their_own_request(temperature: float) -
     heard: list[list[Output]] = [[], []]
     for outputs, adapter in zip(heard, ("a", None), strict=True):
         way = Sampling(temperature=temperature, seed=4)
-        made.submit(Job(ids=[3], sampling=way, max_new_tokens=6, deliver=outputs.append, adapter=adapter))
+        made.submit(GenerationRequest(ids=[3], sampling=way, max_new_tokens=6, deliver=outputs.append, adapter=adapter))
     finish(made)
     assert [outputs[-1].end for outputs in heard][0] == "failed"
     other: list[Output] = []
     single = scheduler()
-    single.submit(Job(ids=[3], sampling=Sampling(temperature=temperature, seed=4), max_new_tokens=6, deliver=other.append))
+    single.submit(GenerationRequest(ids=[3], sampling=Sampling(temperature=temperature, seed=4), max_new_tokens=6, deliver=other.append))
     finish(single)
     assert text_of(heard[1]) == text_of(other)
 
@@ -302,7 +304,7 @@ def test_closing_ends_what_is_under_way() -> None:
     made = scheduler(max_running=1)
     heard: list[list[Output]] = [[], []]
     for i in (0, 1):
-        made.submit(job([1 + i], 5, outputs=heard[i]))
+        made.submit(request([1 + i], 5, outputs=heard[i]))
     made.close()
     made.run()
     assert [outputs[-1].end for outputs in heard] == ["stopping", "stopping"]
@@ -313,7 +315,7 @@ def test_who_listens_no_more_costs_nothing() -> None:
         raise RuntimeError("the loop is closed")
 
     made = scheduler()
-    made.submit(Job(ids=[1], sampling=Sampling(temperature=1.0), max_new_tokens=20, deliver=broken))
+    made.submit(GenerationRequest(ids=[1], sampling=Sampling(temperature=1.0), max_new_tokens=20, deliver=broken))
     made.step()
     made.step()
     assert made.load == (0, 0)
@@ -333,7 +335,7 @@ def test_the_real_decoder_gives_a_batch_what_it_gives_each(engine: Engine) -> No
     made = make_scheduler(engine, max_running=4, rows=8)
     heard: list[list[Output]] = [[] for _ in prompts]
     for i, way in enumerate(ways):
-        made.submit(Job(ids=ids[i], sampling=way, max_new_tokens=20, deliver=heard[i].append, rivals=2))
+        made.submit(GenerationRequest(ids=ids[i], sampling=way, max_new_tokens=20, deliver=heard[i].append, rivals=2))
         made.step()
     finish(made)
     for i, way in enumerate(ways):

@@ -22,12 +22,12 @@ from fedtune.cli.main import main
 from fedtune.errors import ConfigError, ModelError
 from fedtune.export import export_hf
 from fedtune.inference import generate_text
-from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Stream, read_text
 from fedtune.inference.generate import read_card
 from fedtune.inference.generate_transformers import HubModel, load_model
-from fedtune.inference.one_by_one import CONTEXT, SequentialScheduler
+from fedtune.inference.sequential import CONTEXT, SequentialScheduler
 from fedtune.inference.serve.limits import Limits
 from fedtune.inference.serve.offer import ServedModel
 from fedtune.inference.serve.server import Server
@@ -117,10 +117,10 @@ def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-def alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **job: Any) -> list[Output]:
+def alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
     outputs: list[Output] = []
     scheduler = SequentialScheduler(model)
-    scheduler.submit(Job(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **job))
+    scheduler.submit(GenerationRequest(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **request))
     assert scheduler.step() and not scheduler.step()
     return outputs
 

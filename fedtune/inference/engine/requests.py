@@ -38,7 +38,7 @@ class Output:
 
 
 @dataclass(kw_only=True, eq=False)
-class Job:
+class GenerationRequest:
     """One generation request.
 
     Args:

@@ -41,12 +41,12 @@ class BodyBudget:
 class BodyBytes:
     """One request's share of its caller's sum."""
 
-    def __init__(self, bodies: BodyBudget, caller: bytes) -> None:
-        self._bodies, self._caller, self.size = bodies, caller, 0
+    def __init__(self, budget: BodyBudget, caller: bytes) -> None:
+        self._budget, self._caller, self.size = budget, caller, 0
 
     def grow(self, size: int) -> bool:
         """Add bytes to the body. Returns False, without adding, if its caller's sum would be too large."""
-        if not self._bodies.add(self._caller, size):
+        if not self._budget.add(self._caller, size):
             return False
         self.size += size
         return True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.engine.jobs import Job, Output
+from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampler, Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.generate_transformers import HubModel
@@ -43,11 +43,11 @@ class SequentialScheduler(Scheduler):
         self.text, self.single = model.text, model.seq2seq
         self._model = model
 
-    def submit(self, job: Job) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         """Submit a request, like `Scheduler.submit`."""
         if self._model.seq2seq:
-            job.joins = False  # the answer does not continue the prompt
-        super().submit(job)
+            request.joins = False  # the answer does not continue the prompt
+        super().submit(request)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -58,7 +58,7 @@ class SequentialScheduler(Scheduler):
             return False
         sequence = self._running[0]
         if self._model.seq2seq:  # as in transformers, the repetition penalty ignores the encoder's input
-            sequence.sampler = Sampler(sequence.job.sampling, [], self._vocabulary)
+            sequence.sampler = Sampler(sequence.request.sampling, [], self._vocabulary)
 
         def choose(logits: Tensor) -> int | None:
             self._forget()
@@ -68,7 +68,7 @@ class SequentialScheduler(Scheduler):
             self.passes += 1
             return sequence.tokens[-1] if sequence in self._running else None
 
-        self._model.write(sequence.job.ids, sequence.job.max_new_tokens, choose)
+        self._model.write(sequence.request.ids, sequence.request.max_new_tokens, choose)
         if sequence in self._running and not self._closed:
             raise RuntimeError("transformers ended an answer too early")
         return True
@@ -85,8 +85,8 @@ class SequentialScheduler(Scheduler):
                 f"the prompt's {len(ids)} tokens and {length} new tokens exceed the model's context of {self.limit}: shorten one"
             )
         outputs: SimpleQueue[Output | Exception] = SimpleQueue()
-        job = Job(ids=ids, sampling=sampling, max_new_tokens=length, deliver=outputs.put)
-        self.submit(job)
+        request = GenerationRequest(ids=ids, sampling=sampling, max_new_tokens=length, deliver=outputs.put)
+        self.submit(request)
 
         def work() -> None:
             try:
@@ -105,7 +105,7 @@ class SequentialScheduler(Scheduler):
                 if out.end:
                     return
         finally:
-            self.cancel(job)
+            self.cancel(request)
             worker.join()
             self._forget()
 
