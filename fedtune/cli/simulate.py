@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune.config import Config, reference, to_dict
-from fedtune.config.compose import DEFAULT_SCENARIO, Job, compose, groups, scenarios
+from fedtune.config.compose import DEFAULT_SCENARIO, SweepJob, compose, groups, scenarios
 from fedtune.config.stored import read_config
 from fedtune.data import check_data
 from fedtune.errors import ConfigError, FedtuneError, Stopped, user_message
@@ -77,7 +77,7 @@ def _main(argv: list[str]) -> int:
     return _sweep(jobs)
 
 
-def _sweep(jobs: Sequence[Job]) -> int:
+def _sweep(jobs: Sequence[SweepJob]) -> int:
     """Run the jobs one by one, then compare them. A failing job does not stop the others; a finished one is not repeated."""
     from fedtune.experiment import simulate
     from fedtune.runs.report import compare

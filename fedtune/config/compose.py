@@ -44,8 +44,8 @@ _OWN_STRATEGIES = "fedtune.strategies."  # not just `fedtune.`, which in a check
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run of a command, such as one point of a sweep.
+class SweepJob:
+    """One run that a command starts: one point of a sweep, or the only run without a sweep.
 
     Args:
         label: The swept overrides of this run; "" without a sweep.
@@ -58,7 +58,7 @@ class Job:
     fixed: str = ""
 
 
-def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
+def compose(args: Sequence[str], *, multirun: bool = False) -> list[SweepJob]:
     """Compose and check one job, or with `multirun` one job for each point of the sweep.
 
     Args:
@@ -74,7 +74,7 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
     if "resume=" in overrides:
         raise ConfigError("resume= is empty: give the run directory to continue, such as resume=outputs/NAME/RUN")
     if any(o.startswith("resume=") and o != "resume=null" for o in overrides):
-        return [Job(label="", config=_resumed(conf, overrides, multirun))]
+        return [SweepJob(label="", config=_resumed(conf, overrides, multirun))]
     try:
         with _composer(DEFAULT_SCENARIO if conf is None else conf) as (name, folder):
             overrides = [_open(o) for o in overrides]
@@ -89,7 +89,7 @@ def compose(args: Sequence[str], *, multirun: bool = False) -> list[Job]:
             for point in points:
                 _check_choices(point, folder)
                 label, fixed = (" ".join(o for o in point if (o.partition("=")[0] in swept) == yes) for yes in (True, False))
-                jobs.append(Job(label=label, config=_config(name, point, folder), fixed=fixed))
+                jobs.append(SweepJob(label=label, config=_config(name, point, folder), fixed=fixed))
                 _check_private(point, jobs[-1].config)
             return jobs
     except (

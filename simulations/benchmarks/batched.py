@@ -40,7 +40,7 @@ from fedtune.errors import ConfigError
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.checkpoint import NANO
 from fedtune.simulations.benchmarks.ray_baseline import Cost, Recipe, Round, baseline
-from fedtune.simulations.engines.batched import Job, train_together, way_of
+from fedtune.simulations.engines.batched import TurnInput, train_together, way_of
 from fedtune.simulations.engines.client_batch import Way
 from fedtune.simulations.engines.width import WIDEST, allowed, pays
 
@@ -194,13 +194,13 @@ def measure(
         where: Name of the row in the notes.
     """
     start = live.read(version=0)
-    jobs = [Job(plan=p, start=start, examples=e) for p, e in work]
+    turn_inputs = [TurnInput(plan=p, start=start, examples=e) for p, e in work]
     way, why = way_of(live, task)
     if way is None:
         raise ConfigError(f"there is nothing to compare: {why}")
-    rows, length = jobs[0].plan.batch_size, len(jobs[0].examples[0].input_ids)
+    rows, length = turn_inputs[0].plan.batch_size, len(turn_inputs[0].examples[0].input_ids)
     classes = 1 if task_of(task).head else int(live.backbone.model.config.get_text_config().vocab_size)
-    turn = min(seconds(lambda: bare(live, jobs[:1], task)) for _ in range(2))
+    turn = min(seconds(lambda: bare(live, turn_inputs[:1], task)) for _ in range(2))
 
     def affordable(side: str, turns: float) -> bool:
         if turns * turn > args.max_seconds_a_cell:
@@ -212,16 +212,18 @@ def measure(
     few = max(1, min(8, max(2, 4096 // (rows * length)), int(args.max_seconds_a_cell / turn / rounds)))
     sides, auto = dict[str, tuple[int, Callable[[], object]]](), None  # side → number of turns, and a function that runs them
     if affordable("the whole row", few * rounds):
-        sides["bare"] = few, lambda: bare(live, jobs[:few], task)
-        sides["one by one"] = few, lambda: alone(live, jobs[:few], task)
-        auto = chosen(live, jobs, task, way, told, lambda turns: affordable("auto's decision", turns * min(2, args.steps) / args.steps))
+        sides["bare"] = few, lambda: bare(live, turn_inputs[:few], task)
+        sides["one by one"] = few, lambda: alone(live, turn_inputs[:few], task)
+        auto = chosen(
+            live, turn_inputs, task, way, told, lambda turns: affordable("auto's decision", turns * min(2, args.steps) / args.steps)
+        )
         widths: set[int] = {*args.stacks, *([auto] if auto and auto > 1 else [])}
         for c in sorted(widths):
             turns = max(c, few // c * c)
             if c > 1 and (gb := c * rows * length * classes * 4 * 3 / 1e9) > args.logits_gb:
                 told.dashes.append(f"{where}, C={c}: its logits would need {gb:.1f} GB")
             elif affordable(f"C={c}", turns * rounds):
-                sides[f"C={c}"] = turns, lambda c=c, turns=turns: together(live, jobs[:turns], c, task, way)
+                sides[f"C={c}"] = turns, lambda c=c, turns=turns: together(live, turn_inputs[:turns], c, task, way)
     speed: dict[str, list[float]] = {side: [] for side in sides}
     peaks = dict.fromkeys(sides, 0.0)
     for repeat, (side, (turns, run)) in itertools.product(range(rounds), sides.items()):
@@ -234,23 +236,25 @@ def measure(
     return cells(speed, peaks, auto, ray, args)
 
 
-def chosen(live: LiveAdapter, jobs: list[Job], task: TaskConfig, way: Way, told: Told, affordable: Callable[[int], bool]) -> int | None:
+def chosen(
+    live: LiveAdapter, turn_inputs: list[TurnInput], task: TaskConfig, way: Way, told: Told, affordable: Callable[[int], bool]
+) -> int | None:
     """Return the number of clients per batch that `engine.batched=auto` chooses; None if the decision would take too long.
 
     Args:
         live: The model with its adapter.
-        jobs: The clients' turns.
+        turn_inputs: The clients' turns.
         task: The model's task.
         way: How a batch is trained.
         told: Collects the seconds.
         affordable: Whether this number of turns of at most two steps is fast enough.
     """
     began = time.perf_counter()
-    width = allowed(live, jobs[:WIDEST], task)
+    width = allowed(live, turn_inputs[:WIDEST], task)
     if width > 1:
         if not affordable(4 * (min(4, width) + width)):
             return None
-        width = width if pays(live, jobs[:width], task, pad_id=0, way=way) else 1
+        width = width if pays(live, turn_inputs[:width], task, pad_id=0, way=way) else 1
     told.decisions.append(time.perf_counter() - began)
     return width
 
@@ -295,14 +299,14 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def bare(live: LiveAdapter, jobs: list[Job], task: TaskConfig) -> None:
+def bare(live: LiveAdapter, turn_inputs: list[TurnInput], task: TaskConfig) -> None:
     params = list(live.parameters.values())
     live.model.train()
-    for job in jobs:
-        live.load(job.start)
-        optimizer, rows = torch.optim.AdamW(params, lr=job.plan.lr, weight_decay=0.0), job.plan.batch_size
-        for step in range(job.plan.steps or 0):
-            batch = collate(job.examples[step * rows : (step + 1) * rows], 0)
+    for turn_input in turn_inputs:
+        live.load(turn_input.start)
+        optimizer, rows = torch.optim.AdamW(params, lr=turn_input.plan.lr, weight_decay=0.0), turn_input.plan.batch_size
+        for step in range(turn_input.plan.steps or 0):
+            batch = collate(turn_input.examples[step * rows : (step + 1) * rows], 0)
             live.model(**{k: v.to(live.backbone.device) for k, v in batch.items()}).loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
@@ -310,16 +314,16 @@ def bare(live: LiveAdapter, jobs: list[Job], task: TaskConfig) -> None:
         [p.detach().clone() for p in params]
 
 
-def alone(live: LiveAdapter, jobs: list[Job], task: TaskConfig) -> None:
-    for job in jobs:
-        live.load(job.start)
-        train(Work(live=live, start=job.start, plan=job.plan, task=task, examples=job.examples, pad_id=0))
+def alone(live: LiveAdapter, turn_inputs: list[TurnInput], task: TaskConfig) -> None:
+    for turn_input in turn_inputs:
+        live.load(turn_input.start)
+        train(Work(live=live, start=turn_input.start, plan=turn_input.plan, task=task, examples=turn_input.examples, pad_id=0))
         live.read(version=0)
 
 
-def together(live: LiveAdapter, jobs: list[Job], width: int, task: TaskConfig, way: Way) -> None:
-    for i in range(0, len(jobs), width):
-        train_together(live, jobs[i : i + width], task, pad_id=0, way=way)
+def together(live: LiveAdapter, turn_inputs: list[TurnInput], width: int, task: TaskConfig, way: Way) -> None:
+    for i in range(0, len(turn_inputs), width):
+        train_together(live, turn_inputs[i : i + width], task, pad_id=0, way=way)
 
 
 if __name__ == "__main__":

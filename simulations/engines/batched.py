@@ -34,7 +34,7 @@ Result = tuple[AdapterState, TrainingResult] | FedtuneError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TurnInput:
     """One client's turn: its plan, initial tensors and rows, and extra tensors from the server."""
 
     plan: Plan
@@ -54,13 +54,15 @@ def way_of(live: LiveAdapter, task: TaskConfig) -> tuple[Way | None, str]:
     return (vmapped.installed, by_hand) if mapped is None else (None, mapped)
 
 
-def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, pad_id: int, way: Way = stacked.installed) -> list[Result]:
-    """Train all jobs. Returns for each job, in order, all trained tensors (on the CPU) and its turn, or its error.
+def train_together(
+    live: LiveAdapter, turn_inputs: Sequence[TurnInput], task: TaskConfig, *, pad_id: int, way: Way = stacked.installed
+) -> list[Result]:
+    """Train all clients. Returns for each client, in order, all trained tensors (on the CPU) and its turn, or its error.
 
-    Jobs must share the turn, `plan.train`, optimizer, batch size and accumulation; a finished client leaves the stack.
+    All clients must share the turn, `plan.train`, optimizer, batch size and accumulation; a finished client leaves the stack.
     """
     reset_peak(live.backbone.device)
-    stack = _Stack(live, jobs, task, pad_id)
+    stack = _Stack(live, turn_inputs, task, pad_id)
     if not (
         live.model.training and live.backbone.model.training
     ):  # PEFT's wrapper starts in training mode, whatever its backbone's mode is
@@ -86,11 +88,11 @@ def train_together(live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, *, 
 class _Client:
     """The state of one client in the stack."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.plan, self.rows = job, job.plan, job.examples
-        self.steps = steps_of(job.plan, len(job.examples))
-        self.order = batches(len(job.examples), job.plan.batch_size, job.plan.seed)
-        self.random = torch.Generator().manual_seed(job.plan.seed)  # the same dropout as with the trainer's torch.manual_seed
+    def __init__(self, turn_input: TurnInput) -> None:
+        self.turn_input, self.plan, self.rows = turn_input, turn_input.plan, turn_input.examples
+        self.steps = steps_of(turn_input.plan, len(turn_input.examples))
+        self.order = batches(len(turn_input.examples), turn_input.plan.batch_size, turn_input.plan.seed)
+        self.random = torch.Generator().manual_seed(turn_input.plan.seed)  # the same dropout as with the trainer's torch.manual_seed
         self.loss, self.seen, self.seconds = 0.0, 0, 0.0
         self.start_loss: float | None = None
         self.trained: AdapterState | None = None
@@ -102,27 +104,27 @@ class _Stack:
 
     forward: Forward
 
-    def __init__(self, live: LiveAdapter, jobs: Sequence[Job], task: TaskConfig, pad_id: int) -> None:
+    def __init__(self, live: LiveAdapter, turn_inputs: Sequence[TurnInput], task: TaskConfig, pad_id: int) -> None:
         self.live, self.task, self.pad_id, self.device = live, task, pad_id, live.backbone.device
-        self.clients = [_Client(job) for job in jobs]
-        self.active, self.client_batch = list(range(len(jobs))), ClientBatch()
+        self.clients = [_Client(turn_input) for turn_input in turn_inputs]
+        self.active, self.client_batch = list(range(len(turn_inputs))), ClientBatch()
         self.names = list(live.parameters)
-        trained = set(matching(self.names, jobs[0].plan.train))
-        self.shapes = {n: self._widest([j.start[n].shape for j in jobs]) for n in self.names}
+        trained = set(matching(self.names, turn_inputs[0].plan.train))
+        self.shapes = {n: self._widest([j.start[n].shape for j in turn_inputs]) for n in self.names}
         self.sizes = [math.prod(self.shapes[n]) for n in self.names]
         self.is_trained = [n in trained for n in self.names]
         marks = [torch.full((s,), float(t)) for t, s in zip(self.is_trained, self.sizes, strict=True)]
         self.mask = torch.cat(marks).to(self.device)
-        self.flat = self._laid([j.start.tensors for j in jobs])
+        self.flat = self._laid([j.start.tensors for j in turn_inputs])
         for n, part in zip(self.names, self.flat.split(self.sizes, dim=1), strict=True):
             if n in live.origin:  # a state is relative to the backbone's value
                 part += live.origin[n].to(self.device).flatten()
-        adam = jobs[0].plan.optimizer == "adamw"
+        adam = turn_inputs[0].plan.optimizer == "adamw"
         self.first = torch.zeros_like(self.flat) if adam else None
         self.second = torch.zeros_like(self.flat) if adam else None
         self.done = 0
         self._look()
-        self.turns = (batched_turn_of(jobs[0].plan) or BatchedTurn)([turn_of(j.plan) for j in jobs], self)
+        self.turns = (batched_turn_of(turn_inputs[0].plan) or BatchedTurn)([turn_of(j.plan) for j in turn_inputs], self)
 
     # the interface for a turn's batched form
 
@@ -136,11 +138,11 @@ class _Stack:
 
     @property
     def starts(self) -> list[AdapterState]:
-        return [c.job.start for c in self.clients]
+        return [c.turn_input.start for c in self.clients]
 
     @property
     def extras(self) -> list[Mapping[str, Tensor]]:
-        return [c.job.extra for c in self.clients]
+        return [c.turn_input.extra for c in self.clients]
 
     @property
     def trained(self) -> list[str]:
@@ -164,7 +166,9 @@ class _Stack:
         clients = [self.clients[i] for i in self.active]
         self.client_batch.generators = [c.random for c in clients]
         scaling = self.live.spec.scaling
-        self.client_batch.scaling = {m: torch.tensor([c.job.start.spec.scaling[m] for c in clients], device=self.device) for m in scaling}
+        self.client_batch.scaling = {
+            m: torch.tensor([c.turn_input.start.spec.scaling[m] for c in clients], device=self.device) for m in scaling
+        }
         for n, part, trained in zip(self.names, self.flat.split(self.sizes, dim=1), self.is_trained, strict=True):
             self.client_batch.views[n] = part.view(len(clients), *self.shapes[n]).detach().requires_grad_(trained)
 
@@ -267,7 +271,7 @@ class _Stack:
         return norms
 
     def _read(self, k: int) -> AdapterState:
-        start, tensors = self.clients[self.active[k]].job.start, {}
+        start, tensors = self.clients[self.active[k]].turn_input.start, {}
         for n, part in zip(self.names, self.flat[k].split(self.sizes), strict=True):
             if n in self.live.origin:
                 part = part - self.live.origin[n].to(self.device).flatten()

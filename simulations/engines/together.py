@@ -19,7 +19,7 @@ from fedtune.clients.loaded_model import LoadedModel
 from fedtune.errors import FedtuneError
 from fedtune.models import LiveAdapter
 from fedtune.models.memory import is_out_of_memory
-from fedtune.simulations.engines.batched import Job, Result, train_together, way_of
+from fedtune.simulations.engines.batched import Result, TurnInput, train_together, way_of
 from fedtune.simulations.engines.client_batch import Way
 from fedtune.simulations.engines.width import WIDEST, allowed, pays
 from fedtune.storage.atomic import write_text
@@ -148,7 +148,7 @@ class Together:
     def _together(self, todo: list[PreparedTurn]) -> list[Result]:
         way = self._way_of(todo[0].loaded_model)
         assert way is not None
-        return train_together(self._live(todo[0]), _jobs(todo), self._host.config.task, pad_id=self._host.space.pad_id, way=way)
+        return train_together(self._live(todo[0]), _turn_inputs(todo), self._host.config.task, pad_id=self._host.space.pad_id, way=way)
 
     def _live(self, first: PreparedTurn) -> LiveAdapter:
         live = first.loaded_model.slot(first.start)
@@ -162,10 +162,10 @@ class Together:
 
         The result is stored for this machine, so that the same config gives the same bits next time.
         """
-        model, way, jobs = todo[0].loaded_model, self._way_of(todo[0].loaded_model), _jobs(todo)
+        model, way, turn_inputs = todo[0].loaded_model, self._way_of(todo[0].loaded_model), _turn_inputs(todo)
         assert way is not None
         space, config, live = self._host.space, model.config, self._live(todo[0])
-        width = allowed(live, jobs, config.task)
+        width = allowed(live, turn_inputs, config.task)
         if width < 2:
             return 1
         plan, threads = todo[0].plan, torch.get_num_threads()
@@ -176,7 +176,7 @@ class Together:
         known = _read(path)
         if key not in known:
             try:
-                faster = pays(live, jobs[:width], config.task, pad_id=space.pad_id, way=way)
+                faster = pays(live, turn_inputs[:width], config.task, pad_id=space.pad_id, way=way)
                 known[key] = width if faster else 1
             except Exception as bad:  # for example, a client's loss overflows: its own turn reports it
                 self._tell(f"clients train one at a time: training at once could not be measured ({type(bad).__name__}: {bad})")
@@ -192,8 +192,8 @@ def _is_same(a: Message, b: Message) -> bool:
     return frames[0] == frames[1] and mine.keys() == theirs.keys() and all(mine[n].data is theirs[n].data for n in mine)
 
 
-def _jobs(todo: Sequence[PreparedTurn]) -> list[Job]:
-    return [Job(plan=t.plan, start=t.start, examples=t.examples, extra=t.extra) for t in todo]
+def _turn_inputs(todo: Sequence[PreparedTurn]) -> list[TurnInput]:
+    return [TurnInput(plan=t.plan, start=t.start, examples=t.examples, extra=t.extra) for t in todo]
 
 
 def _kind(ready: PreparedTurn) -> tuple[object, ...]:

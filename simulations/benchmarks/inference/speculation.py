@@ -49,7 +49,7 @@ DRAFT_KINDS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}  
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SpeculationCase:
     """The measurements of one number format.
 
     Args:
@@ -117,10 +117,10 @@ def main() -> None:
     seen: dict[str, dict[str, Found]] = {}
     for size in args.sizes:
         seen[size] = {}
-        for job in jobs(source, draft, size, data, args):
+        for case in cases(source, draft, size, data, args):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                seen[size][job.kind] = process.submit(measure, job).result()
-            print(table({job.kind: seen[size][job.kind]}), flush=True)
+                seen[size][case.kind] = process.submit(measure, case).result()
+            print(table({case.kind: seen[size][case.kind]}), flush=True)
         lines += [f"\n## {size}\n", table(seen[size])]
     if args.out:
         lines.append(f"\n![ratios]({args.out.with_suffix('.png').name})")
@@ -129,14 +129,14 @@ def main() -> None:
         args.out.with_suffix(".json").write_text(json.dumps(seen, indent=1, default=asdict), encoding="utf-8")
 
 
-def jobs(source: Path, draft: Path, size: str, data: Path, args: argparse.Namespace) -> list[Job]:
+def cases(source: Path, draft: Path, size: str, data: Path, args: argparse.Namespace) -> list[SpeculationCase]:
     """Return the measurements of a size; creates missing models."""
     engine = load_engine(source, "fp32")
     target = widen(source, args.models / f"{args.model}-{size}", as_size(SIZES[size]))
     wide = widen(draft, args.models / f"{args.model}-draft-for-{size}", as_size(WIDE[size]))
     rows = prompts(engine, data, args.prompts, held=True)
     return [
-        Job(
+        SpeculationCase(
             size=size, kind=kind, target=package(target, kind) if kind in ("int8", "int4") else target, wide=wide, small=draft,
             exit_at=engine.shape.layers, rows=rows, new=args.tokens, temperatures=args.temperatures, fixed=args.fixed, threads=args.threads,
         )
@@ -149,38 +149,38 @@ def as_size(numbers: tuple[int, int, int, int, int]) -> Size:
     return Size(hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=VOCABULARY)
 
 
-def sides(engine: Engine, job: Job) -> dict[str, Callable[[], Speculation | None]]:
+def sides(engine: Engine, case: SpeculationCase) -> dict[str, Callable[[], Speculation | None]]:
     """Side name → a function that starts an answer's speculation."""
-    wide, small = load_engine(job.wide, DRAFT_KINDS[job.kind]), load_engine(job.small)
+    wide, small = load_engine(case.wide, DRAFT_KINDS[case.kind]), load_engine(case.small)
     found: dict[str, Callable[[], Speculation | None]] = {
         PLAIN: lambda: None,
         "auto": lambda: open_speculation(engine, "auto", None),
         "auto, wide draft": lambda: Speculation(DraftModel(wide, engine)),
         "auto, small draft": lambda: Speculation(DraftModel(small, engine)),
     }
-    if job.exit_at < engine.shape.layers:
-        found["early exit"] = lambda: Speculation(EarlyExit(job.exit_at))
-    for n in job.fixed:
+    if case.exit_at < engine.shape.layers:
+        found["early exit"] = lambda: Speculation(EarlyExit(case.exit_at))
+    for n in case.fixed:
         found[f"lookup, always {n}"] = partial(lambda n: Speculation(Lookup(), Adapt(fixed=n)), n)
         found[f"wide draft, always {n}"] = partial(lambda n: Speculation(DraftModel(wide, engine), Adapt(fixed=n)), n)
     return found
 
 
-def measure(job: Job) -> Found:
+def measure(case: SpeculationCase) -> Found:
     """Run all sides on each prompt, after a short warm-up."""
-    torch.set_num_threads(job.threads)
-    engine = load_engine(job.target, None if job.kind in ("int8", "int4") else job.kind)
-    ways = sides(engine, job)
+    torch.set_num_threads(case.threads)
+    engine = load_engine(case.target, None if case.kind in ("int8", "int4") else case.kind)
+    ways = sides(engine, case)
     for begin in ways.values():
-        _answer(engine, job.rows[0], Sampling(), 16, begin())
+        _answer(engine, case.rows[0], Sampling(), 16, begin())
     found: Found = {}
-    for temperature in job.temperatures:
+    for temperature in case.temperatures:
         seen = found[f"{temperature:g}"] = {way: list[Answer]() for way in ways}
-        for i, row in enumerate(job.rows):
-            print(f"{job.size} {job.kind}, temperature {temperature:g}: prompt {i + 1} of {len(job.rows)}", file=sys.stderr, flush=True)
+        for i, row in enumerate(case.rows):
+            print(f"{case.size} {case.kind}, temperature {temperature:g}: prompt {i + 1} of {len(case.rows)}", file=sys.stderr, flush=True)
             plain: tuple[list[int], Report] = [], Report()
             for way, begin in ways.items():
-                tokens, report = _answer(engine, row, Sampling(temperature=temperature, seed=i), job.new, begin())
+                tokens, report = _answer(engine, row, Sampling(temperature=temperature, seed=i), case.new, begin())
                 plain = (tokens, report) if way == PLAIN else plain
                 seen[way].append(
                     Answer(

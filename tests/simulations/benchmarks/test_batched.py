@@ -16,7 +16,7 @@ RATIO = r"\d+\.\d\d"
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decision over two clients takes less than one over 32."""
     monkeypatch.setattr(bench_batched, "WIDEST", 2)
-    monkeypatch.setattr(bench_batched, "allowed", lambda live, jobs, task: 2)
+    monkeypatch.setattr(bench_batched, "allowed", lambda live, turn_inputs, task: 2)
 
 
 def table(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, str], str]:

@@ -12,7 +12,7 @@ from fedtune.inference.engine.generate import Generation
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.models.checkpoint import NANO
 from fedtune.simulations.benchmarks.inference import pair, speculation
-from fedtune.simulations.benchmarks.inference.speculation import Answer, Job, measure, plot, quartiles, table
+from fedtune.simulations.benchmarks.inference.speculation import Answer, SpeculationCase, measure, plot, quartiles, table
 from fedtune.simulations.benchmarks.inference.widen import Size, widen
 
 
@@ -70,11 +70,11 @@ def test_the_pair_is_made_and_measured(data: Path, tmp_path: Path) -> None:
     wide = widen(draft, tmp_path / "wide-draft", Size(hidden=256, layers=2, heads=8, kv_heads=4, inner=512, vocabulary=1100))
     engine = load_engine(NANO, "fp32")
     rows = pair.prompts(engine, data, 2, held=True, length=16)
-    job = Job(
+    case = SpeculationCase(
         size="tiny", kind="fp32", target=target, wide=wide, small=draft, exit_at=4, rows=rows, new=12, temperatures=[0.0, 0.8], fixed=[2],
         threads=1,
     )  # fmt: skip
-    found = measure(job)
+    found = measure(case)
     assert list(found) == ["0", "0.8"]
     ways = ["plain", "auto", "auto, wide draft", "auto, small draft", "early exit", "lookup, always 2", "wide draft, always 2"]
     for answers in found.values():

@@ -23,9 +23,9 @@ from fedtune.contracts.wire import MessageWriter
 from fedtune.errors import CheckpointError, FedtuneError, UpdateError
 from fedtune.experiment import simulate
 from fedtune.simulations.engines import batched, stacked
-from fedtune.simulations.engines.batched import Job, train_together
+from fedtune.simulations.engines.batched import TurnInput, train_together
 from tests.quick import quick
-from tests.simulations.engines.turns import alone, check, jobs_of
+from tests.simulations.engines.turns import alone, check, turn_inputs_of
 from tests.tiny import texts, tiny_config
 from tests.working import host_for
 
@@ -54,15 +54,15 @@ def ragged() -> list[dict[str, Any]]:
     return rows
 
 
-def jobs(space: Workspace, **changes: Any) -> list[Job]:
-    return jobs_of({c: space.examples(c, "train") for c in space.client_ids}, space.initial, **changes)
+def turn_inputs(space: Workspace, **changes: Any) -> list[TurnInput]:
+    return turn_inputs_of({c: space.examples(c, "train") for c in space.client_ids}, space.initial, **changes)
 
 
-def one_by_one(space: Workspace, todo: list[Job]) -> list[tuple[AdapterState, Any]]:
-    return [alone(space.live, job, space.config.task, space.pad_id) for job in todo]
+def one_by_one(space: Workspace, todo: list[TurnInput]) -> list[tuple[AdapterState, Any]]:
+    return [alone(space.live, turn_input, space.config.task, space.pad_id) for turn_input in todo]
 
 
-def agree(space: Workspace, todo: list[Job]) -> None:
+def agree(space: Workspace, todo: list[TurnInput]) -> None:
     check(space.live, todo, space.config.task, space.pad_id)
 
 
@@ -82,16 +82,16 @@ def agree(space: Workspace, todo: list[Job]) -> None:
     ids=["ragged", "accumulated", "clipped", "unclipped", "proximal", "partly trained", "sgd", "tails", "measured"],
 )
 def test_each_update_is_the_sequential_one(space: Workspace, changes: dict[str, Any]) -> None:
-    agree(space, jobs(space, **changes))
+    agree(space, turn_inputs(space, **changes))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_corrections_are_each_clients_own(space: Workspace, optimizer: str) -> None:
     todo = []
-    for k, job in enumerate(jobs(space, optimizer=optimizer, turn="scaffold")):
+    for k, turn_input in enumerate(turn_inputs(space, optimizer=optimizer, turn="scaffold")):
         gen = torch.Generator().manual_seed(k)
-        extra = {n: 0.02 * torch.randn(t.shape, generator=gen) for n, t in job.start.tensors.items()}
-        todo.append(dataclasses.replace(job, extra=extra if k else {}))  # the first has none
+        extra = {n: 0.02 * torch.randn(t.shape, generator=gen) for n, t in turn_input.start.tensors.items()}
+        todo.append(dataclasses.replace(turn_input, extra=extra if k else {}))  # the first has none
     agree(space, todo)
 
 
@@ -109,20 +109,20 @@ def test_plans_of_one_stack_may_differ(space: Workspace, turn: str, params: dict
                 lr=1e-3 * (k + 1),
             ),
         )
-        for k, j in enumerate(jobs(space))
+        for k, j in enumerate(turn_inputs(space))
     ]
     agree(space, mixed)
 
 
 def test_the_same_seed_gives_the_same_bits(space: Workspace) -> None:
-    first, second = (train_together(space.live, jobs(space), space.config.task, pad_id=space.pad_id) for _ in range(2))
+    first, second = (train_together(space.live, turn_inputs(space), space.config.task, pad_id=space.pad_id) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert not isinstance(a, FedtuneError) and not isinstance(b, FedtuneError)
         assert all(torch.equal(a[0][n], b[0][n]) for n in a[0].tensors)
 
 
 def test_a_broken_client_leaves_and_the_others_do_not_notice(space: Workspace) -> None:
-    todo = jobs(space)
+    todo = turn_inputs(space)
     poison = {n: torch.full_like(t, 1e30) for n, t in todo[1].start.tensors.items()}
     todo[1] = dataclasses.replace(todo[1], start=todo[1].start.replace(poison))
     got = train_together(space.live, todo, space.config.task, pad_id=space.pad_id)
@@ -134,15 +134,15 @@ def test_a_broken_client_leaves_and_the_others_do_not_notice(space: Workspace) -
 
 
 def test_the_model_is_as_it_was_afterward(space: Workspace) -> None:
-    before = space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out"))
-    train_together(space.live, jobs(space), space.config.task, pad_id=space.pad_id)
-    assert space.score(jobs(space)[0].start, space.test_examples(), space.examples("c0", "held_out")) == before
+    before = space.score(turn_inputs(space)[0].start, space.test_examples(), space.examples("c0", "held_out"))
+    train_together(space.live, turn_inputs(space), space.config.task, pad_id=space.pad_id)
+    assert space.score(turn_inputs(space)[0].start, space.test_examples(), space.examples("c0", "held_out")) == before
 
 
 @pytest.mark.parametrize("p", [0.3])
 def test_adapter_dropout_draws_from_each_clients_own_seed(tmp_path: Path, p: float) -> None:
     space = Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=3, alpha=4.0, dropout=p)))
-    agree(space, jobs(space))
+    agree(space, turn_inputs(space))
 
 
 @pytest.mark.parametrize("batched", quick(["3", "auto"], "3"))
@@ -185,16 +185,16 @@ def test_a_run_of_any_method_ends_with_the_sequential_adapter(
         assert max(float((ends["none"][n] - ends[mode][n]).abs().max()) for n in ends["none"].tensors) < 1e-5
 
 
-def prepared(space: Workspace, job: Job, **plan: Any) -> PreparedTurn:
+def prepared(space: Workspace, turn_input: TurnInput, **plan: Any) -> PreparedTurn:
     return PreparedTurn(
         message=Message(RecordDict(), 1, "train"),
-        plan=dataclasses.replace(job.plan, **plan),
+        plan=dataclasses.replace(turn_input.plan, **plan),
         loaded_model=space.own,
-        start=job.start,
+        start=turn_input.start,
         sent_bytes=0,
-        turn=turn_of(dataclasses.replace(job.plan, **plan)),
+        turn=turn_of(dataclasses.replace(turn_input.plan, **plan)),
         extra={},
-        examples=job.examples,
+        examples=turn_input.examples,
         device_class="",
     )
 
@@ -205,8 +205,8 @@ def test_turns_without_a_batched_form_are_taken_one_by_one(space: Workspace, mon
     flower.identify_process(run_id=1)
     turns, alone_, at_once = ["fedpeptao", "slora", "plain", "plain", "slora"], [], []
     params = {"fedpeptao": {"stage": "layers"}, "slora": {"stage": "sparse"}, "plain": {}}
-    todo = zip([*jobs(space), jobs(space)[0]], turns, strict=True)
-    waiting = [prepared(space, job, turn=turn, params=params[turn]) for job, turn in todo]
+    todo = zip([*turn_inputs(space), turn_inputs(space)[0]], turns, strict=True)
+    waiting = [prepared(space, turn_input, turn=turn, params=params[turn]) for turn_input, turn in todo]
     monkeypatch.setattr(module, "prepare", lambda host, message, context: waiting[message])
     monkeypatch.setattr(module, "take_turn", lambda host, ready: alone_.append(ready.plan.turn) or [ready])
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: at_once.append([t.plan.turn for t in todo]) or todo)
@@ -221,7 +221,7 @@ def test_turns_without_a_batched_form_are_taken_one_by_one(space: Workspace, mon
 
 @pytest.mark.parametrize("broken", ["count", "neighbor", "scaling", "correction"])
 def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    scaffold = jobs(space, turn="scaffold")
+    scaffold = turn_inputs(space, turn="scaffold")
     todo = [dataclasses.replace(j, extra={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in scaffold]
     if broken == "count":  # a mean over one token more
         count = batched._Stack._count
@@ -253,14 +253,14 @@ def test_too_little_memory_halves_the_batch(space: Workspace, monkeypatch: pytes
     real, sizes = module.train_together, []
     flower.identify_process(run_id=1)
 
-    def scarce(live: Any, jobs: Any, task: Any, **more: Any) -> Any:
-        sizes.append(len(jobs))
-        if len(jobs) > 1:
+    def scarce(live: Any, turn_inputs: Any, task: Any, **more: Any) -> Any:
+        sizes.append(len(turn_inputs))
+        if len(turn_inputs) > 1:
             raise MemoryError
-        return real(live, jobs, task, **more)
+        return real(live, turn_inputs, task, **more)
 
     monkeypatch.setattr(module, "train_together", scarce)
-    todo = [prepared(space, j) for j in jobs(space)]
+    todo = [prepared(space, j) for j in turn_inputs(space)]
     replies = module.Together(host_for(space.config, loaded=space), "4")._train(todo)
     assert sizes == [4, 2, 1, 1, 2, 1, 1] and all("update" in r.content.config_records for r in replies)
 
@@ -269,7 +269,7 @@ def test_a_client_that_cannot_finish_is_declined_alone(space: Workspace, monkeyp
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
-    todo, real = [prepared(space, j) for j in jobs(space)], module.finish
+    todo, real = [prepared(space, j) for j in turn_inputs(space)], module.finish
 
     def full(host: ClientHost, ready: PreparedTurn, *result: Any) -> Message:
         if ready is todo[1]:
@@ -289,7 +289,7 @@ def test_a_first_client_that_diverges_does_not_end_the_measurement_of_auto(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flower.identify_process(run_id=1)
-    broken = [prepared(space, j, lr=1e30, lr_last=1e30) for j in jobs(space)]
+    broken = [prepared(space, j, lr=1e30, lr_last=1e30) for j in turn_inputs(space)]
     monkeypatch.setattr(module, "prepare", lambda host, message, context: broken[message])
     with caplog.at_level("WARNING", "fedtune.batched"):
         replies = module.Together(host_for(space.config, loaded=space), "auto")._turns(iter([(i, None) for i in range(4)]))  # type: ignore[arg-type]
@@ -301,7 +301,7 @@ def test_auto_is_not_decided_by_a_client_on_its_own(space: Workspace, monkeypatc
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
-    todo = [prepared(space, j) for j in jobs(space)]
+    todo = [prepared(space, j) for j in turn_inputs(space)]
     monkeypatch.setattr(module, "prepare", lambda host, message, context: todo[message])
     monkeypatch.setattr(module.Together, "_choose", lambda self, todo: 4)
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: todo)
@@ -351,7 +351,7 @@ def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace
 
 
 def test_clients_evaluated_at_once_have_their_own_metrics(space: Workspace) -> None:
-    state = jobs(space)[0].start
+    state = turn_inputs(space)[0].start
     groups = [space.examples(c, "train") for c in space.client_ids]
     together = space.score(state, *groups[:2], [], *groups[2:])
     assert together.pop(2) == {}
@@ -362,11 +362,11 @@ def test_clients_evaluated_at_once_have_their_own_metrics(space: Workspace) -> N
 
 def test_mixed_ranks_share_a_stack(tmp_path: Path) -> None:
     wide, narrow = (Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=r, alpha=4.0))) for r in (3, 2))
-    todo = [j for k, (w, n) in enumerate(zip(jobs(wide), jobs(narrow), strict=True)) for j in [n if k % 2 else w]]
+    todo = [j for k, (w, n) in enumerate(zip(turn_inputs(wide), turn_inputs(narrow), strict=True)) for j in [n if k % 2 else w]]
     together = train_together(wide.live, todo, wide.config.task, pad_id=wide.pad_id)
-    for k, (job, got) in enumerate(zip(todo, together, strict=True)):
-        ((wanted, turn),) = one_by_one(narrow if k % 2 else wide, [job])
+    for k, (turn_input, got) in enumerate(zip(todo, together, strict=True)):
+        ((wanted, turn),) = one_by_one(narrow if k % 2 else wide, [turn_input])
         assert not isinstance(got, FedtuneError) and got[0].spec.ranks == wanted.spec.ranks
-        moved = math.sqrt(sum(float((wanted[n] - job.start[n]).square().sum()) for n in wanted.tensors))
+        moved = math.sqrt(sum(float((wanted[n] - turn_input.start[n]).square().sum()) for n in wanted.tensors))
         apart = math.sqrt(sum(float((wanted[n] - got[0][n]).square().sum()) for n in wanted.tensors))
         assert apart <= 1e-4 * moved and got[1].steps == turn.steps

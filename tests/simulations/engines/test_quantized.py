@@ -12,7 +12,7 @@ from fedtune.simulations.engines import stacked
 from fedtune.simulations.engines.batched import way_of
 from tests.models.build import checkpoint, hub, llama_config
 from tests.simulations.engines.test_vmapped import LM, rows
-from tests.simulations.engines.turns import check, jobs_of
+from tests.simulations.engines.turns import check, turn_inputs_of
 from tests.working import work
 
 quantize = pytest.importorskip("fedtune.models.quantize", exc_type=ImportError)
@@ -35,7 +35,7 @@ def quantized(folder: Path, precision: str, method: str = "lora") -> LiveAdapter
 def test_each_update_is_the_sequential_one(tmp_path: Path, precision: str) -> None:
     live = quantized(tmp_path, precision)
     assert way_of(live, LM)[0] is stacked.installed
-    todo = jobs_of(rows(LM), live.read(version=0))
+    todo = turn_inputs_of(rows(LM), live.read(version=0))
     live.load(todo[0].start)
     train(work(live, todo[0].examples, todo[0].plan, LM, 1))
     check(live, todo, LM, 1)

@@ -16,7 +16,7 @@ from fedtune.simulations.engines import stacked, vmapped
 from fedtune.simulations.engines.batched import way_of
 from tests.models.build import VOCABULARY, checkpoint, hub
 from tests.quick import quick
-from tests.simulations.engines.turns import check, jobs_of
+from tests.simulations.engines.turns import check, turn_inputs_of
 
 LM = TaskConfig(kind="causal_lm", max_length=12)
 ANSWERS = TaskConfig(kind="instruction", max_length=12, max_new_tokens=4)
@@ -52,7 +52,7 @@ def rows(task: TaskConfig, seq2seq: bool = False) -> dict[str, list[Example]]:
 def agree(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, way: Any = vmapped.installed, **changes: Any) -> None:
     live, initial = built(folder, kind, peft, task)
     assert way_of(live, task)[0] is way, way_of(live, task)[1]
-    check(live, jobs_of(rows(task, live.backbone.seq2seq), initial, **changes), task, pad_id(live.backbone.tokenizer), way)
+    check(live, turn_inputs_of(rows(task, live.backbone.seq2seq), initial, **changes), task, pad_id(live.backbone.tokenizer), way)
 
 
 @pytest.mark.parametrize("method", quick(METHODS, "dora", "prefix"))
@@ -116,7 +116,7 @@ def test_ranks_may_differ(tmp_path: Path) -> None:
     live, wide = built(tmp_path / "a", "llama", PeftConfig(method="dora", rank=3), LM)
     _, narrow = built(tmp_path / "b", "llama", PeftConfig(method="dora", rank=2), LM)
     narrow = narrow.replace(base=wide.spec.base)
-    todo = [jobs_of(rows(LM), start)[k] for k, start in enumerate((wide, narrow, narrow, wide))]
+    todo = [turn_inputs_of(rows(LM), start)[k] for k, start in enumerate((wide, narrow, narrow, wide))]
     check(live, todo, LM, pad_id(live.backbone.tokenizer), vmapped.installed)
 
 
@@ -145,7 +145,7 @@ def test_a_backbone_with_dropout_of_its_own_is_not_mapped(tmp_path: Path) -> Non
 def test_bf16_goes_the_same_way(tmp_path: Path) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM, precision="bf16")
     assert way_of(live, LM)[0] is vmapped.installed
-    todo = jobs_of(rows(LM), initial, optimizer="sgd", lr=0.05)
+    todo = turn_inputs_of(rows(LM), initial, optimizer="sgd", lr=0.05)
     todo = [dataclasses.replace(j, plan=dataclasses.replace(j.plan, steps=k + 1)) for k, j in enumerate(todo)]
     check(live, todo, LM, pad_id(live.backbone.tokenizer), vmapped.installed, within=0.05)
 
@@ -157,7 +157,7 @@ def test_the_model_is_as_it_was_afterward(tmp_path: Path) -> None:
     with torch.no_grad():
         live.model.eval()
         before = live.model(input_ids=ids).logits
-    check(live, jobs_of(rows(LM), initial), LM, pad_id(live.backbone.tokenizer), vmapped.installed)
+    check(live, turn_inputs_of(rows(LM), initial), LM, pad_id(live.backbone.tokenizer), vmapped.installed)
     live.load(initial)
     live.model.eval()
     with torch.no_grad():

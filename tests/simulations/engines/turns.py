@@ -16,12 +16,12 @@ from fedtune.data import Example
 from fedtune.errors import FedtuneError
 from fedtune.models import LiveAdapter
 from fedtune.simulations.engines import stacked
-from fedtune.simulations.engines.batched import Job, train_together
+from fedtune.simulations.engines.batched import TurnInput, train_together
 from fedtune.simulations.engines.client_batch import Way
 from tests.working import work
 
 
-def jobs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **changes: Any) -> list[Job]:
+def turn_inputs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **changes: Any) -> list[TurnInput]:
     """A turn a client, each from tensors of its own, two passes in micro-batches of four, seven steps at most."""
     out = []
     for k, (client, examples) in enumerate(clients.items()):
@@ -40,25 +40,27 @@ def jobs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **chan
             weight_decay=0.01,
         )
         plan = dataclasses.replace(plan, **changes)
-        out.append(Job(plan=dataclasses.replace(plan, steps=min(7, steps_of(plan, len(examples)))), start=start, examples=examples))
+        out.append(TurnInput(plan=dataclasses.replace(plan, steps=min(7, steps_of(plan, len(examples)))), start=start, examples=examples))
     return out
 
 
-def alone(live: LiveAdapter, job: Job, task: TaskConfig, pad_id: int) -> tuple[AdapterState, TrainingResult]:
-    """What the trainer makes of a job."""
-    live.load(job.start)
-    turn = train(work(live, job.examples, job.plan, task, pad_id, start=job.start, extra=job.extra))
+def alone(live: LiveAdapter, turn_input: TurnInput, task: TaskConfig, pad_id: int) -> tuple[AdapterState, TrainingResult]:
+    """The trainer's result for one client."""
+    live.load(turn_input.start)
+    turn = train(work(live, turn_input.examples, turn_input.plan, task, pad_id, start=turn_input.start, extra=turn_input.extra))
     return live.read(version=0), turn
 
 
-def check(live: LiveAdapter, jobs: list[Job], task: TaskConfig, pad_id: int, way: Way = stacked.installed, within: float = 1e-4) -> None:
+def check(
+    live: LiveAdapter, turn_inputs: list[TurnInput], task: TaskConfig, pad_id: int, way: Way = stacked.installed, within: float = 1e-4
+) -> None:
     """Every client's update is the trainer's, to `within` of its size; clients leave the stack at different times."""
-    together = train_together(live, jobs, task, pad_id=pad_id, way=way)
+    together = train_together(live, turn_inputs, task, pad_id=pad_id, way=way)
     steps = set()
-    for job, got in zip(jobs, together, strict=True):
-        wanted, turn = alone(live, job, task, pad_id)
+    for turn_input, got in zip(turn_inputs, together, strict=True):
+        wanted, turn = alone(live, turn_input, task, pad_id)
         assert not isinstance(got, FedtuneError), got
-        assert distance(got[0], wanted) <= within * distance(wanted, job.start), job.plan.client
+        assert distance(got[0], wanted) <= within * distance(wanted, turn_input.start), turn_input.plan.client
         assert got[0].spec == wanted.spec
         assert got[1].loss is not None and turn.loss is not None
         assert got[1].steps == turn.steps and math.isclose(got[1].loss, turn.loss, rel_tol=max(within, 1e-5))
