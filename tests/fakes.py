@@ -116,7 +116,7 @@ class RecordingObserver:
         self.notes.append(text)
 
 
-def bridge(
+def fake_bridge(
     path: Path,
     app: ClientApp,
     nodes: int,

@@ -98,14 +98,14 @@ def test_the_noise_is_the_device_s_own(tmp_path: Path) -> None:
 
 def test_kinds_are_ordered(tmp_path: Path) -> None:
     def accepted(kind: str) -> list[str]:
-        floor, found = Floor(kind=kind, epsilon=None, delta=1e-5, client="a", runs=tmp_path), []
+        floor, results = Floor(kind=kind, epsilon=None, delta=1e-5, client="a", runs=tmp_path), []
         for privacy in ("none", "record", "user"):
             try:
                 floor.check(privacy)
-                found.append(privacy)
+                results.append(privacy)
             except Decline:
                 pass
-        return found
+        return results
 
     assert (accepted("record"), accepted("user")) == (["record", "user"], ["user"])
 

@@ -66,9 +66,9 @@ def test_a_single_overflowing_entry_is_refused(tmp_path: Path, monkeypatch: pyte
     live, whole = make(tmp_path / "m"), torch.autograd.grad
 
     def grad(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        found = [g.clone() for g in whole(*args, **kwargs)]
-        found[-1].view(-1)[0] = torch.inf
-        return found
+        result = [g.clone() for g in whole(*args, **kwargs)]
+        result[-1].view(-1)[0] = torch.inf
+        return result
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
     with pytest.raises(UpdateError, match="^the gradient of 'model.layers.1.* is not finite"):

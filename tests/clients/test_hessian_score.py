@@ -87,11 +87,11 @@ def test_the_mean_over_starts_is_the_share_of_eigenvalues() -> None:
     assert isinstance(dense, Tensor)
     exact = torch.linalg.eigvalsh(dense)
     for cut in (-0.005, 0.02, 0.1):
-        found = []
+        results = []
         for seed in range(60):
             values, weights = spectrum(lambda v: dense @ v, signs(50, seed), 50)
-            found.append(weights[values <= cut].sum().item())
-        assert sum(found) / 60 == pytest.approx((exact <= cut).double().mean().item(), abs=0.03)
+            results.append(weights[values <= cut].sum().item())
+        assert sum(results) / 60 == pytest.approx((exact <= cut).double().mean().item(), abs=0.03)
 
 
 def test_a_small_krylov_space_stops_early() -> None:

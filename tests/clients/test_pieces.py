@@ -34,8 +34,8 @@ def turn(space: Workspace, micro: int | None, **plan: Any) -> tuple[AdapterState
     begin = space.live.read(version=0)
     begin = begin.replace({n: 0.1 * torch.randn(t.shape, generator=drawn) for n, t in begin.tensors.items()})
     space.live.load(begin)
-    rows, made = space.examples("c0", "train"), dataclasses.replace(PLAN, **plan)
-    turned = train(work_in(space, made, examples=rows), micro=micro)
+    rows, turn_plan = space.examples("c0", "train"), dataclasses.replace(PLAN, **plan)
+    turned = train(work_in(space, turn_plan, examples=rows), micro=micro)
     return space.live.read(version=0), turned
 
 

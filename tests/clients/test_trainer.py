@@ -27,7 +27,7 @@ from fedtune.experiment import simulate
 from fedtune.models import loss_sum
 from fedtune.rounds.bridge import Bridge
 from fedtune.runs.report import read_metrics
-from tests.fakes import bridge as make_bridge
+from tests.fakes import fake_bridge as make_bridge
 from tests.tiny import texts, tiny_config
 from tests.working import host_for, work_in
 
@@ -82,12 +82,12 @@ def bare_loop(space: Workspace, rounds: int, seeds: list[int], client: ClientCon
 def federate(config: Config, path: Path) -> tuple[AdapterState, list[int]]:
     """Run the whole way round: bridge, messages, ClientApp; returns the last adapter and the seed of each turn of the first client."""
     space = workspace(json.dumps(to_dict(config)))
-    made, _ = make_bridge(path, make_client_app(host_for(config, loaded=space)), len(space.client_ids), config, initial=space.initial)
-    made = dataclasses.replace(made, evaluate=None)
-    assert isinstance(made, Bridge)
+    bridge, _ = make_bridge(path, make_client_app(host_for(config, loaded=space)), len(space.client_ids), config, initial=space.initial)
+    bridge = dataclasses.replace(bridge, evaluate=None)
+    assert isinstance(bridge, Bridge)
     from fedtune.rounds.planning import base_plan
 
-    return made.loop().adapter, [base_plan(config, r, space.client_ids[0], r - 1).seed for r in range(1, config.rounds + 1)]
+    return bridge.loop().adapter, [base_plan(config, r, space.client_ids[0], r - 1).seed for r in range(1, config.rounds + 1)]
 
 
 def test_one_client_with_all_the_data_is_centralized_training(tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ def test_every_pass_is_a_new_permutation() -> None:
 )
 def test_steps(plan: dict[str, Any], examples: int, steps: int) -> None:
     # 33 rows, 2 passes, batches of 4: 16.5 → 17 steps; with 2 micro-batches a step: 33 / 8 → 5
-    made = Plan(**{"round": 1, "client": "a", "base_version": 0, "steps": None, "epochs": None, "batch_size": 4, **plan})
-    assert steps_of(made, examples) == steps
+    turn_plan = Plan(**{"round": 1, "client": "a", "base_version": 0, "steps": None, "epochs": None, "batch_size": 4, **plan})
+    assert steps_of(turn_plan, examples) == steps
 
 
 @pytest.mark.parametrize(("schedule", "sums"), [("constant", (0.02, 0.02)), ("linear", (0.0175, 0.0075))])
@@ -225,10 +225,10 @@ def gradients(space: Workspace, examples: int = 4) -> dict[str, torch.Tensor]:
     batch = collate([rows[i] for i in next(batches(len(rows), examples, 0))], space.pad_id)
     loss, count = loss_sum(space.live.model, batch, space.config.task)
     (loss / count).backward()
-    found = {n: p.grad.clone() for n, p in space.live.parameters.items() if p.grad is not None}
+    result = {n: p.grad.clone() for n, p in space.live.parameters.items() if p.grad is not None}
     for p in space.live.parameters.values():
         p.grad = None
-    return found
+    return result
 
 
 def test_sgd_a_correction_and_decay_by_hand(space: Workspace) -> None:
@@ -310,8 +310,8 @@ def test_a_failing_turn_ends_that_clients_round_only(
     monkeypatch.setattr(app, "train", breaking)
     config = tiny_config(tmp_path)
     space = workspace(json.dumps(to_dict(config)))
-    made, observer = make_bridge(tmp_path / "r", make_client_app(host_for(config, loaded=space)), 4, config, initial=space.initial)
-    state = dataclasses.replace(made, evaluate=None).loop()
+    bridge, observer = make_bridge(tmp_path / "r", make_client_app(host_for(config, loaded=space)), 4, config, initial=space.initial)
+    state = dataclasses.replace(bridge, evaluate=None).loop()
     assert state.adapter.spec.version == 2 and [r["counted"] for r in observer.records[1:]] == [3, 3]
     assert all(sentence in r["dropped"] for r in observer.clients if r["client"] == "c1" and r["round"])
 

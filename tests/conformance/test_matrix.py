@@ -135,10 +135,10 @@ def checked(strategy: Any) -> Any:
 
     @functools.wraps(aggregate)
     def twice(round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        made = list(updates)
-        before = [{n: t.clone() for n, t in ts.items()} for ts in (tensors(state), *(u.adapter.tensors for u in made))]
-        after, other = aggregate(round, state, iter(made)), aggregate(round, state, iter(made[::-1]))
-        for old, now in zip(before, (tensors(state), *(u.adapter.tensors for u in made)), strict=True):
+        all_updates = list(updates)
+        before = [{n: t.clone() for n, t in ts.items()} for ts in (tensors(state), *(u.adapter.tensors for u in all_updates))]
+        after, other = aggregate(round, state, iter(all_updates)), aggregate(round, state, iter(all_updates[::-1]))
+        for old, now in zip(before, (tensors(state), *(u.adapter.tensors for u in all_updates)), strict=True):
             assert old.keys() == now.keys() and all(torch.equal(t, now[n]) for n, t in old.items())
         a, b = tensors(after), tensors(other)
         assert a.keys() == b.keys() and all(torch.allclose(a[n].double(), b[n].double(), atol=1e-4) for n in a)
@@ -157,9 +157,9 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
     build = functools.partial(experiment, files, tmp_path, strategy, method, task)
     refusal = next((SENTENCES[k] for k in ((strategy, method), (method, task)) if k in SENTENCES and k not in ALLOWED), None)
     if refusal is not None:
-        with pytest.raises(FedtuneError, match=refusal) as said:
+        with pytest.raises(FedtuneError, match=refusal) as error:
             simulate(build())
-        assert str(said.value).count(".") < 12 and len(str(said.value)) < 400
+        assert str(error.value).count(".") < 12 and len(str(error.value)) < 400
         return
     monkeypatch.setattr(fedtune.experiment, "make_strategy", lambda config: checked(make_strategy(config)))
     heard = Listener(monkeypatch)

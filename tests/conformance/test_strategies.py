@@ -21,7 +21,7 @@ from fedtune.contracts.plan import Plan, Update, matching
 from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
 from fedtune.rounds.find_strategy import make_strategy
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 NEED_A_MODEL = {"slora": "its first stage trains the backbone's own weights", "fedpeptao": "it scores layers, and its tensors are prompts"}
 NAMES = [n for n in choices("strategy") if n not in NEED_A_MODEL]
@@ -61,9 +61,9 @@ def strategy_of(name: str) -> Strategy:
 def updates(strategy: Strategy, state: ServerState, counts: list[int], round: int = 1) -> tuple[list[Update], list[AdapterState]]:
     """Clients that each moved what they were to train by their own random step: what they send, and all that they have."""
     plans = [Plan(round=round, client=f"c{i}", base_version=0) for i in range(len(counts))]
-    given, made, own = strategy.plan(round, plans, state), [], []
+    assignments, made, own = strategy.plan(round, plans, state), [], []
     for i, n in enumerate(counts):
-        plan, sent, noise = given[f"c{i}"].plan, given[f"c{i}"].adapter, lora_state(seed=i + 1)
+        plan, sent, noise = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter, lora_state(seed=i + 1)
         begin = sent.replace({**START.tensors, **sent.tensors})
         trained = {k: begin[k] + 0.1 * noise[k] for k in matching(begin.tensors, plan.train)}
         own.append(begin.replace({**begin.tensors, **trained}))
@@ -122,13 +122,15 @@ def test_without_training_nothing_changes(name: str, strategy: Strategy, ranks: 
     state = begin = strategy.start(wide())
     for round in (1, 2, 3):
         plans = [Plan(round=round, client=f"c{i}", base_version=round - 1, rank=r) for i, r in enumerate(ranks)]
-        given = strategy.plan(round, plans, state)
+        assignments = strategy.plan(round, plans, state)
         made = [
             Update(
                 client=p.client,
                 round=round,
                 base_version=round - 1,
-                adapter=given[p.client].adapter.subset(matching(given[p.client].adapter.tensors, given[p.client].plan.send)),
+                adapter=assignments[p.client].adapter.subset(
+                    matching(assignments[p.client].adapter.tensors, assignments[p.client].plan.send)
+                ),
                 examples=1 + 3 * i,
                 metrics={"train_loss": 1.0, "start_loss": 1.0},
                 measurements={"steps": 3, "lr_sum": 0.3},
@@ -184,8 +186,10 @@ def test_mixed_ranks_are_mixed_or_refused(name: str) -> None:
     config.devices.classes["phone"].rank = 2
     if name in ("flora", "flexlora", "hetlora"):
         state = make_strategy(config).start(START)
-        given = make_strategy(config).plan(1, [Plan(round=1, client=c, base_version=0, rank=r) for c, r in (("a", 1), ("b", None))], state)
-        assert [given[c].adapter["q.lora_A"].shape[0] for c in "ab"] == [1, 2]
+        assignments = make_strategy(config).plan(
+            1, [Plan(round=1, client=c, base_version=0, rank=r) for c, r in (("a", 1), ("b", None))], state
+        )
+        assert [assignments[c].adapter["q.lora_A"].shape[0] for c in "ab"] == [1, 2]
         return
     with pytest.raises(
         ConfigError, match=r"needs the same rank on all clients: leave out devices.classes.\*.rank, or take a strategy that mixes ranks"
@@ -207,8 +211,8 @@ def test_a_strategy_that_assumes_a_zero_product_refuses_loftq(name: str) -> None
 
 def test_every_client_gets_its_own_assignment(strategy: Strategy) -> None:
     state = strategy.start(START)
-    given = strategy.plan(3, [Plan(round=3, client=c, base_version=2) for c in ("a", "b")], state)
-    assert sorted(given) == ["a", "b"] and all(given[c].plan.client == c for c in given)
+    assignments = strategy.plan(3, [Plan(round=3, client=c, base_version=2) for c in ("a", "b")], state)
+    assert sorted(assignments) == ["a", "b"] and all(assignments[c].plan.client == c for c in assignments)
 
 
 def test_memory_survives_a_checkpoint_and_bad_updates_are_dropped(strategy: Strategy, tmp_path: Path) -> None:
@@ -219,11 +223,11 @@ def test_memory_survives_a_checkpoint_and_bad_updates_are_dropped(strategy: Stra
     def run(path: Path, rounds: int) -> tuple[ServerState, list[dict[str, Any]]]:
         clients = fake_client_app({c: 1 + i for i, c in enumerate("abcdefghi")}, {"b": rot})
         config = Config(rounds=rounds, clients_per_round=9)
-        made, observer = bridge(path, clients, 9, config, strategy=strategy)
+        bridge, observer = fake_bridge(path, clients, 9, config, strategy=strategy)
         try:
-            return made.loop(), observer.records
+            return bridge.loop(), observer.records
         finally:
-            made.run.close()
+            bridge.run.close()
 
     wanted, records = run(tmp_path / "whole", 3)
     assert [r["dropped"] for r in records[1:]] == [{"refused": 1}] * 3

@@ -22,7 +22,7 @@ from fedtune.rounds.find_strategy import make_strategy
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
 from tests.exchange.channel import FixedChannel
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 ROOT = Path(__file__).parents[2]
 LOUD = {"kind": "user", "clip": 1e6, "noise": 1e-15, "epsilon": None}  # as good as no privacy: the arithmetic can be read
@@ -34,19 +34,19 @@ def config(rounds: int = 1, cohort: int = 10, **privacy: Any) -> Config:
 
 def run(path: Path, made: Config, clients: dict[str, int], strategy: Strategy | None = None) -> tuple[ServerState, Any]:
     exchange = make_exchange(made, len(clients), path / "privacy")
-    at, observer = bridge(path / "r", fake_client_app(clients), len(clients), made, strategy=strategy, exchange=exchange)
+    at, observer = fake_bridge(path / "r", fake_client_app(clients), len(clients), made, strategy=strategy, exchange=exchange)
     return at.loop(), observer
 
 
 def strategies() -> list[Strategy]:
     """One of each strategy, with the settings of its YAML."""
-    found = []
+    results = []
     for name in choices("strategy"):
         args = yaml.safe_load((ROOT / "conf/strategy" / f"{name}.yaml").read_text(encoding="utf-8"))
         args.pop("defaults", None)
         module, _, kind = args.pop("_target_").rpartition(".")
-        found.append(getattr(importlib.import_module(module), kind)(**args))
-    return found
+        results.append(getattr(importlib.import_module(module), kind)(**args))
+    return results
 
 
 def update(client: str, adapter: AdapterState, examples: int = 5) -> Update:
@@ -64,8 +64,8 @@ def test_a_strategy_on_means_gets_only_the_mean(name: str) -> None:
     strategy, base = ALL[name], lora_state(seed=3)
     state = strategy.start(base)
     for round in (1, 2):  # with memory, too
-        given = strategy.plan(round, [Plan(round=round, client=c, base_version=0) for c in "abc"], state)
-        send = given["a"].plan.send
+        assignments = strategy.plan(round, [Plan(round=round, client=c, base_version=0) for c in "abc"], state)
+        send = assignments["a"].plan.send
         sent = [base.replace({n: t + k for n, t in state.adapter.subset(matching(base.tensors, send)).tensors.items()}) for k in (1, 2, 6)]
         mean = {n: torch.stack([s[n].double() for s in sent]).mean(0) for n in sent[0].tensors}
         many = strategy.aggregate(round, state, [update(c, s) for c, s in zip("abc", sent, strict=True)])
@@ -110,17 +110,17 @@ def test_without_noise_and_clip_it_is_the_uniform_mean(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FFA", "RoLoRA", "FedSVD"])
 def test_strategies_run_and_keep_their_memory(tmp_path: Path, name: str) -> None:
-    made = config(3, 2, clip=0.5, noise=0.3, epsilon=None, adaptive=True, bit_noise=0.4)
-    state, observer = run(tmp_path, made, {"a": 1, "b": 3, "c": 11}, ALL[name])
+    run_config = config(3, 2, clip=0.5, noise=0.3, epsilon=None, adaptive=True, bit_noise=0.4)
+    state, observer = run(tmp_path, run_config, {"a": 1, "b": 3, "c": 11}, ALL[name])
     assert state.adapter.spec.version == 3 and [r["counted"] for r in observer.records[1:]] == [2, 2, 2]
     clips = [r["dp_clip"] for r in observer.records[1:]] + [float(state.exchange["clip"])]
     assert clips[0] == 0.5 and len(set(clips)) == 4
 
 
 def test_the_clip_bounds_a_client_s_influence(tmp_path: Path) -> None:
-    made = config(clip=0.25, noise=1e-12, epsilon=None)
-    with_, _ = run(tmp_path / "a", made, {"a": 1, "b": 3, "c": 900})
-    without, _ = run(tmp_path / "b", dataclasses.replace(made, clients_per_round=3), {"a": 1, "b": 3, "c": 1})
+    run_config = config(clip=0.25, noise=1e-12, epsilon=None)
+    with_, _ = run(tmp_path / "a", run_config, {"a": 1, "b": 3, "c": 900})
+    without, _ = run(tmp_path / "b", dataclasses.replace(run_config, clients_per_round=3), {"a": 1, "b": 3, "c": 1})
     apart = torch.cat([(with_.adapter[n] - without.adapter[n]).flatten() for n in with_.adapter.tensors]).norm()
     # both of c's updates point the same way and are longer than C: clipped, they are the same
     assert float(apart) <= 1e-6
@@ -139,8 +139,8 @@ def test_each_client_pays_for_the_rounds_in_which_it_counts(tmp_path: Path) -> N
 
 def test_a_client_without_budget_is_excluded_and_the_run_continues(tmp_path: Path) -> None:
     clients = {"a": 1, "b": 3}
-    made = config(4, 1, clip=1.0, epsilon=2.0, turns=1)
-    _, observer = run(tmp_path, made, clients)
+    run_config = config(4, 1, clip=1.0, epsilon=2.0, turns=1)
+    _, observer = run(tmp_path, run_config, clients)
     why = [r["dropped"] for r in observer.clients if "dropped" in r]
     assert sum(r["counted"] for r in observer.records[1:]) == 2 and len(why) == 2  # a turn each
     assert all(w.startswith("privacy: another turn would cost ε = ") and "privacy.epsilon=2" in w for w in why)
@@ -148,9 +148,9 @@ def test_a_client_without_budget_is_excluded_and_the_run_continues(tmp_path: Pat
 
 
 def test_a_round_repeated_after_a_kill_is_paid_again(tmp_path: Path) -> None:
-    made = config(2, 2, clip=1.0, noise=2.0, epsilon=None)
-    run(tmp_path, made, {"a": 1, "b": 3})
-    exchange = make_exchange(made, 2, tmp_path / "privacy")
+    run_config = config(2, 2, clip=1.0, noise=2.0, epsilon=None)
+    run(tmp_path, run_config, {"a": 1, "b": 3})
+    exchange = make_exchange(run_config, 2, tmp_path / "privacy")
     assert isinstance(exchange, CentralDP)
     state = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
     sent = FixedChannel([update("a", lora_state(fill=1.0))])

@@ -21,7 +21,7 @@ from fedtune.runs.directory import read_checkpoint
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedmedian import FedMedian
 from tests.exchange.channel import FixedChannel
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,9 @@ def two_stage_app(examples: Mapping[str, int], mute: str = "") -> ClientApp:
 
 def test_an_exchange_of_two_stages(tmp_path: Path) -> None:
     clients = {"a": 1, "b": 3, "z": 5}
-    at, observer = bridge(tmp_path / "r", two_stage_app(clients, mute="b"), 3, Config(rounds=2, clients_per_round=3), exchange=TwoStages())
+    at, observer = fake_bridge(
+        tmp_path / "r", two_stage_app(clients, mute="b"), 3, Config(rounds=2, clients_per_round=3), exchange=TwoStages()
+    )
     state = at.loop()
     # round 1: b sends no number and has no weight: (10·1 + 50·5) / 60 = 13/3; round 2: a alone, which adds 1
     assert float(state.adapter["head.weight"][0, 0]) == pytest.approx(13 / 3 + 1)
@@ -75,17 +77,17 @@ def test_an_exchange_of_two_stages(tmp_path: Path) -> None:
         k: v for k, v in lines[2, "z"].items() if k not in ("round", "client", "dropped")
     }
     # the first stage's messages are counted: the client sent more than one update
-    alone, quiet = bridge(tmp_path / "plain", fake_client_app(clients), 3, Config(rounds=1, clients_per_round=3))
+    alone, quiet = fake_bridge(tmp_path / "plain", fake_client_app(clients), 3, Config(rounds=1, clients_per_round=3))
     alone.loop()
     plain = {r["client"]: r for r in quiet.clients if r["round"] == 1}
     assert lines[1, "a"]["bytes_up"] > plain["a"]["bytes_up"] and lines[1, "a"]["bytes_down"] > plain["a"]["bytes_down"]
 
 
 def test_a_resumed_run_keeps_the_exchange_s_state(tmp_path: Path) -> None:
-    clients, made = {"a": 1, "b": 3, "z": 5}, Config(rounds=3, clients_per_round=3)
-    whole = bridge(tmp_path / "whole", two_stage_app(clients), 3, made, exchange=TwoStages())[0].loop()
-    bridge(tmp_path / "part", two_stage_app(clients), 3, dataclasses.replace(made, rounds=1), exchange=TwoStages())[0].loop()
-    resumed = bridge(tmp_path / "part", two_stage_app(clients), 3, made, exchange=TwoStages())[0].loop()
+    clients, config = {"a": 1, "b": 3, "z": 5}, Config(rounds=3, clients_per_round=3)
+    whole = fake_bridge(tmp_path / "whole", two_stage_app(clients), 3, config, exchange=TwoStages())[0].loop()
+    fake_bridge(tmp_path / "part", two_stage_app(clients), 3, dataclasses.replace(config, rounds=1), exchange=TwoStages())[0].loop()
+    resumed = fake_bridge(tmp_path / "part", two_stage_app(clients), 3, config, exchange=TwoStages())[0].loop()
     assert int(resumed.exchange["rounds"]) == 3
     assert all(torch.equal(resumed.adapter[n], t) for n, t in whole.adapter.tensors.items())
 
@@ -123,9 +125,9 @@ def test_the_config_selects_the_exchange() -> None:
 
 
 def test_a_checkpoint_of_version_0_1_keeps_its_clip_norm(tmp_path: Path) -> None:
-    made = Config(rounds=1, clients_per_round=2, privacy=PrivacyConfig(kind="user", noise=0.1, epsilon=None, clip=0.7))
-    exchange = make_exchange(made, 2, tmp_path / "privacy")
-    bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 2}), 2, made, exchange=exchange)[0].loop()
+    config = Config(rounds=1, clients_per_round=2, privacy=PrivacyConfig(kind="user", noise=0.1, epsilon=None, clip=0.7))
+    exchange = make_exchange(config, 2, tmp_path / "privacy")
+    fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 2}), 2, config, exchange=exchange)[0].loop()
     folder = tmp_path / "r" / "checkpoints" / "round-0001"
     assert float(read_checkpoint(folder).state.exchange["clip"]) == 0.7 and read_checkpoint(folder).state.memory == {}
     # format of version 0.1: the clip norm is in the strategy's memory

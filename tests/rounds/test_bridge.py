@@ -21,7 +21,7 @@ from fedtune.rounds.planning import schedule
 from fedtune.simulations.engines.grid import InProcessGrid
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.flora import FLoRA
-from tests.fakes import bridge, fail, fake_client_app, lora_state
+from tests.fakes import fail, fake_bridge, fake_client_app, lora_state
 
 
 def config(**changes: Any) -> Config:
@@ -29,8 +29,8 @@ def config(**changes: Any) -> Config:
 
 
 def test_unequal_counts_weigh_the_mean(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, config())
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, config())
+    state = bridge.loop()
     # by hand: client a sends 0 + 1 with weight 1/4, client b sends 0 + 3 with weight 3/4: 2.5
     for tensor in state.adapter.tensors.values():
         assert torch.equal(tensor, torch.full_like(tensor, 2.5))
@@ -110,8 +110,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "kind", "sentence"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
 def test_a_bad_reply_is_dropped_and_recorded(tmp_path: Path, fault: Any, kind: str, sentence: str) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": fault}), 2, config())
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": fault}), 2, config())
+    state = bridge.loop()
     # only the good client counts: 0 + 2
     assert all(torch.equal(t, torch.full_like(t, 2.0)) for t in state.adapter.tensors.values())
     assert observer.records[1]["dropped"] == {kind: 1} and observer.records[1]["counted"] == 1
@@ -137,8 +137,8 @@ def raising(error: BaseException) -> Any:
     ids=["exception", "memory", "cuda memory", "cpu allocator"],
 )
 def test_a_client_that_fails_loses_only_that_round(tmp_path: Path, error: Exception, sentence: str) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": raising(error)}), 2, config(rounds=2))
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": raising(error)}), 2, config(rounds=2))
+    state = bridge.loop()
     assert state.adapter.spec.version == 2 and [r["counted"] for r in observer.records[1:]] == [1, 1]
     assert all(sentence in r["dropped"] for r in observer.clients if r["client"] == "bad" and r["round"] > 0)
 
@@ -174,8 +174,8 @@ BREAKS = [
 
 @pytest.mark.parametrize("replies", BREAKS, ids=range(len(BREAKS)))
 def test_no_malformed_reply_ends_the_run(tmp_path: Path, replies: dict[str, Any]) -> None:
-    made, observer = bridge(tmp_path / "r", broken_app(**replies), 2, config())
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", broken_app(**replies), 2, config())
+    state = bridge.loop()
     counted = 2 if "evaluate" in replies else 1
     assert state.adapter.spec.version == 1 and observer.records[1]["counted"] == counted
     assert observer.records[1]["clients_mean"] == pytest.approx(0.02 if "train" in replies else 0.01)
@@ -183,12 +183,12 @@ def test_no_malformed_reply_ends_the_run(tmp_path: Path, replies: dict[str, Any]
 
 def test_a_client_cannot_overwrite_fields_that_the_server_writes(tmp_path: Path) -> None:
     lie = {"steps": 3, "lr_sum": 300.0, "round": 99, "client": 7, "dropped": 1, "bytes_up": 0, "bytes_down": 0}
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": misreport(measurements=lie)}), 2, config())
-    made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": misreport(measurements=lie)}), 2, config())
+    bridge.loop()
     mine = next(r for r in observer.clients if r["client"] == "b" and r["round"] == 1)
     assert mine["bytes_up"] > 0 and mine["bytes_down"] > 0 and "dropped" not in mine
-    found = made.run.newest()[0]
-    assert found is not None and found.clients["b"]["counted"] == 1
+    newest = bridge.run.newest()[0]
+    assert newest is not None and newest.clients["b"]["counted"] == 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,8 @@ class Squares(FedAvg):
 def test_a_result_that_overflows_does_not_count(tmp_path: Path) -> None:
     huge = put("head.weight", Array(torch.full((4, 7), 1e30)))  # finite, its square is not
     unclipped = ClientConfig(optimizer="sgd", clip_norm=None)  # the step has no bound
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": huge}), 1, config(client=unclipped), strategy=Squares())
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": huge}), 1, config(client=unclipped), strategy=Squares())
+    state = bridge.loop()
     assert state.adapter.spec.version == 0 and not state.memory
     assert observer.notes == ["round 1 does not count: 'v' in its result is not finite; the state is unchanged"]
 
@@ -230,73 +230,75 @@ def test_a_device_that_failed_gets_all_shifts_again(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(InProcessGrid, "push_messages", listen)
     quiet = config(rounds=4, eval=EvalConfig(clients=0))
-    bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": once}), 1, quiet, strategy=FLoRA())[0].loop()
+    fake_bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": once}), 1, quiet, strategy=FLoRA())[0].loop()
     assert sent == [set(), {"shift-1"}, {"shift-2"}, {"shift-1", "shift-2"}]
 
 
 def test_a_round_without_a_quorum_leaves_the_state(tmp_path: Path) -> None:
     app = fake_client_app({"a": 1, "b": 1, "c": 1}, {"a": fail("no"), "b": fail("no")})
-    made, observer = bridge(tmp_path / "r", app, 3, config(rounds=2, min_clients=2))
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", app, 3, config(rounds=2, min_clients=2))
+    state = bridge.loop()
     assert state.adapter.spec.version == 0 and float(state.adapter["head.weight"].sum()) == 0.0
     assert "round 1 does not count: it has 1 good updates, fewer than min_clients=2" in observer.notes[0]
     assert (tmp_path / "r" / "checkpoints" / "round-0002").is_dir()
 
 
 def test_a_round_without_replies_leaves_the_state(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": fail("no")}), 1, config())
-    assert made.loop().adapter.spec.version == 0
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1}, {"a": fail("no")}), 1, config())
+    assert bridge.loop().adapter.spec.version == 0
     assert "no client sent a good update" in observer.notes[0]
 
 
 def test_too_few_clients_is_one_sentence(tmp_path: Path) -> None:
-    made, _ = bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config(min_clients=2), patience_s=0.2)
+    bridge, _ = fake_bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config(min_clients=2), patience_s=0.2)
     with pytest.raises(RunError, match="1 clients can take part, min_clients=2"):
-        made.loop()
+        bridge.loop()
 
 
 def test_clients_with_another_backbone_are_rejected(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config(), initial=lora_state(fill=0.0).replace(base="c" * 64))
+    bridge, observer = fake_bridge(
+        tmp_path / "r", fake_client_app({"a": 1}), 1, config(), initial=lora_state(fill=0.0).replace(base="c" * 64)
+    )
     with pytest.raises(RunError, match="client a has backbone .*, but the run has"):
-        made.loop()
+        bridge.loop()
 
 
 def test_late_replies_are_late_by_the_virtual_clock(tmp_path: Path) -> None:
     slow = misreport(measurements={"virtual_s": 31.0, "steps": 3, "lr_sum": 300.0})
     devices = DevicesConfig(classes={"phone": DeviceClass()}, deadline_s=30.0)
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": slow}), 2, config(devices=devices))
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": slow}), 2, config(devices=devices))
+    state = bridge.loop()
     assert float(state.adapter["q.lora_A"][0, 0]) == 1.0 and observer.records[1]["dropped"] == {"late": 1}
     assert next(r for r in observer.clients if r["client"] == "b" and r["round"] == 1)["dropped"] == "late: took 31.0 s, deadline 30 s"
 
 
 def test_cohorts_depend_only_on_seed_and_round(tmp_path: Path) -> None:
     clients = {f"c{i:02d}": 1 for i in range(20)}
-    made, _ = bridge(tmp_path / "a", fake_client_app(clients), 20, config(seed=3, clients_per_round=5))
+    bridge, _ = fake_bridge(tmp_path / "a", fake_client_app(clients), 20, config(seed=3, clients_per_round=5))
     nodes: Any = {c: i for i, c in enumerate(clients)}
-    forwards = [made._sample(nodes, r) for r in (1, 2, 3)]
-    backwards = [made._sample(dict(reversed(nodes.items())), r) for r in (3, 2, 1)]
+    forwards = [bridge._sample(nodes, r) for r in (1, 2, 3)]
+    backwards = [bridge._sample(dict(reversed(nodes.items())), r) for r in (3, 2, 1)]
     assert forwards == backwards[::-1] and len({tuple(c) for c in forwards}) == 3
     assert all(len(set(c)) == 5 for c in forwards)
 
 
 def test_a_resumed_run_reaches_the_same_state(tmp_path: Path) -> None:
     clients = {f"c{i}": i + 1 for i in range(6)}
-    whole, _ = bridge(tmp_path / "whole", fake_client_app(clients), 6, config(rounds=5, clients_per_round=3))
-    first, _ = bridge(tmp_path / "part", fake_client_app(clients), 6, config(rounds=2, clients_per_round=3))
+    whole, _ = fake_bridge(tmp_path / "whole", fake_client_app(clients), 6, config(rounds=5, clients_per_round=3))
+    first, _ = fake_bridge(tmp_path / "part", fake_client_app(clients), 6, config(rounds=2, clients_per_round=3))
     first.loop()
     first.run.close()
-    second, observer = bridge(tmp_path / "part", fake_client_app(clients), 6, config(rounds=5, clients_per_round=3))
+    second, observer = fake_bridge(tmp_path / "part", fake_client_app(clients), 6, config(rounds=5, clients_per_round=3))
     wanted, got = whole.loop(), second.loop()
     assert [r["round"] for r in observer.records] == [3, 4, 5]
     assert all(torch.equal(wanted.adapter[n], got.adapter[n]) for n in wanted.adapter.tensors)
-    kept = [made.run.newest()[0] for made in (whole, second)]
+    kept = [bridge.run.newest()[0] for bridge in (whole, second)]
     assert kept[0] is not None and kept[1] is not None and kept[0].clients == kept[1].clients
 
 
 def test_bytes_are_counted_as_on_the_wire(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config())
-    made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config())
+    bridge.loop()
     values = lora_state().nbytes
     line = next(r for r in observer.clients if r["round"] == 1)
     # five arrays, each with np.save's 128-byte header, plus names and JSON
@@ -315,9 +317,9 @@ def test_the_learning_rate_schedule_over_rounds(kind: str, expected: list[float]
 
 
 def test_a_client_that_never_answers_is_late(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3, "c": 5}), 3, config(round_timeout_s=0.3))
-    made = dataclasses.replace(made, grid=Deaf(fake_client_app({"a": 1, "b": 3, "c": 5}), 3))
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3, "c": 5}), 3, config(round_timeout_s=0.3))
+    bridge = dataclasses.replace(bridge, grid=Deaf(fake_client_app({"a": 1, "b": 3, "c": 5}), 3))
+    state = bridge.loop()
     # by hand: b is lost; (1*1 + 5*5) / 6; c, which answered after b's time was up, still counts
     assert float(state.adapter["q.lora_A"][0, 0]) == pytest.approx(26 / 6)
     assert observer.records[1]["dropped"] == {"late": 1} and observer.records[1]["counted"] == 2
@@ -351,8 +353,8 @@ def test_the_server_holds_one_model_for_any_number_of_clients(tmp_path: Path) ->
             return super().aggregate(round, state, watched())
 
     clients = {f"c{i:02d}": 1 for i in range(12)}
-    made, _ = bridge(tmp_path / "r", fake_client_app(clients), 12, config(clients_per_round=12), strategy=Counting())
-    made.loop()
+    bridge, _ = fake_bridge(tmp_path / "r", fake_client_app(clients), 12, config(clients_per_round=12), strategy=Counting())
+    bridge.loop()
     # the current update, and the one before it that the loop variable still references
     assert len(alive) == 12 and max(alive) <= 3
 
@@ -369,8 +371,8 @@ def test_a_client_gets_exactly_the_shifts_that_it_lacks(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(InProcessGrid, "push_messages", listen)
     quiet = config(rounds=6, clients_per_round=1, eval=EvalConfig(clients=0))
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, quiet, strategy=FLoRA())
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, quiet, strategy=FLoRA())
+    state = bridge.loop()
     assert [s.spec.version for s in state.shifts] == [1, 2, 3, 4, 5, 6]
     held: dict[str, int] = {}
     turns = [(who, names) for who, names in sent if who.startswith("train")]
@@ -379,9 +381,9 @@ def test_a_client_gets_exactly_the_shifts_that_it_lacks(tmp_path: Path, monkeypa
         assert names == {f"shift-{v}" for v in range(held.get(who, 0) + 1, round)}
         held[who] = round - 1
     # resuming in a new process: clients whose hello reports no shifts get all of them
-    made.run.close()
+    bridge.run.close()
     sent.clear()
-    again, _ = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, dataclasses.replace(quiet, rounds=7), strategy=FLoRA())
+    again, _ = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, dataclasses.replace(quiet, rounds=7), strategy=FLoRA())
     again.loop()
     assert [names for who, names in sent if who.startswith("train")] == [{f"shift-{v}" for v in range(1, 7)}]
     assert all(r["bytes_down"] > 0 for r in observer.records[1:])

@@ -11,7 +11,7 @@ from fedtune.config import Config
 from fedtune.rounds.membership import Client
 from fedtune.rounds.silence import LONGEST_PAUSE, paused_clients, record_miss
 from fedtune.simulations.engines.grid import InProcessGrid
-from tests.fakes import bridge, fake_client_app
+from tests.fakes import fake_bridge, fake_client_app
 
 CLIENTS = {"a": 1, "b": 3}
 
@@ -40,11 +40,11 @@ class Deaf(InProcessGrid):
 
 def run(path: Path, rounds: int, when: Callable[[int], float] | None = None) -> tuple[Deaf, Any]:
     app = fake_client_app(CLIENTS)
-    made, observer = bridge(path, app, 2, Config(rounds=rounds, clients_per_round=10, round_timeout_s=0.05))
+    bridge, observer = fake_bridge(path, app, 2, Config(rounds=rounds, clients_per_round=10, round_timeout_s=0.05))
     grid = Deaf(app, 2)
     if when:
         grid.when = when  # type: ignore[method-assign]
-    dataclasses.replace(made, grid=grid).loop()
+    dataclasses.replace(bridge, grid=grid).loop()
     return grid, observer
 
 

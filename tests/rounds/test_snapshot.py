@@ -23,7 +23,7 @@ from fedtune.rounds.planning import base_plan
 from fedtune.rounds.snapshot import Snapshots
 from fedtune.simulations.engines.grid import InProcessGrid
 from fedtune.strategies.flora import FLoRA
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 from tests.rounds.test_bridge import config
 
 SIZES = {"q": (6, 5), "up": (40, 30)}  # (out, in)
@@ -184,9 +184,9 @@ def test_a_client_that_declines_an_offer_gets_no_tensors(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(InProcessGrid, "push_messages", listen)
     quiet = config(rounds=3, clients_per_round=3, min_clients=2, eval=EvalConfig(clients=0))
-    made, observer = bridge(tmp_path / "r", app, 3, quiet, strategy=FLoRA())
-    monkeypatch.setattr(made.grid, "_app", weighed)
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", app, 3, quiet, strategy=FLoRA())
+    monkeypatch.setattr(bridge.grid, "_app", weighed)
+    state = bridge.loop()
     assert [s.spec.version for s in state.shifts] == [1, 2, 3]
     turns = [(node, names) for kind, node, names in sent if kind == "train"]
     assert [node for node, _ in turns] == [1, 2, 3, 1, 3, 1, 3]  # round 1 has no shifts and no offers

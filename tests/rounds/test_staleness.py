@@ -25,7 +25,7 @@ from fedtune.rounds.find_strategy import make_strategy
 from fedtune.rounds.staleness import apply_staleness, difference
 from fedtune.simulations.engines.grid import InProcessGrid
 from fedtune.strategies.fedavg import FedAvg
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = {"a": 1, "b": 3}  # client c adds n_c to every tensor
@@ -75,10 +75,10 @@ class SlowNode(InProcessGrid):
 
 def on_slow_node(path: Path, available: int = 2, faults: Any = None, **changes: Any) -> Any:
     app = fake_client_app(CLIENTS, faults)
-    made, observer = bridge(path, app, 2, config(**changes))
+    bridge, observer = fake_bridge(path, app, 2, config(**changes))
     grid = SlowNode(app, 2)
     grid.available = available
-    return dataclasses.replace(made, grid=grid), observer
+    return dataclasses.replace(bridge, grid=grid), observer
 
 
 def value(state: Any) -> float:
@@ -87,27 +87,29 @@ def value(state: Any) -> float:
 
 
 def test_an_update_one_round_late_counts_by_its_difference_over_root_two(tmp_path: Path) -> None:
-    made, observer = on_slow_node(tmp_path / "r")
-    assert value(made.loop()) == pytest.approx(TWO_ROUNDS)
+    bridge, observer = on_slow_node(tmp_path / "r")
+    assert value(bridge.loop()) == pytest.approx(TWO_ROUNDS)
     rows = {(r["round"], r["client"]): r for r in observer.clients}
     assert rows[1, "b"]["dropped"] == "late: no reply within 0.1 s" and "staleness" not in rows[1, "b"]
     assert rows[2, "b"]["staleness"] == 1 and rows[2, "b"]["bytes_up"] > 0 and "dropped" not in rows[2, "b"]
     assert (observer.records[1]["late_used"], observer.records[2]["late_used"], observer.records[2]["staleness"]) == (0, 1, 1.0)
     assert (observer.records[2]["cohort"], observer.records[2]["counted"]) == (1, 1)  # b got no new assignment
-    kept = made.run.newest()[0].clients["b"]
+    kept = bridge.run.newest()[0].clients["b"]
     assert (kept["counted"], kept["dropped"], kept["last"]) == (1, 1, "counted in round 2, 1 late")
 
 
 def test_a_simulated_device_is_late_by_the_virtual_clock(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app(CLIENTS, {"b": slow([1])}), 2, config(devices=DEVICES))
-    assert value(made.loop()) == pytest.approx(TWO_ROUNDS)
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app(CLIENTS, {"b": slow([1])}), 2, config(devices=DEVICES))
+    assert value(bridge.loop()) == pytest.approx(TWO_ROUNDS)
     assert observer.records[1]["dropped"] == {"late": 1} and observer.records[2]["late_used"] == 1
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(31.0, 1), (60.0, 1), (60.1, 2), (120.0, 3)])
 def test_a_simulated_late_update_counts_in_the_round_of_its_arrival(tmp_path: Path, seconds: float, rounds: int) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app(CLIENTS, {"b": slow([1], seconds)}), 2, config(devices=DEVICES, rounds=5))
-    made.loop()
+    bridge, observer = fake_bridge(
+        tmp_path / "r", fake_client_app(CLIENTS, {"b": slow([1], seconds)}), 2, config(devices=DEVICES, rounds=5)
+    )
+    bridge.loop()
     (used,) = [r for r in observer.clients if "staleness" in r]
     assert (used["round"], used["staleness"]) == (1 + rounds, rounds)
     cohorts = [r["cohort"] for r in observer.records[1:]]
@@ -118,25 +120,27 @@ def test_updates_older_than_max_staleness_never_count(tmp_path: Path) -> None:
     alone = [1.0]  # a alone: 1 after round 1; then both: each adds 1 and 3, (1 + 9) / 4
     for _ in range(3):
         alone.append(alone[-1] + 2.5)
-    made, observer = bridge(
+    bridge, observer = fake_bridge(
         tmp_path / "v", fake_client_app(CLIENTS, {"b": slow([1], 90.1)}), 2, config(devices=DEVICES, rounds=4, max_staleness=2)
     )
-    assert value(made.loop()) == pytest.approx(alone[3]) and [r["cohort"] for r in observer.records[1:]] == [2, 2, 2, 2]
-    made, observer = on_slow_node(tmp_path / "n", available=99, rounds=4, max_staleness=2)
-    assert value(made.loop()) == pytest.approx(1 + 1 + 1 + 1)  # b is forgotten after round 3, and paused because it still does not answer
+    assert value(bridge.loop()) == pytest.approx(alone[3]) and [r["cohort"] for r in observer.records[1:]] == [2, 2, 2, 2]
+    bridge, observer = on_slow_node(tmp_path / "n", available=99, rounds=4, max_staleness=2)
+    assert value(bridge.loop()) == pytest.approx(1 + 1 + 1 + 1)  # b is forgotten after round 3, and paused because it still does not answer
     assert [r["cohort"] for r in observer.records[1:]] == [2, 1, 1, 1] and not any("staleness" in r for r in observer.clients)
 
 
 def test_late_drop_neither_waits_nor_uses(tmp_path: Path) -> None:
-    made, observer = on_slow_node(tmp_path / "r", late="drop", rounds=3)
-    assert value(made.loop()) == pytest.approx(1 + 1 + 2.5) and made.grid.pulls == 1  # b is paused in round 2: it did not answer in round 1
+    bridge, observer = on_slow_node(tmp_path / "r", late="drop", rounds=3)
+    assert (
+        value(bridge.loop()) == pytest.approx(1 + 1 + 2.5) and bridge.grid.pulls == 1
+    )  # b is paused in round 2: it did not answer in round 1
     assert [r["cohort"] for r in observer.records[1:]] == [2, 1, 2]
     assert not any("late_used" in r or "staleness" in r for r in [*observer.records, *observer.clients])
 
 
 def test_an_older_update_beside_a_newer_one_is_unused(tmp_path: Path) -> None:
-    made, observer = on_slow_node(tmp_path / "r", min_clients=2)  # both are needed, so b is asked again
-    assert value(made.loop()) == pytest.approx(2.5)  # round 1 had too few updates
+    bridge, observer = on_slow_node(tmp_path / "r", min_clients=2)  # both are needed, so b is asked again
+    assert value(bridge.loop()) == pytest.approx(2.5)  # round 1 had too few updates
     assert observer.notes[-1] == "client b: its reply to round 1 is unused: a newer update of this client counts"
     assert next(r for r in observer.clients if (r["round"], r["client"]) == (2, "b"))["late"].startswith("its reply to round 1 is unused")
     assert observer.records[2]["late_used"] == 0
@@ -150,17 +154,17 @@ def test_late_updates_count_towards_min_clients(tmp_path: Path) -> None:
             raise ValueError("broken")
         return arrays, text
 
-    made, observer = on_slow_node(tmp_path / "r", faults={"b": lost}, min_clients=2)
-    assert value(made.loop()) == pytest.approx((1 + 9 / math.sqrt(2)) / 4)
+    bridge, observer = on_slow_node(tmp_path / "r", faults={"b": lost}, min_clients=2)
+    assert value(bridge.loop()) == pytest.approx((1 + 9 / math.sqrt(2)) / 4)
     row = next(r for r in observer.clients if (r["round"], r["client"]) == (2, "b"))
     assert row["dropped"].startswith("failed") and row["staleness"] == 1
 
 
 def test_a_reply_pulled_twice_counts_once(tmp_path: Path) -> None:
-    made, _ = on_slow_node(tmp_path / "r", rounds=4)
+    bridge, _ = on_slow_node(tmp_path / "r", rounds=4)
     # by hand: as above, then twice a and b in time
-    assert value(made.loop()) == pytest.approx(TWO_ROUNDS + 2 * 2.5)
-    assert made.grid.pulls == 1
+    assert value(bridge.loop()) == pytest.approx(TWO_ROUNDS + 2 * 2.5)
+    assert bridge.grid.pulls == 1
 
 
 def put_nan(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
@@ -193,35 +197,35 @@ def misreport(**changes: Any) -> Any:
     ids=["nan", "shape", "reach", "version", "round", "client", "weight"],
 )
 def test_a_late_reply_is_checked_against_its_assignment(tmp_path: Path, fault: Any, sentence: str) -> None:
-    made, observer = on_slow_node(tmp_path / "r", faults={"b": fault})
-    assert value(made.loop()) == pytest.approx(2.0)  # a alone, twice
+    bridge, observer = on_slow_node(tmp_path / "r", faults={"b": fault})
+    assert value(bridge.loop()) == pytest.approx(2.0)  # a alone, twice
     assert "client b: its reply to round 1 is refused: " in observer.notes[-1] and sentence in observer.notes[-1]
     assert observer.records[2]["late_used"] == 0
 
 
 def test_a_resumed_run_keeps_late_updates(tmp_path: Path) -> None:
     app = fake_client_app({"a": 1, "b": 3, "c": 5}, {"b": slow([1, 4], 70.0), "c": slow([2, 5], 31.0)})
-    whole, heard = bridge(tmp_path / "whole", app, 3, config(devices=DEVICES, rounds=7))
+    whole, heard = fake_bridge(tmp_path / "whole", app, 3, config(devices=DEVICES, rounds=7))
     wanted = whole.loop()
     assert sum("staleness" in r for r in heard.clients) == 4
     for stop in (1, 2, 4, 5):  # a late update is kept after each of these rounds
         path = tmp_path / f"part{stop}"
-        first, _ = bridge(path, app, 3, config(devices=DEVICES, rounds=stop))
+        first, _ = fake_bridge(path, app, 3, config(devices=DEVICES, rounds=stop))
         first.loop()
         first.run.close()
-        second, observer = bridge(path, app, 3, config(devices=DEVICES, rounds=7))
+        second, observer = fake_bridge(path, app, 3, config(devices=DEVICES, rounds=7))
         got = second.loop()
         assert all(torch.equal(wanted.adapter[n], got.adapter[n]) for n in wanted.adapter.tensors), f"stopped after round {stop}"
         seen = [{k: v for k, v in r.items() if k != "seconds"} for r in (*heard.records, *observer.records) if r["round"] > stop]
         assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
-        kept = [made.run.newest()[0] for made in (whole, second)]
+        kept = [bridge.run.newest()[0] for bridge in (whole, second)]
         assert kept[0] is not None and kept[1] is not None and kept[0].clients == kept[1].clients
         second.run.close()
 
 
 def test_a_checkpoint_without_late_updates_has_no_late_file(tmp_path: Path) -> None:
-    made, _ = bridge(tmp_path / "r", fake_client_app(CLIENTS, {"b": slow([1])}), 2, config(devices=DEVICES))
-    made.loop()
+    bridge, _ = fake_bridge(tmp_path / "r", fake_client_app(CLIENTS, {"b": slow([1])}), 2, config(devices=DEVICES))
+    bridge.loop()
     files = [{f.name for f in (tmp_path / "r" / "checkpoints" / f"round-000{i}").iterdir()} for i in (1, 2)]
     assert files[0] - files[1] == {"late.safetensors"} and len(files[1]) == 3
     assert "late" not in json.loads((tmp_path / "r/checkpoints/round-0002/checkpoint.json").read_text())

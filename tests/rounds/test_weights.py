@@ -13,7 +13,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.rounds.staleness import LateUpdates
 from fedtune.rounds.weights import largest_share, max_weight
 from fedtune.strategies.fedavg import FedAvg
-from tests.fakes import bridge, fail, fake_client_app, lora_state
+from tests.fakes import fail, fake_bridge, fake_client_app, lora_state
 
 HOMES = {f"h{i:02}": 10 for i in range(11)}
 
@@ -62,9 +62,11 @@ class Remembering(FedAvg):
 
 def run(path: Path, faults: dict[str, Any] | None = None, **changes: Any) -> tuple[Remembering, torch.Tensor, Any]:
     strategy, config = Remembering(), Config(rounds=1, clients_per_round=12, weights=changes.pop("weights", WeightsConfig()))
-    made, observer = bridge(path, fake_client_app({**HOMES, "liar": 99_000}, faults), 12, config, strategy=strategy, **changes)
-    config = dataclasses.replace(made.config, client=dataclasses.replace(made.config.client, lr=1e6))  # its step is as long as its claim
-    state = dataclasses.replace(made, config=config).loop()
+    bridge, observer = fake_bridge(path, fake_client_app({**HOMES, "liar": 99_000}, faults), 12, config, strategy=strategy, **changes)
+    config = dataclasses.replace(
+        bridge.config, client=dataclasses.replace(bridge.config.client, lr=1e6)
+    )  # its step is as long as its claim
+    state = dataclasses.replace(bridge, config=config).loop()
     return strategy, state.adapter["head.weight"], observer
 
 

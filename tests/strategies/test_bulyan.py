@@ -18,11 +18,11 @@ LINE = (0.0, 1.0, 2.5, 4.5, 7.0, 10.0, 1000.0)
 
 
 def test_by_hand() -> None:
-    came = [update(f"c{i}", plain(x), examples=i + 1) for i, x in enumerate(LINE)]
+    updates = [update(f"c{i}", plain(x), examples=i + 1) for i, x in enumerate(LINE)]
     # f = 1, n = 7: scores over the 4 closest, by hand 0: 1 + 6.25 + 20.25 + 49 = 76.5; 1: 1 + 2.25 + 12.25 + 36 = 51.5;
     # 2.5: 2.25 + 4 + 6.25 + 20.25 = 32.75; 4.5: 4 + 6.25 + 12.25 + 20.25 = 42.75; 7: 6.25 + 9 + 20.25 + 36 = 71.5; 10: far
     # the best 5 are 0, 1, 2.5, 4.5, 7; their median is 2.5; the 3 closest to it are 1, 2.5, 4.5
-    out = Bulyan(malicious=1).aggregate(1, ServerState(adapter=plain(0.0)), iter(came))
+    out = Bulyan(malicious=1).aggregate(1, ServerState(adapter=plain(0.0)), iter(updates))
     assert out.adapter["w"].item() == pytest.approx(8.0 / 3.0)
 
 
@@ -30,8 +30,8 @@ def test_plain_tensors_are_aggregated_as_flower_does() -> None:
     for seed in range(5):
         values = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed)).tolist()
         theirs = alone(flower.Bulyan(num_malicious_nodes=1), [_flower.reply({"w": torch.tensor(v)}, 1) for v in values])
-        came = [update(f"c{i}", plain(*v), i + 1) for i, v in enumerate(values)]
-        out = Bulyan().aggregate(1, ServerState(adapter=plain(*[0.0] * 6)), iter(came))
+        updates = [update(f"c{i}", plain(*v), i + 1) for i, v in enumerate(values)]
+        out = Bulyan().aggregate(1, ServerState(adapter=plain(*[0.0] * 6)), iter(updates))
         assert torch.allclose(out.adapter["w"], theirs["w"], atol=1e-6)
 
 
@@ -42,8 +42,8 @@ def test_too_few_leave_the_state() -> None:
 
 
 def test_order_does_not_matter() -> None:
-    state, came = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1)) for i in range(7)]
-    outs = [Bulyan().aggregate(1, state, iter(p)).adapter for p in itertools.islice(itertools.permutations(came), 0, 5040, 501)]
+    state, updates = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1)) for i in range(7)]
+    outs = [Bulyan().aggregate(1, state, iter(p)).adapter for p in itertools.islice(itertools.permutations(updates), 0, 5040, 501)]
     assert all(close(o, outs[0], atol=0) for o in outs)
 
 

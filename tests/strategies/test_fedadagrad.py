@@ -51,10 +51,10 @@ def test_a_wrong_formula_is_caught(where: Any, name: str, wrong: Any, monkeypatc
 def test_three_rounds_are_flowers_own() -> None:
     state, theirs = ServerState(adapter=drawn(0)), flower.FedAdagrad(eta=0.1, tau=1e-3)
     for round in (1, 2, 3):
-        came = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
+        updates = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         theirs.current_arrays = _flower.numpy(state.adapter.tensors)
-        state = METHOD.aggregate(round, state, iter(came))
-        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in came], round)
+        state = METHOD.aggregate(round, state, iter(updates))
+        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
         assert all(torch.allclose(state.adapter[n], wanted[n], atol=1e-6) for n in state.adapter.tensors)
 
 

@@ -30,10 +30,10 @@ def test_two_rounds_by_hand() -> None:
 def test_three_rounds_are_flowers_own_told_the_steps_before() -> None:
     state, theirs = ServerState(adapter=drawn(0)), flower.FedAdam(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
     for round in (1, 2, 3):
-        came = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
+        updates = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         theirs.current_arrays = _flower.numpy(state.adapter.tensors)
-        state = METHOD.aggregate(round, state, iter(came))
-        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in came], round - 1)
+        state = METHOD.aggregate(round, state, iter(updates))
+        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round - 1)
         assert all(torch.allclose(state.adapter[n], wanted[n].float(), atol=1e-6) for n in state.adapter.tensors)
 
 

@@ -69,5 +69,5 @@ def test_one_client_comes_back_bit_for_bit() -> None:
 def test_every_client_gets_the_state_and_its_own_plan() -> None:
     state = FedAvg().start(rank_one("s", 1, 0, 0).adapter)
     plans = [Plan(round=1, client=c, base_version=0) for c in "ab"]
-    given = FedAvg().plan(1, plans, state)
-    assert [given[c].plan for c in "ab"] == plans and all(g.adapter is state.adapter for g in given.values())
+    assignments = FedAvg().plan(1, plans, state)
+    assert [assignments[c].plan for c in "ab"] == plans and all(g.adapter is state.adapter for g in assignments.values())

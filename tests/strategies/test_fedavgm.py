@@ -58,16 +58,16 @@ def test_three_rounds_are_flowers_own(lr: float, momentum: float) -> None:
     theirs = flower.FedAvgM(server_learning_rate=lr, server_momentum=momentum)
     theirs.current_arrays = _flower.arrays(state.adapter.tensors)
     for round in (1, 2, 3):
-        came = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
-        state = method.aggregate(round, state, iter(came))
-        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in came], round)
+        updates = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
+        state = method.aggregate(round, state, iter(updates))
+        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
         assert all(torch.allclose(state.adapter[n], wanted[n], atol=1e-5) for n in state.adapter.tensors)
 
 
 def test_without_momentum_at_rate_one_it_is_fedavg() -> None:
-    came, state = [update("a", drawn(1), 2), update("b", drawn(2), 5)], ServerState(adapter=drawn(0))
-    out = FedAvgM(lr=1.0, momentum=0.0).aggregate(1, state, iter(came))
-    assert close(out.adapter, FedAvg().aggregate(1, state, iter(came)).adapter, atol=0) and not out.memory
+    updates, state = [update("a", drawn(1), 2), update("b", drawn(2), 5)], ServerState(adapter=drawn(0))
+    out = FedAvgM(lr=1.0, momentum=0.0).aggregate(1, state, iter(updates))
+    assert close(out.adapter, FedAvg().aggregate(1, state, iter(updates)).adapter, atol=0) and not out.memory
 
 
 def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:

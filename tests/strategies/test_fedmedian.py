@@ -20,9 +20,9 @@ START = ServerState(adapter=plain(0.0, 0.0))
 
 
 def check_by_hand() -> None:
-    came = [update("a", plain(1.0, 9.0), 1), update("b", plain(2.0, -3.0), 1), update("c", plain(1000.0, 4.0), 98)]
-    assert FedMedian().aggregate(1, START, iter(came)).adapter["w"].tolist() == [2.0, 4.0]  # the mean would be 980 and 4
-    assert FedMedian().aggregate(1, START, iter(came[:2])).adapter["w"].tolist() == [1.5, 3.0]
+    updates = [update("a", plain(1.0, 9.0), 1), update("b", plain(2.0, -3.0), 1), update("c", plain(1000.0, 4.0), 98)]
+    assert FedMedian().aggregate(1, START, iter(updates)).adapter["w"].tolist() == [2.0, 4.0]  # the mean would be 980 and 4
+    assert FedMedian().aggregate(1, START, iter(updates[:2])).adapter["w"].tolist() == [1.5, 3.0]
 
 
 def test_by_hand_whatever_the_examples() -> None:
@@ -46,9 +46,9 @@ def test_another_rule_is_caught(wrong: Callable[[], flower.FedAvg], monkeypatch:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_order_does_not_matter(values: list[float], random: Random) -> None:
-    came = [update(f"c{i}", plain(v, -v)) for i, v in enumerate(values)]
-    shuffled = random.sample(came, len(came))
-    outs = [FedMedian().aggregate(1, START, iter(c)).adapter["w"] for c in (came, shuffled)]
+    updates = [update(f"c{i}", plain(v, -v)) for i, v in enumerate(values)]
+    shuffled = random.sample(updates, len(updates))
+    outs = [FedMedian().aggregate(1, START, iter(c)).adapter["w"] for c in (updates, shuffled)]
     assert torch.equal(outs[0], outs[1])
 
 

@@ -16,25 +16,25 @@ from tests.strategies.updates import close, drawn, plain, update
 
 
 def test_by_hand() -> None:
-    came = [update("a", plain(-1.0), 1, lr_sum=0.1), update("b", plain(4.0), 3, lr_sum=0.4)]
+    updates = [update("a", plain(-1.0), 1, lr_sum=0.1), update("b", plain(4.0), 3, lr_sum=0.4)]
     # d_a = (0 + 1) / .1 = 10, d_b = −4 / .4 = −10; Σ p d = (10 − 30) / 4 = −5; Σ p‖a‖ = (.1 + 3·.4) / 4 = .325; w = 0 + 1.625
-    out = FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(came))
+    out = FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(updates))
     assert out.adapter["w"].item() == pytest.approx(1.625)  # FedAvg: (−1 + 12) / 4 = 2.75
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4))
 def test_equal_steps_are_fedavg(counts: list[int]) -> None:
-    state, came = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1), n, lr_sum=0.37) for i, n in enumerate(counts)]
-    assert close(FedNova().aggregate(1, state, iter(came)).adapter, FedAvg().aggregate(1, state, iter(came)).adapter, atol=1e-6)
+    state, updates = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1), n, lr_sum=0.37) for i, n in enumerate(counts)]
+    assert close(FedNova().aggregate(1, state, iter(updates)).adapter, FedAvg().aggregate(1, state, iter(updates)).adapter, atol=1e-6)
 
 
 def test_order_and_the_scale_of_the_rates_do_not_matter() -> None:
     state = ServerState(adapter=drawn(0))
     outs = []
     for scale in (1.0, 12.0):
-        came = [update(f"c{i}", drawn(i + 1), n, lr_sum=scale * (i + 1)) for i, n in enumerate((1, 7, 40))]
-        outs += [FedNova().aggregate(1, state, iter(p)).adapter for p in itertools.permutations(came)]
+        updates = [update(f"c{i}", drawn(i + 1), n, lr_sum=scale * (i + 1)) for i, n in enumerate((1, 7, 40))]
+        outs += [FedNova().aggregate(1, state, iter(p)).adapter for p in itertools.permutations(updates)]
     assert all(close(o, outs[0]) for o in outs) and len(outs) == 12
 
 
@@ -58,8 +58,8 @@ def test_it_is_fair_to_slow_clients_where_fedavg_is_not() -> None:
 
 
 def test_a_turn_at_rate_zero_is_no_division_by_zero() -> None:
-    came = [update("a", plain(0.0), lr_sum=0.0), update("b", plain(1.0), lr_sum=0.5)]
-    assert torch.isfinite(FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(came)).adapter["w"]).all()
+    updates = [update("a", plain(0.0), lr_sum=0.0), update("b", plain(1.0), lr_sum=0.5)]
+    assert torch.isfinite(FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(updates)).adapter["w"]).all()
 
 
 def test_other_optimizers_are_refused_unless_heuristic() -> None:

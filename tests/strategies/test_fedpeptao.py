@@ -43,9 +43,9 @@ def reply(given: Assignment, examples: int) -> Update:
 
 def one_round(strategy: Strategy, round: int, state: ServerState, clients: dict[str, int]) -> tuple[ServerState, dict[str, Assignment]]:
     plans = [Plan(round=round, client=c, base_version=state.adapter.spec.version) for c in sorted(clients)]
-    given = dict(strategy.plan(round, plans, state))
-    after = strategy.aggregate(round, state, iter([reply(given[c], clients[c]) for c in sorted(clients)]))
-    return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), given
+    assignments = dict(strategy.plan(round, plans, state))
+    after = strategy.aggregate(round, state, iter([reply(assignments[c], clients[c]) for c in sorted(clients)]))
+    return dataclasses.replace(after, adapter=after.adapter.replace(version=round)), assignments
 
 
 def run(strategy: Strategy, cohorts: Sequence[dict[str, int]], start: AdapterState | None = None) -> list[ServerState]:
@@ -122,9 +122,9 @@ def test_without_training_nothing_changes(variant: str, personal: bool) -> None:
     state = start = strategy.start(adapter())
     for round, cohort in enumerate([{"a": 1, "b": 7}] * 5 + [{"a": 1, "c": 3}, {"b": 7, "c": 3, "d": 2}], 1):
         plans = [Plan(round=round, client=c, base_version=round - 1) for c in sorted(cohort)]
-        given = strategy.plan(round, plans, state)
+        assignments = strategy.plan(round, plans, state)
         replies = []
-        for client, assignment in given.items():
+        for client, assignment in assignments.items():
             made = reply(assignment, cohort[client])  # scores, or the tensors unchanged
             held = assignment.adapter.subset(matching(assignment.adapter.tensors, assignment.plan.send))
             replies.append(made if assignment.expect is not None else dataclasses.replace(made, adapter=held))
@@ -160,8 +160,8 @@ def test_the_payload_holds_only_the_selected_layers_and_the_head(personal: bool)
 def test_without_a_warm_up_the_clients_draw_the_other_layers_themselves() -> None:
     strategy = FedPepTAO(ratio=0.25, warmup_rounds=0)
     state = run(strategy, [{"a": 1}])[-1]
-    (given,) = strategy.plan(2, [Plan(round=2, client="z", base_version=1)], state).values()
-    assert len(given.adapter.tensors) == 4 and all(given.adapter[n] is state.adapter[n] for n in given.adapter.tensors)
+    (assignment,) = strategy.plan(2, [Plan(round=2, client="z", base_version=1)], state).values()
+    assert len(assignment.adapter.tensors) == 4 and all(assignment.adapter[n] is state.adapter[n] for n in assignment.adapter.tensors)
 
 
 # -- the rule -----------------------------------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def test_identical_clients_at_full_participation_have_the_common_drift() -> None
     state = strategy.start(adapter())
     for round in (1, 2, 3):
         plans = [Plan(round=round, client=c, base_version=round - 1) for c in "abc"]
-        given = strategy.plan(round, plans, state)
-        one = reply(given["a"], 5)
+        assignments = strategy.plan(round, plans, state)
+        one = reply(assignments["a"], 5)
         state = strategy.aggregate(round, state, iter([dataclasses.replace(one, client=c) for c in "abc"]))
         for name in state.adapter.tensors:
             c = state.memory[f"drift/{name}"]

@@ -23,7 +23,7 @@ from fedtune.contracts.strategy import Assignment, ServerState
 from fedtune.errors import ConfigError
 from fedtune.runs.directory import RunDirectory
 from fedtune.strategies.fedpeptao import FedPepTAO
-from tests.fakes import RecordingObserver, bridge
+from tests.fakes import RecordingObserver, fake_bridge
 from tests.strategies.test_fedpeptao import one_round, reply, run
 from tests.tiny import tiny_config
 
@@ -58,8 +58,8 @@ def test_a_restart_continues_exactly(tmp_path: Path, variant: str, stop: int) ->
 def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int) -> None:
     strategy = FedPepTAO(warmup_rounds=2, variant=variant)
     state = run(strategy, COHORTS[: round - 1])[-1]
-    given = strategy.plan(round, [Plan(round=round, client=c, base_version=0) for c in "abc"], state)
-    updates = [reply(given[c], n) for c, n in (("a", 1), ("b", 7), ("c", 40))]
+    assignments = strategy.plan(round, [Plan(round=round, client=c, base_version=0) for c in "abc"], state)
+    updates = [reply(assignments[c], n) for c, n in (("a", 1), ("b", 7), ("c", 40))]
     before = [t.clone() for s in (state.adapter.tensors, state.memory, *(u.adapter.tensors for u in updates)) for t in s.values()]
     first, *others = (strategy.aggregate(round, state, iter(p)) for p in itertools.permutations(updates))
     assert all(same(first, other, atol=1e-6) for other in others)
@@ -106,9 +106,11 @@ class Diary(FedPepTAO):
     """Notes what each client is sent and what comes back."""
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
-        given = super().plan(round, plans, state)
-        SENT[round] = {c: list(a.adapter.tensors) for c, a in given.items()}  # the evaluation before the round plans for all clients too
-        return given
+        assignments = super().plan(round, plans, state)
+        SENT[round] = {
+            c: list(a.adapter.tensors) for c, a in assignments.items()
+        }  # the evaluation before the round plans for all clients too
+        return assignments
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         known = list(updates)
@@ -123,9 +125,9 @@ CAME: dict[int, dict[str, list[str]]] = {}
 def federate(path: Path, config: Config, strategy: FedPepTAO) -> tuple[ServerState, RecordingObserver]:
     space = workspace(json.dumps(to_dict(config)))
     app = make_client_app(ClientHost(config, Storage.in_folder(path / "clients", config), loaded=space))
-    made, observer = bridge(path, app, len(space.client_ids), config, strategy=strategy, initial=space.initial)
-    state = dataclasses.replace(made, evaluate=None, metric=("accuracy", True)).loop()
-    made.run.close()
+    bridge, observer = fake_bridge(path, app, len(space.client_ids), config, strategy=strategy, initial=space.initial)
+    state = dataclasses.replace(bridge, evaluate=None, metric=("accuracy", True)).loop()
+    bridge.run.close()
     return state, observer
 
 

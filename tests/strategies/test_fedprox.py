@@ -23,18 +23,18 @@ from tests.working import work_in
 
 def test_the_plan_carries_mu_and_nothing_else() -> None:
     state, plans = ServerState(adapter=drawn(0)), [Plan(round=2, client=c, base_version=1, lr=0.5) for c in "ab"]
-    given = FedProx(mu=0.3).plan(2, plans, state)
-    assert [given[p.client].plan for p in plans] == [dataclasses.replace(p, turn="fedprox", params={"mu": 0.3}) for p in plans]
-    assert all(g.adapter is state.adapter for g in given.values())
+    assignments = FedProx(mu=0.3).plan(2, plans, state)
+    assert [assignments[p.client].plan for p in plans] == [dataclasses.replace(p, turn="fedprox", params={"mu": 0.3}) for p in plans]
+    assert all(g.adapter is state.adapter for g in assignments.values())
 
 
 def check_by_hand() -> None:
     """Two clients that minimize ½(w − target)² + μ/2·(w − w_t)² to the end: w = (target + μ·w_t) / (1 + μ)."""
     method, state = FedProx(mu=1.0), ServerState(adapter=plain(4.0))
-    given = method.plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
+    assignments = method.plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
 
     def best(client: str, target: float) -> AdapterState:
-        mu, w = float(given[client].plan.params.get("mu") or 0.0), given[client].adapter["w"].item()
+        mu, w = float(assignments[client].plan.params.get("mu") or 0.0), assignments[client].adapter["w"].item()
         return plain((target + mu * w) / (1 + mu))
 
     out = method.aggregate(1, state, iter([update("a", best("a", 0.0), 1), update("b", best("b", 8.0), 3)]))

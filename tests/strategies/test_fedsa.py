@@ -15,7 +15,7 @@ from fedtune.contracts.plan import Plan, Update, matching
 from fedtune.errors import ConfigError
 from fedtune.strategies import _mean
 from fedtune.strategies.fedsa import FedSA
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 SHARED, OWN = ["q.lora_A", "up.lora_A"], ["q.lora_B", "up.lora_B", "head.weight"]
 
@@ -62,20 +62,22 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_only_a_is_sent_and_the_rest_is_kept() -> None:
     state = FedSA().start(lora_state())
-    given = FedSA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
+    assignments = FedSA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     names = list(state.adapter.tensors)
-    for assignment in given.values():
+    for assignment in assignments.values():
         plan = assignment.plan
         assert list(assignment.adapter.tensors) == SHARED  # down
         assert matching(names, plan.send) == SHARED  # up, of all that the client has
         assert matching(names, plan.keep) == OWN and matching(names, plan.train) == names
-    assert given["a"].adapter is given["b"].adapter  # encoded once
+    assert assignments["a"].adapter is assignments["b"].adapter  # encoded once
 
 
 def test_rounds_over_the_wire(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
-    made, observer = bridge(tmp_path / "run", fake_client_app({"a": 1, "b": 3}), 2, config, strategy=FedSA(), initial=lora_state(fill=0.0))
-    state = made.loop()
+    bridge, observer = fake_bridge(
+        tmp_path / "run", fake_client_app({"a": 1, "b": 3}), 2, config, strategy=FedSA(), initial=lora_state(fill=0.0)
+    )
+    state = bridge.loop()
     assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
     # each client adds its n to what it got: (1*1 + 3*3) / 4 = 2.5 a round; B and head never reach the server
     assert all(bool((state.adapter[n] == 5.0).all()) for n in SHARED) and all(not state.adapter[n].any() for n in OWN)

@@ -45,10 +45,10 @@ def test_rounds_are_exact_and_a_gets_orthonormal_rows() -> None:
 
 def test_only_b_and_heads_are_trained_and_sent_and_the_server_sends_a() -> None:
     state = FedSVD().start(adapter())
-    (given,) = FedSVD().plan(1, [Plan(round=1, client="c", base_version=0)], state).values()
+    (assignment,) = FedSVD().plan(1, [Plan(round=1, client="c", base_version=0)], state).values()
     wanted = [n for n in state.adapter.tensors if not n.endswith(".lora_A")]
-    assert matching(state.adapter.tensors, given.plan.train) == matching(state.adapter.tensors, given.plan.send) == wanted
-    assert given.adapter is state.adapter
+    assert matching(state.adapter.tensors, assignment.plan.train) == matching(state.adapter.tensors, assignment.plan.send) == wanted
+    assert assignment.adapter is state.adapter
 
 
 def test_a_stays_while_b_is_zero() -> None:

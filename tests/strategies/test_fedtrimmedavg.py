@@ -20,8 +20,8 @@ START = ServerState(adapter=plain(0.0))
 
 
 def trimmed(beta: float, *values: float) -> float:
-    came = [update(f"c{i}", plain(v), examples=i + 1) for i, v in enumerate(values)]
-    return FedTrimmedAvg(beta=beta).aggregate(1, START, iter(came)).adapter["w"].item()
+    updates = [update(f"c{i}", plain(v), examples=i + 1) for i, v in enumerate(values)]
+    return FedTrimmedAvg(beta=beta).aggregate(1, START, iter(updates)).adapter["w"].item()
 
 
 def check_by_hand() -> None:

@@ -16,7 +16,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _mean
 from fedtune.strategies.ffa import FFA
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 SENT = ["q.lora_B", "up.lora_B", "head.weight"]
 
@@ -30,10 +30,10 @@ def weights(adapter: AdapterState) -> dict[str, Tensor]:
 def clients(state: ServerState, counts: Iterable[int]) -> list[Update]:
     """Clients with these numbers of examples; each changes all tensors that it gets."""
     counts = list(counts)
-    given = FFA().plan(1, [Plan(round=1, client=f"c{i}", base_version=0) for i in range(len(counts))], state)
+    assignments = FFA().plan(1, [Plan(round=1, client=f"c{i}", base_version=0) for i in range(len(counts))], state)
     out = []
     for i, n in enumerate(counts):
-        plan, got = given[f"c{i}"].plan, given[f"c{i}"].adapter
+        plan, got = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter
         sent = got.subset(matching(got.tensors, plan.send))
         moved = sent.replace({k: t + lora_state(seed=i + 1)[k] for k, t in sent.tensors.items()})
         out.append(Update(client=f"c{i}", round=1, base_version=0, adapter=moved, examples=n))
@@ -88,12 +88,12 @@ def test_the_check_notices_an_a_that_moved() -> None:
 
 def test_a_is_never_sent_and_never_changes() -> None:
     state = FFA().start(lora_state())
-    given = FFA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
-    for assignment in given.values():
+    assignments = FFA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
+    for assignment in assignments.values():
         assert list(assignment.adapter.tensors) == SENT  # down
         assert matching(assignment.adapter.tensors, assignment.plan.send) == SENT  # up
         assert matching(state.adapter.tensors, assignment.plan.train) == SENT
-    assert given["a"].adapter is given["b"].adapter  # encoded once
+    assert assignments["a"].adapter is assignments["b"].adapter  # encoded once
     after = FFA().aggregate(1, state, iter(clients(state, [2, 5]))).adapter
     assert list(after.tensors) == list(state.adapter.tensors)
     assert all(torch.equal(after[f"{m}.lora_A"], state.adapter[f"{m}.lora_A"]) for m in ("q", "up"))
@@ -102,13 +102,13 @@ def test_a_is_never_sent_and_never_changes() -> None:
 def test_a_square_module_costs_half_the_bytes() -> None:
     spec = AdapterSpec(method="lora", ranks={"q": 3}, scaling={"q": 1.0})
     state = FFA().start(AdapterState({"q.lora_A": torch.zeros(3, 11), "q.lora_B": torch.zeros(11, 3)}, spec))
-    given = FFA().plan(1, [Plan(round=1, client="a", base_version=0)], state)
-    assert given["a"].adapter.nbytes * 2 == state.adapter.nbytes
+    assignments = FFA().plan(1, [Plan(round=1, client="a", base_version=0)], state)
+    assert assignments["a"].adapter.nbytes * 2 == state.adapter.nbytes
 
 
 def test_rounds_over_the_wire(tmp_path: Path) -> None:
     start = lora_state(fill=0.0).replace({n: t + n.endswith("lora_A") for n, t in lora_state(fill=0.0).tensors.items()})
-    made, observer = bridge(
+    bridge, observer = fake_bridge(
         tmp_path / "run",
         fake_client_app({"a": 1, "b": 3}),
         2,
@@ -116,7 +116,7 @@ def test_rounds_over_the_wire(tmp_path: Path) -> None:
         strategy=FFA(),
         initial=start,
     )
-    state = made.loop()
+    state = bridge.loop()
     assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
     # each client adds its n to what it got: (1*1 + 3*3) / 4 = 2.5 a round
     assert all(bool((state.adapter[n] == 5.0).all()) for n in SENT) and bool((state.adapter["q.lora_A"] == 1.0).all())

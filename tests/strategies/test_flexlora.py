@@ -46,10 +46,10 @@ def test_each_client_is_off_by_the_tail_of_the_sum_of_changes(clients: list[tupl
     updates = cohort([r for r, _ in clients], [n for _, n in clients], seed=seed)
     before = adapter(rank=4)
     after = FlexLoRA().aggregate(1, FlexLoRA().start(before), iter(updates))
-    (given,) = FlexLoRA().plan(2, [Plan(round=2, client="c", base_version=1, rank=rank)], after).values()
-    got, wanted = delta(given.adapter), changes(before, updates)
+    (assignment,) = FlexLoRA().plan(2, [Plan(round=2, client="c", base_version=1, rank=rank)], after).values()
+    got, wanted = delta(assignment.adapter), changes(before, updates)
     for module, matrix in wanted.items():
-        assert given.adapter.spec.scaling[module] == pytest.approx(3.0 / rank)  # alpha / r_k
+        assert assignment.adapter.spec.scaling[module] == pytest.approx(3.0 / rank)  # alpha / r_k
         error = float((got[module] - matrix).norm())
         assert abs(error - tail(matrix, rank)) <= 1e-6 * float(matrix.norm())
 

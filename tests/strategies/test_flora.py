@@ -109,10 +109,10 @@ def test_a_client_that_missed_rounds_replays_them_to_the_same_weights() -> None:
 def test_a_client_gets_the_rank_of_its_device() -> None:
     state = FLoRA().aggregate(1, FLoRA().start(adapter(rank=4, alpha=6.0)), iter(cohort([4, 1], [1, 2])))
     plans = [Plan(round=2, client=c, base_version=1, rank=r) for c, r in (("laptop", None), ("phone", 3), ("watch", 1))]
-    given = FLoRA().plan(2, plans, state)
-    assert given["laptop"].adapter is state.adapter
+    assignments = FLoRA().plan(2, plans, state)
+    assert assignments["laptop"].adapter is state.adapter
     for client, rank, s in (("phone", 3, 2.0), ("watch", 1, 6.0)):  # s_k = alpha / r_k
-        sent = given[client].adapter
+        sent = assignments[client].adapter
         for module, (rows, columns) in SHAPES.items():
             assert sent.spec.ranks[module] == rank and sent.spec.scaling[module] == pytest.approx(s)
             assert (

@@ -30,8 +30,8 @@ def test_memory_reads_back_what_was_written() -> None:
 
 
 def test_a_cohort_is_in_the_order_of_ids() -> None:
-    found = _flower.cohort(ServerState(adapter=plain(0)), iter([update(c, plain(1)) for c in ("b", "c", "a")]))
-    assert [u.client for u in found] == ["a", "b", "c"]
+    result = _flower.cohort(ServerState(adapter=plain(0)), iter([update(c, plain(1)) for c in ("b", "c", "a")]))
+    assert [u.client for u in result] == ["a", "b", "c"]
 
 
 def test_another_rank_is_refused_by_name() -> None:

@@ -16,7 +16,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import hetlora
 from fedtune.strategies.hetlora import HetLoRA, padded, ranks_of, truncated
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 
 def module(a: list[list[float]], b: list[list[float]], s: float = 1.0) -> AdapterState:
@@ -121,16 +121,16 @@ def test_rows_that_nobody_trained_can_still_learn(variant: str, column: float) -
 
 def test_each_client_gets_the_first_rows_of_its_rank() -> None:
     state = HetLoRA().start(lora_state())
-    given = HetLoRA(tail_penalty=0.5, tail_share=0.8).plan(1, plans(a=1, b=None, c=1, d=64), state)
-    assert given["b"].adapter is state.adapter and given["d"].adapter is state.adapter  # the slot's rank is the cap
-    assert given["a"].adapter is given["c"].adapter  # encoded once
-    small = given["a"].adapter
+    assignments = HetLoRA(tail_penalty=0.5, tail_share=0.8).plan(1, plans(a=1, b=None, c=1, d=64), state)
+    assert assignments["b"].adapter is state.adapter and assignments["d"].adapter is state.adapter  # the slot's rank is the cap
+    assert assignments["a"].adapter is assignments["c"].adapter  # encoded once
+    small = assignments["a"].adapter
     assert dict(small.spec.ranks) == {"q": 1, "up": 1} and small.spec.scaling == state.adapter.spec.scaling
     assert list(small.tensors) == list(state.adapter.tensors)  # names down and, with send="*", up
     assert torch.equal(small["q.lora_A"], state.adapter["q.lora_A"][:1])
     assert torch.equal(small["q.lora_B"], state.adapter["q.lora_B"][:, :1])
     asked = ("hetlora", {"penalty": 0.5, "share": 0.8}, ("*",), True)
-    assert all((g.plan.turn, g.plan.params, g.plan.send, g.may_prune) == asked for g in given.values())
+    assert all((g.plan.turn, g.plan.params, g.plan.send, g.may_prune) == asked for g in assignments.values())
 
 
 def test_cutting_what_padding_added_is_the_identity() -> None:
@@ -150,8 +150,8 @@ def test_a_pruned_rank_is_permanent(tmp_path: Path) -> None:
     AdapterState(dict(state.memory), AdapterSpec(method="memory")).save(tmp_path / "memory")
     swapped = state.adapter.replace(ranks=dict(sorted(state.adapter.spec.ranks.items(), reverse=True)))
     state = ServerState(adapter=swapped, memory=AdapterState.load(tmp_path / "memory").tensors)
-    given = strategy.plan(2, plans(a=None, b=None, c=None), state)
-    assert [given[c].adapter.spec.ranks["q"] for c in "abc"] == [1, 2, 2]
+    assignments = strategy.plan(2, plans(a=None, b=None, c=None), state)
+    assert [assignments[c].adapter.spec.ranks["q"] for c in "abc"] == [1, 2, 2]
     state = strategy.aggregate(2, state, iter([update("b", lora_state(seed=3))]))  # a is not sampled: it is not forgotten
     assert ranks_of(plans(a=None)[0], state) == {"q": 1, "up": 1}
 
@@ -165,8 +165,10 @@ def test_without_pruning_nothing_is_remembered() -> None:
 def test_rounds_over_the_wire(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
     pruning = HetLoRA(tail_penalty=1e-3)
-    made, observer = bridge(tmp_path / "run", fake_client_app({"a": 2, "b": 2}), 2, config, strategy=pruning, initial=lora_state(fill=0.0))
-    state = made.loop()
+    bridge, observer = fake_bridge(
+        tmp_path / "run", fake_client_app({"a": 2, "b": 2}), 2, config, strategy=pruning, initial=lora_state(fill=0.0)
+    )
+    state = bridge.loop()
     assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
     assert all(bool((t == 4.0).all()) for t in state.adapter.tensors.values())  # two equal clients add 2 a round
     assert sorted(state.memory) == ["rank/a", "rank/b"]

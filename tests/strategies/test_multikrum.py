@@ -35,16 +35,16 @@ def test_plain_tensors_are_aggregated_as_flower_does() -> None:
 
     for seed in range(5):
         values = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)).tolist()
-        came = [update(f"c{i}", plain(*v), i + 1) for i, v in enumerate(values)]
-        out = MultiKrum().aggregate(1, ServerState(adapter=plain(*[0.0] * 6)), iter(came))
+        updates = [update(f"c{i}", plain(*v), i + 1) for i, v in enumerate(values)]
+        out = MultiKrum().aggregate(1, ServerState(adapter=plain(*[0.0] * 6)), iter(updates))
         assert torch.allclose(out.adapter["w"], theirs(values), atol=1e-6)
 
 
 def test_the_factors_of_the_selected_are_averaged_in_any_order_of_the_clients() -> None:
-    state, came = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1, 0.1), i + 1) for i in range(5)]
-    outs = [MultiKrum(select=2).aggregate(1, state, iter(p)).adapter for p in itertools.islice(itertools.permutations(came), 0, 120, 7)]
+    state, updates = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1, 0.1), i + 1) for i in range(5)]
+    outs = [MultiKrum(select=2).aggregate(1, state, iter(p)).adapter for p in itertools.islice(itertools.permutations(updates), 0, 120, 7)]
     assert all(close(o, outs[0], atol=0) for o in outs)
-    pairs = [FedAvg().aggregate(1, state, iter(p)).adapter for p in itertools.combinations(came, 2)]
+    pairs = [FedAvg().aggregate(1, state, iter(p)).adapter for p in itertools.combinations(updates, 2)]
     assert sum(close(outs[0], p, atol=0) for p in pairs) == 1
 
 

@@ -20,14 +20,14 @@ START = ServerState(adapter=plain(0.0))
 
 
 def check_by_hand() -> None:
-    came = [update("a", plain(1.0), 50, metrics={"start_loss": 4.0}), update("b", plain(-2.0), 1, metrics={"start_loss": 1.0})]
+    updates = [update("a", plain(1.0), 50, metrics={"start_loss": 4.0}), update("b", plain(-2.0), 1, metrics={"start_loss": 1.0})]
     # q = 1, L = 2: L(w − w_k) = −2 and 4; Σ F·L(w − w_k) = 4·(−2) + 1·4 = −4
     # Σ (q·‖·‖² + L·F) = (4 + 2·4) + (16 + 2·1) = 30; w = 0 + 4/30. The examples do not count
-    out = QFedAvg(q=1.0, lr=0.5).aggregate(1, START, iter(came))
+    out = QFedAvg(q=1.0, lr=0.5).aggregate(1, START, iter(updates))
     assert out.adapter["w"].item() == pytest.approx(4 / 30)
-    came = [update("a", plain(1.0), metrics={"start_loss": 4.0, "train_loss": 1.0})]
+    updates = [update("a", plain(1.0), metrics={"start_loss": 4.0, "train_loss": 1.0})]
     # F = 4, the loss before training: (4·2) / (4 + 8); with F = 1, that of the training, it would be 2 / (4 + 2)
-    assert QFedAvg(q=1.0, lr=0.5).aggregate(1, START, iter(came)).adapter["w"].item() == pytest.approx(2 / 3)
+    assert QFedAvg(q=1.0, lr=0.5).aggregate(1, START, iter(updates)).adapter["w"].item() == pytest.approx(2 / 3)
 
 
 def test_by_hand() -> None:
@@ -57,25 +57,25 @@ THEIRS = flower.QFedAvg
 
 
 def test_q_0_is_the_plain_mean() -> None:
-    came = [update(f"c{i}", drawn(i + 1), 10**i, metrics={"start_loss": float(i + 1)}) for i in range(3)]
-    out = QFedAvg(q=0.0, lr=0.01).aggregate(1, ServerState(adapter=drawn(0)), iter(came)).adapter
-    assert all(torch.allclose(t, torch.stack([u.adapter[n] for u in came]).mean(0), atol=1e-5) for n, t in out.tensors.items())
+    updates = [update(f"c{i}", drawn(i + 1), 10**i, metrics={"start_loss": float(i + 1)}) for i in range(3)]
+    out = QFedAvg(q=0.0, lr=0.01).aggregate(1, ServerState(adapter=drawn(0)), iter(updates)).adapter
+    assert all(torch.allclose(t, torch.stack([u.adapter[n] for u in updates]).mean(0), atol=1e-5) for n, t in out.tensors.items())
 
 
 def test_a_larger_q_gives_more_weight_to_a_higher_loss() -> None:
-    came = [update("well", plain(1.0), metrics={"start_loss": 0.5}), update("badly", plain(-1.0), metrics={"start_loss": 2.0})]
-    ends = [QFedAvg(q=q, lr=1.0).aggregate(1, START, iter(came)).adapter["w"].item() for q in (0.0, 0.1, 1.0)]
+    updates = [update("well", plain(1.0), metrics={"start_loss": 0.5}), update("badly", plain(-1.0), metrics={"start_loss": 2.0})]
+    ends = [QFedAvg(q=q, lr=1.0).aggregate(1, START, iter(updates)).adapter["w"].item() for q in (0.0, 0.1, 1.0)]
     assert ends[0] == pytest.approx(0.0, abs=1e-7) and 0 > ends[1] > ends[2]
 
 
 def test_it_is_flowers_own() -> None:
     state, theirs = ServerState(adapter=drawn(0)), flower.QFedAvg(client_learning_rate=0.3, q=0.7, train_loss_key="F")
-    came = [update(f"c{i}", drawn(i + 1), i + 1, metrics={"start_loss": 0.5 + i}) for i in range(4)]
+    updates = [update(f"c{i}", drawn(i + 1), i + 1, metrics={"start_loss": 0.5 + i}) for i in range(4)]
     theirs.current_arrays = _flower.arrays(state.adapter.tensors)
-    wanted = alone(theirs, [_flower.reply(u.adapter.tensors, 1, F=u.metrics["start_loss"]) for u in came])
-    out = QFedAvg(q=0.7, lr=0.3).aggregate(1, state, iter(reversed(came))).adapter
+    wanted = alone(theirs, [_flower.reply(u.adapter.tensors, 1, F=u.metrics["start_loss"]) for u in updates])
+    out = QFedAvg(q=0.7, lr=0.3).aggregate(1, state, iter(reversed(updates))).adapter
     assert all(torch.allclose(t, wanted[n].float()) for n, t in out.tensors.items())
-    assert close(state.adapter, drawn(0), atol=0) and close(came[0].adapter, drawn(1), atol=0)  # Flower's works in place, on copies
+    assert close(state.adapter, drawn(0), atol=0) and close(updates[0].adapter, drawn(1), atol=0)  # Flower's works in place, on copies
 
 
 def test_the_start_loss_is_requested_once() -> None:

@@ -18,7 +18,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _mean
 from fedtune.strategies.rolora import RoLoRA
-from tests.fakes import bridge, fail, fake_client_app, lora_state
+from tests.fakes import fail, fake_bridge, fake_client_app, lora_state
 
 ALL = ["q.lora_A", "q.lora_B", "up.lora_A", "up.lora_B", "head.weight"]
 UP = {1: ["q.lora_B", "up.lora_B", "head.weight"], 0: ["q.lora_A", "up.lora_A", "head.weight"]}
@@ -26,10 +26,10 @@ UP = {1: ["q.lora_B", "up.lora_B", "head.weight"], 0: ["q.lora_A", "up.lora_A", 
 
 def turns(round: int, state: ServerState, counts: list[int]) -> list[Update]:
     """Clients that move what the plan lets them train, and send what it asks for."""
-    given = RoLoRA().plan(round, [Plan(round=round, client=f"c{i}", base_version=round - 1) for i in range(len(counts))], state)
+    assignments = RoLoRA().plan(round, [Plan(round=round, client=f"c{i}", base_version=round - 1) for i in range(len(counts))], state)
     out = []
     for i, n in enumerate(counts):
-        plan, got = given[f"c{i}"].plan, given[f"c{i}"].adapter
+        plan, got = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter
         noise, trained = lora_state(seed=100 * round + i), matching(got.tensors, plan.train)
         moved = got.replace({k: t + noise[k] if k in trained else t for k, t in got.tensors.items()})
         sent = moved.subset(matching(moved.tensors, plan.send))
@@ -103,9 +103,9 @@ def test_the_check_notices_both_factors_moving(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("round", [1, 2, 3, 8])
 def test_the_server_sends_everything_and_clients_send_the_trained_factor(round: int) -> None:
-    given = RoLoRA().plan(round, [Plan(round=round, client="a", base_version=0)], before(round))["a"]
-    assert list(given.adapter.tensors) == ALL
-    assert matching(ALL, given.plan.train) == UP[round % 2] == matching(ALL, given.plan.send)
+    assignments = RoLoRA().plan(round, [Plan(round=round, client="a", base_version=0)], before(round))["a"]
+    assert list(assignments.adapter.tensors) == ALL
+    assert matching(ALL, assignments.plan.train) == UP[round % 2] == matching(ALL, assignments.plan.send)
 
 
 def test_a_round_that_does_not_count_is_repeated(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_a_round_that_does_not_count_is_repeated(tmp_path: Path) -> None:
     start = lora_state(fill=0.0)
     halves = []
     for rounds in (1, 2, 3, 4):  # each resumes from the checkpoint of the one before
-        made, _ = bridge(tmp_path / "run", clients, 2, dataclasses.replace(config, rounds=rounds), strategy=RoLoRA(), initial=start)
-        state = made.loop()
-        made.run.close()
+        bridge, _ = fake_bridge(tmp_path / "run", clients, 2, dataclasses.replace(config, rounds=rounds), strategy=RoLoRA(), initial=start)
+        state = bridge.loop()
+        bridge.run.close()
         halves.append((bool(state.adapter["q.lora_B"].any()), bool(state.adapter["q.lora_A"].any())))
     # round 1 is lost: 2 trains B, and not A under B = 0; round 3 is lost: 4 trains A
     assert halves == [(False, False), (True, False), (True, False), (True, True)]

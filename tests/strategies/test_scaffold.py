@@ -27,8 +27,8 @@ def test_two_rounds_by_hand() -> None:
     # uniform: w = 2. c_a = (0 − 1) / .5 = −2, c_b = (0 − 3) / .5 = −6, c = (−2 − 6) / 2 = −4
     assert one.adapter["w"].item() == 2.0
     assert {n: t.item() for n, t in one.memory.items()} == {"c_k/a/w": -2.0, "c_k/b/w": -6.0, "c/w": -4.0}
-    given = method.plan(2, plans("a", "b", "new"), one)
-    assert given["a"].extra["w"].item() == -2.0 and given["b"].extra["w"].item() == 2.0 and not given["new"].extra
+    assignments = method.plan(2, plans("a", "b", "new"), one)
+    assert assignments["a"].extra["w"].item() == -2.0 and assignments["b"].extra["w"].item() == 2.0 and not assignments["new"].extra
     two = method.aggregate(2, one, [update("a", plain(5.0), lr_sum=1.5), update("new", plain(8.0), lr_sum=1.0)])
     # c_a⁺ = −2 + 4 + (2 − 5) / 1.5 = 0; a newcomer's c_k is c: c_new⁺ = (2 − 8) / 1 = −6; c = (0 − 6 − 6) / 3 = −4, the mean of all three
     assert {n: t.item() for n, t in two.memory.items()} == {"c_k/a/w": 0.0, "c_k/b/w": -6.0, "c_k/new/w": -6.0, "c/w": -4.0}
@@ -63,8 +63,8 @@ def test_identical_clients_at_full_participation_need_no_correction() -> None:
     method, state = SCAFFOLD(), ServerState(adapter=drawn(0))
     for round in range(1, 4):
         state = method.aggregate(round, state, [update(c, drawn(round), lr_sum=0.3) for c in "abc"])
-        for given in method.plan(round + 1, plans(*"abc"), state).values():
-            assert all(t.abs().max() < 1e-5 for t in given.extra.values())
+        for assignment in method.plan(round + 1, plans(*"abc"), state).values():
+            assert all(t.abs().max() < 1e-5 for t in assignment.extra.values())
 
 
 TARGETS = {"a": (1.0, 4.0), "b": (10.0, 1.0)}  # F_k(w) = curvature / 2 · (w − target)²: client → (target, curvature)

@@ -46,8 +46,8 @@ def reply(strategy: SLoRA, state: ServerState, client: str, n: int, values: Mapp
 
 
 def sent(strategy: SLoRA, state: ServerState, round: int = 1) -> tuple[Plan, Any]:
-    given = strategy.plan(round, [Plan(round=round, client="c", base_version=0)], state)["c"]
-    return given.plan, given
+    assignments = strategy.plan(round, [Plan(round=round, client="c", base_version=0)], state)["c"]
+    return assignments.plan, assignments
 
 
 def product(state: AdapterState, module: str) -> Tensor:

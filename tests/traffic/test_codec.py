@@ -34,13 +34,13 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 def test_any_shapes_are_decoded_and_have_the_announced_bytes(name: str, shapes: list[tuple[int, ...]], seed: int) -> None:
     codec, tensors = Codec.from_name(name), random_tensors(shapes, seed)
     before = {n: t.clone() for n, t in tensors.items()}
-    sent = codec.encode(tensors, seed)
-    assert sum(t.numel() * t.element_size() for t in sent.values()) == codec.nbytes(tensors)
-    back = codec.decode(sent, tensors)
+    payload = codec.encode(tensors, seed)
+    assert sum(t.numel() * t.element_size() for t in payload.values()) == codec.nbytes(tensors)
+    back = codec.decode(payload, tensors)
     assert [(n, t.shape) for n, t in back.items()] == [(n, t.shape) for n, t in tensors.items()]
     assert all(torch.equal(tensors[n], before[n]) for n in before)
     again = codec.encode(tensors, seed)
-    assert all(torch.equal(sent[n], again[n]) for n in sent)  # draws hang on the seed alone
+    assert all(torch.equal(payload[n], again[n]) for n in payload)  # draws hang on the seed alone
     if name == "fp32":
         assert all(torch.equal(back[n], t) for n, t in tensors.items())
 
@@ -94,12 +94,12 @@ def test_the_tests_detect_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_int8_and_nf4_by_hand() -> None:
     v = {"a": torch.tensor([127.0, -63.4, 0.6]), "b": torch.tensor([0.0])}
-    sent = Codec(values="int8").encode(v)
+    payload = Codec(values="int8").encode(v)
     # blocks do not cross tensors: absmax 127 gives scale 1; the block of zeros has scale 0
-    assert sent["#q"].tolist() == [127, -63, 1, 0] and sent["#scale"].tolist() == [1.0, 0.0]
-    sent = Codec(values="nf4").encode(v)
+    assert payload["#q"].tolist() == [127, -63, 1, 0] and payload["#scale"].tolist() == [1.0, 0.0]
+    payload = Codec(values="nf4").encode(v)
     # -63.4 / 127 = -0.499: nearest is code 2 (-0.525); 0.6 / 127 is nearest to 0 (code 7). 15 2 | 7 7
-    assert sent["#q"].tolist() == [0xF2, 0x77] and sent["#scale"].tolist() == [127.0, 0.0]
+    assert payload["#q"].tolist() == [0xF2, 0x77] and payload["#scale"].tolist() == [127.0, 0.0]
 
 
 def test_the_code_book_matches_qlora() -> None:
@@ -126,9 +126,9 @@ def test_bytes_per_parameter(name: str, per_entry: float) -> None:
 def test_top_k_sends_the_largest_of_all_tensors_and_all_of_them_without_loss() -> None:
     v = {"a": torch.tensor([[1.0, -9.0], [0.0, 2.0]]), "mask": torch.tensor([3, 8], dtype=torch.int32), "b": torch.tensor([5.0, -2.0])}
     codec = Codec(share=0.5)  # 3 of 6; of the two 2s the first
-    sent = codec.encode(v)
-    assert sent["#q"].tolist() == [-9.0, 2.0, 5.0] and torch.equal(sent["mask"], v["mask"])
-    back = codec.decode(sent, v)
+    payload = codec.encode(v)
+    assert payload["#q"].tolist() == [-9.0, 2.0, 5.0] and torch.equal(payload["mask"], v["mask"])
+    back = codec.decode(payload, v)
     assert back["a"].tolist() == [[0.0, -9.0], [0.0, 2.0]] and back["b"].tolist() == [5.0, 0.0] and back["mask"].tolist() == [3, 8]
     everything = random_tensors([(7, 11), (), (13,)])
     whole = Codec(share=1.0)

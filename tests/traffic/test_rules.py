@@ -22,7 +22,7 @@ from fedtune.rounds.outbox import reply_bytes
 from fedtune.rounds.reply import read_update
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.traffic import Codec, broadcaster, decode_broadcast, encode_update, with_codec
-from tests.fakes import bridge, fake_client_app, lora_state
+from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 
 def asked(config: TrafficConfig, **plan: Any) -> str:
@@ -149,14 +149,14 @@ def limited(limit: float | None) -> Config:
 
 
 def spent(tmp_path: Path) -> dict[str, float]:
-    made, observer = bridge(tmp_path / "free", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
-    made.loop()
+    bridge, observer = fake_bridge(tmp_path / "free", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
+    bridge.loop()
     return {c["client"]: (c["bytes_up"] + c["bytes_down"]) / 1e6 for c in observer.clients if c["round"] == 1}
 
 
 def test_the_metrics_report_the_bytes_on_the_wire(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
-    grid: Any = made.grid
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
+    grid: Any = bridge.grid
     push, pull, down, up = grid.push_messages, grid.pull_messages, dict[int, int](), dict[int, int]()
 
     def length(message: Any) -> int:
@@ -173,7 +173,7 @@ def test_the_metrics_report_the_bytes_on_the_wire(tmp_path: Path) -> None:
         return came
 
     grid.push_messages, grid.pull_messages = pushed, pulled
-    made.loop()
+    bridge.loop()
     lines = [c for c in observer.clients if c["round"] == 1]
     assert sorted(c["bytes_down"] for c in lines) == sorted(down.values()) and sorted(c["bytes_up"] for c in lines) == sorted(up.values())
     assert len(down) == len(up) == 2
@@ -183,8 +183,8 @@ def test_the_metrics_report_the_bytes_on_the_wire(tmp_path: Path) -> None:
 def test_a_client_over_the_limit_is_dropped(tmp_path: Path) -> None:
     cost = spent(tmp_path)
     between = (cost["a"] + cost["b"]) / 2 + 0.0007  # a reply is foreseen with some room for its words
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(between), strategy=Frugal())
-    state = made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(between), strategy=Frugal())
+    state = bridge.loop()
     a, b = (c for c in observer.clients if c["round"] == 1)
     assert observer.records[1]["dropped"] == {"traffic": 1} and "dropped" not in a and b["bytes_down"] == 0
     assert b["dropped"].startswith("traffic: ") and "exceed traffic.max_mb_per_round=" in b["dropped"]
@@ -192,9 +192,9 @@ def test_a_client_over_the_limit_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_limit_below_all_clients_stops_the_run_at_its_start(tmp_path: Path) -> None:
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(0.001), strategy=Frugal())
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(0.001), strategy=Frugal())
     with pytest.raises(ConfigError, match="^no client could take part: .* MB down and .* MB up exceed traffic.max_mb_per_round=0.001"):
-        made.loop()
+        bridge.loop()
     assert all(c["round"] == 0 for c in observer.clients)
 
 
@@ -202,8 +202,8 @@ def test_a_reply_over_the_limit_is_refused(tmp_path: Path) -> None:
     def swollen(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
         return ArrayRecord({**arrays, "more": Array(torch.zeros(9000))}), text
 
-    made, observer = bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": swollen}), 2, limited(0.03))
-    made.loop()
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": swollen}), 2, limited(0.03))
+    bridge.loop()
     (b,) = (c for c in observer.clients if c["round"] == 1 and c["client"] == "b")
     assert b["dropped"].startswith("refused: 0.00") and "0.039" not in b["dropped"].split(" MB down")[0]
     assert b["bytes_up"] > 36_000 and observer.records[1]["counted"] == 1

@@ -87,8 +87,8 @@ def test_a_step_and_its_bytes_by_hand() -> None:
     ],
 )
 def test_reductions_for_memory(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
-    made = pick(DeviceClass(memory_mb=memory_mb))
-    assert (made.precision, made.length, made.micro, made.batch, made.steps) == (precision, length, micro, 16, 12)
+    choice = pick(DeviceClass(memory_mb=memory_mb))
+    assert (choice.precision, choice.length, choice.micro, choice.batch, choice.steps) == (precision, length, micro, 16, 12)
 
 
 def test_the_shortest_length_is_taken_and_none_below_it() -> None:
@@ -118,14 +118,14 @@ def test_a_row_that_does_not_fit_is_declined_with_the_sentence() -> None:
     ],
 )
 def test_reductions_for_time(deadline_s: float | None, batch: int, steps: int) -> None:
-    made = pick(DeviceClass(gflops_per_core=1.0), deadline_s=deadline_s)
-    assert (made.batch, made.steps, made.micro, made.precision, made.length) == (batch, steps, batch, "fp32", 100)
-    assert made.seconds == pytest.approx(0.4 * batch * steps)
+    choice = pick(DeviceClass(gflops_per_core=1.0), deadline_s=deadline_s)
+    assert (choice.batch, choice.steps, choice.micro, choice.precision, choice.length) == (batch, steps, batch, "fp32", 100)
+    assert choice.seconds == pytest.approx(0.4 * batch * steps)
 
 
 def test_rows_of_half_the_length_take_half_the_time() -> None:
-    made = pick(DeviceClass(gflops_per_core=1.0), dataclasses.replace(WORK, longest=50))
-    assert (made.length, made.seconds) == (100, pytest.approx(0.2 * 16 * 12))
+    choice = pick(DeviceClass(gflops_per_core=1.0), dataclasses.replace(WORK, longest=50))
+    assert (choice.length, choice.seconds) == (100, pytest.approx(0.2 * 16 * 12))
 
 
 def test_a_step_beyond_the_deadline_is_declined_with_the_sentence() -> None:
@@ -140,8 +140,8 @@ def test_a_step_beyond_the_deadline_is_declined_with_the_sentence() -> None:
 
 def test_the_clients_own_rows_decide_and_not_the_longest_that_the_task_allows() -> None:
     # rows of 30 tokens: 60 kB; 4 + 0.2 + 4·0.06 = 4.44 ≤ 4.5, where rows of 100 allow one
-    made = pick(DeviceClass(memory_mb=5.0), dataclasses.replace(WORK, longest=30))
-    assert (made.precision, made.micro, made.length) == ("fp32", 4, 100)
+    choice = pick(DeviceClass(memory_mb=5.0), dataclasses.replace(WORK, longest=30))
+    assert (choice.precision, choice.micro, choice.length) == ("fp32", 4, 100)
 
 
 def test_a_correction_changes_the_choice() -> None:
@@ -198,14 +198,14 @@ def test_for_every_profile_the_choice_fits_its_estimate_or_declines(
     device: DeviceClass, work: Workload, correction: Correction, deadline_s: float | None
 ) -> None:
     try:
-        made = pick(device, work, correction=correction, deadline_s=deadline_s)
+        choice = pick(device, work, correction=correction, deadline_s=deadline_s)
     except Decline as bad:
         assert bad.kind in ("memory", "deadline")
         return
-    width = min(made.length, work.longest)
-    weights, rest = memory_bytes(SHAPES, made.precision, work.entries, made.micro, width, min(work.counted, width))
+    width = min(choice.length, work.longest)
+    weights, rest = memory_bytes(SHAPES, choice.precision, work.entries, choice.micro, width, min(work.counted, width))
     assert device.memory_mb is None or (weights + correction.memory * rest) / 1e6 <= MEMORY_MARGIN * device.memory_mb * (1 + 1e-9)
-    took = correction.time * seconds(device, flops(SHAPES, made.steps * made.batch * work.accumulate * width), work.nbytes)
+    took = correction.time * seconds(device, flops(SHAPES, choice.steps * choice.batch * work.accumulate * width), work.nbytes)
     assert deadline_s is None or took <= TIME_MARGIN * deadline_s * (1 + 1e-6)
-    assert 1 <= made.micro <= made.batch <= work.batch and 1 <= made.steps <= work.steps
-    assert made.length == work.length or made.length >= MIN_LENGTH
+    assert 1 <= choice.micro <= choice.batch <= work.batch and 1 <= choice.steps <= work.steps
+    assert choice.length == work.length or choice.length >= MIN_LENGTH

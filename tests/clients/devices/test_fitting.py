@@ -112,8 +112,8 @@ def test_a_device_out_of_memory_halves_and_reports_it(tmp_path: Path) -> None:
     assert fitted is not None
     assert (fitted[2].choice.micro, fitted[2].micro, fitted[2].out_of_memory) == (4, 2, 1)
     assert fitted[2].weights + fitted[2].rest <= (host.config.devices.classes["phone"].memory_mb or 0) * 1e6
-    told = devices.report(plan, fitted[1], fitted[2], TrainingResult(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
-    assert told["out_of_memory"] == 1 and told["micro_batch"] == 2 and told["peak_mb"] < 10
+    report = devices.report(plan, fitted[1], fitted[2], TrainingResult(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
+    assert report["out_of_memory"] == 1 and report["micro_batch"] == 2 and report["peak_mb"] < 10
     # and the next turn begins with two
     after = devices.fit(dataclasses.replace(PLAN, round=3), host.space.initial, 0)
     assert after is not None and (after[2].choice.micro, after[2].out_of_memory) == (2, 0)
@@ -139,10 +139,12 @@ def test_a_turn_corrects_the_next_one(tmp_path: Path) -> None:
     fits = host.devices.fit(dataclasses.replace(PLAN, steps=50), host.space.initial, 0)
     assert fits is not None
     plan, examples, fitted = fits
-    told = host.devices.report(plan, examples, fitted, TrainingResult(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
-    assert told["virtual_s"] < told["estimated_s"]
+    report = host.devices.report(plan, examples, fitted, TrainingResult(loss=1.0, steps=plan.steps or 0, seconds=9.0, peak_mb=0.0), 0)
+    assert report["virtual_s"] < report["estimated_s"]
     kept = host.devices._read("c0", 2)
-    assert kept.time == pytest.approx((told["virtual_s"] / told["estimated_s"]) ** 0.5)  # the geometric mean of 1 and the observed ratio
+    assert kept.time == pytest.approx(
+        (report["virtual_s"] / report["estimated_s"]) ** 0.5
+    )  # the geometric mean of 1 and the observed ratio
     after = host.devices.fit(dataclasses.replace(PLAN, round=2, steps=50), host.space.initial, 0)
     assert after is not None and after[2].used == kept and (after[0].steps or 0) > (plan.steps or 0)
     assert host.devices._read("c0", 1) == Correction()  # as of that round
@@ -162,13 +164,13 @@ def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -
     assert fits is not None and not fits[2].simulated and fits[2].micro == 4
     plan, examples, fitted = fits
     turned = TrainingResult(loss=1.0, steps=4, seconds=2.5, peak_mb=150.0, began_mb=140.0, micro=2, out_of_memory=1)
-    told = host.devices.report(plan, examples, fitted, turned, 0)
-    assert (told["micro_batch"], told["out_of_memory"]) == (2, 1) and "peak_mb" not in told and "virtual_s" not in told
+    report = host.devices.report(plan, examples, fitted, turned, 0)
+    assert (report["micro_batch"], report["out_of_memory"]) == (2, 1) and "peak_mb" not in report and "virtual_s" not in report
     width = max(len(e.input_ids) for e in examples)
     expected = memory_bytes(host.devices.shapes, "fp32", fitted.work.entries, 2, width, width - 1)[1]
     assert host.devices._read("c0", 2).memory == pytest.approx(10e6 / expected)
     host.devices.report(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn teaches too
-    assert host.devices._read("c0", 2).time == pytest.approx((0.25 / told["estimated_s"]) ** 0.5)
+    assert host.devices._read("c0", 2).time == pytest.approx((0.25 / report["estimated_s"]) ** 0.5)
 
 
 def test_a_real_device_never_loads_a_finer_backbone_than_it_can_hold(tmp_path: Path) -> None:
@@ -206,8 +208,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.Ca
     for round in (3, 4):
         shutil.rmtree(half / "checkpoints" / f"round-{round:04d}")
     shutil.rmtree(half / "adapter")
-    made = dataclasses.replace(mixed(tmp_path, rounds=4), resume=str(half))
-    again = simulate(made)
+    run_config = dataclasses.replace(mixed(tmp_path, rounds=4), resume=str(half))
+    again = simulate(run_config)
     first, second = adapter(whole), adapter(again)
     assert all(torch.equal(first[n], second[n]) for n in first.tensors)
     drop = ("seconds", "bytes_up")  # the wall clock, and its digits in the reply
@@ -233,15 +235,15 @@ def test_four_precisions_train_in_one_cohort_at_once_or_one_by_one(
     nano = ModelConfig(source="nano")
     given = config(tmp_path, classes, rounds=1, model=nano, client=ClientConfig(steps=2, epochs=None, batch_size=4))
     given = dataclasses.replace(given, eval=EvalConfig(where="none", clients=0), clients_per_round=8)
-    found = {}
+    results = {}
     for mode in ("none", batched):
         run = simulate(dataclasses.replace(given, engine=EngineConfig(threads=1, batched=mode)))
-        found[mode] = {x["client"]: x for x in lines(run) if x.get("precision")}
-        assert {x["precision"] for x in found[mode].values()} == set(classes)
-    for client, alone in found["none"].items():
+        results[mode] = {x["client"]: x for x in lines(run) if x.get("precision")}
+        assert {x["precision"] for x in results[mode].values()} == set(classes)
+    for client, alone in results["none"].items():
         within = 1e-4 if alone["precision"] == "fp32" else 0.05
-        assert found[batched][client]["train_loss"] == pytest.approx(alone["train_loss"], rel=within)
-        assert found[batched][client]["peak_mb"] == alone["peak_mb"]
+        assert results[batched][client]["train_loss"] == pytest.approx(alone["train_loss"], rel=within)
+        assert results[batched][client]["peak_mb"] == alone["peak_mb"]
 
 
 def test_transfer_counts_received_and_sent_bytes(tmp_path: Path) -> None:

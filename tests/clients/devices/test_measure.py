@@ -30,10 +30,10 @@ def test_memory_is_the_smaller_of_system_and_control_group(tmp_path: Path) -> No
 
 
 def test_this_machine_has_memory_cores_and_speed() -> None:
-    found = measure_device()
-    assert found.memory_mb and found.memory_mb > 1 and found.cores >= 1
+    device = measure_device()
+    assert device.memory_mb and device.memory_mb > 1 and device.cores >= 1
     cuda = torch.cuda.is_available()
-    assert (found.accelerator_gflops if cuda else found.gflops_per_core) > 0 and found.accelerator == ("cuda" if cuda else "none")
+    assert (device.accelerator_gflops if cuda else device.gflops_per_core) > 0 and device.accelerator == ("cuda" if cuda else "none")
 
 
 def test_the_speed_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,10 +140,10 @@ def test_the_shapes_of_a_tiny_llama_by_hand(tmp_path: Path) -> None:
 
 def test_methods_without_factors_have_no_rank_and_some_read_every_layer(tmp_path: Path) -> None:
     model = hub(checkpoint(tmp_path / "model"))
-    found = {m: shapes_of(Config(model=model, task=LM, peft=PeftConfig(method=m))) for m in ("full", "ia3", "prompt")}
+    result = {m: shapes_of(Config(model=model, task=LM, peft=PeftConfig(method=m))) for m in ("full", "ia3", "prompt")}
     every = 2 * (6 * 16 + 24)  # the inputs of seven layers, twice
-    assert all((s.rank, s.per_rank) == (0, 0) for s in found.values())
-    assert {m: s.inputs for m, s in found.items()} == {"full": every, "ia3": every, "prompt": 0}
+    assert all((s.rank, s.per_rank) == (0, 0) for s in result.values())
+    assert {m: s.inputs for m, s in result.items()} == {"full": every, "ia3": every, "prompt": 0}
 
 
 def test_a_seq2seqs_layers_are_those_of_both_sides(tmp_path: Path) -> None:
