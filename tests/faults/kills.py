@@ -57,36 +57,36 @@ def off(a: AdapterState, b: AdapterState) -> float:
 
 def unbroken(folder: Path) -> tuple[AdapterState, float]:
     """What it comes to where nobody is killed, and how long it takes."""
-    with deployed(folder, CLIENTS, fresh(folder)) as made:
-        began = start(made, "server")
-        assert made.finish() == 0, made.said("server")[-2000:]
-        return made.adapter(), time.monotonic() - began
+    with deployed(folder, CLIENTS, fresh(folder)) as deployment:
+        began = start(deployment, "server")
+        assert deployment.finish() == 0, deployment.said("server")[-2000:]
+        return deployment.adapter(), time.monotonic() - began
 
 
 def broken(folder: Path, victim: str, after: float, wanted: AdapterState) -> tuple[bool, str]:
     """Whether a run whose victim is killed so many seconds after its start ends well, and what came of it."""
     given = fresh(folder)
-    with deployed(folder, CLIENTS, given) as made:
-        began = start(made, victim)
+    with deployed(folder, CLIENTS, given) as deployment:
+        began = start(deployment, victim)
         time.sleep(max(0.0, began + after - time.monotonic()))
-        process = made.server if victim == "server" else made.clients[victim]
+        process = deployment.server if victim == "server" else deployment.clients[victim]
         assert process is not None
         ended = process.poll() is not None
         if not ended:
             process.kill()
             process.wait()
-            again(made, victim)
-        if (code := made.finish()) != 0:
-            return False, f"the server ended with {code}: {made.said('server')[-300:]!r}"
-        if "Traceback" in made.said("server") + "".join(made.said(c) for c in CLIENTS):
+            again(deployment, victim)
+        if (code := deployment.finish()) != 0:
+            return False, f"the server ended with {code}: {deployment.said('server')[-300:]!r}"
+        if "Traceback" in deployment.said("server") + "".join(deployment.said(c) for c in CLIENTS):
             return False, "a traceback was printed"
-        far = off(made.adapter(), wanted)
+        far = off(deployment.adapter(), wanted)
         if far <= BOUND:
             return True, f"the unbroken run's adapter, to {far:.1e}" + " (it had ended)" * ended
-        turns = counted(made.run)
+        turns = counted(deployment.run)
         if victim == "server":
             return False, f"{far:.1e} off the unbroken run: {turns}"
-        steps = differences(made.run, replay(folder, given, turns))
+        steps = differences(deployment.run, replay(folder, given, turns))
         return max(steps.values()) <= BOUND, f"without {victim} in rounds {[r for r, who in turns.items() if r and victim not in who]}"
 
 

@@ -132,12 +132,12 @@ def worker(points: Points) -> None:
         sent = sent.replace({**sent.tensors, name: body.get(lie, first)})
         made = reply(host, todo, sent, metrics, measurements, turned)
         record, plan = made.content.config_records["update"], todo.plan
-        told = {
+        overrides = {
             "stale": {"round": plan.round - 1, "base_version": plan.base_version - 1},
             "other": {"client": "anna"},
             "weight": {"examples": 10**6},
         }
-        record["json"] = json.dumps({**json.loads(str(record["json"])), **told.get(lie, {})})
+        record["json"] = json.dumps({**json.loads(str(record["json"])), **overrides.get(lie, {})})
         return made
 
     app.train, app._reply = training, replying

@@ -27,12 +27,12 @@ BOUND = 1e-5
 
 def counted(run: Path) -> dict[int, set[str]]:
     """Round → clients whose update it counted."""
-    found: dict[int, set[str]] = {}
+    results: dict[int, set[str]] = {}
     for record in read_metrics(run):
-        turn = found.setdefault(int(record["round"]), set())
+        turn = results.setdefault(int(record["round"]), set())
         if record["client"] is not None and "bytes_up" in record and "dropped" not in record:
             turn.add(record["client"])
-    return found
+    return results
 
 
 def replay(folder: Path, experiment: Sequence[str], participants: Mapping[int, Set[str]]) -> Path:

@@ -122,9 +122,9 @@ class Echo(threading.Thread):
     def _send_back(self, message: Message, tree: Any) -> None:
         run, name = message.metadata.run_id, message.metadata.message_id
         pull = make_pull_object_fn_protobuf(self.client.PullObject, self.node, run)
-        found = pull_objects([t.object_id for t in iterate_object_tree(tree)], pull)
+        content = pull_objects([t.object_id for t in iterate_object_tree(tree)], pull)
         self.client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=name))
-        message = inflate_object_from_contents(name, found)  # type: ignore[assignment]
+        message = inflate_object_from_contents(name, content)  # type: ignore[assignment]
         message.metadata.__dict__["_message_id"] = name
         reply = Message(message.content, reply_to=message)
         with no_object_id_recompute():

@@ -25,8 +25,8 @@ Certificates = tuple[Path, Path, Path]  # CA, server's certificate, its key
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 class Server:
@@ -127,9 +127,9 @@ class Server:
         tree = self.store.get_object_tree(root)
         ids = {each.object_id for each in iterate_object_tree(tree)}
         wait_until(lambda: all(self.store.get(i) for i in ids), seconds)
-        found = inflate_object_from_contents(root, {i: self.store.get(i) for i in ids})
-        assert isinstance(found, Message)
-        return found
+        content = inflate_object_from_contents(root, {i: self.store.get(i) for i in ids})
+        assert isinstance(content, Message)
+        return content
 
 
 class Link:

@@ -264,8 +264,8 @@ def test_a_message_too_large_for_a_frame_is_an_error_reply_and_costs_no_child(ma
 
 @pytest.mark.slow
 def test_the_worker_is_quiet_about_a_node_that_is_gone_at_once() -> None:
-    done = subprocess.run([*WORKER], stdin=subprocess.DEVNULL, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    process = subprocess.run([*WORKER], stdin=subprocess.DEVNULL, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
 
 
 @pytest.mark.slow

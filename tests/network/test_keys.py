@@ -144,8 +144,8 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     for again in (wanted, ["keys", "--out", str(out), "--add", "a"], ["keys", "--out", str(out), "--add", "b", "a"]):
         assert main(again) == 2
-        said = capsys.readouterr()
-        assert not said.out and said.err.count("\n") == 1 and "never overwritten" in said.err
+        output = capsys.readouterr()
+        assert not output.out and output.err.count("\n") == 1 and "never overwritten" in output.err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
@@ -155,13 +155,15 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
     assert main(["keys", "--out", str(out), "--add", "c"]) == 0
     assert main(["keys", "--out", str(out), "--rotate", "c"]) == 0
     assert main(["keys", "--out", str(out), "--renew-server"]) == 0
-    said = "".join(capfd.readouterr())
-    assert "PRIVATE" not in said and "fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json" in said
-    assert "--server fed.example.org:8080" in said
+    output = "".join(capfd.readouterr())
+    assert (
+        "PRIVATE" not in output and "fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json" in output
+    )
+    assert "--server fed.example.org:8080" in output
     secret = [p for p in out.rglob("*") if p.name in SECRET]
     assert len(secret) == 5
     for line in (line for p in secret for line in p.read_text().splitlines()):
-        assert line not in said
+        assert line not in output
     (out / "server.key").write_text((out / "server.key").read_text()[:60])
     with pytest.raises(ConfigError) as bad:  # nor does a refusal quote it
         check_private_key(out / "server.key")
@@ -194,8 +196,8 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
 )
 def test_refusals_make_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], why: str) -> None:
     assert main(["keys", "--out", str(tmp_path / "keys"), *given]) == 2
-    said = capsys.readouterr()
-    assert why in said.err and not said.out and not list(tmp_path.iterdir())
+    output = capsys.readouterr()
+    assert why in output.err and not output.out and not list(tmp_path.iterdir())
 
 
 def test_a_key_that_others_can_read_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,12 +165,12 @@ def test_a_clock_that_is_off_is_named(running: Start, server: Server, monkeypatc
     response = httpx.Response(401, headers={"date": "Sat, 21 Nov 2026 04:00:00 GMT"}, request=httpx.Request("POST", "http://x"))
     at = 1795233600.0  # the same in seconds
     assert fleet._clock_offset(response, lambda: at + 400) == 400
-    found = {}
+    results = {}
     for ahead in (0, 400, -400):
         monkeypatch.setattr(fleet, "_clock_offset", lambda _, ahead=ahead: float(ahead))
-        found[ahead] = str(running("127.0.0.1:1", max_retries=0).node._fleet._status(response))
-    assert "400 s ahead of that of" in found[400] and "400 s behind that of" in found[-400]
-    assert "does not know the key" in found[0]
+        results[ahead] = str(running("127.0.0.1:1", max_retries=0).node._fleet._status(response))
+    assert "400 s ahead of that of" in results[400] and "400 s behind that of" in results[-400]
+    assert "does not know the key" in results[0]
 
 
 @pytest.mark.slow

@@ -47,12 +47,12 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
 
 
 def test_a_port_that_is_about_to_be_free_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         with monkeypatch.context() as patch, pytest.raises(NetworkError, match="the port is in use"):
             patch.setattr(superlink, "PORT_WAIT_S", 0.0)
             _listen("127.0.0.1", port)
-        ends = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: taken.close())  # as the server's last life does
+        ends = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: listener.close())  # as the server's last life does
         monkeypatch.setattr(superlink, "time", ends)
         _listen("127.0.0.1", port).close()
 
@@ -120,9 +120,9 @@ def test_a_taken_port_gives_one_sentence(link: SuperLink, tmp_path: Path) -> Non
 @pytest.mark.parametrize("folder", ["/proc/superlink", "file/superlink"])
 def test_a_disk_that_cannot_be_written_gives_one_sentence(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(NetworkError, match="^cannot write the SuperLink's database in ") as said:
+    with pytest.raises(NetworkError, match="^cannot write the SuperLink's database in ") as error:
         SuperLink(settings(tmp_path, folder=tmp_path / folder, log=tmp_path / "log.jsonl")).start()
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -106,6 +106,8 @@ def test_the_door_writes_it_to_the_terminal_and_to_the_log(tmp_path: Path, capsy
         assert door._recorded(message, answer) is reply
     assert capsys.readouterr().err == "fedtune-client: round 3: trained 2 steps in 0.1 s, loss 0.5; 0.40 MB down, 0.20 MB up\n"
     (line,) = (tmp_path / "client.jsonl").read_text().splitlines()
-    said = json.loads(line)
-    assert (said["round"], said["steps"], said["loss"], said["bytes_up"]) == (3, 2, 0.5, 200_128) and said["seconds"] >= 0.06
+    document = json.loads(line)
+    assert (document["round"], document["steps"], document["loss"], document["bytes_up"]) == (3, 2, 0.5, 200_128) and document[
+        "seconds"
+    ] >= 0.06
     assert str(NODE) not in line

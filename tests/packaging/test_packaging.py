@@ -40,12 +40,12 @@ def joined(text: str) -> Iterator[str]:
 
 
 def unit(path: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    results: dict[str, list[str]] = {}
     for line in joined(path.read_text()):
         if not line.startswith("["):
             key, _, value = line.partition("=")
-            found.setdefault(key, []).append(value)
-    return found
+            results.setdefault(key, []).append(value)
+    return results
 
 
 def test_there_is_one_of_each() -> None:
@@ -80,9 +80,11 @@ def test_systemd_understands_the_unit(path: Path, tmp_path: Path) -> None:
     stub.write_text("#!/bin/sh\n")
     stub.chmod(0o755)
     (tmp_path / path.name).write_text(path.read_text().replace("/opt/fedtune/bin/", f"{tmp_path}/"))
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(tmp_path / path.name)], capture_output=True, text=True, check=False)
-    ours = [line for line in done.stderr.splitlines() if path.stem in line]
-    assert done.returncode == 0 and not ours, done.stderr
+    process = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(tmp_path / path.name)], capture_output=True, text=True, check=False
+    )
+    ours = [line for line in process.stderr.splitlines() if path.stem in line]
+    assert process.returncode == 0 and not ours, process.stderr
 
 
 # -- images -------------------------------------------------------------------------------------------------------------------------------
@@ -137,10 +139,10 @@ def services(name: str) -> dict[str, Any]:
 
 def test_the_compose_file_brings_a_server_and_three_clients() -> None:
     whole = yaml.safe_load((FOLDER / "compose.yaml").read_text())
-    found = services("compose.yaml")
-    clients = sorted(set(found) - {"keys", "server"})
-    assert len(clients) == 3 and {"keys", "server"} < set(found)
-    for name, service in found.items():
+    compose_services = services("compose.yaml")
+    clients = sorted(set(compose_services) - {"keys", "server"})
+    assert len(clients) == 3 and {"keys", "server"} < set(compose_services)
+    for name, service in compose_services.items():
         door = "server" if name in ("keys", "server") else "client"
         assert service["image"] == f"fedtune-{door}:trial" and not service.get("privileged")
         if build := service.get("build"):
@@ -149,25 +151,27 @@ def test_the_compose_file_brings_a_server_and_three_clients() -> None:
         for mount in service["volumes"]:
             source = mount["source"] if isinstance(mount, dict) else mount.split(":")[0]
             assert source in whole["volumes"]
-    assert not any("ports" in s or "environment" in s for s in found.values())  # nothing is open to the host, no secret in the environment
+    assert not any(
+        "ports" in s or "environment" in s for s in compose_services.values()
+    )  # nothing is open to the host, no secret in the environment
 
 
 def test_its_commands_are_ones_that_the_doors_understand() -> None:
-    found = services("compose.yaml")
-    made = shlex.split(found["keys"]["command"][0].partition("|| ")[2])
+    compose_services = services("compose.yaml")
+    made = shlex.split(compose_services["keys"]["command"][0].partition("|| ")[2])
     keys = parse(made)
-    args = parse(["fedtune-server", *found["server"]["command"]])
+    args = parse(["fedtune-server", *compose_services["server"]["command"]])
     compose(args.settings)  # the scenario and its keys exist
     assert {p.parent for p in (*args.certificates, args.allowed)} == {keys.out} and not args.insecure
-    assert str(args.run).startswith("/var/lib/fedtune") and found["server"]["ulimits"]["nofile"] > 2 * CONNECTIONS
-    for name in sorted(set(found) - {"keys", "server"}):
-        asked = parse(["fedtune-client", *found[name]["command"]])
+    assert str(args.run).startswith("/var/lib/fedtune") and compose_services["server"]["ulimits"]["nofile"] > 2 * CONNECTIONS
+    for name in sorted(set(compose_services) - {"keys", "server"}):
+        asked = parse(["fedtune-client", *compose_services[name]["command"]])
         assert asked.client_id == name and name in keys.clients and asked.server == f"{keys.server_name}:8080"
-        key = next(m for m in found[name]["volumes"] if isinstance(m, dict))
+        key = next(m for m in compose_services[name]["volumes"] if isinstance(m, dict))
         # of the volume with all keys a client sees its own folder only
         assert key["read_only"] and key["volume"]["subpath"] == f"{keys.out.relative_to('/keys')}/clients/{name}"
         assert {asked.key.parent, asked.root_certificates.parent} == {Path(key["target"])}
-        assert f"{name}:{asked.state}" in found[name]["volumes"]
+        assert f"{name}:{asked.state}" in compose_services[name]["volumes"]
 
 
 def test_own_rows_are_mounted_where_the_client_looks() -> None:

@@ -65,10 +65,10 @@ def test_every_client_round_and_step_has_its_own_noise(tmp_path: Path, monkeypat
 
 
 def test_the_server_s_noise_differs_by_round_and_run(tmp_path: Path) -> None:
-    made = Config(rounds=3, clients_per_round=4, privacy=PrivacyConfig(kind="user", clip=1.0, noise=1.0, epsilon=None))
+    config = Config(rounds=3, clients_per_round=4, privacy=PrivacyConfig(kind="user", clip=1.0, noise=1.0, epsilon=None))
     sent, drawn = [update("a", lora_state(fill=0.0))], list[Tensor]()
     for seed, round in itertools.product((0, 1), (1, 2, 3)):
-        exchange = make_exchange(dataclasses.replace(made, seed=seed), 4, tmp_path / f"{seed}-{round}")
+        exchange = make_exchange(dataclasses.replace(config, seed=seed), 4, tmp_path / f"{seed}-{round}")
         begin = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
         after = exchange.run(round, begin, FedAvg(), FixedChannel(sent))
         drawn.append(torch.cat([t.flatten() for t in after.adapter.tensors.values()]))

@@ -39,10 +39,10 @@ def neighbors(folder: Path, kind: str, short: str = "cat door", **changes: Any) 
         rows[TRAINED] |= {"text": text, "question": text, "reply": text[:8]}
         (folder / name).mkdir()
         client = ClientConfig(steps=6, epochs=None, batch_size=4, lr=1e-2, schedule="constant")
-        made = tiny_config(folder / name, rows, privacy=PRIVATE.get(kind, PrivacyConfig()), **{"client": client, **changes})
-        if made.task.kind == "instruction":
-            made.data.prompt, made.data.answer = "{question}", " {reply}"
-        out.append(check(made))
+        config = tiny_config(folder / name, rows, privacy=PRIVATE.get(kind, PrivacyConfig()), **{"client": client, **changes})
+        if config.task.kind == "instruction":
+            config.data.prompt, config.data.answer = "{question}", " {reply}"
+        out.append(check(config))
     assert widths(out[0])[-1] > widths(out[1])[-1]  # the row that differs is one to train on
     return out[0], out[1]
 

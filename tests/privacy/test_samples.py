@@ -27,8 +27,8 @@ CLASSES = TaskConfig(kind="classification", max_length=12)
 def built(folder: Path, kind: str, method: str, task: TaskConfig, **changes: Any) -> LiveAdapter:
     """With every tensor perturbed: LoRA's B starts at zero, where half of the gradients would be zero too."""
     with quiet():
-        made = load_backbone(hub(checkpoint(folder, kind)), task, num_labels=3 if task is CLASSES else 0)
-        live = LiveAdapter(made, PeftConfig(**{"method": method, "rank": 3, "tokens": 3, "bottleneck": 5, **changes}), task)
+        backbone = load_backbone(hub(checkpoint(folder, kind)), task, num_labels=3 if task is CLASSES else 0)
+        live = LiveAdapter(backbone, PeftConfig(**{"method": method, "rank": 3, "tokens": 3, "bottleneck": 5, **changes}), task)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in live.parameters.values():
@@ -218,8 +218,8 @@ def quantized(folder: Path, method: str, task: TaskConfig, precision: str) -> Li
     config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
     settings = hub(checkpoint(folder, "qwen2", config=config), precision=precision, compute="fp32")
     with quiet():
-        made = load_backbone(settings, task, num_labels=3 if task is CLASSES else 0)
-        live = LiveAdapter(made, PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), task)
+        backbone = load_backbone(settings, task, num_labels=3 if task is CLASSES else 0)
+        live = LiveAdapter(backbone, PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), task)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in live.parameters.values():
@@ -275,5 +275,5 @@ def test_a_tensor_that_a_row_does_not_use_has_a_gradient_of_zero(monkeypatch: py
     live: Any = SimpleNamespace(parameters={"used": used, "idle": idle})
     monkeypatch.setattr(samples, "_losses", lambda live, batch, task: (live.parameters["used"] * batch["labels"]).sum())
     with samples.looped(live, ["used", "idle"], LM) as grads:
-        found = grads({"labels": torch.tensor([3.0, 5.0])})
-    assert found["used"].tolist() == [[3, 3], [5, 5]] and found["idle"].tolist() == [[0, 0, 0]] * 2
+        result = grads({"labels": torch.tensor([3.0, 5.0])})
+    assert result["used"].tolist() == [[3, 3], [5, 5]] and result["idle"].tolist() == [[0, 0, 0]] * 2

@@ -27,10 +27,10 @@ def plus(delta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def mean(sent: list[dict[str, torch.Tensor]], **changes: Any) -> PrivateMean:
-    made = PrivateMean(BEFORE, **{"clip": math.inf, "noise": 0.0, "cohort": len(sent), "source": Seeded(0), **changes})
+    private_mean = PrivateMean(BEFORE, **{"clip": math.inf, "noise": 0.0, "cohort": len(sent), "source": Seeded(0), **changes})
     for after in sent:
-        made.add(after)
-    return made
+        private_mean.add(after)
+    return private_mean
 
 
 def test_all_tensors_are_clipped_together() -> None:
@@ -66,10 +66,10 @@ def test_an_absent_client_counts_as_zero_change() -> None:
 
 def test_the_servers_noise_has_the_stated_deviation() -> None:
     zeros = {"w": torch.zeros(400, 300)}
-    made = PrivateMean(zeros, clip=0.5, noise=2.0, cohort=4, source=Seeded(3))
+    private_mean = PrivateMean(zeros, clip=0.5, noise=2.0, cohort=4, source=Seeded(3))
     for _ in range(4):
-        made.add(zeros)
-    out, _ = made.close()
+        private_mean.add(zeros)
+    out, _ = private_mean.close()
     assert float(out["w"].std()) == pytest.approx(2.0 * 0.5 / 4, rel=0.01)
 
 
@@ -112,10 +112,10 @@ def test_a_round_of_adaptive_clipping_by_hand() -> None:
 def test_the_round_s_noise_uses_the_old_clip_norm() -> None:
     zeros, cohort, z = {"w": torch.zeros(400, 300)}, 40, 1.0
     tracker = Tracker(noise=0.05)  # σ_b = 2
-    made = PrivateMean(zeros, clip=0.5, noise=z, cohort=cohort, source=Seeded(3), tracker=tracker)
+    private_mean = PrivateMean(zeros, clip=0.5, noise=z, cohort=cohort, source=Seeded(3), tracker=tracker)
     for _ in range(cohort):
-        made.add(zeros)
-    out, after = made.close()
+        private_mean.add(zeros)
+    out, after = private_mean.close()
     left = (1.0 - 1 / 16) ** -0.5  # (z⁻² − (2 · 2)⁻²)^−½
     assert tracker.tensor_noise(z, cohort) == pytest.approx(left)
     assert after < 0.5 and float(out["w"].std()) * cohort == pytest.approx(left * 0.5, rel=0.01)
