@@ -100,15 +100,15 @@ class Superlink:
         )
 
     def flwr(self, *args: str) -> dict[str, Any]:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "flwr.cli.app", *args, "--format", "json"],
             env=self.env,
             cwd=ROOT,
             capture_output=True,
             timeout=300,  # what a broken command hangs
         )
-        found = done.stdout.decode()
-        return json.loads(found[found.index("{") :])
+        result = process.stdout.decode()
+        return json.loads(result[result.index("{") :])
 
     def run(self, overrides: str, conf: Path, nodes: int) -> dict[str, Any]:
         """Start a run, wait for its end, and return its entry of `flwr ls`."""
@@ -125,9 +125,9 @@ class Superlink:
             assert time.monotonic() < until, "the SuperLink does not answer"
             time.sleep(0.5)
         while time.monotonic() < until:
-            (found,) = (r for r in self.flwr("ls")["runs"] if r["run-id"] == started["run-id"])
-            if found["status"].startswith("finished"):
-                return found
+            (result,) = (r for r in self.flwr("ls")["runs"] if r["run-id"] == started["run-id"])
+            if result["status"].startswith("finished"):
+                return result
             time.sleep(3.0)  # to look takes a second of what the run needs
         raise AssertionError("the run does not end")
 

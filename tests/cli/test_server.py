@@ -57,8 +57,8 @@ def test_a_classification_server_without_rows_starts_by_either_advice(
     config.data.labels = ["0", "1", "2"]
     bare = ["data.path=''", "data.labels=[]", "data.test_path=null"]
     assert serve(config, *bare) == 2
-    said = capsys.readouterr().err
-    assert said.rstrip().endswith("set data.labels to the names in the order of their ids, or set data.test_path")
+    stderr = capsys.readouterr().err
+    assert stderr.rstrip().endswith("set data.labels to the names in the order of their ids, or set data.test_path")
     assert serve(config, *bare[:1], "data.labels=['0','1','2']", *bare[2:]) == 0
     (tmp_path / "run").rename(tmp_path / "first")
     assert serve(config, *bare[:2], f"data.test_path={tmp_path / 'test.jsonl'}") == 0
@@ -86,9 +86,7 @@ def test_a_server_needs_no_training_rows(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ignores_no_setting_silently(
-    tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_ignores_no_setting_silently(tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     config, run = tiny_config(tmp_path, rounds=1), tmp_path / "run"
     command = ["client.lr=0.03125", "data.columns.text=text"]
     assert serve(config, *command) == 0
@@ -103,8 +101,8 @@ def test_a_resumed_run_ignores_no_setting_silently(
         ([f"resume={run}"], f"--run {run} already sets the run directory: leave out resume={run}"),
     ):
         assert serve(config, *settings) == 2
-        (said,) = capsys.readouterr().err.splitlines()
-        assert said.startswith("fedtune-server: ") and sentence in said
+        (stderr,) = capsys.readouterr().err.splitlines()
+        assert stderr.startswith("fedtune-server: ") and sentence in stderr
     assert serve(dataclasses.replace(config, min_clients=3), *command) == 0  # the scenario's file says it otherwise now
     assert f"the run in {run} keeps its own settings; conf={tmp_path / 'mine.yaml'} differs in min_clients\n" in capsys.readouterr().err
 

@@ -177,8 +177,8 @@ def test_a_sweep_continues_after_a_failed_job_and_skips_finished_ones(
     assert all(len(line) <= 80 for line in out.splitlines() if "±" in line)
     assert main(sweep) == 0  # what had finished is not run again
     assert ran[4:] == [(1, 0)] and "job 2 has already finished, in" in capsys.readouterr().out
-    (found,) = [p for p in (tmp_path / "heterogeneous").glob("sweep-*") if "rounds=1,0," in (p / "compare.csv").read_text()]
-    assert sorted(p.name for p in found.iterdir()) == ["compare.csv", "compare.md", "compare.png"]
+    (result,) = [p for p in (tmp_path / "heterogeneous").glob("sweep-*") if "rounds=1,0," in (p / "compare.csv").read_text()]
+    assert sorted(p.name for p in result.iterdir()) == ["compare.csv", "compare.md", "compare.png"]
 
 
 def test_an_unfinished_run_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_the_same_in_another_process() -> None:
         "print(json.dumps([*demo.generate(5, homes=3, test_size=9), list(islice(demo.pretraining_text(5), 4))]))"
     )
     # -R randomizes str hashes, so that a generator that depends on hash() or on set order fails
-    done = subprocess.run([sys.executable, "-R", "-c", program], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [
+    process = subprocess.run([sys.executable, "-R", "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout) == [
         *demo.generate(5, homes=3, test_size=9),
         list(islice(demo.pretraining_text(5), 4)),
     ]

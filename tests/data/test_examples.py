@@ -22,10 +22,10 @@ def instruction(prompt: str, answer: str, longest: int = 16, **kinds: bool) -> E
 def texts(values: list[str], longest: int = 4, indices: list[int] | None = None, stride: bool = True, **kinds: bool) -> list[list[int]]:
     chosen = np.arange(len(values)) if indices is None else np.array(indices)
     task = TaskConfig(kind="causal_lm", max_length=longest, stride_texts=stride)
-    found = encode(Dataset.from_dict({"text": values}), chosen, word_tokenizer(**kinds), task)
-    for example in found:
+    result = encode(Dataset.from_dict({"text": values}), chosen, word_tokenizer(**kinds), task)
+    for example in result:
         assert_array_equal(example.input_ids, example.labels)
-    return [example.input_ids.tolist() for example in found]
+    return [example.input_ids.tolist() for example in result]
 
 
 def test_only_the_answer_and_the_end_are_learned() -> None:

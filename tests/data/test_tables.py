@@ -96,9 +96,9 @@ def test_a_column_that_is_not_used_may_hold_anything(tmp_path: Path) -> None:
     never = pa.array([b"\xff", b"\xfe"])
     pyarrow.parquet.write_table(pa.table({"text": ["a", "b"], "x": never, "x.y": [{"z": 1}, None]}), tmp_path / "a.parquet")
     for name in ("a.csv", "a.jsonl", "a.parquet"):
-        made = from_dict({**config, "data": {**config["data"], "path": str(tmp_path / name)}})  # type: ignore[dict-item]
-        check_data(made)
-        assert load_federation(made).rows["text"][:] == ["a", "b"]
+        run_config = from_dict({**config, "data": {**config["data"], "path": str(tmp_path / name)}})  # type: ignore[dict-item]
+        check_data(run_config)
+        assert load_federation(run_config).rows["text"][:] == ["a", "b"]
 
 
 def test_parquet_reads_only_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,10 +188,10 @@ def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name
     more = ["--insecure"] if door == "cli.server" else []
     settings = ["data=local", f"data.path={tmp_path / name}", "data.columns.label=intent", "task=classification", "partition=iid"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", f"fedtune.{door}", *settings, *more], cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-m", f"fedtune.{door}", *settings, *more], cwd=ROOT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.strip().endswith(
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.strip().endswith(
         "the training rows have no column 'intent' (data.columns.label), only text, label: correct the name"
     )
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0

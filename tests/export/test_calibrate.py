@@ -23,20 +23,24 @@ def counting(tokens: int, text: int = 10) -> list[str]:
 
 
 def test_the_last_eighth_is_held_out_and_the_rest_is_drawn_from() -> None:
-    made = make_calibration(counting(803), numbers, length=10, count=20)
+    calibration = make_calibration(counting(803), numbers, length=10, count=20)
     # 803 tokens are 80 pieces and 3 tokens that are left; the last 10 pieces, tokens 700 to 799, are held out
-    assert made.held.tolist() == list(range(700, 800))
-    assert len(made.sequences) == 20 and all(len(s) == 10 for s in made.sequences)
-    starts = [int(s[0]) for s in made.sequences]
-    assert starts == sorted(set(starts)) and max(starts) < 700 and all(s.tolist() == list(range(s[0], s[0] + 10)) for s in made.sequences)
+    assert calibration.held.tolist() == list(range(700, 800))
+    assert len(calibration.sequences) == 20 and all(len(s) == 10 for s in calibration.sequences)
+    starts = [int(s[0]) for s in calibration.sequences]
+    assert (
+        starts == sorted(set(starts))
+        and max(starts) < 700
+        and all(s.tolist() == list(range(s[0], s[0] + 10)) for s in calibration.sequences)
+    )
     again, other = (make_calibration(counting(803), numbers, length=10, count=20, seed=s) for s in (0, 1))
     assert [int(s[0]) for s in again.sequences] == starts != [int(s[0]) for s in other.sequences]
-    assert torch.equal(other.held, made.held)
+    assert torch.equal(other.held, calibration.held)
 
 
 def test_little_text_is_used_as_far_as_it_goes() -> None:
-    made = make_calibration(counting(9), numbers, length=256)
-    assert [s.tolist() for s in made.sequences] == [[0, 1, 2, 3]] and made.held.tolist() == [4, 5, 6, 7]
+    calibration = make_calibration(counting(9), numbers, length=256)
+    assert [s.tolist() for s in calibration.sequences] == [[0, 1, 2, 3]] and calibration.held.tolist() == [4, 5, 6, 7]
     with pytest.raises(DataError, match="has 3 tokens"):
         make_calibration(["1 2 3"], numbers)
     with pytest.raises(DataError, match="has 0 tokens"):

@@ -56,9 +56,9 @@ def test_rows_of_a_private_run_are_outside_its_epsilon(
 def test_the_perplexity_behind_a_prefix_is_the_engine_s(tmp_path: Path, method: str) -> None:
     run = trained(tmp_path, "none", method)
     ids = torch.randint(3, 20, (51,), generator=torch.Generator().manual_seed(2))
-    found = streamed_score(read_merged(run), list(windows(ids, 9)))
+    actual = streamed_score(read_merged(run), list(windows(ids, 9)))
     wanted = perplexity(of_engine(load_engine(export_edge(run, run / "edge"))), ids, window=9)
-    assert found.tokens == wanted.tokens == 50 and abs(found.nats - wanted.nats) < 1e-5
+    assert actual.tokens == wanted.tokens == 50 and abs(actual.nats - wanted.nats) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "ptuning_v2"])
@@ -66,8 +66,8 @@ def test_a_model_with_virtual_tokens_is_calibrated_behind_them(tmp_path: Path, k
     run = trained(tmp_path, "none", kind)
     for quantize, method in (("int4", "gptq"), ("int8", "smoothquant"), ("int4", "awq")):
         out = export_edge(run, run / f"{quantize}-{method}", quantize=quantize, method=method, calibrate=run)
-        found = read_package(out).card["quantised"]["perplexity"]
-        assert abs(math.log(found["after"] / found["before"])) < 0.1
+        result = read_package(out).card["quantised"]["perplexity"]
+        assert abs(math.log(result["after"] / result["before"])) < 0.1
 
 
 @pytest.mark.parametrize(("quantize", "method"), [("int4", "awq"), ("int8", "smoothquant")])

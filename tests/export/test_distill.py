@@ -109,14 +109,14 @@ def test_a_draft_learns_and_the_same_seed_gives_the_same(tmp_path: Path, on_poli
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ({"layers": 0}, "layers=0"), ({"steps": 0}, "steps=0"), ({"length": 7}, "length=7"), ({"on_policy": 1.5}, "on_policy=1.5"),
         ({"lr": float("nan")}, "lr=nan"), ({"batch_size": 0}, "batch_size=0"),
     ],
 )  # fmt: skip
-def test_settings_out_of_range(setting: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_out_of_range(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Distillation(**setting)
 
 
@@ -159,8 +159,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "12",
     ]
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert said.out.strip() == str(tmp_path / "draft")
-    assert [line[:9] for line in said.err.split("\n")] == ["fedtune: ", ""]  # one sentence, and no empty line before it
+    output = capsys.readouterr()
+    assert output.out.strip() == str(tmp_path / "draft")
+    assert [line[:9] for line in output.err.split("\n")] == ["fedtune: ", ""]  # one sentence, and no empty line before it
     assert main(arguments) == 2  # it is there already
     assert "already exists" in capsys.readouterr().err

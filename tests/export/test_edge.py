@@ -59,7 +59,7 @@ def test_a_bare_adapter_knows_its_round_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "method", "error", "said"),
+    ("kind", "task", "method", "error", "message"),
     [
         ("llama", CLASSES, "lora", ModelError, "is a classifier, which generates no text: export it with --to hf"),
         ("gpt2", CAUSAL, "lora", Unsupported, "does not support model_type='gpt2'"),
@@ -67,17 +67,17 @@ def test_a_bare_adapter_knows_its_round_only(tmp_path: Path) -> None:
         ("llama", CAUSAL, "adapter", ModelError, "cannot run peft.method=adapter"),
     ],
 )
-def test_what_the_engine_does_not_run(tmp_path: Path, kind: str, task: Any, method: str, error: type, said: str) -> None:
+def test_what_the_engine_does_not_run(tmp_path: Path, kind: str, task: Any, method: str, error: type, message: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task, method=method)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         export_edge(run, run / "edge")
     assert not (run / "edge").exists()
 
 
 def other_weights(folder: Path, **tensors: torch.Tensor | None) -> None:
     path = folder / "model.safetensors"
-    found = {**load_file(path), **tensors}
-    save_file({n: t for n, t in found.items() if t is not None}, path, {"format": "pt"})
+    stored_tensors = {**load_file(path), **tensors}
+    save_file({n: t for n, t in stored_tensors.items() if t is not None}, path, {"format": "pt"})
 
 
 BAD = {
@@ -133,7 +133,7 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--quantize", "int8"], "--quantize is for --to edge, not for --to hf"),
         (["--to", "gguf", "--separate"], "--separate is for --to edge, not for --to gguf"),
@@ -144,6 +144,6 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
         (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),
     ],
 )
-def test_settings_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_settings_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["export", str(tmp_path), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -143,13 +143,13 @@ def test_virtual_tokens_are_what_the_run_attends_to(tmp_path: Path, method: str,
         wanted = live.model(ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
         if method == "prompt":
             embedded = torch.cat([package.tensors["prompt.embeds"][None], base.get_input_embeddings()(ids)], 1)
-            found = base(inputs_embeds=embedded).logits[:, 4:]
+            actual = base(inputs_embeds=embedded).logits[:, 4:]
         else:
             keys, values = (package.tensors[f"prefix.{x}"].transpose(1, 2)[:, None] for x in "kv")  # [L, 1, Hkv, t, D]
             cache = DynamicCache(list(zip(keys, values, strict=True)))
-            found = base(ids, past_key_values=cache).logits  # at positions 4, 5 …
+            actual = base(ids, past_key_values=cache).logits  # at positions 4, 5 …
         plain = base(ids).logits
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
     assert not torch.allclose(plain, wanted, atol=1e-2)
     torch.testing.assert_close(engine_logits(package.folder, ids[0]), wanted[0], rtol=0, atol=1e-4)
     with pytest.raises(ModelError, match="leave out --separate"):

@@ -50,14 +50,14 @@ def test_the_perplexity_before_is_that_of_the_whole_model(tmp_path: Path, tie: b
     for method in ("lora", "prompt"):
         run, live = make_run(tmp_path / method, hub(save(tmp_path / f"m-{method}", config)), CAUSAL, method=method)
         ids = torch.randint(3, 35, (51,), generator=torch.Generator().manual_seed(2))
-        found = streamed_score(read_merged(run), list(windows(ids, 9)))
+        actual = streamed_score(read_merged(run), list(windows(ids, 9)))
 
         def logits(piece: torch.Tensor, live: LiveAdapter = live) -> torch.Tensor:
             return live.model(piece[None], attention_mask=torch.ones(1, len(piece))).logits[0, -len(piece) :]
 
         wanted = perplexity(logits, ids, window=9)
-        assert found.tokens == wanted.tokens == 50
-        assert abs(found.nats - wanted.nats) < 1e-5
+        assert actual.tokens == wanted.tokens == 50
+        assert abs(actual.nats - wanted.nats) < 1e-5
         assert abs(perplexity(of_engine(load_engine(export_edge(run, run / "edge"))), ids, window=9).nats - wanted.nats) < 1e-5
 
 
@@ -83,8 +83,8 @@ def test_without_calibration_the_run_s_own_test_is_measured_on(tmp_path: Path) -
     shutil.copyfile(rows, tmp_path / "test.jsonl")
     data = DataConfig(source="local", path=str(rows), test_path=str(tmp_path / "test.jsonl"), columns={"client": "client"})
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, data=data)
-    found = read_package(export_edge(run, run / "edge", quantize="int8")).card["quantised"]["perplexity"]
-    assert found["text"] == "the run's global test" and found["before"] > 1 and found["after"] > 1
+    result = read_package(export_edge(run, run / "edge", quantize="int8")).card["quantised"]["perplexity"]
+    assert result["text"] == "the run's global test" and result["before"] > 1 and result["after"] > 1
     with pytest.raises(ConfigError, match="--method gptq needs calibration text"):
         export_edge(run, run / "other", quantize="int8", method="gptq")
     with pytest.raises(ConfigError, match="add --quantize int8 or int4"):

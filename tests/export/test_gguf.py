@@ -75,9 +75,9 @@ print("\\n" + json.dumps({"ids": ids, "new": out, "loss": sum(losses) / max(len(
 
 def llama(path: Path, **ask: Any) -> dict[str, Any]:
     """llama.cpp's tokens of a text, its mean loss on them, its last logits, and what it greedily goes on with."""
-    said = subprocess.run([llama_python(), "-c", RUN, path, json.dumps({"context": 128, **ask})], capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr[-2000:]
-    return json.loads(said.stdout.splitlines()[-1])
+    process = subprocess.run([llama_python(), "-c", RUN, path, json.dumps({"context": 128, **ask})], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def transformers_says(folder: Path, ids: list[int], new: int = 0) -> tuple[torch.Tensor, float, list[int]]:
@@ -103,10 +103,10 @@ def test_llama_cpp_tokenizes_and_goes_on_as_transformers(tmp_path: Path, name: s
     with quiet():
         ids = AutoTokenizer.from_pretrained(merged)(TEXTS[name]).input_ids
     wanted, loss, new = transformers_says(merged, ids, 40)
-    found = llama(export_gguf(run, run / "f16.gguf"), text=TEXTS[name], new=40, context=256)
-    assert found["ids"] == ids
-    assert found["new"] == new
-    assert abs(found["loss"] - loss) < 0.002
+    actual = llama(export_gguf(run, run / "f16.gguf"), text=TEXTS[name], new=40, context=256)
+    assert actual["ids"] == ids
+    assert actual["new"] == new
+    assert abs(actual["loss"] - loss) < 0.002
     for kind, most in (("q8_0", 0.03), ("q4_0", 0.4)):  # nats a token; the models are tiny, and one is trained on other text
         lost = llama(export_gguf(run, run / f"{kind}.gguf", kind=kind), text=TEXTS[name], context=256)["loss"] - loss
         print(f"{name} {kind}: loss {loss:.3f}, {lost:+.3f}")
@@ -116,12 +116,12 @@ def test_llama_cpp_tokenizes_and_goes_on_as_transformers(tmp_path: Path, name: s
 def byte_level(folder: Path, split: str = "gpt-2") -> None:
     """A byte-level tokenizer of 101 tokens at most."""
     vocabulary = {t: i for i, t in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:90], "th", "the"])}
-    made = Tokenizer(models.BPE(vocabulary, [("t", "h"), ("th", "e")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h"), ("th", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if split == "smollm":
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), made.pre_tokenizer])
-    made.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), tokenizer.pre_tokenizer])
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def shaped(folder: Path, shape: str) -> Path:
@@ -155,8 +155,8 @@ def test_llama_cpp_has_the_logits_of_every_shape(tmp_path: Path, shape: str) -> 
     length = min(context.context, *(w for w in context.windows if w), 40) if any(context.windows) else min(context.context, 40)
     ids = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(4)).tolist()
     wanted, _, _ = transformers_says(merged, ids)
-    found = torch.tensor(llama(export_gguf(run, run / "m.gguf"), ids=ids)["last"])
-    assert (found - wanted).norm() / wanted.norm() < 0.01  # weights and products in float16
+    actual = torch.tensor(llama(export_gguf(run, run / "m.gguf"), ids=ids)["last"])
+    assert (actual - wanted).norm() / wanted.norm() < 0.01  # weights and products in float16
 
 
 # -- without llama.cpp --------------------------------------------------------------------------------------------------------------------
@@ -260,8 +260,8 @@ def test_byte_level_tokenizers_keep_their_merges(tmp_path: Path, split: str) -> 
 def test_no_name_makes_llama_cpp_change_tokens(tmp_path: Path, name: str) -> None:
     """By these it sets flags of tokens that it takes for granted, and reads no file that lacks them."""
     said, _ = read(export_gguf(shaped(tmp_path / name, "llama"), tmp_path / "m.gguf"))
-    found = said["general.name"].lower()
-    assert found.endswith(name.lower()[-2:]) and not any(known in found for known in ("phi-3", "phi3", "modern-bert"))
+    result = said["general.name"].lower()
+    assert result.endswith(name.lower()[-2:]) and not any(known in result for known in ("phi-3", "phi3", "modern-bert"))
 
 
 def test_a_chat_template_goes_along(tmp_path: Path) -> None:
@@ -276,9 +276,11 @@ def test_a_chat_template_goes_along(tmp_path: Path) -> None:
 
 
 def metaspace(folder: Path) -> None:
-    made = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3, "abc": 4, "bc": 5}, [("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    tokenizer = Tokenizer(
+        models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3, "abc": 4, "bc": 5}, [("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")])
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:

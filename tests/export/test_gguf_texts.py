@@ -174,9 +174,9 @@ def check(differs: str, told: list[str]) -> None:
 def test_an_export_says_which_texts_get_other_tokens(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", config=llama_config(vocab_size=400))
     PreTrainedTokenizerFast(tokenizer_object=pieces("first"), bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    said = describe_gguf(export_gguf(folder, tmp_path / "m.gguf"))
+    description = describe_gguf(export_gguf(folder, tmp_path / "m.gguf"))
     for part in ("GGUF cannot express it", "gets a second space", "after a special token", "next to '<|user|>' (3 such tokens)"):
-        assert part in said
+        assert part in description
 
 
 # -- llama.cpp ----------------------------------------------------------------------------------------------------------------------------
@@ -192,8 +192,8 @@ print("\\n" + json.dumps([model.tokenize(t, add_bos=begin, special=True) for beg
 
 def llama_tokens(path: Path, texts: list[str]) -> list[list[int]] | None:
     """llama.cpp's tokens, of each text as it is and then of each with its beginning; None where the process ends by itself."""
-    said = subprocess.run([llama_python(), "-c", RUN, path, json.dumps(texts)], capture_output=True, text=True)
-    return json.loads(said.stdout.splitlines()[-1]) if said.returncode == 0 else None
+    process = subprocess.run([llama_python(), "-c", RUN, path, json.dumps(texts)], capture_output=True, text=True)
+    return json.loads(process.stdout.splitlines()[-1]) if process.returncode == 0 else None
 
 
 @pytest.mark.slow
@@ -209,10 +209,10 @@ def test_llama_cpp_does_so(tmp_path: Path, name: str) -> None:
         texts = [t for t in TEXTS if as_llama_cpp(own, t) is not None]
         for text in [t for t in TEXTS if t not in texts][:2]:
             assert llama_tokens(path, [text]) is None
-    found = llama_tokens(path, texts)
-    assert found is not None and len(texts) >= 5
-    bare = found[: len(texts)]
+    actual = llama_tokens(path, texts)
+    assert actual is not None and len(texts) >= 5
+    bare = actual[: len(texts)]
     if kind == "pieces":
         assert bare == [as_llama_cpp(own, t) for t in texts]
-    assert found[len(texts) :] == [[theirs.bos_token_id] * own.begins + ids for ids in bare]
+    assert actual[len(texts) :] == [[theirs.bos_token_id] * own.begins + ids for ids in bare]
     assert (bare != theirs(texts, add_special_tokens=False).input_ids or texts != TEXTS) == bool(told)

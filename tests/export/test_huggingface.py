@@ -56,13 +56,13 @@ def test_the_merged_model_gives_the_logits_of_backbone_and_adapter(tmp_path: Pat
     out = export_hf(run, run / "merged")
     assert out == run / "merged"
     with quiet():
-        opened = (AutoModelForCausalLM if task is CAUSAL else AutoModelForSequenceClassification).from_pretrained(out)
-    torch.testing.assert_close(opened(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
+        model = (AutoModelForCausalLM if task is CAUSAL else AutoModelForSequenceClassification).from_pretrained(out)
+    torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
     with live.disabled():
-        assert not torch.allclose(opened(token_ids()).logits, live.model(token_ids()).logits, atol=1e-2)
+        assert not torch.allclose(model(token_ids()).logits, live.model(token_ids()).logits, atol=1e-2)
     assert AutoTokenizer.from_pretrained(out)("turn on").input_ids == live.backbone.tokenizer("turn on").input_ids
     if task is CLASSES:
-        assert opened.config.id2label == {0: "low", 1: "mid", 2: "high"}
+        assert model.config.id2label == {0: "low", 1: "mid", 2: "high"}
     assert sorted(p.name for p in run.iterdir()) == ["adapter", "config.yaml", "merged", "partition.json"]  # nothing is left beside
 
 
@@ -70,8 +70,8 @@ def test_a_bare_adapter_folder_names_its_backbone(tmp_path: Path) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CLASSES)
     (run / "adapter" / "fedtune.safetensors").unlink()
     with quiet():
-        opened = AutoModelForSequenceClassification.from_pretrained(export_hf(run / "adapter", tmp_path / "out"))
-    torch.testing.assert_close(opened(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
+        model = AutoModelForSequenceClassification.from_pretrained(export_hf(run / "adapter", tmp_path / "out"))
+    torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_of_the_embedded_backbone_finds_it_on_another_machine(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_an_adapter_of_the_embedded_backbone_finds_it_on_another_machine(tmp_pat
     path = run / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/elsewhere/nano"}))
     with quiet():
-        opened = AutoModelForCausalLM.from_pretrained(export_hf(run / "adapter", tmp_path / "out"))
+        model = AutoModelForCausalLM.from_pretrained(export_hf(run / "adapter", tmp_path / "out"))
     want = live.model(token_ids()).logits
-    torch.testing.assert_close(opened(token_ids()).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
+    torch.testing.assert_close(model(token_ids()).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
 
 
 def test_patterns_and_rank_stabilized_scaling_of_other_peoples_adapters(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_patterns_and_rank_stabilized_scaling_of_other_peoples_adapters(tmp_path
         )  # fmt: skip
         model = get_peft_model(base, settings)
         model.save_pretrained(str(tmp_path / "adapter"))
-        opened = AutoModelForCausalLM.from_pretrained(export_hf(tmp_path / "adapter", tmp_path / "out"))
-    torch.testing.assert_close(opened(token_ids()).logits, model(token_ids()).logits, rtol=0, atol=1e-5)
+        reloaded_model = AutoModelForCausalLM.from_pretrained(export_hf(tmp_path / "adapter", tmp_path / "out"))
+    torch.testing.assert_close(reloaded_model(token_ids()).logits, model(token_ids()).logits, rtol=0, atol=1e-5)
 
 
 def test_a_run_in_bf16_or_from_random_weights_is_merged_in_float32(tmp_path: Path) -> None:
@@ -103,12 +103,12 @@ def test_a_run_in_bf16_or_from_random_weights_is_merged_in_float32(tmp_path: Pat
     for name, changes in {"half": {"precision": "bf16"}, "random": {"init": "random"}}.items():
         run, live = make_run(tmp_path / name, hub(folder, **changes), CAUSAL)
         with quiet():
-            opened = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "merged"))
-        assert opened.dtype is torch.float32
+            model = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "merged"))
+        assert model.dtype is torch.float32
         full = load_backbone(hub(folder, init=changes.get("init", "pretrained")), CAUSAL, seed=5)
         exact = LiveAdapter(full, PeftConfig(rank=3, alpha=12.0), CAUSAL)
         exact.load(live.read(0))
-        torch.testing.assert_close(opened(token_ids()).logits, exact.model(token_ids()).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(token_ids()).logits, exact.model(token_ids()).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,13 @@ BESIDE = ["prompt", "prefix", "ptuning_v2", "adapter"]
 def test_methods_that_weights_can_express_are_merged(tmp_path: Path, method: str, kind: str, task: TaskConfig) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task, method=method)
     with quiet():
-        opened = (AutoModelForCausalLM if task is CAUSAL else AutoModelForSequenceClassification).from_pretrained(
+        model = (AutoModelForCausalLM if task is CAUSAL else AutoModelForSequenceClassification).from_pretrained(
             export_hf(run, run / "merged")
         )
     want = live.model(token_ids()).logits
-    torch.testing.assert_close(opened(token_ids()).logits, want, rtol=0, atol=1e-5 * max(1.0, want.abs().max().item()))
+    torch.testing.assert_close(model(token_ids()).logits, want, rtol=0, atol=1e-5 * max(1.0, want.abs().max().item()))
     with live.disabled():
-        assert not torch.allclose(opened(token_ids()).logits, live.model(token_ids()).logits, atol=1e-2)
+        assert not torch.allclose(model(token_ids()).logits, live.model(token_ids()).logits, atol=1e-2)
     assert not describe_folder(run / "merged") and not (run / "merged" / "adapter").exists()
 
 
@@ -239,8 +239,8 @@ def test_an_encoder_decoder_is_merged_from_its_run_and_from_its_folder(tmp_path:
     want = live.model(token_ids(), **more).logits
     for source, out in ((run, run / "merged"), (tmp_path / "copied", tmp_path / "out")):
         with quiet():
-            opened = AutoModelForSeq2SeqLM.from_pretrained(export_hf(source, out))
-        torch.testing.assert_close(opened(token_ids(), **more).logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
+            model = AutoModelForSeq2SeqLM.from_pretrained(export_hf(source, out))
+        torch.testing.assert_close(model(token_ids(), **more).logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 def test_a_dora_merge_that_dropped_the_norm_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,17 +275,17 @@ def test_shifts_of_the_frozen_weights_are_merged_first(tmp_path: Path, kind: str
     shutil.copytree(run / "adapter", tmp_path / "copied")  # a folder without its run carries them too
     for source, out in ((run, run / "merged"), (tmp_path / "copied", tmp_path / "out")):
         with quiet():
-            opened = auto.from_pretrained(export_hf(source, out))
-        torch.testing.assert_close(opened(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=2e-5)
+            model = auto.from_pretrained(export_hf(source, out))
+        torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", BESIDE)
 def test_what_no_weights_can_express_lies_beside_them(tmp_path: Path, method: str) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, method=method, std=0.5)
     out = export_hf(run, run / "merged")
-    said = describe_folder(out)
-    assert f"peft.method={method}" in said and str(out / "adapter") in said and "\n" not in said
-    assert ("PeftModel" in said) == (method != "adapter")
+    description = describe_folder(out)
+    assert f"peft.method={method}" in description and str(out / "adapter") in description and "\n" not in description
+    assert ("PeftModel" in description) == (method != "adapter")
     card = json.loads((out / "fedtune.json").read_text())
     assert card["peft"]["method"] == method
     with quiet():
@@ -293,8 +293,8 @@ def test_what_no_weights_can_express_lies_beside_them(tmp_path: Path, method: st
         with live.disabled():
             torch.testing.assert_close(bare(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
         if method != "adapter":
-            opened = PeftModel.from_pretrained(bare, str(out / "adapter"))
-            torch.testing.assert_close(opened(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
+            model = PeftModel.from_pretrained(bare, str(out / "adapter"))
+            torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
     # fedtune generate uses both
     ids = live.backbone.tokenizer("turn on", return_tensors="pt").input_ids
     tokens = live.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -306,10 +306,10 @@ def test_a_classifiers_head_is_in_the_weights_beside_a_prompt(tmp_path: Path) ->
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", "roberta")), CLASSES, method="prompt")
     with quiet():
         bare = AutoModelForSequenceClassification.from_pretrained(export_hf(run, run / "merged"))
-        opened = PeftModel.from_pretrained(bare, str(run / "merged" / "adapter"))
-    head: Any = opened.base_model.classifier
+        model = PeftModel.from_pretrained(bare, str(run / "merged" / "adapter"))
+    head: Any = model.base_model.classifier
     assert torch.equal(head.original_module.out_proj.weight, live.parameters["classifier.out_proj.weight"])
-    torch.testing.assert_close(opened(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
 
 
 def test_a_folder_without_its_run_has_to_be_mergeable(tmp_path: Path) -> None:
@@ -323,9 +323,9 @@ def test_a_folder_without_its_run_has_to_be_mergeable(tmp_path: Path) -> None:
 def test_real_weights_merge(tmp_path: Path) -> None:
     run, live = make_run(tmp_path / "run", hub(STORIES), CAUSAL, std=0.02)
     with quiet():
-        opened = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "merged"))
+        model = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "merged"))
     ids = live.backbone.tokenizer("Once upon a time, there was a dog.", return_tensors="pt").input_ids
     want = live.model(ids).logits  # up to 14: float32 itself is good to about 1e-6 of the largest
-    torch.testing.assert_close(opened(ids).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
+    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
     (length,) = struct.unpack("<Q", (run / "merged" / "model.safetensors").read_bytes()[:8])
     assert "lm_head.weight" not in (run / "merged" / "model.safetensors").read_bytes()[8 : 8 + length].decode()  # still tied

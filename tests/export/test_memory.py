@@ -124,12 +124,12 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path,
 def measured(small: Path, run: Path, how: str) -> tuple[int, int]:
     """Peak and output of an export, in bytes."""
     command = [sys.executable, "-c", PEAK, small, run, small.parent / "text.txt", *how.split()]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     out = run / "out"
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file())
     for made in (out, small / "out"):
         made.unlink() if made.is_file() else shutil.rmtree(made)
-    return int(said.stdout), size
+    return int(process.stdout), size
 
 
 @pytest.mark.slow

@@ -94,9 +94,9 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
 def logits(live: LiveAdapter) -> tuple[torch.Tensor, torch.Tensor]:
     """With the adapter, and without."""
     with torch.no_grad():
-        found = live.model(token_ids(1)).logits
+        result = live.model(token_ids(1)).logits
         with live.disabled():
-            return found, live.model(token_ids(1)).logits
+            return result, live.model(token_ids(1)).logits
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_method_says_how_it_can_begin(tmp_path: Path) -> None:
 
 def lists_of_methods(text: str) -> list[int]:
     """Lines with a collection of methods' names, or where one is compared with a method."""
-    found = list[int]()
+    results = list[int]()
     for node in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.expr)):
         items = node.keys if isinstance(node, ast.Dict) else node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else []
         names = [i.value for i in items if isinstance(i, ast.Constant) and i.value in METHODS]
@@ -227,20 +227,20 @@ def lists_of_methods(text: str) -> list[int]:
             if any(isinstance(s, ast.Attribute) and s.attr == "method" for s in sides):
                 names += [s.value for s in sides if isinstance(s, ast.Constant) and s.value in METHODS] * 2
         if len(names) > 1:
-            found.append(node.lineno)
-    return found
+            results.append(node.lineno)
+    return results
 
 
 def test_no_file_outside_the_folder_lists_methods() -> None:
     """A strategy may say which methods its mathematics covers; a study or a benchmark, which it compares."""
-    looked, found = 0, []
+    looked, results = 0, []
     for folder in ("fedtune", "clients", "simulations"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             if {"methods", "studies", "benchmarks"} & set(file.parts):
                 continue
             looked += 1
-            found += [f"{file.relative_to(ROOT)}:{line}" for line in lists_of_methods(file.read_text(encoding="utf-8"))]
-    assert looked > 150 and not found
+            results += [f"{file.relative_to(ROOT)}:{line}" for line in lists_of_methods(file.read_text(encoding="utf-8"))]
+    assert looked > 150 and not results
     assert lists_of_methods('x = ("lora", "dora")\nif c.peft.method == "ia3": pass\ny = {"full": 1, "prompt": 2}') == [1, 2, 3]
 
 
@@ -250,5 +250,5 @@ def test_what_methods_say_of_weights_needs_neither_peft_nor_transformers() -> No
         "import sys, fedtune.models.edits; from fedtune.config import METHODS; from fedtune.models.methods import method; "
         "[method(name) for name in METHODS]; print(sorted({'transformers', 'peft', 'flwr', 'datasets'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

@@ -53,9 +53,9 @@ def test_the_global_model_of_a_personal_run_says_what_it_is(tmp_path: Path, caps
     run, live, client = personal_run(tmp_path)
     for source in (run, run / "adapter"):
         assert main(["export", str(source), "--to", to, "--out", str(tmp_path / source.name / "out")]) == 0
-        said = capsys.readouterr().err
-        assert "each of 1 clients keeps tensors of its own" in said and "it is the untouched backbone" in said
-        assert str(client) in said.replace("`", "")
+        stderr = capsys.readouterr().err
+        assert "each of 1 clients keeps tensors of its own" in stderr and "it is the untouched backbone" in stderr
+        assert str(client) in stderr.replace("`", "")
     if to == "hf":
         with live.disabled():
             torch.testing.assert_close(logits(tmp_path / "run/out"), live.model(token_ids()).logits, rtol=0, atol=1e-5)

@@ -192,5 +192,5 @@ def test_a_folder_and_its_package_answer_as_transformers(family: str, kind: str,
         for source in (folder, package):
             engine = load_engine(source)
             engine.text.ends = frozenset()
-            found = [piece.token for piece in Generation(engine, engine.text.encode(text), Sampling(), 8) if piece.token is not None]
-            assert found == said[0, ids.shape[1] :].tolist()
+            result = [piece.token for piece in Generation(engine, engine.text.encode(text), Sampling(), 8) if piece.token is not None]
+            assert result == said[0, ids.shape[1] :].tolist()

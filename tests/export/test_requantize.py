@@ -91,8 +91,8 @@ def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision
     told = json.loads((out / "fedtune.json").read_text())["quantised"]
     assert {told["precision"], told["compute"]} == {precision, "fp32"}
     with quiet():
-        opened = AutoModelForCausalLM.from_pretrained(out)
-    layers = {n: m for n, m in opened.named_modules() if quantize.is_quantized(m)}
+        reloaded_model = AutoModelForCausalLM.from_pretrained(out)
+    layers = {n: m for n, m in reloaded_model.named_modules() if quantize.is_quantized(m)}
     want, plain = exact(model, live), load_backbone(hub(export_hf(run, tmp_path / "merged")), LM)
     own = dict(plain.model.named_modules())
     errors = {}
@@ -104,7 +104,7 @@ def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision
     assert math.isclose(sum(errors.values()) / len(errors), told["weights_mean"], rel_tol=1e-4)
     assert errors[told["worst"]] == max(errors.values())
     merged = text_logits(plain.model, plain.tokenizer)
-    assert math.isclose(off(text_logits(opened, plain.tokenizer), merged), told["logits"], rel_tol=1e-3)
+    assert math.isclose(off(text_logits(reloaded_model, plain.tokenizer), merged), told["logits"], rel_tol=1e-3)
     with want.disabled():
         assert math.isclose(off(text_logits(want.backbone.model, plain.tokenizer), merged), told["adapter"], rel_tol=1e-3)
     assert f"to {precision}: " in describe_folder(out) and "\n" not in describe_folder(out)
@@ -114,8 +114,8 @@ def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision
 def test_a_classifier_keeps_its_head_whole(tmp_path: Path) -> None:
     run, live = make_run(tmp_path / "run", wide(tmp_path / "m", "bert"), task=CLASSES)
     with quiet():
-        opened = AutoModelForSequenceClassification.from_pretrained(export_hf(run, tmp_path / "out", requantize=True))
-    assert torch.equal(opened.classifier.weight, live.parameters["classifier.weight"])
+        model = AutoModelForSequenceClassification.from_pretrained(export_hf(run, tmp_path / "out", requantize=True))
+    assert torch.equal(model.classifier.weight, live.parameters["classifier.weight"])
 
 
 def test_it_says_where_the_adapter_may_be_lost() -> None:
@@ -149,12 +149,12 @@ def test_the_dtype_is_the_checkpoints(tmp_path: Path, dtype: torch.dtype) -> Non
     with safe_open(out / "model.safetensors", "pt") as f:
         assert {f.get_tensor(n).dtype for n in f.keys()} == {dtype}  # noqa: SIM118
     with quiet():
-        opened = AutoModelForCausalLM.from_pretrained(out)
-    assert opened.dtype is dtype
+        reloaded_model = AutoModelForCausalLM.from_pretrained(out)
+    assert reloaded_model.dtype is dtype
     want, name = exact(model, live), "model.layers.0.mlp.up_proj"
     layer = want.model.get_submodule(f"base_model.model.{name}")
     state = live.read(1)
     merged = (
         layer.base_layer.weight.double() + state.spec.scaling[name] * state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()
     )
-    assert torch.equal(opened.get_parameter(f"{name}.weight"), merged.float().to(dtype))  # rounded once
+    assert torch.equal(reloaded_model.get_parameter(f"{name}.weight"), merged.float().to(dtype))  # rounded once

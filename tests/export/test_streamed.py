@@ -77,10 +77,10 @@ def check(run: Path, out: Path, wanted: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         assert (out / name).is_file() == (wanted / name).is_file()
         assert not (out / name).is_file() or json.loads((out / name).read_text()) == json.loads((wanted / name).read_text())
-    found, whole = tensors(out), tensors(wanted)
-    assert set(found) == set(whole)
+    actual, whole = tensors(out), tensors(wanted)
+    assert set(actual) == set(whole)
     for name, tensor in whole.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 def cell(kind: str, method: str, index: int) -> Any:
@@ -152,9 +152,9 @@ def test_other_names_in_the_checkpoint(tmp_path: Path, how: str) -> None:
 def test_a_tied_table_that_is_kept_twice(tmp_path: Path, same: bool) -> None:
     folder = checkpoint(tmp_path / "m")
     path = folder / "model.safetensors"
-    found = load_file(path)
-    twin = found["model.embed_tokens.weight"].clone()
-    save_file({**found, "lm_head.weight": twin if same else twin + 1}, path, {"format": "pt"})
+    stored_tensors = load_file(path)
+    twin = stored_tensors["model.embed_tokens.weight"].clone()
+    save_file({**stored_tensors, "lm_head.weight": twin if same else twin + 1}, path, {"format": "pt"})
     run, _ = make_run(tmp_path / "run", hub(folder), CAUSAL)
     check(run, run / "merged", in_memory(run, tmp_path / "wanted"))
     assert ("lm_head.weight" in tensors(run / "merged")) != same
@@ -202,8 +202,8 @@ def test_several_shards_are_those_of_transformers(tmp_path: Path, monkeypatch: p
     assert index["metadata"] == json.loads((tmp_path / "wanted" / "model.safetensors.index.json").read_text())["metadata"]
     assert set(index["weight_map"].values()) == {f.name for f in (run / "merged").glob("*.safetensors")} and len(index["weight_map"]) > 9
     with quiet():
-        opened = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.bfloat16)
-    assert all(torch.equal(p, whole.get_parameter(n)) for n, p in opened.named_parameters())
+        model = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.bfloat16)
+    assert all(torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters())
 
 
 # -- what cannot be read so ---------------------------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ def test_weights_in_another_form_are_merged_in_memory_and_that_is_said(tmp_path:
     )  # fmt: skip
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", config=config)), CAUSAL)
     assert any(".experts.2." in n for n in tensors(tmp_path / "m"))  # apart there, one tensor in the model
-    said = describe_folder(export_hf(run, run / "merged"))
-    assert "experts" in said and said.endswith("in another form than the model, so the model was merged in memory")
+    description = describe_folder(export_hf(run, run / "merged"))
+    assert "experts" in description and description.endswith("in another form than the model, so the model was merged in memory")
     wanted = tensors(in_memory(run, tmp_path / "wanted"))
     assert all(torch.allclose(t, wanted[n], rtol=0, atol=1e-6) for n, t in tensors(run / "merged").items())
 
@@ -249,12 +249,12 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path, name: str, words:
 def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     path = tmp_path / "m" / "model.safetensors"
-    found = load_file(path)
-    norm = found.pop("model.norm.weight")
-    save_file(found, path, {"format": "pt"})
+    stored_tensors = load_file(path)
+    norm = stored_tensors.pop("model.norm.weight")
+    save_file(stored_tensors, path, {"format": "pt"})
     with pytest.raises(ModelError, match="'model.norm.weight' is missing from"):
         export_hf(run, run / "merged")
-    save_file({**found, "model.norm.weight": norm[:3]}, path, {"format": "pt"})
+    save_file({**stored_tensors, "model.norm.weight": norm[:3]}, path, {"format": "pt"})
     with pytest.raises(ModelError, match="'model.norm.weight' has another shape in"):
         export_hf(run, run / "merged")
 

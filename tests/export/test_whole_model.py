@@ -29,8 +29,8 @@ def test_a_model_is_packaged_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixt
     engine, ids = load_engine(model / "edge"), token_ids(1)
     with quiet():
         wanted = AutoModelForCausalLM.from_pretrained(model)(ids).logits[0]
-    found = engine.decoder.forward(ids[0], [Span(engine.cache(), ids.shape[1], keep=None)])
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    actual = engine.decoder.forward(ids[0], [Span(engine.cache(), ids.shape[1], keep=None)])
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
     assert engine.card == {
         "task": "causal_lm", "prompt": None, "max_new_tokens": None, "base": fingerprint(model),
         "provenance": {"model": "m"}, "metric": None, "privacy": None,
@@ -52,8 +52,8 @@ def test_what_a_run_was_exported_as_keeps_its_prompt_template(tmp_path: Path) ->
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, data=data)
     merged, straight = export_hf(run, tmp_path / "merged"), read_package(export_edge(run, tmp_path / "straight"))
     package = read_package(export_edge(merged, tmp_path / "edge"))
-    found = {name: package.card[name] for name in ("task", "prompt", "max_new_tokens")}
-    assert found == {"task": "instruction", "prompt": "set {q} to", "max_new_tokens": 6} and found.items() <= straight.card.items()
+    result = {name: package.card[name] for name in ("task", "prompt", "max_new_tokens")}
+    assert result == {"task": "instruction", "prompt": "set {q} to", "max_new_tokens": 6} and result.items() <= straight.card.items()
     assert package.card["base"] == fingerprint(merged) != straight.card["base"]  # adapters of the backbone are none of the merged model's
     assert all(torch.equal(package.tensors[n], t) for n, t in straight.tensors.items())
 

@@ -120,10 +120,10 @@ def test_the_adapter_folder_opens_with_peft_on_the_untouched_backbone(tmp_path: 
             bare = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", num_labels=3)  # with another random head
         bare.config.pad_token_id = live.backbone.tokenizer.pad_token_id
         base = bare(token_ids()).logits
-        opened = PeftModel.from_pretrained(bare, tmp_path / "adapter")
-    torch.testing.assert_close(opened(token_ids()).logits, want, rtol=0, atol=1e-5)
+        model = PeftModel.from_pretrained(bare, tmp_path / "adapter")
+    torch.testing.assert_close(model(token_ids()).logits, want, rtol=0, atol=1e-5)
     assert not torch.allclose(base, want, atol=1e-2)  # the adapter does something, so the line above says something
-    assert opened.peft_config["default"].base_model_name_or_path == str(tmp_path / "m")
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "m")
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", CAUSAL), ("gpt2", CAUSAL), ("llama", CLASSES), ("bert", CLASSES)])

@@ -40,9 +40,9 @@ def matrices(folder: Path, precision: str, **changes: Any) -> dict[str, tuple[Te
 
 def check_start(folder: Path, precision: str, peft: PeftConfig = PEFT, **changes: Any) -> None:
     state = start(folder, precision, peft, **changes)
-    found = matrices(folder, precision, **changes)
-    assert found.keys() == set(state.spec.ranks)
-    for name, (weight, coarse) in found.items():
+    result = matrices(folder, precision, **changes)
+    assert result.keys() == set(state.spec.ranks)
+    for name, (weight, coarse) in result.items():
         a, b, rank = state[f"{name}.lora_A"].double(), state[f"{name}.lora_B"].double(), state.spec.ranks[name]
         sigma = torch.linalg.svdvals(weight - coarse)
         left = (weight - coarse - state.spec.scaling[name] * b @ a).norm()

@@ -152,7 +152,7 @@ def test_version_0_follows_the_seed_only(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("kind", "task"),
-    quick([("gpt2", CAUSAL), ("distilbert", CLASSES), ("t5", ASK), *(opened := [("llama", CAUSAL), ("qwen2", CLASSES)])], *opened),
+    quick([("gpt2", CAUSAL), ("distilbert", CLASSES), ("t5", ASK), *(model := [("llama", CAUSAL), ("qwen2", CLASSES)])], *model),
 )
 def test_the_folder_opens_with_peft(tmp_path: Path, name: str, kind: str, task: TaskConfig) -> None:
     if (name, kind, task.kind) in REFUSED:
@@ -167,11 +167,11 @@ def test_the_folder_opens_with_peft(tmp_path: Path, name: str, kind: str, task: 
         auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM if task is CAUSAL else AutoModelForSequenceClassification
         bare = auto.from_pretrained(tmp_path / "m", **({"num_labels": 3} if task is CLASSES else {}))
         bare.config.pad_token_id = 1
-        opened = PeftModel.from_pretrained(bare, tmp_path / "adapter")
+        model = PeftModel.from_pretrained(bare, tmp_path / "adapter")
     ids = token_ids()  # without padding: PEFT's own classifier with a prompt reads the last position
     more = {"decoder_input_ids": token_ids(columns=4, seed=2)} if kind == "t5" else {}
-    torch.testing.assert_close(opened(ids, **more).logits, live.model(ids, **more).logits, rtol=0, atol=1e-5)
-    assert opened.peft_config["default"].base_model_name_or_path == str(tmp_path / "m")
+    torch.testing.assert_close(model(ids, **more).logits, live.model(ids, **more).logits, rtol=0, atol=1e-5)
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "m")
 
 
 # -- LoRA, rsLoRA, DoRA -----------------------------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ def test_a_smaller_rank_in_the_slot_is_that_rank_exactly(tmp_path: Path, name: s
     with quiet():
         bare = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", num_labels=3)
         bare.config.pad_token_id = 1
-        opened = PeftModel.from_pretrained(bare, tmp_path / "adapter")
-    torch.testing.assert_close(opened(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
+        model = PeftModel.from_pretrained(bare, tmp_path / "adapter")
+    torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
     # the full rank comes back as it was
     live.load(big)
     assert live.read(0).spec == big.replace(base=live.backbone.fingerprint).spec and torch.equal(live.read(0)[n], big[n])

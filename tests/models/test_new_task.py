@@ -150,13 +150,13 @@ def test_single_rows_have_the_gradients_of_the_loop(tmp_path: Path) -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
     batch: Mapping[str, Tensor] = {"input_ids": ids, "attention_mask": mask, "labels": task.example_labels(ids, mask)}
     live.model.train()
-    found = []
+    results = []
     for way in (looped, hooked, mapped):
         with way(live, names, config.task) as grads:
-            found.append(grads(batch))
-    for other in found[1:]:
+            results.append(grads(batch))
+    for other in results[1:]:
         for name in names:
-            torch.testing.assert_close(other[name], found[0][name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(other[name], results[0][name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_registered_task_is_a_choice_and_a_name_that_is_none_is_refused() -> None:
@@ -198,14 +198,14 @@ def test_tasks_that_contradict_each_other_about_a_metric_are_refused(monkeypatch
 
 def test_no_file_asks_which_task_it_is() -> None:
     """Whatever differs between tasks is an attribute or a method of the task: a comparison with a name would leave new tasks out."""
-    root, looked, found = Path(__file__).parents[2], 0, []
+    root, looked, results = Path(__file__).parents[2], 0, []
     for file in (f for folder in ("fedtune", "clients", "simulations", "strategies") for f in (root / folder).rglob("*.py")):
         looked += 1
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
                 names = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & {*TASKS.names()} - {"regression"}
-                found += [f"{file.relative_to(root)}:{node.lineno}"] if names else []
-    assert looked > 100 and not found, found
+                results += [f"{file.relative_to(root)}:{node.lineno}"] if names else []
+    assert looked > 100 and not results, results
 
 
 def test_a_task_s_names_need_no_torch() -> None:
@@ -213,8 +213,8 @@ def test_a_task_s_names_need_no_torch() -> None:
         "import sys; from fedtune.config import Config, check; from fedtune.contracts.task import metrics; check(Config()); metrics()\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'peft') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr + done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0 and process.stdout.strip() == "[]", process.stderr + process.stdout
 
 
 def test_a_task_s_file_may_define_other_classes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

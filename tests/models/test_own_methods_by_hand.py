@@ -122,12 +122,12 @@ def test_a_decoders_prompts_open_as_pefts_prefix_tuning(kind: str, task: TaskCon
     assert live.save is not None
     live.save(tmp_path)
     with quiet():
-        opened = PeftModel.from_pretrained(build(kind, task), str(tmp_path)).eval()
-    torch.testing.assert_close(logits(opened, task), logits(live.model, task), rtol=1e-4, atol=1e-4)
+        model = PeftModel.from_pretrained(build(kind, task), str(tmp_path)).eval()
+    torch.testing.assert_close(logits(model, task), logits(live.model, task), rtol=1e-4, atol=1e-4)
     if task is CAUSAL:
         ids = batch(task)["input_ids"][:2, :5]
         inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]]), "max_new_tokens": 4, "do_sample": False}
-        a, b = (m.generate(**inputs) for m in (opened, live.model))  # pyright: ignore[reportCallIssue]
+        a, b = (m.generate(**inputs) for m in (model, live.model))  # pyright: ignore[reportCallIssue]
         assert torch.equal(a, b)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
 

@@ -115,16 +115,16 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     folder, task = wide(tmp_path / kind, kind), task_of(kind)
     plain, backbone = load_backbone(hub(folder), task, num_labels=3), quantized(folder, precision, task)
-    own, found = linears(plain.model), linears(backbone.model)
-    assert found.keys() == own.keys()
-    whole = {n for n, m in found.items() if not quantize.is_quantized(m)}
+    own, result = linears(plain.model), linears(backbone.model)
+    assert result.keys() == own.keys()
+    whole = {n for n, m in result.items() if not quantize.is_quantized(m)}
     # classifiers and the output layer; T5's wo, whose code reads its weight's dtype; what is fed by an embedding of 8
     also = (".wo", *((".project_in", ".embedding_hidden_mapping_in") if precision == "nf4" else ()))
     heads = {n for n in own if n.split(".")[0] in ("classifier", "pre_classifier", "lm_head")}
     assert whole == heads | {n for n in own if n.endswith(also)}
-    for name in found.keys() - whole:
+    for name in result.keys() - whole:
         weight = own[name].weight.T if isinstance(own[name], Conv1D) else own[name].weight
-        assert off(quantize.weight_of(found[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
+        assert off(quantize.weight_of(result[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
     assert not any(p.requires_grad or p.is_meta for p in backbone.model.parameters())
     assert off(logits(backbone), logits(dequantized(backbone, folder, task))) < 1e-4
     assert backbone.fingerprint == plain.fingerprint  # adapters go between precisions
@@ -271,15 +271,15 @@ def test_missing_weights_are_refused_and_not_cached(tmp_path: Path, cache: Path)
 @pytest.mark.parametrize("precision", ["fp32", *KINDS])
 def test_checkpointing_changes_no_gradient(tmp_path: Path, precision: str) -> None:
     folder = wide(tmp_path / "llama")
-    states, found = [], []
+    states, results = [], []
     for on in (False, True):
         live = LiveAdapter(quantized(folder, precision, checkpointing=on), PeftConfig(rank=3), LM)
         states.append(random_state(live))
         live.load(states[0])
-        found.append(gradients(live))
+        results.append(gradients(live))
         assert any(getattr(m, "gradient_checkpointing", False) for m in live.model.modules()) is on
         assert (way_of(live, LM)[0] is None) is on
-    assert worst(found[1], found[0]) < 1e-6
+    assert worst(results[1], results[0]) < 1e-6
 
 
 def test_an_adapter_goes_from_one_precision_to_another(tmp_path: Path) -> None:

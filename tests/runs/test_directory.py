@@ -27,9 +27,9 @@ def test_a_saved_checkpoint_is_read_back(run: RunDirectory) -> None:
     assert run.newest() == (None, [])
     for r in range(4):
         run.save(checkpoint(r))
-    found, skipped = run.newest()
-    assert found is not None and skipped == [] and found.round == 3 and found.clients["a"]["counted"] == 3
-    assert torch.equal(found.state.memory["momentum"], torch.full((2, 3), 3.0)) and found.state.adapter.spec.version == 3
+    newest, skipped = run.newest()
+    assert newest is not None and skipped == [] and newest.round == 3 and newest.clients["a"]["counted"] == 3
+    assert torch.equal(newest.state.memory["momentum"], torch.full((2, 3), 3.0)) and newest.state.adapter.spec.version == 3
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["round-0002", "round-0003"]
 
 
@@ -75,8 +75,8 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(run: RunDirectory, victim:
     else:
         data[len(data) // 2] ^= 0xFF
         path.write_bytes(data)
-    found, skipped = run.newest()
-    assert found is not None and found.round == 1
+    newest, skipped = run.newest()
+    assert newest is not None and newest.round == 1
     assert len(skipped) == 1 and "round-0002" in skipped[0] and "damaged" in skipped[0]
     run.save(checkpoint(2))  # the round is run again, over the damaged one
     assert run.newest()[0].round == 2  # type: ignore[union-attr]

@@ -138,8 +138,8 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (): "give either a run directory or --control",
     }.items():
         assert main(["status", *given]) == 2
-        said = capsys.readouterr()
-        assert not said.out and why in said.err and said.err.count("\n") == 1
+        output = capsys.readouterr()
+        assert not output.out and why in output.err and output.err.count("\n") == 1
 
 
 class Answers(http.server.BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ NANO = Path(str(fedtune.models.__file__)).parent / "nano"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[" * DEEP + "]" * DEEP, "nested too deeply"),
         ('{"a":' * DEEP + "1" + "}" * DEEP, "nested too deeply"),
@@ -24,14 +24,14 @@ NANO = Path(str(fedtune.models.__file__)).parent / "nano"
         ("{", "Expecting property name"),
     ],
 )
-def test_invalid_json_is_a_value_error_with_a_short_reason(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said) as bad:
+def test_invalid_json_is_a_value_error_with_a_short_reason(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as bad:
         parse_json(text)
     assert len(str(bad.value)) < 100
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("a: " + "9" * DIGITS, "a number has too many digits"),
@@ -39,8 +39,8 @@ def test_invalid_json_is_a_value_error_with_a_short_reason(text: str, said: str)
         ("a: \x00", "unacceptable character"),
     ],
 )
-def test_invalid_yaml_is_a_value_error_with_a_short_reason(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said) as bad:
+def test_invalid_yaml_is_a_value_error_with_a_short_reason(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as bad:
         parse_yaml(text)
     assert len(str(bad.value)) < 200
 
@@ -171,12 +171,12 @@ def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     try:
         code = call()
     except FedtuneError as bad:
-        said = str(bad)
+        stderr = str(bad)
     else:
         assert code == 2
-        said = capsys.readouterr().err.strip().removeprefix("fedtune: ")
-    assert said and "\n" not in said and "Traceback" not in said and len(said) < 1000, said[:300]
-    assert "set_int_max_str_digits" not in said
+        stderr = capsys.readouterr().err.strip().removeprefix("fedtune: ")
+    assert stderr and "\n" not in stderr and "Traceback" not in stderr and len(stderr) < 1000, stderr[:300]
+    assert "set_int_max_str_digits" not in stderr
 
 
 def test_all_commands_are_covered() -> None:

@@ -48,7 +48,7 @@ def test_the_card_of_a_loftq_adapter_does_not_load_it_with_peft(tmp_path: Path) 
 def follow(text: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The `model` that the card's commands and code make, typed as they stand but for the paths to fill in."""
     monkeypatch.chdir(run.parent)
-    found: dict[str, Any] = {}
+    namespace: dict[str, Any] = {}
     fences = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     assert fences[-1][0] == "python"
     for language, code in fences:
@@ -61,8 +61,8 @@ def follow(text: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 assert program == "fedtune" and main(words) == 0
         else:
             with quiet():
-                exec(code, found)
-    return found["model"]
+                exec(code, namespace)
+    return namespace["model"]
 
 
 def logits(model: Any, task: TaskConfig) -> torch.Tensor:
@@ -84,8 +84,8 @@ def check_card(run: Path, live: LiveAdapter, task: TaskConfig, monkeypatch: pyte
     wanted = logits(live.model, task)
     with live.disabled():
         assert not torch.allclose(logits(live.model, task), wanted, atol=1e-2)
-    found = logits(follow(text, run, monkeypatch), task)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+    actual = logits(follow(text, run, monkeypatch), task)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))
     return text
 
 

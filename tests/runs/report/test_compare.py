@@ -37,9 +37,9 @@ def compare(paths: Sequence[Path], metric: str | None = None) -> Comparison:
 def test_means_and_paired_differences_by_hand(tmp_path: Path) -> None:
     a = [run(tmp_path, s, v, "strategy=fedavg", clients=(v, v - 0.2)) for s, v in ((0, 0.2), (1, 0.4), (2, 0.6))]
     b = [run(tmp_path, s, v, "strategy=flora") for s, v in ((2, 0.9), (0, 0.3))]
-    found = compare([*a, *b])
-    assert [s.label for s in found.settings] == ["strategy=FedAvg", "strategy=FLoRA"]
-    rows = found.rows()
+    comparison = compare([*a, *b])
+    assert [s.label for s in comparison.settings] == ["strategy=FedAvg", "strategy=FLoRA"]
+    rows = comparison.rows()
     # fedavg: mean .4, std √((.04 + 0 + .04) / 2) = .2; flora: mean .6, std √(.09 + .09) = .424
     assert rows[0][1:4] == ["3", "0.400 ± 0.200", "–"]
     # pairs: seed 0: .3 - .2 = .1, seed 2: .9 - .6 = .3; mean .2, std √(.01 + .01) = .141. Unpaired it would be .6 - .4 with std .47
@@ -49,25 +49,25 @@ def test_means_and_paired_differences_by_hand(tmp_path: Path) -> None:
 
 
 def test_any_key_but_the_seed_distinguishes_settings(tmp_path: Path) -> None:
-    found = compare([run(tmp_path, s, 0.5, f"client.lr={lr}", f"peft.rank={r}") for s in (0, 1) for lr, r in ((1e-3, 4), (2e-3, 8))])
-    assert [(s.label, sorted(s.runs)) for s in found.settings] == [("peft.rank=4", [0, 1]), ("peft.rank=8", [0, 1])]
-    assert found.also == ["client.lr"] and "Settings also differ in these keys: client.lr." in found.notes()
+    comparison = compare([run(tmp_path, s, 0.5, f"client.lr={lr}", f"peft.rank={r}") for s in (0, 1) for lr, r in ((1e-3, 4), (2e-3, 8))])
+    assert [(s.label, sorted(s.runs)) for s in comparison.settings] == [("peft.rank=4", [0, 1]), ("peft.rank=8", [0, 1])]
+    assert comparison.also == ["client.lr"] and "Settings also differ in these keys: client.lr." in comparison.notes()
 
 
 def test_markdown_and_csv_contain_every_run(tmp_path: Path) -> None:
-    found = compare([run(tmp_path, s, 0.5 + s / 4) for s in (0, 1)])
-    rows = list(csv.DictReader(table_csv(found).splitlines()))
+    comparison = compare([run(tmp_path, s, 0.5 + s / 4) for s in (0, 1)])
+    rows = list(csv.DictReader(table_csv(comparison).splitlines()))
     assert [(r["setting"], r["seed"], r["accuracy"], r["MB up"]) for r in rows] == [
         ("all runs", "0", "0.5", "3.0"),
         ("all runs", "1", "0.75", "3.0"),
     ]
-    text = markdown(found, "rounds=2")
+    text = markdown(comparison, "rounds=2")
     assert "| all runs | 2 | 0.625 ± 0.177 | – |" in text and "Common to all: `rounds=2`." in text
 
 
 def test_the_notes_say_that_a_lower_loss_is_better(tmp_path: Path) -> None:
-    found = compare([run(tmp_path, 0, 2.0, metric="loss")])
-    assert found.metric == "loss" and "lower is better" in found.notes()[0]
+    comparison = compare([run(tmp_path, 0, 2.0, metric="loss")])
+    assert comparison.metric == "loss" and "lower is better" in comparison.notes()[0]
 
 
 def test_runs_that_cannot_be_compared_are_one_sentence(tmp_path: Path) -> None:

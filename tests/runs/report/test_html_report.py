@@ -158,15 +158,15 @@ def test_a_damaged_side_file_is_named(tmp_path: Path, name: str, text: str) -> N
 
 def test_the_last_evaluation_of_a_client_counts_and_round_0_is_its_start() -> None:
     lines = [{"round": r, "client": "a", "exact_match": v} for r, v in ((0, 0.1), (1, 0.6), (2, 0.4), (3, None))]
-    (found,) = client_results(lines, "exact_match")
-    assert (found.before, found.after) == (0.1, 0.4)
+    (results,) = client_results(lines, "exact_match")
+    assert (results.before, results.after) == (0.1, 0.4)
 
 
 @pytest.mark.parametrize(("metric", "wanted"), [("accuracy", 0.5), ("perplexity", 9.5)])
 def test_a_class_of_eleven_clients_has_two_in_its_worst_decile(metric: str, wanted: float) -> None:
     lines = [{"round": 1, "client": f"c{i:02}", metric: float(i)} for i in range(11)]
-    (found,) = class_results(client_results(lines, metric), metric)
-    assert found.worst == wanted  # by hand: ⌈11/10⌉ = 2 clients, (0 + 1) / 2 or (10 + 9) / 2
+    (actual,) = class_results(client_results(lines, metric), metric)
+    assert actual.worst == wanted  # by hand: ⌈11/10⌉ = 2 clients, (0 + 1) / 2 or (10 + 9) / 2
 
 
 def test_the_class_card_shows_the_devices_choices(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def test_tensorboard_of_a_resumed_run_matches_its_lines(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, resume_round=1)
     writer.write({"round": 2, "client": None, "exact_match": 0.9})
     writer.close()
-    found = scalars(tmp_path)
-    assert found["global/exact_match"] == {0: 0.0, 1: 0.2, 2: 0.9}
-    assert found["clients/phone/exact_match/mean"] == {0: 0.0, 1: 0.2}
+    events = scalars(tmp_path)
+    assert events["global/exact_match"] == {0: 0.0, 1: 0.2, 2: 0.9}
+    assert events["clients/phone/exact_match/mean"] == {0: 0.0, 1: 0.2}
 
 
 def test_the_worst_perplexity_is_the_highest(tmp_path: Path) -> None:
@@ -121,5 +121,5 @@ def test_the_worst_perplexity_is_the_highest(tmp_path: Path) -> None:
     for client, perplexity in (("a", 10.0), ("b", 30.0)):
         writer.write({"round": 0, "client": client, "device_class": "hub", "perplexity": perplexity})
     writer.close()
-    found = scalars(tmp_path)
-    assert found == {"clients/hub/perplexity/mean": {0: 20.0}, "clients/hub/perplexity/worst": {0: 30.0}}
+    events = scalars(tmp_path)
+    assert events == {"clients/hub/perplexity/mean": {0: 20.0}, "clients/hub/perplexity/worst": {0: 30.0}}
