@@ -92,23 +92,23 @@ def long_header(raw: bytes, rng: random.Random) -> bytes:
 def header(raw: bytes, rng: random.Random) -> bytes:
     """Names swapped, a dtype, a shape or an offset changed, a tensor gone, the nesting deep."""
     (length,) = struct.unpack("<Q", raw[:8])
-    said, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    names = [n for n in said if n != "__metadata__"]
+    document, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    names = [n for n in document if n != "__metadata__"]
     a, b = rng.choice(names), rng.choice(names)
     how = rng.randrange(7)
     if how == 0:
-        said[a], said[b] = said[b], said[a]
+        document[a], document[b] = document[b], document[a]
     elif how == 1:
-        said[a]["dtype"] = rng.choice(("F64", "F32", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "X", None, 3))
+        document[a]["dtype"] = rng.choice(("F64", "F32", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "X", None, 3))
     elif how == 2:
-        said[a]["shape"] = rng.choice(([], [0], [2**40, 2**40], [-1], said[b]["shape"], said[a]["shape"][::-1], "x", [1.5]))
+        document[a]["shape"] = rng.choice(([], [0], [2**40, 2**40], [-1], document[b]["shape"], document[a]["shape"][::-1], "x", [1.5]))
     elif how == 3:
-        said[a]["data_offsets"] = rng.choice(([0, 2**60], [5, 3], [0, 0], said[b]["data_offsets"], [-4, 0], None))
+        document[a]["data_offsets"] = rng.choice(([0, 2**60], [5, 3], [0, 0], document[b]["data_offsets"], [-4, 0], None))
     elif how == 4:
-        del said[a]
+        del document[a]
     elif how == 5:
-        said[f"{a}.x"] = said.pop(a)
-    text = json.dumps(said)
+        document[f"{a}.x"] = document.pop(a)
+    text = json.dumps(document)
     if how == 6:
         text = text[:-1] + ', "deep": ' + "[" * rng.choice((50, 5000, 200_000)) + "}"
     return struct.pack("<Q", len(text)) + text.encode() + data
@@ -130,7 +130,7 @@ def nested(raw: bytes, rng: random.Random) -> bytes:
 
 def value(raw: bytes, rng: random.Random) -> bytes:
     """Another value somewhere in a JSON file."""
-    said = json.loads(raw)
+    document = json.loads(raw)
     places: list[tuple[Any, Any]] = []
 
     def collect(node: Any) -> None:
@@ -139,7 +139,7 @@ def value(raw: bytes, rng: random.Random) -> bytes:
             if isinstance(node[key], (dict, list)):
                 collect(node[key])
 
-    collect(said)
+    collect(document)
     if places:
         node, key = rng.choice(places)
         odd = (None, -1, 0, 1, 3, 2**31 - 1, 2**70, 1e308, float("nan"), "", "x" * 9, "\x00", [], {}, [[]], True, {"type": "BPE"})
@@ -147,7 +147,7 @@ def value(raw: bytes, rng: random.Random) -> bytes:
             del node[key]
         else:
             node[key] = rng.choice(odd)
-    return json.dumps(said).encode()
+    return json.dumps(document).encode()
 
 
 ANY: list[Callable[[bytes, random.Random], bytes]] = [flip, flip_early, truncate, extend]

@@ -103,10 +103,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert "bandwidth limit" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["prompt_tokens"] == 5
+    stdout = json.loads(capsys.readouterr().out)
+    assert stdout["prompt_tokens"] == 5
     # each figure says what it is in, as its line of the table does
     units = ("_tok_per_s", "_gb_per_s", "_ms", "_mb", "_s", "_tokens", "_of_limit")
-    assert {name for name in said if not name.endswith(units)} == {"model", "kind", "threads", "speculation"}
+    assert {name for name in stdout if not name.endswith(units)} == {"model", "kind", "threads", "speculation"}
     assert main([*arguments, "--repeats", "0"]) == 2
     assert "repeats=0" in capsys.readouterr().err

@@ -10,15 +10,15 @@ from tests.inference.fuzz_package import fuzz
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_damaged_package_is_refused_in_a_sentence_or_runs(tmp_path: Path, seed: int) -> None:
-    found = fuzz(30, seed, tmp_path)
-    assert found.total() == 30 and found["refused"] > 10
+    result = fuzz(30, seed, tmp_path)
+    assert result.total() == 30 and result["refused"] > 10
 
 
 @pytest.mark.slow
 def test_two_thousand_damaged_packages_in_bounded_memory() -> None:
     command = [sys.executable, "-m", "tests.inference.fuzz_package", "2000", "7"]
-    said = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr[-3000:]
-    found = json.loads(said.stdout.splitlines()[-1])
-    print(found)
-    assert sum(found.values()) == 2000 and found["refused"] > 1000
+    process = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    print(result)
+    assert sum(result.values()) == 2000 and result["refused"] > 1000

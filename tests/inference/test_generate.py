@@ -252,9 +252,9 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def loaded_after(code: str) -> set[str]:
     """Top-level modules of a fresh process that ran the code."""
     code += "\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert process.returncode == 0, process.stderr
+    return {name.split(".")[0] for name in json.loads(process.stdout.splitlines()[-1])}
 
 
 def test_imports_stay_light() -> None:

@@ -122,14 +122,14 @@ def test_tensors_go_to_their_places_in_any_order(tmp_path_factory: pytest.TempPa
     for name in sorted(wanted, key=lambda _: rng.random()):
         file.put(name, wanted[name])
     file.close()
-    found = load_file(path)
-    assert set(found) == set(wanted) and all(torch.equal(found[n], t) for n, t in wanted.items())
+    tensors = load_file(path)
+    assert set(tensors) == set(wanted) and all(torch.equal(tensors[n], t) for n, t in wanted.items())
 
 
 def change(folder: Path, file: str, **tensors: Tensor | None) -> None:
     path = folder / f"weights-{file}.safetensors"
-    found = {**load_file(path), **tensors}
-    save_file({n: t for n, t in found.items() if t is not None}, path)
+    stored_tensors = {**load_file(path), **tensors}
+    save_file({n: t for n, t in stored_tensors.items() if t is not None}, path)
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -137,9 +137,9 @@ def edit(path: Path, **values: Any) -> None:
 
 
 def kept_as(folder: Path, **entry: Any) -> None:
-    said = json.loads((folder / "package.json").read_text())
-    said["linears"]["model.layers.0.mlp.up_proj"] |= entry
-    edit(folder / "package.json", linears=said["linears"])
+    card = json.loads((folder / "package.json").read_text())
+    card["linears"]["model.layers.0.mlp.up_proj"] |= entry
+    edit(folder / "package.json", linears=card["linears"])
 
 
 def foreign_adapter(folder: Path, **tensors: Tensor) -> None:

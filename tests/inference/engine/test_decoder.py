@@ -35,9 +35,9 @@ def test_a_full_pass(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(41)
     cache = engine.cache(limit=41)
-    found = engine.decoder.forward(ids, [Span(cache, 41, keep=None)])
-    assert found.dtype == torch.float32 and cache.length == 41
-    torch.testing.assert_close(found, theirs(model, ids), **CLOSE)
+    actual = engine.decoder.forward(ids, [Span(cache, 41, keep=None)])
+    assert actual.dtype == torch.float32 and cache.length == 41
+    torch.testing.assert_close(actual, theirs(model, ids), **CLOSE)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -45,15 +45,15 @@ def test_one_by_one_and_in_chunks(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(30, 1)
     for sizes in ([1] * 30, [11, 1, 7, 2, 9]):
-        state, cache, want, found, at = None, engine.cache(limit=30), [], [], 0
+        state, cache, want, results, at = None, engine.cache(limit=30), [], [], 0
         for n in sizes:  # transformers too goes step by step: dynamic scaling turns old keys as they were turned then
             with torch.no_grad():
                 step = model(ids[None, at : at + n], past_key_values=state, use_cache=True)
             state = step.past_key_values
             want.append(step.logits[0])
-            found.append(engine.decoder.forward(ids[at : at + n], [Span(cache, n, keep=None)]))
+            results.append(engine.decoder.forward(ids[at : at + n], [Span(cache, n, keep=None)]))
             at += n
-        torch.testing.assert_close(torch.cat(found), torch.cat(want), **CLOSE)
+        torch.testing.assert_close(torch.cat(results), torch.cat(want), **CLOSE)
 
 
 @pytest.mark.parametrize("name", [n for n in SHAPES if n != "llama_dynamic"])  # there transformers scales a batch by its longest text
@@ -66,13 +66,13 @@ def test_ragged_spans_are_a_padded_batch(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = model(padded, attention_mask=mask).logits
     caches = [engine.cache(limit=22) for _ in texts]
-    found = engine.decoder.forward(torch.cat(texts), [Span(c, len(t), keep=None) for c, t in zip(caches, texts, strict=True)])
-    torch.testing.assert_close(found, torch.cat([row[:n] for row, n in zip(logits, lengths, strict=True)]), **CLOSE)
+    actual = engine.decoder.forward(torch.cat(texts), [Span(c, len(t), keep=None) for c, t in zip(caches, texts, strict=True)])
+    torch.testing.assert_close(actual, torch.cat([row[:n] for row, n in zip(logits, lengths, strict=True)]), **CLOSE)
     # one more pass: a sequence that goes on by one, one by nine, and the rows that were asked for
     more = [some_ids(1, 7), some_ids(9, 8)]
-    found = engine.decoder.forward(torch.cat(more), [Span(caches[0], 1), Span(caches[1], 9, keep=2)])
+    actual = engine.decoder.forward(torch.cat(more), [Span(caches[0], 1), Span(caches[1], 9, keep=2)])
     want = torch.cat([theirs(model, torch.cat([texts[0], more[0]]))[-1:], theirs(model, torch.cat([texts[1], more[1]]))[-2:]])
-    torch.testing.assert_close(found, want, **CLOSE)
+    torch.testing.assert_close(actual, want, **CLOSE)
     assert [c.length for c in caches] == [14, 10, 22]
 
 
@@ -81,8 +81,8 @@ def test_a_cache_goes_back_and_on(tmp_path: Path) -> None:
     ids, cache = some_ids(40), engine.cache(limit=100)
     engine.decoder.forward(ids, [Span(cache, 40)])
     cache.crop(9)
-    found = engine.decoder.forward(ids[9:30] + 0, [Span(cache, 21, keep=None)])
-    torch.testing.assert_close(found, theirs(model, ids[:30])[9:], **CLOSE)
+    actual = engine.decoder.forward(ids[9:30] + 0, [Span(cache, 21, keep=None)])
+    torch.testing.assert_close(actual, theirs(model, ids[:30])[9:], **CLOSE)
     with pytest.raises(CacheError, match="cannot be cropped to 31"):
         cache.crop(31)
 
@@ -93,9 +93,9 @@ def test_buffers_double_up_to_the_limit(tmp_path: Path) -> None:
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
     assert cache.nbytes == 0
     for at, held in ((10, FIRST), (FIRST + 1, 2 * FIRST), (150, 150)):
-        found = engine.decoder.forward(ids[cache.length : at], [Span(cache, at - cache.length)])
+        actual = engine.decoder.forward(ids[cache.length : at], [Span(cache, at - cache.length)])
         assert cache.nbytes == held * token
-        torch.testing.assert_close(found, theirs(model, ids[:at])[-1:], **CLOSE)
+        torch.testing.assert_close(actual, theirs(model, ids[:at])[-1:], **CLOSE)
     with pytest.raises(CacheError, match="limit of 150"):
         engine.decoder.forward(ids[:1], [Span(cache, 1)])
     assert cache.length == 150
@@ -104,10 +104,10 @@ def test_buffers_double_up_to_the_limit(tmp_path: Path) -> None:
 def test_a_bfloat16_cache_is_half_as_large_and_close(tmp_path: Path) -> None:
     model, engine = both("qwen3", tmp_path)
     cache, ids = FullCache(engine.shape, 64, torch.bfloat16), some_ids(40)
-    found = torch.cat([engine.decoder.forward(part, [Span(cache, len(part), keep=None)]) for part in ids.split(23)])
+    actual = torch.cat([engine.decoder.forward(part, [Span(cache, len(part), keep=None)]) for part in ids.split(23)])
     assert 2 * cache.nbytes == 64 * 2 * 3 * 2 * 12 * 4
     want = theirs(model, ids)
-    assert float((found - want).norm() / want.norm()) < 0.02
+    assert float((actual - want).norm() / want.norm()) < 0.02
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_window", "qwen3_biases"])
@@ -126,19 +126,19 @@ def test_an_early_exit_and_going_on_from_it(name: str, tmp_path: Path) -> None:
         exits.append(decoder.logits(hidden))
     torch.testing.assert_close(torch.cat(exits), theirs(shallow, ids)[12:], **CLOSE)
     cache.crop(12)  # the other layers, all drafted tokens at once
-    found = decoder.logits(decoder.run(torch.cat(states), [Span(cache, 8, keep=None)], first=early))
-    torch.testing.assert_close(found, theirs(model, ids)[12:], **CLOSE)
+    actual = decoder.logits(decoder.run(torch.cat(states), [Span(cache, 8, keep=None)], first=early))
+    torch.testing.assert_close(actual, theirs(model, ids)[12:], **CLOSE)
     assert cache.length == 20
-    found = decoder.forward(ids[:3], [Span(cache, 3)], layers=None)
-    torch.testing.assert_close(found, theirs(model, torch.cat([ids, ids[:3]]))[-1:], **CLOSE)
+    actual = decoder.forward(ids[:3], [Span(cache, 3)], layers=None)
+    torch.testing.assert_close(actual, theirs(model, torch.cat([ids, ids[:3]]))[-1:], **CLOSE)
 
 
 def test_embeddings_in_place_of_ids(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     ids = some_ids(6)
     one, other = (engine.cache(limit=6) for _ in range(2))
-    found = engine.decoder.forward(None, [Span(one, 6)], embeds=engine.decoder.embed(ids))
-    assert torch.equal(found, engine.decoder.forward(ids, [Span(other, 6)]))
+    result = engine.decoder.forward(None, [Span(one, 6)], embeds=engine.decoder.embed(ids))
+    assert torch.equal(result, engine.decoder.forward(ids, [Span(other, 6)]))
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_each_span_has_its_own_adapter(name: str, tmp_path: Path) -> None:
     order = ["short", None, "tall", "tall", None]
     texts = [some_ids(3 + i, i) for i in range(5)]
     caches = [engine.cache(limit=40) for _ in texts]
-    found = engine.decoder.forward(
+    actual = engine.decoder.forward(
         torch.cat(texts), [Span(c, len(t), keep=None, adapter=a) for c, t, a in zip(caches, texts, order, strict=True)]
     )
     want = [theirs(wanted[adapter], text) for adapter, text in zip(order, texts, strict=True)]
-    torch.testing.assert_close(found, torch.cat(want), **CLOSE)
+    torch.testing.assert_close(actual, torch.cat(want), **CLOSE)
     assert float((want[0] - theirs(model, texts[0])).abs().max()) > 0.01  # the smaller adapter is seen
     with pytest.raises(ModelError, match="no adapter named 'wide'; it has: tall, short"):
         engine.decoder.forward(texts[0], [Span(engine.cache(limit=9), 3, adapter="wide")])

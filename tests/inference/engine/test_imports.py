@@ -25,15 +25,15 @@ def test_no_file_imports_anything_else_when_it_is_imported(file: Path) -> None:
 
 def _imported(body: list[ast.stmt]) -> list[str]:
     """Modules that a module's own statements import: not those of functions, nor of type checkers."""
-    found = []
+    results = []
     for node in body:
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            results += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append(node.module or "")
+            results.append(node.module or "")
         elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test) or isinstance(node, ast.Try):
-            found += _imported(node.body)
-    return found
+            results += _imported(node.body)
+    return results
 
 
 @pytest.mark.slow
@@ -47,5 +47,5 @@ def test_importing_the_engine_loads_neither_transformers_nor_peft_nor_flower() -
         "print(sorted(new - set(sys.stdlib_module_names) - {'torch', 'safetensors', 'tokenizers', 'fedtune'}))",
         "print(sorted({'transformers', 'peft', 'flwr', 'datasets', 'bitsandbytes', 'jinja2', 'fastapi'} & set(sys.modules)))",
     ]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=ROOT.parents[2])
-    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+    process = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=ROOT.parents[2])
+    assert process.stdout.split("\n")[:2] == ["[]", "[]"]

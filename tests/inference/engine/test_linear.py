@@ -24,11 +24,14 @@ def test_the_product_is_that_of_the_dequantized_weights(kind: str, n_out: int, n
     torch.manual_seed(n_out)
     for group in (32, 64) if kind == "int4" else (32,):
         tensors = portable(kind, torch.randn(n_out, n_in) + 0.1, group=group)
-        made, weight = linear_from_tensors(kind, tensors, n_in=n_in, group=group), dequantized(kind, tensors, n_in=n_in, group=group)
-        assert (made.n_in, made.n_out) == (n_in, n_out)
+        packed_linear, weight = (
+            linear_from_tensors(kind, tensors, n_in=n_in, group=group),
+            dequantized(kind, tensors, n_in=n_in, group=group),
+        )
+        assert (packed_linear.n_in, packed_linear.n_out) == (n_in, n_out)
         for rows in (1, 3, 5, linear.DENSE, linear.DENSE + 7):
             x = torch.randn(rows, n_in) * torch.logspace(-3, 2, rows)[:, None]  # each row has its own size
-            y = made(x)
+            y = packed_linear(x)
             assert y.dtype == torch.float32 and y.shape == (rows, n_out)
             if n_out == 1:  # a single number may cancel
                 torch.testing.assert_close(y, x @ weight.T, atol=BOUND[kind] * float(x.norm() * weight.norm()), rtol=0)
@@ -96,22 +99,22 @@ def test_rounding_to_the_nearest_is_within_half_a_step(n_out: int, n_in: int, gr
 
 def test_many_rows_and_few_take_two_ways_to_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_CHUNK", 64 * 96)  # several chunks, the last not full
-    made = linear_from_tensors("int4", portable("int4", torch.randn(150, 80)), n_in=80)
+    packed_linear = linear_from_tensors("int4", portable("int4", torch.randn(150, 80)), n_in=80)
     x = torch.randn(linear.DENSE + 1, 80)
-    dense = made(x)
-    assert relative(dense, torch.cat([made(x[:35]), made(x[35:])])) < 0.005
+    dense = packed_linear(x)
+    assert relative(dense, torch.cat([packed_linear(x[:35]), packed_linear(x[35:])])) < 0.005
     monkeypatch.setattr(linear, "_known_layout", lambda: False)  # a machine that packs otherwise: the kernel takes them all
-    assert not torch.equal(made(x), dense) and relative(made(x), dense) < 0.005
+    assert not torch.equal(packed_linear(x), dense) and relative(packed_linear(x), dense) < 0.005
 
 
 def test_a_machine_without_vnni_takes_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, x = portable("int8", torch.randn(30, 64)), torch.randn(3, 64)
     want = x @ dequantized("int8", tensors, n_in=64).T
     monkeypatch.setattr(linear, "_has_vnni", lambda: False)
-    made = linear_from_tensors("int8", tensors, n_in=64)
-    assert isinstance(made, linear.Int8)
-    assert 0.002 < relative(made(x), want) < 0.024
-    assert 2 * made._steps + 1.5 < 128  # two products of 127 · 127 fit 16 bits
+    packed_linear = linear_from_tensors("int8", tensors, n_in=64)
+    assert isinstance(packed_linear, linear.Int8)
+    assert 0.002 < relative(packed_linear(x), want) < 0.024
+    assert 2 * packed_linear._steps + 1.5 < 128  # two products of 127 · 127 fit 16 bits
 
 
 def test_a_machine_without_packed_bf16_multiplies_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +146,7 @@ def test_nbytes_are_those_of_the_packed_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "said"),
+    ("kind", "changes", "message"),
     [
         ("int5", {}, "int5"),
         ("int4", {"zero": None}, "lacks its zero"),
@@ -152,10 +155,10 @@ def test_nbytes_are_those_of_the_packed_form() -> None:
         ("fp32", {"bias": torch.ones(4)}, "bias of shape"),
     ],
 )
-def test_tensors_that_make_no_linear_are_named(kind: str, changes: dict[str, Tensor | None], said: str) -> None:
+def test_tensors_that_make_no_linear_are_named(kind: str, changes: dict[str, Tensor | None], message: str) -> None:
     tensors = portable(kind if kind in KINDS else "fp32", torch.randn(3, 64))
     tensors = {k: v for k, v in {**tensors, **changes}.items() if v is not None}
-    with pytest.raises(ModelError, match=said) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         linear_from_tensors(kind, tensors, n_in=64, name="layer 7's gate")
     assert "layer 7's gate" in str(caught.value)
 

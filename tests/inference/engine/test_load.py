@@ -138,9 +138,9 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
     cache = engine.cache(policy, limit=40)
     engine.start(cache)
     assert cache.length == engine.virtual == 5
-    found = logits(engine, cache=cache)
-    torch.testing.assert_close(found, theirs(model), **CLOSE)
-    assert relative(logits(engine), found) > 0.1  # the prefix is seen
+    actual = logits(engine, cache=cache)
+    torch.testing.assert_close(actual, theirs(model), **CLOSE)
+    assert relative(logits(engine), actual) > 0.1  # the prefix is seen
     with pytest.raises(ModelError, match="use an empty one"):
         engine.start(cache)
 
@@ -172,8 +172,8 @@ def test_a_packages_adapters_are_there_by_name(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_submodule(module).weight.add_(b @ a)
     engine = load_engine(tmp_path / "edge")
-    found = engine.decoder.forward(IDS, [Span(engine.cache(limit=19), 19, keep=None, adapter="kitchen")])
-    torch.testing.assert_close(found, theirs(model), **CLOSE)
+    actual = engine.decoder.forward(IDS, [Span(engine.cache(limit=19), 19, keep=None, adapter="kitchen")])
+    torch.testing.assert_close(actual, theirs(model), **CLOSE)
 
 
 def broken(folder: Path, change: str) -> None:
@@ -206,7 +206,7 @@ def broken(folder: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("no config", "config.json cannot be read"),
         ("no weights", "has no weights: it needs model.safetensors"),
@@ -220,10 +220,10 @@ def broken(folder: Path, change: str) -> None:
         ("adapter beside", "has an unmerged adapter"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(change: str, said: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_one_sentence(change: str, message: str, tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     broken(tmp_path, change)
-    with pytest.raises(ModelError, match=said) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         load_engine(tmp_path, "int4")
     assert "\n" not in str(caught.value)
 
@@ -251,12 +251,12 @@ def test_real_weights_give_the_same_greedy_tokens(name: str) -> None:
     begin = torch.tensor([1, 5, 9, 17])
     with torch.no_grad():
         want = model.generate(begin[None], max_new_tokens=60, min_new_tokens=60, do_sample=False)[0, 4:]
-    cache, token, found = engine.cache(), begin, []
+    cache, token, results = engine.cache(), begin, []
     for _ in range(60):
         logits = engine.decoder.forward(token, [Span(cache, len(token))])
         token = logits.index_fill(1, torch.tensor(engine.shape.eos), -torch.inf).argmax(-1)
-        found.append(int(token))
-    assert found == want.tolist()
+        results.append(int(token))
+    assert results == want.tolist()
 
 
 MEMORY = """
@@ -282,7 +282,7 @@ def test_loading_needs_little_more_than_the_packed_weights(kind: str, tmp_path: 
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "large")
     tiny_model("llama", tmp_path / "tiny")
     arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "large"), str(tmp_path / "tiny"), kind]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    grown, packed = map(float, done.stdout.split())
+    process = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    grown, packed = map(float, process.stdout.split())
     layer = (4 * 768 * 768 + 3 * 768 * 2048) * 4 / 2**20  # of float32: what is at work while a layer is packed
     assert grown < packed + 3 * layer  # the whole model in float32 is 12 layers and two tables of 23 MB

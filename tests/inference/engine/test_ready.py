@@ -45,15 +45,17 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (192, 172), (1, 33), (128, 64)])
 def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in: int) -> None:
     torch.manual_seed(n_in)
-    made = linear_from_tensors(kind, portable(kind, torch.randn(n_out, n_in)), n_in=n_in)
-    if not made.parts.get("packed", torch.ones(1)).is_mkldnn:
+    packed_linear = linear_from_tensors(kind, portable(kind, torch.randn(n_out, n_in)), n_in=n_in)
+    if not packed_linear.parts.get("packed", torch.ones(1)).is_mkldnn:
         pytest.skip("this CPU multiplies plain bfloat16")
-    packed = made.parts["packed"]
+    packed = packed_linear.parts["packed"]
     memory = raw_bytes(packed).clone()
-    again = type(made)({**made.parts, "packed": wrap_bytes(memory, layout_of(packed), packed.shape, packed.dtype)}, n_in=n_in, n_out=n_out)
+    again = type(packed_linear)(
+        {**packed_linear.parts, "packed": wrap_bytes(memory, layout_of(packed), packed.shape, packed.dtype)}, n_in=n_in, n_out=n_out
+    )
     for rows in (1, 5, 130):
         x = torch.randn(rows, n_in)
-        assert torch.equal(made(x), again(x))
+        assert torch.equal(packed_linear(x), again(x))
     assert torch.ops.mkldnn.data_ptr(again.parts["packed"]) == memory.data_ptr()  # wrapped, not copied
 
 
@@ -92,8 +94,8 @@ def test_what_was_made_from_something_else_is_made_anew(tmp_path: Path, monkeypa
     monkeypatch.setattr(ready, "_FEATURES", (lambda: "another CPU",))
     monkeypatch.setattr(torch, "__version__", "9.9.0")
     load_engine(tmp_path / "edge")
-    said = json.loads((first.parent / "index.json").read_text())["made_from"]
-    assert said["torch"] == "9.9.0" and said["cpu"][2:] == [True]
+    card = json.loads((first.parent / "index.json").read_text())["made_from"]
+    assert card["torch"] == "9.9.0" and card["cpu"][2:] == [True]
 
 
 @pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset"])
@@ -102,7 +104,7 @@ def test_what_is_damaged_is_made_anew(damage: str, tmp_path: Path) -> None:
     wanted = logits(load_engine(tmp_path / "edge"))
     (weights,) = kept(tmp_path)
     index = weights.with_name("index.json")
-    said = json.loads(index.read_text())
+    document = json.loads(index.read_text())
     if damage == "no index":
         index.unlink()
     elif damage == "no JSON":
@@ -111,10 +113,10 @@ def test_what_is_damaged_is_made_anew(damage: str, tmp_path: Path) -> None:
         weights.write_bytes(weights.read_bytes()[:-1])
     else:
         if damage == "layout":
-            said["layouts"][0] = "ff" + said["layouts"][0][2:]
+            document["layouts"][0] = "ff" + document["layouts"][0][2:]
         else:
-            said["linears"]["head"]["parts"]["packed"]["at"] = 1 << 40
-        index.write_text(json.dumps(said))
+            document["linears"]["head"]["parts"]["packed"]["at"] = 1 << 40
+        index.write_text(json.dumps(document))
     assert torch.equal(logits(load_engine(tmp_path / "edge")), wanted)
     again = json.loads(index.read_text())
     assert again["linears"]["head"]["parts"]["packed"]["at"] < again["size"]
@@ -172,12 +174,12 @@ print(opened[0] - before[0], opened[1] - before[1], anonymous()[0] - before[0], 
 def test_mapped_weights_come_into_memory_as_they_are_used(kind: str, tmp_path: Path) -> None:
     config = LlamaConfig(vocab_size=300, hidden_size=1024, intermediate_size=6144, num_hidden_layers=3, num_attention_heads=16)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
-    found = []
+    results = []
     for _ in range(2):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", OPEN, str(tmp_path / "hf"), kind], capture_output=True, text=True, check=True, timeout=120
         )
-        found.append([int(number) for number in done.stdout.split()])
-    own, mapped, used, paged_in, weights = found[1]
+        results.append([int(number) for number in process.stdout.split()])
+    own, mapped, used, paged_in, weights = results[1]
     assert own < 0.1 * weights and mapped < 0.5 * weights  # nothing is packed, hardly anything is read
     assert used < 0.3 * weights and paged_in > 0.9 * weights  # a pass reads it all, and copies nothing

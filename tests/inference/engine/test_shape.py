@@ -44,7 +44,7 @@ def test_windows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
@@ -57,13 +57,13 @@ def test_windows() -> None:
         ({"model_type": "qwen3", "num_key_value_heads": 2, "use_sliding_window": True, "layer_types": ["mamba"] * 3}, "mamba"),
     ],
 )
-def test_what_the_engine_does_not_run_is_named(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(Unsupported, match=said):
+def test_what_the_engine_does_not_run_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
         read_shape(LLAMA | changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
@@ -81,6 +81,6 @@ def test_what_the_engine_does_not_run_is_named(changes: dict[str, Any], said: st
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}}, "below"),
     ],
 )
-def test_an_impossible_size_is_one_sentence(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_an_impossible_size_is_one_sentence(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         read_shape(LLAMA | changes)

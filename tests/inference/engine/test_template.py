@@ -75,9 +75,9 @@ def test_what_transformers_does_not_render_is_one_sentence(folder: Path, source:
     ours.template = source
     with pytest.raises((jinja2.TemplateError, TypeError)):
         theirs.apply_chat_template(CHATS[0], chat_template=source, tokenize=False, add_generation_prompt=True)
-    with pytest.raises((ConfigError, ModelError), match="the model's chat template ") as told:
+    with pytest.raises((ConfigError, ModelError), match="the model's chat template ") as error:
         ours.chat(CHATS[0])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -281,9 +281,9 @@ def test_a_template_is_sandboxed_and_its_faults_are_one_sentence(tmp_path: Path)
         chat("{{ raise_exception('roles must alternate') }}")
     for bad in ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for %}", "{{ 1 / 0 }}", "{{ messages.append(1) }}", "{{ x.y }}",
                 "{% for i in range(10**9) %}{% endfor %}", "{% include '/etc/passwd' %}"]:  # fmt: skip
-        with pytest.raises(ModelError, match="chat template failed") as told:
+        with pytest.raises(ModelError, match="chat template failed") as error:
             chat(bad)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match="no chat template"):
         TEXTS["words"].chat([])
 

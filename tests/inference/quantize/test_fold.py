@@ -24,8 +24,8 @@ def logits(folder: Path) -> Tensor:
 
 def folded(layer: dict[str, Tensor], fold: Fold, scale: Tensor, width: int = 1) -> dict[str, Tensor]:
     """The tensors that a fold changes."""
-    found = changes(fold, scale, layer[f"{fold.source}.weight"].shape[0], width)
-    return {n: change(layer[n], 0, len(layer[n])) for n, change in found.items() if n in layer}
+    result = changes(fold, scale, layer[f"{fold.source}.weight"].shape[0], width)
+    return {n: change(layer[n], 0, len(layer[n])) for n, change in result.items() if n in layer}
 
 
 def fold_all(folder: Path, readers_only: bool = False) -> None:

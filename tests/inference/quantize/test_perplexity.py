@@ -73,8 +73,8 @@ def test_of_requests_and_answers_only_the_answers_are_scored() -> None:
         return torch.log(torch.full((len(ids), 4), 1 / 6) + torch.nn.functional.one_hot((ids + 1) % 4, 4) / 3)
 
     # after 2 comes 3: 1/2; after 2 a 0: 1/6; after 0 a 1: 1/2
-    found = score(model, pieces)
-    assert found.tokens == 3 and found.perplexity == pytest.approx((2 * 6 * 2) ** (1 / 3))
+    result = score(model, pieces)
+    assert result.tokens == 3 and result.perplexity == pytest.approx((2 * 6 * 2) ** (1 / 3))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
@@ -84,5 +84,5 @@ def test_an_engine_is_scored_in_parts(tmp_path: Path, kind: str, monkeypatch: py
     tiny_model("qwen3", tmp_path)
     engine = load_engine(tmp_path, kind)
     pieces = list(windows(torch.randint(0, VOCAB, (43,), generator=torch.Generator().manual_seed(4)), 12))
-    found, whole = engine_score(engine, pieces), score(of_engine(engine), pieces)
-    assert found.tokens == whole.tokens == 42 and abs(found.nats - whole.nats) < 1e-4
+    result, whole = engine_score(engine, pieces), score(of_engine(engine), pieces)
+    assert result.tokens == whole.tokens == 42 and abs(result.nats - whole.nats) < 1e-4

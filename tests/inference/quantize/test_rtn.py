@@ -82,11 +82,11 @@ def test_the_kernel_reads_the_same_weight(group: int) -> None:
     out = made(weight, "int4", group)
     codes = unpack_int4(out.tensors["packed"], 192).int()
     grids = torch.stack([out.tensors["scale"].T, out.tensors["zero"].T], 2).contiguous()
-    found = torch.ops.aten._weight_int4pack_mm_for_cpu(
+    actual = torch.ops.aten._weight_int4pack_mm_for_cpu(
         inputs.bfloat16(), torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), group, grids
     )
     wanted = inputs.bfloat16().float() @ dequantize(out).T
-    assert relative_error(found, wanted) < 2.0**-8  # bfloat16 sums
+    assert relative_error(actual, wanted) < 2.0**-8  # bfloat16 sums
     # a zero on the other side of q = 8 would be far off
     assert relative_error(inputs @ (dequantize(out) + out.tensors["scale"].float()[:, :1]).T, wanted) > 0.05
 
@@ -112,10 +112,10 @@ def test_the_weight_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "group", "said"), [("int4", 16, "32, 64, 128, 256"), ("int4", 0, "not 0"), ("int8", 32, "one scale per row")]
+    ("kind", "group", "message"), [("int4", 16, "32, 64, 128, 256"), ("int4", 0, "not 0"), ("int8", 32, "one scale per row")]
 )
-def test_groups_that_no_kernel_takes_are_refused(kind: str, group: int, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_groups_that_no_kernel_takes_are_refused(kind: str, group: int, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         fit_grid(random(2, 64), kind, group)  # pyright: ignore[reportArgumentType]
 
 

@@ -69,9 +69,9 @@ def test_calibration_sees_what_the_linears_of_the_model_read(tmp_path: Path, mon
     seen: list[Tensor] = []
 
     def observing(*args: Any) -> Any:
-        found = observe(*args)
-        seen.append(found["down"].hessian)
-        return found
+        result = observe(*args)
+        seen.append(result["down"].hessian)
+        return result
 
     monkeypatch.setattr("fedtune.inference.quantize.model.observe", observing)
     list(quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], QuantizeSettings(method="gptq"), texts(*LENGTHS), virtual))
@@ -93,9 +93,9 @@ def test_the_quantized_model_behind_its_virtual_tokens_is_still_near(tmp_path: P
     recipe = QuantizeSettings(kind="int8", group=0, method=method)  # pyright: ignore[reportArgumentType]
     for name, made in quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], recipe, texts(*LENGTHS), virtual):
         tensors[name] = dequantize(made) if isinstance(made, QuantizedLinear) else made
-    found = quantized(tmp_path / "q", tensors, engine)
+    actual = quantized(tmp_path / "q", tensors, engine)
     # rounding costs .020 to .033 of these random weights; folding through the values, which leaves the prefix's, .15 and .22
-    assert relative_error(out_of(found, ids), wanted) < 0.05
+    assert relative_error(out_of(actual, ids), wanted) < 0.05
 
 
 def quantized(folder: Path, tensors: dict[str, Tensor], engine: Engine) -> Engine:

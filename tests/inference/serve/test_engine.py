@@ -37,28 +37,28 @@ def alone(engine: Engine, prompt: str, way: Sampling, count: int, adapter: str |
 
 
 def together(made: Scheduler, engine: Engine, adapters: Sequence[str | None] = (None,) * 6) -> list[tuple[str, str | None]]:
-    heard: list[list[Output]] = [[] for _ in ASKED]
-    for (prompt, way, count), outputs, adapter in zip(ASKED, heard, adapters, strict=True):
+    answers: list[list[Output]] = [[] for _ in ASKED]
+    for (prompt, way, count), outputs, adapter in zip(ASKED, answers, adapters, strict=True):
         ids = engine.text.encode(prompt)
         made.submit(GenerationRequest(ids=ids, sampling=way, max_new_tokens=count, deliver=outputs.append, adapter=adapter))
         made.step()
     while made.step():
         pass
-    return [(text_of(outputs), outputs[-1].end) for outputs in heard]
+    return [(text_of(outputs), outputs[-1].end) for outputs in answers]
 
 
 @pytest.mark.parametrize(("blocks", "rows"), [(100, 128), (100, 7), (5, 128), (5, 5)])
 def test_a_batch_is_what_generate_gives_each(engine: Engine, blocks: int, rows: int) -> None:
     pool = PagedPool(engine.shape, blocks, 16)
     caches = PagedCaches(pool, 80)
-    made = make_scheduler(engine, caches, max_running=4, rows=rows)
+    scheduler = make_scheduler(engine, caches, max_running=4, rows=rows)
     for _ in range(2):  # the second time, beginnings are there already
-        assert together(made, engine) == [alone(engine, *asked) for asked in ASKED]
+        assert together(scheduler, engine) == [alone(engine, *asked) for asked in ASKED]
     assert pool.room() == blocks
-    assert (made.preempted > 0) == (blocks == 5)
+    assert (scheduler.preempted > 0) == (blocks == 5)
     asked = GenerationRequest(ids=engine.text.encode(ASKED[1][0]), sampling=Sampling(), max_new_tokens=1, deliver=lambda out: None)
-    made.submit(asked)
-    made.step()
+    scheduler.submit(asked)
+    scheduler.step()
     assert asked.cached > 0
 
 
@@ -123,11 +123,11 @@ def test_virtual_tokens_come_first_in_every_request(engine: Engine, kind: str) -
         size = shape.layers, 5, shape.kv_heads, shape.head_dim
         tuned.prefix = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
     caches = PagedCaches(PagedPool(shape, 6, 16), 85, virtual=5)
-    made = make_scheduler(tuned, caches, max_running=4)
-    assert made.limit == 80
+    scheduler = make_scheduler(tuned, caches, max_running=4)
+    assert scheduler.limit == 80
     wanted = [alone(tuned, *asked) for asked in ASKED]
     assert wanted != [alone(engine, *asked) for asked in ASKED]
-    assert together(made, tuned) == wanted
-    assert made.preempted > 0
+    assert together(scheduler, tuned) == wanted
+    assert scheduler.preempted > 0
     with pytest.raises(ConfigError, match="at most 80 together"):
-        made.submit(GenerationRequest(ids=[5] * 41, sampling=Sampling(), max_new_tokens=40, deliver=lambda out: None))
+        scheduler.submit(GenerationRequest(ids=[5] * 41, sampling=Sampling(), max_new_tokens=40, deliver=lambda out: None))

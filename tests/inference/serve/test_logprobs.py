@@ -75,9 +75,9 @@ def tell(text: Text, outputs: list[Output], request: GenerationRequest, *, trims
 
 
 def token(text: Text, name: str) -> int:
-    found = text.tokenizer.token_to_id(name)
-    assert found is not None
-    return found
+    token_id = text.tokenizer.token_to_id(name)
+    assert token_id is not None
+    return token_id
 
 
 def check(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...], trims: bool, rivals: int = 3) -> list[TokenLogprob]:
@@ -109,18 +109,18 @@ def test_any_tokens_join_to_their_text(name: str, data: st.DataObject) -> None:
 @settings(max_examples=40, deadline=None)
 def test_characters_of_several_tokens_join(name: str, said: str, trims: bool) -> None:
     text = TEXTS[name]
-    told = check(text, text.encode(said), before=text.encode("a"), stop=(), trims=trims)
-    assert not any("\ufffd" in token.token for token in told)
+    logprobs = check(text, text.encode(said), before=text.encode("a"), stop=(), trims=trims)
+    assert not any("\ufffd" in token.token for token in logprobs)
 
 
 def test_an_emoji_of_four_tokens_by_hand() -> None:
     text = TEXTS["byte_fallback"]
     ids = [token(text, t) for t in ("▁a", "▁", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "b", "</s>")]
-    told = check(text, ids, before=[token(text, "b")], stop=(), trims=False)
-    assert [token.token for token in told] == [" a", " ", "", "", "", "😀", "b", ""]
-    assert [token.raw for token in told] == [b" a", b" ", b"\xf0", b"\x9f", b"\x98", b"\x80", b"b", b""]
+    logprobs = check(text, ids, before=[token(text, "b")], stop=(), trims=False)
+    assert [token.token for token in logprobs] == [" a", " ", "", "", "", "😀", "b", ""]
+    assert [token.raw for token in logprobs] == [b" a", b" ", b"\xf0", b"\x9f", b"\x98", b"\x80", b"b", b""]
     # the rivals of a byte are other bytes: no two of them have the same name
-    assert [rival.token for rival in told[3].top] == ["", "bytes:\\xa0", "bytes:\\xa1"]
+    assert [rival.token for rival in logprobs[3].top] == ["", "bytes:\\xa0", "bytes:\\xa1"]
     # at the beginning of an answer that stands alone, the first space is no text
     assert [t.token for t in check(text, ids[:1], before=[], stop=(), trims=False)] == ["a"]
 
@@ -128,15 +128,15 @@ def test_an_emoji_of_four_tokens_by_hand() -> None:
 def test_bytes_that_are_no_character_join_as_they_are_shown() -> None:
     text = TEXTS["byte_level"]
     ids = [token(text, t) for t in ("ð", "Ł", "b", "ð")]
-    told = check(text, ids, before=[], stop=(), trims=False)
-    assert "".join(token.token for token in told) == "\ufffdb\ufffd"
+    logprobs = check(text, ids, before=[], stop=(), trims=False)
+    assert "".join(token.token for token in logprobs) == "\ufffdb\ufffd"
 
 
 def test_what_is_cut_off_has_no_text() -> None:
     text = TEXTS["byte_level"]
     ids = text.encode("  ab c bc ab")
-    told = check(text, ids, before=[], stop=("c b",), trims=True)
-    assert "".join(token.token for token in told) == "ab "
+    logprobs = check(text, ids, before=[], stop=("c b",), trims=True)
+    assert "".join(token.token for token in logprobs) == "ab "
     request, outputs = answer(text, text.encode("abc"), before=[], stop=("cab",))
     assert tell(text, outputs, request)[0] == "abc"  # held back for a stop string that does not come
 
@@ -185,15 +185,15 @@ def test_offsets_and_bytes_over_the_server(here: Served, stream: bool, seed: int
     letters = random.Random(seed).sample("etaoin", 2)
     for stop in (None, "".join(letters), letters[0]):
         options: dict[str, Any] = {"temperature": 1.5, "seed": seed, "max_tokens": 60, "stop": stop, "stream": stream}
-        text, found = ask(here, chat=False, **options)
-        tokens = [token for logprobs in found for token in logprobs["tokens"]]
-        offsets = [at for logprobs in found for at in logprobs["text_offset"]]
-        tops = [top for logprobs in found for top in logprobs["top_logprobs"]]
+        text, result = ask(here, chat=False, **options)
+        tokens = [token for logprobs in result for token in logprobs["tokens"]]
+        offsets = [at for logprobs in result for at in logprobs["text_offset"]]
+        tops = [top for logprobs in result for top in logprobs["top_logprobs"]]
         assert "".join(tokens) == text
         assert [text[at : at + len(token)] for at, token in zip(offsets, tokens, strict=True)] == tokens
         assert all(len(top) == 9 for top in tops) and len(tops) == len(tokens)
-        said, found = ask(here, chat=True, **options)
-        entries = [entry for logprobs in found for entry in logprobs["content"]]
+        said, result = ask(here, chat=True, **options)
+        entries = [entry for logprobs in result for entry in logprobs["content"]]
         assert "".join(entry["token"] for entry in entries) == said
         assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == said
         assert all(len({rival["token"] for rival in entry["top_logprobs"]}) == 9 for entry in entries)

@@ -20,8 +20,8 @@ def here(engine: Engine) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def client(here: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{here.url}/v1", api_key="secret", max_retries=0) as made:
-        yield made
+    with openai.OpenAI(base_url=f"{here.url}/v1", api_key="secret", max_retries=0) as openai_client:
+        yield openai_client
 
 
 def test_models(client: openai.OpenAI) -> None:

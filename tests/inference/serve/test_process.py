@@ -100,8 +100,8 @@ def test_a_chat_template_that_cannot_run_is_told_at_the_start(
 
 
 def test_a_port_that_is_taken_is_named() -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(NetworkError, match="cannot listen on 127.0.0.1:"):
-        listen("127.0.0.1", taken.getsockname()[1])
+    with listen("127.0.0.1", 0) as listener, pytest.raises(NetworkError, match="cannot listen on 127.0.0.1:"):
+        listen("127.0.0.1", listener.getsockname()[1])
     with pytest.raises(NetworkError, match="cannot listen on no.such.host.invalid:0"):
         listen("no.such.host.invalid", 0)
 
@@ -150,5 +150,5 @@ def test_serving_needs_no_transformers() -> None:
         "import sys; import fedtune.inference.serve.start as s; "
         "print(sorted({'transformers', 'peft', 'flwr', 'datasets', 'pandas'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

@@ -23,10 +23,10 @@ BLOCKS = 30  # of 16 tokens: sequences give up their room, and are computed agai
 def folder_of(name: str, own: Path) -> Path:
     if name == "tiny":
         return tiny_model(own / "tiny")
-    found = Path(os.environ.get("FEDTUNE_DATA", "/nowhere")) / "models" / name / "hf"
-    if not (found / "config.json").is_file():
+    path = Path(os.environ.get("FEDTUNE_DATA", "/nowhere")) / "models" / name / "hf"
+    if not (path / "config.json").is_file():
         pytest.skip(f"FEDTUNE_DATA names no folder with models/{name}/hf")
-    return found
+    return path
 
 
 @pytest.mark.slow
@@ -40,16 +40,16 @@ def test_a_batch_differs_only_where_rounding_could_have_decided(name: str, kind:
     prompts = [engine.text.encode(text) for text in texts]
     longest = min(engine.shape.context, BLOCKS * 16)
     assert all(len(ids) + LONG <= longest for ids in prompts)
-    made = make_scheduler(engine, PagedCaches(PagedPool(engine.shape, BLOCKS, 16), longest), max_running=16, max_waiting=MANY)
-    heard: list[list[Output]] = [[] for _ in prompts]
-    for ids, outputs in zip(prompts, heard, strict=True):
-        made.submit(GenerationRequest(ids=ids, sampling=Sampling(), max_new_tokens=LONG, deliver=outputs.append, rivals=0))
+    scheduler = make_scheduler(engine, PagedCaches(PagedPool(engine.shape, BLOCKS, 16), longest), max_running=16, max_waiting=MANY)
+    answers: list[list[Output]] = [[] for _ in prompts]
+    for ids, outputs in zip(prompts, answers, strict=True):
+        scheduler.submit(GenerationRequest(ids=ids, sampling=Sampling(), max_new_tokens=LONG, deliver=outputs.append, rivals=0))
         if rng.random() < 0.4:
-            made.step()
-    while made.step():
+            scheduler.step()
+    while scheduler.step():
         pass
     leads: list[float] = []
-    for ids, outputs in zip(prompts, heard, strict=True):
+    for ids, outputs in zip(prompts, answers, strict=True):
         one = [piece.token for piece in Generation(engine, ids, Sampling(), LONG)]
         batched = [out.token for out in outputs if out.token is not None]
         if (at := parted(one, batched)) is None:
@@ -57,7 +57,9 @@ def test_a_batch_differs_only_where_rounding_could_have_decided(name: str, kind:
         else:
             leads.append(lead(engine, ids, one, at, batched[at]))
     largest = f", the widest lead {max(leads):.4f}" if leads else ""
-    print(f"\n{name} {kind}: {len(leads)} of {MANY} differ{largest} (bound {bound(engine):.4f}); {made.preempted} gave up their blocks")
+    print(
+        f"\n{name} {kind}: {len(leads)} of {MANY} differ{largest} (bound {bound(engine):.4f}); {scheduler.preempted} gave up their blocks"
+    )
     assert all(gap <= bound(engine) for gap in leads)
     assert kind != "fp32" or not leads
-    assert made.preempted > 0
+    assert scheduler.preempted > 0

@@ -89,7 +89,7 @@ class Blocks:
         self.kept.append((adapter, list(ids)))
 
 
-def scheduler(pool: Blocks | None = None, decoder: Oracle | None = None, **options: Any) -> Scheduler:
+def new_scheduler(pool: Blocks | None = None, decoder: Oracle | None = None, **options: Any) -> Scheduler:
     return Scheduler(decoder or Oracle(), WORDS, pool or Blocks(), V, **options)  # type: ignore[arg-type]
 
 
@@ -108,9 +108,9 @@ def finish(made: Scheduler) -> None:
 def answer(ids: Sequence[int], count: int, seed: int, adapter: str | None = None) -> tuple[str, str | None]:
     """What a request alone gets."""
     outputs: list[Output] = []
-    made = scheduler()
-    made.submit(request(ids, count, seed=seed, outputs=outputs, adapter=adapter))
-    finish(made)
+    scheduler = new_scheduler()
+    scheduler.submit(request(ids, count, seed=seed, outputs=outputs, adapter=adapter))
+    finish(scheduler)
     return text_of(outputs), outputs[-1].end
 
 
@@ -130,22 +130,22 @@ def test_batched_is_alone_whoever_comes_or_goes_and_however_scarce_the_room(
     requests: list[Any], blocks: int, running: int, rows: int
 ) -> None:
     pool = Blocks(blocks, limit=32)
-    made = scheduler(pool, max_running=running, rows=rows)
-    heard: list[list[Output]] = []
+    scheduler = new_scheduler(pool, max_running=running, rows=rows)
+    answers: list[list[Output]] = []
     gone: list[GenerationRequest] = []
     for (ids, count, seed, adapter), wait, leaves in requests:
         for _ in range(wait):
-            made.step()
+            scheduler.step()
         for left in gone:
-            made.cancel(left)
-        heard.append([])
-        asked = request(ids, count, seed=seed, outputs=heard[-1], adapter=adapter)
-        made.submit(asked)
+            scheduler.cancel(left)
+        answers.append([])
+        asked = request(ids, count, seed=seed, outputs=answers[-1], adapter=adapter)
+        scheduler.submit(asked)
         gone += [asked] if leaves else []
-    finish(made)
-    assert made.load == (0, 0)
+    finish(scheduler)
+    assert scheduler.load == (0, 0)
     assert pool.free == blocks  # no block is lost
-    for ((ids, count, seed, adapter), _, leaves), outputs in zip(requests, heard, strict=True):
+    for ((ids, count, seed, adapter), _, leaves), outputs in zip(requests, answers, strict=True):
         text, end = answer(ids, count, seed, adapter)
         if leaves:
             assert text.startswith(text_of(outputs))
@@ -157,25 +157,25 @@ def test_batched_is_alone_whoever_comes_or_goes_and_however_scarce_the_room(
 def test_out_of_blocks_the_youngest_is_computed_again() -> None:
     # 8 blocks of 4 tokens; two sequences of 4 + 24 tokens need 7 each at their ends
     pool = Blocks(8, limit=32)
-    made = scheduler(pool)
-    heard: list[list[Output]] = [[], []]
+    scheduler = new_scheduler(pool)
+    answers: list[list[Output]] = [[], []]
     for i in (0, 1):
-        made.submit(request([5, 6, 7, 8 + i], 24, outputs=heard[i], seed=3 * i + 1))
-    finish(made)
-    assert made.preempted > 0
-    assert [text_of(outputs) for outputs in heard] == [answer([5, 6, 7, 8 + i], 24, 3 * i + 1)[0] for i in (0, 1)]
+        scheduler.submit(request([5, 6, 7, 8 + i], 24, outputs=answers[i], seed=3 * i + 1))
+    finish(scheduler)
+    assert scheduler.preempted > 0
+    assert [text_of(outputs) for outputs in answers] == [answer([5, 6, 7, 8 + i], 24, 3 * i + 1)[0] for i in (0, 1)]
 
 
 def test_a_long_prompt_stalls_nobody() -> None:
     decoder = Oracle(endless=True)
-    made = scheduler(decoder=decoder, max_running=4, rows=8)
+    scheduler = new_scheduler(decoder=decoder, max_running=4, rows=8)
     first: list[Output] = []
-    made.submit(request([3], 30, outputs=first, rivals=0))
-    made.step()
+    scheduler.submit(request([3], 30, outputs=first, rivals=0))
+    scheduler.step()
     assert len(first) == 1
-    made.submit(request([4] * 40, 2))
+    scheduler.submit(request([4] * 40, 2))
     for passed in range(1, 7):
-        made.step()
+        scheduler.step()
         assert len(first) == 1 + passed  # a token in every pass
     # by hand: 8 rows, of which the first request takes one: 40 = 5 x 7 + 5
     assert decoder.rows[1:7] == [[1, 7]] * 5 + [[1, 5]]
@@ -183,18 +183,18 @@ def test_a_long_prompt_stalls_nobody() -> None:
 
 def test_a_beginning_that_was_seen_is_not_computed_again() -> None:
     decoder, pool = Oracle(), Blocks()
-    made = scheduler(pool, decoder)
-    made.submit(request([3, 4, 5], 1))
-    finish(made)
+    scheduler = new_scheduler(pool, decoder)
+    scheduler.submit(request([3, 4, 5], 1))
+    finish(scheduler)
     again = request([3, 4, 5, 6], 4, seed=2, outputs=(outputs := []))
-    made.submit(again)
-    finish(made)
+    scheduler.submit(again)
+    finish(scheduler)
     assert again.cached == 3
     assert decoder.rows[:2] == [[3], [1]]
     assert text_of(outputs) == answer([3, 4, 5, 6], 4, 2)[0]
     other = request([3, 4, 5, 6], 1, adapter="a")  # another adapter's keys and values are others
-    made.submit(other)
-    finish(made)
+    scheduler.submit(other)
+    finish(scheduler)
     assert other.cached == 0
 
 
@@ -203,51 +203,51 @@ def test_an_answer_joins_its_prompt_or_stands_alone(prompt: list[int]) -> None:
     texts = []
     for joins in (False, True):
         outputs: list[Output] = []
-        made = scheduler(decoder=Oracle(endless=True))
-        made.submit(request([*prompt, 5], 4, outputs=outputs, joins=joins))
-        finish(made)
+        scheduler = new_scheduler(decoder=Oracle(endless=True))
+        scheduler.submit(request([*prompt, 5], 4, outputs=outputs, joins=joins))
+        finish(scheduler)
         texts.append(text_of(outputs))
     assert texts[0].startswith("w")
     assert texts[1] == " " + texts[0]  # words are joined by spaces, and the prompt's last word stands before the first
 
 
 def test_limits_of_the_queue() -> None:
-    made = scheduler(max_running=1, max_waiting=1)
+    scheduler = new_scheduler(max_running=1, max_waiting=1)
     running, waiting = request([1]), request([2])
-    made.submit(running)
-    made.step()
-    made.submit(waiting)
-    assert made.full
+    scheduler.submit(running)
+    scheduler.step()
+    scheduler.submit(waiting)
+    assert scheduler.full
     with pytest.raises(Busy, match="2 requests are running or waiting"):
-        made.submit(request([3]))
-    made.cancel(waiting)
-    assert made.load == (1, 0)
-    made.submit(request([3]))
-    made.drain()
+        scheduler.submit(request([3]))
+    scheduler.cancel(waiting)
+    assert scheduler.load == (1, 0)
+    scheduler.submit(request([3]))
+    scheduler.drain()
     with pytest.raises(Stopping):
-        made.submit(request([3]))
-    finish(made)
-    assert made.load == (0, 0)
+        scheduler.submit(request([3]))
+    finish(scheduler)
+    assert scheduler.load == (0, 0)
 
 
 @pytest.mark.parametrize(("ids", "count"), [([], 1), ([1] * 60, 5), ([V], 1), ([-1], 1), ([1], 0)])
 def test_what_does_not_fit_is_refused(ids: list[int], count: int) -> None:
     with pytest.raises(ConfigError):
-        scheduler().submit(request(ids, count))
+        new_scheduler().submit(request(ids, count))
 
 
 def test_time_runs_out_running_and_waiting() -> None:
-    made = scheduler(max_running=1)
-    heard: list[list[Output]] = [[], [], []]
-    made.submit(request([1], 40, seed=1, outputs=heard[0], deadline=time.monotonic() + 0.05))
-    made.submit(request([2], 40, outputs=heard[1], deadline=0.0))
-    made.submit(request([3], 3, seed=4, outputs=heard[2]))
-    made.step()
-    assert heard[1][-1].end == "timeout"
+    scheduler = new_scheduler(max_running=1)
+    outputs: list[list[Output]] = [[], [], []]
+    scheduler.submit(request([1], 40, seed=1, outputs=outputs[0], deadline=time.monotonic() + 0.05))
+    scheduler.submit(request([2], 40, outputs=outputs[1], deadline=0.0))
+    scheduler.submit(request([3], 3, seed=4, outputs=outputs[2]))
+    scheduler.step()
+    assert outputs[1][-1].end == "timeout"
     time.sleep(0.06)
-    finish(made)
-    assert heard[0][-1].end in ("timeout", "stop")
-    assert text_of(heard[2]) == answer([3], 3, 4)[0]
+    finish(scheduler)
+    assert outputs[0][-1].end in ("timeout", "stop")
+    assert text_of(outputs[2]) == answer([3], 3, 4)[0]
 
 
 def test_a_failing_pass_fails_its_requests_and_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
@@ -258,24 +258,24 @@ def test_a_failing_pass_fails_its_requests_and_not_the_server(caplog: pytest.Log
             return super().forward(ids, spans)
 
     pool = Blocks(100)
-    made = scheduler(pool, Shaky())
-    worker = threading.Thread(target=made.run)
+    scheduler = new_scheduler(pool, Shaky())
+    worker = threading.Thread(target=scheduler.run)
     ended = [threading.Event(), threading.Event()]
-    heard: list[list[Output]] = [[], []]
+    outputs: list[list[Output]] = [[], []]
 
     def sink(i: int) -> Any:
-        return lambda out: (heard[i].append(out), out.end and ended[i].set())
+        return lambda out: (outputs[i].append(out), out.end and ended[i].set())
 
-    made.submit(GenerationRequest(ids=[13], sampling=Sampling(), max_new_tokens=3, deliver=sink(0)))
+    scheduler.submit(GenerationRequest(ids=[13], sampling=Sampling(), max_new_tokens=3, deliver=sink(0)))
     worker.start()
     assert ended[0].wait(10)
-    made.submit(GenerationRequest(ids=[12], sampling=Sampling(temperature=1.0, seed=1), max_new_tokens=3, deliver=sink(1)))
+    scheduler.submit(GenerationRequest(ids=[12], sampling=Sampling(temperature=1.0, seed=1), max_new_tokens=3, deliver=sink(1)))
     assert ended[1].wait(10)
-    made.close()
+    scheduler.close()
     worker.join(10)
-    assert heard[0][-1].end == "failed"
+    assert outputs[0][-1].end == "failed"
     assert "bad luck" in caplog.text
-    assert heard[1][-1].end in ("length", "stop")
+    assert outputs[1][-1].end in ("length", "stop")
     assert pool.free == 100
 
 
@@ -286,39 +286,39 @@ def test_logits_that_are_not_finite_fail_their_own_request(temperature: float) -
             rows = super().forward(ids, spans)
             return torch.stack([row * torch.nan if span.adapter else row for row, span in zip(rows, spans, strict=True)])
 
-    made = scheduler(decoder=Broken())
-    heard: list[list[Output]] = [[], []]
-    for outputs, adapter in zip(heard, ("a", None), strict=True):
+    scheduler = new_scheduler(decoder=Broken())
+    answers: list[list[Output]] = [[], []]
+    for outputs, adapter in zip(answers, ("a", None), strict=True):
         way = Sampling(temperature=temperature, seed=4)
-        made.submit(GenerationRequest(ids=[3], sampling=way, max_new_tokens=6, deliver=outputs.append, adapter=adapter))
-    finish(made)
-    assert [outputs[-1].end for outputs in heard][0] == "failed"
+        scheduler.submit(GenerationRequest(ids=[3], sampling=way, max_new_tokens=6, deliver=outputs.append, adapter=adapter))
+    finish(scheduler)
+    assert [outputs[-1].end for outputs in answers][0] == "failed"
     other: list[Output] = []
-    single = scheduler()
+    single = new_scheduler()
     single.submit(GenerationRequest(ids=[3], sampling=Sampling(temperature=temperature, seed=4), max_new_tokens=6, deliver=other.append))
     finish(single)
-    assert text_of(heard[1]) == text_of(other)
+    assert text_of(answers[1]) == text_of(other)
 
 
 def test_closing_ends_what_is_under_way() -> None:
-    made = scheduler(max_running=1)
-    heard: list[list[Output]] = [[], []]
+    scheduler = new_scheduler(max_running=1)
+    answers: list[list[Output]] = [[], []]
     for i in (0, 1):
-        made.submit(request([1 + i], 5, outputs=heard[i]))
-    made.close()
-    made.run()
-    assert [outputs[-1].end for outputs in heard] == ["stopping", "stopping"]
+        scheduler.submit(request([1 + i], 5, outputs=answers[i]))
+    scheduler.close()
+    scheduler.run()
+    assert [outputs[-1].end for outputs in answers] == ["stopping", "stopping"]
 
 
 def test_who_listens_no_more_costs_nothing() -> None:
     def broken(out: Output) -> None:
         raise RuntimeError("the loop is closed")
 
-    made = scheduler()
-    made.submit(GenerationRequest(ids=[1], sampling=Sampling(temperature=1.0), max_new_tokens=20, deliver=broken))
-    made.step()
-    made.step()
-    assert made.load == (0, 0)
+    scheduler = new_scheduler()
+    scheduler.submit(GenerationRequest(ids=[1], sampling=Sampling(temperature=1.0), max_new_tokens=20, deliver=broken))
+    scheduler.step()
+    scheduler.step()
+    assert scheduler.load == (0, 0)
 
 
 def test_the_real_decoder_gives_a_batch_what_it_gives_each(engine: Engine) -> None:
@@ -332,17 +332,17 @@ def test_the_real_decoder_gives_a_batch_what_it_gives_each(engine: Engine) -> No
         Sampling(temperature=1.0, min_p=0.5, seed=9),
     ]
     ids = [engine.text.encode(prompt) for prompt in prompts]
-    made = make_scheduler(engine, max_running=4, rows=8)
-    heard: list[list[Output]] = [[] for _ in prompts]
+    scheduler = make_scheduler(engine, max_running=4, rows=8)
+    outputs: list[list[Output]] = [[] for _ in prompts]
     for i, way in enumerate(ways):
-        made.submit(GenerationRequest(ids=ids[i], sampling=way, max_new_tokens=20, deliver=heard[i].append, rivals=2))
-        made.step()
-    finish(made)
+        scheduler.submit(GenerationRequest(ids=ids[i], sampling=way, max_new_tokens=20, deliver=outputs[i].append, rivals=2))
+        scheduler.step()
+    finish(scheduler)
     for i, way in enumerate(ways):
         single = alone(engine, ids[i], way, 20, rivals=2)
-        assert [out.token for out in heard[i]] == [out.token for out in single]
-        assert text_of(heard[i]) == text_of(single)
-        for batched, one in zip(heard[i], single, strict=True):
+        assert [out.token for out in outputs[i]] == [out.token for out in single]
+        assert text_of(outputs[i]) == text_of(single)
+        for batched, one in zip(outputs[i], single, strict=True):
             assert batched.logprob == pytest.approx(one.logprob, abs=1e-4)
             assert one.rivals[0][1] >= one.rivals[1][1]
 

@@ -80,10 +80,12 @@ def served(
 def endless(folder: Path) -> Path:
     """A checkpoint whose answers no token ends."""
     for name in ("config.json", "generation_config.json"):
-        found = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({k: v for k, v in found.items() if k != "eos_token_id"}))
-    found = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in found.items() if k != "eos_token"} | {"pad_token": "<unk>"}))
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "eos_token"} | {"pad_token": "<unk>"})
+    )
     return folder
 
 
@@ -99,8 +101,8 @@ def gpt2(folder: Path) -> HubModel:
 
 @pytest.fixture(scope="module")
 def here(gpt2: HubModel) -> Iterator[Here]:
-    with served(gpt2) as made:
-        yield made
+    with served(gpt2) as server:
+        yield server
 
 
 def by_hand(folder: Path, ids: list[int], count: int, kind: Any = AutoModelForCausalLM) -> list[int]:
@@ -172,12 +174,12 @@ def test_log_probabilities_are_the_models_own(gpt2: HubModel, folder: Path) -> N
 
 
 def test_a_chat_in_the_runs_template(gpt2: HubModel, folder: Path) -> None:
-    with served(gpt2, prompt="set {q} to") as made:
+    with served(gpt2, prompt="set {q} to") as server:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 6, "messages": [{"role": "user", "content": "lamp"}]}
-        answer = made.post(chat, "chat/completions").json()["choices"][0]["message"]["content"]
+        answer = server.post(chat, "chat/completions").json()["choices"][0]["message"]["content"]
         assert answer == generate_text(folder, "set lamp to", max_new_tokens=6)
-        assert httpx.get(made.url).status_code == 200
-        assert httpx.get(f"{made.url}/v1/models/tiny").json()["context"] == 64
+        assert httpx.get(server.url).status_code == 200
+        assert httpx.get(f"{server.url}/v1/models/tiny").json()["context"] == 64
 
 
 @pytest.mark.parametrize(
@@ -195,67 +197,67 @@ def test_limits_of_a_request(here: Here, change: dict[str, Any], why: str) -> No
 
 
 def test_one_answers_while_others_wait_and_more_are_told_to_come_back(gpt2: HubModel) -> None:
-    with served(gpt2, queue=1, pace=0.005) as made:
+    with served(gpt2, queue=1, pace=0.005) as server:
         got: list[httpx.Response] = []
-        threads = [threading.Thread(target=lambda: got.append(made.post(ASKED | {"max_tokens": 40}))) for _ in range(2)]
+        threads = [threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 40}))) for _ in range(2)]
         for thread in threads:
             thread.start()
-        wait_for(lambda: made.scheduler.load == (1, 1))
-        refused = made.post(ASKED)
+        wait_for(lambda: server.scheduler.load == (1, 1))
+        refused = server.post(ASKED)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         for thread in threads:
             thread.join()
         texts = [answer.json()["choices"][0]["text"] for answer in got]
-        assert texts[0] == texts[1] and made.post(ASKED).status_code == 200
+        assert texts[0] == texts[1] and server.post(ASKED).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_hanging_up_ends_the_work(gpt2: HubModel, stream: bool) -> None:
-    with served(gpt2, pace=0.01) as made:
+    with served(gpt2, pace=0.01) as server:
         body = json.dumps(ASKED | {"max_tokens": 50, "stream": stream}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", int(made.url.rpartition(":")[2])), timeout=20) as line:
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as line:
             line.sendall(head.encode() + body)
-            wait_for(lambda: made.scheduler.passes > 1)
-        wait_for(lambda: made.scheduler.load == (0, 0))
-        assert made.scheduler.passes < 50
+            wait_for(lambda: server.scheduler.passes > 1)
+        wait_for(lambda: server.scheduler.load == (0, 0))
+        assert server.scheduler.passes < 50
 
 
 def test_time_runs_out_for_who_runs_and_who_waits(gpt2: HubModel) -> None:
-    with served(gpt2, limits=Limits(timeout=0.2, grace=1), pace=0.02) as made:
+    with served(gpt2, limits=Limits(timeout=0.2, grace=1), pace=0.02) as server:
         got: list[httpx.Response] = []
-        threads = [threading.Thread(target=lambda: got.append(made.post(ASKED | {"max_tokens": 50}))) for _ in range(2)]
+        threads = [threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 50}))) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert [(answer.status_code, answer.json()["error"]["code"]) for answer in got] == [(504, "timeout")] * 2
-        assert made.scheduler.load == (0, 0) and made.scheduler.passes < 50
+        assert server.scheduler.load == (0, 0) and server.scheduler.passes < 50
 
 
 @pytest.mark.parametrize(("grace", "status"), [(5.0, 200), (0.05, 503)])
 def test_a_stop_lets_an_answer_end_within_the_grace(gpt2: HubModel, grace: float, status: int) -> None:
-    with served(gpt2, limits=Limits(grace=grace), pace=0.01) as made:
+    with served(gpt2, limits=Limits(grace=grace), pace=0.01) as server:
         got: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: got.append(made.post(ASKED | {"max_tokens": 40})))
+        thread = threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 40})))
         thread.start()
-        wait_for(lambda: made.scheduler.load == (1, 0))
-        made.server.stop()
+        wait_for(lambda: server.scheduler.load == (1, 0))
+        server.server.stop()
         if grace > 1:  # else it is gone already
-            assert made.post(ASKED).status_code == 503
+            assert server.post(ASKED).status_code == 503
         thread.join()
         assert got[0].status_code == status
 
 
 def test_one_that_fails_takes_nobody_down(gpt2: HubModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    with served(gpt2) as made:
+    with served(gpt2) as server:
         with monkeypatch.context() as patch:
             patch.setattr(gpt2.model.lm_head, "forward", lambda hidden: torch.full((*hidden.shape[:2], gpt2.vocabulary), torch.nan))
-            assert made.post(ASKED).status_code == 500
+            assert server.post(ASKED).status_code == 500
             assert "logits are not finite" in caplog.text
             with pytest.raises(ModelError, match="transformers failed on this model: the model's logits are not finite"):
                 list(SequentialScheduler(gpt2).write([3, 4], Sampling(), 5))
-        assert made.post(ASKED).status_code == 200 and made.scheduler.load == (0, 0)
+        assert server.post(ASKED).status_code == 200 and server.scheduler.load == (0, 0)
 
 
 def test_an_answer_may_be_left_and_another_begun(gpt2: HubModel) -> None:
@@ -273,15 +275,15 @@ def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "tiny", "t5", seed=1)
     model = load_model(folder, {})
     assert SequentialScheduler(model).limit == CONTEXT  # T5 names none
-    with served(model) as made:
+    with served(model) as server:
         ids = [*read_text(folder).encode("turn on"), 1]
         tokens = by_hand(folder, ids, 7, AutoModelForSeq2SeqLM)
-        answer = made.post(ASKED | {"prompt": "turn on", "max_tokens": 7}).json()
+        answer = server.post(ASKED | {"prompt": "turn on", "max_tokens": 7}).json()
         assert answer["choices"][0]["text"] == model.text.decode(tokens) == generate_text(folder, "turn on", max_new_tokens=7)
         assert answer["usage"]["prompt_tokens"] == len(ids) and answer["choices"][0]["text"]
         way: dict[str, Any] = {"temperature": 1.5, "seed": 4, "repetition_penalty": 1.4}
         wanted = generate_text(folder, "turn on", max_new_tokens=7, **way)
-        assert made.post(ASKED | {"prompt": "turn on", "max_tokens": 7, **way}).json()["choices"][0]["text"] == wanted
+        assert server.post(ASKED | {"prompt": "turn on", "max_tokens": 7, **way}).json()["choices"][0]["text"] == wanted
 
 
 @pytest.mark.parametrize(("kind", "method"), [("llama", "prefix"), ("llama", "adapter"), ("gpt2", "prompt"), ("t5", "ptuning_v2")])
@@ -295,10 +297,10 @@ def test_an_adapter_beside_its_model_is_served(tmp_path: Path, kind: str, method
     with torch.no_grad():
         tokens = live.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     tokens = tokens[0, 1 if kind == "t5" else ids.shape[1] :].tolist()
-    with served(model, prompt=card["prompt"]) as made:
+    with served(model, prompt=card["prompt"]) as server:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 6, "messages": [{"role": "user", "content": "lamp"}]}
-        assert made.post(chat, "chat/completions").json()["choices"][0]["message"]["content"] == model.text.decode(tokens).lstrip()
-    assert made.scheduler.limit == (CONTEXT if kind == "t5" else 64 - (0 if method == "adapter" else card["peft"]["tokens"]))
+        assert server.post(chat, "chat/completions").json()["choices"][0]["message"]["content"] == model.text.decode(tokens).lstrip()
+    assert server.scheduler.limit == (CONTEXT if kind == "t5" else 64 - (0 if method == "adapter" else card["peft"]["tokens"]))
 
 
 def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
@@ -307,9 +309,9 @@ def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
     model = load_model(folder, {})
     messages = [{"role": "user", "content": "turn"}, {"role": "assistant", "content": "on"}, {"role": "user", "content": "the"}]
     assert model.text.chat(messages) == "turn on the <s>"
-    with served(model) as made:
+    with served(model) as server:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 5, "messages": messages}
-        answer = made.post(chat, "chat/completions").json()
+        answer = server.post(chat, "chat/completions").json()
         assert answer["usage"]["prompt_tokens"] == 4
         assert answer["choices"][0]["message"]["content"] == text_of(alone(model, [3, 4, 6, 0], Sampling(), 5))
 
@@ -330,8 +332,8 @@ def test_a_tokenizer_that_is_no_tokenizer_json(tmp_path: Path) -> None:
     stream = Stream(model.text)
     parts = [stream.push(token) for token in [*"né".encode(), 256, *"€".encode(), 65]]
     assert parts == ["n", "", "é", " t", "", "", "€", "A"]
-    with served(model) as made:
-        answer = made.post(ASKED | {"prompt": "a té"}).json()
+    with served(model) as server:
+        answer = server.post(ASKED | {"prompt": "a té"}).json()
         assert answer["usage"]["prompt_tokens"] == 4 and answer["choices"][0]["finish_reason"] in ("length", "stop")
 
 
@@ -347,7 +349,7 @@ def test_what_only_the_engine_has_is_refused(folder: Path, options: list[str], c
 
 @pytest.mark.slow
 def test_the_page(gpt2: HubModel, folder: Path) -> None:
-    with served(gpt2, prompt="set {q} to") as made, open_page(made.url) as page:
+    with served(gpt2, prompt="set {q} to") as server, open_page(server.url) as page:
         ready(page)
         ask(page, "lamp", temperature="0", tokens="7")  # a chat: the run's template is there
         page.wait("/7 tokens .* cut at the most tokens/.test(document.querySelector('.figures')?.textContent)")
