@@ -22,10 +22,10 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def table(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, str], str]:
     """The one row by column, and all that was printed."""
     bench_batched.main([*TINY, *more])
-    said = capsys.readouterr().out
-    head, rule, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("|"))
+    stdout = capsys.readouterr().out
+    head, rule, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in stdout.splitlines() if line.startswith("|"))
     assert len(head) == len(rule) == len(row)
-    return dict(zip(head, row, strict=True)), said
+    return dict(zip(head, row, strict=True)), stdout
 
 
 def test_the_table_has_every_side(capsys: pytest.CaptureFixture[str]) -> None:

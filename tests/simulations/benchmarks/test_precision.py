@@ -13,8 +13,8 @@ STEP = {"tiny": {"fp32": 600.0, "nf4": 650.0}, "0.4b": {"fp32": 3000.0, "nf4": 1
 
 
 def cells(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in said]
+    stdout = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in stdout]
     assert len({len(r) for r in rows}) == 1
     return [rows[0], *rows[2:]]
 
@@ -92,7 +92,7 @@ def test_a_toy_cell_is_measured(tmp_path: Path) -> None:
     """By hand: 2048 words × 128, tied; 2 layers of 4 · 128² + 3 · 128 · 256; 5 norms of 128; less than 1 kB of rotary frequencies."""
     args = argparse.Namespace(compute="fp32", shape="2x16", steps=1, threads=1, checkpointing=False)
     bench_precision.in_process(args, "tiny", "fp32", str(tmp_path), "make")
-    found = bench_precision.in_process(args, "tiny", "fp32", str(tmp_path), "step")
+    measurement = bench_precision.in_process(args, "tiny", "fp32", str(tmp_path), "step")
     entries = 2048 * 128 + 2 * (4 * 128**2 + 3 * 128 * 256) + 5 * 128
-    assert found["weights MB"] == pytest.approx(4e-6 * entries, abs=1e-3)
-    assert found["step MB"] >= found["libraries MB"] > 100 and found["step s"] > 0
+    assert measurement["weights MB"] == pytest.approx(4e-6 * entries, abs=1e-3)
+    assert measurement["step MB"] >= measurement["libraries MB"] > 100 and measurement["step s"] > 0

@@ -71,9 +71,9 @@ def test_prompts_are_as_large_as_lora() -> None:
 def test_a_tiny_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cost"
     main(["--clients", "6", "--mb", "0.3", "--repeats", "1", "--strategies", "fedavg", "hetlora", "fedpeptao", "bulyan", "--out", str(out)])
-    said = json.loads(out.with_suffix(".json").read_text())
-    assert [r["strategy"] for r in said["rows"]] == ["fedavg", "hetlora", "fedpeptao"] and list(said["not_measured"]) == ["bulyan"]
-    assert all(r["clients"] == 6 and r["update_mb"] == pytest.approx(0.262, abs=0.001) and r["seconds"] >= 0 for r in said["rows"])
+    document = json.loads(out.with_suffix(".json").read_text())
+    assert [r["strategy"] for r in document["rows"]] == ["fedavg", "hetlora", "fedpeptao"] and list(document["not_measured"]) == ["bulyan"]
+    assert all(r["clients"] == 6 and r["update_mb"] == pytest.approx(0.262, abs=0.001) and r["seconds"] >= 0 for r in document["rows"])
     lines = out.with_suffix(".md").read_text().splitlines()
     assert sum(line.startswith("| ") for line in lines) == 4 and lines[-1].startswith("not measured: bulyan")
     assert "not measured: bulyan" in capsys.readouterr().out

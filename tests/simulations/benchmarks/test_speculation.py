@@ -74,21 +74,21 @@ def test_the_pair_is_made_and_measured(data: Path, tmp_path: Path) -> None:
         size="tiny", kind="fp32", target=target, wide=wide, small=draft, exit_at=4, rows=rows, new=12, temperatures=[0.0, 0.8], fixed=[2],
         threads=1,
     )  # fmt: skip
-    found = measure(case)
-    assert list(found) == ["0", "0.8"]
+    measurement = measure(case)
+    assert list(measurement) == ["0", "0.8"]
     ways = ["plain", "auto", "auto, wide draft", "auto, small draft", "early exit", "lookup, always 2", "wide draft, always 2"]
-    for answers in found.values():
+    for answers in measurement.values():
         assert list(answers) == ways and all(len(row) == 2 for row in answers.values())
         assert all(a.ratio == 1 and a.drafted == 0 for a in answers["plain"])
-    assert all(a.same for row in found["0"].values() for a in row)  # greedy, float32
-    assert all(a.same for a in found["0.8"]["lookup, always 2"])  # sure guesses leave the seed's text as it is
-    exits = found["0"]["early exit"]
+    assert all(a.same for row in measurement["0"].values() for a in row)  # greedy, float32
+    assert all(a.same for a in measurement["0.8"]["lookup, always 2"])  # sure guesses leave the seed's text as it is
+    exits = measurement["0"]["early exit"]
     assert all(a.accepted == a.drafted for a in exits)
     small = load_engine(NANO, "fp32")
-    for row, answer in zip(rows, found["0"]["plain"], strict=True):
+    for row, answer in zip(rows, measurement["0"]["plain"], strict=True):
         assert answer.tokens == len(list(Generation(small, row, max_new_tokens=12)))
-    plot({"tiny": {"fp32": found}}, tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 1000 and "2/2" in table({"fp32": found})
+    plot({"tiny": {"fp32": measurement}}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000 and "2/2" in table({"fp32": measurement})
 
 
 def answer(**changes: Any) -> Answer:

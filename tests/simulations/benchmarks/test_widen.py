@@ -127,8 +127,8 @@ def test_packages_of_a_widened_model(tmp_path: Path, kind: str) -> None:
     ids = torch.arange(2, 30)
     wanted = logits(load_engine(small.folder, "fp32"), ids)
     off = (logits(load_engine(package(small.folder, kind)), ids) - wanted).abs().mean()
-    found = logits(load_engine(package(wide, kind)), ids)
-    assert (found[:, : wanted.shape[1]] - wanted).abs().mean() < 1.5 * off and found.softmax(-1)[:, wanted.shape[1] :].sum() < 1e-6
+    actual = logits(load_engine(package(wide, kind)), ids)
+    assert (actual[:, : wanted.shape[1]] - wanted).abs().mean() < 1.5 * off and actual.softmax(-1)[:, wanted.shape[1] :].sum() < 1e-6
 
 
 @pytest.mark.slow
@@ -143,15 +143,15 @@ def test_real_weights(name: str, large: str, tmp_path: Path) -> None:
     )
     small, engine = load_engine(source, "fp32"), load_engine(wide, "fp32")
     ids = torch.tensor(small.text.encode("Once upon a time, there was a little girl named Lily. She had a red ball."))
-    wanted, found = logits(small, ids), logits(engine, ids)
-    torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, atol=1e-4, rtol=0)
-    assert found.softmax(-1)[:, wanted.shape[1] :].sum() < 1e-9
+    wanted, actual = logits(small, ids), logits(engine, ids)
+    torch.testing.assert_close(actual[:, : wanted.shape[1]], wanted, atol=1e-4, rtol=0)
+    assert actual.softmax(-1)[:, wanted.shape[1] :].sum() < 1e-9
     texts = [[p.token for p in Generation(e, ids.tolist(), max_new_tokens=100)] for e in (small, engine)]
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
-    ("small", "large", "said"),
+    ("small", "large", "message"),
     [
         ({}, {"hidden": 24, "heads": 6}, "hidden=24 is too small .* takes 25"),  # no channel is left for the constant
         ({}, {"layers": 1}, "layers=1 is too small"),
@@ -164,9 +164,9 @@ def test_real_weights(name: str, large: str, tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "hang on no head size"),
     ],
 )
-def test_what_cannot_be_widened(tmp_path: Path, small: dict[str, Any], large: dict[str, int], said: str) -> None:
+def test_what_cannot_be_widened(tmp_path: Path, small: dict[str, Any], large: dict[str, int], message: str) -> None:
     source, _ = tiny(tmp_path / "small", **small)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         widen(source, tmp_path / "wide", size(**large))
 
 

@@ -17,12 +17,12 @@ DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../share
 
 
 def test_the_table_has_means_and_spreads() -> None:
-    found = {
+    result = {
         "fp32": [Measurement(nats=0.0, kl=0.0, bits=32)],
         "int4": [Measurement(nats=0.0, kl=0.001, bits=5.5), Measurement(nats=0.0, kl=0.003, bits=5.5)],
     }
     # by hand: e^0 = 1; mean of 1 and 3 is 2, deviations ±1, sqrt(2 / 1) = 1.414
-    assert table(found).splitlines()[2:] == [
+    assert table(result).splitlines()[2:] == [
         "| fp32 | 32.00 | 1.000 | 0.000 |",
         "| int4 | 5.50 | 1.000 ± 0.000 | 2.000 ± 1.414 |",
     ]
@@ -57,12 +57,12 @@ def test_orderings_on_real_text() -> None:
         "gptq": QuantizeSettings(method="gptq"),
         "rtn 128": QuantizeSettings(group=128),
     }
-    found = study(DATA / "models/stories260k/hf", DATA / "lm/wikitext-2/valid.txt", [0], 4096, rows)
-    kl = {name: several[0].kl for name, several in found.items()}
+    result = study(DATA / "models/stories260k/hf", DATA / "lm/wikitext-2/valid.txt", [0], 4096, rows)
+    kl = {name: several[0].kl for name, several in result.items()}
     assert abs(kl["fp32"]) < 1e-6
     assert kl["fp32"] < kl["bf16"] < kl["a8w8"] < kl["gptq"] < kl["awq"] < kl["rtn"] < kl["rtn 128"], kl
     # measured over 8192 tokens and two draws: .0048; .0046 ± .0002; .145 ± .001 against .247
     assert kl["a8w8"] < 0.01 and kl["smoothquant"] < 1.1 * kl["a8w8"] and kl["gptq"] < 0.7 * kl["rtn"], kl
-    nats = {name: several[0].nats - found["fp32"][0].nats for name, several in found.items()}
+    nats = {name: several[0].nats - result["fp32"][0].nats for name, several in result.items()}
     assert all(abs(nats[name]) < 0.01 for name in ("bf16", "a8w8", "smoothquant")), nats
     assert abs(nats["gptq"]) < 0.1 and abs(nats["rtn"]) < 0.15, nats
