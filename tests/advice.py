@@ -37,12 +37,12 @@ def sentences() -> list[Sentence]:
 @functools.cache
 def _read() -> tuple[list[Sentence], frozenset[str]]:
     """The sentences, and where the texts of --help stand: what an option is, not what to do about something."""
-    found, described = [], set[str]()
+    results, described = [], set[str]()
     for file in (file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))):
         name, nodes = file.relative_to(ROOT), list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
-        found += [Sentence(f"{name}:{line}", text) for line, text in _texts(nodes) if " " in text.strip()]
+        results += [Sentence(f"{name}:{line}", text) for line, text in _texts(nodes) if " " in text.strip()]
         described |= {f"{name}:{line}" for line in _descriptions(nodes)}
-    return found, frozenset(described)
+    return results, frozenset(described)
 
 
 def _texts(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
@@ -64,12 +64,12 @@ def ways(sentence: str) -> list[str]:
 
     `task=instruction or classification` is two ways, `traffic.up=fp32 traffic.topk=null` is one of two settings.
     """
-    found = []
+    results = []
     for settings, more in FOLLOWS.findall(sentence):
         key, _, value = settings.partition("=")
-        found += [f"{key}={one}" for one in value.split("|")] if " " not in settings else [settings]
-        found += [f"{key}={other}" for other in re.findall(r"or (\w+)", more)]
-    return [way for way in found if not re.search(r"=(N|NAME|RUN|FILE|VALUE|CLASS)\b", way)]
+        results += [f"{key}={one}" for one in value.split("|")] if " " not in settings else [settings]
+        results += [f"{key}={other}" for other in re.findall(r"or (\w+)", more)]
+    return [way for way in results if not re.search(r"=(N|NAME|RUN|FILE|VALUE|CLASS)\b", way)]
 
 
 _VERBS = (

@@ -84,24 +84,24 @@ def main() -> int:
     ask.add_argument("--write", type=Path, help="where the digests go")
     ask.add_argument("--compare", type=Path, help="digests to compare with")
     ask.add_argument("--only", default="", help="runs whose name holds this")
-    given = ask.parse_args()
-    before = json.loads(given.compare.read_text(encoding="utf-8")) if given.compare else {}
-    found, different = {}, []
+    args = ask.parse_args()
+    before = json.loads(args.compare.read_text(encoding="utf-8")) if args.compare else {}
+    results, different = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny_llama(folder / "model")
         write_rows(folder / "rows.jsonl", texts(40))
         write_rows(folder / "test.jsonl", texts(8, seed=9))
         for title, overrides in RUNS.items():
-            if given.only in title:
+            if args.only in title:
                 begun = time.perf_counter()
-                found[title] = run(overrides, folder)
-                same = title not in before or before[title] == found[title]
+                results[title] = run(overrides, folder)
+                same = title not in before or before[title] == results[title]
                 different += [] if same else [title]
                 word = "made" if not before else "same" if same else "DIFFERENT"
-                print(f"{word:9} {time.perf_counter() - begun:5.1f} s  {title}  {found[title]}", flush=True)
-    if given.write:
-        given.write.write_text(json.dumps(found, indent=1), encoding="utf-8")
+                print(f"{word:9} {time.perf_counter() - begun:5.1f} s  {title}  {results[title]}", flush=True)
+    if args.write:
+        args.write.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return 1 if different else 0
 
 

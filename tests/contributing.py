@@ -10,13 +10,13 @@ PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 def example(file: str) -> str:
     """The code block that follows the first mention of the file at the end of a paragraph."""
-    (found,) = re.findall(rf"`{re.escape(file)}`[^`\n]*:\n\n```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    return found
+    (matches,) = re.findall(rf"`{re.escape(file)}`[^`\n]*:\n\n```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    return matches
 
 
 def module(file: str, name: str) -> types.ModuleType:
     """The example as a module of that dotted name, which the caller takes out of sys.modules again."""
-    made = types.ModuleType(name)
-    sys.modules[name] = made  # dataclasses look there for annotations
-    exec(compile(example(file), f"{PAGE.name}: {file}", "exec"), vars(made))
-    return made
+    new_module = types.ModuleType(name)
+    sys.modules[name] = new_module  # dataclasses look there for annotations
+    exec(compile(example(file), f"{PAGE.name}: {file}", "exec"), vars(new_module))
+    return new_module

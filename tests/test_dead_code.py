@@ -87,7 +87,7 @@ def unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
     uses = {file: Uses(tree) for file, tree in trees.items()}
     dotted = sum((u.dotted for u in uses.values()), outside)
     imported = {name for u in uses.values() for name in u.imported}
-    found = []
+    results = []
     for file, tree in trees.items():
         path = file.removesuffix(".py").removesuffix("/__init__").removeprefix("fedtune/")
         module = "fedtune" if path == "fedtune/__init__" else f"fedtune.{path.replace('/', '.')}"
@@ -101,8 +101,8 @@ def unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
             else:
                 used |= uses[file].bare[name] > itself.bare[name]
             if not used and not re.fullmatch(r"__\w+__", name):
-                found.append(f"{file} {name}")
-    return found
+                results.append(f"{file} {name}")
+    return results
 
 
 def test_nothing_is_there_for_tests_alone() -> None:

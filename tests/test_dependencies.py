@@ -159,10 +159,10 @@ STARTS |= {
 @pytest.mark.parametrize("name", STARTS)
 def test_a_program_that_trains_says_what_to_install(name: str) -> None:
     program, code = STARTS[name]
-    done = without(code, "--help")
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith(f"{program}: this needs ") and done.stderr.endswith(f", which is not installed: {ADVICE}\n")
-    assert done.stderr.count("\n") == 1
+    process = without(code, "--help")
+    assert (process.returncode, process.stdout) == (2, ""), process.stderr
+    assert process.stderr.startswith(f"{program}: this needs ") and process.stderr.endswith(f", which is not installed: {ADVICE}\n")
+    assert process.stderr.count("\n") == 1
 
 
 def test_an_app_of_flower_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +240,9 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     AdapterState(factors, spec).save(place / "lora" / "fedtune.safetensors")
     checkpoint(place / "other", "gpt2")
     RunDirectory.create(Config(), place / "run").close()
-    done = without(DEVICE, place, *REFUSED)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    process = without(DEVICE, place, *REFUSED)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
 def test_a_device_answers(device: dict[str, Any]) -> None:

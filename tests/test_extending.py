@@ -45,10 +45,10 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.usefixtures("away")
 def test_the_document_s_strategy_is_found_and_works(args: list[str]) -> None:
     strategy = make_strategy(compose(args)[0].config)
-    state, made = ServerState(adapter=drawn(0)), [update("a", drawn(1), examples=1), update("b", drawn(2), examples=3)]
-    after = strategy.aggregate(1, state, iter(made)).adapter
+    state, updates = ServerState(adapter=drawn(0)), [update("a", drawn(1), examples=1), update("b", drawn(2), examples=3)]
+    after = strategy.aggregate(1, state, iter(updates)).adapter
     for name, t in state.adapter.tensors.items():
-        mean = (made[0].adapter[name] + 3 * made[1].adapter[name]) / 4
+        mean = (updates[0].adapter[name] + 3 * updates[1].adapter[name]) / 4
         assert torch.allclose(after[name], 0.75 * t + 0.25 * mean, atol=1e-6)
 
 
@@ -102,8 +102,10 @@ def test_all_three_commands_run_it(away: Path) -> None:
     settings = ["conf=trial.yaml", "rounds=1", "clients_per_round=1", "client.steps=1", "eval.clients=0", "inference.samples=0"]
     bin, port = Path(sys.executable).parent, free_port()
     env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([bin / "python", "-m", "fedtune.sim", *settings], cwd=away, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "1/1 counted" in done.stderr, done.stderr
+    process = subprocess.run(
+        [bin / "python", "-m", "fedtune.sim", *settings], cwd=away, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0 and "1/1 counted" in process.stderr, process.stderr
     door = [bin / "fedtune-server", *settings, "--insecure", "--address", f"127.0.0.1:{port}"]
     with subprocess.Popen(door, cwd=away, env=env, stderr=subprocess.PIPE, text=True) as server:
         (elsewhere := away / "elsewhere").mkdir()  # no mine.py there

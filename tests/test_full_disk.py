@@ -19,7 +19,7 @@ from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b cannot be written (No space left on device)"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file cannot be written (Disk quota exceeded)"),
@@ -32,8 +32,8 @@ from tests.tiny import tiny_config
         (ValueError("28"), None),
     ],
 )
-def test_a_disk_error_of_any_library_is_recognized(bad: Exception, said: str | None) -> None:
-    assert disk_error(bad) == said
+def test_a_disk_error_of_any_library_is_recognized(bad: Exception, message: str | None) -> None:
+    assert disk_error(bad) == message
 
 
 def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
@@ -80,8 +80,8 @@ def test_a_command_reports_a_full_disk(door: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "_main", full)
     argv = {"simulate": [], "main": [], "server": ["conf=base", "--insecure"], "client": ["--server", "127.0.0.1:1", "--insecure"]}[door]
     assert module.main(argv) == 2
-    said = capsys.readouterr().err.strip()
-    assert said.endswith("/x cannot be written (No space left on device): free disk space and start again") and "\n" not in said
+    stderr = capsys.readouterr().err.strip()
+    assert stderr.endswith("/x cannot be written (No space left on device): free disk space and start again") and "\n" not in stderr
 
 
 def test_a_fedtune_error_is_not_hidden() -> None:

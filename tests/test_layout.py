@@ -135,15 +135,15 @@ def test_the_root() -> None:
 def test_only_one_module_parses_json_and_yaml() -> None:
     """Python's parsers raise what their callers do not expect; `fedtune.storage.parsing` gives a ValueError with a short reason."""
     own = {"parsing.py", "page.py"}
-    looked, found = 0, []
+    looked, results = 0, []
     for _, file in files():
         if file.name in own or {"benchmarks", "studies"} & set(file.parts):
             continue
         looked += 1
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load", "yaml.safe_load", "yaml.load"):
-                found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
-    assert looked > 100 and not found, f"use fedtune.storage.parsing: {found}"
+                results.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert looked > 100 and not results, f"use fedtune.storage.parsing: {results}"
 
 
 def renames(node: ast.AST) -> bool:
@@ -162,14 +162,14 @@ def renames(node: ast.AST) -> bool:
 
 
 def test_only_one_module_writes_atomically() -> None:
-    found = [
+    violations = [
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         for _, file in files()
         if file != ROOT / "fedtune" / "storage" / "atomic.py"
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if renames(node)
     ]
-    assert not found, f"use fedtune.storage.atomic: {found}"
+    assert not violations, f"use fedtune.storage.atomic: {violations}"
 
 
 @pytest.mark.parametrize(
@@ -195,11 +195,11 @@ def test_that_rule_detects_violations(text: str, forbidden: bool) -> None:
 
 def test_only_one_module_checks_ranges() -> None:
     sentence = "is out of range: it must be|is not known: choose one of"
-    found = [
+    violations = [
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for _, file in files()
         if file != ROOT / "fedtune" / "config" / "bounds.py"
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(sentence, node.value)
     ]
-    assert not found, f"use fedtune.config.bounds.require: {found}"
+    assert not violations, f"use fedtune.config.bounds.require: {violations}"

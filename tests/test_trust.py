@@ -151,5 +151,5 @@ def test_only_these_files_make_a_config_from_a_file_or_a_message() -> None:
     }
     root = Path(__file__).parents[1]
     files = [file for folder in ("fedtune", "clients", "simulations", "strategies") for file in (root / folder).rglob("*.py")]
-    found = {str(f.relative_to(root)) for f in files if re.search(r"import .*\bfrom_dict\b|config\.from_dict\(", f.read_text())}
-    assert found == readers
+    violations = {str(f.relative_to(root)) for f in files if re.search(r"import .*\bfrom_dict\b|config\.from_dict\(", f.read_text())}
+    assert violations == readers
