@@ -78,9 +78,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
-    said = place.run(*bare, "rounds")
-    yield said
-    for setting in said.rpartition("such as ")[2].strip().split(" or "):
+    output = place.run(*bare, "rounds")
+    yield output
+    for setting in output.rpartition("such as ")[2].strip().split(" or "):
         yield place.run(*bare, setting)
 
 
@@ -96,9 +96,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]
-    said = place.run(*bare, "--address", "8080")
-    yield said
-    yield place.run(*bare, "--address", said.split()[-1])
+    output = place.run(*bare, "--address", "8080")
+    yield output
+    yield place.run(*bare, "--address", output.split()[-1])
 
 
 @follows("clients use the run's name '{}' as a folder name")
@@ -125,9 +125,9 @@ def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     run = a_run(place.folder / "kept")
     argv = ["fedtune-server", f"resume={run}", "--run", str(run), "--insecure"]
-    said = place.run(*argv)
-    yield said
-    for out in said.rpartition("leave out ")[2].strip().split(", or "):
+    output = place.run(*argv)
+    yield output
+    for out in output.rpartition("leave out ")[2].strip().split(", or "):
         (way,) = ways(f"x: leave out {out}", argv, {}) if out.startswith("--") else [[word for word in argv if word != out]]
         yield place.run(*way)
 
@@ -191,9 +191,9 @@ def _continue(place: Place, run: Path) -> Iterator[str]:
     quiet_run(place)
     keys_and_quiet(place) if not (place.folder / "keys").exists() else None
     assert not place.run("fedtune", "status", run)
-    said = " ".join(place.printed.split())
-    yield said
-    line = said.partition("continue with ")[2]
+    output = " ".join(place.printed.split())
+    yield output
+    line = output.partition("continue with ")[2]
     if line.startswith("python -m "):
         (name, setting) = line.removeprefix("python -m ").split()[:2]
         yield place.run(name, setting)

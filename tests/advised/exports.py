@@ -56,9 +56,9 @@ def _(place: Place) -> Iterator[str]:
 @follows("{} is already a complete model: export it with --to edge or gguf", library="gguf")
 def _(place: Place) -> Iterator[str]:
     model = place.keep("served", lambda path: tiny_model(path, context=128))
-    said = export(place, model)
-    yield said
-    for to in said.rpartition("--to ")[2].strip().split(" or "):
+    output = export(place, model)
+    yield output
+    for to in output.rpartition("--to ")[2].strip().split(" or "):
         yield export(place, model, "--to", to)
 
 
@@ -86,9 +86,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     shutil.rmtree(run / "adapter")
-    said = export(place, run)
-    yield said
-    yield place.run("fedtune.sim", setting_of(said))
+    output = export(place, run)
+    yield output
+    yield place.run("fedtune.sim", setting_of(output))
     yield export(place, run)
 
 
@@ -98,9 +98,9 @@ def _(place: Place) -> Iterator[str]:
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    said = export(place, adapter)
-    yield said
-    (name,) = re.findall(r"set (\w+) in", said)
+    output = export(place, adapter)
+    yield output
+    (name,) = re.findall(r"set (\w+) in", output)
     path.write_text(json.dumps(config | {name: str(run_of(place).parent / "m")}))
     yield export(place, adapter)
 
@@ -125,9 +125,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     run = Path(lora(place)["run"])
     flags = ["--to", "edge", "--quantize", "int8", "--calibrate", str(place.folder / "text.txt"), "--method"]
-    said = export(place, run, *flags, "awq", "--separate")
-    yield said
-    for method in re.findall(r"use (\w+) or (\w+),", said)[0]:
+    output = export(place, run, *flags, "awq", "--separate")
+    yield output
+    for method in re.findall(r"use (\w+) or (\w+),", output)[0]:
         yield export(place, run, *flags, method, "--separate")
     yield export(place, run, *flags, "awq")
 
@@ -162,16 +162,16 @@ def _(place: Place) -> Iterator[str]:
 
 def _beside(place: Place, method: str) -> Iterator[str]:
     assert not export(place, run_of(place, CAUSAL, method=method))
-    said = place.warned
-    yield said
-    assert "`fedtune generate`" in said
+    output = place.warned
+    yield output
+    assert "`fedtune generate`" in output
     yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--max-new-tokens", "2")
-    if opened := re.findall(r"PeftModel.from_pretrained\(model, '(.*?)'\)", said):
+    if reloaded_model := re.findall(r"PeftModel.from_pretrained\(model, '(.*?)'\)", output):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(place.folder / "out")
-        assert PeftModel.from_pretrained(model, opened[0]).peft_config
+        assert PeftModel.from_pretrained(model, reloaded_model[0]).peft_config
         yield ""
 
 
@@ -193,9 +193,9 @@ def _(place: Place) -> Iterator[str]:
 @follows("the model answers untuned without it: select it with --adapter {}")
 def _(place: Place) -> Iterator[str]:
     assert not export(place, run_of(place), "--to", "edge", "--separate")
-    said = place.warned
-    yield said
-    name = re.findall(r"select it with (--adapter \S+)", said)[0].split()
+    output = place.warned
+    yield output
+    name = re.findall(r"select it with (--adapter \S+)", output)[0].split()
     yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--max-new-tokens", "2", *name)
 
 
@@ -212,9 +212,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     run, _, _ = personal_run(place.folder)
     assert not export(place, run)
-    said = place.warned
-    yield said
-    (line,) = re.findall(r"`(fedtune export .*?)`", said)
+    output = place.warned
+    yield output
+    (line,) = re.findall(r"`(fedtune export .*?)`", output)
     yield place.run(*line.split())
 
 
@@ -223,9 +223,9 @@ def _(place: Place) -> Iterator[str]:
     run, _, client = personal_run(place.folder)
     for kept in client.rglob("*.safetensors"):
         kept.unlink()
-    said = export(place, client)
-    yield said
-    yield export(place, Path(said.rpartition("the run itself, ")[2].strip()))
+    output = export(place, client)
+    yield output
+    yield export(place, Path(output.rpartition("the run itself, ")[2].strip()))
 
 
 @follows("is already an edge package: give the run or the model that it was made from")
@@ -300,9 +300,9 @@ def _(place: Place) -> Iterator[str]:
 @follows("{} is a run directory: export its model with `fedtune export {}` and give that folder")
 def _(place: Place) -> Iterator[str]:
     run = Path(shutil.copytree(run_of(place), place.folder / "run"))
-    said = place.run("fedtune", "generate", run, "turn on")
-    yield said
-    (line,) = re.findall(r"`(fedtune export .*?)`", said)
+    output = place.run("fedtune", "generate", run, "turn on")
+    yield output
+    (line,) = re.findall(r"`(fedtune export .*?)`", output)
     yield place.run(*line.split())
     yield place.run("fedtune", "generate", place.printed.strip(), "turn on", "--max-new-tokens", "2")
 

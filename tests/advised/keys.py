@@ -50,11 +50,11 @@ command("already has a key, and keys are never overwritten", "fedtune keys --out
 @follows("a new folder of keys needs --server-name HOST and --clients NAME ...;")
 def _(place: Place) -> Iterator[str]:
     make = ["fedtune", "keys", "--out", str(place.folder / "new")]
-    said = place.run(*make)
-    yield said
+    output = place.run(*make)
+    yield output
     yield place.run(*make, "--server-name", "h", "--clients", "a", "b")
     changes = {"--add": ["c"], "--rotate": ["a"], "--remove": ["b"], "--renew-server": []}
-    for flag in FLAG.findall(said.rpartition(";")[2]):
+    for flag in FLAG.findall(output.rpartition(";")[2]):
         yield place.run(*make, flag, *changes[flag])
 
 
@@ -88,9 +88,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     keys = folder(place)
     rotate = ["fedtune", "keys", "--out", keys["keys"], "--rotate", "c"]
-    said = place.run(*rotate)
-    yield said
-    yield place.run(*rotate[:4], *said.rpartition(" with ")[2].split())
+    output = place.run(*rotate)
+    yield output
+    yield place.run(*rotate[:4], *output.rpartition(" with ")[2].split())
     yield place.run(*rotate)
 
 
@@ -153,9 +153,9 @@ def _(place: Place) -> Iterator[str]:
     quiet_client(place)
     keys = folder(place)
     (Path(keys["a"]) / "key").chmod(0o644)
-    said = place.run(*client_of(keys, place.folder / "state"))
-    yield said
-    word, mode, path = said.rpartition(": ")[2].split()
+    output = place.run(*client_of(keys, place.folder / "state"))
+    yield output
+    word, mode, path = output.rpartition(": ")[2].split()
     assert word == "chmod"
     Path(path).chmod(int(mode, 8))
     yield place.run(*client_of(keys, place.folder / "state"))

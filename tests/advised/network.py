@@ -43,8 +43,8 @@ def _other_address(place: Place, host: str, port: int) -> Iterator[str]:
 
 @follows("the port is in use; stop the other server or give --address")
 def _(place: Place) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         yield from _other_address(place, "127.0.0.1", port)
     yield _listens("127.0.0.1", port)
 
@@ -166,9 +166,9 @@ def _(place: Place) -> Iterator[str]:
     one._child.process.kill()
     with one._change:
         one._change.wait_for(lambda: one._failure is not None, 20)
-    said = str(one._failure)
-    yield said
-    yield _log_of(said)
+    message = str(one._failure)
+    yield message
+    yield _log_of(message)
 
 
 @follows("the SuperLink did not come back within {} s: see {}", slow=True)
@@ -176,11 +176,11 @@ def _(place: Place) -> Iterator[str]:
     one = SuperLink(_settings(place.folder))
     one.start()
     child, one._child = one._child, None
-    said = raised(lambda: one.wait(0.0))
+    message = raised(lambda: one.wait(0.0))
     one._child = child
     one.stop()
-    yield said
-    yield _log_of(said)
+    yield message
+    yield _log_of(message)
 
 
 def _keys_read(place: Place, bad: str) -> Iterator[str]:

@@ -124,12 +124,12 @@ def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None
         names = {"here": str(place.folder), **((ready(place) or {}) if ready else {})}
         given = {f"--{name.replace('_', '-')}": value.format(**names) for name, value in values.items()}
         argv = shlex.split(line.format(**names))
-        said = place.run(*argv)
-        yield said
-        found = ways(said, argv, given)
-        assert found, f"nothing to follow in: {said}"
-        for way in found:
-            yield _insist(place, way, given, said)
+        output = place.run(*argv)
+        yield output
+        all_ways = ways(output, argv, given)
+        assert all_ways, f"nothing to follow in: {output}"
+        for way in all_ways:
+            yield _insist(place, way, given, output)
 
     ROWS.append(Row(says, follow, slow))
 
@@ -137,12 +137,12 @@ def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None
 def _insist(place: Place, argv: list[str], given: Mapping[str, str], first: str, more: int = 3) -> str:
     """What is said in the end where the advice of further refusals is followed, too."""
     shutil.rmtree(place.folder / "out", ignore_errors=True)  # what another way has written
-    said = place.run(*argv)
-    if said and said != first and more:
-        for way in ways(said, argv, given):
+    output = place.run(*argv)
+    if output and output != first and more:
+        for way in ways(output, argv, given):
             if not _insist(place, way, given, first, more - 1):
                 return ""
-    return said
+    return output
 
 
 def ways(said: str, argv: list[str], given: Mapping[str, str]) -> list[list[str]]:
@@ -156,20 +156,20 @@ def ways(said: str, argv: list[str], given: Mapping[str, str]) -> list[list[str]
     advice = max(said.rpartition(": ")[2], said.rpartition("; ")[2], key=lambda part: bool(FLAG.search(part) or "leave" in part))
     advice = said.split(": ", 2)[-1] if not FLAG.search(advice) and "leave" not in advice else advice
     advice = advice.rpartition(" needs ")[2]
-    found: list[list[str]] = []
+    results: list[list[str]] = []
     for words in re.findall(r"leave out ((?:--[a-z-]+(?:, or | and )?)+)", advice):
-        found += [_without(argv, *FLAG.findall(part)) for part in words.split(", or ")]
+        results += [_without(argv, *FLAG.findall(part)) for part in words.split(", or ")]
         advice = advice.replace(words, "")
     if re.search(r"leave (?:it|one) out", advice):
-        found += [_without(argv, flag) for flag in FLAG.findall(said)[: 2 if "leave one out" in advice else 1]]
+        results += [_without(argv, flag) for flag in FLAG.findall(said)[: 2 if "leave one out" in advice else 1]]
     for match in FLAG.finditer(advice):
         flag, choices = match.group(), _CHOICES.match(advice, match.end())
         words = re.findall(r"[a-z][a-z0-9_-]*", choices.group() if choices else "")
         kept = [word for word in words if word not in _PROSE]
         values = kept if kept and flag not in given else [given[flag]] if flag in given else []
         assert values, f"the row gives no value for {flag}: {said}"
-        found += [[*_without(argv, flag), flag, *shlex.split(value)] for value in values]
-    return found
+        results += [[*_without(argv, flag), flag, *shlex.split(value)] for value in values]
+    return results
 
 
 def _without(argv: list[str], *flags: str) -> list[str]:

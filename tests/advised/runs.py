@@ -69,9 +69,9 @@ def _(place: Place) -> Iterator[str]:
     lines = whole.splitlines(keepends=True)
     lines.insert(1, "{\n")
     (run / "metrics.jsonl").write_text("".join(lines))
-    said = place.run("fedtune", "compare", run)
-    yield said
-    del lines[int(re.findall(r" line (\d+) ", said)[0]) - 1]
+    output = place.run("fedtune", "compare", run)
+    yield output
+    del lines[int(re.findall(r" line (\d+) ", output)[0]) - 1]
     (run / "metrics.jsonl").write_text("".join(lines))
     yield place.run("fedtune", "compare", run)
     (run / "metrics.jsonl").write_text(whole)
@@ -113,9 +113,9 @@ def ended(place: Place) -> Path:
 
 def setting_of(said: str, name: str = "resume") -> str:
     """The setting as it is printed."""
-    found = re.search(rf"\b{name}=[^\s,;:]+", " ".join(said.split()).replace(f"{name}= ", f"{name}="))
-    assert found, said
-    return found.group()
+    match = re.search(rf"\b{name}=[^\s,;:]+", " ".join(said.split()).replace(f"{name}= ", f"{name}="))
+    assert match, said
+    return match.group()
 
 
 @follows("has done {} of {} rounds: finish it with resume={}, or leave it out", slow=True)
@@ -123,10 +123,10 @@ def _(place: Place) -> Iterator[str]:
     run = ended(place)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("rounds: 1\n", "rounds: 2\n", 1))
     one = finished(place.folder / "one", metric="exact_match")
-    said = place.run("fedtune", "compare", run, one)
-    yield said
+    output = place.run("fedtune", "compare", run, one)
+    yield output
     yield place.run("fedtune", "compare", one)
-    yield place.run("fedtune.sim", setting_of(said))
+    yield place.run("fedtune.sim", setting_of(output))
     yield place.run("fedtune", "compare", run)
 
 
@@ -175,23 +175,23 @@ def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
 
 @follows("stopped; continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = _broken(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
-    yield said
-    yield place.run("fedtune.sim", setting_of(said))
+    message = _broken(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
+    yield message
+    yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("{}: free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = _broken(place, "fedtune.experiment.write_card", _full)
-    yield said
-    yield place.run("fedtune.sim", setting_of(said))
+    message = _broken(place, "fedtune.experiment.write_card", _full)
+    yield message
+    yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("cannot write the checkpoint {}: {}; free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = _broken(place, "fedtune.runs.directory.save_file", _full)
-    yield said
-    yield place.run("fedtune.sim", setting_of(said))
+    message = _broken(place, "fedtune.runs.directory.save_file", _full)
+    yield message
+    yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("cannot write {}: {}; make the run's folder writable", slow=True)
@@ -246,18 +246,18 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
-    said = raised(lambda: RunDirectory.create(config, run))  # a server goes on by itself; of two that begin at once one meets this
-    yield said
-    yield place.run("fedtune.sim", setting_of(said))
+    message = raised(lambda: RunDirectory.create(config, run))  # a server goes on by itself; of two that begin at once one meets this
+    yield message
+    yield place.run("fedtune.sim", setting_of(message))
     yield raised(lambda: RunDirectory.create(config, place.folder / "another").close())
 
 
 @follows("{} already exists: give a new run its own directory, or continue this one with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
-    said = raised(lambda: MetricsWriter(run, None))  # a run directory is looked at before
-    yield said
-    yield place.run("fedtune.sim", setting_of(said))
+    message = raised(lambda: MetricsWriter(run, None))  # a run directory is looked at before
+    yield message
+    yield place.run("fedtune.sim", setting_of(message))
     yield raised(lambda: MetricsWriter(place.folder, None).close())
 
 
@@ -288,18 +288,18 @@ def _(place: Place) -> Iterator[str]:
     assert not simulate(place, "seed=3")
     argv = ["fedtune.sim", scenario(place), f"output_dir={place.folder}", "seed=3,4", "-m"]
     place.run(*argv)
-    said = " ".join(place.printed.split())
-    yield said
-    (path,) = re.findall(r"finished, in (\S+): delete", said)
+    output = " ".join(place.printed.split())
+    yield output
+    (path,) = re.findall(r"finished, in (\S+): delete", output)
     shutil.rmtree(path)
     yield place.run(*argv) or "".join(line for line in place.printed.splitlines() if path in line)
 
 
 @follows("unknown flag {}: see --help")
 def _(place: Place) -> Iterator[str]:
-    said = place.run("fedtune.sim", "--run")
-    yield said
-    yield place.run("fedtune.sim", said.split()[-1])
+    output = place.run("fedtune.sim", "--run")
+    yield output
+    yield place.run("fedtune.sim", output.split()[-1])
 
 
 def _unusable(*_: Any, **__: Any) -> None:
@@ -310,6 +310,6 @@ def _unusable(*_: Any, **__: Any) -> None:
 def _(place: Place) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedtune.rounds.round.read_update", _unusable)
-        said = simulate(place, "strategy=slora", "rounds=1")
-    yield said
-    yield place.run("fedtune.sim", setting_of(said), setting_of(said, "rounds").replace("N", "4"))
+        output = simulate(place, "strategy=slora", "rounds=1")
+    yield output
+    yield place.run("fedtune.sim", setting_of(output), setting_of(output, "rounds").replace("N", "4"))
