@@ -1,9 +1,9 @@
 """Kills at random instants from the first second of a fresh start: `python -m tests.faults.kills [--count 20] [--seed 0] [--fork]`.
 
-Each time everything is fresh: a server and two clients start, one of the three gets a SIGKILL at an instant drawn over the whole of an
-unbroken run, is started again with the same command, and the run must end well. Killed servers must come to the unbroken run's adapter.
-A client that is killed in its turn may miss that round: then the run must come to the simulation in which it missed it. The exit code is
-the number of runs that did not.
+Each trial starts from nothing: a server and two clients start, and one of the three gets a SIGKILL at a random time within the duration of
+an uninterrupted run. It restarts with the same command, and the run must succeed. With a killed server, the adapter must be that of the
+uninterrupted run. A client killed during its turn may miss that round; the adapter must then be that of a simulation without this turn. The
+exit code is the number of failed trials.
 """
 
 import argparse
@@ -25,46 +25,46 @@ CLIENTS = ("anna", "bert")
 
 
 def experiment(folder: Path) -> list[str]:
-    made = [s for s in settings(folder / "rows", CLIENTS) if not s.startswith("min_clients")]
-    return [*made, "min_clients=1", "keep_checkpoints=100", "weights.max_share=1", "round_timeout_s=60"]
+    options = [s for s in settings(folder / "rows", CLIENTS) if not s.startswith("min_clients")]
+    return [*options, "min_clients=1", "keep_checkpoints=100", "weights.max_share=1", "round_timeout_s=60"]
 
 
 def fresh(folder: Path) -> list[str]:
-    """The settings of a deployment in this folder, with its rows."""
+    """The settings of a deployment in this folder, with its data."""
     write_rows(folder / "rows", CLIENTS)
     return experiment(folder)
 
 
-def start(made: Deployment, victim: str) -> float:
-    """Start all, the victim last, and say when it was."""
+def start(deployment: Deployment, victim: str) -> float:
+    """Start all processes, the victim last. Returns the time of its start."""
     for name in ("server", *CLIENTS):
         if name != victim:
-            again(made, name)
-    again(made, victim)
+            restart(deployment, name)
+    restart(deployment, victim)
     return time.monotonic()
 
 
-def again(made: Deployment, name: str) -> None:
+def restart(deployment: Deployment, name: str) -> None:
     if name == "server":
-        made.start_server()
+        deployment.start_server()
     else:
-        made.start_client(name)
+        deployment.start_client(name)
 
 
-def off(a: AdapterState, b: AdapterState) -> float:
+def distance(a: AdapterState, b: AdapterState) -> float:
     return max(float(torch.sub(a[n], b[n]).abs().max()) for n in a.tensors) if list(a.tensors) == list(b.tensors) else float("inf")
 
 
-def unbroken(folder: Path) -> tuple[AdapterState, float]:
-    """What it comes to where nobody is killed, and how long it takes."""
+def run_without_kills(folder: Path) -> tuple[AdapterState, float]:
+    """The result and the duration of a run without kills."""
     with deployed(folder, CLIENTS, fresh(folder)) as deployment:
         began = start(deployment, "server")
         assert deployment.finish() == 0, deployment.said("server")[-2000:]
         return deployment.adapter(), time.monotonic() - began
 
 
-def broken(folder: Path, victim: str, after: float, wanted: AdapterState) -> tuple[bool, str]:
-    """Whether a run whose victim is killed so many seconds after its start ends well, and what came of it."""
+def run_with_kill(folder: Path, victim: str, after: float, wanted: AdapterState) -> tuple[bool, str]:
+    """Whether a run ends correctly if its victim is killed after these seconds, and its result."""
     given = fresh(folder)
     with deployed(folder, CLIENTS, given) as deployment:
         began = start(deployment, victim)
@@ -75,17 +75,17 @@ def broken(folder: Path, victim: str, after: float, wanted: AdapterState) -> tup
         if not ended:
             process.kill()
             process.wait()
-            again(deployment, victim)
+            restart(deployment, victim)
         if (code := deployment.finish()) != 0:
             return False, f"the server ended with {code}: {deployment.said('server')[-300:]!r}"
         if "Traceback" in deployment.said("server") + "".join(deployment.said(c) for c in CLIENTS):
             return False, "a traceback was printed"
-        far = off(deployment.adapter(), wanted)
+        far = distance(deployment.adapter(), wanted)
         if far <= BOUND:
-            return True, f"the unbroken run's adapter, to {far:.1e}" + " (it had ended)" * ended
+            return True, f"the uninterrupted run's adapter, to {far:.1e}" + " (it had ended)" * ended
         turns = counted(deployment.run)
         if victim == "server":
-            return False, f"{far:.1e} off the unbroken run: {turns}"
+            return False, f"{far:.1e} off the uninterrupted run: {turns}"
         steps = differences(deployment.run, replay(folder, given, turns))
         return max(steps.values()) <= BOUND, f"without {victim} in rounds {[r for r, who in turns.items() if r and victim not in who]}"
 
@@ -101,14 +101,14 @@ def main() -> int:
         preload()
     rng, bad = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as place:
-        wanted, seconds = unbroken(Path(place) / "unbroken")
-        print(f"unbroken: {seconds:.1f} s", flush=True)
+        wanted, seconds = run_without_kills(Path(place) / "unbroken")
+        print(f"uninterrupted: {seconds:.1f} s", flush=True)
         for i in range(args.count):
             victim, after = ("server", "anna")[i % 2], rng.uniform(0.0, seconds)
-            good, said = broken(Path(place) / f"{i:02d}", victim, after, wanted)
+            good, outcome = run_with_kill(Path(place) / f"{i:02d}", victim, after, wanted)
             bad += not good
-            print(f"{i + 1:2d} {victim} killed after {after:4.1f} s: {'ok' if good else 'DEFECT'}, {said}", flush=True)
-    print(f"{args.count - bad} of {args.count} ended well at load {os.getloadavg()[1]:.1f}")
+            print(f"{i + 1:2d} {victim} killed after {after:4.1f} s: {'ok' if good else 'DEFECT'}, {outcome}", flush=True)
+    print(f"{args.count - bad} of {args.count} succeeded at load {os.getloadavg()[1]:.1f}")
     return bad
 
 

@@ -1,10 +1,10 @@
-"""Starts a door with points at which it can be held, so that it can be killed exactly there. For tests: the product has no such hooks.
+"""Starts a command with points at which it can be held, so that it can be killed exactly there. Only for tests: the product has no hooks.
 
     python -m tests.faults.launch WHO FOLDER server|client|worker [--skew SECONDS] ARGUMENTS
 
-A file FOLDER/WHO.POINT arms a point. The first process that comes to it takes the file away, writes the round into
-FOLDER/WHO.POINT.held, and goes on once that is gone. A file WHO.lie makes the client's next update a lie of the kind
-that the file names; one WHO.disk fills the disk.
+A file FOLDER/WHO.POINT arms a point. The first process that reaches it deletes the file, writes the round into
+FOLDER/WHO.POINT.held, and continues when that file is deleted. A file WHO.lie makes the client's next update a lie of
+the kind that the file names; a file WHO.disk fills the disk.
 """
 
 import datetime
@@ -26,24 +26,24 @@ class Points:
     def __init__(self, who: str, folder: Path) -> None:
         self.who, self.folder = who, folder
 
-    def taken(self, name: str) -> str | None:
-        """What an arming file says, which is then no more; None where there is none."""
+    def take(self, name: str) -> str | None:
+        """An arming file's text, after deleting the file; None if there is none."""
         mine = self.folder / f".{self.who}.{name}.{os.getpid()}"
         try:
             (self.folder / f"{self.who}.{name}").rename(mine)
         except FileNotFoundError:
             return None
-        said = mine.read_text()
+        text = mine.read_text()
         mine.unlink()
-        return said
+        return text
 
     def at(self, name: str, round: object = "") -> None:
         """Wait here if this point is armed."""
-        if self.taken(name) is None:
+        if self.take(name) is None:
             return
-        held, beside = self.folder / f"{self.who}.{name}.held", self.folder / f".{self.who}.{name}.new"
-        beside.write_text(str(round))
-        beside.rename(held)
+        held, temporary = self.folder / f"{self.who}.{name}.held", self.folder / f".{self.who}.{name}.new"
+        temporary.write_text(str(round))
+        temporary.rename(held)
         while held.exists():
             time.sleep(0.02)
 
@@ -81,7 +81,7 @@ def server(points: Points) -> None:
     def renaming(old: Any, new: Any, **how: Any) -> None:
         if Path(new).parent.name == "checkpoints":
             points.at("checkpointing", Path(new).name)
-            if points.taken("disk") is not None:
+            if points.take("disk") is not None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
         rename(old, new, **how)
 
@@ -124,7 +124,7 @@ def worker(points: Points) -> None:
         return train(work, *more, **how)
 
     def replying(host: Any, todo: Any, sent: Any, metrics: Any, measurements: Any, turned: Any = None) -> Any:
-        lie = points.taken("lie")
+        lie = points.take("lie")
         if lie is None:
             return reply(host, todo, sent, metrics, measurements, turned)
         name, first = next((n, t) for n, t in sent.tensors.items() if n.endswith("lora_B"))
@@ -144,7 +144,7 @@ def worker(points: Points) -> None:
 
 
 def skew(seconds: float) -> None:
-    """This process's clock is off by so many seconds."""
+    """Shift this process's clock by these seconds."""
     from flwr.supernode import node_auth_http_interceptor as signer
 
     from fedtune.network import fleet

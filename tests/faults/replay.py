@@ -1,4 +1,4 @@
-"""What a deployment ought to have come to: the simulation in which exactly those clients took part whose updates it counted.
+"""The expected result of a deployment: the simulation in which exactly the clients with counted updates take part.
 
 python -m tests.faults.replay RUN FOLDER SETTING ...      prints round → difference as JSON, in its last line
 """
@@ -26,7 +26,7 @@ BOUND = 1e-5
 
 
 def counted(run: Path) -> dict[int, set[str]]:
-    """Round → clients whose update it counted."""
+    """Round → clients with a counted update."""
     results: dict[int, set[str]] = {}
     for record in read_metrics(run):
         turn = results.setdefault(int(record["round"]), set())
@@ -36,7 +36,7 @@ def counted(run: Path) -> dict[int, set[str]]:
 
 
 def replay(folder: Path, experiment: Sequence[str], participants: Mapping[int, Set[str]]) -> Path:
-    """The run directory of that simulation."""
+    """Run that simulation. Returns its run directory."""
     (job,) = compose([*experiment, f"output_dir={folder / 'replay'}", "engine.batched=none"])
 
     def engine(context: EngineContext) -> None:
@@ -57,7 +57,7 @@ def replay(folder: Path, experiment: Sequence[str], participants: Mapping[int, S
 
 
 def differences(run: Path, wanted: Path) -> dict[int, float]:
-    """Round → largest difference of its checkpoint's adapter from the one of the replay, of rounds that both have kept."""
+    """Round → largest difference between the adapters of both runs' checkpoints, for the rounds that both have stored."""
     out = {}
     for folder in sorted((run / "checkpoints").glob("round-*")):
         other = wanted / "checkpoints" / folder.name

@@ -1,4 +1,4 @@
-"""A client that was killed and started again at once is told nothing anew: it goes on by the hello that it kept."""
+"""A client that restarts at once gets no second hello: it continues with the stored one."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def why(content: RecordDict) -> str:
     return str(content.config_records["declined"]["why"]) if "declined" in content.config_records else ""
 
 
-def test_it_goes_on_by_the_hello_that_it_kept(tmp_path: Path) -> None:
+def test_a_restarted_client_continues_with_its_stored_hello(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     settings = {
         "client": "anna",
@@ -48,14 +48,14 @@ def test_it_goes_on_by_the_hello_that_it_kept(tmp_path: Path) -> None:
     assert after.config_records["metrics"] == before.config_records["metrics"]
 
 
-def test_a_hello_that_was_refused_is_not_kept(tmp_path: Path) -> None:
+def test_a_refused_hello_is_not_stored(tmp_path: Path) -> None:
     app = make_app({"client": "anna", "state": str(tmp_path), "data": None, "device": None})
     assert "the hello lacks the field 'config'" in why(ask(app, "query", RecordDict({"hello": ConfigRecord({"json": "{}"})})))
     assert "the server's hello is empty" in why(ask(app, "query", RecordDict({})))
     assert not (tmp_path / HELLO).exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     app = make_app(
         {

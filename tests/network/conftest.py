@@ -1,4 +1,4 @@
-"""Servers on the loopback, links to them, and nodes that end with their test."""
+"""Servers on the loopback interface, links to them, and nodes that stop at the end of their test."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""A peer that speaks Flower's Fleet API and sends every message back, and certificates and keys for it."""
+"""A peer that implements Flower's Fleet API and returns every message, with certificates and keys for it."""
 
 import datetime
 import ipaddress

@@ -1,4 +1,4 @@
-"""A stock SuperLink in a thread of the test's own process, and a link to it that can be cut."""
+"""An unmodified SuperLink in a thread of the test process, and a link to it that can be interrupted."""
 
 import contextlib
 import selectors
@@ -66,7 +66,7 @@ class Server:
         return f"127.0.0.1:{self.port}"
 
     def empty(self) -> None:
-        """Forget everything."""
+        """Delete all state."""
         self.app = create_app(self.config, SuperLinkLifespan)
         self.state = self.app.state.linkstate_factory.state()
         self.store = self.app.state.superlink_lifespan.objectstore_factory.store()
@@ -99,7 +99,7 @@ class Server:
         return [node.node_id for node in self.state.get_node_info() if node.status == "online"]
 
     def send(self, run_id: int, node_id: int, content: RecordDict, kind: str = "train", late: int = 0) -> str:
-        """Post a message; `late` of its parts are kept back. Returns its id."""
+        """Post a message; `late` of its parts are withheld. Returns its id."""
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, 1
         message = Message(content, node_id, kind, group_id="3", ttl=600.0)
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -113,7 +113,7 @@ class Server:
         return message.metadata.message_id
 
     def reply(self, run_id: int, message_id: str, seconds: float = 20.0) -> Message:
-        """The whole reply to a message."""
+        """The complete reply to a message."""
         heads: list[Message] = []
 
         def came() -> bool:
@@ -133,7 +133,7 @@ class Server:
 
 
 class Link:
-    """A TCP proxy that can hold what passes (a network loss) or break all connections and take no new ones (a dead host)."""
+    """A TCP proxy that can hold all data (a network loss) or close all connections and accept no new ones (a dead host)."""
 
     def __init__(self, port: int) -> None:
         self._target, self._held, self._pairs = port, threading.Event(), []
@@ -146,7 +146,7 @@ class Link:
         self._held.set()
 
     def cut(self) -> None:
-        """Break what is there and refuse what comes."""
+        """Close all connections and refuse new ones."""
         self._open = False
         for end in [end for pair in self._pairs for end in pair]:
             with contextlib.suppress(OSError):

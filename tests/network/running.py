@@ -1,4 +1,4 @@
-"""A node in a thread of the test's own process, and what to send it."""
+"""A node in a thread of the test process, and messages for it."""
 
 import itertools
 import threading
@@ -18,7 +18,7 @@ NUMBERS = itertools.count()
 
 
 def content(size: int = 12) -> RecordDict:
-    """An array of `size` bytes, and a number of its own: Flower's server keeps equal parts only once."""
+    """An array of `size` bytes and a unique number, because Flower's server stores equal parts only once."""
     array = Array(np.arange(size // 4, dtype=np.float32))
     return RecordDict({"c": ConfigRecord({"number": next(NUMBERS)}), "a": ArrayRecord({"w": array})})
 
@@ -28,7 +28,7 @@ def echo(message: Message, node_id: int) -> Message:
 
 
 class Running:
-    """A node in a thread, and what it said."""
+    """A node in a thread, and its log."""
 
     def __init__(self, server: str, answer: Callable[[Message, int], Message] = echo, **more: object) -> None:
         self.said: list[str] = []

@@ -1,4 +1,4 @@
-"""A worker whose app does what the message tells it to, for the executor's tests; run as a program."""
+"""A worker whose app follows the message's instructions, for the tests of the executor; run as a program."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from fedtune.network.worker import main
 
 
 def make_app(settings: Mapping[str, Any]) -> ClientApp:
-    """Counts its lives in the settings' folder."""
+    """An app that counts its starts in the settings' folder."""
     lives = Path(settings["folder"]) / "lives"
     lives.write_text(str(int(lives.read_text()) + 1 if lives.exists() else 1))
     if settings.get("broken"):

@@ -1,4 +1,4 @@
-"""The list of allowed clients is read while the server runs: added, removed and rotated keys count from the next request on."""
+"""The list of allowed clients is reloaded while the server runs: added, removed and rotated keys apply from the next request."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def names(**keys: Key) -> dict[str, str]:
 
 
 class Server:
-    """What the watcher tells of a file."""
+    """Records the reports of the watcher of one file."""
 
     def __init__(self, file: Path, first: Mapping[str, str]) -> None:
         self.file, self.lists, self.notes, self.away = file, list[Mapping[str, str]](), list[str](), False
@@ -39,7 +39,7 @@ class Server:
         self.lists.append(keys)
 
     def write(self, text: str) -> None:
-        """As an operator copies it: beside, and renamed into its place."""
+        """Replace the file atomically, as an operator would."""
         beside = self.file.with_suffix(".tmp")
         beside.write_text(text)
         os.replace(beside, self.file)
@@ -50,7 +50,7 @@ def server(tmp_path: Path) -> Server:
     return Server(tmp_path / "allowed.json", names(a=A, b=B))
 
 
-def test_each_change_of_the_file_is_told_once(server: Server) -> None:
+def test_each_change_of_the_file_is_reported_once(server: Server) -> None:
     server.watcher.check()
     assert not server.lists and not server.notes
     server.write(json.dumps(names(a=C, c=B)))
@@ -60,7 +60,7 @@ def test_each_change_of_the_file_is_told_once(server: Server) -> None:
     assert server.notes == [f"{server.file} has changed: c added; b removed; a with a new key"]
 
 
-def test_a_list_that_cannot_be_used_leaves_the_one_before_it(server: Server) -> None:
+def test_an_unusable_list_keeps_the_previous_one(server: Server) -> None:
     for text in ("{", "{}", json.dumps({"a": "no key"})):
         server.write(text)
         server.watcher.check()
@@ -74,7 +74,7 @@ def test_a_list_that_cannot_be_used_leaves_the_one_before_it(server: Server) -> 
     assert server.lists == [names(a=A)]
 
 
-def test_a_change_while_the_superlink_is_away_is_made_later(server: Server) -> None:
+def test_a_change_while_the_superlink_is_down_is_applied_later(server: Server) -> None:
     server.away = True
     server.write(json.dumps(names(a=A)))
     server.watcher.check()
@@ -84,7 +84,7 @@ def test_a_change_while_the_superlink_is_away_is_made_later(server: Server) -> N
     assert server.lists == [names(a=A)]
 
 
-def test_the_file_is_looked_at_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_checked_periodically(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allowed, "CHECK_S", 0.01)
     with server.watcher:
         server.write(json.dumps(names(a=A)))
@@ -92,7 +92,7 @@ def test_the_file_is_looked_at_by_itself(server: Server, monkeypatch: pytest.Mon
     assert not server.watcher._thread.is_alive()
 
 
-def test_keys_come_and_go_while_the_port_is_open(tmp_path: Path, empty: Path) -> None:  # noqa: F811
+def test_keys_are_added_and_removed_while_the_port_is_open(tmp_path: Path, empty: Path) -> None:  # noqa: F811
     office = registrar(tmp_path, names(a=A, b=B), empty)
     office.sync_nodes()
     port = PublicPort(Inside(), max_body=MAX, keys=office._keys)

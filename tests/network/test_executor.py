@@ -1,4 +1,4 @@
-"""The warm child: what it answers, how it may die, and that nothing of it stays behind."""
+"""The warm child process: its answers, its ways to die, and that no process remains."""
 
 import io
 import os
@@ -70,7 +70,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_one_warm_child_answers_all_and_nothing_that_it_prints_gets_between(make: Make, tmp_path: Path) -> None:
+def test_one_warm_child_answers_all_messages_and_its_prints_do_not_interfere(make: Make, tmp_path: Path) -> None:
     child = make()
     assert child.pid is None  # it starts when the first message comes
     replies = [child.answer(order(do, kind), 7) for do, kind in (("a", "query"), ("read", "train"), ("c", "evaluate"))]
@@ -91,7 +91,7 @@ def test_one_warm_child_answers_all_and_nothing_that_it_prints_gets_between(make
 
 
 @pytest.mark.slow
-def test_twenty_megabytes_go_through_the_pipes_both_ways(make: Make) -> None:
+def test_twenty_megabytes_pass_the_pipes_in_both_directions(make: Make) -> None:
     reply = make().answer(order("a", size=5 * 2**20), 7)
     assert np.array_equal(reply.content.array_records["a"]["w"].numpy(), np.arange(5 * 2**20, dtype=np.float32))
 
@@ -100,7 +100,7 @@ def test_twenty_megabytes_go_through_the_pipes_both_ways(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_child_gets_the_last_hello_and_the_message_once_more(make: Make) -> None:
+def test_a_new_child_gets_the_last_hello_and_the_message_again(make: Make) -> None:
     child = make()
     assert said(child.answer(order("old", "query"), 7))["lives"] == 1
     assert said(child.answer(order("hello", "query"), 7))["lives"] == 1
@@ -113,7 +113,7 @@ def test_a_fresh_child_gets_the_last_hello_and_the_message_once_more(make: Make)
 
 
 @pytest.mark.slow
-def test_a_message_that_kills_two_children_is_an_error_that_says_how(make: Make) -> None:
+def test_a_message_that_kills_two_children_is_an_error_with_the_cause_of_death(make: Make) -> None:
     child = make()
     for do, how in (
         ("kill 9", "it was killed by signal 9, perhaps out of memory"),
@@ -139,18 +139,18 @@ def test_a_child_that_cannot_start_says_why(make: Make) -> None:
         ("import os; os.write(1, b'ft1:')", "ended with exit code 0"),
     ],
 )
-def test_a_child_that_does_not_speak_frames_is_an_error(make: Make, program: str, why: str) -> None:
+def test_a_child_that_does_not_write_frames_is_an_error(make: Make, program: str, why: str) -> None:
     command = (sys.executable, "-S", "-E", "-c", program)
     assert why in reason(make(command).answer(order("a"), 7))
 
 
-def test_a_command_that_is_not_there_is_an_error(make: Make) -> None:
+def test_a_missing_command_is_an_error(make: Make) -> None:
     assert "cannot be started: [Errno 2]" in reason(make(("/no/such/program",)).answer(order("a"), 7))
 
 
 @pytest.mark.slow
-def test_fedtunes_own_worker_starts_or_says_why(make: Make) -> None:
-    """As it is started in earnest, from any folder; settings without data make it end with a sentence."""
+def test_fedtunes_own_worker_starts_or_reports_why_not(make: Make) -> None:
+    """As the product starts it, from any folder; with settings without data it ends with a sentence."""
     reply = make(WORKER).answer(order("a"), 7)
     assert "FrameError" not in reason(reply)
 
@@ -163,7 +163,7 @@ def test_stop_ends_a_child_that_hangs_and_its_message_gets_an_error(make: Make) 
     child, replies = make(), []
     thread = threading.Thread(target=lambda: replies.append(child.answer(order("hang"), 7)))
     thread.start()
-    wait_until(lambda: _asleep(child.pid), 60)
+    wait_until(lambda: _ignores_sigterm(child.pid), 60)
     pid = child.pid
     child.stop()
     assert pid and not alive(pid)
@@ -173,7 +173,7 @@ def test_stop_ends_a_child_that_hangs_and_its_message_gets_an_error(make: Make) 
 
 
 @pytest.mark.slow
-def test_the_child_dies_with_its_node_even_within_a_turn(tmp_path: Path) -> None:
+def test_the_child_dies_with_its_node_even_during_a_turn(tmp_path: Path) -> None:
     program = f"""
 import sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -186,15 +186,15 @@ child.answer(order("hang"), 7)
     node = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert node.stdout
     pid = int(node.stdout.readline())
-    wait_until(lambda: _asleep(pid))
+    wait_until(lambda: _ignores_sigterm(pid))
     assert alive(pid)
     node.kill()
     node.wait()
     wait_until(lambda: not alive(pid))
 
 
-def _asleep(pid: int | None) -> bool:
-    """It ignores SIGTERM, which it does when it hangs."""
+def _ignores_sigterm(pid: int | None) -> bool:
+    """Whether the process ignores SIGTERM, as the worker does while it hangs."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
@@ -207,7 +207,7 @@ def _asleep(pid: int | None) -> bool:
 
 
 @given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=300)), max_size=4))
-def test_frames_come_out_as_they_went_in(sent: list[tuple[Kind, bytes]]) -> None:
+def test_frames_round_trip(sent: list[tuple[Kind, bytes]]) -> None:
     stream = io.BytesIO()
     for kind, payload in sent:
         write_frame(stream, kind, payload)
@@ -216,7 +216,7 @@ def test_frames_come_out_as_they_went_in(sent: list[tuple[Kind, bytes]]) -> None
 
 
 @given(st.binary(min_size=1, max_size=40))
-def test_a_frame_that_is_cut_is_an_error_wherever_it_is_cut(payload: bytes) -> None:
+def test_a_truncated_frame_is_an_error_at_every_length(payload: bytes) -> None:
     stream = io.BytesIO()
     write_frame(stream, Kind.MESSAGE, payload)
     whole = stream.getvalue()
@@ -233,7 +233,7 @@ def test_random_bytes_are_an_error(noise: bytes) -> None:
 
 
 @given(st.integers(LARGEST + 1, 2**64 - 1))
-def test_a_length_beyond_the_limit_is_refused_before_anything_is_read(size: int) -> None:
+def test_a_length_over_the_limit_is_refused_before_reading(size: int) -> None:
     stream = io.BytesIO(b"ft1:\x02" + size.to_bytes(8, "big") + b"x")
     with pytest.raises(FrameError, match=f"a frame declares {size} bytes; the limit is {LARGEST}"):
         read_frame(stream)
@@ -244,7 +244,7 @@ def test_an_unknown_kind_is_an_error() -> None:
         read_frame(io.BytesIO(b"ft1:\x09" + bytes(8)))
 
 
-def test_a_payload_beyond_the_limit_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_payload_over_the_limit_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "LARGEST", 10)
     stream = io.BytesIO()
     with pytest.raises(FrameError, match="a payload of 11 bytes does not fit in one frame of at most 10"):
@@ -263,12 +263,12 @@ def test_a_message_too_large_for_a_frame_is_an_error_reply_and_costs_no_child(ma
 
 
 @pytest.mark.slow
-def test_the_worker_is_quiet_about_a_node_that_is_gone_at_once() -> None:
+def test_the_worker_prints_nothing_if_its_node_is_gone_at_once() -> None:
     process = subprocess.run([*WORKER], stdin=subprocess.DEVNULL, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
 
 
 @pytest.mark.slow
-def test_nothing_of_this_room_loads_torch() -> None:
+def test_no_module_of_this_folder_loads_torch() -> None:
     program = "import sys, fedtune.network.node, fedtune.network.executor, fedtune.network.worker; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0

@@ -1,4 +1,4 @@
-"""One key, two processes: a client that was started again gets its place at once, a second machine is refused by name."""
+"""Two processes with one key: a restarted client gets its place at once; a second machine is refused by name."""
 
 import httpx
 
@@ -18,14 +18,14 @@ class Clock:
         return self.now
 
 
-def test_a_client_that_crashed_and_was_started_again_is_let_in_at_once() -> None:
+def test_a_client_restarted_after_a_crash_is_admitted_at_once() -> None:
     lives = Incarnations(Clock())
     assert lives.may_call(KEY, "first", activates=True) and lives.may_call(KEY, "first", activates=False)
     for life in ("second", "third"):
         assert lives.may_call(KEY, life, activates=True) and lives.may_call(KEY, life, activates=False)
 
 
-def test_a_second_machine_is_refused_as_long_as_the_first_is_heard() -> None:
+def test_a_second_machine_is_refused_while_the_first_is_active() -> None:
     clock = Clock()
     lives = Incarnations(clock)
     assert lives.may_call(KEY, "first", activates=True)
@@ -40,14 +40,14 @@ def test_a_second_machine_is_refused_as_long_as_the_first_is_heard() -> None:
     assert lives.may_call(b"another", "first", activates=False)  # each key has a place of its own
 
 
-def test_who_leaves_late_takes_nothing_back() -> None:
+def test_a_late_leave_of_the_old_process_changes_nothing() -> None:
     lives = Incarnations(Clock())
     assert lives.may_call(KEY, "first", activates=True) and lives.may_call(KEY, "second", activates=True)
     assert not lives.may_call(KEY, "first", activates=False, leaves=True)
     assert lives.may_call(KEY, "second", activates=False)
 
 
-def test_after_a_restart_of_the_server_the_first_that_speaks_has_the_place() -> None:
+def test_after_a_server_restart_the_first_process_to_call_gets_the_place() -> None:
     lives = Incarnations(Clock())
     assert lives.may_call(KEY, "first", activates=False)
     assert not lives.may_call(KEY, "second", activates=False) and lives.may_call(KEY, "first", activates=False)
@@ -68,7 +68,7 @@ def test_the_public_port_refuses_the_second_before_it_reads_a_body() -> None:
     assert call(port, PULL, [b""], headers=signed(key))[0] == 200  # a stock SuperNode names no life
 
 
-def test_the_second_is_told_what_to_do(running: Start) -> None:
+def test_the_error_of_the_second_machine_says_what_to_do(running: Start) -> None:
     response = httpx.Response(409, request=httpx.Request("POST", "http://x"))
     said = str(running("127.0.0.1:1", max_retries=0).node._fleet._status(response))
     assert said.startswith("another process is connected to 127.0.0.1:1 with the key") and said.endswith("give each its own key")

@@ -1,4 +1,4 @@
-"""Keys of a deployment: that they verify, that nobody else can read them, and that nothing is ever overwritten."""
+"""Keys of a deployment: they verify, nobody else can read them, and no file is overwritten."""
 
 import datetime
 import json
@@ -33,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shake(folder: Path, ca: Path, name: str) -> str:
-    """Do a TLS handshake on a socket pair as a client that wants to talk to `name`; returns the version of TLS."""
+    """Do a TLS handshake on a socket pair as a client of the host `name`; returns the TLS version."""
     there, here = socket.socketpair()
     side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     side.load_cert_chain(folder / "server.pem", folder / "server.key")
@@ -57,12 +57,12 @@ def shake(folder: Path, ca: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["fed.example.org", "192.0.2.7", "localhost", "127.0.0.1", "::1"])
-def test_the_certificate_proves_every_name_that_it_was_made_for(made: Path, name: str) -> None:
+def test_the_certificate_is_valid_for_each_of_its_names(made: Path, name: str) -> None:
     assert shake(made, made / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["example.org", "192.0.2.8"])
-def test_no_other_name_is_proven(made: Path, name: str) -> None:
+def test_the_certificate_is_invalid_for_other_names(made: Path, name: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
         shake(made, made / "ca.pem", name)
 
@@ -122,7 +122,7 @@ def test_flower_takes_the_node_keys(made: Path) -> None:
     assert (made / "clients" / "a" / "key.pub").read_text() == allowed["a"] + "\n"
 
 
-def test_add_makes_one_more_client_and_touches_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_add_creates_one_client_and_changes_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "keys"
     make_keys(out, ["h"], ["a"])
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "allowed.json"}
@@ -194,7 +194,7 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
         (["--server-name", "h", "--clients", "a", "--ca-key", "x"], "leave out --ca-key"),
     ],
 )
-def test_refusals_make_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], why: str) -> None:
+def test_a_refused_command_creates_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], why: str) -> None:
     assert main(["keys", "--out", str(tmp_path / "keys"), *given]) == 2
     output = capsys.readouterr()
     assert why in output.err and not output.out and not list(tmp_path.iterdir())
@@ -237,7 +237,7 @@ def test_the_list_of_allowed_is_checked(made: Path, tmp_path: Path) -> None:
             read_allowed(path)
 
 
-def test_a_folder_that_was_left_half_added_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_folder_of_add_is_named(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys", ["h"], ["a"])
     (tmp_path / "keys" / "clients" / "b").mkdir()
     with pytest.raises(ConfigError, match="b is not allowed: remove that folder"):
@@ -280,7 +280,7 @@ def test_remove_takes_clients_off_the_list_and_never_the_last(tmp_path: Path) ->
     assert set(read_allowed(out / "allowed.json")) == {"a", "b"}
 
 
-def test_a_renewed_server_is_trusted_by_the_clients_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clients_trust_a_renewed_server_without_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "keys"
     make_keys(out, ["fed.example.org"], ["a"], days=30)
     trusted = tmp_path / "ca.pem"
@@ -301,7 +301,7 @@ def test_a_renewed_server_is_trusted_by_the_clients_as_they_are(tmp_path: Path, 
         shake(out, trusted, "fed.example.org")
 
 
-def test_only_the_ca_s_own_key_signs_and_no_longer_than_it_lasts(tmp_path: Path) -> None:
+def test_only_the_ca_s_own_key_signs_and_not_beyond_its_expiry(tmp_path: Path) -> None:
     out, other = tmp_path / "keys", tmp_path / "other"
     make_keys(out, ["h"], ["a"], days=30)
     make_keys(other, ["h"], ["a"])

@@ -1,4 +1,4 @@
-"""The SuperLink's books and its application, in this process: who may come in, a new run, a node's new life, a full disk."""
+"""The SuperLink's state and application in this process: admission, a new run, a restarted node, a full disk."""
 
 import asyncio
 import io
@@ -35,7 +35,7 @@ from tests.quick import quick
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with all of Flower's tables, which take a second to make."""
+    """A database with all of Flower's tables; creating them takes a second."""
     folder = tmp_path_factory.mktemp("empty")
     registrar(folder, None)
     return folder / "superlink.db"
@@ -59,7 +59,7 @@ def test_the_bundle_is_metadata_only() -> None:
     assert 'publisher = "fedtune"' in project and 'name = "fedtune"' in project and "fedtune.cli.flower_app:" in project
 
 
-def test_an_allowed_key_keeps_its_node_and_a_withdrawn_one_goes(tmp_path: Path, empty: Path) -> None:
+def test_an_allowed_key_keeps_its_node_and_a_removed_key_loses_it(tmp_path: Path, empty: Path) -> None:
     a, b = public_text(new_key()), public_text(new_key())
     first = registrar(tmp_path, {"a": a, "b": b}, empty)
     first.sync_nodes()
@@ -73,7 +73,7 @@ def test_an_allowed_key_keeps_its_node_and_a_withdrawn_one_goes(tmp_path: Path, 
     assert {n["name"] for n in third.nodes()["nodes"]} == {"a", "b"}
 
 
-def test_a_key_that_cannot_serve_is_named(tmp_path: Path) -> None:
+def test_an_unusable_key_is_named(tmp_path: Path) -> None:
     text = public_text(new_key())
     for keys, said in (
         ({"a": "ssh-rsa nonsense"}, "key of client 'a' cannot be read"),
@@ -94,12 +94,12 @@ def test_a_new_run_ends_the_older_one(tmp_path: Path, empty: Path) -> None:
     assert state.get_run_info(run_ids=[second["run_id"]])[0].fab_id == "fedtune/fedtune"
 
 
-def test_whoever_finds_the_database_locked_is_patient(tmp_path: Path, empty: Path) -> None:
+def test_a_locked_database_is_waited_for(tmp_path: Path, empty: Path) -> None:
     with registrar(tmp_path, None, empty)._state.session() as session:  # type: ignore[attr-defined]
         assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * LOCK_TIMEOUT_S  # ms; Flower's own 5 s are not enough
 
 
-def test_a_new_life_of_a_node_is_let_in_at_once_and_what_the_old_one_took_is_lost(tmp_path: Path, empty: Path) -> None:
+def test_a_restarted_node_is_admitted_at_once_and_messages_of_its_old_process_are_lost(tmp_path: Path, empty: Path) -> None:
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
     office.sync_nodes()
@@ -124,7 +124,7 @@ def test_a_new_life_of_a_node_is_let_in_at_once_and_what_the_old_one_took_is_los
     assert gone.has_error() and gone.metadata.reply_to_message_id == taken.metadata.message_id
 
 
-def test_a_request_takes_no_lock_only_to_look_for_silent_tasks(tmp_path: Path, empty: Path) -> None:
+def test_a_request_takes_no_lock_to_look_for_silent_tasks(tmp_path: Path, empty: Path) -> None:
     office = registrar(tmp_path, None, empty)
     run, state = office.open_run("x")["run_id"], office._state
     state.get_run_status({run})
@@ -139,7 +139,7 @@ def test_a_request_takes_no_lock_only_to_look_for_silent_tasks(tmp_path: Path, e
 
 
 def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
-    """A message whose reply was announced and half sent: its id, its run, its node."""
+    """Send half of a reply. Returns the ids of the message, the run and the node."""
     state, (node,) = office._state, (n["node_id"] for n in office.nodes()["nodes"])
     run = office.open_run("x")["run_id"]
     flower.identify_process(run)
@@ -161,7 +161,7 @@ def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
 
 
 @pytest.mark.slow
-def test_a_reply_that_its_sender_died_over_is_lost_with_its_new_life(tmp_path: Path, empty: Path) -> None:
+def test_a_half_sent_reply_is_lost_when_its_node_restarts(tmp_path: Path, empty: Path) -> None:
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
     office.sync_nodes()
@@ -177,7 +177,7 @@ def test_a_reply_that_its_sender_died_over_is_lost_with_its_new_life(tmp_path: P
     assert gone.has_error() and gone.metadata.reply_to_message_id == name
 
 
-def test_half_a_reply_of_a_node_whose_lease_has_ended_is_awaited_no_more(tmp_path: Path, empty: Path) -> None:
+def test_half_a_reply_of_a_node_with_an_expired_lease_is_not_awaited(tmp_path: Path, empty: Path) -> None:
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
     office.sync_nodes()
@@ -190,7 +190,7 @@ def test_half_a_reply_of_a_node_whose_lease_has_ended_is_awaited_no_more(tmp_pat
 
 
 class InProcess:
-    """A SuperLink without its process: what a Grid sees of one."""
+    """A SuperLink without its process, with the interface that a Grid uses."""
 
     failure = None
 
@@ -203,7 +203,7 @@ class InProcess:
 
 @pytest.fixture
 def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
-    """Flower's application behind our public port, and private with it, on one port of this process."""
+    """Flower's application behind fedtune's public port, and the private application, on one port of this process."""
     office = registrar(tmp_path, None, empty)
     app, port = office.app, PublicPort(office.app, max_body=2 * 10**7, keys=None, redeliver_lost=office.redeliver_lost)  # type: ignore
 
@@ -222,7 +222,7 @@ def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
         thread.join(10)
 
 
-def test_a_message_goes_there_and_back(near: InProcess) -> None:
+def test_a_message_gets_its_reply(near: InProcess) -> None:
     grid = LinkGrid(near, **near.ask(0, do="open_run", name="near"), patience_s=20)
     with Echo(int(near.private_address.partition(":")[2])) as node:
         assert list(grid.get_node_ids()) == [node.node.node_id]
@@ -240,7 +240,7 @@ ZEROS = RecordDict({"a": ArrayRecord({"w": Array(np.zeros(4 * CHUNK // 8))})})  
     ("content", "most"),
     [pytest.param(large(3), 2_000_000, id="large", marks=pytest.mark.slow), pytest.param(ZEROS, 3 * CHUNK, id="a chunk four times")],
 )
-def test_a_reply_larger_than_was_asked_for_is_refused_before_it_is_fetched(
+def test_a_reply_over_the_requested_size_is_refused_before_it_is_fetched(
     near: InProcess, monkeypatch: pytest.MonkeyPatch, content: RecordDict, most: int
 ) -> None:
     grid = LinkGrid(near, **near.ask(0, do="open_run", name="large"), patience_s=20)
@@ -262,7 +262,7 @@ def test_a_reply_larger_than_was_asked_for_is_refused_before_it_is_fetched(
     grid.close()
 
 
-def test_a_reply_that_cannot_be_put_together_is_its_client_s_own_fault(near: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_that_cannot_be_assembled_is_an_error_of_its_client(near: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = LinkGrid(near, **near.ask(0, do="open_run", name="odd"), patience_s=20)
 
     def broken(*_: Any) -> Any:
@@ -276,7 +276,7 @@ def test_a_reply_that_cannot_be_put_together_is_its_client_s_own_fault(near: InP
 
 
 @pytest.mark.parametrize(("lost", "answered"), quick([(1, [7]), (2, [])], (1, [7])))
-def test_a_message_whose_delivery_is_lost_is_delivered_once_more(
+def test_a_message_lost_on_delivery_is_delivered_again(
     near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, lost: int, answered: list[int]
 ) -> None:
     seen, pull, losses = list[int](), Fleet.pull, iter(range(lost))
@@ -298,9 +298,7 @@ def test_a_message_whose_delivery_is_lost_is_delivered_once_more(
 
 
 @pytest.mark.parametrize("fault", quick(["in the message", "in the reply"], "in the reply"))
-def test_a_message_that_its_node_drops_is_not_waited_for(
-    near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def test_a_message_dropped_by_its_node_is_not_awaited(near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     def broken(*_: Any) -> Any:
         raise Refused("it cannot be sent") if fault == "in the reply" else ValueError("it cannot be read")
 
@@ -312,8 +310,8 @@ def test_a_message_that_its_node_drops_is_not_waited_for(
     grid.close()
 
 
-def test_a_node_at_work_loses_nothing_however_often_it_is_heard(tmp_path: Path, empty: Path) -> None:
-    """Only a look for the next message says that a node is idle; an answered message and one that waits for its turn are let be."""
+def test_a_busy_node_loses_no_message_whatever_it_calls(tmp_path: Path, empty: Path) -> None:
+    """Only a poll for the next message shows that a node is idle; answered and waiting messages stay."""
     key = new_key()
     office = registrar(tmp_path, {"a": public_text(key)}, empty)
     office.sync_nodes()

@@ -1,4 +1,4 @@
-"""Connections without a key are few for each address; those that have shown one are not counted."""
+"""Connections without a key are limited per address; connections with a verified key are not counted."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ KEY = new_key()
 
 @pytest.fixture
 def address() -> Iterator[tuple[str, int]]:
-    """A public port with few places."""
+    """The address of a public port that accepts few connections."""
     connections = Connections(MOST, FEW)
     port = PublicPort(Inside(), max_body=MAX, keys={public_key_to_bytes(KEY.public_key())}, authenticated=connections.authenticate)
     server = uvicorn.Server(uvicorn.Config(port, http=StallTimeout, lifespan="off", log_config=None, timeout_keep_alive=60))
@@ -45,7 +45,7 @@ def connections(address: tuple[str, int], count: int) -> Iterator[list[socket.so
 
 
 def refused(guest: socket.socket) -> bool:
-    """Whether the other end has hung up; one that was accepted says nothing."""
+    """Whether the peer has closed the connection; an accepted connection stays silent."""
     guest.settimeout(0.3)
     try:
         return guest.recv(1) == b""
@@ -56,7 +56,7 @@ def refused(guest: socket.socket) -> bool:
 
 
 def await_place(address: tuple[str, int]) -> socket.socket:
-    """A connection that is accepted, once the port has seen that another has gone."""
+    """Connect until the port accepts, which it does after it notices that another connection is closed."""
     tries: list[socket.socket] = []
 
     def accepted() -> bool:
@@ -73,7 +73,7 @@ def ask(client: httpx.Client, address: tuple[str, int]) -> int:
     return client.post(f"http://{address[0]}:{address[1]}{PULL}", headers=signed(KEY)).status_code
 
 
-def test_an_address_has_few_connections_without_a_key_and_clients_are_served_beside_them(address: tuple[str, int]) -> None:
+def test_connections_without_a_key_are_limited_per_address_and_clients_are_still_served(address: tuple[str, int]) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(httpx.Client()) for _ in range(FEW + 2)]  # more than may stay without a key
         assert [ask(client, address) for client in clients] == [200] * len(clients)
@@ -104,7 +104,7 @@ def test_all_connections_together_have_a_limit(address: tuple[str, int]) -> None
         (["2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:1:ff::3", "2001:db8:0:1::4"], "2001:db8:0:2::1"),
     ],
 )
-def test_an_address_is_a_host_or_what_one_household_gets(same: list[str], other: str) -> None:
+def test_an_address_is_a_host_or_the_ipv6_prefix_of_one_household(same: list[str], other: str) -> None:
     connections, ended = Connections(MOST, FEW), list[int]()
 
     def admit(host: str, port: int) -> bool:
@@ -119,7 +119,7 @@ def test_an_address_is_a_host_or_what_one_household_gets(same: list[str], other:
     assert admit(same[0], 94) and ended == [0, 3]
 
 
-def test_a_flood_is_named_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flood_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     connections = Connections(MOST, FEW)
     for port in range(100):
         connections.admit(("192.0.2.1", port), lambda: None)

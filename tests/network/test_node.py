@@ -1,4 +1,4 @@
-"""A node against Flower's own SuperLink on the loopback: what it serves, whom it trusts, and how it is known."""
+"""A node with Flower's own SuperLink on the loopback interface: messages, trust and identity."""
 
 import threading
 import time
@@ -29,13 +29,13 @@ def test_a_message_is_answered(server: Server, run_id: int, running: Start) -> N
     assert (reply.metadata.reply_to_message_id, reply.metadata.src_node_id, reply.metadata.run_id) == (sent, client.id, run_id)
 
 
-def test_what_comes_back_is_what_was_sent(server: Server, run_id: int, running: Start) -> None:
+def test_the_reply_equals_the_message(server: Server, run_id: int, running: Start) -> None:
     client = running(server.address)
     reply = server.reply(run_id, server.send(run_id, client.id, content(44)))
     assert np.array_equal(reply.content.array_records["a"]["w"].numpy(), np.arange(11, dtype=np.float32))
 
 
-def test_messages_are_answered_one_after_the_other_in_order(server: Server, run_id: int, running: Start) -> None:
+def test_messages_are_answered_in_order(server: Server, run_id: int, running: Start) -> None:
     order, at_once = [], []
     client = running(server.address, lambda m, n: (at_once.append(1), order.append(m.content["c"]["i"]), at_once.pop(), echo(m, n))[-1])
     ids = [server.send(run_id, client.id, RecordDict({"c": ConfigRecord({"i": i})})) for i in range(5)]
@@ -44,7 +44,7 @@ def test_messages_are_answered_one_after_the_other_in_order(server: Server, run_
     assert order == [0, 1, 2, 3, 4] and not at_once
 
 
-def test_parts_that_come_late_are_waited_for(server: Server, run_id: int, running: Start) -> None:
+def test_late_parts_are_awaited(server: Server, run_id: int, running: Start) -> None:
     client = running(server.address)
     sent = server.send(run_id, client.id, content(), late=2)
     time.sleep(0.2)
@@ -83,7 +83,7 @@ def test_the_bundle_is_never_fetched(server: Server, run_id: int, running: Start
     assert "/v1/fleet/get-run" in paths and not any("fab" in path for path in paths)
 
 
-def test_the_reply_of_a_run_that_is_over_is_dropped_quietly(server: Server, run_id: int, running: Start) -> None:
+def test_the_reply_of_a_finished_run_is_dropped_without_a_log_line(server: Server, run_id: int, running: Start) -> None:
     begun, go = threading.Event(), threading.Event()
     client = running(server.address, lambda m, n: (begun.set(), go.wait(10), echo(m, n))[-1])
     server.send(run_id, client.id, content())
@@ -95,7 +95,7 @@ def test_the_reply_of_a_run_that_is_over_is_dropped_quietly(server: Server, run_
     assert len(client.said) == 1, client.said  # "connected"
 
 
-def test_a_reply_that_nobody_waits_for_is_dropped_with_a_line(server: Server, run_id: int, running: Start) -> None:
+def test_a_reply_that_nobody_awaits_is_dropped_with_a_log_line(server: Server, run_id: int, running: Start) -> None:
     begun, go = threading.Event(), threading.Event()
     client = running(server.address, lambda m, n: (begun.set(), go.wait(10), echo(m, n))[-1])
     sent = server.send(run_id, client.id, content())
@@ -106,7 +106,7 @@ def test_a_reply_that_nobody_waits_for_is_dropped_with_a_line(server: Server, ru
     assert server.reply(run_id, server.send(run_id, client.id, content())).has_content()
 
 
-def test_a_message_that_cannot_be_read_is_dropped_and_the_next_is_answered(
+def test_an_unreadable_message_is_dropped_and_the_next_is_answered(
     server: Server, run_id: int, running: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = running(server.address)
@@ -118,13 +118,13 @@ def test_a_message_that_cannot_be_read_is_dropped_and_the_next_is_answered(
 
 
 @pytest.mark.slow
-def test_twenty_megabytes_go_both_ways(server: Server, run_id: int, running: Start) -> None:
+def test_twenty_megabytes_pass_in_both_directions(server: Server, run_id: int, running: Start) -> None:
     client = running(server.address)
     reply = server.reply(run_id, server.send(run_id, client.id, content(LARGE)), 120)
     assert np.array_equal(reply.content.array_records["a"]["w"].numpy(), np.arange(LARGE // 4, dtype=np.float32))
 
 
-def test_an_idle_node_looks_less_often(monkeypatch: pytest.MonkeyPatch, server: Server, running: Start) -> None:
+def test_an_idle_node_polls_less_often(monkeypatch: pytest.MonkeyPatch, server: Server, running: Start) -> None:
     monkeypatch.setattr(node, "QUIET", 0.0)
     monkeypatch.setattr(node, "SLOW_POLL", 0.3)
     waits: list[float] = []
@@ -138,7 +138,7 @@ def test_an_idle_node_looks_less_often(monkeypatch: pytest.MonkeyPatch, server: 
 # -- identity ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_self_made_key_is_kept_and_keeps_the_node_id(server: Server, running: Start, tmp_path: Path) -> None:
+def test_a_generated_key_is_stored_and_keeps_the_node_id(server: Server, running: Start, tmp_path: Path) -> None:
     key = tmp_path / "state" / "key"
     first = running(server.address, key=key)
     known = first.id
@@ -149,7 +149,7 @@ def test_a_self_made_key_is_kept_and_keeps_the_node_id(server: Server, running: 
     assert running(server.address).id != known  # a key of its own
 
 
-def test_keys_and_addresses_that_cannot_work_are_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_unusable_keys_and_addresses_are_refused_in_one_sentence(tmp_path: Path) -> None:
     def make(**more: object) -> None:
         usual = {"server": "127.0.0.1:1", "root_certificates": None, "key": None, "insecure": True, "max_retries": None}
         Node(answer=echo, report=print, **(usual | more))  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def test_a_node_with_an_allowed_key_serves_over_tls(safe_server: Server, papers:
     assert safe_server.reply(run, safe_server.send(run, client.id, content())).has_content()
 
 
-def test_a_wrong_ca_is_named_once_and_tried_again(safe_server: Server, running: Start, tmp_path: Path) -> None:
+def test_a_wrong_ca_is_named_once_and_the_node_retries(safe_server: Server, running: Start, tmp_path: Path) -> None:
     other, *_ = certificates(tmp_path)
     key = allowed_key(safe_server, tmp_path / "node.key")
     client = running(safe_server.address, insecure=False, root_certificates=other, key=key)
@@ -212,7 +212,7 @@ def test_a_wrong_ca_is_named_once_and_tried_again(safe_server: Server, running: 
     assert client.thread.is_alive() and len(client.said) == 1, client.said
 
 
-def test_a_key_that_is_not_allowed_is_said_and_tried_again(
+def test_a_key_that_is_not_allowed_is_reported_and_the_node_retries(
     safe_server: Server, papers: Certificates, running: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet, "LEASE", 20.5)

@@ -1,4 +1,4 @@
-"""A node comes back after everything that may happen to its link, its server and itself."""
+"""A node recovers from failures of its link, its server and itself."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ from tests.network.running import LARGE, Start, content, echo
 from tests.network.waiting import wait_until
 
 
-def test_a_server_that_is_not_there_is_waited_for_or_given_up_after_max_retries(running: Start) -> None:
+def test_a_missing_server_is_awaited_or_given_up_after_max_retries(running: Start) -> None:
     address = f"127.0.0.1:{free_port()}"
     patient, hasty = running(address), running(address, max_retries=0)
     wait_until(lambda: hasty.failure)
@@ -35,13 +35,13 @@ def test_retries_are_counted(running: Start, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 4 and client.said == ["down; trying again"]  # the first time and three more
 
 
-def test_a_host_name_that_does_not_exist_is_said(running: Start) -> None:
+def test_a_nonexistent_host_name_is_reported(running: Start) -> None:
     client = running("no-such-host.invalid:8080")
     wait_until(lambda: client.heard("cannot reach no-such-host.invalid:8080"))
     assert client.thread.is_alive()
 
 
-def test_a_loss_of_a_second_loses_nothing(server: Server, run_id: int, link: Link, running: Start) -> None:
+def test_a_connection_loss_of_a_second_loses_no_message(server: Server, run_id: int, link: Link, running: Start) -> None:
     client = running(link.address)
     known = client.id
     link.hold()
@@ -51,7 +51,7 @@ def test_a_loss_of_a_second_loses_nothing(server: Server, run_id: int, link: Lin
     assert server.reply(run_id, sent).has_content() and client.said == [f"connected to {link.address}"]
 
 
-def test_a_reply_made_while_the_link_was_down_is_sent_when_it_is_back(server: Server, run_id: int, link: Link, running: Start) -> None:
+def test_a_reply_computed_while_the_link_is_down_is_sent_afterward(server: Server, run_id: int, link: Link, running: Start) -> None:
     begun, go = threading.Event(), threading.Event()
     client = running(link.address, lambda m, n: (begun.set(), go.wait(10), echo(m, n))[-1])
     sent = server.send(run_id, client.id, content())
@@ -65,7 +65,7 @@ def test_a_reply_made_while_the_link_was_down_is_sent_when_it_is_back(server: Se
 
 
 @pytest.mark.slow
-def test_an_upload_that_is_cut_in_the_middle_is_finished(server: Server, run_id: int, link: Link, running: Start) -> None:
+def test_an_interrupted_upload_is_completed(server: Server, run_id: int, link: Link, running: Start) -> None:
     client = running(link.address)
     push, cuts = fleet.Fleet.push_object, []
 
@@ -84,7 +84,7 @@ def test_an_upload_that_is_cut_in_the_middle_is_finished(server: Server, run_id:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hold", "cut"])
-def test_a_loss_of_thirty_seconds_is_outlasted(server: Server, run_id: int, link: Link, running: Start, kind: str) -> None:
+def test_a_connection_loss_of_thirty_seconds_is_survived(server: Server, run_id: int, link: Link, running: Start, kind: str) -> None:
     client = running(link.address)
     known = client.id
     getattr(link, kind)()
@@ -105,7 +105,7 @@ def test_a_server_restarted_with_its_database_is_found_again(own_server: Server,
     assert client.connections() == 1 and client.heard("answers again")
 
 
-def test_a_server_restarted_empty_gets_the_node_anew(own_server: Server, running: Start) -> None:
+def test_a_server_restarted_without_its_database_gets_the_node_again(own_server: Server, running: Start) -> None:
     client = running(own_server.address)
     before = client.id
     own_server.stop()
@@ -116,7 +116,7 @@ def test_a_server_restarted_empty_gets_the_node_anew(own_server: Server, running
     assert client.id != before and own_server.reply(run, own_server.send(run, client.id, content())).has_content()
 
 
-def test_a_reply_of_the_servers_former_life_is_dropped_with_a_line(own_server: Server, running: Start) -> None:
+def test_a_reply_to_the_old_server_is_dropped_with_a_log_line(own_server: Server, running: Start) -> None:
     begun, go = threading.Event(), threading.Event()
     client = running(own_server.address, lambda m, n: (begun.set(), go.wait(20), echo(m, n))[-1])
     run = own_server.open_run()
@@ -161,7 +161,7 @@ def test_a_server_that_forgot_the_node_gets_it_back_while_it_is_busy(
     go.set()
 
 
-def test_a_clock_that_is_off_is_named(running: Start, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_clock_is_named(running: Start, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     response = httpx.Response(401, headers={"date": "Sat, 21 Nov 2026 04:00:00 GMT"}, request=httpx.Request("POST", "http://x"))
     at = 1795233600.0  # the same in seconds
     assert fleet._clock_offset(response, lambda: at + 400) == 400
@@ -174,7 +174,7 @@ def test_a_clock_that_is_off_is_named(running: Start, server: Server, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_node_that_was_killed_waits_for_its_own_lease_and_comes_back_under_its_id(
+def test_a_killed_node_waits_for_its_own_lease_and_returns_under_its_id(
     server: Server, run_id: int, running: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = """

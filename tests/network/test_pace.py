@@ -1,4 +1,4 @@
-"""The more nodes, the less often each of them looks."""
+"""The more nodes, the less often each of them polls."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ class Clock:
         return self.now
 
 
-def test_each_node_waits_longer_the_more_there_are() -> None:
+def test_nodes_wait_longer_if_there_are_more_of_them() -> None:
     clock = Clock()
     pace = PollPacer(clock)
     # 80 ms × (n − 5)
@@ -31,11 +31,11 @@ def test_each_node_waits_longer_the_more_there_are() -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"), [("0.250", 0.25), ("", 0.0), ("soon", 0.0), ("nan", 0.0), ("-1", 0.0), ("inf", 0.0), ("1e9", 0.0)]
 )
-def test_a_node_believes_no_nonsense(text: str, seconds: float) -> None:
+def test_a_node_ignores_an_invalid_interval(text: str, seconds: float) -> None:
     assert read_pace(text) == seconds
 
 
-def test_every_answer_of_the_public_port_says_it() -> None:
+def test_every_answer_of_the_public_port_has_the_interval() -> None:
     said: list[list[tuple[bytes, bytes]]] = []
 
     async def run() -> None:

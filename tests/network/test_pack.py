@@ -1,4 +1,4 @@
-"""Hundreds of small tensors travel as one, and come out as they went in."""
+"""Hundreds of small tensors are sent as one and round-trip."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def same(a: Message, b: Message) -> bool:
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.booleans())
-def test_what_is_packed_comes_out_as_it_was_in_its_order(first: int, second: int, small: bool) -> None:
+def test_packed_tensors_round_trip_in_order(first: int, second: int, small: bool) -> None:
     sent = message(RecordDict({"adapter": adapter(first), "plan": ConfigRecord({"json": "{}"}), "shift-1": adapter(second, 1)}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "_SMALL", 10**6 if small else -1)
@@ -44,12 +44,12 @@ def test_a_small_message_is_three_objects() -> None:
     assert len(get_all_nested_objects(pack(sent))) == 3  # the message, its record dict, and the one record in it
 
 
-def test_what_holds_no_tensors_is_not_packed() -> None:
+def test_a_message_without_tensors_is_not_packed() -> None:
     asked = message(RecordDict({"hello": ConfigRecord({"json": "{}"})}))
     assert not is_packed(pack(asked)) and same(pack(asked), asked)
 
 
-def test_an_adapter_of_any_number_of_tensors_is_a_handful_of_objects_that_messages_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_of_any_size_is_a_few_objects_that_messages_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_SMALL", 1000)  # bytes, as if these were many
     shared, known = adapter(70), {}
     a, b = (message(RecordDict({"adapter": shared, "plan": ConfigRecord({"client": c})})) for c in "ab")
@@ -61,7 +61,7 @@ def test_an_adapter_of_any_number_of_tensors_is_a_handful_of_objects_that_messag
     assert len(a.content.array_records["adapter"]) == 70, "what was given stays as it is"
 
 
-def test_an_error_and_what_is_not_packed_pass() -> None:
+def test_errors_and_unpacked_messages_pass_unchanged() -> None:
     asked = message(RecordDict({"adapter": adapter(2)}))
     assert same(unpack(asked), asked)
     failed = Message(Error(code=1, reason="no"), reply_to=asked)
@@ -69,7 +69,7 @@ def test_an_error_and_what_is_not_packed_pass() -> None:
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05ab"])
-def test_a_packed_record_that_is_damaged_is_one_sentence(data: bytes) -> None:
+def test_a_damaged_packed_record_is_one_sentence(data: bytes) -> None:
     bad = ArrayRecord({NAME: Array(dtype="uint8", shape=(len(data),), stype=KIND, data=data)})
     with pytest.raises(ValueError, match="a packed record cannot be read"):
         unpack(message(RecordDict({"adapter": bad})))
@@ -86,6 +86,6 @@ def test_a_packed_record_that_is_damaged_is_one_sentence(data: bytes) -> None:
     ],
     ids=["no protobuf", "no record in it", "text", "nothing", "arrays"],
 )
-def test_a_packed_message_that_is_damaged_is_one_sentence(record: ConfigRecord | ArrayRecord) -> None:
+def test_a_damaged_packed_message_is_one_sentence(record: ConfigRecord | ArrayRecord) -> None:
     with pytest.raises(ValueError, match="a packed message cannot be read"):
         unpack(message(RecordDict({WHOLE: record})))

@@ -1,4 +1,4 @@
-"""What a stranger can do at the public port: nothing."""
+"""A stranger can do nothing at the public port."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class Inside:
-    """An application behind the filter that counts what reaches it."""
+    """An application behind the filter that records the bodies it receives."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -64,7 +64,7 @@ class Inside:
 def call(
     port: PublicPort, path: str, parts: list[bytes | None], method: str = "POST", headers: dict[str, str] | None = None, kind: str = "http"
 ) -> tuple[int, int]:
-    """(status, parts of the body that were read); a part None is a caller who hangs up. Status 0: no answer."""
+    """(status, number of body parts read); a part None is a caller that disconnects. Status 0: no answer."""
     answered, read = [], 0
 
     async def receive() -> dict[str, Any]:
@@ -90,7 +90,7 @@ def signed(key: Key, claimed: Key | None = None) -> dict[str, str]:
     }
 
 
-def test_the_open_paths_are_fleet_and_health_and_no_other(app: Any) -> None:
+def test_only_fleet_and_health_are_open(app: Any) -> None:
     assert {path for _, path in ENDPOINTS} > WHITE
     assert all(path == "/health" or (method == "POST" and path.startswith("/v1/fleet/")) for method, path in ENDPOINTS)
     inside = Inside()
@@ -115,8 +115,8 @@ def test_the_open_paths_are_fleet_and_health_and_no_other(app: Any) -> None:
     assert inside.bodies == []
 
 
-def test_the_bodies_of_one_caller_are_bounded_in_sum() -> None:
-    """Four requests of 400 bytes at once, of 1000 that one caller may have under way: two get in, and what they took is free again."""
+def test_the_bodies_of_one_caller_have_a_total_limit() -> None:
+    """Four concurrent requests of 400 bytes with a limit of 1000 bytes per caller: two pass, and their bytes are released."""
     inside, caller = Inside(), {FLEET_HTTP_PUBLIC_KEY_HEADER: "a"}
     port = PublicPort(inside, max_body=MAX, keys=None)
 
@@ -167,7 +167,7 @@ def test_a_large_body_is_refused_before_it_is_read() -> None:
     assert inside.bodies == [b"x" * 400 + b"y" * 600]
 
 
-def test_a_body_that_breaks_off_never_arrives() -> None:
+def test_an_incomplete_body_does_not_reach_flower() -> None:
     inside = Inside()
     assert call(PublicPort(inside, max_body=MAX, keys=None), "/v1/fleet/push-object", [b"x", None]) == (0, 2)
     assert inside.bodies == []
@@ -188,7 +188,7 @@ def test_a_stranger_is_refused_before_the_body_is_read() -> None:
     assert call(port, "/health", [b""], "GET")[0] == 200  # whoever asks
 
 
-def test_nobody_speaks_in_the_name_of_another_node() -> None:
+def test_no_node_can_call_in_the_name_of_another() -> None:
     inside = Inside()
     port = PublicPort(inside, max_body=MAX, keys=None)
     request = PushMessagesRequest()
@@ -200,7 +200,7 @@ def test_nobody_speaks_in_the_name_of_another_node() -> None:
     assert len(inside.bodies) == 1
 
 
-def test_a_node_that_comes_is_announced_only_by_its_own_signature() -> None:
+def test_a_new_node_is_announced_only_by_its_own_signature() -> None:
     came: list[bytes] = []
     key, other = new_key(), new_key()
     for keys in (None, {public_key_to_bytes(key.public_key())}):
@@ -213,8 +213,8 @@ def test_a_node_that_comes_is_announced_only_by_its_own_signature() -> None:
         came.clear()
 
 
-def test_only_a_node_of_ours_says_by_a_look_that_it_is_idle() -> None:
-    """Flower's own SuperNode, which names no life, looks for the next message while it is at one."""
+def test_only_a_fedtune_node_reports_by_a_poll_that_it_is_idle() -> None:
+    """Flower's own SuperNode sends no process id, and polls for the next message while it works on one."""
     idle: list[bytes] = []
     key, other = new_key(), new_key()
     for keys in (None, {public_key_to_bytes(key.public_key())}):
@@ -228,8 +228,8 @@ def test_only_a_node_of_ours_says_by_a_look_that_it_is_idle() -> None:
         idle.clear()
 
 
-def test_two_looks_of_one_node_do_not_overtake_each_other() -> None:
-    """The node gave its first request up: what that takes out is lost, and only a look after it may find so."""
+def test_two_polls_of_one_node_keep_their_order() -> None:
+    """The node gave up its first request: the message that it takes is lost, and only a later poll may detect this."""
     order: list[str] = []
     headers = [(name.lower().encode(), value.encode()) for name, value in (signed(new_key()) | {INCARNATION_HEADER: "one"}).items()]
     scope = {"type": "http", "method": "POST", "path": PULL, "headers": headers, "client": ("192.0.2.1", 9)}
@@ -253,8 +253,8 @@ def test_two_looks_of_one_node_do_not_overtake_each_other() -> None:
 
 
 @pytest.mark.parametrize("host", ["link", "x/v1/runtime/push-object?", "x/health#"])
-def test_no_host_header_talks_flower_out_of_asking_who_calls(app: Any, host: str) -> None:
-    """Flower takes the path to guard from the URL, which is made of the host header, and the path to serve from the request line."""
+def test_no_host_header_bypasses_authentication(app: Any, host: str) -> None:
+    """Flower takes the path to guard from the URL, which includes the host header, and the path to serve from the request line."""
 
     async def run() -> int:
         async with httpx.AsyncClient(
@@ -267,7 +267,7 @@ def test_no_host_header_talks_flower_out_of_asking_who_calls(app: Any, host: str
 
 
 def noise(draw: random.Random) -> tuple[str, str, dict[str, str], bytes]:
-    """One random request: method, path, headers, body. Half of them aim at paths that are open, some at a real message's first bytes."""
+    """One random request: method, path, headers, body. Half of them use open paths, some the first bytes of a real message."""
     method = draw.choice(["POST", "POST", "POST", "GET", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS"])
     paths = sorted(path for _, path in ENDPOINTS)
     path = draw.choice(paths) if draw.random() < 0.6 else "/" + "".join(draw.choices("/.%abcxyz01-_~", k=draw.randrange(30)))
@@ -306,7 +306,7 @@ def test_random_requests_crash_nothing(app: Any) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A port that wants 16 KiB each 0.5 s, or the end of the request."""
+    """A port that requires 16 KiB every 0.5 s, or the end of the request."""
     monkeypatch.setattr(public, "PACE_S", 0.5)
     server = uvicorn.Server(
         uvicorn.Config(PublicPort(Inside(), max_body=10**6, keys=None), http=StallTimeout, lifespan="off", log_config=None)
@@ -322,7 +322,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         thread.join(5)
 
 
-def test_who_dawdles_is_hung_up_on_and_holds_nobody_up(impatient: int) -> None:
+def test_a_stalling_caller_is_disconnected_and_blocks_nobody(impatient: int) -> None:
     starts = [b"", b"POST /v1/fl", b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 500000\r\n\r\nabc"]
     dawdlers = [socket.create_connection(("127.0.0.1", impatient)) for _ in range(60)]
     for number, dawdler in enumerate(dawdlers):
@@ -335,7 +335,7 @@ def test_who_dawdles_is_hung_up_on_and_holds_nobody_up(impatient: int) -> None:
         dawdler.close()
 
 
-def test_who_is_slow_but_steady_is_waited_for(impatient: int) -> None:
+def test_a_slow_but_steady_caller_is_served(impatient: int) -> None:
     def drip() -> Iterator[bytes]:
         for _ in range(6):  # 0.6 s, longer than the 0.5 s that it may stand still
             time.sleep(0.1)
@@ -347,7 +347,7 @@ def test_who_is_slow_but_steady_is_waited_for(impatient: int) -> None:
 
 
 def _babble(port: int, draw: random.Random) -> None:
-    """What is not even HTTP, or a request that breaks off."""
+    """Bytes that are not HTTP, or an incomplete request."""
     head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n" if draw.random() < 0.5 else b""
     with socket.create_connection(("127.0.0.1", port)) as raw:
         raw.sendall(head + draw.randbytes(draw.randrange(1, 800)))

@@ -1,4 +1,4 @@
-"""The SuperLink child with real processes on the loopback: it serves, refuses, dies and comes back."""
+"""The SuperLink child process on the loopback interface: it serves, refuses, dies and restarts."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
 # -- quick: no process ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_is_about_to_be_free_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_becomes_free_soon_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with monkeypatch.context() as patch, pytest.raises(NetworkError, match="the port is in use"):
@@ -57,7 +57,7 @@ def test_a_port_that_is_about_to_be_free_is_waited_for(monkeypatch: pytest.Monke
         _listen("127.0.0.1", port).close()
 
 
-def test_without_certificates_one_must_say_insecure(tmp_path: Path) -> None:
+def test_without_certificates_insecure_is_required(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="no certificates"):
         SuperLink(settings(tmp_path, insecure=False))
 
@@ -66,7 +66,7 @@ def test_without_certificates_one_must_say_insecure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_messages_go_both_ways(link: SuperLink) -> None:
+def test_messages_pass_in_both_directions(link: SuperLink) -> None:
     grid = link.open_run("both ways")
     with Echo(link.port) as node:
         assert node.node.node_id in set(grid.get_node_ids())
@@ -82,7 +82,7 @@ def test_messages_go_both_ways(link: SuperLink) -> None:
 
 
 @pytest.mark.slow
-def test_half_a_reply_waits_for_its_other_half(link: SuperLink) -> None:
+def test_half_a_reply_waits_for_the_rest(link: SuperLink) -> None:
     grid = link.open_run("half")
     go = threading.Event()
     with Echo(link.port, halt=lambda: bool(go.wait(20))) as node:
@@ -101,7 +101,7 @@ def test_half_a_reply_waits_for_its_other_half(link: SuperLink) -> None:
 
 
 @pytest.mark.slow
-def test_a_grid_whose_run_has_ended_says_so(link: SuperLink) -> None:
+def test_a_grid_reports_the_end_of_its_run(link: SuperLink) -> None:
     grid = link.open_run("one")
     link.ask(5, do="open_run", name="another")  # as a restarted server would
     with pytest.raises(LinkLost, match="Flower has ended the run"):
@@ -138,7 +138,7 @@ def test_bad_certificates_give_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_only_allowed_keys_come_in_and_nothing_secret_is_written(tmp_path: Path) -> None:
+def test_only_allowed_keys_are_admitted_and_no_secret_is_written(tmp_path: Path) -> None:
     files = certificates(tmp_path)
     ca = files[0]
     a, b, stranger = new_key(), new_key(), new_key()

@@ -1,4 +1,4 @@
-"""What a client's log says of its turns and of what it refuses."""
+"""A client's log lines about its turns and refusals."""
 
 import json
 import time
@@ -45,19 +45,19 @@ def turn(metrics: dict[str, float], steps: int) -> tuple[str, dict[str, Any]]:
     return describe(message, answered(message, update={"metrics": metrics, "measurements": {"steps": steps}}), 4.123)
 
 
-def test_a_turn_tells_its_round_steps_seconds_loss_and_bytes() -> None:
+def test_a_turn_logs_its_round_steps_seconds_loss_and_bytes() -> None:
     # 100,000 and 50,000 numbers of 4 bytes, which Flower puts into an .npy of 128 bytes more
     sentence, fields = turn({"train_loss": 0.41234, "start_loss": 2.0}, 16)
     assert sentence == "round 3: trained 16 steps in 4.1 s, loss 0.4123; 0.40 MB down, 0.20 MB up"
     assert fields == {"round": 3, "seconds": 4.123, "steps": 16, "loss": 0.41234, "bytes_down": 400_128, "bytes_up": 200_128}
 
 
-def test_what_privacy_keeps_back_and_a_turn_without_steps() -> None:
+def test_the_line_of_a_private_turn_and_of_a_turn_without_steps() -> None:
     assert turn({}, 16)[0] == "round 3: trained 16 steps in 4.1 s; 0.40 MB down, 0.20 MB up"
     assert turn({}, 0)[0].startswith("round 3: scored its rows without training in 4.1 s;")
 
 
-def test_an_evaluation_tells_its_scores() -> None:
+def test_an_evaluation_logs_its_scores() -> None:
     message = asked("evaluate")
     sentence, fields = describe(message, answered(message, 0, metrics={"loss": 1.25, "exact_match": 0.5}), 0.26)
     assert sentence == "round 3: evaluated in 0.3 s: exact_match 0.5, loss 1.25; 0.40 MB down, 0.00 MB up"
@@ -74,27 +74,27 @@ def test_an_evaluation_tells_its_scores() -> None:
         ("train", RuntimeError("x"), "round 3: did not train (failed): RuntimeError: x"),
     ],
 )
-def test_a_refusal_of_its_own_is_told(kind: str, bad: Exception, sentence: str) -> None:
+def test_the_clients_own_refusal_is_logged(kind: str, bad: Exception, sentence: str) -> None:
     message = asked(kind)
     told, fields = describe(message, decline_reply(message, bad), 0.1)
     assert told == sentence and fields["why"] in sentence
 
 
-def test_a_hello_tells_the_run_the_name_and_the_device() -> None:
+def test_a_hello_logs_the_run_the_name_and_the_device() -> None:
     message = asked("query", hello={"run": "trial\x1b[2J"}, numbers=0)
     reply = answered(message, 0, hello={"client": "anna", "examples": 12, "held_out": 3, "device": "1 core: fp32"})
     sentence, _ = describe(message, reply, 0.1)
     assert sentence == "takes part in run trial [2J as client anna, with 12 training rows and 3 held-out rows; this device: 1 core: fp32"
 
 
-def test_an_error_and_a_strange_group_are_told_without_numbers_of_nodes() -> None:
+def test_an_error_and_an_unknown_group_are_logged_without_node_ids() -> None:
     message = Message(RecordDict({}), NODE, "train", group_id="\x1b[2J")
     flower.stamp(message)
     assert describe(message, Message(Error(1, "two children died"), reply_to=message), 0.1)[0] == "could not answer: two children died"
     assert describe(message, answered(message, 0), 0.1)[0].startswith("scored its rows")
 
 
-def test_the_door_writes_it_to_the_terminal_and_to_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_line_to_the_terminal_and_to_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = asked("train")
     reply = answered(message, update={"metrics": {"train_loss": 0.5}, "measurements": {"steps": 2}})
 
