@@ -1,4 +1,4 @@
-"""A device opens no path that only a server names, whatever key of the experiment names it."""
+"""A device opens no path that comes only from the server, in any key of the experiment."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_the_keys_are_found() -> None:
 
 @pytest.fixture
 def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: rows, a data set and a model of the device that were not given to fedtune."""
+    """The working directory: rows, a data set and a model of the device to which fedtune has no permission."""
     folder = tiny_llama(tmp_path / "secret")
     for name in ("train.jsonl", "test.jsonl"):
         write_rows(folder / name, texts(20))

@@ -1,4 +1,4 @@
-"""What a device's operator demands on its own command line holds against a server that lies."""
+"""The privacy minimum of a device's command line holds against a lying server."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ RECORD = PrivacyConfig(kind="record", epsilon=None, noise=0.8, clip=0.5, account
 
 
 class LyingServer:
-    """Says one thing in its hello and asks for another in its plan, under whatever name of a run it likes."""
+    """A server whose plan differs from its hello, with any run name."""
 
     def __init__(self, folder: Path, **floor: Any) -> None:
         self.config = tiny_config(folder)
@@ -48,7 +48,7 @@ class LyingServer:
         return self._ask("evaluate", MessageWriter(0, ()).write(self.initial, held=()))
 
     def _ask(self, kind: str, content: RecordDict) -> str:
-        """Why it was refused; "" where it was not."""
+        """The reason for a refusal; "" without one."""
         flower.identify_process(1)
         where: dict[str, Any] = {"partition-id": 0, "num-partitions": 1}
         context = Context(run_id=1, node_id=7, node_config=where, state=RecordDict(), run_config={})

@@ -1,4 +1,4 @@
-"""The data-driven mask's score is the gradient that autograd finds on the bare backbone."""
+"""The score of the data-driven mask is the gradient of autograd on the bare backbone."""
 
 from pathlib import Path
 from typing import Any, cast

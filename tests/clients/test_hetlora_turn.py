@@ -1,4 +1,4 @@
-"""HetLoRA's pruning: only a tail that the turn made smaller is cut."""
+"""HetLoRA's pruning removes only a tail that the turn reduced."""
 
 import torch
 

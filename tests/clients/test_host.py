@@ -1,4 +1,4 @@
-"""A host has its own storage, device and floor; two of one process do not touch each other, and loading happens once, when it is needed."""
+"""Each host has its own storage, device and privacy minimum; hosts in one process are independent; loading happens once, on demand."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""FedPepTAO's layer score: what it is on matrices that can be checked by hand, and on a real backbone."""
+"""FedPepTAO's layer score, on matrices that can be checked by hand and on a real backbone."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ def test_equal_rows_by_hand() -> None:
     assert redundancy(torch.full((5, 9), 2.0)) == pytest.approx(math.log(5) + 0.2 + 4 * (math.log(1e-5) + 1e5), rel=1e-6)
 
 
-def test_random_rows_lie_just_above_orthogonal_ones() -> None:
+def test_the_score_of_random_rows_is_slightly_above_that_of_orthogonal_rows() -> None:
     score = redundancy(torch.randn(16, 300, generator=torch.Generator().manual_seed(1)))
     assert 16.0 < score < 18.0
 
@@ -139,7 +139,7 @@ def test_every_architecture_has_a_score_for_each_prompt(tmp_path: Path, kind: st
             assert again["layers"].tolist() == pytest.approx(seen.tolist(), rel=1e-3)
 
 
-def test_a_batch_is_of_the_plan_s_size_and_seed(space: Workspace) -> None:
+def test_a_batch_has_the_plan_s_size_and_seed(space: Workspace) -> None:
     examples = space.examples("c0", "train")
 
     def scores(**changes: int) -> list[float]:
@@ -148,7 +148,7 @@ def test_a_batch_is_of_the_plan_s_size_and_seed(space: Workspace) -> None:
     assert scores() == scores() and scores() != scores(seed=4) and scores() != scores(batch_size=4)
 
 
-def test_an_adapter_without_one_prompt_a_layer_is_an_error(tmp_path: Path) -> None:
+def test_an_adapter_without_one_prompt_per_layer_is_an_error(tmp_path: Path) -> None:
     space = Workspace(tiny_config(tmp_path))
     with pytest.raises(ModelError, match="the outputs of 2 layers, but the adapter has 0 prompts: set peft=ptuning_v2"):
         measure(space, space.examples("c0", "train"))

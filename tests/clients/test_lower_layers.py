@@ -1,4 +1,4 @@
-"""With the lower layers' activations from the cache, turns end as they do without; what changes below an adapter is refused."""
+"""Cached activations of the lower layers do not change a turn's result; training below an adapter is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_a_backbone_with_dropout_is_refused(tmp_path: Path) -> None:
         LowerLayers(live, 1e9)
 
 
-def test_a_workspace_has_one_where_the_config_asks(tmp_path: Path) -> None:
+def test_a_workspace_has_a_cache_if_the_config_enables_it(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, peft=PeftConfig(rank=2, targets=["layers.1.mlp.up_proj"]))
     assert Workspace(config)._lower is None
     space = Workspace(dataclasses.replace(config, engine=EngineConfig(threads=1, cache_layers=0.1)))

@@ -1,4 +1,4 @@
-"""A device's own rows need the columns that the task uses, and no other of the scenario's."""
+"""A device's own rows need the columns of the task, and no other columns of the scenario."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ LOCAL = ["conf=base", "data=local", "data.columns.client=speaker", "data.columns
 
 
 def load(folder: Path, settings: list[str], row: dict[str, Any], labels: list[str] | None = None) -> Federation:
-    """What a client loads of an experiment with these settings, from a file of its own with such rows."""
+    """Load the own rows of a client, from a file with such rows, in an experiment with these settings."""
     (folder / "own.jsonl").write_text(f"{json.dumps(row)}\n" * 5)
     (job,) = compose(settings)
     config = own_config(job.config, Device(client="anna", state=folder, data=str(folder / "own.jsonl")), labels or [])

@@ -1,4 +1,4 @@
-"""Micro-batches do not change what is learned, and running out of memory costs no more than a halved one."""
+"""Micro-batches do not change the result, and out of memory only halves the micro-batch."""
 
 import dataclasses
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_a_micro_batch_of_the_batch_size_gives_the_same_bits(tmp_path: Path) -> 
 
 
 class Small:
-    """A memory that runs out where more than `rows` rows come at once, from the step `since` on, after some of the step was done."""
+    """Memory that fits at most `rows` rows from the step `since` on; it runs out in the middle of a step."""
 
     def __init__(self, rows: int, since: int, error: Exception) -> None:
         self.rows, self.since, self.error, self.real, self.batches = rows, since, error, trainer.loss_sum, 0

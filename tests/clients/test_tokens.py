@@ -1,4 +1,4 @@
-"""Encoded rows in a mapped file are the rows that were put in."""
+"""Encoded rows round-trip through a memory-mapped file."""
 
 import numpy as np
 import pytest

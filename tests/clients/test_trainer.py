@@ -1,4 +1,4 @@
-"""A turn does what a bare training loop does, and nothing else."""
+"""A turn equals a bare training loop."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def far(a: AdapterState, b: AdapterState) -> float:
 
 
 def bare_loop(space: Workspace, rounds: int, seeds: list[int], client: ClientConfig) -> dict[str, torch.Tensor]:
-    """Plain centralized training: transformers' own loss, PEFT's own model, one optimizer a round."""
+    """Plain centralized training: transformers' loss, PEFT's model, one optimizer per round."""
     model = AutoModelForCausalLM.from_pretrained(space.config.model.name)
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets)).train()
@@ -80,7 +80,7 @@ def bare_loop(space: Workspace, rounds: int, seeds: list[int], client: ClientCon
 
 
 def federate(config: Config, path: Path) -> tuple[AdapterState, list[int]]:
-    """Run the whole way round: bridge, messages, ClientApp; returns the last adapter and the seed of each turn of the first client."""
+    """Run bridge, messages and ClientApp. Returns the last adapter and the seed of each turn of the first client."""
     space = workspace(json.dumps(to_dict(config)))
     bridge, _ = make_bridge(path, make_client_app(host_for(config, loaded=space)), len(space.client_ids), config, initial=space.initial)
     bridge = dataclasses.replace(bridge, evaluate=None)
@@ -187,7 +187,7 @@ def test_the_sum_of_the_rates_follows_the_schedule(
     assert told == pytest.approx([sum(applied[i : i + 2]) for i in range(0, len(applied), 2)])
 
 
-def test_only_what_the_plan_names_is_trained(space: Workspace) -> None:
+def test_only_the_plans_tensors_are_trained(space: Workspace) -> None:
     before = start(space)
     after, _ = turn(space, train=("*.lora_B",))
     for name in after.tensors:
@@ -316,7 +316,7 @@ def test_a_failing_turn_ends_that_clients_round_only(
     assert all(sentence in r["dropped"] for r in observer.clients if r["client"] == "c1" and r["round"])
 
 
-def test_no_row_of_the_held_out_part_is_trained_on(space: Workspace) -> None:
+def test_held_out_rows_are_not_trained_on(space: Workspace) -> None:
     for rows in space.federation.clients.values():
         assert not set(rows.train.tolist()) & set(rows.held_out.tolist())
 
@@ -352,7 +352,7 @@ def test_shifts_are_merged_once_replayed_after_a_gap_and_reset(tmp_path: Path) -
     assert torch.equal(weight, w0)
 
 
-def test_own_tensors_come_before_received_ones_and_these_before_initial_ones(tmp_path: Path) -> None:
+def test_own_tensors_take_precedence_over_received_and_initial_ones(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     host = ClientHost(config, Storage(ClientStore(tmp_path / "clients", 2)))
     space = host.space

@@ -1,4 +1,4 @@
-"""Strategies × PEFT methods × tasks, the whole way: two rounds on a tiny model, resumed, exported; what travels is read off the wire.
+"""Strategies × PEFT methods × tasks: two rounds on a tiny model, resumed and exported; the messages are checked.
 
 Quick: one of each kind of exchange, shift, stage, head and refusal. Slow: every other cell. A cell that makes no sense is refused with its
 sentence.
@@ -97,7 +97,7 @@ def experiment(files: Path, out: Path, strategy: str, method: str, task: str) ->
 
 
 class Listener:
-    """Hears what travels between the bridge and the clients in train messages."""
+    """Records the train messages between the bridge and the clients."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.down: dict[int, set[tuple[str, ...]]] = {}
@@ -125,7 +125,7 @@ class Listener:
 
 
 def checked(strategy: Any) -> Any:
-    """The strategy, with every aggregation done twice: the other way round too, and with an eye on its inputs."""
+    """The strategy with every aggregation done twice, also in reverse order; inputs must not change."""
     aggregate = strategy.aggregate
 
     def tensors(state: ServerState) -> dict[str, torch.Tensor]:
@@ -179,7 +179,7 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
 
 
 def payload(heard: Listener, run: Path, strategy: str) -> None:
-    """Every message of a round held the same tensors, and they are those that the method is to send."""
+    """Return the tensors of each message of a round; all messages have the same, as the method defines."""
     every = set(AdapterState.load(run / "adapter" / "fedtune.safetensors").tensors)
     for round in (1, 2):
         (down,), (up,) = heard.down[round], heard.up[round]

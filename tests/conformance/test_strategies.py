@@ -1,4 +1,4 @@
-"""One matrix over every conf/strategy/*.yaml: what each aggregation method owes, whatever its formula.
+"""One matrix over every conf/strategy/*.yaml: the properties of every aggregation method.
 
 The clients here have no model. What needs one (scores, sparse weights, per-layer prompts) is in test_matrix.py.
 """
@@ -59,7 +59,7 @@ def strategy_of(name: str) -> Strategy:
 
 
 def updates(strategy: Strategy, state: ServerState, counts: list[int], round: int = 1) -> tuple[list[Update], list[AdapterState]]:
-    """Clients that each moved what they were to train by their own random step: what they send, and all that they have."""
+    """Clients that change their trained tensors by a random step: (their updates, all their tensors)."""
     plans = [Plan(round=round, client=f"c{i}", base_version=0) for i in range(len(counts))]
     assignments, made, own = strategy.plan(round, plans, state), [], []
     for i, n in enumerate(counts):
@@ -82,7 +82,7 @@ def updates(strategy: Strategy, state: ServerState, counts: list[int], round: in
 
 
 def product(adapter: AdapterState, shifts: tuple[AdapterState, ...] = ()) -> torch.Tensor:
-    """What counts of an adapter: what each module adds to the weights as they were loaded, and the head."""
+    """The effect of an adapter: what each module adds to the loaded weights, and the head."""
     parts = [adapter["head.weight"].flatten()]
     for module in adapter.spec.ranks:
         parts.append(sum(s.spec.scaling[module] * s[f"{module}.lora_B"] @ s[f"{module}.lora_A"] for s in (adapter, *shifts)).flatten())  # type: ignore[union-attr]
@@ -142,7 +142,7 @@ def test_without_training_nothing_changes(name: str, strategy: Strategy, ranks: 
 
 
 def wide() -> AdapterState:
-    """An adapter of rank 4 that does add to the weights: B is not 0."""
+    """An adapter of rank 4 that changes the weights: B is not 0."""
     gen, base = torch.Generator().manual_seed(5), lora_state(seed=5)
     tensors = dict(base.tensors)
     for module, rows, columns in (("q", 3, 5), ("up", 7, 3)):
@@ -238,7 +238,7 @@ def test_memory_survives_a_checkpoint_and_bad_updates_are_dropped(strategy: Stra
 
 @pytest.mark.parametrize("name", choices("strategy"))
 def test_a_negative_or_non_numeric_setting_is_refused_by_name(name: str) -> None:
-    """No method has a setting for which they mean anything; `rounds` and `seed` are the run's, and checked as such."""
+    """No setting of a method may be negative or non-numeric; `rounds` and `seed` belong to the run, which checks them."""
     method = ["peft=ptuning_v2", "rounds=30"] if name == "fedpeptao" else []
     config = compose([f"strategy={name}", "inference=none", "devices=none", *NEEDS.get(name, []), *method])[0].config
     strategy: Any = make_strategy(config)  # a dataclass, as all are

@@ -103,7 +103,7 @@ def test_rounds_add_up() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_plain_lora_is_taken(method: str) -> None:
+def test_only_plain_lora_is_accepted(method: str) -> None:
     config = Config(peft=PeftConfig(method=method))
     if method in ("lora", "rslora"):
         FedEx().check(config)

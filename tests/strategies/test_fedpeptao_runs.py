@@ -1,4 +1,4 @@
-"""FedPepTAO from a restart to the whole way through bridge, messages and a model; its rule is in test_fedpeptao.py."""
+"""FedPepTAO: restarts, settings, and runs through bridge, messages and a model. test_fedpeptao.py tests its rule."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ def same(a: ServerState, b: ServerState, atol: float = 0.0) -> bool:
 
 @pytest.mark.parametrize("variant", ["scaled", "paper", "code"])
 @pytest.mark.parametrize("stop", range(8))
-def test_a_restart_continues_exactly(tmp_path: Path, variant: str, stop: int) -> None:
+def test_a_restart_continues_with_the_same_bits(tmp_path: Path, variant: str, stop: int) -> None:
     strategy = FedPepTAO(warmup_rounds=2, variant=variant)
     whole = run(strategy, COHORTS)
     stopped = whole[stop]
@@ -103,7 +103,7 @@ def test_valid_settings_pass() -> None:
 
 
 class Diary(FedPepTAO):
-    """Notes what each client is sent and what comes back."""
+    """Records the assignment and the update of each client."""
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         assignments = super().plan(round, plans, state)

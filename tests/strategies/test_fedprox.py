@@ -1,4 +1,4 @@
-"""FedProx: FedAvg with a plan that holds clients back."""
+"""FedProx: FedAvg with a proximal term in the plan."""
 
 import dataclasses
 from pathlib import Path

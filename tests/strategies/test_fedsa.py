@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A is everybody's, B and head never leave the client."""
+"""FedSA-LoRA: all clients share A; B and head stay on the client."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ def sent(client: str, n: int, seed: int) -> Update:
 
 
 def off(updates: list[Update]) -> float:
-    """How far the common A is from Σ p_k A_k."""
+    """Distance of the common A from Σ p_k A_k."""
     out = FedSA().aggregate(1, FedSA().start(lora_state()), iter(updates)).adapter
     total = sum(u.examples for u in updates)
     wanted = {n: sum((u.examples / total * u.adapter[n].double() for u in updates), torch.zeros(())) for n in SHARED}

@@ -1,4 +1,4 @@
-"""FedSVD: the mean of B is exact while A is common, and turning both factors changes no product."""
+"""FedSVD: the mean of B is exact with a common A, and rotating both factors changes no product."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, coho
 
 
 def clients(state: ServerState, *, seed: int = 1) -> tuple[list[Update], list[Update]]:
-    """(what clients hold after their turn, what of it they send): their own B and head on the common A."""
+    """(tensors of clients after their turn, their updates): own B and head with the common A."""
     held = []
     for update in cohort([2, 2, 2], seed=seed):
         own = {n: t for n, t in update.adapter.tensors.items() if not n.endswith("_A")}
@@ -77,7 +77,7 @@ def test_the_order_of_clients_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_methods_with_factors_are_taken(method: str) -> None:
+def test_only_methods_with_factors_are_accepted(method: str) -> None:
     config = Config(peft=PeftConfig(method=method))
     if method in ("lora", "rslora", "dora"):
         FedSVD().check(config)

@@ -1,4 +1,4 @@
-"""FedYogi on numbers that can be checked by hand, and against Flower's class left to itself."""
+"""FedYogi on numbers that can be checked by hand, and against Flower's unmodified class."""
 
 from pathlib import Path
 

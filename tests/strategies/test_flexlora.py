@@ -21,7 +21,7 @@ from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, coho
 
 
 def changes(before: AdapterState, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
-    """Module → D + Σ p_k (s_k B_k A_k − P_{r_k}(D)), dense and slow: what the method owes before it truncates."""
+    """Module → D + Σ p_k (s_k B_k A_k − P_{r_k}(D)), dense and slow: the exact result before truncation."""
     total, own = sum(u.examples for u in updates), delta(before)
     out = {m: own[m].clone() for m in SHAPES}
     for u in updates:
@@ -54,7 +54,7 @@ def test_each_client_is_off_by_the_tail_of_the_sum_of_changes(clients: list[tupl
         assert abs(error - tail(matrix, rank)) <= 1e-6 * float(matrix.norm())
 
 
-def test_exact_where_the_rank_suffices() -> None:
+def test_the_result_is_exact_if_the_rank_suffices() -> None:
     updates = cohort([1, 2, 1])
     after = FlexLoRA().aggregate(1, FlexLoRA().start(still(4)), iter(updates))
     assert_equal(change(after), mean(updates))
@@ -102,7 +102,7 @@ def test_a_cohort_without_change_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_methods_with_factors_are_taken(method: str) -> None:
+def test_only_methods_with_factors_are_accepted(method: str) -> None:
     config = Config(peft=PeftConfig(method=method))
     if method in ("lora", "rslora", "dora"):
         FlexLoRA().check(config)

@@ -1,4 +1,4 @@
-"""FLoRA: the weights become the mean of the clients' weights, whatever their ranks, counts and scalings."""
+"""FLoRA: the weights become the mean of the clients' weights, for any ranks, counts and scalings."""
 
 import itertools
 import math
@@ -148,7 +148,7 @@ def test_what_a_cohort_may_stack_is_checked_before_the_run() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_plain_lora_is_taken(method: str) -> None:
+def test_only_plain_lora_is_accepted(method: str) -> None:
     config = Config(peft=PeftConfig(method=method))
     if method in ("lora", "rslora"):
         FLoRA().check(config)

@@ -1,4 +1,4 @@
-"""What goes into Flower's classes, and what comes back."""
+"""Conversion to and from Flower's classes."""
 
 import pytest
 import torch

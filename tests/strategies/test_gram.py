@@ -1,4 +1,4 @@
-"""Distances between what adapters do, against dense matrices, and Krum's selection against Flower's."""
+"""Distances between the effects of adapters, against dense matrices, and Krum's selection against Flower's."""
 
 import torch
 from flwr.app import RecordDict
@@ -14,7 +14,7 @@ from tests.strategies.updates import SHAPES, drawn, plain, regauged
 
 
 def dense(adapter: AdapterState) -> Tensor:
-    """Everything that the adapter does, in one vector."""
+    """The complete effect of the adapter, as one vector."""
     s = adapter.spec.scaling
     parts = [(s[m] * adapter[f"{m}.lora_B"].double() @ adapter[f"{m}.lora_A"].double()).flatten() for m in adapter.spec.ranks]
     return torch.cat([*parts, adapter["head.weight"].double().flatten()])
@@ -67,7 +67,7 @@ def test_no_gauge_changes_who_is_selected(seed: int) -> None:
 
 
 def test_distances_between_factors_would_be_caught() -> None:
-    """What Flower's class would compare: the same updates in other gauges have other distances, and others are selected."""
+    """Flower's class compares factors: the same updates in other gauges have other distances, and other clients are selected."""
 
     def flowers(clients: list[AdapterState]) -> list[int]:
         apart = compute_distances([_flower.arrays({n: t.double() for n, t in c.tensors.items()}) for c in clients])

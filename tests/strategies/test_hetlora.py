@@ -1,4 +1,4 @@
-"""HetLoRA: cut, pad, and weigh by the product's size, on numbers that can be checked by hand."""
+"""HetLoRA: truncation, padding and weights by the product's norm, on numbers that can be checked by hand."""
 
 import math
 from pathlib import Path
@@ -41,7 +41,7 @@ def dense(adapter: AdapterState, name: str = "q") -> Tensor:
 
 
 def by_hand(variant: str = "paper") -> float:
-    """How far the aggregate of a rank-1 and a rank-2 client is from arithmetic on paper."""
+    """Distance of the aggregate of a rank-1 and a rank-2 client from the result by hand."""
     state = HetLoRA().start(module([[9.0, 9.0, 9.0], [9.0, 9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]]))
     small = update("a", module([[1.0, 0.0, 0.0]], [[3.0], [0.0]]), n=1000)  # ‖BA‖ = 3; its examples do not count
     large = update("b", module([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]], [[0.0, 0.0], [0.0, 0.5]]))  # BA = [[0 0 0], [0 0 1]]: 1

@@ -1,4 +1,4 @@
-"""Krum: one of the clients, chosen by what their adapters do."""
+"""Krum: the result is one client, selected by the effects of the adapters."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def test_it_returns_one_clients_tensors_bit_for_bit_in_any_order() -> None:
 
 
 def planted() -> list:
-    """Six honest clients around one model, in gauges of their own, and a seventh that is far in what it does but not in its factors."""
+    """Six honest clients around one model, in gauges of their own, and a malicious one with a distant effect and near factors."""
     truth = drawn(0)
     honest = [truth.replace({n: t + 0.01 * drawn(i)[n] for n, t in truth.tensors.items()}) for i in range(1, 7)]
     far = truth.replace({n: t + (2.0 if n.endswith("lora_B") else 0.0) for n, t in truth.tensors.items()})

@@ -21,7 +21,7 @@ from tests.strategies.lowrank import adapter, assert_equal, change, cohort, delt
 
 
 def dense(averaged: AdapterState, updates: list[Update], ridge: float) -> dict[str, Tensor]:
-    """Module → s·(B̄ + ΔB)·Ā with the dense E: slow, and the formula as it stands."""
+    """Module → s·(B̄ + ΔB)·Ā with the dense E: the formula itself, slow."""
     out = {}
     for module, d in mean(updates).items():
         s, a, b = averaged.spec.scaling[module], averaged[f"{module}.lora_A"].double(), averaged[f"{module}.lora_B"].double()
@@ -70,7 +70,7 @@ def test_a_small_ridge_projects_and_a_large_one_averages() -> None:
     assert_equal(change(LoRAFair(ridge=1e9).aggregate(1, start, iter(updates))), delta(plain))
 
 
-def test_exact_where_all_share_one_a() -> None:
+def test_the_result_is_exact_if_all_clients_share_one_a() -> None:
     first, updates = adapter(), cohort()
     same = [
         Update(
@@ -98,7 +98,7 @@ def test_the_order_of_clients_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_methods_with_factors_are_taken(method: str) -> None:
+def test_only_methods_with_factors_are_accepted(method: str) -> None:
     config = Config(peft=PeftConfig(method=method))
     if method in ("lora", "rslora", "dora"):
         LoRAFair().check(config)

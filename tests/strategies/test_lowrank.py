@@ -1,4 +1,4 @@
-"""The low-rank arithmetic against the dense matrices that it never forms."""
+"""Low-rank arithmetic against dense matrices."""
 
 import math
 

@@ -49,7 +49,7 @@ def test_the_factors_of_the_selected_are_averaged_in_any_order_of_the_clients() 
 
 
 def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Who is selected: the positions that the strategy takes of `krum`."""
+    """The selected clients: the positions that the strategy gets from `krum`."""
     seen, own = [], module.krum
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
     MultiKrum().aggregate(1, ServerState(adapter=drawn(0)), [update(f"c{i}", a) for i, a in enumerate(adapters)])

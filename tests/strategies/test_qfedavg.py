@@ -1,4 +1,4 @@
-"""q-FedAvg on numbers that can be checked by hand, and against Flower's class left to itself."""
+"""q-FedAvg on numbers that can be checked by hand, and against Flower's unmodified class."""
 
 import dataclasses
 from typing import Any
@@ -84,7 +84,7 @@ def test_the_start_loss_is_requested_once() -> None:
         assert QFedAvg().plan(1, [given], START)["a"].plan == dataclasses.replace(plan, measure=("start_loss",))
 
 
-def test_without_it_the_client_is_named() -> None:
+def test_a_client_without_the_start_loss_is_named() -> None:
     with pytest.raises(UpdateError, match="client old sent start_loss=None"):
         QFedAvg().aggregate(1, START, [update("old", plain(1.0))])
 

@@ -1,4 +1,4 @@
-"""RoLoRA: one factor moves a round, so each round averages exactly; over two rounds both have moved."""
+"""RoLoRA: each round trains one factor, so each round averages exactly; two rounds train both."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ UP = {1: ["q.lora_B", "up.lora_B", "head.weight"], 0: ["q.lora_A", "up.lora_A", 
 
 
 def turns(round: int, state: ServerState, counts: list[int]) -> list[Update]:
-    """Clients that move what the plan lets them train, and send what it asks for."""
+    """Updates of clients that change the trained tensors of the plan and send its sent tensors."""
     assignments = RoLoRA().plan(round, [Plan(round=round, client=f"c{i}", base_version=round - 1) for i in range(len(counts))], state)
     out = []
     for i, n in enumerate(counts):
@@ -44,7 +44,7 @@ def products(adapter: AdapterState) -> Tensor:
 
 
 def off(round: int, state: ServerState, counts: list[int]) -> tuple[float, ServerState]:
-    """How far the aggregate's products are from Σ p_k of the clients' own, and the aggregate."""
+    """(distance of the aggregate's products from Σ p_k of the clients' products, the aggregate)."""
     updates = turns(round, state, counts)
     after, total = RoLoRA().aggregate(round, state, iter(updates)), sum(counts)
     wanted = torch.zeros(())
@@ -54,7 +54,7 @@ def off(round: int, state: ServerState, counts: list[int]) -> tuple[float, Serve
 
 
 def before(round: int) -> ServerState:
-    """A state that can be what a round begins with, if all before it have counted."""
+    """A possible state at the start of a round, if all earlier rounds have counted."""
     return ServerState(adapter=lora_state(), memory={"turns": torch.tensor(round - 1)} if round > 1 else {})
 
 

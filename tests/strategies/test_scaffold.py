@@ -1,4 +1,4 @@
-"""SCAFFOLD: control variates by hand, and that they do what they are for."""
+"""SCAFFOLD: control variates by hand, and their effect."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_c_of_a_single_client_is_its_own() -> None:
     assert {n: t.item() for n, t in out.memory.items()} == {"c_k/a/w": -2.0, "c/w": -2.0}  # (0 − 1) / .5
 
 
-def test_c_is_the_mean_of_the_clients_seen_however_they_take_part() -> None:
+def test_c_is_the_mean_of_the_clients_seen_for_any_participation() -> None:
     method, state = SCAFFOLD(lr=0.5), ServerState(adapter=drawn(0))
     for round, cohort in enumerate(("ab", "bc", "ad", "abcd", "c"), 1):
         state = method.aggregate(round, state, [update(c, drawn(10 * round + i), lr_sum=0.1 * (i + 1)) for i, c in enumerate(cohort)])
@@ -72,7 +72,7 @@ BEST = (1.0 * 4.0 + 10.0 * 1.0) / (4.0 + 1.0)
 
 
 def descend(given: Mapping[str, Assignment], lr: float, last: float, steps: int) -> list[Update]:
-    """What the clients' trainer does, on a quadratic: SGD along g + correction with the rate falling linearly within the turn."""
+    """The clients' training on a quadratic loss: SGD along g + correction with the rate falling linearly within the turn."""
     made = []
     for client, assignment in given.items():
         target, curvature = TARGETS[client]
@@ -91,7 +91,7 @@ def walk(rounds: int = 200) -> float:
     return state.adapter["w"].item()
 
 
-def test_it_reaches_the_minimum_of_the_mean_loss_where_fedavg_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pytest.MonkeyPatch) -> None:
     assert walk() == pytest.approx(BEST, abs=1e-3)
     monkeypatch.setattr(SCAFFOLD, "plan", Strategy.plan)  # no correction: uniform FedAvg, which drifts
     assert abs(walk() - BEST) > 0.3

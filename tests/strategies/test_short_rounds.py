@@ -1,4 +1,4 @@
-"""Rounds in which fewer answer than a robust rule needs: they must not count, and must not end the run."""
+"""Rounds with fewer updates than a robust rule needs: they do not count, and the run continues."""
 
 from pathlib import Path
 

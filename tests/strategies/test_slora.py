@@ -73,7 +73,7 @@ def keeps_everything(dense: Tensor, rank: int) -> bool:
 
 @pytest.mark.parametrize("mode", ["corrected", "paper"])
 def test_without_training_nothing_changes(mode: str) -> None:
-    """Sparse values stay 0, the switch makes B = 0, and LoRA rounds bring back what they were sent."""
+    """Sparse values stay 0, the switch sets B = 0, and LoRA rounds return their assignments."""
     strategy = SLoRA(rounds=20, seed=0, density=0.5, mode=mode)
     state = strategy.start(lora({"q": (2, 3), "v": (4, 3)}, rank=2))
     for round in range(1, 6):
@@ -134,7 +134,7 @@ def test_the_check_of_the_switch_detects_a_wrong_formula(monkeypatch: pytest.Mon
         assert not keeps_everything(dense, 2), wrong.__name__
 
 
-def test_directions_that_the_sparse_stage_left_empty_can_still_be_learned() -> None:
+def test_directions_unused_in_the_sparse_stage_can_still_be_learned() -> None:
     dense = torch.zeros(3, 4)
     dense[1, 2] = 5.0
     after = switched(dense, rank=3).adapter
@@ -150,7 +150,7 @@ def test_the_mask_is_the_same_on_every_machine() -> None:
     assert random_mask("0", "q", 35, 6).tolist() == [5, 8, 10, 13, 29, 30]
 
 
-def test_masked_entries_land_where_the_mask_says() -> None:
+def test_masked_entries_are_written_at_the_masks_positions() -> None:
     strategy = SLoRA(rounds=1, seed=7, density=0.4)
     start = strategy.start(lora({"q": (3, 5)}, rank=3))
     after = strategy.aggregate(1, start, iter([reply(strategy, start, "c", 1, {"q.sparse": [1, 2, 3, 4, 5, 6]})]))

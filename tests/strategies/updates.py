@@ -24,7 +24,7 @@ def drawn(seed: int, scale: float = 1.0) -> AdapterState:
 
 
 def plain(*values: float) -> AdapterState:
-    """One tensor that is no LoRA factor."""
+    """One tensor that is not a LoRA factor."""
     return AdapterState({"w": torch.tensor(values)}, AdapterSpec(method="bitfit"))
 
 
@@ -41,7 +41,7 @@ def close(a: AdapterState, b: AdapterState, atol: float = 1e-6) -> bool:
 
 
 def saved(memory: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """What comes back of a memory that was written as a checkpoint is."""
+    """A memory after it is written to and read from a checkpoint."""
     save_file({n: t.contiguous() for n, t in memory.items()}, folder / "memory.safetensors")
     return load_file(folder / "memory.safetensors")
 
@@ -57,7 +57,7 @@ def regauged(adapter: AdapterState, seed: int, size: float = 3.0) -> AdapterStat
 
 
 def alone(by: flower.FedAvg, replies: list[Message], round: int = 1) -> dict[str, Tensor]:
-    """What Flower's own class makes of the replies, left to itself."""
+    """The result of Flower's unmodified class for the replies."""
     gc.freeze()  # some collect garbage after every record, which is slow among torch's modules
     record, _ = by.aggregate_train(round, replies)
     gc.unfreeze()

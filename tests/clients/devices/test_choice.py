@@ -1,4 +1,4 @@
-"""What a device chooses, by hand arithmetic.
+"""The choice of a device, checked by hand arithmetic.
 
 The model has 100 linear layers of 100 × 100, 10⁶ entries, and layers that keep nothing but 2 kB a token: a row of 100 tokens takes 0.2 MB.
 The adapter has 12,500 entries: 0.2 MB with gradient and moments. Estimates may fill 0.9 of the memory and 0.75 of the deadline.
@@ -138,7 +138,7 @@ def test_a_step_beyond_the_deadline_is_declined_with_the_sentence() -> None:
         pick(DeviceClass(mbit_per_second=8.0), dataclasses.replace(WORK, nbytes=1_000_000), deadline_s=1.0)
 
 
-def test_the_clients_own_rows_decide_and_not_the_longest_that_the_task_allows() -> None:
+def test_the_clients_own_rows_decide_not_the_longest_allowed_row() -> None:
     # rows of 30 tokens: 60 kB; 4 + 0.2 + 4·0.06 = 4.44 ≤ 4.5, where rows of 100 allow one
     choice = pick(DeviceClass(memory_mb=5.0), dataclasses.replace(WORK, longest=30))
     assert (choice.precision, choice.micro, choice.length) == ("fp32", 4, 100)

@@ -1,4 +1,4 @@
-"""Whole runs with devices: what is chosen, what running out of memory costs, what a turn teaches the next, what a resume finds."""
+"""Complete runs with devices: the choice, out of memory, corrections between turns, and resumption."""
 
 import dataclasses
 import json
@@ -218,7 +218,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
-def test_a_device_that_can_hold_nothing_is_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_without_any_fitting_model_is_excluded_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     classes = {"watch": DeviceClass(memory_mb=0.01, precision="fp32"), "laptop": DeviceClass()}
     with caplog.at_level("INFO", "fedtune"):
         simulate(config(tmp_path, classes))
@@ -227,7 +227,7 @@ def test_a_device_that_can_hold_nothing_is_left_out_by_name(tmp_path: Path, capl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batched", ["4", "auto"])
-def test_four_precisions_train_in_one_cohort_at_once_or_one_by_one(
+def test_four_precisions_train_in_one_cohort_batched_or_sequentially(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batched: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

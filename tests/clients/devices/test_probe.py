@@ -1,4 +1,4 @@
-"""The estimate against what a forward pass keeps, on tiny models of many architectures, and the probe itself."""
+"""The estimate compared with the memory that a forward pass keeps, on tiny models of many architectures, and the probe."""
 
 import dataclasses
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_the_estimate_is_within_a_factor_of_two(tmp_path: Path, kind: str, preci
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_of_quantized_backbones_too(tmp_path: Path, precision: str, compute: str) -> None:
+def test_the_estimate_of_quantized_backbones_is_within_a_factor_of_two(tmp_path: Path, precision: str, compute: str) -> None:
     model = hub(checkpoint(tmp_path / "model", config=WIDE), precision=precision, compute=compute)
     try:
         check(model, LM, PeftConfig(rank=3))
@@ -66,7 +66,7 @@ def test_estimates_order_the_other_methods_correctly(tmp_path: Path, method: str
     assert 1 / 3 < measured / kept_bytes(shapes, "fp32", 4, 16, 8) < 3
 
 
-def test_nothing_of_model_or_generators_is_changed(tmp_path: Path) -> None:
+def test_the_probe_changes_neither_model_nor_generators(tmp_path: Path) -> None:
     peft = PeftConfig(rank=3, dropout=0.5)
     live = LiveAdapter(load_backbone(hub(checkpoint(tmp_path / "model")), LM), peft, LM)
     live.model.eval()
@@ -88,7 +88,7 @@ def test_kept_memory_grows_with_rows_and_trained_tensors(tmp_path: Path) -> None
     assert last and probe.kept_bytes(live, LM, last, 4, 16, 15) < 0.8 * four
 
 
-def test_layers_of_odd_rows_stay_whole_in_the_estimate_as_they_do_in_the_model(tmp_path: Path) -> None:
+def test_layers_of_unsupported_row_length_are_not_quantized_in_estimate_and_model(tmp_path: Path) -> None:
     odd = llama_config(hidden_size=64, intermediate_size=40, head_dim=16)
     shapes = shapes_of(Config(model=hub(checkpoint(tmp_path / "model", config=odd)), task=LM))
     assert shapes.whole == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
@@ -146,7 +146,7 @@ def test_methods_without_factors_have_no_rank_and_some_read_every_layer(tmp_path
     assert {m: s.inputs for m, s in result.items()} == {"full": every, "ia3": every, "prompt": 0}
 
 
-def test_a_seq2seqs_layers_are_those_of_both_sides(tmp_path: Path) -> None:
+def test_the_layers_of_a_seq2seq_model_include_encoder_and_decoder(tmp_path: Path) -> None:
     task = TaskConfig(kind="instruction", max_length=32, generate=False)
     shapes = shapes_of(Config(model=hub(checkpoint(tmp_path / "model", "t5")), task=task))
     assert (shapes.layers, shapes.query, shapes.inner) == (2 + 2, 2 * 6, 24)

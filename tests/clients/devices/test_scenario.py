@@ -6,7 +6,7 @@ from fedtune.clients.devices.fitting import fixed_choice
 from fedtune.config.compose import compose
 
 
-def test_every_class_of_the_default_scenario_makes_another_choice() -> None:
+def test_each_class_of_the_default_scenario_makes_a_different_choice() -> None:
     config = compose(["conf=heterogeneous"])[0].config
     shapes = shapes_of(config)
     assert all(d.precision is None and d.rank is None for d in config.devices.classes.values())

@@ -1,4 +1,4 @@
-"""Simulated devices: their coin and their clock depend on seed, round and client alone."""
+"""Simulated devices: availability and virtual time depend only on seed, round and client."""
 
 import math
 import statistics
