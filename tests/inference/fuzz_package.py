@@ -32,7 +32,7 @@ MEMORY = 1 << 30
 
 
 def packages(folder: Path) -> list[Path]:
-    """float32 and tied with virtual tokens, int4 and untied, int8 with an adapter apart."""
+    """float32 and tied with virtual tokens, int4 and untied, int8 with a separate adapter."""
     from transformers import Qwen3Config
 
     out = []
@@ -48,7 +48,7 @@ def packages(folder: Path) -> list[Path]:
 
 
 def use(folder: Path) -> None:
-    """What a server does with a package."""
+    """Use a package as a server does."""
     engine = load_engine(folder)
     ids = engine.text.encode("turn on the light")
     cache = engine.cache(limit=engine.virtual + len(ids) + 1)
@@ -90,7 +90,7 @@ def long_header(raw: bytes, rng: random.Random) -> bytes:
 
 
 def header(raw: bytes, rng: random.Random) -> bytes:
-    """Names swapped, a dtype, a shape or an offset changed, a tensor gone, the nesting deep."""
+    """Swap names, change a dtype, a shape or an offset, delete a tensor, or nest deeply."""
     (length,) = struct.unpack("<Q", raw[:8])
     document, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     names = [n for n in document if n != "__metadata__"]
@@ -129,7 +129,7 @@ def nested(raw: bytes, rng: random.Random) -> bytes:
 
 
 def value(raw: bytes, rng: random.Random) -> bytes:
-    """Another value somewhere in a JSON file."""
+    """Change a value in a JSON file."""
     document = json.loads(raw)
     places: list[tuple[Any, Any]] = []
 
@@ -155,7 +155,7 @@ OF = {".safetensors": [*ANY, long_header, header, header, header, not_finite], "
 
 
 def fuzz(count: int, seed: int, folder: Path) -> Counter[str]:
-    """Damage one file at a time, open the package, and mend it; raises AssertionError for what is neither whole nor refused."""
+    """Damage one file at a time, open the package, and restore it. Raises AssertionError if a package is neither valid nor refused."""
     rng, out = random.Random(seed), Counter[str]()
     files = [f for p in packages(folder) for f in sorted(p.rglob("*")) if f.suffix in OF]
     roots = {f: next(p for p in f.parents if (p / "package.json").is_file()) for f in files}

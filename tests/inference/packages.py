@@ -1,4 +1,4 @@
-"""What the tests of edge packages share."""
+"""Helpers for tests of edge packages."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def opened(folder: Path) -> Any:
 
 
 def matrix(package: Package, name: str) -> torch.Tensor:
-    """A linear's weight as the package's numbers say it."""
+    """A linear's dequantized weight."""
     kept, tensors = package.linears[name], package.linear(name)
     if kept.kind in ("fp32", "bf16"):
         return tensors["weight"].float()

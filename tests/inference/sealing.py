@@ -1,4 +1,4 @@
-"""A package that was changed on purpose: its digests made to fit again."""
+"""Recomputes the digests of an intentionally changed package."""
 
 import json
 from pathlib import Path

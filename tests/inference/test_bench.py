@@ -1,4 +1,4 @@
-"""What `fedtune bench` measures: that its figures hang together, not what they are."""
+"""`fedtune bench`: its figures are consistent; their values are not checked."""
 
 import json
 import statistics
@@ -25,7 +25,7 @@ def quick(**settings: object) -> Speeds:
     return bench(NANO, kind="fp32", prompt_tokens=9, new_tokens=4, repeats=2, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def test_the_figures_hang_together() -> None:
+def test_the_figures_are_consistent() -> None:
     told: list[str] = []
     speeds = quick(tell=told.append)
     assert len(speeds.prefill_tok_per_s) == len(speeds.decode_tok_per_s) == len(speeds.first_token_ms) == 2  # without the one that warms up
@@ -37,7 +37,7 @@ def test_the_figures_hang_together() -> None:
     assert told[0] == "loading" and "warming up" in told and told[-1] == "bandwidth"
 
 
-def test_the_bytes_that_a_token_reads() -> None:
+def test_the_bytes_read_per_token() -> None:
     # nano in float32, d=128: qkv (4 + 2·2)·32 rows and o, gate-up 2·384 and down, 4 layers; the tied head 1024 rows; no embedding table
     layer = (4 + 2 * 2) * 32 * 128 + 128 * 128 + 2 * 384 * 128 + 128 * 384
     assert bytes_read(load_engine(NANO, "fp32")) == 4 * (4 * layer + 1024 * 128)

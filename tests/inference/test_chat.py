@@ -26,7 +26,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With a tokenizer that knows every byte."""
+    """A model with a tokenizer for every byte."""
     return tiny_llama(tmp_path / "m")
 
 
@@ -53,7 +53,7 @@ def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) ->
     assert [m["content"] for m in conversation.messages] == ["hi", first, "and", second]
 
 
-def test_without_a_template_the_text_goes_on(folder: Path) -> None:
+def test_without_a_template_the_text_continues(folder: Path) -> None:
     engine = load_engine(folder)
     conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 3, prompt="Q: {q} A:")
     first = said(conversation, "hi")
@@ -74,7 +74,7 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -
         said(conversation, "long " * 100)
 
 
-def test_an_answer_that_is_cut_off_was_said(folder: Path) -> None:
+def test_an_interrupted_answer_stays_in_the_conversation(folder: Path) -> None:
     engine = templated(folder)
     conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 20)
     answer = conversation.answer("hi")
@@ -107,7 +107,7 @@ def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.Captur
     assert out == "\n" + want[0] + "\n" and "the text is not UTF-8" in err
 
 
-def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_models_that_cannot_chat_are_refused(tmp_path: Path, folder: Path) -> None:
     cases: list[tuple[Path, dict[str, Any], type[FedtuneError], str]] = [
         (tmp_path / "nowhere", {}, ModelError, "there is no folder"),
         (checkpoint(tmp_path / "gpt2", "gpt2"), {"kind": "int8"}, ConfigError, "has no --kind: leave it out .the engine does not support"),
@@ -122,7 +122,7 @@ def test_what_cannot_chat_is_refused(tmp_path: Path, folder: Path) -> None:
             chat(model, read=io.StringIO("hi\n"), write=io.StringIO(), **options)
 
 
-def test_transformers_talks_where_the_engine_cannot(
+def test_transformers_chats_if_the_engine_cannot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint(tmp_path / "gpt2", "gpt2", seed=2)
@@ -155,7 +155,7 @@ def test_an_encoder_decoder_takes_each_request_by_itself(tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_answer_and_not_the_talk(folder: Path) -> None:
+def test_ctrl_c_ends_the_answer_but_not_the_chat(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000, "eos_token_id": None}))
     (folder / "generation_config.json").write_text('{"eos_token_id": null}')

@@ -30,7 +30,7 @@ def merged(tmp_path: Path) -> Path:
     return export_hf(run, run / "merged")
 
 
-def test_a_bare_request_is_wrapped_and_only_the_continuation_comes_back(merged: Path) -> None:
+def test_a_bare_request_is_wrapped_and_only_the_continuation_is_returned(merged: Path) -> None:
     backbone = load_backbone(hub(merged), ASK)
     ids = backbone.tokenizer("set lamp to").input_ids
     want: list[int] = []
@@ -54,14 +54,14 @@ def test_wrap(template: str | None, prompt: str, want: str) -> None:
     assert wrap(prompt, template) == want
 
 
-def test_sampling_follows_the_seed_and_leaves_the_global_generator_alone(merged: Path) -> None:
+def test_sampling_follows_the_seed_and_does_not_change_the_global_generator(merged: Path) -> None:
     state = torch.get_rng_state()
     a, b = (generate_text(merged, "lamp", temperature=2.0, seed=1) for _ in range(2))
     others = {generate_text(merged, "lamp", temperature=2.0, seed=s) for s in range(2, 6)}
     assert a == b and others - {a} and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_folder_of_anybody_generates_without_a_template(tmp_path: Path) -> None:
+def test_a_foreign_folder_generates_without_a_template(tmp_path: Path) -> None:
     assert isinstance(generate_text(checkpoint(tmp_path / "m"), "turn on", max_new_tokens=3), str)
 
 
@@ -76,7 +76,7 @@ def test_an_encoder_decoder_answers_as_its_run_evaluated_it(tmp_path: Path, meth
     assert generate_text(out, "lamp", temperature=2.0, seed=1) == generate_text(out, "lamp", temperature=2.0, seed=1)
 
 
-def test_anybodys_encoder_decoder_answers_too(tmp_path: Path) -> None:
+def test_a_foreign_encoder_decoder_answers(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", "t5")
     loaded = load_backbone(hub(folder), ASK)
     model, tokenizer = cast(Any, loaded.model), loaded.tokenizer
@@ -85,7 +85,7 @@ def test_anybodys_encoder_decoder_answers_too(tmp_path: Path) -> None:
     assert generate_text(folder, "turn on", max_new_tokens=5) == tokenizer.decode(said[0, 1:], skip_special_tokens=True)
 
 
-def test_what_cannot_answer_is_refused(tmp_path: Path, merged: Path) -> None:
+def test_models_that_cannot_answer_are_refused(tmp_path: Path, merged: Path) -> None:
     classifier, _ = make_run(tmp_path / "c", hub(tmp_path / "m"), CLASSES)
     export_hf(classifier, tmp_path / "labels")
     cases: list[tuple[Path, dict[str, object], type[FedtuneError], str]] = [
@@ -112,7 +112,7 @@ def test_what_cannot_answer_is_refused(tmp_path: Path, merged: Path) -> None:
         generate_text(merged, "lamp")
 
 
-def test_the_engine_samples_as_it_is_asked_to(merged: Path) -> None:
+def test_the_engine_applies_the_sampling_options(merged: Path) -> None:
     whole = generate_text(merged, "lamp", max_new_tokens=8)
     pieces: list[str] = []
     assert generate_text(merged, "lamp", max_new_tokens=8, write=pieces.append) == whole == "".join(pieces) and len(pieces) > 1
@@ -127,7 +127,7 @@ def test_the_engine_samples_as_it_is_asked_to(merged: Path) -> None:
     assert generate_text(merged, "lamp", max_new_tokens=8, stop=(stop,)) == whole[: whole.find(stop)]
 
 
-def test_other_architectures_are_run_by_transformers_which_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_architectures_run_on_transformers_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path / "m", "gpt2", seed=2)
     capsys.readouterr()
     whole = generate_text(folder, "turn on", max_new_tokens=8)
@@ -145,7 +145,7 @@ def test_other_architectures_are_run_by_transformers_which_is_said(tmp_path: Pat
             generate_text(folder, "turn on", **asked)  # type: ignore[arg-type]
 
 
-def test_a_budget_is_told_only_where_there_is_an_answer(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_is_printed_only_with_an_answer(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="exceed the model's context"):
         generate_text(merged, "lamp", max_new_tokens=100_000, kv_budget="1MB")
     assert capsys.readouterr().err == ""
@@ -153,7 +153,7 @@ def test_a_budget_is_told_only_where_there_is_an_answer(merged: Path, capsys: py
     assert capsys.readouterr().err.startswith("fedtune: cache: all keys and values in full precision; ")
 
 
-def test_options_of_the_engine_that_cannot_be_are_refused(tmp_path: Path, merged: Path) -> None:
+def test_impossible_options_of_the_engine_are_refused(tmp_path: Path, merged: Path) -> None:
     other = checkpoint(tmp_path / "other")
     vocabulary = json.loads((other / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"]["green"] = vocabulary["model"]["vocab"].pop("blue")
@@ -190,7 +190,7 @@ def test_export_then_generate_on_the_command_line(tmp_path: Path, capfd: pytest.
     assert cli.main(["export", str(run), "--out", str(tmp_path / "other")]) == 0 and (tmp_path / "other" / "config.json").is_file()
 
 
-def test_the_text_comes_as_it_is_written_without_the_space_around_it() -> None:
+def test_the_text_is_streamed_without_surrounding_spaces() -> None:
     class Log(list[str]):
         write, flush = list.append, lambda self: None
 
@@ -217,7 +217,7 @@ def test_options_on_the_command_line(merged: Path, capfd: pytest.CaptureFixture[
     "command", [["generate", "NO", "x"], ["chat", "NO"], ["serve", "NO", "--port", "0"], ["bench", "NO"], ["draft", "NO"], ["export", "NO"],
                 ["generate", "YES", "x", "--draft", "NO"], ["bench", "YES", "--draft", "NO"]]
 )  # fmt: skip
-def test_a_folder_that_is_not_there_is_named_alike(
+def test_a_missing_folder_is_named_by_all_commands(
     tmp_path: Path, merged: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -229,14 +229,14 @@ def test_a_folder_that_is_not_there_is_named_alike(
 
 
 @pytest.mark.parametrize("command", [["serve", "RUN", "--port", "0"], ["bench", "RUN"], ["chat", "RUN"]])
-def test_a_run_is_no_model_yet(merged: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_not_a_model(merged: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert cli.main([str(merged.parent) if word == "RUN" else word for word in command]) == 2
     assert f"{merged.parent} is a run directory: export its model with `fedtune export {merged.parent}`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["generate", "NO", "x"], ["chat", "NO"], ["draft", "NO"]])
-def test_a_seed_below_zero_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_negative_seed_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--seed", "-1"]) == 2
     assert capsys.readouterr() == ("", "fedtune: --seed -1 is out of range: it must be at least 0\n")
 

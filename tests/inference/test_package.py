@@ -37,7 +37,7 @@ def test_the_table_of_tensors_is_the_model_s(name: str) -> None:
 
 
 def write(folder: Path, name: str = "llama", kind: Kind = "int4", virtual: str = "") -> dict[str, Tensor]:
-    """A package of random tensors; returns what was put in."""
+    """Write a package of random tensors. Returns the tensors."""
     folder.mkdir()
     config = config_of(name)
     shape, generator = read_shape(config), torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def _random(dtype: torch.dtype, size: tuple[int, ...], generator: torch.Generato
 
 
 @pytest.mark.parametrize(("name", "kind", "virtual"), [("llama", "int4", ""), ("qwen2", "int8", "prompt"), ("qwen3", "bf16", "prefix")])
-def test_what_is_written_is_read(tmp_path: Path, name: str, kind: Kind, virtual: str) -> None:
+def test_a_package_round_trips(tmp_path: Path, name: str, kind: Kind, virtual: str) -> None:
     wanted = write(tmp_path / "p", name, kind, virtual)
     package = read_package(tmp_path / "p")
     assert is_package(tmp_path / "p") and not is_package(tmp_path)
@@ -99,7 +99,7 @@ def test_any_program_reads_the_files_and_they_are_aligned(tmp_path: Path) -> Non
     assert not wanted
 
 
-def test_what_runs_together_lies_together(tmp_path: Path) -> None:
+def test_tensors_used_together_are_stored_together(tmp_path: Path) -> None:
     write(tmp_path / "p", kind="bf16")
     raw = (tmp_path / "p" / "weights-bf16.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -112,7 +112,7 @@ def test_what_runs_together_lies_together(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6), st.randoms())
-def test_tensors_go_to_their_places_in_any_order(tmp_path_factory: pytest.TempPathFactory, sizes: list[list[int]], rng: Any) -> None:
+def test_tensors_may_be_written_in_any_order(tmp_path_factory: pytest.TempPathFactory, sizes: list[list[int]], rng: Any) -> None:
     path = tmp_path_factory.mktemp("x") / "x.safetensors"
     dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
     specs = {f"t{i}": (dtypes[i % 4] if i < 4 else torch.float32, tuple(s)) for i, s in enumerate(sizes)}
@@ -201,7 +201,7 @@ def test_a_damaged_package_gets_one_sentence(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("stem", ["config.json", "weights-f32.safetensors", "weights-bf16.safetensors", "weights-int4.safetensors"])
-def test_a_flipped_bit_is_found_in_every_file_of_the_export(tmp_path: Path, stem: str) -> None:
+def test_a_flipped_bit_is_detected_in_every_file_of_the_export(tmp_path: Path, stem: str) -> None:
     write(tmp_path / "p")
     raw = bytearray((tmp_path / "p" / stem).read_bytes())
     raw[-3] ^= 1
@@ -212,7 +212,7 @@ def test_a_flipped_bit_is_found_in_every_file_of_the_export(tmp_path: Path, stem
         read_package(tmp_path / "p", seen=True)  # weights that lie ready are not read through again
 
 
-def test_files_that_come_or_go_are_noticed(tmp_path: Path) -> None:
+def test_added_and_missing_files_are_detected(tmp_path: Path) -> None:
     write(tmp_path / "p")
     (tmp_path / "p" / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="one is missing or was added"):
@@ -223,5 +223,5 @@ def shape_of(name: str) -> Shape:
     return read_shape(config_of(name))
 
 
-def test_a_tied_decoder_has_no_head_of_its_own() -> None:
+def test_a_tied_decoder_has_no_separate_head() -> None:
     assert shape_of("qwen2").tied and "lm_head.weight" not in dict(tensor_shapes(shape_of("qwen2")))

@@ -19,7 +19,7 @@ def _flagged() -> list[AddedToken]:
 
 
 def pieces(scheme: str | None = None, *, flagged: bool = True) -> Tokenizer:
-    """SentencePiece's BPE with bytes; by a Metaspace of this scheme, or by the older way: a normalizer that puts a space before texts."""
+    """SentencePiece's BPE with bytes, with a Metaspace of this scheme or, as in old versions, a normalizer that adds a leading space."""
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     words = ["<unk>", "<s>", "</s>", *bytes_, *"▁abcdehi12", "▁a", "ab", "▁ab", "hi", "▁hi", "12", "ea", "c1"]
     merges = [("▁", "a"), ("a", "b"), ("▁", "ab"), ("▁a", "b"), ("h", "i"), ("▁", "hi"), ("1", "2"), ("e", "a"), ("c", "1")]
@@ -55,7 +55,7 @@ def by_words() -> Tokenizer:
 
 
 def begun(out: Tokenizer) -> Tokenizer:
-    """With a post-processor that begins texts with <s>."""
+    """Add a post-processor that prepends <s>."""
     out.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", out.token_to_id("<s>"))])
     return out
 

@@ -1,4 +1,4 @@
-"""Logits against transformers in float32, for every shape that the engine runs."""
+"""Logits compared with transformers in float32, for every supported shape."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_a_full_pass(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_by_one_and_in_chunks(name: str, tmp_path: Path) -> None:
+def test_single_tokens_and_chunks(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(30, 1)
     for sizes in ([1] * 30, [11, 1, 7, 2, 9]):
@@ -57,7 +57,7 @@ def test_one_by_one_and_in_chunks(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in SHAPES if n != "llama_dynamic"])  # there transformers scales a batch by its longest text
-def test_ragged_spans_are_a_padded_batch(name: str, tmp_path: Path) -> None:
+def test_ragged_spans_equal_a_padded_batch(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     lengths = [13, 1, 22]
     texts = [some_ids(n, seed) for seed, n in enumerate(lengths)]
@@ -76,7 +76,7 @@ def test_ragged_spans_are_a_padded_batch(name: str, tmp_path: Path) -> None:
     assert [c.length for c in caches] == [14, 10, 22]
 
 
-def test_a_cache_goes_back_and_on(tmp_path: Path) -> None:
+def test_a_cache_continues_after_a_crop(tmp_path: Path) -> None:
     model, engine = both("mistral", tmp_path)
     ids, cache = some_ids(40), engine.cache(limit=100)
     engine.decoder.forward(ids, [Span(cache, 40)])
@@ -111,7 +111,7 @@ def test_a_bfloat16_cache_is_half_as_large_and_close(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_window", "qwen3_biases"])
-def test_an_early_exit_and_going_on_from_it(name: str, tmp_path: Path) -> None:
+def test_an_early_exit_and_its_continuation(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     decoder, ids, early = engine.decoder, some_ids(20), 2
     shallow = tiny_model(name, tmp_path / "shallow")  # the same weights, and the first layers alone
@@ -141,7 +141,7 @@ def test_embeddings_in_place_of_ids(tmp_path: Path) -> None:
     assert torch.equal(result, engine.decoder.forward(ids, [Span(other, 6)]))
 
 
-def test_what_is_kept(tmp_path: Path) -> None:
+def test_the_kept_rows(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     ids = some_ids(9)
 

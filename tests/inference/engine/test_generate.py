@@ -1,4 +1,4 @@
-"""Answers of tiny random decoders: as transformers', and the same with speculation as without."""
+"""Answers of tiny random decoders: equal to those of transformers, with and without speculation."""
 
 import random
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 class Scribble(Drafter):
-    """Guesses at random, drawn from a random distribution where it says one."""
+    """Drafts random tokens, from a random distribution if it returns one."""
 
     name = "random"
 
@@ -72,7 +72,7 @@ class Scribble(Drafter):
 
 
 class Oracle(Drafter):
-    """Knows the answer, but for every fifth token."""
+    """Drafts the correct answer, except for every fifth token."""
 
     name = "oracle"
 
@@ -110,7 +110,7 @@ def tokens(run: Generation) -> list[int]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.4}])
-def test_greedy_text_is_that_of_transformers(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+def test_greedy_text_equals_that_of_transformers(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     engine, model = build(tmp_path / "m", name)
     for ids in prompts(3):
         with torch.inference_mode():
@@ -157,7 +157,7 @@ def test_logprobs_are_the_models_own(pair: tuple[Engine, Any]) -> None:
     assert all(p.logprob is None and not p.rivals for p in Generation(engine, [5], max_new_tokens=2))
 
 
-def test_what_does_not_fit_is_refused(engine: Engine) -> None:
+def test_a_request_that_does_not_fit_is_refused(engine: Engine) -> None:
     for ids, length, words in [([5] * 60, 5, "exceed the model's context of 64"), ([5], 0, "max_new_tokens=0"), ([], 3, "no tokens"),
                                ([5] * 64, None, "exceed the model's context")]:  # fmt: skip
         with pytest.raises(ConfigError, match=words):
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused(engine: Engine) -> None:
     assert len(tokens(Generation(engine, [5] * 61, max_new_tokens=None))) == 3  # until the context is full
 
 
-def test_sampling_is_the_seeds(engine: Engine) -> None:
+def test_sampling_depends_only_on_the_seed(engine: Engine) -> None:
     def text(seed: int) -> list[int]:
         return tokens(Generation(engine, [5, 6], Sampling(temperature=1.5, seed=seed), 12))
 
@@ -179,7 +179,7 @@ def test_sampling_is_the_seeds(engine: Engine) -> None:
 # -- turns --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_turn_computes_only_what_is_new(engine: Engine) -> None:
+def test_a_second_turn_computes_only_its_new_tokens(engine: Engine) -> None:
     context = Context(engine)
     first = Generation(engine, [5, 6, 7], max_new_tokens=4, context=context)
     answer = tokens(first)
@@ -194,7 +194,7 @@ def test_a_second_turn_computes_only_what_is_new(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_that_is_cut_off_leaves_a_sound_context(engine: Engine, small: Engine, kind: str) -> None:
+def test_an_interrupted_answer_leaves_a_valid_context(engine: Engine, small: Engine, kind: str) -> None:
     context, speculation = Context(engine), Speculation(drafter(kind, engine, small), Adapt(fixed=3))
     for ids in prompts(4, seed=2):
         for i, piece in enumerate(Generation(engine, ids, max_new_tokens=12, context=context, speculation=speculation)):
@@ -227,14 +227,14 @@ Alone = dict[tuple[tuple[int, ...], Sampling, int], list[int]]
 
 @pytest.fixture(scope="module")
 def alone() -> Alone:
-    """The `engine`'s answers without speculation, which one kind of guess after the other is compared with."""
+    """The answers of `engine` without speculation, for comparison with each kind of draft."""
     return {}
 
 
 def compare(
     engine: Engine, small: Engine, alone: Alone, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16
 ) -> tuple[int, int]:
-    """Every prompt's answer with and without speculation; returns guesses and kept ones."""
+    """Compare every prompt's answer with and without speculation. Returns the numbers of drafted and accepted tokens."""
     speculation, drafted, accepted = Speculation(drafter(kind, engine, small), adapt), 0, 0
     for ids in prompts(count):
         run = Generation(engine, ids, sampling, length, speculation=speculation)
@@ -264,7 +264,7 @@ def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, al
     assert drafted > (200 if guesses else 0) and (accepted > 0 or kind == "random" or not guesses)
 
 
-def test_sure_guesses_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: Alone) -> None:
+def test_deterministic_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: Alone) -> None:
     for seed in range(4):
         sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=seed)
         compare(engine, small, alone, "lookup", 4, sampling, Adapt(fixed=1 + seed))
@@ -274,7 +274,7 @@ def test_sure_guesses_keep_the_text_of_the_seed(engine: Engine, small: Engine, a
         assert tokens(scribbled) == plain
 
 
-def test_guesses_count_as_seen_for_the_rows_after_them(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(repetition_penalty=1.6)
     answer = tokens(Generation(engine, [5, 6], sampling, 40))
 
@@ -287,7 +287,7 @@ def test_guesses_count_as_seen_for_the_rows_after_them(engine: Engine, monkeypat
     assert speculative() != answer
 
 
-def test_good_guesses_save_passes_and_the_text_stays(engine: Engine) -> None:
+def test_good_drafts_save_passes_and_keep_the_text(engine: Engine) -> None:
     plain = Generation(engine, [5, 6], max_new_tokens=40)
     answer = tokens(plain)
     run = Generation(engine, [5, 6], max_new_tokens=40, speculation=Speculation(Oracle(answer, 2), Adapt(fixed=6)))
@@ -295,7 +295,7 @@ def test_good_guesses_save_passes_and_the_text_stays(engine: Engine) -> None:
     assert run.report.tokens == 1 + run.report.passes + run.report.accepted
 
 
-def test_the_number_of_guesses_follows_the_clock_that_is_given(engine: Engine) -> None:
+def test_the_number_of_draft_tokens_depends_on_the_given_clock(engine: Engine) -> None:
     answer = tokens(Generation(engine, [5, 6], max_new_tokens=40))
 
     def passes(step: float) -> tuple[int, int]:
@@ -309,7 +309,7 @@ def test_the_number_of_guesses_follows_the_clock_that_is_given(engine: Engine) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_last_tokens_of_a_full_context_are_guessed_without_overflow(engine: Engine, small: Engine, kind: str) -> None:
+def test_the_last_tokens_of_a_full_context_are_drafted_without_overflow(engine: Engine, small: Engine, kind: str) -> None:
     ids = prompts(1, longest=3)[0]
     run = Generation(engine, ids, max_new_tokens=None, speculation=Speculation(drafter(kind, engine, small), Adapt(fixed=10)))
     assert tokens(run) == tokens(Generation(engine, ids, max_new_tokens=None)) and run.report.tokens == 64 - len(ids)
@@ -317,7 +317,7 @@ def test_the_last_tokens_of_a_full_context_are_guessed_without_overflow(engine: 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", ["window", "kivi4"])
-def test_other_caches_go_back_as_far_as_guesses_need(engine: Engine, small: Engine, kind: str, policy: str) -> None:
+def test_other_caches_can_crop_rejected_draft_tokens(engine: Engine, small: Engine, kind: str, policy: str) -> None:
     def make() -> Cache:
         if policy == "window":
             return WindowCache(engine.shape, 64, 10, 2, undo=6)
@@ -353,7 +353,7 @@ def test_a_draft_model_may_have_a_narrower_or_wider_table(
     assert max(tokens(sampled)) < VOCAB
 
 
-def test_a_draft_model_guesses_what_it_says_of_the_text(engine: Engine, small: Engine) -> None:
+def test_a_draft_model_drafts_its_own_continuation(engine: Engine, small: Engine) -> None:
     drafter, ids = DraftModel(small, engine), [5, 3, 9, 4]
     drafter.begin(Sampling(), Context(engine))
 
@@ -376,7 +376,7 @@ def test_an_exit_after_no_layer_or_all_is_refused(engine: Engine, layers: int) -
 
 
 @pytest.mark.parametrize(("asked", "layers"), [(None, 1), (2, 2)])  # half of three, or what was asked
-def test_an_early_exit_guesses_what_its_layers_say_of_the_text(engine: Engine, asked: int | None, layers: int) -> None:
+def test_an_early_exit_drafts_the_continuation_of_its_layers(engine: Engine, asked: int | None, layers: int) -> None:
     ids, guessed, context = [5, 3, 9, 4], list[int](), Context(engine)
     context.run(ids[:-1])
     drafter = EarlyExit(asked)

@@ -1,4 +1,4 @@
-"""The engine runs on a device that has torch, safetensors and tokenizers, and little else."""
+"""The engine needs only torch, safetensors, tokenizers and few other libraries."""
 
 import ast
 import subprocess
@@ -17,14 +17,14 @@ OURS = (*(f"fedtune.{name}" for name in LIGHT), "fedtune.inference.engine")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_no_file_imports_anything_else_when_it_is_imported(file: Path) -> None:
+def test_engine_modules_import_only_these_libraries(file: Path) -> None:
     allowed = sys.stdlib_module_names | LIBRARIES
     for name in _imported(ast.parse(file.read_text()).body):
         assert name.startswith(OURS) if name.split(".")[0] == "fedtune" else name.split(".")[0] in allowed, f"{file.name} imports {name}"
 
 
 def _imported(body: list[ast.stmt]) -> list[str]:
-    """Modules that a module's own statements import: not those of functions, nor of type checkers."""
+    """Modules that a module imports at its top level, except under TYPE_CHECKING."""
     results = []
     for node in body:
         if isinstance(node, ast.Import):

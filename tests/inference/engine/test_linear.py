@@ -1,4 +1,4 @@
-"""Each kind against a float product with the weights that its portable tensors stand for."""
+"""Each kind compared with a float product of the weights that its portable tensors represent."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (101, 48), (192, 172), (64, 256), (1, 33)])
-def test_the_product_is_that_of_the_dequantized_weights(kind: str, n_out: int, n_in: int) -> None:
+def test_the_product_equals_that_of_the_dequantized_weights(kind: str, n_out: int, n_in: int) -> None:
     torch.manual_seed(n_out)
     for group in (32, 64) if kind == "int4" else (32,):
         tensors = portable(kind, torch.randn(n_out, n_in) + 0.1, group=group)
@@ -40,7 +40,7 @@ def test_the_product_is_that_of_the_dequantized_weights(kind: str, n_out: int, n
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bias_is_added_unrounded_and_rows_do_not_touch_each_other(kind: str) -> None:
+def test_a_bias_is_added_unrounded_and_rows_are_independent(kind: str) -> None:
     tensors, bias = portable(kind, torch.randn(50, 40)), torch.randn(50) * 1000
     plain, biased = (linear_from_tensors(kind, t, n_in=40) for t in (tensors, tensors | {"bias": bias}))
     x = torch.randn(4, 40)
@@ -50,13 +50,13 @@ def test_a_bias_is_added_unrounded_and_rows_do_not_touch_each_other(kind: str) -
     assert relative(plain(mixed)[:1], plain(x[:1])) < 1e-6
 
 
-def test_groups_of_equal_weights_stay_what_they_are() -> None:
+def test_groups_of_equal_weights_are_exact() -> None:
     weight = torch.tensor([0.0, 0.25, -3.0]).repeat_interleave(32)[None]
     assert torch.equal(dequantized("int4", portable("int4", weight), n_in=96), weight)
     assert torch.equal(dequantized("int8", portable("int8", weight * 0), n_in=96), weight * 0)
 
 
-def test_onednn_meets_few_numbers_of_rows() -> None:
+def test_onednn_gets_few_different_row_counts() -> None:
     # it compiles a kernel for each, and keeps it: a server that meets every number would grow for an hour
     met = {len(linear._stepped(torch.ones(rows, 2))) for rows in range(1, 513)}
     assert met == {*range(1, 9), *range(16, 129, 16), *range(192, 513, 64)}
@@ -97,7 +97,7 @@ def test_rounding_to_the_nearest_is_within_half_a_step(n_out: int, n_in: int, gr
     assert bool(((dequantized("int4", int4, n_in=n_in, group=group) - weight).abs() <= slack).all())
 
 
-def test_many_rows_and_few_take_two_ways_to_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_and_few_rows_use_two_kernels_with_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_CHUNK", 64 * 96)  # several chunks, the last not full
     packed_linear = linear_from_tensors("int4", portable("int4", torch.randn(150, 80)), n_in=80)
     x = torch.randn(linear.DENSE + 1, 80)
@@ -117,14 +117,14 @@ def test_a_machine_without_vnni_takes_smaller_steps(monkeypatch: pytest.MonkeyPa
     assert 2 * packed_linear._steps + 1.5 < 128  # two products of 127 · 127 fit 16 bits
 
 
-def test_a_machine_without_packed_bf16_multiplies_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_packed_bf16_uses_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, x = portable("bf16", torch.randn(30, 20)), torch.randn(3, 20)
     monkeypatch.setattr(linear, "_packs_bf16", lambda: False)
     assert relative(linear_from_tensors("bf16", tensors, n_in=20)(x), x @ tensors["weight"].float().T) < BOUND["bf16"]
 
 
 @pytest.mark.parametrize("change", ["swapped halves", "no zero", "other offset"])
-def test_the_bounds_would_see_a_wrong_formula(change: str) -> None:
+def test_the_bounds_detect_a_wrong_formula(change: str) -> None:
     tensors = portable("int4", torch.randn(64, 64) + 0.5)
     weight = dequantized("int4", tensors, n_in=64)
     wrong = dict(tensors)
@@ -155,7 +155,7 @@ def test_nbytes_are_those_of_the_packed_form() -> None:
         ("fp32", {"bias": torch.ones(4)}, "bias of shape"),
     ],
 )
-def test_tensors_that_make_no_linear_are_named(kind: str, changes: dict[str, Tensor | None], message: str) -> None:
+def test_invalid_tensors_of_a_linear_are_named(kind: str, changes: dict[str, Tensor | None], message: str) -> None:
     tensors = portable(kind if kind in KINDS else "fp32", torch.randn(3, 64))
     tensors = {k: v for k, v in {**tensors, **changes}.items() if v is not None}
     with pytest.raises(ModelError, match=message) as caught:
@@ -163,7 +163,7 @@ def test_tensors_that_make_no_linear_are_named(kind: str, changes: dict[str, Ten
     assert "layer 7's gate" in str(caught.value)
 
 
-def test_groups_that_the_kernel_does_not_take_are_refused() -> None:
+def test_group_sizes_unsupported_by_the_kernel_are_refused() -> None:
     with pytest.raises(ModelError, match="48"):
         portable("int4", torch.randn(3, 96), group=48)
     with pytest.raises(ModelError, match="groups of 16"):

@@ -45,7 +45,7 @@ def is_linear(name: str) -> bool:
 
 
 def rounded(model: Any, kind: str) -> Any:
-    """The model with the weights that the kind stands for, each linear by itself, in float32."""
+    """The model with the weights of the kind, dequantized to float32 per linear."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if is_linear(name):
@@ -55,7 +55,7 @@ def rounded(model: Any, kind: str) -> Any:
 
 
 def packaged(folder: Path, name: str, kind: str = "int4", adapters: Any = None, **more: Tensor) -> Any:
-    """Write a tiny model as an edge package; the model comes back."""
+    """Write a tiny model as an edge package. Returns the model."""
     model = tiny_model(name, folder.with_name(folder.name + "-hf"))
     config = json.loads((folder.with_name(folder.name + "-hf") / "config.json").read_text())
     folder.mkdir()
@@ -87,7 +87,7 @@ DRIFT = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.04, "int4": 0.03}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama_one_kv", "qwen2_window", "qwen3_biases"])
-def test_each_kind_is_the_model_with_rounded_weights(name: str, kind: str, tmp_path: Path) -> None:
+def test_each_kind_equals_the_model_with_rounded_weights(name: str, kind: str, tmp_path: Path) -> None:
     model = tiny_model(name, tmp_path)
     tied = read_shape(model.config.to_dict()).tied
     engine = load_engine(tmp_path, kind)
@@ -102,7 +102,7 @@ def test_each_kind_is_the_model_with_rounded_weights(name: str, kind: str, tmp_p
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "bf16"), (torch.float16, "bf16"), (torch.float32, "fp32")])
-def test_no_kind_keeps_what_is_stored(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+def test_without_a_kind_the_stored_format_is_kept(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, dtype=dtype)
     engine = load_engine(tmp_path)
     assert engine.decoder.embedding.dtype == dtype
@@ -111,7 +111,7 @@ def test_no_kind_keeps_what_is_stored(dtype: torch.dtype, kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_package_is_the_folder_that_it_was_made_of(kind: str, tmp_path: Path) -> None:
+def test_a_package_equals_its_source_folder(kind: str, tmp_path: Path) -> None:
     packaged(tmp_path / "edge", "qwen3_biases", kind)
     package, folder = load_engine(tmp_path / "edge"), load_engine(tmp_path / "edge-hf", kind)
     assert torch.equal(logits(package), logits(folder))
@@ -164,7 +164,7 @@ def test_a_model_without_virtual_tokens_starts_empty(tmp_path: Path) -> None:
     assert cache.length == engine.virtual == 0
 
 
-def test_a_packages_adapters_are_there_by_name(tmp_path: Path) -> None:
+def test_a_packages_adapters_are_loaded_by_name(tmp_path: Path) -> None:
     torch.manual_seed(1)
     module = "model.layers.1.self_attn.k_proj"
     a, b = torch.randn(2, 48), torch.randn(24, 2)
@@ -228,7 +228,7 @@ def test_a_damaged_folder_is_one_sentence(change: str, message: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_asked_for_must_exist(tmp_path: Path) -> None:
+def test_unknown_kinds_and_architectures_are_refused(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     with pytest.raises(ModelError, match="no kind 'int3'"):
         load_engine(tmp_path, "int3")

@@ -1,4 +1,4 @@
-"""Weights that are packed once and mapped from then on."""
+"""Weights are packed once, then memory-mapped."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_package_is_packed_once_and_answers_alike(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_packed_once_and_gives_the_same_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged(tmp_path / "edge", "qwen3_biases", kind)
     wanted = logits(load_engine(tmp_path / "edge", keep=False))
     assert not kept(tmp_path)
@@ -72,7 +72,7 @@ def test_a_package_is_packed_once_and_answers_alike(kind: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_folder_that_is_quantized_as_it_opens(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_quantized_on_loading_is_packed_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("qwen2_window", tmp_path / "hf")
     wanted = logits(load_engine(tmp_path / "hf", kind))
     assert len(kept(tmp_path)) == 1
@@ -82,7 +82,7 @@ def test_a_folder_that_is_quantized_as_it_opens(kind: str, tmp_path: Path, monke
     assert torch.equal(logits(load_engine(tmp_path / "hf", kind)), wanted)
 
 
-def test_what_was_made_from_something_else_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged(tmp_path / "edge", "llama", "int8")
     load_engine(tmp_path / "edge")
     (first,) = kept(tmp_path)
@@ -99,7 +99,7 @@ def test_what_was_made_from_something_else_is_made_anew(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset"])
-def test_what_is_damaged_is_made_anew(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_rebuilt(damage: str, tmp_path: Path) -> None:
     packaged(tmp_path / "edge", "llama", "int8")
     wanted = logits(load_engine(tmp_path / "edge"))
     (weights,) = kept(tmp_path)
@@ -122,7 +122,7 @@ def test_what_is_damaged_is_made_anew(damage: str, tmp_path: Path) -> None:
     assert again["linears"]["head"]["parts"]["packed"]["at"] < again["size"]
 
 
-def test_a_disk_that_takes_nothing_is_told_of_and_the_model_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_disk_is_reported_and_the_model_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     packaged(tmp_path / "edge", "llama", "int4")
     (tmp_path / "cache").write_text("a file, no folder")
     with caplog.at_level(logging.WARNING):
@@ -130,7 +130,7 @@ def test_a_disk_that_takes_nothing_is_told_of_and_the_model_runs(tmp_path: Path,
     assert "the model is packed again at each start" in caplog.text and logits(engine).shape[0] == 19
 
 
-def test_what_was_made_from_a_folder_that_is_gone_goes_too(tmp_path: Path) -> None:
+def test_the_cache_of_a_deleted_folder_is_deleted(tmp_path: Path) -> None:
     packaged(tmp_path / "one", "llama", "int4")
     load_engine(tmp_path / "one")
     (gone,) = kept(tmp_path)
@@ -139,7 +139,7 @@ def test_what_was_made_from_a_folder_that_is_gone_goes_too(tmp_path: Path) -> No
     assert len(kept(tmp_path)) == 1 and kept(tmp_path) != [gone]
 
 
-def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     packaged(tmp_path / "edge", "llama", "int4")
     (tmp_path / "edge" / "config.json").unlink()
     with pytest.raises(ModelError, match="config.json is missing"):
@@ -171,7 +171,7 @@ print(opened[0] - before[0], opened[1] - before[1], anonymous()[0] - before[0], 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_mapped_weights_come_into_memory_as_they_are_used(kind: str, tmp_path: Path) -> None:
+def test_mapped_weights_are_read_on_use(kind: str, tmp_path: Path) -> None:
     config = LlamaConfig(vocab_size=300, hidden_size=1024, intermediate_size=6144, num_hidden_layers=3, num_attention_heads=16)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
     results = []

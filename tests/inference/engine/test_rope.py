@@ -15,7 +15,7 @@ def theirs(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_linear", "llama_dynamic", "llama3", "llama_yarn", "llama_yarn_mscale", "qwen3"])
-def test_the_tables_are_those_of_transformers(name: str) -> None:
+def test_the_tables_equal_those_of_transformers(name: str) -> None:
     shape = read_shape(SHAPES[name]().to_dict())
     n = shape.context + 9 if shape.rope.kind == "dynamic" else 40
     cos, sin = theirs(name)(torch.zeros(1), torch.arange(n)[None])
@@ -25,12 +25,12 @@ def test_the_tables_are_those_of_transformers(name: str) -> None:
     torch.testing.assert_close(rows.imag, sin[0, :, :half], atol=1e-6, rtol=1e-6)
 
 
-def test_channels_that_rotate_together_stand_side_by_side() -> None:
+def test_channels_of_a_rotation_are_adjacent() -> None:
     # two heads of four channels: 0 turns with 2 and 1 with 3 in each
     assert pairs(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_a_rotation_is_the_rotate_half_of_the_paper() -> None:
+def test_a_rotation_equals_the_papers_rotate_half() -> None:
     shape = read_shape(SHAPES["llama"]().to_dict())
     rope, order = Rope(shape), pairs(1, shape.head_dim)
     x = torch.randn(5, 3, shape.head_dim)
@@ -42,7 +42,7 @@ def test_a_rotation_is_the_rotate_half_of_the_paper() -> None:
     torch.testing.assert_close(rope.rotate(x[..., order], torch.arange(7, 12)), want[..., order])
 
 
-def test_positions_may_come_in_any_order_and_grow() -> None:
+def test_positions_may_have_any_order_and_grow() -> None:
     rope = Rope(read_shape(SHAPES["llama3"]().to_dict()))
     x = torch.randn(4, 2, 12)
     at = torch.tensor([900, 3, 3, 0])
@@ -52,13 +52,13 @@ def test_positions_may_come_in_any_order_and_grow() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_yarn_mscale"])
-def test_unrotate_is_the_way_back(name: str) -> None:
+def test_unrotate_inverts_rotate(name: str) -> None:
     rope = Rope(read_shape(SHAPES[name]().to_dict()))
     x = torch.randn(6, 2, 12)
     torch.testing.assert_close(rope.rotate(rope.unrotate(x, 4), 4), x)
 
 
-def test_only_dynamic_scaling_looks_at_the_length_and_only_beyond_the_context() -> None:
+def test_only_dynamic_scaling_depends_on_the_length_and_only_beyond_the_context() -> None:
     dynamic = Rope(read_shape(SHAPES["llama_dynamic"]().to_dict()))  # context 16
     assert torch.equal(dynamic.rows(3, 1), dynamic.rows(0, 16)[3:4])
     assert not torch.allclose(dynamic.rows(0, 17)[3:4], dynamic.rows(3, 1))

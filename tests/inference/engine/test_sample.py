@@ -34,7 +34,7 @@ def theirs(ids: torch.Tensor, logits: torch.Tensor, s: Sampling) -> torch.Tensor
     ties=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=120, deadline=None)
-def test_every_processor_does_what_that_of_transformers_does(
+def test_every_processor_equals_that_of_transformers(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, ties: bool
 ) -> None:
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def test_top_p_by_hand() -> None:
     torch.testing.assert_close(p, torch.tensor([[0.625, 0.375, 0.0]]))
 
 
-def test_greedy_puts_all_on_the_first_of_the_best() -> None:
+def test_greedy_puts_all_probability_on_the_first_maximum() -> None:
     assert probabilities(torch.tensor([[1.0, 3.0, 3.0]]), Sampling()).tolist() == [[0.0, 1.0, 0.0]]
     # 3 / 2 < 2: the penalty moves even a greedy choice; and -1 · 2 for the negative one
     seen = torch.tensor([False, True, False])
@@ -77,7 +77,7 @@ def test_draws_follow_the_distribution() -> None:
     assert chi < 13.82  # 2 degrees of freedom, p = .001
 
 
-def test_uniforms_hang_on_the_position_and_not_on_how_they_are_asked_for() -> None:
+def test_uniforms_depend_on_the_position_and_not_on_the_calls() -> None:
     whole = Uniforms(3, "generate")(0, 200)
     other = Uniforms(3, "generate")
     assert torch.equal(torch.cat([other(150, 10), other(0, 3), other(3, 60)]), torch.cat([whole[150:160], whole[:63]]))
@@ -85,7 +85,7 @@ def test_uniforms_hang_on_the_position_and_not_on_how_they_are_asked_for() -> No
     assert len(whole.unique()) == 200
 
 
-def test_a_row_after_guesses_has_them_seen() -> None:
+def test_a_row_after_draft_tokens_counts_them_as_seen() -> None:
     sampler = Sampler(Sampling(repetition_penalty=1.5), [0, 3], 6)
     sampler.take(5)
     rows = sampler.seen([1, 2, 1])
@@ -96,7 +96,7 @@ def test_a_row_after_guesses_has_them_seen() -> None:
     assert Sampler(Sampling(), [0], 6).seen([1]) is None
 
 
-def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
+def test_the_seed_determines_draws_and_the_global_generator_is_unchanged() -> None:
     logits = torch.zeros(50)
 
     def text(seed: int) -> list[int]:
@@ -123,7 +123,7 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any], words: str) -
         Sampling(**options)
 
 
-def test_as_cold_as_numbers_go_is_greedy() -> None:
+def test_the_smallest_temperature_is_greedy() -> None:
     logits = torch.tensor([[3.0, -2.0, 5.0, 4.999]])
     assert probabilities(logits, Sampling(temperature=5e-324)).tolist() == [[0.0, 0.0, 1.0, 0.0]]
     assert probabilities(logits, Sampling(temperature=9e-4))[0, 2] == pytest.approx(1 / (1 + math.exp(-0.001 / 9e-4)), rel=1e-3)

@@ -25,7 +25,7 @@ def test_every_tiny_shape_is_read(name: str) -> None:
     assert len(shape.windows) == shape.layers and shape.eos == (1,) and shape.bos == 0
 
 
-def test_what_an_old_llama_config_leaves_out() -> None:
+def test_defaults_of_an_old_llama_config() -> None:
     shape = read_shape(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 500.0, "eos_token_id": [3, 5]})
     assert (shape.kv_heads, shape.head_dim, shape.context, shape.eps) == (6, 8, 2048, 1e-6)
     assert (shape.rope.kind, shape.rope.theta, shape.rope.get("factor")) == ("linear", 500.0, 2)
@@ -57,7 +57,7 @@ def test_windows() -> None:
         ({"model_type": "qwen3", "num_key_value_heads": 2, "use_sliding_window": True, "layer_types": ["mamba"] * 3}, "mamba"),
     ],
 )
-def test_what_the_engine_does_not_run_is_named(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_models_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         read_shape(LLAMA | changes)
 

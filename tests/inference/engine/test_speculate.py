@@ -21,7 +21,7 @@ def guess(text: str, count: int = 10) -> str:
     return "".join(map(chr, Lookup().draft([ord(c) for c in text], count, None, 0).tokens))
 
 
-def test_the_last_earlier_place_that_ends_alike_is_copied() -> None:
+def test_lookup_copies_from_the_last_matching_position() -> None:
     assert guess("abcdeabxyzab", 3) == "xyz"  # after the later "ab", not "cde"
     assert guess("abcdxb", 2) == "cd"  # no earlier "xb": after the "b"
     assert guess("1abcd2bcx3abc", 1) == "d"  # after the "abc", though a "bc" came later
@@ -30,14 +30,14 @@ def test_the_last_earlier_place_that_ends_alike_is_copied() -> None:
     assert guess("xaxbxcx", 1) == "c"
 
 
-def test_a_repetition_goes_on_beyond_the_end_of_the_text() -> None:
+def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
     assert guess("abcabc", 10) == "abcabcabca"
     assert guess("aa", 4) == "aaaa"
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.data())
 @settings(max_examples=100, deadline=None)
-def test_an_index_that_grows_with_the_text_finds_what_a_fresh_one_finds(ids: list[int], data: st.DataObject) -> None:
+def test_an_incremental_index_equals_a_new_one(ids: list[int], data: st.DataObject) -> None:
     growing = Lookup()
     for end in sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=8))):
         assert growing.draft(ids[:end], 7, None, 0).tokens == Lookup().draft(ids[:end], 7, None, 0).tokens
@@ -64,13 +64,13 @@ def test_verify_by_hand() -> None:
     assert run([0, 0], [0.999, 0.1]) == [2, 1]  # p/q = .5/.2 > 1: always kept
 
 
-def test_nothing_left_over_means_the_models_own_distribution() -> None:
+def test_an_empty_residual_gives_the_models_own_distribution() -> None:
     p = torch.tensor([0.25, 0.75])
     assert residual(p, p).tolist() == [0.25, 0.75]
     assert residual(p, torch.tensor([0.5, 0.5])).tolist() == [0.0, 0.25]
 
 
-def test_greedy_keeps_what_the_model_would_have_written() -> None:
+def test_greedy_verification_keeps_the_models_own_tokens() -> None:
     assert verify_greedy([4, 5, 6], [4, 5]) == (2, 6)
     assert verify_greedy([4, 5, 6], [4, 9]) == (1, 5)
     assert verify_greedy([4, 5, 6], [9, 5]) == (0, 4)
@@ -78,7 +78,7 @@ def test_greedy_keeps_what_the_model_would_have_written() -> None:
 
 @given(seed=st.integers(0, 10**6), guesses=st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
-def test_sure_guesses_leave_the_text_of_the_seed_unchanged(seed: int, guesses: int) -> None:
+def test_deterministic_drafts_leave_the_text_of_the_seed_unchanged(seed: int, guesses: int) -> None:
     torch.manual_seed(seed)
     p = (torch.randn(1, guesses + 1, 5) * 2).softmax(-1)
     u = torch.rand(1, guesses + 1, dtype=torch.float64)
@@ -162,7 +162,7 @@ def drafts() -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("kind", drafts())
-def test_texts_are_distributed_as_the_model_writes_them(kind: str) -> None:
+def test_texts_follow_the_models_distribution(kind: str) -> None:
     p, q = stub_model(), drafts()[kind]
     statistic, freedom = chi_square(speculate(p, q, 11), p)
     assert freedom > 40 and statistic < critical(freedom)
@@ -216,7 +216,7 @@ def test_expected_tokens_by_hand(acceptance: float, guesses: int, tokens: float)
     assert adapt.best(hoped=acceptance) == (pytest.approx(tokens), guesses)
 
 
-def test_costs_are_the_least_measured_and_interpolated() -> None:
+def test_costs_are_the_minimum_measurement_and_interpolated() -> None:
     costs = Costs()
     costs.add(1, 5.0)
     assert costs.table(3) == [0, 5.0, 5.0, 5.0]  # hope, until it is measured
@@ -231,7 +231,7 @@ def test_costs_are_the_least_measured_and_interpolated() -> None:
 
 
 def run_steps(adapt: Adapt, steps: int, cost: dict[int, float], acceptance: float, draft: float = 0.0) -> list[int]:
-    """Feed made-up measurements; every 1/(1 - acceptance)-th guess fails."""
+    """Feed artificial measurements; every 1/(1 - acceptance)-th guess fails."""
     out, owed = [], 0.0
     for _ in range(steps):
         n = adapt.count()
@@ -254,7 +254,7 @@ FLAT = {n: 1.0 for n in range(1, 12)}
 STEEP = {n: float(n) for n in range(1, 12)}
 
 
-def test_cheap_passes_and_good_guesses_make_long_drafts() -> None:
+def test_cheap_passes_and_high_acceptance_give_long_drafts() -> None:
     counts = run_steps(Adapt(), 40, FLAT, 0.9)
     assert counts[0] == 0 and set(counts[5:31]) == {10}  # the first step measures c(1)
 
@@ -278,14 +278,14 @@ def test_a_size_that_was_slow_once_is_used_again() -> None:
     assert costs.table(2) == [0, 1.0, 1.9]  # at once
 
 
-def test_an_attempt_feels_its_way_to_long_drafts() -> None:
+def test_an_attempt_increases_the_draft_length_gradually() -> None:
     counts = run_steps(Adapt(), 12, STEEP, 0.9)
     assert max(counts[:3]) == 2  # of c(1) alone nothing follows for passes of more than three tokens
     counts = run_steps(Adapt(), 12, FLAT, 0.9)
     assert [n for n in counts if n][:3] == [2, 8, 10]
 
 
-def test_an_attempt_ends_at_once_where_even_good_guesses_would_not_pay() -> None:
+def test_an_attempt_ends_at_once_if_even_good_drafts_would_not_pay() -> None:
     counts = run_steps(Adapt(), 400, STEEP, 0.3)
     runs = [len(list(same)) for tried, same in itertools.groupby(map(bool, counts)) if tried]
     assert len(runs) >= 4 and set(runs) == {1}  # 1.7 tokens for a pass of two
@@ -298,14 +298,14 @@ def test_a_slow_first_verification_does_not_end_all_attempts() -> None:
     assert run_steps(adapt, 80, FLAT, 0.9)[-20:] == [10] * 20
 
 
-def test_short_drafts_where_guesses_fail_or_cost() -> None:
+def test_low_acceptance_or_expensive_drafts_give_short_drafts() -> None:
     counts = run_steps(Adapt(), 60, {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}, 0.5)
     # by hand: (1 - .5^(g+1)) / .5 / (1 + .1 g) is 1.36, 1.46, 1.44, 1.38 for g = 1 ... 4
     late = [n for n in counts[20:] if n]
     assert late and max(late) <= 3
 
 
-def test_guessing_is_switched_off_where_it_costs_and_tried_again_ever_more_rarely() -> None:
+def test_speculation_is_disabled_if_it_costs_time_and_retried_at_growing_intervals() -> None:
     counts = run_steps(Adapt(), 3000, STEEP, 0.3)
     tries = [i for i in range(1, len(counts)) if counts[i] and not counts[i - 1]]
     gaps = [b - a for a, b in itertools.pairwise(tries)]
@@ -313,7 +313,7 @@ def test_guessing_is_switched_off_where_it_costs_and_tried_again_ever_more_rarel
     assert sum(map(bool, counts)) < 40  # of 3000 steps
 
 
-def test_it_comes_back_when_the_text_becomes_easy() -> None:
+def test_speculation_resumes_if_the_text_becomes_predictable() -> None:
     adapt = Adapt()
     cost = {n: 1 + 0.2 * (n - 1) for n in range(1, 12)}
     run_steps(adapt, 100, cost, 0.0)
@@ -346,7 +346,7 @@ def test_the_same_measurements_give_the_same_choices() -> None:
     assert run_steps(Adapt(), 500, STEEP, 0.8, 0.1) == run_steps(Adapt(), 500, STEEP, 0.8, 0.1)
 
 
-def test_a_fixed_number_is_kept() -> None:
+def test_a_fixed_draft_length_stays_fixed() -> None:
     assert run_steps(Adapt(fixed=3), 50, STEEP, 0.0) == [3] * 50
 
 
@@ -362,7 +362,7 @@ def test_an_attempt_has_three_verifications() -> None:
     assert [bool(n) for n in counts[:24]] == [False, *[True] * 3, *[False] * 17, *[True] * 3]
 
 
-def test_a_table_grows_with_what_is_asked_of_it() -> None:
+def test_a_table_grows_on_demand() -> None:
     costs = Costs()
     costs.add(1, 2.0)
     costs.add(2, 3.0)

@@ -1,4 +1,4 @@
-"""Speculation through a whole generation loop: the exact distribution of short texts, and real weights."""
+"""Speculation in a complete generation loop: the exact distribution of short texts, and real weights."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ V, LENGTH, PROMPT = 4, 4, [2, 3, 2]  # the lookup guesses 3 first
 
 
 class Remembered:
-    """Gives a small decoder's logits from memory: of a text over four tokens it computes each only once."""
+    """Caches a small decoder's logits: each text over four tokens is computed once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._known = engine, dict[tuple[tuple[int, ...], int | None], Tensor]()
@@ -54,7 +54,7 @@ class Remembered:
 
 
 class Ids(Cache):
-    """Holds tokens in place of keys and values."""
+    """A cache of tokens instead of keys and values."""
 
     ids: list[int] = []
 
@@ -98,7 +98,7 @@ def exact(target: Any, sampling: Sampling) -> dict[tuple[int, ...], float]:
 
 
 def statistic(target: Any, make: Callable[[], Drafter], options: dict[str, Any], draws: int) -> tuple[float, int, float]:
-    """Chi-square of `draws` answers, its degrees of freedom, and the share of guesses that were kept."""
+    """Chi-square of `draws` answers, its degrees of freedom, and the share of accepted draft tokens."""
     wanted = exact(target, Sampling(**options))
     counts = dict.fromkeys(wanted, 0)
     speculation, context = Speculation(make(), Adapt(fixed=2)), Context(target)
@@ -126,7 +126,7 @@ def test_answers_follow_the_models_distribution(stubs: tuple[Any, Any], kind: st
 
 
 @pytest.mark.parametrize("kind", ["draft", "early-exit"])
-def test_guesses_acceptance_and_residual_are_drawn_apart(stubs: tuple[Any, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_acceptance_and_residual_use_separate_draws(stubs: tuple[Any, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers: dict[str, set[float]] = {"guess": set(), "accept": set(), "draws": set()}
     right, drawn = generate_module.verify, speculate_module.draw
 
@@ -164,7 +164,7 @@ def test_a_wrong_residual_in_the_loop_is_caught(stubs: tuple[Any, Any], monkeypa
     assert value > critical(freedom)
 
 
-def test_a_draft_model_reads_a_long_text_before_it_guesses(tmp_path: Path) -> None:
+def test_a_draft_model_reads_a_long_text_before_it_drafts(tmp_path: Path) -> None:
     target, draft = build(tmp_path / "a")[0], build(tmp_path / "b", seed=4)[0]
     ids = [2 + i % 7 for i in range(40)]
     drafter = DraftModel(draft, target)
@@ -193,7 +193,7 @@ def real(name: str, kind: str | None = None) -> Engine:
 
 
 def beginnings(engine: Engine, count: int, length: int = 24) -> list[list[int]]:
-    """Prompts cut out of Shakespeare, of characters that the model knows, and of a story."""
+    """Prompts from Shakespeare, with only known characters, and from a story."""
     text = (DATA / "fed/tinyshakespeare/input.txt").read_text().replace("\n", " ")
     stories = ["Once upon a time, there was a little girl named Lily.", "One day, Tom and his dog went to the park."]
     step = len(text) // count
@@ -206,7 +206,7 @@ needs_data = pytest.mark.skipif(not (DATA / "models").is_dir(), reason="needs FE
 @pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", ["stories260k", "babyllama_tok105"])
-def test_real_weights_write_what_transformers_writes(name: str) -> None:
+def test_real_weights_give_the_text_of_transformers(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     engine = real(name)

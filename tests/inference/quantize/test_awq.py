@@ -9,7 +9,7 @@ from fedtune.inference.quantize.rtn import Kind, quantize_rtn
 
 
 def layer(columns: int = 80, outliers: float = 30.0) -> tuple[Tensor, Tensor]:
-    """A weight, and inputs a few channels of which are much larger than the others, as in language models."""
+    """A weight, and inputs with a few outlier channels, as in language models."""
     draws = torch.Generator().manual_seed(0)
     inputs = torch.randn(300, columns, generator=draws)
     inputs[:, ::17] *= outliers
@@ -22,7 +22,7 @@ def loss(weight: Tensor, scale: Tensor, hessian: Tensor, kind: Kind, group: int)
 
 
 @pytest.mark.parametrize(("kind", "group", "bound"), [("int4", 32, 0.5), ("int4", 64, 0.5), ("int8", 0, 0.5)])
-def test_outlier_channels_are_rounded_finer(kind: Kind, group: int, bound: float) -> None:
+def test_outlier_channels_are_rounded_more_finely(kind: Kind, group: int, bound: float) -> None:
     weight, inputs = layer()
     hessian = inputs.T @ inputs / len(inputs)
     scale = awq_scale([weight], inputs.abs().mean(0), hessian, kind, group)
@@ -53,7 +53,7 @@ def test_it_is_never_worse_than_plain_rounding() -> None:
         assert torch.equal(scale.view(-1, shared, 8)[:, 0], scale.view(-1, shared, 8)[:, -1]) or shared == 1
 
 
-def test_channels_that_are_never_used_do_no_harm() -> None:
+def test_unused_channels_do_no_harm() -> None:
     weight, inputs = layer()
     inputs[:, 3] = 0
     scale = awq_scale([weight], inputs.abs().mean(0), inputs.T @ inputs / len(inputs), "int4")

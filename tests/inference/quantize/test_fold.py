@@ -1,4 +1,4 @@
-"""Folding changes where a scale stands and nothing that comes out, in every kind of layer that the engine runs."""
+"""Folding moves scales between weights without changing outputs, in every supported kind of layer."""
 
 from pathlib import Path
 
@@ -49,14 +49,14 @@ def fold_all(folder: Path, readers_only: bool = False) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_folded_model_is_the_model(tmp_path: Path, name: str) -> None:
+def test_the_folded_model_equals_the_model(tmp_path: Path, name: str) -> None:
     tiny_model(name, tmp_path)
     before = logits(tmp_path)
     fold_all(tmp_path)
     assert relative_error(logits(tmp_path), before) < 1e-5
 
 
-def test_half_a_fold_is_another_model(tmp_path: Path) -> None:
+def test_half_a_fold_changes_the_model(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     before = logits(tmp_path)
     fold_all(tmp_path, readers_only=True)
@@ -79,7 +79,7 @@ def test_query_heads_of_one_key_value_head_share_their_scale() -> None:
     assert tied(values, 1, 3) is values
 
 
-def test_scales_that_would_break_a_weight_are_left_out() -> None:
+def test_scales_are_finite_and_within_bounds() -> None:
     out = within(torch.tensor([0.0, float("nan"), float("inf"), 4.0, 0.25]))
     assert out.tolist() == [1.0, 1.0, 1.0, 4.0, 0.25]
     assert within(torch.tensor([8.0, 2.0])).tolist() == [2.0, 0.5]  # / sqrt(16)

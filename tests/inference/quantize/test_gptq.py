@@ -13,7 +13,7 @@ FORMS: list[tuple[Kind, int]] = [("int4", 32), ("int4", 64), ("int8", 0)]
 
 
 def layer(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the Hessian of inputs that vary together, as activations do."""
+    """A weight and the Hessian of correlated inputs, like those of activations."""
     draws = torch.Generator().manual_seed(seed)
     weight, mixing = torch.randn(rows, columns, generator=draws), torch.randn(columns, columns, generator=draws)
     inputs = torch.randn(400, columns, generator=draws) @ (mixing * torch.rand(columns, generator=draws))
@@ -26,14 +26,14 @@ def loss(made: tuple[Grid, Tensor], weight: Tensor, hessian: Tensor) -> float:
 
 @pytest.mark.parametrize(("kind", "group"), FORMS)
 @pytest.mark.parametrize(("rows", "columns"), [(40, 172), (7, 96), (24, 77)])
-def test_the_outputs_are_nearer_than_by_rounding(kind: Kind, group: int, rows: int, columns: int) -> None:
+def test_the_outputs_are_closer_than_with_rounding(kind: Kind, group: int, rows: int, columns: int) -> None:
     weight, hessian = layer(rows, columns)
     ratio = loss(quantize_gptq(weight, hessian, kind, group), weight, hessian) / loss(quantize_rtn(weight, kind, group), weight, hessian)
     assert ratio < 0.75  # .44 to .61 here
 
 
 @pytest.mark.parametrize(("kind", "group"), FORMS)
-def test_channels_that_do_not_vary_together_give_round_to_nearest(kind: Kind, group: int) -> None:
+def test_uncorrelated_channels_give_round_to_nearest(kind: Kind, group: int) -> None:
     weight, _ = layer(5, 77)
     for diagonal in (torch.ones(77), torch.arange(77.0), torch.zeros(77)):
         (grid, codes), (plain, nearest) = quantize_gptq(weight, torch.diag(diagonal), kind, group), quantize_rtn(weight, kind, group)
@@ -52,7 +52,7 @@ def test_two_columns_by_hand() -> None:
     assert quantize_rtn(weight, "int8", 0)[1].tolist() == [[127, 3, 0]]
 
 
-def test_blocks_change_nothing() -> None:
+def test_the_block_size_does_not_change_the_result() -> None:
     weight, hessian = layer(6, 172)
     for kind, group in FORMS:
         whole, by_parts = (quantize_gptq(weight, hessian, kind, group, block=b) for b in (1024, 32))
@@ -60,7 +60,7 @@ def test_blocks_change_nothing() -> None:
         assert loss(by_parts, weight, hessian) == pytest.approx(loss(whole, weight, hessian), rel=0.02)
 
 
-def test_the_factor_is_of_the_inverse() -> None:
+def test_the_factor_is_that_of_the_inverse() -> None:
     _, hessian = layer(1, 24)
     upper = inverse_factor(hessian, 0.01).double()
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(24)
@@ -75,7 +75,7 @@ def test_inputs_of_few_tokens_still_work() -> None:
     assert loss(quantize_gptq(weight, hessian, "int4"), weight, hessian) < loss(quantize_rtn(weight, "int4"), weight, hessian)
 
 
-def test_nothing_given_is_changed() -> None:
+def test_inputs_are_unchanged() -> None:
     weight, hessian = layer(4, 40)
     before = weight.clone(), hessian.clone()
     quantize_gptq(weight, hessian, "int4")

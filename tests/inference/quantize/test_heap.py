@@ -1,4 +1,4 @@
-"""What was freed is given back."""
+"""Freed memory is returned to the system."""
 
 import sys
 
@@ -13,7 +13,7 @@ def rss() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or _library() is None, reason="needs glibc")
-def test_freed_blocks_between_living_ones_go_back_to_the_system() -> None:
+def test_freed_blocks_between_used_ones_are_returned_to_the_system() -> None:
     torch.ones(24 << 20, dtype=torch.uint8)  # freed: from here on glibc keeps blocks of this size for itself
     blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(64)]
     kept, before = blocks[1::2], rss()
@@ -22,7 +22,7 @@ def test_freed_blocks_between_living_ones_go_back_to_the_system() -> None:
     assert before - rss() > 24 << 20 and all(int(t[-1]) == 1 for t in kept)
 
 
-def test_where_there_is_no_glibc_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.inference.quantize.heap.sys.platform", "darwin")
     _library.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""What lies on the disk while a model is quantized is what was put there, and weights that are read again are the same weights."""
+"""Hidden states on disk during quantization round-trip, and weights are the same at each read."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.inference.quantize.whole import quantize_linear
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 12))
-def test_sequences_come_back_whole_and_in_batches(lengths: list[int], most: int) -> None:
+def test_sequences_are_read_back_whole_and_in_batches(lengths: list[int], most: int) -> None:
     hidden, wanted = Hidden(lengths, 7), torch.randn(sum(lengths), 7)
     hidden.put(0, wanted)
     assert all(torch.equal(h, w) for h, w in zip(hidden, wanted.split(lengths), strict=True))
@@ -30,7 +30,7 @@ def test_sequences_come_back_whole_and_in_batches(lengths: list[int], most: int)
     assert seen == lengths
 
 
-def test_the_file_has_no_name_and_goes_with_its_object(tmp_path: Path) -> None:
+def test_the_file_has_no_name_and_is_deleted_with_its_object(tmp_path: Path) -> None:
     hidden = Hidden([3, 2], 4, tmp_path)
     hidden.put(2, torch.ones(2, 4))
     hidden.put(4, torch.zeros(1, 4))
@@ -40,7 +40,7 @@ def test_the_file_has_no_name_and_goes_with_its_object(tmp_path: Path) -> None:
         hidden[2]
 
 
-def test_a_prompt_stands_before_every_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_precedes_every_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.inference.quantize.layers._STRETCH", 50)  # a row or two of the table at a time
     shape, read, tensors = opened(tmp_path, "llama")
     text = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 5)]
@@ -50,7 +50,7 @@ def test_a_prompt_stands_before_every_sequence(tmp_path: Path, monkeypatch: pyte
         assert torch.equal(h, torch.cat([before, table[own]]))
 
 
-def test_folds_stay_with_the_weights_in_their_order(tmp_path: Path) -> None:
+def test_folds_are_applied_to_weights_in_their_order(tmp_path: Path) -> None:
     """Of `v_proj`, which reads one scale and is the source of the next; by rows or whole."""
     shape, read, tensors = opened(tmp_path, "llama_biases")
     at, sizes = "model.layers.0.", {n: tuple(t.shape) for n, t in tensors.items()}
@@ -67,7 +67,7 @@ def test_folds_stay_with_the_weights_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_rows_that_are_read_apart_are_quantized_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_read_in_parts_are_quantized_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(13, 44, generator=torch.Generator().manual_seed(0))
     recipe = QuantizeSettings(kind=kind, group=32 if kind == "int4" else 0)  # pyright: ignore[reportArgumentType]
     whole = quantize_linear(weight, recipe)

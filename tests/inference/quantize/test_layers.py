@@ -1,4 +1,4 @@
-"""A layer alone does what the engine's decoder does, and what its linears read is told right."""
+"""A single layer equals the engine's decoder layer, and the inputs of its linears are reported correctly."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def texts(*lengths: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_layer_after_layer_is_the_decoder(tmp_path: Path, name: str) -> None:
+def test_the_layers_in_sequence_equal_the_decoder(tmp_path: Path, name: str) -> None:
     tiny_model(name, tmp_path)
     engine, tensors, ids = load_engine(tmp_path, "fp32"), load_file(tmp_path / "model.safetensors"), texts(13, 1, 15)
     hidden = embedded(engine.shape, lambda n, a, b: tensors[n][a:b], ids)
@@ -30,7 +30,7 @@ def test_layer_after_layer_is_the_decoder(tmp_path: Path, name: str) -> None:
         assert torch.allclose(h, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_the_stats_are_of_what_the_linears_read(tmp_path: Path) -> None:
+def test_the_statistics_are_those_of_the_linears_inputs(tmp_path: Path) -> None:
     tiny_model("qwen3", tmp_path)
     shape, tensors = load_engine(tmp_path).shape, load_file(tmp_path / "model.safetensors")
     hidden = embedded(shape, lambda n, a, b: tensors[n][a:b], texts(9, 20))

@@ -1,4 +1,4 @@
-"""A whole decoder, layer after layer: what comes, in what order, what of it is in memory, and what calibration is worth."""
+"""Quantizing a complete decoder layer by layer: outputs and their order, memory, and the benefit of calibration."""
 
 import itertools
 import weakref
@@ -44,7 +44,7 @@ def made(shape: Shape, read: Read, recipe: QuantizeSettings) -> dict[str, Tensor
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama_one_kv", "llama_biases", "qwen3", "mistral"])
-def test_all_tensors_come_and_those_of_the_linears_are_quantized(tmp_path: Path, name: str, method: str) -> None:
+def test_all_tensors_are_returned_and_those_of_linears_are_quantized(tmp_path: Path, name: str, method: str) -> None:
     shape, read, tensors = opened(tmp_path, name)
     before = {n: t.clone() for n, t in tensors.items()}
     recipe = QuantizeSettings(kind="int8", group=0, method="smoothquant") if method == "smoothquant" else QuantizeSettings(method=method)  # pyright: ignore
@@ -75,7 +75,7 @@ def test_rtn_needs_no_text_and_reads_one_tensor_at_a_time(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_only_one_layer_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_only_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     shape, read, _ = opened(tmp_path, "llama")
     alive: dict[int, list[weakref.ref[Tensor]]] = {}
     most: dict[int, int] = {}  # layer → tensors and Hessians of other layers that were alive while it was read or observed
@@ -112,7 +112,7 @@ def test_only_one_layer_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
+def test_a_layer_is_calibrated_on_outputs_of_the_quantized_layers_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     shape, read, _ = opened(tmp_path, "llama")
@@ -137,7 +137,7 @@ def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
 
 
 @pytest.mark.parametrize("form", [{}, {"group": 64}, INT8], ids=str)
-def test_calibrated_layers_are_nearer_on_the_text_they_saw(tmp_path: Path, form: dict[str, Any]) -> None:
+def test_calibrated_layers_are_closer_on_the_calibration_text(tmp_path: Path, form: dict[str, Any]) -> None:
     shape, read, tensors = opened(tmp_path, "qwen2")
     layer = {n.removeprefix(FIRST): t for n, t in tensors.items() if n.startswith(FIRST)}
     stats = module.observe(shape, 0, layer, module.embedded(shape, read, text()))
@@ -157,7 +157,7 @@ def first_layer(shape: Shape, read: Read, recipe: QuantizeSettings) -> dict[str,
     return {n.removeprefix(FIRST).removesuffix(".weight"): q for n, q in parts if isinstance(q, QuantizedLinear)}
 
 
-def test_rows_are_worked_on_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_processed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
     x = torch.randn(99, 48, generator=torch.Generator().manual_seed(1))
     stats = module.Stats(hessian=x.T @ x / 99, mean=x.abs().mean(0), greatest=x.abs().amax(0))
@@ -170,7 +170,7 @@ def test_rows_are_worked_on_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         assert parts.error == pytest.approx(whole.error) and parts.output_error == pytest.approx(whole.output_error)
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="choose from rtn, gptq"):
         QuantizeSettings(method="best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="use method=awq or gptq"):

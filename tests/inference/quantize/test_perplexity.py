@@ -1,4 +1,4 @@
-"""Perplexity by hand, and that every token is scored once with what stands before it."""
+"""Perplexity by hand; every token is scored once, after its preceding tokens."""
 
 import math
 from pathlib import Path
@@ -42,11 +42,11 @@ def test_by_hand() -> None:
     assert perplexity(model, torch.tensor([0, 1, 2, 0]), window=2, stride=1).nats == pytest.approx(score.nats)
 
 
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     assert perplexity(lambda ids: torch.zeros(len(ids), 7), torch.arange(50) % 7, window=9).perplexity == pytest.approx(7)
 
 
-def test_the_engine_is_scored_as_its_own_logits_say(tmp_path: Path) -> None:
+def test_the_engines_score_is_that_of_its_logits(tmp_path: Path) -> None:
     tiny_model("qwen3", tmp_path)
     engine = load_engine(tmp_path, "fp32")
     ids = torch.randint(0, VOCAB, (31,), generator=torch.Generator().manual_seed(0))
@@ -59,12 +59,12 @@ def test_the_engine_is_scored_as_its_own_logits_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "window", "stride"), [(1, 8, None), (9, 1, None), (9, 4, 4), (9, 4, -1)])
-def test_what_cannot_be_scored_is_refused(tokens: int, window: int, stride: int | None) -> None:
+def test_unscorable_texts_are_refused(tokens: int, window: int, stride: int | None) -> None:
     with pytest.raises(DataError, match="overlapping windows"):
         perplexity(lambda ids: torch.zeros(len(ids), 3), torch.zeros(tokens, dtype=torch.long), window=window, stride=stride)
 
 
-def test_of_requests_and_answers_only_the_answers_are_scored() -> None:
+def test_only_answers_are_scored() -> None:
     rows = [([1, 2], [3]), ([1] * 9, [2]), ([], [1]), ([1], []), ([2], [0, 1]), ([1], [2])]
     pieces = answers(rows, 3, window=9)
     assert [(ids.tolist(), new) for ids, new in pieces] == [([1, 2, 3], 1), ([2, 0, 1], 2)]  # the second is too long, the last one too many

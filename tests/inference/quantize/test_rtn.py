@@ -51,7 +51,7 @@ def test_int8_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("kind", "group"), FORMS)
-def test_no_weight_is_off_by_more_than_half_a_step(shape: tuple[int, int], kind: str, group: int) -> None:
+def test_no_error_exceeds_half_a_step(shape: tuple[int, int], kind: str, group: int) -> None:
     weight = random(*shape)
     grid, codes = quantize_rtn(weight, kind, group)  # pyright: ignore[reportArgumentType]
     at = torch.arange(shape[1]) // (group or shape[1])
@@ -65,7 +65,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(shape: tuple[int, int], kind:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
-def test_nibbles_come_back(rows: int, columns: int, seed: int) -> None:
+def test_nibbles_round_trip(rows: int, columns: int, seed: int) -> None:
     codes = torch.randint(0, 16, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     nibbles = pack_int4(codes)
     assert nibbles.dtype == torch.uint8 and nibbles.shape == (rows, (columns + 1) // 2)
@@ -103,7 +103,7 @@ def test_finer_grids_lose_less() -> None:
     assert errors == sorted(errors)
 
 
-def test_the_weight_stays_as_it_was() -> None:
+def test_the_weight_is_unchanged() -> None:
     weight = random(4, 40)
     before = weight.clone()
     for form in FORMS:
@@ -114,13 +114,13 @@ def test_the_weight_stays_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("kind", "group", "message"), [("int4", 16, "32, 64, 128, 256"), ("int4", 0, "not 0"), ("int8", 32, "one scale per row")]
 )
-def test_groups_that_no_kernel_takes_are_refused(kind: str, group: int, message: str) -> None:
+def test_group_sizes_unsupported_by_any_kernel_are_refused(kind: str, group: int, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         fit_grid(random(2, 64), kind, group)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused(bad: float) -> None:
+def test_non_finite_weights_are_refused(bad: float) -> None:
     weight = random(2, 64)
     weight[1, 3] = bad
     with pytest.raises(ModelError, match="not finite"):
@@ -128,7 +128,7 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize(("kind", "least", "most"), [("int4", -8, 7), ("int8", -127, 127)])
-def test_a_weight_beyond_the_grid_takes_its_last_point(kind: Kind, least: int, most: int) -> None:
+def test_a_weight_beyond_the_grid_is_clamped(kind: Kind, least: int, most: int) -> None:
     weight = torch.tensor([[-1.0, 1.0, 0.5, -0.25]])
     codes = fit_grid(weight, kind, 32 if kind == "int4" else 0).codes(100 * weight)  # as weights that make up for earlier errors may lie
     assert (codes.min(), codes.max()) == (least, most)

@@ -32,7 +32,7 @@ def test_outliers_in_the_activations_cost_less() -> None:
     assert relative_error(a8w8(inputs * scale, weight / scale), wanted) > plain
 
 
-def test_without_outliers_it_does_no_harm() -> None:
+def test_without_outliers_the_error_does_not_grow() -> None:
     inputs, weight = layer(outliers=1.0)
     wanted, scale = inputs @ weight.T, smooth_scale([weight], inputs.abs().amax(0))
     assert relative_error(a8w8(inputs / scale, weight * scale), wanted) < 1.1 * relative_error(a8w8(inputs, weight), wanted)
@@ -47,6 +47,6 @@ def test_by_hand() -> None:
     assert torch.allclose(smooth_scale(weights, torch.tensor([4.0, 1.0, 9.0]), alpha=1.0), torch.tensor([4.0, 1.0, 9.0]) / 3)
 
 
-def test_channels_without_weight_or_input_stay() -> None:
+def test_channels_without_weight_or_input_are_unchanged() -> None:
     out = smooth_scale([torch.tensor([[0.0, 1.0, 1.0]])], torch.tensor([3.0, 0.0, 1.0]))
     assert out.tolist() == [1.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Virtual tokens: what a layer reads behind a prompt or a prefix is what the engine's decoder reads there."""
+"""Virtual tokens: a layer after a prompt or a prefix has the same inputs as in the engine's decoder."""
 
 import json
 from pathlib import Path
@@ -43,14 +43,14 @@ def of(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def out_of(engine: Engine, ids: Tensor) -> Tensor:
-    """Logits [n, V] of a text behind the engine's virtual tokens."""
+    """Logits [n, V] of a text after the engine's virtual tokens."""
     cache = engine.cache(limit=engine.virtual + len(ids))
     engine.start(cache)
     return engine.decoder.forward(ids, [Span(cache, len(ids), keep=None)])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layer_after_layer_behind_a_prefix_is_the_decoder(tmp_path: Path, name: str) -> None:
+def test_the_layers_after_a_prefix_equal_the_decoder(tmp_path: Path, name: str) -> None:
     engine, tensors, virtual = opened(tmp_path, name, "prefix")
     hidden = embedded(engine.shape, lambda n, a, b: tensors[n][a:b], ids := texts(*LENGTHS))
     for index in range(engine.shape.layers):
@@ -63,8 +63,8 @@ def test_layer_after_layer_behind_a_prefix_is_the_decoder(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_calibration_sees_what_the_linears_of_the_model_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Of the first layer, whose inputs hang on no rounding: `down` reads behind attention and the virtual tokens."""
+def test_calibration_observes_the_inputs_of_the_models_linears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Checks the first layer, whose inputs do not depend on rounding: `down` is after attention and the virtual tokens."""
     engine, tensors, virtual = opened(tmp_path, "qwen3", kind)
     seen: list[Tensor] = []
 
@@ -85,8 +85,8 @@ def test_calibration_sees_what_the_linears_of_the_model_read(tmp_path: Path, mon
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_the_quantized_model_behind_its_virtual_tokens_is_still_near(tmp_path: Path, kind: str, method: str) -> None:
-    """Folding through the values' linear would leave the prefix's own values where they were: another model."""
+def test_the_quantized_model_with_virtual_tokens_stays_close(tmp_path: Path, kind: str, method: str) -> None:
+    """A fold through the values' linear would not scale the prefix's own values, which would change the model."""
     engine, tensors, virtual = opened(tmp_path, "llama_one_kv", kind)
     (ids,) = texts(19)
     wanted = out_of(engine, ids)

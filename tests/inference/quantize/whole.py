@@ -1,4 +1,4 @@
-"""A whole weight quantized at once."""
+"""Quantizes a complete weight at once."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""A headless Chromium by its DevTools protocol."""
+"""A headless Chromium, controlled with the DevTools protocol."""
 
 import contextlib
 import json
@@ -66,7 +66,7 @@ class Page:
 
 @contextlib.contextmanager
 def open_page(url: str) -> Iterator[Page]:
-    """A tab that shows the address; skips the test where there is no Chromium."""
+    """A tab with the address; skips the test without Chromium."""
     client = pytest.importorskip("websockets.sync.client", reason="websockets is not installed")
     binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if binary is None:

@@ -1,4 +1,4 @@
-"""Where an answer given in a batch may differ from the one that the request gets alone: only where rounding could have decided."""
+"""An answer in a batch may differ from the answer to a single request only at choices that rounding can decide."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from fedtune.inference.engine.load import Engine
 
 
 def parted(one: Sequence[object], other: Sequence[object]) -> int | None:
-    """The first place at which two sequences differ; None where one begins the other."""
+    """The first position at which two sequences differ; None if one is a prefix of the other."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
 
 

@@ -1,4 +1,4 @@
-"""A server over a tiny random model, in a thread of this process, and what it serves."""
+"""A server for a tiny random model in a thread of this process, with its schedulers and models."""
 
 import contextlib
 import json
@@ -39,14 +39,14 @@ def tiny_model(folder: Path, *, context: int = 512, chat: bool = True) -> Path:
 
 
 def make_scheduler(engine: Engine, caches: Caches | None = None, pace: float = 0.0, **options: Any) -> Scheduler:
-    """Other arguments: pace, seconds that each pass takes longer."""
+    """Other arguments: pace, additional seconds per pass."""
     caches = caches or Separate(engine.cache, engine.shape.context)
     decoder = Paced(engine.decoder, pace) if pace else engine.decoder
     return Scheduler(decoder, engine.text, caches, engine.shape.vocab, virtual=engine.virtual, begin=engine.start, **options)
 
 
 class Separate:
-    """A buffer for each sequence, as `make` gives it: what a single request would use."""
+    """A separate cache from `make` for each sequence, as for a single request."""
 
     def __init__(self, make: Callable[[], Cache], limit: int) -> None:
         self._make, self.limit = make, limit
@@ -58,11 +58,11 @@ class Separate:
         return True
 
     def close(self, cache: Cache, ids: Sequence[int], adapter: str | None) -> None:
-        """The buffer goes with the sequence."""
+        """Nothing to do: the cache is garbage collected with the sequence."""
 
 
 class Paced:
-    """A decoder that takes its time."""
+    """A slow decoder."""
 
     def __init__(self, decoder: Decodes, seconds: float) -> None:
         self._decoder, self._seconds = decoder, seconds
@@ -73,7 +73,7 @@ class Paced:
 
 
 def alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
-    """The answer of a scheduler that has nothing else to do."""
+    """The answer of an otherwise idle scheduler."""
     outputs: list[Output] = []
     scheduler = make_scheduler(engine)
     scheduler.submit(GenerationRequest(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **request))
@@ -83,7 +83,7 @@ def alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **requ
 
 
 def continuation(text: Text, prompt: Sequence[int], answer: Sequence[int], stops: Sequence[str] = ()) -> str:
-    """What the answer adds to the prompt's text, up to the first stop string."""
+    """The text of the answer after the prompt, up to the first stop string."""
     added = text.decode([*prompt, *answer])[len(text.decode(prompt)) :]
     return added[: min((added.index(stop) for stop in stops if stop in added), default=len(added))]
 
@@ -104,7 +104,7 @@ class Served:
         return int(self.url.rpartition(":")[2])
 
     def raw(self) -> socket.socket:
-        """A bare connection."""
+        """A TCP connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
 
@@ -124,7 +124,7 @@ def served(
 def over(
     scheduler: Scheduler, offer: ServedModel, limits: Limits | None = None, keys: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Server]]:
-    """A server over a scheduler, and its address."""
+    """A server for a scheduler, and its address."""
     limits = limits or Limits(grace=5)
     app = create_app(scheduler, offer, limits, ApiKeys(keys), local=not keys)
     server = Server(app, scheduler, grace=limits.grace, connections=512)

@@ -1,4 +1,4 @@
-"""Many clients at once, for minutes: nothing lost, nothing garbled, memory flat.
+"""Many clients at once, for minutes: no lost or corrupted answer, constant memory.
 
     python -m tests.inference.serve.soak --seconds 300 --clients 32 [--model FOLDER] [--kind int8]
 
@@ -45,7 +45,7 @@ BLOCKS = 48  # of the pool, 16 tokens each
 
 @dataclass
 class Case:
-    """A request and the answer that it gets alone."""
+    """A request and its answer without other requests."""
 
     ask: dict[str, Any]
     text: str = ""
@@ -91,7 +91,7 @@ class Tally:
 
 
 def cases(model: Path, engine: Engine, seed: int = 0) -> tuple[list[Case], int]:
-    """Requests with their answers, and the bytes of a pool that holds not even half of what 16 of them may need."""
+    """Requests with their answers, and the bytes of a pool smaller than half of what 16 requests may need."""
     rng, rounds, out = random.Random(seed), bound(engine) > 0, []
     for i in range(MANY):
         prompt = " ".join(rng.sample(BEGINNINGS, rng.choice([1, 1, 2, 6])))
@@ -110,7 +110,7 @@ def cases(model: Path, engine: Engine, seed: int = 0) -> tuple[list[Case], int]:
 
 @contextlib.contextmanager
 def server(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`fedtune serve` in a process of its own, stopped by SIGTERM."""
+    """`fedtune serve` in a separate process, stopped by SIGTERM."""
     command = [sys.executable, "-m", "fedtune.cli.main", "serve", str(model), "--port", "0", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -219,7 +219,7 @@ async def _all(url: str, process: subprocess.Popen[str], known: list[Case], clie
 
 
 def soak(model: Path, *, seconds: float, clients: int, seed: int = 0, kind: str = "fp32") -> Tally:
-    """Serve the model and let clients ask; the queue is short enough to be full now and then, the pool so small that sequences yield."""
+    """Serve the model to clients; the queue is short enough to be full sometimes, and the pool small enough for preemption."""
     engine = load_engine(model, kind)
     known, budget = cases(model, engine, seed)
     options = ("--kind", kind, "--max-concurrent", "16", "--queue", "12", "--timeout", "100", "--kv-budget", str(budget))

@@ -1,4 +1,4 @@
-"""The server over real sockets: routes, limits, hanging up, stopping."""
+"""The server over real sockets: routes, limits, disconnects, stopping."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ def wait_for(what: Any, seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-def test_a_completion_is_the_engines_own(here: Served) -> None:
+def test_a_completion_equals_the_engines_answer(here: Served) -> None:
     answer = post(here, ASK).json()
     outputs = alone(here.engine, here.engine.text.encode(ASK["prompt"]), Sampling(), 12, joins=True)
     assert answer["choices"] == [{"index": 0, "finish_reason": "length", "logprobs": None, "text": text_of(outputs)}]
@@ -51,7 +51,7 @@ def test_a_completion_is_the_engines_own(here: Served) -> None:
     assert post(here, ASK | {"prompt": ids}).json()["choices"][0]["text"] == text_of(outputs)
 
 
-def test_a_stream_joins_to_the_whole(here: Served) -> None:
+def test_a_stream_joins_to_the_complete_answer(here: Served) -> None:
     seeded = ASK | {"temperature": 1.0, "seed": 3, "max_tokens": 30}
     whole = post(here, seeded).json()["choices"][0]
     with httpx.stream("POST", f"{here.url}/v1/completions", json=seeded | {"stream": True}) as answer:
@@ -71,9 +71,7 @@ def test_a_chat_goes_through_the_template(here: Served) -> None:
     assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
-def test_a_template_that_fails_later_is_the_servers_fault_and_one_that_refuses_the_clients(
-    engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_template_is_a_server_error_and_a_refusing_one_a_client_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}{{ 1 / (messages | length - 2) }}"
     old, engine.text.template = engine.text.template, picky
     try:
@@ -161,12 +159,12 @@ def test_routes(here: Served) -> None:
         ({"n": 2}, 400, "one answer per request"),
     ],
 )
-def test_what_cannot_be_answered(here: Served, change: dict[str, Any], status: int, why: str) -> None:
+def test_invalid_requests_are_refused(here: Served, change: dict[str, Any], status: int, why: str) -> None:
     answer = post(here, ASK | change)
     assert (answer.status_code, why in answer.json()["error"]["message"]) == (status, True)
 
 
-def test_a_limit_of_the_servers_own_names_its_option(engine: Engine) -> None:
+def test_an_error_about_a_server_limit_names_its_option(engine: Engine) -> None:
     with served(engine, limits=Limits(max_tokens=10, grace=1)) as server:
         refused = post(server, ASK | {"max_tokens": 11}).json()["error"]
         assert refused["message"] == "11 new tokens exceed this server's limit of 10: request fewer, or start it with --max-tokens 11"
@@ -190,7 +188,7 @@ def test_bodies_must_be_json_and_small(here: Served) -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost:evil.example", "[::1]evil.example"])
-def test_a_name_of_elsewhere_gets_nothing(here: Served, host: str) -> None:
+def test_a_foreign_host_name_is_refused(here: Served, host: str) -> None:
     for path in ("/", "/v1/models"):
         assert httpx.get(here.url + path, headers={"host": host}).status_code == 403
     assert post(here, ASK, headers={"host": host}).status_code == 403
@@ -209,7 +207,7 @@ def test_keys(engine: Engine) -> None:
         assert post(server, ASK, headers=key | {"host": "models.example"}).status_code == 200  # as behind a proxy
 
 
-def test_a_single_request_model_takes_one_message(tmp_path: Any, engine: Engine) -> None:
+def test_a_single_request_model_accepts_one_message(tmp_path: Any, engine: Engine) -> None:
     from fedtune.inference.engine.load import Engine as Made
     from fedtune.inference.engine.text import Text
 
@@ -228,7 +226,7 @@ def test_a_single_request_model_takes_one_message(tmp_path: Any, engine: Engine)
         assert (refused.status_code, "use /v1/completions" in refused.json()["error"]["message"]) == (400, True)
 
 
-def test_a_full_queue_says_when_to_come_back(engine: Engine) -> None:
+def test_a_full_queue_says_when_to_retry(engine: Engine) -> None:
     with served(engine, pace=0.01, max_running=1, max_waiting=1) as server:
         long = ASK | {"max_tokens": 20}
         threads = [threading.Thread(target=post, args=(server, long)) for _ in range(2)]
@@ -244,7 +242,7 @@ def test_a_full_queue_says_when_to_come_back(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_hanging_up_ends_the_work(engine: Engine, stream: bool) -> None:
+def test_a_disconnect_ends_the_work(engine: Engine, stream: bool) -> None:
     with served(engine, pace=0.01) as server:
         body = json.dumps(ASK | {"max_tokens": 400, "stream": stream}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -267,7 +265,7 @@ def test_time_runs_out(engine: Engine) -> None:
         assert len(lines) > 1  # what was there in time came
 
 
-def test_a_stop_lets_answers_end_and_takes_no_new_ones(engine: Engine) -> None:
+def test_a_stop_completes_running_answers_and_accepts_no_new_ones(engine: Engine) -> None:
     with served(engine, pace=0.01) as server:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(post(server, ASK | {"max_tokens": 40})))
@@ -293,7 +291,7 @@ def test_the_grace_ends(engine: Engine) -> None:
         assert (got[0].status_code, got[0].json()["error"]["code"]) == (503, "stopping")
 
 
-def test_an_engine_that_fails_says_so_without_a_trace(
+def test_an_engine_failure_is_one_sentence_without_a_traceback(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served(engine) as server:
@@ -311,7 +309,7 @@ def test_an_engine_that_fails_says_so_without_a_trace(
         assert post(server, ASK).status_code == 200
 
 
-def test_a_slow_head_is_hung_up_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_request_head_is_disconnected(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.inference.serve.limits.BODY_S", 0.1)
     with served(engine) as server, server.raw() as line:
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: lo")
@@ -323,7 +321,7 @@ def test_a_slow_head_is_hung_up_on(engine: Engine, monkeypatch: pytest.MonkeyPat
             assert other.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_a_client_that_does_not_read_does_not_hold_on(engine: Engine) -> None:
+def test_a_client_that_does_not_read_is_canceled_after_a_timeout(engine: Engine) -> None:
     outputs = alone(engine, [5, 6, 7], Sampling(), 3)
     cancelled: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""What the scheduler makes of the real engine's parts: paged caches, adapters, virtual tokens; `Generation` says what is right."""
+"""The scheduler with the real engine's paged caches, adapters and virtual tokens, compared with `Generation`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def together(made: Scheduler, engine: Engine, adapters: Sequence[str | None] = (
 
 
 @pytest.mark.parametrize(("blocks", "rows"), [(100, 128), (100, 7), (5, 128), (5, 5)])
-def test_a_batch_is_what_generate_gives_each(engine: Engine, blocks: int, rows: int) -> None:
+def test_a_batch_gives_each_request_the_answer_of_generate(engine: Engine, blocks: int, rows: int) -> None:
     pool = PagedPool(engine.shape, blocks, 16)
     caches = PagedCaches(pool, 80)
     scheduler = make_scheduler(engine, caches, max_running=4, rows=rows)
@@ -103,7 +103,7 @@ def test_a_requests_model_chooses_its_adapter(tmp_path: Path) -> None:
         add_adapter(engine, "one", tmp_path / "one")
 
 
-def test_what_is_no_adapter_of_this_model_is_named(tmp_path: Path, engine: Engine) -> None:
+def test_an_adapter_of_another_model_is_named(tmp_path: Path, engine: Engine) -> None:
     with pytest.raises(ModelError, match="there is no adapter folder"):
         factors(tmp_path / "none", engine.shape)
     other = tiny_model(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Requests that nobody should send: each gets one sentence, none an internal error or a trace, and the server stays up."""
+"""Invalid requests: each gets one sentence, none an internal error or a traceback, and the server keeps running."""
 
 import json
 import random

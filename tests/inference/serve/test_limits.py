@@ -25,7 +25,7 @@ def request(**headers: str) -> Request:
 
 
 @given(VALUES, st.booleans())
-def test_json_arrives_as_it_was(value: object, ascii: bool) -> None:
+def test_json_round_trips(value: object, ascii: bool) -> None:
     assert parse(json.dumps(value, ensure_ascii=ascii).encode(), max_depth=50) == value
 
 
@@ -53,12 +53,12 @@ def test_any_bytes_are_json_or_refused(body: bytes) -> None:
         (b'{"a":' * 100_000, "nests lists and objects deeper than 8"),
     ],
 )
-def test_what_is_no_sound_json_is_refused(body: bytes, why: str) -> None:
+def test_invalid_json_is_refused(body: bytes, why: str) -> None:
     with pytest.raises(Refused, match=why):
         parse(body, max_depth=8)
 
 
-def test_brackets_inside_texts_do_not_count() -> None:
+def test_brackets_inside_strings_do_not_count() -> None:
     assert parse(b'["[[[[\\"[[[["]', max_depth=1) == ['[[[["[[[[']
 
 
@@ -112,7 +112,7 @@ def test_local_names(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::2]"])
-def test_names_of_elsewhere_are_refused(host: str) -> None:
+def test_foreign_host_names_are_refused(host: str) -> None:
     with pytest.raises(Refused) as refused:
         check_host(request(host=host))
     assert refused.value.status == 403
@@ -125,7 +125,7 @@ def test_names_of_elsewhere_are_refused(host: str) -> None:
         *("[::1", "::1", "[localhost]", "localhost:-1", "localhost:٣", "localhost:123456", "localhost /", "localhost\n"),
     ],
 )
-def test_a_host_header_is_judged_as_a_whole(host: str) -> None:
+def test_the_whole_host_header_is_checked(host: str) -> None:
     raw = Request({"type": "http", "headers": [(b"host", host.encode())]})
     with pytest.raises(Refused) as refused:
         check_host(raw)

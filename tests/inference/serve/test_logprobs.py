@@ -1,4 +1,4 @@
-"""Tokens that are told with log-probabilities join to the text that is sent, and their bytes to its UTF-8."""
+"""Texts of tokens with log-probabilities join to the sent text, and their bytes to its UTF-8."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def answer(
 
 
 def tell(text: Text, outputs: list[Output], request: GenerationRequest, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
-    """What a client gets: the text, and the tokens, of which none comes before its text."""
+    """The text and the tokens that a client gets; no token comes before its text."""
     teller, sent, told, trimming = (
         LogprobFormatter(text, request.ids if request.joins else (), trims=trims),
         "",
@@ -96,7 +96,7 @@ def check(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...
 @pytest.mark.parametrize("name", TEXTS)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_any_tokens_join_to_their_text(name: str, data: st.DataObject) -> None:
+def test_the_texts_of_any_tokens_join_to_the_answer(name: str, data: st.DataObject) -> None:
     text = TEXTS[name]
     ids = st.lists(st.integers(0, text.size - 1), min_size=1, max_size=20)
     before = data.draw(st.just([]) | ids)
@@ -125,14 +125,14 @@ def test_an_emoji_of_four_tokens_by_hand() -> None:
     assert [t.token for t in check(text, ids[:1], before=[], stop=(), trims=False)] == ["a"]
 
 
-def test_bytes_that_are_no_character_join_as_they_are_shown() -> None:
+def test_invalid_bytes_join_as_displayed() -> None:
     text = TEXTS["byte_level"]
     ids = [token(text, t) for t in ("ð", "Ł", "b", "ð")]
     logprobs = check(text, ids, before=[], stop=(), trims=False)
     assert "".join(token.token for token in logprobs) == "\ufffdb\ufffd"
 
 
-def test_what_is_cut_off_has_no_text() -> None:
+def test_tokens_after_a_stop_string_have_no_text() -> None:
     text = TEXTS["byte_level"]
     ids = text.encode("  ab c bc ab")
     logprobs = check(text, ids, before=[], stop=("c b",), trims=True)
@@ -141,7 +141,7 @@ def test_what_is_cut_off_has_no_text() -> None:
     assert tell(text, outputs, request)[0] == "abc"  # held back for a stop string that does not come
 
 
-def test_rivals_with_the_same_text_have_names_of_their_own() -> None:
+def test_rivals_with_the_same_text_have_distinct_names() -> None:
     text = TEXTS["byte_fallback"]
     plain, byte = token(text, "b"), token(text, "<0x62>")
     for chosen, rest in ((plain, byte), (byte, plain)):

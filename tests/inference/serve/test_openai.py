@@ -62,7 +62,7 @@ def test_chats(here: Served, client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason
 
 
-def test_answers_are_fed_back_in_every_form_that_the_client_gives_them(here: Served, client: openai.OpenAI) -> None:
+def test_answers_are_accepted_as_messages_in_every_form_of_the_client(here: Served, client: openai.OpenAI) -> None:
     ask: Any = {"model": "tiny", "temperature": 0, "max_tokens": 4}
     first: Any = [{"role": "user", "content": "hello"}]
     answer = client.chat.completions.create(messages=first, **ask)
@@ -104,7 +104,7 @@ def test_stop_strings(here: Served, client: openai.OpenAI) -> None:
     assert (choice.text, choice.finish_reason) == (plain[: plain.index(stop)], "stop")
 
 
-def test_further_ways_to_sample_come_as_extra_fields(here: Served, client: openai.OpenAI) -> None:
+def test_other_sampling_settings_are_extra_fields(here: Served, client: openai.OpenAI) -> None:
     extra = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.2}
     choice = client.completions.create(model="tiny", prompt="warm", temperature=1, seed=3, max_tokens=9, extra_body=extra).choices[0]
     way = Sampling(temperature=1.0, seed=3, top_k=5, min_p=0.01, repetition_penalty=1.2)
@@ -121,7 +121,7 @@ def test_refusals_are_the_clients_own_errors(here: Served, client: openai.OpenAI
         openai.OpenAI(base_url=f"{here.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 
-def test_a_full_queue_is_a_rate_limit_and_the_client_comes_back(engine: Engine) -> None:
+def test_a_full_queue_is_a_rate_limit_and_the_client_retries(engine: Engine) -> None:
     with served(engine, max_running=1, max_waiting=0, pace=0.01) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with client.completions.create(model="tiny", prompt="a", max_tokens=400, stream=True) as first:
@@ -133,7 +133,7 @@ def test_a_full_queue_is_a_rate_limit_and_the_client_comes_back(engine: Engine) 
         assert patient.completions.create(model="tiny", prompt="a", max_tokens=2).usage is not None
 
 
-def test_what_goes_wrong_within_a_stream_is_raised(engine: Engine) -> None:
+def test_an_error_within_a_stream_is_raised(engine: Engine) -> None:
     from fedtune.inference.serve.limits import Limits
 
     with served(engine, limits=Limits(timeout=0.1, grace=1), pace=0.02) as server:

@@ -1,4 +1,4 @@
-"""The page to try the model, in a headless Chromium."""
+"""The page for trying the model, in a headless Chromium."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def ready(page: Page) -> None:
     page.wait("document.getElementById('state').textContent === 'ready'")
 
 
-def test_the_page_needs_nothing_from_elsewhere() -> None:
+def test_the_page_loads_nothing_from_other_hosts() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", text)  # an answer is text, whatever it holds

@@ -1,4 +1,4 @@
-"""`fedtune serve` as a process: what it prints, how it stops, what it refuses to start with."""
+"""`fedtune serve` as a process: output, stopping, refused arguments."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ from tests.inference.serve.soak import ROOT, server, soak
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_answers_end_and_the_process_ends_with_0(tmp_path: Path, stop: signal.Signals) -> None:
+def test_a_signal_completes_running_answers_and_the_process_exits_with_0(tmp_path: Path, stop: signal.Signals) -> None:
     model = tiny_model(tmp_path / "tiny", context=4096)
     with server(model, "--max-tokens", "4000", "--grace", "300") as (address, process):
         ask = {"model": "tiny", "prompt": "turn on", "temperature": 0, "max_tokens": 3000, "stream": True}
@@ -43,7 +43,7 @@ def test_a_signal_lets_answers_end_and_the_process_ends_with_0(tmp_path: Path, s
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "tiny", context=4096)
     with server(model, "--max-tokens", "4000", "--grace", "60") as (address, process):
         ask = {"model": "tiny", "prompt": "turn on", "temperature": 0, "max_tokens": 4000}
@@ -72,7 +72,7 @@ def test_a_soak(tmp_path: Path, kind: str) -> None:
     assert tally.preempted > 0
 
 
-def test_what_cannot_be_served_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_served_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert main(["serve", str(tmp_path), "--port", "99999"]) == 2
     assert main(["serve", str(tmp_path), "--kv-budget", "many"]) == 2
@@ -87,7 +87,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path, capsys: pytest.Captur
         assert line.startswith("fedtune: ") and what in line
 
 
-def test_a_chat_template_that_cannot_run_is_told_at_the_start(
+def test_an_unusable_chat_template_is_reported_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Server, "serve_on", lambda *_: None)
@@ -99,14 +99,14 @@ def test_a_chat_template_that_cannot_run_is_told_at_the_start(
     assert line.startswith("fedtune: ") and "tiny: the model's chat template failed: Unexpected end of template" in line
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_an_occupied_port_is_named() -> None:
     with listen("127.0.0.1", 0) as listener, pytest.raises(NetworkError, match="cannot listen on 127.0.0.1:"):
         listen("127.0.0.1", listener.getsockname()[1])
     with pytest.raises(NetworkError, match="cannot listen on no.such.host.invalid:0"):
         listen("no.such.host.invalid", 0)
 
 
-def test_who_listens_to_the_world_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_public_address_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
     with listen("127.0.0.1", 0) as home:
         assert is_loopback(home)
         warn_if_public(home, keyed=False)

@@ -1,4 +1,4 @@
-"""Long prompts: refused by their length, tokenized beside everything else, and dropped with their clients."""
+"""Long prompts: refused by length, tokenized in the background, and dropped if the client disconnects."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 class Gate:
-    """Holds the tokenizing of long prompts until it opens."""
+    """Blocks the tokenization of long prompts until it is opened."""
 
     def __init__(self, encode: Any) -> None:
         self._encode, self._open = encode, threading.Event()
@@ -93,7 +93,7 @@ def test_the_longest_prompt_that_can_fit_is_not_refused(engine: Engine) -> None:
         assert "shorten one" in refused["error"]["message"]
 
 
-def test_long_prompts_hold_up_no_other_and_only_so_many_wait(large: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_delay_no_other_request_and_their_queue_is_limited(large: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "LONG_WAITING", 12)
     with served(large, max_waiting=64) as server, ThreadPoolExecutor(14) as clients:
         waiting = [clients.submit(post, server, LONG) for _ in range(14)]
@@ -109,13 +109,13 @@ def test_long_prompts_hold_up_no_other_and_only_so_many_wait(large: Engine, gate
         assert {client.result().status_code for client in waiting} == {400}  # more tokens than the context
 
 
-def test_a_client_that_waits_too_long_is_told(large: Engine, gate: Gate) -> None:
+def test_a_client_that_waits_too_long_gets_an_error(large: Engine, gate: Gate) -> None:
     with served(large, limits=Limits(timeout=0.5, grace=5)) as server:
         told = post(server, LONG)
     assert told.status_code == 504 and "waited longer" in told.text
 
 
-def test_a_client_that_hangs_up_leaves_the_queue(large: Engine, gate: Gate) -> None:
+def test_a_client_that_disconnects_leaves_the_queue(large: Engine, gate: Gate) -> None:
     body = json.dumps(LONG).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     with served(large) as server, ThreadPoolExecutor(1) as client:

@@ -1,4 +1,4 @@
-"""What may be asked, what is refused and by which sentence, and the shapes of answers."""
+"""Accepted requests, refusals with their sentences, and the format of answers."""
 
 import json
 from typing import Any, Required, get_origin, get_type_hints
@@ -122,7 +122,7 @@ def test_chats_are_refused_by_one_sentence(payload: Any, sentence: str) -> None:
     assert sentence in refused.value.message
 
 
-def test_what_changes_nothing_is_taken() -> None:
+def test_fields_without_an_effect_are_accepted() -> None:
     harmless: dict[str, Any] = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "u", "stop": None}
     assert read(CompletionRequest, asked(**harmless, best_of=1, echo=False, suffix=None)).stops == ()
     assert read(ChatRequest, chat(**harmless, tools=[], response_format={"type": "text"}, store=False)).limit is None
@@ -144,7 +144,7 @@ def test_what_changes_nothing_is_taken() -> None:
         *({"prediction": {"type": "content", "content": "a"}}, {"prompt_cache_retention": "24h"}, {"prompt_cache_options": {"ttl": "30m"}}),
     ],
 )
-def test_a_chat_field_without_effect_is_taken(neutral: dict[str, Any]) -> None:
+def test_a_chat_field_without_effect_is_accepted(neutral: dict[str, Any]) -> None:
     one, two = read(ChatRequest, chat(**neutral)), read(ChatRequest, chat())
     assert (one.stops, one.limit, one.tops, one.messages) == (two.stops, two.limit, two.tops, two.messages)
 
@@ -189,7 +189,7 @@ def optional_of(kind: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("text", ["", " ", "a\n", "naïve 😀 \ufffd", "{{ x }}</s>\x00"])
-def test_an_answer_may_come_back_as_a_message(text: str) -> None:
+def test_an_answer_is_accepted_as_a_message(text: str) -> None:
     whole = json.loads(json.dumps(ResponseFormatter(chat=True, id="c", model="m").whole(text, None, "stop", usage(1, 1))))
     message = whole["choices"][0]["message"]
     parsed = openai_chat.ChatCompletion.model_validate(whole).choices[0].message
@@ -201,7 +201,7 @@ def test_an_answer_may_come_back_as_a_message(text: str) -> None:
         assert read_back.messages[1].plain() == {"role": "assistant", "content": text}
 
 
-def test_fields_arrive() -> None:
+def test_fields_are_parsed() -> None:
     one = read(
         CompletionRequest, asked(prompt=["b"], stop="x", max_tokens=5, logprobs=0, stream=True, stream_options={"include_usage": True})
     )
@@ -233,7 +233,7 @@ def test_a_completion_stream() -> None:
     assert {(c["id"], c["object"], c["created"], c["model"]) for c in got[:4]} == {("cmpl-1", "text_completion", 7, "m")}
 
 
-def test_a_chat_stream_and_a_whole_chat() -> None:
+def test_a_chat_stream_and_a_complete_chat() -> None:
     shape = ResponseFormatter(chat=True, id="c", model="m")
     got = events([*shape.opening(), shape.piece("a", [TokenLogprob("a", -1.0, b"a")]), *shape.closing("length", usage(1, 1))])
     assert [c["choices"][0]["delta"] for c in got[:3]] == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
@@ -245,7 +245,7 @@ def test_a_chat_stream_and_a_whole_chat() -> None:
     assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
 
 
-def test_a_refusal_says_when_to_come_back() -> None:
+def test_a_refusal_says_when_to_retry() -> None:
     refused = Refused(429, "full", code="queue_full", retry_after=2)
     assert refused.headers() == {"Retry-After": "2"}
     assert refused.body() == {"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": "queue_full"}}

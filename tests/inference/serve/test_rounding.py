@@ -1,4 +1,4 @@
-"""Greedy answers in batches against those to single requests, in every kind of weights. Run with -s for the counts."""
+"""Greedy answers in batches compared with single requests, for every kind of weights. Run with -s for the counts."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Requests that share passes answer as if each were alone."""
+"""Requests in shared passes get the same answers as alone."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ WORDS = Text(Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1")
 
 
 class Tape:
-    """A cache that is just the tokens it has seen."""
+    """A cache of tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -39,7 +39,7 @@ class Tape:
 
 
 class Oracle:
-    """A decoder whose logits hang on every token of the sequence and their order: one lost or doubled changes all that follows."""
+    """A decoder whose logits depend on all tokens of the sequence and their order: a lost or repeated one changes all later logits."""
 
     def __init__(self, *, endless: bool = False) -> None:
         self.rows: list[list[int]] = []  # of each pass
@@ -60,7 +60,7 @@ class Oracle:
 
 
 class Blocks:
-    """A pool of blocks of 4 tokens; keeps what ended for others to begin with."""
+    """A pool of blocks of 4 tokens; stores finished sequences as prefixes for others."""
 
     def __init__(self, blocks: int = 10**6, limit: int = 64) -> None:
         self.free, self.limit = blocks, limit
@@ -106,7 +106,7 @@ def finish(made: Scheduler) -> None:
 
 
 def answer(ids: Sequence[int], count: int, seed: int, adapter: str | None = None) -> tuple[str, str | None]:
-    """What a request alone gets."""
+    """The answer to a single request."""
     outputs: list[Output] = []
     scheduler = new_scheduler()
     scheduler.submit(request(ids, count, seed=seed, outputs=outputs, adapter=adapter))
@@ -126,7 +126,7 @@ REQUEST = st.tuples(
     running=st.integers(1, 4),
     rows=st.integers(1, 9),
 )
-def test_batched_is_alone_whoever_comes_or_goes_and_however_scarce_the_room(
+def test_batched_answers_equal_single_ones_with_any_arrivals_and_little_room(
     requests: list[Any], blocks: int, running: int, rows: int
 ) -> None:
     pool = Blocks(blocks, limit=32)
@@ -166,7 +166,7 @@ def test_out_of_blocks_the_youngest_is_computed_again() -> None:
     assert [text_of(outputs) for outputs in answers] == [answer([5, 6, 7, 8 + i], 24, 3 * i + 1)[0] for i in (0, 1)]
 
 
-def test_a_long_prompt_stalls_nobody() -> None:
+def test_a_long_prompt_delays_no_other_request() -> None:
     decoder = Oracle(endless=True)
     scheduler = new_scheduler(decoder=decoder, max_running=4, rows=8)
     first: list[Output] = []
@@ -181,7 +181,7 @@ def test_a_long_prompt_stalls_nobody() -> None:
     assert decoder.rows[1:7] == [[1, 7]] * 5 + [[1, 5]]
 
 
-def test_a_beginning_that_was_seen_is_not_computed_again() -> None:
+def test_a_cached_prefix_is_not_recomputed() -> None:
     decoder, pool = Oracle(), Blocks()
     scheduler = new_scheduler(pool, decoder)
     scheduler.submit(request([3, 4, 5], 1))
@@ -231,12 +231,12 @@ def test_limits_of_the_queue() -> None:
 
 
 @pytest.mark.parametrize(("ids", "count"), [([], 1), ([1] * 60, 5), ([V], 1), ([-1], 1), ([1], 0)])
-def test_what_does_not_fit_is_refused(ids: list[int], count: int) -> None:
+def test_a_request_that_does_not_fit_is_refused(ids: list[int], count: int) -> None:
     with pytest.raises(ConfigError):
         new_scheduler().submit(request(ids, count))
 
 
-def test_time_runs_out_running_and_waiting() -> None:
+def test_running_and_waiting_requests_reach_their_deadline() -> None:
     scheduler = new_scheduler(max_running=1)
     outputs: list[list[Output]] = [[], [], []]
     scheduler.submit(request([1], 40, seed=1, outputs=outputs[0], deadline=time.monotonic() + 0.05))
@@ -300,7 +300,7 @@ def test_logits_that_are_not_finite_fail_their_own_request(temperature: float) -
     assert text_of(answers[1]) == text_of(other)
 
 
-def test_closing_ends_what_is_under_way() -> None:
+def test_closing_ends_running_requests() -> None:
     scheduler = new_scheduler(max_running=1)
     answers: list[list[Output]] = [[], []]
     for i in (0, 1):
@@ -310,7 +310,7 @@ def test_closing_ends_what_is_under_way() -> None:
     assert [outputs[-1].end for outputs in answers] == ["stopping", "stopping"]
 
 
-def test_who_listens_no_more_costs_nothing() -> None:
+def test_a_request_whose_delivery_fails_is_dropped() -> None:
     def broken(out: Output) -> None:
         raise RuntimeError("the loop is closed")
 
@@ -321,7 +321,7 @@ def test_who_listens_no_more_costs_nothing() -> None:
     assert scheduler.load == (0, 0)
 
 
-def test_the_real_decoder_gives_a_batch_what_it_gives_each(engine: Engine) -> None:
+def test_the_real_decoder_gives_the_same_answers_in_a_batch(engine: Engine) -> None:
     prompts = ["turn on the light", "good morning", "the kettle and the radio in the kitchen, please, and then", "a", "stop", "warm"]
     ways = [
         Sampling(),
@@ -347,7 +347,7 @@ def test_the_real_decoder_gives_a_batch_what_it_gives_each(engine: Engine) -> No
             assert one.rivals[0][1] >= one.rivals[1][1]
 
 
-def test_held_back_text_comes_with_the_end(engine: Engine) -> None:
+def test_withheld_text_is_sent_at_the_end(engine: Engine) -> None:
     ids = engine.text.encode("turn on")
     plain = text_of(alone(engine, ids, Sampling(), 6))
     # a stop string that begins like the answer's end, but goes on otherwise, holds text back until the end

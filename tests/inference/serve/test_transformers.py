@@ -1,4 +1,4 @@
-"""Served by transformers: everything as with the engine, one request after the other."""
+"""Serving on transformers: same behavior as the engine, but one request at a time."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ class Here:
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(HubModel):
-    """Takes its time for each token."""
+    """A model with a delay per token."""
 
     pace: float
 
@@ -78,7 +78,7 @@ def served(
 
 
 def endless(folder: Path) -> Path:
-    """A checkpoint whose answers no token ends."""
+    """A checkpoint without an end token."""
     for name in ("config.json", "generation_config.json"):
         config = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"}))
@@ -106,7 +106,7 @@ def here(gpt2: HubModel) -> Iterator[Here]:
 
 
 def by_hand(folder: Path, ids: list[int], count: int, kind: Any = AutoModelForCausalLM) -> list[int]:
-    """The greedy answer of `model.generate` itself."""
+    """The greedy answer of `model.generate`."""
     model, inputs = kind.from_pretrained(folder), torch.tensor([ids])
     out = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False)[0].tolist()
     return out[1:] if kind is AutoModelForSeq2SeqLM else out[len(ids) :]
@@ -127,7 +127,7 @@ def alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **req
     return outputs
 
 
-def test_greedy_is_what_generate_gives(here: Here, folder: Path) -> None:
+def test_greedy_equals_generate(here: Here, folder: Path) -> None:
     text = read_text(folder)
     ids = text.encode(PROMPT)
     tokens = by_hand(folder, ids, 12)
@@ -196,7 +196,7 @@ def test_limits_of_a_request(here: Here, change: dict[str, Any], why: str) -> No
     assert (refused.status_code, why in refused.json()["error"]["message"]) == (400, True)
 
 
-def test_one_answers_while_others_wait_and_more_are_told_to_come_back(gpt2: HubModel) -> None:
+def test_one_request_runs_while_others_wait_and_more_are_told_to_retry(gpt2: HubModel) -> None:
     with served(gpt2, queue=1, pace=0.005) as server:
         got: list[httpx.Response] = []
         threads = [threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 40}))) for _ in range(2)]
@@ -212,7 +212,7 @@ def test_one_answers_while_others_wait_and_more_are_told_to_come_back(gpt2: HubM
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_hanging_up_ends_the_work(gpt2: HubModel, stream: bool) -> None:
+def test_a_disconnect_ends_the_work(gpt2: HubModel, stream: bool) -> None:
     with served(gpt2, pace=0.01) as server:
         body = json.dumps(ASKED | {"max_tokens": 50, "stream": stream}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -223,7 +223,7 @@ def test_hanging_up_ends_the_work(gpt2: HubModel, stream: bool) -> None:
         assert server.scheduler.passes < 50
 
 
-def test_time_runs_out_for_who_runs_and_who_waits(gpt2: HubModel) -> None:
+def test_running_and_waiting_requests_time_out(gpt2: HubModel) -> None:
     with served(gpt2, limits=Limits(timeout=0.2, grace=1), pace=0.02) as server:
         got: list[httpx.Response] = []
         threads = [threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 50}))) for _ in range(2)]
@@ -236,7 +236,7 @@ def test_time_runs_out_for_who_runs_and_who_waits(gpt2: HubModel) -> None:
 
 
 @pytest.mark.parametrize(("grace", "status"), [(5.0, 200), (0.05, 503)])
-def test_a_stop_lets_an_answer_end_within_the_grace(gpt2: HubModel, grace: float, status: int) -> None:
+def test_a_stop_completes_an_answer_within_the_grace_period(gpt2: HubModel, grace: float, status: int) -> None:
     with served(gpt2, limits=Limits(grace=grace), pace=0.01) as server:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 40})))
@@ -249,7 +249,9 @@ def test_a_stop_lets_an_answer_end_within_the_grace(gpt2: HubModel, grace: float
         assert got[0].status_code == status
 
 
-def test_one_that_fails_takes_nobody_down(gpt2: HubModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_request_does_not_affect_others(
+    gpt2: HubModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with served(gpt2) as server:
         with monkeypatch.context() as patch:
             patch.setattr(gpt2.model.lm_head, "forward", lambda hidden: torch.full((*hidden.shape[:2], gpt2.vocabulary), torch.nan))
@@ -260,7 +262,7 @@ def test_one_that_fails_takes_nobody_down(gpt2: HubModel, monkeypatch: pytest.Mo
         assert server.post(ASKED).status_code == 200 and server.scheduler.load == (0, 0)
 
 
-def test_an_answer_may_be_left_and_another_begun(gpt2: HubModel) -> None:
+def test_an_answer_may_be_abandoned_for_another(gpt2: HubModel) -> None:
     one = SequentialScheduler(gpt2)
     first = one.write([3, 4], Sampling(), 40)
     next(first)
@@ -316,7 +318,7 @@ def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
         assert answer["choices"][0]["message"]["content"] == text_of(alone(model, [3, 4, 6, 0], Sampling(), 5))
 
 
-def test_a_tokenizer_that_is_no_tokenizer_json(tmp_path: Path) -> None:
+def test_a_tokenizer_without_tokenizer_json(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=260, n_embd=8, n_layer=1, n_head=2, n_positions=40, bos_token_id=257, eos_token_id=257)
     folder = checkpoint(tmp_path / "tiny", "gpt2", config=config)
     for file in folder.glob("*token*"):
@@ -341,7 +343,7 @@ def test_a_tokenizer_that_is_no_tokenizer_json(tmp_path: Path) -> None:
     "options",
     [["--kind", "int8"], ["--kv-budget", "64MB"], ["--adapters", "a=b"], ["--max-concurrent", "4"]],
 )
-def test_what_only_the_engine_has_is_refused(folder: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_the_engine_are_refused(folder: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--port", "0", *options]) == 2
     err = capsys.readouterr().err
     assert f"runs on transformers, which has no {options[0]}: leave it out" in err and err.count("\n") == 1

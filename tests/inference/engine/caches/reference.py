@@ -1,4 +1,4 @@
-"""Attention written out key by key, for what a cache should give."""
+"""Reference attention, computed key by key, for the expected outputs of caches."""
 
 from collections.abc import Callable, Iterable
 

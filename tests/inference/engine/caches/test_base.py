@@ -1,4 +1,4 @@
-"""What every cache keeps to, whatever it holds."""
+"""Properties of every cache."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ EACH: dict[str, Callable[[], Cache]] = {
 
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("cuts", [[30], [1] * 30, [17, 2, 11]])
-def test_what_a_cache_says_that_it_can_take_back_it_can(name: str, cuts: list[int]) -> None:
+def test_a_cache_can_crop_as_far_as_it_reports(name: str, cuts: list[int]) -> None:
     cache = EACH[name]()
     passes(cache, ROPE, QKV, cuts)
     assert cache.undo == {"full": None, "paged": None}.get(name, 3)

@@ -49,7 +49,7 @@ def test_the_first_policy_that_fits() -> None:
     ]
 
 
-def test_a_model_with_its_own_window_loses_nothing_by_it() -> None:
+def test_a_model_with_its_own_window_gets_a_window_cache_without_loss() -> None:
     own = shape(layers=2, heads=4, kv_heads=2, head_dim=32, windows=(100, 100))
     choice = choose(own, 1000, 999 * TOKEN)
     assert (choice.policy, choice.window, choice.sinks) == ("window", 100, 0)
@@ -62,7 +62,7 @@ def test_a_model_with_its_own_window_loses_nothing_by_it() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_what_is_built_keeps_to_the_budget_or_is_refused(length: int, thousands: int, dtype: torch.dtype) -> None:
+def test_a_cache_stays_within_the_budget_or_is_refused(length: int, thousands: int, dtype: torch.dtype) -> None:
     budget = 1000 * thousands
     try:
         choice = choose(SHAPE, length, budget, dtype)
@@ -88,10 +88,8 @@ def test_the_sentences() -> None:
     assert window.sentence == "cache: only the first 4 and the newest 62 tokens; 99.3 kB for a text of 4096 tokens"
 
 
-def test_what_is_refused_says_what_would_do() -> None:
-    with pytest.raises(
-        ConfigError, match="a cache of 60.0 kB is too small for this model: give at least 68.7kB for a text of 4096 tokens"
-    ):
+def test_a_refusal_names_the_smallest_budget() -> None:
+    with pytest.raises(ConfigError, match="a cache of 60.0 kB is too small for this model: give at least 68.7kB for a text of 4096 tokens"):
         choose(SHAPE, TEXT, 60_000)  # 4 + 32 - 1 + 32 = 67 tokens of 1 kB
     assert choose(SHAPE, TEXT, 68_608).window == 32
     with pytest.raises(ConfigError, match="give at least 10.3kB for a text of 10 tokens"):
@@ -108,5 +106,5 @@ def test_every_policy_builds_its_cache() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 999, 1000, 1001, 9_216, 9_299, 64_100_000, 64_000_001, 999_999, 999_950_001, 3 * 2**30 + 1])
-def test_a_least_size_is_enough_once_it_is_typed(size: int) -> None:
+def test_the_smallest_size_as_printed_is_enough(size: int) -> None:
     assert size <= parse_size(show_least(size)) <= size * 1.1 and " " not in show_least(size)

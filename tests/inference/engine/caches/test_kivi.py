@@ -49,7 +49,7 @@ def written_out(bits: int, residual: int, group: int, sizes: list[int]) -> torch
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("group, sizes", [(8, [5, 5]), (4, [4, 4, 2])])
-def test_it_is_the_written_out_algorithm(bits: int, group: int, sizes: list[int]) -> None:
+def test_it_equals_the_reference_algorithm(bits: int, group: int, sizes: list[int]) -> None:
     want = written_out(bits, 6, group, sizes)
     for cuts in ([41], [1] * 41, [17, 1, 1, 9, 1, 12]):
         got = passes(KiviCache(SHAPE, 41, bits, residual=6, group=group, undo=3), ROPE, QKV, cuts)
@@ -69,7 +69,7 @@ def test_a_residual_over_the_whole_text_is_the_full_cache(bits: int) -> None:
     torch.testing.assert_close(got, passes(FullCache(SHAPE, 41), ROPE, QKV, [41]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_group_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_is_quantized_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = kivi.encode
 
@@ -99,7 +99,7 @@ def test_bytes_by_hand(bits: int, code: int) -> None:
 
 
 @pytest.mark.parametrize("cuts", [[41], [1] * 41, [30, 3]])
-def test_it_never_holds_more_than_it_says(cuts: list[int]) -> None:
+def test_its_memory_is_at_most_the_reported_bytes(cuts: list[int]) -> None:
     for limit in (41, 60):
         cache = KiviCache(SHAPE, limit, 4, residual=6, group=4, undo=3)
         passes(cache, ROPE, QKV, cuts)
@@ -128,7 +128,7 @@ def test_only_blocks_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_however_a_text_is_cut_and_taken_back_the_outputs_are_the_same(data: st.DataObject) -> None:
+def test_outputs_do_not_depend_on_passes_and_crops(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([8, 4, 2]))
     how: dict[str, Any] = {
         "residual": data.draw(st.integers(1, 9)),
@@ -148,7 +148,7 @@ def test_however_a_text_is_cut_and_taken_back_the_outputs_are_the_same(data: st.
         torch.testing.assert_close(passes(cache, ROPE, QKV, [n], at), whole[:, at : at + n], atol=1e-5, rtol=1e-5)
 
 
-def test_going_back_further_than_undo_is_refused_once_it_would_be_wrong() -> None:
+def test_a_crop_beyond_undo_is_refused_if_it_would_be_wrong() -> None:
     cache = KiviCache(SHAPE, 41, 4, residual=6, group=4, undo=3)
     passes(cache, ROPE, QKV, [30])
     # the query at 27 sees codes up to (27 + 1 - 6) // 4 * 4 = 20, the one at 24 up to 16, which are codes alone by now
@@ -162,7 +162,7 @@ def test_going_back_further_than_undo_is_refused_once_it_would_be_wrong() -> Non
 
 
 @pytest.mark.parametrize("cuts", [[41], [1] * 41, [17, 1, 1, 22]])
-def test_the_model_s_own_window_holds(cuts: list[int]) -> None:
+def test_the_models_own_window_applies(cuts: list[int]) -> None:
     own = shape(layers=2, heads=4, kv_heads=2, head_dim=10, windows=(7, None))
     got = passes(KiviCache(own, 41, 8, residual=3, group=4), ROPE, QKV, cuts)
     full = passes(FullCache(own, 41), ROPE, QKV, [41])
@@ -186,7 +186,7 @@ def test_any_head_size(head_dim: int, bits: int) -> None:
     assert cache.nbytes == KiviCache.bytes_for(odd, 50, bits, residual=4, undo=1)
 
 
-def test_bfloat16_newest_tokens_take_half_and_do_not_hang_on_the_passes() -> None:
+def test_newest_tokens_in_bfloat16_take_half_and_do_not_depend_on_the_passes() -> None:
     how: dict[str, Any] = {"residual": 6, "group": 4, "undo": 3, "dtype": torch.bfloat16}
     cache = KiviCache(SHAPE, 41, 8, **how)
     whole = passes(cache, ROPE, QKV, [41])

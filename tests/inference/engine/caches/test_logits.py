@@ -1,4 +1,4 @@
-"""Every cache under the real decoder: wide enough it gives the full cache's logits, and however a text is cut into passes the same ones."""
+"""Every cache with the real decoder: a sufficiently wide one gives the full cache's logits, and logits do not depend on the passes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +64,7 @@ def other_codes(a: Cache, b: Cache) -> list[float]:
 
 
 @pytest.mark.parametrize("name, kind", [(n, k) for n in SHAPES for k in WIDE if k != "window_sinks" or n not in OWN])
-def test_wide_enough_it_is_the_full_cache(engines: Callable[[str], Engine], name: str, kind: str) -> None:
+def test_a_sufficiently_wide_cache_equals_the_full_cache(engines: Callable[[str], Engine], name: str, kind: str) -> None:
     engine = engines(name)
     cuts = [N] if name == "llama_dynamic" else [20, 1, 1, 11]  # its base hangs on a pass's last position: transformers' too
     want = logits(engine, FullCache(engine.shape, N), cuts)
@@ -109,7 +109,7 @@ def test_a_ragged_paged_batch_gives_each_text_its_own_logits(engines: Callable[[
 
 
 @pytest.mark.parametrize("kind", [*NARROW, "full"])
-def test_an_early_exit_is_gone_on_with_after_a_crop(engines: Callable[[str], Engine], kind: str) -> None:
+def test_an_early_exit_continues_after_a_crop(engines: Callable[[str], Engine], kind: str) -> None:
     """Drafts by the first layer, then the rest from its hidden states: as if there had been no draft."""
     engine = engines("llama")
     make = NARROW.get(kind, lambda shape: FullCache(shape, N))

@@ -37,7 +37,7 @@ def test_steps_are_no_wider_than_needed(bits: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
-def test_equal_numbers_come_back_as_they_were(value: float) -> None:
+def test_equal_numbers_round_trip(value: float) -> None:
     x = torch.full((1, 4, 3), value)
     low, scale = grid(x, 1, 4)
     assert bool((scale == 1).all())
@@ -45,13 +45,13 @@ def test_equal_numbers_come_back_as_they_were(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [7e4, float("nan"), float("inf")])
-def test_what_float16_cannot_hold_is_refused(value: float) -> None:
+def test_numbers_out_of_range_for_float16_are_refused(value: float) -> None:
     with pytest.raises(CacheError, match="too large for float16"):
         grid(torch.tensor([[0.0, value]]), 1, 4)
 
 
 @pytest.mark.parametrize("width, most, sizes", [(10, 32, [10]), (74, 32, [25, 25, 24]), (128, 32, [32] * 4), (10, 4, [4, 4, 2])])
-def test_channels_fall_in_groups_of_nearly_one_size(width: int, most: int, sizes: list[int]) -> None:
+def test_channels_are_split_into_groups_of_nearly_equal_size(width: int, most: int, sizes: list[int]) -> None:
     size = group_size(width, most)
     assert [len(part) for part in torch.arange(width).split(size)] == sizes
     numbers = torch.arange(3 * len(sizes)).view(3, -1)

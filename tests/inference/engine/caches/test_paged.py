@@ -34,7 +34,7 @@ def rows_of(seed: int, n: int, of: Any = SHAPE) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("block", [1, 4, 64])
 @pytest.mark.parametrize("cuts", [[40], [1] * 40, [13, 1, 1, 4, 21]])
-def test_one_sequence_is_the_full_cache(block: int, cuts: list[int]) -> None:
+def test_one_sequence_equals_the_full_cache(block: int, cuts: list[int]) -> None:
     pool = PagedPool(SHAPE, 64 // block + 2, block)
     got = passes(pool.cache(), ROPE, QKV, cuts)
     torch.testing.assert_close(got, passes(FullCache(SHAPE, 40), ROPE, QKV, [40]), atol=1e-5, rtol=1e-5)
@@ -42,7 +42,7 @@ def test_one_sequence_is_the_full_cache(block: int, cuts: list[int]) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_a_mixed_pass_gives_each_sequence_what_it_gets_alone(data: st.DataObject) -> None:
+def test_in_a_mixed_pass_each_sequence_has_the_same_outputs_as_alone(data: st.DataObject) -> None:
     own = shape(layers=2, heads=6, kv_heads=3, head_dim=4, windows=data.draw(st.sampled_from([(None, None), (5, None), (3, 9)])))
     rope, pool = Rope(own), PagedPool(own, 200, data.draw(st.integers(1, 7)))
     mine: list[Cache] = []
@@ -62,7 +62,7 @@ def test_a_mixed_pass_gives_each_sequence_what_it_gets_alone(data: st.DataObject
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_32_decoding_sequences_attend_in_one_call_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_32_decoding_sequences_attend_in_one_call_per_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     real = paged.scaled_dot_product_attention
 
@@ -86,7 +86,7 @@ def test_32_decoding_sequences_attend_in_one_call_a_bucket(monkeypatch: pytest.M
     torch.testing.assert_close(got, together([Span(cache, 1) for cache in alone], ROPE, rows), atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_gathered_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_gather_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "GATHERED", 3 * 12 * 2 * 10)  # three sequences of 12 tokens with 2 key heads and 10 channels
     pool = PagedPool(SHAPE, 40, 4)
     mine = [pool.cache() for _ in range(7)]
@@ -103,7 +103,7 @@ def test_what_is_gathered_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert [t.numel() for t in pool._scratch] == [3 * 12 * 2 * 10] * 2
 
 
-def test_what_a_sequence_left_behind_reaches_nobody() -> None:
+def test_values_of_a_closed_sequence_reach_no_other() -> None:
     pool = PagedPool(SHAPE, 4, 4)
     broken = pool.cache()
     passes(broken, ROPE, tuple(torch.full_like(t, torch.nan) for t in QKV), [16])  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_what_a_sequence_left_behind_reaches_nobody() -> None:
     torch.testing.assert_close(got, passes(FullCache(SHAPE, 40), ROPE, QKV, [6]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_broken_neighbor_stays_alone() -> None:
+def test_non_finite_values_of_one_sequence_reach_no_other() -> None:
     pool = PagedPool(SHAPE, 20, 4)
     good, broken = pool.cache(), pool.cache()
     passes(good, ROPE, QKV, [3])
@@ -123,7 +123,7 @@ def test_a_broken_neighbor_stays_alone() -> None:
 
 
 def twin(cache: PagedCache) -> PagedCache:
-    """Another sequence with the same past, which shares all blocks."""
+    """Another sequence with the same tokens, which shares all blocks."""
     other = cache.pool.cache()
     other.hold(cache.table, cache.length)
     return other
@@ -148,7 +148,7 @@ def test_sequences_share_blocks_until_one_writes() -> None:
     assert pool.free == 10
 
 
-def test_a_crop_gives_blocks_back_and_leaves_the_twin_alone() -> None:
+def test_a_crop_releases_blocks_and_does_not_change_the_twin() -> None:
     pool = PagedPool(SHAPE, 10, 4)
     one = pool.cache()
     passes(one, ROPE, QKV, [10])
@@ -161,7 +161,7 @@ def test_a_crop_gives_blocks_back_and_leaves_the_twin_alone() -> None:
     torch.testing.assert_close(passes(one, ROPE, QKV, [10], 10), want[:, 10:], atol=1e-5, rtol=1e-5)
 
 
-def test_no_room_is_said_before_anything_changes() -> None:
+def test_missing_room_is_reported_before_any_change() -> None:
     pool = PagedPool(SHAPE, 4, 4)
     one, two = pool.cache(), pool.cache()
     passes(one, ROPE, QKV, [8])

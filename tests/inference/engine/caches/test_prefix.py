@@ -18,7 +18,7 @@ WORDS = {name: tokens(SHAPE, 9, seed=i) for i, name in enumerate((None, "a", "b"
 
 
 def run(cache: Cache, ids: Sequence[int], adapter: str | None = None) -> torch.Tensor:
-    """What ids beyond those the cache holds attend to, all in one pass."""
+    """Attention outputs of the ids that the cache does not hold yet, in one pass."""
     q, k, v = (t[:, list(ids)] for t in WORDS[adapter])
     return passes(cache, ROPE, (q, k, v), [len(ids) - cache.length], cache.length)
 
@@ -34,7 +34,7 @@ def opened(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> P
 
 
 def served(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> int:
-    """One request from beginning to end; how many of its tokens were there already."""
+    """Serve one complete request. Returns the number of its cached tokens."""
     cache = opened(caches, ids, adapter)
     found = cache.length
     got = run(cache, ids, adapter)
@@ -43,7 +43,7 @@ def served(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> i
     return found
 
 
-def test_requests_share_blocks_of_what_they_begin_with() -> None:
+def test_requests_share_the_blocks_of_a_common_prefix() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 20, 4))
     assert served(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]) == 0
     assert len(caches.tree) == 2 and caches.pool.free == 18
@@ -57,14 +57,14 @@ def test_requests_share_blocks_of_what_they_begin_with() -> None:
     assert caches.pool.free == 20
 
 
-def test_two_at_once_hold_the_same_blocks() -> None:
+def test_two_concurrent_requests_hold_the_same_blocks() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 20, 4))
     served(caches, [1, 2, 3, 4, 5, 6, 7, 8])
     one, two = opened(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]), opened(caches, [1, 2, 3, 4, 5, 6, 7, 8, 2])
     assert one.table[:2] == two.table[:2] and one.table[2] != two.table[2] and caches.pool.holders(one.table[0]) == 3
 
 
-def test_the_blocks_not_used_for_longest_go_first_and_those_in_use_stay() -> None:
+def test_the_least_recently_used_blocks_are_evicted_first_and_blocks_in_use_stay() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 6, 2))
     served(caches, [1, 1, 1, 1])
     served(caches, [2, 2, 2, 2])
@@ -78,7 +78,7 @@ def test_the_blocks_not_used_for_longest_go_first_and_those_in_use_stay() -> Non
     caches.close(held, [1, 1], None)
 
 
-def test_no_room_opens_nothing_and_loses_nothing() -> None:
+def test_without_room_nothing_is_opened_or_lost() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 4, 2))
     one = opened(caches, [1, 2, 3, 4, 5])
     assert caches.open([6, 7, 8]) is None and caches.pool.free == 1
@@ -101,7 +101,7 @@ def test_sequences_with_virtual_tokens_share_nothing() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_whoever_comes_in_whatever_order_nothing_is_lost_or_mixed_up(data: st.DataObject) -> None:
+def test_requests_in_any_order_lose_and_mix_up_no_blocks(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 4))
     caches = PagedCaches(PagedPool(SHAPE, 12, size), 12)
     running: list[tuple[PagedCache, list[int], str | None]] = []

@@ -1,4 +1,4 @@
-"""What codes and windows cost on trained models and real text. Run with -s for the figures."""
+"""The cost of quantized caches and windows on trained models and real text. Run with -s for the figures."""
 
 import math
 import os
@@ -75,7 +75,7 @@ def test_four_bits_stay_within_one_percent_of_full(model: str, text: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_past_the_context_a_window_with_sinks_goes_on(model: str) -> None:
+def test_a_window_with_sinks_continues_beyond_the_context(model: str) -> None:
     folder = data()
     engine = load_engine(folder / "models" / model / "hf")
     shape, context = engine.shape, engine.shape.context

@@ -29,12 +29,12 @@ def streaming(window: int, sinks: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("cuts", [[23], [1] * 23, [9, 1, 7, 2, 1, 1, 2], [2, 20, 1]])
-def test_past_its_length_it_is_the_written_out_streaming_window(sinks: int, cuts: list[int]) -> None:
+def test_beyond_its_length_it_equals_the_reference_window(sinks: int, cuts: list[int]) -> None:
     got = passes(WindowCache(SHAPE, 23, 5, sinks, undo=3), ROPE, QKV, cuts)
     torch.testing.assert_close(got, streaming(5, sinks), atol=1e-5, rtol=1e-5)
 
 
-def test_without_sinks_places_in_the_cache_give_the_scores_of_absolute_positions() -> None:
+def test_without_sinks_cache_positions_and_absolute_positions_give_the_same_scores() -> None:
     plain = written_out(ROPE, QKV, lambda p: list(range(max(0, p - 4), p + 1)))
     torch.testing.assert_close(streaming(5, 0), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(passes(WindowCache(SHAPE, 23, 5, 0), ROPE, QKV, [11, 1, 11]), plain, atol=1e-5, rtol=1e-5)
@@ -48,14 +48,14 @@ def test_with_sinks_absolute_positions_would_be_another_model() -> None:
     assert (got[:, 7:] - absolute[:, 7:]).abs().amax((0, 2, 3)).min() > 1e-3
 
 
-def test_a_window_over_the_whole_text_is_the_full_cache() -> None:
+def test_a_window_over_the_whole_text_equals_the_full_cache() -> None:
     full = passes(FullCache(SHAPE, 23), ROPE, QKV, [23])
     for sinks, window in ((4, 19), (0, 23), (4, 100)):
         got = passes(WindowCache(SHAPE, 23, window, sinks), ROPE, QKV, [8, 1, 1, 13])
         torch.testing.assert_close(got, full, atol=1e-5, rtol=1e-5)
 
 
-def test_the_model_s_own_window_holds_where_it_is_shorter() -> None:
+def test_the_models_own_window_applies_if_it_is_shorter() -> None:
     own = shape(layers=2, heads=4, kv_heads=2, head_dim=6, windows=(5, None))
     qkv, rope = tokens(own, 20), Rope(own)
     got = passes(WindowCache(own, 20, 30, 0), rope, qkv, [6, 1, 13])
@@ -66,7 +66,7 @@ def test_the_model_s_own_window_holds_where_it_is_shorter() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_however_a_text_is_cut_and_taken_back_the_outputs_are_the_same(data: st.DataObject) -> None:
+def test_outputs_do_not_depend_on_passes_and_crops(data: st.DataObject) -> None:
     window, sinks, undo = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 4)), data.draw(st.integers(1, 5))
     whole = passes(WindowCache(SHAPE, 23, window, sinks), ROPE, QKV, [23])
     wrong = tokens(SHAPE, 23, seed=1)
@@ -81,7 +81,7 @@ def test_however_a_text_is_cut_and_taken_back_the_outputs_are_the_same(data: st.
         torch.testing.assert_close(passes(cache, ROPE, QKV, [n], at), whole[:, at : at + n], atol=1e-5, rtol=1e-5)
 
 
-def test_it_says_how_far_it_can_go_back() -> None:
+def test_it_reports_how_far_it_can_crop() -> None:
     cache = WindowCache(SHAPE, 100, 6, 2, undo=3)  # 2 + 6 - 1 + 3 = 10 slots
     passes(cache, ROPE, QKV, [10])
     assert cache.can_crop_to(0)  # nothing is overwritten yet
@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
     assert half.nbytes == 960 == WindowCache.bytes_for(SHAPE, 1000, 6, 2, undo=3, dtype=torch.bfloat16)
 
 
-def test_bfloat16_stays_close_and_does_not_hang_on_the_passes() -> None:
+def test_bfloat16_stays_close_and_does_not_depend_on_the_passes() -> None:
     whole = passes(WindowCache(SHAPE, 23, 5, 2, dtype=torch.bfloat16), ROPE, QKV, [23])
     assert (whole - streaming(5, 2)).abs().max() < 0.03  # numbers around 1 with 8 bits
     steps = passes(WindowCache(SHAPE, 23, 5, 2, dtype=torch.bfloat16), ROPE, QKV, [1] * 23)
