@@ -19,7 +19,7 @@ from fedtune.config import Config, to_dict
 from fedtune.contracts import flower
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
-from fedtune.contracts.task import task_of
+from fedtune.contracts.task import task_of, tasks_with
 from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_error
 from fedtune.exchange import Exchange, make_exchange
 from fedtune.export.huggingface import describe_folder, export_hf
@@ -149,6 +149,12 @@ def _run(
         if found and found.round == config.rounds:
             observer.note(f"all {found.round} rounds are done: set rounds=N with a larger N to continue")
         print_partition(space.federation.summary(), Console(stderr=True))
+        prompted = task_of(config.task).prompted and not task_of(config.task).conversational
+        if prompted and space.backbone.tokenizer.chat_template:
+            observer.note(
+                f"the model has a chat template, which task.kind={config.task.kind} does not use: for a model that was tuned to chat, take"
+                f" task={tasks_with(conversational=True)}"
+            )
 
         def test(state: ServerState) -> Mapping[str, float]:
             space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
@@ -185,6 +191,8 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
     space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
     space.slot(final).load(final)
     space.live.save_peft(folder)
+    if task.conversational:
+        (folder / "chat_template.jinja").write_text(space.backbone.tokenizer.get_chat_template(), encoding="utf-8")
     final.save(folder / "fedtune.safetensors")
     for old in folder.glob("shift-*.safetensors"):  # from rounds after the checkpoint that the run resumed from
         old.unlink()

@@ -106,6 +106,7 @@ class TaskConfig:
     max_length: int = opt(128, "tokens per example; longer examples are truncated", ge=2)
     max_new_tokens: int = opt(24, "instruction, chat: longest generated answer, in tokens", ge=1)
     generate: bool = opt(True, "instruction, chat: generate answers and score exact match; false: report only the answer loss")
+    overlap: bool = opt(False, "instruction, chat: score token F1 and ROUGE-L too; every answer that is not exact is generated in full")
     stride_texts: bool = opt(True, "causal_lm: concatenate a client's texts and split them into blocks of max_length")
 
 

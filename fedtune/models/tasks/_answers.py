@@ -1,8 +1,11 @@
-"""Base class of tasks whose rows end with an answer that the model generates, scored by exact match."""
+"""Base class of tasks whose rows end with an answer that the model generates."""
 
 import abc
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedtune.contracts.task import Example, Score
@@ -15,14 +18,32 @@ if TYPE_CHECKING:
     from fedtune.config import Config
 
 
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """The grade of one generated answer.
+
+    Args:
+        exact: Whether it equals the reference, ignoring leading and trailing white space.
+        f1: F1 of its words and the reference's; None if overlap is not measured.
+        rouge: ROUGE-L, the F1 of their longest common subsequence of words; None if overlap is not measured.
+    """
+
+    exact: bool
+    f1: float | None = None
+    rouge: float | None = None
+
+
 class AnswerTask(TokenTask, abc.ABC):
     """A subclass defines its columns and its encoding; the tokens after an example's prompt are its answer.
 
-    The metrics are the loss (nats per token) and the perplexity of the answers, and with `task.generate` exact_match: the share of
-    generated answers that equal the reference, ignoring leading and trailing white space.
+    The metrics are the loss (nats per token) and the perplexity of the answers; with `task.generate` exact_match, the share of generated
+    answers that equal the reference; and with `task.overlap` token_f1 and rouge_l, the means over the answers. Words are runs of letters,
+    digits and underscores, in lower case.
+
+    Sources: Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250 (token F1; here articles count); Lin 2004, ROUGE.
     """
 
-    metrics = {"exact_match": True, "perplexity": False}
+    metrics = {"exact_match": True, "token_f1": True, "rouge_l": True, "perplexity": False}
     prompted = True
 
     def check(self, config: "Config") -> None:
@@ -51,7 +72,7 @@ class AnswerTask(TokenTask, abc.ABC):
         return tokenizer.eos_token_id
 
     def score(self, logits: "Tensor", targets: "Tensor", sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
-        """`detail` is whether the generated answer is correct; None if this requires generation."""
+        """`detail` is a `Graded`; None if this requires generation."""
         scores = super().score(logits, targets, sizes, examples, tokenizer)
         if not self.answer_tokens:
             return scores
@@ -59,8 +80,9 @@ class AnswerTask(TokenTask, abc.ABC):
         out = []
         for score, guess, answer, example in zip(scores, guesses.split(parts), wanted.split(parts), examples, strict=True):
             last = len(answer) - self.answer_length(example)
-            found = verdict(guess[last:].tolist(), answer[last:].tolist(), example.answer, tokenizer, self.answer_tokens, end)
-            out.append(replace(score, detail=found))
+            right = verdict(guess[last:].tolist(), answer[last:].tolist(), example.answer, tokenizer, self.answer_tokens, end)
+            known = right is not None and (right or not self.settings.overlap)  # the words of a wrong answer must be generated
+            out.append(replace(score, detail=self._grade(example.answer if right else None, example.answer) if known else None))
         return out
 
     def settle(
@@ -72,15 +94,52 @@ class AnswerTask(TokenTask, abc.ABC):
         answers = generate_answers(model, tokenizer, [examples[i] for i in unsure], self.settings, batch_size=batch_size)
         out = list(scores)
         for i, answer in zip(unsure, answers, strict=True):
-            out[i] = replace(out[i], detail=answer == examples[i].answer.strip())
+            out[i] = replace(out[i], detail=self._grade(answer, examples[i].answer))
         return out
 
     def measure(self, scores: Sequence[Score], loss: float) -> dict[str, float]:
         out = {"perplexity": perplexity(loss)}
         if self.answer_tokens:
-            answered = [s for s in scores if s.count]
-            out["exact_match"] = sum(s.detail for s in answered) / len(answered)
+            grades: list[Graded] = [s.detail for s in scores if s.count]
+            out["exact_match"] = sum(g.exact for g in grades) / len(grades)
+            if self.settings.overlap:
+                out["token_f1"] = math.fsum(g.f1 or 0.0 for g in grades) / len(grades)
+                out["rouge_l"] = math.fsum(g.rouge or 0.0 for g in grades) / len(grades)
         return out
+
+    def _grade(self, answer: str | None, reference: str) -> Graded:
+        """The grade of an answer; None is a wrong answer whose text is not known."""
+        exact = answer is not None and answer.strip() == reference.strip()
+        if not self.settings.overlap:
+            return Graded(exact)
+        return Graded(True, 1.0, 1.0) if exact else Graded(False, token_f1(answer or "", reference), rouge_l(answer or "", reference))
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """2·shared / (words of both), counting repeated words; 1 if neither has a word."""
+    one, two = _words(answer), _words(reference)
+    shared = sum((Counter(one) & Counter(two)).values())
+    return 2 * shared / (len(one) + len(two)) if one or two else 1.0
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L's F1 of the words; 1 if neither has a word."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if not _words(answer) and not _words(reference):
+        return 1.0
+    return RougeScorer(["rougeL"], tokenizer=_Words()).score(reference, answer)["rougeL"].fmeasure
+
+
+class _Words:
+    """A tokenizer for rouge_score, whose own drops all letters but a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _words(text)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def verdict(guesses: list[int], wanted: list[int], answer: str, tokenizer: Any, max_new_tokens: int, end: int | None) -> bool | None:

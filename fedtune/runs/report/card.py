@@ -54,6 +54,8 @@ def write_card(
     lines += _privacy(config["privacy"], _spent(run_dir, config["privacy"], records))
     if prompt:
         lines.append(f"- prompt template: `{json.dumps(prompt)}`")
+    if task.conversational:
+        lines.append("- prompts: conversations in the chat template of chat_template.jinja (transformers: tokenizer.apply_chat_template)")
     if task.classes:
         lines.append(f"- labels, in the order of their ids: {', '.join(labels)}")
     lines += how_to_load(run_dir / "adapter", config, backbone, task.outputs(len(labels)))

@@ -1,0 +1,149 @@
+"""task=chat: which turns of a conversation are learnt, what is cut, and how answers are graded."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from fedtune.config import Config, TaskConfig
+from fedtune.contracts.task import IGNORED, Example, task_of
+from fedtune.errors import ConfigError
+from fedtune.experiment import simulate
+from fedtune.inference.generate import encode_request
+from fedtune.models import Backbone, evaluate, load_backbone
+from fedtune.models.evaluation import generate_answers, score_examples
+from fedtune.models.tasks._answers import rouge_l, token_f1
+from tests.export.test_capitals import QUESTIONS, chatml
+from tests.tiny import tiny_config
+
+CHAT = TaskConfig(kind="chat", max_length=64, max_new_tokens=6)
+ASKED = [*QUESTIONS]
+
+
+def turns(*texts: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone(chatml(tmp_path_factory.mktemp("chatml")), CHAT)
+
+
+def encode(backbone: Backbone, *chats: list[dict[str, Any]], keep_short: bool = False, **changes: Any) -> list[Example]:
+    rows = Dataset.from_dict({"messages": [json.dumps(chat) for chat in chats]})
+    task = task_of(dataclasses.replace(CHAT, **changes))
+    return task.encode(rows, backbone.tokenizer, encoder_decoder=False, keep_short=keep_short)
+
+
+def targets(backbone: Backbone, example: Example) -> str:
+    return backbone.tokenizer.decode(example.labels[example.labels != IGNORED].tolist())
+
+
+LONG = turns("Hello?", "Rome.", "And?", "Lima.", "And?", "Cairo.")
+
+
+def test_every_answer_is_a_target_and_the_last_is_the_graded_one(backbone: Backbone) -> None:
+    (example,) = encode(backbone, LONG)
+    assert targets(backbone, example) == "Rome.<|im_end|>Lima.<|im_end|>Cairo.<|im_end|>"
+    assert example.answer == "Cairo."
+    text = backbone.tokenizer.decode(example.input_ids[: example.prompt_length].tolist())
+    assert text.endswith("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_prompt_in_training_is_the_prompt_of_generate(backbone: Backbone, tmp_path: Path) -> None:
+    from fedtune.inference.engine.text import read_text
+
+    backbone.tokenizer.save_pretrained(tmp_path)
+    (example,) = encode(backbone, turns(ASKED[0], "Paris."))
+    ids = encode_request(read_text(tmp_path), ASKED[0], {"task": "chat", "prompt": None})
+    assert ids == example.input_ids[: example.prompt_length].tolist()
+
+
+def test_later_turns_that_do_not_fit_are_left_out_whole_and_counted(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    (whole,) = encode(backbone, LONG)
+    with caplog.at_level(logging.WARNING):
+        (cut,) = encode(backbone, LONG, max_length=len(whole.input_ids) - 1)
+    assert targets(backbone, cut) == "Rome.<|im_end|>Lima.<|im_end|>" and cut.answer == "Lima."
+    assert cut.input_ids.tolist() == whole.input_ids[: len(cut.input_ids)].tolist()
+    assert "later turns of 1 of 1 conversations are left out, and 0 conversations whose first answer does not fit" in caplog.text
+
+
+def test_a_conversation_without_a_fitting_answer(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    short = turns("?", "!")
+    with caplog.at_level(logging.WARNING):
+        (kept,) = encode(backbone, turns(" ".join(ASKED), "Rome."), short, max_length=16)
+    assert kept.answer == "!" and "and 1 conversations whose first answer does not fit" in caplog.text
+    silent, other = encode(backbone, turns(" ".join(ASKED), "Rome."), short, max_length=16, keep_short=True)
+    assert (silent.labels == IGNORED).all() and task_of(CHAT).count(silent) == 0 and other.answer == "!"
+
+
+def test_exact_match_is_that_of_the_generated_answers(backbone: Backbone) -> None:
+    examples = encode(backbone, *[turns("Hello?", "Rome.", q, a) for q, a in QUESTIONS.items()], max_new_tokens=4)
+    task = dataclasses.replace(CHAT, max_new_tokens=4)
+    said = generate_answers(backbone.model, backbone.tokenizer, examples, task, batch_size=4)
+    right = [dataclasses.replace(e, answer=text) if i % 2 else e for i, (e, text) in enumerate(zip(examples, said, strict=True))]
+    assert evaluate(backbone.model, backbone.tokenizer, right, task, batch_size=4)["exact_match"] == 0.5
+    silent = Example(np.full(2, 5, np.int32), np.full(2, IGNORED, np.int32))
+    assert evaluate(backbone.model, backbone.tokenizer, [*right, silent], task, batch_size=4)["exact_match"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1", "rouge"),
+    [
+        ("the red lamp", "red lamp on", 2 / 3, 2 / 3),
+        ("lamp red", "Red lamp!", 1.0, 0.5),
+        ("a a b", "a b b", 2 / 3, 2 / 3),
+        ("Österreich grüßt", "österreich", 2 / 3, 2 / 3),
+        ("東京", "東京", 1.0, 1.0),
+        ("", "red", 0.0, 0.0),
+        ("", "!", 1.0, 1.0),
+    ],
+)
+def test_overlap_by_hand(answer: str, reference: str, f1: float, rouge: float) -> None:
+    assert token_f1(answer, reference) == pytest.approx(f1)
+    assert rouge_l(answer, reference) == pytest.approx(rouge)
+
+
+def test_overlap_is_that_of_the_generated_answers(backbone: Backbone) -> None:
+    task = dataclasses.replace(CHAT, overlap=True)
+    examples = encode(backbone, *[turns(q, a) for q, a in QUESTIONS.items()])
+    said = generate_answers(backbone.model, backbone.tokenizer, examples, task, batch_size=4)
+    half = [dataclasses.replace(e, answer=f"{text} lamp") for e, text in zip(examples, said, strict=True)]
+    found = evaluate(backbone.model, backbone.tokenizer, half, task, batch_size=4)
+    pairs = list(zip(said, half, strict=True))
+    assert found["token_f1"] == pytest.approx(sum(token_f1(text, e.answer) for text, e in pairs) / len(half))
+    assert found["rouge_l"] == pytest.approx(sum(rouge_l(text, e.answer) for text, e in pairs) / len(half))
+    assert found["exact_match"] == 0 and found["rouge_l"] > 0
+    plain = score_examples(backbone.model, backbone.tokenizer, examples, CHAT, batch_size=4)
+    assert all(score.detail.f1 is None for score in plain)
+
+
+def test_a_template_that_is_not_used_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": q, "answer": a, "client": c} for c in "abcd" for q, a in QUESTIONS.items()]
+    config = tiny_config(tmp_path, rows, rounds=1)
+    config = dataclasses.replace(
+        config,
+        model=chatml(tmp_path / "chat"),
+        task=TaskConfig(kind="instruction", max_length=32, max_new_tokens=4),
+        data=dataclasses.replace(config.data, test_path=None),
+    )
+    simulate(config)
+    sentence = "the model has a chat template, which task.kind=instruction does not use: for a model that was tuned to chat, take task=chat"
+    assert sentence in capsys.readouterr().err.replace("\n", " ")
+    rows = [{"messages": turns(row["prompt"], row["answer"]), "client": row["client"]} for row in rows]
+    path = Path(config.data.path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = simulate(dataclasses.replace(config, task=dataclasses.replace(config.task, kind="chat")))
+    assert "chat template, which" not in capsys.readouterr().err
+    assert (run / "adapter/chat_template.jinja").read_text() == (tmp_path / "chat/chat_template.jinja").read_text()
+    assert "conversations in the chat template of chat_template.jinja" in (run / "adapter/README.md").read_text()
+
+
+def test_answers_need_room(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task\.max_new_tokens=6 leaves no room for a prompt in task\.max_length=6"):
+        task_of(dataclasses.replace(CHAT, max_length=6)).check(Config())
