@@ -13,7 +13,7 @@ from fedtune.data import Example
 from fedtune.errors import PlanError
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.evaluation import score_examples
-from fedtune.models.probe import probe
+from fedtune.models.probe import probe, probe_packing
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
 
@@ -37,6 +37,8 @@ class LoadedModel:
         self.backbone = load_backbone(config.model, config.task, num_labels=labels, seed=config.seed)
         self.live = LiveAdapter(self.backbone, config.peft, config.task)
         probe(self.live, config.task)
+        if config.task.packing:
+            probe_packing(self.live, config.task)
         self._sparse: SparseSlot | None = None
         self.lower = LowerLayers(self.live, config.engine.cache_layers * 1e9) if config.engine.cache_layers else None
         self.frozen = FrozenWeights(self.backbone.model)

@@ -20,6 +20,7 @@ from fedtune.config import TaskConfig
 from fedtune.contracts.plan import Plan, matching
 from fedtune.contracts.task import task_of
 from fedtune.data import Example, collate
+from fedtune.data.examples import pack
 from fedtune.errors import Decline, UpdateError
 from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.memory import is_out_of_memory
@@ -177,13 +178,17 @@ def _private(
     )
 
 
+def _batch(examples: Sequence[Example], pad_id: int, task: TaskConfig) -> dict[str, Tensor]:
+    return pack(examples, pad_id, task.max_length) if task.packing else collate(examples, pad_id)
+
+
 def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan: Plan, task: TaskConfig, pad_id: int) -> float:
     """Mean loss per token (or example) over all rows with the current weights."""
     total, seen, device = 0.0, 0, live.backbone.device
     live.model.eval()
     with torch.no_grad():
         for i in range(0, len(examples), plan.batch_size):
-            batch = collate(examples[i : i + plan.batch_size], pad_id)
+            batch = _batch(examples[i : i + plan.batch_size], pad_id, task)
             loss, count = loss_sum(live.model, {k: v.to(device) for k, v in batch.items()}, task)
             total, seen = total + loss.item(), seen + count
     live.model.train()
@@ -204,7 +209,7 @@ def _in_pieces(
     while True:
         pieces = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
         try:
-            loss, count = _backward(live, [collate(piece, pad_id) for piece in pieces], task, device)
+            loss, count = _backward(live, [_batch(piece, pad_id, task) for piece in pieces], task, device)
             return loss, count, size, halved
         except Exception as bad:
             if not is_out_of_memory(bad):

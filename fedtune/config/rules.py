@@ -74,6 +74,7 @@ def _check_together(c: Config) -> None:
         "late=use has no effect, because rounds wait for all clients: set round_timeout_s, or devices.deadline_s in a simulation",
     )
     _check_loftq(c)
+    _check_packing(c)
     p = c.privacy
     refuse(
         c.late == "use" and p.kind == "user",
@@ -102,6 +103,20 @@ def _check_together(c: Config) -> None:
         "traffic.error_feedback=true has no effect, because updates are sent exactly: set traffic.topk, or a traffic.up below fp32",
     )
     refuse(not (isinstance(c.strategy, dict) and "_target_" in c.strategy), "strategy needs a _target_: pick one with strategy=NAME")
+
+
+def _check_packing(c: Config) -> None:
+    if not c.task.packing:
+        return
+    for wrong, sentence in (
+        (not TASKS.find(c.task.kind).packs, f"task.kind={c.task.kind} has one target per row, so its rows cannot be joined"),
+        (c.privacy.kind == "record", "privacy=record clips the gradient of each row"),
+        (c.engine.cache_layers > 0, "engine.cache_layers keeps the activations of each row"),
+    ):
+        if wrong:
+            raise ConfigError(f"{sentence}: set task.packing=false")
+    if c.engine.batched != "none":
+        raise ConfigError("task.packing=true trains one client at a time: set engine.batched=none")
 
 
 def _check_loftq(c: Config) -> None:

@@ -107,6 +107,7 @@ class TaskConfig:
     max_new_tokens: int = opt(24, "instruction, chat: longest generated answer, in tokens", ge=1)
     generate: bool = opt(True, "instruction, chat: generate answers and score exact match; false: report only the answer loss")
     overlap: bool = opt(False, "instruction, chat: score token F1 and ROUGE-L too; every answer that is not exact is generated in full")
+    packing: bool = opt(False, "tasks with token targets: train on short rows joined to rows of up to max_length; no row sees another")
     stride_texts: bool = opt(True, "causal_lm: concatenate a client's texts and split them into blocks of max_length")
 
 

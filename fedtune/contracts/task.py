@@ -78,6 +78,7 @@ class Task(abc.ABC):
         gives_text: The trained model generates text, so `fedtune generate` and the engine can use it.
         noun, gives: Words for the trained model and its output in messages: "a classifier", "labels".
         prompted: Rows are prompts with answers: an export includes the prompt template, and a run shows sample answers.
+        packs: Rows can be joined for training (task.packing).
         conversational: Rows are conversations in the model's chat template.
         adapter_types: PEFT task types that select this task for an adapter folder without a fedtune task.
     """
@@ -93,6 +94,7 @@ class Task(abc.ABC):
     noun: ClassVar[str] = "a language model"
     gives: ClassVar[str] = "text"
     prompted: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     conversational: ClassVar[bool] = False
     adapter_types: ClassVar[tuple[str, ...]] = ()
 

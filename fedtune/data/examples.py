@@ -98,6 +98,28 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def pack(examples: Sequence[Example], pad_id: int, longest: int) -> dict[str, Tensor]:
+    """A batch of B ≤ len(examples) rows, in each of which several examples are joined, up to `longest` tokens if there are several.
+
+    Returns:
+        input_ids (B, T) int64; labels (B, T) int64, -100 on padding and at the first token of each example; position_ids (B, T) int64,
+        which start from 0 at each example and at the padding.
+    """
+    bins: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: -len(e.input_ids)):  # first fit, the longest first
+        size = len(example.input_ids)
+        room = next((row for row in bins if sum(len(e.input_ids) for e in row) + size <= longest), None)
+        if room is None:
+            bins.append(room := [])
+        room.append(example)
+    ids, mask = _pad([np.concatenate([e.input_ids for e in row]) for row in bins], pad_id, "right")
+    labels, _ = _pad([np.concatenate([np.append(np.int32(IGNORED), e.labels[1:]) for e in row]) for row in bins], IGNORED, "right")
+    width = ids.shape[1]
+    lengths = [[*(len(e.input_ids) for e in row), width - int(real)] for row, real in zip(bins, mask.sum(1), strict=True)]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
 def prompts(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """The prompts alone, padded on the left so that generation continues at the last column: input_ids, attention_mask (B, T) int64."""
     ids, mask = _pad([e.input_ids[: e.prompt_length] for e in examples], pad_id, "left")

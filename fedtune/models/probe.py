@@ -4,13 +4,16 @@ effect, and that every trainable tensor gets a gradient.
 Without this check, such a model could fail in its first turn or silently train incorrectly.
 """
 
+import math
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedtune.config import TaskConfig
-from fedtune.contracts.task import task_of
+from fedtune.contracts.task import Example, task_of
+from fedtune.data.examples import collate, pack
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.adapter import LiveAdapter
 from fedtune.models.checkpoint import first_line
@@ -18,7 +21,7 @@ from fedtune.models.losses import counted_logits, loss_sum
 from fedtune.models.methods import method
 from fedtune.models.quiet import quiet
 
-__all__ = ["TESTED", "probe"]
+__all__ = ["TESTED", "probe", "probe_packing"]
 
 # config.model_type of the architectures that tests train with every method
 TESTED = frozenset({"llama", "qwen2", "qwen3", "gpt2", "opt", "bert", "roberta", "distilbert", "albert", "t5"})
@@ -66,6 +69,38 @@ def probe(live: LiveAdapter, task: TaskConfig) -> None:
         raise ModelError(
             f"{where}: a row's logits change by {off:.1%} with its padding, so the model would learn from padding:"
             f" take another backbone{', ' if virtual else ' or '}another task.kind{' or peft=lora' if virtual else ''}"
+        )
+
+
+def probe_packing(live: LiveAdapter, task: TaskConfig) -> None:
+    """Try whether packed rows have the logits of the same rows alone, without changing the live adapter.
+
+    Raises:
+        ModelError: A row's logits depend on the rows beside it, or the model takes no positions.
+    """
+    training = {m: m.training for m in live.model.modules()}
+    live.model.eval()
+    try:
+        with quiet(), torch.no_grad():
+            ids, mask = _ids(live, range(len(_LENGTHS)), left=False)
+            rows = [row[kept.bool()].cpu().numpy().astype(np.int32) for row, kept in zip(ids, mask, strict=True)]
+            examples = sorted((Example(row, row) for row in rows), key=lambda e: -len(e.input_ids))  # the order of packed rows
+            alone, packed = (
+                counted_logits(live.model, {k: v.to(ids.device) for k, v in batch.items()}, task)[0]
+                for batch in (collate(examples, 0), pack(examples, 0, sum(_LENGTHS)))
+            )
+            off = _change(packed, alone)
+    except Exception as bad:  # the model's own code and PEFT may raise any type
+        off, why = math.inf, f"it fails ({first_line(bad)})"
+    else:
+        why = f"a row's logits change by {off:.1%} with the rows beside it"
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    if off > (1e-3 if live.backbone.model.dtype is torch.float32 else 0.1):
+        kind = live.backbone.model.config.model_type
+        raise ModelError(
+            f"the architecture '{kind}' with peft.method={live.spec.method} cannot train packed rows: {why}: set task.packing=false"
         )
 
 

@@ -19,6 +19,7 @@ class TokenTask(Task, abc.ABC):
 
     head = False
     gives_text = True
+    packs = True
 
     def outputs(self, labels: int) -> int:
         return 0
@@ -53,6 +54,8 @@ class TokenTask(Task, abc.ABC):
     def inputs(self, model: Any, batch: "Mapping[str, Tensor]") -> "dict[str, Any]":
         from torch.nn.functional import pad
 
+        if "position_ids" in batch:  # packed: without a mask, transformers lets no token attend across a restart of the positions
+            return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         out = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # the decoder's input is its start token and the answer
             shifted = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
