@@ -105,7 +105,7 @@ def unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
     return results
 
 
-def test_nothing_is_there_for_tests_alone() -> None:
+def test_the_product_has_no_code_only_for_tests() -> None:
     folders = ("fedtune", "strategies", "clients", "simulations")
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
     trees = {str(file.relative_to(ROOT)): ast.parse(file.read_text(encoding="utf-8")) for file in files}
@@ -116,7 +116,7 @@ def test_nothing_is_there_for_tests_alone() -> None:
     assert sorted(unused(trees, outside)) == sorted(CALLED_BY_OTHERS)
 
 
-def test_the_search_sees_dead_code() -> None:
+def test_the_search_detects_dead_code() -> None:
     code = """
 import abc, lib
 KEPT, GONE = 1, 2

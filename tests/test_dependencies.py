@@ -76,14 +76,14 @@ def blocked() -> list[str]:
 # -- what pyproject.toml says -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_gets_no_library_of_training() -> None:
+def test_a_device_installs_no_training_library() -> None:
     assert not closure(BASE) & NOT_ON_A_DEVICE and closure(["fedtune[edge]"]) == closure(BASE) | {"fedtune"}
     assert closure(["fedtune[train]", "fedtune[ray]"]) >= NOT_ON_A_DEVICE  # so the names are right
     assert {"flwr", "transformers", "torch"} - set(blocked()) == {"torch"}
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"edge", "train"}))
-def test_every_other_extra_brings_training_with_it(extra: str) -> None:
+def test_every_other_extra_installs_the_training_libraries(extra: str) -> None:
     assert closure([f"fedtune[{extra}]"]) >= declared(EXTRAS["train"])
 
 
@@ -100,7 +100,7 @@ def third_party(file: Path) -> Iterator[str]:
         yield from {n.partition(".")[0] for n in names} - sys.stdlib_module_names - {"fedtune"}
 
 
-def test_every_import_is_of_a_library_that_the_project_asks_for() -> None:
+def test_every_imported_library_is_declared() -> None:
     looked, base, everything = 0, declared(BASE), declared([*BASE, *EXTRAS["train"]])
     for module, file in files():
         for name in set(third_party(file)) - OTHERS:
@@ -112,13 +112,13 @@ def test_every_import_is_of_a_library_that_the_project_asks_for() -> None:
     assert looked > 300
 
 
-def test_the_sentence_knows_every_library_of_training() -> None:
+def test_the_sentence_covers_every_training_library() -> None:
     assert {canonicalize_name(d) for d in _OF_TRAINING.values()} == declared(EXTRAS["train"])
     for name, distribution in _OF_TRAINING.items():
         assert canonicalize_name(distribution) in modules()[name.partition(".")[0]]
 
 
-def test_what_else_is_missing_is_a_fault() -> None:
+def test_another_missing_library_is_an_error() -> None:
     for name in ("fedtune.nothing", "flwr.nothing", "nothing", None):
         with pytest.raises(ModuleNotFoundError):
             user_message(ModuleNotFoundError("no", name=name))
@@ -260,7 +260,7 @@ def test_a_command_that_needs_more_says_what_to_install(command: str, device: di
     assert (code, out) == (2, "") and err.startswith("fedtune: ") and err.count("\n") == 1 and err.endswith(f"{ADVICE}\n"), err
 
 
-def test_a_name_that_needs_more_says_what_to_install(device: dict[str, Any]) -> None:
+def test_a_public_name_that_needs_more_says_what_to_install(device: dict[str, Any]) -> None:
     short = {"Result", "Turn", "Work", "configure", "export_hf", "load_run", "run"}
     for name in fedtune.__all__:
         said = device[f"fedtune.{name}"]

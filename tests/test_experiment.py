@@ -89,7 +89,7 @@ def test_the_run_directory_is_complete(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_the_adapter_has_a_card_and_exports_as_the_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_adapter_has_a_card_and_exports_like_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, task=TaskConfig(kind="instruction", max_length=32, max_new_tokens=4), rounds=1)
     config.data.prompt, config.data.answer = "{question} ->", " {reply}"
     config.eval = EvalConfig(where="door", clients=0)

@@ -189,7 +189,7 @@ def test_only_one_module_writes_atomically() -> None:
         ("dataclasses.replace(config, out=out)", False),
     ],
 )
-def test_that_rule_detects_violations(text: str, forbidden: bool) -> None:
+def test_the_write_rule_detects_violations(text: str, forbidden: bool) -> None:
     assert any(renames(node) for node in ast.walk(ast.parse(text))) == forbidden
 
 

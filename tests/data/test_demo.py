@@ -47,11 +47,11 @@ def test_seeds_differ() -> None:
     assert task(0)[1] != task(1)[1]
 
 
-def test_home_seven_is_the_same_home_in_a_bigger_neighborhood() -> None:
+def test_home_seven_does_not_depend_on_the_number_of_homes() -> None:
     assert demo.homes(0, count=8)[7] == demo.homes(0, count=40)[7]
 
 
-def test_no_test_request_is_trained_on_by_any_home() -> None:
+def test_no_home_trains_on_a_test_request() -> None:
     train, test = task(0)
     asked = [row["request"] for row in test]
     assert len(asked) == len(set(asked)) == 240
@@ -70,7 +70,7 @@ def test_names_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-def test_rows_say_what_they_are() -> None:
+def test_rows_have_the_documented_fields() -> None:
     people = {home.id: home for home in demo.homes(0)}
     for row in [*task(0)[0], *task(0)[1]]:
         assert row.keys() == {"client", "device_class", "request", "action", "intent"}
@@ -99,7 +99,7 @@ def test_labels_are_skewed() -> None:
     assert sum(apart) / len(apart) > 0.5
 
 
-def test_device_classes_come_in_the_promised_shares() -> None:
+def test_device_classes_have_their_configured_shares() -> None:
     # by construction of every ten homes: 4 phones, 3 single-board computers, 2 laptops, a workstation
     assert Counter(home.device_class for home in demo.homes(3, count=20)) == {
         "phone": 8,
@@ -165,7 +165,7 @@ def test_the_checkpoint_is_small_and_complete() -> None:
     assert sum(file.stat().st_size for file in NANO.iterdir()) <= BUDGET
 
 
-def test_the_tokenizer_gives_back_what_it_was_given() -> None:
+def test_the_tokenizer_round_trips() -> None:
     # the bare tokenizer: to import transformers costs more than a quick test may take
     tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
     rows = task(0)[1]

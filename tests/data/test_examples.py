@@ -92,7 +92,7 @@ def test_texts_are_joined_with_end_tokens_and_cut_into_blocks() -> None:
     assert texts(["a b", "c d e"], bos=False) == [[3, 4, 1, 5], [6, 7, 1]]
 
 
-def test_texts_one_by_one() -> None:
+def test_separate_texts() -> None:
     assert texts(["a b c d", "e"], stride=False) == [[0, 3, 4, 5], [0, 7, 1]]
     assert texts(["a", "b c"], stride=False, bos=False, eos=False) == [[4, 5]]  # one token alone predicts nothing
 

@@ -103,7 +103,7 @@ def test_labels_of_one_value_are_ordered_by_their_text() -> None:
     assert in_order(["1", "x", "01", "1"]) == ("01", "1", "x")
 
 
-def test_blanks_at_the_ends_make_no_other_class_and_no_other_client(tmp_path: Path) -> None:
+def test_surrounding_blanks_do_not_distinguish_classes_or_clients(tmp_path: Path) -> None:
     rows = [
         {"text": "t", "label": label, "client": client, "device_class": device}
         for label, client, device in [("x", "a", "phone"), ("x ", "a ", "phone "), ("\u00a0y", "\ta", "phone"), ("y", "b", "phone")]
@@ -127,7 +127,7 @@ def test_a_file_named_with_a_blank_is_the_same_client(tmp_path: Path, blank: str
         ))  # fmt: skip
 
 
-def test_a_template_spells_its_line_breaks_as_the_help_does(tmp_path: Path) -> None:
+def test_a_template_writes_line_breaks_as_in_the_help(tmp_path: Path) -> None:
     shown = re.findall(r"such as '(.+)'", DataConfig.__dataclass_fields__["prompt"].metadata["help"])
     assert shown == [r"Q: {question}\nA:"]
     rows = [{"question": f"why {i}", "a": "so"} for i in range(4)]
@@ -194,7 +194,7 @@ def test_unused_columns_may_have_gaps(tmp_path: Path) -> None:
 CLASSES = {"phone": {"share": 3, "max_examples": 2}, "laptop": {"share": 1}}
 
 
-def test_devices_are_dealt_by_their_shares_and_cap_the_training_rows(tmp_path: Path) -> None:
+def test_devices_are_assigned_by_their_shares_and_limit_the_training_rows(tmp_path: Path) -> None:
     got = load(tmp_path, plain(), devices={"classes": CLASSES}, data={"test_fraction": 0.0})
     assert sorted(c.device_class for c in got.clients.values()) == ["laptop", "phone", "phone", "phone"]
     for client in got.clients.values():  # 10 rows a client: 2 held out, 8 to train on
@@ -202,7 +202,7 @@ def test_devices_are_dealt_by_their_shares_and_cap_the_training_rows(tmp_path: P
         assert not set(client.train) & set(client.held_out)
 
 
-def test_the_data_says_which_device_a_natural_client_is(tmp_path: Path) -> None:
+def test_the_data_gives_the_device_class_of_a_natural_client(tmp_path: Path) -> None:
     rows = [row | {"device_class": "laptop" if row["client"] == "c1" else "phone"} for row in plain()]
     got = load(tmp_path, rows, partition={"kind": "natural"}, devices={"classes": CLASSES})
     assert {name: c.device_class for name, c in got.clients.items()} == dict.fromkeys(["c0", "c2", "c3", "c4"], "phone") | {"c1": "laptop"}

@@ -43,7 +43,7 @@ def test_parquet(tmp_path: Path, zipped: bool) -> None:
     assert read(tmp_path / ("rows.parquet.gz" if zipped else "rows.parquet")) == ROWS
 
 
-def test_tsv_takes_quotes_as_they_are(tmp_path: Path) -> None:
+def test_tsv_keeps_quotes(tmp_path: Path) -> None:
     (tmp_path / "rows.tsv").write_text('text\tlabel\n"an open quote\tx\nanother "\ty\n')
     assert read(tmp_path / "rows.tsv") == [{"text": '"an open quote', "label": "x"}, {"text": 'another "', "label": "y"}]
 
@@ -54,12 +54,12 @@ def test_csv_fields_may_hold_line_breaks_and_be_long(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.csv") == [{"text": "a\nb"}, {"text": long}]
 
 
-def test_text_is_a_record_a_line(tmp_path: Path) -> None:
+def test_text_has_one_record_per_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\r\n\r\n  \ntwo\u2028still two\n".encode())
     assert read(tmp_path / "a.txt") == [{"text": "one"}, {"text": "two\u2028still two"}]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes("\ufefftext\nä\n".encode())
     assert read(tmp_path / "rows.csv") == [{"text": "ä"}]
 
@@ -74,7 +74,7 @@ def test_columns_are_the_union_of_the_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl") == [{"text": "a", "more": None}, {"text": "b", "more": 1}]
 
 
-def test_a_file_a_client(tmp_path: Path) -> None:
+def test_one_file_per_client(tmp_path: Path) -> None:
     for name in ("home_2.jsonl", "home_10.jsonl.gz"):
         raw = json.dumps({"text": name}).encode()
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
@@ -93,7 +93,7 @@ def test_folders_globs_and_a_test_file_among_the_training_files(tmp_path: Path) 
     assert [file.name for file in find_files(str(tmp_path / "?.json"), "data.path", DataConfig())] == ["a.json", "b.json"]
 
 
-def test_a_pattern_makes_columns_and_notes_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pattern_defines_columns_and_skipped_text_is_noted(caplog: pytest.LogCaptureFixture) -> None:
     play = "Exeunt\n\nROMEO:\nO me!\nWhat fray?\n\nJULIET:\r\nAy me!\n"
     pattern = compile_pattern(r"(?s)^(?P<client>[A-Z]+):\n(?P<text>.+?)(?=\n\n|\n?\Z)")
     with caplog.at_level(logging.WARNING, "fedtune.data"):

@@ -38,7 +38,7 @@ def rows_of(federation: Federation, client: str) -> tuple[list[Any], list[Any]]:
     )
 
 
-def test_a_device_with_its_own_file_holds_what_the_simulation_gives_its_client(tmp_path: Path) -> None:
+def test_a_device_with_its_own_file_has_the_rows_of_its_simulated_client(tmp_path: Path) -> None:
     write(tmp_path / "all")
     whole = load_federation(config(tmp_path / "all"))
     assert whole.labels == ("maybe", "no", "yes")
@@ -50,7 +50,7 @@ def test_a_device_with_its_own_file_holds_what_the_simulation_gives_its_client(t
         assert rows_of(alone, name) == rows_of(whole, name)
 
 
-def test_without_a_file_of_its_own_a_device_takes_its_part_of_the_scenario(tmp_path: Path) -> None:
+def test_without_its_own_file_a_device_uses_its_part_of_the_scenario(tmp_path: Path) -> None:
     write(tmp_path / "all")
     whole, alone = load_federation(config(tmp_path / "all")), load_federation(config(tmp_path / "all", client="bert"))
     assert list(alone.clients) == ["bert"]
@@ -113,12 +113,12 @@ def test_a_coordinator_needs_neither_rows_nor_a_partition(tmp_path: Path, task: 
             assert [held.labels[i] for i in held.test["label"][:]] in (["no", "yes"], ["no"], ["yes"], [])
 
 
-def test_a_simulation_without_a_path_says_so() -> None:
+def test_a_simulation_without_a_path_is_refused() -> None:
     with pytest.raises(ConfigError, match="data=local needs data.path: a file, a folder or a glob"):
         load_federation(from_dict({"data": {"source": "local"}}))
 
 
-def test_a_coordinator_takes_the_test_that_a_simulation_takes(tmp_path: Path) -> None:
+def test_a_coordinator_has_the_same_test_as_a_simulation(tmp_path: Path) -> None:
     write(tmp_path / "all")
     for kind, least in (("natural", 1), ("natural", 4), ("iid", 1), ("dirichlet", 1)):
         values = to_dict(config(tmp_path / "all", test_fraction=0.4, labels=["maybe", "no", "yes"]))
@@ -142,7 +142,7 @@ def test_a_coordinator_with_the_rows_keeps_no_client(tmp_path: Path) -> None:
     assert (held.labels, dict(held.clients)) == (("maybe", "no", "yes"), {})
 
 
-def test_all_rows_of_one_need_a_name(tmp_path: Path) -> None:
+def test_a_single_client_needs_an_id(tmp_path: Path) -> None:
     values = to_dict(Config())
     values["partition"]["kind"] = "one"
     with pytest.raises(ConfigError, match="data.client"):

@@ -50,7 +50,7 @@ def test_natural_clients_are_the_ids_of_the_data() -> None:
     assert {name: part.tolist() for name, part in parts.items()} == {"7": [3], "ada": [1, 4], "zoe": [0, 2]}
 
 
-def test_small_natural_clients_are_left_out_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+def test_small_natural_clients_are_excluded_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fedtune.data"):
         rows = rows_of_large_clients(PartitionConfig(min_examples=2), ["a", "b", "a", "c", "c"])
     assert rows.tolist() == [0, 2, 3, 4]
@@ -133,7 +133,7 @@ def test_dirichlet_deals_each_class_by_a_draw_of_its_own_alpha(alpha: float) -> 
     assert float((shares**2).sum(0).mean()) == pytest.approx((alpha + 1) / (clients * alpha + 1), rel=0.03)
 
 
-def test_dirichlet_leaves_out_empty_clients_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+def test_dirichlet_excludes_empty_clients_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fedtune.data"):
         parts = deal("dirichlet", np.zeros(20, int), clients=20, alpha=0.01)
     assert len(parts) < 20

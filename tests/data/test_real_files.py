@@ -56,7 +56,7 @@ def test_20news_is_gzipped(real: Path) -> None:
     assert (len(got.rows), len(got.test), len(got.labels)) == (500, 1131, 20)
 
 
-def test_dolly_is_a_file_a_client_with_the_test_file_among_them(real: Path) -> None:
+def test_dolly_has_one_file_per_client_and_a_test_file(real: Path) -> None:
     folder = "fed/dolly15k_10clients"
     templates = {"prompt": "{context}\n{instruction}\n", "answer": "{response}", "columns": {"label": "category"}}
     got = load(real, folder, "instruction", f"{folder}/global_test.json", {"kind": "natural"}, client_from_file=True, **templates)

@@ -40,7 +40,7 @@ def read(file: Path, **settings: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_delimiter_and_encoding_are_seen(tmp_path: Path, delimiter: str, encoding: str) -> None:
+def test_delimiter_and_encoding_are_detected(tmp_path: Path, delimiter: str, encoding: str) -> None:
     for end, head, first in itertools.product(
         ("\n", "\r\n"), ("text{}label", " text {} label", "\u00a0text{}\"label \""), ("", f"sep={delimiter}\n")
     ):  # fmt: skip
@@ -77,7 +77,7 @@ def test_a_given_encoding_is_used(tmp_path: Path) -> None:
         ("text\tlabel\na, b\tx\n", [{"text": "a, b", "label": "x"}]),
     ],
 )
-def test_a_table_as_people_write_it(tmp_path: Path, content: str, wanted: list[dict[str, str]]) -> None:
+def test_an_irregular_table(tmp_path: Path, content: str, wanted: list[dict[str, str]]) -> None:
     (tmp_path / "a.csv").write_text(content)
     config = DataConfig(source="local", path=str(tmp_path / "a.csv"))
     task = {"task": {"kind": "causal_lm"}, "partition": {"kind": "iid"}, "data": {"source": "local"}}
@@ -89,7 +89,7 @@ def test_a_table_as_people_write_it(tmp_path: Path, content: str, wanted: list[d
         assert read(tmp_path / "a.csv") == wanted
 
 
-def test_a_column_that_is_not_used_may_hold_anything(tmp_path: Path) -> None:
+def test_an_unused_column_may_have_any_content(tmp_path: Path) -> None:
     config = {"task": {"kind": "causal_lm"}, "partition": {"kind": "iid", "clients": 1}, "data": {"source": "local", "test_fraction": 0.0}}
     (tmp_path / "a.csv").write_text("text,x,x,\na,1,2,3\nb,,zwei,\n")
     (tmp_path / "a.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": [{}], "client": {"a": 1}}\n')
@@ -101,7 +101,7 @@ def test_a_column_that_is_not_used_may_hold_anything(tmp_path: Path) -> None:
         assert load_federation(run_config).rows["text"][:] == ["a", "b"]
 
 
-def test_parquet_reads_only_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_reads_only_used_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     whole = pyarrow.parquet.ParquetFile.read
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read", lambda self, columns: (seen.append(columns), whole(self, columns))[1])
@@ -138,7 +138,7 @@ def classification(path: Path, **data: Any) -> Config:
 
 
 @pytest.mark.parametrize("columns", WRONG, ids=["a name", "a template", "a client"])
-def test_a_wrong_column_is_refused_in_the_reader_s_words(file: Path, columns: dict[str, str]) -> None:
+def test_a_wrong_column_is_refused_with_the_readers_sentence(file: Path, columns: dict[str, str]) -> None:
     config = classification(file, columns=columns)
     with pytest.raises(DataError, match="training rows have no column 'intent'|names 'intent', but the rows have only") as early:
         check_data(config)

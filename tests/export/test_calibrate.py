@@ -22,7 +22,7 @@ def counting(tokens: int, text: int = 10) -> list[str]:
     return [" ".join(map(str, range(a, min(a + text, tokens)))) for a in range(0, tokens, text)]
 
 
-def test_the_last_eighth_is_held_out_and_the_rest_is_drawn_from() -> None:
+def test_the_last_eighth_is_held_out_and_samples_are_from_the_rest() -> None:
     calibration = make_calibration(counting(803), numbers, length=10, count=20)
     # 803 tokens are 80 pieces and 3 tokens that are left; the last 10 pieces, tokens 700 to 799, are held out
     assert calibration.held.tolist() == list(range(700, 800))
@@ -38,7 +38,7 @@ def test_the_last_eighth_is_held_out_and_the_rest_is_drawn_from() -> None:
     assert torch.equal(other.held, calibration.held)
 
 
-def test_little_text_is_used_as_far_as_it_goes() -> None:
+def test_short_text_is_used_completely() -> None:
     calibration = make_calibration(counting(9), numbers, length=256)
     assert [s.tolist() for s in calibration.sequences] == [[0, 1, 2, 3]] and calibration.held.tolist() == [4, 5, 6, 7]
     with pytest.raises(DataError, match="has 3 tokens"):
@@ -86,7 +86,7 @@ def test_the_training_rows_of_a_run(tmp_path: Path, kind: str) -> None:
     assert 12 <= len(texts) <= 24 and set(texts) < set(every) and len(set(texts)) == len(texts)  # neither test nor held-out rows
 
 
-def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_unreadable_text_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_calibration_texts(tmp_path / "none.txt")
     (tmp_path / "n.jsonl").write_text('{"n": 3}')

@@ -53,7 +53,7 @@ def test_rows_of_a_private_run_are_outside_its_epsilon(
 
 
 @pytest.mark.parametrize("method", ["prefix", "ptuning_v2"])
-def test_the_perplexity_behind_a_prefix_is_the_engine_s(tmp_path: Path, method: str) -> None:
+def test_the_perplexity_after_a_prefix_equals_the_engines(tmp_path: Path, method: str) -> None:
     run = trained(tmp_path, "none", method)
     ids = torch.randint(3, 20, (51,), generator=torch.Generator().manual_seed(2))
     actual = streamed_score(read_merged(run), list(windows(ids, 9)))
@@ -62,7 +62,7 @@ def test_the_perplexity_behind_a_prefix_is_the_engine_s(tmp_path: Path, method: 
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "ptuning_v2"])
-def test_a_model_with_virtual_tokens_is_calibrated_behind_them(tmp_path: Path, kind: str) -> None:
+def test_a_model_is_calibrated_after_its_virtual_tokens(tmp_path: Path, kind: str) -> None:
     run = trained(tmp_path, "none", kind)
     for quantize, method in (("int4", "gptq"), ("int8", "smoothquant"), ("int4", "awq")):
         out = export_edge(run, run / f"{quantize}-{method}", quantize=quantize, method=method, calibrate=run)
@@ -71,7 +71,7 @@ def test_a_model_with_virtual_tokens_is_calibrated_behind_them(tmp_path: Path, k
 
 
 @pytest.mark.parametrize(("quantize", "method"), [("int4", "awq"), ("int8", "smoothquant")])
-def test_an_adapter_apart_does_not_fit_a_folded_model(tmp_path: Path, quantize: str, method: str) -> None:
+def test_a_separate_adapter_does_not_fit_a_folded_model(tmp_path: Path, quantize: str, method: str) -> None:
     run = trained(tmp_path, "none")
     with pytest.raises(ConfigError, match=f"--method {method} moves scales between layers, which a separate adapter"):
         export_edge(run, run / "edge", quantize=quantize, method=method, calibrate=run, separate=True)

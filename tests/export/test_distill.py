@@ -35,7 +35,7 @@ def silence(model: Any, layer: int) -> None:
     torch.nn.init.zeros_(model.model.layers[layer].mlp.down_proj.weight)
 
 
-def test_a_draft_without_the_layers_that_add_nothing_is_the_model() -> None:
+def test_a_draft_without_zero_layers_equals_the_model() -> None:
     model = llama(5)
     silence(model, 1)
     silence(model, 3)
@@ -70,7 +70,7 @@ def test_acceptance_by_hand() -> None:
     assert acceptance(stub([0.5, 0.3, 0.2]), stub([0.9, 0.1, 1e-30]), [(ids, mask)]) == pytest.approx(0.6)
 
 
-def test_what_is_written_after_the_end_does_not_count() -> None:
+def test_tokens_after_the_end_do_not_count() -> None:
     tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_bad_texts(tmp_path: Path) -> None:
         )
 
 
-def test_a_classifier_drafts_nothing(tmp_path: Path) -> None:
+def test_a_classifier_cannot_be_a_draft(tmp_path: Path) -> None:
     (tmp_path / "fedtune.json").write_text(json.dumps({"task": "classification", "prompt": None, "max_new_tokens": None}))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="classifier"):

@@ -21,7 +21,7 @@ from tests.inference.packages import TEXT, nano_tokenizer
 from tests.models.build import checkpoint, hub, llama_config
 
 
-def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
+def test_the_card_names_the_models_origin(tmp_path: Path) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK)
     live.read(3).save(run / "adapter" / "fedtune.safetensors")
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -67,7 +67,7 @@ def test_a_bare_adapter_knows_its_round_only(tmp_path: Path) -> None:
         ("llama", CAUSAL, "adapter", ModelError, "cannot run peft.method=adapter"),
     ],
 )
-def test_what_the_engine_does_not_run(tmp_path: Path, kind: str, task: Any, method: str, error: type, message: str) -> None:
+def test_models_that_the_engine_does_not_support(tmp_path: Path, kind: str, task: Any, method: str, error: type, message: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task, method=method)
     with pytest.raises(error, match=message):
         export_edge(run, run / "edge")
@@ -115,7 +115,7 @@ def test_an_adapter_of_another_shape_is_named(tmp_path: Path) -> None:
 # -- the command --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_every_format_and_prints_its_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nano_tokenizer(checkpoint(tmp_path / "m", config=llama_config(vocab_size=1024), seed=2))
     run, _ = make_run(tmp_path / "run", hub(model), CAUSAL)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -144,6 +144,6 @@ def test_the_command_writes_every_format_and_says_what_there_is_to_know(tmp_path
         (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),
     ],
 )
-def test_settings_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_incompatible_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["export", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -22,7 +22,7 @@ from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full"])
-def test_every_tensor_is_that_of_the_merge_in_memory(tmp_path: Path, method: str) -> None:
+def test_every_tensor_equals_that_of_a_merge_in_memory(tmp_path: Path, method: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method=method)
     whole = opened(in_memory(run, run / "merged")).state_dict()
     package = read_package(export_edge(run, run / "edge"))
@@ -58,7 +58,7 @@ def test_awkward_shapes_in_several_shards(tmp_path: Path, kind: type, dtype: tor
         assert package.tensors.specs[name][0] == (dtype if tensor.dim() == 2 else torch.float32)
 
 
-def test_rows_are_summed_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_summed_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="dora")
     once = read_package(export_edge(run, run / "once", quantize="int4"))
     monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 50)  # three rows of 16
@@ -75,7 +75,7 @@ def test_shifts_are_merged_too(tmp_path: Path) -> None:
     assert all(torch.equal(package.tensors[name], whole[name]) for name in package.tensors)
 
 
-def test_an_adapter_that_stays_apart_adds_up_to_the_merged_weights(tmp_path: Path) -> None:
+def test_backbone_and_separate_adapter_equal_the_merged_weights(tmp_path: Path) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     with_shifts(run, live)
     merged = read_package(export_edge(run, run / "edge"))
@@ -102,7 +102,7 @@ def test_adapters_of_one_backbone_share_a_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["random", "loftq"])
-def test_a_merge_in_memory_says_so(tmp_path: Path, how: str) -> None:
+def test_a_merge_in_memory_is_reported(tmp_path: Path, how: str) -> None:
     changes: dict[str, Any] = {"init": "random"} if how == "random" else {"precision": "int8", "compute": "fp32"}
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m"), **changes), CAUSAL)
     if how == "loftq":
@@ -119,7 +119,7 @@ def test_a_merge_in_memory_says_so(tmp_path: Path, how: str) -> None:
         export_edge(run, run / "apart", separate=True)
 
 
-def test_the_engine_adds_an_adapter_that_stays_apart(tmp_path: Path) -> None:
+def test_the_engine_applies_a_separate_adapter(tmp_path: Path) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     out, ids = export_edge(run, run / "apart", separate=True), token_ids(1)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_engine_adds_an_adapter_that_stays_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ptuning_v2"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_virtual_tokens_are_what_the_run_attends_to(tmp_path: Path, method: str, kind: str) -> None:
+def test_virtual_tokens_equal_the_runs_keys_and_values(tmp_path: Path, method: str, kind: str) -> None:
     config = llama_config(Qwen3Config, head_dim=4) if kind == "qwen3" else None
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", config=config)), CAUSAL, method=method, std=0.5)
     package = read_package(export_edge(run, run / "edge"))

@@ -25,7 +25,7 @@ from tests.models.build import checkpoint, hub, llama_config
 
 @pytest.mark.parametrize(("quantize", "most"), [("int8", 0.01), ("int4", 0.12)])
 @pytest.mark.parametrize("tie", [True, False])
-def test_quantized_weights_are_near_the_merged_ones(tmp_path: Path, quantize: str, most: float, tie: bool) -> None:
+def test_quantized_weights_are_close_to_the_merged_ones(tmp_path: Path, quantize: str, most: float, tie: bool) -> None:
     config = llama_config(Qwen3Config, **AWKWARD, tie_word_embeddings=tie)
     run, _ = make_run(tmp_path / "run", hub(save(tmp_path / "m", config)), CAUSAL)
     exact = read_package(export_edge(run, run / "edge"))
@@ -62,7 +62,7 @@ def test_the_perplexity_before_is_that_of_the_whole_model(tmp_path: Path, tie: b
 
 
 @pytest.mark.parametrize(("quantize", "method"), [("int4", "gptq"), ("int4", "awq"), ("int8", "smoothquant"), ("int4", "rtn")])
-def test_a_calibrated_package_tells_both_perplexities(tmp_path: Path, quantize: str, method: str) -> None:
+def test_a_calibrated_package_reports_both_perplexities(tmp_path: Path, quantize: str, method: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     (tmp_path / "text.txt").write_text(TEXT)
     out = export_edge(run, run / "edge", quantize=quantize, method=method, calibrate=tmp_path / "text.txt")
@@ -77,7 +77,7 @@ def test_a_calibrated_package_tells_both_perplexities(tmp_path: Path, quantize: 
     assert changed == (method in ("awq", "smoothquant"))  # they fold scales into the norms
 
 
-def test_without_calibration_the_run_s_own_test_is_measured_on(tmp_path: Path) -> None:
+def test_without_calibration_perplexity_is_measured_on_the_runs_test(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": t, "client": "a"}) for t in TEXT.split("\n\n") if t))
     shutil.copyfile(rows, tmp_path / "test.jsonl")

@@ -97,7 +97,7 @@ def transformers_says(folder: Path, ids: list[int], new: int = 0) -> tuple[torch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_llama_cpp_tokenizes_and_goes_on_as_transformers(tmp_path: Path, name: str) -> None:
+def test_llama_cpp_has_the_tokens_and_answers_of_transformers(tmp_path: Path, name: str) -> None:
     run, _ = make_run(tmp_path / "run", real(name), CAUSAL, std=0.02)
     merged = export_hf(run, run / "merged")
     with quiet():
@@ -210,7 +210,7 @@ def test_the_file_holds_the_merged_tensors(tmp_path: Path, shape: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("q8_0", 8.5), ("q4_0", 4.5)])
-def test_matrices_are_quantized_where_their_columns_allow(tmp_path: Path, kind: str, bits: float) -> None:
+def test_matrices_are_quantized_if_their_columns_allow(tmp_path: Path, kind: str, bits: float) -> None:
     run, _ = make_run(tmp_path / "run", real("stories260k"), CAUSAL, std=0.02)
     path = export_gguf(run, run / "m.gguf", kind=kind)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
@@ -264,7 +264,7 @@ def test_no_name_makes_llama_cpp_change_tokens(tmp_path: Path, name: str) -> Non
     assert result.endswith(name.lower()[-2:]) and not any(known in result for known in ("phi-3", "phi3", "modern-bert"))
 
 
-def test_a_chat_template_goes_along(tmp_path: Path) -> None:
+def test_a_chat_template_is_exported(tmp_path: Path) -> None:
     folder = shaped(tmp_path / "m", "llama")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     run, _ = make_run(tmp_path / "run", hub(folder), CAUSAL)
@@ -315,12 +315,12 @@ def test_a_ramp_of_yarn_that_llama_cpp_would_round_is_refused(tmp_path: Path) ->
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_a_factor_of_yarn_that_goes_unsaid_is_worked_out(tmp_path: Path) -> None:
+def test_a_missing_factor_of_yarn_is_computed(tmp_path: Path) -> None:
     said, _ = read(export_gguf(yarn(tmp_path, factor=None), tmp_path / "m.gguf"))
     assert said["llama.rope.scaling.factor"] == 4 == 64 / said["llama.rope.scaling.original_context_length"]  # the model's context is 64
 
 
-def test_what_gguf_cannot_say_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_gguf_cannot_express_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, shape, method, task, said in [
         ("a", "llama", "prompt", CAUSAL, "no place for the virtual tokens of prompt"),
         ("b", "llama_yarn_mscale", "lora", CAUSAL, "YaRN"),

@@ -137,7 +137,7 @@ def as_llama_cpp(own: Vocabulary, text: str) -> list[int] | None:
 @pytest.mark.parametrize(
     ("scheme", "others"), [(None, set()), ("never", set()), ("always", {8, 9, 10, 11, 13}), ("first", {5, 6, 7, 8, 9, 10, 11, 13})]
 )
-def test_what_llama_cpp_makes_of_special_tokens_and_chats_is_the_same_or_told(tmp_path: Path, scheme: str | None, others: set[int]) -> None:
+def test_special_tokens_and_chats_are_the_same_in_llama_cpp_or_reported(tmp_path: Path, scheme: str | None, others: set[int]) -> None:
     made = pieces(scheme, flagged=False)
     PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -149,7 +149,7 @@ def test_what_llama_cpp_makes_of_special_tokens_and_chats_is_the_same_or_told(tm
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_texts_that_differ_are_told_and_no_others(tmp_path: Path, name: str) -> None:
+def test_exactly_the_differing_texts_are_reported(tmp_path: Path, name: str) -> None:
     folder = model_of(tmp_path / "m", PIECES[name][0]())
     theirs = AutoTokenizer.from_pretrained(folder)
     own = read_vocabulary(folder, theirs, 400)
@@ -159,7 +159,7 @@ def test_texts_that_differ_are_told_and_no_others(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", BY_BYTES)
-def test_of_byte_level_tokenizers_flags_and_composing_are_told(tmp_path: Path, name: str) -> None:
+def test_flags_and_unicode_composition_of_byte_level_tokenizers_are_reported(tmp_path: Path, name: str) -> None:
     folder = model_of(tmp_path / "m", BY_BYTES[name][0]())
     check(read_vocabulary(folder, AutoTokenizer.from_pretrained(folder), 400).differs, BY_BYTES[name][1])
 
@@ -171,7 +171,7 @@ def check(differs: str, told: list[str]) -> None:
         assert (other in differs) == any(other in part for part in told), other
 
 
-def test_an_export_says_which_texts_get_other_tokens(tmp_path: Path) -> None:
+def test_an_export_reports_texts_with_other_tokens(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", config=llama_config(vocab_size=400))
     PreTrainedTokenizerFast(tokenizer_object=pieces("first"), bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     description = describe_gguf(export_gguf(folder, tmp_path / "m.gguf"))
@@ -198,7 +198,7 @@ def llama_tokens(path: Path, texts: list[str]) -> list[list[int]] | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [f"pieces: {n}" for n in PIECES] + [f"bytes: {n}" for n in BY_BYTES])
-def test_llama_cpp_does_so(tmp_path: Path, name: str) -> None:
+def test_llama_cpp_agrees_with_the_report(tmp_path: Path, name: str) -> None:
     kind, _, name = name.partition(": ")
     made, told = (PIECES if kind == "pieces" else BY_BYTES)[name]
     folder = model_of(tmp_path / "m", made())

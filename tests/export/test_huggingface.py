@@ -117,13 +117,13 @@ def test_a_run_in_bf16_or_from_random_weights_is_merged_in_float32(tmp_path: Pat
      (DataConfig(source="local", path="x", columns={"prompt": "ask {q}:"}), "ask {q}:"),
      (DataConfig(source="local", path="x", columns={"prompt": "q"}), None), (DataConfig(), "Request: {request}\nAction:")],
 )  # fmt: skip
-def test_the_prompt_template_travels_with_the_model(tmp_path: Path, data: DataConfig, want: str | None) -> None:
+def test_the_prompt_template_is_exported_with_the_model(tmp_path: Path, data: DataConfig, want: str | None) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, data=data)
     card = json.loads((export_hf(run, run / "merged") / "fedtune.json").read_text())
     assert card == {"task": "instruction", "prompt": want, "max_new_tokens": 6, "base": live.backbone.fingerprint}
 
 
-def test_only_an_export_is_replaced_and_only_when_asked(tmp_path: Path) -> None:
+def test_only_an_export_is_replaced_and_only_with_the_flag(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     out = export_hf(run, tmp_path / "out")
     with pytest.raises(ModelError, match="already exists"):
@@ -203,7 +203,7 @@ def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
         export_hf(run, run / "config.yaml" / "merged")
 
 
-def test_a_folder_of_no_run_is_a_checkpoint_error(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_a_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         export_hf(tmp_path / "nowhere", tmp_path / "out")
 
@@ -243,7 +243,7 @@ def test_an_encoder_decoder_is_merged_from_its_run_and_from_its_folder(tmp_path:
         torch.testing.assert_close(model(token_ids(), **more).logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
-def test_a_dora_merge_that_dropped_the_norm_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dora_merge_without_the_norm_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.Tensor.norm", lambda t, dim: torch.ones(t.shape[0], dtype=t.dtype))  # m / ‖W‖ without its norms
     with pytest.raises(AssertionError, match="not close"):
         test_methods_that_weights_can_express_are_merged(tmp_path, "dora", "gpt2", CAUSAL)
@@ -280,7 +280,7 @@ def test_shifts_of_the_frozen_weights_are_merged_first(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize("method", BESIDE)
-def test_what_no_weights_can_express_lies_beside_them(tmp_path: Path, method: str) -> None:
+def test_an_unmergeable_adapter_is_stored_beside_the_weights(tmp_path: Path, method: str) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, method=method, std=0.5)
     out = export_hf(run, run / "merged")
     description = describe_folder(out)

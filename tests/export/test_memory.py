@@ -134,7 +134,7 @@ def measured(small: Path, run: Path, how: str) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["hf", "edge", "edge separate", "edge int8", "edge int4", "gguf f16", "gguf q8_0", "gguf q4_0"])
-def test_what_is_read_tensor_by_tensor_needs_little_more_than_a_shard(small: Path, wide: tuple[Path, int], how: str) -> None:
+def test_exports_by_tensor_need_little_more_memory_than_a_shard(small: Path, wide: tuple[Path, int], how: str) -> None:
     run, largest = wide
     peak, size = measured(small, run, how)
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")
@@ -143,7 +143,7 @@ def test_what_is_read_tensor_by_tensor_needs_little_more_than_a_shard(small: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["int4 rtn", "int8 rtn", "int4 gptq", "int4 awq", "int8 smoothquant"])
-def test_what_is_calibrated_needs_little_more_than_a_shard_and_its_output(small: Path, narrow: tuple[Path, int], how: str) -> None:
+def test_calibrated_exports_need_little_more_memory_than_a_shard_and_the_output(small: Path, narrow: tuple[Path, int], how: str) -> None:
     run, largest = narrow
     # the allocator's own share of a peak varies by 10 MB from one process to the next, and only upwards: the least of three counts
     for _ in range(3):

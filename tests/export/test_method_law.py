@@ -127,7 +127,7 @@ def test_a_new_method_is_in_the_weights_of_an_edge_package(tmp_path: Path, add: 
         export_edge(run, run / "apart", separate=True)
 
 
-def test_a_new_method_of_factors_can_stay_apart(tmp_path: Path, add: Add) -> None:
+def test_a_new_method_with_factors_can_stay_separate(tmp_path: Path, add: Add) -> None:
     add("outer", ATTACHED + EDITS + FACTORS)
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="outer")
     wanted, bare = logits(live)
@@ -175,7 +175,7 @@ def test_a_method_that_cannot_edit_weights_is_never_merged(tmp_path: Path, add: 
 
 
 @pytest.mark.parametrize(("text", "word"), [(ATTACHED, "neither"), (ATTACHED + EDITS + BESIDE, "both")])
-def test_a_file_that_does_not_say_whether_weights_can_express_it_is_refused(tmp_path: Path, add: Add, text: str, word: str) -> None:
+def test_a_method_without_edits_or_why_unmergeable_is_refused(tmp_path: Path, add: Add, text: str, word: str) -> None:
     add("outer", ATTACHED + EDITS)
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="outer")
     state = live.read(1)
@@ -191,7 +191,7 @@ def test_a_file_that_does_not_say_whether_weights_can_express_it_is_refused(tmp_
     assert not (run / "hf").exists() and not (run / "edge").exists()
 
 
-def test_a_method_that_is_not_there_is_a_sentence() -> None:
+def test_a_missing_method_is_one_sentence() -> None:
     for name in ("nothing", "_own", "lora.x", "../lora", ""):
         with pytest.raises(ModelError, match="unknown PEFT method"):
             methods.method(name)
@@ -209,7 +209,7 @@ def test_the_methods_are_the_files_of_the_folder(tmp_path: Path) -> None:
     assert next(f for f in dataclasses.fields(PeftConfig) if f.name == "method").metadata["choices"] == METHODS
 
 
-def test_a_method_says_how_it_can_begin(tmp_path: Path) -> None:
+def test_a_method_names_its_initializations(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text('1 / 0\ninits = ("default", "loftq")\n')  # read and not run
     assert inits_of("mine", tmp_path) == ("default", "loftq")
     assert {name for name in METHODS if "loftq" in inits_of(name)} == {"lora", "rslora"}
@@ -245,7 +245,7 @@ def test_no_file_outside_the_folder_lists_methods() -> None:
 
 
 @pytest.mark.slow
-def test_what_methods_say_of_weights_needs_neither_peft_nor_transformers() -> None:
+def test_edits_of_methods_need_neither_peft_nor_transformers() -> None:
     code = (
         "import sys, fedtune.models.edits; from fedtune.config import METHODS; from fedtune.models.methods import method; "
         "[method(name) for name in METHODS]; print(sorted({'transformers', 'peft', 'flwr', 'datasets'} & set(sys.modules)))"

@@ -49,7 +49,7 @@ def test_a_personal_model_is_the_common_part_and_the_clients_own(tmp_path: Path)
 
 
 @pytest.mark.parametrize("to", ["hf", "edge"])
-def test_the_global_model_of_a_personal_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str) -> None:
+def test_the_export_of_a_personal_runs_global_model_has_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str) -> None:
     run, live, client = personal_run(tmp_path)
     for source in (run, run / "adapter"):
         assert main(["export", str(source), "--to", to, "--out", str(tmp_path / source.name / "out")]) == 0
@@ -62,7 +62,7 @@ def test_the_global_model_of_a_personal_run_says_what_it_is(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
-def test_an_adapter_that_changes_nothing_is_never_exported_in_silence(tmp_path: Path, method: str) -> None:
+def test_the_export_of_an_adapter_without_effect_has_a_note(tmp_path: Path, method: str) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", "qwen2")), CAUSAL, method=method)
     state = live.read(1)
     assert not describe_folder(export_hf(run, tmp_path / "trained"))
@@ -73,7 +73,7 @@ def test_an_adapter_that_changes_nothing_is_never_exported_in_silence(tmp_path: 
     assert "the model is the untouched backbone" in describe_package(export_edge(run, tmp_path / "edge"))
 
 
-def test_gguf_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_export_has_the_note_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
     from tests.export.test_gguf import SHORT, shaped
 
@@ -86,7 +86,7 @@ def test_gguf_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "the model is the untouched backbone" in capsys.readouterr().err
 
 
-def test_a_client_that_keeps_nothing_or_another_models_tensors_is_refused(tmp_path: Path) -> None:
+def test_a_client_without_stored_tensors_or_with_another_models_is_refused(tmp_path: Path) -> None:
     run, live, client = personal_run(tmp_path)
     with pytest.raises(CheckpointError, match="client nobody keeps no tensors"):
         export_hf(run / "clients" / "nobody", tmp_path / "out")

@@ -84,7 +84,7 @@ def lay(folder: Path, layout: str) -> None:
     ["one file", "stale index", "shards", "shards and a file that no index names", "a tensor in two shards", "pickles beside",
      "weights that config.json names", "an index that config.json names"],
 )  # fmt: skip
-def test_every_reader_takes_the_files_that_transformers_takes(layout: str, tmp_path: Path) -> None:
+def test_every_reader_reads_the_same_files_as_transformers(layout: str, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     tiny_model("mistral", folder)
     tokenizer().save_pretrained(folder)
@@ -97,7 +97,7 @@ def test_every_reader_takes_the_files_that_transformers_takes(layout: str, tmp_p
 
 
 @pytest.mark.parametrize("layout", ["shards without an index", "another name"])
-def test_what_transformers_does_not_read_no_reader_reads(layout: str, tmp_path: Path) -> None:
+def test_no_reader_reads_a_folder_that_transformers_refuses(layout: str, tmp_path: Path) -> None:
     tiny_model("mistral", tmp_path)
     lay(tmp_path, layout)
     with pytest.raises(OSError, match="no file named"):

@@ -56,7 +56,7 @@ def test_the_default_is_the_checkpoint_and_the_adapter(tmp_path: Path, precision
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_what_began_with_loftq_is_merged_into_what_it_was_trained_over(tmp_path: Path, kind: str) -> None:
+def test_a_loftq_adapter_is_merged_into_its_quantized_weights(tmp_path: Path, kind: str) -> None:
     model = wide(tmp_path / "m", kind)
     run, live = make_run(tmp_path / "run", model, init="loftq")
     folder = run / "adapter"
@@ -82,7 +82,7 @@ def test_a_damaged_note_on_the_backbone_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("nf4", "llama"), ("int8", "llama"), ("nf4", "gpt2")])
-def test_what_is_told_is_what_plain_transformers_opens(tmp_path: Path, precision: str, kind: str) -> None:
+def test_the_reported_error_is_that_of_the_reloaded_model(tmp_path: Path, precision: str, kind: str) -> None:
     if why := quantize._why_not(precision, torch.float32, torch.device("cpu")):
         pytest.skip(f"no {precision} kernel here: {why}")
     model = wide(tmp_path / "m", kind)
@@ -118,13 +118,13 @@ def test_a_classifier_keeps_its_head_whole(tmp_path: Path) -> None:
     assert torch.equal(model.classifier.weight, live.parameters["classifier.weight"])
 
 
-def test_it_says_where_the_adapter_may_be_lost() -> None:
+def test_an_export_warns_if_the_adapter_may_be_lost() -> None:
     figures = {"precision": "nf4", "weights_mean": 0.1, "weights_max": 0.2, "worst": "q", "logits": 0.3, "adapter": 0.1}
     assert "the training may be lost" in describe_requantized(figures)
     assert "lost" not in describe_requantized({**figures, "adapter": 0.9})
 
 
-def test_there_must_be_a_precision_to_go_back_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unquantized_run_cannot_be_quantized_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = wide(tmp_path / "m")
     run, _ = make_run(tmp_path / "run", model)
     (tmp_path / "bare").mkdir()

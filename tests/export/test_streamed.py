@@ -90,7 +90,7 @@ def cell(kind: str, method: str, index: int) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "method"), [cell(k, m, i) for k in KINDS for i, m in enumerate(METHODS)])
-def test_it_is_what_the_merge_in_memory_gives(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_equals_the_merge_in_memory(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 100)  # some rows, or columns, at a time
     task = ASK if kind == "t5" else CLASSES if kind in (*ENCODERS, "opt") else CAUSAL
     dtype = (torch.bfloat16, torch.float32, torch.float16)[KINDS.index(kind) % 3]
@@ -107,7 +107,7 @@ def test_it_is_what_the_merge_in_memory_gives(tmp_path: Path, kind: str, method:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
-def test_shifts_too(tmp_path: Path, kind: str) -> None:
+def test_shifts_are_merged_as_in_memory(tmp_path: Path, kind: str) -> None:
     task = ASK if kind == "t5" else CLASSES if kind == "bert" else CAUSAL
     run, live = make_run(tmp_path / "run", hub(stored(tmp_path / "m", kind)), task)
     with_shifts(run, live)
@@ -149,7 +149,7 @@ def test_other_names_in_the_checkpoint(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_tied_table_that_is_kept_twice(tmp_path: Path, same: bool) -> None:
+def test_a_tied_embedding_that_is_stored_twice(tmp_path: Path, same: bool) -> None:
     folder = checkpoint(tmp_path / "m")
     path = folder / "model.safetensors"
     stored_tensors = load_file(path)
@@ -161,7 +161,7 @@ def test_a_tied_table_that_is_kept_twice(tmp_path: Path, same: bool) -> None:
 
 
 @pytest.mark.parametrize("labels", [2, 3])
-def test_a_head_of_the_checkpoint_counts_where_it_fits(tmp_path: Path, labels: int) -> None:
+def test_a_head_of_the_checkpoint_is_used_if_it_fits(tmp_path: Path, labels: int) -> None:
     """Of another number of classes, it is drawn as the run drew it."""
     config = llama_config(num_labels=labels)
     checkpoint(tmp_path / "m", config=config)
@@ -173,7 +173,7 @@ def test_a_head_of_the_checkpoint_counts_where_it_fits(tmp_path: Path, labels: i
 
 
 @pytest.mark.parametrize("roberta", [2, 3])
-def test_all_of_a_head_is_drawn_or_nothing_of_it(tmp_path: Path, roberta: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_is_initialized_completely_or_not_at_all(tmp_path: Path, roberta: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["roberta"]()
     config.num_labels = roberta
     checkpoint(tmp_path / "m", "roberta", config=config)
@@ -189,7 +189,7 @@ def test_all_of_a_head_is_drawn_or_nothing_of_it(tmp_path: Path, roberta: int, m
     assert kept == (roberta == 3)
 
 
-def test_several_shards_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_shards_equal_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = make_run(tmp_path / "run", hub(stored(tmp_path / "m", "gpt2", torch.bfloat16)), CAUSAL)
     with quiet():
         whole = AutoModelForCausalLM.from_pretrained(in_memory(run, tmp_path / "wanted"), dtype=torch.bfloat16)
@@ -209,7 +209,7 @@ def test_several_shards_are_those_of_transformers(tmp_path: Path, monkeypatch: p
 # -- what cannot be read so ---------------------------------------------------------------------------------------------------------------
 
 
-def test_weights_in_another_form_are_merged_in_memory_and_that_is_said(tmp_path: Path) -> None:
+def test_weights_in_another_layout_are_merged_in_memory_with_a_note(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
         num_local_experts=3, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
@@ -222,7 +222,7 @@ def test_weights_in_another_form_are_merged_in_memory_and_that_is_said(tmp_path:
     assert all(torch.allclose(t, wanted[n], rtol=0, atol=1e-6) for n, t in tensors(run / "merged").items())
 
 
-def test_a_random_backbone_is_merged_in_memory_and_that_is_said(tmp_path: Path) -> None:
+def test_a_random_backbone_is_merged_in_memory_with_a_note(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m"), init="random"), CAUSAL)
     said = "the backbone was initialized at random (model.init=random), so the model was merged in memory"
     assert describe_folder(export_hf(run, run / "merged")) == said
@@ -260,5 +260,5 @@ def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_dtype_holds_the_numbers_that_stand_for_tensors(dtype: torch.dtype) -> None:
+def test_every_dtype_represents_the_placeholder_numbers(dtype: torch.dtype) -> None:
     assert [_number(_numbered(i, dtype)) for i in (0, 255, 256, 65537, 16777215)] == [0, 255, 256, 65537, 16777215]

@@ -22,7 +22,7 @@ from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
 from tests.models.build import checkpoint, hub, token_ids
 
 
-def test_a_model_is_packaged_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_is_packaged_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint(tmp_path / "m")
     assert main(["export", str(model), "--to", "edge"]) == 0
     assert capsys.readouterr().out.strip() == str(model / "edge")
@@ -47,7 +47,7 @@ def test_it_is_quantized_and_calibrated_as_a_run_is(tmp_path: Path, quantize: st
     assert "there is no test data here" in describe_package(export_edge(model, tmp_path / "other", quantize="int8"))
 
 
-def test_what_a_run_was_exported_as_keeps_its_prompt_template(tmp_path: Path) -> None:
+def test_a_package_of_an_exported_run_keeps_its_prompt_template(tmp_path: Path) -> None:
     data = DataConfig(source="local", path="x", prompt="set {q} to", answer=" {a}")
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, data=data)
     merged, straight = export_hf(run, tmp_path / "merged"), read_package(export_edge(run, tmp_path / "straight"))
@@ -75,7 +75,7 @@ def quantized(folder: Path) -> Path:
     return folder
 
 
-def test_what_is_no_plain_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_plain_model_is_refused(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "m")
     beside, _ = make_run(tmp_path / "beside", hub(model), CAUSAL, method="prompt")
     classes, _ = make_run(tmp_path / "classes", hub(model), CLASSES)

@@ -74,7 +74,7 @@ def test_names_are_those_of_the_untouched_backbone(tmp_path: Path) -> None:
             assert p.shape == bare.get_parameter(name).shape and name == "score.weight"
 
 
-def test_the_initial_adapter_follows_the_seed_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+def test_the_initial_adapter_follows_the_seed_and_does_not_use_the_global_generator(tmp_path: Path) -> None:
     config = hub(checkpoint(tmp_path / "m"))
     state = torch.get_rng_state()
     a, b, c = (initial_adapter(config, CLASSES, PEFT, num_labels=3, seed=s) for s in (0, 0, 1))
@@ -87,7 +87,7 @@ def test_the_initial_adapter_follows_the_seed_and_leaves_the_global_generator_al
     assert 0.8 / 24**0.5 < first.abs().max() <= 1 / 24**0.5
 
 
-def test_a_server_needs_config_json_only(tmp_path: Path) -> None:
+def test_a_server_needs_only_config_json(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     (tmp_path / "server").mkdir()
     shutil.copy(folder / "config.json", tmp_path / "server")
@@ -153,7 +153,7 @@ def test_disabled_is_the_untouched_backbone_and_keeps_flags(tmp_path: Path, task
     assert [p.requires_grad for p in live.parameters.values()] == [False] + [True] * (len(live.parameters) - 1)
 
 
-def test_only_what_the_adapter_names_is_trained(tmp_path: Path) -> None:
+def test_only_the_adapters_tensors_are_trained(tmp_path: Path) -> None:
     live = make(tmp_path / "m", "bert", CLASSES)
     trained = {id(p) for p in live.model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in live.parameters.values()}
@@ -198,7 +198,7 @@ def test_a_backbone_has_one_adapter(tmp_path: Path) -> None:
         LiveAdapter(live.backbone, PEFT, CAUSAL)
 
 
-def test_an_adapter_of_another_backbone_is_refused_and_leaves_the_live_one_alone(tmp_path: Path) -> None:
+def test_an_adapter_of_another_backbone_is_refused_and_the_live_one_is_unchanged(tmp_path: Path) -> None:
     live, other = make(tmp_path / "a"), make(checkpoint(tmp_path / "b", seed=1))
     before = live.read(0)
     mine, its = live.backbone.fingerprint, other.backbone.fingerprint
@@ -207,7 +207,7 @@ def test_an_adapter_of_another_backbone_is_refused_and_leaves_the_live_one_alone
     assert all(torch.equal(before[n], p) for n, p in live.parameters.items())
 
 
-def test_adapters_that_do_not_fit_are_refused_by_what_differs(tmp_path: Path) -> None:
+def test_mismatched_adapters_are_refused_with_the_difference(tmp_path: Path) -> None:
     live = make(tmp_path / "m")
     state = filled(live)
     names = list(state.tensors)

@@ -123,7 +123,7 @@ def test_a_composite_model_trains_its_text_part(tmp_path: Path, config: Callable
 
 
 @pytest.mark.parametrize("config", [gemma3, qwen3_5])
-def test_a_composite_model_is_outlined_and_quantized_as_it_is_loaded(
+def test_a_composite_model_is_outlined_and_quantized_on_loading(
     tmp_path: Path, config: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -177,7 +177,7 @@ def test_unquantized_experts_are_named(tmp_path: Path, caplog: pytest.LogCapture
     assert "model.precision=nf4" in line and "experts" in line
 
 
-def test_a_model_whose_code_fails_on_packed_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_code_fails_on_packed_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = checkpoint(tmp_path / "m", config=llama4())  # its code draws packed weights as if they were numbers
     with pytest.raises(ModelError, match=r"cannot be read back \(.*\): take model.precision=bf16 or fp32, or check the disk$") as caught:
@@ -224,7 +224,7 @@ def test_a_model_that_reads_padding_or_later_tokens_is_refused(tmp_path: Path, t
         (gemma3, WRITES, "prompt", "take another backbone, another task.kind or peft=lora$"),  # the padding follows virtual tokens
     ],
 )
-def test_a_refusal_advises_what_the_method_has(
+def test_a_refusal_suggests_settings_of_the_method(
     tmp_path: Path, config: Callable[[], Any], task: TaskConfig, method: str, advice: str
 ) -> None:
     folder = composite(tmp_path / "m", config()) if config is gemma3 else checkpoint(tmp_path / "m", config=config())
@@ -240,7 +240,7 @@ def test_a_tensor_without_a_gradient_is_named(tmp_path: Path, monkeypatch: pytes
         probe(slot, CAUSAL)
 
 
-def test_the_probe_leaves_the_adapter_and_the_generator_alone(tmp_path: Path) -> None:
+def test_the_probe_does_not_change_the_adapter_or_the_generator(tmp_path: Path) -> None:
     slot = live(checkpoint(tmp_path / "m", config=mixtral()), CAUSAL)
     before, drawn, modes = slot.read(0), torch.get_rng_state(), [m.training for m in slot.model.modules()]
     probe(slot, CAUSAL)

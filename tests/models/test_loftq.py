@@ -54,7 +54,7 @@ def check_start(folder: Path, precision: str, peft: PeftConfig = PEFT, **changes
 
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("kind", quick(["llama", "gpt2"], "gpt2"))
-def test_what_is_left_is_the_tail_of_the_singular_values(tmp_path: Path, kind: str, precision: str) -> None:
+def test_the_error_is_the_tail_of_the_singular_values(tmp_path: Path, kind: str, precision: str) -> None:
     pattern = {"llama": PEFT.rank_pattern, "gpt2": {"c_fc": 2, "h.1.mlp.c_proj": 3}}[kind]
     for method in ("lora", "rslora"):
         check_start(wide(tmp_path / method, kind), precision, dataclasses.replace(PEFT, method=method, rank_pattern=pattern))
@@ -65,7 +65,7 @@ def test_random_backbones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["transpose", "scaling"])
-def test_a_wrong_start_would_be_seen(tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_initialization_is_detected(tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong == "transpose":
         monkeypatch.setattr(loftq, "Conv1D", ())  # no layer is one
     else:
@@ -76,7 +76,7 @@ def test_a_wrong_start_would_be_seen(tmp_path: Path, wrong: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
-def test_directions_without_a_residual_stay_as_they_were_drawn(shape: tuple[int, int]) -> None:
+def test_directions_without_a_residual_keep_their_random_values(shape: tuple[int, int]) -> None:
     # R = 6·e_2 e_1ᵀ has one direction, s = 1.5: B·A = 4 there, √4 = 2 in each factor
     residual = torch.zeros(shape, dtype=torch.float64)
     residual[2, 1] = -6.0
@@ -89,7 +89,7 @@ def test_directions_without_a_residual_stay_as_they_were_drawn(shape: tuple[int,
 
 
 @pytest.mark.parametrize("precision", KINDS)
-def test_the_start_is_nearer_to_the_full_model(tmp_path: Path, precision: str) -> None:
+def test_the_initialization_is_closer_to_the_full_model(tmp_path: Path, precision: str) -> None:
     folder = wide(tmp_path / "m")
     exact, backbone = logits(load_backbone(hub(folder), LM)), quantized(folder, precision)
     plain = off(logits(backbone), exact)
@@ -111,7 +111,7 @@ def test_unquantized_layers_have_the_default_initialization(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_it_depends_on_the_config_only(tmp_path: Path) -> None:
+def test_it_depends_only_on_the_config(tmp_path: Path) -> None:
     folder = wide(tmp_path / "m")
     one, two = start(folder, "nf4", PEFT), start(folder, "nf4", PEFT)
     assert all(torch.equal(t, two[n]) for n, t in one.tensors.items())

@@ -188,7 +188,7 @@ def truncated(state: AdapterState, ranks: dict[str, int]) -> AdapterState:
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_smaller_rank_in_the_slot_is_that_rank_exactly(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_smaller_rank_in_the_slot_is_exact(tmp_path: Path, name: str, kind: str) -> None:
     live = make(tmp_path / "m", kind, CLASSES, name)
     big = moved(start(tmp_path / "m", CLASSES, name))
     small = truncated(big, {m: 1 + i % 3 for i, m in enumerate(big.spec.ranks)})
@@ -223,10 +223,10 @@ def test_a_smaller_rank_in_the_slot_is_that_rank_exactly(tmp_path: Path, name: s
     assert live.read(0).spec == big.replace(base=live.backbone.fingerprint).spec and torch.equal(live.read(0)[n], big[n])
 
 
-def test_a_slot_that_forgot_to_zero_the_padding_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_with_nonzero_padding_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "zero_", lambda self: self)
     with pytest.raises(AssertionError):
-        test_a_smaller_rank_in_the_slot_is_that_rank_exactly(tmp_path, "lora", "llama")
+        test_a_smaller_rank_in_the_slot_is_exact(tmp_path, "lora", "llama")
 
 
 def test_ranks_by_module_and_the_scaling_of_each_method(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_generation_continues_the_prompt(tmp_path: Path, name: str, kind: str) -
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "ptuning_v2"])
-def test_virtual_tokens_drop_out_of_the_loss(tmp_path: Path, name: str) -> None:
+def test_virtual_tokens_do_not_count_in_the_loss(tmp_path: Path, name: str) -> None:
     live = make(tmp_path / "m", "llama", CAUSAL, name)
     live.load(moved(start(tmp_path / "m", CAUSAL, name)))
     data = batch(CAUSAL)

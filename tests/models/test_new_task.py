@@ -130,7 +130,7 @@ def test_two_rounds_end_in_a_report_a_card_and_a_model_that_transformers_loads(t
         torch.testing.assert_close(model(tokens).logits, live.model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_clients_that_train_at_once_end_where_they_end_alone(tmp_path: Path) -> None:
+def test_clients_trained_in_a_batch_end_with_the_same_adapters(tmp_path: Path) -> None:
     def adapter(batched: str) -> AdapterState:
         run = simulate(experiment(tmp_path, engine=EngineConfig(threads=1, batched=batched), rounds=1))
         return AdapterState.load(run / "adapter" / "fedtune.safetensors")
@@ -159,7 +159,7 @@ def test_single_rows_have_the_gradients_of_the_loop(tmp_path: Path) -> None:
             torch.testing.assert_close(other[name], results[0][name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_registered_task_is_a_choice_and_a_name_that_is_none_is_refused() -> None:
+def test_a_registered_task_is_a_choice_and_an_unknown_name_is_refused() -> None:
     (choices,) = [text for key, _, text in reference() if key == "task.kind"]
     assert choices.endswith("[causal_lm | chat | classification | instruction | regression]")
     with pytest.raises(ConfigError, match=r"task\.kind=ranking is not known: choose one of causal_lm, .*, regression"):
@@ -169,7 +169,7 @@ def test_a_registered_task_is_a_choice_and_a_name_that_is_none_is_refused() -> N
 
 
 @pytest.mark.parametrize("value", ["many", None, float("inf"), [1]])
-def test_a_value_that_is_no_number_is_refused(tmp_path: Path, value: object) -> None:
+def test_a_non_numeric_value_is_refused(tmp_path: Path, value: object) -> None:
     config = tiny_config(tmp_path, [{"text": "lamp", "client": "a", "target": 1.5}, {"text": "door", "client": "a", "target": value}])
     data = DataConfig(source="local", path=config.data.path)
     with pytest.raises(DataError, match="target"):
@@ -196,7 +196,7 @@ def test_tasks_that_contradict_each_other_about_a_metric_are_refused(monkeypatch
         metrics()
 
 
-def test_no_file_asks_which_task_it_is() -> None:
+def test_no_file_compares_task_names() -> None:
     """Whatever differs between tasks is an attribute or a method of the task: a comparison with a name would leave new tasks out."""
     root, looked, results = Path(__file__).parents[2], 0, []
     for file in (f for folder in ("fedtune", "clients", "simulations", "strategies") for f in (root / folder).rglob("*.py")):

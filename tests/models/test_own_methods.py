@@ -217,7 +217,7 @@ def test_over_bf16_the_trained_tensors_are_float32(kind: str, task: TaskConfig, 
 
 @pytest.mark.parametrize("peft", [HOULSBY, PROMPTS, BIASES, FULL], ids=lambda p: p.method)
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "albert"])
-def test_vmap_over_clients_is_one_after_the_other(kind: str, peft: PeftConfig) -> None:
+def test_vmap_over_clients_equals_sequential_training(kind: str, peft: PeftConfig) -> None:
     live = attach(build(kind, CLASSES), peft, CLASSES)
     shake(live)
     live.model.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]  # vmap would warn of SDPA, which it loops over

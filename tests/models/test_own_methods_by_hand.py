@@ -65,7 +65,7 @@ def test_houlsby_adapts_attention_too_and_shared_layers_once(kind: str, places: 
     assert len(t5) == 2 * 2 + 2 * 3  # the encoder's attention and feed-forward; the decoder's two attentions and feed-forward
 
 
-def test_the_adapters_start() -> None:
+def test_initial_values_of_adapters() -> None:
     draw = torch.Generator().manual_seed(0)
     made = method("adapter").initial("x.adapter_down.weight", (3, 16), PFEIFFER, draw, 0.02)
     assert 0.5 / 4 < made.abs().max() <= 1 / 4  # kaiming_uniform(a=√5): U(±1/√16)
@@ -132,7 +132,7 @@ def test_a_decoders_prompts_open_as_pefts_prefix_tuning(kind: str, task: TaskCon
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
 
 
-def test_keys_for_values_and_a_lost_residual_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_keys_and_values_and_a_lost_residual_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutations: the checks by hand above say something."""
     real = ptuning_v2._LayerPrompts.next
     monkeypatch.setattr(ptuning_v2._LayerPrompts, "next", lambda self: real(self)[::-1])
@@ -148,7 +148,7 @@ def test_keys_for_values_and_a_lost_residual_would_be_caught(monkeypatch: pytest
         test_merged_weights_are_the_trained_ones("gpt2", FULL)
 
 
-def test_the_shift_of_positions_is_what_makes_them_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_disagree_without_the_shift_of_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation: without it the same check fails, so it says something."""
     monkeypatch.setattr(_Shift, "__call__", lambda self, module, args, kwargs: (args, kwargs))
     for kind in ("llama", "gpt2", "opt"):
@@ -206,7 +206,7 @@ def test_prompts_have_second_derivatives_under_eager_attention() -> None:
     assert all(s.isfinite().all() and s.any() for s in second)
 
 
-def test_prompts_leave_the_models_own_config_alone() -> None:
+def test_prompts_do_not_change_the_models_config() -> None:
     model = build("llama", CAUSAL)
     said = model.config.to_json_string()
     attach(model, PROMPTS, CAUSAL)
@@ -266,7 +266,7 @@ def test_an_unknown_architecture_is_one_sentence() -> None:
         assert "\n" not in str(bad.value)
 
 
-def test_prompts_that_leave_no_room_and_weights_that_are_not_float32() -> None:
+def test_too_many_prompt_tokens_and_weights_other_than_float32() -> None:
     with pytest.raises(ModelError, match="peft.tokens=60 with task.max_length=16 is more than the model's context of 64 tokens"):
         attach(build("gpt2", CAUSAL), PeftConfig(method="ptuning_v2", tokens=60), CAUSAL)
     with pytest.raises(ModelError, match="loses small steps in bfloat16.* take model.precision=fp32"):

@@ -130,7 +130,7 @@ def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     assert backbone.fingerprint == plain.fingerprint  # adapters go between precisions
 
 
-def test_rows_that_are_no_multiple_of_a_block_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_not_a_multiple_of_a_block_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = wide(tmp_path / "llama", intermediate_size=172)
     with caplog.at_level(logging.WARNING):
         backbone = quantized(folder)
@@ -225,7 +225,7 @@ def test_full_fine_tuning_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_an_evaluation_leaves_the_gradients_as_they_were(tmp_path: Path, precision: str, compute: str) -> None:
+def test_an_evaluation_does_not_change_the_gradients(tmp_path: Path, precision: str, compute: str) -> None:
     live = LiveAdapter(quantized(wide(tmp_path / "llama"), precision, compute=compute), PeftConfig(rank=3), LM)
     live.load(random_state(live))
     before = gradients(live)
@@ -236,7 +236,7 @@ def test_an_evaluation_leaves_the_gradients_as_they_were(tmp_path: Path, precisi
 
 
 @pytest.mark.skipif(not PACKS, reason="this CPU has no layout that a layer would pack itself into")
-def test_the_packing_would_show(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_packing_changes_gradients_without_steady(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The mutation: with what `_steady` turns off, the test above fails."""
     live = LiveAdapter(quantized(wide(tmp_path / "llama")), PeftConfig(), LM)
     live.load(random_state(live))
@@ -250,7 +250,7 @@ def test_the_packing_would_show(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert worst(gradients(live), before) > 0.1
 
 
-def test_one_sentence_where_there_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_kernel_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "_why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
     with pytest.raises(ModelError, match=r"^model.precision=nf4: .* this machine's cpu \(no symbol\); take model.precision=int8 or bf16$"):
         quantized(wide(tmp_path / "llama"))
@@ -282,7 +282,7 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path, precision: str) -> No
     assert worst(results[1], results[0]) < 1e-6
 
 
-def test_an_adapter_goes_from_one_precision_to_another(tmp_path: Path) -> None:
+def test_an_adapter_moves_between_precisions(tmp_path: Path) -> None:
     folder = wide(tmp_path / "llama")
     states = []
     for precision in ("fp32", "bf16", "nf4", "int8"):

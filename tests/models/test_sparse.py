@@ -106,7 +106,7 @@ def test_zeros_are_the_backbone_for_every_lora_state(tmp_path: Path, kind: str, 
 
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
-def test_off_the_mask_nothing_changes_with_weight_decay_on(tmp_path: Path, kind: str, task: TaskConfig) -> None:
+def test_entries_outside_the_mask_do_not_change_even_with_weight_decay(tmp_path: Path, kind: str, task: TaskConfig) -> None:
     live, state = make(tmp_path / "m", kind, task), first(tmp_path / "m", task)
     slot = SparseSlot(live, state.spec)
     slot.load(state)

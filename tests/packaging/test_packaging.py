@@ -48,13 +48,13 @@ def unit(path: Path) -> dict[str, list[str]]:
     return results
 
 
-def test_there_is_one_of_each() -> None:
+def test_both_roles_have_a_unit_and_an_image() -> None:
     assert [p.stem for p in UNITS] == ["fedtune-client", "fedtune-server"]
     assert [p.suffix for p in IMAGES] == [".client", ".server"]
 
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda p: p.stem)
-def test_a_unit_starts_its_door_with_flags_that_it_has(path: Path) -> None:
+def test_a_unit_starts_its_command_with_valid_flags(path: Path) -> None:
     said = unit(path)
     (start,) = said["ExecStart"]
     words = shlex.split(re.sub(r"\$\{(\w+)\}", "x", start.replace("%d", "/creds").replace("%S", "/var/lib")))
@@ -93,7 +93,7 @@ INSTRUCTIONS = {"FROM", "COPY", "RUN", "ENV", "USER", "WORKDIR", "VOLUME", "EXPO
 
 
 @pytest.mark.parametrize("path", IMAGES, ids=lambda p: p.suffix[1:])
-def test_an_image_is_made_of_what_is_there(path: Path) -> None:
+def test_an_image_is_built_from_existing_files(path: Path) -> None:
     steps = [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in joined(path.read_text())]
     assert {name for name, _ in steps} <= INSTRUCTIONS  # no ADD, no ARG that could carry a secret
     stages = [rest.split() for name, rest in steps if name == "FROM"]
@@ -123,7 +123,7 @@ def test_an_image_is_made_of_what_is_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", IMAGES, ids=lambda p: p.suffix[1:])
-def test_the_command_in_an_images_head_is_one(path: Path) -> None:
+def test_the_command_in_a_dockerfiles_comment_is_valid(path: Path) -> None:
     head = " ".join(line.lstrip("# ").rstrip("\\") for line in path.read_text().splitlines() if line.startswith("#"))
     door = f"fedtune-{path.suffix[1:]}"
     words = head.partition("docker run")[2].partition("Keys are")[0].partition("Keys and")[0].split()
@@ -137,7 +137,7 @@ def services(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / name).read_text())["services"]
 
 
-def test_the_compose_file_brings_a_server_and_three_clients() -> None:
+def test_the_compose_file_starts_a_server_and_three_clients() -> None:
     whole = yaml.safe_load((FOLDER / "compose.yaml").read_text())
     compose_services = services("compose.yaml")
     clients = sorted(set(compose_services) - {"keys", "server"})
@@ -156,7 +156,7 @@ def test_the_compose_file_brings_a_server_and_three_clients() -> None:
     )  # nothing is open to the host, no secret in the environment
 
 
-def test_its_commands_are_ones_that_the_doors_understand() -> None:
+def test_its_commands_are_valid() -> None:
     compose_services = services("compose.yaml")
     made = shlex.split(compose_services["keys"]["command"][0].partition("|| ")[2])
     keys = parse(made)

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(Config(output_dir=str(tmp_path), keep_checkpoints=2))
 
 
-def test_a_saved_checkpoint_is_read_back(run: RunDirectory) -> None:
+def test_a_checkpoint_round_trips(run: RunDirectory) -> None:
     assert run.newest() == (None, [])
     for r in range(4):
         run.save(checkpoint(r))

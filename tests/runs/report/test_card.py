@@ -111,7 +111,7 @@ BACKBONES = {
         *(("gpt2 classes", m) for m in METHODS), *((n, "lora") for n in BACKBONES), ("bert", "prefix"),
     ),
 )  # fmt: skip
-def test_a_card_loads_what_was_trained(tmp_path: Path, name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_loads_the_trained_model(tmp_path: Path, name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, task = BACKBONES[name]
     backbone = hub(checkpoint(tmp_path / "m", kind))
     if (name, method) in IMPOSSIBLE:

@@ -50,7 +50,7 @@ def test_a_cell_that_takes_too_long_is_a_dash_with_a_note(capsys: pytest.Capture
     assert "– nano fp32 2x8, C=8: would take about 16 s" in said
 
 
-def test_what_ray_costs_stands_beside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_includes_ray(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def baseline(recipe: Any, rounds: Any, workers: int) -> list[Cost]:
         assert [len(r.examples) for r in rounds] == [3] and rounds[0].batch == 2 and recipe.steps == 1
         return [Cost(seconds=6.0, mb=512.0)]

@@ -39,7 +39,7 @@ def test_the_table_has_the_ratio_with_and_without_the_runtime(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(("size", "millions"), [("20m", 20.3), ("125m", 123.7), ("0.4b", 397.7)])
-def test_a_model_is_as_large_as_it_is_called(size: str, millions: float) -> None:
+def test_a_models_size_matches_its_name(size: str, millions: float) -> None:
     # by hand, 0.4b: 24 layers · (4 · 1024² + 3 · 1024 · 3584) + 32000 words · 1024, once, for they are tied = 364.9 + 32.8 M
     hidden, layers, _, inner, words = bench_precision.SIZES[size]
     assert (layers * (4 * hidden**2 + 3 * hidden * inner) + words * hidden) / 1e6 == pytest.approx(millions, abs=0.05)
@@ -50,7 +50,7 @@ def test_more_nats_and_less_accuracy_are_worse() -> None:
     assert bench_precision.against(0.70, 0.71, "accuracy") == pytest.approx(0.01)  # a point
 
 
-def test_each_precision_is_held_against_fp32_of_its_own_seed(
+def test_each_precision_is_compared_with_fp32_of_the_same_seed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lost = {"fp32": 0.0, "bf16": 0.0, "nf4": 0.03, "int8": 0.005}
@@ -76,7 +76,7 @@ def test_each_precision_is_held_against_fp32_of_its_own_seed(
     assert rows["banking77", "int8"][1:] == ["0.5 ± 0.0 points worse", "kept"]
 
 
-def test_a_curve_is_what_the_global_test_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_curve_has_the_scores_of_the_global_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def simulate(config: Any) -> Path:
         assert config.seed == 3
         lines = ['{"round": 0, "client": null, "loss": 4.0}', '{"round": 1, "client": "a", "loss": 9.0}', '{"round": 1, "client": null}']

@@ -41,7 +41,7 @@ def test_ten_megabytes_are_ten_megabytes() -> None:
     assert whole_adapter(10.0).nbytes == pytest.approx(10e6, rel=0.02)
 
 
-def test_memory_that_is_kept_shows() -> None:
+def test_retained_memory_is_measured() -> None:
     def keep() -> list[torch.Tensor]:
         return [torch.ones(250_000) for _ in range(40)]  # 40 MB
 
@@ -58,7 +58,7 @@ def test_a_cohort_that_does_not_fit_shrinks_with_a_note() -> None:
     assert clients == 16 and why.startswith("1,000 clients would take") and why.endswith("shown are 16")
 
 
-def test_what_needs_more_clients_is_refused_in_a_sentence() -> None:
+def test_a_strategy_that_needs_more_clients_is_refused_in_one_sentence() -> None:
     with pytest.raises(ConfigError, match="bulyan"):
         strategy_of("bulyan", 3)
 

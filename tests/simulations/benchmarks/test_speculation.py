@@ -43,7 +43,7 @@ def test_prompts_are_held_out_words(engine: Engine, data: Path) -> None:
     assert min(numbers) > max(others) > 2000  # the last tenth, and what is before it
 
 
-def test_texts_that_are_not_there_or_too_short(engine: Engine, tmp_path: Path) -> None:
+def test_missing_and_short_texts(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="FEDTUNE_DATA"):
         pair.prompts(engine, tmp_path, 1, held=True)
     for file in pair.TEXTS.values():
@@ -63,7 +63,7 @@ def test_a_draft_learns_from_the_models_own_answers(engine: Engine, data: Path, 
 
 
 @pytest.mark.slow
-def test_the_pair_is_made_and_measured(data: Path, tmp_path: Path) -> None:
+def test_the_pair_is_created_and_measured(data: Path, tmp_path: Path) -> None:
     draft = pair.draft_of(NANO, data, tmp_path / "draft", Distillation(layers=1, steps=2, batch_size=2, length=64), rows=8)
     assert 0 < pair.acceptance(draft) < 1
     target = widen(NANO, tmp_path / "wide", Size(hidden=256, layers=6, heads=8, kv_heads=4, inner=512, vocabulary=1100))
@@ -121,7 +121,7 @@ def test_the_table_by_hand() -> None:
     assert "| int8 | auto | 2.50 (1.75–3.25) | 2.00 | 75 % | 3/4 | 2.50 (1.75–3.25) | 2.00 | 75 % |" in shown
 
 
-def test_each_size_has_a_draft_of_a_tenth_of_it() -> None:
+def test_each_size_has_a_draft_of_a_tenth_of_its_size() -> None:
     def parameters(numbers: tuple[int, int, int, int, int]) -> int:
         hidden, layers, heads, kv_heads, inner = numbers
         return speculation.VOCABULARY * hidden + layers * (2 * hidden * hidden * (1 + kv_heads / heads) + 3 * hidden * inner)  # pyright: ignore

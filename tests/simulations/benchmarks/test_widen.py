@@ -63,7 +63,7 @@ def logits(engine: Engine, ids: Tensor) -> Tensor:
         ({}, {"hidden": 24, "heads": 6, "vocabulary": 61}),  # only layers and inner units
     ],
 )
-def test_logits_are_the_small_models(tmp_path: Path, small: dict[str, Any], large: dict[str, int], tied: bool) -> None:
+def test_logits_equal_those_of_the_small_model(tmp_path: Path, small: dict[str, Any], large: dict[str, int], tied: bool) -> None:
     source, model = tiny(tmp_path / "small", tie_word_embeddings=tied, **small)
     wide = widen(source, tmp_path / "wide", asked := size(**large))
     ids = torch.randint(61, (33,), generator=torch.Generator().manual_seed(1))
@@ -89,7 +89,7 @@ def test_every_tensor_has_the_large_shape(tmp_path: Path) -> None:
     assert shapes == {n: tuple(t.shape) for n, t in random.items() if n != "lm_head.weight"}
 
 
-def test_an_exit_behind_the_old_layers_is_exact_and_one_before_them_is_not(tmp_path: Path) -> None:
+def test_an_exit_after_the_old_layers_is_exact_and_an_earlier_one_is_not(tmp_path: Path) -> None:
     wide = load_engine(widen(tiny(tmp_path / "small")[0], tmp_path / "wide", size()), "fp32")
     ids = torch.arange(1, 12)
     out = [wide.decoder.forward(ids, [Span(wide.cache(), 11, None)], layers=n) for n in (1, 2, 5)]
@@ -108,7 +108,7 @@ def test_greedy_text_with_and_without_guesses(tmp_path: Path) -> None:
         assert run.report.acceptance == 1 or run.report.drafted == 0
 
 
-def test_int8_rounds_as_it_rounds_the_small_one(tmp_path: Path) -> None:
+def test_int8_rounds_as_in_the_small_model(tmp_path: Path) -> None:
     source, _ = tiny(tmp_path / "small", tie_word_embeddings=True)
     wide = widen(source, tmp_path / "wide", size())  # zeros are never a row's largest number
     ids = torch.arange(1, 20)
@@ -164,7 +164,7 @@ def test_real_weights(name: str, large: str, tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "hang on no head size"),
     ],
 )
-def test_what_cannot_be_widened(tmp_path: Path, small: dict[str, Any], large: dict[str, int], message: str) -> None:
+def test_models_that_cannot_be_widened(tmp_path: Path, small: dict[str, Any], large: dict[str, int], message: str) -> None:
     source, _ = tiny(tmp_path / "small", **small)
     with pytest.raises(ModelError, match=message):
         widen(source, tmp_path / "wide", size(**large))

@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_bits(space: Workspace) -> None:
         assert all(torch.equal(a[0][n], b[0][n]) for n in a[0].tensors)
 
 
-def test_a_broken_client_leaves_and_the_others_do_not_notice(space: Workspace) -> None:
+def test_a_failing_client_does_not_affect_the_others(space: Workspace) -> None:
     todo = turn_inputs(space)
     poison = {n: torch.full_like(t, 1e30) for n, t in todo[1].start.tensors.items()}
     todo[1] = dataclasses.replace(todo[1], start=todo[1].start.replace(poison))
@@ -133,7 +133,7 @@ def test_a_broken_client_leaves_and_the_others_do_not_notice(space: Workspace) -
         assert all(torch.allclose(state[0][n], wanted[n], atol=1e-5) for n in wanted.tensors)
 
 
-def test_the_model_is_as_it_was_afterward(space: Workspace) -> None:
+def test_the_model_is_unchanged_afterward(space: Workspace) -> None:
     before = space.score(turn_inputs(space)[0].start, space.test_examples(), space.examples("c0", "held_out"))
     train_together(space.live, turn_inputs(space), space.config.task, pad_id=space.pad_id)
     assert space.score(turn_inputs(space)[0].start, space.test_examples(), space.examples("c0", "held_out")) == before
@@ -199,7 +199,7 @@ def prepared(space: Workspace, turn_input: TurnInput, **plan: Any) -> PreparedTu
     )
 
 
-def test_turns_without_a_batched_form_are_taken_one_by_one(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_without_a_batched_form_run_sequentially(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
@@ -297,7 +297,7 @@ def test_a_first_client_that_diverges_does_not_end_the_measurement_of_auto(
     assert "became" in str(replies[0].content.config_records["declined"]["why"])
 
 
-def test_auto_is_not_decided_by_a_client_on_its_own(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_not_decided_by_a_single_client(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
@@ -310,7 +310,7 @@ def test_auto_is_not_decided_by_a_client_on_its_own(space: Workspace, monkeypatc
     assert len(together._turns(iter([(i, None) for i in range(4)]))) == 4  # type: ignore[arg-type]
 
 
-def test_what_cannot_train_at_once_does_so_one_by_one_and_says_why(
+def test_unbatchable_settings_train_sequentially_and_log_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fedtune.simulations.engines.together as module
@@ -329,7 +329,7 @@ def test_what_cannot_train_at_once_does_so_one_by_one_and_says_why(
     assert files[0] == files[1] == files[2]
 
 
-def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_evaluated_in_a_batch_store_the_same_and_fail_alone(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
@@ -350,7 +350,7 @@ def test_clients_evaluated_at_once_keep_the_same_and_fail_alone(space: Workspace
     assert ["declined" in r.content.config_records for r in replies] == [False, True, False]
 
 
-def test_clients_evaluated_at_once_have_their_own_metrics(space: Workspace) -> None:
+def test_clients_evaluated_in_a_batch_have_their_own_metrics(space: Workspace) -> None:
     state = turn_inputs(space)[0].start
     groups = [space.examples(c, "train") for c in space.client_ids]
     together = space.score(state, *groups[:2], [], *groups[2:])

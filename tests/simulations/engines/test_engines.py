@@ -16,7 +16,7 @@ from fedtune.simulations.engines.grid import InProcessGrid
 from tests.tiny import tiny_config
 
 
-def test_clients_cannot_change_what_the_server_sent() -> None:
+def test_clients_cannot_change_the_servers_tensors() -> None:
     app = ClientApp()
 
     @app.train()

@@ -42,6 +42,6 @@ def test_each_update_is_the_sequential_one(tmp_path: Path, precision: str) -> No
 
 
 @pytest.mark.parametrize("precision", quantize.KINDS)
-def test_vmap_says_that_it_cannot(tmp_path: Path, precision: str) -> None:
+def test_vmap_is_refused_with_a_reason(tmp_path: Path, precision: str) -> None:
     way, why = way_of(quantized(tmp_path, precision, "dora"), LM)
     assert way is None and "quantized layers" in why

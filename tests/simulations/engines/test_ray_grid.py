@@ -86,7 +86,7 @@ def asked(grid: WorkerGrid, kind: str = "train") -> list[Message]:
 
 @pytest.mark.parametrize(("workers", "nodes"), [(1, 1), (2, 5), (3, 100), (8, 3)])
 @pytest.mark.parametrize("together", [False, True])
-def test_every_message_is_answered_once_and_shares_are_alike(workers: int, nodes: int, together: bool) -> None:
+def test_every_message_is_answered_once_and_shares_are_equal(workers: int, nodes: int, together: bool) -> None:
     grid, hired, _ = made(workers, nodes, together=together)
     for _ in range(2):
         assert not any(r.has_error() for r in asked(grid))
@@ -94,12 +94,12 @@ def test_every_message_is_answered_once_and_shares_are_alike(workers: int, nodes
     assert sum(sizes) == 2 * nodes and max(sizes) <= (min(LARGEST, -(-nodes // workers)) if together else 1)
 
 
-def test_a_round_without_messages_asks_nobody() -> None:
+def test_a_round_without_messages_calls_no_worker() -> None:
     grid, hired, _ = made(2, 3)
     assert not list(grid.push_messages([])) and not list(grid.pull_messages([])) and not hired
 
 
-def test_what_a_lost_worker_had_goes_to_another() -> None:
+def test_messages_of_a_lost_worker_go_to_another() -> None:
     lost = iter([True])
 
     def once(node: int) -> None:
@@ -112,7 +112,7 @@ def test_what_a_lost_worker_had_goes_to_another() -> None:
     assert [len(s) for worker in hired for s in worker.shares].count(1) == 3  # its share is dealt out singly
 
 
-def test_a_client_whose_turn_kills_its_worker_takes_nobody_with_it() -> None:
+def test_a_client_whose_turn_kills_its_worker_does_not_affect_others() -> None:
     def deadly(node: int) -> None:
         if node == 4:
             raise RayError("out of memory")
@@ -124,7 +124,7 @@ def test_a_client_whose_turn_kills_its_worker_takes_nobody_with_it() -> None:
     assert sum(4 in s for worker in hired for s in worker.shares) == MAX_LOSSES
 
 
-def test_a_worker_that_raises_lives_on_and_its_clients_get_the_cause() -> None:
+def test_a_worker_that_raises_survives_and_its_clients_get_the_cause() -> None:
     def broken(node: int) -> None:
         raise RayTaskError("KeyError: lost")
 
@@ -132,19 +132,19 @@ def test_a_worker_that_raises_lives_on_and_its_clients_get_the_cause() -> None:
     assert all("lost" in str(r.error.reason) for r in asked(grid)) and len(hired) == 1 and not notes
 
 
-def test_a_machine_that_lacks_the_data_is_named_and_the_others_go_on() -> None:
+def test_a_machine_without_the_data_is_named_and_the_others_continue() -> None:
     grid, hired, notes = made(3, 6, wrong=["a worker on b cannot take part: no data", None, None])
     assert {int(str(r.content.config_records["who"]["worker"])) for r in asked(grid)} == {1, 2}
     assert notes == ["a worker on b cannot take part: no data"] and len(hired) == 3
 
 
-def test_where_no_machine_has_the_data_the_run_ends_with_the_sentence() -> None:
+def test_without_the_data_on_any_machine_the_run_ends_with_the_sentence() -> None:
     grid, _, _ = made(2, 6, wrong=["no data on a", "no data on b"])
     with pytest.raises(RunError, match="no data on"):
         asked(grid)
 
 
-def test_where_nobody_comes_for_long_the_run_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_worker_for_long_the_run_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_grid, "_PATIENCE_S", 0.0)
     grid, _, _ = made(0, 2)
     with pytest.raises(RunError, match="there has been no Ray worker for 0 s"):
@@ -204,7 +204,7 @@ def test_a_cluster_that_loses_a_machine_in_a_round_ends_with_the_same_adapter(tm
 
 
 @pytest.mark.slow
-def test_workers_get_gpus_where_they_ask_for_them(tmp_path: Path) -> None:
+def test_workers_get_gpus_if_they_request_them(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     from fedtune.errors import ConfigError
@@ -227,7 +227,7 @@ def test_workers_get_gpus_where_they_ask_for_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_cluster_is_one_sentence(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
     from fedtune.errors import ConfigError
 

@@ -120,14 +120,14 @@ def test_ranks_may_differ(tmp_path: Path) -> None:
     check(live, todo, LM, pad_id(live.backbone.tokenizer), vmapped.installed)
 
 
-def test_what_vmap_would_get_wrong_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_vmap_would_compute_wrong_are_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live, _ = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
     right = vmapped.counted_logits
     monkeypatch.setattr(vmapped, "counted_logits", lambda *args: (right(*args)[0] * 1.01, None))
     assert vmapped.why_not(live, LM) == "torch.func.vmap changes its results"
 
 
-def test_what_vmap_cannot_run_says_why(tmp_path: Path) -> None:
+def test_models_that_vmap_cannot_run_are_refused_with_a_reason(tmp_path: Path) -> None:
     live, _ = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
     layer = live.backbone.model.get_submodule("model.norm")
     layer.register_forward_hook(lambda module, args, y: y if float(y.sum()) else None)  # reads a value
@@ -142,7 +142,7 @@ def test_a_backbone_with_dropout_of_its_own_is_not_mapped(tmp_path: Path) -> Non
     assert way is None and "attention_dropout" in why
 
 
-def test_bf16_goes_the_same_way(tmp_path: Path) -> None:
+def test_bf16_is_batched_the_same(tmp_path: Path) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM, precision="bf16")
     assert way_of(live, LM)[0] is vmapped.installed
     todo = turn_inputs_of(rows(LM), initial, optimizer="sgd", lr=0.05)
@@ -150,7 +150,7 @@ def test_bf16_goes_the_same_way(tmp_path: Path) -> None:
     check(live, todo, LM, pad_id(live.backbone.tokenizer), vmapped.installed, within=0.05)
 
 
-def test_the_model_is_as_it_was_afterward(tmp_path: Path) -> None:
+def test_the_model_is_unchanged_afterward(tmp_path: Path) -> None:
     live, initial = built(tmp_path, "llama", PeftConfig(method="dora", rank=3, dropout=0.2), LM)
     live.load(initial)
     ids = torch.arange(3, 13).view(2, 5)

@@ -30,7 +30,7 @@ def test_the_table_has_means_and_spreads() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_engine_runs_what_was_quantized(tmp_path: Path, row: str) -> None:
+def test_the_engine_runs_the_quantized_packages(tmp_path: Path, row: str) -> None:
     for folder in ("model", "package"):
         (tmp_path / folder).mkdir()
     tiny_model("qwen2", tmp_path / "model")  # tied, with biases, three query heads to a key-value head

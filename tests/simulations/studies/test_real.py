@@ -34,7 +34,7 @@ def test_the_table_has_a_row_a_setting_over_its_seeds() -> None:
     assert table(results, {"a": "4.43 → 3.02"}).splitlines()[2].endswith("| 15 | 4.43 → 3.02 |")
 
 
-def test_scores_are_of_round_0_and_of_the_last_round() -> None:
+def test_scores_are_those_of_round_0_and_the_last_round() -> None:
     records = [
         {"round": 0, "client": "c", "loss": 9.0},
         {"round": 0, "client": None, "loss": 4.0},
@@ -44,7 +44,7 @@ def test_scores_are_of_round_0_and_of_the_last_round() -> None:
     assert read_scores(records) == {"nats before": 4.0, "nats after": 2.0, "clients' perplexity": 8.0, "of the worst tenth": 11.0}
 
 
-def test_shakespeare_stands_beside_the_plain_loop_where_that_was_run() -> None:
+def test_the_shakespeare_table_includes_the_plain_loop_if_it_was_run() -> None:
     rows = settings("shakespeare", [10, 30, 40], ["pretrained", "random"], [])
     assert [r.overrides[0] for r in rows] == ["rounds=10", "rounds=30", "rounds=40", "rounds=40"]
     assert plain_loop(rows) == {
@@ -56,7 +56,7 @@ def test_shakespeare_stands_beside_the_plain_loop_where_that_was_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "fed/tinyshakespeare").is_dir(), reason="needs FEDTUNE_DATA with fed/tinyshakespeare and stories260k")
-def test_one_round_teaches_the_speakers_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_round_reduces_the_speakers_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_DATA", str(DATA))
     few = ["clients_per_round=4", "data.test_limit=50", "eval.clients=0", "engine.threads=1", "engine.batched=none"]
     said = ["study_real", "shakespeare", "--seeds", "0", "--rounds", "1", "--out", str(tmp_path / "t.md")]

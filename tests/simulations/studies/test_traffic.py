@@ -22,7 +22,7 @@ def ran(name: str, seed: int, curve: list[list[float | None]], up: float, down: 
 
 
 @needs_encoder
-def test_each_row_asks_for_its_codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_row_sets_its_codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDTUNE_DATA", str(tmp_path))
     assert len({tuple(row(name, 3, 25, 0.01).overrides()) for name in CODECS}) == len(CODECS)
     wanted = {
@@ -51,7 +51,7 @@ def test_the_table_by_hand() -> None:
     assert lines[-1].startswith("Target: accuracy 0.450")
 
 
-def test_costs_are_of_the_clients_that_answered(tmp_path: Path) -> None:
+def test_costs_are_those_of_the_clients_with_replies(tmp_path: Path) -> None:
     records = [
         {"round": 1, "client": "a", "bytes_up": 1_000_000, "bytes_down": 3_000_000},
         {"round": 1, "client": "b", "bytes_up": 2_000_000, "bytes_down": 3_000_000},
@@ -63,7 +63,7 @@ def test_costs_are_of_the_clients_that_answered(tmp_path: Path) -> None:
 
 
 @needs_encoder
-def test_what_has_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FEDTUNE_DATA", str(tmp_path))
     runs: list[str] = []
 
