@@ -30,13 +30,13 @@ class Sentence:
 
 
 def sentences() -> list[Sentence]:
-    """All texts that the program may print; docstrings are for those that read the source."""
+    """All texts that the program may print; docstrings are excluded."""
     return _read()[0]
 
 
 @functools.cache
 def _read() -> tuple[list[Sentence], frozenset[str]]:
-    """The sentences, and where the texts of --help stand: what an option is, not what to do about something."""
+    """The sentences, and the locations of the texts of --help, which describe options and give no advice."""
     results, described = [], set[str]()
     for file in (file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))):
         name, nodes = file.relative_to(ROOT), list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
@@ -60,7 +60,7 @@ def _texts(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
 
 
 def ways(sentence: str) -> list[str]:
-    """The settings that a printed sentence tells to try, each of which is one way out.
+    """The settings that a printed sentence suggests; each is one alternative.
 
     `task=instruction or classification` is two ways, `traffic.up=fp32 traffic.topk=null` is one of two settings.
     """

@@ -1,4 +1,4 @@
-"""Short runs that together use every turn, exchange, codec and task, and the digests of what they end with.
+"""Short runs that together use every turn, exchange, codec and task, and digests of their results.
 
     python -m tests.bits --write before.json      # at the commit to compare with
     python -m tests.bits --compare before.json    # at the other; prints what differs and ends with 1
@@ -53,7 +53,7 @@ RUNS: dict[str, list[str]] = {
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Of the tensors in these files, in the order of file and tensor names."""
+    """A digest of the tensors in these files, ordered by file and tensor names."""
     total = hashlib.sha256()
     for file in sorted(files):
         for name, tensor in sorted(load_file(file).items()):
@@ -63,7 +63,7 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def run(overrides: list[str], folder: Path) -> dict[str, Any]:
-    """One run to its end: digests, and how many turns counted."""
+    """Run to the end. Returns digests and the number of counted turns."""
     text, label = "data.columns.text=text", "data.columns.label=label"
     file = [f"model.name={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", f"data.test_path={folder / 'test.jsonl'}", text]
     file += [label] if "task=classification" in overrides else []

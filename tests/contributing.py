@@ -15,7 +15,7 @@ def example(file: str) -> str:
 
 
 def module(file: str, name: str) -> types.ModuleType:
-    """The example as a module of that dotted name, which the caller takes out of sys.modules again."""
+    """The example as a module of this dotted name; the caller must remove it from sys.modules."""
     new_module = types.ModuleType(name)
     sys.modules[name] = new_module  # dataclasses look there for annotations
     exec(compile(example(file), f"{PAGE.name}: {file}", "exec"), vars(new_module))

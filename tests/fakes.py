@@ -1,4 +1,4 @@
-"""A client without a model, for tests of everything between strategy and wire: it adds a constant to each tensor, or misbehaves."""
+"""A client without a model, for tests of everything between strategy and wire: it adds a constant to each tensor, or is faulty."""
 
 import dataclasses
 import json
@@ -95,7 +95,7 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
 
 
 class RecordingObserver:
-    """Keeps the events of a run."""
+    """Records the events of a run."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -128,7 +128,7 @@ def fake_bridge(
     patience_s: float = 10.0,
     expected_clients: int | None = None,
 ) -> tuple[Bridge, RecordingObserver]:
-    """A bridge over fake clients, with a learning rate that lets their large steps pass; resumes the run directory if it exists."""
+    """A bridge with fake clients, with a learning rate that allows their large steps; resumes an existing run directory."""
     if config.client.lr == Config().client.lr:
         config = dataclasses.replace(config, client=dataclasses.replace(config.client, lr=100.0, schedule="constant", steps=3))
     run = RunDirectory(path, config) if (path / "checkpoints").is_dir() else _new(path, config)

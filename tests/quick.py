@@ -7,7 +7,7 @@ import pytest
 
 
 def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
-    """The cases, of which all but the `chosen` are slow; a chosen one that is no case is an error.
+    """The cases; all except `chosen` are slow. An unknown name in `chosen` is an error.
 
     One of each kind stays: what breaks all of a kind is seen in the quick suite, what breaks a single case in the slow one.
     """

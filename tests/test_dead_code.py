@@ -1,4 +1,4 @@
-"""Nothing in the product is there for tests alone."""
+"""The product has no code only for tests."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ def definitions(tree: ast.Module, own: set[str]) -> Iterator[tuple[str, ast.stmt
 
 
 def own_classes(trees: Mapping[str, ast.Module]) -> set[str]:
-    """Names of the classes all of whose bases, and their bases, are of the product."""
+    """Names of classes whose bases, direct and indirect, are all in the product."""
     bases: dict[str, set[str]] = {}
     for tree in trees.values():
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("fedtune")]
@@ -41,7 +41,7 @@ def own_classes(trees: Mapping[str, ast.Module]) -> set[str]:
 
 
 def names_of(node: ast.stmt) -> list[str]:
-    """What a statement defines."""
+    """The names that a statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -49,7 +49,7 @@ def names_of(node: ast.stmt) -> list[str]:
 
 
 class Uses:
-    """How often a piece of code uses each name.
+    """Counts of the uses of each name in a piece of code.
 
     Attributes:
         bare: As a variable.
@@ -77,7 +77,7 @@ class Uses:
 
 
 def unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
-    """`file name` of each definition that nothing but itself uses.
+    """`file name` of each definition that is used only within itself.
 
     Args:
         trees: Path below the root → the module.

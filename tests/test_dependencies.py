@@ -1,4 +1,4 @@
-"""A device that only answers needs no library of training, and whoever lacks one is told in a sentence what to install."""
+"""A device that only answers needs no training library; a missing one is a sentence that says what to install."""
 
 import ast
 import functools
@@ -35,7 +35,7 @@ ADVICE = "pip install 'fedtune[train]'"
 
 
 def closure(wanted: Iterable[str]) -> set[str]:
-    """Names of all distributions that these requirements bring, by what the ones that are installed here say of themselves."""
+    """Names of all distributions that these requirements install, from the metadata of those installed here."""
     open_, seen = [Requirement(line) for line in wanted], set[tuple[str, str]]()
     while open_:
         asked = open_.pop()
@@ -93,7 +93,7 @@ OTHERS = {"llama_cpp", "openvino", "optimum", "gguf", "ray"}  # other programs' 
 
 
 def third_party(file: Path) -> Iterator[str]:
-    """Top names of the modules that a file imports from neither Python nor fedtune, wherever in the file."""
+    """Top-level names of the third-party modules that a file imports anywhere."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -143,7 +143,7 @@ sys.meta_path[:] = [Installed(list(sys.meta_path), set(json.loads(sys.argv.pop()
 
 
 def without(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python where only the base dependencies can be imported."""
+    """Run Python with only the base dependencies importable."""
     command = [sys.executable, "-c", WITHOUT + code, *args, json.dumps(blocked())]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
@@ -229,7 +229,7 @@ REFUSED = (
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the commands said where only the base is installed: name → exit code, stdout, stderr."""
+    """Run the commands with only the base dependencies: name → exit code, stdout, stderr."""
     place = tmp_path_factory.mktemp("device")
     model = tiny_llama(place / "model")
     export_edge(model, place / "edge")

@@ -26,7 +26,7 @@ DOC = PAGE.partition("\n## A strategy\n")[2].partition("\n## ")[0]
 
 @pytest.fixture
 def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working directory of somebody who has the document's files and an installed fedtune."""
+    """A working directory with the document's files, and an installed fedtune."""
     strategy, _ = re.findall(r"^```python\n(.*?)^```$", DOC, re.M | re.S)
     scenario, group = re.findall(r"^```yaml\n(.*?)^```$", DOC, re.M | re.S)
     (tmp_path / "mine.py").write_text(strategy)

@@ -1,4 +1,4 @@
-"""A disk that is full from any file operation of a run on: one sentence; with free space, the run resumes and ends normally."""
+"""A disk that becomes full at any file operation of a run: one sentence; with free space, the run resumes and finishes."""
 
 import dataclasses
 import errno
@@ -37,7 +37,7 @@ def test_a_disk_error_of_any_library_is_recognized(bad: Exception, message: str 
 
 
 def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
-    """Each operation, growing more than by one so that a test may end, and a run of its own to stop there."""
+    """Numbers of operations, with growing distance to bound the test, each with a separate run to stop there."""
     for step in count():
         operations = step if step < 6 else 6 + (step - 6) * 5
         yield operations, dataclasses.replace(config, output_dir=str(folder / str(operations)))

@@ -56,13 +56,13 @@ MODULES = {name for name, _ in files()}
 
 
 def room(module: str) -> str:
-    """A folder or a root module; the folder simulations/ holds rooms itself."""
+    """The room of a module: a folder or a root module; the folders of simulations/ are rooms too."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "simulations" else parts[0]
 
 
 def imported(file: Path) -> set[str]:
-    """The fedtune modules that a file imports, by the name after `fedtune.`: at the top, within functions, and for type checkers only."""
+    """The fedtune modules that a file imports, named after `fedtune.`: at the top, in functions, and for type checkers."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -133,7 +133,7 @@ def test_the_root() -> None:
 
 
 def test_only_one_module_parses_json_and_yaml() -> None:
-    """Python's parsers raise what their callers do not expect; `fedtune.storage.parsing` gives a ValueError with a short reason."""
+    """Python's parsers raise unexpected exceptions; `fedtune.storage.parsing` gives a ValueError with a short reason."""
     own = {"parsing.py", "page.py"}
     looked, results = 0, []
     for _, file in files():
@@ -147,7 +147,7 @@ def test_only_one_module_parses_json_and_yaml() -> None:
 
 
 def renames(node: ast.AST) -> bool:
-    """Whether this puts a file in the place of another, flushes one, or makes up a name beside one."""
+    """Whether this call replaces a file, flushes one, or creates a temporary name next to one."""
     if isinstance(node, ast.Attribute):
         whole = ast.unparse(node)
         return node.attr in ("rename", "renames", "fsync") or whole in ("os.replace", "shutil.move", "tempfile.mkdtemp", "tempfile.mkstemp")

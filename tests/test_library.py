@@ -76,7 +76,7 @@ def test_a_run_and_its_result(tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Halved(Turn):
-    """Sends half of what it trained."""
+    """Sends half of its change."""
 
     share: float
 
@@ -87,7 +87,7 @@ class Halved(Turn):
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Strategy):
-    """The plain mean of clients that take a turn of this file; stops before a round where it is told to."""
+    """The plain mean of clients with a turn of this file; can stop before a round."""
 
     requirements: ClassVar[Requirements] = Requirements(assumes_zero_init=False)
     share: float = 0.5

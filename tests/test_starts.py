@@ -23,11 +23,11 @@ Make = Callable[[Path], object]
 
 
 class Killed(BaseException):
-    """Nothing of the process reaches the disk any more, whatever it cleans up."""
+    """The process is killed: none of its later cleanup reaches the disk."""
 
 
 class Disk:
-    """Counts what is done to files under a folder, and stops it after so many operations for good."""
+    """Counts file operations under a folder, and stops all of them after a given number."""
 
     def __init__(self) -> None:
         self.folder, self.left, self.stop = "", 0, Exception
@@ -45,7 +45,7 @@ class Disk:
                 raise Killed if self.stop is Killed else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def stops(self, make: Make, folder: Path, operations: int, stop: type[BaseException]) -> bool:
-        """Whether `make` was stopped before its operation of that number; False where it has fewer. A full disk must be a sentence."""
+        """Whether `make` was stopped before this operation; False if it has fewer. A full disk must be a sentence."""
         self.folder, self.left, self.stop = str(folder), operations, stop
         try:
             make(folder)
@@ -110,7 +110,7 @@ def test_a_non_empty_folder_is_not_taken_for_a_run(tmp_path: Path) -> None:
 
 
 def half(path: Path) -> None:
-    """A database as a server left it that was killed within Flower's migrations."""
+    """The database of a server that was killed during Flower's migrations."""
     with sqlite3.connect(path) as opened:
         opened.execute("CREATE TABLE node (node_id INTEGER)")
         opened.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")

@@ -40,7 +40,7 @@ class Mine(LlamaForCausalLM):
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A place of its own for the code that transformers copies."""
+    """A separate folder for the code that transformers copies."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -54,7 +54,7 @@ def bring_code(folder: Path, marker: Path) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, modules: None) -> Path:
-    """A run that ended, whose model then got code of its own and whose config.yaml then got trust_remote_code: true."""
+    """A finished run whose model afterward got its own code, and whose config.yaml got trust_remote_code: true."""
     path = simulate(tiny_config(tmp_path, rounds=1))
     bring_code(tmp_path / "model", tmp_path / "ran")
     change(path, lambda values: values["model"].update(trust_remote_code=True))

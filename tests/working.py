@@ -1,4 +1,4 @@
-"""A turn's work by hand: what `clients/app.py` makes of a message."""
+"""A turn's `Work` built by hand, as `clients/app.py` does for a message."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from fedtune.data import Example
 
 
 def work(live: Any, examples: Sequence[Example], plan: Plan, task: TaskConfig, pad_id: int = 2, **more: Any) -> Work:
-    """The work of a slot that is loaded already; it starts from what the slot holds."""
+    """The work of a loaded slot, starting from its current tensors."""
     start = more.pop("start", None) or live.read(version=plan.base_version)
     return Work(live=live, start=start, plan=plan, task=task, examples=examples, pad_id=pad_id, **more)
 
 
 def host_for(config: Config, device: DeviceClass | None = None, loaded: Workspace | None = None) -> ClientHost:
-    """A host whose clients keep things among the temporary files."""
+    """A host with temporary storage."""
     return ClientHost(config, Storage.temporary(config), device, loaded=loaded)
 
 

@@ -1,6 +1,6 @@
-"""Whatever a user hands to the doors that cannot work: one sentence on stderr, exit code 2, no trace, no run that looks as if it had ended.
+"""Invalid input to any command: one sentence on stderr, exit code 2, no traceback, and no run that looks finished.
 
-Config is in test_sim.py, data sources in data/test_bad_input.py, replies of clients in test_bridge.py; this table goes through the doors.
+Config is in test_sim.py, data sources in data/test_bad_input.py, replies of clients in test_bridge.py; this table uses the commands.
 """
 
 import json

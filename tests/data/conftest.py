@@ -1,4 +1,4 @@
-"""Where the tests of the data room find real data."""
+"""Real data for the tests of fedtune/data."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bad input, case by case: what is wrong, and the sentence that says so."""
+"""Bad input: cases and their error sentences."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Encodings worked out by hand on a tokenizer of one token a word: a is 3, b is 4, ... h is 10; <s> is 0, </s> is 1, <pad> is 2."""
+"""Encodings by hand, with a tokenizer of one token per word: a is 3, b is 4, ... h is 10; <s> is 0, </s> is 1, <pad> is 2."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""From a config to rows, global test, clients, held-out parts and device classes; on small files, so that the result can be counted."""
+"""From a config to rows, global test, clients, held-out parts and device classes; with small files and results by hand."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What a single machine loads of a federation: a device its own rows, a coordinator the global test."""
+"""The data that one machine of a federation loads: a device its own rows, a coordinator the global test."""
 
 import dataclasses
 import itertools

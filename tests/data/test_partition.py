@@ -1,4 +1,4 @@
-"""Every partition is disjoint and complete, follows its seed, and has the shape that its name promises."""
+"""Every partition is disjoint and complete, follows its seed, and has the documented shape."""
 
 import logging
 

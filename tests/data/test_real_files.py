@@ -1,4 +1,4 @@
-"""Real data sets, as their sources hold them: stray quotes, Latin-1, gzip, one file a client. Skipped where they are absent."""
+"""Real data sets in their original form: stray quotes, Latin-1, gzip, one file per client. Skipped if they are absent."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""csv and tsv files as spreadsheets and people write them give the same rows."""
+"""csv and tsv files from spreadsheets and editors give the same rows."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Calibration text: what is read of each kind of file, and what is held out."""
+"""Calibration text: the texts of each kind of file, and the held-out part."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Packages that are calibrated on a run's rows, behind virtual tokens, and beside an adapter."""
+"""Packages calibrated on a run's rows, after virtual tokens, and with a separate adapter."""
 
 import json
 import math
@@ -25,7 +25,7 @@ TEXT = ["turn on the light in a room", "set the heat in the kitchen to two"] * 3
 
 
 def trained(folder: Path, privacy: str, method: str = "lora") -> Path:
-    """A run of its own rows."""
+    """A run on its own rows."""
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text}) for text in TEXT))
     data = DataConfig(source="local", path=str(rows))

@@ -1,4 +1,4 @@
-"""A draft: which layers it takes, what it is trained on, how its acceptance is measured."""
+"""A draft model: its layers, its training texts and the measurement of its acceptance."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def llama(layers: int, seed: int = 0) -> Any:
 
 
 def silence(model: Any, layer: int) -> None:
-    """A layer that adds nothing."""
+    """Make a layer add zero."""
     torch.nn.init.zeros_(model.model.layers[layer].self_attn.o_proj.weight)
     torch.nn.init.zeros_(model.model.layers[layer].mlp.down_proj.weight)
 

@@ -1,4 +1,4 @@
-"""Packages of the edge: their card, what is refused, and the command."""
+"""Edge packages: the card, refused models, and the command."""
 
 import json
 import os

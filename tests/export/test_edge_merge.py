@@ -1,4 +1,4 @@
-"""Packages of the edge: what is merged into their weights, and what stays apart."""
+"""Edge packages: merged weights and separate adapters."""
 
 import shutil
 from pathlib import Path

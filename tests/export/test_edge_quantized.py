@@ -1,4 +1,4 @@
-"""Packages of the edge, quantized: how near they are, and what is told of it."""
+"""Quantized edge packages: the error and its report."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""GGUF files: read back with the gguf library, and run by llama.cpp where there is one.
+"""GGUF files, read with the gguf library and run by llama.cpp if it is installed.
 
 llama.cpp is looked for as the module `llama_cpp` of this interpreter, or of the one that FEDTUNE_LLAMA_CPP_PYTHON names.
 """
@@ -74,7 +74,7 @@ print("\\n" + json.dumps({"ids": ids, "new": out, "loss": sum(losses) / max(len(
 
 
 def llama(path: Path, **ask: Any) -> dict[str, Any]:
-    """llama.cpp's tokens of a text, its mean loss on them, its last logits, and what it greedily goes on with."""
+    """llama.cpp's tokens of a text, its mean loss on them, its last logits, and its greedy continuation."""
     process = subprocess.run([llama_python(), "-c", RUN, path, json.dumps({"context": 128, **ask})], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     return json.loads(process.stdout.splitlines()[-1])
@@ -258,7 +258,7 @@ def test_byte_level_tokenizers_keep_their_merges(tmp_path: Path, split: str) -> 
 
 @pytest.mark.parametrize("name", ["my-phi-3-llama", "Phi3x", "modern-bert-qwen"])
 def test_no_name_makes_llama_cpp_change_tokens(tmp_path: Path, name: str) -> None:
-    """By these it sets flags of tokens that it takes for granted, and reads no file that lacks them."""
+    """By these names llama.cpp sets flags of tokens that it expects, and it refuses files without them."""
     said, _ = read(export_gguf(shaped(tmp_path / name, "llama"), tmp_path / "m.gguf"))
     result = said["general.name"].lower()
     assert result.endswith(name.lower()[-2:]) and not any(known in result for known in ("phi-3", "phi3", "modern-bert"))

@@ -1,4 +1,4 @@
-"""Texts that llama.cpp gives other tokens than transformers are the ones that an export tells of.
+"""An export reports exactly the texts with different tokens in llama.cpp and transformers.
 
 The quick tests compare transformers with llama.cpp's rule as `as_llama_cpp` writes it; a slow one compares this rule with llama.cpp, which
 is looked for as `tests.export.test_gguf` says.
@@ -165,7 +165,7 @@ def test_flags_and_unicode_composition_of_byte_level_tokenizers_are_reported(tmp
 
 
 def check(differs: str, told: list[str]) -> None:
-    """That every part is there, and the sentence has no others."""
+    """Check that the sentence has every part and no others."""
     assert all(part in differs for part in told) and (told or not differs)
     for other in {SPACES, FIRST, SPELLED, NORMALIZED, ENDS, BYTES, "next to", "NFC"}:
         assert (other in differs) == any(other in part for part in told), other
@@ -191,7 +191,7 @@ print("\\n" + json.dumps([model.tokenize(t, add_bos=begin, special=True) for beg
 
 
 def llama_tokens(path: Path, texts: list[str]) -> list[list[int]] | None:
-    """llama.cpp's tokens, of each text as it is and then of each with its beginning; None where the process ends by itself."""
+    """llama.cpp's tokens of each text, then of each text with its start token; None if the process dies."""
     process = subprocess.run([llama_python(), "-c", RUN, path, json.dumps(texts)], capture_output=True, text=True)
     return json.loads(process.stdout.splitlines()[-1]) if process.returncode == 0 else None
 

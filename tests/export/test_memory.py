@@ -1,4 +1,4 @@
-"""Peak memory of every form of `fedtune export`, each in a process of its own.
+"""Peak memory of every form of `fedtune export`, each in a separate process.
 
 The bound: what an export needs above the process that has exported something small before, and so has everything loaded, is at most
 1.3 × the largest shard + the size of the output. Forms that read tensor by tensor keep within 1.3 × the largest shard alone; those that are
@@ -66,7 +66,7 @@ print((peak() - before) * 1024)
 
 
 def big_run(folder: Path, small: Path, sizes: dict[str, Any], shard: int) -> int:
-    """A run over a bfloat16 checkpoint of such a size, whose weights are nothing in particular, in shards; the largest's bytes."""
+    """A run over a sharded bfloat16 checkpoint of this size with arbitrary weights, and the bytes of its largest shard."""
     model, run, shape = folder / "m", folder / "run", read_shape(llama_config(**sizes).to_dict())
     checkpoint(model, config=llama_config())
     os.remove(model / "model.safetensors")
@@ -99,7 +99,7 @@ def big_run(folder: Path, small: Path, sizes: dict[str, Any], shard: int) -> int
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run, and text enough to calibrate with and to measure on."""
+    """A small run, and enough text for calibration and measurement."""
     folder = tmp_path_factory.mktemp("small")
     config = llama_config(vocab_size=1024, max_position_embeddings=512)
     draws = random.Random(0)

@@ -1,4 +1,4 @@
-"""A PEFT method is its own file: what that says of weights is what every export does, and nothing else lists methods."""
+"""A PEFT method is one file: every export applies its `edits`, and nothing else lists methods."""
 
 import ast
 import dataclasses
@@ -72,7 +72,7 @@ BESIDE = '\nbeside = "it lives in a hook"\n'
 
 @pytest.fixture
 def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
-    """Puts another method's file into the folder of methods, as far as Python sees that."""
+    """Make Python import another method's file as part of the folder of methods."""
     folder, added = tmp_path / "methods", list[str]()
     folder.mkdir()
     choices = next(f for f in dataclasses.fields(PeftConfig) if f.name == "method")
@@ -92,7 +92,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
 
 
 def logits(live: LiveAdapter) -> tuple[torch.Tensor, torch.Tensor]:
-    """With the adapter, and without."""
+    """Logits with and without the adapter."""
     with torch.no_grad():
         result = live.model(token_ids(1)).logits
         with live.disabled():
@@ -217,7 +217,7 @@ def test_a_method_names_its_initializations(tmp_path: Path) -> None:
 
 
 def lists_of_methods(text: str) -> list[int]:
-    """Lines with a collection of methods' names, or where one is compared with a method."""
+    """Lines with a collection of methods' names, or a comparison with one."""
     results = list[int]()
     for node in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.expr)):
         items = node.keys if isinstance(node, ast.Dict) else node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else []
@@ -232,7 +232,7 @@ def lists_of_methods(text: str) -> list[int]:
 
 
 def test_no_file_outside_the_folder_lists_methods() -> None:
-    """A strategy may say which methods its mathematics covers; a study or a benchmark, which it compares."""
+    """Strategies may list the methods that their mathematics covers; studies and benchmarks, those that they compare."""
     looked, results = 0, []
     for folder in ("fedtune", "clients", "simulations"):
         for file in sorted((ROOT / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Runs whose clients keep tensors of their own: the personal model is exported, and the global one says what it is."""
+"""Runs whose clients keep their own tensors: export of the personal model, and a note with the global one."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def personal_run(folder: Path) -> tuple[Path, LiveAdapter, Path]:
-    """As FedSA leaves it after round 1: the server's B is zero, and the client keeps its own; with the client's folder."""
+    """A run of FedSA after round 1: the server's B is zero, and the client stores its own; with the client's folder."""
     run, live = make_run(folder / "run", hub(checkpoint(folder / "m")), CAUSAL)
     state = live.read(1)
     own = {n: t for n, t in state.tensors.items() if n.endswith(".lora_B")}

@@ -1,4 +1,4 @@
-"""One folder, several readers: training, export and the engine read it as transformers' `from_pretrained` does."""
+"""Training, export and the engine read a folder like transformers' `from_pretrained`."""
 
 import itertools
 import json
@@ -111,13 +111,13 @@ def test_no_reader_reads_a_folder_that_transformers_refuses(layout: str, tmp_pat
 
 
 def trained_on(tokenizer: Any, text: str) -> list[int]:
-    """The ids that training gives a text."""
+    """The ids of a text in training."""
     lead = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
     return lead + tokenizer(text, add_special_tokens=False).input_ids
 
 
 def compare(work: Path, family: str, kind: str, config: str, named: str | None) -> None:
-    """The folder, its export and its edge package, as the engine and as transformers read them."""
+    """Compare the folder, its export and its edge package, as the engine and transformers read them."""
     where, folder = f"{family}, {kind}, {config}, {named}", make(work / "m", family, kind, config, named)
     with quiet():
         theirs = AutoTokenizer.from_pretrained(folder)

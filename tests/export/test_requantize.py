@@ -1,4 +1,4 @@
-"""Exports of adapters that were trained over quantized weights: merged in 16 or 32 bits, or quantized again with the error told."""
+"""Exports of adapters trained over quantized weights: merged in 16 or 32 bits, or quantized again with a reported error."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized, l
 
 
 def make_run(folder: Path, model: Path, precision: str = "nf4", task: TaskConfig = LM, **peft: Any) -> tuple[Path, LiveAdapter]:
-    """A run over a quantized backbone as far as the export reads it, and its adapter."""
+    """The part of a run over a quantized backbone that the export reads, and its adapter."""
     chosen = PeftConfig(**{"rank": 3, **peft})
     config = hub(model, precision=precision, compute="fp32")
     live = LiveAdapter(load_backbone(config, task, num_labels=3, seed=5), chosen, task)
@@ -40,7 +40,7 @@ def make_run(folder: Path, model: Path, precision: str = "nf4", task: TaskConfig
 
 
 def exact(model: Path, live: LiveAdapter, task: TaskConfig = LM, **peft: Any) -> LiveAdapter:
-    """The adapter over the checkpoint's own weights."""
+    """The adapter with the checkpoint's unquantized weights."""
     out = LiveAdapter(load_backbone(hub(model), task, num_labels=3, seed=5), PeftConfig(**{"rank": 3, **peft}), task)
     out.load(live.read(1))
     return out

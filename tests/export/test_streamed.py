@@ -1,4 +1,4 @@
-"""`--to hf` reads tensor by tensor, and writes bit for bit what a merge of the whole model in memory gives."""
+"""`--to hf` reads tensor by tensor, with the same bits as a merge of the complete model in memory."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ KINDS = (*CONFIGS, "gpt_neox")
 
 
 def small_neox() -> GPTNeoXConfig:
-    """transformers keeps its weights under other names than the model has them."""
+    """A model whose weights have other names in its files than in memory."""
     return GPTNeoXConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64,
         bos_token_id=0, eos_token_id=1, initializer_range=0.3, hidden_dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0,
@@ -48,7 +48,7 @@ def stored(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **save: 
 
 
 def in_memory(run: Path, folder: Path) -> Path:
-    """The merge of the whole model: no rounding before the end, and transformers' own saving."""
+    """The merge of the complete model in memory, rounded at the end and saved by transformers."""
     origin = read_origin(run)
     backbone = load_backbone(origin.model, origin.task, **origin.settings)
     dtype, model = stored_dtype(backbone.folder), backbone.model
@@ -84,7 +84,7 @@ def check(run: Path, out: Path, wanted: Path) -> None:
 
 
 def cell(kind: str, method: str, index: int) -> Any:
-    """All of them are slow together; some architectures' LoRA, and the methods on the one that turns its weights around, are quick."""
+    """All cells are slow; LoRA on some architectures, and all methods on the one with transposed weights, run in the quick suite."""
     quick = method == "lora" and kind in ("llama", "bert", "t5") or kind == "gpt2" and (index % 2 == 0 or method in ("lora", "dora"))
     return pytest.param(kind, method, marks=[] if quick else pytest.mark.slow)
 
@@ -135,7 +135,7 @@ def rename(folder: Path, change: Any) -> Path:
 
 @pytest.mark.parametrize("how", ["bare", "wrapped", "legacy"])
 def test_other_names_in_the_checkpoint(tmp_path: Path, how: str) -> None:
-    """Saved without a head's wrapper or with one; norms as TensorFlow called them."""
+    """Checkpoints with or without a head's wrapper, and with TensorFlow's names of norms."""
     kind, task = ("llama", CAUSAL) if how == "bare" else ("bert", CLASSES)
     folder = checkpoint(tmp_path / "m", kind)
     if how == "bare":
@@ -162,7 +162,7 @@ def test_a_tied_embedding_that_is_stored_twice(tmp_path: Path, same: bool) -> No
 
 @pytest.mark.parametrize("labels", [2, 3])
 def test_a_head_of_the_checkpoint_is_used_if_it_fits(tmp_path: Path, labels: int) -> None:
-    """Of another number of classes, it is drawn as the run drew it."""
+    """A head with another number of classes is initialized as in the run."""
     config = llama_config(num_labels=labels)
     checkpoint(tmp_path / "m", config=config)
     with quiet(), torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""A model that was merged elsewhere, or never tuned: packaged as it is."""
+"""Models merged elsewhere or never tuned are packaged unchanged."""
 
 import json
 from pathlib import Path

@@ -130,7 +130,7 @@ _kept = tempfile.TemporaryDirectory(prefix="fedtune-tests-", ignore_cleanup_erro
 
 @functools.cache
 def _made(kind: str, seed: int) -> Path:
-    """A checkpoint to copy: the same one is wanted by hundreds of tests."""
+    """A cached checkpoint to copy, because hundreds of tests need the same one."""
     return _save(Path(_kept.name) / f"{kind}-{seed}", kind, seed, CONFIGS[kind]())
 
 

@@ -1,4 +1,4 @@
-"""One matrix over every method and architecture, and what is particular to a method."""
+"""One matrix over every method and architecture, and tests of single methods."""
 
 from pathlib import Path
 
@@ -47,13 +47,13 @@ def start(folder: Path, task: TaskConfig, name: str, **changes: object) -> Adapt
 
 
 def moved(state: AdapterState, std: float = 0.1, seed: int = 0) -> AdapterState:
-    """Every tensor of the state moved at random."""
+    """The state with random changes of every tensor."""
     generator = torch.Generator().manual_seed(seed)
     return state.replace({n: t + std * torch.randn(t.shape, generator=generator) for n, t in state.tensors.items()})
 
 
 def batch(task: TaskConfig, pad: int = 1) -> dict[str, torch.Tensor]:
-    """Three rows that end with the end token, the second padded on the right."""
+    """Three rows with an end token, the second padded on the right."""
     ids, mask = token_ids(), torch.ones(3, 10, dtype=torch.long)
     ids[:, -1] = ids[1, 5] = 1
     mask[1, 6:] = 0
@@ -64,7 +64,7 @@ def batch(task: TaskConfig, pad: int = 1) -> dict[str, torch.Tensor]:
 
 
 def logits(live: LiveAdapter | Backbone, task: TaskConfig) -> torch.Tensor:
-    """(3, 3) of the classes, or those of all tokens that count."""
+    """Logits (3, 3) of the classes, or those of all counted tokens."""
     return counted_logits(live.model, batch(task, pad_of(live)), task)[0]
 
 

@@ -1,4 +1,4 @@
-"""A task that is written in this file alone runs: two rounds, evaluation, report, card, export, private and batched training."""
+"""A task defined only in this file runs: two rounds, evaluation, report, card, export, private and batched training."""
 
 import ast
 import dataclasses
@@ -41,7 +41,7 @@ del sys.modules["fedtune.models.tasks.regression"]
 
 
 class Tags(RowTask):
-    """Some of three tags for each text, in a list as the source has it."""
+    """A set of three possible tags per text, as a list in the source."""
 
     columns = {"text": "text", "tags": "raw"}
     metrics = {"tags_right": True}
@@ -91,7 +91,7 @@ def test_rows_may_hold_lists_and_targets_may_be_vectors(tmp_path: Path, monkeypa
 
 
 def experiment(folder: Path, **changes: Any) -> Config:
-    """Texts with a number: half a point for each word beyond the fifth, as a fraction."""
+    """Texts with a number: half a point per word after the fifth, as a fraction."""
     rows = [{"text": r["text"], "client": r["client"], "points": (len(r["text"].split()) - 5) / 2} for r in texts(24)]
     values: dict[str, Any] = {
         "task": TaskConfig(kind="regression", max_length=16),
@@ -197,7 +197,7 @@ def test_tasks_that_contradict_each_other_about_a_metric_are_refused(monkeypatch
 
 
 def test_no_file_compares_task_names() -> None:
-    """Whatever differs between tasks is an attribute or a method of the task: a comparison with a name would leave new tasks out."""
+    """Differences between tasks are attributes or methods of the task: a comparison with a name would exclude new tasks."""
     root, looked, results = Path(__file__).parents[2], 0, []
     for file in (f for folder in ("fedtune", "clients", "simulations", "strategies") for f in (root / folder).rglob("*.py")):
         looked += 1

@@ -1,4 +1,4 @@
-"""Methods that PEFT lacks, over tiny random models of every architecture that they name."""
+"""Methods that PEFT lacks, on tiny random models of every supported architecture."""
 
 import copy
 from typing import Any
@@ -106,7 +106,7 @@ def batch(task: TaskConfig, kind: str = "llama", seed: int = 1) -> dict[str, Ten
 
 
 def logits(model: nn.Module, task: TaskConfig, kind: str = "llama", **more: Any) -> Tensor:
-    """Of the real tokens only."""
+    """Logits of the real tokens only."""
     inputs = batch(task, kind)
     out = model(**inputs, **more).logits
     return out if task.kind == "classification" or kind == "t5" else out[inputs["attention_mask"].bool()]

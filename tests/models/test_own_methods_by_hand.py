@@ -1,4 +1,4 @@
-"""Bottleneck adapters, prompts per layer, biases and all weights: each against what it is by hand, and what is refused."""
+"""Bottleneck adapters, prompts per layer, biases and all weights, compared with results by hand; refused settings."""
 
 import json
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_a_decoders_prompts_open_as_pefts_prefix_tuning(kind: str, task: TaskCon
 
 
 def test_swapped_keys_and_values_and_a_lost_residual_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutations: the checks by hand above say something."""
+    """Mutations: the checks by hand above detect them."""
     real = ptuning_v2._LayerPrompts.next
     monkeypatch.setattr(ptuning_v2._LayerPrompts, "next", lambda self: real(self)[::-1])
     with pytest.raises(AssertionError):
@@ -149,7 +149,7 @@ def test_swapped_keys_and_values_and_a_lost_residual_are_detected(monkeypatch: p
 
 
 def test_they_disagree_without_the_shift_of_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutation: without it the same check fails, so it says something."""
+    """The mutation: without the shift the same check fails."""
     monkeypatch.setattr(_Shift, "__call__", lambda self, module, args, kwargs: (args, kwargs))
     for kind in ("llama", "gpt2", "opt"):
         with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Quantized frozen backbones: what is quantized, what is kept on the disk, and that training through them is training."""
+"""Quantized frozen backbones: quantized layers, the cache on disk, and training through them."""
 
 import json
 import logging
@@ -237,7 +237,7 @@ def test_an_evaluation_does_not_change_the_gradients(tmp_path: Path, precision: 
 
 @pytest.mark.skipif(not PACKS, reason="this CPU has no layout that a layer would pack itself into")
 def test_the_packing_changes_gradients_without_steady(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The mutation: with what `_steady` turns off, the test above fails."""
+    """The mutation: with the packing that `_steady` disables, the test above fails."""
     live = LiveAdapter(quantized(wide(tmp_path / "llama")), PeftConfig(), LM)
     live.load(random_state(live))
     before = gradients(live)

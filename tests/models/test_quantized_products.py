@@ -1,4 +1,4 @@
-"""Products with quantized weights: shifts beside them, their memory, their gradients, and what is merged."""
+"""Products with quantized weights: shifts, memory, gradients and merges."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Sparse weights in place of LoRA: what is trained, what is not, and that the switch to LoRA changes no logit."""
+"""Sparse weights in place of LoRA: trained and frozen entries, and a switch to LoRA that changes no logit."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -38,7 +38,7 @@ def strategy(**changes: Any) -> SLoRA:
 
 
 def first(folder: Path, task: TaskConfig, **changes: Any) -> AdapterState:
-    """The sparse state that a server starts from, which has no backbone."""
+    """The initial sparse state of a server, which has no backbone."""
     initial = initial_adapter(hub(folder), task, PEFT, num_labels=3, seed=5)
     return strategy(**changes).start(initial).adapter
 
@@ -69,7 +69,7 @@ def logits(live: Any) -> Tensor:
 
 
 def effective(linear: Any) -> Tensor:
-    """The (out, in) matrix that a linear really applies: what it makes of unit vectors."""
+    """The effective (out, in) matrix of a linear, from its outputs for unit vectors."""
     weight = linear.weight
     columns = weight.shape[0] if isinstance(linear, Conv1D) else weight.shape[1]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Units, images and the compose file say what the doors understand; they cannot be run here, so they are read."""
+"""Units, images and the compose file contain valid commands. They cannot run here, so the tests parse them."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ PARSERS = {"fedtune-server": server._parser, "fedtune-client": client._parser, "
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The door's own reading of a command; argparse ends the process where it does not understand one."""
+    """Parse a command with the command's own parser; argparse exits for an invalid one."""
     return PARSERS[Path(words[0]).name]().parse_args(words[1:])
 
 

@@ -20,7 +20,7 @@ _KILLS, _ROUNDS = 12, 40
 
 
 def run_and_die(config: Config, after_s: float | None) -> None:
-    """In a process of its own: run or resume, and be killed so many seconds after the data and the model are loaded."""
+    """In a separate process: run or resume, killed these seconds after data and model are loaded."""
     from fedtune.clients import workspace as module
     from fedtune.experiment import simulate
 

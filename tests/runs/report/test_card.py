@@ -46,7 +46,7 @@ def test_the_card_of_a_loftq_adapter_does_not_load_it_with_peft(tmp_path: Path) 
 
 
 def follow(text: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The `model` that the card's commands and code make, typed as they stand but for the paths to fill in."""
+    """Run the card's commands and code with the paths filled in. Returns the `model` that they create."""
     monkeypatch.chdir(run.parent)
     namespace: dict[str, Any] = {}
     fences = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
@@ -76,7 +76,7 @@ def logits(model: Any, task: TaskConfig) -> torch.Tensor:
 
 
 def check_card(run: Path, live: LiveAdapter, task: TaskConfig, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Write the run's card and follow it: the model that comes out gives the logits of the one that was trained."""
+    """Write the run's card and follow it: the loaded model gives the logits of the trained one."""
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     labels = ["low", "mid", "high"] if task is CLASSES else []
     write_card(run, to_dict(config), {"base": live.backbone.fingerprint}, None, labels, [], live.backbone)

@@ -190,7 +190,7 @@ def test_the_class_card_shows_the_devices_choices(tmp_path: Path) -> None:
 
 
 def gaps(path: Path, metric: str, values: dict[int, float | None], last: int) -> str:
-    """report.html of a run that was evaluated in some of its rounds."""
+    """report.html of a run with evaluations in some rounds."""
     path.mkdir()
     lines = [{"round": r, "client": None, "train_loss": 1.0, **({metric: values[r]} if r in values else {})} for r in range(last + 1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

@@ -1,4 +1,4 @@
-"""The bench of batched clients at toy size: that its table has what it says, not how fast anything is."""
+"""The benchmark of batched clients at toy size: the content of its table, not speed."""
 
 import re
 from typing import Any
@@ -14,13 +14,13 @@ RATIO = r"\d+\.\d\d"
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decision over two clients takes less than one over 32."""
+    """Two clients instead of 32 for a faster decision."""
     monkeypatch.setattr(bench_batched, "WIDEST", 2)
     monkeypatch.setattr(bench_batched, "allowed", lambda live, turn_inputs, task: 2)
 
 
 def table(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, str], str]:
-    """The one row by column, and all that was printed."""
+    """The only row as column → cell, and the complete output."""
     bench_batched.main([*TINY, *more])
     stdout = capsys.readouterr().out
     head, rule, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in stdout.splitlines() if line.startswith("|"))

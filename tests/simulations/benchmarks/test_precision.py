@@ -1,4 +1,4 @@
-"""The bench of precisions: its tables and curves from made-up figures, and one toy cell that is measured."""
+"""The benchmark of precisions: tables and curves from artificial figures, and one measured toy cell."""
 
 import argparse
 import sys

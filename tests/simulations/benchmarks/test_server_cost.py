@@ -1,4 +1,4 @@
-"""The server-cost bench at toy size: that it measures what it says, not how fast anything is."""
+"""The benchmark of server cost at toy size: the measured quantities, not speed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of speculation: its prompts, its pair, and that its figures are what they say."""
+"""The benchmark of speculation: its prompts, its pair of models and its figures."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two texts whose words tell where they stand."""
+    """Two texts whose words encode their position."""
     root = tmp_path_factory.mktemp("data")
     for name, file in pair.TEXTS.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A widened model computes what the small one computes: logits, greedy text, number formats; and what cannot be widened is refused."""
+"""A widened model has the logits, greedy text and number formats of the small one; other models are refused."""
 
 import json
 import os
@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
 
 
 def tiny(folder: Path, **changes: Any) -> tuple[Path, Any]:
-    """A random Llama whose norms are not 1; eps is large enough to be felt."""
+    """A random Llama with norms other than 1 and an eps large enough to matter."""
     torch.manual_seed(3)
     config = LlamaConfig(**{**BASE, **changes})
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
@@ -121,7 +121,7 @@ def test_int8_rounds_as_in_the_small_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_packages_of_a_widened_model(tmp_path: Path, kind: str) -> None:
-    """Groups of zeros stay zeros: a widened package is no further off than the small model's."""
+    """Groups of zeros stay zeros: a widened package has no larger error than the small model's."""
     small, _ = build(tmp_path / "small")
     wide = widen(small.folder, tmp_path / "wide", size(hidden=288, heads=12, inner=100, vocabulary=150))
     ids = torch.arange(2, 30)

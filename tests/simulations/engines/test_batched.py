@@ -1,4 +1,4 @@
-"""Clients trained at once are the clients trained one after the other."""
+"""Batched training of clients equals sequential training."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Clients trained at once over quantized frozen layers: dequantized once for all of them, and still each client's own update."""
+"""Batched clients over quantized frozen layers: one dequantization for all, with each client's own update."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The grid over workers that may die: no message is lost, none is answered twice, and a client whose turn kills takes nobody with it."""
+"""The grid with workers that may die: no message is lost or answered twice, and a client that kills its worker affects no other."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ class RayTaskError(RayError):
 
 
 class FakeRay:
-    """Ray's calls without processes: a call is made when it is waited for."""
+    """Ray's interface without processes: a call runs when its result is awaited."""
 
     exceptions = types.SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
 
@@ -44,7 +44,7 @@ class FakeRay:
 
 
 class FakeWorker:
-    """Answers with its own number and the client's; `fault(node)` may raise in its place."""
+    """Answers with its own number and the client's, unless `fault(node)` raises."""
 
     def __init__(self, number: int, fault: Callable[[int], None], wrong: str | None = None) -> None:
         self.shares: list[list[int]] = []
@@ -74,7 +74,7 @@ def made(
 
 
 def asked(grid: WorkerGrid, kind: str = "train") -> list[Message]:
-    """The replies to one message to each node, as the bridge takes them."""
+    """Send one message to each node. Returns the replies in order, as the bridge pulls them."""
     messages = [Message(RecordDict(), node, kind) for node in grid.get_node_ids()]
     got = [r for r in replies(grid, list(grid.push_messages(messages)), float("inf")) if r is not None]
     assert len(got) == len(messages)

@@ -1,4 +1,4 @@
-"""Every PEFT method on every shape of head: clients mapped over are the clients trained one after the other."""
+"""Every PEFT method on every shape of head: vmap over clients equals sequential training."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ def built(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, **model: 
 
 
 def rows(task: TaskConfig, seq2seq: bool = False) -> dict[str, list[Example]]:
-    """Each client's made-up examples of 3 to 11 tokens."""
+    """Each client's random examples of 3 to 11 tokens."""
     rng, out = np.random.default_rng(0), {}
     for client, size in SIZES.items():
         examples = []

@@ -1,4 +1,4 @@
-"""Turns of very unlike clients, and the check that a stack takes each as the trainer does."""
+"""Turns of very different clients, and the check that a stack trains each as the trainer does."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from tests.working import work
 
 
 def turn_inputs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState, **changes: Any) -> list[TurnInput]:
-    """A turn a client, each from tensors of its own, two passes in micro-batches of four, seven steps at most."""
+    """One turn per client, each with its own initial tensors: two passes, micro-batches of four, at most seven steps."""
     out = []
     for k, (client, examples) in enumerate(clients.items()):
         gen = torch.Generator().manual_seed(k)

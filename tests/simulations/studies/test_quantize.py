@@ -1,4 +1,4 @@
-"""The study of quantization: its table, its packages, and its orderings on real weights and text where those are at hand."""
+"""The study of quantization: its table, its packages, and its orderings on real weights and text if available."""
 
 import os
 from pathlib import Path

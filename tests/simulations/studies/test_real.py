@@ -1,4 +1,4 @@
-"""The study's tables, and one round of it on real data where that is at hand."""
+"""The study's tables, and one round on real data if available."""
 
 import os
 import sys

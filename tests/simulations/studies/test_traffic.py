@@ -1,4 +1,4 @@
-"""The study of the codecs: its rows are runs that compose, its table by hand, and a run that is not run again."""
+"""The study of codecs: its rows compose, its table by hand, and finished runs are not repeated."""
 
 import importlib.util
 import json
