@@ -38,9 +38,9 @@ def closure(wanted: Iterable[str]) -> set[str]:
     """Names of all distributions that these requirements install, from the metadata of those installed here."""
     open_, seen = [Requirement(line) for line in wanted], set[tuple[str, str]]()
     while open_:
-        asked = open_.pop()
-        name = canonicalize_name(asked.name)
-        for extra in {"", *asked.extras}:
+        requirement = open_.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras}:
             if (name, extra) not in seen:
                 seen.add((name, extra))
                 lines = (Requirement(line) for line in _requires(name, extra))
@@ -104,10 +104,12 @@ def test_every_imported_library_is_declared() -> None:
     looked, base, everything = 0, declared(BASE), declared([*BASE, *EXTRAS["train"]])
     for module, file in files():
         for name in set(third_party(file)) - OTHERS:
-            found = {"protobuf"} if name == "google" else modules()[name]
+            distributions = {"protobuf"} if name == "google" else modules()[name]
             late = next((names for at, names in OF_TRAINING.items() if f"{module}.".startswith(f"{at}.")), set[str]())
             wanted = base if module.startswith(ROOMS) and name not in late else everything
-            assert found & wanted, f"{module} imports {name}, and pyproject.toml does not ask for {found} where a device needs it"
+            assert distributions & wanted, (
+                f"{module} imports {name}, and pyproject.toml does not ask for {distributions} where a device needs it"
+            )
             looked += 1
     assert looked > 300
 
@@ -263,6 +265,6 @@ def test_a_command_that_needs_more_says_what_to_install(command: str, device: di
 def test_a_public_name_that_needs_more_says_what_to_install(device: dict[str, Any]) -> None:
     short = {"Result", "Turn", "Work", "configure", "export_hf", "load_run", "run"}
     for name in fedtune.__all__:
-        said = device[f"fedtune.{name}"]
-        assert said.startswith(f"fedtune.{name}: this needs ") and said.endswith(ADVICE) if name in short else said == name
+        output = device[f"fedtune.{name}"]
+        assert output.startswith(f"fedtune.{name}: this needs ") and output.endswith(ADVICE) if name in short else output == name
     assert "needs transformers, which is not installed" in device["fallback"] and device["fallback"].endswith(ADVICE)

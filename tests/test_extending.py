@@ -112,9 +112,9 @@ def test_all_three_commands_run_it(away: Path) -> None:
         ask = ["--server", f"127.0.0.1:{port}", "--insecure", "--client-id", "home-000", "--state", elsewhere / "state"]
         client = subprocess.Popen([bin / "fedtune-client", *ask], cwd=elsewhere, env=env, stderr=subprocess.DEVNULL)
         try:
-            _, said = server.communicate(timeout=300)
+            _, stderr = server.communicate(timeout=300)
         finally:
             server.kill()
             client.kill()
             client.wait()
-    assert server.returncode == 0 and "1/1 counted" in said, said
+    assert server.returncode == 0 and "1/1 counted" in stderr, stderr

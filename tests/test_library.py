@@ -114,11 +114,13 @@ def far(a: AdapterState, b: AdapterState) -> float:
 
 
 def test_a_strategy_and_a_turn_from_a_notebook_need_no_file(tmp_path: Path) -> None:
-    made: list[AdapterState] = []
+    adapters: list[AdapterState] = []
     for share in (0.0, 0.5, 1.0):
         result = fedtune.run(tiny_config(tmp_path, rounds=1), strategy=Uniform(share=share), turns={"halved": Halved})
-        made.append(result.adapter)
-    assert far(made[1], made[0]) == pytest.approx(far(made[2], made[0]) / 2, rel=1e-4) and far(made[2], made[0]) > 1e-3
+        adapters.append(result.adapter)
+    assert (
+        far(adapters[1], adapters[0]) == pytest.approx(far(adapters[2], adapters[0]) / 2, rel=1e-4) and far(adapters[2], adapters[0]) > 1e-3
+    )
     assert result.config.strategy == {"_target_": f"{__name__}.Uniform", "share": 1.0, "stop": None}
 
 

@@ -121,9 +121,9 @@ EXPORT = [
 
 
 def one_sentence(code: int, err: str, wanted: str) -> None:
-    said = [line for line in err.splitlines() if line.startswith("fedtune: ")]
-    assert code == 2 and len(said) == 1 and wanted in said[0], err
-    assert "Traceback" not in err and len(said[0]) < 400
+    lines = [line for line in err.splitlines() if line.startswith("fedtune: ")]
+    assert code == 2 and len(lines) == 1 and wanted in lines[0], err
+    assert "Traceback" not in err and len(lines[0]) < 400
 
 
 @pytest.mark.parametrize(("spoil", "args", "wanted"), [c[1:] for c in SIM], ids=[c[0] for c in SIM])

@@ -70,8 +70,8 @@ def test_a_client_that_cannot_load_the_experiment_declines_with_a_reason() -> No
     context = Context(
         run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={"conf": "nope", "overrides": ""}
     )
-    said = app_flower.client_app(message, context).content.config_records["declined"]
-    assert "there is no scenario 'nope'" in str(said["why"])
+    record = app_flower.client_app(message, context).content.config_records["declined"]
+    assert "there is no scenario 'nope'" in str(record["why"])
 
 
 # -- Flower's own runtime -----------------------------------------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ def test_no_key_of_a_hello_opens_a_path(tmp_path: Path, secret: Path, rows_from:
     for key in KEYS:
         # a bare builder name makes `datasets` read the working directory; a name with a folder of that name here opens it
         for value in (str(secret), f"{secret}/train.jsonl", "org/model", "json"):
-            said = hello(config, {key: value})
-            assert not [path for path in opened(partial(use, said, device)) if path.startswith(str(secret))], f"{key}={value}"
+            message = hello(config, {key: value})
+            assert not [path for path in opened(partial(use, message, device)) if path.startswith(str(secret))], f"{key}={value}"
 
 
 @pytest.mark.parametrize(

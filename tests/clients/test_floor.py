@@ -90,10 +90,10 @@ def test_the_budget_counts_every_run_and_any_noise(tmp_path: Path) -> None:
 
 
 def test_the_noise_is_the_device_s_own(tmp_path: Path) -> None:
-    said = json.dumps({"config": to_dict(Config(privacy=RECORD)), "run": "r", "labels": []})
+    hello_json = json.dumps({"config": to_dict(Config(privacy=RECORD)), "run": "r", "labels": []})
     device = Device(client="a", state=tmp_path, min_privacy="record")
-    assert read_hello(said, device)[0].privacy.secure_rng  # the server knows the run's seed and could subtract seeded noise
-    assert not read_hello(said, dataclasses.replace(device, min_privacy=None))[0].privacy.secure_rng
+    assert read_hello(hello_json, device)[0].privacy.secure_rng  # the server knows the run's seed and could subtract seeded noise
+    assert not read_hello(hello_json, dataclasses.replace(device, min_privacy=None))[0].privacy.secure_rng
 
 
 def test_kinds_are_ordered(tmp_path: Path) -> None:

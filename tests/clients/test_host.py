@@ -66,7 +66,7 @@ def test_each_host_has_its_own_floor_and_device(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The experiments that were loaded."""
     out: list[Config] = []
     real = Workspace.__init__
@@ -79,26 +79,26 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return out
 
 
-def test_a_device_loads_once_for_all_runs_of_one_experiment(tmp_path: Path, made: list[Config]) -> None:
+def test_a_device_loads_once_for_all_runs_of_one_experiment(tmp_path: Path, loads: list[Config]) -> None:
     server = LyingServer(tmp_path)
-    made.clear()
+    loads.clear()
     for run in ("one", "two", "two"):
         assert server.hello(PrivacyConfig(), run) == ""
         assert server.train(PrivacyConfig(), keep=("*.lora_B",)) == ""
-    assert len(made) == 1
+    assert len(loads) == 1
     assert {path.parent.name for path in (tmp_path / "state").glob("*/clients")} == {"one", "two"}  # and each run keeps its own
-    assert server.hello(RECORD) == "" and len(made) == 2
+    assert server.hello(RECORD) == "" and len(loads) == 2
 
 
-def test_a_host_loads_once_and_only_on_use(tmp_path: Path, made: list[Config]) -> None:
+def test_a_host_loads_once_and_only_on_use(tmp_path: Path, loads: list[Config]) -> None:
     config = tiny_config(tmp_path)
     host = host_for(config)
     app = make_client_app(host)
-    assert not made
+    assert not loads
     context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})  # type: ignore[arg-type]
     for _ in range(2):
         assert "hello" in app(Message(RecordDict({}), 1, "query"), context).content.config_records
-    assert made == [config] and torch.equal(*(next(iter(host.space.initial.tensors.values())) for _ in range(2)))
+    assert loads == [config] and torch.equal(*(next(iter(host.space.initial.tensors.values())) for _ in range(2)))
 
 
 def test_temporary_storage_belongs_to_one_host_and_is_removed_with_it(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def test_the_high_water_mark_is_reset_before_a_turn(tmp_path: Path, monkeypatch:
 
 
 def test_on_a_gpu_torch_reports_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, asked = torch.device("cuda"), list[torch.device]()
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    cuda, devices = torch.device("cuda"), list[torch.device]()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", devices.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000_000)
     meter.reset_peak(cuda)
-    assert asked == [cuda] and meter.peak_mb(cuda) == 5.0
+    assert devices == [cuda] and meter.peak_mb(cuda) == 5.0

@@ -180,11 +180,11 @@ def test_the_sum_of_the_rates_follows_the_schedule(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     client = ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule=schedule, lr_end=0.0)
     run = simulate(check(tiny_config(tmp_path, client=client)))
-    told = [r["lr_sum"] for r in read_metrics(run) if r["client"] is not None and r["round"] > 0]
+    rates = [r["lr_sum"] for r in read_metrics(run) if r["client"] is not None and r["round"] > 0]
     # by hand, two rounds of two steps from .01 down to 0: .01 + .0075 and .005 + .0025
-    assert told == pytest.approx([sums[0]] * 4 + [sums[1]] * 4)
+    assert rates == pytest.approx([sums[0]] * 4 + [sums[1]] * 4)
     # the reported sum equals the optimizer's: SCAFFOLD, FedNova and the bound on an update's norm divide by it
-    assert told == pytest.approx([sum(applied[i : i + 2]) for i in range(0, len(applied), 2)])
+    assert rates == pytest.approx([sum(applied[i : i + 2]) for i in range(0, len(applied), 2)])
 
 
 def test_only_the_plans_tensors_are_trained(space: Workspace) -> None:

@@ -162,9 +162,9 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
         assert str(error.value).count(".") < 12 and len(str(error.value)) < 400
         return
     monkeypatch.setattr(fedtune.experiment, "make_strategy", lambda config: checked(make_strategy(config)))
-    heard = Listener(monkeypatch)
+    listener = Listener(monkeypatch)
     whole = simulate(build())
-    payload(heard, whole, strategy)
+    payload(listener, whole, strategy)
     part = tmp_path / "part"  # as if it had been killed in round 2
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "round-0002")
@@ -173,7 +173,7 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
     ends = [AdapterState.load(run / "adapter" / "fedtune.safetensors") for run in (whole, part)]
     assert ends[0].spec == ends[1].spec and all(torch.equal(t, ends[1][n]) for n, t in ends[0].tensors.items())
     assert any(float(t.abs().max()) > 0 for t in ends[0].tensors.values())
-    payload(heard, whole, strategy)
+    payload(listener, whole, strategy)
     out = export_hf(whole, tmp_path / "merged")
     assert (out / "model.safetensors").is_file() and (out / "config.json").is_file()
 
@@ -214,5 +214,5 @@ def test_every_cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_checkpoint_holds_everything(files: Path, tmp_path: Path) -> None:
     run = simulate(experiment(files, tmp_path, "flora", "lora", "causal_lm"))
-    found = read_checkpoint(run / "checkpoints" / "round-0002")
-    assert [s.spec.version for s in found.state.shifts] == [1, 2]
+    stored = read_checkpoint(run / "checkpoints" / "round-0002")
+    assert [s.spec.version for s in stored.state.shifts] == [1, 2]

@@ -61,13 +61,13 @@ def strategy_of(name: str) -> Strategy:
 def updates(strategy: Strategy, state: ServerState, counts: list[int], round: int = 1) -> tuple[list[Update], list[AdapterState]]:
     """Clients that change their trained tensors by a random step: (their updates, all their tensors)."""
     plans = [Plan(round=round, client=f"c{i}", base_version=0) for i in range(len(counts))]
-    assignments, made, own = strategy.plan(round, plans, state), [], []
+    assignments, sent_updates, own = strategy.plan(round, plans, state), [], []
     for i, n in enumerate(counts):
         plan, sent, noise = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter, lora_state(seed=i + 1)
         begin = sent.replace({**START.tensors, **sent.tensors})
         trained = {k: begin[k] + 0.1 * noise[k] for k in matching(begin.tensors, plan.train)}
         own.append(begin.replace({**begin.tensors, **trained}))
-        made.append(
+        sent_updates.append(
             Update(
                 client=f"c{i}",
                 round=round,
@@ -78,7 +78,7 @@ def updates(strategy: Strategy, state: ServerState, counts: list[int], round: in
                 measurements={"steps": 3, "lr_sum": 0.3},
             )
         )
-    return made, own
+    return sent_updates, own
 
 
 def product(adapter: AdapterState, shifts: tuple[AdapterState, ...] = ()) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_without_training_nothing_changes(name: str, strategy: Strategy, ranks: 
     for round in (1, 2, 3):
         plans = [Plan(round=round, client=f"c{i}", base_version=round - 1, rank=r) for i, r in enumerate(ranks)]
         assignments = strategy.plan(round, plans, state)
-        made = [
+        replies = [
             Update(
                 client=p.client,
                 round=round,
@@ -137,7 +137,7 @@ def test_without_training_nothing_changes(name: str, strategy: Strategy, ranks: 
             )
             for i, p in enumerate(plans)
         ]
-        state = strategy.aggregate(round, state, iter(made))
+        state = strategy.aggregate(round, state, iter(replies))
     assert torch.allclose(whole(state), whole(begin), atol=1e-5)
 
 
@@ -162,19 +162,19 @@ def test_identical_clients_are_one_client(name: str, strategy: Strategy) -> None
 
 def test_order_does_not_matter(strategy: Strategy) -> None:
     state = strategy.start(START)
-    made, _ = updates(strategy, state, [1, 7, 40, 2, 2, 5, 11])
-    results = [whole(strategy.aggregate(1, state, iter([*p, *made[3:]]))) for p in itertools.permutations(made[:3])]
+    replies, _ = updates(strategy, state, [1, 7, 40, 2, 2, 5, 11])
+    results = [whole(strategy.aggregate(1, state, iter([*p, *replies[3:]]))) for p in itertools.permutations(replies[:3])]
     assert all(torch.allclose(r, results[0], atol=1e-5) for r in results) and len(results) == math.factorial(3)
 
 
 def test_inputs_are_untouched(strategy: Strategy) -> None:
     state = strategy.start(START)
     for round in (1, 2):
-        made, _ = updates(strategy, state, [1, 7, 3, 3, 3, 3, 3], round)
-        before, sent = snapshot(state), [[t.clone() for t in u.adapter.tensors.values()] for u in made]
-        after = strategy.aggregate(round, state, iter(made))
+        replies, _ = updates(strategy, state, [1, 7, 3, 3, 3, 3, 3], round)
+        before, sent = snapshot(state), [[t.clone() for t in u.adapter.tensors.values()] for u in replies]
+        after = strategy.aggregate(round, state, iter(replies))
         assert same(before, snapshot(state))
-        for update, tensors in zip(made, sent, strict=True):
+        for update, tensors in zip(replies, sent, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(update.adapter.tensors.values(), tensors, strict=True))
         state = after
 
@@ -201,12 +201,12 @@ def test_mixed_ranks_are_mixed_or_refused(name: str) -> None:
 def test_a_strategy_that_assumes_a_zero_product_refuses_loftq(name: str) -> None:
     method = ["peft=ptuning_v2", "rounds=30"] if name == "fedpeptao" else []
     config = compose([f"strategy={name}", *NEEDS.get(name, []), *method])[0].config
-    config.peft.init, said = "loftq", ""
+    config.peft.init, message = "loftq", ""
     try:
         make_strategy(config)
     except ConfigError as bad:
-        said = str(bad)
-    assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in said) == (name in ("fedsa", "hetlora"))
+        message = str(bad)
+    assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in message) == (name in ("fedsa", "hetlora"))
 
 
 def test_every_client_gets_its_own_assignment(strategy: Strategy) -> None:

@@ -53,9 +53,9 @@ def test_home_seven_does_not_depend_on_the_number_of_homes() -> None:
 
 def test_no_home_trains_on_a_test_request() -> None:
     train, test = task(0)
-    asked = [row["request"] for row in test]
-    assert len(asked) == len(set(asked)) == 240
-    assert not {row["request"] for row in train} & set(asked)
+    requests = [row["request"] for row in test]
+    assert len(requests) == len(set(requests)) == 240
+    assert not {row["request"] for row in train} & set(requests)
 
 
 def test_a_request_means_one_action_in_every_home() -> None:
@@ -128,13 +128,13 @@ def test_the_backbone_has_not_seen_the_task() -> None:
 
 def test_the_backbone_has_not_seen_the_held_out_names() -> None:
     text = "\n".join(islice(demo.pretraining_text(1), 500)).lower()
-    heard = f" {' '.join(re.findall(r'[a-z0-9]+', text))} "
+    corpus = f" {' '.join(re.findall(r'[a-z0-9]+', text))} "
     for table in (ROOMS, DEVICES):
         for ways in table.values():
             assert known(ways) == ways[:3]
-            assert f" {ways[0]} " in heard
-            assert f" {ways[3]} " not in heard
-    assert not {"yo", "oi", "buddy"} & set(heard.split())  # words of the slangy manner, which is held out whole
+            assert f" {ways[0]} " in corpus
+            assert f" {ways[3]} " not in corpus
+    assert not {"yo", "oi", "buddy"} & set(corpus.split())  # words of the slangy manner, which is held out whole
 
 
 @pytest.mark.parametrize(

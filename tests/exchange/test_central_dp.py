@@ -32,9 +32,9 @@ def config(rounds: int = 1, cohort: int = 10, **privacy: Any) -> Config:
     return Config(rounds=rounds, clients_per_round=cohort, privacy=PrivacyConfig(**{"kind": "user", **privacy}))
 
 
-def run(path: Path, made: Config, clients: dict[str, int], strategy: Strategy | None = None) -> tuple[ServerState, Any]:
-    exchange = make_exchange(made, len(clients), path / "privacy")
-    at, observer = fake_bridge(path / "r", fake_client_app(clients), len(clients), made, strategy=strategy, exchange=exchange)
+def run(path: Path, run_config: Config, clients: dict[str, int], strategy: Strategy | None = None) -> tuple[ServerState, Any]:
+    exchange = make_exchange(run_config, len(clients), path / "privacy")
+    at, observer = fake_bridge(path / "r", fake_client_app(clients), len(clients), run_config, strategy=strategy, exchange=exchange)
     return at.loop(), observer
 
 

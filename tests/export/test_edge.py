@@ -95,9 +95,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_gets_one_sentence_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
-    spoil, said = BAD[name]
+    spoil, message = BAD[name]
     spoil(run, tmp_path / "m")
-    with pytest.raises(FedtuneError, match=said) as bad:
+    with pytest.raises(FedtuneError, match=message) as bad:
         export_edge(run, run / "edge")
     assert "\n" not in str(bad.value)
     assert not list(run.glob(".*")) and (name == "taken" or not (run / "edge").exists())
@@ -119,7 +119,7 @@ def test_the_command_writes_every_format_and_prints_its_notes(tmp_path: Path, ca
     model = nano_tokenizer(checkpoint(tmp_path / "m", config=llama_config(vocab_size=1024), seed=2))
     run, _ = make_run(tmp_path / "run", hub(model), CAUSAL)
     (tmp_path / "text.txt").write_text(TEXT)
-    for arguments, name, said in [
+    for arguments, name, note in [
         ([], "merged", ""),
         (["--to", "edge"], "edge", ""),
         (["--to", "edge", "--quantize", "int4", "--method", "gptq", "--calibrate", str(tmp_path / "text.txt")], "edge-int4",
@@ -129,7 +129,7 @@ def test_the_command_writes_every_format_and_prints_its_notes(tmp_path: Path, ca
         assert main(["export", str(run), *arguments]) == 0
         out, err = capsys.readouterr()
         assert out.strip() == str(run / name) and (run / name).exists()
-        assert said in err and bool(err) == bool(said)
+        assert note in err and bool(err) == bool(note)
 
 
 @pytest.mark.parametrize(

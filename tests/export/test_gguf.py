@@ -174,12 +174,12 @@ def test_the_file_holds_the_merged_tensors(tmp_path: Path, shape: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(shaped(tmp_path / "m", shape)), SHORT)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "merged"))
-    said, tensors = read(export_gguf(run, run / "m.gguf"))
-    arch, config = said["general.architecture"], model.config
+    metadata, tensors = read(export_gguf(run, run / "m.gguf"))
+    arch, config = metadata["general.architecture"], model.config
     own = read_shape(config.to_dict())
     assert arch == {"mistral": "llama"}.get(config.model_type, config.model_type)
-    assert (said[f"{arch}.block_count"], said[f"{arch}.attention.head_count_kv"]) == (own.layers, own.kv_heads)
-    assert said[f"{arch}.attention.key_length"] == own.head_dim
+    assert (metadata[f"{arch}.block_count"], metadata[f"{arch}.attention.head_count_kv"]) == (own.layers, own.kv_heads)
+    assert metadata[f"{arch}.attention.key_length"] == own.head_dim
     parts = {
         "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
         "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
@@ -205,8 +205,10 @@ def test_the_file_holds_the_merged_tensors(tmp_path: Path, shape: str) -> None:
         factors = tensors["rope_freqs.weight"]
         assert factors[0] == pytest.approx(1.7359, abs=1e-4) and factors[-1] == pytest.approx(8) and len(factors) == 6
     if shape in ("llama_linear", "llama_yarn"):
-        assert said[f"{arch}.rope.scaling.type"] == shape[6:] and said[f"{arch}.rope.scaling.factor"] == {"llama_linear": 2.5}.get(shape, 4)
-    assert json.loads(said["fedtune.card"])["provenance"]["method"] == "lora"
+        assert metadata[f"{arch}.rope.scaling.type"] == shape[6:] and metadata[f"{arch}.rope.scaling.factor"] == {"llama_linear": 2.5}.get(
+            shape, 4
+        )
+    assert json.loads(metadata["fedtune.card"])["provenance"]["method"] == "lora"
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("q8_0", 8.5), ("q4_0", 4.5)])
@@ -259,8 +261,8 @@ def test_byte_level_tokenizers_keep_their_merges(tmp_path: Path, split: str) -> 
 @pytest.mark.parametrize("name", ["my-phi-3-llama", "Phi3x", "modern-bert-qwen"])
 def test_no_name_makes_llama_cpp_change_tokens(tmp_path: Path, name: str) -> None:
     """By these names llama.cpp sets flags of tokens that it expects, and it refuses files without them."""
-    said, _ = read(export_gguf(shaped(tmp_path / name, "llama"), tmp_path / "m.gguf"))
-    result = said["general.name"].lower()
+    metadata, _ = read(export_gguf(shaped(tmp_path / name, "llama"), tmp_path / "m.gguf"))
+    result = metadata["general.name"].lower()
     assert result.endswith(name.lower()[-2:]) and not any(known in result for known in ("phi-3", "phi3", "modern-bert"))
 
 
@@ -268,8 +270,8 @@ def test_a_chat_template_is_exported(tmp_path: Path) -> None:
     folder = shaped(tmp_path / "m", "llama")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     run, _ = make_run(tmp_path / "run", hub(folder), CAUSAL)
-    said, _ = read(export_gguf(run, run / "m.gguf"))
-    assert said["tokenizer.chat_template"] == "{{ messages[0].content }}!"
+    metadata, _ = read(export_gguf(run, run / "m.gguf"))
+    assert metadata["tokenizer.chat_template"] == "{{ messages[0].content }}!"
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------------------------
@@ -316,18 +318,20 @@ def test_a_ramp_of_yarn_that_llama_cpp_would_round_is_refused(tmp_path: Path) ->
 
 
 def test_a_missing_factor_of_yarn_is_computed(tmp_path: Path) -> None:
-    said, _ = read(export_gguf(yarn(tmp_path, factor=None), tmp_path / "m.gguf"))
-    assert said["llama.rope.scaling.factor"] == 4 == 64 / said["llama.rope.scaling.original_context_length"]  # the model's context is 64
+    metadata, _ = read(export_gguf(yarn(tmp_path, factor=None), tmp_path / "m.gguf"))
+    assert (
+        metadata["llama.rope.scaling.factor"] == 4 == 64 / metadata["llama.rope.scaling.original_context_length"]
+    )  # the model's context is 64
 
 
 def test_models_that_gguf_cannot_express_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, shape, method, task, said in [
+    for name, shape, method, task, message in [
         ("a", "llama", "prompt", CAUSAL, "no place for the virtual tokens of prompt"),
         ("b", "llama_yarn_mscale", "lora", CAUSAL, "YaRN"),
         ("c", "llama", "lora", CLASSES, "is a classifier"),
     ]:
         run, _ = make_run(tmp_path / name, hub(shaped(tmp_path / f"m{name}", shape)), task, method=method)
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             export_gguf(run, run / "m.gguf")
     run, _ = make_run(tmp_path / "d", hub(shaped(tmp_path / "md", "llama")), CAUSAL)
     (run / "m.gguf").write_text("mine")

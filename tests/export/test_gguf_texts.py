@@ -138,8 +138,8 @@ def as_llama_cpp(own: Vocabulary, text: str) -> list[int] | None:
     ("scheme", "others"), [(None, set()), ("never", set()), ("always", {8, 9, 10, 11, 13}), ("first", {5, 6, 7, 8, 9, 10, 11, 13})]
 )
 def test_special_tokens_and_chats_are_the_same_in_llama_cpp_or_reported(tmp_path: Path, scheme: str | None, others: set[int]) -> None:
-    made = pieces(scheme, flagged=False)
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    tokenizer = pieces(scheme, flagged=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     own = read_vocabulary(tmp_path, theirs, len(theirs))
     differ = {i for i, t in enumerate(CHATS) if as_llama_cpp(own, t) != theirs(t, add_special_tokens=False).input_ids}
@@ -200,8 +200,8 @@ def llama_tokens(path: Path, texts: list[str]) -> list[list[int]] | None:
 @pytest.mark.parametrize("name", [f"pieces: {n}" for n in PIECES] + [f"bytes: {n}" for n in BY_BYTES])
 def test_llama_cpp_agrees_with_the_report(tmp_path: Path, name: str) -> None:
     kind, _, name = name.partition(": ")
-    made, told = (PIECES if kind == "pieces" else BY_BYTES)[name]
-    folder = model_of(tmp_path / "m", made())
+    tokenizer, reported = (PIECES if kind == "pieces" else BY_BYTES)[name]
+    folder = model_of(tmp_path / "m", tokenizer())
     path = export_gguf(folder, tmp_path / "m.gguf")
     theirs = AutoTokenizer.from_pretrained(folder)
     own, texts = read_vocabulary(folder, theirs, 400), TEXTS
@@ -215,4 +215,4 @@ def test_llama_cpp_agrees_with_the_report(tmp_path: Path, name: str) -> None:
     if kind == "pieces":
         assert bare == [as_llama_cpp(own, t) for t in texts]
     assert actual[len(texts) :] == [[theirs.bos_token_id] * own.begins + ids for ids in bare]
-    assert (bare != theirs(texts, add_special_tokens=False).input_ids or texts != TEXTS) == bool(told)
+    assert (bare != theirs(texts, add_special_tokens=False).input_ids or texts != TEXTS) == bool(reported)

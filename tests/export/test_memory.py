@@ -127,8 +127,8 @@ def measured(small: Path, run: Path, how: str) -> tuple[int, int]:
     process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     out = run / "out"
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file())
-    for made in (out, small / "out"):
-        made.unlink() if made.is_file() else shutil.rmtree(made)
+    for output in (out, small / "out"):
+        output.unlink() if output.is_file() else shutil.rmtree(output)
     return int(process.stdout), size
 
 

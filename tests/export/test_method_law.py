@@ -167,8 +167,8 @@ def test_a_method_that_cannot_edit_weights_is_never_merged(tmp_path: Path, add: 
     assert (out / "adapter" / "fedtune.safetensors").is_file()
     assert "peft.method=hooked cannot be merged into weights" in describe_folder(out)
     shutil.copytree(run / "adapter", tmp_path / "bare")
-    said = {"base_model_name_or_path": str(tmp_path / "m"), "task_type": "CAUSAL_LM"}
-    (tmp_path / "bare" / "adapter_config.json").write_text(json.dumps(said))
+    peft_config = {"base_model_name_or_path": str(tmp_path / "m"), "task_type": "CAUSAL_LM"}
+    (tmp_path / "bare" / "adapter_config.json").write_text(json.dumps(peft_config))
     with pytest.raises(ModelError, match="peft.method=hooked cannot be merged into weights, and without its run"):
         export_hf(tmp_path / "bare", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (run / "edge").exists()

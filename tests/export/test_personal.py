@@ -91,10 +91,10 @@ def test_a_client_without_stored_tensors_or_with_another_models_is_refused(tmp_p
     with pytest.raises(CheckpointError, match="client nobody keeps no tensors"):
         export_hf(run / "clients" / "nobody", tmp_path / "out")
     name, tensor = next(iter(live.read(1).tensors.items()))
-    for tensors, said in (({"other.lora_B": tensor}, "keeps 'other.lora_B'"), ({name: tensor[:1]}, f"keeps '{name}'")):
+    for tensors, message in (({"other.lora_B": tensor}, "keeps 'other.lora_B'"), ({name: tensor[:1]}, f"keeps '{name}'")):
         shutil.rmtree(client)
         ClientStore(run / "clients", 1).write(ID, 1, AdapterState(tensors, live.spec))
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             export_hf(client, tmp_path / "out")
 
 
@@ -103,14 +103,14 @@ def test_a_run_of_fedsa_ends_with_both(tmp_path: Path, capsys: pytest.CaptureFix
     model = checkpoint(tmp_path / "m")
     rows = [{"prompt": "turn on the light", "answer": ("on", "off")[i % 2], "client": f"c{i % 2}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    said = simulate([
+    settings = simulate([
         "strategy=fedsa", "data=local", f"data.path={tmp_path / 'rows.jsonl'}", "partition=natural", "rounds=1",
         "clients_per_round=2", "min_clients=1", "client.steps=2", "client.batch_size=2", "client.lr=0.1", "task.max_length=32",
         "task.max_new_tokens=4", "model=hub", f"model.name={model}", "model.device=cpu", "eval.where=none", "inference.samples=0",
         "inference.export=hf", "name=own",
     ])  # fmt: skip
     shown = capsys.readouterr()
-    assert said == 0, shown.err
+    assert settings == 0, shown.err
     (run,) = (tmp_path / "outputs" / "own").iterdir()
     assert "each of 2 clients keeps tensors of its own" in " ".join(shown.out.split())
     assert "each of 2 clients keeps tensors of its own" in (run / "adapter" / "README.md").read_text()

@@ -188,9 +188,9 @@ def test_a_folder_and_its_package_answer_as_transformers(family: str, kind: str,
     for text in ("hi ab 12", "<s> hi </s>  b", "a <|user|> hi <|end|> \n ab"):
         ids = torch.tensor([trained_on(tokenizer, text)])
         with quiet():
-            said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+            wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1)
         for source in (folder, package):
             engine = load_engine(source)
             engine.text.ends = frozenset()
             result = [piece.token for piece in Generation(engine, engine.text.encode(text), Sampling(), 8) if piece.token is not None]
-            assert result == said[0, ids.shape[1] :].tolist()
+            assert result == wanted[0, ids.shape[1] :].tolist()

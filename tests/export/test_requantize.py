@@ -88,8 +88,8 @@ def test_the_reported_error_is_that_of_the_reloaded_model(tmp_path: Path, precis
     model = wide(tmp_path / "m", kind)
     run, live = make_run(tmp_path / "run", model, precision)
     out = export_hf(run, tmp_path / "out", requantize=True)
-    told = json.loads((out / "fedtune.json").read_text())["quantised"]
-    assert {told["precision"], told["compute"]} == {precision, "fp32"}
+    report = json.loads((out / "fedtune.json").read_text())["quantised"]
+    assert {report["precision"], report["compute"]} == {precision, "fp32"}
     with quiet():
         reloaded_model = AutoModelForCausalLM.from_pretrained(out)
     layers = {n: m for n, m in reloaded_model.named_modules() if quantize.is_quantized(m)}
@@ -100,13 +100,13 @@ def test_the_reported_error_is_that_of_the_reloaded_model(tmp_path: Path, precis
         weight = own[name].get_parameter("weight")
         errors[name] = off(quantize.weight_of(layer), weight if kind == "llama" else weight.T)
     assert len(errors) == (14 if kind == "llama" else 8)
-    assert math.isclose(max(errors.values()), told["weights_max"], rel_tol=1e-4)
-    assert math.isclose(sum(errors.values()) / len(errors), told["weights_mean"], rel_tol=1e-4)
-    assert errors[told["worst"]] == max(errors.values())
+    assert math.isclose(max(errors.values()), report["weights_max"], rel_tol=1e-4)
+    assert math.isclose(sum(errors.values()) / len(errors), report["weights_mean"], rel_tol=1e-4)
+    assert errors[report["worst"]] == max(errors.values())
     merged = text_logits(plain.model, plain.tokenizer)
-    assert math.isclose(off(text_logits(reloaded_model, plain.tokenizer), merged), told["logits"], rel_tol=1e-3)
+    assert math.isclose(off(text_logits(reloaded_model, plain.tokenizer), merged), report["logits"], rel_tol=1e-3)
     with want.disabled():
-        assert math.isclose(off(text_logits(want.backbone.model, plain.tokenizer), merged), told["adapter"], rel_tol=1e-3)
+        assert math.isclose(off(text_logits(want.backbone.model, plain.tokenizer), merged), report["adapter"], rel_tol=1e-3)
     assert f"to {precision}: " in describe_folder(out) and "\n" not in describe_folder(out)
     assert isinstance(generate_text(out, "turn on", max_new_tokens=3), str)
 

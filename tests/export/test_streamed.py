@@ -224,8 +224,8 @@ def test_weights_in_another_layout_are_merged_in_memory_with_a_note(tmp_path: Pa
 
 def test_a_random_backbone_is_merged_in_memory_with_a_note(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m"), init="random"), CAUSAL)
-    said = "the backbone was initialized at random (model.init=random), so the model was merged in memory"
-    assert describe_folder(export_hf(run, run / "merged")) == said
+    note = "the backbone was initialized at random (model.init=random), so the model was merged in memory"
+    assert describe_folder(export_hf(run, run / "merged")) == note
 
 
 @pytest.mark.parametrize(

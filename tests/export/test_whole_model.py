@@ -64,9 +64,9 @@ def test_gguf(tmp_path: Path) -> None:
     from tests.export.test_gguf import shaped
 
     reader = gguf.GGUFReader(export_gguf(shaped(tmp_path / "m", "qwen3"), tmp_path / "m.gguf"))
-    said = {name: reader.fields[name].contents() for name in ("general.name", "general.description", "fedtune.card")}
-    assert (said["general.name"], said["general.description"]) == ("m", "exported by fedtune")
-    assert json.loads(said["fedtune.card"])["provenance"] == {"model": "m"}
+    metadata = {name: reader.fields[name].contents() for name in ("general.name", "general.description", "fedtune.card")}
+    assert (metadata["general.name"], metadata["general.description"]) == ("m", "exported by fedtune")
+    assert json.loads(metadata["fedtune.card"])["provenance"] == {"model": "m"}
 
 
 def quantized(folder: Path) -> Path:
@@ -85,8 +85,8 @@ def test_a_folder_that_is_not_a_plain_model_is_refused(tmp_path: Path) -> None:
         "is a classifier": export_hf(classes, tmp_path / "classifier"),
         r"is already quantized \(gptq\)": quantized(checkpoint(tmp_path / "quantised")),
     }
-    for said, folder in cases.items():
-        with pytest.raises(ModelError, match=said):
+    for message, folder in cases.items():
+        with pytest.raises(ModelError, match=message):
             export_edge(folder, tmp_path / "out")
     with pytest.raises(ModelError, match="is already a complete model: export it with --to edge or gguf"):
         export_hf(model, tmp_path / "out")

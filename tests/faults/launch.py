@@ -130,15 +130,15 @@ def worker(points: Points) -> None:
         name, first = next((n, t) for n, t in sent.tensors.items() if n.endswith("lora_B"))
         body = {"nan": first * float("nan"), "shape": first[:, :1], "huge": first * 1e6 + 1e6}
         sent = sent.replace({**sent.tensors, name: body.get(lie, first)})
-        made = reply(host, todo, sent, metrics, measurements, turned)
-        record, plan = made.content.config_records["update"], todo.plan
+        answer = reply(host, todo, sent, metrics, measurements, turned)
+        record, plan = answer.content.config_records["update"], todo.plan
         overrides = {
             "stale": {"round": plan.round - 1, "base_version": plan.base_version - 1},
             "other": {"client": "anna"},
             "weight": {"examples": 10**6},
         }
         record["json"] = json.dumps({**json.loads(str(record["json"])), **overrides.get(lie, {})})
-        return made
+        return answer
 
     app.train, app._reply = training, replying
 

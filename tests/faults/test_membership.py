@@ -128,15 +128,15 @@ def test_an_engine_waits_for_all_nodes_and_fails_at_once_with_too_few() -> None:
 
 
 def test_a_lost_hello_is_sent_again() -> None:
-    asked: list[int] = []
-    answer = lambda n: None if n == 3 and asked.count(3) < 2 else named(n)  # noqa: E731
+    nodes: list[int] = []
+    answer = lambda n: None if n == 3 and nodes.count(3) < 2 else named(n)  # noqa: E731
     members, grid, _ = make_members(answer, {1: 0.0, 2: 0.0, 3: 0.0}, expected_clients=2, retry_s=5.0)
-    grid.asked = asked
+    grid.asked = nodes
     members.gather(1)
     end = time.monotonic() + 10
     while "c3" not in members.clients and time.monotonic() < end:
         members.wait_for_clients(1)
-    assert asked.count(3) == 2 and "c3" in members.clients and asked.count(1) == 1
+    assert nodes.count(3) == 2 and "c3" in members.clients and nodes.count(1) == 1
 
 
 @pytest.mark.parametrize(

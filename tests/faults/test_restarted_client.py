@@ -67,5 +67,5 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
         }
     )
     hello = RecordDict({"hello": ConfigRecord({"json": json.dumps({"config": to_dict(config), "run": "r", "labels": []})})})
-    said = why(ask(app, "query", hello))
-    assert said.startswith(f"cannot write to {tmp_path / 'gone'}: No such file or directory; free the disk")
+    message = why(ask(app, "query", hello))
+    assert message.startswith(f"cannot write to {tmp_path / 'gone'}: No such file or directory; free the disk")

@@ -26,15 +26,15 @@ def quick(**settings: object) -> Speeds:
 
 
 def test_the_figures_are_consistent() -> None:
-    told: list[str] = []
-    speeds = quick(tell=told.append)
+    notes: list[str] = []
+    speeds = quick(tell=notes.append)
     assert len(speeds.prefill_tok_per_s) == len(speeds.decode_tok_per_s) == len(speeds.first_token_ms) == 2  # without the one that warms up
     for rate, ms in zip(speeds.prefill_tok_per_s, speeds.first_token_ms, strict=True):
         assert rate * ms == pytest.approx(9 * 1000)
     assert speeds.limit_tok_per_s == pytest.approx(speeds.bandwidth_gb_per_s * 1e3 / speeds.weights_mb)
     assert speeds.share_of_limit == pytest.approx(statistics.median(speeds.decode_tok_per_s) / speeds.limit_tok_per_s)
     assert speeds.peak_mb > speeds.weights_mb > 0 and speeds.speculation == {}
-    assert told[0] == "loading" and "warming up" in told and told[-1] == "bandwidth"
+    assert notes[0] == "loading" and "warming up" in notes and notes[-1] == "bandwidth"
 
 
 def test_the_bytes_read_per_token() -> None:

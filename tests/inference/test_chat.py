@@ -133,14 +133,14 @@ def test_transformers_chats_if_the_engine_cannot(
     texts, answers = ["turn on", "the", "lamp"], [line for line in out.splitlines() if line]
     assert err.count("transformers runs this model: the engine does not support model_type='gpt2'") == 1
     assert "the prompt's 70 tokens and 1 new tokens exceed the model's context of 64" in err and out.splitlines()[2] == ""
-    said = ""
+    transcript = ""
     for text, answer in zip(texts, answers, strict=True):  # no template: the text goes on
-        said += ("\n" if said else "") + text
-        whole = generate_text(folder, said, max_new_tokens=6)
+        transcript += ("\n" if transcript else "") + text
+        whole = generate_text(folder, transcript, max_new_tokens=6)
         assert answer == whole.strip()
-        said += whole
+        transcript += whole
         if text == "the":
-            said = ""  # the line that was too long has pushed the turns out
+            transcript = ""  # the line that was too long has pushed the turns out
     monkeypatch.setattr(sys, "stdin", io.StringIO("turn on\n"))
     assert cli.main(["chat", str(folder), "--system", "x"]) == 2
     assert "no chat template" in capsys.readouterr().err

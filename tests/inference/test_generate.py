@@ -81,8 +81,8 @@ def test_a_foreign_encoder_decoder_answers(tmp_path: Path) -> None:
     loaded = load_backbone(hub(folder), ASK)
     model, tokenizer = cast(Any, loaded.model), loaded.tokenizer
     ids = torch.tensor([[*tokenizer("turn on").input_ids, tokenizer.eos_token_id]])
-    said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-    assert generate_text(folder, "turn on", max_new_tokens=5) == tokenizer.decode(said[0, 1:], skip_special_tokens=True)
+    wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert generate_text(folder, "turn on", max_new_tokens=5) == tokenizer.decode(wanted[0, 1:], skip_special_tokens=True)
 
 
 def test_models_that_cannot_answer_are_refused(tmp_path: Path, merged: Path) -> None:
@@ -204,9 +204,9 @@ def test_the_text_is_streamed_without_surrounding_spaces() -> None:
 def test_options_on_the_command_line(merged: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     given = ["--temperature", "2", "--top-k", "9", "--top-p", ".9", "--min-p", ".01", "--repetition-penalty", "1.1", "--seed", "3"]
-    asked: dict[str, Any] = {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 3}
+    options: dict[str, Any] = {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 3}
     more = ["--kind", "fp32", "--kv-budget", "1MB", "--speculate", "lookup", "--stop", "lamp", "--stop", "red", "--max-new-tokens", "9"]
-    want = generate_text(merged, "kettle", **asked, stop=("lamp", "red"), max_new_tokens=9)
+    want = generate_text(merged, "kettle", **options, stop=("lamp", "red"), max_new_tokens=9)
     capfd.readouterr()
     assert cli.main(["generate", str(merged), "kettle", *given, *more]) == 0
     out, err = capfd.readouterr()

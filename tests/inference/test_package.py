@@ -191,11 +191,11 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_damaged_package_gets_one_sentence(tmp_path: Path, name: str) -> None:
     write(tmp_path / "p")
-    spoil, said = BAD[name]
+    spoil, message = BAD[name]
     spoil(tmp_path / "p")
     with suppress(ValueError, TypeError, RecursionError):  # where package.json itself is what was spoilt
         seal_again(tmp_path / "p")
-    with pytest.raises(ModelError, match=said) as bad:
+    with pytest.raises(ModelError, match=message) as bad:
         read_package(tmp_path / "p")
     assert "\n" not in str(bad.value)
 

@@ -289,8 +289,8 @@ def test_generation_continues_the_prompt(tmp_path: Path, name: str, kind: str) -
     live.load(moved(start(tmp_path / "m", ASK, name), std=0.5))
     texts = ["turn on the light", "set heat", "red lamp in a kitchen"]
     words = tokenizer(pad_token="<unk>" if kind == "t5" else "</s>")  # transformers reads ours wrongly beside a T5 or Qwen2
-    asked = [np.array(ids) for ids in words(texts).input_ids]
-    rows = [Example(ids, np.full(len(ids), -100), len(ids), "") for ids in asked]
+    prompts = [np.array(ids) for ids in words(texts).input_ids]
+    rows = [Example(ids, np.full(len(ids), -100), len(ids), "") for ids in prompts]
     want = []
     for row in rows:  # greedy by hand, one token at a time, without a cache
         ids = row.input_ids.tolist()

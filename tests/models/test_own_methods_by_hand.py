@@ -67,8 +67,8 @@ def test_houlsby_adapts_attention_too_and_shared_layers_once(kind: str, places: 
 
 def test_initial_values_of_adapters() -> None:
     draw = torch.Generator().manual_seed(0)
-    made = method("adapter").initial("x.adapter_down.weight", (3, 16), PFEIFFER, draw, 0.02)
-    assert 0.5 / 4 < made.abs().max() <= 1 / 4  # kaiming_uniform(a=√5): U(±1/√16)
+    initial = method("adapter").initial("x.adapter_down.weight", (3, 16), PFEIFFER, draw, 0.02)
+    assert 0.5 / 4 < initial.abs().max() <= 1 / 4  # kaiming_uniform(a=√5): U(±1/√16)
     assert not method("adapter").initial("x.adapter_up.weight", (16, 3), PFEIFFER, draw, 0.02).any()
 
 
@@ -208,9 +208,9 @@ def test_prompts_have_second_derivatives_under_eager_attention() -> None:
 
 def test_prompts_do_not_change_the_models_config() -> None:
     model = build("llama", CAUSAL)
-    said = model.config.to_json_string()
+    config_json = model.config.to_json_string()
     attach(model, PROMPTS, CAUSAL)
-    assert model.config.to_json_string() == said and model.config._attn_implementation == "sdpa"
+    assert model.config.to_json_string() == config_json and model.config._attn_implementation == "sdpa"
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="sdpa or eager attention, but the model has 'flash_attention_2'"):
         q = torch.zeros(1, 4, 2, 4)

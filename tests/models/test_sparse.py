@@ -177,15 +177,15 @@ def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path
     live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL, density=1.0)
     server, slot, updates, wanted = strategy(density=1.0, rounds=20), SparseSlot(live, state.spec), [], []
     for client, count in (("a", 9), ("b", 5)):
-        asked = plan(weight_decay=0.1, seed=count)
+        turn_plan = plan(weight_decay=0.1, seed=count)
         slot.load(state)
-        train(work(slot, rows(count, CAUSAL), asked, CAUSAL))
+        train(work(slot, rows(count, CAUSAL), turn_plan, CAUSAL))
         updates.append(Update(client=client, round=1, base_version=0, adapter=slot.read(0), examples=count))
         bare = load_backbone(hub(tmp_path / "m"), CAUSAL).model.train()
         weights = {n: bare.get_submodule(n).weight for n in linears(live)}
         start = {n: cast(Tensor, w).detach().clone() for n, w in weights.items()}
-        optimizer = torch.optim.AdamW([w.requires_grad_(True) for w in weights.values()], lr=asked.lr, weight_decay=0.1)  # type: ignore[union-attr]
-        order = batches(count, 4, asked.seed)
+        optimizer = torch.optim.AdamW([w.requires_grad_(True) for w in weights.values()], lr=turn_plan.lr, weight_decay=0.1)  # type: ignore[union-attr]
+        order = batches(count, 4, turn_plan.seed)
         for _ in range(3):
             loss, tokens = loss_sum(bare, collate([rows(count, CAUSAL)[i] for i in next(order)], 2), CAUSAL)
             (loss / tokens).backward()

@@ -162,9 +162,9 @@ def test_decisions_of_one_forward_pass_agree_with_generation(tmp_path: Path) -> 
     rows: list[Example] = []
     for i in range(24):
         prompt = token_ids(1, 2 + i % 5, seed=i)[0]
-        said = by_hand(model, prompt, eos, 6)
+        answer = by_hand(model, prompt, eos, 6)
         # right answers (cut ones among them), right beginnings, wrong ends, and wrong from the start
-        wanted = (said, said[:-1], [*said[:-1], 4], [5, *said])[i % 4]
+        wanted = (answer, answer[:-1], [*answer[:-1], 4], [5, *answer])[i % 4]
         rows.append(asked(prompt, torch.tensor([*wanted, eos]), words.decode(wanted, skip_special_tokens=True)))
     generated = generate_answers(model, words, rows, INSTRUCTION, batch_size=5)
     hits = sum(g == e.answer.strip() for g, e in zip(generated, rows, strict=True))
@@ -182,7 +182,7 @@ def test_only_generation_decides_if_other_tokens_may_spell_the_answer() -> None:
             return "".join(pieces[i] for i in ids)
 
     wanted = [1, 2, 0]  # "abc", as "ab" + "c"
-    for said, longest, expected in (
+    for answer, longest, expected in (
         ([1, 2, 0], 6, True),
         ([3, 2, 0], 6, None),  # begins with "a": may still become "abc"
         ([1, 5, 0], 6, None),  # half a character
@@ -191,7 +191,7 @@ def test_only_generation_decides_if_other_tokens_may_spell_the_answer() -> None:
         ([1, 0, 0], 6, False),  # ends at "ab"
         ([1, 2, 0], 2, None),  # generation would be cut
     ):
-        assert verdict(said, wanted, " abc", Words(), longest, 0) is expected, said
+        assert verdict(answer, wanted, " abc", Words(), longest, 0) is expected, answer
 
 
 def test_generation_stops_at_any_end_token_and_ignores_the_sampling_defaults_of_a_checkpoint(tmp_path: Path) -> None:

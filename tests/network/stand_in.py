@@ -51,7 +51,7 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["read"]:
                 assert sys.stdin.read() == "" and os.read(0, 10) == b""
-        said = {
+        status = {
             "pid": os.getpid(),
             "seen": " ".join(seen),
             "lives": int(lives.read_text()),
@@ -59,7 +59,7 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
             "ids": f"{context.run_id} {context.node_id} {TaskIdentity.run_id} {TaskIdentity.node_id}",
             "node": str(dict(context.node_config)),
         }
-        return Message(RecordDict({**message.content, "said": ConfigRecord(said)}), reply_to=message)  # type: ignore[dict-item]
+        return Message(RecordDict({**message.content, "said": ConfigRecord(status)}), reply_to=message)  # type: ignore[dict-item]
 
     app.query()(act)
     app.train()(act)

@@ -38,14 +38,14 @@ Make = Callable[..., Executor]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    made: list[Executor] = []
+    executors: list[Executor] = []
 
     def new(command: tuple[str, ...] = STAND_IN, **more: object) -> Executor:
-        made.append(Executor({"folder": str(tmp_path), "name": "straße", **more}, tmp_path / "logs" / "worker.log", command=command))
-        return made[-1]
+        executors.append(Executor({"folder": str(tmp_path), "name": "straße", **more}, tmp_path / "logs" / "worker.log", command=command))
+        return executors[-1]
 
     yield new
-    for each in made:
+    for each in executors:
         each.stop()
 
 
@@ -85,8 +85,8 @@ def test_one_warm_child_answers_all_messages_and_its_prints_do_not_interfere(mak
     reply = child.answer(order("raise"), 7)
     assert reason(reply) == "ValueError: it does not fit" and "Traceback" in (tmp_path / "logs" / "worker.log").read_text()
     assert reason(child.answer(order("memory"), 7)) == "MemoryError: no room"
-    told = reason(child.answer(order("a", node_id=9), 7))
-    assert told == "the message is addressed to another node: the server mixes up its clients"
+    error = reason(child.answer(order("a", node_id=9), 7))
+    assert error == "the message is addressed to another node: the server mixes up its clients"
     assert said(child.answer(order("still"), 7))["lives"] == 1  # none of that cost a child
 
 

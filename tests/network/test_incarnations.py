@@ -70,5 +70,5 @@ def test_the_public_port_refuses_the_second_before_it_reads_a_body() -> None:
 
 def test_the_error_of_the_second_machine_says_what_to_do(running: Start) -> None:
     response = httpx.Response(409, request=httpx.Request("POST", "http://x"))
-    said = str(running("127.0.0.1:1", max_retries=0).node._fleet._status(response))
-    assert said.startswith("another process is connected to 127.0.0.1:1 with the key") and said.endswith("give each its own key")
+    message = str(running("127.0.0.1:1", max_retries=0).node._fleet._status(response))
+    assert message.startswith("another process is connected to 127.0.0.1:1 with the key") and message.endswith("give each its own key")

@@ -26,7 +26,7 @@ SECRET = ("key", "server.key", "ca.key")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def keys_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("deployment") / "keys"
     make_keys(out, ["fed.example.org", "192.0.2.7"], ["a", "b"])
     return out
@@ -57,24 +57,24 @@ def shake(folder: Path, ca: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["fed.example.org", "192.0.2.7", "localhost", "127.0.0.1", "::1"])
-def test_the_certificate_is_valid_for_each_of_its_names(made: Path, name: str) -> None:
-    assert shake(made, made / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
+def test_the_certificate_is_valid_for_each_of_its_names(keys_folder: Path, name: str) -> None:
+    assert shake(keys_folder, keys_folder / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["example.org", "192.0.2.8"])
-def test_the_certificate_is_invalid_for_other_names(made: Path, name: str) -> None:
+def test_the_certificate_is_invalid_for_other_names(keys_folder: Path, name: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
-        shake(made, made / "ca.pem", name)
+        shake(keys_folder, keys_folder / "ca.pem", name)
 
 
-def test_another_ca_is_not_trusted(made: Path, tmp_path: Path) -> None:
+def test_another_ca_is_not_trusted(keys_folder: Path, tmp_path: Path) -> None:
     make_keys(tmp_path / "other", ["fed.example.org"], ["a"])
     with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer|signature"):
-        shake(made, tmp_path / "other" / "ca.pem", "fed.example.org")
+        shake(keys_folder, tmp_path / "other" / "ca.pem", "fed.example.org")
 
 
-def test_modes_and_private_keys(made: Path) -> None:
-    everything = sorted(p.relative_to(made).as_posix() for p in made.rglob("*"))
+def test_modes_and_private_keys(keys_folder: Path) -> None:
+    everything = sorted(p.relative_to(keys_folder).as_posix() for p in keys_folder.rglob("*"))
     files = [
         "allowed.json",
         "ca.key",
@@ -84,7 +84,7 @@ def test_modes_and_private_keys(made: Path) -> None:
         "server.pem",
     ]
     assert everything == sorted([*files, "clients", "clients/a", "clients/b"])
-    for path in (made, *made.rglob("*")):
+    for path in (keys_folder, *keys_folder.rglob("*")):
         private = path.is_dir() or path.name in SECRET
         assert not private or stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
         assert path.is_dir() or (b"PRIVATE KEY" in path.read_bytes()) == (path.name in SECRET)
@@ -110,16 +110,16 @@ def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pyte
     assert len(opened) == 8 and set(modes.values()) == {0o600}, modes
 
 
-def test_flower_takes_the_node_keys(made: Path) -> None:
-    allowed = read_allowed(made / "allowed.json")
+def test_flower_takes_the_node_keys(keys_folder: Path) -> None:
+    allowed = read_allowed(keys_folder / "allowed.json")
     assert list(allowed) == ["a", "b"]
     # as flower-supernode loads it: load_ssh_private_key of an elliptic curve
-    private = serialization.load_ssh_private_key((made / "clients" / "a" / "key").read_bytes(), None)
+    private = serialization.load_ssh_private_key((keys_folder / "clients" / "a" / "key").read_bytes(), None)
     signed = sign_message(private, b"node")  # type: ignore[arg-type]
     public = {name: serialization.load_ssh_public_key(text.encode()) for name, text in allowed.items()}
     assert uses_nist_ec_curve(public["a"])  # type: ignore[arg-type]
     assert verify_signature(public["a"], b"node", signed) and not verify_signature(public["b"], b"node", signed)  # type: ignore[arg-type]
-    assert (made / "clients" / "a" / "key.pub").read_text() == allowed["a"] + "\n"
+    assert (keys_folder / "clients" / "a" / "key.pub").read_text() == allowed["a"] + "\n"
 
 
 def test_add_creates_one_client_and_changes_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,9 +200,9 @@ def test_a_refused_command_creates_nothing(tmp_path: Path, capsys: pytest.Captur
     assert why in output.err and not output.out and not list(tmp_path.iterdir())
 
 
-def test_a_key_that_others_can_read_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_others_can_read_is_refused(keys_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "key"
-    copy.write_bytes((made / "clients" / "a" / "key").read_bytes())
+    copy.write_bytes((keys_folder / "clients" / "a" / "key").read_bytes())
     copy.chmod(0o640)
     with pytest.raises(ConfigError, match=r"readable by others \(mode 0640\): chmod 600"):
         check_private_key(copy)
@@ -216,13 +216,13 @@ def test_a_key_that_others_can_read_is_refused(made: Path, tmp_path: Path, monke
             copy.chmod(0o444)
             with pytest.raises(ConfigError, match="0444"):
                 check_private_key(copy)
-    check_private_key(made / "server.key")
+    check_private_key(keys_folder / "server.key")
     with pytest.raises(ConfigError, match="cannot read the private key"):
         check_private_key(tmp_path / "none")
 
 
-def test_the_list_of_allowed_is_checked(made: Path, tmp_path: Path) -> None:
-    good = json.loads((made / "allowed.json").read_text())["a"]
+def test_the_list_of_allowed_is_checked(keys_folder: Path, tmp_path: Path) -> None:
+    good = json.loads((keys_folder / "allowed.json").read_text())["a"]
     path = tmp_path / "allowed.json"
     for text, why in {
         "[": "not a JSON object of names and public keys",
@@ -248,8 +248,8 @@ def test_rotate_replaces_the_key_of_that_client_only(tmp_path: Path) -> None:
     out = tmp_path / "keys"
     make_keys(out, ["h"], ["a", "b"])
     old, files = read_allowed(out / "allowed.json"), {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    said = rotate_clients(out, ["a"])
-    assert "a/key" not in said and f"from {out / 'clients' / 'a'}" in said and "the old ones are refused" in said
+    message = rotate_clients(out, ["a"])
+    assert "a/key" not in message and f"from {out / 'clients' / 'a'}" in message and "the old ones are refused" in message
     new = read_allowed(out / "allowed.json")
     assert new["b"] == old["b"] and new["a"] != old["a"]
     assert (out / "clients" / "a" / "key.pub").read_text() == new["a"] + "\n"

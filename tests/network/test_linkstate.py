@@ -75,12 +75,12 @@ def test_an_allowed_key_keeps_its_node_and_a_removed_key_loses_it(tmp_path: Path
 
 def test_an_unusable_key_is_named(tmp_path: Path) -> None:
     text = public_text(new_key())
-    for keys, said in (
+    for keys, message in (
         ({"a": "ssh-rsa nonsense"}, "key of client 'a' cannot be read"),
         ({"a": text, "b": text}, "'a' and 'b' have the same public key"),
         ({"a": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1v0rJ1W0d4N1m0yqv5c4nq1h2m8m2o3b4k5l6m7n8o"}, "client 'a' is not on a NIST curve"),
     ):
-        with pytest.raises(NetworkError, match=said):
+        with pytest.raises(NetworkError, match=message):
             read_keys(keys)
 
 
@@ -120,18 +120,18 @@ def test_a_restarted_node_is_admitted_at_once_and_messages_of_its_old_process_ar
     assert state.activate_node(node, 30)
     waiting = state.get_message_ids_from_run_id(run)
     assert waiting == set(names) - {taken.metadata.message_id}  # what it had not taken waits for it
-    (gone,) = state.get_message_res({taken.metadata.message_id}, run)
-    assert gone.has_error() and gone.metadata.reply_to_message_id == taken.metadata.message_id
+    (reply,) = state.get_message_res({taken.metadata.message_id}, run)
+    assert reply.has_error() and reply.metadata.reply_to_message_id == taken.metadata.message_id
 
 
 def test_a_request_takes_no_lock_to_look_for_silent_tasks(tmp_path: Path, empty: Path) -> None:
     office = registrar(tmp_path, None, empty)
     run, state = office.open_run("x")["run_id"], office._state
     state.get_run_status({run})
-    told: list[str] = []
-    event.listen(state._engine, "before_cursor_execute", lambda c, cursor, statement, *_: told.append(statement))  # type: ignore[attr-defined]
+    statements: list[str] = []
+    event.listen(state._engine, "before_cursor_execute", lambda c, cursor, statement, *_: statements.append(statement))  # type: ignore[attr-defined]
     assert state.get_run_status({run})[run].status == "running"
-    assert told and not any(statement.startswith(("UPDATE", "DELETE")) for statement in told)
+    assert statements and not any(statement.startswith(("UPDATE", "DELETE")) for statement in statements)
     vars(state)["_fedtune_cleaned"] -= CLEANUP_S
     with state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE task SET active_until = '2000-01-01 00:00:00'"))
@@ -173,8 +173,8 @@ def test_a_half_sent_reply_is_lost_when_its_node_restarts(tmp_path: Path, empty:
         "large": {},
         "lost": [name],
     }  # and not for the 180 s that Flower keeps half a reply
-    (gone,) = office._state.get_message_res({name}, run)
-    assert gone.has_error() and gone.metadata.reply_to_message_id == name
+    (reply,) = office._state.get_message_res({name}, run)
+    assert reply.has_error() and reply.metadata.reply_to_message_id == name
 
 
 def test_half_a_reply_of_a_node_with_an_expired_lease_is_not_awaited(tmp_path: Path, empty: Path) -> None:
@@ -185,8 +185,8 @@ def test_half_a_reply_of_a_node_with_an_expired_lease_is_not_awaited(tmp_path: P
     with office._state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE node SET online_until = 1.0"))  # long ago
     assert office.reply_states([name]) == {"complete": [], "uploading": [], "large": {}, "lost": [name]}
-    (gone,) = office._state.get_message_res({name}, run)
-    assert gone.has_error() and "Unavailable" in str(gone.error.reason)
+    (reply,) = office._state.get_message_res({name}, run)
+    assert reply.has_error() and "Unavailable" in str(reply.error.reason)
 
 
 class InProcess:
@@ -282,9 +282,9 @@ def test_a_message_lost_on_delivery_is_delivered_again(
     seen, pull, losses = list[int](), Fleet.pull, iter(range(lost))
 
     def lossy(self: Fleet) -> Any:
-        if (found := pull(self)) is not None and next(losses, None) is not None:
+        if (pulled := pull(self)) is not None and next(losses, None) is not None:
             raise Unreachable("the answer was lost")
-        return found
+        return pulled
 
     def answer(message: Message, node: int) -> Message:
         seen.append(int(str(message.content.config_records["c"]["value"])))

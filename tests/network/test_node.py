@@ -61,12 +61,12 @@ def test_an_answer_that_raises_is_an_error_reply(server: Server, run_id: int, ru
 
 
 def test_another_app_is_refused_by_name(server: Server, running: Start) -> None:
-    asked: list[Message] = []
-    client = running(server.address, lambda m, n: (asked.append(m), echo(m, n))[1])
+    messages: list[Message] = []
+    client = running(server.address, lambda m, n: (messages.append(m), echo(m, n))[1])
     other = server.open_run("evil/app")
     reply = server.reply(other, server.send(other, client.id, content()))
     assert reply.error.reason == "this client runs only fedtune/fedtune, not 'evil/app'"
-    assert not asked and client.heard("refused a train message of group '3': its run belongs to the app 'evil/app'")
+    assert not messages and client.heard("refused a train message of group '3': its run belongs to the app 'evil/app'")
 
 
 def test_the_bundle_is_never_fetched(server: Server, run_id: int, running: Start, monkeypatch: pytest.MonkeyPatch) -> None:

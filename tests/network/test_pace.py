@@ -36,7 +36,7 @@ def test_a_node_ignores_an_invalid_interval(text: str, seconds: float) -> None:
 
 
 def test_every_answer_of_the_public_port_has_the_interval() -> None:
-    said: list[list[tuple[bytes, bytes]]] = []
+    headers: list[list[tuple[bytes, bytes]]] = []
 
     async def run() -> None:
         async def receive() -> dict[str, object]:
@@ -44,10 +44,10 @@ def test_every_answer_of_the_public_port_has_the_interval() -> None:
 
         async def send(event: dict[str, object]) -> None:
             if event["type"] == "http.response.start":
-                said.append(event["headers"])  # type: ignore[arg-type]
+                headers.append(event["headers"])  # type: ignore[arg-type]
 
         scope = {"type": "http", "method": "POST", "path": "/v1/fleet/pull-messages", "headers": []}
         await PublicPort(Inside(), max_body=100, keys=None)(scope, receive, send)  # type: ignore[arg-type]
 
     asyncio.run(run())
-    assert said and (b"x-fedtune-pace", b"0.100") in said[0]
+    assert headers and (b"x-fedtune-pace", b"0.100") in headers[0]

@@ -45,8 +45,8 @@ def test_a_small_message_is_three_objects() -> None:
 
 
 def test_a_message_without_tensors_is_not_packed() -> None:
-    asked = message(RecordDict({"hello": ConfigRecord({"json": "{}"})}))
-    assert not is_packed(pack(asked)) and same(pack(asked), asked)
+    original = message(RecordDict({"hello": ConfigRecord({"json": "{}"})}))
+    assert not is_packed(pack(original)) and same(pack(original), original)
 
 
 def test_an_adapter_of_any_size_is_a_few_objects_that_messages_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +62,9 @@ def test_an_adapter_of_any_size_is_a_few_objects_that_messages_share(monkeypatch
 
 
 def test_errors_and_unpacked_messages_pass_unchanged() -> None:
-    asked = message(RecordDict({"adapter": adapter(2)}))
-    assert same(unpack(asked), asked)
-    failed = Message(Error(code=1, reason="no"), reply_to=asked)
+    original = message(RecordDict({"adapter": adapter(2)}))
+    assert same(unpack(original), original)
+    failed = Message(Error(code=1, reason="no"), reply_to=original)
     assert pack(failed) is failed and unpack(failed) is failed and not is_packed(failed)
 
 

@@ -76,8 +76,8 @@ def test_an_evaluation_logs_its_scores() -> None:
 )
 def test_the_clients_own_refusal_is_logged(kind: str, bad: Exception, sentence: str) -> None:
     message = asked(kind)
-    told, fields = describe(message, decline_reply(message, bad), 0.1)
-    assert told == sentence and fields["why"] in sentence
+    line, fields = describe(message, decline_reply(message, bad), 0.1)
+    assert line == sentence and fields["why"] in sentence
 
 
 def test_a_hello_logs_the_run_the_name_and_the_device() -> None:

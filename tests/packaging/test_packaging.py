@@ -55,21 +55,21 @@ def test_both_roles_have_a_unit_and_an_image() -> None:
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda p: p.stem)
 def test_a_unit_starts_its_command_with_valid_flags(path: Path) -> None:
-    said = unit(path)
-    (start,) = said["ExecStart"]
+    sections = unit(path)
+    (start,) = sections["ExecStart"]
     words = shlex.split(re.sub(r"\$\{(\w+)\}", "x", start.replace("%d", "/creds").replace("%S", "/var/lib")))
     assert Path(words[0]).name == path.stem
     args = parse(words)
-    handed = {c.partition(":")[0] for c in said["LoadCredential"]}
+    handed = {c.partition(":")[0] for c in sections["LoadCredential"]}
     assert {p.name for p in map(Path, words) if str(p).startswith("/creds/")} == handed
     if path.stem == "fedtune-server":
         assert args.run == Path("/var/lib/fedtune-server/run") and not args.insecure  # a restart goes on with the same run
-        assert int(said["LimitNOFILE"][0]) > 2 * CONNECTIONS
+        assert int(sections["LimitNOFILE"][0]) > 2 * CONNECTIONS
     else:
         assert args.state == Path("/var/lib/fedtune-client") and not args.insecure and args.max_retries is None
-    assert said["StateDirectory"] == [path.stem] and said["Restart"] == ["on-failure"]
+    assert sections["StateDirectory"] == [path.stem] and sections["Restart"] == ["on-failure"]
     for key, value in {"DynamicUser": "yes", "NoNewPrivileges": "yes", "ProtectSystem": "strict", "CapabilityBoundingSet": ""}.items():
-        assert said[key] == [value]
+        assert sections[key] == [value]
 
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda p: p.stem)
@@ -158,8 +158,8 @@ def test_the_compose_file_starts_a_server_and_three_clients() -> None:
 
 def test_its_commands_are_valid() -> None:
     compose_services = services("compose.yaml")
-    made = shlex.split(compose_services["keys"]["command"][0].partition("|| ")[2])
-    keys = parse(made)
+    words = shlex.split(compose_services["keys"]["command"][0].partition("|| ")[2])
+    keys = parse(words)
     args = parse(["fedtune-server", *compose_services["server"]["command"]])
     compose(args.settings)  # the scenario and its keys exist
     assert {p.parent for p in (*args.certificates, args.allowed)} == {keys.out} and not args.insecure
@@ -178,9 +178,9 @@ def test_own_rows_are_mounted_where_the_client_looks() -> None:
     mine, base = services("compose.data.yaml"), services("compose.yaml")
     assert set(mine) == set(base) - {"keys", "server"}
     for name, service in mine.items():
-        before, asked = parse(["fedtune-client", *base[name]["command"]]), parse(["fedtune-client", *service["command"]])
-        assert service["volumes"] == [f"./data/{name}:{asked.data}:ro"]
-        assert {**vars(asked), "data": None} == vars(before)
+        before, args = parse(["fedtune-client", *base[name]["command"]]), parse(["fedtune-client", *service["command"]])
+        assert service["volumes"] == [f"./data/{name}:{args.data}:ro"]
+        assert {**vars(args), "data": None} == vars(before)
 
 
 def test_the_readme_gives_commands_that_exist() -> None:

@@ -58,8 +58,8 @@ def test_the_tests_detect_clipping_per_tensor(monkeypatch: pytest.MonkeyPatch) -
 
 def examples(count: int) -> list[Example]:
     rng = np.random.default_rng(0)
-    made = [rng.integers(3, VOCABULARY, rng.integers(3, 9)).astype(np.int32) for _ in range(count)]
-    return [Example(ids, ids) for ids in made]
+    token_ids = [rng.integers(3, VOCABULARY, rng.integers(3, 9)).astype(np.int32) for _ in range(count)]
+    return [Example(ids, ids) for ids in token_ids]
 
 
 def gradient(tmp_path: Path, rows: list[Example], way: Any = samples.looped, **changes: Any) -> dict[str, torch.Tensor]:
@@ -97,9 +97,9 @@ def test_without_noise_and_clip_it_is_the_mean_gradient(tmp_path: Path) -> None:
         assert g.dtype == live.parameters[n].dtype
 
 
-@pytest.mark.parametrize("gone", quick(range(5), 0, 4))
-def test_removing_one_row_of_a_real_model_moves_the_sum_by_at_most_c(tmp_path: Path, gone: int) -> None:
-    left = [i for i in range(5) if i != gone]
+@pytest.mark.parametrize("removed", quick(range(5), 0, 4))
+def test_removing_one_row_of_a_real_model_moves_the_sum_by_at_most_c(tmp_path: Path, removed: int) -> None:
+    left = [i for i in range(5) if i != removed]
     with_ = gradient(tmp_path / "a", examples(5), clip=0.05, source=Chosen(0, 1, 2, 3, 4))
     without = gradient(tmp_path / "b", examples(5), clip=0.05, source=Chosen(*left))
     # the step is the sum over B = 4, whoever came

@@ -111,8 +111,8 @@ def test_noise_at_the_client_counts_half() -> None:
 
 def test_an_epsilon_of_sensitivity_c_is_refused_at_the_client() -> None:
     plan = base_plan(Config(rounds=2, privacy=LOCAL), 1, "c0", 0)
-    said = {"steps": 2.0, "dp_clip": 0.5, "dp_noise": 6.0, "dp_sample_rate": 1.0, "dp_steps": 1.0}
+    metrics = {"steps": 2.0, "dp_clip": 0.5, "dp_noise": 6.0, "dp_sample_rate": 1.0, "dp_steps": 1.0}
     right, half = (epsilon([Spend(noise=z, rate=1.0, steps=1)], 1e-5) for z in (3.0, 6.0))
-    verify(plan, {**said, "epsilon": right})
+    verify(plan, {**metrics, "epsilon": right})
     with pytest.raises(UpdateError, match="with which a single step costs more"):
-        verify(plan, {**said, "epsilon": half})
+        verify(plan, {**metrics, "epsilon": half})

@@ -85,13 +85,13 @@ def test_the_bridge_refuses_an_update_that_does_not_report_its_privacy(changes: 
 @pytest.mark.parametrize("privacy", [RECORD, LOCAL], ids=["record", "user at the client"])
 def test_an_epsilon_that_the_noise_does_not_give_is_refused(privacy: PrivacyConfig) -> None:
     plan = plan_of(Config(rounds=2, privacy=privacy))
-    said = {**REPORTED, "dp_noise": 6.0, **({"dp_sample_rate": 1.0, "dp_steps": 1.0} if privacy.kind == "user" else {})}
-    verify(plan, said)
+    metrics = {**REPORTED, "dp_noise": 6.0, **({"dp_sample_rate": 1.0, "dp_steps": 1.0} if privacy.kind == "user" else {})}
+    verify(plan, metrics)
     with pytest.raises(UpdateError, match="reports epsilon=3 with dp_noise=0.05, with which a single step costs more"):
-        verify(plan, {**said, "dp_noise": 0.05})
+        verify(plan, {**metrics, "dp_noise": 0.05})
     if privacy.kind == "user":
         with pytest.raises(UpdateError, match="reports dp_sample_rate=0.2"):
-            verify(plan, {**said, "dp_sample_rate": 0.2})
+            verify(plan, {**metrics, "dp_sample_rate": 0.2})
 
 
 def test_a_fixed_noise_must_equal_the_plan_s() -> None:

@@ -89,8 +89,8 @@ def test_without_privacy_a_device_depends_on_its_rows(tmp_path: Path, real: bool
 
 @pytest.mark.parametrize(("kind", "devices"), quick([("record", False), ("record", True), ("user", True)], ("record", True)))
 def test_a_run_reports_the_same_numbers_for_neighbors(tmp_path: Path, kind: str, devices: bool) -> None:
-    made = DevicesConfig(classes={"phone": SLOW}, deadline_s=20.0) if devices else DevicesConfig()
-    one, two = (reported(config) for config in neighbors(tmp_path, kind, devices=made))
+    device_config = DevicesConfig(classes={"phone": SLOW}, deadline_s=20.0) if devices else DevicesConfig()
+    one, two = (reported(config) for config in neighbors(tmp_path, kind, devices=device_config))
     assert len(one) == 8 and one == two
     assert all({"epsilon", "dp_noise", "steps", "lr_sum"} <= r.keys() and not {"seconds", "train_loss"} & r.keys() for r in one)
 

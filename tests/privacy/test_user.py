@@ -48,12 +48,12 @@ def test_without_noise_and_clip_it_is_the_uniform_mean() -> None:
         assert out[n].dtype == torch.float64 and torch.equal(out[n], out[n].to(BEFORE[n].dtype).double())  # rounded, as what is kept
 
 
-@pytest.mark.parametrize("gone", range(4))
+@pytest.mark.parametrize("removed", range(4))
 @pytest.mark.parametrize("clip", [0.01, 3.0, 100.0])
-def test_one_client_moves_the_sum_by_at_most_c(gone: int, clip: float) -> None:
+def test_one_client_moves_the_sum_by_at_most_c(removed: int, clip: float) -> None:
     sent = [plus(tensors(k, size)) for k, size in ((1, 0.1), (2, 1.0), (3, 50.0), (4, 2.0))]
     with_, _ = mean(sent, clip=clip, cohort=4).close()
-    without, _ = mean(sent[:gone] + sent[gone + 1 :], clip=clip, cohort=4).close()
+    without, _ = mean(sent[:removed] + sent[removed + 1 :], clip=clip, cohort=4).close()
     # the mean is the sum over m = 4, whoever came; float32 tensors round
     assert 4 * norm(moved(with_, without)) <= clip * (1 + 1e-3) + 1e-5
 
@@ -104,9 +104,9 @@ def test_counting_clipped_updates_instead_diverges() -> None:
 def test_a_round_of_adaptive_clipping_by_hand() -> None:
     sent = [plus({"q.lora_A": torch.zeros(2, 5), "q.lora_B": torch.zeros(3, 2), "head.weight": torch.zeros(4, 7)})] * 3
     far = plus({n: torch.full(s, 9.0) for n, s in SHAPES.items()})
-    made = mean([*sent, far], clip=2.0, cohort=4, tracker=Tracker(noise=0.0))
+    private_mean = mean([*sent, far], clip=2.0, cohort=4, tracker=Tracker(noise=0.0))
     # three of four are under C: b̃ = ½ + (3 − 2) / 4 = .75, C ← 2 · exp(−.2 · (.75 − .5))
-    assert (made.came, made.under) == (4, 3) and made.close()[1] == pytest.approx(2 * math.exp(-0.05))
+    assert (private_mean.came, private_mean.under) == (4, 3) and private_mean.close()[1] == pytest.approx(2 * math.exp(-0.05))
 
 
 def test_the_round_s_noise_uses_the_old_clip_norm() -> None:

@@ -31,14 +31,16 @@ REACH = 3 * 0.01 * (1 - 0.9) / (1 - 0.999) ** 0.5  # three steps of AdamW at 0.0
 )
 def test_an_update_farther_than_its_steps_allow_is_refused(moved: float, plan: dict[str, Any], sentence: str | None) -> None:
     start = lora_state(fill=0.0)
-    asked = Assignment(plan=Plan(round=1, client="a", base_version=0, steps=3, epochs=None, lr=0.01, lr_last=0.01, **plan), adapter=start)
+    assignment = Assignment(
+        plan=Plan(round=1, client="a", base_version=0, steps=3, epochs=None, lr=0.01, lr_last=0.01, **plan), adapter=start
+    )
     sent = start.replace({n: torch.full_like(t, moved) for n, t in start.tensors.items()})
     update = Update(client="a", round=1, base_version=0, adapter=sent, examples=1, measurements={"steps": 3, "lr_sum": 0.03})
     if sentence is None:
-        reply._check_reach(update, asked)
+        reply._check_reach(update, assignment)
     else:
         with pytest.raises(UpdateError, match=sentence):
-            reply._check_reach(update, asked)
+            reply._check_reach(update, assignment)
 
 
 def test_adamw_stays_within_the_bound_for_worst_case_gradients() -> None:
@@ -55,7 +57,7 @@ def test_adamw_stays_within_the_bound_for_worst_case_gradients() -> None:
 
 def test_a_plan_in_epochs_bounds_the_steps_by_the_rows() -> None:
     start = lora_state(fill=0.0)
-    asked = Assignment(plan=Plan(round=1, client="a", base_version=0, epochs=2.0, batch_size=4), adapter=start)
+    assignment = Assignment(plan=Plan(round=1, client="a", base_version=0, epochs=2.0, batch_size=4), adapter=start)
     for steps, good in ((5, True), (6, False)):  # 10 rows twice, four at a time: 5 steps
         update = Update(
             client="a", round=1, base_version=0, adapter=start, examples=10, measurements={"steps": steps, "lr_sum": steps * 1e-3}
@@ -63,10 +65,10 @@ def test_a_plan_in_epochs_bounds_the_steps_by_the_rows() -> None:
         record = ConfigRecord({"json": update.to_json(), "spec": start.spec.to_json()})
         content = RecordDict({"adapter": start.to_arrays(), "update": record})
         if good:
-            assert read_update(content, asked, examples=10).measurements["steps"] == 5
+            assert read_update(content, assignment, examples=10).measurements["steps"] == 5
         else:
             with pytest.raises(UpdateError, match="reports 6 steps; the plan allows at most 5"):
-                read_update(content, asked, examples=10)
+                read_update(content, assignment, examples=10)
 
 
 def test_a_client_may_prune_ranks_only_if_the_assignment_allows_it() -> None:

@@ -87,9 +87,9 @@ def test_a_running_server(tmp_path: Path) -> None:
 
 
 def test_the_status_of_a_dead_server_says_how_to_continue(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    run = a_run(tmp_path, server={**SERVER, "pid": gone.pid})
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    run = a_run(tmp_path, server={**SERVER, "pid": process.pid})
     status = read_status(run)
     assert status["state"] == "stopped"
     assert f"is stopped after 2 of 5 rounds: continue with fedtune-server --run {run}" in show(status, now=NOW)

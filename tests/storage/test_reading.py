@@ -39,7 +39,7 @@ GOOD = {"count": 1, "rate": 2}
 
 
 def test_every_type_of_field_is_read() -> None:
-    said = {
+    document = {
         **GOOD,
         "kind": "b",
         "rank": 3,
@@ -51,7 +51,7 @@ def test_every_type_of_field_is_read() -> None:
         "many": [{"name": "m", "size": 2}],
         "free": {"any": [None]},
     }
-    assert read_object(Outer, json.dumps(said), ValueError, "thing") == Outer(
+    assert read_object(Outer, json.dumps(document), ValueError, "thing") == Outer(
         count=1,
         rate=2,
         kind="b",

@@ -42,13 +42,13 @@ def walk(method: Strategy) -> float:
     """Two clients with F_k(w) = ½(w − target)² and as many examples, one at 2 steps a round, the other at 10."""
     state = ServerState(adapter=plain(5.0))
     for round in range(1, 300):
-        made = []
+        updates = []
         for client, target, steps in (("a", 0.0, 2), ("b", 10.0, 10)):
             w = state.adapter["w"]
             for _ in range(steps):
                 w = w - 0.01 * (w - target)
-            made.append(update(client, plain(w.item()), lr_sum=0.01 * steps))
-        state = method.aggregate(round, state, made)
+            updates.append(update(client, plain(w.item()), lr_sum=0.01 * steps))
+        state = method.aggregate(round, state, updates)
     return state.adapter["w"].item()
 
 

@@ -37,8 +37,8 @@ def reply(given: Assignment, examples: int) -> Update:
     else:
         names = matching(given.adapter.tensors, plan.send)
         sent = given.adapter.replace({n: given.adapter[n] + 0.1 * torch.randn(given.adapter[n].shape, generator=gen) for n in names})
-    said = {"steps": 1.0 + examples % 3, "lr_sum": 0.1 * (1 + examples % 3)}
-    return Update(client=plan.client, round=plan.round, base_version=0, adapter=sent, examples=examples, measurements=said)
+    metrics = {"steps": 1.0 + examples % 3, "lr_sum": 0.1 * (1 + examples % 3)}
+    return Update(client=plan.client, round=plan.round, base_version=0, adapter=sent, examples=examples, measurements=metrics)
 
 
 def one_round(strategy: Strategy, round: int, state: ServerState, clients: dict[str, int]) -> tuple[ServerState, dict[str, Assignment]]:
@@ -125,9 +125,9 @@ def test_without_training_nothing_changes(variant: str, personal: bool) -> None:
         assignments = strategy.plan(round, plans, state)
         replies = []
         for client, assignment in assignments.items():
-            made = reply(assignment, cohort[client])  # scores, or the tensors unchanged
+            update = reply(assignment, cohort[client])  # scores, or the tensors unchanged
             held = assignment.adapter.subset(matching(assignment.adapter.tensors, assignment.plan.send))
-            replies.append(made if assignment.expect is not None else dataclasses.replace(made, adapter=held))
+            replies.append(update if assignment.expect is not None else dataclasses.replace(update, adapter=held))
         state = strategy.aggregate(round, state, iter(replies))
     assert strategy.phase(state) == "partial" and 0 < len(strategy.local(state)) < len(PROMPTS)
     for name, tensor in start.adapter.tensors.items():
@@ -193,8 +193,8 @@ def test_identical_clients_at_full_participation_have_the_common_drift() -> None
 
 def scalar(client: str, examples: int, w: float, steps: float, lr_sum: float) -> Update:
     state = AdapterState({"l.prompt": torch.tensor([w], dtype=torch.float64)}, SPEC)
-    said = {"steps": steps, "lr_sum": lr_sum}
-    return Update(client=client, round=1, base_version=0, adapter=state, examples=examples, measurements=said)
+    metrics = {"steps": steps, "lr_sum": lr_sum}
+    return Update(client=client, round=1, base_version=0, adapter=state, examples=examples, measurements=metrics)
 
 
 def two_rounds(variant: str) -> tuple[ServerState, ServerState]:

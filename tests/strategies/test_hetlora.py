@@ -129,8 +129,8 @@ def test_each_client_gets_the_first_rows_of_its_rank() -> None:
     assert list(small.tensors) == list(state.adapter.tensors)  # names down and, with send="*", up
     assert torch.equal(small["q.lora_A"], state.adapter["q.lora_A"][:1])
     assert torch.equal(small["q.lora_B"], state.adapter["q.lora_B"][:, :1])
-    asked = ("hetlora", {"penalty": 0.5, "share": 0.8}, ("*",), True)
-    assert all((g.plan.turn, g.plan.params, g.plan.send, g.may_prune) == asked for g in assignments.values())
+    expected = ("hetlora", {"penalty": 0.5, "share": 0.8}, ("*",), True)
+    assert all((g.plan.turn, g.plan.params, g.plan.send, g.may_prune) == expected for g in assignments.values())
 
 
 def test_cutting_what_padding_added_is_the_identity() -> None:

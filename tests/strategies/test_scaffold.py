@@ -73,14 +73,14 @@ BEST = (1.0 * 4.0 + 10.0 * 1.0) / (4.0 + 1.0)
 
 def descend(given: Mapping[str, Assignment], lr: float, last: float, steps: int) -> list[Update]:
     """The clients' training on a quadratic loss: SGD along g + correction with the rate falling linearly within the turn."""
-    made = []
+    updates = []
     for client, assignment in given.items():
         target, curvature = TARGETS[client]
         w, rates = assignment.adapter["w"].clone(), [lr + (last - lr) * s / steps for s in range(steps)]
         for rate in rates:
             w = w - rate * (curvature * (w - target) + assignment.extra.get("w", torch.zeros(1)))
-        made.append(update(client, assignment.adapter.replace({"w": w}), lr_sum=sum(rates)))
-    return made
+        updates.append(update(client, assignment.adapter.replace({"w": w}), lr_sum=sum(rates)))
+    return updates
 
 
 def walk(rounds: int = 200) -> float:

@@ -40,9 +40,9 @@ def lora(shapes: Mapping[str, tuple[int, int]], *, rank: int = 1, scaling: float
 def reply(strategy: SLoRA, state: ServerState, client: str, n: int, values: Mapping[str, Any], round: int = 1) -> Update:
     """A client's update: the requested tensors with these values."""
     plan, given = sent(strategy, state, round)
-    asked = given.expect or given.adapter.subset(matching(given.adapter.tensors, plan.send))
-    made = {k: torch.as_tensor(values.get(k, t), dtype=t.dtype).expand(t.shape) for k, t in asked.tensors.items()}
-    return Update(client=client, round=round, base_version=0, adapter=asked.replace(made), examples=n)
+    requested = given.expect or given.adapter.subset(matching(given.adapter.tensors, plan.send))
+    tensors = {k: torch.as_tensor(values.get(k, t), dtype=t.dtype).expand(t.shape) for k, t in requested.tensors.items()}
+    return Update(client=client, round=round, base_version=0, adapter=requested.replace(tensors), examples=n)
 
 
 def sent(strategy: SLoRA, state: ServerState, round: int = 1) -> tuple[Plan, Any]:
@@ -177,9 +177,11 @@ def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     strategy = SLoRA(rounds=10, seed=0, density=0.34, mask="gradient")
     state = strategy.start(lora({"q": (2, 3)}))
     assert state.adapter.spec.method == "lora" and strategy.last_sparse_round == 2  # one round to look, one of 10 % of 10
-    plan, asked = sent(strategy, state)
-    assert (plan.turn, plan.params) == ("slora", {"stage": "gradient"}) and not asked.adapter.tensors
-    assert {n: t.shape for n, t in asked.expect.tensors.items()} == {"q.gradient": (2, 3)} and asked.expect.spec == state.adapter.spec
+    plan, assignment = sent(strategy, state)
+    assert (plan.turn, plan.params) == ("slora", {"stage": "gradient"}) and not assignment.adapter.tensors
+    assert {n: t.shape for n, t in assignment.expect.tensors.items()} == {
+        "q.gradient": (2, 3)
+    } and assignment.expect.spec == state.adapter.spec
     one = reply(strategy, state, "c1", 1, {"q.gradient": [[9, 0, 0], [0, 0, 4]]})
     two = reply(strategy, state, "c2", 3, {"q.gradient": [[0, 3, 0], [2, 0, 1]]})
     after = strategy.aggregate(1, state, iter([one, two]))
@@ -221,8 +223,8 @@ def test_memory_survives_a_checkpoint(tmp_path: Path) -> None:
 
 def test_the_config_gives_rounds_and_seed() -> None:
     config = compose(["strategy=slora", "devices=none", "rounds=30", "seed=4"])[0].config
-    made = make_strategy(config)
-    assert made == SLoRA(rounds=30, seed=4) and isinstance(made, SLoRA) and made.last_sparse_round == 3
+    strategy = make_strategy(config)
+    assert strategy == SLoRA(rounds=30, seed=4) and isinstance(strategy, SLoRA) and strategy.last_sparse_round == 3
 
 
 @pytest.mark.parametrize(
@@ -253,8 +255,8 @@ def test_invalid_settings_are_refused(strategy: SLoRA, config: Config, words: st
 
 @pytest.mark.parametrize(("mask", "mode"), quick([("random", "paper"), ("gradient", "corrected")], ("gradient", "corrected")))
 def test_a_run_has_both_stages_and_a_resumed_one_ends_alike(tmp_path: Path, mask: str, mode: str) -> None:
-    asked = {"_target_": "fedtune.strategies.slora.SLoRA", "rounds": 4, "seed": 0, "sparse_share": 0.5, "mask": mask, "mode": mode}
-    config = tiny_config(tmp_path, rounds=4, strategy=asked, eval=EvalConfig(where="door", clients=-1), keep_checkpoints=9)
+    target = {"_target_": "fedtune.strategies.slora.SLoRA", "rounds": 4, "seed": 0, "sparse_share": 0.5, "mask": mask, "mode": mode}
+    config = tiny_config(tmp_path, rounds=4, strategy=target, eval=EvalConfig(where="door", clients=-1), keep_checkpoints=9)
     run = simulate(config)
     last = 2 if mask == "random" else 3
     kept = [AdapterState.load(run / f"checkpoints/round-{i:04d}/adapter.safetensors") for i in range(5)]

@@ -20,9 +20,9 @@ def adapter() -> AdapterState:
 
 
 def test_near_the_first_adapter_only_the_difference_is_rounded() -> None:
-    sent, said = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
-    assert [(n, d) for n, _, _, d in json.loads(said)["tensors"]] == [("near", True), ("far", False), ("ranked", False), ("mask", False)]
-    got = decode_broadcast(said, sent, FIRST)
+    sent, header = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
+    assert [(n, d) for n, _, _, d in json.loads(header)["tensors"]] == [("near", True), ("far", False), ("ranked", False), ("mask", False)]
+    got = decode_broadcast(header, sent, FIRST)
     assert list(got.tensors) == list(adapter().tensors) and got.spec == adapter().spec
     # absmax of the difference is about 0.003, of the tensor 1: the step is 0.003 / 127 and not 1 / 127
     assert (got["near"] - adapter()["near"]).abs().max() < 0.003 / 127
@@ -31,10 +31,10 @@ def test_near_the_first_adapter_only_the_difference_is_rounded() -> None:
 
 def test_rounding_does_not_add_up_over_rounds() -> None:
     codec, state = Codec(values="nf4"), adapter()
-    sent, said = encode_broadcast(codec, state, FIRST, 0)
+    sent, header = encode_broadcast(codec, state, FIRST, 0)
     again, _ = encode_broadcast(codec, state, FIRST, 0)
     assert all(torch.equal(sent[n], again[n]) for n in sent.tensors)  # it hangs on the state alone, not on what was sent before
-    assert (decode_broadcast(said, sent, FIRST)["near"] - state["near"]).abs().max() < 0.152 * 0.004
+    assert (decode_broadcast(header, sent, FIRST)["near"] - state["near"]).abs().max() < 0.152 * 0.004
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"codec": "int8", "tensors": [["a", "nothing", [2], false]]}', '{"codec": 3, "tensors": []}',
@@ -45,11 +45,11 @@ def test_a_broadcast_that_cannot_be_read(text: str) -> None:
 
 
 def test_a_broadcast_that_does_not_match_its_description() -> None:
-    sent, said = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
+    sent, header = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
     with pytest.raises(UpdateMismatch, match="array '#q' of the encoded tensors is"):
-        decode_broadcast(said.replace("97", "98"), sent, FIRST)
+        decode_broadcast(header.replace("97", "98"), sent, FIRST)
     with pytest.raises(
         PlanError,
         match="^the server sent 'near' as a difference from the run's first adapter, .* does not have it",
     ):
-        decode_broadcast(said, sent, {})
+        decode_broadcast(header, sent, {})

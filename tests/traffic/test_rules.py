@@ -26,8 +26,8 @@ from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 
 def asked(config: TrafficConfig, **plan: Any) -> str:
-    given = Assignment(plan=Plan(round=1, client="a", base_version=0, **plan), adapter=lora_state())
-    return with_codec(config, {"a": given})["a"].plan.codec
+    assignment = Assignment(plan=Plan(round=1, client="a", base_version=0, **plan), adapter=lora_state())
+    return with_codec(config, {"a": assignment})["a"].plan.codec
 
 
 def test_the_codec_of_each_assignment() -> None:
@@ -114,8 +114,8 @@ def test_the_broadcasts_rounding_stays_out_of_the_servers_state(down: str) -> No
     given = dataclasses.replace(given, adapter=server)
     encode = broadcaster(config, first, 0, 1)
     assert encode is not None
-    sent, said = encode(server)
-    client = decode_broadcast(said, sent, first.tensors)  # it begins beside the server's state, and here it learns nothing
+    sent, header = encode(server)
+    client = decode_broadcast(header, sent, first.tensors)  # it begins beside the server's state, and here it learns nothing
     assert not any(torch.equal(client[n], t) for n, t in server.tensors.items())
     reply, _ = encode_update(Codec.from_name(given.plan.codec), client, client.tensors, {}, 0)
     kept = read_update(replied(given, reply), given).adapter

@@ -171,8 +171,8 @@ def test_a_method_without_ranks_has_none() -> None:
 
 def test_the_description_for_the_operator() -> None:
     device = DeviceClass(memory_mb=3200.0, cores=4, gflops_per_core=2.5)
-    made = Choice(precision="nf4", rank=4, batch=16, micro=2, length=64, steps=9, memory_mb=1234.5, seconds=14.2)
-    assert describe(device, made) == (
+    choice = Choice(precision="nf4", rank=4, batch=16, micro=2, length=64, steps=9, memory_mb=1234.5, seconds=14.2)
+    assert describe(device, choice) == (
         "4 cores, 10 GFLOP/s, 3,200 MB free: nf4, rank 4, 16 rows of at most 64 tokens in micro-batches of 2, 9 steps a round;"
         " about 1,234 MB and 14.2 s a turn"
     )

@@ -259,11 +259,11 @@ def test_the_probe_measures_the_turn_s_own_micro_batch(tmp_path: Path, monkeypat
     given = config(tmp_path, {"phone": DeviceClass(), "board": DeviceClass(), "laptop": DeviceClass()}, task=task)
     given = dataclasses.replace(given, data=dataclasses.replace(given.data, prompt="{question}", answer=" {reply}"))
     host = host_for(given)
-    asked = list[tuple[int, int, int]]()
-    monkeypatch.setattr(probe, "kept_bytes", lambda slot, task, names, *size: asked.append(size) or 1)
+    shapes = list[tuple[int, int, int]]()
+    monkeypatch.setattr(probe, "kept_bytes", lambda slot, task, names, *size: shapes.append(size) or 1)
     rows = [Example(np.zeros(5, np.int32), np.array([IGNORED] * 4 + [3], np.int32))] * 8  # one token of five has a loss
     monkeypatch.setattr(host.space, "examples", lambda *_: rows)
-    assert host.devices.fit(PLAN, host.space.initial, 0) is not None and asked == [(4, 5, 1)]
+    assert host.devices.fit(PLAN, host.space.initial, 0) is not None and shapes == [(4, 5, 1)]
 
 
 def test_the_rank_of_a_turn_is_the_largest_of_its_layers(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_a_machine_with_a_gpu_reports_its_memory_and_speed(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3_000_000, 8_000_000))
     monkeypatch.setattr(measure, "_gflops", lambda device: {"cuda": 7.0}[device.type])
-    found = measure_device()
-    assert (found.memory_mb, found.accelerator, found.accelerator_gflops, found.gflops_per_core) == (3.0, "cuda", 7.0, 0.0)
+    profile = measure_device()
+    assert (profile.memory_mb, profile.accelerator, profile.accelerator_gflops, profile.gflops_per_core) == (3.0, "cuda", 7.0, 0.0)
 
 
 def test_cores_on_a_system_without_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:

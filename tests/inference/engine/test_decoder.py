@@ -200,12 +200,12 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
     model, engine = both("llama", tmp_path)
     good = factors(model, 0)
     a, b = good["model.layers.1.mlp.up_proj"]
-    for module, pair, said in (
+    for module, pair, message in (
         ("lm_head", (a, b), "'lm_head'"),
         ("model.layers.3.mlp.up_proj", (a, b), r"layers\.3"),
         ("model.layers.1.mlp.up_proj", (a[:, 1:], b), r"does not fit 'model\.layers\.1\.mlp\.up_proj' of shape \(80, 48\)"),
     ):
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             make_lora(engine.shape, {module: pair}, "mine")
 
 

@@ -140,9 +140,9 @@ def test_the_bounds_detect_a_wrong_formula(change: str) -> None:
 
 def test_nbytes_are_those_of_the_packed_form() -> None:
     weight = torch.randn(128, 256)
-    made = {kind: linear_from_tensors(kind, portable(kind, weight), n_in=256).nbytes for kind in KINDS}
+    sizes = {kind: linear_from_tensors(kind, portable(kind, weight), n_in=256).nbytes for kind in KINDS}
     # int4: half a byte a weight, and 4 bytes for each 32 of them; int8: a scale a row, and the kernel's own sum of it
-    assert made == {"fp32": 131072, "bf16": 65536, "int8": 32768 + 512 + 512, "int4": 16384 + 4096}
+    assert sizes == {"fp32": 131072, "bf16": 65536, "int8": 32768 + 512 + 512, "int4": 16384 + 4096}
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytes
     packaged(tmp_path / "edge", "llama", "int8")
     load_engine(tmp_path / "edge")
     (first,) = kept(tmp_path)
-    made = first.stat().st_mtime_ns
+    written_ns = first.stat().st_mtime_ns
     os.utime(tmp_path / "edge" / "weights-int8.safetensors", ns=(1, 1))  # as another export would
     load_engine(tmp_path / "edge")
     (second,) = kept(tmp_path)
-    assert second == first and second.stat().st_mtime_ns > made
+    assert second == first and second.stat().st_mtime_ns > written_ns
     monkeypatch.setattr(ready, "_FEATURES", (lambda: "another CPU",))
     monkeypatch.setattr(torch, "__version__", "9.9.0")
     load_engine(tmp_path / "edge")
@@ -133,10 +133,10 @@ def test_an_unwritable_disk_is_reported_and_the_model_runs(tmp_path: Path, caplo
 def test_the_cache_of_a_deleted_folder_is_deleted(tmp_path: Path) -> None:
     packaged(tmp_path / "one", "llama", "int4")
     load_engine(tmp_path / "one")
-    (gone,) = kept(tmp_path)
+    (old,) = kept(tmp_path)
     (tmp_path / "one").rename(tmp_path / "two")
     load_engine(tmp_path / "two")
-    assert len(kept(tmp_path)) == 1 and kept(tmp_path) != [gone]
+    assert len(kept(tmp_path)) == 1 and kept(tmp_path) != [old]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -52,13 +52,13 @@ NOT_WRITTEN = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("m")
-    Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<img>": 2, "<aud>": 3, "<unk>": 4}, unk_token="<unk>")).save(str(made / "tokenizer.json"))
+    path = tmp_path_factory.mktemp("m")
+    Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<img>": 2, "<aud>": 3, "<unk>": 4}, unk_token="<unk>")).save(str(path / "tokenizer.json"))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     extra = {"audio_token": "<aud>", "audio": {"__type": "AddedToken", "content": "<aud>"}}
     config |= {"image_token": "<img>", "extra_special_tokens": extra}
-    (made / "tokenizer_config.json").write_text(json.dumps(config))
-    return made
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
 
 
 @pytest.mark.parametrize("source", WRITTEN)

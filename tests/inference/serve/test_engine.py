@@ -53,13 +53,13 @@ def test_a_batch_gives_each_request_the_answer_of_generate(engine: Engine, block
     caches = PagedCaches(pool, 80)
     scheduler = make_scheduler(engine, caches, max_running=4, rows=rows)
     for _ in range(2):  # the second time, beginnings are there already
-        assert together(scheduler, engine) == [alone(engine, *asked) for asked in ASKED]
+        assert together(scheduler, engine) == [alone(engine, *next_request) for next_request in ASKED]
     assert pool.room() == blocks
     assert (scheduler.preempted > 0) == (blocks == 5)
-    asked = GenerationRequest(ids=engine.text.encode(ASKED[1][0]), sampling=Sampling(), max_new_tokens=1, deliver=lambda out: None)
-    scheduler.submit(asked)
+    next_request = GenerationRequest(ids=engine.text.encode(ASKED[1][0]), sampling=Sampling(), max_new_tokens=1, deliver=lambda out: None)
+    scheduler.submit(next_request)
     scheduler.step()
-    assert asked.cached > 0
+    assert next_request.cached > 0
 
 
 def lora(model: Path, folder: Path, seed: int) -> Path:
@@ -82,7 +82,7 @@ def test_a_requests_model_chooses_its_adapter(tmp_path: Path) -> None:
         add_adapter(engine, name, lora(model, tmp_path / name, seed=i))
     adapters = [None, "one", "two", "one", "two", "one"]
     caches = PagedCaches(PagedPool(engine.shape, 40, 16), 80)
-    wanted = [alone(engine, *asked, adapter) for asked, adapter in zip(ASKED, adapters, strict=True)]
+    wanted = [alone(engine, *prompt, adapter) for prompt, adapter in zip(ASKED, adapters, strict=True)]
     assert together(make_scheduler(engine, caches), engine, adapters) == wanted
     merged = AutoModelForCausalLM.from_pretrained(model)
     from peft import PeftModel
@@ -125,8 +125,8 @@ def test_virtual_tokens_come_first_in_every_request(engine: Engine, kind: str) -
     caches = PagedCaches(PagedPool(shape, 6, 16), 85, virtual=5)
     scheduler = make_scheduler(tuned, caches, max_running=4)
     assert scheduler.limit == 80
-    wanted = [alone(tuned, *asked) for asked in ASKED]
-    assert wanted != [alone(engine, *asked) for asked in ASKED]
+    wanted = [alone(tuned, *prompt) for prompt in ASKED]
+    assert wanted != [alone(engine, *prompt) for prompt in ASKED]
     assert together(scheduler, tuned) == wanted
     assert scheduler.preempted > 0
     with pytest.raises(ConfigError, match="at most 80 together"):

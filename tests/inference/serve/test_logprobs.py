@@ -59,7 +59,7 @@ def answer(
 
 def tell(text: Text, outputs: list[Output], request: GenerationRequest, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
     """The text and the tokens that a client gets; no token comes before its text."""
-    teller, sent, told, trimming = (
+    teller, sent, logprobs, trimming = (
         LogprobFormatter(text, request.ids if request.joins else (), trims=trims),
         "",
         list[TokenLogprob](),
@@ -69,9 +69,9 @@ def tell(text: Text, outputs: list[Output], request: GenerationRequest, *, trims
         piece = out.text.lstrip() if trimming else out.text
         trimming = trimming and not piece
         sent += piece
-        told += teller.push(Output(piece, out.token, out.logprob, out.rivals, out.end))
-        assert sent.startswith("".join(token.token for token in told))
-    return sent, told
+        logprobs += teller.push(Output(piece, out.token, out.logprob, out.rivals, out.end))
+        assert sent.startswith("".join(token.token for token in logprobs))
+    return sent, logprobs
 
 
 def token(text: Text, name: str) -> int:
@@ -82,15 +82,15 @@ def token(text: Text, name: str) -> int:
 
 def check(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...], trims: bool, rivals: int = 3) -> list[TokenLogprob]:
     request, outputs = answer(text, ids, before=before, stop=stop, rivals=min(rivals, text.size))
-    sent, told = tell(text, outputs, request, trims=trims)
-    assert "".join(token.token for token in told) == sent
-    assert b"".join(token.raw or b"" for token in told) == sent.encode()
-    assert [token.logprob for token in told] == [out.logprob for out in outputs if out.token is not None]
-    for entry, out in zip(told, [out for out in outputs if out.token is not None], strict=True):
+    sent, logprobs = tell(text, outputs, request, trims=trims)
+    assert "".join(token.token for token in logprobs) == sent
+    assert b"".join(token.raw or b"" for token in logprobs) == sent.encode()
+    assert [token.logprob for token in logprobs] == [out.logprob for out in outputs if out.token is not None]
+    for entry, out in zip(logprobs, [out for out in outputs if out.token is not None], strict=True):
         names = [rival.token for rival in entry.top]
         assert len(set(names)) == len(names) == len(out.rivals)
         assert entry.top[0].token == entry.token  # the token itself, under the same name
-    return told
+    return logprobs
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -146,8 +146,8 @@ def test_rivals_with_the_same_text_have_distinct_names() -> None:
     plain, byte = token(text, "b"), token(text, "<0x62>")
     for chosen, rest in ((plain, byte), (byte, plain)):
         out = Output("b", chosen, -0.1, ((chosen, -0.1), (rest, -2.0), (2, -3.0)), "length")
-        (told,) = LogprobFormatter(text).push(out)
-        assert [(t.token, t.raw) for t in told.top] == [("b", b"b"), (f"token_id:{rest}", b"b"), ("</s>", None)]
+        (logprob,) = LogprobFormatter(text).push(out)
+        assert [(t.token, t.raw) for t in logprob.top] == [("b", b"b"), (f"token_id:{rest}", b"b"), ("</s>", None)]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -192,8 +192,8 @@ def test_offsets_and_bytes_over_the_server(here: Served, stream: bool, seed: int
         assert "".join(tokens) == text
         assert [text[at : at + len(token)] for at, token in zip(offsets, tokens, strict=True)] == tokens
         assert all(len(top) == 9 for top in tops) and len(tops) == len(tokens)
-        said, result = ask(here, chat=True, **options)
+        chats, result = ask(here, chat=True, **options)
         entries = [entry for logprobs in result for entry in logprobs["content"]]
-        assert "".join(entry["token"] for entry in entries) == said
-        assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == said
+        assert "".join(entry["token"] for entry in entries) == chats
+        assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == chats
         assert all(len({rival["token"] for rival in entry["top_logprobs"]}) == 9 for entry in entries)

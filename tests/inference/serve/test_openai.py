@@ -74,8 +74,8 @@ def test_answers_are_accepted_as_messages_in_every_form_of_the_client(here: Serv
     forms = [message, message.model_dump(), message.to_dict(), json.loads(raw.text)["choices"][0]["message"], streamed]
     for form in forms:
         again = client.chat.completions.create(messages=[*first, form, *first], **ask)
-        said = streamed.content if form is streamed else message.content
-        prompt = f"user: hello\nassistant: {said}\nuser: hello\nassistant:"
+        content = streamed.content if form is streamed else message.content
+        prompt = f"user: hello\nassistant: {content}\nuser: hello\nassistant:"
         assert again.usage.prompt_tokens == len(here.engine.text.encode(prompt, begin=False))
     plain = client.completions.create(prompt="hello", **ask)
     assert client.completions.create(prompt="hello" + plain.choices[0].text, **ask).choices[0].finish_reason == "length"

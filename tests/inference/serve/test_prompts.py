@@ -111,8 +111,8 @@ def test_long_prompts_delay_no_other_request_and_their_queue_is_limited(large: E
 
 def test_a_client_that_waits_too_long_gets_an_error(large: Engine, gate: Gate) -> None:
     with served(large, limits=Limits(timeout=0.5, grace=5)) as server:
-        told = post(server, LONG)
-    assert told.status_code == 504 and "waited longer" in told.text
+        answer = post(server, LONG)
+    assert answer.status_code == 504 and "waited longer" in answer.text
 
 
 def test_a_client_that_disconnects_leaves_the_queue(large: Engine, gate: Gate) -> None:

@@ -222,8 +222,8 @@ def events(chunks: list[bytes]) -> list[Any]:
 
 def test_a_completion_stream() -> None:
     shape = ResponseFormatter(chat=False, id="cmpl-1", model="m", created=7, usage_in_stream=True)
-    told = [TokenLogprob("héé", -0.5, "héé".encode(), (TokenLogprob("héé", -0.5, "héé".encode()), TokenLogprob("x", -1.0, b"x")))]
-    got = events([*shape.opening(), shape.piece("héé", told), shape.piece("\n", told), *shape.closing("stop", usage(3, 2))])
+    logprobs = [TokenLogprob("héé", -0.5, "héé".encode(), (TokenLogprob("héé", -0.5, "héé".encode()), TokenLogprob("x", -1.0, b"x")))]
+    got = events([*shape.opening(), shape.piece("héé", logprobs), shape.piece("\n", logprobs), *shape.closing("stop", usage(3, 2))])
     assert [c if c == "[DONE]" else [choice["text"] for choice in c["choices"]] for c in got] == [["héé"], ["\n"], [""], [], "[DONE]"]
     assert [c["choices"][0]["finish_reason"] for c in got[:3]] == [None, None, "stop"]
     assert [c["usage"] for c in got[:4]] == [None, None, None, usage(3, 2)]

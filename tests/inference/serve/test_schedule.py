@@ -132,16 +132,16 @@ def test_batched_answers_equal_single_ones_with_any_arrivals_and_little_room(
     pool = Blocks(blocks, limit=32)
     scheduler = new_scheduler(pool, max_running=running, rows=rows)
     answers: list[list[Output]] = []
-    gone: list[GenerationRequest] = []
+    canceled: list[GenerationRequest] = []
     for (ids, count, seed, adapter), wait, leaves in requests:
         for _ in range(wait):
             scheduler.step()
-        for left in gone:
+        for left in canceled:
             scheduler.cancel(left)
         answers.append([])
-        asked = request(ids, count, seed=seed, outputs=answers[-1], adapter=adapter)
-        scheduler.submit(asked)
-        gone += [asked] if leaves else []
+        new_request = request(ids, count, seed=seed, outputs=answers[-1], adapter=adapter)
+        scheduler.submit(new_request)
+        canceled += [new_request] if leaves else []
     finish(scheduler)
     assert scheduler.load == (0, 0)
     assert pool.free == blocks  # no block is lost

@@ -29,14 +29,14 @@ def table(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, str
 
 
 def test_the_table_has_every_side(capsys: pytest.CaptureFixture[str]) -> None:
-    row, said = table(capsys, "--spread")
+    row, output = table(capsys, "--spread")
     sides = ["one by one", "C=1", "C=2"]
     wanted = ["model", "precision", "batch", "bare loop, turns/s", *(f"{s}, ×" for s in [*sides, "auto"])]
     assert list(row) == [*wanted, *(f"MB {s}" for s in ["bare", *sides])]
     assert all(re.fullmatch(rf"{RATIO} \({RATIO}–{RATIO}\)", row[f"{s}, ×"]) for s in sides)
     best = "one by one" if "one by one" in row["auto, ×"] else "C=2"
     assert row["auto, ×"] == f"{row[f'{best}, ×']} ({best})"
-    assert said.count("load average") == 2 and "auto decided in" in said
+    assert output.count("load average") == 2 and "auto decided in" in output
 
 
 def test_a_cell_that_takes_too_long_is_a_dash_with_a_note(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,10 +44,10 @@ def test_a_cell_that_takes_too_long_is_a_dash_with_a_note(capsys: pytest.Capture
     real, turns = bench_batched.seconds, [1.0, 1.0]  # what the bare loop's first turns are said to take
     monkeypatch.setattr(bench_batched, "seconds", lambda run: turns.pop() if turns else real(run))
     # of 15 s: the bare loop's 7 turns × 2 rounds, auto's 4 × (2 + 2), C=2's 6 × 2, C=8's 8 × 2
-    row, said = table(capsys, "--stacks", "2", "8", "--max-seconds-a-cell", "15")
+    row, output = table(capsys, "--stacks", "2", "8", "--max-seconds-a-cell", "15")
     assert row["auto, ×"] == row["C=8, ×"] == row["MB C=8"] == "–" and row["C=2, ×"] != "–"
-    assert "– nano fp32 2x8, auto's decision: would take about 16 s" in said
-    assert "– nano fp32 2x8, C=8: would take about 16 s" in said
+    assert "– nano fp32 2x8, auto's decision: would take about 16 s" in output
+    assert "– nano fp32 2x8, C=8: would take about 16 s" in output
 
 
 def test_the_table_includes_ray(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

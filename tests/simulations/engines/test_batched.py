@@ -278,8 +278,8 @@ def test_a_client_that_cannot_finish_is_declined_alone(space: Workspace, monkeyp
 
     monkeypatch.setattr(module, "finish", full)
     replies = module.Together(host_for(space.config, loaded=space), "4")._train(todo)
-    said = [r.content.config_records.get("declined", {}).get("why", "") for r in replies]
-    assert said == ["", "client c1 cannot keep its tensors: free the disk", "", ""]
+    reasons = [r.content.config_records.get("declined", {}).get("why", "") for r in replies]
+    assert reasons == ["", "client c1 cannot keep its tensors: free the disk", "", ""]
 
 
 def test_a_first_client_that_diverges_does_not_end_the_measurement_of_auto(

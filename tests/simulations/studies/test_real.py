@@ -59,8 +59,8 @@ def test_the_shakespeare_table_includes_the_plain_loop_if_it_was_run() -> None:
 def test_one_round_reduces_the_speakers_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_DATA", str(DATA))
     few = ["clients_per_round=4", "data.test_limit=50", "eval.clients=0", "engine.threads=1", "engine.batched=none"]
-    said = ["study_real", "shakespeare", "--seeds", "0", "--rounds", "1", "--out", str(tmp_path / "t.md")]
-    monkeypatch.setattr(sys, "argv", [*said, "--set", *few, f"output_dir={tmp_path}"])
+    argv = ["study_real", "shakespeare", "--seeds", "0", "--rounds", "1", "--out", str(tmp_path / "t.md")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--set", *few, f"output_dir={tmp_path}"])
     study_real.main()
     text = (tmp_path / "t.md").read_text()
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]

@@ -39,12 +39,12 @@ def test_each_row_sets_its_codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_the_table_by_hand() -> None:
-    made = [
+    runs = [
         ran("fp32", 0, [[0, 0, 0.0, None], [3, 4e6, 0.46, 0.3], [6, 8e6, 0.5, 0.4]], up=0.4),
         ran("fp32", 1, [[0, 0, 0.0, None], [3, 4e6, 0.3, 0.3], [6, 8e6, 0.5, 0.6]], up=0.4),
         ran("int8 up", 0, [[0, 0, 0.0, None], [3, 3e6, 0.44, None], [6, 6e6, 0.4, None]], up=0.1),
     ]
-    lines = table(made).splitlines()
+    lines = table(runs).splitlines()
     # by hand: target .9 · .5 = .45, reached at 4 and at 8 MB, 6 on the mean; int8's best is .44; .4 / .1 = 4
     assert lines[2] == "| fp32 | 0 1 | 0.500 ± 0.000 | 0.500 ± 0.141 | 0.400 | 0.500 | 1.0 × | 6.0 (2 of 2) | 10 |"
     assert lines[3] == "| int8 up | 0 | 0.400 | – | 0.100 | 0.500 | 4.0 × | – | 10 |"
@@ -77,8 +77,8 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         return folder
 
     monkeypatch.setattr("fedtune.simulations.studies.strategies.simulate", simulate)
-    said = ["study_traffic", "--only", "fp32", "bf16", "--results", str(tmp_path / "kept"), "--out", str(tmp_path / "docs")]
-    monkeypatch.setattr(sys, "argv", said)
+    argv = ["study_traffic", "--only", "fp32", "bf16", "--results", str(tmp_path / "kept"), "--out", str(tmp_path / "docs")]
+    monkeypatch.setattr(sys, "argv", argv)
     study_traffic.main()
     study_traffic.main()
     assert runs == ["fp32", "bf16"]

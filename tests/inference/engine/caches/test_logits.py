@@ -35,14 +35,14 @@ NARROW: dict[str, Callable[[Shape], Cache]] = {
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]:
-    made: dict[str, Engine] = {}
+    engines_by_name: dict[str, Engine] = {}
 
     def get(name: str) -> Engine:
-        if name not in made:
+        if name not in engines_by_name:
             folder: Path = tmp_path_factory.mktemp(name)
             tiny_model(name, folder)
-            made[name] = load_engine(folder)
-        return made[name]
+            engines_by_name[name] = load_engine(folder)
+        return engines_by_name[name]
 
     return get
 

@@ -36,11 +36,11 @@ def opened(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> P
 def served(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> int:
     """Serve one complete request. Returns the number of its cached tokens."""
     cache = opened(caches, ids, adapter)
-    found = cache.length
+    cached = cache.length
     got = run(cache, ids, adapter)
-    torch.testing.assert_close(got, right(ids, len(ids) - found, adapter), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, right(ids, len(ids) - cached, adapter), atol=1e-5, rtol=1e-5)
     caches.close(cache, ids, adapter)
-    return found
+    return cached
 
 
 def test_requests_share_the_blocks_of_a_common_prefix() -> None:
@@ -115,8 +115,8 @@ def test_requests_in_any_order_lose_and_mix_up_no_blocks(data: st.DataObject) ->
                 assert caches.pool.room() < 12
                 continue
             assert isinstance(cache, PagedCache) and cache.length < len(ids)
-            found = cache.length
-            torch.testing.assert_close(run(cache, ids, adapter), right(ids, len(ids) - found, adapter), atol=1e-5, rtol=1e-5)
+            cached = cache.length
+            torch.testing.assert_close(run(cache, ids, adapter), right(ids, len(ids) - cached, adapter), atol=1e-5, rtol=1e-5)
             running.append((cache, ids, adapter))
         elif running and act == "go":
             caches.close(*running.pop(data.draw(st.integers(0, len(running) - 1))))
