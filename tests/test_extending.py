@@ -18,7 +18,7 @@ from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
 from fedtune.rounds.find_strategy import make_strategy
 from tests.network.loopback import free_port
-from tests.strategies.updates import drawn, update
+from tests.strategies.updates import random_adapter, update
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DOC = PAGE.partition("\n## A strategy\n")[2].partition("\n## ")[0]
@@ -45,7 +45,10 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.usefixtures("away")
 def test_the_document_s_strategy_is_found_and_works(args: list[str]) -> None:
     strategy = make_strategy(compose(args)[0].config)
-    state, updates = ServerState(adapter=drawn(0)), [update("a", drawn(1), examples=1), update("b", drawn(2), examples=3)]
+    state, updates = (
+        ServerState(adapter=random_adapter(0)),
+        [update("a", random_adapter(1), examples=1), update("b", random_adapter(2), examples=3)],
+    )
     after = strategy.aggregate(1, state, iter(updates)).adapter
     for name, t in state.adapter.tensors.items():
         mean = (updates[0].adapter[name] + 3 * updates[1].adapter[name]) / 4

@@ -19,7 +19,7 @@ from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.offer import ServedModel
 from tests.advised.rows import ROWS, Place, Row, follows
-from tests.inference.serve.served import served, tiny_model
+from tests.inference.serve.served import serve_model, tiny_model
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 2}
@@ -78,7 +78,7 @@ def _less(body: dict[str, Any], field: str) -> dict[str, Any]:
 
 def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
     def follow(place: Place) -> Iterator[str]:
-        with served(engine_of(place)) as server:
+        with serve_model(engine_of(place)) as server:
             refusal = post(server.url, right | wrong)
             yield refusal
             named = re.findall(r"'(\w+)'", refusal.rpartition(": ")[2].partition(";")[0])
@@ -97,7 +97,7 @@ ROWS.extend(Row(sentence, _field(right, wrong)) for sentence, (right, wrong) in 
 
 @follows("does not support 'refusal': put its text into 'content'")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         first = CHAT["messages"]
         yield post(server.url, CHAT | {"messages": [*first, {"role": "assistant", "refusal": "no", "content": None}, *first]})
         yield post(server.url, CHAT | {"messages": [*first, {"role": "assistant", "content": "no"}, *first]})
@@ -105,7 +105,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("does not support 'annotations': leave them out")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         message = CHAT["messages"][0]
         answer = {"role": "assistant", "content": "no"}
         yield post(server.url, CHAT | {"messages": [message, answer | {"annotations": [{"type": "url"}]}, message]})
@@ -114,7 +114,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("does not continue an assistant's message: end 'messages' with another role")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         begun = [*CHAT["messages"], {"role": "assistant", "content": "I"}]
         yield post(server.url, CHAT | {"messages": begun})
         yield post(server.url, CHAT | {"messages": [*begun, *CHAT["messages"]]})
@@ -122,7 +122,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("'prompt' must be one string or one list of token ids: send more prompts as separate requests")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         yield post(server.url, ASK | {"prompt": ["turn on", "turn off"]})
         for prompt in ("turn on", "turn off"):
             yield post(server.url, ASK | {"prompt": prompt})
@@ -133,7 +133,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("this server requires an API key: send 'Authorization: Bearer KEY'")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place), keys=("secret",)) as server:
+    with serve_model(engine_of(place), keys=("secret",)) as server:
         refusal = post(server.url, ASK)
         yield refusal
         name, value = re.findall(r"'(\w+): (.*)'", refusal)[0]
@@ -167,16 +167,16 @@ def _over(app: Any, body: Any = None, **more: Any) -> httpx.Response:
 @follows("the body is larger than {} bytes: shorten it or raise --max-body")
 def _(place: Place) -> Iterator[str]:
     long = ASK | {"stop": ["x" * 390]}
-    with served(engine_of(place), limits=Limits(max_body=400, grace=5)) as server:
+    with serve_model(engine_of(place), limits=Limits(max_body=400, grace=5)) as server:
         yield post(server.url, long)
         yield post(server.url, ASK)
-    with served(engine_of(place), limits=Limits(max_body=800, grace=5)) as server:
+    with serve_model(engine_of(place), limits=Limits(max_body=800, grace=5)) as server:
         yield post(server.url, long)
 
 
 @follows("the body must be JSON: send 'Content-Type: application/json'")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         refusal = said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK)))
         yield refusal
         name, value = re.findall(r"'([\w-]+): (.*)'", refusal)[0]
@@ -185,7 +185,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the body holds half a surrogate pair (\\ud800 to \\udfff): send whole characters")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         for prompt in ("turn \ud83d on", "turn \U0001f600 on"):
             yield said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK | {"prompt": prompt}), headers=_JSON))
 
@@ -196,7 +196,7 @@ def _(place: Place) -> Iterator[str]:
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     place.patch.setattr("fedtune.inference.serve.limits.BODY_S", 0.2)
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         for parts in ((head.encode(), body[:5]), (head.encode() + body,)):
             with server.raw() as line:
                 for part in parts:
@@ -209,7 +209,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("there is no model of that name: use {}")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         refusal = post(server.url, ASK | {"model": "gpt"})
         yield refusal
         yield post(server.url, ASK | {"model": refusal.rpartition("use ")[2]})
@@ -217,33 +217,33 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("characters are too many for {} tokens: shorten it")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         yield post(server.url, ASK | {"prompt": "light " * 5000})
         yield post(server.url, ASK | {"prompt": "light"})
 
 
 @follows("tokens fill the model's context of {}: shorten it")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         yield post(server.url, ASK | {"prompt": [5] * 128})
         yield post(server.url, ASK | {"prompt": [5] * 100})
 
 
 @follows("and {} new tokens exceed the model's context of {}: shorten one")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         yield post(server.url, ASK | {"prompt": [5] * 127})
         yield post(server.url, ASK | {"prompt": [5] * 100})
         yield post(server.url, ASK | {"prompt": [5] * 127, "max_tokens": 1})
 
 
 def _fewer(place: Place) -> Iterator[str]:
-    with served(engine_of(place), limits=Limits(max_tokens=4, grace=5)) as server:
+    with serve_model(engine_of(place), limits=Limits(max_tokens=4, grace=5)) as server:
         refusal = post(server.url, ASK | {"max_tokens": 9})
         yield refusal
         yield post(server.url, ASK | {"max_tokens": 4})
     most = re.findall(r"start it with --max-tokens (\d+)", refusal)[0]
-    with served(engine_of(place), limits=Limits(max_tokens=int(most), grace=5)) as server:
+    with serve_model(engine_of(place), limits=Limits(max_tokens=int(most), grace=5)) as server:
         yield post(server.url, ASK | {"max_tokens": 9})
 
 
@@ -253,7 +253,7 @@ follows(", or start it with --max-tokens {}")(_fewer)
 
 def _without_template(place: Place, prompt: str | None) -> Iterator[str]:
     engine = load_engine(place.keep("bare", lambda path: tiny_model(path, context=128, chat=False)))
-    with served(engine, prompt=prompt) as server:
+    with serve_model(engine, prompt=prompt) as server:
         system = {"role": "system", "content": "be brief"}
         yield post(server.url, CHAT | {"messages": [system, *CHAT["messages"]]})
         yield post(server.url, ASK if prompt is None else CHAT)
@@ -301,7 +301,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the answer took longer than this server allows: request fewer tokens")
 def _(place: Place) -> Iterator[str]:
-    with served(engine_of(place), limits=Limits(timeout=0.4, grace=5), pace=0.05) as server:
+    with serve_model(engine_of(place), limits=Limits(timeout=0.4, grace=5), pace=0.05) as server:
         yield post(server.url, ASK | {"max_tokens": 60})
         yield post(server.url, ASK | {"max_tokens": 1})
 
@@ -314,7 +314,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("the queue of long prompts is full: retry later")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.inference.serve.prompts.LONG", 3)
-    with served(engine_of(place)) as server:
+    with serve_model(engine_of(place)) as server:
         place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 0)  # as where others wait
         yield post(server.url, ASK)
         place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 1)
@@ -330,7 +330,7 @@ def _(place: Place) -> Iterator[str]:
         return tokens(self, asked, context)
 
     place.patch.setattr(ServedModel, "tokens", late)
-    with served(engine_of(place), limits=Limits(timeout=0.4, grace=5)) as server:
+    with serve_model(engine_of(place), limits=Limits(timeout=0.4, grace=5)) as server:
         yield post(server.url, ASK)
         slow.clear()
         yield post(server.url, ASK)

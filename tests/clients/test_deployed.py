@@ -31,7 +31,7 @@ def _record(event: str, args: tuple[Any, ...]) -> None:
 sys.addaudithook(_record)  # Python cannot take it away again; it does nothing while nobody records
 
 
-def opened(call: Callable[[], object]) -> list[str]:
+def opened_paths(call: Callable[[], object]) -> list[str]:
     """The paths that a call opens or lists; a refusal ends it early."""
     global _recording
     OPENED.clear()
@@ -117,12 +117,12 @@ def test_no_key_of_a_hello_opens_a_path(tmp_path: Path, secret: Path, rows_from:
     device = Device(client="home-000", state=tmp_path)
     if given:
         device = dataclasses.replace(device, data=str(rows), model=str(model))
-        assert {str(rows), f"{model}/config.json"} <= set(opened(partial(use, hello(config, {}), device)))
+        assert {str(rows), f"{model}/config.json"} <= set(opened_paths(partial(use, hello(config, {}), device)))
     for key in KEYS:
         # a bare builder name makes `datasets` read the working directory; a name with a folder of that name here opens it
         for value in (str(secret), f"{secret}/train.jsonl", "org/model", "json"):
             message = hello(config, {key: value})
-            assert not [path for path in opened(partial(use, message, device)) if path.startswith(str(secret))], f"{key}={value}"
+            assert not [path for path in opened_paths(partial(use, message, device)) if path.startswith(str(secret))], f"{key}={value}"
 
 
 @pytest.mark.parametrize(

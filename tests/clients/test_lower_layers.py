@@ -15,7 +15,7 @@ from fedtune.data import pad_id
 from fedtune.errors import ConfigError
 from fedtune.models import LiveAdapter
 from fedtune.simulations.engines.batched import train_together, way_of
-from tests.simulations.engines.test_vmapped import CLASSES, LM, built, rows
+from tests.simulations.engines.test_vmapped import CLASSES, LM, build_adapter, rows
 from tests.simulations.engines.turns import alone, distance, jobs_of
 from tests.tiny import tiny_config
 
@@ -33,7 +33,7 @@ def turns(live: LiveAdapter, initial: AdapterState, task: TaskConfig) -> list[Ad
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", LM), ("llama", CLASSES), ("gpt2", LM), ("opt", LM), ("distilbert", CLASSES)])
 def test_a_turn_has_the_same_result_with_and_without_the_cache(tmp_path: Path, kind: str, task: TaskConfig) -> None:
-    live, initial = built(tmp_path, kind, PeftConfig(rank=3, targets=UPPER[kind]), task)
+    live, initial = build_adapter(tmp_path, kind, PeftConfig(rank=3, targets=UPPER[kind]), task)
     plain = turns(live, initial, task)
     cache = LowerLayers(live, 1e9)
     filled, read = turns(live, initial, task), turns(live, initial, task)
@@ -44,7 +44,7 @@ def test_a_turn_has_the_same_result_with_and_without_the_cache(tmp_path: Path, k
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_stacked_training_reads_the_cache_and_vmap_does_not(tmp_path: Path, method: str) -> None:
-    live, initial = built(tmp_path, "llama", PeftConfig(method=method, rank=3, targets=UPPER["llama"]), LM)
+    live, initial = build_adapter(tmp_path, "llama", PeftConfig(method=method, rank=3, targets=UPPER["llama"]), LM)
     plain = turns(live, initial, LM)
     cache = LowerLayers(live, 1e9)
     way, _ = way_of(live, LM)
@@ -57,7 +57,7 @@ def test_stacked_training_reads_the_cache_and_vmap_does_not(tmp_path: Path, meth
 
 
 def test_rows_that_do_not_fit_are_recomputed(tmp_path: Path) -> None:
-    live, initial = built(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
+    live, initial = build_adapter(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
     plain = turns(live, initial, LM)
     cache = LowerLayers(live, 1000)
     again = turns(live, initial, LM)
@@ -65,7 +65,7 @@ def test_rows_that_do_not_fit_are_recomputed(tmp_path: Path) -> None:
 
 
 def test_changed_frozen_weights_empty_the_cache(tmp_path: Path) -> None:
-    live, initial = built(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
+    live, initial = build_adapter(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
     cache = LowerLayers(live, 1e9)
     turns(live, initial, LM)
     before = cache.misses
@@ -83,13 +83,13 @@ def test_changed_frozen_weights_empty_the_cache(tmp_path: Path) -> None:
     ],
 )
 def test_training_below_the_adapters_is_refused(tmp_path: Path, peft: dict[str, Any], why: str) -> None:
-    live, _ = built(tmp_path, "llama", PeftConfig(rank=3, **peft), LM)
+    live, _ = build_adapter(tmp_path, "llama", PeftConfig(rank=3, **peft), LM)
     with pytest.raises(ConfigError, match=why):
         LowerLayers(live, 1e9)
 
 
 def test_a_backbone_with_dropout_is_refused(tmp_path: Path) -> None:
-    live, _ = built(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
+    live, _ = build_adapter(tmp_path, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
     live.backbone.model.config.attention_dropout = 0.1
     with pytest.raises(ConfigError, match="attention_dropout"):
         LowerLayers(live, 1e9)

@@ -24,7 +24,7 @@ from tests.models.build import checkpoint, hub
 TEXT = ["turn on the light in a room", "set the heat in the kitchen to two"] * 30
 
 
-def trained(folder: Path, privacy: str, method: str = "lora") -> Path:
+def trained_run(folder: Path, privacy: str, method: str = "lora") -> Path:
     """A run on its own rows."""
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text}) for text in TEXT))
@@ -41,7 +41,7 @@ def trained(folder: Path, privacy: str, method: str = "lora") -> Path:
 def test_rows_of_a_private_run_are_outside_its_epsilon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], privacy: str, method: str
 ) -> None:
-    run = trained(tmp_path, privacy)
+    run = trained_run(tmp_path, privacy)
     out, how = run / "edge", ["--to", "edge", "--quantize", "int8", "--method", method, "--calibrate", str(run)]
     assert main(["export", str(run), *how, "--out", str(out)]) == 0
     note = f"training rows of 'run', a private run (privacy.kind={privacy}), read without noise: what the package discloses"
@@ -54,7 +54,7 @@ def test_rows_of_a_private_run_are_outside_its_epsilon(
 
 @pytest.mark.parametrize("method", ["prefix", "ptuning_v2"])
 def test_the_perplexity_after_a_prefix_equals_the_engines(tmp_path: Path, method: str) -> None:
-    run = trained(tmp_path, "none", method)
+    run = trained_run(tmp_path, "none", method)
     ids = torch.randint(3, 20, (51,), generator=torch.Generator().manual_seed(2))
     actual = streamed_score(read_merged(run), list(windows(ids, 9)))
     wanted = perplexity(of_engine(load_engine(export_edge(run, run / "edge"))), ids, window=9)
@@ -63,7 +63,7 @@ def test_the_perplexity_after_a_prefix_equals_the_engines(tmp_path: Path, method
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "ptuning_v2"])
 def test_a_model_is_calibrated_after_its_virtual_tokens(tmp_path: Path, kind: str) -> None:
-    run = trained(tmp_path, "none", kind)
+    run = trained_run(tmp_path, "none", kind)
     for quantize, method in (("int4", "gptq"), ("int8", "smoothquant"), ("int4", "awq")):
         out = export_edge(run, run / f"{quantize}-{method}", quantize=quantize, method=method, calibrate=run)
         result = read_package(out).card["quantised"]["perplexity"]
@@ -72,7 +72,7 @@ def test_a_model_is_calibrated_after_its_virtual_tokens(tmp_path: Path, kind: st
 
 @pytest.mark.parametrize(("quantize", "method"), [("int4", "awq"), ("int8", "smoothquant")])
 def test_a_separate_adapter_does_not_fit_a_folded_model(tmp_path: Path, quantize: str, method: str) -> None:
-    run = trained(tmp_path, "none")
+    run = trained_run(tmp_path, "none")
     with pytest.raises(ConfigError, match=f"--method {method} moves scales between layers, which a separate adapter"):
         export_edge(run, run / "edge", quantize=quantize, method=method, calibrate=run, separate=True)
     assert not (run / "edge").exists()

@@ -17,14 +17,14 @@ from fedtune.export.merged import read_merged
 from fedtune.inference.engine.package import read_package
 from tests.export.test_huggingface import CAUSAL, make_run
 from tests.export.test_streamed import in_memory
-from tests.inference.packages import AWKWARD, engine_logits, opened, save, with_shifts
+from tests.inference.packages import AWKWARD, engine_logits, open_model, save, with_shifts
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full"])
 def test_every_tensor_equals_that_of_a_merge_in_memory(tmp_path: Path, method: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method=method)
-    whole = opened(in_memory(run, run / "merged")).state_dict()
+    whole = open_model(in_memory(run, run / "merged")).state_dict()
     package = read_package(export_edge(run, run / "edge"))
     assert set(package.tensors) == set(whole) - {"lm_head.weight"}  # tied
     for name in package.tensors:
@@ -36,7 +36,7 @@ def test_biases_are_trained_by_bitfit_and_scaled_by_ia3(tmp_path: Path) -> None:
     save(tmp_path / "m", llama_config(Qwen2Config))
     for method in ("bitfit", "ia3"):
         run, _ = make_run(tmp_path / method, hub(tmp_path / "m"), CAUSAL, method=method)
-        whole = opened(in_memory(run, run / "merged")).state_dict()
+        whole = open_model(in_memory(run, run / "merged")).state_dict()
         package = read_package(export_edge(run, run / "edge"))
         name = "model.layers.1.self_attn.v_proj.bias"
         assert torch.equal(package.linear(name.removesuffix(".bias"))["bias"], whole[name])
@@ -50,7 +50,7 @@ def test_awkward_shapes_in_several_shards(tmp_path: Path, kind: type, dtype: tor
     save(tmp_path / "m", config, dtype, "8KB")
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 2
     run, _ = make_run(tmp_path / "run", hub(tmp_path / "m"), CAUSAL)
-    whole = opened(in_memory(run, run / "merged")).state_dict()
+    whole = open_model(in_memory(run, run / "merged")).state_dict()
     package = read_package(export_edge(run, run / "edge"))
     assert set(package.tensors) == set(whole)
     for name, tensor in package.tensors.items():
@@ -70,7 +70,7 @@ def test_rows_are_summed_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_shifts_are_merged_too(tmp_path: Path) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     with_shifts(run, live)
-    whole = opened(in_memory(run, run / "merged")).state_dict()
+    whole = open_model(in_memory(run, run / "merged")).state_dict()
     package = read_package(export_edge(run, run / "edge"))
     assert all(torch.equal(package.tensors[name], whole[name]) for name in package.tensors)
 
@@ -112,7 +112,7 @@ def test_a_merge_in_memory_is_reported(tmp_path: Path, how: str) -> None:
         stored["peft"]["init"] = "loftq"
         (run / "config.yaml").write_text(yaml.safe_dump(stored))
     assert "merged in memory" in read_merged(run).whole
-    whole = opened(export_hf(run, run / "merged")).state_dict()
+    whole = open_model(export_hf(run, run / "merged")).state_dict()
     package = read_package(export_edge(run, run / "edge"))
     assert all(torch.equal(package.tensors[n], whole[n]) for n in package.tensors)
     with pytest.raises(ModelError, match="leave out --separate"):
@@ -138,7 +138,7 @@ def test_virtual_tokens_equal_the_runs_keys_and_values(tmp_path: Path, method: s
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", config=config)), CAUSAL, method=method, std=0.5)
     package = read_package(export_edge(run, run / "edge"))
     assert package.card["virtual_tokens"] == 4
-    base, ids = opened(tmp_path / "m"), token_ids(1)
+    base, ids = open_model(tmp_path / "m"), token_ids(1)
     with torch.no_grad():
         wanted = live.model(ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
         if method == "prompt":

@@ -124,7 +124,7 @@ def byte_level(folder: Path, split: str = "gpt-2") -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def shaped(folder: Path, shape: str) -> Path:
+def shaped_checkpoint(folder: Path, shape: str) -> Path:
     """A random checkpoint of that shape with a tokenizer that GGUF knows; norms and biases random too."""
     config = SHAPES[shape]()
     config.initializer_range = 0.3
@@ -149,7 +149,7 @@ REFUSED = {"llama_yarn_mscale", "qwen3_biases"}
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - REFUSED))
 def test_llama_cpp_has_the_logits_of_every_shape(tmp_path: Path, shape: str) -> None:
-    run, _ = make_run(tmp_path / "run", hub(shaped(tmp_path / "m", shape)), SHORT)
+    run, _ = make_run(tmp_path / "run", hub(shaped_checkpoint(tmp_path / "m", shape)), SHORT)
     merged = export_hf(run, run / "merged")
     context = read_shape(json.loads((merged / "config.json").read_text()))
     length = min(context.context, *(w for w in context.windows if w), 40) if any(context.windows) else min(context.context, 40)
@@ -171,7 +171,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("shape", ["llama", "llama_biases", "llama3", "mistral", "qwen2", "qwen3", "llama_linear", "llama_yarn"])
 def test_the_file_holds_the_merged_tensors(tmp_path: Path, shape: str) -> None:
-    run, _ = make_run(tmp_path / "run", hub(shaped(tmp_path / "m", shape)), SHORT)
+    run, _ = make_run(tmp_path / "run", hub(shaped_checkpoint(tmp_path / "m", shape)), SHORT)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "merged"))
     metadata, tensors = read(export_gguf(run, run / "m.gguf"))
@@ -261,13 +261,13 @@ def test_byte_level_tokenizers_keep_their_merges(tmp_path: Path, split: str) -> 
 @pytest.mark.parametrize("name", ["my-phi-3-llama", "Phi3x", "modern-bert-qwen"])
 def test_no_name_makes_llama_cpp_change_tokens(tmp_path: Path, name: str) -> None:
     """By these names llama.cpp sets flags of tokens that it expects, and it refuses files without them."""
-    metadata, _ = read(export_gguf(shaped(tmp_path / name, "llama"), tmp_path / "m.gguf"))
+    metadata, _ = read(export_gguf(shaped_checkpoint(tmp_path / name, "llama"), tmp_path / "m.gguf"))
     result = metadata["general.name"].lower()
     assert result.endswith(name.lower()[-2:]) and not any(known in result for known in ("phi-3", "phi3", "modern-bert"))
 
 
 def test_a_chat_template_is_exported(tmp_path: Path) -> None:
-    folder = shaped(tmp_path / "m", "llama")
+    folder = shaped_checkpoint(tmp_path / "m", "llama")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     run, _ = make_run(tmp_path / "run", hub(folder), CAUSAL)
     metadata, _ = read(export_gguf(run, run / "m.gguf"))
@@ -304,7 +304,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
 
 def yarn(folder: Path, **changes: Any) -> Path:
     """A run over a model of YaRN whose rope_parameters are changed."""
-    path = shaped(folder / "m", "llama_yarn") / "config.json"
+    path = shaped_checkpoint(folder / "m", "llama_yarn") / "config.json"
     config = json.loads(path.read_text())
     config["rope_parameters"] |= changes
     path.write_text(json.dumps(config))
@@ -330,10 +330,10 @@ def test_models_that_gguf_cannot_express_are_refused(tmp_path: Path, monkeypatch
         ("b", "llama_yarn_mscale", "lora", CAUSAL, "YaRN"),
         ("c", "llama", "lora", CLASSES, "is a classifier"),
     ]:
-        run, _ = make_run(tmp_path / name, hub(shaped(tmp_path / f"m{name}", shape)), task, method=method)
+        run, _ = make_run(tmp_path / name, hub(shaped_checkpoint(tmp_path / f"m{name}", shape)), task, method=method)
         with pytest.raises(ModelError, match=message):
             export_gguf(run, run / "m.gguf")
-    run, _ = make_run(tmp_path / "d", hub(shaped(tmp_path / "md", "llama")), CAUSAL)
+    run, _ = make_run(tmp_path / "d", hub(shaped_checkpoint(tmp_path / "md", "llama")), CAUSAL)
     (run / "m.gguf").write_text("mine")
     with pytest.raises(ModelError, match="already exists"):
         export_gguf(run, run / "m.gguf")

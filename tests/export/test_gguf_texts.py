@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fedtune.export.gguf import describe_gguf, export_gguf
 from fedtune.export.gguf_tokens import CONTROL, UNKNOWN, UNUSED, USER, Vocabulary, read_vocabulary
 from tests.export.test_gguf import llama_python
-from tests.inference.tokenizer_table import SPLIT, begun, by_bytes, pieces
+from tests.inference.tokenizer_table import SPLIT, by_bytes, pieces, with_start_token
 from tests.models.build import checkpoint, llama_config
 
 CHATS = [
@@ -73,7 +73,7 @@ PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiec
     "legacy": (lambda: pieces(None, flagged=False), []),
     "never": (lambda: pieces("never", flagged=False), []),
     "always": (lambda: pieces("always", flagged=False), [SPACES]),
-    "first": (lambda: begun(pieces("first", flagged=False)), [SPACES, FIRST]),
+    "first": (lambda: with_start_token(pieces("first", flagged=False)), [SPACES, FIRST]),
     "flags": (lambda: pieces("never"), ["next to '<|user|>' (3 such tokens)"]),
     "added": (lambda: plain("never", "<tool>"), []),
     "added, legacy": (lambda: plain(None, "<tool>", "<|x|>"), ["'<tool>' (2 such tokens) is searched", NORMALIZED]),
@@ -96,7 +96,7 @@ BY_BYTES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {
     "smollm": (lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True, flagged=False), []),
     "qwen2": (composed, ["text that is not in Unicode's NFC"]),
     "llama3": (
-        lambda: begun(
+        lambda: with_start_token(
             by_bytes(pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), use_regex=False, ignore_merges=True, flagged=False)
         ),
         [],

@@ -121,7 +121,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path,
     return folder / "run", big_run(folder, small, NARROW, 20 << 20)
 
 
-def measured(small: Path, run: Path, how: str) -> tuple[int, int]:
+def measure_export(small: Path, run: Path, how: str) -> tuple[int, int]:
     """Peak and output of an export, in bytes."""
     command = [sys.executable, "-c", PEAK, small, run, small.parent / "text.txt", *how.split()]
     process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -136,7 +136,7 @@ def measured(small: Path, run: Path, how: str) -> tuple[int, int]:
 @pytest.mark.parametrize("how", ["hf", "edge", "edge separate", "edge int8", "edge int4", "gguf f16", "gguf q8_0", "gguf q4_0"])
 def test_exports_by_tensor_need_little_more_memory_than_a_shard(small: Path, wide: tuple[Path, int], how: str) -> None:
     run, largest = wide
-    peak, size = measured(small, run, how)
+    peak, size = measure_export(small, run, how)
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")
     assert peak <= 1.3 * largest  # the output is not even counted
 
@@ -147,7 +147,7 @@ def test_calibrated_exports_need_little_more_memory_than_a_shard_and_the_output(
     run, largest = narrow
     # the allocator's own share of a peak varies by 10 MB from one process to the next, and only upwards: the least of three counts
     for _ in range(3):
-        peak, size = measured(small, run, f"edge {how}")
+        peak, size = measure_export(small, run, f"edge {how}")
         if peak <= 1.3 * largest + size:
             break
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")

@@ -27,7 +27,7 @@ from fedtune.models import LiveAdapter
 from fedtune.models.merge import merge
 from tests.contributing import example
 from tests.export.test_huggingface import CAUSAL, make_run
-from tests.inference.packages import engine_logits, opened
+from tests.inference.packages import engine_logits, open_model
 from tests.models.build import checkpoint, hub, token_ids
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def test_a_new_method_is_in_the_weights_of_a_hugging_face_folder(
     out = export_hf(run, run / "merged")
     assert ("in memory" in describe_folder(out)) == (how == "in memory")
     with torch.no_grad():
-        torch.testing.assert_close(opened(out)(token_ids(1)).logits, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(open_model(out)(token_ids(1)).logits, wanted, rtol=0, atol=1e-5)
     assert not torch.allclose(wanted, bare, atol=1e-2)
 
 
@@ -140,10 +140,10 @@ def test_a_new_method_with_factors_can_stay_separate(tmp_path: Path, add: Add) -
 
 def test_a_new_method_is_in_the_weights_of_a_gguf_file(tmp_path: Path, add: Add) -> None:
     gguf = pytest.importorskip("gguf")
-    from tests.export.test_gguf import shaped
+    from tests.export.test_gguf import shaped_checkpoint
 
     add("outer", ATTACHED + EDITS)
-    run, live = make_run(tmp_path / "run", hub(shaped(tmp_path / "m", "llama")), CAUSAL, method="outer")
+    run, live = make_run(tmp_path / "run", hub(shaped_checkpoint(tmp_path / "m", "llama")), CAUSAL, method="outer")
     reader = gguf.GGUFReader(export_gguf(run, run / "m.gguf"))
     tensors = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
     own, module = live.backbone.model, "model.layers.1.mlp.down_proj"

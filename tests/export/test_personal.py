@@ -75,9 +75,9 @@ def test_the_export_of_an_adapter_without_effect_has_a_note(tmp_path: Path, meth
 
 def test_a_gguf_export_has_the_note_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
-    from tests.export.test_gguf import SHORT, shaped
+    from tests.export.test_gguf import SHORT, shaped_checkpoint
 
-    run, live = make_run(tmp_path / "run", hub(shaped(tmp_path / "m", "qwen3")), SHORT)
+    run, live = make_run(tmp_path / "run", hub(shaped_checkpoint(tmp_path / "m", "qwen3")), SHORT)
     assert main(["export", str(run), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
     assert "untouched" not in capsys.readouterr().err
     state = live.read(1)

@@ -21,7 +21,7 @@ from fedtune.inference import generate_text
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import quiet
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized, logits, off, quantize, random_state, wide  # noqa: F401
+from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized_backbone, logits, off, quantize, random_state, wide  # noqa: F401
 
 
 def make_run(folder: Path, model: Path, precision: str = "nf4", task: TaskConfig = LM, **peft: Any) -> tuple[Path, LiveAdapter]:

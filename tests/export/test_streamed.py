@@ -39,7 +39,7 @@ def small_neox() -> GPTNeoXConfig:
     )  # fmt: skip
 
 
-def stored(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+def stored_checkpoint(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
     """A checkpoint of that architecture, in that precision."""
     checkpoint(folder, kind, config=small_neox() if kind == "gpt_neox" else None, **save)
     for file in folder.glob("*.safetensors"):
@@ -94,7 +94,7 @@ def test_it_equals_the_merge_in_memory(tmp_path: Path, kind: str, method: str, m
     monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 100)  # some rows, or columns, at a time
     task = ASK if kind == "t5" else CLASSES if kind in (*ENCODERS, "opt") else CAUSAL
     dtype = (torch.bfloat16, torch.float32, torch.float16)[KINDS.index(kind) % 3]
-    folder = stored(tmp_path / "m", kind, dtype, max_shard_size="6KB")
+    folder = stored_checkpoint(tmp_path / "m", kind, dtype, max_shard_size="6KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     try:
         run, _ = make_run(tmp_path / "run", hub(folder), task, method=method)
@@ -109,7 +109,7 @@ def test_it_equals_the_merge_in_memory(tmp_path: Path, kind: str, method: str, m
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
 def test_shifts_are_merged_as_in_memory(tmp_path: Path, kind: str) -> None:
     task = ASK if kind == "t5" else CLASSES if kind == "bert" else CAUSAL
-    run, live = make_run(tmp_path / "run", hub(stored(tmp_path / "m", kind)), task)
+    run, live = make_run(tmp_path / "run", hub(stored_checkpoint(tmp_path / "m", kind)), task)
     with_shifts(run, live)
     check(run, run / "merged", in_memory(run, tmp_path / "wanted"))
 
@@ -190,7 +190,7 @@ def test_a_head_is_initialized_completely_or_not_at_all(tmp_path: Path, roberta:
 
 
 def test_several_shards_equal_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = make_run(tmp_path / "run", hub(stored(tmp_path / "m", "gpt2", torch.bfloat16)), CAUSAL)
+    run, _ = make_run(tmp_path / "run", hub(stored_checkpoint(tmp_path / "m", "gpt2", torch.bfloat16)), CAUSAL)
     with quiet():
         whole = AutoModelForCausalLM.from_pretrained(in_memory(run, tmp_path / "wanted"), dtype=torch.bfloat16)
         whole.save_pretrained(tmp_path / "wanted", max_shard_size="5KB")

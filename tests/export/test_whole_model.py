@@ -61,15 +61,15 @@ def test_a_package_of_an_exported_run_keeps_its_prompt_template(tmp_path: Path) 
 def test_gguf(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     from fedtune.export.gguf import export_gguf
-    from tests.export.test_gguf import shaped
+    from tests.export.test_gguf import shaped_checkpoint
 
-    reader = gguf.GGUFReader(export_gguf(shaped(tmp_path / "m", "qwen3"), tmp_path / "m.gguf"))
+    reader = gguf.GGUFReader(export_gguf(shaped_checkpoint(tmp_path / "m", "qwen3"), tmp_path / "m.gguf"))
     metadata = {name: reader.fields[name].contents() for name in ("general.name", "general.description", "fedtune.card")}
     assert (metadata["general.name"], metadata["general.description"]) == ("m", "exported by fedtune")
     assert json.loads(metadata["fedtune.card"])["provenance"] == {"model": "m"}
 
 
-def quantized(folder: Path) -> Path:
+def quantized_model(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     return folder
@@ -83,7 +83,7 @@ def test_a_folder_that_is_not_a_plain_model_is_refused(tmp_path: Path) -> None:
         "already an edge package": export_edge(model, tmp_path / "package"),
         "has an unmerged adapter": export_hf(beside, tmp_path / "apart"),
         "is a classifier": export_hf(classes, tmp_path / "classifier"),
-        r"is already quantized \(gptq\)": quantized(checkpoint(tmp_path / "quantised")),
+        r"is already quantized \(gptq\)": quantized_model(checkpoint(tmp_path / "quantised")),
     }
     for message, folder in cases.items():
         with pytest.raises(ModelError, match=message):

@@ -20,7 +20,7 @@ from fedtune.models.shift import FrozenWeights
 from tests.models.build import checkpoint
 
 
-def opened(folder: Path) -> Any:
+def open_model(folder: Path) -> Any:
     with quiet():
         return AutoModelForCausalLM.from_pretrained(folder)
 

@@ -35,7 +35,7 @@ def templated(folder: Path) -> Engine:
     return load_engine(folder)
 
 
-def said(conversation: Conversation, request: str) -> str:
+def answer_text(conversation: Conversation, request: str) -> str:
     return "".join(conversation.answer(request))
 
 
@@ -43,10 +43,10 @@ def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) ->
     engine = templated(folder)
     writer = EngineWriter(Context(engine))
     conversation = Conversation(writer, Sampling(), 4, system="be brief")
-    first = said(conversation, "hi")
+    first = answer_text(conversation, "hi")
     prompt = "<system>be brief<user>hi<assistant>"
     assert first == generate(engine, engine.text.encode(prompt, begin=False), max_new_tokens=4)
-    second = said(conversation, "and")
+    second = answer_text(conversation, "and")
     prompt += f"{first}<user>and<assistant>"
     assert second == generate(engine, engine.text.encode(prompt, begin=False), max_new_tokens=4)
     assert writer.report.reused >= len(engine.text.encode("<system>be brief<user>hi<assistant>", begin=False)) - 1
@@ -56,9 +56,9 @@ def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) ->
 def test_without_a_template_the_text_continues(folder: Path) -> None:
     engine = load_engine(folder)
     conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 3, prompt="Q: {q} A:")
-    first = said(conversation, "hi")
+    first = answer_text(conversation, "hi")
     assert first == generate(engine, "Q: hi A:", max_new_tokens=3)
-    assert said(conversation, "so") == generate(engine, f"Q: hi A:{first}\nQ: so A:", max_new_tokens=3)
+    assert answer_text(conversation, "so") == generate(engine, f"Q: hi A:{first}\nQ: so A:", max_new_tokens=3)
     with pytest.raises(ConfigError, match="takes no system message"):
         Conversation(EngineWriter(Context(engine)), Sampling(), 3, system="x")
 
@@ -67,11 +67,11 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -
     engine = templated(folder)
     conversation = Conversation(EngineWriter(Context(engine), open_speculation(engine, "auto", None)), Sampling(), 8)
     for i in range(6):
-        said(conversation, f"turn {i}")
+        answer_text(conversation, f"turn {i}")
         assert conversation.messages[-2]["content"] == f"turn {i}"
     assert conversation.forgotten > 0 and len(conversation.messages) < 12
     with pytest.raises(ConfigError, match="exceed the model's context of 64"):
-        said(conversation, "long " * 100)
+        answer_text(conversation, "long " * 100)
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(folder: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_interrupted_answer_stays_in_the_conversation(folder: Path) -> None:
     fresh = Conversation(EngineWriter(Context(engine)), Sampling(), 5)
     fresh.messages = list(conversation.messages)
     conversation._length = 5
-    assert said(conversation, "go on") == said(fresh, "go on")
+    assert answer_text(conversation, "go on") == answer_text(fresh, "go on")
 
 
 # -- the command --------------------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_an_interrupted_answer_stays_in_the_conversation(folder: Path) -> None:
 def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = templated(folder)
     conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 4)
-    want = [said(conversation, "hi").strip(), said(conversation, "and").strip()]
+    want = [answer_text(conversation, "hi").strip(), answer_text(conversation, "and").strip()]
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  and\n"))
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr() == (f"{want[0]}\n\n{want[1]}\n", "")  # an empty line for the empty one

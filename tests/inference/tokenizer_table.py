@@ -54,7 +54,7 @@ def by_words() -> Tokenizer:
     return out
 
 
-def begun(out: Tokenizer) -> Tokenizer:
+def with_start_token(out: Tokenizer) -> Tokenizer:
     """Add a post-processor that prepends <s>."""
     out.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", out.token_to_id("<s>"))])
     return out
@@ -69,12 +69,14 @@ def padded(out: Tokenizer) -> Tokenizer:
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "prepend": lambda: pieces(),
     "always": lambda: pieces("always"),
-    "first": lambda: begun(pieces("first")),
+    "first": lambda: with_start_token(pieces("first")),
     "never": lambda: pieces("never"),
-    "llama3": lambda: begun(by_bytes(pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), use_regex=False, ignore_merges=True)),
+    "llama3": lambda: with_start_token(
+        by_bytes(pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), use_regex=False, ignore_merges=True)
+    ),
     "qwen2": lambda: by_bytes(pre_tokenizers.Split(Regex(SPLIT % ""), "isolated"), use_regex=False),
     "smollm": lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True),
-    "words": lambda: begun(by_words()),
+    "words": lambda: with_start_token(by_words()),
     "padded": lambda: padded(pieces()),
 }
 

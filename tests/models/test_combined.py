@@ -20,7 +20,9 @@ from tests.models.build import checkpoint, hub, token_ids
 _A = "base_model.model.{}.lora_A.weight"
 
 
-def folded(folder: Path, kind: str, task: TaskConfig, ranks: tuple[int, ...], method: str = "lora") -> tuple[LiveAdapter, PeftModel]:
+def folded_adapter(
+    folder: Path, kind: str, task: TaskConfig, ranks: tuple[int, ...], method: str = "lora"
+) -> tuple[LiveAdapter, PeftModel]:
     """The run's own model, its frozen weights shifted once for each rank, and PEFT's on the untouched backbone with the folded adapter."""
     source = checkpoint(folder / "m", kind)
     run, live = make_run(folder / "run", hub(source), task, method=method)
@@ -50,7 +52,7 @@ def apart(live: LiveAdapter, opened: PeftModel) -> float:
 def test_peft_opens_the_fold_on_the_untouched_backbone(
     tmp_path: Path, kind: str, task: TaskConfig, ranks: tuple[int, ...], method: str
 ) -> None:
-    live, opened = folded(tmp_path, kind, task, ranks, method)
+    live, opened = folded_adapter(tmp_path, kind, task, ranks, method)
     assert apart(live, opened) < 1e-5
     with live.disabled():
         assert apart(live, opened) > 1e-3  # the adapter matters
@@ -64,12 +66,12 @@ def test_peft_opens_the_fold_on_the_untouched_backbone(
 
 
 def test_without_shifts_the_fold_is_the_adapter(tmp_path: Path) -> None:
-    live, opened = folded(tmp_path, "llama", CAUSAL, ())
+    live, opened = folded_adapter(tmp_path, "llama", CAUSAL, ())
     assert apart(live, opened) < 1e-5
 
 
 def test_a_module_that_no_shift_names_stays_as_it_is(tmp_path: Path) -> None:
-    live, _ = folded(tmp_path, "gpt2", CAUSAL, (2,))
+    live, _ = folded_adapter(tmp_path, "gpt2", CAUSAL, (2,))
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     module = list(live.spec.ranks)[0]  # the first shift is at modules 1, 3, …
     s, a, b = live.spec.scaling[module], *(live.parameters[f"{module}.lora_{x}"].detach() for x in "AB")
@@ -92,7 +94,7 @@ def test_a_wrong_stack_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return a.flip(0), b
 
     monkeypatch.setattr(combined, "stack", stack)
-    live, opened = folded(tmp_path, "gpt2", CAUSAL, (2, 5))
+    live, opened = folded_adapter(tmp_path, "gpt2", CAUSAL, (2, 5))
     assert apart(live, opened) > 1e-3
 
 

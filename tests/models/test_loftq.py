@@ -15,7 +15,7 @@ from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loftq
 from fedtune.rounds.find_strategy import make_strategy
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_quantize import KINDS, LM, cache, linears, logits, off, quantize, quantized, wide  # noqa: F401  cache: a fixture
+from tests.models.test_quantize import KINDS, LM, cache, linears, logits, off, quantize, quantized_backbone, wide  # noqa: F401  cache: a fixture
 from tests.quick import quick
 from tests.tiny import tiny_config
 
@@ -91,7 +91,7 @@ def test_directions_without_a_residual_keep_their_random_values(shape: tuple[int
 @pytest.mark.parametrize("precision", KINDS)
 def test_the_initialization_is_closer_to_the_full_model(tmp_path: Path, precision: str) -> None:
     folder = wide(tmp_path / "m")
-    exact, backbone = logits(load_backbone(hub(folder), LM)), quantized(folder, precision)
+    exact, backbone = logits(load_backbone(hub(folder), LM)), quantized_backbone(folder, precision)
     plain = off(logits(backbone), exact)
     peft = PeftConfig(rank=24, init="loftq")
     live = LiveAdapter(backbone, peft, LM)

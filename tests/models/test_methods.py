@@ -46,7 +46,7 @@ def start(folder: Path, task: TaskConfig, name: str, **changes: object) -> Adapt
     return initial_adapter(hub(folder), task, config(name, **changes), num_labels=3, seed=5)
 
 
-def moved(state: AdapterState, std: float = 0.1, seed: int = 0) -> AdapterState:
+def perturb(state: AdapterState, std: float = 0.1, seed: int = 0) -> AdapterState:
     """The state with random changes of every tensor."""
     generator = torch.Generator().manual_seed(seed)
     return state.replace({n: t + std * torch.randn(t.shape, generator=generator) for n, t in state.tensors.items()})
@@ -95,7 +95,7 @@ def test_every_method_on_every_architecture(tmp_path: Path, name: str, kind: str
     if name not in ACTS_AT_ONCE:
         torch.testing.assert_close(logits(live, task), bare, rtol=0, atol=2e-5)
     # load and read are inverse, up to rounding for tensors with an origin
-    state = moved(initial)
+    state = perturb(initial)
     live.load(state)
     for n, tensor in live.read(3).tensors.items():
         torch.testing.assert_close(tensor, state[n], rtol=0, atol=2e-6)
@@ -123,7 +123,7 @@ def test_a_bf16_backbone_trains_float32_tensors(tmp_path: Path, name: str, kind:
             make(tmp_path / "m", kind, task, name, precision="bf16")
         return
     live = make(tmp_path / "m", kind, task, name, precision="bf16")
-    live.load(moved(start(tmp_path / "m", task, name)))
+    live.load(perturb(start(tmp_path / "m", task, name)))
     assert all(p.dtype is torch.float32 for p in live.parameters.values())
     loss_sum(live.model, batch(task), task)[0].backward()
     assert [n for n, p in live.parameters.items() if p.grad is None or not p.grad.any()] == []
@@ -158,7 +158,7 @@ def test_the_folder_opens_with_peft(tmp_path: Path, name: str, kind: str, task: 
     if (name, kind, task.kind) in REFUSED:
         return
     live = make(tmp_path / "m", kind, task, name)
-    live.load(moved(start(tmp_path / "m", task, name)))
+    live.load(perturb(start(tmp_path / "m", task, name)))
     live.save_peft(tmp_path / "adapter")
     if name not in PEFT_KNOWS or (name == "ptuning_v2" and kind in ("distilbert", "t5")):  # of encoders, transformers 5 takes no past
         assert not list((tmp_path / "adapter").iterdir())
@@ -177,7 +177,7 @@ def test_the_folder_opens_with_peft(tmp_path: Path, name: str, kind: str, task: 
 # -- LoRA, rsLoRA, DoRA -----------------------------------------------------------------------------------------------------------------
 
 
-def truncated(state: AdapterState, ranks: dict[str, int]) -> AdapterState:
+def truncate(state: AdapterState, ranks: dict[str, int]) -> AdapterState:
     """The leading rows of A and columns of B, with a scaling of the client's own."""
     tensors = dict(state.tensors)
     for module, rank in ranks.items():
@@ -190,8 +190,8 @@ def truncated(state: AdapterState, ranks: dict[str, int]) -> AdapterState:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_smaller_rank_in_the_slot_is_exact(tmp_path: Path, name: str, kind: str) -> None:
     live = make(tmp_path / "m", kind, CLASSES, name)
-    big = moved(start(tmp_path / "m", CLASSES, name))
-    small = truncated(big, {m: 1 + i % 3 for i, m in enumerate(big.spec.ranks)})
+    big = perturb(start(tmp_path / "m", CLASSES, name))
+    small = truncate(big, {m: 1 + i % 3 for i, m in enumerate(big.spec.ranks)})
     live.load(big)
     live.load(small)
     own = make(tmp_path / "m", kind, CLASSES, name, rank=6, rank_pattern=dict(small.spec.ranks))  # slots of just these ranks
@@ -275,7 +275,7 @@ def test_ia3_scales_keys_values_and_the_inner_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_classifiers_logits_do_not_depend_on_the_padding(tmp_path: Path, name: str, kind: str) -> None:
     live = make(tmp_path / "m", kind, CLASSES, name)
-    live.load(moved(start(tmp_path / "m", CLASSES, name)))
+    live.load(perturb(start(tmp_path / "m", CLASSES, name)))
     data = batch(CLASSES)
     alone = live.model(input_ids=data["input_ids"][1:2, :6], attention_mask=data["attention_mask"][1:2, :6]).logits
     torch.testing.assert_close(logits(live, CLASSES)[1:2], alone, rtol=0, atol=1e-5)
@@ -286,7 +286,7 @@ def test_a_classifiers_logits_do_not_depend_on_the_padding(tmp_path: Path, name:
 def test_generation_continues_the_prompt(tmp_path: Path, name: str, kind: str) -> None:
     checkpoint(tmp_path / "m", kind, seed=5 if kind == "t5" else 0)  # T5's seed 0 has nothing to say
     live = make(tmp_path / "m", kind, ASK, name)
-    live.load(moved(start(tmp_path / "m", ASK, name), std=0.5))
+    live.load(perturb(start(tmp_path / "m", ASK, name), std=0.5))
     texts = ["turn on the light", "set heat", "red lamp in a kitchen"]
     words = tokenizer(pad_token="<unk>" if kind == "t5" else "</s>")  # transformers reads ours wrongly beside a T5 or Qwen2
     prompts = [np.array(ids) for ids in words(texts).input_ids]
@@ -309,7 +309,7 @@ def test_generation_continues_the_prompt(tmp_path: Path, name: str, kind: str) -
 @pytest.mark.parametrize("name", ["prompt", "prefix", "ptuning_v2"])
 def test_virtual_tokens_do_not_count_in_the_loss(tmp_path: Path, name: str) -> None:
     live = make(tmp_path / "m", "llama", CAUSAL, name)
-    live.load(moved(start(tmp_path / "m", CAUSAL, name)))
+    live.load(perturb(start(tmp_path / "m", CAUSAL, name)))
     data = batch(CAUSAL)
     whole = live.model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits[:, -10:]
     labels = data["labels"][:, 1:]

@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "cache" / "fedtune" / "quantised"
 
 
-def quantized(folder: Path, precision: str = "nf4", task: TaskConfig = LM, *, compute: str = "fp32", **changes: Any) -> Backbone:
+def quantized_backbone(folder: Path, precision: str = "nf4", task: TaskConfig = LM, *, compute: str = "fp32", **changes: Any) -> Backbone:
     return load_backbone(hub(folder, precision=precision, compute=compute, **changes), task, num_labels=3)
 
 
@@ -76,7 +76,7 @@ def off(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def dequantized(backbone: Backbone, folder: Path, task: TaskConfig = LM) -> Backbone:
+def dequantized_backbone(backbone: Backbone, folder: Path, task: TaskConfig = LM) -> Backbone:
     """The float32 backbone with the dequantized weights."""
     plain = load_backbone(hub(folder), task, num_labels=3)
     own = linears(plain.model)
@@ -114,7 +114,7 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("kind", quick(CONFIGS, "llama", "gpt2", "albert", "t5"))
 def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     folder, task = wide(tmp_path / kind, kind), task_of(kind)
-    plain, backbone = load_backbone(hub(folder), task, num_labels=3), quantized(folder, precision, task)
+    plain, backbone = load_backbone(hub(folder), task, num_labels=3), quantized_backbone(folder, precision, task)
     own, result = linears(plain.model), linears(backbone.model)
     assert result.keys() == own.keys()
     whole = {n for n, m in result.items() if not quantize.is_quantized(m)}
@@ -126,43 +126,45 @@ def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
         weight = own[name].weight.T if isinstance(own[name], Conv1D) else own[name].weight
         assert off(quantize.weight_of(result[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
     assert not any(p.requires_grad or p.is_meta for p in backbone.model.parameters())
-    assert off(logits(backbone), logits(dequantized(backbone, folder, task))) < 1e-4
+    assert off(logits(backbone), logits(dequantized_backbone(backbone, folder, task))) < 1e-4
     assert backbone.fingerprint == plain.fingerprint  # adapters go between precisions
 
 
 def test_rows_that_are_not_a_multiple_of_a_block_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = wide(tmp_path / "llama", intermediate_size=172)
     with caplog.at_level(logging.WARNING):
-        backbone = quantized(folder)
+        backbone = quantized_backbone(folder)
     assert "2 of 14 linear layers are not quantized, such as 'model.layers.0.mlp.down_proj': its row length of 172" in caplog.text
-    assert off(logits(backbone), logits(dequantized(backbone, folder))) < 1e-4
+    assert off(logits(backbone), logits(dequantized_backbone(backbone, folder))) < 1e-4
     with pytest.raises(ModelError, match=r"no layer of this backbone has a row length that is a multiple of 64 .*: take int8 or bf16"):
-        quantized(checkpoint(tmp_path / "small"))
+        quantized_backbone(checkpoint(tmp_path / "small"))
 
 
 @pytest.mark.parametrize("precision", KINDS)
 def test_the_second_start_reads_the_cache(tmp_path: Path, cache: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = wide(tmp_path / "bert", "bert")
-    first = logits(quantized(folder, precision, CLASSES))
+    first = logits(quantized_backbone(folder, precision, CLASSES))
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1 and not list(cache.glob(".new-*"))
     monkeypatch.setattr(quantize, "_build", None)
-    assert torch.equal(logits(quantized(folder, precision, CLASSES)), first)  # heads, which are not kept, are drawn from the seed again
+    assert torch.equal(
+        logits(quantized_backbone(folder, precision, CLASSES)), first
+    )  # heads, which are not kept, are drawn from the seed again
 
 
 def test_each_setting_has_its_own_entry(tmp_path: Path, cache: Path) -> None:
     folder = wide(tmp_path / "llama")
-    quantized(folder)
-    quantized(folder, compute="bf16")
-    quantized(folder, init="random")
-    quantized(wide(tmp_path / "other", vocab_size=40))
-    quantized(folder, task=CLASSES)
+    quantized_backbone(folder)
+    quantized_backbone(folder, compute="bf16")
+    quantized_backbone(folder, init="random")
+    quantized_backbone(wide(tmp_path / "other", vocab_size=40))
+    quantized_backbone(folder, task=CLASSES)
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 5
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed", "no mark"])
 def test_a_damaged_cache_entry_is_rebuilt(tmp_path: Path, cache: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     folder = wide(tmp_path / "llama")
-    first = logits(quantized(folder))
+    first = logits(quantized_backbone(folder))
     [entry] = [p for p in cache.iterdir() if p.is_dir()]
     file = entry / "model.safetensors"
     raw = bytearray(file.read_bytes())
@@ -174,20 +176,20 @@ def test_a_damaged_cache_entry_is_rebuilt(tmp_path: Path, cache: Path, how: str,
         raw[-1] ^= 1
         file.write_bytes(raw)
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(logits(quantized(folder)), first)
+        assert torch.equal(logits(quantized_backbone(folder)), first)
     assert "cannot be used" in caplog.text and "it is quantized again" in caplog.text
     caplog.clear()
-    quantized(folder)
+    quantized_backbone(folder)
     assert not caplog.text
 
 
 def test_a_missing_cache_folder_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = wide(tmp_path / "llama")
-    first = logits(quantized(folder))
+    first = logits(quantized_backbone(folder))
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(logits(quantized(folder)), first)
+        assert torch.equal(logits(quantized_backbone(folder)), first)
     assert "every start quantizes it again" in caplog.text
 
 
@@ -195,8 +197,8 @@ def test_a_missing_cache_folder_is_logged(tmp_path: Path, caplog: pytest.LogCapt
 @pytest.mark.parametrize("precision", KINDS)
 def test_every_method_trains_as_over_the_dequantized_weights(tmp_path: Path, precision: str, method: str) -> None:
     folder = wide(tmp_path / "llama")
-    backbone, peft = quantized(folder, precision), PeftConfig(method=method, rank=3, tokens=4, bottleneck=5)
-    plain = dequantized(backbone, folder)
+    backbone, peft = quantized_backbone(folder, precision), PeftConfig(method=method, rank=3, tokens=4, bottleneck=5)
+    plain = dequantized_backbone(backbone, folder)
     one, two = LiveAdapter(backbone, peft, LM), LiveAdapter(plain, peft, LM)
     state = random_state(one)
     one.load(state)
@@ -209,8 +211,8 @@ def test_every_method_trains_as_over_the_dequantized_weights(tmp_path: Path, pre
 def test_biases_and_heads_train_too(tmp_path: Path, precision: str, kind: str) -> None:
     folder, task = wide(tmp_path / kind, kind), CLASSES if kind in ENCODERS else LM
     for compute in ("fp32", "bf16"):
-        backbone = quantized(folder, precision, task, compute=compute)
-        plain = dequantized(backbone, folder, task)
+        backbone = quantized_backbone(folder, precision, task, compute=compute)
+        plain = dequantized_backbone(backbone, folder, task)
         one, two = (LiveAdapter(b, PeftConfig(method="bitfit"), task) for b in (backbone, plain))
         state = random_state(one)
         one.load(state)
@@ -220,13 +222,13 @@ def test_biases_and_heads_train_too(tmp_path: Path, precision: str, kind: str) -
 
 def test_full_fine_tuning_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"peft.method=full trains the weights themselves.*take model.precision=fp32"):
-        LiveAdapter(quantized(wide(tmp_path / "llama")), PeftConfig(method="full"), LM)
+        LiveAdapter(quantized_backbone(wide(tmp_path / "llama")), PeftConfig(method="full"), LM)
 
 
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_an_evaluation_does_not_change_the_gradients(tmp_path: Path, precision: str, compute: str) -> None:
-    live = LiveAdapter(quantized(wide(tmp_path / "llama"), precision, compute=compute), PeftConfig(rank=3), LM)
+    live = LiveAdapter(quantized_backbone(wide(tmp_path / "llama"), precision, compute=compute), PeftConfig(rank=3), LM)
     live.load(random_state(live))
     before = gradients(live)
     live.model.eval()
@@ -238,7 +240,7 @@ def test_an_evaluation_does_not_change_the_gradients(tmp_path: Path, precision: 
 @pytest.mark.skipif(not PACKS, reason="this CPU has no layout that a layer would pack itself into")
 def test_the_packing_changes_gradients_without_steady(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The mutation: with the packing that `_steady` disables, the test above fails."""
-    live = LiveAdapter(quantized(wide(tmp_path / "llama")), PeftConfig(), LM)
+    live = LiveAdapter(quantized_backbone(wide(tmp_path / "llama")), PeftConfig(), LM)
     live.load(random_state(live))
     before = gradients(live)
     for module in live.model.modules():
@@ -253,10 +255,10 @@ def test_the_packing_changes_gradients_without_steady(tmp_path: Path, caplog: py
 def test_a_missing_kernel_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "_why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
     with pytest.raises(ModelError, match=r"^model.precision=nf4: .* this machine's cpu \(no symbol\); take model.precision=int8 or bf16$"):
-        quantized(wide(tmp_path / "llama"))
+        quantized_backbone(wide(tmp_path / "llama"))
     monkeypatch.setattr(quantize, "_why_not", lambda *_: "no symbol")
     with pytest.raises(ModelError, match=r"take model.precision=bf16$"):
-        quantized(wide(tmp_path / "llama2"))
+        quantized_backbone(wide(tmp_path / "llama2"))
 
 
 def test_missing_weights_are_refused_and_not_cached(tmp_path: Path, cache: Path) -> None:
@@ -264,7 +266,7 @@ def test_missing_weights_are_refused_and_not_cached(tmp_path: Path, cache: Path)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 3}))
     with pytest.raises(ModelError, match=r"'model.layers.2.input_layernorm.weight' is missing from .* do not belong together"):
-        quantized(folder)
+        quantized_backbone(folder)
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
 
@@ -273,7 +275,7 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path, precision: str) -> No
     folder = wide(tmp_path / "llama")
     states, results = [], []
     for on in (False, True):
-        live = LiveAdapter(quantized(folder, precision, checkpointing=on), PeftConfig(rank=3), LM)
+        live = LiveAdapter(quantized_backbone(folder, precision, checkpointing=on), PeftConfig(rank=3), LM)
         states.append(random_state(live))
         live.load(states[0])
         results.append(gradients(live))

@@ -21,11 +21,11 @@ from tests.models.test_quantize import (  # noqa: F401  cache: a fixture
     KINDS,
     LM,
     cache,
-    dequantized,
+    dequantized_backbone,
     gradients,
     logits,
     off,
-    quantized,
+    quantized_backbone,
     random_state,
     wide,
     worst,
@@ -50,8 +50,8 @@ def shift(live: LiveAdapter, version: int, size: float) -> AdapterState:
 @pytest.mark.parametrize("rank", [2, 40])  # 40: two shifts' factors are larger than the matrices
 def test_shifts_are_side_branches_of_quantized_layers(tmp_path: Path, precision: str, kind: str, rank: int) -> None:
     folder = wide(tmp_path / kind, kind)
-    backbone = quantized(folder, precision)
-    plain = dequantized(backbone, folder)
+    backbone = quantized_backbone(folder, precision)
+    plain = dequantized_backbone(backbone, folder)
     bare = logits(backbone)
     one, two = LiveAdapter(backbone, PeftConfig(rank=rank), LM), LiveAdapter(plain, PeftConfig(rank=rank), LM)
     mine, theirs = FrozenWeights(backbone.model), FrozenWeights(plain.model)
@@ -64,14 +64,14 @@ def test_shifts_are_side_branches_of_quantized_layers(tmp_path: Path, precision:
     assert off(logits(backbone), bare) > 0.1
     assert off(logits(backbone), logits(plain)) < 1e-4
     assert worst(gradients(one), gradients(two)) < 1e-4
-    mine.reset(quantized(folder, precision).model)
+    mine.reset(quantized_backbone(folder, precision).model)
     with one.disabled():
         assert torch.equal(logits(backbone), bare) and mine.versions == ()
 
 
 def test_no_shift_is_too_small_for_four_bits(tmp_path: Path) -> None:
     folder = wide(tmp_path / "llama")
-    backbone = quantized(folder, compute="bf16")
+    backbone = quantized_backbone(folder, compute="bf16")
     live, frozen = LiveAdapter(backbone, PeftConfig(rank=2), LM), FrozenWeights(backbone.model)
     layer = live.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer
     x = torch.randn(5, 64, dtype=torch.bfloat16)
@@ -86,7 +86,7 @@ def test_no_shift_is_too_small_for_four_bits(tmp_path: Path) -> None:
 
 
 def narrow(folder: Path, precision: str) -> LiveAdapter:
-    live = LiveAdapter(quantized(folder, precision, compute="bf16"), PeftConfig(rank=3), LM)
+    live = LiveAdapter(quantized_backbone(folder, precision, compute="bf16"), PeftConfig(rank=3), LM)
     live.load(random_state(live))
     live.model.train()
     return live
@@ -154,7 +154,7 @@ def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_shift_of_another_shape_is_refused(tmp_path: Path) -> None:
-    backbone = quantized(wide(tmp_path / "llama"))
+    backbone = quantized_backbone(wide(tmp_path / "llama"))
     live, frozen = LiveAdapter(backbone, PeftConfig(rank=2), LM), FrozenWeights(backbone.model)
     module = "model.layers.0.mlp.up_proj"
     good = shift(live, 1, 0.1)
@@ -170,7 +170,7 @@ def test_an_adapter_trained_on_nf4_is_merged_into_float32(tmp_path: Path) -> Non
     from fedtune.export.huggingface import export_hf
 
     folder = wide(tmp_path / "llama")
-    live = LiveAdapter(quantized(folder), PeftConfig(rank=3), LM)
+    live = LiveAdapter(quantized_backbone(folder), PeftConfig(rank=3), LM)
     state = random_state(live)
     live.load(state)
     live.save_peft(tmp_path / "adapter")

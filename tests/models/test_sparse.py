@@ -43,7 +43,7 @@ def first(folder: Path, task: TaskConfig, **changes: Any) -> AdapterState:
     return strategy(**changes).start(initial).adapter
 
 
-def moved(state: AdapterState, *, std: float = 0.2, seed: int = 0) -> AdapterState:
+def perturb(state: AdapterState, *, std: float = 0.2, seed: int = 0) -> AdapterState:
     gen = torch.Generator().manual_seed(seed)
     noise = {n: t + std * torch.randn(t.shape, generator=gen) for n, t in state.tensors.items() if t.is_floating_point()}
     return state.replace({**state.tensors, **noise})
@@ -88,7 +88,7 @@ def test_zeros_are_the_backbone_for_every_lora_state(tmp_path: Path, kind: str, 
     start = initial_adapter(hub(tmp_path / "m"), task, PEFT, num_labels=3, seed=5)
     live.load(start)
     bare = logits(live)
-    filled = moved(start)
+    filled = perturb(start)
     live.load(filled)
     adapted = logits(live)
     state = first(tmp_path / "m", task)
@@ -143,7 +143,7 @@ def assert_switch_changes_nothing(folder: Path, kind: str, task: TaskConfig, sta
     live = make(folder, kind, task)
     server = strategy(mode="corrected")
     start = server.start(initial_adapter(hub(folder), task, PEFT, num_labels=3, seed=5).replace(base=live.backbone.fingerprint))
-    trained = moved(state or start.adapter).replace(base=live.backbone.fingerprint)
+    trained = perturb(state or start.adapter).replace(base=live.backbone.fingerprint)
     slot = SparseSlot(live, trained.spec)
     slot.load(trained)
     before = logits(slot)
@@ -270,13 +270,13 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_another_mask_replaces_the_first_slot(tmp_path: Path) -> None:
     live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL)
     one, two = SparseSlot(live, state.spec), SparseSlot(live, state.replace(mask="8").spec)
-    one.load(moved(state))
+    one.load(perturb(state))
     wanted = logits(one)
     two.load(state.replace(mask="8"))
     zero = logits(two)
     one.release()  # not its values: nothing happens
     assert torch.equal(logits(two), zero) and not torch.equal(zero, wanted)
-    one.load(moved(state))
+    one.load(perturb(state))
     assert torch.equal(logits(one), wanted)
 
 

@@ -32,7 +32,7 @@ def texts(*lengths: int) -> list[Example]:
     return [Example(r, r) for r in rows]
 
 
-def asked(prompt: torch.Tensor, answer: torch.Tensor, text: str) -> Example:
+def prompt_example(prompt: torch.Tensor, answer: torch.Tensor, text: str) -> Example:
     ids = torch.cat([prompt, answer]).numpy().astype(np.int32)
     labels = ids.copy()
     labels[: len(prompt)] = -100
@@ -68,7 +68,7 @@ def test_loss_sum_over_count_is_the_mean_loss_of_transformers(tmp_path: Path, ki
 def test_loss_sum_of_instructions_counts_the_answer_only(tmp_path: Path) -> None:
     model = load(tmp_path / "m", "llama", INSTRUCTION).model
     ids = token_ids(1, 7)[0]
-    total, count = loss_sum(model, collate([asked(ids[:4], ids[4:], "")], 1), INSTRUCTION)
+    total, count = loss_sum(model, collate([prompt_example(ids[:4], ids[4:], "")], 1), INSTRUCTION)
     logs = model(ids[None]).logits[0].log_softmax(-1)
     # by hand: tokens 4, 5, 6 are predicted at positions 3, 4, 5
     assert count == 3
@@ -128,7 +128,7 @@ def test_exact_match_agrees_with_greedy_decoding_by_hand(tmp_path: Path, kind: s
     assert len(set(answers)) > 1
     # the right answer with white space around it for the first four, a wrong one for the last two
     texts_ = [f" {a}\n" if i < 4 else a + " lamp" for i, a in enumerate(answers)]
-    rows = [asked(p, token_ids(1, 2)[0], a) for p, a in zip(prompts, texts_, strict=True)]
+    rows = [prompt_example(p, token_ids(1, 2)[0], a) for p, a in zip(prompts, texts_, strict=True)]
     assert generate_answers(model, words, rows, INSTRUCTION, batch_size=4) == answers
     assert evaluate(model, words, rows, INSTRUCTION, batch_size=4)["exact_match"] == pytest.approx(4 / 6)
 
@@ -165,7 +165,7 @@ def test_decisions_of_one_forward_pass_agree_with_generation(tmp_path: Path) -> 
         answer = by_hand(model, prompt, eos, 6)
         # right answers (cut ones among them), right beginnings, wrong ends, and wrong from the start
         wanted = (answer, answer[:-1], [*answer[:-1], 4], [5, *answer])[i % 4]
-        rows.append(asked(prompt, torch.tensor([*wanted, eos]), words.decode(wanted, skip_special_tokens=True)))
+        rows.append(prompt_example(prompt, torch.tensor([*wanted, eos]), words.decode(wanted, skip_special_tokens=True)))
     generated = generate_answers(model, words, rows, INSTRUCTION, batch_size=5)
     hits = sum(g == e.answer.strip() for g, e in zip(generated, rows, strict=True))
     assert 0 < hits < 24
@@ -201,14 +201,14 @@ def test_generation_stops_at_any_end_token_and_ignores_the_sampling_defaults_of_
     defaults = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "eos_token_id": [1, free[2]]}
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(defaults))
     backbone = load_backbone(hub(tmp_path / "m"), INSTRUCTION)
-    rows = [asked(prompt, token_ids(1, 1)[0], "")]
+    rows = [prompt_example(prompt, token_ids(1, 1)[0], "")]
     assert generate_answers(backbone.model, backbone.tokenizer, rows, INSTRUCTION, batch_size=1) == [backbone.tokenizer.decode(free[:3])]
 
 
 def test_an_instruction_task_without_generation_reports_the_answer_loss(tmp_path: Path) -> None:
     task = TaskConfig(kind="instruction", max_length=32, generate=False)
     backbone = load(tmp_path / "m", "llama", task)
-    rows = [asked(token_ids(1, 3)[0], token_ids(1, 2)[0], "on off")]
+    rows = [prompt_example(token_ids(1, 3)[0], token_ids(1, 2)[0], "on off")]
     assert set(evaluate(backbone.model, backbone.tokenizer, rows, task, batch_size=4)) == {"loss", "perplexity"}
 
 
@@ -254,7 +254,7 @@ def test_the_mode_is_restored_and_training_works_after_an_evaluation(tmp_path: P
     backbone = load(tmp_path / "m", "llama", INSTRUCTION)
     live = LiveAdapter(backbone, PeftConfig(rank=2), INSTRUCTION)
     live.model.train(training)
-    rows = [asked(token_ids(1, 3)[0], token_ids(1, 2)[0], "on")]
+    rows = [prompt_example(token_ids(1, 3)[0], token_ids(1, 2)[0], "on")]
     evaluate(live.model, backbone.tokenizer, rows, INSTRUCTION, batch_size=4)
     assert live.model.training is training
     loss_sum(live.model, collate(rows, 1), INSTRUCTION)[0].backward()

@@ -49,7 +49,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         each.stop()
 
 
-def said(reply: Message) -> ConfigRecord:
+def status_of(reply: Message) -> ConfigRecord:
     assert reply.has_content(), reply.error
     return reply.content.config_records["said"]
 
@@ -74,10 +74,10 @@ def test_one_warm_child_answers_all_messages_and_its_prints_do_not_interfere(mak
     child = make()
     assert child.pid is None  # it starts when the first message comes
     replies = [child.answer(order(do, kind), 7) for do, kind in (("a", "query"), ("read", "train"), ("c", "evaluate"))]
-    assert [said(r)["seen"] for r in replies] == ["a", "a read", "a read c"] and all(said(r)["pid"] == child.pid for r in replies)
-    assert said(replies[0])["ids"] == "5 7 5 7"  # run and node of the message, as context and as the process's identity
-    assert said(replies[0])["node"] == "{'partition-id': 0, 'num-partitions': 1}"
-    assert said(replies[0])["settings"] == "straße"
+    assert [status_of(r)["seen"] for r in replies] == ["a", "a read", "a read c"] and all(status_of(r)["pid"] == child.pid for r in replies)
+    assert status_of(replies[0])["ids"] == "5 7 5 7"  # run and node of the message, as context and as the process's identity
+    assert status_of(replies[0])["node"] == "{'partition-id': 0, 'num-partitions': 1}"
+    assert status_of(replies[0])["settings"] == "straße"
     assert replies[1].metadata.reply_to_message_id == "read-train" and replies[1].metadata.dst_node_id == 1
     assert np.array_equal(replies[2].content.array_records["a"]["w"].numpy(), [0, 1, 2])
     log = (tmp_path / "logs" / "worker.log").read_text()
@@ -87,7 +87,7 @@ def test_one_warm_child_answers_all_messages_and_its_prints_do_not_interfere(mak
     assert reason(child.answer(order("memory"), 7)) == "MemoryError: no room"
     error = reason(child.answer(order("a", node_id=9), 7))
     assert error == "the message is addressed to another node: the server mixes up its clients"
-    assert said(child.answer(order("still"), 7))["lives"] == 1  # none of that cost a child
+    assert status_of(child.answer(order("still"), 7))["lives"] == 1  # none of that cost a child
 
 
 @pytest.mark.slow
@@ -102,14 +102,14 @@ def test_twenty_megabytes_pass_the_pipes_in_both_directions(make: Make) -> None:
 @pytest.mark.slow
 def test_a_new_child_gets_the_last_hello_and_the_message_again(make: Make) -> None:
     child = make()
-    assert said(child.answer(order("old", "query"), 7))["lives"] == 1
-    assert said(child.answer(order("hello", "query"), 7))["lives"] == 1
-    reply = said(child.answer(order("kill-once 9"), 7))
+    assert status_of(child.answer(order("old", "query"), 7))["lives"] == 1
+    assert status_of(child.answer(order("hello", "query"), 7))["lives"] == 1
+    reply = status_of(child.answer(order("kill-once 9"), 7))
     assert reply["lives"] == 2 and reply["seen"] == "hello kill-once 9"
-    assert said(child.answer(order("again", "query"), 7))["seen"] == "hello kill-once 9 again"
+    assert status_of(child.answer(order("again", "query"), 7))["seen"] == "hello kill-once 9 again"
     assert child.pid
     os.kill(child.pid, signal.SIGKILL)  # between two messages
-    assert said(child.answer(order("after"), 7))["seen"] == "again after"
+    assert status_of(child.answer(order("after"), 7))["seen"] == "again after"
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_a_message_that_kills_two_children_is_an_error_with_the_cause_of_death(m
     ):
         reply = child.answer(order(do), 7)
         assert reason(reply) == f"the client's worker died 2 times on this message: {how} (its log is worker.log)"
-    assert said(child.answer(order("later"), 7))["lives"] == 7  # a fresh one, after 3 x 2
+    assert status_of(child.answer(order("later"), 7))["lives"] == 7  # a fresh one, after 3 x 2
 
 
 @pytest.mark.slow
@@ -255,11 +255,11 @@ def test_a_payload_over_the_limit_is_not_written(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_a_message_too_large_for_a_frame_is_an_error_reply_and_costs_no_child(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     child = make()
-    assert said(child.answer(order("a"), 7))["lives"] == 1
+    assert status_of(child.answer(order("a"), 7))["lives"] == 1
     monkeypatch.setattr(frames, "LARGEST", 1000)
     assert "too large for the worker" in reason(child.answer(order("a", size=5000), 7))
     monkeypatch.undo()
-    assert said(child.answer(order("b"), 7))["lives"] == 1
+    assert status_of(child.answer(order("b"), 7))["lives"] == 1
 
 
 @pytest.mark.slow

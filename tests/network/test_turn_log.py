@@ -24,7 +24,7 @@ def identity() -> None:
     flower.identify_process(1)
 
 
-def asked(kind: str, round: int = 3, numbers: int = 100_000, **records: Any) -> Message:
+def request_message(kind: str, round: int = 3, numbers: int = 100_000, **records: Any) -> Message:
     content: dict[str, Any] = {n: ConfigRecord({"json": json.dumps(v)}) for n, v in records.items()}
     if numbers:
         content["adapter"] = ArrayRecord({"w": Array(np.zeros(numbers, np.float32))})
@@ -33,7 +33,7 @@ def asked(kind: str, round: int = 3, numbers: int = 100_000, **records: Any) -> 
     return message
 
 
-def answered(message: Message, numbers: int = 50_000, **records: Any) -> Message:
+def reply_message(message: Message, numbers: int = 50_000, **records: Any) -> Message:
     content: dict[str, Any] = {n: ConfigRecord({"json": json.dumps(v)}) for n, v in records.items()}
     if numbers:
         content["adapter"] = ArrayRecord({"w": Array(np.zeros(numbers, np.float32))})
@@ -41,8 +41,8 @@ def answered(message: Message, numbers: int = 50_000, **records: Any) -> Message
 
 
 def turn(metrics: dict[str, float], steps: int) -> tuple[str, dict[str, Any]]:
-    message = asked("train")
-    return describe(message, answered(message, update={"metrics": metrics, "measurements": {"steps": steps}}), 4.123)
+    message = request_message("train")
+    return describe(message, reply_message(message, update={"metrics": metrics, "measurements": {"steps": steps}}), 4.123)
 
 
 def test_a_turn_logs_its_round_steps_seconds_loss_and_bytes() -> None:
@@ -58,8 +58,8 @@ def test_the_line_of_a_private_turn_and_of_a_turn_without_steps() -> None:
 
 
 def test_an_evaluation_logs_its_scores() -> None:
-    message = asked("evaluate")
-    sentence, fields = describe(message, answered(message, 0, metrics={"loss": 1.25, "exact_match": 0.5}), 0.26)
+    message = request_message("evaluate")
+    sentence, fields = describe(message, reply_message(message, 0, metrics={"loss": 1.25, "exact_match": 0.5}), 0.26)
     assert sentence == "round 3: evaluated in 0.3 s: exact_match 0.5, loss 1.25; 0.40 MB down, 0.00 MB up"
     assert fields["exact_match"] == 0.5
 
@@ -75,14 +75,14 @@ def test_an_evaluation_logs_its_scores() -> None:
     ],
 )
 def test_the_clients_own_refusal_is_logged(kind: str, bad: Exception, sentence: str) -> None:
-    message = asked(kind)
+    message = request_message(kind)
     line, fields = describe(message, decline_reply(message, bad), 0.1)
     assert line == sentence and fields["why"] in sentence
 
 
 def test_a_hello_logs_the_run_the_name_and_the_device() -> None:
-    message = asked("query", hello={"run": "trial\x1b[2J"}, numbers=0)
-    reply = answered(message, 0, hello={"client": "anna", "examples": 12, "held_out": 3, "device": "1 core: fp32"})
+    message = request_message("query", hello={"run": "trial\x1b[2J"}, numbers=0)
+    reply = reply_message(message, 0, hello={"client": "anna", "examples": 12, "held_out": 3, "device": "1 core: fp32"})
     sentence, _ = describe(message, reply, 0.1)
     assert sentence == "takes part in run trial [2J as client anna, with 12 training rows and 3 held-out rows; this device: 1 core: fp32"
 
@@ -91,12 +91,12 @@ def test_an_error_and_an_unknown_group_are_logged_without_node_ids() -> None:
     message = Message(RecordDict({}), NODE, "train", group_id="\x1b[2J")
     flower.stamp(message)
     assert describe(message, Message(Error(1, "two children died"), reply_to=message), 0.1)[0] == "could not answer: two children died"
-    assert describe(message, answered(message, 0), 0.1)[0].startswith("scored its rows")
+    assert describe(message, reply_message(message, 0), 0.1)[0].startswith("scored its rows")
 
 
 def test_the_command_writes_the_line_to_the_terminal_and_to_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = asked("train")
-    reply = answered(message, update={"metrics": {"train_loss": 0.5}, "measurements": {"steps": 2}})
+    message = request_message("train")
+    reply = reply_message(message, update={"metrics": {"train_loss": 0.5}, "measurements": {"steps": 2}})
 
     def answer() -> Message:
         time.sleep(0.06)

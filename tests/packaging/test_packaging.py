@@ -30,7 +30,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     return PARSERS[Path(words[0]).name]().parse_args(words[1:])
 
 
-def joined(text: str) -> Iterator[str]:
+def logical_lines(text: str) -> Iterator[str]:
     """Logical lines without comments."""
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     return (line.strip() for line in lines.replace("\\\n", " ").splitlines() if line.strip())
@@ -41,7 +41,7 @@ def joined(text: str) -> Iterator[str]:
 
 def unit(path: Path) -> dict[str, list[str]]:
     results: dict[str, list[str]] = {}
-    for line in joined(path.read_text()):
+    for line in logical_lines(path.read_text()):
         if not line.startswith("["):
             key, _, value = line.partition("=")
             results.setdefault(key, []).append(value)
@@ -94,7 +94,7 @@ INSTRUCTIONS = {"FROM", "COPY", "RUN", "ENV", "USER", "WORKDIR", "VOLUME", "EXPO
 
 @pytest.mark.parametrize("path", IMAGES, ids=lambda p: p.suffix[1:])
 def test_an_image_is_built_from_existing_files(path: Path) -> None:
-    steps = [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in joined(path.read_text())]
+    steps = [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in logical_lines(path.read_text())]
     assert {name for name, _ in steps} <= INSTRUCTIONS  # no ADD, no ARG that could carry a secret
     stages = [rest.split() for name, rest in steps if name == "FROM"]
     for image, *_ in stages:

@@ -15,7 +15,7 @@ from fedtune.privacy import samples
 from fedtune.privacy.dpsgd import PrivateGradient, clipped_sum, sampling_rate
 from fedtune.privacy.noise import Seeded
 from tests.models.build import VOCABULARY
-from tests.privacy.test_samples import LM, built
+from tests.privacy.test_samples import LM, perturbed_adapter
 from tests.quick import quick
 
 
@@ -63,12 +63,12 @@ def examples(count: int) -> list[Example]:
 
 
 def gradient(tmp_path: Path, rows: list[Example], way: Any = samples.looped, **changes: Any) -> dict[str, torch.Tensor]:
-    with opened(tmp_path, rows, way, **changes) as made:
-        return made.step()
+    with private_gradient(tmp_path, rows, way, **changes) as private:
+        return private.step()
 
 
-def opened(tmp_path: Path, rows: list[Example], way: Any = samples.looped, **changes: Any) -> PrivateGradient:
-    live = built(tmp_path / "m", "llama", "lora", LM)
+def private_gradient(tmp_path: Path, rows: list[Example], way: Any = samples.looped, **changes: Any) -> PrivateGradient:
+    live = perturbed_adapter(tmp_path / "m", "llama", "lora", LM)
     given = {"clip": 0.7, "noise": 0.0, "batch": 4, "at_once": 3, "source": Seeded(0), "way": way, **changes}
     return PrivateGradient(
         live, list(live.parameters), LM, rows=len(rows), batch_of=lambda some: collate([rows[i] for i in some], 1), **given
@@ -88,8 +88,8 @@ class Chosen(Seeded):
 
 def test_without_noise_and_clip_it_is_the_mean_gradient(tmp_path: Path) -> None:
     rows = examples(4)
-    with opened(tmp_path, rows, clip=1e9, batch=4) as made:
-        step, live = made.step(), made._live
+    with private_gradient(tmp_path, rows, clip=1e9, batch=4) as private:
+        step, live = private.step(), private._live
     with samples.looped(live, list(live.parameters), LM) as grads:
         single = [grads(collate([r], 1)) for r in rows]
     for n, g in step.items():
@@ -108,8 +108,8 @@ def test_removing_one_row_of_a_real_model_moves_the_sum_by_at_most_c(tmp_path: P
 
 
 def test_an_empty_sample_is_pure_noise(tmp_path: Path) -> None:
-    with opened(tmp_path, examples(6), noise=2.0, clip=0.5, source=Chosen()) as made:
-        drawn = torch.cat([g.flatten() for _ in range(12) for g in made.step().values()])
+    with private_gradient(tmp_path, examples(6), noise=2.0, clip=0.5, source=Chosen()) as private:
+        drawn = torch.cat([g.flatten() for _ in range(12) for g in private.step().values()])
     # std σ·C / B = 2 · .5 / 4
     assert len(drawn) > 16_000 and float(drawn.std()) == pytest.approx(0.25, rel=0.01) and abs(float(drawn.mean())) < 0.01
 
@@ -140,15 +140,15 @@ class Small:
 @pytest.mark.parametrize("since", [0, 1])
 def test_out_of_memory_halves_the_pass_and_keeps_sample_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: int) -> None:
     rows, settings = examples(20), {"noise": 1.3, "batch": 12, "way": samples.hooked}
-    with opened(tmp_path / "a", rows, at_once=6, **settings) as whole:
+    with private_gradient(tmp_path / "a", rows, at_once=6, **settings) as whole:
         wanted = [whole.step(), whole.step()]
     small = Small(3, since)
     monkeypatch.setattr(samples, "_losses", small)
-    with opened(tmp_path / "b", rows, at_once=6, **settings) as made:
-        got = [made.step(), made.step()]
+    with private_gradient(tmp_path / "b", rows, at_once=6, **settings) as private:
+        got = [private.step(), private.step()]
     # what went through before is kept, and nothing is counted twice
     tried, again = small.sizes[since : since + 2]
-    assert made.out_of_memory == 1 and tried > 3 and again == made.at_once == tried // 2
+    assert private.out_of_memory == 1 and tried > 3 and again == private.at_once == tried // 2
     for before, after in zip(wanted, got, strict=True):
         for n, g in before.items():
             torch.testing.assert_close(after[n], g, rtol=1e-4, atol=1e-6)
@@ -156,10 +156,10 @@ def test_out_of_memory_halves_the_pass_and_keeps_sample_and_noise(tmp_path: Path
 
 def test_a_private_row_that_exceeds_memory_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "_losses", Small(0))
-    with opened(tmp_path, examples(6), way=samples.hooked, source=Chosen(0, 1, 2, 3, 4)) as made:
+    with private_gradient(tmp_path, examples(6), way=samples.hooked, source=Chosen(0, 1, 2, 3, 4)) as private:
         with pytest.raises(Decline, match=r"^out of memory with a single row in a private turn") as bad:
-            made.step()
-        assert bad.value.kind == "memory" and made.out_of_memory == 2  # 3 → 1 → none
+            private.step()
+        assert bad.value.kind == "memory" and private.out_of_memory == 2  # 3 → 1 → none
 
 
 def test_other_errors_are_not_treated_as_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +167,10 @@ def test_other_errors_are_not_treated_as_out_of_memory(tmp_path: Path, monkeypat
         raise ValueError("broken")
 
     monkeypatch.setattr(samples, "_losses", broken)
-    with opened(tmp_path, examples(6), source=Chosen(0, 1)) as made, pytest.raises(ValueError, match="broken"):
-        made.step()
+    with private_gradient(tmp_path, examples(6), source=Chosen(0, 1)) as private, pytest.raises(ValueError, match="broken"):
+        private.step()
 
 
 def test_a_client_with_few_rows_samples_all(tmp_path: Path) -> None:
     assert sampling_rate(3, 8) == 1.0 and sampling_rate(80, 8) == 0.1
-    assert opened(tmp_path, examples(3), batch=8, clip=1e9)._expected == 3.0
+    assert private_gradient(tmp_path, examples(3), batch=8, clip=1e9)._expected == 3.0

@@ -90,7 +90,7 @@ def test_without_privacy_a_device_depends_on_its_rows(tmp_path: Path, real: bool
 @pytest.mark.parametrize(("kind", "devices"), quick([("record", False), ("record", True), ("user", True)], ("record", True)))
 def test_a_run_reports_the_same_numbers_for_neighbors(tmp_path: Path, kind: str, devices: bool) -> None:
     device_config = DevicesConfig(classes={"phone": SLOW}, deadline_s=20.0) if devices else DevicesConfig()
-    one, two = (reported(config) for config in neighbors(tmp_path, kind, devices=device_config))
+    one, two = (server_metrics(config) for config in neighbors(tmp_path, kind, devices=device_config))
     assert len(one) == 8 and one == two
     assert all({"epsilon", "dp_noise", "steps", "lr_sum"} <= r.keys() and not {"seconds", "train_loss"} & r.keys() for r in one)
 
@@ -105,11 +105,11 @@ def test_a_private_turn_counts_a_row_that_is_too_short_to_learn_from(tmp_path: P
     long, short = (len(Workspace(config).examples("c0", "train")) for config in pair)
     assert (long, short) == ((8, 7) if kind == "none" else (8, 8))
     if kind == "record":
-        one, two = map(reported, pair)
+        one, two = map(server_metrics, pair)
         assert len(one) == 4 and one == two  # steps and ε follow from the count
 
 
-def reported(config: Config) -> list[dict[str, Any]]:
+def server_metrics(config: Config) -> list[dict[str, Any]]:
     """The server's metrics of each turn of a run without dropped turns."""
     records = [r for r in read_metrics(simulate(config)) if r["client"] is not None and r["round"] > 0]
     assert not any("dropped" in r for r in records)

@@ -24,7 +24,7 @@ ANSWERS = TaskConfig(kind="instruction", max_length=12, max_new_tokens=4)
 CLASSES = TaskConfig(kind="classification", max_length=12)
 
 
-def built(folder: Path, kind: str, method: str, task: TaskConfig, **changes: Any) -> LiveAdapter:
+def perturbed_adapter(folder: Path, kind: str, method: str, task: TaskConfig, **changes: Any) -> LiveAdapter:
     """With every tensor perturbed: LoRA's B starts at zero, where half of the gradients would be zero too."""
     with quiet():
         backbone = load_backbone(hub(checkpoint(folder, kind)), task, num_labels=3 if task is CLASSES else 0)
@@ -110,7 +110,7 @@ QUICK = [case for case in CASES if case[1] in ("llama", "albert") or case[0] == 
 
 @pytest.mark.parametrize(("method", "kind", "task", "way"), quick(CASES, *QUICK), ids=[f"{m}-{k}-{t.kind}" for m, k, t, _ in CASES])
 def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
-    live = built(tmp_path / "m", kind, method, task)
+    live = perturbed_adapter(tmp_path / "m", kind, method, task)
     names, batch, before = list(live.parameters), rows(task, live.backbone.seq2seq), hooks(live)
     chosen = samples.find_way(live, names, task)
     if way is not None:
@@ -127,14 +127,14 @@ def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, w
 
 
 def test_the_loop_matches_single_backward_passes(tmp_path: Path) -> None:
-    live = built(tmp_path / "m", "llama", "lora", LM)
+    live = perturbed_adapter(tmp_path / "m", "llama", "lora", LM)
     with samples.looped(live, list(live.parameters), LM) as grads:
         assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
 
 
 @pytest.mark.slow
 def test_a_part_of_the_tensors(tmp_path: Path) -> None:
-    live = built(tmp_path / "m", "llama", "dora", LM)
+    live = perturbed_adapter(tmp_path / "m", "llama", "dora", LM)
     names = [n for n in live.parameters if n.endswith(".lora_B")]
     for n, p in live.parameters.items():
         p.requires_grad_(n in names)
@@ -144,7 +144,7 @@ def test_a_part_of_the_tensors(tmp_path: Path) -> None:
 
 
 def test_a_summed_gradient_is_refused(tmp_path: Path) -> None:
-    live = built(tmp_path / "m", "llama", "prompt", LM)
+    live = perturbed_adapter(tmp_path / "m", "llama", "prompt", LM)
     # the prompt's embedding is looked up once for all rows: Opacus gives (1, tokens, width), whose norm is not any row's
     with (
         pytest.raises(ModelError, match="one gradient per row: 4 rows, 1 gradients"),
@@ -155,7 +155,7 @@ def test_a_summed_gradient_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["scaled", "shared"])
 def test_an_incorrect_method_is_not_selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    live, right = built(tmp_path / "m", "llama", "lora", LM), GradSampleModule.capture_backprops_hook
+    live, right = perturbed_adapter(tmp_path / "m", "llama", "lora", LM), GradSampleModule.capture_backprops_hook
 
     def damaged(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
         right(self, module, *args, **kwargs)
@@ -168,7 +168,7 @@ def test_an_incorrect_method_is_not_selected(tmp_path: Path, monkeypatch: pytest
 
 
 def test_selecting_a_method_has_no_side_effects(tmp_path: Path) -> None:
-    live = built(tmp_path / "m", "llama", "lora", LM, dropout=0.5)
+    live = perturbed_adapter(tmp_path / "m", "llama", "lora", LM, dropout=0.5)
     before, state = {n: p.detach().clone() for n, p in live.parameters.items()}, torch.random.get_rng_state()
     assert samples.find_way(live, list(live.parameters), LM) is samples.hooked
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -177,7 +177,7 @@ def test_selecting_a_method_has_no_side_effects(tmp_path: Path) -> None:
 
 
 def test_dropout_differs_from_row_to_row(tmp_path: Path) -> None:
-    live = built(tmp_path / "m", "llama", "dora", LM, dropout=0.5)
+    live = perturbed_adapter(tmp_path / "m", "llama", "dora", LM, dropout=0.5)
     same = {n: t[:1].expand(4, *t.shape[1:]) for n, t in rows(LM).items()}
     with samples.mapped(live, list(live.parameters), LM) as grads:
         got = next(iter(grads(same).values()))
@@ -186,7 +186,7 @@ def test_dropout_differs_from_row_to_row(tmp_path: Path) -> None:
 
 def test_a_prompt_on_a_quantized_backbone_uses_the_loop(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    live = built(tmp_path / "m", "llama", "prompt", LM)
+    live = perturbed_adapter(tmp_path / "m", "llama", "prompt", LM)
     for layer in live.backbone.model.model.layers:
         old = layer.mlp.down_proj
         layer.mlp.down_proj = bnb.nn.Linear4bit(24, 16, bias=False, quant_type="nf4", compute_dtype=torch.float32).requires_grad_(False)
@@ -213,7 +213,7 @@ def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
         assert apart(grads(batch), wanted) < 0.03
 
 
-def quantized(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
+def quantized_adapter(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
     """Like `built`, with biases and a backbone whose weight rows are multiples of 64."""
     config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
     settings = hub(checkpoint(folder, "qwen2", config=config), precision=precision, compute="fp32")
@@ -241,7 +241,7 @@ def test_each_method_over_a_quantized_backbone(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    live, batch = quantized(tmp_path / "m", method, task, precision), rows(task)
+    live, batch = quantized_adapter(tmp_path / "m", method, task, precision), rows(task)
     names = list(live.parameters)
     wanted = one_by_one(live, batch, task)
     with samples.find_way(live, names, task)(live, names, task) as grads:
@@ -252,7 +252,7 @@ def test_each_method_over_a_quantized_backbone(
 def test_the_loop_is_used_if_int8_depends_on_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = pytest.importorskip("bitsandbytes").autograd._functions
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    live = quantized(tmp_path / "m", "lora", LM, "int8")
+    live = quantized_adapter(tmp_path / "m", "lora", LM, "int8")
     names = list(live.parameters)
     assert samples.find_way(live, names, LM) is samples.hooked  # on a CPU rows do not meet
     layer = next(m for n, m in live.model.named_modules() if n.endswith("down_proj.base_layer"))

@@ -12,7 +12,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies import bulyan as module
 from fedtune.strategies.bulyan import Bulyan
-from tests.strategies.updates import alone, close, drawn, plain, regauged, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, regauged, update
 
 LINE = (0.0, 1.0, 2.5, 4.5, 7.0, 10.0, 1000.0)
 
@@ -29,20 +29,20 @@ def test_by_hand() -> None:
 def test_plain_tensors_are_aggregated_as_flower_does() -> None:
     for seed in range(5):
         values = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed)).tolist()
-        theirs = alone(flower.Bulyan(num_malicious_nodes=1), [_flower.reply({"w": torch.tensor(v)}, 1) for v in values])
+        theirs = flower_result(flower.Bulyan(num_malicious_nodes=1), [_flower.reply({"w": torch.tensor(v)}, 1) for v in values])
         updates = [update(f"c{i}", plain(*v), i + 1) for i, v in enumerate(values)]
         out = Bulyan().aggregate(1, ServerState(adapter=plain(*[0.0] * 6)), iter(updates))
         assert torch.allclose(out.adapter["w"], theirs["w"], atol=1e-6)
 
 
 def test_too_few_leave_the_state() -> None:
-    state = ServerState(adapter=drawn(0), shifts=(drawn(5),))
-    out = Bulyan().aggregate(1, state, [update(f"c{i}", drawn(i + 1)) for i in range(6)])
+    state = ServerState(adapter=random_adapter(0), shifts=(random_adapter(5),))
+    out = Bulyan().aggregate(1, state, [update(f"c{i}", random_adapter(i + 1)) for i in range(6)])
     assert close(out.adapter, state.adapter, atol=0) and out.shifts == state.shifts
 
 
 def test_order_does_not_matter() -> None:
-    state, updates = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1)) for i in range(7)]
+    state, updates = ServerState(adapter=random_adapter(0)), [update(f"c{i}", random_adapter(i + 1)) for i in range(7)]
     outs = [Bulyan().aggregate(1, state, iter(p)).adapter for p in itertools.islice(itertools.permutations(updates), 0, 5040, 501)]
     assert all(close(o, outs[0], atol=0) for o in outs)
 
@@ -50,10 +50,10 @@ def test_order_does_not_matter() -> None:
 def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, own = [], module.krum
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
-    adapters = [drawn(i + 1, 0.3) for i in range(8)]
+    adapters = [random_adapter(i + 1, 0.3) for i in range(8)]
     for seed in range(4):
         turned = [regauged(a, 10 * seed + i) if seed else a for i, a in enumerate(adapters)]
-        Bulyan().aggregate(1, ServerState(adapter=drawn(0)), [update(f"c{i}", a) for i, a in enumerate(turned)])
+        Bulyan().aggregate(1, ServerState(adapter=random_adapter(0)), [update(f"c{i}", a) for i, a in enumerate(turned)])
     assert all(s == seen[0] for s in seen) and len(seen) == 4 and len(seen[0]) == 6
 
 

@@ -11,7 +11,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies.fedadam import FedAdam
-from tests.strategies.updates import alone, close, drawn, plain, saved, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, saved_and_read, update
 
 METHOD = FedAdam(lr=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
 
@@ -28,35 +28,39 @@ def test_two_rounds_by_hand() -> None:
 
 
 def test_three_rounds_are_flowers_own_told_the_steps_before() -> None:
-    state, theirs = ServerState(adapter=drawn(0)), flower.FedAdam(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
+    state, theirs = ServerState(adapter=random_adapter(0)), flower.FedAdam(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
     for round in (1, 2, 3):
-        updates = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
+        updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         theirs.current_arrays = _flower.numpy(state.adapter.tensors)
         state = METHOD.aggregate(round, state, iter(updates))
-        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round - 1)
+        wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round - 1)
         assert all(torch.allclose(state.adapter[n], wanted[n].float(), atol=1e-6) for n in state.adapter.tensors)
 
 
 def test_flowers_own_count_of_rounds_would_be_caught() -> None:
     state, theirs = ServerState(adapter=plain(0.0)), flower.FedAdam(eta=0.1, tau=1e-3)
     theirs.current_arrays = _flower.numpy(state.adapter.tensors)
-    wrong = alone(theirs, [_flower.reply(plain(4.0).tensors, 1)], 1)
+    wrong = flower_result(theirs, [_flower.reply(plain(4.0).tensors, 1)], 1)
     right = METHOD.aggregate(1, state, [update("a", plain(4.0))]).adapter["w"].item()
     assert wrong["w"].item() / right == pytest.approx((1 - 0.99**2) ** 0.5 / (1 - 0.9**2), rel=1e-5)  # .74
 
 
 def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
-    one = METHOD.aggregate(1, ServerState(adapter=drawn(0)), [update("a", drawn(1), 3), update("b", drawn(2), 4)])
-    again = ServerState(adapter=one.adapter, memory=saved(one.memory, tmp_path))
-    outs = [METHOD.aggregate(2, s, [update("a", drawn(3))]) for s in (one, again)]
+    one = METHOD.aggregate(
+        1, ServerState(adapter=random_adapter(0)), [update("a", random_adapter(1), 3), update("b", random_adapter(2), 4)]
+    )
+    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    outs = [METHOD.aggregate(2, s, [update("a", random_adapter(3))]) for s in (one, again)]
     assert close(outs[0].adapter, outs[1].adapter, atol=0)
     assert all(torch.equal(outs[0].memory[n], outs[1].memory[n]) for n in outs[0].memory) and outs[0].memory["t"].item() == 2
-    assert not close(outs[0].adapter, METHOD.aggregate(2, ServerState(adapter=one.adapter), [update("a", drawn(3))]).adapter, atol=1e-2)
+    assert not close(
+        outs[0].adapter, METHOD.aggregate(2, ServerState(adapter=one.adapter), [update("a", random_adapter(3))]).adapter, atol=1e-2
+    )
 
 
 def test_unchanged_parameters_stay() -> None:
-    state = ServerState(adapter=drawn(0))
-    assert close(METHOD.aggregate(1, state, [update("a", drawn(0))]).adapter, state.adapter, atol=0)
+    state = ServerState(adapter=random_adapter(0))
+    assert close(METHOD.aggregate(1, state, [update("a", random_adapter(0))]).adapter, state.adapter, atol=0)
 
 
 @pytest.mark.parametrize("bad", [FedAdam(lr=0.0), FedAdam(beta_1=1.0), FedAdam(beta_2=-0.1), FedAdam(tau=0.0)])

@@ -13,7 +13,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import _flower, _mean
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedavgm import FedAvgM
-from tests.strategies.updates import alone, close, drawn, plain, saved, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, saved_and_read, update
 
 
 def check_by_hand() -> None:
@@ -54,30 +54,34 @@ RIGHT, ADD = _flower.remembered, _mean.Mean.add
 
 @pytest.mark.parametrize(("lr", "momentum"), [(1.0, 0.9), (0.3, 0.5), (0.7, 0.0)])
 def test_three_rounds_are_flowers_own(lr: float, momentum: float) -> None:
-    method, state = FedAvgM(lr=lr, momentum=momentum), ServerState(adapter=drawn(0))
+    method, state = FedAvgM(lr=lr, momentum=momentum), ServerState(adapter=random_adapter(0))
     theirs = flower.FedAvgM(server_learning_rate=lr, server_momentum=momentum)
     theirs.current_arrays = _flower.arrays(state.adapter.tensors)
     for round in (1, 2, 3):
-        updates = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
+        updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         state = method.aggregate(round, state, iter(updates))
-        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
+        wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
         assert all(torch.allclose(state.adapter[n], wanted[n], atol=1e-5) for n in state.adapter.tensors)
 
 
 def test_without_momentum_at_rate_one_it_is_fedavg() -> None:
-    updates, state = [update("a", drawn(1), 2), update("b", drawn(2), 5)], ServerState(adapter=drawn(0))
+    updates, state = [update("a", random_adapter(1), 2), update("b", random_adapter(2), 5)], ServerState(adapter=random_adapter(0))
     out = FedAvgM(lr=1.0, momentum=0.0).aggregate(1, state, iter(updates))
     assert close(out.adapter, FedAvg().aggregate(1, state, iter(updates)).adapter, atol=0) and not out.memory
 
 
 def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     method = FedAvgM()
-    one = method.aggregate(1, ServerState(adapter=drawn(0)), [update("a", drawn(1), 3), update("b", drawn(2), 4)])
-    again = ServerState(adapter=one.adapter, memory=saved(one.memory, tmp_path))
-    outs = [method.aggregate(2, s, [update("a", drawn(3))]) for s in (one, again)]
+    one = method.aggregate(
+        1, ServerState(adapter=random_adapter(0)), [update("a", random_adapter(1), 3), update("b", random_adapter(2), 4)]
+    )
+    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    outs = [method.aggregate(2, s, [update("a", random_adapter(3))]) for s in (one, again)]
     assert close(outs[0].adapter, outs[1].adapter, atol=0)
     # and the memory matters: without it the second round is another
-    assert not close(outs[0].adapter, method.aggregate(2, ServerState(adapter=one.adapter), [update("a", drawn(3))]).adapter, atol=1e-2)
+    assert not close(
+        outs[0].adapter, method.aggregate(2, ServerState(adapter=one.adapter), [update("a", random_adapter(3))]).adapter, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("bad", [FedAvgM(lr=0.0), FedAvgM(momentum=1.0), FedAvgM(momentum=float("nan"))])

@@ -14,7 +14,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import UpdateMismatch
 from fedtune.strategies import fedmedian as module
 from fedtune.strategies.fedmedian import FedMedian
-from tests.strategies.updates import close, drawn, plain, regauged, update
+from tests.strategies.updates import close, plain, random_adapter, regauged, update
 
 START = ServerState(adapter=plain(0.0, 0.0))
 
@@ -53,15 +53,15 @@ def test_order_does_not_matter(values: list[float], random: Random) -> None:
 
 
 def test_any_malicious_minority_keeps_the_result_within_the_honest_values() -> None:
-    state, honest = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1)) for i in range(3)]
-    out = FedMedian().aggregate(1, state, [*honest, update("x", drawn(8, 1e6)), update("y", drawn(9, 1e6))]).adapter
+    state, honest = ServerState(adapter=random_adapter(0)), [update(f"c{i}", random_adapter(i + 1)) for i in range(3)]
+    out = FedMedian().aggregate(1, state, [*honest, update("x", random_adapter(8, 1e6)), update("y", random_adapter(9, 1e6))]).adapter
     for name, t in out.tensors.items():
         seen = torch.stack([u.adapter[name] for u in honest])
         assert (t >= seen.min(0).values).all() and (t <= seen.max(0).values).all()
 
 
 def test_it_depends_on_the_gauge_as_documented() -> None:
-    state, came = ServerState(adapter=drawn(0)), [drawn(i + 1) for i in range(3)]
+    state, came = ServerState(adapter=random_adapter(0)), [random_adapter(i + 1) for i in range(3)]
 
     def product(adapters) -> torch.Tensor:
         out = FedMedian().aggregate(1, state, [update(f"c{i}", a) for i, a in enumerate(adapters)]).adapter
@@ -71,13 +71,13 @@ def test_it_depends_on_the_gauge_as_documented() -> None:
 
 
 def test_shifts_and_memory_stay() -> None:
-    state = ServerState(adapter=drawn(0), memory={"x": torch.zeros(1)}, shifts=(drawn(3),))
-    out = FedMedian().aggregate(1, state, [update("a", drawn(1))])
-    assert out.shifts == state.shifts and out.memory == state.memory and close(out.adapter, drawn(1), atol=0)
+    state = ServerState(adapter=random_adapter(0), memory={"x": torch.zeros(1)}, shifts=(random_adapter(3),))
+    out = FedMedian().aggregate(1, state, [update("a", random_adapter(1))])
+    assert out.shifts == state.shifts and out.memory == state.memory and close(out.adapter, random_adapter(1), atol=0)
 
 
 def test_mixed_ranks_are_refused() -> None:
-    short = drawn(1).replace({**drawn(1).tensors, "q.lora_B": drawn(1)["q.lora_B"][:, :1]})
-    for order in itertools.permutations([update("a", drawn(2)), update("b", short)]):
+    short = random_adapter(1).replace({**random_adapter(1).tensors, "q.lora_B": random_adapter(1)["q.lora_B"][:, :1]})
+    for order in itertools.permutations([update("a", random_adapter(2)), update("b", short)]):
         with pytest.raises(UpdateMismatch, match=r"client b: tensor 'q.lora_B' is \(3, 1\) instead of \(3, 2\)"):
-            FedMedian().aggregate(1, ServerState(adapter=drawn(0)), iter(order))
+            FedMedian().aggregate(1, ServerState(adapter=random_adapter(0)), iter(order))

@@ -12,7 +12,7 @@ from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError, UpdateError
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fednova import FedNova
-from tests.strategies.updates import close, drawn, plain, update
+from tests.strategies.updates import close, plain, random_adapter, update
 
 
 def test_by_hand() -> None:
@@ -25,15 +25,18 @@ def test_by_hand() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4))
 def test_equal_steps_are_fedavg(counts: list[int]) -> None:
-    state, updates = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1), n, lr_sum=0.37) for i, n in enumerate(counts)]
+    state, updates = (
+        ServerState(adapter=random_adapter(0)),
+        [update(f"c{i}", random_adapter(i + 1), n, lr_sum=0.37) for i, n in enumerate(counts)],
+    )
     assert close(FedNova().aggregate(1, state, iter(updates)).adapter, FedAvg().aggregate(1, state, iter(updates)).adapter, atol=1e-6)
 
 
 def test_order_and_the_scale_of_the_rates_do_not_matter() -> None:
-    state = ServerState(adapter=drawn(0))
+    state = ServerState(adapter=random_adapter(0))
     outs = []
     for scale in (1.0, 12.0):
-        updates = [update(f"c{i}", drawn(i + 1), n, lr_sum=scale * (i + 1)) for i, n in enumerate((1, 7, 40))]
+        updates = [update(f"c{i}", random_adapter(i + 1), n, lr_sum=scale * (i + 1)) for i, n in enumerate((1, 7, 40))]
         outs += [FedNova().aggregate(1, state, iter(p)).adapter for p in itertools.permutations(updates)]
     assert all(close(o, outs[0]) for o in outs) and len(outs) == 12
 

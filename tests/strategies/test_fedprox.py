@@ -16,13 +16,13 @@ from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
 from fedtune.strategies import _mean
 from fedtune.strategies.fedprox import FedProx
-from tests.strategies.updates import drawn, plain, update
+from tests.strategies.updates import plain, random_adapter, update
 from tests.tiny import tiny_config
 from tests.working import work_in
 
 
 def test_the_plan_carries_mu_and_nothing_else() -> None:
-    state, plans = ServerState(adapter=drawn(0)), [Plan(round=2, client=c, base_version=1, lr=0.5) for c in "ab"]
+    state, plans = ServerState(adapter=random_adapter(0)), [Plan(round=2, client=c, base_version=1, lr=0.5) for c in "ab"]
     assignments = FedProx(mu=0.3).plan(2, plans, state)
     assert [assignments[p.client].plan for p in plans] == [dataclasses.replace(p, turn="fedprox", params={"mu": 0.3}) for p in plans]
     assert all(g.adapter is state.adapter for g in assignments.values())

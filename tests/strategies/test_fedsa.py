@@ -24,7 +24,7 @@ def sent(client: str, n: int, seed: int) -> Update:
     return Update(client=client, round=1, base_version=0, adapter=lora_state(seed=seed).subset(SHARED), examples=n)
 
 
-def off(updates: list[Update]) -> float:
+def error_of_a(updates: list[Update]) -> float:
     """Distance of the common A from Σ p_k A_k."""
     out = FedSA().aggregate(1, FedSA().start(lora_state()), iter(updates)).adapter
     total = sum(u.examples for u in updates)
@@ -47,7 +47,7 @@ def test_a_is_averaged_and_b_keeps_its_initial_value() -> None:
 @given(st.lists(st.tuples(st.integers(1, 10_000), st.integers(0, 500)), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
 def test_a_is_the_weighted_mean(clients: list[tuple[int, int]]) -> None:
-    assert off([sent(f"c{i}", n, seed) for i, (n, seed) in enumerate(clients)]) < 1e-6
+    assert error_of_a([sent(f"c{i}", n, seed) for i, (n, seed) in enumerate(clients)]) < 1e-6
 
 
 def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
         honest(self, tensors, 1.0)
 
     monkeypatch.setattr(_mean.Mean, "add", unweighted)
-    assert off([sent("a", 1, 1), sent("b", 9, 2)]) > 0.1
+    assert error_of_a([sent("a", 1, 1), sent("b", 9, 2)]) > 0.1
 
 
 def test_only_a_is_sent_and_the_rest_is_kept() -> None:

@@ -14,7 +14,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import fedtrimmedavg as module
 from fedtune.strategies.fedtrimmedavg import FedTrimmedAvg
-from tests.strategies.updates import drawn, plain, update
+from tests.strategies.updates import plain, random_adapter, update
 
 START = ServerState(adapter=plain(0.0))
 
@@ -59,12 +59,12 @@ def test_order_does_not_matter(values: list[float], random: Random) -> None:
 
 
 def test_any_malicious_minority_keeps_the_result_within_the_honest_values() -> None:
-    state, honest = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1)) for i in range(4)]
-    out = FedTrimmedAvg().aggregate(1, state, [*honest, update("x", drawn(8, 1e6))]).adapter
+    state, honest = ServerState(adapter=random_adapter(0)), [update(f"c{i}", random_adapter(i + 1)) for i in range(4)]
+    out = FedTrimmedAvg().aggregate(1, state, [*honest, update("x", random_adapter(8, 1e6))]).adapter
     for name, t in out.tensors.items():
         seen = torch.stack([u.adapter[name] for u in honest])
         assert (t >= seen.min(0).values).all() and (t <= seen.max(0).values).all()
-    untrimmed = FedTrimmedAvg(beta=0.0).aggregate(1, state, [*honest, update("x", drawn(8, 1e6))]).adapter
+    untrimmed = FedTrimmedAvg(beta=0.0).aggregate(1, state, [*honest, update("x", random_adapter(8, 1e6))]).adapter
     assert untrimmed["head.weight"].abs().max() > 1e4  # without the cut the same check fails
 
 

@@ -12,7 +12,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies.fedadam import FedAdam
 from fedtune.strategies.fedyogi import FedYogi
-from tests.strategies.updates import alone, close, drawn, plain, saved, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, saved_and_read, update
 
 METHOD = FedYogi(lr=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
 
@@ -39,21 +39,23 @@ def test_adams_second_moment_would_be_caught() -> None:
 
 
 def test_three_rounds_are_flowers_own() -> None:
-    state, theirs = ServerState(adapter=drawn(0)), flower.FedYogi(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
+    state, theirs = ServerState(adapter=random_adapter(0)), flower.FedYogi(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
     for round in (1, 2, 3):
-        updates = [update(f"c{i}", drawn(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
+        updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         theirs.current_arrays = _flower.numpy(state.adapter.tensors)
         state = METHOD.aggregate(round, state, iter(updates))
-        wanted = alone(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
+        wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
         assert all(torch.allclose(state.adapter[n], wanted[n], atol=1e-6) for n in state.adapter.tensors)
 
 
 def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
-    one = METHOD.aggregate(1, ServerState(adapter=drawn(0)), [update("a", drawn(1), 3), update("b", drawn(2), 4)])
-    again = ServerState(adapter=one.adapter, memory=saved(one.memory, tmp_path))
-    outs = [METHOD.aggregate(2, s, [update("a", drawn(3))]).adapter for s in (one, again)]
+    one = METHOD.aggregate(
+        1, ServerState(adapter=random_adapter(0)), [update("a", random_adapter(1), 3), update("b", random_adapter(2), 4)]
+    )
+    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    outs = [METHOD.aggregate(2, s, [update("a", random_adapter(3))]).adapter for s in (one, again)]
     assert close(outs[0], outs[1], atol=0)
-    assert not close(outs[0], METHOD.aggregate(2, ServerState(adapter=one.adapter), [update("a", drawn(3))]).adapter, atol=1e-2)
+    assert not close(outs[0], METHOD.aggregate(2, ServerState(adapter=one.adapter), [update("a", random_adapter(3))]).adapter, atol=1e-2)
 
 
 @pytest.mark.parametrize("bad", [FedYogi(lr=0.0), FedYogi(beta_1=1.0), FedYogi(beta_2=-0.1), FedYogi(tau=0.0)])

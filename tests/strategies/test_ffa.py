@@ -40,7 +40,7 @@ def clients(state: ServerState, counts: Iterable[int]) -> list[Update]:
     return out
 
 
-def off(state: ServerState, updates: list[Update]) -> float:
+def product_error(state: ServerState, updates: list[Update]) -> float:
     """Largest difference between the aggregate's products and Σ p_k of the clients' own."""
     out = weights(FFA().aggregate(1, state, iter(updates)).adapter)
     whole = [weights(state.adapter.replace({**state.adapter.tensors, **u.adapter.tensors})) for u in updates]
@@ -64,7 +64,7 @@ def test_b_is_averaged_under_the_common_a() -> None:
 @settings(max_examples=25, deadline=None)
 def test_the_product_is_the_mean_of_the_clients_products(counts: list[int], seed: int) -> None:
     state = FFA().start(lora_state(seed=seed + 100))
-    assert off(state, clients(state, counts)) < 1e-6
+    assert product_error(state, clients(state, counts)) < 1e-6
 
 
 def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
         honest(self, tensors, 1.0)
 
     monkeypatch.setattr(_mean.Mean, "add", unweighted)
-    assert off(state, clients(state, [1, 9])) > 0.1
+    assert product_error(state, clients(state, [1, 9])) > 0.1
 
 
 def test_the_check_notices_an_a_that_moved() -> None:
@@ -83,7 +83,7 @@ def test_the_check_notices_an_a_that_moved() -> None:
     drifted = [
         Update(client=f"c{i}", round=1, base_version=0, adapter=lora_state(seed=i), examples=n) for i, n in enumerate((1, 9), start=1)
     ]  # what FedAvg would take: A and B both the client's own
-    assert off(state, drifted) > 0.1
+    assert product_error(state, drifted) > 0.1
 
 
 def test_a_is_never_sent_and_never_changes() -> None:

@@ -8,7 +8,7 @@ from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.strategy import ServerState
 from fedtune.errors import UpdateError, UpdateMismatch
 from fedtune.strategies import _flower
-from tests.strategies.updates import drawn, plain, update
+from tests.strategies.updates import plain, random_adapter, update
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -35,12 +35,12 @@ def test_a_cohort_is_in_the_order_of_ids() -> None:
 
 
 def test_another_rank_is_refused_by_name() -> None:
-    state = ServerState(adapter=drawn(0))
-    short = drawn(1)
+    state = ServerState(adapter=random_adapter(0))
+    short = random_adapter(1)
     short = short.replace({**short.tensors, "q.lora_A": short["q.lora_A"][:1]})
     with pytest.raises(UpdateMismatch, match=r"client c7: tensor 'q.lora_A' is \(1, 5\) instead of \(2, 5\)"):
         _flower.cohort(state, [update("c7", short)])
-    lacking = drawn(1).subset(["q.lora_A"])
+    lacking = random_adapter(1).subset(["q.lora_A"])
     with pytest.raises(UpdateMismatch, match="tensor 'q.lora_B' is missing"):
         _flower.cohort(state, [update("c7", lacking)])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum, products
-from tests.strategies.updates import SHAPES, drawn, plain, regauged
+from tests.strategies.updates import SHAPES, plain, random_adapter, regauged
 
 
 def dense(adapter: AdapterState) -> Tensor:
@@ -34,7 +34,7 @@ def test_products_of_mixed_ranks_are_those_of_dense_matrices() -> None:
 
 
 def test_distances_are_those_of_dense_matrices() -> None:
-    origin, clients = drawn(0), [drawn(i) for i in range(1, 6)]
+    origin, clients = random_adapter(0), [random_adapter(i) for i in range(1, 6)]
     # a scaling of its own counts: the same factors with s = 4 instead of 2 are twice the matrix
     clients[3] = clients[3].replace(scaling={"q": 4.0, "up": 0.5})
     vectors = torch.stack([dense(c) for c in clients])
@@ -42,7 +42,7 @@ def test_distances_are_those_of_dense_matrices() -> None:
 
 
 def test_one_huge_update_costs_the_others_no_precision() -> None:
-    origin, clients = drawn(0), [drawn(1), drawn(2), drawn(3, scale=1e12)]
+    origin, clients = random_adapter(0), [random_adapter(1), random_adapter(2), random_adapter(3, scale=1e12)]
     vectors = torch.stack([dense(c) for c in clients[:2]])
     assert torch.allclose(distances(clients, origin)[0, 1], ((vectors[0] - vectors[1]) ** 2).sum(), rtol=1e-9)
 
@@ -60,9 +60,9 @@ def test_plain_tensors_are_selected_as_flower_does(seed: int, malicious: int, se
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_no_gauge_changes_who_is_selected(seed: int) -> None:
-    clients = [drawn(1000 * seed + i) for i in range(8)]
+    clients = [random_adapter(1000 * seed + i) for i in range(8)]
     others = [regauged(c, seed=i + seed) for i, c in enumerate(clients)]
-    picks = [krum(distances(c, drawn(0)), malicious=1, select=3) for c in (clients, others)]
+    picks = [krum(distances(c, random_adapter(0)), malicious=1, select=3) for c in (clients, others)]
     assert picks[0] == picks[1]
 
 
@@ -75,7 +75,7 @@ def test_distances_between_factors_would_be_caught() -> None:
 
     seen = [
         (flowers(c), flowers([regauged(x, seed=i) for i, x in enumerate(c)]))
-        for c in ([drawn(9 * s + i) for i in range(8)] for s in range(5))
+        for c in ([random_adapter(9 * s + i) for i in range(8)] for s in range(5))
     ]
     assert any(a != b for a, b in seen)
 

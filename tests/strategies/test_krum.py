@@ -9,7 +9,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError, UpdateMismatch
 from fedtune.strategies import krum as module
 from fedtune.strategies.krum import Krum
-from tests.strategies.updates import close, drawn, plain, regauged, update
+from tests.strategies.updates import close, plain, random_adapter, regauged, update
 
 
 def test_by_hand() -> None:
@@ -20,23 +20,23 @@ def test_by_hand() -> None:
 
 
 def test_it_returns_one_clients_tensors_bit_for_bit_in_any_order() -> None:
-    state, updates = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1, 0.1), i + 1) for i in range(4)]
+    state, updates = ServerState(adapter=random_adapter(0)), [update(f"c{i}", random_adapter(i + 1, 0.1), i + 1) for i in range(4)]
     outs = [Krum().aggregate(1, state, iter(p)).adapter for p in itertools.permutations(updates)]
     assert any(close(outs[0], u.adapter, atol=0) for u in updates)
     assert all(close(o, outs[0], atol=0) for o in outs)
 
 
-def planted() -> list:
+def planted_updates() -> list:
     """Six honest clients around one model, in gauges of their own, and a malicious one with a distant effect and near factors."""
-    truth = drawn(0)
-    honest = [truth.replace({n: t + 0.01 * drawn(i)[n] for n, t in truth.tensors.items()}) for i in range(1, 7)]
+    truth = random_adapter(0)
+    honest = [truth.replace({n: t + 0.01 * random_adapter(i)[n] for n, t in truth.tensors.items()}) for i in range(1, 7)]
     far = truth.replace({n: t + (2.0 if n.endswith("lora_B") else 0.0) for n, t in truth.tensors.items()})
     return [*(update(f"c{i}", regauged(h, seed=i, size=10.0)) for i, h in enumerate(honest)), update("liar", far)]
 
 
 def test_a_malicious_client_is_not_chosen_in_any_gauge() -> None:
-    out = Krum().aggregate(1, ServerState(adapter=drawn(0)), iter(planted()))
-    assert not close(out.adapter, planted()[-1].adapter)
+    out = Krum().aggregate(1, ServerState(adapter=random_adapter(0)), iter(planted_updates()))
+    assert not close(out.adapter, planted_updates()[-1].adapter)
 
 
 def test_distances_between_factors_would_choose_the_malicious_client(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +44,8 @@ def test_distances_between_factors_would_choose_the_malicious_client(monkeypatch
     monkeypatch.setattr(
         module, "distances", lambda adapters, origin: own([a.replace(ranks={}) for a in adapters], origin.replace(ranks={}))
     )
-    out = Krum().aggregate(1, ServerState(adapter=drawn(0)), iter(planted()))
-    assert close(out.adapter, planted()[-1].adapter, atol=0)
+    out = Krum().aggregate(1, ServerState(adapter=random_adapter(0)), iter(planted_updates()))
+    assert close(out.adapter, planted_updates()[-1].adapter, atol=0)
 
 
 def test_too_few_clients_are_refused() -> None:
@@ -59,6 +59,6 @@ def test_too_few_clients_are_refused() -> None:
 
 
 def test_mixed_ranks_are_refused() -> None:
-    short = drawn(1).replace({**drawn(1).tensors, "up.lora_B": drawn(1)["up.lora_B"][:, :0]})
+    short = random_adapter(1).replace({**random_adapter(1).tensors, "up.lora_B": random_adapter(1)["up.lora_B"][:, :0]})
     with pytest.raises(UpdateMismatch, match="give all clients the same rank"):
-        Krum().aggregate(1, ServerState(adapter=drawn(0)), [update("a", short)])
+        Krum().aggregate(1, ServerState(adapter=random_adapter(0)), [update("a", short)])

@@ -14,7 +14,7 @@ from fedtune.strategies import _flower
 from fedtune.strategies import multikrum as module
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.multikrum import MultiKrum
-from tests.strategies.updates import alone, close, drawn, plain, regauged, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, regauged, update
 
 
 def line() -> list:
@@ -30,7 +30,7 @@ def test_by_hand() -> None:
 def test_plain_tensors_are_aggregated_as_flower_does() -> None:
     def theirs(values: list[list[float]]) -> torch.Tensor:
         replies = [_flower.reply({"w": torch.tensor(v)}, i + 1) for i, v in enumerate(values)]
-        out = alone(flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3), replies, 1)
+        out = flower_result(flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3), replies, 1)
         return out["w"]
 
     for seed in range(5):
@@ -41,7 +41,7 @@ def test_plain_tensors_are_aggregated_as_flower_does() -> None:
 
 
 def test_the_factors_of_the_selected_are_averaged_in_any_order_of_the_clients() -> None:
-    state, updates = ServerState(adapter=drawn(0)), [update(f"c{i}", drawn(i + 1, 0.1), i + 1) for i in range(5)]
+    state, updates = ServerState(adapter=random_adapter(0)), [update(f"c{i}", random_adapter(i + 1, 0.1), i + 1) for i in range(5)]
     outs = [MultiKrum(select=2).aggregate(1, state, iter(p)).adapter for p in itertools.islice(itertools.permutations(updates), 0, 120, 7)]
     assert all(close(o, outs[0], atol=0) for o in outs)
     pairs = [FedAvg().aggregate(1, state, iter(p)).adapter for p in itertools.combinations(updates, 2)]
@@ -52,13 +52,13 @@ def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> lis
     """The selected clients: the positions that the strategy gets from `krum`."""
     seen, own = [], module.krum
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
-    MultiKrum().aggregate(1, ServerState(adapter=drawn(0)), [update(f"c{i}", a) for i, a in enumerate(adapters)])
+    MultiKrum().aggregate(1, ServerState(adapter=random_adapter(0)), [update(f"c{i}", a) for i, a in enumerate(adapters)])
     monkeypatch.undo()
     return seen[0]
 
 
 def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters = [drawn(i + 1, 0.3) for i in range(7)]
+    adapters = [random_adapter(i + 1, 0.3) for i in range(7)]
     wanted = chosen(adapters, monkeypatch)
     for seed in range(5):
         assert chosen([regauged(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == wanted

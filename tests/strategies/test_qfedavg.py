@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, UpdateError
 from fedtune.strategies import _flower
 from fedtune.strategies import qfedavg as module
 from fedtune.strategies.qfedavg import QFedAvg
-from tests.strategies.updates import alone, close, drawn, plain, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, update
 
 START = ServerState(adapter=plain(0.0))
 
@@ -57,8 +57,8 @@ THEIRS = flower.QFedAvg
 
 
 def test_q_0_is_the_plain_mean() -> None:
-    updates = [update(f"c{i}", drawn(i + 1), 10**i, metrics={"start_loss": float(i + 1)}) for i in range(3)]
-    out = QFedAvg(q=0.0, lr=0.01).aggregate(1, ServerState(adapter=drawn(0)), iter(updates)).adapter
+    updates = [update(f"c{i}", random_adapter(i + 1), 10**i, metrics={"start_loss": float(i + 1)}) for i in range(3)]
+    out = QFedAvg(q=0.0, lr=0.01).aggregate(1, ServerState(adapter=random_adapter(0)), iter(updates)).adapter
     assert all(torch.allclose(t, torch.stack([u.adapter[n] for u in updates]).mean(0), atol=1e-5) for n, t in out.tensors.items())
 
 
@@ -69,13 +69,15 @@ def test_a_larger_q_gives_more_weight_to_a_higher_loss() -> None:
 
 
 def test_it_is_flowers_own() -> None:
-    state, theirs = ServerState(adapter=drawn(0)), flower.QFedAvg(client_learning_rate=0.3, q=0.7, train_loss_key="F")
-    updates = [update(f"c{i}", drawn(i + 1), i + 1, metrics={"start_loss": 0.5 + i}) for i in range(4)]
+    state, theirs = ServerState(adapter=random_adapter(0)), flower.QFedAvg(client_learning_rate=0.3, q=0.7, train_loss_key="F")
+    updates = [update(f"c{i}", random_adapter(i + 1), i + 1, metrics={"start_loss": 0.5 + i}) for i in range(4)]
     theirs.current_arrays = _flower.arrays(state.adapter.tensors)
-    wanted = alone(theirs, [_flower.reply(u.adapter.tensors, 1, F=u.metrics["start_loss"]) for u in updates])
+    wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, 1, F=u.metrics["start_loss"]) for u in updates])
     out = QFedAvg(q=0.7, lr=0.3).aggregate(1, state, iter(reversed(updates))).adapter
     assert all(torch.allclose(t, wanted[n].float()) for n, t in out.tensors.items())
-    assert close(state.adapter, drawn(0), atol=0) and close(updates[0].adapter, drawn(1), atol=0)  # Flower's works in place, on copies
+    assert close(state.adapter, random_adapter(0), atol=0) and close(
+        updates[0].adapter, random_adapter(1), atol=0
+    )  # Flower's works in place, on copies
 
 
 def test_the_start_loss_is_requested_once() -> None:

@@ -43,7 +43,7 @@ def products(adapter: AdapterState) -> Tensor:
     return torch.cat([*parts, adapter["head.weight"].double().flatten()])
 
 
-def off(round: int, state: ServerState, counts: list[int]) -> tuple[float, ServerState]:
+def product_error(round: int, state: ServerState, counts: list[int]) -> tuple[float, ServerState]:
     """(distance of the aggregate's products from Σ p_k of the clients' products, the aggregate)."""
     updates = turns(round, state, counts)
     after, total = RoLoRA().aggregate(round, state, iter(updates)), sum(counts)
@@ -78,7 +78,7 @@ def test_two_rounds_by_hand() -> None:
 def test_every_round_is_exact(counts: list[int], seed: int) -> None:
     state = RoLoRA().start(lora_state(seed=seed))
     for round in (1, 2, 3, 4):
-        error, state = off(round, state, counts)
+        error, state = product_error(round, state, counts)
         assert error < 1e-5
 
 
@@ -90,7 +90,7 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(_mean.Mean, "add", unweighted)
     for round in (1, 2):
-        assert off(round, before(round), [1, 9])[0] > 0.1
+        assert product_error(round, before(round), [1, 9])[0] > 0.1
 
 
 def test_the_check_notices_both_factors_moving(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_the_check_notices_both_factors_moving(monkeypatch: pytest.MonkeyPatch) 
         return super(RoLoRA, self).plan(round, plans, state)  # train and send everything, as FedAvg does
 
     monkeypatch.setattr(RoLoRA, "plan", both)
-    assert off(1, RoLoRA().start(lora_state()), [1, 9])[0] > 0.1
+    assert product_error(1, RoLoRA().start(lora_state()), [1, 9])[0] > 0.1
 
 
 @pytest.mark.parametrize("round", [1, 2, 3, 8])

@@ -13,7 +13,7 @@ from fedtune.contracts.strategy import Assignment, ServerState, Strategy
 from fedtune.errors import ConfigError, UpdateError
 from fedtune.strategies import scaffold as module
 from fedtune.strategies.scaffold import SCAFFOLD
-from tests.strategies.updates import close, drawn, plain, saved, update
+from tests.strategies.updates import close, plain, random_adapter, saved_and_read, update
 
 
 def plans(*clients: str) -> list[Plan]:
@@ -41,9 +41,11 @@ def test_c_of_a_single_client_is_its_own() -> None:
 
 
 def test_c_is_the_mean_of_the_clients_seen_for_any_participation() -> None:
-    method, state = SCAFFOLD(lr=0.5), ServerState(adapter=drawn(0))
+    method, state = SCAFFOLD(lr=0.5), ServerState(adapter=random_adapter(0))
     for round, cohort in enumerate(("ab", "bc", "ad", "abcd", "c"), 1):
-        state = method.aggregate(round, state, [update(c, drawn(10 * round + i), lr_sum=0.1 * (i + 1)) for i, c in enumerate(cohort)])
+        state = method.aggregate(
+            round, state, [update(c, random_adapter(10 * round + i), lr_sum=0.1 * (i + 1)) for i, c in enumerate(cohort)]
+        )
         own: dict[str, list[Tensor]] = {}
         for name, t in state.memory.items():
             if name.startswith("c_k/"):
@@ -60,9 +62,9 @@ def test_the_servers_rate() -> None:
 
 
 def test_identical_clients_at_full_participation_need_no_correction() -> None:
-    method, state = SCAFFOLD(), ServerState(adapter=drawn(0))
+    method, state = SCAFFOLD(), ServerState(adapter=random_adapter(0))
     for round in range(1, 4):
-        state = method.aggregate(round, state, [update(c, drawn(round), lr_sum=0.3) for c in "abc"])
+        state = method.aggregate(round, state, [update(c, random_adapter(round), lr_sum=0.3) for c in "abc"])
         for assignment in method.plan(round + 1, plans(*"abc"), state).values():
             assert all(t.abs().max() < 1e-5 for t in assignment.extra.values())
 
@@ -114,9 +116,13 @@ def test_a_correction_of_the_wrong_sign_or_size_would_be_caught(monkeypatch: pyt
 
 def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     method = SCAFFOLD()
-    one = method.aggregate(1, ServerState(adapter=drawn(0)), [update("a/b", drawn(1), lr_sum=0.1), update("c", drawn(2), lr_sum=0.2)])
-    again = ServerState(adapter=one.adapter, memory=saved(one.memory, tmp_path))
-    outs = [method.aggregate(2, s, [update("c", drawn(3), lr_sum=0.1)]) for s in (one, again)]
+    one = method.aggregate(
+        1,
+        ServerState(adapter=random_adapter(0)),
+        [update("a/b", random_adapter(1), lr_sum=0.1), update("c", random_adapter(2), lr_sum=0.2)],
+    )
+    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    outs = [method.aggregate(2, s, [update("c", random_adapter(3), lr_sum=0.1)]) for s in (one, again)]
     assert close(outs[0].adapter, outs[1].adapter, atol=0)
     assert all(torch.equal(t, outs[1].memory[n]) for n, t in outs[0].memory.items())
     assert len(one.memory) == 3 * 5

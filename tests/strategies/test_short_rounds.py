@@ -13,7 +13,7 @@ from fedtune.strategies.fedtrimmedavg import FedTrimmedAvg
 from fedtune.strategies.krum import Krum
 from fedtune.strategies.multikrum import MultiKrum
 from tests.fakes import fail, fake_bridge, fake_client_app, lora_state
-from tests.strategies.updates import close, drawn, update
+from tests.strategies.updates import close, random_adapter, update
 
 RULES = [Krum(malicious=2), MultiKrum(malicious=2, select=3), Bulyan(malicious=1), FedMedian(), FedTrimmedAvg(beta=0.49)]
 
@@ -21,7 +21,10 @@ RULES = [Krum(malicious=2), MultiKrum(malicious=2, select=3), Bulyan(malicious=1
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
 def test_any_number_of_updates_is_accepted(rule: Strategy, count: int) -> None:
-    state, updates = ServerState(adapter=drawn(0), shifts=(drawn(9),)), [update(f"c{i}", drawn(i + 1), i + 1) for i in range(count)]
+    state, updates = (
+        ServerState(adapter=random_adapter(0), shifts=(random_adapter(9),)),
+        [update(f"c{i}", random_adapter(i + 1), i + 1) for i in range(count)],
+    )
     after = rule.aggregate(1, state, iter(updates))  # the bridge folds first and counts then: this runs in every short round
     assert list(after.adapter.tensors) == list(state.adapter.tensors) and after.shifts == state.shifts
     assert all(torch.isfinite(t).all() and t.shape == state.adapter[n].shape for n, t in after.adapter.tensors.items())

@@ -54,7 +54,7 @@ def product(state: AdapterState, module: str) -> Tensor:
     return state.spec.scaling[module] * state[f"{module}.lora_B"].double() @ state[f"{module}.lora_A"].double()
 
 
-def switched(dense: Tensor, *, rank: int, mode: str = "corrected", scaling: float = 0.5) -> ServerState:
+def switched_state(dense: Tensor, *, rank: int, mode: str = "corrected", scaling: float = 0.5) -> ServerState:
     """The state after a whole sparse stage that taught a matrix `dense`: one client, one round, every entry under the mask."""
     strategy = SLoRA(rounds=1, seed=3, density=1.0, mode=mode)
     start = strategy.start(lora({"q": (dense.shape[0], dense.shape[1])}, rank=rank, scaling=scaling))
@@ -63,7 +63,7 @@ def switched(dense: Tensor, *, rank: int, mode: str = "corrected", scaling: floa
 
 def keeps_everything(dense: Tensor, rank: int) -> bool:
     """Whether D = s·B·A + the shift, and the shift is as small as Eckart and Young allow."""
-    after = switched(dense, rank=rank)
+    after = switched_state(dense, rank=rank)
     left = dense.double() - product(after.adapter, "q")
     tail = torch.linalg.svdvals(dense.double())[rank:].square().sum().sqrt()
     moved = sum((product(s, "q") for s in after.shifts), torch.zeros_like(left))
@@ -97,7 +97,7 @@ def test_values_are_averaged_by_examples() -> None:
 
 
 def test_the_switch_by_hand() -> None:
-    after = switched(torch.tensor([[3.0, 0, 0], [0, 2, 0]]), rank=1, scaling=4.0)
+    after = switched_state(torch.tensor([[3.0, 0, 0], [0, 2, 0]]), rank=1, scaling=4.0)
     # sigma = 3, 2: s·B·A holds the 3, the shift the 2; B = ±sqrt(3)/sqrt(4); energy 9 / (9 + 4)
     assert after.adapter.spec.method == "lora" and list(after.adapter.tensors) == ["q.lora_A", "q.lora_B", "score.weight"]
     torch.testing.assert_close(product(after.adapter, "q"), torch.tensor([[3.0, 0, 0], [0, 0, 0]]).double())
@@ -105,7 +105,7 @@ def test_the_switch_by_hand() -> None:
     torch.testing.assert_close(product(after.shifts[0], "q"), torch.tensor([[0.0, 0, 0], [0, 2, 0]]).double())
     assert after.shifts[0].spec.version == 1 and after.shifts[0].spec.ranks == {"q": 1}
     assert after.memory["energy/q"].item() == pytest.approx(9 / 13)
-    assert switched(torch.tensor([[3.0, 0, 0], [0, 2, 0]]), rank=1, mode="paper").shifts == ()
+    assert switched_state(torch.tensor([[3.0, 0, 0], [0, 2, 0]]), rank=1, mode="paper").shifts == ()
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 10**6))
@@ -137,10 +137,10 @@ def test_the_check_of_the_switch_detects_a_wrong_formula(monkeypatch: pytest.Mon
 def test_directions_unused_in_the_sparse_stage_can_still_be_learned() -> None:
     dense = torch.zeros(3, 4)
     dense[1, 2] = 5.0
-    after = switched(dense, rank=3).adapter
+    after = switched_state(dense, rank=3).adapter
     torch.testing.assert_close(product(after, "q"), dense.double())
     assert after["q.lora_A"][1:].eq(1).all() and not after["q.lora_B"][:, 1:].any()  # rows of the first A, B = 0
-    nothing = switched(torch.zeros(3, 4), rank=2)
+    nothing = switched_state(torch.zeros(3, 4), rank=2)
     assert nothing.adapter["q.lora_A"].eq(1).all() and not nothing.adapter["q.lora_B"].any()
     assert nothing.shifts == () and nothing.memory["energy/q"] == 1
 

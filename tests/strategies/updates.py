@@ -17,7 +17,7 @@ SPEC = AdapterSpec(method="lora", ranks={"q": 2, "up": 1}, scaling={"q": 2.0, "u
 SHAPES = {"q.lora_A": (2, 5), "q.lora_B": (3, 2), "up.lora_A": (1, 3), "up.lora_B": (7, 1), "head.weight": (4, 7)}
 
 
-def drawn(seed: int, scale: float = 1.0) -> AdapterState:
+def random_adapter(seed: int, scale: float = 1.0) -> AdapterState:
     """Two LoRA modules of awkward shapes (5→3 of rank 2, 3→7 of rank 1) and a head, from a seed."""
     gen = torch.Generator().manual_seed(seed)
     return AdapterState({n: scale * torch.randn(s, generator=gen) for n, s in SHAPES.items()}, SPEC)
@@ -40,7 +40,7 @@ def close(a: AdapterState, b: AdapterState, atol: float = 1e-6) -> bool:
     return list(a.tensors) == list(b.tensors) and all(torch.allclose(a[n], b[n], rtol=0, atol=atol) for n in a.tensors)
 
 
-def saved(memory: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def saved_and_read(memory: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """A memory after it is written to and read from a checkpoint."""
     save_file({n: t.contiguous() for n, t in memory.items()}, folder / "memory.safetensors")
     return load_file(folder / "memory.safetensors")
@@ -56,7 +56,7 @@ def regauged(adapter: AdapterState, seed: int, size: float = 3.0) -> AdapterStat
     return adapter.replace(tensors)
 
 
-def alone(by: flower.FedAvg, replies: list[Message], round: int = 1) -> dict[str, Tensor]:
+def flower_result(by: flower.FedAvg, replies: list[Message], round: int = 1) -> dict[str, Tensor]:
     """The result of Flower's unmodified class for the replies."""
     gc.freeze()  # some collect garbage after every record, which is slow among torch's modules
     record, _ = by.aggregate_train(round, replies)

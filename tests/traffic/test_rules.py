@@ -25,16 +25,16 @@ from fedtune.traffic import Codec, broadcaster, decode_broadcast, encode_update,
 from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 
-def asked(config: TrafficConfig, **plan: Any) -> str:
+def codec_of(config: TrafficConfig, **plan: Any) -> str:
     assignment = Assignment(plan=Plan(round=1, client="a", base_version=0, **plan), adapter=lora_state())
     return with_codec(config, {"a": assignment})["a"].plan.codec
 
 
 def test_the_codec_of_each_assignment() -> None:
-    assert asked(TrafficConfig()) == ""
-    assert asked(TrafficConfig(up="int8", topk=0.1, error_feedback=True, stochastic=True)) == "topk=0.1+int8+stochastic+feedback"
+    assert codec_of(TrafficConfig()) == ""
+    assert codec_of(TrafficConfig(up="int8", topk=0.1, error_feedback=True, stochastic=True)) == "topk=0.1+int8+stochastic+feedback"
     assert (
-        asked(TrafficConfig(down="int8", stochastic=True)) == "fp32"
+        codec_of(TrafficConfig(down="int8", stochastic=True)) == "fp32"
     )  # a difference, so that the broadcast's rounding stays with the client
     looked = Assignment(plan=Plan(round=1, client="a", base_version=0), adapter=lora_state(), expect=lora_state())
     assert with_codec(TrafficConfig(up="int8"), {"a": looked})["a"].plan.codec == ""
@@ -43,7 +43,7 @@ def test_the_codec_of_each_assignment() -> None:
 @pytest.mark.parametrize("words", [["traffic=topk", "traffic.up=int8"], ["traffic.up=int8", "traffic=topk"],
                                    ["traffic=int8", "traffic.down=fp32", "traffic.topk=0.05", "traffic.error_feedback=true"]])  # fmt: skip
 def test_choices_compose_in_any_order(words: list[str]) -> None:
-    assert asked(compose(words)[0].config.traffic) == "topk=0.05+int8+feedback"
+    assert codec_of(compose(words)[0].config.traffic) == "topk=0.05+int8+feedback"
 
 
 def test_settings_without_an_effect_are_refused() -> None:

@@ -22,7 +22,7 @@ def state(seed: int, scale: float = 1.0) -> AdapterState:
     return AdapterState({n: torch.randn(s, generator=gen) * scale for n, s in shapes.items()}, AdapterSpec(method="lora"))
 
 
-def lost(
+def lost_share(
     codec: Codec, base: AdapterState, trained: AdapterState, residual: dict[str, Tensor], seed: int, client: Codec | None = None
 ) -> float:
     """Largest |sent + e_new − (Δ + e_old)|, as a share of the largest |Δ + e_old|."""
@@ -40,7 +40,7 @@ def lost(
 @settings(max_examples=10, deadline=None)
 def test_sent_and_residual_add_up_to_update_and_old_residual(name: str, seed: int) -> None:
     codec = dataclasses.replace(Codec.from_name(name), feedback=True)
-    mass = lost(codec, state(seed), state(seed + 1), dict(state(seed + 2, 0.1).tensors), seed)
+    mass = lost_share(codec, state(seed), state(seed + 1), dict(state(seed + 2, 0.1).tensors), seed)
     # top-k sends an entry or keeps it: nothing is rounded; otherwise u − sent is one float32 subtraction
     assert mass == 0.0 if codec.values == "fp32" else mass <= 1e-7
 
@@ -55,8 +55,8 @@ def test_the_tests_detect_a_lost_residual() -> None:
 
     right, wrong = Codec(share=0.05, feedback=True), Optimist(share=0.05, feedback=True)
     start, trained, residual = state(0), state(1), dict(state(2, 0.1).tensors)
-    assert lost(right, start, trained, residual, 0) == 0.0
-    assert lost(right, start, trained, residual, 0, client=wrong) > 1e-3
+    assert lost_share(right, start, trained, residual, 0) == 0.0
+    assert lost_share(right, start, trained, residual, 0, client=wrong) > 1e-3
 
 
 def test_the_residual_arrives_in_later_updates() -> None:

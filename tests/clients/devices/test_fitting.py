@@ -182,7 +182,7 @@ def test_a_real_device_never_loads_a_finer_backbone_than_it_can_hold(tmp_path: P
         for_device(given, DeviceClass(memory_mb=0.01))
 
 
-def mixed(path: Path, **changes: Any) -> Config:
+def mixed_config(path: Path, **changes: Any) -> Config:
     """Three device classes: one is slow, one runs in bf16, and each is sometimes late or offline."""
     classes = {
         "phone": DeviceClass(precision="bf16", gflops_per_core=1e-3, jitter=0.4, offline=0.1),
@@ -193,7 +193,7 @@ def mixed(path: Path, **changes: Any) -> Config:
 
 
 def test_the_choice_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = simulate(mixed(tmp_path))
+    run = simulate(mixed_config(tmp_path))
     turns = [x for x in lines(run) if x.get("precision")]
     assert {x["precision"] for x in turns} == {"fp32", "bf16"} and {x["device_class"] for x in turns} == {"phone", "board", "laptop"}
     wanted = ("rank", "batch", "micro_batch", "length", "steps", "out_of_memory", "estimated_mb", "estimated_s", "peak_mb", "virtual_s")
@@ -203,12 +203,12 @@ def test_the_choice_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, ca
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = simulate(mixed(tmp_path, rounds=4))
+    whole = simulate(mixed_config(tmp_path, rounds=4))
     half = shutil.copytree(whole, tmp_path / "half")
     for round in (3, 4):
         shutil.rmtree(half / "checkpoints" / f"round-{round:04d}")
     shutil.rmtree(half / "adapter")
-    run_config = dataclasses.replace(mixed(tmp_path, rounds=4), resume=str(half))
+    run_config = dataclasses.replace(mixed_config(tmp_path, rounds=4), resume=str(half))
     again = simulate(run_config)
     first, second = adapter(whole), adapter(again)
     assert all(torch.equal(first[n], second[n]) for n in first.tensors)

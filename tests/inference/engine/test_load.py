@@ -44,7 +44,7 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight") or name == "lm_head.weight"
 
 
-def rounded(model: Any, kind: str) -> Any:
+def rounded_model(model: Any, kind: str) -> Any:
     """The model with the weights of the kind, dequantized to float32 per linear."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -54,7 +54,7 @@ def rounded(model: Any, kind: str) -> Any:
     return model
 
 
-def packaged(folder: Path, name: str, kind: str = "int4", adapters: Any = None, **more: Tensor) -> Any:
+def write_package_of(folder: Path, name: str, kind: str = "int4", adapters: Any = None, **more: Tensor) -> Any:
     """Write a tiny model as an edge package. Returns the model."""
     model = tiny_model(name, folder.with_name(folder.name + "-hf"))
     config = json.loads((folder.with_name(folder.name + "-hf") / "config.json").read_text())
@@ -91,7 +91,7 @@ def test_each_kind_equals_the_model_with_rounded_weights(name: str, kind: str, t
     model = tiny_model(name, tmp_path)
     tied = read_shape(model.config.to_dict()).tied
     engine = load_engine(tmp_path, kind)
-    wanted = rounded(model, kind)
+    wanted = rounded_model(model, kind)
     if tied and kind != "fp32":  # the table stays as it is stored, the head is a rounded copy
         own = "int8" if kind == "int4" else kind
         table = model.get_input_embeddings().weight
@@ -112,7 +112,7 @@ def test_without_a_kind_the_stored_format_is_kept(dtype: torch.dtype, kind: str,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_package_equals_its_source_folder(kind: str, tmp_path: Path) -> None:
-    packaged(tmp_path / "edge", "qwen3_biases", kind)
+    write_package_of(tmp_path / "edge", "qwen3_biases", kind)
     package, folder = load_engine(tmp_path / "edge"), load_engine(tmp_path / "edge-hf", kind)
     assert torch.equal(logits(package), logits(folder))
     assert parameters_held(package.decoder) == parameters_held(folder.decoder)
@@ -120,8 +120,8 @@ def test_a_package_equals_its_source_folder(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_quantized_package_opens_dequantized_but_is_not_rounded_again(tmp_path: Path) -> None:
-    model = packaged(tmp_path / "edge", "llama", "int4")
-    torch.testing.assert_close(logits(load_engine(tmp_path / "edge", "fp32")), theirs(rounded(model, "int4")), **CLOSE)
+    model = write_package_of(tmp_path / "edge", "llama", "int4")
+    torch.testing.assert_close(logits(load_engine(tmp_path / "edge", "fp32")), theirs(rounded_model(model, "int4")), **CLOSE)
     with pytest.raises(ModelError, match="q_proj' in int4, and int8 would round it again"):
         load_engine(tmp_path / "edge", "int8")
 
@@ -133,7 +133,7 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
     model: Any = get_peft_model(tiny_model(name, tmp_path / "x"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
     state = model.get_prompt(1)
     k, v = (torch.stack([getattr(layer, part)[0].transpose(0, 1) for layer in state.layers]).detach() for part in ("keys", "values"))
-    packaged(tmp_path / "edge", name, "fp32", **{"prefix.k": k.contiguous(), "prefix.v": v.contiguous()})
+    write_package_of(tmp_path / "edge", name, "fp32", **{"prefix.k": k.contiguous(), "prefix.v": v.contiguous()})
     engine = load_engine(tmp_path / "edge")
     cache = engine.cache(policy, limit=40)
     engine.start(cache)
@@ -148,7 +148,7 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
 def test_prompt_tuning(tmp_path: Path) -> None:
     torch.manual_seed(5)
     model: Any = get_peft_model(tiny_model("llama", tmp_path / "x"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    packaged(tmp_path / "edge", "llama", "fp32", **{"prompt.embeds": model.get_prompt(1)[0].detach().clone()})
+    write_package_of(tmp_path / "edge", "llama", "fp32", **{"prompt.embeds": model.get_prompt(1)[0].detach().clone()})
     engine = load_engine(tmp_path / "edge")
     cache = engine.cache(limit=23)
     engine.start(cache)
@@ -168,7 +168,7 @@ def test_a_packages_adapters_are_loaded_by_name(tmp_path: Path) -> None:
     torch.manual_seed(1)
     module = "model.layers.1.self_attn.k_proj"
     a, b = torch.randn(2, 48), torch.randn(24, 2)
-    model = packaged(tmp_path / "edge", "llama", "fp32", adapters={"kitchen": {module: (a, b)}})
+    model = write_package_of(tmp_path / "edge", "llama", "fp32", adapters={"kitchen": {module: (a, b)}})
     with torch.no_grad():
         model.get_submodule(module).weight.add_(b @ a)
     engine = load_engine(tmp_path / "edge")

@@ -17,7 +17,7 @@ from fedtune.inference.engine import linear, ready
 from fedtune.inference.engine.linear import KINDS, linear_from_tensors, portable
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
-from tests.inference.engine.test_load import logits, packaged
+from tests.inference.engine.test_load import logits, write_package_of
 from tests.inference.engine.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not can_wrap(), reason="this torch cannot map packed weights")
@@ -29,7 +29,7 @@ def _kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ready, "LEAST", 0)
 
 
-def kept(tmp_path: Path) -> list[Path]:
+def cache_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache" / "fedtune" / "ready").glob("*/weights.bin"))
 
 
@@ -61,11 +61,11 @@ def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_package_is_packed_once_and_gives_the_same_answers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packaged(tmp_path / "edge", "qwen3_biases", kind)
+    write_package_of(tmp_path / "edge", "qwen3_biases", kind)
     wanted = logits(load_engine(tmp_path / "edge", keep=False))
-    assert not kept(tmp_path)
+    assert not cache_files(tmp_path)
     assert torch.equal(logits(load_engine(tmp_path / "edge")), wanted)
-    assert len(kept(tmp_path)) == 1
+    assert len(cache_files(tmp_path)) == 1
     no_packing(monkeypatch)
     engine = load_engine(tmp_path / "edge")
     assert torch.equal(logits(engine), wanted) and engine.decoder.head.mapped is not None
@@ -75,21 +75,21 @@ def test_a_package_is_packed_once_and_gives_the_same_answers(kind: str, tmp_path
 def test_a_folder_quantized_on_loading_is_packed_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("qwen2_window", tmp_path / "hf")
     wanted = logits(load_engine(tmp_path / "hf", kind))
-    assert len(kept(tmp_path)) == 1
+    assert len(cache_files(tmp_path)) == 1
     load_engine(tmp_path / "hf", "fp32")
-    assert len(kept(tmp_path)) == 1  # which is mapped where it lies
+    assert len(cache_files(tmp_path)) == 1  # which is mapped where it lies
     no_packing(monkeypatch)
     assert torch.equal(logits(load_engine(tmp_path / "hf", kind)), wanted)
 
 
 def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packaged(tmp_path / "edge", "llama", "int8")
+    write_package_of(tmp_path / "edge", "llama", "int8")
     load_engine(tmp_path / "edge")
-    (first,) = kept(tmp_path)
+    (first,) = cache_files(tmp_path)
     written_ns = first.stat().st_mtime_ns
     os.utime(tmp_path / "edge" / "weights-int8.safetensors", ns=(1, 1))  # as another export would
     load_engine(tmp_path / "edge")
-    (second,) = kept(tmp_path)
+    (second,) = cache_files(tmp_path)
     assert second == first and second.stat().st_mtime_ns > written_ns
     monkeypatch.setattr(ready, "_FEATURES", (lambda: "another CPU",))
     monkeypatch.setattr(torch, "__version__", "9.9.0")
@@ -100,9 +100,9 @@ def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset"])
 def test_a_damaged_cache_is_rebuilt(damage: str, tmp_path: Path) -> None:
-    packaged(tmp_path / "edge", "llama", "int8")
+    write_package_of(tmp_path / "edge", "llama", "int8")
     wanted = logits(load_engine(tmp_path / "edge"))
-    (weights,) = kept(tmp_path)
+    (weights,) = cache_files(tmp_path)
     index = weights.with_name("index.json")
     document = json.loads(index.read_text())
     if damage == "no index":
@@ -123,7 +123,7 @@ def test_a_damaged_cache_is_rebuilt(damage: str, tmp_path: Path) -> None:
 
 
 def test_an_unwritable_disk_is_reported_and_the_model_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    packaged(tmp_path / "edge", "llama", "int4")
+    write_package_of(tmp_path / "edge", "llama", "int4")
     (tmp_path / "cache").write_text("a file, no folder")
     with caplog.at_level(logging.WARNING):
         engine = load_engine(tmp_path / "edge")
@@ -131,16 +131,16 @@ def test_an_unwritable_disk_is_reported_and_the_model_runs(tmp_path: Path, caplo
 
 
 def test_the_cache_of_a_deleted_folder_is_deleted(tmp_path: Path) -> None:
-    packaged(tmp_path / "one", "llama", "int4")
+    write_package_of(tmp_path / "one", "llama", "int4")
     load_engine(tmp_path / "one")
-    (old,) = kept(tmp_path)
+    (old,) = cache_files(tmp_path)
     (tmp_path / "one").rename(tmp_path / "two")
     load_engine(tmp_path / "two")
-    assert len(kept(tmp_path)) == 1 and kept(tmp_path) != [old]
+    assert len(cache_files(tmp_path)) == 1 and cache_files(tmp_path) != [old]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    packaged(tmp_path / "edge", "llama", "int4")
+    write_package_of(tmp_path / "edge", "llama", "int4")
     (tmp_path / "edge" / "config.json").unlink()
     with pytest.raises(ModelError, match="config.json is missing"):
         load_engine(tmp_path / "edge")
@@ -148,8 +148,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_small_models_are_packed_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ready, "LEAST", 1 << 26)
-    packaged(tmp_path / "edge", "llama", "int4")
-    assert load_engine(tmp_path / "edge").decoder.head.mapped is None and not kept(tmp_path)
+    write_package_of(tmp_path / "edge", "llama", "int4")
+    assert load_engine(tmp_path / "edge").decoder.head.mapped is None and not cache_files(tmp_path)
 
 
 OPEN = """

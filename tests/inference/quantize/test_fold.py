@@ -22,7 +22,7 @@ def logits(folder: Path) -> Tensor:
     return engine.decoder.forward(ids, [Span(engine.cache(), len(ids), keep=None)])
 
 
-def folded(layer: dict[str, Tensor], fold: Fold, scale: Tensor, width: int = 1) -> dict[str, Tensor]:
+def folded_tensors(layer: dict[str, Tensor], fold: Fold, scale: Tensor, width: int = 1) -> dict[str, Tensor]:
     """The tensors that a fold changes."""
     result = changes(fold, scale, layer[f"{fold.source}.weight"].shape[0], width)
     return {n: change(layer[n], 0, len(layer[n])) for n, change in result.items() if n in layer}
@@ -38,12 +38,12 @@ def fold_all(folder: Path, readers_only: bool = False) -> None:
         for fold in FOLDS:
             columns, rows = layer[f"{fold.readers[0]}.weight"].shape[1], layer[f"{fold.source}.weight"].shape[0]
             scale = tied(4 ** (2 * torch.rand(columns, generator=draws) - 1), columns // rows, shape.head_dim)
-            changed = folded(layer, fold, scale, shape.head_dim)
+            changed = folded_tensors(layer, fold, scale, shape.head_dim)
             layer |= {n: t for n, t in changed.items() if not (readers_only and n.startswith(fold.source))}
         tensors |= {at + n: t.contiguous() for n, t in layer.items()}
     if not shape.tied:
         whole = {n.removeprefix("model."): t for n, t in tensors.items() if n in ("model.norm.weight", "lm_head.weight")}
-        whole |= folded(whole, Fold("norm", ("lm_head",)), 4 ** (2 * torch.rand(shape.hidden, generator=draws) - 1))
+        whole |= folded_tensors(whole, Fold("norm", ("lm_head",)), 4 ** (2 * torch.rand(shape.hidden, generator=draws) - 1))
         tensors |= {"model.norm.weight": whole["norm.weight"], "lm_head.weight": whole["lm_head.weight"]}
     save_file(tensors, path, metadata={"format": "pt"})
 
@@ -66,7 +66,7 @@ def test_half_a_fold_changes_the_model(tmp_path: Path) -> None:
 def test_by_hand() -> None:
     layer = {"mlp.up_proj.weight": torch.tensor([[2.0], [3.0]]), "mlp.up_proj.bias": torch.tensor([4.0, 6.0]),
              "mlp.down_proj.weight": torch.tensor([[10.0, 20.0]])}  # fmt: skip
-    out = folded(layer, Fold("mlp.up_proj", ("mlp.down_proj",)), torch.tensor([2.0, 0.5]))
+    out = folded_tensors(layer, Fold("mlp.up_proj", ("mlp.down_proj",)), torch.tensor([2.0, 0.5]))
     assert out["mlp.up_proj.weight"].tolist() == [[1.0], [6.0]] and out["mlp.up_proj.bias"].tolist() == [2.0, 12.0]
     assert out["mlp.down_proj.weight"].tolist() == [[20.0, 10.0]]
     assert layer["mlp.up_proj.bias"].tolist() == [4.0, 6.0]

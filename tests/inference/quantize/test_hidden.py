@@ -14,7 +14,7 @@ from fedtune.inference.quantize.model import QuantizeSettings, quantize_rows
 from fedtune.inference.quantize.rtn import dequantize
 from fedtune.inference.quantize.weights import Weights
 from tests.inference.engine.tiny import VOCAB
-from tests.inference.quantize.test_model import opened
+from tests.inference.quantize.test_model import open_model
 from tests.inference.quantize.whole import quantize_linear
 
 
@@ -42,7 +42,7 @@ def test_the_file_has_no_name_and_is_deleted_with_its_object(tmp_path: Path) -> 
 
 def test_a_prompt_precedes_every_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.inference.quantize.layers._STRETCH", 50)  # a row or two of the table at a time
-    shape, read, tensors = opened(tmp_path, "llama")
+    shape, read, tensors = open_model(tmp_path, "llama")
     text = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 5)]
     before = torch.randn(2, shape.hidden)
     table = tensors["model.embed_tokens.weight"]
@@ -52,7 +52,7 @@ def test_a_prompt_precedes_every_sequence(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_folds_are_applied_to_weights_in_their_order(tmp_path: Path) -> None:
     """Of `v_proj`, which reads one scale and is the source of the next; by rows or whole."""
-    shape, read, tensors = opened(tmp_path, "llama_biases")
+    shape, read, tensors = open_model(tmp_path, "llama_biases")
     at, sizes = "model.layers.0.", {n: tuple(t.shape) for n, t in tensors.items()}
     weights = Weights({n[len(at) :]: n for n in sizes if n.startswith(at)}, sizes, read)
     one, two = torch.rand(shape.hidden) + 0.5, torch.rand(shape.kv_heads * shape.head_dim) + 0.5

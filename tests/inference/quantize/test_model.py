@@ -27,7 +27,7 @@ INT8: dict[str, Any] = {"kind": "int8", "group": 0}
 FIRST = "model.layers.0."
 
 
-def opened(folder: Path, name: str) -> tuple[Shape, Read, dict[str, Tensor]]:
+def open_model(folder: Path, name: str) -> tuple[Shape, Read, dict[str, Tensor]]:
     tiny_model(name, folder)
     tensors = load_file(folder / "model.safetensors")
     return load_engine(folder).shape, lambda n, a, b: tensors[n][a:b], tensors
@@ -38,17 +38,17 @@ def text(count: int = 6, length: int = 20) -> list[Tensor]:
     return [torch.randint(0, VOCAB, (length,), generator=draws) for _ in range(count)]
 
 
-def made(shape: Shape, read: Read, recipe: QuantizeSettings) -> dict[str, Tensor | QuantizedLinear]:
+def quantize_all(shape: Shape, read: Read, recipe: QuantizeSettings) -> dict[str, Tensor | QuantizedLinear]:
     return dict(quantize_model(shape, read, recipe, text()))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama_one_kv", "llama_biases", "qwen3", "mistral"])
 def test_all_tensors_are_returned_and_those_of_linears_are_quantized(tmp_path: Path, name: str, method: str) -> None:
-    shape, read, tensors = opened(tmp_path, name)
+    shape, read, tensors = open_model(tmp_path, name)
     before = {n: t.clone() for n, t in tensors.items()}
     recipe = QuantizeSettings(kind="int8", group=0, method="smoothquant") if method == "smoothquant" else QuantizeSettings(method=method)  # pyright: ignore
-    out = made(shape, read, recipe)
+    out = quantize_all(shape, read, recipe)
     sizes = dict(tensor_shapes(shape)) | {"lm_head.weight": (shape.vocab, shape.hidden)}
     assert set(out) == set(sizes) - {"model.embed_tokens.weight"}
     for key, value in out.items():
@@ -63,7 +63,7 @@ def test_all_tensors_are_returned_and_those_of_linears_are_quantized(tmp_path: P
 
 
 def test_rtn_needs_no_text_and_reads_one_tensor_at_a_time(tmp_path: Path) -> None:
-    shape, read, tensors = opened(tmp_path, "llama")
+    shape, read, tensors = open_model(tmp_path, "llama")
     seen, quantized = list[str](), set[str]()
     for name, value in quantize_model(shape, lambda n, a, b: (seen.append(n), read(n, a, b))[1], QuantizeSettings()):
         assert seen[-1] == name or name in ("model.norm.weight", "lm_head.weight")
@@ -76,7 +76,7 @@ def test_rtn_needs_no_text_and_reads_one_tensor_at_a_time(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_only_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    shape, read, _ = opened(tmp_path, "llama")
+    shape, read, _ = open_model(tmp_path, "llama")
     alive: dict[int, list[weakref.ref[Tensor]]] = {}
     most: dict[int, int] = {}  # layer → tensors and Hessians of other layers that were alive while it was read or observed
 
@@ -115,7 +115,7 @@ def test_only_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_layer_is_calibrated_on_outputs_of_the_quantized_layers_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    shape, read, _ = opened(tmp_path, "llama")
+    shape, read, _ = open_model(tmp_path, "llama")
     whole, met = module.observe, list[Tensor]()
 
     def observing(shape: Shape, index: int, tensors: Any, hidden: Any, *rest: Any) -> Any:
@@ -123,7 +123,7 @@ def test_a_layer_is_calibrated_on_outputs_of_the_quantized_layers_before_it(
         return whole(shape, index, tensors, hidden, *rest)
 
     monkeypatch.setattr(module, "observe", observing)
-    out = made(shape, read, QuantizeSettings(method=method))  # pyright: ignore[reportArgumentType]
+    out = quantize_all(shape, read, QuantizeSettings(method=method))  # pyright: ignore[reportArgumentType]
     assert len(met) == shape.layers == 3
     for index in (0, 1):
         at = f"model.layers.{index}."
@@ -138,7 +138,7 @@ def test_a_layer_is_calibrated_on_outputs_of_the_quantized_layers_before_it(
 
 @pytest.mark.parametrize("form", [{}, {"group": 64}, INT8], ids=str)
 def test_calibrated_layers_are_closer_on_the_calibration_text(tmp_path: Path, form: dict[str, Any]) -> None:
-    shape, read, tensors = opened(tmp_path, "qwen2")
+    shape, read, tensors = open_model(tmp_path, "qwen2")
     layer = {n.removeprefix(FIRST): t for n, t in tensors.items() if n.startswith(FIRST)}
     stats = module.observe(shape, 0, layer, module.embedded(shape, read, text()))
     plain = {m: quantize_linear(layer[f"{m}.weight"], QuantizeSettings(**form), stats[f]) for f, ms in module.FUSED.items() for m in ms}
@@ -175,7 +175,7 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
         QuantizeSettings(method="best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="use method=awq or gptq"):
         QuantizeSettings(method="smoothquant")
-    shape, read, _ = opened(tmp_path, "llama")
+    shape, read, _ = open_model(tmp_path, "llama")
     with pytest.raises(ConfigError, match="calibration text"):
         next(quantize_model(shape, read, QuantizeSettings(method="awq")))
     with pytest.raises(ModelError, match="out of range"):

@@ -27,14 +27,14 @@ def random(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def made(weight: Tensor, kind: str, group: int) -> QuantizedLinear:
+def quantize_weight(weight: Tensor, kind: str, group: int) -> QuantizedLinear:
     return packed(*quantize_rtn(weight, kind, group), weight)  # pyright: ignore[reportArgumentType]
 
 
 def test_int4_by_hand() -> None:
     # least -1, greatest 2.75: a step of 3.75 / 15 = 1/4; the 16 points are -1, -3/4 .. 2.75, and zero, where q = 8, is -1 + 8/4 = 1
     weight = torch.tensor([[-1.0, 2.75, 0.3, 1.0]])
-    out = made(weight, "int4", 32)
+    out = quantize_weight(weight, "int4", 32)
     assert out.tensors["scale"].tolist() == [[0.25]] and out.tensors["zero"].tolist() == [[1.0]]
     assert unpack_int4(out.tensors["packed"], 4).tolist() == [[0, 15, 5, 8]]
     assert dequantize(out).tolist() == [[-1.0, 2.75, 0.25, 1.0]]
@@ -44,7 +44,7 @@ def test_int4_by_hand() -> None:
 
 def test_int8_by_hand() -> None:
     weight = torch.tensor([[-12.7, 5.04, 0.06], [0.0, 0.0, 0.0]])
-    out = made(weight, "int8", 0)
+    out = quantize_weight(weight, "int8", 0)
     assert out.tensors["packed"].tolist() == [[-127, 50, 1], [0, 0, 0]]  # 50.4 and 0.6 steps of a tenth
     assert torch.allclose(out.tensors["scale"], torch.tensor([0.1, 1.0]))
 
@@ -79,7 +79,7 @@ def test_the_even_column_is_in_the_low_nibble() -> None:
 @pytest.mark.parametrize("group", [32, 64])
 def test_the_kernel_reads_the_same_weight(group: int) -> None:
     weight, inputs = random(48, 192), random(5, 192, seed=1)
-    out = made(weight, "int4", group)
+    out = quantize_weight(weight, "int4", group)
     codes = unpack_int4(out.tensors["packed"], 192).int()
     grids = torch.stack([out.tensors["scale"].T, out.tensors["zero"].T], 2).contiguous()
     actual = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -94,12 +94,12 @@ def test_the_kernel_reads_the_same_weight(group: int) -> None:
 def test_a_constant_group_is_exact() -> None:
     weight = torch.tensor([[0.5] * 70, [0.0] * 70])
     for kind, group in FORMS:
-        assert torch.allclose(dequantize(made(weight, kind, group)), weight, atol=1e-7), (kind, group)
+        assert torch.allclose(dequantize(quantize_weight(weight, kind, group)), weight, atol=1e-7), (kind, group)
 
 
 def test_finer_grids_lose_less() -> None:
     weight = random(16, 256)
-    errors = [made(weight, *form).error for form in (("int8", 0), ("int4", 32), ("int4", 128))]
+    errors = [quantize_weight(weight, *form).error for form in (("int8", 0), ("int4", 32), ("int4", 128))]
     assert errors == sorted(errors)
 
 
@@ -107,7 +107,7 @@ def test_the_weight_is_unchanged() -> None:
     weight = random(4, 40)
     before = weight.clone()
     for form in FORMS:
-        made(weight, *form)
+        quantize_weight(weight, *form)
     assert torch.equal(weight, before)
 
 

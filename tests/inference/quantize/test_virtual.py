@@ -24,7 +24,7 @@ def texts(*lengths: int) -> list[Tensor]:
     return [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
 
 
-def opened(folder: Path, name: str, kind: str) -> tuple[Engine, dict[str, Tensor], dict[str, Tensor]]:
+def open_engine(folder: Path, name: str, kind: str) -> tuple[Engine, dict[str, Tensor], dict[str, Tensor]]:
     """The engine with virtual tokens of a kind, the model's tensors, and the virtual tokens."""
     tiny_model(name, folder)
     engine, tensors, draws = load_engine(folder, "fp32"), load_file(folder / "model.safetensors"), torch.Generator().manual_seed(9)
@@ -51,7 +51,7 @@ def out_of(engine: Engine, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_layers_after_a_prefix_equal_the_decoder(tmp_path: Path, name: str) -> None:
-    engine, tensors, virtual = opened(tmp_path, name, "prefix")
+    engine, tensors, virtual = open_engine(tmp_path, name, "prefix")
     hidden = embedded(engine.shape, lambda n, a, b: tensors[n][a:b], ids := texts(*LENGTHS))
     for index in range(engine.shape.layers):
         hidden = pass_layer(engine.shape, index, of(tensors, index), hidden, prefix_of(virtual, index))
@@ -65,7 +65,7 @@ def test_the_layers_after_a_prefix_equal_the_decoder(tmp_path: Path, name: str) 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_calibration_observes_the_inputs_of_the_models_linears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Checks the first layer, whose inputs do not depend on rounding: `down` is after attention and the virtual tokens."""
-    engine, tensors, virtual = opened(tmp_path, "qwen3", kind)
+    engine, tensors, virtual = open_engine(tmp_path, "qwen3", kind)
     seen: list[Tensor] = []
 
     def observing(*args: Any) -> Any:
@@ -87,18 +87,18 @@ def test_calibration_observes_the_inputs_of_the_models_linears(tmp_path: Path, m
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_the_quantized_model_with_virtual_tokens_stays_close(tmp_path: Path, kind: str, method: str) -> None:
     """A fold through the values' linear would not scale the prefix's own values, which would change the model."""
-    engine, tensors, virtual = opened(tmp_path, "llama_one_kv", kind)
+    engine, tensors, virtual = open_engine(tmp_path, "llama_one_kv", kind)
     (ids,) = texts(19)
     wanted = out_of(engine, ids)
     recipe = QuantizeSettings(kind="int8", group=0, method=method)  # pyright: ignore[reportArgumentType]
     for name, made in quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], recipe, texts(*LENGTHS), virtual):
         tensors[name] = dequantize(made) if isinstance(made, QuantizedLinear) else made
-    actual = quantized(tmp_path / "q", tensors, engine)
+    actual = quantized_engine(tmp_path / "q", tensors, engine)
     # rounding costs .020 to .033 of these random weights; folding through the values, which leaves the prefix's, .15 and .22
     assert relative_error(out_of(actual, ids), wanted) < 0.05
 
 
-def quantized(folder: Path, tensors: dict[str, Tensor], engine: Engine) -> Engine:
+def quantized_engine(folder: Path, tensors: dict[str, Tensor], engine: Engine) -> Engine:
     """The engine of these tensors, untied, with the virtual tokens of another."""
     folder.mkdir()
     config = json.loads((engine.folder / "config.json").read_text())

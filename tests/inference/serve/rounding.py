@@ -9,7 +9,7 @@ from fedtune.inference.engine.generate import _rounding
 from fedtune.inference.engine.load import Engine
 
 
-def parted(one: Sequence[object], other: Sequence[object]) -> int | None:
+def first_difference(one: Sequence[object], other: Sequence[object]) -> int | None:
     """The first position at which two sequences differ; None if one is a prefix of the other."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
 

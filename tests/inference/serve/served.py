@@ -109,7 +109,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(
+def serve_model(
     model: Path | Engine, *, limits: Limits | None = None, keys: tuple[str, ...] = (), prompt: str | None = None, **options: Any
 ) -> Iterator[Served]:
     """Serve a model as "tiny" until the block ends."""

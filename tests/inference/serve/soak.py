@@ -31,7 +31,7 @@ from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.generate import Generation
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampling
-from tests.inference.serve.rounding import bound, lead, parted
+from tests.inference.serve.rounding import bound, first_difference, lead
 from tests.inference.serve.served import continuation, tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -66,7 +66,7 @@ class Tally:
     preempted: int = 0
     lost: list[str] = field(default_factory=list)
     garbled: list[str] = field(default_factory=list)
-    parted: list[tuple[Case, int, str]] = field(default_factory=list)  # at which token an answer is another: to be judged
+    first_difference: list[tuple[Case, int, str]] = field(default_factory=list)  # at which token an answer is another: to be judged
     close: list[float] = field(default_factory=list)  # leads of the tokens there, where rounding could have decided
     rss: list[tuple[float, float]] = field(default_factory=list)  # seconds, MB
 
@@ -176,7 +176,7 @@ async def _stream(line: httpx.AsyncClient, case: Case, tally: Tally, what: str, 
             chunks += 1
             if leave_after is not None and chunks > leave_after:
                 tally.left += 1
-                if (at := parted(case.words, words)) is not None:
+                if (at := first_difference(case.words, words)) is not None:
                     tally.parted.append((case, at, what))
                 elif not case.text.startswith(text):
                     tally.garbled.append(f"{what}: {text!r} does not begin {case.text!r}")
@@ -190,7 +190,7 @@ async def _stream(line: httpx.AsyncClient, case: Case, tally: Tally, what: str, 
 def _judge(case: Case, text: str, end: str | None, tokens: int, words: list[str], tally: Tally, what: str) -> None:
     tally.whole += 1
     tally.tokens += tokens
-    if (at := parted(case.words, words)) is not None:
+    if (at := first_difference(case.words, words)) is not None:
         tally.parted.append((case, at, what))
     elif (text, end, tokens) != (case.text, case.end, case.tokens):
         tally.garbled.append(f"{what}: {(text, end, tokens)} is not {(case.text, case.end, case.tokens)}")

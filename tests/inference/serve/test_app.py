@@ -19,14 +19,14 @@ from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.offer import ServedModel
 from fedtune.inference.serve.protocol import ResponseFormatter
-from tests.inference.serve.served import Served, alone, served, text_of
+from tests.inference.serve.served import Served, alone, serve_model, text_of
 
 ASK = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 12}
 
 
 @pytest.fixture(scope="module")
 def here(engine: Engine) -> Iterator[Served]:
-    with served(engine) as server:
+    with serve_model(engine) as server:
         yield server
 
 
@@ -75,7 +75,7 @@ def test_a_failing_template_is_a_server_error_and_a_refusing_one_a_client_error(
     picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}{{ 1 / (messages | length - 2) }}"
     old, engine.text.template = engine.text.template, picky
     try:
-        with served(engine) as server:
+        with serve_model(engine) as server:
             user, system = {"role": "user", "content": "hello"}, {"role": "system", "content": "be brief"}
             chat = {"model": "tiny", "max_tokens": 2}
             assert post(server, chat | {"messages": [user]}, "chat/completions").status_code == 200
@@ -165,7 +165,7 @@ def test_invalid_requests_are_refused(here: Served, change: dict[str, Any], stat
 
 
 def test_an_error_about_a_server_limit_names_its_option(engine: Engine) -> None:
-    with served(engine, limits=Limits(max_tokens=10, grace=1)) as server:
+    with serve_model(engine, limits=Limits(max_tokens=10, grace=1)) as server:
         refused = post(server, ASK | {"max_tokens": 11}).json()["error"]
         assert refused["message"] == "11 new tokens exceed this server's limit of 10: request fewer, or start it with --max-tokens 11"
         beyond = post(server, ASK | {"max_tokens": 5000}).json()["error"]
@@ -195,7 +195,7 @@ def test_a_foreign_host_name_is_refused(here: Served, host: str) -> None:
 
 
 def test_keys(engine: Engine) -> None:
-    with served(engine, keys=("secret",)) as server:
+    with serve_model(engine, keys=("secret",)) as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert httpx.get(server.url).status_code == 200  # the page asks for the key itself
         for path in ("/v1/models", "/v1/models/tiny"):
@@ -215,19 +215,19 @@ def test_a_single_request_model_accepts_one_message(tmp_path: Any, engine: Engin
     plain = Made(engine.folder, engine.decoder)
     plain.__dict__["text"] = text
     chat = {"model": "tiny", "temperature": 0, "max_tokens": 4, "messages": [{"role": "user", "content": "warm"}]}
-    with served(plain, prompt="Request: {text}\nAction:") as server:
+    with serve_model(plain, prompt="Request: {text}\nAction:") as server:
         answer = post(server, chat, "chat/completions").json()
         ids = text.encode("Request: warm\nAction:")
         assert answer["choices"][0]["message"]["content"] == text_of(alone(plain, ids, Sampling(), 4)).lstrip()
         two = chat | {"messages": [*chat["messages"], *chat["messages"]]}
         assert "send one message" in post(server, two, "chat/completions").json()["error"]["message"]
-    with served(plain) as server:
+    with serve_model(plain) as server:
         refused = post(server, chat, "chat/completions")
         assert (refused.status_code, "use /v1/completions" in refused.json()["error"]["message"]) == (400, True)
 
 
 def test_a_full_queue_says_when_to_retry(engine: Engine) -> None:
-    with served(engine, pace=0.01, max_running=1, max_waiting=1) as server:
+    with serve_model(engine, pace=0.01, max_running=1, max_waiting=1) as server:
         long = ASK | {"max_tokens": 20}
         threads = [threading.Thread(target=post, args=(server, long)) for _ in range(2)]
         for thread in threads:
@@ -243,7 +243,7 @@ def test_a_full_queue_says_when_to_retry(engine: Engine) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_ends_the_work(engine: Engine, stream: bool) -> None:
-    with served(engine, pace=0.01) as server:
+    with serve_model(engine, pace=0.01) as server:
         body = json.dumps(ASK | {"max_tokens": 400, "stream": stream}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         with server.raw() as line:
@@ -256,7 +256,7 @@ def test_a_disconnect_ends_the_work(engine: Engine, stream: bool) -> None:
 
 
 def test_time_runs_out(engine: Engine) -> None:
-    with served(engine, limits=Limits(timeout=0.15, grace=1), pace=0.02) as server:
+    with serve_model(engine, limits=Limits(timeout=0.15, grace=1), pace=0.02) as server:
         refused = post(server, ASK | {"max_tokens": 400})
         assert (refused.status_code, refused.json()["error"]["code"]) == (504, "timeout")
         with httpx.stream("POST", f"{server.url}/v1/completions", json=ASK | {"max_tokens": 400, "stream": True}) as answer:
@@ -266,7 +266,7 @@ def test_time_runs_out(engine: Engine) -> None:
 
 
 def test_a_stop_completes_running_answers_and_accepts_no_new_ones(engine: Engine) -> None:
-    with served(engine, pace=0.01) as server:
+    with serve_model(engine, pace=0.01) as server:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(post(server, ASK | {"max_tokens": 40})))
         thread.start()
@@ -281,7 +281,7 @@ def test_a_stop_completes_running_answers_and_accepts_no_new_ones(engine: Engine
 
 
 def test_the_grace_ends(engine: Engine) -> None:
-    with served(engine, limits=Limits(grace=0.1), pace=0.02) as server:
+    with serve_model(engine, limits=Limits(grace=0.1), pace=0.02) as server:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(post(server, ASK | {"max_tokens": 400})))
         thread.start()
@@ -294,7 +294,7 @@ def test_the_grace_ends(engine: Engine) -> None:
 def test_an_engine_failure_is_one_sentence_without_a_traceback(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(engine) as server:
+    with serve_model(engine) as server:
 
         def broken(ids: Any, spans: Any) -> Any:
             raise ArithmeticError("secret detail")
@@ -311,7 +311,7 @@ def test_an_engine_failure_is_one_sentence_without_a_traceback(
 
 def test_a_slow_request_head_is_disconnected(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.inference.serve.limits.BODY_S", 0.1)
-    with served(engine) as server, server.raw() as line:
+    with serve_model(engine) as server, server.raw() as line:
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: lo")
         assert line.recv(100) == b""
         with server.raw() as other:

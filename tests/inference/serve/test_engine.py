@@ -19,7 +19,7 @@ from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.adapters import add_adapter, factors
-from tests.inference.serve.served import make_scheduler, served, text_of, tiny_model
+from tests.inference.serve.served import make_scheduler, serve_model, text_of, tiny_model
 
 ASKED = [
     ("turn on the light", Sampling(), 24),
@@ -93,7 +93,7 @@ def test_a_requests_model_chooses_its_adapter(tmp_path: Path) -> None:
         right = merged.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=None)[
             0, ids.shape[1] :
         ]
-    with served(engine) as server:
+    with serve_model(engine) as server:
         assert [card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["tiny", "one", "two"]
         ask = {"model": "two", "prompt": "turn on", "temperature": 0, "max_tokens": 8}
         answer = httpx.post(f"{server.url}/v1/completions", json=ask).json()

@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.limits import Limits
-from tests.inference.serve.served import Served, served
+from tests.inference.serve.served import Served, serve_model
 
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "a", "max_tokens": 2},
@@ -176,7 +176,7 @@ def client_is_served(server: Served) -> bool:
 
 
 def test_some_odd_requests(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    with served(engine, limits=Limits(max_tokens=64, grace=1)) as server:
+    with serve_model(engine, limits=Limits(max_tokens=64, grace=1)) as server:
         seen = fuzz(server, 60, seed=0)
     assert set(seen) >= {200, 400, 404, 405}
     assert not [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
@@ -184,7 +184,7 @@ def test_some_odd_requests(engine: Engine, caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.slow
 def test_two_thousand_odd_requests(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    with served(engine, limits=Limits(max_tokens=64, grace=1)) as server:
+    with serve_model(engine, limits=Limits(max_tokens=64, grace=1)) as server:
         seen = fuzz(server, 2000, seed=1)
     assert sum(seen.values()) == 2000
     assert not [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info]

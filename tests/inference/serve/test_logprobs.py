@@ -21,7 +21,7 @@ from fedtune.inference.engine.text import Text
 from fedtune.inference.generate_transformers import HubText
 from fedtune.inference.serve.logprobs import LogprobFormatter, TokenLogprob
 from tests.inference.engine.test_text import TOKENIZERS
-from tests.inference.serve.served import Served, served
+from tests.inference.serve.served import Served, serve_model
 
 TEXTS = {name: Text(make(), bos=None, ends=frozenset({2}), template=None, names={}) for name, make in TOKENIZERS.items()}
 
@@ -163,7 +163,7 @@ def test_a_tokenizer_of_transformers_has_the_same_bytes(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def here(engine: Engine) -> Iterator[Served]:
-    with served(engine) as server:
+    with serve_model(engine) as server:
         yield server
 
 

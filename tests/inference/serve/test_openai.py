@@ -9,12 +9,12 @@ import pytest
 
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
-from tests.inference.serve.served import Served, alone, served, text_of
+from tests.inference.serve.served import Served, alone, serve_model, text_of
 
 
 @pytest.fixture(scope="module")
 def here(engine: Engine) -> Iterator[Served]:
-    with served(engine, keys=("secret",)) as server:
+    with serve_model(engine, keys=("secret",)) as server:
         yield server
 
 
@@ -122,7 +122,7 @@ def test_refusals_are_the_clients_own_errors(here: Served, client: openai.OpenAI
 
 
 def test_a_full_queue_is_a_rate_limit_and_the_client_retries(engine: Engine) -> None:
-    with served(engine, max_running=1, max_waiting=0, pace=0.01) as server:
+    with serve_model(engine, max_running=1, max_waiting=0, pace=0.01) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with client.completions.create(model="tiny", prompt="a", max_tokens=400, stream=True) as first:
             next(iter(first))
@@ -136,7 +136,7 @@ def test_a_full_queue_is_a_rate_limit_and_the_client_retries(engine: Engine) -> 
 def test_an_error_within_a_stream_is_raised(engine: Engine) -> None:
     from fedtune.inference.serve.limits import Limits
 
-    with served(engine, limits=Limits(timeout=0.1, grace=1), pace=0.02) as server:
+    with serve_model(engine, limits=Limits(timeout=0.1, grace=1), pace=0.02) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIError, match="took longer"):
             list(client.completions.create(model="tiny", prompt="a", max_tokens=400, stream=True))

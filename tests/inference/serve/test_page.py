@@ -9,7 +9,7 @@ import pytest
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
 from tests.inference.serve.chromium import Page, open_page
-from tests.inference.serve.served import Served, alone, served, text_of
+from tests.inference.serve.served import Served, alone, serve_model, text_of
 
 PAGE = Path(__file__).parents[3] / "fedtune/inference/serve/page.html"
 
@@ -34,7 +34,7 @@ def test_the_page_loads_nothing_from_other_hosts() -> None:
 
 
 def test_the_policy_names_the_pages_own_script(engine: Engine) -> None:
-    with served(engine) as server:
+    with serve_model(engine) as server:
         policy = httpx.get(server.url).headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
@@ -42,7 +42,7 @@ def test_the_policy_names_the_pages_own_script(engine: Engine) -> None:
 
 @pytest.mark.slow
 def test_trying_the_model(engine: Engine, tmp_path: Path) -> None:
-    with served(engine) as server, open_page(server.url) as page:
+    with serve_model(engine) as server, open_page(server.url) as page:
         ready(page)
         _completes(server, page)
         _chats(server, page)
@@ -86,7 +86,7 @@ def _escapes(server: Served, page: Page) -> None:
 
 @pytest.mark.slow
 def test_stopping_an_answer_and_being_refused(engine: Engine) -> None:
-    with served(engine, pace=0.02) as server, open_page(server.url) as page:
+    with serve_model(engine, pace=0.02) as server, open_page(server.url) as page:
         ready(page)
         ask(page, "hello", tokens="400")
         page.wait("document.querySelector('.figures')?.textContent.includes('tokens')")
@@ -101,7 +101,7 @@ def test_stopping_an_answer_and_being_refused(engine: Engine) -> None:
 
 @pytest.mark.slow
 def test_the_page_asks_for_the_key(engine: Engine) -> None:
-    with served(engine, keys=("secret",)) as server, open_page(server.url) as page:
+    with serve_model(engine, keys=("secret",)) as server, open_page(server.url) as page:
         page.wait("document.getElementById('state').textContent === 'needs an API key'")
         page.run("document.getElementById('key').value = 'secret'; document.getElementById('key').dispatchEvent(new Event('change'))")
         ready(page)

@@ -15,7 +15,7 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.text import Text
 from fedtune.inference.serve import prompts
 from fedtune.inference.serve.limits import Limits
-from tests.inference.serve.served import Served, served, tiny_model
+from tests.inference.serve.served import Served, serve_model, tiny_model
 
 CONTEXT = 4096
 SHORT: dict[str, Any] = {"model": "tiny", "prompt": "turn on", "temperature": 0, "max_tokens": 2}
@@ -71,7 +71,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_rendered_or_tokenized(
     message = {"role": "user", "content": words}
     chat = {"model": "tiny", "messages": [{"role": "user", "content": words[: len(words) // 2]}] * 3}
     monkeypatch.setattr(large.text, "encode", never)
-    with served(large) as server:
+    with serve_model(large) as server:
         copies = "{% for i in range(99) %}{{ messages[0].content }}{% endfor %}"
         monkeypatch.setattr(large.text, "template", copies)
         answers = [post(server, {"model": "tiny", "messages": [{"role": "user", "content": words[:10_000]}]}, "chat/completions")]
@@ -87,7 +87,7 @@ def test_the_longest_prompt_that_can_fit_is_not_refused(engine: Engine) -> None:
     longest = " television"  # no token of the vocabulary has more characters
     assert engine.text.longest == len(longest)
     lead, room = len(engine.text.encode(longest)) - 1, engine.shape.context - SHORT["max_tokens"]
-    with served(engine) as server:
+    with serve_model(engine) as server:
         assert post(server, SHORT | {"prompt": longest * (room - lead)}).json()["usage"]["prompt_tokens"] == room
         refused = post(server, SHORT | {"prompt": longest * (room - lead + 1)}).json()
         assert "shorten one" in refused["error"]["message"]
@@ -95,7 +95,7 @@ def test_the_longest_prompt_that_can_fit_is_not_refused(engine: Engine) -> None:
 
 def test_long_prompts_delay_no_other_request_and_their_queue_is_limited(large: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "LONG_WAITING", 12)
-    with served(large, max_waiting=64) as server, ThreadPoolExecutor(14) as clients:
+    with serve_model(large, max_waiting=64) as server, ThreadPoolExecutor(14) as clients:
         waiting = [clients.submit(post, server, LONG) for _ in range(14)]
         wait_for(lambda: sum(client.done() for client in waiting) == 2)
         for client in [client for client in waiting if client.done()]:
@@ -110,7 +110,7 @@ def test_long_prompts_delay_no_other_request_and_their_queue_is_limited(large: E
 
 
 def test_a_client_that_waits_too_long_gets_an_error(large: Engine, gate: Gate) -> None:
-    with served(large, limits=Limits(timeout=0.5, grace=5)) as server:
+    with serve_model(large, limits=Limits(timeout=0.5, grace=5)) as server:
         answer = post(server, LONG)
     assert answer.status_code == 504 and "waited longer" in answer.text
 
@@ -118,7 +118,7 @@ def test_a_client_that_waits_too_long_gets_an_error(large: Engine, gate: Gate) -
 def test_a_client_that_disconnects_leaves_the_queue(large: Engine, gate: Gate) -> None:
     body = json.dumps(LONG).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    with served(large) as server, ThreadPoolExecutor(1) as client:
+    with serve_model(large) as server, ThreadPoolExecutor(1) as client:
         sockets = [server.raw() for _ in range(prompts.LONG_WAITING)]
         for connection in sockets:
             connection.sendall(head.encode() + body)

@@ -12,7 +12,7 @@ from fedtune.inference.serve.logprobs import TokenLogprob
 from fedtune.inference.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, ResponseFormatter, TextPart, read, usage
 
 
-def asked(**more: Any) -> dict[str, Any]:
+def request_body(**more: Any) -> dict[str, Any]:
     return {"model": "m", "prompt": "a"} | more
 
 
@@ -28,45 +28,45 @@ def chat(**more: Any) -> dict[str, Any]:
         (3, "but it is a number", None),
         ({"prompt": "a"}, "the field 'model' is missing", "model"),
         ({"model": "m"}, "the field 'prompt' is missing", "prompt"),
-        (asked(model=""), "'model' is invalid: string should have at least 1 character", "model"),
-        (asked(prompt=["a", "b"]), "'prompt' must be one string or one list of token ids", "prompt"),
-        (asked(prompt=[]), "'prompt' must be one string", "prompt"),
-        (asked(prompt=[1, True]), "'prompt' must be one string", "prompt"),
-        (asked(prompt=[-1]), "'prompt' must be one string", "prompt"),
-        (asked(temperature=2.5), "'temperature' is invalid: input should be less than or equal to 2", "temperature"),
-        (asked(temperature="1"), "'temperature' is invalid: input should be a valid number", "temperature"),
-        (asked(temperature=True), "'temperature' is invalid: input should be a valid number", "temperature"),
-        (asked(temperature=5e-324), "'temperature' must be 0 (greedy) or at least 0.001", "temperature"),
+        (request_body(model=""), "'model' is invalid: string should have at least 1 character", "model"),
+        (request_body(prompt=["a", "b"]), "'prompt' must be one string or one list of token ids", "prompt"),
+        (request_body(prompt=[]), "'prompt' must be one string", "prompt"),
+        (request_body(prompt=[1, True]), "'prompt' must be one string", "prompt"),
+        (request_body(prompt=[-1]), "'prompt' must be one string", "prompt"),
+        (request_body(temperature=2.5), "'temperature' is invalid: input should be less than or equal to 2", "temperature"),
+        (request_body(temperature="1"), "'temperature' is invalid: input should be a valid number", "temperature"),
+        (request_body(temperature=True), "'temperature' is invalid: input should be a valid number", "temperature"),
+        (request_body(temperature=5e-324), "'temperature' must be 0 (greedy) or at least 0.001", "temperature"),
         (
-            asked(repetition_penalty=5e-324),
+            request_body(repetition_penalty=5e-324),
             "'repetition_penalty' is invalid: input should be greater than or equal to 0.01",
             "repetition_penalty",
         ),
-        (asked(top_p=-0.1), "'top_p' is invalid: input should be greater than or equal to 0", "top_p"),
-        (asked(seed=2**64), "'seed' is invalid", "seed"),
-        (asked(seed=1.5), "'seed' is invalid", "seed"),
-        (asked(max_tokens=0), "'max_tokens' is invalid: input should be greater than or equal to 1", "max_tokens"),
-        (asked(max_tokens=10**40), "'max_tokens' is invalid", "max_tokens"),
-        (asked(stop=["a", 1]), "'stop' must be a string or a list of at most 16 strings, none of them empty", "stop"),
-        (asked(stop=""), "'stop' must be a string", "stop"),
-        (asked(stop=["x"] * 17), "'stop' must be a string", "stop"),
-        (asked(stream="yes"), "'stream' is invalid: input should be a valid boolean", "stream"),
-        (asked(stream_options={"include_usage": True}), "'stream_options' needs 'stream': true", None),
-        (asked(stream=True, stream_options={"x": 1}), "this server has no field 'x'", "x"),
-        (asked(n=2), "one answer per request: leave out 'n'", "n"),
-        (asked(best_of=3), "one answer per request: leave out 'best_of'", "best_of"),
-        (asked(echo=True), "does not repeat the prompt", "echo"),
-        (asked(suffix="z"), "does not fill in the middle", "suffix"),
-        (asked(logit_bias={"1": 5}), "does not support 'logit_bias'", "logit_bias"),
-        (asked(presence_penalty=0.5), "does not support 'presence_penalty'", "presence_penalty"),
-        (asked(frequency_penalty=-1), "does not support 'frequency_penalty'", "frequency_penalty"),
-        (asked(logprobs=21), "'logprobs' is invalid", "logprobs"),
-        (asked(color="red"), "this server has no field 'color': leave it out", "color"),
-        (asked(temprature=None), "this server has no field 'temprature': leave it out", "temprature"),
-        (asked(prompt=None), "'prompt' must be one string", "prompt"),
-        (asked(model=None), "'model' is invalid: input should be a valid string", "model"),
+        (request_body(top_p=-0.1), "'top_p' is invalid: input should be greater than or equal to 0", "top_p"),
+        (request_body(seed=2**64), "'seed' is invalid", "seed"),
+        (request_body(seed=1.5), "'seed' is invalid", "seed"),
+        (request_body(max_tokens=0), "'max_tokens' is invalid: input should be greater than or equal to 1", "max_tokens"),
+        (request_body(max_tokens=10**40), "'max_tokens' is invalid", "max_tokens"),
+        (request_body(stop=["a", 1]), "'stop' must be a string or a list of at most 16 strings, none of them empty", "stop"),
+        (request_body(stop=""), "'stop' must be a string", "stop"),
+        (request_body(stop=["x"] * 17), "'stop' must be a string", "stop"),
+        (request_body(stream="yes"), "'stream' is invalid: input should be a valid boolean", "stream"),
+        (request_body(stream_options={"include_usage": True}), "'stream_options' needs 'stream': true", None),
+        (request_body(stream=True, stream_options={"x": 1}), "this server has no field 'x'", "x"),
+        (request_body(n=2), "one answer per request: leave out 'n'", "n"),
+        (request_body(best_of=3), "one answer per request: leave out 'best_of'", "best_of"),
+        (request_body(echo=True), "does not repeat the prompt", "echo"),
+        (request_body(suffix="z"), "does not fill in the middle", "suffix"),
+        (request_body(logit_bias={"1": 5}), "does not support 'logit_bias'", "logit_bias"),
+        (request_body(presence_penalty=0.5), "does not support 'presence_penalty'", "presence_penalty"),
+        (request_body(frequency_penalty=-1), "does not support 'frequency_penalty'", "frequency_penalty"),
+        (request_body(logprobs=21), "'logprobs' is invalid", "logprobs"),
+        (request_body(color="red"), "this server has no field 'color': leave it out", "color"),
+        (request_body(temprature=None), "this server has no field 'temprature': leave it out", "temprature"),
+        (request_body(prompt=None), "'prompt' must be one string", "prompt"),
+        (request_body(model=None), "'model' is invalid: input should be a valid string", "model"),
         (
-            asked(stream=True, stream_options={"include_obfuscation": True}),
+            request_body(stream=True, stream_options={"include_obfuscation": True}),
             "does not pad its streams: leave out 'include_obfuscation'",
             "stream_options.include_obfuscation",
         ),
@@ -124,7 +124,7 @@ def test_chats_are_refused_by_one_sentence(payload: Any, sentence: str) -> None:
 
 def test_fields_without_an_effect_are_accepted() -> None:
     harmless: dict[str, Any] = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "u", "stop": None}
-    assert read(CompletionRequest, asked(**harmless, best_of=1, echo=False, suffix=None)).stops == ()
+    assert read(CompletionRequest, request_body(**harmless, best_of=1, echo=False, suffix=None)).stops == ()
     assert read(ChatRequest, chat(**harmless, tools=[], response_format={"type": "text"}, store=False)).limit is None
 
 
@@ -154,7 +154,9 @@ def optional(kind: Any) -> list[str]:
     return [name for name, hint in get_type_hints(kind, include_extras=True).items() if get_origin(hint) is not Required]
 
 
-@pytest.mark.parametrize(("ours", "theirs", "good"), [(ChatRequest, ChatParams, chat()), (CompletionRequest, CompletionParams, asked())])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "good"), [(ChatRequest, ChatParams, chat()), (CompletionRequest, CompletionParams, request_body())]
+)
 def test_every_optional_field_of_a_request_may_be_null(ours: Any, theirs: Any, good: dict[str, Any]) -> None:
     names = {*optional(theirs), *(name for name, field in ours.model_fields.items() if not field.is_required())}
     assert len(names) > 15
@@ -203,10 +205,11 @@ def test_an_answer_is_accepted_as_a_message(text: str) -> None:
 
 def test_fields_are_parsed() -> None:
     one = read(
-        CompletionRequest, asked(prompt=["b"], stop="x", max_tokens=5, logprobs=0, stream=True, stream_options={"include_usage": True})
+        CompletionRequest,
+        request_body(prompt=["b"], stop="x", max_tokens=5, logprobs=0, stream=True, stream_options={"include_usage": True}),
     )
     assert (one.prompt, one.stops, one.limit, one.tops, one.wants_usage) == ("b", ("x",), 5, 0, True)
-    assert read(CompletionRequest, asked(prompt=[4, 5])).prompt == [4, 5]
+    assert read(CompletionRequest, request_body(prompt=[4, 5])).prompt == [4, 5]
     two = read(ChatRequest, chat(max_completion_tokens=7, logprobs=True, stop=["x", "y"]))
     assert (two.limit, two.tops, two.stops, two.wants_usage) == (7, 0, ("x", "y"), False)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

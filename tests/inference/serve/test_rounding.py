@@ -12,7 +12,7 @@ from fedtune.inference.engine.generate import Generation
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
-from tests.inference.serve.rounding import bound, lead, parted
+from tests.inference.serve.rounding import bound, first_difference, lead
 from tests.inference.serve.served import make_scheduler, tiny_model
 from tests.inference.serve.soak import BEGINNINGS
 
@@ -52,7 +52,7 @@ def test_a_batch_differs_only_where_rounding_could_have_decided(name: str, kind:
     for ids, outputs in zip(prompts, answers, strict=True):
         one = [piece.token for piece in Generation(engine, ids, Sampling(), LONG)]
         batched = [out.token for out in outputs if out.token is not None]
-        if (at := parted(one, batched)) is None:
+        if (at := first_difference(one, batched)) is None:
             assert one == batched  # neither is only the other's beginning
         else:
             leads.append(lead(engine, ids, one, at, batched[at]))

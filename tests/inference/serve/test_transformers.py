@@ -68,7 +68,7 @@ class Slow(HubModel):
 
 
 @contextlib.contextmanager
-def served(
+def serve_model(
     model: HubModel, *, queue: int = 8, pace: float = 0.0, limits: Limits | None = None, prompt: str | None = None
 ) -> Iterator[Here]:
     model = Slow(**vars(model), pace=pace) if pace else model
@@ -101,7 +101,7 @@ def gpt2(folder: Path) -> HubModel:
 
 @pytest.fixture(scope="module")
 def here(gpt2: HubModel) -> Iterator[Here]:
-    with served(gpt2) as server:
+    with serve_model(gpt2) as server:
         yield server
 
 
@@ -174,7 +174,7 @@ def test_log_probabilities_are_the_models_own(gpt2: HubModel, folder: Path) -> N
 
 
 def test_a_chat_in_the_runs_template(gpt2: HubModel, folder: Path) -> None:
-    with served(gpt2, prompt="set {q} to") as server:
+    with serve_model(gpt2, prompt="set {q} to") as server:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 6, "messages": [{"role": "user", "content": "lamp"}]}
         answer = server.post(chat, "chat/completions").json()["choices"][0]["message"]["content"]
         assert answer == generate_text(folder, "set lamp to", max_new_tokens=6)
@@ -197,7 +197,7 @@ def test_limits_of_a_request(here: Here, change: dict[str, Any], why: str) -> No
 
 
 def test_one_request_runs_while_others_wait_and_more_are_told_to_retry(gpt2: HubModel) -> None:
-    with served(gpt2, queue=1, pace=0.005) as server:
+    with serve_model(gpt2, queue=1, pace=0.005) as server:
         got: list[httpx.Response] = []
         threads = [threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 40}))) for _ in range(2)]
         for thread in threads:
@@ -213,7 +213,7 @@ def test_one_request_runs_while_others_wait_and_more_are_told_to_retry(gpt2: Hub
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_ends_the_work(gpt2: HubModel, stream: bool) -> None:
-    with served(gpt2, pace=0.01) as server:
+    with serve_model(gpt2, pace=0.01) as server:
         body = json.dumps(ASKED | {"max_tokens": 50, "stream": stream}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as line:
@@ -224,7 +224,7 @@ def test_a_disconnect_ends_the_work(gpt2: HubModel, stream: bool) -> None:
 
 
 def test_running_and_waiting_requests_time_out(gpt2: HubModel) -> None:
-    with served(gpt2, limits=Limits(timeout=0.2, grace=1), pace=0.02) as server:
+    with serve_model(gpt2, limits=Limits(timeout=0.2, grace=1), pace=0.02) as server:
         got: list[httpx.Response] = []
         threads = [threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 50}))) for _ in range(2)]
         for thread in threads:
@@ -237,7 +237,7 @@ def test_running_and_waiting_requests_time_out(gpt2: HubModel) -> None:
 
 @pytest.mark.parametrize(("grace", "status"), [(5.0, 200), (0.05, 503)])
 def test_a_stop_completes_an_answer_within_the_grace_period(gpt2: HubModel, grace: float, status: int) -> None:
-    with served(gpt2, limits=Limits(grace=grace), pace=0.01) as server:
+    with serve_model(gpt2, limits=Limits(grace=grace), pace=0.01) as server:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(server.post(ASKED | {"max_tokens": 40})))
         thread.start()
@@ -252,7 +252,7 @@ def test_a_stop_completes_an_answer_within_the_grace_period(gpt2: HubModel, grac
 def test_a_failing_request_does_not_affect_others(
     gpt2: HubModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with served(gpt2) as server:
+    with serve_model(gpt2) as server:
         with monkeypatch.context() as patch:
             patch.setattr(gpt2.model.lm_head, "forward", lambda hidden: torch.full((*hidden.shape[:2], gpt2.vocabulary), torch.nan))
             assert server.post(ASKED).status_code == 500
@@ -277,7 +277,7 @@ def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "tiny", "t5", seed=1)
     model = load_model(folder, {})
     assert SequentialScheduler(model).limit == CONTEXT  # T5 names none
-    with served(model) as server:
+    with serve_model(model) as server:
         ids = [*read_text(folder).encode("turn on"), 1]
         tokens = by_hand(folder, ids, 7, AutoModelForSeq2SeqLM)
         answer = server.post(ASKED | {"prompt": "turn on", "max_tokens": 7}).json()
@@ -299,7 +299,7 @@ def test_an_adapter_beside_its_model_is_served(tmp_path: Path, kind: str, method
     with torch.no_grad():
         tokens = live.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     tokens = tokens[0, 1 if kind == "t5" else ids.shape[1] :].tolist()
-    with served(model, prompt=card["prompt"]) as server:
+    with serve_model(model, prompt=card["prompt"]) as server:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 6, "messages": [{"role": "user", "content": "lamp"}]}
         assert server.post(chat, "chat/completions").json()["choices"][0]["message"]["content"] == model.text.decode(tokens).lstrip()
     assert server.scheduler.limit == (CONTEXT if kind == "t5" else 64 - (0 if method == "adapter" else card["peft"]["tokens"]))
@@ -311,7 +311,7 @@ def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
     model = load_model(folder, {})
     messages = [{"role": "user", "content": "turn"}, {"role": "assistant", "content": "on"}, {"role": "user", "content": "the"}]
     assert model.text.chat(messages) == "turn on the <s>"
-    with served(model) as server:
+    with serve_model(model) as server:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 5, "messages": messages}
         answer = server.post(chat, "chat/completions").json()
         assert answer["usage"]["prompt_tokens"] == 4
@@ -334,7 +334,7 @@ def test_a_tokenizer_without_tokenizer_json(tmp_path: Path) -> None:
     stream = Stream(model.text)
     parts = [stream.push(token) for token in [*"né".encode(), 256, *"€".encode(), 65]]
     assert parts == ["n", "", "é", " t", "", "", "€", "A"]
-    with served(model) as server:
+    with serve_model(model) as server:
         answer = server.post(ASKED | {"prompt": "a té"}).json()
         assert answer["usage"]["prompt_tokens"] == 4 and answer["choices"][0]["finish_reason"] in ("length", "stop")
 
@@ -351,7 +351,7 @@ def test_options_of_the_engine_are_refused(folder: Path, options: list[str], cap
 
 @pytest.mark.slow
 def test_the_page(gpt2: HubModel, folder: Path) -> None:
-    with served(gpt2, prompt="set {q} to") as server, open_page(server.url) as page:
+    with serve_model(gpt2, prompt="set {q} to") as server, open_page(server.url) as page:
         ready(page)
         ask(page, "lamp", temperature="0", tokens="7")  # a chat: the run's template is there
         page.wait("/7 tokens .* cut at the most tokens/.test(document.querySelector('.figures')?.textContent)")

@@ -45,7 +45,7 @@ def test_the_card_of_a_loftq_adapter_does_not_load_it_with_peft(tmp_path: Path) 
 # -- what a card says to do is done --------------------------------------------------------------------------------------------------------
 
 
-def follow(text: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_card(text: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the card's commands and code with the paths filled in. Returns the `model` that they create."""
     monkeypatch.chdir(run.parent)
     namespace: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def check_card(run: Path, live: LiveAdapter, task: TaskConfig, monkeypatch: pyte
     wanted = logits(live.model, task)
     with live.disabled():
         assert not torch.allclose(logits(live.model, task), wanted, atol=1e-2)
-    actual = logits(follow(text, run, monkeypatch), task)
+    actual = logits(run_card(text, run, monkeypatch), task)
     torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))
     return text
 

@@ -185,7 +185,7 @@ def test_a_run_of_any_method_ends_with_the_sequential_adapter(
         assert max(float((ends["none"][n] - ends[mode][n]).abs().max()) for n in ends["none"].tensors) < 1e-5
 
 
-def prepared(space: Workspace, turn_input: TurnInput, **plan: Any) -> PreparedTurn:
+def prepare(space: Workspace, turn_input: TurnInput, **plan: Any) -> PreparedTurn:
     return PreparedTurn(
         message=Message(RecordDict(), 1, "train"),
         plan=dataclasses.replace(turn_input.plan, **plan),
@@ -206,7 +206,7 @@ def test_turns_without_a_batched_form_run_sequentially(space: Workspace, monkeyp
     turns, alone_, at_once = ["fedpeptao", "slora", "plain", "plain", "slora"], [], []
     params = {"fedpeptao": {"stage": "layers"}, "slora": {"stage": "sparse"}, "plain": {}}
     todo = zip([*turn_inputs(space), turn_inputs(space)[0]], turns, strict=True)
-    waiting = [prepared(space, turn_input, turn=turn, params=params[turn]) for turn_input, turn in todo]
+    waiting = [prepare(space, turn_input, turn=turn, params=params[turn]) for turn_input, turn in todo]
     monkeypatch.setattr(module, "prepare", lambda host, message, context: waiting[message])
     monkeypatch.setattr(module, "take_turn", lambda host, ready: alone_.append(ready.plan.turn) or [ready])
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: at_once.append([t.plan.turn for t in todo]) or todo)
@@ -260,7 +260,7 @@ def test_too_little_memory_halves_the_batch(space: Workspace, monkeypatch: pytes
         return real(live, turn_inputs, task, **more)
 
     monkeypatch.setattr(module, "train_together", scarce)
-    todo = [prepared(space, j) for j in turn_inputs(space)]
+    todo = [prepare(space, j) for j in turn_inputs(space)]
     replies = module.Together(host_for(space.config, loaded=space), "4")._train(todo)
     assert sizes == [4, 2, 1, 1, 2, 1, 1] and all("update" in r.content.config_records for r in replies)
 
@@ -269,7 +269,7 @@ def test_a_client_that_cannot_finish_is_declined_alone(space: Workspace, monkeyp
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
-    todo, real = [prepared(space, j) for j in turn_inputs(space)], module.finish
+    todo, real = [prepare(space, j) for j in turn_inputs(space)], module.finish
 
     def full(host: ClientHost, ready: PreparedTurn, *result: Any) -> Message:
         if ready is todo[1]:
@@ -289,7 +289,7 @@ def test_a_first_client_that_diverges_does_not_end_the_measurement_of_auto(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flower.identify_process(run_id=1)
-    broken = [prepared(space, j, lr=1e30, lr_last=1e30) for j in turn_inputs(space)]
+    broken = [prepare(space, j, lr=1e30, lr_last=1e30) for j in turn_inputs(space)]
     monkeypatch.setattr(module, "prepare", lambda host, message, context: broken[message])
     with caplog.at_level("WARNING", "fedtune.batched"):
         replies = module.Together(host_for(space.config, loaded=space), "auto")._turns(iter([(i, None) for i in range(4)]))  # type: ignore[arg-type]
@@ -301,7 +301,7 @@ def test_auto_is_not_decided_by_a_single_client(space: Workspace, monkeypatch: p
     import fedtune.simulations.engines.together as module
 
     flower.identify_process(run_id=1)
-    todo = [prepared(space, j) for j in turn_inputs(space)]
+    todo = [prepare(space, j) for j in turn_inputs(space)]
     monkeypatch.setattr(module, "prepare", lambda host, message, context: todo[message])
     monkeypatch.setattr(module.Together, "_choose", lambda self, todo: 4)
     monkeypatch.setattr(module.Together, "_train", lambda self, todo: todo)

@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def quantized(folder: Path, precision: str, method: str = "lora") -> LiveAdapter:
+def quantized_adapter(folder: Path, precision: str, method: str = "lora") -> LiveAdapter:
     if why := quantize._why_not(precision, torch.float32, torch.device("cpu")):
         pytest.skip(f"bitsandbytes has no {precision} kernel here: {why}")
     path = checkpoint(folder / "model", config=llama_config(hidden_size=64, intermediate_size=128, head_dim=32))
@@ -33,7 +33,7 @@ def quantized(folder: Path, precision: str, method: str = "lora") -> LiveAdapter
 
 @pytest.mark.parametrize("precision", quantize.KINDS)
 def test_each_update_is_the_sequential_one(tmp_path: Path, precision: str) -> None:
-    live = quantized(tmp_path, precision)
+    live = quantized_adapter(tmp_path, precision)
     assert way_of(live, LM)[0] is stacked.installed
     todo = turn_inputs_of(rows(LM), live.read(version=0))
     live.load(todo[0].start)
@@ -43,5 +43,5 @@ def test_each_update_is_the_sequential_one(tmp_path: Path, precision: str) -> No
 
 @pytest.mark.parametrize("precision", quantize.KINDS)
 def test_vmap_is_refused_with_a_reason(tmp_path: Path, precision: str) -> None:
-    way, why = way_of(quantized(tmp_path, precision, "dora"), LM)
+    way, why = way_of(quantized_adapter(tmp_path, precision, "dora"), LM)
     assert way is None and "quantized layers" in why

@@ -59,7 +59,7 @@ class FakeWorker:
         return [RecordDict({"who": ConfigRecord({"worker": number, "node": node})}) for node in nodes]
 
 
-def made(
+def make_grid(
     workers: int, nodes: int, fault: Callable[[int], None] = lambda _: None, *, together: bool = True, wrong: Sequence[str | None] = ()
 ) -> tuple[WorkerGrid, list[FakeWorker], list[str]]:
     hired, notes = list[FakeWorker](), list[str]()
@@ -73,7 +73,7 @@ def made(
     return WorkerGrid(FakeRay(), hire, nodes, together=together, note=notes.append), hired, notes
 
 
-def asked(grid: WorkerGrid, kind: str = "train") -> list[Message]:
+def ask_all(grid: WorkerGrid, kind: str = "train") -> list[Message]:
     """Send one message to each node. Returns the replies in order, as the bridge pulls them."""
     messages = [Message(RecordDict(), node, kind) for node in grid.get_node_ids()]
     got = [r for r in replies(grid, list(grid.push_messages(messages)), float("inf")) if r is not None]
@@ -87,15 +87,15 @@ def asked(grid: WorkerGrid, kind: str = "train") -> list[Message]:
 @pytest.mark.parametrize(("workers", "nodes"), [(1, 1), (2, 5), (3, 100), (8, 3)])
 @pytest.mark.parametrize("together", [False, True])
 def test_every_message_is_answered_once_and_shares_are_equal(workers: int, nodes: int, together: bool) -> None:
-    grid, hired, _ = made(workers, nodes, together=together)
+    grid, hired, _ = make_grid(workers, nodes, together=together)
     for _ in range(2):
-        assert not any(r.has_error() for r in asked(grid))
+        assert not any(r.has_error() for r in ask_all(grid))
     sizes = [len(s) for worker in hired for s in worker.shares]
     assert sum(sizes) == 2 * nodes and max(sizes) <= (min(LARGEST, -(-nodes // workers)) if together else 1)
 
 
 def test_a_round_without_messages_calls_no_worker() -> None:
-    grid, hired, _ = made(2, 3)
+    grid, hired, _ = make_grid(2, 3)
     assert not list(grid.push_messages([])) and not list(grid.pull_messages([])) and not hired
 
 
@@ -106,8 +106,8 @@ def test_messages_of_a_lost_worker_go_to_another() -> None:
         if next(lost, False):
             raise RayError("the machine is gone")
 
-    grid, hired, notes = made(2, 6, once)
-    assert not any(r.has_error() for r in asked(grid))
+    grid, hired, notes = make_grid(2, 6, once)
+    assert not any(r.has_error() for r in ask_all(grid))
     assert len(hired) == 3 and "a worker was lost" in notes[0]  # another was hired in its place
     assert [len(s) for worker in hired for s in worker.shares].count(1) == 3  # its share is dealt out singly
 
@@ -117,8 +117,8 @@ def test_a_client_whose_turn_kills_its_worker_does_not_affect_others() -> None:
         if node == 4:
             raise RayError("out of memory")
 
-    grid, hired, _ = made(2, 6, deadly)
-    got = asked(grid)
+    grid, hired, _ = make_grid(2, 6, deadly)
+    got = ask_all(grid)
     assert [r.has_error() for r in got] == [node == 4 for node in range(1, 7)]
     assert f"{MAX_LOSSES} workers were lost" in str(got[3].error.reason)
     assert sum(4 in s for worker in hired for s in worker.shares) == MAX_LOSSES
@@ -128,27 +128,27 @@ def test_a_worker_that_raises_survives_and_its_clients_get_the_cause() -> None:
     def broken(node: int) -> None:
         raise RayTaskError("KeyError: lost")
 
-    grid, hired, notes = made(1, 3, broken)
-    assert all("lost" in str(r.error.reason) for r in asked(grid)) and len(hired) == 1 and not notes
+    grid, hired, notes = make_grid(1, 3, broken)
+    assert all("lost" in str(r.error.reason) for r in ask_all(grid)) and len(hired) == 1 and not notes
 
 
 def test_a_machine_without_the_data_is_named_and_the_others_continue() -> None:
-    grid, hired, notes = made(3, 6, wrong=["a worker on b cannot take part: no data", None, None])
-    assert {int(str(r.content.config_records["who"]["worker"])) for r in asked(grid)} == {1, 2}
+    grid, hired, notes = make_grid(3, 6, wrong=["a worker on b cannot take part: no data", None, None])
+    assert {int(str(r.content.config_records["who"]["worker"])) for r in ask_all(grid)} == {1, 2}
     assert notes == ["a worker on b cannot take part: no data"] and len(hired) == 3
 
 
 def test_without_the_data_on_any_machine_the_run_ends_with_the_sentence() -> None:
-    grid, _, _ = made(2, 6, wrong=["no data on a", "no data on b"])
+    grid, _, _ = make_grid(2, 6, wrong=["no data on a", "no data on b"])
     with pytest.raises(RunError, match="no data on"):
-        asked(grid)
+        ask_all(grid)
 
 
 def test_without_a_worker_for_long_the_run_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_grid, "_PATIENCE_S", 0.0)
-    grid, _, _ = made(0, 2)
+    grid, _, _ = make_grid(0, 2)
     with pytest.raises(RunError, match="there has been no Ray worker for 0 s"):
-        asked(grid)
+        ask_all(grid)
 
 
 def test_a_machine_holds_as_many_workers_as_its_scarcer_resource_allows() -> None:

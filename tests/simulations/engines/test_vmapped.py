@@ -25,7 +25,7 @@ SIZES = {"c0": 13, "c1": 9, "c2": 5, "c3": 2}
 METHODS = ["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"]
 
 
-def built(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, **model: Any) -> tuple[LiveAdapter, Any]:
+def build_adapter(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, **model: Any) -> tuple[LiveAdapter, Any]:
     with quiet():
         config, labels = hub(checkpoint(folder, kind), **model), 3 if task.kind == "classification" else 0
         live = LiveAdapter(load_backbone(config, task, num_labels=labels), peft, task)
@@ -50,7 +50,7 @@ def rows(task: TaskConfig, seq2seq: bool = False) -> dict[str, list[Example]]:
 
 
 def agree(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, way: Any = vmapped.installed, **changes: Any) -> None:
-    live, initial = built(folder, kind, peft, task)
+    live, initial = build_adapter(folder, kind, peft, task)
     assert way_of(live, task)[0] is way, way_of(live, task)[1]
     check(live, turn_inputs_of(rows(task, live.backbone.seq2seq), initial, **changes), task, pad_id(live.backbone.tokenizer), way)
 
@@ -81,7 +81,7 @@ def test_an_encoder_decoder(tmp_path: Path, method: str) -> None:
 
 def test_an_encoder_decoders_classes_are_stacked_or_not_at_all(tmp_path: Path) -> None:
     agree(tmp_path / "a", "t5", PeftConfig(rank=3), CLASSES, stacked.installed)
-    live, _ = built(tmp_path / "b", "t5", PeftConfig(method="adapter", bottleneck=5), CLASSES)
+    live, _ = build_adapter(tmp_path / "b", "t5", PeftConfig(method="adapter", bottleneck=5), CLASSES)
     way, why = way_of(live, CLASSES)
     assert way is None and "unique_consecutive" in why  # transformers counts each row's end tokens
 
@@ -113,22 +113,22 @@ def test_the_adapters_dropout_is_each_clients_own(tmp_path: Path) -> None:
 
 
 def test_ranks_may_differ(tmp_path: Path) -> None:
-    live, wide = built(tmp_path / "a", "llama", PeftConfig(method="dora", rank=3), LM)
-    _, narrow = built(tmp_path / "b", "llama", PeftConfig(method="dora", rank=2), LM)
+    live, wide = build_adapter(tmp_path / "a", "llama", PeftConfig(method="dora", rank=3), LM)
+    _, narrow = build_adapter(tmp_path / "b", "llama", PeftConfig(method="dora", rank=2), LM)
     narrow = narrow.replace(base=wide.spec.base)
     todo = [turn_inputs_of(rows(LM), start)[k] for k, start in enumerate((wide, narrow, narrow, wide))]
     check(live, todo, LM, pad_id(live.backbone.tokenizer), vmapped.installed)
 
 
 def test_models_that_vmap_would_compute_wrong_are_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    live, _ = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
+    live, _ = build_adapter(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
     right = vmapped.counted_logits
     monkeypatch.setattr(vmapped, "counted_logits", lambda *args: (right(*args)[0] * 1.01, None))
     assert vmapped.why_not(live, LM) == "torch.func.vmap changes its results"
 
 
 def test_models_that_vmap_cannot_run_are_refused_with_a_reason(tmp_path: Path) -> None:
-    live, _ = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
+    live, _ = build_adapter(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
     layer = live.backbone.model.get_submodule("model.norm")
     layer.register_forward_hook(lambda module, args, y: y if float(y.sum()) else None)  # reads a value
     way, why = way_of(live, LM)
@@ -136,14 +136,14 @@ def test_models_that_vmap_cannot_run_are_refused_with_a_reason(tmp_path: Path) -
 
 
 def test_a_backbone_with_dropout_of_its_own_is_not_mapped(tmp_path: Path) -> None:
-    live, _ = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
+    live, _ = build_adapter(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
     live.backbone.model.config.attention_dropout = 0.1
     way, why = way_of(live, LM)
     assert way is None and "attention_dropout" in why
 
 
 def test_bf16_is_batched_the_same(tmp_path: Path) -> None:
-    live, initial = built(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM, precision="bf16")
+    live, initial = build_adapter(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM, precision="bf16")
     assert way_of(live, LM)[0] is vmapped.installed
     todo = turn_inputs_of(rows(LM), initial, optimizer="sgd", lr=0.05)
     todo = [dataclasses.replace(j, plan=dataclasses.replace(j.plan, steps=k + 1)) for k, j in enumerate(todo)]
@@ -151,7 +151,7 @@ def test_bf16_is_batched_the_same(tmp_path: Path) -> None:
 
 
 def test_the_model_is_unchanged_afterward(tmp_path: Path) -> None:
-    live, initial = built(tmp_path, "llama", PeftConfig(method="dora", rank=3, dropout=0.2), LM)
+    live, initial = build_adapter(tmp_path, "llama", PeftConfig(method="dora", rank=3, dropout=0.2), LM)
     live.load(initial)
     ids = torch.arange(3, 13).view(2, 5)
     with torch.no_grad():

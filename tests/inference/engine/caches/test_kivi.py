@@ -18,7 +18,7 @@ QKV = tokens(SHAPE, 41)
 ROPE = Rope(SHAPE)
 
 
-def rounded(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+def round_values(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     """Min/max rounding as in the paper, nothing packed; low and step are the float16 numbers next to the exact ones, outside the range."""
     low, high = x.amin(dim, keepdim=True).numpy(), x.amax(dim, keepdim=True).numpy()
     low16 = low.astype(np.float16)
@@ -35,8 +35,8 @@ def written_out(bits: int, residual: int, group: int, sizes: list[int]) -> torch
     out = torch.empty_like(q)
     for i in range(q.shape[0]):
         turned, keys = ROPE.rotate(q[i], 0), ROPE.rotate(k[i], 0)
-        low_keys = torch.cat([rounded(part, 0, bits) for part in keys[: 41 // group * group].split(group)])
-        low_values = torch.cat([rounded(part, 2, bits) for part in v[i].split(sizes, 2)], 2)
+        low_keys = torch.cat([round_values(part, 0, bits) for part in keys[: 41 // group * group].split(group)])
+        low_values = torch.cat([round_values(part, 2, bits) for part in v[i].split(sizes, 2)], 2)
         for p in range(41):
             edge = max(0, p + 1 - residual) // group * group
             seen_keys = torch.cat([low_keys[:edge], keys[edge : p + 1]])

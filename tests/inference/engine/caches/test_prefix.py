@@ -27,15 +27,15 @@ def right(ids: Sequence[int], new: int, adapter: str | None = None) -> torch.Ten
     return run(FullCache(SHAPE, 99), ids, adapter)[:, -new:]
 
 
-def opened(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> PagedCache:
+def open_cache(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> PagedCache:
     cache = caches.open(ids, adapter)
     assert isinstance(cache, PagedCache)
     return cache
 
 
-def served(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> int:
+def serve(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> int:
     """Serve one complete request. Returns the number of its cached tokens."""
-    cache = opened(caches, ids, adapter)
+    cache = open_cache(caches, ids, adapter)
     cached = cache.length
     got = run(cache, ids, adapter)
     torch.testing.assert_close(got, right(ids, len(ids) - cached, adapter), atol=1e-5, rtol=1e-5)
@@ -45,42 +45,42 @@ def served(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> i
 
 def test_requests_share_the_blocks_of_a_common_prefix() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 20, 4))
-    assert served(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]) == 0
+    assert serve(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]) == 0
     assert len(caches.tree) == 2 and caches.pool.free == 18
-    assert served(caches, [1, 2, 3, 4, 5, 6, 7, 8, 2, 2]) == 8
-    assert served(caches, [1, 2, 3, 4, 5, 6, 0, 0, 0]) == 6  # two of the second block's four; it is copied before it is written
-    assert served(caches, [1, 2, 3, 4, 5, 6, 7, 8]) == 7  # never all
-    assert served(caches, [2, 2, 3, 4, 5]) == 0
-    assert served(caches, [1, 2, 3, 4, 5], "a") == 0
-    assert served(caches, [1, 2, 3, 4, 5], "a") == 4
+    assert serve(caches, [1, 2, 3, 4, 5, 6, 7, 8, 2, 2]) == 8
+    assert serve(caches, [1, 2, 3, 4, 5, 6, 0, 0, 0]) == 6  # two of the second block's four; it is copied before it is written
+    assert serve(caches, [1, 2, 3, 4, 5, 6, 7, 8]) == 7  # never all
+    assert serve(caches, [2, 2, 3, 4, 5]) == 0
+    assert serve(caches, [1, 2, 3, 4, 5], "a") == 0
+    assert serve(caches, [1, 2, 3, 4, 5], "a") == 4
     caches.tree.clear()
     assert caches.pool.free == 20
 
 
 def test_two_concurrent_requests_hold_the_same_blocks() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 20, 4))
-    served(caches, [1, 2, 3, 4, 5, 6, 7, 8])
-    one, two = opened(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]), opened(caches, [1, 2, 3, 4, 5, 6, 7, 8, 2])
+    serve(caches, [1, 2, 3, 4, 5, 6, 7, 8])
+    one, two = open_cache(caches, [1, 2, 3, 4, 5, 6, 7, 8, 1]), open_cache(caches, [1, 2, 3, 4, 5, 6, 7, 8, 2])
     assert one.table[:2] == two.table[:2] and one.table[2] != two.table[2] and caches.pool.holders(one.table[0]) == 3
 
 
 def test_the_least_recently_used_blocks_are_evicted_first_and_blocks_in_use_stay() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 6, 2))
-    served(caches, [1, 1, 1, 1])
-    served(caches, [2, 2, 2, 2])
-    served(caches, [1, 1, 1, 1, 3])  # now [2, 2, 2, 2] is the older
-    held = opened(caches, [1, 1, 5])
+    serve(caches, [1, 1, 1, 1])
+    serve(caches, [2, 2, 2, 2])
+    serve(caches, [1, 1, 1, 1, 3])  # now [2, 2, 2, 2] is the older
+    held = open_cache(caches, [1, 1, 5])
     assert held.length == 2 and caches.pool.free == 1 and caches.pool.room() == 4  # all but [1, 1] of the tree's four, and one free
-    served(caches, [4, 4, 4, 4])  # needs one block more than is free: the end of [2, 2, 2, 2] goes
-    assert served(caches, [2, 2, 2, 2, 2]) == 2
-    assert served(caches, [1, 1, 1, 1, 1]) in (2, 4)
+    serve(caches, [4, 4, 4, 4])  # needs one block more than is free: the end of [2, 2, 2, 2] goes
+    assert serve(caches, [2, 2, 2, 2, 2]) == 2
+    assert serve(caches, [1, 1, 1, 1, 1]) in (2, 4)
     assert caches.open([7] * 12) is None and held.table
     caches.close(held, [1, 1], None)
 
 
 def test_without_room_nothing_is_opened_or_lost() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 4, 2))
-    one = opened(caches, [1, 2, 3, 4, 5])
+    one = open_cache(caches, [1, 2, 3, 4, 5])
     assert caches.open([6, 7, 8]) is None and caches.pool.free == 1
     assert caches.reserve(one, 7) and caches.pool.free == 0 and caches.open([6]) is None
     caches.close(one, [])
@@ -92,7 +92,7 @@ def test_without_room_nothing_is_opened_or_lost() -> None:
 def test_sequences_with_virtual_tokens_share_nothing() -> None:
     caches = PagedCaches(PagedPool(SHAPE, 9, 2), virtual=2)
     for _ in range(2):
-        cache = opened(caches, [1, 2, 3])
+        cache = open_cache(caches, [1, 2, 3])
         assert cache.length == 0 and len(cache.table) == 3
         run(cache, [7, 8, 1, 2, 3])
         caches.close(cache, [1, 2, 3])
