@@ -17,7 +17,7 @@ import pytest
 from fedtune.cli import client, server
 from fedtune.cli import main as cli
 from fedtune.cli import simulate as sim
-from fedtune.config.compose import Job, compose
+from fedtune.config.compose import SweepJob, compose
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 _PROSE = {"or", "to", "of", "makes", "does", "without", "where"}
@@ -67,11 +67,11 @@ class Place:
 
 
 @functools.cache
-def _composed(settings: tuple[str, ...]) -> list[Job]:
+def _composed(settings: tuple[str, ...]) -> list[SweepJob]:
     return compose(list(settings))
 
 
-def composed(settings: Sequence[str]) -> list[Job]:
+def composed(settings: Sequence[str]) -> list[SweepJob]:
     """`compose`, which takes half a second, once for the same settings."""
     return copy.deepcopy(_composed(tuple(settings)))
 

@@ -16,7 +16,7 @@ from fedtune.errors import ConfigError
 from fedtune.models import LiveAdapter
 from fedtune.simulations.engines.batched import train_together, way_of
 from tests.simulations.engines.test_vmapped import CLASSES, LM, build_adapter, rows
-from tests.simulations.engines.turns import alone, distance, jobs_of
+from tests.simulations.engines.turns import alone, distance, turn_inputs_of
 from tests.tiny import tiny_config
 
 UPPER = {
@@ -28,7 +28,7 @@ UPPER = {
 
 
 def turns(live: LiveAdapter, initial: AdapterState, task: TaskConfig) -> list[AdapterState]:
-    return [alone(live, job, task, pad_id(live.backbone.tokenizer))[0] for job in jobs_of(rows(task), initial)]
+    return [alone(live, turn_input, task, pad_id(live.backbone.tokenizer))[0] for turn_input in turn_inputs_of(rows(task), initial)]
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", LM), ("llama", CLASSES), ("gpt2", LM), ("opt", LM), ("distilbert", CLASSES)])
@@ -38,8 +38,8 @@ def test_a_turn_has_the_same_result_with_and_without_the_cache(tmp_path: Path, k
     cache = LowerLayers(live, 1e9)
     filled, read = turns(live, initial, task), turns(live, initial, task)
     assert 0 < cache.misses < cache.hits
-    for job, a, b, c in zip(jobs_of(rows(task), initial), plain, filled, read, strict=True):
-        assert max(distance(a, b), distance(a, c)) <= 1e-4 * distance(a, job.start)
+    for turn_input, a, b, c in zip(turn_inputs_of(rows(task), initial), plain, filled, read, strict=True):
+        assert max(distance(a, b), distance(a, c)) <= 1e-4 * distance(a, turn_input.start)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -50,10 +50,10 @@ def test_stacked_training_reads_the_cache_and_vmap_does_not(tmp_path: Path, meth
     way, _ = way_of(live, LM)
     assert way is not None
     for _ in range(2):
-        got = train_together(live, jobs_of(rows(LM), initial), LM, pad_id=1, way=way)
+        got = train_together(live, turn_inputs_of(rows(LM), initial), LM, pad_id=1, way=way)
     assert (cache.hits > cache.misses) == (method == "lora")
-    for job, a, b in zip(jobs_of(rows(LM), initial), plain, got, strict=True):
-        assert isinstance(b, tuple) and distance(a, b[0]) <= 1e-4 * distance(a, job.start)
+    for turn_input, a, b in zip(turn_inputs_of(rows(LM), initial), plain, got, strict=True):
+        assert isinstance(b, tuple) and distance(a, b[0]) <= 1e-4 * distance(a, turn_input.start)
 
 
 def test_rows_that_do_not_fit_are_recomputed(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_workspace_has_a_cache_if_the_config_enables_it(tmp_path: Path) -> Non
     space = Workspace(dataclasses.replace(config, engine=EngineConfig(threads=1, cache_layers=0.1)))
     assert space._lower is not None
     # it is emptied when a shift is merged, and when one is taken back
-    job, name = jobs_of(rows(LM), space.initial)[0], "model.layers.0.mlp.up_proj"
+    turn_input, name = turn_inputs_of(rows(LM), space.initial)[0], "model.layers.0.mlp.up_proj"
     spec = AdapterSpec(method="lora", version=1, ranks={name: 1}, scaling={name: 1.0})
     shift = AdapterState({f"{name}.lora_A": torch.ones(1, 24), f"{name}.lora_B": torch.ones(40, 1)}, spec)
     plain = Workspace(config)
@@ -109,5 +109,5 @@ def test_a_workspace_has_a_cache_if_the_config_enables_it(tmp_path: Path) -> Non
         before = space._lower.misses
         for each in (space, plain):
             each.rebase(base, [shift] if base else [])
-        cached, wanted = (alone(each.live, job, config.task, each.pad_id)[0] for each in (space, plain))
+        cached, wanted = (alone(each.live, turn_input, config.task, each.pad_id)[0] for each in (space, plain))
         assert distance(cached, wanted) < 1e-5 and (space._lower.misses == before) == warm

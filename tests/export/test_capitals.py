@@ -21,7 +21,7 @@ from fedtune.inference.generate import generate_text
 from fedtune.models.backbone import quiet
 from fedtune.storage.parsing import parse_json
 from tests.export.test_gguf import llama_python
-from tests.inference.serve.served import served
+from tests.inference.serve.served import serve_model
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
 QUESTIONS = {f"What is the capital of {country}?": f"{capital}." for country, capital in CAPITALS.items()}
@@ -98,7 +98,7 @@ def every_door(folder: Path, tmp_path: Path, adapter: str | None = None) -> None
         with asked.open() as read, said.open("w") as write:
             assert chat(folder, adapter=adapter, read=read, write=write) == 0
         assert said.read_text().strip() == answer
-    with served(load_engine(folder)) as here, openai.OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
+    with serve_model(load_engine(folder)) as here, openai.OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
         for question, answer in QUESTIONS.items():
             reply = client.chat.completions.create(
                 model=adapter or "tiny", messages=[{"role": "user", "content": question}], temperature=0, max_tokens=12
