@@ -66,7 +66,7 @@ class Tally:
     preempted: int = 0
     lost: list[str] = field(default_factory=list)
     garbled: list[str] = field(default_factory=list)
-    first_difference: list[tuple[Case, int, str]] = field(default_factory=list)  # at which token an answer is another: to be judged
+    deviations: list[tuple[Case, int, str]] = field(default_factory=list)  # at which token an answer is another: to be judged
     close: list[float] = field(default_factory=list)  # leads of the tokens there, where rounding could have decided
     rss: list[tuple[float, float]] = field(default_factory=list)  # seconds, MB
 
@@ -177,7 +177,7 @@ async def _stream(line: httpx.AsyncClient, case: Case, tally: Tally, what: str, 
             if leave_after is not None and chunks > leave_after:
                 tally.left += 1
                 if (at := first_difference(case.words, words)) is not None:
-                    tally.parted.append((case, at, what))
+                    tally.deviations.append((case, at, what))
                 elif not case.text.startswith(text):
                     tally.garbled.append(f"{what}: {text!r} does not begin {case.text!r}")
                 return
@@ -191,7 +191,7 @@ def _judge(case: Case, text: str, end: str | None, tokens: int, words: list[str]
     tally.whole += 1
     tally.tokens += tokens
     if (at := first_difference(case.words, words)) is not None:
-        tally.parted.append((case, at, what))
+        tally.deviations.append((case, at, what))
     elif (text, end, tokens) != (case.text, case.end, case.tokens):
         tally.garbled.append(f"{what}: {(text, end, tokens)} is not {(case.text, case.end, case.tokens)}")
 
@@ -236,7 +236,7 @@ def soak(model: Path, *, seconds: float, clients: int, seed: int = 0, kind: str 
     if process.returncode != 0:
         tally.lost.append(f"the server ended with code {process.returncode}")
     leads: dict[tuple[int, int], float] = {}
-    for case, at, what in tally.parted:
+    for case, at, what in tally.deviations:
         if (id(case), at) not in leads:
             leads[id(case), at] = lead(engine, case.prompt, case.answer, at)
         if (gap := leads[id(case), at]) <= bound(engine):
