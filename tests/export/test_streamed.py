@@ -63,7 +63,7 @@ def in_memory(run: Path, folder: Path) -> Path:
         parameter.data = parameter.data.float().to(dtype)
     with quiet():
         model.save_pretrained(folder)
-    write_tokenizer(backbone.tokenizer, backbone.folder, folder)
+    write_tokenizer(backbone.tokenizer, backbone.folder, folder, origin.task)
     return folder
 
 
