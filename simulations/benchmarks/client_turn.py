@@ -64,7 +64,7 @@ def main() -> None:
             moved, apart = (distance(bare, other) for other in (start_of(space), state))
             assert apart < 1e-3 * moved, f"{side} did not do the same work: {apart} of {moved}"
     print(f"{args.clients} clients, {args.steps} steps of {config.client.batch_size} rows, 1 thread, {args.repeats} rounds of each side")
-    print("| side | ms a client turn: median | min | max |\n|---|---|---|---|")
+    print("| side | ms per client turn: median | min | max |\n|---|---|---|---|")
     for side, values in seconds.items():
         ms = [1000 * v / args.clients for v in values]
         print(f"| {side} | {statistics.median(ms):.1f} | {min(ms):.1f} | {max(ms):.1f} |")

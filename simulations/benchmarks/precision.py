@@ -221,7 +221,7 @@ def on_text(args: argparse.Namespace, extra: list[str]) -> None:
     curves: dict[tuple[str, str], list[list[tuple[int, float]]]] = {}  # scenario, precision → per seed (round, metric)
     say = sayer(args.out, "Quality on real text")
     say(f"{hardware()}; mean ± standard deviation over the seeds.\n")
-    say("| study | precision | before | after | against fp32 | bound | seconds a run |\n|---|---|---|---|---|---|---|")
+    say("| study | precision | before | after | against fp32 | bound | seconds per run |\n|---|---|---|---|---|---|---|")
     for scenario, key, name, bound, rounds, every in TEXT:
         for precision in ("fp32", *(p for p in args.precisions if p != "fp32")):
             settings = [f"model.precision={precision}", f"model.compute={args.compute}", f"rounds={rounds}", f"eval.every={every}"]

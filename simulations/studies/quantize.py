@@ -49,7 +49,7 @@ ROWS: Mapping[str, QuantizeSettings] = {
     "int4 in groups of 128, GPTQ": QuantizeSettings(group=128, method="gptq"),
 }
 WINDOW, SEQUENCES = 256, 32
-COLUMNS = ("weights", "bits a weight", "perplexity", "KL, 1e-3 nats")
+COLUMNS = ("weights", "bits per weight", "perplexity", "KL, 1e-3 nats")
 
 
 @dataclass(frozen=True, kw_only=True)

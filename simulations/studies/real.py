@@ -133,7 +133,7 @@ def table(results: Sequence[Result], reference: Mapping[str, str] | None = None)
     """
     names = list(dict.fromkeys(r.setting for r in results))
     columns = list(results[0].scores)
-    head = ["setting", "seeds", *columns, "seconds a run", *(["plain loop, nats before → after"] if reference else [])]
+    head = ["setting", "seeds", *columns, "seconds per run", *(["plain loop, nats before → after"] if reference else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:
         rows = [r for r in results if r.setting == name]

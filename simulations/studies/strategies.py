@@ -190,7 +190,7 @@ def table(made: Sequence[Mapping[str, Any]], alpha: float) -> str:
     mine = [m for m in made if m["row"]["alpha"] == alpha]
     base = [m["curve"][-1][2] for m in mine if m["row"]["name"] == "fedavg"]
     target = 0.9 * statistics.fmean(base) if base else None
-    lines = ["| method | seeds | lr | accuracy | clients' own | MB a round | MB to the target | seconds a run |", "|" + "---|" * 8]
+    lines = ["| method | seeds | lr | accuracy | clients' own | MB per round | MB to the target | seconds per run |", "|" + "---|" * 8]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for m in mine:
         groups.setdefault(m["row"]["name"], []).append(m)

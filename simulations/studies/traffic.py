@@ -44,11 +44,11 @@ COLUMNS = (
     "seeds",
     "accuracy",
     "clients' own",
-    "MB up a client a round",
+    "MB up per client and round",
     "MB down",
     "smaller up",
     "MB to the target",
-    "seconds a run",
+    "seconds per run",
 )
 
 

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="folder for the models (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write, with a .json and a .png beside it")
     args = parser.parse_args()
-    lines = ["# This engine and its peers\n", f"```\n{COMMAND} {shlex.join(told(sys.argv[1:]))}\n```\n"]
+    lines = ["# fedtune's engine and other engines\n", f"```\n{COMMAND} {shlex.join(told(sys.argv[1:]))}\n```\n"]
     lines.append(f"{hardware()}; {args.threads} threads, {args.rounds} rounds in turn; medians, with the least and the greatest.\n")
     kept = {}
     seen: dict[str, list[Side]] = {}

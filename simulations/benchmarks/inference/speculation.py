@@ -9,7 +9,7 @@ of `--draft`; each answer starts without measurements, like a command. "early ex
 result is already exact: an upper bound for a model trained for early exit, not a forecast.
 
 Each number format has its own process. There all sides answer one prompt before the next prompt, so that changes in machine speed affect
-all of them. Figures are ratios to plain decoding of the same prompt, medians with quartiles. "kept" is the share of accepted draft tokens,
+all of them. Figures are ratios to plain decoding of the same prompt, medians with quartiles. "accepted" is the share of draft tokens kept,
 "same" the number of greedy answers that equal plain decoding token for token.
 """
 
@@ -202,7 +202,7 @@ def table(seen: Mapping[str, Found]) -> str:
     temperatures = list(next(iter(seen.values())))
     head = ["target", "side"]
     for t in temperatures:
-        head += [f"× plain, {_name(t)}", "tokens a pass", "kept", *(["same"] if float(t) == 0 else [])]
+        head += [f"× plain, {_name(t)}", "tokens per pass", "accepted", *(["same"] if float(t) == 0 else [])]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for kind, found in seen.items():
         for way in found[temperatures[0]]:

@@ -115,7 +115,7 @@ def test_the_table_by_hand() -> None:
     shown = table(
         {"int8": {"0": {"plain": plain, "auto": [*rows[:3], answer(ratio=4.0, same=False)]}, "0.8": {"plain": plain, "auto": rows}}}
     )
-    assert shown.splitlines()[0].split(" | ")[2:6] == ["× plain, greedy", "tokens a pass", "kept", "same"]
+    assert shown.splitlines()[0].split(" | ")[2:6] == ["× plain, greedy", "tokens per pass", "accepted", "same"]
     # 4 answers of 10 tokens after the first in 5 passes each; 6 of 8 guesses stay; plain takes 2 s for 10 tokens
     assert "| int8 | plain | 5.0 tok/s | 1.00 | – | 4/4 | 5.0 tok/s | 1.00 | – |" in shown
     assert "| int8 | auto | 2.50 (1.75–3.25) | 2.00 | 75 % | 3/4 | 2.50 (1.75–3.25) | 2.00 | 75 % |" in shown

@@ -26,7 +26,7 @@ def test_the_table_has_a_row_a_setting_over_its_seeds() -> None:
     ]
     # by hand: mean .6, deviations ±.1, sqrt(.02 / 1) = .141
     assert table(results).splitlines() == [
-        "| setting | seeds | accuracy after | seconds a run |",
+        "| setting | seeds | accuracy after | seconds per run |",
         "|---|---|---|---|",
         "| a | 0 1 | 0.600 ± 0.141 | 15 |",
         "| b | 0 | 0.250 | 7 |",
