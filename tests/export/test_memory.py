@@ -1,4 +1,4 @@
-"""Peak memory of every form of `fedtune export`, each in a separate process.
+"""Peak memory of every form of `fedtune export`, each in a separate process, forked from one that has imported everything.
 
 The bound: what an export needs above the process that has exported something small before, and so has everything loaded, is at most
 1.3 × the largest shard + the size of the output. Forms that read tensor by tensor keep within 1.3 × the largest shard alone; those that are
@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ from tests.models.build import checkpoint, hub, llama_config
 ROOT = Path(__file__).parents[2]
 WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4,
         "vocab_size": 16000, "max_position_embeddings": 512, "tie_word_embeddings": False}  # fmt: skip
-NARROW = {**WIDE, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
+NARROW = {**WIDE, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
 WORDS = "turn on the light in a room and set heat of kitchen to two or three for all who were there when it was time"
 PEAK = """
-import sys
+import os, sys, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -42,31 +43,43 @@ from fedtune.export.edge import export_edge
 from fedtune.export.huggingface import export_hf
 from fedtune.export.gguf import export_gguf
 
-def do(run):
-    to, *how = sys.argv[4:]
+def do(run, text, to, *how):
     if to == "hf":
         export_hf(run, run / "out")
     elif to == "gguf":
         export_gguf(run, run / "out", kind=how[0])
     else:
         kind, method = (*how, None, None)[:2]
-        text = Path(sys.argv[3]) if method else None
         separate = kind == "separate"
-        export_edge(run, run / "out", quantize=None if separate else kind, method=method, calibrate=text, separate=separate)
+        export_edge(
+            run, run / "out", quantize=None if separate else kind, method=method, calibrate=text if method else None, separate=separate
+        )
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 
-do(Path(sys.argv[1]))  # so that what is loaded late counts for nothing
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-do(Path(sys.argv[2]))
-print((peak() - before) * 1024)
+def measure(small, run, *how):
+    do(Path(small), Path(small).parent / "text.txt", *how)  # so that what is loaded late counts for nothing
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    do(Path(run), Path(small).parent / "text.txt", *how)
+    return (peak() - before) * 1024
+
+for line in sys.stdin:
+    if not (child := os.fork()):
+        try:
+            print(measure(*line.rstrip("\\n").split("\\t")), flush=True)
+        except BaseException:
+            traceback.print_exc()
+            print("failed", flush=True)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
 def big_run(folder: Path, small: Path, sizes: dict[str, Any], shard: int) -> int:
-    """A run over a sharded bfloat16 checkpoint of this size with arbitrary weights, and the bytes of its largest shard."""
+    """A run over a bfloat16 checkpoint of such a size, whose weights are nothing in particular, in shards; the largest's bytes."""
     model, run, shape = folder / "m", folder / "run", read_shape(llama_config(**sizes).to_dict())
     checkpoint(model, config=llama_config())
     os.remove(model / "model.safetensors")
@@ -99,7 +112,7 @@ def big_run(folder: Path, small: Path, sizes: dict[str, Any], shard: int) -> int
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run, and enough text for calibration and measurement."""
+    """A small run, and text enough to calibrate with and to measure on."""
     folder = tmp_path_factory.mktemp("small")
     config = llama_config(vocab_size=1024, max_position_embeddings=512)
     draws = random.Random(0)
@@ -116,38 +129,56 @@ def wide(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path, i
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path, int]:
-    """77 MB in shards of 20; the hidden states of the text, of which calibration sees 32,768 tokens, would be 67 MB."""
+    """55 MB in shards of 20; the hidden states of the text, of which calibration sees 32,768 tokens, would be 67 MB."""
     folder = tmp_path_factory.mktemp("narrow")
     return folder / "run", big_run(folder, small, NARROW, 20 << 20)
 
 
-def measure_export(small: Path, run: Path, how: str) -> tuple[int, int]:
+@pytest.fixture(scope="module")
+def measure() -> Iterator[Callable[..., str]]:
+    """Run an export in a fresh fork of a process that has imported all it needs; what it says of its peak."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", PEAK], stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=ROOT) as process:
+        assert process.stdin and process.stdout
+
+        def ask(*words: object) -> str:
+            print(*words, sep="\t", file=process.stdin)
+            return process.stdout.readline().strip()  # type: ignore[union-attr]
+
+        yield ask
+        process.stdin.close()
+
+
+def measured(measure: Callable[..., str], small: Path, run: Path, how: str) -> tuple[int, int]:
     """Peak and output of an export, in bytes."""
-    command = [sys.executable, "-c", PEAK, small, run, small.parent / "text.txt", *how.split()]
-    process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    out = run / "out"
+    reply, out = measure(small, run, *how.split()), run / "out"
+    assert reply.isdigit(), reply
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file())
     for output in (out, small / "out"):
         output.unlink() if output.is_file() else shutil.rmtree(output)
-    return int(process.stdout), size
+    return int(reply), size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["hf", "edge", "edge separate", "edge int8", "edge int4", "gguf f16", "gguf q8_0", "gguf q4_0"])
-def test_exports_by_tensor_need_little_more_memory_than_a_shard(small: Path, wide: tuple[Path, int], how: str) -> None:
+def test_exports_by_tensor_need_little_more_memory_than_a_shard(
+    measure: Callable[..., str], small: Path, wide: tuple[Path, int], how: str
+) -> None:
     run, largest = wide
-    peak, size = measure_export(small, run, how)
+    peak, size = measured(measure, small, run, how)
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")
     assert peak <= 1.3 * largest  # the output is not even counted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["int4 rtn", "int8 rtn", "int4 gptq", "int4 awq", "int8 smoothquant"])
-def test_calibrated_exports_need_little_more_memory_than_a_shard_and_the_output(small: Path, narrow: tuple[Path, int], how: str) -> None:
+def test_calibrated_exports_need_little_more_memory_than_a_shard_and_the_output(
+    measure: Callable[..., str], small: Path, narrow: tuple[Path, int], how: str
+) -> None:
     run, largest = narrow
     # the allocator's own share of a peak varies by 10 MB from one process to the next, and only upwards: the least of three counts
     for _ in range(3):
-        peak, size = measure_export(small, run, f"edge {how}")
+        peak, size = measured(measure, small, run, f"edge {how}")
         if peak <= 1.3 * largest + size:
             break
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")
