@@ -154,7 +154,7 @@ class Sampler:
         """The tokens before each of the next 1 + len(drafted) rows, (1 + g, V) bool; row i follows drafted[:i]. None without a penalty."""
         if self._seen is None:
             return None
-        rows = self._seen.repeat(1 + len(drafted), 1)
+        rows = self._seen.expand(1 + len(drafted), -1).clone()
         for i, token in enumerate(drafted, 1):
             rows[i:, token] = True
         return rows

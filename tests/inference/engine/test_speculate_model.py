@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fedtune.inference.engine.generate as generate_module
+import fedtune.inference.engine.sample as sample_module
 import fedtune.inference.engine.speculate as speculate_module
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.context import Context
@@ -24,7 +26,7 @@ from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
-from tests.inference.engine.test_generate import build, compare, tokens
+from tests.inference.engine.test_generate import Alone, build, compare, tokens
 from tests.inference.engine.test_speculate import critical
 
 DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()
@@ -78,6 +80,21 @@ def remembered(engine: Engine) -> Any:
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     return remembered(build(folder / "a")[0]), remembered(build(folder / "b", "qwen3", seed=4)[0])
+
+
+@pytest.fixture
+def known_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computes the distribution of a pass only once too: it has no other argument than these, and the same settings in a test."""
+    compute, known = probabilities, dict[tuple[bytes, bytes], Tensor]()
+
+    def remember(logits: Tensor, sampling: Sampling, seen: Tensor) -> Tensor:
+        key = logits.numpy().tobytes(), seen.numpy().tobytes()
+        if key not in known:
+            known[key] = compute(logits, sampling, seen)
+        return known[key]
+
+    monkeypatch.setattr(sample_module, "probabilities", remember)
+    monkeypatch.setattr(speculate_module, "probabilities", remember)
 
 
 def drafters(stubs: tuple[Any, Any]) -> dict[str, Callable[[], Drafter]]:
@@ -148,6 +165,7 @@ def test_drafts_acceptance_and_residual_use_separate_draws(stubs: tuple[Any, Any
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known_distributions")
 @pytest.mark.parametrize("kind", ["lookup", "draft", "early-exit"])
 def test_a_hundred_thousand_answers_follow_the_models_distribution(stubs: tuple[Any, Any], kind: str) -> None:
     value, freedom, kept = statistic(stubs[0], drafters(stubs)[kind], SHAPED, 100_000)
@@ -200,6 +218,12 @@ def beginnings(engine: Engine, count: int, length: int = 24) -> list[list[int]]:
     return [engine.text.encode(stories[i % 2] if i % 10 == 0 else text[i * step : i * step + 80])[:length] for i in range(count)]
 
 
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Alone]:
+    """Each model's answers without speculation, which one kind of guess after the other is compared with."""
+    return defaultdict(dict)
+
+
 needs_data = pytest.mark.skipif(not (DATA / "models").is_dir(), reason="needs FEDTUNE_DATA with models and fed/tinyshakespeare")
 
 
@@ -222,11 +246,13 @@ def test_real_weights_give_the_text_of_transformers(name: str) -> None:
 @needs_data
 @pytest.mark.parametrize("name", ["stories260k", "babyllama_tok105"])
 @pytest.mark.parametrize("drafter", [Lookup, EarlyExit])
-def test_two_hundred_real_prompts_token_for_token(name: str, drafter: type[Drafter], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_real_prompts_token_for_token(
+    name: str, drafter: type[Drafter], plain: dict[str, Alone], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = real(name)
     monkeypatch.setattr("tests.inference.engine.test_generate.drafter", lambda kind, engine, small: drafter())
     monkeypatch.setattr("tests.inference.engine.test_generate.prompts", lambda count: beginnings(engine, count))
-    drafted, accepted = compare(engine, engine, {}, drafter.name, 200, Sampling(), Adapt(fixed=5), 40)
+    drafted, accepted = compare(engine, engine, plain[name], drafter.name, 200, Sampling(), Adapt(fixed=5), 40)
     print(f"{name} {drafter.name}: {accepted} of {drafted} guesses kept")
     assert accepted > 0
 
