@@ -4,6 +4,7 @@ Quick: one of each kind of exchange, shift, stage, head and refusal. Slow: every
 sentence.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -71,9 +72,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
+def chosen_by(strategy: str, method: str) -> Config:
+    """The settings of both from `conf/`; read only, as all cells of the two share them."""
+    return compose([f"strategy={strategy}", f"peft={method}", "rounds=30"])[0].config
+
+
 def experiment(files: Path, out: Path, strategy: str, method: str, task: str) -> Config:
-    chosen = compose([f"strategy={strategy}", f"peft={method}", "rounds=30"])[0].config
-    named = dict(chosen.strategy)
+    chosen = chosen_by(strategy, method)
+    named = copy.deepcopy(chosen.strategy)
     if strategy == "slora":
         named.update(rounds=2, density=0.1)
     if strategy == "fedpeptao":  # a round that scores, then partial ones
