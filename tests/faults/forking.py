@@ -1,9 +1,13 @@
 """Processes without the seconds of their imports: where FEDTUNE_FAULTS_FORK is set, what would be started as `python -m MODULE` is forked.
 
 For machines with little time to spare. Everything else is as with real starts: pids, parents, pipes, signals, sessions.
+
+    python -m tests.faults.forking TEST FOLDER      runs a test of `alone` so
 """
 
+import functools
 import gc
+import inspect
 import logging
 import os
 import runpy
@@ -13,7 +17,11 @@ import sys
 import traceback
 import types
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 FORK = "FEDTUNE_FAULTS_FORK"
 _parents: list[Any] = []
@@ -98,12 +106,14 @@ def preload() -> None:
     import fedtune.cli.server
     import fedtune.clients.deployed
     import fedtune.experiment
-    import fedtune.network.executor
     import fedtune.network.node
     import fedtune.network.status_server
     import fedtune.network.superlink
     import fedtune.network.worker
     import fedtune.strategies.fedavg  # noqa: F401
+    from fedtune.network import executor, link
+
+    fork_from(executor, link)
 
 
 def popen() -> type[subprocess.Popen]:
@@ -111,7 +121,26 @@ def popen() -> type[subprocess.Popen]:
 
 
 def fork_from(*modules: types.ModuleType) -> None:
-    """Let these modules' `subprocess.Popen` fork, if that is wanted."""
-    if os.environ.get(FORK):
-        for module in modules:
-            module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[attr-defined]
+    """Let these modules' `subprocess.Popen` fork."""
+    for module in modules:
+        module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[attr-defined]
+
+
+def alone(test: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Run a test in a process of its own, which has imported everything and forks what the test starts."""
+
+    @functools.wraps(test)
+    def run(tmp_path: Path) -> None:
+        if os.environ.get(FORK):
+            return test(tmp_path)
+        command = [sys.executable, "-m", "tests.faults.forking", f"{inspect.getfile(test)}::{test.__name__}", str(tmp_path / "alone")]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-10000:]
+
+    return run
+
+
+if __name__ == "__main__":
+    os.environ[FORK] = "1"
+    preload()
+    sys.exit(pytest.main([sys.argv[1], f"--basetemp={sys.argv[2]}", "-m", "slow", "-q"]))

@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.forking import fork_from
-
 
 class Points:
     """The points of one process."""
@@ -49,13 +47,11 @@ class Points:
 
 
 def server(points: Points) -> None:
-    from fedtune.network import link
     from fedtune.network.grid import LinkGrid
     from fedtune.rounds import bridge
     from fedtune.storage import atomic as files
     from fedtune.strategies.fedavg import FedAvg
 
-    fork_from(link)
     sample, push, aggregate, rename = bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, os.replace
 
     def sampling(self: Any, here: Any, round: int) -> Any:
@@ -91,7 +87,6 @@ def server(points: Points) -> None:
 def client(points: Points) -> None:
     from fedtune.network import executor, fleet, node
 
-    fork_from(executor)
     here = [sys.executable, "-m", "tests.faults.launch", points.who, str(points.folder), "worker"]
     executor.Executor = functools.partial(executor.Executor, command=here)  # type: ignore[misc, assignment]
     take, send, push = node.Node._handle, node.Node._send, fleet.Fleet.push_object

@@ -20,6 +20,7 @@ from flwr.proto.node_pb2 import Node as NodeProto
 from fedtune.network.keys import make_keys
 from tests.faults.campaign import CLIENTS, Campaign, Cell, watched
 from tests.faults.deployment import STORIES, Deployment, settings, write_rows
+from tests.faults.forking import alone
 from tests.faults.replay import BOUND, counted, differences, replay
 from tests.network.echo import Echo
 
@@ -31,6 +32,7 @@ WAIT_S = 600.0
 LIES = ("nan", "shape", "huge", "stale", "other", "weight")
 
 
+@alone
 def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
     """Not a number, another shape, a million times too large, of an earlier round, in another's name, with another weight."""
     with watched(Campaign(tmp_path, [Cell("lie", kind) for kind in LIES])) as campaign:
@@ -48,6 +50,7 @@ def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
         assert any("carla refused: " in w and sentence in w for w in out.words), out
 
 
+@alone
 def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp_path: Path) -> None:
     others = ("mallory", "moll")  # their keys are allowed, what they do with them is not
     write_rows(tmp_path / "rows", [*CLIENTS, *others])

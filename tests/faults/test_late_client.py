@@ -15,6 +15,7 @@ from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.report import read_metrics
 from fedtune.simulations.engines.grid import InProcessGrid
 from tests.faults.deployment import STORIES, deployed, settings, write_rows
+from tests.faults.forking import alone
 from tests.faults.replay import BOUND, differences
 
 CLIENTS, SLOW, ROUNDS, DEADLINE_S = ("anna", "bert", "carla"), "bert", 8, 20.0
@@ -48,6 +49,7 @@ def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
     return run_experiment(job.config, engine)
 
 
+@alone
 def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows", CLIENTS)
     usual = [s for s in settings(tmp_path / "rows", CLIENTS) if not s.startswith(("rounds", "min_clients"))]

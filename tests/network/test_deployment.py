@@ -15,6 +15,7 @@ from fedtune.data import load_federation
 from fedtune.experiment import simulate
 from fedtune.runs.report import read_metrics
 from tests.faults.deployment import STORIES, Deployment, deployed, settings, write_rows
+from tests.faults.forking import alone
 
 CLIENTS = ("anna", "bert", "carla")
 pytestmark = [
@@ -68,6 +69,7 @@ def secrets_stay_home(made: Deployment) -> None:
         assert not any(body.encode() in text for body in bodies), file
 
 
+@alone
 def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     write_rows(rows, CLIENTS)
