@@ -1,12 +1,10 @@
 """Whole runs with privacy=record and privacy=user where=client: reported values, refusals, and costs."""
 
 import dataclasses
-import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from fedtune.clients import trainer
+from fedtune.clients import app, trainer
 from fedtune.config import Config, EngineConfig, EvalConfig, PrivacyConfig, TrafficConfig, check, to_dict
 from fedtune.config.compose import choices, compose
 from fedtune.experiment import simulate
@@ -157,49 +155,49 @@ def test_resuming_from_an_older_checkpoint_keeps_all_privacy_costs(tmp_path: Pat
     assert f"(ε, δ) = ({spent:.3g}, 1e-05)" in (run / "adapter" / "README.md").read_text() and 7.5 < spent <= 8.0
 
 
+def run_and_die(config: Config, point: str, begun: Path) -> None:
+    """In a process of its own: run, and be killed at that point of round 2; each step leaves a trace."""
+
+    def at(kind: Any, name: str, when: str, count: int) -> None:
+        """kill -9 at the count-th call, before it or after it."""
+        right, calls = getattr(kind, name), []
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == count and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "step":
+                with begun.open("a") as f:
+                    f.write("step\n")
+            out = right(*args, **kwargs)
+            if len(calls) == count and when == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return out
+
+        setattr(kind, name, watched)
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    at(dpsgd.PrivateGradient, "step", "after" if point == "in a step" else "never", 13)  # round 2, third client
+    if point.endswith("the line"):
+        at(Ledger, "spend", point.split()[0], 7)
+    elif point == "before the reply":
+        at(app, "finish", "before", 7)
+    elif point == "before the checkpoint":
+        at(RunDirectory, "save", "before", 3)
+    simulate(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["before the line", "after the line", "in a step", "before the reply", "before the checkpoint"])
 def test_kill_9_at_any_point_of_a_turn_loses_no_privacy_cost(tmp_path: Path, point: str) -> None:
     privacy = dataclasses.replace(RECORD, epsilon=None, noise=1.0)
     config, begun = tiny(tmp_path, privacy), tmp_path / "begun"
-    code = f"""
-import json, os, signal
-from pathlib import Path
-from fedtune.experiment import simulate
-from fedtune.clients import app
-from fedtune.config import from_dict
-from fedtune.privacy.dpsgd import PrivateGradient
-from fedtune.privacy.ledger import Ledger
-from fedtune.runs.directory import RunDirectory
-
-def at(kind, name, when, count):  # kill -9 at the count-th call, before it or after it; each step leaves a trace
-    right, calls = getattr(kind, name), []
-    def watched(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if name == "step":
-            with open({str(begun)!r}, "a") as f:
-                f.write("step\\n")
-        out = right(*args, **kwargs)
-        if len(calls) == count and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return out
-    setattr(kind, name, watched)
-
-point = {point!r}
-at(PrivateGradient, "step", "after" if point == "in a step" else "never", 13)  # round 2, third client
-if point.endswith("the line"):
-    at(Ledger, "spend", point.split()[0], 7)
-elif point == "before the reply":
-    at(app, "finish", "before", 7)
-elif point == "before the checkpoint":
-    at(RunDirectory, "save", "before", 3)
-simulate(from_dict(json.loads({json.dumps(to_dict(config))!r})))
-"""
-    root = Path(__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, timeout=600)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedtune.experiment", "transformers", "peft"])  # as tests/runs/test_resume.py: the two share it
+    process = context.Process(target=run_and_die, args=(config, point, begun))
+    process.start()
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
     (run,) = (tmp_path / "outputs" / "tiny").iterdir()
 
     def paid() -> int:
