@@ -206,7 +206,7 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
     merged = None
     if config.inference.export == "hf":
         merged = export_hf(run.path, run.path / "merged", replace=True, trust_remote_code=config.model.trust_remote_code)
-    count = min(config.inference.samples, len(space.federation.test)) if task.prompted else 0
+    count = min(config.inference.samples, len(space.test_examples())) if task.prompted else 0
     answers = _answers(config, space, state, run, merged, count) if count else []
     write_report(run.path)
     print_results(read_metrics(run.path), Console(), space.federation.summary())

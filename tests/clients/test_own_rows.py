@@ -32,6 +32,11 @@ def test_own_rows_for_the_default_scenario_are_requests_and_actions(tmp_path: Pa
     assert held.rows[0]["prompt"] == "Request: turn on the lamp\nAction:" and held.rows[0]["answer"] == " light lounge on"
 
 
+def test_own_requests_are_conversations_in_the_assistant_scenario(tmp_path: Path) -> None:
+    (text,) = {*load(tmp_path, ["conf=assistant"], REQUEST).rows["messages"][:]}
+    assert [message["content"] for message in json.loads(text)] == [REQUEST["request"], REQUEST["action"]]
+
+
 def test_a_column_of_the_task_is_required(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the training rows have no column 'intent' \(data\.columns\.label\), only request, action"):
         load(tmp_path, ["conf=heterogeneous", "task=classification"], REQUEST, ["off", "on"])
@@ -41,9 +46,15 @@ def test_a_column_of_the_task_is_required(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("task", "row"),
-    [("causal_lm", {"text": "a b"}), ("instruction", {"prompt": "a", "answer": "b"}), ("classification", {"text": "a", "topic": "x"})],
+    [
+        ("causal_lm", {"text": "a b"}),
+        ("instruction", {"prompt": "a", "answer": "b"}),
+        ("classification", {"text": "a", "topic": "x"}),
+        ("chat", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        ("chat", {"instruction": "a", "output": "b"}),
+    ],
 )
-def test_partition_columns_are_not_required_of_own_rows(tmp_path: Path, task: str, row: dict[str, str]) -> None:
+def test_partition_columns_are_not_required_of_own_rows(tmp_path: Path, task: str, row: dict[str, Any]) -> None:
     held = load(tmp_path, [*LOCAL, f"task={task}", "data.path=elsewhere"], row, ["x", "y"] if task == "classification" else None)
     assert len(held.clients["anna"].train) == 4
 
