@@ -20,6 +20,19 @@ def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with many cases, every third is quick, and the last; the others run with the slow tests. `tests.quick` chooses by hand."""
+    tests = dict[str, list[pytest.Item]]()
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        if len(cases) > 4 and not any(case.get_closest_marker("slow") for case in cases):
+            for number, case in enumerate(cases[:-1]):
+                if number % 3:
+                    case.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()

@@ -51,6 +51,7 @@ def test_advice_is_found() -> None:
     assert len(SENTENCES) > 1000 and len(list(advised())) > 200
 
 
+@pytest.mark.slow
 def test_every_setting_in_advice_exists() -> None:
     roots = to_dict(Config()).keys() | {"conf"}
     arguments = {name for choice in choices("strategy") for name in compose([f"strategy={choice}"])[0].config.strategy}
@@ -67,6 +68,7 @@ def test_every_setting_in_advice_exists() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_every_value_in_advice_is_valid() -> None:
     roots, wrong, tried = to_dict(Config()).keys(), [], set()
     for where, key, value in advised():

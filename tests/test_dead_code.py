@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 from fedtune import __all__ as PUBLIC
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +110,7 @@ def unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
     return results
 
 
+@pytest.mark.slow
 def test_the_product_has_no_code_only_for_tests() -> None:
     folders = ("fedtune", "strategies", "clients", "simulations")
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]

@@ -113,6 +113,7 @@ def far(a: AdapterState, b: AdapterState) -> float:
     return max(float((a[n] - b[n]).abs().max()) for n in a.tensors)
 
 
+@pytest.mark.slow
 def test_a_strategy_and_a_turn_from_a_notebook_need_no_file(tmp_path: Path) -> None:
     adapters: list[AdapterState] = []
     for share in (0.0, 0.5, 1.0):

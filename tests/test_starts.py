@@ -116,6 +116,7 @@ def half(path: Path) -> None:
         opened.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["half", "no database", "half beside"])
 def test_an_incomplete_database_is_created_again(tmp_path: Path, left: str) -> None:
     path = tmp_path / "superlink.db"

@@ -88,6 +88,7 @@ def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, cap
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_allows_remote_code(tmp_path: Path, modules: None) -> None:
     config = tiny_config(tmp_path, rounds=1, inference=InferenceConfig(samples=0, export="hf"))  # the merged model trusts as the run does
     bring_code(tmp_path / "model", tmp_path / "ran")

@@ -50,6 +50,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     return run
 
 
+@pytest.mark.slow
 def test_a_classification_server_without_rows_starts_by_either_advice(
     tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def test_without_a_floor_the_server_decides(tmp_path: Path) -> None:
     assert server.hello(PrivacyConfig()) == server.train(PrivacyConfig()) == server.evaluate() == ""
 
 
+@pytest.mark.slow
 def test_the_budget_counts_every_run_and_any_noise(tmp_path: Path) -> None:
     server = LyingServer(tmp_path, min_privacy="record", max_epsilon=4.8)
     weak = dataclasses.replace(RECORD, noise=0.01)  # agreed by hello and plan, and a promise of nothing

@@ -90,6 +90,7 @@ def federate(config: Config, path: Path) -> tuple[AdapterState, list[int]]:
     return bridge.loop().adapter, [base_plan(config, r, space.client_ids[0], r - 1).seed for r in range(1, config.rounds + 1)]
 
 
+@pytest.mark.slow
 def test_one_client_with_all_the_data_is_centralized_training(tmp_path: Path) -> None:
     client = ClientConfig(steps=4, epochs=None, batch_size=4, lr=1e-2, schedule="constant", clip_norm=0.5, weight_decay=0.01)
     config = tiny_config(tmp_path, partition=PartitionConfig(kind="iid", clients=1), rounds=3, clients_per_round=1, client=client)

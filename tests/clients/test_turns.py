@@ -72,6 +72,7 @@ def ditto_files() -> Iterator[tuple[type[Turn], type[FedAvg]]]:
         del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", ["none", "2"])
 def test_personal_adapters_are_kept_evaluated_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str, ditto_files: tuple[type[Turn], type[FedAvg]]

@@ -90,6 +90,7 @@ def test_texts_are_padded_and_split() -> None:
         split([[1]], Path("a.txt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_policy", [0.0, 1.0])
 @pytest.mark.parametrize("given", [True, False], ids=["texts", "its own"])
 def test_a_draft_learns_and_the_same_seed_gives_the_same(tmp_path: Path, on_policy: float, given: bool) -> None:

@@ -41,6 +41,7 @@ def personal_run(folder: Path) -> tuple[Path, LiveAdapter, Path]:
     return run, live, store.folder_of(ID)
 
 
+@pytest.mark.slow
 def test_a_personal_model_is_the_common_part_and_the_clients_own(tmp_path: Path) -> None:
     run, live, client = personal_run(tmp_path)
     out = export_hf(client, tmp_path / "out")
@@ -98,6 +99,7 @@ def test_a_client_without_stored_tensors_or_with_another_models_is_refused(tmp_p
             export_hf(client, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_of_fedsa_ends_with_both(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = checkpoint(tmp_path / "m")

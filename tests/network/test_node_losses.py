@@ -41,6 +41,7 @@ def test_a_nonexistent_host_name_is_reported(running: Start) -> None:
     assert client.thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_connection_loss_of_a_second_loses_no_message(server: Server, run_id: int, link: Link, running: Start) -> None:
     client = running(link.address)
     known = client.id

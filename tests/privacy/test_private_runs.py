@@ -142,6 +142,7 @@ def test_a_resumed_run_keeps_its_privacy_costs(tmp_path: Path, monkeypatch: pyte
         assert r["epsilon"] == epsilon([Spend(noise=1.0, rate=r["dp_sample_rate"], steps=2)] * (counts[str(r["client"])] + 1), 1e-5, "rdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privacy", [RECORD, PrivacyConfig(kind="user", clip=0.1, accountant="rdp")], ids=["record", "user at the server"])
 def test_resuming_from_an_older_checkpoint_keeps_all_privacy_costs(tmp_path: Path, privacy: PrivacyConfig) -> None:
     run = simulate(tiny(tmp_path, privacy))  # two rounds, for which epsilon=8 was to last

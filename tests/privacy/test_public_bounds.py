@@ -69,6 +69,7 @@ def turn(config: Config, own: DeviceClass | None, spent: float) -> dict[str, Any
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "task"), [*(("record", task) for task in TASKS), ("user", "causal_lm")])
 @pytest.mark.parametrize("real", quick([False, True], True), ids=["simulated", "real"])
 def test_a_device_chooses_and_reports_the_same_for_neighbors(tmp_path: Path, kind: str, task: str, real: bool) -> None:
@@ -87,6 +88,7 @@ def test_without_privacy_a_device_depends_on_its_rows(tmp_path: Path, real: bool
     assert all(one[name] != two[name] for name in one)  # the profile is such that the rows would show
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "devices"), quick([("record", False), ("record", True), ("user", True)], ("record", True)))
 def test_a_run_reports_the_same_numbers_for_neighbors(tmp_path: Path, kind: str, devices: bool) -> None:
     device_config = DevicesConfig(classes={"phone": SLOW}, deadline_s=20.0) if devices else DevicesConfig()

@@ -203,6 +203,7 @@ def test_a_late_reply_is_checked_against_its_assignment(tmp_path: Path, fault: A
     assert observer.records[2]["late_used"] == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_late_updates(tmp_path: Path) -> None:
     app = fake_client_app({"a": 1, "b": 3, "c": 5}, {"b": slow([1, 4], 70.0), "c": slow([2, 5], 31.0)})
     whole, heard = fake_bridge(tmp_path / "whole", app, 3, config(devices=DEVICES, rounds=7))

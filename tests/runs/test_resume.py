@@ -89,6 +89,7 @@ def metric_lines_tolerant(path: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+@pytest.mark.slow
 def test_resuming_with_more_rounds_continues_in_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fedtune.experiment import simulate
 

@@ -253,6 +253,7 @@ def test_invalid_settings_are_refused(strategy: SLoRA, config: Config, words: st
         strategy.check(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask", "mode"), quick([("random", "paper"), ("gradient", "corrected")], ("gradient", "corrected")))
 def test_a_run_has_both_stages_and_a_resumed_one_ends_alike(tmp_path: Path, mask: str, mode: str) -> None:
     target = {"_target_": "fedtune.strategies.slora.SLoRA", "rounds": 4, "seed": 0, "sparse_share": 0.5, "mask": mask, "mode": mode}

@@ -34,6 +34,7 @@ def spent(path: Path) -> tuple[int, int]:
     return mine[0]["bytes_down"], mine[0]["bytes_up"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", quick(choices("traffic"), "fp32", "topk"))
 def test_a_run_with_each_codec_resumes_exactly(tmp_path: Path, choice: str) -> None:
     config = tiny_config(tmp_path, rounds=2, traffic=traffic(choice), peft=PeftConfig(rank=8))
@@ -52,6 +53,7 @@ def test_a_run_with_each_codec_resumes_exactly(tmp_path: Path, choice: str) -> N
     assert bool(residuals) == config.traffic.error_feedback
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_residuals(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, rounds=2, traffic=traffic("topk"))
     whole = simulate(config)

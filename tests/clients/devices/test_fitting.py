@@ -202,6 +202,7 @@ def test_the_choice_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, ca
     assert "Devices' choices per turn" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = simulate(mixed_config(tmp_path, rounds=4))
     half = shutil.copytree(whole, tmp_path / "half")

@@ -35,6 +35,7 @@ def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
     assert guess("aa", 4) == "aaaa"
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 3), max_size=40), st.data())
 @settings(max_examples=100, deadline=None)
 def test_an_incremental_index_equals_a_new_one(ids: list[int], data: st.DataObject) -> None:

@@ -121,6 +121,7 @@ def test_refusals_are_the_clients_own_errors(here: Served, client: openai.OpenAI
         openai.OpenAI(base_url=f"{here.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_a_rate_limit_and_the_client_retries(engine: Engine) -> None:
     with serve_model(engine, max_running=1, max_waiting=0, pace=0.01) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

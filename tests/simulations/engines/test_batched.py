@@ -145,6 +145,7 @@ def test_adapter_dropout_draws_from_each_clients_own_seed(tmp_path: Path, p: flo
     agree(space, turn_inputs(space))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", quick(["3", "auto"], "3"))
 def test_a_run_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batched: str
@@ -169,6 +170,7 @@ def test_a_run_ends_with_the_sequential_adapter(
     assert any("offline" in str(x.get("dropped")) for x in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"], "dora"))
 def test_a_run_of_any_method_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str
@@ -310,6 +312,7 @@ def test_auto_is_not_decided_by_a_single_client(space: Workspace, monkeypatch: p
     assert len(together._turns(iter([(i, None) for i in range(4)]))) == 4  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_unbatchable_settings_train_sequentially_and_log_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
