@@ -21,7 +21,7 @@ def quiet_serve(place: Place) -> dict[str, str]:
 SERVE = "fedtune serve {model} --port 0 "
 
 
-@follows("is too small for this model: give at least {}")
+@follows("--kv-budget {} is too small for this model: give at least {}")
 def _(place: Place) -> Iterator[str]:
     model = quiet_serve(place)["model"]
     serve = ["fedtune", "serve", model, "--port", "0", "--kv-budget"]

@@ -22,7 +22,9 @@ def grid(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
     """
     smallest, largest = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     if not bool((torch.maximum(smallest.abs(), largest.abs()) < LARGEST).all()):  # also false for NaN
-        raise CacheError(f"keys or values reach {float(x.abs().max()):g}, too large for float16: use the full cache for this model")
+        raise CacheError(
+            f"keys or values reach {float(x.abs().max()):g}, too large for float16: use the full cache, as without --kv-budget"
+        )
     low = smallest.half()
     low = torch.where(low.float() > smallest, (smallest - smallest.abs() * 2**-11 - 2**-25).half(), low)
     wanted = (largest - low.float()) / (2**bits - 1)

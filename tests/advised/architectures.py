@@ -1,0 +1,231 @@
+"""The advice about architectures, precisions and tasks that do not go together."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.task import task_of
+from fedtune.models import LiveAdapter, initial_adapter, load_backbone
+from fedtune.models.backbone import checkpoint_activations
+from fedtune.models.methods import ptuning_v2
+from fedtune.models.probe import probe
+from fedtune.models.sparse import SparseSlot
+from tests.advised.backbones import ASKS, CAUSAL, CLASSES, LORA, chosen, started
+from tests.advised.rows import Place, follows, raised
+from tests.models import test_architectures as built
+from tests.models.build import checkpoint, hub
+from tests.models.test_sparse import first
+from tests.test_trust import bring_code
+
+
+def probed(folder: Path, task: TaskConfig, peft: PeftConfig = LORA) -> str:
+    return raised(lambda: probe(LiveAdapter(load_backbone(hub(folder), task, num_labels=3), peft, task), task))
+
+
+def quantized(place: Place, folder: Path, precision: str, **more: Any) -> str:
+    place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
+    return started(folder, precision=precision, compute="fp32", **more)
+
+
+def wide(place: Place, **changes: Any) -> Path:
+    from tests.models.test_quantize import wide
+
+    return wide(place.folder / "wide", **changes)
+
+
+@follows("{} contains its own code: read it, then allow it with model.trust_remote_code=true", slow=True)
+def _(place: Place) -> Iterator[str]:
+    place.patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place.folder / "modules"))
+    place.patch.setattr(sys, "path", [*sys.path])
+    model = checkpoint(place.folder / "m")
+    bring_code(model, place.folder / "ran")
+    said = started(model)
+    yield said
+    ((name, value),) = re.findall(r"model\.(\w+)=(\w+)", said)
+    allowed: Any = {name: {"true": True}[value]}
+    yield started(model, **allowed)
+    assert (place.folder / "ran").exists()
+
+
+@follows("the architecture '{}' does not support it: set it to false")
+def _(place: Place) -> Iterator[str]:
+    model = load_backbone(hub(checkpoint(place.folder / "m")), CAUSAL).model
+    place.patch.setattr(type(model), "supports_gradient_checkpointing", False)
+    yield raised(lambda: checkpoint_activations(model))
+    yield started(place.folder / "m", checkpointing=False)
+
+
+@follows("model.precision=nf4 and int8 need bitsandbytes ({}): install it, or take bf16", slow=True, library="bitsandbytes")
+def _(place: Place) -> Iterator[str]:
+    model = wide(place)
+    with place.patch.context() as patch:
+        patch.setitem(sys.modules, "fedtune.models.quantize", None)
+        yield quantized(place, model, "nf4")
+        yield quantized(place, model, "bf16")
+    yield quantized(place, model, "int8")  # it is installed
+
+
+@follows("none of the adapted layers is quantized with model.precision={}: take peft.init=default", slow=True, library="bitsandbytes")
+def _(place: Place) -> Iterator[str]:
+    model = wide(place, intermediate_size=172)
+    place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
+    for init in ("loftq", "default"):
+        peft = PeftConfig(targets="down_proj", init=init)
+        config = hub(model, precision="nf4", compute="fp32")
+        yield raised(lambda peft=peft, config=config: initial_adapter(config, CAUSAL, peft, num_labels=0, seed=5))
+
+
+@follows("has none of that name and shape: take peft.init=default", slow=True, library="bitsandbytes")
+def _(place: Place) -> Iterator[str]:
+    config = hub(wide(place), precision="nf4", compute="fp32")
+    place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
+    place.patch.setattr("fedtune.models.loftq._stored", lambda *_: None)  # as of an architecture that renames its weights
+    for init in ("loftq", "default"):
+        yield raised(lambda init=init: initial_adapter(config, CAUSAL, PeftConfig(init=init), num_labels=0, seed=5))
+
+
+@follows("does not fit the architecture '{}': {}: name other layers in peft.targets, or take another peft.method", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m", config=built.mamba())
+    yield started(model)
+    yield started(model, peft=PeftConfig(rank=2, targets=["in_proj", "x_proj"]))
+    yield started(model, peft=PeftConfig(method="full"))
+
+
+@follows("but PEFT {} '{}' ({} such): set peft.targets=[{}]", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m", config=built.qwen3_moe())
+    said = started(model)
+    yield said
+    yield started(model, peft=PeftConfig(rank=2, targets=said.partition("peft.targets=[")[2].removesuffix("]").split(",")))
+
+
+@follows("have no known names: set peft.targets to a list of them", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m", config=built.mamba())
+    for targets in ("all-linear", ["in_proj", "x_proj"]):
+        yield started(model, peft=PeftConfig(method="ia3", targets=targets))
+
+
+@follows("works with sdpa or eager attention, but the model has '{}': take peft=prefix", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    live = LiveAdapter(load_backbone(hub(model), CAUSAL), PeftConfig(method="ptuning_v2", tokens=3), CAUSAL)
+    live.backbone.model.config._attn_implementation = "flash_attention_2"
+    q = torch.zeros(1, 4, 2, 4)
+    yield raised(lambda: ptuning_v2._attend(live.backbone.model.get_submodule("model.layers.0.self_attn"), q, q, q, None))
+    yield started(model, peft=PeftConfig(method="prefix", tokens=3))
+
+
+@follows("cannot do a training step: {}: name other layers in peft.targets, or take another peft.method", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m", config=built.llama4())
+
+    def stepped(peft: PeftConfig) -> str:
+        live = LiveAdapter(load_backbone(hub(model), CAUSAL), peft, CAUSAL)
+        if any("o_proj" in name for name in live.parameters):  # as if the model's code did not take an adapter there
+
+            def fail(*_: Any) -> Any:
+                raise KeyError("no such key")
+
+            live.backbone.model.register_forward_pre_hook(fail)
+        return raised(lambda: probe(live, CAUSAL))
+
+    yield stepped(LORA)
+    yield stepped(PeftConfig(rank=2, targets=["q_proj", "v_proj"]))
+    yield stepped(PeftConfig(method="prompt", tokens=3))
+
+
+@follows("so the model is not causal: take another backbone", slow=True)
+def _(place: Place) -> Iterator[str]:
+    for name, config in (("m", built.xlnet()), ("other", built.mixtral())):
+        yield probed(checkpoint(place.folder / name, config=config), CAUSAL)
+
+
+@follows("would learn from padding: take another backbone{}another task.kind{}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = built.composite(place.folder / "m", built.gemma3())
+    said = probed(model, built.WRITES, PeftConfig(method="prompt", tokens=3))
+    yield said
+    assert said.endswith("take another backbone, another task.kind or peft=lora")
+    yield probed(checkpoint(place.folder / "other", config=built.mixtral()), built.WRITES, PeftConfig(method="prompt", tokens=3))
+    yield probed(model, CAUSAL, PeftConfig(method="prompt", tokens=3))
+    yield probed(model, built.WRITES)
+
+
+@follows("bitsandbytes has no working kernel for this machine's {} ({}); take model.precision={}", slow=True, library="bitsandbytes")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setattr("fedtune.models.quantize._why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
+    model = wide(place)
+    said = quantized(place, model, "nf4")
+    yield said
+    for precision in said.rpartition("model.precision=")[2].split(" or "):
+        yield quantized(place, model, precision)
+
+
+@follows(
+    "no layer of this backbone has a row length that is a multiple of {} ('{}': {}): take int8 or bf16", slow=True, library="bitsandbytes"
+)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    said = quantized(place, model, "nf4")
+    yield said
+    for precision in chosen(said):
+        yield quantized(place, model, precision)
+
+
+@follows("cannot be read back ({}): take model.precision=bf16 or fp32, or check the disk", slow=True, library="bitsandbytes")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m", config=built.llama4())
+    said = quantized(place, model, "int8")
+    yield said
+    for precision in re.findall(r"precision=(\w+) or (\w+),", said)[0]:
+        yield quantized(place, model, precision)
+
+
+@follows("has no floating-point matrix to train: see model.precision and peft.targets", slow=True, library="bitsandbytes")
+def _(place: Place) -> Iterator[str]:
+    model = wide(place, intermediate_size=172)
+    place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
+    state = first(model, CAUSAL)
+    for precision, targets in (("nf4", "all-linear"), ("bf16", "all-linear"), ("nf4", "down_proj")):
+        peft = PeftConfig(rank=3, targets=targets)
+        live = LiveAdapter(load_backbone(hub(model, precision=precision, compute="fp32"), CAUSAL), peft, CAUSAL)
+        yield raised(lambda live=live: SparseSlot(live, state.spec))
+
+
+@follows("does not fit data=demo, take task=instruction or classification")
+def _(place: Place) -> Iterator[str]:
+    def checked(kind: str) -> str:
+        task = dataclasses.replace(ASKS, kind=kind)
+        return raised(lambda: task_of(task).check(Config(task=task, data=DataConfig(source="demo"), model=ModelConfig())))
+
+    said = checked("causal_lm")
+    yield said
+    for kind in said.rpartition("task=")[2].split(" or "):
+        yield checked(kind)
+
+
+@follows("a classifier needs at least 2 classes, but the data has {}: see data.columns.label")
+def _(place: Place) -> Iterator[str]:
+    for labels in (1, 2):  # another column has two
+        yield started(checkpoint(place.folder / "m"), CLASSES, labels=labels)
+
+
+@follows("the tokenizer has no end token, so the row has no target: remove such rows")
+def _(place: Place) -> Iterator[str]:
+    import datasets
+
+    tokens = transformers.AutoTokenizer.from_pretrained(checkpoint(place.folder / "m"))
+    tokens.eos_token = None
+    rows = [{"prompt": "turn on", "answer": "light"}, {"prompt": "turn", "answer": ""}]
+    for kept in (rows, rows[:1]):
+        table = datasets.Dataset.from_list(kept)
+        yield raised(lambda table=table: task_of(ASKS).encode(table, tokens, encoder_decoder=False, keep_short=False))

@@ -1,0 +1,394 @@
+"""The advice about backbones, checkpoints, tokenizers and the methods that are attached to them."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from fedtune.config import ModelConfig, PeftConfig, TaskConfig
+from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.backbone import pick_device
+from fedtune.models.checkpoint import NANO, find_folder, stored_tensors
+from fedtune.models.methods import method
+from fedtune.models.shift import FrozenWeights
+from fedtune.models.sparse import SparseSlot
+from tests.advised.models import run_of
+from tests.advised.rows import Place, follows, raised
+from tests.models.build import checkpoint, hub, llama_config
+from tests.models.test_adapter import filled
+from tests.models.test_shift import shift
+from tests.models.test_sparse import first
+
+CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)
+ASKS = TaskConfig(kind="instruction", max_length=16, max_new_tokens=6)
+LORA = PeftConfig(rank=2)
+
+
+def started(folder: Path, task: TaskConfig = CAUSAL, peft: PeftConfig = LORA, labels: int = 3, **model: Any) -> str:
+    """What is said where an adapter is attached to the checkpoint in a folder."""
+    return raised(lambda: LiveAdapter(load_backbone(hub(folder, **model), task, num_labels=labels), peft, task))
+
+
+def chosen(said: str) -> list[str]:
+    """The choices at the end of a sentence."""
+    return re.split(r", or |, | or ", re.split(r"(?:choose from|choose|take) ", said)[-1])
+
+
+# -- folders ------------------------------------------------------------------------------------------------------------------------------
+
+
+@follows("is a file: give the folder with config.json and the safetensors weights")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    yield started(model / "model.safetensors")
+    yield started(model)
+
+
+@follows("no such folder; give a local folder or a hub name")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    place.patch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(model))
+    yield started(place.folder / "none")
+    yield started(model)
+    yield raised(lambda: find_folder(ModelConfig(source="hub", name="owner/name")))
+
+
+@follows("and the hub cannot be reached: check the name and the network, or give a local folder")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    named = ModelConfig(source="hub", name="fedtune-nobody/nothing", device="cpu")
+    with place.patch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield raised(lambda: find_folder(named))
+        yield started(model)
+    place.patch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(model))  # the network is back
+    yield raised(lambda: find_folder(named))
+
+
+@follows("is neither a local folder nor a public hub repository: check the name")
+def _(place: Place) -> Iterator[str]:
+    from httpx import Request, Response
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def download(name: str, **_: Any) -> str:
+        if name == "owner/name":
+            return str(place.folder)
+        raise RepositoryNotFoundError("404", response=Response(404, request=Request("GET", "https://huggingface.co")))
+
+    place.patch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("owner/nmae", "owner/name"):
+        yield raised(lambda name=name: find_folder(ModelConfig(source="hub", name=name)))
+
+
+@follows("the embedded backbone is missing from {}: reinstall fedtune, or take model=hub with a model.name")
+def _(place: Place) -> Iterator[str]:
+    with place.patch.context() as patch:
+        patch.setattr("fedtune.models.checkpoint.NANO", place.folder)
+        yield raised(lambda: find_folder(ModelConfig()))
+        yield raised(lambda: find_folder(hub(checkpoint(place.folder / "m"))))
+    assert find_folder(ModelConfig()) == NANO  # reinstalled
+    yield raised(lambda: find_folder(ModelConfig()))
+
+
+@follows("has no config.json: give the folder of a Hugging Face model")
+def _(place: Place) -> Iterator[str]:
+    yield started(place.folder)
+    yield started(checkpoint(place.folder / "m"))
+
+
+@follows("is an adapter, not a model: merge it first with fedtune export {}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    said = started(run_of(place) / "adapter")
+    yield said
+    yield place.run(*said.rpartition("with ")[2].split(), "--out", place.folder / "out")
+    yield started(place.folder / "out")
+
+
+@follows("holds a model and an adapter (adapter_config.json): move the adapter to its own folder")
+def _(place: Place) -> Iterator[str]:
+    model, own = checkpoint(place.folder / "m"), place.folder / "adapter"
+    shutil.copytree(run_of(place) / "adapter", model, dirs_exist_ok=True)
+    yield started(model)
+    own.mkdir()
+    for path in model.glob("adapter_*"):
+        path.rename(own / path.name)
+    yield started(model)
+
+
+@follows("give the original checkpoint; model.precision=nf4 quantizes it while it is read")
+def _(place: Place) -> Iterator[str]:
+    original = checkpoint(place.folder / "m")
+    packed = Path(shutil.copytree(original, place.folder / "packed"))
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    yield started(packed)
+    yield started(original)
+
+
+def _downloaded(says: str, spoil: Callable[[Path], Any]) -> None:
+    """A checkpoint that arrived spoilt, and arrives again."""
+
+    def follow(place: Place) -> Iterator[str]:
+        source = checkpoint(place.folder / "source")
+        for spoilt in (True, False):
+            model = Path(shutil.copytree(source, place.folder / "m", dirs_exist_ok=True))
+            if spoilt:
+                spoil(model)
+            yield raised(lambda model=model: stored_tensors(model))
+            if spoilt:
+                shutil.rmtree(model)
+
+    follows(says)(follow)
+
+
+def _cut(model: Path, to: int) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:to])
+
+
+def _sharded(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+
+
+_downloaded("is not a safetensors file, or its header is damaged: download it again", lambda m: _cut(m, 900))
+_downloaded("has {} bytes but its header describes {}: it is {}, download it again", lambda m: _cut(m, -8))
+_downloaded("lacks the {} {}, which {} names: download the checkpoint again", _sharded)
+
+
+@follows("which can run code when loaded: convert them to safetensors first")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    yield started(model)
+    save_file(torch.load(model / "pytorch_model.bin", weights_only=True), model / "model.safetensors", {"format": "pt"})
+    yield started(model)
+
+
+@follows("has no tokenizer ({}, …): copy the tokenizer's files into it")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    (model / "tokenizer.json").unlink()
+    yield started(model)
+    shutil.copy(checkpoint(place.folder / "source") / "tokenizer.json", model)
+    yield started(model)
+
+
+@follows("has neither a pad nor an eos token: set one in its tokenizer_config.json", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    tokens = AutoTokenizer.from_pretrained(model)
+    tokens.eos_token = None
+    tokens.save_pretrained(model)
+    said = started(model)
+    yield said
+    file = model / said.rpartition(" ")[2]
+    for name in ("pad_token", "eos_token"):
+        whole = file.read_text()
+        file.write_text(json.dumps(json.loads(whole) | {name: "</s>"}))
+        yield started(model)
+        file.write_text(whole)
+
+
+# -- what fits the backbone ---------------------------------------------------------------------------------------------------------------
+
+
+def _refused(says: str, kind: str, task: TaskConfig, ways: Callable[[str], list[tuple[str, TaskConfig]]]) -> None:
+    def follow(place: Place) -> Iterator[str]:
+        said = started(checkpoint(place.folder / "m", kind), task)
+        yield said
+        for number, (other, fitting) in enumerate(ways(said)):
+            yield started(checkpoint(place.folder / f"m{number}", other), fitting)
+
+    follows(says, slow=True)(follow)
+
+
+def _tasks(said: str) -> list[TaskConfig]:
+    found = re.findall(r"take (?:task\.kind=)?(.*), or", said)[0].split(" or ")
+    return [dataclasses.replace(ASKS, kind=kind) for kind in found]
+
+
+_refused("is an encoder-decoder, which does not support task.kind={}: take {}, or a decoder", "t5", CAUSAL,
+         lambda said: [("llama", CAUSAL), *(("t5", task) for task in _tasks(said))])  # fmt: skip
+_refused("is an encoder, which does not support task.kind={}: take task.kind={}, or a decoder", "bert", CAUSAL,
+         lambda said: [("llama", CAUSAL), *(("bert", task) for task in _tasks(said))])  # fmt: skip
+
+
+@follows("is an encoder-decoder ('{}'): take T5, a decoder, or an encoder for {}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    (model / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": 16}))
+    said = started(model, CLASSES)
+    yield said
+    (task,) = [TaskConfig(kind=kind, max_length=16) for kind in said.rpartition(" for ")[2].split(" or ")]
+    for kind in ("t5", "llama", "bert"):
+        yield started(checkpoint(place.folder / kind, kind), task)
+
+
+@follows("model.device=cuda, but torch finds no CUDA device: take model.device=auto or cpu")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setattr("torch.cuda.is_available", lambda: False)
+    said = raised(lambda: pick_device("cuda"))
+    yield said
+    for device in said.rpartition("model.device=")[2].split(" or "):
+        yield raised(lambda device=device: pick_device(device))
+
+
+@follows("is more than the context of {} ({} tokens): make it smaller")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    for length in (65, 64):
+        yield started(model, TaskConfig(kind="causal_lm", max_length=length))
+
+
+@follows("task.max_length={} with task.max_new_tokens={} is more than the context of {} ({} tokens): make one of them smaller")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    for length, answer in ((60, 6), (58, 6), (60, 4)):
+        yield started(model, TaskConfig(kind="instruction", max_length=length, max_new_tokens=answer))
+
+
+@follows("is more than the model's context of {} tokens: make one of them smaller")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    for tokens, length in ((49, 16), (48, 16), (49, 15)):
+        yield started(model, dataclasses.replace(CAUSAL, max_length=length), PeftConfig(method="prompt", tokens=tokens))
+
+
+def _method(says: str, kind: str, name: str, task: TaskConfig = CAUSAL, *, config: Any = None, other: str = "", **model: Any) -> None:
+    """A method that does not fit, and those that the sentence names; `other` is the backbone that it may name beside them."""
+
+    def follow(place: Place) -> Iterator[str]:
+        folder = checkpoint(place.folder / "m", kind, config=config() if config else None)
+        said = started(folder, task, PeftConfig(method=name, tokens=3), **model)
+        yield said
+        for way in re.sub(r"peft=", "", said.rpartition(": ")[2]).split(" or "):
+            if other and "a backbone" in way:
+                yield started(checkpoint(place.folder / "other", other), task, PeftConfig(method=name))
+            else:
+                yield started(folder, task, PeftConfig(method=re.findall(r"\w+", way)[-1], tokens=3, rank=2))
+
+    follows(says, slow=True)(follow)
+
+
+def _bloom() -> Any:
+    from transformers import BloomConfig
+
+    return BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+
+
+_method("peft.method=adapter does not support the architecture '{}', only {}: take peft=lora", "bloom", "adapter", config=_bloom)
+_method("peft.method=ptuning_v2 does not support the architecture '{}', only {}: take peft=prefix", "bloom", "ptuning_v2", config=_bloom)
+_method("has none: take peft=lora, or a backbone with biases", "llama", "bitfit", other="gpt2")
+_method("is an encoder, which takes no past keys and values: choose prompt or ptuning_v2", "bert", "prefix", CLASSES)
+_method("the classifier of the encoder-decoder '{}' takes token ids only: choose ptuning_v2 or lora", "t5", "prompt", CLASSES)
+
+
+@follows("loses small steps in {}: take model.precision=fp32")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    for precision in ("bf16", "fp32"):
+        yield started(model, peft=PeftConfig(method="full"), precision=precision)
+
+
+@follows("no linear module of the backbone is called '{}', choose from {}")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    said = started(model, peft=PeftConfig(targets="q_prj"))
+    yield said
+    yield started(model, peft=PeftConfig(targets=chosen(said)))
+
+
+@follows("unknown PEFT method '{}', this version has {}: update fedtune")
+def _(place: Place) -> Iterator[str]:
+    said = raised(lambda: method("newest"))
+    yield said
+    for name in re.findall(r"has (.*): update", said)[0].split(", ")[:3]:  # a version that has it
+        yield raised(lambda name=name: method(name))
+
+
+# -- states -------------------------------------------------------------------------------------------------------------------------------
+
+
+@follows("this backbone already has an adapter: load the backbone again, or use its adapter", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = hub(checkpoint(place.folder / "m"))
+    live = LiveAdapter(load_backbone(model, CAUSAL), LORA, CAUSAL)
+    yield raised(lambda: LiveAdapter(live.backbone, LORA, CAUSAL))
+    yield raised(lambda: LiveAdapter(load_backbone(model, CAUSAL), LORA, CAUSAL))
+    yield raised(lambda: live.load(filled(live)))
+
+
+def _state(says: str, right: PeftConfig, wrong: PeftConfig, *, seed: int = 0, config: Any = None) -> None:
+    """A state that another adapter gave; with the same settings and the same checkpoint it is loaded."""
+
+    def follow(place: Place) -> Iterator[str]:
+        def made(folder: Path, peft: PeftConfig) -> LiveAdapter:
+            return LiveAdapter(load_backbone(hub(folder), CAUSAL), peft, CAUSAL)
+
+        own = checkpoint(place.folder / "own")
+        other = checkpoint(place.folder / "other", seed=seed, config=config() if config else None)
+        live = made(own, right)
+        foreign = made(other, wrong).read(0)
+        yield raised(lambda: live.load(foreign if seed else foreign.replace(base="")))
+        yield raised(lambda: live.load(made(own, right).read(0)))
+
+    follows(says, slow=True)(follow)
+
+
+_state("the adapter belongs to the backbone {}, but {} is loaded: load the same checkpoint", LORA, LORA, seed=3)
+_state("the adapter's method is '{}', but the model's is '{}': see peft.method", LORA, PeftConfig(method="ia3"))
+_state("the adapter lacks '{}' ({} such) of the model: see peft.targets and the task", LORA, PeftConfig(rank=2, targets="q_proj"))
+_state("unknown to the model: see peft.targets and the task", PeftConfig(rank=2, targets="q_proj"), LORA)
+_state("but the model allows 1 to {}: see peft.rank", LORA, PeftConfig(rank=4))
+_state("the adapter's '{}' is {}, but the model's is {}: see peft.targets", LORA, LORA, config=lambda: llama_config(intermediate_size=32))
+
+
+def _shift(says: str, model: nn.Module) -> None:
+    def follow(place: Place) -> Iterator[str]:
+        for each in (model, nn.ModuleDict({"q": nn.Linear(5, 3)})):
+            yield raised(lambda each=each: FrozenWeights(each).add(shift(1, 2)))
+
+    follows(says)(follow)
+
+
+_shift("which is not a linear layer of this backbone: load the same checkpoint", nn.ModuleDict({"q": nn.LayerNorm(5)}))
+_shift("a shift changes '{}' by {}, but the backbone's is {}: load the same checkpoint", nn.ModuleDict({"q": nn.Linear(3, 5)}))
+
+
+@follows("the state belongs to the backbone {}, but {} is loaded: load the same checkpoint", slow=True)
+def _(place: Place) -> Iterator[str]:
+    for number, seed in enumerate((3, 0)):
+        live = LiveAdapter(load_backbone(hub(checkpoint(place.folder / str(number), seed=seed)), CAUSAL), PeftConfig(rank=3), CAUSAL)
+        own = first(place.folder / str(number), CAUSAL)
+        if not number:
+            other = LiveAdapter(load_backbone(hub(checkpoint(place.folder / "own")), CAUSAL), PeftConfig(rank=3), CAUSAL)
+            own = own.replace(base=other.backbone.fingerprint)
+        yield raised(lambda live=live, own=own: SparseSlot(live, own.spec).load(own))
+
+
+@follows("the sparse state {} '{}' ({} such), unlike the model: see peft.targets and the task", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    state = first(model, CAUSAL)
+    for targets in ("q_proj", "all-linear"):
+        live = LiveAdapter(load_backbone(hub(model), CAUSAL), PeftConfig(rank=3, targets=targets), CAUSAL)
+        yield raised(lambda live=live: SparseSlot(live, state.spec).load(state))
+
+
+@follows("but the model has no LoRA adapter: take peft=lora", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    state = first(model, CAUSAL)
+    for name in ("ia3", "lora"):
+        live = LiveAdapter(load_backbone(hub(model), CAUSAL), PeftConfig(method=name, rank=3), CAUSAL)
+        yield raised(lambda live=live: SparseSlot(live, state.spec))

@@ -1,0 +1,143 @@
+"""The advice of the key-value caches, and of the sizes that they are given."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from fedtune.inference.engine.caches.base import Cache, Span
+from fedtune.inference.engine.caches.budget import Choice
+from fedtune.inference.engine.caches.full import FullCache
+from fedtune.inference.engine.caches.kivi import KiviCache
+from fedtune.inference.engine.caches.paged import PagedPool
+from fedtune.inference.engine.caches.prefix import PagedCaches
+from fedtune.inference.engine.caches.window import WindowCache
+from fedtune.inference.engine.rope import Rope
+from tests.advised.measures import model_of
+from tests.advised.rows import Place, follows, raised
+from tests.inference.engine.caches.reference import passes, shape, tokens
+from tests.inference.serve.served import tiny_model
+
+SHAPE = shape(layers=1, heads=4, kv_heads=2, head_dim=8)
+QKV, ROPE = tokens(SHAPE, 40), Rope(SHAPE)
+
+
+def filled(cache: Cache, count: int) -> Cache:
+    passes(cache, ROPE, QKV, [count])
+    return cache
+
+
+@follows("the cache holds {} tokens and cannot be cropped to {}: start the sequence again")
+def _(place: Place) -> Iterator[str]:
+    yield raised(lambda: filled(FullCache(SHAPE, 40), 5).crop(9))
+    yield raised(lambda: filled(FullCache(SHAPE, 40), 9).crop(9))
+
+
+@follows("tokens exceed the cache's limit of {}: shorten the text or raise the limit")
+def _(place: Place) -> Iterator[str]:
+    yield raised(lambda: filled(FullCache(SHAPE, 8), 9))
+    yield raised(lambda: filled(FullCache(SHAPE, 8), 8))
+    yield raised(lambda: filled(FullCache(SHAPE, 9), 9))
+
+
+def _undone(make: Callable[..., Cache]) -> Iterator[str]:
+    def crop(first: int, undo: int) -> str:
+        return raised(lambda: filled(make(undo=undo), first).crop(4))
+
+    yield crop(40, 3)
+    yield crop(4, 3)  # started again, up to there
+    yield crop(40, 36)
+
+
+@follows("older ones exist only as codes (start the sequence again, or raise undo)")
+def _(place: Place) -> Iterator[str]:
+    yield from _undone(lambda undo: KiviCache(SHAPE, 40, 4, residual=4, group=4, undo=undo))
+
+
+@follows("cannot be cropped to {}, only by {} (start the sequence again, or raise undo)")
+def _(place: Place) -> Iterator[str]:
+    yield from _undone(lambda undo: WindowCache(SHAPE, 40, 6, 2, undo=undo))
+
+
+@follows("is not a memory size: write for example 64MB, 1.5GiB or 65536")
+def _(place: Place) -> Iterator[str]:
+    bench = ["fedtune", "generate", model_of(place), "turn on", "--max-new-tokens", "2", "--kv-budget"]
+    said = place.run(*bench, "plenty")
+    yield said
+    for size in said.rpartition("example ")[2].replace(" or ", ", ").split(", "):
+        yield place.run(*bench, size.strip())
+
+
+@follows("give at least {} for a text of {} tokens, or use a shorter text")
+def _(place: Place) -> Iterator[str]:
+    generate = ["fedtune", "generate", model_of(place), "--max-new-tokens", "2", "--kv-budget"]
+    said = place.run(*generate, "2kB", "turn on the light " * 10)
+    yield said
+    yield place.run(*generate, said.rpartition("at least ")[2].split()[0], "turn on the light " * 10)
+    yield place.run(*generate, "2kB", "turn")
+
+
+@follows("there is no cache policy {}: choose full, window, kivi8, kivi4 or kivi2")
+def _(place: Place) -> Iterator[str]:
+    def made(policy: str) -> str:
+        return raised(lambda: filled(Choice(shape=SHAPE, tokens=40, policy=policy).build(), 40))
+
+    said = made("best")
+    yield said
+    for policy in said.rpartition("choose ")[2].replace(" or ", ", ").split(", "):
+        yield made(policy)
+
+
+@follows("a cache cannot have {} bits: choose 8, 4 or 2")
+def _(place: Place) -> Iterator[str]:
+    for bits in (3, 8, 4, 2):
+        yield raised(lambda bits=bits: filled(KiviCache(SHAPE, 40, bits, residual=4), 40))
+
+
+@follows("does not fill a byte at {} bits: give at least {}")
+def _(place: Place) -> Iterator[str]:
+    said = raised(lambda: KiviCache(SHAPE, 40, 2, group=3))
+    yield said
+    yield raised(lambda: filled(KiviCache(SHAPE, 40, 2, group=int(said.rpartition(" ")[2]), residual=4), 40))
+
+
+@follows("too large for float16: use the full cache, as without --kv-budget")
+def _(place: Place) -> Iterator[str]:
+    model = tiny_model(place.folder / "m", context=512)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: w * (1e6 if "k_proj" in name else 1) for name, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    generate = ["fedtune", "generate", model, "turn on the light " * 60, "--max-new-tokens", "2"]
+    yield place.run(*generate, "--kv-budget", "40kB")
+    yield place.run(*generate)
+
+
+@follows("blocks are needed and {} of the pool's {} are free: wait, or end a sequence")
+def _(place: Place) -> Iterator[str]:
+    pool = PagedPool(SHAPE, 4, 4)
+    first = pool.take(3)
+    yield raised(lambda: pool.take(2))
+    pool.release(first)  # that sequence has ended
+    yield raised(lambda: pool.take(2))
+
+
+@follows("blocks and {} of the pool's {} are free: run fewer sequences")
+def _(place: Place) -> Iterator[str]:
+    for count in (3, 2):
+        pool = PagedPool(SHAPE, 4, 4)
+        yield raised(lambda pool=pool, count=count: pool.plan([Span(pool.cache(), 8) for _ in range(count)]))
+
+
+@follows("do not fit in {} blocks of {}: use at most {}")
+def _(place: Place) -> Iterator[str]:
+    said = raised(lambda: PagedCaches(PagedPool(SHAPE, 4, 4), 40))
+    yield said
+    caches = PagedCaches(PagedPool(SHAPE, 4, 4), most := int(said.rpartition(" ")[2]))
+    cache: Any = caches.open(list(range(most)))
+    yield raised(lambda: filled(cache, most))
+
+
+@follows("sinks fill the model's own sliding window of {} tokens: use fewer")
+def _(place: Place) -> Iterator[str]:
+    own = shape(layers=1, heads=4, kv_heads=2, head_dim=8, windows=(4,))
+    for sinks in (4, 3):
+        yield raised(lambda sinks=sinks: filled(WindowCache(own, 40, 8, sinks), 40))

@@ -1,0 +1,243 @@
+"""The advice of clients: what a device refuses, and turns that fail."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedtune.clients import trainer
+from fedtune.clients.deployed import Device, _hello_of, _save_hello, own_config
+from fedtune.clients.lower_layers import LowerLayers
+from fedtune.clients.store import ClientStore
+from fedtune.clients.turns import turn_of
+from fedtune.clients.turns.fedpeptao import layer_scores, prompt_share, spectrum
+from fedtune.clients.workspace import Workspace
+from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts import flower
+from fedtune.contracts.plan import Plan
+from fedtune.data import collate
+from tests.advised.rows import Place, follows, raised
+from tests.clients.test_gradient_score import make as scored
+from tests.clients.test_gradient_score import measure
+from tests.clients.test_lower_layers import LM, UPPER, built
+from tests.clients.test_pieces import turn, workspace
+from tests.clients.test_store import kept
+from tests.clients.test_trainer import merged
+from tests.tiny import texts, tiny_config, tiny_llama, write_rows
+from tests.working import work_in
+
+
+def hello(config: Config, place: Place, **own: Any) -> str:
+    """What a device says to a server's experiment."""
+    return raised(lambda: own_config(config, Device(client="home-000", state=place.folder, **own), []))
+
+
+@follows("and a device runs no code from a model repository: set it to false")
+def _(place: Place) -> Iterator[str]:
+    for trust in (True, False):
+        yield hello(Config(model=ModelConfig(trust_remote_code=trust)), place)
+
+
+@follows("(data.source={}): give this device's rows with --data")
+def _(place: Place) -> Iterator[str]:
+    config = Config(data=DataConfig(source="local", path="theirs.jsonl", prompt="{question}", answer="{reply}"))
+    yield hello(config, place)
+    yield hello(config, place, data=str(write_rows(place.folder / "own.jsonl", texts(4))))
+
+
+@follows("and the device opens no path that only the server names: give the folder of the backbone with --model")
+def _(place: Place) -> Iterator[str]:
+    config = Config(model=ModelConfig(source="hub", name="/models/llama"))
+    yield hello(config, place)
+    yield hello(config, place, model=str(tiny_llama(place.folder / "m")))
+
+
+@follows("client {} cannot write its tensors to {}: {}; free the disk")
+def _(place: Place) -> Iterator[str]:
+    (place.folder / "taken").write_text("")
+    for name in ("taken", "free"):
+        yield raised(lambda name=name: ClientStore(place.folder / name, rounds=2).write("a", 1, kept(1)))
+
+
+def lowered(place: Place, layers: float | None, **peft: Any) -> str:
+    """What is said where rows' lower layers are kept, or with None are not."""
+    live, _ = built(place.folder / str(len(list(place.folder.iterdir()))), "llama", PeftConfig(rank=3, **peft), LM)
+    return raised(lambda: LowerLayers(live, layers) if layers else None)
+
+
+@follows("so no layer lies below: see peft.targets, or set it to 0", slow=True)
+def _(place: Place) -> Iterator[str]:
+    yield lowered(place, 1e9)
+    yield lowered(place, 1e9, targets=UPPER["llama"])
+    yield lowered(place, 0)
+
+
+@follows("'{}' is trained and changes the lower layers: set it to 0", slow=True)
+def _(place: Place) -> Iterator[str]:
+    for layers in (1e9, 0):
+        yield lowered(place, layers, method="full")
+
+
+@follows("the gradient of '{}' is not finite: the loss overflows on this client's rows, set model.precision=fp32", slow=True)
+def _(place: Place) -> Iterator[str]:
+    whole = torch.autograd.grad
+
+    def grad(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        return [g * torch.inf for g in whole(*args, **kwargs)]
+
+    live = scored(place.folder / "m", precision="bf16")
+    with place.patch.context() as patch:
+        patch.setattr(torch.autograd, "grad", grad)
+        yield raised(lambda: measure(live))
+    yield raised(lambda: measure(scored(place.folder / "m2")))
+
+
+@follows("the curvature of the prompts is not finite: lower client.lr, or set client.clip_norm")
+def _(place: Place) -> Iterator[str]:
+    for weight in (torch.inf, 1.0):  # prompts that a rate threw too far, and others
+        yield raised(lambda weight=weight: spectrum(lambda v: v * weight, torch.ones(5), 3))
+
+
+@follows("the server's hello is empty: run the same version of fedtune on server and client")
+def _(place: Place) -> Iterator[str]:
+    flower.identify_process(1)
+    for sent in ({}, {"hello": ConfigRecord({"json": "{}"})}):
+        yield raised(lambda sent=sent: _hello_of(Message(RecordDict(sent), 1, "query", group_id="0")))  # type: ignore[arg-type]
+
+
+@follows("cannot write to {}: {}; free the disk or give another --state")
+def _(place: Place) -> Iterator[str]:
+    (place.folder / "another").mkdir()
+
+    def saved(name: str) -> str:
+        return raised(lambda: _save_hello(Device(client="a", state=place.folder / name), "{}"))
+
+    yield saved("gone")  # a volume that was taken out
+    yield saved("another")
+    (place.folder / "gone").mkdir()
+    yield saved("gone")
+
+
+def _odd(says: str, **config: Any) -> None:
+    """A backbone whose config says so."""
+
+    def follow(place: Place) -> Iterator[str]:
+        live, _ = built(place.folder, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
+        for name, value in config.items():
+            setattr(live.backbone.model.config, name, value)
+        for layers in (1e9, 0):
+            yield raised(lambda layers=layers: LowerLayers(live, layers) if layers else None)
+
+    follows(says, slow=True)(follow)
+
+
+_odd("has no single stack of layers: set it to 0", num_hidden_layers=99)
+_odd("so no row can be cached: set it to 0", attention_dropout=0.1)
+
+
+def _prompted(place: Place, name: str) -> Workspace:
+    folder = place.folder / name
+    folder.mkdir()
+    return Workspace(tiny_config(folder, peft=PeftConfig(method=name, rank=2, tokens=3)))
+
+
+@follows("but the adapter has {} prompts: set peft=ptuning_v2", slow=True)
+def _(place: Place) -> Iterator[str]:
+    for name in ("lora", "ptuning_v2"):
+        space = _prompted(place, name)
+        batch = collate(space.examples("c0", "train")[:2], space.pad_id)
+        yield raised(lambda space=space, batch=batch: layer_scores(space.live, batch, space.config.task))
+
+
+@follows("the plan asks for the curvature of prompts, but the adapter has method '{}': set peft=ptuning_v2", slow=True)
+def _(place: Place) -> Iterator[str]:
+    for name in ("lora", "ptuning_v2"):
+        space = _prompted(place, name)
+        batch = collate(space.examples("c0", "train")[:2], space.pad_id)
+        yield raised(lambda space=space, batch=batch: prompt_share(space.live, batch, space.config.task, 3))
+
+
+def _sparse(says: str, turn: str, stage: str, name: str) -> None:
+    """A turn that measures in the first stage, where the plan comes in the sparse stage."""
+
+    def follow(place: Place) -> Iterator[str]:
+        space = _prompted(place, name)
+        plan = Plan(round=1, client="c0", base_version=0, turn=turn, params={"stage": stage}, batch_size=2)
+        right = work_in(space, plan)
+        yield raised(lambda: turn_of(plan).observe(dataclasses.replace(right, live=cast(Any, object()))))
+        yield raised(lambda: turn_of(plan).observe(right))
+
+    follows(says, slow=True)(follow)
+
+
+_sparse("the turn 'fedpeptao' measures prompts, but the adapter has method 'sparse': set peft=ptuning_v2 on the server",
+        "fedpeptao", "layers", "ptuning_v2")  # fmt: skip
+_sparse("the turn 'slora' measures gradients with a LoRA adapter, but the adapter has method 'sparse': set peft=lora",
+        "slora", "gradient", "lora")  # fmt: skip
+
+
+@follows("is neither merged on this client nor in the message: restart the client", slow=True)
+def _(place: Place) -> Iterator[str]:
+    space = _prompted(place, "lora")
+    yield raised(lambda: space.rebase((1, 2), [merged(space, 1)]))
+    started_again = Workspace(space.config)  # which tells the server that it has no shift, and gets them all
+    yield raised(lambda: started_again.rebase((1, 2), [merged(started_again, 1), merged(started_again, 2)]))
+
+
+# -- training that fails ------------------------------------------------------------------------------------------------------------------
+
+
+def trained(place: Place, *, longest: int = 99, **plan: Any) -> str:
+    """What a turn says on a device whose memory holds rows of so many tokens."""
+    real = trainer.loss_sum
+
+    def limited(model: Any, batch: Any, task: Any) -> Any:
+        if batch["input_ids"].shape[1] > longest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, batch, task)
+
+    folder = place.folder / str(len(list(place.folder.iterdir())))
+    folder.mkdir()
+    with place.patch.context() as patch:
+        patch.setattr(trainer, "loss_sum", limited)
+        return raised(lambda: turn(workspace(folder), None, **plan))
+
+
+@follows("out of memory with a single row of {} tokens: lower task.max_length, or take a smaller backbone", slow=True)
+def _(place: Place) -> Iterator[str]:
+    yield trained(place, longest=12)
+    with place.patch.context() as patch:
+        patch.setattr("tests.clients.test_pieces.TaskConfig", lambda **task: TaskConfig(**{**task, "max_length": 8}))
+        yield trained(place, longest=12)
+    yield trained(place)  # a smaller backbone leaves room
+
+
+@follows("the training loss became {} in step {} of {}: lower client.lr, or set client.clip_norm", slow=True)
+def _(place: Place) -> Iterator[str]:
+    steep: Any = {"optimizer": "sgd", "lr": 1e30, "lr_last": 1e30, "clip_norm": None}
+    gentle: Any = {**steep, "lr": 1e-2, "lr_last": 1e-2}
+    clipped: Any = {**steep, "clip_norm": 1e-30}
+    for plan in (steep, gentle, clipped):
+        yield trained(place, **plan)
+
+
+@follows("the gradient's norm became {} in step {} of {}: lower client.lr", slow=True)
+def _(place: Place) -> Iterator[str]:
+    real = torch.nn.utils.get_total_norm
+
+    def norm(gradients: Any, *args: Any) -> torch.Tensor:
+        return torch.tensor(torch.inf) if moved() > 1e3 else real(gradients, *args)  # weights so large let gradients overflow
+
+    def moved() -> float:
+        return max(float(p.detach().abs().max()) for space in opened for p in space.live.parameters.values())
+
+    opened: list[Workspace] = []
+    place.patch.setattr(
+        "tests.clients.test_pieces.work_in", lambda space, *args, **more: opened.append(space) or work_in(space, *args, **more)
+    )
+    place.patch.setattr(torch.nn.utils, "get_total_norm", norm)
+    for lr in (1e4, 1e-2):
+        opened.clear()
+        yield trained(place, lr=lr, lr_last=lr)

@@ -1,0 +1,265 @@
+"""The advice of the engine: what it loads, reads and writes."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from fedtune.inference.engine import template
+from fedtune.inference.engine.generate import Context, Generation
+from fedtune.inference.engine.jobs import Job
+from fedtune.inference.engine.linear import linear_from_tensors, portable
+from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.speculate.early_exit import EarlyExit
+from fedtune.inference.engine.text import read_text
+from fedtune.inference.generate_transformers import load_model
+from tests.advised.models import run_of
+from tests.advised.rows import Place, follows, raised
+from tests.advised.serving import engine_of
+from tests.export.test_huggingface import CAUSAL, CLASSES
+from tests.inference.serve.served import make_scheduler, tiny_model
+from tests.models.build import checkpoint
+
+
+def loaded(folder: Path, kind: str | None = None) -> str:
+    return raised(lambda: load_engine(folder, kind, keep=False))
+
+
+def exported(place: Place, run: Path, *flags: str) -> Path:
+    """The folder of the export that a sentence asks for."""
+    shutil.rmtree(place.folder / "out", ignore_errors=True)
+    assert not place.run("fedtune", "export", run, "--out", place.folder / "out", *flags)
+    return place.folder / "out"
+
+
+# -- folders ------------------------------------------------------------------------------------------------------------------------------
+
+
+@follows("{} cannot be read ({}): give a model folder")
+def _(place: Place) -> Iterator[str]:
+    yield loaded(place.folder)
+    yield loaded(run_of(place).parent / "m")
+
+
+def _spoilt(says: str, name: str, content: str | int) -> None:
+    """A file of a model has this content, or ends at this byte; then the model is exported."""
+
+    def follow(place: Place) -> Iterator[str]:
+        model = Path(shutil.copytree(run_of(place).parent / "m", place.folder / "m"))
+        file = model / name
+        file.write_bytes(content.encode() if isinstance(content, str) else file.read_bytes()[:content])
+        yield loaded(model)
+        yield loaded(exported(place, run_of(place)))
+
+    follows(says)(follow)
+
+
+_spoilt("{} is not JSON: export the model again", "config.json", "{")
+_spoilt("{} does not hold a JSON object: export the model again", "config.json", "[]")
+_spoilt("{} is not a valid safetensors file ({}): export the model again", "model.safetensors", 900)
+
+
+@follows("{} has no tensor {}: give a merged model, as written by `fedtune export`")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    weights = load_file(model / "model.safetensors")  # of the bare body: its names begin one level lower
+    save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, model / "model.safetensors")
+    yield loaded(model)
+    yield loaded(exported(place, run_of(place)))
+
+
+@follows("{} has an unmerged adapter: export it with `--to edge` for the engine")
+def _(place: Place) -> Iterator[str]:
+    run = run_of(place, CAUSAL, method="prompt")
+    yield loaded(exported(place, run))
+    yield loaded(exported(place, run, "--to", "edge"))
+
+
+@follows("{} does not generate text: give a causal language model")
+def _(place: Place) -> Iterator[str]:
+    yield loaded(exported(place, run_of(place, CLASSES)))
+    yield loaded(exported(place, run_of(place)))
+
+
+@follows("the engine does not support quantization_config: give the merged model in 16 or 32 bits")
+def _(place: Place) -> Iterator[str]:
+    config = exported(place, run_of(place)) / "config.json"
+    whole = json.loads(config.read_text())
+    for changes in ({"quantization_config": {"quant_method": "gptq"}}, {}, {"dtype": "bfloat16"}):
+        config.write_text(json.dumps(whole | changes))
+        yield loaded(place.folder / "out")
+
+
+@follows("there is no kind {}: choose {}")
+def _(place: Place) -> Iterator[str]:
+    model = run_of(place).parent / "m"
+    said = loaded(model, "int3")  # the command line offers the others alone
+    yield said
+    for kind in said.rpartition("choose ")[2].split(", "):
+        yield loaded(model, kind)
+
+
+@follows("and {} would round it again: export the model in {}", slow=True)
+def _(place: Place) -> Iterator[str]:
+    said = loaded(exported(place, run_of(place), "--to", "edge", "--quantize", "int8"), "int4")
+    yield said
+    kind = said.rpartition(" in ")[2]
+    yield loaded(exported(place, run_of(place), "--to", "edge", "--quantize", kind), "int4")
+
+
+@follows("virtual tokens come first, but the cache already holds {} tokens: use an empty one")
+def _(place: Place) -> Iterator[str]:
+    engine = load_engine(exported(place, run_of(place, CAUSAL, method="prompt"), "--to", "edge"))
+    cache = engine.cache()
+    engine.start(cache)
+    yield raised(lambda: engine.start(cache))
+    yield raised(lambda: engine.start(engine.cache()))
+
+
+def _linear(says: str, kind: str, group: int = 32, **parts: torch.Tensor | None) -> None:
+    """A stored linear of these parts, which the next export writes whole. No file brings it about: the reader of packages looks first."""
+
+    def follow(place: Place) -> Iterator[str]:
+        whole: Any = portable(kind, torch.ones(8, 64))
+        spoilt = {name: part for name, part in (whole | parts).items() if part is not None}
+        yield raised(lambda: linear_from_tensors(kind, spoilt, n_in=64, group=group))
+        yield raised(lambda: linear_from_tensors(kind, whole, n_in=64))
+
+    follows(says)(follow)
+
+
+_linear("{} lacks its {}, which {} needs: export the model again", "int4", zero=None)
+_linear("{} has a {} of shape {}, {} needs {}: export the model again", "int4", zero=torch.ones(3, 2))
+_linear("{} has int4 groups of {} columns: the engine supports {}; export it again", "int4", group=16)
+
+
+# -- text ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def encoded(text: str, folder: Path) -> str:
+    return raised(lambda: read_text(folder).encode(text))
+
+
+@follows("the prompt is empty and the tokenizer has no BOS token: give some text")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    for text in ("", "turn on"):
+        yield encoded(text, model)
+
+
+@follows("the prompt is empty and the tokenizer has no token to begin with: give some text")
+def _(place: Place) -> Iterator[str]:
+    model = load_model(run_of(place, CAUSAL, "gpt2").parent / "m", {})
+    for text in ("", "turn on"):
+        yield raised(lambda text=text: model.text.encode(text))
+
+
+@follows("the text is not UTF-8: give it in that encoding")
+def _(place: Place) -> Iterator[str]:
+    for raw in ("für".encode("latin-1"), "für".encode()):
+        text = raw.decode("utf-8", "surrogateescape")  # as the command line gives it
+        yield place.run("fedtune", "generate", run_of(place).parent / "m", text, "--max-new-tokens", "2")
+
+
+@follows("the model has no chat template: give it a prompt instead")
+def _(place: Place) -> Iterator[str]:
+    model = place.keep("bare", lambda path: tiny_model(path, context=128, chat=False))
+    yield raised(lambda: read_text(model).chat([{"role": "user", "content": "hello"}]))
+    yield encoded("hello", model)
+
+
+@follows("has no tokenizer.json: save its tokenizer in the fast format of the tokenizers library")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    fast = AutoTokenizer.from_pretrained(model)
+    (model / "tokenizer.json").unlink()
+    yield encoded("turn on", model)
+    fast.save_pretrained(model)
+    yield encoded("turn on", model)
+
+
+@follows("needs BPE: set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
+    said = encoded("turn on", model)
+    yield said
+    name, value, file = re.findall(r"set (\w+) to (\w+) in (\S+)", said)[0]
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | {name: value}))
+    yield encoded("turn on", model)
+
+
+@follows("{}: install jinja2")
+def _(place: Place) -> Iterator[str]:
+    (place.folder / "jinja2.py").write_text("raise ImportError('No module named jinja2')")
+    place.patch.setenv("PYTHONPATH", str(place.folder))
+    for _ in range(2):
+        place.patch.setattr(template, "_PROCESS", template._Process())
+        yield raised(lambda: template.render("hello", [{"role": "user", "content": "hello"}], {}))
+        template._PROCESS._stop()
+        (place.folder / "jinja2.py").unlink(missing_ok=True)  # installed
+
+
+# -- answers ------------------------------------------------------------------------------------------------------------------------------
+
+
+@follows("the prompt has no tokens: give some text")
+def _(place: Place) -> Iterator[str]:
+    for prompt in ([], "turn on"):
+        yield raised(lambda prompt=prompt: Generation(engine_of(place), prompt, max_new_tokens=2))
+
+
+@follows("a stop string is empty, which every text contains: leave it out")
+def _(place: Place) -> Iterator[str]:
+    for stop in (("", "off"), ("off",)):
+        yield raised(lambda stop=stop: Generation(engine_of(place), "turn on", Sampling(stop=stop)))
+
+
+@follows("requests are running or waiting, the maximum: retry later")
+def _(place: Place) -> Iterator[str]:
+    engine = engine_of(place)
+    scheduler = make_scheduler(engine, max_running=1, max_waiting=0)
+
+    def submit() -> str:
+        ids = engine.text.encode("turn on")
+        return raised(lambda: scheduler.submit(Job(ids=ids, sampling=Sampling(), max_new_tokens=2, deliver=lambda output: None)))
+
+    assert not submit()
+    yield submit()
+    while scheduler.step():
+        pass
+    yield submit()
+
+
+@follows("adapter {} changes '{}', which the engine cannot adapt: merge it with `fedtune export`")
+def _(place: Place) -> Iterator[str]:
+    engine = load_engine(exported(place, run_of(place), "--to", "edge", "--separate"))
+    factors = {"lm_head": (torch.ones(1, engine.shape.hidden), torch.ones(engine.shape.vocab, 1))}
+    yield raised(lambda: engine.add_adapter("more", factors))
+    yield loaded(exported(place, run_of(place), "--to", "edge"))  # without --separate it is merged
+
+
+@follows("an early exit after layer {} of {} saves nothing: leave before the last one")
+def _(place: Place) -> Iterator[str]:
+    for layers in (2, 1):
+        yield raised(lambda layers=layers: EarlyExit(layers).begin(Sampling(), Context(engine_of(place))))
+
+
+@follows("their tokenizers differ; distill a draft model with `fedtune draft`", slow=True)
+def _(place: Place) -> Iterator[str]:
+    model = place.keep("served", lambda path: tiny_model(path, context=128))
+    generate = ["fedtune", "generate", model, "turn on", "--max-new-tokens", "2", "--speculate", "draft", "--draft"]
+    said = place.run(*generate, run_of(place).parent / "m")
+    yield said
+    (line,) = re.findall(r"`(fedtune draft)`", said)
+    small = place.folder / "small"
+    yield place.run(*line.split(), model, "--steps", "1", "--length", "16", "--layers", "1", "--out", small)
+    yield place.run(*generate, small)
