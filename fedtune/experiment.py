@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp import Grid
 from rich.console import Console
@@ -19,7 +20,7 @@ from fedtune.config import Config, to_dict
 from fedtune.contracts import flower
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
-from fedtune.contracts.task import task_of, tasks_with
+from fedtune.contracts.task import Example, task_of, tasks_with
 from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_error
 from fedtune.exchange import Exchange, make_exchange
 from fedtune.export.huggingface import describe_folder, export_hf
@@ -156,9 +157,16 @@ def _run(
                 f" task={tasks_with(conversational=True)}"
             )
 
-        def test(state: ServerState) -> Mapping[str, float]:
+        sampled = _sampled(config, space)
+
+        def test(state: ServerState) -> Mapping[str, Any]:
             space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
-            return space.score(state.adapter, space.test_examples())[0]
+            scores = space.score(state.adapter, space.test_examples())[0]
+            if not sampled:
+                return scores
+            live = space.slot(state.adapter)  # `score` has loaded the adapter
+            answers = generate_answers(live.model, space.backbone.tokenizer, sampled, config.task, batch_size=len(sampled))
+            return {**scores, "answers": answers}
 
         def serve(grid: Grid, join: JoinPolicy) -> None:
             bridge = Bridge(
@@ -206,8 +214,8 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
     merged = None
     if config.inference.export == "hf":
         merged = export_hf(run.path, run.path / "merged", replace=True, trust_remote_code=config.model.trust_remote_code)
-    count = min(config.inference.samples, len(space.test_examples())) if task.prompted else 0
-    answers = _answers(config, space, state, run, merged, count) if count else []
+    picked = _sampled(config, space)
+    answers = _answers(config, space, state, run, merged, picked) if picked else []
     write_report(run.path)
     print_results(read_metrics(run.path), Console(), space.federation.summary())
     for a in answers:
@@ -222,13 +230,20 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
     print(f"report   {run.path / 'report.html'}")
 
 
+def _sampled(config: Config, space: Workspace) -> list[Example]:
+    """`inference.samples` requests of the global test; none if the task has no requests."""
+    if not task_of(config.task).prompted:
+        return []
+    examples = space.test_examples()
+    count = min(config.inference.samples, len(examples))
+    return [examples[i] for i in sorted(random.Random(derive_seed(config.seed, "samples")).sample(range(len(examples)), count))]
+
+
 def _answers(
-    config: Config, space: Workspace, state: ServerState, run: RunDirectory, merged: Path | None, count: int
+    config: Config, space: Workspace, state: ServerState, run: RunDirectory, merged: Path | None, picked: Sequence[Example]
 ) -> list[dict[str, str]]:
-    """Sample requests of the global test, with the model's answers before and after the run (from the merged model, if there is one)."""
-    examples, tokenizer = space.test_examples(), space.backbone.tokenizer
-    chosen = sorted(random.Random(derive_seed(config.seed, "samples")).sample(range(len(examples)), count))
-    picked = [examples[i] for i in chosen]
+    """The sample requests with the model's answers before and after the run (from the merged model, if there is one)."""
+    tokenizer, count = space.backbone.tokenizer, len(picked)
     if merged and mergeable(config.peft.method):
         loaded = load_backbone(
             dataclasses.replace(config.model, source="hub", name=str(merged), init="pretrained", precision="fp32"), config.task

@@ -88,7 +88,8 @@ def solve_noise(epsilon: float, delta: float, rate: float, steps: int, accountan
             )  # fmt: skip
     except ValueError as bad:
         raise ConfigError(
-            f"no noise keeps privacy.epsilon={epsilon:g} at privacy.delta={delta:g} over {steps} steps ({str(bad)[:60]}): raise one"
+            f"no noise keeps privacy.epsilon={epsilon:g} at privacy.delta={delta:g} over {steps} steps ({str(bad)[:60]}):"
+            " raise privacy.epsilon or privacy.delta"
         ) from None
 
 

@@ -65,7 +65,7 @@ class Bridge:
     initial: AdapterState
     found: Checkpoint | None
     metric: tuple[str, bool]
-    evaluate: Callable[[ServerState], Mapping[str, float]] | None
+    evaluate: Callable[[ServerState], Mapping[str, Any]] | None
     observer: Observer
     join: JoinPolicy = JoinPolicy()
     snapshots: Snapshots = field(default_factory=Snapshots)

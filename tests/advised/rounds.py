@@ -258,7 +258,7 @@ def _(place: Place) -> Iterator[str]:
 # -- privacy ------------------------------------------------------------------------------------------------------------------------------
 
 
-@follows("no noise keeps privacy.epsilon={} at privacy.delta={} over {} steps ({}): raise one", slow=True)
+@follows("no noise keeps privacy.epsilon={} at privacy.delta={} over {} steps ({}): raise privacy.epsilon or privacy.delta", slow=True)
 def _(place: Place) -> Iterator[str]:
     for epsilon, delta in ((1e-9, 1e-5), (1.0, 1e-5), (1e-9, 0.5)):
         yield raised(lambda epsilon=epsilon, delta=delta: solve_noise(epsilon, delta, 1.0, 100_000, "rdp"))

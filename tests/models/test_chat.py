@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from fedtune.config import Config, TaskConfig
+from fedtune.config import Config, EvalConfig, InferenceConfig, TaskConfig
 from fedtune.contracts.task import IGNORED, Example, task_of
 from fedtune.errors import ConfigError
 from fedtune.experiment import simulate
@@ -18,6 +18,7 @@ from fedtune.inference.generate import encode_request
 from fedtune.models import Backbone, evaluate, load_backbone
 from fedtune.models.evaluation import generate_answers, score_examples
 from fedtune.models.tasks._answers import rouge_l, token_f1
+from fedtune.runs.report import read_metrics
 from tests.export.test_capitals import QUESTIONS, chatml
 from tests.tiny import tiny_config
 
@@ -138,9 +139,14 @@ def test_a_template_that_is_not_used_is_named(tmp_path: Path, capsys: pytest.Cap
     rows = [{"messages": turns(row["prompt"], row["answer"]), "client": row["client"]} for row in rows]
     path = Path(config.data.path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = simulate(dataclasses.replace(config, task=dataclasses.replace(config.task, kind="chat")))
+    asked = {"eval": EvalConfig(where="door", clients=0), "inference": InferenceConfig(samples=2)}
+    run = simulate(dataclasses.replace(config, task=dataclasses.replace(config.task, kind="chat"), **asked))
     assert "chat template, which" not in capsys.readouterr().err
     assert (run / "adapter/chat_template.jinja").read_text() == (tmp_path / "chat/chat_template.jinja").read_text()
+    by_round = {r["round"]: r["answers"] for r in read_metrics(run) if r["client"] is None}
+    final = [sample["after"] for sample in json.loads((run / "answers.json").read_text())]
+    assert by_round.keys() == {0, 1} and by_round[1] == final and len(final) == 2
+    assert "answers after 2 rounds" in (run / "report.html").read_text()
     assert "conversations in the chat template of chat_template.jinja" in (run / "adapter/README.md").read_text()
 
 

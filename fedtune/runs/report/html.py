@@ -66,7 +66,7 @@ def write_report(run_dir: Path) -> Path:
         "main",
         None,
         *_headline(title, run_dir, lines, clients, metric, (config or {}).get("rounds")),
-        *_answers(answers or [], judged=any(value(r, "exact_match") is not None for r in records)),
+        *_answers(answers or [], lines, judged=any(value(r, "exact_match") is not None for r in records)),
         *_curves(lines, metric),
         *_clients(clients, metric, colors),
         *_costs(lines),
@@ -286,8 +286,8 @@ def _partition(partition: Mapping[str, Any] | None, colors: Mapping[str, int]) -
     return [e("h2", None, "Partition"), e("div", {"class": "pair"}, *figures)]
 
 
-def _answers(answers: Sequence[Mapping[str, Any]], judged: bool) -> list[Element]:
-    """The answers side by side; marked right or wrong if the run reports exact match."""
+def _answers(answers: Sequence[Mapping[str, Any]], lines: Sequence[Record], judged: bool) -> list[Element]:
+    """The answers side by side, marked right or wrong if the run reports exact match; and folded, those after each evaluated round."""
     if not answers:
         return []
     columns = {"request": "request", "wanted": "wanted", "before": "untuned", "after": "tuned and merged"}
@@ -304,7 +304,10 @@ def _answers(answers: Sequence[Mapping[str, Any]], judged: bool) -> list[Element
         rows.append(e("tr", None, *cells))
     head = e("thead", None, e("tr", None, *(e("th", None, name) for name in columns.values())))
     table = e("table", {"class": "text answers"}, head, e("tbody", None, *rows))
-    return [e("h2", None, "Sample answers"), e("div", {"class": "card scroll"}, table)]
+    requests = [str(answer.get("request", "")) for answer in answers]
+    by_round = [[str(r["round"]), *map(str, r["answers"])] for r in lines if isinstance(r.get("answers"), list)]
+    later = [page.folded(f"answers after {len(by_round)} rounds", page.table(["round", *requests], by_round, "text"))] if by_round else []
+    return [e("h2", None, "Sample answers"), e("div", {"class": "card scroll"}, table), *later]
 
 
 def _config(config: Mapping[str, Any]) -> list[Element]:
