@@ -67,7 +67,7 @@ FACTORS = """
 def factors(state):
     return {n[:-2]: (1.0, state[n[:-1] + "v"][None], state[n][:, None]) for n in state.tensors if n.endswith(".u")}
 """
-BESIDE = '\nbeside = "it lives in a hook"\n'
+WHY_UNMERGEABLE = '\nwhy_unmergeable = "it lives in a hook"\n'
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_new_method_is_in_the_weights_of_a_gguf_file(tmp_path: Path, add: Add)
 
 
 def test_a_method_that_cannot_edit_weights_is_never_merged(tmp_path: Path, add: Add) -> None:
-    add("hooked", ATTACHED + BESIDE)
+    add("hooked", ATTACHED + WHY_UNMERGEABLE)
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="hooked")
     with pytest.raises(ModelError, match="^peft.method=hooked cannot be merged into weights: it lives in a hook$"):
         merge(live.backbone.model, live.read(1))
@@ -174,7 +174,7 @@ def test_a_method_that_cannot_edit_weights_is_never_merged(tmp_path: Path, add: 
     assert not (tmp_path / "out").exists() and not (run / "edge").exists()
 
 
-@pytest.mark.parametrize(("text", "word"), [(ATTACHED, "neither"), (ATTACHED + EDITS + BESIDE, "both")])
+@pytest.mark.parametrize(("text", "word"), [(ATTACHED, "neither"), (ATTACHED + EDITS + WHY_UNMERGEABLE, "both")])
 def test_a_method_without_edits_or_why_unmergeable_is_refused(tmp_path: Path, add: Add, text: str, word: str) -> None:
     add("outer", ATTACHED + EDITS)
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method="outer")
