@@ -39,6 +39,7 @@ _OF_TRAINING = {
     "opacus": "opacus",
     "peft": "peft",
     "pyarrow": "pyarrow",
+    "rouge_score": "rouge-score",
     "sqlalchemy": "sqlalchemy",
     "tensorboard": "tensorboard",
     "transformers": "transformers",

@@ -112,7 +112,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> tupl
     except Exception as bad:  # a template can raise anything
         reason = (str(bad).splitlines() or [repr(bad)])[0][:120]
         raise DataError(f"the model's chat template refuses a conversation: {reason}") from None
-    return texts[0], [(start, end) for start, end in found[0]] if marks and found else []
+    return texts[0], [(int(start), int(end)) for start, end in found[0]] if marks and found else []
 
 
 def _spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:

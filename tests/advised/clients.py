@@ -21,9 +21,9 @@ from fedtune.data import collate
 from tests.advised.rows import Place, follows, raised
 from tests.clients.test_gradient_score import make as scored
 from tests.clients.test_gradient_score import measure
-from tests.clients.test_lower_layers import LM, UPPER, built
+from tests.clients.test_lower_layers import LM, UPPER, build_adapter
 from tests.clients.test_pieces import turn, workspace
-from tests.clients.test_store import kept
+from tests.clients.test_store import stored_state
 from tests.clients.test_trainer import merged
 from tests.tiny import texts, tiny_config, tiny_llama, write_rows
 from tests.working import work_in
@@ -58,12 +58,12 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     (place.folder / "taken").write_text("")
     for name in ("taken", "free"):
-        yield raised(lambda name=name: ClientStore(place.folder / name, rounds=2).write("a", 1, kept(1)))
+        yield raised(lambda name=name: ClientStore(place.folder / name, rounds=2).write("a", 1, stored_state(1)))
 
 
 def lowered(place: Place, layers: float | None, **peft: Any) -> str:
     """What is said where rows' lower layers are kept, or with None are not."""
-    live, _ = built(place.folder / str(len(list(place.folder.iterdir()))), "llama", PeftConfig(rank=3, **peft), LM)
+    live, _ = build_adapter(place.folder / str(len(list(place.folder.iterdir()))), "llama", PeftConfig(rank=3, **peft), LM)
     return raised(lambda: LowerLayers(live, layers) if layers else None)
 
 
@@ -124,7 +124,7 @@ def _odd(says: str, **config: Any) -> None:
     """A backbone whose config says so."""
 
     def follow(place: Place) -> Iterator[str]:
-        live, _ = built(place.folder, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
+        live, _ = build_adapter(place.folder, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
         for name, value in config.items():
             setattr(live.backbone.model.config, name, value)
         for layers in (1e9, 0):

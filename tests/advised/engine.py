@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from fedtune.inference.engine import template
 from fedtune.inference.engine.generate import Context, Generation
-from fedtune.inference.engine.jobs import Job
 from fedtune.inference.engine.linear import linear_from_tensors, portable
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.requests import GenerationRequest
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.text import read_text
@@ -230,7 +230,8 @@ def _(place: Place) -> Iterator[str]:
 
     def submit() -> str:
         ids = engine.text.encode("turn on")
-        return raised(lambda: scheduler.submit(Job(ids=ids, sampling=Sampling(), max_new_tokens=2, deliver=lambda output: None)))
+        request = GenerationRequest(ids=ids, sampling=Sampling(), max_new_tokens=2, deliver=lambda output: None)
+        return raised(lambda: scheduler.submit(request))
 
     assert not submit()
     yield submit()

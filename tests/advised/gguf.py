@@ -39,7 +39,7 @@ def to_each(place: Place, run: Path) -> Iterator[str]:
 
 def _shaped(says: str, shape: str, method: str = "lora") -> None:
     def follow(place: Place) -> Iterator[str]:
-        model = built.shaped(place.folder / "m", shape)
+        model = built.shaped_checkpoint(place.folder / "m", shape)
         yield from to_each(place, make_run(place.folder / "run", hub(model), built.SHORT, method=method)[0])
 
     follows(says, slow=True, library="gguf")(follow)
@@ -57,7 +57,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("has values beyond float16's maximum of 65504: use --to edge or hf", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    model = built.shaped(place.folder / "m", "llama")
+    model = built.shaped_checkpoint(place.folder / "m", "llama")
     weights = load_file(model / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(weights | {name: weights[name] * 1e7}, model / "model.safetensors", {"format": "pt"})
@@ -66,7 +66,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("{} already exists: give another file with --out, or remove it", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    run, _ = make_run(place.folder / "run", hub(built.shaped(place.folder / "m", "llama")), built.SHORT)
+    run, _ = make_run(place.folder / "run", hub(built.shaped_checkpoint(place.folder / "m", "llama")), built.SHORT)
     (place.folder / "taken").write_text("mine")
     export = ["fedtune", "export", run, *GGUF, "--out"]
     yield place.run(*export, place.folder / "taken")
@@ -77,7 +77,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("writing GGUF needs the gguf library: pip install 'fedtune[gguf]'", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    run, _ = make_run(place.folder / "run", hub(built.shaped(place.folder / "m", "llama")), built.SHORT)
+    run, _ = make_run(place.folder / "run", hub(built.shaped_checkpoint(place.folder / "m", "llama")), built.SHORT)
     with place.patch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         yield export(place, run, *GGUF)

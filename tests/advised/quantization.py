@@ -13,7 +13,7 @@ from fedtune.inference.quantize.model import QuantizeSettings, quantize_model
 from fedtune.inference.quantize.perplexity import windows
 from tests.advised.rows import Place, follows, raised
 from tests.inference.quantize.test_gptq import layer
-from tests.inference.quantize.test_model import opened, text
+from tests.inference.quantize.test_model import open_model, text
 from tests.inference.quantize.whole import quantize_linear
 
 GPTQ = QuantizeSettings(method="gptq")
@@ -71,7 +71,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("method={} needs calibration text: give some, or use method=rtn", slow=True)
 def _(place: Place) -> Iterator[str]:
-    shape, read, _ = opened(place.folder, "llama_one_kv")
+    shape, read, _ = open_model(place.folder, "llama_one_kv")
     ways: list[tuple[Any, list[torch.Tensor]]] = [("awq", []), ("awq", text()), ("rtn", [])]
     for method, given in ways:
         recipe = QuantizeSettings(method=method)

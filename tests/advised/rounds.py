@@ -30,7 +30,7 @@ from fedtune.traffic import Codec, decode_broadcast, encode_broadcast
 from tests.advised.rows import Place, follows, raised
 from tests.advised.runs import ended, setting_of
 from tests.faults.test_membership import Answers, Nodes, Notes, named
-from tests.privacy.test_dpsgd import Chosen, examples, opened
+from tests.privacy.test_dpsgd import Chosen, examples, private_gradient
 from tests.test_library import Halved, Uniform
 from tests.tiny import tiny_config
 from tests.traffic.test_broadcast import FIRST, adapter
@@ -297,7 +297,7 @@ def _(place: Place) -> Iterator[str]:
     short = [Example(row.input_ids[:3], row.labels[:3]) for row in long]
     for number, (rows, holds) in enumerate(((long, 4), (short, 4), (long, 99))):
         most[0] = holds
-        with opened(place.folder / str(number), rows, way=samples.hooked, source=Chosen(*range(6))) as made:
+        with private_gradient(place.folder / str(number), rows, way=samples.hooked, source=Chosen(*range(6))) as made:
             yield raised(made.step)
 
 

@@ -42,7 +42,7 @@ REFUSED = [
     (["strategy=floraa"], "strategy=floraa is not known: choose one of bulyan"),
     (["model=null"], "model=null is not known: choose one of hub, nano"),
     (["engine=7"], "engine=7 is not known: choose one of inprocess, ray"),
-    (["conf=hetero"], "there is no scenario 'hetero': did you mean heterogeneous, of banking77, dolly, heterogeneous, shakespeare"),
+    (["conf=hetero"], "there is no scenario 'hetero': did you mean heterogeneous, of assistant, banking77, dolly,"),
     (["conf="], "there is no scenario ''"),
     (["conf=nope.yaml"], "there is no scenario file nope.yaml"),
     (["conf=dolly", "conf=shakespeare"], "conf= is given 2 times"),
