@@ -2,12 +2,13 @@
 
 A template's own `{% generation %}` marks determine the answers' text. Without marks, an answer is what the template adds to the prompt that
 generation continues: the rendering of all messages up to the answer, minus the rendering before it with the generation prompt. Some
-templates render earlier messages differently later (Qwen3 removes thoughts, Mistral moves the system message). An answer in such a place is
-found by rendering the conversation with a marker in its place.
+templates render earlier messages differently later (Qwen3 removes thoughts, Mistral moves the system message). An answer in such a place,
+or with no message before it, is found by rendering the conversation with a marker in its place.
 
 The answer's end token is a target too, because generation stops at it; white space after it is not.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedtune.contracts.task import IGNORED
 from fedtune.errors import DataError, ModelError
 
 _MARKER = "\u2042fedtune\u2042"
+_MARKS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 DEFAULT = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}"
@@ -62,30 +64,31 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> "tuple[n
     """
     text, marked = _render(tokenizer, messages, generate=False)
     spans = marked or _spans(tokenizer, messages, text)
-    if not spans:
-        raise DataError(f"the model's chat template does not show the answer {str(messages[-1].get('content'))[:40]!r}: see its text")
-    ids, offsets = _tokenize(tokenizer, text, [start for start, _ in spans])
-    special, labels, begun = _special(tokenizer), np.full(len(ids) + 1, IGNORED, np.int32), 0
+    begin = _begin(tokenizer, messages, text, spans)
+    ids, offsets = _tokenize(tokenizer, text, sorted({begin, *(start for start, _ in spans)}))
+    special, labels = _special(tokenizer), np.full(len(ids) + 1, IGNORED, np.int32)
     out = np.append(ids, tokenizer.eos_token_id or 0).astype(np.int32)
+    blank = [not text[a:b].strip() for a, b in offsets]
     for start, end in spans:
-        own = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0]))
-        if not len(own):
-            continue
-        first, last = int(own[0]), int(own[-1])
-        ends = [i for i in range(first, last + 1) if ids[i] in special and not text[offsets[i, 1] : end].strip()]
+        first, last = (int((offsets[:, 0] < edge).sum()) for edge in (start, end))  # tokens [first, last) begin in the answer
+        while last > first and offsets[last - 1, 1] > end and not text[offsets[last - 1, 0] : end].strip():
+            last -= 1  # a word after the answer with the blank before it
+        tail = next((i for i in reversed(range(first, last)) if not blank[i] and ids[i] not in special), first - 1) + 1
+        ends = [i for i in range(tail, last) if ids[i] in special]
+        after = next((i for i in range(last, len(ids)) if not blank[i]), None)
         if ends:
-            last = ends[0]
-        else:  # the answer's text has no end token: it may come after white space, or not at all
-            after = next((i for i in range(last + 1, len(ids)) if text[offsets[i, 0] : offsets[i, 1]].strip()), None)
-            if after is not None and ids[after] in special and not text[end : offsets[after, 0]].strip():
-                last = after
-            elif after is None and tokenizer.eos_token_id is not None:  # generation would not stop after the last answer
-                out[last + 1] = tokenizer.eos_token_id
-                last += 1
-        labels[first : last + 1] = out[first : last + 1]
-        begun = first
-    count = int(np.flatnonzero(labels != IGNORED)[-1]) + 1
-    return out[:count], labels[:count], begun
+            last = ends[0] + 1
+        elif after is not None and ids[after] in special:
+            last = after + 1
+        elif after is None and tokenizer.eos_token_id is not None:  # generation would not stop after the last answer
+            out[last] = tokenizer.eos_token_id
+            last += 1
+        labels[first:last] = out[first:last]
+    targets = np.flatnonzero(labels != IGNORED)
+    answer = targets[targets >= (offsets[:, 0] < begin).sum()]
+    if not len(answer):
+        raise DataError(f"the model's chat template does not show the answer {str(messages[-1].get('content'))[:40]!r}: see its text")
+    return out[: targets[-1] + 1], labels[: targets[-1] + 1], int(answer[0])
 
 
 def answer_end(tokenizer: Any) -> int | None:
@@ -99,7 +102,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> tupl
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.get_chat_template()
-    marks = "{% generation" in template or "{%- generation" in template
+    marks = _MARKS.search(template) is not None
     chat = [dict(m) for m in messages]
     try:
         texts, found = render_jinja_template(
@@ -115,24 +118,56 @@ def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> tupl
     return texts[0], [(int(start), int(end)) for start, end in found[0]] if marks and found else []
 
 
+def _begin(tokenizer: Any, messages: Sequence[Message], text: str, spans: Sequence[tuple[int, int]]) -> int:
+    """The character at which the last answer begins: after the prompt that generation continues, if the text begins with it."""
+    prompt = render(tokenizer, messages[:-1], generate=True) if len(messages) > 1 else None
+    if prompt is not None and text.startswith(prompt):
+        return len(prompt)
+    return spans[-1][0] if spans else len(text)
+
+
 def _spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
     """The character ranges of the answers in the rendered conversation; an answer that the template does not show has none."""
-    spans = []
+    spans: list[tuple[int, int]] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = render(tokenizer, messages[:i], generate=True) if i else "", render(tokenizer, messages[: i + 1])
-        start = len(before) if text.startswith(before) else None
+        before, after = render(tokenizer, messages[:i], generate=True) if i else None, render(tokenizer, messages[: i + 1])
+        start = len(before) if before is not None and text.startswith(before) else None
         end = len(after) if text.startswith(after) else None
         if start is None or end is None:
-            other = render(tokenizer, [*messages[:i], {**message, "content": _MARKER}, *messages[i + 1 :]])
-            head, found, tail = other.partition(_MARKER)
-            if not found or message.get("tool_calls") or not text.endswith(tail):
-                continue
-            start, end = _common(text, head) if start is None else start, len(text) - len(tail) if end is None else end
-        if start < end:
+            found = _search(tokenizer, messages, i, (before, after), text, spans[-1][1] if spans else 0)
+            start, end = (found[0] if start is None else start, found[1] if end is None else end) if found else (0, -1)
+        if start < end or (start == end and not message.get("content")):
             spans.append((start, end))
+        elif i == len(messages) - 1:
+            return []
     return spans
+
+
+def _search(
+    tokenizer: Any, messages: Sequence[Message], i: int, alone: tuple[str | None, str], text: str, since: int
+) -> tuple[int, int] | None:
+    """The character range of answer `i` in a text that shows earlier messages differently.
+
+    Args:
+        alone: The prompt of the answer (None if it is the first message), and the rendering up to the answer.
+        since: Where the answer before it ends in the text.
+    """
+    before, after = alone
+    message = {key: value for key, value in messages[i].items() if key != "tool_calls"} | {"content": _MARKER}
+    try:
+        head, found, tail = render(tokenizer, [*messages[:i], message, *messages[i + 1 :]]).partition(_MARKER)
+    except DataError:  # of a tool's answer without its call: the call is then as it was, in another place
+        if before is None or not messages[i].get("tool_calls") or not after.startswith(before):
+            raise
+        at = text.find(after[len(before) :], since)
+        return (at, at + len(after) - len(before)) if at >= 0 else None
+    if not found or not text.endswith(tail):
+        return None
+    start, last = _common(text, head), render(tokenizer, [*messages[:i], message]).partition(_MARKER)[0]
+    lead = last[len(before) :] if before is not None and last.startswith(before) else ""  # what the model writes before a content
+    return start - len(lead) if start == len(head) and head.endswith(lead) else start, len(text) - len(tail)
 
 
 def _common(one: str, two: str) -> int:
@@ -141,11 +176,12 @@ def _common(one: str, two: str) -> int:
 
 
 def _tokenize(tokenizer: Any, text: str, starts: Sequence[int]) -> "tuple[np.ndarray, np.ndarray]":
-    """Token ids (T,) and character ranges (T, 2), split at the answers' starts where the tokenizer would join prompt and answer."""
+    """Token ids (T,) and character ranges (T, 2), split at those starts of answers where the tokenizer would join prompt and answer."""
     ids, offsets = _whole(tokenizer, text, 0)
-    if all((offsets[:, 0] == start).any() or start >= len(text) for start in starts):
+    joined = [start for start in starts if start < len(text) and not (offsets[:, 0] == start).any()]
+    if not joined:
         return ids, offsets
-    cuts = [0, *starts, len(text)]
+    cuts = [0, *joined, len(text)]
     parts = [_whole(tokenizer, text[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([offsets for _, offsets in parts])
 
@@ -158,5 +194,4 @@ def _whole(tokenizer: Any, text: str, at: int) -> "tuple[np.ndarray, np.ndarray]
 
 
 def _special(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
