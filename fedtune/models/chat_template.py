@@ -87,7 +87,8 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> "tuple[n
     targets = np.flatnonzero(labels != IGNORED)
     answer = targets[targets >= (offsets[:, 0] < begin).sum()]
     if not len(answer):
-        raise DataError(f"the model's chat template does not show the answer {str(messages[-1].get('content'))[:40]!r}: see its text")
+        answer = str(messages[-1].get("content"))[:40]
+        raise DataError(f"the model's chat template does not show the answer {answer!r}: remove the row, or correct the template")
     return out[: targets[-1] + 1], labels[: targets[-1] + 1], int(answer[0])
 
 
@@ -188,7 +189,8 @@ def _tokenize(tokenizer: Any, text: str, starts: Sequence[int]) -> "tuple[np.nda
 
 def _whole(tokenizer: Any, text: str, at: int) -> "tuple[np.ndarray, np.ndarray]":
     if not tokenizer.is_fast:
-        raise ModelError(f"{type(tokenizer).__name__} gives no positions of its tokens, which task.kind=chat needs: take a fast tokenizer")
+        kind = type(tokenizer).__name__
+        raise ModelError(f"{kind} gives no positions of its tokens, which a chat needs: add its tokenizer.json to the model")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     return np.array(found.input_ids, np.int32), np.array(found.offset_mapping, np.int64).reshape(-1, 2) + at
 

@@ -299,7 +299,7 @@ def test_marks_are_kept_exactly() -> None:
     assert found(part) == (["Paris.<|im_end|>", "Rome<|im_end|>"], "Rome<|im_end|>")
     two = "{% generation %}{{- 'Well' }}{% endgeneration %}{{- ',' }}{% generation %}{{- m.content + '<|im_end|>' }}{% endgeneration %}"
     assert found(two) == (["Well", "Paris.<|im_end|>", "Well", "Rome<|im_end|>"], "Well,Rome<|im_end|>")
-    with pytest.raises(DataError, match="does not show the answer 'Rome': see its text"):
+    with pytest.raises(DataError, match="does not show the answer 'Rome': remove the row, or correct the template"):
         found(only_last.replace("loop.last", "loop.index == 3") + "{{- '<|im_end|>' }}")
 
 
@@ -328,7 +328,7 @@ def test_answers_that_the_template_does_not_show() -> None:
     _, labels, _ = encode_conversation(tokenizer, CONVERSATIONS["system"][1:])
     assert targets(tokenizer, labels.tolist()) == ["Rome\nParis.</s>"]
     tokenizer = written("{%- for m in messages %}{%- if m.role == 'user' %}{{- m.content }}{%- endif %}{%- endfor %} END")
-    with pytest.raises(DataError, match="^the model's chat template does not show the answer 'Rome': see its text$"):
+    with pytest.raises(DataError, match="^the model's chat template does not show the answer 'Rome': remove the row, or"):
         encode_conversation(tokenizer, [user("Italy?"), says("Rome")])
 
 
@@ -375,5 +375,5 @@ def test_a_template_is_kept_and_a_tokenizer_without_end_is_refused() -> None:
 def test_a_slow_tokenizer_is_refused() -> None:
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = templates.unmarked(VICUNA)
-    with pytest.raises(ModelError, match="^ByT5Tokenizer gives no positions of its tokens, .*: take a fast tokenizer$"):
+    with pytest.raises(ModelError, match="^ByT5Tokenizer gives no positions of its tokens, .*: add its tokenizer.json to the model$"):
         encode_conversation(tokenizer, CONVERSATIONS["one"])

@@ -44,8 +44,8 @@ class Chat(AnswerTask):
                 out.append(example)
         if cut or dropped:
             log.warning(
-                "task.max_length=%d: later turns of %d of %d conversations are left out, and %d conversations whose first answer does not"
-                " fit", self.settings.max_length, cut, len(rows), dropped,
+                "later turns of %d of %d conversations are left out, and %d conversations whose first answer does not fit into %d tokens"
+                " (task.max_length)", cut, len(rows), dropped, self.settings.max_length,
             )  # fmt: skip
         return out
 

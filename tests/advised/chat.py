@@ -1,0 +1,89 @@
+"""The advice about conversations, their templates, and packed rows."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from transformers import AutoTokenizer, PreTrainedTokenizer
+
+from fedtune.config import PeftConfig, TaskConfig
+from fedtune.experiment import simulate
+from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.chat_template import encode_conversation, ensure_template
+from fedtune.models.probe import probe_packing
+from tests.advised.rows import Place, follows, raised
+from tests.export.test_capitals import chatml
+from tests.models.build import checkpoint, hub
+from tests.tiny import tiny_config
+
+TURNS = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Rome."}]
+
+
+@follows("the model has a chat template, which task.kind={} does not use: for a model that was tuned to chat, take task={}")
+def _(place: Place) -> Iterator[str]:
+    rows = [{"prompt": "Hello?", "answer": "Rome.", "client": c} for c in "abcd" for _ in range(4)]
+    config = tiny_config(place.folder, rows, rounds=1, model=chatml(place.folder / "chat"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None))
+    for kind in ("instruction", "chat"):
+        simulate(dataclasses.replace(config, task=TaskConfig(kind=kind, max_length=32, max_new_tokens=4)))
+        printed = " ".join(place.output.readouterr().err.split())
+        yield printed if "has a chat template" in printed else ""
+
+
+@follows("the tokenizer has neither a chat template nor an end token: set eos_token in its tokenizer_config.json")
+def _(place: Place) -> Iterator[str]:
+    model = checkpoint(place.folder / "m")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    for end in (None, "</s>"):
+        (model / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": end}))
+        yield raised(lambda: ensure_template(AutoTokenizer.from_pretrained(model)))
+
+
+@follows("the model's chat template does not show the answer {}: remove the row, or correct the template")
+def _(place: Place) -> Iterator[str]:
+    tokenizer = AutoTokenizer.from_pretrained(chatml(place.folder / "m").name)
+    shown = tokenizer.chat_template
+    hidden = shown.replace("+ m.content", "+ (m.content if m.content != 'Rome.' else '')")
+    tokenizer.chat_template = hidden.replace("'<|im_end|>\\n' }}", "'' }}")
+    yield raised(lambda: encode_conversation(tokenizer, TURNS))
+    other = [*TURNS[:1], {"role": "assistant", "content": "Lima."}]
+    yield raised(lambda: encode_conversation(tokenizer, other))
+    tokenizer.chat_template = shown
+    yield raised(lambda: encode_conversation(tokenizer, TURNS))
+
+
+class Slow(PreTrainedTokenizer):
+    """A tokenizer written in Python, of one letter per token."""
+
+    vocab_size = 256
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(256)}
+
+    def _tokenize(self, text: str, **kwargs: object) -> list[str]:
+        return [*text]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+
+@follows("gives no positions of its tokens, which a chat needs: add its tokenizer.json to the model")
+def _(place: Place) -> Iterator[str]:
+    slow = Slow(eos_token="$")
+    ensure_template(slow)
+    yield raised(lambda: encode_conversation(slow, TURNS))
+    folder = chatml(place.folder / "m").name  # has a tokenizer.json
+    yield raised(lambda: encode_conversation(AutoTokenizer.from_pretrained(folder), TURNS))
+
+
+@follows("cannot train packed rows: {}: set task.packing=false")
+def _(place: Place) -> Iterator[str]:
+    task, model = TaskConfig(kind="causal_lm", max_length=16, packing=True), hub(checkpoint(place.folder / "m"))
+    live = LiveAdapter(load_backbone(model, task), PeftConfig(method="prompt", tokens=3), task)
+    yield raised(lambda: probe_packing(live, task))
+    rows = [{"text": "red lamp", "client": c} for c in "abcd" for _ in range(4)]
+    config = tiny_config(place.folder / "run", rows, model=model, peft=PeftConfig(method="prompt", tokens=3), rounds=1)
+    yield raised(lambda: simulate(dataclasses.replace(config, task=dataclasses.replace(task, packing=False))))
