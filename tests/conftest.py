@@ -27,8 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in tests.values():
-        if len(cases) > 4 and not any(case.get_closest_marker("slow") for case in cases):
-            for number, case in enumerate(cases[:-1]):
+        quick = [case for case in cases if not case.get_closest_marker("slow")]
+        if len(quick) > 4 and not any(case.get_closest_marker("kind") for case in quick):
+            for number, case in enumerate(quick[:-1]):
                 if number % 3:
                     case.add_marker(pytest.mark.slow)
 

@@ -15,4 +15,5 @@ def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
     if strange := [case for case in chosen if case not in cases]:
         raise ValueError(f"{strange} are no cases of {cases}")
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*each, marks=[] if case in chosen else [pytest.mark.slow]) for case, each in zip(cases, values, strict=True)]
+    marks = [pytest.mark.kind if case in chosen else pytest.mark.slow for case in cases]
+    return [pytest.param(*each, marks=[mark]) for each, mark in zip(values, marks, strict=True)]
