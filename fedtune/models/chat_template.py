@@ -86,7 +86,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> "tuple[n
         labels[first:last] = out[first:last]
     targets = np.flatnonzero(labels != IGNORED)
     answer = targets[targets >= (offsets[:, 0] < begin).sum()]
-    if not len(answer):
+    if not len(answer) or not answer[0]:  # not shown, or without a prompt before it
         answer = str(messages[-1].get("content"))[:40]
         raise DataError(f"the model's chat template does not show the answer {answer!r}: remove the row, or correct the template")
     return out[: targets[-1] + 1], labels[: targets[-1] + 1], int(answer[0])

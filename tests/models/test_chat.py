@@ -1,5 +1,6 @@
 """task=chat: which turns of a conversation are learnt, what is cut, and how answers are graded."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -12,10 +13,11 @@ from datasets import Dataset
 
 from fedtune.config import Config, EvalConfig, InferenceConfig, TaskConfig
 from fedtune.contracts.task import IGNORED, Example, task_of
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, DataError
 from fedtune.experiment import simulate
 from fedtune.inference.generate import encode_request
 from fedtune.models import Backbone, evaluate, load_backbone
+from fedtune.models.chat_template import encode_conversation
 from fedtune.models.evaluation import generate_answers, score_examples
 from fedtune.models.tasks._answers import rouge_l, token_f1
 from fedtune.runs.report import read_metrics
@@ -91,6 +93,36 @@ def test_exact_match_is_that_of_the_generated_answers(backbone: Backbone) -> Non
     assert evaluate(backbone.model, backbone.tokenizer, right, task, batch_size=4)["exact_match"] == 0.5
     silent = Example(np.full(2, 5, np.int32), np.full(2, IGNORED, np.int32))
     assert evaluate(backbone.model, backbone.tokenizer, [*right, silent], task, batch_size=4)["exact_match"] == 0.5
+
+
+def test_a_first_answer_is_learnt_without_what_comes_before_it(backbone: Backbone) -> None:
+    first = [{"role": "assistant", "content": "Rome."}]
+    examples = encode(backbone, first, [*first, *turns("And?", "Lima.")])
+    assert [targets(backbone, e) for e in examples] == ["Rome.<|im_end|>", "Rome.<|im_end|>Lima.<|im_end|>"]
+    assert backbone.tokenizer.decode(examples[0].input_ids[: examples[0].prompt_length].tolist()) == "<|im_start|>assistant\n"
+
+
+def test_a_template_that_starts_with_the_answer_or_marks_nothing_is_refused(backbone: Backbone) -> None:
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    marked = "{% for m in messages %}:{% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %}{% endfor %}"
+    for template, answer in (("{{ messages[-1].content }}", "Rome."), (marked, "")):
+        tokenizer.chat_template = template
+        with pytest.raises(DataError, match=f"template does not show the answer '{answer}': remove the row"):
+            encode_conversation(tokenizer, turns("And?", answer))
+
+
+def test_a_long_conversation_is_not_encoded_whole(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []  # an exact encoding takes time quadratic in the number of messages
+
+    def counted(tokenizer: Any, messages: list[Any]) -> Any:
+        lengths.append(len(messages))
+        return encode_conversation(tokenizer, messages)
+
+    monkeypatch.setattr("fedtune.models.chat_template.encode_conversation", counted)
+    (cut,) = encode(backbone, turns(*["And?", "Rome."] * 2000))
+    assert len(lengths) < 20 and max(lengths) < 40
+    assert cut.input_ids.tolist() == encode(backbone, turns(*["And?", "Rome."] * 4))[0].input_ids.tolist()
+    assert 0 <= 64 - len(cut.input_ids) < len(encode(backbone, turns("And?", "Rome."))[0].input_ids)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Chat: the assistant's messages of a conversation, in the model's chat template."""
 
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger("fedtune.tasks")
+_AFTER = 32  # most tokens that a template adds after an answer
 
 
 class Chat(AnswerTask):
@@ -59,12 +61,18 @@ class Chat(AnswerTask):
 
     def _fitting(self, messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[Example | None, bool]:
         """The longest start of the conversation that fits and ends with an answer, and whether it has all answers."""
-        from fedtune.models.chat_template import encode_conversation
+        from fedtune.models.chat_template import encode_conversation, render
 
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        for number, last in reversed(list(enumerate(answers))):
+        answers, most = [i for i, m in enumerate(messages) if m["role"] == "assistant"], self.settings.max_length
+
+        def excess(count: int) -> bool:  # rough, because exact lengths take time quadratic in the number of messages
+            text = render(tokenizer, messages[: answers[count] + 1])
+            return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) > most + _AFTER
+
+        near = len(answers) if not excess(len(answers) - 1) else bisect_left(range(len(answers)), True, key=excess)
+        for number, last in reversed(list(enumerate(answers[:near]))):
             ids, labels, begun = encode_conversation(tokenizer, messages[: last + 1])
-            if len(ids) <= self.settings.max_length:
+            if len(ids) <= most:
                 answer = tokenizer.decode(ids[begun:].tolist(), skip_special_tokens=True)
                 return Example(ids, labels, begun, answer), number == len(answers) - 1
         return None, False
