@@ -239,9 +239,15 @@ def _conversations(source: "datasets.Dataset", maps: Mapping[str, str], template
         return messages.paired(*(texts(_values(source, ours, maps, templates, what), ours, maps.get(ours, ours)) for ours in messages.PAIR))
     if kind == "alpaca":
         asked, answers = (texts(_values(source, name, {}, {}, what), name, name) for name in messages.ALPACA)
-        extra, system = (source[name][:] if name in source.column_names else [None] * len(source) for name in messages.ALPACA_OPTIONAL)
+        extra, system = (_optional(source, name) for name in messages.ALPACA_OPTIONAL)
         return messages.paired([messages.with_input(a, b) for a, b in zip(asked, extra, strict=True)], answers, system)
     return messages.read_messages(source.with_format(None)[kind][:], what)
+
+
+def _optional(source: "datasets.Dataset", column: str) -> list[str]:
+    """A column as text; "" where it, or the column, is missing."""
+    values = source.with_format(None)[column][:] if column in source.column_names else [""] * len(source)
+    return texts(["" if value is None else value for value in values], column, column)
 
 
 def fields(template: str, what: str) -> set[str]:

@@ -55,6 +55,8 @@ def read_messages(values: Sequence[Any], what: str) -> list[str]:
     for number, value in enumerate(values, 1):
         try:
             out.append(_text(_messages(value)))
+        except UnicodeEncodeError as bad:  # JSON can contain half a surrogate pair, which is not text
+            raise DataError(f"{what} row {number} has {bad.object[bad.start]!r}, which is not a character: clean the file") from None
         except ValueError as bad:
             raise DataError(f"{what} row {number} is not a conversation: {bad}") from None
     return out
@@ -76,7 +78,9 @@ def with_input(instruction: str, extra: str | None) -> str:
 
 
 def _text(messages: list[dict[str, Any]]) -> str:
-    return json.dumps(messages, ensure_ascii=False)
+    text = json.dumps(messages, ensure_ascii=False)
+    text.encode()  # raises UnicodeEncodeError
+    return text
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
@@ -99,7 +103,7 @@ def _message(value: Any, number: int) -> dict[str, Any]:
     role, content = (value.get("role"), value.get("content")) if value.get("role") is not None else (value.get("from"), value.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"message {number} has the role {role!r}; choose system, user, assistant or tool")
-    more = {key: value[key] for key in _KEPT if value.get(key) is not None}
+    more = {key: value[key] for key in _KEPT if value.get(key) not in (None, [])}
     if content is None and "tool_calls" not in more:
         raise ValueError(f"message {number} has no content; fill it or remove the row")
     return {"role": _ROLES[role], "content": _content(content, number), **more}

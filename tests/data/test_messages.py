@@ -57,6 +57,20 @@ def test_alpaca_adds_its_input_and_system() -> None:
     assert messages([row]) == [[SYSTEM, {"role": "user", "content": "Name its capital.\n\nPeru"}, WANTED[1]]]
 
 
+@pytest.mark.parametrize("column", ["input", "system"])
+def test_alpaca_optional_columns_are_text(column: str) -> None:
+    row = {"instruction": "Name its capital.", "output": "Lima."}
+    assert messages([{**row, column: 5}]) == messages([{**row, column: "5"}])
+    with pytest.raises(DataError, match=f"column '{column}' has list values, but '{column}' must be text"):
+        messages([{**row, column: ["Peru"]}])
+
+
+def test_half_a_surrogate_pair_is_named() -> None:
+    good = json.dumps(WANTED)
+    with pytest.raises(DataError, match=r"training row 2 has '\\ud83d', which is not a character: clean the file"):
+        messages([{"messages": good}, {"messages": good.replace("Lima.", "\\ud83d")}])
+
+
 def test_what_a_source_names_explicitly_is_used() -> None:
     row = {"messages": WANTED, "q": "Other?", "a": "Yes."}
     assert messages([row], columns={"prompt": "q", "answer": "a"})[0][0]["content"] == "Other?"
@@ -87,6 +101,7 @@ def test_roles_and_further_keys() -> None:
     [
         ("no JSON", "'no JSON' is not JSON; write a list of messages"),
         ("[]", "it is empty; write a list of messages"),
+        ('[{"role": "user", "content": null, "tool_calls": []}]', "message 1 has no content; fill it or remove the row"),
         ("null", "it is empty; write a list of messages"),
         ('{"role": "user"}', "it is dict; write a list of messages"),
         ('["hello"]', "message 1 is str; write an object with role and content"),
