@@ -2,9 +2,10 @@
 
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from fedtune.config import Config, DataConfig
 from fedtune.config.stored import read_config
 from fedtune.contracts.seeds import derive_seed
 from fedtune.data.decoding import decode
-from fedtune.data.local import find_files, read_bytes, read_file, suffix
+from fedtune.data.local import find_files, has_files, read_bytes, read_file, suffix
+from fedtune.data.messages import COLUMNS, read_messages
 from fedtune.errors import CheckpointError, DataError
 from fedtune.storage.parsing import parse_json
 
@@ -75,7 +77,8 @@ def make_calibration(
 def read_calibration_texts(where: Path | str) -> list[str]:
     """Read the texts of a file, a folder of files or a run's data.
 
-    txt: blank lines separate texts. jsonl, json, csv, tsv, parquet: each row's column `text`, else all its strings, one per line.
+    txt: blank lines separate texts. jsonl, json, csv, tsv, parquet: each row's column `text`, else its messages, else all its strings, one
+        per line.
     A run: its clients' training rows if they are on this machine, prompt and answer concatenated. For private runs see
         `privacy_disclosure`.
 
@@ -91,9 +94,7 @@ def read_calibration_texts(where: Path | str) -> list[str]:
         if suffix(file) == ".txt":
             out += re.split(r"\n\s*\n", decode(read_bytes(file), file, config.encoding).replace("\r\n", "\n"))
             continue
-        for row in read_file(file, config):
-            strings = [row["text"]] if isinstance(row.get("text"), str) else [v for v in row.values() if isinstance(v, str)]
-            out.append("\n".join(strings))
+        out += ["\n".join(_strings(row, file)) for row in read_file(file, config)]
     if not (out := [text.strip() for text in out if text.strip()]):
         raise DataError(f"{where} holds no calibration text: give a .txt file, or rows with a column 'text'")
     return out
@@ -121,9 +122,19 @@ def _config_of(run: Path) -> Config:
         raise DataError(f"{bad}; give calibration text instead of the run") from None
 
 
+def _strings(row: Mapping[str, Any], file: Path) -> list[str]:
+    if isinstance(row.get("text"), str):
+        return [row["text"]]
+    for chat in (row[name] for name in COLUMNS if isinstance(row.get(name), list)):
+        return [m["content"] for m in parse_json(read_messages([chat], str(file))[0])]
+    return [value for value in row.values() if isinstance(value, str)]
+
+
 def _of_run(config: Config) -> list[str]:
     from fedtune.data.federation import load_federation
 
+    if config.data.source == "local" and not has_files(config.data.path):
+        raise DataError(f"the training rows of '{config.name}' are not on this machine: give calibration text instead of the run")
     federation = load_federation(config)
     rows = federation.rows.select(sorted(int(i) for client in federation.clients.values() for i in client.train))
     if "prompt" in rows.column_names:

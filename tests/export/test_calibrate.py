@@ -64,6 +64,9 @@ def test_files(tmp_path: Path) -> None:
     rows = [{"text": "t", "other": "o"}, {"prompt": "p", "n": 3, "answer": "a"}, {"text": " "}]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     assert read_calibration_texts(tmp_path / "b.jsonl.gz") == ["t", "p\na"]
+    said = [{"from": "human", "value": "Peru?"}, {"from": "gpt", "value": "Lima."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"client": "c1", "conversations": said}))
+    assert read_calibration_texts(tmp_path / "chat.jsonl") == ["Peru?\nLima."]
     (tmp_path / "c").mkdir()
     for name in ("2.txt", "1.txt"):
         (tmp_path / "c" / name).write_text(name)
@@ -84,6 +87,13 @@ def test_the_training_rows_of_a_run(tmp_path: Path, kind: str) -> None:
     texts = read_calibration_texts(tmp_path)
     every = [f"row {i}" if kind == "causal_lm" else f"ask {i}: say {i}" for i in range(30)]
     assert 12 <= len(texts) <= 24 and set(texts) < set(every) and len(set(texts)) == len(texts)  # neither test nor held-out rows
+
+
+def test_a_server_that_has_no_training_rows(tmp_path: Path) -> None:
+    config = Config(name="homes", data=DataConfig(source="local", test_path="t.jsonl"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    with pytest.raises(DataError, match=r"the training rows of 'homes' are not on this machine: give calibration text instead of the run$"):
+        read_calibration_texts(tmp_path)
 
 
 def test_unreadable_text_is_one_sentence(tmp_path: Path) -> None:
