@@ -102,13 +102,11 @@ def test_a_first_answer_is_learnt_without_what_comes_before_it(backbone: Backbon
     assert backbone.tokenizer.decode(examples[0].input_ids[: examples[0].prompt_length].tolist()) == "<|im_start|>assistant\n"
 
 
-def test_a_template_that_starts_with_the_answer_or_marks_nothing_is_refused(backbone: Backbone) -> None:
+def test_a_template_that_starts_with_the_answer_is_refused(backbone: Backbone) -> None:
     tokenizer = copy.deepcopy(backbone.tokenizer)
-    marked = "{% for m in messages %}:{% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %}{% endfor %}"
-    for template, answer in (("{{ messages[-1].content }}", "Rome."), (marked, "")):
-        tokenizer.chat_template = template
-        with pytest.raises(DataError, match=f"template does not show the answer '{answer}': remove the row"):
-            encode_conversation(tokenizer, turns("And?", answer))
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(DataError, match="template does not show the answer 'Rome.': remove the row"):
+        encode_conversation(tokenizer, turns("And?", "Rome."))
 
 
 def test_a_long_conversation_is_not_encoded_whole(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
