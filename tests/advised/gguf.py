@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from fedtune.config import Config, DataConfig, to_dict
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.export.calibrate import read_calibration_texts
 from fedtune.export.gguf_tokens import read_vocabulary
@@ -130,6 +132,15 @@ def _(place: Place) -> Iterator[str]:
 @follows("{}; give calibration text instead of the run")
 def _(place: Place) -> Iterator[str]:
     (place.folder / "config.yaml").write_text("[")
+    yield raised(lambda: read_calibration_texts(place.folder))
+    (place.folder / "text.txt").write_text("turn on the light")
+    yield raised(lambda: read_calibration_texts(place.folder / "text.txt"))
+
+
+@follows("the training rows of '{}' are not on this machine: give calibration text instead of the run")
+def _(place: Place) -> Iterator[str]:
+    config = Config(data=DataConfig(source="local", test_path="t.jsonl"))
+    (place.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     yield raised(lambda: read_calibration_texts(place.folder))
     (place.folder / "text.txt").write_text("turn on the light")
     yield raised(lambda: read_calibration_texts(place.folder / "text.txt"))
