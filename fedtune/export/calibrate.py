@@ -74,8 +74,8 @@ def make_calibration(
     return Calibration(tuple(pieces[drawn]), pieces[kept:].flatten()[:held])
 
 
-def read_calibration_texts(where: Path | str) -> list[str]:
-    """Read the texts of a file, a folder of files or a run's data.
+def read_calibration_texts(where: Path | str, tokenizer: Any = None) -> list[str]:
+    """Read the texts of a file, a folder of files or a run's data. A conversation is rendered with the tokenizer's chat template, if any.
 
     txt: blank lines separate texts. jsonl, json, csv, tsv, parquet: each row's column `text`, else its messages, else all its strings, one
         per line.
@@ -87,14 +87,14 @@ def read_calibration_texts(where: Path | str) -> list[str]:
     """
     path = Path(where).expanduser()
     if (path / "config.yaml").is_file():
-        return _of_run(_config_of(path))
+        return _of_run(_config_of(path), tokenizer)
     config = DataConfig(source="local", path=str(where))
     out: list[str] = []
     for file in find_files(str(where), "calibration text", config):
         if suffix(file) == ".txt":
             out += re.split(r"\n\s*\n", decode(read_bytes(file), file, config.encoding).replace("\r\n", "\n"))
             continue
-        out += ["\n".join(_strings(row, file)) for row in read_file(file, config)]
+        out += ["\n".join(_strings(row, file, tokenizer)) for row in read_file(file, config)]
     if not (out := [text.strip() for text in out if text.strip()]):
         raise DataError(f"{where} holds no calibration text: give a .txt file, or rows with a column 'text'")
     return out
@@ -122,15 +122,24 @@ def _config_of(run: Path) -> Config:
         raise DataError(f"{bad}; give calibration text instead of the run") from None
 
 
-def _strings(row: Mapping[str, Any], file: Path) -> list[str]:
+def _strings(row: Mapping[str, Any], file: Path, tokenizer: Any) -> list[str]:
     if isinstance(row.get("text"), str):
         return [row["text"]]
     for chat in (row[name] for name in COLUMNS if isinstance(row.get(name), list)):
-        return [m["content"] for m in parse_json(read_messages([chat], str(file))[0])]
+        return [_rendered(read_messages([chat], str(file))[0], tokenizer)]
     return [value for value in row.values() if isinstance(value, str)]
 
 
-def _of_run(config: Config) -> list[str]:
+def _rendered(chat: str, tokenizer: Any) -> str:
+    from fedtune.models.chat_template import render  # late: it loads transformers
+
+    messages = parse_json(chat)
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n".join(m["content"] for m in messages)
+    return render(tokenizer, messages)
+
+
+def _of_run(config: Config, tokenizer: Any) -> list[str]:
     from fedtune.data.federation import load_federation
 
     if config.data.source == "local" and not has_files(config.data.path):
@@ -140,5 +149,5 @@ def _of_run(config: Config) -> list[str]:
     if "prompt" in rows.column_names:
         return [prompt + answer for prompt, answer in zip(rows["prompt"][:], rows["answer"][:], strict=True)]
     if "messages" in rows.column_names:
-        return ["\n".join(m["content"] for m in parse_json(text)) for text in rows["messages"][:]]
+        return [_rendered(chat, tokenizer) for chat in rows["messages"][:]]
     return list(rows["text"][:])

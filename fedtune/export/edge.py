@@ -146,7 +146,12 @@ def _texts(merged: Merged, text: Text, tokenizer: Any, calibrate: Path | None) -
     """Return calibration sequences and held-out pieces; each may be empty."""
     seed = merged.origin.config.seed if merged.origin.config else 0
     if calibrate:
-        drawn = make_calibration(read_calibration_texts(calibrate), text.encode, length=min(LENGTH, _window(merged)), seed=seed)
+        start = tokenizer.bos_token
+
+        def encode(content: str) -> list[int]:  # a chat template may write the token that begins a text itself
+            return text.encode(content, begin=not (start and content.startswith(start)))
+
+        drawn = make_calibration(read_calibration_texts(calibrate, tokenizer), encode, length=min(LENGTH, _window(merged)), seed=seed)
         return drawn.sequences, list(windows(drawn.held, _window(merged)))
     return (), _of_test(merged.origin.config, text, tokenizer, _window(merged)) if merged.origin.config else []
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from fedtune.config import Config, DataConfig, PartitionConfig, TaskConfig, to_dict
 from fedtune.errors import DataError
 from fedtune.export.calibrate import make_calibration, read_calibration_texts
+from tests.export.test_capitals import chatml
 
 
 def numbers(text: str) -> list[int]:
@@ -67,6 +69,9 @@ def test_files(tmp_path: Path) -> None:
     said = [{"from": "human", "value": "Peru?"}, {"from": "gpt", "value": "Lima."}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"client": "c1", "conversations": said}))
     assert read_calibration_texts(tmp_path / "chat.jsonl") == ["Peru?\nLima."]
+    tokenizer = AutoTokenizer.from_pretrained(chatml(tmp_path / "model").name)
+    wanted = "<|im_start|>user\nPeru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>"
+    assert read_calibration_texts(tmp_path / "chat.jsonl", tokenizer) == [wanted]
     (tmp_path / "c").mkdir()
     for name in ("2.txt", "1.txt"):
         (tmp_path / "c" / name).write_text(name)
