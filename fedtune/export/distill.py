@@ -29,8 +29,9 @@ from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.export.huggingface import CARD, check_out, export_folder, write_tokenizer
 from fedtune.inference.engine.text import wrap
-from fedtune.inference.generate import read_card
+from fedtune.inference.generate import is_chat, read_card
 from fedtune.models.backbone import Backbone, load_backbone, quiet
+from fedtune.models.chat_template import encode_conversation
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
 
@@ -106,7 +107,7 @@ def distill(
     context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or how.length
     how = dataclasses.replace(how, length=min(how.length, context))
     student = fewer_layers(teacher.model, how.layers or max(1, teacher.model.config.get_text_config().num_hidden_layers // 4))
-    rows = read_texts(text, teacher.tokenizer, card.get("prompt"), how.length) if text else None
+    rows = read_texts(text, teacher.tokenizer, card.get("prompt"), how.length, chat=is_chat(card)) if text else None
     generator = random.Random(derive_seed(how.seed, "distil"))
     if rows is not None:
         generator.shuffle(rows)
@@ -282,8 +283,10 @@ def split(rows: list[list[int]], text: Path | None) -> tuple[list[list[int]], li
     return rows[:held], rows[held:]
 
 
-def read_texts(path: Path, tokenizer: Any, template: str | None, length: int) -> list[list[int]]:
+def read_texts(path: Path, tokenizer: Any, template: str | None, length: int, *, chat: bool = False) -> list[list[int]]:
     """Encode each line, or each JSON row, as token rows of at most `length`; a longer text gives several rows.
+
+    With `chat`, a prompt and its response are a conversation in the tokenizer's chat template, as in training.
 
     Raises:
         DataError: The file cannot be read, or a row lacks its fields.
@@ -297,18 +300,23 @@ def read_texts(path: Path, tokenizer: Any, template: str | None, length: int) ->
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     rows = []
     for number, line in enumerate(lines, 1):
-        content = _of_json(line, template, f"{path}:{number}") if path.suffix in (".jsonl", ".json") else line
-        ids = lead + tokenizer(content, add_special_tokens=False).input_ids + end
+        content = _of_json(line, template, f"{path}:{number}", chat) if path.suffix in (".jsonl", ".json") else line
+        if isinstance(content, str):
+            ids = lead + tokenizer(content, add_special_tokens=False).input_ids + end
+        else:
+            ids = encode_conversation(tokenizer, content)[0].tolist()
         rows += [ids[i : i + length] for i in range(0, len(ids), length) if len(ids[i : i + length]) > 1]
     return rows
 
 
-def _of_json(line: str, template: str | None, where: str) -> str:
+def _of_json(line: str, template: str | None, where: str, chat: bool) -> str | list[dict[str, str]]:
     try:
         row = parse_json(line)
         if isinstance(row.get("text"), str):
             return row["text"]
         if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+            if chat:
+                return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
             return wrap(row["prompt"], template) + row["response"]
     except (ValueError, AttributeError, RecursionError):
         pass

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedtune.cli.main import main
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.export.distill import Distillation, acceptance, distill, fewer_layers, pad, read_texts, split, write
 from fedtune.models.checkpoint import NANO
+from tests.export.test_capitals import chatml
 
 QUICK = Distillation(steps=12, batch_size=4, length=16, layers=1)
 
@@ -124,6 +125,14 @@ def test_settings_out_of_range(setting: dict[str, Any], message: str) -> None:
 def test_a_draft_is_smaller_than_its_model() -> None:
     with pytest.raises(ConfigError, match="layers=3 is too many for a draft of a model of 3 layers"):
         fewer_layers(llama(3), 3)
+
+
+def test_a_chat_model_reads_its_texts_in_its_template(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chatml(tmp_path / "model").name)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Peru?", "response": "Lima."}\n')
+    ((*ids,),) = read_texts(tmp_path / "a.jsonl", tokenizer, None, 64, chat=True)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nPeru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>"
+    assert tokenizer.decode(read_texts(tmp_path / "a.jsonl", tokenizer, None, 64)[0]) == "Peru?Lima.<|endoftext|>"
 
 
 def test_bad_texts(tmp_path: Path) -> None:
