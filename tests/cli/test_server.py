@@ -65,6 +65,7 @@ def test_a_classification_server_without_rows_starts_by_either_advice(
     assert serve(config, *bare[:2], f"data.test_path={tmp_path / 'test.jsonl'}") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("test", "dealt"), [("data.test_path=null", "dirichlet"), ("the test file", "natural")])
 @pytest.mark.parametrize("task", quick(TASKS, "classification"))
 def test_a_server_needs_no_training_rows(

@@ -155,6 +155,7 @@ def finish(config: Config, path: Path, value: float) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_after_a_failed_job_and_skips_finished_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

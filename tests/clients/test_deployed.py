@@ -105,6 +105,7 @@ def use(said: str, device: Device) -> None:
     checkpoint.read_config(checkpoint.find_folder(config.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows_from", "model_from", "given"),
     [("demo", "nano", False), ("local", "nano", False), ("hub", "nano", False), ("demo", "hub", False), ("local", "hub", True)],

@@ -62,6 +62,7 @@ def test_gradients_are_those_of_the_rows_apart(family: str, method: str, tmp_pat
             torch.testing.assert_close(other[name], g, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_same_adapter_as_unpacked(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, engine=EngineConfig(threads=1, batched="none"))
     ends = []

@@ -99,6 +99,7 @@ def test_the_command_in_a_file_composes(file: Path) -> None:
     assert len(compose(words)) == 1
 
 
+@pytest.mark.slow
 def test_each_strategy_file_has_its_yaml_and_each_yaml_its_file() -> None:
     files = {f.stem for f in (ROOT / "strategies").glob("*.py") if not f.stem.startswith("_")}
     assert files == set(choices("strategy"))

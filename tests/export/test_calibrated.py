@@ -61,6 +61,7 @@ def test_the_perplexity_after_a_prefix_equals_the_engines(tmp_path: Path, method
     assert actual.tokens == wanted.tokens == 50 and abs(actual.nats - wanted.nats) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "ptuning_v2"])
 def test_a_model_is_calibrated_after_its_virtual_tokens(tmp_path: Path, kind: str) -> None:
     run = trained_run(tmp_path, "none", kind)

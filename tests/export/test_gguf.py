@@ -324,6 +324,7 @@ def test_a_missing_factor_of_yarn_is_computed(tmp_path: Path) -> None:
     )  # the model's context is 64
 
 
+@pytest.mark.slow
 def test_models_that_gguf_cannot_express_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, shape, method, task, message in [
         ("a", "llama", "prompt", CAUSAL, "no place for the virtual tokens of prompt"),

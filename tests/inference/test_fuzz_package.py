@@ -8,6 +8,7 @@ import pytest
 from tests.inference.fuzz_package import fuzz
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_damaged_package_is_refused_in_one_sentence_or_runs(tmp_path: Path, seed: int) -> None:
     result = fuzz(30, seed, tmp_path)

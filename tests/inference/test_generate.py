@@ -65,6 +65,7 @@ def test_a_foreign_folder_generates_without_a_template(tmp_path: Path) -> None:
     assert isinstance(generate_text(checkpoint(tmp_path / "m"), "turn on", max_new_tokens=3), str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full", "ptuning_v2"])
 def test_an_encoder_decoder_answers_as_its_run_evaluated_it(tmp_path: Path, method: str) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", "t5", seed=3)), ASK, data=TEMPLATE, method=method, std=1.0)

@@ -130,6 +130,7 @@ def test_two_rounds_end_in_a_report_a_card_and_a_model_that_transformers_loads(t
         torch.testing.assert_close(model(tokens).logits, live.model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_clients_trained_in_a_batch_end_with_the_same_adapters(tmp_path: Path) -> None:
     def adapter(batched: str) -> AdapterState:
         run = simulate(experiment(tmp_path, engine=EngineConfig(threads=1, batched=batched), rounds=1))

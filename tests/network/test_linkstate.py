@@ -275,6 +275,7 @@ def test_a_reply_that_cannot_be_assembled_is_an_error_of_its_client(near: InProc
     grid.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lost", "answered"), quick([(1, [7]), (2, [])], (1, [7])))
 def test_a_message_lost_on_delivery_is_delivered_again(
     near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, lost: int, answered: list[int]
@@ -297,6 +298,7 @@ def test_a_message_lost_on_delivery_is_delivered_again(
     grid.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", quick(["in the message", "in the reply"], "in the reply"))
 def test_a_message_dropped_by_its_node_is_not_awaited(near: InProcess, running: Start, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     def broken(*_: Any) -> Any:

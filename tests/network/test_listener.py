@@ -73,6 +73,7 @@ def ask(client: httpx.Client, address: tuple[str, int]) -> int:
     return client.post(f"http://{address[0]}:{address[1]}{PULL}", headers=signed(KEY)).status_code
 
 
+@pytest.mark.slow
 def test_connections_without_a_key_are_limited_per_address_and_clients_are_still_served(address: tuple[str, int]) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(httpx.Client()) for _ in range(FEW + 2)]  # more than may stay without a key

@@ -52,6 +52,7 @@ def test_a_connection_loss_of_a_second_loses_no_message(server: Server, run_id: 
     assert server.reply(run_id, sent).has_content() and client.said == [f"connected to {link.address}"]
 
 
+@pytest.mark.slow
 def test_a_reply_computed_while_the_link_is_down_is_sent_afterward(server: Server, run_id: int, link: Link, running: Start) -> None:
     begun, go = threading.Event(), threading.Event()
     client = running(link.address, lambda m, n: (begun.set(), go.wait(10), echo(m, n))[-1])
@@ -114,6 +115,7 @@ def test_a_server_restarted_with_its_database_is_found_again(own_server: Server,
     assert client.connections() == 1 and client.heard("answers again")
 
 
+@pytest.mark.slow
 def test_a_server_restarted_without_its_database_gets_the_node_again(own_server: Server, running: Start) -> None:
     client = running(own_server.address)
     before = client.id

@@ -286,6 +286,7 @@ def noise(draw: random.Random) -> tuple[str, str, dict[str, str], bytes]:
     return method, path, headers, body
 
 
+@pytest.mark.slow
 def test_random_requests_crash_nothing(app: Any) -> None:
     draw = random.Random(6)
     statuses: dict[int, int] = {}

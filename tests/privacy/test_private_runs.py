@@ -75,6 +75,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_system_does_not(tmp_path: Pat
     assert not all(torch.equal(t, c[n]) for n, t in a.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privacy", [RECORD, LOCAL], ids=["record", "user at the client"])
 def test_a_client_without_budget_declines_with_a_reason(tmp_path: Path, privacy: PrivacyConfig) -> None:
     run = simulate(tiny(tmp_path, dataclasses.replace(privacy, turns=1), rounds=2))

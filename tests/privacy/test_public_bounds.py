@@ -79,6 +79,7 @@ def test_a_device_chooses_and_reports_the_same_for_neighbors(tmp_path: Path, kin
     assert turn(a, own, 4.0) == turn(b, own, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [False, True], ids=["simulated", "real"])
 def test_without_privacy_a_device_depends_on_its_rows(tmp_path: Path, real: bool) -> None:
     devices = DevicesConfig(classes={"phone": SLOW}, deadline_s=20.0)
@@ -97,6 +98,7 @@ def test_a_run_reports_the_same_numbers_for_neighbors(tmp_path: Path, kind: str,
     assert all({"epsilon", "dp_noise", "steps", "lr_sum"} <= r.keys() and not {"seconds", "train_loss"} & r.keys() for r in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quick(["record", "user", "none"], "user", "none"))
 def test_a_private_turn_counts_a_row_that_is_too_short_to_learn_from(tmp_path: Path, kind: str) -> None:
     epochs = ClientConfig(steps=None, epochs=3.0, batch_size=2, lr=1e-2, schedule="constant")

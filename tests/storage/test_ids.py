@@ -52,6 +52,7 @@ def test_blanks_around_an_id_are_stripped(tmp_path: Path) -> None:
     assert list(load_federation(from_dict(config)).clients) == ["good"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [False, True])
 def test_any_other_id_works_in_a_run_with_files_per_client(tmp_path: Path, capsys: pytest.CaptureFixture[str], private: bool) -> None:
     ids = [LONG.strip(), LONG.strip()[:-1], "../x y/ä.b", "😀"]

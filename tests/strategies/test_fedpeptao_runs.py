@@ -144,6 +144,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("personal", [True, False])
 def test_one_command_runs_all_phases(config: Config, tmp_path: Path, personal: bool) -> None:
     SENT.clear()

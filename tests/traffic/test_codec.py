@@ -136,6 +136,7 @@ def test_top_k_sends_the_largest_of_all_tensors_and_all_of_them_without_loss() -
     assert "#index" not in whole.encode(everything)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp16", *BOUNDS])
 def test_stochastic_rounding_is_unbiased(name: str) -> None:
     numbers = torch.tensor([1.0, 0.7, -0.33, 0.0123, -0.9])  # one block, so that the scale is 1 (or 1 / 127)

@@ -136,6 +136,7 @@ def statistic(target: Any, make: Callable[[], Drafter], options: dict[str, Any],
 SHAPED = {"temperature": 1.3, "top_k": 3, "top_p": 0.95, "repetition_penalty": 1.8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lookup", "draft", "early-exit"])
 def test_answers_follow_the_models_distribution(stubs: tuple[Any, Any], kind: str) -> None:
     value, freedom, _ = statistic(stubs[0], drafters(stubs)[kind], SHAPED, 400)

@@ -196,6 +196,7 @@ def test_limits_of_a_request(here: Here, change: dict[str, Any], why: str) -> No
     assert (refused.status_code, why in refused.json()["error"]["message"]) == (400, True)
 
 
+@pytest.mark.slow
 def test_one_request_runs_while_others_wait_and_more_are_told_to_retry(gpt2: HubModel) -> None:
     with serve_model(gpt2, queue=1, pace=0.005) as server:
         got: list[httpx.Response] = []

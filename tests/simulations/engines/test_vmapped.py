@@ -108,6 +108,7 @@ def test_each_kind_of_turn(tmp_path: Path, changes: dict[str, Any]) -> None:
     agree(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM, **changes)
 
 
+@pytest.mark.slow
 def test_the_adapters_dropout_is_each_clients_own(tmp_path: Path) -> None:
     agree(tmp_path, "llama", PeftConfig(method="dora", rank=3, dropout=0.3), LM)
 
