@@ -1,7 +1,6 @@
 """One torch thread in every test: two are slower where anything else runs, and results must not depend on it."""
 
 import gc
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,11 +12,6 @@ gc.disable()  # imported modules and collected tests stay to the end: scanning t
 
 
 membership.POLL_S = 0.005  # simulated nodes answer at once; each run would wait ten times as long for its clients
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: network tests mostly wait."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(tryfirst=True)
