@@ -31,13 +31,16 @@ SUFFIXES = {
 }  # fmt: skip
 
 
+_UNUSED = ("client", "device_class", "label")  # a source may have columns of these names for other purposes
+
+
 @dataclass(frozen=True)
 class Columns:
     """The columns of a file to read.
 
     Args:
         required: Columns that the task or the settings name; an unreadable one is an error.
-        optional: Columns that are used if possible; an unreadable one becomes empty.
+        optional: Columns that are used if present; an unreadable `client`, `device_class` or `label` becomes empty.
         conversations: Columns whose lists are kept as JSON text, because the keys and types of their messages may differ.
     """
 
@@ -170,7 +173,7 @@ def read_files(files: list[Path], config: DataConfig, client_from_file: bool, re
         except UnicodeEncodeError as bad:  # JSON can contain half a surrogate pair, which is not text
             raise DataError(f"{where}: column '{name}' has {bad.object[bad.start]!r}, which is not a character: clean the file") from None
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as bad:
-            if read is None or name in read.required:
+            if read is None or name in read.required or name not in _UNUSED:
                 reason = str(bad).splitlines()[0][:100]
                 raise DataError(f"{where}: column '{name}' has values of several types ({reason}): give all its values one type") from None
             arrays[name] = pa.nulls(len(rows))

@@ -146,6 +146,12 @@ def test_local_rows_may_mix_texts_and_parts(tmp_path: Path) -> None:
     assert [json.loads(text) for text in rows["messages"][:]] == [WANTED, WANTED, [SYSTEM, *WANTED]]
 
 
+def test_inputs_of_several_types_are_not_lost(tmp_path: Path) -> None:
+    rows = [{"instruction": "Name it.", "input": value, "output": "Lima."} for value in ("Peru", 3)]
+    with pytest.raises(DataError, match=r"column 'input' has values of several types .*: give all its values one type"):
+        load_federation(config(path=str(write(tmp_path / "rows.jsonl", rows))))
+
+
 @pytest.mark.parametrize("rows", [[{"text": "a"}], [{"messages": [{"role": "user", "content": "a"}]}]])
 def test_a_file_without_answers_is_refused(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     file = write(tmp_path / "rows.jsonl", rows)
