@@ -61,8 +61,10 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
     maps, templates = mapping(data)
     out: dict[str, list[Any]] = {}
     for ours, kind in task.columns.items():
-        made = _conversations(source, maps, templates, what) if kind == "messages" else _values(source, ours, maps, templates, what)
-        out[ours] = made
+        if kind == "messages":
+            out[ours] = _conversations(source, maps, templates, what)
+        else:
+            out[ours] = _values(source, ours, maps, templates, what)
     wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()
     for ours in ("client", "device_class", "label"):
         if ours in out or (what == "test" and ours == "label"):

@@ -36,12 +36,13 @@ def ensure_template(tokenizer: Any) -> None:
     Raises:
         ModelError: The tokenizer has no end token.
     """
+    from fedtune.data.examples import begin  # late: it loads datasets
+
     if tokenizer.chat_template is not None:
         return
     if tokenizer.eos_token is None:
         raise ModelError("the tokenizer has neither a chat template nor an end token: set eos_token in its tokenizer_config.json")
-    starts = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    tokenizer.chat_template = ("{{- bos_token -}}" if starts else "") + DEFAULT
+    tokenizer.chat_template = ("{{- bos_token -}}" if begin(tokenizer) else "") + DEFAULT
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = False) -> str:
@@ -64,8 +65,8 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> "tuple[n
     """
     text, marked = _render(tokenizer, messages, generate=False)
     spans = marked or _spans(tokenizer, messages, text)
-    begin = _begin(tokenizer, messages, text, spans)
-    ids, offsets = _tokenize(tokenizer, text, sorted({begin, *(start for start, _ in spans)}))
+    start_of_last = _begin(tokenizer, messages, text, spans)
+    ids, offsets = _tokenize(tokenizer, text, sorted({start_of_last, *(start for start, _ in spans)}))
     special, labels = _special(tokenizer), np.full(len(ids) + 1, IGNORED, np.int32)
     out = np.append(ids, tokenizer.eos_token_id or 0).astype(np.int32)
     blank = [not text[a:b].strip() for a, b in offsets]
@@ -85,7 +86,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> "tuple[n
             last += 1
         labels[first:last] = out[first:last]
     targets = np.flatnonzero(labels != IGNORED)
-    answer = targets[targets >= (offsets[:, 0] < begin).sum()]
+    answer = targets[targets >= (offsets[:, 0] < start_of_last).sum()]
     if not len(answer) or not answer[0]:  # not shown, or without a prompt before it
         answer = str(messages[-1].get("content"))[:40]
         raise DataError(f"the model's chat template does not show the answer {answer!r}: remove the row, or correct the template")

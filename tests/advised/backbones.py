@@ -133,17 +133,17 @@ def _(place: Place) -> Iterator[str]:
     yield started(original)
 
 
-def _downloaded(says: str, spoil: Callable[[Path], Any]) -> None:
-    """A checkpoint that arrived spoilt, and arrives again."""
+def _downloaded(says: str, damage: Callable[[Path], Any]) -> None:
+    """A checkpoint whose download is damaged, then whole."""
 
     def follow(place: Place) -> Iterator[str]:
         source = checkpoint(place.folder / "source")
-        for spoilt in (True, False):
+        for damaged in (True, False):
             model = Path(shutil.copytree(source, place.folder / "m", dirs_exist_ok=True))
-            if spoilt:
-                spoil(model)
+            if damaged:
+                damage(model)
             yield raised(lambda model=model: stored_tensors(model))
-            if spoilt:
+            if damaged:
                 shutil.rmtree(model)
 
     follows(says)(follow)

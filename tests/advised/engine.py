@@ -48,7 +48,7 @@ def _(place: Place) -> Iterator[str]:
     yield loaded(run_of(place).parent / "m")
 
 
-def _spoilt(says: str, name: str, content: str | int) -> None:
+def _damaged(says: str, name: str, content: str | int) -> None:
     """A file of a model has this content, or ends at this byte; then the model is exported."""
 
     def follow(place: Place) -> Iterator[str]:
@@ -61,9 +61,9 @@ def _spoilt(says: str, name: str, content: str | int) -> None:
     follows(says)(follow)
 
 
-_spoilt("{} is not JSON: export the model again", "config.json", "{")
-_spoilt("{} does not hold a JSON object: export the model again", "config.json", "[]")
-_spoilt("{} is not a valid safetensors file ({}): export the model again", "model.safetensors", 900)
+_damaged("{} is not JSON: export the model again", "config.json", "{")
+_damaged("{} does not hold a JSON object: export the model again", "config.json", "[]")
+_damaged("{} is not a valid safetensors file ({}): export the model again", "model.safetensors", 900)
 
 
 @follows("{} has no tensor {}: give a merged model, as written by `fedtune export`")
@@ -128,8 +128,8 @@ def _linear(says: str, kind: str, group: int = 32, **parts: torch.Tensor | None)
 
     def follow(place: Place) -> Iterator[str]:
         whole: Any = portable(kind, torch.ones(8, 64))
-        spoilt = {name: part for name, part in (whole | parts).items() if part is not None}
-        yield raised(lambda: linear_from_tensors(kind, spoilt, n_in=64, group=group))
+        damaged = {name: part for name, part in (whole | parts).items() if part is not None}
+        yield raised(lambda: linear_from_tensors(kind, damaged, n_in=64, group=group))
         yield raised(lambda: linear_from_tensors(kind, whole, n_in=64))
 
     follows(says)(follow)

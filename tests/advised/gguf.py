@@ -86,11 +86,11 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, *GGUF)  # the extra is there again
 
 
-def _tokens(says: str, spoil: Callable[[Path], Any]) -> None:
+def _tokens(says: str, damage: Callable[[Path], Any]) -> None:
     """A tokenizer that llama.cpp does not express; the folder goes to Hugging Face's format."""
 
     def follow(place: Place) -> Iterator[str]:
-        spoil(tokens := place.folder / "tokens")
+        damage(tokens := place.folder / "tokens")
         with quiet():
             yield raised(lambda: read_vocabulary(tokens, AutoTokenizer.from_pretrained(tokens), VOCAB))
         yield export(place, run_of(place), "--to", "hf")

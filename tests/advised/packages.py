@@ -25,12 +25,12 @@ def copied(place: Place) -> Path:
     return Path(shutil.copytree(package(place, "plain"), place.folder / "copied"))
 
 
-def spoilt(says: str, spoil: Callable[[Path], Any], *, seal: bool = True) -> None:
-    """A package that `spoil` changes, with digests that fit if `seal`, and is exported again."""
+def damaged_package(says: str, damage: Callable[[Path], Any], *, seal: bool = True) -> None:
+    """A package that `damage` changes, with digests that fit if `seal`, and is exported again."""
 
     def follow(place: Place) -> Iterator[str]:
         folder = copied(place)
-        spoil(folder)
+        damage(folder)
         if seal:
             seal_again(folder)
         yield loaded(folder)
@@ -54,18 +54,18 @@ def _mixed(folder: Path) -> None:
     _entry(folder, kind="bf16")
 
 
-spoilt("has the format {}, but this fedtune reads {}: export it again", lambda p: edit(p / "package.json", format=1))
-spoilt("requires {} layers, more than the package has tensors", lambda p: edit(p / "config.json", num_hidden_layers=900))
-spoilt("does not list the linears that config.json requires", lambda p: edit(p / "config.json", num_hidden_layers=1))
-spoilt("lacks the tensor '{}' ({} such) that its config requires: export it again", lambda p: change(p, "f32", **{NORM: None}))
-spoilt("holds '{}', which its config does not have: export the model again", lambda p: change(p, "f32", extra=torch.ones(1)))
-spoilt("{} is invalid: {}; export the model again", lambda p: edit(p / "fedtune.json", prompt=3))
-spoilt("lists '{}' as {}, which does not fit {}: export the model again", lambda p: _entry(p, kind="int3"))
-spoilt("{}: '{}' is {}: export the model again", lambda p: change(p, "f32", **{NORM: torch.ones(3)}))
-spoilt("and the linears fused with it are of different kinds: export the model again", _mixed)
-spoilt("holds '{}' twice: export the model again",
+damaged_package("has the format {}, but this fedtune reads {}: export it again", lambda p: edit(p / "package.json", format=1))
+damaged_package("requires {} layers, more than the package has tensors", lambda p: edit(p / "config.json", num_hidden_layers=900))
+damaged_package("does not list the linears that config.json requires", lambda p: edit(p / "config.json", num_hidden_layers=1))
+damaged_package("lacks the tensor '{}' ({} such) that its config requires: export it again", lambda p: change(p, "f32", **{NORM: None}))
+damaged_package("holds '{}', which its config does not have: export the model again", lambda p: change(p, "f32", extra=torch.ones(1)))
+damaged_package("{} is invalid: {}; export the model again", lambda p: edit(p / "fedtune.json", prompt=3))
+damaged_package("lists '{}' as {}, which does not fit {}: export the model again", lambda p: _entry(p, kind="int3"))
+damaged_package("{}: '{}' is {}: export the model again", lambda p: change(p, "f32", **{NORM: torch.ones(3)}))
+damaged_package("and the linears fused with it are of different kinds: export the model again", _mixed)
+damaged_package("holds '{}' twice: export the model again",
        lambda p: save_file({NORM: torch.ones(16).bfloat16()}, p / "weights-bf16.safetensors"))  # fmt: skip
-spoilt("does not list the files in {}: one is missing or was added; export it again",
+damaged_package("does not list the files in {}: one is missing or was added; export it again",
        lambda p: save_file({"more": torch.ones(1).bfloat16()}, p / "weights-bf16.safetensors"), seal=False)  # fmt: skip
 
 
