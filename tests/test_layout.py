@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "clients": {"models", "data", "privacy", "traffic"},
     "inference": {"models"},
     "export": {"models", "data", "inference", "clients"},  # a personal model is the global adapter with what a client's store keeps
+    "delivery": set[str](),
     "runs": {"models", "privacy"},  # the card of an adapter says how it is loaded, and what was spent of each client's privacy
     "rounds": {"exchange", "traffic", "privacy", "runs"},
     "network": {"clients"},  # the worker process is the client

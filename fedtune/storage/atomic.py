@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_REMOVED = ".removed"  # end of the hidden name of a folder whose removal has begun
+
 
 @contextmanager
 def new_file(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
@@ -99,6 +101,42 @@ def write_text(path: Path, text: str, *, durable: bool = True, shared: bool = Fa
         OSError: The file cannot be written.
     """
     write_bytes(path, text.encode("utf-8", "replace"), durable=durable, shared=shared)
+
+
+def write_link(path: Path, target: Path) -> None:
+    """Make `path` a symbolic link to `target`, atomically: an existing link or file is replaced.
+
+    Raises:
+        OSError: The link cannot be written, or `path` is a folder.
+    """
+    beside = _beside(path, shared=False)
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    try:
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink()
+        raise
+    flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; after a kill it is whole or gone: it is first renamed to `.NAME.removed`, which `remove_leftovers` removes.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    hidden = path.with_name(f".{path.name}{_REMOVED}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    flush(path.parent)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the folders in `parent` that `remove_folder` had begun to remove."""
+    for hidden in parent.glob(f".*{_REMOVED}"):
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
