@@ -6,7 +6,7 @@ itself, or record its privacy spending outside the device's folder.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fedtune.contracts.hello import ServerHello
 from fedtune.contracts.privacy_terms import terms
 from fedtune.contracts.task import task_of
 from fedtune.data.columns import demo_columns, own_rows_columns
-from fedtune.errors import ConfigError, PlanError
+from fedtune.errors import ConfigError, Decline, PlanError
 from fedtune.privacy.floor import Floor
 from fedtune.storage.atomic import write_text
 from fedtune.storage.ids import is_run_name
@@ -49,6 +49,9 @@ class Device:
         min_privacy: Minimum privacy of every turn, `record` or `user`; None accepts any.
         max_epsilon: Total privacy budget ε over all turns of all runs; None sets no budget.
         delta: δ of `max_epsilon`.
+        signing_pub: File of the public key that signs the models of the server; None installs no signed model.
+        unsigned: Whether to install models without a signature (--insecure).
+        package: Weight format of installed models: int8, int4, `stored` (as in the checkpoint), or `auto`, by the device's memory.
         device: Its profile: `auto`, the name of one of the scenario's device classes, or a YAML file; None accepts every plan unchanged.
     """
 
@@ -59,16 +62,27 @@ class Device:
     min_privacy: str | None = None
     max_epsilon: float | None = None
     delta: float = 1e-5
+    signing_pub: str | None = None
+    unsigned: bool = False
+    package: str = "auto"
     device: str | None = None
 
 
-def make_app(settings: Mapping[str, Any]) -> ClientApp:
+Install = Callable[[ClientHost, Message], Message]
+
+
+def make_app(settings: Mapping[str, Any], installer: Callable[[Device], Install] | None = None) -> ClientApp:
     """The ClientApp of this device, for the experiment of the server's last hello.
+
+    Args:
+        settings: The fields of `Device`.
+        installer: Device → the function that answers the messages of a delivery; None installs no models.
 
     The hello is stored on disk, because a server does not notice a quick restart of the client and does not repeat its hello.
     """
     device, app = Device(**{**settings, "state": Path(settings["state"])}), ClientApp()
     current, floor = list[tuple[str, ClientHost, ClientApp]](), floor_of(device)
+    install = None if installer is None else installer(device)
 
     def start(hello: str) -> ClientApp:
         config, run = read_hello(hello, device)
@@ -83,6 +97,10 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
 
     def current_app() -> ClientApp:
         return current[0][2] if current else start(_load_hello(device))
+
+    def current_host() -> ClientHost:
+        current_app()
+        return current[0][1]
 
     @app.query()
     @decline_on_error
@@ -102,6 +120,13 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
     @decline_on_error
     def evaluate(message: Message, context: Context) -> Message:
         return current_app()(message, context)
+
+    @app.query("deliver")
+    @decline_on_error
+    def deliver(message: Message, context: Context) -> Message:
+        if install is None:
+            raise Decline("model", "this program installs no models")
+        return install(current_host(), message)
 
     return app
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 from fedtune.clients.devices.probe import stored_bytes
 from fedtune.clients.lower_layers import LowerLayers
@@ -12,6 +13,8 @@ from fedtune.contracts.task import task_of
 from fedtune.data import Example
 from fedtune.errors import PlanError
 from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models.adapter_folder import OWN
+from fedtune.models.combined import fold_shifts
 from fedtune.models.evaluation import score_examples
 from fedtune.models.probe import probe, probe_packing
 from fedtune.models.shift import FrozenWeights
@@ -82,6 +85,18 @@ class LoadedModel:
         if self._sparse is None or self._sparse.spec.mask != state.spec.mask:
             self._sparse = SparseSlot(self.live, state.spec)
         return self._sparse
+
+    def save(self, folder: Path, state: AdapterState, shifts: Sequence[AdapterState]) -> None:
+        """Write an adapter folder: PEFT's files, which include the shifts, and fedtune's own, which keep them apart."""
+        self.slot(state).load(state)
+        self.live.save_peft(folder)
+        state.save(folder / OWN)
+        for old in folder.glob("shift-*.safetensors"):  # from rounds after the checkpoint that the run resumed from
+            old.unlink()
+        for shift in shifts:
+            shift.save(folder / f"shift-{shift.spec.version:04d}.safetensors")
+        if shifts:
+            fold_shifts(folder, state, shifts)
 
     def score(self, state: AdapterState, *groups: Sequence[Example]) -> list[dict[str, float]]:
         """The task's metrics with this adapter, one dict per group of examples; empty for an empty group. Batches may span groups."""

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 from rich.console import Console
@@ -27,16 +27,22 @@ from fedtune.export.huggingface import describe_folder, export_hf
 from fedtune.export.origin import prompt_template
 from fedtune.export.personal import global_note
 from fedtune.models import load_backbone
-from fedtune.models.combined import fold_shifts
 from fedtune.models.evaluation import generate_answers
 from fedtune.models.methods import mergeable
 from fedtune.rounds.bridge import Bridge
+from fedtune.rounds.delivery import Delivery
 from fedtune.rounds.find_strategy import check_strategy, make_strategy
 from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.directory import RunDirectory
 from fedtune.runs.observer import RunObserver
 from fedtune.runs.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.simulations.engines.ray import check_ray, ray_grid
+
+
+class Serve(Protocol):
+    """Runs the remaining rounds on a grid, and on a network delivers the model; a second call continues from the newest checkpoint."""
+
+    def __call__(self, grid: Grid, join: JoinPolicy, delivery: Delivery | None = None) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +54,14 @@ class EngineContext:
         space: The server process's workspace: loaded model and data.
         run: The run directory.
         observer: Receives the events of the run.
-        serve: Runs the remaining rounds on a grid; a second call continues from the newest checkpoint.
+        serve: Runs the remaining rounds.
     """
 
     config: Config
     space: Workspace
     run: RunDirectory
     observer: RunObserver
-    serve: Callable[[Grid, JoinPolicy], None]
+    serve: Serve
 
 
 Engine = Callable[[EngineContext], None]
@@ -168,7 +174,7 @@ def _run(
             answers = generate_answers(live.model, space.backbone.tokenizer, sampled, config.task, batch_size=len(sampled))
             return {**scores, "answers": answers}
 
-        def serve(grid: Grid, join: JoinPolicy) -> None:
+        def serve(grid: Grid, join: JoinPolicy, delivery: Delivery | None = None) -> None:
             bridge = Bridge(
                 grid=grid,
                 strategy=strategy,
@@ -181,6 +187,7 @@ def _run(
                 evaluate=test if config.eval.where == "door" and len(space.federation.test) else None,
                 observer=observer,
                 join=join,
+                delivery=delivery,
             )
             final.append(bridge.loop())
 
@@ -197,17 +204,9 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
             f" resume={run.path} rounds=N"
         )
     space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
-    space.slot(final).load(final)
-    space.live.save_peft(folder)
+    space.own.save(folder, final, state.shifts)
     if task.conversational:
         (folder / "chat_template.jinja").write_text(space.backbone.tokenizer.get_chat_template(), encoding="utf-8")
-    final.save(folder / "fedtune.safetensors")
-    for old in folder.glob("shift-*.safetensors"):  # from rounds after the checkpoint that the run resumed from
-        old.unlink()
-    for shift in state.shifts:
-        shift.save(folder / f"shift-{shift.spec.version:04d}.safetensors")
-    if state.shifts:
-        fold_shifts(folder, final, state.shifts)
     labels, spec = list(space.federation.labels), dataclasses.asdict(final.spec)
     note = global_note(run.path, final)
     write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path), space.backbone, note)

@@ -1,10 +1,10 @@
 """fedtune in a notebook or another program: compose a config, run it, and read the results.
 
-    import fedtune
+import fedtune
 
-    config = fedtune.configure("conf=heterogeneous", "rounds=5", "strategy=fedavg", "devices=none")
-    result = fedtune.run(config)
-    result.rounds[-1]["exact_match"], result.adapter, result.report
+config = fedtune.configure("conf=heterogeneous", "rounds=5", "strategy=fedavg", "devices=none")
+result = fedtune.run(config)
+result.rounds[-1]["exact_match"], result.adapter, result.report
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedtune.contracts.wire import read_message, read_offer
 from fedtune.errors import UpdateError
 from fedtune.exchange import Exchange, Plain
 from fedtune.rounds.bridge import Bridge
+from fedtune.rounds.delivery import Delivery
 from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.directory import RunDirectory
 from fedtune.simulations.engines.grid import InProcessGrid
@@ -127,6 +128,7 @@ def fake_bridge(
     initial: AdapterState | None = None,
     patience_s: float = 10.0,
     expected_clients: int | None = None,
+    delivery: Callable[[RecordingObserver], Delivery] | None = None,
 ) -> tuple[Bridge, RecordingObserver]:
     """A bridge with fake clients, with a learning rate that allows their large steps; resumes an existing run directory."""
     if config.client.lr == Config().client.lr:
@@ -145,6 +147,7 @@ def fake_bridge(
         evaluate=lambda s: {"accuracy": float(s.adapter["head.weight"].mean())},
         observer=observer,
         join=JoinPolicy(patience_s=patience_s, expected_clients=expected_clients),
+        delivery=delivery and delivery(observer),
     )
     return bridge, observer
 

@@ -26,14 +26,14 @@ MAY_IMPORT = {
     "clients": {"models", "data", "privacy", "traffic"},
     "inference": {"models"},
     "export": {"models", "data", "inference", "clients"},  # a personal model is the global adapter with what a client's store keeps
-    "delivery": set[str](),
+    "delivery": {"models", "clients", "export"},  # a device installs the model that it has compared on its own rows
     "runs": {"models", "privacy"},  # the card of an adapter says how it is loaded, and what was spent of each client's privacy
     "rounds": {"exchange", "traffic", "privacy", "runs"},
-    "network": {"clients"},  # the worker process is the client
+    "network": {"delivery"},  # the worker process is the client
     "simulations.engines": {"clients", "models", "data", "privacy"},
     "experiment": {"rounds", "exchange", "clients", "models", "export", "runs", "simulations.engines"},
     "library": {"experiment", "clients", "runs"},
-    "cli": {"experiment", "rounds", "runs", "network", "clients", "data", "export", "inference"},
+    "cli": {"experiment", "rounds", "runs", "network", "delivery", "clients", "data", "export", "inference"},
     "sim": {"cli"},
     "simulations.studies": {"experiment", "runs", "clients", "data", "export", "inference"},
     "simulations.benchmarks": {

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from fedtune.config.bounds import require
+from fedtune.contracts.delivery import END
 from fedtune.errors import ConfigError, user_message
 from fedtune.version import __version__
 
@@ -64,7 +65,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--client-id", metavar="ID", help="this client's name (default: the folder of --key, or the host name)")
     parser.add_argument("--root-certificates", type=Path, metavar="FILE", help="ca.pem of the server (default: the system's CAs)")
     parser.add_argument("--key", type=Path, metavar="FILE", help="this client's private key from `fedtune keys`")
-    parser.add_argument("--insecure", action="store_true", help="plain HTTP and no key: for trials on one machine")
+    parser.add_argument(
+        "--signing-pub",
+        type=Path,
+        metavar="FILE",
+        help="signing.pub of `fedtune keys`: install the server's models that its private half has signed (default: install none)",
+    )
+    parser.add_argument(
+        "--package",
+        choices=["auto", "int8", "int4", "stored"],
+        default="auto",
+        help="weight format of installed models; stored: as in the backbone; auto: int8, or int4 if int8 would take more than a quarter of"
+        " the memory (default: auto)",
+    )
+    parser.add_argument(
+        "--serve",
+        metavar="HOST:PORT",
+        help="answer requests in OpenAI's protocol from the newest installed model, also while training; needs --signing-pub or --insecure",
+    )
+    parser.add_argument("--exit-when-done", action="store_true", help="stop when the server says that the run has ended")
+    parser.add_argument("--insecure", action="store_true", help="plain HTTP, no key and unsigned models: for trials on one machine")
     parser.add_argument(
         "--min-privacy",
         choices=["record", "user"],
@@ -108,6 +128,14 @@ def _main(args: argparse.Namespace) -> int:
         raise ConfigError("--max-epsilon limits the cost of private turns: add --min-privacy record or user, which refuses other turns")
     require("--max-epsilon", args.max_epsilon, gt=0)
     require("--delta", args.delta, gt=0, lt=1)
+    if args.signing_pub is not None:
+        from fedtune.delivery.signing import Verifier
+
+        if args.insecure:
+            raise ConfigError("--insecure installs models without a signature: leave out --signing-pub, or --insecure")
+        Verifier(args.signing_pub)
+    if args.serve is not None and not (args.insecure or args.signing_pub):
+        raise ConfigError("--serve answers from models that the server delivers: add --signing-pub signing.pub, which `fedtune keys` makes")
     if args.model is not None and not args.model.expanduser().is_dir():
         raise ConfigError(f"--model {args.model}: no such folder")
     client = _client_id(args)
@@ -125,6 +153,9 @@ def _main(args: argparse.Namespace) -> int:
         "max_epsilon": args.max_epsilon,
         "delta": args.delta,
         "device": _device(args.device),
+        "signing_pub": None if args.signing_pub is None else os.path.abspath(args.signing_pub.expanduser()),
+        "unsigned": args.insecure,
+        "package": args.package,
     }
     executor = Executor(settings, state / "logs" / "worker.log")
     node = Node(
@@ -132,10 +163,16 @@ def _main(args: argparse.Namespace) -> int:
         root_certificates=args.root_certificates,
         key=args.key if not args.insecure else state / "node.key",
         insecure=args.insecure,
-        answer=lambda message, node: _recorded(message, lambda: executor.answer(message, node)),
+        answer=lambda message, node: _recorded(message, lambda: _end_reply(message) or executor.answer(message, node)),
         max_retries=args.max_retries,
         report=_tell,
+        ends=lambda message: args.exit_when_done and message.metadata.message_type == END,
     )
+    server = None
+    if args.serve is not None:
+        from fedtune.delivery.serving import DeviceServer
+
+        server = DeviceServer(state, *_address(args.serve), _tell)
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if stopping.is_set():  # second signal: do not wait for the current turn
@@ -149,12 +186,21 @@ def _main(args: argparse.Namespace) -> int:
         signal.signal(number, stop)
     with logging_to(state / "logs" / "client.jsonl"):
         if args.insecure:
-            _tell("WARNING: --insecure: no TLS and no key; anyone on the network path can read and change the messages")
+            _tell(
+                "WARNING: --insecure: no TLS, no key and no signature; anyone on the network path can read and change the messages and the"
+                " models"
+            )
+        elif args.signing_pub is None:
+            _tell("no --signing-pub: this device will not install the run's model")
         _tell(f"client {client}: connecting to {args.server}; state folder {state}")
         try:
+            if server is not None:
+                server.start()
             node.serve()
         finally:
             executor.stop()
+            if server is not None:
+                server.stop()
     return 130 if stopping.is_set() else 0
 
 
@@ -165,8 +211,21 @@ def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
     began = time.monotonic()
     reply = answer()
     text, fields = describe(message, reply, time.monotonic() - began)
-    _tell(text, **fields)
+    if text:
+        _tell(text, **fields)
     return reply
+
+
+def _end_reply(message: Message) -> Message | None:
+    """The reply to the message that tells the end of the run, which needs no worker; None for other messages."""
+    return Message(RecordDict(), reply_to=message) if message.metadata.message_type == END else None
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--serve {text} is not an address: write HOST:PORT, such as 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
 
 
 def _client_id(args: argparse.Namespace) -> str:

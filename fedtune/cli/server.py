@@ -28,8 +28,11 @@ from fedtune.storage.ids import is_run_name
 from fedtune.version import __version__
 
 if TYPE_CHECKING:
+    from fedtune.delivery.signing import Signer
     from fedtune.experiment import EngineContext
     from fedtune.network.link import LinkSettings, SuperLink
+    from fedtune.rounds.delivery import Delivery
+    from fedtune.rounds.membership import JoinPolicy
 
 ROUND_S = 600.0  # default timeout: a round on a network must end even if clients have left
 _RETRY_S = 15.0
@@ -76,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="allowed.json, the public keys of the clients that may take part; reloaded when it changes",
     )
+    parser.add_argument(
+        "--signing-key",
+        type=Path,
+        metavar="FILE",
+        help="signing.key of `fedtune keys`: sign the models that devices install; without it none is delivered",
+    )
     parser.add_argument("--insecure", action="store_true", help="plain HTTP, and anyone may take part: for trials on one machine")
     parser.add_argument(
         "--wait",
@@ -111,7 +120,8 @@ def _main(args: argparse.Namespace) -> int:
 
     space = Workspace(config, load_test(config))
     clients = len(link.allowed_keys) or config.clients_per_round
-    run_experiment(config, lambda context: serve(context, link, args.wait), at=args.run, space=space, clients=clients, live=True)
+    signer = _signer(args)
+    run_experiment(config, lambda context: serve(context, link, args.wait, signer), at=args.run, space=space, clients=clients, live=True)
     return 0
 
 
@@ -166,6 +176,23 @@ def _for_a_network(config: Config) -> Config:
     return config if config.round_timeout_s is not None else dataclasses.replace(config, round_timeout_s=ROUND_S)
 
 
+def _signer(args: argparse.Namespace) -> "Signer | None":
+    """The signer of models; None with --insecure or without --signing-key.
+
+    Raises:
+        ConfigError: The key cannot be read, is readable by others, or is given with --insecure.
+    """
+    if args.signing_key is None:
+        return None
+    if args.insecure:
+        raise ConfigError("--insecure signs no models: leave out --signing-key, or --insecure")
+    from fedtune.delivery.signing import Signer
+    from fedtune.network.keys import check_private_key
+
+    check_private_key(args.signing_key)
+    return Signer(args.signing_key)
+
+
 def link_settings(args: argparse.Namespace) -> "LinkSettings":
     """The SuperLink's address and security settings from the arguments.
 
@@ -202,13 +229,21 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
     )
 
 
-def serve(context: "EngineContext", settings: "LinkSettings", wait_s: float) -> None:
-    """Start the SuperLink and run all rounds on it. If it fails, restart it and continue from the last checkpoint."""
+def serve(context: "EngineContext", settings: "LinkSettings", wait_s: float, signer: "Signer | None" = None) -> None:
+    """Start the SuperLink and run all rounds on it. If it fails, restart it and continue from the last checkpoint.
+
+    Args:
+        context: The experiment.
+        settings: Of the SuperLink.
+        wait_s: Longest wait for clients, in seconds.
+        signer: Signs the models that devices install. Without one only a server with --insecure delivers models.
+    """
     from fedtune.network.allowed import AllowedClientsWatcher
     from fedtune.network.keys import read_allowed
     from fedtune.network.link import SuperLink
     from fedtune.network.logs import logging_to
     from fedtune.network.status_server import FILE, StatusServer
+    from fedtune.rounds.delivery import Delivery
     from fedtune.rounds.membership import JoinPolicy
 
     run, observer, config = context.run.path, context.observer, context.config
@@ -221,11 +256,21 @@ def serve(context: "EngineContext", settings: "LinkSettings", wait_s: float) -> 
         retry_s=_RETRY_S,
         names=names,
     )
+    delivery = Delivery(
+        folder=run / "delivery",
+        run=run.resolve().name,
+        config=config.deliver,
+        sign=None if signer is None else signer.sign,
+        offers=signer is not None or settings.insecure,
+        note=observer.note,
+    )
     with logging_to(run / "logs" / "server.jsonl"):
         try:
             link.start()
             if settings.insecure:
                 observer.note("WARNING: --insecure: no TLS and no keys; anyone who reaches this port can read and change the training")
+            elif not delivery.offers and (config.deliver.at_end or config.deliver.every):
+                observer.note("no --signing-key: devices will not get the model; `fedtune keys` makes one")
             observer.note(f"listening on {settings.host}:{link.port}; a round takes at most {config.round_timeout_s:g} s")
             with contextlib.ExitStack() as open_:
                 board = open_.enter_context(StatusServer(run / FILE, _Status(context, link, f"{settings.host}:{link.port}")))
@@ -234,16 +279,16 @@ def serve(context: "EngineContext", settings: "LinkSettings", wait_s: float) -> 
                         AllowedClientsWatcher(settings.allowed_file, settings.allowed_keys, read_allowed, link.allow, observer.note)
                     )
                 observer.note(f"report {run / 'report.html'}   status: fedtune status {run}   or --control {board.control}")
-                _serve(context, link, join)
+                _serve(context, link, join, delivery)
         finally:
             link.stop()
 
 
-def _serve(context: "EngineContext", link: "SuperLink", join: Any) -> None:
+def _serve(context: "EngineContext", link: "SuperLink", join: "JoinPolicy", delivery: "Delivery") -> None:
     losses: list[float] = []
     while True:
         try:
-            return context.serve(link.open_run(context.run.path.name), join)
+            return context.serve(link.open_run(context.run.path.name), join, delivery)
         except LinkLost as lost:
             losses = [t for t in losses if time.monotonic() - t < 600] + [time.monotonic()]
             if len(losses) > 5:

@@ -6,6 +6,7 @@ from fedtune.config.schema import (
     ClientConfig,
     Config,
     DataConfig,
+    DeliverConfig,
     DeviceClass,
     DevicesConfig,
     EngineConfig,
@@ -24,7 +25,7 @@ from fedtune.config.schema import (
 from fedtune.config.values import from_dict, to_dict
 
 __all__ = [
-    "METHODS", "ClientConfig", "Config", "DataConfig", "DeviceClass", "DevicesConfig", "EngineConfig", "EvalConfig", "InferenceConfig",
-    "ModelConfig", "PartitionConfig", "PeftConfig", "PrivacyConfig", "TaskConfig", "TrafficConfig", "WeightsConfig", "check", "from_dict",
-    "reference", "template_text", "to_dict",
+    "METHODS", "ClientConfig", "Config", "DataConfig", "DeliverConfig", "DeviceClass", "DevicesConfig", "EngineConfig", "EvalConfig",
+    "InferenceConfig", "ModelConfig", "PartitionConfig", "PeftConfig", "PrivacyConfig", "TaskConfig", "TrafficConfig", "WeightsConfig",
+    "check", "from_dict", "reference", "template_text", "to_dict",
 ]  # fmt: skip

@@ -264,6 +264,13 @@ class TrafficConfig:
 
 
 @dataclass(kw_only=True)
+class DeliverConfig:
+    at_end: bool = opt(True, "fedtune-server: deliver the model to the connected devices when the run ends")
+    every: int = opt(0, "fedtune-server: rounds between deliveries during the run; 0: none", ge=0)
+    timeout_s: float = opt(600.0, "seconds that the server waits for the devices to download and install a model", gt=0)
+
+
+@dataclass(kw_only=True)
 class InferenceConfig:
     export: str = opt(
         "none", "merged model to write when the run ends: none, or hf (a Hugging Face folder, RUN/merged)", choices=("none", "hf")
@@ -303,6 +310,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    deliver: DeliverConfig = field(default_factory=DeliverConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
 

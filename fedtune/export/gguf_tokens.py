@@ -126,9 +126,7 @@ def _pre(raw: dict[str, Any], folder: Path) -> str:
     # which `describe_texts` reports
     fits = bool(raw["model"].get("ignore_merges")) == (found == "llama-bpe") and normal in ([], ["NFC"])
     if not found or not fits:
-        raise ModelError(
-            f"{folder}: llama.cpp does not support this tokenizer's pre-tokenizer ({', '.join(kinds) or 'none'}): use --to hf"
-        )
+        raise ModelError(f"{folder}: llama.cpp does not support this tokenizer's pre-tokenizer ({', '.join(kinds) or 'none'}): use --to hf")
     return found
 
 

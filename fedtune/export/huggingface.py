@@ -186,9 +186,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path, task: TaskConfig) -
         json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     if not _reads_back(tokenizer, out):
-        raise ModelError(
-            f"transformers saves the tokenizer of {folder} so that it loads with other token ids: export it with --to edge"
-        )
+        raise ModelError(f"transformers saves the tokenizer of {folder} so that it loads with other token ids: export it with --to edge")
 
 
 def _add_ends(out: Path, ends: list[int]) -> None:

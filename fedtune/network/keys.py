@@ -2,8 +2,9 @@
 
     DIR/ca.pem  server.pem  server.key      the CA that clients trust, and the server's certificate and key (TLS)
     DIR/ca.key                              signs the next server.pem; never copy it to the server
+    DIR/signing.key  signing.pub            signs the models that the server delivers; clients verify with the public half
     DIR/allowed.json                        allowed clients: name → public key
-    DIR/clients/NAME/{key, key.pub, ca.pem} a client's key pair (Flower's node authentication) and the CA
+    DIR/clients/NAME/{key, key.pub, ca.pem, signing.pub} a client's key pair (Flower's node authentication), the CA, the public signing key
 
 Node keys use the curve P-256 and OpenSSH's format, the only private-key format that Flower's SuperNode reads. Anyone with the CA's key can
 set up a second server that the clients trust: DIR stays with the operator, and ca.key may be stored elsewhere.
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedtune.delivery.signing import make_signing_key
 from fedtune.errors import ConfigError
 from fedtune.network.certificates import certificate_names, make_ca, sign_server, subject_names
 from fedtune.storage.atomic import new_folder, write_bytes
@@ -56,14 +58,17 @@ def make_keys(out: Path, hosts: Sequence[str], clients: Sequence[str], *, days: 
         raise ConfigError(f"{out} already exists and keys are never overwritten: give another --out, or add a client with --add NAME")
     authority, ca_key = make_ca(max(days, DAYS))
     certificate, key = sign_server(authority, ca_key, names, days)
-    ca = authority.public_bytes(_PEM)
+    signing_key, signing_pub = make_signing_key()
+    public = {"ca.pem": authority.public_bytes(_PEM), "signing.pub": signing_pub}
     with _key_folder(out) as folder:
-        write_bytes(folder / "ca.pem", ca, mode=0o644)
+        for file, data in public.items():
+            write_bytes(folder / file, data, mode=0o644)
+        write_bytes(folder / "signing.key", signing_key, mode=0o600)
         write_bytes(folder / "ca.key", _private(ca_key), mode=0o600)
         write_bytes(folder / "server.pem", certificate.public_bytes(_PEM), mode=0o644)
         write_bytes(folder / "server.key", _private(key), mode=0o600)
         (folder / "clients").mkdir(mode=0o700)
-        allowed = {name: _make_client(folder / "clients" / name, name, ca) for name in clients}
+        allowed = {name: _make_client(folder / "clients" / name, name, public) for name in clients}
         write_bytes(folder / "allowed.json", _as_json(allowed), mode=0o644)
     until = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
     head = f"Keys for {len(clients)} clients in {out}; the server's certificate expires on {until}."
@@ -80,7 +85,7 @@ def add_clients(out: Path, clients: Sequence[str]) -> str:
         ConfigError: The folder does not exist, or a name is invalid or taken.
     """
     _check_clients(clients)
-    with _locked_folder(out) as (ca, allowed):
+    with _locked_folder(out) as (public, allowed):
         for name in clients:
             if name in allowed:
                 raise ConfigError(f"client {name} already has a key, and keys are never overwritten: use another name, or --rotate {name}")
@@ -88,7 +93,7 @@ def add_clients(out: Path, clients: Sequence[str]) -> str:
                 raise ConfigError(f"{out / 'clients' / name} exists but {name} is not allowed: remove that folder, or use another name")
         for name in clients:
             with _key_folder(out / "clients" / name) as folder:
-                allowed[name] = _write_client_keys(folder, name, ca)
+                allowed[name] = _write_client_keys(folder, name, public)
     return _next_steps(out, "HOST", list(clients), f"Keys for {len(clients)} more clients in {out}.", changed=True)
 
 
@@ -102,11 +107,11 @@ def rotate_clients(out: Path, clients: Sequence[str]) -> str:
         ConfigError: The folder does not exist, or a client has no key there.
     """
     _check_clients(clients)
-    with _locked_folder(out) as (ca, allowed):
+    with _locked_folder(out) as (public, allowed):
         _check_known(clients, allowed, f"make one with --add {clients[0]}")
         for name in clients:
             with _key_folder(out / "clients" / name, replace=True) as folder:
-                allowed[name] = _write_client_keys(folder, name, ca)
+                allowed[name] = _write_client_keys(folder, name, public)
     return _next_steps(out, "HOST", list(clients), f"New keys for {len(clients)} clients in {out}; the old ones are refused.", changed=True)
 
 
@@ -150,8 +155,8 @@ def renew_server(out: Path, hosts: Sequence[str], *, days: int = DAYS, ca_key: P
     """
     _check_days(days)
     signer = ca_key or out / "ca.key"
-    with _locked_folder(out) as (ca, _):
-        authority = x509.load_pem_x509_certificate(ca)
+    with _locked_folder(out) as (public, _):
+        authority = x509.load_pem_x509_certificate(public["ca.pem"])
         if not signer.exists():
             raise ConfigError(f"there is no {signer}: give the CA's key with --ca-key FILE; if it is lost, make a new folder with --out")
         check_private_key(signer)
@@ -165,6 +170,28 @@ def renew_server(out: Path, hosts: Sequence[str], *, days: int = DAYS, ca_key: P
     head = f"New server certificate, expires on {certificate.not_valid_after_utc:%Y-%m-%d}."
     then = "  then restart it; clients reconnect by themselves and keep their ca.pem"
     return f"{head}\n\nTo the server, from {out}: server.pem server.key\n{then}"
+
+
+def renew_signing_key(out: Path) -> str:
+    """Create a new key pair that signs models, and copy its public half into the clients' folders that are still there.
+
+    Returns:
+        Instructions: what to copy where.
+
+    Raises:
+        ConfigError: The folder does not exist or cannot be written.
+    """
+    with _locked_folder(out) as (_, allowed):
+        private, public = make_signing_key()
+        write_bytes(out / "signing.key", private, mode=0o600)
+        for folder in (out, *(out / "clients" / name for name in allowed)):
+            if folder.is_dir():
+                write_bytes(folder / "signing.pub", public, mode=0o644)
+    return (
+        f"New signing key in {out}; clients refuse models that it signed until they have its public half.\n\nTo the server, from {out}:"
+        f" signing.key\n  give it with --signing-key and restart the server\n\nTo each client, from {out}: signing.pub\n"
+        "  give it with --signing-pub and restart the client"
+    )
 
 
 # -- checks of key files ------------------------------------------------------------------------------------------------------------------
@@ -234,19 +261,20 @@ def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
-def _make_client(folder: Path, name: str, ca: bytes) -> str:
+def _make_client(folder: Path, name: str, public: Mapping[str, bytes]) -> str:
     folder.mkdir(mode=0o700)
-    return _write_client_keys(folder, name, ca)
+    return _write_client_keys(folder, name, public)
 
 
-def _write_client_keys(folder: Path, name: str, ca: bytes) -> str:
-    """Write a new key pair into a client's folder. Returns the public key."""
+def _write_client_keys(folder: Path, name: str, shared: Mapping[str, bytes]) -> str:
+    """Write a new key pair into a client's folder, and the public files that all clients get. Returns the public key."""
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode() + f" {name}"
     write_bytes(folder / "key", private, mode=0o600)
     write_bytes(folder / "key.pub", f"{public}\n".encode(), mode=0o644)
-    write_bytes(folder / "ca.pem", ca, mode=0o644)
+    for file, data in shared.items():
+        write_bytes(folder / file, data, mode=0o644)
     return public
 
 
@@ -284,14 +312,16 @@ def _as_json(allowed: dict[str, str]) -> bytes:
 
 
 @contextmanager
-def _locked_folder(out: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
-    """Lock a folder and yield its CA certificate and its allowed clients; changes to the latter are written back.
+def _locked_folder(out: Path) -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
+    """Lock a folder and yield the public files that all clients get, and its allowed clients; changes to the latter are written back.
 
     Raises:
         ConfigError: The folder does not exist or cannot be written.
     """
     try:
-        ca = (out / "ca.pem").read_bytes()
+        public = {"ca.pem": (out / "ca.pem").read_bytes()}
+        if (signing := out / "signing.pub").exists():  # folders of version 0.1 have none
+            public["signing.pub"] = signing.read_bytes()
         handle = os.open(out, os.O_RDONLY)
     except OSError as bad:
         raise ConfigError(f"{out} is not a folder of `fedtune keys` ({bad.strerror}): make one with --server-name and --clients") from None
@@ -299,7 +329,7 @@ def _locked_folder(out: Path) -> Iterator[tuple[bytes, dict[str, str]]]:
         fcntl.flock(handle, fcntl.LOCK_EX)  # else one of two concurrent changes would be lost
         allowed = read_allowed(out / "allowed.json")
         before = dict(allowed)
-        yield ca, allowed
+        yield public, allowed
         if allowed != before:
             write_bytes(out / "allowed.json", _as_json(allowed), mode=0o644)
     except OSError as bad:
@@ -325,11 +355,14 @@ def _next_steps(out: Path, host: str, clients: Sequence[str], head: str, *, chan
     if changed:
         lines.append(_to_server(out))
     else:
-        lines.append(f"To the server, from {out}: ca.pem server.pem server.key allowed.json")
-        lines.append("  fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json")
-    shown = clients[0] if len(clients) == 1 else "NAME"
-    lines += ["", f"To each client, from {out / 'clients' / shown}, over a secure channel: key ca.pem"]
-    lines.append(f"  fedtune-client --server {host}:8080 --client-id {shown} --root-certificates ca.pem --key key --data PATH")
+        lines.append(f"To the server, from {out}: ca.pem server.pem server.key signing.key allowed.json")
+        lines.append(
+            "  fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json --signing-key signing.key"
+        )
+    shown, signs = clients[0] if len(clients) == 1 else "NAME", (out / "signing.pub").exists()
+    lines += ["", f"To each client, from {out / 'clients' / shown}, over a secure channel: key ca.pem{' signing.pub' * signs}"]
+    signer = " --signing-pub signing.pub" * signs
+    lines.append(f"  fedtune-client --server {host}:8080 --client-id {shown} --root-certificates ca.pem --key key{signer} --data PATH")
     lines += ["", f"Then delete the copies in {out / 'clients'}: each key belongs only on its client."]
     if not changed:
         lines.append(

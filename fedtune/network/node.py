@@ -57,6 +57,7 @@ class Node:
             keeps the node's id, and None creates a key for this process only.
         insecure: Use plain HTTP and register with any key.
         answer: (message, node id) → reply; called in `serve`'s thread, one message at a time.
+        ends: Message → whether `serve` returns after its reply has been sent.
         max_retries: Retries of a call before `serve` gives up; None retries forever.
         report: Called with each sentence for the operator, from any thread.
 
@@ -74,6 +75,7 @@ class Node:
         answer: Callable[[Message, int], Message],
         max_retries: int | None,
         report: Callable[[str], None],
+        ends: Callable[[Message], bool] = lambda message: False,
     ) -> None:
         if not (match := _ADDRESS.fullmatch(server)) or not 0 < int(match[2]) < 65536:
             raise NetworkError(f"the server's address is '{server}': wanted HOST:PORT, like 10.0.0.5:8080 or [fd00::5]:8080")
@@ -86,7 +88,7 @@ class Node:
                 raise NetworkError(f"the CA file {root_certificates} is invalid ({bad}): give the ca.pem of the server") from None
         authority = "the system's CAs" if root_certificates is None else f"the CA file {root_certificates}"
         self._fleet = Fleet(server, tls, authority, identity, name)
-        self._name, self._answer, self._max_retries, self._report = name, answer, max_retries, report
+        self._name, self._answer, self._max_retries, self._report, self._ends = name, answer, max_retries, report, ends
         self._stopped, self._joining, self._last_error = threading.Event(), threading.Lock(), ""
         self._apps: dict[int, str] = {}  # run → app id
         self._inactive_since = 0.0  # when the server first refused to activate this node; 0 while it is active
@@ -122,6 +124,8 @@ class Node:
             if found is not None:
                 with suppress(RunEnded):  # the reply is not needed
                     self._handle(*found)
+                if self._ends(found[0]):
+                    return
                 busy = time.monotonic()
                 continue
             quiet, cost = time.monotonic() - busy > QUIET, time.monotonic() - began

@@ -5,6 +5,8 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
+from fedtune.contracts.delivery import DELIVER, END, DeliveryState, Manifest
+from fedtune.errors import PlanError
 from fedtune.storage.parsing import parse_json
 
 
@@ -17,6 +19,7 @@ def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dic
         seconds: Time to produce the reply.
 
     Returns:
+        "" if there is nothing to tell.
         For a turn: its round, steps, seconds, loss and bytes, as far as the plan discloses them. For a refusal: its reason.
     """
     kind, group = message.metadata.message_type.split(".")[0], message.metadata.group_id
@@ -29,7 +32,13 @@ def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dic
     if (declined := reply.content.config_records.get("declined")) is not None:
         why, sort = str(declined.get("why", "")), str(declined.get("kind", "failed"))
         verb = {"query": "cannot take part", "evaluate": "did not evaluate"}.get(kind, "did not train")
+        verb = "did not install the model" if message.metadata.message_type == DELIVER else verb
         return f"{what}{verb} ({sort}): {why}", {**fields, "declined": sort, "why": why}
+    if message.metadata.message_type == DELIVER:
+        return _delivery(message.content, reply.content)
+    if message.metadata.message_type == END:
+        end = message.content.config_records.get("end", {})
+        return f"run {_short(end.get('run'))} has ended after {end.get('rounds')} rounds", {"run": _short(end.get("run"))}
     if kind == "query":
         run, hello = _json(message.content, "hello").get("run"), _json(reply.content, "hello")
         rows = f"{hello.get('examples', 0)} training rows and {hello.get('held_out', 0)} held-out rows"
@@ -46,6 +55,26 @@ def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dic
     done = f"trained {steps:g} steps" if steps else "scored its rows without training"
     loss_text = "" if loss is None else f", loss {loss:.4g}"
     return f"{what}{done} in {seconds:.1f} s{loss_text}; {traffic}", {**fields, "steps": steps, "loss": loss}
+
+
+def _delivery(content: RecordDict, reply: RecordDict) -> tuple[str, dict[str, Any]]:
+    """Describe a message of a delivery; "" for a part in the middle of a download."""
+    try:
+        manifest = Manifest.from_json(str(content.config_records["manifest"]["text"]))
+        state = DeliveryState.from_content(reply)
+    except (KeyError, ValueError, PlanError):
+        return "delivery: its messages cannot be read", {}
+    what, fields = f"model of round {manifest.round} of run {_short(manifest.run)}", {"run": _short(manifest.run), "round": manifest.round}
+    match state.state:
+        case "wants" if "part" not in content.config_records:
+            return f"downloads the {what}: {manifest.bytes / 1e6:.2f} MB, {state.have / 1e6:.2f} MB of them are here", fields
+        case "wants":
+            return "", fields
+        case "kept":
+            return f"keeps its present model: it scores better on this device's rows than the {what}", fields
+        case _:
+            which = f", its {state.chosen} form" if state.chosen else ""
+            return f"installed the {what}{which}", fields
 
 
 def tensor_bytes(content: RecordDict) -> int:

@@ -39,7 +39,7 @@ def main(make_app: Callable[[Mapping[str, Any]], ClientApp] | None = None) -> No
     try:
         settings = _settings(requests)
         if make_app is None:
-            from fedtune.clients.deployed import make_app  # here, because it loads torch
+            from fedtune.delivery.device import make_app  # here, because it loads torch
         app = make_app(settings)
         write_frame(replies, Kind.READY, b"")
         _answer(app, requests, replies)

@@ -22,6 +22,7 @@ from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.contracts.wire import MessageWriter
 from fedtune.exchange import Exchange, NoUpdates
+from fedtune.rounds.delivery import Delivery, Offer
 from fedtune.rounds.membership import Client, JoinPolicy, Membership
 from fedtune.rounds.messenger import Messenger, Observer
 from fedtune.rounds.outbox import OutboundMessage, check_affordable, write_messages
@@ -54,6 +55,7 @@ class Bridge:
         evaluate: Scores a state on the global test set; None skips this evaluation.
         observer: Receives the events of the run.
         join: How clients join.
+        delivery: Delivers the model to devices; None in a simulation.
         snapshots: Sums of the shifts merged into the frozen weights.
     """
 
@@ -68,6 +70,7 @@ class Bridge:
     evaluate: Callable[[ServerState], Mapping[str, Any]] | None
     observer: Observer
     join: JoinPolicy = JoinPolicy()
+    delivery: Delivery | None = None
     snapshots: Snapshots = field(default_factory=Snapshots)
 
     @property
@@ -126,6 +129,11 @@ class Bridge:
                 record["epsilon"] = max(spent)  # the largest ε that any client has spent
             record.update(self.exchange.figures(round, before, state))
             self._close(Checkpoint(round=round, state=state, clients=book, late=late.kept), record, outcome.records)
+            if round < self.config.rounds:
+                self._deliver(round, state, membership)
+        self._deliver(self.config.rounds, state, membership)
+        if self.delivery is not None:
+            self.delivery.end(self.config.rounds, self.grid, membership)
         return state
 
     # -- one round ------------------------------------------------------------------------------------------------------------------------
@@ -199,6 +207,20 @@ class Bridge:
         if values:
             record["clients_mean"] = sum(values) / len(values)
             record["clients_worst_decile"] = worst_decile(values, higher_is_better=self.metric[1])
+
+    def _deliver(self, round: int, state: ServerState, membership: Membership) -> None:
+        """Deliver the model of this round to the devices, if it is due."""
+        if self.delivery is None or not self.delivery.is_due(round, self.config.rounds):
+            return
+        if state.adapter.spec.version == 0 or state.adapter.spec.method != self.config.peft.method:
+            return self.observer.note(f"round {round}: there is no {self.config.peft.method} adapter to deliver yet")
+        offer = self.delivery.prepare(round, state.adapter, state.shifts)
+
+        def offer_for(client: str) -> Offer:
+            plans = self._plans(round + 1, [client], membership.clients, state)
+            return offer(self.strategy.plan(round + 1, plans, state)[client].plan)
+
+        self.delivery.deliver(round, self.grid, membership, offer_for)
 
     def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:
         """Write metrics, then the checkpoint. If the process is killed in between, a resumed run drops and rewrites the round's metrics."""

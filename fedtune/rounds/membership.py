@@ -107,6 +107,7 @@ class Membership:
         self._nodes: set[int] = set()
         self._pending: dict[int, tuple[str, float]] = {}  # node → id of an unanswered hello, and the time when it was sent
         self._rejected: dict[int, tuple[float, str]] = {}  # node → time and reason
+        self._told: dict[int, str] = {}  # node → the last reason that was reported
 
     def gather(self, round: int) -> dict[str, Client]:
         """Wait until nodes are connected and all have answered the hello; report those that do not.
@@ -120,7 +121,7 @@ class Membership:
         expected, reported = max(self._min_clients, self._policy.expected_clients or 0), -1
         while True:
             before = self._nodes
-            self._refresh(round)
+            self.refresh(round)
             now, count = time.monotonic(), len(self.connected())
             settled = not self._pending and self._nodes == before and len(self._nodes) >= expected
             if self._policy.expected_clients is None:
@@ -148,14 +149,14 @@ class Membership:
         """
         until = time.monotonic() + self._policy.patience_s
         while True:
-            self._refresh(round)
+            self.refresh(round)
             if len(connected := self.connected()) >= self._min_clients:
                 return sorted(connected)
             if time.monotonic() > until:
                 raise RunError(self._too_few(len(connected), f"were connected for {self._policy.patience_s:g} s"))
             time.sleep(POLL_S)
 
-    def _refresh(self, round: int) -> None:
+    def refresh(self, round: int) -> None:
         """Look up the connected nodes, send a hello to new ones, and read the answers that have arrived."""
         nodes, now = set(self._grid.get_node_ids()), time.monotonic()
         self._pending = {n: sent for n, sent in self._pending.items() if n in nodes}
@@ -169,6 +170,11 @@ class Membership:
             if (reply := next(replies(self._grid, [i], 0.0))) is not None:
                 del self._pending[node]
                 self._read_hello(node, reply)
+
+    @property
+    def waits_for_hello(self) -> bool:
+        """Whether a node has not answered its hello yet."""
+        return bool(self._pending)
 
     def connected(self) -> dict[str, Client]:
         """The clients whose nodes were connected at the last refresh."""
@@ -229,8 +235,9 @@ class Membership:
         return f"client {name}" if name else f"node {node}"
 
     def _reject(self, node: int, why: str) -> None:
-        if self._rejected.get(node, (0.0, ""))[1] != why:
+        if self._told.get(node) != why:
             self._note(f"rejected: {why}")
+        self._told[node] = why
         self._rejected[node] = time.monotonic(), why
 
     def _too_few(self, count: int, what: str) -> str:

@@ -62,6 +62,7 @@ def settings(rows: Path, clients: Sequence[str], *more: str) -> list[str]:
         f"min_clients={len(clients)}",
         "rounds=3",
         "engine.threads=1",
+        "deliver.at_end=false",
         *more,
     ]
 
@@ -74,10 +75,13 @@ class Deployment:
         clients: Names.
         experiment: Settings, as `settings` gives them.
         secure: TLS and keys, or --insecure.
+        signs: With TLS, the server signs models and the clients install them.
     """
 
-    def __init__(self, folder: Path, clients: Sequence[str], experiment: Sequence[str], *, secure: bool = True) -> None:
-        self.folder, self.names, self.experiment, self.secure = folder, list(clients), list(experiment), secure
+    def __init__(
+        self, folder: Path, clients: Sequence[str], experiment: Sequence[str], *, secure: bool = True, signs: bool = False
+    ) -> None:
+        self.folder, self.names, self.experiment, self.secure, self.signs = folder, list(clients), list(experiment), secure, signs
         self.run, self.keys, self.rows = folder / "run", folder / "keys", folder / "rows"
         self.port = free_port()
         self.server: subprocess.Popen[bytes] | None = None
@@ -88,6 +92,7 @@ class Deployment:
     def start_server(self, *more: str, launcher: Sequence[str] = ("-m", "fedtune.cli.server")) -> subprocess.Popen[bytes]:
         k = self.keys
         trust = ["--certificates", k / "ca.pem", k / "server.pem", k / "server.key", "--allowed", k / "allowed.json"]
+        trust += ["--signing-key", k / "signing.key"] if self.signs else []
         args = [*self.experiment, "--run", self.run, "--address", f"127.0.0.1:{self.port}", *(trust if self.secure else ["--insecure"])]
         self.server = self._start("server", [*launcher, *args, *more])
         return self.server
@@ -97,6 +102,7 @@ class Deployment:
     ) -> subprocess.Popen[bytes]:
         k = self.keys / "clients" / name
         trust = ["--key", k / "key", "--root-certificates", k / "ca.pem"] if self.secure else ["--insecure", "--client-id", name]
+        trust += ["--signing-pub", k / "signing.pub"] if self.signs else []
         own = ["--data", self.rows / f"{name}.jsonl"]
         model = next((s.removeprefix("model.name=") for s in self.experiment if s.startswith("model.name=")), None)
         own += ["--model", model] if model else []

@@ -17,12 +17,13 @@ from cryptography.hazmat.primitives import serialization
 from flwr.supercore.primitives.asymmetric import sign_message, uses_nist_ec_curve, verify_signature
 
 from fedtune.cli.main import main
+from fedtune.delivery.signing import Signer, Verifier
 from fedtune.errors import ConfigError
 from fedtune.network import keys
 from fedtune.network.keys import add_clients, check_private_key, make_keys, read_allowed, remove_clients, renew_server, rotate_clients
 from fedtune.storage import atomic as files
 
-SECRET = ("key", "server.key", "ca.key")
+SECRET = {"ca.key", "server.key", "signing.key", "key"}
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,11 @@ def test_modes_and_private_keys(keys_folder: Path) -> None:
         "allowed.json",
         "ca.key",
         "ca.pem",
-        *(f"clients/{c}/{f}" for c in "ab" for f in ("ca.pem", "key", "key.pub")),
+        *(f"clients/{c}/{f}" for c in "ab" for f in ("ca.pem", "key", "key.pub", "signing.pub")),
         "server.key",
         "server.pem",
+        "signing.key",
+        "signing.pub",
     ]
     assert everything == sorted([*files, "clients", "clients/a", "clients/b"])
     for path in (keys_folder, *keys_folder.rglob("*")):
@@ -107,7 +110,7 @@ def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pyte
     finally:
         os.umask(before)
     modes = {Path(path).name: stat.S_IMODE(mode) for path, mode in opened.items()}
-    assert len(opened) == 8 and set(modes.values()) == {0o600}, modes
+    assert len(opened) == 11 and set(modes.values()) == {0o600}, modes
 
 
 def test_flower_takes_the_node_keys(keys_folder: Path) -> None:
@@ -156,12 +159,13 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
     assert main(["keys", "--out", str(out), "--rotate", "c"]) == 0
     assert main(["keys", "--out", str(out), "--renew-server"]) == 0
     output = "".join(capfd.readouterr())
-    assert (
-        "PRIVATE" not in output and "fedtune-server conf=NAME --certificates ca.pem server.pem server.key --allowed allowed.json" in output
-    )
+    assert "PRIVATE" not in output
+    trust = "--certificates ca.pem server.pem server.key --allowed allowed.json --signing-key signing.key"
+    assert f"fedtune-server conf=NAME {trust}" in output
+    assert "--key key --signing-pub signing.pub --data PATH" in output
     assert "--server fed.example.org:8080" in output
     secret = [p for p in out.rglob("*") if p.name in SECRET]
-    assert len(secret) == 5
+    assert len(secret) == 6
     for line in (line for p in secret for line in p.read_text().splitlines()):
         assert line not in output
     (out / "server.key").write_text((out / "server.key").read_text()[:60])
@@ -316,3 +320,46 @@ def test_only_the_ca_s_own_key_signs_and_not_beyond_its_expiry(tmp_path: Path) -
     ends = [x509.load_pem_x509_certificate((out / f"{name}.pem").read_bytes()).not_valid_after_utc for name in ("server", "ca")]
     assert ends[0] == ends[1]  # and the CA outlives a server's certificate of 30 days
     assert (ends[1] - datetime.datetime.now(datetime.UTC)).days > 3600
+
+
+def test_a_new_signing_key_reaches_every_client_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a", "b"])
+    old = out / "signing.pub"
+    verifier = Verifier(old)
+    assert {(out / "clients" / c / "signing.pub").read_bytes() for c in "ab"} == {old.read_bytes()}
+    shutil.rmtree(out / "clients" / "b")  # its files are on the client
+    assert main(["keys", "--out", str(out), "--renew-signing-key"]) == 0
+    assert "To the server" in (said := capsys.readouterr().out) and "signing.pub" in said
+    signature = Signer(out / "signing.key").sign(b"data")
+    assert Verifier(out / "clients" / "a" / "signing.pub").accepts(b"data", signature) and not verifier.accepts(b"data", signature)
+    assert not (out / "clients" / "b").exists()
+    assert main(["keys", "--out", str(out), "--add", "c"]) == 0
+    assert (out / "clients" / "c" / "signing.pub").read_bytes() == (out / "signing.pub").read_bytes()
+
+
+def test_a_folder_of_version_0_1_has_no_signing_key_until_it_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a"])
+    for file in out.rglob("signing.*"):
+        file.unlink()
+    assert main(["keys", "--out", str(out), "--add", "b"]) == 0
+    assert "signing" not in capsys.readouterr().out and not (out / "clients" / "b" / "signing.pub").exists()
+    assert main(["keys", "--out", str(out), "--renew-signing-key"]) == 0
+    assert stat.S_IMODE((out / "signing.key").stat().st_mode) == 0o600
+    assert (out / "clients" / "b" / "signing.pub").is_file()
+
+
+@pytest.mark.parametrize("kind", [Signer, Verifier])
+def test_other_files_are_no_signing_keys(tmp_path: Path, kind: type[Signer] | type[Verifier]) -> None:
+    out = tmp_path / "keys"
+    make_keys(out, ["h"], ["a"])
+    wrong = out / ("signing.pub" if kind is Signer else "signing.key")
+    for file, sentence in (
+        (tmp_path / "missing", "cannot read the .*signing key .*missing"),
+        (wrong, "is not a .*signing key: give the signing"),
+        (out / "server.key", "is not a .*signing key: give the signing"),
+        (out, "cannot read the .*signing key"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            kind(file)

@@ -18,7 +18,6 @@ class FullCache(Cache):
         dtype: float32, or bfloat16 for half the memory and bandwidth.
     """
 
-
     def __init__(self, shape: Shape, limit: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(shape, limit)
         self.dtype = dtype
