@@ -3,9 +3,11 @@
 import ast
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.syntax import nodes
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("fedtune", "clients", "strategies")
@@ -39,16 +41,17 @@ def _read() -> tuple[list[Sentence], frozenset[str]]:
     """The sentences, and the locations of the texts of --help, which describe options and give no advice."""
     results, described = [], set[str]()
     for file in (file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))):
-        name, nodes = file.relative_to(ROOT), list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
-        results += [Sentence(f"{name}:{line}", text) for line, text in _texts(nodes) if " " in text.strip()]
-        described |= {f"{name}:{line}" for line in _descriptions(nodes)}
+        name = file.relative_to(ROOT)
+        results += [Sentence(f"{name}:{line}", text) for line, text in _texts(nodes(file)) if " " in text.strip()]
+        described |= {f"{name}:{line}" for line in _descriptions(nodes(file))}
     return results, frozenset(described)
 
 
-def _texts(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+def _texts(found: Sequence[ast.AST]) -> Iterator[tuple[int, str]]:
     skipped: set[int] = set()
-    for node in nodes:
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+    for node in found:
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
             skipped.add(id(node.body[0].value))  # type: ignore[attr-defined]
         if id(node) in skipped:
             continue
@@ -91,8 +94,8 @@ def advice(parts: tuple[str, ...]) -> list[Sentence]:
     return [s for s in texts if s.where.startswith(parts) and _INSTRUCTION.search(s.text) and s.where not in described]
 
 
-def _descriptions(nodes: list[ast.AST]) -> Iterator[int]:
-    for node in nodes:
+def _descriptions(found: Sequence[ast.AST]) -> Iterator[int]:
+    for node in found:
         texts = [k.value for k in node.keywords if k.arg in ("help", "description", "epilog")] if isinstance(node, ast.Call) else []
         if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] in (["about"], ["USAGE"]):
             texts.append(node.value)

@@ -24,6 +24,7 @@ from fedtune.errors import _OF_TRAINING, ConfigError, user_message
 from fedtune.export.edge import export_edge
 from fedtune.runs.directory import RunDirectory
 from tests.models.build import checkpoint
+from tests.syntax import nodes
 from tests.test_layout import files
 from tests.tiny import tiny_llama
 
@@ -94,7 +95,7 @@ OTHERS = {"llama_cpp", "openvino", "optimum", "gguf", "ray"}  # other programs' 
 
 def third_party(file: Path) -> Iterator[str]:
     """Top-level names of the third-party modules that a file imports anywhere."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(file):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         yield from {n.partition(".")[0] for n in names} - sys.stdlib_module_names - {"fedtune"}

@@ -1,16 +1,18 @@
 """Which modules may import which, and under which names."""
 
 import ast
+import functools
 import importlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import fedtune
+from tests.syntax import nodes
 
 ROOT = Path(__file__).parents[1]
 BARE = ("strategies", "clients", "simulations", "conf")
@@ -62,10 +64,11 @@ def room(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "simulations" else parts[0]
 
 
-def imported(file: Path) -> set[str]:
+@functools.cache
+def imported(file: Path) -> frozenset[str]:
     """The fedtune modules that a file imports, named after `fedtune.`: at the top, in functions, and for type checkers."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -77,7 +80,7 @@ def imported(file: Path) -> set[str]:
         assert not {n.partition(".")[0] for n in names} & set(BARE), f"{file}:{node.lineno} imports a bare sub-package name"
         found |= {n.removeprefix("fedtune.") for n in names if n.partition(".")[0] == "fedtune" and n != "fedtune"}
         assert "fedtune" not in names or file.parent.parent == ROOT, f"{file}:{node.lineno} imports the root package: name the module"
-    return found
+    return frozenset(found)
 
 
 def allowed(of: str) -> set[str]:
@@ -102,7 +105,7 @@ def test_the_import_graph_has_no_cycle() -> None:
     assert cycle({module: imported(file) - {module} for module, file in files()}) is None
 
 
-def cycle(graph: Mapping[str, set[str]]) -> list[str] | None:
+def cycle(graph: Mapping[str, Set[str]]) -> list[str] | None:
     """One cycle of the graph, if it has any."""
     try:
         tuple(TopologicalSorter(graph).static_order())
@@ -114,8 +117,8 @@ def cycle(graph: Mapping[str, set[str]]) -> list[str] | None:
 def test_the_import_rules_detect_violations(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("import fedtune.data.demo\ndef f():\n    from fedtune import clients, models\n    import fedtune.plan")
     assert imported(tmp_path / "x.py") == {"data.demo", "clients", "models", "plan"}
-    (tmp_path / "x.py").write_text("if TYPE_CHECKING:\n    from fedtune.data import local\n    from fedtune.data.hub import read_hub")
-    assert imported(tmp_path / "x.py") == {"data.local", "data.hub"}
+    (tmp_path / "y.py").write_text("if TYPE_CHECKING:\n    from fedtune.data import local\n    from fedtune.data.hub import read_hub")
+    assert imported(tmp_path / "y.py") == {"data.local", "data.hub"}
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None and cycle({"a": {"b", "c"}, "b": {"c"}}) is None
 
 
@@ -141,8 +144,10 @@ def test_only_one_module_parses_json_and_yaml() -> None:
         if file.name in own or {"benchmarks", "studies"} & set(file.parts):
             continue
         looked += 1
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load", "yaml.safe_load", "yaml.load"):
+        for node in nodes(file):
+            if not isinstance(node, ast.Attribute) or node.attr not in ("load", "loads", "safe_load"):
+                continue
+            if ast.unparse(node) in ("json.loads", "json.load", "yaml.safe_load", "yaml.load"):
                 results.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert looked > 100 and not results, f"use fedtune.storage.parsing: {results}"
 
@@ -150,13 +155,15 @@ def test_only_one_module_parses_json_and_yaml() -> None:
 def renames(node: ast.AST) -> bool:
     """Whether this call replaces a file, flushes one, or creates a temporary name next to one."""
     if isinstance(node, ast.Attribute):
-        whole = ast.unparse(node)
-        return node.attr in ("rename", "renames", "fsync") or whole in ("os.replace", "shutil.move", "tempfile.mkdtemp", "tempfile.mkstemp")
+        if node.attr in ("rename", "renames", "fsync"):
+            return True
+        places = ("os.replace", "shutil.move", "tempfile.mkdtemp", "tempfile.mkstemp")
+        return node.attr in ("replace", "move", "mkdtemp", "mkstemp") and ast.unparse(node) in places
     if isinstance(node, ast.Constant):
         return isinstance(node.value, str) and node.value.endswith(".tmp") and not node.value.startswith(".config")
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "dataclasses.replace":
-        return False
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace" and len(node.args) == 1:
+        if ast.unparse(node.func) == "dataclasses.replace":
+            return False
         where = ast.unparse(node.args[0]) + " " + ast.unparse(node.func.value)
         return bool(re.search(r"path|place\b|target|file|folder|beside|temporary|tmp| / ", where, re.IGNORECASE))
     return False
@@ -167,7 +174,7 @@ def test_only_one_module_writes_atomically() -> None:
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         for _, file in files()
         if file != ROOT / "fedtune" / "storage" / "atomic.py"
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in nodes(file)
         if renames(node)
     ]
     assert not violations, f"use fedtune.storage.atomic: {violations}"
@@ -200,7 +207,7 @@ def test_only_one_module_checks_ranges() -> None:
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for _, file in files()
         if file != ROOT / "fedtune" / "config" / "bounds.py"
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in nodes(file)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(sentence, node.value)
     ]
     assert not violations, f"use fedtune.config.bounds.require: {violations}"

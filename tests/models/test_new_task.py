@@ -34,6 +34,7 @@ from fedtune.privacy.samples import hooked, looped, mapped
 from fedtune.runs.report import read_metrics
 from fedtune.runs.report.summary import primary_metric
 from tests.contributing import module
+from tests.syntax import nodes
 from tests.tiny import texts, tiny_config
 
 Regression: Any = module("fedtune/models/tasks/regression.py", "fedtune.models.tasks.regression").Regression
@@ -202,7 +203,7 @@ def test_no_file_compares_task_names() -> None:
     root, looked, results = Path(__file__).parents[2], 0, []
     for file in (f for folder in ("fedtune", "clients", "simulations", "strategies") for f in (root / folder).rglob("*.py")):
         looked += 1
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in nodes(file):
             if isinstance(node, ast.Compare):
                 names = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & {*TASKS.names()} - {"regression"}
                 results += [f"{file.relative_to(root)}:{node.lineno}"] if names else []
