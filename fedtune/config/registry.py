@@ -1,7 +1,9 @@
 """Classes found by name: each in the module of that name in one folder, or registered from elsewhere, such as a notebook."""
 
+import functools
 import importlib
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -24,11 +26,11 @@ class Registry(Collection[str]):
         """All names, sorted. Imports no module."""
         return tuple(sorted(self.own() | self._registered.keys()))
 
-    def own(self) -> set[str]:
+    def own(self) -> frozenset[str]:
         """Names of the folder's own modules."""
         spec = importlib.util.find_spec(self._package)
-        places = spec.submodule_search_locations if spec else None
-        return {m.name for m in pkgutil.iter_modules(places or []) if not m.name.startswith("_")}
+        places = (spec.submodule_search_locations if spec else None) or ()
+        return _modules(tuple((place, os.stat(place).st_mtime_ns) for place in places if os.path.isdir(place)))
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
@@ -69,6 +71,12 @@ class Registry(Collection[str]):
         if not issubclass(kind, base):
             raise TypeError(f"{kind.__name__}, registered as '{name}', is not a subclass of {base.__name__}")
         return kind
+
+
+@functools.lru_cache(maxsize=16)
+def _modules(places: tuple[tuple[str, int], ...]) -> frozenset[str]:
+    """Names of the modules in these folders, each with the time of its last change: a round asks for names many times."""
+    return frozenset(m.name for m in pkgutil.iter_modules([place for place, _ in places]) if not m.name.startswith("_"))
 
 
 TASKS = Registry("fedtune.models.tasks", "fedtune.contracts.task.Task")
