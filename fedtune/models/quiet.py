@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from transformers.utils import logging as hf_logging
 
@@ -17,8 +17,7 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     if bars:
         hf_logging.disable_progress_bar()
-    for logger in loggers:
-        _set_level(logger, logging.ERROR)
+    _set_levels(loggers, [logging.ERROR] * len(loggers))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -26,11 +25,13 @@ def quiet() -> Iterator[None]:
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            _set_level(logger, level)
+        _set_levels(loggers, levels)
 
 
-def _set_level(logger: logging.Logger, level: int) -> None:
-    """Skip an unchanged level: setting it clears the cache of thousands of loggers, which makes nested `quiet` slow."""
-    if logger.level != level:
+def _set_levels(loggers: Sequence[logging.Logger], levels: Sequence[int]) -> None:
+    """Set the levels that change. `setLevel` clears the caches of thousands of loggers, so it is called once, for the last one."""
+    changed = [(logger, level) for logger, level in zip(loggers, levels, strict=True) if logger.level != level]
+    for logger, level in changed:
+        logger.level = level
+    for logger, level in changed[-1:]:
         logger.setLevel(level)
