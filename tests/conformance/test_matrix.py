@@ -73,14 +73,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def chosen_by(strategy: str, method: str) -> Config:
-    """The settings of both from `conf/`; read only, as all cells of the two share them."""
-    return compose([f"strategy={strategy}", f"peft={method}", "rounds=30"])[0].config
+def chosen_by(choice: str) -> Config:
+    """The settings of a choice in `conf/`, such as `peft=lora`; read only, as all its cells share them."""
+    return compose([choice, "rounds=30"])[0].config
 
 
 def experiment(files: Path, out: Path, strategy: str, method: str, task: str) -> Config:
-    chosen = chosen_by(strategy, method)
-    named = copy.deepcopy(chosen.strategy)
+    named = copy.deepcopy(chosen_by(f"strategy={strategy}").strategy)
     if strategy == "slora":
         named.update(rounds=2, density=0.1)
     if strategy == "fedpeptao":  # a round that scores, then partial ones
@@ -95,7 +94,7 @@ def experiment(files: Path, out: Path, strategy: str, method: str, task: str) ->
         data=DataConfig(source="local", path=str(files / "rows.jsonl"), test_path=str(files / "test.jsonl"), held_out=0.25),
         partition=PartitionConfig(kind="natural"),
         task=TaskConfig(kind=task, max_length=16, stride_texts=False),
-        peft=dataclasses.replace(chosen.peft, rank=2, alpha=4.0, tokens=3, bottleneck=3),
+        peft=dataclasses.replace(chosen_by(f"peft={method}").peft, rank=2, alpha=4.0, tokens=3, bottleneck=3),
         strategy=named,
         client=ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule="constant", **SGD.get(strategy, {})),
         engine=EngineConfig(threads=1, batched="none"),
