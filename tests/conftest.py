@@ -1,6 +1,7 @@
 """One torch thread in every test: two are slower where anything else runs, and results must not depend on it."""
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from fedtune.rounds import membership
 gc.disable()  # imported modules and collected tests stay to the end: scanning them again and again is a tenth of the suite's time
 
 
+os.fsync = lambda _: None  # no test cuts the power, and thousands of flushes would wait for the disk; processes that tests start do flush
 membership.POLL_S = 0.005  # simulated nodes answer at once; each run would wait ten times as long for its clients
 
 
