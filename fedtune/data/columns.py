@@ -1,11 +1,7 @@
 """Map the source's columns to fedtune's: the task's columns, plus `client`, `device_class` and `label` if the source has them."""
 
 import dataclasses
-import datetime
-import decimal
-import math
-import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +9,7 @@ from fedtune.config import Config, DataConfig, template_text
 from fedtune.contracts.task import Task, task_of, tasks
 from fedtune.data import messages
 from fedtune.data.local import Columns
+from fedtune.data.values import fields, fill, in_order, names_of, numbers, texts, to_ids
 from fedtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # commands that only check names start faster without it
@@ -252,92 +249,6 @@ def _optional(source: "datasets.Dataset", column: str) -> list[str]:
     return texts(["" if value is None else value for value in values], column, column)
 
 
-def fields(template: str, what: str) -> set[str]:
-    """The columns in a template.
-
-    Raises:
-        ConfigError: The template is malformed.
-    """
-    try:
-        return {name.split(".")[0].split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as bad:
-        raise ConfigError(f"{what} {template!r} is malformed ({bad}): write a literal brace twice") from None
-
-
-class _Values(string.Formatter):
-    """str.format that accepts only values with a text form."""
-
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        value, used = super().get_field(field_name, args, kwargs)
-        if not has_text(value):
-            raise DataError(f"'{field_name}' is {_shown(value)}: {_advice(field_name, value)}")
-        return value, used
-
-
-def fill(template: str, source: "datasets.Dataset", what: str) -> list[str]:
-    """`template` formatted for every row by str.format; raises DataError for a field without a text form."""
-    used, formatter = sorted(fields(template, what)), _Values()
-    columns = [source[name][:] for name in used]
-    out = []
-    for number in range(len(source)):
-        row = {name: column[number] for name, column in zip(used, columns, strict=True)}
-        if empty := [name for name, value in row.items() if value is None]:
-            raise DataError(f"{what} {template!r} needs '{empty[0]}', but row {number + 1} has none: fill it or remove the row")
-        try:
-            out.append(formatter.vformat(template, (), row))
-        except DataError as bad:
-            raise DataError(f"{what} {template!r} cannot be filled from row {number + 1}: {bad}") from None
-        except (ValueError, IndexError, KeyError, AttributeError, TypeError) as bad:
-            raise DataError(f"{what} {template!r} cannot be filled from row {number + 1} ({type(bad).__name__}: {bad})") from None
-    return out
-
-
-def has_text(value: Any) -> bool:
-    """Whether a value has a text form: a string, a finite number, a date or a time. Python's repr of other values is no text."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, (str, int, decimal.Decimal, datetime.date, datetime.time))
-
-
-def _shown(value: Any) -> str:
-    return "empty" if value is None else f"not a number ({value})" if isinstance(value, float) else f"a {type(value).__name__}"
-
-
-def _advice(field: str, value: Any) -> str:
-    """The way out for a field with `value`: a part of it with a text form, if there is one."""
-    inner, path = value, field
-    while isinstance(inner, (Mapping, list)) and inner:
-        key: Any = 0 if isinstance(inner, list) else next((k for k in ("content", "text", "value") if k in inner), next(iter(inner)))
-        inner, path = inner[key], f"{path}[{key}]"
-    return f"name a part that is text, such as '{{{path}}}'" if path != field and has_text(inner) else "fill it or remove the row"
-
-
-def texts(values: Sequence[Any], ours: str, theirs: str) -> list[str]:
-    """Values as strings; numbers and dates are converted, lists, mappings and non-finite numbers raise DataError."""
-    for number, value in enumerate(values, 1):
-        if isinstance(value, (Mapping, list)):
-            advice = _advice(theirs, value).replace("such as ", f"such as data.columns.{ours}=")
-            raise DataError(f"column '{theirs}' has {type(value).__name__} values, but '{ours}' must be text: {advice}")
-        if not has_text(value):
-            raise DataError(f"row {number} of column '{theirs}' is {_shown(value)}, but '{ours}' must be text: fill it or remove the row")
-    return [value if isinstance(value, str) else str(value) for value in values]
-
-
-def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
-    """Values as finite numbers; numeric strings are converted."""
-    out = []
-    for number, value in enumerate(values, 1):
-        try:
-            out.append(float(value))
-        except (TypeError, ValueError, OverflowError):
-            out.append(math.nan)
-        if not math.isfinite(out[-1]):
-            raise DataError(
-                f"row {number} of column '{theirs}' is {str(value)[:40]!r}, but '{ours}' must be a number: correct it or remove the row"
-            )
-    return out
-
-
 _READ = {"text": texts, "number": numbers}  # converters by kind of column; `raw` columns stay unchanged
 
 
@@ -350,39 +261,3 @@ def features(columns: Mapping[str, Any], task: Task) -> "datasets.Features | Non
         return None
     types = {"text": "string", "messages": "string", "class": "int64", "number": "float64"}
     return datasets.Features({ours: datasets.Value(types[kind]) for ours, kind in kinds.items()})
-
-
-def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[str]:
-    """The stripped class name of every value.
-
-    Whole numbers are ids of `declared`, the names of a ClassLabel feature, if the source has one.
-    """
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, (bool, int, str)):
-            shown = f"{type(value).__name__} {str(value)[:40]}"
-            raise DataError(f"{what} row {number} has the label {shown}, but a label is a name or a whole number: see data.columns.label")
-        if isinstance(value, str) and not value.strip():
-            raise DataError(f"{what} row {number} has an empty label: fill it or remove the row; see data.columns.label")
-        if declared is not None and not 0 <= int(value) < len(declared):
-            raise DataError(f"{what} row {number} has class id {value}, but there are {len(declared)} classes: remove the row")
-    return [str(value).strip() if declared is None else declared[int(value)] for value in values]
-
-
-def in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """The class names in the order of their ids: sorted as text, or by value and then as text if all are whole numbers."""
-    unique = sorted(set(names))
-    return tuple(sorted(unique, key=int) if all(name.removeprefix("-").isdecimal() for name in unique) else unique)
-
-
-def to_ids(values: Sequence[str], names: tuple[str, ...], what: str) -> list[int]:
-    """The class id of every value.
-
-    Raises:
-        DataError: A value is not in `names`.
-    """
-    ids = {name: i for i, name in enumerate(names)}
-    for number, value in enumerate(values, 1):
-        if value not in ids:
-            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-            raise DataError(f"{what} row {number} has the label '{value}', but the classes are {shown}: correct it or remove the row")
-    return [ids[value] for value in values]

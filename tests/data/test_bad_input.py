@@ -282,7 +282,7 @@ def test_a_hint_for_a_value_without_text_leads_to_text(tmp_path: Path, template:
 
     with pytest.raises(DataError, match="name a part that is text") as refused:
         load(tmp_path / "a.jsonl", **settings(template))
-    hint = re.findall(r"such as (?:data\.columns\.text=)?'([^']+)'$", str(refused.value))
+    hint = re.findall(r"""such as '(?:data\.columns\.text=")?([^'"]+)"?'$""", str(refused.value))
     assert hint == ["{m[0][content]}"]
     rows = load(tmp_path / "a.jsonl", **settings(hint[0])).rows
     assert rows[{"columns": "text"}.get(key, key)][0].startswith("why ")

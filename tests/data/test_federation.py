@@ -11,8 +11,8 @@ import pytest
 
 from fedtune.config import DataConfig, DeviceClass, from_dict
 from fedtune.data import Federation, load_federation
-from fedtune.data.columns import in_order
 from fedtune.data.federation import deal, split
+from fedtune.data.values import in_order
 from fedtune.errors import DataError
 from fedtune.export.origin import prompt_template
 

@@ -1,6 +1,7 @@
 """Conversations: every form of a source becomes the same messages, and a faulty row is named."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from datasets import Dataset
 
 from fedtune.config import Config, DataConfig, PartitionConfig, TaskConfig
+from fedtune.config.compose import compose
 from fedtune.data import load_federation
 from fedtune.data.check import check_data
 from fedtune.data.columns import canonical, check_names
@@ -57,12 +59,24 @@ def test_alpaca_adds_its_input_and_system() -> None:
     assert messages([row]) == [[SYSTEM, {"role": "user", "content": "Name its capital.\n\nPeru"}, WANTED[1]]]
 
 
-@pytest.mark.parametrize("column", ["input", "system"])
-def test_alpaca_optional_columns_are_text(column: str) -> None:
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [("input", ["Name its capital. Peru", "Lima."]), ("system", ["Peru Name its capital.", "Lima."]), ("instruction", ["Peru", "Lima."]),
+     ("output", ["Name its capital.", "Peru"])],
+)  # fmt: skip
+def test_alpaca_columns_are_text_and_the_advice_for_a_list_works(column: str, said: list[str], tmp_path: Path) -> None:
     row = {"instruction": "Name its capital.", "output": "Lima."}
     assert messages([{**row, column: 5}]) == messages([{**row, column: "5"}])
-    with pytest.raises(DataError, match=f"column '{column}' has list values, but '{column}' must be text"):
-        messages([{**row, column: ["Peru"]}])
+    settings = [f"data.path={write(tmp_path / 'a.jsonl', [{**row, column: ['Peru']}])}", "data=local", "task=chat", "partition=iid"]
+
+    def read(*more: str) -> list[Any]:
+        (job,) = compose(["conf=base", *settings, *more])
+        return json.loads(canonical(read_source(job.config)[1], job.config, "training").columns["messages"][0])
+
+    with pytest.raises(DataError, match=f"column '{column}' has list values, but '{column}' must be text") as refused:
+        read()
+    advice = shlex.split(str(refused.value).partition("such as ")[2])
+    assert [message["content"] for message in read(*advice)] == said and len(advice) == 2
 
 
 def test_half_a_surrogate_pair_is_named() -> None:

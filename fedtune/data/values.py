@@ -1,0 +1,148 @@
+"""Values of the source's columns as text, numbers and class ids, and templates that join several columns."""
+
+import datetime
+import decimal
+import math
+import string
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedtune.data.messages import ALPACA, ALPACA_OPTIONAL
+from fedtune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def fields(template: str, what: str) -> set[str]:
+    """The columns in a template.
+
+    Raises:
+        ConfigError: The template is malformed.
+    """
+    try:
+        return {name.split(".")[0].split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as bad:
+        raise ConfigError(f"{what} {template!r} is malformed ({bad}): write a literal brace twice") from None
+
+
+class _Values(string.Formatter):
+    """str.format that accepts only values with a text form."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        value, used = super().get_field(field_name, args, kwargs)
+        if not has_text(value):
+            raise DataError(f"'{field_name}' is {_shown(value)}: {_advice(field_name, value)}")
+        return value, used
+
+
+def fill(template: str, source: "datasets.Dataset", what: str) -> list[str]:
+    """`template` formatted for every row by str.format; raises DataError for a field without a text form."""
+    used, formatter = sorted(fields(template, what)), _Values()
+    columns = [source[name][:] for name in used]
+    out = []
+    for number in range(len(source)):
+        row = {name: column[number] for name, column in zip(used, columns, strict=True)}
+        if empty := [name for name, value in row.items() if value is None]:
+            raise DataError(f"{what} {template!r} needs '{empty[0]}', but row {number + 1} has none: fill it or remove the row")
+        try:
+            out.append(formatter.vformat(template, (), row))
+        except DataError as bad:
+            raise DataError(f"{what} {template!r} cannot be filled from row {number + 1}: {bad}") from None
+        except (ValueError, IndexError, KeyError, AttributeError, TypeError) as bad:
+            raise DataError(f"{what} {template!r} cannot be filled from row {number + 1} ({type(bad).__name__}: {bad})") from None
+    return out
+
+
+def has_text(value: Any) -> bool:
+    """Whether a value has a text form: a string, a finite number, a date or a time. Python's repr of other values is no text."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (str, int, decimal.Decimal, datetime.date, datetime.time))
+
+
+def _shown(value: Any) -> str:
+    return "empty" if value is None else f"not a number ({value})" if isinstance(value, float) else f"a {type(value).__name__}"
+
+
+def _advice(field: str, value: Any) -> str:
+    """The way out for a field with `value`: a part of it with a text form, if there is one."""
+    part = _part(field, value)
+    return f"name a part that is text, such as '{part}'" if part else "fill it or remove the row"
+
+
+def _part(field: str, value: Any) -> str:
+    """A template field for a part of `value` with a text form, such as {field[0]}; "" if there is none."""
+    inner, path = value, field
+    while isinstance(inner, (Mapping, list)) and inner:
+        key: Any = 0 if isinstance(inner, list) else next((k for k in ("content", "text", "value") if k in inner), next(iter(inner)))
+        inner, path = inner[key], f"{path}[{key}]"
+    return f"{{{path}}}" if path != field and has_text(inner) else ""
+
+
+def texts(values: Sequence[Any], ours: str, theirs: str) -> list[str]:
+    """Values as strings; numbers and dates are converted, lists, mappings and non-finite numbers raise DataError."""
+    for number, value in enumerate(values, 1):
+        if isinstance(value, (Mapping, list)):
+            part, advice = _part(theirs, value), "fill it or remove the row"
+            if part and ours not in (*ALPACA, *ALPACA_OPTIONAL):
+                advice = f"""name a part that is text, such as 'data.columns.{ours}="{part}"'"""
+            elif part:
+                asked = {"instruction": part, "output": "{instruction}", "system": f"{part} {{instruction}}"}
+                prompt, answer = asked.get(ours, f"{{instruction}} {part}"), part if ours == "output" else "{output}"
+                advice = f"""take templates with a part that is text, such as 'data.prompt="{prompt}"' 'data.answer="{answer}"'"""
+            raise DataError(f"column '{theirs}' has {type(value).__name__} values, but '{ours}' must be text: {advice}")
+        if not has_text(value):
+            raise DataError(f"row {number} of column '{theirs}' is {_shown(value)}, but '{ours}' must be text: fill it or remove the row")
+    return [value if isinstance(value, str) else str(value) for value in values]
+
+
+def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
+    """Values as finite numbers; numeric strings are converted."""
+    out = []
+    for number, value in enumerate(values, 1):
+        try:
+            out.append(float(value))
+        except (TypeError, ValueError, OverflowError):
+            out.append(math.nan)
+        if not math.isfinite(out[-1]):
+            raise DataError(
+                f"row {number} of column '{theirs}' is {str(value)[:40]!r}, but '{ours}' must be a number: correct it or remove the row"
+            )
+    return out
+
+
+def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[str]:
+    """The stripped class name of every value.
+
+    Whole numbers are ids of `declared`, the names of a ClassLabel feature, if the source has one.
+    """
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, (bool, int, str)):
+            shown = f"{type(value).__name__} {str(value)[:40]}"
+            raise DataError(f"{what} row {number} has the label {shown}, but a label is a name or a whole number: see data.columns.label")
+        if isinstance(value, str) and not value.strip():
+            raise DataError(f"{what} row {number} has an empty label: fill it or remove the row; see data.columns.label")
+        if declared is not None and not 0 <= int(value) < len(declared):
+            raise DataError(f"{what} row {number} has class id {value}, but there are {len(declared)} classes: remove the row")
+    return [str(value).strip() if declared is None else declared[int(value)] for value in values]
+
+
+def in_order(names: Sequence[str]) -> tuple[str, ...]:
+    """The class names in the order of their ids: sorted as text, or by value and then as text if all are whole numbers."""
+    unique = sorted(set(names))
+    return tuple(sorted(unique, key=int) if all(name.removeprefix("-").isdecimal() for name in unique) else unique)
+
+
+def to_ids(values: Sequence[str], names: tuple[str, ...], what: str) -> list[int]:
+    """The class id of every value.
+
+    Raises:
+        DataError: A value is not in `names`.
+    """
+    ids = {name: i for i, name in enumerate(names)}
+    for number, value in enumerate(values, 1):
+        if value not in ids:
+            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+            raise DataError(f"{what} row {number} has the label '{value}', but the classes are {shown}: correct it or remove the row")
+    return [ids[value] for value in values]
