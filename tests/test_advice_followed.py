@@ -24,6 +24,7 @@ PARTS = (
     "fedtune/inference/",
     "fedtune/models/",
     "fedtune/storage/",
+    "fedtune/templates/",
     "fedtune/rounds/",
     "fedtune/contracts/",
     "fedtune/traffic/",

@@ -89,7 +89,7 @@ def test_every_other_extra_installs_the_training_libraries(extra: str) -> None:
 
 
 OF_TRAINING = {"config.compose": {"hydra", "omegaconf"}, "inference.bench": {"matplotlib"}, "contracts": {"flwr", "datasets"}}
-ROOMS = ("errors", "storage", "config", "contracts", "inference")  # all that a device runs, with a few modules of models/
+ROOMS = ("errors", "storage", "config", "contracts", "templates", "inference")  # all that a device runs, with a few modules of models/
 OTHERS = {"llama_cpp", "openvino", "optimum", "gguf", "ray"}  # other programs' that a benchmark measures, and extras of their own
 
 

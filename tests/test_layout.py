@@ -20,13 +20,14 @@ BARE = ("strategies", "clients", "simulations", "conf")
 LOW = ("version", "errors", "storage", "config", "contracts")  # each may import those before it, and every other room all of them
 MAY_IMPORT = {
     "traffic": set[str](),
+    "templates": set[str](),
     "data": set[str](),
-    "models": {"data"},  # a task encodes rows and scores examples
+    "models": {"data", "templates"},  # a task encodes rows and scores examples
     "privacy": {"models"},
     "exchange": {"privacy"},
     "strategies": set[str](),
     "clients": {"models", "data", "privacy", "traffic"},
-    "inference": {"models"},
+    "inference": {"models", "templates"},
     "export": {"models", "data", "inference", "clients"},  # a personal model is the global adapter with what a client's store keeps
     "delivery": {"models", "clients", "export"},  # a device installs the model that it has compared on its own rows
     "runs": {"models", "privacy"},  # the card of an adapter says how it is loaded, and what was spent of each client's privacy

@@ -131,12 +131,12 @@ def _strings(row: Mapping[str, Any], file: Path, tokenizer: Any) -> list[str]:
 
 
 def _rendered(chat: str, tokenizer: Any) -> str:
-    from fedtune.models.chat_template import render  # late: it loads transformers
+    from fedtune.models.chat_template import Conversation  # late: it loads transformers
 
     messages = parse_json(chat)
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(m["content"] for m in messages)
-    return render(tokenizer, messages)
+    return Conversation(tokenizer, messages).text()
 
 
 def _of_run(config: Config, tokenizer: Any) -> list[str]:

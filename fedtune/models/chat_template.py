@@ -8,7 +8,6 @@ or with no message before it, is found by rendering the conversation with a mark
 The answer's end token is a target too, because generation stops at it; white space after it is not.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,9 @@ import numpy as np
 
 from fedtune.contracts.task import IGNORED
 from fedtune.errors import DataError, ModelError
+from fedtune.templates.render import Chat, Rendered, render
 
 _MARKER = "\u2042fedtune\u2042"
-_MARKS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 DEFAULT = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}"
@@ -45,17 +44,81 @@ def ensure_template(tokenizer: Any) -> None:
     tokenizer.chat_template = ("{{- bos_token -}}" if begin(tokenizer) else "") + DEFAULT
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = False) -> str:
-    """The conversation as text; with `generate` followed by the start of an answer.
+class Conversation:
+    """A conversation in a tokenizer's chat template. It keeps its renderings, because several questions need the same ones.
 
-    Raises:
-        DataError: The template refuses the messages.
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        messages: The messages.
+        tools: JSON schemas of functions that the assistant may call; None if there are none.
+        date: Date that a template prints (`strftime_now`), in ISO 8601; None is the present.
     """
-    return _render(tokenizer, messages, generate)[0]
+
+    def __init__(
+        self, tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, date: str | None = None
+    ) -> None:
+        self.tokenizer, self.messages = tokenizer, messages
+        self._tools, self._date = tools or None, date
+        self._template = tokenizer.get_chat_template(tools=self._tools)
+        self._names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self._kept: dict[tuple[int, bool], Rendered] = {}
+        self._tokens: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
+
+    def load(self, *parts: tuple[int, bool]) -> None:
+        """Render parts (number of messages, whether the start of an answer follows), all at once."""
+        missing = [part for part in dict.fromkeys(parts) if part not in self._kept]
+        chats = [Chat(messages=self.messages[:count], tools=self._tools, generate=generate) for count, generate in missing]
+        if missing:
+            self._kept |= zip(missing, render(self._template, chats, self._names, now=self._date), strict=True)
+
+    def text(self, count: int | None = None, *, generate: bool = False) -> str:
+        """The first `count` messages as text, with `generate` followed by the start of an answer.
+
+        Raises:
+            DataError: The template refuses the messages.
+        """
+        return self._part(count, generate).text
+
+    def marks(self, count: int) -> list[tuple[int, int]]:
+        """The template's own marks of the answers in the first `count` messages, as character ranges; [] without marks."""
+        return [(start, end) for start, end in self._part(count, False).marks]
+
+    def changed(self, *messages: Message) -> str:
+        """The text of other messages. Raises DataError as `text` does."""
+        chat = Chat(messages=messages, tools=self._tools, generate=False)
+        return _checked(render(self._template, [chat], self._names, now=self._date)[0])
+
+    def tokens(self, count: int) -> "tuple[np.ndarray, np.ndarray]":
+        """Token ids (T,) and character ranges (T, 2) of the first `count` messages."""
+        text = self.text(count)
+        if self._tokens is None or self._tokens[0] != text:
+            self._tokens = text, _whole(self.tokenizer, text, 0)
+        return self._tokens[1]
+
+    def _part(self, count: int | None, generate: bool) -> Rendered:
+        part = len(self.messages) if count is None else count, generate
+        self.load(part)
+        _checked(self._kept[part])
+        return self._kept[part]
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> "tuple[np.ndarray, np.ndarray, int]":
-    """Token ids of a conversation that ends with an answer, with the answers' tokens as labels.
+def _checked(found: Rendered) -> str:
+    if found.refused:
+        raise DataError(f"the model's chat template refuses a conversation: {found.refused}")
+    if found.fault:
+        raise DataError(f"the model's chat template fails on a conversation: {found.fault}")
+    return found.text
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+) -> "tuple[np.ndarray, np.ndarray, int]":
+    """`encode_start` of a whole conversation."""
+    return encode_start(Conversation(tokenizer, messages, tools=tools), len(messages))
+
+
+def encode_start(conversation: Conversation, count: int) -> "tuple[np.ndarray, np.ndarray, int]":
+    """Token ids of the first `count` messages, which end with an answer, with the answers' tokens as labels.
 
     Returns:
         input_ids (T,) int32, up to the last target; labels (T,) int32, -100 outside of answers; the first token of the last answer.
@@ -63,10 +126,13 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> "tuple[n
     Raises:
         DataError: The template refuses the messages, or does not show the last answer.
     """
-    text, marked = _render(tokenizer, messages, generate=False)
-    spans = marked or _spans(tokenizer, messages, text)
-    start_of_last = _begin(tokenizer, messages, text, spans)
-    ids, offsets = _tokenize(tokenizer, text, sorted({start_of_last, *(start for start, _ in spans)}))
+    tokenizer, messages = conversation.tokenizer, conversation.messages[:count]
+    text, marked = conversation.text(count), conversation.marks(count)
+    answers = () if marked else [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    conversation.load(*[(count - 1, True)] * (count > 1), *((i, True) for i in answers if i), *((i + 1, False) for i in answers))
+    spans = marked or _spans(conversation, count, text)
+    start_of_last = _begin(conversation, count, text, spans)
+    ids, offsets = _tokenize(conversation, count, sorted({start_of_last, *(start for start, _ in spans)}))
     special, labels = _special(tokenizer), np.full(len(ids) + 1, IGNORED, np.int32)
     out = np.append(ids, tokenizer.eos_token_id or 0).astype(np.int32)
     blank = [not text[a:b].strip() for a, b in offsets]
@@ -99,57 +165,34 @@ def answer_end(tokenizer: Any) -> int | None:
     return int(ids[-1]) if labels[-1] != IGNORED and int(ids[-1]) in _special(tokenizer) else None
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and the template's own marks of the answers, as character ranges."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = tokenizer.get_chat_template()
-    marks = _MARKS.search(template) is not None
-    chat = [dict(m) for m in messages]
-    try:
-        texts, found = render_jinja_template(
-            conversations=[chat],
-            chat_template=template,
-            add_generation_prompt=generate,
-            return_assistant_tokens_mask=marks,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as bad:  # a template can raise anything
-        reason = (str(bad).splitlines() or [repr(bad)])[0][:120]
-        raise DataError(f"the model's chat template refuses a conversation: {reason}") from None
-    return texts[0], [(int(start), int(end)) for start, end in found[0]] if marks and found else []
-
-
-def _begin(tokenizer: Any, messages: Sequence[Message], text: str, spans: Sequence[tuple[int, int]]) -> int:
+def _begin(conversation: Conversation, count: int, text: str, spans: Sequence[tuple[int, int]]) -> int:
     """The character at which the last answer begins: after the prompt that generation continues, if the text begins with it."""
-    prompt = render(tokenizer, messages[:-1], generate=True) if len(messages) > 1 else None
+    prompt = conversation.text(count - 1, generate=True) if count > 1 else None
     if prompt is not None and text.startswith(prompt):
         return len(prompt)
     return spans[-1][0] if spans else len(text)
 
 
-def _spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-    """The character ranges of the answers in the rendered conversation; an answer that the template does not show has none."""
+def _spans(conversation: Conversation, count: int, text: str) -> list[tuple[int, int]]:
+    """The character ranges of the answers in the rendered messages; an answer that the template does not show has none."""
     spans: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
+    for i, message in enumerate(conversation.messages[:count]):
         if message["role"] != "assistant":
             continue
-        before, after = render(tokenizer, messages[:i], generate=True) if i else None, render(tokenizer, messages[: i + 1])
+        before, after = conversation.text(i, generate=True) if i else None, conversation.text(i + 1)
         start = len(before) if before is not None and text.startswith(before) else None
         end = len(after) if text.startswith(after) else None
         if start is None or end is None:
-            found = _search(tokenizer, messages, i, (before, after), text, spans[-1][1] if spans else 0)
+            found = _search(conversation, count, i, (before, after), text, spans[-1][1] if spans else 0)
             start, end = (found[0] if start is None else start, found[1] if end is None else end) if found else (0, -1)
         if start < end or (start == end and not message.get("content")):
             spans.append((start, end))
-        elif i == len(messages) - 1:
+        elif i == count - 1:
             return []
     return spans
 
 
-def _search(
-    tokenizer: Any, messages: Sequence[Message], i: int, alone: tuple[str | None, str], text: str, since: int
-) -> tuple[int, int] | None:
+def _search(conversation: Conversation, count: int, i: int, alone: tuple[str | None, str], text: str, since: int) -> tuple[int, int] | None:
     """The character range of answer `i` in a text that shows earlier messages differently.
 
     Args:
@@ -157,9 +200,10 @@ def _search(
         since: Where the answer before it ends in the text.
     """
     before, after = alone
+    messages = conversation.messages
     message = {key: value for key, value in messages[i].items() if key != "tool_calls"} | {"content": _MARKER}
     try:
-        head, found, tail = render(tokenizer, [*messages[:i], message, *messages[i + 1 :]]).partition(_MARKER)
+        head, found, tail = conversation.changed(*messages[:i], message, *messages[i + 1 : count]).partition(_MARKER)
     except DataError:  # of a tool's answer without its call: the call is then as it was, in another place
         if before is None or not messages[i].get("tool_calls") or not after.startswith(before):
             raise
@@ -167,7 +211,7 @@ def _search(
         return (at, at + len(after) - len(before)) if at >= 0 else None
     if not found or not text.endswith(tail):
         return None
-    start, last = _common(text, head), render(tokenizer, [*messages[:i], message]).partition(_MARKER)[0]
+    start, last = _common(text, head), conversation.changed(*messages[:i], message).partition(_MARKER)[0]
     lead = last[len(before) :] if before is not None and last.startswith(before) else ""  # what the model writes before a content
     return start - len(lead) if start == len(head) and head.endswith(lead) else start, len(text) - len(tail)
 
@@ -177,14 +221,14 @@ def _common(one: str, two: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
-def _tokenize(tokenizer: Any, text: str, starts: Sequence[int]) -> "tuple[np.ndarray, np.ndarray]":
+def _tokenize(conversation: Conversation, count: int, starts: Sequence[int]) -> "tuple[np.ndarray, np.ndarray]":
     """Token ids (T,) and character ranges (T, 2), split at those starts of answers where the tokenizer would join prompt and answer."""
-    ids, offsets = _whole(tokenizer, text, 0)
+    text, (ids, offsets) = conversation.text(count), conversation.tokens(count)
     joined = [start for start in starts if start < len(text) and not (offsets[:, 0] == start).any()]
     if not joined:
         return ids, offsets
     cuts = [0, *joined, len(text)]
-    parts = [_whole(tokenizer, text[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+    parts = [_whole(conversation.tokenizer, text[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([offsets for _, offsets in parts])
 
 

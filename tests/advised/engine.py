@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from fedtune.inference.engine import template
 from fedtune.inference.engine.generate import Context, Generation
 from fedtune.inference.engine.linear import linear_from_tensors, portable
 from fedtune.inference.engine.load import load_engine
@@ -20,6 +19,7 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.text import read_text
 from fedtune.inference.generate_transformers import load_model
+from fedtune.templates import render
 from tests.advised.models import run_of
 from tests.advised.rows import Place, follows, raised
 from tests.advised.serving import engine_of
@@ -202,9 +202,9 @@ def _(place: Place) -> Iterator[str]:
     (place.folder / "jinja2.py").write_text("raise ImportError('No module named jinja2')")
     place.patch.setenv("PYTHONPATH", str(place.folder))
     for _ in range(2):
-        place.patch.setattr(template, "_PROCESS", template._Process())
-        yield raised(lambda: template.render("hello", [{"role": "user", "content": "hello"}], {}))
-        template._PROCESS._stop()
+        place.patch.setattr(render, "_PROCESS", render._Process())
+        yield render.render("hello", [render.Chat(messages=[])], {})[0].fault
+        render._PROCESS._stop()
         (place.folder / "jinja2.py").unlink(missing_ok=True)  # installed
 
 

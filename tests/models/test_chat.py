@@ -17,7 +17,7 @@ from fedtune.errors import ConfigError, DataError
 from fedtune.experiment import simulate
 from fedtune.inference.generate import encode_request
 from fedtune.models import Backbone, evaluate, load_backbone
-from fedtune.models.chat_template import encode_conversation
+from fedtune.models.chat_template import Conversation, encode_conversation, encode_start
 from fedtune.models.evaluation import generate_answers, score_examples
 from fedtune.models.tasks._answers import rouge_l, token_f1
 from fedtune.runs.report import read_metrics
@@ -112,11 +112,11 @@ def test_a_template_that_starts_with_the_answer_is_refused(backbone: Backbone) -
 def test_a_long_conversation_is_not_encoded_whole(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []  # an exact encoding takes time quadratic in the number of messages
 
-    def counted(tokenizer: Any, messages: list[Any]) -> Any:
-        lengths.append(len(messages))
-        return encode_conversation(tokenizer, messages)
+    def counted(conversation: Conversation, count: int) -> Any:
+        lengths.append(count)
+        return encode_start(conversation, count)
 
-    monkeypatch.setattr("fedtune.models.chat_template.encode_conversation", counted)
+    monkeypatch.setattr("fedtune.models.chat_template.encode_start", counted)
     (cut,) = encode(backbone, turns(*["And?", "Rome."] * 2000))
     assert len(lengths) < 20 and max(lengths) < 40
     assert cut.input_ids.tolist() == encode(backbone, turns(*["And?", "Rome."] * 4))[0].input_ids.tolist()

@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.engine.template import render
 from fedtune.inference.engine.tokenizer import read_object, read_tokenizer
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
+from fedtune.templates.render import FAULT, Chat, render
 
 _UNFINISHED = "\ufffd"  # decoded from invalid or incomplete bytes
 _TAIL = 8  # last tokens of the prompt that determine how its text and the answer's join
@@ -94,7 +94,12 @@ class Text:
         """
         if self.template is None:
             raise ModelError("the model has no chat template: give it a prompt instead")
-        return render(self.template, messages, self._names)
+        (found,) = render(self.template, [Chat(messages=messages)], self._names)
+        if found.refused:
+            raise ConfigError(f"the model's chat template refuses the messages: {found.refused}")
+        if found.fault:
+            raise ModelError(FAULT + found.fault)
+        return found.text
 
     def check_template(self) -> None:
         """Test the chat template, if any, with a single message. A template that refuses this message may accept others.

@@ -2,7 +2,6 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune.contracts.task import IGNORED, Example
@@ -11,6 +10,8 @@ from fedtune.storage.parsing import parse_json
 
 if TYPE_CHECKING:
     import datasets
+
+    from fedtune.models.chat_template import Conversation
 
 log = logging.getLogger("fedtune.tasks")
 _AFTER = 32  # most tokens that a template adds after an answer
@@ -33,11 +34,12 @@ class Chat(AnswerTask):
         import numpy as np
 
         from fedtune.data.examples import filler
+        from fedtune.models.chat_template import Conversation
 
         out, cut, dropped = [], 0, 0
         for text in rows["messages"][:]:
             messages = parse_json(text)
-            example, whole = self._fitting(messages, tokenizer)
+            example, whole = self._fitting(Conversation(tokenizer, messages))
             cut += example is not None and not whole
             dropped += example is None
             if example is None and keep_short:
@@ -59,20 +61,20 @@ class Chat(AnswerTask):
 
         return answer_end(tokenizer)
 
-    def _fitting(self, messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[Example | None, bool]:
+    def _fitting(self, conversation: "Conversation") -> tuple[Example | None, bool]:
         """The longest start of the conversation that fits and ends with an answer, and whether it has all answers."""
-        from fedtune.models.chat_template import encode_conversation, render
+        from fedtune.models.chat_template import encode_start
 
-        answers, most = [i for i, m in enumerate(messages) if m["role"] == "assistant"], self.settings.max_length
+        most = self.settings.max_length
+        answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
 
         def excess(count: int) -> bool:  # rough, because exact lengths take time quadratic in the number of messages
-            text = render(tokenizer, messages[: answers[count] + 1])
-            return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) > most + _AFTER
+            return len(conversation.tokens(answers[count] + 1)[0]) > most + _AFTER
 
         near = len(answers) if not excess(len(answers) - 1) else bisect_left(range(len(answers)), True, key=excess)
         for number, last in reversed(list(enumerate(answers[:near]))):
-            ids, labels, begun = encode_conversation(tokenizer, messages[: last + 1])
+            ids, labels, begun = encode_start(conversation, last + 1)
             if len(ids) <= most:
-                answer = tokenizer.decode(ids[begun:].tolist(), skip_special_tokens=True)
+                answer = conversation.tokenizer.decode(ids[begun:].tolist(), skip_special_tokens=True)
                 return Example(ids, labels, begun, answer), number == len(answers) - 1
         return None, False

@@ -12,7 +12,7 @@ import fedtune.inference.engine as engine
 ROOT = Path(str(engine.__file__)).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LIBRARIES = {"torch", "safetensors", "tokenizers"}
-LIGHT = ("errors", "storage", "config.bounds", "contracts.seeds")  # they load the standard library alone
+LIGHT = ("errors", "storage", "config.bounds", "contracts.seeds", "templates")  # they load the standard library alone
 OURS = (*(f"fedtune.{name}" for name in LIGHT), "fedtune.inference.engine")
 
 

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.engine import template, template_process
-from fedtune.inference.engine.template import render
-from fedtune.inference.engine.text import read_text
+from fedtune.inference.engine.text import Text, read_text
+from fedtune.templates import process, render
 
 USER = {"role": "user", "content": 'Grüße & <b>"x"</b> 😀\n'}
 CHATS = [
@@ -80,6 +80,11 @@ def test_what_transformers_does_not_render_is_one_sentence(folder: Path, source:
     assert "\n" not in str(error.value)
 
 
+def text(source: str, messages: list[dict[str, Any]]) -> str:
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return Text(tokenizer, bos=None, ends=frozenset(), template=source, names={}).chat(messages)
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [
@@ -94,32 +99,32 @@ def test_what_transformers_does_not_render_is_one_sentence(folder: Path, source:
     ],
 )
 def test_a_template_is_bounded_in_time_and_memory_and_the_next_one_renders(monkeypatch: pytest.MonkeyPatch, source: str, why: str) -> None:
-    monkeypatch.setattr(template_process, "SECONDS", 0.2 if "0.2 s" in why else 2.0)
+    monkeypatch.setattr(process, "SECONDS", 0.2 if "0.2 s" in why else 2.0)
     began = time.monotonic()
     with pytest.raises(ModelError, match=f"the model's chat template failed: .*{why}"):
-        render(source, CHATS[0], {})
+        text(source, CHATS[0])
     assert time.monotonic() - began < 20
-    assert render("{{ messages[0].role }}", CHATS[0], {}) == "user"
+    assert text("{{ messages[0].role }}", CHATS[0]) == "user"
 
 
 def test_one_process_renders_for_all_threads_and_each_gets_its_own_text() -> None:
     def answer(i: int) -> str:
-        return render("{{ messages[0].content }}" + "{# #}" * (i % 6), [{"role": "user", "content": str(i)}], {})
+        return text("{{ messages[0].content }}" + "{# #}" * (i % 6), [{"role": "user", "content": str(i)}])
 
     answer(0)
-    process = template._PROCESS._process
+    running = render._PROCESS._process
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(answer, range(200))) == [str(i) for i in range(200)]
-    assert process is not None and template._PROCESS._process is process
+    assert running is not None and render._PROCESS._process is running
 
 
 def test_a_process_that_was_killed_is_started_again() -> None:
-    render("", CHATS[0], {})
-    killed = template._PROCESS._process
+    text("", CHATS[0])
+    killed = render._PROCESS._process
     assert killed is not None
     killed.kill()
     killed.wait()
-    assert render("{{ messages | length }}", CHATS[2], {}) == "3"
+    assert text("{{ messages | length }}", CHATS[2]) == "3"
 
 
 def test_the_check_tells_a_template_that_cannot_run_and_takes_one_that_refuses(folder: Path) -> None:
@@ -130,3 +135,48 @@ def test_the_check_tells_a_template_that_cannot_run_and_takes_one_that_refuses(f
     text.template = "{% for m in messages %}"
     with pytest.raises(ModelError, match="the model's chat template failed: "):
         text.check_template()
+
+
+MARKED = [
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
+    "{% for m in messages %}é{% if m.role == 'assistant' %}{%- generation -%} {{ m.content }} {%- endgeneration -%}{% endif %}{% endfor %}",
+    "{% macro turn(m) %}<{% generation %}{{ m.content }}{% endgeneration %}>{% endmacro %}{{ turn(messages[0]) }}",
+    "{{ messages[0].content }}",
+]
+
+
+@pytest.mark.parametrize("source", MARKED)
+def test_the_marks_are_those_of_transformers(source: str) -> None:
+    chats = [*CHATS, [{**USER, "reasoning_content": "hm"}]]
+    found = render.render(source, [render.Chat(messages=chat) for chat in chats], {})
+    texts, marks = render_jinja_template(
+        conversations=chats, chat_template=source, add_generation_prompt=True, return_assistant_tokens_mask=True
+    )
+    assert [one.text for one in found] == texts
+    assert [[tuple(mark) for mark in one.marks] for one in found] == marks
+
+
+def test_a_reasoning_has_the_names_of_transformers_and_tools_are_given() -> None:
+    source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }} {{ messages[0].reasoning is defined }} {{ tools[0].name }}"
+    chat, tools = [{**USER, "reasoning_content": "hm"}], [{"name": "capital"}]
+    (found,) = render.render(source, [render.Chat(messages=chat, tools=tools)], {})
+    assert found.text == "hm hm False capital"
+    assert render_jinja_template(conversations=[chat], tools=list(tools), chat_template=source)[0] == [found.text]
+
+
+def test_each_chat_of_a_request_has_its_own_result_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "SECONDS", 1.0)
+    work = "{% for i in range(99999) %}{% for i in range(9) %}{% endfor %}{% endfor %}"  # about 0.1 s
+    source = work + "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}{% endif %}{{ messages[0].content + '' }}"
+    chats = [[{"role": "user", "content": content}] for content in ["a", "no", 5, *["b"] * 17]]
+    found = render.render(source, [render.Chat(messages=chat) for chat in chats], {})
+    assert [one.text for one in found] == ["a", "", "", *["b"] * 17]
+    assert found[1].refused == "not that" and not found[1].fault and "int" in found[2].fault and not found[2].refused
+
+
+def test_the_date_can_be_fixed() -> None:
+    source = "{{ strftime_now('%d %B %Y %H:%M') }}"
+    (found,) = render.render(source, [render.Chat(messages=[])], {}, now="2026-02-03")
+    assert found.text == "03 February 2026 00:00"
+    (found,) = render.render(source, [render.Chat(messages=[])], {})
+    assert not found.text.endswith("2026 00:00") or found.text[:2] != "03"
