@@ -273,7 +273,7 @@ def _fit_turn(
         Codec.from_name(plan.codec)  # reject an unknown codec before training
     examples = host.space.examples(client, "train")
     if not examples:
-        raise DataError(f"client {client} has no training row of two tokens or more: give it longer rows")
+        raise DataError(f"client {client} has no training row that it can use: {host.space.unusable(client)}")
     start = host.complete(client, request)
     sent = sum(start[n].nbytes for n in matching(start.tensors, plan.send))
     if found := host.devices.fit(plan, start, sent_bytes + sent):

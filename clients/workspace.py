@@ -16,6 +16,7 @@ from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.privacy_terms import terms
 from fedtune.contracts.task import task_of
 from fedtune.data import Example, Federation, encode, load_federation, pad_id
+from fedtune.errors import DataError
 from fedtune.models import Backbone, LiveAdapter, initial_adapter
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
@@ -89,6 +90,27 @@ class Workspace:
             test = self.federation.test
             self._encoded[key] = self._encode(test, np.arange(len(test)), key[2])
         return self._encoded[key]
+
+    def unusable(self, client: str) -> str:
+        """Why the client's training rows give no example, for the end of an error."""
+        rows = self.federation.clients[client].train.tolist()
+        return task_of(self.config.task).unusable(self.federation.rows.select(rows), self.backbone.tokenizer)
+
+    def check_examples(self) -> None:
+        """Check that at least one client can train, and that the global test has an example if it is scored here.
+
+        Clients are encoded until one can train, so this usually costs nothing that the run does not need.
+
+        Raises:
+            DataError: No client can train, or a row cannot be used.
+        """
+        task, federation = task_of(self.config.task), self.federation
+        if self.config.eval.where == "door" and len(federation.test) and not self.test_examples():
+            raise DataError(f"the global test has no row that can be scored: {task.unusable(federation.test, self.backbone.tokenizer)}")
+        if not federation.clients or any(task.count(e) for client in federation.clients for e in self.examples(client, "train")):
+            return
+        rows = federation.rows.select(np.concatenate([client.train for client in federation.clients.values()]).tolist())
+        raise DataError(f"no client has a training row that it can use: {task.unusable(rows, self.backbone.tokenizer)}")
 
     def _encode(self, rows: Dataset, indices: np.ndarray, longest: int, keep_short: bool = False) -> Rows:
         task = dataclasses.replace(self.config.task, max_length=longest)

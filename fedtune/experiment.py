@@ -101,6 +101,7 @@ def run_experiment(
     else:
         check_strategy(strategy, config)
     space = space or workspace(json.dumps(to_dict(config)))
+    space.check_examples()
     run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config, at)
     try:
         run.write_json("partition.json", space.federation.summary())

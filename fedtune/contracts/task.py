@@ -160,6 +160,10 @@ class Task(abc.ABC):
             DataError: A row has no target.
         """
 
+    def unusable(self, rows: "datasets.Dataset", tokenizer: Any) -> str:
+        """Why `encode` makes no example of these rows, for the end of an error."""
+        return f"none of {len(rows)} rows has two tokens or more: give longer rows"
+
     @abc.abstractmethod
     def example_labels(self, ids: "Tensor", mask: "Tensor") -> "Tensor":
         """Labels for artificial rows (B, T) of token ids; `mask` is 0 at tokens that are not targets."""

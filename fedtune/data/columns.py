@@ -27,6 +27,7 @@ class Table:
 
     Args:
         columns: Column → one value a row. `label` is a class id; the task defines the types of its own columns; the others are strings.
+            `row` is the name of a conversation's row in errors.
         labels: Name of each class id; () if the source has no labels.
     """
 
@@ -60,6 +61,7 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
     for ours, kind in task.columns.items():
         if kind == "messages":
             out[ours] = _conversations(source, maps, templates, what)
+            out["row"] = [f"{what} row {number}" for number in range(1, len(source) + 1)]
         else:
             out[ours] = _values(source, ours, maps, templates, what)
     wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()

@@ -8,11 +8,13 @@ or with no message before it, is found by rendering the conversation with a mark
 The answer's end token is a target too, because generation stops at it; white space after it is not.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from fedtune.config import TaskConfig
 from fedtune.contracts.task import IGNORED
 from fedtune.errors import DataError, ModelError
 from fedtune.templates.render import Chat, Rendered, render
@@ -51,11 +53,16 @@ class Conversation:
         tokenizer: A transformers tokenizer with a chat template.
         messages: The messages.
         tools: JSON schemas of functions that the assistant may call; None if there are none.
-        date: Date that a template prints (`strftime_now`), in ISO 8601; None is the present.
+        date: Date that a template prints (`strftime_now`), in ISO 8601.
     """
 
     def __init__(
-        self, tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, date: str | None = None
+        self,
+        tokenizer: Any,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        date: str = TaskConfig().date,
     ) -> None:
         self.tokenizer, self.messages = tokenizer, messages
         self._tools, self._date = tools or None, date
@@ -95,6 +102,17 @@ class Conversation:
             self._tokens = text, _whole(self.tokenizer, text, 0)
         return self._tokens[1]
 
+    def hides_a_call(self) -> bool:
+        """Whether the template does not show a tool call: it renders the message as if it had none."""
+        for i, message in enumerate(self.messages):
+            if message.get("tool_calls"):
+                without = {key: value for key, value in message.items() if key != "tool_calls"}
+                shown = self.text(i + 1)
+                with contextlib.suppress(DataError):  # a template may refuse a message without text and call
+                    if self.changed(*self.messages[:i], without) == shown:
+                        return True
+        return False
+
     def _part(self, count: int | None, generate: bool) -> Rendered:
         part = len(self.messages) if count is None else count, generate
         self.load(part)
@@ -104,9 +122,9 @@ class Conversation:
 
 def _checked(found: Rendered) -> str:
     if found.refused:
-        raise DataError(f"the model's chat template refuses a conversation: {found.refused}")
+        raise DataError(f"the model's chat template refuses a conversation ({found.refused}): correct or remove it")
     if found.fault:
-        raise DataError(f"the model's chat template fails on a conversation: {found.fault}")
+        raise DataError(f"the model's chat template fails on a conversation ({found.fault}): correct or remove it")
     return found.text
 
 

@@ -87,9 +87,9 @@ class Template:
         """Render with `strftime_now` at `now` (ISO 8601), or at the present time if it is None."""
         self._refused.clear()
         self._marks.clear()
-        self._length, self._now = 0, None if now is None else datetime.fromisoformat(now)
-        pieces = []
+        self._length, pieces = 0, []
         try:
+            self._now = None if now is None else datetime.fromisoformat(now)
             if isinstance(self._template, Exception):
                 raise self._template
             for piece in self._template.generate(**variables):

@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
-from fedtune.config import PeftConfig, TaskConfig
+from fedtune.clients.workspace import Workspace
+from fedtune.config import Config, PeftConfig, TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.chat_template import encode_conversation, ensure_template
@@ -89,3 +94,64 @@ def _(place: Place) -> Iterator[str]:
     rows = [{"text": "red lamp", "client": c} for c in "abcd" for _ in range(4)]
     config = tiny_config(place.folder / "run", rows, model=model, peft=PeftConfig(method="prompt", tokens=3), rounds=1)
     yield raised(lambda: simulate(dataclasses.replace(config, task=dataclasses.replace(task, packing=False))))
+
+
+def chatting(place: Place, rows: list[list[dict[str, Any]]], template: str | None = None, **task: Any) -> str:
+    """The sentence that a run on these conversations is refused with, if it is."""
+    folder = place.folder / str(len(list(place.folder.iterdir())))
+    config = tiny_config(folder, [{"messages": messages, "client": "abcd"[i % 4]} for i, messages in enumerate(rows)])
+    model = chatml(folder / "chat")
+    if template is not None:
+        (folder / "chat" / "chat_template.jinja").write_text(template)
+    data = dataclasses.replace(config.data, test_path=None, held_out=0.0, test_fraction=0.0)
+    changes = TaskConfig(kind="chat", **{"max_length": 64, "max_new_tokens": 4, **task})
+    return raised(lambda: Workspace(dataclasses.replace(config, model=model, data=data, task=changes)).check_examples())
+
+
+@follows("none of {} conversations fits into task.max_length={}; the shortest needs {} tokens: raise task.max_length", slow=True)
+def _(place: Place) -> Iterator[str]:
+    said = chatting(place, [TURNS] * 4, max_length=8)
+    yield said
+    yield chatting(place, [TURNS] * 4, max_length=int(re.findall(r"needs (\d+) tokens", said)[0]))
+
+
+@follows("does not show the tool calls of {} conversations: give rows without tool calls, or a model whose template shows them", slow=True)
+def _(place: Place) -> Iterator[str]:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "capital", "arguments": {"of": "Italy"}}}]}
+    rows = [[TURNS[0], call]] * 4
+    yield chatting(place, rows)
+    yield chatting(place, [TURNS] * 4)
+    shown = "{{ m.role + m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>"
+    yield chatting(place, rows, f"{{% for m in messages %}}{shown}{{% endfor %}}")
+
+
+@follows("the model's chat template refuses a conversation ({}): correct or remove it", slow=True)
+def _(place: Place) -> Iterator[str]:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template += "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
+    yield chatting(place, [[{"role": "system", "content": "Hm."}, *TURNS]] * 4, template)
+    yield chatting(place, [TURNS] * 4, template)
+
+
+@follows("the model's chat template fails on a conversation ({}): correct or remove it", slow=True)
+def _(place: Place) -> Iterator[str]:
+    template = "{% for m in messages %}{{ m.role + m.content }}{{ 1 / (m.content | length) }}<|im_end|>{% endfor %}"
+    yield chatting(place, [[{"role": "user", "content": ""}, TURNS[1]]] * 4, template)
+    yield chatting(place, [TURNS] * 4, template)
+
+
+@follows("task.date={} is not a date: write YYYY-MM-DD, such as 2026-01-01")
+def _(place: Place) -> Iterator[str]:
+    for date in ("today", "2026-01-01"):
+        task = TaskConfig(kind="chat", date=date)
+        yield raised(lambda task=task: task_of(task).check(Config(task=task)))
+
+
+@follows("none of {} rows has two tokens or more: give longer rows", slow=True)
+def _(place: Place) -> Iterator[str]:
+    for number, text in enumerate(("a", "red lamp")):
+        config = tiny_config(place.folder / str(number), [{"text": text, "client": client} for client in "abcd"])
+        path = Path(config.model.name) / "tokenizer_config.json"  # a tokenizer that adds no token to a text
+        path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token": None, "eos_token": None, "pad_token": "e"}))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None, held_out=0.0, test_fraction=0.0))
+        yield raised(lambda config=config: Workspace(config).check_examples())

@@ -26,7 +26,7 @@ def config(**data: Any) -> Config:
 
 def messages(rows: list[dict[str, Any]], **data: Any) -> list[Any]:
     table = canonical(Dataset.from_list(rows), config(**data), "training")
-    assert list(table.columns) == ["messages"]
+    assert list(table.columns) == ["messages", "row"]
     return [json.loads(text) for text in table.columns["messages"]]
 
 

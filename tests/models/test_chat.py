@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, EvalConfig, InferenceConfig, TaskConfig
 from fedtune.contracts.task import IGNORED, Example, task_of
 from fedtune.errors import ConfigError, DataError
@@ -83,6 +85,94 @@ def test_a_conversation_without_a_fitting_answer(backbone: Backbone, caplog: pyt
     assert kept.answer == "!" and "and 1 conversations whose first answer does not fit" in caplog.text
     silent, other = encode(backbone, turns(" ".join(ASKED), "Rome."), short, max_length=16, keep_short=True)
     assert (silent.labels == IGNORED).all() and task_of(CHAT).count(silent) == 0 and other.answer == "!"
+
+
+CALL = {"type": "function", "function": {"name": "capital", "arguments": {"of": "Italy"}}}
+CALLS = [*turns("?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "Rome"}, turns("?", "!")[1]]
+
+
+def test_conversations_whose_tool_calls_are_not_shown_are_left_out(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        (kept,) = encode(backbone, CALLS, turns("?", "!"))
+    assert kept.answer == "!" and "turns" not in caplog.text
+    assert "1 of 2 conversations are left out, because the model's chat template does not show their tool calls" in caplog.text
+    silent, other = encode(backbone, CALLS, turns("?", "!"), keep_short=True)
+    assert task_of(CHAT).count(silent) == 0 and other.answer == "!"
+
+
+def test_a_row_that_the_template_refuses_is_named(backbone: Backbone) -> None:
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.chat_template = "{% if messages[0].content == 'b' %}{{ raise_exception('no b here') }}{% endif %}" + tokenizer.chat_template
+    chats = {"messages": [json.dumps(turns(text, "!")) for text in "abc"]}
+    rows = Dataset.from_dict({**chats, "row": [f"training row {n}" for n in (3, 5, 8)]})
+    sentence = "the model's chat template refuses a conversation (no b here): correct or remove it"
+    for table, where in ((rows, "training row 5"), (Dataset.from_dict(chats), "row 2")):
+        with pytest.raises(DataError) as refused:
+            task_of(CHAT).encode(table, tokenizer, encoder_decoder=False, keep_short=False)
+        assert str(refused.value) == f"{where}: {sentence}"
+
+
+def test_the_date_of_a_template_is_fixed(backbone: Backbone) -> None:
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.chat_template = "{{- strftime_now('%d %m %Y') }}" + tokenizer.chat_template
+    rows = Dataset.from_dict({"messages": [json.dumps(turns("?", "!"))]})
+    for changes, date in (({}, "01 01 2026"), ({"date": "2024-02-29"}, "29 02 2024")):
+        (example,) = task_of(dataclasses.replace(CHAT, **changes)).encode(rows, tokenizer, encoder_decoder=False, keep_short=False)
+        assert tokenizer.decode(example.input_ids.tolist()).startswith(date)
+
+
+def chat_config(folder: Path, rows: list[list[dict[str, Any]]], **task: Any) -> Config:
+    named = [{"messages": messages, "client": f"c{i % 4}"} for i, messages in enumerate(rows)]
+    config = tiny_config(folder, named, rounds=1)
+    data = dataclasses.replace(config.data, test_path=None, held_out=0.0, test_fraction=0.0)
+    return dataclasses.replace(config, model=chatml(folder / "chat"), data=data, task=dataclasses.replace(CHAT, **task))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (
+            [turns(" ".join(ASKED), "Rome."), turns(ASKED[0] + ASKED[1], "Rome.")] * 4,
+            r"none of 8 conversations fits into task.max_length=16; the shortest needs (\d+) tokens: raise task.max_length",
+        ),
+        (
+            [CALLS] * 8,
+            "the model's chat template does not show the tool calls of 8 conversations: give rows without tool calls, or a model whose "
+            "template shows them",
+        ),
+    ],
+    ids=["too long", "tool calls"],
+)
+def test_a_run_without_a_usable_conversation_is_refused_before_it_begins(tmp_path: Path, rows: list[Any], sentence: str) -> None:
+    config = chat_config(tmp_path, rows, max_length=16)
+    with pytest.raises(DataError) as refused:
+        simulate(config)
+    found = re.fullmatch("no client has a training row that it can use: " + sentence, str(refused.value))
+    assert found and not Path(config.output_dir).exists()
+    if found.groups():  # exactly so many tokens are enough, for two rows
+        longer = dataclasses.replace(config, task=dataclasses.replace(config.task, max_length=int(found[1])))
+        Workspace(longer).check_examples()
+        with pytest.raises(DataError, match="no client"):
+            Workspace(dataclasses.replace(longer, task=dataclasses.replace(longer.task, max_length=int(found[1]) - 1))).check_examples()
+
+
+def test_a_global_test_without_a_usable_conversation_is_refused(tmp_path: Path) -> None:
+    config = chat_config(tmp_path, [turns("?", "!")] * 8, max_length=16)
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"messages": turns(" ".join(ASKED), "Rome.")}) + "\n")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=str(path)))
+    Workspace(config).check_examples()  # which nobody scores
+    with pytest.raises(DataError, match="^the global test has no row that can be scored: none of 1 conversations fits into task"):
+        Workspace(dataclasses.replace(config, eval=EvalConfig(where="door", clients=0))).check_examples()
+
+
+@pytest.mark.slow
+def test_a_client_whose_conversations_do_not_fit_says_so(tmp_path: Path) -> None:
+    config = chat_config(tmp_path, [turns(" ".join(ASKED), "Rome.") if i % 4 == 1 else turns("?", "!") for i in range(8)], max_length=16)
+    (row,) = [row for row in read_metrics(simulate(config)) if row["client"] == "c1" and row.get("dropped")]
+    why = "none of 2 conversations fits into task.max_length=16; the shortest needs "
+    assert row["dropped"].startswith(f"failed: client c1 has no training row that it can use: {why}")
 
 
 def test_exact_match_is_that_of_the_generated_answers(backbone: Backbone) -> None:
@@ -181,5 +271,7 @@ def test_a_template_that_is_not_used_is_named(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_answers_need_room(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^task.date=soon is not a date: write YYYY-MM-DD, such as 2026-01-01$"):
+        task_of(dataclasses.replace(CHAT, date="soon")).check(Config())
     with pytest.raises(ConfigError, match=r"task\.max_new_tokens=6 leaves no room for a prompt in task\.max_length=6"):
         task_of(dataclasses.replace(CHAT, max_length=6)).check(Config())

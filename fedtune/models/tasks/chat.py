@@ -1,20 +1,34 @@
 """Chat: the assistant's messages of a conversation, in the model's chat template."""
 
+import contextlib
+import datetime
 import logging
 from bisect import bisect_left
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedtune.contracts.task import IGNORED, Example
+from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.models.tasks._answers import AnswerTask
 from fedtune.storage.parsing import parse_json
 
 if TYPE_CHECKING:
     import datasets
 
+    from fedtune.config import Config
     from fedtune.models.chat_template import Conversation
 
 log = logging.getLogger("fedtune.tasks")
 _AFTER = 32  # most tokens that a template adds after an answer
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Begin the sentence of an error with the row's name."""
+    try:
+        yield
+    except (DataError, ModelError) as bad:
+        raise type(bad)(f"{where}: {bad}") from None
 
 
 class Chat(AnswerTask):
@@ -29,29 +43,68 @@ class Chat(AnswerTask):
     conversational = True
 
     def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
-        """One example per conversation. Later turns that do not fit are left out; a conversation whose first answer does not fit becomes an
-        example without a target with `keep_short`, and otherwise is left out."""
+        """One example per conversation. Later turns that do not fit are left out. A conversation becomes an example without a target with
+        `keep_short`, and otherwise is left out, if its first answer does not fit or the template does not show one of its tool calls."""
         import numpy as np
 
         from fedtune.data.examples import filler
-        from fedtune.models.chat_template import Conversation
 
-        out, cut, dropped = [], 0, 0
-        for text in rows["messages"][:]:
-            messages = parse_json(text)
-            example, whole = self._fitting(Conversation(tokenizer, messages))
+        out, cut, long, hidden = [], 0, 0, 0
+        for conversation, where in self._conversations(rows, tokenizer):
+            with _located(where):
+                hides = conversation.hides_a_call()
+                example, whole = (None, False) if hides else self._fitting(conversation)
+            hidden += hides
+            long += example is None and not hides
             cut += example is not None and not whole
-            dropped += example is None
             if example is None and keep_short:
                 example = Example(np.full(2, filler(tokenizer), np.int32), np.full(2, IGNORED, np.int32))
             if example is not None:
                 out.append(example)
-        if cut or dropped:
+        if cut or long:
             log.warning(
                 "later turns of %d of %d conversations are left out, and %d conversations whose first answer does not fit into %d tokens"
-                " (task.max_length)", cut, len(rows), dropped, self.settings.max_length,
+                " (task.max_length)", cut, len(rows), long, self.settings.max_length,
             )  # fmt: skip
+        if hidden:
+            log.warning(
+                "%d of %d conversations are left out, because the model's chat template does not show their tool calls", hidden, len(rows)
+            )
         return out
+
+    def unusable(self, rows: "datasets.Dataset", tokenizer: Any) -> str:
+        from fedtune.models.chat_template import encode_start
+
+        lengths: list[int] = []
+        for conversation, where in self._conversations(rows, tokenizer):
+            with _located(where):
+                if not conversation.hides_a_call():
+                    first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
+                    lengths.append(len(encode_start(conversation, first + 1)[0]))
+        if not lengths:
+            return (
+                f"the model's chat template does not show the tool calls of {len(rows)} conversations: give rows without tool calls, or a"
+                " model whose template shows them"
+            )
+        return (
+            f"none of {len(rows)} conversations fits into task.max_length={self.settings.max_length}; the shortest needs {min(lengths)}"
+            " tokens: raise task.max_length"
+        )
+
+    def _conversations(self, rows: "datasets.Dataset", tokenizer: Any) -> "Iterator[tuple[Conversation, str]]":
+        """Each row as a conversation, and the row's name in the source."""
+        from fedtune.models.chat_template import Conversation
+
+        names = rows["row"][:] if "row" in rows.column_names else [f"row {i + 1}" for i in range(len(rows))]
+        for text, name in zip(rows["messages"][:], names, strict=True):
+            yield Conversation(tokenizer, parse_json(text), date=self.settings.date), name
+
+    def check(self, config: "Config") -> None:
+        super().check(config)
+        try:
+            datetime.date.fromisoformat(self.settings.date)
+        except ValueError:
+            raise ConfigError(f"task.date={self.settings.date} is not a date: write YYYY-MM-DD, such as 2026-01-01") from None
 
     def answer_length(self, example: Example) -> int:
         return len(example.labels) - example.prompt_length
