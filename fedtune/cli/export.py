@@ -1,4 +1,4 @@
-"""`fedtune export`: write a run's merged model as a Hugging Face folder, an edge package or a GGUF file."""
+"""`fedtune export`: write a run's merged model for other programs or for fedtune's engine."""
 
 import argparse
 import sys
@@ -8,10 +8,20 @@ from typing import Any
 from fedtune.cli._shared import TRUST
 from fedtune.errors import ConfigError
 
+FOR = {  # flag → the formats that have it
+    "requantize": ("hf",),
+    "trust_remote_code": ("hf",),
+    "quantize": ("edge",),
+    "method": ("edge",),
+    "calibrate": ("edge",),
+    "separate": ("edge",),
+    "gguf_type": ("gguf", "ollama"),
+}
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
-    about = "Merge a run's adapter into its backbone and write the model for other programs, for fedtune's engine, or for llama.cpp."
+    about = "Merge a run's adapter into its backbone and write the model for other programs or for fedtune's engine."
     export = commands.add_parser("export", help="write a run's merged model, or a model for a device", description=about)
     export.add_argument(
         "source",
@@ -21,9 +31,10 @@ def add(commands: Any) -> None:
     )
     export.add_argument(
         "--to",
-        choices=["hf", "edge", "gguf"],
+        choices=["hf", "edge", "gguf", "ollama"],
         default="hf",
-        help="format: hf, a Hugging Face folder; edge, a package for fedtune's engine; gguf, a file for llama.cpp (default: %(default)s)",
+        help="format: hf, a Hugging Face folder; edge, a package for fedtune's engine; gguf, a file for llama.cpp; ollama, such a file with"
+        " a Modelfile (default: %(default)s)",
     )
     export.add_argument(
         "--out", type=Path, metavar="PATH", help="folder or file to write (default: in the source folder, named after the format)"
@@ -38,15 +49,13 @@ def add(commands: Any) -> None:
         "--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and perplexity: a RUN, .txt or .jsonl"
     )
     export.add_argument("--separate", action="store_true", help="edge: keep the LoRA adapter unmerged, selectable per request")
-    export.add_argument("--gguf-type", choices=["f16", "q8_0", "q4_0"], help="gguf: weight format (default: f16)")
+    export.add_argument("--gguf-type", metavar="TYPE", help="gguf, ollama: weight format f16, q8_0 or q4_0 (default: f16)")
     export.set_defaults(command=_run)
 
 
 def _run(args: argparse.Namespace) -> str:
-    flags = {"hf": ["requantize", "trust_remote_code"], "edge": ["quantize", "method", "calibrate", "separate"], "gguf": ["gguf_type"]}
-    of = {name: to for to, names in flags.items() for name in names}
-    if odd := [name for name, to in of.items() if getattr(args, name) and to != args.to]:
-        raise ConfigError(f"--{odd[0].replace('_', '-')} is for --to {of[odd[0]]}, not for --to {args.to}: leave it out")
+    if odd := [name for name, to in FOR.items() if getattr(args, name) and args.to not in to]:
+        raise ConfigError(f"--{odd[0].replace('_', '-')} is for --to {' or '.join(FOR[odd[0]])}, not for --to {args.to}: leave it out")
     if args.method and not args.quantize:
         raise ConfigError(f"--method {args.method} needs --quantize int8 or int4")
     if args.method in ("gptq", "awq", "smoothquant") and not args.calibrate:
@@ -58,6 +67,12 @@ def _run(args: argparse.Namespace) -> str:
         out = args.out or args.source / f"model-{kind}.gguf"
         export_gguf(args.source, out, kind=kind)
         note = describe_gguf(out)
+    elif args.to == "ollama":
+        from fedtune.export.ollama import describe_ollama, export_ollama
+
+        out = args.out or args.source / "ollama"
+        export_ollama(args.source, out, kind=args.gguf_type or "f16")
+        note = describe_ollama(out)
     elif args.to == "edge":
         from fedtune.export.edge import describe_package, export_edge
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import tempfile
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ _ROWS = 1 << 19  # matrix entries that are quantized at once
 _FLAGGING = re.compile("(?i)(?<=phi)-?(?=3)|(?<=modern)-(?=bert)")  # names that make llama.cpp set flags of tokens that may not exist
 
 
-def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = False) -> Path:
+def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = False, begins: bool | None = None) -> Path:
     """Merge an adapter into its decoder tensor by tensor, and write one GGUF file.
 
     Norms and biases are float32. With q4_0 the output matrix (the embedding table if tied) is q8_0. A matrix whose number of columns is not
@@ -48,6 +49,7 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
         out: The file to write; it appears complete or not at all.
         kind: One of `TYPES`.
         replace: Overwrite `out`.
+        begins: Whether llama.cpp puts the BOS token before a text; None: as in training on plain text.
 
     Returns:
         `out`.
@@ -61,7 +63,9 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
     if out.exists() and not (replace and out.is_file()):
         raise ModelError(f"{out} already exists: give another file with --out, or remove it")
     if kind not in TYPES:
-        raise ModelError(f"GGUF type {kind}: wanted one of {', '.join(TYPES)}")
+        raise ModelError(
+            f"the gguf library does not write {kind}: choose {', '.join(TYPES)}, or choose f16 and quantize it with llama.cpp"
+        )
     merged = read_merged(source)
     _check(merged)
     tokenizer = load_tokenizer(merged.folder, merged.origin.model, merged.origin.task)
@@ -77,7 +81,7 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
             writer = library.GGUFWriter(beside, _ARCH[merged.shape.family])
             _describe(writer, card, kind)
             _sizes(writer, merged.shape)
-            _vocabulary(writer, vocabulary)
+            _vocabulary(writer, vocabulary if begins is None else replaced(vocabulary, begins=begins))
             _tensors(writer, merged, kind)
             writer.close()
     except OSError as bad:

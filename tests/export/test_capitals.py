@@ -7,20 +7,23 @@ from pathlib import Path
 import openai
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedtune.config import Config, ModelConfig
 from fedtune.config.compose import compose
 from fedtune.experiment import simulate
 from fedtune.export.edge import export_edge
 from fedtune.export.gguf import export_gguf
+from fedtune.export.go_template import evaluate
 from fedtune.export.huggingface import export_hf
+from fedtune.export.ollama import export_ollama
 from fedtune.inference.chat import chat
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.generate import generate_text
 from fedtune.models.backbone import quiet
 from fedtune.storage.parsing import parse_json
 from tests.export.test_gguf import llama_python
+from tests.export.test_ollama import read_modelfile
 from tests.inference.serve.served import serve_model
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
@@ -143,3 +146,32 @@ def test_llama_cpp(which: str, tmp_path: Path, request: pytest.FixtureRequest) -
     done = subprocess.run([python, "-c", ASK, file, json.dumps([*QUESTIONS])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [json.loads(line) for line in done.stdout.splitlines()] == list(QUESTIONS.values())
+
+
+COMPLETE = """
+import json, sys, llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=1, verbose=False)
+for prompt in json.loads(sys.argv[2]):
+    ids = model.tokenize(prompt.encode(), add_bos=model.metadata["tokenizer.ggml.add_bos_token"] == "true", special=True)
+    made = model.create_completion(ids, temperature=0, max_tokens=12, stop=json.loads(sys.argv[3]))
+    print(json.dumps([ids, made["choices"][0]["text"].strip()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["small", "nano"])
+def test_ollamas_folder_in_llama_cpp(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """As Ollama does: the Modelfile's template gives the prompt, llama.cpp its tokens and the answer, and a stop ends it."""
+    python, run = llama_python(), request.getfixturevalue(which)
+    out = export_ollama(run, tmp_path / "ollama")
+    commands = read_modelfile((out / "Modelfile").read_text())
+    template, stops = dict(commands)["TEMPLATE"], [value for name, value in commands if name == "PARAMETER stop"]
+    prompts = [evaluate(template, Messages=[{"Role": "user", "Content": question}]) for question in QUESTIONS]
+    file = str(out / dict(commands)["FROM"])
+    done = subprocess.run([python, "-c", COMPLETE, file, json.dumps(prompts), json.dumps(stops)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(export_hf(run, tmp_path / "hf"))
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    assert [ids for ids, _ in found] == [tokenizer.apply_chat_template(a, add_generation_prompt=True)["input_ids"] for a in asked]
+    assert [answer for _, answer in found] == list(QUESTIONS.values())
