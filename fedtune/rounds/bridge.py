@@ -88,7 +88,7 @@ class Bridge:
                 f"a client has at most {float(share):.3g} of the weight of a round of {self.config.clients_per_round} clients"
                 f" (weights.max_share) and may report at most {weights.max_examples} examples (weights.max_examples)"
             )
-        clients = membership.gather(done + 1)
+        clients = membership.gather(done + 1, required=found is None or done < self.config.rounds)  # a finished run only delivers
         if found is None:
             started = dataclasses.replace(self.strategy.start(self.initial), exchange=self.exchange.start())
             found = Checkpoint(round=0, state=started, clients={})

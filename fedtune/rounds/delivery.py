@@ -23,6 +23,7 @@ from fedtune.storage.parsing import read_text
 
 _TRIES = 5  # failed messages to a client before it is given up
 _PAUSE_S = 1.0  # after a failed message: the client may be starting again
+_HELLO_S = 10.0  # to wait for the hello of nodes that have just connected
 _END_S = 10.0  # to wait for clients to confirm the end of the run
 
 
@@ -166,7 +167,9 @@ class Delivery:
                     if why := self._read(client, download, reply, connected[client]):
                         done[client] = why
             waiting = [c for c in active if c not in done and not connected[c].missed]
-            if not waiting and not membership.waits_for_hello or time.monotonic() - began > self.config.timeout_s:
+            took = time.monotonic() - began
+            joining = membership.waits_for_hello and took < _HELLO_S
+            if not waiting and not joining or took > self.config.timeout_s:
                 break
             time.sleep(POLL_S)
         self._report(round, done, membership, sent, time.monotonic() - began)

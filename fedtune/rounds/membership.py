@@ -109,13 +109,17 @@ class Membership:
         self._rejected: dict[int, tuple[float, str]] = {}  # node → time and reason
         self._told: dict[int, str] = {}  # node → the last reason that was reported
 
-    def gather(self, round: int) -> dict[str, Client]:
+    def gather(self, round: int, *, required: bool = True) -> dict[str, Client]:
         """Wait until nodes are connected and all have answered the hello; report those that do not.
 
         On a network, keep waiting while too few clients can participate: an early rejected node must not end the run.
 
+        Args:
+            round: The next round.
+            required: Whether too few clients are an error.
+
         Raises:
-            RunError: Too few clients can participate.
+            RunError: Too few clients can participate, and they are required.
         """
         began = enough = time.monotonic()
         expected, reported = max(self._min_clients, self._policy.expected_clients or 0), -1
@@ -137,7 +141,7 @@ class Membership:
             time.sleep(POLL_S)
         for node in sorted(self._pending):
             self._reject(node, f"{self._label(node)}: no reply")
-        if len(self.clients) < self._min_clients:
+        if required and len(self.clients) < self._min_clients:
             raise RunError(self._too_few(len(self.clients), "can take part"))
         return self.clients
 

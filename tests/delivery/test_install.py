@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from transformers import AutoModelForSequenceClassification
 
 from fedtune.clients.host import ClientHost
 from fedtune.clients.loaded_model import LoadedModel
 from fedtune.clients.workspace import Workspace
-from fedtune.config import PrivacyConfig, to_dict
+from fedtune.config import PeftConfig, PrivacyConfig, TaskConfig, to_dict
 from fedtune.contracts import flower
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.delivery import DeliveryState, Manifest
@@ -24,13 +26,15 @@ from fedtune.rounds.delivery import Offer
 from tests.delivery.offers import delivery, prepare, write_keys
 from tests.tiny import tiny_config
 
+LABELS = ["0", "1", "2"]
+
 
 class Device:
     """A device of a tiny experiment, whose worker can be killed and started again."""
 
-    def __init__(self, folder: Path, privacy: str = "none", **settings: Any) -> None:
+    def __init__(self, folder: Path, experiment: dict[str, Any] | None = None, **settings: Any) -> None:
         self.folder, self.state = folder, folder / "state"
-        self.config = tiny_config(folder, privacy=PrivacyConfig(kind=privacy, where="client" if privacy == "user" else "server"))
+        self.config = tiny_config(folder, **(experiment or {}))
         self.private, public = write_keys(folder)
         self.server = delivery(folder, self.private)
         self.settings = {
@@ -44,7 +48,7 @@ class Device:
         self.state.mkdir()
         self.initial = Workspace(self.config).initial
         self.app = self.start()
-        self.ask("query", {"hello": ConfigRecord({"json": json.dumps({"config": to_dict(self.config), "run": "r", "labels": []})})})
+        self.ask("query", {"hello": ConfigRecord({"json": json.dumps({"config": to_dict(self.config), "run": "r", "labels": LABELS})})})
 
     def start(self) -> ClientApp:
         self.app = make_app(self.settings)
@@ -209,7 +213,8 @@ def test_only_a_few_versions_are_kept(tmp_path: Path) -> None:
     ("privacy", "settings"), [("record", {}), ("record", {"min_privacy": "record"}), ("user", {"min_privacy": "user"})]
 )
 def test_private_rows_tell_nothing_of_the_choice(tmp_path: Path, privacy: str, settings: dict[str, Any]) -> None:
-    device = Device(tmp_path, privacy=privacy, **settings)
+    experiment = {"privacy": PrivacyConfig(kind=privacy, where="client" if privacy == "user" else "server")}
+    device = Device(tmp_path, experiment, **settings)
     assert device.deliver(offer_of(device, 1, 0.0)) == DeliveryState(state="done")
     assert device.record()["chosen"] == "global"
 
@@ -229,6 +234,41 @@ def test_auto_takes_int4_where_int8_is_large_for_the_memory(tmp_path: Path, monk
     monkeypatch.setattr(install, "free_bytes", lambda: 1000)
     device.deliver(offer_of(device, 1, 0.0))
     assert (device.state / "models/current/weights-int4.safetensors").is_file()
+
+
+def disturbed(state: AdapterState, version: int) -> AdapterState:
+    """The state with noise on every tensor."""
+    generator = torch.Generator().manual_seed(version)
+    return state.replace({n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in state.tensors.items()}, version=version)
+
+
+def live_answer(device: Device, adapter: AdapterState, shifts: list[AdapterState], prompt: str) -> str:
+    """What the training side's model says greedily."""
+    space = Workspace(device.config)
+    space.rebase(tuple(s.spec.version for s in shifts), shifts)
+    space.slot(adapter).load(adapter)
+    ids = space.backbone.tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        made = space.live.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+    return space.backbone.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full", "adapter", "prompt", "prefix", "ptuning_v2"])
+def test_each_method_s_model_answers_as_the_training_side_does(tmp_path: Path, method: str) -> None:
+    device = Device(tmp_path, {"peft": PeftConfig(method=method, rank=2, tokens=3, bottleneck=3)}, package="stored")
+    adapter = disturbed(device.initial, 1)
+    shifts = [disturbed(device.initial, v) for v in (1, 2)] if method == "lora" else []
+    assert device.deliver(prepare(device.server, 2, adapter.replace(version=2), shifts)).state == "installed"
+    answer = generate_text(device.state / "models/current", "lamp door", max_new_tokens=8)
+    assert answer.split() == live_answer(device, adapter, shifts, "lamp door").split() and answer
+
+
+def test_a_classifier_is_installed_as_a_folder_of_transformers(tmp_path: Path) -> None:
+    device = Device(tmp_path, {"task": TaskConfig(kind="classification", max_length=16)})
+    assert device.deliver(prepare(device.server, 1, disturbed(device.initial, 1))).state == "installed"
+    model = AutoModelForSequenceClassification.from_pretrained(device.state / "models/current")
+    assert list(model.config.label2id) == LABELS
 
 
 def test_another_method_s_adapter_is_refused(tmp_path: Path) -> None:

@@ -196,3 +196,11 @@ def test_the_delivery_knows_what_the_clients_hold(tmp_path: Path) -> None:
     state = bridge.loop()
     assert devices.manifests["anna"].base == tuple(s.spec.version for s in state.shifts)
     assert len(devices.bodies["anna"]) == devices.manifests["anna"].bytes
+
+
+def test_a_finished_run_ends_without_clients_too(tmp_path: Path) -> None:
+    run(tmp_path, Devices())
+    config = Config(rounds=2, clients_per_round=3, min_clients=2)
+    bridge, observer = fake_bridge(tmp_path, fake_client_app(CLIENTS), 0, config, patience_s=0.2, expected_clients=3)
+    assert bridge.loop().adapter.spec.version == 2
+    assert observer.notes[-1] == "0 of 3 clients are connected"
