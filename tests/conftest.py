@@ -1,17 +1,28 @@
 """One torch thread in every test: two are slower where anything else runs, and results must not depend on it."""
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from fedtune.rounds import membership
 
 gc.disable()  # imported modules and collected tests stay to the end: scanning them again and again is a tenth of the suite's time
+_public = functools.cache(httpx.create_ssl_context)
 
 
+def _context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> Any:
+    """The context with the public certificates is made once: most requests of a test ask a server without TLS, and each would read them."""
+    own = verify is not True or cert is not None or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys()
+    return httpx.create_ssl_context(verify, cert, trust_env) if own else _public(True, None, trust_env)
+
+
+httpx._transports.default.create_ssl_context = _context
 os.fsync = lambda _: None  # no test cuts the power, and thousands of flushes would wait for the disk; processes that tests start do flush
 membership.POLL_S = 0.005  # simulated nodes answer at once; each run would wait ten times as long for its clients
 

@@ -254,6 +254,7 @@ def test_a_reply_over_the_requested_size_is_refused_before_it_is_fetched(
         while len(got) < 2 and time.monotonic() < until:
             had = {reply.metadata.reply_to_message_id for reply in got}
             got += [reply for i in ids if i not in had for reply in grid.pull_messages([i])]
+            time.sleep(0.05)
     refused, good = sorted(got, key=lambda reply: ids.index(reply.metadata.reply_to_message_id))
     assert f"MB exceeds the limit of {most / 1e6:.3g} MB" in str(refused.content.config_records["declined"]["why"])
     assert good.content.config_records["c"]["value"] == 1
