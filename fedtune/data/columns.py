@@ -27,7 +27,7 @@ class Table:
 
     Args:
         columns: Column → one value a row. `label` is a class id; the task defines the types of its own columns; the others are strings.
-            `row` is the name of a conversation's row in errors.
+            `row` is the name of a conversation's row in errors, `tools` the JSON text of its tools or "".
         labels: Name of each class id; () if the source has no labels.
     """
 
@@ -61,6 +61,8 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
     for ours, kind in task.columns.items():
         if kind == "messages":
             out[ours] = _conversations(source, maps, templates, what)
+            if messages.TOOLS in source.column_names and messages.form(source.column_names, maps, templates) not in ("pair", "alpaca"):
+                out["tools"] = messages.read_tools(source.with_format(None)[messages.TOOLS][:], what)
             out["row"] = [f"{what} row {number}" for number in range(1, len(source) + 1)]
         else:
             out[ours] = _values(source, ours, maps, templates, what)
@@ -200,6 +202,7 @@ def read_columns(config: Config) -> Columns:
     own = {ours for ours, kind in task.columns.items() if kind != "messages"}
     if task.conversational:
         conversations = {maps["messages"]} if "messages" in maps else {*messages.COLUMNS}
+        conversations.add(messages.TOOLS)
     required = {*own, *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
     required |= set(maps.values())
     for ours, template in templates.items():

@@ -12,6 +12,7 @@ from fedtune.errors import DataError
 from fedtune.storage.parsing import parse_json
 
 COLUMNS = ("messages", "conversations")  # of a source, in this order
+TOOLS = "tools"  # of a source: the JSON schemas of the functions that the assistant may call
 PAIR = ("prompt", "answer")
 ALPACA = ("instruction", "output")
 ALPACA_OPTIONAL = ("input", "system")
@@ -60,6 +61,37 @@ def read_messages(values: Sequence[Any], what: str) -> list[str]:
         except ValueError as bad:
             raise DataError(f"{what} row {number} is not a conversation: {bad}") from None
     return out
+
+
+def read_tools(values: Sequence[Any], what: str) -> list[str]:
+    """The tools of conversations as JSON text of a list of schemas; "" for a row without tools.
+
+    Args:
+        values: Lists of schemas, their JSON text, or None.
+        what: "training" or "test", for errors.
+
+    Raises:
+        DataError: A row has other values; names the row.
+    """
+    out = []
+    for number, value in enumerate(values, 1):
+        try:
+            found = _without_nulls(parse_json(value) if isinstance(value, str) and value.strip() else value) or []
+        except ValueError:
+            found = value
+        if not isinstance(found, list) or not all(isinstance(each, Mapping) for each in found):
+            raise DataError(
+                f"{what} row {number} has tools that are no list of JSON schemas ({str(value)[:40]!r}): correct them, or rename the column"
+            )
+        out.append(json.dumps(found, ensure_ascii=False) if found else "")
+    return out
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys that Parquet and the hub add to make all rows alike."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def paired(requests: Sequence[str], answers: Sequence[str], systems: Sequence[str | None] | None = None) -> list[str]:

@@ -15,7 +15,7 @@ from fedtune.config.stored import read_config
 from fedtune.contracts.seeds import derive_seed
 from fedtune.data.decoding import decode
 from fedtune.data.local import find_files, has_files, read_bytes, read_file, suffix
-from fedtune.data.messages import COLUMNS, read_messages
+from fedtune.data.messages import COLUMNS, TOOLS, read_messages, read_tools
 from fedtune.errors import CheckpointError, DataError
 from fedtune.storage.parsing import parse_json
 
@@ -126,17 +126,17 @@ def _strings(row: Mapping[str, Any], file: Path, tokenizer: Any) -> list[str]:
     if isinstance(row.get("text"), str):
         return [row["text"]]
     for chat in (row[name] for name in COLUMNS if isinstance(row.get(name), list)):
-        return [_rendered(read_messages([chat], str(file))[0], tokenizer)]
+        return [_rendered(read_messages([chat], str(file))[0], read_tools([row.get(TOOLS)], str(file))[0], tokenizer)]
     return [value for value in row.values() if isinstance(value, str)]
 
 
-def _rendered(chat: str, tokenizer: Any) -> str:
+def _rendered(chat: str, tools: str, tokenizer: Any) -> str:
     from fedtune.models.chat_template import Conversation  # late: it loads transformers
 
     messages = parse_json(chat)
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(m["content"] for m in messages)
-    return Conversation(tokenizer, messages).text()
+    return Conversation(tokenizer, messages, tools=parse_json(tools) if tools else None).text()
 
 
 def _of_run(config: Config, tokenizer: Any) -> list[str]:
@@ -149,5 +149,6 @@ def _of_run(config: Config, tokenizer: Any) -> list[str]:
     if "prompt" in rows.column_names:
         return [prompt + answer for prompt, answer in zip(rows["prompt"][:], rows["answer"][:], strict=True)]
     if "messages" in rows.column_names:
-        return [_rendered(chat, tokenizer) for chat in rows["messages"][:]]
+        schemas = rows["tools"][:] if "tools" in rows.column_names else [""] * len(rows)
+        return [_rendered(chat, tools, tokenizer) for chat, tools in zip(rows["messages"][:], schemas, strict=True)]
     return list(rows["text"][:])

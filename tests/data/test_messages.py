@@ -79,6 +79,34 @@ def test_alpaca_columns_are_text_and_the_advice_for_a_list_works(column: str, sa
     assert [message["content"] for message in read(*advice)] == said and len(advice) == 2
 
 
+SCHEMA = {"type": "function", "function": {"name": "capital", "parameters": {"type": "object", "properties": {"of": {"type": "string"}}}}}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "text"])
+def test_tools_reach_the_rows_in_every_form(tmp_path: Path, suffix: str) -> None:
+    other = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+    rows: list[dict[str, Any]] = [{"messages": WANTED, "tools": tools} for tools in ([SCHEMA, other], [], None)]
+    if suffix == "text":
+        rows = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
+    path = tmp_path / f"a.{suffix.replace('text', 'jsonl')}"
+    Dataset.from_list(rows).to_parquet(path) if suffix == "parquet" else write(path, rows)
+    settings = config(path=str(path), test_fraction=0.0, held_out=0.0)
+    check_data(settings)
+    found = load_federation(settings).rows["tools"][:]
+    assert [json.loads(text) if text else None for text in found] == [[SCHEMA, other], None, None]
+
+
+@pytest.mark.parametrize("value", ["search", ["search"], "{", {"name": "capital"}])
+def test_tools_that_are_no_schemas_are_named(value: Any) -> None:
+    with pytest.raises(DataError, match=r"^training row 1 has tools that are no list of JSON schemas \(.*\): correct them, or rename"):
+        canonical(Dataset.from_list([{"messages": json.dumps(WANTED), "tools": value}]), config(), "training")
+
+
+def test_tools_of_other_forms_are_another_column() -> None:
+    row = {"prompt": "Capital of Peru?", "answer": "Lima.", "tools": "hammer"}
+    assert messages([row]) == [WANTED]
+
+
 def test_half_a_surrogate_pair_is_named() -> None:
     good = json.dumps(WANTED)
     with pytest.raises(DataError, match=r"training row 2 has '\\ud83d', which is not a character: clean the file"):

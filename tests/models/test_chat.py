@@ -100,6 +100,15 @@ def test_conversations_whose_tool_calls_are_not_shown_are_left_out(backbone: Bac
     assert task_of(CHAT).count(silent) == 0 and other.answer == "!"
 
 
+def test_tools_of_a_row_are_in_its_prompt(backbone: Backbone) -> None:
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.chat_template = "{% for tool in tools or [] %}<{{ tool.name }}>{% endfor %}" + tokenizer.chat_template
+    rows = Dataset.from_dict({"messages": [json.dumps(turns("?", "!"))] * 2, "tools": [json.dumps([{"name": "capital"}]), ""]})
+    with_tools, without = task_of(CHAT).encode(rows, tokenizer, encoder_decoder=False, keep_short=False)
+    assert tokenizer.decode(with_tools.input_ids[: with_tools.prompt_length].tolist()).startswith("<capital><|im_start|>")
+    assert tokenizer.decode(without.input_ids.tolist()).startswith("<|im_start|>") and with_tools.answer == without.answer == "!"
+
+
 def test_a_row_that_the_template_refuses_is_named(backbone: Backbone) -> None:
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.chat_template = "{% if messages[0].content == 'b' %}{{ raise_exception('no b here') }}{% endif %}" + tokenizer.chat_template

@@ -96,8 +96,10 @@ class Chat(AnswerTask):
         from fedtune.models.chat_template import Conversation
 
         names = rows["row"][:] if "row" in rows.column_names else [f"row {i + 1}" for i in range(len(rows))]
-        for text, name in zip(rows["messages"][:], names, strict=True):
-            yield Conversation(tokenizer, parse_json(text), date=self.settings.date), name
+        schemas = rows["tools"][:] if "tools" in rows.column_names else [""] * len(rows)
+        for text, tools, name in zip(rows["messages"][:], schemas, names, strict=True):
+            found = parse_json(tools) if tools else None
+            yield Conversation(tokenizer, parse_json(text), tools=found, date=self.settings.date), name
 
     def check(self, config: "Config") -> None:
         super().check(config)
