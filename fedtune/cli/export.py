@@ -10,11 +10,11 @@ from fedtune.errors import ConfigError
 
 FOR = {  # flag → the formats that have it
     "requantize": ("hf",),
-    "trust_remote_code": ("hf",),
+    "trust_remote_code": ("hf", "vllm"),
     "quantize": ("edge",),
     "method": ("edge",),
     "calibrate": ("edge",),
-    "separate": ("edge",),
+    "separate": ("edge", "vllm"),
     "gguf_type": ("gguf", "ollama"),
 }
 
@@ -31,10 +31,10 @@ def add(commands: Any) -> None:
     )
     export.add_argument(
         "--to",
-        choices=["hf", "edge", "gguf", "ollama"],
+        choices=["hf", "edge", "gguf", "ollama", "vllm"],
         default="hf",
         help="format: hf, a Hugging Face folder; edge, a package for fedtune's engine; gguf, a file for llama.cpp; ollama, such a file with"
-        " a Modelfile (default: %(default)s)",
+        " a Modelfile; vllm, a Hugging Face folder for vLLM (default: %(default)s)",
     )
     export.add_argument(
         "--out", type=Path, metavar="PATH", help="folder or file to write (default: in the source folder, named after the format)"
@@ -42,13 +42,13 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--requantize", action="store_true", help="hf: quantize the merged model like the run's backbone, and report the error"
     )
-    export.add_argument("--trust-remote-code", action="store_true", help=f"hf: {TRUST}")
+    export.add_argument("--trust-remote-code", action="store_true", help=f"hf, vllm: {TRUST}")
     export.add_argument("--quantize", choices=["int8", "int4"], help="edge: weight format (default: as in the checkpoint)")
     export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: quantization method (default: rtn)")
     export.add_argument(
         "--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and perplexity: a RUN, .txt or .jsonl"
     )
-    export.add_argument("--separate", action="store_true", help="edge: keep the LoRA adapter unmerged, selectable per request")
+    export.add_argument("--separate", action="store_true", help="edge, vllm: keep the LoRA adapter unmerged, selectable per request")
     export.add_argument("--gguf-type", metavar="TYPE", help="gguf, ollama: weight format f16, q8_0 or q4_0 (default: f16)")
     export.set_defaults(command=_run)
 
@@ -79,6 +79,12 @@ def _run(args: argparse.Namespace) -> str:
         out = args.out or args.source / (f"edge-{args.quantize}" if args.quantize else "edge")
         export_edge(args.source, out, quantize=args.quantize, method=args.method, calibrate=args.calibrate, separate=args.separate)
         note = describe_package(out)
+    elif args.to == "vllm":
+        from fedtune.export.vllm import describe_vllm, export_vllm
+
+        out = args.out or args.source / ("vllm-lora" if args.separate else "vllm")
+        export_vllm(args.source, out, separate=args.separate, trust_remote_code=args.trust_remote_code)
+        note = describe_vllm(out)
     else:
         from fedtune.export.huggingface import describe_folder, export_hf
 

@@ -177,7 +177,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path, task: TaskConfig) -
     if own.is_file():
         shutil.copyfile(own, out / own.name)
     if task_of(task).conversational:
-        _add_ends(out, sorted(end_tokens(tokenizer, task)))
+        add_ends(out, sorted(end_tokens(tokenizer, task)))
     if not (out / "config.json").is_file() or not (out / "tokenizer.json").is_file() or _reads_back(tokenizer, out):
         return
     path = out / "tokenizer_config.json"
@@ -189,7 +189,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path, task: TaskConfig) -
         raise ModelError(f"transformers saves the tokenizer of {folder} so that it loads with other token ids: export it with --to edge")
 
 
-def _add_ends(out: Path, ends: list[int]) -> None:
+def add_ends(out: Path, ends: list[int]) -> None:
     """Add end tokens to the folder's generation_config.json."""
     path = out / "generation_config.json"
     config = parse_json(read_text(path)) if path.is_file() else {}

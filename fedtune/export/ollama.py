@@ -4,7 +4,6 @@ Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md
 """
 
 import json
-import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ ollama run {name}
 
 Ollama samples at temperature 0.8. `PARAMETER temperature 0` in the Modelfile gives greedy answers, the default in fedtune.
 """
-_NAME = re.compile(r"[^a-z0-9_-]+")
 
 
 def export_ollama(source: Path, out: Path, *, kind: str = "f16", replace: bool = False) -> Path:
@@ -63,7 +61,7 @@ def export_ollama(source: Path, out: Path, *, kind: str = "f16", replace: bool =
     tokenizer = load_tokenizer(find_folder(origin.model), origin.model, origin.task)
     chat = _is_chat(origin, tokenizer)
     template, differs = go_template(tokenizer) if chat else (_prompt(origin.card["prompt"]), "")
-    name, file = _name(origin), f"model-{kind}.gguf"
+    name, file = origin.name, f"model-{kind}.gguf"
     with export_folder(out) as folder:
         # a chat template writes the BOS token itself
         export_gguf(source, folder / file, kind=kind, begins=False if chat else None)
@@ -110,9 +108,3 @@ def _stops(tokenizer: Any, folder: Path, chat: bool) -> list[str]:
     ids = {tokenizer.eos_token_id, answer_end(tokenizer) if chat else None, *(value if isinstance(value, list) else [value])}
     added = tokenizer.added_tokens_decoder
     return [added[i].content for i in sorted(ids - {None}) if i in added]
-
-
-def _name(origin: Origin) -> str:
-    """A model name that Ollama accepts."""
-    own = origin.config.name if origin.config else origin.source.resolve().name
-    return _NAME.sub("-", own.lower()).strip("-_") or "model"

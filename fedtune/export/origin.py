@@ -1,6 +1,7 @@
 """Reads the source of an export: a run, a client's folder in a run, an adapter folder, or a complete model."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ class Origin:
     run: Path | None = None
     client: str | None = None
     note: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name for programs that serve several models: lower-case letters, digits, - and _."""
+        own = self.config.name if self.config else self.source.resolve().name
+        return re.sub(r"[^a-z0-9_-]+", "-", own.lower()).strip("-_") or "model"
 
     @property
     def card(self) -> dict[str, Any]:

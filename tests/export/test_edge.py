@@ -136,9 +136,9 @@ def test_the_command_writes_every_format_and_prints_its_notes(tmp_path: Path, ca
     ("arguments", "message"),
     [
         (["--quantize", "int8"], "--quantize is for --to edge, not for --to hf"),
-        (["--to", "gguf", "--separate"], "--separate is for --to edge, not for --to gguf"),
+        (["--to", "gguf", "--separate"], "--separate is for --to edge or vllm, not for --to gguf"),
         (["--to", "edge", "--gguf-type", "q8_0"], "--gguf-type is for --to gguf or ollama, not for --to edge"),
-        (["--to", "edge", "--requantize"], "--requantize is for --to hf"),
+        (["--to", "edge", "--requantize"], "--requantize is for --to hf, not"),
         (["--to", "edge", "--quantize", "int4", "--method", "smoothquant", "--calibrate", "x"], "smoothquant is for int8 activations"),
         (["--to", "edge", "--method", "rtn"], "--method rtn needs --quantize"),
         (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),
