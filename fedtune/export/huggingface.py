@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from fedtune.storage.parsing import parse_json, read_text
 CARD = "fedtune.json"  # the model's card (task, prompt template, …); also marks the folder as an export of fedtune
 
 
-def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: bool = False, trust_remote_code: bool = False) -> Path:
+def export_hf(
+    source: Path,
+    out: Path,
+    *,
+    replace: bool = False,
+    requantize: bool = False,
+    trust_remote_code: bool = False,
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
     """Merge an adapter into its backbone tensor by tensor, and write config, safetensors and tokenizer, in the dtype of the checkpoint.
 
     Sums are computed in float64 and rounded once. The few models that cannot be merged tensor by tensor are merged in memory, in float32.
@@ -46,6 +54,7 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
         replace: Overwrite `out` if it is an export of fedtune.
         requantize: Quantize the merged model again, to the run's precision; the card has the error (see `quantize_again`).
         trust_remote_code: As in `read_origin`.
+        finish: Called with the complete folder before it gets its name, to change files or add some.
 
     Returns:
         `out`.
@@ -104,6 +113,8 @@ def export_hf(source: Path, out: Path, *, replace: bool = False, requantize: boo
                 save(backbone.model, dtype, temporary)
         write_tokenizer(backbone.tokenizer, backbone.folder, temporary, task)
         (temporary / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        if finish:
+            finish(temporary)
     return out
 
 

@@ -65,14 +65,16 @@ def export_vllm(source: Path, out: Path, *, separate: bool = False, replace: boo
         raise ModelError(f"{source}: vLLM cannot run peft.method={kind}, which cannot be merged into weights: use --to hf")
     if read_config(find_folder(origin.model)).get("is_encoder_decoder"):
         raise ModelError(f"{source}: vLLM does not run this encoder-decoder: use --to hf")
-    with export_folder(out) as folder:
-        flags = _write_adapter(origin, folder) if separate else _write_model(origin, folder)
-        flags["serve"] |= {"--trust-remote-code": []} if trust_remote_code else {}
-        card = parse_json(read_text(folder / CARD)) if (folder / CARD).is_file() else dict(origin.card)
-        (folder / CARD).write_text(json.dumps({**card, "vllm": flags}, indent=1) + "\n", encoding="utf-8")
-        text = _README.format(name=origin.name, command=_command(flags, "."))
-        (folder / "README.md").write_text(text, encoding="utf-8")
-    return out
+    more = {"--trust-remote-code": list[str]()} if trust_remote_code else {}
+    if separate:
+        with export_folder(out) as folder:
+            flags = _write_adapter(origin, folder)
+            _describe(folder, origin, {**flags, "serve": flags["serve"] | more})
+        return out
+    flags = {"model": "{here}", "serve": {"--served-model-name": [origin.name], **more}}
+    return export_hf(
+        source, out, replace=replace, trust_remote_code=trust_remote_code, finish=lambda folder: _finish_model(folder, origin, flags)
+    )
 
 
 def describe_vllm(out: Path) -> str:
@@ -89,17 +91,20 @@ def _command(flags: dict[str, Any], here: str) -> str:
     return shlex.join(word.replace("{here}", here) for word in words)
 
 
-def _write_model(origin: Origin, folder: Path) -> dict[str, Any]:
-    """Write the merged model. Its config names the dtype also under the key of older releases of transformers."""
-    made = export_hf(origin.source, folder / "model", trust_remote_code=origin.model.trust_remote_code)
-    for file in list(made.iterdir()):
-        shutil.move(file, folder / file.name)
-    made.rmdir()
+def _describe(folder: Path, origin: Origin, flags: dict[str, Any]) -> None:
+    """Write the card with the command, and the README."""
+    card = parse_json(read_text(folder / CARD)) if (folder / CARD).is_file() else origin.card
+    (folder / CARD).write_text(json.dumps({**card, "vllm": flags}, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_README.format(name=origin.name, command=_command(flags, ".")), encoding="utf-8")
+
+
+def _finish_model(folder: Path, origin: Origin, flags: dict[str, Any]) -> None:
+    """Name the dtype also under the key of older releases of transformers, and describe the folder."""
     path = folder / "config.json"
     config = parse_json(read_text(path))
     if dtype := config.get("dtype"):
         path.write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    return {"model": "{here}", "serve": {"--served-model-name": [origin.name]}}
+    _describe(folder, origin, flags)
 
 
 def _write_adapter(origin: Origin, folder: Path) -> dict[str, Any]:
