@@ -118,7 +118,7 @@ class Installer:
             return DeliveryState(state="kept")
         path = self._device.state / "models" / "versions" / manifest.name
         with _disk_errors(path), _new_version(path) as folder:
-            self._build(folder, manifest, host, request, best.adapter)
+            note = self._build(folder, host, request, best.adapter)
             record = {
                 "run": manifest.run,
                 "round": manifest.round,
@@ -127,6 +127,7 @@ class Installer:
                 "scores": scores,
                 "installed": time.time(),
                 "bytes": sum(f.stat().st_size for f in (folder / "model").rglob("*") if f.is_file()),
+                "note": note,
             }
             (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self._versions.activate(manifest.name)
@@ -134,8 +135,8 @@ class Installer:
         self._downloads.discard(manifest)
         return DeliveryState(state="installed", chosen=best.kind)  # pyright: ignore[reportArgumentType]
 
-    def _build(self, folder: Path, manifest: Manifest, host: ClientHost, request: ServerMessage, adapter: AdapterState) -> None:
-        """Write the version's source, and the package made from it."""
+    def _build(self, folder: Path, host: ClientHost, request: ServerMessage, adapter: AdapterState) -> str:
+        """Write the version's source, and the package made from it. Returns why it is no edge package; "" if it is one."""
         source, model = folder / "source", host.loaded_model(self._device.client)
         (source / "adapter").mkdir(parents=True)
         text = yaml.safe_dump(to_dict(host.config), sort_keys=False, allow_unicode=True)
@@ -144,12 +145,13 @@ class Installer:
         model.save(source / "adapter", adapter, request.shifts)
         if not task_of(host.config.task).gives_text:
             export_hf(source, folder / "model")
-            return
+            return "the model generates no text"
         try:
             export_edge(source, folder / "model", quantize=self._quantize(host))
         except ModelError as bad:  # the engine does not support this model: transformers runs it
-            print(f"the model of round {manifest.round} is installed as a Hugging Face folder: {bad}", flush=True)
             export_hf(source, folder / "model")
+            return str(bad)
+        return ""
 
     def _quantize(self, host: ClientHost) -> str | None:
         if self._device.package != "auto":
@@ -180,9 +182,11 @@ def _candidates(host: ClientHost, client: str, request: ServerMessage) -> list[_
     model, rows = host.loaded_model(client), host.space.examples(client, "held_out")
     model.rebase(request.base, request.shifts)
     turn, found = make(request.turn, request.params), list[tuple[str, AdapterState]]()
-    if request.keep or type(turn).personal is not Turn.personal:
-        kept = host.storage.store.substore(f"turn-{request.turn}").read(client, request.round + 1)
-        found.append(("personal", turn.personal(host.complete(client, request), kept)))
+    store, before = host.storage.store, request.round + 1
+    own = store.read(client, before) if request.keep else None
+    of_turn = store.substore(f"turn-{request.turn}").read(client, before) if type(turn).personal is not Turn.personal else None
+    if own is not None or of_turn is not None:  # a client that took no turn has no personal model
+        found.append(("personal", turn.personal(host.complete(client, request), of_turn)))
     shared = {n: request.adapter.tensors.get(n, t) for n, t in host.space.initial.tensors.items()}
     found.append(("global", request.adapter.replace(shared)))
     metric = task_of(host.config.task).primary[0]

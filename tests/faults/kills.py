@@ -2,8 +2,8 @@
 
 Each trial starts from nothing: a server and two clients start, and one of the three gets a SIGKILL at a random time within the duration of
 an uninterrupted run. It restarts with the same command, and the run must succeed. With a killed server, the adapter must be that of the
-uninterrupted run. A client killed during its turn may miss that round; the adapter must then be that of a simulation without this turn. The
-exit code is the number of failed trials.
+uninterrupted run. A client killed during its turn may miss that round; the adapter must then be that of a simulation without this turn.
+Both clients must have installed the model of the last round. The exit code is the number of failed trials.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from fedtune.contracts.adapter_state import AdapterState
+from fedtune.delivery.versions import Versions
+from fedtune.inference.generate import generate_text
 from tests.faults.deployment import Deployment, deployed, settings, write_rows
 from tests.faults.forking import FORK, preload
 from tests.faults.replay import BOUND, counted, differences, replay
@@ -25,7 +27,7 @@ CLIENTS = ("anna", "bert")
 
 
 def experiment(folder: Path) -> list[str]:
-    options = [s for s in settings(folder / "rows", CLIENTS) if not s.startswith("min_clients")]
+    options = [s for s in settings(folder / "rows", CLIENTS) if not s.startswith(("min_clients", "deliver"))]
     return [*options, "min_clients=1", "keep_checkpoints=100", "weights.max_share=1", "round_timeout_s=60"]
 
 
@@ -57,16 +59,29 @@ def distance(a: AdapterState, b: AdapterState) -> float:
 
 def run_without_kills(folder: Path) -> tuple[AdapterState, float]:
     """The result and the duration of a run without kills."""
-    with deployed(folder, CLIENTS, fresh(folder)) as deployment:
+    with deployed(folder, CLIENTS, fresh(folder), signs=True) as deployment:
         began = start(deployment, "server")
         assert deployment.finish() == 0, deployment.said("server")[-2000:]
+        assert not (missing := without_model(deployment)), missing
         return deployment.adapter(), time.monotonic() - began
+
+
+def without_model(deployment: Deployment) -> str:
+    """The first client that has not installed the last round's model, and what it has; "" if both have."""
+    rounds = max(record["round"] for record in deployment.rounds())  # type: ignore[type-var]
+    for client in CLIENTS:
+        versions = Versions(deployment.folder / "state" / client)
+        current = versions.current()
+        found = next((v.record for v in versions.names() if v.name == current), None)
+        if found is None or found.round != rounds or not generate_text(versions.model(str(current)), "The", max_new_tokens=4):
+            return f"{client} has {current or 'no model'}: {deployment.said('server')[-300:]!r} {deployment.said(client)[-300:]!r}"
+    return ""
 
 
 def run_with_kill(folder: Path, victim: str, after: float, wanted: AdapterState) -> tuple[bool, str]:
     """Whether a run ends correctly if its victim is killed after these seconds, and its result."""
     given = fresh(folder)
-    with deployed(folder, CLIENTS, given) as deployment:
+    with deployed(folder, CLIENTS, given, signs=True) as deployment:
         began = start(deployment, victim)
         time.sleep(max(0.0, began + after - time.monotonic()))
         process = deployment.server if victim == "server" else deployment.clients[victim]
@@ -78,6 +93,8 @@ def run_with_kill(folder: Path, victim: str, after: float, wanted: AdapterState)
             restart(deployment, victim)
         if (code := deployment.finish()) != 0:
             return False, f"the server ended with {code}: {deployment.said('server')[-300:]!r}"
+        if missing := without_model(deployment):
+            return False, missing
         if "Traceback" in deployment.said("server") + "".join(deployment.said(c) for c in CLIENTS):
             return False, "a traceback was printed"
         far = distance(deployment.adapter(), wanted)
