@@ -1,6 +1,7 @@
 """The advice of `fedtune serve`, to its operator and to its clients."""
 
 import asyncio
+import copy
 import functools
 import http.client
 import json
@@ -23,6 +24,8 @@ from tests.inference.serve.served import serve_model, tiny_model
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 2}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+CALLS = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}
 
 
 @functools.cache
@@ -32,6 +35,14 @@ def _loaded(folder: Path) -> Engine:
 
 def engine_of(place: Place) -> Engine:
     return _loaded(place.keep("served", lambda path: tiny_model(path, context=128)))
+
+
+def shows_tools(place: Place) -> Engine:
+    """The engine with a chat template that shows tools."""
+    engine = copy.copy(engine_of(place))
+    engine.text = copy.copy(engine.text)
+    engine.text.template = "{{ tools }}" + str(engine.text.template)
+    return engine
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -63,7 +74,15 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the
     ),
     "does not support moderation: leave out 'moderation'": (CHAT, {"moderation": {"model": "x"}}),
     "does not support web search: leave out 'web_search_options'": (CHAT, {"web_search_options": {"x": 1}}),
-    "does not support tools: leave out '{}'": (CHAT, {"tools": [{"type": "function"}]}),
+    "the model's chat template shows no tools: leave out 'tools'": (CHAT, {"tools": [TOOL]}),
+    "the model's chat template shows no tool calls: leave out 'tool_calls'": (CHAT, {"messages": [CALLS, *CHAT["messages"]]}),
+    "does not constrain answers to a schema: leave out 'strict'": (CHAT, {"tools": [TOOL | {"function": {"name": "f", "strict": True}}]}),
+    "does not force tool calls: give 'tool_choice' as auto or none, or leave it out": (CHAT, {"tool_choice": "required"}),
+    "does not limit the number of tool calls: leave out 'parallel_tool_calls'": (CHAT, {"tools": [TOOL], "parallel_tool_calls": False}),
+    "only a message of the assistant has tool calls: leave out 'tool_calls'": (
+        CHAT,
+        {"messages": [CHAT["messages"][0] | {"tool_calls": CALLS["tool_calls"]}]},
+    ),
     "does not control reasoning or verbosity: leave out '{}'": (CHAT, {"verbosity": "high"}),
     "answers only in plain text: leave out '{}'": (CHAT, {"response_format": {"type": "json_object"}}),
     "has no field '{}': leave it out": (CHAT, {"color": "red"}),
@@ -73,15 +92,22 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the
 
 def _less(body: dict[str, Any], field: str) -> dict[str, Any]:
     """The body without this field, wherever it is."""
-    return {name: _less(value, field) if isinstance(value, dict) else value for name, value in body.items() if name != field}
+
+    def less(value: Any) -> Any:
+        return [less(each) for each in value] if isinstance(value, list) else _less(value, field) if isinstance(value, dict) else value
+
+    return {name: less(value) for name, value in body.items() if name != field}
 
 
 def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
     def follow(place: Place) -> Iterator[str]:
-        with serve_model(engine_of(place)) as server:
+        shows = wrong.get("parallel_tool_calls") is False or "strict" in str(wrong)
+        with serve_model(shows_tools(place) if shows else engine_of(place)) as server:
             refusal = post(server.url, right | wrong)
             yield refusal
             named = re.findall(r"'(\w+)'", refusal.rpartition(": ")[2].partition(";")[0])
+            for choice in ("auto", "none") if "as auto or none" in refusal else ():
+                yield post(server.url, right | {"tool_choice": choice})
             for field in named or (wrong if "leave it" in refusal else [*wrong, "max_tokens"]):
                 yield post(server.url, _less(right | wrong, field))
             if "give 1" in refusal:
@@ -90,6 +116,23 @@ def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
                 yield post(server.url, right | {"repetition_penalty": 1.1})
 
     return follow
+
+
+@follows("this model has no chat template, so it takes no tools: leave out 'tools'")
+def _(place: Place) -> Iterator[str]:
+    engine = copy.copy(engine_of(place))
+    engine.text = copy.copy(engine.text)
+    engine.text.template = None
+    with serve_model(engine, prompt="Request: {request}") as server:
+        for more in ({"tools": [TOOL]}, {}):
+            yield post(server.url, CHAT | more)
+
+
+@follows("does not support '{}': use 'tools' and 'tool_calls'")
+def _(place: Place) -> Iterator[str]:
+    with serve_model(shows_tools(place)) as server:
+        for more in ({"functions": [TOOL["function"]]}, {"tools": [TOOL]}):
+            yield post(server.url, CHAT | more)
 
 
 ROWS.extend(Row(sentence, _field(right, wrong)) for sentence, (right, wrong) in FIELDS.items())

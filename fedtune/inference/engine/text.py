@@ -85,8 +85,12 @@ class Text:
             return None
         return bytes(_LETTERS[c] for c in name) if all(c in _LETTERS for c in name) else name.encode()
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """Render messages {"role", "content"} with the chat template, up to the start of the answer; encode the result with begin=False.
+
+        Args:
+            messages: The messages.
+            tools: JSON schemas of functions that the answer may call; None if there are none.
 
         Raises:
             ModelError: There is no template, or it fails.
@@ -94,7 +98,7 @@ class Text:
         """
         if self.template is None:
             raise ModelError("the model has no chat template: give it a prompt instead")
-        (found,) = render(self.template, [Chat(messages=messages)], self._names)
+        (found,) = render(self.template, [Chat(messages=messages, tools=tools)], self._names)
         if found.refused:
             raise ConfigError(f"the model's chat template refuses the messages: {found.refused}")
         if found.fault:

@@ -11,9 +11,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.requests import Busy, GenerationRequest, Output, Stopping
+from fedtune.inference.serve.formats import ResponseFormatter, event, usage
 from fedtune.inference.serve.limits import until_disconnect
 from fedtune.inference.serve.logprobs import LogprobFormatter
-from fedtune.inference.serve.protocol import Refused, ResponseFormatter, event, usage
+from fedtune.inference.serve.protocol import Refused
 
 RETRY_S = 1
 PATIENCE_S = 5.0  # beyond the scheduler's own timeout, which has the better error
@@ -142,8 +143,8 @@ class EventStream(StreamingResponse):
         try:
             async for out in under_way.outputs():
                 logprobs = teller.push(out) if teller else None
-                if out.text or logprobs:
-                    yield shape.piece(out.text, logprobs)
+                if piece := shape.piece(out.text, logprobs):
+                    yield piece
                 if out.end is not None:
                     yield b"".join(shape.closing(out.end, under_way.usage()))
         except Refused as why:  # too late for an HTTP status: an error event, which the openai client raises

@@ -15,11 +15,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, check_room, whole
+from fedtune.inference.serve.formats import ResponseFormatter
 from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_json
 from fedtune.inference.serve.logprobs import LogprobFormatter
 from fedtune.inference.serve.offer import ServedModel, make_generation_request
 from fedtune.inference.serve.prompts import Prompts
-from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused, ResponseFormatter, read
+from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused, read
+from fedtune.inference.serve.tools import CallReader
 
 NOT_HERE = {
     404: ("no such path", "not_found"),
@@ -57,6 +59,7 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
             id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             model=parsed.model,
             usage_in_stream=parsed.wants_usage,
+            calls=CallReader() if isinstance(parsed, ChatRequest) and parsed.schemas and offer.writes_calls else None,
         )
         output.begin()
         logprobs = None if parsed.tops is None else LogprobFormatter(offer.text, generation.ids if generation.joins else (), trims=chat)

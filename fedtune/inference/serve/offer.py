@@ -1,8 +1,10 @@
 """The served model, and the conversion of requests to prompts in tokens and to jobs for the scheduler."""
 
+import contextlib
 import logging
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.requests import GenerationRequest, Output
@@ -10,6 +12,7 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Text, wrap
 from fedtune.inference.serve.limits import Limits
 from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused
+from fedtune.inference.serve.tools import MARK
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 TOO_LONG = "context_length_exceeded"
@@ -47,6 +50,11 @@ class ServedModel:
         raise Refused(404, f"there is no model of that name: use {', '.join(self.models)}", code="model_not_found", param="model")
 
     @property
+    def writes_calls(self) -> bool:
+        """Whether the model writes tool calls in the form that `CallReader` reads: its chat template does."""
+        return MARK in (self.text.template or "")
+
+    @property
     def models(self) -> tuple[str, ...]:
         return (self.name, *self.adapters)
 
@@ -60,7 +68,7 @@ class ServedModel:
         try:
             if not isinstance(asked, ChatRequest):
                 return asked.prompt if isinstance(asked.prompt, list) else self.text.encode(asked.prompt)
-            prompt = self._chat([message.plain() for message in asked.messages])
+            prompt = self._chat([message.plain() for message in asked.messages], asked.schemas)
             self.check_length(len(prompt), context)  # a template may add text
             return self.text.encode(prompt, begin=self.text.template is None)
         except ConfigError as bad:
@@ -69,9 +77,20 @@ class ServedModel:
             _log.warning("%s", bad)
             raise Refused(500, str(bad), code="template_failed", param="messages") from None
 
-    def _chat(self, messages: list[dict[str, str]]) -> str:
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         if self.text.template is not None:
-            return self.text.chat(messages)
+            prompt = self.text.chat(messages, tools)
+            if tools and prompt == self.text.chat(messages):
+                raise ConfigError("the model's chat template shows no tools: leave out 'tools'")
+            without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+            if without != messages:
+                with contextlib.suppress(ConfigError, ModelError):  # a template may refuse an answer without text and call
+                    if prompt != self.text.chat(without, tools):
+                        return prompt
+                    raise Refused(400, "the model's chat template shows no tool calls: leave out 'tool_calls'", param="messages")
+            return prompt
+        if tools:
+            raise ConfigError("this model has no chat template, so it takes no tools: leave out 'tools'")
         if self.prompt is None:
             raise ConfigError("this model has no chat template: use /v1/completions")
         if [message["role"] for message in messages] != ["user"]:

@@ -1,4 +1,4 @@
-"""Requests and responses of OpenAI's `/v1/completions` and `/v1/chat/completions`.
+"""Requests of OpenAI's `/v1/completions` and `/v1/chat/completions`.
 
 An unsupported field that would change the answer is refused with an error, never ignored.
 Values without effect are accepted, and so are bookkeeping fields (`user`, `metadata`, `store` …).
@@ -8,17 +8,16 @@ Source: OpenAI API reference, "Completions" and "Chat".
 """
 
 import json
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from fedtune.inference.serve.logprobs import TokenLogprob
+from fedtune.inference.serve.objects import Object
+from fedtune.inference.serve.tools import Tool, ToolCall
 
 INT64 = 2**63 - 1
 STOPS = 16
+TOOLS = 128  # as in OpenAI's API
 MIN_TEMPERATURE = 1e-3  # logits divided by much less overflow
 
 
@@ -47,26 +46,12 @@ class Refused(Exception):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-class _Object(BaseModel):
-    """A JSON object of a request: no unknown fields, no conversions; null in an optional field means that it is absent."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        optional = {name for name, info in cls.model_fields.items() if not info.is_required()}
-        return {name: value for name, value in values.items() if value is not None or name not in optional}
-
-
-class StreamOptions(_Object):
+class StreamOptions(Object):
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class _Request(_Object):
+class _Request(Object):
     """Fields of both routes."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -167,14 +152,14 @@ class CompletionRequest(_Request):
 _Empty = Annotated[list[Any], Field(max_length=0)]
 
 
-class TextPart(_Object):
+class TextPart(Object):
     type: Literal["text"]
     text: str
     prompt_cache_breakpoint: Any = None
 
 
-class ChatMessage(_Object):
-    role: Literal["system", "developer", "user", "assistant"]
+class ChatMessage(Object):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=1024)]
     name: str | None = None
     # fields of answers that clients send back
@@ -183,7 +168,16 @@ class ChatMessage(_Object):
     audio: None = None
     parsed: None = None  # not in the API: the openai client's streaming helper adds it
     function_call: None = None
-    tool_calls: _Empty | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _of_the_role(self) -> "ChatMessage":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message of the assistant has tool calls: leave out 'tool_calls'")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("'tool_call_id' belongs to a message of the role 'tool', which needs one")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -192,13 +186,15 @@ class ChatMessage(_Object):
             return values | {"content": ""}
         return values
 
-    def plain(self) -> dict[str, str]:
-        """The message for chat templates: `developer` is OpenAI's newer name for `system`."""
+    def plain(self) -> dict[str, Any]:
+        """The message for chat templates: `developer` is OpenAI's newer name for `system`, and arguments of calls are objects."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        more: dict[str, Any] = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
+        more |= {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **more}
 
 
-class _ResponseFormat(_Object):
+class _ResponseFormat(Object):
     type: Literal["text"]
 
 
@@ -212,9 +208,9 @@ class ChatRequest(_Request):
     response_format: _ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None
-    tools: _Empty | None = None
+    tools: Annotated[list[Tool], Field(max_length=TOOLS)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None  # without tools it has no effect
+    parallel_tool_calls: bool | None = None
     functions: _Empty | None = None
     function_call: Literal["none", "auto"] | None = None
     reasoning_effort: Literal["none"] | None = None
@@ -226,6 +222,8 @@ class ChatRequest(_Request):
     def _chat_consistent(self) -> "ChatRequest":
         if self.messages[-1].role == "assistant":
             raise ValueError("this server does not continue an assistant's message: end 'messages' with another role")
+        if self.parallel_tool_calls is False and self.schemas:
+            raise ValueError("this server does not limit the number of tool calls: leave out 'parallel_tool_calls'")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -233,9 +231,16 @@ class ChatRequest(_Request):
         return self
 
     @property
+    def schemas(self) -> list[dict[str, Any]] | None:
+        """The tools for the chat template; None if there are none, or if none may be called."""
+        return [tool.plain() for tool in self.tools] if self.tools and self.tool_choice != "none" else None
+
+    @property
     def characters(self) -> int:
-        """Total length of all messages."""
-        return sum(len(message.plain()["content"]) for message in self.messages)
+        """Total length of all messages, tool calls and tools."""
+        calls = sum(len(call.function.arguments) for message in self.messages for call in message.tool_calls or [])
+        tools = len(json.dumps(self.schemas, ensure_ascii=False)) if self.schemas else 0
+        return sum(len(message.plain()["content"]) for message in self.messages) + calls + tools
 
     @property
     def limit(self) -> int | None:
@@ -265,7 +270,7 @@ def read(kind: type[T], payload: object) -> T:
         raise _sentence(first) from None
 
 
-_NO_TOOLS = "this server does not support tools: leave out '{}'"
+_OLD_TOOLS = "this server does not support '{}': use 'tools' and 'tool_calls'"
 _NO_ADVICE = "this server does not control reasoning or verbosity: leave out '{}'"
 _TEXT_ALONE = "this server answers only in plain text: leave out '{}'"
 UNSUPPORTED = {
@@ -281,7 +286,9 @@ UNSUPPORTED = {
     "web_search_options": "this server does not support web search: leave out 'web_search_options'",
     "refusal": "this server does not support 'refusal': put its text into 'content'",
     "annotations": "this server does not support 'annotations': leave them out",
-    **dict.fromkeys(("tools", "tool_choice", "tool_calls", "parallel_tool_calls", "functions", "function_call"), _NO_TOOLS),
+    "strict": "this server does not constrain answers to a schema: leave out 'strict'",
+    "tool_choice": "this server does not force tool calls: give 'tool_choice' as auto or none, or leave it out",
+    **dict.fromkeys(("functions", "function_call"), _OLD_TOOLS),
     **dict.fromkeys(("reasoning_effort", "verbosity"), _NO_ADVICE),
     **dict.fromkeys(("response_format", "modalities", "audio"), _TEXT_ALONE),
 }
@@ -311,82 +318,3 @@ def _short(text: str) -> str:
 
 def _name(value: object) -> str:
     return {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
-
-
-@dataclass(kw_only=True)
-class ResponseFormatter:
-    """Formats the pieces of one answer for its route.
-
-    Other arguments:
-        created: Unix time of the request.
-    """
-
-    chat: bool
-    id: str
-    model: str
-    usage_in_stream: bool = False
-    created: int = field(default_factory=lambda: int(time.time()))
-    _offset: int = 0  # characters sent so far, for `text_offset`
-
-    def opening(self) -> list[bytes]:
-        """The first events of a stream."""
-        return [self._chunk({"role": "assistant", "content": ""}, None, None)] if self.chat else []
-
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
-        return self._chunk({"content": text} if self.chat else text, logprobs, None)
-
-    def closing(self, finish: str, usage: dict[str, Any]) -> list[bytes]:
-        """The last events of a stream."""
-        out = [self._chunk({} if self.chat else "", None, finish)]
-        if self.usage_in_stream:
-            out.append(event(self._envelope(streaming=True) | {"choices": [], "usage": usage}))
-        return [*out, b"data: [DONE]\n\n"]
-
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob] | None, finish: str, usage: dict[str, Any]) -> dict[str, Any]:
-        """The response to a request without streaming."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": self._logprobs(logprobs)}
-        choice |= {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        return self._envelope(streaming=False) | {"choices": [choice], "usage": usage}
-
-    def _chunk(self, what: Any, logprobs: Sequence[TokenLogprob] | None, finish: str | None) -> bytes:
-        choice = {"index": 0, "delta" if self.chat else "text": what, "logprobs": self._logprobs(logprobs), "finish_reason": finish}
-        return event(self._envelope(streaming=True) | {"choices": [choice]} | ({"usage": None} if self.usage_in_stream else {}))
-
-    def _envelope(self, *, streaming: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if streaming else "chat.completion") if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if tokens is None:
-            return None
-        if self.chat:
-            return {"content": [_describe(t) | {"top_logprobs": [_describe(rival) for rival in t.top]} for t in tokens]}
-        offsets = []
-        for t in tokens:
-            offsets.append(self._offset)
-            self._offset += len(t.token)
-        return {
-            "tokens": [t.token for t in tokens],
-            "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{rival.token: rival.logprob for rival in t.top} for t in tokens],
-            "text_offset": offsets,
-        }
-
-
-def _describe(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.token, "logprob": token.logprob, "bytes": None if token.raw is None else list(token.raw)}
-
-
-def event(payload: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(payload, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n\n"
-
-
-def usage(prompt: int, answer: int, *, cached: int = 0) -> dict[str, Any]:
-    """OpenAI's `usage`, in tokens; `cached`: prompt tokens found in the cache."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

@@ -8,8 +8,9 @@ from openai.types import chat as openai_chat
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as CompletionParams
 
+from fedtune.inference.serve.formats import ResponseFormatter, usage
 from fedtune.inference.serve.logprobs import TokenLogprob
-from fedtune.inference.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, ResponseFormatter, TextPart, read, usage
+from fedtune.inference.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, TextPart, read
 
 
 def request_body(**more: Any) -> dict[str, Any]:
@@ -86,13 +87,12 @@ def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, pa
     [
         (chat(messages=[]), "'messages' is invalid: list should have at least 1 item"),
         (chat(messages="hello"), "'messages' is invalid: input should be a valid list"),
-        (chat(messages=[{"role": "tool", "content": "a"}]), "'messages[0].role' is invalid: input should be 'system'"),
+        (chat(messages=[{"role": "critic", "content": "a"}]), "'messages[0].role' is invalid: input should be 'system'"),
         (chat(messages=[{"role": "user"}]), "the field 'messages[0].content' is missing"),
         (chat(messages=[{"role": "user", "content": None}]), "'messages[0].content' is invalid"),
         (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "'messages[0].content[0].t"),
         (chat(top_logprobs=2), "'top_logprobs' needs 'logprobs': true"),
         (chat(max_tokens=3, max_completion_tokens=4), "disagree: give one of them"),
-        (chat(tools=[{"type": "function"}]), "does not support tools"),
         (chat(response_format={"type": "json_object"}), "answers only in plain text"),
         (chat(modalities=["audio"]), "answers only in plain text"),
         (chat(prompt="a"), "has no field 'prompt'"),
@@ -100,16 +100,16 @@ def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, pa
         (chat(messages=[{"role": None, "content": "a"}]), "'messages[0].role' is invalid"),
         (chat(messages=[{"role": "user", "content": "a", "nmae": None}]), "has no field 'nmae'"),
         (chat(messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]), "'messages[0].content[0].text' is invalid"),
-        (chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]), "support tools: leave out 'tool_calls'"),
-        (chat(messages=[{"role": "assistant", "content": None, "function_call": {}}]), "does not support tools: leave out 'function_call'"),
+        (chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "the field 'messages[0].tool_calls[0].function' is missing"),
+        (chat(messages=[{"role": "assistant", "content": None, "function_call": {}}]), "does not support 'function_call': use 'tools' and"),
         (chat(messages=[{"role": "assistant", "content": None, "refusal": "no"}]), "'refusal': put its text into 'content'"),
         (chat(messages=[{"role": "assistant", "content": "a", "audio": {"id": "1"}}]), "only in plain text: leave out 'audio'"),
         (
             chat(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
             "does not continue an assistant's message: end 'messages' with another role",
         ),
-        (chat(functions=[{"name": "f"}]), "does not support tools: leave out 'functions'"),
-        (chat(tool_choice="required"), "does not support tools: leave out 'tool_choice'"),
+        (chat(functions=[{"name": "f"}]), "does not support 'functions': use 'tools' and 'tool_calls'"),
+        (chat(tool_choice="required"), "does not force tool calls: give 'tool_choice' as auto or none"),
         (chat(reasoning_effort="high"), "leave out 'reasoning_effort'"),
         (chat(verbosity="low"), "leave out 'verbosity'"),
         (chat(web_search_options={}), "does not support web search"),
