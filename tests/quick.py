@@ -11,9 +11,13 @@ def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
 
     One of each kind stays: what breaks all of a kind is seen in the quick suite, what breaks a single case in the slow one.
     """
-    cases = list(cases)
-    if strange := [case for case in chosen if case not in cases]:
-        raise ValueError(f"{strange} are no cases of {cases}")
-    values = [case if isinstance(case, tuple) else (case,) for case in cases]
-    marks = [pytest.mark.kind if case in chosen else pytest.mark.slow for case in cases]
-    return [pytest.param(*each, marks=[mark]) for each, mark in zip(values, marks, strict=True)]
+    cases = [case if hasattr(case, "marks") else pytest.param(*_values(case)) for case in cases]
+    wanted = [_values(case) for case in chosen]
+    if strange := [case for case in wanted if case not in [each.values for each in cases]]:
+        raise ValueError(f"{strange} are no cases of {[each.values for each in cases]}")
+    marks = [pytest.mark.kind if case.values in wanted else pytest.mark.slow for case in cases]
+    return [pytest.param(*case.values, marks=[*case.marks, mark], id=case.id) for case, mark in zip(cases, marks, strict=True)]
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)

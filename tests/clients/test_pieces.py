@@ -14,6 +14,7 @@ from fedtune.config import DataConfig, PeftConfig, TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
 from fedtune.errors import Decline
+from tests.quick import quick
 from tests.tiny import texts, tiny_config
 from tests.working import work_in
 
@@ -81,7 +82,7 @@ class Small:
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
     ],
 )
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", quick([0.0, 0.3], 0.3))
 def test_out_of_memory_halves_the_micro_batch_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, dropout: float
 ) -> None:

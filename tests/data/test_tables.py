@@ -19,6 +19,7 @@ from fedtune.data import check_coordinator_data, check_data, load_federation
 from fedtune.data.columns import read_columns
 from fedtune.data.local import read_local
 from fedtune.errors import DataError
+from tests.quick import quick
 
 ROOT = Path(__file__).parents[2]
 ROWS = [("Größe; 1,5 | 2", "ja"), ('say "café"', "nein"), ("two\nlines", "ja"), ("“quoted” – €5", "nein")]
@@ -175,7 +176,7 @@ def test_faults_in_rows_are_left_to_the_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("door", ["sim", "cli.server"])
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("name", quick(["a.csv", "a.jsonl", "a.json", "a.parquet"], "a.jsonl"))
 def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name: str) -> None:
     rows = [{"text": f"row {i} of many, with some words in it", "label": i % 7} for i in range(50_000)]
     if name == "a.csv":

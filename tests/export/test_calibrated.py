@@ -20,6 +20,7 @@ from fedtune.inference.quantize.perplexity import of_engine, perplexity, windows
 from fedtune.inference.serve.adapters import add_adapter
 from tests.export.test_huggingface import CAUSAL, make_run
 from tests.models.build import checkpoint, hub
+from tests.quick import quick
 
 TEXT = ["turn on the light in a room", "set the heat in the kitchen to two"] * 30
 
@@ -37,7 +38,9 @@ def trained_run(folder: Path, privacy: str, method: str = "lora") -> Path:
     return run
 
 
-@pytest.mark.parametrize(("privacy", "method"), [("record", "gptq"), ("user", "rtn"), ("none", "gptq")])
+@pytest.mark.parametrize(
+    ("privacy", "method"), quick([("record", "gptq"), ("user", "rtn"), ("none", "gptq")], ("record", "gptq"), ("none", "gptq"))
+)
 def test_rows_of_a_private_run_are_outside_its_epsilon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], privacy: str, method: str
 ) -> None:
@@ -71,7 +74,7 @@ def test_a_model_is_calibrated_after_its_virtual_tokens(tmp_path: Path, kind: st
         assert abs(math.log(result["after"] / result["before"])) < 0.1
 
 
-@pytest.mark.parametrize(("quantize", "method"), [("int4", "awq"), ("int8", "smoothquant")])
+@pytest.mark.parametrize(("quantize", "method"), quick([("int4", "awq"), ("int8", "smoothquant")], ("int4", "awq")))
 def test_a_separate_adapter_does_not_fit_a_folded_model(tmp_path: Path, quantize: str, method: str) -> None:
     run = trained_run(tmp_path, "none")
     with pytest.raises(ConfigError, match=f"--method {method} moves scales between layers, which a separate adapter"):

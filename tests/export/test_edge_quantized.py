@@ -21,6 +21,7 @@ from fedtune.models import LiveAdapter
 from tests.export.test_huggingface import CAUSAL, make_run
 from tests.inference.packages import AWKWARD, TEXT, matrix, save
 from tests.models.build import checkpoint, hub, llama_config
+from tests.quick import quick
 
 
 @pytest.mark.parametrize(("quantize", "most"), [("int8", 0.01), ("int4", 0.12)])
@@ -61,7 +62,10 @@ def test_the_perplexity_before_is_that_of_the_whole_model(tmp_path: Path, tie: b
         assert abs(perplexity(of_engine(load_engine(export_edge(run, run / "edge"))), ids, window=9).nats - wanted.nats) < 1e-5
 
 
-@pytest.mark.parametrize(("quantize", "method"), [("int4", "gptq"), ("int4", "awq"), ("int8", "smoothquant"), ("int4", "rtn")])
+@pytest.mark.parametrize(
+    ("quantize", "method"),
+    quick([("int4", "gptq"), ("int4", "awq"), ("int8", "smoothquant"), ("int4", "rtn")], ("int4", "gptq"), ("int8", "smoothquant")),
+)
 def test_a_calibrated_package_reports_both_perplexities(tmp_path: Path, quantize: str, method: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     (tmp_path / "text.txt").write_text(TEXT)

@@ -21,6 +21,7 @@ from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.backbone import quiet
 from fedtune.models.shift import FrozenWeights
 from tests.models.build import checkpoint, hub, token_ids
+from tests.quick import quick
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=32), TaskConfig(kind="classification", max_length=32)
 ASK = TaskConfig(kind="instruction", max_length=32, max_new_tokens=6)
@@ -49,7 +50,12 @@ def make_run(
 
 
 @pytest.mark.parametrize(
-    ("kind", "task"), [("llama", CAUSAL), ("gpt2", CAUSAL), ("llama", CLASSES), ("gpt2", CLASSES), ("bert", CLASSES), ("roberta", CLASSES)]
+    ("kind", "task"),
+    quick(
+        [("llama", CAUSAL), ("gpt2", CAUSAL), ("llama", CLASSES), ("gpt2", CLASSES), ("bert", CLASSES), ("roberta", CLASSES)],
+        ("gpt2", CAUSAL),
+        ("bert", CLASSES),
+    ),
 )
 def test_the_merged_model_gives_the_logits_of_backbone_and_adapter(tmp_path: Path, kind: str, task: TaskConfig) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task)

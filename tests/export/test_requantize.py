@@ -22,6 +22,7 @@ from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import quiet
 from tests.models.build import checkpoint, hub, llama_config
 from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized_backbone, logits, off, quantize, random_state, wide  # noqa: F401
+from tests.quick import quick
 
 
 def make_run(folder: Path, model: Path, precision: str = "nf4", task: TaskConfig = LM, **peft: Any) -> tuple[Path, LiveAdapter]:
@@ -55,7 +56,7 @@ def test_the_default_is_the_checkpoint_and_the_adapter(tmp_path: Path, precision
     assert not describe_folder(out)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", quick(["llama", "gpt2"], "gpt2"))
 def test_a_loftq_adapter_is_merged_into_its_quantized_weights(tmp_path: Path, kind: str) -> None:
     model = wide(tmp_path / "m", kind)
     run, live = make_run(tmp_path / "run", model, init="loftq")
@@ -81,7 +82,7 @@ def test_a_damaged_note_on_the_backbone_is_refused(tmp_path: Path) -> None:
         export_hf(run, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("nf4", "llama"), ("int8", "llama"), ("nf4", "gpt2")])
+@pytest.mark.parametrize(("precision", "kind"), quick([("nf4", "llama"), ("int8", "llama"), ("nf4", "gpt2")], ("nf4", "gpt2")))
 def test_the_reported_error_is_that_of_the_reloaded_model(tmp_path: Path, precision: str, kind: str) -> None:
     if why := quantize._why_not(precision, torch.float32, torch.device("cpu")):
         pytest.skip(f"no {precision} kernel here: {why}")
@@ -139,7 +140,7 @@ def test_an_unquantized_run_cannot_be_quantized_again(tmp_path: Path, capsys: py
     assert "model.precision=fp32, which is not quantized" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", quick([torch.bfloat16, torch.float16, torch.float32], torch.bfloat16))
 def test_the_dtype_is_the_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
     model = checkpoint(tmp_path / "m", config=llama_config(hidden_size=64, intermediate_size=128, head_dim=32))
     with quiet():

@@ -52,7 +52,7 @@ def check_start(folder: Path, precision: str, peft: PeftConfig = PEFT, **changes
         torch.testing.assert_close(a.norm(), b.norm(), rtol=1e-5, atol=0)  # each has √σ of every direction
 
 
-@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize("precision", quick(KINDS, "nf4"))
 @pytest.mark.parametrize("kind", quick(["llama", "gpt2"], "gpt2"))
 def test_the_error_is_the_tail_of_the_singular_values(tmp_path: Path, kind: str, precision: str) -> None:
     pattern = {"llama": PEFT.rank_pattern, "gpt2": {"c_fc": 2, "h.1.mlp.c_proj": 3}}[kind]
@@ -88,7 +88,7 @@ def test_directions_without_a_residual_keep_their_random_values(shape: tuple[int
     assert torch.equal(nothing[0], drawn) and not nothing[1].any()
 
 
-@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize("precision", quick(KINDS, "nf4"))
 def test_the_initialization_is_closer_to_the_full_model(tmp_path: Path, precision: str) -> None:
     folder = wide(tmp_path / "m")
     exact, backbone = logits(load_backbone(hub(folder), LM)), quantized_backbone(folder, precision)

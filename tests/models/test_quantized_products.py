@@ -45,7 +45,7 @@ def shift(live: LiveAdapter, version: int, size: float) -> AdapterState:
     return AdapterState(tensors, AdapterSpec(method="lora", version=version, ranks=dict(ranks), scaling=dict.fromkeys(ranks, 0.5)))
 
 
-@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize("precision", quick(KINDS, "nf4"))
 @pytest.mark.parametrize("kind", quick(["llama", "gpt2"], "gpt2"))
 @pytest.mark.parametrize("rank", [2, 40])  # 40: two shifts' factors are larger than the matrices
 def test_shifts_are_side_branches_of_quantized_layers(tmp_path: Path, precision: str, kind: str, rank: int) -> None:

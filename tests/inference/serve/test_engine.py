@@ -20,6 +20,7 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.adapters import add_adapter, factors
 from tests.inference.serve.served import make_scheduler, serve_model, text_of, tiny_model
+from tests.quick import quick
 
 ASKED = [
     ("turn on the light", Sampling(), 24),
@@ -47,7 +48,7 @@ def together(made: Scheduler, engine: Engine, adapters: Sequence[str | None] = (
     return [(text_of(outputs), outputs[-1].end) for outputs in answers]
 
 
-@pytest.mark.parametrize(("blocks", "rows"), [(100, 128), (100, 7), (5, 128), (5, 5)])
+@pytest.mark.parametrize(("blocks", "rows"), quick([(100, 128), (100, 7), (5, 128), (5, 5)], (100, 7), (5, 128)))
 def test_a_batch_gives_each_request_the_answer_of_generate(engine: Engine, blocks: int, rows: int) -> None:
     pool = PagedPool(engine.shape, blocks, 16)
     caches = PagedCaches(pool, 80)

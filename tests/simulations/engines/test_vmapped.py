@@ -86,7 +86,7 @@ def test_an_encoder_decoders_classes_are_stacked_or_not_at_all(tmp_path: Path) -
     assert way is None and "unique_consecutive" in why  # transformers counts each row's end tokens
 
 
-@pytest.mark.parametrize("kind", quick(["bert", "roberta", "distilbert", "albert", "llama", "gpt2", "opt"], "roberta", "albert", "gpt2"))
+@pytest.mark.parametrize("kind", quick(["bert", "roberta", "distilbert", "albert", "llama", "gpt2", "opt"], "roberta", "gpt2"))
 @pytest.mark.parametrize("method", quick(["lora", "rslora"], "lora"))
 def test_heads_of_any_depth_are_stacked_by_hand(tmp_path: Path, kind: str, method: str) -> None:
     agree(tmp_path, kind, PeftConfig(method=method, rank=3), CLASSES, stacked.installed)
