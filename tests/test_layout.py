@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "clients": {"models", "data", "privacy", "traffic"},
     "inference": {"models", "templates"},
     "export": {"models", "data", "inference", "clients"},  # a personal model is the global adapter with what a client's store keeps
-    "delivery": {"models", "clients", "export"},  # a device installs the model that it has compared on its own rows
+    "delivery": {"models", "clients", "export", "inference"},  # a device installs and serves the model that its own rows favor
     "runs": {"models", "privacy"},  # the card of an adapter says how it is loaded, and what was spent of each client's privacy
     "rounds": {"exchange", "traffic", "privacy", "runs"},
     "network": {"delivery"},  # the worker process is the client

@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
 __all__ = [
-    "StrippedWriter", "check_folder", "falls_back", "generate_text", "open_context", "open_speculation", "read_card", "why_not_engine",
-    "wrap",
+    "NoText", "StrippedWriter", "check_folder", "falls_back", "generate_text", "open_context", "open_speculation", "read_card",
+    "why_not_engine", "wrap",
 ]  # fmt: skip
 
 LENGTH = 64  # default length of an answer, in tokens
+
+
+class NoText(ModelError):
+    """The model generates no text: it is a classifier, for instance."""
 
 
 def generate_text(
@@ -132,7 +136,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Read fedtune.json of a generative model's folder; {} if there is none.
 
     Raises:
-        ModelError: The folder does not exist, is a run or a classifier, or its card is damaged.
+        NoText: The model is a classifier.
+        ModelError: The folder does not exist or is a run, or its card is damaged.
     """
     check_folder(folder)
     if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
@@ -143,7 +148,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     if classifies and (name is None or find(name).gives_text):
         name = adapter_tasks()["SEQ_CLS"]
     if name is not None and not (kind := find(name)).gives_text:
-        raise ModelError(f"{folder} is {kind.noun}: it outputs {kind.gives}, not text")
+        raise NoText(f"{folder} is {kind.noun}: it outputs {kind.gives}, not text")
     return card
 
 

@@ -14,7 +14,7 @@ from fedtune.inference.engine.requests import Busy, GenerationRequest, Output, S
 from fedtune.inference.serve.formats import ResponseFormatter, event, usage
 from fedtune.inference.serve.limits import until_disconnect
 from fedtune.inference.serve.logprobs import LogprobFormatter
-from fedtune.inference.serve.protocol import Refused
+from fedtune.inference.serve.refusal import Refused
 
 RETRY_S = 1
 PATIENCE_S = 5.0  # beyond the scheduler's own timeout, which has the better error

@@ -20,7 +20,8 @@ from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_jso
 from fedtune.inference.serve.logprobs import LogprobFormatter
 from fedtune.inference.serve.offer import ServedModel, make_generation_request
 from fedtune.inference.serve.prompts import Prompts
-from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused, read
+from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, read
+from fedtune.inference.serve.refusal import Refused
 from fedtune.inference.serve.tools import CallReader
 
 NOT_HERE = {
@@ -57,7 +58,7 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
         shape = ResponseFormatter(
             chat=chat,
             id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
-            model=parsed.model,
+            model=offer.full_name(parsed.model),
             usage_in_stream=parsed.wants_usage,
             calls=CallReader() if isinstance(parsed, ChatRequest) and parsed.schemas and offer.writes_calls else None,
         )

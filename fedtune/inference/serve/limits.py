@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.config.bounds import require
 from fedtune.errors import ConfigError
-from fedtune.inference.serve.protocol import Refused
+from fedtune.inference.serve.refusal import Refused
 from fedtune.storage.parsing import parse_json, read_text
 
 KEY_VARIABLE = "FEDTUNE_API_KEY"

@@ -11,7 +11,8 @@ from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.text import Text, wrap
 from fedtune.inference.serve.limits import Limits
-from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused
+from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest
+from fedtune.inference.serve.refusal import Refused
 from fedtune.inference.serve.tools import MARK
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
@@ -25,6 +26,8 @@ class ServedModel:
 
     Args:
         name: The model's name.
+        aliases: Further names of the model; answers bear its own name.
+        chosen: The separate adapter that these names select; None is the model without one.
         text: Its tokenizer and chat template.
         adapters: Names of separate adapters; clients see each as a model.
         prompt: The run's prompt template, for single messages if there is no chat template.
@@ -33,6 +36,8 @@ class ServedModel:
 
     name: str
     text: Text
+    aliases: tuple[str, ...] = ()
+    chosen: str | None = None
     adapters: tuple[str, ...] = ()
     prompt: str | None = None
     answer: int | None = None
@@ -42,9 +47,9 @@ class ServedModel:
         return self.text.template is not None or self.prompt is not None
 
     def adapter(self, model: str) -> str | None:
-        """The adapter of a model name; None is the model itself. Raises Refused (404)."""
-        if model == self.name:
-            return None
+        """The adapter of a model name; None is the model without one. Raises Refused (404)."""
+        if model == self.name or model in self.aliases:
+            return self.chosen
         if model in self.adapters:
             return model
         raise Refused(404, f"there is no model of that name: use {', '.join(self.models)}", code="model_not_found", param="model")
@@ -56,7 +61,11 @@ class ServedModel:
 
     @property
     def models(self) -> tuple[str, ...]:
-        return (self.name, *self.adapters)
+        return (*self.aliases, self.name, *self.adapters)
+
+    def full_name(self, model: str) -> str:
+        """The name that answers bear: the model's own one for an alias."""
+        return self.name if model in self.aliases else model
 
     def check_length(self, characters: int, context: int) -> None:
         """Raise Refused (400) if a prompt of `characters` cannot fit `context` tokens, even with the longest tokens."""

@@ -8,7 +8,8 @@ from starlette.requests import Request
 
 from fedtune.inference.serve.limits import until_disconnect
 from fedtune.inference.serve.offer import ServedModel
-from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, Refused
+from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest
+from fedtune.inference.serve.refusal import Refused
 
 LONG = 1 << 14  # characters; fewer take milliseconds
 LONG_WAITING = 16

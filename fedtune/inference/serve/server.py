@@ -1,59 +1,38 @@
-"""The process of `fedtune serve`: a socket, the engine's thread, and a graceful shutdown."""
+"""The process of `fedtune serve`: a socket, the engine's thread, and a graceful shutdown. This module loads no torch."""
 
-import ipaddress
+import asyncio
 import socket
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from fastapi import FastAPI
 
-from fedtune.config.bounds import require
-from fedtune.errors import NetworkError
-from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.limits import StallTimeout
 
+if TYPE_CHECKING:
+    from fedtune.inference.engine.schedule import Scheduler
+
 CLOSE_S = 5  # to send finished answers
+_CLOSE = (b"connection", b"close")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket.
+class HttpServer(uvicorn.Server):
+    """Serves an ASGI application on a socket that other processes may serve too.
 
-    Raises:
-        NetworkError: The address is not available.
-        ConfigError: The port is invalid.
-    """
-    require("port", port, ge=0, le=65535)  # 0 selects a free port
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=512)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no response waits 40 ms for an ACK
-        return listener
-    except (OSError, UnicodeError) as bad:
-        why = getattr(bad, "strerror", None) or bad
-        raise NetworkError(f"cannot listen on {host}:{port}: {why}; give another --host or --port") from None
-
-
-def is_loopback(listener: socket.socket) -> bool:
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-
-
-def url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-class Server(uvicorn.Server):
-    """Serves until SIGTERM or Ctrl-C. Then accepted requests may finish within the grace time, new ones get 503, and `run` returns.
-
-    A second signal stops the server at once.
+    Args:
+        app: The application.
+        connections: Most connections at once; further requests get 503.
+        ready: Called when the server accepts connections.
     """
 
-    def __init__(self, app: FastAPI, scheduler: Scheduler, *, grace: float, connections: int) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], *, connections: int, ready: Callable[[], None] | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                interface="asgi3",
                 http=StallTimeout,
                 ws="none",
                 loop="asyncio",
@@ -66,11 +45,78 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_S,
             )
         )
+        self._ready = ready
+        self._leave_by: float | None = None
+        self._ticks = 0  # since the server leaves
+
+    def leave(self, grace: float) -> None:
+        """Stop accepting connections, answer the requests on the accepted ones, then stop. Other processes may go on with the socket.
+
+        A connection ends with its next answer, or when it has been idle for uvicorn's usual time: closed at once, it could lose a request
+        that is on its way. Can be called from any thread.
+
+        Args:
+            grace: Seconds after which the server stops in any case.
+        """
+        self._leave_by = time.monotonic() + grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._ready is not None:
+            self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._leave_by is not None:
+            self._ticks += 1
+            if self._ticks == 1:
+                self._stop_accepting()
+            elif self._ticks == 2:
+                for server in self.servers:
+                    server.close()
+            elif not self.server_state.connections or time.monotonic() > self._leave_by:
+                self._end()
+        return await super().on_tick(counter)
+
+    def _stop_accepting(self) -> None:
+        """Leave new connections to others; the accepted ones end with their next answer.
+
+        The sockets are closed one tick later: asyncio drops a connection that it has accepted but not yet set up when a socket closes.
+        """
+        for server in self.servers:
+            for listener in server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+        self.config.encoded_headers.append(_CLOSE)
+        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        for connection in self.server_state.connections:
+            cycle: Any = getattr(connection, "cycle", None)
+            if cycle is not None:  # its answer may have begun without the header
+                cycle.keep_alive = False
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+class Server(HttpServer):
+    """Serves a model until SIGTERM or Ctrl-C. Then accepted requests may finish within the grace time, new ones get 503, and `run` returns.
+
+    A second signal stops the server at once.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Awaitable[None]],
+        scheduler: "Scheduler",
+        *,
+        grace: float,
+        connections: int,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(app, connections=connections, ready=ready)
         self._scheduler, self._grace = scheduler, grace
         self._until: float | None = None
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Serve a listening socket; returns after a signal or `stop`."""
+        """Serve a listening socket; returns after a signal, `stop` or `leave`."""
         worker = threading.Thread(target=self._scheduler.run, name="engine", daemon=True)
         worker.start()
         try:
@@ -85,8 +131,8 @@ class Server(uvicorn.Server):
             self._until = time.monotonic() + self._grace
             self._scheduler.drain()
         else:
-            self._scheduler.close()
-            self.should_exit = self.force_exit = True
+            self._end()
+            self.force_exit = True
 
     def handle_exit(
         self, sig: int, frame: FrameType | None
@@ -95,6 +141,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._until is not None and (not any(self._scheduler.load) or time.monotonic() > self._until):
-            self._scheduler.close()
-            self.should_exit = True
+            self._end()
         return await super().on_tick(counter)
+
+    def _end(self) -> None:
+        self._scheduler.close()
+        super()._end()

@@ -4,8 +4,10 @@ import logging
 import re
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
@@ -18,12 +20,14 @@ from fedtune.inference.engine.text import Text
 from fedtune.inference.generate import falls_back, read_card
 from fedtune.inference.serve.adapters import add_adapter
 from fedtune.inference.serve.app import create_app
-from fedtune.inference.serve.limits import KEY_VARIABLE, ApiKeys, Limits
+from fedtune.inference.serve.limits import ApiKeys, Limits
+from fedtune.inference.serve.listener import is_loopback, listen, public_warning, url
 from fedtune.inference.serve.offer import ServedModel
-from fedtune.inference.serve.server import Server, is_loopback, listen, url
+from fedtune.inference.serve.server import Server
 
 BUDGET = 1 << 29  # default size of the KV cache, in bytes
 CONCURRENT = 16  # default number of concurrent requests
+QUEUE = 64  # default number of waiting requests
 LEAST = 32  # tokens of the shortest useful context
 
 
@@ -37,7 +41,7 @@ def serve(
     kind: str | None = None,
     kv_budget: int | None = None,
     max_concurrent: int | None = None,
-    queue: int = 64,
+    queue: int = QUEUE,
     adapters: Mapping[str, Path] | None = None,
 ) -> None:
     """Load a model and serve it until SIGTERM or Ctrl-C. Prints the address to stdout, everything else to stderr.
@@ -47,22 +51,65 @@ def serve(
         ConfigError: A number is out of range, the budget is too small for the KV cache, or an option is not available with transformers.
         NetworkError: The address is not available.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about every client that disconnects early
+    log_to_stderr()
     listener = listen(host, port)  # first: fail on a used port before loading the model
     with listener:
-        card = read_card(model)
-        if falls_back(model, card, kind=kind, kv_budget=kv_budget, max_concurrent=max_concurrent, adapters=adapters or None):
-            scheduler, offer, description = transformers_scheduler(model, card, queue)
-            under_way = 1
-        else:
-            under_way = CONCURRENT if max_concurrent is None else max_concurrent
-            scheduler, offer, description = engine_scheduler(model, kind, kv_budget, under_way, queue, adapters or {})
-        app = create_app(scheduler, offer, limits, keys, local=is_loopback(listener) and not keys)
-        warn_if_public(listener, keyed=bool(keys))
-        print(f"fedtune: {', '.join(offer.models)}: {description}", file=sys.stderr, flush=True)
+        served = make_server(model, listener, keys, limits, kind, kv_budget, max_concurrent, queue, adapters or {})
+        if warning := public_warning(listener, keyed=bool(keys)):
+            print(f"fedtune: {warning}", file=sys.stderr, flush=True)
+        print(f"fedtune: {served.description}", file=sys.stderr, flush=True)
         print(url(listener), flush=True)
-        Server(app, scheduler, grace=limits.grace, connections=4 * (under_way + queue) + 64).serve_on(listener)
+        served.server.serve_on(listener)
+
+
+def log_to_stderr() -> None:
+    """Print the warnings of all libraries to stderr."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about every client that disconnects early
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeServer:
+    """A server with a loaded model, and its description."""
+
+    server: Server
+    description: str
+
+
+def make_server(
+    model: Path,
+    listener: socket.socket,
+    keys: ApiKeys,
+    limits: Limits,
+    kind: str | None = None,
+    kv_budget: int | None = None,
+    max_concurrent: int | None = None,
+    queue: int = QUEUE,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+    *,
+    rename: Callable[[ServedModel], ServedModel] = lambda offer: offer,
+    ready: Callable[[], None] | None = None,
+) -> MadeServer:
+    """Load a model and make its server for a listening socket, which this or another process has opened.
+
+    Other arguments:
+        rename: Changes the names under which the model is served.
+        ready: Called when the server accepts connections.
+
+    Raises:
+        ModelError, ConfigError: As for `serve`.
+    """
+    card = read_card(model)
+    if falls_back(model, card, kind=kind, kv_budget=kv_budget, max_concurrent=max_concurrent, adapters=adapters or None):
+        scheduler, offer, description = transformers_scheduler(model, card, queue)
+        under_way = 1
+    else:
+        under_way = CONCURRENT if max_concurrent is None else max_concurrent
+        scheduler, offer, description = engine_scheduler(model, kind, kv_budget, under_way, queue, adapters)
+    offer = rename(offer)
+    app = create_app(scheduler, offer, limits, keys, local=is_loopback(listener) and not keys)
+    server = Server(app, scheduler, grace=limits.grace, connections=4 * (under_way + queue) + 64, ready=ready)
+    return MadeServer(server=server, description=f"{', '.join(offer.models)}: {description}")
 
 
 def engine_scheduler(
@@ -153,16 +200,3 @@ def parse_adapters(pairs: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(f"--adapters uses the name '{name}' twice: give each adapter its own name")
         out[name] = Path(folder)
     return out
-
-
-def warn_if_public(listener: socket.socket, *, keyed: bool) -> None:
-    """Warn on stderr that a server not bound to loopback can be reached by others."""
-    if is_loopback(listener):
-        return
-    who = "anybody with an API key" if keyed else f"ANYBODY, because no API key is set (--api-key-file or {KEY_VARIABLE})"
-    print(
-        f"fedtune: WARNING: {url(listener)} can be reached from other machines and answers {who}; "
-        "prompts and answers are sent unencrypted, so put a TLS proxy in front of it",
-        file=sys.stderr,
-        flush=True,
-    )

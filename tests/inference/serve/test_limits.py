@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from fedtune.errors import ConfigError
 from fedtune.inference.serve.limits import KEY_VARIABLE, ApiKeys, Limits, check_host, parse
-from fedtune.inference.serve.protocol import Refused
+from fedtune.inference.serve.refusal import Refused
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="utf-8")),

@@ -15,8 +15,9 @@ import pytest
 from fedtune.cli.main import main
 from fedtune.errors import ConfigError, NetworkError
 from fedtune.inference.engine.load import Engine
-from fedtune.inference.serve.server import Server, is_loopback, listen, url
-from fedtune.inference.serve.start import make_caches, parse_adapters, warn_if_public
+from fedtune.inference.serve.listener import is_loopback, listen, public_warning, url
+from fedtune.inference.serve.server import Server
+from fedtune.inference.serve.start import make_caches, parse_adapters
 from tests.inference.serve.served import tiny_model
 from tests.inference.serve.soak import ROOT, server, soak
 
@@ -106,17 +107,14 @@ def test_an_occupied_port_is_named() -> None:
         listen("no.such.host.invalid", 0)
 
 
-def test_a_public_address_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_public_address_is_warned_about() -> None:
     with listen("127.0.0.1", 0) as home:
         assert is_loopback(home)
-        warn_if_public(home, keyed=False)
-    assert capsys.readouterr().err == ""
+        assert public_warning(home, keyed=False) == ""
     with listen("0.0.0.0", 0) as world:
         assert not is_loopback(world)
-        warn_if_public(world, keyed=False)
-        assert "answers ANYBODY, because no API key is set" in capsys.readouterr().err
-        warn_if_public(world, keyed=True)
-        assert "anybody with an API key" in capsys.readouterr().err
+        assert "answers ANYBODY, because no API key is set (--api-key-file or FEDTUNE_API_KEY)" in public_warning(world, keyed=False)
+        assert "anybody with an API key" in public_warning(world, keyed=True)
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")

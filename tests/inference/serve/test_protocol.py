@@ -10,7 +10,8 @@ from openai.types.completion_create_params import CompletionCreateParamsNonStrea
 
 from fedtune.inference.serve.formats import ResponseFormatter, usage
 from fedtune.inference.serve.logprobs import TokenLogprob
-from fedtune.inference.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, TextPart, read
+from fedtune.inference.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, TextPart, read
+from fedtune.inference.serve.refusal import Refused
 
 
 def request_body(**more: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.offer import ServedModel
-from fedtune.inference.serve.protocol import ChatRequest, Refused, read
+from fedtune.inference.serve.protocol import ChatRequest, read
+from fedtune.inference.serve.refusal import Refused
 from fedtune.inference.serve.tools import CallReader
 
 TEMPLATE = (

@@ -1,0 +1,265 @@
+"""Which version a device serves, with children that load no model: what is broken, what dies, what is removed meanwhile."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fedtune.delivery import served, serving
+from fedtune.delivery.serving import DeviceServer
+from fedtune.delivery.versions import Versions
+from fedtune.errors import ConfigError, NetworkError
+from tests.delivery.test_versions import install
+
+CHILD = """
+import http.server, json, os, signal, socket, sys, threading, time
+fd, folder, name = sys.argv[1:]
+try:
+    act = json.load(open(f"{folder}/config.json"))
+except OSError as bad:
+    sys.exit(print(bad) or 2)
+if act.get("kill"):
+    os.kill(os.getpid(), signal.SIGKILL)
+if "say" in act:
+    sys.exit(print(act["say"]) or act["code"])
+time.sleep(act.get("sleep", 0))
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"{name} {os.getpid()}".encode())
+    def log_message(self, *words): pass
+server = http.server.ThreadingHTTPServer(("", 0), Answer, bind_and_activate=False)
+server.socket = socket.socket(fileno=int(fd))
+threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+print("ready", json.dumps({"description": "a test"}), flush=True)
+sys.stdin.read(1)
+server.shutdown()
+os._exit(0)
+"""
+
+
+def add(state: Path, name: str, at: float, **act: Any) -> None:
+    install(state, name, installed=at)
+    (state / "models" / "versions" / name / "model" / "config.json").write_text(json.dumps(act))
+
+
+def wait_for(what: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Device:
+    """A device server with its state folder, and the sentences that it has told."""
+
+    def __init__(self, state: Path) -> None:
+        self.state, self.told = state, list[str]()
+        self.versions = Versions(state)
+        self.server = DeviceServer(state, "127.0.0.1", 0, self.told.append)
+
+    def ask(self) -> str:
+        """The version that answers, or the refusal."""
+        answer = httpx.get(self.server.url, timeout=10)
+        return answer.text.split()[0] if answer.status_code == 200 else f"{answer.status_code} {answer.json()['error']['message']}"
+
+    def pid(self) -> int:
+        return int(httpx.get(self.server.url, timeout=10).text.split()[1])
+
+    def serves(self, name: str) -> None:
+        """Wait until this version answers, and the parent knows it."""
+        wait_for(lambda: self.ask() == name and any(f"the model {name} answers at" in line for line in self.told))
+
+    def tells(self, *lines: str) -> None:
+        """Wait until these are the sentences told, without those of versions that answer; forget them."""
+        wait_for(lambda: len([line for line in self.told if " answers at http" not in line]) >= len(lines))
+        assert [line for line in self.told if " answers at http" not in line] == list(lines)
+        self.told.clear()
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    monkeypatch.setattr(served, "SERVER", (sys.executable, "-I", "-S", "-c", CHILD))
+    monkeypatch.setattr(serving, "POLL_S", 0.02)
+    monkeypatch.setattr(serving, "FIRST_PAUSE_S", 0.05)
+    device = Device(tmp_path)
+    device.server.start()
+    yield device
+    device.server.stop(0)
+    assert threading.active_count() < 50 and "error in fedtune" not in " ".join(device.told)
+
+
+def test_without_a_model_every_request_is_refused(device: Device) -> None:
+    for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/")):
+        answer = httpx.request(method, device.server.url + path, content=b"x" * 100000 if method == "POST" else None, timeout=10)
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "5" and answer.headers["connection"] == "close"
+        error = {"message": "no model has been delivered to this device yet: retry later", "type": "server_error", "param": None}
+        assert answer.json() == {"error": error | {"code": "no_model"}}
+    with socket.create_connection(("127.0.0.1", httpx.URL(device.server.url).port or 0), timeout=10) as raw:
+        raw.sendall(b"garbage\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    assert device.told == []
+
+
+def test_the_current_version_answers(device: Device) -> None:
+    add(device.state, "a", 1)
+    device.versions.activate("a")
+    device.serves("a")
+    add(device.state, "b", 2)
+    assert device.ask() == "a"
+    first = device.pid()
+    device.versions.activate("b")
+    device.serves("b")
+    wait_for(lambda: not Path(f"/proc/{first}").exists())
+    assert device.versions.rollback() == "a"
+    device.told.clear()
+    device.serves("a")
+    assert device.told == [f"the model a answers at {device.server.url} (a test)"]
+
+
+def test_a_version_that_cannot_be_loaded_is_not_current(device: Device) -> None:
+    add(device.state, "a", 1)
+    add(device.state, "b", 2, say="the weights are damaged", code=2)
+    device.versions.activate("a")
+    device.serves("a")
+    first = device.pid()
+    for _ in range(2):  # each time that it becomes current
+        device.versions.activate("b")
+        device.tells("the model b cannot be loaded: the weights are damaged", "the model a is current again")
+        assert device.versions.current() == "a" and device.pid() == first
+
+
+def test_the_newest_older_version_that_can_be_loaded_answers(device: Device) -> None:
+    for at, name in enumerate("abcde"):
+        add(device.state, name, at, **({"say": f"bad {name}", "code": 2} if name in "bd" else {}))
+    device.versions.remove("c")
+    add(device.state, "c", 2, kill=True)
+    device.versions.activate("d")
+    device.serves("a")
+    killed = "the process of the model c was killed by signal 9, perhaps out of memory, while it loaded the model: starting another one in"
+    device.tells(
+        "the model d cannot be loaded: bad d", f"{killed} 0.05 s", f"{killed} 0.1 s",
+        "the model c cannot be loaded: its process was killed by signal 9, perhaps out of memory, 3 times",
+        "the model b cannot be loaded: bad b", "the model a is current again",
+    )  # fmt: skip
+    assert device.versions.current() == "a"  # e is newer than d, and was not asked for
+
+
+def test_if_no_version_can_be_loaded_the_current_one_stays(device: Device) -> None:
+    add(device.state, "a", 1, say="bad a", code=1)
+    add(device.state, "b", 2, say="bad b", code=2)
+    device.versions.activate("b")
+    device.tells("the model b cannot be loaded: bad b", "the model a cannot be loaded: bad a")
+    time.sleep(0.3)
+    assert device.versions.current() == "b" and device.told == []
+    assert device.ask() == "503 the model a cannot be loaded: retry later"
+    add(device.state, "c", 3)
+    device.versions.activate("c")
+    device.serves("c")
+
+
+def test_a_model_without_text_is_one_sentence(device: Device) -> None:
+    add(device.state, "a", 1)
+    add(device.state, "b", 2, say="b is a classifier", code=3)
+    device.versions.activate("b")
+    device.tells("the model b is not served: b is a classifier")
+    time.sleep(0.3)
+    assert device.versions.current() == "b" and device.told == []
+    assert device.ask() == "503 the model b generates no text: retry later"
+
+
+def test_a_child_that_dies_is_replaced(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "LONGEST_PAUSE_S", 0.1)
+    add(device.state, "a", 1, sleep=0.1)
+    device.versions.activate("a")
+    device.serves("a")
+    for pause in (0.05, 0.1, 0.1):
+        device.told.clear()
+        dead = device.pid()
+        os.kill(dead, signal.SIGKILL)
+        why = "the process of the model a was killed by signal 9, perhaps out of memory, while it served the model"
+        wait_for(lambda: device.told)
+        assert device.ask() == "503 the model is being loaded: retry later"
+        device.serves("a")
+        device.tells(f"{why}: starting another one in {pause:g} s")
+        assert device.pid() != dead
+    monkeypatch.setattr(serving, "STEADY_S", 0.0)
+    os.kill(device.pid(), signal.SIGTERM)
+    device.tells("the process of the model a was killed by signal 15 while it served the model: starting another one in 0.05 s")
+
+
+def test_a_model_that_kills_its_process_is_tried_again_if_there_is_no_other(device: Device) -> None:
+    add(device.state, "a", 1, kill=True)
+    device.versions.activate("a")
+    wait_for(lambda: len(device.told) == 4)
+    assert all("while it loaded the model: starting another one in" in line for line in device.told)
+    (device.versions.model("a") / "config.json").write_text("{}")
+    device.serves("a")
+
+
+def test_a_version_that_loads_when_another_becomes_current_leaves(device: Device) -> None:
+    add(device.state, "a", 1, sleep=60)
+    add(device.state, "b", 2)
+    device.versions.activate("a")
+    wait_for(lambda: device.server._loading)
+    slow = device.server._loading
+    device.versions.activate("b")
+    device.serves("b")
+    assert slow is not None and slow.name == "a" and slow in device.server._leaving
+
+
+def test_without_a_current_version_the_model_leaves(device: Device) -> None:
+    add(device.state, "a", 1)
+    device.versions.activate("a")
+    device.serves("a")
+    first = device.pid()
+    assert device.versions.clear() == ["a"]
+    wait_for(lambda: device.ask() == "503 no model has been delivered to this device yet: retry later")
+    wait_for(lambda: not Path(f"/proc/{first}").exists())
+
+
+def test_an_invalid_link_is_one_sentence_and_the_model_goes_on(device: Device) -> None:
+    add(device.state, "a", 1)
+    device.versions.activate("a")
+    device.serves("a")
+    device.told.clear()
+    link = device.versions.folder / "current"
+    link.unlink()
+    link.symlink_to("elsewhere")
+    device.tells(f"{link} points to 'elsewhere', which is no version: remove this link")
+    os.kill(device.pid(), signal.SIGKILL)
+    device.serves("a")
+    shutil.rmtree(device.versions.model("a").parent)
+    device.told.clear()
+    os.kill(device.pid(), signal.SIGKILL)
+    wait_for(lambda: len(device.told) == 2)
+    assert device.told[1].startswith("the model a cannot be loaded: there is no version a in ")
+
+
+def test_the_socket_opens_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[str]()
+    one = DeviceServer(tmp_path, "0.0.0.0", 0, told.append)
+    (warning,) = told
+    assert warning.startswith(f"WARNING: {one.url} can be reached from other machines")
+    assert "ANYBODY, because no API key is set (variable FEDTUNE_API_KEY)" in warning
+    port = int(one.url.rpartition(":")[2])
+    with pytest.raises(NetworkError, match=rf"^cannot listen on 0.0.0.0:{port}: Address already in use.*; give another --serve$"):
+        DeviceServer(tmp_path, "0.0.0.0", port, told.append)
+    one.stop()  # before its start
+    monkeypatch.setenv("FEDTUNE_API_KEY", "a b")
+    with pytest.raises(ConfigError, match="the variable FEDTUNE_API_KEY must hold API keys"):
+        DeviceServer(tmp_path, "127.0.0.1", port, told.append)
+    monkeypatch.setenv("FEDTUNE_API_KEY", "secret")
+    DeviceServer(tmp_path, "0.0.0.0", port, told.append).stop()
+    assert "anybody with an API key" in told[1]
