@@ -75,7 +75,9 @@ class Device:
         return answer.text.split()[0] if answer.status_code == 200 else f"{answer.status_code} {answer.json()['error']['message']}"
 
     def pid(self) -> int:
-        return int(httpx.get(self.server.url, timeout=10).text.split()[1])
+        while (answer := httpx.get(self.server.url, timeout=10)).status_code == 503:  # from the process that waits for the first model
+            time.sleep(0.01)
+        return int(answer.text.split()[1])
 
     def serves(self, name: str) -> None:
         """Wait until this version answers, and the parent knows it."""
