@@ -19,6 +19,7 @@ from fedtune.export.provenance import provenance
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear, read_object
 from fedtune.inference.engine.package_writer import PackageWriter
+from fedtune.inference.engine.shape import text_config
 from fedtune.inference.engine.text import Text, read_text
 from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.model import FOLDING, QuantizeSettings, quantize_model
@@ -246,10 +247,10 @@ def _plain(merged: Merged, name: str, recipe: QuantizeSettings | None) -> torch.
 def _config(merged: Merged, recipe: QuantizeSettings | None) -> dict[str, Any]:
     """The backbone's config.json, without transient entries and with the package's dtype, ties and architecture."""
     passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
-    config = {k: v for k, v in merged.config.items() if k not in passing}
+    config = {k: v for k, v in text_config(merged.config).items() if k not in passing}
     config["dtype"] = "float32" if _plain(merged, "model.embed_tokens.weight", recipe) == torch.float32 else "bfloat16"
     config["tie_word_embeddings"] = merged.shape.tied and recipe is None
-    config["architectures"] = merged.config.get("architectures") or [f"{merged.shape.family.capitalize()}ForCausalLM"]
+    config["architectures"] = config.get("architectures") or [f"{merged.shape.family.capitalize()}ForCausalLM"]
     return config
 
 

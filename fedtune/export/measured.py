@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedtune.export.merged import Merged
+from fedtune.inference.engine.caches.base import soft_cap
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
@@ -40,7 +41,7 @@ def streamed_score(merged: Merged, pieces: Sequence[Piece], scratch: Path | None
         weights = Weights({n[len(at) :]: n for n in sizes if n.startswith(at)}, sizes, read)
         pass_layer(shape, index, weights, hidden, prefix_of(merged.virtual, index))
         give_back()
-    norm = merged.tensors["model.norm.weight"].read(torch.float32)
+    norm = merged.tensors["model.norm.weight"].read(torch.float32) + shape.norm_offset
     last, first = Hidden([new for _, new in pieces], shape.hidden, scratch), 0
     for h, (_, new) in zip(hidden, pieces, strict=True):
         last.put(first, torch.rms_norm(h[-new - 1 : -1], (shape.hidden,), norm, shape.eps))
@@ -59,7 +60,7 @@ def _nats(merged: Merged, hidden: Hidden, wanted: Tensor) -> float:
         table = head.rows(first, min(first + step, shape.vocab), torch.float32)
         for a in range(0, n, rows):
             b = min(a + rows, n)
-            z = (hidden.rows(a, b) @ table.T).double()
+            z = soft_cap(hidden.rows(a, b) @ table.T, shape.logit_cap).double()
             total[a:b] = torch.logaddexp(total[a:b], z.logsumexp(1))
             here = ((wanted[a:b] >= first) & (wanted[a:b] < first + len(table))).nonzero()[:, 0]
             own[a + here] = z[here, wanted[a + here] - first]

@@ -1,7 +1,7 @@
 """Reads a merged decoder tensor by tensor: checkpoint and adapter stay on disk, and the model is never complete in memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from fedtune.export.merged_tensor import DTYPES, MergedTensor
 from fedtune.export.origin import Origin, check_base, read_origin
 from fedtune.export.whole import in_memory_note, merge_adapter, put_heads, why_in_memory
 from fedtune.inference.engine.package import tensor_shapes
-from fedtune.inference.engine.shape import Shape, read_shape
+from fedtune.inference.engine.shape import Shape, canonical, read_shape
+from fedtune.inference.text_part import of_text_part
 from fedtune.models.backbone import load_backbone
 from fedtune.models.checkpoint import find_folder, fingerprint, read_config, stored_tensors
 from fedtune.models.combined import combined_factors
@@ -58,7 +59,7 @@ class Merged:
 
 
 def read_merged(source: Path, *, separate: bool = False) -> Merged:
-    """Open a run or adapter folder of a Llama-family decoder, or the decoder itself.
+    """Open a run or adapter folder of a decoder that the engine supports, or the decoder itself.
 
     Args:
         source: As in `read_origin`.
@@ -69,7 +70,8 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
         ModelError: The engine does not support the task, architecture or method, or the files do not match.
     """
     origin = read_origin(Path(source))
-    state, adapter = origin.adapter.state, origin.adapter
+    adapter = origin.adapter
+    state, shifts = of_text_part(adapter.state), [of_text_part(shift) for shift in adapter.shifts]
     if not (task := task_of(origin.task)).gives_text:
         raise ModelError(f"{source} is {task.noun}, which generates no text: export it with --to hf")
     folder = find_folder(origin.model)
@@ -86,7 +88,7 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
         mark, tensors, dtype = _in_memory(origin, shape)
     else:
         mark = fingerprint(folder)
-        states = (*adapter.shifts, *([state] if how.edits else []))  # other methods contribute their virtual tokens
+        states = (*shifts, *([state] if how.edits else []))  # other methods contribute their virtual tokens
         edits = {} if separate else edits_of(states, adapter.heads, dict(tensor_shapes(shape)))
         tensors, dtype = _stored(folder, shape, edits)
     check_base(origin, mark, str(folder))
@@ -99,13 +101,13 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
         tensors=tensors,
         dtype=dtype,
         virtual=virtual,
-        apart=_apart(origin, shape) if separate else {},
+        apart=_apart(origin, (state, *shifts), shape) if separate else {},
         whole=in_memory_note(whole) if whole else "",
     )
 
 
 def _stored(folder: Path, shape: Shape, edits: Mapping[str, list[Edit]]) -> tuple[dict[str, MergedTensor], torch.dtype]:
-    known = {t.name: t for t in stored_tensors(folder)}
+    known = {canonical(t.name): t for t in stored_tensors(folder)}
     prefix = "" if "model.embed_tokens.weight" in known else "model."  # saved without the wrapper of its head
     out, sizes = {}, dict[str, int]()
     for name, size in tensor_shapes(shape):
@@ -126,7 +128,7 @@ def _in_memory(origin: Origin, shape: Shape) -> tuple[str, dict[str, MergedTenso
     backbone = load_backbone(origin.model, origin.task, **origin.settings)
     put_heads(backbone.model, origin.adapter, origin.task)
     merge_adapter(backbone.model, origin)
-    own = backbone.model.state_dict()
+    own = {canonical(n): t for n, t in backbone.model.state_dict().items()}
     return backbone.fingerprint, {n: MergedTensor(own[n]) for n, _ in tensor_shapes(shape)}, torch.float32
 
 
@@ -139,8 +141,8 @@ def _virtual(state: "AdapterState", shape: Shape) -> dict[str, Tensor]:
         raise ModelError(f"the adapter's virtual tokens (peft.method={kind}) do not fit the backbone: they belong to another one") from None
 
 
-def _apart(origin: Origin, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
+def _apart(origin: Origin, states: "Sequence[AdapterState]", shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
     """Combine the adapter and the shifts of each module into one pair of factors."""
     if origin.adapter.heads:
         raise ModelError(f"{origin.source}: the adapter trains '{next(iter(origin.adapter.heads))}' too: leave out --separate")
-    return combined_factors((origin.adapter.state, *origin.adapter.shifts), dict(tensor_shapes(shape)), f"the adapter in {origin.source}")
+    return combined_factors(states, dict(tensor_shapes(shape)), f"the adapter in {origin.source}")

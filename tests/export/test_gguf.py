@@ -26,6 +26,7 @@ from fedtune.export.huggingface import export_hf
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import read_shape
 from fedtune.models.backbone import quiet
+from tests.export.test_edge_architectures import NEW
 from tests.export.test_huggingface import CAUSAL, CLASSES, STORIES, make_run
 from tests.inference.engine.tiny import SHAPES, VOCAB
 from tests.models.build import checkpoint, hub
@@ -143,7 +144,7 @@ def shaped_checkpoint(folder: Path, shape: str) -> Path:
 
 
 SHORT = TaskConfig(kind="causal_lm", max_length=8)
-REFUSED = {"llama_yarn_mscale", "qwen3_biases"}
+REFUSED = {"llama_yarn_mscale", "qwen3_biases", *NEW}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from fedtune.models.quiet import quiet
 from fedtune.models.tokens import load_tokenizer
 from tests.inference.engine.test_load import CLOSE, logits, theirs
 from tests.inference.engine.tiny import tiny_model
-from tests.inference.tokenizer_table import CLASSES, CONFIGS, FAMILIES, TEXTS, TOKENIZERS, make
+from tests.inference.tokenizer_table import CLASSES, CONFIGS, FAMILIES, NEWER, TEXTS, TOKENIZERS, make
 from tests.models.build import checkpoint, llama_config, tokenizer
 from tests.quick import quick
 
@@ -168,6 +168,13 @@ def test_every_reader_makes_the_same_tokenizer(config: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_every_reader_makes_the_same_tokenizer_in_every_case(family: str, kind: str, tmp_path: Path) -> None:
     for i, (config, named) in enumerate(itertools.product(CONFIGS, CLASSES)):
+        compare(tmp_path / str(i), family, kind, config, named)
+
+
+@pytest.mark.parametrize("family", quick(NEWER, "gemma2"))
+def test_newer_models_have_the_tokenizer_of_transformers(family: str, tmp_path: Path) -> None:
+    kinds = [("prepend", None), ("prepend", "GemmaTokenizer"), ("first", "GemmaTokenizer"), ("llama3", "GPT2TokenizerFast")]
+    for i, ((kind, named), config) in enumerate(itertools.product(kinds, ("none", "names of flagged tokens", "typed"))):
         compare(tmp_path / str(i), family, kind, config, named)
 
 

@@ -140,6 +140,7 @@ CLASSES = [
     "LlamaTokenizer in config.json",
 ]  # fmt: skip
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+NEWER = ["gemma2", "gemma3_text", "phi3", "smollm3", "olmo2"]
 TEXTS = [
     "hi ab 12", "  hi  a", "hi\n a", "<s>hi</s> a", "<s> hi </s>  b", "a <|user|> hi <|end|> \n ab", "ab<tool> c123 café 😀",
     "<|endoftext|>ab", "hi<|end|>hi", "e\u0301a <img> <x><extra><new> <plain>b", "<unk> hi <pad>",

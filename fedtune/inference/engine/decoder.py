@@ -1,18 +1,19 @@
-"""A Llama-family decoder on flat rows.
+"""A Llama-like decoder on flat rows.
 
 `forward` is a complete pass. Speculation uses its parts: `run(..., last=E)` and `logits` make an early exit; after `cache.crop`,
 `run(hidden, spans, first=E)` continues from the exit's hidden states.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.caches.base import Cache, Span
+from fedtune.inference.engine.caches.base import Cache, Span, soft_cap
+from fedtune.inference.engine.layout import order_of_norm
 from fedtune.inference.engine.linear import Linear
 from fedtune.inference.engine.lora import Lora, add_all
 from fedtune.inference.engine.rope import Rope
@@ -21,16 +22,32 @@ from fedtune.inference.engine.shape import Shape
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """One transformer block: norms float32, linears fused."""
+    """One transformer block: norms float32, with their offset; linears fused."""
 
-    norm: Tensor  # [d]
+    norm: Tensor | None = None  # [d]
     qkv: Linear  # d -> (H + 2 Hkv) D; rows of q and k in pairs
     o: Linear
-    q_norm: Tensor | None = None  # [D], in pairs
+    q_norm: Tensor | None = None  # [D] or, over all heads, [H D], in pairs
     k_norm: Tensor | None = None
-    mlp_norm: Tensor  # [d]
+    o_norm: Tensor | None = None  # [d], of attention's output
+    mlp_norm: Tensor | None = None  # [d]
     gate_up: Linear  # d -> 2 * intermediate
     down: Linear
+    down_norm: Tensor | None = None  # [d], of the MLP's output
+
+
+def make_layer(shape: Shape, linears: Mapping[str, Linear], norm: Callable[[str], Tensor]) -> Layer:
+    """Build a layer.
+
+    Args:
+        shape: The decoder's shape.
+        linears: The decoder's linears of the layer: qkv, o, gate_up, down.
+        norm: Returns a norm's weight, float32, by its name in the checkpoint's layer.
+    """
+    norms = {place: norm(name) + shape.norm_offset for place, name in shape.norms.items()}
+    if shape.qk_norm:
+        norms |= {f"{x}_norm": (norm(f"self_attn.{x}_norm") + shape.norm_offset)[order_of_norm(shape, x)] for x in "qk"}
+    return Layer(**linears, **norms)
 
 
 class Decoder:
@@ -42,7 +59,8 @@ class Decoder:
         self.layers = list(layers)
         self.norm = norm
         self.head = head
-        self.rope = Rope(shape)
+        kinds = {kind: Rope(shape, kind) for kind in (shape.layer_ropes or (shape.rope,))}
+        self.ropes = [kinds[shape.rope_of(layer)] for layer in range(shape.layers)]
         self.adapters: dict[str, Lora] = {}
 
     @torch.inference_mode()
@@ -68,7 +86,8 @@ class Decoder:
     def embed(self, ids: Tensor) -> Tensor:
         """[n] -> [n, d] float32."""
         try:
-            return self.embedding[ids].float()
+            found = self.embedding[ids].float()
+            return found if self.shape.embed_scale == 1 else found.mul_(self.shape.embed_scale)
         except IndexError:
             raise ModelError(f"token id out of range 0..{self.shape.vocab - 1}: the tokenizer does not match this model") from None
 
@@ -80,11 +99,11 @@ class Decoder:
             CacheError: A cache is full; then no cache has advanced.
             ModelError: Rows and spans do not match, or a span's adapter does not exist.
         """
-        shape, rope, rows = self.shape, self.rope, hidden.shape[0]
+        shape, rows = self.shape, hidden.shape[0]
         if rows != sum(span.n for span in spans) or any(span.n < 1 for span in spans):
             raise ModelError(f"{rows} rows do not match spans of {[span.n for span in spans]} tokens: each row belongs to one span")
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
-        parts, inner = (heads, kv_heads, kv_heads), shape.intermediate
+        parts, inner, act = (heads, kv_heads, kv_heads), shape.intermediate, silu if shape.activation == "silu" else _gelu_tanh
         kind = type(spans[0].cache)
         attend = (kind if all(type(span.cache) is kind for span in spans) else Cache).attend_many
         loras = self._loras(spans) if any(span.adapter is not None for span in spans) else None
@@ -93,29 +112,30 @@ class Decoder:
             raise ModelError(f"the model has {shape.layers} layers: it cannot run {first} to {last}")
         for i in range(first, last):
             layer = self.layers[i]
-            x = _rms_norm(hidden, layer.norm, shape.eps)
+            x = hidden if layer.norm is None else _rms_norm(hidden, layer.norm, shape.eps)
             qkv = layer.qkv(x)
             if loras:
                 add_all(loras, (i, "qkv"), x, qkv)
             q, k, v = qkv.view(rows, -1, width).split(parts, 1)
             if layer.q_norm is not None and layer.k_norm is not None:
-                q = torch.rms_norm(q, (width,), layer.q_norm, shape.eps)
-                k = torch.rms_norm(k, (width,), layer.k_norm, shape.eps)
-            x = attend(i, spans, q, k, v, rope).reshape(rows, heads * width)
+                q, k = _head_norm(q, layer.q_norm, shape.eps), _head_norm(k, layer.k_norm, shape.eps)
+            if shape.query_scale != 1:
+                q = q * shape.query_scale
+            x = attend(i, spans, q, k, v, self.ropes[i]).reshape(rows, heads * width)
             y = layer.o(x)
             if loras:
                 add_all(loras, (i, "o"), x, y)
-            hidden = hidden + y
-            x = _rms_norm(hidden, layer.mlp_norm, shape.eps)
+            hidden = hidden + (y if layer.o_norm is None else _rms_norm(y, layer.o_norm, shape.eps))
+            x = hidden if layer.mlp_norm is None else _rms_norm(hidden, layer.mlp_norm, shape.eps)
             y = layer.gate_up(x)
             if loras:
                 add_all(loras, (i, "gate_up"), x, y)
             gate, up = y.split(inner, 1)
-            x = silu(gate).mul_(up)
+            x = act(gate).mul_(up)
             y = layer.down(x)
             if loras:
                 add_all(loras, (i, "down"), x, y)
-            hidden = hidden.add_(y)
+            hidden = hidden.add_(y if layer.down_norm is None else _rms_norm(y, layer.down_norm, shape.eps))
         for span in spans:
             span.cache.advance(span.n)
         return hidden
@@ -131,7 +151,7 @@ class Decoder:
             hidden = kept[0] if len(kept) == 1 else torch.cat(kept)
         if not hidden.shape[0]:
             return hidden.new_empty(0, self.shape.vocab)
-        return self.head(_rms_norm(hidden, self.norm, self.shape.eps))
+        return soft_cap(self.head(_rms_norm(hidden, self.norm, self.shape.eps)), self.shape.logit_cap)
 
     def _loras(self, spans: Sequence[Span]) -> list[tuple[slice, Lora]]:
         """The rows of each adapter; adjacent spans with the same adapter are merged."""
@@ -149,6 +169,17 @@ class Decoder:
                     found.append((slice(at, at + span.n), lora))
             at += span.n
         return found
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return gelu(x, approximate="tanh")
+
+
+def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of each head of x [n, H, D] with a weight [D], or of all heads at once with a weight [H D]."""
+    if weight.shape[0] == x.shape[2]:
+        return torch.rms_norm(x, weight.shape, weight, eps)
+    return torch.rms_norm(x.flatten(1), weight.shape, weight, eps).view(x.shape)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -19,12 +19,13 @@ from fedtune.errors import ModelError
 from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
-from fedtune.inference.engine.decoder import Decoder, Layer
+from fedtune.inference.engine.decoder import Decoder, Layer, make_layer
+from fedtune.inference.engine.layout import Fused, linears, norm_sizes
 from fedtune.inference.engine.linear import KINDS, Linear, dequantized, linear_from_tensors, portable
 from fedtune.inference.engine.lora import Lora, make_lora
 from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
-from fedtune.inference.engine.shape import Shape, Unsupported, read_shape
+from fedtune.inference.engine.shape import Shape, Unsupported, canonical, read_shape
 from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
@@ -88,9 +89,9 @@ class Engine:
         if self.prompt is not None:
             self.decoder.forward(None, [Span(cache, self.virtual, keep=0)], embeds=self.prompt)
         elif self.prefix is not None:
-            shape, rope, n = self.shape, self.decoder.rope, self.virtual
-            order, q = pairs(1, shape.head_dim), torch.zeros(n, shape.heads, shape.head_dim)
-            for layer, (k, v) in enumerate(zip(*self.prefix, strict=True)):
+            shape, n = self.shape, self.virtual
+            order, q = pairs(1, shape.head_dim, shape.rotary), torch.zeros(n, shape.heads, shape.head_dim)
+            for layer, (k, v, rope) in enumerate(zip(*self.prefix, self.decoder.ropes, strict=True)):
                 # the model does not rotate these keys, but the cache rotates its input: so undo that rotation in advance
                 cache.attend(layer, q, rope.unrotate(k[..., order], 0), v.float(), rope)
             cache.advance(n)
@@ -208,31 +209,31 @@ class _Mapped:
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self._folder = folder
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, tuple[Path, str]] = {}  # the decoder's name → file and name there
         for file in files:
             with _opened(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a handle is not a dict
-                    self._where[name] = file
+                    self._where[canonical(name)] = file, name
 
-    def _file(self, name: str) -> Path:
+    def _stored(self, name: str) -> tuple[Path, str]:
         if name not in self._where:
             raise ModelError(f"{self._folder} has no tensor {name}: give a merged model, as written by `fedtune export`")
         return self._where[name]
 
     def tensor(self, name: str, size: tuple[int, ...]) -> Tensor:
-        file = self._file(name)
+        file, stored = self._stored(name)
         with _opened(file) as handle:
-            part = handle.get_slice(name)
+            part = handle.get_slice(stored)
             if tuple(part.get_shape()) != size or part.get_dtype() not in FLOATS:
                 raise ModelError(
                     f"{file} holds {name} as {part.get_dtype()} {tuple(part.get_shape())}, but config.json requires floats {size}"
                 )
-            return handle.get_tensor(name)
+            return handle.get_tensor(stored)
 
     def stored_kind(self, name: str) -> str:
-        name = f"{name}.weight"
-        with _opened(self._file(name)) as handle:
-            return FLOATS.get(handle.get_slice(name).get_dtype(), "fp32")
+        file, stored = self._stored(f"{name}.weight")
+        with _opened(file) as handle:
+            return FLOATS.get(handle.get_slice(stored).get_dtype(), "fp32")
 
     def linear(self, name: str, size: tuple[int, int], kind: str) -> Stored:
         return kind, GROUP, portable(kind, self.tensor(f"{name}.weight", size), group=GROUP)
@@ -247,32 +248,19 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ModelError(f"{file} is not a valid safetensors file ({str(error).splitlines()[0]:.80}): export the model again") from None
 
 
-NAMES = ("qkv", "o", "gate_up", "down")  # the linears of a layer
-
-
 def _decoder(shape: Shape, source: _Source, linear: Callable[[str], Linear]) -> Decoder:
     embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
     layers = [_layer(shape, source, linear, i) for i in range(shape.layers)]
-    norm = source.tensor("model.norm.weight", (shape.hidden,)).float()
+    norm = source.tensor("model.norm.weight", (shape.hidden,)).float() + shape.norm_offset
     return Decoder(shape, embed, layers, norm, linear("head"))
 
 
 def _layer(shape: Shape, source: _Source, linear: Callable[[str], Linear], i: int) -> Layer:
-    at, turned = f"model.layers.{i}.", pairs(1, shape.head_dim)
-
-    def norm(name: str, size: int) -> Tensor:
-        return source.tensor(f"{at}{name}.weight", (size,)).float()
-
-    qkv, o, gate_up, down = (linear(f"layers.{i}.{name}") for name in NAMES)
-    return Layer(
-        norm=norm("input_layernorm", shape.hidden),
-        qkv=qkv,
-        o=o,
-        q_norm=norm("self_attn.q_norm", shape.head_dim)[turned] if shape.qk_norm else None,
-        k_norm=norm("self_attn.k_norm", shape.head_dim)[turned] if shape.qk_norm else None,
-        mlp_norm=norm("post_attention_layernorm", shape.hidden),
-        gate_up=gate_up,
-        down=down,
+    sizes = norm_sizes(shape)
+    return make_layer(
+        shape,
+        {name: linear(f"layers.{i}.{name}") for name in linears(shape)},
+        lambda name: source.tensor(f"model.layers.{i}.{name}.weight", (sizes[name],)).float(),
     )
 
 
@@ -283,45 +271,38 @@ class _Packing:
         self._shape, self._source, self._kind = shape, source, kind
 
     def every(self) -> Iterator[tuple[str, Linear]]:
-        for name in (*(f"layers.{i}.{name}" for i in range(self._shape.layers) for name in NAMES), "head"):
+        for name in (*(f"layers.{i}.{name}" for i in range(self._shape.layers) for name in linears(self._shape)), "head"):
             yield name, self(name)
 
     def __call__(self, name: str) -> Linear:
         if name == "head":
             return self._head()
-        shape, (_, i, short) = self._shape, name.split(".")
-        at, d, inner, width = f"model.layers.{i}.", shape.hidden, shape.intermediate, shape.head_dim
-        q, kv = shape.heads * width, shape.kv_heads * width
-        if short == "qkv":
-            turned = [("q", q, pairs(shape.heads, width)), ("k", kv, pairs(shape.kv_heads, width)), ("v", kv, None)]
-            return self._fused([(f"{at}self_attn.{x}_proj", size, order) for x, size, order in turned], n_in=d, bias=shape.qkv_bias)
-        if short == "o":
-            return self._fused([(f"{at}self_attn.o_proj", d, None)], n_in=q, bias=shape.o_bias)
-        if short == "down":
-            return self._fused([(f"{at}mlp.down_proj", d, None)], n_in=inner, bias=shape.mlp_bias)
-        return self._fused([(f"{at}mlp.{x}_proj", inner, None) for x in ("gate", "up")], n_in=d, bias=shape.mlp_bias)
+        _, i, short = name.split(".")
+        return self._fused(f"model.layers.{i}.", linears(self._shape)[short])
 
-    def _fused(self, parts: Sequence[tuple[str, int, Tensor | None]], *, n_in: int, bias: bool) -> Linear:
-        """Fuse several linears, each given by name, rows and row order."""
+    def _fused(self, at: str, fused: Fused) -> Linear:
+        """Fuse the linears of the layer whose names begin with `at`."""
         found: list[Stored] = []
-        for name, size, order in parts:
-            own, group, tensors = self._source.linear(name, (size, n_in), self._kind or self._source.stored_kind(name))
-            if bias:
-                tensors["bias"] = self._source.tensor(f"{name}.bias", (size,)).float()
-            found.append((own, group, tensors if order is None else {key: t[order] for key, t in tensors.items()}))
+        for part in fused.parts:
+            name, n_in = at + part.module, fused.columns
+            own, group, tensors = self._source.linear(name, (part.rows, n_in), self._kind or self._source.stored_kind(name))
+            if fused.bias:
+                tensors["bias"] = self._source.tensor(f"{name}.bias", (part.rows,)).float()
+            found.append((own, group, tensors if part.order is None else {key: t[part.order] for key, t in tensors.items()}))
+        first = at + fused.parts[0].module
         own, group, whole = found[0]
         if any(other[:2] != (own, group) for other in found[1:]):
-            raise ModelError(f"{parts[0][0]} and the linears fused with it are of different kinds: export the model again")
+            raise ModelError(f"{first} and the linears fused with it are of different kinds: export the model again")
         if len(found) > 1:
             whole = {key: torch.cat([tensors[key] for *_, tensors in found]) for key in whole}
             found.clear()
-        return linear_from_tensors(own, whole, n_in=n_in, group=group, name=parts[0][0])
+        return linear_from_tensors(own, whole, n_in=fused.columns, group=group, name=first)
 
     def _head(self) -> Linear:
         shape, source, kind = self._shape, self._source, self._kind
         if shape.tied:
             embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
-            own = kind or source.stored_kind("model.layers.0.self_attn.q_proj")
+            own = kind or source.stored_kind(f"model.layers.0.{linears(shape)['qkv'].parts[0].module}")
             own = "int8" if own == "int4" else own
             return linear_from_tensors(own, portable(own, embed), n_in=shape.hidden, name="lm_head")
         own = kind or source.stored_kind("lm_head")

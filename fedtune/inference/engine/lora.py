@@ -6,19 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.rope import pairs
+from fedtune.inference.engine.layout import home_of, linears
 from fedtune.inference.engine.shape import Shape
-
-# module of a layer → the engine's fused linear
-_HOME = {
-    "self_attn.q_proj": "qkv",
-    "self_attn.k_proj": "qkv",
-    "self_attn.v_proj": "qkv",
-    "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate_up",
-    "mlp.up_proj": "gate_up",
-    "mlp.down_proj": "down",
-}
 
 
 @dataclass(slots=True)
@@ -44,22 +33,18 @@ def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: 
     Raises:
         ModelError: The engine does not support adapters on a module, or factors do not fit it.
     """
-    q, kv, inner, d = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate, shape.hidden
-    sizes = {"q": (q, d, 0), "k": (kv, d, q), "v": (kv, d, q + kv), "o": (d, q, 0)}
-    sizes |= {"gate": (inner, d, 0), "up": (inner, d, inner), "down": (d, inner, 0)}
     lora = Lora()
     for module, (a, b) in factors.items():
         layer, _, own = module.removeprefix("model.layers.").partition(".")
-        if not layer.isdecimal() or int(layer) >= shape.layers or own not in _HOME or not module.startswith("model.layers."):
+        home = home_of(shape, own)
+        if home is None or not layer.isdecimal() or int(layer) >= shape.layers or not module.startswith("model.layers."):
             raise ModelError(f"adapter {name!r} changes '{module}', which the engine cannot adapt: merge it with `fedtune export`")
-        part = own.rpartition(".")[2].removesuffix("_proj")
-        rows, columns, first = sizes[part]
-        if a.dim() != 2 or a.shape[1] != columns or b.shape != (rows, a.shape[0]):
-            raise ModelError(f"adapter {name!r} does not fit '{module}' of shape {(rows, columns)}: it belongs to another model")
-        b = b.float()
-        if part in "qk":
-            b = b[pairs(rows // shape.head_dim, shape.head_dim)]
-        lora.pieces.setdefault((int(layer), _HOME[own]), []).append((a.float().T.contiguous(), b.T.contiguous(), first))
+        linear, first, part = home
+        columns = linears(shape)[linear].columns
+        if a.dim() != 2 or a.shape[1] != columns or b.shape != (part.rows, a.shape[0]):
+            raise ModelError(f"adapter {name!r} does not fit '{module}' of shape {(part.rows, columns)}: it belongs to another model")
+        b = b.float() if part.order is None else b.float()[part.order]
+        lora.pieces.setdefault((int(layer), linear), []).append((a.float().T.contiguous(), b.T.contiguous(), first))
     return lora
 
 

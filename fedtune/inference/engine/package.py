@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine.layout import linears, norm_sizes
 from fedtune.inference.engine.shape import Shape, read_shape
 from fedtune.storage.parsing import parse_json, read_text
 from fedtune.storage.reading import read_fields
@@ -207,28 +208,17 @@ def read_package(folder: Path, *, seen: bool = False) -> Package:
 
 def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The decoder's tensors and their shapes, in the order of a package's files; no `lm_head.weight` if it is tied."""
-    d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
+    d, fused, norms = shape.hidden, linears(shape), norm_sizes(shape)
+    queries = [f"self_attn.{x}_norm" for x in "qk" if shape.qk_norm]
     yield "model.embed_tokens.weight", (shape.vocab, d)
     for layer in range(shape.layers):
         at = f"model.layers.{layer}"
-        yield f"{at}.input_layernorm.weight", (d,)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            yield f"{at}.self_attn.{name}_proj.weight", (rows, d)
-        if shape.qkv_bias:
-            for name, rows in (("q", q), ("k", kv), ("v", kv)):
-                yield f"{at}.self_attn.{name}_proj.bias", (rows,)
-        if shape.qk_norm:
-            yield f"{at}.self_attn.q_norm.weight", (shape.head_dim,)
-            yield f"{at}.self_attn.k_norm.weight", (shape.head_dim,)
-        yield f"{at}.self_attn.o_proj.weight", (d, q)
-        if shape.o_bias:
-            yield f"{at}.self_attn.o_proj.bias", (d,)
-        yield f"{at}.post_attention_layernorm.weight", (d,)
-        for name, (rows, columns) in (("gate", (inner, d)), ("up", (inner, d)), ("down", (d, inner))):
-            yield f"{at}.mlp.{name}_proj.weight", (rows, columns)
-        if shape.mlp_bias:
-            for name, rows in (("gate", inner), ("up", inner), ("down", d)):
-                yield f"{at}.mlp.{name}_proj.bias", (rows,)
+        for place in ("norm", "qkv", "o", "o_norm", "mlp_norm", "gate_up", "down", "down_norm"):
+            if place in fused:
+                yield from ((f"{at}.{part.module}.weight", (part.rows, fused[place].columns)) for part in fused[place].parts)
+                yield from ((f"{at}.{part.module}.bias", (part.rows,)) for part in fused[place].parts if fused[place].bias)
+            names = queries if place == "qkv" else [shape.norms[place]] if place in shape.norms else []
+            yield from ((f"{at}.{name}.weight", (norms[name],)) for name in names)
     yield "model.norm.weight", (d,)
     if not shape.tied:
         yield "lm_head.weight", (shape.vocab, d)

@@ -2,9 +2,10 @@
 
 The rows of query and key weights are reordered into pairs on loading (`pairs`), so that a head is D/2 complex numbers and a rotation is a
 product with exp(i * position * frequency). Attention uses only dot products of queries and keys, which do not depend on the channel order.
+Channels that are not rotated (partial rotary embeddings, layers without positions) have the frequency 0.
 
-Sources: Su et al. 2021, RoFormer, arXiv:2104.09864; YaRN, Peng et al. 2023, arXiv:2309.00071; Llama 3's scaling and dynamic NTK as in
-transformers' modeling_rope_utils (same results).
+Sources: Su et al. 2021, RoFormer, arXiv:2104.09864; YaRN, Peng et al. 2023, arXiv:2309.00071; LongRoPE, Ding et al. 2024,
+arXiv:2402.13753, with the short factors; Llama 3's scaling and dynamic NTK as in transformers' modeling_rope_utils (same results).
 """
 
 import math
@@ -16,12 +17,19 @@ from fedtune.inference.engine.shape import RopeShape, Shape
 
 
 class Rope:
-    """Tables of exp(i * position * frequency), which grow on demand."""
+    """Tables of exp(i * position * frequency), which grow on demand.
 
-    def __init__(self, shape: Shape) -> None:
-        self._rope, self._width = shape.rope, shape.head_dim
-        self._freqs, self._factor = frequencies(shape.rope, shape.head_dim)
-        self._known = int(shape.rope.get("max_position_embeddings")) if shape.rope.kind == "dynamic" else None
+    Args:
+        shape: The decoder's shape.
+        rope: The rotary embedding; None is `shape.rope`.
+    """
+
+    def __init__(self, shape: Shape, rope: RopeShape | None = None) -> None:
+        self._rope, self._width = rope or shape.rope, shape.rotary or shape.head_dim
+        self._freqs, factor = frequencies(self._rope, self._width)
+        self._still = (shape.head_dim - self._width) // 2  # pairs that are not rotated
+        self._factor = torch.cat([torch.full_like(self._freqs, factor), torch.ones(self._still)])
+        self._known = int(self._rope.get("max_position_embeddings")) if self._rope.kind == "dynamic" else None
         self._table = torch.empty(0, 1, shape.head_dim // 2, dtype=torch.complex64)
         self._last: tuple[int, int, Tensor] | None = None
 
@@ -50,7 +58,7 @@ class Rope:
 
     def unrotate(self, x: Tensor, start: int) -> Tensor:
         """The inverse of `rotate(…, start)`, for keys that are already rotated or must not be."""
-        return as_real(as_complex(x.float().contiguous()) * self.rows(start, x.shape[0]).conj()) / self._factor**2
+        return as_real(as_complex(x.float().contiguous()) * (self.rows(start, x.shape[0]).conj() / self._factor**2))
 
     def _rows(self, start: int, n: int) -> Tensor:
         if self._known and start + n > self._known:  # dynamic: the base depends on the current length
@@ -64,8 +72,9 @@ class Rope:
         return self._table
 
     def _make(self, freqs: Tensor, start: int, n: int) -> Tensor:
+        freqs = torch.cat([freqs, torch.zeros(self._still)])
         angles = torch.arange(start, start + n, dtype=torch.float32).unsqueeze(1) * freqs
-        return torch.polar(torch.full_like(angles, self._factor), angles).unsqueeze(1)
+        return torch.polar(self._factor.expand_as(angles), angles).unsqueeze(1)
 
 
 def as_complex(x: Tensor) -> Tensor:
@@ -80,13 +89,14 @@ def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x).view(n, heads, 2 * half)
 
 
-def pairs(heads: int, width: int) -> Tensor:
-    """The row order [heads * width] that puts channels i and i + width/2 of each head side by side.
+def pairs(heads: int, width: int, rotary: int = 0) -> Tensor:
+    """The row order [heads * width] that puts channels i and i + rotary/2 of each head side by side; `rotary` is 0 for all of `width`.
 
-    >>> pairs(1, 6).tolist()
-    [0, 3, 1, 4, 2, 5]
+    >>> pairs(1, 6).tolist(), pairs(1, 6, 4).tolist()
+    ([0, 3, 1, 4, 2, 5], [0, 2, 1, 3, 4, 5])
     """
-    within = torch.arange(width).view(2, -1).T.reshape(1, -1)
+    rotary = rotary or width
+    within = torch.cat([torch.arange(rotary).view(2, -1).T.flatten(), torch.arange(rotary, width)])
     return (torch.arange(heads).unsqueeze(1) * width + within).flatten()
 
 
@@ -95,10 +105,12 @@ def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple
 
     Args:
         rope: Base and scaling.
-        width: head_dim.
+        width: Rotated channels of a head.
         length: Tokens so far; used only by dynamic scaling, beyond the model's context.
     """
     steps = torch.arange(0, width, 2, dtype=torch.float32) / width
+    if rope.kind == "none":
+        return torch.zeros_like(steps), 1.0
     if rope.kind == "dynamic":
         factor, context = rope.get("factor"), rope.get("max_position_embeddings")
         grown = factor * max(length or 0, context) / context - (factor - 1)
@@ -110,6 +122,8 @@ def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple
         return _llama3(rope, plain), 1.0
     if rope.kind == "yarn":
         return _yarn(rope, width, steps)
+    if rope.kind == "longrope":
+        return _longrope(rope, plain)
     return plain, 1.0
 
 
@@ -119,6 +133,14 @@ def _llama3(rope: RopeShape, plain: Tensor) -> Tensor:
     turns = rope.get("original_max_position_embeddings") * plain / (2 * math.pi)  # rotations in the original context
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * plain / factor + blend * plain
+
+
+def _longrope(rope: RopeShape, plain: Tensor) -> tuple[Tensor, float]:
+    """The short factors, for texts within the original context: a longer text would need other keys for all of its tokens."""
+    original = rope.get("original_max_position_embeddings")
+    factor = rope.get("factor") or rope.get("max_position_embeddings") / original
+    attention = rope.get("attention_factor") or (math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)
+    return plain / torch.tensor(rope.get("short_factor")), float(attention)
 
 
 def _yarn(rope: RopeShape, width: int, steps: Tensor) -> tuple[Tensor, float]:

@@ -27,12 +27,14 @@ AS_IT_IS = (
     "PreTrainedTokenizer",
     "PythonBackend",
 )  # classes that use tokenizer.json unchanged, without the suffix "Fast"
-_REGISTERED = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # model_type → its tokenizer's class
+_REGISTERED = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")}
+_PLAIN = ("mistral", "phi3", "olmo2")  # model_types whose tokenizer.json is used unchanged, whatever class the configs name
 _MOST = 1 << 24  # limit of token ids, far above any vocabulary
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULTS: dict[str, dict[str, Any]] = {  # class → its default special tokens
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "Qwen2Tokenizer": {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    "GemmaTokenizer": {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "mask_token": "<mask>"},
     "GPT2Tokenizer": {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": None},
 }
 _QWEN2 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
@@ -112,7 +114,7 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> str:
         or (family == "mistral" and (folder / "tekken.json").is_file())
     ):
         raise Unsupported("which of its tokenizers is used depends on the version of transformers")
-    if family == "mistral" or (family != "qwen2" and name == "LlamaTokenizer" and _by_bytes(folder)):
+    if family in _PLAIN or (family != "qwen2" and name == "LlamaTokenizer" and _by_bytes(folder)):
         return ""
     if family == "qwen2":  # transformers overrides the class in such folders, which is often wrong
         name = _REGISTERED["qwen2"]
@@ -167,8 +169,22 @@ def _gpt2(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def _gemma(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = config.get("unk_token") or _DEFAULTS["GemmaTokenizer"]["unk_token"]
+    return _rebuilt(
+        raw,
+        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        pre_tokenizer={"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        decoder={
+            "type": "Sequence",
+            "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}],
+        },
+        model={"unk_token": str(_token(unknown)), "fuse_unk": True, "byte_fallback": True},
+    )
+
+
 _BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-_REBUILT = {"LlamaTokenizer": _llama, "Qwen2Tokenizer": _qwen2, "GPT2Tokenizer": _gpt2}
+_REBUILT = {"LlamaTokenizer": _llama, "Qwen2Tokenizer": _qwen2, "GPT2Tokenizer": _gpt2, "GemmaTokenizer": _gemma}
 
 
 def _rebuilt(raw: Mapping[str, Any], *, model: Mapping[str, Any], **parts: Any) -> dict[str, Any]:

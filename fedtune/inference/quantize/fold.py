@@ -3,8 +3,9 @@
     x → diag(s)⁻¹ x    a norm's weight, or the rows of the linear before
     W → W diag(s)      every linear that reads x
 
-Sources of the inputs in a Llama-family layer: the norms for q, k, v and for gate, up; `up` for `down`, because act(gate) * up is linear in
-up; `v` for `o`, because attention mixes tokens and not channels. If several query heads share a value head, their channels share a scale.
+Sources of the inputs in a Llama-like layer: the norms for q, k, v and for gate, up, if the layer has norms before them; `up` for `down`,
+because act(gate) * up is linear in up; `v` for `o`, because attention mixes tokens and not channels. If several query heads share a value
+head, their channels share a scale. Where one linear computes q, k and v, or gate and up (Phi-3), only the norms are sources.
 
 Source: SmoothQuant (arXiv:2211.10438) eq. 3 and AWQ (arXiv:2306.00978) §3.2 fold the same way.
 """
@@ -15,25 +16,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FOLDS", "Change", "Fold", "changes"]
+from fedtune.inference.engine.layout import linears
+from fedtune.inference.engine.shape import Shape
+
+__all__ = ["Change", "Fold", "changes", "folds"]
 
 Change = Callable[[Tensor, int, int], Tensor]  # rows a..b of a tensor, float32 → the changed rows
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A point where a scale can move: `source`'s outputs are the inputs of `readers`. Names within one layer, without `.weight`."""
+    """A point where a scale can move: `source`'s outputs are the inputs of `readers`. Names within one layer, without `.weight`.
+
+    Args:
+        offset: Number that the decoder adds to the weight of `source`, a norm.
+    """
 
     source: str
     readers: tuple[str, ...]
+    offset: float = 0.0
 
 
-FOLDS = (
-    Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Fold("self_attn.v_proj", ("self_attn.o_proj",)),
-    Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    Fold("mlp.up_proj", ("mlp.down_proj",)),
-)
+def folds(shape: Shape) -> list[Fold]:
+    """The folds of a layer, in the order of the pass."""
+    fused, norms, out = linears(shape), shape.norms, list[Fold]()
+    for place, first, second in (("norm", "qkv", "o"), ("mlp_norm", "gate_up", "down")):
+        if place in norms:
+            out.append(Fold(norms[place], fused[first].modules, shape.norm_offset))
+        if not shape.fused:
+            out.append(Fold(fused[first].modules[-1], fused[second].modules))
+    return out
 
 
 def tied(values: Tensor, shared: int, width: int) -> Tensor:
@@ -53,7 +65,7 @@ def changes(fold: Fold, scale: Tensor, rows: int, width: int = 1) -> dict[str, C
     own = scale.view(-1, shared, width)[:, 0].reshape(-1) if shared > 1 else scale
 
     def divided(part: Tensor, first: int, last: int) -> Tensor:
-        return part / (own[first:last] if part.dim() == 1 else own[first:last, None])
+        return (part + fold.offset) / (own[first:last] if part.dim() == 1 else own[first:last, None]) - fold.offset
 
     return {
         f"{fold.source}.weight": divided,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.caches.base import Cache, Span, attention, causal_mask
-from fedtune.inference.engine.decoder import Decoder, Layer
+from fedtune.inference.engine.decoder import Decoder, Layer, make_layer
+from fedtune.inference.engine.layout import Fused, Part, linears
 from fedtune.inference.engine.linear import Linear, linear_from_tensors
 from fedtune.inference.engine.rope import Rope, pairs
 from fedtune.inference.engine.shape import Shape
@@ -20,14 +21,8 @@ from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.weights import Read
 
-__all__ = ["FUSED", "Prefix", "Stats", "InputStats", "embedded", "observe", "pass_layer", "prefix_of"]
+__all__ = ["Prefix", "Stats", "InputStats", "embedded", "observe", "pass_layer", "prefix_of"]
 
-FUSED: Mapping[str, tuple[str, ...]] = {  # the decoder's linears → the checkpoint's, which share their inputs
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 Prefix = tuple[Tensor, Tensor]  # keys and values [t, Hkv, D] of a layer's virtual tokens, as in packages
 _STRETCH = 1 << 19  # numbers of the table that are read at once
 _ROWS = 256  # tokens per pass
@@ -73,7 +68,7 @@ def embedded(shape: Shape, read: Read, text: Sequence[Tensor], before: Tensor | 
     for first in range(0, shape.vocab, step := max(_STRETCH // shape.hidden, 1)):
         chosen = (ids >= first) & (ids < first + step)
         if chosen.any():
-            table = read("model.embed_tokens.weight", first, min(first + step, shape.vocab)).float()
+            table = read("model.embed_tokens.weight", first, min(first + step, shape.vocab)).float() * shape.embed_scale
             for i in chosen.nonzero()[:, 0].tolist():
                 out.put(places[i], table[ids[i] - first])
     return out
@@ -124,14 +119,14 @@ class NoCache(Cache):
         if self._prefix is not None:  # its keys are not rotated
             keys, values = self._prefix
             before = len(keys)
-            k, v = torch.cat([keys[..., pairs(1, self.shape.head_dim)], rope.rotate(k, before)]), torch.cat([values, v])
+            k, v = torch.cat([keys[..., pairs(1, self.shape.head_dim, self.shape.rotary)], rope.rotate(k, before)]), torch.cat([values, v])
         else:
             k = rope.rotate(k, 0)
         first = 0 if window is None else max(0, before - window + 1)  # the oldest token that the first query sees
         whole = not before and (window is None or n <= window)
         mask = None if whole or n == 1 else causal_mask(n, n + before - first, window)
         k, v = k[first:].transpose(0, 1), v[first:].transpose(0, 1)
-        return attention(rope.rotate(q, before), k, v, mask, causal=whole and n > 1)
+        return attention(rope.rotate(q, before), k, v, mask, causal=whole and n > 1, cap=self.shape.attention_cap)
 
     @property
     def nbytes(self) -> int:
@@ -144,46 +139,25 @@ def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
     Args:
         tensors: Tensors of one layer, named without `model.layers.N.` (`mlp.up_proj.weight` …).
     """
-    orders = {"self_attn.q_proj": pairs(shape.heads, shape.head_dim), "self_attn.k_proj": pairs(shape.kv_heads, shape.head_dim)}
 
-    outputs = (
-        shape.heads * shape.head_dim,
-        *(shape.kv_heads * shape.head_dim,) * 2,
-        shape.hidden,
-        *(shape.intermediate,) * 2,
-        shape.hidden,
-    )
-    rows = dict(zip((module for modules in FUSED.values() for module in modules), outputs, strict=True))
-
-    def joined(modules: Sequence[str], part: str) -> Tensor:
+    def joined(parts: Sequence[Part], kind: str) -> Tensor:
         """Concatenate tensors one by one, so that they are not all in memory beside the result."""
         out, end = torch.empty(0), 0
-        for module in modules:
-            tensor = tensors[f"{module}.{part}"]
-            tensor = tensor[orders[module]] if module in orders else tensor
-            if len(modules) == 1:
+        for part in parts:
+            tensor = tensors[f"{part.module}.{kind}"]
+            tensor = tensor if part.order is None else tensor[part.order]
+            if len(parts) == 1:
                 return tensor
-            out = out if end else torch.empty(sum(rows[m] for m in modules), *tensor.shape[1:])
+            out = out if end else torch.empty(sum(p.rows for p in parts), *tensor.shape[1:])
             out[end : end + len(tensor)] = tensor
             end += len(tensor)
         return out
 
-    def fused(name: str) -> Linear:
-        found = {part: [m for m in FUSED[name] if f"{m}.{part}" in tensors] for part in ("weight", "bias")}
-        whole = {part: joined(modules, part) for part, modules in found.items() if modules}
-        return linear_from_tensors("fp32", whole, n_in=whole["weight"].shape[1], name=name)
+    def fused(name: str, how: Fused) -> Linear:
+        whole = {kind: joined(how.parts, kind) for kind in ("weight", "bias") if kind == "weight" or how.bias}
+        return linear_from_tensors("fp32", whole, n_in=how.columns, name=name)
 
-    turned = pairs(1, shape.head_dim)
-    return Layer(
-        norm=tensors["input_layernorm.weight"],
-        qkv=fused("qkv"),
-        o=fused("o"),
-        q_norm=tensors["self_attn.q_norm.weight"][turned] if shape.qk_norm else None,
-        k_norm=tensors["self_attn.k_norm.weight"][turned] if shape.qk_norm else None,
-        mlp_norm=tensors["post_attention_layernorm.weight"],
-        gate_up=fused("gate_up"),
-        down=fused("down"),
-    )
+    return make_layer(shape, {name: fused(name, how) for name, how in linears(shape).items()}, lambda name: tensors[f"{name}.weight"])
 
 
 def prefix_of(virtual: Mapping[str, Tensor], index: int) -> Prefix | None:
@@ -192,9 +166,9 @@ def prefix_of(virtual: Mapping[str, Tensor], index: int) -> Prefix | None:
 
 
 def observe(shape: Shape, index: int, tensors: Mapping[str, Tensor], hidden: Hidden, prefix: Prefix | None = None) -> dict[str, Stats]:
-    """Return input statistics of each of the layer's `FUSED` linears, over the hidden states [n, d] before the layer."""
+    """Return input statistics of each of the decoder's linears of the layer, over the hidden states [n, d] before the layer."""
     layer = build(shape, tensors)
-    watched = {name: ObservedLinear(getattr(layer, name)) for name in FUSED}
+    watched = {name: ObservedLinear(getattr(layer, name)) for name in linears(shape)}
     for name, linear in watched.items():
         setattr(layer, name, linear)
     _run(shape, index, layer, hidden, prefix, keep=False)
@@ -208,7 +182,7 @@ def pass_layer(shape: Shape, index: int, tensors: Mapping[str, Tensor], hidden: 
 
 
 def _run(shape: Shape, index: int, layer: Layer, hidden: Hidden, prefix: Prefix | None, keep: bool) -> None:
-    decoder = Decoder(shape, torch.empty(0, shape.hidden), [layer] * (index + 1), layer.norm, layer.down)
+    decoder = Decoder(shape, torch.empty(0, shape.hidden), [layer] * (index + 1), torch.empty(0), layer.down)
     give_back()
     for first, lengths in hidden.batches(_ROWS):
         spans = [Span(NoCache(shape, n, prefix), n) for n in lengths]

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.layout import linears
 from fedtune.inference.engine.package import StoredLinear, is_linear, linear_tensors, tensor_shapes
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.awq import awq_scale, output_loss
-from fedtune.inference.quantize.fold import FOLDS, Fold
+from fedtune.inference.quantize.fold import Fold, folds
 from fedtune.inference.quantize.gptq import inverse_factor, quantize_gptq
 from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
-from fedtune.inference.quantize.layers import FUSED, InputStats, Stats, embedded, observe, pass_layer, prefix_of
+from fedtune.inference.quantize.layers import InputStats, Stats, embedded, observe, pass_layer, prefix_of
 from fedtune.inference.quantize.rtn import GROUP, Kind, QuantizedLinear, dequantize, packed, quantize_rtn
 from fedtune.inference.quantize.smoothquant import smooth_scale
 from fedtune.inference.quantize.weights import Read, Weights
@@ -153,7 +154,7 @@ def quantize_model(
     virtual = virtual or {}
     prompt = virtual.get("prompt.embeds")
     hidden = embedded(shape, read, text, prompt, scratch) if recipe.method != "rtn" else None
-    folds = [fold for fold in FOLDS if "prefix.v" not in virtual or fold.source != "self_attn.v_proj"]
+    points = [fold for fold in folds(shape) if "prefix.v" not in virtual or fold.source != "self_attn.v_proj"]
     for index in range(shape.layers):
         at = f"model.layers.{index}."
         names = [name for name in sizes if name.startswith(at)]
@@ -161,9 +162,10 @@ def quantize_model(
             yield from ((name, _plain(name, read, sizes[name], recipe)) for name in names)
             continue
         weights, prefix = Weights({name[len(at) :]: name for name in names}, sizes, read), prefix_of(virtual, index)
-        stats = {module: s for fused, s in observe(shape, index, weights, hidden, prefix).items() for module in FUSED[fused]}
+        fused = linears(shape)
+        stats = {module: s for name, s in observe(shape, index, weights, hidden, prefix).items() for module in fused[name].modules}
         give_back()  # else freed memory of each layer would add up
-        for fold in folds:
+        for fold in points:
             _fold(fold, weights, stats, recipe, shape.head_dim)
         out: dict[str, Tensor | QuantizedLinear] = {}
         for name in weights:
@@ -197,9 +199,9 @@ def _head(
     if hidden is not None:
         watch = InputStats(shape.hidden)
         for h in hidden:
-            watch.add(torch.rms_norm(h[before:], (shape.hidden,), norm, shape.eps))
+            watch.add(torch.rms_norm(h[before:], (shape.hidden,), norm + shape.norm_offset, shape.eps))
         stats["lm_head"] = watch.stats()
-        _fold(Fold("norm", ("lm_head",)), weights, stats, recipe, 1)
+        _fold(Fold("norm", ("lm_head",), shape.norm_offset), weights, stats, recipe, 1)
     yield "model.norm.weight", weights["norm.weight"]
     most = min(_GPTQ, shape.hidden * shape.intermediate)  # no more than in a layer
     yield "lm_head.weight", quantize_rows(partial(weights.rows, "lm_head.weight"), size, recipe, stats.get("lm_head"), most=most)

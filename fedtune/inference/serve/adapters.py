@@ -9,6 +9,7 @@ from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.model import FOLDING
+from fedtune.inference.text_part import of_text_part
 from fedtune.models.adapter_folder import read_adapter
 from fedtune.models.combined import combined_factors
 from fedtune.models.methods import method
@@ -45,4 +46,4 @@ def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
         raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA adapters can be separate")
     if stored.heads or stored.over:
         raise ModelError(f"{folder} changes more than LoRA's factors: merge it with `fedtune export`")
-    return combined_factors((stored.state, *stored.shifts), dict(tensor_shapes(shape)), str(folder))
+    return combined_factors([of_text_part(s) for s in (stored.state, *stored.shifts)], dict(tensor_shapes(shape)), str(folder))

@@ -1,9 +1,11 @@
+import dataclasses
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.shape import Unsupported, read_shape
+from fedtune.inference.engine.shape import DEFAULTS, Unsupported, read_shape
 from tests.inference.engine.tiny import SHAPES
 
 LLAMA: dict[str, Any] = {
@@ -18,8 +20,9 @@ LLAMA: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_tiny_shape_is_read(name: str) -> None:
-    config = SHAPES[name]()
-    shape = read_shape(config.to_dict())
+    whole = SHAPES[name]()
+    config = whole.get_text_config()
+    shape = read_shape(whole.to_dict())
     assert (shape.hidden, shape.layers, shape.heads) == (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
     assert shape.kv_heads == config.num_key_value_heads and shape.tied == config.tie_word_embeddings
     assert len(shape.windows) == shape.layers and shape.eos == (1,) and shape.bos == 0
@@ -43,6 +46,35 @@ def test_windows() -> None:
     assert read_shape(LLAMA | {"sliding_window": 4}).windows == (None,) * 3
 
 
+@pytest.mark.parametrize("kind", sorted(DEFAULTS))
+def test_the_defaults_are_those_of_transformers(kind: str) -> None:
+    """A config.json of the hub often lists only what differs from its class's defaults."""
+    sizes = {**LLAMA, "model_type": kind, "num_attention_heads": 8}
+    if kind in ("mistral", "qwen2", "qwen3"):  # every checkpoint has it, and no default fits all sizes
+        sizes["num_key_value_heads"] = 2
+    least, config = sizes, AutoConfig.for_model(**sizes)
+    shape, want = read_shape(least), read_shape(config.to_dict())
+    assert dataclasses.replace(shape, bos=want.bos, eos=want.eos) == dataclasses.replace(
+        want, rope=dataclasses.replace(want.rope, numbers=shape.rope.numbers),
+        layer_ropes=tuple(dataclasses.replace(r, numbers=()) for r in want.layer_ropes),
+    )  # fmt: skip
+
+
+def test_gemma_3_configs_of_the_hub() -> None:
+    """google/gemma-3-4b-it nests a text config of few entries; google/gemma-3-1b-it has the rotary bases of transformers 4."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    shape = read_shape(
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text}
+    )
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.vocab, shape.tied, shape.eos) == (8, 4, 256, 262_208, True, (1, 106))
+    assert shape.windows == tuple(None if (i + 1) % 6 == 0 else 1024 for i in range(34))
+    assert (shape.rope.theta, shape.rope.kind, shape.rope_of(0).theta, shape.rope_of(0).kind) == (1e6, "linear", 1e4, "default")
+    assert shape.rope_of(5) is shape.rope and shape.query_scale == 1 and shape.attention_cap is None
+    one = read_shape({**text, "rope_scaling": None, "rope_theta": 2e6, "rope_local_base_freq": 3e4, "sliding_window_pattern": 2})
+    assert (one.rope_of(1).theta, one.rope_of(0).theta, one.windows[:2]) == (2e6, 3e4, (1024, None))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -51,7 +83,9 @@ def test_windows() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"head_dim": 7}, "head_dim=7"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "proportional"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "qwen3", "num_key_value_heads": 2, "use_sliding_window": True, "layer_types": ["mamba"] * 3}, "mamba"),
@@ -73,6 +107,14 @@ def test_unsupported_models_are_named(changes: dict[str, Any], message: str) -> 
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
         ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3}}, "4 positive numbers as short_factor"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1}, "attn_logit_softcapping=-1"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "layer_types must have 3 entries"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+        ({"model_type": "gemma3"}, "no text_config"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must have 3 entries"),
+        ({"model_type": "phi3", "partial_rotary_factor": 2}, "partial_rotary_factor=2"),
         ({"num_hidden_layers": 2**30}, "num_hidden_layers"),
         ({"rope_theta": float("nan")}, "rope_theta=nan"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1.0}}, "beta_fast=-1.0"),
@@ -83,4 +125,8 @@ def test_unsupported_models_are_named(changes: dict[str, Any], message: str) -> 
 )
 def test_an_impossible_size_is_one_sentence(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        read_shape(LLAMA | changes)
+        read_shape(LLAMA | {"num_key_value_heads": 2} | changes)
+
+
+def test_longrope_s_context_is_that_of_its_short_factors() -> None:
+    assert read_shape(SHAPES["phi4_mini"]().to_dict()).context == 64  # of max_position_embeddings=256

@@ -7,11 +7,17 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 VOCAB = 101
@@ -68,6 +74,75 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_biases": _make(Qwen3Config, attention_bias=True, use_sliding_window=True, sliding_window=6, max_window_layers=2),
     "mistral": _make(MistralConfig, sliding_window=6),
     "mistral_whole": _make(MistralConfig, sliding_window=None),
+    # soft caps so low that they bend scores and logits; 20 is not head_dim; windows shorter than the tests' texts
+    "gemma2": _make(
+        Gemma2Config,
+        num_hidden_layers=4,
+        query_pre_attn_scalar=20,
+        sliding_window=6,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma2_biases": _make(
+        Gemma2Config,
+        query_pre_attn_scalar=12,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        final_logit_softcapping=None,
+        attn_logit_softcapping=1.0,
+        layer_types=["full_attention", "full_attention", "sliding_attention"],
+        sliding_window=5,
+    ),
+    "gemma3": _make(
+        Gemma3TextConfig,
+        num_hidden_layers=4,
+        query_pre_attn_scalar=20,
+        sliding_window=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+    ),
+    "gemma3_composite": lambda: Gemma3Config(
+        text_config={**SIZES, "query_pre_attn_scalar": 12, "sliding_window": 6, "final_logit_softcapping": 2.0},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    ),
+    "phi3": _make(Phi3Config, head_dim=8, sliding_window=7),
+    "phi4_mini": _make(
+        Phi3Config,
+        head_dim=8,
+        tie_word_embeddings=True,
+        partial_rotary_factor=0.75,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0, 1.5, 3.0],
+            "long_factor": [1.0, 5.0, 20.0],
+        },
+    ),
+    "smollm3": _make(SmolLM3Config, num_hidden_layers=4, head_dim=8, no_rope_layer_interval=2, tie_word_embeddings=True),
+    "smollm3_window": _make(
+        SmolLM3Config,
+        head_dim=8,
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "olmo2": _make(Olmo2Config, head_dim=8),
+    "olmo2_biases": _make(Olmo2Config, head_dim=8, attention_bias=True, tie_word_embeddings=True),
 }
 
 

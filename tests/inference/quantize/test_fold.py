@@ -9,11 +9,25 @@ from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
-from fedtune.inference.quantize.fold import FOLDS, Fold, changes, tied, within
+from fedtune.inference.quantize.fold import Fold, changes, folds, tied, within
 from fedtune.inference.quantize.rtn import relative_error
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
-NAMES = ["llama", "llama_one_kv", "llama_mha", "llama_biases", "qwen2", "qwen3_biases", "mistral"]
+NAMES = [
+    "llama",
+    "llama_one_kv",
+    "llama_mha",
+    "llama_biases",
+    "qwen2",
+    "qwen3_biases",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi4_mini",
+    "smollm3",
+    "olmo2",
+]
 
 
 def logits(folder: Path) -> Tensor:
@@ -35,7 +49,7 @@ def fold_all(folder: Path, readers_only: bool = False) -> None:
     for index in range(shape.layers):
         at = f"model.layers.{index}."
         layer = {n.removeprefix(at): t for n, t in tensors.items() if n.startswith(at)}
-        for fold in FOLDS:
+        for fold in folds(shape):
             columns, rows = layer[f"{fold.readers[0]}.weight"].shape[1], layer[f"{fold.source}.weight"].shape[0]
             scale = tied(4 ** (2 * torch.rand(columns, generator=draws) - 1), columns // rows, shape.head_dim)
             changed = folded_tensors(layer, fold, scale, shape.head_dim)
@@ -43,7 +57,9 @@ def fold_all(folder: Path, readers_only: bool = False) -> None:
         tensors |= {at + n: t.contiguous() for n, t in layer.items()}
     if not shape.tied:
         whole = {n.removeprefix("model."): t for n, t in tensors.items() if n in ("model.norm.weight", "lm_head.weight")}
-        whole |= folded_tensors(whole, Fold("norm", ("lm_head",)), 4 ** (2 * torch.rand(shape.hidden, generator=draws) - 1))
+        whole |= folded_tensors(
+            whole, Fold("norm", ("lm_head",), shape.norm_offset), 4 ** (2 * torch.rand(shape.hidden, generator=draws) - 1)
+        )
         tensors |= {"model.norm.weight": whole["norm.weight"], "lm_head.weight": whole["lm_head.weight"]}
     save_file(tensors, path, metadata={"format": "pt"})
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.inference.quantize.fold import FOLDS, Fold
+from fedtune.inference.quantize.fold import Fold, folds
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import embedded
 from fedtune.inference.quantize.model import QuantizeSettings, quantize_rows
@@ -56,7 +56,7 @@ def test_folds_are_applied_to_weights_in_their_order(tmp_path: Path) -> None:
     at, sizes = "model.layers.0.", {n: tuple(t.shape) for n, t in tensors.items()}
     weights = Weights({n[len(at) :]: n for n in sizes if n.startswith(at)}, sizes, read)
     one, two = torch.rand(shape.hidden) + 0.5, torch.rand(shape.kv_heads * shape.head_dim) + 0.5
-    weights.fold(FOLDS[0], one, 1)
+    weights.fold(folds(shape)[0], one, 1)
     weights.fold(Fold("self_attn.v_proj", ()), two, 1)
     name = "self_attn.v_proj.weight"
     wanted = tensors[at + name] * one / two[:, None]

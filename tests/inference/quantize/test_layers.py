@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.layout import linears
 from fedtune.inference.engine.load import load_engine
-from fedtune.inference.quantize.layers import FUSED, embedded, observe, pass_layer
+from fedtune.inference.engine.shape import canonical
+from fedtune.inference.quantize.layers import embedded, observe, pass_layer
 from tests.inference.engine.tiny import SHAPES, VOCAB, tiny_model
 
 
@@ -21,6 +23,7 @@ def texts(*lengths: int) -> list[torch.Tensor]:
 def test_the_layers_in_sequence_equal_the_decoder(tmp_path: Path, name: str) -> None:
     tiny_model(name, tmp_path)
     engine, tensors, ids = load_engine(tmp_path, "fp32"), load_file(tmp_path / "model.safetensors"), texts(13, 1, 15)
+    tensors = {canonical(n): t for n, t in tensors.items()}
     hidden = embedded(engine.shape, lambda n, a, b: tensors[n][a:b], ids)
     for index in range(engine.shape.layers):
         at = f"model.layers.{index}."
@@ -36,9 +39,9 @@ def test_the_statistics_are_those_of_the_linears_inputs(tmp_path: Path) -> None:
     hidden = embedded(shape, lambda n, a, b: tensors[n][a:b], texts(9, 20))
     layer = {n.removeprefix("model.layers.0."): t for n, t in tensors.items() if n.startswith("model.layers.0.")}
     stats = observe(shape, 0, layer, hidden)
-    assert stats.keys() == FUSED.keys()
-    for name, modules in FUSED.items():
-        for module in modules:
+    assert stats.keys() == linears(shape).keys()
+    for name, fused in linears(shape).items():
+        for module in fused.modules:
             assert layer[f"{module}.weight"].shape[1] == len(stats[name].mean)
     x = torch.rms_norm(torch.cat(list(hidden)), (shape.hidden,), layer["input_layernorm.weight"], shape.eps)
     assert torch.allclose(stats["qkv"].hessian, x.T @ x / 29, atol=1e-5)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedtune.errors import ConfigError, ModelError
+from fedtune.inference.engine.layout import linears
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape
@@ -141,7 +142,9 @@ def test_calibrated_layers_are_closer_on_the_calibration_text(tmp_path: Path, fo
     shape, read, tensors = open_model(tmp_path, "qwen2")
     layer = {n.removeprefix(FIRST): t for n, t in tensors.items() if n.startswith(FIRST)}
     stats = module.observe(shape, 0, layer, module.embedded(shape, read, text()))
-    plain = {m: quantize_linear(layer[f"{m}.weight"], QuantizeSettings(**form), stats[f]) for f, ms in module.FUSED.items() for m in ms}
+    plain = {
+        m: quantize_linear(layer[f"{m}.weight"], QuantizeSettings(**form), stats[f]) for f, of in linears(shape).items() for m in of.modules
+    }
     gptq, again, awq = (first_layer(shape, read, QuantizeSettings(method=m, **form)) for m in ("gptq", "gptq", "awq"))
     rounded = {m: q.output_error or 0 for m, q in plain.items()}
     assert all((gptq[m].output_error or 1) < rounded[m] for m in rounded)

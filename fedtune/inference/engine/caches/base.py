@@ -16,6 +16,8 @@ from fedtune.errors import FedtuneError
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
+SCORES = 1 << 22  # attention weights in memory at once, where torch's fused attention cannot be used
+
 
 class CacheError(FedtuneError):
     """A cache is full, or cannot perform an operation."""
@@ -124,7 +126,12 @@ def causal_mask(n: int, held: int, window: int | None) -> Tensor:
     return seen if window is None else seen & (behind < window)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(x / cap), in place; x itself if `cap` is None."""
+    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False, cap: float | None = None) -> Tensor:
     """Grouped-query attention.
 
     Args:
@@ -132,11 +139,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         k, v: [Hkv, T, D], of q's dtype.
         mask: [n, T] bool; None: every query sees every key.
         causal: Use a causal mask instead of `mask`; needs n = T.
+        cap: Soft cap of the scores.
 
     Returns:
         [n, H, D].
     """
     n, heads, width = q.shape
+    if cap is not None:
+        mask = causal_mask(n, n, None) if causal else mask
+        rows = max(1, SCORES // (heads * k.shape[1]))
+        parts = [_capped(q[a : a + rows], k, v, None if mask is None else mask[a : a + rows], cap) for a in range(0, n, rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     groups = heads // k.shape[0]
     if n == 1:  # the query heads of a group become rows of one product
         out = scaled_dot_product_attention(q.view(1, -1, groups, width), k.unsqueeze(0), v.unsqueeze(0))
@@ -145,3 +158,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, is_causal=causal, enable_gqa=groups > 1
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float) -> Tensor:
+    """Attention with a soft cap, which torch's fused attention does not have."""
+    n, heads, width = q.shape
+    scores = (q.transpose(0, 1).reshape(k.shape[0], -1, width) @ k.transpose(1, 2)).float().mul_(width**-0.5)  # [Hkv, groups * n, T]
+    soft_cap(scores, cap)
+    if mask is not None:
+        scores.unflatten(1, (-1, n)).masked_fill_(~mask, -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(heads, n, width).transpose(0, 1)

@@ -49,7 +49,7 @@ class FullCache(Cache):
         keys, values = self._keys[layer].narrow(1, first, held), self._values[layer].narrow(1, first, held)
         whole = n == 1 or (start == 0 and (window is None or n <= window))
         mask = None if whole else self._masked(n, held, window)
-        out = attention(q if plain else q.to(self.dtype), keys, values, mask, causal=whole and n > 1)
+        out = attention(q if plain else q.to(self.dtype), keys, values, mask, causal=whole and n > 1, cap=self.shape.attention_cap)
         return out if plain else out.float()
 
     def _masked(self, n: int, held: int, window: int | None) -> Tensor:

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.caches.base import Cache, CacheError
+from fedtune.inference.engine.caches.base import SCORES, Cache, CacheError, soft_cap
 from fedtune.inference.engine.caches.packing import WIDTHS, decode, encode, grid, group_size, spread
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
 BLOCK = 1 << 18  # numbers that are dequantized at once, to fit a core's cache
-SCORES = 1 << 22  # attention weights in memory at once
 
 
 @dataclass(slots=True)
@@ -204,6 +203,7 @@ class KiviCache(Cache):
         for a, b in self._blocks(begin, high):
             scores[..., a - begin : b - begin] = q @ self._keys(store, a // g, b // g).transpose(1, 2)
         scores[..., high - begin :] = q @ keys[:, full].float().transpose(1, 2)
+        soft_cap(scores, self.shape.attention_cap)
         if n > 1 or window is not None:
             seen = self._seen(start, end, begin, low, high, window)
             scores.unflatten(1, (-1, n)).masked_fill_(~seen, -torch.inf)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fedtune.inference.engine.caches.base import Cache, CacheError, Span
+from fedtune.inference.engine.caches.base import Cache, CacheError, Span, soft_cap
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
@@ -270,7 +270,13 @@ class _Bucket:
         many, kv_heads, width = self.ahead.shape[0], pool.shape.kv_heads, pool.shape.head_dim
         q = q[self.rows]
         mine = pool.gather(layer, self.blocks, many)
-        mask = self._mask(pool.shape.windows[layer])
+        mask, cap = self._mask(pool.shape.windows[layer]), pool.shape.attention_cap
+        if cap is not None:
+            keys, values = (t.unsqueeze(2) for t in mine)  # [S, Hkv, 1, T, D]
+            q = q.view(many, self.n, kv_heads, -1, width).permute(0, 2, 3, 1, 4)  # [S, Hkv, groups, n, D]
+            scores = soft_cap((q @ keys.transpose(3, 4)).float().mul_(width**-0.5), cap)
+            weights = scores.masked_fill_(~mask.unsqueeze(1), -torch.inf).softmax(-1).to(values.dtype)
+            return (weights @ values).permute(0, 3, 1, 2, 4).reshape(many * self.n, -1, width)
         if self.n == 1:  # query heads of a group become rows
             out = scaled_dot_product_attention(q.view(many, kv_heads, -1, width), *mine, attn_mask=mask)
             return out.reshape(many, -1, width)

@@ -11,7 +11,7 @@ Source: Xiao et al. 2024, Efficient Streaming Language Models with Attention Sin
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.caches.base import Cache, CacheError
+from fedtune.inference.engine.caches.base import Cache, CacheError, soft_cap
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
@@ -154,6 +154,7 @@ class WindowCache(Cache):
         if sinks and start + n - 1 > last and n > 1:  # the later rows are as far from the sinks as the first one that is at the end
             stays = torch.arange(start, start + n).clamp_max(last)
             scores[..., :sinks] = rows(rope.rotate(q, stays)) @ turned[..., :sinks]
+        soft_cap(scores, self.shape.attention_cap)
         if n > 1 or start > last or len(at) > start + n:
             row = torch.arange(start, start + n).unsqueeze(1)
             seen = (at <= row) & ((at < self.sinks) | (row - at < window))

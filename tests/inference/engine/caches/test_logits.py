@@ -24,7 +24,18 @@ WIDE: dict[str, Callable[[Shape], Cache]] = {
     "kivi2": lambda shape: KiviCache(shape, N, 2, residual=N),
     "paged": lambda shape: PagedPool(shape, 9, 4).cache(),
 }
-OWN = ("mistral", "qwen2_window", "qwen2_layer_types", "qwen3_biases")  # have a window of their own, in which sinks change what is seen
+OWN = (
+    "mistral",
+    "qwen2_window",
+    "qwen2_layer_types",
+    "qwen3_biases",
+    "gemma2",
+    "gemma2_biases",
+    "gemma3",
+    "gemma3_composite",
+    "phi3",
+    "smollm3_window",
+)  # have a window of their own, in which sinks change what is seen
 NARROW: dict[str, Callable[[Shape], Cache]] = {
     "window": lambda shape: WindowCache(shape, N, 6, sinks=2, undo=2),
     "kivi8": lambda shape: KiviCache(shape, N, 8, residual=5, group=4, undo=2),
@@ -71,7 +82,7 @@ def test_a_sufficiently_wide_cache_equals_the_full_cache(engines: Callable[[str]
     torch.testing.assert_close(logits(engine, WIDE[kind](engine.shape), cuts), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_layer_types", "qwen3", "mistral", "smollm"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_layer_types", "qwen3", "mistral", "smollm", "gemma2", "gemma3", "phi4_mini", "smollm3"])
 @pytest.mark.parametrize("kind", NARROW)
 def test_prefill_and_decode_are_one_pass(engines: Callable[[str], Engine], name: str, kind: str) -> None:
     """Same codes, same logits. Linears round differently for other numbers of rows, so that a number at the edge between two codes may
@@ -93,7 +104,7 @@ def test_prefill_and_decode_are_one_pass(engines: Callable[[str], Engine], name:
         assert (want - full).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2_window"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2_window", "gemma2", "gemma3", "phi4_mini", "smollm3_window"])
 def test_a_ragged_paged_batch_gives_each_text_its_own_logits(engines: Callable[[str], Engine], name: str) -> None:
     engine = engines(name)
     pool = PagedPool(engine.shape, 40, 4)
