@@ -101,6 +101,7 @@ def make_client_app(host: ClientHost) -> ClientApp:
             held_out=len(rows.held_out),
             base=host.space.backbone.fingerprint,
             shifts=model.frozen.versions,
+            start=host.space.start[0] if host.space.start else "",
             remembers=host.config.engine.kind != "ray",  # on Ray, another worker may run this client's next turn
             device="" if host.device is None else describe(host.device, host.devices.first_choice(client)),
         )
@@ -220,6 +221,7 @@ def prepare(host: ClientHost, message: Message, context: Context) -> PreparedTur
         UpdateMismatch: The adapter cannot be read.
     """
     request = read_message(message.content)
+    host.take_start(request)
     sent_bytes = request.nbytes
     if request.encoding:
         request = dataclasses.replace(request, adapter=decode_broadcast(request.encoding, request.adapter, host.space.initial.tensors))

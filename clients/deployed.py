@@ -192,6 +192,7 @@ def own_config(config: Config, device: Device, labels: list[str]) -> Config:
         config,
         model=model,
         data=data,
+        peft=dataclasses.replace(config.peft, from_=None),  # the server sends what it starts from
         partition=partition,
         engine=engine,
         devices=devices,

@@ -56,16 +56,30 @@ class ClientHost:
         """
         return self.space.loaded_model(self.devices.fixed_choice(client).precision)
 
+    def take_start(self, request: ServerMessage) -> None:
+        """Remember the start of a warm start, if the message contains it.
+
+        Raises:
+            PlanError: The message needs the start, which is neither in it nor on this client.
+        """
+        if request.start is not None:
+            self.space.start = request.start.digest, request.start
+        held = self.space.start[0] if self.space.start else ""
+        if request.start_digest not in ("", held):
+            raise PlanError("this client lacks the adapter that the run started from: the server sends it again in the client's next round")
+
     def complete(self, client: str, request: ServerMessage) -> AdapterState:
-        """A client's full adapter. Each tensor is the client's own if it has one, else the server's, else the initial one."""
+        """A client's full adapter. Each tensor is the client's own if it has one, else the server's, else that of the run's start."""
         space, sent = self.space, request.adapter
+        warm = space.start is not None and space.start[0] == request.start_digest
+        first = space.start[1] if space.start and warm else space.initial
         names = list(space.live.parameters)
         # an evaluation (no plan) follows its round's turn, hence round + 1
         kept = self.storage.store.read(client, request.round + (request.plan is None)) if request.keep else None
         own = set(matching(kept.tensors, request.keep)) if kept else set()
         if sent.spec.method != space.live.spec.method or (not own and all(n in sent.tensors for n in names)):
             return sent
-        return sent.replace({n: kept[n] if kept and n in own else sent[n] if n in sent.tensors else space.initial[n] for n in names})
+        return sent.replace({n: kept[n] if kept and n in own else sent[n] if n in sent.tensors else first[n] for n in names})
 
     def ledger(self, client: str) -> Ledger:
         """The client's privacy ledger.

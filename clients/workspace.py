@@ -38,6 +38,7 @@ class Workspace:
         self.pad_id = pad_id(self.backbone.tokenizer)
         self.client_ids = list(self.federation.clients)
         self._tokens, self._encoded = TokenStore(), dict[tuple[str, str, int], Rows]()
+        self.start: tuple[str, AdapterState] | None = None  # digest and adapter that the server of a warm start has sent
 
     @property
     def own(self) -> LoadedModel:
@@ -119,7 +120,7 @@ class Workspace:
 
     @cached_property
     def initial(self) -> AdapterState:
-        """The adapter of version 0; server and clients draw the same one from the run's seed."""
+        """The first adapter that server and clients draw from the run's seed; the adapter of version 0, unless the start is warm."""
         config = self.config
         drawn = initial_adapter(config.model, config.task, config.peft, num_labels=self.labels, seed=config.seed)
         return drawn.replace(base=self.backbone.fingerprint)

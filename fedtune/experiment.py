@@ -21,7 +21,8 @@ from fedtune.contracts import flower
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.contracts.task import Example, task_of, tasks_with
-from fedtune.errors import CheckpointError, FedtuneError, RunError, Stopped, disk_error
+from fedtune.contracts.warm_start import WarmStart
+from fedtune.errors import CheckpointError, ConfigError, DataError, FedtuneError, RunError, Stopped, disk_error
 from fedtune.exchange import Exchange, make_exchange
 from fedtune.export.huggingface import describe_folder, export_hf
 from fedtune.export.origin import prompt_template
@@ -37,6 +38,7 @@ from fedtune.runs.directory import RunDirectory
 from fedtune.runs.observer import RunObserver
 from fedtune.runs.report import print_partition, print_results, read_metrics, write_card, write_report
 from fedtune.simulations.engines.ray import check_ray, ray_grid
+from fedtune.warm_start import EarlierRows, fit, read_source, read_start, write_start
 
 
 class Serve(Protocol):
@@ -100,15 +102,24 @@ def run_experiment(
         strategy = make_strategy(config)
     else:
         check_strategy(strategy, config)
+    # only a new run opens what peft.from names; the run directory has a copy for later
+    source = read_source(config.peft.from_) if config.peft.from_ is not None and not config.resume else None
     space = space or workspace(json.dumps(to_dict(config)))
     space.check_examples()
-    run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config, at)
+    if source is None:
+        run = RunDirectory.open(Path(config.resume), rounds=config.rounds) if config.resume else RunDirectory.create(config, at)
+    else:
+        needs_zero = strategy.requirements.assumes_zero_init
+        start = fit(source, space.initial, config, space.federation.labels, needs_zero=needs_zero)
+        run = RunDirectory.create(config, at, lambda path: write_start(path, start, source.config))
     try:
+        warm, earlier = read_start(run.path) if config.peft.from_ is not None else (None, None)
         run.write_json("partition.json", space.federation.summary())
         exchange = make_exchange(config, len(space.client_ids) if clients is None else clients, run.path / "privacy")
         space.rebase((), ())  # an earlier run of this process may have left shifts with the same round numbers
-        state = _run(config, space, strategy, exchange, run, engine, live)
-        _write_results(config, space, state, run)
+        space.start = None
+        state = _run(config, space, strategy, exchange, run, engine, live, warm, earlier)
+        _write_results(config, space, state, run, warm)
     except BaseException as bad:
         if (run.path / "metrics.jsonl").exists():  # a stopped run gets a report too
             with contextlib.suppress(FedtuneError, OSError):  # a failing report must not hide the first cause
@@ -143,7 +154,15 @@ def client_host(context: EngineContext) -> ClientHost:
 
 
 def _run(
-    config: Config, space: Workspace, strategy: Strategy, exchange: Exchange, run: RunDirectory, engine: Engine, live: bool
+    config: Config,
+    space: Workspace,
+    strategy: Strategy,
+    exchange: Exchange,
+    run: RunDirectory,
+    engine: Engine,
+    live: bool,
+    warm: WarmStart | None,
+    earlier: Config | None,
 ) -> ServerState:
     found, damaged = run.newest()
     if found is None and damaged:
@@ -165,10 +184,12 @@ def _run(
             )
 
         sampled = _sampled(config, space)
+        rows = _earlier_rows(warm, earlier, space, run, observer.note) if warm and config.eval.where == "door" else None
 
         def test(state: ServerState) -> Mapping[str, Any]:
             space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
-            scores = space.score(state.adapter, space.test_examples())[0]
+            kept = rows.score(state.adapter) if rows else {}
+            scores = {**kept, **space.score(state.adapter, space.test_examples())[0]}
             if not sampled:
                 return scores
             live = space.slot(state.adapter)  # `score` has loaded the adapter
@@ -185,10 +206,11 @@ def _run(
                 initial=space.initial,
                 found=run.newest()[0],
                 metric=task_of(config.task).primary,
-                evaluate=test if config.eval.where == "door" and len(space.federation.test) else None,
+                evaluate=test if config.eval.where == "door" and (rows or len(space.federation.test)) else None,
                 observer=observer,
                 join=join,
                 delivery=delivery,
+                warm=warm,
             )
             final.append(bridge.loop())
 
@@ -196,7 +218,21 @@ def _run(
     return final[0]
 
 
-def _write_results(config: Config, space: Workspace, state: ServerState, run: RunDirectory) -> None:
+def _earlier_rows(
+    warm: WarmStart, earlier: Config | None, space: Workspace, run: RunDirectory, note: Callable[[str], None]
+) -> EarlierRows | None:
+    """The test rows of the run that this one started from; None, with a note, if they are unknown or not on this machine."""
+    note(f"the run starts from {warm.about['from']} (round {warm.about['round']}, sha256 {warm.about['sha256'][:12]})")
+    try:
+        if earlier is None:
+            raise DataError("it started from an adapter folder, which names no test rows")
+        return EarlierRows(earlier, space, read_metrics(run.path))
+    except (ConfigError, DataError) as bad:
+        note(f"forgetting is not measured: {bad}")
+        return None
+
+
+def _write_results(config: Config, space: Workspace, state: ServerState, run: RunDirectory, warm: WarmStart | None) -> None:
     """Write the adapter, model card, exported model and report, and print the results."""
     final, folder, task = state.adapter, run.path / "adapter", task_of(config.task)
     if final.spec.method != config.peft.method:  # too few rounds counted
@@ -215,7 +251,7 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
     if config.inference.export == "hf":
         merged = export_hf(run.path, run.path / "merged", replace=True, trust_remote_code=config.model.trust_remote_code)
     picked = _sampled(config, space)
-    answers = _answers(config, space, state, run, merged, picked) if picked else []
+    answers = _answers(config, space, state, run, merged, picked, warm or WarmStart(adapter=space.initial)) if picked else []
     write_report(run.path)
     print_results(read_metrics(run.path), Console(), space.federation.summary())
     for a in answers:
@@ -240,7 +276,13 @@ def _sampled(config: Config, space: Workspace) -> list[Example]:
 
 
 def _answers(
-    config: Config, space: Workspace, state: ServerState, run: RunDirectory, merged: Path | None, picked: Sequence[Example]
+    config: Config,
+    space: Workspace,
+    state: ServerState,
+    run: RunDirectory,
+    merged: Path | None,
+    picked: Sequence[Example],
+    start: WarmStart,
 ) -> list[dict[str, str]]:
     """The sample requests with the model's answers before and after the run (from the merged model, if there is one)."""
     tokenizer, count = space.backbone.tokenizer, len(picked)
@@ -253,8 +295,8 @@ def _answers(
         live = space.slot(state.adapter)
         live.load(state.adapter)
         after = generate_answers(live.model, tokenizer, picked, config.task, batch_size=count)
-    space.rebase((), ())
-    space.live.load(space.initial)
+    space.rebase(tuple(s.spec.version for s in start.shifts), start.shifts)
+    space.slot(start.adapter).load(start.adapter)
     before = generate_answers(space.live.model, tokenizer, picked, config.task, batch_size=count)
     asked = [tokenizer.decode(e.input_ids[: e.prompt_length].tolist(), skip_special_tokens=True).strip() for e in picked]
     rows = zip(asked, picked, before, after, strict=True)

@@ -59,8 +59,9 @@ class SLoRA(Strategy):
     def last_sparse_round(self) -> int:
         return max(1, round(self.sparse_share * self.rounds)) + (self.mask == "gradient")
 
+    # assumes_zero_init: the sparse stage drops the initial B
     requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, assumes_zero_init=False, extra_disclosure="gradients of their rows and weights outside of peft.method"
+        keeps_basis=True, extra_disclosure="gradients of their rows and weights outside of peft.method"
     )
 
     def check(self, config: Config) -> None:

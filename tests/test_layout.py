@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "rounds": {"exchange", "traffic", "privacy", "runs"},
     "network": {"delivery"},  # the worker process is the client
     "simulations.engines": {"clients", "models", "data", "privacy"},
-    "experiment": {"rounds", "exchange", "clients", "models", "export", "runs", "simulations.engines"},
+    "warm_start": {"models", "data", "clients", "runs"},
+    "experiment": {"rounds", "exchange", "clients", "models", "export", "runs", "simulations.engines", "warm_start"},
     "library": {"experiment", "clients", "runs"},
     "cli": {"experiment", "rounds", "runs", "network", "delivery", "clients", "data", "export", "inference"},
     "sim": {"cli"},
@@ -161,7 +162,7 @@ def renames(node: ast.AST) -> bool:
         places = ("os.replace", "shutil.move", "tempfile.mkdtemp", "tempfile.mkstemp")
         return node.attr in ("replace", "move", "mkdtemp", "mkstemp") and ast.unparse(node) in places
     if isinstance(node, ast.Constant):
-        return isinstance(node.value, str) and node.value.endswith(".tmp") and not node.value.startswith(".config")
+        return isinstance(node.value, str) and node.value.endswith(".tmp") and not node.value.startswith((".config", ".start"))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace" and len(node.args) == 1:
         if ast.unparse(node.func) == "dataclasses.replace":
             return False

@@ -345,6 +345,7 @@ def _shared_config(config: Config) -> dict[str, Any]:
     values = to_dict(config)
     for own in ("resume", "output_dir"):
         del values[own]
+    del values["peft"]["from"]
     return values
 
 

@@ -39,6 +39,7 @@ def _check_together(c: Config) -> None:
         if wrong:
             raise ConfigError(sentence)
 
+    refuse(c.peft.from_ == "", "peft.from is empty: give the directory of a finished run or an adapter folder, or leave it out")
     refuse(c.model.source == "hub" and not c.model.name, "model=hub needs model.name: a hub name or a local folder")
     refuse(c.data.source == "hub" and not c.data.name, "data=hub needs data.name: the name of a hub data set")
     refuse(c.partition.kind == "one" and c.data.client is None, "partition.kind=one needs data.client: the client that owns the rows")

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedtune.config.keywords import keyword_keys
 from fedtune.config.method_files import METHODS
 from fedtune.config.registry import TASKS
 
@@ -112,9 +113,11 @@ class TaskConfig:
     stride_texts: bool = opt(True, "causal_lm: concatenate a client's texts and split them into blocks of max_length")
 
 
+@keyword_keys
 @dataclass(kw_only=True)
 class PeftConfig:
     method: str = opt("lora", "parameter-efficient method", choices=METHODS)
+    from_: str | None = opt(None, "warm start: an earlier run's directory, or an adapter folder; none: a new adapter")
     rank: int = opt(8, "LoRA family: rank r", ge=1)
     rank_pattern: dict[str, int] = opt({}, "LoRA family: module name (or its last parts) → rank of that module")
     alpha: float = opt(16.0, "LoRA family: the update is scaled by alpha / rank (rslora: alpha / √rank)", gt=0)

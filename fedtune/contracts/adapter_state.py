@@ -5,6 +5,7 @@ do not depend on the PEFT library's wrappers, so states, messages, checkpoints a
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -92,6 +93,15 @@ class AdapterState:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the spec and all tensors."""
+        total = hashlib.sha256(self.spec.to_json().encode())
+        for name, t in sorted(self.tensors.items()):
+            total.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+            total.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return total.hexdigest()
 
     def replace(self, tensors: Mapping[str, Tensor] | None = None, **spec: Any) -> "AdapterState":
         """A new state with other tensors, or other fields of the spec."""

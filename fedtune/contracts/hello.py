@@ -49,6 +49,7 @@ class ClientHello:
         remembers: Whether it keeps these shifts until its next turn.
         rank: LoRA rank that it requests; None means the config's.
         device: Description of its device and settings; "" for a simulated client.
+        start: Digest of the start of a warm start that it holds; "" for none.
     """
 
     client: str
@@ -60,9 +61,10 @@ class ClientHello:
     remembers: bool
     rank: int | None = None
     device: str = ""
+    start: str = ""
 
     def to_json(self) -> str:
-        return json.dumps({name: value for name, value in asdict(self).items() if name != "device" or value})
+        return json.dumps({name: value for name, value in asdict(self).items() if name not in ("device", "start") or value})
 
     @classmethod
     def from_json(cls, text: str) -> "ClientHello":

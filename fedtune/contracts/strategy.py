@@ -62,7 +62,8 @@ class Requirements:
             Required by user-level privacy and secure aggregation.
         accepts_stale: A late update may be applied as a difference (fedtune/rounds/staleness.py). This requires that `aggregate` averages
             tensors of one adapter, and that all clients send the same tensors in all rounds.
-        assumes_zero_init: Assumes B·A = 0 before round 1, so peft.init=loftq is rejected.
+        assumes_zero_init: Assumes B·A = 0 before round 1, so peft.init=loftq is rejected, and a warm start (peft.from) merges B·A into the
+            frozen weights.
         extra_disclosure: What clients report besides trained tensors, such as exact losses; not covered by differential privacy.
     """
 

@@ -312,5 +312,5 @@ def metrics() -> dict[str, bool]:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether higher is better. A number that is not a task's metric counts as higher-is-better, except train_loss."""
-    return metrics().get(metric, metric != "train_loss")
+    """Whether higher is better. A number that is not a task's metric counts as higher-is-better, except train_loss and forgetting."""
+    return metrics().get(metric.removeprefix("earlier_"), metric not in ("train_loss", "forgetting"))

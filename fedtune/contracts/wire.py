@@ -3,9 +3,11 @@
 adapter     ArrayRecord     the adapter's tensors
 spec        ConfigRecord    the adapter's spec
 frame       ConfigRecord    the round, the versions of the shifts that the frozen weights must include, the patterns of the client's
-                            personal tensors, the encoding of `adapter`, and in an evaluation the turn that defines the personal adapter
+                            personal tensors, the encoding of `adapter`, and in an evaluation the turn that defines the personal adapter;
+                            in a warm start the digest of the start, if `adapter` omits some of its tensors
 plan        ConfigRecord    the client's plan (train messages only)
 extra       ArrayRecord     additional tensors that the plan's turn needs; absent if there are none
+start       ArrayRecord     the adapter of a warm start; absent if the client has it, or if `adapter` omits none of its tensors
 shift-V     ArrayRecord     the shift that round V merged into the frozen weights; absent if the client has it
 snapshot    ArrayRecord     sums of all shifts, for weights whose sum is smaller than the missing shifts; the shifts then omit these weights
 
@@ -47,6 +49,8 @@ class ServerMessage:
         turn: Evaluation: the client's next turn, which defines its personal adapter.
         params: Parameters of `turn`.
         extra: Additional tensors that the plan's turn needs.
+        start_digest: Digest of the start, from which the client takes the tensors that `adapter` omits; "": the client draws them.
+        start: The start, if it is in this message.
     """
 
     round: int
@@ -60,11 +64,13 @@ class ServerMessage:
     turn: str = PLAIN
     params: Mapping[str, Scalar] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    start_digest: str = ""
+    start: AdapterState | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapter, shifts and snapshot."""
-        return sum(state.nbytes for state in (self.adapter, *self.shifts, self.snapshot) if state is not None)
+        """Bytes of the adapter, start, shifts and snapshot."""
+        return sum(state.nbytes for state in (self.adapter, self.start, *self.shifts, self.snapshot) if state is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ class _Frame:
     encoding: str
     turn: str = PLAIN
     params: Mapping[str, Scalar] = field(default_factory=dict)
+    start: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +102,7 @@ class MessageWriter:
         shifts: Shifts merged into the frozen weights.
         encode: Adapter → (encoded adapter, name of the encoding); None sends adapters unencoded.
         snapshot: Sums of all shifts, for the weights whose sum is smaller than its factors.
+        start: The start of a warm start; None: clients draw the first adapter.
     """
 
     def __init__(
@@ -103,8 +111,10 @@ class MessageWriter:
         shifts: Sequence[AdapterState],
         encode: Callable[[AdapterState], tuple[AdapterState, str]] | None = None,
         snapshot: AdapterState | None = None,
+        start: AdapterState | None = None,
     ) -> None:
-        self._round, self._shifts, self._encode, self._snapshot = round, tuple(shifts), encode, snapshot
+        self._round, self._shifts, self._encode, self._snapshot, self._start = round, tuple(shifts), encode, snapshot, start
+        self._digest = start.digest if start else ""
         self._base = tuple(s.spec.version for s in self._shifts)
         summed = {n.removesuffix(".weight") for n in snapshot.tensors} if snapshot else set[str]()
         self._unsummed = [_without(s, summed) for s in self._shifts] if summed else []
@@ -119,8 +129,9 @@ class MessageWriter:
         plan: Plan | None = None,
         extra: Mapping[str, Tensor] | None = None,
         next_plan: Plan | None = None,
+        started: str = "",
     ) -> RecordDict:
-        """The content of one message to a client that holds the shifts `held`.
+        """The content of one message to a client that holds the shifts `held` and the start with the digest `started`.
 
         A train message has a `plan`; an evaluation has the client's `next_plan`.
         """
@@ -129,6 +140,9 @@ class MessageWriter:
         frame = {"round": self._round, "base": list(self._base), "keep": list(relevant.keep) if relevant else [], "encoding": encoding}
         if next_plan is not None:
             frame |= {"turn": next_plan.turn, "params": dict(next_plan.params)}
+        begins = self._start is not None and _omits(adapter, self._start)
+        if begins:
+            frame["start"] = self._digest
         content = RecordDict(
             {"adapter": self._arrays(sent), "spec": _text(adapter.spec.to_json()), "frame": _text(json.dumps(frame))}  # type: ignore[arg-type]
         )
@@ -136,6 +150,8 @@ class MessageWriter:
             content["plan"] = _text(plan.to_json())
         if extra:
             content["extra"] = AdapterState(extra, adapter.spec).to_arrays()
+        if self._start is not None and begins and started != self._digest:
+            content["start"], content["start-spec"] = self._arrays(self._start), _text(self._start.spec.to_json())
         for name, state in self._missing(held):
             content[name], content[f"{name}-spec"] = self._arrays(state), _text(state.spec.to_json())
         return content
@@ -144,7 +160,8 @@ class MessageWriter:
         """The offer that precedes the message `content` to a client that holds the shifts `held`; None if the message has no shifts."""
         if not (shifts := self._missing(held)):
             return None
-        nbytes = self._encode_adapter(adapter)[0].nbytes + sum(state.nbytes for _, state in shifts)
+        start = self._start.nbytes if self._start is not None and "start" in content.array_records else 0
+        nbytes = self._encode_adapter(adapter)[0].nbytes + start + sum(state.nbytes for _, state in shifts)
         offer = {"bytes": nbytes, "shapes": {n: list(t.shape) for n, t in adapter.tensors.items()}}
         return RecordDict({**{name: content[name] for name in ("spec", "frame", "plan")}, "offer": _text(json.dumps(offer))})  # type: ignore[arg-type]
 
@@ -180,7 +197,7 @@ def read_message(content: RecordDict) -> ServerMessage:
     try:
         frame = read_object(_Frame, _json_of(content, "frame"), ValueError, "frame")
         spec = _spec_of(content, "spec")
-        sent = [n for n in ("snapshot", *(f"shift-{v}" for v in frame.base)) if n in content.array_records]
+        sent = [n for n in ("start", "snapshot", *(f"shift-{v}" for v in frame.base)) if n in content.array_records]
         states = {
             n: AdapterState.from_arrays(content.array_records[n], AdapterSpec.from_json(_json_of(content, f"{n}-spec"))) for n in sent
         }
@@ -189,6 +206,8 @@ def read_message(content: RecordDict) -> ServerMessage:
             round=frame.round,
             adapter=AdapterState.from_arrays(content.array_records["adapter"], spec),
             base=frame.base,
+            start_digest=frame.start,
+            start=states.pop("start", None),
             snapshot=states.pop("snapshot", None),
             shifts=tuple(states.values()),
             keep=frame.keep,
@@ -200,6 +219,13 @@ def read_message(content: RecordDict) -> ServerMessage:
         )
     except (KeyError, ValueError, TypeError) as bad:
         raise PlanError(f"the server's message cannot be read ({bad!s:.120}): the peers run different versions of fedtune") from None
+
+
+def start_in(content: RecordDict) -> str:
+    """Digest of the start that a message of `MessageWriter.write` contains; "" if it contains none."""
+    if "start" not in content.array_records:
+        return ""
+    return read_object(_Frame, _json_of(content, "frame"), ValueError, "frame").start
 
 
 def read_offer(content: RecordDict) -> tuple[ServerMessage, int]:
@@ -216,10 +242,15 @@ def read_offer(content: RecordDict) -> tuple[ServerMessage, int]:
         tensors = {name: torch.zeros(()).expand(shape) for name, shape in offer.shapes.items()}
         adapter = AdapterState(tensors, _spec_of(content, "spec"))
         return ServerMessage(
-            round=frame.round, adapter=adapter, keep=frame.keep, plan=Plan.from_json(_json_of(content, "plan"))
+            round=frame.round, adapter=adapter, keep=frame.keep, plan=Plan.from_json(_json_of(content, "plan")), start_digest=frame.start
         ), offer.bytes
     except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as bad:
         raise PlanError(f"the server's offer cannot be read ({bad!s:.120}): the peers run different versions of fedtune") from None
+
+
+def _omits(adapter: AdapterState, start: AdapterState) -> bool:
+    """Whether a client completes this adapter with tensors of the start."""
+    return adapter.spec.method == start.spec.method and any(n not in adapter.tensors for n in start.tensors)
 
 
 def _without(shift: AdapterState, modules: set[str]) -> AdapterState:

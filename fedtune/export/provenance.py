@@ -39,6 +39,8 @@ def provenance(origin: Origin) -> dict[str, Any]:
         "model": _model(config.model.name) or config.model.source,
     }
     records = _records(run / "metrics.jsonl")
+    if start := next((r["start"] for r in records if isinstance(r.get("start"), dict)), None):  # a warm start
+        about["start"] = {key: start.get(key) for key in ("from", "round", "sha256")}
     privacy = None
     if config.privacy.kind != "none":
         unit = {"record": "one training row of a client", "user": "one client with all its rows"}[config.privacy.kind]

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from flwr.app import RecordDict
@@ -20,6 +21,7 @@ from fedtune.contracts.plan import Plan
 from fedtune.contracts.scores import worst_decile
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
+from fedtune.contracts.warm_start import WarmStart
 from fedtune.contracts.wire import MessageWriter
 from fedtune.exchange import Exchange, NoUpdates
 from fedtune.rounds.delivery import Delivery, Offer
@@ -49,7 +51,7 @@ class Bridge:
         exchange: Defines the messages of a round and the data that the strategy gets from the replies.
         config: The experiment.
         run: Stores checkpoints.
-        initial: The adapter before the first round.
+        initial: The first adapter that clients draw from the run's seed.
         found: The checkpoint to resume from; None starts a new run.
         metric: Name of the primary metric, and whether higher is better.
         evaluate: Scores a state on the global test set; None skips this evaluation.
@@ -57,6 +59,7 @@ class Bridge:
         join: How clients join.
         delivery: Delivers the model to devices; None in a simulation.
         snapshots: Sums of the shifts merged into the frozen weights.
+        warm: The start of a run that continues an earlier adapter; None: the run starts with `initial`.
     """
 
     grid: Grid
@@ -72,10 +75,16 @@ class Bridge:
     join: JoinPolicy = JoinPolicy()
     delivery: Delivery | None = None
     snapshots: Snapshots = field(default_factory=Snapshots)
+    warm: WarmStart | None = None
 
     @property
     def messenger(self) -> Messenger:
         return Messenger(grid=self.grid, timeout_s=self.config.round_timeout_s, observer=self.observer)
+
+    @cached_property
+    def _start(self) -> AdapterState | None:
+        """The adapter of version 0, if clients cannot draw it."""
+        return self.warm.adapter if self.warm and self.warm.adapter.digest != self.initial.digest else None
 
     def loop(self) -> ServerState:
         """Run the remaining rounds and return the last state."""
@@ -90,9 +99,11 @@ class Bridge:
             )
         clients = membership.gather(done + 1, required=found is None or done < self.config.rounds)  # a finished run only delivers
         if found is None:
-            started = dataclasses.replace(self.strategy.start(self.initial), exchange=self.exchange.start())
+            warm = self.warm or WarmStart(adapter=self.initial)
+            started = dataclasses.replace(self.strategy.start(warm.adapter), exchange=self.exchange.start(), shifts=warm.shifts)
             found = Checkpoint(round=0, state=started, clients={})
-            record, records = {"round": 0, "client": None}, {c: {"round": 0, "client": c} for c in clients}
+            record: dict[str, Any] = {"round": 0, "client": None, **({"start": dict(warm.about)} if warm.about else {})}
+            records = {c: {"round": 0, "client": c} for c in clients}
             self.observer.round_started(0, self.config.rounds, ())
             self._score(found.state, membership.connected(), record, records)
             self._close(found, record, records)
@@ -171,8 +182,9 @@ class Bridge:
 
     def _messages(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, OutboundMessage]:
         assignments = self.strategy.plan(round, self._plans(round, ids, clients, state), state)
+        held, started = {c: clients[c].held for c in ids}, {c: clients[c].start for c in ids}
         snapshot = self.snapshots.of(state.shifts)
-        return write_messages(self.config, round, assignments, {c: clients[c].held for c in ids}, state.shifts, self.initial, snapshot)
+        return write_messages(self.config, round, assignments, held, state.shifts, self.initial, snapshot, self._start, started)
 
     def _plans(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> list[Plan]:
         return [base_plan(self.config, round, c, state.adapter.spec.version, clients[c].rank) for c in ids]

@@ -38,6 +38,7 @@ class Client:
         missed: Consecutive rounds that ended before its reply arrived (fedtune/rounds/silence.py).
         paused_until: First round in which it may be selected again.
         unanswered: Id of the message that it has not answered; "" if there is none.
+        start: Digest of the start of a warm start that it holds; "" for none.
     """
 
     node: int
@@ -50,6 +51,7 @@ class Client:
     missed: int = 0
     paused_until: int = 0
     unanswered: str = ""
+    start: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +229,7 @@ class Membership:
             held=hello.shifts,
             remembers=hello.remembers,
             rank=hello.rank,
+            start=hello.start,
         )
         self._client_known(client, node, self.clients[client].device_class)
 

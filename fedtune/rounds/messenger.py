@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.contracts.wire import OFFER
+from fedtune.contracts.wire import OFFER, start_in
 from fedtune.rounds.membership import SMALL_REPLY_BYTES, Client, push, replies
 from fedtune.rounds.outcome import RoundOutcome, epsilon_of, refusal
 from fedtune.rounds.silence import record_answer, record_miss
@@ -84,10 +84,11 @@ class Messenger:
                 if why is None:
                     if clients[client].remembers and kind != OFFER:
                         clients[client].held = versions
+                        clients[client].start = start_in(contents[client]) or clients[client].start
                     yield client, reply
                     continue
                 if why[0] == "failed":
-                    clients[client].held = ()  # a device that failed may have restarted and lost its shifts
+                    clients[client].held, clients[client].start = (), ""  # a device that failed may have restarted and lost both
             record = outcome.records.setdefault(client, {"round": round, "client": client})
             if reply is not None and (spent := epsilon_of(reply)) is not None:
                 record["epsilon"] = spent

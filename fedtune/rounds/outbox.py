@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -27,6 +28,7 @@ class OutboundMessage:
         content: The message's content.
         offer: Content of the offer that the client must accept first; None without an offer.
         nbytes: Network bytes of message and offer.
+        start_bytes: Of these, the bytes of the start of a warm start; 0 if it is not in the message.
         over_limit: The reason why the message must not be sent; "" if it may be sent.
     """
 
@@ -35,6 +37,7 @@ class OutboundMessage:
     offer: RecordDict | None
     nbytes: int
     over_limit: str
+    start_bytes: int = 0
 
 
 def write_messages(
@@ -45,6 +48,8 @@ def write_messages(
     shifts: Sequence[AdapterState],
     first: AdapterState,
     snapshot: AdapterState | None = None,
+    start: AdapterState | None = None,
+    started: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, OutboundMessage]:
     """Build the messages of a round, in the order of logical ids.
 
@@ -56,17 +61,25 @@ def write_messages(
         shifts: Shifts merged into the frozen weights.
         first: The run's initial adapter.
         snapshot: Sums of the shifts, for the weights whose sum is smaller than its factors.
+        start: The start of a warm start; None: clients draw the first adapter.
+        started: Logical id → digest of the start that the client holds.
     """
     meter, limit = flower.Meter(), config.traffic.max_mb_per_round
-    writer = MessageWriter(round, shifts, broadcaster(config.traffic, first, config.seed, round), snapshot)
+    writer = MessageWriter(round, shifts, broadcaster(config.traffic, first, config.seed, round), snapshot, start)
     out = {}
     for client, given in sorted(with_codec(config.traffic, assignments).items()):
-        content = writer.write(given.adapter, held=held[client], plan=given.plan, extra=given.extra)
+        content = writer.write(given.adapter, held=held[client], plan=given.plan, extra=given.extra, started=started.get(client, ""))
         offer = writer.offer(content, given.adapter, held[client])
         down = meter(content) + (meter(offer) if offer else 0)
         over_limit = "" if limit is None else describe_excess(limit, down, reply_bytes(given))
-        out[client] = OutboundMessage(assignment=given, content=content, offer=offer, nbytes=down, over_limit=over_limit)
+        out[client] = OutboundMessage(
+            assignment=given, content=content, offer=offer, nbytes=down, over_limit=over_limit, start_bytes=meter(_start_of(content))
+        )
     return out
+
+
+def _start_of(content: RecordDict) -> RecordDict:
+    return RecordDict({name: record for name, record in content.items() if name in ("start", "start-spec")})  # type: ignore[arg-type]
 
 
 def check_affordable(messages: Mapping[str, OutboundMessage]) -> None:

@@ -66,6 +66,8 @@ class RoundOutcome:
             record["train_loss"] = self.loss / self.examples
         record["bytes_down"] = sum(r.get("bytes_down", 0) for r in rows)
         record["bytes_up"] = sum(r.get("bytes_up", 0) for r in rows)
+        if start := sum(r.get("bytes_start", 0) for r in rows):  # the part of bytes_down that is the start of a warm start
+            record["bytes_start"] = start
         if peaks := [r["peak_mb"] for r in rows if "peak_mb" in r]:  # a private turn does not report it
             record["peak_mb"] = max(peaks)
         return record

@@ -89,6 +89,9 @@ class Round:
     def train(self) -> Iterator[Update]:
         until = self.messenger.until()
         contents = self._accepted({c: self.messages[c] for c in self.cohort}, until)
+        for client in contents:
+            if self.messages[client].start_bytes:
+                self.outcome.records[client]["bytes_start"] = self.messages[client].start_bytes
         self.outcome.max_weight = self._max_weight(contents)
         answers = self.messenger.ask(
             "train",

@@ -6,6 +6,7 @@ outputs/<name>/<date-time>-<id>/
                  exchange.safetensors if the exchange has state
     shifts/      shifts merged into the frozen weights, one file per round; checkpoints name those that they need
     clients/     state of simulated clients between their turns
+    start/       what a warm start began with
     adapter/     adapter folder for PeftModel.from_pretrained
 """
 
@@ -17,7 +18,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ _FORMAT = 2
 _LATE = "late.safetensors"
 _EXCHANGE = "exchange.safetensors"
 _OLD_CLIP = "privacy.clip"  # in memory.safetensors of version 0.1: the clip norm of privacy=user
-_BEGINNING = {".lock", "checkpoints", ".config.yaml.tmp", "lost+found"}  # files of a start that was stopped before the config was written
+# files of a start that was stopped before the config was written
+_BEGINNING = {".lock", "checkpoints", "start", ".start.tmp", ".config.yaml.tmp", "lost+found"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +99,10 @@ class RunDirectory:
             raise RunError(f"run {path} is in use by another process: wait for it or stop it first") from None
 
     @classmethod
-    def create(cls, config: Config, path: Path | None = None) -> "RunDirectory":
+    def create(cls, config: Config, path: Path | None = None, write: Callable[[Path], None] | None = None) -> "RunDirectory":
         """Create the directory of a new run (at `path`, or under a generated name) and store its config.
+
+        `write` stores what the run needs from the start in its folder `start/`, before the config.
 
         The config is written last and atomically. A directory of a start that was killed before that is empty of results and is used again,
         as is an empty folder.
@@ -112,7 +116,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, config)  # takes the lock: of two processes that start at once, one creates the run
             try:
-                run._begin()
+                run._begin(write)
             except BaseException:
                 run.close()
                 raise
@@ -123,7 +127,7 @@ class RunDirectory:
             ) from None
         return run
 
-    def _begin(self) -> None:
+    def _begin(self, write: Callable[[Path], None] | None) -> None:
         """Store the config, if the directory has nothing but files of an unfinished start."""
         if (self.path / "config.yaml").exists():
             raise RunError(f"there is a run in {self.path} already: continue it with resume={self.path}, or give another folder")
@@ -131,6 +135,8 @@ class RunDirectory:
         folder.mkdir(exist_ok=True)
         if others := sorted(p.name for p in (*self.path.iterdir(), *folder.iterdir()) if p.name not in _BEGINNING):
             raise RunError(f"{self.path} contains {others[0]} but no run (no config.yaml): give an empty folder or a new one")
+        if write is not None:
+            write(self.path)
         self._write_config()
 
     def _write_config(self) -> None:

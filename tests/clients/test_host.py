@@ -1,6 +1,7 @@
 """Each host has its own storage, device and privacy minimum; hosts in one process are independent; loading happens once, on demand."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, PrivacyConfig
 from fedtune.contracts import flower
 from fedtune.contracts.adapter_state import AdapterState
-from fedtune.contracts.wire import MessageWriter
+from fedtune.contracts.wire import MessageWriter, read_message
 from fedtune.privacy.floor import Floor
 from fedtune.rounds.planning import base_plan
 from tests.clients.test_floor import RECORD, LyingServer
@@ -63,6 +64,29 @@ def test_each_host_has_its_own_floor_and_device(tmp_path: Path) -> None:
     assert strict.devices.of("c0") is device and free.devices.of("c0") is None
     assert "declined" in train(strict, config, free.space.initial).content.config_records
     assert "declined" not in train(free, config, free.space.initial).content.config_records
+
+
+def test_a_client_completes_a_message_with_the_start_that_it_was_sent(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    host, plan = host_for(config), base_plan(config, 1, "c0", 0)
+    drawn = host.space.initial
+    start = drawn.replace({n: t + 1 for n, t in drawn.tensors.items()})
+    part, writer = drawn.subset([n for n in drawn.tensors if n.endswith("lora_B")]), MessageWriter(1, (), start=start)
+
+    def completed(content: RecordDict) -> AdapterState:
+        request = read_message(content)
+        host.take_start(request)
+        return host.complete("c0", request)
+
+    lost = writer.write(part, held=(), plan=plan, started=start.digest)  # the server believes that this client has the start
+    answer = ask(host, "train", lost).content.config_records["declined"]
+    assert answer["kind"] == "failed" and "this client lacks the adapter that the run started from: the server sends" in str(answer["why"])
+    for content in (writer.write(part, held=(), plan=plan), lost):  # from now on it remembers
+        whole = completed(content)
+        assert all(torch.equal(t, part[n] if n in part.tensors else start[n]) for n, t in whole.tensors.items())
+    assert json.loads(str(ask(host, "query", RecordDict({})).content.config_records["hello"]["json"]))["start"] == start.digest
+    cold = completed(MessageWriter(1, ()).write(part, held=(), plan=plan))  # a run that is not warm, after one that was
+    assert all(torch.equal(t, drawn[n]) for n, t in cold.tensors.items())
 
 
 @pytest.fixture

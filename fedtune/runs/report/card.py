@@ -9,7 +9,7 @@ from fedtune.config import TaskConfig
 from fedtune.contracts.task import task_of
 from fedtune.privacy.ledger import most_spent
 from fedtune.runs.report.snippet import how_to_load
-from fedtune.runs.report.summary import Record, primary_metric, rounds, value
+from fedtune.runs.report.summary import Record, earlier_result, primary_metric, rounds, value
 
 if TYPE_CHECKING:
     from fedtune.models import Backbone
@@ -46,11 +46,18 @@ def write_card(
     ]
     if note:
         lines.append(f"- {note}")
+    start = next((r["start"] for r in done if "start" in r), None)
+    if start:
+        lines.append(
+            f"- warm start: from the adapter of `{start['from']}` (round {start['round']}, file's sha256 `{start['sha256']}`); the rows"
+            " that trained it are not among those described here, and the privacy below does not cover them"
+        )
     if scores:
         (first, before), (last, after) = scores[0], scores[-1]
-        lines.append(
-            f"- {metric} on the global test: {before:.4g} in round {first} (0 is the untuned backbone), {after:.4g} after round {last}"
-        )
+        what = "the untuned backbone" if start is None else "the start"
+        lines.append(f"- {metric} on the global test: {before:.4g} in round {first} (0 is {what}), {after:.4g} after round {last}")
+    if kept := earlier_result(done):
+        lines.append(f"- {kept.sentence()}")
     lines += _privacy(config["privacy"], _spent(run_dir, config["privacy"], records))
     if prompt:
         lines.append(f"- prompt template: `{json.dumps(prompt)}`")

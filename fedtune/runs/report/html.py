@@ -21,6 +21,8 @@ from fedtune.runs.report.page import element as e
 from fedtune.runs.report.plots import Series
 from fedtune.runs.report.summary import (
     CHOSEN,
+    EARLIER,
+    FORGETTING,
     ClassResult,
     ClientResult,
     Record,
@@ -29,12 +31,14 @@ from fedtune.runs.report.summary import (
     client_results,
     drops_text,
     duration,
+    earlier_result,
     megabytes,
     number,
     ordered_drops,
     primary_metric,
     rounds,
     size,
+    start_of,
     total,
     value,
 )
@@ -66,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
         "main",
         None,
         *_headline(title, run_dir, lines, clients, metric, (config or {}).get("rounds")),
-        *_answers(answers or [], lines, judged=any(value(r, "exact_match") is not None for r in records)),
+        *_answers(answers or [], lines, start_of(lines), judged=any(value(r, "exact_match") is not None for r in records)),
         *_curves(lines, metric),
         *_clients(clients, metric, colors),
         *_costs(lines),
@@ -103,7 +107,7 @@ def _headline(
     up, down, seconds = total(lines, "bytes_up"), total(lines, "bytes_down"), total(lines, "seconds")
     count = f"{len(done)}" if planned in (None, len(done)) else f"{len(done)} of {planned}"
     change = f"{number(value(first, key))} → {number(value(last, key))}" if last else number(value(first, key))
-    note = f"untuned → round {last['round']}" if last else "no tuned round finished yet"
+    note = f"{start_of(lines)} → round {last['round']}" if last else "no tuned round finished yet"
     note += "; higher is better" if higher_is_better(metric) else "; lower is better"
     if top is not None and last is not None and top["round"] != last["round"]:
         note += f"; best {number(value(top, metric))} in round {top['round']}"
@@ -116,6 +120,10 @@ def _headline(
         page.tile("traffic", size(up + down), f"{size(up)} up, {size(down)} down"),
         page.tile("clients", f"{len(clients):,}", kinds),
     ]
+    if kept := earlier_result(lines):
+        change = f"{number(kept.before)} → {number(kept.after)}"
+        note = f"forgetting {number(kept.forgetting)}: the best value less the last one"
+        tiles.insert(1, page.tile(f"earlier test rows, {_words(kept.metric)}", change, note))
     if last and (worst := value(last, "clients_worst_decile")) is not None:
         before = number(value(first, "clients_worst_decile"))
         tiles.insert(
@@ -154,11 +162,20 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
         Series(name="worst tenth of clients", ys=column("clients_worst_decile"), color=2),
     ]
     losses = [Series(name="global test", ys=column("loss"), color=1), Series(name="training", ys=column("train_loss"), color=2)]
-    caption = "Round 0 is the untuned backbone. " + ("Higher is better." if higher_is_better(metric) else "Lower is better.")
+    start = start_of(lines)
+    first = "the untuned backbone" if start == "untuned" else f"the adapter {start}"
+    caption = f"Round 0 is {first}. " + ("Higher is better." if higher_is_better(metric) else "Lower is better.")
     figures = [
         figure(_words(metric).capitalize(), scores, caption, metric == "perplexity") if metric != "loss" else None,
         figure("Loss", losses if metric != "loss" else [*losses, *scores[1:]], "Mean over tokens or examples; lower is better."),
     ]
+    if kept := earlier_result(lines):
+        earlier = [
+            Series(name="earlier test rows", ys=column(EARLIER + kept.metric), color=1),
+            Series(name="forgetting", ys=column(FORGETTING), color=2),
+        ]
+        text = "On the test rows of the run that this one started from. Forgetting is the best value less the current one; lower is better."
+        figures.append(figure(f"Earlier task: {_words(kept.metric)}", earlier, text))
     spent = Series(name="ε of the client that spent most", ys=column("epsilon"), color=5)
     figures.append(figure("Privacy spent", [spent], "For the δ and privacy unit in the adapter's card; lower is more private."))
     shown = [f for f in figures if f is not None]
@@ -286,11 +303,11 @@ def _partition(partition: Mapping[str, Any] | None, colors: Mapping[str, int]) -
     return [e("h2", None, "Partition"), e("div", {"class": "pair"}, *figures)]
 
 
-def _answers(answers: Sequence[Mapping[str, Any]], lines: Sequence[Record], judged: bool) -> list[Element]:
+def _answers(answers: Sequence[Mapping[str, Any]], lines: Sequence[Record], start: str, judged: bool) -> list[Element]:
     """The answers side by side, marked right or wrong if the run reports exact match; and folded, those after each evaluated round."""
     if not answers:
         return []
-    columns = {"request": "request", "wanted": "wanted", "before": "untuned", "after": "tuned and merged"}
+    columns = {"request": "request", "wanted": "wanted", "before": start, "after": "tuned and merged"}
     rows = []
     for answer in answers:
         texts = {key: str(answer.get(key, "")) for key in columns}

@@ -13,12 +13,14 @@ from rich.markup import escape
 
 from fedtune.runs.report.summary import (
     CHOSEN,
+    FORGETTING,
     Record,
     best,
     class_results,
     client_results,
     drops_text,
     duration,
+    earlier_result,
     megabytes,
     number,
     primary_metric,
@@ -70,7 +72,7 @@ class Progress:
             self._bars.stop()
 
     def round_started(self, round: int, rounds: int, cohort: int) -> None:
-        """Round `round` of `rounds` begins with `cohort` clients; 0 is the evaluation of the untuned backbone."""
+        """Round `round` of `rounds` begins with `cohort` clients; 0 is the evaluation before training."""
         self._of, self._dropped = rounds, 0
         if not self._bars:
             return
@@ -79,7 +81,7 @@ class Progress:
             self._rounds = self._bars.add_task("rounds ", total=rounds, completed=max(0, round - 1), news="")
             self._clients = self._bars.add_task("clients", total=None, news="")
         assert self._clients is not None
-        self._bars.reset(self._clients, total=cohort, description="clients", news="untuned backbone" if round == 0 else "")
+        self._bars.reset(self._clients, total=cohort, description="clients", news="before training" if round == 0 else "")
 
     def client_done(self, client: str, dropped: str | None) -> None:
         """One client's turn is over; `dropped` is the reason if it does not count, else None."""
@@ -111,6 +113,8 @@ def round_line(record: Record, of: int) -> str:
     if (v := value(record, "clients_mean")) is not None:
         worst = value(record, "clients_worst_decile")
         parts.append(f"clients {number(v, 2)}" + ("" if worst is None else f" (worst decile {number(worst, 2)})"))
+    if (v := value(record, FORGETTING)) is not None:
+        parts.append(f"forgetting {number(v)}")
     if record.get("cohort"):
         drops = drops_text(record.get("dropped"))
         parts.append(f"{record.get('counted', 0)}/{record['cohort']} counted" + (f" ({drops})" if drops else ""))
@@ -159,7 +163,7 @@ def histogram(counts: Sequence[float], bins: int) -> str:
 
 
 def print_results(records: Iterable[Record], console: Console, partition: Mapping[str, Any] | None = None) -> None:
-    """Print the run's results: untuned backbone, best and last round; then one line per device class.
+    """Print the run's results: before training, best and last round; forgetting, if measured; then one line per device class.
 
     Args:
         records: Records from `read_metrics`.
@@ -174,13 +178,15 @@ def print_results(records: Iterable[Record], console: Console, partition: Mappin
     done = [r for r in lines if r["round"] > 0]
     shown = []
     if lines[0]["round"] == 0:
-        shown.append(["round 0 (untuned)", *_cells(lines[:1], lines[0], metric)])
+        shown.append([f"round 0 ({'warm start' if 'start' in lines[0] else 'untuned'})", *_cells(lines[:1], lines[0], metric)])
     if done and (top := best(done, metric)) is not None and top is not done[-1]:
         shown.append([f"round {top['round']} (best)", *_cells([r for r in done if r["round"] <= top["round"]], top, metric)])
     if done:
         shown.append([f"round {done[-1]['round']} (last)", *_cells(done, done[-1], metric)])
     header = ["", metric, "clients mean", "worst decile", "loss", "bytes up", "bytes down", "time"]
     print_table(console, header, shown, title="Results")
+    if kept := earlier_result(lines):
+        console.print(kept.sentence(), markup=False, highlight=False, soft_wrap=True)
     classes = class_results(client_results(rows, metric, partition), metric)
     if not classes:
         return

@@ -14,6 +14,7 @@ from fedtune.contracts.task import higher_is_better, metrics
 Record = Mapping[str, Any]
 
 NO_CLASS = "all devices"
+EARLIER, FORGETTING = "earlier_", "forgetting"  # in a warm start: prefix of the metrics on the earlier test rows; their loss since the best
 CHOSEN = {  # a device's choices for a turn → their headings
     "precision": "precision",
     "rank": "rank",
@@ -62,6 +63,36 @@ def best(rows: Sequence[Record], metric: str) -> Record | None:
     if not scored:
         return None
     return (max if higher_is_better(metric) else min)(scored, key=lambda r: value(r, metric) or 0.0)
+
+
+def start_of(rows: Sequence[Record]) -> str:
+    """The model of round 0 in words: `untuned`, or `from NAME` in a warm start."""
+    start = rows[0].get("start") if rows else None
+    return f"from {start['from']}" if isinstance(start, Mapping) and "from" in start else "untuned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierResult:
+    """The primary metric on the test rows of the run that a warm start began with."""
+
+    metric: str
+    before: float  # round 0, or the first round that has it
+    after: float
+    forgetting: float  # the best value so far less the last one, so that more is worse
+
+    def sentence(self) -> str:
+        numbers = f"{number(self.before)} → {number(self.after)}"
+        return f"earlier test rows: {self.metric} {numbers}, forgetting {number(self.forgetting)} (best value less the last one)"
+
+
+def earlier_result(rows: Sequence[Record]) -> EarlierResult | None:
+    """The result on the earlier test rows; None if they are not measured."""
+    for name in metrics():
+        values = [v for r in rows if (v := value(r, EARLIER + name)) is not None]
+        lost = [v for r in rows if (v := value(r, FORGETTING)) is not None]
+        if values and lost:
+            return EarlierResult(metric=name, before=values[0], after=values[-1], forgetting=lost[-1])
+    return None
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -223,3 +223,18 @@ def test_answers_are_marked_if_exact_match_is_scored(tmp_path: Path, metric: str
     assert ("✗" in page.text, "✓" in page.text) == (marks, marks)
     classes = {attrs.get("class") for tag, attrs in page.tags if tag == "td"}
     assert ({"good", "bad"} <= classes) == marks and ("bad" in classes) == marks
+
+
+def test_a_warm_start_has_a_tile_and_a_chart_of_what_it_forgets(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    lines = [
+        {"round": r, "client": None, "exact_match": 0.5, "earlier_exact_match": score, "forgetting": 0.9 - score}
+        for r, score in enumerate((0.9, 0.8, 0.6))
+    ]
+    lines[0] |= {"start": {"from": "before"}}
+    (tmp_path / "r" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    html = write_report(tmp_path / "r").read_text(encoding="utf-8")
+    page = Page(html)
+    assert "earlier test rows, exact match" in page.text and "0.900 → 0.600" in page.text and "forgetting 0.300" in page.text
+    assert strokes(html, "Earlier task: exact match") == ["MLL", "MLL"]
+    assert "Round 0 is the adapter from before." in page.text and "untuned" not in page.text

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from fedtune.runs.report import Progress, print_partition, print_results
-from fedtune.runs.report.progress import histogram
+from fedtune.runs.report.progress import histogram, round_line
 
 ROUND = {
     "round": 3,
@@ -102,6 +102,17 @@ def test_a_histogram_pools_neighbors_when_there_are_more_labels_than_bins() -> N
     assert histogram([1, 1, 0, 0, 4, 0], 3) == "▅·█"  # 2, 0, 4
     assert histogram([0, 0], 2) == "··"
     assert histogram([], 0) == ""
+
+
+def test_a_warm_start_shows_what_it_forgets() -> None:
+    def line(r: int, score: float, lost: float) -> dict[str, Any]:
+        return {"round": r, "client": None, "exact_match": 0.5, "earlier_exact_match": score, "forgetting": lost}
+
+    console = plain()
+    print_results([{**line(0, 0.9, 0.0), "start": {"from": "before"}}, line(1, 0.95, 0.0), line(2, 0.7, 0.25)], console)
+    assert "round 0 (warm start)" in shown(console) and "untuned" not in shown(console)
+    assert "earlier test rows: exact_match 0.900 → 0.700, forgetting 0.250 (best value less the last one)" in shown(console)
+    assert round_line(line(2, 0.7, 0.25), 2) == "round 2/2  exact_match 0.500  forgetting 0.250"
 
 
 def test_results_show_before_best_and_last_and_each_device_class() -> None:
