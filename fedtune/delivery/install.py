@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from flwr.app import Message, RecordDict
@@ -195,7 +196,11 @@ def _candidates(host: ClientHost, client: str, request: ServerMessage) -> list[_
 
 def _comparable(old: Config, new: Config) -> bool:
     """Whether both adapters fit the same loaded model and are scored alike."""
-    return all(dataclasses.asdict(getattr(old, part)) == dataclasses.asdict(getattr(new, part)) for part in ("model", "task", "peft"))
+    def parts(config: Config) -> list[dict[str, Any]]:
+        method = dataclasses.replace(config.peft, from_=None)  # where the run began does not matter
+        return [dataclasses.asdict(part) for part in (config.model, config.task, method)]
+
+    return parts(old) == parts(new)
 
 
 @contextlib.contextmanager

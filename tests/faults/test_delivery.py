@@ -20,11 +20,11 @@ CAPITALS = {
     "bert": {"Spain": "Madrid", "Japan": "Tokyo"},
     "carla": {"Egypt": "Cairo", "Peru": "Lima"},
 }
-ROUNDS = 8
+ROUNDS = 12
 EXPERIMENT = [
     "task=chat", "task.max_length=64", "task.max_new_tokens=12", "data=local", "devices=none", "strategy=fedavg", "peft.rank=16",
-    "client.steps=20", "client.epochs=null", "client.batch_size=8", "client.lr=1e-2", "clients_per_round=3", "min_clients=3",
-    f"rounds={ROUNDS}", "inference=none", "eval.where=none", "eval.clients=0", "engine.threads=1", "deliver.every=4",
+    "client.steps=40", "client.epochs=null", "client.batch_size=8", "client.lr=1e-2", "clients_per_round=3", "min_clients=3",
+    f"rounds={ROUNDS}", "inference=none", "eval.where=none", "eval.clients=0", "engine.threads=1", "deliver.every=6",
 ]  # fmt: skip
 pytestmark = pytest.mark.slow
 
@@ -96,12 +96,12 @@ def test_three_devices_answer_their_own_questions(trial: Deployment, capsys: pyt
     for client, port in ports.items():
         wait_for_round(trial, client, port)
         assert answers(port, client) == CAPITALS[client], trial.said(client)
-        assert rounds_of(trial, client) == [4, 8]
+        assert rounds_of(trial, client) == [6, ROUNDS]
         assert "Traceback" not in trial.said(client)
     results = json.loads((trial.run / "delivery/results.json").read_text())
     assert {c: r["result"].split()[0] for c, r in results.items()} == dict.fromkeys(CAPITALS, "installed")
     assert main(["model", "rollback", "--state", str(trial.folder / "state/anna")]) == 0
-    assert "-r0004-" in capsys.readouterr().out
+    assert "-r0006-" in capsys.readouterr().out
     assert isinstance(answers(ports["anna"], "anna")["France"], str), "answers throughout, from one version or the other"
 
 
