@@ -1,5 +1,7 @@
 """Conversion to and from Flower's classes."""
 
+import gc
+
 import pytest
 import torch
 from flwr.serverapp import strategy as flower
@@ -49,3 +51,13 @@ def test_another_rank_is_refused_by_name() -> None:
 def test_a_missing_measurement_is_named(values: dict[str, float]) -> None:
     with pytest.raises(UpdateError, match="client c7 sent lr_sum="):
         _flower.measured(update("c7", plain(0)), values, "lr_sum")
+
+
+def test_flower_s_records_collect_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected, frozen = list[int](), gc.get_freeze_count()
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
+    with _flower.no_collection():
+        _flower.arrays({"w": torch.ones(2)}).to_numpy_ndarrays(keep_input=False)
+    assert not collected and gc.get_freeze_count() == frozen  # what the process has frozen stays frozen
+    _flower.arrays({"w": torch.ones(2)}).to_numpy_ndarrays(keep_input=False)
+    assert collected

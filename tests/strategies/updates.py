@@ -1,6 +1,5 @@
 """Updates for tests of strategies."""
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Update
+from fedtune.strategies._flower import no_collection
 
 SPEC = AdapterSpec(method="lora", ranks={"q": 2, "up": 1}, scaling={"q": 2.0, "up": 0.5})
 SHAPES = {"q.lora_A": (2, 5), "q.lora_B": (3, 2), "up.lora_A": (1, 3), "up.lora_B": (7, 1), "head.weight": (4, 7)}
@@ -58,8 +58,7 @@ def regauged(adapter: AdapterState, seed: int, size: float = 3.0) -> AdapterStat
 
 def flower_result(by: flower.FedAvg, replies: list[Message], round: int = 1) -> dict[str, Tensor]:
     """The result of Flower's unmodified class for the replies."""
-    gc.freeze()  # some collect garbage after every record, which is slow among torch's modules
-    record, _ = by.aggregate_train(round, replies)
-    gc.unfreeze()
+    with no_collection():
+        record, _ = by.aggregate_train(round, replies)
     assert record is not None
     return {n: torch.tensor(a.numpy()) for n, a in record.items()}
