@@ -30,10 +30,10 @@ class Registry(Collection[str]):
         """Names of the folder's own modules."""
         spec = importlib.util.find_spec(self._package)
         places = (spec.submodule_search_locations if spec else None) or ()
-        return _modules(tuple((place, os.stat(place).st_mtime_ns) for place in places if os.path.isdir(place)))
+        return _modules(tuple((place, os.stat(place).st_mtime_ns) for place in places))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return name in self._found or name in self.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
