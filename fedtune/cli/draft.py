@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="one text per line, or .jsonl with text, or prompt and response (default: sampled from the model)",
+        help="one text per line, or .jsonl with text, messages, or prompt and response (default: sampled from the model)",
     )
     draft.add_argument("--layers", type=int, metavar="N", help="layers of the draft model (default: a quarter of the model's)")
     draft.add_argument("--steps", type=int, default=400, metavar="N", help="training steps (default: %(default)s)")

@@ -42,18 +42,32 @@ def form(present: Collection[str], maps: Mapping[str, str], templates: Collectio
     return "alpaca" if all(name in present for name in ALPACA) else ""
 
 
-def read_messages(values: Sequence[Any], what: str) -> list[str]:
+def read_row(row: Mapping[str, Any], what: str, number: int) -> tuple[str, str] | None:
+    """A row's conversation and its tools, as `read_messages` and `read_tools` give them; None if it has no column of messages.
+
+    Raises:
+        DataError: As `read_messages` and `read_tools`.
+    """
+    for column in COLUMNS:
+        value = row.get(column)
+        if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[")):
+            return read_messages([row[column]], what, number)[0], read_tools([row.get(TOOLS)], what, number)[0]
+    return None
+
+
+def read_messages(values: Sequence[Any], what: str, first: int = 1) -> list[str]:
     """Conversations of a column as JSON text.
 
     Args:
         values: Lists of messages, or their JSON text.
-        what: "training" or "test", for errors.
+        what: "training" or "test", or a file, for errors.
+        first: Number of the first row.
 
     Raises:
         DataError: A row is not a conversation with an answer; names the row.
     """
     out = []
-    for number, value in enumerate(values, 1):
+    for number, value in enumerate(values, first):
         try:
             out.append(_text(_messages(value)))
         except UnicodeEncodeError as bad:  # JSON can contain half a surrogate pair, which is not text
@@ -63,18 +77,18 @@ def read_messages(values: Sequence[Any], what: str) -> list[str]:
     return out
 
 
-def read_tools(values: Sequence[Any], what: str) -> list[str]:
+def read_tools(values: Sequence[Any], what: str, first: int = 1) -> list[str]:
     """The tools of conversations as JSON text of a list of schemas; "" for a row without tools.
 
     Args:
         values: Lists of schemas, their JSON text, or None.
-        what: "training" or "test", for errors.
+        what, first: As in `read_messages`.
 
     Raises:
         DataError: A row has other values; names the row.
     """
     out = []
-    for number, value in enumerate(values, 1):
+    for number, value in enumerate(values, first):
         try:
             found = _without_nulls(parse_json(value) if isinstance(value, str) and value.strip() else value) or []
         except ValueError:

@@ -15,7 +15,7 @@ from fedtune.config.stored import read_config
 from fedtune.contracts.seeds import derive_seed
 from fedtune.data.decoding import decode
 from fedtune.data.local import find_files, has_files, read_bytes, read_file, suffix
-from fedtune.data.messages import COLUMNS, TOOLS, read_messages, read_tools
+from fedtune.data.messages import read_row
 from fedtune.errors import CheckpointError, DataError
 from fedtune.storage.parsing import parse_json
 
@@ -94,7 +94,7 @@ def read_calibration_texts(where: Path | str, tokenizer: Any = None) -> list[str
         if suffix(file) == ".txt":
             out += re.split(r"\n\s*\n", decode(read_bytes(file), file, config.encoding).replace("\r\n", "\n"))
             continue
-        out += ["\n".join(_strings(row, file, tokenizer)) for row in read_file(file, config)]
+        out += ["\n".join(_strings(row, file, number, tokenizer)) for number, row in enumerate(read_file(file, config), 1)]
     if not (out := [text.strip() for text in out if text.strip()]):
         raise DataError(f"{where} holds no calibration text: give a .txt file, or rows with a column 'text'")
     return out
@@ -122,11 +122,11 @@ def _config_of(run: Path) -> Config:
         raise DataError(f"{bad}; give calibration text instead of the run") from None
 
 
-def _strings(row: Mapping[str, Any], file: Path, tokenizer: Any) -> list[str]:
+def _strings(row: Mapping[str, Any], file: Path, number: int, tokenizer: Any) -> list[str]:
     if isinstance(row.get("text"), str):
         return [row["text"]]
-    for chat in (row[name] for name in COLUMNS if isinstance(row.get(name), list)):
-        return [_rendered(read_messages([chat], str(file))[0], read_tools([row.get(TOOLS)], str(file))[0], tokenizer)]
+    if (found := read_row(row, str(file), number)) is not None:
+        return [_rendered(*found, tokenizer)]
     return [value for value in row.values() if isinstance(value, str)]
 
 

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.config.bounds import require
 from fedtune.contracts.seeds import derive_seed
+from fedtune.data.messages import read_row
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.export.huggingface import CARD, check_out, export_folder, write_tokenizer
 from fedtune.inference.engine.text import wrap
 from fedtune.inference.generate import is_chat, read_card
 from fedtune.models.backbone import Backbone, load_backbone, quiet
-from fedtune.models.chat_template import encode_conversation
+from fedtune.models.chat_template import encode_conversation, located
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
 
@@ -82,7 +83,8 @@ def distill(
     Args:
         folder: The target: a folder of `fedtune export`, or any causal model's Hugging Face folder.
         out: The folder to write; it appears complete or not at all.
-        text: Training texts, one per line, or JSON rows with `text` or with `prompt` and `response`; None samples them from the target.
+        text: Training texts, one per line, or JSON rows with `text`, `messages`, or `prompt` and `response`; None samples them from the
+            target.
         how: Size and training of the draft.
         trust_remote_code: Whether code in the target's folder may run.
         tell: Called with each step's number and divergence in nats per token.
@@ -286,7 +288,7 @@ def split(rows: list[list[int]], text: Path | None) -> tuple[list[list[int]], li
 def read_texts(path: Path, tokenizer: Any, template: str | None, length: int, *, chat: bool = False) -> list[list[int]]:
     """Encode each line, or each JSON row, as token rows of at most `length`; a longer text gives several rows.
 
-    With `chat`, a prompt and its response are a conversation in the tokenizer's chat template, as in training.
+    Messages are a conversation in the tokenizer's chat template, as in training, and so are a prompt and its response with `chat`.
 
     Raises:
         DataError: The file cannot be read, or a row lacks its fields.
@@ -300,27 +302,38 @@ def read_texts(path: Path, tokenizer: Any, template: str | None, length: int, *,
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     rows = []
     for number, line in enumerate(lines, 1):
-        content = _of_json(line, template, f"{path}:{number}", chat) if path.suffix in (".jsonl", ".json") else line
+        content = _of_json(line, template, path, number, chat) if path.suffix in (".jsonl", ".json") else line
         if isinstance(content, str):
             ids = lead + tokenizer(content, add_special_tokens=False).input_ids + end
+        elif tokenizer.chat_template is None:
+            raise DataError(f"{path}:{number} has messages, but the model has no chat template: give rows with `text`")
         else:
-            ids = encode_conversation(tokenizer, content)[0].tolist()
+            messages, tools = content
+            with located(f"{path}:{number}"):
+                ids = encode_conversation(tokenizer, messages, tools=tools)[0].tolist()
         rows += [ids[i : i + length] for i in range(0, len(ids), length) if len(ids[i : i + length]) > 1]
     return rows
 
 
-def _of_json(line: str, template: str | None, where: str, chat: bool) -> str | list[dict[str, str]]:
+def _of_json(
+    line: str, template: str | None, path: Path, number: int, chat: bool
+) -> str | tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """A row's text, or its messages and tools."""
     try:
         row = parse_json(line)
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-            if chat:
-                return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-            return wrap(row["prompt"], template) + row["response"]
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    raise DataError(f"{where}: a row must be a JSON object with `text`, or with `prompt` and `response`")
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        row = {}
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if (found := read_row(row, str(path), number)) is not None:
+        return parse_json(found[0]), parse_json(found[1]) if found[1] else None
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        if chat:
+            return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}], None
+        return wrap(row["prompt"], template) + row["response"]
+    raise DataError(f"{path}:{number}: a row must be a JSON object with `text`, with `messages`, or with `prompt` and `response`")
 
 
 def count(model: Any) -> int:

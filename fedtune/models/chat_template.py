@@ -9,7 +9,7 @@ The answer's end token is a target too, because generation stops at it; white sp
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -175,6 +175,15 @@ def encode_start(conversation: Conversation, count: int) -> "tuple[np.ndarray, n
         answer = str(messages[-1].get("content"))[:40]
         raise DataError(f"the model's chat template does not show the answer {answer!r}: remove the row, or correct the template")
     return out[: targets[-1] + 1], labels[: targets[-1] + 1], int(answer[0])
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the sentence of an error with the row's name."""
+    try:
+        yield
+    except (DataError, ModelError) as bad:
+        raise type(bad)(f"{where}: {bad}") from None
 
 
 def answer_end(tokenizer: Any) -> int | None:

@@ -13,6 +13,7 @@ from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, PeftConfig, TaskConfig
 from fedtune.contracts.task import task_of
 from fedtune.experiment import simulate
+from fedtune.export.distill import read_texts
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.chat_template import encode_conversation, ensure_template
 from fedtune.models.probe import probe_packing
@@ -155,3 +156,12 @@ def _(place: Place) -> Iterator[str]:
         path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token": None, "eos_token": None, "pad_token": "e"}))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None, held_out=0.0, test_fraction=0.0))
         yield raised(lambda config=config: Workspace(config).check_examples())
+
+
+@follows("{}:{} has messages, but the model has no chat template: give rows with `text`")
+def _(place: Place) -> Iterator[str]:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(place.folder / "m"))
+    file = place.folder / "a.jsonl"
+    for row in ({"messages": TURNS}, {"text": "Hello? Rome."}):
+        file.write_text(json.dumps(row))
+        yield raised(lambda: read_texts(file, tokenizer, None, 64))

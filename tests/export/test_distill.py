@@ -135,6 +135,27 @@ def test_a_chat_model_reads_its_texts_in_its_template(tmp_path: Path) -> None:
     assert tokenizer.decode(read_texts(tmp_path / "a.jsonl", tokenizer, None, 64)[0]) == "Peru?Lima.<|endoftext|>"
 
 
+def test_messages_are_texts_in_the_chat_template_as_in_training(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chatml(tmp_path / "m").name)
+    tokenizer.chat_template = "{% for tool in tools or [] %}<{{ tool.name }}>{% endfor %}" + tokenizer.chat_template
+    chat = [{"role": "user", "content": "Peru?"}, {"role": "assistant", "content": "Lima."}]
+    file = tmp_path / "a.jsonl"
+    given = [{"from": "human", "value": "Peru?"}, {"from": "gpt", "value": "Lima."}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": chat, "tools": [{"name": "f"}]}, {"conversations": given}]))
+    wanted = "<|im_start|>user\nPeru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>"
+    assert [tokenizer.decode(row) for row in read_texts(file, tokenizer, None, 64)] == [f"<f>{wanted}", wanted]
+    file.write_text(json.dumps({"messages": chat}) + "\n" + json.dumps({"messages": chat[:1]}) + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl row 2 is not a conversation: no message has the role 'assistant'"):
+        read_texts(file, tokenizer, None, 64)
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    tokenizer.chat_template = "{{ raise_exception('not today') }}"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the model's chat template refuses a conversation \(not today\)"):
+        read_texts(file, tokenizer, None, 64)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has messages, but the model has no chat template: give rows with `text`"):
+        read_texts(file, tokenizer, None, 64)
+
+
 def test_bad_texts(tmp_path: Path) -> None:
     tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=None)
     with pytest.raises(DataError, match="cannot read"):

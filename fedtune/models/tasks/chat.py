@@ -1,6 +1,5 @@
 """Chat: the assistant's messages of a conversation, in the model's chat template."""
 
-import contextlib
 import datetime
 import logging
 from bisect import bisect_left
@@ -8,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedtune.contracts.task import IGNORED, Example
-from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.errors import ConfigError
 from fedtune.models.tasks._answers import AnswerTask
 from fedtune.storage.parsing import parse_json
 
@@ -20,15 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedtune.tasks")
 _AFTER = 32  # most tokens that a template adds after an answer
-
-
-@contextlib.contextmanager
-def _located(where: str) -> Iterator[None]:
-    """Begin the sentence of an error with the row's name."""
-    try:
-        yield
-    except (DataError, ModelError) as bad:
-        raise type(bad)(f"{where}: {bad}") from None
 
 
 class Chat(AnswerTask):
@@ -48,10 +38,11 @@ class Chat(AnswerTask):
         import numpy as np
 
         from fedtune.data.examples import filler
+        from fedtune.models.chat_template import located
 
         out, cut, long, hidden = [], 0, 0, 0
         for conversation, where in self._conversations(rows, tokenizer):
-            with _located(where):
+            with located(where):
                 hides = conversation.hides_a_call()
                 example, whole = (None, False) if hides else self._fitting(conversation)
             hidden += hides
@@ -73,11 +64,11 @@ class Chat(AnswerTask):
         return out
 
     def unusable(self, rows: "datasets.Dataset", tokenizer: Any) -> str:
-        from fedtune.models.chat_template import encode_start
+        from fedtune.models.chat_template import encode_start, located
 
         lengths: list[int] = []
         for conversation, where in self._conversations(rows, tokenizer):
-            with _located(where):
+            with located(where):
                 if not conversation.hides_a_call():
                     first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
                     lengths.append(len(encode_start(conversation, first + 1)[0]))
