@@ -69,6 +69,13 @@ LLAMA3 = (
     "{%- else %}«{{- m.content | trim + '<|eot_id|>' }}»{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
+MISTRAL1 = (  # of Mistral 7B Instruct v0.1: a blank after each answer; [INST] is text
+    "{{- bos_token }}{%- for m in messages %}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}" + _ALTERNATE + "{%- endif %}"
+    "{%- if m.role == 'user' %}{{- '[INST] ' + m.content + ' [/INST]' }}"
+    "{%- elif m.role == 'assistant' %}«{{- m.content + eos_token }}»{{- ' ' }}"
+    "{%- else %}{{- raise_exception('Only user and assistant roles are supported!') }}{%- endif %}{%- endfor %}"
+)
+MISTRAL2 = MISTRAL1.replace("{{- ' ' }}", "")  # of v0.2, and of v0.3 as first released, whose [INST] is a token
 MISTRAL3 = (  # the system message goes into the last question, wherever that is
     _SYSTEM_APART + "{%- set questions = chat | selectattr('role', 'equalto', 'user') | list %}{%- set ns = namespace(index=0) %}"
     "{%- for m in chat %}{%- if m.role != 'tool' and not m.tool_calls %}"
@@ -127,6 +134,8 @@ FAMILIES = {
     "llama3": Family(
         LLAMA3, "bytes", "<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"
     ),
+    "mistral1": Family(MISTRAL1, "llama", "<s>", "</s>", (), "</s>"),
+    "mistral2": Family(MISTRAL2, "mistral", "<s>", "</s>", _INST, "</s>"),
     "mistral3": Family(MISTRAL3, "mistral", "<s>", "</s>", _INST, "</s>"),
     "mistral7": Family(MISTRAL7, "bytes", "<s>", "</s>", (*_INST, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "</s>"),
     "gemma": Family(GEMMA, "gemma", "<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),

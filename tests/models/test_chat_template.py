@@ -113,6 +113,24 @@ EXPECTED: dict[str, Expected] = {
         "greeting": ALTERNATE,
     },
     "llama3": {**_TRIMMED, "tools": [_LLAMA_CALL, "It is Rome.·", "Yes.·"], "system, tools": [_LLAMA_CALL, "It is Rome.·", "Yes.·"]},
+    "mistral1": {
+        "one": ["Paris.·"],
+        "three": ["Paris.·", "Rome·", "Madrid.·"],
+        "system": ALTERNATE,
+        "blanks": [" Paris \n·", "\nRome ·"],
+        "unicode": ["À Zürich 東京 🙂·", "é·"],
+        "empty": ["·", "·"],
+        "tools": ALTERNATE,
+        "greeting": ALTERNATE,
+    },
+    "mistral2": {
+        "one": ["Paris.·"],
+        "three": ["Paris.·", "Rome·", "Madrid.·"],
+        "system": ALTERNATE,
+        "blanks": [" Paris \n·", "\nRome ·"],
+        "empty": ["·", "·"],
+        "tools": ALTERNATE,
+    },
     "mistral3": {
         **_SPACED,
         "tools": [_MISTRAL_CALL, " It is Rome.·", " Yes.·"],
@@ -190,6 +208,8 @@ TEXTS = {  # of "system" ("blanks" where the template refuses it), and the promp
         "Italy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         "Rome<|eot_id|>",
     ),
+    "mistral1": ("<s>[INST]  France?  [/INST] Paris \n</s> [INST] Italy?\n [/INST]", "\nRome </s> "),
+    "mistral2": ("<s>[INST]  France?  [/INST] Paris \n</s>[INST] Italy?\n [/INST]", "\nRome </s>"),
     "mistral3": ("<s>[INST] France?[/INST] Paris.</s>[INST] Be brief.\n\nItaly?[/INST]", " Rome</s>"),
     "mistral7": ("<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]France?[/INST]Paris.</s>[INST]Italy?[/INST]", "Rome</s>"),
     "gemma": (
@@ -216,7 +236,7 @@ TEXTS["qwen3 always"] = (TEXTS["chatml"][0] + "<think>\n", "\n</think>\n\nRome<|
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_text_of_a_family(name: str) -> None:
     tokenizer, (prompt, answer) = templates.tokenizer(name), TEXTS[name]
-    messages = CONVERSATIONS["blanks" if name == "gemma" else "system"]
+    messages = CONVERSATIONS["blanks" if name in ("gemma", "mistral1", "mistral2") else "system"]
     assert render(tokenizer, messages[:-1], generate=True) == prompt
     assert render(tokenizer, messages) == prompt + answer
     assert render(templates.tokenizer(name, marks=True), messages) == prompt + answer
