@@ -106,7 +106,7 @@ class Workspace:
             DataError: No client can train, or a row cannot be used.
         """
         task, federation = task_of(self.config.task), self.federation
-        if self.config.eval.where == "door" and len(federation.test) and not self.test_examples():
+        if self.config.eval.where == "server" and len(federation.test) and not self.test_examples():
             raise DataError(f"the global test has no row that can be scored: {task.unusable(federation.test, self.backbone.tokenizer)}")
         if not federation.clients or any(task.count(e) for client in federation.clients for e in self.examples(client, "train")):
             return

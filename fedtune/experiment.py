@@ -184,7 +184,7 @@ def _run(
             )
 
         sampled = _sampled(config, space)
-        rows = _earlier_rows(warm, earlier, space, run, observer.note) if warm and config.eval.where == "door" else None
+        rows = _earlier_rows(warm, earlier, space, run, observer.note) if warm and config.eval.where == "server" else None
 
         def test(state: ServerState) -> Mapping[str, Any]:
             space.rebase(tuple(s.spec.version for s in state.shifts), state.shifts)
@@ -206,7 +206,7 @@ def _run(
                 initial=space.initial,
                 found=run.newest()[0],
                 metric=task_of(config.task).primary,
-                evaluate=test if config.eval.where == "door" and (rows or len(space.federation.test)) else None,
+                evaluate=test if config.eval.where == "server" and (rows or len(space.federation.test)) else None,
                 observer=observer,
                 join=join,
                 delivery=delivery,

@@ -74,7 +74,7 @@ def test_a_second_run_in_the_process_starts_from_the_original_backbone(tmp_path:
 
 
 def test_the_run_directory_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = simulate(tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="door", clients=-1)))
+    run = simulate(tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="server", clients=-1)))
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "partition.json", "report.html", "adapter", "checkpoints"} <= names
     records = read_metrics(run)
@@ -93,7 +93,7 @@ def test_the_run_directory_is_complete(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_adapter_has_a_card_and_exports_like_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, task=TaskConfig(kind="instruction", max_length=32, max_new_tokens=4), rounds=1)
     config.data.prompt, config.data.answer = "{question} ->", " {reply}"
-    config.eval = EvalConfig(where="door", clients=0)
+    config.eval = EvalConfig(where="server", clients=0)
     run = simulate(config)
     card = (run / "adapter" / "README.md").read_text()
     assert "{question} ->" in card and "PeftModel.from_pretrained" in card and "[More Information Needed]" not in card
@@ -126,7 +126,7 @@ def test_bfloat16_trains_float32_adapters(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_random_weights_are_drawn_from_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config(tmp_path, rounds=0, eval=EvalConfig(where="door", clients=0))
+    config = tiny_config(tmp_path, rounds=0, eval=EvalConfig(where="server", clients=0))
     losses = []
     for seed in (0, 0, 1):
         model = ModelConfig(source="hub", name=config.model.name, init="random")
@@ -140,7 +140,7 @@ def test_one_class_clients_and_clients_with_one_row_take_part(tmp_path: Path, ca
         task=TaskConfig(kind="classification", max_length=16),
         partition=PartitionConfig(kind="dirichlet", clients=12, alpha=0.05),
         clients_per_round=12,
-        eval=EvalConfig(where="door", clients=-1),
+        eval=EvalConfig(where="server", clients=-1),
     )
     records = read_metrics(simulate(config))
     last = records[-1]

@@ -46,7 +46,7 @@ def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [OSError, Killed], ids=["disk full", "killed"])
 def test_a_full_disk_is_one_sentence_and_resumable(tmp_path: Path, stop: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="door", clients=2))
+    config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="server", clients=2))
     wanted = (simulate(config) / "adapter" / "fedtune.safetensors").read_bytes()
     stopped = 0
     for operations, mine in points(config, tmp_path / "runs"):

@@ -346,6 +346,7 @@ def _shared_config(config: Config) -> dict[str, Any]:
     for own in ("resume", "output_dir"):
         del values[own]
     del values["peft"]["from"]
+    values["eval"]["where"] = "none"  # the global test is the server's; clients of an earlier version do not know the value "server"
     return values
 
 

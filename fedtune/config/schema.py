@@ -229,7 +229,7 @@ class EngineConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    where: str = opt("door", "global test: door (in the process that started the run) or none", choices=("door", "none"))
+    where: str = opt("server", "global test: on the server, in the process that started the run; or none", choices=("server", "none"))
     clients: int = opt(-1, "clients that evaluate their held-out rows in each evaluation; -1: all, 0: none", ge=-1)
     every: int = opt(1, "rounds between evaluations (the first and last round are always evaluated)", ge=1)
     batch_size: int = opt(64, "examples per evaluation batch", ge=1)

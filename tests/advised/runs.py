@@ -87,7 +87,7 @@ def scenario(place: Place) -> str:
     def make(path: Path) -> None:
         task, columns = TaskConfig(kind="instruction", max_length=32, max_new_tokens=4), {"prompt": "question", "answer": "reply"}
         inference = InferenceConfig(samples=1, export="hf")
-        config = tiny_config(path, rounds=1, task=task, eval=EvalConfig(where="door", clients=0), inference=inference)
+        config = tiny_config(path, rounds=1, task=task, eval=EvalConfig(where="server", clients=0), inference=inference)
         config.data.columns = columns
         values = {k: v for k, v in to_dict(config).items() if k not in ("resume", "output_dir", "strategy")}
         (path / "mine.yaml").write_text(yaml.safe_dump(values | {"defaults": ["base", "_self_"]}))

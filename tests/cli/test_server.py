@@ -14,7 +14,7 @@ import fedtune.cli.server
 from fedtune.clients.app import make_client_app
 from fedtune.clients.host import ClientHost
 from fedtune.clients.store import Storage
-from fedtune.config import Config, EvalConfig, InferenceConfig, PartitionConfig, TaskConfig, to_dict
+from fedtune.config import Config, EvalConfig, InferenceConfig, PartitionConfig, TaskConfig, from_dict, to_dict
 from fedtune.experiment import EngineContext
 from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.report import read_metrics
@@ -107,6 +107,11 @@ def test_a_resumed_run_ignores_no_setting_silently(tmp_path: Path, serve: Callab
         assert stderr.startswith("fedtune-server: ") and sentence in stderr
     assert serve(dataclasses.replace(config, min_clients=3), *command) == 0  # the scenario's file says it otherwise now
     assert f"the run in {run} keeps its own settings; conf={tmp_path / 'mine.yaml'} differs in min_clients\n" in capsys.readouterr().err
+
+
+def test_clients_are_sent_no_global_test() -> None:
+    assert Config().eval.where == "server"
+    assert from_dict(fedtune.cli.server._shared_config(Config())).eval.where == "none"
 
 
 def test_settings_may_stand_before_and_after_flags(monkeypatch: pytest.MonkeyPatch) -> None:

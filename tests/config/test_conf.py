@@ -180,5 +180,12 @@ def test_data_paths_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert one("conf=dolly").data.path == "/elsewhere/fed/dolly15k_10clients/local_training_*.json"
 
 
+def test_the_global_test_s_earlier_name_is_accepted() -> None:
+    stored = to_dict(Config())
+    stored["eval"]["where"] = "door"  # as in the config.yaml of an earlier run
+    assert from_dict(stored) == Config()
+    assert one("eval.where=door").eval.where == one().eval.where == "server"
+
+
 def test_every_key_has_its_help() -> None:
     assert [key for key, _, help in reference() if not help] == []

@@ -173,7 +173,7 @@ def test_a_global_test_without_a_usable_conversation_is_refused(tmp_path: Path) 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=str(path)))
     Workspace(config).check_examples()  # which nobody scores
     with pytest.raises(DataError, match="^the global test has no row that can be scored: none of 1 conversations fits into task"):
-        Workspace(dataclasses.replace(config, eval=EvalConfig(where="door", clients=0))).check_examples()
+        Workspace(dataclasses.replace(config, eval=EvalConfig(where="server", clients=0))).check_examples()
 
 
 @pytest.mark.slow
@@ -268,7 +268,7 @@ def test_a_template_that_is_not_used_is_named(tmp_path: Path, capsys: pytest.Cap
     rows = [{"messages": turns(row["prompt"], row["answer"]), "client": row["client"]} for row in rows]
     path = Path(config.data.path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = {"eval": EvalConfig(where="door", clients=0), "inference": InferenceConfig(samples=2)}
+    asked = {"eval": EvalConfig(where="server", clients=0), "inference": InferenceConfig(samples=2)}
     run = simulate(dataclasses.replace(config, task=dataclasses.replace(config.task, kind="chat"), **asked))
     assert "chat template, which" not in capsys.readouterr().err
     assert (run / "adapter/chat_template.jinja").read_text() == (tmp_path / "chat/chat_template.jinja").read_text()

@@ -96,7 +96,7 @@ def experiment(folder: Path, **changes: Any) -> Config:
     rows = [{"text": r["text"], "client": r["client"], "points": (len(r["text"].split()) - 5) / 2} for r in texts(24)]
     values: dict[str, Any] = {
         "task": TaskConfig(kind="regression", max_length=16),
-        "eval": EvalConfig(where="door", clients=-1),
+        "eval": EvalConfig(where="server", clients=-1),
         **changes,
     }
     config = tiny_config(folder, rows, **values)

@@ -58,7 +58,7 @@ def metric_lines(path: Path) -> list[tuple[int, str | None]]:
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_points_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, rounds=_ROUNDS, eval=EvalConfig(where="door", clients=2))
+    config = tiny_config(tmp_path, rounds=_ROUNDS, eval=EvalConfig(where="server", clients=2))
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     began = time.monotonic()
     assert child(whole, None) == 0

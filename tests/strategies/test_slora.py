@@ -257,7 +257,7 @@ def test_invalid_settings_are_refused(strategy: SLoRA, config: Config, words: st
 @pytest.mark.parametrize(("mask", "mode"), quick([("random", "paper"), ("gradient", "corrected")], ("gradient", "corrected")))
 def test_a_run_has_both_stages_and_a_resumed_one_ends_alike(tmp_path: Path, mask: str, mode: str) -> None:
     target = {"_target_": "fedtune.strategies.slora.SLoRA", "rounds": 4, "seed": 0, "sparse_share": 0.5, "mask": mask, "mode": mode}
-    config = tiny_config(tmp_path, rounds=4, strategy=target, eval=EvalConfig(where="door", clients=-1), keep_checkpoints=9)
+    config = tiny_config(tmp_path, rounds=4, strategy=target, eval=EvalConfig(where="server", clients=-1), keep_checkpoints=9)
     run = simulate(config)
     last = 2 if mask == "random" else 3
     kept = [AdapterState.load(run / f"checkpoints/round-{i:04d}/adapter.safetensors") for i in range(5)]

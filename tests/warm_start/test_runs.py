@@ -42,7 +42,7 @@ from tests.faults.deployment import STORIES, deployed, settings, write_rows
 from tests.quick import quick
 from tests.tiny import tiny_config
 
-SCORED = EvalConfig(where="door", clients=0)
+SCORED = EvalConfig(where="server", clients=0)
 STILL = ClientConfig(steps=1, epochs=None, batch_size=4, lr=1e-30, schedule="constant")  # a step of 1e-30 is below float32's resolution
 MOVING = ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule="constant")
 STRATEGIES = (

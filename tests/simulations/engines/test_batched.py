@@ -152,7 +152,7 @@ def test_a_run_ends_with_the_sequential_adapter(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     devices = DevicesConfig(classes={"phone": DeviceClass(offline=0.3, gflops_per_core=1e-3), "laptop": DeviceClass()})
-    config = tiny_config(tmp_path, rows=ragged(), rounds=3, devices=devices, eval=EvalConfig(where="door", clients=-1))
+    config = tiny_config(tmp_path, rows=ragged(), rounds=3, devices=devices, eval=EvalConfig(where="server", clients=-1))
     runs = {}
     for mode in ("none", batched):
         path = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched=mode)))

@@ -63,7 +63,7 @@ def test_the_same_config_gives_the_same_bits(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("batched", ["none", "3"])
 def test_ray_agrees_with_in_process(tmp_path: Path, capsys: pytest.CaptureFixture[str], batched: str) -> None:
     pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
-    config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="door", clients=-1))
+    config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="server", clients=-1))
     ours = simulate(config)
     ray = simulate(dataclasses.replace(config, engine=EngineConfig(kind="ray", ray_cpus=1, batched=batched)))
     a, b = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (ours, ray))
