@@ -122,7 +122,7 @@ def _write_quantized(
     def read(name: str, first: int, last: int) -> Tensor:
         return merged.tensors[name].rows(first, last, torch.float32)
 
-    for name, made in quantize_model(merged.shape, read, recipe, seen, merged.virtual, folder):
+    for name, made in quantize_model(merged.shape, read, recipe, seen, merged.virtual_tokens, folder):
         if isinstance(made, QuantizedLinear):
             errors[name.removesuffix(".weight")] = made.error
             writer.put_linear(name.removesuffix(".weight"), made.tensors)
@@ -136,8 +136,8 @@ def _write_quantized(
 
 
 def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe: QuantizeSettings | None) -> None:
-    for name, virtual in merged.virtual.items():
-        writer.put(name, virtual)
+    for name, tensor in merged.virtual_tokens.items():
+        writer.put(name, tensor)
     if merged.apart:
         writer.put_adapter(_adapter_name(merged), merged.apart, merged.fingerprint)
     writer.close(_config(merged, recipe), card)
@@ -183,7 +183,7 @@ def _of_test(config: Config, text: Text, tokenizer: Any, window: int) -> list[Pi
 
 def _window(merged: Merged) -> int:
     """Context length for the measurement, in tokens."""
-    held = sum(t.shape[1] if t.dim() == 4 else t.shape[0] for n, t in merged.virtual.items() if n != "prefix.v")
+    held = sum(t.shape[1] if t.dim() == 4 else t.shape[0] for n, t in merged.virtual_tokens.items() if n != "prefix.v")
     return max(min(2 * LENGTH, merged.shape.context - held), 2)
 
 
@@ -216,7 +216,7 @@ def _begin(folder: Path, merged: Merged, recipe: QuantizeSettings | None) -> tup
     tensors = _tensors(merged, recipe)
     linears = {n.removesuffix(".weight"): _how(n, t, merged, recipe) for n, t in tensors.items() if is_linear(n)}
     specs = {n: (_plain(merged, n, recipe), t.shape) for n, t in tensors.items() if not is_linear(n)}
-    specs |= {n: (torch.float32, tuple(t.shape)) for n, t in merged.virtual.items()}
+    specs |= {n: (torch.float32, tuple(t.shape)) for n, t in merged.virtual_tokens.items()}
     return PackageWriter(folder, specs, linears), linears
 
 
@@ -262,8 +262,8 @@ def _card(merged: Merged) -> dict[str, Any]:
         card["whole"] = merged.whole
     if merged.dtype == torch.float16:
         card["from_float16"] = True
-    if merged.virtual:
-        card["virtual_tokens"] = next(t.shape[-3] if t.dim() == 4 else t.shape[0] for t in merged.virtual.values())
+    if merged.virtual_tokens:
+        card["virtual_tokens"] = next(t.shape[-3] if t.dim() == 4 else t.shape[0] for t in merged.virtual_tokens.values())
     return card
 
 

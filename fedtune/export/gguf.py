@@ -108,7 +108,7 @@ def _check(merged: Merged) -> None:
     shape, source = merged.shape, merged.origin.source
     if shape.family not in _ARCH:
         raise ModelError(f"{source}: fedtune does not write GGUF files of model_type={shape.family}: use --to edge or hf")
-    if merged.virtual:
+    if merged.virtual_tokens:
         raise ModelError(
             f"{source}: a GGUF file has no place for the virtual tokens of {merged.origin.adapter.state.spec.method}: use --to edge"
         )

@@ -35,11 +35,11 @@ def streamed_score(merged: Merged, pieces: Sequence[Piece], scratch: Path | None
         return merged.tensors[name].rows(first, last, torch.float32)
 
     shape, sizes = merged.shape, dict(tensor_shapes(merged.shape))
-    hidden = embedded(shape, read, [ids for ids, _ in pieces], merged.virtual.get("prompt.embeds"), scratch)
+    hidden = embedded(shape, read, [ids for ids, _ in pieces], merged.virtual_tokens.get("prompt.embeds"), scratch)
     for index in range(shape.layers):
         at = f"model.layers.{index}."
         weights = Weights({n[len(at) :]: n for n in sizes if n.startswith(at)}, sizes, read)
-        pass_layer(shape, index, weights, hidden, prefix_of(merged.virtual, index))
+        pass_layer(shape, index, weights, hidden, prefix_of(merged.virtual_tokens, index))
         give_back()
     norm = merged.tensors["model.norm.weight"].read(torch.float32) + shape.norm_offset
     last, first = Hidden([new for _, new in pieces], shape.hidden, scratch), 0

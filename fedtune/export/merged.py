@@ -41,7 +41,7 @@ class Merged:
         fingerprint: The backbone's fingerprint.
         tensors: The merged tensors, with the names and in the order of `tensor_shapes`.
         dtype: The dtype of the checkpoint's matrices.
-        virtual: `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], float32; empty if there are none.
+        virtual_tokens: `prompt.embeds` [t, d], or `prefix.k` and `prefix.v` [L, t, Hkv, D], float32; empty if there are none.
         apart: With `separate`, module → A [r, K] and B [N, r], float32, the scaling in B.
         whole: Why the model was merged in memory; "" if it is read tensor by tensor.
     """
@@ -53,7 +53,7 @@ class Merged:
     fingerprint: str
     tensors: Mapping[str, MergedTensor]
     dtype: torch.dtype
-    virtual: Mapping[str, Tensor] = field(default_factory=dict)
+    virtual_tokens: Mapping[str, Tensor] = field(default_factory=dict)
     apart: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     whole: str = ""
 
@@ -100,7 +100,7 @@ def read_merged(source: Path, *, separate: bool = False) -> Merged:
         fingerprint=mark,
         tensors=tensors,
         dtype=dtype,
-        virtual=virtual,
+        virtual_tokens=virtual,
         apart=_apart(origin, (state, *shifts), shape) if separate else {},
         whole=in_memory_note(whole) if whole else "",
     )
