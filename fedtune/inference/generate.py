@@ -220,7 +220,7 @@ def open_context(
         add_adapter(engine, adapter, Path(adapter))
     if kv_budget is None:
         return Context(engine, adapter=adapter)
-    longest = engine.shape.context if tokens is None else min(engine.virtual + tokens, engine.shape.context)
+    longest = engine.shape.context if tokens is None else min(engine.virtual_length + tokens, engine.shape.context)
     chosen = choose(engine.shape, longest, parse_size(kv_budget))
     tell(chosen.sentence)
     return Context(engine, chosen.build, adapter=adapter)

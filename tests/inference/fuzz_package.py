@@ -51,12 +51,12 @@ def use(folder: Path) -> None:
     """Use a package as a server does."""
     engine = load_engine(folder)
     ids = engine.text.encode("turn on the light")
-    cache = engine.cache(limit=engine.virtual + len(ids) + 1)
+    cache = engine.cache(limit=engine.virtual_length + len(ids) + 1)
     engine.start(cache)
     for name in (None, *engine.adapters):
         with torch.inference_mode():
             logits = engine.decoder.forward(torch.tensor(ids[:2]), [Span(cache, min(2, len(ids)), adapter=name)])
-        cache.crop(engine.virtual)
+        cache.crop(engine.virtual_length)
     assert logits.shape == (1, engine.shape.vocab)
     engine.text.decode(ids)
 

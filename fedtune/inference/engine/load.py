@@ -73,7 +73,7 @@ class Engine:
         return read_text(self.folder, saved=is_package(self.folder))
 
     @property
-    def virtual(self) -> int:
+    def virtual_length(self) -> int:
         """Number of virtual tokens before every text."""
         return self.prompt.shape[0] if self.prompt is not None else self.prefix[0].shape[1] if self.prefix is not None else 0
 
@@ -87,9 +87,9 @@ class Engine:
         if cache.length:
             raise ModelError(f"virtual tokens come first, but the cache already holds {cache.length} tokens: use an empty one")
         if self.prompt is not None:
-            self.decoder.forward(None, [Span(cache, self.virtual, keep=0)], embeds=self.prompt)
+            self.decoder.forward(None, [Span(cache, self.virtual_length, keep=0)], embeds=self.prompt)
         elif self.prefix is not None:
-            shape, n = self.shape, self.virtual
+            shape, n = self.shape, self.virtual_length
             order, q = pairs(1, shape.head_dim, shape.rotary), torch.zeros(n, shape.heads, shape.head_dim)
             for layer, (k, v, rope) in enumerate(zip(*self.prefix, self.decoder.ropes, strict=True)):
                 # the model does not rotate these keys, but the cache rotates its input: so undo that rotation in advance

@@ -95,7 +95,7 @@ def of_engine(engine: Engine) -> Logits:
     """Return a function for all logits of a sequence, after the model's virtual tokens."""
 
     def logits(ids: Tensor) -> Tensor:
-        cache = engine.cache(limit=engine.virtual + len(ids))
+        cache = engine.cache(limit=engine.virtual_length + len(ids))
         engine.start(cache)
         return engine.decoder.forward(ids, [Span(cache, len(ids), keep=None)])
 
@@ -107,7 +107,7 @@ def engine_score(engine: Engine, pieces: Iterable[Piece]) -> Score:
     """`score(of_engine(engine), pieces)` in blocks of tokens and logits; some kinds may round sums differently in blocks."""
     nats, tokens, step = 0.0, 0, max(_STRETCH // engine.shape.vocab, 1)
     for piece, new in pieces:
-        cache = engine.cache(limit=engine.virtual + len(piece))
+        cache = engine.cache(limit=engine.virtual_length + len(piece))
         engine.start(cache)
         parts = (engine.decoder.embed(ids) for ids in piece.split(_ROWS))
         hidden = torch.cat([engine.decoder.run(part, [Span(cache, len(part))]) for part in parts])[-new - 1 : -1]

@@ -166,11 +166,11 @@ def make_caches(engine: Engine, budget: int | None, max_concurrent: int) -> Page
     size = PagedPool.bytes_for(shape, 0) // PagedPool.bytes_for(shape, 0, block=1)
     blocks = min(budget // one - 1, max_concurrent * -(-shape.context // size))
     limit = min(shape.context, blocks * size)
-    wanted = min(engine.virtual + LEAST, shape.context)
+    wanted = min(engine.virtual_length + LEAST, shape.context)
     if limit < wanted:
         least = (1 + -(-wanted // size)) * one
         raise ConfigError(f"--kv-budget {show_size(budget)} is too small for this model: give at least {show_least(least)}")
-    return PagedCaches(PagedPool(shape, blocks, size), limit, virtual=engine.virtual)
+    return PagedCaches(PagedPool(shape, blocks, size), limit, virtual=engine.virtual_length)
 
 
 def make_scheduler(engine: Engine, caches: Caches, *, max_concurrent: int, queue: int) -> Scheduler:
@@ -182,7 +182,7 @@ def make_scheduler(engine: Engine, caches: Caches, *, max_concurrent: int, queue
         engine.shape.vocab,
         max_running=max_concurrent,
         max_waiting=queue,
-        virtual=engine.virtual,
+        virtual=engine.virtual_length,
         begin=engine.start,
     )
 

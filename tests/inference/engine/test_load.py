@@ -137,7 +137,7 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
     engine = load_engine(tmp_path / "edge")
     cache = engine.cache(policy, limit=40)
     engine.start(cache)
-    assert cache.length == engine.virtual == 5
+    assert cache.length == engine.virtual_length == 5
     actual = logits(engine, cache=cache)
     torch.testing.assert_close(actual, theirs(model), **CLOSE)
     assert relative(logits(engine), actual) > 0.1  # the prefix is seen
@@ -152,7 +152,7 @@ def test_prompt_tuning(tmp_path: Path) -> None:
     engine = load_engine(tmp_path / "edge")
     cache = engine.cache(limit=23)
     engine.start(cache)
-    assert cache.length == engine.virtual == 4
+    assert cache.length == engine.virtual_length == 4
     torch.testing.assert_close(logits(engine, cache=cache), theirs(model)[4:], **CLOSE)  # PEFT gives the virtual tokens' logits too
 
 
@@ -161,7 +161,7 @@ def test_a_model_without_virtual_tokens_starts_empty(tmp_path: Path) -> None:
     engine = load_engine(tmp_path)
     cache = engine.cache(limit=4)
     engine.start(cache)
-    assert cache.length == engine.virtual == 0
+    assert cache.length == engine.virtual_length == 0
 
 
 def test_a_packages_adapters_are_loaded_by_name(tmp_path: Path) -> None:

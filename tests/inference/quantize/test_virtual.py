@@ -44,7 +44,7 @@ def of(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 def out_of(engine: Engine, ids: Tensor) -> Tensor:
     """Logits [n, V] of a text after the engine's virtual tokens."""
-    cache = engine.cache(limit=engine.virtual + len(ids))
+    cache = engine.cache(limit=engine.virtual_length + len(ids))
     engine.start(cache)
     return engine.decoder.forward(ids, [Span(cache, len(ids), keep=None)])
 

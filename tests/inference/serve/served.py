@@ -43,7 +43,7 @@ def make_scheduler(engine: Engine, caches: Caches | None = None, pace: float = 0
     """Other arguments: pace, additional seconds per pass."""
     caches = caches or Separate(engine.cache, engine.shape.context)
     decoder = Paced(engine.decoder, pace) if pace else engine.decoder
-    return Scheduler(decoder, engine.text, caches, engine.shape.vocab, virtual=engine.virtual, begin=engine.start, **options)
+    return Scheduler(decoder, engine.text, caches, engine.shape.vocab, virtual=engine.virtual_length, begin=engine.start, **options)
 
 
 class Separate:
