@@ -78,19 +78,24 @@ def solve_noise(epsilon: float, delta: float, rate: float, steps: int, accountan
     Raises:
         ConfigError: No noise is sufficient.
     """
-    from opacus.accountants.utils import get_noise_multiplier  # imports torch, which a ledger does not need
+    from opacus.accountants.utils import MAX_SIGMA, get_noise_multiplier  # imports torch, which a ledger does not need
 
-    try:
-        with _quiet():
-            return get_noise_multiplier(
-                target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant,
-                epsilon_tolerance=min(0.01, epsilon / 100),
-            )  # fmt: skip
-    except ValueError as bad:
-        raise ConfigError(
-            f"no noise keeps privacy.epsilon={epsilon:g} at privacy.delta={delta:g} over {steps} steps ({str(bad)[:60]}):"
-            " raise privacy.epsilon or privacy.delta"
-        ) from None
+    most = 20.0 * 2 ** int(math.log2(MAX_SIGMA / 20))  # the last that the search tries; the smaller ones before it take minutes
+    if (least := _epsilon(((most, rate, steps),), delta, accountant)) > epsilon:
+        reason = f"{most:g} times the sensitivity, the most, gives ε = {least:.2g}"
+    else:
+        try:
+            with _quiet():
+                return get_noise_multiplier(
+                    target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant,
+                    epsilon_tolerance=min(0.01, epsilon / 100),
+                )  # fmt: skip
+        except ValueError as bad:
+            reason = str(bad)[:60]
+    raise ConfigError(
+        f"no noise keeps privacy.epsilon={epsilon:g} at privacy.delta={delta:g} over {steps} steps ({reason}):"
+        " raise privacy.epsilon or privacy.delta"
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -123,14 +123,7 @@ EXPECTED: dict[str, Expected] = {
         "tools": ALTERNATE,
         "greeting": ALTERNATE,
     },
-    "mistral2": {
-        "one": ["Paris.·"],
-        "three": ["Paris.·", "Rome·", "Madrid.·"],
-        "system": ALTERNATE,
-        "blanks": [" Paris \n·", "\nRome ·"],
-        "empty": ["·", "·"],
-        "tools": ALTERNATE,
-    },
+    "mistral2": {"three": ["Paris.·", "Rome·", "Madrid.·"], "blanks": [" Paris \n·", "\nRome ·"], "empty": ["·", "·"], "tools": ALTERNATE},
     "mistral3": {
         **_SPACED,
         "tools": [_MISTRAL_CALL, " It is Rome.·", " Yes.·"],

@@ -109,9 +109,11 @@ def test_a_very_large_epsilon_is_a_number() -> None:
     assert epsilon(much, 1e-5, "prv") == epsilon(much, 1e-5, "rdp") > 1e9
 
 
-def test_an_epsilon_without_sufficient_noise_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no noise keeps .* over 100000 steps"):
-        solve_noise(1e-9, 1e-5, 1.0, 100_000, "rdp")
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_an_epsilon_without_sufficient_noise_is_refused_before_the_search(monkeypatch: pytest.MonkeyPatch, accountant: str) -> None:
+    monkeypatch.setattr("opacus.accountants.utils.get_noise_multiplier", lambda **_: pytest.fail("the search takes minutes"))
+    with pytest.raises(ConfigError, match=r"no noise keeps .* over 100000 steps \(655360 times the sensitivity, the most, gives ε = 0\.\d+\):"):
+        solve_noise(1e-9, 1e-5, 1.0, 100_000, accountant)
 
 
 @pytest.mark.parametrize("source", [Seeded(1, "x"), System()], ids=["seeded", "system"])
