@@ -4,6 +4,7 @@ The `gguf` library writes it, tensor by tensor. llama.cpp's architecture `llama`
 rotates halves, so the rows of queries and keys are permuted; those of `qwen2` and `qwen3` are not.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -78,12 +79,11 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
             vocabulary = read_vocabulary(folder, tokenizer, merged.shape.vocab)
             if vocabulary.differs:
                 card["tokenizer"] = vocabulary.differs
-            writer = library.GGUFWriter(beside, _ARCH[merged.shape.family])
-            _describe(writer, card, kind)
-            _sizes(writer, merged.shape)
-            _vocabulary(writer, vocabulary if begins is None else replaced(vocabulary, begins=begins))
-            _tensors(writer, merged, kind)
-            writer.close()
+            with contextlib.closing(library.GGUFWriter(beside, _ARCH[merged.shape.family])) as writer:
+                _describe(writer, card, kind)
+                _sizes(writer, merged.shape)
+                _vocabulary(writer, vocabulary if begins is None else replaced(vocabulary, begins=begins))
+                _tensors(writer, merged, kind)
     except OSError as bad:
         raise ModelError(f"cannot write {out}: {bad.strerror or bad}") from None
     return out

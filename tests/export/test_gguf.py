@@ -275,6 +275,24 @@ def test_a_chat_template_is_exported(tmp_path: Path) -> None:
     assert metadata["tokenizer.chat_template"] == "{{ messages[0].content }}!"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 3], ids=["the header", "a tensor"])
+def test_a_failing_write_leaves_no_file_open_or_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    run, _ = make_run(tmp_path / "run", hub(shaped_checkpoint(tmp_path / "m", "llama")), CAUSAL)
+    written: list[Any] = []
+
+    def write(writer: Any, tensor: Any) -> None:
+        written.append(writer)
+        if len(written) > after:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write)
+    with pytest.raises(ModelError, match="cannot write .*m.gguf: No space left on device"):
+        export_gguf(run, tmp_path / "out" / "m.gguf")
+    opened = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+    assert written and not [name for name in opened if "m.gguf" in name] and not [*(tmp_path / "out").iterdir()]
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------------------------------
 
 
