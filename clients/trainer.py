@@ -118,9 +118,7 @@ def train(
                     live.parameters[name].grad = gradient
                 size, out = noisy.at_once, noisy.out_of_memory
             if not math.isfinite(loss):
-                raise UpdateError(
-                    f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr, or set client.clip_norm"
-                )
+                raise UpdateError(f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr")
             turn.step(work, memory)
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             if not torch.isfinite(norm):

@@ -184,7 +184,7 @@ def spectrum(times: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tu
     for step in range(len(basis)):
         w = times(v)
         if not torch.isfinite(w).all():
-            raise UpdateError("the curvature of the prompts is not finite: lower client.lr, or set client.clip_norm")
+            raise UpdateError("the curvature of the prompts is not finite: lower client.lr")
         basis[step] = v
         diagonal.append(float(w @ v))
         span = basis[: step + 1]
