@@ -162,7 +162,7 @@ def take_turn(host: ClientHost, todo: PreparedTurn) -> Message:
         return _reply(host, todo, todo.turn.observe(work), {}, {"steps": 0})
     gradients = None
     if plan.privacy == "record" and todo.private is not None:
-        host.ledger(plan.client).spend(plan.round, todo.private.cost)
+        host.ledger(plan.client).spend(plan.round, todo.private.cost, plan.privacy)
         gradients = todo.private
     done = train(work, todo.turn, micro=todo.micro, private=gradients, secure_rng=host.config.privacy.secure_rng)
     return finish(host, todo, live.read(version=plan.base_version), done)
@@ -308,7 +308,7 @@ def finish(host: ClientHost, todo: PreparedTurn, trained: AdapterState, result: 
     if (private := todo.private) is not None:
         ledger = host.ledger(plan.client)
         if plan.privacy == "user":
-            ledger.spend(plan.round, private.cost)
+            ledger.spend(plan.round, private.cost, plan.privacy)
             drawn = source(host.config.privacy.secure_rng, plan.seed, "noise")
             sent = sent.replace(noised(sent.tensors, todo.start.tensors, clip=private.clip, noise=private.noise, source=drawn))
             metrics = {}  # exact losses would disclose information about the rows

@@ -82,7 +82,7 @@ class CentralDP(Exchange):
             tracker=self.tracker if p.adaptive else None,
         )
         for update in channel.train():
-            self._ledger(update.client).spend(round, self._cost())
+            self._ledger(update.client).spend(round, self._cost(), "user")
             mean.add(update.adapter.tensors)
         tensors, clip = mean.close()
         after = strategy.aggregate_mean(round, state, tensors)

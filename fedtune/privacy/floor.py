@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.errors import Decline
-from fedtune.privacy.accounting import Spend, epsilon
+from fedtune.privacy.accounting import epsilon
 from fedtune.privacy.ledger import Ledger, ledger_file
 from fedtune.privacy.turn import TurnPrivacy
 
@@ -49,7 +49,13 @@ class Floor:
         """
         if self.epsilon is None:
             return
-        total = epsilon([*self._spent(), turn.cost], self.delta)
+        if self.kind == "user" and (run := next((run.name for run, ledger in self._ledgers() if "record" in ledger.units()), None)):
+            raise Decline(
+                "privacy",
+                f"this device took part in the run {run} with privacy=record, whose ε is for single rows, so nothing bounds the ε of all"
+                " its rows together: start it with --min-privacy record",
+            )
+        total = epsilon([*(cost for _, ledger in self._ledgers() for cost in ledger.spent()), turn.cost], self.delta)
         if not total <= self.epsilon:
             raise Decline(
                 "privacy",
@@ -57,6 +63,7 @@ class Floor:
                 f" total would be {total:.3f}",
             )
 
-    def _spent(self) -> Iterator[Spend]:
+    def _ledgers(self) -> Iterator[tuple[Path, Ledger]]:
+        """The folder of each run of this device, and its ledger."""
         for run in sorted(path for path in self.runs.iterdir() if path.is_dir()):
-            yield from Ledger(ledger_file(run / "privacy", self.client)).spent()
+            yield run, Ledger(ledger_file(run / "privacy", self.client))

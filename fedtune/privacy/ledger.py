@@ -7,7 +7,7 @@ incomplete last line costs nothing: its turn had not begun.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedtune.errors import CheckpointError
@@ -35,9 +35,10 @@ def most_spent(folder: Path, delta: float, accountant: str) -> float:
 
 @dataclass(frozen=True)
 class _Turn(Spend):
-    """One line: the cost of a turn."""
+    """One line: the cost of a turn. Lines of earlier versions have no unit."""
 
     round: int
+    unit: str = ""
 
 
 class Ledger:
@@ -56,6 +57,9 @@ class Ledger:
         Raises:
             CheckpointError: A line cannot be read. The spent budget is then unknown, and nothing more may be spent.
         """
+        return [Spend(noise=turn.noise, rate=turn.rate, steps=turn.steps) for turn in self._turns()]
+
+    def _turns(self) -> list[_Turn]:
         try:
             text = content_of(self.path)
         except FileNotFoundError:
@@ -64,13 +68,21 @@ class Ledger:
             raise CheckpointError(f"the privacy ledger {self.path} cannot be read ({bad.strerror})") from None
         return [self._line(number, line) for number, line in enumerate(text.split(b"\n")[:-1], 1)]
 
-    def spend(self, round: int, cost: Spend) -> None:
-        """Add the cost of a turn. It is on disk when this returns.
+    def units(self) -> set[str]:
+        """The units of privacy of the costs so far, `record` or `user`; "" for lines of earlier versions.
+
+        Raises:
+            CheckpointError: A line cannot be read.
+        """
+        return {turn.unit for turn in self._turns()}
+
+    def spend(self, round: int, cost: Spend, unit: str) -> None:
+        """Add the cost of a turn, for a row (`record`) or for all rows of the client (`user`). It is on disk when this returns.
 
         Raises:
             CheckpointError: The ledger cannot be written.
         """
-        line = json.dumps({"round": round, **asdict(cost)}).encode() + b"\n"
+        line = json.dumps({"round": round, "unit": unit, **asdict(cost)}).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab+") as file:
@@ -87,15 +99,15 @@ class Ledger:
         """ε at δ of the spent costs together with the `planned` ones."""
         return epsilon([*self.spent(), *planned], delta, accountant)
 
-    def _line(self, number: int, line: bytes) -> Spend:
+    def _line(self, number: int, line: bytes) -> _Turn:
         try:
             turn = read_object(_Turn, line, ValueError, "line")
-            cost = Spend(noise=float(turn.noise), rate=float(turn.rate), steps=turn.steps)
-            good = 0 <= cost.noise < math.inf and 0 <= cost.rate <= 1 and cost.steps >= 0
+            turn = replace(turn, noise=float(turn.noise), rate=float(turn.rate))
+            good = 0 <= turn.noise < math.inf and 0 <= turn.rate <= 1 and turn.steps >= 0 and turn.unit in ("", "record", "user")
         except (ValueError, OverflowError):
-            good, cost = False, Spend(noise=0.0, rate=1.0, steps=1)
-        if not good:
+            turn, good = None, False
+        if turn is None or not good:
             raise CheckpointError(
                 f"line {number} of the privacy ledger {self.path} cannot be read: the spent budget is unknown, so no more can be spent"
             )
-        return cost
+        return turn

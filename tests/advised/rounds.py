@@ -22,7 +22,9 @@ from fedtune.errors import user_message
 from fedtune.experiment import simulate
 from fedtune.privacy import samples
 from fedtune.privacy.accounting import Spend, solve_noise
-from fedtune.privacy.ledger import Ledger
+from fedtune.privacy.floor import Floor
+from fedtune.privacy.ledger import Ledger, ledger_file
+from fedtune.privacy.turn import TurnPrivacy
 from fedtune.privacy.user import Tracker
 from fedtune.rounds.find_strategy import check_strategy, make_strategy
 from fedtune.rounds.membership import JoinPolicy, Membership
@@ -264,6 +266,15 @@ def _(place: Place) -> Iterator[str]:
         yield raised(lambda epsilon=epsilon, delta=delta: solve_noise(epsilon, delta, 1.0, 100_000, "rdp"))
 
 
+@follows("so nothing bounds the ε of all its rows together: start it with --min-privacy record")
+def _(place: Place) -> Iterator[str]:
+    turn = TurnPrivacy(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=1.0, steps=1))
+    Ledger(ledger_file(place.folder / "first" / "privacy", "a")).spend(1, turn.cost, "record")
+    for kind in ("user", "record"):
+        floor = Floor(kind=kind, epsilon=50.0, delta=1e-5, client="a", runs=place.folder)
+        yield raised(lambda floor=floor: floor.check_budget(turn))
+
+
 @follows("needs more than {} of noise on its bits: raise privacy.bit_noise or clients_per_round")
 def _(place: Place) -> Iterator[str]:
     for noise, cohort in ((0.05, 4), (0.5, 4), (0.05, 40)):
@@ -275,7 +286,7 @@ def _(place: Place) -> Iterator[str]:
     ledger = Ledger(place.folder / "a/ledger.jsonl")
 
     def spent() -> str:
-        return raised(lambda: ledger.spend(1, Spend(noise=1.0, rate=0.1, steps=3)))
+        return raised(lambda: ledger.spend(1, Spend(noise=1.0, rate=0.1, steps=3), "record"))
 
     with place.patch.context() as patch:
         patch.setattr("fedtune.privacy.ledger.flush", _full)

@@ -123,6 +123,23 @@ def test_an_unreadable_ledger_declines_the_turn(tmp_path: Path) -> None:
         floor.check_budget(turn)
 
 
+def test_a_cost_for_single_rows_is_no_cost_for_all_rows(tmp_path: Path) -> None:
+    turn = TurnPrivacy(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=1.0, steps=1))
+    ledger, floors = Ledger(ledger_file(tmp_path / "first" / "privacy", "a")), {}
+    for kind in ("user", "record"):
+        floors[kind] = Floor(kind=kind, epsilon=50.0, delta=1e-5, client="a", runs=tmp_path)
+    ledger.spend(1, turn.cost, "user")
+    old = ledger.path.read_text().replace('"unit": "user", ', "")  # as written by earlier versions
+    ledger.path.write_text(old + ledger.path.read_text())
+    assert ledger.spent() == [turn.cost] * 2 and ledger.units() == {"", "user"}
+    for floor in floors.values():
+        floor.check_budget(turn)
+    ledger.spend(2, turn.cost, "record")
+    floors["record"].check_budget(turn)  # a cost for all rows is one for each of them
+    with pytest.raises(Decline, match="took part in the run first with privacy=record, .*: start it with --min-privacy record"):
+        floors["user"].check_budget(turn)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -20,7 +20,7 @@ def test_turns_add_up_over_restarts(tmp_path: Path) -> None:
     path = tmp_path / "c" / "privacy.jsonl"
     assert Ledger(path).spent() == [] and Ledger(path).epsilon(1e-5, "rdp") == 0.0
     for round in (1, 2, 2, 5):  # round 2 was taken again after a kill, and is paid for again
-        Ledger(path).spend(round, COST)
+        Ledger(path).spend(round, COST, "record")
     assert Ledger(path).spent() == [COST] * 4
     assert Ledger(path).epsilon(1e-5, "rdp") == epsilon([COST] * 4, 1e-5, "rdp")
     assert Ledger(path).epsilon(1e-5, "rdp", COST) == epsilon([COST] * 5, 1e-5, "rdp")
@@ -30,20 +30,21 @@ def test_turns_add_up_over_restarts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 10, 30])
 def test_an_incomplete_line_costs_nothing(tmp_path: Path, cut: int) -> None:
     ledger = Ledger(tmp_path / "l")
-    ledger.spend(1, COST)
-    ledger.spend(2, COST)
+    ledger.spend(1, COST, "record")
+    ledger.spend(2, COST, "record")
     whole = ledger.path.read_bytes()
     ledger.path.write_bytes(whole[:-cut])
     assert ledger.spent() == [COST]
-    ledger.spend(3, COST)
+    ledger.spend(3, COST, "record")
     assert ledger.spent() == [COST, COST] and ledger.path.read_text().splitlines()[1].startswith('{"round": 3')
 
 
-@pytest.mark.parametrize("line", ["", "{}", "not json", '{"noise": -1, "rate": 0.1, "steps": 5}', '{"noise": NaN, "rate": 0.1, "steps": 5}',
+@pytest.mark.parametrize("line", ["", "{}", '{"round": 1, "noise": 1, "rate": 0.1, "steps": 5, "unit": "row"}',
+                                  "not json", '{"noise": -1, "rate": 0.1, "steps": 5}', '{"noise": NaN, "rate": 0.1, "steps": 5}',
                                   '{"noise": 1, "rate": 2, "steps": 5}', '{"noise": 1, "rate": 0.1, "steps": -5}'])  # fmt: skip
 def test_a_damaged_ledger_stops_further_spending(tmp_path: Path, line: str) -> None:
     ledger = Ledger(tmp_path / "l")
-    ledger.spend(1, COST)
+    ledger.spend(1, COST, "record")
     ledger.path.write_text(ledger.path.read_text() + line + "\n")
     with pytest.raises(CheckpointError, match="line 2 of the privacy ledger .* the spent budget is unknown"):
         ledger.spent()
@@ -57,7 +58,7 @@ from pathlib import Path
 from fedtune.privacy.accounting import Spend
 from fedtune.privacy.ledger import Ledger
 for round in range(100000):
-    Ledger(Path({str(path)!r})).spend(round, Spend(noise=1.0, rate=0.1, steps=5))
+    Ledger(Path({str(path)!r})).spend(round, Spend(noise=1.0, rate=0.1, steps=5), "record")
     sys.stdout.write(f"{{round}}\\n"); sys.stdout.flush()
 """
     root = Path(__file__).parents[2]
@@ -74,4 +75,4 @@ for round in range(100000):
 def test_a_ledger_that_cannot_be_written_stops_the_turn(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        Ledger(tmp_path / "file" / "l").spend(1, COST)
+        Ledger(tmp_path / "file" / "l").spend(1, COST, "record")
