@@ -13,7 +13,7 @@ FOR = {  # flag → the formats that have it
     "trust_remote_code": ("hf", "vllm"),
     "quantize": ("edge",),
     "method": ("edge",),
-    "calibrate": ("edge",),
+    "calibrate": ("edge", "gptq", "awq"),
     "separate": ("edge", "vllm"),
     "gguf_type": ("gguf", "ollama"),
 }
@@ -31,10 +31,10 @@ def add(commands: Any) -> None:
     )
     export.add_argument(
         "--to",
-        choices=["hf", "edge", "gguf", "ollama", "vllm"],
+        choices=["hf", "edge", "gguf", "ollama", "vllm", "gptq", "awq"],
         default="hf",
         help="format: hf, a Hugging Face folder; edge, a package for fedtune's engine; gguf, a file for llama.cpp; ollama, such a file with"
-        " a Modelfile; vllm, a Hugging Face folder for vLLM (default: %(default)s)",
+        " a Modelfile; vllm, a Hugging Face folder for vLLM; gptq, awq, such a folder in 4 bits (default: %(default)s)",
     )
     export.add_argument(
         "--out", type=Path, metavar="PATH", help="folder or file to write (default: in the source folder, named after the format)"
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     export.add_argument("--quantize", choices=["int8", "int4"], help="edge: weight format (default: as in the checkpoint)")
     export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: quantization method (default: rtn)")
     export.add_argument(
-        "--calibrate", type=Path, metavar="DATA", help="edge: text for gptq, awq, smoothquant and perplexity: a RUN, .txt or .jsonl"
+        "--calibrate", type=Path, metavar="DATA", help="edge, gptq, awq: text for the quantization and perplexity: a RUN, .txt or .jsonl"
     )
     export.add_argument("--separate", action="store_true", help="edge, vllm: keep the LoRA adapter unmerged, selectable per request")
     export.add_argument("--gguf-type", metavar="TYPE", help="gguf, ollama: weight format f16, q8_0 or q4_0 (default: f16)")
@@ -73,6 +73,13 @@ def _run(args: argparse.Namespace) -> str:
         out = args.out or args.source / "ollama"
         export_ollama(args.source, out, kind=args.gguf_type or "f16")
         note = describe_ollama(out)
+    elif args.to in ("gptq", "awq"):
+        from fedtune.export.edge import describe_package
+        from fedtune.export.int4_checkpoint import export_int4_checkpoint
+
+        out = args.out or args.source / args.to
+        export_int4_checkpoint(args.source, out, to=args.to, calibrate=args.calibrate)
+        note = describe_package(out)
     elif args.to == "edge":
         from fedtune.export.edge import describe_package, export_edge
 

@@ -27,7 +27,7 @@ from fedtune.inference.quantize.perplexity import Piece, answers, engine_score, 
 from fedtune.inference.quantize.rtn import GROUP, QuantizedLinear
 from fedtune.models.tokens import load_tokenizer
 
-__all__ = ["export_edge", "describe_package"]
+__all__ = ["describe_package", "export_edge", "texts"]
 
 _HELD = 8192  # tokens of a run's test data for the perplexity
 
@@ -83,7 +83,7 @@ def export_edge(
     with export_folder(out) as folder:
         write_tokenizer(tokenizer, merged.folder, folder, merged.origin.task)
         text = read_text(folder, saved=True)  # fails here, not on the device, if the engine cannot read it
-        seen, held = _texts(merged, text, tokenizer, calibrate) if recipe else ((), [])
+        seen, held = texts(merged, text, tokenizer, calibrate) if recipe else ((), [])
         card = _card(merged)
         if calibrate and (beyond := privacy_disclosure(calibrate)):
             card["beyond_privacy"] = beyond
@@ -143,7 +143,7 @@ def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe:
     writer.close(_config(merged, recipe), card)
 
 
-def _texts(merged: Merged, text: Text, tokenizer: Any, calibrate: Path | None) -> tuple[Sequence[Tensor], list[Piece]]:
+def texts(merged: Merged, text: Text, tokenizer: Any, calibrate: Path | None) -> tuple[Sequence[Tensor], list[Piece]]:
     """Return calibration sequences and held-out pieces; each may be empty."""
     seed = merged.origin.config.seed if merged.origin.config else 0
     if calibrate:

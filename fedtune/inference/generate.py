@@ -15,6 +15,7 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.budget import choose, parse_size
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation, Speculation
+from fedtune.inference.engine.gptq_awq import split_config
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import CARD, is_package
 from fedtune.inference.engine.sample import Sampling
@@ -184,7 +185,7 @@ def why_not_engine(folder: Path, card: dict[str, Any]) -> str:
     if not (folder / "tokenizer.json").is_file():
         return "it has no tokenizer.json"
     try:
-        read_shape(read_config(folder))
+        read_shape(split_config(read_config(folder))[0])
         check_tokenizer(folder)
     except Unsupported as bad:
         return str(bad)

@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 from fedtune.config import TaskConfig
-from tests.advised.exports import export
-from tests.advised.rows import Place, follows
+from tests.advised.exports import EXPORT, export
+from tests.advised.rows import Place, command, follows
 from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
 from tests.inference.serve.served import tiny_model
 from tests.models import templates
-from tests.models.build import checkpoint, hub
+from tests.models.build import checkpoint, hub, llama_config
 
 
 @follows(
@@ -34,6 +37,19 @@ def _(place: Place) -> Iterator[str]:
         (place.folder / "out").unlink()
 
 
+def text(place: Place) -> str:
+    (place.folder / "text.txt").write_text("turn on the light in the kitchen and set heat up to two " * 40)
+    return str(place.folder / "text.txt")
+
+
+def wide(place: Place) -> dict[str, str]:
+    """A run whose layers are wide enough for groups of 32."""
+    text(place)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m", config=llama_config(**sizes))), CAUSAL)
+    return {"run": str(run)}
+
+
 def _merged_instead(says: str, kind: str, task: TaskConfig, method: str) -> None:
     def follow(place: Place) -> Iterator[str]:
         run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m", kind)), task, method=method)
@@ -55,3 +71,41 @@ def _(place: Place) -> Iterator[str]:
         patch.setattr("fedtune.export.vllm.RANKS", (1, 2))
         yield export(place, run, "--to", "vllm", "--separate")
         yield export(place, run, "--to", "vllm")
+
+
+command("--to {} needs text: give --calibrate", EXPORT + "--to gptq", ready=wide, slow=True, calibrate="{here}/text.txt")
+
+
+@follows("a {} checkpoint has no place for the virtual tokens of {}: use --to edge")
+def _(place: Place) -> Iterator[str]:
+    run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m")), CAUSAL, method="prompt")
+    yield export(place, run, "--to", "awq", "--calibrate", text(place))
+    yield export(place, run, "--to", "edge")
+
+
+@follows("but {} needs multiples of 8 and {}: use --to edge")
+def _(place: Place) -> Iterator[str]:
+    run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m")), CAUSAL)  # 16 columns
+    yield export(place, run, "--to", "awq", "--calibrate", text(place))
+    yield export(place, run, "--to", "edge")
+
+
+@follows("a weight is beyond the range of float16 scales: use --to edge --quantize int4")
+def _(place: Place) -> Iterator[str]:
+    run = Path(wide(place)["run"])
+    file = place.folder / "m/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = 1e7
+    save_file(tensors, file, {"format": "pt"})
+    (run / "adapter/fedtune.safetensors").unlink()  # it names the backbone by its content
+    yield export(place, run / "adapter", "--to", "gptq", "--calibrate", text(place))
+    yield export(place, run / "adapter", "--to", "edge", "--quantize", "int4")
+
+
+@follows("in 4 bits, and {} would round it again: export the model with --to edge", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run = Path(wide(place)["run"])
+    assert export(place, run, "--to", "gptq", "--calibrate", text(place)) == ""
+    yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--kind", "int8", "--max-new-tokens", "2")
+    assert export(place, run, "--to", "edge") == ""
+    yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--kind", "int8", "--max-new-tokens", "2")

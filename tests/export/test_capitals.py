@@ -1,14 +1,19 @@
 """Six capitals learnt as chat come out right of every program that runs the exported model."""
 
 import json
+import re
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedtune.cli.main import main
 from fedtune.config import Config, ModelConfig
 from fedtune.config.compose import compose
 from fedtune.experiment import simulate
@@ -16,7 +21,9 @@ from fedtune.export.edge import export_edge
 from fedtune.export.gguf import export_gguf
 from fedtune.export.go_template import evaluate
 from fedtune.export.huggingface import export_hf
+from fedtune.export.int4_checkpoint import export_int4_checkpoint
 from fedtune.export.ollama import export_ollama
+from fedtune.export.vllm import export_vllm
 from fedtune.inference.chat import chat
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.generate import generate_text
@@ -129,6 +136,17 @@ def test_a_folder_and_an_adapter_kept_apart(nano: Path, tmp_path: Path) -> None:
     every_door(package, tmp_path, name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["gptq", "awq"])
+def test_int4_checkpoints(nano: Path, to: Any, tmp_path: Path) -> None:
+    every_door(export_int4_checkpoint(nano, tmp_path / to, to=to, calibrate=nano), tmp_path)
+
+
+@pytest.mark.slow
+def test_vllms_folder(small: Path, tmp_path: Path) -> None:
+    every_door(export_vllm(small, tmp_path / "vllm"), tmp_path)
+
+
 ASK = """
 import json, sys, llama_cpp
 model = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=1, verbose=False)
@@ -175,3 +193,19 @@ def test_ollamas_folder_in_llama_cpp(which: str, tmp_path: Path, request: pytest
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     assert [ids for ids, _ in found] == [tokenizer.apply_chat_template(a, add_generation_prompt=True)["input_ids"] for a in asked]
     assert [answer for _, answer in found] == list(QUESTIONS.values())
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command of docs/runtimes.md that is fedtune's runs, and writes what the others name."""
+    run = Path(shutil.copytree(nano, tmp_path / "run"))
+    page = (Path(__file__).parents[2] / "docs/runtimes.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    ours = [shlex.split(line, comments=True) for line in lines if line.startswith(".venv/bin/fedtune ")]
+    assert len(ours) == 6
+    for words in ours:
+        assert main([word.replace("RUN", str(run)) for word in words[1:]]) == 0
+    said = capsys.readouterr().err
+    (name,) = set(re.findall(r"--served-model-name (\S+)`", said))
+    for line in ("vllm serve RUN/vllm --served-model-name NAME", "ollama create NAME -f RUN/ollama/Modelfile", "ollama run NAME"):
+        assert line in page and f"`{line.replace('RUN', str(run)).replace('NAME', name)}`" in said

@@ -7,7 +7,7 @@ released before the next.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
 from fedtune.inference.engine.decoder import Decoder, Layer, make_layer
+from fedtune.inference.engine.gptq_awq import Packing, split_config, unpack_weight
 from fedtune.inference.engine.layout import Fused, linears, norm_sizes
 from fedtune.inference.engine.linear import KINDS, Linear, dequantized, linear_from_tensors, portable
 from fedtune.inference.engine.lora import Lora, make_lora
@@ -133,11 +134,12 @@ def _package(folder: Path, kind: str | None, keep: bool) -> Engine:
 
 def _hugging_face(folder: Path, kind: str | None, keep: bool) -> Engine:
     config = read_json(folder / "config.json")
-    shape, files = read_shape(config), weight_files(folder, config)
+    plain, packing = split_config(config)
+    shape, files = read_shape(plain), weight_files(folder, config)
     card = read_json(folder / "fedtune.json") if (folder / "fedtune.json").is_file() else {}
     if "peft" in card:
         raise Unsupported(f"{folder} has an unmerged adapter: export it with `--to edge` for the engine")
-    source = _Mapped(folder, files)
+    source = _Mapped(folder, files, packing)
     quantizes = keep and kind in ("int8", "int4")
     where = ready.place(folder, kind, [folder / "config.json", *files]) if quantizes else None
     linears = ready.open_ready(where) if where else None
@@ -205,10 +207,10 @@ class _Packed:
 
 
 class _Mapped:
-    """The safetensors files of a Hugging Face folder."""
+    """The safetensors files of a Hugging Face folder. 4-bit weights of GPTQ or AWQ are dequantized."""
 
-    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, files: Sequence[Path], packing: Packing | None = None) -> None:
+        self._folder, self._packing = folder, packing
         self._where: dict[str, tuple[Path, str]] = {}  # the decoder's name → file and name there
         for file in files:
             with _opened(file) as handle:
@@ -231,12 +233,27 @@ class _Mapped:
             return handle.get_tensor(stored)
 
     def stored_kind(self, name: str) -> str:
+        if self._packs(name):
+            return "bf16"
         file, stored = self._stored(f"{name}.weight")
         with _opened(file) as handle:
             return FLOATS.get(handle.get_slice(stored).get_dtype(), "fp32")
 
     def linear(self, name: str, size: tuple[int, int], kind: str) -> Stored:
-        return kind, GROUP, portable(kind, self.tensor(f"{name}.weight", size), group=GROUP)
+        if not self._packs(name):
+            return kind, GROUP, portable(kind, self.tensor(f"{name}.weight", size), group=GROUP)
+        if kind in ("int8", "int4"):
+            raise ModelError(f"{self._folder} holds '{name}' in 4 bits, and {kind} would round it again: export the model with --to edge")
+        assert self._packing is not None
+        return kind, GROUP, portable(kind, unpack_weight(self._packing, partial(self._part, name), size, name), group=GROUP)
+
+    def _packs(self, name: str) -> bool:
+        return self._packing is not None and f"{name}.qweight" in self._where
+
+    def _part(self, name: str, part: str) -> Tensor:
+        file, stored = self._where[f"{name}.{part}"]
+        with _opened(file) as handle:
+            return handle.get_tensor(stored)
 
 
 @contextmanager

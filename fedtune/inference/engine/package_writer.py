@@ -14,7 +14,7 @@ from fedtune.inference.engine.package import ADAPTERS, CARD, FILES, FORMAT, PACK
 
 __all__ = ["PackageWriter", "TensorFile", "as_bytes"]
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 

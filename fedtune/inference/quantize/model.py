@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.layout import linears
-from fedtune.inference.engine.package import StoredLinear, is_linear, linear_tensors, tensor_shapes
+from fedtune.inference.engine.package import is_linear, tensor_shapes
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.awq import awq_scale, output_loss
 from fedtune.inference.quantize.fold import Fold, folds
@@ -25,7 +25,7 @@ from fedtune.inference.quantize.gptq import inverse_factor, quantize_gptq
 from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import InputStats, Stats, embedded, observe, pass_layer, prefix_of
-from fedtune.inference.quantize.rtn import GROUP, Kind, QuantizedLinear, dequantize, packed, quantize_rtn
+from fedtune.inference.quantize.rtn import GROUP, Kind, QuantizedLinear, dequantize, packed, portable_tensors, quantize_rtn
 from fedtune.inference.quantize.smoothquant import smooth_scale
 from fedtune.inference.quantize.weights import Read, Weights
 
@@ -46,13 +46,13 @@ class QuantizeSettings:
         kind: Format of all linears but the head.
         group: Columns per int4 scale; 0 for int8: the a8w8 product needs one scale per row.
         method: Rounding method; smoothquant is only for int8, whose activations are rounded too.
-        head: Format of the output head, with its own group size; int8 by default, for more precise logits.
+        head: Format of the output head, with its own group size; int8 by default, for more precise logits. None: it is not quantized.
     """
 
     kind: Kind = "int4"
     group: int = GROUP
     method: Method = "rtn"
-    head: Kind = "int8"
+    head: Kind | None = "int8"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -62,7 +62,8 @@ class QuantizeSettings:
 
     @property
     def of_head(self) -> "QuantizeSettings":
-        """The settings of the head."""
+        """The settings of the head, which is quantized."""
+        assert self.head is not None
         return replace(self, kind=self.head, group=GROUP if self.head == "int4" else 0)
 
 
@@ -81,9 +82,9 @@ def quantize_rows(
         raise ModelError("gptq needs statistics of the inputs: give calibration text")
     gptq = stats if recipe.method == "gptq" else None
     factor = None if gptq is None else inverse_factor(gptq.hessian)
-    parts = linear_tensors("", StoredLinear(kind=recipe.kind, group=recipe.group, shape=size))
     # allocated first, not concatenated at the end: kept parts between temporary ones would fragment the heap
-    out = {name.rpartition(".")[2]: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in parts.items()}
+    parts = portable_tensors(recipe.kind, recipe.group, size).items()
+    out = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in parts}
     lost, energy, off, whole = 0.0, 0.0, 0.0, 0.0
     for first in range(0, size[0], step := max((_STRETCH if gptq is None else most) // size[1], 1)):
         part = read(first, min(first + step, size[0])).float()
@@ -135,7 +136,7 @@ def quantize_model(
     """Yield every tensor of a decoder except its embedding table, layer by layer: linears' weights quantized, the others float32.
 
     awq and smoothquant also change norms and biases, by folding scales into them. A tied model gets an `lm_head.weight` too, a quantized
-    copy of the embedding table.
+    copy of the embedding table. A head that is not quantized is left out.
 
     Args:
         read: Returns rows of a tensor, given its Hugging Face name.
@@ -176,6 +177,9 @@ def quantize_model(
         pass_layer(shape, index, _Made(out), hidden, prefix)
         give_back()
         yield from ((at + name, out.pop(name)) for name in list(out))
+    if recipe.head is None:
+        yield "model.norm.weight", read("model.norm.weight", 0, shape.hidden).float()
+        return
     yield from _head(shape, read, recipe, hidden, 0 if prompt is None else len(prompt))
 
 

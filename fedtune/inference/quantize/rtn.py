@@ -3,9 +3,15 @@
     int4   w ~ (q - 8) * scale + zero    q in 0..15, scale and zero per row and group of columns: torch's `_weight_int4pack_mm_for_cpu`
     int8   w ~ q * scale                 q in -127..127, scale per row (a8w8)
 
+and of 4-bit checkpoints for other programs (see `engine.gptq_awq`), whose scales are float16:
+
+    int4s  w ~ (q - 8) * scale           q in 0..15: symmetric
+    int4z  w ~ (q - z) * scale           q and z in 0..15: the zero point z is a code
+
 The last group of a row may be smaller: 172 columns in groups of 32 are five groups and one of 12.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +28,13 @@ __all__ = [
     "dequantize",
     "fit_grid",
     "pack_int4",
+    "portable_tensors",
     "quantize_rtn",
     "relative_error",
     "unpack_int4",
 ]
 
-Kind = Literal["int4", "int8"]
+Kind = Literal["int4", "int8", "int4s", "int4z"]
 GROUP = 32  # smallest group of the int4 kernel
 _STRETCH = 1 << 17  # weights that are unpacked at once
 INT4_GROUPS = (32, 64, 128, 256)  # groups that the kernel supports
@@ -37,7 +44,8 @@ INT4_GROUPS = (32, 64, 128, 256)  # groups that the kernel supports
 class Grid:
     """The grid of values for a weight [N, K], uniform per group of columns.
 
-    scale [N, G], zero [N, G] (float32; for int4 rounded to bfloat16, as in the kernel), G = ceil(K / group)
+    scale [N, G], zero [N, G] (float32; for int4 rounded to bfloat16, as in the kernel), G = ceil(K / group). The zero of int4z is
+    (8 - z) * scale.
     """
 
     kind: Kind
@@ -47,8 +55,8 @@ class Grid:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Smallest and largest q, before the 8 that int4 adds."""
-        return (-8, 7) if self.kind == "int4" else (-127, 127)
+        """Smallest and largest q, before the 8 that 4-bit kinds add."""
+        return (-127, 127) if self.kind == "int8" else (-8, 7)
 
     def codes(self, weight: Tensor, first: int = 0) -> Tensor:
         """The nearest codes of columns `first`.. of the weight, [N, k] -> [N, k] float32, within `bounds`."""
@@ -72,7 +80,8 @@ class QuantizedLinear:
     Attributes:
         kind, group: As in `Grid`; int8's group is 0, a whole row.
         tensors: int4: `packed` uint8 [N, ceil(K / 2)], the even column in the low nibble; `scale`, `zero` bfloat16 [N, ceil(K / group)].
-            int8: `packed` int8 [N, K]; `scale` float32 [N].
+            int8: `packed` int8 [N, K]; `scale` float32 [N]. int4s and int4z: `packed` as for int4; `scale` float16 and `zero` (z) uint8
+            [N, ceil(K / group)].
         columns: K.
         error: ‖Q(W) − W‖ / ‖W‖ (Frobenius).
         output_error: ‖X Q(W)ᵀ − X Wᵀ‖ / ‖X Wᵀ‖ over the inputs X of the calibration text; None without text.
@@ -87,7 +96,7 @@ class QuantizedLinear:
 
 
 def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
-    """Fit a grid to each group's minimum and maximum (int4), or to its greatest magnitude (int8).
+    """Fit a grid to each group's minimum and maximum (int4, int4z), or to its greatest magnitude (int8, int4s).
 
     Args:
         weight: [N, K] float32, finite.
@@ -96,7 +105,7 @@ def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
     Raises:
         ModelError: The kernel does not support the group, or the weight is not finite.
     """
-    if kind == "int4" and group not in INT4_GROUPS:
+    if kind != "int8" and group not in INT4_GROUPS:
         raise ModelError(f"int4 supports groups of {', '.join(map(str, INT4_GROUPS))} columns, not {group}")
     if kind == "int8" and group:
         raise ModelError(f"int8 has one scale per row (group 0), not one per {group} columns")
@@ -110,10 +119,27 @@ def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
     if kind == "int8":
         scale = grouped.abs().amax(2) / 127
         return Grid(kind=kind, group=group, scale=torch.where(scale > 0, scale, 1.0), zero=torch.zeros_like(scale))
+    if kind in ("int4s", "int4z"):
+        return _float16_grid(grouped, kind, group)
     low, high = grouped.amin(2), grouped.amax(2)
     step = ((high - low) / 15).bfloat16().float()  # rounded before the codes are chosen, so that they compensate
     zero = ((low + high) / 2 + step / 2).bfloat16().float()  # codes -8..7: the middle of the range is half a step lower
     return Grid(kind=kind, group=group, scale=torch.where(step > 0, step, 1.0), zero=zero)  # a constant group needs no steps
+
+
+def _float16_grid(grouped: Tensor, kind: Kind, group: int) -> Grid:
+    """The grid of int4s or int4z for groups [N, G, group]. The scale is rounded to float16 before the codes are chosen."""
+    if kind == "int4s":
+        step = grouped.abs().amax(2) / 7.5
+    else:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        step = (high - low) / 15
+    scale = step.half().float()
+    if not torch.isfinite(scale).all():
+        raise ModelError("a weight is beyond the range of float16 scales: use --to edge --quantize int4")
+    scale = torch.where(scale > 0, scale, 1.0)
+    z = torch.full_like(scale, 8) if kind == "int4s" else torch.round(-low / scale).clamp(0, 15)
+    return Grid(kind=kind, group=group, scale=scale, zero=(8 - z) * scale)
 
 
 def quantize_rtn(weight: Tensor, kind: Kind, group: int = GROUP) -> tuple[Grid, Tensor]:
@@ -126,11 +152,14 @@ def packed(grid: Grid, codes: Tensor, weight: Tensor, output_error: float | None
     """Convert a weight [N, K] and its codes [N, K] to the portable format."""
     if grid.kind == "int4":
         tensors = {"packed": pack_int4(codes + 8), "scale": grid.scale.bfloat16(), "zero": grid.zero.bfloat16()}
+    elif grid.kind != "int8":
+        zero = (8 - torch.round(grid.zero / grid.scale)).to(torch.uint8)
+        tensors = {"packed": pack_int4(codes + 8), "scale": grid.scale.half(), "zero": zero}
     else:
         tensors = {"packed": codes.to(torch.int8), "scale": grid.scale[:, 0].clone()}
     return QuantizedLinear(
         kind=grid.kind,
-        group=grid.group if grid.kind == "int4" else 0,
+        group=0 if grid.kind == "int8" else grid.group,
         tensors=tensors,
         columns=codes.shape[1],
         error=relative_error(grid.values(codes), weight),
@@ -148,9 +177,19 @@ def dequantize(linear: QuantizedLinear) -> Tensor:
         if linear.kind == "int8":
             torch.mul(part["packed"], scale[:, None], out=out[first : first + step])
         else:
-            grid = Grid(kind="int4", group=linear.group, scale=scale, zero=part["zero"].float())
+            zero = part["zero"].float() if linear.kind == "int4" else (8 - part["zero"].float()) * scale
+            grid = Grid(kind=linear.kind, group=linear.group, scale=scale, zero=zero)
             out[first : first + step] = grid.values(unpack_int4(part["packed"], columns).float() - 8)
     return out
+
+
+def portable_tensors(kind: Kind, group: int, size: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors of a portable weight [N, K]: name → dtype and shape."""
+    (rows, columns), groups = size, (size[0], math.ceil(size[1] / (group or size[1])))
+    if kind == "int8":
+        return {"packed": (torch.int8, size), "scale": (torch.float32, (rows,))}
+    scale, zero = (torch.bfloat16, torch.bfloat16) if kind == "int4" else (torch.float16, torch.uint8)
+    return {"packed": (torch.uint8, (rows, math.ceil(columns / 2))), "scale": (scale, groups), "zero": (zero, groups)}
 
 
 def pack_int4(codes: Tensor) -> Tensor:
