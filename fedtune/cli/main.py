@@ -7,6 +7,7 @@
     fedtune generate RUN/merged "turn on the light"
     fedtune chat RUN/merged
     fedtune serve RUN/merged
+    fedtune model list --state DIR
 
 Text and paths go to stdout. An error is one line on stderr, with exit code 2.
 """
@@ -14,11 +15,11 @@ Text and paths go to stdout. An error is one line on stderr, with exit code 2.
 import argparse
 import sys
 
-from fedtune.cli import bench, chat, compare, draft, export, generate, keys, serve, status
+from fedtune.cli import bench, chat, compare, draft, export, generate, keys, model, serve, status
 from fedtune.errors import user_message
 from fedtune.version import __version__
 
-_COMMANDS = (export, generate, chat, serve, bench, draft, keys, compare, status)
+_COMMANDS = (export, generate, chat, serve, bench, draft, keys, compare, status, model)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -196,6 +196,7 @@ def _candidates(host: ClientHost, client: str, request: ServerMessage) -> list[_
 
 def _comparable(old: Config, new: Config) -> bool:
     """Whether both adapters fit the same loaded model and are scored alike."""
+
     def parts(config: Config) -> list[dict[str, Any]]:
         method = dataclasses.replace(config.peft, from_=None)  # where the run began does not matter
         return [dataclasses.asdict(part) for part in (config.model, config.task, method)]

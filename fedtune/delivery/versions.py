@@ -88,8 +88,9 @@ class Versions:
         except FileNotFoundError:
             return None
         except OSError as bad:
-            why = "is not a symbolic link" if self._link.exists() else f"cannot be read ({bad.strerror})"
-            raise CheckpointError(f"{self._link} {why}: remove it") from None
+            if self._link.exists():
+                raise CheckpointError(f"{self._link} is not a symbolic link: remove it") from None
+            raise CheckpointError(f"cannot read {self._link}: {bad.strerror}") from None
         match target.split("/"):
             case ["versions", name, "model"] if _NAME.fullmatch(name) and self._is_whole(name):
                 return name
@@ -143,7 +144,9 @@ class Versions:
         with self.locked():
             self.model(name)
             if name == self.current():
-                raise CheckpointError(f"version {name} is current: make another one current first, or remove all of them with --all")
+                raise CheckpointError(
+                    f"version {name} is current: go back to an earlier one with `fedtune model rollback`, or remove all of them with --all"
+                )
             remove_folder(self._versions / name)
 
     def prune(self, keep: int) -> list[str]:

@@ -30,7 +30,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*serve, *refusal.rpartition("at least ")[2].split())
 
 
-command("cannot listen on {}:{}: {}; give another --host or --port", "fedtune serve {model} --host 203.0.113.1 --port 0",
+command("cannot listen on {}:{}: {}; give another {}", "fedtune serve {model} --host 203.0.113.1 --port 0",
         ready=quiet_serve, host="127.0.0.1", port="0 --host 127.0.0.1")  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_rollback_goes_one_version_back_each_time(three: Versions) -> None:
 
 def test_the_current_version_stays(three: Versions) -> None:
     three.activate("b")
-    with pytest.raises(CheckpointError, match=r"^version b is current: .* --all$"):
+    with pytest.raises(CheckpointError, match=r"^version b is current: go back .* --all$"):
         three.remove("b")
     assert three.prune(1) == ["c"] and names(three) == ["a", "b"]
     three.remove("a")
