@@ -91,7 +91,7 @@ def _packing(merged: Merged, to: Format) -> Packing:
         ModelError: The format cannot hold the model.
     """
     source = merged.origin.source
-    if merged.virtual:
+    if merged.virtual_tokens:
         method = merged.origin.adapter.state.spec.method
         raise ModelError(f"{source}: a {to.upper()} checkpoint has no place for the virtual tokens of {method}: use --to edge")
     sizes = {name: tensor.shape for name, tensor in merged.tensors.items() if _is_packed(name)}

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedtune.errors import DataError, ModelError
 from fedtune.export.go_template import evaluate, fixed_text
-from fedtune.models.chat_template import render
+from fedtune.models.chat_template import Conversation
 
 __all__ = ["go_template"]
 
@@ -56,7 +56,7 @@ def go_template(tokenizer: Any) -> tuple[str, str]:
     for turns in range(1, 6):
         for first in (False, True) if system else (False,):
             chat = _chat(turns, first, lambda role, i: _TEXTS[(i + len(role)) % len(_TEXTS)])
-            if _go(template, chat) != render(tokenizer, chat, generate=True):
+            if _go(template, chat) != Conversation(tokenizer, chat).text(generate=True):
                 raise _inexpressible(f"a conversation with {turns} questions differs")
     return template, "; ".join(_notes(tokenizer, template, system))
 
@@ -84,7 +84,7 @@ def _go(template: str, chat: Sequence[Message]) -> str:
 def _gaps(tokenizer: Any, turns: int, system: bool) -> dict[tuple[str, str], list[str]]:
     """The texts between contents, by the roles of the content before and after; "" is the start or end of the conversation."""
     chat = _chat(turns, system, lambda role, i: _MARKS[role] % i)
-    text, at, role = render(tokenizer, chat, generate=True), 0, ""
+    text, at, role = Conversation(tokenizer, chat).text(generate=True), 0, ""
     found: dict[tuple[str, str], list[str]] = {}
     places = []
     for message in chat:
@@ -105,13 +105,13 @@ def _read(tokenizer: Any) -> tuple[_Texts, bool]:
         first=plain["", "user"][0], answer=plain["user", "assistant"][0], again=plain["assistant", "user"][0], prompt=one["user", ""][0]
     )
     try:
-        render(tokenizer, _chat(1, True, lambda role, i: _MARKS[role] % i), generate=True)
+        Conversation(tokenizer, _chat(1, True, lambda role, i: _MARKS[role] % i)).text(generate=True)
     except DataError:
         return texts, False
     try:
         several, single = _gaps(tokenizer, 3, True), _gaps(tokenizer, 1, True)
     except ModelError:
-        if _MARKS["system"] % 0 not in render(tokenizer, _chat(3, True, lambda role, i: _MARKS[role] % i), generate=True):
+        if _MARKS["system"] % 0 not in Conversation(tokenizer, _chat(3, True, lambda role, i: _MARKS[role] % i)).text(generate=True):
             return texts, True
         raise
     around = single["", "system"][0], single["system", "user"][0]
@@ -155,10 +155,10 @@ def _notes(tokenizer: Any, template: str, system: bool) -> list[str]:
     if not system:
         notes.append("the chat template refuses system messages, and Ollama leaves them out")
     blanks = _chat(2, system, lambda role, i: f" {role}\n")
-    if render(tokenizer, blanks, generate=True) != _go(template, blanks):
+    if Conversation(tokenizer, blanks).text(generate=True) != _go(template, blanks):
         notes.append("the chat template removes white space around a message, and Ollama keeps it")
     thoughts = _chat(2, False, lambda role, i: "<think>\nHm.\n</think>\n\nYes." if role == "assistant" else "Why?")
-    if render(tokenizer, thoughts, generate=True) != _go(template, thoughts):
+    if Conversation(tokenizer, thoughts).text(generate=True) != _go(template, thoughts):
         notes.append("the chat template removes thoughts from earlier answers, and Ollama keeps them")
     if "strftime_now" in tokenizer.get_chat_template():
         notes.append("the chat template writes the date, and Ollama's keeps that of the export")

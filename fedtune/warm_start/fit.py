@@ -14,7 +14,6 @@ from fedtune.models.combined import stack
 from fedtune.models.methods import method
 from fedtune.warm_start.source import Source
 
-_PLAIN_LORA = ("lora", "rslora")  # the same tensors; only the scaling differs
 _SHAPES = ("targets", "bottleneck", "placement", "tokens")  # settings of peft that names and shapes depend on, besides the rank
 _A, _B = ".lora_A", ".lora_B"
 
@@ -56,7 +55,8 @@ def fit(source: Source, drawn: AdapterState, config: Config, labels: Sequence[st
 def _check_kind(source: Source, earlier: AdapterState, drawn: AdapterState, config: Config, labels: Sequence[str]) -> None:
     """Raises ConfigError if method, backbone, precision or classes differ."""
     spec, before = earlier.spec, source.config
-    if spec.method != drawn.spec.method and not {spec.method, drawn.spec.method} <= set(_PLAIN_LORA):
+    plain = all(method(kind).factors is not None for kind in (spec.method, drawn.spec.method))  # plain LoRA: only the scaling differs
+    if spec.method != drawn.spec.method and not plain:
         raise ConfigError(f"{source.key} has peft.method={spec.method}, but this run has {drawn.spec.method}: set peft={spec.method}")
     if spec.base and spec.base != drawn.spec.base:
         name = f", model.source={before.model.source} model.name={before.model.name}" if before else ""

@@ -15,7 +15,7 @@ from fedtune.errors import DataError, ModelError
 from fedtune.export.go_template import evaluate, fixed_text
 from fedtune.export.ollama import export_ollama, modelfile
 from fedtune.export.ollama_template import go_template
-from fedtune.models.chat_template import render
+from fedtune.models.chat_template import Conversation
 from tests.export.test_huggingface import ASK, CAUSAL, LOCAL, make_run
 from tests.models import templates
 from tests.models.templates import FAMILIES
@@ -50,7 +50,7 @@ def test_the_template_renders_as_the_tokenizers_own(family: str) -> None:
     tokenizer = templates.tokenizer(family)
     template, _ = go_template(tokenizer)
     for chat in taken(family):
-        assert evaluate(template, **data(chat)) == render(tokenizer, chat, generate=True)
+        assert evaluate(template, **data(chat)) == Conversation(tokenizer, chat).text(generate=True)
 
 
 GO = """
@@ -95,7 +95,7 @@ def test_go_renders_the_same(tmp_path: Path) -> None:
         tokenizer = templates.tokenizer(family)
         template, _ = go_template(tokenizer)
         cases += [(template, data(chat)) for chat in taken(family)]
-        want += [render(tokenizer, chat, generate=True) for chat in taken(family)]
+        want += [Conversation(tokenizer, chat).text(generate=True) for chat in taken(family)]
     texts = ['"""', "{{", "a{", '{"b": {}}', "｜▁\u00a0\u3000\u200b🙂\r\n\t", "\\x22"]
     cases += [(fixed_text(text) + "{{ .Prompt }}", {"Prompt": "hi"}) for text in texts]
     want += [f"{text}hi" for text in texts]
@@ -149,7 +149,7 @@ def test_what_differs_is_told() -> None:
     assert "system messages" in go_template(templates.tokenizer("gemma"))[1]
     dated = "{{ strftime_now('%Y') }}" + LOOP.replace("%s", "{{ m.role }}: {{ m.content }}\n")
     assert "the date" in go_template(with_template(dated))[1]
-    with pytest.raises(DataError, match="refuses a conversation: no"):
+    with pytest.raises(DataError, match="refuses a conversation .no"):
         go_template(with_template("{{ raise_exception('no') }}"))
 
 
