@@ -28,6 +28,7 @@ PARTS = (
     "fedtune/rounds/",
     "fedtune/contracts/",
     "fedtune/traffic/",
+    "fedtune/warm_start/",
     "fedtune/privacy/",
     "fedtune/delivery/versions.py",
     "fedtune/delivery/serving.py",
