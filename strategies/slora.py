@@ -3,6 +3,8 @@
 Stage 1 trains a few entries of the frozen matrices under a mask that all clients share. Stage 2 is federated LoRA, initialized by the SVD
 of stage 1's change. Clients send only the masked entries, as differences from the frozen weights, so that the server needs no backbone.
 
+A warm start (peft.from) is part of the frozen weights, so stage 1 begins at the earlier model.
+
 Source: Babakniya et al. 2023, SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models, arXiv:2308.06522, section 4.
 """
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedtune.cli import simulate as sim
 from fedtune.cli.server import _shared_config
 from fedtune.clients.deployed import Device, own_config
 from fedtune.clients.host import ClientHost
@@ -138,7 +140,8 @@ def test_only_what_a_client_lacks_is_sent_and_metered(earlier: Path, strategy: s
 def test_a_stopped_run_goes_on_without_the_earlier_one(earlier: Path, strategy: str, tmp_path: Path) -> None:
     """The checkpoint and the folder start/ have everything: the earlier run may be gone."""
     home = Path(shutil.copytree(earlier, tmp_path / earlier.name))
-    config = warm(home, strategy, client=MOVING, clients_per_round=2, output_dir=str(tmp_path / "out"), name=strategy)
+    worse = dataclasses.replace(MOVING, lr=0.3)  # so that the best value is that of the start, before the stop
+    config = warm(home, strategy, client=worse, clients_per_round=2, output_dir=str(tmp_path / "out"), name=strategy)
     config.strategy = {**config.strategy, **({"rounds": 3} if strategy == "slora" else {})}
     straight = simulate(dataclasses.replace(config, rounds=3, name="straight"))
     stopped = simulate(dataclasses.replace(config, rounds=1))
@@ -149,6 +152,7 @@ def test_a_stopped_run_goes_on_without_the_earlier_one(earlier: Path, strategy: 
     assert files[0].read_bytes() == files[1].read_bytes()
     both = [[{k: r.get(k) for k in ("round", "earlier_loss", "forgetting")} for r in lines(run)] for run in (resumed, straight)]
     assert both[0] == both[1] and len(both[0]) == 4
+    assert strategy == "fedsa" or both[0][3]["forgetting"] > 0.01  # fedsa's global model does not move
 
 
 @pytest.mark.slow
@@ -286,6 +290,7 @@ def test_a_source_that_cannot_be_one_is_refused_before_a_run_begins(earlier: Pat
     assert read_source(str(earlier / "adapter")).config == read_config(earlier)  # its folder adapter/ stands for the run
 
 
+@pytest.mark.slow
 def test_the_stored_start_says_what_it_began_with(earlier: Path) -> None:
     stored = copy.deepcopy(read_config(earlier))
     run = simulate(warm(earlier, rounds=0, name="stored"))
@@ -342,3 +347,19 @@ def test_devices_over_tls_begin_with_the_earlier_adapter(tmp_path: Path) -> None
 def simulated(folder: Path, name: str, experiment: list[str]) -> Path:
     (job,) = compose([*experiment, f"output_dir={folder / name}", "engine.batched=none"])
     return simulate(job.config)
+
+
+@pytest.mark.slow
+def test_the_command_in_the_docs_measures_what_other_homes_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["rounds=1", "data.homes=3", "data.test_limit=6", "client.steps=2", "clients_per_round=2", "eval.clients=0", "devices=none"]
+    assert sim.main(["conf=heterogeneous", *small, f"output_dir={tmp_path}"]) == 0
+    (before,) = (tmp_path / "heterogeneous").iterdir()
+    page = (Path(__file__).parents[2] / "docs" / "simulation.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"-m fedtune\.sim (.* peft\.from=\S+)", page)
+    command = line.replace("outputs/heterogeneous/RUN", str(before)).split()
+    assert sim.main([*command, *small, f"output_dir={tmp_path / 'again'}"]) == 0
+    (after,) = (tmp_path / "again" / "heterogeneous").iterdir()
+    first, last = lines(after)
+    assert first["earlier_exact_match"] == lines(before)[-1]["exact_match"] and first["loss"] != lines(before)[-1]["loss"]
+    assert last["forgetting"] == max(first["earlier_exact_match"], last["earlier_exact_match"]) - last["earlier_exact_match"]
+    assert f"forgetting {last['forgetting']:.3f}" in capsys.readouterr().out
