@@ -46,9 +46,9 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setattr(sys, "path", [*sys.path])
     model = checkpoint(place.folder / "m")
     bring_code(model, place.folder / "ran")
-    said = started(model)
-    yield said
-    ((name, value),) = re.findall(r"model\.(\w+)=(\w+)", said)
+    error = started(model)
+    yield error
+    ((name, value),) = re.findall(r"model\.(\w+)=(\w+)", error)
     allowed: Any = {name: {"true": True}[value]}
     yield started(model, **allowed)
     assert (place.folder / "ran").exists()
@@ -102,9 +102,9 @@ def _(place: Place) -> Iterator[str]:
 @follows("but PEFT {} '{}' ({} such): set peft.targets=[{}]", slow=True)
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m", config=built.qwen3_moe())
-    said = started(model)
-    yield said
-    yield started(model, peft=PeftConfig(rank=2, targets=said.partition("peft.targets=[")[2].removesuffix("]").split(",")))
+    error = started(model)
+    yield error
+    yield started(model, peft=PeftConfig(rank=2, targets=error.partition("peft.targets=[")[2].removesuffix("]").split(",")))
 
 
 @follows("have no known names: set peft.targets to a list of them", slow=True)
@@ -152,9 +152,9 @@ def _(place: Place) -> Iterator[str]:
 @follows("would learn from padding: take another backbone{}another task.kind{}", slow=True)
 def _(place: Place) -> Iterator[str]:
     model = built.composite(place.folder / "m", built.gemma3())
-    said = probed(model, built.WRITES, PeftConfig(method="prompt", tokens=3))
-    yield said
-    assert said.endswith("take another backbone, another task.kind or peft=lora")
+    error = probed(model, built.WRITES, PeftConfig(method="prompt", tokens=3))
+    yield error
+    assert error.endswith("take another backbone, another task.kind or peft=lora")
     yield probed(checkpoint(place.folder / "other", config=built.mixtral()), built.WRITES, PeftConfig(method="prompt", tokens=3))
     yield probed(model, CAUSAL, PeftConfig(method="prompt", tokens=3))
     yield probed(model, built.WRITES)
@@ -164,9 +164,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.models.quantize._why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
     model = wide(place)
-    said = quantized(place, model, "nf4")
-    yield said
-    for precision in said.rpartition("model.precision=")[2].split(" or "):
+    error = quantized(place, model, "nf4")
+    yield error
+    for precision in error.rpartition("model.precision=")[2].split(" or "):
         yield quantized(place, model, precision)
 
 
@@ -175,18 +175,18 @@ def _(place: Place) -> Iterator[str]:
 )
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
-    said = quantized(place, model, "nf4")
-    yield said
-    for precision in chosen(said):
+    error = quantized(place, model, "nf4")
+    yield error
+    for precision in chosen(error):
         yield quantized(place, model, precision)
 
 
 @follows("cannot be read back ({}): take model.precision=bf16 or fp32, or check the disk", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m", config=built.llama4())
-    said = quantized(place, model, "int8")
-    yield said
-    for precision in re.findall(r"precision=(\w+) or (\w+),", said)[0]:
+    error = quantized(place, model, "int8")
+    yield error
+    for precision in re.findall(r"precision=(\w+) or (\w+),", error)[0]:
         yield quantized(place, model, precision)
 
 
@@ -207,9 +207,9 @@ def _(place: Place) -> Iterator[str]:
         task = dataclasses.replace(ASKS, kind=kind)
         return raised(lambda: task_of(task).check(Config(task=task, data=DataConfig(source="demo"), model=ModelConfig())))
 
-    said = checked("causal_lm")
-    yield said
-    for kind in said.rpartition("task=")[2].split(" or "):
+    error = checked("causal_lm")
+    yield error
+    for kind in error.rpartition("task=")[2].split(" or "):
         yield checked(kind)
 
 

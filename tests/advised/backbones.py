@@ -33,13 +33,13 @@ LORA = PeftConfig(rank=2)
 
 
 def started(folder: Path, task: TaskConfig = CAUSAL, peft: PeftConfig = LORA, labels: int = 3, **model: Any) -> str:
-    """What is said where an adapter is attached to the checkpoint in a folder."""
+    """The error of attaching an adapter to the checkpoint in a folder; "" if there is none."""
     return raised(lambda: LiveAdapter(load_backbone(hub(folder, **model), task, num_labels=labels), peft, task))
 
 
-def chosen(said: str) -> list[str]:
+def chosen(error: str) -> list[str]:
     """The choices at the end of a sentence."""
-    return re.split(r", or |, | or ", re.split(r"(?:choose from|choose|take) ", said)[-1])
+    return re.split(r", or |, | or ", re.split(r"(?:choose from|choose|take) ", error)[-1])
 
 
 # -- folders ------------------------------------------------------------------------------------------------------------------------------
@@ -106,9 +106,9 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("is an adapter, not a model: merge it first with fedtune export {}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = started(run_of(place) / "adapter")
-    yield said
-    yield place.run(*said.rpartition("with ")[2].split(), "--out", place.folder / "out")
+    error = started(run_of(place) / "adapter")
+    yield error
+    yield place.run(*error.rpartition("with ")[2].split(), "--out", place.folder / "out")
     yield started(place.folder / "out")
 
 
@@ -189,9 +189,9 @@ def _(place: Place) -> Iterator[str]:
     tokens = AutoTokenizer.from_pretrained(model)
     tokens.eos_token = None
     tokens.save_pretrained(model)
-    said = started(model)
-    yield said
-    file = model / said.rpartition(" ")[2]
+    error = started(model)
+    yield error
+    file = model / error.rpartition(" ")[2]
     for name in ("pad_token", "eos_token"):
         whole = file.read_text()
         file.write_text(json.dumps(json.loads(whole) | {name: "</s>"}))
@@ -204,32 +204,32 @@ def _(place: Place) -> Iterator[str]:
 
 def _refused(says: str, kind: str, task: TaskConfig, ways: Callable[[str], list[tuple[str, TaskConfig]]]) -> None:
     def follow(place: Place) -> Iterator[str]:
-        said = started(checkpoint(place.folder / "m", kind), task)
-        yield said
-        for number, (other, fitting) in enumerate(ways(said)):
+        error = started(checkpoint(place.folder / "m", kind), task)
+        yield error
+        for number, (other, fitting) in enumerate(ways(error)):
             yield started(checkpoint(place.folder / f"m{number}", other), fitting)
 
     follows(says, slow=True)(follow)
 
 
-def _tasks(said: str) -> list[TaskConfig]:
-    found = re.findall(r"take (?:task\.kind=)?(.*), or", said)[0].split(" or ")
+def _tasks(error: str) -> list[TaskConfig]:
+    found = re.findall(r"take (?:task\.kind=)?(.*), or", error)[0].split(" or ")
     return [dataclasses.replace(ASKS, kind=kind) for kind in found]
 
 
 _refused("is an encoder-decoder, which does not support task.kind={}: take {}, or a decoder", "t5", CAUSAL,
-         lambda said: [("llama", CAUSAL), *(("t5", task) for task in _tasks(said))])  # fmt: skip
+         lambda error: [("llama", CAUSAL), *(("t5", task) for task in _tasks(error))])  # fmt: skip
 _refused("is an encoder, which does not support task.kind={}: take task.kind={}, or a decoder", "bert", CAUSAL,
-         lambda said: [("llama", CAUSAL), *(("bert", task) for task in _tasks(said))])  # fmt: skip
+         lambda error: [("llama", CAUSAL), *(("bert", task) for task in _tasks(error))])  # fmt: skip
 
 
 @follows("is an encoder-decoder ('{}'): take T5, a decoder, or an encoder for {}", slow=True)
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
     (model / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": 16}))
-    said = started(model, CLASSES)
-    yield said
-    (task,) = [TaskConfig(kind=kind, max_length=16) for kind in said.rpartition(" for ")[2].split(" or ")]
+    error = started(model, CLASSES)
+    yield error
+    (task,) = [TaskConfig(kind=kind, max_length=16) for kind in error.rpartition(" for ")[2].split(" or ")]
     for kind in ("t5", "llama", "bert"):
         yield started(checkpoint(place.folder / kind, kind), task)
 
@@ -237,9 +237,9 @@ def _(place: Place) -> Iterator[str]:
 @follows("model.device=cuda, but torch finds no CUDA device: take model.device=auto or cpu")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("torch.cuda.is_available", lambda: False)
-    said = raised(lambda: pick_device("cuda"))
-    yield said
-    for device in said.rpartition("model.device=")[2].split(" or "):
+    error = raised(lambda: pick_device("cuda"))
+    yield error
+    for device in error.rpartition("model.device=")[2].split(" or "):
         yield raised(lambda device=device: pick_device(device))
 
 
@@ -265,13 +265,13 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _method(says: str, kind: str, name: str, task: TaskConfig = CAUSAL, *, config: Any = None, other: str = "", **model: Any) -> None:
-    """A method that does not fit, and those that the sentence names; `other` is the backbone that it may name beside them."""
+    """A row about a method that does not fit, and the methods that its error names; it may also name the backbone `other`."""
 
     def follow(place: Place) -> Iterator[str]:
         folder = checkpoint(place.folder / "m", kind, config=config() if config else None)
-        said = started(folder, task, PeftConfig(method=name, tokens=3), **model)
-        yield said
-        for way in re.sub(r"peft=", "", said.rpartition(": ")[2]).split(" or "):
+        error = started(folder, task, PeftConfig(method=name, tokens=3), **model)
+        yield error
+        for way in re.sub(r"peft=", "", error.rpartition(": ")[2]).split(" or "):
             if other and "a backbone" in way:
                 yield started(checkpoint(place.folder / "other", other), task, PeftConfig(method=name))
             else:
@@ -303,16 +303,16 @@ def _(place: Place) -> Iterator[str]:
 @follows("no linear module of the backbone is called '{}', choose from {}")
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
-    said = started(model, peft=PeftConfig(targets="q_prj"))
-    yield said
-    yield started(model, peft=PeftConfig(targets=chosen(said)))
+    error = started(model, peft=PeftConfig(targets="q_prj"))
+    yield error
+    yield started(model, peft=PeftConfig(targets=chosen(error)))
 
 
 @follows("unknown PEFT method '{}', this version has {}: update fedtune")
 def _(place: Place) -> Iterator[str]:
-    said = raised(lambda: method("newest"))
-    yield said
-    for name in re.findall(r"has (.*): update", said)[0].split(", ")[:3]:  # a version that has it
+    error = raised(lambda: method("newest"))
+    yield error
+    for name in re.findall(r"has (.*): update", error)[0].split(", ")[:3]:  # a version that has it
         yield raised(lambda name=name: method(name))
 
 
@@ -329,7 +329,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _state(says: str, right: PeftConfig, wrong: PeftConfig, *, seed: int = 0, config: Any = None) -> None:
-    """A state that another adapter gave; with the same settings and the same checkpoint it is loaded."""
+    """A row about the state of another adapter; the state is loaded with the same settings and the same checkpoint."""
 
     def follow(place: Place) -> Iterator[str]:
         def made(folder: Path, peft: PeftConfig) -> LiveAdapter:

@@ -62,18 +62,18 @@ def _(place: Place) -> Iterator[str]:
 @follows("is not a memory size: write for example 64MB, 1.5GiB or 65536")
 def _(place: Place) -> Iterator[str]:
     bench = ["fedtune", "generate", model_of(place), "turn on", "--max-new-tokens", "2", "--kv-budget"]
-    said = place.run(*bench, "plenty")
-    yield said
-    for size in said.rpartition("example ")[2].replace(" or ", ", ").split(", "):
+    error = place.run(*bench, "plenty")
+    yield error
+    for size in error.rpartition("example ")[2].replace(" or ", ", ").split(", "):
         yield place.run(*bench, size.strip())
 
 
 @follows("give at least {} for a text of {} tokens, or use a shorter text")
 def _(place: Place) -> Iterator[str]:
     generate = ["fedtune", "generate", model_of(place), "--max-new-tokens", "2", "--kv-budget"]
-    said = place.run(*generate, "2kB", "turn on the light " * 10)
-    yield said
-    yield place.run(*generate, said.rpartition("at least ")[2].split()[0], "turn on the light " * 10)
+    error = place.run(*generate, "2kB", "turn on the light " * 10)
+    yield error
+    yield place.run(*generate, error.rpartition("at least ")[2].split()[0], "turn on the light " * 10)
     yield place.run(*generate, "2kB", "turn")
 
 
@@ -82,9 +82,9 @@ def _(place: Place) -> Iterator[str]:
     def made(policy: str) -> str:
         return raised(lambda: filled(Choice(shape=SHAPE, tokens=40, policy=policy).build(), 40))
 
-    said = made("best")
-    yield said
-    for policy in said.rpartition("choose ")[2].replace(" or ", ", ").split(", "):
+    error = made("best")
+    yield error
+    for policy in error.rpartition("choose ")[2].replace(" or ", ", ").split(", "):
         yield made(policy)
 
 
@@ -96,9 +96,9 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("does not fill a byte at {} bits: give at least {}")
 def _(place: Place) -> Iterator[str]:
-    said = raised(lambda: KiviCache(SHAPE, 40, 2, group=3))
-    yield said
-    yield raised(lambda: filled(KiviCache(SHAPE, 40, 2, group=int(said.rpartition(" ")[2]), residual=4), 40))
+    error = raised(lambda: KiviCache(SHAPE, 40, 2, group=3))
+    yield error
+    yield raised(lambda: filled(KiviCache(SHAPE, 40, 2, group=int(error.rpartition(" ")[2]), residual=4), 40))
 
 
 @follows("too large for float16: use the full cache, as without --kv-budget")
@@ -129,9 +129,9 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("do not fit in {} blocks of {}: use at most {}")
 def _(place: Place) -> Iterator[str]:
-    said = raised(lambda: PagedCaches(PagedPool(SHAPE, 4, 4), 40))
-    yield said
-    caches = PagedCaches(PagedPool(SHAPE, 4, 4), most := int(said.rpartition(" ")[2]))
+    error = raised(lambda: PagedCaches(PagedPool(SHAPE, 4, 4), 40))
+    yield error
+    caches = PagedCaches(PagedPool(SHAPE, 4, 4), most := int(error.rpartition(" ")[2]))
     cache: Any = caches.open(list(range(most)))
     yield raised(lambda: filled(cache, most))
 

@@ -98,7 +98,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def chatting(place: Place, rows: list[list[dict[str, Any]]], template: str | None = None, **task: Any) -> str:
-    """The sentence that a run on these conversations is refused with, if it is."""
+    """The error of a run on these conversations; "" if there is none."""
     folder = place.folder / str(len(list(place.folder.iterdir())))
     config = tiny_config(folder, [{"messages": messages, "client": "abcd"[i % 4]} for i, messages in enumerate(rows)])
     model = chatml(folder / "chat")
@@ -111,9 +111,9 @@ def chatting(place: Place, rows: list[list[dict[str, Any]]], template: str | Non
 
 @follows("none of {} conversations fits into task.max_length={}; the shortest needs {} tokens: raise task.max_length", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = chatting(place, [TURNS] * 4, max_length=8)
-    yield said
-    yield chatting(place, [TURNS] * 4, max_length=int(re.findall(r"needs (\d+) tokens", said)[0]))
+    error = chatting(place, [TURNS] * 4, max_length=8)
+    yield error
+    yield chatting(place, [TURNS] * 4, max_length=int(re.findall(r"needs (\d+) tokens", error)[0]))
 
 
 @follows("does not show the tool calls of {} conversations: give rows without tool calls, or a model whose template shows them", slow=True)

@@ -30,7 +30,7 @@ from tests.working import work_in
 
 
 def hello(config: Config, place: Place, **own: Any) -> str:
-    """What a device says to a server's experiment."""
+    """The error of a device that gets a server's experiment; "" if there is none."""
     return raised(lambda: own_config(config, Device(client="home-000", state=place.folder, **own), []))
 
 
@@ -62,7 +62,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def lowered(place: Place, layers: float | None, **peft: Any) -> str:
-    """What is said where rows' lower layers are kept, or with None are not."""
+    """The error of caching lower layers for rows; with None, they are not cached."""
     live, _ = build_adapter(place.folder / str(len(list(place.folder.iterdir()))), "llama", PeftConfig(rank=3, **peft), LM)
     return raised(lambda: LowerLayers(live, layers) if layers else None)
 
@@ -121,7 +121,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _odd(says: str, **config: Any) -> None:
-    """A backbone whose config says so."""
+    """A backbone whose config has these values."""
 
     def follow(place: Place) -> Iterator[str]:
         live, _ = build_adapter(place.folder, "llama", PeftConfig(rank=3, targets=UPPER["llama"]), LM)
@@ -190,7 +190,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def trained(place: Place, *, longest: int = 99, **plan: Any) -> str:
-    """What a turn says on a device whose memory holds rows of so many tokens."""
+    """The error of a turn on a device whose memory holds rows of this many tokens."""
     real = trainer.loss_sum
 
     def limited(model: Any, batch: Any, task: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The advice about rows: files that are mended, and settings that are changed, as the sentence says."""
+"""Advice about rows: files are corrected and settings are changed as the error says."""
 
 import gzip
 import io
@@ -19,8 +19,8 @@ ROWS = (A + B) * 6
 BOTH = {"text": ["a", "b"] * 6, "label": ["x", "y"] * 6}
 
 
-def said(place: Place, settings: dict[str, Any], files: dict[str, Content], path: str) -> str:
-    """What is said of these files, the only ones in their folder."""
+def refusal_of(place: Place, settings: dict[str, Any], files: dict[str, Content], path: str) -> str:
+    """The error of reading these files, the only ones in their folder; "" if there is none."""
     folder = place.folder / str(len(list(place.folder.iterdir())))
     folder.mkdir()
     for name, content in files.items():
@@ -32,15 +32,15 @@ def said(place: Place, settings: dict[str, Any], files: dict[str, Content], path
 
 
 def rows(says: str, name: str, bad: Content, settings: dict[str, Any], *mends: Content | dict[str, Any]) -> None:
-    """A file and settings that are refused; each mend is another content of the file, or other settings."""
+    """A row about a file and settings that are refused; each correction is another content of the file, or other settings."""
 
     def follow(place: Place) -> Iterator[str]:
-        yield said(place, settings, {name: bad}, name)
+        yield refusal_of(place, settings, {name: bad}, name)
         for mend in mends:
             if isinstance(mend, dict):
-                yield said(place, mend, {name: bad}, name)
+                yield refusal_of(place, mend, {name: bad}, name)
             else:
-                yield said(place, settings, {name: mend}, name)
+                yield refusal_of(place, settings, {name: mend}, name)
 
     follows(says)(follow)
 
@@ -75,9 +75,9 @@ rows("has no named group: name the columns, such as (?P<text>...)", "a.txt", "x\
 
 def _files(says: str, settings: dict[str, Any], files: dict[str, Content], path: str, *mends: tuple[dict[str, Any], str]) -> None:
     def follow(place: Place) -> Iterator[str]:
-        yield said(place, settings, files, path)
+        yield refusal_of(place, settings, files, path)
         for mend, where in mends:
-            yield said(place, mend, files, where)
+            yield refusal_of(place, mend, files, where)
 
     follows(says)(follow)
 

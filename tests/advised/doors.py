@@ -109,7 +109,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def a_run(path: Path, *settings: str, served: bool = False, done: int = 1, pid: int = 0) -> Path:
-    """A run directory as far as a door reads it."""
+    """The parts of a run directory that an entry point reads."""
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump(to_dict(composed(["rounds=2", *settings])[0].config)))
     for number in range(done + 1):
@@ -160,7 +160,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def quiet_run(place: Place) -> None:
-    """Simulations that stop as soon as they would begin."""
+    """Simulations that stop before they begin."""
     place.patch.setattr("fedtune.experiment.simulate", lambda config: Path(config.resume or "a run"))
 
 

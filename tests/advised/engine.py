@@ -33,7 +33,7 @@ def loaded(folder: Path, kind: str | None = None) -> str:
 
 
 def exported(place: Place, run: Path, *flags: str) -> Path:
-    """The folder of the export that a sentence asks for."""
+    """The folder of the export that an error advises."""
     shutil.rmtree(place.folder / "out", ignore_errors=True)
     assert not place.run("fedtune", "export", run, "--out", place.folder / "out", *flags)
     return place.folder / "out"
@@ -100,17 +100,17 @@ def _(place: Place) -> Iterator[str]:
 @follows("there is no kind {}: choose {}")
 def _(place: Place) -> Iterator[str]:
     model = run_of(place).parent / "m"
-    said = loaded(model, "int3")  # the command line offers the others alone
-    yield said
-    for kind in said.rpartition("choose ")[2].split(", "):
+    error = loaded(model, "int3")  # the command line offers the others alone
+    yield error
+    for kind in error.rpartition("choose ")[2].split(", "):
         yield loaded(model, kind)
 
 
 @follows("and {} would round it again: export the model in {}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    said = loaded(exported(place, run_of(place), "--to", "edge", "--quantize", "int8"), "int4")
-    yield said
-    kind = said.rpartition(" in ")[2]
+    error = loaded(exported(place, run_of(place), "--to", "edge", "--quantize", "int8"), "int4")
+    yield error
+    kind = error.rpartition(" in ")[2]
     yield loaded(exported(place, run_of(place), "--to", "edge", "--quantize", kind), "int4")
 
 
@@ -124,7 +124,10 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _linear(says: str, kind: str, group: int = 32, **parts: torch.Tensor | None) -> None:
-    """A stored linear of these parts, which the next export writes whole. No file brings it about: the reader of packages looks first."""
+    """A row about a stored linear layer with these parts; the next export writes all of them.
+
+    No file causes this error, because the package reader checks first.
+    """
 
     def follow(place: Place) -> Iterator[str]:
         whole: Any = portable(kind, torch.ones(8, 64))
@@ -190,9 +193,9 @@ def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
-    said = encoded("turn on", model)
-    yield said
-    name, value, file = re.findall(r"set (\w+) to (\w+) in (\S+)", said)[0]
+    error = encoded("turn on", model)
+    yield error
+    name, value, file = re.findall(r"set (\w+) to (\w+) in (\S+)", error)[0]
     (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | {name: value}))
     yield encoded("turn on", model)
 
@@ -258,9 +261,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     model = place.keep("served", lambda path: tiny_model(path, context=128))
     generate = ["fedtune", "generate", model, "turn on", "--max-new-tokens", "2", "--speculate", "draft", "--draft"]
-    said = place.run(*generate, run_of(place).parent / "m")
-    yield said
-    (line,) = re.findall(r"`(fedtune draft)`", said)
+    error = place.run(*generate, run_of(place).parent / "m")
+    yield error
+    (line,) = re.findall(r"`(fedtune draft)`", error)
     small = place.folder / "small"
     yield place.run(*line.split(), model, "--steps", "1", "--length", "16", "--layers", "1", "--out", small)
     yield place.run(*generate, small)

@@ -284,9 +284,9 @@ def _(place: Place) -> Iterator[str]:
         draft = Path(made["draft"]) if how == "draft" else None
         return raised(lambda: generate_text(Path(made["model"]), "turn on", max_new_tokens=2, speculate=how, draft=draft))
 
-    said = answers("guess")  # the command line offers these alone
-    yield said
-    for how in re.findall(r"[a-z-]+", said.rpartition("choose ")[2]):
+    error = answers("guess")  # the command line offers these alone
+    yield error
+    for how in re.findall(r"[a-z-]+", error.rpartition("choose ")[2]):
         yield answers(how) if how != "or" else ""
 
 

@@ -32,10 +32,10 @@ GGUF = "--to", "gguf"
 
 
 def to_each(place: Place, run: Path) -> Iterator[str]:
-    """What is said to GGUF, and to what the sentence names instead."""
-    said = export(place, run, *GGUF)
-    yield said
-    for to in said.rpartition("--to ")[2].strip().split(" or "):
+    """The errors of an export to GGUF, and to each format that this error names instead."""
+    error = export(place, run, *GGUF)
+    yield error
+    for to in error.rpartition("--to ")[2].strip().split(" or "):
         yield export(place, run, "--to", to)
 
 

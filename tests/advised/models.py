@@ -12,7 +12,7 @@ from tests.models.build import checkpoint, hub
 
 
 def run_of(place: Place, task: TaskConfig = CAUSAL, kind: str = "llama", **how: Any) -> Path:
-    """A run, as far as an export reads it, with an adapter over a tiny random backbone; kept, so no row writes into it."""
+    """The parts of a run that an export reads, with an adapter over a tiny random backbone. All rows share it: none may write into it."""
     name = "-".join(map(str, (kind, task.kind, *how.values()))).replace("/", "")[:200]
     made = place.keep(name, lambda path: make_run(path / "run", hub(checkpoint(path / "m", kind)), task, **how))
     return made / "run"

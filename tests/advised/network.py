@@ -143,18 +143,18 @@ def _(place: Place) -> Iterator[str]:
     yield _starts(_settings(place.folder))
 
 
-def _log_of(said: str) -> str:
-    """Nothing, where the file that a sentence says to see is there."""
-    return "" if Path(said.rpartition("see ")[2].strip()).is_file() else f"there is no log: {said}"
+def _log_of(error: str) -> str:
+    """An error if the log file that a sentence names does not exist, else ""."""
+    return "" if Path(error.rpartition("see ")[2].strip()).is_file() else f"there is no log: {error}"
 
 
 @follows("it ended; see {}")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(link.sys, "executable", "/bin/false")
     (place.folder / "superlink").mkdir()
-    said = _starts(_settings(place.folder))
-    yield said
-    yield _log_of(said)
+    error = _starts(_settings(place.folder))
+    yield error
+    yield _log_of(error)
 
 
 @follows("the SuperLink ended {} times within {} s: see {}", slow=True)
@@ -243,7 +243,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _client_with(place: Place, harm: Any) -> Iterator[str]:
-    """A client whose files are harmed, then those that `fedtune keys` made."""
+    """A row about a client with damaged files, then with those of `fedtune keys`."""
     place.patch.setattr(Node, "serve", lambda self: None)
     keys = folder(place)
     harm(Path(keys["a"]))
@@ -305,8 +305,8 @@ def answering(status: int = 503, tls: Path | None = None, **headers: str) -> Ite
         one.shutdown()
 
 
-def told(place: Place, server: str, at: Path | None = None, retries: int = 0) -> str:
-    """What a client says of a server in the end."""
+def last_line(place: Place, server: str, at: Path | None = None, retries: int = 0) -> str:
+    """The last line of a client's output, with this server and the key at `at`."""
     flags = ["--key", f"{at}/key", "--root-certificates", f"{at}/ca.pem"] if at else ["--insecure"]
     more = ["--client-id", "a", "--state", str(place.folder / "state"), "--max-retries", str(retries)]
     return place.run("fedtune-client", "--server", server, *flags, *more).splitlines()[-1]
@@ -317,18 +317,18 @@ def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["keys"])
     assert not place.run("fedtune", "keys", "--out", place.folder / "other", "--server-name", "h", "--clients", "a")
     with answering(tls=keys) as server:
-        said = told(place, server, place.folder / "other/clients/a")
-        yield said
-        yield _let_in(told(place, server, keys / "clients/a"))
+        error = last_line(place, server, place.folder / "other/clients/a")
+        yield error
+        yield _let_in(last_line(place, server, keys / "clients/a"))
 
 
 @follows("this machine's clock is {} s {} that of {}, which refuses the request: set the clock")
 def _(place: Place) -> Iterator[str]:
     with answering(401, Date=formatdate(time.time() - 3600, usegmt=True)) as server:
-        yield told(place, server)
+        yield last_line(place, server)
     with answering(401) as server:  # both clocks show the same
-        then = told(place, server)
-        yield then if "clock" in then else ""
+        error = last_line(place, server)
+        yield error if "clock" in error else ""
 
 
 @contextmanager
@@ -363,9 +363,9 @@ def _(place: Place) -> Iterator[str]:
     allowed = json.loads((keys / "allowed.json").read_text())
     known = read_keys({"b": allowed["b"]})
     with a_door(keys, known) as server:
-        yield told(place, server, keys / "clients/a")
+        yield last_line(place, server, keys / "clients/a")
         known |= read_keys({"a": (keys / "clients/a/key.pub").read_text()})
-        yield _let_in(told(place, server, keys / "clients/a"))
+        yield _let_in(last_line(place, server, keys / "clients/a"))
 
 
 @follows("another process is connected to {} with the key {}: stop one of them, or give each its own key", slow=True)
@@ -381,12 +381,12 @@ def _(place: Place) -> Iterator[str]:
             port._incarnations.may_call(key, "first", activates=False)
 
     with a_door(keys, read_keys(allowed), beat) as server:
-        yield told(place, server, keys / "clients/a", retries=1)
-        yield _let_in(told(place, server, keys / "clients/b", retries=1))
+        yield last_line(place, server, keys / "clients/a", retries=1)
+        yield _let_in(last_line(place, server, keys / "clients/b", retries=1))
         stopped.append("first")
-        yield _let_in(told(place, server, keys / "clients/a", retries=1))
+        yield _let_in(last_line(place, server, keys / "clients/a", retries=1))
 
 
-def _let_in(said: str) -> str:
-    """Nothing, where the door has let a client through to what lies behind it."""
-    return "" if "cannot answer now" in said else said or "it was not told"
+def _let_in(error: str) -> str:
+    """The error of a client that the public port refuses; "" if its request reaches the application behind the port."""
+    return "" if "cannot answer now" in error else error or "the client printed nothing"

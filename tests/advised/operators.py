@@ -12,7 +12,7 @@ from tests.inference.serve.served import tiny_model
 
 
 def quiet_serve(place: Place) -> dict[str, str]:
-    """Servers that end as soon as they would take requests; the model, and an adapter for it."""
+    """Servers that stop before they take requests; also their model, and an adapter for it."""
     place.patch.setattr("fedtune.inference.serve.server.Server.serve_on", lambda self, listener: None)
     engine_of(place)
     return {"model": str(place.kept / "served")}

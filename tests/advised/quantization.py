@@ -30,9 +30,9 @@ def _(place: Place) -> Iterator[str]:
     def made(method: Any) -> str:
         return raised(lambda: QuantizeSettings(kind="int8", group=0, method=method))
 
-    said = made("best")
-    yield said
-    for method in said.rpartition("from ")[2].split(", "):
+    error = made("best")
+    yield error
+    for method in error.rpartition("from ")[2].split(", "):
         yield made(method)
 
 

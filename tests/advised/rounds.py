@@ -41,7 +41,7 @@ AVERAGE = {"_target_": "fedtune.strategies.fedavg.FedAvg"}
 
 
 def checked(target: str, **config: Any) -> str:
-    """What a strategy's requirements say against these settings."""
+    """The error of a strategy's requirements with these settings; "" if there is none."""
     strategy = make_strategy(Config(strategy={"_target_": f"fedtune.strategies.{target}"}, min_clients=5))
     return raised(lambda: check_strategy(strategy, Config(**config)))
 
@@ -97,9 +97,9 @@ def _(place: Place) -> Iterator[str]:
 
     place.patch.chdir(place.folder)
     place.patch.setattr(sys, "path", [*sys.path])
-    said = made("mine_of_advice.Mine")
-    yield said
-    assert "fedavg" in re.findall(r"strategy=(\S+),", said)[0].split("|")
+    error = made("mine_of_advice.Mine")
+    yield error
+    assert "fedavg" in re.findall(r"strategy=(\S+),", error)[0].split("|")
     yield made(AVERAGE["_target_"])
     (place.folder / "mine_of_advice.py").write_text("from fedtune.strategies.fedavg import FedAvg\n\n\nclass Mine(FedAvg): ...\n")
     yield made("mine_of_advice.Mine")
@@ -130,9 +130,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     shutil.rmtree(run / "adapter")
-    said = raised(lambda: fedtune.load_run(run).adapter)
-    yield said
-    yield place.run("fedtune.sim", setting_of(said))
+    error = raised(lambda: fedtune.load_run(run).adapter)
+    yield error
+    yield place.run("fedtune.sim", setting_of(error))
     yield raised(lambda: fedtune.load_run(run).adapter)
 
 
@@ -140,7 +140,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def joined(answers: Answers, limit: int = 1000, **policy: Any) -> str:
-    """Why the one node that connects cannot take part."""
+    """The reason why the only connected node cannot take part."""
     join = JoinPolicy(**{"patience_s": 0.1, "retry_s": 60.0, **policy})
     members = Membership(Nodes(answers, {1: 0.0}), "b", 1, join, Notes(), limit)  # type: ignore[arg-type]
     return raised(lambda: members.gather(1))
@@ -174,9 +174,9 @@ def _(place: Place) -> Iterator[str]:
         sent = TrafficConfig(max_mb_per_round=limit, **traffic)
         return raised(lambda: simulate(tiny_config(place.folder, rounds=1, peft=peft, traffic=sent)))
 
-    said = ran()
-    yield said
-    assert [float(mb) for mb in re.findall(r"([\d.]+) MB", said)]
+    error = ran()
+    yield error
+    assert [float(mb) for mb in re.findall(r"([\d.]+) MB", error)]
     yield ran(limit=10.0)
     for values in ("int8", "nf4"):
         yield ran(up=values, down=values)
@@ -245,9 +245,9 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("but this client's first adapter does not have it: use the same model and adapter settings on both ends")
 def _(place: Place) -> Iterator[str]:
-    sent, said = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
+    tensors, header = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
     for first in ({}, FIRST):
-        yield raised(lambda first=first: decode_broadcast(said, sent, first))
+        yield raised(lambda first=first: decode_broadcast(header, tensors, first))
 
 
 @follows("but the largest fp16 value is {}: use bf16 or int8 (traffic.up, traffic.down)")
@@ -319,8 +319,8 @@ def _full(*_: Any) -> None:
 # -- the machine --------------------------------------------------------------------------------------------------------------------------
 
 
-def told(call: Callable[[], Any]) -> str:
-    """What a command says of an error that is none of fedtune's own."""
+def error_of(call: Callable[[], Any]) -> str:
+    """A command's sentence about an error of the machine or of Python; "" if there is none."""
     try:
         call()
     except (OSError, ImportError) as bad:
@@ -332,11 +332,11 @@ def told(call: Callable[[], Any]) -> str:
 def _(place: Place) -> Iterator[str]:
     with place.patch.context() as patch:
         patch.setitem(sys.modules, "peft", None)
-        yield told(lambda: importlib.import_module("peft"))
-    yield told(lambda: importlib.import_module("peft"))  # the extra is there again
+        yield error_of(lambda: importlib.import_module("peft"))
+    yield error_of(lambda: importlib.import_module("peft"))  # the extra is there again
 
 
 @follows("{}: free disk space and start again")
 def _(place: Place) -> Iterator[str]:
     for folder in (Path("/dev/full"), place.folder / "report.html"):
-        yield told(lambda folder=folder: folder.write_text("a report"))
+        yield error_of(lambda folder=folder: folder.write_text("a report"))

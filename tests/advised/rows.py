@@ -1,4 +1,4 @@
-"""Rows of advice that tests follow: where a sentence is met, and what is done as it says."""
+"""Rows of advice that tests follow: each causes an error, and then does what the error advises."""
 
 import copy
 import functools
@@ -41,14 +41,14 @@ class Place:
     kept: Path
 
     def keep(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """Something that is made once, by `make(path)`; rows that change it work on a copy."""
+        """A file or folder that `make(path)` creates once; rows that change it work on a copy."""
         path = self.kept / name
         if not path.exists():
             make(path)
         return path
 
     def run(self, *argv: str | Path) -> str:
-        """What a command says against these arguments; "" if it does what is asked."""
+        """The error of a command with these arguments; "" if it succeeds."""
         name, *rest = map(str, argv)
         door = {"fedtune": cli.main, "fedtune-server": server.main, "fedtune-client": client.main, "fedtune.sim": sim.main}[name]
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -81,7 +81,7 @@ Follow = Callable[[Place], Iterator[str]]
 
 @dataclass(frozen=True)
 class Row:
-    """One sentence and how it is followed.
+    """One sentence of advice, and the test that follows it.
 
     Args:
         says: Part of the sentence in the source that no other has, {} for each value.
@@ -100,7 +100,7 @@ ROWS: list[Row] = []
 
 
 def follows(says: str, *, slow: bool = False, library: str = "") -> Callable[[Follow], Follow]:
-    """Enter a function into the table; see `Row`."""
+    """Add a function to the table; see `Row`."""
 
     def enter(follow: Follow) -> Follow:
         ROWS.append(Row(says, follow, slow, library))
@@ -110,7 +110,7 @@ def follows(says: str, *, slow: bool = False, library: str = "") -> Callable[[Fo
 
 
 def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None, slow: bool = False, **values: str) -> None:
-    """Enter a command line whose refusal names flags to add, change or leave out.
+    """Add a command line whose error names flags to add, change or leave out.
 
     Args:
         says: As in `Row`.
@@ -135,7 +135,7 @@ def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None
 
 
 def _insist(place: Place, argv: list[str], given: Mapping[str, str], first: str, more: int = 3) -> str:
-    """What is said in the end where the advice of further refusals is followed, too."""
+    """The last error, after the advice of further errors is followed too; "" if there is none."""
     shutil.rmtree(place.folder / "out", ignore_errors=True)  # what another way has written
     output = place.run(*argv)
     if output and output != first and more:
@@ -145,29 +145,29 @@ def _insist(place: Place, argv: list[str], given: Mapping[str, str], first: str,
     return output
 
 
-def ways(said: str, argv: list[str], given: Mapping[str, str]) -> list[list[str]]:
-    """The command lines that a refusal tells to try instead.
+def ways(error: str, argv: list[str], given: Mapping[str, str]) -> list[list[str]]:
+    """The command lines that an error advises.
 
     `leave out --a and --b, or --c` are two, `use --to edge or hf` are two; a flag without a value takes that of `given`.
     """
-    if clash := re.search(r"argument (--\S+): not allowed with argument (--\S+)", said):
+    if clash := re.search(r"argument (--\S+): not allowed with argument (--\S+)", error):
         return [_without(argv, clash[2])]
-    said = re.sub(r" \([^()]*\)", "", said)  # reasons
-    advice = max(said.rpartition(": ")[2], said.rpartition("; ")[2], key=lambda part: bool(FLAG.search(part) or "leave" in part))
-    advice = said.split(": ", 2)[-1] if not FLAG.search(advice) and "leave" not in advice else advice
+    error = re.sub(r" \([^()]*\)", "", error)  # reasons
+    advice = max(error.rpartition(": ")[2], error.rpartition("; ")[2], key=lambda part: bool(FLAG.search(part) or "leave" in part))
+    advice = error.split(": ", 2)[-1] if not FLAG.search(advice) and "leave" not in advice else advice
     advice = advice.rpartition(" needs ")[2]
     results: list[list[str]] = []
     for words in re.findall(r"leave out ((?:--[a-z-]+(?:, or | and )?)+)", advice):
         results += [_without(argv, *FLAG.findall(part)) for part in words.split(", or ")]
         advice = advice.replace(words, "")
     if re.search(r"leave (?:it|one) out", advice):
-        results += [_without(argv, flag) for flag in FLAG.findall(said)[: 2 if "leave one out" in advice else 1]]
+        results += [_without(argv, flag) for flag in FLAG.findall(error)[: 2 if "leave one out" in advice else 1]]
     for match in FLAG.finditer(advice):
         flag, choices = match.group(), _CHOICES.match(advice, match.end())
         words = re.findall(r"[a-z][a-z0-9_-]*", choices.group() if choices else "")
         kept = [word for word in words if word not in _PROSE]
         values = kept if kept and flag not in given else [given[flag]] if flag in given else []
-        assert values, f"the row gives no value for {flag}: {said}"
+        assert values, f"the row gives no value for {flag}: {error}"
         results += [[*_without(argv, flag), flag, *shlex.split(value)] for value in values]
     return results
 
@@ -181,7 +181,7 @@ def _without(argv: list[str], *flags: str) -> list[str]:
 
 
 def raised(call: Callable[[], Any]) -> str:
-    """The sentence that a call is refused with, "" if it is not; for what no command reaches."""
+    """The error of a call, "" if there is none; for code that no command reaches."""
     from fedtune.errors import FedtuneError
 
     try:

@@ -23,7 +23,7 @@ from tests.tiny import tiny_config
 
 
 def finished(path: Path, *settings: str, done: int = 2, metric: str = "accuracy") -> Path:
-    """A run as far as `fedtune compare` reads it."""
+    """The parts of a run that `fedtune compare` reads."""
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump(to_dict(composed(["rounds=2", *settings])[0].config)))
     lines = [{"round": r, "client": None, metric: r / 2, "loss": 1.0, "seconds": 3.0} for r in range(done + 1)]
@@ -111,10 +111,10 @@ def ended(place: Place) -> Path:
     return Path(shutil.copytree(run, place.folder / "ended"))
 
 
-def setting_of(said: str, name: str = "resume") -> str:
-    """The setting as it is printed."""
-    match = re.search(rf"\b{name}=[^\s,;:]+", " ".join(said.split()).replace(f"{name}= ", f"{name}="))
-    assert match, said
+def setting_of(error: str, name: str = "resume") -> str:
+    """The setting in a printed sentence."""
+    match = re.search(rf"\b{name}=[^\s,;:]+", " ".join(error.split()).replace(f"{name}= ", f"{name}="))
+    assert match, error
     return match.group()
 
 
@@ -167,7 +167,7 @@ def _full(*_: Any, **__: Any) -> None:
 
 
 def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
-    """What is said while something does not work; it works again after."""
+    """The error while something does not work, then "" when it works again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, how, raising=False)
         return place.run(*argv) if argv else simulate(place)

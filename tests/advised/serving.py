@@ -48,14 +48,14 @@ def shows_tools(place: Place) -> Engine:
 _JSON = {"Content-Type": "application/json"}
 
 
-def said(answer: httpx.Response) -> str:
+def refusal_of(answer: httpx.Response) -> str:
     """The sentence of a refusal, "" of an answer."""
     return answer.json()["error"]["message"] if answer.is_error else ""
 
 
 def post(url: str, body: Any, **more: Any) -> str:
     path = "chat/completions" if "messages" in body else "completions"
-    return said(httpx.post(f"{url}/v1/{path}", json=body, timeout=20, **more))
+    return refusal_of(httpx.post(f"{url}/v1/{path}", json=body, timeout=20, **more))
 
 
 # -- one field too many -------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _(place: Place) -> Iterator[str]:
     (place.folder / "keys").write_text("secret")
     for flags in ([], ["--api-key-file", str(place.folder / "keys")], ["--host", "0.0.0.0"]):  # noqa: S104
         assert not place.run(*serve, *flags)
-        yield said(_over(started.pop(), headers={"Host": "device.example.org", "Authorization": "Bearer secret"}))
+        yield refusal_of(_over(started.pop(), headers={"Host": "device.example.org", "Authorization": "Bearer secret"}))
 
 
 def _over(app: Any, body: Any = None, **more: Any) -> httpx.Response:
@@ -220,17 +220,17 @@ def _(place: Place) -> Iterator[str]:
 @follows("the body must be JSON: send 'Content-Type: application/json'")
 def _(place: Place) -> Iterator[str]:
     with serve_model(engine_of(place)) as server:
-        refusal = said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK)))
+        refusal = refusal_of(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK)))
         yield refusal
         name, value = re.findall(r"'([\w-]+): (.*)'", refusal)[0]
-        yield said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK), headers={name: value}))
+        yield refusal_of(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK), headers={name: value}))
 
 
 @follows("the body holds half a surrogate pair (\\ud800 to \\udfff): send whole characters")
 def _(place: Place) -> Iterator[str]:
     with serve_model(engine_of(place)) as server:
         for prompt in ("turn \ud83d on", "turn \U0001f600 on"):
-            yield said(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK | {"prompt": prompt}), headers=_JSON))
+            yield refusal_of(httpx.post(f"{server.url}/v1/completions", content=json.dumps(ASK | {"prompt": prompt}), headers=_JSON))
 
 
 @follows("the body did not arrive in time: send it without pauses")
@@ -316,7 +316,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _later(place: Place, **first: Any) -> Iterator[str]:
-    """What is said while the scheduler is so, and once it is not."""
+    """The error while the scheduler is in this state, then "" afterwards."""
     plain: dict[str, Any] = {"cancel": lambda request: None, "full": False, "draining": False, "limit": 512, "load": (0, 0)}
 
     def submit(request: GenerationRequest) -> None:
@@ -325,7 +325,7 @@ def _later(place: Place, **first: Any) -> Iterator[str]:
     for changes in (first, {}):
         scheduler: Any = SimpleNamespace(**plain | {"submit": submit} | changes)
         app = create_app(scheduler, ServedModel(name="tiny", text=engine_of(place).text), Limits(), ApiKeys(), local=False)
-        yield said(_over(app, ASK))
+        yield refusal_of(_over(app, ASK))
 
 
 def _ends(how: str) -> Any:
