@@ -75,8 +75,8 @@ def all_cells() -> list[Cell]:
 class Campaign:
     """A deployment and the hand that hurts it."""
 
-    def __init__(self, folder: Path, cells: Sequence[Cell], told: Callable[[str], None] = print) -> None:
-        self.folder, self.cells, self.told = folder, list(cells), told
+    def __init__(self, folder: Path, cells: Sequence[Cell], report: Callable[[str], None] = print) -> None:
+        self.folder, self.cells, self.report = folder, list(cells), report
         self.points = folder / "points"
         self.points.mkdir(parents=True)
         write_rows(folder / "rows", CLIENTS)
@@ -85,8 +85,8 @@ class Campaign:
         self.experiment += ["weights.max_share=1"]  # the replay bounds nobody, and two clients of three would be made equal
         slow = any(c.kind == "slow" for c in cells)  # of its own: other cells must not be ended by the round's deadline
         limit = DEADLINE if slow else 10 * PATIENCE
-        self.made = Deployment(folder, CLIENTS, [*self.experiment, f"round_timeout_s={limit:g}"])
-        self.proxy = Link(self.made.port)
+        self.deployment = Deployment(folder, CLIENTS, [*self.experiment, f"round_timeout_s={limit:g}"])
+        self.proxy = Link(self.deployment.port)
 
     # -- the campaign ---------------------------------------------------------------------------------------------------------------------
 
@@ -105,10 +105,10 @@ class Campaign:
             if all(o.good for o in outcomes):
                 self._end(outcomes)
         finally:
-            self.made.stop()
+            self.deployment.stop()
             self.proxy.close()
             time.sleep(1)
-            if (left := self.made.processes()) and outcomes:
+            if (left := self.deployment.processes()) and outcomes:
                 outcomes[-1].bad(f"left behind: {', '.join(' '.join(p.cmdline()[-3:]) for p in left)}")
                 for process in left:
                     process.kill()
@@ -133,48 +133,48 @@ class Campaign:
             out.bad(f"{type(bad).__name__}: {bad}")
         out.rounds, out.seconds = (first, self._newest()), time.monotonic() - began
         out.words += self._dropped(out.rounds)
-        said = {f: f.read_bytes()[sizes.get(f, 0) :].decode(errors="replace") for f in self._texts()}
-        if traces := [f.name for f, text in said.items() if "Traceback" in text]:
+        added = {f: f.read_bytes()[sizes.get(f, 0) :].decode(errors="replace") for f in self._texts()}
+        if traces := [f.name for f, text in added.items() if "Traceback" in text]:
             out.bad(f"a trace in {traces[0]}")
-        if len(now := self.made.processes()) > PROCESSES:
+        if len(now := self.deployment.processes()) > PROCESSES:
             out.bad(f"{len(now)} processes, {PROCESSES} wanted")
-        self.told(f"{'ok ' if out.good else 'BAD'} {cell}  rounds {out.rounds}  {out.seconds:.0f} s  {'; '.join(out.words)}")
+        self.report(f"{'ok ' if out.good else 'BAD'} {cell}  rounds {out.rounds}  {out.seconds:.0f} s  {'; '.join(out.words)}")
         return out
 
     def _end(self, outcomes: Sequence[Outcome]) -> None:
         """Stop it as a service is stopped, let it come to its end in one round more, and compare every round."""
-        assert self.made.server is not None
-        self.made.server.terminate()
-        if (code := self.made.server.wait(PATIENCE)) != 130:
+        assert self.deployment.server is not None
+        self.deployment.server.terminate()
+        if (code := self.deployment.server.wait(PATIENCE)) != 130:
             outcomes[-1].bad(f"SIGTERM gives exit code {code}")
         for file in self.points.iterdir():
             file.unlink()
         self.experiment = [s for s in self.experiment if not s.startswith("rounds=")] + [f"rounds={self._newest() + 1}"]
-        self.made.experiment = self.experiment
+        self.deployment.experiment = self.experiment
         self._start_server()
-        code = self.made.finish(PATIENCE)
+        code = self.deployment.finish(PATIENCE)
         if code != 0:
-            outcomes[-1].bad(f"exit code {code}: {self.made.said('server').splitlines()[-1]}")
-        turnout, off = counted(self.made.run), self._replayed()
+            outcomes[-1].bad(f"exit code {code}: {self.deployment.output('server').splitlines()[-1]}")
+        turnout, off = counted(self.deployment.run), self._replayed()
         for out in outcomes:
             wrong = [r for r in range(out.rounds[0], out.rounds[1] + 1) if not off.get(r, float("inf")) <= BOUND]
             if wrong:
                 out.bad(f"round {wrong[0]} is off by {off.get(wrong[0], float('inf')):g} from the replay")
         if not all(v <= BOUND for v in off.values()) or len(off) != max(turnout) + 1:
             outcomes[-1].bad(f"{len(off)} rounds compared, off by up to {max(off.values()):g}")
-        records = [r["round"] for r in read_metrics(self.made.run) if r["client"] is None]
+        records = [r["round"] for r in read_metrics(self.deployment.run) if r["client"] is None]
         if records != list(range(max(turnout) + 1)):
             outcomes[-1].bad(f"metrics.jsonl tells of rounds {records}")
 
     def _replayed(self) -> dict[int, float]:
         """Round → difference from the replay, which runs in a process of its own."""
-        command = [sys.executable, "-m", "tests.faults.replay", str(self.made.run), str(self.folder), *self.experiment]
+        command = [sys.executable, "-m", "tests.faults.replay", str(self.deployment.run), str(self.folder), *self.experiment]
         with (self.folder / "replay.out").open("w") as errors:
             process = popen()(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
-            said, _ = process.communicate()
+            printed, _ = process.communicate()
         if process.returncode:
             raise Defect(f"the replay failed: {(self.folder / 'replay.out').read_text()[-500:]}")
-        return {int(r): float(off) for r, off in json.loads(said.decode().strip().splitlines()[-1]).items()}
+        return {int(r): float(off) for r, off in json.loads(printed.decode().strip().splitlines()[-1]).items()}
 
     # -- the faults -----------------------------------------------------------------------------------------------------------------------
 
@@ -195,11 +195,11 @@ class Campaign:
             process.send_signal(signal.SIGKILL)
         psutil.wait_procs(pids, timeout=20)
         if victim == "client":
-            self.made.clients[HURT].wait()
+            self.deployment.clients[HURT].wait()
             self._start_client(HURT)
         if victim in ("server", "both"):
-            assert self.made.server is not None
-            self.made.server.wait()
+            assert self.deployment.server is not None
+            self.deployment.server.wait()
             self._start_server()
         self._release(who, point)
 
@@ -225,26 +225,26 @@ class Campaign:
         self._arm("server", "idle")
         self._release("server", "idle")
         self._wait_held("server", "idle")
-        kinds = [str(r.get("dropped", "")) for r in read_metrics(self.made.run) if r["round"] == first and r["client"] == HURT]
+        kinds = [str(r.get("dropped", "")) for r in read_metrics(self.deployment.run) if r["round"] == first and r["client"] == HURT]
         if not kinds or not kinds[0].startswith("refused"):
             raise Defect(f"the lie was not refused: {kinds}")
 
     def _skew(self, cell: Cell, out: Outcome) -> None:
-        self.made.clients[HURT].terminate()
-        self.made.clients[HURT].wait(30)
-        told = len(self.made.said(HURT))
+        self.deployment.clients[HURT].terminate()
+        self.deployment.clients[HURT].wait(30)
+        begin = len(self.deployment.output(HURT))
         self._start_client(HURT, "--skew", cell.where)
         end = time.monotonic() + PATIENCE
-        while "connected to" not in (said := self.made.said(HURT)[told:]) and "clock" not in said:
+        while "connected to" not in (printed := self.deployment.output(HURT)[begin:]) and "clock" not in printed:
             if time.monotonic() > end:
-                raise Defect(f"a client with a skewed clock says nothing of it: {said[-300:]}")
+                raise Defect(f"a client with a skewed clock says nothing of it: {printed[-300:]}")
             time.sleep(0.1)
-        out.words.append(said.strip().splitlines()[-1])
+        out.words.append(printed.strip().splitlines()[-1])
         self._arm("server", "idle")
         self._release("server", "idle")
         self._wait_held("server", "idle")
-        self.made.clients[HURT].terminate()
-        self.made.clients[HURT].wait(30)
+        self.deployment.clients[HURT].terminate()
+        self.deployment.clients[HURT].wait(30)
         self._start_client(HURT)
 
     def _slow(self, cell: Cell, out: Outcome) -> None:
@@ -262,26 +262,27 @@ class Campaign:
         (self.points / "server.disk").touch()
         self._arm("server", "idle")
         self._release("server", "idle")
-        assert self.made.server is not None
-        code = self.made.server.wait(PATIENCE)
-        said = self.made.said("server").strip().splitlines()[-1]
-        out.words.append(said)
-        if code != 2 or not said.startswith("fedtune-server: "):
+        assert self.deployment.server is not None
+        code = self.deployment.server.wait(PATIENCE)
+        line = self.deployment.output("server").strip().splitlines()[-1]
+        out.words.append(line)
+        if code != 2 or not line.startswith("fedtune-server: "):
             raise Defect(f"a full disk gives exit code {code}")
         self._start_server()
 
     # -- hands ----------------------------------------------------------------------------------------------------------------------------
 
     def _start_server(self) -> None:
-        self.made.start_server("--wait", f"{PATIENCE:g}", launcher=["-m", "tests.faults.launch", "server", str(self.points), "server"])
+        launcher = ["-m", "tests.faults.launch", "server", str(self.points), "server"]
+        self.deployment.start_server("--wait", f"{PATIENCE:g}", launcher=launcher)
 
     def _start_client(self, name: str, *more: str) -> None:
         port = int(self.proxy.address.rpartition(":")[2]) if name == HURT else None
-        self.made.start_client(name, port=port, launcher=["-m", "tests.faults.launch", name, str(self.points), "client", *more])
+        self.deployment.start_client(name, port=port, launcher=["-m", "tests.faults.launch", name, str(self.points), "client", *more])
 
     def _victims(self, victim: str) -> list[psutil.Process]:
-        assert self.made.server is not None
-        server, client = psutil.Process(self.made.server.pid), psutil.Process(self.made.clients[HURT].pid)
+        assert self.deployment.server is not None
+        server, client = psutil.Process(self.deployment.server.pid), psutil.Process(self.deployment.clients[HURT].pid)
         link, child = server.children(), client.children()
         found = {"client": [client], "child": child, "server": [server], "superlink": link, "both": [server, *link]}[victim]
         if not found:
@@ -298,8 +299,8 @@ class Campaign:
         """Wait until a process has come to a point."""
         held, end = self.points / f"{who}.{point}.held", time.monotonic() + PATIENCE
         while not held.exists():
-            if self.made.server is not None and (code := self.made.server.poll()) is not None:
-                raise Defect(f"the server ended with exit code {code}: {self.made.said('server').strip().splitlines()[-1]}")
+            if self.deployment.server is not None and (code := self.deployment.server.poll()) is not None:
+                raise Defect(f"the server ended with exit code {code}: {self.deployment.output('server').strip().splitlines()[-1]}")
             if time.monotonic() > end:
                 raise Defect(f"hung: {who} does not come to '{point}' within {PATIENCE:g} s")
             time.sleep(0.05)
@@ -312,7 +313,7 @@ class Campaign:
         while True:
             self._wait_held("server", "idle")
             done = self._newest()
-            if done >= first and len(counted(self.made.run)[done]) == len(CLIENTS):
+            if done >= first and len(counted(self.deployment.run)[done]) == len(CLIENTS):
                 return
             if done >= first + 3 and time.monotonic() - began > 15:
                 raise Defect("three rounds after the fault not all clients count")
@@ -324,16 +325,16 @@ class Campaign:
         """Wait until the server has passed the point before round `done + 1`."""
         end = time.monotonic() + PATIENCE
         while self._newest() <= done:
-            if self.made.server is not None and self.made.server.poll() is not None or time.monotonic() > end:
-                raise Defect(f"round {done + 1} does not end: {self.made.said('server').strip().splitlines()[-1]}")
+            if self.deployment.server is not None and self.deployment.server.poll() is not None or time.monotonic() > end:
+                raise Defect(f"round {done + 1} does not end: {self.deployment.output('server').strip().splitlines()[-1]}")
             time.sleep(0.05)
 
     def _newest(self) -> int:
-        found = [int(p.name[6:]) for p in (self.made.run / "checkpoints").glob("round-*")]
+        found = [int(p.name[6:]) for p in (self.deployment.run / "checkpoints").glob("round-*")]
         return max(found, default=-1)
 
     def _dropped(self, rounds: tuple[int, int]) -> list[str]:
-        rows: list[dict[str, Any]] = read_metrics(self.made.run) if (self.made.run / "metrics.jsonl").exists() else []
+        rows: list[dict[str, Any]] = read_metrics(self.deployment.run) if (self.deployment.run / "metrics.jsonl").exists() else []
         return [
             f"round {r['round']}: {r['client']} {r['dropped']}"
             for r in rows
@@ -353,5 +354,5 @@ def watched(campaign: Campaign) -> Iterator[Campaign]:
         yield campaign
     finally:
         with suppress(psutil.Error):
-            for process in campaign.made.processes():
+            for process in campaign.deployment.processes():
                 process.kill()

@@ -121,7 +121,7 @@ class Deployment:
         try:
             return self.server.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the server did not end within {timeout:g} s: {self.said('server')[-2000:]}") from None
+            raise AssertionError(f"the server did not end within {timeout:g} s: {self.output('server')[-2000:]}") from None
 
     def until(self, event: str, *, count: int = 1, log: str = "server", timeout: float = 120.0) -> None:
         """Wait until the log has `count` lines of an event."""
@@ -131,9 +131,9 @@ class Deployment:
             if path.exists() and path.read_text(encoding="utf-8").count(event) >= count:
                 return
             time.sleep(0.05)
-        raise AssertionError(f"'{event}' did not come {count} times in {path} within {timeout:g} s: {self.said('server')[-2000:]}")
+        raise AssertionError(f"'{event}' did not come {count} times in {path} within {timeout:g} s: {self.output('server')[-2000:]}")
 
-    def said(self, who: str) -> str:
+    def output(self, who: str) -> str:
         return (self.folder / f"{who}.txt").read_text(encoding="utf-8", errors="replace")
 
     def adapter(self) -> AdapterState:
@@ -179,8 +179,8 @@ class Deployment:
 
 @contextmanager
 def deployed(folder: Path, clients: Sequence[str], experiment: Sequence[str], **how: bool) -> Iterator[Deployment]:
-    made = Deployment(folder, clients, experiment, **how)
+    deployment = Deployment(folder, clients, experiment, **how)
     try:
-        yield made
+        yield deployment
     finally:
-        made.stop()
+        deployment.stop()

@@ -38,24 +38,24 @@ class Figures:
         counted: Updates that counted, by round from the first on.
         seconds: Of each of these rounds.
         memory: Process → its resident MB after rounds 2, 3, ….
-        said: What the clients told their operators.
+        reports: Sentences that the clients printed for their operators.
     """
 
     counted: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     memory: dict[str, list[float]] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
+    reports: list[str] = field(default_factory=list)
 
 
 class Crowd:
     """All clients of one server as threads."""
 
-    def __init__(self, made: Deployment, app: ClientApp, names: Sequence[str], idle: bool, report: list[str]) -> None:
+    def __init__(self, deployment: Deployment, app: ClientApp, names: Sequence[str], idle: bool, report: list[str]) -> None:
         self._app, self._idle, self._turn, self._size = app, idle, threading.Lock(), len(names)
-        k = made.keys / "clients"
+        k = deployment.keys / "clients"
         self._nodes = [
             Node(
-                server=f"127.0.0.1:{made.port}",
+                server=f"127.0.0.1:{deployment.port}",
                 root_certificates=k / name / "ca.pem",
                 key=k / name / "key",
                 insecure=False,
@@ -105,8 +105,8 @@ def _sent_back(message: Message) -> Message:
         metrics={},
         measurements={"steps": 0, "lr_sum": 0.0, "virtual_s": 0.0},
     )
-    said = ConfigRecord({"json": update.to_json(), "spec": sent.spec.to_json()})
-    return Message(RecordDict({"adapter": sent.to_arrays(), "update": said}), reply_to=message)
+    record = ConfigRecord({"json": update.to_json(), "spec": sent.spec.to_json()})
+    return Message(RecordDict({"adapter": sent.to_arrays(), "update": record}), reply_to=message)
 
 
 def measure(folder: Path, clients: int, rounds: int, *, idle: bool = False, patience_s: float = 1800.0) -> Figures:
@@ -117,20 +117,20 @@ def measure(folder: Path, clients: int, rounds: int, *, idle: bool = False, pati
     experiment = [*keep, "client.steps=1", f"rounds={rounds}", "eval.clients=0", "data.held_out=0", "round_timeout_s=600"]
     app = make_client_app(host_for(compose([*experiment, "engine.batched=none"])[0].config))
     found = Figures()
-    with deployed(folder, names, experiment) as made:
-        server = made.start_server("--wait", f"{patience_s:g}")
-        with Crowd(made, app, names, idle, found.said):
+    with deployed(folder, names, experiment) as deployment:
+        server = deployment.start_server("--wait", f"{patience_s:g}")
+        with Crowd(deployment, app, names, idle, found.reports):
             end, seen = time.monotonic() + patience_s, 1
             while server.poll() is None:
                 if time.monotonic() > end:
-                    raise AssertionError(f"it does not end: {made.said('server')[-1000:]}")
-                records = made.rounds() if (made.run / "metrics.jsonl").exists() else []
+                    raise AssertionError(f"it does not end: {deployment.output('server')[-1000:]}")
+                records = deployment.rounds() if (deployment.run / "metrics.jsonl").exists() else []
                 if records and int(str(records[-1]["round"])) > seen:
                     seen = int(str(records[-1]["round"]))
                     _weigh(server.pid, found.memory)
                 time.sleep(0.05)
-        assert server.returncode == 0, made.said("server")[-2000:]
-        records = [r for r in read_metrics(made.run) if r["client"] is None and r["round"] > 0]
+        assert server.returncode == 0, deployment.output("server")[-2000:]
+        records = [r for r in read_metrics(deployment.run) if r["client"] is None and r["round"] > 0]
     found.counted = [r["counted"] for r in records]
     found.seconds = [r["seconds"] for r in records]
     return found

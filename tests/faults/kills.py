@@ -61,7 +61,7 @@ def run_without_kills(folder: Path) -> tuple[AdapterState, float]:
     """The result and the duration of a run without kills."""
     with deployed(folder, CLIENTS, fresh(folder), signs=True) as deployment:
         began = start(deployment, "server")
-        assert deployment.finish() == 0, deployment.said("server")[-2000:]
+        assert deployment.finish() == 0, deployment.output("server")[-2000:]
         assert not (missing := without_model(deployment)), missing
         return deployment.adapter(), time.monotonic() - began
 
@@ -74,7 +74,7 @@ def without_model(deployment: Deployment) -> str:
         current = versions.current()
         found = next((v.record for v in versions.names() if v.name == current), None)
         if found is None or found.round != rounds or not generate_text(versions.model(str(current)), "The", max_new_tokens=4):
-            return f"{client} has {current or 'no model'}: {deployment.said('server')[-300:]!r} {deployment.said(client)[-300:]!r}"
+            return f"{client} has {current or 'no model'}: {deployment.output('server')[-300:]!r} {deployment.output(client)[-300:]!r}"
     return ""
 
 
@@ -92,10 +92,10 @@ def run_with_kill(folder: Path, victim: str, after: float, wanted: AdapterState)
             process.wait()
             restart(deployment, victim)
         if (code := deployment.finish()) != 0:
-            return False, f"the server ended with {code}: {deployment.said('server')[-300:]!r}"
+            return False, f"the server ended with {code}: {deployment.output('server')[-300:]!r}"
         if missing := without_model(deployment):
             return False, missing
-        if "Traceback" in deployment.said("server") + "".join(deployment.said(c) for c in CLIENTS):
+        if "Traceback" in deployment.output("server") + "".join(deployment.output(c) for c in CLIENTS):
             return False, "a traceback was printed"
         far = distance(deployment.adapter(), wanted)
         if far <= BOUND:

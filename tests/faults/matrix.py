@@ -34,18 +34,18 @@ def conduct(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
     quick = [c for c in cells if c.kind != "slow"]
     for part in (quick, [c for c in cells if c.kind == "slow"]):
         while part:
-            with watched(Campaign(folder / f"{len(outcomes):02d}", part, told)) as campaign:
+            with watched(Campaign(folder / f"{len(outcomes):02d}", part, report)) as campaign:
                 outcomes += (done := campaign.run())
             part = part[len(done) :]
     return outcomes
 
 
-def told(text: str) -> None:
+def report(text: str) -> None:
     print(text, flush=True)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    rows = [("cell", "outcome", "rounds", "s", "what was said"), ("---",) * 5]
+    rows = [("cell", "outcome", "rounds", "s", "output"), ("---",) * 5]
     for o in outcomes:
         first, last = o.rounds
         rows.append((str(o.cell), "as expected" if o.good else "DEFECT", f"{first}–{last}", f"{o.seconds:.0f}", "; ".join(o.words)))
@@ -66,7 +66,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as nowhere:
         outcomes = conduct(chosen(args.only), args.keep or Path(nowhere))
     text = table(outcomes)
-    told(f"\n{text}\n\n{len(outcomes)} cells in {time.monotonic() - began:.0f} s at load {os.getloadavg()[1]:.1f}")
+    report(f"\n{text}\n\n{len(outcomes)} cells in {time.monotonic() - began:.0f} s at load {os.getloadavg()[1]:.1f}")
     if args.out:
         args.out.write_text(text + "\n", encoding="utf-8")
     return sum(not o.good for o in outcomes)

@@ -52,26 +52,26 @@ def answers(port: int, client: str) -> dict[str, str]:
         return found
 
 
-def kill_while_it_installs(made: Deployment, client: str, patience_s: float = 240.0) -> None:
+def kill_while_it_installs(deployment: Deployment, client: str, patience_s: float = 240.0) -> None:
     """SIGKILL to the client and its worker while the folder of a version is being filled."""
-    versions, end = made.folder / "state" / client / "models/versions", time.monotonic() + patience_s
+    versions, end = deployment.folder / "state" / client / "models/versions", time.monotonic() + patience_s
     while time.monotonic() < end:
         if any(versions.glob(".*.tmp/*")):
-            tree = [psutil.Process(made.clients[client].pid)]
+            tree = [psutil.Process(deployment.clients[client].pid)]
             with contextlib.suppress(psutil.Error):
                 tree += tree[0].children(recursive=True)
             for process in tree:
                 with contextlib.suppress(psutil.Error):
                     os.kill(process.pid, signal.SIGKILL)
-            made.clients[client].wait()
+            deployment.clients[client].wait()
             return
         time.sleep(0.001)
-    raise AssertionError(f"{client} did not install a model within {patience_s:g} s: {made.said(client)[-2000:]}")
+    raise AssertionError(f"{client} did not install a model within {patience_s:g} s: {deployment.output(client)[-2000:]}")
 
 
-def rounds_of(made: Deployment, client: str) -> list[int]:
+def rounds_of(deployment: Deployment, client: str) -> list[int]:
     """Rounds of the installed versions, the newest last."""
-    records = (json.loads(f.read_text()) for f in (made.folder / "state" / client / "models/versions").glob("*/record.json"))
+    records = (json.loads(f.read_text()) for f in (deployment.folder / "state" / client / "models/versions").glob("*/record.json"))
     return sorted(r["round"] for r in records)
 
 
@@ -80,8 +80,8 @@ def trial(tmp_path: Path) -> Iterator[Deployment]:
     write_chats(tmp_path / "rows")
     with deployed(
         tmp_path, sorted(CAPITALS), [*EXPERIMENT, f"data.path={tmp_path / 'rows'}", "data.client_from_file=true"], signs=True
-    ) as made:
-        yield made
+    ) as deployment:
+        yield deployment
 
 
 def test_three_devices_answer_their_own_questions(trial: Deployment, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,12 +92,12 @@ def test_three_devices_answer_their_own_questions(trial: Deployment, capsys: pyt
     kill_while_it_installs(trial, "bert")
     assert not (trial.folder / "state/bert/models/current").exists()
     trial.start_client("bert", "--serve", f"127.0.0.1:{ports['bert']}")
-    assert trial.finish() == 0, trial.said("server")
+    assert trial.finish() == 0, trial.output("server")
     for client, port in ports.items():
         wait_for_round(trial, client, port)
-        assert answers(port, client) == CAPITALS[client], trial.said(client)
+        assert answers(port, client) == CAPITALS[client], trial.output(client)
         assert rounds_of(trial, client) == [6, ROUNDS]
-        assert "Traceback" not in trial.said(client)
+        assert "Traceback" not in trial.output(client)
     results = json.loads((trial.run / "delivery/results.json").read_text())
     assert {c: r["result"].split()[0] for c, r in results.items()} == dict.fromkeys(CAPITALS, "installed")
     assert main(["model", "rollback", "--state", str(trial.folder / "state/anna")]) == 0
@@ -105,7 +105,7 @@ def test_three_devices_answer_their_own_questions(trial: Deployment, capsys: pyt
     assert isinstance(answers(ports["anna"], "anna")["France"], str), "answers throughout, from one version or the other"
 
 
-def wait_for_round(made: Deployment, client: str, port: int, patience_s: float = 60.0) -> None:
+def wait_for_round(deployment: Deployment, client: str, port: int, patience_s: float = 60.0) -> None:
     """Wait until the device's server answers with the model of the last round."""
     end = time.monotonic() + patience_s
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as asking:
@@ -114,7 +114,7 @@ def wait_for_round(made: Deployment, client: str, port: int, patience_s: float =
                 if any(f"-r{ROUNDS:04d}-" in m.id for m in asking.models.list()):
                     return
             time.sleep(0.1)
-    raise AssertionError(f"{client} does not serve the last model: {made.said(client)[-2000:]}")
+    raise AssertionError(f"{client} does not serve the last model: {deployment.output(client)[-2000:]}")
 
 
 def test_devices_exit_when_the_run_is_done_and_name_what_they_refuse(trial: Deployment) -> None:
@@ -128,10 +128,10 @@ def test_devices_exit_when_the_run_is_done_and_name_what_they_refuse(trial: Depl
     trial.start_client("bert", "--exit-when-done")
     trial.signs = False
     trial.start_client("carla", "--exit-when-done", "--signing-pub", str(other))
-    assert trial.finish() == 0, trial.said("server")
+    assert trial.finish() == 0, trial.output("server")
     assert {c: p.wait(60) for c, p in trial.clients.items()} == dict.fromkeys(CAPITALS, 0)
-    assert "client carla has not installed the model: the model's signature is wrong or missing" in trial.said("server")
-    assert "delivered the model of round 2 to 2 of 3 clients" in trial.said("server")
-    assert "did not install the model (model): the model's signature is wrong or missing" in trial.said("carla")
-    assert "run run has ended after 2 rounds" in trial.said("anna")
+    assert "client carla has not installed the model: the model's signature is wrong or missing" in trial.output("server")
+    assert "delivered the model of round 2 to 2 of 3 clients" in trial.output("server")
+    assert "did not install the model (model): the model's signature is wrong or missing" in trial.output("carla")
+    assert "run run has ended after 2 rounds" in trial.output("anna")
     assert rounds_of(trial, "carla") == [] and rounds_of(trial, "bert") == [2]

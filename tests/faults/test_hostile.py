@@ -58,35 +58,35 @@ def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp
     points = tmp_path / "points"
     points.mkdir()
     (points / "server.idle").touch()
-    made = Deployment(tmp_path, [*CLIENTS, *others], experiment)
+    deployment = Deployment(tmp_path, [*CLIENTS, *others], experiment)
     try:
-        made.start_server("--wait", f"{WAIT_S:g}", launcher=["-m", "tests.faults.launch", "server", str(points), "server"])
-        made.start_client("mallory", "--client-id", "anna")  # among the first
+        deployment.start_server("--wait", f"{WAIT_S:g}", launcher=["-m", "tests.faults.launch", "server", str(points), "server"])
+        deployment.start_client("mallory", "--client-id", "anna")  # among the first
         for name in CLIENTS:
-            made.start_client(name)
-        made.until("hello", count=3, timeout=WAIT_S)
+            deployment.start_client(name)
+        deployment.until("hello", count=3, timeout=WAIT_S)
         wait_for((points / "server.idle.held").exists)
-        refused = intrude(made, tmp_path)
+        refused = intrude(deployment, tmp_path)
         (points / "server.idle.held").unlink()
-        assert made.finish(WAIT_S) == 0, made.said("server")
+        assert deployment.finish(WAIT_S) == 0, deployment.output("server")
     finally:
-        made.stop()
-    turnout = counted(made.run)
+        deployment.stop()
+    turnout = counted(deployment.run)
     assert [turnout[r] for r in (1, 2, 3)] == [set(CLIENTS)] * 3
     for name in (*others, "dora"):  # each file is a client of the simulation
         (tmp_path / "rows" / f"{name}.jsonl").unlink()
-    assert max(differences(made.run, replay(tmp_path, experiment, turnout)).values()) <= BOUND
-    log = (made.run / "logs/server.jsonl").read_text()
+    assert max(differences(deployment.run, replay(tmp_path, experiment, turnout)).values()) <= BOUND
+    log = (deployment.run / "logs/server.jsonl").read_text()
     assert "has the key of 'mallory' but the id 'anna'" in log
-    seen = [json.loads(line) for line in (made.run / "logs/superlink.jsonl").read_text().splitlines()]
+    seen = [json.loads(line) for line in (deployment.run / "logs/superlink.jsonl").read_text().splitlines()]
     assert set(refused) <= {str(line.get("why")) for line in seen}
     for who in ("server", *CLIENTS, "mallory", "dora"):
-        assert "Traceback" not in made.said(who)
+        assert "Traceback" not in deployment.output(who)
 
 
-def intrude(made: Deployment, folder: Path) -> list[str]:
+def intrude(deployment: Deployment, folder: Path) -> list[str]:
     """Try everything; returns what the SuperLink's log must say of it."""
-    trust, at = ssl.create_default_context(cafile=str(made.keys / "ca.pem")), f"127.0.0.1:{made.port}"
+    trust, at = ssl.create_default_context(cafile=str(deployment.keys / "ca.pem")), f"127.0.0.1:{deployment.port}"
     with httpx.Client(base_url=f"https://{at}", verify=trust, timeout=20) as nobody:
         assert nobody.post("/v1/fleet/pull-messages", content=b"").status_code == 401
         for path in ("/v1/control/list-runs", "/v1/runtime/push-messages", "/docs", "/openapi.json", "/v1/fleet/../control/start-run"):
@@ -98,19 +98,19 @@ def intrude(made: Deployment, folder: Path) -> list[str]:
 
     make_keys(folder / "elsewhere", ["127.0.0.1"], ["dora"])
     key = folder / "elsewhere/clients/dora/key"
-    made.names.append("dora")
-    (made.keys / "clients/dora").mkdir(mode=0o700)
-    for name, source in (("key", key), ("ca.pem", made.keys / "ca.pem")):
-        (made.keys / "clients/dora" / name).write_bytes(source.read_bytes())
-    (made.keys / "clients/dora/key").chmod(0o600)
-    (made.rows / "dora.jsonl").write_text('{"text": "a"}\n')
-    dora = made.start_client("dora", "--max-retries", "1")
+    deployment.names.append("dora")
+    (deployment.keys / "clients/dora").mkdir(mode=0o700)
+    for name, source in (("key", key), ("ca.pem", deployment.keys / "ca.pem")):
+        (deployment.keys / "clients/dora" / name).write_bytes(source.read_bytes())
+    (deployment.keys / "clients/dora/key").chmod(0o600)
+    (deployment.rows / "dora.jsonl").write_text('{"text": "a"}\n')
+    dora = deployment.start_client("dora", "--max-retries", "1")
     assert dora.wait(WAIT_S) == 2
-    assert "does not know the key" in made.said("dora").splitlines()[-1]
+    assert "does not know the key" in deployment.output("dora").splitlines()[-1]
 
-    private = load_ssh_private_key((made.keys / "clients/moll/key").read_bytes(), None)
-    moll = Echo(made.port, private, made.keys / "ca.pem")  # type: ignore[arg-type]
-    mine, anna = moll.activate(), node_of(made, "anna")
+    private = load_ssh_private_key((deployment.keys / "clients/moll/key").read_bytes(), None)
+    moll = Echo(deployment.port, private, deployment.keys / "ca.pem")  # type: ignore[arg-type]
+    mine, anna = moll.activate(), node_of(deployment, "anna")
     assert refusal(lambda: moll.client.PullMessages(PullMessagesRequest(node=NodeProto(node_id=anna)))) in (401, 403)
     head = Metadata(run_id=1, src_node_id=anna, dst_node_id=1, reply_to_message_id="m", message_type="train", ttl=60.0)
     forged = PushMessagesRequest(node=NodeProto(node_id=mine), messages_list=[MessageProto(metadata=head)])
@@ -119,15 +119,15 @@ def intrude(made: Deployment, folder: Path) -> list[str]:
     return ["no node key", "no such path", "a node key that is not allowed", f"node {mine} pushes a message of node {anna}"]
 
 
-def node_of(made: Deployment, client: str) -> int:
-    lines = map(json.loads, (made.run / "logs/server.jsonl").read_text().splitlines())
+def node_of(deployment: Deployment, client: str) -> int:
+    lines = map(json.loads, (deployment.run / "logs/server.jsonl").read_text().splitlines())
     return next(int(line["node"]) for line in lines if line["event"] == "hello" and line["client"] == client)
 
 
 def refusal(call: Callable[[], object]) -> int:
-    with pytest.raises(httpx.HTTPStatusError) as said:
+    with pytest.raises(httpx.HTTPStatusError) as error:
         call()
-    return said.value.response.status_code
+    return error.value.response.status_code
 
 
 def wait_for(true: Callable[[], bool]) -> None:

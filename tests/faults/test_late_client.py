@@ -37,9 +37,9 @@ def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
             reply = inner(message, context)
             if names[int(context.node_config["partition-id"])] == SLOW and message.metadata.group_id == "1":
                 record = reply.content.config_records["update"]
-                said = json.loads(str(record["json"]))
-                said["measurements"]["virtual_s"] = staleness + 0.5
-                record["json"] = json.dumps(said)
+                update = json.loads(str(record["json"]))
+                update["measurements"]["virtual_s"] = staleness + 0.5
+                record["json"] = json.dumps(update)
             return reply
 
         app.query()(inner)
@@ -58,17 +58,17 @@ def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Pa
     points = tmp_path / "points"
     points.mkdir()
     (points / f"{SLOW}.training").touch()
-    with deployed(tmp_path, CLIENTS, experiment) as made:
-        made.start_server()
+    with deployed(tmp_path, CLIENTS, experiment) as deployment:
+        deployment.start_server()
         for name in CLIENTS:
-            made.start_client(name, launcher=["-m", "tests.faults.launch", name, str(points), "client"])
+            deployment.start_client(name, launcher=["-m", "tests.faults.launch", name, str(points), "client"])
         end = time.monotonic() + 120
-        while not (made.run / "metrics.jsonl").exists() or not any(r["round"] == 1 for r in made.rounds()):
-            assert time.monotonic() < end, made.said("server")[-2000:]
+        while not (deployment.run / "metrics.jsonl").exists() or not any(r["round"] == 1 for r in deployment.rounds()):
+            assert time.monotonic() < end, deployment.output("server")[-2000:]
             time.sleep(0.05)
         (points / f"{SLOW}.training.held").unlink()  # the first round is over
-        assert made.finish() == 0, made.said("server")[-2000:]
-        rows = {(r["round"], r["client"]): r for r in read_metrics(made.run)}
+        assert deployment.finish() == 0, deployment.output("server")[-2000:]
+        rows = {(r["round"], r["client"]): r for r in read_metrics(deployment.run)}
         assert rows[1, SLOW]["dropped"] == f"late: no reply within {DEADLINE_S:g} s"
         (used,) = [r for r in rows.values() if r["client"] == SLOW and "staleness" in r]
         assert used["round"] == 1 + used["staleness"] and used["steps"] == 3 and used["bytes_up"] > 0
@@ -78,5 +78,5 @@ def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Pa
             *[2] * used["staleness"],
             *[3] * (ROUNDS - 1 - used["staleness"]),
         ]
-        off = differences(made.run, simulated(tmp_path / "wanted", experiment, int(used["staleness"])))
+        off = differences(deployment.run, simulated(tmp_path / "wanted", experiment, int(used["staleness"])))
     assert set(off) == set(range(ROUNDS + 1)) and max(off.values()) <= BOUND, off

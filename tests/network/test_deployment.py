@@ -43,25 +43,25 @@ def test_three_clients_with_tls_and_keys_end_with_the_simulation_s_adapter(tmp_p
     rows = tmp_path / "rows"
     write_rows(rows, CLIENTS)
     experiment = settings(rows, CLIENTS)
-    with deployed(tmp_path, CLIENTS, experiment) as made:
-        made.start()
-        assert made.finish() == 0, made.said("server")
-        records = made.rounds()
+    with deployed(tmp_path, CLIENTS, experiment) as deployment:
+        deployment.start()
+        assert deployment.finish() == 0, deployment.output("server")
+        records = deployment.rounds()
     assert [r["counted"] for r in records[1:]] == [3, 3, 3]
-    assert_same(made.adapter(), simulated(tmp_path, experiment))
-    assert (made.run / "report.html").is_file()
+    assert_same(deployment.adapter(), simulated(tmp_path, experiment))
+    assert (deployment.run / "report.html").is_file()
     for who in ("server", *CLIENTS):
-        assert "Traceback" not in made.said(who)
-    secrets_stay_home(made)
+        assert "Traceback" not in deployment.output(who)
+    secrets_stay_home(deployment)
 
 
-def secrets_stay_home(made: Deployment) -> None:
+def secrets_stay_home(deployment: Deployment) -> None:
     """No private key in anything that was written, and none readable by others."""
-    keys = [made.keys / "server.key", *(made.keys / "clients" / name / "key" for name in CLIENTS)]
+    keys = [deployment.keys / "server.key", *(deployment.keys / "clients" / name / "key" for name in CLIENTS)]
     bodies = [re.sub(r"-----[^-]+-----|\s", "", key.read_text())[40:100] for key in keys]
     for key in keys:
         assert key.stat().st_mode & 0o077 == 0
-    written = [f for f in made.folder.rglob("*") if f.is_file() and made.keys not in f.parents]
+    written = [f for f in deployment.folder.rglob("*") if f.is_file() and deployment.keys not in f.parents]
     assert len(written) > 20
     for file in written:
         text = re.sub(rb"\s", b"", file.read_bytes())
@@ -75,18 +75,18 @@ def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> No
     write_rows(rows, CLIENTS)
     (scenario := tmp_path / "mixed.yaml").write_text(MIXED)
     experiment = [f"conf={scenario}", *(s for s in settings(rows, CLIENTS) if not s.startswith(("devices", "strategy")))]
-    with deployed(tmp_path, CLIENTS, experiment) as made:
-        made.start_server()
+    with deployed(tmp_path, CLIENTS, experiment) as deployment:
+        deployment.start_server()
         (job,) = compose(experiment)
         classes = {name: client.device_class for name, client in load_federation(job.config).clients.items()}
         assert set(classes.values()) == {"small", "large"}
         for name in CLIENTS:
-            made.start_client(name, "--device", classes[name])
-        assert made.finish() == 0, made.said("server")
+            deployment.start_client(name, "--device", classes[name])
+        assert deployment.finish() == 0, deployment.output("server")
         for name in CLIENTS:
-            assert f"this device: 1 core: fp32, rank {2 if classes[name] == 'small' else 4}, 4 rows" in made.said(name)
-    assert {r["device_class"] for r in read_metrics(made.run) if r["client"] and r["round"] == 1} == {"small", "large"}
-    assert_same(made.adapter(), simulated(tmp_path, experiment))
+            assert f"this device: 1 core: fp32, rank {2 if classes[name] == 'small' else 4}, 4 rows" in deployment.output(name)
+    assert {r["device_class"] for r in read_metrics(deployment.run) if r["client"] and r["round"] == 1} == {"small", "large"}
+    assert_same(deployment.adapter(), simulated(tmp_path, experiment))
 
 
 def test_doors_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,8 +103,8 @@ def test_doors_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     ):
         door = {"fedtune.cli.server": server, "fedtune.cli.client": client}[args[1]]
         assert door.main(args[2:]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(sentence) and said.count("\n") == 1, said
+        error = capsys.readouterr().err
+        assert error.startswith(sentence) and error.count("\n") == 1, error
         if "rounds=x" in args or "localhost:1" in args:  # each door as a process, too
             done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
-            assert (done.returncode, done.stderr) == (2, said)
+            assert (done.returncode, done.stderr) == (2, error)

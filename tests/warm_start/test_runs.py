@@ -334,12 +334,12 @@ def test_devices_over_tls_begin_with_the_earlier_adapter(tmp_path: Path) -> None
     begin = [*experiment, "strategy=ffa", f"peft.from={before}"]
     with deployed(tmp_path, clients, begin) as made:
         made.start()
-        assert made.finish() == 0, made.said("server")
+        assert made.finish() == 0, made.output("server")
         records = made.rounds()
     assert ["bytes_start" in r for r in records] == [False, True, *[False] * (len(records) - 2)]
     assert_same_model(made.run, simulated(tmp_path, "again", begin), rtol=1e-3, atol=1e-5)
     for client in clients:
-        assert str(before) not in made.said(client)
+        assert str(before) not in made.output(client)
     hellos = list(tmp_path.rglob("hello.json"))
     assert len(hellos) == 3 and not any(str(before) in file.read_text() for file in hellos)
 
