@@ -234,6 +234,7 @@ def _how(name: str, tensor: MergedTensor, merged: Merged, recipe: QuantizeSettin
     if recipe is None:
         return StoredLinear(kind=kind, group=0, shape=(rows, columns))
     own = recipe.of_head if name == "lm_head.weight" else recipe
+    assert own.kind in ("int8", "int4")  # the other kinds are those of checkpoints for other programs
     return StoredLinear(kind=own.kind, group=own.group, shape=(rows, columns))
 
 

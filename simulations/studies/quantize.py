@@ -69,7 +69,7 @@ def write_package(folder: Path, model: Path, recipe: QuantizeSettings, text: Seq
     quantized = {n.removesuffix(".weight"): q for n, q in tensors.items() if isinstance(q, QuantizedLinear)}
     plain = {n: t for n, t in tensors.items() if isinstance(t, Tensor)} | {"model.embed_tokens.weight": stored["model.embed_tokens.weight"]}
     sizes = {n: (q.tensors["packed"].shape[0], q.columns) for n, q in quantized.items()}
-    linears = {n: StoredLinear(kind=q.kind, group=q.group, shape=sizes[n]) for n, q in quantized.items()}
+    linears = {n: StoredLinear(kind="int4" if q.kind == "int4" else "int8", group=q.group, shape=sizes[n]) for n, q in quantized.items()}
     writer = PackageWriter(folder, {n: (t.dtype, tuple(t.shape)) for n, t in plain.items()}, linears)
     for name, tensor in plain.items():
         writer.put(name, tensor)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +46,7 @@ def text(place: Place) -> str:
 def wide(place: Place) -> dict[str, str]:
     """A run whose layers are wide enough for groups of 32."""
     text(place)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m", config=llama_config(**sizes))), CAUSAL)
     return {"run": str(run)}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import AwqConfig, GPTQConfig
 
 from fedtune.cli.main import main
@@ -73,7 +73,10 @@ def recorded(patch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 
 
-@pytest.mark.parametrize(("to", "kind"), [("gptq", "llama"), ("awq", "llama"), ("awq", "qwen2"), ("gptq", "qwen3"), ("awq", "mistral")])
+SLOW = [pytest.param(to, kind, marks=pytest.mark.slow) for to, kind in (("gptq", "llama"), ("gptq", "qwen3"), ("awq", "mistral"))]
+
+
+@pytest.mark.parametrize(("to", "kind"), [("awq", "qwen2"), *SLOW])
 def test_the_file_holds_what_the_quantizer_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any, kind: str) -> None:
     run, chosen = run_of(tmp_path, KINDS[kind], tie_word_embeddings=kind != "llama"), recorded(monkeypatch)
     out = export_int4_checkpoint(run, tmp_path / "out", to=to, calibrate=tmp_path / "text.txt")
@@ -103,7 +106,7 @@ def test_the_folder_as_transformers_and_the_command_line_see_it(tmp_path: Path, 
     assert "held-out tokens" in err
     config = AutoConfig.from_pretrained(run / to)
     assert config.dtype == torch.float16 and config.architectures == ["LlamaForCausalLM"]
-    found = AutoQuantizationConfig.from_dict(config.quantization_config)
+    found: Any = AutoQuantizationConfig.from_dict(config.quantization_config)
     assert type(found) is (GPTQConfig if to == "gptq" else AwqConfig)
     assert (found.bits, found.group_size, found.desc_act, found.format) == (4, 128, False, "gptq" if to == "gptq" else "gemm")
     assert found.sym is True if to == "gptq" else found.zero_point is True
@@ -113,7 +116,7 @@ def test_the_folder_as_transformers_and_the_command_line_see_it(tmp_path: Path, 
     assert card["quantised"]["group"] == 128 and card["quantised"]["perplexity"]["text"] == "calibrate"
 
 
-@pytest.mark.parametrize("to", ["gptq", "awq"])
+@pytest.mark.parametrize("to", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_the_engine_reads_it(tmp_path: Path, to: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Its logits are those of transformers with the weights that the second reader takes out."""
     run = run_of(tmp_path, attention_bias=True, mlp_bias=True)
@@ -195,6 +198,7 @@ def change(name: str, make: Callable[[torch.Tensor], torch.Tensor | None]) -> Ca
 Q = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -229,7 +233,7 @@ def test_other_quantizations_are_left_to_transformers() -> None:
     [({"intermediate_size": 88}, r"down_proj.weight' is \(64, 88\), but GPTQ needs multiples of 8 and 32: use --to edge"),
      ({"intermediate_size": 100}, r"'model.layers.0.mlp.gate_proj.weight' is \(100, 64\), but GPTQ needs multiples of 8 and 32")],
 )  # fmt: skip
-def test_sizes_that_do_not_pack_are_refused(tmp_path: Path, changes: dict[str, int], says: str) -> None:
+def test_sizes_that_do_not_pack_are_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError, match=says):
         export_int4_checkpoint(run_of(tmp_path, **changes), tmp_path / "out", to="gptq", calibrate=tmp_path / "text.txt")
     assert not (tmp_path / "out").exists()

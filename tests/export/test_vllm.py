@@ -79,7 +79,7 @@ def test_ranks_and_scalings_of_several_kinds_become_one(tmp_path: Path) -> None:
     torch.testing.assert_close(model(token_ids()).logits, want(token_ids()).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("separate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_chat_names_its_template_and_end_tokens(tmp_path: Path, separate: bool) -> None:
     """The backbone has no template, so vLLM must get the one of the training."""
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CHAT)
@@ -98,7 +98,10 @@ def test_a_chat_names_its_template_and_end_tokens(tmp_path: Path, separate: bool
         assert AutoTokenizer.from_pretrained(out).apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == want
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("lora", "bfloat16"), ("dora", "float32"), ("ia3", "float16")])
+SLOW = [pytest.param(method, dtype, marks=pytest.mark.slow) for method, dtype in (("dora", "float32"), ("ia3", "float16"))]
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "bfloat16"), *SLOW])
 def test_a_merged_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, dtype: str) -> None:
     folder = checkpoint(tmp_path / "m", config=llama_config(dtype=dtype))
     with quiet():

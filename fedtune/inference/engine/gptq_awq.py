@@ -23,6 +23,8 @@ __all__ = ["Format", "Packing", "pack_codes", "packed_tensors", "split_config", 
 Format = Literal["gptq", "awq"]
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _GPTQ_ORDER = tuple(range(8))
+# quant_method and format → what is subtracted from stored zero points
+_OFFSETS: dict[Any, int] = {("gptq", ""): 1, ("gptq", "gptq"): 1, ("gptq", "gptq_v2"): 0, ("awq", ""): 0, ("awq", "gemm"): 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,13 @@ def split_config(config: dict[str, Any]) -> tuple[dict[str, Any], Packing | None
     own = config.get("quantization_config")
     if not isinstance(own, dict):
         return config, None
-    method, group = own.get("quant_method"), own.get("group_size", own.get("q_group_size"))
+    method, group = str(own.get("quant_method")), own.get("group_size", own.get("q_group_size"))
     kind = str(own.get("checkpoint_format", own.get("format", own.get("version"))) or "").lower()
-    known = {("gptq", ""): 1, ("gptq", "gptq"): 1, ("gptq", "gptq_v2"): 0, ("awq", ""): 0, ("awq", "gemm"): 0}
-    if own.get("bits", own.get("w_bit")) != 4 or (method, kind) not in known or type(group) is not int or not (group == -1 or group > 0):
+    found = _OFFSETS.get((method, kind))
+    if own.get("bits", own.get("w_bit")) != 4 or found is None or type(group) is not int or not (group == -1 or group > 0):
         return config, None
     rest = {key: value for key, value in config.items() if key != "quantization_config"}
-    return rest, Packing(format=method, group=group, offset=known[method, kind])
+    return rest, Packing(format="gptq" if method == "gptq" else "awq", group=group, offset=found)
 
 
 def packed_tensors(packing: Packing, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -129,11 +129,8 @@ def fit_grid(weight: Tensor, kind: Kind, group: int) -> Grid:
 
 def _float16_grid(grouped: Tensor, kind: Kind, group: int) -> Grid:
     """The grid of int4s or int4z for groups [N, G, group]. The scale is rounded to float16 before the codes are chosen."""
-    if kind == "int4s":
-        step = grouped.abs().amax(2) / 7.5
-    else:
-        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-        step = (high - low) / 15
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    step = grouped.abs().amax(2) / 7.5 if kind == "int4s" else (high - low) / 15
     scale = step.half().float()
     if not torch.isfinite(scale).all():
         raise ModelError("a weight is beyond the range of float16 scales: use --to edge --quantize int4")
