@@ -147,13 +147,13 @@ def refusal(args: list[str]) -> str:
 
 @pytest.mark.parametrize("args", [*COMBINATIONS, *BY_NAME, *(args for args, _ in REFUSED if args[0][:2] != "--")], ids=" ".join)
 def test_each_suggested_setting_resolves_the_error(args: list[str]) -> None:
-    said = refusal(args)
-    for way in ways(said) if not said.startswith("cannot read") else ():
+    error = refusal(args)
+    for way in ways(error) if not error.startswith("cannot read") else ():
         keys = [setting.partition("=")[0] for setting in way.split(" ")]
         same = {*keys, *(f"{key}.{end}" for key in keys for end in ("kind", "method", "_target_"))}
         kept = [a for a in args if a.lstrip("+").partition("=")[0] not in same]
         then = refusal([*kept, *way.split(" ")])
-        assert then != said and not re.search("unknown|is not known|wrong type|out of range", then), f"{said}\n{way} leads to: {then}"
+        assert then != error and not re.search("unknown|is not known|wrong type|out of range", then), f"{error}\n{way} leads to: {then}"
 
 
 def test_suggestions_are_found_in_errors() -> None:
@@ -170,7 +170,7 @@ def test_each_suggested_setting_resolves_bad_data(tmp_path: Path, case: str) -> 
     if content is not None:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
-    def said(*more: str) -> str:
+    def error(*more: str) -> str:
         values = settings | {"data": {"source": "local", "path": str(tmp_path / name)} | settings.get("data", {})}
         for way in more:
             key, _, value = way.partition("=")
@@ -182,6 +182,6 @@ def test_each_suggested_setting_resolves_bad_data(tmp_path: Path, case: str) -> 
             return str(bad)
         return ""
 
-    for way in ways(said()):
+    for way in ways(error()):
         if "." in way.partition("=")[0]:
-            assert said(way) != said(), f"{said()}\n{way} leads to the same"
+            assert error(way) != error(), f"{error()}\n{way} leads to the same"

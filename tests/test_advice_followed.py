@@ -72,8 +72,8 @@ def texts_of(says: str) -> set[str]:
 
 def test_all_advice_is_followed() -> None:
     assert len(ADVICE) > 180
-    told = set[str]().union(*(texts_of(says) for says in (*(row.says for row in ROWS), *NOT_FOLLOWED)))
-    missing = [f"{s.where}: {shown(s)}" for s in ADVICE if s.text not in told]
+    known = set[str]().union(*(texts_of(says) for says in (*(row.says for row in ROWS), *NOT_FOLLOWED)))
+    missing = [f"{s.where}: {shown(s)}" for s in ADVICE if s.text not in known]
     assert not missing, "\n".join(missing)
 
 
@@ -98,7 +98,7 @@ def test_following_the_advice_resolves_the_error(row: Row, place: Place) -> None
     if row.library:
         pytest.importorskip(row.library)
     (text,) = texts_of(row.says)
-    said, *then = row.follow(place)
-    assert re.search(".*".join(map(re.escape, re.split(rf"{HOLE}|\{{\}}", text))), said, re.S), f"another sentence: {said}"
+    error, *then = row.follow(place)
+    assert re.search(".*".join(map(re.escape, re.split(rf"{HOLE}|\{{\}}", text))), error, re.S), f"another sentence: {error}"
     assert then, "nothing was followed"
     assert then == [""] * len(then)

@@ -52,7 +52,7 @@ _LABELS = 77  # classes of MiniLM's task
 
 
 @dataclass
-class Told:
+class Notes:
     """Notes below the table: the reason for each dash, and the seconds of each decision of `auto`."""
 
     dashes: list[str] = field(default_factory=list)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns += ["Ray, ×", "Ray, s a client", "auto over Ray"]
     columns += [f"MB {s}" for s in ("bare", *sides_of(args), *(["Ray"] if args.ray else []))]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    told = Told()
+    notes = Notes()
     for name, precision in itertools.product(args.models, args.precisions):
         with tempfile.TemporaryDirectory() as folder:
             live, task, vocabulary = backbone(name, Path(folder), precision, args.method)
@@ -98,12 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             works = [made_up(clients, rows, length, vocabulary, task, args.steps) for rows, length in shapes]
             costs = on_ray(live, task, works, args) if args.ray else [None] * len(works)
             for shape, work, cost in zip(args.shapes, works, costs, strict=True):
-                cells = measure(live, task, work, cost, args, told, f"{name} {precision} {shape}")
+                cells = measure(live, task, work, cost, args, notes, f"{name} {precision} {shape}")
                 print(f"| {' | '.join([name, precision, shape, *cells])} |", flush=True)
-    print("".join(f"\n– {why}" for why in told.dashes))
-    if told.decisions:
-        each = f"{min(told.decisions):.1f} to {max(told.decisions):.1f} s"
-        print(f"auto decided in {each}, {sum(told.decisions):.1f} s in all, not counted above: a machine decides once for a config")
+    print("".join(f"\n– {why}" for why in notes.dashes))
+    if notes.decisions:
+        each = f"{min(notes.decisions):.1f} to {max(notes.decisions):.1f} s"
+        print(f"auto decided in {each}, {sum(notes.decisions):.1f} s in all, not counted above: a machine decides once for a config")
     print(f"{load()} at the end")
 
 
@@ -179,7 +179,7 @@ def measure(
     work: list[tuple[Plan, list[Example]]],
     ray: Cost | None,
     args: argparse.Namespace,
-    told: Told,
+    notes: Notes,
     where: str,
 ) -> list[str]:
     """Measure speed and memory. Returns the cells of one row of the table.
@@ -190,7 +190,7 @@ def measure(
         work: Each client's plan and examples.
         ray: The cost on Ray; None without --ray.
         args: The command line.
-        told: Collects the notes.
+        notes: Collects the notes.
         where: Name of the row in the notes.
     """
     start = live.read(version=0)
@@ -204,7 +204,7 @@ def measure(
 
     def affordable(side: str, turns: float) -> bool:
         if turns * turn > args.max_seconds_a_cell:
-            told.dashes.append(f"{where}, {side}: would take about {turns * turn:.0f} s")
+            notes.dashes.append(f"{where}, {side}: would take about {turns * turn:.0f} s")
         return turns * turn <= args.max_seconds_a_cell
 
     rounds = args.repeats + 1
@@ -215,13 +215,13 @@ def measure(
         sides["bare"] = few, lambda: bare(live, turn_inputs[:few], task)
         sides["one by one"] = few, lambda: alone(live, turn_inputs[:few], task)
         auto = chosen(
-            live, turn_inputs, task, way, told, lambda turns: affordable("auto's decision", turns * min(2, args.steps) / args.steps)
+            live, turn_inputs, task, way, notes, lambda turns: affordable("auto's decision", turns * min(2, args.steps) / args.steps)
         )
         widths: set[int] = {*args.stacks, *([auto] if auto and auto > 1 else [])}
         for c in sorted(widths):
             turns = max(c, few // c * c)
             if c > 1 and (gb := c * rows * length * classes * 4 * 3 / 1e9) > args.logits_gb:
-                told.dashes.append(f"{where}, C={c}: its logits would need {gb:.1f} GB")
+                notes.dashes.append(f"{where}, C={c}: its logits would need {gb:.1f} GB")
             elif affordable(f"C={c}", turns * rounds):
                 sides[f"C={c}"] = turns, lambda c=c, turns=turns: together(live, turn_inputs[:turns], c, task, way)
     speed: dict[str, list[float]] = {side: [] for side in sides}
@@ -237,7 +237,7 @@ def measure(
 
 
 def chosen(
-    live: LiveAdapter, turn_inputs: list[TurnInput], task: TaskConfig, way: Way, told: Told, affordable: Callable[[int], bool]
+    live: LiveAdapter, turn_inputs: list[TurnInput], task: TaskConfig, way: Way, notes: Notes, affordable: Callable[[int], bool]
 ) -> int | None:
     """Return the number of clients per batch that `engine.batched=auto` chooses; None if the decision would take too long.
 
@@ -246,7 +246,7 @@ def chosen(
         turn_inputs: The clients' turns.
         task: The model's task.
         way: How a batch is trained.
-        told: Collects the seconds.
+        notes: Collects the seconds.
         affordable: Whether this number of turns of at most two steps is fast enough.
     """
     began = time.perf_counter()
@@ -255,7 +255,7 @@ def chosen(
         if not affordable(4 * (min(4, width) + width)):
             return None
         width = width if pays(live, turn_inputs[:width], task, pad_id=0, way=way) else 1
-    told.decisions.append(time.perf_counter() - began)
+    notes.decisions.append(time.perf_counter() - began)
     return width
 
 

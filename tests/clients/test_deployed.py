@@ -94,9 +94,9 @@ def hello(config: Config, changes: dict[str, str]) -> str:
     return json.dumps({"config": values, "run": "r", "labels": []})
 
 
-def use(said: str, device: Device) -> None:
+def use(text: str, device: Device) -> None:
     """Read rows and backbone as a client does after a hello."""
-    config, _ = read_hello(said, device)
+    config, _ = read_hello(text, device)
     what = device, str((config.data, config.model, config.partition))
     if what in USED:
         return

@@ -36,8 +36,8 @@ class LyingServer:
         (folder / "state").mkdir()
         self.app: ClientApp = make_app({"client": "anna", "state": str(folder / "state"), **own, **floor})
 
-    def hello(self, said: PrivacyConfig, run: str = "r") -> str:
-        body = {"config": to_dict(dataclasses.replace(self.config, privacy=said)), "run": run, "labels": []}
+    def hello(self, privacy: PrivacyConfig, run: str = "r") -> str:
+        body = {"config": to_dict(dataclasses.replace(self.config, privacy=privacy)), "run": run, "labels": []}
         return self._ask("query", RecordDict({"hello": ConfigRecord({"json": json.dumps(body)})}))
 
     def train(self, asked: PrivacyConfig, **changes: Any) -> str:
@@ -52,8 +52,8 @@ class LyingServer:
         flower.identify_process(1)
         where: dict[str, Any] = {"partition-id": 0, "num-partitions": 1}
         context = Context(run_id=1, node_id=7, node_config=where, state=RecordDict(), run_config={})
-        said = self.app(Message(content, 7, kind), context).content
-        return str(said.config_records["declined"]["why"]) if "declined" in said.config_records else ""
+        reply = self.app(Message(content, 7, kind), context).content
+        return str(reply.config_records["declined"]["why"]) if "declined" in reply.config_records else ""
 
 
 def test_a_server_without_privacy_is_refused_in_hello_and_plan(tmp_path: Path) -> None:

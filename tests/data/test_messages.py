@@ -60,11 +60,11 @@ def test_alpaca_adds_its_input_and_system() -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "said"),
+    ("column", "contents"),
     [("input", ["Name its capital. Peru", "Lima."]), ("system", ["Peru Name its capital.", "Lima."]), ("instruction", ["Peru", "Lima."]),
      ("output", ["Name its capital.", "Peru"])],
 )  # fmt: skip
-def test_alpaca_columns_are_text_and_the_advice_for_a_list_works(column: str, said: list[str], tmp_path: Path) -> None:
+def test_alpaca_columns_are_text_and_the_advice_for_a_list_works(column: str, contents: list[str], tmp_path: Path) -> None:
     row = {"instruction": "Name its capital.", "output": "Lima."}
     assert messages([{**row, column: 5}]) == messages([{**row, column: "5"}])
     settings = [f"data.path={write(tmp_path / 'a.jsonl', [{**row, column: ['Peru']}])}", "data=local", "task=chat", "partition=iid"]
@@ -76,7 +76,7 @@ def test_alpaca_columns_are_text_and_the_advice_for_a_list_works(column: str, sa
     with pytest.raises(DataError, match=f"column '{column}' has list values, but '{column}' must be text") as refused:
         read()
     advice = shlex.split(str(refused.value).partition("such as ")[2])
-    assert [message["content"] for message in read(*advice)] == said and len(advice) == 2
+    assert [message["content"] for message in read(*advice)] == contents and len(advice) == 2
 
 
 SCHEMA = {"type": "function", "function": {"name": "capital", "parameters": {"type": "object", "properties": {"of": {"type": "string"}}}}}
@@ -202,8 +202,8 @@ def test_a_file_without_answers_is_refused(tmp_path: Path, rows: list[dict[str, 
 
 
 def test_the_demo_is_a_conversation() -> None:
-    made, train, _ = read_source(Config(task=TaskConfig(kind="chat")))
-    (user, assistant), *_ = [json.loads(text) for text in canonical(train.select([0]), made, "training").columns["messages"]]
+    config, train, _ = read_source(Config(task=TaskConfig(kind="chat")))
+    (user, assistant), *_ = [json.loads(text) for text in canonical(train.select([0]), config, "training").columns["messages"]]
     assert (user, assistant) == (
         {"role": "user", "content": train[0]["request"]},
         {"role": "assistant", "content": train[0]["action"]},

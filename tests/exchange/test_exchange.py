@@ -115,12 +115,12 @@ def test_a_strategy_that_needs_each_update_has_no_mean() -> None:
 
 
 def test_the_config_selects_the_exchange() -> None:
-    def made(**privacy: str | float | None) -> Exchange:
+    def exchange(**privacy: str | float | None) -> Exchange:
         return make_exchange(Config(clients_per_round=7, privacy=PrivacyConfig(**privacy)), 5, Path("x"))  # type: ignore[arg-type]
 
-    assert type(made()) is type(made(kind="record")) is Plain
-    assert made(kind="user", where="client") == LocalDP(cohort=5)
-    central = made(kind="user", noise=1.0)
+    assert type(exchange()) is type(exchange(kind="record")) is Plain
+    assert exchange(kind="user", where="client") == LocalDP(cohort=5)
+    central = exchange(kind="user", noise=1.0)
     assert isinstance(central, CentralDP) and central.cohort == 5
 
 

@@ -31,10 +31,10 @@ class Running:
     """A node in a thread, and its log."""
 
     def __init__(self, server: str, answer: Callable[[Message, int], Message] = echo, **more: object) -> None:
-        self.said: list[str] = []
+        self.reports: list[str] = []
         self.failure: NetworkError | None = None
         usual = {"root_certificates": None, "key": None, "insecure": True, "max_retries": None}
-        self.node = Node(server=server, answer=answer, report=self.said.append, **(usual | more))  # type: ignore[arg-type]
+        self.node = Node(server=server, answer=answer, report=self.reports.append, **(usual | more))  # type: ignore[arg-type]
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
 
@@ -55,10 +55,10 @@ class Running:
         return self.node._fleet.node_id
 
     def connections(self) -> int:
-        return sum("connected to" in sentence for sentence in self.said)
+        return sum("connected to" in sentence for sentence in self.reports)
 
     def heard(self, part: str) -> bool:
-        return any(part in sentence for sentence in self.said)
+        return any(part in sentence for sentence in self.reports)
 
 
 Start = Callable[..., Running]

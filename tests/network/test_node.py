@@ -92,7 +92,7 @@ def test_the_reply_of_a_finished_run_is_dropped_without_a_log_line(server: Serve
     go.set()
     later = server.open_run()
     assert server.reply(later, server.send(later, client.id, content())).has_content()
-    assert len(client.said) == 1, client.said  # "connected"
+    assert len(client.reports) == 1, client.reports  # "connected"
 
 
 def test_a_reply_that_nobody_awaits_is_dropped_with_a_log_line(server: Server, run_id: int, running: Start) -> None:
@@ -209,7 +209,7 @@ def test_a_wrong_ca_is_named_once_and_the_node_retries(safe_server: Server, runn
     client = running(safe_server.address, insecure=False, root_certificates=other, key=key)
     wait_until(lambda: client.heard(f"does not match the CA file {other}"))
     time.sleep(0.7)
-    assert client.thread.is_alive() and len(client.said) == 1, client.said
+    assert client.thread.is_alive() and len(client.reports) == 1, client.reports
 
 
 def test_a_key_that_is_not_allowed_is_reported_and_the_node_retries(
@@ -222,7 +222,7 @@ def test_a_key_that_is_not_allowed_is_reported_and_the_node_retries(
     monkeypatch.setattr(fleet, "LEASE", 0.0)  # as if that were over
     wait_until(lambda: client.heard(f"{safe_server.address} does not accept the key {key}: it is not among the allowed keys there"))
     assert client.thread.is_alive()
-    assert not any(line.startswith("-----") or key.read_text()[40:60] in line for line in client.said)  # the key is never said
+    assert not any(line.startswith("-----") or key.read_text()[40:60] in line for line in client.reports)  # the key is never said
 
 
 def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one(

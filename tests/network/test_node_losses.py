@@ -22,8 +22,8 @@ def test_a_missing_server_is_awaited_or_given_up_after_max_retries(running: Star
     patient, hasty = running(address), running(address, max_retries=0)
     wait_until(lambda: hasty.failure)
     assert str(hasty.failure).startswith(f"cannot reach {address}: ") and str(hasty.failure).endswith("gave up after 0 retries")
-    wait_until(lambda: patient.said)
-    assert patient.thread.is_alive() and patient.said[0].endswith("; trying again")
+    wait_until(lambda: patient.reports)
+    assert patient.thread.is_alive() and patient.reports[0].endswith("; trying again")
 
 
 def test_retries_are_counted(running: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_retries_are_counted(running: Start, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fleet.Fleet, "join", lambda self: (calls.append(1), (_ for _ in ()).throw(fleet.Unreachable("down")))[1])
     client = running("127.0.0.1:1", max_retries=3)
     wait_until(lambda: client.failure)
-    assert len(calls) == 4 and client.said == ["down; trying again"]  # the first time and three more
+    assert len(calls) == 4 and client.reports == ["down; trying again"]  # the first time and three more
 
 
 def test_a_nonexistent_host_name_is_reported(running: Start) -> None:
@@ -49,7 +49,7 @@ def test_a_connection_loss_of_a_second_loses_no_message(server: Server, run_id: 
     sent = server.send(run_id, known, content())
     time.sleep(1)
     link.mend()
-    assert server.reply(run_id, sent).has_content() and client.said == [f"connected to {link.address}"]
+    assert server.reply(run_id, sent).has_content() and client.reports == [f"connected to {link.address}"]
 
 
 @pytest.mark.slow

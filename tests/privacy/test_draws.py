@@ -92,9 +92,9 @@ def test_the_sampling_rate_covers_a_whole_step(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(PrivateGradient, "step", step)
     client = ClientConfig(steps=2, epochs=None, batch_size=2, accumulate=2, lr=1e-2, schedule="constant")
     run = simulate(check(tiny_config(tmp_path, privacy=RECORD, client=client, rounds=1)))
-    told = [r["dp_sample_rate"] for r in read_metrics(run) if r["client"] is not None and r["round"] == 1]
+    reported = [r["dp_sample_rate"] for r in read_metrics(run) if r["client"] is not None and r["round"] == 1]
     # two batches of two of a client's eight rows make a step: q = 4 / 8, in what is drawn and in what is counted
-    assert told == [0.5] * 4 and rates == [0.5] * 8
+    assert reported == [0.5] * 4 and rates == [0.5] * 8
 
 
 def test_noise_at_the_client_counts_half() -> None:

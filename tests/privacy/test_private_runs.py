@@ -105,13 +105,13 @@ def test_the_cost_of_a_failed_turn_is_reported(tmp_path: Path, monkeypatch: pyte
     assert after["epsilon"] == epsilon([cost, cost], 1e-5, "rdp")
 
 
-@pytest.mark.parametrize(("message", "told"), [(1.5, 1.5), (-1.0, None), (float("nan"), None), (float("inf"), None), ("1", None)])
-def test_the_epsilon_of_a_declining_client_is_checked(message: Any, told: float | None) -> None:
+@pytest.mark.parametrize(("message", "cost"), [(1.5, 1.5), (-1.0, None), (float("nan"), None), (float("inf"), None), ("1", None)])
+def test_the_epsilon_of_a_declining_client_is_checked(message: Any, cost: float | None) -> None:
     from flwr.app import ConfigRecord, Message
 
     from fedtune.rounds.outcome import epsilon_of
 
-    assert epsilon_of(Message(RecordDict({"declined": ConfigRecord({"epsilon": message})}), 0, "train")) == told
+    assert epsilon_of(Message(RecordDict({"declined": ConfigRecord({"epsilon": message})}), 0, "train")) == cost
 
 
 @pytest.mark.slow

@@ -58,8 +58,8 @@ def model(kind: str) -> nn.ModuleDict:
     dtype = torch.bfloat16 if kind in ("bf16", "quantised") else torch.float32
     layers: dict[str, Any] = {}
     for module, (wide, narrow) in SIZES.items():
-        made = {"conv": lambda w=wide, n=narrow: Conv1D(w, n), "quantised": lambda w=wide, n=narrow: Quantized(n, w)}
-        layers[module] = made.get(kind, lambda w=wide, n=narrow: nn.Linear(n, w, bias=False))()
+        layer_of = {"conv": lambda w=wide, n=narrow: Conv1D(w, n), "quantised": lambda w=wide, n=narrow: Quantized(n, w)}
+        layers[module] = layer_of.get(kind, lambda w=wide, n=narrow: nn.Linear(n, w, bias=False))()
     out = nn.ModuleDict(layers)
     out["norm"] = nn.LayerNorm(3, dtype=dtype)
     return (out if kind == "quantised" else out.to(dtype)).requires_grad_(False)

@@ -60,10 +60,10 @@ def test_a_write_is_complete_or_absent_after_any_stop(tmp_path: Path, name: str,
     assert operations >= 2
 
 
-@pytest.mark.parametrize("made", [new_file, new_folder])
-def test_an_exception_leaves_the_old_content(tmp_path: Path, made: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize("open_new", [new_file, new_folder])
+def test_an_exception_leaves_the_old_content(tmp_path: Path, open_new: Callable[[Path], object]) -> None:
     place = tmp_path / "place"
-    with pytest.raises(KeyError), made(place) as beside:  # pyright: ignore
+    with pytest.raises(KeyError), open_new(place) as beside:  # pyright: ignore
         assert beside.parent == tmp_path and beside.name == ".place.tmp"
         raise KeyError
     assert list(tmp_path.iterdir()) == []

@@ -62,8 +62,8 @@ def test_a_wrong_half_is_caught(where: type, name: str, wrong: Any, monkeypatch:
 ADD = _mean.Mean.add
 
 
-def off_by(space: Workspace, mu: float, told: float) -> float:
-    """Distance of two real SGD steps with `told` as μ from w_2(μ) = w_2(0) − η·μ·(w_1 − w_0): the term is 0 in the first step."""
+def off_by(space: Workspace, mu: float, sent_mu: float) -> float:
+    """Distance of two real SGD steps with `sent_mu` as μ from w_2(μ) = w_2(0) − η·μ·(w_1 − w_0): the term is 0 in the first step."""
     begin = space.initial
     gen = torch.Generator().manual_seed(1)  # B away from zero, so that both factors have gradients
     begin = begin.replace({n: t + 0.05 * torch.randn(t.shape, generator=gen) for n, t in begin.tensors.items()})
@@ -75,15 +75,15 @@ def off_by(space: Workspace, mu: float, told: float) -> float:
         train(work_in(space, plan))
         return space.live.read(version=0)
 
-    one, two, held = after(1, 0.0), after(2, 0.0), after(2, told)
+    one, two, held = after(1, 0.0), after(2, 0.0), after(2, sent_mu)
     return max(float((held[n] - (two[n] - 0.1 * mu * (one[n] - begin[n]))).abs().max()) for n in begin.tensors)
 
 
 def test_the_clients_half_by_hand(tmp_path: Path) -> None:
     space = Workspace(tiny_config(tmp_path))
-    assert off_by(space, mu=3.0, told=3.0) < 1e-7
-    assert off_by(space, mu=3.0, told=6.0) > 1e-5  # μ·‖w − w_t‖², without the half
-    assert off_by(space, mu=3.0, told=0.0) > 1e-5
+    assert off_by(space, mu=3.0, sent_mu=3.0) < 1e-7
+    assert off_by(space, mu=3.0, sent_mu=6.0) > 1e-5  # μ·‖w − w_t‖², without the half
+    assert off_by(space, mu=3.0, sent_mu=0.0) > 1e-5
 
 
 def test_mu_is_set_in_one_place() -> None:
