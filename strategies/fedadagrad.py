@@ -29,7 +29,9 @@ class FedAdagrad(MeanStrategy):
         tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     lr: float = 1e-2
     tau: float = 1e-3
 

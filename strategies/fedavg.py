@@ -21,7 +21,9 @@ from fedtune.strategies._mean import MeanStrategy
 class FedAvg(MeanStrategy):
     """w ← sum_k p_k w_k with p_k = n_k / sum n, for each tensor that clients send. Takes the memory of one model in float64."""
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
 
     def aggregate_mean(self, round: int, state: ServerState, mean: Mapping[str, Tensor]) -> ServerState:
         old = state.adapter.tensors

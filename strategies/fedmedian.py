@@ -25,7 +25,7 @@ class FedMedian(Strategy):
     sets the required number of updates.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, assumes_zero_init=False)
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         replies = [_flower.reply(u.adapter.tensors, u.examples) for u in _flower.cohort(state, updates)]

@@ -32,7 +32,7 @@ class FedNova(Strategy):
             no longer a sum of gradients, and the paper's result does not hold.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, assumes_zero_init=False)
 
     heuristic: bool = False
 

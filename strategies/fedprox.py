@@ -26,7 +26,9 @@ class FedProx(FedAvg):
         mu: μ, per unit of squared distance in the parameters; 0 is FedAvg.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     mu: float = 0.01
 
     def check(self, config: Config) -> None:

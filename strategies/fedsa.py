@@ -26,7 +26,7 @@ class FedSA(FedAvg):
     """A ← sum_k p_k A_k with p_k = n_k / sum n; clients train A, B and head, and keep B and head between turns."""
 
     # no accepts_stale: a client's B changes before its late A arrives; assumes_zero_init: the server keeps the initial B while A changes
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True)
+    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, needs_only_mean=True)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""

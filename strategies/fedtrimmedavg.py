@@ -30,7 +30,7 @@ class FedTrimmedAvg(Strategy):
         beta: β, the share trimmed at each end, 0 ≤ β < ½. A round needs 1/β good updates: with fewer, nothing is trimmed.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, assumes_zero_init=False)
 
     beta: float = 0.2
 

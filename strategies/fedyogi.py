@@ -32,7 +32,9 @@ class FedYogi(MeanStrategy):
         tau: τ: parameters whose mean change is much smaller than τ move in proportion to the change.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
     lr: float = 1e-2
     beta_1: float = 0.9
     beta_2: float = 0.99

@@ -24,7 +24,9 @@ ALL_BUT_A = ("*", "!*.lora_A")
 class FFA(FedAvg):
     """B ← sum_k p_k B_k with p_k = n_k / sum n, and the same for heads; A keeps its initial value."""
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, accepts_stale=True, assumes_zero_init=False
+    )
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""

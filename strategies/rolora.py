@@ -31,7 +31,9 @@ class RoLoRA(FedAvg):
     """
 
     # no accepts_stale: an update one round late contains the other factor
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, needs_only_mean=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, assumes_zero_init=False
+    )
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""

@@ -42,7 +42,7 @@ class SCAFFOLD(Strategy):
         lr: Server learning rate η_s.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, assumes_zero_init=False)
 
     lr: float = 1.0
 

@@ -54,6 +54,9 @@ GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_w
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
 
 
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """An architecture: a config, its task and its targets.
@@ -89,8 +92,8 @@ ROWS: dict[str, Row] = {
     "SmolLM3": _row("SmolLM3Config", no_rope_layers=[1, 0]),
     "OLMo 2": _row("Olmo2Config"),
     "GPT-NeoX": _row("GPTNeoXConfig", base={n: v for n, v in SIZES.items() if n != "num_key_value_heads"}),
-    "Mixtral": _row("MixtralConfig", num_local_experts=4, sliding_window=None),
-    "Qwen3-MoE": _row("Qwen3MoeConfig", **MOE),
+    "Mixtral": _row("MixtralConfig", peft=EXPERTS, num_local_experts=4, sliding_window=None),
+    "Qwen3-MoE": _row("Qwen3MoeConfig", peft=EXPERTS, **MOE),
     "Mamba": _row("MambaConfig", peft={"targets": ["in_proj", "x_proj"]}, base=TOKENS, hidden_size=48, num_hidden_layers=2, state_size=4),
     "T5": _row(
         "T5Config", "instruction", base=TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
@@ -155,6 +158,8 @@ def measure(row: Row, folder: Path) -> dict[str, Cell]:
     live.model.eval()
     ids = torch.tensor([live.backbone.tokenizer(PROMPT).input_ids])
     cells = {"trains": Cell(", ".join(f"`peft.{n}=[{','.join(v)}]`" for n, v in row.peft.items()) or "yes")}
+    asked = row.peft.get("target_parameters", [])
+    assert all(any(f".{name}.lora_B" in n for n in moved) for name in asked), "one round of LoRA has not changed all experts"
     with _refusable(cells, "hf", folder):
         out = export_hf(result.path, result.path / "hf")
         with quiet():

@@ -77,6 +77,7 @@ def _check_together(c: Config) -> None:
         "late=use has no effect, because rounds wait for all clients: set round_timeout_s, or devices.deadline_s in a simulation",
     )
     _check_loftq(c)
+    _check_experts(c)
     _check_packing(c)
     p = c.privacy
     refuse(
@@ -120,6 +121,21 @@ def _check_packing(c: Config) -> None:
             raise ConfigError(f"{sentence}: set task.packing=false")
     if c.engine.batched != "none":
         raise ConfigError("task.packing=true trains one client at a time: set engine.batched=none")
+
+
+def _check_experts(c: Config) -> None:
+    names = ",".join(c.peft.target_parameters)
+    if not names:
+        return
+    where = f"peft.target_parameters=[{names}]"
+    if c.peft.method not in ("lora", "rslora"):
+        raise ConfigError(f"{where} adapts experts with LoRA factors, which peft.method={c.peft.method} does not have: take peft=lora")
+    if c.peft.dropout > 0:
+        raise ConfigError(f"{where} changes the experts' weights and not their inputs, which dropout needs: set peft.dropout=0")
+    if c.peft.init != "default":
+        raise ConfigError(f"{where} has no peft.init={c.peft.init}, because experts are not quantized: set peft.init=default")
+    if c.privacy.kind == "record":
+        raise ConfigError(f"{where} mixes the rows of a batch, so privacy=record has no gradient per row: take privacy=user")
 
 
 def _check_loftq(c: Config) -> None:

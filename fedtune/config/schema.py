@@ -127,6 +127,9 @@ class PeftConfig:
         choices=("default", "loftq"),
     )  # fmt: skip
     targets: Any = opt("all-linear", "LoRA family and ia3: module names to adapt: all-linear, one name, or a list")
+    target_parameters: list[str] = opt(
+        [], "lora, rslora: stacked weights of experts to adapt too, by name or its last parts, such as experts.down_proj"
+    )
     bottleneck: int = opt(16, "adapter: width of the bottleneck", ge=1)
     placement: str = opt(
         "pfeiffer", "adapter: after the feed-forward block (pfeiffer), or after attention too (houlsby)", choices=("pfeiffer", "houlsby")

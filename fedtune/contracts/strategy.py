@@ -64,6 +64,8 @@ class Requirements:
             tensors of one adapter, and that all clients send the same tensors in all rounds.
         assumes_zero_init: Assumes B·A = 0 before round 1, so peft.init=loftq is rejected, and a warm start (peft.from) merges B·A into the
             frozen weights.
+        averages_entries: Combines tensors entry by entry, whatever the entries mean. The factors of stacked experts
+            (`peft.target_parameters`) need it, because their product is not s·B·A.
         extra_disclosure: What clients report besides trained tensors, such as exact losses; not covered by differential privacy.
     """
 
@@ -72,6 +74,7 @@ class Requirements:
     needs_only_mean: bool = False
     accepts_stale: bool = False
     assumes_zero_init: bool = True
+    averages_entries: bool = False
     extra_disclosure: str = ""
 
 

@@ -55,7 +55,7 @@ class LiveAdapter:
             raise ModelError("this backbone already has an adapter: load the backbone again, or use its adapter")
         untrained = other_weights(backbone.model)
         self._attached = attached = attach(backbone.model, peft, task)
-        if attached.ranks and peft.targets == "all-linear":
+        if attached.ranks and peft.targets == "all-linear" and not peft.target_parameters:
             _report_untrained(*untrained)
         cast(Any, backbone.model)._carries_adapter = True
         self.model = cast(Any, attached.model)

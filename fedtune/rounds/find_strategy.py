@@ -66,6 +66,11 @@ def check_strategy(strategy: "Strategy", config: Config) -> None:
         )
     if needs.assumes_zero_init and config.peft.init == "loftq":
         raise ConfigError(f"{name} assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere: set peft.init=default")
+    if config.peft.target_parameters and not needs.averages_entries:
+        raise ConfigError(
+            f"{name} computes with LoRA's products s·B·A, which stacked experts do not have in that form: take strategy=fedavg, or"
+            " leave out peft.target_parameters"
+        )
     if config.late == "use" and not needs.accepts_stale:
         raise ConfigError(f"{name} cannot use late updates: set late=drop, or take strategy=fedavg")
     private = config.privacy.kind

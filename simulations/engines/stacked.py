@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from fedtune.models import LiveAdapter
@@ -23,6 +23,8 @@ def why_not(live: LiveAdapter) -> str | None:
     if drawn := shared_dropout(live):
         return drawn
     for name, (module, own) in _owners(live).items():
+        if isinstance(module, ParamWrapper):
+            return f"'{name}' belongs to stacked experts, which have no stacked form"
         if isinstance(module, LoraLayer):
             if getattr(module, "lora_variant", {}):
                 return f"{live.spec.method} has no stacked form"

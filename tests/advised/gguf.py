@@ -49,6 +49,7 @@ def _shaped(says: str, shape: str, method: str = "lora") -> None:
 
 _shaped("a GGUF file has no place for the virtual tokens of {}: use --to edge", "llama", "prompt")
 _shaped("llama.cpp's qwen3 has no attention biases: use --to edge or hf", "qwen3_biases")
+_shaped("fedtune does not write GGUF files of model_type={}: use --to edge or hf", "smollm3")
 _shaped("computes YaRN's attention factor itself, but the model sets its own: use --to edge or hf", "llama_yarn_mscale")
 
 

@@ -69,6 +69,14 @@ def _(place: Place) -> Iterator[str]:
         yield checked("fedsa.FedSA", peft=PeftConfig(init=init))
 
 
+@follows("which stacked experts do not have in that form: take strategy=fedavg, or leave out peft.target_parameters")
+def _(place: Place) -> Iterator[str]:
+    experts = PeftConfig(target_parameters=["experts.down_proj"])
+    yield checked("flexlora.FlexLoRA", peft=experts)
+    yield checked("fedavg.FedAvg", peft=experts)
+    yield checked("flexlora.FlexLoRA", peft=PeftConfig())
+
+
 @follows("cannot use late updates: set late=drop, or take strategy=fedavg")
 def _(place: Place) -> Iterator[str]:
     yield checked("flexlora.FlexLoRA", late="use")

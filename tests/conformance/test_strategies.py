@@ -256,3 +256,19 @@ def test_the_class_and_its_yaml_have_the_same_defaults(name: str) -> None:
     strategy: Any = make_strategy(config)
     fields = [f for f in dataclasses.fields(strategy) if f.default is not dataclasses.MISSING]
     assert {f.name: getattr(strategy, f.name) for f in fields} == {f.name: f.default for f in fields}
+
+
+def test_strategies_that_average_entries_do_not_depend_on_their_order(name: str, strategy: Strategy) -> None:
+    """Stacked experts rely on it: the entries of their factors are in another order than those of other factors."""
+    if not strategy.requirements.averages_entries:
+        pytest.skip("it computes with products of factors")
+
+    def turned(state: AdapterState) -> AdapterState:
+        return state.replace({n: t.flatten().flip(0).view(t.shape) for n, t in state.tensors.items()})
+
+    state = strategy.start(START)
+    sent, _ = updates(strategy, state, [3, 1, 4, 1, 5, 9, 2])
+    after = strategy.aggregate(1, state, sent).adapter
+    other = strategy.aggregate(1, strategy.start(turned(START)), [dataclasses.replace(u, adapter=turned(u.adapter)) for u in sent]).adapter
+    for n, tensor in turned(after).tensors.items():
+        torch.testing.assert_close(other[n], tensor, atol=1e-6, rtol=1e-5, msg=n)

@@ -69,7 +69,7 @@ class Change:
 
     Args:
         name: Name of the tensor.
-        shape: Shape that the adapter expects; (out, in) for a linear layer's weight.
+        shape: Shape that the adapter expects; (out, in) for a linear layer's weight, (experts, out, in) for stacked ones.
         edit: The arithmetic, on a block of rows.
         linear: Whether the tensor must be the weight of a linear layer that is not tied to the embedding.
     """

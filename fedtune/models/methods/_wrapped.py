@@ -1,12 +1,13 @@
 """Shared code of the methods that PEFT implements: wrapping, canonical names, the original backbone, the folder."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig, modules: Collection[str] = 
     Args:
         model: The backbone.
         config: PEFT's settings.
-        modules: Full names of the modules that PEFT must adapt.
+        modules: Full names of the modules and of the stacked weights that PEFT must adapt.
 
     Raises:
         ModelError: PEFT adapted other modules: it renames targets for some architectures.
@@ -44,7 +45,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig, modules: Collection[str] = 
     with quiet(), torch.random.fork_rng():  # PEFT draws values with the global generator; a state overwrites them
         torch.manual_seed(0)
         wrapped = cast(PeftModel, get_peft_model(model, config))
-    adapted = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)}
+    adapted = {_adapted(n, m) for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer)}
     if odd := sorted(adapted.symmetric_difference(modules), key=lambda n: (n in adapted, n)):
         did = "adapts" if odd[0] in adapted else "does not adapt"
         wanted = ",".join(dict.fromkeys(n.rpartition(".")[2] for n in modules if n in adapted))
@@ -68,11 +69,46 @@ def named(wrapped: PeftModel, renamed: Mapping[str, str]) -> tuple[dict[str, nn.
     parameters, names = {}, {}
     for dotted, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
-            name = dotted.removeprefix("base_model.model.").removeprefix("base_model.")
+            path, _, rest = dotted.partition(".lora_")
+            if rest and isinstance(layer := wrapped.get_submodule(path), ParamWrapper):
+                name = f"{_adapted(path, layer)}.lora_{rest}"
+            else:
+                name = dotted.removeprefix("base_model.model.").removeprefix("base_model.")
             for theirs, ours in {**renamed, f".modules_to_save.{SLOT}.": "."}.items():
                 name = name.replace(theirs, ours)
             parameters[name], names[name] = parameter, dotted
     return parameters, names
+
+
+def _adapted(name: str, layer: nn.Module) -> str:
+    """The name in the backbone of what a layer of PEFT adapts: a module, or a parameter. Wrappers of several parameters are nested."""
+    name = name.removeprefix("base_model.model.")
+    if not isinstance(layer, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter_name}"
+
+
+def stacked_weights(model: PreTrainedModel, wanted: Sequence[str]) -> dict[str, int]:
+    """Full name of each stacked weight (experts, out, in) to adapt → the number of experts. Names match as in `targets`.
+
+    Raises:
+        ModelError: A name matches no stacked weight, or the weights are stored as (experts, in, out).
+    """
+    if not wanted:
+        return {}
+    prefix, modules = text_prefix(model), dict(model.named_modules())
+    known = {n: p.shape[0] for n, p in model.named_parameters() if p.ndim == 3 and n.startswith(prefix) and p.shape[0] > 1}
+    short = ", ".join(dict.fromkeys(".".join(n.split(".")[-2:]) for n in known)) or "none"
+    for name in wanted:
+        if not any(matches(n, name) for n in known):
+            raise ModelError(f"peft.target_parameters: no stacked weight of the backbone is called '{name}', it has: {short}")
+    found = {n: experts for n, experts in known.items() if any(matches(n, name) for name in wanted)}
+    for name in found:
+        if getattr(modules[name.rpartition(".")[0]], "is_transposed", False):
+            raise ModelError(f"peft.target_parameters: '{name}' is stored as (experts, in, out), which is not supported: leave it out")
+    return found
 
 
 def without(wrapped: PeftModel) -> AbstractContextManager[None]:

@@ -56,26 +56,29 @@ def attach_factors(
     """
     from peft import LoraConfig  # imported late, because they load PEFT
 
-    from fedtune.models.methods._wrapped import named, task_settings, transposed, without, wrap
+    from fedtune.models.methods._wrapped import named, stacked_weights, task_settings, transposed, without, wrap
 
-    ranks = _ranks(model, peft)
+    ranks, stacked = _ranks(model, peft), stacked_weights(model, peft.target_parameters)
     config = LoraConfig(
         **task_settings(model, task),
         r=peft.rank,
         lora_alpha=cast(int, peft.alpha),  # annotated as int, but PEFT only uses it in a division
         lora_dropout=peft.dropout,
         target_modules=list(ranks),
+        target_parameters=list(stacked) or None,
         rank_pattern={m: r for m, r in ranks.items() if r != peft.rank},
         use_rslora=stabilized,
         use_dora=magnitudes,
         fan_in_fan_out=transposed(model),
     )
-    wrapped = wrap(model, config, ranks)
+    wrapped = wrap(model, config, [*ranks, *stacked])
     config.target_modules = sorted(config.target_modules or [])  # PEFT turns it into a set, so its order in the file would vary
+    config.target_parameters = sorted(stacked) or None
     if model.dtype != torch.float32 and not config.use_dora:
         _multiply_narrow(wrapped)
     parameters, names = named(wrapped, _RENAMED)
-    scaling = {m: peft.alpha / (math.sqrt(r) if stabilized else r) for m, r in ranks.items()}
+    scaling = {m: peft.alpha / (math.sqrt(r) if stabilized else r) for m, r in ({**ranks, **dict.fromkeys(stacked, peft.rank)}).items()}
+    ranks |= {name: peft.rank * experts for name, experts in stacked.items()}  # rows of A: each expert has its own
     return Attached(
         model=wrapped,
         parameters=parameters,
@@ -97,11 +100,14 @@ def initial(name: str, shape: tuple[int, ...], peft: PeftConfig, generator: Gene
 
 
 def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterator[Change]:
-    """W ← W + s·B·A; with a magnitude, the rows are then rescaled to the norms ‖W‖ + magnitude."""
+    """W ← W + s·B·A; with a magnitude, the rows are then rescaled to the norms ‖W‖ + magnitude. Stacked experts: W_e ← W_e + s·B_e·A_e."""
     if odd := [n for n in state.tensors if not n.endswith((".lora_A", ".lora_B", ".lora_magnitude"))]:
         raise ModelError(f"the adapter's '{odd[0]}' is neither a LoRA factor nor in the backbone: the adapter belongs to another backbone")
     for module in [n.removesuffix(".lora_A") for n in state.tensors if n.endswith(".lora_A")]:
         a, b = state[f"{module}.lora_A"], state[f"{module}.lora_B"]
+        if f"{module}.weight" not in sizes and len(size := sizes.get(module, ())) == 3:
+            yield Change(name=module, shape=(size[0], len(b), a.shape[1]), edit=_experts(module, a, b, state.spec.scaling[module], size[0]))
+            continue
         edit = _low_rank(a, b, state.spec.scaling[module], state.tensors.get(f"{module}.lora_magnitude"))
         yield Change(name=f"{module}.weight", shape=(len(b), a.shape[1]), edit=edit, linear=True)
 
@@ -122,6 +128,22 @@ def _low_rank(a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None) ->
         if magnitude is None:
             return changed
         return changed * ((rows.norm(dim=1) + magnitude[first:last].double()) / changed.norm(dim=1))[:, None]
+
+    return edit
+
+
+def _experts(name: str, a: Tensor, b: Tensor, scaling: float, experts: int) -> Edit:
+    """The factors of E experts in PEFT's layout: A (E·r, in) has one expert after the other, B (out, r·E) one rank after the other."""
+    if len(a) % experts or b.shape[1] != len(a):
+        raise ModelError(
+            f"the adapter's factors of '{name}' are {tuple(a.shape)} and {tuple(b.shape)}, which do not divide among the backbone's"
+            f" {experts} experts: it belongs to another backbone"
+        )
+    rank = len(a) // experts
+    each_a, each_b = a.view(experts, rank, -1), b.view(len(b), rank, experts).permute(2, 0, 1)
+
+    def edit(rows: Tensor, first: int, last: int) -> Tensor:  # rows [last - first, out, in]
+        return rows + scaling * (each_b[first:last].double() @ each_a[first:last].double())
 
     return edit
 
