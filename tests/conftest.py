@@ -29,7 +29,7 @@ membership.POLL_S = 0.005  # simulated nodes answer at once; each run would wait
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with more than four cases, every third is quick, of more than thirty every sixth, and the last; the others are slow.
+    """Of a test with more than four cases, every fourth is quick, of more than thirty every eighth, and the last; the others are slow.
 
     `tests.quick` chooses by hand.
     """
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for cases in tests.values():
         quick = [case for case in cases if not case.get_closest_marker("slow")]
         if len(quick) > 4 and not any(case.get_closest_marker("kind") for case in quick):
-            step = 3 if len(quick) <= 30 else 6
+            step = 4 if len(quick) <= 30 else 8
             for number, case in enumerate(quick[:-1]):
                 if number % step:
                     case.add_marker(pytest.mark.slow)
