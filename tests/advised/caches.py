@@ -79,13 +79,13 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("there is no cache policy {}: choose full, window, kivi8, kivi4 or kivi2")
 def _(place: Place) -> Iterator[str]:
-    def made(policy: str) -> str:
+    def error_of(policy: str) -> str:
         return raised(lambda: filled(Choice(shape=SHAPE, tokens=40, policy=policy).build(), 40))
 
-    error = made("best")
+    error = error_of("best")
     yield error
     for policy in error.rpartition("choose ")[2].replace(" or ", ", ").split(", "):
-        yield made(policy)
+        yield error_of(policy)
 
 
 @follows("a cache cannot have {} bits: choose 8, 4 or 2")

@@ -27,13 +27,13 @@ def rounded(how: QuantizeSettings, hessian: torch.Tensor | None = HESSIAN, weigh
 
 @follows("there is no quantization method '{}': choose from {}")
 def _(place: Place) -> Iterator[str]:
-    def made(method: Any) -> str:
+    def error_of(method: Any) -> str:
         return raised(lambda: QuantizeSettings(kind="int8", group=0, method=method))
 
-    error = made("best")
+    error = error_of("best")
     yield error
     for method in error.rpartition("from ")[2].split(", "):
-        yield made(method)
+        yield error_of(method)
 
 
 @follows("smoothquant is for int8 activations, which {} does not have: use method=awq or gptq")

@@ -100,17 +100,17 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("or name a class of an installed package or of a module in the working directory ({})")
 def _(place: Place) -> Iterator[str]:
-    def made(target: str) -> str:
+    def refusal(target: str) -> str:
         return raised(lambda: make_strategy(Config(strategy={"_target_": target})))
 
     place.patch.chdir(place.folder)
     place.patch.setattr(sys, "path", [*sys.path])
-    error = made("mine_of_advice.Mine")
+    error = refusal("mine_of_advice.Mine")
     yield error
     assert "fedavg" in re.findall(r"strategy=(\S+),", error)[0].split("|")
-    yield made(AVERAGE["_target_"])
+    yield refusal(AVERAGE["_target_"])
     (place.folder / "mine_of_advice.py").write_text("from fedtune.strategies.fedavg import FedAvg\n\n\nclass Mine(FedAvg): ...\n")
-    yield made("mine_of_advice.Mine")
+    yield refusal("mine_of_advice.Mine")
 
 
 @follows("names code inside the run directory {}: keep the module outside of it")

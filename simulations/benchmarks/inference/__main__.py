@@ -67,9 +67,9 @@ class Side:
             return {}
         return answer
 
-    def note(self, what: str, told: Mapping[str, Any]) -> None:
-        if "seconds" in told:
-            self.seconds.setdefault(what, []).append(told["seconds"])
+    def note(self, what: str, answer: Mapping[str, Any]) -> None:
+        if "seconds" in answer:
+            self.seconds.setdefault(what, []).append(answer["seconds"])
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="folder for the models (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write, with a .json and a .png beside it")
     args = parser.parse_args()
-    lines = ["# fedtune's engine and other engines\n", f"```\n{COMMAND} {shlex.join(told(sys.argv[1:]))}\n```\n"]
+    lines = ["# fedtune's engine and other engines\n", f"```\n{COMMAND} {shlex.join(without_paths(sys.argv[1:]))}\n```\n"]
     lines.append(f"{hardware()}; {args.threads} threads, {args.rounds} rounds in turn; medians, with the least and the greatest.\n")
     kept = {}
     seen: dict[str, list[Side]] = {}
@@ -207,7 +207,7 @@ def plot(seen: Mapping[str, Sequence[Side]], prompt: int, tokens: int, path: Pat
     plt.close(figure)
 
 
-def told(arguments: Sequence[str]) -> list[str]:
+def without_paths(arguments: Sequence[str]) -> list[str]:
     """Replace this machine's paths in a command line with placeholders."""
     return [
         "PYTHON" if before == "--peers" else "FOLDER" if before == "--models" else a

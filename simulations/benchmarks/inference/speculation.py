@@ -37,7 +37,7 @@ from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.generate import open_speculation
-from fedtune.simulations.benchmarks.inference.__main__ import told
+from fedtune.simulations.benchmarks.inference.__main__ import without_paths
 from fedtune.simulations.benchmarks.inference.models import SIZES, VOCABULARY, package
 from fedtune.simulations.benchmarks.inference.pair import ANSWER, MODELS, acceptance, draft_of, prompts
 from fedtune.simulations.benchmarks.inference.widen import Size, widen
@@ -108,7 +108,7 @@ def main() -> None:
     source = data / "models" / args.model / "hf"
     draft = draft_of(source, data, args.models / f"{args.model}-draft")
     os.environ.update(OMP_NUM_THREADS=str(args.threads))  # inherited by the measuring processes
-    command = f"FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.inference.speculation {shlex.join(told(sys.argv[1:]))}"
+    command = f"FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.inference.speculation {shlex.join(without_paths(sys.argv[1:]))}"
     lines = ["# Speculation, from end to end\n", f"```\n{command.strip()}\n```\n"]
     lines.append(
         f"{hardware()}; {args.threads} threads; {args.model}, widened; {args.prompts} held-out prompts, answers of {args.tokens} tokens;"
