@@ -108,7 +108,8 @@ def main() -> None:
     source = data / "models" / args.model / "hf"
     draft = draft_of(source, data, args.models / f"{args.model}-draft")
     os.environ.update(OMP_NUM_THREADS=str(args.threads))  # inherited by the measuring processes
-    command = f"FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.inference.speculation {shlex.join(without_paths(sys.argv[1:]))}"
+    arguments = shlex.join(without_paths(sys.argv[1:]))
+    command = f"FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.inference.speculation {arguments}"
     lines = ["# Speculation, from end to end\n", f"```\n{command.strip()}\n```\n"]
     lines.append(
         f"{hardware()}; {args.threads} threads; {args.model}, widened; {args.prompts} held-out prompts, answers of {args.tokens} tokens;"
