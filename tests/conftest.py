@@ -22,7 +22,8 @@ def _context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> An
     return httpx.create_ssl_context(verify, cert, trust_env) if own else _public(True, None, trust_env)
 
 
-httpx._transports.default.create_ssl_context = _context
+_transports: Any = httpx._transports.default
+_transports.create_ssl_context = _context
 os.fsync = lambda _: None  # no test cuts the power, and thousands of flushes would wait for the disk; processes that tests start do flush
 membership.POLL_S = 0.005  # simulated nodes answer at once; each run would wait ten times as long for its clients
 
