@@ -160,8 +160,9 @@ def fewer_layers(model: Any, layers: int) -> Any:
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
-    if types := getattr(text, "layer_types", None):
-        text.layer_types = [types[i] for i in kept]
+    for name in ("layer_types", "no_rope_layers"):  # which have an entry for each layer
+        if entries := getattr(text, name, None):
+            setattr(text, name, [entries[i] for i in kept])
     small = type(model)(config)
     renamed = {f"{stacks[0]}.{old}.": f"{stacks[0]}.{new}." for new, old in enumerate(kept)}
     tensors = {}

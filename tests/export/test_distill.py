@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedtune.cli.main import main
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.export.distill import Distillation, acceptance, distill, fewer_layers, pad, read_texts, split, write
+from fedtune.inference.engine.load import load_engine
 from fedtune.models.checkpoint import NANO
 from tests.export.test_capitals import chatml
+from tests.inference.engine.tiny import SIZES
 
+WIDE = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 QUICK = Distillation(steps=12, batch_size=4, length=16, layers=1)
 
 
@@ -48,6 +51,23 @@ def test_a_draft_without_zero_layers_equals_the_model() -> None:
     assert acceptance(model, draft, text) == pytest.approx(1, abs=1e-6)
     silence(model, 2)  # now the model lacks what its draft has
     assert acceptance(model, draft, text) < 0.999
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "gemma3"])
+def test_a_kept_layer_keeps_its_windows_and_positions(kind: str, tmp_path: Path) -> None:
+    """Only the layers that are left out are without rotation, or with a window."""
+    own = {"no_rope_layers": [1, 0, 1, 0, 1]} if kind == "smollm3" else {"sliding_window": 4, "layer_types": [*WIDE, "full_attention"]}
+    config: Any = AutoConfig.for_model("gemma3_text" if kind == "gemma3" else kind, **SIZES | own | {"num_hidden_layers": 5})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    silence(model, 1)
+    silence(model, 3)
+    ids = torch.randint(0, 37, (3, 11))
+    draft = fewer_layers(model, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(draft(ids).logits, model(ids).logits)
+    draft.save_pretrained(tmp_path)
+    assert load_engine(tmp_path).shape.layers == 3
 
 
 @pytest.mark.parametrize(("layers", "kept"), [(1, [0]), (2, [0, 6]), (3, [0, 3, 6]), (6, [0, 1, 2, 4, 5, 6])])
