@@ -172,8 +172,8 @@ class _Keeper:
     def spent(self, client: str) -> list[Spend]:
         return self._ledger(client).spent()
 
-    def spend(self, client: str, round: int, cost: Spend) -> None:
-        self._ledger(client).spend(round, cost)
+    def spend(self, client: str, round: int, cost: Spend, unit: str) -> None:
+        self._ledger(client).spend(round, cost, unit)
 
     def _of(self, substore: str) -> ClientStore:
         return self._store.substore(substore) if substore else self._store
@@ -243,5 +243,5 @@ class ProxyLedger(Ledger):
     def spent(self) -> list[Spend]:
         return self._kept("spent", self._client)
 
-    def spend(self, round: int, cost: Spend) -> None:
-        self._kept("spend", self._client, round, cost)
+    def spend(self, round: int, cost: Spend, unit: str) -> None:
+        self._kept("spend", self._client, round, cost, unit)

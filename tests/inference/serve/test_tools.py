@@ -69,15 +69,15 @@ def ask(engine: Engine, pieces: list[str], template: str | None = TEMPLATE, **mo
     offer = ServedModel(name="tiny", text=text, prompt="{request}" if template is None else None)
     app = create_app(scheduler, offer, Limits(), ApiKeys(), local=False)
 
+    here: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+
     async def answered() -> Any:
-        transport = httpx.ASGITransport(app)
-        async with openai.AsyncOpenAI(
-            base_url="http://here/v1", api_key="-", max_retries=0, http_client=httpx.AsyncClient(transport=transport)
-        ) as client:
+        async with openai.AsyncOpenAI(base_url="http://here/v1", api_key="-", max_retries=0, http_client=here) as client:
             found = await client.chat.completions.create(**{"model": "tiny", "messages": [USER]} | more)  # type: ignore[call-overload]
             return [chunk async for chunk in found] if more.get("stream") else found
 
-    return (asyncio.run(answered()), "".join(prompts))[::-1]
+    answer = asyncio.run(answered())
+    return "".join(prompts), answer
 
 
 def test_the_schemas_reach_the_template_unless_none_may_be_called(engine: Engine) -> None:
