@@ -163,7 +163,8 @@ def measure(row: Row, folder: Path) -> dict[str, Cell]:
     with _refusable(cells, "hf", folder):
         out = export_hf(result.path, result.path / "hf")
         with quiet():
-            merged = type(live.backbone.model).from_pretrained(out).eval()
+            kind: Any = type(live.backbone.model)
+            merged = kind.from_pretrained(out).eval()
         torch.testing.assert_close(_logits(merged, ids), _logits(live.model, ids), atol=1e-4, rtol=1e-4)
         with live.disabled():
             assert not torch.allclose(_logits(live.model, ids), _logits(merged, ids), atol=1e-4), "the adapter changes nothing"

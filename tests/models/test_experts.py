@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedtune.config import Config, ModelConfig, PeftConfig, PrivacyConfig, TaskConfig
+from fedtune.config import Config, PeftConfig, PrivacyConfig, TaskConfig
 from fedtune.config.rules import check
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import ConfigError, ModelError
@@ -122,14 +122,14 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
         live_on(checkpoint(tmp_path / "l"))
     with pytest.raises(ModelError, match=r"is stored as \(experts, in, out\), which is not supported: leave it out$"):
         live_on(checkpoint(tmp_path / "g", config=gpt_oss()))
-    for changes, message in (
-        ({"peft": {"method": "dora"}}, "which peft.method=dora does not have: take peft=lora"),
-        ({"peft": {"dropout": 0.1}}, "set peft.dropout=0"),
-        ({"privacy": PrivacyConfig(kind="record", epsilon=3.0)}, "privacy=record has no gradient per row"),
+    private = PrivacyConfig(kind="record", epsilon=3.0)
+    for config, message in (
+        (Config(peft=PeftConfig(target_parameters=BOTH, method="dora")), "which peft.method=dora does not have: take peft=lora"),
+        (Config(peft=PeftConfig(target_parameters=BOTH, dropout=0.1)), "set peft.dropout=0"),
+        (Config(peft=PeftConfig(target_parameters=BOTH), privacy=private), "privacy=record has no gradient per row"),
     ):
-        peft = PeftConfig(target_parameters=BOTH, **changes.pop("peft", {}))
         with pytest.raises(ConfigError, match=message):
-            check(Config(model=ModelConfig(), peft=peft, **changes))
+            check(config)
     config = Config(peft=PeftConfig(target_parameters=BOTH))
     check_strategy(FedAvg(), config)
     with pytest.raises(ConfigError, match="FLoRA computes with LoRA's products .*: take strategy=fedavg, or leave out peft"):

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +45,11 @@ def make_layer(shape: Shape, linears: Mapping[str, Linear], norm: Callable[[str]
         linears: The decoder's linears of the layer: qkv, o, gate_up, down.
         norm: Returns a norm's weight, float32, by its name in the checkpoint's layer.
     """
-    norms = {place: norm(name) + shape.norm_offset for place, name in shape.norms.items()}
+    parts: dict[str, Any] = dict(linears)
+    parts |= {place: norm(name) + shape.norm_offset for place, name in shape.norms.items()}
     if shape.qk_norm:
-        norms |= {f"{x}_norm": (norm(f"self_attn.{x}_norm") + shape.norm_offset)[order_of_norm(shape, x)] for x in "qk"}
-    return Layer(**linears, **norms)
+        parts |= {f"{x}_norm": (norm(f"self_attn.{x}_norm") + shape.norm_offset)[order_of_norm(shape, x)] for x in "qk"}
+    return Layer(**parts)
 
 
 class Decoder:

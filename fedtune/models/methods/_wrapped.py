@@ -80,7 +80,7 @@ def named(wrapped: PeftModel, renamed: Mapping[str, str]) -> tuple[dict[str, nn.
     return parameters, names
 
 
-def _adapted(name: str, layer: nn.Module) -> str:
+def _adapted(name: str, layer: nn.Module | BaseTunerLayer) -> str:
     """The name in the backbone of what a layer of PEFT adapts: a module, or a parameter. Wrappers of several parameters are nested."""
     name = name.removeprefix("base_model.model.")
     if not isinstance(layer, ParamWrapper):
