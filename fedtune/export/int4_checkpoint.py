@@ -26,6 +26,7 @@ from fedtune.export.provenance import provenance
 from fedtune.inference.engine.gptq_awq import Format, Packing, pack_codes, packed_tensors, unpack_weight
 from fedtune.inference.engine.package import is_linear, tensor_shapes
 from fedtune.inference.engine.package_writer import TensorFile
+from fedtune.inference.engine.shape import text_config
 from fedtune.inference.engine.text import read_text
 from fedtune.inference.quantize.model import QuantizeSettings, quantize_model
 from fedtune.inference.quantize.rtn import QuantizedLinear, unpack_int4
@@ -151,8 +152,9 @@ def _half(merged: Merged, name: str, values: Tensor) -> Tensor:
 def _config(merged: Merged, packing: Packing) -> dict[str, Any]:
     """The backbone's config.json, with the quantization and the dtype of the other tensors."""
     passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
-    config = {key: value for key, value in merged.config.items() if key not in passing}
-    config["architectures"] = merged.config.get("architectures") or [f"{merged.shape.family.capitalize()}ForCausalLM"]
+    config = {key: value for key, value in text_config(merged.config).items() if key not in passing}
+    config["architectures"] = config.get("architectures") or [f"{merged.shape.family.capitalize()}ForCausalLM"]
+    config["tie_word_embeddings"] = merged.shape.tied
     config["dtype"] = config["torch_dtype"] = "float16"
     own: dict[str, Any] = {"quant_method": packing.format, "bits": 4, "group_size": packing.group}
     if packing.format == "gptq":

@@ -21,6 +21,7 @@ from fedtune.errors import ModelError
 from fedtune.export.huggingface import CARD, add_ends, check_out, describe_folder, export_folder, export_hf
 from fedtune.export.merged import read_merged
 from fedtune.export.origin import Origin, read_origin
+from fedtune.inference.engine.shape import text_config
 from fedtune.models.checkpoint import find_folder, read_config
 from fedtune.models.methods import mergeable
 from fedtune.models.tokens import end_tokens, load_tokenizer
@@ -110,6 +111,8 @@ def _finish_model(folder: Path, origin: Origin, flags: dict[str, Any]) -> None:
 def _write_adapter(origin: Origin, folder: Path) -> dict[str, Any]:
     """Write adapter_config.json and adapter_model.safetensors, and for a chat its template and end tokens."""
     merged = read_merged(origin.source, separate=True)
+    if text_config(merged.config) is not merged.config:
+        raise ModelError(f"{origin.source}: vLLM names the layers of this composite model in another way: leave out --separate")
     rank = max(len(a) for a, _ in merged.apart.values())
     if rank > RANKS[-1]:
         raise ModelError(f"{origin.source}: the adapter has rank {rank}, and vLLM allows {RANKS[-1]}: leave out --separate")

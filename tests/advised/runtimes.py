@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from fedtune.config import TaskConfig
 from tests.advised.exports import EXPORT, export
 from tests.advised.rows import Place, command, follows
+from tests.export.test_edge_architectures import folder_of
 from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
 from tests.inference.serve.served import tiny_model
 from tests.models import templates
@@ -110,3 +111,10 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--kind", "int8", "--max-new-tokens", "2")
     assert export(place, run, "--to", "edge") == ""
     yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--kind", "int8", "--max-new-tokens", "2")
+
+
+@follows("vLLM names the layers of this composite model in another way: leave out --separate", slow=True)
+def _(place: Place) -> Iterator[str]:
+    run, _ = make_run(place.folder / "run", hub(folder_of(place.folder / "m", "gemma3_composite")), CAUSAL)
+    yield export(place, run, "--to", "vllm", "--separate")
+    yield export(place, run, "--to", "vllm")

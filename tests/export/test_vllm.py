@@ -17,6 +17,7 @@ from fedtune.config import TaskConfig
 from fedtune.errors import ModelError
 from fedtune.export.vllm import describe_vllm, export_vllm
 from fedtune.models.backbone import quiet
+from tests.export.test_edge_architectures import folder_of
 from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
@@ -153,3 +154,12 @@ def test_a_rank_beyond_vllms_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("fedtune.export.vllm.RANKS", (1, 2))
     with pytest.raises(ModelError, match="has rank 3, and vLLM allows 2: leave out --separate"):
         export_vllm(run, tmp_path / "out", separate=True)
+
+
+@pytest.mark.slow
+def test_a_composite_models_layers_have_other_names(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "run", hub(folder_of(tmp_path / "m", "gemma3_composite")), CAUSAL)
+    with pytest.raises(ModelError, match="names the layers of this composite model in another way: leave out --separate"):
+        export_vllm(run, tmp_path / "out", separate=True)
+    export_vllm(run, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"]
