@@ -75,8 +75,9 @@ class Downloads:
             seen = parse_json(read_text(file)) if file.is_file() else {}
             newest = int(seen.get(signer, 0))
         except (OSError, ValueError, TypeError, AttributeError):
-            why = "which keeps older models from being offered as new: remove it if you trust the server"
-            raise ConfigError(f"cannot read {file}, {why}") from None
+            raise ConfigError(
+                f"cannot read {file}, which keeps older models from being offered as new: remove it if you trust the server"
+            ) from None
         if manifest.serial < newest:
             raise Decline("model", f"the model of run {manifest.run}, round {manifest.round}, is older than one that was offered before")
         if manifest.serial > newest:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from fedtune.config import from_dict
 from fedtune.data import load_federation, load_test
 from fedtune.data.values import names_of
-from tests.advised.data import CLS, LM, ROWS, data, dealt, raised, rows, said
+from tests.advised.data import CLS, LM, ROWS, data, dealt, raised, refusal_of, rows
 from tests.advised.rows import Place, follows
 from tests.data.test_bad_input import ASK
 
@@ -132,7 +132,7 @@ def _(place: Place) -> Iterator[str]:
         table = b"text,label\n" + "café,x\nthé,y\n".encode("latin-1") * 6
         for settings in (CLS, data(CLS, encoding="latin-1")):
             noted.clear()
-            yield said(place, settings, {"a.csv": table}, "a.csv") or " ".join(noted)
+            yield refusal_of(place, settings, {"a.csv": table}, "a.csv") or " ".join(noted)
     finally:
         logger.removeHandler(notes)
 
@@ -191,7 +191,7 @@ def _(place: Place) -> Iterator[str]:
     (place.folder / "set" / "train.jsonl").write_text(ROWS)
     yield _hub(place, CLS, split="tarin")
     yield _hub(place, CLS, split="train")
-    yield said(place, CLS, {"a.jsonl": ROWS}, "a.jsonl")
+    yield refusal_of(place, CLS, {"a.jsonl": ROWS}, "a.jsonl")
 
 
 @follows("{} is a {} instead of one split of rows: check data.split")

@@ -53,7 +53,7 @@ def _(place: Place) -> Iterator[str]:
     output = place.run(*make)
     yield output
     yield place.run(*make, "--server-name", "h", "--clients", "a", "b")
-    changes = {"--add": ["c"], "--rotate": ["a"], "--remove": ["b"], "--renew-server": []}
+    changes = {"--add": ["c"], "--rotate": ["a"], "--remove": ["b"], "--renew-server": [], "--renew-signing-key": []}
     for flag in FLAG.findall(output.rpartition(";")[2]):
         yield place.run(*make, flag, *changes[flag])
 
@@ -191,7 +191,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*line.replace("NAME", "heterogeneous").split())
 
 
-@follows("  fedtune-client --server {}:8080 --client-id {} --root-certificates ca.pem --key key --data PATH")
+@follows("  fedtune-client --server {}:8080 --client-id {} --root-certificates ca.pem --key key{} --data PATH")
 def _(place: Place) -> Iterator[str]:
     quiet_client(place)
     place.patch.setenv("HOME", str(place.folder))
