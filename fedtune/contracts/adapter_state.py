@@ -100,7 +100,7 @@ class AdapterState:
         total = hashlib.sha256(self.spec.to_json().encode())
         for name, t in sorted(self.tensors.items()):
             total.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-            total.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            total.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 
     def replace(self, tensors: Mapping[str, Tensor] | None = None, **spec: Any) -> "AdapterState":

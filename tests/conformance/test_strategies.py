@@ -206,7 +206,7 @@ def test_a_strategy_that_assumes_a_zero_product_refuses_loftq(name: str) -> None
         make_strategy(config)
     except ConfigError as bad:
         message = str(bad)
-    assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in message) == (name in ("fedsa", "hetlora"))
+    assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in message) == (name in ("fedsa", "hetlora", "slora"))
 
 
 def test_every_client_gets_its_own_assignment(strategy: Strategy) -> None:
