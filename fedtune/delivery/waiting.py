@@ -41,9 +41,10 @@ class Waiting:
         self._why = why
 
     def end(self) -> None:
-        """Leave new connections to others."""
+        """Leave new connections to others; waits until none is accepted here."""
         if self._server is not None:
             self._server.leave(LEAVE_S)
+            self._server.left.wait(LEAVE_S)
             self._server = None
 
     def close(self) -> None:

@@ -39,12 +39,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(f"{name} {os.getpid()}".encode())
     def log_message(self, *words): pass
-server = http.server.ThreadingHTTPServer(("", 0), Answer, bind_and_activate=False)
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = False  # server_close waits for the answers
+server = Server(("", 0), Answer, bind_and_activate=False)
 server.socket = socket.socket(fileno=int(fd))
 threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 print("ready", json.dumps({"description": "a test"}), flush=True)
 sys.stdin.read(1)
 server.shutdown()
+server.server_close()
 os._exit(0)
 """
 
@@ -111,6 +114,9 @@ def test_without_a_model_every_request_is_refused(device: Device) -> None:
     with socket.create_connection(("127.0.0.1", httpx.URL(device.server.url).port or 0), timeout=10) as raw:
         raw.sendall(b"garbage\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    with socket.create_connection(("127.0.0.1", httpx.URL(device.server.url).port or 0), timeout=10) as raw:
+        raw.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n" + bytes(8000000))
+        assert raw.recv(100).startswith(b"HTTP/1.1 503")  # and not a broken connection
     assert device.told == []
 
 
@@ -181,6 +187,7 @@ def test_a_model_without_text_is_one_sentence(device: Device) -> None:
     assert device.ask() == "503 the model b generates no text: retry later"
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_is_replaced(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "LONGEST_PAUSE_S", 0.1)
     add(device.state, "a", 1, sleep=0.1)
@@ -247,6 +254,51 @@ def test_an_invalid_link_is_one_sentence_and_the_model_goes_on(device: Device) -
     os.kill(device.pid(), signal.SIGKILL)
     wait_for(lambda: len(device.told) == 2)
     assert device.told[1].startswith("the model a cannot be loaded: there is no version a in ")
+
+
+@pytest.fixture
+def still(device: Device) -> Iterator[Device]:
+    """A device whose server takes a step only when it is told to."""
+    device.server.stop(0)
+    still = Device(device.state)
+    yield still
+    still.server._end()
+
+
+def test_a_model_that_answers_already_is_not_given_up(still: Device) -> None:
+    """A child may answer requests before the server looks; another version has then become current."""
+    server = still.server
+    for at, name in enumerate("ab"):
+        add(still.state, name, at)
+    still.versions.activate("a")
+    server._step()
+    first = server._loading
+    wait_for(lambda: first and first.ready)
+    still.versions.activate("b")
+    server._step()
+    assert server._serving is first and not server._leaving
+    server._step()
+    assert server._loading is not None and server._loading.name == "b"
+
+
+def test_a_new_process_waits_for_its_pause(still: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "FIRST_PAUSE_S", 60.0)
+    server = still.server
+    add(still.state, "a", 1)
+    still.versions.activate("a")
+    server._step()
+    first = server._loading
+    wait_for(lambda: first and first.ready)
+    assert first is not None
+    first._process.send_signal(signal.SIGTERM)  # after it was ready, and before the server has seen that
+    wait_for(lambda: first.exit_code is not None)
+    for _ in range(3):
+        server._step()
+        assert server._loading is None
+    assert still.told == ["the process of the model a was killed by signal 15 while it loaded the model: starting another one in 60 s"]
+    server._not_before = 0
+    server._step()
+    assert server._loading is not None
 
 
 def test_the_socket_opens_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

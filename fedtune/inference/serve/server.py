@@ -1,6 +1,5 @@
 """The process of `fedtune serve`: a socket, the engine's thread, and a graceful shutdown. This module loads no torch."""
 
-import asyncio
 import socket
 import threading
 import time
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.schedule import Scheduler
 
 CLOSE_S = 5  # to send finished answers
-_CLOSE = (b"connection", b"close")
 
 
 class HttpServer(uvicorn.Server):
@@ -47,7 +45,7 @@ class HttpServer(uvicorn.Server):
         )
         self._ready = ready
         self._leave_by: float | None = None
-        self._ticks = 0  # since the server leaves
+        self.left = threading.Event()  # it no longer accepts connections
 
     def leave(self, grace: float) -> None:
         """Stop accepting connections, answer the requests on the accepted ones, then stop. Other processes may go on with the socket.
@@ -66,31 +64,24 @@ class HttpServer(uvicorn.Server):
             self._ready()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._leave_by is not None:
-            self._ticks += 1
-            if self._ticks == 1:
-                self._stop_accepting()
-            elif self._ticks == 2:
-                for server in self.servers:
-                    server.close()
-            elif not self.server_state.connections or time.monotonic() > self._leave_by:
-                self._end()
-        return await super().on_tick(counter)
+        if self._leave_by is None:
+            return await super().on_tick(counter)
+        if not self.left.is_set():
+            self._stop_accepting()
+        elif not self.server_state.connections or time.monotonic() > self._leave_by:
+            self._end()
+        return await super().on_tick(0)  # 0 renews the default headers
 
     def _stop_accepting(self) -> None:
-        """Leave new connections to others; the accepted ones end with their next answer.
-
-        The sockets are closed one tick later: asyncio drops a connection that it has accepted but not yet set up when a socket closes.
-        """
+        """Leave new connections to others; the accepted ones end with their next answer."""
         for server in self.servers:
-            for listener in server.sockets:
-                asyncio.get_running_loop().remove_reader(listener.fileno())
-        self.config.encoded_headers.append(_CLOSE)
-        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+            server.close()  # here; a connection that was accepted just before is in `connections` at the next tick
+        self.config.encoded_headers.append((b"connection", b"close"))
         for connection in self.server_state.connections:
             cycle: Any = getattr(connection, "cycle", None)
             if cycle is not None:  # its answer may have begun without the header
                 cycle.keep_alive = False
+        self.left.set()
 
     def _end(self) -> None:
         self.should_exit = True
