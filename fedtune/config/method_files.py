@@ -1,9 +1,10 @@
-"""Facts about PEFT methods that need no import: the methods' names, and the values of peft.init that each supports."""
+"""Facts about PEFT methods that need no import: the methods' names, and what settings each supports."""
 
 import ast
 from pathlib import Path
+from typing import Any
 
-__all__ = ["METHODS", "inits_of", "method_names"]
+__all__ = ["METHODS", "adapts_experts", "inits_of", "method_names"]
 
 _FOLDER = Path(__file__).parents[1] / "models" / "methods"
 
@@ -17,11 +18,18 @@ METHODS = method_names(_FOLDER)
 
 
 def inits_of(method: str, folder: Path = _FOLDER) -> tuple[str, ...]:
-    """Values of peft.init that a method supports: the constant `inits` in its file, or ("default",) without one.
+    """Values of peft.init that a method supports: the constant `inits` in its file, or ("default",) without one."""
+    return tuple(_constant(method, folder, "inits", ("default",)))
 
-    The file is parsed, not imported, because importing it would load torch.
-    """
+
+def adapts_experts(method: str, folder: Path = _FOLDER) -> bool:
+    """Whether a method can adapt stacked experts (peft.target_parameters): the constant `experts` in its file."""
+    return bool(_constant(method, folder, "experts", False))
+
+
+def _constant(method: str, folder: Path, name: str, default: Any) -> Any:
+    """A constant of a method's file. The file is parsed, not imported, because importing it would load torch."""
     for node in ast.parse((folder / f"{method}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["inits"]:
-            return tuple(ast.literal_eval(node.value))
-    return ("default",)
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+            return ast.literal_eval(node.value)
+    return default

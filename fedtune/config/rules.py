@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from fedtune.config.bounds import require
-from fedtune.config.method_files import METHODS, inits_of
+from fedtune.config.method_files import METHODS, adapts_experts, inits_of
 from fedtune.config.registry import TASKS
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
@@ -128,7 +128,7 @@ def _check_experts(c: Config) -> None:
     if not names:
         return
     where = f"peft.target_parameters=[{names}]"
-    if c.peft.method not in ("lora", "rslora"):
+    if not adapts_experts(c.peft.method):
         raise ConfigError(f"{where} adapts experts with LoRA factors, which peft.method={c.peft.method} does not have: take peft=lora")
     if c.peft.dropout > 0:
         raise ConfigError(f"{where} changes the experts' weights and not their inputs, which dropout needs: set peft.dropout=0")

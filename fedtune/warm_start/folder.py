@@ -2,7 +2,7 @@
 
 RUN/start/
     adapter.safetensors  shift.safetensors    the start; the shift only if there is one
-    earlier.yaml                              the config of the earlier run, if `peft.from` was a run: it describes the earlier test rows
+    config.yaml                               the config of the earlier run, if `peft.from` was a run: it describes the earlier test rows
     start.json                                where the start comes from, and the files' checksums
 """
 
@@ -15,16 +15,17 @@ from typing import Any
 
 import yaml
 
-from fedtune.config import Config, from_dict, to_dict
+from fedtune.config import Config, to_dict
+from fedtune.config.stored import read_config
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.warm_start import WarmStart
 from fedtune.errors import CheckpointError, FedtuneError
 from fedtune.storage.atomic import new_folder
-from fedtune.storage.parsing import content_of, parse_yaml, read_text
+from fedtune.storage.parsing import content_of, read_text
 from fedtune.storage.reading import read_object
 
 FOLDER = "start"
-_ADAPTER, _SHIFT, _EARLIER, _ABOUT = "adapter.safetensors", "shift.safetensors", "earlier.yaml", "start.json"
+_ADAPTER, _SHIFT, _EARLIER, _ABOUT = "adapter.safetensors", "shift.safetensors", "config.yaml", "start.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +72,12 @@ def read_start(run: Path) -> tuple[WarmStart, Config | None]:
                 raise ValueError(f"{name} has another checksum")
         adapter = AdapterState.load(folder / _ADAPTER)
         shifts = (AdapterState.load(folder / _SHIFT),) if _SHIFT in stored.sha256 else ()
-        earlier = from_dict(parse_yaml(read_text(folder / _EARLIER))) if _EARLIER in stored.sha256 else None
+        earlier = read_config(folder) if _EARLIER in stored.sha256 else None
     except (OSError, ValueError, FedtuneError) as bad:
         raise CheckpointError(
             f"the run cannot be continued, because {folder}, what it began with, cannot be read ({str(bad).splitlines()[0]}): restore the"
             " folder, or start a new run"
         ) from None
-    if earlier is not None:
-        earlier.model.trust_remote_code = False
     return WarmStart(adapter=adapter, shifts=shifts, about=stored.about), earlier
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedtune.contracts.adapter_state import AdapterState
 
 inits = ("default", "loftq")
+experts = True
 targeted = True
 
 _OVER = "quantised.json"  # in the folder of a LoftQ adapter: the quantized weights that it requires

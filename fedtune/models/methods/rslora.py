@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["attach", "edits", "factors", "is_noop", "initial", "targeted"]
 
 inits = ("default", "loftq")
+experts = True
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
