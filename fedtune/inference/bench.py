@@ -18,8 +18,9 @@ from fedtune.config.bounds import require
 from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError, DataError
 from fedtune.inference.engine.caches.base import Span
-from fedtune.inference.engine.decoder import parameters_held
+from fedtune.inference.engine.decoder import linears_of, parameters_held
 from fedtune.inference.engine.generate import Generation, Report, Speculation
+from fedtune.inference.engine.linear import describe_path
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate import Drafter
@@ -35,6 +36,7 @@ class Speeds:
     """The measurements; lists have one value per repeat.
 
     Attributes:
+        linears: Which kernels run the linear layers, and why it is torch's.
         load_s: Seconds to load the model.
         prefill_tok_per_s: Speed of the prompt.
         decode_tok_per_s: Speed of plain decoding.
@@ -50,6 +52,7 @@ class Speeds:
 
     model: str
     kind: str
+    linears: str
     threads: int
     prompt_tokens: int
     new_tokens: int
@@ -125,7 +128,8 @@ def bench(
     weights, speed = bytes_read(engine), bandwidth()
     return Speeds(
         model=str(folder),
-        kind=type(engine.decoder.layers[0].down).__name__.lower(),
+        kind=engine.decoder.layers[0].down.kind,
+        linears=describe_path(linears_of(engine.decoder)),
         threads=torch.get_num_threads(),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -233,6 +237,7 @@ def table(speeds: Speeds) -> str:
 
     rows = {
         "model": f"{speeds.model}, {speeds.kind}, {speeds.threads} thread{'s' * (speeds.threads > 1)}",
+        "linear layers": speeds.linears,
         f"prefill, {speeds.prompt_tokens} tokens": several(speeds.prefill_tok_per_s, "tok/s"),
         f"decode, {speeds.new_tokens} tokens": several(speeds.decode_tok_per_s, "tok/s"),
         "first token": several(speeds.first_token_ms, "ms"),

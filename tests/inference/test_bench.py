@@ -101,12 +101,13 @@ def test_json_and_plot(tmp_path: Path) -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(NANO), "--kind", "fp32", "--prompt-tokens", "5", "--new-tokens", "2", "--repeats", "1"]
     assert main(arguments) == 0
-    assert "bandwidth limit" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bandwidth limit" in out and "linear layers      fp32 by torch (fp32 has no native kernel)\n" in out
     assert main([*arguments, "--json"]) == 0
     stdout = json.loads(capsys.readouterr().out)
     assert stdout["prompt_tokens"] == 5
     # each figure says what it is in, as its line of the table does
     units = ("_tok_per_s", "_gb_per_s", "_ms", "_mb", "_s", "_tokens", "_of_limit")
-    assert {name for name in stdout if not name.endswith(units)} == {"model", "kind", "threads", "speculation"}
+    assert {name for name in stdout if not name.endswith(units)} == {"model", "kind", "linears", "threads", "speculation"}
     assert main([*arguments, "--repeats", "0"]) == 2
     assert "repeats=0" in capsys.readouterr().err

@@ -192,7 +192,12 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.mul(x, weight).mul_((torch.dot(row, row).item() / row.shape[0] + eps) ** -0.5)
 
 
+def linears_of(decoder: Decoder) -> list[Linear]:
+    """Its linear layers; the last is the head."""
+    return [*(linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)), decoder.head]
+
+
 def parameters_held(decoder: Decoder) -> Mapping[str, int]:
     """Bytes per part, for memory reports."""
-    linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    return {"embedding": decoder.embedding.nbytes, "linears": sum(linear.nbytes for linear in linears), "head": decoder.head.nbytes}
+    *linears, head = linears_of(decoder)
+    return {"embedding": decoder.embedding.nbytes, "linears": sum(linear.nbytes for linear in linears), "head": head.nbytes}

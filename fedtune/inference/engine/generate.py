@@ -11,8 +11,7 @@ from torch import Tensor
 from fedtune.config.bounds import require
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.context import Context
-from fedtune.inference.engine.decoder import Decoder
-from fedtune.inference.engine.linear import Bf16, Fp32, Int4, Int8, Linear
+from fedtune.inference.engine.decoder import Decoder, linears_of
 from fedtune.inference.engine.sample import Sampler, Sampling, Uniforms
 from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 # Two scores closer than this fraction of the largest may swap between a pass over several tokens and plain decoding: four steps of the
 # least precise operands of a kind's products. float32 sums in another order differ too little to matter
-ROUNDING: dict[type[Linear], float] = {Fp32: 0.0, Bf16: 2**-6, Int8: 2**-5, Int4: 2**-6}
+ROUNDING = {"fp32": 0.0, "bf16": 2**-6, "int8": 2**-5, "int4": 2**-5}  # int4 has 8-bit activations too, by the native kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +250,7 @@ class Generation:
 
 
 def _rounding(decoder: Decoder) -> float:
-    kinds = {type(linear) for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)}
-    return max(ROUNDING.get(kind, max(ROUNDING.values())) for kind in kinds | {type(decoder.head)})
+    return max(ROUNDING[linear.kind] for linear in linears_of(decoder))
 
 
 def generate(engine: "Engine", prompt: str | Sequence[int], sampling: Sampling | None = None, max_new_tokens: int | None = 64) -> str:

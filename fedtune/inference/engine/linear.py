@@ -1,7 +1,7 @@
-"""The engine's linear layers, in four kinds. A native kernel would be a fifth.
+"""The engine's linear layers, in four kinds.
 
 Every kind maps float32 rows to float32 rows. Packages store a linear as portable tensors; packing converts them to the fastest format for
-this machine.
+this machine: that of the native kernels (`Native`) where they run, else torch's (one class for each kind), which is also the reference.
 
 | kind | portable tensors, besides an optional `bias` [N] float32 |
 |---|---|
@@ -12,21 +12,24 @@ this machine.
 
 int4's q are 0..15, two per byte, the even column in the low half; the last group of a row may have fewer than g columns.
 
-Rounding, relative to the exact product with the dequantized weights: bf16 and int4 round x, y and (int4) w to 8 bits; int8 rounds each row
-of x to 255 steps between -max|x| and max|x|.
+Rounding, relative to the exact product with the dequantized weights. Native: int8 and int4 round every 32 columns of a row of x to 255
+steps between -max|x| and max|x|, and int4's scales as in `native.pack`; bf16 rounds x to 8 bits; sums are float32. torch: bf16 and int4
+round x, y and (int4) w to 8 bits; int8 rounds each row of x to 255 steps.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine.native.choice import why_torch
+from fedtune.inference.engine.native.library import Kernels, kernels
+from fedtune.inference.engine.native.pack import pack, weights_of
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 GROUPS = (32, 64, 128, 256)  # columns per int4 scale that torch's kernel supports
@@ -46,7 +49,7 @@ class Linear(ABC):
         mapped: The memory-mapped tensor that backs `parts`; None if they own their memory.
     """
 
-    kind: ClassVar[str]
+    kind: str
 
     def __init__(self, parts: Mapping[str, Tensor], *, n_in: int, n_out: int, group: int = 0) -> None:
         self.parts, self.n_in, self.n_out, self.group = dict(parts), n_in, n_out, group
@@ -194,7 +197,44 @@ class Int4(Linear):
         return torch.addcmul(zero, grouped, scale, out=grouped).view(packed.shape[0], -1)
 
 
+class Native(Linear):
+    """bf16, int8 or int4 in the layout of the native kernels.
+
+    A row's result does not depend on the other rows of x, nor on the number of threads. In int8 and int4, a row of x with a number that is
+    not finite gives NaN, and 32 columns below 1e-30 count as zeros.
+    """
+
+    def __init__(self, kind: str, parts: Mapping[str, Tensor], run: Kernels, *, n_in: int, n_out: int, group: int = 0) -> None:
+        super().__init__(parts, n_in=n_in, n_out=n_out, group=group)
+        self.kind = kind
+        self.instructions = run.instructions
+        self._run, self._weights = run, weights_of(self.parts, kind, n_in, n_out)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, y = x.float().contiguous(), torch.empty(x.shape[0], self.n_out)
+        if x.shape[0]:
+            self._run.multiply(self._weights, torch.get_num_threads(), x.shape[0], (x.data_ptr(), x.nbytes), (y.data_ptr(), y.nbytes))
+        return y
+
+
 CLASSES = {made.kind: made for made in (Fp32, Bf16, Int8, Int4)}  # `pack` converts portable tensors to a class's parts
+
+
+def linear_from_parts(kind: str, parts: Mapping[str, Tensor], *, n_in: int, n_out: int, group: int = 0) -> Linear:
+    """Make a linear from packed parts, which may be mapped from disk; `packing()` must be that of their time."""
+    run = kernels()
+    if "codes" in parts and run is not None:
+        return Native(kind, parts, run, n_in=n_in, n_out=n_out, group=group)
+    return CLASSES[kind](parts, n_in=n_in, n_out=n_out, group=group)
+
+
+def describe_path(linears: Iterable[Linear]) -> str:
+    """One sentence: which kernels run these linears, and why it is torch's."""
+    paths = dict.fromkeys(
+        f"{x.kind} by native kernels ({x.instructions})" if isinstance(x, Native) else f"{x.kind} by torch ({why_torch(x.kind)})"
+        for x in linears
+    )
+    return ", ".join(paths)
 
 
 def size_of(part: Tensor) -> int:
@@ -236,8 +276,8 @@ def linear_from_tensors(kind: str, tensors: Mapping[str, Tensor], *, n_in: int, 
             raise ModelError(f"{name} has a {part} of shape {tuple(tensor.shape)}, {kind} needs {sizes.get(part)}: export the model again")
     if "bias" in tensors:
         tensors = {**tensors, "bias": tensors["bias"].float()}
-    own = CLASSES[kind]
-    return own(own.pack(tensors, n_in, group), n_in=n_in, n_out=n_out, group=group if kind == "int4" else 0)
+    packed = CLASSES[kind].pack(tensors, n_in, group) if why_torch(kind) else pack(kind, tensors, n_in, group)
+    return linear_from_parts(kind, packed, n_in=n_in, n_out=n_out, group=group if kind == "int4" else 0)
 
 
 def portable(kind: str, weight: Tensor, *, group: int = 32) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.linear import CLASSES, Linear
+from fedtune.inference.engine.linear import Linear, linear_from_parts
+from fedtune.inference.engine.native.choice import packing
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
 from fedtune.inference.engine.package_writer import as_bytes
 from fedtune.storage.atomic import new_folder
@@ -43,7 +44,7 @@ class Place:
 
     Attributes:
         path: Their folder.
-        made_from: Their required source: files with sizes and times, kind, torch version, CPU.
+        made_from: Their required source: files with sizes and times, kind, torch version, CPU, packing.
     """
 
     path: Path
@@ -62,6 +63,7 @@ def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None
         "kind": kind,
         "torch": torch.__version__,
         "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability(), *(bool(has()) for has in _FEATURES)],
+        "native": packing(),
     }
     key = hashlib.sha256(json.dumps([str(folder), kind]).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -91,7 +93,7 @@ def _linear(entry: Mapping[str, Any], whole: Tensor, layouts: Sequence[bytes]) -
             parts[name] = memory.view(dtype).view(part["shape"])
         else:
             parts[name] = wrap_bytes(memory, layouts[part["layout"]], part["shape"], dtype)
-    linear = CLASSES[entry["kind"]](parts, n_in=entry["n_in"], n_out=entry["n_out"], group=entry["group"])
+    linear = linear_from_parts(entry["kind"], parts, n_in=entry["n_in"], n_out=entry["n_out"], group=entry["group"])
     linear.mapped = whole  # wrapped tensors do not keep their memory alive
     return linear
 

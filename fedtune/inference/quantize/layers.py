@@ -99,7 +99,7 @@ class ObservedLinear(Linear):
 
     def __init__(self, linear: Linear) -> None:
         super().__init__(linear.parts, n_in=linear.n_in, n_out=linear.n_out, group=linear.group)
-        self._linear = linear
+        self.kind, self._linear = linear.kind, linear
         self.watch = InputStats(linear.n_in)
 
     def __call__(self, x: Tensor) -> Tensor:

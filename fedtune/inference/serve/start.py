@@ -14,6 +14,8 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.budget import show_least, show_size
 from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
+from fedtune.inference.engine.decoder import linears_of
+from fedtune.inference.engine.linear import describe_path
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.schedule import Caches, Scheduler
 from fedtune.inference.engine.text import Text
@@ -126,7 +128,8 @@ def engine_scheduler(
         scheduler,
         make_served_model(model, engine.card, engine.text, tuple(engine.adapters)),
         f"{max_concurrent} requests at once, {queue} waiting, up to {scheduler.limit} tokens each; "
-        f"keys and values: at most {show_size(pool.nbytes)} for {pool.blocks * pool.block} tokens",
+        f"keys and values: at most {show_size(pool.nbytes)} for {pool.blocks * pool.block} tokens; "
+        f"linear layers: {describe_path(linears_of(engine.decoder))}",
     )
 
 

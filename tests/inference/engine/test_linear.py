@@ -1,4 +1,4 @@
-"""Each kind compared with a float product of the weights that its portable tensors represent."""
+"""Each kind compared with a float product of the weights of its portable tensors: torch's linears, and the native ones in use."""
 
 import pytest
 import torch
@@ -9,9 +9,16 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.engine import linear
 from fedtune.inference.engine.linear import KINDS, dequantized, linear_from_tensors, portable
+from fedtune.inference.engine.native.choice import why_torch
 
 # ‖y - x Wᵀ‖ / ‖x Wᵀ‖ with the dequantized W: rounding of x, y and int4's w to 8 bits of mantissa; of x to 255 steps of its largest
 BOUND = {"fp32": 1e-6, "bf16": 0.004, "int8": 0.012, "int4": 0.005}
+NATIVE_BOUND = BOUND | {"int4": 0.012}  # whose activations have 8 bits too, and its scales
+
+
+@pytest.fixture(autouse=True)
+def _torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDTUNE_NATIVE", "off")
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -20,7 +27,15 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (101, 48), (192, 172), (64, 256), (1, 33)])
-def test_the_product_equals_that_of_the_dequantized_weights(kind: str, n_out: int, n_in: int) -> None:
+@pytest.mark.parametrize("path", ["torch", "native"])
+def test_the_product_equals_that_of_the_dequantized_weights(
+    path: str, kind: str, n_out: int, n_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = (BOUND if path == "torch" else NATIVE_BOUND)[kind]
+    if path == "native":
+        monkeypatch.delenv("FEDTUNE_NATIVE")
+        if why_torch(kind):
+            pytest.skip(str(why_torch(kind)))
     torch.manual_seed(n_out)
     for group in (32, 64) if kind == "int4" else (32,):
         tensors = portable(kind, torch.randn(n_out, n_in) + 0.1, group=group)
@@ -34,9 +49,9 @@ def test_the_product_equals_that_of_the_dequantized_weights(kind: str, n_out: in
             y = packed_linear(x)
             assert y.dtype == torch.float32 and y.shape == (rows, n_out)
             if n_out == 1:  # a single number may cancel
-                torch.testing.assert_close(y, x @ weight.T, atol=BOUND[kind] * float(x.norm() * weight.norm()), rtol=0)
+                torch.testing.assert_close(y, x @ weight.T, atol=bound * float(x.norm() * weight.norm()), rtol=0)
             else:
-                assert relative(y / x.norm(dim=1, keepdim=True), x @ weight.T / x.norm(dim=1, keepdim=True)) < BOUND[kind]
+                assert relative(y / x.norm(dim=1, keepdim=True), x @ weight.T / x.norm(dim=1, keepdim=True)) < bound
 
 
 @pytest.mark.parametrize("kind", KINDS)

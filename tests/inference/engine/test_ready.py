@@ -16,6 +16,7 @@ from fedtune.errors import ModelError
 from fedtune.inference.engine import linear, ready
 from fedtune.inference.engine.linear import KINDS, linear_from_tensors, portable
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.native.choice import why_torch
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
 from tests.inference.engine.test_load import logits, write_package_of
 from tests.inference.engine.tiny import tiny_model
@@ -39,11 +40,13 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for made in linear.CLASSES.values():
         monkeypatch.setattr(made, "pack", staticmethod(pack))
+    monkeypatch.setattr(linear, "pack", pack)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (192, 172), (1, 33), (128, 64)])
-def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in: int) -> None:
+def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDTUNE_NATIVE", "off")  # oneDNN's layout
     torch.manual_seed(n_in)
     packed_linear = linear_from_tensors(kind, portable(kind, torch.randn(n_out, n_in)), n_in=n_in)
     if not packed_linear.parts.get("packed", torch.ones(1)).is_mkldnn:
@@ -99,7 +102,9 @@ def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset"])
-def test_a_damaged_cache_is_rebuilt(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", ["off", ""])
+def test_a_damaged_cache_is_rebuilt(native: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDTUNE_NATIVE", native)
     write_package_of(tmp_path / "edge", "llama", "int8")
     wanted = logits(load_engine(tmp_path / "edge"))
     (weights,) = cache_files(tmp_path)
@@ -112,14 +117,29 @@ def test_a_damaged_cache_is_rebuilt(damage: str, tmp_path: Path) -> None:
     elif damage == "cut short":
         weights.write_bytes(weights.read_bytes()[:-1])
     else:
-        if damage == "layout":
+        if damage == "layout" and document["layouts"]:
             document["layouts"][0] = "ff" + document["layouts"][0][2:]
         else:
-            document["linears"]["head"]["parts"]["packed"]["at"] = 1 << 40
+            next(iter(document["linears"]["head"]["parts"].values()))["at"] = 1 << 40
         index.write_text(json.dumps(document))
     assert torch.equal(logits(load_engine(tmp_path / "edge")), wanted)
     again = json.loads(index.read_text())
-    assert again["linears"]["head"]["parts"]["packed"]["at"] < again["size"]
+    assert all(part["at"] < again["size"] for part in again["linears"]["head"]["parts"].values())
+
+
+def test_weights_packed_for_other_kernels_are_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_package_of(tmp_path / "edge", "llama", "int4")
+    native = load_engine(tmp_path / "edge").decoder.head
+    if not isinstance(native, linear.Native):
+        pytest.skip(str(why_torch("int4")))
+    monkeypatch.setenv("FEDTUNE_NATIVE", "off")
+    assert isinstance(load_engine(tmp_path / "edge").decoder.head, linear.Int8)
+    monkeypatch.setenv("FEDTUNE_NATIVE", "portable")  # every instruction set reads the same layout
+    load_engine(tmp_path / "edge")
+    (weights,) = cache_files(tmp_path)
+    written_ns = weights.stat().st_mtime_ns
+    monkeypatch.delenv("FEDTUNE_NATIVE")
+    assert isinstance(load_engine(tmp_path / "edge").decoder.head, linear.Native) and weights.stat().st_mtime_ns == written_ns
 
 
 def test_an_unwritable_disk_is_reported_and_the_model_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,189 @@
+/* The kernels with AVX2 and FMA: 8 rows of a block at a time. Every function has its own target, so that nothing here runs elsewhere. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define AVX2_CODE __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline)) AVX2_CODE
+enum { AT_ONCE = 4 }; /* rows of x, limited by the 16 registers */
+
+INLINE int32_t sum_of(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+INLINE int32_t most_of(__m256i v) {
+    __m128i s = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+AVX2_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    int8_t *out = codes;
+    for (int64_t at = 0; at < n_in; at += GROUP, out += GROUP, groups++) {
+        float last[GROUP] = {0};
+        const float *from = x + at;
+        if (n_in - at < GROUP) {
+            memcpy(last, from, (size_t)(n_in - at) * sizeof *x);
+            from = last;
+        }
+        __m256 v[4];
+        __m256i most = _mm256_setzero_si256();
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(from + 8 * i);
+            most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitude));
+        }
+        int32_t bits = most_of(most); /* as an integer, in whose order NaN and infinity are the largest */
+        float greatest;
+        memcpy(&greatest, &bits, sizeof greatest);
+        memset(groups, 0, sizeof *groups);
+        if (bits >= 0x7f800000) {
+            groups->scale = groups->sum = __builtin_nanf("");
+            memset(out, 0, GROUP);
+        } else if (!(greatest >= TINY)) {
+            memset(out, 0, GROUP);
+        } else {
+            __m256 inverse = _mm256_set1_ps(127.0f / greatest);
+            __m256i c[4];
+            for (int i = 0; i < 4; i++)
+                c[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+            groups->total = sum_of(_mm256_add_epi32(_mm256_add_epi32(c[0], c[1]), _mm256_add_epi32(c[2], c[3])));
+            groups->scale = greatest / 127.0f;
+            groups->sum = groups->scale * (float)groups->total;
+            __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+            packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); /* packing works in halves */
+            _mm256_storeu_si256((void *)out, packed);
+        }
+    }
+}
+
+INLINE __m256i four_of(const void *x) { /* 4 bytes of x for every row */
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+INLINE __m256 from_bf16(const uint8_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
+}
+
+INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
+    const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *p = w->codes + block * groups * 256 + 32 * half, *s = w->scales + block * groups * (wide ? 64 : 32);
+        __m256 product[AT_ONCE], shift[AT_ONCE];
+        for (int r = 0; r < rows; r++)
+            product[r] = shift[r] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < groups; g++, p += 256, s += wide ? 64 : 32) {
+            __m256 scale = wide ? from_bf16(s + 16 * half) : _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(s + 8 * half))));
+            __m256 zero = wide ? from_bf16(s + 32 + 16 * half)
+                               : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(s + 16 + 8 * half))));
+            __m256i sums[AT_ONCE];
+            for (int r = 0; r < rows; r++)
+                sums[r] = _mm256_setzero_si256();
+            for (int j = 0; j < 4; j++) {
+                __m256i both = _mm256_loadu_si256((const void *)(p + 64 * j));
+                __m256i a = _mm256_and_si256(both, low), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                for (int r = 0; r < rows; r++) { /* eight sums of two products fit 16 bits: 16 * 15 * 127 < 2^15 */
+                    const int8_t *c = x + r * width + g * GROUP + 4 * j;
+                    sums[r] = _mm256_add_epi16(sums[r], _mm256_add_epi16(_mm256_maddubs_epi16(a, four_of(c)), _mm256_maddubs_epi16(b, four_of(c + 16))));
+                }
+            }
+            for (int r = 0; r < rows; r++) {
+                const struct columns *own = xg + r * groups + g;
+                __m256i dot = _mm256_sub_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_set1_epi32(8 * own->total));
+                product[r] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(own->scale)), _mm256_cvtepi32_ps(dot), product[r]);
+                shift[r] = _mm256_fmadd_ps(zero, _mm256_set1_ps(own->sum), shift[r]);
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            __m256 y = wide ? _mm256_add_ps(product[r], shift[r])
+                            : _mm256_fmadd_ps(shift[r], _mm256_set1_ps(w->base[2 * block + 1]), _mm256_mul_ps(product[r], _mm256_set1_ps(w->base[2 * block])));
+            _mm256_storeu_ps(out + r * BLOCK + 8 * half, y);
+        }
+    }
+}
+
+INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out) {
+    const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
+    const __m256i middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *p = w->codes + block * groups * 512 + 32 * half;
+        __m256 product[AT_ONCE];
+        for (int r = 0; r < rows; r++)
+            product[r] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < groups; g++, p += 512) {
+            __m256i sums[AT_ONCE];
+            for (int r = 0; r < rows; r++)
+                sums[r] = _mm256_setzero_si256();
+            for (int j = 0; j < 8; j++) { /* |w| and x with w's sign: two products fit 16 bits, as both are at most 127 */
+                __m256i code = _mm256_xor_si256(_mm256_loadu_si256((const void *)(p + 64 * j)), middle), size = _mm256_abs_epi8(code);
+                for (int r = 0; r < rows; r++) {
+                    __m256i c = four_of(x + r * width + g * GROUP + 4 * j);
+                    sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(c, code)), ones));
+                }
+            }
+            for (int r = 0; r < rows; r++)
+                product[r] = _mm256_fmadd_ps(_mm256_set1_ps(xg[r * groups + g].scale), _mm256_cvtepi32_ps(sums[r]), product[r]);
+        }
+        for (int r = 0; r < rows; r++)
+            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
+    }
+}
+
+INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out) {
+    const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
+    const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *p = w->codes + block * groups * 1024 + 32 * half;
+        __m256 even[AT_ONCE], odd[AT_ONCE];
+        for (int r = 0; r < rows; r++)
+            even[r] = odd[r] = _mm256_setzero_ps();
+        for (int64_t j = 0; j < width / 2; j++, p += 64) {
+            __m256i two = _mm256_loadu_si256((const void *)p);
+            __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), second = _mm256_castsi256_ps(_mm256_and_si256(two, high));
+            for (int r = 0; r < rows; r++) {
+                __m256i c = four_of(x + r * width + 2 * j);
+                even[r] = _mm256_fmadd_ps(first, _mm256_castsi256_ps(_mm256_slli_epi32(c, 16)), even[r]);
+                odd[r] = _mm256_fmadd_ps(second, _mm256_castsi256_ps(_mm256_and_si256(c, high)), odd[r]);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_add_ps(even[r], odd[r]));
+    }
+}
+
+/* A form for each number of rows, so that the sums stay in registers. */
+#define FORMS(NAME, TYPE, ...)                                                                                                             \
+    AVX2_CODE static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,       \
+                               float *out) {                                                                                               \
+        const int64_t groups = groups_of(w->n_in);                                                                                         \
+        const TYPE *x = codes;                                                                                                             \
+        for (; rows > 0; rows -= AT_ONCE, x += AT_ONCE * groups * GROUP, xg = xg ? xg + AT_ONCE * groups : xg, out += AT_ONCE * BLOCK)      \
+            switch (rows) {                                                                                                                \
+            case 1: __VA_ARGS__(1); break;                                                                                                 \
+            case 2: __VA_ARGS__(2); break;                                                                                                 \
+            case 3: __VA_ARGS__(3); break;                                                                                                 \
+            default: __VA_ARGS__(4);                                                                                                       \
+            }                                                                                                                              \
+    }
+#define INT4_OF(n) int4(w, block, x, xg, n, out, 0)
+#define WIDE_OF(n) int4(w, block, x, xg, n, out, 1)
+#define INT8_OF(n) int8(w, block, x, xg, n, out)
+#define BF16_OF(n) bf16(w, block, x, n, out)
+FORMS(int4_tile, int8_t, INT4_OF)
+FORMS(wide_tile, int8_t, WIDE_OF)
+FORMS(int8_tile, int8_t, INT8_OF)
+FORMS(bf16_tile, uint16_t, BF16_OF)
+
+AVX2_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
+    fedtune_portable.to_bf16(x, n_in, codes, groups);
+}
+
+const struct kernels fedtune_avx2 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, bf16_tile}};
+#endif

@@ -1,0 +1,135 @@
+/* The kernels in plain C, for any CPU; the reference of the others. */
+#include <string.h>
+
+#include "kernels.h"
+
+static float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static float from_bf16(uint16_t half) { return from_bits((uint32_t)half << 16); }
+
+static uint16_t read_u16(const uint8_t *p) {
+    uint16_t value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
+static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
+    int8_t *out = codes;
+    for (int64_t at = 0; at < n_in; at += GROUP, out += GROUP, groups++) {
+        int n = n_in - at < GROUP ? (int)(n_in - at) : GROUP;
+        uint32_t most = 0; /* as an integer, in whose order NaN and infinity are the largest */
+        for (int i = 0; i < n; i++) {
+            uint32_t bits = to_bits(x[at + i]) & 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        memset(groups, 0, sizeof *groups);
+        memset(out, 0, GROUP);
+        if (most >= 0x7f800000) {
+            groups->scale = groups->sum = from_bits(0x7fc00000);
+        } else if (from_bits(most) >= TINY) {
+            float inverse = 127.0f / from_bits(most);
+            for (int i = 0; i < n; i++) { /* adding 1.5 * 2^23 rounds to the nearest, ties to even */
+                out[i] = (int8_t)((int32_t)to_bits(x[at + i] * inverse + 12582912.0f) - 0x4b400000);
+                groups->total += out[i];
+            }
+            groups->scale = from_bits(most) / 127.0f;
+            groups->sum = groups->scale * (float)groups->total;
+        }
+    }
+}
+
+static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
+    uint16_t *out = codes;
+    int64_t end = groups_of(n_in) * GROUP;
+    (void)groups;
+    for (int64_t i = 0; i < n_in; i++) {
+        uint32_t bits = to_bits(x[i]);
+        out[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+    memset(out + n_in, 0, (size_t)(end - n_in) * sizeof *out);
+}
+
+static void int4(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out, int wide) {
+    int64_t groups = groups_of(w->n_in);
+    for (int row = 0; row < rows; row++, out += BLOCK, xg += groups) {
+        const uint8_t *p = w->codes + block * groups * 256, *s = w->scales + block * groups * (wide ? 64 : 32);
+        const int8_t *x = (const int8_t *)codes + row * groups * GROUP;
+        float product[BLOCK] = {0}, shift[BLOCK] = {0};
+        for (int64_t g = 0; g < groups; g++, p += 256, x += GROUP, s += wide ? 64 : 32) {
+            int32_t dot[BLOCK];
+            for (int r = 0; r < BLOCK; r++)
+                dot[r] = -8 * xg[g].total;
+            for (int j = 0; j < 4; j++)
+                for (int r = 0; r < BLOCK; r++)
+                    for (int b = 0; b < 4; b++) {
+                        uint8_t both = p[64 * j + 4 * r + b];
+                        dot[r] += (both & 15) * x[4 * j + b] + (both >> 4) * x[16 + 4 * j + b];
+                    }
+            for (int r = 0; r < BLOCK; r++) {
+                product[r] += (wide ? from_bf16(read_u16(s + 2 * r)) : (float)s[r]) * xg[g].scale * (float)dot[r];
+                shift[r] += (wide ? from_bf16(read_u16(s + 32 + 2 * r)) : (float)(int8_t)s[16 + r]) * xg[g].sum;
+            }
+        }
+        for (int r = 0; r < BLOCK; r++)
+            out[r] = wide ? product[r] + shift[r] : product[r] * w->base[2 * block] + shift[r] * w->base[2 * block + 1];
+    }
+}
+
+static void int4_narrow(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
+    int4(w, block, codes, xg, rows, out, 0);
+}
+
+static void int4_wide(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
+    int4(w, block, codes, xg, rows, out, 1);
+}
+
+static void int8(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
+    int64_t groups = groups_of(w->n_in);
+    for (int row = 0; row < rows; row++, out += BLOCK, xg += groups) {
+        const uint8_t *p = w->codes + block * groups * 512;
+        const int8_t *x = (const int8_t *)codes + row * groups * GROUP;
+        float product[BLOCK] = {0};
+        for (int64_t g = 0; g < groups; g++, p += 512, x += GROUP) {
+            int32_t dot[BLOCK];
+            for (int r = 0; r < BLOCK; r++)
+                dot[r] = -128 * xg[g].total;
+            for (int j = 0; j < 8; j++)
+                for (int r = 0; r < BLOCK; r++)
+                    for (int b = 0; b < 4; b++)
+                        dot[r] += p[64 * j + 4 * r + b] * x[4 * j + b];
+            for (int r = 0; r < BLOCK; r++)
+                product[r] += xg[g].scale * (float)dot[r];
+        }
+        for (int r = 0; r < BLOCK; r++)
+            out[r] = product[r] * w->base[BLOCK * block + r];
+    }
+}
+
+static void bf16(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
+    int64_t groups = groups_of(w->n_in);
+    (void)xg;
+    for (int row = 0; row < rows; row++, out += BLOCK) {
+        const uint8_t *p = w->codes + block * groups * 1024;
+        const uint16_t *x = (const uint16_t *)codes + row * groups * GROUP;
+        float even[BLOCK] = {0}, odd[BLOCK] = {0};
+        for (int64_t j = 0; j < groups * GROUP / 2; j++, p += 64)
+            for (int r = 0; r < BLOCK; r++) {
+                even[r] += from_bf16(read_u16(p + 4 * r)) * from_bf16(x[2 * j]);
+                odd[r] += from_bf16(read_u16(p + 4 * r + 2)) * from_bf16(x[2 * j + 1]);
+            }
+        for (int r = 0; r < BLOCK; r++)
+            out[r] = even[r] + odd[r];
+    }
+}
+
+const struct kernels fedtune_portable = {to_int8, to_bf16, {int4_narrow, int4_wide, int8, bf16}};

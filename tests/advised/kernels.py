@@ -1,0 +1,87 @@
+"""The advice of the native kernels."""
+
+import shutil
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedtune.inference.engine.linear import Linear, describe_path, linear_from_tensors, portable
+from fedtune.inference.engine.native import build, library
+from fedtune.inference.engine.native.library import SETS, Kernels
+from fedtune.inference.engine.native.pack import pack, weights_of
+from tests.advised.rows import Place, follows, raised
+
+
+def linear() -> Linear:
+    return linear_from_tensors("int4", portable("int4", torch.ones(8, 64)), n_in=64)
+
+
+def refused(place: Place, choice: str) -> str:
+    """What is said with a value of FEDTUNE_NATIVE; "" leaves it out."""
+    place.patch.setenv("FEDTUNE_NATIVE", choice)
+    library._chosen.cache_clear()
+    return raised(linear)
+
+
+def with_sets(place: Place, *sets: str) -> None:
+    """A CPU that has these instruction sets."""
+    place.patch.setattr(library, "_opened", lambda: SimpleNamespace(fedtune_supports=lambda number: SETS[number] in sets))
+    library._chosen.cache_clear()
+
+
+@follows("{}={} is unknown: set it to off, {}, or leave it out")
+def _(place: Place) -> Iterator[str]:
+    with_sets(place, *SETS)
+    yield refused(place, "sse9")
+    for choice in ("off", *SETS, ""):
+        yield refused(place, choice)
+    library._chosen.cache_clear()
+
+
+@follows("{}={} needs a CPU with {}, and this one has {}: set one of these or leave it out")
+def _(place: Place) -> Iterator[str]:
+    with_sets(place, "portable", "avx2")
+    yield refused(place, "avx512")
+    for choice in ("portable", "avx2", ""):
+        yield refused(place, choice)
+    library._chosen.cache_clear()
+
+
+@follows(build.COMMAND, slow=True)
+def _(place: Place) -> Iterator[str]:
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("needs a C compiler")
+    place.patch.delenv("FEDTUNE_NATIVE", raising=False)
+    place.patch.setattr(build, "LIBRARY", place.folder / "kernels.so")
+    place.patch.setattr(build.build, "__defaults__", (build.LIBRARY, ()))
+    for remembered in (library._chosen, library._opened):
+        remembered.cache_clear()
+    yield describe_path([linear()])
+    assert not build.main()
+    for remembered in (library._chosen, library._opened):
+        remembered.cache_clear()
+    said = describe_path([linear()])
+    yield said if build.COMMAND in said else ""
+    for remembered in (library._chosen, library._opened):
+        remembered.cache_clear()
+
+
+def multiplied(code: int) -> str:
+    """What is said about a product for which the library returns a code."""
+    parts = pack("int4", portable("int4", torch.ones(8, 64)), 64, 32)
+    run = Kernels(SimpleNamespace(fedtune_multiply=lambda *_: code), "portable")
+    return raised(lambda: run.multiply(weights_of(parts, "int4", 64, 8), 1, 1, (0, 0), (0, 0)))
+
+
+@follows("there is no memory for {} rows of {} activations: use a shorter prompt")
+def _(place: Place) -> Iterator[str]:
+    yield multiplied(2)
+    yield multiplied(0)
+
+
+@follows("a linear of {} x {} weights has parts of other sizes: export the model again")
+def _(place: Place) -> Iterator[str]:
+    yield multiplied(1)
+    yield multiplied(0)
