@@ -1,5 +1,6 @@
-"""Fail unless the wheel holds every module, YAML and model file of the checkout, under fedtune/ and nowhere else."""
+"""Fail unless the wheel holds every module, YAML and model file of the checkout, the native kernels, and nothing else."""
 
+import platform
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +15,10 @@ def main(wheel: str) -> int:
     # named apart: a wrong .gitignore would take them out of both sides
     wanted |= {"fedtune/data/demo.py", "fedtune/strategies/fedavg.py"}
     wanted |= {"fedtune/conf/heterogeneous.yaml", "fedtune/models/nano/model.safetensors"}
+    wanted |= {"fedtune/inference/engine/native/kernels.so"}
+    if not Path(wheel).stem.endswith(f"py3-none-linux_{platform.machine()}"):
+        print(f"{Path(wheel).name} holds compiled kernels, but its name has no platform")
+        return 1
     for name in sorted(wanted - names):
         print(f"missing from the wheel: {name}")
     for name in sorted(names - wanted):
