@@ -30,7 +30,7 @@ def test_a_system_without_a_compiler_or_threads_is_named(monkeypatch: pytest.Mon
 
 
 def test_a_compiler_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cc").write_text("#!/bin/sh\necho 'x.c:1: error: no header' >&2\nexit 1\n")
+    (tmp_path / "cc").write_text("#!/bin/sh\nfor out; do :; done\necho part > $out\necho 'x.c:1: error: no header' >&2\nexit 1\n")
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
     (tmp_path / "out").mkdir()
