@@ -101,6 +101,10 @@ class Installer:
             self._downloads.discard(manifest)
         return DeliveryState(state="installed", chosen=found.record.chosen if found.record else "")
 
+    def _newest(self) -> float:
+        """When the newest version was installed, in seconds since 1970; 0 if there is none."""
+        return max((v.record.installed for v in self._versions.names() if v.record), default=0.0)
+
     def _install(self, manifest: Manifest, host: ClientHost) -> DeliveryState:
         request = self._downloads.read(manifest)
         spec, names = request.adapter.spec, host.space.initial.tensors
@@ -126,7 +130,7 @@ class Installer:
                 "chosen": best.kind,
                 "metric": metric if best.score is not None else None,
                 "scores": scores,
-                "installed": time.time(),
+                "installed": max(time.time(), self._newest() + 1e-3),  # versions are ordered by it, also if the clock was set back
                 "bytes": sum(f.stat().st_size for f in (folder / "model").rglob("*") if f.is_file()),
                 "note": note,
             }

@@ -6,9 +6,7 @@
 go to standard error, so that a stray print cannot break a frame. A worker never outlives its node.
 """
 
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,10 +19,10 @@ from flwr.clientapp import ClientApp
 
 from fedtune.network._flwr_client import ErrorCode, MessageProto, TaskIdentity, message_from_proto, message_to_proto
 from fedtune.network.frames import FrameError, Kind, read_frame, write_frame
+from fedtune.storage.parent import exit_with_parent
 from fedtune.storage.parsing import parse_json
 
 NODE_CONFIG = {"partition-id": 0, "num-partitions": 1}  # a device holds all of its own data
-_PR_SET_PDEATHSIG = 1
 
 
 def main(make_app: Callable[[Mapping[str, Any]], ClientApp] | None = None) -> None:
@@ -35,7 +33,7 @@ def main(make_app: Callable[[Mapping[str, Any]], ClientApp] | None = None) -> No
     """
     parent = os.getppid()
     requests, replies = _take_pipes()
-    _exit_with_parent(parent)
+    exit_with_parent(parent)
     try:
         settings = _settings(requests)
         if make_app is None:
@@ -97,14 +95,6 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     for stream in (requests, replies):  # a forked child that outlives this process must not keep the pipes open
         os.register_at_fork(after_in_child=partial(os.close, stream.fileno()))
     return requests, replies
-
-
-def _exit_with_parent(parent: int) -> None:
-    """Ask Linux to end this process with the thread that started it; elsewhere the closed input ends it after the turn."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the request
-        sys.exit(1)
 
 
 def _describe(bad: Exception) -> str:

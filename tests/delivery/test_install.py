@@ -202,6 +202,14 @@ def test_a_version_that_the_owner_left_is_not_made_current_again(tmp_path: Path)
     assert device.record()["round"] == 3
 
 
+def test_a_clock_that_is_set_back_does_not_change_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(tmp_path, package="stored")
+    device.deliver(offer_of(device, 1, 0.0))
+    monkeypatch.setattr(install.time, "time", lambda: 1000.0)
+    device.deliver(offer_of(device, 2, 0.0))
+    assert [v.record.round for v in device.versions.names() if v.record] == [2, 1]
+
+
 def test_only_a_few_versions_are_kept(tmp_path: Path) -> None:
     device = Device(tmp_path, package="stored")
     for n in range(1, 6):
