@@ -174,7 +174,7 @@ def _run(
         for sentence in damaged:
             observer.note(f"skipped: {sentence}")
         if found and found.round == config.rounds:
-            observer.note(f"all {found.round} rounds are done: set rounds=N with a larger N to continue")
+            observer.note(f"all {found.round} rounds are done: to train further, set rounds=N with a larger N")
         print_partition(space.federation.summary(), Console(stderr=True))
         prompted = task_of(config.task).prompted and not task_of(config.task).conversational
         if prompted and space.backbone.tokenizer.chat_template:

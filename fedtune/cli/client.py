@@ -22,6 +22,7 @@ from flwr.app import Message, RecordDict
 
 from fedtune.config.bounds import require
 from fedtune.contracts.delivery import END
+from fedtune.contracts.hello import REJECTED
 from fedtune.errors import ConfigError, user_message
 from fedtune.version import __version__
 
@@ -83,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="answer requests in OpenAI's protocol from the newest installed model, also while training; needs --signing-pub or --insecure",
     )
-    parser.add_argument("--exit-when-done", action="store_true", help="stop when the server says that the run has ended")
+    parser.add_argument(
+        "--exit-when-done", action="store_true", help="stop, and no longer serve, when the server says that the run has ended"
+    )
     parser.add_argument("--insecure", action="store_true", help="plain HTTP, no key and unsigned models: for trials on one machine")
     parser.add_argument(
         "--min-privacy",
@@ -163,7 +166,7 @@ def _main(args: argparse.Namespace) -> int:
         root_certificates=args.root_certificates,
         key=args.key if not args.insecure else state / "node.key",
         insecure=args.insecure,
-        answer=lambda message, node: _recorded(message, lambda: _end_reply(message) or executor.answer(message, node)),
+        answer=lambda message, node: _recorded(message, lambda: _news_reply(message) or executor.answer(message, node)),
         max_retries=args.max_retries,
         report=_tell,
         ends=lambda message: args.exit_when_done and message.metadata.message_type == END,
@@ -197,6 +200,8 @@ def _main(args: argparse.Namespace) -> int:
             if server is not None:
                 server.start()
             node.serve()
+            if not stopping.is_set():
+                _tell("stops, because the run has ended (--exit-when-done)")
         finally:
             executor.stop()
             if server is not None:
@@ -216,9 +221,9 @@ def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
     return reply
 
 
-def _end_reply(message: Message) -> Message | None:
-    """The reply to the message that tells the end of the run, which needs no worker; None for other messages."""
-    return Message(RecordDict(), reply_to=message) if message.metadata.message_type == END else None
+def _news_reply(message: Message) -> Message | None:
+    """The reply to a message that only tells something, such as the end of the run, and needs no worker; None for other messages."""
+    return Message(RecordDict(), reply_to=message) if message.metadata.message_type in (END, REJECTED) else None
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -1,4 +1,7 @@
-"""The hello messages that server and client exchange before the first round."""
+"""The hello messages that server and client exchange before the first round.
+
+A server on a network tells a client that it rejects with a `query.rejected` message, whose record `rejected` has the reason, `why`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,6 +11,8 @@ from typing import Any
 from fedtune.config.bounds import require
 from fedtune.errors import PlanError
 from fedtune.storage.reading import read_object
+
+REJECTED = "query.rejected"
 
 
 @dataclass(frozen=True, kw_only=True)

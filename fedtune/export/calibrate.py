@@ -119,7 +119,7 @@ def _config_of(run: Path) -> Config:
     try:
         return read_config(run)
     except CheckpointError as bad:
-        raise DataError(f"{bad}; give calibration text instead of the run") from None
+        raise DataError(f"{bad}; give calibration text instead of the run: a .txt or .jsonl file") from None
 
 
 def _strings(row: Mapping[str, Any], file: Path, number: int, tokenizer: Any) -> list[str]:
@@ -143,7 +143,7 @@ def _of_run(config: Config, tokenizer: Any) -> list[str]:
     from fedtune.data.federation import load_federation
 
     if config.data.source == "local" and not has_files(config.data.path):
-        raise DataError(f"the training rows of '{config.name}' are not on this machine: give calibration text instead of the run")
+        raise DataError(f"the training rows of '{config.name}' are not on this machine: give a .txt or .jsonl file instead")
     federation = load_federation(config)
     rows = federation.rows.select(sorted(int(i) for client in federation.clients.values() for i in client.train))
     if "prompt" in rows.column_names:

@@ -206,7 +206,8 @@ def describe_package(out: Path) -> str:
             f" {f['weights_max']:.1%} at most ('{f['worst']}')"
         )
         if p := f.get("perplexity"):
-            sentences.append(f"perplexity on {p['tokens']} held-out tokens: {p['before']:.4g} before, {p['after']:.4g} after")
+            of = " of the calibration text, requests included" if p["text"] == "calibrate" else ""
+            sentences.append(f"perplexity on {p['tokens']} held-out tokens{of}: {p['before']:.4g} before, {p['after']:.4g} after")
         else:
             sentences.append("there is no test data here to measure the perplexity: give text with --calibrate")
     return "; ".join(sentences)

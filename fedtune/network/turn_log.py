@@ -6,6 +6,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fedtune.contracts.delivery import DELIVER, END, DeliveryState, Manifest
+from fedtune.contracts.hello import REJECTED
 from fedtune.errors import PlanError
 from fedtune.storage.parsing import parse_json
 
@@ -36,6 +37,9 @@ def describe(message: Message, reply: Message, seconds: float) -> tuple[str, dic
         return f"{what}{verb} ({sort}): {why}", {**fields, "declined": sort, "why": why}
     if message.metadata.message_type == DELIVER:
         return _delivery(message.content, reply.content)
+    if message.metadata.message_type == REJECTED:
+        why = _short(message.content.config_records.get("rejected", {}).get("why"))
+        return f"the server does not let this client take part: {why}", {"why": why}
     if message.metadata.message_type == END:
         end = message.content.config_records.get("end", {})
         return f"run {_short(end.get('run'))} has ended after {end.get('rounds')} rounds", {"run": _short(end.get("run"))}

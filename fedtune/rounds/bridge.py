@@ -97,7 +97,9 @@ class Bridge:
                 f"a client has at most {float(share):.3g} of the weight of a round of {self.config.clients_per_round} clients"
                 f" (weights.max_share) and may report at most {weights.max_examples} examples (weights.max_examples)"
             )
-        clients = membership.gather(done + 1, required=found is None or done < self.config.rounds)  # a finished run only delivers
+        if found is not None and done == self.config.rounds and self.delivery is not None:
+            return self._deliver_again(found.state, membership)
+        clients = membership.gather(done + 1)
         if found is None:
             warm = self.warm or WarmStart(adapter=self.initial)
             started = dataclasses.replace(self.strategy.start(warm.adapter), exchange=self.exchange.start(), shifts=warm.shifts)
@@ -220,8 +222,20 @@ class Bridge:
             record["clients_mean"] = sum(values) / len(values)
             record["clients_worst_decile"] = worst_decile(values, higher_is_better=self.metric[1])
 
-    def _deliver(self, round: int, state: ServerState, membership: Membership) -> None:
-        """Deliver the model of this round to the devices, if it is due."""
+    def _deliver_again(self, state: ServerState, membership: Membership) -> ServerState:
+        """Deliver the model of a finished run to the clients that connect within the join policy's patience. Returns the state."""
+        assert self.delivery is not None
+        rounds, patience = self.config.rounds, self.join.patience_s
+        if self.delivery.is_due(rounds, rounds):
+            self.observer.note(f"waiting for clients, to deliver the model of round {rounds}, for {patience:g} s (--wait)")
+            self._deliver(rounds, state, membership, expected=self.join.expected_clients or 0, patience_s=patience)
+        else:
+            membership.refresh(rounds)
+        self.delivery.end(rounds, self.grid, membership)
+        return state
+
+    def _deliver(self, round: int, state: ServerState, membership: Membership, *, expected: int = 0, patience_s: float = 0.0) -> None:
+        """Deliver the model of this round to the devices, if it is due; `expected` and `patience_s` as for `Delivery.deliver`."""
         if self.delivery is None or not self.delivery.is_due(round, self.config.rounds):
             return
         if state.adapter.spec.version == 0 or state.adapter.spec.method != self.config.peft.method:
@@ -232,7 +246,7 @@ class Bridge:
             plans = self._plans(round + 1, [client], membership.clients, state)
             return offer(self.strategy.plan(round + 1, plans, state)[client].plan)
 
-        self.delivery.deliver(round, self.grid, membership, offer_for)
+        self.delivery.deliver(round, self.grid, membership, offer_for, expected=expected, patience_s=patience_s)
 
     def _close(self, checkpoint: Checkpoint, record: dict[str, Any], clients: dict[str, dict[str, Any]]) -> None:
         """Write metrics, then the checkpoint. If the process is killed in between, a resumed run drops and rewrites the round's metrics."""

@@ -147,10 +147,27 @@ class Delivery:
         same = dataclasses.replace(manifest, serial=last.serial) == last
         return last.serial if same else max(time.time_ns(), last.serial + 1)
 
-    def deliver(self, round: int, grid: Grid, membership: Membership, offer_for: Callable[[str], Offer]) -> None:
+    def deliver(
+        self,
+        round: int,
+        grid: Grid,
+        membership: Membership,
+        offer_for: Callable[[str], Offer],
+        *,
+        expected: int = 0,
+        patience_s: float = 0.0,
+    ) -> None:
         """Send a model to all connected clients, and wait until they have installed it, have refused it, or the time is over.
 
         A client that returns during this time gets its model too. A client that missed its last turn gets an offer but is not waited for.
+
+        Args:
+            round: The round.
+            grid: Flower's grid.
+            membership: The clients.
+            offer_for: Client → its offer.
+            expected: Clients to wait for, also if they are not connected yet.
+            patience_s: Longest wait for them, in seconds.
         """
         began, downloads, done = time.monotonic(), dict[str, _Download](), dict[str, str]()
         sent = 0
@@ -168,7 +185,7 @@ class Delivery:
                         done[client] = why
             waiting = [c for c in active if c not in done and not connected[c].missed]
             took = time.monotonic() - began
-            joining = membership.waits_for_hello and took < _HELLO_S
+            joining = membership.waits_for_hello and took < _HELLO_S or len(done) < expected and took < patience_s
             if not waiting and not joining or took > self.config.timeout_s:
                 break
             time.sleep(POLL_S)

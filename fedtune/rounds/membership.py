@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.contracts.hello import ClientHello
+from fedtune.contracts.hello import REJECTED, ClientHello
 from fedtune.errors import RunError
 from fedtune.storage.ids import flaw, shown
 
@@ -111,17 +111,13 @@ class Membership:
         self._rejected: dict[int, tuple[float, str]] = {}  # node → time and reason
         self._told: dict[int, str] = {}  # node → the last reason that was reported
 
-    def gather(self, round: int, *, required: bool = True) -> dict[str, Client]:
+    def gather(self, round: int) -> dict[str, Client]:
         """Wait until nodes are connected and all have answered the hello; report those that do not.
 
         On a network, keep waiting while too few clients can participate: an early rejected node must not end the run.
 
-        Args:
-            round: The next round.
-            required: Whether too few clients are an error.
-
         Raises:
-            RunError: Too few clients can participate, and they are required.
+            RunError: Too few clients can participate.
         """
         began = enough = time.monotonic()
         expected, reported = max(self._min_clients, self._policy.expected_clients or 0), -1
@@ -142,8 +138,8 @@ class Membership:
                 break
             time.sleep(POLL_S)
         for node in sorted(self._pending):
-            self._reject(node, f"{self._label(node)}: no reply")
-        if required and len(self.clients) < self._min_clients:
+            self._reject(node, f"{self._label(node)}: no reply", told=False)
+        if len(self.clients) < self._min_clients:
             raise RunError(self._too_few(len(self.clients), "can take part"))
         return self.clients
 
@@ -199,7 +195,7 @@ class Membership:
         if reply.has_error() or "declined" in reply.content.config_records:
             declined = {} if reply.has_error() else reply.content.config_records["declined"]
             why = reply.error.reason if reply.has_error() else declined.get("why", "")
-            return self._reject(node, f"{self._label(node, str(declined.get('client', '')))}: {printable(why)}")
+            return self._reject(node, f"{self._label(node, str(declined.get('client', '')))}: {printable(why)}", told=False)
         try:
             hello = ClientHello.from_json(str(reply.content.config_records["hello"]["json"]))
         except (KeyError, ValueError):
@@ -241,9 +237,13 @@ class Membership:
             name = next((c for c, known in self.clients.items() if known.node == node), printable(claimed, 200))
         return f"client {name}" if name else f"node {node}"
 
-    def _reject(self, node: int, why: str) -> None:
+    def _reject(self, node: int, why: str, *, told: bool = True) -> None:
+        """Report the rejection of a node, on a network to its client too, unless `told` is False: then the reason came from the client."""
         if self._told.get(node) != why:
             self._note(f"rejected: {why}")
+            if told and self._policy.expected_clients is not None:
+                content = RecordDict({"rejected": ConfigRecord({"why": why})})
+                push(self._grid, [Message(content, node, REJECTED, group_id="0")], lambda _: SMALL_REPLY_BYTES)
         self._told[node] = why
         self._rejected[node] = time.monotonic(), why
 

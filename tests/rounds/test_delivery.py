@@ -1,6 +1,7 @@
 """The server delivers the model in parts to clients that lose messages, refuse, answer nonsense or were started again."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,34 @@ def test_the_delivery_knows_what_the_clients_hold(tmp_path: Path) -> None:
     assert len(devices.bodies["anna"]) == devices.manifests["anna"].bytes
 
 
-def test_a_finished_run_ends_without_clients_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offers", [True, False])
+def test_a_finished_run_ends_without_clients_too(tmp_path: Path, offers: bool) -> None:
     run(tmp_path, Devices())
     config = Config(rounds=2, clients_per_round=3, min_clients=2)
-    bridge, observer = fake_bridge(tmp_path, fake_client_app(CLIENTS), 0, config, patience_s=0.2, expected_clients=3)
+
+    def make(observer: RecordingObserver) -> Delivery:
+        settings = DeliverConfig(timeout_s=20.0)
+        return Delivery(folder=tmp_path / "delivery", run="mine", config=settings, sign=None, offers=offers, note=observer.notes.append)
+
+    app = fake_client_app(CLIENTS)
+    bridge, observer = fake_bridge(tmp_path, app, 0, config, patience_s=0.2, expected_clients=3, delivery=make)
     assert bridge.loop().adapter.spec.version == 2
-    assert observer.notes[-1] == "0 of 3 clients are connected"
+    waits = "waiting for clients, to deliver the model of round 2, for 0.2 s (--wait)"
+    assert (waits in observer.notes) == offers
+    assert any(note.startswith("delivered the model of round 2 to 0 of 0 clients") for note in observer.notes) == offers
+
+
+def test_a_finished_run_delivers_to_the_clients_that_come(tmp_path: Path) -> None:
+    """Two of three come: they do not wait for the third, and the server does, as long as it may."""
+    run(tmp_path, Devices())
+    devices, began = Devices(), time.monotonic()
+
+    def make(observer: RecordingObserver) -> Delivery:
+        settings = DeliverConfig(timeout_s=20.0)
+        return Delivery(folder=tmp_path / "delivery", run="mine", config=settings, sign=None, offers=True, note=observer.notes.append)
+
+    config = Config(rounds=2, clients_per_round=3, min_clients=3)
+    bridge, _ = fake_bridge(tmp_path, devices.app(), 2, config, patience_s=1.0, expected_clients=3, delivery=make)
+    bridge.loop()
+    assert sorted(client for client, _ in devices.delivered) == ["anna", "bert"]
+    assert 1.0 < time.monotonic() - began < 15.0
