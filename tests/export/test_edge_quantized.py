@@ -75,7 +75,8 @@ def test_a_calibrated_package_reports_both_perplexities(tmp_path: Path, quantize
     found = figures["perplexity"]
     assert (figures["kind"], figures["method"], found["text"]) == (quantize, method, "calibrate")
     assert found["tokens"] > 20 and abs(math.log(found["after"] / found["before"])) < 0.5
-    assert f"perplexity on {found['tokens']} held-out tokens of the calibration text, requests included: {found['before']:.4g}" in describe_package(out)
+    told = f"perplexity on {found['tokens']} held-out tokens of the calibration text, requests included: {found['before']:.4g} before"
+    assert told in describe_package(out)
     exact = read_package(export_edge(run, run / "exact"))
     changed = not torch.equal(package.tensors["model.norm.weight"], exact.tensors["model.norm.weight"])
     assert changed == (method in ("awq", "smoothquant"))  # they fold scales into the norms
