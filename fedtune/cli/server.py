@@ -114,7 +114,7 @@ def _main(args: argparse.Namespace) -> int:
         )
     make_strategy(config)
     link = link_settings(args)
-    print("fedtune-server: loading the model and the test rows", file=sys.stderr, flush=True)  # torch takes its time
+    print("loading the model and the test rows", file=sys.stderr, flush=True)  # torch takes its time
     from fedtune.clients.workspace import Workspace
     from fedtune.data import load_test
     from fedtune.experiment import run_experiment  # imports torch, so only after all checks

@@ -2,7 +2,7 @@
 
 RUN/start/
     adapter.safetensors  shift.safetensors    the start; the shift only if there is one
-    config.yaml                               the config of the earlier run, if `peft.from` was a run: it describes the earlier test rows
+    earlier/config.yaml                       the config of the earlier run, if `peft.from` was a run: it describes the earlier test rows
     start.json                                where the start comes from, and the files' checksums
 """
 
@@ -25,7 +25,7 @@ from fedtune.storage.parsing import content_of, read_text
 from fedtune.storage.reading import read_object
 
 FOLDER = "start"
-_ADAPTER, _SHIFT, _EARLIER, _ABOUT = "adapter.safetensors", "shift.safetensors", "config.yaml", "start.json"
+_ADAPTER, _SHIFT, _EARLIER, _ABOUT = "adapter.safetensors", "shift.safetensors", "earlier/config.yaml", "start.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,9 @@ def write_start(run: Path, start: WarmStart, earlier: Config | None) -> None:
             shift.save(folder / _SHIFT)
         if earlier is not None:
             text = yaml.safe_dump(to_dict(earlier), sort_keys=False, allow_unicode=True)
+            (folder / _EARLIER).parent.mkdir()
             (folder / _EARLIER).write_text(text, encoding="utf-8")
-        sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        sums = {name: _sha256(folder / name) for name in (_ADAPTER, _SHIFT, _EARLIER) if (folder / name).is_file()}
         (folder / _ABOUT).write_text(json.dumps({"about": dict(start.about), "sha256": sums}), encoding="utf-8")
 
 
@@ -68,11 +69,11 @@ def read_start(run: Path) -> tuple[WarmStart, Config | None]:
     try:
         stored = read_object(_Stored, read_text(folder / _ABOUT), ValueError, "file start.json")
         for name, wanted in stored.sha256.items():
-            if Path(name).name != name or _sha256(folder / name) != wanted:
-                raise ValueError(f"{name} has another checksum")
+            if name not in (_ADAPTER, _SHIFT, _EARLIER) or _sha256(folder / name) != wanted:
+                raise ValueError(f"{name[:40]} has another checksum")
         adapter = AdapterState.load(folder / _ADAPTER)
         shifts = (AdapterState.load(folder / _SHIFT),) if _SHIFT in stored.sha256 else ()
-        earlier = read_config(folder) if _EARLIER in stored.sha256 else None
+        earlier = read_config((folder / _EARLIER).parent) if _EARLIER in stored.sha256 else None
     except (OSError, ValueError, FedtuneError) as bad:
         raise CheckpointError(
             f"the run cannot be continued, because {folder}, what it began with, cannot be read ({str(bad).splitlines()[0]}): restore the"

@@ -34,7 +34,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     """`fedtune-server` with these settings over the experiment of `config`; its clients are virtual and have rows."""
 
     def run(config: Config, *settings: str) -> int:
-        def rounds(context: EngineContext, link: object, wait_s: float) -> None:
+        def rounds(context: EngineContext, link: object, wait_s: float, signer: object) -> None:
             assert not context.space.client_ids
             context.serve(InProcessGrid(make_client_app(ClientHost(config, Storage.in_folder(tmp_path / "kept", config))), 4), JoinPolicy())
 
