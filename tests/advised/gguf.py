@@ -138,7 +138,7 @@ def _(place: Place) -> Iterator[str]:
     yield raised(lambda: read_calibration_texts(place.folder / "text.txt"))
 
 
-@follows("the training rows of '{}' are not on this machine: give calibration text instead of the run")
+@follows("the training rows of '{}' are not on this machine: give a .txt or .jsonl file instead")
 def _(place: Place) -> Iterator[str]:
     config = Config(data=DataConfig(source="local", test_path="t.jsonl"))
     (place.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))

@@ -138,7 +138,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune.sim", f"resume={run}", "rounds=2")
 
 
-@follows("all {} rounds are done: set rounds=N with a larger N to continue", slow=True)
+@follows("all {} rounds are done: to train further, set rounds=N with a larger N", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     notes: list[str] = []

@@ -97,7 +97,7 @@ def test_the_training_rows_of_a_run(tmp_path: Path, kind: str) -> None:
 def test_a_server_that_has_no_training_rows(tmp_path: Path) -> None:
     config = Config(name="homes", data=DataConfig(source="local", test_path="t.jsonl"))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    with pytest.raises(DataError, match=r"the training rows of 'homes' are not on this machine: give calibration text instead of the run$"):
+    with pytest.raises(DataError, match=r"the training rows of 'homes' are not on this machine: give a .txt or .jsonl file instead$"):
         read_calibration_texts(tmp_path)
 
 
