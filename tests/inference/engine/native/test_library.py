@@ -144,6 +144,7 @@ time.sleep(0.05)
 before = time.process_time()
 time.sleep(0.5)
 print(round(time.process_time() - before, 1))
+sys.stdout.flush()  # else the child prints it too
 child = os.fork()
 if not child:
     print(tasks(), product(2) == want, tasks(), flush=True)
