@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.bounds import require
+from fedtune.errors import ConfigError
 
 TRUST = "run the Python code in the model's folder; a run's files cannot allow this"
 
@@ -52,3 +53,11 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     check_seed(args.seed)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kind", "kv_budget", "draft")
     return {n: getattr(args, n) for n in (*names, "speculate", "adapter")} | {"stop": tuple(args.stop)}
+
+
+def host_and_port(option: str, text: str, example: str) -> tuple[str, int]:
+    """Parse an option's HOST:PORT, where an IPv6 host may be in brackets. Raises ConfigError."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{option} {text} is not an address: write HOST:PORT, such as {example}")
+    return host.strip("[]"), int(port)

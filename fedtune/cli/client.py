@@ -20,6 +20,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
+from fedtune.cli._shared import host_and_port
 from fedtune.config.bounds import require
 from fedtune.contracts.delivery import END
 from fedtune.contracts.hello import REJECTED
@@ -175,7 +176,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.serve is not None:
         from fedtune.delivery.serving import DeviceServer
 
-        server = DeviceServer(state, *_address(args.serve), _tell)
+        server = DeviceServer(state, *host_and_port("--serve", args.serve, "127.0.0.1:8000"), _tell)
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if stopping.is_set():  # second signal: do not wait for the current turn
@@ -224,13 +225,6 @@ def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
 def _news_reply(message: Message) -> Message | None:
     """The reply to a message that only tells something, such as the end of the run, and needs no worker; None for other messages."""
     return Message(RecordDict(), reply_to=message) if message.metadata.message_type in (END, REJECTED) else None
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"--serve {text} is not an address: write HOST:PORT, such as 127.0.0.1:8000")
-    return host.strip("[]"), int(port)
 
 
 def _client_id(args: argparse.Namespace) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from fedtune.cli._shared import host_and_port
 from fedtune.config import Config, to_dict
 from fedtune.config.compose import DEFAULT_SCENARIO, compose
 from fedtune.config.stored import read_config
@@ -203,14 +204,11 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
     from fedtune.network.keys import check_private_key, read_allowed
     from fedtune.network.link import LinkSettings
 
-    host, _, port = args.address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"--address {args.address} is not an address: write HOST:PORT, such as 0.0.0.0:8080")
-    host = host.strip("[]")
+    host, port = host_and_port("--address", args.address, "0.0.0.0:8080")
     if args.insecure:
         if args.certificates or args.allowed:
             raise ConfigError("--insecure uses neither TLS nor keys: leave out --certificates and --allowed, or --insecure")
-        return LinkSettings(folder=Path(), host=host, port=int(port), certificates=None, insecure=True)
+        return LinkSettings(folder=Path(), host=host, port=port, certificates=None, insecure=True)
     if not args.certificates or not args.allowed:
         raise ConfigError(
             "--certificates and --allowed are both needed: create them with `fedtune keys`, or use --insecure for trials on one machine"
@@ -222,7 +220,7 @@ def link_settings(args: argparse.Namespace) -> "LinkSettings":
     return LinkSettings(
         folder=Path(),
         host=host,
-        port=int(port),
+        port=port,
         certificates=tuple(args.certificates),
         insecure=False,
         allowed_keys=allowed,

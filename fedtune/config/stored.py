@@ -1,10 +1,10 @@
-"""Reads the config of a run directory. The directory is not trusted: it may come from another machine."""
+"""Reads the config and the label names of a run directory. The directory is not trusted: it may come from another machine."""
 
 from pathlib import Path
 
 from fedtune.config import Config, from_dict
 from fedtune.errors import CheckpointError, FedtuneError
-from fedtune.storage.parsing import parse_yaml, read_text
+from fedtune.storage.parsing import parse_json, parse_yaml, read_text
 
 
 def read_config(path: Path) -> Config:
@@ -27,3 +27,18 @@ def read_config(path: Path) -> Config:
         raise CheckpointError(f"cannot use {path / 'config.yaml'}: {bad}") from None
     config.model.trust_remote_code = False
     return config
+
+
+def read_labels(run: Path) -> list[str]:
+    """Read a classifier's label names from a run directory; [] if it has no partition.json.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    path = run / "partition.json"
+    if not path.is_file():
+        return []
+    try:
+        return [str(label) for label in parse_json(read_text(path))["labels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"cannot read {path}: it must be the file that the run wrote") from None

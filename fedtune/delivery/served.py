@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune.inference.serve.handover import NO_TEXT
 from fedtune.inference.serve.limits import Limits
+from fedtune.storage.parent import child_environment
 from fedtune.storage.parsing import parse_json
 
 SERVER = (sys.executable, "-P", "-m", "fedtune.inference.serve.handover")
@@ -35,7 +36,6 @@ class Child:
     def __init__(self, name: str, model: Path, listener: int, log: Path) -> None:
         self.name = name
         self._heard, self._ready_at, self._leave_by = b"", 0.0, math.inf
-        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
@@ -43,7 +43,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env=child_environment(),
                 pass_fds=(listener,),
                 process_group=0,  # a Ctrl-C in the terminal is the client's to handle
             )

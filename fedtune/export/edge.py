@@ -129,10 +129,13 @@ def _write_quantized(
         else:
             writer.put(name, made)
     _finish(writer, merged, card, recipe)
+    return {"kind": recipe.kind, "method": recipe.method, "group": recipe.group, **error_figures(errors)}
+
+
+def error_figures(errors: Mapping[str, float]) -> dict[str, Any]:
+    """The card's figures of the weights' relative errors, by linear."""
     worst = max(errors, key=lambda n: errors[n])
-    mean = sum(errors.values()) / len(errors)
-    return {"kind": recipe.kind, "method": recipe.method, "group": recipe.group, "weights_mean": mean, "weights_max": errors[worst],
-            "worst": worst}  # fmt: skip
+    return {"weights_mean": sum(errors.values()) / len(errors), "weights_max": errors[worst], "worst": worst}
 
 
 def _finish(writer: PackageWriter, merged: Merged, card: dict[str, Any], recipe: QuantizeSettings | None) -> None:
@@ -247,21 +250,33 @@ def _plain(merged: Merged, name: str, recipe: QuantizeSettings | None) -> torch.
 
 
 def _config(merged: Merged, recipe: QuantizeSettings | None) -> dict[str, Any]:
-    """The backbone's config.json, without transient entries and with the package's dtype, ties and architecture."""
-    passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
-    config = {k: v for k, v in text_config(merged.config).items() if k not in passing}
+    """The backbone's config.json, with the package's dtype and ties."""
+    config = lasting_config(merged)
     config["dtype"] = "float32" if _plain(merged, "model.embed_tokens.weight", recipe) == torch.float32 else "bfloat16"
     config["tie_word_embeddings"] = merged.shape.tied and recipe is None
+    return config
+
+
+def lasting_config(merged: Merged) -> dict[str, Any]:
+    """The backbone's config.json without transient entries, and with its architecture."""
+    passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
+    config = {k: v for k, v in text_config(merged.config).items() if k not in passing}
     config["architectures"] = config.get("architectures") or [f"{merged.shape.family.capitalize()}ForCausalLM"]
     return config
 
 
-def _card(merged: Merged) -> dict[str, Any]:
+def origin_card(merged: Merged) -> dict[str, Any]:
+    """The part of a card that does not depend on the format: task, backbone, provenance, and how the adapter was merged."""
     card = {**merged.origin.card, "base": merged.fingerprint, **provenance(merged.origin)}
     if merged.origin.adapter.over:
         card["merged_into"] = dict(merged.origin.adapter.over)
     if merged.whole:
         card["whole"] = merged.whole
+    return card
+
+
+def _card(merged: Merged) -> dict[str, Any]:
+    card = origin_card(merged)
     if merged.dtype == torch.float16:
         card["from_float16"] = True
     if merged.virtual_tokens:

@@ -64,9 +64,7 @@ def export_gguf(source: Path, out: Path, *, kind: str = "f16", replace: bool = F
     if out.exists() and not (replace and out.is_file()):
         raise ModelError(f"{out} already exists: give another file with --out, or remove it")
     if kind not in TYPES:
-        raise ModelError(
-            f"the gguf library does not write {kind}: choose {', '.join(TYPES)}, or choose f16 and quantize it with llama.cpp"
-        )
+        raise ModelError(f"the gguf library does not write {kind}: choose {', '.join(TYPES)}, or choose f16 and quantize it with llama.cpp")
     merged = read_merged(source)
     _check(merged)
     tokenizer = load_tokenizer(merged.folder, merged.origin.model, merged.origin.task)

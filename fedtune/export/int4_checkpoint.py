@@ -17,16 +17,14 @@ from torch import Tensor
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.export.calibrate import privacy_disclosure
-from fedtune.export.edge import texts
+from fedtune.export.edge import error_figures, lasting_config, origin_card, texts
 from fedtune.export.huggingface import CARD, check_out, export_folder, write_tokenizer
 from fedtune.export.measured import streamed_score
 from fedtune.export.merged import Merged, read_merged
 from fedtune.export.merged_tensor import MergedTensor
-from fedtune.export.provenance import provenance
 from fedtune.inference.engine.gptq_awq import Format, Packing, pack_codes, packed_tensors, unpack_weight
 from fedtune.inference.engine.package import is_linear, tensor_shapes
 from fedtune.inference.engine.package_writer import TensorFile
-from fedtune.inference.engine.shape import text_config
 from fedtune.inference.engine.text import read_text
 from fedtune.inference.quantize.model import QuantizeSettings, quantize_model
 from fedtune.inference.quantize.rtn import QuantizedLinear, unpack_int4
@@ -77,9 +75,7 @@ def export_int4_checkpoint(source: Path, out: Path, *, to: Format, calibrate: Pa
         with safe_open(folder / "model.safetensors", "pt") as handle:
             after = streamed_score(_written(merged, packing, handle), held, folder)
         found = {"before": before.perplexity, "after": after.perplexity, "tokens": after.tokens, "text": "calibrate"}
-        card: dict[str, Any] = {**merged.origin.card, "base": merged.fingerprint, **provenance(merged.origin)}
-        card |= {"merged_into": dict(merged.origin.adapter.over)} if merged.origin.adapter.over else {}
-        card |= {"whole": merged.whole} if merged.whole else {}
+        card = origin_card(merged)
         card |= {"beyond_privacy": beyond} if (beyond := privacy_disclosure(calibrate)) else {}
         (folder / CARD).write_text(json.dumps({**card, "quantised": {**figures, "perplexity": found}}, indent=1) + "\n", encoding="utf-8")
     return out
@@ -136,10 +132,7 @@ def _write_weights(folder: Path, merged: Merged, packing: Packing, recipe: Quant
         for part, tensor in pack_codes(packing, codes, made.tensors["scale"], made.tensors["zero"]).items():
             file.put(f"{stem}.{part}", tensor)
     file.close()
-    worst = max(errors, key=lambda n: errors[n])
-    mean = sum(errors.values()) / len(errors)
-    return {"kind": "int4", "method": packing.format, "group": packing.group, "weights_mean": mean, "weights_max": errors[worst],
-            "worst": worst}  # fmt: skip
+    return {"kind": "int4", "method": packing.format, "group": packing.group, **error_figures(errors)}
 
 
 def _half(merged: Merged, name: str, values: Tensor) -> Tensor:
@@ -151,9 +144,7 @@ def _half(merged: Merged, name: str, values: Tensor) -> Tensor:
 
 def _config(merged: Merged, packing: Packing) -> dict[str, Any]:
     """The backbone's config.json, with the quantization and the dtype of the other tensors."""
-    passing = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "auto_map")
-    config = {key: value for key, value in text_config(merged.config).items() if key not in passing}
-    config["architectures"] = config.get("architectures") or [f"{merged.shape.family.capitalize()}ForCausalLM"]
+    config = lasting_config(merged)
     config["tie_word_embeddings"] = merged.shape.tied
     config["dtype"] = config["torch_dtype"] = "float16"
     own: dict[str, Any] = {"quant_method": packing.format, "bits": 4, "group_size": packing.group}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config, ModelConfig, TaskConfig, template_text
-from fedtune.config.stored import read_config
+from fedtune.config.stored import read_config, read_labels
 from fedtune.contracts.task import adapter_tasks, task_of
 from fedtune.data.columns import DEMO_PROMPT
 from fedtune.errors import CheckpointError, ModelError
@@ -15,7 +15,6 @@ from fedtune.export.personal import client_of, global_note, personal_adapter
 from fedtune.export.whole_model import is_whole, read_whole
 from fedtune.models.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.models.checkpoint import NANO, fingerprint
-from fedtune.storage.parsing import parse_json, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +144,7 @@ def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:
         return None, read_adapter(source), []
     if not any((source / "adapter" / name).is_file() for name in (OWN, "adapter_config.json")):
         raise CheckpointError(f"{source} has no adapter/ yet: the run has not ended, continue it with resume={source}")
-    return read_config(source), read_adapter(source / "adapter"), _labels(source / "partition.json")
-
-
-def _labels(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    try:
-        return [str(label) for label in parse_json(read_text(path))["labels"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"cannot read {path}: it must be the file that the run wrote") from None
+    return read_config(source), read_adapter(source / "adapter"), read_labels(source)
 
 
 def _task(adapter: StoredAdapter, source: Path) -> TaskConfig:

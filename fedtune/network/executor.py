@@ -19,6 +19,7 @@ from flwr.app import Error, Message
 
 from fedtune.network._flwr_client import ErrorCode, MessageProto, message_from_proto, message_to_proto
 from fedtune.network.frames import CutFrame, FrameError, Kind, read_frame, write_frame
+from fedtune.storage.parent import child_environment
 
 WORKER = (sys.executable, "-P", "-m", "fedtune.network.worker")
 MAX_CHILDREN = 2  # that one message may kill
@@ -112,7 +113,6 @@ class _Child:
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("ab") as errors:
             try:
                 self._process = subprocess.Popen(
@@ -120,7 +120,7 @@ class _Child:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                    env=child_environment(),
                     process_group=0,  # a Ctrl-C in the terminal is the node's to handle
                 )
             except OSError as bad:

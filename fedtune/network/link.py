@@ -19,6 +19,7 @@ from typing import Any
 from fedtune.errors import LinkLost, NetworkError
 from fedtune.network.grid import LinkGrid
 from fedtune.network.superlink import ProcessSettings
+from fedtune.storage.parent import child_environment
 from fedtune.storage.parsing import parse_json
 
 _START_S, _ANSWER_S, _STOP_S = 120.0, 60.0, 5.0
@@ -72,8 +73,6 @@ class _Child:
     """One SuperLink process."""
 
     def __init__(self, task: ProcessSettings) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         errors = Path(task.log).with_suffix(".err")
         try:
             errors.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -84,7 +83,7 @@ class _Child:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
-                    env={**os.environ, "PYTHONPATH": path, "FLWR_LOG_LEVEL": "WARNING"},
+                    env={**child_environment(), "FLWR_LOG_LEVEL": "WARNING"},
                     start_new_session=True,  # a Ctrl-C in the terminal reaches only the main process, which then stops the child
                 )
         except OSError as bad:

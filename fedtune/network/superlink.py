@@ -6,7 +6,6 @@ answered by one line of JSON on standard output. The process ends with its input
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import json
 import logging
@@ -37,6 +36,7 @@ from fedtune.network.linkstate import Registrar, read_keys
 from fedtune.network.listener import Connections, LimitedListener
 from fedtune.network.logs import JsonLines
 from fedtune.network.public import PublicPort, StallTimeout
+from fedtune.storage.parent import exit_with_parent
 from fedtune.storage.parsing import parse_json
 
 CONNECTIONS = 1000  # limit of the public port
@@ -46,7 +46,6 @@ THREADS = 1  # for Flower's requests: nearly all write to the database, and SQLi
 PORT_WAIT_S = 3.0  # to wait for the port: the SuperLink of a killed server ends shortly after it
 LOCK_TIMEOUT_S = 15.0  # to wait for a locked database; less than the 20 s that a node waits for a response
 CLEANUP_S = 2.0  # between cleanups of tasks without a heartbeat, which expire after a minute
-_PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("fedtune.superlink")
 
@@ -91,8 +90,7 @@ def _raise_file_limit() -> None:
 
 def _exit_with_parent(parent: int) -> None:
     """End this process with its parent: by the kernel on Linux, elsewhere by a thread within a second."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    exit_with_parent(parent)
 
     def watch() -> None:
         while os.getppid() == parent:

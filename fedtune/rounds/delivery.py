@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -95,7 +95,6 @@ class Delivery:
     sign: Callable[[bytes], bytes] | None
     offers: bool
     note: Callable[[str], None]
-    results: dict[str, dict[str, object]] = field(default_factory=dict)
 
     def is_due(self, round: int, rounds: int) -> bool:
         """Whether a model is delivered after this round of `rounds`."""
@@ -249,9 +248,8 @@ class Delivery:
         if missing := sorted(membership.clients.keys() - done.keys()):
             shown = ", ".join(missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
             self.note(f"not delivered to {shown}: start the server again with --run {self.folder.parent} to deliver the run's model later")
-        self.results.clear()
-        self.results.update({c: {"round": round, "result": done.get(c, "not reached")} for c in sorted(membership.clients)})
-        write_text(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
+        results = {c: {"round": round, "result": done.get(c, "not reached")} for c in sorted(membership.clients)}
+        write_text(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def _may_send(download: _Download, client: Client) -> bool:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.config import Config
-from fedtune.config.stored import read_config
+from fedtune.config.stored import read_config, read_labels
 from fedtune.errors import CheckpointError, ConfigError
 from fedtune.models.adapter_folder import OWN, StoredAdapter, read_adapter
-from fedtune.storage.parsing import parse_json, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +59,5 @@ def read_source(path: str) -> Source:
         sha256=sha256,
         adapter=adapter,
         config=read_config(run) if run else None,
-        labels=_labels(run / "partition.json") if run else (),
+        labels=tuple(read_labels(run)) if run else (),
     )
-
-
-def _labels(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(str(label) for label in parse_json(read_text(path))["labels"])
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"cannot read {path}: it must be the file that the run wrote") from None

@@ -4,8 +4,8 @@
 
 Server and clients are processes on this machine, with --insecure and --serve. The clients train the scenario (conf=assistant unless the
 settings name another) for two rounds, and the server delivers the model of the second. The clock starts when the round's record is in
-metrics.jsonl. A device's first answer is that of its own server from the delivered version. Memory is the high-water mark (VmHWM) of the
-worker process, which trains and installs, and of the process that serves. Linux only.
+metrics.jsonl. A device's first answer is the first that its serving process gives with the delivered version. Memory is the high-water
+mark (VmHWM) of the worker process, which trains and installs, and of the process that serves. Linux only.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*serve, "--signing-pub", f"{keys['a']}/signing.pub")
 
 
-@follows("--serve {} is not an address: write HOST:PORT, such as")
+@follows("is not an address: write HOST:PORT, such as")
 def _(place: Place) -> Iterator[str]:
     quiet_client(place)
     serve = ["fedtune-client", "--server", "localhost:1", "--state", str(place.folder / "state"), "--insecure", "--client-id", "a"]

@@ -92,7 +92,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run(*bare)
 
 
-@follows("--address {} is not an address: write HOST:PORT, such as")
+@follows("is not an address: write HOST:PORT")
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     bare = ["fedtune-server", "--run", str(place.folder / "run"), "--insecure"]

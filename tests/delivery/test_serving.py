@@ -258,7 +258,7 @@ def test_an_invalid_link_is_one_sentence_and_the_model_goes_on(device: Device) -
 
 @pytest.fixture
 def still(device: Device) -> Iterator[Device]:
-    """A device whose server takes a step only when it is told to."""
+    """A device whose server takes a step only when the test calls for one."""
     device.server.stop(0)
     still = Device(device.state)
     yield still
