@@ -59,6 +59,7 @@ class Device:
         """Make a version current, and wait until its process is the one that serves."""
         self.versions.activate(name)
         wait_for(lambda: any(f"the model {name} " in line for line in self.told), 120)
+        wait_for(lambda: sum(map(listens, children())) == 1)  # until the old one has stopped accepting, both answer
         assert len(self.told) == 1 and f"the model {name} answers at {self.url} (" in self.told[0], self.told
         self.told.clear()
 
@@ -84,6 +85,12 @@ def children() -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie
             found += [process] if "fedtune.inference.serve.handover" in process.cmdline() else []
     return found
+
+
+def listens(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
+    return False
 
 
 def test_no_request_is_lost_over_three_swaps(device: Device) -> None:

@@ -1,5 +1,6 @@
 """The process of `fedtune serve`: a socket, the engine's thread, and a graceful shutdown. This module loads no torch."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.schedule import Scheduler
 
 CLOSE_S = 5  # to send finished answers
+_CLOSE = (b"connection", b"close")
 
 
 class HttpServer(uvicorn.Server):
@@ -45,6 +47,7 @@ class HttpServer(uvicorn.Server):
         )
         self._ready = ready
         self._leave_by: float | None = None
+        self._leaving = False
         self.left = threading.Event()  # it no longer accepts connections
 
     def leave(self, grace: float) -> None:
@@ -66,22 +69,30 @@ class HttpServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._leave_by is None:
             return await super().on_tick(counter)
-        if not self.left.is_set():
+        if not self._leaving:
             self._stop_accepting()
+        elif not self.left.is_set():  # a tick later: asyncio drops connections that it has accepted but not set up when a server closes
+            for server in self.servers:
+                server.close()
+            self.left.set()
         elif not self.server_state.connections or time.monotonic() > self._leave_by:
             self._end()
         return await super().on_tick(0)  # 0 renews the default headers
 
     def _stop_accepting(self) -> None:
-        """Leave new connections to others; the accepted ones end with their next answer."""
-        for server in self.servers:
-            server.close()  # here; a connection that was accepted just before is in `connections` at the next tick
-        self.config.encoded_headers.append((b"connection", b"close"))
+        """Leave new connections to others; the accepted ones end with their next answer whose headers are not sent yet, which says so.
+
+        Closed after another answer, a connection could lose a request that the client has sent on it meanwhile.
+        """
+        loop = asyncio.get_running_loop()
+        for listener in (listener for server in self.servers for listener in server.sockets):
+            loop.remove_reader(listener.fileno())
+        self.config.encoded_headers.append(_CLOSE)
         for connection in self.server_state.connections:
             cycle: Any = getattr(connection, "cycle", None)
-            if cycle is not None:  # its answer may have begun without the header
-                cycle.keep_alive = False
-        self.left.set()
+            if cycle is not None and not cycle.response_started:
+                cycle.default_headers = [*cycle.default_headers, _CLOSE]
+        self._leaving = True
 
     def _end(self) -> None:
         self.should_exit = True

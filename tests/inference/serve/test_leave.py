@@ -68,9 +68,12 @@ def test_another_server_takes_over_the_socket() -> None:
             assert thread.is_alive() and not late
             old.go.set()
             long.join(20)
+            assert late == ["old"] and thread.is_alive()  # begun without the header, so the client may go on with its connection
+            answer = keeper.get(url(listener))
+            assert (answer.text, answer.headers["connection"]) == ("old", "close")
             ended = time.monotonic()
             thread.join(20)
-            assert late == ["old"] and not thread.is_alive()
+            assert not thread.is_alive()
             assert time.monotonic() - ended < 4  # an idle connection would stay for 5 s
             keeper.close()
 
