@@ -18,7 +18,7 @@ from fedtune.config.bounds import require
 from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError, DataError
 from fedtune.inference.engine.caches.base import Span
-from fedtune.inference.engine.decoder import linears_of, parameters_held
+from fedtune.inference.engine.decoder import describe_passes, linears_of, parameters_held
 from fedtune.inference.engine.generate import Generation, Report, Speculation
 from fedtune.inference.engine.linear import describe_path
 from fedtune.inference.engine.load import Engine, load_engine
@@ -37,6 +37,7 @@ class Speeds:
 
     Attributes:
         linears: Which kernels run the linear layers, and why it is torch's.
+        passes: What runs the rest of the layers.
         load_s: Seconds to load the model.
         prefill_tok_per_s: Speed of the prompt.
         decode_tok_per_s: Speed of plain decoding.
@@ -53,6 +54,7 @@ class Speeds:
     model: str
     kind: str
     linears: str
+    passes: str
     threads: int
     prompt_tokens: int
     new_tokens: int
@@ -130,6 +132,7 @@ def bench(
         model=str(folder),
         kind=engine.decoder.layers[0].down.kind,
         linears=describe_path(linears_of(engine.decoder)),
+        passes=describe_passes(engine.decoder),
         threads=torch.get_num_threads(),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -238,6 +241,7 @@ def table(speeds: Speeds) -> str:
     rows = {
         "model": f"{speeds.model}, {speeds.kind}, {speeds.threads} thread{'s' * (speeds.threads > 1)}",
         "linear layers": speeds.linears,
+        "passes": speeds.passes,
         f"prefill, {speeds.prompt_tokens} tokens": several(speeds.prefill_tok_per_s, "tok/s"),
         f"decode, {speeds.new_tokens} tokens": several(speeds.decode_tok_per_s, "tok/s"),
         "first token": several(speeds.first_token_ms, "ms"),

@@ -4,9 +4,7 @@
 `run(hidden, spans, first=E)` continues from the exit's hidden states.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,42 +12,12 @@ from torch.nn.functional import gelu, silu
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.caches.base import Cache, Span, soft_cap
-from fedtune.inference.engine.layout import order_of_norm
+from fedtune.inference.engine.layer import Layer
 from fedtune.inference.engine.linear import Linear
 from fedtune.inference.engine.lora import Lora, add_all
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
-
-
-@dataclass(slots=True, kw_only=True)
-class Layer:
-    """One transformer block: norms float32, with their offset; linears fused."""
-
-    norm: Tensor | None = None  # [d]
-    qkv: Linear  # d -> (H + 2 Hkv) D; rows of q and k in pairs
-    o: Linear
-    q_norm: Tensor | None = None  # [D] or, over all heads, [H D], in pairs
-    k_norm: Tensor | None = None
-    o_norm: Tensor | None = None  # [d], of attention's output
-    mlp_norm: Tensor | None = None  # [d]
-    gate_up: Linear  # d -> 2 * intermediate
-    down: Linear
-    down_norm: Tensor | None = None  # [d], of the MLP's output
-
-
-def make_layer(shape: Shape, linears: Mapping[str, Linear], norm: Callable[[str], Tensor]) -> Layer:
-    """Build a layer.
-
-    Args:
-        shape: The decoder's shape.
-        linears: The decoder's linears of the layer: qkv, o, gate_up, down.
-        norm: Returns a norm's weight, float32, by its name in the checkpoint's layer.
-    """
-    parts: dict[str, Any] = dict(linears)
-    parts |= {place: norm(name) + shape.norm_offset for place, name in shape.norms.items()}
-    if shape.qk_norm:
-        parts |= {f"{x}_norm": (norm(f"self_attn.{x}_norm") + shape.norm_offset)[order_of_norm(shape, x)] for x in "qk"}
-    return Layer(**parts)
+from fedtune.inference.engine.step import NativeStep
 
 
 class Decoder:
@@ -64,6 +32,7 @@ class Decoder:
         kinds = {kind: Rope(shape, kind) for kind in (shape.layer_ropes or (shape.rope,))}
         self.ropes = [kinds[shape.rope_of(layer)] for layer in range(shape.layers)]
         self.adapters: dict[str, Lora] = {}
+        self._native: tuple[list[Linear], NativeStep | None] | None = None
 
     @torch.inference_mode()
     def forward(self, ids: Tensor | None, spans: Sequence[Span], *, embeds: Tensor | None = None, layers: int | None = None) -> Tensor:
@@ -82,7 +51,7 @@ class Decoder:
             if ids is None:
                 raise ModelError("a pass needs ids or embeds")
             embeds = self.embed(ids)
-        return self.logits(self.run(embeds, spans, last=layers), spans)
+        return self._pass(embeds, spans, last=layers, logits=True)
 
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:
@@ -101,17 +70,44 @@ class Decoder:
             CacheError: A cache is full; then no cache has advanced.
             ModelError: Rows and spans do not match, or a span's adapter does not exist.
         """
+        return self._pass(hidden, spans, first=first, last=last)
+
+    def _pass(self, hidden: Tensor, spans: Sequence[Span], *, first: int = 0, last: int | None = None, logits: bool = False) -> Tensor:
+        """Run layers; returns their hidden states, or the logits that the spans keep."""
         shape, rows = self.shape, hidden.shape[0]
         if rows != sum(span.n for span in spans) or any(span.n < 1 for span in spans):
             raise ModelError(f"{rows} rows do not match spans of {[span.n for span in spans]} tokens: each row belongs to one span")
+        last = shape.layers if last is None else last
+        if not 0 <= first <= last <= shape.layers:
+            raise ModelError(f"the model has {shape.layers} layers: it cannot run {first} to {last}")
+        native = self.native_step()
+        places = None if native is None else native.places(spans)
+        if native is None or places is None:
+            hidden, found = self._run_torch(hidden, spans, first, last), None
+        else:
+            hidden = hidden.float().contiguous().clone()
+            found = native.run(hidden, places, first=first, last=last, kept=kept_rows(spans) if logits and native.has_head else ())
+        for span in spans:
+            span.cache.advance(span.n)
+        if not logits:
+            return hidden
+        return self.logits(hidden, spans) if found is None else found
+
+    def native_step(self) -> NativeStep | None:
+        """The native form of the layers as they are now, or None if torch runs them."""
+        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        if self._native is None or list(map(id, linears)) != list(map(id, self._native[0])):
+            torch_runs = NativeStep.why_torch(self.shape, self.layers)
+            self._native = linears, None if torch_runs else NativeStep(self.shape, self.layers, self.ropes, self.norm, self.head)
+        return self._native[1]
+
+    def _run_torch(self, hidden: Tensor, spans: Sequence[Span], first: int, last: int) -> Tensor:
+        shape, rows = self.shape, hidden.shape[0]
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
         parts, inner, act = (heads, kv_heads, kv_heads), shape.intermediate, silu if shape.activation == "silu" else _gelu_tanh
         kind = type(spans[0].cache)
         attend = (kind if all(type(span.cache) is kind for span in spans) else Cache).attend_many
         loras = self._loras(spans) if any(span.adapter is not None for span in spans) else None
-        last = shape.layers if last is None else last
-        if not 0 <= first <= last <= shape.layers:
-            raise ModelError(f"the model has {shape.layers} layers: it cannot run {first} to {last}")
         for i in range(first, last):
             layer = self.layers[i]
             x = hidden if layer.norm is None else _rms_norm(hidden, layer.norm, shape.eps)
@@ -138,19 +134,13 @@ class Decoder:
             if loras:
                 add_all(loras, (i, "down"), x, y)
             hidden = hidden.add_(y if layer.down_norm is None else _rms_norm(y, layer.down_norm, shape.eps))
-        for span in spans:
-            span.cache.advance(span.n)
         return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
         """[rows, d] -> [rows kept, V] float32; without spans, all rows."""
         if spans is not None and any(span.keep is not None and span.keep != span.n for span in spans):
-            kept, end = [], 0
-            for span in spans:
-                end += span.n
-                kept.append(hidden[end - (span.n if span.keep is None else min(span.keep, span.n)) : end])
-            hidden = kept[0] if len(kept) == 1 else torch.cat(kept)
+            hidden = hidden[kept_rows(spans)]
         if not hidden.shape[0]:
             return hidden.new_empty(0, self.shape.vocab)
         return soft_cap(self.head(_rms_norm(hidden, self.norm, self.shape.eps)), self.shape.logit_cap)
@@ -173,6 +163,15 @@ class Decoder:
         return found
 
 
+def kept_rows(spans: Sequence[Span]) -> list[int]:
+    """The rows of a pass whose logits its spans keep."""
+    rows, end = list[int](), 0
+    for span in spans:
+        end += span.n
+        rows += range(end - (span.n if span.keep is None else min(span.keep, span.n)), end)
+    return rows
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
@@ -190,6 +189,12 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.rms_norm(x, weight.shape, weight, eps)
     row = x.view(-1)  # decoding: torch.rms_norm runs six small operations, whose overhead dominates
     return torch.mul(x, weight).mul_((torch.dot(row, row).item() / row.shape[0] + eps) ** -0.5)
+
+
+def describe_passes(decoder: Decoder) -> str:
+    """What runs the decoder's layers, and why it is torch, as the end of a sentence."""
+    why = NativeStep.why_torch(decoder.shape, decoder.layers)
+    return f"by torch ({why})" if why else "in native code; those of separate adapters by torch"
 
 
 def linears_of(decoder: Decoder) -> list[Linear]:

@@ -202,18 +202,21 @@ class Native(Linear):
 
     A row's result does not depend on the other rows of x, nor on the number of threads. In int8 and int4, a row of x with a number that is
     not finite gives NaN, and 32 columns below 1e-30 count as zeros.
+
+    Attributes:
+        kernels: The kernels, with their instruction set.
+        weights: The parts as the kernels read them.
     """
 
     def __init__(self, kind: str, parts: Mapping[str, Tensor], run: Kernels, *, n_in: int, n_out: int, group: int = 0) -> None:
         super().__init__(parts, n_in=n_in, n_out=n_out, group=group)
         self.kind = kind
-        self.instructions = run.instructions
-        self._run, self._weights = run, weights_of(self.parts, kind, n_in, n_out)
+        self.kernels, self.weights = run, weights_of(self.parts, kind, n_in, n_out)
 
     def __call__(self, x: Tensor) -> Tensor:
         x, y = x.float().contiguous(), torch.empty(x.shape[0], self.n_out)
         if x.shape[0]:
-            self._run.multiply(self._weights, torch.get_num_threads(), x.shape[0], (x.data_ptr(), x.nbytes), (y.data_ptr(), y.nbytes))
+            self.kernels.multiply(self.weights, torch.get_num_threads(), x.shape[0], (x.data_ptr(), x.nbytes), (y.data_ptr(), y.nbytes))
         return y
 
 
@@ -231,7 +234,7 @@ def linear_from_parts(kind: str, parts: Mapping[str, Tensor], *, n_in: int, n_ou
 def describe_path(linears: Iterable[Linear]) -> str:
     """One sentence: which kernels run these linears, and why it is torch's."""
     paths = dict.fromkeys(
-        f"{x.kind} by native kernels ({x.instructions})" if isinstance(x, Native) else f"{x.kind} by torch ({why_torch(x.kind)})"
+        f"{x.kind} by native kernels ({x.kernels.instructions})" if isinstance(x, Native) else f"{x.kind} by torch ({why_torch(x.kind)})"
         for x in linears
     )
     return ", ".join(paths)

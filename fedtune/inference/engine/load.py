@@ -19,8 +19,9 @@ from fedtune.errors import ModelError
 from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
-from fedtune.inference.engine.decoder import Decoder, Layer, make_layer
+from fedtune.inference.engine.decoder import Decoder
 from fedtune.inference.engine.gptq_awq import Packing, split_config, unpack_weight
+from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, linears, norm_sizes
 from fedtune.inference.engine.linear import KINDS, Linear, dequantized, linear_from_tensors, portable
 from fedtune.inference.engine.lora import Lora, make_lora

@@ -49,12 +49,12 @@ class Rope:
         Returns:
             [n, H, D] float32, a new tensor.
         """
-        if isinstance(positions, int):
-            rows = self.rows(positions, x.shape[0])
-        else:
-            last = int(positions.max()) + 1
-            rows = self.rows(0, last)[positions] if self._known and last > self._known else self._upto(last)[positions]
-        return as_real(as_complex(x) * rows)
+        return as_real(as_complex(x) * (self.rows(positions, x.shape[0]) if isinstance(positions, int) else self.at(positions)))
+
+    def at(self, positions: Tensor) -> Tensor:
+        """[n, 1, D/2] complex64 for any positions [n]."""
+        last = int(positions.max()) + 1
+        return (self.rows(0, last) if self._known and last > self._known else self._upto(last))[positions]
 
     def unrotate(self, x: Tensor, start: int) -> Tensor:
         """The inverse of `rotate(…, start)`, for keys that are already rotated or must not be."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.caches.base import Cache, Span, attention, causal_mask
-from fedtune.inference.engine.decoder import Decoder, Layer, make_layer
+from fedtune.inference.engine.decoder import Decoder
+from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, Part, linears
 from fedtune.inference.engine.linear import Linear, linear_from_tensors
 from fedtune.inference.engine.rope import Rope, pairs

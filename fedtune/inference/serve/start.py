@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.budget import show_least, show_size
 from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
-from fedtune.inference.engine.decoder import linears_of
+from fedtune.inference.engine.decoder import describe_passes, linears_of
 from fedtune.inference.engine.linear import describe_path
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.schedule import Caches, Scheduler
@@ -129,7 +129,7 @@ def engine_scheduler(
         make_served_model(model, engine.card, engine.text, tuple(engine.adapters)),
         f"{max_concurrent} requests at once, {queue} waiting, up to {scheduler.limit} tokens each; "
         f"keys and values: at most {show_size(pool.nbytes)} for {pool.blocks * pool.block} tokens; "
-        f"linear layers: {describe_path(linears_of(engine.decoder))}",
+        f"linear layers: {describe_path(linears_of(engine.decoder))}; passes {describe_passes(engine.decoder)}",
     )
 
 

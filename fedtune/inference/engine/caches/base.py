@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fedtune.errors import FedtuneError
+from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
@@ -101,6 +102,18 @@ class Cache(ABC):
         """Raise CacheError if n more tokens exceed the limit."""
         if self.length + n > self.limit:
             raise CacheError(f"{self.length} + {n} tokens exceed the cache's limit of {self.limit}: shorten the text or raise the limit")
+
+    @staticmethod
+    def native_spans(spans: Sequence[Span]) -> list[SpanStructure] | None:
+        """Reserve room for the rows of a pass, and describe where native code stores and reads keys and values.
+
+        Returns:
+            One structure per span, valid until a cache changes; None if there is no native form, and nothing is reserved.
+
+        Raises:
+            CacheError: A cache is full; nothing has changed.
+        """
+        return None
 
     @staticmethod
     def attend_many(layer: int, spans: Sequence[Span], q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:

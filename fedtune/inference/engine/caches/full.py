@@ -1,9 +1,14 @@
 """The full cache: rotated keys and values of all tokens, in buffers that double on demand."""
 
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.caches.base import Cache, attention, causal_mask
+from fedtune.inference.engine.caches.base import Cache, Span, attention, causal_mask
+from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope, as_complex, as_real
 from fedtune.inference.engine.shape import Shape
 
@@ -26,6 +31,7 @@ class FullCache(Cache):
         self._by_token: tuple[list[Tensor], ...] = [], []
         self._turned: list[Tensor] = []
         self._mask: tuple[tuple[int, int, int | None], Tensor] | None = None
+        self._addresses: list[Any] = []  # of the keys and of the values, per layer
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +58,23 @@ class FullCache(Cache):
         out = attention(q if plain else q.to(self.dtype), keys, values, mask, causal=whole and n > 1, cap=self.shape.attention_cap)
         return out if plain else out.float()
 
+    @staticmethod
+    def native_spans(spans: Sequence[Span]) -> list[SpanStructure]:
+        caches = [(span.cache, span.n) for span in spans if isinstance(span.cache, FullCache)]
+        for cache, n in caches:
+            cache.room(n)
+        return [cache._native_span(n) for cache, n in caches]
+
+    def _native_span(self, n: int) -> SpanStructure:
+        if not self._keys or self._keys[0].shape[1] < self.length + n:
+            self._grow(self.length + n)
+        heads, room, width = self._keys[0].shape
+        keys, values = map(ctypes.addressof, self._addresses)
+        return SpanStructure(
+            rows=n, length=self.length, keys=keys, values=values, entries=heads * room * width, token_stride=width,
+            head_stride=room * width, halves=self.dtype == torch.bfloat16,
+        )  # fmt: skip
+
     def _masked(self, n: int, held: int, window: int | None) -> Tensor:
         """The mask, cached for all layers of a pass."""
         if self._mask is None or self._mask[0] != (n, held, window):
@@ -72,5 +95,6 @@ class FullCache(Cache):
                     buffers.append(new)
         # views of the same memory by token: [room, Hkv, D], and [room, Hkv, D/2] complex
         self._by_token = tuple([t.transpose(0, 1) for t in buffers] for buffers in (self._keys, self._values))
+        self._addresses = [(ctypes.c_void_p * shape.layers)(*(t.data_ptr() for t in buffers)) for buffers in (self._keys, self._values)]
         if self.dtype == torch.float32:
             self._turned = [as_complex(t) for t in self._by_token[0]]

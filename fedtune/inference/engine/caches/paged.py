@@ -6,6 +6,7 @@ and a shared block is copied on write. Attention of decoding sequences takes one
 Source: Kwon et al. 2023, PagedAttention, arXiv:2309.06180, section 4.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fedtune.inference.engine.caches.base import Cache, CacheError, Span, soft_cap
+from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
@@ -51,6 +53,7 @@ class PagedPool:
         self._free = list(range(blocks, 0, -1))
         self._holders = [0] * (blocks + 1)
         self._pass: _Pass | None = None
+        self._addresses = [(ctypes.c_void_p * shape.layers)(*(layer.data_ptr() for layer in whole)) for whole in (self.keys, self.values)]
         self._scratch: list[Tensor] = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
 
     @staticmethod
@@ -136,18 +139,39 @@ class PagedPool:
             OutOfBlocks: The spans do not fit; no table has changed.
         """
         if self._pass is None or not self._pass.of(spans):
-            caches = [_paged(span) for span in spans]
-            for cache, span in zip(caches, spans, strict=True):
-                cache.room(span.n)
-            wanted = sum(cache.needs(span.n) for cache, span in zip(caches, spans, strict=True))
-            if wanted > self.free:
-                self.reclaim(wanted - self.free)
-            if wanted > self.free:
-                raise OutOfBlocks(f"a pass needs {wanted} blocks and {self.free} of the pool's {self.blocks} are free: run fewer sequences")
-            for cache, span in zip(caches, spans, strict=True):
-                cache.reserve(span.n)
-            self._pass = _Pass(self, caches, [span.n for span in spans])
+            self.admit(spans)
+            self._pass = _Pass(self, [_paged(span) for span in spans], [span.n for span in spans])
         return self._pass
+
+    def admit(self, spans: Sequence[Span]) -> None:
+        """Allocate the blocks that the rows of a pass need.
+
+        Raises:
+            CacheError: A limit is exceeded; no table has changed.
+            OutOfBlocks: The spans do not fit; no table has changed.
+        """
+        caches = [_paged(span) for span in spans]
+        for cache, span in zip(caches, spans, strict=True):
+            cache.room(span.n)
+        wanted = sum(cache.needs(span.n) for cache, span in zip(caches, spans, strict=True))
+        if wanted > self.free:
+            self.reclaim(wanted - self.free)
+        if wanted > self.free:
+            raise OutOfBlocks(f"a pass needs {wanted} blocks and {self.free} of the pool's {self.blocks} are free: run fewer sequences")
+        for cache, span in zip(caches, spans, strict=True):
+            cache.reserve(span.n)
+
+    def native_span(self, table: Sequence[int], rows: int, length: int) -> SpanStructure:
+        """Describe a sequence of this pool to native code."""
+        keys, values = map(ctypes.addressof, self._addresses)
+        _, slots, block, heads, width = self.keys.shape
+        blocks = (ctypes.c_int32 * len(table))(*table)
+        out = SpanStructure(
+            rows=rows, length=length, keys=keys, values=values, entries=slots * block * heads * width, token_stride=heads * width,
+            head_stride=width, halves=self.dtype == torch.bfloat16, blocks=ctypes.addressof(blocks), block_count=len(table), block=block,
+        )  # fmt: skip
+        out.table = blocks  # keeps the memory
+        return out
 
 
 class PagedCache(Cache):
@@ -192,6 +216,14 @@ class PagedCache(Cache):
         for bucket, part in zip(now.buckets, parts, strict=True):
             out[bucket.rows] = part.float()
         return out
+
+    @staticmethod
+    def native_spans(spans: Sequence[Span]) -> list[SpanStructure] | None:
+        pool = _paged(spans[0]).pool
+        if any(_paged(span).pool is not pool for span in spans):
+            return None
+        pool.admit(spans)
+        return [pool.native_span(_paged(span).table, span.n, span.cache.length) for span in spans]
 
     def needs(self, n: int) -> int:
         """Number of blocks needed from the pool for n more tokens."""

@@ -14,8 +14,6 @@
 #define SOURCES "unknown"
 #endif
 
-enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
-enum { FEW = 4, MOST_COLUMNS = 1 << 24, CACHED_ROWS = 128 };
 
 /* The digest of the sources that this library was built from. */
 EXPORTED const char *fedtune_sources(void) { return SOURCES; }
@@ -58,7 +56,7 @@ static int level(void) {
 }
 #endif
 
-static const struct kernels *kernels_of(int set) {
+const struct kernels *fedtune_kernels_of(int set) {
 #if defined(__x86_64__)
     if (set == AVX512 && level() >= 2)
         return level() == 3 ? &fedtune_avx512_bf16 : &fedtune_avx512;
@@ -69,89 +67,28 @@ static const struct kernels *kernels_of(int set) {
 }
 
 /* Whether this CPU has an instruction set. */
-EXPORTED int fedtune_supports(int set) { return kernels_of(set) != NULL; }
-
-/* Whether `bytes` are exactly a * b * c * d, without overflow. */
-static int is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d) {
-    int64_t product;
-    return !__builtin_mul_overflow(a, b, &product) && !__builtin_mul_overflow(product, c, &product) &&
-           !__builtin_mul_overflow(product, d, &product) && product == bytes;
-}
-
-static int fits(const struct fedtune_weights *w) {
-    static const int64_t code_bytes[KINDS] = {256, 256, 512, 1024}, scale_bytes[KINDS] = {32, 64, 0, 0}, base_floats[KINDS] = {2, 2, BLOCK, 0};
-    if (w->kind < 0 || w->kind >= KINDS || w->n_in < 1 || w->n_in > MOST_COLUMNS || w->n_out < 1 || w->n_out > INT64_MAX - BLOCK)
-        return 0;
-    int64_t groups = groups_of(w->n_in), blocks = (w->n_out + BLOCK - 1) / BLOCK;
-    return w->codes && is_product(w->codes_bytes, blocks, groups, code_bytes[w->kind], 1) &&
-           is_product(w->scales_bytes, blocks, groups, scale_bytes[w->kind], 1) && (w->scales || !w->scales_bytes) &&
-           is_product(w->base_bytes, blocks, base_floats[w->kind], sizeof(float), 1) && (w->base || !w->base_bytes) &&
-           (w->bias ? is_product(w->bias_bytes, w->n_out, sizeof(float), 1, 1) : !w->bias_bytes);
-}
-
-struct job {
-    const struct fedtune_weights *w;
-    const struct kernels *kernels;
-    const float *x;
-    float *y;
-    uint8_t *codes;
-    struct columns *groups;
-    int64_t rows, groups_a_row, bytes_a_row; /* bytes of the rounded activations */
-};
-
-static void round_rows(void *argument, int64_t first, int64_t end) {
-    const struct job *job = argument;
-    round_row *run = job->w->kind == BF16 ? job->kernels->to_bf16 : job->kernels->to_int8;
-    for (int64_t i = first; i < end; i++)
-        run(job->x + i * job->w->n_in, job->w->n_in, job->codes + i * job->bytes_a_row, job->groups ? job->groups + i * job->groups_a_row : NULL);
-}
-
-static void multiply_blocks(void *argument, int64_t first, int64_t end) {
-    const struct job *job = argument;
-    const struct fedtune_weights *w = job->w;
-    float out[TILE * BLOCK];
-    for (int64_t from = 0; from < job->rows; from += CACHED_ROWS) { /* few enough rows of x to stay in the cache while blocks pass */
-        int64_t to = job->rows - from < CACHED_ROWS ? job->rows : from + CACHED_ROWS;
-        for (int64_t block = first; block < end; block++) {
-            int64_t n = w->n_out - block * BLOCK < BLOCK ? w->n_out - block * BLOCK : BLOCK;
-            for (int64_t row = from; row < to; row += TILE) {
-                int rows = to - row < TILE ? (int)(to - row) : TILE;
-                job->kernels->tiles[w->kind](w, block, job->codes + row * job->bytes_a_row,
-                                             job->groups ? job->groups + row * job->groups_a_row : NULL, rows, out);
-                for (int i = 0; i < rows; i++) {
-                    float *y = job->y + (row + i) * w->n_out + block * BLOCK;
-                    for (int64_t r = 0; r < n; r++)
-                        y[r] = w->bias ? out[i * BLOCK + r] + w->bias[block * BLOCK + r] : out[i * BLOCK + r];
-                }
-            }
-        }
-    }
-}
+EXPORTED int fedtune_supports(int set) { return fedtune_kernels_of(set) != NULL; }
 
 /* y [rows, n_out] = x [rows, n_in] Wᵀ + b, on at most `threads` threads, this one included. Returns one of FINE .. NO_SUCH_SET. */
 EXPORTED int fedtune_multiply(const struct fedtune_weights *w, int set, int threads, int64_t rows, const float *x, int64_t x_bytes, float *y,
                               int64_t y_bytes) {
-    const struct kernels *kernels = kernels_of(set);
+    const struct kernels *kernels = fedtune_kernels_of(set);
     if (!kernels)
         return NO_SUCH_SET;
-    if (!fits(w) || rows < 1 || threads < 1 || !x || !y || !is_product(x_bytes, rows, w->n_in, sizeof(float), 1) ||
-        !is_product(y_bytes, rows, w->n_out, sizeof(float), 1))
+    if (!fedtune_weights_fit(w) || rows < 1 || threads < 1 || !x || !y || !fedtune_is_product(x_bytes, rows, w->n_in, sizeof(float), 1) ||
+        !fedtune_is_product(y_bytes, rows, w->n_out, sizeof(float), 1))
         return BAD_SIZE;
-    int64_t groups = groups_of(w->n_in), blocks = (w->n_out + BLOCK - 1) / BLOCK, code = w->kind == BF16 ? 2 : 1;
-    struct job job = {.w = w, .kernels = kernels, .x = x, .y = y, .rows = rows, .groups_a_row = groups, .bytes_a_row = groups * GROUP * code};
-    int64_t codes_bytes, groups_bytes, bytes;
-    if (__builtin_mul_overflow(rows, job.bytes_a_row, &codes_bytes) ||
-        __builtin_mul_overflow(rows, w->kind == BF16 ? 0 : groups * (int64_t)sizeof(struct columns), &groups_bytes) ||
-        __builtin_add_overflow(codes_bytes, groups_bytes, &bytes) || bytes > INT64_MAX - 64)
+    int64_t bytes = fedtune_space_for(w, rows);
+    void *space = bytes < 0 ? NULL : aligned_alloc(64, ((size_t)bytes + 63) / 64 * 64);
+    if (!space)
         return NO_MEMORY;
-    job.codes = aligned_alloc(64, ((size_t)bytes + 63) / 64 * 64);
-    if (!job.codes)
-        return NO_MEMORY;
-    if (groups_bytes)
-        job.groups = (struct columns *)(job.codes + codes_bytes); /* whole multiples of 32 bytes come before */
-    fedtune_pool_run(rows > FEW ? threads : 1, rows, rows > 8 * FEW ? 8 : FEW, round_rows, &job);
-    int64_t step = blocks / (8 * (int64_t)threads);
-    fedtune_pool_run(threads, blocks, step < 1 ? 1 : step, multiply_blocks, &job);
-    free(job.codes);
+    fedtune_product(w, kernels, threads, rows, x, w->n_in, y, space);
+    free(space);
     return FINE;
+}
+
+/* A pass through a decoder: see pass.c. Returns one of FINE .. NO_SUCH_SET; after another one than FINE nothing has changed. */
+EXPORTED int fedtune_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, int set, int threads) {
+    const struct kernels *kernels = fedtune_kernels_of(set);
+    return kernels ? fedtune_pass_run(decoder, pass, kernels, threads) : NO_SUCH_SET;
 }

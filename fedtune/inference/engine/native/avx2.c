@@ -3,10 +3,37 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "kernels.h"
-
 #define AVX2_CODE __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX2_CODE
+
+INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+
+INLINE float sum_of_lanes(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+INLINE float most_of_lanes(__m256 v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+INLINE __m256 sums_of_lanes(const __m256 *v) {
+    __m256 half[2];
+    for (int i = 0; i < 2; i++) { /* of 4 vectors, in each half */
+        __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm256_unpackhi_ps(v[4 * i], v[4 * i + 1]));
+        __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm256_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
+        half[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(half[0], half[1], 0x20), _mm256_permute2f128_ps(half[0], half[1], 0x31));
+}
+
+#define CODE AVX2_CODE
+#define LANES 8
+#include "rows.h"
+
 enum { AT_ONCE = 4 }; /* rows of x, limited by the 16 registers */
 
 INLINE int32_t sum_of(__m256i v) {
@@ -51,9 +78,10 @@ AVX2_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct 
             __m256i c[4];
             for (int i = 0; i < 4; i++)
                 c[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-            groups->total = sum_of(_mm256_add_epi32(_mm256_add_epi32(c[0], c[1]), _mm256_add_epi32(c[2], c[3])));
+            int32_t total = sum_of(_mm256_add_epi32(_mm256_add_epi32(c[0], c[1]), _mm256_add_epi32(c[2], c[3])));
             groups->scale = greatest / 127.0f;
-            groups->sum = groups->scale * (float)groups->total;
+            groups->sum = groups->scale * (float)total;
+            groups->minus_8 = -8 * total, groups->minus_128 = -128 * total;
             __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
             packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); /* packing works in halves */
             _mm256_storeu_si256((void *)out, packed);
@@ -96,7 +124,7 @@ INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x
             }
             for (int r = 0; r < rows; r++) {
                 const struct columns *own = xg + r * groups + g;
-                __m256i dot = _mm256_sub_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_set1_epi32(8 * own->total));
+                __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_set1_epi32(own->minus_8));
                 product[r] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(own->scale)), _mm256_cvtepi32_ps(dot), product[r]);
                 shift[r] = _mm256_fmadd_ps(zero, _mm256_set1_ps(own->sum), shift[r]);
             }
@@ -185,5 +213,5 @@ AVX2_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct 
     fedtune_portable.to_bf16(x, n_in, codes, groups);
 }
 
-const struct kernels fedtune_avx2 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, bf16_tile}};
+const struct kernels fedtune_avx2 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, bf16_tile}, &operations};
 #endif

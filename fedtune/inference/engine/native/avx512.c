@@ -3,9 +3,30 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "kernels.h"
-
 #define VNNI_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+
+static inline __attribute__((always_inline)) VNNI_CODE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+
+static inline __attribute__((always_inline)) VNNI_CODE float sum_of_lanes(__m512 v) { return _mm512_reduce_add_ps(v); }
+
+static inline __attribute__((always_inline)) VNNI_CODE float most_of_lanes(__m512 v) { return _mm512_reduce_max_ps(v); }
+
+static inline __attribute__((always_inline)) VNNI_CODE __m512 sums_of_lanes(const __m512 *v) {
+    __m512 quarter[4];
+    for (int i = 0; i < 4; i++) { /* of 4 vectors, in each quarter */
+        __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
+        __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
+        quarter[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[0], quarter[1], 0x88), _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xdd));
+    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[2], quarter[3], 0x88), _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+#define CODE VNNI_CODE
+#define LANES 16
+#include "rows.h"
+
 #define BF16_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 #define AHEAD 2048 /* bytes that are fetched in advance: the processor's own prefetch ends at a page */
 
@@ -45,7 +66,7 @@ static inline __attribute__((always_inline)) VNNI_CODE void int4(const struct fe
         for (int r = 0; r < rows; r++) {
             const int8_t *c = x + r * width + g * GROUP;
             const struct columns *own = xg + r * groups + g;
-            __m512i one = _mm512_set1_epi32(-8 * own->total), two = _mm512_setzero_si512();
+            __m512i one = four_of(&own->minus_8), two = _mm512_setzero_si512();
             for (int j = 0; j < 4; j++) {
                 one = _mm512_dpbusd_epi32(one, a[j], four_of(c + 4 * j));
                 two = _mm512_dpbusd_epi32(two, b[j], four_of(c + 16 + 4 * j));
@@ -77,7 +98,7 @@ static inline __attribute__((always_inline)) VNNI_CODE void int8(const struct fe
         for (int r = 0; r < rows; r++) {
             const int8_t *c = x + r * width + g * GROUP;
             const struct columns *own = xg + r * groups + g;
-            __m512i one = _mm512_set1_epi32(-128 * own->total), two = _mm512_setzero_si512();
+            __m512i one = four_of(&own->minus_128), two = _mm512_setzero_si512();
             for (int j = 0; j < 8; j += 2) {
                 one = _mm512_dpbusd_epi32(one, code[j], four_of(c + 4 * j));
                 two = _mm512_dpbusd_epi32(two, code[j + 1], four_of(c + 4 * j + 4));
@@ -145,6 +166,6 @@ VNNI_CODE static void slow_bf16(const struct fedtune_weights *w, int64_t block, 
     fedtune_avx2.tiles[BF16](w, block, x, xg, rows, out);
 }
 
-const struct kernels fedtune_avx512 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, slow_bf16}};
-const struct kernels fedtune_avx512_bf16 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, bf16_tile}};
+const struct kernels fedtune_avx512 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, slow_bf16}, &operations};
+const struct kernels fedtune_avx512_bf16 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, bf16_tile}, &operations};
 #endif

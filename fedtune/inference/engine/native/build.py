@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 LIBRARY = FOLDER / "kernels.so"
 COMMAND = "python -m fedtune.inference.engine.native.build"
 SYSTEMS = ("Linux", "Darwin")  # the thread pool needs pthreads
-FLAGS = ("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra")
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
 
 
 class BuildError(RuntimeError):
@@ -66,7 +66,7 @@ def build(out: Path = LIBRARY, extra: Sequence[str] = ()) -> None:
     if command is None:
         raise BuildError("there is no C compiler, and no package ziglang")
     out.unlink(missing_ok=True)  # a process that runs the old library keeps it
-    whole = [*command, *FLAGS, *extra, "-shared", f'-DSOURCES="{digest()}"', *map(str, sources()), "-o", str(out)]
+    whole = [*command, *FLAGS, *extra, "-shared", f'-DSOURCES="{digest()}"', *map(str, sources()), "-o", str(out), "-lm"]
     try:
         subprocess.run(whole, check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as bad:

@@ -20,6 +20,8 @@
 
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, KINDS = 4 };
+enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
+enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
 enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, SETS = 3 };
 
 /* A packed linear. Sizes in bytes are those of the buffers; a pointer may be null if its size is 0. */
@@ -39,8 +41,8 @@ struct fedtune_weights {
 struct columns {
     float scale;
     float sum;     /* of the rounded x */
-    int32_t total; /* of the codes */
-    int32_t unused;
+    int32_t minus_8;   /* -8 times the total of the codes: what an offset of 8 of the weights' codes adds */
+    int32_t minus_128; /* likewise */
 };
 
 /* Rounded activations: int8_t [rows][groups * 32] with groups, or uint16_t bfloat16 [rows][groups * 32]. */
@@ -53,9 +55,35 @@ struct activations {
 typedef void round_row(const float *x, int64_t n_in, void *codes, struct columns *groups);
 typedef void tile(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *groups, int rows, float *out);
 
+/* The attention of some query rows of one sequence to one head of keys and values. */
+struct attention {
+    const void *keys, *values; /* of this head: token t begins at entry t * token_stride, or as `blocks` say */
+    int64_t token_stride;
+    const int32_t *blocks; /* null, or token t is in slot blocks[t / block] * block + t % block */
+    int64_t block;
+    int halves; /* bfloat16 entries instead of float32 */
+    int shared; /* query heads that share the head, side by side */
+    int64_t width, length, window; /* channels of a head; position of row 0; newest tokens that a row sees, with itself, or 0 for all */
+    float cap;                     /* soft cap of the scores, or 0 */
+    const float *q;                /* rotated and scaled */
+    float *out;
+    int64_t q_stride, out_stride; /* floats from row to row */
+};
+
+/* See rows.h. */
+struct operations {
+    void (*norm)(const float *x, const float *weight, float *out, int64_t n, float eps);
+    void (*add)(float *to, const float *x, int64_t n);
+    void (*activate)(const float *gate, const float *up, float *out, int64_t n, int gelu);
+    void (*cap)(float *x, int64_t n, float most);
+    void (*rotate)(float *x, const float *turns, int64_t pairs, float factor);
+    void (*attend)(const struct attention *a, int64_t row, int rows); /* 1..ROWS_AT_ONCE rows */
+};
+
 struct kernels {
     round_row *to_int8, *to_bf16;
     tile *tiles[KINDS];
+    const struct operations *operations;
 };
 
 extern const struct kernels fedtune_portable;
@@ -67,6 +95,59 @@ static inline int64_t groups_of(int64_t n_in) { return (n_in + GROUP - 1) / GROU
 
 /* Group codes of these magnitudes count as zeros: their reciprocal would not be a float. */
 #define TINY 1e-30f
+
+/* A layer. A norm is null where the layer has none. Rows of qkv's q and k are in pairs of channels that rotate together. */
+struct fedtune_layer {
+    struct fedtune_weights qkv, o, gate_up, down;
+    const float *norm, *q_norm, *k_norm, *o_norm, *mlp_norm, *down_norm;
+    int64_t window; /* newest tokens that a row sees, with itself; 0: all */
+    int64_t turns;  /* which of a pass's tables of rotations */
+};
+
+/* A decoder as engine/decoder.py describes it. */
+struct fedtune_decoder {
+    int64_t hidden, heads, kv_heads, head_dim, intermediate, layers;
+    int64_t whole_norms; /* q_norm and k_norm are over all heads at once */
+    int64_t gelu;        /* gelu_tanh instead of silu */
+    float eps, query_scale, attention_cap, logit_cap; /* query_scale includes head_dim^-0.5; a cap of 0 is none */
+    const struct fedtune_layer *layer;
+    const float *norm; /* before the head */
+    struct fedtune_weights head;
+};
+
+/* One sequence's share of a pass: where its keys and values are, for each layer. They hold `entries` numbers each, of which token t's for head h
+ * begin at t * token_stride + h * head_stride, where `blocks` say which slot t is in (see struct attention). */
+struct fedtune_span {
+    int64_t rows, length; /* tokens of this pass, and before */
+    void *const *keys, *const *values; /* [layers] */
+    int64_t entries, token_stride, head_stride;
+    int64_t halves; /* they are bfloat16 instead of float32 */
+    const int32_t *blocks;
+    int64_t block_count, block;
+};
+
+/* Rows of hidden states [rows, hidden] that layers first..last-1 change in place; then, with `logits`, those of the rows in `kept`. */
+struct fedtune_pass {
+    int64_t rows, first, last;
+    float *hidden;
+    int64_t span_count;
+    const struct fedtune_span *spans;
+    int64_t turns_count;
+    const float *const *turns; /* tables [rows, head_dim / 2, 2]: cosine and sine of each row's position, times a factor */
+    int64_t kept_count;
+    const int64_t *kept;
+    float *logits; /* [kept_count, vocabulary] */
+};
+
+int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, const struct kernels *kernels, int threads);
+
+/* y = x Wᵀ + b, where rows of x lie x_stride floats apart. `space` holds space_for(w, rows) bytes, aligned to 64; sizes are checked before. */
+void fedtune_product(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, const float *x, int64_t x_stride,
+                     float *y, void *space);
+int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows); /* or -1: too many */
+int fedtune_weights_fit(const struct fedtune_weights *w);
+int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d); /* whether bytes = a b c d, without overflow */
+const struct kernels *fedtune_kernels_of(int set); /* or null: this CPU does not have it */
 
 /* Calls run(argument, first, end) for all of 0..count-1 in pieces of `step`, on this thread and up to threads - 1 others. */
 void fedtune_pool_run(int threads, int64_t count, int64_t step, void (*run)(void *, int64_t, int64_t), void *argument);

@@ -8,25 +8,14 @@ from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.native import build
+from fedtune.inference.engine.native.structures import DecoderStructure, PassStructure, Weights
 
-__all__ = ["KINDS", "SETS", "Kernels", "Weights", "is_forced", "kernels", "why_not"]
+__all__ = ["KINDS", "SETS", "Kernels", "is_forced", "kernels", "why_not"]
 
 VARIABLE = "FEDTUNE_NATIVE"
 SETS = ("portable", "avx2", "avx512")  # in the order of the numbers in kernels.h
 KINDS = ("int4", "int4 wide", "int8", "bf16")  # likewise
 _FASTER_THAN_TORCH = ("avx512", "avx2")  # best first; the portable kernels run only on request
-
-
-class Weights(ctypes.Structure):
-    """`struct fedtune_weights` of kernels.h. It points to memory that others own."""
-
-    _fields_ = [
-        ("kind", ctypes.c_int64), ("n_in", ctypes.c_int64), ("n_out", ctypes.c_int64),
-        ("codes", ctypes.c_void_p), ("codes_bytes", ctypes.c_int64),
-        ("scales", ctypes.c_void_p), ("scales_bytes", ctypes.c_int64),
-        ("base", ctypes.c_void_p), ("base_bytes", ctypes.c_int64),
-        ("bias", ctypes.c_void_p), ("bias_bytes", ctypes.c_int64),
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,23 @@ class Kernels:
             raise ModelError(f"there is no memory for {rows} rows of {weights.n_in} activations: use a shorter prompt")
         if failed:
             raise ModelError(f"a linear of {weights.n_out} x {weights.n_in} weights has parts of other sizes: export the model again")
+
+    def run(self, decoder: DecoderStructure, part: PassStructure, threads: int) -> None:
+        """Run layers on hidden states in place, and compute logits if they are asked for.
+
+        Args:
+            decoder: The decoder.
+            part: The pass; all memory that it points to is alive.
+            threads: Threads to use at most, with this one.
+
+        Raises:
+            ModelError: There is no memory, or sizes do not match.
+        """
+        failed = self.library.fedtune_run(ctypes.byref(decoder), ctypes.byref(part), SETS.index(self.instructions), threads)
+        if failed == 2:
+            raise ModelError(f"there is no memory for a pass of {part.rows} tokens: use a shorter prompt")
+        if failed:
+            raise ModelError("the native pass has parts that do not fit each other: set FEDTUNE_NATIVE=off, and report this")
 
 
 def kernels() -> Kernels | None:
@@ -114,6 +120,7 @@ def _opened() -> Any:
         library.fedtune_multiply.argtypes = [
             ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
         ]  # fmt: skip
+        library.fedtune_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         made_from = library.fedtune_sources().decode()
     except (OSError, AttributeError):
         return f"{build.LIBRARY} is not for this system: {advice}"

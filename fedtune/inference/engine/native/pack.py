@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedtune.inference.engine.native.library import KINDS, Weights
+from fedtune.inference.engine.native.library import KINDS
+from fedtune.inference.engine.native.structures import Weights
 
 __all__ = ["PACKED", "pack", "weights_of"]
 

@@ -1,7 +1,22 @@
 /* The kernels in plain C, for any CPU; the reference of the others. */
 #include <string.h>
 
-#include "kernels.h"
+#define CODE
+#define LANES 4
+typedef float four __attribute__((vector_size(16)));
+
+static inline four fused(four a, four b, four c) { return a * b + c; }
+
+static inline float sum_of_lanes(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+static inline float most_of_lanes(four v) {
+    float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
+
+static inline four sums_of_lanes(const four *v) { return (four){sum_of_lanes(v[0]), sum_of_lanes(v[1]), sum_of_lanes(v[2]), sum_of_lanes(v[3])}; }
+
+#include "rows.h"
 
 static float from_bits(uint32_t bits) {
     float value;
@@ -38,12 +53,14 @@ static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *g
             groups->scale = groups->sum = from_bits(0x7fc00000);
         } else if (from_bits(most) >= TINY) {
             float inverse = 127.0f / from_bits(most);
+            int32_t total = 0;
             for (int i = 0; i < n; i++) { /* adding 1.5 * 2^23 rounds to the nearest, ties to even */
                 out[i] = (int8_t)((int32_t)to_bits(x[at + i] * inverse + 12582912.0f) - 0x4b400000);
-                groups->total += out[i];
+                total += out[i];
             }
             groups->scale = from_bits(most) / 127.0f;
-            groups->sum = groups->scale * (float)groups->total;
+            groups->sum = groups->scale * (float)total;
+            groups->minus_8 = -8 * total, groups->minus_128 = -128 * total;
         }
     }
 }
@@ -68,7 +85,7 @@ static void int4(const struct fedtune_weights *w, int64_t block, const void *cod
         for (int64_t g = 0; g < groups; g++, p += 256, x += GROUP, s += wide ? 64 : 32) {
             int32_t dot[BLOCK];
             for (int r = 0; r < BLOCK; r++)
-                dot[r] = -8 * xg[g].total;
+                dot[r] = xg[g].minus_8;
             for (int j = 0; j < 4; j++)
                 for (int r = 0; r < BLOCK; r++)
                     for (int b = 0; b < 4; b++) {
@@ -102,7 +119,7 @@ static void int8(const struct fedtune_weights *w, int64_t block, const void *cod
         for (int64_t g = 0; g < groups; g++, p += 512, x += GROUP) {
             int32_t dot[BLOCK];
             for (int r = 0; r < BLOCK; r++)
-                dot[r] = -128 * xg[g].total;
+                dot[r] = xg[g].minus_128;
             for (int j = 0; j < 8; j++)
                 for (int r = 0; r < BLOCK; r++)
                     for (int b = 0; b < 4; b++)
@@ -132,4 +149,4 @@ static void bf16(const struct fedtune_weights *w, int64_t block, const void *cod
     }
 }
 
-const struct kernels fedtune_portable = {to_int8, to_bf16, {int4_narrow, int4_wide, int8, bf16}};
+const struct kernels fedtune_portable = {to_int8, to_bf16, {int4_narrow, int4_wide, int8, bf16}, &operations};

@@ -1,0 +1,317 @@
+/* A pass of several sequences through a decoder's layers, and its logits: the native form of Decoder.forward in engine/decoder.py.
+ *
+ * Rows of all sequences go through the products together; attention goes sequence by sequence. A row's result does not depend on the other
+ * rows. Everything is checked first, so that a pass that is refused changes nothing.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+enum { MOST_ROWS = 1 << 20, MOST_SIZE = 1 << 24, MOST_LAYERS = 4096, FEW = 4, PIECE = 8 };
+
+struct work {
+    const struct fedtune_decoder *d;
+    const struct fedtune_pass *p;
+    const struct kernels *kernels;
+    const struct operations *op;
+    const struct fedtune_layer *layer;
+    int64_t index;      /* of the layer */
+    int64_t qkv_width;  /* floats of a row of qkv */
+    int64_t *positions; /* [rows] */
+    int64_t *owners;    /* [rows]: the span */
+    int64_t *starts;    /* [spans]: the first row */
+    float *x, *qkv, *attended, *y, *wide;
+    void *space;
+    int threads;
+};
+
+static int all_present(void *const *pointers, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (!pointers[i])
+            return 0;
+    return 1;
+}
+
+/* Whether token 0 .. rows + length - 1 of every head lies within the entries. */
+static int span_fits(const struct fedtune_decoder *d, const struct fedtune_span *s) {
+    if (s->rows < 1 || s->rows > MOST_ROWS || s->length < 0 || s->length > INT32_MAX || s->token_stride < d->head_dim ||
+        s->token_stride > INT32_MAX || s->head_stride < 0 || s->entries < 0 || !s->keys || !s->values)
+        return 0;
+    if (!all_present(s->keys, d->layers) || !all_present(s->values, d->layers))
+        return 0;
+    int64_t tokens = s->length + s->rows, last = tokens - 1, heads;
+    if (s->blocks) {
+        if (s->block < 1 || s->block > MOST_ROWS || s->block_count < (tokens + s->block - 1) / s->block)
+            return 0;
+        last = 0;
+        for (int64_t i = 0; i < (tokens + s->block - 1) / s->block; i++) {
+            if (s->blocks[i] < 0)
+                return 0;
+            int64_t slot = s->blocks[i] * s->block + s->block - 1;
+            last = slot > last ? slot : last;
+        }
+    }
+    return !__builtin_mul_overflow(d->kv_heads - 1, s->head_stride, &heads) && last <= INT64_MAX / 4 / s->token_stride &&
+           heads <= INT64_MAX / 4 && last * s->token_stride + heads + d->head_dim <= s->entries;
+}
+
+static int is_linear(const struct fedtune_weights *w, int64_t n_in, int64_t n_out) {
+    return fedtune_weights_fit(w) && w->n_in == n_in && w->n_out == n_out;
+}
+
+static int decoder_fits(const struct fedtune_decoder *d) {
+    const int64_t sizes[] = {d->hidden, d->heads, d->kv_heads, d->head_dim, d->intermediate};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i] < 1 || sizes[i] > MOST_SIZE)
+            return 0;
+    if (d->layers < 1 || d->layers > MOST_LAYERS || !d->layer || d->heads % d->kv_heads || d->heads / d->kv_heads > MOST_SHARED ||
+        d->head_dim % 2 || d->head_dim > MOST_WIDTH)
+        return 0;
+    int64_t queries = d->heads * d->head_dim, keys = d->kv_heads * d->head_dim;
+    if (queries > MOST_SIZE || keys > MOST_SIZE)
+        return 0;
+    for (int64_t i = 0; i < d->layers; i++) {
+        const struct fedtune_layer *l = d->layer + i;
+        if (!is_linear(&l->qkv, d->hidden, queries + 2 * keys) || !is_linear(&l->o, queries, d->hidden) ||
+            !is_linear(&l->gate_up, d->hidden, 2 * d->intermediate) || !is_linear(&l->down, d->intermediate, d->hidden) || l->window < 0 ||
+            !l->q_norm != !l->k_norm)
+            return 0;
+    }
+    return 1;
+}
+
+static int pass_fits(const struct fedtune_decoder *d, const struct fedtune_pass *p) {
+    if (p->rows < 1 || p->rows > MOST_ROWS || p->first < 0 || p->first > p->last || p->last > d->layers || !p->hidden || p->span_count < 1 ||
+        p->span_count > p->rows || !p->spans || p->turns_count < 1 || !p->turns || !all_present((void *const *)p->turns, p->turns_count))
+        return 0;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < p->span_count; i++) {
+        if (!span_fits(d, p->spans + i))
+            return 0;
+        rows += p->spans[i].rows;
+    }
+    for (int64_t i = 0; i < d->layers; i++)
+        if (d->layer[i].turns < 0 || d->layer[i].turns >= p->turns_count)
+            return 0;
+    if (p->logits) {
+        if (p->kept_count < 1 || p->kept_count > p->rows || !p->kept || !d->norm || !fedtune_weights_fit(&d->head) || d->head.n_in != d->hidden)
+            return 0;
+        for (int64_t i = 0; i < p->kept_count; i++)
+            if (p->kept[i] < 0 || p->kept[i] >= p->rows)
+                return 0;
+    }
+    return rows == p->rows;
+}
+
+static void for_rows(struct work *w, int64_t rows, void (*run)(void *, int64_t, int64_t)) {
+    fedtune_pool_run(rows > FEW ? w->threads : 1, rows, rows > FEW * PIECE ? PIECE : FEW, run, w);
+}
+
+static void write_entries(void *to, int64_t at, const float *from, int64_t n, int halves) {
+    if (!halves) {
+        memcpy((float *)to + at, from, (size_t)n * sizeof *from);
+        return;
+    }
+    uint16_t *out = (uint16_t *)to + at;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        out[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+static void norm_before_attention(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    for (int64_t i = first; i < end; i++)
+        w->op->norm(w->p->hidden + i * w->d->hidden, w->layer->norm, w->x + i * w->d->hidden, w->d->hidden, w->d->eps);
+}
+
+static void norm_heads(const struct work *w, float *x, const float *weight, int64_t heads) {
+    int64_t width = w->d->whole_norms ? heads * w->d->head_dim : w->d->head_dim;
+    for (int64_t at = 0; at < heads * w->d->head_dim; at += width)
+        w->op->norm(x + at, weight, x + at, width, w->d->eps);
+}
+
+/* Norms, scales and rotates queries and keys, and stores keys and values. */
+static void prepare(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    const struct fedtune_decoder *d = w->d;
+    const int64_t width = d->head_dim;
+    for (int64_t i = first; i < end; i++) {
+        const struct fedtune_span *s = w->p->spans + w->owners[i];
+        float *q = w->qkv + i * w->qkv_width, *k = q + d->heads * width, *v = k + d->kv_heads * width;
+        const float *turns = w->p->turns[w->layer->turns] + i * width;
+        if (w->layer->q_norm) {
+            norm_heads(w, q, w->layer->q_norm, d->heads);
+            norm_heads(w, k, w->layer->k_norm, d->kv_heads);
+        }
+        for (int64_t h = 0; h < d->heads; h++)
+            w->op->rotate(q + h * width, turns, width / 2, d->query_scale);
+        int64_t at = w->positions[i];
+        int64_t slot = s->blocks ? (int64_t)s->blocks[at / s->block] * s->block + at % s->block : at;
+        for (int64_t h = 0; h < d->kv_heads; h++) {
+            w->op->rotate(k + h * width, turns, width / 2, 1);
+            write_entries(s->keys[w->index], slot * s->token_stride + h * s->head_stride, k + h * width, width, (int)s->halves);
+            write_entries(s->values[w->index], slot * s->token_stride + h * s->head_stride, v + h * width, width, (int)s->halves);
+        }
+    }
+}
+
+/* Items: for each head of keys, pieces of PIECE rows. */
+static void attend(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    const struct fedtune_decoder *d = w->d;
+    const int64_t pieces = (w->p->rows + PIECE - 1) / PIECE, shared = d->heads / d->kv_heads;
+    for (int64_t item = first; item < end; item++) {
+        int64_t head = item / pieces, row = item % pieces * PIECE, stop = row + PIECE < w->p->rows ? row + PIECE : w->p->rows;
+        while (row < stop) {
+            int64_t owner = w->owners[row], start = w->starts[owner];
+            const struct fedtune_span *s = w->p->spans + owner;
+            int64_t last = start + s->rows < stop ? start + s->rows : stop;
+            struct attention a = {
+                .keys = (const char *)s->keys[w->index] + head * s->head_stride * (s->halves ? 2 : 4),
+                .values = (const char *)s->values[w->index] + head * s->head_stride * (s->halves ? 2 : 4),
+                .token_stride = s->token_stride, .blocks = s->blocks, .block = s->block, .halves = (int)s->halves, .shared = (int)shared,
+                .width = d->head_dim, .length = s->length, .window = w->layer->window, .cap = d->attention_cap,
+                .q = w->qkv + start * w->qkv_width + head * shared * d->head_dim, .q_stride = w->qkv_width,
+                .out = w->attended + (start * d->heads + head * shared) * d->head_dim, .out_stride = d->heads * d->head_dim,
+            };
+            w->op->attend(&a, row - start, (int)(last - row));
+            row = last;
+        }
+    }
+}
+
+static void finish_attention(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    const int64_t n = w->d->hidden;
+    for (int64_t i = first; i < end; i++) {
+        float *hidden = w->p->hidden + i * n, *y = w->y + i * n;
+        if (w->layer->o_norm)
+            w->op->norm(y, w->layer->o_norm, y, n, w->d->eps);
+        w->op->add(hidden, y, n);
+        if (w->layer->mlp_norm)
+            w->op->norm(hidden, w->layer->mlp_norm, w->x + i * n, n, w->d->eps);
+    }
+}
+
+static void activate(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    const int64_t n = w->d->intermediate;
+    for (int64_t i = first; i < end; i++) {
+        float *gate = w->wide + 2 * i * n;
+        w->op->activate(gate, gate + n, gate, n, (int)w->d->gelu);
+    }
+}
+
+static void finish_mlp(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    const int64_t n = w->d->hidden;
+    for (int64_t i = first; i < end; i++) {
+        float *y = w->y + i * n;
+        if (w->layer->down_norm)
+            w->op->norm(y, w->layer->down_norm, y, n, w->d->eps);
+        w->op->add(w->p->hidden + i * n, y, n);
+    }
+}
+
+static void product(const struct work *w, const struct fedtune_weights *weights, const float *x, int64_t stride, float *y) {
+    fedtune_product(weights, w->kernels, w->threads, w->p->rows, x, stride, y, w->space);
+}
+
+static void run_layer(struct work *w) {
+    const struct fedtune_layer *l = w->layer;
+    const int64_t n = w->d->hidden, rows = w->p->rows;
+    if (l->norm)
+        for_rows(w, rows, norm_before_attention);
+    product(w, &l->qkv, l->norm ? w->x : w->p->hidden, n, w->qkv);
+    for_rows(w, rows, prepare);
+    fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + PIECE - 1) / PIECE), 1, attend, w);
+    product(w, &l->o, w->attended, w->d->heads * w->d->head_dim, w->y);
+    for_rows(w, rows, finish_attention);
+    product(w, &l->gate_up, l->mlp_norm ? w->x : w->p->hidden, n, w->wide);
+    for_rows(w, rows, activate);
+    product(w, &l->down, w->wide, 2 * w->d->intermediate, w->y);
+    for_rows(w, rows, finish_mlp);
+}
+
+static void cap_logits(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    for (int64_t i = first; i < end; i++)
+        w->op->cap(w->p->logits + i * w->d->head.n_out, w->d->head.n_out, w->d->logit_cap);
+}
+
+static void make_logits(struct work *w) {
+    const int64_t n = w->d->hidden, count = w->p->kept_count;
+    for (int64_t i = 0; i < count; i++)
+        w->op->norm(w->p->hidden + w->p->kept[i] * n, w->d->norm, w->x + i * n, n, w->d->eps);
+    fedtune_product(&w->d->head, w->kernels, w->threads, count, w->x, n, w->p->logits, w->space);
+    if (w->d->logit_cap != 0)
+        fedtune_pool_run(w->threads, count, 1, cap_logits, w);
+}
+
+/* Cuts a piece off the memory at `at`, in whole cache lines. */
+static void *cut(char *memory, int64_t *at, int64_t bytes) {
+    char *piece = memory ? memory + *at : NULL;
+    *at += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
+static int64_t most_space(const struct work *w) {
+    int64_t most = w->p->logits ? fedtune_space_for(&w->d->head, w->p->rows) : 0;
+    for (int64_t i = 0; i < w->d->layers; i++) {
+        const struct fedtune_layer *l = w->d->layer + i;
+        const struct fedtune_weights *all[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
+        for (size_t k = 0; k < sizeof all / sizeof *all; k++) {
+            int64_t own = fedtune_space_for(all[k], w->p->rows);
+            most = own > most ? own : most;
+        }
+    }
+    return most;
+}
+
+/* Divides the memory among the pieces; with null it only returns the bytes that they take. */
+static int64_t lay_out(struct work *w, char *memory) {
+    const struct fedtune_decoder *d = w->d;
+    const int64_t rows = w->p->rows, a_float = rows * (int64_t)sizeof(float);
+    int64_t at = 0;
+    w->positions = cut(memory, &at, rows * (int64_t)sizeof *w->positions);
+    w->owners = cut(memory, &at, rows * (int64_t)sizeof *w->owners);
+    w->starts = cut(memory, &at, w->p->span_count * (int64_t)sizeof *w->starts);
+    w->x = cut(memory, &at, a_float * d->hidden);
+    w->y = cut(memory, &at, a_float * d->hidden);
+    w->qkv = cut(memory, &at, a_float * w->qkv_width);
+    w->attended = cut(memory, &at, a_float * d->heads * d->head_dim);
+    w->wide = cut(memory, &at, a_float * 2 * d->intermediate);
+    w->space = cut(memory, &at, most_space(w));
+    return at;
+}
+
+int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, const struct kernels *kernels, int threads) {
+    if (threads < 1 || !decoder_fits(decoder) || !pass_fits(decoder, pass))
+        return BAD_SIZE;
+    struct work w = {.d = decoder, .p = pass, .kernels = kernels, .op = kernels->operations, .threads = threads,
+                     .qkv_width = (decoder->heads + 2 * decoder->kv_heads) * decoder->head_dim};
+    char *memory = aligned_alloc(64, (size_t)lay_out(&w, NULL));
+    if (!memory)
+        return NO_MEMORY;
+    lay_out(&w, memory);
+    for (int64_t i = 0, row = 0; i < pass->span_count; i++) {
+        w.starts[i] = row;
+        for (int64_t k = 0; k < pass->spans[i].rows; k++, row++) {
+            w.positions[row] = pass->spans[i].length + k;
+            w.owners[row] = i;
+        }
+    }
+    for (w.index = pass->first; w.index < pass->last; w.index++) {
+        w.layer = decoder->layer + w.index;
+        run_layer(&w);
+    }
+    if (pass->logits)
+        make_logits(&w);
+    free(memory);
+    return FINE;
+}

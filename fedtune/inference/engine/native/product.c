@@ -1,0 +1,80 @@
+/* The product of float rows with packed weights: the check of all sizes, and the work on several threads. */
+#include <stddef.h>
+
+#include "kernels.h"
+
+enum { FEW = 4, MOST_COLUMNS = 1 << 24, CACHED_ROWS = 128 };
+
+/* Whether `bytes` are exactly a * b * c * d, without overflow. */
+int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d) {
+    int64_t product;
+    return !__builtin_mul_overflow(a, b, &product) && !__builtin_mul_overflow(product, c, &product) &&
+           !__builtin_mul_overflow(product, d, &product) && product == bytes;
+}
+
+int fedtune_weights_fit(const struct fedtune_weights *w) {
+    static const int64_t code_bytes[KINDS] = {256, 256, 512, 1024}, scale_bytes[KINDS] = {32, 64, 0, 0}, base_floats[KINDS] = {2, 2, BLOCK, 0};
+    if (w->kind < 0 || w->kind >= KINDS || w->n_in < 1 || w->n_in > MOST_COLUMNS || w->n_out < 1 || w->n_out > INT64_MAX - BLOCK)
+        return 0;
+    int64_t groups = groups_of(w->n_in), blocks = (w->n_out + BLOCK - 1) / BLOCK;
+    return w->codes && fedtune_is_product(w->codes_bytes, blocks, groups, code_bytes[w->kind], 1) &&
+           fedtune_is_product(w->scales_bytes, blocks, groups, scale_bytes[w->kind], 1) && (w->scales || !w->scales_bytes) &&
+           fedtune_is_product(w->base_bytes, blocks, base_floats[w->kind], sizeof(float), 1) && (w->base || !w->base_bytes) &&
+           (w->bias ? fedtune_is_product(w->bias_bytes, w->n_out, sizeof(float), 1, 1) : !w->bias_bytes);
+}
+
+struct job {
+    const struct fedtune_weights *w;
+    const struct kernels *kernels;
+    const float *x;
+    float *y;
+    uint8_t *codes;
+    struct columns *groups;
+    int64_t rows, x_stride, groups_a_row, bytes_a_row; /* bytes of the rounded activations */
+};
+
+static void round_rows(void *argument, int64_t first, int64_t end) {
+    const struct job *job = argument;
+    round_row *run = job->w->kind == BF16 ? job->kernels->to_bf16 : job->kernels->to_int8;
+    for (int64_t i = first; i < end; i++)
+        run(job->x + i * job->x_stride, job->w->n_in, job->codes + i * job->bytes_a_row, job->groups ? job->groups + i * job->groups_a_row : NULL);
+}
+
+static void multiply_blocks(void *argument, int64_t first, int64_t end) {
+    const struct job *job = argument;
+    const struct fedtune_weights *w = job->w;
+    float out[TILE * BLOCK];
+    for (int64_t from = 0; from < job->rows; from += CACHED_ROWS) { /* few enough rows of x to stay in the cache while blocks pass */
+        int64_t to = job->rows - from < CACHED_ROWS ? job->rows : from + CACHED_ROWS;
+        for (int64_t block = first; block < end; block++) {
+            int64_t n = w->n_out - block * BLOCK < BLOCK ? w->n_out - block * BLOCK : BLOCK;
+            for (int64_t row = from; row < to; row += TILE) {
+                int rows = to - row < TILE ? (int)(to - row) : TILE;
+                job->kernels->tiles[w->kind](w, block, job->codes + row * job->bytes_a_row,
+                                             job->groups ? job->groups + row * job->groups_a_row : NULL, rows, out);
+                for (int i = 0; i < rows; i++) {
+                    float *y = job->y + (row + i) * w->n_out + block * BLOCK;
+                    for (int64_t r = 0; r < n; r++)
+                        y[r] = w->bias ? out[i * BLOCK + r] + w->bias[block * BLOCK + r] : out[i * BLOCK + r];
+                }
+            }
+        }
+    }
+}
+
+int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows) {
+    int64_t a_row = groups_of(w->n_in) * (w->kind == BF16 ? GROUP * 2 : GROUP + (int64_t)sizeof(struct columns)), bytes;
+    return __builtin_mul_overflow(rows, a_row, &bytes) || bytes > INT64_MAX - 64 ? -1 : bytes;
+}
+
+void fedtune_product(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, const float *x, int64_t x_stride,
+                     float *y, void *space) {
+    int64_t groups = groups_of(w->n_in), blocks = (w->n_out + BLOCK - 1) / BLOCK;
+    struct job job = {.w = w, .kernels = kernels, .x = x, .y = y, .codes = space, .rows = rows, .x_stride = x_stride, .groups_a_row = groups,
+                      .bytes_a_row = groups * GROUP * (w->kind == BF16 ? 2 : 1)};
+    if (w->kind != BF16)
+        job.groups = (struct columns *)(job.codes + rows * job.bytes_a_row); /* whole multiples of 32 bytes come before */
+    fedtune_pool_run(rows > FEW ? threads : 1, rows, rows > 8 * FEW ? 8 : FEW, round_rows, &job);
+    int64_t step = blocks / (8 * (int64_t)threads);
+    fedtune_pool_run(threads, blocks, step < 1 ? 1 : step, multiply_blocks, &job);
+}

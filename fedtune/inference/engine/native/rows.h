@@ -1,0 +1,275 @@
+/* What a decoder does beside its products: norms, rotations, activations, attention. Included once for each instruction set, which defines
+ *
+ *   CODE    attributes of every function
+ *   LANES   floats of a vector
+ *   fused(a, b, c)   a * b + c of vectors, rounded once if the CPU can
+ *   sum_of_lanes(v)  the sum of a vector's floats, in a fixed order
+ *   most_of_lanes(v)  the largest of a vector's floats
+ *   sums_of_lanes(v)  the sums of LANES vectors, each in a fixed order
+ *
+ * The order of all sums depends on sizes and positions only, so that a row's result does not depend on the other rows of a pass.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
+
+#define SMALL static inline __attribute__((always_inline)) CODE
+
+SMALL vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+SMALL void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+SMALL vec load_some(const float *p, int64_t n) { /* the first n < LANES lanes, then zeros */
+    vec v = {0};
+    memcpy(&v, p, (size_t)n * sizeof *p);
+    return v;
+}
+
+SMALL void store_some(float *p, vec v, int64_t n) { memcpy(p, &v, (size_t)n * sizeof *p); }
+
+SMALL vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
+
+/* exp(x) to 2 units in the last place; x is limited to -87 .. 88, and NaN stays. Cephes' polynomial. */
+SMALL vec exp_of(vec x) {
+    const vec zero = {0};
+    x = choose(x < -87.0f, zero - 87.0f, x);
+    x = choose(x > 88.0f, zero + 88.0f, x);
+    vec shifted = fused(x, zero + 1.44269504f, zero + 12582912.0f); /* rounds to the nearest */
+    vec n = shifted - 12582912.0f;
+    vec r = fused(n, zero - 0.693359375f, x);
+    r = fused(n, zero + 2.12194440e-4f, r);
+    vec p = zero + 1.9875691500e-4f;
+    p = fused(p, r, zero + 1.3981999507e-3f);
+    p = fused(p, r, zero + 8.3334519073e-3f);
+    p = fused(p, r, zero + 4.1665795894e-2f);
+    p = fused(p, r, zero + 1.6666665459e-1f);
+    p = fused(p, r, zero + 5.0000001201e-1f);
+    p = fused(p, r * r, r + 1.0f);
+    return p * (vec)(((ints)shifted - 0x4b400000 + 127) << 23);
+}
+
+SMALL vec tanh_of(vec x) { return 1.0f - 2.0f / (exp_of(x + x) + 1.0f); }
+
+SMALL vec silu_of(vec x) { return x / (exp_of(-x) + 1.0f); }
+
+SMALL vec gelu_of(vec x) {
+    vec cube = x * x * x;
+    vec inner = 0.797884561f * fused(cube, (vec){0} + 0.044715f, x);
+    return 0.5f * x * (tanh_of(inner) + 1.0f);
+}
+
+/* out = x / sqrt(mean(x^2) + eps) * weight; out may be x. */
+CODE static void norm(const float *x, const float *weight, float *out, int64_t n, float eps) {
+    vec sums[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int k = 0; k < 4; k++) {
+            vec v = load(x + i + k * LANES);
+            sums[k] = fused(v, v, sums[k]);
+        }
+    for (; i < n; i += LANES) {
+        vec v = n - i < LANES ? load_some(x + i, n - i) : load(x + i);
+        sums[0] = fused(v, v, sums[0]);
+    }
+    float factor = 1.0f / sqrtf(sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)n + eps);
+    for (i = 0; i + LANES <= n; i += LANES)
+        store(out + i, load(x + i) * load(weight + i) * factor);
+    if (i < n)
+        store_some(out + i, load_some(x + i, n - i) * load_some(weight + i, n - i) * factor, n - i);
+}
+
+/* to += x. */
+CODE static void add(float *to, const float *x, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(to + i, load(to + i) + load(x + i));
+    for (; i < n; i++)
+        to[i] += x[i];
+}
+
+SMALL vec activated(vec gate, int gelu) { return gelu ? gelu_of(gate) : silu_of(gate); }
+
+/* out = act(gate) * up; out may be gate. */
+CODE static void activate(const float *gate, const float *up, float *out, int64_t n, int gelu) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(out + i, activated(load(gate + i), gelu) * load(up + i));
+    if (i < n)
+        store_some(out + i, activated(load_some(gate + i, n - i), gelu) * load_some(up + i, n - i), n - i);
+}
+
+/* x = cap tanh(x / cap) */
+CODE static void cap(float *x, int64_t n, float most) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(x + i, most * tanh_of(load(x + i) / most));
+    if (i < n)
+        store_some(x + i, most * tanh_of(load_some(x + i, n - i) / most), n - i);
+}
+
+/* Multiply `pairs` complex numbers by those of `turns`, and by a factor. */
+CODE static void rotate(float *x, const float *turns, int64_t pairs, float factor) {
+    for (int64_t i = 0; i < pairs; i++) {
+        float a = x[2 * i], b = x[2 * i + 1], c = turns[2 * i], s = turns[2 * i + 1];
+        x[2 * i] = (a * c - b * s) * factor;
+        x[2 * i + 1] = (a * s + b * c) * factor;
+    }
+}
+
+SMALL void floats_of_halves(const uint16_t *from, float *to, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        halves h;
+        memcpy(&h, from + i, sizeof h);
+        store(to + i, (vec)(__builtin_convertvector(h, ints) << 16));
+    }
+    for (; i < n; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
+SMALL vec load_upto(const float *p, int64_t n) { return n < LANES ? load_some(p, n) : load(p); }
+
+/* The softmax of one query over tokens first .. count-1 of a tile. `most`, `total` and out [width] hold that over the tiles before. */
+SMALL void attend_tile(const struct attention *a, const float *query, const float *const *keys, const float *const *values,
+                       const int64_t width, int first, int count, float *most, float *total, float *out) {
+    const int64_t whole = width / LANES * LANES;
+    float scores[TOKENS];
+    vec q[MOST_WIDTH / LANES];
+    for (int64_t i = 0; i < width; i += LANES)
+        q[i / LANES] = load_upto(query + i, width - i);
+    vec top = (vec){0} + *most;
+    for (int t = first; t < count; t += LANES) { /* sums of LANES tokens at a time; the last ones may be the first of them again */
+        vec products[LANES];
+        for (int k = 0; k < LANES; k++) {
+            const float *key = keys[t + k < count ? t + k : t];
+            vec one = {0}, two = {0};
+            int64_t i = 0;
+            for (; i + 2 * LANES <= whole; i += 2 * LANES) {
+                one = fused(q[i / LANES], load(key + i), one);
+                two = fused(q[i / LANES + 1], load(key + i + LANES), two);
+            }
+            for (; i < width; i += LANES)
+                one = fused(q[i / LANES], load_upto(key + i, width - i), one);
+            products[k] = one + two;
+        }
+        vec sums = sums_of_lanes(products);
+        if (a->cap != 0)
+            sums = a->cap * tanh_of(sums / a->cap);
+        top = choose(sums > top, sums, top);
+        if (count - t < LANES)
+            store_some(scores + t, sums, count - t);
+        else
+            store(scores + t, sums);
+    }
+    const float highest = most_of_lanes(top);
+    vec sum = {0};
+    for (int t = first; t < count; t += LANES) {
+        int n = count - t < LANES ? count - t : LANES;
+        vec x = exp_of((n < LANES ? load_some(scores + t, n) : load(scores + t)) - highest);
+        if (n < LANES) {
+            store_some(scores + t, x, n);
+            x = load_some(scores + t, n);
+        } else {
+            store(scores + t, x);
+        }
+        sum = sum + x;
+    }
+    const float old = highest != *most ? exp_of((vec){0} + (*most - highest))[0] : 1.0f;
+    *most = highest;
+    *total = *total * old + sum_of_lanes(sum);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= whole; i += 4 * LANES) {
+        vec o[4];
+        for (int k = 0; k < 4; k++)
+            o[k] = load(out + i + k * LANES) * old;
+        for (int t = first; t < count; t++)
+            for (int k = 0; k < 4; k++)
+                o[k] = fused((vec){0} + scores[t], load(values[t] + i + k * LANES), o[k]);
+        for (int k = 0; k < 4; k++)
+            store(out + i + k * LANES, o[k]);
+    }
+    for (; i < whole; i += LANES) {
+        vec o = load(out + i) * old;
+        for (int t = first; t < count; t++)
+            o = fused((vec){0} + scores[t], load(values[t] + i), o);
+        store(out + i, o);
+    }
+    for (; i < width; i++) {
+        float o = out[i] * old;
+        for (int t = first; t < count; t++)
+            o += scores[t] * values[t][i];
+        out[i] = o;
+    }
+}
+
+/* The same with a constant number of channels where it is common, so that the query stays in registers. */
+CODE static void attend_tile_of(const struct attention *a, const float *query, const float *const *keys, const float *const *values, int first,
+                                int count, float *most, float *total, float *out) {
+    if (a->width == 64)
+        attend_tile(a, query, keys, values, 64, first, count, most, total, out);
+    else if (a->width == 128)
+        attend_tile(a, query, keys, values, 128, first, count, most, total, out);
+    else
+        attend_tile(a, query, keys, values, a->width, first, count, most, total, out);
+}
+
+/* Where the keys (or values) of a tile's tokens are, as floats: in the cache itself, or copied to `space` if they are bfloat16. */
+SMALL void find_tokens(const struct attention *a, const void *entries, int64_t from, int count, float *space, const float **found) {
+    for (int t = 0; t < count; t++) {
+        int64_t at = from + t;
+        if (a->blocks)
+            at = (int64_t)a->blocks[at / a->block] * a->block + at % a->block;
+        if (a->halves) {
+            floats_of_halves((const uint16_t *)entries + at * a->token_stride, space + t * a->width, a->width);
+            found[t] = space + t * a->width;
+        } else {
+            found[t] = (const float *)entries + at * a->token_stride;
+        }
+    }
+}
+
+CODE static void attend(const struct attention *a, int64_t row, int rows) {
+    float most[ROWS_AT_ONCE * MOST_SHARED], total[ROWS_AT_ONCE * MOST_SHARED];
+    float space[a->halves ? 2 * TOKENS * a->width : 1];
+    const float *keys[TOKENS], *values[TOKENS];
+    const int shared = a->shared;
+    int64_t end = a->length + row + rows, low = a->window && a->length + row >= a->window ? a->length + row - a->window + 1 : 0;
+    for (int r = 0; r < rows; r++) {
+        memset(a->out + (row + r) * a->out_stride, 0, (size_t)(shared * a->width) * sizeof(float));
+        for (int h = 0; h < shared; h++)
+            most[r * shared + h] = -INFINITY, total[r * shared + h] = 0;
+    }
+    for (int64_t tile = low / TOKENS * TOKENS; tile < end; tile += TOKENS) { /* tiles begin at fixed positions */
+        int count = end - tile < TOKENS ? (int)(end - tile) : TOKENS;
+        find_tokens(a, a->keys, tile, count, space, keys);
+        find_tokens(a, a->values, tile, count, space + (a->halves ? TOKENS * a->width : 0), values);
+        for (int r = 0; r < rows; r++) {
+            int64_t at = a->length + row + r, oldest = a->window && at >= a->window ? at - a->window + 1 : 0;
+            int from = oldest > tile ? (int)(oldest - tile < count ? oldest - tile : count) : 0;
+            int to = at + 1 - tile < count ? (int)(at + 1 - tile) : count;
+            if (from < to)
+                for (int h = 0; h < shared; h++)
+                    attend_tile_of(a, a->q + (row + r) * a->q_stride + h * a->width, keys, values, from, to, most + r * shared + h,
+                                   total + r * shared + h, a->out + (row + r) * a->out_stride + h * a->width);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < shared; h++) {
+            float *out = a->out + (row + r) * a->out_stride + h * a->width, share = 1.0f / total[r * shared + h];
+            for (int64_t i = 0; i < a->width; i++)
+                out[i] *= share;
+        }
+}
+
+static const struct operations operations = {norm, add, activate, cap, rotate, attend};

@@ -1,0 +1,67 @@
+"""The structures of kernels.h, which describes their fields. They point to memory that others own."""
+
+import ctypes
+
+__all__ = ["DecoderStructure", "LayerStructure", "PassStructure", "SpanStructure", "Weights"]
+
+_INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class Weights(ctypes.Structure):
+    """`struct fedtune_weights`."""
+
+    _fields_ = [
+        ("kind", _INT), ("n_in", _INT), ("n_out", _INT),
+        ("codes", _POINTER), ("codes_bytes", _INT),
+        ("scales", _POINTER), ("scales_bytes", _INT),
+        ("base", _POINTER), ("base_bytes", _INT),
+        ("bias", _POINTER), ("bias_bytes", _INT),
+    ]  # fmt: skip
+
+
+class LayerStructure(ctypes.Structure):
+    """`struct fedtune_layer`."""
+
+    _fields_ = [
+        ("qkv", Weights), ("o", Weights), ("gate_up", Weights), ("down", Weights),
+        ("norm", _POINTER), ("q_norm", _POINTER), ("k_norm", _POINTER),
+        ("o_norm", _POINTER), ("mlp_norm", _POINTER), ("down_norm", _POINTER),
+        ("window", _INT), ("turns", _INT),
+    ]  # fmt: skip
+
+
+class DecoderStructure(ctypes.Structure):
+    """`struct fedtune_decoder`."""
+
+    _fields_ = [
+        ("hidden", _INT), ("heads", _INT), ("kv_heads", _INT), ("head_dim", _INT), ("intermediate", _INT), ("layers", _INT),
+        ("whole_norms", _INT), ("gelu", _INT),
+        ("eps", _FLOAT), ("query_scale", _FLOAT), ("attention_cap", _FLOAT), ("logit_cap", _FLOAT),
+        ("layer", ctypes.POINTER(LayerStructure)),
+        ("norm", _POINTER),
+        ("head", Weights),
+    ]  # fmt: skip
+
+
+class SpanStructure(ctypes.Structure):
+    """`struct fedtune_span`."""
+
+    _fields_ = [
+        ("rows", _INT), ("length", _INT),
+        ("keys", _POINTER), ("values", _POINTER),
+        ("entries", _INT), ("token_stride", _INT), ("head_stride", _INT), ("halves", _INT),
+        ("blocks", _POINTER), ("block_count", _INT), ("block", _INT),
+    ]  # fmt: skip
+
+
+class PassStructure(ctypes.Structure):
+    """`struct fedtune_pass`."""
+
+    _fields_ = [
+        ("rows", _INT), ("first", _INT), ("last", _INT),
+        ("hidden", _POINTER),
+        ("span_count", _INT), ("spans", ctypes.POINTER(SpanStructure)),
+        ("turns_count", _INT), ("turns", ctypes.POINTER(_POINTER)),
+        ("kept_count", _INT), ("kept", ctypes.POINTER(_INT)),
+        ("logits", _POINTER),
+    ]  # fmt: skip

@@ -1,0 +1,116 @@
+"""Passes through the decoder in native code: one call from Python runs the layers, the final norm and the head.
+
+It runs if all linears of the layers are native, the caches have a native form, and no span has a separate adapter. Otherwise the decoder
+runs its torch operations, which are the reference; `NativeStep.why_torch` says why.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.layer import Layer
+from fedtune.inference.engine.linear import Linear, Native
+from fedtune.inference.engine.native.library import Kernels
+from fedtune.inference.engine.native.structures import DecoderStructure, LayerStructure, PassStructure, SpanStructure
+from fedtune.inference.engine.rope import Rope
+from fedtune.inference.engine.shape import Shape
+
+__all__ = ["NativeStep"]
+
+_LINEARS = ("qkv", "o", "gate_up", "down")
+_NORMS = ("norm", "q_norm", "k_norm", "o_norm", "mlp_norm", "down_norm")
+_WIDEST, _MOST_SHARED = 512, 128  # of kernels.h: channels of a head, and query heads for each key head
+
+
+class NativeStep:
+    """The native form of a decoder. It holds the layers' weights as long as it lives."""
+
+    def __init__(self, shape: Shape, layers: Sequence[Layer], ropes: Sequence[Rope], norm: Tensor, head: Linear) -> None:
+        self._kernels, self._head = _kernels(layers[0]), head
+        self._kinds = list(dict.fromkeys(ropes))
+        self._held: list[Any] = [list(layers), norm.float().contiguous()]
+        made = (LayerStructure * shape.layers)()
+        for own, layer, rope, window in zip(made, layers, ropes, shape.windows, strict=True):
+            for name in _LINEARS:
+                setattr(own, name, getattr(layer, name).weights)
+            for name in _NORMS:
+                if (weight := getattr(layer, name)) is not None:
+                    self._held.append(kept := weight.float().contiguous())
+                    setattr(own, name, kept.data_ptr())
+            own.window, own.turns = window or 0, self._kinds.index(rope)
+        self._decoder = DecoderStructure(
+            hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate=shape.intermediate,
+            layers=shape.layers, whole_norms=shape.qk_norm_whole, gelu=shape.activation != "silu", eps=shape.eps,
+            query_scale=shape.query_scale * shape.head_dim**-0.5, attention_cap=shape.attention_cap or 0, logit_cap=shape.logit_cap or 0,
+            layer=made, norm=self._held[1].data_ptr(),
+        )  # fmt: skip
+        if isinstance(head, Native):
+            self._decoder.head = head.weights
+            self._held.append(head)
+
+    @staticmethod
+    def why_torch(shape: Shape, layers: Sequence[Layer]) -> str:
+        """Why passes run by torch whatever the caches are, as the end of a sentence; "" if they need not."""
+        linears = [getattr(layer, name) for layer in layers for name in _LINEARS]
+        if other := next((linear for linear in linears if not isinstance(linear, Native)), None):
+            return f"{other.kind} linear layers are torch's"
+        if shape.head_dim > _WIDEST or shape.heads // shape.kv_heads > _MOST_SHARED:
+            return f"native code has heads of up to {_WIDEST} channels and up to {_MOST_SHARED} query heads for each key head"
+        return ""
+
+    @staticmethod
+    def places(spans: Sequence[Span]) -> list[SpanStructure] | None:
+        """Reserve the caches' room for a pass; None if it must run by torch.
+
+        Raises:
+            CacheError: A cache is full; nothing has changed.
+        """
+        kind = type(spans[0].cache)
+        if any(span.adapter is not None or type(span.cache) is not kind for span in spans):
+            return None
+        return kind.native_spans(spans)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it can compute logits."""
+        return isinstance(self._head, Native)
+
+    def run(self, hidden: Tensor, places: Sequence[SpanStructure], *, first: int, last: int, kept: Sequence[int] = ()) -> Tensor | None:
+        """Run layers first..last-1.
+
+        Args:
+            hidden: [rows, d] float32, contiguous; changed in place.
+            places: One for each span of the pass.
+            first, last: Layers.
+            kept: Rows whose logits are wanted; needs `has_head`.
+
+        Returns:
+            Logits [len(kept), V] float32, or None if none are wanted.
+        """
+        rows, turns = hidden.shape[0], self._turns(places)
+        logits = torch.empty(len(kept), self._head.n_out) if kept else None
+        part = PassStructure(
+            rows=rows, first=first, last=last, hidden=hidden.data_ptr(),
+            span_count=len(places), spans=(SpanStructure * len(places))(*places),
+            turns_count=len(turns), turns=(ctypes.c_void_p * len(turns))(*(table.data_ptr() for table in turns)),
+        )  # fmt: skip
+        if logits is not None:
+            part.kept_count, part.kept, part.logits = len(kept), (ctypes.c_int64 * len(kept))(*kept), logits.data_ptr()
+        self._kernels.run(self._decoder, part, torch.get_num_threads())
+        return logits
+
+    def _turns(self, places: Sequence[SpanStructure]) -> list[Tensor]:
+        """For each kind of rotary embedding, [rows, 1, D/2] complex64."""
+        if len(places) == 1:
+            return [rope.rows(places[0].length, places[0].rows) for rope in self._kinds]
+        positions = torch.cat([torch.arange(place.length, place.length + place.rows) for place in places])
+        return [rope.at(positions) for rope in self._kinds]
+
+
+def _kernels(layer: Layer) -> Kernels:
+    assert isinstance(layer.qkv, Native)
+    return layer.qkv.kernels

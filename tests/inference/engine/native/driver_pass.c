@@ -1,0 +1,85 @@
+/* Runs passes of a small decoder on buffers of exactly the needed size, for the sanitizers. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+int fedtune_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, int set, int threads);
+int fedtune_supports(int set);
+
+enum { LAYERS = 2, HIDDEN = 37, INNER = 21, VOCABULARY = 19, KV = 2, SHARED = 3, SPANS = 3 };
+
+static void *held[4096];
+static int held_count;
+
+static void *filled(int64_t bytes) {
+    float *p = held[held_count++] = malloc((size_t)(bytes ? bytes : 1));
+    for (int64_t i = 0; i < bytes / 4; i++)
+        p[i] = (float)rand() / (float)RAND_MAX - 0.5f;
+    return p;
+}
+
+static struct fedtune_weights linear(int64_t kind, int64_t n_in, int64_t n_out) {
+    static const int64_t codes[] = {256, 256, 512, 1024}, scales[] = {32, 64, 0, 0}, base[] = {2, 2, 16, 0};
+    int64_t blocks = (n_out + 15) / 16, groups = groups_of(n_in);
+    struct fedtune_weights w = {kind, n_in, n_out, 0, blocks * groups * codes[kind], 0, blocks * groups * scales[kind], 0,
+                                blocks * base[kind] * 4, 0, 0};
+    w.codes = filled(w.codes_bytes), w.scales = filled(w.scales_bytes), w.base = filled(w.base_bytes);
+    return w;
+}
+
+static int pass(int set, int kind, int width, int halves, int block, int window, int threads) {
+    struct fedtune_layer layers[LAYERS];
+    memset(layers, 0, sizeof layers);
+    int64_t queries = KV * SHARED * width, keys = KV * width;
+    for (int i = 0; i < LAYERS; i++) {
+        struct fedtune_layer *l = layers + i;
+        l->qkv = linear(kind, HIDDEN, queries + 2 * keys), l->o = linear(kind, queries, HIDDEN);
+        l->gate_up = linear(kind, HIDDEN, 2 * INNER), l->down = linear(kind, INNER, HIDDEN);
+        l->norm = filled(HIDDEN * 4), l->mlp_norm = filled(HIDDEN * 4), l->q_norm = filled(width * 4), l->k_norm = filled(width * 4);
+        l->o_norm = filled(HIDDEN * 4), l->down_norm = filled(HIDDEN * 4), l->window = i ? window : 0;
+    }
+    struct fedtune_decoder d = {HIDDEN, KV * SHARED, KV, width, INNER, LAYERS, 0, halves, 1e-6f, 0.3f, 2.0f, 3.0f, layers, filled(HIDDEN * 4),
+                                linear(kind, HIDDEN, VOCABULARY)};
+    struct fedtune_span spans[SPANS];
+    void *pointers[SPANS][2][LAYERS];
+    int32_t tables[SPANS][128];
+    int64_t rows = 0;
+    memset(spans, 0, sizeof spans);
+    for (int i = 0; i < SPANS; i++) {
+        struct fedtune_span *s = spans + i;
+        s->rows = 1 + 10 * i, s->length = 31 * i, s->halves = halves;
+        int64_t tokens = s->rows + s->length, slots = block ? (tokens + block - 1) / block * block : tokens;
+        s->token_stride = block ? KV * width : width, s->head_stride = block ? width : slots * width, s->entries = KV * slots * width;
+        for (int64_t k = 0; block && k < slots / block; k++)
+            tables[i][k] = (int32_t)(slots / block - 1 - k);
+        s->blocks = block ? tables[i] : NULL, s->block = block, s->block_count = block ? slots / block : 0;
+        for (int k = 0; k < 2 * LAYERS; k++)
+            pointers[i][k / LAYERS][k % LAYERS] = filled(s->entries * (halves ? 2 : 4));
+        s->keys = pointers[i][0], s->values = pointers[i][1];
+        rows += s->rows;
+    }
+    const float *turns[] = {filled(rows * width * 4)};
+    int64_t kept[] = {0, rows - 1};
+    struct fedtune_pass p = {rows, 0, LAYERS, filled(rows * HIDDEN * 4), SPANS, spans, 1, turns, 2, kept, filled(2 * VOCABULARY * 4)};
+    int failed = fedtune_run(&d, &p, set, threads);
+    spans[SPANS - 1].entries--;
+    int refused = fedtune_run(&d, &p, set, threads);
+    while (held_count)
+        free(held[--held_count]);
+    return failed || !refused;
+}
+
+int main(void) {
+    static const int widths[] = {2, 6, 8, 22, 64, 80, 128}, blocks[] = {0, 1, 16}, windows[] = {0, 1, 40};
+    int ran = 0;
+    for (int set = 0; set < SETS; set++)
+        for (int kind = 0; kind < KINDS && fedtune_supports(set); kind++)
+            for (int w = 0; w < 7; w++)
+                for (int other = 0; other < 6; other++, ran++)
+                    if (pass(set, kind, widths[w], other & 1, blocks[other % 3], windows[(other + w) % 3], 1 + ran % 3))
+                        return 1;
+    printf("%d\n", ran);
+    return 0;
+}

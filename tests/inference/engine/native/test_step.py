@@ -1,0 +1,306 @@
+"""Passes in native code against torch's, on the same linear layers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.inference.engine.caches.base import Cache, CacheError, Span
+from fedtune.inference.engine.caches.full import FullCache
+from fedtune.inference.engine.caches.paged import OutOfBlocks, PagedPool
+from fedtune.inference.engine.decoder import Decoder, describe_passes
+from fedtune.inference.engine.layer import make_layer
+from fedtune.inference.engine.layout import linears
+from fedtune.inference.engine.linear import Linear, linear_from_tensors, portable
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.native.library import SETS, kernels
+from fedtune.inference.engine.native.structures import SpanStructure
+from fedtune.inference.engine.shape import RopeShape, Shape
+from tests.inference.engine.native.test_kernels import of
+from tests.inference.engine.tiny import SHAPES, VOCAB, tiny_model
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="needs the native kernels")
+Make = Callable[[Shape], Callable[[], Cache]]
+
+
+def paged(dtype: torch.dtype = torch.float32) -> Make:
+    def make(shape: Shape) -> Callable[[], Cache]:
+        pool = PagedPool(shape, 200, 3, dtype)
+        pool.take(2)  # no sequence begins with the first block
+        return pool.cache
+
+    return make
+
+
+CACHES: dict[str, Make] = {
+    "full": lambda shape: lambda: FullCache(shape, 100),
+    "full bf16": lambda shape: lambda: FullCache(shape, 100, torch.bfloat16),
+    "paged": paged(),
+    "paged bf16": paged(torch.bfloat16),
+}
+
+
+def native_engine(name: str, folder: Path, kind: str = "bf16", instructions: str = "") -> Engine:
+    tiny_model(name, folder)
+    with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions or kernels().instructions}):  # pyright: ignore[reportOptionalMemberAccess]
+        engine = load_engine(folder, kind, keep=False)
+    assert engine.decoder.native_step() is not None
+    return engine
+
+
+@contextmanager
+def by_torch(decoder: Decoder) -> Iterator[None]:
+    with patch.object(decoder, "native_step", lambda: None):
+        yield
+
+
+def texts(count: int, length: int) -> list[Tensor]:
+    return list(torch.randint(VOCAB, (count, length), generator=torch.Generator().manual_seed(7)))
+
+
+def story(decoder: Decoder, make: Callable[[], Cache]) -> Tensor:
+    """Logits of passes of every form: a prefill, two sequences of different lengths, decoding, several rows, after a crop."""
+    first, second = make(), make()
+    a, b = texts(2, 60)
+    out = [decoder.forward(a[:21], [Span(first, 21, keep=None)])]
+    out.append(decoder.forward(torch.cat([b[:9], a[21:22]]), [Span(second, 9, keep=2), Span(first, 1)]))
+    for i in range(22, 26):
+        out.append(decoder.forward(torch.stack([a[i], b[i - 13]]), [Span(first, 1), Span(second, 1)]))
+    first.crop(20)
+    out.append(decoder.forward(a[20:37], [Span(first, 17, keep=None)]))
+    out.append(decoder.forward(a[37:38], [Span(first, 1)]))
+    return torch.cat(out)
+
+
+def assert_alike(found: Tensor, wanted: Tensor) -> None:
+    """Equal but for rounding: where sums differ in the last bit, an activation may be rounded to another code, which later rows see."""
+    off = (found - wanted).abs() / wanted.abs().max()
+    assert off[0].median() < 1e-6 and off.median() < 1e-3 and off.max() < 0.2, (off[0].median(), off.median(), off.max())
+
+
+@pytest.mark.parametrize("cache", ["full", "paged"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path: Path) -> None:
+    decoder = native_engine(name, tmp_path).decoder
+    found = story(decoder, CACHES[cache](decoder.shape))
+    with by_torch(decoder):
+        wanted = story(decoder, CACHES[cache](decoder.shape))
+    assert_alike(found, wanted)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
+    of(instructions)
+    decoder = native_engine(name, tmp_path, kind, instructions).decoder
+    found = story(decoder, CACHES["full"](decoder.shape))
+    with by_torch(decoder):
+        assert_alike(found, story(decoder, CACHES["full"](decoder.shape)))
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("cache", ["full bf16", "paged bf16"])
+def test_entries_of_16_bits_lose_no_more_than_their_rounding(cache: str, instructions: str, tmp_path: Path) -> None:
+    of(instructions)
+    decoder = native_engine("qwen3_biases", tmp_path, "bf16", instructions).decoder
+    found, exact = (story(decoder, CACHES[name](decoder.shape)) for name in (cache, "full"))
+    off = (found - exact).abs() / exact.abs().max()
+    assert 1e-4 < off.median() < 5e-3 and off.max() < 0.06, (off.median(), off.max())
+
+
+@torch.inference_mode()
+def test_entries_of_16_bits_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    decoder = native_engine("llama", tmp_path).decoder
+    caches = [FullCache(decoder.shape, 20, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for cache in caches:
+        decoder.forward(texts(1, 20)[0], [Span(cache, 20)])
+    for exact, short in ((one[0], other[0]) for one, other in zip(*((c._keys, c._values) for c in caches), strict=True)):
+        assert torch.equal(exact.bfloat16(), short)
+
+
+def decoder_of(hidden: int, heads: int, kv_heads: int, width: int, inner: int, window: int | None = None, gain: float = 1.0) -> Decoder:
+    """A random int8 decoder of two layers with any sizes; `gain` multiplies the weights of qkv, gate and up."""
+    shape = Shape(
+        family="llama", hidden=hidden, layers=2, heads=heads, kv_heads=kv_heads, head_dim=width, intermediate=inner, vocab=37, eps=1e-6,
+        context=4096, tied=False, qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, windows=(window, None), rope=RopeShape(),
+        bos=None, eos=(),
+    )  # fmt: skip
+    draws = torch.Generator().manual_seed(0)
+
+    def linear(rows: int, columns: int) -> Linear:
+        weight = torch.randn(rows, columns, generator=draws) * ((gain if rows > hidden else 1.0) / columns**0.5)
+        return linear_from_tensors("int8", portable("int8", weight), n_in=columns)
+
+    layers = [
+        make_layer(
+            shape,
+            {name: linear(sum(part.rows for part in fused.parts), fused.columns) for name, fused in linears(shape).items()},
+            lambda name: 1 + 0.1 * torch.randn(hidden, generator=draws),
+        )
+        for _ in range(2)
+    ]
+    embed = torch.randn(37, hidden, generator=draws)
+    return Decoder(shape, embed, layers, torch.ones(hidden), linear(37, hidden))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "kv_heads", "width", "inner"),
+    [(33, 1, 1, 4, 7), (64, 3, 1, 64, 100), (40, 2, 2, 128, 31), (96, 4, 2, 80, 65), (35, 5, 5, 22, 96), (32, 2, 1, 512, 32)],
+)
+@pytest.mark.parametrize("window", [None, 45])
+@torch.inference_mode()
+def test_awkward_sizes_over_several_tiles(hidden: int, heads: int, kv_heads: int, width: int, inner: int, window: int | None) -> None:
+    decoder = decoder_of(hidden, heads, kv_heads, width, inner, window)
+    ids = torch.randint(37, (150,), generator=torch.Generator().manual_seed(1))
+    found = []
+    for native in (True, False):
+        with patch.object(decoder, "native_step", decoder.native_step if native else lambda: None):
+            cache = FullCache(decoder.shape, 150)
+            parts = [decoder.forward(part, [Span(cache, len(part), keep=None)]) for part in ids.split([64, 1, 70, 15])]
+        found.append(torch.cat(parts))
+    assert_alike(*found)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("cache", CACHES)
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_how_a_text_is_split_or_on_other_sequences(cache: str, instructions: str) -> None:
+    of(instructions)
+    with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
+        decoder = decoder_of(48, 6, 2, 12, 80, window=45)
+    a, b = torch.randint(37, (2, 100), generator=torch.Generator().manual_seed(7))
+    make = CACHES[cache](decoder.shape)
+    alone = make()
+    wanted = torch.cat([decoder.forward(token[None], [Span(alone, 1)]) for token in a])
+    whole = decoder.forward(a, [Span(make(), 100, keep=None)])
+    assert torch.equal(whole, wanted)
+    one, other, found = make(), make(), []
+    at = 0
+    for n in (31, 1, 8, 17, 43):
+        spans = [Span(other, 1), Span(one, n, keep=None)] if n % 2 else [Span(one, n, keep=None)]
+        logits = decoder.forward(torch.cat([b[at : at + 1], a[at : at + n]]) if n % 2 else a[at : at + n], spans)
+        found.append(logits[-n:])
+        at += n
+    assert torch.equal(torch.cat(found), wanted)
+    torch.set_num_threads(3)  # the fixture of all tests sets it back
+    assert torch.equal(decoder.forward(a, [Span(make(), 100, keep=None)]), wanted)
+
+
+@torch.inference_mode()
+def test_an_early_exit_continues_where_it_ended(tmp_path: Path) -> None:
+    decoder = native_engine("qwen3", tmp_path).decoder
+    (a,) = texts(1, 12)
+    whole = decoder.forward(a, [Span(FullCache(decoder.shape, 20), 12, keep=None)])
+    cache = FullCache(decoder.shape, 20)
+    begun = decoder.embed(a)
+    before = begun.clone()
+    hidden = decoder.run(begun, [Span(cache, 12)], last=2)
+    assert torch.equal(begun, before) and cache.length == 12
+    assert torch.equal(decoder.logits(hidden), decoder.forward(a, [Span(FullCache(decoder.shape, 20), 12, keep=None)], layers=2))
+    cache.crop(0)
+    assert torch.equal(decoder.logits(decoder.run(hidden, [Span(cache, 12)], first=2)), whole)
+
+
+@torch.inference_mode()
+def test_large_scores_and_gates_stay_exact() -> None:
+    decoder, found = decoder_of(32, 4, 2, 16, 64, gain=100.0), list[Tensor]()
+    ids = torch.randint(37, (50,), generator=torch.Generator().manual_seed(1))
+    for native in (True, False):
+        with patch.object(decoder, "native_step", decoder.native_step if native else lambda: None):
+            found.append(decoder.run(decoder.embed(ids), [Span(FullCache(decoder.shape, 50), 50)], last=1))
+    assert found[0].isfinite().all()
+    assert_alike(*found)
+
+
+def test_a_full_cache_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    decoder = native_engine("llama", tmp_path).decoder
+    full, free = FullCache(decoder.shape, 5), FullCache(decoder.shape, 9)
+    with pytest.raises(CacheError, match="exceed the cache's limit of 5"):
+        decoder.forward(torch.arange(10), [Span(free, 4), Span(full, 6)])
+    assert free.length == full.length == 0 and free.nbytes == 0
+    pool = PagedPool(decoder.shape, 2, 4)
+    a, b = pool.cache(), pool.cache()
+    with pytest.raises(OutOfBlocks):
+        decoder.forward(torch.arange(9), [Span(a, 4), Span(b, 5)])
+    assert pool.free == 2 and not a.table and not b.table
+
+
+def test_numbers_that_are_not_finite_spoil_their_sequence_alone(tmp_path: Path) -> None:
+    decoder = native_engine("llama", tmp_path, "int8").decoder
+    caches = [FullCache(decoder.shape, 9) for _ in range(2)]
+    hidden = torch.randn(6, decoder.shape.hidden, generator=torch.Generator().manual_seed(0))
+    wanted = decoder.forward(None, [Span(FullCache(decoder.shape, 9), 3, keep=None)], embeds=hidden[3:])
+    hidden[1, 5] = torch.inf
+    logits = decoder.forward(None, [Span(cache, 3, keep=None) for cache in caches], embeds=hidden)
+    assert not logits[1:3].isfinite().any() and torch.equal(logits[3:], wanted)
+
+
+def test_what_torch_runs_is_said(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path)
+    plain = load_engine(tmp_path, "fp32", keep=False).decoder
+    assert plain.native_step() is None and describe_passes(plain) == "by torch (fp32 linear layers are torch's)"
+    decoder = native_engine("llama", tmp_path).decoder
+    assert describe_passes(decoder).startswith("in native code")
+    decoder.layers[1].down = plain.layers[1].down  # a linear that is exchanged is noticed
+    assert decoder.native_step() is None
+
+
+Change = Callable[[SpanStructure], None]
+
+
+def changed(name: str, value: int) -> Change:
+    return lambda span: setattr(span, name, value)
+
+
+BAD: Sequence[Change] = [
+    changed("rows", 0), changed("rows", 5), changed("rows", 2**62), changed("length", -1), changed("length", 61), changed("length", 2**62),
+    changed("keys", 0), changed("values", 0), changed("entries", 100), changed("entries", -1), changed("token_stride", 3),
+    changed("token_stride", 2**62), changed("head_stride", 2**62), changed("head_stride", -1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BAD)
+@pytest.mark.parametrize("cache", ["full", "paged"])
+def test_spans_that_do_not_fit_are_refused(cache: str, change: Change, tmp_path: Path) -> None:
+    decoder = native_engine("llama", tmp_path).decoder
+    step, one = decoder.native_step(), CACHES[cache](decoder.shape)()
+    assert step is not None
+    (place,) = step.places([Span(one, 4)]) or ()
+    rows = torch.zeros(4, decoder.shape.hidden)
+    step.run(rows, [place], first=0, last=3)
+    turns = step._turns([place])
+    change(place)
+    with patch.object(step, "_turns", lambda places: turns), pytest.raises(ModelError, match="do not fit each other"):
+        step.run(rows, [place], first=0, last=3)
+
+
+@pytest.mark.parametrize("change", [changed("block", 0), changed("block", 2**40), changed("block_count", 1), changed("block", -3)])
+def test_tables_that_do_not_fit_are_refused(change: Change, tmp_path: Path) -> None:
+    test_spans_that_do_not_fit_are_refused("paged", change, tmp_path)
+
+
+@pytest.mark.parametrize("slot", [-1, 201, 2**30])
+def test_blocks_outside_the_pool_are_refused(slot: int, tmp_path: Path) -> None:
+    decoder = native_engine("llama", tmp_path).decoder
+    step, one = decoder.native_step(), CACHES["paged"](decoder.shape)()
+    assert step is not None
+    (place,) = step.places([Span(one, 4)]) or ()
+    place.table[1] = slot  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ModelError, match="do not fit each other"):
+        step.run(torch.zeros(4, decoder.shape.hidden), [place], first=0, last=3)
+
+
+@pytest.mark.parametrize(("first", "last", "kept"), [(-1, 3, ()), (2, 1, ()), (0, 4, ()), (0, 3, (4,)), (0, 3, (-1,)), (0, 3, (0,) * 5)])
+def test_layers_and_rows_outside_are_refused(first: int, last: int, kept: tuple[int, ...], tmp_path: Path) -> None:
+    decoder = native_engine("llama", tmp_path).decoder
+    step = decoder.native_step()
+    assert step is not None
+    places = step.places([Span(FullCache(decoder.shape, 9), 4)]) or []
+    with pytest.raises(ModelError, match="do not fit each other"):
+        step.run(torch.zeros(4, decoder.shape.hidden), places, first=first, last=last, kept=kept)
