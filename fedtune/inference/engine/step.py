@@ -93,11 +93,15 @@ class NativeStep:
         """
         rows, turns = hidden.shape[0], self._turns(places)
         logits = torch.empty(len(kept), self._head.n_out) if kept else None
+        places_of_rings = self._places(places)
         part = PassStructure(
             rows=rows, first=first, last=last, hidden=hidden.data_ptr(),
             span_count=len(places), spans=(SpanStructure * len(places))(*places),
             turns_count=len(turns), turns=(ctypes.c_void_p * len(turns))(*(table.data_ptr() for table in turns)),
         )  # fmt: skip
+        if places_of_rings:
+            part.place_count = places_of_rings[0].shape[0]
+            part.places = (ctypes.c_void_p * len(turns))(*(table.data_ptr() for table in places_of_rings))
         if logits is not None:
             part.kept_count, part.kept, part.logits = len(kept), (ctypes.c_int64 * len(kept))(*kept), logits.data_ptr()
         self._kernels.run(self._decoder, part, torch.get_num_threads())
@@ -109,6 +113,11 @@ class NativeStep:
             return [rope.rows(places[0].length, places[0].rows) for rope in self._kinds]
         positions = torch.cat([torch.arange(place.length, place.length + place.rows) for place in places])
         return [rope.at(positions) for rope in self._kinds]
+
+    def _places(self, spans: Sequence[SpanStructure]) -> list[Tensor]:
+        """Likewise for the places of the window caches' tokens; [] if there are none."""
+        count = max((min(span.length + span.rows, span.sinks + span.window) for span in spans if span.ring), default=0)
+        return [rope.rows(0, count) for rope in self._kinds] if count else []
 
 
 def _kernels(layer: Layer) -> Kernels:

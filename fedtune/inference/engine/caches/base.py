@@ -4,9 +4,11 @@ A pass runs over flat rows: the tokens of all its spans, one span after the othe
 span, so sequences of different lengths need no padding.
 """
 
+import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +132,12 @@ class Cache(ABC):
             out[rows] = span.cache.attend(layer, q[rows], k[rows], v[rows], rope)
             at += span.n
         return out
+
+
+def addresses(tensors: Iterable[Tensor]) -> Any:
+    """An array of the tensors' addresses for native code."""
+    found = [t.data_ptr() for t in tensors]
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 def causal_mask(n: int, held: int, window: int | None) -> Tensor:

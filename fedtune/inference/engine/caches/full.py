@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.caches.base import Cache, Span, attention, causal_mask
+from fedtune.inference.engine.caches.base import Cache, Span, addresses, attention, causal_mask
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope, as_complex, as_real
 from fedtune.inference.engine.shape import Shape
@@ -95,6 +95,6 @@ class FullCache(Cache):
                     buffers.append(new)
         # views of the same memory by token: [room, Hkv, D], and [room, Hkv, D/2] complex
         self._by_token = tuple([t.transpose(0, 1) for t in buffers] for buffers in (self._keys, self._values))
-        self._addresses = [(ctypes.c_void_p * shape.layers)(*(t.data_ptr() for t in buffers)) for buffers in (self._keys, self._values)]
+        self._addresses = [addresses(buffers) for buffers in (self._keys, self._values)]
         if self.dtype == torch.float32:
             self._turned = [as_complex(t) for t in self._by_token[0]]

@@ -10,14 +10,17 @@ depend on how it is split into passes, and speculation cannot be lossless.) The 
 Source: Liu et al. 2024, KIVI, arXiv:2402.02750, algorithm 1. Keys are quantized after RoPE, as there.
 """
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.caches.base import SCORES, Cache, CacheError, soft_cap
+from fedtune.inference.engine.caches.base import SCORES, Cache, CacheError, Span, addresses, soft_cap
 from fedtune.inference.engine.caches.packing import WIDTHS, decode, encode, grid, group_size, spread
+from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
@@ -89,6 +92,7 @@ class KiviCache(Cache):
             raise CacheError(f"residual={residual} must be at least 1 and undo={undo} at least 0")
         self._size = group_size(shape.head_dim, group or 32)
         self._layers: list[_Layer] = []
+        self._addresses: list[Any] | None = None  # of keys, values and codes, until a buffer is replaced
 
     @staticmethod
     def bytes_for(
@@ -129,6 +133,45 @@ class KiviCache(Cache):
                 layer.done, length // self.group * self.group
             )  # a removed token's group is quantized again, from full-precision rows
 
+    @staticmethod
+    def native_spans(spans: Sequence[Span]) -> list[SpanStructure] | None:
+        """None also for more rows than can be undone, or whose own tokens become codes: these need buffers of their own."""
+        caches = [(span.cache, span.n) for span in spans if isinstance(span.cache, KiviCache)]
+        if any(n > min(cache.undo + 1, cache.residual) for cache, n in caches):
+            return None
+        for cache, n in caches:
+            cache.room(n)
+        return [cache._native_span(n) for cache, n in caches]
+
+    def _native_span(self, n: int) -> SpanStructure:
+        while len(self._layers) < self.shape.layers:
+            self._layers.append(self._empty())
+        end, own = self.length + n, self._layers[0]
+        upto = self._seen_as_codes(end - 1)
+        first = min(self._seen_as_codes(end - self.undo), self._seen_as_codes(self.length), upto)
+        if upto > own.done or first > own.first:
+            for store in self._layers:
+                self._quantize(store, store.keys, store.values, upto)
+                self._drop(store, first, self.length)
+        if self._addresses is None:
+            buffers = ([layer.keys for layer in self._layers], [layer.values for layer in self._layers])
+            self._addresses = [*map(addresses, buffers), addresses(t for layer in self._layers for t in layer.packed())]
+        heads, room, width = own.keys.shape
+        keys, values, codes = map(ctypes.addressof, self._addresses)
+        return SpanStructure(
+            rows=n, length=self.length, keys=keys, values=values, entries=heads * room * width, token_stride=width,
+            head_stride=room * width, halves=self.dtype == torch.bfloat16, first=own.first, codes=codes, bits=self.bits, group=self.group,
+            values_together=self._size, residual=self.residual, groups=own.key_codes.shape[1],
+        )  # fmt: skip
+
+    @staticmethod
+    def _drop(store: _Layer, first: int, end: int) -> None:
+        """Forget tokens before `first` in full precision, of those before `end`."""
+        if first > store.first:
+            for buffer in (store.keys, store.values):
+                buffer[:, : end - first] = buffer[:, first - store.first : end - store.first].clone()  # they may overlap
+            store.first = first
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         self.room(q.shape[0])
         while len(self._layers) < self.shape.layers:
@@ -161,7 +204,7 @@ class KiviCache(Cache):
         packed = torch.empty(heads, 0, g * self.bits // 8, width, dtype=torch.uint8)
         low = torch.empty(heads, 0, 1, width, dtype=torch.float16)
         value_low = torch.empty(heads, 0, g, -(-width // self._size), dtype=torch.float16)
-        newest = torch.empty(heads, room, width, dtype=self.dtype)
+        newest = torch.zeros(heads, room, width, dtype=self.dtype)
         return _Layer(0, 0, newest, newest.clone(), packed, low, low.clone(), packed.clone(), value_low, value_low.clone())
 
     def _newest(self, store: _Layer, buffer: Tensor, new: Tensor, end: int) -> Tensor:
@@ -178,6 +221,7 @@ class KiviCache(Cache):
         if upto <= done:
             return
         if upto // g > store.key_codes.shape[1]:
+            self._addresses = None
             store.grow(min(max(0, self.limit - self.residual) // g, max(4, 2 * store.key_codes.shape[1], upto // g)))
         for a, b in self._blocks(done, upto):  # avoids a float32 copy of a long prompt
             at, rows = slice(a // g, b // g), slice(a - store.first, b - store.first)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fedtune.inference.engine.caches.base import Cache, CacheError, Span, soft_cap
+from fedtune.inference.engine.caches.base import Cache, CacheError, Span, addresses, soft_cap
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
@@ -53,7 +53,7 @@ class PagedPool:
         self._free = list(range(blocks, 0, -1))
         self._holders = [0] * (blocks + 1)
         self._pass: _Pass | None = None
-        self._addresses = [(ctypes.c_void_p * shape.layers)(*(layer.data_ptr() for layer in whole)) for whole in (self.keys, self.values)]
+        self._addresses = [addresses(whole) for whole in (self.keys, self.values)]
         self._scratch: list[Tensor] = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
 
     @staticmethod

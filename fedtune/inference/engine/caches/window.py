@@ -8,10 +8,15 @@ text may be longer than the context. Without sinks this is the plain sliding win
 Source: Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453, section 3.2.
 """
 
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.caches.base import Cache, CacheError, soft_cap
+from fedtune.inference.engine.caches.base import Cache, CacheError, Span, addresses, soft_cap
+from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
@@ -50,6 +55,7 @@ class WindowCache(Cache):
         self._keys: list[Tensor] = []  # per layer: [slots, Hkv, D], not rotated
         self._values: list[Tensor] = []
         self._pass: tuple[tuple[int, int], Tensor] | None = None
+        self._addresses: list[Any] = []  # of the keys and of the values, per layer
 
     @staticmethod
     def bytes_for(shape: Shape, tokens: int, window: int, sinks: int = 4, *, undo: int = 32, dtype: torch.dtype = torch.float32) -> int:
@@ -76,16 +82,42 @@ class WindowCache(Cache):
             )
         super().crop(length)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        self.room(q.shape[0])
+    @staticmethod
+    def native_spans(spans: Sequence[Span]) -> list[SpanStructure] | None:
+        """None also if the rows overwrite tokens that they see."""
+        caches = [(span.cache, span.n) for span in spans if isinstance(span.cache, WindowCache)]
+        if not all(cache._keeps_all(n) for cache, n in caches):
+            return None
+        for cache, n in caches:
+            cache.room(n)
+        return [cache._native_span(n) for cache, n in caches]
+
+    def _native_span(self, n: int) -> SpanStructure:
+        self._allocate()
+        slots, heads, width = self._keys[0].shape
+        keys, values = map(ctypes.addressof, self._addresses)
+        return SpanStructure(
+            rows=n, length=self.length, keys=keys, values=values, entries=slots * heads * width, token_stride=heads * width,
+            head_stride=width, halves=self.dtype == torch.bfloat16, window=self.window, sinks=self.sinks, ring=max(1, self._ring),
+        )  # fmt: skip
+
+    def _keeps_all(self, n: int) -> bool:
+        """Whether n more rows overwrite no entry that one of them needs."""
+        return n <= self.undo or self.length + n <= self._slots
+
+    def _allocate(self) -> None:
         if not self._keys:
             empty = torch.zeros(self._slots, self.shape.kv_heads, self.shape.head_dim, dtype=self.dtype)
-            self._keys = [empty.clone() for _ in range(self.shape.layers)]
-            self._values = [empty.clone() for _ in range(self.shape.layers)]
+            self._keys, self._values = ([empty.clone() for _ in range(self.shape.layers)] for _ in range(2))
+            self._addresses = [addresses(self._keys), addresses(self._values)]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        self.room(q.shape[0])
+        self._allocate()
         n, start = q.shape[0], self.length
         own = self.shape.windows[layer]
         window = self.window if own is None else min(self.window, own - self.sinks)
-        if n <= self.undo or start + n <= self._slots:  # no entry that these rows need is overwritten
+        if self._keeps_all(n):
             self._store(layer, start, k, v)
             filled = min(start + n, self._slots)
             keys, values = self._keys[layer][:filled], self._values[layer][:filled]

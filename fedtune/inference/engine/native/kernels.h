@@ -55,12 +55,25 @@ struct activations {
 typedef void round_row(const float *x, int64_t n_in, void *codes, struct columns *groups);
 typedef void tile(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *groups, int rows, float *out);
 
+/* Tokens of one head as codes: x = code * scale + low, both float16. Keys have them for each group of tokens and channel, values for each token
+ * and group of `values_together` channels. A group's codes lie as [tokens of a byte's bits][channels], the first tokens in the low bits. */
+struct codes {
+    const uint8_t *keys, *values;                                         /* [groups, group * bits / 8, width] */
+    const uint16_t *key_lows, *key_scales, *value_lows, *value_scales;    /* [groups, width] and [groups, group, parts] */
+    int64_t bits, group, values_together;
+};
+
 /* The attention of some query rows of one sequence to one head of keys and values. */
 struct attention {
-    const void *keys, *values; /* of this head: token t begins at entry t * token_stride, or as `blocks` say */
+    const void *keys, *values; /* of this head: slot i begins at entry i * token_stride */
     int64_t token_stride;
+    int64_t first;         /* the token in slot 0 */
     const int32_t *blocks; /* null, or token t is in slot blocks[t / block] * block + t % block */
     int64_t block;
+    int64_t sinks, ring; /* with a ring, token t is in slot sinks + (t - sinks) % ring unless it is one of the sinks */
+    const float *places; /* with a ring, rotations of places 0, 1, ...: keys are stored without one. The last place is sinks + window - 1 */
+    const struct codes *codes; /* null, or what a row at p sees of tokens below group * ((p + 1 - residual) / group) */
+    int64_t residual;
     int halves; /* bfloat16 entries instead of float32 */
     int shared; /* query heads that share the head, side by side */
     int64_t width, length, window; /* channels of a head; position of row 0; newest tokens that a row sees, with itself, or 0 for all */
@@ -124,6 +137,10 @@ struct fedtune_span {
     int64_t halves; /* they are bfloat16 instead of float32 */
     const int32_t *blocks;
     int64_t block_count, block;
+    int64_t first; /* the token in slot 0, if there are codes */
+    int64_t window, sinks, ring; /* of a ring: a row sees the sinks and `window` newest tokens, and less if the layer's own window says so */
+    void *const *codes; /* null, or [layers][6]: the buffers of struct codes, in its order */
+    int64_t bits, group, values_together, residual, groups; /* groups: tokens of the buffers, in groups */
 };
 
 /* Rows of hidden states [rows, hidden] that layers first..last-1 change in place; then, with `logits`, those of the rows in `kept`. */
@@ -134,6 +151,8 @@ struct fedtune_pass {
     const struct fedtune_span *spans;
     int64_t turns_count;
     const float *const *turns; /* tables [rows, head_dim / 2, 2]: cosine and sine of each row's position, times a factor */
+    int64_t place_count;
+    const float *const *places; /* likewise for places 0 .. place_count - 1, if a span has a ring */
     int64_t kept_count;
     const int64_t *kept;
     float *logits; /* [kept_count, vocabulary] */

@@ -43,7 +43,20 @@ static int span_fits(const struct fedtune_decoder *d, const struct fedtune_span 
     if (!all_present(s->keys, d->layers) || !all_present(s->values, d->layers))
         return 0;
     int64_t tokens = s->length + s->rows, last = tokens - 1, heads;
-    if (s->blocks) {
+    if (s->codes) {
+        int64_t least = tokens - s->residual, seen = s->length + 1 - s->residual;
+        if ((s->bits != 2 && s->bits != 4 && s->bits != 8) || s->group < 1 || s->group > MOST_SIZE || s->group * s->bits % 8 ||
+            s->values_together < 1 || s->residual < 1 || s->residual > MOST_SIZE || s->blocks || s->ring || s->first < 0 ||
+            s->groups < (least > 0 ? least / s->group : 0) || s->first > (seen > 0 ? seen / s->group * s->group : 0) ||
+            (s->groups && !all_present(s->codes, 6 * d->layers)))
+            return 0;
+        last -= s->first;
+    } else if (s->ring) {
+        if (s->ring < 1 || s->ring > MOST_SIZE || s->sinks < 0 || s->sinks > MOST_SIZE || s->window < 1 || s->window > MOST_SIZE || s->blocks ||
+            (s->ring < s->window - 1 + s->rows && tokens > s->sinks + s->ring)) /* then a row would lose what it sees */
+            return 0;
+        last = s->sinks + s->ring - 1 < last ? s->sinks + s->ring - 1 : last;
+    } else if (s->blocks) {
         if (s->block < 1 || s->block > MOST_ROWS || s->block_count < (tokens + s->block - 1) / s->block)
             return 0;
         last = 0;
@@ -83,6 +96,23 @@ static int decoder_fits(const struct fedtune_decoder *d) {
     return 1;
 }
 
+/* The newest tokens that a row sees in a layer; 0: all. A ring's sinks count among those of the layer's own window. */
+static int64_t window_of(const struct fedtune_span *s, const struct fedtune_layer *l) {
+    int64_t own = s->ring && l->window ? l->window - s->sinks : l->window;
+    return !s->ring || (l->window && own < s->window) ? own : s->window;
+}
+
+/* Whether there is a rotation for each place of a ring, and each layer's window has room for the sinks. */
+static int ring_fits(const struct fedtune_decoder *d, const struct fedtune_pass *p, const struct fedtune_span *s) {
+    int64_t last = s->sinks + s->window - 1, end = s->length + s->rows - 1;
+    if (!p->places || !all_present((void *const *)p->places, p->turns_count) || p->place_count <= (end < last ? end : last))
+        return 0;
+    for (int64_t i = 0; i < d->layers; i++)
+        if (window_of(s, d->layer + i) < 1)
+            return 0;
+    return 1;
+}
+
 static int pass_fits(const struct fedtune_decoder *d, const struct fedtune_pass *p) {
     if (p->rows < 1 || p->rows > MOST_ROWS || p->first < 0 || p->first > p->last || p->last > d->layers || !p->hidden || p->span_count < 1 ||
         p->span_count > p->rows || !p->spans || p->turns_count < 1 || !p->turns || !all_present((void *const *)p->turns, p->turns_count))
@@ -95,6 +125,9 @@ static int pass_fits(const struct fedtune_decoder *d, const struct fedtune_pass 
     }
     for (int64_t i = 0; i < d->layers; i++)
         if (d->layer[i].turns < 0 || d->layer[i].turns >= p->turns_count)
+            return 0;
+    for (int64_t i = 0; i < p->span_count; i++)
+        if (p->spans[i].ring && !ring_fits(d, p, p->spans + i))
             return 0;
     if (p->logits) {
         if (p->kept_count < 1 || p->kept_count > p->rows || !p->kept || !d->norm || !fedtune_weights_fit(&d->head) || d->head.n_in != d->hidden)
@@ -144,20 +177,38 @@ static void prepare(void *argument, int64_t first, int64_t end) {
         const struct fedtune_span *s = w->p->spans + w->owners[i];
         float *q = w->qkv + i * w->qkv_width, *k = q + d->heads * width, *v = k + d->kv_heads * width;
         const float *turns = w->p->turns[w->layer->turns] + i * width;
+        int64_t at = w->positions[i], slot = at - s->first;
+        if (s->ring) { /* keys are rotated when they are read */
+            int64_t last = s->sinks + window_of(s, w->layer) - 1;
+            turns = w->p->places[w->layer->turns] + (at < last ? at : last) * width;
+            slot = at < s->sinks ? at : s->sinks + (at - s->sinks) % s->ring;
+        }
+        if (s->blocks)
+            slot = (int64_t)s->blocks[at / s->block] * s->block + at % s->block;
         if (w->layer->q_norm) {
             norm_heads(w, q, w->layer->q_norm, d->heads);
             norm_heads(w, k, w->layer->k_norm, d->kv_heads);
         }
         for (int64_t h = 0; h < d->heads; h++)
             w->op->rotate(q + h * width, turns, width / 2, d->query_scale);
-        int64_t at = w->positions[i];
-        int64_t slot = s->blocks ? (int64_t)s->blocks[at / s->block] * s->block + at % s->block : at;
         for (int64_t h = 0; h < d->kv_heads; h++) {
-            w->op->rotate(k + h * width, turns, width / 2, 1);
+            if (!s->ring)
+                w->op->rotate(k + h * width, turns, width / 2, 1);
             write_entries(s->keys[w->index], slot * s->token_stride + h * s->head_stride, k + h * width, width, (int)s->halves);
             write_entries(s->values[w->index], slot * s->token_stride + h * s->head_stride, v + h * width, width, (int)s->halves);
         }
     }
+}
+
+static struct codes codes_of(const struct fedtune_decoder *d, const struct fedtune_span *s, int64_t layer, int64_t head) {
+    void *const *all = s->codes + 6 * layer;
+    int64_t packed = head * s->groups * (s->group * s->bits / 8) * d->head_dim, a_group = head * s->groups * d->head_dim;
+    int64_t a_token = head * s->groups * s->group * ((d->head_dim + s->values_together - 1) / s->values_together);
+    return (struct codes){
+        .keys = (const uint8_t *)all[0] + packed, .key_lows = (const uint16_t *)all[1] + a_group, .key_scales = (const uint16_t *)all[2] + a_group,
+        .values = (const uint8_t *)all[3] + packed, .value_lows = (const uint16_t *)all[4] + a_token,
+        .value_scales = (const uint16_t *)all[5] + a_token, .bits = s->bits, .group = s->group, .values_together = s->values_together,
+    };
 }
 
 /* Items: for each head of keys, pieces of PIECE rows. */
@@ -171,14 +222,20 @@ static void attend(void *argument, int64_t first, int64_t end) {
             int64_t owner = w->owners[row], start = w->starts[owner];
             const struct fedtune_span *s = w->p->spans + owner;
             int64_t last = start + s->rows < stop ? start + s->rows : stop;
+            struct codes codes;
             struct attention a = {
                 .keys = (const char *)s->keys[w->index] + head * s->head_stride * (s->halves ? 2 : 4),
                 .values = (const char *)s->values[w->index] + head * s->head_stride * (s->halves ? 2 : 4),
-                .token_stride = s->token_stride, .blocks = s->blocks, .block = s->block, .halves = (int)s->halves, .shared = (int)shared,
-                .width = d->head_dim, .length = s->length, .window = w->layer->window, .cap = d->attention_cap,
+                .token_stride = s->token_stride, .first = s->first, .blocks = s->blocks, .block = s->block, .sinks = s->sinks, .ring = s->ring,
+                .places = s->ring ? w->p->places[w->layer->turns] : NULL, .residual = s->residual, .halves = (int)s->halves,
+                .shared = (int)shared, .width = d->head_dim, .length = s->length, .window = window_of(s, w->layer), .cap = d->attention_cap,
                 .q = w->qkv + start * w->qkv_width + head * shared * d->head_dim, .q_stride = w->qkv_width,
                 .out = w->attended + (start * d->heads + head * shared) * d->head_dim, .out_stride = d->heads * d->head_dim,
             };
+            if (s->codes) {
+                codes = codes_of(d, s, w->index, head);
+                a.codes = &codes;
+            }
             w->op->attend(&a, row - start, (int)(last - row));
             row = last;
         }

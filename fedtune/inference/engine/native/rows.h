@@ -17,6 +17,11 @@
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #define SMALL static inline __attribute__((always_inline)) CODE
 
@@ -33,6 +38,8 @@ SMALL vec load_some(const float *p, int64_t n) { /* the first n < LANES lanes, t
     memcpy(&v, p, (size_t)n * sizeof *p);
     return v;
 }
+
+SMALL vec load_upto(const float *p, int64_t n) { return n < LANES ? load_some(p, n) : load(p); }
 
 SMALL void store_some(float *p, vec v, int64_t n) { memcpy(p, &v, (size_t)n * sizeof *p); }
 
@@ -138,8 +145,6 @@ SMALL void floats_of_halves(const uint16_t *from, float *to, int64_t n) {
     }
 }
 
-SMALL vec load_upto(const float *p, int64_t n) { return n < LANES ? load_some(p, n) : load(p); }
-
 /* The softmax of one query over tokens first .. count-1 of a tile. `most`, `total` and out [width] hold that over the tiles before. */
 SMALL void attend_tile(const struct attention *a, const float *query, const float *const *keys, const float *const *values,
                        const int64_t width, int first, int count, float *most, float *total, float *out) {
@@ -224,46 +229,136 @@ CODE static void attend_tile_of(const struct attention *a, const float *query, c
         attend_tile(a, query, keys, values, a->width, first, count, most, total, out);
 }
 
-/* Where the keys (or values) of a tile's tokens are, as floats: in the cache itself, or copied to `space` if they are bfloat16. */
-SMALL void find_tokens(const struct attention *a, const void *entries, int64_t from, int count, float *space, const float **found) {
+/* float16 to float32: the exponents' offsets differ by 112, and numbers below 2^-14 come out right, too. There are no infinities. */
+SMALL void floats_of_float16(const uint16_t *from, float *to, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        halves h = {0};
+        memcpy(&h, from + i, sizeof(uint16_t) * (size_t)(n - i < LANES ? n - i : LANES));
+        ints bits = __builtin_convertvector(h, ints);
+        vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
+        size = (vec)((ints)size | (bits & 0x8000) << 16);
+        if (n - i < LANES)
+            store_some(to + i, size, n - i);
+        else
+            store(to + i, size);
+    }
+}
+
+SMALL vec load_codes(const uint8_t *p, int64_t n, int shift, int mask) {
+    bytes b = {0};
+    memcpy(&b, p, (size_t)(n < LANES ? n : LANES));
+    return __builtin_convertvector(__builtin_convertvector(b, ints) >> shift & mask, vec);
+}
+
+/* Tokens token .. token + count - 1 of one group, from codes. */
+SMALL void decode(const struct codes *c, int values, int64_t token, int count, int64_t width, float *to) {
+    const int64_t group = token / c->group, rows = c->group * c->bits / 8, parts = (width + c->values_together - 1) / c->values_together;
+    const int mask = (1 << c->bits) - 1;
+    float lows[MOST_WIDTH], scales[MOST_WIDTH];
+    if (!values) {
+        floats_of_float16(c->key_lows + group * width, lows, width);
+        floats_of_float16(c->key_scales + group * width, scales, width);
+    }
+    for (int t = 0; t < count; t++, to += width) {
+        const int64_t in_group = (token + t) % c->group;
+        const int shift = (int)(in_group / rows * c->bits);
+        const uint8_t *codes = (values ? c->values : c->keys) + (group * rows + in_group % rows) * width;
+        if (values) {
+            floats_of_float16(c->value_lows + (token + t) * parts, lows, parts);
+            floats_of_float16(c->value_scales + (token + t) * parts, scales, parts);
+        }
+        const int64_t step = values ? c->values_together : width;
+        for (int64_t from = 0, part = 0; from < width; from += step, part++) {
+            const int64_t end = from + step < width ? from + step : width;
+            for (int64_t i = from; i < end; i += LANES) {
+                const int64_t n = end - i;
+                vec code = load_codes(codes + i, n, shift, mask);
+                vec scale = values ? (vec){0} + scales[part] : load_upto(scales + i, n), low = values ? (vec){0} + lows[part] : load_upto(lows + i, n);
+                vec x = fused(code, scale, low);
+                if (n < LANES)
+                    store_some(to + i, x, n);
+                else
+                    store(to + i, x);
+            }
+        }
+    }
+}
+
+/* Where the keys (or values) of tokens from .. from + count - 1 are, as floats: in the cache itself, or in `space`, unpacked. Tokens below
+ * `coded` are codes. Keys of a ring are rotated by their place, which is `moved` below their position unless they are sinks. */
+SMALL void find_tokens(const struct attention *a, int values, int64_t from, int count, int64_t coded, int64_t moved, float *space,
+                       const float **found) {
+    const void *entries = values ? a->values : a->keys;
     for (int t = 0; t < count; t++) {
-        int64_t at = from + t;
+        int64_t at = from + t, slot = at - a->first;
+        float *own = space + t * a->width;
+        found[t] = own;
+        if (at < coded) { /* up to the end of the group */
+            const int64_t last = smaller(smaller(coded, from + count), (at / a->codes->group + 1) * a->codes->group);
+            decode(a->codes, values, at, (int)(last - at), a->width, own);
+            for (; from + t < last - 1; t++)
+                found[t + 1] = found[t] + a->width;
+            continue;
+        }
         if (a->blocks)
-            at = (int64_t)a->blocks[at / a->block] * a->block + at % a->block;
-        if (a->halves) {
-            floats_of_halves((const uint16_t *)entries + at * a->token_stride, space + t * a->width, a->width);
-            found[t] = space + t * a->width;
-        } else {
-            found[t] = (const float *)entries + at * a->token_stride;
+            slot = (int64_t)a->blocks[at / a->block] * a->block + at % a->block;
+        else if (a->ring && at >= a->sinks)
+            slot = a->sinks + (at - a->sinks) % a->ring;
+        if (a->halves)
+            floats_of_halves((const uint16_t *)entries + slot * a->token_stride, own, a->width);
+        else if (a->ring && !values)
+            memcpy(own, (const float *)entries + slot * a->token_stride, (size_t)a->width * sizeof(float));
+        else
+            found[t] = (const float *)entries + slot * a->token_stride;
+        if (a->ring && !values) { /* a token that this row does not see may be beyond both ends */
+            const int64_t place = at < a->sinks ? at : smaller(larger(at - moved, 0), a->sinks + a->window - 1);
+            rotate(own, a->places + place * a->width, a->width / 2, 1);
+        }
+    }
+}
+
+/* Rows row .. row + rows - 1 over their tokens low .. end - 1: tile by tile, in which each row takes what it sees. */
+SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_t low, int64_t end, int is_sinks, float *space, float *most,
+                        float *total) {
+    const float *keys[TOKENS], *values[TOKENS];
+    const int copies = a->halves || a->codes || a->ring, shared = a->shared;
+    for (int64_t tile = low / TOKENS * TOKENS; tile < end; tile += TOKENS) { /* tiles begin at fixed positions */
+        const int64_t start = larger(tile, low);
+        const int count = (int)(smaller(tile + TOKENS, end) - start);
+        int64_t coded = -1, moved = -1; /* those of the tokens found last */
+        for (int r = 0; r < rows; r++) {
+            const int64_t at = a->length + row + r, oldest = is_sinks || !a->window ? 0 : larger(at - a->window + 1, a->ring ? a->sinks : 0);
+            const int from = (int)smaller(larger(oldest - start, 0), count), to = (int)smaller(at + 1 - start, count);
+            if (from >= to)
+                continue;
+            const int64_t edge = a->codes ? smaller(larger(at + 1 - a->residual, 0) / a->codes->group * a->codes->group, end) : 0;
+            const int64_t shift = a->ring ? larger(at - (a->sinks + a->window - 1), 0) : 0;
+            const int64_t now = smaller(larger(edge, start), start + count);
+            if (now != coded || shift != moved) {
+                find_tokens(a, 0, start, count, now, shift, space, keys);
+                find_tokens(a, 1, start, count, now, shift, space + (copies ? TOKENS * a->width : 0), values);
+                coded = now, moved = shift;
+            }
+            for (int h = 0; h < shared; h++)
+                attend_tile_of(a, a->q + (row + r) * a->q_stride + h * a->width, keys, values, from, to, most + r * shared + h,
+                               total + r * shared + h, a->out + (row + r) * a->out_stride + h * a->width);
         }
     }
 }
 
 CODE static void attend(const struct attention *a, int64_t row, int rows) {
     float most[ROWS_AT_ONCE * MOST_SHARED], total[ROWS_AT_ONCE * MOST_SHARED];
-    float space[a->halves ? 2 * TOKENS * a->width : 1];
-    const float *keys[TOKENS], *values[TOKENS];
+    float space[a->halves || a->codes || a->ring ? 2 * TOKENS * a->width : 1];
     const int shared = a->shared;
-    int64_t end = a->length + row + rows, low = a->window && a->length + row >= a->window ? a->length + row - a->window + 1 : 0;
+    const int64_t end = a->length + row + rows, oldest = a->window ? larger(a->length + row - a->window + 1, 0) : 0;
     for (int r = 0; r < rows; r++) {
         memset(a->out + (row + r) * a->out_stride, 0, (size_t)(shared * a->width) * sizeof(float));
         for (int h = 0; h < shared; h++)
             most[r * shared + h] = -INFINITY, total[r * shared + h] = 0;
     }
-    for (int64_t tile = low / TOKENS * TOKENS; tile < end; tile += TOKENS) { /* tiles begin at fixed positions */
-        int count = end - tile < TOKENS ? (int)(end - tile) : TOKENS;
-        find_tokens(a, a->keys, tile, count, space, keys);
-        find_tokens(a, a->values, tile, count, space + (a->halves ? TOKENS * a->width : 0), values);
-        for (int r = 0; r < rows; r++) {
-            int64_t at = a->length + row + r, oldest = a->window && at >= a->window ? at - a->window + 1 : 0;
-            int from = oldest > tile ? (int)(oldest - tile < count ? oldest - tile : count) : 0;
-            int to = at + 1 - tile < count ? (int)(at + 1 - tile) : count;
-            if (from < to)
-                for (int h = 0; h < shared; h++)
-                    attend_tile_of(a, a->q + (row + r) * a->q_stride + h * a->width, keys, values, from, to, most + r * shared + h,
-                                   total + r * shared + h, a->out + (row + r) * a->out_stride + h * a->width);
-        }
-    }
+    if (a->ring && a->sinks)
+        attend_range(a, row, rows, 0, smaller(a->sinks, end), 1, space, most, total);
+    attend_range(a, row, rows, a->ring ? larger(oldest, a->sinks) : oldest, end, 0, space, most, total);
     for (int r = 0; r < rows; r++)
         for (int h = 0; h < shared; h++) {
             float *out = a->out + (row + r) * a->out_stride + h * a->width, share = 1.0f / total[r * shared + h];

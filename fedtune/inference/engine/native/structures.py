@@ -51,6 +51,8 @@ class SpanStructure(ctypes.Structure):
         ("keys", _POINTER), ("values", _POINTER),
         ("entries", _INT), ("token_stride", _INT), ("head_stride", _INT), ("halves", _INT),
         ("blocks", _POINTER), ("block_count", _INT), ("block", _INT),
+        ("first", _INT), ("window", _INT), ("sinks", _INT), ("ring", _INT),
+        ("codes", _POINTER), ("bits", _INT), ("group", _INT), ("values_together", _INT), ("residual", _INT), ("groups", _INT),
     ]  # fmt: skip
 
 
@@ -62,6 +64,7 @@ class PassStructure(ctypes.Structure):
         ("hidden", _POINTER),
         ("span_count", _INT), ("spans", ctypes.POINTER(SpanStructure)),
         ("turns_count", _INT), ("turns", ctypes.POINTER(_POINTER)),
+        ("place_count", _INT), ("places", ctypes.POINTER(_POINTER)),
         ("kept_count", _INT), ("kept", ctypes.POINTER(_INT)),
         ("logits", _POINTER),
     ]  # fmt: skip

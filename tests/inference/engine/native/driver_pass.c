@@ -29,7 +29,20 @@ static struct fedtune_weights linear(int64_t kind, int64_t n_in, int64_t n_out) 
     return w;
 }
 
-static int pass(int set, int kind, int width, int halves, int block, int window, int threads) {
+/* Codes of `groups` groups for every layer. */
+static void code(struct fedtune_span *s, void **codes, int width, int bits, int group) {
+    s->bits = bits, s->group = group, s->values_together = width < 5 ? width : 5, s->residual = 1 + rand() % 9;
+    int64_t seen = s->length + s->rows - s->residual, least = s->length + 1 - s->residual;
+    s->groups = seen > 0 ? seen / group : 0, s->first = least > 0 ? least / group * group : 0, s->codes = codes;
+    int64_t parts = (width + s->values_together - 1) / s->values_together;
+    for (int i = 0; i < LAYERS; i++)
+        for (int k = 0; k < 2; k++, codes += 3) {
+            int64_t grids = KV * s->groups * (k ? group * parts : width) * 2;
+            codes[0] = filled(KV * s->groups * (group * bits / 8) * width), codes[1] = filled(grids), codes[2] = filled(grids);
+        }
+}
+
+static int pass(int set, int kind, int width, int halves, int block, int window, int form, int threads) {
     struct fedtune_layer layers[LAYERS];
     memset(layers, 0, sizeof layers);
     int64_t queries = KV * SHARED * width, keys = KV * width;
@@ -45,12 +58,20 @@ static int pass(int set, int kind, int width, int halves, int block, int window,
     struct fedtune_span spans[SPANS];
     void *pointers[SPANS][2][LAYERS];
     int32_t tables[SPANS][128];
+    void *codes[SPANS][6 * LAYERS];
     int64_t rows = 0;
     memset(spans, 0, sizeof spans);
     for (int i = 0; i < SPANS; i++) {
         struct fedtune_span *s = spans + i;
         s->rows = 1 + 10 * i, s->length = 31 * i, s->halves = halves;
-        int64_t tokens = s->rows + s->length, slots = block ? (tokens + block - 1) / block * block : tokens;
+        if (form == 1)
+            s->sinks = i, s->window = 20, s->ring = s->window - 1 + s->rows;
+        if (form > 1)
+            code(s, codes[i], width, form, 8);
+        int64_t tokens = s->rows + s->length - s->first;
+        if (form == 1 && s->sinks + s->ring < tokens)
+            tokens = s->sinks + s->ring;
+        int64_t slots = block ? (tokens + block - 1) / block * block : tokens;
         s->token_stride = block ? KV * width : width, s->head_stride = block ? width : slots * width, s->entries = KV * slots * width;
         for (int64_t k = 0; block && k < slots / block; k++)
             tables[i][k] = (int32_t)(slots / block - 1 - k);
@@ -60,9 +81,9 @@ static int pass(int set, int kind, int width, int halves, int block, int window,
         s->keys = pointers[i][0], s->values = pointers[i][1];
         rows += s->rows;
     }
-    const float *turns[] = {filled(rows * width * 4)};
+    const float *turns[] = {filled(rows * width * 4)}, *places[] = {filled((SPANS + 20) * width * 4)};
     int64_t kept[] = {0, rows - 1};
-    struct fedtune_pass p = {rows, 0, LAYERS, filled(rows * HIDDEN * 4), SPANS, spans, 1, turns, 2, kept, filled(2 * VOCABULARY * 4)};
+    struct fedtune_pass p = {rows, 0, LAYERS, filled(rows * HIDDEN * 4), SPANS, spans, 1, turns, SPANS + 20, places, 2, kept, filled(2 * VOCABULARY * 4)};
     int failed = fedtune_run(&d, &p, set, threads);
     spans[SPANS - 1].entries--;
     int refused = fedtune_run(&d, &p, set, threads);
@@ -77,9 +98,12 @@ int main(void) {
     for (int set = 0; set < SETS; set++)
         for (int kind = 0; kind < KINDS && fedtune_supports(set); kind++)
             for (int w = 0; w < 7; w++)
-                for (int other = 0; other < 6; other++, ran++)
-                    if (pass(set, kind, widths[w], other & 1, blocks[other % 3], windows[(other + w) % 3], 1 + ran % 3))
+                for (int other = 0; other < 6; other++, ran++) {
+                    static const int forms[] = {1, 2, 4, 8};
+                    if (pass(set, kind, widths[w], other & 1, blocks[other % 3], windows[(other + w) % 3], 0, 1 + ran % 3) ||
+                        pass(set, kind, widths[w], other & 1, 0, other % 3 ? 0 : 40, forms[(other + w + kind) % 4], 1 + ran % 3))
                         return 1;
+                }
     printf("%d\n", ran);
     return 0;
 }

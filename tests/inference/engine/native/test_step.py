@@ -12,7 +12,9 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.inference.engine.caches.base import Cache, CacheError, Span
 from fedtune.inference.engine.caches.full import FullCache
+from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.paged import OutOfBlocks, PagedPool
+from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.decoder import Decoder, describe_passes
 from fedtune.inference.engine.layer import make_layer
 from fedtune.inference.engine.layout import linears
@@ -42,7 +44,14 @@ CACHES: dict[str, Make] = {
     "full bf16": lambda shape: lambda: FullCache(shape, 100, torch.bfloat16),
     "paged": paged(),
     "paged bf16": paged(torch.bfloat16),
+    "window": lambda shape: lambda: WindowCache(shape, 200, 37, 5, undo=20),
+    "window bf16": lambda shape: lambda: WindowCache(shape, 200, 40, 33, undo=20, dtype=torch.bfloat16),
+    "window alone": lambda shape: lambda: WindowCache(shape, 200, 9, 0, undo=20),
+    "8 bits": lambda shape: lambda: KiviCache(shape, 200, 8, residual=30, undo=20),
+    "4 bits": lambda shape: lambda: KiviCache(shape, 200, 4, residual=21, undo=20, group=6),
+    "2 bits bf16": lambda shape: lambda: KiviCache(shape, 200, 2, residual=40, undo=20, dtype=torch.bfloat16),
 }
+EXACT = ("full", "full bf16", "paged", "paged bf16")  # every row's arithmetic is the same however a text is split
 
 
 def native_engine(name: str, folder: Path, kind: str = "bf16", instructions: str = "") -> Engine:
@@ -124,12 +133,14 @@ def test_entries_of_16_bits_are_rounded_to_the_nearest(tmp_path: Path) -> None:
         assert torch.equal(exact.bfloat16(), short)
 
 
-def decoder_of(hidden: int, heads: int, kv_heads: int, width: int, inner: int, window: int | None = None, gain: float = 1.0) -> Decoder:
-    """A random int8 decoder of two layers with any sizes; `gain` multiplies the weights of qkv, gate and up."""
+def decoder_of(
+    hidden: int, heads: int, kv_heads: int, width: int, inner: int, window: int | None = None, gain: float = 1.0, count: int = 2
+) -> Decoder:
+    """A random int8 decoder of `count` layers with any sizes; `gain` multiplies the weights of qkv, gate and up."""
     shape = Shape(
-        family="llama", hidden=hidden, layers=2, heads=heads, kv_heads=kv_heads, head_dim=width, intermediate=inner, vocab=37, eps=1e-6,
-        context=4096, tied=False, qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, windows=(window, None), rope=RopeShape(),
-        bos=None, eos=(),
+        family="llama", hidden=hidden, layers=count, heads=heads, kv_heads=kv_heads, head_dim=width, intermediate=inner, vocab=37, eps=1e-6,
+        context=4096, tied=False, qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, windows=(window, None)[:count],
+        rope=RopeShape(), bos=None, eos=(),
     )  # fmt: skip
     draws = torch.Generator().manual_seed(0)
 
@@ -143,7 +154,7 @@ def decoder_of(hidden: int, heads: int, kv_heads: int, width: int, inner: int, w
             {name: linear(sum(part.rows for part in fused.parts), fused.columns) for name, fused in linears(shape).items()},
             lambda name: 1 + 0.1 * torch.randn(hidden, generator=draws),
         )
-        for _ in range(2)
+        for _ in range(count)
     ]
     embed = torch.randn(37, hidden, generator=draws)
     return Decoder(shape, embed, layers, torch.ones(hidden), linear(37, hidden))
@@ -168,7 +179,7 @@ def test_awkward_sizes_over_several_tiles(hidden: int, heads: int, kv_heads: int
 
 
 @pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", EXACT)
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_how_a_text_is_split_or_on_other_sequences(cache: str, instructions: str) -> None:
     of(instructions)
@@ -205,6 +216,42 @@ def test_an_early_exit_continues_where_it_ended(tmp_path: Path) -> None:
     assert torch.equal(decoder.logits(hidden), decoder.forward(a, [Span(FullCache(decoder.shape, 20), 12, keep=None)], layers=2))
     cache.crop(0)
     assert torch.equal(decoder.logits(decoder.run(hidden, [Span(cache, 12)], first=2)), whole)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("window", [None, 39])
+@pytest.mark.parametrize("cache", [name for name in CACHES if name not in EXACT])
+@torch.inference_mode()
+def test_windows_and_codes_are_read_as_torch_reads_them(cache: str, window: int | None, instructions: str) -> None:
+    of(instructions)
+    with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
+        decoder = decoder_of(48, 6, 2, 40, 80, window, count=1)  # one layer, so that a difference of rounding does not grow
+    ids = torch.randint(37, (150,), generator=torch.Generator().manual_seed(3))
+    found = []
+    for native in (True, False):
+        with patch.object(decoder, "native_step", decoder.native_step if native else lambda: None):
+            one, parts, at = CACHES[cache](decoder.shape)(), list[Tensor](), 0
+            for n in (7, 1, 20, 1, 1, 13, 1, 30, *(1,) * 40, 9, 2, 5, 1, 17):
+                parts.append(decoder.run(decoder.embed(ids[at : at + n]), [Span(one, n)]))
+                at += n
+                if n in (9, 13):
+                    one.crop(at := at - 8)
+            found.append(torch.cat(parts))
+    assert_alike(*found)
+    assert (found[0] - found[1]).abs().median() < 1e-5 * found[1].abs().max()
+
+
+def test_passes_that_need_buffers_of_their_own_run_by_torch(tmp_path: Path) -> None:
+    decoder = native_engine("llama", tmp_path).decoder
+    step, native = decoder.native_step(), {"window": (20, 42), "8 bits": (1, 20, 21), "4 bits": (21,)}
+    assert step is not None
+    for name, counts in native.items():
+        make = CACHES[name](decoder.shape)
+        assert all(step.places([Span(make(), n)]) for n in counts)
+    for name, n in (("window", 63), ("8 bits", 22), ("4 bits", 22)):
+        assert step.places([Span(CACHES[name](decoder.shape)(), n)]) is None
+    mixed = [Span(CACHES[name](decoder.shape)(), 1) for name in ("full", "window")]
+    assert step.places(mixed) is None and step.places([Span(mixed[0].cache, 1, adapter="a")]) is None
 
 
 @torch.inference_mode()
