@@ -1,6 +1,7 @@
 /* The kernels with AVX2 and FMA: 8 rows of a block at a time. Every function has its own target, so that nothing here runs elsewhere. */
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <stdint.h>
 #include <string.h>
 
 #define AVX2_CODE __attribute__((target("avx2,fma")))
@@ -13,6 +14,10 @@ INLINE float sum_of_lanes(__m256 v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+
+INLINE __m256i ints_of_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+
+INLINE __m256i ints_of_halves(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)); }
 
 INLINE float most_of_lanes(__m256 v) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

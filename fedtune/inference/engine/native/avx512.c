@@ -1,6 +1,7 @@
 /* The kernels with AVX-512 and its integer dot product (VNNI), and with its bfloat16 dot product: all 16 rows of a block at a time. */
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <stdint.h>
 #include <string.h>
 
 #define VNNI_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
@@ -8,6 +9,14 @@
 static inline __attribute__((always_inline)) VNNI_CODE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 
 static inline __attribute__((always_inline)) VNNI_CODE float sum_of_lanes(__m512 v) { return _mm512_reduce_add_ps(v); }
+
+static inline __attribute__((always_inline)) VNNI_CODE __m512i ints_of_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+}
+
+static inline __attribute__((always_inline)) VNNI_CODE __m512i ints_of_halves(const uint16_t *p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+}
 
 static inline __attribute__((always_inline)) VNNI_CODE float most_of_lanes(__m512 v) { return _mm512_reduce_max_ps(v); }
 

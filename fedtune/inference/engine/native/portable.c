@@ -1,4 +1,5 @@
 /* The kernels in plain C, for any CPU; the reference of the others. */
+#include <stdint.h>
 #include <string.h>
 
 #define CODE
@@ -8,6 +9,12 @@ typedef float four __attribute__((vector_size(16)));
 static inline four fused(four a, four b, four c) { return a * b + c; }
 
 static inline float sum_of_lanes(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+typedef int32_t four_ints __attribute__((vector_size(16)));
+
+static inline four_ints ints_of_bytes(const uint8_t *p) { return (four_ints){p[0], p[1], p[2], p[3]}; }
+
+static inline four_ints ints_of_halves(const uint16_t *p) { return (four_ints){p[0], p[1], p[2], p[3]}; }
 
 static inline float most_of_lanes(four v) {
     float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];

@@ -4,6 +4,7 @@
  *   LANES   floats of a vector
  *   fused(a, b, c)   a * b + c of vectors, rounded once if the CPU can
  *   sum_of_lanes(v)  the sum of a vector's floats, in a fixed order
+ *   ints_of_bytes(p), ints_of_halves(p)  LANES numbers of 8 or 16 bits, without a sign, as a vector of 32-bit integers
  *   most_of_lanes(v)  the largest of a vector's floats
  *   sums_of_lanes(v)  the sums of LANES vectors, each in a fixed order
  *
@@ -16,8 +17,6 @@
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
-typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -134,11 +133,8 @@ CODE static void rotate(float *x, const float *turns, int64_t pairs, float facto
 
 SMALL void floats_of_halves(const uint16_t *from, float *to, int64_t n) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        halves h;
-        memcpy(&h, from + i, sizeof h);
-        store(to + i, (vec)(__builtin_convertvector(h, ints) << 16));
-    }
+    for (; i + LANES <= n; i += LANES)
+        store(to + i, (vec)((ints)ints_of_halves(from + i) << 16));
     for (; i < n; i++) {
         uint32_t bits = (uint32_t)from[i] << 16;
         memcpy(to + i, &bits, sizeof bits);
@@ -232,9 +228,10 @@ CODE static void attend_tile_of(const struct attention *a, const float *query, c
 /* float16 to float32: the exponents' offsets differ by 112, and numbers below 2^-14 come out right, too. There are no infinities. */
 SMALL void floats_of_float16(const uint16_t *from, float *to, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
-        halves h = {0};
-        memcpy(&h, from + i, sizeof(uint16_t) * (size_t)(n - i < LANES ? n - i : LANES));
-        ints bits = __builtin_convertvector(h, ints);
+        uint16_t last[LANES] = {0};
+        if (n - i < LANES)
+            memcpy(last, from + i, sizeof(uint16_t) * (size_t)(n - i));
+        ints bits = (ints)ints_of_halves(n - i < LANES ? last : from + i);
         vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
         size = (vec)((ints)size | (bits & 0x8000) << 16);
         if (n - i < LANES)
@@ -245,9 +242,10 @@ SMALL void floats_of_float16(const uint16_t *from, float *to, int64_t n) {
 }
 
 SMALL vec load_codes(const uint8_t *p, int64_t n, int shift, int mask) {
-    bytes b = {0};
-    memcpy(&b, p, (size_t)(n < LANES ? n : LANES));
-    return __builtin_convertvector(__builtin_convertvector(b, ints) >> shift & mask, vec);
+    uint8_t last[LANES] = {0};
+    if (n < LANES)
+        memcpy(last, p, (size_t)n);
+    return __builtin_convertvector((ints)ints_of_bytes(n < LANES ? last : p) >> shift & mask, vec);
 }
 
 /* Tokens token .. token + count - 1 of one group, from codes. */
