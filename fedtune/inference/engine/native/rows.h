@@ -325,7 +325,7 @@ SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_
         const int count = (int)(smaller(tile + TOKENS, end) - start);
         int64_t coded = -1, moved = -1; /* those of the tokens found last */
         for (int r = 0; r < rows; r++) {
-            const int64_t at = a->length + row + r, oldest = is_sinks || !a->window ? 0 : larger(at - a->window + 1, a->ring ? a->sinks : 0);
+            const int64_t at = a->length + row + r, oldest = is_sinks || !a->window ? 0 : at - a->window + 1;
             const int from = (int)smaller(larger(oldest - start, 0), count), to = (int)smaller(at + 1 - start, count);
             if (from >= to)
                 continue;

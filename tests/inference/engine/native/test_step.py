@@ -237,8 +237,8 @@ def test_windows_and_codes_are_read_as_torch_reads_them(cache: str, window: int 
                 if n in (9, 13):
                     one.crop(at := at - 8)
             found.append(torch.cat(parts))
-    assert_alike(*found)
-    assert (found[0] - found[1]).abs().median() < 1e-5 * found[1].abs().max()
+    off = (found[0] - found[1]).abs() / found[1].abs().max()
+    assert off.quantile(0.97) < 1e-6 and off.max() < 0.01, (off.quantile(0.97), off.max())
 
 
 def test_passes_that_need_buffers_of_their_own_run_by_torch(tmp_path: Path) -> None:
