@@ -2,10 +2,14 @@
 
 A run has four phases. The state determines the phase, not the round number: a failed round is repeated.
 
+    warm-up   20 rounds   FedAvg of the prompts of all L layers
     layers    1 round     clients score the backbone's layers on a batch of their rows: s = Σ p_k s_k; nothing is trained
-    warm-up   10 rounds   FedAvg of the prompts of all L layers
     hessian   1 round     clients estimate the share ρ_k of important layers from the curvature after warm-up: ρ = mean ρ_k
-    partial   the others  S = the ⌈ρL⌉ first layers by score; clients train all layers, but exchange only S (and a head)
+    partial   the others  S = the ⌈ρL⌉ layers with the lowest score; clients train all layers, but exchange only S (and a head)
+
+The config sets the warm-up to two thirds of the rounds. The global model is what clients train jointly. Layers outside S stop at the end of
+the warm-up, so the warm-up must cover the rounds with high learning rates. For the same reason the layers are scored after it: the two
+rounds without training come when the rate is low. The scores do not depend on the prompts, so their time does not matter otherwise.
 
 Partial round t, over the tensors of S and the head (w_i: client i's, τ_i its steps, η its learning rate, p_i its weight, m clients of N):
 
@@ -24,12 +28,13 @@ their steps, and the sum grows with every turn. `scaled`, our fix, keeps v in gr
 the cohort's mean step, which falls with the clients' rate.
 
 In the layers outside S, each client continues with its own prompts. In a client's first partial turn the server sends all layers, so that
-these prompts start from the warm-up; later it sends only S. The global model keeps the warm-up's prompts outside S, so evaluate the method
-by the clients' own scores.
+these prompts start from the warm-up; later it sends only S. The global model keeps the warm-up's prompts outside S. A client's own model is
+S with its own prompts.
 
 Source: Che et al. 2023, Federated Learning of Large Language Models with Parameter-Efficient Prompt Tuning and Adaptive Optimization, EMNLP
 2023, arXiv:2310.15080; its public code, https://github.com/llm-eff/FedPepTAO, ranks the most redundant layers first, has no warm-up before
-the partial rounds, decays η_s before its first use, and scores each client with its own layers.
+the partial rounds, decays η_s before its first use, and scores each client with its own layers. The score is that of Mellor et al. 2021,
+arXiv:2006.04647, without its minus sign: there, diversity ranks first. Our default does the same, because the global model is then better.
 Paper and code do not specify three points. Our choices: τ_i η is the sum of the learning rates that the client used; N counts the clients
 that have answered so far, in any phase; c and v are 0 at the start of the partial phase.
 """
@@ -68,8 +73,8 @@ class FedPepTAO(Strategy):
 
     Args:
         ratio: ρ, the share of the layers to exchange, in (0, 1]; None lets the clients estimate it. 1 needs no scores.
-        order: Which layers come first: the most `redundant` ones (high score), or the most `diverse` ones.
-        warmup_rounds: Rounds that train and exchange all layers.
+        order: Which layers come first: the most `diverse` ones (low score), or the most `redundant` ones, as in the public code.
+        warmup_rounds: Rounds that train and exchange all layers; the config computes them from the length of the run.
         score_rows: Rows of the batch for scores and estimates; a client with fewer rows uses all of them.
         personal: Whether each client trains its own prompts in the layers outside S; otherwise these keep the warm-up's values.
         server_lr: κ, a share of the cohort's mean step; with `paper` and `code` the initial η_s, in the units of a client's rate. 0 gives
@@ -80,8 +85,8 @@ class FedPepTAO(Strategy):
     """
 
     ratio: float | None = None
-    order: str = "redundant"
-    warmup_rounds: int = 10
+    order: str = "diverse"
+    warmup_rounds: int = 20
     score_rows: int = 16
     personal: bool = True
     server_lr: float = 0.1
@@ -108,22 +113,22 @@ class FedPepTAO(Strategy):
             whole_updates(config, "fedpeptao", ", or strategy.server_lr=0, which gives the plain mean")
         refuse(
             0 < rounds <= before,
-            f"fedpeptao selects layers after {before} rounds of scoring and warm-up, but rounds={rounds}:"
+            f"fedpeptao selects layers after {before} rounds of warm-up and scoring, but rounds={rounds}:"
             " raise rounds, or lower strategy.warmup_rounds",
         )
 
     @property
     def rounds_before_partial(self) -> int:
-        """Rounds of scoring and warm-up, if none of them fails."""
+        """Rounds of warm-up and scoring, if none of them fails."""
         return self.warmup_rounds + (self.ratio != 1) + (self.ratio is None)
 
     def phase(self, state: ServerState) -> str:
-        """The phase of the next round: layers, warmup, hessian or partial."""
+        """The phase of the next round: warmup, layers, hessian or partial. A state that has scores before its warm-up ends is valid too."""
         memory = state.memory
-        if self.ratio != 1 and "layers" not in memory:
-            return "layers"
         if _number(memory, "warmups") < self.warmup_rounds:
             return "warmup"
+        if self.ratio != 1 and "layers" not in memory:
+            return "layers"
         return "hessian" if self.ratio is None and "ratio" not in memory else "partial"
 
     def local(self, state: ServerState) -> list[str]:

@@ -318,3 +318,4 @@ def _package_folder(path: str) -> str:
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("package", _package_folder, replace=True)
 OmegaConf.register_new_resolver("product", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("share", lambda whole, share: int(whole * share), replace=True)

@@ -61,12 +61,31 @@ def run(strategy: Strategy, cohorts: Sequence[dict[str, int]], start: AdapterSta
 def test_phases_follow_each_other_in_one_run() -> None:
     strategy = FedPepTAO(warmup_rounds=2)
     states = run(strategy, [{"a": 1, "b": 3}] * 6)
-    assert [strategy.phase(s) for s in states] == ["layers", "warmup", "warmup", "hessian", "partial", "partial", "partial"]
+    assert [strategy.phase(s) for s in states] == ["warmup", "warmup", "layers", "hessian", "partial", "partial", "partial"]
     assert strategy.rounds_before_partial == 4
     assert FedPepTAO(ratio=0.5, warmup_rounds=0).rounds_before_partial == 1
     assert FedPepTAO(ratio=1.0, warmup_rounds=0).rounds_before_partial == 0
     (note,) = [n for r in range(6) for n in strategy.notes(r + 1, states[r], states[r + 1])]
     assert note.startswith(f"from now on {11 - len(strategy.local(states[4]))} of 11 layers are exchanged (estimated share 0.")
+
+
+def test_the_warm_up_is_fedavg_from_the_first_round() -> None:
+    cohorts = [{"a": 1, "b": 7}, {"b": 7, "c": 40}, {"a": 1, "c": 40}, {"c": 40}]
+    ours, plain = run(FedPepTAO(warmup_rounds=3), cohorts), run(FedAvg(), cohorts)
+    for a, b in zip(ours[:4], plain[:4], strict=True):
+        assert all(torch.equal(a.adapter[n], b.adapter[n]) for n in a.adapter.tensors)
+    assert "layers" in ours[4].memory and all(torch.equal(ours[4].adapter[n], ours[3].adapter[n]) for n in ours[3].adapter.tensors)
+
+
+def test_a_run_of_an_earlier_version_continues_after_its_scores() -> None:
+    """It scored the layers in round 1, and its state may be of any phase."""
+    strategy, layers = FedPepTAO(warmup_rounds=2), torch.arange(11, dtype=torch.float64)
+    state = ServerState(adapter=adapter(), memory={"layers": layers, "warmups": torch.tensor(1)})
+    phases = []
+    for round in range(3, 6):
+        phases.append(strategy.phase(state))
+        state, _ = one_round(strategy, round, state, {"a": 1, "b": 3})
+    assert phases == ["warmup", "hessian", "partial"] and torch.equal(state.memory["layers"], layers)
 
 
 def test_score_turns_declare_their_reply_and_change_no_weight() -> None:
@@ -308,7 +327,7 @@ def test_the_check_by_hand_catches_a_wrong_formula(
 def test_c_moves_by_the_share_of_the_clients_that_have_answered() -> None:
     strategy = FedPepTAO(ratio=0.5, warmup_rounds=0, variant="paper")
     start = ServerState(adapter=AdapterState({"l.prompt": torch.zeros(1), "m.prompt": torch.zeros(1)}, SPEC))
-    state = strategy.aggregate(1, start, iter([seen(c, 1, layers=[2.0, 1.0]) for c in "abcd"]))
+    state = strategy.aggregate(1, start, iter([seen(c, 1, layers=[1.0, 2.0]) for c in "abcd"]))  # the lowest score first
     state = strategy.aggregate(2, state, iter([scalar("a", 1, 1.0, 1, 0.5)]))
     # N = 4 have answered, 1 of them now: c = 1/4 · (0 − 1)/.5
     assert state.memory["drift/l.prompt"].item() == pytest.approx(-0.5) and state.memory["c/a/l.prompt"].item() == pytest.approx(-2.0)

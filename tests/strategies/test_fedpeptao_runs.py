@@ -17,10 +17,12 @@ from fedtune.clients.host import ClientHost
 from fedtune.clients.store import Storage
 from fedtune.clients.workspace import workspace
 from fedtune.config import ClientConfig, Config, EvalConfig, PeftConfig, TaskConfig, TrafficConfig, to_dict
+from fedtune.config.compose import compose
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment, ServerState
 from fedtune.errors import ConfigError
+from fedtune.rounds.find_strategy import make_strategy
 from fedtune.runs.directory import RunDirectory
 from fedtune.strategies.fedpeptao import FedPepTAO
 from tests.fakes import RecordingObserver, fake_bridge
@@ -71,7 +73,7 @@ def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int
     ("settings", "rounds", "method", "sentence"),
     [
         ({}, 30, "lora", "fedpeptao exchanges one prompt a layer, peft.method=lora has none: set peft=ptuning_v2"),
-        ({}, 12, "ptuning_v2", "selects layers after 12 rounds of scoring and warm-up, but rounds=12: raise rounds"),
+        ({}, 22, "ptuning_v2", "selects layers after 22 rounds of warm-up and scoring, but rounds=22: raise rounds"),
         ({"ratio": 0.0}, 30, "ptuning_v2", "strategy.ratio=0.0 is out of range: it must be greater than 0"),
         ({"order": "code"}, 30, "ptuning_v2", "strategy.order=code is not known"),
         ({"variant": "x"}, 30, "ptuning_v2", "strategy.variant=x is not known"),
@@ -88,15 +90,22 @@ def test_invalid_settings_are_one_sentence(settings: dict[str, Any], rounds: int
 
 @pytest.mark.parametrize("traffic", [TrafficConfig(up="int8"), TrafficConfig(topk=0.01)])
 def test_compressed_updates_are_refused_for_the_drift(traffic: TrafficConfig) -> None:
-    config = Config(rounds=13, peft=PeftConfig(method="ptuning_v2"), traffic=traffic)
+    config = Config(rounds=23, peft=PeftConfig(method="ptuning_v2"), traffic=traffic)
     with pytest.raises(ConfigError, match="set traffic.up=fp32 traffic.topk=null, or strategy.server_lr=0"):
         FedPepTAO().check(config)
     FedPepTAO(server_lr=0.0).check(config)  # as the sentence says: no drift is read
 
 
 def test_valid_settings_pass() -> None:
-    FedPepTAO().check(Config(rounds=13, peft=PeftConfig(method="ptuning_v2")))
+    FedPepTAO().check(Config(rounds=23, peft=PeftConfig(method="ptuning_v2")))
     FedPepTAO(ratio=1.0, warmup_rounds=0).check(Config(rounds=1, peft=PeftConfig(method="ptuning_v2")))
+
+
+@pytest.mark.parametrize(("rounds", "warmup"), [(30, 20), (20, 13), (8, 5)])
+def test_two_thirds_of_a_run_train_all_layers(rounds: int, warmup: int) -> None:
+    config = compose(["strategy=fedpeptao", "peft=ptuning_v2", f"rounds={rounds}"])[0].config
+    assert config.strategy["warmup_rounds"] == warmup  # ⌊.67 · 30⌋, ⌊.67 · 20⌋, ⌊.67 · 8⌋
+    make_strategy(config)  # which refuses a run that ends before the partial rounds
 
 
 # -- the whole way: bridge, messages, ClientApp, a model ----------------------------------------------------------------------------------
@@ -156,10 +165,9 @@ def test_one_command_runs_all_phases(config: Config, tmp_path: Path, personal: b
     (local,) = strategy.local(state)
     (shared,) = (n for n in prompts if n != local)
     assert [r["dropped"] for r in observer.records[1:]] == [{}] * 7 and [r["counted"] for r in observer.records[1:]] == [3] * 7
-    assert [set(map(tuple, CAME[r].values())) for r in range(1, 8)] == [{("layers",)}] + [{(*prompts, *heads)}] * 2 + [
-        {(shared, *heads)}
-    ] * 4
-    assert all("train_loss" in r for r in observer.records[2:]) and "train_loss" not in observer.records[1]
+    replies = [{(*prompts, *heads)}] * 2 + [{("layers",)}] + [{(shared, *heads)}] * 4
+    assert [set(map(tuple, CAME[r].values())) for r in range(1, 8)] == replies
+    assert ["train_loss" in r for r in observer.records[1:]] == [True] * 2 + [False] + [True] * 4
     assert observer.notes == [f"from now on 1 of 2 layers are exchanged: {prompts.index(shared)}"]
     met: set[str] = set()
     for round in range(4, 8):  # all layers in a client's first partial turn, and never again
