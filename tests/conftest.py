@@ -6,26 +6,24 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
-import torch
-
-from fedtune.rounds import membership
 
 gc.disable()  # imported modules and collected tests stay to the end: scanning them again and again is a tenth of the suite's time
-_public = functools.cache(httpx.create_ssl_context)
-
-
-def _context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> Any:
-    """The context with the public certificates is made once: most requests of a test ask a server without TLS, and each would read them."""
-    own = verify is not True or cert is not None or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys()
-    return httpx.create_ssl_context(verify, cert, trust_env) if own else _public(True, None, trust_env)
-
-
-_transports: Any = httpx._transports.default
-_transports.create_ssl_context = _context
 os.fsync = lambda _: None  # no test cuts the power, and thousands of flushes would wait for the disk; processes that tests start do flush
-membership.POLL_S = 0.005  # simulated nodes answer at once; each run would wait ten times as long for its clients
+
+
+def reuse_public_certificates() -> None:
+    """Make the context with the public certificates once: most requests of a test ask a server without TLS, and each would read them."""
+    import httpx
+
+    public = functools.cache(httpx.create_ssl_context)
+
+    def context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> Any:
+        own = verify is not True or cert is not None or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys()
+        return httpx.create_ssl_context(verify, cert, trust_env) if own else public(True, None, trust_env)
+
+    transports: Any = httpx._transports.default
+    transports.create_ssl_context = context
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,13 +44,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     case.add_marker(pytest.mark.slow)
 
 
+@functools.cache
+def prepare() -> None:
+    from fedtune.rounds import membership
+
+    reuse_public_certificates()
+    membership.POLL_S = 0.005  # simulated nodes answer at once; each run would wait ten times as long for its clients
+
+
+def pytest_collectstart() -> None:
+    """Import what is heavy only here: xdist's first process, which collects nothing, starts the others seconds earlier."""
+    prepare()
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # the default, 700, is reached 16 times in a test; few cycles hold much
     gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
