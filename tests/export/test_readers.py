@@ -4,12 +4,14 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers.models.auto import tokenization_auto
 
 from fedtune.config import ModelConfig, TaskConfig
 from fedtune.errors import ModelError
@@ -116,6 +118,20 @@ def trained_on(tokenizer: Any, text: str) -> list[int]:
     return lead + tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.fixture(autouse=True)
+def configs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers' tokenizers read equal config.json files once: of a tokenizer's loading, this takes longest and decides least."""
+    read, known = AutoConfig.from_pretrained, dict[tuple[object, ...], PreTrainedConfig]()
+
+    def remember(folder: Path, **how: Any) -> PreTrainedConfig:
+        key = (Path(folder) / "config.json").read_bytes(), *sorted(how.items(), key=str)
+        if key not in known:
+            known[key] = read(folder, **how)
+        return known[key]
+
+    monkeypatch.setattr(tokenization_auto, "AutoConfig", SimpleNamespace(from_pretrained=remember))
+
+
 def compare(work: Path, family: str, kind: str, config: str, named: str | None) -> None:
     """Compare the folder, its export and its edge package, as the engine and transformers read them."""
     where, folder = f"{family}, {kind}, {config}, {named}", make(work / "m", family, kind, config, named)
@@ -123,13 +139,14 @@ def compare(work: Path, family: str, kind: str, config: str, named: str | None) 
         theirs = AutoTokenizer.from_pretrained(folder)
     wanted = [trained_on(theirs, text) for text in TEXTS]
     names = {n: str(t) for n, t in theirs.special_tokens_map.items() if isinstance(t, str)}
+    task = TaskConfig(kind="causal_lm")
+    trained = load_tokenizer(folder, ModelConfig(source="hub", name=str(folder)), task)
     for which in ("export", "edge"):
         out = work / which
         out.mkdir()
         if which == "export":
             shutil.copyfile(folder / "config.json", out / "config.json")
-        task = TaskConfig(kind="causal_lm")
-        write_tokenizer(load_tokenizer(folder, ModelConfig(source="hub", name=str(folder)), task), folder, out, task)
+        write_tokenizer(trained, folder, out, task)
     with quiet():
         again = AutoTokenizer.from_pretrained(work / "export")
     assert [trained_on(again, text) for text in TEXTS] == wanted, f"transformers on the export: {where}"
