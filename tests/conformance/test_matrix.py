@@ -52,14 +52,16 @@ UP = {  # what a client sends in a round, by the ends of the names; the head alw
     "slora": lambda round: ("sparse", "head") if round == 1 else ("lora_A", "lora_B", "head"),
 }
 DOWN = {"fedsa": ("lora_A",), "ffa": ("lora_B", "head"), "slora": ("sparse", "head")}
+CLIENTS = dict.fromkeys(("bulyan", "fedtrimmedavg", "krum", "multikrum"), 7)  # as many as Bulyan needs; 3 suffice elsewhere
 
 
-def rows(count: int, seed: int) -> list[dict[str, Any]]:
+def rows(clients: int, each: int, seed: int) -> list[dict[str, Any]]:
     words = ["turn", "on", "off", "the", "light", "lamp", "heat", "in", "kitchen", "bed", "up", "down"]
     rng = random.Random(seed)
     return [
-        {"text": " ".join(rng.choices(words, k=rng.randint(3, 8))), "label": i % 3, "client": f"c{i % 7}"} for i in range(count)
-    ]  # 7 clients: the fewest that Bulyan takes
+        {"text": " ".join(rng.choices(words, k=rng.randint(3, 8))), "label": i // clients % 3, "client": f"c{i % clients}"}
+        for i in range(each * clients)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +69,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
     for kind in set(BACKBONES.values()):
         checkpoint(folder / kind, kind)
-    for name, count, seed in (("rows", 56, 0), ("test", 9, 1)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows(count, seed))) + "\n")
+    for name, clients, each, seed in (("3", 3, 8, 0), ("7", 7, 8, 0), ("test", 1, 9, 1)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows(clients, each, seed))) + "\n")
     return folder
 
 
@@ -84,14 +86,15 @@ def experiment(files: Path, out: Path, strategy: str, method: str, task: str) ->
         named.update(rounds=2, density=0.1)
     if strategy == "fedpeptao":  # a round that scores, then partial ones
         named.update(warmup_rounds=0, ratio=0.5, score_rows=4)
+    clients = CLIENTS.get(strategy, 3)
     return Config(
         name="cell",
         rounds=2,
-        clients_per_round=7,
-        min_clients=7,
+        clients_per_round=clients,
+        min_clients=clients,
         output_dir=str(out),
         model=ModelConfig(source="hub", name=str(files / BACKBONES[task]), device="cpu"),
-        data=DataConfig(source="local", path=str(files / "rows.jsonl"), test_path=str(files / "test.jsonl"), held_out=0.25),
+        data=DataConfig(source="local", path=str(files / f"{clients}.jsonl"), test_path=str(files / "test.jsonl"), held_out=0.25),
         partition=PartitionConfig(kind="natural"),
         task=TaskConfig(kind=task, max_length=16, stride_texts=False),
         peft=dataclasses.replace(chosen_by(f"peft={method}").peft, rank=2, alpha=4.0, tokens=3, bottleneck=3),
