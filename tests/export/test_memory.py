@@ -112,11 +112,11 @@ def big_run(folder: Path, small: Path, sizes: dict[str, Any], shard: int) -> int
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run, and text enough to calibrate with and to measure on."""
+    """A small run, and text to calibrate with (16,128 tokens) and to measure on (2,304)."""
     folder = tmp_path_factory.mktemp("small")
     config = llama_config(vocab_size=1024, max_position_embeddings=512)
     draws = random.Random(0)
-    (folder / "text.txt").write_text("\n\n".join(" ".join(draws.choices(WORDS.split(), k=200)) for _ in range(500)))
+    (folder / "text.txt").write_text("\n\n".join(" ".join(draws.choices(WORDS.split(), k=200)) for _ in range(73)))
     return make_run(folder / "run", hub(nano_tokenizer(checkpoint(folder / "m", config=config))), CAUSAL)[0]
 
 
@@ -129,7 +129,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path, i
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path, int]:
-    """55 MB in shards of 20; the hidden states of the text, of which calibration sees 32,768 tokens, would be 67 MB."""
+    """55 MB in shards of 20; the hidden states of the 16,128 tokens that calibration sees would be 33 MB."""
     folder = tmp_path_factory.mktemp("narrow")
     return folder / "run", big_run(folder, small, NARROW, 20 << 20)
 
