@@ -13,7 +13,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedtune.clients import app, trainer
-from fedtune.config import Config, EngineConfig, EvalConfig, PrivacyConfig, TrafficConfig, check, to_dict
+from fedtune.config import ClientConfig, Config, EngineConfig, EvalConfig, PrivacyConfig, TrafficConfig, check, to_dict
 from fedtune.config.compose import choices, compose
 from fedtune.experiment import simulate
 from fedtune.privacy import dpsgd
@@ -44,7 +44,8 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 
 def tiny(tmp_path: Path, privacy: PrivacyConfig, **changes: Any) -> Config:
-    return check(tiny_config(tmp_path, privacy=privacy, **changes))
+    six = ClientConfig(steps=2, epochs=None, batch_size=6, lr=1e-2, schedule="constant")  # of 8: a rate of 1/2 takes Opacus seconds
+    return check(tiny_config(tmp_path, privacy=privacy, **{"client": six, **changes}))
 
 
 def test_a_record_level_run(tmp_path: Path) -> None:
