@@ -18,7 +18,6 @@ from tests.advice import HOLE, SETTING, sentences, ways
 from tests.cli.test_simulate import REFUSED
 from tests.data.test_bad_input import CASES
 
-SENTENCES = sentences()
 OTHERS = {
     "--federation-config",
     "--ink",
@@ -48,13 +47,13 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def advised() -> Iterator[tuple[str, str, str]]:
-    for sentence in SENTENCES:
+    for sentence in sentences():
         for key, value in SETTING.findall(sentence.text):
             yield sentence.where, key, value
 
 
 def test_advice_is_found() -> None:
-    assert len(SENTENCES) > 1000 and len(list(advised())) > 200
+    assert len(sentences()) > 1000 and len(list(advised())) > 200
 
 
 @pytest.mark.slow
@@ -97,14 +96,14 @@ def test_every_flag_in_advice_exists() -> None:
     known = {"--help", "--version", "--multirun", "--cfg"} | OTHERS
     for parser in (*DOORS.values(), *COMMANDS.values()):
         known |= flags(parser)
-    named = {(s.where, flag) for s in SENTENCES for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", s.text)}
+    named = {(s.where, flag) for s in sentences() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", s.text)}
     assert len(named) > 50
     assert not [f"{where}: {flag}" for where, flag in sorted(named) if flag not in known]
 
 
 def test_every_command_in_advice_accepts_its_flags() -> None:
     seen, wrong = set(), []
-    for s in SENTENCES:
+    for s in sentences():
         for door, rest in re.findall(r"(?:`|\b(?:with|run|by|use it:|status:) )(fedtune(?:-server|-client)?)\b([^`\n(]*)", s.text):
             name = next(iter(rest.split()), "")
             if door == "fedtune" and name not in COMMANDS:
