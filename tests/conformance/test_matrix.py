@@ -52,7 +52,7 @@ UP = {  # what a client sends in a round, by the ends of the names; the head alw
     "slora": lambda round: ("sparse", "head") if round == 1 else ("lora_A", "lora_B", "head"),
 }
 DOWN = {"fedsa": ("lora_A",), "ffa": ("lora_B", "head"), "slora": ("sparse", "head")}
-CLIENTS = dict.fromkeys(("bulyan", "fedtrimmedavg", "krum", "multikrum"), 7)  # as many as Bulyan needs; 3 suffice elsewhere
+CLIENTS: dict[str, int] = {"bulyan": 7, "fedtrimmedavg": 7, "krum": 7, "multikrum": 7}  # as many as Bulyan needs; 3 elsewhere
 
 
 def rows(clients: int, each: int, seed: int) -> list[dict[str, Any]]:
