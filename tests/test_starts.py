@@ -1,6 +1,7 @@
 """A start can be repeated after the previous one was killed or met a full disk at any instant."""
 
 import errno
+import functools
 import os
 import sqlite3
 import sys
@@ -44,8 +45,13 @@ class Disk:
             if self.left < 0:
                 raise Killed if self.stop is Killed else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    @functools.cache  # noqa: B019  there is one disk
+    def listen(self) -> None:
+        sys.addaudithook(self)  # Python cannot take it away again, and calls it for every event of later tests: never on import
+
     def stops(self, make: Make, folder: Path, operations: int, stop: type[BaseException]) -> bool:
         """Whether `make` was stopped before this operation; False if it has fewer. A full disk must be a sentence."""
+        self.listen()
         self.folder, self.left, self.stop = str(folder), operations, stop
         try:
             make(folder)
@@ -57,7 +63,6 @@ class Disk:
 
 
 DISK = Disk()
-sys.addaudithook(DISK)  # Python cannot take it away again; it does nothing while it has no folder
 
 
 def run_in(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A device opens no path that comes only from the server, in any key of the experiment."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -28,12 +29,15 @@ def _record(event: str, args: tuple[Any, ...]) -> None:
         OPENED.append(str(Path(args[0]).absolute()))
 
 
-sys.addaudithook(_record)  # Python cannot take it away again; it does nothing while nobody records
+@functools.cache
+def listen() -> None:
+    sys.addaudithook(_record)  # Python cannot take it away again, and calls it for every event of later tests: never on import
 
 
 def opened_paths(call: Callable[[], object]) -> list[str]:
     """The paths that a call opens or lists; a refusal ends it early."""
     global _recording
+    listen()
     OPENED.clear()
     _recording = True
     try:
