@@ -36,10 +36,8 @@ def require(
     """
     if value is None:
         return
-    text = f"{value:g}" if name.startswith("--") and isinstance(value, float) else shown(str(value))
-    came = f"{name}{' ' if name.startswith('--') else '='}{text}"
     if choices and value not in choices:
-        raise error(f"{came} is not known: choose one of {', '.join(choices)}")
+        raise error(f"{_came(name, value)} is not known: choose one of {', '.join(choices)}")
     for word, bound, good in (
         ("at least", ge, lambda v, b: v >= b),
         ("greater than", gt, lambda v, b: v > b),
@@ -47,7 +45,13 @@ def require(
         ("less than", lt, lambda v, b: v < b),
     ):
         if bound is not None and not good(value, bound):
-            raise error(f"{came} is out of range: it must be {'finite' if math.isinf(bound) else f'{word} {bound:g}'}")
+            raise error(f"{_came(name, value)} is out of range: it must be {'finite' if math.isinf(bound) else f'{word} {bound:g}'}")
+
+
+def _came(name: str, value: Any) -> str:
+    """The name and the value, as the user wrote them."""
+    text = f"{value:g}" if name.startswith("--") and isinstance(value, float) else shown(str(value))
+    return f"{name}{' ' if name.startswith('--') else '='}{text}"
 
 
 __all__ = ["require"]
