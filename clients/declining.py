@@ -11,6 +11,11 @@ from fedtune.errors import Decline, FedtuneError
 from fedtune.models.memory import is_out_of_memory
 
 Handler = Callable[[Message, Context], Message]
+_OUT_OF_MEMORY = {  # kind of message → the sentence; the backbone is loaded for the first query
+    "train": "out of memory: lower client.batch_size or task.max_length",
+    "evaluate": "out of memory: lower eval.batch_size or task.max_length",
+    "query": "out of memory: set model.precision=bf16, int8 or nf4, or take a smaller backbone",
+}
 
 
 @contextmanager
@@ -39,7 +44,7 @@ def decline_on_error(handler: Handler) -> Handler:
 def decline_reply(message: Message, bad: Exception) -> Message:
     """The reply of a client that failed with `bad`. It carries `bad.epsilon`, the spent ε, and `bad.client`, the name, if they are set."""
     if is_out_of_memory(bad):
-        why = "out of memory: lower client.batch_size or task.max_length"
+        why = _OUT_OF_MEMORY[message.metadata.message_type.partition(".")[0]]
     else:
         why = str(bad) if isinstance(bad, FedtuneError) else f"{type(bad).__name__}: {bad}"
     kind = bad.kind if isinstance(bad, Decline) else "failed"

@@ -43,7 +43,8 @@ def whole_updates(config: Config, strategy: str, otherwise: str = "") -> None:
     t = config.traffic
     if t.up != "fp32" or t.topk not in (None, 1.0):
         topk = "none" if t.topk is None else f"{t.topk:g}"
+        useless = " traffic.error_feedback=false" * t.error_feedback + " traffic.stochastic=false" * (t.stochastic and t.down == "fp32")
         raise ConfigError(
             f"strategy={strategy} computes control variates from the clients' updates, which must be uncompressed, but"
-            f" traffic.up={t.up} and traffic.topk={topk}: set traffic.up=fp32 traffic.topk=null{otherwise}"
+            f" traffic.up={t.up} and traffic.topk={topk}: set traffic.up=fp32 traffic.topk=null{useless}{otherwise}"
         )

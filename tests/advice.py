@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.syntax import nodes
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("fedtune", "clients", "strategies")
+FOLDERS = ("fedtune", "clients", "strategies", "simulations")
 HOLE = "\0"  # stands for a value that is known only when the sentence is printed
 SETTING = re.compile(r"(?<![\w./\0+-])([a-z_]+(?:\.(?:_target_|[a-z_]+|\0))*)=([^\s,;:)'\"`|\]]*)")
 _ONE = r"[a-z_]+(?:\.[a-z_]+)*=[^\s,;:)]+"
@@ -76,13 +76,14 @@ def ways(sentence: str) -> list[str]:
 
 
 _VERBS = (
-    "add|allow|ask|calibrate|check|chmod|choose|continue|convert|copy|correct|create|delete|distill|download|end|export|fetch|fill|finish|"
-    "free|give|go on|install|keep|leave|load|lower|make|mend|merge|move|name|open|pip install|put|raise|read|remove|request|restart|"
-    "restore|resume|retry|run|save|say|see|select|send|set|"
-    "shorten|start|stop|take|train|try|update|use|wait|write"
+    "accept|add|allow|ask|calibrate|check|chmod|choose|continue|convert|copy|correct|create|delete|distill|download|end|export|fetch|"
+    "fill|finish|free|give|go on|install|keep|leave|load|lower|make|mend|merge|move|name|open|pick|pip install|put|quote|raise|read|"
+    "reduce|remove|rename|request|restart|restore|resume|retry|run|save|say|see|select|send|set|shorten|start|stop|take|train|try|"
+    "update|use|wait|write"
 )
 _INSTRUCTION = re.compile(
-    rf"(?:[:;,(] |\b(?:or|and|then) )(?:then )?(?:{_VERBS})\b(?! is)|^(?:give|see|take|keep|then) |\bneeds --|`fedtune|\bresume=\0"
+    rf"(?:[:;,(] |\b(?:or|and|then|so) )(?:then )?(?:{_VERBS})\b(?! is)|^(?:give|see|take|keep|then) |\bneeds (?:--|[a-z_]+[.=])"
+    r"|\bdid you mean |`fedtune|\bresume=\0"
     r"|^  fedtune-|^fedtune generate|^(?:make|make it) one|^python -m |^fedtune-server |rounds=N",
     re.I,
 )

@@ -1,6 +1,7 @@
 """fedtune's advice can be followed: every setting, flag and command in it exists, and following it resolves the error."""
 
 import argparse
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ from fedtune.config.compose import _is_known, choices, compose
 from fedtune.data import load_federation
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.rounds.find_strategy import make_strategy
-from tests.advice import HOLE, SETTING, sentences, ways
+from tests.advice import HOLE, SETTING, Sentence, sentences, ways
 from tests.cli.test_simulate import REFUSED
 from tests.data.test_bad_input import CASES
 
+PROGRAMS = ("simulations/benchmarks/", "simulations/studies/")  # with commands and options of their own
 OTHERS = {
     "--federation-config",
     "--ink",
@@ -30,6 +32,11 @@ OTHERS = {
     "--card",
 }  # Flower's, and colors of the report
 NEEDS = {"model=hub": ["model.name=x"], "data=hub": ["data.name=x"], "data=local": ["data.path=x"]}
+
+
+@functools.cache
+def product_sentences() -> list[Sentence]:
+    return [s for s in sentences() if not s.where.startswith(PROGRAMS)]
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -47,13 +54,13 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def advised() -> Iterator[tuple[str, str, str]]:
-    for sentence in sentences():
+    for sentence in product_sentences():
         for key, value in SETTING.findall(sentence.text):
             yield sentence.where, key, value
 
 
 def test_advice_is_found() -> None:
-    assert len(sentences()) > 1000 and len(list(advised())) > 200
+    assert len(product_sentences()) > 1000 and len(list(advised())) > 200
 
 
 @pytest.mark.slow
@@ -96,14 +103,14 @@ def test_every_flag_in_advice_exists() -> None:
     known = {"--help", "--version", "--multirun", "--cfg"} | OTHERS
     for parser in (*DOORS.values(), *COMMANDS.values()):
         known |= flags(parser)
-    named = {(s.where, flag) for s in sentences() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", s.text)}
+    named = {(s.where, flag) for s in product_sentences() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", s.text)}
     assert len(named) > 50
     assert not [f"{where}: {flag}" for where, flag in sorted(named) if flag not in known]
 
 
 def test_every_command_in_advice_accepts_its_flags() -> None:
     seen, wrong = set(), []
-    for s in sentences():
+    for s in product_sentences():
         for door, rest in re.findall(r"(?:`|\b(?:with|run|by|use it:|status:) )(fedtune(?:-server|-client)?)\b([^`\n(]*)", s.text):
             name = next(iter(rest.split()), "")
             if door == "fedtune" and name not in COMMANDS:

@@ -150,7 +150,7 @@ def _check_loftq(c: Config) -> None:
         )
     if c.model.compute == "auto":
         raise ConfigError(
-            "peft.init=loftq needs the same model.compute on every machine, but auto lets each machine choose: set bf16 or fp32"
+            "peft.init=loftq needs the same model.compute on every machine, but auto lets each choose: set model.compute=bf16 or fp32"
         )
     if c.devices.classes:
         raise ConfigError("peft.init=loftq fits one precision, but device classes may choose another: set devices=none")

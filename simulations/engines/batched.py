@@ -209,7 +209,7 @@ class _Stack:
             client.loss, client.seen = client.loss + loss * counts[k], client.seen + counts[k]
             where = f"step {self.done + 1} of {client.steps}"
             if not math.isfinite(loss):
-                client.failed = UpdateError(f"the training loss became {loss} in {where}: lower client.lr, or set client.clip_norm")
+                client.failed = UpdateError(f"the training loss became {loss} in {where}: lower client.lr")
             elif not math.isfinite(norm):
                 client.failed = UpdateError(f"the gradient's norm became {norm} in {where}: lower client.lr")
             elif self.done + 1 == client.steps:

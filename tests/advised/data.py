@@ -117,3 +117,30 @@ rows("{} already has a column 'client': set data.client_from_file=false, or rena
      data(CLS, client_from_file=True), data(CLS, client_from_file=False), _client("c").replace("client", "owner"))  # fmt: skip
 rows("has values of several types ({}): give all its values one type", "a.jsonl", '{"text": "a"}\n{"text": 1}\n' * 3, LM,
      '{"text": "a"}\n{"text": "1"}\n' * 3)  # fmt: skip
+rows("{}: two columns are called '{}' in the header line: rename one", "a.csv", "text,text,label\n" + "a,c,x\nb,d,y\n" * 6, CLS,
+     "text,title,label\n" + "a,c,x\nb,d,y\n" * 6)  # fmt: skip
+
+
+@follows("data.client_from_file: {} and {} are both client '{}': rename one of them")
+def _(place: Place) -> Iterator[str]:
+    each, settings = gzip.compress(ROWS.encode()), data(dealt(CLS, kind="natural"), client_from_file=True)
+    for other in ("a.jsonl.gz", "b.jsonl.gz"):
+        yield refusal_of(place, settings, {"a.jsonl": ROWS, other: each}, "")
+
+
+@follows("data=local needs data.path: a file, a folder or a glob")
+def _(place: Place) -> Iterator[str]:
+    for i, path in enumerate(("", "a.jsonl", ".", "*.jsonl")):
+        yield refusal_of(place, data(CLS, path=path and str(place.folder / str(i) / path)), {"a.jsonl": ROWS}, "")
+
+
+@follows("test_size is {}, but {} homes have fewer distinct requests: lower it")
+def _(place: Place) -> Iterator[str]:
+    from fedtune.data import demo
+
+    place.patch.setattr(demo, "_example", lambda draw, home: {"request": str(draw.randrange(8))})
+    for size in (9, 5):
+        try:
+            yield "" if demo.generate(0, homes=1, test_size=size) else "nothing"
+        except ValueError as bad:
+            yield str(bad)

@@ -191,3 +191,12 @@ def _(place: Place) -> Iterator[str]:
     run(place.folder, Devices())
     results = json.loads((place.folder / "delivery/results.json").read_text())
     yield "" if {c: r["result"] for c, r in results.items()} == dict.fromkeys(CLIENTS, "installed global") else str(results)
+
+
+@follows("the run name '{}' of the model is not a plain folder name: rename the run on the server")
+def _(place: Place) -> Iterator[str]:
+    private, public = write_keys(place.folder)
+    downloads = Downloads(Device(client="anna", state=place.folder / "state", signing_pub=str(public)))
+    for name in ("../../etc", "etc"):
+        offer = prepare(delivery(place.folder / name.strip("./"), private, name), 1, lora_state(version=1))
+        yield raised(lambda offer=offer: downloads.accept(offer.text, offer.signature, fake_host()))

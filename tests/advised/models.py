@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import TaskConfig
+from fedtune.config import Config, PeftConfig, TaskConfig, to_dict
+from fedtune.runs.report import write_card
 from tests.advised.rows import Place, command, follows
 from tests.export.test_huggingface import CAUSAL, make_run
 from tests.models.build import checkpoint, hub
@@ -37,3 +38,15 @@ def transformers(place: Place) -> Iterator[str]:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         yield place.run("fedtune", "generate", model, "turn on", "--max-new-tokens", "2")
     yield place.run("fedtune", "generate", model, "turn on", "--max-new-tokens", "2")  # the extra is there again
+
+
+@follows(", or use `fedtune export`, then `fedtune generate` with the exported folder", slow=True)
+def card(place: Place) -> Iterator[str]:
+    """The card of a method that no weights can express, over a backbone that PEFT cannot load."""
+    backbone = hub(checkpoint(place.folder / "m", "llama"), init="random")
+    run, live = make_run(place.folder / "run", backbone, CAUSAL, method="prompt")
+    config = to_dict(Config(model=backbone, task=CAUSAL, peft=PeftConfig(method="prompt")))
+    write_card(run, config, {"base": "b"}, None, [], [], live.backbone)
+    yield (run / "adapter" / "README.md").read_text()
+    yield place.run("fedtune", "export", run, "--out", place.folder / "out")
+    yield place.run("fedtune", "generate", place.folder / "out", "turn on", "--max-new-tokens", "2")
