@@ -121,6 +121,10 @@ def test_the_settled_share_by_hand() -> None:
     assert settled([-1.0, 0.25, 5.0], [0.1, 0.1, 0.8]) == pytest.approx(0.8)
     # ρ(0) = 1 and ρ(.1) = .3 is below its half: halved until three steps fit below the node at .05
     assert settled([0.05, 5.0], [0.7, 0.3]) == pytest.approx(1.0, abs=1e-4)
+    # ρ falls by .007 a step up to .5, which is not settled, and by .004, which is: three steps from 0
+    nodes = [0.05, 0.15, 0.25, 0.35, 0.45, 5.0]
+    assert settled(nodes, [0.007] * 5 + [0.965]) == pytest.approx(0.965)
+    assert settled(nodes, [0.004] * 5 + [0.98]) == pytest.approx(0.988)
     assert settled([-2.0, -1.0], [0.5, 0.5]) == 0.0
     assert settled([1e4, 1e6], [0.5, 0.5]) == pytest.approx(1.0)
 

@@ -4,6 +4,7 @@ The clients here have no model. What needs one (scores, sparse weights, per-laye
 """
 
 import dataclasses
+import importlib
 import itertools
 import math
 from functools import lru_cache
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from flwr.app import Array, ArrayRecord
 
-from fedtune.config import Config
+from fedtune.config import Config, PeftConfig
 from fedtune.config.compose import choices, compose
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, Update, matching
@@ -41,6 +43,7 @@ NEEDS = {name: ["client.optimizer=sgd", "client.clip_norm=null"] for name in ("s
     name: ["min_clients=7"] for name in ("krum", "multikrum", "bulyan", "fedtrimmedavg")
 }
 START = lora_state()
+CONF = Path(__file__).parents[2] / "conf" / "strategy"
 
 
 @pytest.fixture(params=NAMES)
@@ -207,6 +210,66 @@ def test_a_strategy_that_assumes_a_zero_product_refuses_loftq(name: str) -> None
     except ConfigError as bad:
         message = str(bad)
     assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in message) == (name in ("fedsa", "hetlora", "slora"))
+
+
+def class_of(name: str) -> type[Strategy]:
+    module, _, kind = str(yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))["_target_"]).rpartition(".")
+    return getattr(importlib.import_module(module), kind)
+
+
+def test_entries_keep_their_meaning_where_a_strategy_says_so() -> None:
+    """Error feedback relies on it: without training, no entry changes in 2 rounds."""
+    for name in NAMES:
+        strategy = class_of(name)()
+        state = strategy.start(wide())
+        for round in (1, 2):
+            plans = [Plan(round=round, client=f"c{i}", base_version=round - 1) for i in range(7)]
+            sent = {c: a.adapter.subset(matching(a.adapter.tensors, a.plan.send)) for c, a in strategy.plan(round, plans, state).items()}
+            told: dict[str, Any] = {"metrics": {"train_loss": 1.0, "start_loss": 1.0}, "measurements": {"steps": 3, "lr_sum": 0.3}}
+            replies = [Update(client=c, round=round, base_version=round - 1, adapter=a, examples=2, **told) for c, a in sent.items()]
+            state = strategy.aggregate(round, state, iter(replies))
+        kept = all(torch.allclose(state.adapter[n], t, atol=1e-5) for n, t in wide().tensors.items())
+        assert kept or not strategy.requirements.keeps_basis, name
+
+
+def test_no_strategy_loses_what_it_supports() -> None:
+    """A strategy that does not declare its properties is safe, but refuses stacked experts and error feedback."""
+    each = {name: class_of(name).requirements for name in choices("strategy")}
+    averages, keeps = {n for n, r in each.items() if r.averages_entries}, {n for n, r in each.items() if r.keeps_basis}
+    assert averages >= {
+        "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedmedian", "fednova", "fedprox", "fedsa", "fedtrimmedavg", "fedyogi", "ffa",
+        "qfedavg", "rolora", "scaffold",
+    }  # fmt: skip
+    assert keeps >= averages | {"bulyan", "fedex", "fedpeptao", "hetlora", "krum", "lora_fair", "multikrum", "slora"}
+
+
+def test_no_setting_exceeds_the_range_of_its_formula() -> None:
+    """The least value above a range, or the greatest below it. `test_a_negative_or_non_numeric_setting_is_refused_by_name` has the rest."""
+    prompts = Config(rounds=30, peft=PeftConfig(method="ptuning_v2"), strategy={"_target_": "fedtune.strategies.fedpeptao.FedPepTAO"})
+    out: dict[str, dict[str, float]] = {
+        "fedadam": {"beta_1": 1.0, "beta_2": 1.0, "lr": 0.0, "tau": 0.0},
+        "fedyogi": {"beta_1": 1.0, "beta_2": 1.0, "lr": 0.0, "tau": 0.0},
+        "fedadagrad": {"lr": 0.0, "tau": 0.0},
+        "fedavgm": {"momentum": 1.0, "lr": 0.0},
+        "fedtrimmedavg": {"beta": 0.5},
+        "multikrum": {"select": 0},
+        "hetlora": {"tail_share": 1.0},
+        "lora_fair": {"ridge": 0.0},
+        "qfedavg": {"lr": 0.0},
+        "scaffold": {"lr": 0.0},
+        "slora": {"sparse_share": 1.01, "density": 0.0},
+        "fedpeptao": {"momentum": 1.0, "ratio": 0.0, "score_rows": 1},
+    }
+    for name, values in out.items():
+        given, config = ({"rounds": 9, "seed": 0} if name == "slora" else {}), prompts if name == "fedpeptao" else Config(rounds=9)
+        for field, value in values.items():
+            with pytest.raises(ConfigError, match=rf"^strategy\.{field}={value} (is out of range: it )?must be "):
+                class_of(name)(**given, **{field: value}).check(config)
+    for name, field in (("slora", "density"), ("slora", "sparse_share"), ("fedpeptao", "ratio")):  # up to 1
+        given, config = ({"rounds": 9, "seed": 0} if name == "slora" else {}), prompts if name == "fedpeptao" else Config(rounds=9)
+        class_of(name)(**given, **{field: 1.0}).check(config)
+        with pytest.raises(ConfigError, match=f"strategy.{field}=1.001 is out of range"):
+            class_of(name)(**given, **{field: 1.001}).check(config)
 
 
 def test_every_client_gets_its_own_assignment(strategy: Strategy) -> None:

@@ -145,6 +145,14 @@ def test_directions_unused_in_the_sparse_stage_can_still_be_learned() -> None:
     assert nothing.shifts == () and nothing.memory["energy/q"] == 1
 
 
+def test_rounding_errors_are_no_directions_of_the_sparse_stage() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = (torch.randint(-3, 4, size, generator=generator).float() for size in ((120, 2), (2, 150)))
+    after = switched_state(b @ a, rank=5)  # exactly of rank 2, but the other singular values are computed as about σ₁ · 1e-16
+    assert after.adapter["q.lora_A"][2:].eq(1).all() and not after.adapter["q.lora_B"][:, 2:].any()  # rows of the first A, B = 0
+    assert after.adapter["q.lora_B"][:, :2].any(0).all() and after.shifts == ()
+
+
 def test_the_mask_is_the_same_on_every_machine() -> None:
     # drawn in another process: the mask never travels, so that a change of these numbers would break every running client
     assert random_mask("0", "q", 35, 6).tolist() == [5, 8, 10, 13, 29, 30]

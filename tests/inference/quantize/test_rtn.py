@@ -47,6 +47,7 @@ def test_int8_by_hand() -> None:
     out = quantize_weight(weight, "int8", 0)
     assert out.tensors["packed"].tolist() == [[-127, 50, 1], [0, 0, 0]]  # 50.4 and 0.6 steps of a tenth
     assert torch.allclose(out.tensors["scale"], torch.tensor([0.1, 1.0]))
+    assert out.group == 0 and quantize_weight(weight, "int4", 64).group == 64
 
 
 @pytest.mark.parametrize("shape", SHAPES)
