@@ -203,7 +203,7 @@ def _scenario(name: str) -> str:
     return "" if "pip install" in error else error
 
 
-@follows("there is no scenario '{}': {}{}; or give the path of a YAML file")
+@follows("there is no scenario '{}': {}{}; or give the path of a YAML file", slow=True)
 def _(place: Place) -> Iterator[str]:
     error = refused(["conf=hetero"])
     yield error
@@ -234,7 +234,7 @@ def _(place: Place) -> Iterator[str]:
     yield refused([f"conf={path}"])
 
 
-@follows("{}: choose one of {}")
+@follows("{}: choose one of {}", slow=True)
 def _(place: Place) -> Iterator[str]:
     path, text = place.folder / "mine.yaml", "defaults: [base, override traffic: {}, _self_]\n"
     path.write_text(text.format("nothing"))
@@ -245,13 +245,13 @@ def _(place: Place) -> Iterator[str]:
         yield refused([f"conf={path}"])
 
 
-@follows("is {}: reduce its nesting")
+@follows("is {}: reduce its nesting", slow=True)
 def _(place: Place) -> Iterator[str]:
     for depth in (1000, 1):
         yield refused([f"peft.targets={'[' * depth}q_proj{']' * depth}"])
 
 
-@follows("there is no device class '{}' here: add classes in a YAML file, as conf/devices/mixed.yaml does")
+@follows("there is no device class '{}' here: add classes in a YAML file, as conf/devices/mixed.yaml does", slow=True)
 def _(place: Place) -> Iterator[str]:
     yield refused(["+devices.classes.tablet={share: 1}"])
     (place.folder / "mine.yaml").write_text("defaults: [base, override devices: mine, _self_]\n")
@@ -261,7 +261,7 @@ def _(place: Place) -> Iterator[str]:
     yield refused([f"conf={place.folder}/mine.yaml", "devices.classes.tablet.share=1"])
 
 
-@follows("the package {} is not installed: run pip install 'fedtune[studies]'")
+@follows("the package {} is not installed: run pip install 'fedtune[studies]'", slow=True)
 def _(place: Place) -> Iterator[str]:
     with place.patch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -326,8 +326,8 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("client {} sent {}={} instead of a number >= 0: run the same version of fedtune on the client")
 def _(place: Place) -> Iterator[str]:
-    for sent in ({}, {"steps": 3.0}):  # an older client does not measure it
-        yield raised(lambda sent=sent: measured(update("a", plain(1.0), **sent), sent, "steps"))
+    for sent in (update("a", plain(1.0)), update("a", plain(1.0), steps=3.0)):  # an older client does not measure it
+        yield raised(lambda sent=sent: measured(sent, sent.measurements, "steps"))
 
 
 @dataclass(frozen=True)

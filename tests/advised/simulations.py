@@ -37,7 +37,7 @@ def together(place: Place, lr: float, **plan: Any) -> str:
     return next((str(result) for result in results if isinstance(result, FedtuneError)), "")
 
 
-@follows("the training loss became {} in {}: lower client.lr")
+@follows("the training loss became {} in {}: lower client.lr", slow=True)
 def _(place: Place) -> Iterator[str]:
     yield together(place, 1e30, **SGD)
     yield together(place, 1e-2, **SGD)

@@ -28,6 +28,8 @@ def test_lookup_copies_from_the_last_matching_position() -> None:
     assert [Lookup().grade([ord(c) for c in text]) for text in ("abcd", "abxb", "xabyab", "abcyabc", "")] == [None, 1, 2, 3, None]
     assert guess("abcd") == "" and guess("") == "" and guess("a") == ""
     assert guess("xaxbxcx", 1) == "c"
+    four = [ord(c) for c in "wabc1xabc2wabc"]  # three tokens by default: after the later "abc", though a "wabc" came earlier
+    assert [Lookup(*longest).draft(four, 1, None, 0).tokens for longest in ((), (4,))] == [[ord("2")], [ord("1")]]
 
 
 def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
