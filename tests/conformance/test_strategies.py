@@ -43,6 +43,7 @@ NEEDS = {name: ["client.optimizer=sgd", "client.clip_norm=null"] for name in ("s
     name: ["min_clients=7"] for name in ("krum", "multikrum", "bulyan", "fedtrimmedavg")
 }
 START = lora_state()
+NEEDS_ZERO = {"fedsa", "hetlora", "slora"}  # a product B·A = 0 before round 1
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
 
 
@@ -209,7 +210,7 @@ def test_a_strategy_that_assumes_a_zero_product_refuses_loftq(name: str) -> None
         make_strategy(config)
     except ConfigError as bad:
         message = str(bad)
-    assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in message) == (name in ("fedsa", "hetlora", "slora"))
+    assert ("assumes B·A = 0 before round 1, but peft.init=loftq starts elsewhere" in message) == (name in NEEDS_ZERO)
 
 
 def class_of(name: str) -> type[Strategy]:
@@ -241,6 +242,7 @@ def test_no_strategy_loses_what_it_supports() -> None:
         "qfedavg", "rolora", "scaffold",
     }  # fmt: skip
     assert keeps >= averages | {"bulyan", "fedex", "fedpeptao", "hetlora", "krum", "lora_fair", "multikrum", "slora"}
+    assert {n for n, r in each.items() if r.assumes_zero_init} == NEEDS_ZERO
 
 
 def test_no_setting_exceeds_the_range_of_its_formula() -> None:

@@ -126,6 +126,15 @@ def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, w
     assert hooks(live) == before and len(before) > 10
 
 
+def test_a_row_with_a_single_target_counts_as_any_other(tmp_path: Path) -> None:
+    live, batch = perturbed_adapter(tmp_path / "m", "llama", "ia3", LM), rows(LM)
+    batch["labels"][1, :3] = IGNORED  # of four
+    assert (batch["labels"][:, 1:] != IGNORED).sum(1).tolist() == [8, 1, 5, 6]
+    with samples.mapped(live, list(live.parameters), LM) as grads:
+        assert apart(grads(batch), one_by_one(live, batch, LM)) <= 1e-6
+    assert samples._probe(live, LM)["attention_mask"].sum(1).tolist() == [5, 3, 4]
+
+
 def test_the_loop_matches_single_backward_passes(tmp_path: Path) -> None:
     live = perturbed_adapter(tmp_path / "m", "llama", "lora", LM)
     with samples.looped(live, list(live.parameters), LM) as grads:

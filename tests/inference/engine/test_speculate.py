@@ -260,6 +260,8 @@ STEEP = {n: float(n) for n in range(1, 12)}
 def test_cheap_passes_and_high_acceptance_give_long_drafts() -> None:
     counts = run_steps(Adapt(), 40, FLAT, 0.9)
     assert counts[0] == 0 and set(counts[5:31]) == {10}  # the first step measures c(1)
+    counts = run_steps(Adapt(), 70, FLAT, 0.9)
+    assert [i for i, n in enumerate(counts) if n == 0] == [0, 33, 66]  # and so does one after 32 verifications
 
 
 def test_a_size_that_was_slow_once_is_used_again() -> None:

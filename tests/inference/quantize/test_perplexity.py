@@ -27,6 +27,15 @@ def test_each_token_but_the_first_is_scored_once(length: int, window: int, strid
     assert scored == list(range(1, length))
 
 
+def test_windows_overlap_by_half() -> None:
+    def pieces(window: int) -> list[tuple[list[int], int]]:
+        return [(piece.tolist(), new) for piece, new in windows(torch.arange(6), window)]
+
+    assert pieces(4) == [([0, 1, 2, 3], 3), ([2, 3, 4, 5], 2)]
+    assert pieces(3) == [([0, 1, 2], 2), ([1, 2, 3], 1), ([2, 3, 4], 1), ([3, 4, 5], 1)]
+    assert pieces(2) == [([i, i + 1], 1) for i in range(5)]
+
+
 def test_by_hand() -> None:
     # a model that gives 3/4 to the token after the last one and 1/4 to the others, of 4 tokens: counts up right twice, wrong once
     def model(ids: Tensor) -> Tensor:
