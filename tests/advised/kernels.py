@@ -2,16 +2,22 @@
 
 import shutil
 from collections.abc import Iterator
+from functools import partialmethod
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.linear import Linear, describe_path, linear_from_tensors, portable
+from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.native import build, library
 from fedtune.inference.engine.native.library import SETS, Kernels
 from fedtune.inference.engine.native.pack import pack, weights_of
 from tests.advised.rows import Place, follows, raised
+from tests.inference.engine.tiny import tiny_model
 
 
 def linear() -> Linear:
@@ -85,3 +91,35 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     yield multiplied(1)
     yield multiplied(0)
+
+
+def passed(place: Place, code: int) -> str:
+    """What is said by a pass of a model, for which the library, if it is called, returns a code."""
+    if isinstance(library._opened(), str):
+        pytest.skip(f"run `{build.COMMAND}`")
+    tiny_model("llama", place.folder / "llama")
+    place.patch.setattr(Kernels, "run", partialmethod(_ran, code=code))
+    decoder = load_engine(place.folder / "llama", "int8", keep=False).decoder
+    return raised(lambda: decoder.forward(torch.arange(9), [Span(FullCache(decoder.shape, 9), 9)]))
+
+
+def _ran(self: Kernels, decoder: Any, part: Any, threads: int, *, code: int) -> None:
+    _RUN(Kernels(SimpleNamespace(fedtune_run=lambda *_: code), "portable"), decoder, part, threads)
+
+
+_RUN = Kernels.run
+
+
+@follows("there is no memory for a pass of {} tokens: use a shorter prompt")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setenv("FEDTUNE_NATIVE", "portable")
+    yield passed(place, 2)
+    yield passed(place, 0)
+
+
+@follows("the native pass has parts that do not fit each other: set FEDTUNE_NATIVE=off, and report this")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setenv("FEDTUNE_NATIVE", "portable")
+    yield passed(place, 1)
+    place.patch.setenv("FEDTUNE_NATIVE", "off")
+    yield passed(place, 1)

@@ -108,6 +108,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stdout["prompt_tokens"] == 5
     # each figure says what it is in, as its line of the table does
     units = ("_tok_per_s", "_gb_per_s", "_ms", "_mb", "_s", "_tokens", "_of_limit")
-    assert {name for name in stdout if not name.endswith(units)} == {"model", "kind", "linears", "threads", "speculation"}
+    assert {name for name in stdout if not name.endswith(units)} == {"model", "kind", "linears", "passes", "threads", "speculation"}
     assert main([*arguments, "--repeats", "0"]) == 2
     assert "repeats=0" in capsys.readouterr().err

@@ -317,8 +317,9 @@ BAD: Sequence[Change] = [
 def test_spans_that_do_not_fit_are_refused(cache: str, change: Change, tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
     step, one = decoder.native_step(), CACHES[cache](decoder.shape)()
-    assert step is not None
-    (place,) = step.places([Span(one, 4)]) or ()
+    places = step and step.places([Span(one, 4)])
+    assert step is not None and places
+    place = places[0]
     rows = torch.zeros(4, decoder.shape.hidden)
     step.run(rows, [place], first=0, last=3)
     turns = step._turns([place])
@@ -336,8 +337,9 @@ def test_tables_that_do_not_fit_are_refused(change: Change, tmp_path: Path) -> N
 def test_blocks_outside_the_pool_are_refused(slot: int, tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
     step, one = decoder.native_step(), CACHES["paged"](decoder.shape)()
-    assert step is not None
-    (place,) = step.places([Span(one, 4)]) or ()
+    places = step and step.places([Span(one, 4)])
+    assert step is not None and places
+    place = places[0]
     place.table[1] = slot  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ModelError, match="do not fit each other"):
         step.run(torch.zeros(4, decoder.shape.hidden), [place], first=0, last=3)
