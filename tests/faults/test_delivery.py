@@ -1,6 +1,7 @@
 """A deployed run hands its model over: each device answers its own questions, also one that was killed while it installed."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from fedtune.cli.main import main
 from tests.faults.deployment import Deployment, deployed, free_port
+from tests.faults.forking import alone
 
 CAPITALS = {
     "anna": {"France": "Paris", "Italy": "Rome"},
@@ -75,16 +77,21 @@ def rounds_of(deployment: Deployment, client: str) -> list[int]:
     return sorted(r["round"] for r in records)
 
 
-@pytest.fixture
-def trial(tmp_path: Path) -> Iterator[Deployment]:
-    write_chats(tmp_path / "rows")
-    with deployed(
-        tmp_path, sorted(CAPITALS), [*EXPERIMENT, f"data.path={tmp_path / 'rows'}", "data.client_from_file=true"], signs=True
-    ) as deployment:
+@contextlib.contextmanager
+def chats(folder: Path) -> Iterator[Deployment]:
+    write_chats(folder / "rows")
+    experiment = [*EXPERIMENT, f"data.path={folder / 'rows'}", "data.client_from_file=true"]
+    with deployed(folder, sorted(CAPITALS), experiment, signs=True) as deployment:
         yield deployment
 
 
-def test_three_devices_answer_their_own_questions(trial: Deployment, capsys: pytest.CaptureFixture[str]) -> None:
+@alone
+def test_three_devices_answer_their_own_questions(tmp_path: Path) -> None:
+    with chats(tmp_path) as trial:
+        answer_after_a_kill(trial)
+
+
+def answer_after_a_kill(trial: Deployment) -> None:
     ports = {client: free_port() for client in CAPITALS}
     trial.start_server()
     for client, port in ports.items():
@@ -100,8 +107,9 @@ def test_three_devices_answer_their_own_questions(trial: Deployment, capsys: pyt
         assert "Traceback" not in trial.output(client)
     results = json.loads((trial.run / "delivery/results.json").read_text())
     assert {c: r["result"].split()[0] for c, r in results.items()} == dict.fromkeys(CAPITALS, "installed")
-    assert main(["model", "rollback", "--state", str(trial.folder / "state/anna")]) == 0
-    assert "-r0006-" in capsys.readouterr().out
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["model", "rollback", "--state", str(trial.folder / "state/anna")]) == 0
+    assert "-r0006-" in printed.getvalue()
     assert isinstance(answers(ports["anna"], "anna")["France"], str), "answers throughout, from one version or the other"
 
 
@@ -117,8 +125,14 @@ def wait_for_round(deployment: Deployment, client: str, port: int, patience_s: f
     raise AssertionError(f"{client} does not serve the last model: {deployment.output(client)[-2000:]}")
 
 
-def test_devices_exit_when_the_run_is_done_and_name_what_they_refuse(trial: Deployment) -> None:
+@alone
+def test_devices_exit_when_the_run_is_done_and_name_what_they_refuse(tmp_path: Path) -> None:
     """Carla has another signing key, anna has none, bert installs."""
+    with chats(tmp_path) as trial:
+        exit_when_done(trial)
+
+
+def exit_when_done(trial: Deployment) -> None:
     trial.experiment.append("rounds=2")
     from tests.delivery.offers import write_keys
 

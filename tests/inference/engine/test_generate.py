@@ -260,7 +260,7 @@ def test_greedy_answers_are_the_same_token_for_token(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guesses", [1, 4, 10, None])
 def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, alone: Alone, kind: str, guesses: int | None) -> None:
-    drafted, accepted = compare(engine, small, alone, kind, 200, Sampling(), Adapt(fixed=guesses), 24)
+    drafted, accepted = compare(engine, small, alone, kind, 200, Sampling(), Adapt(fixed=guesses))
     assert drafted > (200 if guesses else 0) and (accepted > 0 or kind == "random" or not guesses)
 
 

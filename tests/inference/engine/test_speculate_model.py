@@ -253,7 +253,7 @@ def test_two_hundred_real_prompts_token_for_token(
     engine = real(name)
     monkeypatch.setattr("tests.inference.engine.test_generate.drafter", lambda kind, engine, small: drafter())
     monkeypatch.setattr("tests.inference.engine.test_generate.prompts", lambda count: beginnings(engine, count))
-    drafted, accepted = compare(engine, engine, plain[name], drafter.name, 200, Sampling(), Adapt(fixed=5), 40)
+    drafted, accepted = compare(engine, engine, plain[name], drafter.name, 200, Sampling(), Adapt(fixed=5), 24)
     print(f"{name} {drafter.name}: {accepted} of {drafted} guesses kept")
     assert accepted > 0
 

@@ -16,7 +16,7 @@ from tests.inference.serve.rounding import bound, first_difference, lead
 from tests.inference.serve.served import make_scheduler, tiny_model
 from tests.inference.serve.soak import BEGINNINGS
 
-MANY, LONG = 120, 40  # requests, tokens of an answer
+MANY, LONG = 60, 40  # requests, tokens of an answer
 BLOCKS = 30  # of 16 tokens: sequences give up their room, and are computed again in other passes
 
 
