@@ -36,8 +36,7 @@ class QFedAvg(Strategy):
     lr: float = 1.0
 
     requirements: ClassVar[Requirements] = Requirements(
-        averages_entries=True,
-        keeps_basis=True, assumes_zero_init=False, extra_disclosure="an exact loss over their rows"
+        averages_entries=True, keeps_basis=True, assumes_zero_init=False, extra_disclosure="an exact loss over their rows"
     )
 
     def check(self, config: Config) -> None:

@@ -121,7 +121,7 @@ def _(place: Place) -> Iterator[str]:
 
     place.patch.setattr(loaded_model, "load_backbone", limited)
     smaller = str(tiny_llama(place.folder / "smaller"))
-    # the rows of this backbone are too short for nf4, which has advice of its own
+    # the rows of this backbone are too short for nf4, whose advice another row follows
     for model in ({}, {"precision": "bf16"}, {"precision": "int8"}, {"name": smaller}):
         _, host = hosted(place, model=dataclasses.replace(config.model, **model))
         yield why(ask(host, "query", RecordDict()))

@@ -39,7 +39,7 @@ def setting(says: str, *args: str, given: Sequence[str] = ()) -> None:
     Args:
         says: As in `Row`.
         args: The arguments.
-        given: Settings that the sentence names without a value, with one; each is a way of its own.
+        given: Settings that the sentence names without a value, with one; each is followed separately.
     """
 
     def follow(place: Place) -> Iterator[str]:
@@ -198,7 +198,7 @@ _mistyped("did you mean {}, of ", "conf=hetero", "conf={}")
 
 
 def _scenario(name: str) -> str:
-    """The error of a scenario; "" if it only lacks a package, which has advice of its own."""
+    """The error of a scenario; "" if it only lacks a package: another row follows that advice."""
     error = refused([f"conf={name}"])
     return "" if "pip install" in error else error
 

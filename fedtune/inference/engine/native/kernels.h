@@ -17,6 +17,7 @@
 #define FEDTUNE_KERNELS_H
 
 #include <stdint.h>
+#include <string.h>
 
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, KINDS = 4 };
@@ -103,6 +104,20 @@ extern const struct kernels fedtune_portable;
 #if defined(__x86_64__)
 extern const struct kernels fedtune_avx2, fedtune_avx512, fedtune_avx512_bf16;
 #endif
+
+/* A float's nearest bfloat16, ties to even; NaN stays NaN. */
+static inline uint16_t bf16_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Where token `at` of a sequence lies: see struct attention for the arguments. */
+static inline int64_t slot_of(int64_t at, int64_t first, const int32_t *blocks, int64_t block, int64_t sinks, int64_t ring) {
+    if (blocks)
+        return (int64_t)blocks[at / block] * block + at % block;
+    return ring && at >= sinks ? sinks + (at - sinks) % ring : at - first;
+}
 
 static inline int64_t groups_of(int64_t n_in) { return (n_in + GROUP - 1) / GROUP; }
 

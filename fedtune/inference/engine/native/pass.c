@@ -149,11 +149,8 @@ static void write_entries(void *to, int64_t at, const float *from, int64_t n, in
         return;
     }
     uint16_t *out = (uint16_t *)to + at;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, from + i, sizeof bits);
-        out[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
+    for (int64_t i = 0; i < n; i++)
+        out[i] = bf16_of(from[i]);
 }
 
 static void norm_before_attention(void *argument, int64_t first, int64_t end) {
@@ -177,14 +174,11 @@ static void prepare(void *argument, int64_t first, int64_t end) {
         const struct fedtune_span *s = w->p->spans + w->owners[i];
         float *q = w->qkv + i * w->qkv_width, *k = q + d->heads * width, *v = k + d->kv_heads * width;
         const float *turns = w->p->turns[w->layer->turns] + i * width;
-        int64_t at = w->positions[i], slot = at - s->first;
+        int64_t at = w->positions[i], slot = slot_of(at, s->first, s->blocks, s->block, s->sinks, s->ring);
         if (s->ring) { /* keys are rotated when they are read */
             int64_t last = s->sinks + window_of(s, w->layer) - 1;
             turns = w->p->places[w->layer->turns] + (at < last ? at : last) * width;
-            slot = at < s->sinks ? at : s->sinks + (at - s->sinks) % s->ring;
         }
-        if (s->blocks)
-            slot = (int64_t)s->blocks[at / s->block] * s->block + at % s->block;
         if (w->layer->q_norm) {
             norm_heads(w, q, w->layer->q_norm, d->heads);
             norm_heads(w, k, w->layer->k_norm, d->kv_heads);

@@ -76,10 +76,8 @@ static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *g
     uint16_t *out = codes;
     int64_t end = groups_of(n_in) * GROUP;
     (void)groups;
-    for (int64_t i = 0; i < n_in; i++) {
-        uint32_t bits = to_bits(x[i]);
-        out[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
+    for (int64_t i = 0; i < n_in; i++)
+        out[i] = bf16_of(x[i]);
     memset(out + n_in, 0, (size_t)(end - n_in) * sizeof *out);
 }
 

@@ -42,6 +42,13 @@ SMALL vec load_upto(const float *p, int64_t n) { return n < LANES ? load_some(p,
 
 SMALL void store_some(float *p, vec v, int64_t n) { memcpy(p, &v, (size_t)n * sizeof *p); }
 
+SMALL void store_upto(float *p, vec v, int64_t n) {
+    if (n < LANES)
+        store_some(p, v, n);
+    else
+        store(p, v);
+}
+
 SMALL vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
 /* exp(x) to 2 units in the last place; x is limited to -87 .. 88, and NaN stays. Cephes' polynomial. */
@@ -168,23 +175,13 @@ SMALL void attend_tile(const struct attention *a, const float *query, const floa
         if (a->cap != 0)
             sums = a->cap * tanh_of(sums / a->cap);
         top = choose(sums > top, sums, top);
-        if (count - t < LANES)
-            store_some(scores + t, sums, count - t);
-        else
-            store(scores + t, sums);
+        store_upto(scores + t, sums, count - t);
     }
     const float highest = most_of_lanes(top);
     vec sum = {0};
     for (int t = first; t < count; t += LANES) {
-        int n = count - t < LANES ? count - t : LANES;
-        vec x = exp_of((n < LANES ? load_some(scores + t, n) : load(scores + t)) - highest);
-        if (n < LANES) {
-            store_some(scores + t, x, n);
-            x = load_some(scores + t, n);
-        } else {
-            store(scores + t, x);
-        }
-        sum = sum + x;
+        store_upto(scores + t, exp_of(load_upto(scores + t, count - t) - highest), count - t);
+        sum = sum + load_upto(scores + t, count - t); /* zeros beyond count */
     }
     const float old = highest != *most ? exp_of((vec){0} + (*most - highest))[0] : 1.0f;
     *most = highest;
@@ -234,10 +231,7 @@ SMALL void floats_of_float16(const uint16_t *from, float *to, int64_t n) {
         ints bits = (ints)ints_of_halves(n - i < LANES ? last : from + i);
         vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
         size = (vec)((ints)size | (bits & 0x8000) << 16);
-        if (n - i < LANES)
-            store_some(to + i, size, n - i);
-        else
-            store(to + i, size);
+        store_upto(to + i, size, n - i);
     }
 }
 
@@ -273,10 +267,7 @@ SMALL void decode(const struct codes *c, int values, int64_t token, int count, i
                 vec code = load_codes(codes + i, n, shift, mask);
                 vec scale = values ? (vec){0} + scales[part] : load_upto(scales + i, n), low = values ? (vec){0} + lows[part] : load_upto(lows + i, n);
                 vec x = fused(code, scale, low);
-                if (n < LANES)
-                    store_some(to + i, x, n);
-                else
-                    store(to + i, x);
+                store_upto(to + i, x, n);
             }
         }
     }
@@ -288,7 +279,7 @@ SMALL void find_tokens(const struct attention *a, int values, int64_t from, int 
                        const float **found) {
     const void *entries = values ? a->values : a->keys;
     for (int t = 0; t < count; t++) {
-        int64_t at = from + t, slot = at - a->first;
+        const int64_t at = from + t;
         float *own = space + t * a->width;
         found[t] = own;
         if (at < coded) { /* up to the end of the group */
@@ -298,10 +289,7 @@ SMALL void find_tokens(const struct attention *a, int values, int64_t from, int 
                 found[t + 1] = found[t] + a->width;
             continue;
         }
-        if (a->blocks)
-            slot = (int64_t)a->blocks[at / a->block] * a->block + at % a->block;
-        else if (a->ring && at >= a->sinks)
-            slot = a->sinks + (at - a->sinks) % a->ring;
+        const int64_t slot = slot_of(at, a->first, a->blocks, a->block, a->sinks, a->ring);
         if (a->halves)
             floats_of_halves((const uint16_t *)entries + slot * a->token_stride, own, a->width);
         else if (a->ring && !values)
