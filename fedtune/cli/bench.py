@@ -30,13 +30,13 @@ def _run(args: argparse.Namespace) -> str:
 
     from rich.console import Console
 
-    from fedtune.inference.bench import bench, table, threads, write
+    from fedtune.inference.bench import bench, table, use_threads, write
     from fedtune.inference.generate import check_folder, read_card
 
     read_card(args.model)
     if args.draft:
         check_folder(args.draft)
-    threads(args.threads)
+    use_threads(args.threads)
     if args.out:
         importlib.import_module("matplotlib")  # found to be missing now, not after minutes of measuring
     names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")

@@ -22,7 +22,8 @@ from fedtune.export.huggingface import CARD, check_out, export_folder, write_tok
 from fedtune.export.measured import streamed_score
 from fedtune.export.merged import Merged, read_merged
 from fedtune.export.merged_tensor import MergedTensor
-from fedtune.inference.engine.gptq_awq import Format, Packing, pack_codes, packed_tensors, unpack_weight
+from fedtune.inference.engine.gptq_awq import pack_codes, packed_tensors, unpack_weight
+from fedtune.inference.engine.gptq_config import Format, Packing
 from fedtune.inference.engine.package import is_linear, tensor_shapes
 from fedtune.inference.engine.package_writer import TensorFile
 from fedtune.inference.engine.text import read_text

@@ -7,12 +7,14 @@ bandwidth is measured too, by summing an array that does not fit any cache.
 import json
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.config.bounds import require
 from fedtune.contracts.seeds import derive_seed
@@ -27,6 +29,7 @@ from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
+from fedtune.inference.engine.threads import set_threads, threads
 
 ARRAY = 256 << 20  # bytes summed to measure the bandwidth: larger than the caches
 
@@ -111,11 +114,11 @@ def bench(
         raise ConfigError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new tokens exceed the model's context of {engine.shape.context}: use fewer"
         )
-    numbers = torch.Generator().manual_seed(derive_seed(seed, "bench"))
+    numbers = np.random.default_rng(derive_seed(seed, "bench"))
     prefill, decode, first = [], [], []
     for repeat in range(repeats + 1):
         tell(f"repeat {repeat} of {repeats}" if repeat else "warming up")
-        ids = torch.randint(engine.shape.vocab, (prompt_tokens,), generator=numbers)
+        ids = numbers.integers(engine.shape.vocab, size=prompt_tokens)
         took, rest = one_answer(engine, ids, new_tokens)
         if repeat:
             prefill.append(prompt_tokens / took)
@@ -133,7 +136,7 @@ def bench(
         kind=engine.decoder.layers[0].down.kind,
         linears=describe_path(linears_of(engine.decoder)),
         passes=describe_passes(engine.decoder),
-        threads=torch.get_num_threads(),
+        threads=threads(),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         load_s=load_s,
@@ -149,7 +152,7 @@ def bench(
     )
 
 
-def one_answer(engine: Engine, ids: torch.Tensor, new: int) -> tuple[float, float]:
+def one_answer(engine: Engine, ids: NDArray[np.int64], new: int) -> tuple[float, float]:
     """Seconds to the first new token, and for `new` greedy ones after it."""
     cache = engine.cache(limit=len(ids) + new)
     engine.start(cache)
@@ -215,12 +218,17 @@ def bytes_read(engine: Engine) -> int:
 
 
 def bandwidth(repeats: int = 5) -> float:
-    """Memory bandwidth of torch's threads, in bytes per second: the best of several sums over an array larger than the caches."""
-    array = torch.ones(ARRAY // 4)
+    """Memory bandwidth of the engine's threads, in bytes per second: the best of several sums over an array larger than the caches."""
+    array = np.ones(ARRAY // 8)
+    parts = np.array_split(array, threads())
     seconds = []
     for _ in range(repeats + 1):
+        workers = [threading.Thread(target=part.max) for part in parts]  # numpy computes without the interpreter's lock
         start = time.perf_counter()
-        array.sum()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
         seconds.append(time.perf_counter() - start)
     return array.nbytes / min(seconds[1:])
 
@@ -289,12 +297,12 @@ def write(speeds: Speeds, out: Path) -> None:
     plt.close(figure)
 
 
-def threads(wanted: int | None) -> None:
-    """Set torch's number of threads; None does not change it.
+def use_threads(wanted: int | None) -> None:
+    """Set the engine's number of threads; None does not change it.
 
     Raises:
         ConfigError: Fewer than one, or more than four times the cores.
     """
     require("threads", wanted, ge=1, le=4 * (os.cpu_count() or 1))
     if wanted is not None:
-        torch.set_num_threads(wanted)
+        set_threads(wanted)

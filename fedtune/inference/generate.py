@@ -15,7 +15,7 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.budget import choose, parse_size
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation, Speculation
-from fedtune.inference.engine.gptq_awq import split_config
+from fedtune.inference.engine.gptq_config import split_config
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import CARD, is_package
 from fedtune.inference.engine.sample import Sampling

@@ -70,6 +70,6 @@ class Context:
             if not last and at + CHUNK > len(tokens) - keep:
                 raise ValueError(f"keep={keep} exceeds the rows of the last pass")
             span = Span(self.cache, len(part), keep=keep if last else 0, adapter=self.adapter)
-            logits = self.engine.decoder.forward(torch.tensor(part), [span])
+            logits = torch.from_numpy(self.engine.decoder.forward(part, [span]))
             self.ids.extend(part)
         return logits

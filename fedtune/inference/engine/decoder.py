@@ -2,28 +2,33 @@
 
 `forward` is a complete pass. Speculation uses its parts: `run(..., last=E)` and `logits` make an early exit; after `cache.crop`,
 `run(hidden, spans, first=E)` continues from the exit's hidden states.
+
+A pass runs over flat rows: the tokens of all its spans, one span after the other. Linears see all rows at once; attention goes span by
+span, so sequences of different lengths need no padding.
 """
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-from torch.nn.functional import gelu, silu
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.caches.base import Cache, Span, soft_cap
+from fedtune.inference.engine.bfloat16 import Array, as_float32
+from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.layer import Layer
-from fedtune.inference.engine.linear import Linear
-from fedtune.inference.engine.lora import Lora, add_all
+from fedtune.inference.engine.linear import Linear, Native
+from fedtune.inference.engine.lora import Lora
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.engine.step import NativeStep
+
+Floats = NDArray[np.float32]
 
 
 class Decoder:
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, shape: Shape, embed: Tensor, layers: Sequence[Layer], norm: Tensor, head: Linear) -> None:
+    def __init__(self, shape: Shape, embed: Array, layers: Sequence[Layer], norm: Floats, head: Linear) -> None:
         self.shape = shape
         self.embedding = embed  # [V, d], in its stored dtype
         self.layers = list(layers)
@@ -34,8 +39,10 @@ class Decoder:
         self.adapters: dict[str, Lora] = {}
         self._native: tuple[list[Linear], NativeStep | None] | None = None
 
-    @torch.inference_mode()
-    def forward(self, ids: Tensor | None, spans: Sequence[Span], *, embeds: Tensor | None = None, layers: int | None = None) -> Tensor:
+    def forward(
+        self, ids: Sequence[int] | NDArray[np.int64] | None, spans: Sequence[Span], *, embeds: Floats | None = None,
+        layers: int | None = None,
+    ) -> Floats:  # fmt: skip
         """Run a pass and return the logits that its spans keep.
 
         Args:
@@ -45,48 +52,70 @@ class Decoder:
             layers: Number of layers to run (early exit: final norm and head on their output).
 
         Returns:
-            [rows kept, V] float32.
+            [rows kept, V].
         """
         if embeds is None:
             if ids is None:
                 raise ModelError("a pass needs ids or embeds")
             embeds = self.embed(ids)
-        return self._pass(embeds, spans, last=layers, logits=True)
+        return self._passes(embeds, spans, 0, layers, logits=True)
 
-    @torch.inference_mode()
-    def embed(self, ids: Tensor) -> Tensor:
-        """[n] -> [n, d] float32."""
+    def embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Floats:
+        """[n] -> [n, d]."""
         try:
-            found = self.embedding[ids].float()
-            return found if self.shape.embed_scale == 1 else found.mul_(self.shape.embed_scale)
+            found = as_float32(self.embedding[np.asarray(ids, np.int64)])
         except IndexError:
             raise ModelError(f"token id out of range 0..{self.shape.vocab - 1}: the tokenizer does not match this model") from None
+        return found if self.shape.embed_scale == 1 else found * np.float32(self.shape.embed_scale)
 
-    @torch.inference_mode()
-    def run(self, hidden: Tensor, spans: Sequence[Span], *, first: int = 0, last: int | None = None) -> Tensor:
+    def run(self, hidden: Floats, spans: Sequence[Span], *, first: int = 0, last: int | None = None) -> Floats:
         """Run layers first..last-1 on [rows, d] hidden states; stores keys and values and advances every span's cache.
 
         Raises:
             CacheError: A cache is full; then no cache has advanced.
             ModelError: Rows and spans do not match, or a span's adapter does not exist.
         """
-        return self._pass(hidden, spans, first=first, last=last)
+        return self._passes(hidden, spans, first, last, logits=False)
 
-    def _pass(self, hidden: Tensor, spans: Sequence[Span], *, first: int = 0, last: int | None = None, logits: bool = False) -> Tensor:
-        """Run layers; returns their hidden states, or the logits that the spans keep."""
-        shape, rows = self.shape, hidden.shape[0]
+    def _passes(self, hidden: Floats, spans: Sequence[Span], first: int, last: int | None, *, logits: bool) -> Floats:
+        """Run layers; returns their hidden states, or the logits that the spans keep. Most caches need one pass for this."""
+        rows = len(hidden)
         if rows != sum(span.n for span in spans) or any(span.n < 1 for span in spans):
             raise ModelError(f"{rows} rows do not match spans of {[span.n for span in spans]} tokens: each row belongs to one span")
-        last = shape.layers if last is None else last
-        if not 0 <= first <= last <= shape.layers:
-            raise ModelError(f"the model has {shape.layers} layers: it cannot run {first} to {last}")
+        last = self.shape.layers if last is None else last
+        if not 0 <= first <= last <= self.shape.layers:
+            raise ModelError(f"the model has {self.shape.layers} layers: it cannot run {first} to {last}")
+        loras = self._loras(spans)
+        if all(span.cache.most(span.n) == span.n for span in spans):
+            return self._pass(hidden, spans, loras, first, last, logits)
+        for span in spans:
+            span.cache.room(span.n)
+        out = np.empty_like(hidden, np.float32)
+        starts = np.cumsum([0, *(span.n for span in spans)])
+        for span, start, lora in zip(spans, starts.tolist(), loras, strict=False):
+            done = 0
+            while done < span.n:
+                n = span.cache.most(span.n - done)
+                part = slice(start + done, start + done + n)
+                out[part] = self._pass(hidden[part], [Span(span.cache, n, adapter=span.adapter)], [lora], first, last, logits=False)
+                done += n
+        return self.logits(out, spans) if logits else out
+
+    def _pass(self, hidden: Floats, spans: Sequence[Span], loras: Sequence[Lora | None], first: int, last: int, logits: bool) -> Floats:
         native = self.native_step()
-        places = None if native is None else native.places(spans)
-        if native is None or places is None:
-            hidden, found = self._run_torch(hidden, spans, first, last), None
+        for span in spans:
+            span.cache.room(span.n)
+        for kind in dict.fromkeys(type(span.cache) for span in spans):
+            kind.prepare_all([span for span in spans if type(span.cache) is kind])
+        hidden, found = np.array(hidden, np.float32, order="C"), None
+        if native is None:
+            from fedtune.inference.engine.reference import passes  # lazy: it loads torch
+
+            parts = list(zip(range(first, last), self.layers[first:last], self.ropes[first:last], strict=True))
+            hidden = passes.as_array(passes.run_layers(self.shape, parts, passes.as_tensor(hidden), spans, rows_of(spans, loras)))
         else:
-            hidden = hidden.float().contiguous().clone()
-            found = native.run(hidden, places, first=first, last=last, kept=kept_rows(spans) if logits and native.has_head else ())
+            kept = kept_rows(spans) if logits and native.has_head else ()
+            found = native.run(hidden, spans, loras, first=first, last=last, kept=kept)
         for span in spans:
             span.cache.advance(span.n)
         if not logits:
@@ -101,66 +130,42 @@ class Decoder:
             self._native = linears, None if torch_runs else NativeStep(self.shape, self.layers, self.ropes, self.norm, self.head)
         return self._native[1]
 
-    def _run_torch(self, hidden: Tensor, spans: Sequence[Span], first: int, last: int) -> Tensor:
-        shape, rows = self.shape, hidden.shape[0]
-        heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
-        parts, inner, act = (heads, kv_heads, kv_heads), shape.intermediate, silu if shape.activation == "silu" else _gelu_tanh
-        kind = type(spans[0].cache)
-        attend = (kind if all(type(span.cache) is kind for span in spans) else Cache).attend_many
-        loras = self._loras(spans) if any(span.adapter is not None for span in spans) else None
-        for i in range(first, last):
-            layer = self.layers[i]
-            x = hidden if layer.norm is None else _rms_norm(hidden, layer.norm, shape.eps)
-            qkv = layer.qkv(x)
-            if loras:
-                add_all(loras, (i, "qkv"), x, qkv)
-            q, k, v = qkv.view(rows, -1, width).split(parts, 1)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = _head_norm(q, layer.q_norm, shape.eps), _head_norm(k, layer.k_norm, shape.eps)
-            if shape.query_scale != 1:
-                q = q * shape.query_scale
-            x = attend(i, spans, q, k, v, self.ropes[i]).reshape(rows, heads * width)
-            y = layer.o(x)
-            if loras:
-                add_all(loras, (i, "o"), x, y)
-            hidden = hidden + (y if layer.o_norm is None else _rms_norm(y, layer.o_norm, shape.eps))
-            x = hidden if layer.mlp_norm is None else _rms_norm(hidden, layer.mlp_norm, shape.eps)
-            y = layer.gate_up(x)
-            if loras:
-                add_all(loras, (i, "gate_up"), x, y)
-            gate, up = y.split(inner, 1)
-            x = act(gate).mul_(up)
-            y = layer.down(x)
-            if loras:
-                add_all(loras, (i, "down"), x, y)
-            hidden = hidden.add_(y if layer.down_norm is None else _rms_norm(y, layer.down_norm, shape.eps))
-        return hidden
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor, spans: Sequence[Span] | None = None) -> Tensor:
-        """[rows, d] -> [rows kept, V] float32; without spans, all rows."""
+    def logits(self, hidden: Floats, spans: Sequence[Span] | None = None) -> Floats:
+        """[rows, d] -> [rows kept, V]; without spans, all rows."""
         if spans is not None and any(span.keep is not None and span.keep != span.n for span in spans):
             hidden = hidden[kept_rows(spans)]
-        if not hidden.shape[0]:
-            return hidden.new_empty(0, self.shape.vocab)
-        return soft_cap(self.head(_rms_norm(hidden, self.norm, self.shape.eps)), self.shape.logit_cap)
+        if not len(hidden):
+            return np.empty((0, self.shape.vocab), np.float32)
+        if not isinstance(self.head, Native):
+            from fedtune.inference.engine.reference import passes
 
-    def _loras(self, spans: Sequence[Span]) -> list[tuple[slice, Lora]]:
-        """The rows of each adapter; adjacent spans with the same adapter are merged."""
-        found: list[tuple[slice, Lora]] = []
-        at = 0
+            return passes.run_head(self.shape, self.norm, self.head, hidden)
+        squares = np.square(hidden, dtype=np.float32).mean(1, keepdims=True)
+        out = self.head(hidden / np.sqrt(squares + np.float32(self.shape.eps)) * self.norm)
+        cap = self.shape.logit_cap
+        return out if cap is None else np.tanh(out / np.float32(cap)) * np.float32(cap)
+
+    def _loras(self, spans: Sequence[Span]) -> list[Lora | None]:
+        """Each span's adapter."""
         for span in spans:
-            if span.adapter is not None:
-                if span.adapter not in self.adapters:
-                    known = ", ".join(self.adapters) or "none"
-                    raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {known}")
-                lora = self.adapters[span.adapter]
-                if found and found[-1][1] is lora and found[-1][0].stop == at:
-                    found[-1] = slice(found[-1][0].start, at + span.n), lora
-                else:
-                    found.append((slice(at, at + span.n), lora))
-            at += span.n
-        return found
+            if span.adapter is not None and span.adapter not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {known}")
+        return [None if span.adapter is None else self.adapters[span.adapter] for span in spans]
+
+
+def rows_of(spans: Sequence[Span], loras: Sequence[Lora | None]) -> list[tuple[slice, Lora]]:
+    """The rows of each adapter; adjacent spans with the same adapter are merged."""
+    found: list[tuple[slice, Lora]] = []
+    at = 0
+    for span, lora in zip(spans, loras, strict=True):
+        if lora is not None:
+            if found and found[-1][1] is lora and found[-1][0].stop == at:
+                found[-1] = slice(found[-1][0].start, at + span.n), lora
+            else:
+                found.append((slice(at, at + span.n), lora))
+        at += span.n
+    return found
 
 
 def kept_rows(spans: Sequence[Span]) -> list[int]:
@@ -172,29 +177,10 @@ def kept_rows(spans: Sequence[Span]) -> list[int]:
     return rows
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return gelu(x, approximate="tanh")
-
-
-def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of each head of x [n, H, D] with a weight [D], or of all heads at once with a weight [H D]."""
-    if weight.shape[0] == x.shape[2]:
-        return torch.rms_norm(x, weight.shape, weight, eps)
-    return torch.rms_norm(x.flatten(1), weight.shape, weight, eps).view(x.shape)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight per row; [n, d] -> [n, d]."""
-    if x.shape[0] > 1:
-        return torch.rms_norm(x, weight.shape, weight, eps)
-    row = x.view(-1)  # decoding: torch.rms_norm runs six small operations, whose overhead dominates
-    return torch.mul(x, weight).mul_((torch.dot(row, row).item() / row.shape[0] + eps) ** -0.5)
-
-
 def describe_passes(decoder: Decoder) -> str:
     """What runs the decoder's layers, and why it is torch, as the end of a sentence."""
     why = NativeStep.why_torch(decoder.shape, decoder.layers)
-    return f"by torch ({why})" if why else "in native code; those of separate adapters by torch"
+    return f"by torch ({why})" if why else "in native code"
 
 
 def linears_of(decoder: Decoder) -> list[Linear]:

@@ -10,50 +10,17 @@ Source: AutoGPTQ's qlinear_cuda_old.py and AutoAWQ's modules/linear/gemm.py, whi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine.gptq_config import Packing
 
-__all__ = ["Format", "Packing", "pack_codes", "packed_tensors", "split_config", "unpack_weight"]
+__all__ = ["pack_codes", "packed_tensors", "unpack_weight"]
 
-Format = Literal["gptq", "awq"]
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _GPTQ_ORDER = tuple(range(8))
-# quant_method and format → what is subtracted from stored zero points
-_OFFSETS: dict[Any, int] = {("gptq", ""): 1, ("gptq", "gptq"): 1, ("gptq", "gptq_v2"): 0, ("awq", ""): 0, ("awq", "gemm"): 0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packing:
-    """How a checkpoint's linears are stored.
-
-    Args:
-        format: `gptq` or `awq`.
-        group: Columns per scale; -1: all.
-        offset: What is subtracted from stored zero points.
-    """
-
-    format: Format
-    group: int
-    offset: int = 0
-
-
-def split_config(config: dict[str, Any]) -> tuple[dict[str, Any], Packing | None]:
-    """A config.json without `quantization_config`, and the packing that this describes; unchanged, and None, if it is another one."""
-    own = config.get("quantization_config")
-    if not isinstance(own, dict):
-        return config, None
-    method, group = str(own.get("quant_method")), own.get("group_size", own.get("q_group_size"))
-    kind = str(own.get("checkpoint_format", own.get("format", own.get("version"))) or "").lower()
-    found = _OFFSETS.get((method, kind))
-    if own.get("bits", own.get("w_bit")) != 4 or found is None or type(group) is not int or not (group == -1 or group > 0):
-        return config, None
-    rest = {key: value for key, value in config.items() if key != "quantization_config"}
-    return rest, Packing(format="gptq" if method == "gptq" else "awq", group=group, offset=found)
 
 
 def packed_tensors(packing: Packing, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.inference.engine.layout import order_of_norm
 from fedtune.inference.engine.linear import Linear
@@ -12,33 +13,36 @@ from fedtune.inference.engine.shape import Shape
 
 __all__ = ["Layer", "make_layer"]
 
+Floats = NDArray[np.float32]
+
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """One transformer block: norms float32, with their offset; linears fused."""
+    """One transformer block: norms with their offset; linears fused."""
 
-    norm: Tensor | None = None  # [d]
+    norm: Floats | None = None  # [d]
     qkv: Linear  # d -> (H + 2 Hkv) D; rows of q and k in pairs
     o: Linear
-    q_norm: Tensor | None = None  # [D] or, over all heads, [H D], in pairs
-    k_norm: Tensor | None = None
-    o_norm: Tensor | None = None  # [d], of attention's output
-    mlp_norm: Tensor | None = None  # [d]
+    q_norm: Floats | None = None  # [D] or, over all heads, [H D], in pairs
+    k_norm: Floats | None = None
+    o_norm: Floats | None = None  # [d], of attention's output
+    mlp_norm: Floats | None = None  # [d]
     gate_up: Linear  # d -> 2 * intermediate
     down: Linear
-    down_norm: Tensor | None = None  # [d], of the MLP's output
+    down_norm: Floats | None = None  # [d], of the MLP's output
 
 
-def make_layer(shape: Shape, linears: Mapping[str, Linear], norm: Callable[[str], Tensor]) -> Layer:
+def make_layer(shape: Shape, linears: Mapping[str, Linear], norm: Callable[[str], Floats]) -> Layer:
     """Build a layer.
 
     Args:
         shape: The decoder's shape.
         linears: The decoder's linears of the layer: qkv, o, gate_up, down.
-        norm: Returns a norm's weight, float32, by its name in the checkpoint's layer.
+        norm: Returns a norm's weight by its name in the checkpoint's layer.
     """
+    offset = np.float32(shape.norm_offset)
     parts: dict[str, Any] = dict(linears)
-    parts |= {place: norm(name) + shape.norm_offset for place, name in shape.norms.items()}
+    parts |= {place: norm(name) + offset for place, name in shape.norms.items()}
     if shape.qk_norm:
-        parts |= {f"{x}_norm": (norm(f"self_attn.{x}_norm") + shape.norm_offset)[order_of_norm(shape, x)] for x in "qk"}
+        parts |= {f"{x}_norm": (norm(f"self_attn.{x}_norm") + offset)[order_of_norm(shape, x)] for x in "qk"}
     return Layer(**parts)

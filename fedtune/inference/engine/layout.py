@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape
@@ -19,7 +19,7 @@ class Part:
 
     module: str
     rows: int
-    order: Tensor | None = None
+    order: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +42,7 @@ def linears(shape: Shape) -> Mapping[str, Fused]:
     q, kv = shape.heads * width, shape.kv_heads * width
     turned = pairs(shape.heads, width, shape.rotary), pairs(shape.kv_heads, width, shape.rotary)
     if shape.fused:
-        order = torch.cat([turned[0], q + turned[1], torch.arange(q + kv, q + 2 * kv)])
+        order = np.concatenate([turned[0], q + turned[1], np.arange(q + kv, q + 2 * kv)])
         qkv = (Part(module="self_attn.qkv_proj", rows=q + 2 * kv, order=order),)
         gate_up = (Part(module="mlp.gate_up_proj", rows=2 * inner),)
     else:
@@ -80,7 +80,7 @@ def norm_sizes(shape: Shape) -> dict[str, int]:
     return sizes
 
 
-def order_of_norm(shape: Shape, x: str) -> Tensor:
+def order_of_norm(shape: Shape, x: str) -> NDArray[np.int64]:
     """The order of the weights of `q_norm` (x = q) or `k_norm` (x = k) in the decoder."""
     heads = {"q": shape.heads, "k": shape.kv_heads}[x] if shape.qk_norm_whole else 1
     return pairs(heads, shape.head_dim, shape.rotary)

@@ -5,22 +5,21 @@ released before the next.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine import ready
+from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
 from fedtune.inference.engine.decoder import Decoder
-from fedtune.inference.engine.gptq_awq import Packing, split_config, unpack_weight
+from fedtune.inference.engine.gptq_config import Packing, split_config
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, linears, norm_sizes
 from fedtune.inference.engine.linear import KINDS, Linear, dequantized, linear_from_tensors, portable
@@ -28,10 +27,12 @@ from fedtune.inference.engine.lora import Lora, make_lora
 from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, canonical, read_shape
+from fedtune.inference.engine.tensor_files import StoredTensor, read_header
 from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
 
+Floats = NDArray[np.float32]
 GROUP = 32  # columns per scale when weights are quantized to int4 here
 FLOATS = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}  # dtype in a file → kind in memory
 
@@ -51,8 +52,8 @@ class Engine:
     folder: Path
     decoder: Decoder
     card: dict[str, Any] = field(default_factory=dict)
-    prompt: Tensor | None = None
-    prefix: tuple[Tensor, Tensor] | None = None
+    prompt: Floats | None = None
+    prefix: tuple[Floats, Floats] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -63,7 +64,7 @@ class Engine:
         """The separate adapters by name, for `Span.adapter`."""
         return self.decoder.adapters
 
-    def add_adapter(self, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def add_adapter(self, name: str, factors: Mapping[str, tuple[Floats, Floats]]) -> None:
         """Make an adapter available to spans; `factors` and errors as in `make_lora`."""
         self.decoder.adapters[name] = make_lora(self.shape, factors, name)
 
@@ -77,13 +78,12 @@ class Engine:
     @property
     def virtual_length(self) -> int:
         """Number of virtual tokens before every text."""
-        return self.prompt.shape[0] if self.prompt is not None else self.prefix[0].shape[1] if self.prefix is not None else 0
+        return len(self.prompt) if self.prompt is not None else self.prefix[0].shape[1] if self.prefix is not None else 0
 
     def cache(self, policy: str = "full", limit: int | None = None) -> Cache:
         """Create an empty cache with a policy of `Choice`; the default limit is the model's context."""
         return Choice(shape=self.shape, tokens=limit or self.shape.context, policy=policy).build()
 
-    @torch.inference_mode()
     def start(self, cache: Cache) -> None:
         """Put the model's virtual tokens, if any, into an empty cache."""
         if cache.length:
@@ -91,12 +91,17 @@ class Engine:
         if self.prompt is not None:
             self.decoder.forward(None, [Span(cache, self.virtual_length, keep=0)], embeds=self.prompt)
         elif self.prefix is not None:
-            shape, n = self.shape, self.virtual_length
-            order, q = pairs(1, shape.head_dim, shape.rotary), torch.zeros(n, shape.heads, shape.head_dim)
-            for layer, (k, v, rope) in enumerate(zip(*self.prefix, self.decoder.ropes, strict=True)):
-                # the model does not rotate these keys, but the cache rotates its input: so undo that rotation in advance
-                cache.attend(layer, q, rope.unrotate(k[..., order], 0), v.float(), rope)
-            cache.advance(n)
+            shape, done = self.shape, 0
+            order = pairs(1, shape.head_dim, shape.rotary)
+            while done < self.virtual_length:
+                n = cache.most(self.virtual_length - done)
+                cache.prepare(n)
+                for layer, (k, v, rope) in enumerate(zip(*self.prefix, self.decoder.ropes, strict=True)):
+                    # the model does not rotate these keys, but the cache rotates its input: so undo that rotation in advance
+                    part = slice(done, done + n)
+                    cache.write(layer, rope.unrotate(k[part][..., order], done), v[part], rope)
+                cache.advance(n)
+                done += n
 
 
 def load_engine(folder: Path | str, kind: str | None = None, *, keep: bool = True) -> Engine:
@@ -115,8 +120,7 @@ def load_engine(folder: Path | str, kind: str | None = None, *, keep: bool = Tru
     folder = Path(folder)
     if kind is not None and kind not in KINDS:
         raise ModelError(f"there is no kind {kind!r}: choose {', '.join(KINDS)}")
-    with torch.inference_mode():
-        return _package(folder, kind, keep) if is_package(folder) else _hugging_face(folder, kind, keep)
+    return _package(folder, kind, keep) if is_package(folder) else _hugging_face(folder, kind, keep)
 
 
 def _package(folder: Path, kind: str | None, keep: bool) -> Engine:
@@ -126,8 +130,8 @@ def _package(folder: Path, kind: str | None, keep: bool) -> Engine:
     source, tensors = _Packed(package), package.tensors
     decoder = _decoder(package.shape, source, _linears(where, linears, _Packing(package.shape, source, kind)))
     engine = Engine(folder, decoder, package.card)
-    engine.prompt = tensors["prompt.embeds"].float() if "prompt.embeds" in tensors else None
-    engine.prefix = (tensors["prefix.k"].float(), tensors["prefix.v"].float()) if "prefix.k" in tensors else None
+    engine.prompt = as_float32(tensors["prompt.embeds"]) if "prompt.embeds" in tensors else None
+    engine.prefix = (as_float32(tensors["prefix.k"]), as_float32(tensors["prefix.v"])) if "prefix.k" in tensors else None
     for name, factors in package.adapters.items():
         engine.add_adapter(name, factors)
     return engine
@@ -167,13 +171,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-Stored = tuple[str, int, dict[str, Tensor]]  # kind, int4's group, portable tensors
+Stored = tuple[str, int, dict[str, Array]]  # kind, int4's group, portable tensors
 
 
 class _Source(Protocol):
     """Tensors by Hugging Face name. Each is mapped when it is requested, and its pages are freed with it."""
 
-    def tensor(self, name: str, size: tuple[int, ...]) -> Tensor: ...
+    def tensor(self, name: str, size: tuple[int, ...]) -> Array: ...
 
     def stored_kind(self, name: str) -> str:
         """The kind of a linear, named without `.weight`."""
@@ -188,7 +192,7 @@ class _Packed:
     def __init__(self, package: Package) -> None:
         self._package = package
 
-    def tensor(self, name: str, size: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, size: tuple[int, ...]) -> Array:
         return self._package.tensors[name]
 
     def stored_kind(self, name: str) -> str:
@@ -212,64 +216,46 @@ class _Mapped:
 
     def __init__(self, folder: Path, files: Sequence[Path], packing: Packing | None = None) -> None:
         self._folder, self._packing = folder, packing
-        self._where: dict[str, tuple[Path, str]] = {}  # the decoder's name → file and name there
+        self._stored: dict[str, StoredTensor] = {}
         for file in files:
-            with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - a handle is not a dict
-                    self._where[canonical(name)] = file, name
+            self._stored |= {canonical(name): stored for name, stored in read_header(file)[0].items()}
 
-    def _stored(self, name: str) -> tuple[Path, str]:
-        if name not in self._where:
+    def _find(self, name: str) -> StoredTensor:
+        if name not in self._stored:
             raise ModelError(f"{self._folder} has no tensor {name}: give a merged model, as written by `fedtune export`")
-        return self._where[name]
+        return self._stored[name]
 
-    def tensor(self, name: str, size: tuple[int, ...]) -> Tensor:
-        file, stored = self._stored(name)
-        with _opened(file) as handle:
-            part = handle.get_slice(stored)
-            if tuple(part.get_shape()) != size or part.get_dtype() not in FLOATS:
-                raise ModelError(
-                    f"{file} holds {name} as {part.get_dtype()} {tuple(part.get_shape())}, but config.json requires floats {size}"
-                )
-            return handle.get_tensor(stored)
+    def tensor(self, name: str, size: tuple[int, ...]) -> Array:
+        stored = self._find(name)
+        if stored.shape != size or stored.dtype not in FLOATS:
+            raise ModelError(f"{stored.path} holds {name} as {stored.dtype} {stored.shape}, but config.json requires floats {size}")
+        return stored.read()
 
     def stored_kind(self, name: str) -> str:
         if self._packs(name):
             return "bf16"
-        file, stored = self._stored(f"{name}.weight")
-        with _opened(file) as handle:
-            return FLOATS.get(handle.get_slice(stored).get_dtype(), "fp32")
+        return FLOATS.get(self._find(f"{name}.weight").dtype, "fp32")
 
     def linear(self, name: str, size: tuple[int, int], kind: str) -> Stored:
         if not self._packs(name):
             return kind, GROUP, portable(kind, self.tensor(f"{name}.weight", size), group=GROUP)
         if kind in ("int8", "int4"):
             raise ModelError(f"{self._folder} holds '{name}' in 4 bits, and {kind} would round it again: export the model with --to edge")
+        from fedtune.inference.engine.gptq_awq import unpack_weight  # lazy: it loads torch
+        from fedtune.inference.engine.reference.tensors import as_array, as_tensor
+
         assert self._packing is not None
-        return kind, GROUP, portable(kind, unpack_weight(self._packing, partial(self._part, name), size, name), group=GROUP)
+        weight = unpack_weight(self._packing, lambda part: as_tensor(self._stored[f"{name}.{part}"].read()), size, name)
+        return kind, GROUP, portable(kind, as_array(weight), group=GROUP)
 
     def _packs(self, name: str) -> bool:
-        return self._packing is not None and f"{name}.qweight" in self._where
-
-    def _part(self, name: str, part: str) -> Tensor:
-        file, stored = self._where[f"{name}.{part}"]
-        with _opened(file) as handle:
-            return handle.get_tensor(stored)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{file} is not a valid safetensors file ({str(error).splitlines()[0]:.80}): export the model again") from None
+        return self._packing is not None and f"{name}.qweight" in self._stored
 
 
 def _decoder(shape: Shape, source: _Source, linear: Callable[[str], Linear]) -> Decoder:
     embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
     layers = [_layer(shape, source, linear, i) for i in range(shape.layers)]
-    norm = source.tensor("model.norm.weight", (shape.hidden,)).float() + shape.norm_offset
+    norm = as_float32(source.tensor("model.norm.weight", (shape.hidden,))) + np.float32(shape.norm_offset)
     return Decoder(shape, embed, layers, norm, linear("head"))
 
 
@@ -278,7 +264,7 @@ def _layer(shape: Shape, source: _Source, linear: Callable[[str], Linear], i: in
     return make_layer(
         shape,
         {name: linear(f"layers.{i}.{name}") for name in linears(shape)},
-        lambda name: source.tensor(f"model.layers.{i}.{name}.weight", (sizes[name],)).float(),
+        lambda name: as_float32(source.tensor(f"model.layers.{i}.{name}.weight", (sizes[name],))),
     )
 
 
@@ -305,14 +291,14 @@ class _Packing:
             name, n_in = at + part.module, fused.columns
             own, group, tensors = self._source.linear(name, (part.rows, n_in), self._kind or self._source.stored_kind(name))
             if fused.bias:
-                tensors["bias"] = self._source.tensor(f"{name}.bias", (part.rows,)).float()
+                tensors["bias"] = as_float32(self._source.tensor(f"{name}.bias", (part.rows,)))
             found.append((own, group, tensors if part.order is None else {key: t[part.order] for key, t in tensors.items()}))
         first = at + fused.parts[0].module
         own, group, whole = found[0]
         if any(other[:2] != (own, group) for other in found[1:]):
             raise ModelError(f"{first} and the linears fused with it are of different kinds: export the model again")
         if len(found) > 1:
-            whole = {key: torch.cat([tensors[key] for *_, tensors in found]) for key in whole}
+            whole = {key: np.concatenate([tensors[key] for *_, tensors in found]) for key in whole}
             found.clear()
         return linear_from_tensors(own, whole, n_in=fused.columns, group=group, name=first)
 

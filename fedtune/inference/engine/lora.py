@@ -1,28 +1,26 @@
 """Unmerged LoRA factors, selected per span."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.layout import home_of, linears
 from fedtune.inference.engine.shape import Shape
 
+Floats = NDArray[np.float32]
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Lora:
-    """One adapter: (layer, linear) → pieces (aᵀ [K, r], bᵀ [r, n], the first of its n output columns)."""
+    """One adapter: (layer, linear) → pieces (aᵀ [K, r], bᵀ [r, n], the first of its n output columns), whose y += x aᵀ bᵀ."""
 
-    pieces: dict[tuple[int, str], list[tuple[Tensor, Tensor, int]]] = field(default_factory=dict)
-
-    def add(self, where: tuple[int, str], x: Tensor, y: Tensor) -> None:
-        """y += x aᵀ bᵀ, in place; x [n, K], y [n, N]."""
-        for a, b, column in self.pieces.get(where, ()):
-            y[:, column : column + b.shape[1]].addmm_(x @ a, b)
+    pieces: dict[tuple[int, str], list[tuple[Floats, Floats, int]]] = field(default_factory=dict)
 
 
-def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: str) -> Lora:
+def make_lora(shape: Shape, factors: Mapping[str, tuple[Floats, Floats]], name: str) -> Lora:
     """Build an adapter from its modules' factors.
 
     Args:
@@ -41,14 +39,9 @@ def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: 
             raise ModelError(f"adapter {name!r} changes '{module}', which the engine cannot adapt: merge it with `fedtune export`")
         linear, first, part = home
         columns = linears(shape)[linear].columns
-        if a.dim() != 2 or a.shape[1] != columns or b.shape != (part.rows, a.shape[0]):
+        if a.ndim != 2 or a.shape[1] != columns or b.shape != (part.rows, a.shape[0]):
             raise ModelError(f"adapter {name!r} does not fit '{module}' of shape {(part.rows, columns)}: it belongs to another model")
-        b = b.float() if part.order is None else b.float()[part.order]
-        lora.pieces.setdefault((int(layer), linear), []).append((a.float().T.contiguous(), b.T.contiguous(), first))
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        b = b if part.order is None else b[part.order]
+        lora.pieces.setdefault((int(layer), linear), []).append((np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), first))
     return lora
-
-
-def add_all(loras: Sequence[tuple[slice, Lora]], where: tuple[int, str], x: Tensor, y: Tensor) -> None:
-    """Apply each adapter to its rows of y, in place."""
-    for rows, lora in loras:
-        lora.add(where, x[rows], y[rows])

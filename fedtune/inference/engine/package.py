@@ -13,20 +13,19 @@ Tensors have their Hugging Face names. A quantized linear's weight is `<name>.we
 
 import hashlib
 import math
-import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.layout import linears, norm_sizes
 from fedtune.inference.engine.shape import Shape, read_shape
+from fedtune.inference.engine.tensor_files import StoredTensor, read_header
 from fedtune.storage.parsing import parse_json, read_text
 from fedtune.storage.reading import read_fields
 
@@ -46,10 +45,10 @@ __all__ = [
 
 FORMAT = 2
 PACKAGE, CARD, ADAPTERS = "package.json", "fedtune.json", "adapters"
-FILES = {torch.float32: "weights-f32", torch.bfloat16: "weights-bf16", torch.int8: "weights-int8", torch.uint8: "weights-int4"}
+FILES = {"F32": "weights-f32", "BF16": "weights-bf16", "I8": "weights-int8", "U8": "weights-int4"}  # dtype → file
+Floats = NDArray[np.float32]
 Kind = Literal["fp32", "bf16", "int8", "int4"]
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
-_JSON, _HEADER = 1 << 24, 1 << 25  # limits in bytes, far above our files: parsing takes several times as much memory
+_JSON = 1 << 24  # limit in bytes, far above our files: parsing takes several times as much memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +89,15 @@ class Package:
     card: dict[str, Any]
     linears: Mapping[str, StoredLinear]
     tensors: "StoredTensors"
-    adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, tuple[Floats, Floats]]] = field(default_factory=dict)
 
-    def linear(self, name: str) -> dict[str, Tensor]:
+    def linear(self, name: str) -> dict[str, Array]:
         """The tensors of a linear: `weight`, or `packed`, `scale` and (int4) `zero`; and `bias` if it has one."""
         parts = {"weight": "weight", "weight.packed": "packed", "weight.scale": "scale", "weight.zero": "zero", "bias": "bias"}
         return {short: self.tensors[f"{name}.{part}"] for part, short in parts.items() if f"{name}.{part}" in self.tensors.specs}
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class StoredTensors(Mapping[str, Array]):
     """Tensors of safetensors files by name, each memory-mapped on request.
 
     Attributes:
@@ -106,51 +105,35 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self) -> None:
-        self.specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self._files: dict[str, Path] = {}
+        self.specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._stored: dict[str, StoredTensor] = {}
 
-    def add(self, path: Path, dtype: torch.dtype) -> None:
-        """Add a file whose tensors must all have this dtype.
+    def add(self, path: Path, dtype: str) -> dict[str, str]:
+        """Add a file whose tensors must all have this dtype; returns its metadata.
 
         Raises:
             ModelError: The file is damaged, has a tensor of another dtype, or has one that is in another file too.
         """
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                part = file.get_slice(name)
-                if _DTYPES.get(part.get_dtype()) != dtype:
-                    raise ModelError(
-                        f"{path}: '{name:.80}' is {part.get_dtype()}, which does not belong in this file: the package is damaged"
-                    )
-                if name in self._files:
-                    raise ModelError(f"{path.parent} holds '{name:.80}' twice: export the model again")
-                self._files[name], self.specs[name] = path, (dtype, tuple(part.get_shape()))
+        found, metadata = read_header(path)
+        for name, stored in found.items():
+            if stored.dtype != dtype:
+                raise ModelError(f"{path}: '{name:.80}' is {stored.dtype}, which does not belong in this file: the package is damaged")
+            if name in self._stored:
+                raise ModelError(f"{path.parent} holds '{name:.80}' twice: export the model again")
+            self._stored[name], self.specs[name] = stored, (dtype, stored.shape)
+        return metadata
 
-    def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+    def __getitem__(self, name: str) -> Array:
+        return self._stored[name].read()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with open(path, "rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-        if length > _HEADER:
-            raise ModelError(f"{path} declares a header of {length} bytes: it is damaged")
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError, struct.error, RuntimeError, ValueError, OverflowError, MemoryError) as bad:
-        raise ModelError(f"{path} cannot be read ({str(bad).splitlines()[0][:80] if str(bad) else 'too large'}): it is damaged") from None
+        return len(self._stored)
 
 
 def is_package(folder: Path) -> bool:
@@ -224,16 +207,16 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (shape.vocab, d)
 
 
-def linear_tensors(name: str, linear: StoredLinear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def linear_tensors(name: str, linear: StoredLinear) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The tensors that store a linear's weight: name → dtype and shape."""
     (rows, columns), weight = linear.shape, f"{name}.weight"
     if linear.kind in ("fp32", "bf16"):
-        return {weight: (torch.float32 if linear.kind == "fp32" else torch.bfloat16, (rows, columns))}
+        return {weight: ("F32" if linear.kind == "fp32" else "BF16", (rows, columns))}
     if linear.kind == "int8":
-        return {f"{weight}.packed": (torch.int8, (rows, columns)), f"{weight}.scale": (torch.float32, (rows,))}
+        return {f"{weight}.packed": ("I8", (rows, columns)), f"{weight}.scale": ("F32", (rows,))}
     groups = (rows, math.ceil(columns / linear.group))
-    packed = {f"{weight}.packed": (torch.uint8, (rows, math.ceil(columns / 2)))}
-    return packed | {f"{weight}.{part}": (torch.bfloat16, groups) for part in ("scale", "zero")}
+    packed = {f"{weight}.packed": ("U8", (rows, math.ceil(columns / 2)))}
+    return packed | {f"{weight}.{part}": ("BF16", groups) for part in ("scale", "zero")}
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -296,14 +279,14 @@ def _check_seal(folder: Path, digests: Any, seen: bool) -> None:
 
 
 def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tensors: StoredTensors, seen: bool) -> None:
-    wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
     for name, size in tensor_shapes(shape):
         if is_linear(name):
             for part, (dtype, own) in linear_tensors(name.removesuffix(".weight"), linears[name.removesuffix(".weight")]).items():
                 wanted[part] = (dtype,), own
         else:
-            wanted[name] = (torch.float32, torch.bfloat16) if len(size) == 2 else (torch.float32,), size
-    wanted |= {name: ((torch.float32,), size) for name, size in _virtual(shape, tensors).items()}
+            wanted[name] = ("F32", "BF16") if len(size) == 2 else ("F32",), size
+    wanted |= {name: (("F32",), size) for name, size in _virtual(shape, tensors).items()}
     if missing := [n for n in wanted if n not in tensors.specs]:
         raise ModelError(f"{folder} lacks the tensor '{missing[0]}' ({len(missing)} such) that its config requires: export it again")
     if surplus := [n for n in tensors if n not in wanted]:
@@ -311,12 +294,13 @@ def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tens
     for name, (dtypes, size) in wanted.items():
         dtype, found = tensors.specs[name]
         if dtype not in dtypes or found != size:
-            difference = f"{str(dtype)[6:]} {found}, but its config requires {str(dtypes[0])[6:]} {size}"
+            difference = f"{dtype} {found}, but its config requires {dtypes[0]} {size}"
             raise ModelError(f"{folder}: '{name}' is {difference}: export the model again")
         # the large matrices stay on the disk until they are used
         if seen:
             continue
-        if (name.endswith((".scale", ".zero")) or len(size) != 2 or name == "prompt.embeds") and not torch.isfinite(tensors[name]).all():
+        small = name.endswith((".scale", ".zero")) or len(size) != 2 or name == "prompt.embeds"
+        if small and not np.isfinite(as_float32(tensors[name])).all():
             raise ModelError(f"{folder}: '{name}' holds numbers that are not finite: the package is damaged")
 
 
@@ -331,13 +315,12 @@ def _virtual(shape: Shape, tensors: StoredTensors) -> dict[str, tuple[int, ...]]
     return {}  # then any such tensor is surplus
 
 
-def _adapter(path: Path, shape: Shape, base: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _adapter(path: Path, shape: Shape, base: Any) -> dict[str, tuple[Floats, Floats]]:
     """Read a separate adapter: module → A and B."""
     stored = StoredTensors()
-    stored.add(path, torch.float32)
+    metadata = stored.add(path, "F32")
     try:
-        with _opened(path) as file:
-            own = parse_json((file.metadata() or {})["fedtune"])["base"]
+        own = parse_json(metadata["fedtune"])["base"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ModelError(f"{path} is not an adapter of a package: its metadata does not name a backbone") from None
     if own != base:
@@ -349,8 +332,8 @@ def _adapter(path: Path, shape: Shape, base: Any) -> dict[str, tuple[Tensor, Ten
         rank = a[0] if len(a) == 2 else 0
         if not rank or module not in sizes or a != (rank, sizes[module][1]) or b != (sizes[module][0], rank):
             raise ModelError(f"{path}: the factors of '{module:.80}' do not fit the decoder: the adapter is another model's, or damaged")
-        out[module] = (stored[f"{module}.lora_A"], stored[f"{module}.lora_B"])
-        if not all(torch.isfinite(t).all() for t in out[module]):
+        out[module] = as_float32(stored[f"{module}.lora_A"]), as_float32(stored[f"{module}.lora_B"])
+        if not all(np.isfinite(t).all() for t in out[module]):
             raise ModelError(f"{path}: the factors of '{module}' hold numbers that are not finite: the adapter is damaged")
     if 2 * len(out) != len(stored):
         raise ModelError(f"{path} holds more than an adapter's factors: it is damaged")

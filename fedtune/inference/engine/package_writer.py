@@ -15,6 +15,7 @@ from fedtune.inference.engine.package import ADAPTERS, CARD, FILES, FORMAT, PACK
 __all__ = ["PackageWriter", "TensorFile", "as_bytes"]
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -71,11 +72,11 @@ class PackageWriter:
         self.folder, self._linears = folder, dict(linears)
         every = dict(specs)
         for name, linear in linears.items():
-            every |= linear_tensors(name, linear)
+            every |= {part: (_DTYPES[dtype], size) for part, (dtype, size) in linear_tensors(name, linear).items()}
         self._files = {
-            dtype: TensorFile(folder / f"{stem}.safetensors", mine)
-            for dtype, stem in FILES.items()
-            if (mine := {n: s for n, s in every.items() if s[0] == dtype})
+            _DTYPES[name]: TensorFile(folder / f"{stem}.safetensors", mine)
+            for name, stem in FILES.items()
+            if (mine := {n: s for n, s in every.items() if s[0] == _DTYPES[name]})
         }
 
     def put(self, name: str, tensor: Tensor) -> None:

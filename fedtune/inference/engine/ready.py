@@ -8,6 +8,7 @@ Packing handles one linear at a time, so it needs no more memory than one of the
 """
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -19,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from fedtune.inference.engine.linear import Linear, linear_from_parts
-from fedtune.inference.engine.native.choice import packing
-from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
-from fedtune.inference.engine.package_writer import as_bytes
+from fedtune.inference.engine.bfloat16 import Array
+from fedtune.inference.engine.linear import Linear, Native, linear_from_parts
+from fedtune.inference.engine.native.choice import cpu_features, packing
 from fedtune.storage.atomic import new_folder
 from fedtune.storage.parsing import parse_json, read_text
 
@@ -33,9 +32,12 @@ __all__ = ["Place", "open_ready", "place", "write_ready"]
 
 LEAST = 1 << 26  # smallest model, in bytes, for which packing pays off
 _ALIGNED = 64
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.uint8)}
-_FEATURES = (torch.cpu._is_vnni_supported, torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+_DTYPES = {str(dtype): dtype for dtype in map(np.dtype, ("f4", "u2", "i1", "u1"))}
 _log = logging.getLogger(__name__)
+
+
+class _CannotMap(Exception):
+    """This torch cannot map packed weights."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,17 @@ class Place:
 
 
 def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None:
-    """The location for a model folder loaded as `kind`; None if the model is small, or this torch cannot map packed weights."""
+    """The location for a model folder loaded as `kind`; None if the model is small."""
     folder = folder.resolve()
     stats = [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in sorted(files) if file.is_file()]
-    if sum(size for _, size, _ in stats) < LEAST or not can_wrap():
+    if sum(size for _, size, _ in stats) < LEAST:
         return None
     made_from = {
         "folder": str(folder),
         "files": [list(stat) for stat in stats],
         "kind": kind,
-        "torch": torch.__version__,
-        "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability(), *(bool(has()) for has in _FEATURES)],
+        "torch": _torch_version(),
+        "cpu": [platform.machine(), *sorted(cpu_features())],
         "native": packing(),
     }
     key = hashlib.sha256(json.dumps([str(folder), kind]).encode()).hexdigest()[:20]
@@ -78,28 +80,31 @@ def open_ready(place: Place) -> dict[str, Linear] | None:
             return None
         if (place.path / "weights.bin").stat().st_size != index["size"]:
             return None
-        whole = torch.from_file(str(place.path / "weights.bin"), shared=False, size=index["size"], dtype=torch.uint8)
+        whole = np.asarray(np.memmap(place.path / "weights.bin", np.uint8, "c", shape=(index["size"],)))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
     layouts = [bytes.fromhex(layout) for layout in index["layouts"]]
     return {name: _linear(entry, whole, layouts) for name, entry in index["linears"].items()}
 
 
-def _linear(entry: Mapping[str, Any], whole: Tensor, layouts: Sequence[bytes]) -> Linear:
-    parts = dict[str, Tensor]()
+def _linear(entry: Mapping[str, Any], whole: Array, layouts: Sequence[bytes]) -> Linear:
+    parts = dict[str, Any]()
     for name, part in entry["parts"].items():
-        memory, dtype = whole.narrow(0, part["at"], part["bytes"]), _DTYPES[part["dtype"]]
+        memory = whole[part["at"] : part["at"] + part["bytes"]]
         if part["layout"] is None:
-            parts[name] = memory.view(dtype).view(part["shape"])
+            parts[name] = memory.view(_DTYPES[part["dtype"]]).reshape(part["shape"])
         else:
-            parts[name] = wrap_bytes(memory, layouts[part["layout"]], part["shape"], dtype)
+            from fedtune.inference.engine.reference.opaque import wrap_array  # lazy: it loads torch
+
+            parts[name] = wrap_array(memory, layouts[part["layout"]], part["shape"], part["dtype"])
     linear = linear_from_parts(entry["kind"], parts, n_in=entry["n_in"], n_out=entry["n_out"], group=entry["group"])
     linear.mapped = whole  # wrapped tensors do not keep their memory alive
     return linear
 
 
 def write_ready(place: Place, linears: Iterable[tuple[str, Linear]]) -> bool:
-    """Write linears to disk, one by one. Returns False, with a warning, if they cannot be written.
+    """Write linears to disk, one by one. Returns False if they cannot be written: with a warning, or because this torch cannot map
+    its packed weights.
 
     Args:
         linears: Name and linear, each built on demand and freed after writing.
@@ -112,6 +117,8 @@ def write_ready(place: Place, linears: Iterable[tuple[str, Linear]]) -> bool:
                 index = _written(file, linears)
             body = {"made_from": place.made_from, **index, "seal": _seal(index["linears"], index["layouts"], index["size"])}
             (folder / "index.json").write_text(json.dumps(body), encoding="utf-8")
+    except _CannotMap:
+        return False
     except OSError as bad:
         _log.warning(
             "packed weights cannot be written to %s (%s): the model is packed again at each start", place.path.parent, bad.strerror or bad
@@ -125,20 +132,38 @@ def _written(file: Any, linears: Iterable[tuple[str, Linear]]) -> dict[str, Any]
     entries, layouts, at = dict[str, Any](), list[str](), 0
     for name, linear in linears:
         parts = dict[str, Any]()
-        for part, tensor in linear.parts.items():
+        for part, (array, dtype, shape, described) in _arrays(linear).items():
             layout = None
-            if tensor.is_mkldnn:
-                described = layout_of(tensor).hex()
-                if described not in layouts:
-                    layouts.append(described)
-                layout = layouts.index(described)
-            memory = as_bytes(raw_bytes(tensor) if tensor.is_mkldnn else tensor)
+            if described is not None:
+                if described.hex() not in layouts:
+                    layouts.append(described.hex())
+                layout = layouts.index(described.hex())
+            memory = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             file.write(memory)
             file.write(more := bytes(-len(memory) % _ALIGNED))
-            parts[part] = {"at": at, "bytes": len(memory), "dtype": str(tensor.dtype), "shape": list(tensor.shape), "layout": layout}
+            parts[part] = {"at": at, "bytes": len(memory), "dtype": dtype, "shape": list(shape), "layout": layout}
             at += len(memory) + len(more)
         entries[name] = {"kind": linear.kind, "n_in": linear.n_in, "n_out": linear.n_out, "group": linear.group, "parts": parts}
     return {"linears": entries, "layouts": layouts, "size": at}
+
+
+def _arrays(linear: Linear) -> dict[str, tuple[Array, str, tuple[int, ...], bytes | None]]:
+    """A linear's parts as arrays, with dtype, shape and oneDNN's layout of opaque ones."""
+    if isinstance(linear, Native):
+        return {name: (array, str(array.dtype), array.shape, None) for name, array in linear.parts.items()}
+    from fedtune.inference.engine.reference.opaque import can_wrap, opaque_part  # lazy: it loads torch
+
+    if not can_wrap():
+        raise _CannotMap
+    return {name: opaque_part(part) for name, part in linear.parts.items()}
+
+
+def _torch_version() -> str:
+    """The version of torch, without loading it; "" if it is not installed."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _seal(*values: Any) -> str:

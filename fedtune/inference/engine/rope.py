@@ -10,10 +10,13 @@ arXiv:2402.13753, with the short factors; Llama 3's scaling and dynamic NTK as i
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.inference.engine.shape import RopeShape, Shape
+
+Floats = NDArray[np.float32]
+Turns = NDArray[np.complex64]
 
 
 class Rope:
@@ -28,79 +31,71 @@ class Rope:
         self._rope, self._width = rope or shape.rope, shape.rotary or shape.head_dim
         self._freqs, factor = frequencies(self._rope, self._width)
         self._still = (shape.head_dim - self._width) // 2  # pairs that are not rotated
-        self._factor = torch.cat([torch.full_like(self._freqs, factor), torch.ones(self._still)])
+        self._factor = np.concatenate([np.full_like(self._freqs, factor), np.ones(self._still, np.float32)])
         self._known = int(self._rope.get("max_position_embeddings")) if self._rope.kind == "dynamic" else None
-        self._table = torch.empty(0, 1, shape.head_dim // 2, dtype=torch.complex64)
-        self._last: tuple[int, int, Tensor] | None = None
+        self._table = np.empty((0, 1, shape.head_dim // 2), np.complex64)
+        self._last: tuple[int, int, Turns] | None = None
 
-    def rows(self, start: int, n: int) -> Tensor:
-        """[n, 1, D/2] complex64 for positions start..start+n-1."""
+    def rows(self, start: int, n: int) -> Turns:
+        """[n, 1, D/2] for positions start..start+n-1."""
         if self._last is None or self._last[0] != start or self._last[1] != n:  # reused by all layers of a pass
             self._last = start, n, self._rows(start, n)
         return self._last[2]
 
-    def rotate(self, x: Tensor, positions: Tensor | int) -> Tensor:
+    def rotate(self, x: Floats, positions: NDArray[np.int64] | int) -> Floats:
         """Rotate each head of x by its position.
 
         Args:
-            x: [n, H, D] float32, channels in pairs.
+            x: [n, H, D], channels in pairs.
             positions: [n] integers, or the first of n consecutive positions.
 
         Returns:
-            [n, H, D] float32, a new tensor.
+            [n, H, D], a new array.
         """
-        return as_real(as_complex(x) * (self.rows(positions, x.shape[0]) if isinstance(positions, int) else self.at(positions)))
+        turns = self.rows(positions, len(x)) if isinstance(positions, int) else self.at(positions)
+        return (np.ascontiguousarray(x).view(np.complex64) * turns).view(np.float32)
 
-    def at(self, positions: Tensor) -> Tensor:
-        """[n, 1, D/2] complex64 for any positions [n]."""
+    def at(self, positions: NDArray[np.int64]) -> Turns:
+        """[n, 1, D/2] for any positions [n]."""
         last = int(positions.max()) + 1
         return (self.rows(0, last) if self._known and last > self._known else self._upto(last))[positions]
 
-    def unrotate(self, x: Tensor, start: int) -> Tensor:
+    def unrotate(self, x: Floats, start: int) -> Floats:
         """The inverse of `rotate(…, start)`, for keys that are already rotated or must not be."""
-        return as_real(as_complex(x.float().contiguous()) * (self.rows(start, x.shape[0]).conj() / self._factor**2))
+        turns = self.rows(start, len(x)).conj() / self._factor**2
+        return (np.ascontiguousarray(x, np.float32).view(np.complex64) * turns).view(np.float32)
 
-    def _rows(self, start: int, n: int) -> Tensor:
+    def _rows(self, start: int, n: int) -> Turns:
         if self._known and start + n > self._known:  # dynamic: the base depends on the current length
             return self._make(frequencies(self._rope, self._width, start + n)[0], start, n)
         return self._upto(start + n)[start : start + n]
 
-    def _upto(self, length: int) -> Tensor:
-        held = self._table.shape[0]
+    def _upto(self, length: int) -> Turns:
+        held = len(self._table)
         if held < length:
             self._table = self._make(self._freqs, 0, max(256, 2 * held, length))
         return self._table
 
-    def _make(self, freqs: Tensor, start: int, n: int) -> Tensor:
-        freqs = torch.cat([freqs, torch.zeros(self._still)])
-        angles = torch.arange(start, start + n, dtype=torch.float32).unsqueeze(1) * freqs
-        return torch.polar(self._factor.expand_as(angles), angles).unsqueeze(1)
+    def _make(self, freqs: Floats, start: int, n: int) -> Turns:
+        freqs = np.concatenate([freqs, np.zeros(self._still, np.float32)])
+        angles = np.arange(start, start + n, dtype=np.float32)[:, None] * freqs
+        out = np.empty((n, 1, len(freqs)), np.complex64)
+        out.real[:, 0], out.imag[:, 0] = self._factor * np.cos(angles), self._factor * np.sin(angles)
+        return out
 
 
-def as_complex(x: Tensor) -> Tensor:
-    """[n, H, D] float32, channels in pairs, as [n, H, D/2] complex64: a view."""
-    n, heads, width = x.shape
-    return torch.view_as_complex(x.view(n, heads, width // 2, 2))
-
-
-def as_real(x: Tensor) -> Tensor:
-    """The inverse of `as_complex`: a view of a contiguous tensor."""
-    n, heads, half = x.shape
-    return torch.view_as_real(x).view(n, heads, 2 * half)
-
-
-def pairs(heads: int, width: int, rotary: int = 0) -> Tensor:
+def pairs(heads: int, width: int, rotary: int = 0) -> NDArray[np.int64]:
     """The row order [heads * width] that puts channels i and i + rotary/2 of each head side by side; `rotary` is 0 for all of `width`.
 
     >>> pairs(1, 6).tolist(), pairs(1, 6, 4).tolist()
     ([0, 3, 1, 4, 2, 5], [0, 2, 1, 3, 4, 5])
     """
     rotary = rotary or width
-    within = torch.cat([torch.arange(rotary).view(2, -1).T.flatten(), torch.arange(rotary, width)])
-    return (torch.arange(heads).unsqueeze(1) * width + within).flatten()
+    within = np.concatenate([np.arange(rotary).reshape(2, -1).T.ravel(), np.arange(rotary, width)])
+    return (np.arange(heads)[:, None] * width + within).ravel()
 
 
-def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple[Tensor, float]:
+def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple[Floats, float]:
     """Return [width/2] float32 radians per position, and the factor on queries and keys.
 
     Args:
@@ -108,9 +103,9 @@ def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple
         width: Rotated channels of a head.
         length: Tokens so far; used only by dynamic scaling, beyond the model's context.
     """
-    steps = torch.arange(0, width, 2, dtype=torch.float32) / width
+    steps = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     if rope.kind == "none":
-        return torch.zeros_like(steps), 1.0
+        return np.zeros_like(steps), 1.0
     if rope.kind == "dynamic":
         factor, context = rope.get("factor"), rope.get("max_position_embeddings")
         grown = factor * max(length or 0, context) / context - (factor - 1)
@@ -127,23 +122,23 @@ def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple
     return plain, 1.0
 
 
-def _llama3(rope: RopeShape, plain: Tensor) -> Tensor:
+def _llama3(rope: RopeShape, plain: Floats) -> Floats:
     """Divide low frequencies by the factor, keep high ones, interpolate between."""
     factor, low, high = (rope.get(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = rope.get("original_max_position_embeddings") * plain / (2 * math.pi)  # rotations in the original context
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    blend = np.clip((turns - low) / (high - low), 0, 1)
     return (1 - blend) * plain / factor + blend * plain
 
 
-def _longrope(rope: RopeShape, plain: Tensor) -> tuple[Tensor, float]:
+def _longrope(rope: RopeShape, plain: Floats) -> tuple[Floats, float]:
     """The short factors, for texts within the original context: a longer text would need other keys for all of its tokens."""
     original = rope.get("original_max_position_embeddings")
     factor = rope.get("factor") or rope.get("max_position_embeddings") / original
     attention = rope.get("attention_factor") or (math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)
-    return plain / torch.tensor(rope.get("short_factor")), float(attention)
+    return plain / np.array(rope.get("short_factor"), np.float32), float(attention)
 
 
-def _yarn(rope: RopeShape, width: int, steps: Tensor) -> tuple[Tensor, float]:
+def _yarn(rope: RopeShape, width: int, steps: Floats) -> tuple[Floats, float]:
     original = rope.get("original_max_position_embeddings")
     factor = rope.get("factor") or rope.get("max_position_embeddings") / original
 
@@ -154,7 +149,7 @@ def _yarn(rope: RopeShape, width: int, steps: Tensor) -> tuple[Tensor, float]:
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    slowed = ((torch.arange(width // 2) - low) / ((high - low) or 0.001)).clamp(0, 1)
+    slowed = np.clip((np.arange(width // 2, dtype=np.float32) - np.float32(low)) / np.float32((high - low) or 0.001), 0, 1)
     plain = 1.0 / rope.theta**steps
 
     def grown(mscale: float = 1.0) -> float:

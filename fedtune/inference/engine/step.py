@@ -1,60 +1,67 @@
 """Passes through the decoder in native code: one call from Python runs the layers, the final norm and the head.
 
-It runs if all linears of the layers are native, the caches have a native form, and no span has a separate adapter. Otherwise the decoder
-runs its torch operations, which are the reference; `NativeStep.why_torch` says why.
+It runs if all linears of the layers are native. Otherwise torch does (`reference.passes`); `NativeStep.why_torch` says why.
 """
 
 import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from fedtune.inference.engine.bfloat16 import Array
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.layer import Layer
 from fedtune.inference.engine.linear import Linear, Native
+from fedtune.inference.engine.lora import Lora
 from fedtune.inference.engine.native.library import Kernels
 from fedtune.inference.engine.native.structures import DecoderStructure, LayerStructure, PassStructure, SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
+from fedtune.inference.engine.threads import threads
 
 __all__ = ["NativeStep"]
 
 _LINEARS = ("qkv", "o", "gate_up", "down")
 _NORMS = ("norm", "q_norm", "k_norm", "o_norm", "mlp_norm", "down_norm")
 _WIDEST, _MOST_SHARED = 512, 128  # of kernels.h: channels of a head, and query heads for each key head
+Floats = NDArray[np.float32]
 
 
 class NativeStep:
     """The native form of a decoder. It holds the layers' weights as long as it lives."""
 
-    def __init__(self, shape: Shape, layers: Sequence[Layer], ropes: Sequence[Rope], norm: Tensor, head: Linear) -> None:
+    def __init__(self, shape: Shape, layers: Sequence[Layer], ropes: Sequence[Rope], norm: Floats, head: Linear) -> None:
         self._kernels, self._head = _kernels(layers[0]), head
         self._kinds = list(dict.fromkeys(ropes))
-        self._held: list[Any] = [list(layers), norm.float().contiguous()]
+        self._held: list[Any] = [list(layers)]
         made = (LayerStructure * shape.layers)()
         for own, layer, rope, window in zip(made, layers, ropes, shape.windows, strict=True):
             for name in _LINEARS:
                 setattr(own, name, getattr(layer, name).weights)
             for name in _NORMS:
                 if (weight := getattr(layer, name)) is not None:
-                    self._held.append(kept := weight.float().contiguous())
-                    setattr(own, name, kept.data_ptr())
+                    setattr(own, name, self._address(weight))
             own.window, own.turns = window or 0, self._kinds.index(rope)
         self._decoder = DecoderStructure(
             hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate=shape.intermediate,
             layers=shape.layers, whole_norms=shape.qk_norm_whole, gelu=shape.activation != "silu", eps=shape.eps,
             query_scale=shape.query_scale * shape.head_dim**-0.5, attention_cap=shape.attention_cap or 0, logit_cap=shape.logit_cap or 0,
-            layer=made, norm=self._held[1].data_ptr(),
+            layer=made, norm=self._address(norm),
         )  # fmt: skip
         if isinstance(head, Native):
             self._decoder.head = head.weights
             self._held.append(head)
 
+    def _address(self, weight: Floats) -> int:
+        kept = np.ascontiguousarray(weight, np.float32)
+        self._held.append(kept)
+        return kept.ctypes.data
+
     @staticmethod
     def why_torch(shape: Shape, layers: Sequence[Layer]) -> str:
-        """Why passes run by torch whatever the caches are, as the end of a sentence; "" if they need not."""
+        """Why passes run by torch, as the end of a sentence; "" if they do not."""
         linears = [getattr(layer, name) for layer in layers for name in _LINEARS]
         if other := next((linear for linear in linears if not isinstance(linear, Native)), None):
             return f"{other.kind} linear layers are torch's"
@@ -62,59 +69,50 @@ class NativeStep:
             return f"native code has heads of up to {_WIDEST} channels and up to {_MOST_SHARED} query heads for each key head"
         return ""
 
-    @staticmethod
-    def places(spans: Sequence[Span]) -> list[SpanStructure] | None:
-        """Reserve the caches' room for a pass; None if it must run by torch.
-
-        Raises:
-            CacheError: A cache is full; nothing has changed.
-        """
-        kind = type(spans[0].cache)
-        if any(span.adapter is not None or type(span.cache) is not kind for span in spans):
-            return None
-        return kind.native_spans(spans)
-
     @property
     def has_head(self) -> bool:
         """Whether it can compute logits."""
         return isinstance(self._head, Native)
 
-    def run(self, hidden: Tensor, places: Sequence[SpanStructure], *, first: int, last: int, kept: Sequence[int] = ()) -> Tensor | None:
+    def run(
+        self, hidden: Floats, spans: Sequence[Span], loras: Sequence[Lora | None], *, first: int, last: int, kept: Sequence[int] = ()
+    ) -> Floats | None:
         """Run layers first..last-1.
 
         Args:
-            hidden: [rows, d] float32, contiguous; changed in place.
-            places: One for each span of the pass.
+            hidden: [rows, d], contiguous; changed in place.
+            spans: One per sequence, whose caches are prepared.
+            loras: Each span's adapter.
             first, last: Layers.
             kept: Rows whose logits are wanted; needs `has_head`.
 
         Returns:
-            Logits [len(kept), V] float32, or None if none are wanted.
+            Logits [len(kept), V], or None if none are wanted.
         """
-        rows, turns = hidden.shape[0], self._turns(places)
-        logits = torch.empty(len(kept), self._head.n_out) if kept else None
-        places_of_rings = self._places(places)
+        places = [span.cache.native_span(span.n) for span in spans]
+        turns, rings = self._turns(places), self._places(places)
+        logits = np.empty((len(kept), self._head.n_out), np.float32) if kept else None
         part = PassStructure(
-            rows=rows, first=first, last=last, hidden=hidden.data_ptr(),
+            rows=len(hidden), first=first, last=last, hidden=hidden.ctypes.data,
             span_count=len(places), spans=(SpanStructure * len(places))(*places),
-            turns_count=len(turns), turns=(ctypes.c_void_p * len(turns))(*(table.data_ptr() for table in turns)),
+            turns_count=len(turns), turns=(ctypes.c_void_p * len(turns))(*(table.ctypes.data for table in turns)),
         )  # fmt: skip
-        if places_of_rings:
-            part.place_count = places_of_rings[0].shape[0]
-            part.places = (ctypes.c_void_p * len(turns))(*(table.data_ptr() for table in places_of_rings))
+        if rings:
+            part.place_count = len(rings[0])
+            part.places = (ctypes.c_void_p * len(rings))(*(table.ctypes.data for table in rings))
         if logits is not None:
-            part.kept_count, part.kept, part.logits = len(kept), (ctypes.c_int64 * len(kept))(*kept), logits.data_ptr()
-        self._kernels.run(self._decoder, part, torch.get_num_threads())
+            part.kept_count, part.kept, part.logits = len(kept), (ctypes.c_int64 * len(kept))(*kept), logits.ctypes.data
+        self._kernels.run(self._decoder, part, threads())
         return logits
 
-    def _turns(self, places: Sequence[SpanStructure]) -> list[Tensor]:
+    def _turns(self, places: Sequence[SpanStructure]) -> list[Array]:
         """For each kind of rotary embedding, [rows, 1, D/2] complex64."""
         if len(places) == 1:
             return [rope.rows(places[0].length, places[0].rows) for rope in self._kinds]
-        positions = torch.cat([torch.arange(place.length, place.length + place.rows) for place in places])
+        positions = np.concatenate([np.arange(place.length, place.length + place.rows) for place in places])
         return [rope.at(positions) for rope in self._kinds]
 
-    def _places(self, spans: Sequence[SpanStructure]) -> list[Tensor]:
+    def _places(self, spans: Sequence[SpanStructure]) -> list[Array]:
         """Likewise for the places of the window caches' tokens; [] if there are none."""
         count = max((min(span.length + span.rows, span.sinks + span.window) for span in spans if span.ring), default=0)
         return [rope.rows(0, count) for rope in self._kinds] if count else []

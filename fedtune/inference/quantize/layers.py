@@ -1,9 +1,9 @@
 """Runs single layers of the engine's decoder: records statistics of the linears' inputs, and computes the layer's outputs.
 
-The decoder is unchanged: its linears are wrapped, and a cache that stores nothing is used for whole sequences.
+Layers run by torch, with attention over whole sequences that stores nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.caches.base import Cache, Span, attention, causal_mask
-from fedtune.inference.engine.decoder import Decoder
+from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, Part, linears
 from fedtune.inference.engine.linear import Linear, linear_from_tensors
+from fedtune.inference.engine.reference.attention import attention, causal_mask, rotate
+from fedtune.inference.engine.reference.linears import apply
+from fedtune.inference.engine.reference.passes import Attend, run_layers
+from fedtune.inference.engine.reference.tensors import arrays, as_array
 from fedtune.inference.engine.rope import Rope, pairs
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.heap import give_back
@@ -95,43 +99,25 @@ class InputStats:
         return Stats(hessian=self._hessian.div_(n), mean=self._sum.div_(n), greatest=self._greatest)
 
 
-class ObservedLinear(Linear):
-    """A linear that records statistics of its inputs."""
+def over_whole(shape: Shape, prefix: Prefix | None) -> Attend:
+    """Attention of whole sequences after a prefix, for `run_layers`."""
 
-    def __init__(self, linear: Linear) -> None:
-        super().__init__(linear.parts, n_in=linear.n_in, n_out=linear.n_out, group=linear.group)
-        self.kind, self._linear = linear.kind, linear
-        self.watch = InputStats(linear.n_in)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.watch.add(x)
-        return self._linear(x)
-
-
-class NoCache(Cache):
-    """A cache that stores nothing, for whole sequences after a prefix."""
-
-    def __init__(self, shape: Shape, limit: int, prefix: Prefix | None) -> None:
-        super().__init__(shape, limit)
-        self._prefix = prefix
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        n, window, before = q.shape[0], self.shape.windows[layer], 0
-        if self._prefix is not None:  # its keys are not rotated
-            keys, values = self._prefix
+    def attend(cache: object, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        n, window, before = q.shape[0], shape.windows[layer], 0
+        if prefix is not None:  # its keys are not rotated
+            keys, values = prefix
             before = len(keys)
-            k, v = torch.cat([keys[..., pairs(1, self.shape.head_dim, self.shape.rotary)], rope.rotate(k, before)]), torch.cat([values, v])
+            k = torch.cat([keys[..., pairs(1, shape.head_dim, shape.rotary)], rotate(rope, k, before)])
+            v = torch.cat([values, v])
         else:
-            k = rope.rotate(k, 0)
+            k = rotate(rope, k, 0)
         first = 0 if window is None else max(0, before - window + 1)  # the oldest token that the first query sees
         whole = not before and (window is None or n <= window)
         mask = None if whole or n == 1 else causal_mask(n, n + before - first, window)
         k, v = k[first:].transpose(0, 1), v[first:].transpose(0, 1)
-        return attention(rope.rotate(q, before), k, v, mask, causal=whole and n > 1, cap=self.shape.attention_cap)
+        return attention(rotate(rope, q, before), k, v, mask, causal=whole and n > 1, cap=shape.attention_cap)
 
-    @property
-    def nbytes(self) -> int:
-        return 0
+    return attend
 
 
 def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
@@ -146,7 +132,7 @@ def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
         out, end = torch.empty(0), 0
         for part in parts:
             tensor = tensors[f"{part.module}.{kind}"]
-            tensor = tensor if part.order is None else tensor[part.order]
+            tensor = tensor if part.order is None else tensor[torch.from_numpy(part.order)]
             if len(parts) == 1:
                 return tensor
             out = out if end else torch.empty(sum(p.rows for p in parts), *tensor.shape[1:])
@@ -156,9 +142,10 @@ def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
 
     def fused(name: str, how: Fused) -> Linear:
         whole = {kind: joined(how.parts, kind) for kind in ("weight", "bias") if kind == "weight" or how.bias}
-        return linear_from_tensors("fp32", whole, n_in=how.columns, name=name)
+        return linear_from_tensors("fp32", arrays(whole), n_in=how.columns, name=name)
 
-    return make_layer(shape, {name: fused(name, how) for name, how in linears(shape).items()}, lambda name: tensors[f"{name}.weight"])
+    made = {name: fused(name, how) for name, how in linears(shape).items()}
+    return make_layer(shape, made, lambda name: as_array(tensors[f"{name}.weight"].float()))
 
 
 def prefix_of(virtual: Mapping[str, Tensor], index: int) -> Prefix | None:
@@ -168,25 +155,33 @@ def prefix_of(virtual: Mapping[str, Tensor], index: int) -> Prefix | None:
 
 def observe(shape: Shape, index: int, tensors: Mapping[str, Tensor], hidden: Hidden, prefix: Prefix | None = None) -> dict[str, Stats]:
     """Return input statistics of each of the decoder's linears of the layer, over the hidden states [n, d] before the layer."""
-    layer = build(shape, tensors)
-    watched = {name: ObservedLinear(getattr(layer, name)) for name in linears(shape)}
-    for name, linear in watched.items():
-        setattr(layer, name, linear)
-    _run(shape, index, layer, hidden, prefix, keep=False)
-    return {name: linear.watch.stats() for name, linear in watched.items()}
+    layer, watched = build(shape, tensors), {name: InputStats(how.columns) for name, how in linears(shape).items()}
+    names = {id(getattr(layer, name)): name for name in watched}
+
+    def observed(linear: Linear, x: Tensor) -> Tensor:
+        watched[names[id(linear)]].add(x)
+        return apply(linear, x)
+
+    _run(shape, index, layer, hidden, prefix, observed)
+    return {name: watch.stats() for name, watch in watched.items()}
 
 
 def pass_layer(shape: Shape, index: int, tensors: Mapping[str, Tensor], hidden: Hidden, prefix: Prefix | None = None) -> Hidden:
     """Run the layer on the hidden states, in place."""
-    _run(shape, index, build(shape, tensors), hidden, prefix, keep=True)
+    _run(shape, index, build(shape, tensors), hidden, prefix)
     return hidden
 
 
-def _run(shape: Shape, index: int, layer: Layer, hidden: Hidden, prefix: Prefix | None, keep: bool) -> None:
-    decoder = Decoder(shape, torch.empty(0, shape.hidden), [layer] * (index + 1), torch.empty(0), layer.down)
+def _run(
+    shape: Shape, index: int, layer: Layer, hidden: Hidden, prefix: Prefix | None,
+    observed: Callable[[Linear, Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Run the layer; the hidden states change, unless its linears are observed."""
+    rope, attend = Rope(shape, shape.rope_of(index)), over_whole(shape, prefix)
     give_back()
     for first, lengths in hidden.batches(_ROWS):
-        spans = [Span(NoCache(shape, n, prefix), n) for n in lengths]
-        out = decoder.run(hidden.rows(first, first + sum(lengths)), spans, first=index, last=index + 1)
-        if keep:
+        rows = hidden.rows(first, first + sum(lengths))
+        spans = [Span(FullCache(shape, n), n) for n in lengths]
+        out = run_layers(shape, [(index, layer, rope)], rows, spans, attend=attend, linear=observed or apply)
+        if observed is None:
             hidden.put(first, out)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from fedtune.errors import DataError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine
+from fedtune.inference.engine.reference.tensors import as_tensor
 
 __all__ = ["Piece", "Score", "answers", "engine_score", "of_engine", "perplexity", "score", "windows"]
 
@@ -97,7 +99,7 @@ def of_engine(engine: Engine) -> Logits:
     def logits(ids: Tensor) -> Tensor:
         cache = engine.cache(limit=engine.virtual_length + len(ids))
         engine.start(cache)
-        return engine.decoder.forward(ids, [Span(cache, len(ids), keep=None)])
+        return as_tensor(engine.decoder.forward(ids.numpy(), [Span(cache, len(ids), keep=None)]))
 
     return logits
 
@@ -109,10 +111,11 @@ def engine_score(engine: Engine, pieces: Iterable[Piece]) -> Score:
     for piece, new in pieces:
         cache = engine.cache(limit=engine.virtual_length + len(piece))
         engine.start(cache)
-        parts = (engine.decoder.embed(ids) for ids in piece.split(_ROWS))
-        hidden = torch.cat([engine.decoder.run(part, [Span(cache, len(part))]) for part in parts])[-new - 1 : -1]
-        for rows, ids in zip(hidden.split(step), piece[-new:].long().split(step), strict=True):
-            nats += float(cross_entropy(engine.decoder.logits(rows), ids, reduction="sum"))
+        parts = (engine.decoder.embed(ids.numpy()) for ids in piece.split(_ROWS))
+        hidden = np.concatenate([engine.decoder.run(part, [Span(cache, len(part))]) for part in parts])[-new - 1 : -1]
+        for at, ids in enumerate(piece[-new:].long().split(step)):
+            logits = as_tensor(engine.decoder.logits(hidden[at * step : (at + 1) * step]))
+            nats += float(cross_entropy(logits, ids, reduction="sum"))
         tokens += new
     return Score(nats / tokens, tokens)
 

@@ -2,17 +2,13 @@
 
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.shape import Shape
-from fedtune.inference.quantize.model import FOLDING
-from fedtune.inference.text_part import of_text_part
-from fedtune.models.adapter_folder import read_adapter
-from fedtune.models.combined import combined_factors
-from fedtune.models.methods import method
 
 
 def add_adapter(engine: Engine, name: str, folder: Path) -> None:
@@ -24,6 +20,8 @@ def add_adapter(engine: Engine, name: str, folder: Path) -> None:
     """
     if name in engine.adapters:
         raise ConfigError(f"the model already has an adapter named '{name}': give this one another name")
+    from fedtune.inference.quantize.model import FOLDING  # lazy, as in `factors`: it loads torch
+
     quantized = engine.card.get("quantised")
     if isinstance(quantized, dict) and quantized.get("method") in FOLDING:
         raise ModelError(
@@ -33,12 +31,17 @@ def add_adapter(engine: Engine, name: str, folder: Path) -> None:
     engine.add_adapter(name, factors(folder, engine.shape))
 
 
-def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
+def factors(folder: Path, shape: Shape) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Module → A [r, K] with the scaling s multiplied in, and B [N, r], float32. Shifts that were merged into the backbone are added.
 
     Raises:
         ModelError: As in `add_adapter`.
     """
+    from fedtune.inference.text_part import of_text_part
+    from fedtune.models.adapter_folder import read_adapter
+    from fedtune.models.combined import combined_factors
+    from fedtune.models.methods import method
+
     if not folder.is_dir():
         raise ModelError(f"there is no adapter folder {folder}")
     stored = read_adapter(folder)
@@ -46,4 +49,5 @@ def factors(folder: Path, shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
         raise ModelError(f"{folder} holds an adapter of the method '{stored.state.spec.method}': only LoRA adapters can be separate")
     if stored.heads or stored.over:
         raise ModelError(f"{folder} changes more than LoRA's factors: merge it with `fedtune export`")
-    return combined_factors([of_text_part(s) for s in (stored.state, *stored.shifts)], dict(tensor_shapes(shape)), str(folder))
+    found = combined_factors([of_text_part(s) for s in (stored.state, *stored.shifts)], dict(tensor_shapes(shape)), str(folder))
+    return {module: (a.numpy(), b.numpy()) for module, (a, b) in found.items()}

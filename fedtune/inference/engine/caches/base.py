@@ -10,16 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.errors import FedtuneError
+from fedtune.inference.engine.bfloat16 import DTYPES, Array
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
-
-SCORES = 1 << 22  # attention weights in memory at once, where torch's fused attention cannot be used
 
 
 class CacheError(FedtuneError):
@@ -46,36 +44,45 @@ class Span:
 class Cache(ABC):
     """Keys and values of ONE sequence in all layers.
 
+    A pass calls `prepare`, then for each layer stores the rows' keys and values and attends (native code with `native_span`, or
+    `reference.attention` with `write`), then `advance`.
+
     Attributes:
         length: Tokens so far: the absolute position of the next one.
         limit: Maximum number of tokens.
         undo: Number of tokens that `crop` can always remove; None: all.
+        dtype: Dtype of entries that are not quantized: float32 or bfloat16.
     """
 
     undo: int | None = None
 
-    def __init__(self, shape: Shape, limit: int) -> None:
+    def __init__(self, shape: Shape, limit: int, dtype: str = "float32") -> None:
         if limit < 1:
             raise CacheError(f"a cache's limit must be at least 1 token, not {limit}")
         self.shape = shape
         self.limit = limit
+        self.dtype = DTYPES[dtype]
         self.length = 0
 
+    def most(self, n: int) -> int:
+        """Number of the next n tokens that one pass can take; a longer text needs several passes."""
+        return n
+
     @abstractmethod
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """Store k and v at positions length..length+n-1 and attend causally, within the layer's window (`shape.windows[layer]`).
-
-        Args:
-            q: [n, H, D] float32, not yet rotated.
-            k: [n, Hkv, D] float32, not yet rotated.
-            v: [n, Hkv, D] float32.
-
-        Returns:
-            [n, H, D] float32.
+    def prepare(self, n: int) -> None:
+        """Reserve room for n more tokens.
 
         Raises:
-            CacheError: The cache would hold more than `limit` tokens.
+            CacheError: They exceed the limit.
         """
+
+    @abstractmethod
+    def native_span(self, n: int) -> SpanStructure:
+        """Describe where native code stores and reads the keys and values of a prepared pass; valid until the cache changes."""
+
+    @abstractmethod
+    def write(self, layer: int, k: NDArray[np.float32], v: NDArray[np.float32], rope: Rope) -> None:
+        """Store keys, not yet rotated, and values [n, Hkv, D] of a prepared pass."""
 
     def advance(self, n: int) -> None:
         """Add the n stored tokens to the length. The decoder calls it once per span after the last layer."""
@@ -106,86 +113,17 @@ class Cache(ABC):
             raise CacheError(f"{self.length} + {n} tokens exceed the cache's limit of {self.limit}: shorten the text or raise the limit")
 
     @staticmethod
-    def native_spans(spans: Sequence[Span]) -> list[SpanStructure] | None:
-        """Reserve room for the rows of a pass, and describe where native code stores and reads keys and values.
-
-        Returns:
-            One structure per span, valid until a cache changes; None if there is no native form, and nothing is reserved.
+    def prepare_all(spans: Sequence[Span]) -> None:
+        """`prepare` the caches of a pass, which are all of this class and within their limits.
 
         Raises:
-            CacheError: A cache is full; nothing has changed.
+            CacheError: There is no room; nothing has changed.
         """
-        return None
-
-    @staticmethod
-    def attend_many(layer: int, spans: Sequence[Span], q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """`attend` for all spans of a pass: q [rows, H, D], k, v [rows, Hkv, D] -> [rows, H, D].
-
-        The decoder calls it on the class of the first span's cache if all are of that class, else on `Cache`.
-        """
-        if len(spans) == 1:
-            return spans[0].cache.attend(layer, q, k, v, rope)
-        out = torch.empty_like(q)
-        at = 0
         for span in spans:
-            rows = slice(at, at + span.n)
-            out[rows] = span.cache.attend(layer, q[rows], k[rows], v[rows], rope)
-            at += span.n
-        return out
+            span.cache.prepare(span.n)
 
 
-def addresses(tensors: Iterable[Tensor]) -> Any:
-    """An array of the tensors' addresses for native code."""
-    found = [t.data_ptr() for t in tensors]
+def addresses(arrays: Iterable[Array]) -> Any:
+    """A list of the arrays' addresses for native code."""
+    found = [a.ctypes.data for a in arrays]
     return (ctypes.c_void_p * len(found))(*found)
-
-
-def causal_mask(n: int, held: int, window: int | None) -> Tensor:
-    """[n, held] bool: query i is at position held - n + i and sees itself and earlier tokens, at most `window` in total."""
-    behind = torch.arange(held - n, held).unsqueeze(1) - torch.arange(held)
-    seen = behind >= 0
-    return seen if window is None else seen & (behind < window)
-
-
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """cap · tanh(x / cap), in place; x itself if `cap` is None."""
-    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False, cap: float | None = None) -> Tensor:
-    """Grouped-query attention.
-
-    Args:
-        q: [n, H, D].
-        k, v: [Hkv, T, D], of q's dtype.
-        mask: [n, T] bool; None: every query sees every key.
-        causal: Use a causal mask instead of `mask`; needs n = T.
-        cap: Soft cap of the scores.
-
-    Returns:
-        [n, H, D].
-    """
-    n, heads, width = q.shape
-    if cap is not None:
-        mask = causal_mask(n, n, None) if causal else mask
-        rows = max(1, SCORES // (heads * k.shape[1]))
-        parts = [_capped(q[a : a + rows], k, v, None if mask is None else mask[a : a + rows], cap) for a in range(0, n, rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    groups = heads // k.shape[0]
-    if n == 1:  # the query heads of a group become rows of one product
-        out = scaled_dot_product_attention(q.view(1, -1, groups, width), k.unsqueeze(0), v.unsqueeze(0))
-        return out.view(1, heads, width)
-    out = scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, is_causal=causal, enable_gqa=groups > 1
-    )
-    return out.squeeze(0).transpose(0, 1)
-
-
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float) -> Tensor:
-    """Attention with a soft cap, which torch's fused attention does not have."""
-    n, heads, width = q.shape
-    scores = (q.transpose(0, 1).reshape(k.shape[0], -1, width) @ k.transpose(1, 2)).float().mul_(width**-0.5)  # [Hkv, groups * n, T]
-    soft_cap(scores, cap)
-    if mask is not None:
-        scores.unflatten(1, (-1, n)).masked_fill_(~mask, -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).view(heads, n, width).transpose(0, 1)

@@ -7,9 +7,8 @@ first that holds all tokens within the budget is chosen; the last one holds as m
 import re
 from dataclasses import dataclass
 
-import torch
-
 from fedtune.errors import ConfigError
+from fedtune.inference.engine.bfloat16 import DTYPES
 from fedtune.inference.engine.caches.base import Cache
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.caches.kivi import KiviCache
@@ -67,7 +66,7 @@ class Choice:
         tokens: Maximum number of tokens.
         policy: full, window, kivi8, kivi4 or kivi2.
         window, sinks: Parameters of the policy `window`.
-        dtype: Dtype of unquantized entries.
+        dtype: Dtype of unquantized entries: float32 or bfloat16.
     """
 
     shape: Shape
@@ -75,7 +74,7 @@ class Choice:
     policy: str = "full"
     window: int = 1024
     sinks: int = SINKS
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.policy not in ("full", "window", "kivi8", "kivi4", "kivi2"):
@@ -113,7 +112,7 @@ class Choice:
         return f"cache: {what}; {show_size(self.nbytes)} for a text of {self.tokens} tokens"
 
 
-def choose(shape: Shape, tokens: int, budget: int, dtype: torch.dtype = torch.float32) -> Choice:
+def choose(shape: Shape, tokens: int, budget: int, dtype: str = "float32") -> Choice:
     """Choose the first policy that holds `tokens` tokens in `budget` bytes, else the longest window.
 
     Raises:
@@ -141,6 +140,6 @@ def choose(shape: Shape, tokens: int, budget: int, dtype: torch.dtype = torch.fl
     return Choice(shape=shape, tokens=tokens, policy="window", window=window, sinks=sinks, dtype=dtype)
 
 
-def _token(shape: Shape, dtype: torch.dtype) -> int:
+def _token(shape: Shape, dtype: str) -> int:
     """Bytes of one token in full precision."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPES[dtype].itemsize

@@ -11,20 +11,21 @@ Source: Liu et al. 2024, KIVI, arXiv:2402.02750, algorithm 1. Keys are quantized
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from fedtune.inference.engine.caches.base import SCORES, Cache, CacheError, Span, addresses, soft_cap
-from fedtune.inference.engine.caches.packing import WIDTHS, decode, encode, grid, group_size, spread
+from fedtune.inference.engine.bfloat16 import DTYPES, Array, as_float32, to_dtype
+from fedtune.inference.engine.caches.base import Cache, CacheError, addresses
+from fedtune.inference.engine.caches.packing import WIDTHS, Codes, Floats, Halves, decode, encode, grid, group_size, spread
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 
-BLOCK = 1 << 18  # numbers that are dequantized at once, to fit a core's cache
+BLOCK = 1 << 18  # numbers that are quantized at once, to fit a core's cache
 
 
 @dataclass(slots=True)
@@ -33,24 +34,24 @@ class _Layer:
 
     first: int
     done: int
-    keys: Tensor  # [Hkv, room, D]
-    values: Tensor
-    key_codes: Tensor  # [Hkv, G, g * bits / 8, D] uint8
-    key_low: Tensor  # [Hkv, G, 1, D] float16
-    key_scale: Tensor
-    value_codes: Tensor  # [Hkv, G, g * bits / 8, D] uint8
-    value_low: Tensor  # [Hkv, G, g, channel groups] float16
-    value_scale: Tensor
+    keys: Array  # [Hkv, room, D]
+    values: Array
+    key_codes: Codes  # [Hkv, G, g * bits / 8, D]
+    key_low: Halves  # [Hkv, G, 1, D]
+    key_scale: Halves
+    value_codes: Codes  # [Hkv, G, g * bits / 8, D]
+    value_low: Halves  # [Hkv, G, g, channel groups]
+    value_scale: Halves
 
-    def packed(self) -> tuple[Tensor, ...]:
+    def packed(self) -> tuple[Array, ...]:
         return self.key_codes, self.key_low, self.key_scale, self.value_codes, self.value_low, self.value_scale
 
     def grow(self, groups: int) -> None:
         held = self.done // (self.value_low.shape[2])
-        bigger = []
-        for t in self.packed():
-            new = t.new_empty(t.shape[0], groups, *t.shape[2:])
-            new[:, :held] = t[:, :held]
+        bigger: list[Any] = []
+        for a in self.packed():
+            new = np.empty((a.shape[0], groups, *a.shape[2:]), a.dtype)
+            new[:, :held] = a[:, :held]
             bigger.append(new)
         self.key_codes, self.key_low, self.key_scale, self.value_codes, self.value_low, self.value_scale = bigger
 
@@ -66,6 +67,9 @@ class KiviCache(Cache):
         undo: Number of tokens that `crop` can always remove.
         dtype: Dtype of the newest tokens: float32 or bfloat16.
 
+    Attributes:
+        layers: The layers' buffers.
+
     Raises:
         CacheError: A number is out of range.
     """
@@ -73,53 +77,43 @@ class KiviCache(Cache):
     undo: int
 
     def __init__(
-        self,
-        shape: Shape,
-        limit: int,
-        bits: int = 4,
-        *,
-        residual: int = 128,
-        group: int | None = None,
-        undo: int = 32,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(shape, limit)
+        self, shape: Shape, limit: int, bits: int = 4, *, residual: int = 128, group: int | None = None, undo: int = 32,
+        dtype: str = "float32",
+    ) -> None:  # fmt: skip
+        super().__init__(shape, limit, dtype)
         if bits not in WIDTHS:
             raise CacheError(f"a cache cannot have {bits} bits: choose 8, 4 or 2")
-        self.bits, self.residual, self.undo, self.dtype = bits, residual, undo, dtype
+        self.bits, self.residual, self.undo = bits, residual, undo
         self.group = _group(shape, bits, group)
         if residual < 1 or undo < 0:
             raise CacheError(f"residual={residual} must be at least 1 and undo={undo} at least 0")
         self._size = group_size(shape.head_dim, group or 32)
-        self._layers: list[_Layer] = []
+        self.layers: list[_Layer] = []
         self._addresses: list[Any] | None = None  # of keys, values and codes, until a buffer is replaced
 
     @staticmethod
     def bytes_for(
-        shape: Shape,
-        tokens: int,
-        bits: int,
-        *,
-        residual: int = 128,
-        group: int | None = None,
-        undo: int = 32,
-        dtype: torch.dtype = torch.float32,
+        shape: Shape, tokens: int, bits: int, *, residual: int = 128, group: int | None = None, undo: int = 32, dtype: str = "float32"
     ) -> int:
         """Bytes of a cache with `tokens` tokens; an upper bound of `nbytes`."""
         g, width = _group(shape, bits, group), shape.head_dim
         groups = max(0, tokens - residual) // g
         codes = 2 * groups * (g * bits // 8) * width
         grids = 2 * 2 * groups * (width + g * -(-width // group_size(width, group or 32)))
-        newest = 2 * min(tokens, residual + undo + g - 1) * width * dtype.itemsize
+        newest = 2 * min(tokens, residual + undo + g - 1) * width * DTYPES[dtype].itemsize
         return shape.layers * shape.kv_heads * (codes + grids + newest)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for layer in self._layers for t in (layer.keys, layer.values, *layer.packed()))
+        return sum(a.nbytes for layer in self.layers for a in (layer.keys, layer.values, *layer.packed()))
+
+    def most(self, n: int) -> int:
+        """A pass must not have rows that see others of it as codes, nor more than can be undone."""
+        return n if self.length + n <= self.residual else min(n, self.undo + 1, self.residual)
 
     def can_crop_to(self, length: int) -> bool:
         """True within `undo` tokens of the cache's greatest length, or while nothing is quantized."""
-        return super().can_crop_to(length) and all(layer.first <= self._seen_as_codes(length) for layer in self._layers)
+        return super().can_crop_to(length) and all(layer.first <= self.seen_as_codes(length) for layer in self.layers)
 
     def crop(self, length: int) -> None:
         if super().can_crop_to(length) and not self.can_crop_to(length):
@@ -128,158 +122,102 @@ class KiviCache(Cache):
                 "older ones exist only as codes (start the sequence again, or raise undo)"
             )
         super().crop(length)
-        for layer in self._layers:
+        for layer in self.layers:
             layer.done = min(
                 layer.done, length // self.group * self.group
             )  # a removed token's group is quantized again, from full-precision rows
 
-    @staticmethod
-    def native_spans(spans: Sequence[Span]) -> list[SpanStructure] | None:
-        """None also for more rows than can be undone, or whose own tokens become codes: these need buffers of their own."""
-        caches = [(span.cache, span.n) for span in spans if isinstance(span.cache, KiviCache)]
-        if any(n > min(cache.undo + 1, cache.residual) for cache, n in caches):
-            return None
-        for cache, n in caches:
-            cache.room(n)
-        return [cache._native_span(n) for cache, n in caches]
-
-    def _native_span(self, n: int) -> SpanStructure:
-        while len(self._layers) < self.shape.layers:
-            self._layers.append(self._empty())
-        end, own = self.length + n, self._layers[0]
-        upto = self._seen_as_codes(end - 1)
-        first = min(self._seen_as_codes(end - self.undo), self._seen_as_codes(self.length), upto)
+    def prepare(self, n: int) -> None:
+        self.room(n)
+        while len(self.layers) < self.shape.layers:
+            self.layers.append(self._empty())
+        end, own = self.length + n, self.layers[0]
+        upto = self.seen_as_codes(end - 1)
+        first = min(self.seen_as_codes(end - self.undo), self.seen_as_codes(self.length), upto)
         if upto > own.done or first > own.first:
-            for store in self._layers:
-                self._quantize(store, store.keys, store.values, upto)
-                self._drop(store, first, self.length)
+            for store in self.layers:
+                self._quantize(store, upto)
+                self._drop(store, first)
+
+    def native_span(self, n: int) -> SpanStructure:
+        own = self.layers[0]
         if self._addresses is None:
-            buffers = ([layer.keys for layer in self._layers], [layer.values for layer in self._layers])
-            self._addresses = [*map(addresses, buffers), addresses(t for layer in self._layers for t in layer.packed())]
+            buffers = ([layer.keys for layer in self.layers], [layer.values for layer in self.layers])
+            self._addresses = [*map(addresses, buffers), addresses(a for layer in self.layers for a in layer.packed())]
         heads, room, width = own.keys.shape
         keys, values, codes = map(ctypes.addressof, self._addresses)
         return SpanStructure(
             rows=n, length=self.length, keys=keys, values=values, entries=heads * room * width, token_stride=width,
-            head_stride=room * width, halves=self.dtype == torch.bfloat16, first=own.first, codes=codes, bits=self.bits, group=self.group,
+            head_stride=room * width, halves=self.dtype == np.uint16, first=own.first, codes=codes, bits=self.bits, group=self.group,
             values_together=self._size, residual=self.residual, groups=own.key_codes.shape[1],
         )  # fmt: skip
 
-    @staticmethod
-    def _drop(store: _Layer, first: int, end: int) -> None:
-        """Forget tokens before `first` in full precision, of those before `end`."""
+    def write(self, layer: int, k: NDArray[np.float32], v: NDArray[np.float32], rope: Rope) -> None:
+        store = self.layers[layer]
+        rows = slice(self.length - store.first, self.length - store.first + len(k))
+        store.keys[:, rows] = to_dtype(rope.rotate(k, self.length), self.dtype).swapaxes(0, 1)
+        store.values[:, rows] = to_dtype(v, self.dtype).swapaxes(0, 1)
+
+    def _drop(self, store: _Layer, first: int) -> None:
+        """Forget tokens before `first` in full precision."""
         if first > store.first:
             for buffer in (store.keys, store.values):
-                buffer[:, : end - first] = buffer[:, first - store.first : end - store.first].clone()  # they may overlap
+                buffer[:, : self.length - first] = buffer[:, first - store.first : self.length - store.first].copy()  # they may overlap
             store.first = first
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        self.room(q.shape[0])
-        while len(self._layers) < self.shape.layers:
-            self._layers.append(self._empty())
-        store, start, end = self._layers[layer], self.length, self.length + q.shape[0]
-        keys = self._newest(store, store.keys, rope.rotate(k, start), end)
-        values = self._newest(store, store.values, v, end)
-        self._quantize(store, keys, values, self._seen_as_codes(end - 1))
-        q = rope.rotate(q, start) * self.shape.head_dim**-0.5
-        out = torch.empty_like(q)
-        rows = max(1, SCORES // (self.shape.heads * end))
-        for a in range(0, q.shape[0], rows):
-            b = min(a + rows, q.shape[0])
-            out[a:b] = self._rows(store, q[a:b], start + a, keys, values, self.shape.windows[layer])
-        first = max(store.first, min(self._seen_as_codes(end - self.undo), store.done))
-        if first > store.first or keys is not store.keys:
-            for buffer, now in ((store.keys, keys), (store.values, values)):
-                kept = now[:, first - store.first : end - store.first]
-                buffer[:, : end - first] = kept.clone() if now is buffer else kept  # they may overlap
-            store.first = first
-        return out
-
-    def _seen_as_codes(self, position: int) -> int:
+    def seen_as_codes(self, position: int) -> int:
         """Number of tokens that the query at `position` sees as codes."""
         return max(0, position + 1 - self.residual) // self.group * self.group
 
     def _empty(self) -> _Layer:
         heads, width, g = self.shape.kv_heads, self.shape.head_dim, self.group
         room = min(self.limit, self.residual + self.undo + g - 1)
-        packed = torch.empty(heads, 0, g * self.bits // 8, width, dtype=torch.uint8)
-        low = torch.empty(heads, 0, 1, width, dtype=torch.float16)
-        value_low = torch.empty(heads, 0, g, -(-width // self._size), dtype=torch.float16)
-        newest = torch.zeros(heads, room, width, dtype=self.dtype)
-        return _Layer(0, 0, newest, newest.clone(), packed, low, low.clone(), packed.clone(), value_low, value_low.clone())
+        codes, low = np.empty((heads, 0, g * self.bits // 8, width), np.uint8), np.empty((heads, 0, 1, width), np.float16)
+        value_low = np.empty((heads, 0, g, -(-width // self._size)), np.float16)
+        keys, values = (np.zeros((heads, room, width), self.dtype) for _ in range(2))
+        return _Layer(0, 0, keys, values, codes, low, low, codes, value_low, value_low)
 
-    def _newest(self, store: _Layer, buffer: Tensor, new: Tensor, end: int) -> Tensor:
-        """[Hkv, >= end - first, D]: the buffer after adding the new rows [n, Hkv, D], or a longer temporary tensor for this pass."""
-        rows, at = new.transpose(0, 1), self.length - store.first
-        if end - store.first > buffer.shape[1]:
-            return torch.cat([buffer[:, :at], rows.to(self.dtype)], 1)
-        buffer[:, at : end - store.first] = rows
-        return buffer
-
-    def _quantize(self, store: _Layer, keys: Tensor, values: Tensor, upto: int) -> None:
-        """Quantize the groups between `done` and `upto`, from the full-precision rows that start at position `first`."""
+    def _quantize(self, store: _Layer, upto: int) -> None:
+        """Quantize the groups between `done` and `upto`, from their full-precision rows."""
         g, done = self.group, store.done
         if upto <= done:
             return
         if upto // g > store.key_codes.shape[1]:
             self._addresses = None
             store.grow(min(max(0, self.limit - self.residual) // g, max(4, 2 * store.key_codes.shape[1], upto // g)))
-        for a, b in self._blocks(done, upto):  # avoids a float32 copy of a long prompt
+        for a, b in self._blocks(done, upto):
             at, rows = slice(a // g, b // g), slice(a - store.first, b - store.first)
-            x = keys[:, rows].float().unflatten(1, (-1, g))
+            x = self._grouped(store.keys[:, rows])
             low, scale = grid(x, 2, self.bits)
             store.key_low[:, at], store.key_scale[:, at], store.key_codes[:, at] = low, scale, encode(x, low, scale, self.bits)
-            x = values[:, rows].float().unflatten(1, (-1, g))
-            pairs = [grid(part, 3, self.bits) for part in x.split(self._size, 3)]
-            low, scale = (torch.cat(parts, 3) for parts in zip(*pairs, strict=True))
+            x = self._grouped(store.values[:, rows])
+            pairs = [grid(x[..., c : c + self._size], 3, self.bits) for c in range(0, x.shape[3], self._size)]
+            low, scale = (np.concatenate(parts, 3) for parts in zip(*pairs, strict=True))
             store.value_low[:, at], store.value_scale[:, at] = low, scale
             store.value_codes[:, at] = encode(x, self._spread(low), self._spread(scale), self.bits)
         store.done = upto
 
-    def _rows(self, store: _Layer, q: Tensor, start: int, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Attention of q [n, H, D] from position `start` on: one softmax over the scores of codes and of full-precision rows."""
-        n, heads, width = q.shape
-        end, g = start + n, self.group
-        low, high = self._seen_as_codes(start), self._seen_as_codes(end - 1)
-        begin = 0 if window is None else min(max(0, start - window + 1), low) // g * g
-        q = q.transpose(0, 1).reshape(keys.shape[0], -1, width)  # per key head: its query heads, each with n positions
-        full = slice(low - store.first, end - store.first)
-        scores = q.new_empty(*q.shape[:2], high - begin + end - low)
-        for a, b in self._blocks(begin, high):
-            scores[..., a - begin : b - begin] = q @ self._keys(store, a // g, b // g).transpose(1, 2)
-        scores[..., high - begin :] = q @ keys[:, full].float().transpose(1, 2)
-        soft_cap(scores, self.shape.attention_cap)
-        if n > 1 or window is not None:
-            seen = self._seen(start, end, begin, low, high, window)
-            scores.unflatten(1, (-1, n)).masked_fill_(~seen, -torch.inf)
-        weights = scores.softmax(-1)
-        out = weights[..., high - begin :] @ values[:, full].float()
-        for a, b in self._blocks(begin, high):
-            out.baddbmm_(weights[..., a - begin : b - begin], self._values(store, a // g, b // g))
-        return out.view(heads, n, width).transpose(0, 1)
-
-    def _seen(self, start: int, end: int, begin: int, low: int, high: int, window: int | None) -> Tensor:
-        """[n, columns] bool. Columns: tokens begin..high-1 as codes, then low..end-1 in full precision; a query sees each token in one
-        form."""
-        at = torch.arange(start, end).unsqueeze(1)
-        edge = (at + 1 - self.residual).clamp_min(0) // self.group * self.group
-        codes, full = torch.arange(begin, high), torch.arange(low, end)
-        seen = torch.cat([codes < edge, (full >= edge) & (full <= at)], 1)
-        return seen if window is None else seen & (at - torch.cat([codes, full]) < window)
+    def _grouped(self, rows: Array) -> Floats:
+        """[Hkv, tokens, D] -> [Hkv, groups, g, D] float32."""
+        return as_float32(rows).reshape(len(rows), rows.shape[1] // self.group, self.group, rows.shape[2])
 
     def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Split tokens begin..end-1 (group boundaries) into ranges whose keys fill a block."""
         step = max(1, BLOCK // (self.shape.kv_heads * self.shape.head_dim * self.group)) * self.group
         return ((a, min(a + step, end)) for a in range(begin, end, step))
 
-    def _keys(self, store: _Layer, a: int, b: int) -> Tensor:
-        """Dequantize key groups a..b-1: [Hkv, tokens, D] float32."""
-        return decode(store.key_codes[:, a:b], store.key_low[:, a:b], store.key_scale[:, a:b], self.bits).flatten(1, 2)
-
-    def _values(self, store: _Layer, a: int, b: int) -> Tensor:
+    def dequantized(self, layer: int, a: int, b: int) -> tuple[Floats, Floats]:
+        """Keys and values [Hkv, tokens, D] of the groups a..b-1."""
+        store = self.layers[layer]
         low, scale = self._spread(store.value_low[:, a:b]), self._spread(store.value_scale[:, a:b])
-        return decode(store.value_codes[:, a:b], low, scale, self.bits).flatten(1, 2)
+        both = (
+            decode(store.key_codes[:, a:b], store.key_low[:, a:b], store.key_scale[:, a:b], self.bits),
+            decode(store.value_codes[:, a:b], low, scale, self.bits),
+        )
+        keys, values = (x.reshape(len(x), (b - a) * self.group, self.shape.head_dim) for x in both)
+        return keys, values
 
-    def _spread(self, x: Tensor) -> Tensor:
+    def _spread(self, x: Halves) -> Halves:
         return spread(x, self._size, self.shape.head_dim)
 
 

@@ -1,11 +1,13 @@
 """Which kinds of linear layers the native kernels run on this machine, and why torch runs the others."""
 
-import torch
+import importlib.util
+from functools import cache
+from pathlib import Path
 
 from fedtune.inference.engine.native.library import is_forced, kernels, why_not
 from fedtune.inference.engine.native.pack import PACKED
 
-__all__ = ["packing", "why_torch"]
+__all__ = ["cpu_features", "packing", "why_torch"]
 
 _LAYOUT = 1  # increased when kernels.h changes the layout
 
@@ -21,10 +23,26 @@ def why_torch(kind: str) -> str | None:
         return f"{kind} has no native kernel"
     if kernels() is None:
         return why_not()
-    if is_forced() or kind == "int4":
+    if is_forced() or kind == "int4" or not _has_torch():
         return None
-    if torch.cpu._is_amx_tile_supported():
+    if "amx_tile" in cpu_features():
         return f"this CPU has AMX, which torch uses in {kind} and the native kernels do not"
-    if kind == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+    if kind == "bf16" and "avx512_bf16" not in cpu_features():
         return "this CPU has no bfloat16 instructions, and torch decodes faster"
     return None
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """The CPU's flags as Linux names them; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(flags.split())
+
+
+@cache
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None

@@ -13,9 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["can_wrap", "layout_of", "raw_bytes", "wrap_bytes"]
+from fedtune.inference.engine.reference.tensors import as_array
+
+__all__ = ["can_wrap", "layout_of", "opaque_part", "raw_bytes", "wrap_array", "wrap_bytes"]
 
 _DTYPES = {torch.int8: "aoti_torch_dtype_int8", torch.bfloat16: "aoti_torch_dtype_bfloat16"}
+_NUMPY = {torch.int8: "int8", torch.bfloat16: "uint16"}
+
+
+def opaque_part(part: Tensor) -> tuple[Any, str, tuple[int, ...], bytes | None]:
+    """A part of a linear as an array, the name of its dtype in numpy, its shape and, if it is packed by oneDNN, its layout."""
+    if not part.is_mkldnn:
+        array = as_array(part)
+        return array, str(array.dtype), array.shape, None
+    return raw_bytes(part).numpy(), _NUMPY[part.dtype], tuple(part.shape), layout_of(part)
+
+
+def wrap_array(memory: Any, layout: bytes, shape: Sequence[int], dtype: str) -> Tensor:
+    """The inverse of `opaque_part` for a packed part, whose memory must outlive it."""
+    (own,) = (torch_name for torch_name, name in _NUMPY.items() if name == dtype)
+    return wrap_bytes(torch.from_numpy(memory), layout, shape, own)
 
 
 def raw_bytes(packed: Tensor) -> Tensor:
