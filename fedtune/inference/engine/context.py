@@ -1,10 +1,9 @@
 """A KV cache with the tokens that it holds, so that a shared prefix is not computed again."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.prefix import common
@@ -13,6 +12,13 @@ if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
 CHUNK = 512  # tokens per forward pass: longer prompts run in several, which bounds the memory of hidden states and masks
+
+
+def logits_of(decoder: Any, ids: Sequence[int], spans: Sequence[Span], **options: Any) -> np.ndarray:
+    """Run a pass of token ids; the logits that its spans keep, (rows kept, V) float32."""
+    import torch  # the decoder takes a tensor
+
+    return np.asarray(decoder.forward(torch.tensor(ids), spans, **options))
 
 
 class Context:
@@ -62,7 +68,7 @@ class Context:
             del self.ids[length:]
         return True
 
-    def run(self, tokens: Sequence[int], keep: int = 1) -> Tensor:
+    def run(self, tokens: Sequence[int], keep: int = 1) -> np.ndarray:
         """Append one or more tokens. Returns the logits of the last `keep` of them, (keep, V) float32."""
         for at in range(0, len(tokens), CHUNK):
             last = at + CHUNK >= len(tokens)
@@ -70,6 +76,6 @@ class Context:
             if not last and at + CHUNK > len(tokens) - keep:
                 raise ValueError(f"keep={keep} exceeds the rows of the last pass")
             span = Span(self.cache, len(part), keep=keep if last else 0, adapter=self.adapter)
-            logits = self.engine.decoder.forward(torch.tensor(part), [span])
+            logits = logits_of(self.engine.decoder, part, [span])
             self.ids.extend(part)
         return logits
