@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,19 +41,19 @@ class HubModel:
     context: int | None
     seq2seq: bool
 
-    def write(self, ids: Sequence[int], most: int, choose: Callable[[Tensor], int | None]) -> None:
+    def write(self, ids: Sequence[int], most: int, choose: Callable[[np.ndarray], int | None]) -> None:
         """Run `model.generate` on a prompt.
 
         Args:
             ids: Token ids of the prompt.
             most: Longest answer, in tokens.
-            choose: Logits (V,) of a position, float32 on the CPU → its token, or None to end.
+            choose: Logits (V,) of a position, float32 → its token, or None to end.
         """
         inputs = torch.tensor([list(ids)], device=self.model.device)
         chosen: list[int | None] = []
 
         def force(_: Tensor, scores: Tensor) -> Tensor:
-            chosen.append(token := choose(scores[0].cpu()))
+            chosen.append(token := choose(scores[0].float().cpu().numpy()))
             return scores if token is None else torch.full_like(scores, -torch.inf).index_fill_(1, scores.new_tensor([token]).long(), 0.0)
 
         def ended(written: Tensor, _: Any, **__: Any) -> Tensor:

@@ -10,8 +10,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.requests import GenerationRequest, Output
@@ -49,7 +48,6 @@ class SequentialScheduler(Scheduler):
             request.joins = False  # the answer does not continue the prompt
         super().submit(request)
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Generate one answer. Returns False if no request waits."""
         self._forget()
@@ -60,7 +58,7 @@ class SequentialScheduler(Scheduler):
         if self._model.seq2seq:  # as in transformers, the repetition penalty ignores the encoder's input
             sequence.sampler = Sampler(sequence.request.sampling, [], self._vocabulary)
 
-        def choose(logits: Tensor) -> int | None:
+        def choose(logits: np.ndarray) -> int | None:
             self._forget()
             if self._closed or sequence not in self._running:
                 return None

@@ -1,5 +1,4 @@
 """Generates text from Llama-family decoders with little memory and few CPU cores.
 
-Imports here load torch, safetensors and tokenizers, and no other large library. All computation runs under
-`torch.inference_mode()`; the caller sets thread counts.
+Imports here load numpy, torch, safetensors and tokenizers, and no other large library. The caller sets thread counts.
 """

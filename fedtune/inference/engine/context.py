@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.prefix import common
@@ -62,7 +61,7 @@ class Context:
             del self.ids[length:]
         return True
 
-    def run(self, tokens: Sequence[int], keep: int = 1) -> Tensor:
+    def run(self, tokens: Sequence[int], keep: int = 1) -> np.ndarray:
         """Append one or more tokens. Returns the logits of the last `keep` of them, (keep, V) float32."""
         for at in range(0, len(tokens), CHUNK):
             last = at + CHUNK >= len(tokens)
@@ -70,6 +69,6 @@ class Context:
             if not last and at + CHUNK > len(tokens) - keep:
                 raise ValueError(f"keep={keep} exceeds the rows of the last pass")
             span = Span(self.cache, len(part), keep=keep if last else 0, adapter=self.adapter)
-            logits = torch.from_numpy(self.engine.decoder.forward(part, [span]))
+            logits = self.engine.decoder.forward(part, [span])
             self.ids.extend(part)
         return logits

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.config.bounds import require
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.decoder import Decoder, linears_of
-from fedtune.inference.engine.sample import Sampler, Sampling, Uniforms
+from fedtune.inference.engine.sample import Sampler, Sampling, Uniforms, rate
 from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.verify import verify, verify_greedy
@@ -165,8 +164,7 @@ class Generation:
             new = self._step()
             self.report.decode_seconds += self._clock() - begun
 
-    @torch.inference_mode()
-    def _prefill(self) -> list[tuple[int, Tensor]]:
+    def _prefill(self) -> list[tuple[int, np.ndarray]]:
         report, context = self.report, self.context
         report.prompt = len(self._ids)
         report.reused = context.rewind(self._ids)
@@ -175,8 +173,7 @@ class Generation:
             self._speculation.drafter.begin(self._sampling, context)
         return self._take([self._sampler.next(logits)], logits)
 
-    @torch.inference_mode()
-    def _step(self) -> list[tuple[int, Tensor]]:
+    def _step(self) -> list[tuple[int, np.ndarray]]:
         """Run one pass. Returns the new tokens, each with its logits (V,)."""
         begun = self._clock()
         self.report.passes += 1
@@ -203,7 +200,7 @@ class Generation:
             speculation.adapt.plain(self._clock() - begun)
         return out
 
-    def _check(self, drafted: list[int], q: Tensor | None) -> list[tuple[int, Tensor]]:
+    def _check(self, drafted: list[int], q: np.ndarray | None) -> list[tuple[int, np.ndarray]]:
         """Verify the draft tokens. Returns the accepted ones and the token after them."""
         guesses, sampler, at = len(drafted), self._sampler, self._sampler.count
         logits = self.context.run([self._ids[-1], *drafted], keep=guesses + 1)
@@ -211,30 +208,28 @@ class Generation:
             scores = sampler.scores(logits, drafted)
             kept, token = verify_greedy(scores.argmax(-1).tolist(), drafted)
             if self._rounding:
-                best = scores[: kept + 1].topk(2).values
-                near = best[:, 0] - best[:, 1] <= self._rounding * scores[: kept + 1].abs().amax(-1)
-                self.report.close += [at + i for i in near.nonzero().flatten().tolist()]
+                best = np.partition(scores[: kept + 1], -2)[:, -2:]
+                near = best[:, 1] - best[:, 0] <= self._rounding * np.abs(scores[: kept + 1]).max(-1)
+                self.report.close += (at + np.flatnonzero(near)).tolist()
         else:
             p = sampler.probabilities(logits, drafted)
             accept, draws = self._accepts(at, guesses), sampler.uniforms(at, guesses + 1)
-            one, two = verify(p[None], torch.tensor([drafted]), None if q is None else q[None], accept[None], draws[None])
-            kept, token = int(one), int(two)
+            one, two = verify(p[None], np.array([drafted]), None if q is None else q[None], accept[None], draws[None])
+            kept, token = int(one[0]), int(two[0])
         self.context.crop(len(self._ids) + kept)
         return self._take([*drafted[:kept], token], logits)
 
-    def _take(self, tokens: list[int], logits: Tensor) -> list[tuple[int, Tensor]]:
+    def _take(self, tokens: list[int], logits: np.ndarray) -> list[tuple[int, np.ndarray]]:
         for token in tokens:
             self._sampler.take(token)
         self._ids += tokens
         return list(zip(tokens, logits, strict=False))
 
-    def _piece(self, token: int, row: Tensor) -> Piece:
+    def _piece(self, token: int, row: np.ndarray) -> Piece:
         self.report.tokens += 1
         logprob, rivals = None, ()
         if self._logprobs is not None:
-            logs = row.float().log_softmax(-1)
-            best = logs.topk(min(self._logprobs, len(logs)))
-            logprob, rivals = float(logs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            logprob, rivals = rate(row, token, self._logprobs)
         end: Literal["stop", "length"] | None = None
         if token in self._ends:
             end, text = "stop", ""

@@ -7,14 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.config.bounds import require
 from fedtune.contracts.seeds import derive_seed
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, ModelError
 
 _COLD, _FLOOR = 1e-3, 1e-30  # the floor is close to float32's smallest number
+_BLOCK = 256  # weights of a row that are summed together
+_NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,76 +57,133 @@ class Sampling:
         return self.temperature == 0
 
 
-def scores(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+@np.errstate(over="ignore", invalid="ignore")  # logits that are not finite reach `draw`, which refuses them
+def scores(logits: np.ndarray, sampling: Sampling, seen: np.ndarray | None = None) -> np.ndarray:
     """Logits (n, V) after all processors, in float32; -inf for excluded tokens. Greedy applies only the repetition penalty.
 
     Args:
-        logits: (n, V).
+        logits: (n, V) float32; never changed, but returned as they are if no processor applies.
         sampling: Sampling settings.
         seen: (n, V) bool, or (V,) for all rows: tokens of the prompt and the answer before each row; needed only for a penalty.
 
     Source: transformers' logits processors; Keskar et al. 2019, arXiv:1909.05858 (penalty); Holtzman et al. 2019, arXiv:1904.09751 (top-p);
     Nguyen et al. 2024, arXiv:2407.01082 (min-p).
     """
-    out = logits.float()
+    out = logits
     if sampling.repetition_penalty != 1:
         if seen is None:
             raise ValueError("a repetition penalty needs the tokens seen")
-        punished = torch.where(out < 0, out * sampling.repetition_penalty, out / sampling.repetition_penalty)
-        out = torch.where(seen, punished, out)
+        out, seen = logits.copy(), np.broadcast_to(seen, logits.shape)
+        old = out[seen]
+        out[seen] = np.where(old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty)
     if sampling.greedy:
         return out
     if sampling.temperature < _COLD:  # else the quotient overflows, and no token would have a finite score
-        out = out - out.amax(-1, keepdim=True)
-    out = out / max(sampling.temperature, _FLOOR)
+        out = out - out.max(-1, keepdims=True)
+    out = out / np.float32(max(sampling.temperature, _FLOOR))
     if sampling.top_k and sampling.top_k < out.shape[-1]:
-        out = out.masked_fill(out < out.topk(sampling.top_k).values[:, -1:], -math.inf)
+        out[out < np.partition(out, -sampling.top_k)[:, -sampling.top_k, None]] = -np.inf
     if sampling.top_p < 1:
-        ascending, order = out.sort(dim=-1)
-        over = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        over[:, -1] = False  # the most likely token always stays
-        out = out.masked_fill(torch.zeros_like(over).scatter(-1, order, over), -math.inf)
-    if sampling.min_p:
-        p = out.softmax(-1)
-        keep = torch.zeros_like(p, dtype=torch.bool).scatter(-1, p.argmax(-1, keepdim=True), True)
-        out = out.masked_fill((p < sampling.min_p * p.amax(-1, keepdim=True)) & ~keep, -math.inf)
+        for row in out:
+            _exclude_tail(row, sampling.top_p)
+    if sampling.min_p:  # p < min_p * max(p), without the exponentials
+        out[out < out.max(-1, keepdims=True) + np.float32(math.log(sampling.min_p))] = -np.inf
     return out
 
 
-def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+def _exclude_tail(row: np.ndarray, top_p: float) -> None:
+    """Exclude the least likely tokens, whose probabilities sum to at most 1 - top_p, from a row (V,); the last ones of a tie."""
+    ascending = np.sort(row)
+    most = np.float32(1 - top_p)
+    # transformers compares in float32: a sum that rounds to `most` does not exceed it
+    limit = (float(most) + float(np.nextafter(most, np.float32(2)))) / 2
+    p = softmax(ascending[None])
+    first = _reach(p, _block_sums(p), np.array([limit]))[0]
+    least = ascending[first]
+    tied = np.flatnonzero(row == least)
+    row[row < least] = -np.inf
+    row[tied[np.searchsorted(ascending, least, "right") - first :]] = -np.inf
+
+
+@np.errstate(invalid="ignore")
+def softmax(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Softmax over the last axis of float32 x; `out` may be x."""
+    p = np.subtract(x, x.max(-1, keepdims=True), out=out)
+    np.exp(p, out=p)
+    p /= p.sum(-1, keepdims=True)
+    return p
+
+
+def probabilities(logits: np.ndarray, sampling: Sampling, seen: np.ndarray | None = None) -> np.ndarray:
     """The distribution of each row, (n, V) float32; greedy puts all probability on the first maximum."""
     out = scores(logits, sampling, seen)
     if sampling.greedy:
-        return torch.zeros_like(out).scatter(-1, out.argmax(-1, keepdim=True), 1.0)
-    return out.softmax(-1)
+        best = np.zeros_like(out)
+        np.put_along_axis(best, out.argmax(-1)[:, None], 1, -1)
+        return best
+    return softmax(out, out)
 
 
-def draw(p: Tensor, u: Tensor) -> Tensor:
+def draw(p: np.ndarray, u: np.ndarray) -> np.ndarray:
     """The token at quantile u of each row: (n, V) non-negative weights and (n,) float64 in [0, 1) → (n,) int64.
 
     A token of weight zero is never drawn; the rows need not sum to 1.
+
+    Raises:
+        ModelError: The weights of a row are not finite, or all zero.
     """
-    reached = p.double().cumsum(-1)
-    total = reached[:, -1:].contiguous()
-    found = torch.searchsorted(reached, u.unsqueeze(-1) * total, right=True)
-    last = torch.searchsorted(reached, total)  # the last token of positive weight, in case u * total rounds up to the total
-    return torch.minimum(found, last).squeeze(-1)
+    sums = _block_sums(p)
+    total = sums.sum(-1)
+    if not ((total > 0) & (total < np.inf)).all():
+        raise ModelError(_NOT_FINITE)
+    return _reach(p, sums, u * total)
+
+
+def _block_sums(weights: np.ndarray) -> np.ndarray:
+    """(n, V) → (n, ⌈V / _BLOCK⌉) float64."""
+    return np.add.reduceat(weights, np.arange(0, weights.shape[1], _BLOCK), -1, np.float64)
+
+
+def _reach(weights: np.ndarray, sums: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Where the running sum of each row (n, V) first exceeds its target (n,) ≥ 0, or else the row's last positive weight: (n,) int64.
+
+    It adds `sums`, those of `_block_sums`, and single weights only in the block that reaches the target, because numpy's cumsum is slow.
+    """
+    if sums.shape[1] == 1:
+        return _first_above(weights, target)
+    found = _first_above(sums, target)
+    for i, block in enumerate(found):
+        rest = np.maximum(target[i, None] - sums[i, :block].sum(), 0)
+        found[i] = block * _BLOCK + _first_above(weights[i, None, block * _BLOCK : (block + 1) * _BLOCK], rest)[0]
+    return found
+
+
+def _first_above(weights: np.ndarray, target: np.ndarray) -> np.ndarray:
+    reached = weights.cumsum(-1, dtype=np.float64)
+    target = np.minimum(target, np.nextafter(reached[:, -1], 0))  # rounding may give a target at the total
+    return (reached > target[:, None]).argmax(-1)
+
+
+def rate(logits: np.ndarray, token: int, rivals: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The natural log-probability of a token under logits (V,), and the `rivals` most likely tokens with theirs, best first, ties by id."""
+    top = logits.max()
+    total = np.log(np.exp(logits - top).sum())
+    best = np.empty(0, np.int64)
+    if count := min(rivals, len(logits)):
+        best = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
+        best = best[np.argsort(-logits[best], kind="stable")][:count]
+    return float(logits[token] - top - total), tuple(zip(best.tolist(), (logits[best] - top - total).tolist(), strict=True))
 
 
 class Uniforms:
     """Uniform random numbers by position: (seed, purpose, position) → [0, 1) in float64."""
 
-    _BLOCK = 64
-
     def __init__(self, seed: int, purpose: str) -> None:
-        self._generator = torch.Generator().manual_seed(derive_seed(seed, purpose))
-        self._drawn = torch.empty(0, dtype=torch.float64)
+        self._seed = derive_seed(seed, purpose)
 
-    def __call__(self, start: int, count: int) -> Tensor:
+    def __call__(self, start: int, count: int) -> np.ndarray:
         """Numbers of the positions start, ..., start + count - 1: (count,) float64."""
-        while len(self._drawn) < start + count:
-            self._drawn = torch.cat([self._drawn, torch.rand(self._BLOCK, dtype=torch.float64, generator=self._generator)])
-        return self._drawn[start : start + count]
+        return np.random.Generator(np.random.PCG64(self._seed).advance(start)).random(count)
 
 
 class Sampler:
@@ -145,38 +203,41 @@ class Sampler:
         self.sampling = sampling
         self.count = 0
         self.uniforms = Uniforms(sampling.seed, "generate")
-        self._seen: Tensor | None = None
+        self._seen: np.ndarray | None = None
         if sampling.repetition_penalty != 1:
-            self._seen = torch.zeros(vocabulary, dtype=torch.bool)
+            self._seen = np.zeros(vocabulary, dtype=bool)
             self._seen[list(prompt)] = True
 
-    def seen(self, drafted: Sequence[int] = ()) -> Tensor | None:
+    def seen(self, drafted: Sequence[int] = ()) -> np.ndarray | None:
         """The tokens before each of the next 1 + len(drafted) rows, (1 + g, V) bool; row i follows drafted[:i]. None without a penalty."""
         if self._seen is None:
             return None
-        rows = self._seen.expand(1 + len(drafted), -1).clone()
+        rows = np.tile(self._seen, (1 + len(drafted), 1))
         for i, token in enumerate(drafted, 1):
             rows[i:, token] = True
         return rows
 
-    def probabilities(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+    def probabilities(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
         """The distributions of the next 1 + len(drafted) tokens, where row i follows drafted[:i]: (1 + g, V)."""
         return probabilities(logits, self.sampling, self.seen(drafted))
 
-    def scores(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+    def scores(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
         """`probabilities` before the softmax."""
         return scores(logits, self.sampling, self.seen(drafted))
 
-    def draws(self, p: Tensor) -> list[int]:
-        """Tokens for the next positions, one from each row of p (n, V)."""
-        return draw(p, self.uniforms(self.count, len(p))).tolist()
+    def next(self, logits: np.ndarray) -> int:
+        """Draw the next token from logits (1, V) or (V,); call `take` to continue with it.
 
-    def next(self, logits: Tensor) -> int:
-        """Draw the next token from logits (1, V) or (V,); call `take` to continue with it."""
+        Raises:
+            ModelError: The logits are not finite.
+        """
         logits = logits.reshape(1, -1)
-        if self.sampling.greedy:
-            return int(self.scores(logits).argmax(-1))
-        return self.draws(self.probabilities(logits))[0]
+        if not self.sampling.greedy:
+            return int(draw(self.probabilities(logits), self.uniforms(self.count, 1))[0])
+        token = int(self.scores(logits).argmax())  # the first NaN, if there is one
+        if not math.isfinite(logits[0, token]):
+            raise ModelError(_NOT_FINITE)
+        return token
 
     def take(self, token: int) -> None:
         """Append this token to the answer."""

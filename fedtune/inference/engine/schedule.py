@@ -7,20 +7,18 @@ Source: Yu et al. 2022, Orca (OSDI), §3.1; Kwon et al. 2023, vLLM, arXiv:2309.0
 """
 
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.requests import Busy, End, GenerationRequest, Output, Stopping
-from fedtune.inference.engine.sample import Sampler
+from fedtune.inference.engine.sample import Sampler, rate
 from fedtune.inference.engine.text import StopStrings, Stream, Text
 
 _log = logging.getLogger("fedtune.inference")
@@ -29,7 +27,9 @@ _log = logging.getLogger("fedtune.inference")
 class Decodes(Protocol):
     """The parts of a decoder that the scheduler uses."""
 
-    def forward(self, ids: Tensor, spans: Sequence[Span]) -> Tensor: ...
+    def forward(self, ids: Any, spans: Sequence[Span]) -> Any:
+        """As `Decoder.forward`; the scheduler reads the logits as an array."""
+        ...
 
 
 class Caches(Protocol):
@@ -195,7 +195,6 @@ class Scheduler:
         for sequence in [*self._running, *self._take_waiting()]:
             self._end(sequence, "stopping")
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Run one pass. Returns False if there was nothing to do."""
         self._forget()
@@ -206,7 +205,7 @@ class Scheduler:
         ids = [sequence.tokens[sequence.held : sequence.held + n] for sequence, n in plan]
         spans = [Span(s.cache, n, keep=int(n == s.pending), adapter=s.request.adapter) for s, n in plan]  # type: ignore[arg-type]
         due = [s for s, n in plan if n == s.pending]
-        logits = self._decoder.forward(torch.tensor([i for part in ids for i in part]), spans)
+        logits = self._decoder.forward([i for part in ids for i in part], spans)
         self.passes += 1
         for sequence, row in zip(due, logits, strict=True):
             try:
@@ -285,22 +284,16 @@ class Scheduler:
         assert cache is not None
         self._caches.close(cache, sequence.tokens[: cache.length - self._virtual], sequence.request.adapter)
 
-    def _decide(self, sequence: _Sequence, logits: Tensor) -> None:
+    def _decide(self, sequence: _Sequence, logits: np.ndarray) -> None:
         """Choose the sequence's next token from logits [V]."""
         request = sequence.request
         token = sequence.sampler.next(logits)
-        if token >= len(logits) or not math.isfinite(
-            logits[token]
-        ):  # NaN logits may give an invalid token, which must not reach the next pass
-            raise ArithmeticError("the model's logits are not finite")
         sequence.sampler.take(token)
         sequence.tokens.append(token)
         request.answered += 1
         logprob, rivals = None, ()
         if request.rivals is not None:
-            logs = logits.float().log_softmax(-1)
-            best = logs.topk(min(request.rivals, len(logs)))
-            logprob, rivals = float(logs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            logprob, rivals = rate(logits, token, request.rivals)
         if token in self._text.ends:
             return self._end(sequence, "stop", Output("", token, logprob, rivals))
         text = sequence.stops.push(sequence.stream.push(token))

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.base import Cache, Span
@@ -17,7 +17,7 @@ from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.context import Context, common
 from fedtune.inference.engine.generate import Generation, Speculation, generate
 from fedtune.inference.engine.load import Engine, load_engine
-from fedtune.inference.engine.sample import Sampler, Sampling
+from fedtune.inference.engine.sample import Sampler, Sampling, draw, softmax
 from fedtune.inference.engine.speculate import Draft, Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
@@ -60,14 +60,14 @@ class Scribble(Drafter):
     name = "random"
 
     def __init__(self, sure: bool = False) -> None:
-        self._generator, self._sure = torch.Generator().manual_seed(3), sure
+        self._generator, self._sure = np.random.default_rng(3), sure
 
     def begin(self, sampling: Sampling, context: Context) -> None:
         self._sure = self._sure or sampling.greedy
 
-    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
-        q = (3 * torch.randn(count, VOCAB, generator=self._generator)).softmax(-1)
-        tokens = torch.multinomial(q, 1, generator=self._generator).flatten().tolist()
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
+        q = softmax(3 * self._generator.standard_normal((count, VOCAB), np.float32))
+        tokens = draw(q, self._generator.random(count)).tolist()
         return Draft(tokens, None if self._sure else q)
 
 
@@ -82,7 +82,7 @@ class Oracle(Drafter):
     def begin(self, sampling: Sampling, context: Context) -> None:
         pass
 
-    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
         rest = self._answer[len(ids) - self._prompt :][:count]
         return Draft([(t + (len(ids) + i) % 5 // 4) % VOCAB for i, t in enumerate(rest)])
 
@@ -283,7 +283,7 @@ def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Eng
 
     assert speculative() == answer
     own = Sampler.seen
-    monkeypatch.setattr(Sampler, "seen", lambda self, drafted=(): cast(Tensor, own(self)).repeat(1 + len(drafted), 1))
+    monkeypatch.setattr(Sampler, "seen", lambda self, drafted=(): cast(np.ndarray, own(self)).repeat(1 + len(drafted), 0))
     assert speculative() != answer
 
 
@@ -341,11 +341,11 @@ def test_a_draft_model_may_have_a_narrower_or_wider_table(
 ) -> None:
     forward = type(small.decoder).forward
 
-    def resized(self: Any, *args: Any, **more: Any) -> Tensor:
-        out = forward(self, *args, **more)
+    def resized(self: Any, *args: Any, **more: Any) -> Any:
+        out = np.asarray(forward(self, *args, **more))
         if self is not small.decoder:
             return out
-        return out[:, :width] if width < VOCAB else torch.nn.functional.pad(out, (0, width - VOCAB), value=99.0)
+        return out[:, :width] if width < VOCAB else np.pad(out, ((0, 0), (0, width - VOCAB)), constant_values=99)
 
     monkeypatch.setattr(type(small.decoder), "forward", resized)
     assert compare(engine, small, {}, "draft", 3, Sampling(), Adapt(fixed=3))[0] > 0
@@ -358,7 +358,7 @@ def test_a_draft_model_drafts_its_own_continuation(engine: Engine, small: Engine
     drafter.begin(Sampling(), Context(engine))
 
     def said(text: list[int]) -> int:
-        return int(small.decoder.forward(torch.tensor(text), [Span(small.cache(), len(text))]).argmax(-1))
+        return int(small.decoder.forward(text, [Span(small.cache(), len(text))]).argmax())
 
     for count in (1, 3):  # the second time, over a cache that holds the text and the first guess
         guessed = list[int]()
@@ -384,6 +384,6 @@ def test_an_early_exit_drafts_the_continuation_of_its_layers(engine: Engine, ask
     for _ in range(3):
         text, cache = [*ids, *guessed], engine.cache()
         # the first layers alone, over the whole text
-        guessed.append(int(engine.decoder.forward(torch.tensor(text), [Span(cache, len(text))], layers=layers).argmax(-1)))
+        guessed.append(int(engine.decoder.forward(text, [Span(cache, len(text))], layers=layers).argmax()))
     assert drafter.draft(ids, 3, None, 0).tokens == guessed
     assert context.cache.length == 3  # as it was: the guesses are taken back

@@ -1,4 +1,4 @@
-"""The engine needs only torch, safetensors, tokenizers and few other libraries."""
+"""The engine needs only numpy, torch, safetensors, tokenizers and few other libraries."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import fedtune.inference.engine as engine
 
 ROOT = Path(str(engine.__file__)).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LIBRARIES = {"torch", "safetensors", "tokenizers"}
+LIBRARIES = {"numpy", "torch", "safetensors", "tokenizers"}
 LIGHT = ("errors", "storage", "config.bounds", "contracts.seeds", "templates")  # they load the standard library alone
 OURS = (*(f"fedtune.{name}" for name in LIGHT), "fedtune.inference.engine")
 
@@ -40,11 +40,11 @@ def _imported(body: list[ast.stmt]) -> list[str]:
 def test_importing_the_engine_loads_neither_transformers_nor_peft_nor_flower() -> None:
     modules = [".".join(("fedtune.inference.engine", *f.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for f in FILES]
     lines = [
-        "import sys, torch, safetensors, tokenizers",
+        "import sys, numpy, numpy.random, torch, safetensors, tokenizers",
         "before = set(sys.modules)",
         f"for name in {modules!r}: __import__(name)",
         "new = {name.split('.')[0] for name in set(sys.modules) - before}",
-        "print(sorted(new - set(sys.stdlib_module_names) - {'torch', 'safetensors', 'tokenizers', 'fedtune'}))",
+        "print(sorted(new - set(sys.stdlib_module_names) - {'numpy', 'torch', 'safetensors', 'tokenizers', 'fedtune'}))",
         "print(sorted({'transformers', 'peft', 'flwr', 'datasets', 'bitsandbytes', 'jinja2', 'fastapi'} & set(sys.modules)))",
     ]
     process = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=ROOT.parents[2])

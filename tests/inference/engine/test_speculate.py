@@ -2,13 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from fedtune.inference.engine.sample import Uniforms, draw
+from fedtune.inference.engine.sample import Uniforms, draw, softmax
 from fedtune.inference.engine.speculate import verify as verify_module
 from fedtune.inference.engine.speculate.adapt import Adapt, Costs
 from fedtune.inference.engine.speculate.lookup import Lookup
@@ -51,13 +50,13 @@ def test_an_incremental_index_equals_a_new_one(ids: list[int], data: st.DataObje
 
 
 def test_verify_by_hand() -> None:
-    p = torch.tensor([[[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0]]])
-    q = torch.tensor([[[0.2, 0.8, 0.0], [0.5, 0.5, 0.0]]])
-    draws = torch.tensor([[0.7, 0.0, 0.9]], dtype=torch.float64)
+    p = np.array([[[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0]]], np.float32)
+    q = np.array([[[0.2, 0.8, 0.0], [0.5, 0.5, 0.0]]], np.float32)
+    draws = np.array([[0.7, 0.0, 0.9]])
 
     def run(drafted: list[int], accept: list[float]) -> list[int]:
-        kept, token = verify(p, torch.tensor([drafted]), q, torch.tensor([accept]), draws)
-        return [int(kept), int(token)]
+        kept, token = verify(p, np.array([drafted]), q, np.array([accept]), draws)
+        return [*kept.tolist(), *token.tolist()]
 
     # p/q = .2/.8 at the first guess: kept below .25; the residual is (.3, 0, .3), whose quantile .7 is token 2
     assert run([1, 0], [0.26, 0.0]) == [0, 2]
@@ -68,9 +67,9 @@ def test_verify_by_hand() -> None:
 
 
 def test_an_empty_residual_gives_the_models_own_distribution() -> None:
-    p = torch.tensor([0.25, 0.75])
+    p = np.array([0.25, 0.75], np.float32)
     assert residual(p, p).tolist() == [0.25, 0.75]
-    assert residual(p, torch.tensor([0.5, 0.5])).tolist() == [0.0, 0.25]
+    assert residual(p, np.array([0.5, 0.5], np.float32)).tolist() == [0.0, 0.25]
 
 
 def test_greedy_verification_keeps_the_models_own_tokens() -> None:
@@ -82,66 +81,63 @@ def test_greedy_verification_keeps_the_models_own_tokens() -> None:
 @given(seed=st.integers(0, 10**6), guesses=st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
 def test_deterministic_drafts_leave_the_text_of_the_seed_unchanged(seed: int, guesses: int) -> None:
-    torch.manual_seed(seed)
-    p = (torch.randn(1, guesses + 1, 5) * 2).softmax(-1)
-    u = torch.rand(1, guesses + 1, dtype=torch.float64)
+    rng = np.random.default_rng(seed)
+    p = softmax(2 * rng.standard_normal((1, guesses + 1, 5), np.float32))
+    u = rng.random((1, guesses + 1))
     plain = draw(p[0], u[0]).tolist()
-    drafted = torch.randint(0, 5, (1, guesses))
-    kept, token = verify(p, drafted, None, torch.rand(1, guesses), u)
-    assert drafted[0, : int(kept)].tolist() + [int(token)] == plain[: int(kept) + 1]
+    drafted = rng.integers(0, 5, (1, guesses))
+    kept, token = verify(p, drafted, None, rng.random((1, guesses)), u)
+    assert [*drafted[0, : kept[0]].tolist(), *token.tolist()] == plain[: kept[0] + 1]
 
 
 V, GUESSES, TRIALS = 4, 2, 100_000
 
 
-def stub_model() -> Tensor:
+def stub_model() -> np.ndarray:
     """p(next | text) of a model over four tokens for every text of at most two: rows by `row`."""
-    return (torch.randn(1 + V + V * V, V, generator=torch.Generator().manual_seed(0)) * 1.5).softmax(-1)
+    return softmax(1.5 * np.random.default_rng(1).standard_normal((1 + V + V * V, V), np.float32))
 
 
-def row(texts: Tensor) -> Tensor:
+def row(texts: np.ndarray) -> np.ndarray:
     """(B, n) texts → (B,) rows of the stub's table."""
-    out = torch.zeros(len(texts), dtype=torch.int64)
+    out = np.zeros(len(texts), np.int64)
     for i in range(texts.shape[1]):
         out = out * V + texts[:, i]
     return out + sum(V**i for i in range(texts.shape[1]))
 
 
-def speculate(p: Tensor, q: Tensor | None, seed: int) -> Tensor:
+def speculate(p: np.ndarray, q: np.ndarray | None, seed: int) -> np.ndarray:
     """(TRIALS, 3) texts written by speculation from the stub's table p; the guesses come from the table q, or are always (1, 2)."""
-    accept, draws, guess_draws = (
-        torch.rand(TRIALS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)) for i in range(3)
-    )
-    text = torch.empty(TRIALS, 0, dtype=torch.int64)
-    drafted = torch.empty(TRIALS, 0, dtype=torch.int64)
-    rows: list[Tensor] = []
+    accept, draws, guess_draws = (np.random.default_rng(seed + i).random((TRIALS, 3)) for i in range(3))
+    drafted = np.empty((TRIALS, 0), np.int64)
+    rows: list[np.ndarray] = []
     for i in range(GUESSES):
-        rows.append(torch.zeros(TRIALS, V) if q is None else q[row(drafted)])
-        guess = torch.full((TRIALS,), 1 + i) if q is None else draw(rows[-1], guess_draws[:, i])
-        drafted = torch.cat([drafted, guess.unsqueeze(1)], 1)
-    target = torch.stack([p[row(drafted[:, :i])] for i in range(GUESSES + 1)], 1)
-    kept, token = verify_module.verify(target, drafted, None if q is None else torch.stack(rows, 1), accept[:, :GUESSES], draws)
+        rows.append(np.zeros((TRIALS, V), np.float32) if q is None else q[row(drafted)])
+        guess = np.full(TRIALS, 1 + i) if q is None else draw(rows[-1], guess_draws[:, i])
+        drafted = np.column_stack([drafted, guess])
+    target = np.stack([p[row(drafted[:, :i])] for i in range(GUESSES + 1)], 1)
+    kept, token = verify_module.verify(target, drafted, None if q is None else np.stack(rows, 1), accept[:, :GUESSES], draws)
     # what a step leaves open is drawn plainly: the text must be as the model's, wherever the step ended
-    out = torch.zeros(TRIALS, 3, dtype=torch.int64)
+    out = np.zeros((TRIALS, 3), np.int64)
     for i in range(3):
         text = out[:, :i]
-        fresh = draw(p[row(text)], torch.rand(TRIALS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 100 + i)))
+        fresh = draw(p[row(text)], np.random.default_rng(seed + 100 + i).random(TRIALS))
         own = drafted[:, i] if i < GUESSES else token
-        out[:, i] = torch.where(kept > i, own, torch.where(kept == i, token, fresh))
+        out[:, i] = np.where(kept > i, own, np.where(kept == i, token, fresh))
     return out
 
 
-def chi_square(texts: Tensor, p: Tensor) -> tuple[float, int]:
+def chi_square(texts: np.ndarray, p: np.ndarray) -> tuple[float, int]:
     """Statistic and degrees of freedom of (n, 3) texts against the exact probabilities of all of them."""
-    whole = torch.tensor(list(itertools.product(range(V), repeat=3)))
-    exact = torch.ones(len(whole), dtype=torch.float64)
+    whole = np.array(list(itertools.product(range(V), repeat=3)))
+    exact = np.ones(len(whole))
     for i in range(3):
-        exact *= p[row(whole[:, :i])].double().gather(1, whole[:, i : i + 1]).squeeze(1)
+        exact *= p[row(whole[:, :i]), whole[:, i]]
     exact *= len(texts) / exact.sum()
-    counts = ((texts[:, 0] * V + texts[:, 1]) * V + texts[:, 2]).bincount(minlength=V**3)
+    counts = np.bincount((texts[:, 0] * V + texts[:, 1]) * V + texts[:, 2], minlength=V**3)
     rare = exact < 5  # pooled, as the test asks
-    observed = torch.cat([counts[~rare], counts[rare].sum().view(1)]).double()
-    wanted = torch.cat([exact[~rare], exact[rare].sum().view(1)])
+    observed = np.append(counts[~rare], counts[rare].sum())
+    wanted = np.append(exact[~rare], exact[rare].sum())
     keep = wanted > 0
     return float(((observed - wanted)[keep] ** 2 / wanted[keep]).sum()), int(keep.sum()) - 1
 
@@ -151,15 +147,15 @@ def critical(freedom: int) -> float:
     return freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
-def drafts() -> dict[str, Tensor | None]:
+def drafts() -> dict[str, np.ndarray | None]:
     p = stub_model()
-    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(9))
+    noise = np.random.default_rng(9).standard_normal(p.shape, np.float32)
     return {
-        "good": (p.log() + 0.3 * noise).softmax(-1),
-        "random": (2 * noise).softmax(-1),
+        "good": softmax(np.log(p) + 0.3 * noise),
+        "random": softmax(2 * noise),
         "same": p,
-        "sharp": (3 * p.log()).softmax(-1),
-        "disjoint": torch.nn.functional.one_hot(p.argmin(-1), V).float(),
+        "sharp": softmax(3 * np.log(p)),
+        "disjoint": np.eye(V, dtype=np.float32)[p.argmin(-1)],
         "lookup": None,
     }
 
@@ -175,9 +171,9 @@ def test_texts_follow_the_models_distribution(kind: str) -> None:
     "wrong",
     [
         lambda p, q: p,  # the model's distribution in place of the residual
-        lambda p, q: (q - p).clamp(min=0) + 1e-12,
-        lambda p, q: (p - q).abs(),
-        lambda p, q: (p - 0.8 * q).clamp(min=0),
+        lambda p, q: np.maximum(q - p, 0) + 1e-12,
+        lambda p, q: np.abs(p - q),
+        lambda p, q: np.maximum(p - 0.8 * q, 0),
     ],
 )
 def test_a_wrong_residual_is_caught(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,19 +186,19 @@ def test_a_wrong_residual_is_caught(wrong: object, monkeypatch: pytest.MonkeyPat
 def test_a_wrong_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q = stub_model(), drafts()["good"]
     assert q is not None
-    texts = speculate(p, (q * 1.3).clamp(max=1), 11)  # kept less often than p/q
+    texts = speculate(p, np.minimum(q * 1.3, 1), 11)  # kept less often than p/q
     statistic, freedom = chi_square(texts, p)
     assert statistic > 1.5 * critical(freedom)
 
 
 def test_acceptance_is_one_minus_the_total_variation() -> None:
     # sum over x of q(x) min(1, p(x)/q(x)) = sum of min(p, q)
-    p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    p, q = np.array([0.6, 0.3, 0.1], np.float32), np.array([0.2, 0.3, 0.5], np.float32)
     n = 100_000
-    drafted = draw(q.expand(n, 3), Uniforms(1, "a")(0, n)).unsqueeze(1)
-    accept, draws = Uniforms(2, "b")(0, n).unsqueeze(1), Uniforms(3, "c")(0, 2 * n).view(n, 2)
-    kept, _ = verify(p.expand(n, 2, 3), drafted, q.expand(n, 1, 3), accept, draws)
-    assert abs(float(kept.double().mean()) - 0.6) < 0.006  # four standard deviations
+    drafted = draw(np.broadcast_to(q, (n, 3)), Uniforms(1, "a")(0, n))[:, None]
+    accept, draws = Uniforms(2, "b")(0, n)[:, None], Uniforms(3, "c")(0, 2 * n).reshape(n, 2)
+    kept, _ = verify(np.broadcast_to(p, (n, 2, 3)), drafted, np.broadcast_to(q, (n, 1, 3)), accept, draws)
+    assert abs(kept.mean() - 0.6) < 0.006  # four standard deviations
 
 
 # -- how many guesses ---------------------------------------------------------------------------------------------------------------------

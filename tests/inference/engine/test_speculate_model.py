@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import fedtune.inference.engine.generate as generate_module
 import fedtune.inference.engine.sample as sample_module
@@ -37,20 +37,20 @@ class Remembered:
     """Caches a small decoder's logits: each text over four tokens is computed once."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._known = engine, dict[tuple[tuple[int, ...], int | None], Tensor]()
+        self._engine, self._known = engine, dict[tuple[tuple[int, ...], int | None], np.ndarray]()
         self.layers, self.head = engine.decoder.layers, engine.decoder.head
 
-    def forward(self, ids: Tensor, spans: Sequence[Span], *, layers: int | None = None) -> Tensor:
+    def forward(self, ids: Any, spans: Sequence[Span], *, layers: int | None = None) -> np.ndarray:
         cache, n, keep = cast(Any, spans[0].cache), spans[0].n, spans[0].keep
-        cache.ids = cache.ids[: cache.length] + ids.tolist()
+        cache.ids = cache.ids[: cache.length] + [int(i) for i in ids]
         cache.advance(n)
         begun = len(cache.ids) - (n if keep is None else keep)
-        return torch.stack([self.logits(tuple(cache.ids[: i + 1]), layers) for i in range(begun, len(cache.ids))])
+        return np.stack([self.logits(tuple(cache.ids[: i + 1]), layers) for i in range(begun, len(cache.ids))])
 
-    def logits(self, text: tuple[int, ...], layers: int | None = None) -> Tensor:
+    def logits(self, text: tuple[int, ...], layers: int | None = None) -> np.ndarray:
         if (text, layers) not in self._known:
             span = Span(self._engine.cache(), len(text))
-            out = self._engine.decoder.forward(torch.tensor(text), [span], layers=layers)[0, :V]
+            out = self._engine.decoder.forward(text, [span], layers=layers)[0, :V]
             self._known[text, layers] = 3 * out
         return self._known[text, layers]
 
@@ -60,7 +60,7 @@ class Ids(Cache):
 
     ids: list[int] = []
 
-    def attend(self, *_: Any) -> Tensor:
+    def attend(self, *_: Any) -> np.ndarray:
         raise NotImplementedError
 
     @property
@@ -85,12 +85,13 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 @pytest.fixture
 def known_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computes the distribution of a pass only once too: it has no other argument than these, and the same settings in a test."""
-    compute, known = probabilities, dict[tuple[bytes, bytes], Tensor]()
+    compute, known = probabilities, dict[tuple[bytes, bytes], np.ndarray]()
 
-    def remember(logits: Tensor, sampling: Sampling, seen: Tensor) -> Tensor:
-        key = logits.numpy().tobytes(), seen.numpy().tobytes()
+    def remember(logits: np.ndarray, sampling: Sampling, seen: np.ndarray) -> np.ndarray:
+        key = logits.tobytes(), seen.tobytes()
         if key not in known:
             known[key] = compute(logits, sampling, seen)
+            known[key].flags.writeable = False
         return known[key]
 
     monkeypatch.setattr(sample_module, "probabilities", remember)
@@ -108,7 +109,7 @@ def exact(target: Any, sampling: Sampling) -> dict[tuple[int, ...], float]:
         p = 1.0
         for i, token in enumerate(answer):
             before = (*PROMPT, *answer[:i])
-            seen = torch.tensor([[t in before for t in range(V)]])
+            seen = np.array([[t in before for t in range(V)]])
             p *= float(probabilities(target.decoder.logits(before)[None], sampling, seen)[0, token])
         out[answer] = p
     return out

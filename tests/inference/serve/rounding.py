@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import _rounding
@@ -18,13 +18,12 @@ def lead(engine: Engine, prompt: Sequence[int], answer: Sequence[int], at: int, 
     """How far the score of a greedy answer's token number `at` lies above another's (None: the second best), decoded alone, as a fraction
     of the largest."""
     context = Context(engine)
-    with torch.inference_mode():
-        row = context.run(prompt)[0]
-        for token in answer[:at]:
-            row = context.run([token])[0]
-    best = row.topk(2).values
-    assert row[answer[at]] == best[0], "the answer is not the greedy one"
-    return float((best[0] - (best[1] if other is None else row[other])) / row.abs().max())
+    row = context.run(prompt)[0]
+    for token in answer[:at]:
+        row = context.run([token])[0]
+    second, best = np.sort(row)[-2:]
+    assert row[answer[at]] == best, "the answer is not the greedy one"
+    return float((best - (second if other is None else row[other])) / np.abs(row).max())
 
 
 def bound(engine: Engine) -> float:

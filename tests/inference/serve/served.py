@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.requests import GenerationRequest, Output
@@ -68,7 +66,7 @@ class Paced:
     def __init__(self, decoder: Decodes, seconds: float) -> None:
         self._decoder, self._seconds = decoder, seconds
 
-    def forward(self, ids: Tensor, spans: Sequence[Span]) -> Tensor:
+    def forward(self, ids: Any, spans: Sequence[Span]) -> Any:
         time.sleep(self._seconds)
         return self._decoder.forward(ids, spans)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -60,8 +60,8 @@ class Slow(HubModel):
 
     pace: float
 
-    def write(self, ids: Any, most: int, choose: Callable[[Tensor], int | None]) -> None:
-        def slowly(logits: Tensor) -> int | None:
+    def write(self, ids: Any, most: int, choose: Callable[[np.ndarray], int | None]) -> None:
+        def slowly(logits: np.ndarray) -> int | None:
             time.sleep(self.pace)
             return choose(logits)
 

@@ -11,8 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.sample import Sampling, Uniforms, draw, probabilities, scores
@@ -28,7 +27,7 @@ class Draft:
     """
 
     tokens: list[int]
-    q: Tensor | None = None
+    q: np.ndarray | None = None
 
 
 class Drafter(ABC):
@@ -50,7 +49,7 @@ class Drafter(ABC):
         return 0
 
     @abstractmethod
-    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
         """Propose at most `count` next tokens.
 
         Args:
@@ -74,21 +73,21 @@ class Guesser:
         self._vocabulary = vocabulary
         self._uniforms = Uniforms(sampling.seed, "draft")
 
-    def write(self, step: Callable[[int | None], Tensor], count: int, seen: Tensor | None, position: int) -> Draft:
+    def write(self, step: Callable[[int | None], np.ndarray], count: int, seen: np.ndarray | None, position: int) -> Draft:
         """Generate a draft; `step` maps the previous token (None at first) to the next logits (1, V')."""
         tokens: list[int] = []
-        rows: list[Tensor] = []
-        seen = None if seen is None else seen.clone()
+        rows: list[np.ndarray] = []
+        seen = None if seen is None else seen.copy()
         for i in range(count):
             logits = step(tokens[-1] if tokens else None)[:, : self._vocabulary]
             if (missing := self._vocabulary - logits.shape[1]) > 0:
-                logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+                logits = np.pad(logits, ((0, 0), (0, missing)), constant_values=-np.inf)
             if self._sampling.greedy:
-                token = int(scores(logits, self._sampling, seen).argmax(-1))
+                token = int(scores(logits, self._sampling, seen).argmax())
             else:
                 rows.append(probabilities(logits, self._sampling, seen))
-                token = int(draw(rows[-1], self._uniforms(position + i, 1)))
+                token = int(draw(rows[-1], self._uniforms(position + i, 1))[0])
             tokens.append(token)
             if seen is not None:
                 seen[token] = True
-        return Draft(tokens, torch.cat(rows) if rows else None)
+        return Draft(tokens, np.concatenate(rows) if rows else None)

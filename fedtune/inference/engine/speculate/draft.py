@@ -6,7 +6,7 @@ Source: Leviathan et al. 2023, arXiv:2211.17192; `fedtune draft` distills such a
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import numpy as np
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.context import Context
@@ -44,7 +44,7 @@ class DraftModel(Drafter):
     def begin(self, sampling: Sampling, context: Context) -> None:
         self._guesser = Guesser(sampling, self._vocabulary)
 
-    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
         self._own.rewind(ids)
         missing = list(ids[len(self._own.ids) :])
         if len(missing) > _BEHIND and max(missing) < self._own.engine.shape.vocab and len(missing) <= self._own.room:
@@ -54,7 +54,7 @@ class DraftModel(Drafter):
         if count < 1 or max(missing) >= self._own.engine.shape.vocab:
             return Draft([])  # its context is full, or the text has a token that only the target model has
 
-        def step(token: int | None) -> Tensor:
+        def step(token: int | None) -> np.ndarray:
             return self._own.run(missing if token is None else [token])
 
         return self._guesser.write(step, count, seen, position)

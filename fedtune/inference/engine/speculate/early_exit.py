@@ -8,8 +8,7 @@ Source: Elhoushi et al. 2024, LayerSkip, arXiv:2404.16710; Zhang et al. 2024, Dr
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine.caches.base import Span
@@ -38,13 +37,13 @@ class EarlyExit(Drafter):
         self._context = context
         self._guesser = Guesser(sampling, context.engine.shape.vocab)
 
-    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
         cache, decoder = self._context.cache, self._context.engine.decoder
         span = Span(cache, 1, adapter=self._context.adapter)
         begun = cache.length
 
-        def step(token: int | None) -> Tensor:
-            return decoder.forward(torch.tensor([ids[-1] if token is None else token]), [span], layers=self._layers)
+        def step(token: int | None) -> np.ndarray:
+            return decoder.forward([ids[-1] if token is None else token], [span], layers=self._layers)
 
         try:
             return self._guesser.write(step, count, seen, position)

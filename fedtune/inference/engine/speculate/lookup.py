@@ -9,7 +9,7 @@ Source: Saxena 2023, Prompt Lookup Decoding; transformers' `prompt_lookup_num_to
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import numpy as np
 
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.sample import Sampling
@@ -41,7 +41,7 @@ class Lookup(Drafter):
     def grade(self, ids: Sequence[int]) -> int | None:
         return self._find(ids)[0] or None
 
-    def draft(self, ids: Sequence[int], count: int, seen: Tensor | None, position: int) -> Draft:
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
         size, at = self._find(ids)
         if not size:
             return Draft([])

@@ -10,19 +10,20 @@ decoding with the same seed, token for token, for any draft of any length.
 Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1 and appendix A.1.
 """
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedtune.inference.engine.sample import draw
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:
+def residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """max(0, p - q), or p if that is zero everywhere (p = q, up to rounding): (..., V), not normalized."""
-    over = (p - q).clamp(min=0)
-    return torch.where(over.sum(-1, keepdim=True) > 0, over, p)
+    over = np.maximum(p - q, 0)
+    return np.where(over.sum(-1, keepdims=True) > 0, over, p)
 
 
-def verify(p: Tensor, drafted: Tensor, q: Tensor | None, accept: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+def verify(
+    p: np.ndarray, drafted: np.ndarray, q: np.ndarray | None, accept: np.ndarray, draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Accept leading draft tokens and draw the next token, for B texts at once.
 
     Args:
@@ -35,16 +36,17 @@ def verify(p: Tensor, drafted: Tensor, q: Tensor | None, accept: Tensor, draws: 
     Returns:
         (B,) number of accepted draft tokens, (B,) the token after them.
     """
-    guesses = drafted.shape[1]
+    guesses, rows = drafted.shape[1], np.arange(len(p))
     if q is None:
-        own = draw(p.flatten(0, 1), draws.flatten()).view(draws.shape)
+        own = draw(p.reshape(-1, p.shape[-1]), draws.reshape(-1)).reshape(draws.shape)
         kept = _first(own[:, :guesses] == drafted)
-        return kept, own.gather(1, kept.unsqueeze(1)).squeeze(1)
-    chosen = drafted.unsqueeze(-1)
-    kept = _first(accept * q.gather(-1, chosen).squeeze(-1) < p[:, :-1].gather(-1, chosen).squeeze(-1))
-    rest = torch.cat([residual(p[:, :-1], q), p[:, -1:]], dim=1)
-    rows = torch.arange(len(p))
-    return kept, draw(rest[rows, kept], draws[rows, kept])
+        return kept, own[rows, kept]
+    p_drafted, q_drafted = (np.take_along_axis(of, drafted[..., None], -1)[..., 0] for of in (p[:, :-1], q))
+    kept = _first(accept * q_drafted < p_drafted)
+    rest = p[rows, kept]
+    refused = kept < guesses
+    rest[refused] = residual(rest[refused], q[refused, kept[refused]])
+    return kept, draw(rest, draws[rows, kept])
 
 
 def verify_greedy(best: list[int], drafted: list[int]) -> tuple[int, int]:
@@ -53,6 +55,6 @@ def verify_greedy(best: list[int], drafted: list[int]) -> tuple[int, int]:
     return kept, best[kept]
 
 
-def _first(good: Tensor) -> Tensor:
+def _first(good: np.ndarray) -> np.ndarray:
     """Number of leading true values: (B, g) → (B,)."""
-    return good.long().cumprod(1).sum(1)
+    return good.cumprod(1).sum(1)
