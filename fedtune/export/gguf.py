@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
 from fedtune.export.gguf_tokens import Vocabulary, read_vocabulary
@@ -194,12 +195,12 @@ def _tensors(writer: "GGUFWriter", merged: Merged, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if shape.rope.kind == "llama3":
-        plain = shape.rope.theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim)
-        writer.write_tensor_data((plain / frequencies(shape.rope, shape.head_dim)[0].double()).float().numpy())
+        plain = shape.rope.theta ** -(np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim)
+        writer.write_tensor_data((plain / frequencies(shape.rope, shape.head_dim)[0]).astype(np.float32))
     for name, tensor in merged.tensors.items():
         order = _order(name, shape)
         if order is not None:  # queries and keys: small enough to read as a whole
-            whole = gguf.quants.quantize(tensor.read(torch.float32)[order].numpy(), types[name])
+            whole = gguf.quants.quantize(tensor.read(torch.float32).numpy()[order], types[name])
         else:
             whole = np.empty(*_stored(tensor.shape, types[name]))
             step = max(_ROWS // math.prod(tensor.shape[1:]), 1)
@@ -230,7 +231,7 @@ def _type(name: str, size: tuple[int, ...], shape: Shape, kind: str) -> "GGMLQua
     return Type.Q8_0 if kind == "q8_0" or name == output else Type.Q4_0
 
 
-def _order(name: str, shape: Shape) -> torch.Tensor | None:
+def _order(name: str, shape: Shape) -> NDArray[np.int64] | None:
     """The row order that puts channels rotated together side by side, for queries and keys of llama.cpp's `llama`; else None."""
     part = name.rpartition("self_attn.")[2].partition("_proj.")[0]
     if _ARCH[shape.family] != "llama" or part not in ("q", "k"):

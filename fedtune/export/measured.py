@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedtune.export.merged import Merged
-from fedtune.inference.engine.caches.base import soft_cap
 from fedtune.inference.engine.package import tensor_shapes
+from fedtune.inference.engine.reference.attention import soft_cap
 from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import embedded, pass_layer, prefix_of

@@ -19,6 +19,7 @@ import torch
 from fedtune.inference.engine.linear import Linear, linear_from_tensors, portable
 from fedtune.inference.engine.native.choice import why_torch
 from fedtune.inference.engine.native.library import SETS, VARIABLE
+from fedtune.inference.engine.reference.linears import apply
 from fedtune.simulations.studies.real import hardware
 
 SHAPES = ((1152, 896), (896, 896), (9728, 896), (896, 4864))  # N and K of qkv, o, gate and up, down
@@ -53,7 +54,7 @@ def layers(kind: str, blocks: int, choice: str) -> list[Linear]:
     torch.manual_seed(0)
     with patch.dict(os.environ, {VARIABLE: choice}):
         assert choice == "off" or why_torch(kind) is None
-        return [linear_from_tensors(kind, portable(kind, torch.randn(n, k)), n_in=k) for _ in range(blocks) for n, k in SHAPES]
+        return [linear_from_tensors(kind, portable(kind, torch.randn(n, k).numpy()), n_in=k) for _ in range(blocks) for n, k in SHAPES]
 
 
 def measure(sides: Mapping[str, Sequence[Linear]], rows: int, passes: int) -> dict[str, float]:
@@ -64,7 +65,7 @@ def measure(sides: Mapping[str, Sequence[Linear]], rows: int, passes: int) -> di
         for name, linears in sides.items():
             start = time.perf_counter()
             for linear in linears:
-                linear(x[linear.n_in])
+                apply(linear, x[linear.n_in])
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.quantiles(took[1:], n=4)[0] for name, took in seconds.items()}
 

@@ -34,13 +34,12 @@ class Fedtune:
     """fedtune's engine."""
 
     def __init__(self, model: Path, kind: str, threads: int, context: int) -> None:
-        import torch
-
         from fedtune.inference.engine.caches.base import Span
         from fedtune.inference.engine.load import load_engine
+        from fedtune.inference.engine.threads import set_threads
 
-        torch.set_num_threads(threads)
-        self.torch, self.span = torch, Span
+        set_threads(threads)
+        self.span = Span
         self.engine, self.context = load_engine(model, None if kind == "package" else kind), context
 
     def prefill(self, ids: list[int]) -> int:
@@ -52,11 +51,11 @@ class Fedtune:
 
     def verify(self, ids: list[int]) -> None:
         length = self.cache.length
-        self.engine.decoder.forward(self.torch.tensor(ids), [self.span(self.cache, len(ids), None)])
+        self.engine.decoder.forward(ids, [self.span(self.cache, len(ids), None)])
         self.cache.crop(length)
 
     def _run(self, ids: list[int]) -> int:
-        return int(self.engine.decoder.forward(self.torch.tensor(ids), [self.span(self.cache, len(ids))]).argmax())
+        return int(self.engine.decoder.forward(ids, [self.span(self.cache, len(ids))]).argmax())
 
 
 class Transformers:
