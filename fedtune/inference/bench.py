@@ -22,8 +22,8 @@ from fedtune.errors import ConfigError, DataError
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.decoder import describe_passes, linears_of, parameters_held
 from fedtune.inference.engine.generate import Generation, Report, Speculation
-from fedtune.inference.engine.linear import describe_path
 from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.make_linear import describe_path
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.draft import DraftModel

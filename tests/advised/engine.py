@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from fedtune.inference.engine.generate import Context, Generation
-from fedtune.inference.engine.linear import linear_from_tensors, portable
+from fedtune.inference.engine.linear import portable
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.requests import GenerationRequest
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate.early_exit import EarlyExit

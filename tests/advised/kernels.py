@@ -11,8 +11,9 @@ import torch
 
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.caches.full import FullCache
-from fedtune.inference.engine.linear import Linear, describe_path, linear_from_tensors, portable
+from fedtune.inference.engine.linear import Linear, portable
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.make_linear import describe_path, linear_from_tensors
 from fedtune.inference.engine.native import build, library
 from fedtune.inference.engine.native.library import SETS, Kernels
 from fedtune.inference.engine.native.pack import pack, weights_of

@@ -18,9 +18,8 @@ steps between -max|x| and max|x|, and int4's scales as in `native.pack`; bf16 ro
 round x, y and (int4) w to 8 bits; int8 rounds each row of x to 255 steps.
 """
 
-import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,8 @@ from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.bfloat16 import Array, as_float32, to_bfloat16
-from fedtune.inference.engine.native.choice import why_torch
-from fedtune.inference.engine.native.library import Kernels, kernels
-from fedtune.inference.engine.native.pack import pack, weights_of
+from fedtune.inference.engine.native.library import Kernels
+from fedtune.inference.engine.native.pack import weights_of
 from fedtune.inference.engine.threads import threads
 
 KINDS = ("fp32", "bf16", "int8", "int4")
@@ -83,72 +81,6 @@ class Native(Linear):
         if len(x):
             self.kernels.multiply(self.weights, threads(), len(x), (x.ctypes.data, x.nbytes), (y.ctypes.data, y.nbytes))
         return y
-
-
-def linear_from_parts(kind: str, parts: Mapping[str, Any], *, n_in: int, n_out: int, group: int = 0) -> Linear:
-    """Make a linear from packed parts, which may be mapped from disk; `packing()` must be that of their time."""
-    run = kernels()
-    if "codes" in parts and run is not None:
-        return Native(kind, parts, run, n_in=n_in, n_out=n_out, group=group)
-    return _torch_linears(kind).CLASSES[kind](parts, n_in=n_in, n_out=n_out, group=group)
-
-
-def _torch_linears(kind: str) -> Any:
-    """The module of torch's linears; it loads torch."""
-    try:
-        from fedtune.inference.engine.reference import linears
-    except ModuleNotFoundError as missing:
-        if missing.name != "torch":
-            raise
-        raise ModelError(f"{kind} linear layers run by torch here ({why_torch(kind)}), which is not installed: pip install torch") from None
-    return linears
-
-
-def describe_path(linears: Iterable[Linear]) -> str:
-    """One sentence: which kernels run these linears, and why it is torch's."""
-    paths = dict.fromkeys(
-        f"{x.kind} by native kernels ({x.kernels.instructions})" if isinstance(x, Native) else f"{x.kind} by torch ({why_torch(x.kind)})"
-        for x in linears
-    )
-    return ", ".join(paths)
-
-
-def linear_from_tensors(kind: str, tensors: Mapping[str, Array], *, n_in: int, group: int = 32, name: str = "a linear") -> Linear:
-    """Pack portable tensors for this machine.
-
-    Args:
-        kind: One of `KINDS`.
-        tensors: As in the table above.
-        n_in: K.
-        group: Columns per int4 scale; 0 for int8, which has one scale per row.
-        name: The linear's name, for error sentences.
-
-    Raises:
-        ModelError: The kind or group is not supported, or the tensors do not match the kind.
-    """
-    parts = {"fp32": ("weight",), "bf16": ("weight",), "int8": ("packed", "scale"), "int4": ("packed", "scale", "zero")}.get(kind)
-    if parts is None:
-        raise ModelError(f"{name} is of kind {kind!r}: the engine supports {', '.join(KINDS)}")
-    if missing := [p for p in parts if p not in tensors]:
-        raise ModelError(f"{name} lacks its {missing[0]}, which {kind} needs: export the model again")
-    if kind == "int4" and group not in GROUPS:
-        raise ModelError(f"{name} has int4 groups of {group} columns: the engine supports {', '.join(map(str, GROUPS))}; export it again")
-    n_out = tensors[parts[0]].shape[0]
-    groups = math.ceil(n_in / group) if group else 0
-    sizes = {
-        "weight": (n_out, n_in),
-        "packed": (n_out, n_in if kind == "int8" else math.ceil(n_in / 2)),
-        "scale": (n_out,) if kind == "int8" else (n_out, groups),
-        "zero": (n_out, groups),
-        "bias": (n_out,),
-    }
-    for part, tensor in tensors.items():
-        if tensor.shape != sizes.get(part):
-            raise ModelError(f"{name} has a {part} of shape {tensor.shape}, {kind} needs {sizes.get(part)}: export the model again")
-    if "bias" in tensors:
-        tensors = {**tensors, "bias": as_float32(tensors["bias"])}
-    packed = (_torch_linears(kind).pack if why_torch(kind) else pack)(kind, tensors, n_in, group)
-    return linear_from_parts(kind, packed, n_in=n_in, n_out=n_out, group=group if kind == "int4" else 0)
 
 
 def portable(kind: str, weight: Array, *, group: int = 32) -> dict[str, Array]:

@@ -22,8 +22,9 @@ from fedtune.inference.engine.decoder import Decoder
 from fedtune.inference.engine.gptq_config import Packing, split_config
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, linears, norm_sizes
-from fedtune.inference.engine.linear import KINDS, Linear, dequantized, linear_from_tensors, portable
+from fedtune.inference.engine.linear import KINDS, Linear, dequantized, portable
 from fedtune.inference.engine.lora import Lora, make_lora
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, canonical, read_shape

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from fedtune.inference.engine.bfloat16 import Array
-from fedtune.inference.engine.linear import Linear, Native, linear_from_parts
+from fedtune.inference.engine.linear import Linear, Native
+from fedtune.inference.engine.make_linear import linear_from_parts
 from fedtune.inference.engine.native.choice import cpu_features, packing
 from fedtune.storage.atomic import new_folder
 from fedtune.storage.parsing import parse_json, read_text

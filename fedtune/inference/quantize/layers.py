@@ -15,7 +15,8 @@ from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, Part, linears
-from fedtune.inference.engine.linear import Linear, linear_from_tensors
+from fedtune.inference.engine.linear import Linear
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.reference.attention import attention, causal_mask, rotate
 from fedtune.inference.engine.reference.linears import apply
 from fedtune.inference.engine.reference.passes import Attend, run_layers

@@ -15,8 +15,8 @@ from fedtune.inference.engine.caches.budget import show_least, show_size
 from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.prefix import PagedCaches
 from fedtune.inference.engine.decoder import describe_passes, linears_of
-from fedtune.inference.engine.linear import describe_path
 from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.make_linear import describe_path
 from fedtune.inference.engine.schedule import Caches, Scheduler
 from fedtune.inference.engine.text import Text
 from fedtune.inference.generate import falls_back, read_card

@@ -16,7 +16,8 @@ from unittest.mock import patch
 
 import torch
 
-from fedtune.inference.engine.linear import Linear, linear_from_tensors, portable
+from fedtune.inference.engine.linear import Linear, portable
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.native.choice import why_torch
 from fedtune.inference.engine.native.library import SETS, VARIABLE
 from fedtune.inference.engine.reference.linears import apply

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine import linear
-from fedtune.inference.engine.linear import KINDS, dequantized, linear_from_tensors, portable
+from fedtune.inference.engine.linear import KINDS, dequantized, portable
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.native.choice import why_torch
 
 # ‖y - x Wᵀ‖ / ‖x Wᵀ‖ with the dequantized W: rounding of x, y and int4's w to 8 bits of mantissa; of x to 255 steps of its largest

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine import linear, ready
-from fedtune.inference.engine.linear import KINDS, linear_from_tensors, portable
+from fedtune.inference.engine.linear import KINDS, portable
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.native.choice import why_torch
 from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
 from tests.inference.engine.test_load import logits, write_package_of

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedtune.inference.engine.linear import linear_from_tensors
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.quantize.rtn import packed, quantize_rtn, relative_error
 from fedtune.inference.quantize.smoothquant import smooth_scale
 

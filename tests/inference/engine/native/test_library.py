@@ -11,7 +11,8 @@ import torch
 
 from fedtune.errors import ConfigError
 from fedtune.inference.engine import linear
-from fedtune.inference.engine.linear import KINDS, describe_path, linear_from_tensors, portable
+from fedtune.inference.engine.linear import KINDS, portable
+from fedtune.inference.engine.make_linear import describe_path, linear_from_tensors
 from fedtune.inference.engine.native import build, library
 from fedtune.inference.engine.native.choice import packing
 from fedtune.inference.engine.native.library import SETS, kernels, why_not

@@ -18,8 +18,9 @@ from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.decoder import Decoder, describe_passes
 from fedtune.inference.engine.layer import make_layer
 from fedtune.inference.engine.layout import linears
-from fedtune.inference.engine.linear import Linear, linear_from_tensors, portable
+from fedtune.inference.engine.linear import Linear, portable
 from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.native.library import SETS, kernels
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.shape import RopeShape, Shape
