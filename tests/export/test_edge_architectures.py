@@ -20,7 +20,7 @@ from fedtune.inference.serve.adapters import factors
 from fedtune.models.backbone import quiet
 from tests.export.test_huggingface import CAUSAL, make_run
 from tests.inference.engine.tiny import tiny_model
-from tests.inference.packages import TEXT, engine_logits
+from tests.inference.packages import TEXT, engine_logits, tensors_of
 from tests.models.build import hub, token_ids, tokenizer
 from tests.quick import quick
 
@@ -87,7 +87,7 @@ def test_quantized_packages_are_close(tmp_path: Path, name: str) -> None:
         assert abs(math.log(found["after"] / found["before"])) < 0.5
         if name in FOLDED and method in ("awq", "smoothquant"):
             norms = [n for n in package.tensors if n.endswith("layernorm.weight")]
-            moved = {n.split(".")[3] for n in norms if not torch.equal(package.tensors[n], exact.tensors[n])}
+            moved = {n.split(".")[3] for n in norms if not torch.equal(tensors_of(package)[n], tensors_of(exact)[n])}
             assert moved == FOLDED[name]
 
 

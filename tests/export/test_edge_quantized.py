@@ -19,7 +19,7 @@ from fedtune.inference.engine.package import read_package
 from fedtune.inference.quantize.perplexity import of_engine, perplexity, windows
 from fedtune.models import LiveAdapter
 from tests.export.test_huggingface import CAUSAL, make_run
-from tests.inference.packages import AWKWARD, TEXT, matrix, save
+from tests.inference.packages import AWKWARD, TEXT, matrix, save, tensors_of
 from tests.models.build import checkpoint, hub, llama_config
 from tests.quick import quick
 
@@ -35,14 +35,14 @@ def test_quantized_weights_are_close_to_the_merged_ones(tmp_path: Path, quantize
     for name, kept in package.linears.items():
         assert kept.kind == ("int8" if name == "lm_head" else quantize)
         own = "model.embed_tokens.weight" if tie and name == "lm_head" else f"{name}.weight"
-        wanted = exact.tensors[own]
+        wanted = tensors_of(exact)[own]
         assert 0 < ((matrix(package, name) - wanted).norm() / wanted.norm()).item() < most
-    embedding = package.tensors["model.embed_tokens.weight"]
-    assert torch.equal(embedding, exact.tensors["model.embed_tokens.weight"].bfloat16())
+    embedding = tensors_of(package)["model.embed_tokens.weight"]
+    assert torch.equal(embedding, tensors_of(exact)["model.embed_tokens.weight"].bfloat16())
     figures = package.card["quantised"]
     assert figures["kind"] == quantize and figures["method"] == "rtn" and 0 < figures["weights_mean"] <= figures["weights_max"] < most
     norms = [n for n in package.tensors if "norm" in n]
-    assert norms and all(torch.equal(package.tensors[n], exact.tensors[n]) for n in norms)
+    assert norms and all(torch.equal(tensors_of(package)[n], tensors_of(exact)[n]) for n in norms)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -78,7 +78,7 @@ def test_a_calibrated_package_reports_both_perplexities(tmp_path: Path, quantize
     told = f"perplexity on {found['tokens']} held-out tokens of the calibration text, requests included: {found['before']:.4g} before"
     assert told in describe_package(out)
     exact = read_package(export_edge(run, run / "exact"))
-    changed = not torch.equal(package.tensors["model.norm.weight"], exact.tensors["model.norm.weight"])
+    changed = not torch.equal(tensors_of(package)["model.norm.weight"], tensors_of(exact)["model.norm.weight"])
     assert changed == (method in ("awq", "smoothquant"))  # they fold scales into the norms
 
 

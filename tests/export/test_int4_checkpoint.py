@@ -28,7 +28,8 @@ from fedtune.cli.main import main
 from fedtune.errors import ModelError
 from fedtune.export.int4_checkpoint import export_int4_checkpoint
 from fedtune.inference import generate_text
-from fedtune.inference.engine.gptq_awq import Packing, pack_codes, split_config, unpack_weight
+from fedtune.inference.engine.gptq_awq import pack_codes, unpack_weight
+from fedtune.inference.engine.gptq_config import Packing, split_config
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.quantize import model as quantizer
 from fedtune.inference.quantize.perplexity import of_engine

@@ -136,7 +136,8 @@ def test_a_new_method_with_factors_can_stay_separate(tmp_path: Path, add: Add) -
     torch.testing.assert_close(engine_logits(out, ids, "run"), wanted[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(engine_logits(out, ids), bare[0], rtol=0, atol=1e-4)
     served = factors(run / "adapter", read_package(out).shape)
-    assert all(torch.equal(b @ a, live.parameters[f"{m}.u"][:, None] * live.parameters[f"{m}.v"]) for m, (a, b) in served.items())
+    for m, (a, b) in served.items():
+        assert torch.equal(torch.from_numpy(b @ a), live.parameters[f"{m}.u"][:, None] * live.parameters[f"{m}.v"])
 
 
 def test_a_new_method_is_in_the_weights_of_a_gguf_file(tmp_path: Path, add: Add) -> None:

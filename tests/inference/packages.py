@@ -12,6 +12,7 @@ from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.package import Package
+from fedtune.inference.engine.reference.tensors import as_tensor
 from fedtune.inference.quantize.rtn import QuantizedLinear, dequantize
 from fedtune.models import LiveAdapter
 from fedtune.models.backbone import quiet
@@ -29,9 +30,13 @@ def matrix(package: Package, name: str) -> torch.Tensor:
     """A linear's dequantized weight."""
     kept, tensors = package.linears[name], package.linear(name)
     if kept.kind in ("fp32", "bf16"):
-        return tensors["weight"].float()
-    parts = {k: t for k, t in tensors.items() if k != "bias"}
+        return as_tensor(tensors["weight"]).float()
+    parts = {k: as_tensor(t) for k, t in tensors.items() if k != "bias"}
     return dequantize(QuantizedLinear(kind=kept.kind, group=kept.group, tensors=parts, columns=kept.shape[1], error=0.0))
+
+
+def tensors_of(package: Package) -> dict[str, torch.Tensor]:
+    return {name: as_tensor(array) for name, array in package.tensors.items()}
 
 
 def save(folder: Path, config: Any, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
@@ -67,7 +72,7 @@ def engine_logits(folder: Path, ids: torch.Tensor, adapter: str | None = None) -
     engine = load_engine(folder)
     cache = engine.cache()
     engine.start(cache)
-    return engine.decoder.forward(ids, [Span(cache, len(ids), keep=None, adapter=adapter)])
+    return torch.from_numpy(engine.decoder.forward(ids.numpy(), [Span(cache, len(ids), keep=None, adapter=adapter)]))
 
 
 TEXT = "turn on the light in a room\n\nset the heat in the kitchen to two\n\n" * 30

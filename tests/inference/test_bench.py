@@ -11,7 +11,7 @@ import torch
 from fedtune.cli.main import main
 from fedtune.errors import ConfigError, DataError
 from fedtune.inference import bench as module
-from fedtune.inference.bench import Speeds, bandwidth, bench, bytes_read, prompts, table, threads, write
+from fedtune.inference.bench import Speeds, bandwidth, bench, bytes_read, prompts, table, use_threads, write
 from fedtune.inference.engine.load import load_engine
 from fedtune.models.checkpoint import NANO
 
@@ -81,10 +81,10 @@ def test_too_long_for_the_model() -> None:
 
 def test_threads() -> None:
     before = torch.get_num_threads()
-    threads(None)
+    use_threads(None)
     assert torch.get_num_threads() == before
     with pytest.raises(ConfigError, match="threads=0"):
-        threads(0)
+        use_threads(0)
 
 
 def test_the_bandwidth_is_a_number() -> None:

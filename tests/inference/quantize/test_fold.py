@@ -33,7 +33,7 @@ NAMES = [
 def logits(folder: Path) -> Tensor:
     engine = load_engine(folder, "fp32")
     ids = torch.randint(0, VOCAB, (23,), generator=torch.Generator().manual_seed(3))
-    return engine.decoder.forward(ids, [Span(engine.cache(), len(ids), keep=None)])
+    return torch.from_numpy(engine.decoder.forward(ids.numpy(), [Span(engine.cache(), len(ids), keep=None)]))
 
 
 def folded_tensors(layer: dict[str, Tensor], fold: Fold, scale: Tensor, width: int = 1) -> dict[str, Tensor]:

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from fedtune.inference.engine.make_linear import linear_from_tensors
+from fedtune.inference.engine.reference.linears import apply
+from fedtune.inference.engine.reference.tensors import arrays
 from fedtune.inference.quantize.rtn import packed, quantize_rtn, relative_error
 from fedtune.inference.quantize.smoothquant import smooth_scale
 
 
 def a8w8(inputs: Tensor, weight: Tensor) -> Tensor:
     made = packed(*quantize_rtn(weight, "int8", 0), weight)
-    return linear_from_tensors("int8", made.tensors, n_in=weight.shape[1])(inputs)
+    return apply(linear_from_tensors("int8", arrays(made.tensors), n_in=weight.shape[1]), inputs)
 
 
 def layer(outliers: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine, load_engine
-from fedtune.inference.quantize.layers import ObservedLinear, embedded, observe, pass_layer, prefix_of
+from fedtune.inference.engine.reference.linears import TorchLinear
+from fedtune.inference.quantize.layers import InputStats, embedded, observe, pass_layer, prefix_of
 from fedtune.inference.quantize.model import QuantizeSettings, quantize_model
 from fedtune.inference.quantize.rtn import QuantizedLinear, dequantize, relative_error
 from tests.inference.engine.tiny import VOCAB, tiny_model
@@ -30,10 +31,11 @@ def open_engine(folder: Path, name: str, kind: str) -> tuple[Engine, dict[str, T
     engine, tensors, draws = load_engine(folder, "fp32"), load_file(folder / "model.safetensors"), torch.Generator().manual_seed(9)
     shape = engine.shape
     if kind == "prompt":
-        engine.prompt = torch.randn(7, shape.hidden, generator=draws)
-        return engine, tensors, {"prompt.embeds": engine.prompt}
+        prompt = torch.randn(7, shape.hidden, generator=draws)
+        engine.prompt = prompt.numpy()
+        return engine, tensors, {"prompt.embeds": prompt}
     k, v = (2 * torch.randn(shape.layers, 7, shape.kv_heads, shape.head_dim, generator=draws) for _ in "kv")
-    engine.prefix = k, v
+    engine.prefix = k.numpy(), v.numpy()
     return engine, tensors, {"prefix.k": k, "prefix.v": v}
 
 
@@ -46,7 +48,7 @@ def out_of(engine: Engine, ids: Tensor) -> Tensor:
     """Logits [n, V] of a text after the engine's virtual tokens."""
     cache = engine.cache(limit=engine.virtual_length + len(ids))
     engine.start(cache)
-    return engine.decoder.forward(ids, [Span(cache, len(ids), keep=None)])
+    return torch.from_numpy(engine.decoder.forward(ids.numpy(), [Span(cache, len(ids), keep=None)]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,8 +60,20 @@ def test_the_layers_after_a_prefix_equal_the_decoder(tmp_path: Path, name: str) 
     for own, h in zip(ids, hidden, strict=True):
         cache = engine.cache()
         engine.start(cache)
-        wanted = engine.decoder.run(engine.decoder.embed(own), [Span(cache, len(own))])
+        wanted = torch.from_numpy(engine.decoder.run(engine.decoder.embed(own.numpy()), [Span(cache, len(own))]))
         assert torch.allclose(h, wanted, atol=1e-4, rtol=1e-4)
+
+
+class Watched(TorchLinear):
+    """A linear that records statistics of its inputs."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__(own.parts, n_in=own.n_in, n_out=own.n_out)
+        self.kind, self.own, self.watch = own.kind, own, InputStats(own.n_in)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.watch.add(x)
+        return self.own(x)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -75,7 +89,7 @@ def test_calibration_observes_the_inputs_of_the_models_linears(tmp_path: Path, m
 
     monkeypatch.setattr("fedtune.inference.quantize.model.observe", observing)
     list(quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], QuantizeSettings(method="gptq"), texts(*LENGTHS), virtual))
-    engine.decoder.layers[0].down = watched = ObservedLinear(engine.decoder.layers[0].down)
+    engine.decoder.layers[0].down = watched = Watched(engine.decoder.layers[0].down)
     for ids in texts(*LENGTHS):
         out_of(engine, ids)  # a prompt's own rows are read too, once a text
     torch.testing.assert_close(seen[0], watched.watch.stats().hessian, rtol=1e-4, atol=1e-5)

@@ -119,10 +119,10 @@ def test_virtual_tokens_come_first_in_every_request(engine: Engine, kind: str) -
     shape, generator = engine.shape, torch.Generator().manual_seed(0)
     tuned = Engine(engine.folder, engine.decoder)
     if kind == "prompt":
-        tuned.prompt = torch.randn(5, shape.hidden, generator=generator)
+        tuned.prompt = torch.randn(5, shape.hidden, generator=generator).numpy()
     else:
         size = shape.layers, 5, shape.kv_heads, shape.head_dim
-        tuned.prefix = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+        tuned.prefix = torch.randn(size, generator=generator).numpy(), torch.randn(size, generator=generator).numpy()
     caches = PagedCaches(PagedPool(shape, 6, 16), 85, virtual=5)
     scheduler = make_scheduler(tuned, caches, max_running=4)
     assert scheduler.limit == 80
