@@ -93,7 +93,9 @@ def scores(logits: np.ndarray, sampling: Sampling, seen: np.ndarray | None = Non
 
 def _exclude_tail(row: np.ndarray, top_p: float) -> None:
     """Exclude the least likely tokens, whose probabilities sum to at most 1 - top_p, from a row (V,); the last ones of a tie."""
-    ascending = np.sort(row)
+    ascending = np.sort(row[row > -np.inf])  # few after top_k
+    if not len(ascending):
+        return
     most = np.float32(1 - top_p)
     # transformers compares in float32, so a sum that rounds to `most` does not exceed it: the largest such sum
     limit = (float(most) + float(np.nextafter(most, np.float32(2)))) / 2
