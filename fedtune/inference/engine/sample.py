@@ -93,10 +93,13 @@ def scores(logits: np.ndarray, sampling: Sampling, seen: np.ndarray | None = Non
 
 def _exclude_tail(row: np.ndarray, top_p: float) -> None:
     """Exclude the least likely tokens, whose probabilities sum to at most 1 - top_p, from a row (V,); the last ones of a tie."""
-    ascending = np.sort(row)
+    ascending = np.sort(row[row > -np.inf])  # few after top_k
+    if not len(ascending):
+        return
     most = np.float32(1 - top_p)
-    # transformers compares in float32: a sum that rounds to `most` does not exceed it
+    # transformers compares in float32, so a sum that rounds to `most` does not exceed it: the largest such sum
     limit = (float(most) + float(np.nextafter(most, np.float32(2)))) / 2
+    limit = limit if np.float32(limit) == most else np.nextafter(limit, 0)
     p = softmax(ascending[None])
     first = _reach(p, _block_sums(p), np.array([limit]))[0]
     least = ascending[first]
@@ -153,8 +156,8 @@ def _reach(weights: np.ndarray, sums: np.ndarray, target: np.ndarray) -> np.ndar
         return _first_above(weights, target)
     found = _first_above(sums, target)
     for i, block in enumerate(found):
-        rest = np.maximum(target[i, None] - sums[i, :block].sum(), 0)
-        found[i] = block * _BLOCK + _first_above(weights[i, None, block * _BLOCK : (block + 1) * _BLOCK], rest)[0]
+        before = sums[i, :block].cumsum()[-1] if block else 0.0  # added as in `_first_above`: the target is not below it
+        found[i] = block * _BLOCK + _first_above(weights[i, None, block * _BLOCK : (block + 1) * _BLOCK], target[i, None] - before)[0]
     return found
 
 

@@ -50,9 +50,9 @@ def test_an_incremental_index_equals_a_new_one(ids: list[int], data: st.DataObje
 
 
 def test_verify_by_hand() -> None:
-    p = np.array([[[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0]]], np.float32)
+    p = np.array([[[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]]], np.float32)
     q = np.array([[[0.2, 0.8, 0.0], [0.5, 0.5, 0.0]]], np.float32)
-    draws = np.array([[0.7, 0.0, 0.9]])
+    draws = np.array([[0.7, 0.0, 0.2]])
 
     def run(drafted: list[int], accept: list[float]) -> list[int]:
         kept, token = verify(p, np.array([drafted]), q, np.array([accept]), draws)
@@ -62,8 +62,14 @@ def test_verify_by_hand() -> None:
     assert run([1, 0], [0.26, 0.0]) == [0, 2]
     # then .1/.5: kept below .2; the residual (0, 0, .8) leaves only token 2
     assert run([1, 0], [0.24, 0.3]) == [1, 2]
-    assert run([1, 0], [0.24, 0.1]) == [2, 1]  # all kept: one more from p
-    assert run([0, 0], [0.999, 0.1]) == [2, 1]  # p/q = .5/.2 > 1: always kept
+    assert run([1, 0], [0.24, 0.1]) == [2, 0]  # all kept: one more from p, by its own draw
+    assert run([0, 0], [0.999, 0.1]) == [2, 0]  # p/q = .5/.2 > 1: always kept
+
+
+def test_a_token_that_the_model_excludes_is_never_accepted() -> None:
+    p, q = np.array([[[0.0, 1.0], [0.0, 1.0]]], np.float32), np.array([[[1.0, 0.0]]], np.float32)
+    kept, token = verify(p, np.array([[0]]), q, np.array([[0.0]]), np.array([[0.0, 0.0]]))
+    assert (kept.tolist(), token.tolist()) == ([0], [1])
 
 
 def test_an_empty_residual_gives_the_models_own_distribution() -> None:
