@@ -16,11 +16,10 @@ from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, Part, linears
 from fedtune.inference.engine.linear import Linear
-from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.reference.attention import attention, causal_mask, rotate
-from fedtune.inference.engine.reference.linears import apply
+from fedtune.inference.engine.reference.linears import Fp32, apply
 from fedtune.inference.engine.reference.passes import Attend, run_layers
-from fedtune.inference.engine.reference.tensors import arrays, as_array
+from fedtune.inference.engine.reference.tensors import as_array
 from fedtune.inference.engine.rope import Rope, pairs
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.heap import give_back
@@ -143,7 +142,7 @@ def build(shape: Shape, tensors: Mapping[str, Tensor]) -> Layer:
 
     def fused(name: str, how: Fused) -> Linear:
         whole = {kind: joined(how.parts, kind) for kind in ("weight", "bias") if kind == "weight" or how.bias}
-        return linear_from_tensors("fp32", arrays(whole), n_in=how.columns, name=name)
+        return Fp32(whole, n_in=how.columns, n_out=len(whole["weight"]))
 
     made = {name: fused(name, how) for name, how in linears(shape).items()}
     return make_layer(shape, made, lambda name: as_array(tensors[f"{name}.weight"].float()))

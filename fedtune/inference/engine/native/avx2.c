@@ -38,6 +38,7 @@ INLINE __m256 sums_of_lanes(const __m256 *v) {
 #define CODE AVX2_CODE
 #define LANES 8
 #include "rows.h"
+#include "plain.h"
 
 enum { AT_ONCE = 4 }; /* rows of x, limited by the 16 registers */
 
@@ -218,5 +219,5 @@ AVX2_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct 
     fedtune_portable.to_bf16(x, n_in, codes, groups);
 }
 
-const struct kernels fedtune_avx2 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, bf16_tile}, &operations};
+const struct kernels fedtune_avx2 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};
 #endif

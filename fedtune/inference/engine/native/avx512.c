@@ -35,6 +35,7 @@ static inline __attribute__((always_inline)) VNNI_CODE __m512 sums_of_lanes(cons
 #define CODE VNNI_CODE
 #define LANES 16
 #include "rows.h"
+#include "plain.h"
 
 #define BF16_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 #define AHEAD 2048 /* bytes that are fetched in advance: the processor's own prefetch ends at a page */
@@ -175,6 +176,6 @@ VNNI_CODE static void slow_bf16(const struct fedtune_weights *w, int64_t block, 
     fedtune_avx2.tiles[BF16](w, block, x, xg, rows, out);
 }
 
-const struct kernels fedtune_avx512 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, slow_bf16}, &operations};
-const struct kernels fedtune_avx512_bf16 = {to_int8, to_bf16, {int4_tile, wide_tile, int8_tile, bf16_tile}, &operations};
+const struct kernels fedtune_avx512 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, slow_bf16, plain_tile}, &operations};
+const struct kernels fedtune_avx512_bf16 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};
 #endif

@@ -19,11 +19,9 @@ def packing() -> list[str]:
 
 def why_torch(kind: str) -> str | None:
     """Why linears of a kind are torch's, as the end of a sentence; None if they are native."""
-    if kind not in PACKED:
-        return f"{kind} has no native kernel"
     if kernels() is None:
         return why_not()
-    if is_forced() or kind == "int4" or not _has_torch():
+    if is_forced() or kind in ("int4", "fp32") or not _has_torch():
         return None
     if "amx_tile" in cpu_features():
         return f"this CPU has AMX, which torch uses in {kind} and the native kernels do not"

@@ -7,10 +7,10 @@
  *   int8  codes[64 j + 4 r + b], j = 0..7, holds column 4 j + b, plus 128                                         512 bytes
  *   bf16  halves[32 j + 2 r + b], j = 0..15, b = 0..1, holds column 2 j + b                                      1024 bytes
  *
- * int4: w = (code - 8) s + z. A group's `scales` hold s and z of the 16 rows, as u8 and i8 in units of the block's `base` (32 bytes, 4.5 bits
+ * fp32 is plain: float codes[n_out][n_in]. int4: w = (code - 8) s + z. A group's `scales` hold s and z of the 16 rows, as u8 and i8 in units of the block's `base` (32 bytes, 4.5 bits
  * a weight), or "wide", as bfloat16 (64 bytes). int8: w = code * base[row]. A padded weight may be anything finite: its activation is 0.
  *
- * Activations are rounded to 8 bits with a scale for every 32 columns (int4 and int8), or to bfloat16. An output depends on its row of x and
+ * Activations are rounded to 8 bits with a scale for every 32 columns (int4 and int8), or to bfloat16; not for fp32. An output depends on its row of x and
  * on the instruction set only: not on the number of rows, threads, or on what else runs.
  */
 #ifndef FEDTUNE_KERNELS_H
@@ -20,7 +20,7 @@
 #include <string.h>
 
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
-enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, KINDS = 4 };
+enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
 enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, SETS = 3 };
@@ -46,7 +46,7 @@ struct columns {
     int32_t minus_128; /* likewise */
 };
 
-/* Rounded activations: int8_t [rows][groups * 32] with groups, or uint16_t bfloat16 [rows][groups * 32]. */
+/* Rounded activations: int8_t [rows][groups * 32] with groups, or uint16_t bfloat16 or float [rows][groups * 32]. */
 struct activations {
     void *codes;
     struct columns *groups;
@@ -95,7 +95,7 @@ struct operations {
 };
 
 struct kernels {
-    round_row *to_int8, *to_bf16;
+    round_row *to_int8, *to_bf16, *copy;
     tile *tiles[KINDS];
     const struct operations *operations;
 };

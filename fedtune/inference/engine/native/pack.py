@@ -11,7 +11,7 @@ from fedtune.inference.engine.native.structures import Weights
 
 __all__ = ["PACKED", "pack", "weights_of"]
 
-PACKED = ("int4", "int8", "bf16")
+PACKED = ("int4", "int8", "bf16", "fp32")
 BLOCK, GROUP = 16, 32  # rows and columns that lie together
 _CHUNK = 1 << 21  # weights that are unpacked at once
 _OF_ALL, _OF_A_ROW = 0.01, 0.05  # shares of int4's squared rounding error that 8-bit scales may add
@@ -19,7 +19,7 @@ Floats, Bytes = NDArray[np.float32], NDArray[np.uint8]
 
 
 def pack(kind: str, tensors: Mapping[str, Array], n_in: int, group: int) -> dict[str, Array]:
-    """Pack int4, int8 or bf16.
+    """Pack a kind; fp32 stays as it is.
 
     int4's scales and zeros take 8 bits each, in units of a base for 16 rows (4.5 bits a weight), unless that would add more than 1 % to the
     squared rounding error of the weights, or 5 % to that of a row: then they stay bfloat16 (5 bits a weight).
@@ -33,10 +33,12 @@ def pack(kind: str, tensors: Mapping[str, Array], n_in: int, group: int) -> dict
     Returns:
         `codes`, with `scales` and `base` (int4) or `base` (int8), and `bias` if there is one.
     """
-    whole = tensors["weight" if kind == "bf16" else "packed"]
+    whole = tensors["weight" if kind in ("bf16", "fp32") else "packed"]
     rows = max(BLOCK, _CHUNK // n_in // BLOCK * BLOCK)
     if kind == "int4":
         out = _int4(tensors, n_in, group, rows)
+    elif kind == "fp32":
+        out = {"codes": as_float32(whole)}
     else:
         out = {"codes": np.concatenate([_codes(kind, whole[at : at + rows], n_in) for at in range(0, len(whole), rows)])}
     if kind == "int8":

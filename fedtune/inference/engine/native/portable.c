@@ -24,6 +24,7 @@ static inline float most_of_lanes(four v) {
 static inline four sums_of_lanes(const four *v) { return (four){sum_of_lanes(v[0]), sum_of_lanes(v[1]), sum_of_lanes(v[2]), sum_of_lanes(v[3])}; }
 
 #include "rows.h"
+#include "plain.h"
 
 static float from_bits(uint32_t bits) {
     float value;
@@ -154,4 +155,4 @@ static void bf16(const struct fedtune_weights *w, int64_t block, const void *cod
     }
 }
 
-const struct kernels fedtune_portable = {to_int8, to_bf16, {int4_narrow, int4_wide, int8, bf16}, &operations};
+const struct kernels fedtune_portable = {to_int8, to_bf16, copy_row, {int4_narrow, int4_wide, int8, bf16, plain_tile}, &operations};

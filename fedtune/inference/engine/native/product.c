@@ -13,11 +13,12 @@ int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d
 }
 
 int fedtune_weights_fit(const struct fedtune_weights *w) {
-    static const int64_t code_bytes[KINDS] = {256, 256, 512, 1024}, scale_bytes[KINDS] = {32, 64, 0, 0}, base_floats[KINDS] = {2, 2, BLOCK, 0};
+    static const int64_t code_bytes[KINDS] = {256, 256, 512, 1024, 0}, scale_bytes[KINDS] = {32, 64, 0, 0, 0}, base_floats[KINDS] = {2, 2, BLOCK, 0, 0};
     if (w->kind < 0 || w->kind >= KINDS || w->n_in < 1 || w->n_in > MOST_COLUMNS || w->n_out < 1 || w->n_out > INT64_MAX - BLOCK)
         return 0;
     int64_t groups = groups_of(w->n_in), blocks = (w->n_out + BLOCK - 1) / BLOCK;
-    return w->codes && fedtune_is_product(w->codes_bytes, blocks, groups, code_bytes[w->kind], 1) &&
+    return w->codes && (w->kind == FP32 ? fedtune_is_product(w->codes_bytes, w->n_out, w->n_in, sizeof(float), 1)
+                                        : fedtune_is_product(w->codes_bytes, blocks, groups, code_bytes[w->kind], 1)) &&
            fedtune_is_product(w->scales_bytes, blocks, groups, scale_bytes[w->kind], 1) && (w->scales || !w->scales_bytes) &&
            fedtune_is_product(w->base_bytes, blocks, base_floats[w->kind], sizeof(float), 1) && (w->base || !w->base_bytes) &&
            (w->bias ? fedtune_is_product(w->bias_bytes, w->n_out, sizeof(float), 1, 1) : !w->bias_bytes);
@@ -35,7 +36,8 @@ struct job {
 
 static void round_rows(void *argument, int64_t first, int64_t end) {
     const struct job *job = argument;
-    round_row *run = job->w->kind == BF16 ? job->kernels->to_bf16 : job->kernels->to_int8;
+    const struct kernels *own = job->kernels;
+    round_row *run = job->w->kind == FP32 ? own->copy : job->w->kind == BF16 ? own->to_bf16 : own->to_int8;
     for (int64_t i = first; i < end; i++)
         run(job->x + i * job->x_stride, job->w->n_in, job->codes + i * job->bytes_a_row, job->groups ? job->groups + i * job->groups_a_row : NULL);
 }
@@ -62,8 +64,14 @@ static void multiply_blocks(void *argument, int64_t first, int64_t end) {
     }
 }
 
+/* Bytes of a rounded activation, and whether groups of them have a struct columns. */
+static int64_t bytes_of(int64_t kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+
+static int has_columns(int64_t kind) { return kind != FP32 && kind != BF16; }
+
 int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows) {
-    int64_t a_row = groups_of(w->n_in) * (w->kind == BF16 ? GROUP * 2 : GROUP + (int64_t)sizeof(struct columns)), bytes;
+    int64_t columns = has_columns(w->kind) ? (int64_t)sizeof(struct columns) : 0, bytes;
+    int64_t a_row = groups_of(w->n_in) * (GROUP * bytes_of(w->kind) + columns);
     return __builtin_mul_overflow(rows, a_row, &bytes) || bytes > INT64_MAX - 64 ? -1 : bytes;
 }
 
@@ -71,8 +79,8 @@ void fedtune_product(const struct fedtune_weights *w, const struct kernels *kern
                      float *y, void *space) {
     int64_t groups = groups_of(w->n_in), blocks = (w->n_out + BLOCK - 1) / BLOCK;
     struct job job = {.w = w, .kernels = kernels, .x = x, .y = y, .codes = space, .rows = rows, .x_stride = x_stride, .groups_a_row = groups,
-                      .bytes_a_row = groups * GROUP * (w->kind == BF16 ? 2 : 1)};
-    if (w->kind != BF16)
+                      .bytes_a_row = groups * GROUP * bytes_of(w->kind)};
+    if (has_columns(w->kind))
         job.groups = (struct columns *)(job.codes + rows * job.bytes_a_row); /* whole multiples of 32 bytes come before */
     fedtune_pool_run(rows > FEW ? threads : 1, rows, rows > 8 * FEW ? 8 : FEW, round_rows, &job);
     int64_t step = blocks / (8 * (int64_t)threads);

@@ -1,0 +1,48 @@
+/* The product with plain float weights; included after rows.h, with its definitions. An output's sum has one order: that of its columns. */
+enum { OUTPUTS = 4, ROWS_TOGETHER = LANES == 16 ? 4 : 2 }; /* sums that fit the registers */
+
+static void copy_row(const float *x, int64_t n_in, void *codes, struct columns *groups) {
+    (void)groups;
+    memcpy(codes, x, (size_t)n_in * sizeof *x);
+}
+
+SMALL void plain_sums(const float *w, int64_t n_in, int outputs, const float *x, int64_t stride, int rows, float *out) {
+    vec sums[ROWS_TOGETHER][OUTPUTS];
+    for (int i = 0; i < rows; i++)
+        for (int k = 0; k < outputs; k++)
+            sums[i][k] = (vec){0};
+    for (int64_t c = 0; c < n_in; c += LANES) {
+        vec own[OUTPUTS];
+        for (int k = 0; k < outputs; k++)
+            own[k] = load_upto(w + k * n_in + c, n_in - c);
+        for (int i = 0; i < rows; i++) {
+            vec v = load_upto(x + i * stride + c, n_in - c);
+            for (int k = 0; k < outputs; k++)
+                sums[i][k] = fused(own[k], v, sums[i][k]);
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int k = 0; k < outputs; k++)
+            out[i * BLOCK + k] = sum_of_lanes(sums[i][k]);
+}
+
+CODE static void plain_tile(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
+    const int64_t n_in = w->n_in, stride = groups_of(n_in) * GROUP;
+    const float *weights = (const float *)w->codes + block * BLOCK * n_in;
+    const int outputs = (int)smaller(BLOCK, w->n_out - block * BLOCK);
+    (void)xg;
+    for (int k = 0; k < outputs; k += OUTPUTS)
+        for (int i = 0; i < rows; i += ROWS_TOGETHER) {
+            const float *own = weights + k * n_in, *x = (const float *)codes + i * stride;
+            if (outputs - k < OUTPUTS) {
+                for (int one = k; one < outputs; one++)
+                    for (int row = i; row < rows && row < i + ROWS_TOGETHER; row++)
+                        plain_sums(weights + one * n_in, n_in, 1, (const float *)codes + row * stride, stride, 1, out + row * BLOCK + one);
+            } else if (rows - i >= ROWS_TOGETHER) {
+                plain_sums(own, n_in, OUTPUTS, x, stride, ROWS_TOGETHER, out + i * BLOCK + k);
+            } else {
+                for (int row = i; row < rows; row++)
+                    plain_sums(own, n_in, OUTPUTS, (const float *)codes + row * stride, stride, 1, out + row * BLOCK + k);
+            }
+        }
+}
