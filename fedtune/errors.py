@@ -42,6 +42,7 @@ _OF_TRAINING = {
     "rouge_score": "rouge-score",
     "sqlalchemy": "sqlalchemy",
     "tensorboard": "tensorboard",
+    "torch": "torch",
     "transformers": "transformers",
 }
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}

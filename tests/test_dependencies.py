@@ -15,13 +15,14 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from safetensors.torch import save_file
 
 import fedtune
 from fedtune.cli import flower_app
 from fedtune.config import Config
-from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.errors import _OF_TRAINING, ConfigError, user_message
 from fedtune.export.edge import export_edge
+from fedtune.inference.engine.package import read_package
 from fedtune.runs.directory import RunDirectory
 from tests.models.build import checkpoint
 from tests.syntax import nodes
@@ -31,7 +32,7 @@ from tests.tiny import tiny_llama
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BASE, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
-NOT_ON_A_DEVICE = {"flwr", "peft", "transformers", "opacus", "datasets", "bitsandbytes", "ray", "hydra-core"}
+NOT_ON_A_DEVICE = {"torch", "flwr", "peft", "transformers", "opacus", "datasets", "bitsandbytes", "ray", "hydra-core"}
 ADVICE = "pip install 'fedtune[train]'"
 
 
@@ -80,7 +81,7 @@ def blocked() -> list[str]:
 def test_a_device_installs_no_training_library() -> None:
     assert not closure(BASE) & NOT_ON_A_DEVICE and closure(["fedtune[edge]"]) == closure(BASE) | {"fedtune"}
     assert closure(["fedtune[train]", "fedtune[ray]"]) >= NOT_ON_A_DEVICE  # so the names are right
-    assert {"flwr", "transformers", "torch"} - set(blocked()) == {"torch"}
+    assert {"flwr", "transformers", "torch"} <= set(blocked()) and not {"numpy", "tokenizers", "safetensors"} & set(blocked())
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"edge", "train"}))
@@ -88,7 +89,16 @@ def test_every_other_extra_installs_the_training_libraries(extra: str) -> None:
     assert closure([f"fedtune[{extra}]"]) >= declared(EXTRAS["train"])
 
 
-OF_TRAINING = {"config.compose": {"hydra", "omegaconf"}, "inference.bench": {"matplotlib"}, "contracts": {"flwr", "datasets"}}
+OF_TRAINING = {
+    "config.compose": {"hydra", "omegaconf"},
+    "inference.bench": {"matplotlib"},
+    "contracts": {"torch", "flwr", "datasets"},
+    "inference.engine.reference": {"torch"},  # where the native kernels do not run
+    "inference.engine.gptq_awq": {"torch"},
+    "inference.engine.package_writer": {"torch"},  # of exports
+    "inference.quantize": {"torch"},
+    "inference.generate_transformers": {"torch"},
+}
 ROOMS = ("errors", "storage", "config", "contracts", "templates", "inference")  # all that a device runs, with a few modules of models/
 OTHERS = {"llama_cpp", "openvino", "optimum", "gguf", "ray"}  # other programs' that a benchmark measures, and extras of their own
 
@@ -203,12 +213,12 @@ def ask():
 
 run("generate", "generate", place / "edge", "set lamp", "--max-new-tokens", 3)
 run("folder", "generate", place / "model", "set lamp", "--max-new-tokens", 3)
-run("adapter", "generate", place / "edge", "set lamp", "--max-new-tokens", 3, "--adapter", place / "lora")
+run("adapter", "generate", place / "edge", "set lamp", "--max-new-tokens", 3, "--adapter", "apart")
 sys.stdin = StringIO("set lamp\\nset door\\n")
 run("chat", "chat", place / "edge", "--max-new-tokens", 3)
 run("bench", "bench", place / "edge", "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
 threading.Thread(target=ask, daemon=True).start()
-run("serve", "serve", place / "edge", "--port", 0, "--adapters", f"apart={place / 'lora'}")
+run("serve", "serve", place / "edge", "--port", 0)
 run("status", "status", place / "run")
 for name in sorted(set(sys.argv[2:])):
     run(name, *(w.replace("PLACE", str(place)) for w in name.split()))
@@ -236,11 +246,11 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("device")
     model = tiny_llama(place / "model")
     export_edge(model, place / "edge")
-    (place / "lora").mkdir()
+    (place / "edge" / "adapters").mkdir()
     module, generator = "model.layers.1.mlp.down_proj", torch.Generator().manual_seed(0)
     factors = {f"{module}.lora_A": torch.randn(2, 40, generator=generator), f"{module}.lora_B": torch.randn(24, 2, generator=generator)}
-    spec = AdapterSpec(method="lora", ranks={module: 2}, scaling={module: 20.0})
-    AdapterState(factors, spec).save(place / "lora" / "fedtune.safetensors")
+    base = {"fedtune": json.dumps({"base": read_package(place / "edge").card["base"]})}
+    save_file(factors, place / "edge" / "adapters" / "apart.safetensors", base)
     checkpoint(place / "other", "gpt2")
     RunDirectory.create(Config(), place / "run").close()
     process = without(DEVICE, place, *REFUSED)
@@ -264,8 +274,8 @@ def test_a_command_that_needs_more_says_what_to_install(command: str, device: di
 
 
 def test_a_public_name_that_needs_more_says_what_to_install(device: dict[str, Any]) -> None:
-    short = {"Result", "Turn", "Work", "configure", "export_hf", "load_run", "run"}
+    whole = {"Config", "FedtuneError", "generate_text", "load_engine"}
     for name in fedtune.__all__:
         output = device[f"fedtune.{name}"]
-        assert output.startswith(f"fedtune.{name}: this needs ") and output.endswith(ADVICE) if name in short else output == name
+        assert output == name if name in whole else output.startswith(f"fedtune.{name}: this needs ") and output.endswith(ADVICE)
     assert "needs transformers, which is not installed" in device["fallback"] and device["fallback"].endswith(ADVICE)
