@@ -25,8 +25,10 @@ static uint64_t enabled_state(void) { /* the registers that the system saves */
     return (uint64_t)high << 32 | low;
 }
 
-/* 0: neither; 1: AVX2 and FMA; 2: also AVX-512 F, DQ, BW, VL and VNNI; 3: also AVX-512 BF16. */
-static int level_of_cpu(void) {
+enum { HAS_AVX2 = 1, HAS_VNNI = 2, HAS_AVX512 = 4, HAS_BF16 = 8 };
+
+/* What the CPU and the system have: AVX2 and FMA; AVX-VNNI; AVX-512 F, DQ, BW, VL and VNNI; AVX-512 BF16. */
+static int features_of_cpu(void) {
     uint32_t a, b, c, d, highest = __get_cpuid_max(0, NULL);
     if (highest < 7)
         return 0;
@@ -39,28 +41,31 @@ static int level_of_cpu(void) {
     if (!(b & 1u << 5))
         return 0;
     const uint32_t wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-    if ((b & wanted) != wanted || !(c & 1u << 11) || (enabled_state() & 0xe6) != 0xe6)
-        return 1;
-    if (!leaves)
-        return 2;
-    __cpuid_count(7, 1, a, b, c, d);
-    return a & 1u << 5 ? 3 : 2;
+    int wide = (b & wanted) == wanted && c & 1u << 11 && (enabled_state() & 0xe6) == 0xe6;
+    a = 0;
+    if (leaves)
+        __cpuid_count(7, 1, a, b, c, d);
+    return HAS_AVX2 | (a & 1u << 4 ? HAS_VNNI : 0) | (wide ? HAS_AVX512 : 0) | (wide && a & 1u << 5 ? HAS_BF16 : 0);
 }
 
-static int level(void) {
+static int features(void) {
     static atomic_int known = -1;
     int found = atomic_load(&known);
     if (found < 0)
-        atomic_store(&known, found = level_of_cpu());
+        atomic_store(&known, found = features_of_cpu());
     return found;
 }
 #endif
 
 const struct kernels *fedtune_kernels_of(int set) {
 #if defined(__x86_64__)
-    if (set == AVX512 && level() >= 2)
-        return level() == 3 ? &fedtune_avx512_bf16 : &fedtune_avx512;
-    if (set == AVX2 && level() >= 1)
+    if (set == AVX512 && features() & HAS_AVX512)
+        return features() & HAS_BF16 ? &fedtune_avx512_bf16 : &fedtune_avx512;
+#ifdef HAS_AVXVNNI
+    if (set == AVXVNNI && features() & HAS_VNNI)
+        return &fedtune_avxvnni;
+#endif
+    if (set == AVX2 && features() & HAS_AVX2)
         return &fedtune_avx2;
 #endif
     return set == PORTABLE ? &fedtune_portable : NULL;

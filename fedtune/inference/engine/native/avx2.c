@@ -220,4 +220,8 @@ AVX2_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct 
 }
 
 const struct kernels fedtune_avx2 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};
+
+#ifdef HAS_AVXVNNI
+#include "avxvnni.h"
+#endif
 #endif

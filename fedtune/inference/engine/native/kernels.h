@@ -23,7 +23,7 @@ enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, SETS = 3 };
+enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, SETS = 4 };
 
 /* A packed linear. Sizes in bytes are those of the buffers; a pointer may be null if its size is 0. */
 struct fedtune_weights {
@@ -102,7 +102,12 @@ struct kernels {
 
 extern const struct kernels fedtune_portable;
 #if defined(__x86_64__)
-extern const struct kernels fedtune_avx2, fedtune_avx512, fedtune_avx512_bf16;
+#ifdef __has_include
+#if __has_include(<avxvnniintrin.h>) /* older compilers do not know AVX-VNNI */
+#define HAS_AVXVNNI
+#endif
+#endif
+extern const struct kernels fedtune_avx2, fedtune_avxvnni, fedtune_avx512, fedtune_avx512_bf16;
 #endif
 
 /* A float's nearest bfloat16, ties to even; NaN stays NaN. */

@@ -13,9 +13,9 @@ from fedtune.inference.engine.native.structures import DecoderStructure, PassStr
 __all__ = ["KINDS", "SETS", "Kernels", "is_forced", "kernels", "why_not"]
 
 VARIABLE = "FEDTUNE_NATIVE"
-SETS = ("portable", "avx2", "avx512")  # in the order of the numbers in kernels.h
+SETS = ("portable", "avx2", "avxvnni", "avx512")  # in the order of the numbers in kernels.h
 KINDS = ("int4", "int4 wide", "int8", "bf16", "fp32")  # likewise
-_FASTER_THAN_TORCH = ("avx512", "avx2")  # best first; the portable kernels run only on request
+_FASTER_THAN_TORCH = ("avx512", "avxvnni", "avx2")  # best first; the portable kernels run only on request
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+/* The products of int4 and int8 on CPUs with a 256-bit integer dot product (AVX-VNNI), but without AVX-512; part of avx2.c, which has the rest. */
+#define VNNI_CODE __attribute__((target("avx2,fma,avxvnni")))
+#define VNNI_INLINE static inline __attribute__((always_inline)) VNNI_CODE
+
+VNNI_INLINE void int4_by_vnni(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
+    const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *p = w->codes + block * groups * 256 + 32 * half, *s = w->scales + block * groups * (wide ? 64 : 32);
+        __m256 product[AT_ONCE], shift[AT_ONCE];
+        for (int r = 0; r < rows; r++)
+            product[r] = shift[r] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < groups; g++, p += 256, s += wide ? 64 : 32) {
+            __m256i one[AT_ONCE], two[AT_ONCE];
+            for (int r = 0; r < rows; r++)
+                one[r] = four_of(&xg[r * groups + g].minus_8), two[r] = _mm256_setzero_si256();
+            for (int j = 0; j < 4; j++) {
+                __m256i both = _mm256_loadu_si256((const void *)(p + 64 * j));
+                __m256i a = _mm256_and_si256(both, low), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                for (int r = 0; r < rows; r++) {
+                    const int8_t *c = x + r * width + g * GROUP + 4 * j;
+                    one[r] = _mm256_dpbusd_avx_epi32(one[r], a, four_of(c));
+                    two[r] = _mm256_dpbusd_avx_epi32(two[r], b, four_of(c + 16));
+                }
+            }
+            __m256 scale = wide ? from_bf16(s + 16 * half) : _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(s + 8 * half))));
+            __m256 zero = wide ? from_bf16(s + 32 + 16 * half)
+                               : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(s + 16 + 8 * half))));
+            for (int r = 0; r < rows; r++) {
+                const struct columns *own = xg + r * groups + g;
+                __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(one[r], two[r]));
+                product[r] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(own->scale)), dot, product[r]);
+                shift[r] = _mm256_fmadd_ps(zero, _mm256_set1_ps(own->sum), shift[r]);
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            __m256 y = wide ? _mm256_add_ps(product[r], shift[r])
+                            : _mm256_fmadd_ps(shift[r], _mm256_set1_ps(w->base[2 * block + 1]), _mm256_mul_ps(product[r], _mm256_set1_ps(w->base[2 * block])));
+            _mm256_storeu_ps(out + r * BLOCK + 8 * half, y);
+        }
+    }
+}
+
+VNNI_INLINE void int8_by_vnni(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out) {
+    const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *p = w->codes + block * groups * 512 + 32 * half;
+        __m256 product[AT_ONCE];
+        for (int r = 0; r < rows; r++)
+            product[r] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < groups; g++, p += 512) {
+            __m256i one[AT_ONCE], two[AT_ONCE];
+            for (int r = 0; r < rows; r++)
+                one[r] = four_of(&xg[r * groups + g].minus_128), two[r] = _mm256_setzero_si256();
+            for (int j = 0; j < 8; j += 2) {
+                __m256i a = _mm256_loadu_si256((const void *)(p + 64 * j)), b = _mm256_loadu_si256((const void *)(p + 64 * j + 64));
+                for (int r = 0; r < rows; r++) {
+                    const int8_t *c = x + r * width + g * GROUP + 4 * j;
+                    one[r] = _mm256_dpbusd_avx_epi32(one[r], a, four_of(c));
+                    two[r] = _mm256_dpbusd_avx_epi32(two[r], b, four_of(c + 4));
+                }
+            }
+            for (int r = 0; r < rows; r++) {
+                __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(one[r], two[r]));
+                product[r] = _mm256_fmadd_ps(_mm256_set1_ps(xg[r * groups + g].scale), dot, product[r]);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
+    }
+}
+
+#define VNNI_FORMS(NAME, ...)                                                                                                                   \
+    VNNI_CODE static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,       \
+                               float *out) {                                                                                               \
+        const int64_t groups = groups_of(w->n_in);                                                                                         \
+        const int8_t *x = codes;                                                                                                           \
+        for (; rows > 0; rows -= AT_ONCE, x += AT_ONCE * groups * GROUP, xg += AT_ONCE * groups, out += AT_ONCE * BLOCK)                    \
+            switch (rows) {                                                                                                                \
+            case 1: __VA_ARGS__(1); break;                                                                                                 \
+            case 2: __VA_ARGS__(2); break;                                                                                                 \
+            case 3: __VA_ARGS__(3); break;                                                                                                 \
+            default: __VA_ARGS__(4);                                                                                                       \
+            }                                                                                                                              \
+    }
+#define INT4_BY_VNNI(n) int4_by_vnni(w, block, x, xg, n, out, 0)
+#define WIDE_BY_VNNI(n) int4_by_vnni(w, block, x, xg, n, out, 1)
+#define INT8_BY_VNNI(n) int8_by_vnni(w, block, x, xg, n, out)
+VNNI_FORMS(int4_vnni_tile, INT4_BY_VNNI)
+VNNI_FORMS(wide_vnni_tile, WIDE_BY_VNNI)
+VNNI_FORMS(int8_vnni_tile, INT8_BY_VNNI)
+
+const struct kernels fedtune_avxvnni = {to_int8, to_bf16, copy_row, {int4_vnni_tile, wide_vnni_tile, int8_vnni_tile, bf16_tile, plain_tile}, &operations};
